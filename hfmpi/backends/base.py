@@ -1,0 +1,302 @@
+"""What a device must offer: arrays, a few fused step kernels, and the loops over time built on them.
+
+The loops below are the only sequential part of a recurrent network. They are written once, on the
+step kernels that each backend supplies; a backend may replace a whole loop (a captured CUDA graph, a
+persistent kernel) without any change above this room.
+
+Shapes: L steps, B sequences, n hidden units, V symbols; K is the number of pre-activations per unit
+group, 4n (gated, order i, f, o, u) or n (plain). All arrays are C-contiguous and time-major.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Array", "Backend", "Recurrence", "Workspace"]
+
+Array = Any
+"""A NumPy array, or an array of the same interface on a device (CuPy)."""
+
+
+@dataclass
+class Recurrence:
+    """The linearised recurrence of one batch: everything the tangent and adjoint loops read.
+
+    Attributes
+    ----------
+    gated : bool
+        LSTM-like cell (K = 4n) or plain tanh cell (K = n).
+    linear_update : bool
+        The `krause` gated variant: u = a_u and h = tanh(o c + b_h).
+    inputs : (L, B) int32
+        Symbol indices.
+    hidden : (L + 1, B, n)
+        h_0 (the initial state), h_1, ..., h_L.
+    coefficients : (L, 6, B, n), or (1, 6, B, n) where the pass is not to be linearised
+        f, k_i, k_f, k_o, k_u, k_c of every step (gated cells only; docs/theory.md).
+    recurrent, recurrent_t : (n, K), (K, n)
+        The matrix applied to the previous hidden (or intermediate) state, and its transpose.
+    bias_h : (n,) or None
+        b_h of the `krause` variant.
+    factor, factor_t : (n, n) or None
+        W_mh of the multiplicative cells, and its transpose.
+    factor_table : (V, n) or None
+        W_mx, the rows that scale the factors.
+    factors : (L, B, n) or None
+        q_t = h_{t-1} W_mh.
+    intermediate : (L, B, n) or None
+        m_t = W_mx[x_t] * q_t.
+    weights : (L, B, K) or None
+        Structural-damping weights of the pre-activations, if they were asked for.
+    """
+
+    gated: bool
+    linear_update: bool
+    inputs: Array
+    hidden: Array
+    coefficients: Array
+    recurrent: Array
+    recurrent_t: Array
+    bias_h: Array | None = None
+    factor: Array | None = None
+    factor_t: Array | None = None
+    factor_table: Array | None = None
+    factors: Array | None = None
+    intermediate: Array | None = None
+    weights: Array | None = None
+
+
+class Workspace:
+    """Named scratch arrays: the same memory for the same name, growing and never shrinking.
+
+    Fresh pages cost as much as the arithmetic on them, so temporaries and tapes live in workspaces.
+    Calling one gives an uninitialised array whose content lasts until the next request of its name.
+    """
+
+    def __init__(self, xp: Any, dtype: np.dtype) -> None:
+        self.xp = xp
+        self.dtype = dtype
+        self.flat: dict[str, Array] = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...]) -> Array:
+        size = prod(shape)
+        flat = self.flat.get(name)
+        if flat is None or flat.size < size:
+            flat = self.flat[name] = self.xp.empty(size, self.dtype)
+        return flat[:size].reshape(shape)
+
+
+class Backend:
+    """Arrays and kernels of one kind of device. Subclasses supply the step kernels.
+
+    Parameters
+    ----------
+    dtype : str
+        'float32' or 'float64', the type of parameters, tapes and vectors.
+    threads : int
+        Threads that the kernels of this process may use.
+    """
+
+    name = "base"
+    xp: Any = np
+
+    def __init__(self, dtype: str = "float32", threads: int = 1) -> None:
+        if dtype not in ("float32", "float64"):
+            raise ValueError(f"dtype must be float32 or float64, not {dtype}")
+        self.dtype = np.dtype(dtype)
+        self.threads = threads
+        self.workspace = self.new_workspace()
+
+    # Arrays ------------------------------------------------------------------------------------
+
+    def to_host(self, array: Array) -> np.ndarray:
+        """Give the array as a NumPy array."""
+        return array
+
+    def to_device(self, array: np.ndarray) -> Array:
+        """Give the NumPy array as an array of this device."""
+        return array
+
+    def synchronize(self) -> None:
+        """Wait until everything asked of the device is done."""
+
+    def new_workspace(self) -> Workspace:
+        """Make an empty workspace on this device."""
+        return Workspace(self.xp, self.dtype)
+
+    # Loops over time ---------------------------------------------------------------------------
+
+    def forward(self, r: Recurrence, table: Array, cell_state: Array) -> None:
+        """Run the recurrence, filling `r.hidden[1:]`, its coefficients and intermediates.
+
+        Parameters
+        ----------
+        r : Recurrence
+            With `hidden[0]` set to the initial state.
+        table : (V, K)
+            Rows W_x + b, gathered by the inputs.
+        cell_state : (B, n)
+            c_0 of gated cells; holds c_L afterwards.
+        """
+        steps, batch = r.inputs.shape
+        a = self.workspace("forward.a", (batch, r.recurrent.shape[1]))
+        for t in range(steps):
+            source = r.hidden[t]
+            if r.factor is not None and r.factors is not None and r.intermediate is not None:
+                self.xp.matmul(source, r.factor, out=r.factors[t])
+                source = r.intermediate[t]
+                self.factor_forward(r.factor_table, r.inputs[t], r.factors[t], source)
+            self.xp.matmul(source, r.recurrent, out=a)
+            weights = None if r.weights is None else r.weights[t]
+            if r.gated:
+                coefficients = r.coefficients[t % len(r.coefficients)]
+                self.gated_forward(
+                    a, table, r.inputs[t], r.bias_h, cell_state, r.hidden[t + 1], coefficients, weights
+                )
+            else:
+                self.plain_forward(a, table, r.inputs[t], r.hidden[t + 1], weights)
+
+    def tangent(
+        self, r: Recurrence, table: Array, pre: Array, factor_table: Array, factors: Array, dh: Array
+    ) -> None:
+        """Push a parameter direction through the recurrence (R-forward).
+
+        Parameters
+        ----------
+        table : (V, K)
+            The direction's rows V_x + v_b.
+        pre : (L, B, K)
+            In: the time-batched part, h_{t-1} V_h (or m_t V_h). Out: R a_t.
+        factor_table : (V, n) or None
+            The direction of W_mx.
+        factors : (L, B, n) or None
+            The time-batched part h_{t-1} V_mh; overwritten.
+        dh : (L + 1, B, n)
+            In: dh[0] = 0 and, for the `krause` variant, the bias term g_t v_bh. Out: R h_t.
+        """
+        steps, batch = r.inputs.shape
+        hidden = r.hidden.shape[2]
+        sequential = self.workspace("tangent.a", (batch, pre.shape[2]))
+        dc = self.workspace("tangent.c", (batch, hidden))
+        dc[...] = 0
+        dm = self.workspace("tangent.m", (batch, hidden))
+        dq = self.workspace("tangent.q", (batch, hidden))
+        for t in range(steps):
+            source = dh[t]
+            if r.factor is not None and r.factors is not None:
+                self.xp.matmul(source, r.factor, out=dq)
+                self.factor_tangent(
+                    r.factor_table, factor_table, r.inputs[t], r.factors[t], factors[t], dq, dm
+                )
+                source = dm
+            self.xp.matmul(source, r.recurrent, out=sequential)
+            if r.gated:
+                self.gated_tangent(
+                    pre[t], sequential, table, r.inputs[t], r.coefficients[t], dc, dh[t + 1], r.linear_update
+                )
+            else:
+                self.plain_tangent(pre[t], sequential, table, r.inputs[t], r.hidden[t + 1], dh[t + 1])
+
+    def adjoint(self, r: Recurrence, dh: Array, da: Array, dp: Array, dq: Array, inject: bool) -> None:
+        """Pull cotangents back through the recurrence: the transpose of `tangent`.
+
+        Parameters
+        ----------
+        dh : (L + 1, B, n)
+            In: cotangents of h_1 ... h_L in dh[1:]. Out: the total cotangents.
+        da : (L, B, K)
+            Out: cotangents of the pre-activations. Where `inject` is set, it holds on entry
+            cotangents that act on the pre-activations themselves (structural damping).
+        dp, dq : (L, B, n) or None
+            Out, multiplicative cells: cotangents of the gathered rows W_mx[x_t] and of q_t.
+        """
+        steps, batch = r.inputs.shape
+        hidden = r.hidden.shape[2]
+        back = self.workspace("adjoint.h", (batch, hidden))
+        back[...] = 0
+        dc = self.workspace("adjoint.c", (batch, hidden))
+        dc[...] = 0
+        dm = self.workspace("adjoint.m", (batch, hidden))
+        for t in range(steps - 1, -1, -1):
+            if r.gated:
+                self.gated_adjoint(dh[t + 1], back, r.coefficients[t], dc, da[t], inject)
+            else:
+                self.plain_adjoint(dh[t + 1], back, r.hidden[t + 1], da[t], inject)
+            if r.factor_t is not None and r.factors is not None:
+                self.xp.matmul(da[t], r.recurrent_t, out=dm)
+                self.factor_adjoint(r.factor_table, r.inputs[t], r.factors[t], dm, dp[t], dq[t])
+                self.xp.matmul(dq[t], r.factor_t, out=back)
+            else:
+                self.xp.matmul(da[t], r.recurrent_t, out=back)
+
+    # Step kernels, supplied by each backend; `numpy.py` is the reference ------------------------
+
+    def gated_forward(
+        self, a: Array, table: Array, x: Array, bias_h: Array, c: Array, h: Array, k: Array, w: Array
+    ) -> None:
+        """One step of a gated cell: from a = m W_h, fill h, update c, fill k (6, B, n) and w (B, 4n)."""
+        raise NotImplementedError
+
+    def gated_tangent(
+        self, pre: Array, sequential: Array, table: Array, x: Array, k: Array, dc: Array, dh: Array, add: bool
+    ) -> None:
+        """R a (into pre), R c (in place) and R h; with `add`, R h is added to what dh holds."""
+        raise NotImplementedError
+
+    def gated_adjoint(self, dh: Array, back: Array, k: Array, dc: Array, da: Array, inject: bool) -> None:
+        """The transpose of gated_tangent; dh gains `back`, da is written (or added to)."""
+        raise NotImplementedError
+
+    def plain_forward(self, a: Array, table: Array, x: Array, h: Array, w: Array) -> None:
+        """One step of a tanh cell."""
+        raise NotImplementedError
+
+    def plain_tangent(
+        self, pre: Array, sequential: Array, table: Array, x: Array, h: Array, dh: Array
+    ) -> None:
+        """R a (into pre) and R h = (1 - h^2) R a."""
+        raise NotImplementedError
+
+    def plain_adjoint(self, dh: Array, back: Array, h: Array, da: Array, inject: bool) -> None:
+        """The transpose of plain_tangent."""
+        raise NotImplementedError
+
+    def factor_forward(self, p_table: Array, x: Array, q: Array, m: Array) -> None:
+        """M = W_mx[x] * q."""
+        raise NotImplementedError
+
+    def factor_tangent(
+        self, p_table: Array, dp_table: Array, x: Array, q: Array, dq_pre: Array, dq: Array, dm: Array
+    ) -> None:
+        """R m = R p * q + p * (dq_pre + dq)."""
+        raise NotImplementedError
+
+    def factor_adjoint(self, p_table: Array, x: Array, q: Array, dm: Array, dp: Array, dq: Array) -> None:
+        """The transpose of factor_tangent: dp = dm * q and dq = dm * p."""
+        raise NotImplementedError
+
+    # Whole-array kernels -----------------------------------------------------------------------
+
+    def softmax_loss(self, logits: Array, targets: Array) -> float:
+        """Overwrite logits (N, V) with probabilities; give the summed loss in nats (float64)."""
+        raise NotImplementedError
+
+    def softmax_gradient(self, p: Array, targets: Array, scale: float, out: Array) -> None:
+        """Out = scale * (p - onehot(targets)), all (N, V)."""
+        raise NotImplementedError
+
+    def softmax_hessian(self, p: Array, u: Array, scale: float) -> None:
+        """Overwrite u with scale * p * (u - <p, u>): the loss Hessian applied to each row (N, V)."""
+        raise NotImplementedError
+
+    def segment_sum(self, rows: Array, x: Array, out: Array) -> None:
+        """out[s] = the sum of the rows (N, K) whose symbol x (N,) is s; out is (V, K)."""
+        raise NotImplementedError
+
+    def accumulate_square(self, g: Array, total: Array, squares: Array) -> None:
+        """Total += g and squares += g * g, vectors of one length."""
+        raise NotImplementedError

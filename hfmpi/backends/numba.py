@@ -1,0 +1,301 @@
+"""Fused loops for the CPU: each touches every coefficient once. The mathematics is that of `numpy.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numba
+import numpy as np
+from numba import prange
+
+from hfmpi.backends.base import Array
+from hfmpi.backends.elementary import exp, tanh
+from hfmpi.backends.numpy import NumpyBackend
+
+__all__ = ["NumbaBackend"]
+
+
+def gated_step(a, table, x, bias_h, c, h, k):
+    n = c.shape[1]
+    one = a.dtype.type(1)
+    half = a.dtype.type(0.5)
+    for b in prange(c.shape[0]):
+        row = table[x[b]]
+        for j in range(n):
+            i = half * tanh(half * (a[b, j] + row[j])) + half
+            f = half * tanh(half * (a[b, n + j] + row[n + j])) + half
+            o = half * tanh(half * (a[b, 2 * n + j] + row[2 * n + j])) + half
+            au = a[b, 3 * n + j] + row[3 * n + j]
+            old = c[b, j]
+            if bias_h is None:
+                u = tanh(au)
+                new = f * old + i * u
+                s = tanh(new)
+                h[b, j] = o * s
+                k[3, b, j] = s * o * (one - o)
+                k[4, b, j] = i * (one - u * u)
+                k[5, b, j] = o * (one - s * s)
+            else:
+                u = au
+                new = f * old + i * u
+                s = tanh(o * new + bias_h[j])
+                g = one - s * s
+                h[b, j] = s
+                k[3, b, j] = g * new * o * (one - o)
+                k[4, b, j] = i
+                k[5, b, j] = g * o
+            k[0, b, j] = f
+            k[1, b, j] = u * i * (one - i)
+            k[2, b, j] = old * f * (one - f)
+            c[b, j] = new
+
+
+def gated_weights(a, table, x, linear_update, w):
+    n = a.shape[1] // 4
+    one = a.dtype.type(1)
+    half = a.dtype.type(0.5)
+    quarter = a.dtype.type(0.25)
+    for b in prange(a.shape[0]):
+        row = table[x[b]]
+        for j in range(3 * n):
+            s = tanh(half * (a[b, j] + row[j]))
+            w[b, j] = quarter * (one - s * s)
+        if linear_update:
+            w[b, 3 * n :] = quarter
+        else:
+            for j in range(3 * n, 4 * n):
+                s = tanh(a[b, j] + row[j])
+                w[b, j] = quarter * (one - s * s)
+
+
+def gated_tangent(pre, sequential, table, x, k, dc, dh, add):
+    n = dc.shape[1]
+    for b in prange(dc.shape[0]):
+        row = table[x[b]]
+        for j in range(4 * n):
+            pre[b, j] += sequential[b, j] + row[j]
+        for j in range(n):
+            value = k[0, b, j] * dc[b, j] + k[1, b, j] * pre[b, j]
+            value += k[2, b, j] * pre[b, n + j] + k[4, b, j] * pre[b, 3 * n + j]
+            dc[b, j] = value
+            rh = k[3, b, j] * pre[b, 2 * n + j] + k[5, b, j] * value
+            if add:
+                rh += dh[b, j]
+            dh[b, j] = rh
+
+
+def gated_adjoint(dh, back, k, dc, da, inject):
+    n = dc.shape[1]
+    for b in prange(dc.shape[0]):
+        if inject:
+            for j in range(n):
+                total = dh[b, j] + back[b, j]
+                dh[b, j] = total
+                state = dc[b, j] + k[5, b, j] * total
+                da[b, j] += k[1, b, j] * state
+                da[b, n + j] += k[2, b, j] * state
+                da[b, 2 * n + j] += k[3, b, j] * total
+                da[b, 3 * n + j] += k[4, b, j] * state
+                dc[b, j] = k[0, b, j] * state
+        else:
+            for j in range(n):
+                total = dh[b, j] + back[b, j]
+                dh[b, j] = total
+                state = dc[b, j] + k[5, b, j] * total
+                da[b, j] = k[1, b, j] * state
+                da[b, n + j] = k[2, b, j] * state
+                da[b, 2 * n + j] = k[3, b, j] * total
+                da[b, 3 * n + j] = k[4, b, j] * state
+                dc[b, j] = k[0, b, j] * state
+
+
+def plain_forward(a, table, x, h, w):
+    one = a.dtype.type(1)
+    quarter = a.dtype.type(0.25)
+    for b in prange(h.shape[0]):
+        row = table[x[b]]
+        for j in range(h.shape[1]):
+            s = tanh(a[b, j] + row[j])
+            h[b, j] = s
+            if w is not None:
+                w[b, j] = quarter * (one - s * s)
+
+
+def plain_tangent(pre, sequential, table, x, h, dh):
+    one = h.dtype.type(1)
+    for b in prange(h.shape[0]):
+        row = table[x[b]]
+        for j in range(h.shape[1]):
+            value = pre[b, j] + sequential[b, j] + row[j]
+            pre[b, j] = value
+            dh[b, j] = (one - h[b, j] * h[b, j]) * value
+
+
+def plain_adjoint(dh, back, h, da, inject):
+    one = h.dtype.type(1)
+    for b in prange(h.shape[0]):
+        for j in range(h.shape[1]):
+            total = dh[b, j] + back[b, j]
+            dh[b, j] = total
+            own = (one - h[b, j] * h[b, j]) * total
+            if inject:
+                own += da[b, j]
+            da[b, j] = own
+
+
+def factor_forward(p_table, x, q, m):
+    for b in prange(q.shape[0]):
+        row = p_table[x[b]]
+        for j in range(q.shape[1]):
+            m[b, j] = row[j] * q[b, j]
+
+
+def factor_tangent(p_table, dp_table, x, q, dq_pre, dq, dm):
+    for b in prange(q.shape[0]):
+        row = p_table[x[b]]
+        dp = dp_table[x[b]]
+        for j in range(q.shape[1]):
+            dm[b, j] = dp[j] * q[b, j] + row[j] * (dq_pre[b, j] + dq[b, j])
+
+
+def factor_adjoint(p_table, x, q, dm, dp, dq):
+    for b in prange(q.shape[0]):
+        row = p_table[x[b]]
+        for j in range(q.shape[1]):
+            dp[b, j] = dm[b, j] * q[b, j]
+            dq[b, j] = dm[b, j] * row[j]
+
+
+def softmax_rows(logits, targets, losses):
+    for r in prange(logits.shape[0]):
+        top = logits[r, 0]
+        for v in range(1, logits.shape[1]):
+            top = max(top, logits[r, v])
+        chosen = logits[r, targets[r]] - top
+        for v in range(logits.shape[1]):
+            logits[r, v] = exp(logits[r, v] - top)
+        total = np.float64(0)
+        for v in range(logits.shape[1]):
+            total += logits[r, v]
+        inverse = logits.dtype.type(1 / total)
+        for v in range(logits.shape[1]):
+            logits[r, v] *= inverse
+        losses[r] = np.log(total) - chosen
+
+
+def softmax_gradient(p, targets, scale, out):
+    for r in prange(p.shape[0]):
+        for v in range(p.shape[1]):
+            out[r, v] = scale * p[r, v]
+        out[r, targets[r]] -= scale
+
+
+def softmax_hessian(p, u, scale):
+    for r in prange(p.shape[0]):
+        mean = p.dtype.type(0)
+        for v in range(p.shape[1]):
+            mean += p[r, v] * u[r, v]
+        for v in range(p.shape[1]):
+            u[r, v] = scale * p[r, v] * (u[r, v] - mean)
+
+
+def segment_sum(rows, x, out):
+    out[...] = 0
+    for r in range(rows.shape[0]):
+        target = out[x[r]]
+        for j in range(rows.shape[1]):
+            target[j] += rows[r, j]
+
+
+def accumulate_square(g, total, squares):
+    for j in prange(g.shape[0]):
+        total[j] += g[j]
+        squares[j] += g[j] * g[j]
+
+
+def compiled(function: Callable, parallel: bool) -> Callable:
+    """Compile a kernel; sums may be reordered and contracted, NaN and infinity keep their meaning."""
+    return numba.njit(
+        function,
+        parallel=parallel,
+        cache=True,
+        error_model="numpy",
+        fastmath={"contract", "reassoc", "nsz"},
+    )
+
+
+SERIAL = {
+    f.__name__: compiled(f, parallel=False)
+    for f in (
+        gated_step,
+        gated_weights,
+        gated_tangent,
+        gated_adjoint,
+        plain_forward,
+        plain_tangent,
+        plain_adjoint,
+        factor_forward,
+        factor_tangent,
+        factor_adjoint,
+        softmax_rows,
+        softmax_gradient,
+        softmax_hessian,
+        segment_sum,
+        accumulate_square,
+    )
+}
+
+PLAIN = (
+    "gated_tangent",
+    "gated_adjoint",
+    "plain_forward",
+    "plain_tangent",
+    "plain_adjoint",
+    "factor_forward",
+    "factor_tangent",
+    "factor_adjoint",
+    "segment_sum",
+    "accumulate_square",
+)
+"""Kernels whose signature is the backend's own."""
+
+
+class NumbaBackend(NumpyBackend):
+    """Compiled fused loops over NumPy arrays; compiled on first use and cached.
+
+    With one thread the kernels are plain loops; with more, the rows of the batch are shared out
+    (`segment_sum` stays serial: its rows meet in few sums).
+    """
+
+    name = "numba"
+
+    def __init__(self, dtype: str = "float32", threads: int = 1) -> None:
+        super().__init__(dtype, threads)
+        kernels = SERIAL
+        if threads > 1:
+            numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+            kernels = {
+                name: kernel if name == "segment_sum" else compiled(kernel.py_func, parallel=True)
+                for name, kernel in SERIAL.items()
+            }
+        self._kernels = kernels
+        for name in PLAIN:
+            setattr(self, name, kernels[name])
+
+    def gated_forward(
+        self, a: Array, table: Array, x: Array, bias_h: Array, c: Array, h: Array, k: Array, w: Array
+    ) -> None:
+        self._kernels["gated_step"](a, table, x, bias_h, c, h, k)
+        if w is not None:
+            self._kernels["gated_weights"](a, table, x, bias_h is not None, w)
+
+    def softmax_loss(self, logits: Array, targets: Array) -> float:
+        losses = np.empty(len(targets))
+        self._kernels["softmax_rows"](logits, targets, losses)
+        return float(losses.sum())
+
+    def softmax_gradient(self, p: Array, targets: Array, scale: float, out: Array) -> None:
+        self._kernels["softmax_gradient"](p, targets, self.dtype.type(scale), out)
+
+    def softmax_hessian(self, p: Array, u: Array, scale: float) -> None:
+        self._kernels["softmax_hessian"](p, u, self.dtype.type(scale))

@@ -1,0 +1,74 @@
+"""`hfmpi prepare`: text to corpus."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from hfmpi.errors import UserError
+
+__all__ = ["prepare"]
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True, metavar="[TEXT]... OUT.h5", type=click.Path(path_type=Path))
+@click.option(
+    "--ptb-raw",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Instead of TEXT: the Penn Treebank's raw files below DIR, in order, without their .START lines.",
+)
+@click.option("--corpus", type=click.Choice(["kjv"]), help="Instead of TEXT: the King James Bible.")
+@click.option(
+    "--train-chars",
+    default=2_800_000,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Characters for training, from the start of the text.",
+)
+@click.option(
+    "--valid-chars",
+    default=200_000,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Characters for validation, those that follow.",
+)
+def prepare(
+    paths: tuple[Path, ...], ptb_raw: Path | None, corpus: str | None, train_chars: int, valid_chars: int
+) -> None:
+    """Make the corpus OUT.h5 of one or more TEXT files, joined in the order given.
+
+    Every byte is a symbol; nothing is cleaned or left out. A text shorter than asked for is split in
+    proportion.
+    """
+    from hfmpi.data import corpus_file
+    from hfmpi.data import prepare as data
+
+    *texts, out = paths
+    if sum([bool(texts), ptb_raw is not None, corpus is not None]) != 1:
+        raise UserError("give either TEXT files or --ptb-raw or --corpus, and OUT.h5 as the last name")
+    if ptb_raw is not None:
+        source = data.read_ptb_raw(ptb_raw)
+    elif corpus is not None:
+        source = data.read_corpus(corpus)
+    else:
+        source = data.read_texts(texts)
+
+    if os.path.exists(out):
+        if any(os.path.samefile(out, file) for file in source.files):
+            raise UserError(f"{out} is one of the texts: name another file for the corpus")
+        # A forgotten OUT.h5 would otherwise cost the last text.
+        if not corpus_file.is_corpus(out):
+            raise UserError(f"{out} is there and is not a corpus: remove it or name another file")
+
+    made, message = data.prepare(source.text, train_chars, valid_chars, source.provenance)
+    made.write(out)
+    if message:
+        click.echo(f"Note: {message}.")
+    used = len(made.train) + len(made.valid)
+    click.echo(f"{out}: {used:,} of {len(source.text):,} characters, {made.vocabulary} symbols")
+    click.echo(f"  train   {len(made.train):>13,} characters")
+    click.echo(f"  valid   {len(made.valid):>13,} characters")
+    click.echo(f"  digest  sha256:{made.digest}")

@@ -1,0 +1,1 @@
+"""Text to an HDF5 corpus, and deterministic global batches of it."""

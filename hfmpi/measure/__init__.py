@@ -1,0 +1,1 @@
+"""What a run costs: the paper's counts and the clock."""

@@ -1,0 +1,104 @@
+"""Where the time of a rank goes: named spans, and the waiting inside the collectives."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+__all__ = ["Timer", "split_waiting"]
+
+
+class Timer:
+    """A clock that books each moment to the innermost open span.
+
+    Parameters
+    ----------
+    clock : callable
+        Gives the time in seconds.
+    kept : sequence of str
+        Names of the spans whose single durations are kept for `series`.
+
+    Attributes
+    ----------
+    totals : dict of str to float
+        Seconds of each name, without those of the spans nested inside. They add up to the time spent in
+        any span at all, and are up to date whenever a span opens or closes.
+
+    Examples
+    --------
+    >>> timer = Timer()
+    >>> with timer.span("gradient"), timer.span("allreduce"):
+    ...     pass
+    >>> sorted(timer.totals), timer.series("allreduce").shape
+    (['allreduce', 'gradient'], (1,))
+    """
+
+    def __init__(
+        self, clock: Callable[[], float] = time.perf_counter, kept: Sequence[str] = ("allreduce",)
+    ) -> None:
+        self.totals: dict[str, float] = {}
+        self._clock = clock
+        self._series: dict[str, list[float]] = {name: [] for name in kept}
+        self._open: list[tuple[str, float]] = []  # name and own seconds so far, the innermost last
+        self._mark = 0.0  # up to here the time is booked
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Book the time inside the `with` block to this name."""
+        self._book()
+        self._open.append((name, 0.0))
+        try:
+            yield
+        finally:
+            self._book()
+            _, own = self._open.pop()
+            if name in self._series:
+                self._series[name].append(own)
+
+    def series(self, name: str) -> np.ndarray:
+        """Give the durations of the single spans of a kept name, (calls,) float64, in order.
+
+        Raises
+        ------
+        KeyError
+            If the name is not one of those kept.
+        """
+        return np.array(self._series[name], dtype=np.float64)
+
+    def _book(self) -> None:
+        now = self._clock()
+        if self._open:
+            name, own = self._open[-1]
+            self.totals[name] = self.totals.get(name, 0.0) + now - self._mark
+            self._open[-1] = (name, own + now - self._mark)
+        self._mark = now
+
+
+def split_waiting(durations: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Split the time in collectives into communication and waiting for slower ranks.
+
+    The rank that comes last to a collective does not wait, so its duration, the smallest, is the
+    communication; whatever another rank spent longer was waiting. This needs neither barriers, which
+    would change what is measured, nor clocks that agree.
+
+    Parameters
+    ----------
+    durations : sequence of ndarray
+        For each of the P ranks the durations of its collectives, (calls,) float64, in the same order.
+
+    Returns
+    -------
+    communication, waiting : ndarray
+        Seconds of each rank, (P,) float64.
+
+    Raises
+    ------
+    ValueError
+        If the ranks do not have the same number of calls.
+    """
+    table = np.stack([np.asarray(calls, dtype=np.float64) for calls in durations])
+    communication = table.min(axis=0).sum()
+    return np.full(len(table), communication), table.sum(axis=1) - communication

@@ -1,0 +1,1 @@
+"""Pure mathematics on one device: recurrent networks, their linearisation and its transpose."""

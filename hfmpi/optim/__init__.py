@@ -1,0 +1,1 @@
+"""Optimizers on vectors and objectives alone."""

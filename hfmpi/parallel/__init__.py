@@ -1,0 +1,1 @@
+"""Ranks: the communicator, placement on cores, and the launch."""

@@ -1,0 +1,195 @@
+"""What the ranks say to one another: sums, rank 0's word, and small objects."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import socket
+from typing import Any, TypeVar
+
+import numpy as np
+
+__all__ = ["Communicator", "MPICommunicator", "digest"]
+
+T = TypeVar("T")
+
+_SUMMABLE = frozenset(np.dtype(name) for name in ("float32", "float64", "int64"))
+_PACKET = 256  # bytes of the one message in which `agree` sends a small value
+
+
+def digest(vector: np.ndarray) -> int:
+    """Give 64 bits that tell two vectors apart, down to the last bit.
+
+    Parameters
+    ----------
+    vector : ndarray
+        Any shape and any numeric dtype; only its bytes in C order are read.
+
+    Returns
+    -------
+    int
+        The 8-byte BLAKE2b digest, at least 0 and below 2**64; see `Communicator.same`.
+    """
+    content = np.ascontiguousarray(vector).reshape(-1).view(np.uint8)
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+class Communicator:
+    """One rank alone; also the interface of every other communicator.
+
+    Every method is collective: all ranks call it, in the same order.
+
+    Attributes
+    ----------
+    rank, size : int
+        This rank and the number of ranks.
+    local_rank, local_size : int
+        The same among the ranks that share this node's memory.
+    host : str
+        Name of this node.
+    """
+
+    rank = 0
+    size = 1
+    local_rank = 0
+    local_size = 1
+
+    def __init__(self) -> None:
+        self.host = socket.gethostname()
+
+    def sum(self, vector: np.ndarray) -> None:
+        """Sum a vector over all ranks, in place.
+
+        Parameters
+        ----------
+        vector : ndarray
+            C-contiguous float32, float64 or int64, of the same shape and dtype on every rank.
+
+        Raises
+        ------
+        TypeError
+            If the dtype is another or the array is not C-contiguous.
+        """
+        _check(vector)
+
+    def broadcast(self, vector: np.ndarray) -> None:
+        """Replace a vector by that of rank 0, in place.
+
+        Parameters
+        ----------
+        vector : ndarray
+            C-contiguous float32, float64 or int64, of the same shape and dtype on every rank.
+
+        Raises
+        ------
+        TypeError
+            If the dtype is another or the array is not C-contiguous.
+        """
+        _check(vector)
+
+    def agree(self, value: T) -> T:
+        """Give rank 0's value on every rank.
+
+        Parameters
+        ----------
+        value : object
+            Small and picklable; that of the other ranks is not looked at and may be None.
+        """
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Say whether the flag is set on at least one rank."""
+        count = np.array([bool(flag)], dtype=np.int64)
+        self.sum(count)
+        return bool(count[0])
+
+    def gather(self, value: T) -> list[T] | None:
+        """Collect a small picklable object of every rank: a list in rank order on rank 0, else None."""
+        return [value]
+
+    def same(self, value: int) -> list[int]:
+        """Compare a number such as `digest(theta)` across the ranks.
+
+        Parameters
+        ----------
+        value : int
+            At least 0 and below 2**64.
+
+        Returns
+        -------
+        list of int
+            The ranks whose value differs from rank 0's, the same list on every rank; empty if all agree.
+        """
+        values = np.zeros(self.size, dtype=np.int64)
+        values.view(np.uint64)[self.rank] = value
+        self.sum(values)  # every slot has one nonzero term, so the bits arrive as they left
+        return [int(rank) for rank in np.flatnonzero(values != values[0])]
+
+    def close(self) -> None:
+        """Free what the communicator holds; it is of no use afterwards."""
+
+
+class MPICommunicator(Communicator):
+    """The ranks of an MPI communicator, on a duplicate of it.
+
+    The duplicate keeps hfmpi's messages apart from those of any other code in the program.
+
+    Parameters
+    ----------
+    world : mpi4py.MPI.Intracomm
+        Usually COMM_WORLD, as `hfmpi.parallel.launch.connect` does it.
+    """
+
+    def __init__(self, world: Any) -> None:
+        from mpi4py import MPI
+
+        super().__init__()
+        self._mpi = MPI
+        self._comm = world.Dup()
+        self.rank = self._comm.rank
+        self.size = self._comm.size
+        node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.local_rank = node.rank
+        self.local_size = node.size
+        node.Free()
+
+    def sum(self, vector: np.ndarray) -> None:
+        """Sum a vector over all ranks, in place; see `Communicator.sum`."""
+        _check(vector)
+        self._comm.Allreduce(self._mpi.IN_PLACE, vector, op=self._mpi.SUM)
+
+    def broadcast(self, vector: np.ndarray) -> None:
+        """Replace a vector by that of rank 0, in place; see `Communicator.broadcast`."""
+        _check(vector)
+        self._comm.Bcast(vector, root=0)
+
+    def agree(self, value: T) -> T:
+        """Give rank 0's value on every rank; one message if its pickle is below 248 bytes, else two."""
+        content = pickle.dumps(value) if self.rank == 0 else b""
+        packet = bytearray(_PACKET)
+        if self.rank == 0:
+            packet[:8] = len(content).to_bytes(8, "little")
+            packet[8:] = content[: _PACKET - 8].ljust(_PACKET - 8, b"\0")
+        self._comm.Bcast(packet, root=0)
+        length = int.from_bytes(packet[:8], "little")
+        if length <= _PACKET - 8:
+            return pickle.loads(packet[8 : 8 + length])
+        whole = bytearray(content) if self.rank == 0 else bytearray(length)
+        self._comm.Bcast(whole, root=0)
+        return pickle.loads(whole)
+
+    def gather(self, value: T) -> list[T] | None:
+        """Collect a small picklable object of every rank on rank 0; see `Communicator.gather`."""
+        return self._comm.gather(value, root=0)
+
+    def close(self) -> None:
+        """Free the duplicate; collective."""
+        self._comm.Free()
+
+
+def _check(vector: np.ndarray) -> None:
+    if vector.dtype not in _SUMMABLE or not vector.flags.c_contiguous:
+        raise TypeError(
+            f"a message must be a C-contiguous float32, float64 or int64 array, not {vector.dtype} "
+            f"with strides {vector.strides}"
+        )

@@ -1,0 +1,1 @@
+"""One training run: configuration, loop, checkpoint, history, stop signals."""

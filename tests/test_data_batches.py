@@ -1,0 +1,152 @@
+"""Sequences and global batches: nothing lost, nothing twice, the same on any number of ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hfmpi.data.batches import Sequences, check_batch, curvature_slice, global_indices, shard
+from hfmpi.errors import UserError
+
+counts = st.integers(1, 40)
+seeds = st.integers(0, 2**40)
+
+
+@st.composite
+def splits(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
+    length, warmup = draw(st.integers(1, 12)), draw(st.integers(0, 12))
+    size = draw(st.integers(length + warmup, 80))
+    return np.array(draw(st.lists(st.integers(0, 255), min_size=size, max_size=size)), np.uint8), length, warmup
+
+
+@given(splits())
+def test_a_sequence_is_the_text_read_as_a_ring(split: tuple[np.ndarray, int, int]) -> None:
+    ids, length, warmup = split
+    sequences = Sequences(ids, length, warmup)
+    assert sequences.count == len(ids) // length
+    inputs, targets = sequences.take(np.arange(sequences.count))
+    for k in range(sequences.count):
+        for t in range(length):
+            assert targets[t, k] == ids[(k * length + t + 1) % len(ids)]
+        for t in range(-warmup, length):
+            assert inputs[warmup + t, k] == ids[(k * length + t) % len(ids)]
+
+
+@given(splits())
+def test_targets_are_the_inputs_one_later_and_every_character_is_one_target(
+    split: tuple[np.ndarray, int, int],
+) -> None:
+    ids, length, warmup = split
+    sequences = Sequences(np.arange(len(ids)), length, warmup)  # each character its own position
+    inputs, targets = sequences.take(np.arange(sequences.count))
+    assert inputs.shape == (warmup + length, sequences.count)
+    assert targets.shape == (length, sequences.count)
+    assert np.array_equal(targets, (inputs[warmup:] + 1) % len(ids))
+    assert np.array_equal(targets[:-1], inputs[warmup + 1 :])
+    covered = (np.arange(sequences.count * length) + 1) % len(ids)
+    assert np.array_equal(np.sort(targets, axis=None), np.sort(covered))
+
+
+def test_a_batch_is_int32_time_first_and_contiguous() -> None:
+    sequences = Sequences(np.arange(100, dtype=np.uint8), 10, 3)
+    for indices in (np.array([4, 0, 4]), np.array([], np.int64)):
+        batch = sequences.take(indices)
+        assert batch.inputs.shape == (13, len(indices))
+        assert batch.targets.shape == (10, len(indices))
+        for part in batch:
+            assert part.dtype == np.int32
+            assert part.flags.c_contiguous
+    batch = sequences.take(np.array([4, 0, 4]))
+    assert batch.inputs[:, 1].tolist() == [97, 98, 99, *range(10)]
+    assert np.array_equal(batch.inputs[:, 0], batch.inputs[:, 2])
+
+
+def test_the_papers_sizes_make_the_papers_sequences() -> None:
+    assert Sequences(np.zeros(2_800_000, np.uint8)).count == 14_000
+    assert Sequences(np.zeros(200_000, np.uint8)).count == 1_000
+
+
+@pytest.mark.parametrize("index", [-1, 10])
+def test_a_sequence_that_is_not_there_is_an_error(index: int) -> None:
+    with pytest.raises(IndexError):
+        Sequences(np.zeros(109, np.uint8), 10).take(np.array([0, index]))
+
+
+@pytest.mark.parametrize(
+    ("size", "length", "warmup", "words"),
+    [
+        (199, 200, 0, "199 characters is too short for one sequence of 200"),
+        (200, 200, 1, "with a warm-up of 1"),
+        (0, 1, 0, "too short"),
+        (10, 0, 0, "cannot be"),
+        (10, 5, -1, "cannot be"),
+    ],
+)
+def test_a_split_without_a_sequence_is_one_sentence(size: int, length: int, warmup: int, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Sequences(np.zeros(size, np.uint8), length, warmup)
+
+
+@given(seeds, counts, st.data())
+def test_every_epoch_draws_every_sequence_once(seed: int, count: int, data: st.DataObject) -> None:
+    batch = data.draw(st.integers(1, count))
+    steps = -(-3 * count // batch)
+    stream = np.concatenate([global_indices(seed, step, batch, count) for step in range(steps)])
+    for epoch in range(3):
+        assert sorted(stream[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+
+@given(seeds, counts, st.integers(0, 10**9), st.data())
+def test_the_batch_is_a_function_of_seed_and_step(seed: int, count: int, step: int, data: st.DataObject) -> None:
+    batch = data.draw(st.integers(1, count))
+    first = global_indices(seed, step, batch, count)
+    assert first.dtype == np.int64
+    assert first.shape == (batch,)
+    global_indices(seed + 1, step + 7, batch, count)  # whatever was asked in between
+    assert np.array_equal(global_indices(seed, step, batch, count), first)
+
+
+def test_seeds_and_epochs_differ() -> None:
+    first = [global_indices(0, epoch, 100, 100).tolist() for epoch in range(3)]
+    other = [global_indices(1, epoch, 100, 100).tolist() for epoch in range(3)]
+    assert len({tuple(order) for order in first + other}) == 6
+
+
+def test_the_order_is_the_same_for_ever() -> None:
+    # Runs of today are to resume into the same batches with the numpy of tomorrow.
+    assert global_indices(1, 0, 8, 8).tolist() == EXPECTED_ORDER
+    assert global_indices(1, 1, 5, 8).tolist() == [*EXPECTED_ORDER[5:], *global_indices(1, 1, 8, 8)[:2]]
+
+
+@given(st.lists(st.integers(), max_size=50), st.integers(1, 60))
+def test_the_shards_of_any_number_of_ranks_are_the_batch(batch: list[int], size: int) -> None:
+    indices = np.array(batch, dtype=object)
+    shards = [shard(indices, rank, size) for rank in range(size)]
+    assert np.concatenate(shards).tolist() == batch
+    sizes = [len(part) for part in shards]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@given(st.integers(1, 30), st.integers(0, 1000), st.data())
+def test_the_curvature_slice_gives_every_place_its_turn(gradient: int, step: int, data: st.DataObject) -> None:
+    curvature = data.draw(st.integers(1, gradient))
+    places = curvature_slice(step, gradient, curvature)
+    assert places.shape == (curvature,)
+    assert places.dtype == np.int64
+    assert len(set(places.tolist())) == curvature
+    assert places[0] == step * curvature % gradient
+    # `gradient` steps draw `curvature` times the gradient batch, whatever the first of them.
+    drawn = np.concatenate([curvature_slice(step + k, gradient, curvature) for k in range(gradient)])
+    assert np.bincount(drawn, minlength=gradient).tolist() == [curvature] * gradient
+
+
+@pytest.mark.parametrize("batch", [0, 11, -1])
+def test_a_batch_larger_than_the_data_is_one_sentence(batch: int) -> None:
+    check_batch(1, 10)
+    check_batch(10, 10)
+    with pytest.raises(UserError, match="cannot be drawn from the 10 there are"):
+        check_batch(batch, 10)
+    with pytest.raises(UserError, match="from a gradient batch of 10"):
+        curvature_slice(0, 10, batch)

