@@ -18,7 +18,11 @@ seeds = st.integers(0, 2**40)
 def splits(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
     length, warmup = draw(st.integers(1, 12)), draw(st.integers(0, 12))
     size = draw(st.integers(length + warmup, 80))
-    return np.array(draw(st.lists(st.integers(0, 255), min_size=size, max_size=size)), np.uint8), length, warmup
+    return (
+        np.array(draw(st.lists(st.integers(0, 255), min_size=size, max_size=size)), np.uint8),
+        length,
+        warmup,
+    )
 
 
 @given(splits())
@@ -99,7 +103,9 @@ def test_every_epoch_draws_every_sequence_once(seed: int, count: int, data: st.D
 
 
 @given(seeds, counts, st.integers(0, 10**9), st.data())
-def test_the_batch_is_a_function_of_seed_and_step(seed: int, count: int, step: int, data: st.DataObject) -> None:
+def test_the_batch_is_a_function_of_seed_and_step(
+    seed: int, count: int, step: int, data: st.DataObject
+) -> None:
     batch = data.draw(st.integers(1, count))
     first = global_indices(seed, step, batch, count)
     assert first.dtype == np.int64
@@ -116,8 +122,8 @@ def test_seeds_and_epochs_differ() -> None:
 
 def test_the_order_is_the_same_for_ever() -> None:
     # Runs of today are to resume into the same batches with the numpy of tomorrow.
-    assert global_indices(1, 0, 8, 8).tolist() == EXPECTED_ORDER
-    assert global_indices(1, 1, 5, 8).tolist() == [*EXPECTED_ORDER[5:], *global_indices(1, 1, 8, 8)[:2]]
+    assert global_indices(1, 0, 8, 8).tolist() == [2, 4, 7, 5, 0, 6, 3, 1]
+    assert global_indices(1, 1, 5, 8).tolist() == [6, 3, 1, *global_indices(1, 1, 8, 8)[:2]]
 
 
 @given(st.lists(st.integers(), max_size=50), st.integers(1, 60))
@@ -130,7 +136,9 @@ def test_the_shards_of_any_number_of_ranks_are_the_batch(batch: list[int], size:
 
 
 @given(st.integers(1, 30), st.integers(0, 1000), st.data())
-def test_the_curvature_slice_gives_every_place_its_turn(gradient: int, step: int, data: st.DataObject) -> None:
+def test_the_curvature_slice_gives_every_place_its_turn(
+    gradient: int, step: int, data: st.DataObject
+) -> None:
     curvature = data.draw(st.integers(1, gradient))
     places = curvature_slice(step, gradient, curvature)
     assert places.shape == (curvature,)

@@ -13,11 +13,17 @@ __all__ = ["prepare"]
 
 
 @click.command()
-@click.argument("paths", nargs=-1, required=True, metavar="[TEXT]... OUT.h5", type=click.Path(path_type=Path))
+@click.argument(
+    "paths",
+    nargs=-1,
+    required=True,
+    metavar="[TEXT]... OUT.h5",
+    type=click.Path(readable=False, path_type=Path),
+)
 @click.option(
     "--ptb-raw",
     metavar="DIR",
-    type=click.Path(path_type=Path),
+    type=click.Path(readable=False, path_type=Path),
     help="Instead of TEXT: the Penn Treebank's raw files below DIR, in order, without their .START lines.",
 )
 @click.option("--corpus", type=click.Choice(["kjv"]), help="Instead of TEXT: the King James Bible.")

@@ -13,7 +13,7 @@ __all__ = ["Communicator", "MPICommunicator", "digest"]
 
 T = TypeVar("T")
 
-_SUMMABLE = frozenset(np.dtype(name) for name in ("float32", "float64", "int64"))
+_SUMMABLE = ("float32", "float64", "int64")
 _PACKET = 256  # bytes of the one message in which `agree` sends a small value
 
 
@@ -31,7 +31,7 @@ def digest(vector: np.ndarray) -> int:
         The 8-byte BLAKE2b digest, at least 0 and below 2**64; see `Communicator.same`.
     """
     content = np.ascontiguousarray(vector).reshape(-1).view(np.uint8)
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(content.data, digest_size=8).digest(), "little")
 
 
 class Communicator:
@@ -70,7 +70,7 @@ class Communicator:
         TypeError
             If the dtype is another or the array is not C-contiguous.
         """
-        _check(vector)
+        _check(vector, vector.dtype.name in _SUMMABLE)
 
     def broadcast(self, vector: np.ndarray) -> None:
         """Replace a vector by that of rank 0, in place.
@@ -78,14 +78,14 @@ class Communicator:
         Parameters
         ----------
         vector : ndarray
-            C-contiguous float32, float64 or int64, of the same shape and dtype on every rank.
+            C-contiguous and of numbers, of the same shape and dtype on every rank.
 
         Raises
         ------
         TypeError
-            If the dtype is another or the array is not C-contiguous.
+            If the array is not C-contiguous or not of numbers.
         """
-        _check(vector)
+        _check(vector, vector.dtype.kind in "biuf")
 
     def agree(self, value: T) -> T:
         """Give rank 0's value on every rank.
@@ -155,12 +155,12 @@ class MPICommunicator(Communicator):
 
     def sum(self, vector: np.ndarray) -> None:
         """Sum a vector over all ranks, in place; see `Communicator.sum`."""
-        _check(vector)
+        _check(vector, vector.dtype.name in _SUMMABLE)
         self._comm.Allreduce(self._mpi.IN_PLACE, vector, op=self._mpi.SUM)
 
     def broadcast(self, vector: np.ndarray) -> None:
         """Replace a vector by that of rank 0, in place; see `Communicator.broadcast`."""
-        _check(vector)
+        _check(vector, vector.dtype.kind in "biuf")
         self._comm.Bcast(vector, root=0)
 
     def agree(self, value: T) -> T:
@@ -187,9 +187,8 @@ class MPICommunicator(Communicator):
         self._comm.Free()
 
 
-def _check(vector: np.ndarray) -> None:
-    if vector.dtype not in _SUMMABLE or not vector.flags.c_contiguous:
+def _check(vector: np.ndarray, fits: bool) -> None:
+    if not fits or not vector.flags.c_contiguous:
         raise TypeError(
-            f"a message must be a C-contiguous float32, float64 or int64 array, not {vector.dtype} "
-            f"with strides {vector.strides}"
+            f"cannot send an array of {vector.dtype} with shape {vector.shape} and strides {vector.strides}"
         )

@@ -1,0 +1,38 @@
+# Sourced by bin/test and bin/quickstart: makes .venv beside pyproject.toml, or reuses it.
+# Afterwards the shell stands in the repository and finds hfmpi and mpirun on PATH.
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+cd "$root"
+exec </dev/null  # CI may close stdin, and mpirun and pip want one that can be read
+
+die() {
+    echo "$(basename "$0"): $1" >&2
+    exit 2
+}
+
+# make_environment EXTRA...   one stamp an extra: what bin/test installed serves bin/quickstart too
+make_environment() {
+    local key extra missing=
+    command -v python3 >/dev/null || die "python3 is not on PATH; hfmpi needs Python 3.11 or newer."
+    if [[ ! -x .venv/bin/python ]] || ! grep -qsF "$root/.venv" .venv/bin/pip; then  # none, or moved here
+        python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+            die "python3 is $(python3 -V 2>&1), hfmpi needs Python 3.11 or newer."
+        python3 -c 'import venv, ensurepip' 2>/dev/null ||
+            die "python3 cannot make virtual environments (on Debian and Ubuntu: apt install python3-venv)."
+        echo "Making the environment .venv"
+        python3 -m venv --clear .venv || die "python3 could not make .venv; its message is above."
+    fi
+    key="$(.venv/bin/python -c 'import hashlib; print(hashlib.sha256(open("pyproject.toml", "rb").read()).hexdigest())')" ||
+        die "pyproject.toml cannot be read."
+    for extra in "$@"; do
+        [[ "$(cat ".venv/extra-$extra" 2>/dev/null)" == "$key" ]] || missing=yes
+    done
+    if [[ -n $missing ]]; then
+        echo "Installing hfmpi and what it needs from PyPI (a minute or two the first time)"
+        .venv/bin/python -m pip install --quiet --no-input --disable-pip-version-check \
+            --editable ".[$(IFS=,; echo "$*")]" ||
+            die "pip could not install hfmpi; its message is above."
+        for extra in "$@"; do echo "$key" >".venv/extra-$extra"; done
+    fi
+    export PATH="$root/.venv/bin:$PATH"
+}

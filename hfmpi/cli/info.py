@@ -1,0 +1,82 @@
+"""The command `hfmpi info`: what this program would run on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import click
+from threadpoolctl import threadpool_info
+
+from hfmpi.parallel.launch import connect
+from hfmpi.parallel.library import describe
+from hfmpi.parallel.placement import place
+
+__all__ = ["info"]
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def info(as_json: bool) -> None:
+    """Show ranks, hosts, cores, threads, GPUs and the libraries in use.
+
+    Start it as the run would be started, such as with mpirun -n 4 hfmpi info.
+    """
+    comm = connect()
+    placement = place(comm)
+    ranks = comm.gather(asdict(placement) | {"gpus": _gpus()})
+    if ranks is not None:
+        library, cuda_aware = describe()
+        machine = {
+            "versions": {"python": platform.python_version()}
+            | {package: _version(package) for package in ("hfmpi", "numpy", "numba", "mpi4py", "h5py")},
+            "mpi": {"library": library, "cuda_aware": cuda_aware, "started": comm.size > 1},
+            "blas": _blas(),
+        }
+        click.echo(json.dumps(machine | {"ranks": ranks}) if as_json else _lines(machine, ranks))
+    comm.close()
+
+
+def _lines(machine: dict[str, Any], ranks: list[dict[str, Any]]) -> str:
+    aware = {True: "CUDA-aware", False: "not CUDA-aware", None: "CUDA-awareness unknown"}
+    mpi = machine["mpi"]
+    lines = [
+        ", ".join(f"{package} {number or 'absent'}" for package, number in machine["versions"].items()),
+        f"MPI: {mpi['library']}, {aware[mpi['cuda_aware']]}" if mpi["library"] else "MPI: none",
+        f"BLAS: {', '.join(machine['blas']) or 'unknown'}",
+    ]
+    for rank in ranks:
+        lines.append(
+            f"rank {rank['rank']} of {rank['size']} on {rank['host']} "
+            f"({rank['local_rank']} of {rank['local_size']} there): "
+            f"{rank['cores']} cores, {rank['threads']} threads, GPUs: {', '.join(rank['gpus']) or 'none'}"
+        )
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _blas() -> list[str]:
+    found = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
+    return sorted({f"{pool['internal_api']} {pool['version'] or ''}".strip() for pool in found})
+
+
+def _gpus() -> list[str]:
+    """Name the NVIDIA devices that CUDA would show this process, without loading CUDA."""
+    present = sorted(path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None or not present:
+        return present
+    names = [name.strip() for name in chosen.split(",")]
+    hidden = [place for place, name in enumerate(names) if name in ("", "-1")]
+    return names[: hidden[0]] if hidden else names  # CUDA stops at the first name that it cannot use

@@ -1,0 +1,67 @@
+"""The `hfmpi` command: its commands are imported only when one is called."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+import hfmpi
+
+__all__ = ["cli", "entry"]
+
+COMMANDS = {
+    "prepare": "Make a corpus file from text.",
+    "train": "Train a network, alone or under mpirun.",
+    "evaluate": "Validation loss of a run, bits per character.",
+    "sample": "Let a trained network write.",
+    "plot": "Loss against P_I and P_D, as in the paper's Figure 1.",
+    "info": "Ranks, cores, threads, GPUs and the MPI library.",
+}
+
+
+class LazyGroup(click.Group):
+    """Commands by name; listing them imports none, so that `--help` is quick."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Give the names in the order in which people need them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Import a command."""
+        if name not in COMMANDS:
+            return None
+        return getattr(importlib.import_module(f"hfmpi.cli.{name}"), name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the table of commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(hfmpi.__version__, prog_name="hfmpi")
+def cli() -> None:
+    """Hessian-free training of recurrent networks, data-parallel under MPI.
+
+    Prepare a corpus, train on it (`mpirun -n 8 hfmpi train ptb.h5`), look at the run.
+    """
+
+
+def entry() -> None:
+    """Run the command; a user's mistake is one sentence and exit code 2, on however many ranks."""
+    from hfmpi.errors import UserError
+    from hfmpi.parallel.launch import guard
+
+    with guard():
+        try:
+            code = cli(standalone_mode=False)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message())
+            code = 0
+        except click.ClickException as error:
+            raise UserError(error.format_message()) from None
+        except click.Abort:
+            code = 130
+        if isinstance(code, int) and code:
+            raise SystemExit(code)

@@ -1,0 +1,112 @@
+"""What a user sees of a run: a live line on a terminal, plain lines in a log, nothing on other ranks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from hfmpi.runs.train import Reporter
+
+__all__ = ["make_reporter"]
+
+
+class Silent:
+    """Of the ranks that say nothing."""
+
+    def start(self, facts: dict[str, Any]) -> None:
+        """Say nothing."""
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Say nothing."""
+
+    def message(self, text: str) -> None:
+        """Say nothing."""
+
+
+class Log(Silent):
+    """One line a step."""
+
+    def start(self, facts: dict[str, Any]) -> None:
+        """Say what is trained, on what, and what the columns of the lines are."""
+        batches = f"B_g = {facts['gradient_batch']:,}"
+        if facts["curvature_batch"]:
+            batches += f", B_c = {facts['curvature_batch']:,}"
+        variant = "" if facts["variant"] == "standard" else f" ({facts['variant']})"
+        click.echo(
+            f"{facts['model']}{variant}, {facts['hidden']:,} hidden units, {facts['parameters']:,} parameters; "
+            f"{facts['optimizer']}, {batches} of {facts['sequences']:,} sequences"
+        )
+        click.echo(
+            f"{facts['ranks']} rank(s) of {facts['threads']} thread(s), {facts['backend']}, {facts['dtype']}"
+            + (f"; going on from step {facts['step']:,}" if facts["step"] else "")
+        )
+        if not facts["max_steps"] and not facts["max_seconds"]:
+            click.echo("No --max-steps and no --max-seconds: training goes on until it is stopped (Ctrl-C).")
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Say how a step went."""
+        click.echo(line(record))
+
+    def message(self, text: str) -> None:
+        """Say a sentence."""
+        click.echo(text)
+
+
+class Live(Log):
+    """A bar that shows the newest step, and a line for each evaluation."""
+
+    def __init__(self, progress: Any) -> None:
+        self.progress = progress
+        self.limits = (0, 0.0)
+        self.task: Any = None
+
+    def start(self, facts: dict[str, Any]) -> None:
+        """Say what is trained, then show the bar."""
+        super().start(facts)
+        self.limits = (facts["max_steps"], facts["max_seconds"])
+        self.task = self.progress.add_task("", total=1.0 if any(self.limits) else None)
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Move the bar."""
+        steps, seconds = self.limits
+        part = max(record["step"] / steps if steps else 0, record["seconds"] / seconds if seconds else 0)
+        self.progress.update(self.task, completed=min(part, 1.0), description=line(record))
+        if record["valid_bpc"] is not None or not record["accepted"]:
+            self.progress.console.print(line(record), highlight=False)
+
+    def message(self, text: str) -> None:
+        """Say a sentence above the bar."""
+        self.progress.console.print(text, highlight=False)
+
+
+def line(record: dict[str, Any]) -> str:
+    """Give one step as text; the numbers are those of the history."""
+    parts = [f"step {record['step']:>6,}", f"{record['seconds']:>8.1f} s", f"train {record['train_bpc']:.4f}"]
+    if record["valid_bpc"] is not None:
+        parts.append(f"valid {record['valid_bpc']:.4f}")
+    if "rho" in record:
+        rho = "  nan" if record["rho"] is None else f"{record['rho']:5.2f}"
+        parts.append(f"lambda {record['damping']:.2e}  rho {rho}  cg {record['cg_steps']}")
+        parts.append(f"rate {record['line_search_rate']:.2f}")
+    if not record["accepted"]:
+        parts.append(record["message"])
+    return "  ".join(parts)
+
+
+@contextmanager
+def make_reporter(rank: int) -> Iterator[Reporter]:
+    """Give the reporter of a rank for the duration of a run."""
+    if rank:
+        yield Silent()
+    elif sys.stdout.isatty():
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn()
+        with Progress(*columns) as progress:
+            yield Live(progress)
+    else:
+        yield Log()

@@ -1,0 +1,167 @@
+"""The hinge between a model on one device and an optimizer that knows none: the mean risk over all ranks.
+
+Every rank holds theta and a shard of the global batch. It sums losses, gradients or products over its shard
+in micro-batches, and one Allreduce per loss, gradient or product makes the sums global. Sums are divided by
+the global number of characters, never averaged from averages, so shards may be uneven or empty.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from hfmpi.backends.base import Array
+from hfmpi.data.batches import Batch, Sequences, shard
+from hfmpi.measure.timer import Timer
+from hfmpi.models.network import Network, Tape
+from hfmpi.optim.base import Gradient
+from hfmpi.parallel.communicator import Communicator
+
+__all__ = ["MeanRisk", "Risk", "pack", "unpack"]
+
+GRID = 2.0**-10, 2.0**-24
+"""Grids of the first two parts of a packed scalar; see `pack`."""
+
+
+def pack(value: float) -> tuple[float, float, float]:
+    """Split a float64 into three float32 numbers whose sums over many ranks are (almost) exact.
+
+    A loss travels in the message of its gradient, which may be float32, yet has to arrive in double
+    precision. The first two parts are multiples of fixed grids, so that their sums (over up to 2,048 ranks)
+    fit the 24 bits of a float32 without rounding, in whatever order they are added; the rest is below 2^-24.
+    """
+    if not math.isfinite(value):
+        return value, 0.0, 0.0
+    high = round(value / GRID[0]) * GRID[0]
+    middle = round((value - high) / GRID[1]) * GRID[1]
+    return high, middle, value - high - middle
+
+
+def unpack(parts: np.ndarray) -> float:
+    """Give the float64 sum of what `pack` split, from the summed parts (3,)."""
+    high, middle, low = (float(part) for part in parts)
+    return high + (middle + low)
+
+
+class MeanRisk:
+    """Makes the objective of any global batch: the mean loss per scored character, in nats.
+
+    Parameters
+    ----------
+    network : Network
+        The model on this rank's device.
+    communicator : Communicator
+    timer : Timer
+        Gets the spans input, forward, gradient, linearise, products, line search and allreduce.
+    micro_batch : int
+        Most sequences that a rank works on at a time; bounds memory, and does not change the result
+        beyond rounding.
+    """
+
+    def __init__(
+        self, network: Network, communicator: Communicator, timer: Timer | None = None, micro_batch: int = 64
+    ) -> None:
+        self.network = network
+        self.communicator = communicator
+        self.timer = timer or Timer()
+        self.micro_batch = micro_batch
+        self._gradient_tape: Tape | None = None
+        self._tapes: list[Tape] = []
+
+    def on(self, sequences: Sequences, indices: np.ndarray, span: str = "line search") -> Risk:
+        """Give the risk on the sequences `indices` (B,) of a split, the same on every rank.
+
+        `span` is the name under which the timer books its losses.
+        """
+        return Risk(self, sequences, indices, span)
+
+
+class Risk:
+    """The mean risk on one global batch; satisfies `hfmpi.optim.base.Objective`.
+
+    Tapes are shared by all risks of one `MeanRisk`: an operator of `gauss_newton` is valid until the next
+    call of `gauss_newton` on any of them.
+    """
+
+    def __init__(self, owner: MeanRisk, sequences: Sequences, indices: np.ndarray, span: str) -> None:
+        self.owner = owner
+        self.sequences = sequences
+        self.span = span
+        self.size = len(indices)
+        self.characters = len(indices) * sequences.length
+        self.local = shard(indices, owner.communicator.rank, owner.communicator.size)
+
+    def agree(self, value: float) -> float:
+        """Give rank 0's value of a scalar that every rank computed for itself."""
+        return self.owner.communicator.agree(value)
+
+    def loss(self, theta: Array) -> float:
+        """Mean loss in nats per character, float64."""
+        owner, total = self.owner, np.zeros(1)
+        for batch in self._batches():
+            with owner.timer.span(self.span):
+                total += owner.network.loss(theta, batch)
+        self._sum(total)
+        return float(total[0]) / self.characters
+
+    def gradient(self, theta: Array, squares: bool = False) -> Gradient:
+        """Mean loss and its gradient (D,); with `squares` the mean squared gradients of the sequences.
+
+        A sequence's own loss is its mean per character, so that `squares` has the unit of the squared
+        gradient whatever the batch. One message carries everything.
+        """
+        owner, size, kind = self.owner, theta.size, theta.dtype
+        message = owner.network.backend.xp.zeros(size * (1 + squares) + 3, kind)
+        square_sum = message[size : 2 * size] if squares else None
+        loss = 0.0
+        for batch in self._batches():
+            with owner.timer.span("forward"):
+                tape = owner.network.forward(theta, batch, reuse=owner._gradient_tape)
+                owner._gradient_tape = tape
+            with owner.timer.span("gradient"):
+                owner.network.gradient(tape, 1 / self.characters, message[:size], square_sum)
+            loss += tape.loss / self.characters
+        message[-3:] = owner.network.backend.to_device(np.array(pack(loss), kind))
+        self._sum(message)
+        if square_sum is not None:  # sum_i (g_i / B)^2 -> mean_i g_i^2
+            square_sum *= kind.type(self.size)
+        return Gradient(unpack(owner.network.backend.to_host(message[-3:])), message[:size], square_sum)
+
+    def gauss_newton(self, theta: Array, structural: float = 0.0) -> Callable[[Array], Array]:
+        """Linearise at theta; give v (D,) -> (G + structural * S) v.
+
+        S is the curvature of the structural-damping loss, likewise a mean per character: its products with
+        the pre-activations' Jacobian are divided by the same number (docs/theory.md).
+        """
+        owner, tapes = self.owner, []
+        for i, batch in enumerate(self._batches()):
+            reuse = owner._tapes[i] if i < len(owner._tapes) else None
+            with owner.timer.span("linearise"):
+                tapes.append(owner.network.forward(theta, batch, structural > 0, reuse))
+        owner._tapes = tapes
+
+        def product(v: Array) -> Array:
+            out = owner.network.backend.xp.zeros(v.size, v.dtype)
+            with owner.timer.span("products"):
+                for tape in tapes:
+                    owner.network.gauss_newton(tape, v, 1 / self.characters, structural, out)
+            self._sum(out)
+            return out
+
+        return product
+
+    def _batches(self) -> Iterator[Batch]:
+        """Cut this rank's shard into micro-batches of nearly one size."""
+        if not self.local.size:
+            return
+        for part in np.array_split(self.local, -(-self.local.size // self.owner.micro_batch)):
+            with self.owner.timer.span("input"):
+                batch = self.sequences.take(part)
+            yield batch
+
+    def _sum(self, vector: Array) -> None:
+        self.owner.network.backend.synchronize()
+        with self.owner.timer.span("allreduce"):
+            self.owner.communicator.sum(vector)

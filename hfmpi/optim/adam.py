@@ -1,0 +1,86 @@
+"""Adam (Kingma and Ba 2015), because it is what people would compare with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from hfmpi.optim.base import Objectives, StepReport, Vector, Work, inner_product
+
+__all__ = ["Adam", "AdamState"]
+
+
+@dataclass(frozen=True)
+class AdamState:
+    """Number of updates so far, and the running means of gradients and of their squares, (D,) each."""
+
+    updates: int
+    mean: Vector
+    mean_square: Vector
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam with the constants of its paper, and clipping by norm.
+
+    Attributes
+    ----------
+    rate, beta1, beta2, epsilon : float
+        Learning rate, decays of the two means, and the number that keeps the quotient finite.
+    threshold : float
+        Gradients longer than it are scaled to it first (Pascanu et al. 2013).
+    """
+
+    rate: float = 2e-3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    threshold: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks = {
+            "rate must be positive": self.rate > 0,
+            "beta1 must lie in [0, 1)": 0 <= self.beta1 < 1,
+            "beta2 must lie in [0, 1)": 0 <= self.beta2 < 1,
+            "epsilon must be positive": self.epsilon > 0,
+            "threshold must be positive": self.threshold > 0,
+        }
+        for sentence, holds in checks.items():
+            if not holds:
+                raise ValueError(sentence)
+
+    def init(self, theta: Vector) -> AdamState:
+        """Give the state before the first update."""
+        return AdamState(0, theta * 0, theta * 0)
+
+    def step(
+        self, theta: Vector, state: AdamState, objectives: Objectives
+    ) -> tuple[Vector, AdamState, StepReport]:
+        """Take one update; one whose gradient is not finite is rejected."""
+        at = objectives.gradient.gradient(theta)
+        inner = inner_product(objectives.gradient)
+        norm = math.sqrt(inner(at.vector, at.vector))
+        if not (math.isfinite(norm) and math.isfinite(at.loss)):
+            report = StepReport(
+                at.loss, False, "update rejected: the gradient is not finite", Work(gradients=1)
+            )
+            return theta, state, report
+        kind = theta.dtype.type
+        g = at.vector * kind(min(1.0, self.threshold / norm)) if norm > 0 else at.vector
+        t = state.updates + 1
+        mean = kind(self.beta1) * state.mean + kind(1 - self.beta1) * g
+        mean_square = kind(self.beta2) * state.mean_square + kind(1 - self.beta2) * g * g
+        corrected = np.sqrt(mean_square / kind(1 - self.beta2**t)) + kind(self.epsilon)
+        p = kind(self.rate / (1 - self.beta1**t)) * mean / corrected
+        details: dict[str, float | int | str | None] = {
+            "gradient_norm": norm,
+            "step_norm": math.sqrt(inner(p, p)),
+            "rate": self.rate,
+        }
+        return (
+            theta - p,
+            AdamState(t, mean, mean_square),
+            StepReport(at.loss, True, "", Work(gradients=1), details),
+        )

@@ -1,0 +1,45 @@
+"""The reduction ratio and the Levenberg-Marquardt rule for lambda (Martens 2010, section 4.1)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+__all__ = ["LevenbergMarquardt", "reduction_ratio"]
+
+
+def reduction_ratio(loss_before: float, loss_after: float, model_value: float) -> float:
+    """Rho = (f(theta + p) - f(theta)) / (value of the undamped quadratic model at p).
+
+    NaN where the model promises nothing (its value is not negative) or anything is not finite.
+    """
+    change = loss_after - loss_before
+    if not (math.isfinite(change) and math.isfinite(model_value)) or model_value >= 0:
+        return math.nan
+    return change / model_value
+
+
+@dataclass(frozen=True)
+class LevenbergMarquardt:
+    """Raise lambda where the model was poor, lower it where the model was good.
+
+    Attributes
+    ----------
+    factor : float
+        lambda is divided by it for rho < 1/4 or NaN and multiplied with it for rho > 3/4. Martens: 2/3;
+        Kiros: 0.99; 1 keeps lambda fixed.
+    minimum, maximum : float
+        Bounds of lambda.
+    """
+
+    factor: float = 2 / 3
+    minimum: float = 1e-10
+    maximum: float = 1e10
+
+    def update(self, damping: float, rho: float) -> float:
+        """Give lambda for the next step."""
+        if math.isnan(rho) or rho < 0.25:
+            damping /= self.factor
+        elif rho > 0.75:
+            damping *= self.factor
+        return min(max(damping, self.minimum), self.maximum)

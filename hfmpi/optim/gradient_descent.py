@@ -1,0 +1,118 @@
+"""Gradient descent with a bounded step: clipping, normalising, or normalising an RMSprop direction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from hfmpi.optim.base import Objectives, StepReport, Vector, Work, inner_product
+
+__all__ = ["RULES", "GradientDescent", "GradientDescentState"]
+
+RULES = ("clip", "normalised", "rms-normalised")
+
+
+@dataclass(frozen=True)
+class GradientDescentState:
+    """Number of updates so far, and the running mean of squared gradients (rms-normalised only)."""
+
+    updates: int
+    mean_square: Vector
+
+
+@dataclass(frozen=True)
+class GradientDescent:
+    """Gradient descent without momentum.
+
+    Attributes
+    ----------
+    rule : {'clip', 'normalised', 'rms-normalised'}
+        `clip`: -rate * g * min(1, threshold / |g|) (Pascanu et al. 2013).
+        `normalised`: a step of length `rate` along -g.
+        `rms-normalised`: a step of length `rate` along -g / (sqrt(mean square) + epsilon), the "variant of
+        gradient descent with norm clipping" of Krause's released code (2016).
+    rate : float
+        Learning rate, or length of the step. Krause: 10 for mLSTM, 2 for LSTM.
+    decay : float
+        The rate is multiplied by it after each update. Krause: 0.9999.
+    floor : float
+        The rate never falls below it. Krause: 0.01.
+    threshold : float
+        Of `clip`, in the unit of the gradient's norm.
+    mean_square_decay, epsilon : float
+        Of `rms-normalised`. Krause: 0.9 (the mean starts at the first square, without bias) and 1e-6.
+    """
+
+    rule: str = "rms-normalised"
+    rate: float = 2.0
+    decay: float = 0.9999
+    floor: float = 0.01
+    threshold: float = 1.0
+    mean_square_decay: float = 0.9
+    epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        checks = {
+            f"rule must be one of {', '.join(RULES)}": self.rule in RULES,
+            "rate must be positive": self.rate > 0,
+            "decay must lie in (0, 1]": 0 < self.decay <= 1,
+            "floor must not be negative": self.floor >= 0,
+            "threshold must be positive": self.threshold > 0,
+            "mean_square_decay must lie in [0, 1)": 0 <= self.mean_square_decay < 1,
+            "epsilon must be positive": self.epsilon > 0,
+        }
+        for sentence, holds in checks.items():
+            if not holds:
+                raise ValueError(sentence)
+
+    def init(self, theta: Vector) -> GradientDescentState:
+        """Give the state before the first update."""
+        return GradientDescentState(0, theta * 0 if self.rule == "rms-normalised" else theta[:0])
+
+    def step(
+        self, theta: Vector, state: GradientDescentState, objectives: Objectives
+    ) -> tuple[Vector, GradientDescentState, StepReport]:
+        """Take one update; one whose gradient is not finite is rejected."""
+        at = objectives.gradient.gradient(theta)
+        inner = inner_product(objectives.gradient)
+        g, norm = at.vector, math.sqrt(inner(at.vector, at.vector))
+        rate = max(self.rate * self.decay**state.updates, self.floor)
+        accepted = math.isfinite(norm) and math.isfinite(at.loss)
+        after, length = state, 0.0
+        if accepted and norm > 0:
+            after, direction, length = self._direction(g, norm, rate, state, inner)
+            theta = theta - direction
+        return (
+            theta,
+            after,
+            StepReport(
+                loss=at.loss,
+                accepted=accepted,
+                message="" if accepted else "update rejected: the gradient is not finite",
+                work=Work(gradients=1),
+                details={"gradient_norm": norm if accepted else None, "step_norm": length, "rate": rate},
+            ),
+        )
+
+    def _direction(
+        self,
+        g: Vector,
+        norm: float,
+        rate: float,
+        state: GradientDescentState,
+        inner: Callable[[Vector, Vector], float],
+    ) -> tuple[GradientDescentState, Vector, float]:
+        """Give the next state, the vector to subtract, and its length."""
+        kind = g.dtype.type
+        if self.rule == "rms-normalised":
+            keep = self.mean_square_decay if state.updates else 0.0
+            mean_square = kind(keep) * state.mean_square + kind(1 - keep) * g * g
+            g = g / (np.sqrt(mean_square) + kind(self.epsilon))
+            norm = math.sqrt(inner(g, g))
+        else:
+            mean_square = state.mean_square
+        scale = rate * min(1.0, self.threshold / norm) if self.rule == "clip" else rate / norm
+        return GradientDescentState(state.updates + 1, mean_square), kind(scale) * g, scale * norm

@@ -1,0 +1,214 @@
+"""Hessian-free optimization: one step minimises a damped quadratic model by conjugate gradients.
+
+Martens (2010); Martens and Sutskever (2011); Kiros (2013). The constants of the defaults are Martens';
+`hfmpi.optim.presets` has the paper's two settings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hfmpi.optim.base import Objectives, StepReport, Vector, Work, inner_product
+from hfmpi.optim.cg import cg
+from hfmpi.optim.damping import LevenbergMarquardt, reduction_ratio
+from hfmpi.optim.line_search import Choice, LineSearch, armijo, backtrack
+from hfmpi.optim.preconditioner import diagonal
+
+__all__ = ["HessianFree", "HessianFreeState"]
+
+
+@dataclass(frozen=True)
+class HessianFreeState:
+    """What a step takes from the one before: lambda, and the last CG iterate (zero after a rejection)."""
+
+    damping: float
+    direction: Vector
+
+
+@dataclass(frozen=True)
+class HessianFree:
+    """Settings of the Hessian-free step. Every part can be switched off.
+
+    Attributes
+    ----------
+    damping : float
+        lambda at the start; unit of the risk per squared unit of theta (nats per character for the
+        models here). Martens: 45.
+    damping_factor, damping_minimum, damping_maximum : float
+        The Levenberg-Marquardt rule; factor 1 keeps lambda fixed.
+    structural_damping : float
+        mu: the curvature gains mu * lambda times that of the hidden pre-activations (Martens and
+        Sutskever 2011). 0: off.
+    cg_max_steps, cg_tolerance, cg_refresh
+        Limit, Martens' epsilon (0: no test), and how often the residual is computed afresh (0: never).
+    keep_ratio : float
+        Which CG iterates backtracking may choose; 1: all.
+    warm_start, warm_start_growth, warm_start_maximum : float
+        CG starts at warm_start times the last iterate of the step before; the factor grows by
+        `growth` per epoch up to the maximum. 0: start at zero.
+    preconditioner : {'diagonal', 'none'}
+    preconditioner_exponent : float
+    backtracking : bool
+        Off: take the last CG iterate.
+    line_search : bool
+        Off: take the step at rate 1 if it lowers the risk at all.
+    line_search_sufficient, line_search_shrink, line_search_tries
+        Armijo's constant, the factor between rates, and the number of rates.
+    step_scale, step_scale_decay : float
+        The accepted step is multiplied by step_scale * decay^epoch (Kiros).
+    """
+
+    damping: float = 45.0
+    damping_factor: float = 2 / 3
+    damping_minimum: float = 1e-10
+    damping_maximum: float = 1e10
+    structural_damping: float = 0.0
+    cg_max_steps: int = 250
+    cg_tolerance: float = 5e-4
+    cg_refresh: int = 0
+    keep_ratio: float = 1.3
+    warm_start: float = 0.95
+    warm_start_growth: float = 1.0
+    warm_start_maximum: float = 0.99
+    preconditioner: str = "diagonal"
+    preconditioner_exponent: float = 0.75
+    backtracking: bool = True
+    line_search: bool = True
+    line_search_sufficient: float = 1e-2
+    line_search_shrink: float = 0.8
+    line_search_tries: int = 60
+    step_scale: float = 1.0
+    step_scale_decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks = {
+            "damping must not be negative": self.damping >= 0,
+            "damping_factor must lie in (0, 1]": 0 < self.damping_factor <= 1,
+            "damping_minimum must not exceed damping_maximum": self.damping_minimum <= self.damping_maximum,
+            "structural_damping must not be negative": self.structural_damping >= 0,
+            "cg_max_steps must be at least 1": self.cg_max_steps >= 1,
+            "cg_tolerance must not be negative": self.cg_tolerance >= 0,
+            "cg_refresh must not be negative": self.cg_refresh >= 0,
+            "warm_start must lie in [0, 1]": 0 <= self.warm_start <= 1,
+            "preconditioner must be 'diagonal' or 'none'": self.preconditioner in ("diagonal", "none"),
+            "line_search_shrink must lie in (0, 1)": 0 < self.line_search_shrink < 1,
+            "line_search_tries must be at least 1": self.line_search_tries >= 1,
+            "step_scale must lie in (0, 1]": 0 < self.step_scale <= 1,
+        }
+        for sentence, holds in checks.items():
+            if not holds:
+                raise ValueError(sentence)
+
+    def init(self, theta: Vector) -> HessianFreeState:
+        """Give the state before the first step."""
+        return HessianFreeState(self.damping, theta * 0)
+
+    def step(
+        self, theta: Vector, state: HessianFreeState, objectives: Objectives
+    ) -> tuple[Vector, HessianFreeState, StepReport]:
+        """Take one Hessian-free step.
+
+        The model of the risk around theta is q(p) = f + g' p + p' G p / 2; conjugate gradients minimise it
+        with the damped curvature A = G + mu lambda S + lambda I in place of G.
+        """
+        diagonal_wanted = self.preconditioner == "diagonal"
+        at = objectives.gradient.gradient(theta, **({"squares": True} if diagonal_wanted else {}))
+        inner = inner_product(objectives.gradient)
+        curvature = self._curvature(theta, state.damping, objectives)
+
+        solution = cg(
+            lambda v: curvature(v) + v.dtype.type(state.damping) * v,
+            -at.vector,
+            self._start(state, objectives.epoch),
+            inner=inner,
+            max_steps=self.cg_max_steps,
+            tolerance=self.cg_tolerance,
+            keep_ratio=self.keep_ratio if self.backtracking else math.inf,
+            refresh=self.cg_refresh,
+            precondition=diagonal(at.squares, state.damping, self.preconditioner_exponent)
+            if diagonal_wanted
+            else None,
+        )
+
+        def risk(p: Vector) -> float:
+            return objectives.gradient.loss(theta + p)
+
+        choice = backtrack(risk, solution.iterates)
+        p, slope = choice.iterate.x, inner(at.vector, choice.iterate.x)
+        model, extra = self._undamped(theta, state.damping, choice, slope, inner, objectives)
+        rho = reduction_ratio(at.loss, choice.loss, model)
+        search = self._search(risk, p, at.loss, choice.loss, slope)
+
+        accepted = search.rate > 0 and math.isfinite(search.loss)
+        rule = LevenbergMarquardt(self.damping_factor, self.damping_minimum, self.damping_maximum)
+        after = HessianFreeState(
+            rule.update(state.damping, rho if accepted else math.nan),
+            solution.iterates[-1].x if accepted else theta * 0,
+        )
+        scale = search.rate * self.step_scale * self.step_scale_decay**objectives.epoch
+        report = StepReport(
+            loss=at.loss,
+            accepted=accepted,
+            message="" if accepted else "step rejected: no rate along it lowers the risk enough",
+            work=Work(
+                gradients=1,
+                losses=choice.evaluations + search.evaluations,
+                linearisations=1 + extra,
+                products=solution.products + extra,
+                cg_steps=solution.steps,
+            ),
+            details={
+                "damping": state.damping,
+                "rho": rho if math.isfinite(rho) else None,
+                "cg_steps": solution.steps,
+                "cg_stop": solution.stop.name,
+                "cg_chosen": choice.iterate.step,
+                "line_search_rate": search.rate,
+                "gradient_norm": math.sqrt(inner(at.vector, at.vector)),
+                "step_norm": scale * math.sqrt(inner(p, p)),
+            },
+        )
+        return (theta + p.dtype.type(scale) * p if accepted else theta), after, report
+
+    def _start(self, state: HessianFreeState, epoch: float) -> Vector:
+        factor = min(self.warm_start * self.warm_start_growth**epoch, self.warm_start_maximum)
+        return state.direction * state.direction.dtype.type(max(factor, 0.0))
+
+    def _curvature(self, theta: Vector, damping: float, objectives: Objectives) -> Callable[[Vector], Vector]:
+        structural = self.structural_damping * damping
+        if structural == 0:
+            return objectives.curvature.gauss_newton(theta)
+        return objectives.curvature.gauss_newton(theta, structural=structural)
+
+    def _undamped(
+        self,
+        theta: Vector,
+        damping: float,
+        choice: Choice,
+        slope: float,
+        inner: Callable[[Vector, Vector], float],
+        objectives: Objectives,
+    ) -> tuple[float, int]:
+        """Model value at p without any damping, and the number of products that it took."""
+        p = choice.iterate.x
+        if self.structural_damping == 0:  # phi is known from CG: take lambda |p|^2 / 2 off
+            return choice.iterate.value - 0.5 * damping * inner(p, p), 0
+        return slope + 0.5 * inner(p, objectives.curvature.gauss_newton(theta)(p)), 1
+
+    def _search(
+        self, risk: Callable[[Vector], float], p: Vector, before: float, after: float, slope: float
+    ) -> LineSearch:
+        if not self.line_search:
+            return LineSearch(1.0 if after < before else 0.0, after, 0)
+        return armijo(
+            risk,
+            p,
+            before,
+            after,
+            slope,
+            sufficient=self.line_search_sufficient,
+            shrink=self.line_search_shrink,
+            tries=self.line_search_tries,
+        )

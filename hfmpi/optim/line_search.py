@@ -1,0 +1,90 @@
+"""Choosing among the kept iterates (backtracking), and how far to go along the choice (line search)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from hfmpi.optim.base import Vector
+from hfmpi.optim.cg import Iterate
+
+__all__ = ["Choice", "LineSearch", "armijo", "backtrack"]
+
+
+class Choice(NamedTuple):
+    """An iterate, the risk there, and the number of risks computed to find it."""
+
+    iterate: Iterate
+    loss: float
+    evaluations: int
+
+
+class LineSearch(NamedTuple):
+    """Rate (0: no rate will do), the risk there, and the number of risks computed."""
+
+    rate: float
+    loss: float
+    evaluations: int
+
+
+def backtrack(loss: Callable[[Vector], float], iterates: list[Iterate]) -> Choice:
+    """Go from the last kept iterate downward while the risk improves (Martens 2010, section 4.6).
+
+    Parameters
+    ----------
+    loss : callable
+        p (D,) -> f(theta + p).
+    iterates : list of Iterate
+        In order of their steps, at least one.
+    """
+    best, lowest, evaluations = iterates[-1], loss(iterates[-1].x), 1
+    for candidate in reversed(iterates[:-1]):
+        value = loss(candidate.x)
+        evaluations += 1
+        if math.isfinite(lowest) and not value < lowest:
+            break
+        best, lowest = candidate, value
+    return Choice(best, lowest, evaluations)
+
+
+def armijo(
+    loss: Callable[[Vector], float],
+    p: Vector,
+    loss_at_zero: float,
+    loss_at_one: float,
+    slope: float,
+    *,
+    sufficient: float = 1e-2,
+    shrink: float = 0.8,
+    tries: int = 60,
+) -> LineSearch:
+    """Largest rate 1, shrink, shrink^2, ... with f(theta + rate p) <= f(theta) + sufficient * rate * slope.
+
+    Parameters
+    ----------
+    loss : callable
+        p (D,) -> f(theta + p).
+    loss_at_one : float
+        f(theta + p), already known.
+    slope : float
+        g' p. A p that does not descend (slope >= 0) is refused at once.
+    sufficient, shrink, tries
+        1e-2, 0.8 and 60 in Martens' released code. tries = 1 tests the full step alone.
+
+    Returns
+    -------
+    LineSearch
+        With rate 0 where no rate was found.
+    """
+    rate, value, evaluations = 1.0, loss_at_one, 0
+    if not slope < 0:
+        return LineSearch(0.0, loss_at_zero, 0)
+    for attempt in range(tries):
+        if attempt:
+            rate *= shrink
+            value = loss(p * p.dtype.type(rate))
+            evaluations += 1
+        if value <= loss_at_zero + sufficient * rate * slope:
+            return LineSearch(rate, value, evaluations)
+    return LineSearch(0.0, loss_at_zero, evaluations)

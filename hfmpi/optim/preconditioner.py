@@ -1,0 +1,30 @@
+"""Diagonal preconditioner from squared gradients (Martens 2010, section 4.7)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from hfmpi.optim.base import Vector
+
+__all__ = ["diagonal"]
+
+
+def diagonal(squares: Vector, damping: float, exponent: float = 0.75) -> Callable[[Vector], Vector]:
+    """R -> M^-1 r with M = (mean_i g_i^2 + lambda)^exponent, g_i the gradient of case i alone.
+
+    Parameters
+    ----------
+    squares : (D,)
+        mean_i g_i^2.
+    damping : float
+        lambda.
+    exponent : float
+        0.75 in Martens' paper and code.
+    """
+    shifted = squares + squares.dtype.type(damping)
+    # Square roots are rounded the same on every processor; general powers are not, and ranks must agree.
+    root = np.sqrt(shifted)
+    m = root * np.sqrt(root) if exponent == 0.75 else shifted**exponent
+    return lambda r: r / m

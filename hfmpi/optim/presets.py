@@ -1,0 +1,86 @@
+"""Named optimizers with the batch sizes they are meant for; every constant names its source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from hfmpi.errors import UserError
+from hfmpi.optim.adam import Adam
+from hfmpi.optim.gradient_descent import GradientDescent
+from hfmpi.optim.hessian_free import HessianFree
+
+__all__ = ["PRESETS", "Preset", "preset"]
+
+PRESETS = ("sgd", "bgd", "shf", "bhf", "adam")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """An optimizer, and sequences in its gradient and curvature batch (0: first order)."""
+
+    optimizer: Any
+    gradient_batch: int
+    curvature_batch: int = 0
+
+
+def preset(name: str, multiplicative: bool = True, **changes: Any) -> Preset:
+    """Give a preset by name, with single settings of its optimizer changed.
+
+    Parameters
+    ----------
+    name : {'sgd', 'bgd', 'shf', 'bhf', 'adam'}
+    multiplicative : bool
+        Whether the model is a multiplicative cell; the step length of gradient descent depends on it.
+    **changes
+        Settings of the optimizer, by the names of its dataclass.
+
+    Raises
+    ------
+    UserError
+        For an unknown name or setting, or a value out of range.
+    """
+    if name not in PRESETS:
+        raise UserError(f"There is no optimizer {name!r}; choose one of {', '.join(PRESETS)}.")
+    chosen = _preset(name, multiplicative)
+    known = {f.name: f for f in fields(chosen.optimizer)}
+    for key, value in changes.items():
+        if key not in known:
+            raise UserError(f"Optimizer {name} has no setting {key!r}; it has {', '.join(known)}.")
+        wanted = type(getattr(chosen.optimizer, key))
+        if wanted is float and type(value) is int:
+            changes[key] = float(value)
+        elif type(value) is not wanted:
+            raise UserError(f"Setting {key} of {name} must be of type {wanted.__name__}, not {value!r}.")
+    try:
+        return replace(chosen, optimizer=replace(chosen.optimizer, **changes))
+    except ValueError as error:
+        raise UserError(f"Optimizer {name}: {error}.") from None
+
+
+def _preset(name: str, multiplicative: bool) -> Preset:
+    if name == "adam":  # Kingma and Ba (2015); batch of sgd
+        return Preset(Adam(), 32)
+    if name in ("sgd", "bgd"):  # batches: Krause et al. (2015); lengths: Krause's released code (2016)
+        return Preset(
+            GradientDescent("rms-normalised", rate=10.0 if multiplicative else 2.0),
+            32 if name == "sgd" else 3500,
+        )
+    if name == "shf":  # batches: Krause et al. (2015); everything else: Kiros (2013)
+        return Preset(
+            HessianFree(
+                damping=0.1,
+                damping_factor=0.99,
+                cg_max_steps=5,
+                cg_tolerance=0.0,
+                keep_ratio=1.0,
+                warm_start=0.5,
+                warm_start_growth=1.01,
+                warm_start_maximum=0.99,
+                step_scale_decay=0.998,
+            ),
+            320,
+            32,
+        )
+    # bhf. Batches: Krause et al. (2015); everything else: Martens (2010), the defaults of HessianFree.
+    return Preset(HessianFree(cg_refresh=10), 14_000, 3_500)

@@ -1,0 +1,307 @@
+"""One training run: the same loop on every rank; rank 0 writes the files."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+import hfmpi
+from hfmpi.backends.base import Array
+from hfmpi.data.batches import Sequences, check_batch, curvature_slice, global_indices
+from hfmpi.data.corpus import Corpus
+from hfmpi.errors import UserError
+from hfmpi.measure import cost
+from hfmpi.measure.timer import Timer, split_waiting
+from hfmpi.models.network import Network
+from hfmpi.objective import MeanRisk
+from hfmpi.optim.base import Objectives, StepReport
+from hfmpi.parallel.communicator import Communicator, digest
+from hfmpi.parallel.launch import together
+from hfmpi.parallel.placement import Placement
+from hfmpi.runs import checkpoint
+from hfmpi.runs.atomic import replace as replace_file
+from hfmpi.runs.checkpoint import Checkpoint
+from hfmpi.runs.config import Config, to_toml
+from hfmpi.runs.history import History
+from hfmpi.runs.stop import StopSignals
+
+__all__ = ["Reporter", "Result", "Run"]
+
+BITS = 1 / math.log(2)
+"""Bits per nat."""
+
+
+class Reporter(Protocol):
+    """What a run tells while it goes on; only rank 0's is asked."""
+
+    def start(self, facts: dict[str, Any]) -> None:
+        """Tell what is about to be trained."""
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Tell of a step: the object that goes into the history."""
+
+    def message(self, text: str) -> None:
+        """Tell a sentence."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: why, at which step, and its last validation loss in bits per character."""
+
+    reason: str
+    done: bool
+    step: int
+    valid_bpc: float | None
+
+
+class Run:
+    """A run in its folder.
+
+    Parameters
+    ----------
+    folder : Path
+    config : Config
+    corpus : Corpus
+    communicator, placement
+    resume : Checkpoint or None
+        Where to go on; None starts anew.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        corpus: Corpus,
+        communicator: Communicator,
+        placement: Placement,
+        resume: Checkpoint | None = None,
+    ) -> None:
+        self.folder = folder
+        self.communicator = communicator
+        self.placement = placement
+        self.corpus = corpus
+        cell = config.cell(corpus.vocabulary)
+        # The size is settled now: the budget has served, and a resumed run must not ask again.
+        self.config = replace(config, hidden=cell.hidden, parameters=0)
+        self.preset = config.preset()
+        self.train_set = Sequences(corpus.train, config.sequence_length, config.warmup)
+        self.valid_set = Sequences(corpus.valid, config.sequence_length, config.warmup)
+        check_batch(self.preset.gradient_batch, self.train_set.count)
+        self.backend = config.make_backend(placement.threads)
+        self.timer = Timer()
+        self.risk = MeanRisk(Network(cell, self.backend), communicator, self.timer, config.micro_batch)
+        self.epoch_steps = max(1, self.train_set.count // self.preset.gradient_batch)
+
+        initial = cell.initial(config.seed, config.initialisation, config.forget_bias)
+        self.theta: Array = self.backend.to_device(initial.astype(self.backend.dtype))
+        self.state = self.preset.optimizer.init(self.theta)
+        self.step, self.seconds, self.counts = 0, 0.0, cost.Counts()
+        if resume is not None:
+            self._restore(resume)
+        self.first_step = self.step
+        self._waited = np.zeros((communicator.size, 2))  # communication and waiting of every rank (rank 0)
+        self._seen = 0
+
+    # The loop ----------------------------------------------------------------------------------
+
+    def train(self, reporter: Reporter, signals: StopSignals) -> Result:
+        """Train until a limit or a signal; on return the checkpoint is written.
+
+        Raises
+        ------
+        UserError
+            On all ranks alike: a file could not be written, or the ranks no longer hold the same theta.
+        """
+        config, comm = self.config, self.communicator
+        self._on_first_rank(self._open_files)
+        if comm.rank == 0:
+            reporter.start(self.facts())
+        started = time.perf_counter() - self.seconds
+        checkpoint_every = config.checkpoint_every or self.epoch_steps
+        evaluate_every = config.evaluate_every or self.epoch_steps
+        valid, saved, reason = None, -1, ""
+        while True:
+            self.seconds = comm.agree(time.perf_counter() - started)
+            reason, done = self._why_stop(signals)
+            if reason:
+                break
+            report = self._one_step()
+            last = bool(config.max_steps) and self.step >= config.max_steps
+            valid = self.evaluate() if self.step % evaluate_every == 0 or last else None
+            self.seconds = comm.agree(time.perf_counter() - started)
+            record = self._record(report, valid)
+            self._on_first_rank(lambda record=record: self.history.append(record))  # type: ignore[misc]
+            if comm.rank == 0:
+                reporter.step(record)
+            if self.step % checkpoint_every == 0:
+                self.save(valid)
+                saved = self.step
+            elif config.check_every and self.step % config.check_every == 0:
+                self.check_ranks()
+        if valid is None:
+            valid = self.evaluate()
+        if saved != self.step:
+            self.save(valid)
+        if done:
+            self._on_first_rank(lambda: replace_file(self.folder / "DONE", f"{reason}\n".encode()))
+        return Result(reason, done, self.step, valid)
+
+    def _one_step(self) -> StepReport:
+        with self.timer.span("optimizer"):
+            size, count = self.preset.gradient_batch, self.train_set.count
+            indices = global_indices(self.config.seed, self.step, size, count)
+            curvature = None
+            if self.preset.curvature_batch:
+                part = curvature_slice(self.step, size, self.preset.curvature_batch)
+                curvature = self.risk.on(self.train_set, indices[part])
+            objectives = Objectives(
+                self.risk.on(self.train_set, indices), curvature, epoch=self.step * size / count
+            )
+            self.theta, self.state, report = self.preset.optimizer.step(self.theta, self.state, objectives)
+        self.step += 1
+        self.counts += cost.Counts(steps=1, **asdict(report.work))
+        return report
+
+    def evaluate(self) -> float:
+        """Give the loss on the whole validation split in bits per character."""
+        with self.timer.span("evaluate"):
+            everything = np.arange(self.valid_set.count)
+            return self.risk.on(self.valid_set, everything, span="evaluate").loss(self.theta) * BITS
+
+    def _why_stop(self, signals: StopSignals) -> tuple[str, bool]:
+        config = self.config
+        if config.max_steps and self.step >= config.max_steps:
+            return f"{self.step:,} steps were taken", True
+        if config.max_seconds and self.seconds >= config.max_seconds:
+            return f"{config.max_seconds:g} seconds are over", True
+        if self.communicator.any(signals.requested is not None):
+            names = self.communicator.gather(signals.requested)
+            name = next((n for n in names if n), "a signal") if names else ""
+            return self.communicator.agree(f"{name} asked for it"), False
+        return "", False
+
+    # Files -------------------------------------------------------------------------------------
+
+    def _open_files(self) -> None:
+        self.history = History(self.folder)
+        self.history.truncate(self.step)
+        replace_file(self.folder / "config.toml", to_toml(self.config).encode())
+        (self.folder / "DONE").unlink(missing_ok=True)
+
+    def save(self, valid: float | None) -> None:
+        """Check that all ranks agree, then write the checkpoint and the timing."""
+        self.check_ranks()
+        with self.timer.span("files"):
+            state = {
+                f.name: self.backend.to_host(v) if hasattr(v := getattr(self.state, f.name), "shape") else v
+                for f in fields(self.state)
+            }
+            meta = {
+                "hfmpi": hfmpi.__version__,
+                "config": asdict(self.config),
+                "vocabulary": list(self.corpus.symbols),
+                "corpus": self.corpus.digest,
+                "step": self.step,
+                "seconds": self.seconds,
+                "counts": asdict(self.counts),
+                "valid_bpc": valid,
+                "ranks": self.communicator.size,
+            }
+            path, theta = self.folder / checkpoint.NEWEST, self.backend.to_host(self.theta)
+            self._on_first_rank(lambda: checkpoint.save(path, theta, state, meta))
+        self._save_timing()
+
+    def _save_timing(self) -> None:
+        durations = self.timer.series("allreduce")[self._seen :]
+        self._seen += len(durations)
+        rows = self.communicator.gather((durations, dict(self.timer.totals), asdict(self.placement)))
+        if rows is not None:
+            self._waited += np.stack(split_waiting([row[0] for row in rows]), axis=1)
+            ranks = [
+                {**place, "spans": totals | {"allreduce": communication, "waiting": waiting}}
+                for (_, totals, place), (communication, waiting) in zip(
+                    rows, self._waited.tolist(), strict=True
+                )
+            ]
+            steps = {"first_step": self.first_step, "last_step": self.step}
+            text = json.dumps({**steps, "seconds": self.seconds, "ranks": ranks}, indent=1)
+        self._on_first_rank(lambda: replace_file(self.folder / "timing.json", text.encode()))
+
+    def _restore(self, found: Checkpoint) -> None:
+        meta = found.meta
+        if meta["vocabulary"] != list(self.corpus.symbols):
+            raise UserError("the checkpoint was trained on another vocabulary than that of the data")
+        if found.theta.shape != self.theta.shape or found.theta.dtype != self.theta.dtype:
+            raise UserError(
+                f"the checkpoint holds a model of {found.theta.size:,} parameters ({found.theta.dtype}), "
+                f"not of {self.theta.size:,} ({self.theta.dtype})"
+            )
+        kind = type(self.state)
+        if set(found.state) != {f.name for f in fields(kind)}:
+            raise UserError(f"the checkpoint was not written by optimizer {self.config.optimizer}")
+        place = self.backend.to_device
+        self.theta = place(found.theta)
+        self.state = kind(**{k: place(v) if isinstance(v, np.ndarray) else v for k, v in found.state.items()})
+        self.step, self.seconds = int(meta["step"]), float(meta["seconds"])
+        self.counts = cost.Counts(**meta["counts"])
+
+    def check_ranks(self) -> None:
+        """Raise a UserError on all ranks unless all hold the same theta, bit for bit."""
+        strays = self.communicator.same(digest(self.backend.to_host(self.theta)))
+        if strays:
+            raise UserError(
+                f"rank {', '.join(map(str, strays))} holds other parameters than rank 0 after step {self.step:,}; "
+                "the last checkpoint is good"
+            )
+
+    def _on_first_rank(self, write: Any) -> None:
+        """Run a function on rank 0 alone; if a file cannot be written, all ranks raise the UserError."""
+        together(self.communicator, lambda: write() if self.communicator.rank == 0 else None)
+
+    # Words -------------------------------------------------------------------------------------
+
+    def facts(self) -> dict[str, Any]:
+        """Give what the first lines of a log should say."""
+        return {
+            "model": self.config.model,
+            "variant": self.config.variant,
+            "hidden": self.config.hidden,
+            "parameters": self.risk.network.layout.size,
+            "optimizer": self.config.optimizer,
+            "gradient_batch": self.preset.gradient_batch,
+            "curvature_batch": self.preset.curvature_batch,
+            "sequences": self.train_set.count,
+            "ranks": self.communicator.size,
+            "threads": self.placement.threads,
+            "backend": self.backend.name,
+            "dtype": self.config.dtype,
+            "step": self.step,
+            "max_steps": self.config.max_steps,
+            "max_seconds": self.config.max_seconds,
+        }
+
+    def _record(self, report: StepReport, valid: float | None) -> dict[str, Any]:
+        sizes = self.preset.gradient_batch, self.preset.curvature_batch
+        p_d, p_i = cost.paper(self.counts, *sizes)
+        full_d, full_i = cost.full(self.counts, *sizes)
+        return {
+            "step": self.step,
+            "seconds": round(self.seconds, 4),
+            "train_bpc": report.loss * BITS,
+            "valid_bpc": valid,
+            "P_I": p_i,
+            "P_D": p_d,
+            "P_P": cost.ranks(self.counts, *sizes, self.communicator.size),
+            "P_I_full": full_i,
+            "P_D_full": full_d,
+            "accepted": report.accepted,
+            "message": report.message,
+            **asdict(report.work),
+            **report.details,
+        }
