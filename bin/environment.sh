@@ -29,7 +29,7 @@ make_environment() {
     done
     if [[ -n $missing ]]; then
         echo "Installing hfmpi and what it needs from PyPI (a minute or two the first time)"
-        .venv/bin/python -m pip install --quiet --no-input --disable-pip-version-check \
+        .venv/bin/python -m pip install -qq --no-input --disable-pip-version-check \
             --editable ".[$(IFS=,; echo "$*")]" ||
             die "pip could not install hfmpi; its message is above."
         for extra in "$@"; do echo "$key" >".venv/extra-$extra"; done

@@ -24,6 +24,7 @@ autodoc_member_order = "bysource"
 autodoc_mock_imports = ["cupy"]  # needs a GPU to be imported
 autodoc_typehints = "description"
 napoleon_google_docstring = False
+napoleon_use_ivar = True  # else attributes of tuples are described twice
 default_role = "code"  # docstrings write `name` for code, as this site does
 
 html_theme = "furo"

@@ -74,7 +74,6 @@ class Workspace:
     """Named scratch arrays: the same memory for the same name, growing and never shrinking.
 
     Fresh pages cost as much as the arithmetic on them, so temporaries and tapes live in workspaces.
-    Calling one gives an uninitialised array whose content lasts until the next request of its name.
     """
 
     def __init__(self, xp: Any, dtype: np.dtype) -> None:
@@ -83,6 +82,7 @@ class Workspace:
         self.flat: dict[str, Array] = {}
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> Array:
+        """Give an uninitialised array whose content lasts until the next request of its name."""
         size = prod(shape)
         flat = self.flat.get(name)
         if flat is None or flat.size < size:
@@ -248,7 +248,7 @@ class Backend:
         raise NotImplementedError
 
     def gated_adjoint(self, dh: Array, back: Array, k: Array, dc: Array, da: Array, inject: bool) -> None:
-        """The transpose of gated_tangent; dh gains `back`, da is written (or added to)."""
+        """Apply the transpose of gated_tangent; dh gains `back`, da is written (or added to)."""
         raise NotImplementedError
 
     def plain_forward(self, a: Array, table: Array, x: Array, h: Array, w: Array) -> None:
@@ -262,7 +262,7 @@ class Backend:
         raise NotImplementedError
 
     def plain_adjoint(self, dh: Array, back: Array, h: Array, da: Array, inject: bool) -> None:
-        """The transpose of plain_tangent."""
+        """Apply the transpose of plain_tangent."""
         raise NotImplementedError
 
     def factor_forward(self, p_table: Array, x: Array, q: Array, m: Array) -> None:
@@ -276,7 +276,7 @@ class Backend:
         raise NotImplementedError
 
     def factor_adjoint(self, p_table: Array, x: Array, q: Array, dm: Array, dp: Array, dq: Array) -> None:
-        """The transpose of factor_tangent: dp = dm * q and dq = dm * p."""
+        """Apply the transpose of factor_tangent: dp = dm * q and dq = dm * p."""
         raise NotImplementedError
 
     # Whole-array kernels -----------------------------------------------------------------------

@@ -10,6 +10,7 @@ expf.c, exp.c), whose coefficients they use, without branches. Error: at most 2 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numba import njit, types
@@ -18,11 +19,12 @@ from numba.extending import overload
 __all__ = ["exp", "tanh"]
 
 F = np.float32
-INLINE = {"forceinline": True, "error_model": "numpy"}
+INLINE: Any = {"forceinline": True, "error_model": "numpy"}
+"""Without inlining by the compiler the loops around would not be vectorised."""
 
 
 @njit(**INLINE)
-def _exp32(value: float) -> float:
+def _exp32(value):
     x = min(max(value, F(-87.0)), F(88.0))
     k = np.floor(x * F(1.44269504088896341) + F(0.5))
     r = x - k * F(0.693359375) + k * F(2.12194440e-4)
@@ -37,7 +39,7 @@ def _exp32(value: float) -> float:
 
 
 @njit(**INLINE)
-def _exp64(value: float) -> float:
+def _exp64(value):
     x = min(max(value, -708.0), 709.0)
     k = np.floor(x * 1.4426950408889634073599 + 0.5)
     r = x - k * 6.93145751953125e-1 - k * 1.42860682030941723212e-6
@@ -52,7 +54,7 @@ def _exp64(value: float) -> float:
 
 
 @njit(**INLINE)
-def _tanh32(x: float) -> float:
+def _tanh32(x):
     z = x * x
     p = F(-5.70498872745e-3) * z + F(2.06390887954e-2)
     p = p * z - F(5.37397155531e-2)
@@ -65,7 +67,7 @@ def _tanh32(x: float) -> float:
 
 
 @njit(**INLINE)
-def _tanh64(x: float) -> float:
+def _tanh64(x):
     z = x * x
     p = (-9.64399179425052238628e-1 * z - 9.92877231001918586564e1) * z - 1.61468768441708447952e3
     q = ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z + 4.84406305325125486048e3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numba
 import numpy as np
@@ -213,7 +214,7 @@ def accumulate_square(g, total, squares):
         squares[j] += g[j] * g[j]
 
 
-def compiled(function: Callable, parallel: bool) -> Callable:
+def compiled(function: Callable, parallel: bool) -> Any:
     """Compile a kernel; sums may be reordered and contracted, NaN and infinity keep their meaning."""
     return numba.njit(
         function,
@@ -273,7 +274,7 @@ class NumbaBackend(NumpyBackend):
         super().__init__(dtype, threads)
         kernels = SERIAL
         if threads > 1:
-            numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+            numba.set_num_threads(min(threads, numba.get_num_threads()))
             kernels = {
                 name: kernel if name == "segment_sum" else compiled(kernel.py_func, parallel=True)
                 for name, kernel in SERIAL.items()

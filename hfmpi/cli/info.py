@@ -7,6 +7,7 @@ import os
 import platform
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,8 @@ def _lines(machine: dict[str, Any], ranks: list[dict[str, Any]]) -> str:
     for rank in ranks:
         lines.append(
             f"rank {rank['rank']} of {rank['size']} on {rank['host']} "
-            f"({rank['local_rank']} of {rank['local_size']} there): "
-            f"{rank['cores']} cores, {rank['threads']} threads, GPUs: {', '.join(rank['gpus']) or 'none'}"
+            f"(local rank {rank['local_rank']} of {rank['local_size']}): "
+            f"cores {rank['cores']}, threads {rank['threads']}, GPUs {', '.join(rank['gpus']) or 'none'}"
         )
     return "\n".join(lines)
 
@@ -73,10 +74,10 @@ def _blas() -> list[str]:
 
 def _gpus() -> list[str]:
     """Name the NVIDIA devices that CUDA would show this process, without loading CUDA."""
-    present = sorted(path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
+    names = (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
+    present = sorted((name for name in names if name.isdecimal()), key=int)
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None or not present:
         return present
-    names = [name.strip() for name in chosen.split(",")]
-    hidden = [place for place, name in enumerate(names) if name in ("", "-1")]
-    return names[: hidden[0]] if hidden else names  # CUDA stops at the first name that it cannot use
+    # CUDA stops at the first name that it cannot use.
+    return list(takewhile(lambda name: name not in ("", "-1"), map(str.strip, chosen.split(","))))

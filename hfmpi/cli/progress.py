@@ -37,9 +37,9 @@ class Log(Silent):
             batches += f", B_c = {facts['curvature_batch']:,}"
         variant = "" if facts["variant"] == "standard" else f" ({facts['variant']})"
         click.echo(
-            f"{facts['model']}{variant}, {facts['hidden']:,} hidden units, {facts['parameters']:,} parameters; "
-            f"{facts['optimizer']}, {batches} of {facts['sequences']:,} sequences"
+            f"{facts['model']}{variant}, {facts['hidden']:,} units, {facts['parameters']:,} parameters"
         )
+        click.echo(f"{facts['optimizer']}, {batches} of {facts['sequences']:,} sequences")
         click.echo(
             f"{facts['ranks']} rank(s) of {facts['threads']} thread(s), {facts['backend']}, {facts['dtype']}"
             + (f"; going on from step {facts['step']:,}" if facts["step"] else "")

@@ -73,7 +73,6 @@ def train(
     import numpy as np
 
     from hfmpi.cli.progress import make_reporter
-    from hfmpi.data.corpus import Corpus
     from hfmpi.parallel.launch import connect, together
     from hfmpi.parallel.placement import place
     from hfmpi.runs import config as configuration
@@ -98,7 +97,7 @@ def train(
             given["settings"] = changes
         found = open_run(folder, resume, writer=comm.rank == 0)
         merged = configuration.merge(given, found.meta.get("config") if found else None)
-        run = Run(folder, merged, Corpus.read(data), comm, place(comm, threads), found)
+        run = Run(folder, merged, data, comm, place(comm, threads), found)
         if found is not None and found.message and comm.rank == 0:
             click.echo(f"Note: {found.message}.", err=True)
         return run

@@ -226,18 +226,28 @@ class Network:
             dq = backend.workspace("factors", (steps, size, n))
         backend.adjoint(r, dh, da, dp, dq, inject=u.pre is not None)
         scored = (len(tape.targets) // size, size, self.cell.vocabulary)
-        arrays = (r.inputs, r.hidden, r.intermediate, dh[1:], da, dp, dq, u.logits.reshape(scored))
+        arrays: tuple[Array, ...] = (
+            r.inputs,
+            r.hidden,
+            r.intermediate,
+            dh[1:],
+            da,
+            dp,
+            dq,
+            u.logits.reshape(scored),
+        )
         single = backend.workspace("gradient", (self.layout.size,))
         if squares is None:
-            self._collect(*arrays, single)
+            self._collect(single, *arrays)
             out += single
             return
         for b in range(size):
-            self._collect(*(a if a is None else a[:, b : b + 1] for a in arrays), single)
+            self._collect(single, *(a if a is None else a[:, b : b + 1] for a in arrays))
             backend.accumulate_square(single, out, squares)
 
     def _collect(
         self,
+        out: Array,
         inputs: Array,
         hidden: Array,
         intermediate: Array | None,
@@ -246,7 +256,6 @@ class Network:
         dp: Array | None,
         dq: Array | None,
         du: Array,
-        out: Array,
     ) -> None:
         """Parameter cotangents from those of all intermediate values, one large product per matrix."""
         xp, n, g = self.backend.xp, self.cell.hidden, self.layout.views(out)

@@ -1,1 +1,6 @@
 """Ranks: the communicator, placement on cores, and the launch."""
+
+from hfmpi.parallel.communicator import Communicator
+from hfmpi.parallel.launch import connect, guard
+
+__all__ = ["Communicator", "connect", "guard"]

@@ -67,7 +67,8 @@ class Run:
     ----------
     folder : Path
     config : Config
-    corpus : Corpus
+    data : Path
+        The corpus file, read on every rank.
     communicator, placement
     resume : Checkpoint or None
         Where to go on; None starts anew.
@@ -77,7 +78,7 @@ class Run:
         self,
         folder: Path,
         config: Config,
-        corpus: Corpus,
+        data: Path,
         communicator: Communicator,
         placement: Placement,
         resume: Checkpoint | None = None,
@@ -85,7 +86,8 @@ class Run:
         self.folder = folder
         self.communicator = communicator
         self.placement = placement
-        self.corpus = corpus
+        self.data = data.resolve()
+        self.corpus = corpus = Corpus.read(data)
         cell = config.cell(corpus.vocabulary)
         # The size is settled now: the budget has served, and a resumed run must not ask again.
         self.config = replace(config, hidden=cell.hidden, parameters=0)
@@ -136,7 +138,7 @@ class Run:
             valid = self.evaluate() if self.step % evaluate_every == 0 or last else None
             self.seconds = comm.agree(time.perf_counter() - started)
             record = self._record(report, valid)
-            self._on_first_rank(lambda record=record: self.history.append(record))  # type: ignore[misc]
+            self._on_first_rank(lambda record=record: self.history.append(record))
             if comm.rank == 0:
                 reporter.step(record)
             if self.step % checkpoint_every == 0:
@@ -206,6 +208,7 @@ class Run:
                 "hfmpi": hfmpi.__version__,
                 "config": asdict(self.config),
                 "vocabulary": list(self.corpus.symbols),
+                "data": str(self.data),
                 "corpus": self.corpus.digest,
                 "step": self.step,
                 "seconds": self.seconds,
@@ -255,8 +258,9 @@ class Run:
         """Raise a UserError on all ranks unless all hold the same theta, bit for bit."""
         strays = self.communicator.same(digest(self.backend.to_host(self.theta)))
         if strays:
+            names = ", ".join(map(str, strays))
             raise UserError(
-                f"rank {', '.join(map(str, strays))} holds other parameters than rank 0 after step {self.step:,}; "
+                f"rank {names} holds other parameters than rank 0 after step {self.step:,}: "
                 "the last checkpoint is good"
             )
 

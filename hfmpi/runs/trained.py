@@ -1,0 +1,111 @@
+"""A trained network, read from the folder of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hfmpi.backends.base import Array
+from hfmpi.errors import UserError
+from hfmpi.models.network import Network, State
+from hfmpi.runs import checkpoint
+from hfmpi.runs.config import Config
+
+__all__ = ["Trained"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network with its parameters and its alphabet.
+
+    Attributes
+    ----------
+    network : Network
+    theta : (D,)
+    symbols : bytes
+        The byte of each symbol.
+    config : Config
+    step : int
+        Steps that it was trained for.
+    data : Path
+        The corpus that it was trained on.
+    message : str or None
+        What the user should know of the checkpoint.
+    """
+
+    network: Network
+    theta: Array
+    symbols: bytes
+    config: Config
+    step: int
+    data: Path
+    message: str | None
+
+    @classmethod
+    def read(cls, run: Path, backend: str = "auto", threads: int = 1) -> Trained:
+        """Read the newest checkpoint of a run's folder, or a checkpoint file.
+
+        Raises
+        ------
+        UserError
+            If there is none, or it cannot be read.
+        """
+        found = checkpoint.load(run) if run.is_file() else checkpoint.latest(run)
+        try:
+            config = Config(**found.meta["config"] | {"backend": backend})
+            symbols, step = bytes(found.meta["vocabulary"]), int(found.meta["step"])
+            data = Path(found.meta["data"])
+            network = Network(config.cell(len(symbols)), config.make_backend(threads))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"the checkpoint in {run} describes no run of this version: {error}") from None
+        if found.theta.shape != (network.layout.size,) or found.theta.dtype != network.backend.dtype:
+            raise UserError(f"the checkpoint in {run} does not hold the parameters of its own model")
+        return cls(
+            network, network.backend.to_device(found.theta), symbols, config, step, data, found.message
+        )
+
+    def sample(self, length: int, prime: bytes, temperature: float, seed: int) -> bytes:
+        """Let the network write.
+
+        Parameters
+        ----------
+        length : int
+            Characters to draw.
+        prime : bytes
+            What it reads first; may be empty.
+        temperature : float
+            Logits are divided by it; 0 takes the most probable character.
+        seed : int
+
+        Raises
+        ------
+        UserError
+            If the prime has a character that the network does not know.
+        """
+        ids = {byte: i for i, byte in enumerate(self.symbols)}
+        unknown = sorted({chr(b) for b in prime if b not in ids})
+        if unknown:
+            raise UserError(f"the network does not know the character(s) {' '.join(map(repr, unknown))}")
+        rng = np.random.Generator(np.random.PCG64(seed))
+        backend = self.network.backend
+        # Without a prime it starts as training sequences do: zero state, some first character.
+        read = [ids[b] for b in prime] or [int(rng.integers(len(self.symbols)))]
+        state: State | None = None
+        written = bytearray()
+        for _ in range(length):
+            inputs = backend.to_device(np.array(read, np.int32)[:, np.newaxis])
+            state, logits = self.network.advance(self.theta, state, inputs)
+            symbol = draw(backend.to_host(logits)[0].astype(np.float64), temperature, rng)
+            written.append(self.symbols[symbol])
+            read = [symbol]
+        return bytes(written)
+
+
+def draw(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> int:
+    """Draw a symbol from softmax(logits / temperature), or the most probable one at temperature 0."""
+    if temperature == 0:
+        return int(logits.argmax())
+    p = np.exp((logits - logits.max()) / temperature)
+    return int(np.searchsorted(np.cumsum(p), rng.random() * p.sum(), side="right").clip(0, len(p) - 1))

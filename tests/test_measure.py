@@ -1,0 +1,104 @@
+"""The cost account against numbers worked out by hand, and the timer against a clock of our own."""
+
+import contextlib
+
+import numpy as np
+import pytest
+
+from hfmpi.measure.cost import Counts, full, paper, ranks
+from hfmpi.measure.timer import Timer, split_waiting
+
+
+@pytest.mark.parametrize(
+    ("counts", "batches", "expected"),
+    [
+        # One step of each of the paper's optimizers, with 5 CG iterations where there are any.
+        (Counts(steps=1), (32, 0), (96, 3)),
+        (Counts(steps=1), (3500, 0), (10_500, 3)),
+        (Counts(steps=1, cg_steps=5), (320, 32), (960 + 640, 23)),
+        (Counts(steps=1, cg_steps=5), (14_000, 3500), (42_000 + 70_000, 23)),
+        (Counts(steps=7, cg_steps=90), (320, 32), (6720 + 11_520, 21 + 360)),
+        (Counts(), (320, 32), (0, 0)),
+    ],
+)
+def test_the_papers_formulas(counts, batches, expected):
+    assert paper(counts, *batches) == expected
+
+
+def test_cost_on_some_ranks():
+    counts = Counts(steps=2, cg_steps=10)
+    assert ranks(counts, 320, 32, 3) == 6 * 107 + 40 * 11
+    assert ranks(counts, 320, 32, 64) == 6 * 5 + 40 * 1
+    p_d, p_i = paper(counts, 320, 32)
+    assert ranks(counts, 320, 32, 1) == p_d
+    assert ranks(counts, 320, 32, 319) > p_i
+    assert ranks(counts, 320, 32, 320) == ranks(counts, 320, 32, 10_000) == p_i
+
+
+def test_full_cost_counts_what_was_executed():
+    counts = Counts(steps=1, cg_steps=5, gradients=1, products=6, losses=4, linearisations=1)
+    assert full(counts, 320, 32) == ((4 + 3) * 320 + (1 + 24) * 32, 32)
+
+
+def test_counts_add_up():
+    total = Counts(1, 2, 3, 4, 5, 6) + Counts(10, 20, 30, 40, 50, 60)
+    assert total == Counts(11, 22, 33, 44, 55, 66)
+
+
+class Clock:
+    """Time that passes when told to."""
+
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_spans_are_exclusive():
+    clock = Clock()
+    timer = Timer(clock)
+    clock.now += 50  # in no span
+    with timer.span("step"):
+        clock.now += 1
+        with timer.span("gradient"):
+            clock.now += 2
+            with timer.span("allreduce"):
+                clock.now += 4
+            clock.now += 8
+            with timer.span("allreduce"):
+                clock.now += 16
+            assert timer.totals == {"step": 1, "gradient": 10, "allreduce": 20}
+        clock.now += 32
+    clock.now += 50
+    with timer.span("step"):
+        clock.now += 64
+    assert timer.totals == {"step": 97, "gradient": 10, "allreduce": 20}
+    np.testing.assert_array_equal(timer.series("allreduce"), [4, 16])
+    with pytest.raises(KeyError):
+        timer.series("gradient")
+
+
+def test_span_of_the_same_name_inside_and_exceptions():
+    clock = Clock()
+    timer = Timer(clock, kept=("a",))
+    with contextlib.suppress(ZeroDivisionError), timer.span("a"):
+        clock.now += 1
+        with timer.span("a"):
+            clock.now += 2
+            raise ZeroDivisionError
+    with timer.span("b"):
+        clock.now += 4
+    assert timer.totals == {"a": 3, "b": 4}
+    np.testing.assert_array_equal(timer.series("a"), [2, 1])
+
+
+def test_waiting_is_what_exceeds_the_fastest():
+    communication, waiting = split_waiting([[1.0, 5.0, 2.0], [3.0, 0.5, 2.0]])
+    np.testing.assert_allclose(communication, [3.5, 3.5])
+    np.testing.assert_allclose(waiting, [4.5, 2.0])
+    communication, waiting = split_waiting([np.array([1.0, 2.0])])
+    assert (communication, waiting) == (3.0, 0.0)
+    communication, waiting = split_waiting([np.zeros(0)] * 2)
+    np.testing.assert_array_equal([communication, waiting], np.zeros((2, 2)))
+    with pytest.raises(ValueError, match="same shape"):
+        split_waiting([np.zeros(2), np.zeros(3)])

@@ -1,0 +1,322 @@
+"""Communicators, launch and placement: alone, under mpirun, and when something goes wrong."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from threadpoolctl import threadpool_info, threadpool_limits
+
+from hfmpi.cli.info import info
+from hfmpi.errors import UserError
+from hfmpi.parallel import launch, placement
+from hfmpi.parallel.communicator import Communicator, MPICommunicator, digest
+
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+LAUNCHER_NAMES = [name for pair in launch._LAUNCHERS for name in pair if name]
+
+
+def mpirun(ranks, program, folder):
+    """Run a Python program on some ranks; give the finished process and the seconds it took."""
+    if MPIRUN is None:
+        pytest.skip("there is no mpirun")
+    script = folder / "program.py"
+    script.write_text(program)
+    begin = time.monotonic()
+    done = subprocess.run(
+        [MPIRUN, "-n", str(ranks), sys.executable, str(script)], capture_output=True, text=True, timeout=60
+    )
+    return done, time.monotonic() - begin
+
+
+@pytest.fixture
+def no_launcher(monkeypatch):
+    for name in LAUNCHER_NAMES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def check_contract(comm):
+    """Check what every communicator promises, on any number of ranks."""
+    rank, size = comm.rank, comm.size
+    for dtype in (np.float32, np.float64, np.int64):
+        vector = np.arange(5, dtype=dtype) + rank
+        comm.sum(vector)
+        np.testing.assert_array_equal(vector, np.arange(5) * size + sum(range(size)))
+        assert vector.dtype == dtype
+
+    for dtype in (np.float32, np.int32, np.uint8, np.bool_):
+        vector = np.full(7, rank == 0, dtype=dtype)
+        comm.broadcast(vector)
+        np.testing.assert_array_equal(vector, np.ones(7, dtype=dtype))
+
+    for value in (
+        None,
+        True,
+        3,
+        0.1,
+        np.float64(0.1),
+        float("inf"),
+        "word",
+        "x" * 240,
+        "x" * 5000,
+        {"a": [1]},
+    ):
+        agreed = comm.agree(value if rank == 0 else "another")
+        assert agreed == value
+        assert type(agreed) is type(value)
+
+    assert comm.any(rank == size - 1) is True
+    assert comm.any(False) is False
+    assert comm.gather((rank, "here")) == ([(r, "here") for r in range(size)] if rank == 0 else None)
+
+    assert comm.same(2**64 - 1) == []
+    assert comm.same(2**63 + rank) == list(range(1, size))
+    vector = np.ones(9)
+    if rank == size - 1:
+        vector[3] = np.nextafter(1, 2)
+    assert comm.same(digest(vector)) == ([size - 1] if size > 1 else [])
+
+    assert launch.together(comm, lambda: rank * 10) == rank * 10
+    with pytest.raises(UserError, match=r"^Größe 0 passt nicht$"):
+        launch.together(comm, fail_on(comm, 0))
+    with pytest.raises(UserError, match=rf"^Größe {size - 1} passt nicht$"):
+        launch.together(comm, fail_on(comm, size - 1))
+
+    for bad in (np.zeros((4, 4))[:, 0], np.zeros(3, dtype=np.float16), np.zeros(3, dtype=np.complex128)):
+        with pytest.raises(TypeError, match="cannot send"):
+            comm.sum(bad)
+    with pytest.raises(TypeError, match="cannot send"):
+        comm.broadcast(np.zeros(3, dtype=object))
+
+
+def fail_on(comm, first):
+    def function():
+        if comm.rank >= first:
+            raise UserError(f"Größe {comm.rank} passt nicht")
+
+    return function
+
+
+def test_one_rank_alone():
+    comm = Communicator()
+    assert (comm.rank, comm.size, comm.local_rank, comm.local_size) == (0, 1, 0, 1)
+    check_contract(comm)
+
+
+@pytest.mark.mpi(ranks=[1, 2, 3], timeout=60, unit="s")
+def test_contract_under_mpi(mpi_ranks):
+    comm = launch.connect()
+    assert isinstance(comm, MPICommunicator)
+    assert comm.size == mpi_ranks
+    assert (comm.local_rank, comm.local_size) == (comm.rank, comm.size)
+    check_contract(comm)
+    place = placement.place(comm, threads=1)
+    assert (place.rank, place.size, place.threads) == (comm.rank, mpi_ranks, 1)
+    comm.close()
+
+
+def test_digest_sees_every_bit():
+    vector = np.linspace(0, 1, 1000, dtype=np.float32)
+    other = vector.copy()
+    other.view(np.uint32)[617] ^= 1
+    assert digest(vector) != digest(other)
+    assert digest(vector) == digest(vector.copy())
+    assert 0 <= digest(np.zeros(0)) < 2**64
+
+
+def test_serial_without_launcher_and_mpi_not_loaded():
+    program = (
+        "import sys; from hfmpi.parallel.launch import connect; assert 'mpi4py' not in sys.modules\n"
+        "comm = connect(); assert type(comm).__name__ == 'Communicator', comm\n"
+        "assert 'mpi4py' not in sys.modules"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_NAMES}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, None),
+        ({"PMI_RANK": "1", "PMI_SIZE": "3"}, (1, 3)),
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "PMIX_RANK": "0"}, (0, 2)),
+        ({"PMI_RANK": "0", "PMI_SIZE": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, (0, 4)),
+        ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8"}, (2, 8)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, None),  # a batch script's own process
+        ({"PMIX_RANK": "1"}, (1, 2)),
+    ],
+)
+def test_launched(variables, expected, no_launcher, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert launch.launched() == expected
+
+
+def unloadable():
+    raise RuntimeError("cannot load MPI library")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_launcher_but_no_mpi(size, no_launcher, monkeypatch):
+    monkeypatch.setattr(launch, "load", unloadable)
+    monkeypatch.setenv("PMI_RANK", "0")
+    monkeypatch.setenv("PMI_SIZE", str(size))
+    if size == 1:
+        assert launch.connect().size == 1
+    else:
+        with pytest.raises(UserError, match="started 2 processes, but MPI cannot be loaded"):
+            launch.connect()
+
+
+def test_launcher_of_another_mpi_is_an_error():
+    # Open MPI's variables without its mpirun: what the ranks of a foreign launcher look like.
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_NAMES}
+    program = "from hfmpi.parallel.launch import connect, guard\nwith guard(): connect()"
+    for rank, lines in ((0, 1), (1, 0)):
+        environment |= {"OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_SIZE": "2"}
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 2
+        assert done.stderr.count("the launcher started 2 processes, but each of them is alone") == lines
+        assert len(done.stderr.splitlines()) == lines
+
+
+START = """
+import sys
+import numpy as np
+from hfmpi.errors import UserError
+from hfmpi.parallel.launch import connect, guard, together
+def wait(comm):
+    while True:
+        comm.sum(np.ones(1))
+"""
+
+
+@pytest.mark.parametrize(
+    "failing",
+    [
+        "together(comm, lambda: open_corpus(comm))",  # one rank fails, together
+        "fail(comm)",  # all ranks fail alike, on their own
+    ],
+)
+def test_user_error_on_all_ranks_is_one_sentence_and_code_2(failing, tmp_path):
+    program = f"""{START}
+def open_corpus(comm):
+    if comm.rank == 1:
+        raise UserError("there is no such corpus")
+def fail(comm):
+    raise UserError("there is no such corpus")
+with guard():
+    comm = connect()
+    {failing}
+"""
+    done, seconds = mpirun(3, program, tmp_path)
+    assert done.returncode == 2
+    assert (done.stdout + done.stderr).strip() == "Error: there is no such corpus"
+    assert seconds < 10
+
+
+@pytest.mark.parametrize(
+    ("leaving", "code", "said"),
+    [
+        ("1 / 0", 1, "ZeroDivisionError"),
+        ("sys.exit(3)", 3, ""),
+        ("sys.exit('no way')", 1, "no way"),
+        ("raise UserError('this rank alone')", 2, "Error: this rank alone"),
+    ],
+)
+def test_one_rank_that_leaves_ends_all(leaving, code, said, tmp_path):
+    program = f"""{START}
+with guard():
+    comm = connect()
+    if comm.rank == 1:
+        {leaving}
+    wait(comm)
+"""
+    done, seconds = mpirun(3, program, tmp_path)
+    assert done.returncode == code
+    assert said in done.stderr
+    assert done.stderr.count("Traceback") == (said == "ZeroDivisionError")
+    assert seconds < 10
+
+
+def test_exception_without_guard_ends_all(tmp_path):
+    done, seconds = mpirun(2, f"{START}\ncomm = connect()\ncomm.rank and 1 / 0\nwait(comm)", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("ZeroDivisionError") == 1
+    assert seconds < 10
+
+
+def test_guard_alone(capsys, no_launcher):
+    with pytest.raises(SystemExit) as leaving, launch.guard():
+        raise UserError("no such file")
+    assert leaving.value.code == 2
+    assert capsys.readouterr().err == "Error: no such file\n"
+    with pytest.raises(SystemExit) as leaving, launch.guard():
+        sys.exit(7)
+    assert leaving.value.code == 7
+    with pytest.raises(ZeroDivisionError), launch.guard():
+        1 / 0  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("own", "masks", "threads"),
+    [
+        (0b1111, [0b1111], 4),
+        (0b1111, [0b1111] * 2, 2),
+        (0b1111, [0b1111] * 3, 1),
+        (0b11, [0b11] * 5, 1),
+        (0b0011, [0b0011, 0b1100], 2),  # bound to cores of their own
+        (0b1000, [0b0111, 0b1000], 1),
+        (0b0111, [0b0111, 0b1110], 2),  # bound, but to common cores
+    ],
+)
+def test_share_of_the_cores(own, masks, threads):
+    assert placement._share(own, masks) == threads
+
+
+@pytest.fixture
+def blas_threads():
+    """Undo what `place` sets."""
+    with threadpool_limits(limits=None, user_api="blas"):
+        yield lambda: {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+
+def test_place_sets_the_threads(monkeypatch, blas_threads):
+    for name in placement._THREAD_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    cores = len(os.sched_getaffinity(0))
+    place = placement.place(Communicator())
+    assert (place.cores, place.threads) == (cores, cores)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2,1")
+    assert placement.place(Communicator()).threads == 2
+    assert blas_threads() == {2}
+    assert placement.place(Communicator(), threads=1).threads == 1
+    assert blas_threads() == {1}
+    with pytest.raises(UserError, match="at least one thread"):
+        placement.place(Communicator(), threads=0)
+
+
+def test_info_alone(no_launcher, monkeypatch, blas_threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    plain = CliRunner().invoke(info)
+    assert plain.exit_code == 0
+    assert "rank 0 of 1 on " in plain.output
+    found = json.loads(CliRunner().invoke(info, ["--json"]).output)
+    assert found["versions"]["numpy"] == np.__version__
+    assert found["mpi"]["started"] is False
+    assert [rank["rank"] for rank in found["ranks"]] == [0]
+
+
+def test_info_under_mpirun(tmp_path):
+    done, _ = mpirun(2, "from hfmpi.cli.info import info; info()", tmp_path)
+    assert done.returncode == 0
+    assert [line.split(" on ")[0] for line in done.stdout.splitlines()[-2:]] == ["rank 0 of 2", "rank 1 of 2"]
+    assert len(done.stdout.splitlines()) == 5
