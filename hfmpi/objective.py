@@ -21,28 +21,30 @@ from hfmpi.parallel.communicator import Communicator
 
 __all__ = ["MeanRisk", "Risk", "pack", "unpack"]
 
-GRID = 2.0**-10, 2.0**-24
-"""Grids of the first two parts of a packed scalar; see `pack`."""
+GRIDS = 2.0**-10, 2.0**-24, 2.0**-38, 2.0**-52
+"""Grids of the parts of a packed scalar; see `pack`."""
 
 
-def pack(value: float) -> tuple[float, float, float]:
-    """Split a float64 into three float32 numbers whose sums over many ranks are (almost) exact.
+def pack(value: float) -> np.ndarray:
+    """Split a float64 into float32 numbers (4,) whose sums over many ranks are exact.
 
     A loss travels in the message of its gradient, which may be float32, yet has to arrive in double
-    precision. The first two parts are multiples of fixed grids, so that their sums (over up to 2,048 ranks)
-    fit the 24 bits of a float32 without rounding, in whatever order they are added; the rest is below 2^-24.
+    precision. The parts are multiples of fixed grids, so that their sums over up to 2,048 ranks (below 2^14
+    in all) fit the 24 bits of a float32 without rounding, in whatever order they are added.
     """
     if not math.isfinite(value):
-        return value, 0.0, 0.0
-    high = round(value / GRID[0]) * GRID[0]
-    middle = round((value - high) / GRID[1]) * GRID[1]
-    return high, middle, value - high - middle
+        return np.array([value, 0, 0, 0], np.float32)
+    parts = []
+    for grid in GRIDS:
+        parts.append(round(value / grid) * grid)
+        value -= parts[-1]
+    with np.errstate(over="ignore"):  # what no float32 holds arrives as infinity
+        return np.array(parts, np.float32)
 
 
 def unpack(parts: np.ndarray) -> float:
-    """Give the float64 sum of what `pack` split, from the summed parts (3,)."""
-    high, middle, low = (float(part) for part in parts)
-    return high + (middle + low)
+    """Give the float64 sum of what `pack` split, from the summed parts (4,)."""
+    return float(np.sum(parts[::-1].astype(np.float64)))  # the smallest first
 
 
 class MeanRisk:
@@ -113,7 +115,7 @@ class Risk:
         gradient whatever the batch. One message carries everything.
         """
         owner, size, kind = self.owner, theta.size, theta.dtype
-        message = owner.network.backend.xp.zeros(size * (1 + squares) + 3, kind)
+        message = owner.network.backend.xp.zeros(size * (1 + squares) + len(GRIDS), kind)
         square_sum = message[size : 2 * size] if squares else None
         loss = 0.0
         for batch in self._batches():
@@ -123,11 +125,11 @@ class Risk:
             with owner.timer.span("gradient"):
                 owner.network.gradient(tape, 1 / self.characters, message[:size], square_sum)
             loss += tape.loss / self.characters
-        message[-3:] = owner.network.backend.to_device(np.array(pack(loss), kind))
+        message[-len(GRIDS) :] = owner.network.backend.to_device(pack(loss).astype(kind))
         self._sum(message)
         if square_sum is not None:  # sum_i (g_i / B)^2 -> mean_i g_i^2
             square_sum *= kind.type(self.size)
-        return Gradient(unpack(owner.network.backend.to_host(message[-3:])), message[:size], square_sum)
+        return Gradient(unpack(owner.network.backend.to_host(message[-len(GRIDS) :])), message[:size], square_sum)
 
     def gauss_newton(self, theta: Array, structural: float = 0.0) -> Callable[[Array], Array]:
         """Linearise at theta; give v (D,) -> (G + structural * S) v.

@@ -27,5 +27,5 @@ def create(name: str = "auto", dtype: str = "float32", threads: int = 1) -> Back
 
         return NumpyBackend(dtype, threads)
     if name == "cupy":
-        raise UserError("The cupy backend is not part of this release; choose numba or numpy.")
-    raise UserError(f"There is no backend {name!r}; choose one of {', '.join(BACKENDS)}.")
+        raise UserError("the cupy backend is not part of this release; choose numba or numpy")
+    raise UserError(f"there is no backend {name!r}; choose one of {', '.join(BACKENDS)}")

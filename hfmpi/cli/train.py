@@ -76,7 +76,7 @@ def train(
     from hfmpi.parallel.launch import connect, together
     from hfmpi.parallel.placement import place
     from hfmpi.runs import config as configuration
-    from hfmpi.runs.folder import open_run
+    from hfmpi.runs.folder import find_checkpoint
     from hfmpi.runs.stop import StopSignals
     from hfmpi.runs.train import Run
 
@@ -84,7 +84,10 @@ def train(
     np.seterr(
         over="ignore", invalid="ignore", under="ignore", divide="ignore"
     )  # steps that overflow are rejected
+    if not data.name:
+        raise UserError(f"{data} is not a corpus file")
     folder = out if out is not None else data.with_suffix(".run")
+    placement = place(comm, threads)  # collective, and so not inside `build`, which may fail on some ranks
 
     def build() -> Run:
         given = configuration.from_toml(config) if config else {}
@@ -95,9 +98,9 @@ def train(
         given |= {name: value for name, value in options.items() if value is not None}
         if changes:
             given["settings"] = changes
-        found = open_run(folder, resume, writer=comm.rank == 0)
+        found = find_checkpoint(folder, resume)
         merged = configuration.merge(given, found.meta.get("config") if found else None)
-        run = Run(folder, merged, data, comm, place(comm, threads), found)
+        run = Run(folder, merged, data, comm, placement, found)
         if found is not None and found.message and comm.rank == 0:
             click.echo(f"Note: {found.message}.", err=True)
         return run

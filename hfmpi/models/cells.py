@@ -52,13 +52,13 @@ class Cell:
 
     def __post_init__(self) -> None:
         if self.name not in CELLS:
-            raise UserError(f"There is no model {self.name!r}; choose one of {', '.join(CELLS)}.")
+            raise UserError(f"there is no model {self.name!r}; choose one of {', '.join(CELLS)}")
         if self.variant not in VARIANTS:
-            raise UserError(f"There is no variant {self.variant!r}; choose one of {', '.join(VARIANTS)}.")
+            raise UserError(f"there is no variant {self.variant!r}; choose one of {', '.join(VARIANTS)}")
         if self.variant == "krause" and not self.gated:
-            raise UserError(f"The krause variant is for lstm and mlstm, not for {self.name}.")
+            raise UserError(f"the krause variant is for lstm and mlstm, not for {self.name}")
         if self.hidden < 1 or self.vocabulary < 1:
-            raise UserError("A model needs at least one hidden unit and one symbol.")
+            raise UserError("a model needs at least one hidden unit and one symbol")
 
     @property
     def gated(self) -> bool:
@@ -109,7 +109,7 @@ class Cell:
         """
         if initialisation not in INITIALISATIONS:
             raise UserError(
-                f"There is no initialisation {initialisation!r}; choose one of {', '.join(INITIALISATIONS)}."
+                f"there is no initialisation {initialisation!r}; choose one of {', '.join(INITIALISATIONS)}"
             )
         rng = np.random.Generator(np.random.PCG64(seed))
         layout = self.layout

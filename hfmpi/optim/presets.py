@@ -24,7 +24,7 @@ class Preset:
     curvature_batch: int = 0
 
 
-def preset(name: str, multiplicative: bool = True, **changes: Any) -> Preset:
+def preset(name: str, multiplicative: bool = True, /, **changes: Any) -> Preset:
     """Give a preset by name, with single settings of its optimizer changed.
 
     Parameters
@@ -41,21 +41,21 @@ def preset(name: str, multiplicative: bool = True, **changes: Any) -> Preset:
         For an unknown name or setting, or a value out of range.
     """
     if name not in PRESETS:
-        raise UserError(f"There is no optimizer {name!r}; choose one of {', '.join(PRESETS)}.")
+        raise UserError(f"there is no optimizer {name!r}; choose one of {', '.join(PRESETS)}")
     chosen = _preset(name, multiplicative)
     known = {f.name: f for f in fields(chosen.optimizer)}
     for key, value in changes.items():
         if key not in known:
-            raise UserError(f"Optimizer {name} has no setting {key!r}; it has {', '.join(known)}.")
+            raise UserError(f"optimizer {name} has no setting {key!r}; it has {', '.join(known)}")
         wanted = type(getattr(chosen.optimizer, key))
         if wanted is float and type(value) is int:
             changes[key] = float(value)
         elif type(value) is not wanted:
-            raise UserError(f"Setting {key} of {name} must be of type {wanted.__name__}, not {value!r}.")
+            raise UserError(f"setting {key} of {name} must be of type {wanted.__name__}, not {value!r}")
     try:
         return replace(chosen, optimizer=replace(chosen.optimizer, **changes))
     except ValueError as error:
-        raise UserError(f"Optimizer {name}: {error}.") from None
+        raise UserError(f"optimizer {name}: {error}") from None
 
 
 def _preset(name: str, multiplicative: bool) -> Preset:

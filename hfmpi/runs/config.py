@@ -86,6 +86,9 @@ class Config:
                 raise UserError(f"{f.name} must be a finite number")
             if f.name != "forget_bias" and isinstance(value, (int, float)) and value < 0:
                 raise UserError(f"{f.name} must not be negative, it is {value}")
+        for name, value in self.settings.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"setting {name} must be a finite number")
         for name in ("sequence_length", "micro_batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1")
@@ -132,7 +135,7 @@ def merge(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> 
     for name, value in given.items():
         if name not in known:
             raise UserError(f"unknown option {name!r}; the options are {', '.join(known)}")
-        if known[name] is float and type(value) is int:
+        if known[name] is float and type(value) is int and abs(value) < 2**53:
             value = float(value)
         if type(value) is not known[name]:
             raise UserError(f"option {name} must be of type {known[name].__name__}, not {value!r}")
@@ -163,7 +166,7 @@ def from_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not a TOML file: {error}") from None
 
 

@@ -28,6 +28,7 @@ from hfmpi.runs import checkpoint
 from hfmpi.runs.atomic import replace as replace_file
 from hfmpi.runs.checkpoint import Checkpoint
 from hfmpi.runs.config import Config, to_toml
+from hfmpi.runs.folder import make
 from hfmpi.runs.history import History
 from hfmpi.runs.stop import StopSignals
 
@@ -121,6 +122,7 @@ class Run:
             On all ranks alike: a file could not be written, or the ranks no longer hold the same theta.
         """
         config, comm = self.config, self.communicator
+        self._check_start()
         self._on_first_rank(self._open_files)
         if comm.rank == 0:
             reporter.start(self.facts())
@@ -191,6 +193,7 @@ class Run:
     # Files -------------------------------------------------------------------------------------
 
     def _open_files(self) -> None:
+        make(self.folder)
         self.history = History(self.folder)
         self.history.truncate(self.step)
         replace_file(self.folder / "config.toml", to_toml(self.config).encode())
@@ -253,6 +256,18 @@ class Run:
         self.state = kind(**{k: place(v) if isinstance(v, np.ndarray) else v for k, v in found.state.items()})
         self.step, self.seconds = int(meta["step"]), float(meta["seconds"])
         self.counts = cost.Counts(**meta["counts"])
+
+    def _check_start(self) -> None:
+        """Raise a UserError on all ranks unless all start with the same data, options and checkpoint.
+
+        Nodes that do not share their files would otherwise do different runs, and wait for one another.
+        """
+        theta = digest(self.backend.to_host(self.theta))
+        start = json.dumps([asdict(self.config), self.corpus.digest, self.step, theta])
+        strays = self.communicator.same(digest(np.frombuffer(start.encode(), np.uint8)))
+        if strays:
+            names = ", ".join(map(str, strays))
+            raise UserError(f"rank {names} has other data, options or checkpoint files than rank 0")
 
     def check_ranks(self) -> None:
         """Raise a UserError on all ranks unless all hold the same theta, bit for bit."""
