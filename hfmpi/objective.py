@@ -129,7 +129,8 @@ class Risk:
         self._sum(message)
         if square_sum is not None:  # sum_i (g_i / B)^2 -> mean_i g_i^2
             square_sum *= kind.type(self.size)
-        return Gradient(unpack(owner.network.backend.to_host(message[-len(GRIDS) :])), message[:size], square_sum)
+        mean = unpack(owner.network.backend.to_host(message[-len(GRIDS) :]))
+        return Gradient(mean, message[:size], square_sum)
 
     def gauss_newton(self, theta: Array, structural: float = 0.0) -> Callable[[Array], Array]:
         """Linearise at theta; give v (D,) -> (G + structural * S) v.

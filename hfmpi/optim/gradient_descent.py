@@ -30,7 +30,7 @@ class GradientDescent:
     Attributes
     ----------
     rule : {'clip', 'normalised', 'rms-normalised'}
-        `clip`: -rate * g * min(1, threshold / |g|) (Pascanu et al. 2013).
+        `clip`: `-rate * g * min(1, threshold / |g|)` (Pascanu et al. 2013).
         `normalised`: a step of length `rate` along -g.
         `rms-normalised`: a step of length `rate` along -g / (sqrt(mean square) + epsilon), the "variant of
         gradient descent with norm clipping" of Krause's released code (2016).

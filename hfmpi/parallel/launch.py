@@ -11,6 +11,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
@@ -20,7 +21,7 @@ import numpy as np
 from hfmpi.errors import UserError
 from hfmpi.parallel.communicator import Communicator, MPICommunicator
 
-__all__ = ["connect", "guard", "launched", "load", "together"]
+__all__ = ["connect", "guard", "launched", "library_name", "load", "together"]
 
 T = TypeVar("T")
 
@@ -35,7 +36,7 @@ _LAUNCHERS = (
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
     ("PMIX_RANK", None),
 )
-_PATIENCE = 3.0  # seconds in which ranks that leave with an error wait for the others to leave too
+_PATIENCE = 2.0  # seconds in which ranks that leave with an error wait for the others to leave too
 
 
 def launched() -> tuple[int, int] | None:
@@ -68,6 +69,12 @@ def load() -> Any:
     return MPI
 
 
+def library_name(mpi: Any) -> str:
+    """Give the name and version of the MPI library that `load` found, in one line."""
+    first = mpi.Get_library_version().strip("\0\n").splitlines()[0]
+    return " ".join(first.replace("Version:", "").split()).strip(" ,")
+
+
 def connect() -> Communicator:
     """Start MPI if a launcher is there, and give the communicator of all ranks.
 
@@ -93,11 +100,13 @@ def connect() -> Communicator:
             ) from error
         return Communicator()
     if not mpi.Is_initialized():
-        mpi.Init_thread(mpi.THREAD_FUNNELED)
+        with warnings.catch_warnings():
+            # mpi4py warns of a launcher that does not fit; the check below makes it an error.
+            warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
+            mpi.Init_thread(mpi.THREAD_FUNNELED)
     if size > 1 and mpi.COMM_WORLD.size == 1:
-        library = mpi.Get_library_version().splitlines()[0].strip(" ,\0")
         raise UserError(
-            f"the launcher started {size} processes, but each of them is alone in MPI ({library}): "
+            f"the launcher started {size} processes, but each of them is alone in {library_name(mpi)}: "
             "use the mpirun that belongs to this MPI library"
         )
     if _world() is not None and not isinstance(sys.excepthook, _AbortingHook):

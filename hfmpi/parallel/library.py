@@ -6,7 +6,7 @@ import ctypes
 import subprocess
 import sys
 
-from hfmpi.parallel.launch import load
+from hfmpi.parallel.launch import library_name, load
 
 __all__ = ["describe"]
 
@@ -25,8 +25,7 @@ def describe() -> tuple[str | None, bool | None]:
         mpi = load()
     except (ImportError, RuntimeError, OSError):
         return None, None
-    lines = mpi.Get_library_version().rstrip("\0").splitlines()
-    name = " ".join(lines[0].replace("Version:", "").split()).strip(" ,")
+    name = library_name(mpi)
     if mpi.Is_initialized():
         return name, _cuda_support(mpi.__file__)
     # The query needs a started MPI, and one that cannot start ends its process: ask in a child.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -87,7 +88,7 @@ class Config:
             if f.name != "forget_bias" and isinstance(value, (int, float)) and value < 0:
                 raise UserError(f"{f.name} must not be negative, it is {value}")
         for name, value in self.settings.items():
-            if isinstance(value, float) and not math.isfinite(value):
+            if isinstance(value, (int, float)) and not abs(value) <= sys.float_info.max:
                 raise UserError(f"setting {name} must be a finite number")
         for name in ("sequence_length", "micro_batch"):
             if getattr(self, name) < 1:
@@ -112,7 +113,8 @@ class Config:
         gradient = self.gradient_batch or chosen.gradient_batch
         if curvature > gradient:
             raise UserError(
-                f"a curvature batch of {curvature:,} sequences cannot be drawn from a gradient batch of {gradient:,}"
+                f"a curvature batch of {curvature:,} sequences cannot be drawn "
+                f"from a gradient batch of {gradient:,}"
             )
         return replace(chosen, gradient_batch=gradient, curvature_batch=curvature)
 

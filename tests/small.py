@@ -1,0 +1,93 @@
+"""Small runs for tests: a text that can be learned, its corpus, and a run in one call."""
+
+import numpy as np
+
+from hfmpi.data.prepare import prepare
+from hfmpi.parallel.communicator import Communicator
+from hfmpi.parallel.placement import Placement
+from hfmpi.runs.config import Config
+from hfmpi.runs.folder import find_checkpoint
+from hfmpi.runs.history import History
+from hfmpi.runs.stop import StopSignals
+from hfmpi.runs.train import Run
+
+WORDS = b"in the beginning was word and with god it all things were made by him".split()
+SMALL = {
+    "hidden": 8,
+    "sequence_length": 20,
+    "gradient_batch": 10,
+    "curvature_batch": 4,
+    "evaluate_every": 1,
+    "dtype": "float64",
+    "backend": "numpy",
+}
+"""A step of about ten milliseconds, with a loss on the validation text after each."""
+
+
+def text(size=4500):
+    """Give words in random order, the same ones whoever asks."""
+    rng = np.random.default_rng(0)
+    return b" ".join(WORDS[k] for k in rng.integers(len(WORDS), size=size))[:size]
+
+
+def write_corpus(path):
+    """Write the corpus of the text: 4,200 + 300 characters, 210 training sequences of 20."""
+    prepare(text())[0].write(path)
+    return path
+
+
+class Recorder:
+    """A reporter that keeps what it is told, and may do something after each step."""
+
+    def __init__(self, after_step=None):
+        self.facts, self.records, self.messages = None, [], []
+        self.after_step = after_step
+
+    def start(self, facts):
+        self.facts = facts
+
+    def step(self, record):
+        self.records.append(record)
+        if self.after_step:
+            self.after_step(record)
+
+    def message(self, text):
+        self.messages.append(text)
+
+
+def make_run(folder, data, comm=None, resume="auto", **options):
+    """Make a run as `hfmpi train` does, new or going on."""
+    comm = comm or Communicator()
+    if options.get("optimizer") in ("sgd", "bgd", "adam"):
+        options = {"curvature_batch": 0} | options
+    place = Placement("here", comm.rank, comm.size, comm.local_rank, comm.local_size, 1, 1)
+    found = find_checkpoint(folder, resume)
+    return Run(folder, Config(**SMALL | options), data, comm, place, found)
+
+
+def train(folder, data, comm=None, resume="auto", reporter=None, **options):
+    """Train; give the run and its result."""
+    run = make_run(folder, data, comm, resume, **options)
+    with StopSignals() as signals:
+        return run, run.train(reporter or Recorder(), signals)
+
+
+def history(folder, leave=("seconds",)):
+    """Give the history without what two equal runs may differ in."""
+    return [{k: v for k, v in record.items() if k not in leave} for record in History.read(folder)]
+
+
+def state_of(run):
+    """Give all that the next step depends on, as a dict of arrays."""
+    return {"theta": run.theta} | {k: np.asarray(v) for k, v in vars(run.state).items()}
+
+
+def same(a, b):
+    """Assert that two runs stand at the same point, to the last bit."""
+    assert a.step == b.step
+    assert a.counts == b.counts
+    ours, theirs = state_of(a), state_of(b)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert value.dtype == theirs[name].dtype, name
+        np.testing.assert_array_equal(value, theirs[name], name)

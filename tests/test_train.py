@@ -1,0 +1,419 @@
+"""Whole runs on a small text: stopped, resumed, on several ranks, counted and measured."""
+
+import json
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+from small import Recorder, history, make_run, same, train, write_corpus
+
+from hfmpi.errors import UserError
+from hfmpi.objective import Risk
+from hfmpi.parallel.communicator import MPICommunicator, digest
+from hfmpi.runs import checkpoint
+from hfmpi.runs.config import Config, from_toml, merge
+from hfmpi.runs.stop import StopSignals
+from hfmpi.runs.train import Run
+
+STEPS = 6
+OPTIMIZERS = {
+    "sgd clip": {"optimizer": "sgd", "settings": {"rule": "clip", "rate": 1.0}},
+    "sgd normalised": {"optimizer": "sgd", "settings": {"rule": "normalised", "rate": 0.3}},
+    "sgd rms-normalised": {"optimizer": "sgd", "settings": {"rule": "rms-normalised", "rate": 2.0}},
+    "bgd": {"optimizer": "bgd"},
+    "adam": {"optimizer": "adam", "settings": {"rate": 0.02}},
+    "shf": {"optimizer": "shf"},
+    "bhf": {"optimizer": "bhf", "settings": {"damping": 1.0, "structural_damping": 0.1}},
+}
+
+
+@pytest.fixture(scope="module", name="data")
+def fixture_data(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "small.h5")
+
+
+# Stop and go on --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(name, dtype, data, tmp_path):
+    options = OPTIMIZERS[name] | {"dtype": dtype, "seed": 3}
+    whole, _ = train(tmp_path / "whole", data, max_steps=STEPS, **options)
+    for stop in range(1, STEPS):
+        folder = tmp_path / f"stopped at {stop}"
+        _, result = train(folder, data, max_steps=stop, **options)
+        assert (result.step, result.done) == (stop, True)
+        run, result = train(folder, data, max_steps=STEPS, **options)
+        assert (run.first_step, result.step) == (stop, STEPS)
+        same(run, whole)
+        assert history(folder) == history(whole.folder)
+    # ... and stopped after every single step
+    for stop in range(1, STEPS + 1):
+        run, _ = train(tmp_path / "often", data, max_steps=stop, **options)
+    same(run, whole)
+    assert history(run.folder) == history(whole.folder)
+
+
+def test_the_steps_of_a_run_do_something(data, tmp_path):
+    seen = set()
+    for name, options in OPTIMIZERS.items():
+        run, _ = train(tmp_path / name, data, max_steps=STEPS, **options)
+        losses = [record["train_bpc"] for record in history(run.folder)]
+        assert len(set(losses)) == STEPS
+        seen.add(digest(run.theta))
+    another, _ = train(tmp_path / "seed", data, max_steps=STEPS, seed=1, **OPTIMIZERS["shf"])
+    assert digest(another.theta) not in seen
+    assert len(seen) == len(OPTIMIZERS)
+
+
+def test_a_run_that_broke_off_repeats_the_steps_after_its_checkpoint(data, tmp_path):
+    whole, _ = train(tmp_path / "whole", data, max_steps=STEPS, checkpoint_every=2)
+
+    def crash(record):
+        if record["step"] == 5:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(tmp_path / "broken", data, max_steps=STEPS, checkpoint_every=2, reporter=Recorder(crash))
+    assert [record["step"] for record in history(tmp_path / "broken")] == [1, 2, 3, 4, 5]
+    assert checkpoint.latest(tmp_path / "broken").meta["step"] == 4
+    run, _ = train(tmp_path / "broken", data, max_steps=STEPS, checkpoint_every=2)
+    assert run.first_step == 4
+    same(run, whole)
+    assert history(run.folder) == history(whole.folder)
+
+    # With the newest checkpoint damaged it goes on from the one before.
+    torn = tmp_path / "whole" / checkpoint.NEWEST
+    torn.write_bytes(torn.read_bytes()[:-500])
+    run, _ = train(tmp_path / "whole", data, max_steps=STEPS, checkpoint_every=2)
+    assert run.first_step == 4
+    same(run, whole)
+    assert history(run.folder) == history(tmp_path / "broken")
+
+
+@pytest.mark.parametrize("during", ["step", "report"])
+def test_a_signal_stops_at_the_end_of_the_step(during, data, tmp_path, monkeypatch):
+    whole, _ = train(tmp_path / "whole", data, max_steps=STEPS)
+
+    def kill(record=None):
+        if record is None or record["step"] == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    run = make_run(tmp_path / "run", data, max_steps=STEPS)
+    reporter = Recorder(kill if during == "report" else None)
+    if during == "step":
+        linearise = Risk.gauss_newton
+
+        def interrupted(*arguments, **options):
+            if run.step == 2:
+                kill()
+            return linearise(*arguments, **options)
+
+        monkeypatch.setattr(Risk, "gauss_newton", interrupted)
+    with StopSignals() as signals:
+        result = run.train(reporter, signals)
+    assert (result.step, result.done, result.reason) == (3, False, "SIGUSR1 asked for it")
+    assert [record["step"] for record in reporter.records] == [1, 2, 3]
+    assert checkpoint.latest(tmp_path / "run").meta["step"] == 3
+    assert not (tmp_path / "run" / "DONE").exists()
+
+    run, result = train(tmp_path / "run", data, max_steps=STEPS)
+    assert (run.first_step, result.done) == (3, True)
+    same(run, whole)
+    assert history(run.folder) == history(whole.folder)
+
+
+def test_a_run_may_start_from_another_ones_checkpoint(data, tmp_path):
+    whole, _ = train(tmp_path / "whole", data, max_steps=4)
+    train(tmp_path / "first", data, max_steps=2)
+    before = sorted(path.stat().st_mtime_ns for path in (tmp_path / "first").iterdir())
+    for source in ("first", f"first/{checkpoint.NEWEST}"):
+        folder = tmp_path / f"second from {source.replace('/', ' ')}"
+        run, _ = train(folder, data, max_steps=4, resume=str(tmp_path / source))
+        same(run, whole)
+        assert [record["step"] for record in history(folder)] == [3, 4]
+    assert sorted(path.stat().st_mtime_ns for path in (tmp_path / "first").iterdir()) == before
+    with pytest.raises(UserError, match="holds a run already"):
+        train(tmp_path / "whole", data, max_steps=4, resume="never")
+
+
+def test_max_seconds_counts_from_the_first_start(data, tmp_path):
+    reporter = Recorder()
+    _, result = train(tmp_path / "run", data, max_seconds=0.3, reporter=reporter)
+    assert result.done
+    assert result.reason == "0.3 seconds are over"
+    assert reporter.records[-1]["seconds"] >= 0.2
+    assert all(record["seconds"] < 0.3 for record in reporter.records[:-1])
+    run, again = train(tmp_path / "run", data, max_seconds=0.3)
+    assert (again.step, run.first_step) == (result.step, result.step)
+    assert (tmp_path / "run" / "DONE").exists()
+    run, more = train(tmp_path / "run", data, max_seconds=0.3, max_steps=result.step + 1)
+    assert more.step == result.step  # still no time
+    run, more = train(tmp_path / "run", data, max_steps=result.step + 1)
+    assert more.step == result.step + 1
+
+
+# What a run leaves -----------------------------------------------------------------------------
+
+
+def test_the_folder_and_the_history_keep_the_contract(data, tmp_path):
+    options = {"settings": {"cg_max_steps": 7, "structural_damping": 0.1}, "warmup": 3, "max_steps": 4}
+    reporter = Recorder()
+    folder = tmp_path / "deep" / "run"
+    run, result = train(
+        folder, data, reporter=reporter, evaluate_every=3, checkpoint_every=3, check_every=1, **options
+    )
+    assert {path.name for path in folder.iterdir()} == {
+        "config.toml", "history.jsonl", "checkpoint.h5", "checkpoint.previous.h5", "timing.json", "DONE"
+    }  # fmt: skip
+    records = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    assert records == reporter.records
+    wanted = {"step", "seconds", "train_bpc", "valid_bpc", "P_I", "P_D", "damping", "rho", "cg_steps"}
+    for record in records:
+        assert wanted | {"cg_stop", "line_search_rate", "P_P", "P_I_full", "P_D_full"} <= record.keys()
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert [record["valid_bpc"] is None for record in records] == [True, True, False, False]
+    seconds = [record["seconds"] for record in records]
+    assert seconds == sorted(seconds)
+    assert records[-1]["valid_bpc"] == result.valid_bpc == run.evaluate()
+    characters = len(run.corpus.valid) // 20 * 20
+    network, everything = run.risk.network, run.valid_set.take(np.arange(run.valid_set.count))
+    nats = network.loss(run.theta, everything) / characters
+    assert result.valid_bpc == pytest.approx(nats / math.log(2), rel=1e-12)
+
+    timing = json.loads((folder / "timing.json").read_text())
+    (rank,) = timing["ranks"]
+    spans = {"forward", "gradient", "linearise", "products", "allreduce", "waiting", "line search", "input"}
+    assert spans | {"files", "evaluate", "optimizer"} <= rank["spans"].keys()
+    assert all(value >= 0 for value in rank["spans"].values())
+    assert sum(rank["spans"].values()) <= timing["seconds"] * 1.001
+    assert rank["spans"]["waiting"] == 0
+    assert (timing["first_step"], timing["last_step"]) == (0, 4)
+
+    # Its config.toml makes the same run again, of which only the clock differs.
+    config = merge(from_toml(folder / "config.toml"))
+    assert config == run.config
+    again = Run(tmp_path / "again", config, data, run.communicator, run.placement)
+    with StopSignals() as signals:
+        again.train(Recorder(), signals)
+    same(again, run)
+    assert history(again.folder) == history(folder)
+
+
+def test_no_done_while_a_run_goes_on(data, tmp_path):
+    folder, seen = tmp_path / "run", []
+    train(folder, data, max_steps=1)
+    assert (folder / "DONE").exists()
+    train(
+        folder, data, max_steps=2, reporter=Recorder(lambda record: seen.append((folder / "DONE").exists()))
+    )
+    assert seen == [False]
+    assert (folder / "DONE").exists()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_cost_follows_from_the_counted_passes(name, data, tmp_path, monkeypatch):
+    counted = dict.fromkeys(("gradients", "losses", "linearisations", "products"), 0)
+
+    def count(method, key):
+        original = getattr(Risk, method)
+
+        def counting(self, *arguments, **options):
+            counted[key] += self.span != "evaluate"
+            result = original(self, *arguments, **options)
+            if key != "linearisations":
+                return result
+
+            def product(v):
+                counted["products"] += 1
+                return result(v)
+
+            return product
+
+        monkeypatch.setattr(Risk, method, counting)
+
+    for method, key in (("gradient", "gradients"), ("loss", "losses"), ("gauss_newton", "linearisations")):
+        count(method, key)
+    # Stopped once, so that the counts go through the checkpoint.
+    for steps in (2, STEPS):
+        run, _ = train(tmp_path / "run", data, max_steps=steps, **OPTIMIZERS[name])
+    records = history(run.folder)
+    batch, curvature = 10, 4 if "hf" in name else 0
+    check_cost(records, batch, curvature, ranks=1)
+    for key, total in counted.items():
+        assert sum(record[key] for record in records) == total
+    assert (counted["products"] > 0) == ("hf" in name)
+
+
+def check_cost(records, batch, curvature, ranks):
+    """Krause et al. (2015): P_D = 3 I_t B_g + 4 I_c B_c, P_I = 3 I_t + 4 I_c, from the recorded iterations."""
+    cg = losses = gradients = linearisations = products = 0
+    for steps, record in enumerate(records, start=1):
+        cg += record["cg_steps"]
+        losses += record["losses"]
+        gradients += record["gradients"]
+        linearisations += record["linearisations"]
+        products += record["products"]
+        assert record["step"] == steps
+        assert record["P_D"] == 3 * steps * batch + 4 * cg * curvature
+        assert record["P_I"] == 3 * steps + 4 * cg
+        expected = 3 * steps * math.ceil(batch / ranks) + 4 * cg * math.ceil(curvature / ranks)
+        assert record["P_P"] == expected
+        on_batch, on_curvature = losses + 3 * gradients, linearisations + 4 * products
+        assert record["P_D_full"] == on_batch * batch + on_curvature * curvature
+        assert record["P_I_full"] == on_batch + on_curvature
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("shf", 40), ("bhf", 25), ("adam", 120), ("sgd rms-normalised", 120), ("sgd clip", 120)],
+)
+@pytest.mark.parametrize("model", ["rnn", "mlstm"])
+def test_training_learns(name, steps, model, data, tmp_path):
+    options = {"hidden": 16, "gradient_batch": 40, "dtype": "float32", "backend": "numba", "model": model}
+    if "hf" in name:
+        options["curvature_batch"] = 20
+    run, _ = train(tmp_path / "run", data, max_steps=steps, **OPTIMIZERS[name] | options)
+    valid = [record["valid_bpc"] for record in history(run.folder)]
+    assert valid[-1] < 0.85 * valid[0]
+
+
+def test_an_update_that_overflows_is_told_and_the_run_goes_on(data, tmp_path):
+    reporter = Recorder()
+    with np.errstate(all="ignore"):
+        run, result = train(
+            tmp_path / "run", data, max_steps=3, optimizer="adam", settings={"rate": 1e300}, reporter=reporter
+        )
+    assert result.step == 3
+    records = history(run.folder)
+    assert [record["accepted"] for record in records] == [True, False, False]
+    assert "not finite" in records[1]["message"]
+    assert records[1]["train_bpc"] is None  # in JSON, where the reporter has nan
+    assert not math.isfinite(reporter.records[1]["train_bpc"])
+    assert merge(from_toml(run.folder / "config.toml")) == run.config
+
+
+@pytest.mark.parametrize("settings", [{"rate": math.inf}, {"rate": math.nan}, {"rate": 10**400}])
+def test_settings_are_finite(settings):
+    with pytest.raises(UserError, match="rate must be a finite number"):
+        Config(optimizer="sgd", settings=settings)
+
+
+# Several ranks ---------------------------------------------------------------------------------
+
+
+def close(a, b):
+    assert np.linalg.norm(a - b) <= 1e-10 * np.linalg.norm(b)
+
+
+@pytest.mark.mpi(ranks=4, timeout=110, unit="s")
+def test_any_number_of_ranks_does_the_same_run(mpi_ranks, comm, mpi_tmp_path):
+    """Runs on 1, 2, 3 and 4 of the ranks against a serial one, and resumed on other numbers of them."""
+    assert comm.size == mpi_ranks
+    data = mpi_tmp_path / "small.h5"
+    if comm.rank == 0:
+        write_corpus(data)
+    comm.Barrier()
+    parts = {}
+    for ranks in (1, 2, 3, 4):
+        part = comm.Split(color=comm.rank < ranks, key=comm.rank)
+        if comm.rank < ranks:
+            parts[ranks] = MPICommunicator(part)
+        part.Free()
+    for name, options in OPTIMIZERS.items():
+        options = options | {"checkpoint_every": 2, "check_every": 1, "micro_batch": 3}
+        whole, _ = train(mpi_tmp_path / f"{name} serial {comm.rank}", data, max_steps=4, **options)
+        theta, records = whole.theta, history(whole.folder)
+        assert all(record["accepted"] for record in records)
+        for ranks, communicator in parts.items():
+            folder = mpi_tmp_path / f"{name} {ranks}"
+            run, _ = train(folder, data, communicator, max_steps=4, **options)
+            compare(run, theta, records)
+            check_cost(history(folder), 10, 4 if "hf" in name else 0, ranks)
+        comm.Barrier()
+        for before, after in ((3, 2), (1, 4)):  # stopped on so many ranks, resumed on so many
+            folder = mpi_tmp_path / f"{name} {before} then {after}"
+            for ranks, steps in ((before, 2), (after, 4)):
+                if ranks in parts:
+                    run, _ = train(folder, data, parts[ranks], max_steps=steps, **options)
+                comm.Barrier()
+            if after in parts:
+                assert run.first_step == 2
+                compare(run, theta, records)
+    for communicator in parts.values():
+        communicator.close()
+
+
+def compare(run, theta, records):
+    """Compare a run on several ranks to the serial one, and its ranks among themselves."""
+    close(run.theta, theta)
+    assert run.communicator.same(digest(run.theta)) == []
+    for name, value in vars(run.state).items():
+        assert run.communicator.same(digest(np.asarray(value))) == [], name
+    found = history(run.folder)
+    for key in ("train_bpc", "valid_bpc"):
+        close(np.array([record[key] for record in found]), np.array([record[key] for record in records]))
+    for key in ("step", "P_D", "P_I", "P_D_full", "P_I_full", "cg_steps", "accepted"):
+        assert [record[key] for record in found] == [record[key] for record in records]
+    timing = json.loads((run.folder / "timing.json").read_text())
+    assert [rank["rank"] for rank in timing["ranks"]] == list(range(run.communicator.size))
+    assert min(rank["spans"]["waiting"] for rank in timing["ranks"]) >= 0
+
+
+@pytest.mark.mpi(ranks=3, timeout=60, unit="s")
+def test_a_rank_that_strays_stops_the_run(mpi_ranks, comm, mpi_tmp_path, monkeypatch):
+    communicator, data = MPICommunicator(comm), mpi_tmp_path / "small.h5"
+    folder = mpi_tmp_path / "run"
+    if comm.rank == 0:
+        write_corpus(data)
+    comm.Barrier()
+    options = {"checkpoint_every": 2, "check_every": 1}
+    run = make_run(folder, data, communicator, max_steps=6, **options)
+    honest, thetas = run._one_step, []
+
+    def one_step():
+        report = honest()
+        if comm.rank == 1 and run.step == 3:
+            run.theta.view(np.int64)[0] ^= 1  # the last bit of one number
+        thetas.append(run.theta.copy())
+        return report
+
+    monkeypatch.setattr(run, "_one_step", one_step)
+    with (
+        StopSignals() as signals,
+        pytest.raises(UserError, match="^rank 1 holds other parameters than rank 0 after step 3"),
+    ):
+        run.train(Recorder(), signals)
+    assert len(thetas) == 3
+    found = checkpoint.latest(folder)
+    assert (found.meta["step"], found.message) == (2, None)
+    np.testing.assert_array_equal(found.theta, thetas[1])
+    assert not (folder / "DONE").exists()
+    comm.Barrier()
+    run, result = train(folder, data, communicator, max_steps=4, **options)  # goes on from there
+    assert (run.first_step, result.step) == (2, 4)
+
+    # A rank that would start with other options or data stops the run before anything is written.
+    seed = 5 if comm.rank == 2 else 4
+    run = make_run(mpi_tmp_path / "new", data, communicator, max_steps=2, seed=seed)
+    with StopSignals() as signals, pytest.raises(UserError, match="^rank 2 has other data, options"):
+        run.train(Recorder(), signals)
+    assert not (mpi_tmp_path / "new").exists()
+
+    # A signal to one rank stops all of them after the same step.
+    run = make_run(folder, data, communicator, max_steps=9, **options)
+    honest_step = run._one_step
+
+    def signalled():
+        if comm.rank == 2 and run.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest_step()
+
+    monkeypatch.setattr(run, "_one_step", signalled)
+    with StopSignals() as signals:
+        result = run.train(Recorder(), signals)
+    assert (result.step, result.done, result.reason) == (7, False, "SIGTERM asked for it")
+    communicator.close()
