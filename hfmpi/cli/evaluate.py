@@ -32,9 +32,10 @@ def evaluate(run: Path, data: Path | None, backend: str, as_json: bool) -> None:
     from hfmpi.runs.trained import Trained
 
     comm = connect()
+    placement = place(comm)
 
     def build() -> tuple[Trained, Sequences]:
-        trained = Trained.read(run, backend, place(comm).threads)
+        trained = Trained.read(run, backend, placement.threads)
         path = data if data is not None else trained.data
         corpus = Corpus.read(path)
         if corpus.symbols != trained.symbols:

@@ -125,7 +125,7 @@ class HessianFree:
             inner=inner,
             max_steps=self.cg_max_steps,
             tolerance=self.cg_tolerance,
-            keep_ratio=self.keep_ratio if self.backtracking else math.inf,
+            keep_ratio=self.keep_ratio,
             refresh=self.cg_refresh,
             precondition=diagonal(at.squares, state.damping, self.preconditioner_exponent)
             if diagonal_wanted
@@ -135,7 +135,7 @@ class HessianFree:
         def risk(p: Vector) -> float:
             return objectives.gradient.loss(theta + p)
 
-        choice = backtrack(risk, solution.iterates)
+        choice = backtrack(risk, solution.iterates if self.backtracking else solution.iterates[-1:])
         p, slope = choice.iterate.x, inner(at.vector, choice.iterate.x)
         model, extra = self._undamped(theta, state.damping, choice, slope, inner, objectives)
         rho = reduction_ratio(at.loss, choice.loss, model)

@@ -110,6 +110,7 @@ class Run:
         self.first_step = self.step
         self._waited = np.zeros((communicator.size, 2))  # communication and waiting of every rank (rank 0)
         self._seen = 0
+        self._started = time.perf_counter()
 
     # The loop ----------------------------------------------------------------------------------
 
@@ -126,7 +127,8 @@ class Run:
         self._on_first_rank(self._open_files)
         if comm.rank == 0:
             reporter.start(self.facts())
-        started = time.perf_counter() - self.seconds
+        self._started = time.perf_counter()
+        started = self._started - self.seconds
         checkpoint_every = config.checkpoint_every or self.epoch_steps
         evaluate_every = config.evaluate_every or self.epoch_steps
         valid, saved, reason = None, -1, ""
@@ -236,7 +238,8 @@ class Run:
                 )
             ]
             steps = {"first_step": self.first_step, "last_step": self.step}
-            text = json.dumps({**steps, "seconds": self.seconds, "ranks": ranks}, indent=1)
+            seconds = time.perf_counter() - self._started
+            text = json.dumps({**steps, "seconds": seconds, "ranks": ranks}, indent=1)
         self._on_first_rank(lambda: replace_file(self.folder / "timing.json", text.encode()))
 
     def _restore(self, found: Checkpoint) -> None:
