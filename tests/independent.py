@@ -53,12 +53,12 @@ def run(theta, cell, batch):
                 c = f * c + i * u
                 h = np.tanh(o * c + p["b"][3 * n :]) if cell.variant == "krause" else o * np.tanh(c)
             pre[t, b] = a
-            logits[t, b] = h @ p["W_o"] + (p["b_o"] if "b_o" in p else 0)
+            logits[t, b] = h @ p["W_o"] + p.get("b_o", 0)
     return logits[steps - len(batch.targets) :], pre
 
 
 def loss(theta, cell, batch):
-    """Summed loss in nats."""
+    """Give the summed loss in nats."""
     logits, _ = run(theta, cell, batch)
     total = 0
     for t, b in np.ndindex(*batch.targets.shape):

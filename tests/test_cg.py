@@ -18,7 +18,7 @@ def inner(a, b):
 
 
 def system(size, seed=0, condition=100.0):
-    """A symmetric positive definite A with eigenvalues from 1 to `condition`, and a right-hand side."""
+    """Make a symmetric positive definite A with eigenvalues from 1 to `condition`, and a right-hand side."""
     rng = np.random.default_rng(seed)
     q, _ = np.linalg.qr(rng.standard_normal((size, size)))
     a = q @ np.diag(np.geomspace(1, condition, size)) @ q.T

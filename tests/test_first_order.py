@@ -17,7 +17,7 @@ class Linear:
 
 
 def updates(optimizer, gradients, dtype=np.float64):
-    """Changes of theta, the last state and the reports over these gradients."""
+    """Give the changes of theta, the last state and the reports over these gradients."""
     gradients = [np.asarray(g, dtype) for g in gradients]
     theta = np.zeros(len(gradients[0]), dtype)
     state, objectives = optimizer.init(theta), Objectives(Linear(gradients))
@@ -115,8 +115,9 @@ def test_single_precision_stays(optimizer):
 
 def test_settings_out_of_range():
     for kind, wrong in (
-        (GradientDescent, {"rule": "other"}), (GradientDescent, {"rate": 0.0}), (GradientDescent, {"decay": 1.1}),
-        (GradientDescent, {"floor": -1.0}), (GradientDescent, {"threshold": 0.0}), (GradientDescent, {"epsilon": 0.0}),
+        (GradientDescent, {"rule": "other"}), (GradientDescent, {"rate": 0.0}),
+        (GradientDescent, {"decay": 1.1}), (GradientDescent, {"floor": -1.0}),
+        (GradientDescent, {"threshold": 0.0}), (GradientDescent, {"epsilon": 0.0}),
         (GradientDescent, {"mean_square_decay": 1.0}), (Adam, {"rate": 0.0}), (Adam, {"beta1": 1.0}),
         (Adam, {"beta2": -0.1}), (Adam, {"epsilon": 0.0}), (Adam, {"threshold": -1.0}),
     ):  # fmt: skip

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import FrozenInstanceError, replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -93,7 +94,7 @@ def test_rosenbrock_converges():
     theta, _, reports = take(PLAIN, rosenbrock(), np.array([-1.2, 1.0]), steps=60)
     assert np.allclose(theta, 1.0, atol=1e-6)
     losses = [report.loss for report in reports]
-    assert all(later <= earlier for earlier, later in zip(losses, losses[1:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(losses))
 
 
 def test_work_counts_what_was_called():
@@ -115,7 +116,7 @@ def test_work_counts_what_was_called():
 
 
 def uphill():
-    """A risk that is larger everywhere else, though gradient and curvature promise a descent."""
+    """Make a risk that is larger everywhere else, though gradient and curvature promise a descent."""
     return Counting(lambda x: 0.0 if np.all(x == 1) else 1.0, lambda x: np.ones(3), lambda x: np.eye(3))
 
 
@@ -281,7 +282,8 @@ def test_settings_out_of_range():
     for wrong in (
         {"damping": -1.0}, {"damping_factor": 0.0}, {"damping_factor": 1.5}, {"structural_damping": -0.1},
         {"cg_max_steps": 0}, {"cg_tolerance": -1.0}, {"cg_refresh": -1}, {"warm_start": 1.1},
-        {"preconditioner": "other"}, {"line_search_shrink": 1.0}, {"line_search_tries": 0}, {"step_scale": 0.0},
+        {"preconditioner": "other"}, {"line_search_shrink": 1.0}, {"line_search_tries": 0},
+        {"step_scale": 0.0},
         {"damping_minimum": 2.0, "damping_maximum": 1.0},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -299,8 +301,8 @@ def test_presets_have_the_batches_of_the_paper():
     assert (bhf.damping, bhf.damping_factor, bhf.cg_max_steps) == (45, 2 / 3, 250)
     assert preset("shf", damping=2).optimizer.damping == 2.0
     for arguments, changes in (
-        (("lbfgs",), {}), (("shf",), {"rate": 1.0}), (("shf",), {"damping": "high"}), (("shf",), {"cg_max_steps": 1.5}),
-        (("shf",), {"damping": -1.0}), (("shf",), {"backtracking": 1}),
+        (("lbfgs",), {}), (("shf",), {"rate": 1.0}), (("shf",), {"damping": "high"}),
+        (("shf",), {"cg_max_steps": 1.5}), (("shf",), {"damping": -1.0}), (("shf",), {"backtracking": 1}),
     ):  # fmt: skip
         with pytest.raises(UserError):
             preset(*arguments, **changes)

@@ -9,8 +9,9 @@ import h5py
 import numpy as np
 import pytest
 
+from hfmpi import files
 from hfmpi.errors import UserError
-from hfmpi.runs import atomic, checkpoint
+from hfmpi.runs import checkpoint
 from hfmpi.runs.checkpoint import NEWEST, PREVIOUS, latest, load, save
 from hfmpi.runs.history import History
 
@@ -186,14 +187,14 @@ def test_failure_at_a_later_moment(step, two, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(atomic.os, step, full)
+        patch.setattr(files.os, step, full)
         with pytest.raises(UserError, match="No space left on device"):
             save(two / NEWEST, theta(3), {}, {})
     assert contents(two) == before
 
 
 def test_crash_between_the_two_renames(two, monkeypatch):
-    replace = atomic.os.replace
+    replace = files.os.replace
 
     def crash(source, target):
         if str(target).endswith(NEWEST):
@@ -201,7 +202,7 @@ def test_crash_between_the_two_renames(two, monkeypatch):
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(atomic.os, "replace", crash)
+        patch.setattr(files.os, "replace", crash)
         with pytest.raises(KeyboardInterrupt):
             save(two / NEWEST, theta(3), {}, {})
     assert latest(two).meta == {"step": 2}

@@ -32,7 +32,8 @@ def plot(runs: tuple[Path, ...], out: Path) -> None:
         raise UserError("drawing needs matplotlib: pip install 'hfmpi[plot]'") from None
     from hfmpi.runs.history import History
 
-    histories = [(str(run), History.read(run)) for run in runs]
+    # A step that was rejected because its loss is not finite has none.
+    histories = [(str(run), [r for r in History.read(run) if r["train_bpc"] is not None]) for run in runs]
     for name, records in histories:
         if not records:
             raise UserError(f"the history of {name} is empty")

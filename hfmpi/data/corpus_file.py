@@ -8,10 +8,7 @@ against its size before anything is read. The attributes of the root are `format
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
-import secrets
 import stat
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +19,7 @@ import numpy as np
 
 from hfmpi import __version__
 from hfmpi.errors import UserError
+from hfmpi.files import replace, set_text
 
 __all__ = ["is_corpus", "read", "write"]
 
@@ -52,15 +50,15 @@ def write(
         ):
             dataset = file.create_dataset(name, data=content, dtype=np.uint8)
             dataset.dims[0].label = dimension
-            _set_text(dataset, "long_name", meaning)
-        _set_text(file, "format", FORMAT)
+            set_text(dataset, "long_name", meaning)
+        set_text(file, "format", FORMAT)
         file.attrs["version"] = VERSION
-        _set_text(file, "digest", digest)
-        _set_text(file, "created", datetime.now(UTC).isoformat(timespec="seconds"))
-        _set_text(file, "creator", f"hfmpi {__version__}")
+        set_text(file, "digest", digest)
+        set_text(file, "created", datetime.now(UTC).isoformat(timespec="seconds"))
+        set_text(file, "creator", f"hfmpi {__version__}")
         for key, value in provenance.items():
-            _set_text(file, PROVENANCE + key, value)
-    _replace(path, image.getbuffer())
+            set_text(file, PROVENANCE + key, value)
+    replace(path, image.getbuffer())
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray, bytes, str, dict[str, str]]:
@@ -144,13 +142,6 @@ def _ids(file: h5py.File, name: str, limit: int) -> np.ndarray:
     return ids
 
 
-def _set_text(item: h5py.HLObject, name: str, value: str) -> None:
-    # A text of fixed length, because HDF5 reads those of variable length from a heap whose damage can
-    # make it loop for ever.
-    content = value.encode()
-    item.attrs.create(name, np.bytes_(content), dtype=h5py.string_dtype("utf-8", max(1, len(content))))
-
-
 def _text(file: h5py.File, name: str) -> str:
     value = _scalar(file, name)
     if not isinstance(value, bytes):
@@ -165,22 +156,3 @@ def _scalar(file: h5py.File, name: str) -> Any:
     if found.shape != () or found.dtype.kind not in "Siu":
         raise _Damage(f"is damaged: its attribute {name} is not a plain text or integer")
     return file.attrs[name]
-
-
-def _replace(path: Path, content: memoryview) -> None:
-    """Put content at path by a temporary file beside it and one rename."""
-    target = Path(os.path.realpath(path))  # a link stays a link; the file it names is replaced
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        if target.exists() and not target.is_file():
-            raise UserError(f"cannot write {path}: it is there and is not a regular file")
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):  # gone after the rename; never there in a bad folder
-            temporary.unlink()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hfmpi.optim.base import Objectives, StepReport, Vector, Work, inner_product
+from hfmpi.optim.base import Objectives, StepReport, Vector, Work, agreement, inner_product
 
 __all__ = ["Adam", "AdamState"]
 
@@ -61,11 +61,11 @@ class Adam:
         """Take one update; one whose gradient is not finite is rejected."""
         at = objectives.gradient.gradient(theta)
         inner = inner_product(objectives.gradient)
+        loss = agreement(objectives.gradient)(at.loss)
         norm = math.sqrt(inner(at.vector, at.vector))
-        if not (math.isfinite(norm) and math.isfinite(at.loss)):
-            report = StepReport(
-                at.loss, False, "update rejected: the gradient is not finite", Work(gradients=1)
-            )
+        if not (math.isfinite(norm) and math.isfinite(loss)):
+            message = "update rejected: the gradient is not finite"
+            report = StepReport(loss, False, message, Work(gradients=1))
             return theta, state, report
         kind = theta.dtype.type
         g = at.vector * kind(min(1.0, self.threshold / norm)) if norm > 0 else at.vector
@@ -82,5 +82,5 @@ class Adam:
         return (
             theta - p,
             AdamState(t, mean, mean_square),
-            StepReport(at.loss, True, "", Work(gradients=1), details),
+            StepReport(loss, True, "", Work(gradients=1), details),
         )

@@ -23,6 +23,7 @@ __all__ = [
     "StepReport",
     "Vector",
     "Work",
+    "agreement",
     "inner_product",
 ]
 
@@ -145,9 +146,14 @@ class Optimizer(Protocol[StateT]):
         """Take one step; theta and state are not changed, the returned ones are new."""
 
 
+def agreement(objective: Any) -> Callable[[float], float]:
+    """Give the function that turns a rank's own scalar into the one all ranks of the objective use."""
+    return getattr(objective, "agree", float)
+
+
 def inner_product(objective: Any) -> Callable[[Vector, Vector], float]:
     """Give the inner product, accumulated in float64, the same number on every rank of the objective."""
-    agree = getattr(objective, "agree", float)
+    agree = agreement(objective)
 
     def inner(a: Vector, b: Vector) -> float:
         return agree(float(a.astype(np.float64) @ b.astype(np.float64)))

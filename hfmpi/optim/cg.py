@@ -58,7 +58,7 @@ def relative_progress(values: list[float], tolerance: float) -> bool:
     """
     i = len(values) - 1
     k = max(10, math.ceil(0.1 * i))
-    if i <= k or not values[i - k] < 0:
+    if i <= k or not values[i - k] < 0 or values[i] == 0:  # risen to zero: the quotient is +infinity
         return False
     return (values[i] - values[i - k]) / values[i] < k * tolerance
 

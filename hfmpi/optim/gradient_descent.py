@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hfmpi.optim.base import Objectives, StepReport, Vector, Work, inner_product
+from hfmpi.optim.base import Objectives, StepReport, Vector, Work, agreement, inner_product
 
 __all__ = ["RULES", "GradientDescent", "GradientDescentState"]
 
@@ -39,7 +39,7 @@ class GradientDescent:
     decay : float
         The rate is multiplied by it after each update. Krause: 0.9999.
     floor : float
-        The rate never falls below it. Krause: 0.01.
+        The rate never falls below it; at most `rate`. Krause: 0.01.
     threshold : float
         Of `clip`, in the unit of the gradient's norm.
     mean_square_decay, epsilon : float
@@ -59,7 +59,7 @@ class GradientDescent:
             f"rule must be one of {', '.join(RULES)}": self.rule in RULES,
             "rate must be positive": self.rate > 0,
             "decay must lie in (0, 1]": 0 < self.decay <= 1,
-            "floor must not be negative": self.floor >= 0,
+            "floor must lie between 0 and rate": 0 <= self.floor <= self.rate,
             "threshold must be positive": self.threshold > 0,
             "mean_square_decay must lie in [0, 1)": 0 <= self.mean_square_decay < 1,
             "epsilon must be positive": self.epsilon > 0,
@@ -80,7 +80,8 @@ class GradientDescent:
         inner = inner_product(objectives.gradient)
         g, norm = at.vector, math.sqrt(inner(at.vector, at.vector))
         rate = max(self.rate * self.decay**state.updates, self.floor)
-        accepted = math.isfinite(norm) and math.isfinite(at.loss)
+        loss = agreement(objectives.gradient)(at.loss)
+        accepted = norm < self._longest(theta) and math.isfinite(loss)
         after, length = state, 0.0
         if accepted and norm > 0:
             after, direction, length = self._direction(g, norm, rate, state, inner)
@@ -89,13 +90,17 @@ class GradientDescent:
             theta,
             after,
             StepReport(
-                loss=at.loss,
+                loss=loss,
                 accepted=accepted,
                 message="" if accepted else "update rejected: the gradient is not finite",
                 work=Work(gradients=1),
                 details={"gradient_norm": norm if accepted else None, "step_norm": length, "rate": rate},
             ),
         )
+
+    def _longest(self, theta: Vector) -> float:
+        """Give the bound below which the gradient's norm, and where needed its square, is finite."""
+        return math.sqrt(np.finfo(theta.dtype).max) if self.rule == "rms-normalised" else math.inf
 
     def _direction(
         self,

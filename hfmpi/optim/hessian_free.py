@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hfmpi.optim.base import Objectives, StepReport, Vector, Work, inner_product
+from hfmpi.optim.base import Objectives, StepReport, Vector, Work, agreement, inner_product
 from hfmpi.optim.cg import cg
 from hfmpi.optim.damping import LevenbergMarquardt, reduction_ratio
 from hfmpi.optim.line_search import Choice, LineSearch, armijo, backtrack
@@ -91,11 +91,17 @@ class HessianFree:
             "cg_max_steps must be at least 1": self.cg_max_steps >= 1,
             "cg_tolerance must not be negative": self.cg_tolerance >= 0,
             "cg_refresh must not be negative": self.cg_refresh >= 0,
+            "keep_ratio must be at least 1 and finite": 1 <= self.keep_ratio < math.inf,
             "warm_start must lie in [0, 1]": 0 <= self.warm_start <= 1,
+            "warm_start_growth must be at least 1": self.warm_start_growth >= 1,
+            "warm_start_maximum must lie in [0, 1]": 0 <= self.warm_start_maximum <= 1,
             "preconditioner must be 'diagonal' or 'none'": self.preconditioner in ("diagonal", "none"),
+            "preconditioner_exponent must not be negative": self.preconditioner_exponent >= 0,
+            "line_search_sufficient must lie in [0, 1)": 0 <= self.line_search_sufficient < 1,
             "line_search_shrink must lie in (0, 1)": 0 < self.line_search_shrink < 1,
             "line_search_tries must be at least 1": self.line_search_tries >= 1,
             "step_scale must lie in (0, 1]": 0 < self.step_scale <= 1,
+            "step_scale_decay must lie in (0, 1]": 0 < self.step_scale_decay <= 1,
         }
         for sentence, holds in checks.items():
             if not holds:
@@ -115,7 +121,8 @@ class HessianFree:
         """
         diagonal_wanted = self.preconditioner == "diagonal"
         at = objectives.gradient.gradient(theta, **({"squares": True} if diagonal_wanted else {}))
-        inner = inner_product(objectives.gradient)
+        agree, inner = agreement(objectives.gradient), inner_product(objectives.gradient)
+        before = agree(at.loss)
         curvature = self._curvature(theta, state.damping, objectives)
 
         solution = cg(
@@ -133,13 +140,13 @@ class HessianFree:
         )
 
         def risk(p: Vector) -> float:
-            return objectives.gradient.loss(theta + p)
+            return agree(objectives.gradient.loss(theta + p))
 
         choice = backtrack(risk, solution.iterates if self.backtracking else solution.iterates[-1:])
         p, slope = choice.iterate.x, inner(at.vector, choice.iterate.x)
         model, extra = self._undamped(theta, state.damping, choice, slope, inner, objectives)
-        rho = reduction_ratio(at.loss, choice.loss, model)
-        search = self._search(risk, p, at.loss, choice.loss, slope)
+        rho = reduction_ratio(before, choice.loss, model)
+        search = self._search(risk, p, before, choice.loss, slope)
 
         accepted = search.rate > 0 and math.isfinite(search.loss)
         rule = LevenbergMarquardt(self.damping_factor, self.damping_minimum, self.damping_maximum)
@@ -149,7 +156,7 @@ class HessianFree:
         )
         scale = search.rate * self.step_scale * self.step_scale_decay**objectives.epoch
         report = StepReport(
-            loss=at.loss,
+            loss=before,
             accepted=accepted,
             message="" if accepted else "step rejected: no rate along it lowers the risk enough",
             work=Work(

@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 
 from hfmpi.errors import UserError
-from hfmpi.runs.atomic import replace
+from hfmpi.files import replace, set_text
 
 __all__ = ["NEWEST", "PREVIOUS", "Checkpoint", "Entry", "latest", "load", "save"]
 
@@ -75,15 +75,17 @@ def save(path: str | Path, theta: np.ndarray, state: Mapping[str, Entry], meta: 
     """
     path = Path(path)
     # The file is made in memory, so that a full disk meets one plain write and not the HDF5 library.
-    with h5py.File(path.name, "w", driver="core", backing_store=False) as file:
+    # From v110 on, HDF5's own structures carry checksums.
+    with h5py.File(path.name, "w", driver="core", backing_store=False, libver=("v110", "v110")) as file:
         arrays = file.create_group("state")
         _write(file, "theta", theta)
         file["theta"].dims[0].label = "parameter"
         for name, entry in state.items():
             _write(arrays, name, entry)
         text = json.dumps(meta, sort_keys=True)
-        file.attrs.update(format=_FORMAT, version=_VERSION, meta=text)
-        file.attrs["digest"] = _digest(theta, state, text)
+        file.attrs["version"] = _VERSION
+        for name, value in ("format", _FORMAT), ("meta", text), ("digest", _digest(theta, state, text)):
+            set_text(file, name, value)
         file.flush()
         image = file.id.get_file_image()
     replace(path, image, keep=path.with_name(PREVIOUS))
@@ -150,7 +152,9 @@ def latest(folder: str | Path) -> Checkpoint:
 def _write(group: h5py.Group, name: str, entry: Entry) -> None:
     if isinstance(entry, np.ndarray) and entry.dtype.kind in "biuf":
         group.create_dataset(name, data=entry)
-    elif isinstance(entry, (bool, int, float, str)):
+    elif isinstance(entry, str):
+        set_text(group, name, entry)
+    elif isinstance(entry, (bool, int, float)):
         group.attrs[name] = entry
     else:
         raise TypeError(f"a checkpoint cannot hold {name}: {type(entry).__name__}")
@@ -180,10 +184,10 @@ def _attribute(holder: h5py.Group, name: str) -> int | float | str:
     if name not in holder.attrs:
         raise ValueError(f"the attribute {name} is missing")
     about = holder.attrs.get_id(name)
-    if about.shape != () or (about.dtype.kind not in "bif" and not h5py.check_string_dtype(about.dtype)):
-        raise ValueError(f"the attribute {name} is not a number or string")
-    value = holder.attrs[name]
-    return value.item() if isinstance(value, np.generic) else value
+    if about.shape != () or about.dtype.kind not in "bifS":  # texts of variable length are not read
+        raise ValueError(f"the attribute {name} is not a number or a plain text")
+    value = holder.attrs[name].item()
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def _digest(theta: np.ndarray, state: Mapping[str, Entry], meta: str) -> str:

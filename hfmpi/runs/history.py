@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hfmpi.errors import UserError
-from hfmpi.runs.atomic import replace
+from hfmpi.files import replace
 
 __all__ = ["History"]
 

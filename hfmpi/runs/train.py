@@ -16,6 +16,7 @@ from hfmpi.backends.base import Array
 from hfmpi.data.batches import Sequences, check_batch, curvature_slice, global_indices
 from hfmpi.data.corpus import Corpus
 from hfmpi.errors import UserError
+from hfmpi.files import replace as replace_file
 from hfmpi.measure import cost
 from hfmpi.measure.timer import Timer, split_waiting
 from hfmpi.models.network import Network
@@ -25,7 +26,6 @@ from hfmpi.parallel.communicator import Communicator, digest
 from hfmpi.parallel.launch import together
 from hfmpi.parallel.placement import Placement
 from hfmpi.runs import checkpoint
-from hfmpi.runs.atomic import replace as replace_file
 from hfmpi.runs.checkpoint import Checkpoint
 from hfmpi.runs.config import Config, to_toml
 from hfmpi.runs.folder import make

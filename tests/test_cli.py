@@ -1,0 +1,436 @@
+"""The commands: what they do, and bad input: one sentence, exit code 2, no hang, files as before."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from small import history, text, write_corpus
+from threadpoolctl import threadpool_limits
+
+from hfmpi.cli.main import entry
+from hfmpi.data.corpus import Corpus
+from hfmpi.data.prepare import prepare
+from hfmpi.parallel import launch
+from hfmpi.runs import checkpoint
+
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+TINY = "--hidden 6 --sequence-length 20 --gradient-batch 9 --curvature-batch 4 --backend numpy".split()
+
+
+@pytest.fixture(scope="module", name="made")
+def fixture_made(tmp_path_factory):
+    """A folder with a corpus and a run of two steps."""
+    folder = tmp_path_factory.mktemp("made")
+    write_corpus(folder / "small.h5")
+    with pytest.MonkeyPatch.context() as patch:
+        code = call(patch, "train", folder / "small.h5", "--out", folder / "run", *TINY, "--max-steps", "2")
+    assert code == 0
+    return folder
+
+
+@pytest.fixture(name="here")
+def fixture_here(made, tmp_path, monkeypatch):
+    """A copy of it, as the current folder."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(monkeypatch, *words):
+    """Run the command in this process; give its exit code."""
+    for names in launch._LAUNCHERS:
+        for name in filter(None, names):
+            monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "argv", ["hfmpi", *map(str, words)])
+    with np.errstate(), threadpool_limits(limits=None, user_api="blas"):
+        try:
+            entry()
+        except SystemExit as leaving:
+            return leaving.code
+    return 0
+
+
+def content(folder):
+    """Give all there is below a folder, to compare later."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.fixture(name="refused")
+def fixture_refused(here, monkeypatch, capsys):
+    """Give a function that runs a command which has to fail, and returns its sentence."""
+
+    def refused(*words):
+        before = content(here)
+        capsys.readouterr()
+        code = call(monkeypatch, *words)
+        said = capsys.readouterr()
+        assert code == 2, said
+        assert said.out == ""
+        assert said.err.startswith("Error: ")
+        assert said.err.count("\n") == 1, said.err
+        assert content(here) == before
+        return said.err.removeprefix("Error: ")
+
+    return refused
+
+
+# What works ------------------------------------------------------------------------------------
+
+
+def test_from_text_to_sample(here, monkeypatch, capsys):
+    (here / "book.txt").write_bytes(text())
+    assert call(monkeypatch, "prepare", "book.txt", "book.h5") == 0
+    assert "4,200 characters" in capsys.readouterr().out
+    (here / "options.toml").write_text(
+        'model = "lstm"\nhidden = 50\nseed = 7\n[settings]\ncg_max_steps = 3\n'
+    )
+    words = [
+        "train",
+        "book.h5",
+        "--config",
+        "options.toml",
+        *TINY,
+        "--set",
+        "damping=0.5",
+        "--max-steps",
+        "2",
+    ]
+    assert call(monkeypatch, *words) == 0
+    assert "Stopped at step 2: 2 steps were taken" in capsys.readouterr().out
+    found = checkpoint.latest(here / "book.run").meta["config"]
+    assert (found["model"], found["hidden"], found["seed"]) == ("lstm", 6, 7)  # the command line wins
+    assert found["settings"] == {"cg_max_steps": 3, "damping": 0.5}
+    assert [record["cg_steps"] for record in history(here / "book.run")] == [3, 3]
+
+    # The same command goes on; also with fewer words, and with another limit.
+    assert call(monkeypatch, *words[:-1], "3") == 0
+    assert "going on from step 2" in capsys.readouterr().out
+    assert call(monkeypatch, "train", "book.h5", "--max-steps", "4") == 0
+    assert [record["step"] for record in history(here / "book.run")] == [1, 2, 3, 4]
+    capsys.readouterr()
+
+    assert call(monkeypatch, "evaluate", "book.run", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["step"] == 4
+    last = history(here / "book.run")[-1]
+    assert found["valid_bpc"] == pytest.approx(last["valid_bpc"], rel=1e-6)
+
+    assert call(monkeypatch, "sample", "book.run", "--length", "40", "--prime", "the") == 0
+    written = capsys.readouterr().out
+    assert written.startswith("the")
+    assert len(written) == len("the") + 40 + 1
+    assert call(monkeypatch, "sample", "book.run", "--length", "40", "--prime", "the") == 0
+    assert capsys.readouterr().out == written
+
+
+def test_help_loads_neither_mpi_nor_compilers():
+    program = (
+        "import sys; sys.argv = ['hfmpi', '--help']\nfrom hfmpi.cli.main import entry\nentry()\n"
+        "print([name for name in ('mpi4py', 'numba', 'numpy', 'h5py') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+    for command in ("prepare", "train", "evaluate", "sample", "plot", "info"):
+        assert f"  {command} " in done.stdout
+
+
+# What cannot work ------------------------------------------------------------------------------
+
+
+def not_hdf5(path):
+    path.write_text("Call me Ishmael.")
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def cut_to_the_first_bytes(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def other_schema(path):
+    with h5py.File(path, "w") as file:
+        file["tokens"] = np.arange(5)
+
+
+def other_version(path):
+    with h5py.File(path, "r+") as file:
+        file.attrs["version"] = 2
+
+
+def ids_outside_the_vocabulary(path):
+    with h5py.File(path, "r+") as file:
+        file["train"][17] = 200
+
+
+def changed(path):
+    with h5py.File(path, "r+") as file:
+        file["train"][17] = (file["train"][17] + 1) % 3
+
+
+def removed(path):
+    path.unlink()
+
+
+def a_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(("damage", "reason"), [
+    (not_hdf5, "is not an HDF5 file"),
+    (empty, "is not an HDF5 file"),
+    (truncated, "damaged or truncated"),
+    (cut_to_the_first_bytes, "damaged or truncated"),
+    (other_schema, "is an HDF5 file but not an hfmpi corpus"),
+    (other_version, "is a corpus of version 2"),
+    (ids_outside_the_vocabulary, "has ids outside the vocabulary"),
+    (changed, "do not match its digest"),
+    (removed, "No such file"),
+    (a_folder, "is not a regular file"),
+])  # fmt: skip
+def test_damaged_data(damage, reason, here, refused):
+    damage(here / "small.h5")
+    for words in (("train", "small.h5", *TINY), ("train", "small.h5", "--out", "run"), ("evaluate", "run")):
+        sentence = refused(*words)
+        assert reason in sentence
+        assert "small.h5" in sentence
+
+
+@pytest.mark.parametrize(("words", "reason"), [
+    ("--sequence-length 301 --gradient-batch 5", "a split of 300 characters is too short"),
+    ("--sequence-length 5000", "too short for one sequence of 5,000"),
+    ("--warmup 290", "too short for one sequence of 20 with a warm-up of 290"),
+    ("--gradient-batch 211", "a batch of 211 sequences cannot be drawn from the 210 there are"),
+    ("--curvature-batch 10", "a curvature batch of 10 sequences cannot be drawn from a gradient batch of 9"),
+    ("--optimizer adam", "has no curvature batch"),
+    ("--model gru", "there is no model 'gru'"),
+    ("--model rnn --variant krause", "the krause variant is for lstm and mlstm"),
+    ("--variant mine", "there is no variant 'mine'"),
+    ("--initialisation zeros", "there is no initialisation 'zeros'"),
+    ("--optimizer lbfgs", "there is no optimizer 'lbfgs'"),
+    ("--backend torch", "there is no backend 'torch'"),
+    ("--backend cupy", "cupy"),
+    ("--dtype float16", "dtype must be float32 or float64"),
+    ("--hidden 0", "--hidden"),
+    ("--hidden many", "--hidden"),
+    ("--max-seconds nan", "must be a finite number"),
+    ("--max-steps -1", "--max-steps"),
+    ("--momentum 0.9", "--momentum"),
+    ("--set momentum=0.9", "optimizer shf has no setting 'momentum'"),
+    ("--set name=x", "optimizer shf has no setting 'name'"),
+    ("--set damping=strong", "setting damping of shf must be of type float"),
+    ("--set damping=-1", "damping must not be negative"),
+    ("--set damping=inf", "setting damping must be a finite number"),
+    ("--set cg_max_steps=5.5", "must be of type int"),
+    ("--set damping", "--set needs NAME=VALUE"),
+    ("--config absent.toml", "cannot read absent.toml"),
+    ("--config run", "cannot read run"),
+    ("--config run/checkpoint.h5", "is not a TOML file"),
+    ("--out small.h5", "cannot make the folder small.h5"),
+    ("--out small.h5/run", "cannot make the folder small.h5/run"),
+    (f"--out {'x' * 300}", "cannot make the folder xxx"),
+    ("--resume absent", "there is no checkpoint absent"),
+    ("--resume small.h5", "small.h5"),
+    ("--out run --resume never", "run holds a run already"),
+    ("--out run --resume run", "run holds a run already"),
+])  # fmt: skip
+def test_options_that_cannot_be(words, reason, refused):
+    assert reason in refused("train", "small.h5", *TINY, *words.split())
+
+
+@pytest.mark.parametrize(("toml", "reason"), [
+    ("hiden = 5", "unknown option 'hiden'"),
+    ('hidden = "five"', "option hidden must be of type int"),
+    ("hidden = 5.0", "option hidden must be of type int"),
+    ("seed = true", "option seed must be of type int"),
+    ("seed = -1", "seed must not be negative"),
+    ("micro_batch = 0", "micro_batch must be at least 1"),
+    ("max_seconds = inf", "max_seconds must be a finite number"),
+    (f"max_seconds = 1{'0' * 400}", "option max_seconds must be of type float"),
+    ("model = ", "is not a TOML file"),
+    ("hidden = 5\nhidden = 6", "is not a TOML file"),
+    ("x = " + "[" * 5000, "is not a TOML file"),
+    ("settings = 3", "settings in a configuration file must be a table"),
+    ("[settings]\nmomentum = 1", "has no setting 'momentum'"),
+    ("[settings]\ndamping = [1]", "setting damping of shf must be of type float"),
+    ("[settings]\ndamping = 1979-05-27", "setting damping of shf must be of type float"),
+    (f"[settings]\ndamping = 1{'0' * 400}", "setting damping must be a finite number"),
+])  # fmt: skip
+def test_configuration_files_that_cannot_be(toml, reason, here, refused):
+    (here / "options.toml").write_text(toml)
+    words = [word for word in TINY if word not in ("--hidden", "6")]
+    assert reason in refused("train", "small.h5", *words, "--config", "options.toml")
+
+
+def test_a_configuration_file_that_is_not_text(here, refused):
+    (here / "options.toml").write_bytes(b"model = \xff\xfe")
+    assert "is not a TOML file" in refused("train", "small.h5", "--config", "options.toml")
+
+
+@pytest.mark.parametrize(("words", "reason"), [
+    ("--model lstm", "this run has model = 'mlstm', not 'lstm'"),
+    ("--hidden 7", "the checkpoint holds a model of"),
+    ("--parameters 5000", "the checkpoint holds a model of"),
+    ("--optimizer sgd", "this run has optimizer = 'shf', not 'sgd'"),
+    ("--dtype float64", "this run has dtype = 'float32', not 'float64'"),
+    ("--seed 1", "this run has seed = 0, not 1"),
+    ("--sequence-length 10", "this run has sequence_length = 20, not 10"),
+    ("--set cg_max_steps=2", "this run has settings"),
+    ("--config other.toml", "this run has warmup = 0, not 2"),
+])  # fmt: skip
+def test_a_run_does_not_go_on_as_another(words, reason, here, refused):
+    (here / "other.toml").write_text("warmup = 2")
+    assert reason in refused("train", "small.h5", "--out", "run", "--max-steps", "9", *words.split())
+
+
+def test_a_run_does_not_go_on_with_another_vocabulary(here, refused):
+    for name, other in (("same size", text().replace(b"w", b"W")), ("more", text().replace(b"god", b"GOD"))):
+        prepare(other)[0].write(here / "other.h5")
+        size = Corpus.read(here / "small.h5").vocabulary
+        assert (Corpus.read(here / "other.h5").vocabulary == size) == (name == "same size")
+        assert "vocabulary" in refused("train", "other.h5", "--out", "run", "--max-steps", "9")
+        assert "vocabulary" in refused("train", "other.h5", "--out", "new", "--resume", "run")
+        assert "vocabulary" in refused("evaluate", "run", "--data", "other.h5")
+        (here / "other.h5").unlink()
+
+
+def test_checkpoints_that_cannot_be_read(here, refused):
+    newest = here / "run" / checkpoint.NEWEST
+    whole = newest.read_bytes()
+    for bad in (
+        b"",
+        b"not a checkpoint",
+        whole[:-100],
+        whole[: len(whole) // 2],
+        (here / "small.h5").read_bytes(),
+    ):
+        newest.write_bytes(bad)
+        for words in (("train", "small.h5", "--out", "run"), ("evaluate", "run"), ("sample", "run")):
+            assert checkpoint.NEWEST in refused(*words)
+
+
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before(here, monkeypatch, capsys):
+    newest = here / "run" / checkpoint.NEWEST
+    shutil.copy(newest, here / "run" / checkpoint.PREVIOUS)
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert call(monkeypatch, "train", "small.h5", "--out", "run", "--max-steps", "3") == 0
+    said = capsys.readouterr()
+    assert said.err.startswith("Note: the checkpoint run/checkpoint.h5 is damaged")
+    assert said.err.count("\n") == 1
+    assert [record["step"] for record in history(here / "run")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("book", "words", "reason"), [
+    (b"", "prepare book.txt new.h5", "the text is empty"),
+    (b"x", "prepare book.txt new.h5", "too short to split"),
+    (b"xyz" * 9, "prepare book.txt small.h5/new.h5", "cannot write small.h5/new.h5"),
+    (b"xyz" * 9, "prepare book.txt absent/new.h5", "cannot write absent/new.h5"),
+    (b"xyz" * 9, "prepare book.txt book.txt", "is one of the texts"),
+    (b"xyz" * 9, "prepare absent.txt new.h5", "cannot read absent.txt"),
+    (b"xyz" * 9, "prepare new.h5", "give either TEXT files or"),
+    (b"xyz" * 9, "prepare book.txt new.h5 --train-chars 0", "--train-chars"),
+    (b"xyz" * 9, "prepare new.h5 --ptb-raw run", "has no Penn Treebank raw files"),
+    (b"", "train", "Missing argument"),
+    (b"", "train .", "is not a corpus file"),
+    (b"", "tran small.h5", "No such command"),
+    (b"", "evaluate absent", "there is no checkpoint"),
+    (b"", "evaluate small.h5", "small.h5"),
+    (b"", "sample run --prime THE", "does not know the character(s) 'E' 'H' 'T'"),
+    (b"", "sample run --length -1", "--length"),
+    (b"", "plot absent --out figure.png", "absent/history.jsonl"),
+])  # fmt: skip
+def test_other_commands(book, words, reason, here, refused):
+    (here / "book.txt").write_bytes(book)
+    if words.startswith("plot"):
+        pytest.importorskip("matplotlib")
+    assert reason in refused(*words.split())
+
+
+# As commands of their own, and under mpirun ----------------------------------------------------
+
+FULL_DISK = """
+import resource
+from hfmpi.parallel import launch
+from hfmpi.cli.main import entry
+connect = launch.connect
+def connect_then_fill():
+    comm = connect()  # before the limit, because MPI itself needs files
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+    return comm
+launch.connect = connect_then_fill
+entry()
+"""
+"""The command on a disk that takes the small files of a run, but no checkpoint."""
+
+
+def outside(ranks, here, *words, program="from hfmpi.cli.main import entry; entry()"):
+    """Run the command as processes of their own; give what became of them."""
+    if ranks > 1 and MPIRUN is None:
+        pytest.skip("there is no mpirun")
+    launcher = [MPIRUN, "-n", str(ranks)] if ranks > 1 else []
+    begin = time.monotonic()
+    done = subprocess.run(
+        [*launcher, sys.executable, "-c", program, *map(str, words)],
+        capture_output=True, text=True, timeout=60, cwd=here,
+    )  # fmt: skip
+    assert time.monotonic() - begin < 40
+    return done
+
+
+def is_one_sentence(done, reason):
+    assert done.returncode == 2, done
+    assert done.stderr.startswith("Error: "), done
+    assert done.stderr.count("\n") == 1, done
+    assert reason in done.stderr
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_no_disk_space_for_the_checkpoint(ranks, here):
+    words = ("train", "small.h5", *TINY, "--checkpoint-every", "2", "--max-steps", "4", "--out")
+    done = outside(ranks, here, *words, "new", program=FULL_DISK)
+    is_one_sentence(done, "cannot write new/checkpoint.h5: File too large")
+    assert {path.name for path in (here / "new").iterdir()} == {"config.toml", "history.jsonl"}
+
+    before = (here / "run" / checkpoint.NEWEST).read_bytes()
+    done = outside(ranks, here, *words, "run", program=FULL_DISK)
+    is_one_sentence(done, "cannot write run/checkpoint.h5: File too large")
+    assert (here / "run" / checkpoint.NEWEST).read_bytes() == before
+    assert not [path for path in (here / "run").iterdir() if path.suffix == ".tmp"]
+    done = outside(ranks, here, *words, "run")  # there is space again
+    assert done.returncode == 0, done
+    assert "going on from step 2" in done.stdout
+    assert [record["step"] for record in history(here / "run")] == [1, 2, 3, 4]
+
+
+def test_bad_input_under_three_ranks(here):
+    before = content(here)
+    is_one_sentence(
+        outside(3, here, "train", "small.h5", *TINY, "--out", "small.h5/run"), "cannot make the folder"
+    )  # which rank 0 alone finds out
+    is_one_sentence(
+        outside(3, here, "train", "small.h5", "--out", "run", "--hidden", "7"), "holds a model of"
+    )  # which all find out
+    assert content(here) == before
+    truncated(here / "small.h5")
+    before = content(here)
+    is_one_sentence(outside(3, here, "train", "small.h5", *TINY), "small.h5 is damaged or truncated")
+    is_one_sentence(
+        outside(3, here, "train", "small.h5", "--momentum", "1"), "--momentum"
+    )  # before MPI starts
+    assert content(here) == before
