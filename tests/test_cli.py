@@ -21,12 +21,13 @@ from hfmpi.parallel import launch
 from hfmpi.runs import checkpoint
 
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-TINY = "--hidden 6 --sequence-length 20 --gradient-batch 9 --curvature-batch 4 --backend numpy".split()
+TINY = ["--hidden", "6", "--sequence-length", "20", "--gradient-batch", "9", "--curvature-batch", "4"]
+TINY += ["--backend", "numpy"]
 
 
 @pytest.fixture(scope="module", name="made")
 def fixture_made(tmp_path_factory):
-    """A folder with a corpus and a run of two steps."""
+    """Make a folder with a corpus and a run of two steps."""
     folder = tmp_path_factory.mktemp("made")
     write_corpus(folder / "small.h5")
     with pytest.MonkeyPatch.context() as patch:
@@ -37,7 +38,7 @@ def fixture_made(tmp_path_factory):
 
 @pytest.fixture(name="here")
 def fixture_here(made, tmp_path, monkeypatch):
-    """A copy of it, as the current folder."""
+    """Make a copy of it, as the current folder."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -136,7 +137,7 @@ def test_from_text_to_sample(here, monkeypatch, capsys):
 def test_help_loads_neither_mpi_nor_compilers():
     program = (
         "import sys; sys.argv = ['hfmpi', '--help']\nfrom hfmpi.cli.main import entry\nentry()\n"
-        "print([name for name in ('mpi4py', 'numba', 'numpy', 'h5py') if name in sys.modules])"
+        "print([name for name in ('mpi4py', 'numba', 'cupy', 'h5py') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
@@ -206,10 +207,11 @@ def a_folder(path):
 ])  # fmt: skip
 def test_damaged_data(damage, reason, here, refused):
     damage(here / "small.h5")
-    for words in (("train", "small.h5", *TINY), ("train", "small.h5", "--out", "run"), ("evaluate", "run")):
+    for words in (("train", "small.h5", *TINY), ("train", "small.h5", "--out", "run")):
         sentence = refused(*words)
         assert reason in sentence
         assert "small.h5" in sentence
+    assert reason in refused("evaluate", "run", "--data", "small.h5")
 
 
 @pytest.mark.parametrize(("words", "reason"), [
@@ -394,9 +396,9 @@ def outside(ranks, here, *words, program="from hfmpi.cli.main import entry; entr
 
 
 def is_one_sentence(done, reason):
-    assert done.returncode == 2, done
-    assert done.stderr.startswith("Error: "), done
-    assert done.stderr.count("\n") == 1, done
+    assert done.returncode == 2, (done.args, done.stdout, done.stderr)
+    assert done.stderr.startswith("Error: ")
+    assert done.stderr.count("\n") == 1
     assert reason in done.stderr
 
 

@@ -377,35 +377,34 @@ def compare(run, theta, records):
 @pytest.mark.mpi(ranks=3, timeout=60, unit="s")
 def test_a_rank_that_strays_stops_the_run(mpi_ranks, comm, mpi_tmp_path, monkeypatch):
     communicator, data = MPICommunicator(comm), mpi_tmp_path / "small.h5"
-    folder = mpi_tmp_path / "run"
     if comm.rank == 0:
         write_corpus(data)
     comm.Barrier()
-    options = {"checkpoint_every": 2, "check_every": 1}
-    run = make_run(folder, data, communicator, max_steps=6, **options)
-    honest, thetas = run._one_step, []
+    for check_every, found_at in ((1, 3), (0, 4)):  # at the next step, or before the next checkpoint
+        folder = mpi_tmp_path / f"run {check_every}"
+        options = {"checkpoint_every": 2, "check_every": check_every}
+        run = make_run(folder, data, communicator, max_steps=6, **options)
+        thetas = []
 
-    def one_step():
-        report = honest()
-        if comm.rank == 1 and run.step == 3:
-            run.theta.view(np.int64)[0] ^= 1  # the last bit of one number
-        thetas.append(run.theta.copy())
-        return report
+        def one_step(run=run, honest=run._one_step, thetas=thetas):
+            report = honest()
+            if comm.rank == 1 and run.step == 3:
+                run.theta.view(np.int64)[0] ^= 1  # the last bit of one number
+            thetas.append(run.theta.copy())
+            return report
 
-    monkeypatch.setattr(run, "_one_step", one_step)
-    with (
-        StopSignals() as signals,
-        pytest.raises(UserError, match=r"^rank 1 holds other parameters than rank 0 after step 3"),
-    ):
-        run.train(Recorder(), signals)
-    assert len(thetas) == 3
-    found = checkpoint.latest(folder)
-    assert (found.meta["step"], found.message) == (2, None)
-    np.testing.assert_array_equal(found.theta, thetas[1])
-    assert not (folder / "DONE").exists()
-    comm.Barrier()
-    run, result = train(folder, data, communicator, max_steps=4, **options)  # goes on from there
-    assert (run.first_step, result.step) == (2, 4)
+        monkeypatch.setattr(run, "_one_step", one_step)
+        sentence = rf"^rank 1 holds other parameters than rank 0 after step {found_at}"
+        with StopSignals() as signals, pytest.raises(UserError, match=sentence):
+            run.train(Recorder(), signals)
+        assert len(thetas) == found_at
+        found = checkpoint.latest(folder)
+        assert (found.meta["step"], found.message) == (2, None)
+        np.testing.assert_array_equal(found.theta, thetas[1])
+        assert not (folder / "DONE").exists()
+        comm.Barrier()
+        run, result = train(folder, data, communicator, max_steps=4, **options)  # goes on from there
+        assert (run.first_step, result.step) == (2, 4)
 
     # A rank that would start with other options or data stops the run before anything is written.
     seed = 5 if comm.rank == 2 else 4

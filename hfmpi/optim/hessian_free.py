@@ -93,7 +93,7 @@ class HessianFree:
             "cg_refresh must not be negative": self.cg_refresh >= 0,
             "keep_ratio must be at least 1 and finite": 1 <= self.keep_ratio < math.inf,
             "warm_start must lie in [0, 1]": 0 <= self.warm_start <= 1,
-            "warm_start_growth must be at least 1": self.warm_start_growth >= 1,
+            "warm_start_growth must be positive": self.warm_start_growth > 0,
             "warm_start_maximum must lie in [0, 1]": 0 <= self.warm_start_maximum <= 1,
             "preconditioner must be 'diagonal' or 'none'": self.preconditioner in ("diagonal", "none"),
             "preconditioner_exponent must not be negative": self.preconditioner_exponent >= 0,

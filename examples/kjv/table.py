@@ -1,0 +1,37 @@
+"""Print runs as a Markdown table: validation bits/char after equal times, and what they cost.
+
+python examples/kjv/table.py RUN...
+"""
+
+import sys
+from pathlib import Path
+
+from hfmpi.runs import checkpoint
+from hfmpi.runs.history import History
+
+TIMES = (60, 120, 300, 600, 1200)
+
+
+def row(folder):
+    records, meta = History.read(folder), checkpoint.latest(folder).meta
+    seen = [(r["seconds"], r["valid_bpc"]) for r in records if r["valid_bpc"] is not None]
+    seen.append((meta["seconds"], meta["valid_bpc"]))
+    cells = [Path(folder).name]
+    for limit in TIMES:
+        before = [bpc for seconds, bpc in seen if seconds <= limit * 1.01]
+        reached = meta["seconds"] >= limit
+        cells.append(f"{before[-1]:.3f}" if before and reached else "–")
+    rejected = sum(not r["accepted"] for r in records)
+    last = records[-1]
+    cells += [f"{last['step']:,}", f"{last['step'] / last['seconds']:.2f}", str(rejected)]
+    return [*cells, f"{last['P_I']:,}", f"{last['P_D']:,}", f"{last['P_D_full']:,}"]
+
+
+def main():
+    head = ["run", *(f"{t} s" for t in TIMES), "steps", "steps/s", "rejected", "P_I", "P_D", "P_D full"]
+    for cells in (head, ["---"] * len(head), *map(row, sys.argv[1:])):
+        print("| " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
