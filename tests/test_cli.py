@@ -231,6 +231,7 @@ def test_damaged_data(damage, reason, here, refused):
     ("--dtype float16", "dtype must be float32 or float64"),
     ("--hidden 0", "--hidden"),
     ("--hidden many", "--hidden"),
+    ("--hidden 10000000", "there is not enough memory"),
     ("--max-seconds nan", "must be a finite number"),
     ("--max-steps -1", "--max-steps"),
     ("--momentum 0.9", "--momentum"),
@@ -310,6 +311,24 @@ def test_a_run_does_not_go_on_with_another_vocabulary(here, refused):
         assert "vocabulary" in refused("train", "other.h5", "--out", "new", "--resume", "run")
         assert "vocabulary" in refused("evaluate", "run", "--data", "other.h5")
         (here / "other.h5").unlink()
+
+
+def test_a_run_does_not_go_on_with_other_data(here, monkeypatch, refused):
+    prepare(text()[::-1])[0].write(here / "other.h5")
+    assert "other data" in refused("train", "other.h5", "--out", "run", "--max-steps", "9")
+    # A new run may start from it.
+    assert call(monkeypatch, "train", "other.h5", "--out", "new", "--resume", "run", "--max-steps", "3") == 0
+
+
+@pytest.mark.parametrize("change", [
+    {"step": None}, {"seconds": "soon"}, {"counts": {"steps": 2, "naps": 1}}, {"counts": 7},
+    {"vocabulary": 3}, {"config": {"hidden": "six"}}, {"config": {"units": 6}}, {"config": 6},
+])  # fmt: skip
+def test_checkpoints_that_describe_no_run(change, here, refused):
+    path = here / "run" / checkpoint.NEWEST
+    found = checkpoint.load(path)
+    checkpoint.save(path, found.theta, found.state, found.meta | change)
+    refused("train", "small.h5", "--out", "run", "--max-steps", "9")
 
 
 def test_checkpoints_that_cannot_be_read(here, refused):

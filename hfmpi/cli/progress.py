@@ -23,12 +23,11 @@ class Silent:
     def step(self, record: dict[str, Any]) -> None:
         """Say nothing."""
 
-    def message(self, text: str) -> None:
-        """Say nothing."""
-
 
 class Log(Silent):
-    """One line a step."""
+    """Plain lines, at most about one a second; the history has every step."""
+
+    due = 0.0
 
     def start(self, facts: dict[str, Any]) -> None:
         """Say what is trained, on what, and what the columns of the lines are."""
@@ -48,12 +47,11 @@ class Log(Silent):
             click.echo("No --max-steps and no --max-seconds: training goes on until it is stopped (Ctrl-C).")
 
     def step(self, record: dict[str, Any]) -> None:
-        """Say how a step went."""
-        click.echo(line(record))
-
-    def message(self, text: str) -> None:
-        """Say a sentence."""
-        click.echo(text)
+        """Say how a step went; of many in a second the first, and all that were evaluated or rejected."""
+        notable = record["valid_bpc"] is not None or not record["accepted"]
+        if notable or record["seconds"] >= self.due:
+            click.echo(line(record))
+            self.due = record["seconds"] + 1
 
 
 class Live(Log):
@@ -77,10 +75,6 @@ class Live(Log):
         self.progress.update(self.task, completed=min(part, 1.0), description=line(record))
         if record["valid_bpc"] is not None or not record["accepted"]:
             self.progress.console.print(line(record), highlight=False)
-
-    def message(self, text: str) -> None:
-        """Say a sentence above the bar."""
-        self.progress.console.print(text, highlight=False)
 
 
 def line(record: dict[str, Any]) -> str:

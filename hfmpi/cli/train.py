@@ -101,6 +101,8 @@ def train(
         found = find_checkpoint(folder, resume)
         merged = configuration.merge(given, found.meta.get("config") if found else None)
         run = Run(folder, merged, data, comm, placement, found)
+        if found is not None and resume == "auto" and found.meta.get("corpus") != run.corpus.digest:
+            raise UserError(f"{folder} was trained on other data than {data}; give another --out")
         if found is not None and found.message and comm.rank == 0:
             click.echo(f"Note: {found.message}.", err=True)
         return run

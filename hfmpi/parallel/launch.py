@@ -37,6 +37,7 @@ _LAUNCHERS = (
     ("PMIX_RANK", None),
 )
 _PATIENCE = 2.0  # seconds in which ranks that leave with an error wait for the others to leave too
+_DRAIN = 0.2  # seconds for the launcher to pass on what was printed, before it is told to kill
 
 
 def launched() -> tuple[int, int] | None:
@@ -159,13 +160,13 @@ def together(comm: Communicator, function: Callable[[], T]) -> T:
 def guard() -> Iterator[None]:
     """Let a whole program leave in good order; the console entry runs inside it.
 
-    A `UserError` is printed as one sentence on rank 0 and ends the program with code 2. An unexpected
-    exception, or a nonzero `sys.exit`, on some of the ranks aborts all of them. Ranks that leave alike
-    (a `UserError` or a nonzero exit on all) wait for one another, so that MPI ends without noise.
+    A `UserError`, or a lack of memory, is printed as one sentence on rank 0 and ends the program with code
+    2. An unexpected exception, or a nonzero `sys.exit`, on some of the ranks aborts all of them. Ranks that
+    leave alike (a `UserError` or a nonzero exit on all) wait for one another, so that MPI ends without noise.
     """
     try:
         yield
-    except UserError as error:
+    except (UserError, MemoryError) as error:
         world = _world()
         if world is None:
             rank = (launched() or (0, 1))[0]
@@ -223,12 +224,14 @@ def _all_leave(world: Any) -> bool:
     return True
 
 
-def _say(error: UserError) -> None:
-    print(f"Error: {error}", file=sys.stderr, flush=True)
+def _say(error: UserError | MemoryError) -> None:
+    cause = "there is not enough memory: " if isinstance(error, MemoryError) else ""
+    print(f"Error: {cause}{error}", file=sys.stderr, flush=True)
 
 
 def _abort(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
+    time.sleep(_DRAIN)
     sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(code)
     os._exit(code)  # not reached: MPI_Abort does not return

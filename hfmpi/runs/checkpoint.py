@@ -117,7 +117,10 @@ def load(path: str | Path) -> Checkpoint:
             text, digest = _attribute(file, "meta"), _attribute(file, "digest")
         if digest != _digest(theta, state, str(text)):
             raise ValueError("its content does not match its digest")
-        return Checkpoint(theta, state, json.loads(str(text)))
+        meta = json.loads(str(text))
+        if not isinstance(meta, dict):
+            raise ValueError("its meta is no object")
+        return Checkpoint(theta, state, meta)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
     except UserError:

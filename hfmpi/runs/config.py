@@ -132,19 +132,10 @@ def merge(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> 
         For unknown options, wrong types or values, and for an option that would change what a stored run
         computes.
     """
-    known = {f.name: type(getattr(Config(), f.name)) for f in fields(Config)}
-    values: dict[str, Any] = {}
-    for name, value in given.items():
-        if name not in known:
-            raise UserError(f"unknown option {name!r}; the options are {', '.join(known)}")
-        if known[name] is float and type(value) is int and abs(value) < 2**53:
-            value = float(value)
-        if type(value) is not known[name]:
-            raise UserError(f"option {name} must be of type {known[name].__name__}, not {value!r}")
-        values[name] = value
+    values = _checked(given)
     if stored is None:
         return Config(**values)
-    base = Config(**{name: value for name, value in stored.items() if name in known})
+    base = Config(**_checked(stored))
     if "hidden" in values or "parameters" in values:  # either may name the size; compare what comes out
         values = {"hidden": 0, "parameters": 0} | values
     for name, value in values.items():
@@ -154,6 +145,23 @@ def merge(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> 
             f"this run has {name} = {getattr(base, name)!r}, not {value!r}; give another --out for a new run"
         )
     return replace(base, **values)
+
+
+def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Give options with the types that they must have, or a UserError."""
+    known = {f.name: type(getattr(Config(), f.name)) for f in fields(Config)}
+    if not isinstance(options, Mapping):
+        raise UserError("the checkpoint holds no options of a run")
+    values: dict[str, Any] = {}
+    for name, value in options.items():
+        if name not in known:
+            raise UserError(f"unknown option {name!r}; the options are {', '.join(known)}")
+        if known[name] is float and type(value) is int and abs(value) < 2**53:
+            value = float(value)
+        if type(value) is not known[name]:
+            raise UserError(f"option {name} must be of type {known[name].__name__}, not {value!r}")
+        values[name] = value
+    return values
 
 
 def from_toml(path: Path) -> dict[str, Any]:

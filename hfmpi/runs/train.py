@@ -47,9 +47,6 @@ class Reporter(Protocol):
     def step(self, record: dict[str, Any]) -> None:
         """Tell of a step: the object that goes into the history."""
 
-    def message(self, text: str) -> None:
-        """Tell a sentence."""
-
 
 @dataclass(frozen=True)
 class Result:
@@ -243,8 +240,7 @@ class Run:
         self._on_first_rank(lambda: replace_file(self.folder / "timing.json", text.encode()))
 
     def _restore(self, found: Checkpoint) -> None:
-        meta = found.meta
-        if meta["vocabulary"] != list(self.corpus.symbols):
+        if found.meta.get("vocabulary") != list(self.corpus.symbols):
             raise UserError("the checkpoint was trained on another vocabulary than that of the data")
         if found.theta.shape != self.theta.shape or found.theta.dtype != self.theta.dtype:
             raise UserError(
@@ -257,8 +253,11 @@ class Run:
         place = self.backend.to_device
         self.theta = place(found.theta)
         self.state = kind(**{k: place(v) if isinstance(v, np.ndarray) else v for k, v in found.state.items()})
-        self.step, self.seconds = int(meta["step"]), float(meta["seconds"])
-        self.counts = cost.Counts(**meta["counts"])
+        try:
+            self.step, self.seconds = int(found.meta["step"]), float(found.meta["seconds"])
+            self.counts = cost.Counts(**found.meta["counts"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"the checkpoint describes no run of this version: {error!r}") from None
 
     def _check_start(self) -> None:
         """Raise a UserError on all ranks unless all start with the same data, options and checkpoint.

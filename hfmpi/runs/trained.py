@@ -11,7 +11,7 @@ from hfmpi.backends.base import Array
 from hfmpi.errors import UserError
 from hfmpi.models.network import Network, State
 from hfmpi.runs import checkpoint
-from hfmpi.runs.config import Config
+from hfmpi.runs.config import Config, merge
 
 __all__ = ["Trained"]
 
@@ -54,11 +54,11 @@ class Trained:
         """
         found = checkpoint.load(run) if run.is_file() else checkpoint.latest(run)
         try:
-            config = Config(**found.meta["config"] | {"backend": backend})
+            config = merge(found.meta["config"] | {"backend": backend})
             symbols, step = bytes(found.meta["vocabulary"]), int(found.meta["step"])
             data = Path(found.meta["data"])
             network = Network(config.cell(len(symbols)), config.make_backend(threads))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"the checkpoint in {run} describes no run of this version: {error}") from None
         if found.theta.shape != (network.layout.size,) or found.theta.dtype != network.backend.dtype:
             raise UserError(f"the checkpoint in {run} does not hold the parameters of its own model")
