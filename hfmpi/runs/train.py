@@ -18,7 +18,7 @@ from hfmpi.data.corpus import Corpus
 from hfmpi.errors import UserError
 from hfmpi.files import replace as replace_file
 from hfmpi.measure import cost
-from hfmpi.measure.timer import Timer, split_waiting
+from hfmpi.measure.timer import Timer
 from hfmpi.models.network import Network
 from hfmpi.objective import MeanRisk
 from hfmpi.optim.base import Objectives, StepReport
@@ -31,6 +31,7 @@ from hfmpi.runs.config import Config, to_toml
 from hfmpi.runs.folder import make
 from hfmpi.runs.history import History
 from hfmpi.runs.stop import StopSignals
+from hfmpi.runs.timing import Timing
 
 __all__ = ["Reporter", "Result", "Run"]
 
@@ -105,9 +106,7 @@ class Run:
         if resume is not None:
             self._restore(resume)
         self.first_step = self.step
-        self._waited = np.zeros((communicator.size, 2))  # communication and waiting of every rank (rank 0)
-        self._seen = 0
-        self._started = time.perf_counter()
+        self.timing = Timing(self.timer, communicator, placement, self.step)
 
     # The loop ----------------------------------------------------------------------------------
 
@@ -124,8 +123,8 @@ class Run:
         self._on_first_rank(self._open_files)
         if comm.rank == 0:
             reporter.start(self.facts())
-        self._started = time.perf_counter()
-        started = self._started - self.seconds
+        self.timing.start()
+        started = time.perf_counter() - self.seconds
         checkpoint_every = config.checkpoint_every or self.epoch_steps
         evaluate_every = config.evaluate_every or self.epoch_steps
         valid, saved, reason = None, -1, ""
@@ -220,24 +219,8 @@ class Run:
             }
             path, theta = self.folder / checkpoint.NEWEST, self.backend.to_host(self.theta)
             self._on_first_rank(lambda: checkpoint.save(path, theta, state, meta))
-        self._save_timing()
-
-    def _save_timing(self) -> None:
-        durations = self.timer.series("allreduce")[self._seen :]
-        self._seen += len(durations)
-        rows = self.communicator.gather((durations, dict(self.timer.totals), asdict(self.placement)))
-        if rows is not None:
-            self._waited += np.stack(split_waiting([row[0] for row in rows]), axis=1)
-            ranks = [
-                {**place, "spans": totals | {"allreduce": communication, "waiting": waiting}}
-                for (_, totals, place), (communication, waiting) in zip(
-                    rows, self._waited.tolist(), strict=True
-                )
-            ]
-            steps = {"first_step": self.first_step, "last_step": self.step}
-            seconds = time.perf_counter() - self._started
-            text = json.dumps({**steps, "seconds": seconds, "ranks": ranks}, indent=1)
-        self._on_first_rank(lambda: replace_file(self.folder / "timing.json", text.encode()))
+        timing = self.timing.collect(self.step)
+        self._on_first_rank(lambda: replace_file(self.folder / "timing.json", timing.encode()))
 
     def _restore(self, found: Checkpoint) -> None:
         if found.meta.get("vocabulary") != list(self.corpus.symbols):

@@ -1,0 +1,52 @@
+"""The examples and the README do what they say."""
+
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small import train, write_corpus
+
+ROOT = Path(__file__).parents[1]
+MPIRUN = Path(sys.executable).with_name("mpirun")
+
+
+def last_line(*command):
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout.splitlines()[-1]
+
+
+def test_own_objective_is_minimised_alike_on_any_number_of_ranks():
+    script = ROOT / "examples" / "own_objective.py"
+    launcher = str(MPIRUN) if MPIRUN.exists() else shutil.which("mpirun")
+    lines = [last_line(sys.executable, script), last_line(launcher, "-n", "3", sys.executable, script)]
+    found = [re.match(r"f = ([\d.]+) on (\d) rank\(s\); the noise alone is ([\d.]+)", line) for line in lines]
+    assert [match[2] for match in found] == ["1", "3"]
+    for match in found:
+        assert float(match[1]) <= float(match[3])  # as good a fit as the noise allows
+    assert float(found[0][1]) == pytest.approx(float(found[1][1]), rel=1e-2)
+
+
+def test_the_program_of_the_readme(capsys):
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(program, {})
+    x, y, loss = map(float, re.findall(r"[-+\d.e]+", capsys.readouterr().out))
+    assert (x, y) == pytest.approx((1, 1), abs=1e-5)
+    assert loss < 1e-9
+
+
+def test_the_table_of_the_study(tmp_path, capsys, monkeypatch):
+    data = write_corpus(tmp_path / "small.h5")
+    _, result = train(tmp_path / "some-run", data, max_steps=3)
+    monkeypatch.setattr(sys, "argv", ["table.py", str(tmp_path / "some-run")])
+    runpy.run_path(str(ROOT / "examples" / "kjv" / "table.py"), run_name="__main__")
+    head, _, row = capsys.readouterr().out.splitlines()
+    cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
+    assert cells["| run"] == "| some-run"
+    assert cells["steps"] == "3"
+    assert cells["60 s"] == "–"  # not reached
+    assert cells["P_I"] == "189"  # 3 (3 + 4 * 15)
+    assert result.step == 3
