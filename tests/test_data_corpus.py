@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -359,20 +360,22 @@ def test_a_bad_place_is_one_sentence_and_leaves_nothing(tmp_path: Path, path: Pa
     assert list((tmp_path / "folder").iterdir()) == []
 
 
-@pytest.fixture(name="full_disk")
-def fixture_full_disk() -> Iterator[None]:
-    # A limit on file sizes fails in the middle of a write, as a full disk does.
+@contextmanager
+def full_disk() -> Iterator[None]:
+    # A limit on file sizes fails in the middle of a write, as a full disk does. It is lifted before the test
+    # is reported: pytest itself may write to a file.
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.usefixtures("full_disk")
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, corpus: Corpus) -> None:
     old = tmp_path / "old.h5"
     old.write_bytes(b"as before")
-    with pytest.raises(UserError, match=r"cannot write .*File too large"):
+    with full_disk(), pytest.raises(UserError, match=r"cannot write .*File too large"):
         corpus.write(old)
     assert old.read_bytes() == b"as before"
     assert list(tmp_path.iterdir()) == [old]
