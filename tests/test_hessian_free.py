@@ -295,8 +295,7 @@ def test_presets_have_the_batches_of_the_paper():
     assert sizes == {
         "sgd": (32, 0), "bgd": (3500, 0), "shf": (320, 32), "bhf": (14000, 3500), "adam": (32, 0)
     }  # fmt: skip
-    assert preset("sgd", True).optimizer.rate == 10
-    assert preset("sgd", False).optimizer.rate == 2
+    assert preset("sgd").optimizer.rate == preset("bgd").optimizer.rate == 2
     bhf = preset("bhf").optimizer
     assert (bhf.damping, bhf.damping_factor, bhf.cg_max_steps) == (45, 2 / 3, 250)
     assert preset("shf", damping=2).optimizer.damping == 2.0

@@ -22,7 +22,7 @@ STEPS = 6
 OPTIMIZERS = {
     "sgd clip": {"optimizer": "sgd", "settings": {"rule": "clip", "rate": 1.0}},
     "sgd normalised": {"optimizer": "sgd", "settings": {"rule": "normalised", "rate": 0.3}},
-    "sgd rms-normalised": {"optimizer": "sgd", "settings": {"rule": "rms-normalised", "rate": 2.0}},
+    "sgd rms-normalised": {"optimizer": "sgd", "settings": {"rule": "rms-normalised", "rate": 1.5}},
     "bgd": {"optimizer": "bgd"},
     "adam": {"optimizer": "adam", "settings": {"rate": 0.02}},
     # Few CG iterations: after many, backtracking chooses among iterates that differ by rounding alone.

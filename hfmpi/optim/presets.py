@@ -24,14 +24,12 @@ class Preset:
     curvature_batch: int = 0
 
 
-def preset(name: str, multiplicative: bool = True, /, **changes: Any) -> Preset:
+def preset(name: str, /, **changes: Any) -> Preset:
     """Give a preset by name, with single settings of its optimizer changed.
 
     Parameters
     ----------
     name : {'sgd', 'bgd', 'shf', 'bhf', 'adam'}
-    multiplicative : bool
-        Whether the model is a multiplicative cell; the step length of gradient descent depends on it.
     **changes
         Settings of the optimizer, by the names of its dataclass.
 
@@ -42,7 +40,7 @@ def preset(name: str, multiplicative: bool = True, /, **changes: Any) -> Preset:
     """
     if name not in PRESETS:
         raise UserError(f"there is no optimizer {name!r}; choose one of {', '.join(PRESETS)}")
-    chosen = _preset(name, multiplicative)
+    chosen = _preset(name)
     known = {f.name: f for f in fields(chosen.optimizer)}
     for key, value in changes.items():
         if key not in known:
@@ -58,12 +56,14 @@ def preset(name: str, multiplicative: bool = True, /, **changes: Any) -> Preset:
         raise UserError(f"optimizer {name}: {error}") from None
 
 
-def _preset(name: str, multiplicative: bool) -> Preset:
+def _preset(name: str) -> Preset:
     if name == "adam":  # Kingma and Ba (2015); batch of sgd
         return Preset(Adam(), 32)
-    if name in ("sgd", "bgd"):  # batches: Krause et al. (2015); lengths: Krause's released code (2016)
+    if name in ("sgd", "bgd"):
+        # Batches: Krause et al. (2015). Length: Krause's released code (2016) for LSTM; its 10 for mLSTM
+        # diverges here (docs/results/kjv.md).
         return Preset(
-            GradientDescent("rms-normalised", rate=10.0 if multiplicative else 2.0),
+            GradientDescent("rms-normalised", rate=2.0),
             32 if name == "sgd" else 3500,
         )
     if name == "shf":

@@ -106,7 +106,7 @@ class Config:
 
     def preset(self) -> Preset:
         """Give the optimizer with its settings and batch sizes."""
-        chosen = preset(self.optimizer, self.model in ("mrnn", "mlstm"), **self.settings)
+        chosen = preset(self.optimizer, **self.settings)
         curvature = chosen.curvature_batch and (self.curvature_batch or chosen.curvature_batch)
         if self.curvature_batch and not chosen.curvature_batch:
             raise UserError(f"optimizer {self.optimizer} has no curvature batch")
