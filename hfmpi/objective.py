@@ -63,7 +63,7 @@ class MeanRisk:
     """
 
     def __init__(
-        self, network: Network, communicator: Communicator, timer: Timer | None = None, micro_batch: int = 64
+        self, network: Network, communicator: Communicator, timer: Timer | None = None, micro_batch: int = 160
     ) -> None:
         self.network = network
         self.communicator = communicator

@@ -27,10 +27,12 @@ def make_batch(rng, vocabulary, steps, size, warmup=0):
     return Symbols(text[:-1].copy(), text[1 + warmup :].copy())
 
 
-def make(name, variant, backend="numpy", hidden=4, vocabulary=5, steps=6, size=3, warmup=0, seed=0):
+def make(
+    name, variant, backend="numpy", hidden=4, vocabulary=5, steps=6, size=3, warmup=0, seed=0, block_rows=7
+):
     rng = np.random.default_rng(seed)
     cell = Cell(name, hidden, vocabulary, variant)
-    network = Network(cell, create(backend, "float64"))
+    network = Network(cell, create(backend, "float64"), block_rows)
     theta = 0.5 * rng.standard_normal(cell.layout.size)
     return network, theta, make_batch(rng, vocabulary, steps, size, warmup), rng
 
@@ -63,6 +65,18 @@ def test_loss_and_gradient_match_the_independent_implementation(name, variant, b
 
 
 @pytest.mark.parametrize(("name", "variant"), ALL)
+def test_blocks_of_steps_change_nothing_beyond_rounding(name, variant):
+    results = []
+    for block_rows in (1, 7, 12, 1000):  # one step each, uneven blocks, and all six steps at once
+        network, theta, batch, rng = make(name, variant, "numba", warmup=3, block_rows=block_rows)
+        v = rng.standard_normal(theta.size)
+        results.append((gradient_of(network, theta, batch), product_of(network, theta, batch, v)))
+    for g, p in results[:-1]:
+        close(g, results[-1][0], 1e-13)
+        close(p, results[-1][1], 1e-13)
+
+
+@pytest.mark.parametrize(("name", "variant"), ALL)
 def test_gradient_matches_finite_differences(name, variant):
     network, theta, batch, rng = make(name, variant)
     g = gradient_of(network, theta, batch)
@@ -82,9 +96,11 @@ def test_products_match_the_dense_matrices(name, variant, backend, warmup):
     tape = network.forward(theta, batch)
     for _ in range(3):
         v = rng.standard_normal(theta.size)
-        tangent = network.jvp(tape, v)
+        tangent = network.jvp(tape, v, pre=True)
         close(tangent.logits.reshape(-1), j @ v)
+        whole = tangent.logits.copy()
         close(tangent.pre.reshape(-1), ja @ v)
+        close(network.jvp(tape, v).logits, whole, 1e-13)
         u = rng.standard_normal(tangent.logits.shape)
         out = np.zeros_like(theta)
         network.vjp(tape, Outputs(u), out)
@@ -123,14 +139,16 @@ def test_squares_are_those_of_each_sequence_alone(name, variant, backend):
 
 @given(
     st.sampled_from(ALL), st.sampled_from(BACKENDS), st.integers(1, 9), st.integers(1, 7), st.integers(1, 9),
-    st.integers(1, 5), st.integers(0, 3), st.integers(0, 2**31),
+    st.integers(1, 5), st.integers(0, 3), st.integers(0, 2**31), st.integers(1, 50),
 )  # fmt: skip
 @settings(deadline=None, max_examples=60)
 def test_jacobian_products_are_transposes_and_curvature_is_symmetric_and_positive(
-    kind, backend, hidden, vocabulary, steps, size, warmup, seed
+    kind, backend, hidden, vocabulary, steps, size, warmup, seed, block_rows
 ):
     warmup = min(warmup, steps - 1)
-    network, theta, batch, rng = make(*kind, backend, hidden, vocabulary, steps, size, warmup, seed)
+    network, theta, batch, rng = make(
+        *kind, backend, hidden, vocabulary, steps, size, warmup, seed, block_rows
+    )
     tape = network.forward(theta, batch)
     v, w = rng.standard_normal((2, theta.size))
     jv = network.jvp(tape, v).logits.copy()
@@ -178,7 +196,7 @@ def test_backends_agree_to_rounding(name, variant, dtype, tolerance):
     batch = make_batch(rng, 17, 50, 9)
     results = []
     for backend in BACKENDS:
-        network = Network(cell, create(backend, dtype))
+        network = Network(cell, create(backend, dtype), block_rows=100)
         g, s, p = (np.zeros_like(theta) for _ in range(3))
         tape = network.forward(theta, batch, structural=True)
         network.gradient(tape, 1.0, g, s)

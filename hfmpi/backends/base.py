@@ -10,7 +10,7 @@ group, 4n (gated, order i, f, o, u) or n (plain). All arrays are C-contiguous an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -36,8 +36,9 @@ class Recurrence:
         Symbol indices.
     hidden : (L + 1, B, n)
         h_0 (the initial state), h_1, ..., h_L.
-    coefficients : (L, 6, B, n), or (1, 6, B, n) where the pass is not to be linearised
-        f, k_i, k_f, k_o, k_u, k_c of every step (gated cells only; docs/theory.md).
+    coefficients : (L, 6, B, n) or None
+        f, k_i, k_f, k_o, k_u, k_c of every step (docs/theory.md); None for plain cells, and where the pass
+        is not to be linearised.
     recurrent, recurrent_t : (n, K), (K, n)
         The matrix applied to the previous hidden (or intermediate) state, and its transpose.
     bias_h : (n,) or None
@@ -47,7 +48,7 @@ class Recurrence:
     factor_table : (V, n) or None
         W_mx, the rows that scale the factors.
     factors : (L, B, n) or None
-        q_t = h_{t-1} W_mh.
+        q_t = h_{t-1} W_mh. (1, B, n) where the pass is not to be linearised; so `intermediate`.
     intermediate : (L, B, n) or None
         m_t = W_mx[x_t] * q_t.
     weights : (L, B, K) or None
@@ -58,9 +59,9 @@ class Recurrence:
     linear_update: bool
     inputs: Array
     hidden: Array
-    coefficients: Array
     recurrent: Array
     recurrent_t: Array
+    coefficients: Array | None = None
     bias_h: Array | None = None
     factor: Array | None = None
     factor_t: Array | None = None
@@ -68,6 +69,23 @@ class Recurrence:
     factors: Array | None = None
     intermediate: Array | None = None
     weights: Array | None = None
+
+    def part(self, steps: slice) -> Recurrence:
+        """Give the recurrence of some of the steps: views of the same arrays."""
+        start, stop, _ = steps.indices(len(self.inputs))
+
+        def cut(array: Array | None) -> Array | None:
+            return None if array is None else array[start:stop]
+
+        return replace(
+            self,
+            inputs=self.inputs[start:stop],
+            hidden=self.hidden[start : stop + 1],
+            coefficients=cut(self.coefficients),
+            factors=cut(self.factors),
+            intermediate=cut(self.intermediate),
+            weights=cut(self.weights),
+        )
 
 
 class Workspace:
@@ -128,6 +146,10 @@ class Backend:
         """Make an empty workspace on this device."""
         return Workspace(self.xp, self.dtype)
 
+    def matmul(self, a: Array, b: Array, out: Array) -> None:
+        """Out = a b: every matrix product of a pass goes through here, so that they can be counted."""
+        self.xp.matmul(a, b, out=out)
+
     # Loops over time ---------------------------------------------------------------------------
 
     def forward(self, r: Recurrence, table: Array, cell_state: Array) -> None:
@@ -147,13 +169,13 @@ class Backend:
         for t in range(steps):
             source = r.hidden[t]
             if r.factor is not None and r.factors is not None and r.intermediate is not None:
-                self.xp.matmul(source, r.factor, out=r.factors[t])
-                source = r.intermediate[t]
-                self.factor_forward(r.factor_table, r.inputs[t], r.factors[t], source)
-            self.xp.matmul(source, r.recurrent, out=a)
+                factor, source = r.factors[t % len(r.factors)], r.intermediate[t % len(r.intermediate)]
+                self.matmul(r.hidden[t], r.factor, factor)
+                self.factor_forward(r.factor_table, r.inputs[t], factor, source)
+            self.matmul(source, r.recurrent, a)
             weights = None if r.weights is None else r.weights[t]
             if r.gated:
-                coefficients = r.coefficients[t % len(r.coefficients)]
+                coefficients = None if r.coefficients is None else r.coefficients[t]
                 self.gated_forward(
                     a, table, r.inputs[t], r.bias_h, cell_state, r.hidden[t + 1], coefficients, weights
                 )
@@ -161,9 +183,18 @@ class Backend:
                 self.plain_forward(a, table, r.inputs[t], r.hidden[t + 1], weights)
 
     def tangent(
-        self, r: Recurrence, table: Array, pre: Array, factor_table: Array, factors: Array, dh: Array
+        self,
+        r: Recurrence,
+        table: Array,
+        pre: Array,
+        factor_table: Array,
+        factors: Array,
+        dh: Array,
+        dc: Array,
     ) -> None:
         """Push a parameter direction through the recurrence (R-forward).
+
+        Called for one part of the steps after the other, from the first.
 
         Parameters
         ----------
@@ -176,33 +207,38 @@ class Backend:
         factors : (L, B, n) or None
             The time-batched part h_{t-1} V_mh; overwritten.
         dh : (L + 1, B, n)
-            In: dh[0] = 0 and, for the `krause` variant, the bias term g_t v_bh. Out: R h_t.
+            In: dh[0], that of the step before and, for the `krause` variant, the bias term g_t v_bh.
+            Out: R h_t.
+        dc : (B, n)
+            R c of the step before; holds that of the last step afterwards. Unused by plain cells.
         """
         steps, batch = r.inputs.shape
         hidden = r.hidden.shape[2]
         sequential = self.workspace("tangent.a", (batch, pre.shape[2]))
-        dc = self.workspace("tangent.c", (batch, hidden))
-        dc[...] = 0
         dm = self.workspace("tangent.m", (batch, hidden))
         dq = self.workspace("tangent.q", (batch, hidden))
         for t in range(steps):
             source = dh[t]
             if r.factor is not None and r.factors is not None:
-                self.xp.matmul(source, r.factor, out=dq)
+                self.matmul(source, r.factor, dq)
                 self.factor_tangent(
                     r.factor_table, factor_table, r.inputs[t], r.factors[t], factors[t], dq, dm
                 )
                 source = dm
-            self.xp.matmul(source, r.recurrent, out=sequential)
-            if r.gated:
+            self.matmul(source, r.recurrent, sequential)
+            if r.coefficients is not None:
                 self.gated_tangent(
                     pre[t], sequential, table, r.inputs[t], r.coefficients[t], dc, dh[t + 1], r.linear_update
                 )
             else:
                 self.plain_tangent(pre[t], sequential, table, r.inputs[t], r.hidden[t + 1], dh[t + 1])
 
-    def adjoint(self, r: Recurrence, dh: Array, da: Array, dp: Array, dq: Array, inject: bool) -> None:
+    def adjoint(
+        self, r: Recurrence, dh: Array, da: Array, dp: Array, dq: Array, back: Array, dc: Array, inject: bool
+    ) -> None:
         """Pull cotangents back through the recurrence: the transpose of `tangent`.
+
+        Called for one part of the steps after the other, from the last.
 
         Parameters
         ----------
@@ -213,32 +249,32 @@ class Backend:
             cotangents that act on the pre-activations themselves (structural damping).
         dp, dq : (L, B, n) or None
             Out, multiplicative cells: cotangents of the gathered rows W_mx[x_t] and of q_t.
+        back, dc : (B, n)
+            What the steps after pull back to h_L and c_L; hold what these pull back to h_0 and c_0
+            afterwards.
         """
-        steps, batch = r.inputs.shape
-        hidden = r.hidden.shape[2]
-        back = self.workspace("adjoint.h", (batch, hidden))
-        back[...] = 0
-        dc = self.workspace("adjoint.c", (batch, hidden))
-        dc[...] = 0
-        dm = self.workspace("adjoint.m", (batch, hidden))
-        for t in range(steps - 1, -1, -1):
-            if r.gated:
+        dm = self.workspace("adjoint.m", back.shape)
+        for t in range(len(r.inputs) - 1, -1, -1):
+            if r.coefficients is not None:
                 self.gated_adjoint(dh[t + 1], back, r.coefficients[t], dc, da[t], inject)
             else:
                 self.plain_adjoint(dh[t + 1], back, r.hidden[t + 1], da[t], inject)
             if r.factor_t is not None and r.factors is not None:
-                self.xp.matmul(da[t], r.recurrent_t, out=dm)
+                self.matmul(da[t], r.recurrent_t, dm)
                 self.factor_adjoint(r.factor_table, r.inputs[t], r.factors[t], dm, dp[t], dq[t])
-                self.xp.matmul(dq[t], r.factor_t, out=back)
+                self.matmul(dq[t], r.factor_t, back)
             else:
-                self.xp.matmul(da[t], r.recurrent_t, out=back)
+                self.matmul(da[t], r.recurrent_t, back)
 
     # Step kernels, supplied by each backend; `numpy.py` is the reference ------------------------
 
     def gated_forward(
         self, a: Array, table: Array, x: Array, bias_h: Array, c: Array, h: Array, k: Array, w: Array
     ) -> None:
-        """One step of a gated cell: from a = m W_h, fill h, update c, fill k (6, B, n) and w (B, 4n)."""
+        """One step of a gated cell: from a = m W_h, fill h, update c, fill k (6, B, n) and w (B, 4n).
+
+        Where k or w is None it is not wanted.
+        """
         raise NotImplementedError
 
     def gated_tangent(

@@ -28,26 +28,26 @@ def gated_step(a, table, x, bias_h, c, h, k):
             o = half * tanh(half * (a[b, 2 * n + j] + row[2 * n + j])) + half
             au = a[b, 3 * n + j] + row[3 * n + j]
             old = c[b, j]
+            u = tanh(au) if bias_h is None else au
+            new = f * old + i * u
             if bias_h is None:
-                u = tanh(au)
-                new = f * old + i * u
                 s = tanh(new)
                 h[b, j] = o * s
-                k[3, b, j] = s * o * (one - o)
-                k[4, b, j] = i * (one - u * u)
-                k[5, b, j] = o * (one - s * s)
             else:
-                u = au
-                new = f * old + i * u
                 s = tanh(o * new + bias_h[j])
-                g = one - s * s
                 h[b, j] = s
-                k[3, b, j] = g * new * o * (one - o)
-                k[4, b, j] = i
-                k[5, b, j] = g * o
-            k[0, b, j] = f
-            k[1, b, j] = u * i * (one - i)
-            k[2, b, j] = old * f * (one - f)
+            if k is not None:
+                slope = one - s * s
+                k[0, b, j] = f
+                k[1, b, j] = u * i * (one - i)
+                k[2, b, j] = old * f * (one - f)
+                if bias_h is None:
+                    k[3, b, j] = s * o * (one - o)
+                    k[4, b, j] = i * (one - u * u)
+                else:
+                    k[3, b, j] = slope * new * o * (one - o)
+                    k[4, b, j] = i
+                k[5, b, j] = o * slope
             c[b, j] = new
 
 
@@ -86,28 +86,37 @@ def gated_tangent(pre, sequential, table, x, k, dc, dh, add):
 
 
 def gated_adjoint(dh, back, k, dc, da, inject):
+    # Many short loops: with more arrays in one, the compiler gives up proving that they do not overlap
+    # and emits scalar code. A row stays in the first-level cache from one loop to the next.
     n = dc.shape[1]
     for b in prange(dc.shape[0]):
+        total, state, own, pulled = dh[b], dc[b], da[b], back[b]
+        f, k_i, k_f, k_o, k_u, k_c = k[0, b], k[1, b], k[2, b], k[3, b], k[4, b], k[5, b]
+        own_i, own_f, own_o, own_u = own[:n], own[n : 2 * n], own[2 * n : 3 * n], own[3 * n :]
+        for j in range(n):
+            total[j] += pulled[j]
+        for j in range(n):
+            state[j] += k_c[j] * total[j]
         if inject:
             for j in range(n):
-                total = dh[b, j] + back[b, j]
-                dh[b, j] = total
-                state = dc[b, j] + k[5, b, j] * total
-                da[b, j] += k[1, b, j] * state
-                da[b, n + j] += k[2, b, j] * state
-                da[b, 2 * n + j] += k[3, b, j] * total
-                da[b, 3 * n + j] += k[4, b, j] * state
-                dc[b, j] = k[0, b, j] * state
+                own_i[j] += k_i[j] * state[j]
+            for j in range(n):
+                own_f[j] += k_f[j] * state[j]
+            for j in range(n):
+                own_o[j] += k_o[j] * total[j]
+            for j in range(n):
+                own_u[j] += k_u[j] * state[j]
         else:
             for j in range(n):
-                total = dh[b, j] + back[b, j]
-                dh[b, j] = total
-                state = dc[b, j] + k[5, b, j] * total
-                da[b, j] = k[1, b, j] * state
-                da[b, n + j] = k[2, b, j] * state
-                da[b, 2 * n + j] = k[3, b, j] * total
-                da[b, 3 * n + j] = k[4, b, j] * state
-                dc[b, j] = k[0, b, j] * state
+                own_i[j] = k_i[j] * state[j]
+            for j in range(n):
+                own_f[j] = k_f[j] * state[j]
+            for j in range(n):
+                own_o[j] = k_o[j] * total[j]
+            for j in range(n):
+                own_u[j] = k_u[j] * state[j]
+        for j in range(n):
+            state[j] *= f[j]
 
 
 def plain_forward(a, table, x, h, w):

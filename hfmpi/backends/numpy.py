@@ -29,25 +29,25 @@ class NumpyBackend(Backend):
         u = a[:, 3 * n :]
         if bias_h is None:
             u = np.tanh(u)
-            new_c = f * c + i * u
-            tanh_c = np.tanh(new_c)
-            h[...] = o * tanh_c
-            k_o = tanh_c * o * (1 - o)
-            k_u = i * (1 - u * u)
-            k_c = o * (1 - tanh_c * tanh_c)
+        new_c = f * c + i * u
+        if bias_h is None:
+            s = np.tanh(new_c)
+            h[...] = o * s
         else:  # Krause (2016): linear update, output gate inside the tanh
-            new_c = f * c + i * u
-            h[...] = np.tanh(o * new_c + bias_h)
-            g = 1 - h * h
-            k_o = g * new_c * o * (1 - o)
-            k_u = i
-            k_c = g * o
-        k[0] = f
-        k[1] = u * i * (1 - i)
-        k[2] = c * f * (1 - f)
-        k[3] = k_o
-        k[4] = k_u
-        k[5] = k_c
+            s = np.tanh(o * new_c + bias_h)
+            h[...] = s
+        if k is not None:
+            slope = 1 - s * s
+            k[0] = f
+            k[1] = u * i * (1 - i)
+            k[2] = c * f * (1 - f)
+            if bias_h is None:
+                k[3] = s * o * (1 - o)
+                k[4] = i * (1 - u * u)
+            else:
+                k[3] = slope * new_c * o * (1 - o)
+                k[4] = i
+            k[5] = o * slope
         c[...] = new_c
         if w is not None:  # structural damping: the matching-loss curvature of each unit
             for j, gate in enumerate((i, f, o)):

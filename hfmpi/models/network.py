@@ -7,19 +7,24 @@ has only a second derivative. So the product reads
     v -> J v -> H (J v) -> J' (H (J v)),    H = diag(loss Hessian, structural weights).
 
 All matrices multiply from the right; rows are sequences, time-major. Products that involve no recurrence
-are taken over all L * B rows at once; only h W_h (and h W_mh) and their transposes are sequential.
+are taken over many steps at once; only h W_h (and h W_mh) and their transposes are sequential. The steps are
+worked off in blocks, so that what one pass over a block leaves is still in the cache for the next.
 Derivation: docs/theory.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from hfmpi.backends.base import Array, Backend, Recurrence, Workspace
 from hfmpi.models.cells import Cell
 
-__all__ = ["Batch", "Network", "Outputs", "State", "Tape"]
+__all__ = ["BLOCK_ROWS", "Batch", "Network", "Outputs", "State", "Tape"]
+
+BLOCK_ROWS = 1024
+"""Steps times sequences of a block: a few MB of pre-activations, yet enough rows for a fast product."""
 
 
 class Batch(Protocol):
@@ -80,11 +85,15 @@ class Network:
     ----------
     cell : Cell
     backend : Backend
+    block_rows : int
+        About how many rows (steps times sequences) the time-batched products take at once; changes the
+        results within rounding.
     """
 
-    def __init__(self, cell: Cell, backend: Backend) -> None:
+    def __init__(self, cell: Cell, backend: Backend, block_rows: int = BLOCK_ROWS) -> None:
         self.cell = cell
         self.backend = backend
+        self.block_rows = block_rows
         self.layout = cell.layout
         self._scratch = backend.new_workspace()
 
@@ -104,15 +113,14 @@ class Network:
         reuse : Tape, optional
             A tape whose memory may be overwritten.
         """
-        steps = len(batch.inputs)
         memory = reuse.memory if reuse else self.backend.new_workspace()
-        return self._run(theta, batch, steps, structural, memory)
+        return self._run(theta, batch, True, structural, memory)
 
     def loss(self, theta: Array, batch: Batch) -> float:
         """Give the summed loss in nats, without a linearisation."""
-        return self._run(theta, batch, 1, False, self._scratch).loss
+        return self._run(theta, batch, False, False, self._scratch).loss
 
-    def _run(self, theta: Array, batch: Batch, kept: int, structural: bool, memory: Workspace) -> Tape:
+    def _run(self, theta: Array, batch: Batch, linearise: bool, structural: bool, memory: Workspace) -> Tape:
         inputs, targets = self.backend.to_device(batch.inputs), self.backend.to_device(batch.targets)
         (steps, size), n, cell = inputs.shape, self.cell.hidden, self.cell
         p = self.layout.views(theta)
@@ -121,10 +129,13 @@ class Network:
         hidden[0] = 0
         state = self.backend.workspace("forward.c", (size, n))
         state[...] = 0
-        r = self._recurrence(p, inputs, hidden, memory("coefficients", (kept, 6 * cell.gated, size, n)))
+        r = self._recurrence(p, inputs, hidden)
+        kept = steps if linearise else 1
+        if cell.gated and linearise:
+            r.coefficients = memory("coefficients", (steps, 6, size, n))
         if cell.multiplicative:
-            r.factors = memory("factors", (steps, size, n))
-            r.intermediate = memory("intermediate", (steps, size, n))
+            r.factors = memory("factors", (kept, size, n))
+            r.intermediate = memory("intermediate", (kept, size, n))
         if structural:
             r.weights = memory("weights", (steps, size, r.recurrent.shape[1]))
         self.backend.forward(r, self._input_table(p), state)
@@ -133,16 +144,13 @@ class Network:
         loss = self.backend.softmax_loss(logits, targets.reshape(-1))
         return Tape(r, p["W_o"], targets.reshape(-1), logits, loss, memory)
 
-    def _recurrence(
-        self, p: dict[str, Array], inputs: Array, hidden: Array, coefficients: Array
-    ) -> Recurrence:
+    def _recurrence(self, p: dict[str, Array], inputs: Array, hidden: Array) -> Recurrence:
         xp = self.backend.xp
         r = Recurrence(
             gated=self.cell.gated,
             linear_update=self.cell.variant == "krause",
             inputs=inputs,
             hidden=hidden,
-            coefficients=coefficients,
             recurrent=p["W_h"],
             recurrent_t=xp.ascontiguousarray(p["W_h"].T),
         )
@@ -162,42 +170,77 @@ class Network:
         return table
 
     def _logits(self, p: dict[str, Array], hidden: Array, out: Array) -> None:
-        self.backend.xp.matmul(hidden.reshape(-1, self.cell.hidden), p["W_o"], out=out)
+        self.backend.matmul(hidden.reshape(-1, self.cell.hidden), p["W_o"], out)
         if "b_o" in p:
             out += p["b_o"]
 
     # Linearised passes -------------------------------------------------------------------------
 
-    def jvp(self, tape: Tape, v: Array) -> Outputs:
-        """J v: what a parameter direction v (D,) does to the logits and the pre-activations.
+    def _blocks(self, tape: Tape, whole: bool) -> Iterator[tuple[slice, slice, slice]]:
+        """Cut the steps into blocks of nearly one length, in order.
+
+        Yields
+        ------
+        steps, scored : slice
+            Of the recurrence, and those among them that are scored (perhaps none).
+        rows : slice
+            Of the logits (T * B, V) that belong to `scored`.
+        """
+        length, size = tape.recurrence.inputs.shape
+        warmup = length - len(tape.targets) // size
+        count = 1 if whole else min(length, -(-length * size // self.block_rows))
+        for i in range(count):
+            start, stop = length * i // count, length * (i + 1) // count
+            first = min(max(start, warmup), stop)
+            rows = slice(max(first - warmup, 0) * size, max(stop - warmup, 0) * size)
+            yield slice(start, stop), slice(first, stop), rows
+
+    def jvp(self, tape: Tape, v: Array, pre: bool = False) -> Outputs:
+        """J v: what a parameter direction v (D,) does to the logits and, with `pre`, to the pre-activations.
 
         The result lies in the backend's workspace, until the next pass.
         """
-        r, n, backend = tape.recurrence, self.cell.hidden, self.backend
-        (steps, size), xp, q = r.inputs.shape, self.backend.xp, self.layout.views(v)
-        rows, width = steps * size, r.recurrent.shape[1]
-        before = r.hidden[:-1].reshape(rows, n)
-        pre = backend.workspace("pre", (steps, size, width))
+        n, backend = self.cell.hidden, self.backend
+        size, q = tape.recurrence.inputs.shape[1], self.layout.views(v)
+        table = self._input_table(q)
+        logits = backend.workspace("logits", tape.probabilities.shape)
+        dc = backend.workspace("tangent.c", (size, n))
+        dc[...] = 0
+        last = backend.workspace("tangent.h", (size, n))
+        last[...] = 0
+        for steps, scored, rows in self._blocks(tape, pre):
+            r = tape.recurrence.part(steps)
+            a, dh = self._block_tangent(r, q, table, last, dc)
+            last[...] = dh[-1]
+            at = slice(1 + scored.start - steps.start, 1 + scored.stop - steps.start)
+            direct = backend.workspace("logits.direct", logits[rows].shape)
+            self._logits(q, r.hidden[at], direct)
+            backend.matmul(dh[at].reshape(-1, n), tape.output, logits[rows])
+            logits[rows] += direct
+        return Outputs(logits, a if pre else None)
+
+    def _block_tangent(
+        self, r: Recurrence, q: dict[str, Array], table: Array, last: Array, dc: Array
+    ) -> tuple[Array, Array]:
+        """R a (L, B, K) and R h (L + 1, B, n) of one block, from the state before it."""
+        n, backend, xp = self.cell.hidden, self.backend, self.backend.xp
+        (steps, size), width = r.inputs.shape, r.recurrent.shape[1]
+        before = r.hidden[:-1].reshape(-1, n)
         factors = None
         if r.intermediate is not None:
             factors = backend.workspace("factors", (steps, size, n))
-            xp.matmul(before, q["W_mh"], out=factors.reshape(rows, n))
-            before = r.intermediate.reshape(rows, n)
-        xp.matmul(before, q["W_h"], out=pre.reshape(rows, width))
+            backend.matmul(before, q["W_mh"], factors.reshape(-1, n))
+            before = r.intermediate.reshape(-1, n)
+        a = backend.workspace("pre", (steps, size, width))
+        backend.matmul(before, q["W_h"], a.reshape(-1, width))
         dh = backend.workspace("hidden", (steps + 1, size, n))
-        dh[0] = 0
+        dh[0] = last
         if r.linear_update:  # R h gains g R b_h, g = 1 - h^2
             xp.multiply(r.hidden[1:], r.hidden[1:], out=dh[1:])
             xp.subtract(1, dh[1:], out=dh[1:])
             dh[1:] *= q["b"][3 * n :]
-        backend.tangent(r, self._input_table(q), pre, q.get("W_mx"), factors, dh)
-        scored = slice(rows - len(tape.targets), rows)
-        logits = backend.workspace("logits", tape.probabilities.shape)
-        xp.matmul(dh[1:].reshape(rows, n)[scored], tape.output, out=logits)
-        direct = backend.workspace("logits.direct", logits.shape)
-        self._logits(q, r.hidden[1:].reshape(rows, n)[scored], direct)
-        logits += direct
-        return Outputs(logits, pre)
+        backend.tangent(r, table, a, q.get("W_mx"), factors, dh, dc)
+        return a, dh
 
     def vjp(self, tape: Tape, u: Outputs, out: Array, squares: Array | None = None) -> None:
         """J' u: add the parameter cotangent of the output cotangents u to out (D,).
@@ -211,39 +254,35 @@ class Network:
         squares : (D,), optional
             Gains, for every sequence of the batch, the element-wise square of that sequence's cotangent.
         """
-        r, n, backend = tape.recurrence, self.cell.hidden, self.backend
-        (steps, size), xp = r.inputs.shape, self.backend.xp
-        rows, width = steps * size, r.recurrent.shape[1]
-        start = rows - len(tape.targets)
-        dh = backend.workspace("hidden", (steps + 1, size, n))
-        flat = dh[1:].reshape(rows, n)
-        flat[:start] = 0
-        xp.matmul(u.logits, tape.output.T, out=flat[start:])
-        da = backend.workspace("pre", (steps, size, width)) if u.pre is None else u.pre
-        dp = dq = None
-        if r.factors is not None:
-            dp = backend.workspace("rows", (steps, size, n))
-            dq = backend.workspace("factors", (steps, size, n))
-        backend.adjoint(r, dh, da, dp, dq, inject=u.pre is not None)
-        scored = (len(tape.targets) // size, size, self.cell.vocabulary)
-        arrays: tuple[Array, ...] = (
-            r.inputs,
-            r.hidden,
-            r.intermediate,
-            dh[1:],
-            da,
-            dp,
-            dq,
-            u.logits.reshape(scored),
-        )
+        n, backend = self.cell.hidden, self.backend
+        size, width = tape.recurrence.inputs.shape[1], tape.recurrence.recurrent.shape[1]
         single = backend.workspace("gradient", (self.layout.size,))
-        if squares is None:
-            self._collect(single, *arrays)
-            out += single
-            return
-        for b in range(size):
-            self._collect(single, *(a if a is None else a[:, b : b + 1] for a in arrays))
-            backend.accumulate_square(single, out, squares)
+        back, dc = backend.workspace("adjoint.h", (size, n)), backend.workspace("adjoint.c", (size, n))
+        back[...] = 0
+        dc[...] = 0
+        whole = squares is not None or u.pre is not None
+        for steps, scored, rows in reversed(list(self._blocks(tape, whole))):
+            r = tape.recurrence.part(steps)
+            length = len(r.inputs)
+            dh = backend.workspace("hidden", (length + 1, size, n))
+            first = 1 + scored.start - steps.start
+            dh[1:first] = 0
+            backend.matmul(u.logits[rows], tape.output.T, dh[first:].reshape(-1, n))
+            da = backend.workspace("pre", (length, size, width)) if u.pre is None else u.pre
+            dp = dq = None
+            if r.factors is not None:
+                dp = backend.workspace("rows", (length, size, n))
+                dq = backend.workspace("factors", (length, size, n))
+            backend.adjoint(r, dh, da, dp, dq, back, dc, inject=u.pre is not None)
+            du = u.logits[rows].reshape(-1, size, self.cell.vocabulary)
+            arrays = (r.inputs, r.hidden, r.intermediate, dh[1:], da, dp, dq, du)
+            if squares is None:
+                self._collect(single, *arrays)
+                out += single
+                continue
+            for b in range(size):
+                self._collect(single, *(a if a is None else a[:, b : b + 1] for a in arrays))
+                backend.accumulate_square(single, out, squares)
 
     def _collect(
         self,
@@ -267,16 +306,16 @@ class Network:
         symbols = xp.ascontiguousarray(inputs).reshape(-1)
         source = flat(hidden[:-1])
         if intermediate is not None:
-            xp.matmul(source.T, flat(dq), out=g["W_mh"])
+            self.backend.matmul(source.T, flat(dq), g["W_mh"])
             self.backend.segment_sum(flat(dp), symbols, g["W_mx"])
             source = flat(intermediate)
-        xp.matmul(source.T, flat(da), out=g["W_h"])
+        self.backend.matmul(source.T, flat(da), g["W_h"])
         self.backend.segment_sum(flat(da), symbols, g["W_x"])
         xp.sum(g["W_x"], axis=0, out=g["b"])
         if self.cell.variant == "krause":
             h = hidden[1:]
             g["b"][3 * n :] = xp.sum((1 - h * h) * dh, axis=(0, 1))
-        xp.matmul(flat(hidden[-len(du) :]).T, flat(du), out=g["W_o"])
+        self.backend.matmul(flat(hidden[len(hidden) - len(du) :]).T, flat(du), g["W_o"])
         if "b_o" in g:
             xp.sum(du, axis=(0, 1), out=g["b_o"])
 
@@ -290,13 +329,11 @@ class Network:
 
     def gauss_newton(self, tape: Tape, v: Array, scale: float, structural: float, out: Array) -> None:
         """Add scale * (J' H_L J + structural J_a' W J_a) v to out (D,), J_a the pre-activations' part."""
-        u = self.jvp(tape, v)
+        u = self.jvp(tape, v, pre=structural != 0)
         self.backend.softmax_hessian(tape.probabilities, u.logits, scale)
-        if structural and tape.recurrence.weights is not None and u.pre is not None:
+        if u.pre is not None:
             u.pre[...] *= tape.recurrence.weights
             u.pre[...] *= self.backend.dtype.type(scale * structural)
-        else:
-            u = Outputs(u.logits)
         self.vjp(tape, u, out)
 
     # Sampling ----------------------------------------------------------------------------------
@@ -309,11 +346,9 @@ class Network:
         c = xp.zeros((size, n), self.backend.dtype)
         if state is not None:
             hidden[0], c[...] = state.h, state.c
-        r = self._recurrence(
-            p, inputs, hidden, xp.empty((1, 6 * self.cell.gated, size, n), self.backend.dtype)
-        )
+        r = self._recurrence(p, inputs, hidden)
         if self.cell.multiplicative:
-            r.factors, r.intermediate = xp.empty_like(hidden[1:]), xp.empty_like(hidden[1:])
+            r.factors, r.intermediate = xp.empty_like(hidden[:1]), xp.empty_like(hidden[:1])
         self.backend.forward(r, self._input_table(p), c)
         logits = xp.empty((size, self.cell.vocabulary), self.backend.dtype)
         self._logits(p, hidden[-1], logits)

@@ -77,7 +77,7 @@ class Config:
     seed: int = 0
     backend: str = "auto"
     dtype: str = "float32"
-    micro_batch: int = 64
+    micro_batch: int = 160
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

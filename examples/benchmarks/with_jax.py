@@ -1,0 +1,68 @@
+"""The same networks in JAX: `jax.linearize` once, jitted, then products with J and its transpose.
+
+The form is the one JAX's documentation recommends: a `lax.scan` over the steps, input rows gathered and
+logits computed outside it, everything under `jit`, residuals of the linearisation kept between products.
+"""
+
+import jax
+import jax.numpy as jnp
+
+NAME = f"JAX {jax.__version__}"
+
+
+class Contestant:
+    """LSTM or mLSTM; parameters are the views of hfmpi's flat vector, by name."""
+
+    def __init__(self, cell, theta, inputs, targets):
+        self.layout, n = cell.layout, cell.hidden
+        self.theta = jnp.asarray(theta)
+        self.inputs, self.targets = jnp.asarray(inputs), jnp.asarray(targets)
+        size = inputs.shape[1]
+
+        def logits(vector):
+            p = self.layout.views(vector)
+
+            def step(carry, rows):
+                h, c = carry
+                if cell.multiplicative:
+                    h = rows[1] * (h @ p["W_mh"])
+                a = rows[0] + h @ p["W_h"]
+                i, f, o = (jax.nn.sigmoid(a[:, k * n : (k + 1) * n]) for k in range(3))
+                c = f * c + i * jnp.tanh(a[:, 3 * n :])
+                h = o * jnp.tanh(c)
+                return (h, c), h
+
+            rows = [(p["W_x"] + p["b"])[self.inputs]]
+            if cell.multiplicative:
+                rows.append(p["W_mx"][self.inputs])
+            zero = jnp.zeros((size, n), vector.dtype)
+            _, hidden = jax.lax.scan(step, (zero, zero), rows)
+            return hidden @ p["W_o"] + p["b_o"]
+
+        def loss(vector):
+            rows = jax.nn.log_softmax(logits(vector))
+            return -jnp.mean(jnp.take_along_axis(rows, self.targets[..., None], axis=2))
+
+        def product(push, probabilities, v):
+            u = push(v)
+            u = probabilities * (u - jnp.sum(probabilities * u, axis=2, keepdims=True))
+            return jax.linear_transpose(push, v)(u / self.targets.size)[0]
+
+        self._gradient = jax.jit(jax.value_and_grad(loss))
+        # The linear function that linearize returns is a pytree of its residuals: it passes through jit.
+        outputs, self._push = jax.jit(lambda vector: jax.linearize(logits, vector))(self.theta)
+        self._probabilities = jax.nn.softmax(outputs)
+        self._product = jax.jit(product)
+
+    def gradient(self):
+        """Give loss and gradient."""
+        loss, vector = self._gradient(self.theta)
+        return float(loss), vector.block_until_ready()
+
+    def product(self, v):
+        """Give G v."""
+        return self._product(self._push, self._probabilities, v).block_until_ready()
+
+    def vector(self, v):
+        """Give a vector as this library wants it."""
+        return jnp.asarray(v)
