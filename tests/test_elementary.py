@@ -19,7 +19,7 @@ def map_exp(x, out):
         out[i] = exp(x[i])
 
 
-map_tanh, map_exp = (compiled(function, parallel=False) for function in (map_tanh, map_exp))
+map_tanh, map_exp = (compiled(function) for function in (map_tanh, map_exp))
 
 
 def both_signs(low, high, dtype):

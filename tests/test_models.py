@@ -207,15 +207,6 @@ def test_backends_agree_to_rounding(name, variant, dtype, tolerance):
 
 
 @pytest.mark.parametrize(("name", "variant"), ALL)
-def test_numba_threads_give_the_same(name, variant):
-    network, theta, batch, rng = make(name, variant, "numba", size=8)
-    threaded = Network(network.cell, create("numba", "float64", threads=2))
-    v = rng.standard_normal(theta.size)
-    close(gradient_of(threaded, theta, batch), gradient_of(network, theta, batch), 1e-13)
-    close(product_of(threaded, theta, batch, v, 0.2), product_of(network, theta, batch, v, 0.2), 1e-13)
-
-
-@pytest.mark.parametrize(("name", "variant"), ALL)
 def test_advancing_in_pieces_equals_reading_at_once(name, variant):
     network, theta, batch, _ = make(name, variant, "numba", steps=7)
     state, logits = network.advance(theta, None, batch.inputs[:3])

@@ -10,7 +10,7 @@ __all__ = ["BACKENDS", "create"]
 BACKENDS = ("auto", "numpy", "numba")
 
 
-def create(name: str = "auto", dtype: str = "float32", threads: int = 1) -> Backend:
+def create(name: str = "auto", dtype: str = "float32") -> Backend:
     """Make the backend of this name; `auto` is the fastest that this machine has.
 
     Raises
@@ -21,11 +21,11 @@ def create(name: str = "auto", dtype: str = "float32", threads: int = 1) -> Back
     if name in ("auto", "numba"):
         from hfmpi.backends.numba import NumbaBackend
 
-        return NumbaBackend(dtype, threads)
+        return NumbaBackend(dtype)
     if name == "numpy":
         from hfmpi.backends.numpy import NumpyBackend
 
-        return NumpyBackend(dtype, threads)
+        return NumpyBackend(dtype)
     if name == "cupy":
         raise UserError("the cupy backend is not part of this release; choose numba or numpy")
     raise UserError(f"there is no backend {name!r}; choose one of {', '.join(BACKENDS)}")

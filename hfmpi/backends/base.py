@@ -115,18 +115,15 @@ class Backend:
     ----------
     dtype : str
         'float32' or 'float64', the type of parameters, tapes and vectors.
-    threads : int
-        Threads that the kernels of this process may use.
     """
 
     name = "base"
     xp: Any = np
 
-    def __init__(self, dtype: str = "float32", threads: int = 1) -> None:
+    def __init__(self, dtype: str = "float32") -> None:
         if dtype not in ("float32", "float64"):
             raise ValueError(f"dtype must be float32 or float64, not {dtype}")
         self.dtype = np.dtype(dtype)
-        self.threads = threads
         self.workspace = self.new_workspace()
 
     # Arrays ------------------------------------------------------------------------------------

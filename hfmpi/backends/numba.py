@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
-from numba import prange
 
+from hfmpi.backends import elementary
 from hfmpi.backends.base import Array
 from hfmpi.backends.elementary import exp, tanh
+from hfmpi.backends.kernel_cache import kernel_cache
 from hfmpi.backends.numpy import NumpyBackend
 
 __all__ = ["NumbaBackend"]
@@ -20,7 +22,7 @@ def gated_step(a, table, x, bias_h, c, h, k):
     n = c.shape[1]
     one = a.dtype.type(1)
     half = a.dtype.type(0.5)
-    for b in prange(c.shape[0]):
+    for b in range(c.shape[0]):
         row = table[x[b]]
         for j in range(n):
             i = half * tanh(half * (a[b, j] + row[j])) + half
@@ -56,7 +58,7 @@ def gated_weights(a, table, x, linear_update, w):
     one = a.dtype.type(1)
     half = a.dtype.type(0.5)
     quarter = a.dtype.type(0.25)
-    for b in prange(a.shape[0]):
+    for b in range(a.shape[0]):
         row = table[x[b]]
         for j in range(3 * n):
             s = tanh(half * (a[b, j] + row[j]))
@@ -71,7 +73,7 @@ def gated_weights(a, table, x, linear_update, w):
 
 def gated_tangent(pre, sequential, table, x, k, dc, dh, add):
     n = dc.shape[1]
-    for b in prange(dc.shape[0]):
+    for b in range(dc.shape[0]):
         row = table[x[b]]
         for j in range(4 * n):
             pre[b, j] += sequential[b, j] + row[j]
@@ -89,7 +91,7 @@ def gated_adjoint(dh, back, k, dc, da, inject):
     # Many short loops: with more arrays in one, the compiler gives up proving that they do not overlap
     # and emits scalar code. A row stays in the first-level cache from one loop to the next.
     n = dc.shape[1]
-    for b in prange(dc.shape[0]):
+    for b in range(dc.shape[0]):
         total, state, own, pulled = dh[b], dc[b], da[b], back[b]
         f, k_i, k_f, k_o, k_u, k_c = k[0, b], k[1, b], k[2, b], k[3, b], k[4, b], k[5, b]
         own_i, own_f, own_o, own_u = own[:n], own[n : 2 * n], own[2 * n : 3 * n], own[3 * n :]
@@ -122,7 +124,7 @@ def gated_adjoint(dh, back, k, dc, da, inject):
 def plain_forward(a, table, x, h, w):
     one = a.dtype.type(1)
     quarter = a.dtype.type(0.25)
-    for b in prange(h.shape[0]):
+    for b in range(h.shape[0]):
         row = table[x[b]]
         for j in range(h.shape[1]):
             s = tanh(a[b, j] + row[j])
@@ -133,7 +135,7 @@ def plain_forward(a, table, x, h, w):
 
 def plain_tangent(pre, sequential, table, x, h, dh):
     one = h.dtype.type(1)
-    for b in prange(h.shape[0]):
+    for b in range(h.shape[0]):
         row = table[x[b]]
         for j in range(h.shape[1]):
             value = pre[b, j] + sequential[b, j] + row[j]
@@ -143,7 +145,7 @@ def plain_tangent(pre, sequential, table, x, h, dh):
 
 def plain_adjoint(dh, back, h, da, inject):
     one = h.dtype.type(1)
-    for b in prange(h.shape[0]):
+    for b in range(h.shape[0]):
         for j in range(h.shape[1]):
             total = dh[b, j] + back[b, j]
             dh[b, j] = total
@@ -154,14 +156,14 @@ def plain_adjoint(dh, back, h, da, inject):
 
 
 def factor_forward(p_table, x, q, m):
-    for b in prange(q.shape[0]):
+    for b in range(q.shape[0]):
         row = p_table[x[b]]
         for j in range(q.shape[1]):
             m[b, j] = row[j] * q[b, j]
 
 
 def factor_tangent(p_table, dp_table, x, q, dq_pre, dq, dm):
-    for b in prange(q.shape[0]):
+    for b in range(q.shape[0]):
         row = p_table[x[b]]
         dp = dp_table[x[b]]
         for j in range(q.shape[1]):
@@ -169,7 +171,7 @@ def factor_tangent(p_table, dp_table, x, q, dq_pre, dq, dm):
 
 
 def factor_adjoint(p_table, x, q, dm, dp, dq):
-    for b in prange(q.shape[0]):
+    for b in range(q.shape[0]):
         row = p_table[x[b]]
         for j in range(q.shape[1]):
             dp[b, j] = dm[b, j] * q[b, j]
@@ -177,7 +179,7 @@ def factor_adjoint(p_table, x, q, dm, dp, dq):
 
 
 def softmax_rows(logits, targets, losses):
-    for r in prange(logits.shape[0]):
+    for r in range(logits.shape[0]):
         top = logits[r, 0]
         for v in range(1, logits.shape[1]):
             top = max(top, logits[r, v])
@@ -194,14 +196,14 @@ def softmax_rows(logits, targets, losses):
 
 
 def softmax_gradient(p, targets, scale, out):
-    for r in prange(p.shape[0]):
+    for r in range(p.shape[0]):
         for v in range(p.shape[1]):
             out[r, v] = scale * p[r, v]
         out[r, targets[r]] -= scale
 
 
 def softmax_hessian(p, u, scale):
-    for r in prange(p.shape[0]):
+    for r in range(p.shape[0]):
         mean = p.dtype.type(0)
         for v in range(p.shape[1]):
             mean += p[r, v] * u[r, v]
@@ -218,42 +220,46 @@ def segment_sum(rows, x, out):
 
 
 def accumulate_square(g, total, squares):
-    for j in prange(g.shape[0]):
+    for j in range(g.shape[0]):
         total[j] += g[j]
         squares[j] += g[j] * g[j]
 
 
-def compiled(function: Callable, parallel: bool) -> Any:
+def compiled(function: Callable, cache: bool = False) -> Any:
     """Compile a kernel; sums may be reordered and contracted, NaN and infinity keep their meaning."""
     return numba.njit(
         function,
-        parallel=parallel,
-        cache=True,
+        cache=cache,
         error_model="numpy",
         fastmath={"contract", "reassoc", "nsz"},
     )
 
 
-SERIAL = {
-    f.__name__: compiled(f, parallel=False)
-    for f in (
-        gated_step,
-        gated_weights,
-        gated_tangent,
-        gated_adjoint,
-        plain_forward,
-        plain_tangent,
-        plain_adjoint,
-        factor_forward,
-        factor_tangent,
-        factor_adjoint,
-        softmax_rows,
-        softmax_gradient,
-        softmax_hessian,
-        segment_sum,
-        accumulate_square,
-    )
-}
+KERNELS = (
+    gated_step,
+    gated_weights,
+    gated_tangent,
+    gated_adjoint,
+    plain_forward,
+    plain_tangent,
+    plain_adjoint,
+    factor_forward,
+    factor_tangent,
+    factor_adjoint,
+    softmax_rows,
+    softmax_gradient,
+    softmax_hessian,
+    segment_sum,
+    accumulate_square,
+)
+
+
+@functools.cache
+def kernels() -> dict[str, Any]:
+    """Give the kernels by name; each is compiled for its types when it is first called, or taken from disk."""
+    with kernel_cache("kernels", (__file__, elementary.__file__)) as cache:
+        return {f.__name__: compiled(f, cache) for f in KERNELS}
+
 
 PLAIN = (
     "gated_tangent",
@@ -273,24 +279,17 @@ PLAIN = (
 class NumbaBackend(NumpyBackend):
     """Compiled fused loops over NumPy arrays; compiled on first use and cached.
 
-    With one thread the kernels are plain loops; with more, the rows of the batch are shared out
-    (`segment_sum` stays serial: its rows meet in few sums).
+    The loops run in one thread: what they cost is small beside the matrix products, which take the threads
+    that the BLAS has been given, and less than starting threads 400 times a pass would (docs/performance.md).
     """
 
     name = "numba"
 
-    def __init__(self, dtype: str = "float32", threads: int = 1) -> None:
-        super().__init__(dtype, threads)
-        kernels = SERIAL
-        if threads > 1:
-            numba.set_num_threads(min(threads, numba.get_num_threads()))
-            kernels = {
-                name: kernel if name == "segment_sum" else compiled(kernel.py_func, parallel=True)
-                for name, kernel in SERIAL.items()
-            }
-        self._kernels = kernels
+    def __init__(self, dtype: str = "float32") -> None:
+        super().__init__(dtype)
+        self._kernels = kernels()
         for name in PLAIN:
-            setattr(self, name, kernels[name])
+            setattr(self, name, self._kernels[name])
 
     def gated_forward(
         self, a: Array, table: Array, x: Array, bias_h: Array, c: Array, h: Array, k: Array, w: Array

@@ -32,10 +32,10 @@ def evaluate(run: Path, data: Path | None, backend: str, as_json: bool) -> None:
     from hfmpi.runs.trained import Trained
 
     comm = connect()
-    placement = place(comm)
+    place(comm)
 
     def build() -> tuple[Trained, Sequences]:
-        trained = Trained.read(run, backend, placement.threads)
+        trained = Trained.read(run, backend)
         path = data if data is not None else trained.data
         corpus = Corpus.read(path)
         if corpus.symbols != trained.symbols:

@@ -118,9 +118,9 @@ class Config:
             )
         return replace(chosen, gradient_batch=gradient, curvature_batch=curvature)
 
-    def make_backend(self, threads: int) -> Backend:
+    def make_backend(self) -> Backend:
         """Make the backend on this rank."""
-        return create(self.backend, self.dtype, threads)
+        return create(self.backend, self.dtype)
 
 
 def merge(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> Config:

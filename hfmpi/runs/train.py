@@ -94,7 +94,7 @@ class Run:
         self.train_set = Sequences(corpus.train, config.sequence_length, config.warmup)
         self.valid_set = Sequences(corpus.valid, config.sequence_length, config.warmup)
         check_batch(self.preset.gradient_batch, self.train_set.count)
-        self.backend = config.make_backend(placement.threads)
+        self.backend = config.make_backend()
         self.timer = Timer()
         self.risk = MeanRisk(Network(cell, self.backend), communicator, self.timer, config.micro_batch)
         self.epoch_steps = max(1, self.train_set.count // self.preset.gradient_batch)

@@ -44,7 +44,7 @@ class Trained:
     message: str | None
 
     @classmethod
-    def read(cls, run: Path, backend: str = "auto", threads: int = 1) -> Trained:
+    def read(cls, run: Path, backend: str = "auto") -> Trained:
         """Read the newest checkpoint of a run's folder, or a checkpoint file.
 
         Raises
@@ -57,7 +57,7 @@ class Trained:
             config = merge(found.meta["config"] | {"backend": backend})
             symbols, step = bytes(found.meta["vocabulary"]), int(found.meta["step"])
             data = Path(found.meta["data"])
-            network = Network(config.cell(len(symbols)), config.make_backend(threads))
+            network = Network(config.cell(len(symbols)), config.make_backend())
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"the checkpoint in {run} describes no run of this version: {error}") from None
         if found.theta.shape != (network.layout.size,) or found.theta.dtype != network.backend.dtype:
