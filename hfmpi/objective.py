@@ -60,17 +60,31 @@ class MeanRisk:
     micro_batch : int
         Most sequences that a rank works on at a time; bounds memory, and does not change the result
         beyond rounding.
+    memory_budget : float
+        Bytes that this rank may keep of a linearisation between products. What does not fit is computed
+        anew for every product, which takes longer and gives the same numbers, bit for bit.
     """
 
     def __init__(
-        self, network: Network, communicator: Communicator, timer: Timer | None = None, micro_batch: int = 160
+        self,
+        network: Network,
+        communicator: Communicator,
+        timer: Timer | None = None,
+        micro_batch: int = 160,
+        memory_budget: float = math.inf,
     ) -> None:
         self.network = network
         self.communicator = communicator
         self.timer = timer or Timer()
         self.micro_batch = micro_batch
-        self._gradient_tape: Tape | None = None
-        self._tapes: list[Tape] = []
+        self.memory_budget = memory_budget
+        self._passing_tape: Tape | None = None  # used up at once; its memory serves the next
+        self._tapes: list[Tape] = []  # kept between products
+
+    def passing_tape(self, theta: Array, batch: Batch, structural: bool = False) -> Tape:
+        """Linearise on one micro-batch, in memory that the next call takes over."""
+        self._passing_tape = self.network.forward(theta, batch, structural, self._passing_tape)
+        return self._passing_tape
 
     def on(self, sequences: Sequences, indices: np.ndarray, span: str = "line search") -> Risk:
         """Give the risk on the sequences `indices` (B,) of a split, the same on every rank.
@@ -120,8 +134,7 @@ class Risk:
         loss = 0.0
         for batch in self._batches():
             with owner.timer.span("forward"):
-                tape = owner.network.forward(theta, batch, reuse=owner._gradient_tape)
-                owner._gradient_tape = tape
+                tape = owner.passing_tape(theta, batch)
             with owner.timer.span("gradient"):
                 owner.network.gradient(tape, 1 / self.characters, message[:size], square_sum)
             loss += tape.loss / self.characters
@@ -138,17 +151,28 @@ class Risk:
         S is the curvature of the structural-damping loss, likewise a mean per character: its products with
         the pre-activations' Jacobian are divided by the same number (docs/theory.md).
         """
-        owner, tapes = self.owner, []
-        for i, batch in enumerate(self._batches()):
-            reuse = owner._tapes[i] if i < len(owner._tapes) else None
+        owner, left = self.owner, self.owner.memory_budget
+        tapes: list[Tape] = []
+        others: list[Batch] = []
+        for batch in self._batches():
+            left -= owner.network.tape_bytes(len(batch.inputs), batch.inputs.shape[1], structural > 0)
+            if left < 0:
+                others.append(batch)
+                continue
+            reuse = owner._tapes[len(tapes)] if len(tapes) < len(owner._tapes) else None
             with owner.timer.span("linearise"):
                 tapes.append(owner.network.forward(theta, batch, structural > 0, reuse))
         owner._tapes = tapes
 
         def product(v: Array) -> Array:
             out = owner.network.backend.xp.zeros(v.size, v.dtype)
-            with owner.timer.span("products"):
-                for tape in tapes:
+            for tape in tapes:
+                with owner.timer.span("products"):
+                    owner.network.gauss_newton(tape, v, 1 / self.characters, structural, out)
+            for batch in others:
+                with owner.timer.span("linearise"):
+                    tape = owner.passing_tape(theta, batch, structural > 0)
+                with owner.timer.span("products"):
                     owner.network.gauss_newton(tape, v, 1 / self.characters, structural, out)
             self._sum(out)
             return out

@@ -57,7 +57,7 @@ def make_run(folder, data, comm=None, resume="auto", **options):
     comm = comm or Communicator()
     if options.get("optimizer") in ("sgd", "bgd", "adam"):
         options = {"curvature_batch": 0} | options
-    place = Placement("here", comm.rank, comm.size, comm.local_rank, comm.local_size, 1, 1)
+    place = Placement("here", comm.rank, comm.size, comm.local_rank, comm.local_size, 1, 1, 2**30)
     found = find_checkpoint(folder, resume)
     return Run(folder, Config(**SMALL | options), data, comm, place, found)
 

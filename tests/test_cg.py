@@ -82,7 +82,7 @@ def test_the_stop_rule_is_martens(falls, start, tolerance):
 
 
 def test_it_stops_where_martens_rule_first_holds():
-    a, b = system(300, condition=1e5)
+    a, b = system(300, condition=1e4)
     result = solve(a, b, max_steps=250, tolerance=5e-4)
     assert result.stop is Stop.PROGRESS
     values = result.model_values
@@ -101,6 +101,16 @@ def test_every_reason_to_stop():
     assert np.array_equal(negative.iterates[-1].x, np.zeros(2))
     assert solve(np.full((20, 20), np.nan), b).stop is Stop.NOT_FINITE
     assert len({stop.value for stop in Stop}) == len(Stop) == 5
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_it_stops_when_nothing_but_rounding_is_left(dtype):
+    a, b = (z.astype(dtype) for z in system(8))
+    result = solve(a, b, max_steps=1000)
+    assert result.stop is Stop.SOLVED
+    assert result.steps < 100
+    error = np.linalg.norm(a @ result.iterates[-1].x - b)
+    assert error < 20 * np.finfo(dtype).eps * np.linalg.norm(b)
 
 
 def test_a_bad_product_keeps_the_last_good_iterate():
@@ -128,7 +138,9 @@ def test_a_fresh_residual_forgets_a_wrong_product(refresh):
         return a @ v * (1.05 if len(calls) == 5 else 1)
 
     result = cg(flawed, b, np.zeros(30), inner=inner, tolerance=0.0, max_steps=80, refresh=refresh)
-    assert result.products == len(calls) == 80 + (7 if refresh else 0)  # not after the last iteration
+    extra = 7 if refresh else 0  # not after the last iteration
+    assert result.products == len(calls) == result.steps + extra
+    assert result.steps == 80 or not refresh
     error = np.linalg.norm(a @ result.iterates[-1].x - b)
     assert (error < 1e-6) == bool(refresh)
 

@@ -110,6 +110,32 @@ def test_a_product_leaves_its_operator_as_it_was():
     np.testing.assert_array_equal(product(v), kept)
 
 
+@pytest.mark.parametrize(("name", "variant"), KINDS)
+def test_a_memory_budget_changes_no_bit(name, variant):
+    results = []
+    for budget, kept in ((math.inf, 3), (1.5, 1), (0, 0)):  # of three micro-batches
+        owner, sequences, theta = make(name, variant, micro_batch=2)
+        owner.memory_budget = budget * owner.network.tape_bytes(LENGTH + WARMUP, 2, structural=True)
+        product = owner.on(sequences, np.arange(6)).gauss_newton(theta, structural=0.5)
+        assert len(owner._tapes) == kept
+        v, w = np.cos(np.arange(theta.size)), np.sin(np.arange(theta.size))
+        results.append((product(v), product(w), product(v)))
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(("name", "variant"), KINDS)
+@pytest.mark.parametrize("structural", [False, True])
+def test_tape_bytes_are_what_a_tape_takes(name, variant, structural):
+    owner, sequences, theta = make(name, variant)
+    batch = sequences.take(np.arange(5))
+    tape = owner.network.forward(theta, batch, structural)
+    taken = sum(flat.nbytes for flat in tape.memory.flat.values())
+    unscored = WARMUP * 5 * VOCABULARY * 8  # logits of the warm-up, counted though not kept
+    assert owner.network.tape_bytes(LENGTH + WARMUP, 5, structural) == taken + unscored
+
+
 # A loss in a message of float32 ----------------------------------------------------------------
 
 

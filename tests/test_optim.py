@@ -126,7 +126,7 @@ class LeastSquares:
         {"preconditioner": "none"},
         {"warm_start": 0.0},
         {"backtracking": False},
-        {"cg_refresh": 1},
+        {"cg_refresh": 10},
         {"line_search": False},
         {"damping_factor": 0.9, "damping": 1.0},
     ],

@@ -19,18 +19,21 @@ import shutil
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import llvmlite.binding
 import numba
+from llvmlite import binding
 
 from hfmpi.errors import UserError
 from hfmpi.files import replace
 
 __all__ = ["archive_path", "kernel_cache"]
 
-_UNUSABLE = (OSError, RuntimeError, ValueError, NotImplementedError, EOFError, zipfile.BadZipFile, UserError)
+_DAMAGED = (RuntimeError, ValueError, NotImplementedError, EOFError, zlib.error, zipfile.BadZipFile)
+_UNUSABLE = (*_DAMAGED, OSError, UserError)
 
 
 def archive_path(name: str, sources: tuple[str, ...]) -> Path:
@@ -49,7 +52,7 @@ def archive_path(name: str, sources: tuple[str, ...]) -> Path:
         If there is no home folder, or a source cannot be read.
     """
     key = hashlib.blake2b(digest_size=8)
-    for text in (numba.__version__, sys.implementation.cache_tag, llvmlite.binding.get_host_cpu_name()):
+    for text in (numba.__version__, sys.implementation.cache_tag, binding.get_host_cpu_name()):
         key.update(f"{text}\0".encode())
     for source in sources:
         key.update(f"{source}\0{os.stat(source).st_mtime_ns}\0".encode() + Path(source).read_bytes())
@@ -72,31 +75,32 @@ def kernel_cache(name: str, sources: tuple[str, ...]) -> Iterator[bool]:
     except _UNUSABLE:
         yield False
         return
-    atexit.register(_leave, folder, archive, _fill(folder, archive))
-    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder)
+    atexit.register(_leave, folder, archive, *_fill(folder, archive))
+    options: Any = numba.config
+    before, options.CACHE_DIR = options.CACHE_DIR, str(folder)
     try:
         yield True
     finally:
-        numba.config.CACHE_DIR = before
+        options.CACHE_DIR = before
 
 
-def _fill(folder: Path, archive: Path) -> set[str]:
-    """Unpack the archive, if it is sound; give the names of the files."""
+def _fill(folder: Path, archive: Path) -> tuple[set[str], bool]:
+    """Unpack the archive, if it is sound; give the names of the files, and whether it is damaged."""
     try:
         with zipfile.ZipFile(archive) as packed:
             packed.extractall(folder)
-            return set(packed.namelist())
-    except _UNUSABLE:
+            return set(packed.namelist()), False
+    except _UNUSABLE as error:
         shutil.rmtree(folder, ignore_errors=True)  # nothing half unpacked
         folder.mkdir(mode=0o700, exist_ok=True)
-        return set()
+        return set(), isinstance(error, _DAMAGED)
 
 
-def _leave(folder: Path, archive: Path, known: set[str]) -> None:
+def _leave(folder: Path, archive: Path, known: set[str], damaged: bool) -> None:
     """Put what was compiled into the archive, unless another rank has done so; remove the folder."""
     with contextlib.suppress(*_UNUSABLE):
         files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*.nb[ci]"))}
-        if files.keys() - known and files.keys() - _names(archive):
+        if files.keys() - known and (damaged or files.keys() - _names(archive)):
             packed = io.BytesIO()
             with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as out:
                 for name, path in files.items():

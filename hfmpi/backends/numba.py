@@ -256,7 +256,7 @@ KERNELS = (
 
 @functools.cache
 def kernels() -> dict[str, Any]:
-    """Give the kernels by name; each is compiled for its types when it is first called, or taken from disk."""
+    """Give the kernels by name, each to be compiled when it is first called, or taken from disk."""
     with kernel_cache("kernels", (__file__, elementary.__file__)) as cache:
         return {f.__name__: compiled(f, cache) for f in KERNELS}
 

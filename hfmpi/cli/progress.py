@@ -43,6 +43,12 @@ class Log(Silent):
             f"{facts['ranks']} rank(s) of {facts['threads']} thread(s), {facts['backend']}, {facts['dtype']}"
             + (f"; going on from step {facts['step']:,}" if facts["step"] else "")
         )
+        if facts["linearisation_bytes"] > facts["memory_budget"]:
+            whole, kept = facts["linearisation_bytes"] / 2**30, facts["memory_budget"] / 2**30
+            click.echo(
+                f"A rank's linearisation takes {whole:.2f} GiB, its memory budget is {kept:.2f} GiB: "
+                "what does not fit is computed anew for every product."
+            )
         if not facts["max_steps"] and not facts["max_seconds"]:
             click.echo("No --max-steps and no --max-seconds: training goes on until it is stopped (Ctrl-C).")
 

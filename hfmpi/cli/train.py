@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
@@ -12,6 +13,27 @@ from hfmpi.errors import UserError
 __all__ = ["train"]
 
 BATCH = click.IntRange(min=1)
+
+
+class MemorySize(click.ParamType):
+    """Bytes, or a number with a unit: 1500MB, 2GiB, 2.5G (= GiB)."""
+
+    name = "size"
+    units: ClassVar = {"": 1, "B": 1} | {
+        f"{letter}{ending}": (1000 if ending == "B" else 1024) ** power
+        for power, letter in enumerate("KMGT", start=1)
+        for ending in ("", "iB", "B")
+    }
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Give the bytes, at least 1."""
+        number = str(value).rstrip("KMGTkmgtiIbB ")
+        unit = str(value)[len(number) :].strip().upper().replace("I", "i")
+        with contextlib.suppress(ValueError, OverflowError):
+            size = int(float(number) * self.units.get(unit, 0))
+            if size >= 1:
+                return size
+        return self.fail(f"{value!r} is no memory size such as 1500MB or 2GiB", param, ctx)
 
 
 @click.command()
@@ -47,6 +69,13 @@ BATCH = click.IntRange(min=1)
 @click.option("--backend", help="auto, numpy or numba [default: auto].")
 @click.option("--dtype", help="float32 or float64 [default: float32].")
 @click.option("--micro-batch", type=BATCH, help="Most sequences at a time on a rank [default: 160].")
+@click.option(
+    "--memory-budget",
+    type=MemorySize(),
+    metavar="SIZE",
+    help="What a rank may keep of a linearisation, such as 2GiB; the rest is computed anew for every product "
+    "[default: half of its share of the free memory].",
+)
 @click.option("--threads", type=BATCH, help="Threads of a rank [default: its share of the cores].")
 @click.option(
     "--set",

@@ -116,6 +116,17 @@ class Network:
         memory = reuse.memory if reuse else self.backend.new_workspace()
         return self._run(theta, batch, True, structural, memory)
 
+    def tape_bytes(self, steps: int, size: int, structural: bool = False) -> int:
+        """Give the memory that the tape of a batch (steps, size) takes, without running it.
+
+        Per step and sequence 7n + V numbers for a gated cell and n + V for a plain one, 2n more for a
+        multiplicative one and K more with structural damping.
+        """
+        n, v = self.cell.hidden, self.cell.vocabulary
+        numbers = n + v + 6 * n * self.cell.gated + 2 * n * self.cell.multiplicative
+        numbers += structural * (4 if self.cell.gated else 1) * n
+        return (steps * numbers + n) * size * self.backend.dtype.itemsize
+
     def loss(self, theta: Array, batch: Batch) -> float:
         """Give the summed loss in nats, without a linearisation."""
         return self._run(theta, batch, False, False, self._scratch).loss

@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from hfmpi.optim.base import Vector
 
 __all__ = ["CGResult", "Iterate", "Stop", "cg", "relative_progress"]
@@ -21,7 +23,7 @@ class Stop(enum.Enum):
 
     PROGRESS = "the model value no longer improves enough per iteration"
     MAX_STEPS = "the limit of iterations was reached"
-    SOLVED = "the residual is zero"
+    SOLVED = "the residual is zero to rounding"
     NOT_POSITIVE = "the curvature along the search direction is not positive"
     NOT_FINITE = "a product was not finite"
 
@@ -111,8 +113,10 @@ def cg(
     y = solve(r)
     d = y.copy()
     rho = inner(r, y)
+    # Below it a residual is nothing but rounding, which the directions would then blow up.
+    least = rho * float(np.finfo(b.dtype).eps) ** 2 if math.isfinite(rho) else 0.0
     while step < max_steps:
-        if rho == 0:
+        if rho <= least:
             stop = Stop.SOLVED
             break
         q = apply(d)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
+from pathlib import Path
 
 from threadpoolctl import threadpool_limits
 
 from hfmpi.errors import UserError
 from hfmpi.parallel.communicator import Communicator
 
-__all__ = ["Placement", "place"]
+__all__ = ["Placement", "free_memory", "place"]
 
 # The first that is set to a number is the user's choice.
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
@@ -31,7 +33,9 @@ class Placement:
     cores : int
         Logical cores that this process may run on.
     threads : int
-        Threads that this rank's BLAS uses, and that its compiled loops should use.
+        Threads that this rank's BLAS uses.
+    memory : int
+        Bytes of the node's free memory that fall to this rank.
     """
 
     host: str
@@ -41,6 +45,7 @@ class Placement:
     local_size: int
     cores: int
     threads: int
+    memory: int
 
 
 def place(comm: Communicator, threads: int | None = None) -> Placement:
@@ -71,8 +76,32 @@ def place(comm: Communicator, threads: int | None = None) -> Placement:
     chosen = threads or _environment() or _share(own, masks)
     threadpool_limits(limits=chosen, user_api="blas")
     return Placement(
-        comm.host, comm.rank, comm.size, comm.local_rank, comm.local_size, own.bit_count(), chosen
+        comm.host,
+        comm.rank,
+        comm.size,
+        comm.local_rank,
+        comm.local_size,
+        own.bit_count(),
+        chosen,
+        free_memory() // comm.local_size,
     )
+
+
+def free_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Give the bytes that processes of this node, or of its control group (version 2), can still take.
+
+    Where nothing can be found out it is a guess of 4 GiB.
+    """
+    found = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        available = (proc / "meminfo").read_text().partition("MemAvailable:")[2]
+        found.append(1024 * int(available.split()[0]))
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        own = (proc / "self/cgroup").read_text().partition("0::/")[2]
+        group = cgroups / own.splitlines()[0]
+        limit = int((group / "memory.max").read_text())  # "max" is no number: no limit
+        found.append(max(0, limit - int((group / "memory.current").read_text())))
+    return min(found, default=4 * 2**30)
 
 
 def _share(own: int, masks: list[int]) -> int:

@@ -28,6 +28,7 @@ CHANGEABLE = frozenset(
         "check_every",
         "backend",
         "micro_batch",
+        "memory_budget",
     }
 )
 """Options that a resumed run may be given anew; all others belong to what it computes."""
@@ -56,6 +57,9 @@ class Config:
         Steps between comparisons of theta across ranks; 0: at checkpoints.
     seed, backend, dtype, micro_batch
         `micro_batch`: most sequences a rank works on at a time.
+    memory_budget : int
+        Bytes that a rank may keep of a linearisation between products; 0: half of its share of the memory
+        that is free when the run starts.
     """
 
     model: str = "mlstm"
@@ -78,6 +82,7 @@ class Config:
     backend: str = "auto"
     dtype: str = "float32"
     micro_batch: int = 160
+    memory_budget: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -96,7 +96,13 @@ class Run:
         check_batch(self.preset.gradient_batch, self.train_set.count)
         self.backend = config.make_backend()
         self.timer = Timer()
-        self.risk = MeanRisk(Network(cell, self.backend), communicator, self.timer, config.micro_batch)
+        self.risk = MeanRisk(
+            Network(cell, self.backend),
+            communicator,
+            self.timer,
+            config.micro_batch,
+            config.memory_budget or placement.memory // 2,
+        )
         self.epoch_steps = max(1, self.train_set.count // self.preset.gradient_batch)
 
         initial = cell.initial(config.seed, config.initialisation, config.forget_bias)
@@ -270,6 +276,13 @@ class Run:
 
     # Words -------------------------------------------------------------------------------------
 
+    def _linearisation_bytes(self) -> int:
+        """Give what the linearisation takes on the rank with the most sequences."""
+        most = -(-self.preset.curvature_batch // self.communicator.size)
+        steps = self.config.warmup + self.config.sequence_length
+        structural = getattr(self.preset.optimizer, "structural_damping", 0) > 0
+        return self.risk.network.tape_bytes(steps, most, structural)
+
     def facts(self) -> dict[str, Any]:
         """Give what the first lines of a log should say."""
         return {
@@ -285,6 +298,8 @@ class Run:
             "threads": self.placement.threads,
             "backend": self.backend.name,
             "dtype": self.config.dtype,
+            "linearisation_bytes": self._linearisation_bytes(),
+            "memory_budget": self.risk.memory_budget,
             "step": self.step,
             "max_steps": self.config.max_steps,
             "max_seconds": self.config.max_seconds,
