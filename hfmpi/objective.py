@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from hfmpi.backends.base import Array
-from hfmpi.data.batches import Batch, Sequences, shard
+from hfmpi.data.batches import Batch, Sequences, curvature_slice, global_indices, shard
 from hfmpi.measure.timer import Timer
 from hfmpi.models.network import Network, Tape
-from hfmpi.optim.base import Gradient
+from hfmpi.optim.base import Gradient, Objectives
 from hfmpi.parallel.communicator import Communicator
 
-__all__ = ["MeanRisk", "Risk", "pack", "unpack"]
+__all__ = ["MeanRisk", "Risk", "pack", "step_objectives", "unpack"]
 
 GRIDS = 2.0**-10, 2.0**-24, 2.0**-38, 2.0**-52
 """Grids of the parts of a packed scalar; see `pack`."""
@@ -92,6 +92,24 @@ class MeanRisk:
         `span` is the name under which the timer books its losses.
         """
         return Risk(self, sequences, indices, span)
+
+
+def step_objectives(
+    owner: MeanRisk, sequences: Sequences, seed: int, step: int, gradient_batch: int, curvature_batch: int
+) -> Objectives:
+    """Give the objectives of one step: global batches that depend on seed and step alone.
+
+    Parameters
+    ----------
+    gradient_batch, curvature_batch : int
+        Sequences; 0 for a method without curvature.
+    """
+    indices = global_indices(seed, step, gradient_batch, sequences.count)
+    curvature = None
+    if curvature_batch:
+        curvature = owner.on(sequences, indices[curvature_slice(step, gradient_batch, curvature_batch)])
+    epoch = step * gradient_batch / sequences.count
+    return Objectives(owner.on(sequences, indices), curvature, epoch)
 
 
 class Risk:

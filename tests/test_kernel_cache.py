@@ -27,7 +27,9 @@ print(sum(sum(s.cache_hits.values()) for s in used), sum(sum(s.cache_misses.valu
 
 
 def start(cache, temporary, dtype="float32"):
-    environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR")}
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR")
+    }
     environment |= {"XDG_CACHE_HOME": str(cache), "TMPDIR": str(temporary)}
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT, dtype],

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import click
-from threadpoolctl import threadpool_info
 
+from hfmpi.measure.machine import blas, processor, versions
 from hfmpi.parallel.launch import connect
 from hfmpi.parallel.library import describe
 from hfmpi.parallel.placement import place
@@ -34,10 +32,10 @@ def info(as_json: bool) -> None:
     if ranks is not None:
         library, cuda_aware = describe()
         machine = {
-            "versions": {"python": platform.python_version()}
-            | {package: _version(package) for package in ("hfmpi", "numpy", "numba", "mpi4py", "h5py")},
+            "versions": versions("hfmpi", "numpy", "numba", "mpi4py", "h5py"),
+            "processor": processor(),
             "mpi": {"library": library, "cuda_aware": cuda_aware, "started": comm.size > 1},
-            "blas": _blas(),
+            "blas": blas(),
         }
         click.echo(json.dumps(machine | {"ranks": ranks}) if as_json else _lines(machine, ranks))
     comm.close()
@@ -49,27 +47,17 @@ def _lines(machine: dict[str, Any], ranks: list[dict[str, Any]]) -> str:
     lines = [
         ", ".join(f"{package} {number or 'absent'}" for package, number in machine["versions"].items()),
         f"MPI: {mpi['library']}, {aware[mpi['cuda_aware']]}" if mpi["library"] else "MPI: none",
+        f"Processor: {machine['processor']}",
         f"BLAS: {', '.join(machine['blas']) or 'unknown'}",
     ]
     for rank in ranks:
         lines.append(
             f"rank {rank['rank']} of {rank['size']} on {rank['host']} "
             f"(local rank {rank['local_rank']} of {rank['local_size']}): "
-            f"cores {rank['cores']}, threads {rank['threads']}, GPUs {', '.join(rank['gpus']) or 'none'}"
+            f"cores {rank['cores']}, threads {rank['threads']}, "
+            f"memory {rank['memory'] / 2**30:.1f} GiB, GPUs {', '.join(rank['gpus']) or 'none'}"
         )
     return "\n".join(lines)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _blas() -> list[str]:
-    found = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
-    return sorted({f"{pool['internal_api']} {pool['version'] or ''}".strip() for pool in found})
 
 
 def _gpus() -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import socket
+import time
 from typing import Any, TypeVar
 
 import numpy as np
@@ -125,6 +126,9 @@ class Communicator:
         self.sum(values)  # every slot has one nonzero term, so the bits arrive as they left
         return [int(rank) for rank in np.flatnonzero(values != values[0])]
 
+    def rest(self) -> None:
+        """Wait for all ranks, asleep: the core is free for others meanwhile, unlike in a collective."""
+
     def close(self) -> None:
         """Free what the communicator holds; it is of no use afterwards."""
 
@@ -181,6 +185,12 @@ class MPICommunicator(Communicator):
     def gather(self, value: T) -> list[T] | None:
         """Collect a small picklable object of every rank on rank 0; see `Communicator.gather`."""
         return self._comm.gather(value, root=0)
+
+    def rest(self) -> None:
+        """Wait for all ranks, asleep; see `Communicator.rest`."""
+        request = self._comm.Ibarrier()
+        while not request.Test():
+            time.sleep(1e-3)
 
     def close(self) -> None:
         """Free the duplicate; collective."""

@@ -13,15 +13,15 @@ import numpy as np
 
 import hfmpi
 from hfmpi.backends.base import Array
-from hfmpi.data.batches import Sequences, check_batch, curvature_slice, global_indices
+from hfmpi.data.batches import Sequences, check_batch
 from hfmpi.data.corpus import Corpus
 from hfmpi.errors import UserError
 from hfmpi.files import replace as replace_file
 from hfmpi.measure import cost
 from hfmpi.measure.timer import Timer
 from hfmpi.models.network import Network
-from hfmpi.objective import MeanRisk
-from hfmpi.optim.base import Objectives, StepReport
+from hfmpi.objective import MeanRisk, step_objectives
+from hfmpi.optim.base import StepReport
 from hfmpi.parallel.communicator import Communicator, digest
 from hfmpi.parallel.launch import together
 from hfmpi.parallel.placement import Placement
@@ -162,15 +162,8 @@ class Run:
 
     def _one_step(self) -> StepReport:
         with self.timer.span("optimizer"):
-            size, count = self.preset.gradient_batch, self.train_set.count
-            indices = global_indices(self.config.seed, self.step, size, count)
-            curvature = None
-            if self.preset.curvature_batch:
-                part = curvature_slice(self.step, size, self.preset.curvature_batch)
-                curvature = self.risk.on(self.train_set, indices[part])
-            objectives = Objectives(
-                self.risk.on(self.train_set, indices), curvature, epoch=self.step * size / count
-            )
+            sizes = self.preset.gradient_batch, self.preset.curvature_batch
+            objectives = step_objectives(self.risk, self.train_set, self.config.seed, self.step, *sizes)
             self.theta, self.state, report = self.preset.optimizer.step(self.theta, self.state, objectives)
         self.step += 1
         self.counts += cost.Counts(steps=1, **asdict(report.work))

@@ -1,0 +1,58 @@
+"""Fair timing on a noisy machine: contestants take turns within one run, and medians are compared."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from hfmpi.parallel.communicator import Communicator
+
+__all__ = ["Contestant", "contest"]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Something to be timed.
+
+    Attributes
+    ----------
+    run : callable
+        Called without arguments; has done its work when it returns.
+    ranks : int
+        1: rank 0 alone runs it while the others sleep; else all ranks do.
+    threads : int
+        Of each rank's BLAS.
+    """
+
+    run: Callable[[], object]
+    ranks: int
+    threads: int
+
+
+def contest(comm: Communicator, contestants: Sequence[Contestant], repeats: int) -> np.ndarray:
+    """Run each contestant in turn, `repeats` times after a first one that does not count; collective.
+
+    Returns
+    -------
+    (contestants, repeats) float64
+        Seconds of the slowest rank that took part, the same array on every rank.
+    """
+    own = np.zeros((comm.size, len(contestants), 1 + repeats))
+    for repeat in range(1 + repeats):
+        for i, contestant in enumerate(contestants):
+            comm.rest()
+            if contestant.ranks == 1 and comm.rank > 0:
+                continue
+            with threadpool_limits(limits=contestant.threads, user_api="blas"):
+                if contestant.ranks > 1:
+                    comm.any(False)  # all start at once
+                start = time.perf_counter()
+                contestant.run()
+                own[comm.rank, i, repeat] = time.perf_counter() - start
+    comm.rest()
+    comm.sum(own)  # every slot has one nonzero term
+    return own.max(axis=0)[:, 1:]

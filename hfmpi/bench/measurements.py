@@ -1,0 +1,256 @@
+"""What `hfmpi bench` measures: Gauss-Newton products, gradients and losses, the Allreduce, whole steps.
+
+Every function is collective and gives rows (dicts) on all ranks. `seconds` is a median over the repetitions,
+`bound_seconds` that of the matrix products alone, both of the slowest rank. On several ranks the same work is
+also done by rank 0 alone, with one BLAS thread and with as many as there are ranks, in turn with the others.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hfmpi.backends import create
+from hfmpi.bench.bound import Products
+from hfmpi.bench.contest import Contestant, contest
+from hfmpi.data.batches import Sequences, check_batch
+from hfmpi.measure.timer import Timer, split_waiting
+from hfmpi.models.cells import Cell
+from hfmpi.models.network import Network
+from hfmpi.objective import MeanRisk, Risk, step_objectives
+from hfmpi.optim.presets import Preset
+from hfmpi.parallel.communicator import Communicator
+
+__all__ = ["Bench", "Row", "allreduce", "gradients", "products", "step"]
+
+Row = dict[str, Any]
+
+PASSES = ("forward", "gradient", "linearise", "products", "line search", "allreduce", "waiting")
+"""Spans of a step that its optimizer cannot do without."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all measurements of a call have in common.
+
+    Attributes
+    ----------
+    comm : Communicator
+    text : ndarray of uint8, optional
+        Symbols of a text; without it they come in random order.
+    length : int
+        Characters of a sequence.
+    dtype, backend : str
+    micro_batch, threads, repeats : int
+        `threads` is that of each rank when all work.
+    """
+
+    comm: Communicator
+    text: np.ndarray | None = None
+    length: int = 200
+    dtype: str = "float32"
+    backend: str = "auto"
+    micro_batch: int = 160
+    threads: int = 1
+    repeats: int = 7
+
+    def teams(self) -> list[tuple[Communicator, int]]:
+        """Communicator and threads of those who do the same work in turn; all ranks come first."""
+        size = self.comm.size
+        teams = [(self.comm, self.threads)]
+        if size > 1:
+            teams.append((Communicator(), 1))
+        if 1 < size <= len(os.sched_getaffinity(0)):  # not where each rank is bound to a core
+            teams.append((Communicator(), size))
+        return teams
+
+    def mean_risk(self, cell: Cell, comm: Communicator) -> MeanRisk:
+        """Make the mean risk of a network on a backend of its own."""
+        return MeanRisk(Network(cell, create(self.backend, self.dtype)), comm, None, self.micro_batch)
+
+    def sequences(self, cell: Cell, batch: int) -> Sequences:
+        """Give sequences from which a batch of this size can be drawn."""
+        symbols = self.text
+        if symbols is None:
+            rng = np.random.default_rng(0)
+            symbols = rng.integers(0, cell.vocabulary, batch * self.length).astype(np.uint8)
+        found = Sequences(symbols, self.length)
+        check_batch(batch, found.count)
+        return found
+
+    def row(self, cell: Cell, batch: int | None, ranks: int, threads: int) -> Row:
+        """Give the part of a row that says what was measured."""
+        return {
+            "model": cell.name,
+            "hidden": cell.hidden,
+            "vocabulary": cell.vocabulary,
+            "length": None if batch is None else self.length,
+            "batch": batch,
+            "dtype": self.dtype,
+            "ranks": ranks,
+            "threads": threads,
+        }
+
+
+def _timed(heads: list[Row], seconds: np.ndarray) -> list[Row]:
+    """Complete rows by their times: in `seconds` every work is followed by its matrix products alone.
+
+    Ratios are medians of the ratios within each repetition: what slows a whole repetition cancels. Speedup
+    and efficiency are against rank 0 alone with one thread, where that was measured.
+    """
+    kinds = [(head.get("pass"), head["ranks"], head["threads"]) for head in heads]
+    rows = []
+    for head, own, bound in zip(heads, seconds[::2], seconds[1::2], strict=True):
+        row = head | {
+            "seconds": float(np.median(own)),
+            "seconds_least": float(own.min()),
+            "seconds_most": float(own.max()),
+            "bound_seconds": float(np.median(bound)),
+            "ratio": float(np.median(own / bound)),
+        }
+        workers, alone = head["ranks"] * head["threads"], (head.get("pass"), 1, 1)
+        if workers > 1 and alone in kinds:
+            row["speedup"] = float(np.median(seconds[2 * kinds.index(alone)] / own))
+            row["efficiency"] = row["speedup"] / workers
+        rows.append(row)
+    return rows
+
+
+def _passes(bench: Bench, cell: Cell, batch: int, kinds: dict[str, Callable[[Risk, Any], Any]]) -> list[Row]:
+    """Time passes over one batch; each kind gives, from a risk and theta, a function to call."""
+    text, contestants, heads = bench.sequences(cell, batch), [], []
+    for comm, threads in bench.teams():
+        for name, kind in kinds.items():
+            heads.append({"pass": name} | bench.row(cell, batch, comm.size, threads))
+            if comm.size == 1 and bench.comm.rank > 0:  # not in this team, but in step with it
+                contestants += [Contestant(_nothing, 1, threads)] * 2
+                continue
+            owner = bench.mean_risk(cell, comm)
+            backend = owner.network.backend
+            theta = backend.to_device(cell.initial(0).astype(bench.dtype))
+            run, recorded = kind(owner.on(text, np.arange(batch)), theta), Products()
+            with recorded.recorded(backend):
+                run()
+            contestants.append(Contestant(run, comm.size, threads))
+            contestants.append(
+                Contestant(lambda r=recorded, b=backend: r.repeat(b), comm.size, threads)  # type: ignore[misc]
+            )
+    return _timed(heads, contest(bench.comm, contestants, bench.repeats))
+
+
+def products(bench: Bench, cell: Cell, batch: int) -> list[Row]:
+    """Gauss-Newton products v -> G v, linearised once."""
+
+    def product(risk: Risk, theta: Any) -> Callable[[], Any]:
+        apply = risk.gauss_newton(theta)
+        v = theta * 0 + 1
+        return lambda: apply(v)
+
+    return _passes(bench, cell, batch, {"product": product})
+
+
+def gradients(bench: Bench, cell: Cell, batch: int) -> list[Row]:
+    """Loss and gradient, and the loss alone."""
+    return _passes(
+        bench,
+        cell,
+        batch,
+        {
+            "gradient": lambda risk, theta: lambda: risk.gradient(theta),
+            "loss": lambda risk, theta: lambda: risk.loss(theta),
+        },
+    )
+
+
+def allreduce(bench: Bench, cell: Cell) -> list[Row]:
+    """Sum the messages of a loss, a product, and a gradient with squares; the bound copies the vector."""
+    rows, comm = [], bench.comm
+    for name, numbers in (
+        ("loss", 1),
+        ("product", cell.layout.size),
+        ("gradient with squares", 2 * cell.layout.size + 4),
+    ):
+        vector = np.zeros(numbers, np.float64 if name == "loss" else bench.dtype)
+        copy = np.empty_like(vector)
+        many = max(1, 100_000 // numbers)  # as many as can be timed
+
+        def sums(vector: np.ndarray = vector, many: int = many) -> None:
+            for _ in range(many):
+                comm.sum(vector)
+
+        def copies(vector: np.ndarray = vector, copy: np.ndarray = copy, many: int = many) -> None:
+            for _ in range(many):
+                np.copyto(copy, vector)
+
+        both = [Contestant(run, comm.size, bench.threads) for run in (sums, copies)]
+        seconds = contest(comm, both, bench.repeats)
+        head = {"pass": name, "bytes": vector.nbytes} | bench.row(cell, None, comm.size, bench.threads)
+        rows += _timed([head], seconds / many)
+    return rows
+
+
+def step(bench: Bench, cell: Cell, preset: Preset) -> list[Row]:
+    """Take whole steps of an optimizer, the first of a run; the very first does not count.
+
+    `spans` has the seconds that a step spends, on average over steps and ranks; `other` is the share of it
+    outside passes, Allreduce and waiting.
+    """
+    text = bench.sequences(cell, preset.gradient_batch)
+    contestants, heads, runs = [], [], []
+    for comm, threads in bench.teams():
+        heads.append(bench.row(cell, preset.gradient_batch, comm.size, threads))
+        takes_part = comm.size > 1 or bench.comm.rank == 0
+        run = _Steps(bench.mean_risk(cell, comm), cell, preset, text) if takes_part else None
+        runs.append(run)
+        contestants.append(Contestant(run.step if run else _nothing, comm.size, threads))
+        contestants.append(Contestant(run.repeat if run else _nothing, comm.size, threads))
+    rows = _timed(heads, contest(bench.comm, contestants, bench.repeats))
+    for row, run in zip(rows, runs, strict=True):
+        spans = row["spans"] = _spans(bench.comm, run, bench.repeats)
+        row["other"] = sum(value for name, value in spans.items() if name not in PASSES) / sum(spans.values())
+    return rows
+
+
+def _spans(comm: Communicator, run: _Steps | None, steps: int) -> dict[str, float]:
+    """Seconds of a step by name, the mean over steps and over the ranks that took part."""
+    own = None if run is None else (run.owner.timer.series("allreduce"), dict(run.owner.timer.totals))
+    timers = [timer for timer in comm.agree(comm.gather(own)) or () if timer is not None]
+    _, waiting = split_waiting([series for series, _ in timers])
+    spans = {name: float(np.mean([t.get(name, 0.0) for _, t in timers])) for name in timers[0][1]}
+    spans["waiting"] = float(np.mean(waiting))
+    spans["allreduce"] = spans.get("allreduce", 0.0) - spans["waiting"]
+    return {name: value / steps for name, value in spans.items()}
+
+
+def _nothing() -> None:
+    """Stand in for a contestant on a rank that does not take part."""
+
+
+class _Steps:
+    """A run of steps, each of which can be followed by its matrix products alone."""
+
+    def __init__(self, owner: MeanRisk, cell: Cell, preset: Preset, text: Sequences) -> None:
+        self.owner, self.preset, self.text = owner, preset, text
+        backend = owner.network.backend
+        self.theta = backend.to_device(cell.initial(0).astype(backend.dtype))
+        self.state = preset.optimizer.init(self.theta)
+        self.taken, self.products = 0, Products()
+
+    def step(self) -> None:
+        """Take the next step, recorded."""
+        with self.products.recorded(self.owner.network.backend), self.owner.timer.span("optimizer"):
+            objectives = step_objectives(
+                self.owner, self.text, 0, self.taken, self.preset.gradient_batch, self.preset.curvature_batch
+            )
+            self.theta, self.state, _ = self.preset.optimizer.step(self.theta, self.state, objectives)
+        if self.taken == 0:
+            self.owner.timer = Timer()  # the first one made its workspaces and compiled
+        self.taken += 1
+
+    def repeat(self) -> None:
+        """Do the matrix products of the last step again."""
+        self.products.repeat(self.owner.network.backend)

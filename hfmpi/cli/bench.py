@@ -1,0 +1,232 @@
+"""`hfmpi bench`: how fast this machine is, and how near to its matrix products."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+__all__ = ["bench"]
+
+POSITIVE = click.IntRange(min=1)
+COLUMNS = {
+    "pass": "pass",
+    "model": "model",
+    "hidden": "hidden",
+    "batch": "batch",
+    "bytes": "bytes",
+    "ranks": "ranks",
+    "threads": "threads",
+    "seconds": "seconds",
+    "seconds_least": "least",
+    "seconds_most": "most",
+    "bound_seconds": "bound",
+    "ratio": "ratio",
+    "speedup": "speedup",
+    "efficiency": "efficiency",
+    "other": "other",
+}
+"""Keys of the rows that the table shows, and the heads of their columns."""
+
+
+@click.group()
+def bench() -> None:
+    """Time products, gradients, the Allreduce and whole steps on this machine.
+
+    Each figure is a median over repetitions, in seconds; its bound is the time of the matrix products alone,
+    through the same BLAS, measured in turn with it (for the Allreduce: of a copy of the vector). Under mpirun
+    rank 0 also does the same work alone, with one thread and with as many as there are ranks.
+    """
+
+
+def common(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that all measurements have."""
+    options = (
+        click.option("--model", "models", multiple=True, help="Repeatable [default: lstm and mlstm]."),
+        click.option("--hidden", type=POSITIVE, help="Hidden units [default: the paper's size]."),
+        click.option("--vocabulary", type=click.IntRange(1, 256), default=50, show_default=True),
+        click.option(
+            "--length", type=POSITIVE, default=200, show_default=True, help="Characters a sequence."
+        ),
+        click.option(
+            "--data",
+            type=click.Path(path_type=Path),
+            metavar="DATA.h5",
+            help="Text; its alphabet wins over --vocabulary [default: symbols in random order].",
+        ),
+        click.option("--dtype", default="float32", show_default=True, help="float32 or float64."),
+        click.option("--backend", default="auto", show_default=True, help="auto, numpy or numba."),
+        click.option(
+            "--micro-batch", type=POSITIVE, default=160, show_default=True, help="Most sequences at a time."
+        ),
+        click.option("--threads", type=POSITIVE, default=1, show_default=True, help="Threads of a rank."),
+        click.option("--repeats", type=POSITIVE, default=7, show_default=True),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+batches = click.option(
+    "--batch",
+    "sizes",
+    type=POSITIVE,
+    multiple=True,
+    default=(32, 320),
+    show_default=True,
+    help="Sequences in all; repeatable.",
+)
+
+
+@bench.command()
+@batches
+@common
+def products(sizes: tuple[int, ...], **options: Any) -> None:
+    """Gauss-Newton products, linearised once."""
+    from hfmpi.bench import measurements
+
+    run(measurements.products, sizes, **options)
+
+
+@bench.command()
+@batches
+@common
+def gradients(sizes: tuple[int, ...], **options: Any) -> None:
+    """Loss and gradient, and the loss alone."""
+    from hfmpi.bench import measurements
+
+    run(measurements.gradients, sizes, **options)
+
+
+@bench.command()
+@common
+def allreduce(**options: Any) -> None:
+    """Sum the messages of a loss, a product and a gradient with squares; start it under mpirun."""
+    from hfmpi.bench import measurements
+
+    run(lambda bench, cell, _: measurements.allreduce(bench, cell), **options)
+
+
+@bench.command()
+@click.option("--optimizer", default="shf", show_default=True, help="sgd, bgd, shf, bhf or adam.")
+@click.option("--gradient-batch", type=POSITIVE, help="Sequences [default: the preset's].")
+@click.option("--curvature-batch", type=POSITIVE, help="Sequences [default: the preset's].")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting of the optimizer.")
+@common
+def step(
+    optimizer: str,
+    gradient_batch: int | None,
+    curvature_batch: int | None,
+    settings: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Take whole steps of an optimizer, from the start of a run."""
+    from hfmpi.bench import measurements
+    from hfmpi.cli.train import parse_settings
+    from hfmpi.runs.config import Config
+
+    def measure(bench: Any, cell: Any, _: None) -> list[dict[str, Any]]:
+        preset = Config(
+            optimizer=optimizer,
+            gradient_batch=gradient_batch or 0,
+            curvature_batch=curvature_batch or 0,
+            settings=parse_settings(settings),
+        ).preset()
+        head = {"optimizer": optimizer, "curvature_batch": preset.curvature_batch}
+        return [head | row for row in measurements.step(bench, cell, preset)]
+
+    run(measure, **options)
+
+
+def run(
+    measure: Callable[[Any, Any, Any], list[dict[str, Any]]],
+    sizes: tuple[int | None, ...] = (None,),
+    *,
+    models: tuple[str, ...],
+    hidden: int | None,
+    vocabulary: int,
+    data: Path | None,
+    threads: int,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure every model at every batch size and print the rows on rank 0."""
+    import numpy as np
+
+    from hfmpi.bench.measurements import Bench
+    from hfmpi.data.corpus import Corpus
+    from hfmpi.measure import machine
+    from hfmpi.parallel.launch import connect, together
+    from hfmpi.parallel.library import describe
+    from hfmpi.parallel.placement import place
+    from hfmpi.runs.config import Config
+
+    comm = connect()
+    place(comm, threads)
+    np.seterr(over="ignore", invalid="ignore", under="ignore", divide="ignore")
+
+    def build() -> tuple[Bench, list[Any]]:
+        Config(dtype=options["dtype"], backend=options["backend"]).make_backend()  # a wrong name is an error
+        corpus = Corpus.read(data) if data is not None else None
+        symbols = corpus.vocabulary if corpus is not None else vocabulary
+        cells = [Config(model=m, hidden=hidden or 0).cell(symbols) for m in models or ("lstm", "mlstm")]
+        return Bench(comm, text=corpus.train if corpus else None, threads=threads, **options), cells
+
+    settings, cells = together(comm, build)
+    rows = together(
+        comm, lambda: [row for c in cells for size in sizes for row in measure(settings, c, size)]
+    )
+    if comm.rank == 0:
+        about = {
+            "processor": machine.processor(),
+            "blas": machine.blas(),
+            "mpi": describe()[0] if comm.size > 1 else None,
+            "versions": machine.versions("hfmpi", "numpy", "numba"),
+            "ranks": comm.size,
+            "threads": threads,
+        }
+        click.echo(json.dumps({"machine": about, "rows": rows}) if as_json else table(about, rows))
+    comm.close()
+
+
+def table(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Give the rows as aligned columns, under what they were measured on."""
+    columns = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
+    cells = [[COLUMNS[key] for key in columns]] + [
+        [text(key, row.get(key)) for key in columns] for row in rows
+    ]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    lines = [
+        about["processor"] + ", " + ", ".join(about["blas"]) + (f", {about['mpi']}" if about["mpi"] else ""),
+        ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+        + f"; {about['ranks']} rank(s) of {about['threads']} thread(s)",
+        "",
+        *("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells),
+    ]
+    for row in rows:
+        if "spans" in row:
+            whole = sum(row["spans"].values())
+            shares = sorted(row["spans"].items(), key=lambda item: -item[1])
+            lines += [
+                "",
+                f"{row['model']}, {row['ranks']} rank(s) of {row['threads']} thread(s): "
+                + ", ".join(f"{name} {100 * value / whole:.1f} %" for name, value in shares),
+            ]
+    return "\n".join(lines)
+
+
+def text(key: str, value: Any) -> str:
+    """Give one cell of the table."""
+    if value is None:
+        return ""
+    if key == "other":
+        return f"{100 * value:.1f} %"
+    if key in ("ratio", "speedup", "efficiency"):
+        return f"{value:.2f}"
+    return (
+        f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    )

@@ -1,0 +1,39 @@
+"""What a measurement was made on: processor, BLAS and versions."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from threadpoolctl import threadpool_info
+
+__all__ = ["blas", "processor", "versions"]
+
+
+def processor() -> str:
+    """Name the processor as the system does."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def blas() -> list[str]:
+    """Name the loaded BLAS libraries: kind, version, and the processor that their kernels are for."""
+    found = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
+    parts = ([pool["internal_api"], pool["version"], pool.get("architecture")] for pool in found)
+    return sorted({" ".join(str(part) for part in each if part) for each in parts})
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """Give the versions of Python and of installed packages; None for one that is absent."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found

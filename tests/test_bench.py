@@ -1,0 +1,135 @@
+"""`hfmpi bench`: the bound is made of the very products of a pass, contestants take turns, rows are complete."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from hfmpi.backends import create
+from hfmpi.bench.bound import Products
+from hfmpi.bench.contest import Contestant, contest
+from hfmpi.cli.bench import bench
+from hfmpi.data.batches import Sequences
+from hfmpi.models.cells import Cell
+from hfmpi.models.network import Network
+from hfmpi.parallel.communicator import Communicator, MPICommunicator
+
+SMALL = ["--hidden", "6", "--vocabulary", "5", "--length", "7", "--repeats", "2", "--json"]
+ROW = {
+    "model",
+    "hidden",
+    "vocabulary",
+    "length",
+    "batch",
+    "ranks",
+    "threads",
+    "seconds",
+    "bound_seconds",
+    "ratio",
+}
+
+
+def rows(*arguments):
+    result = CliRunner().invoke(bench, [*arguments, *SMALL], catch_exceptions=False)
+    assert result.exit_code == 0
+    found = json.loads(result.output)
+    assert {"processor", "blas", "versions", "ranks", "threads"} <= found["machine"].keys()
+    for row in found["rows"]:
+        assert row.keys() >= ROW
+        assert row["seconds"] > 0
+        assert row["bound_seconds"] > 0
+        assert row["seconds_least"] <= row["seconds"] <= row["seconds_most"]
+    return found["rows"]
+
+
+def test_products():
+    found = rows("products", "--batch", "3", "--batch", "4")
+    assert [(r["model"], r["batch"], r["pass"]) for r in found] == [
+        (model, batch, "product") for model in ("lstm", "mlstm") for batch in (3, 4)
+    ]
+    assert {(r["hidden"], r["vocabulary"], r["length"], r["ranks"]) for r in found} == {(6, 5, 7, 1)}
+
+
+def test_gradients():
+    found = rows("gradients", "--model", "rnn", "--batch", "3", "--backend", "numpy", "--dtype", "float64")
+    assert [(r["pass"], r["dtype"]) for r in found] == [("gradient", "float64"), ("loss", "float64")]
+
+
+def test_allreduce():
+    found = rows("allreduce", "--model", "lstm")
+    size = Cell("lstm", 6, 5).layout.size
+    assert [r["bytes"] for r in found] == [8, 4 * size, 8 * size + 16]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "shf"])
+def test_steps(optimizer):
+    sizes = ["--gradient-batch", "8"] + (["--curvature-batch", "4"] if optimizer == "shf" else [])
+    (found,) = rows("step", "--model", "mlstm", "--optimizer", optimizer, *sizes)
+    assert found["optimizer"] == optimizer
+    assert 0 < found["other"] < 1
+    assert sum(found["spans"].values()) < found["seconds_most"]
+    assert {"forward", "gradient", "allreduce", "waiting", "optimizer"} <= found["spans"].keys()
+    assert ("products" in found["spans"]) == (optimizer == "shf")
+
+
+def test_the_table_names_what_was_measured_on():
+    result = CliRunner().invoke(bench, ["step", "--model", "lstm", "--gradient-batch", "8", *SMALL[:-1]])
+    assert result.exit_code == 0
+    assert "rank(s) of 1 thread(s)" in result.output
+    assert "openblas" in result.output
+    assert "products" in result.output.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["rnn", "mrnn", "lstm", "mlstm"])
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_the_bound_holds_all_products_of_a_pass(name, backend):
+    """The number of operations is that of the formulas: nothing is left out, nothing added."""
+    n, v, steps, size = 6, 5, 7, 3
+    cell = Cell(name, n, v)
+    network, products = Network(cell, create(backend), block_rows=6), Products()
+    theta = cell.initial(0).astype(np.float32)
+    batch = Sequences(np.arange(steps * size, dtype=np.uint8) % v, steps).take(np.arange(size))
+    k = 4 * n if cell.gated else n
+    recurrent = n * k + cell.multiplicative * n * n
+    with products.recorded(network.backend):
+        tape = network.forward(theta, batch)
+    assert products.operations == 2 * steps * size * (recurrent + n * v)
+    out = np.zeros_like(theta)
+    with products.recorded(network.backend):
+        network.gauss_newton(tape, theta, 1.0, 0.0, out)
+    assert products.operations == 2 * steps * size * (4 * recurrent + 4 * n * v)
+    for _, _, result in products.calls:
+        result[...] = np.nan
+    network.backend.matmul = lambda *_: pytest.fail("the recording is over")
+    products.calls = [(a * 0, b * 0, result) for a, b, result in products.calls]
+    del network.backend.matmul
+    products.repeat(network.backend)
+    assert all(np.all(np.nan_to_num(result, nan=0) == 0) for _, _, result in products.calls)
+
+
+def test_contestants_take_turns():
+    calls = []
+    contestants = [Contestant(lambda i=i: calls.append(i), 1, 1) for i in range(3)]
+    assert contest(Communicator(), contestants, 2).shape == (3, 2)
+    assert calls == [0, 1, 2] * 3
+
+
+@pytest.mark.mpi(ranks=2, timeout=60, unit="s")
+def test_the_slowest_rank_counts_and_the_others_sleep(mpi_ranks, comm):
+    assert comm.size == mpi_ranks
+    communicator = MPICommunicator(comm)
+    alone = []
+    contestants = [
+        Contestant(lambda: time.sleep(0.05 * communicator.rank), 2, 1),
+        Contestant(lambda: alone.append(time.sleep(0.1)), 1, 1),
+    ]
+    before = time.process_time()
+    seconds = contest(communicator, contestants, 3)
+    assert time.process_time() - before < 0.25  # of at least 0.45 s
+    assert np.all(seconds[0] >= 0.05)
+    assert np.all(seconds[1] >= 0.1)
+    assert len(alone) == (4 if communicator.rank == 0 else 0)
+    assert communicator.same(int(seconds.sum() * 1e9)) == []
+    communicator.close()
