@@ -1,7 +1,8 @@
 """The same LSTM in PyTorch: `nn.LSTM`, and Gauss-Newton products by double backward.
 
 J v is the derivative of J' u along v (the "double backward trick"), as curvlinops and PyTorchHessianFree
-take it. Those build the graph of J' u anew for every product; here it is built once and kept.
+take it: they run the network and build the graph of J' u anew for every product. `product_on_kept_graph` does
+that once, at the price of holding it in memory, which no library offers.
 """
 
 import torch
@@ -36,10 +37,13 @@ class Contestant:
         self.inputs = nn.functional.one_hot(torch.from_numpy(inputs).long(), v).float()
         self.targets = torch.from_numpy(targets).long().reshape(-1)
 
+        self.kept = self._graph()
+
+    def _graph(self):
+        """Run the network, and pull a cotangent u back through it with a graph of its own."""
         outputs = self._logits()
-        self.probabilities = outputs.detach().softmax(1)
-        self.outputs, self.u = outputs, torch.zeros_like(outputs, requires_grad=True)
-        self.pulled = torch.autograd.grad(outputs, self.parameters, self.u, create_graph=True)
+        u = torch.zeros_like(outputs, requires_grad=True)
+        return outputs, u, torch.autograd.grad(outputs, self.parameters, u, create_graph=True)
 
     def _logits(self):
         hidden, _ = self.recurrent(self.inputs)
@@ -52,9 +56,17 @@ class Contestant:
 
     def product(self, v):
         """Give G v."""
-        (u,) = torch.autograd.grad(self.pulled, self.u, v, retain_graph=True)
-        u = self.probabilities * (u - (self.probabilities * u).sum(1, keepdim=True)) / len(self.targets)
-        return torch.autograd.grad(self.outputs, self.parameters, u, retain_graph=True)
+        return self._product(v, *self._graph())
+
+    def product_on_kept_graph(self, v):
+        """Give G v by the graph of the first call."""
+        return self._product(v, *self.kept)
+
+    def _product(self, v, outputs, u, pulled):
+        (tangent,) = torch.autograd.grad(pulled, u, v, retain_graph=True)
+        p = outputs.detach().softmax(1)
+        cotangent = p * (tangent - (p * tangent).sum(1, keepdim=True)) / len(self.targets)
+        return torch.autograd.grad(outputs, self.parameters, cotangent, retain_graph=True)
 
     def vector(self, v):
         """Give a vector as this library wants it: one tensor a parameter."""

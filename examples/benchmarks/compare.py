@@ -1,0 +1,149 @@
+"""hfmpi beside JAX and PyTorch on one core: Gauss-Newton products, and loss with gradient.
+
+    pip install -e ".[peers]"
+    python examples/benchmarks/compare.py [--model lstm|mlstm] [--batch 32] [--repeats 7] [--json]
+
+All work on the same network, text and direction, in turn within this one process, bound to one core; that
+they compute the same is checked first. Ratios are medians of the ratios to hfmpi within each repetition.
+`products alone` is the bound: the matrix products of hfmpi's pass and nothing else.
+"""
+
+import argparse
+import json
+import os
+
+CORE = max(os.sched_getaffinity(0))
+os.sched_setaffinity(0, {CORE})  # before the libraries count the cores
+os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+
+import numpy as np  # noqa: E402
+
+from hfmpi.backends import create  # noqa: E402
+from hfmpi.bench.bound import Products  # noqa: E402
+from hfmpi.bench.contest import Contestant, contest  # noqa: E402
+from hfmpi.data.batches import Sequences  # noqa: E402
+from hfmpi.measure import machine  # noqa: E402
+from hfmpi.models.cells import Cell  # noqa: E402
+from hfmpi.models.network import Network  # noqa: E402
+from hfmpi.objective import MeanRisk  # noqa: E402
+from hfmpi.parallel.communicator import Communicator  # noqa: E402
+from hfmpi.runs.config import Config  # noqa: E402
+
+LENGTH, VOCABULARY = 200, 50
+
+
+def peers(cell, theta, batch):
+    """Make the contestants that are installed and have this cell: name -> (object, products, gradient)."""
+    found = {}
+    try:
+        import with_jax
+
+        jax = with_jax.Contestant(cell, theta, batch.inputs, batch.targets)
+        found[with_jax.NAME] = jax, jax.product, jax.gradient
+    except ImportError:
+        print("JAX is not installed")
+    try:
+        import with_torch
+
+        if cell.name == "lstm":
+            torch = with_torch.Contestant(cell, theta, batch.inputs, batch.targets)
+            found[with_torch.NAME] = torch, torch.product, torch.gradient
+            found[f"{with_torch.NAME}, graph kept"] = torch, torch.product_on_kept_graph, None
+    except ImportError:
+        print("PyTorch is not installed")
+    return found
+
+
+def same(name, found, expected, tolerance):
+    """Stop unless two vectors agree: a contestant that computes something else is none."""
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    if not error < tolerance:
+        raise SystemExit(f"{name} computes something else: relative difference {error:.1e}")
+
+
+def flat(layout, vector):
+    """Give hfmpi's flat vector for what a peer computed."""
+    if not isinstance(vector, tuple | list):
+        return np.asarray(vector)
+    n = layout.shapes["W_h"][0]
+    back = [*range(2 * n), *range(3 * n, 4 * n), *range(2 * n, 3 * n)]  # its own inverse
+    w_x, w_h, b, w_o, b_o = (np.asarray(t) for t in vector)
+    out = np.empty(layout.size, np.float32)
+    named = {"W_x": w_x[back].T, "W_h": w_h[back].T, "b": b[back], "W_o": w_o.T, "b_o": b_o}
+    for name, view in layout.views(out).items():
+        view[...] = named[name]
+    return out
+
+
+def measure(model, batch_size, repeats):
+    """Give one row a contestant and pass."""
+    cell: Cell = Config(model=model).cell(VOCABULARY)
+    rng = np.random.default_rng(0)
+    text = Sequences(rng.integers(0, VOCABULARY, LENGTH * batch_size).astype(np.uint8), LENGTH)
+    theta = cell.initial(0).astype(np.float32)
+    v = rng.standard_normal(theta.size).astype(np.float32)
+    network = Network(cell, create("numba"))
+    risk = MeanRisk(network, Communicator()).on(text, np.arange(batch_size))
+    apply = risk.gauss_newton(theta)
+    passes = {"product": lambda: apply(v), "gradient": lambda: risk.gradient(theta)}
+    expected = {"product": passes["product"](), "gradient": passes["gradient"]().vector}
+    contestants, names = [], []
+    for kind, run in passes.items():
+        recorded = Products()
+        with recorded.recorded(network.backend):
+            run()
+        contestants += [run, lambda recorded=recorded: recorded.repeat(network.backend)]
+        names += [(kind, "hfmpi"), (kind, "products alone")]
+    for name, (peer, product, gradient) in peers(cell, theta, text.take(np.arange(batch_size))).items():
+        w = peer.vector(v)
+        same(name, flat(cell.layout, product(w)), expected["product"], 1e-3)
+        contestants.append(lambda product=product, w=w: product(w))
+        names.append(("product", name))
+        if gradient:
+            same(name, flat(cell.layout, gradient()[1]), expected["gradient"], 1e-3)
+            contestants.append(gradient)
+            names.append(("gradient", name))
+    seconds = contest(Communicator(), [Contestant(run, 1, 1) for run in contestants], repeats)
+    rows = []
+    for (kind, name), own in sorted(
+        zip(names, seconds, strict=True), key=lambda row: row[0][0], reverse=True
+    ):
+        ours = seconds[names.index((kind, "hfmpi"))]
+        rows.append(
+            {"pass": kind, "contestant": name, "model": model, "hidden": cell.hidden, "batch": batch_size}
+            | {"seconds": float(np.median(own)), "times_hfmpi": float(np.median(own / ours))}
+        )
+    return rows
+
+
+def main():
+    """Print a table, or one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", action="append", choices=("lstm", "mlstm"))
+    parser.add_argument("--batch", action="append", type=int)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    rows = [
+        row
+        for model in given.model or ["lstm", "mlstm"]
+        for batch in given.batch or [32, 320]
+        for row in measure(model, batch, given.repeats)
+    ]
+    about = {"processor": machine.processor(), "blas": machine.blas(), "core": CORE}
+    about |= {"versions": machine.versions("hfmpi", "numpy", "numba", "jax", "torch")}
+    if given.json:
+        print(json.dumps({"machine": about, "rows": rows}))
+        return
+    print(about)
+    print("| pass | model | batch | contestant | seconds | times hfmpi |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        print(
+            f"| {row['pass']} | {row['model']} | {row['batch']} | {row['contestant']} "
+            f"| {row['seconds']:.4f} | {row['times_hfmpi']:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
