@@ -1,5 +1,6 @@
 """The examples and the README do what they say."""
 
+import json
 import re
 import runpy
 import shutil
@@ -50,3 +51,14 @@ def test_the_table_of_the_study(tmp_path, capsys, monkeypatch):
     assert cells["60 s"] == "–"  # not reached
     assert cells["P_I"] == "189"  # 3 (3 + 4 * 15)
     assert result.step == 3
+
+
+def test_the_comparison_with_peers_runs_without_them():
+    script = ROOT / "examples" / "benchmarks" / "compare.py"
+    given = ["--model", "mlstm", "--batch", "2", "--repeats", "1", "--json"]
+    hidden = "import sys; sys.modules.update(jax=None, torch=None); import runpy; "
+    run = f"sys.argv[1:] = {given}; runpy.run_path({str(script)!r}, run_name='__main__')"
+    found = json.loads(last_line(sys.executable, "-c", hidden + run))
+    names = [(row["pass"], row["contestant"]) for row in found["rows"]]
+    assert names == [(kind, who) for kind in ("product", "gradient") for who in ("hfmpi", "products alone")]
+    assert all(row["seconds"] > 0 for row in found["rows"])

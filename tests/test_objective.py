@@ -131,7 +131,8 @@ def test_tape_bytes_are_what_a_tape_takes(name, variant, structural):
     owner, sequences, theta = make(name, variant)
     batch = sequences.take(np.arange(5))
     tape = owner.network.forward(theta, batch, structural)
-    taken = sum(flat.nbytes for flat in tape.memory.flat.values())
+    # Besides, a tape has copies of the recurrent matrices, a few MB whatever the batch.
+    taken = sum(flat.nbytes for name, flat in tape.memory.flat.items() if not name.startswith("W_"))
     unscored = WARMUP * 5 * VOCABULARY * 8  # logits of the warm-up, counted though not kept
     assert owner.network.tape_bytes(LENGTH + WARMUP, 5, structural) == taken + unscored
 

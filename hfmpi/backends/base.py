@@ -16,10 +16,25 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Array", "Backend", "Recurrence", "Workspace"]
+__all__ = ["Array", "Backend", "Packed", "Recurrence", "Workspace"]
 
 Array = Any
 """A NumPy array, or an array of the same interface on a device (CuPy)."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix that is multiplied from the left many times, made ready for it by `Backend.pack`.
+
+    Attributes
+    ----------
+    matrix : (K, N)
+    panels : array or None
+        The same numbers in the order in which a backend's own product reads them, if it has one.
+    """
+
+    matrix: Array
+    panels: Array | None = None
 
 
 @dataclass
@@ -40,7 +55,8 @@ class Recurrence:
         f, k_i, k_f, k_o, k_u, k_c of every step (docs/theory.md); None for plain cells, and where the pass
         is not to be linearised.
     recurrent, recurrent_t : (n, K), (K, n)
-        The matrix applied to the previous hidden (or intermediate) state, and its transpose.
+        The matrix applied to the previous hidden (or intermediate) state, and its transpose. Transposes
+        are None where the pass is not to be linearised.
     bias_h : (n,) or None
         b_h of the `krause` variant.
     factor, factor_t : (n, n) or None
@@ -59,12 +75,12 @@ class Recurrence:
     linear_update: bool
     inputs: Array
     hidden: Array
-    recurrent: Array
-    recurrent_t: Array
+    recurrent: Packed
+    recurrent_t: Packed | None = None
     coefficients: Array | None = None
     bias_h: Array | None = None
-    factor: Array | None = None
-    factor_t: Array | None = None
+    factor: Packed | None = None
+    factor_t: Packed | None = None
     factor_table: Array | None = None
     factors: Array | None = None
     intermediate: Array | None = None
@@ -147,6 +163,21 @@ class Backend:
         """Out = a b: every matrix product of a pass goes through here, so that they can be counted."""
         self.xp.matmul(a, b, out=out)
 
+    def pack(self, matrix: Array, memory: Workspace, name: str) -> Packed:
+        """Make a matrix (K, N) ready for many calls of `multiply`, in memory of this name."""
+        ready = memory(name, matrix.shape)
+        ready[...] = matrix
+        return Packed(ready)
+
+    def multiply(self, a: Array, b: Packed, out: Array, add: bool = False) -> None:
+        """Out = a b, or out += a b, for the few rows of a (B, K): the sequential products of a pass."""
+        if add:
+            product = self.workspace("multiply", out.shape)
+            self.matmul(a, b.matrix, product)
+            out += product
+        else:
+            self.matmul(a, b.matrix, out)
+
     # Loops over time ---------------------------------------------------------------------------
 
     def forward(self, r: Recurrence, table: Array, cell_state: Array) -> None:
@@ -162,14 +193,14 @@ class Backend:
             c_0 of gated cells; holds c_L afterwards.
         """
         steps, batch = r.inputs.shape
-        a = self.workspace("forward.a", (batch, r.recurrent.shape[1]))
+        a = self.workspace("forward.a", (batch, r.recurrent.matrix.shape[1]))
         for t in range(steps):
             source = r.hidden[t]
             if r.factor is not None and r.factors is not None and r.intermediate is not None:
                 factor, source = r.factors[t % len(r.factors)], r.intermediate[t % len(r.intermediate)]
-                self.matmul(r.hidden[t], r.factor, factor)
+                self.multiply(r.hidden[t], r.factor, factor)
                 self.factor_forward(r.factor_table, r.inputs[t], factor, source)
-            self.matmul(source, r.recurrent, a)
+            self.multiply(source, r.recurrent, a)
             weights = None if r.weights is None else r.weights[t]
             if r.gated:
                 coefficients = None if r.coefficients is None else r.coefficients[t]
@@ -202,33 +233,27 @@ class Backend:
         factor_table : (V, n) or None
             The direction of W_mx.
         factors : (L, B, n) or None
-            The time-batched part h_{t-1} V_mh; overwritten.
+            In: the time-batched part h_{t-1} V_mh. Out: R q_t.
         dh : (L + 1, B, n)
             In: dh[0], that of the step before and, for the `krause` variant, the bias term g_t v_bh.
             Out: R h_t.
         dc : (B, n)
             R c of the step before; holds that of the last step afterwards. Unused by plain cells.
         """
-        steps, batch = r.inputs.shape
-        hidden = r.hidden.shape[2]
-        sequential = self.workspace("tangent.a", (batch, pre.shape[2]))
-        dm = self.workspace("tangent.m", (batch, hidden))
-        dq = self.workspace("tangent.q", (batch, hidden))
-        for t in range(steps):
+        dm = self.workspace("tangent.m", dc.shape)
+        for t in range(len(r.inputs)):
             source = dh[t]
             if r.factor is not None and r.factors is not None:
-                self.matmul(source, r.factor, dq)
-                self.factor_tangent(
-                    r.factor_table, factor_table, r.inputs[t], r.factors[t], factors[t], dq, dm
-                )
+                self.multiply(source, r.factor, factors[t], add=True)
+                self.factor_tangent(r.factor_table, factor_table, r.inputs[t], r.factors[t], factors[t], dm)
                 source = dm
-            self.matmul(source, r.recurrent, sequential)
+            self.multiply(source, r.recurrent, pre[t], add=True)
             if r.coefficients is not None:
                 self.gated_tangent(
-                    pre[t], sequential, table, r.inputs[t], r.coefficients[t], dc, dh[t + 1], r.linear_update
+                    pre[t], table, r.inputs[t], r.coefficients[t], dc, dh[t + 1], r.linear_update
                 )
             else:
-                self.plain_tangent(pre[t], sequential, table, r.inputs[t], r.hidden[t + 1], dh[t + 1])
+                self.plain_tangent(pre[t], table, r.inputs[t], r.hidden[t + 1], dh[t + 1])
 
     def adjoint(
         self, r: Recurrence, dh: Array, da: Array, dp: Array, dq: Array, back: Array, dc: Array, inject: bool
@@ -250,6 +275,8 @@ class Backend:
             What the steps after pull back to h_L and c_L; hold what these pull back to h_0 and c_0
             afterwards.
         """
+        if r.recurrent_t is None:
+            raise ValueError("the pass was not linearised")
         dm = self.workspace("adjoint.m", back.shape)
         for t in range(len(r.inputs) - 1, -1, -1):
             if r.coefficients is not None:
@@ -257,11 +284,11 @@ class Backend:
             else:
                 self.plain_adjoint(dh[t + 1], back, r.hidden[t + 1], da[t], inject)
             if r.factor_t is not None and r.factors is not None:
-                self.matmul(da[t], r.recurrent_t, dm)
+                self.multiply(da[t], r.recurrent_t, dm)
                 self.factor_adjoint(r.factor_table, r.inputs[t], r.factors[t], dm, dp[t], dq[t])
-                self.matmul(dq[t], r.factor_t, back)
+                self.multiply(dq[t], r.factor_t, back)
             else:
-                self.matmul(da[t], r.recurrent_t, back)
+                self.multiply(da[t], r.recurrent_t, back)
 
     # Step kernels, supplied by each backend; `numpy.py` is the reference ------------------------
 
@@ -275,9 +302,12 @@ class Backend:
         raise NotImplementedError
 
     def gated_tangent(
-        self, pre: Array, sequential: Array, table: Array, x: Array, k: Array, dc: Array, dh: Array, add: bool
+        self, pre: Array, table: Array, x: Array, k: Array, dc: Array, dh: Array, add: bool
     ) -> None:
-        """R a (into pre), R c (in place) and R h; with `add`, R h is added to what dh holds."""
+        """R a (into pre, from which the table's rows miss), R c (in place) and R h.
+
+        With `add`, R h is added to what dh holds.
+        """
         raise NotImplementedError
 
     def gated_adjoint(self, dh: Array, back: Array, k: Array, dc: Array, da: Array, inject: bool) -> None:
@@ -288,9 +318,7 @@ class Backend:
         """One step of a tanh cell."""
         raise NotImplementedError
 
-    def plain_tangent(
-        self, pre: Array, sequential: Array, table: Array, x: Array, h: Array, dh: Array
-    ) -> None:
+    def plain_tangent(self, pre: Array, table: Array, x: Array, h: Array, dh: Array) -> None:
         """R a (into pre) and R h = (1 - h^2) R a."""
         raise NotImplementedError
 
@@ -303,9 +331,9 @@ class Backend:
         raise NotImplementedError
 
     def factor_tangent(
-        self, p_table: Array, dp_table: Array, x: Array, q: Array, dq_pre: Array, dq: Array, dm: Array
+        self, p_table: Array, dp_table: Array, x: Array, q: Array, dq: Array, dm: Array
     ) -> None:
-        """R m = R p * q + p * (dq_pre + dq)."""
+        """R m = R p * q + p * R q."""
         raise NotImplementedError
 
     def factor_adjoint(self, p_table: Array, x: Array, q: Array, dm: Array, dp: Array, dq: Array) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import numba
 import numpy as np
+from threadpoolctl import threadpool_info
 
-from hfmpi.backends import elementary
-from hfmpi.backends.base import Array
+from hfmpi.backends import elementary, packed
+from hfmpi.backends.base import Array, Packed, Workspace
 from hfmpi.backends.elementary import exp, tanh
 from hfmpi.backends.kernel_cache import kernel_cache
 from hfmpi.backends.numpy import NumpyBackend
@@ -71,12 +72,12 @@ def gated_weights(a, table, x, linear_update, w):
                 w[b, j] = quarter * (one - s * s)
 
 
-def gated_tangent(pre, sequential, table, x, k, dc, dh, add):
+def gated_tangent(pre, table, x, k, dc, dh, add):
     n = dc.shape[1]
     for b in range(dc.shape[0]):
         row = table[x[b]]
         for j in range(4 * n):
-            pre[b, j] += sequential[b, j] + row[j]
+            pre[b, j] += row[j]
         for j in range(n):
             value = k[0, b, j] * dc[b, j] + k[1, b, j] * pre[b, j]
             value += k[2, b, j] * pre[b, n + j] + k[4, b, j] * pre[b, 3 * n + j]
@@ -133,12 +134,12 @@ def plain_forward(a, table, x, h, w):
                 w[b, j] = quarter * (one - s * s)
 
 
-def plain_tangent(pre, sequential, table, x, h, dh):
+def plain_tangent(pre, table, x, h, dh):
     one = h.dtype.type(1)
     for b in range(h.shape[0]):
         row = table[x[b]]
         for j in range(h.shape[1]):
-            value = pre[b, j] + sequential[b, j] + row[j]
+            value = pre[b, j] + row[j]
             pre[b, j] = value
             dh[b, j] = (one - h[b, j] * h[b, j]) * value
 
@@ -162,12 +163,12 @@ def factor_forward(p_table, x, q, m):
             m[b, j] = row[j] * q[b, j]
 
 
-def factor_tangent(p_table, dp_table, x, q, dq_pre, dq, dm):
+def factor_tangent(p_table, dp_table, x, q, dq, dm):
     for b in range(q.shape[0]):
         row = p_table[x[b]]
         dp = dp_table[x[b]]
         for j in range(q.shape[1]):
-            dm[b, j] = dp[j] * q[b, j] + row[j] * (dq_pre[b, j] + dq[b, j])
+            dm[b, j] = dp[j] * q[b, j] + row[j] * dq[b, j]
 
 
 def factor_adjoint(p_table, x, q, dm, dp, dq):
@@ -251,13 +252,15 @@ KERNELS = (
     softmax_hessian,
     segment_sum,
     accumulate_square,
+    packed.pack,
+    packed.multiply,
 )
 
 
 @functools.cache
 def kernels() -> dict[str, Any]:
     """Give the kernels by name, each to be compiled when it is first called, or taken from disk."""
-    with kernel_cache("kernels", (__file__, elementary.__file__)) as cache:
+    with kernel_cache("kernels", (__file__, elementary.__file__, packed.__file__)) as cache:
         return {f.__name__: compiled(f, cache) for f in KERNELS}
 
 
@@ -281,6 +284,7 @@ class NumbaBackend(NumpyBackend):
 
     The loops run in one thread: what they cost is small beside the matrix products, which take the threads
     that the BLAS has been given, and less than starting threads 400 times a pass would (docs/performance.md).
+    Where the BLAS has one thread when the backend is made, sequential products are done by `packed`.
     """
 
     name = "numba"
@@ -290,6 +294,20 @@ class NumbaBackend(NumpyBackend):
         self._kernels = kernels()
         for name in PLAIN:
             setattr(self, name, self._kernels[name])
+        self._packs = all(p["num_threads"] == 1 for p in threadpool_info() if p["user_api"] == "blas")
+
+    def pack(self, matrix: Array, memory: Workspace, name: str) -> Packed:
+        if not self._packs:
+            return super().pack(matrix, memory, name)
+        panels = memory(name, packed.panels_shape(matrix.shape[0], matrix.shape[1], self.dtype.itemsize))
+        self._kernels["pack"](matrix, panels)
+        return Packed(matrix, panels)
+
+    def multiply(self, a: Array, b: Packed, out: Array, add: bool = False) -> None:
+        if b.panels is None:
+            super().multiply(a, b, out, add)
+        else:
+            self._kernels["multiply"](a, b.panels, out, add)
 
     def gated_forward(
         self, a: Array, table: Array, x: Array, bias_h: Array, c: Array, h: Array, k: Array, w: Array

@@ -55,11 +55,10 @@ class NumpyBackend(Backend):
             w[:, 3 * n :] = 0.25 * (1 - u * u) if bias_h is None else 0.25
 
     def gated_tangent(
-        self, pre: Array, sequential: Array, table: Array, x: Array, k: Array, dc: Array, dh: Array, add: bool
+        self, pre: Array, table: Array, x: Array, k: Array, dc: Array, dh: Array, add: bool
     ) -> None:
         n = dc.shape[1]
         f, k_i, k_f, k_o, k_u, k_c = k
-        pre += sequential
         pre += table[x]
         ri, rf, ro, ru = (pre[:, j * n : (j + 1) * n] for j in range(4))
         dc[...] = f * dc + k_i * ri + k_f * rf + k_u * ru
@@ -79,10 +78,7 @@ class NumpyBackend(Backend):
         if w is not None:
             w[...] = 0.25 * (1 - h * h)
 
-    def plain_tangent(
-        self, pre: Array, sequential: Array, table: Array, x: Array, h: Array, dh: Array
-    ) -> None:
-        pre += sequential
+    def plain_tangent(self, pre: Array, table: Array, x: Array, h: Array, dh: Array) -> None:
         pre += table[x]
         dh[...] = (1 - h * h) * pre
 
@@ -95,9 +91,9 @@ class NumpyBackend(Backend):
         np.multiply(p_table[x], q, out=m)
 
     def factor_tangent(
-        self, p_table: Array, dp_table: Array, x: Array, q: Array, dq_pre: Array, dq: Array, dm: Array
+        self, p_table: Array, dp_table: Array, x: Array, q: Array, dq: Array, dm: Array
     ) -> None:
-        dm[...] = dp_table[x] * q + p_table[x] * (dq_pre + dq)
+        dm[...] = dp_table[x] * q + p_table[x] * dq
 
     def factor_adjoint(self, p_table: Array, x: Array, q: Array, dm: Array, dp: Array, dq: Array) -> None:
         np.multiply(dm, q, out=dp)

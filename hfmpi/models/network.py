@@ -140,7 +140,7 @@ class Network:
         hidden[0] = 0
         state = self.backend.workspace("forward.c", (size, n))
         state[...] = 0
-        r = self._recurrence(p, inputs, hidden)
+        r = self._recurrence(p, inputs, hidden, linearise, memory)
         kept = steps if linearise else 1
         if cell.gated and linearise:
             r.coefficients = memory("coefficients", (steps, 6, size, n))
@@ -148,26 +148,30 @@ class Network:
             r.factors = memory("factors", (kept, size, n))
             r.intermediate = memory("intermediate", (kept, size, n))
         if structural:
-            r.weights = memory("weights", (steps, size, r.recurrent.shape[1]))
+            r.weights = memory("weights", (steps, size, r.recurrent.matrix.shape[1]))
         self.backend.forward(r, self._input_table(p), state)
         logits = memory("logits", (targets.size, cell.vocabulary))
         self._logits(p, hidden[1 + steps - len(targets) :], logits)
         loss = self.backend.softmax_loss(logits, targets.reshape(-1))
         return Tape(r, p["W_o"], targets.reshape(-1), logits, loss, memory)
 
-    def _recurrence(self, p: dict[str, Array], inputs: Array, hidden: Array) -> Recurrence:
-        xp = self.backend.xp
+    def _recurrence(
+        self, p: dict[str, Array], inputs: Array, hidden: Array, linearise: bool, memory: Workspace
+    ) -> Recurrence:
+        pack = self.backend.pack
         r = Recurrence(
             gated=self.cell.gated,
             linear_update=self.cell.variant == "krause",
             inputs=inputs,
             hidden=hidden,
-            recurrent=p["W_h"],
-            recurrent_t=xp.ascontiguousarray(p["W_h"].T),
+            recurrent=pack(p["W_h"], memory, "W_h"),
         )
+        if linearise:
+            r.recurrent_t = pack(p["W_h"].T, memory, "W_h.T")
         if self.cell.multiplicative:
-            r.factor, r.factor_t = p["W_mh"], xp.ascontiguousarray(p["W_mh"].T)
-            r.factor_table = p["W_mx"]
+            r.factor, r.factor_table = pack(p["W_mh"], memory, "W_mh"), p["W_mx"]
+            if linearise:
+                r.factor_t = pack(p["W_mh"].T, memory, "W_mh.T")
         if r.linear_update:
             r.bias_h = p["b"][3 * self.cell.hidden :]
         return r
@@ -235,7 +239,7 @@ class Network:
     ) -> tuple[Array, Array]:
         """R a (L, B, K) and R h (L + 1, B, n) of one block, from the state before it."""
         n, backend, xp = self.cell.hidden, self.backend, self.backend.xp
-        (steps, size), width = r.inputs.shape, r.recurrent.shape[1]
+        (steps, size), width = r.inputs.shape, r.recurrent.matrix.shape[1]
         before = r.hidden[:-1].reshape(-1, n)
         factors = None
         if r.intermediate is not None:
@@ -266,7 +270,7 @@ class Network:
             Gains, for every sequence of the batch, the element-wise square of that sequence's cotangent.
         """
         n, backend = self.cell.hidden, self.backend
-        size, width = tape.recurrence.inputs.shape[1], tape.recurrence.recurrent.shape[1]
+        size, width = tape.recurrence.inputs.shape[1], tape.recurrence.recurrent.matrix.shape[1]
         single = backend.workspace("gradient", (self.layout.size,))
         back, dc = backend.workspace("adjoint.h", (size, n)), backend.workspace("adjoint.c", (size, n))
         back[...] = 0
@@ -357,7 +361,7 @@ class Network:
         c = xp.zeros((size, n), self.backend.dtype)
         if state is not None:
             hidden[0], c[...] = state.h, state.c
-        r = self._recurrence(p, inputs, hidden)
+        r = self._recurrence(p, inputs, hidden, False, self._scratch)
         if self.cell.multiplicative:
             r.factors, r.intermediate = xp.empty_like(hidden[:1]), xp.empty_like(hidden[:1])
         self.backend.forward(r, self._input_table(p), c)

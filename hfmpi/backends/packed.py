@@ -1,0 +1,166 @@
+"""Matrix products a W with few rows and a W that serves many of them, packed once for all.
+
+The sequential products of a pass multiply B rows at a time with one and the same recurrent matrix. A BLAS
+copies the matrix into an order that its innermost loop can read at full speed, and does so at each call:
+for B = 16 rows that costs it a third of its speed (docs/performance.md). Here the copy is made once per
+linearisation. The loop is the usual one (Goto and van de Geijn, "Anatomy of High-Performance Matrix
+Multiplication", 2008): a block of `ROWS` rows times one panel of W, whose sums stay in registers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import binding, ir
+from numba import types
+from numba.extending import intrinsic
+
+__all__ = ["multiply", "pack", "panels_shape"]
+
+
+def _registers() -> tuple[int, int, int]:
+    """Bytes of a vector register, and the rows and vectors of the block that fits into the registers."""
+    wanted = numba.config.CPU_FEATURES  # type: ignore[attr-defined]
+    found = [f"+{name}" for name, there in binding.get_host_cpu_features().items() if there]
+    features = found if wanted is None else wanted.split(",")
+    if "+avx512f" in features:
+        return 64, 8, 2
+    if "+avx" in features:
+        return 32, 4, 3  # 16 registers: 12 sums, 3 vectors of W, 1 number of a
+    return 16, 4, 3
+
+
+BYTES, ROWS, VECTORS = _registers()
+CHUNK = 16 * ROWS
+"""Rows of a that are multiplied with all of W before the next ones: they stay in the cache meanwhile."""
+
+
+def panels_shape(rows: int, columns: int, itemsize: int) -> tuple[int, int, int]:
+    """Give the shape of a packed matrix (rows, columns): panels of columns, one after the other."""
+    width = VECTORS * BYTES // itemsize
+    return -(-columns // width), rows, width
+
+
+def pack(w, panels):
+    """Fill panels (P, K, width) with w (K, N), zeros where a panel goes beyond N."""
+    width = panels.shape[2]
+    for p in range(panels.shape[0]):
+        first = p * width
+        columns = min(width, w.shape[1] - first)
+        for k in range(w.shape[0]):
+            for j in range(columns):
+                panels[p, k, j] = w[k, first + j]
+            for j in range(columns, width):
+                panels[p, k, j] = 0
+
+
+@intrinsic(prefer_literal=True)
+def block(typing_context, rows, like, a, a_row, a_column, panel, depth, c, c_row, add):
+    """Give c (rows, width) = a (rows, depth) panel (depth, width), added to what c holds where `add` is set.
+
+    `a`, `panel` and `c` are addresses, `a_row`, `a_column` and `c_row` distances in bytes; `like` is any
+    number of the type of the elements.
+    """
+    number, count = like, rows.literal_value
+    lanes = BYTES * 8 // number.bitwidth
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, _, a, a_row, a_column, panel, depth, c, c_row, add = arguments
+        element = context.get_data_type(number)
+        vector, whole, size = ir.VectorType(element, lanes), ir.IntType(64), number.bitwidth // 8
+        fused = ("contract",)  # a multiplication and an addition may become one instruction
+
+        def at(address: Any, kind: Any) -> Any:
+            return builder.inttoptr(address, kind.as_pointer())
+
+        def load(address: Any, kind: Any) -> Any:
+            loaded = builder.load(at(address, kind))
+            loaded.align = size
+            return loaded
+
+        def broadcast(value: Any) -> Any:
+            lane = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.IntType(32)(0))
+            mask = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
+            return builder.shuffle_vector(lane, ir.Constant(vector, ir.Undefined), mask)
+
+        starts = [builder.add(a, builder.mul(whole(r), a_row)) for r in range(count)]
+        before = builder.block
+        loop, done = (builder.function.append_basic_block(name) for name in ("loop", "done"))
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        k, offset, place = builder.phi(whole), builder.phi(whole), builder.phi(whole)
+        sums = [[builder.phi(vector) for _ in range(VECTORS)] for _ in range(count)]
+        columns = [load(builder.add(place, whole(v * BYTES)), vector) for v in range(VECTORS)]
+        totals = []
+        for start, row in zip(starts, sums, strict=True):
+            value = broadcast(load(builder.add(start, offset), element))
+            totals.append(
+                [
+                    builder.fadd(total, builder.fmul(value, column, flags=fused), flags=fused)
+                    for total, column in zip(row, columns, strict=True)
+                ]
+            )
+        following = builder.add(k, whole(1))
+        for phi, first, step in (
+            (k, whole(0), following),
+            (offset, whole(0), builder.add(offset, a_column)),
+            (place, panel, builder.add(place, whole(VECTORS * BYTES))),
+        ):
+            phi.add_incoming(first, before)
+            phi.add_incoming(step, loop)
+        zero = ir.Constant(vector, [element(0.0)] * lanes)
+        for row, row_totals in zip(sums, totals, strict=True):
+            for phi, total in zip(row, row_totals, strict=True):
+                phi.add_incoming(zero, before)
+                phi.add_incoming(total, loop)
+        builder.cbranch(builder.icmp_signed("<", following, depth), loop, done)
+        builder.position_at_end(done)
+        adding = builder.trunc(add, ir.IntType(1))
+        for r, row in enumerate(totals):
+            for v, total in enumerate(row):
+                address = builder.add(builder.add(c, builder.mul(whole(r), c_row)), whole(v * BYTES))
+                held = builder.select(adding, load(address, vector), zero)
+                stored = builder.store(builder.fadd(total, held), at(address, vector))
+                stored.align = size
+        return context.get_dummy_value()
+
+    return types.void(rows, number, *[types.intp] * 7, types.boolean), generate
+
+
+def multiply(a, panels, out, add):
+    """Give out (B, N) = a (B, K) W, with the panels of W (K, N); where `add` is set it is added to out.
+
+    a may have any strides, out any between its rows; K is at least 1.
+    """
+    batch, depth = a.shape
+    columns, width = out.shape[1], panels.shape[2]
+    like, size = panels.dtype.type(0), panels.itemsize
+    edge = np.empty((ROWS, width), panels.dtype)  # stands in for out where a panel goes beyond it
+    a_row, a_column = a.strides
+    for chunk in range(0, batch, CHUNK):
+        for p in range(panels.shape[0]):
+            panel, first = panels[p].ctypes.data, p * width
+            inside = min(width, columns - first)
+            b, end = chunk, min(chunk + CHUNK, batch)
+            while b < end:
+                left = end - b
+                rows = ROWS if left >= ROWS else 4 if left >= 4 else 2 if left >= 2 else 1
+                start = a.ctypes.data + b * a_row
+                c, c_row = out.ctypes.data + b * out.strides[0] + first * size, out.strides[0]
+                if inside < width:
+                    if add:
+                        edge[:rows, :inside] = out[b : b + rows, first:]
+                    c, c_row = edge.ctypes.data, width * size
+                if rows == ROWS:
+                    block(ROWS, like, start, a_row, a_column, panel, depth, c, c_row, add)
+                elif rows == 4:
+                    block(4, like, start, a_row, a_column, panel, depth, c, c_row, add)
+                elif rows == 2:
+                    block(2, like, start, a_row, a_column, panel, depth, c, c_row, add)
+                else:
+                    block(1, like, start, a_row, a_column, panel, depth, c, c_row, add)
+                if inside < width:
+                    out[b : b + rows, first:] = edge[:rows, :inside]
+                b += rows
