@@ -319,4 +319,4 @@ def test_info_under_mpirun(tmp_path):
     done, _ = mpirun(2, "from hfmpi.cli.info import info; info()", tmp_path)
     assert done.returncode == 0
     assert [line.split(" on ")[0] for line in done.stdout.splitlines()[-2:]] == ["rank 0 of 2", "rank 1 of 2"]
-    assert len(done.stdout.splitlines()) == 5
+    assert len(done.stdout.splitlines()) == 6
