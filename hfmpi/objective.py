@@ -70,7 +70,7 @@ class MeanRisk:
         network: Network,
         communicator: Communicator,
         timer: Timer | None = None,
-        micro_batch: int = 160,
+        micro_batch: int = 32,
         memory_budget: float = math.inf,
     ) -> None:
         self.network = network

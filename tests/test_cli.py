@@ -455,3 +455,28 @@ def test_bad_input_under_three_ranks(here):
         outside(3, here, "train", "small.h5", "--momentum", "1"), "--momentum"
     )  # before MPI starts
     assert content(here) == before
+
+
+# Memory ----------------------------------------------------------------------------------------
+
+
+def test_a_memory_budget_is_told_of_and_changes_no_number(here, monkeypatch, capsys):
+    asked = ["train", "small.h5", *TINY, "--micro-batch", "1", "--max-steps", "2", "--out"]
+    assert call(monkeypatch, *asked, "plenty") == 0
+    assert "memory budget" not in capsys.readouterr().out
+    assert call(monkeypatch, *asked, "little", "--memory-budget", "4KiB") == 0
+    assert "its memory budget is 0.00 GiB: what does not fit is computed anew" in capsys.readouterr().out
+    plenty, little = (checkpoint.latest(here / name) for name in ("plenty", "little"))
+    np.testing.assert_array_equal(plenty.theta, little.theta)
+    assert plenty.meta["counts"] == little.meta["counts"]
+
+
+def test_a_memory_budget_that_is_no_size(refused):
+    assert "no memory size" in refused("train", "small.h5", "--memory-budget", "much")
+
+
+def test_a_wrong_bench_is_one_sentence(refused):
+    assert "no model 'gru'" in refused("bench", "products", "--model", "gru")
+    assert "cannot read nothing.h5" in refused("bench", "step", "--data", "nothing.h5")
+    assert "from the" in refused("bench", "products", "--data", "small.h5", "--batch", "100000")
+    assert "has no setting" in refused("bench", "step", "--set", "x=1")

@@ -55,7 +55,7 @@ class Bench:
     length: int = 200
     dtype: str = "float32"
     backend: str = "auto"
-    micro_batch: int = 160
+    micro_batch: int = 32
     threads: int = 1
     repeats: int = 7
 

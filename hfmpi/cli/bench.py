@@ -60,7 +60,7 @@ def common(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--dtype", default="float32", show_default=True, help="float32 or float64."),
         click.option("--backend", default="auto", show_default=True, help="auto, numpy or numba."),
         click.option(
-            "--micro-batch", type=POSITIVE, default=160, show_default=True, help="Most sequences at a time."
+            "--micro-batch", type=POSITIVE, default=32, show_default=True, help="Most sequences at a time."
         ),
         click.option("--threads", type=POSITIVE, default=1, show_default=True, help="Threads of a rank."),
         click.option("--repeats", type=POSITIVE, default=7, show_default=True),

@@ -68,7 +68,7 @@ class MemorySize(click.ParamType):
 @click.option("--seed", type=click.IntRange(min=0), help="Of initialisation and batches [default: 0].")
 @click.option("--backend", help="auto, numpy or numba [default: auto].")
 @click.option("--dtype", help="float32 or float64 [default: float32].")
-@click.option("--micro-batch", type=BATCH, help="Most sequences at a time on a rank [default: 160].")
+@click.option("--micro-batch", type=BATCH, help="Most sequences at a time on a rank [default: 32].")
 @click.option(
     "--memory-budget",
     type=MemorySize(),

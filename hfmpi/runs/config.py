@@ -81,7 +81,7 @@ class Config:
     seed: int = 0
     backend: str = "auto"
     dtype: str = "float32"
-    micro_batch: int = 160
+    micro_batch: int = 32
     memory_budget: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
 
