@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from threadpoolctl import threadpool_limits
 
 from hfmpi.backends import create
 from hfmpi.backends.packed import ROWS, panels_shape
@@ -43,20 +42,17 @@ def check(backend, rows, depth, columns, add=False, transposed=False, gap=0, see
 )  # fmt: skip
 @settings(deadline=None, max_examples=150)
 def test_products(name, rows, depth, columns, add, transposed, gap, dtype, seed):
-    with threadpool_limits(1, user_api="blas"):
-        backend = create(name, dtype)
+    backend = create(name, dtype)
     packed = check(backend, rows, depth, columns, add, transposed, gap, seed)
     assert (packed.panels is not None) == (name == "numba")
 
 
 def test_more_rows_than_a_chunk():
-    with threadpool_limits(1, user_api="blas"):
-        check(create("numba"), 20 * ROWS + 3, 205, 50, add=True)
+    check(create("numba"), 20 * ROWS + 3, 205, 50, add=True)
 
 
 def test_what_is_not_finite_stays_in_its_row_and_column():
-    with threadpool_limits(1, user_api="blas"):
-        backend = create("numba")
+    backend = create("numba")
     a, matrix = np.ones((5, 3), np.float32), np.ones((3, 40), np.float32)
     a[2, 1], matrix[0, 7] = np.nan, np.inf
     out = np.full((5, 40), np.nan, np.float32)
@@ -65,12 +61,6 @@ def test_what_is_not_finite_stays_in_its_row_and_column():
     assert np.isinf(out[[0, 1, 3, 4], 7]).all()
     out[2], out[:, 7] = 3, 3
     assert np.all(out == 3)
-
-
-def test_with_several_threads_the_blas_multiplies():
-    with threadpool_limits(2, user_api="blas"):
-        backend = create("numba")
-        assert check(backend, 5, 6, 7).panels is None
 
 
 @pytest.mark.parametrize("features", ["", "+avx", "+avx,+avx2,+fma"])
@@ -91,7 +81,6 @@ def test_on_lesser_processors(tmp_path, features):
     environment = os.environ | {
         "NUMBA_CPU_NAME": "generic",
         "NUMBA_CPU_FEATURES": features,
-        "OPENBLAS_NUM_THREADS": "1",
         "XDG_CACHE_HOME": str(tmp_path),
         "PYTHONPATH": os.path.dirname(__file__),
     }

@@ -8,7 +8,6 @@ from typing import Any
 
 import numba
 import numpy as np
-from threadpoolctl import threadpool_info
 
 from hfmpi.backends import elementary, packed
 from hfmpi.backends.base import Array, Packed, Workspace
@@ -282,9 +281,8 @@ PLAIN = (
 class NumbaBackend(NumpyBackend):
     """Compiled fused loops over NumPy arrays; compiled on first use and cached.
 
-    The loops run in one thread: what they cost is small beside the matrix products, which take the threads
-    that the BLAS has been given, and less than starting threads 400 times a pass would (docs/performance.md).
-    Where the BLAS has one thread when the backend is made, sequential products are done by `packed`.
+    The loops and the sequential products run in one thread: starting threads 400 times a pass costs more than
+    it brings (docs/performance.md). The products over many steps at once take the threads of the BLAS.
     """
 
     name = "numba"
@@ -294,20 +292,14 @@ class NumbaBackend(NumpyBackend):
         self._kernels = kernels()
         for name in PLAIN:
             setattr(self, name, self._kernels[name])
-        self._packs = all(p["num_threads"] == 1 for p in threadpool_info() if p["user_api"] == "blas")
 
     def pack(self, matrix: Array, memory: Workspace, name: str) -> Packed:
-        if not self._packs:
-            return super().pack(matrix, memory, name)
         panels = memory(name, packed.panels_shape(matrix.shape[0], matrix.shape[1], self.dtype.itemsize))
         self._kernels["pack"](matrix, panels)
         return Packed(matrix, panels)
 
     def multiply(self, a: Array, b: Packed, out: Array, add: bool = False) -> None:
-        if b.panels is None:
-            super().multiply(a, b, out, add)
-        else:
-            self._kernels["multiply"](a, b.panels, out, add)
+        self._kernels["multiply"](a, b.panels, out, add)
 
     def gated_forward(
         self, a: Array, table: Array, x: Array, bias_h: Array, c: Array, h: Array, k: Array, w: Array

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from hfmpi.backends import create
 from hfmpi.bench.bound import Products
@@ -69,11 +68,9 @@ class Bench:
             teams.append((Communicator(), size))
         return teams
 
-    def mean_risk(self, cell: Cell, comm: Communicator, threads: int) -> MeanRisk:
-        """Make the mean risk of a network on a backend of its own, for so many threads."""
-        with threadpool_limits(limits=threads, user_api="blas"):
-            network = Network(cell, create(self.backend, self.dtype))
-        return MeanRisk(network, comm, None, self.micro_batch)
+    def mean_risk(self, cell: Cell, comm: Communicator) -> MeanRisk:
+        """Make the mean risk of a network on a backend of its own."""
+        return MeanRisk(Network(cell, create(self.backend, self.dtype)), comm, None, self.micro_batch)
 
     def sequences(self, cell: Cell, batch: int) -> Sequences:
         """Give sequences from which a batch of this size can be drawn."""
@@ -132,7 +129,7 @@ def _passes(bench: Bench, cell: Cell, batch: int, kinds: dict[str, Callable[[Ris
             if comm.size == 1 and bench.comm.rank > 0:  # not in this team, but in step with it
                 contestants += [Contestant(_nothing, 1, threads)] * 2
                 continue
-            owner = bench.mean_risk(cell, comm, threads)
+            owner = bench.mean_risk(cell, comm)
             backend = owner.network.backend
             theta = backend.to_device(cell.initial(0).astype(bench.dtype))
             run, recorded = kind(owner.on(text, np.arange(batch)), theta), Products()
@@ -207,7 +204,7 @@ def step(bench: Bench, cell: Cell, preset: Preset) -> list[Row]:
     for comm, threads in bench.teams():
         heads.append(bench.row(cell, preset.gradient_batch, comm.size, threads))
         takes_part = comm.size > 1 or bench.comm.rank == 0
-        run = _Steps(bench.mean_risk(cell, comm, threads), cell, preset, text) if takes_part else None
+        run = _Steps(bench.mean_risk(cell, comm), cell, preset, text) if takes_part else None
         runs.append(run)
         contestants.append(Contestant(run.step if run else _nothing, comm.size, threads))
         contestants.append(Contestant(run.repeat if run else _nothing, comm.size, threads))
