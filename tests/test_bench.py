@@ -89,23 +89,24 @@ def test_the_bound_holds_all_products_of_a_pass(name, backend):
     """The number of operations is that of the formulas: nothing is left out, nothing added."""
     n, v, steps, size = 6, 5, 7, 3
     cell = Cell(name, n, v)
-    network, products = Network(cell, create(backend), block_rows=6), Products()
+    network = Network(cell, create(backend), block_rows=6)
+    products = Products(network.backend)
     theta = cell.initial(0).astype(np.float32)
     batch = Sequences(np.arange(steps * size, dtype=np.uint8) % v, steps).take(np.arange(size))
     k = 4 * n if cell.gated else n
     recurrent = n * k + cell.multiplicative * n * n
-    with products.recorded(network.backend):
+    with products.recorded():
         tape = network.forward(theta, batch)
     assert products.operations == 2 * steps * size * (recurrent + n * v)
     out = np.zeros_like(theta)
-    with products.recorded(network.backend):
+    with products.recorded():
         network.gauss_newton(tape, theta, 1.0, 0.0, out)
     assert products.operations == 2 * steps * size * (4 * recurrent + 4 * n * v)
     calls = len(products.calls)
     network.gauss_newton(tape, theta, 1.0, 0.0, out)
     assert len(products.calls) == calls  # the recording is over
     products.calls = [(a * 0, b * 0, result * np.nan) for a, b, result in products.calls]
-    products.repeat(network.backend)
+    products.repeat()
     assert all(np.all(result == 0) for _, _, result in products.calls)
 
 

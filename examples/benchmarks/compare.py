@@ -61,20 +61,6 @@ def same(name, found, expected, tolerance):
         raise SystemExit(f"{name} computes something else: relative difference {error:.1e}")
 
 
-def flat(layout, vector):
-    """Give hfmpi's flat vector for what a peer computed."""
-    if not isinstance(vector, tuple | list):
-        return np.asarray(vector)
-    n = layout.shapes["W_h"][0]
-    back = [*range(2 * n), *range(3 * n, 4 * n), *range(2 * n, 3 * n)]  # its own inverse
-    w_x, w_h, b, w_o, b_o = (np.asarray(t) for t in vector)
-    out = np.empty(layout.size, np.float32)
-    named = {"W_x": w_x[back].T, "W_h": w_h[back].T, "b": b[back], "W_o": w_o.T, "b_o": b_o}
-    for name, view in layout.views(out).items():
-        view[...] = named[name]
-    return out
-
-
 def measure(model, batch_size, repeats):
     """Give one row a contestant and pass."""
     cell: Cell = Config(model=model).cell(VOCABULARY)
@@ -89,18 +75,18 @@ def measure(model, batch_size, repeats):
     expected = {"product": passes["product"](), "gradient": passes["gradient"]().vector}
     contestants, names = [], []
     for kind, run in passes.items():
-        recorded = Products()
-        with recorded.recorded(network.backend):
+        alone = Products(network.backend)
+        with alone.recorded():
             run()
-        contestants += [run, lambda recorded=recorded: recorded.repeat(network.backend)]
+        contestants += [run, alone.repeat]
         names += [(kind, "hfmpi"), (kind, "products alone")]
     for name, (peer, product, gradient) in peers(cell, theta, text.take(np.arange(batch_size))).items():
         w = peer.vector(v)
-        same(name, flat(cell.layout, product(w)), expected["product"], 1e-3)
+        same(name, peer.flat(product(w)), expected["product"], 1e-3)
         contestants.append(lambda product=product, w=w: product(w))
         names.append(("product", name))
         if gradient:
-            same(name, flat(cell.layout, gradient()[1]), expected["gradient"], 1e-3)
+            same(name, peer.flat(gradient()[1]), expected["gradient"], 1e-3)
             contestants.append(gradient)
             names.append(("gradient", name))
     seconds = contest(Communicator(), [Contestant(run, 1, 1) for run in contestants], repeats)

@@ -6,6 +6,7 @@ logits computed outside it, everything under `jit`, residuals of the linearisati
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 NAME = f"JAX {jax.__version__}"
 
@@ -66,3 +67,7 @@ class Contestant:
     def vector(self, v):
         """Give a vector as this library wants it."""
         return jnp.asarray(v)
+
+    def flat(self, vector):
+        """Give hfmpi's flat vector for what was computed."""
+        return np.asarray(vector)

@@ -5,6 +5,7 @@ take it: they run the network and build the graph of J' u anew for every product
 that once, at the price of holding it in memory, which no library offers.
 """
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -73,3 +74,13 @@ class Contestant:
         p = {name: torch.from_numpy(view.copy()) for name, view in self.layout.views(v).items()}
         turned = [p["W_x"].T[self.order], p["W_h"].T[self.order], p["b"][self.order], p["W_o"].T, p["b_o"]]
         return [tensor.contiguous() for tensor in turned]
+
+    def flat(self, tensors):
+        """Give hfmpi's flat vector for what was computed; the order of the gates is its own inverse."""
+        w_x, w_h, b, w_o, b_o = (np.asarray(tensor) for tensor in tensors)
+        named = {"W_x": w_x[self.order].T, "W_h": w_h[self.order].T, "b": b[self.order]}
+        named |= {"W_o": w_o.T, "b_o": b_o}
+        out = np.empty(self.layout.size, np.float32)
+        for name, view in self.layout.views(out).items():
+            view[...] = named[name]
+        return out

@@ -77,7 +77,7 @@ class Recurrence:
     hidden: Array
     recurrent: Packed
     recurrent_t: Packed | None = None
-    coefficients: Array | None = None
+    coefficients: Array = None
     bias_h: Array | None = None
     factor: Packed | None = None
     factor_t: Packed | None = None
@@ -248,7 +248,7 @@ class Backend:
                 self.factor_tangent(r.factor_table, factor_table, r.inputs[t], r.factors[t], factors[t], dm)
                 source = dm
             self.multiply(source, r.recurrent, pre[t], add=True)
-            if r.coefficients is not None:
+            if r.gated:
                 self.gated_tangent(
                     pre[t], table, r.inputs[t], r.coefficients[t], dc, dh[t + 1], r.linear_update
                 )
@@ -279,7 +279,7 @@ class Backend:
             raise ValueError("the pass was not linearised")
         dm = self.workspace("adjoint.m", back.shape)
         for t in range(len(r.inputs) - 1, -1, -1):
-            if r.coefficients is not None:
+            if r.gated:
                 self.gated_adjoint(dh[t + 1], back, r.coefficients[t], dc, da[t], inject)
             else:
                 self.plain_adjoint(dh[t + 1], back, r.hidden[t + 1], da[t], inject)

@@ -18,6 +18,11 @@ __all__ = ["Products"]
 class Products:
     """The matrix products of a pass, in order, however the pass did them.
 
+    Parameters
+    ----------
+    backend : Backend
+        Whose products are recorded.
+
     Attributes
     ----------
     calls : list of (a, b, out)
@@ -28,22 +33,27 @@ class Products:
     --------
     >>> import numpy as np
     >>> from hfmpi.backends import create
-    >>> backend, products = create("numpy"), Products()
-    >>> with products.recorded(backend):
+    >>> backend = create("numpy")
+    >>> products = Products(backend)
+    >>> with products.recorded():
     ...     backend.matmul(np.ones((2, 3)), np.ones((3, 4)), np.empty((2, 4)))
     >>> products.operations
     48
     """
 
-    def __init__(self) -> None:
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
         self.calls: list[tuple[Array, Array, Array]] = []
 
     @contextmanager
-    def recorded(self, backend: Backend) -> Iterator[None]:
+    def recorded(self) -> Iterator[None]:
         """Record, instead of what was recorded before, the products inside the `with` block."""
-        calls = self.calls = []
+        self.calls, backend = [], self.backend
+        calls = self.calls
         plain, packed = backend.matmul, backend.multiply
-        matrices: dict[int, tuple[Packed, Array]] = {}  # as the BLAS reads them best
+        # A transpose is a view, and the BLAS reads a copy faster: one for all views of the same numbers, so
+        # that recording hardly slows what is recorded.
+        copies: dict[tuple[int, ...], Array] = {}
 
         def matmul(a: Array, b: Array, out: Array) -> None:
             calls.append((a, b, out))
@@ -52,9 +62,10 @@ class Products:
         def multiply(a: Array, b: Packed, out: Array, add: bool = False) -> None:
             known = len(calls)
             packed(a, b, out, add)
-            if id(b) not in matrices:
-                matrices[id(b)] = b, backend.xp.ascontiguousarray(b.matrix)
-            calls[known:] = [(a, matrices[id(b)][1], out)]  # once, however it was done
+            view = (b.matrix.ctypes.data, *b.matrix.strides)
+            if view not in copies:
+                copies[view] = backend.xp.ascontiguousarray(b.matrix)
+            calls[known:] = [(a, copies[view], out)]  # once, however it was done
 
         backend.matmul, backend.multiply = matmul, multiply  # type: ignore[method-assign]
         try:
@@ -62,12 +73,12 @@ class Products:
         finally:
             del backend.matmul, backend.multiply  # the class's own again
 
-    def repeat(self, backend: Backend) -> None:
+    def repeat(self) -> None:
         """Do all products again, and nothing else."""
-        matmul = backend.matmul
+        matmul = self.backend.matmul
         for a, b, out in self.calls:
             matmul(a, b, out)
-        backend.synchronize()
+        self.backend.synchronize()
 
     @property
     def operations(self) -> int:

@@ -132,13 +132,10 @@ def _passes(bench: Bench, cell: Cell, batch: int, kinds: dict[str, Callable[[Ris
             owner = bench.mean_risk(cell, comm)
             backend = owner.network.backend
             theta = backend.to_device(cell.initial(0).astype(bench.dtype))
-            run, recorded = kind(owner.on(text, np.arange(batch)), theta), Products()
-            with recorded.recorded(backend):
+            run, alone = kind(owner.on(text, np.arange(batch)), theta), Products(backend)
+            with alone.recorded():
                 run()
-            contestants.append(Contestant(run, comm.size, threads))
-            contestants.append(
-                Contestant(lambda r=recorded, b=backend: r.repeat(b), comm.size, threads)  # type: ignore[misc]
-            )
+            contestants += [Contestant(work, comm.size, threads) for work in (run, alone.repeat)]
     return _timed(heads, contest(bench.comm, contestants, bench.repeats))
 
 
@@ -206,8 +203,8 @@ def step(bench: Bench, cell: Cell, preset: Preset) -> list[Row]:
         takes_part = comm.size > 1 or bench.comm.rank == 0
         run = _Steps(bench.mean_risk(cell, comm), cell, preset, text) if takes_part else None
         runs.append(run)
-        contestants.append(Contestant(run.step if run else _nothing, comm.size, threads))
-        contestants.append(Contestant(run.repeat if run else _nothing, comm.size, threads))
+        both = (run.step, run.products.repeat) if run else (_nothing, _nothing)
+        contestants += [Contestant(work, comm.size, threads) for work in both]
     rows = _timed(heads, contest(bench.comm, contestants, bench.repeats))
     for row, run in zip(rows, runs, strict=True):
         spans = row["spans"] = _spans(bench.comm, run, bench.repeats)
@@ -238,11 +235,11 @@ class _Steps:
         backend = owner.network.backend
         self.theta = backend.to_device(cell.initial(0).astype(backend.dtype))
         self.state = preset.optimizer.init(self.theta)
-        self.taken, self.products = 0, Products()
+        self.taken, self.products = 0, Products(backend)
 
     def step(self) -> None:
         """Take the next step, recorded."""
-        with self.products.recorded(self.owner.network.backend), self.owner.timer.span("optimizer"):
+        with self.products.recorded(), self.owner.timer.span("optimizer"):
             objectives = step_objectives(
                 self.owner, self.text, 0, self.taken, self.preset.gradient_batch, self.preset.curvature_batch
             )
@@ -250,7 +247,3 @@ class _Steps:
         if self.taken == 0:
             self.owner.timer = Timer()  # the first one made its workspaces and compiled
         self.taken += 1
-
-    def repeat(self) -> None:
-        """Do the matrix products of the last step again."""
-        self.products.repeat(self.owner.network.backend)

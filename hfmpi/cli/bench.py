@@ -227,6 +227,6 @@ def text(key: str, value: Any) -> str:
         return f"{100 * value:.1f} %"
     if key in ("ratio", "speedup", "efficiency"):
         return f"{value:.2f}"
-    return (
-        f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-    )
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -124,7 +124,7 @@ class Network:
         """
         n, v = self.cell.hidden, self.cell.vocabulary
         numbers = n + v + 6 * n * self.cell.gated + 2 * n * self.cell.multiplicative
-        numbers += structural * (4 if self.cell.gated else 1) * n
+        numbers += structural * self.layout.shapes["W_h"][1]
         return (steps * numbers + n) * size * self.backend.dtype.itemsize
 
     def loss(self, theta: Array, batch: Batch) -> float:
