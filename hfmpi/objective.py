@@ -7,19 +7,25 @@ the global number of characters, never averaged from averages, so shards may be 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import numpy as np
 
 from hfmpi.backends.base import Array
 from hfmpi.data.batches import Batch, Sequences, curvature_slice, global_indices, shard
+from hfmpi.errors import UserError
 from hfmpi.measure.timer import Timer
 from hfmpi.models.network import Network, Tape
 from hfmpi.optim.base import Gradient, Objectives
 from hfmpi.parallel.communicator import Communicator
+from hfmpi.parallel.transport import HostTransport, Transport
 
 __all__ = ["MeanRisk", "Risk", "pack", "step_objectives", "unpack"]
+
+T = TypeVar("T")
 
 GRIDS = 2.0**-10, 2.0**-24, 2.0**-38, 2.0**-52
 """Grids of the parts of a packed scalar; see `pack`."""
@@ -57,12 +63,14 @@ class MeanRisk:
     communicator : Communicator
     timer : Timer
         Gets the spans input, forward, gradient, linearise, products, line search and allreduce.
-    micro_batch : int
+    micro_batch : int, optional
         Most sequences that a rank works on at a time; bounds memory, and does not change the result
-        beyond rounding.
+        beyond rounding. Without it, what suits the backend. Halved where the memory does not suffice.
     memory_budget : float
         Bytes that this rank may keep of a linearisation between products. What does not fit is computed
         anew for every product, which takes longer and gives the same numbers, bit for bit.
+    transport : Transport, optional
+        How vectors of the network's device are summed over the ranks. Without it, through the host.
     """
 
     def __init__(
@@ -70,14 +78,16 @@ class MeanRisk:
         network: Network,
         communicator: Communicator,
         timer: Timer | None = None,
-        micro_batch: int = 32,
+        micro_batch: int | None = None,
         memory_budget: float = math.inf,
+        transport: Transport | None = None,
     ) -> None:
         self.network = network
         self.communicator = communicator
         self.timer = timer or Timer()
-        self.micro_batch = micro_batch
+        self.micro_batch = micro_batch or network.backend.micro_batch
         self.memory_budget = memory_budget
+        self.transport = transport or HostTransport(communicator, network.backend)
         self._passing_tape: Tape | None = None  # used up at once; its memory serves the next
         self._tapes: list[Tape] = []  # kept between products
 
@@ -85,6 +95,30 @@ class MeanRisk:
         """Linearise on one micro-batch, in memory that the next call takes over."""
         self._passing_tape = self.network.forward(theta, batch, structural, self._passing_tape)
         return self._passing_tape
+
+    def shrink(self, steps: int, sequences: int) -> None:
+        """Give all memory back; keep less of a linearisation, and halve the micro-batches.
+
+        Parameters
+        ----------
+        steps, sequences : int
+            What this rank was to work on.
+
+        Raises
+        ------
+        UserError
+            If a micro-batch is a single sequence already.
+        """
+        most = min(self.micro_batch, sequences)
+        if most <= 1:
+            raise UserError(
+                f"rank {self.communicator.rank} has not enough memory for a single sequence "
+                f"({self.network.backend.device}): take shorter sequences or fewer units"
+            )
+        self.micro_batch = most // 2
+        self.memory_budget = min(self.memory_budget, self.network.tape_bytes(steps, sequences)) / 2
+        self._passing_tape, self._tapes = None, []
+        self.network.release()
 
     def on(self, sequences: Sequences, indices: np.ndarray, span: str = "line search") -> Risk:
         """Give the risk on the sequences `indices` (B,) of a split, the same on every rank.
@@ -115,8 +149,8 @@ def step_objectives(
 class Risk:
     """The mean risk on one global batch; satisfies `hfmpi.optim.base.Objective`.
 
-    Tapes are shared by all risks of one `MeanRisk`: an operator of `gauss_newton` is valid until the next
-    call of `gauss_newton` on any of them.
+    Tapes are shared by all risks of one `MeanRisk`: an operator of `gauss_newton` that is used after another
+    one was made linearises anew.
     """
 
     def __init__(self, owner: MeanRisk, sequences: Sequences, indices: np.ndarray, span: str) -> None:
@@ -133,11 +167,18 @@ class Risk:
 
     def loss(self, theta: Array) -> float:
         """Mean loss in nats per character, float64."""
-        owner, total = self.owner, np.zeros(1)
-        for batch in self._batches():
-            with owner.timer.span(self.span):
-                total += owner.network.loss(theta, batch)
-        self._sum(total)
+        owner = self.owner
+
+        def local() -> np.ndarray:
+            total = np.zeros(1)
+            for batch in self._batches():
+                with owner.timer.span(self.span):
+                    total += owner.network.loss(theta, batch)
+            return total
+
+        total = self._shrinking(local)
+        with owner.timer.span("allreduce"):
+            owner.communicator.sum(total)
         return float(total[0]) / self.characters
 
     def gradient(self, theta: Array, squares: bool = False) -> Gradient:
@@ -147,20 +188,28 @@ class Risk:
         gradient whatever the batch. One message carries everything.
         """
         owner, size, kind = self.owner, theta.size, theta.dtype
-        message = owner.network.backend.xp.zeros(size * (1 + squares) + len(GRIDS), kind)
-        square_sum = message[size : 2 * size] if squares else None
-        loss = 0.0
-        for batch in self._batches():
-            with owner.timer.span("forward"):
-                tape = owner.passing_tape(theta, batch)
-            with owner.timer.span("gradient"):
-                owner.network.gradient(tape, 1 / self.characters, message[:size], square_sum)
-            loss += tape.loss / self.characters
-        message[-len(GRIDS) :] = owner.network.backend.to_device(pack(loss).astype(kind))
+        backend = owner.network.backend
+
+        def local() -> Array:
+            message = backend.xp.zeros(size * (1 + squares) + len(GRIDS), kind)
+            loss = 0.0
+            for batch in self._batches():
+                with owner.timer.span("forward"):
+                    tape = owner.passing_tape(theta, batch)
+                with owner.timer.span("gradient"):
+                    square_sum = message[size : 2 * size] if squares else None
+                    owner.network.gradient(tape, 1 / self.characters, message[:size], square_sum)
+                    backend.synchronize()
+                loss += tape.loss / self.characters
+            message[-len(GRIDS) :] = backend.to_device(pack(loss).astype(kind))
+            return message
+
+        message = self._shrinking(local)
         self._sum(message)
+        square_sum = message[size : 2 * size] if squares else None
         if square_sum is not None:  # sum_i (g_i / B)^2 -> mean_i g_i^2
             square_sum *= kind.type(self.size)
-        mean = unpack(owner.network.backend.to_host(message[-len(GRIDS) :]))
+        mean = unpack(backend.to_host(message[-len(GRIDS) :]))
         return Gradient(mean, message[:size], square_sum)
 
     def gauss_newton(self, theta: Array, structural: float = 0.0) -> Callable[[Array], Array]:
@@ -169,6 +218,36 @@ class Risk:
         S is the curvature of the structural-damping loss, likewise a mean per character: its products with
         the pre-activations' Jacobian are divided by the same number (docs/theory.md).
         """
+        owner, scale = self.owner, 1 / self.characters
+        backend = owner.network.backend
+        tapes, others = self._shrinking(lambda: self._linearise(theta, structural))
+
+        def local(v: Array) -> Array:
+            nonlocal tapes, others
+            if owner._tapes is not tapes:  # given up for lack of memory, or for another operator
+                tapes, others = self._linearise(theta, structural)
+            out = backend.xp.zeros(v.size, v.dtype)
+            for tape in tapes:
+                with owner.timer.span("products"):
+                    owner.network.gauss_newton(tape, v, scale, structural, out)
+                    backend.synchronize()
+            for batch in others:
+                with owner.timer.span("linearise"):
+                    tape = owner.passing_tape(theta, batch, structural > 0)
+                with owner.timer.span("products"):
+                    owner.network.gauss_newton(tape, v, scale, structural, out)
+                    backend.synchronize()
+            return out
+
+        def product(v: Array) -> Array:
+            out = self._shrinking(lambda: local(v))
+            self._sum(out)
+            return out
+
+        return product
+
+    def _linearise(self, theta: Array, structural: float) -> tuple[list[Tape], list[Batch]]:
+        """Give the tapes that the memory budget admits, and the micro-batches that remain without one."""
         owner, left = self.owner, self.owner.memory_budget
         tapes: list[Tape] = []
         others: list[Batch] = []
@@ -181,21 +260,26 @@ class Risk:
             with owner.timer.span("linearise"):
                 tapes.append(owner.network.forward(theta, batch, structural > 0, reuse))
         owner._tapes = tapes
+        return tapes, others
 
-        def product(v: Array) -> Array:
-            out = owner.network.backend.xp.zeros(v.size, v.dtype)
-            for tape in tapes:
-                with owner.timer.span("products"):
-                    owner.network.gauss_newton(tape, v, 1 / self.characters, structural, out)
-            for batch in others:
-                with owner.timer.span("linearise"):
-                    tape = owner.passing_tape(theta, batch, structural > 0)
-                with owner.timer.span("products"):
-                    owner.network.gauss_newton(tape, v, 1 / self.characters, structural, out)
-            self._sum(out)
-            return out
-
-        return product
+    def _shrinking(self, work: Callable[[], T]) -> T:
+        """Do this rank's share of the work, in smaller micro-batches where the memory does not suffice."""
+        owner, before = self.owner, self.owner.micro_batch
+        while True:
+            try:
+                result = work()
+                break
+            except MemoryError:
+                pass  # leave the handler first: its traceback holds arrays
+            owner.shrink(self.sequences.warmup + self.sequences.length, self.local.size)
+        if owner.micro_batch < before:
+            logging.getLogger(__name__).warning(
+                "Note: rank %d went out of memory (%s) and goes on with micro-batches of %d sequences.",
+                owner.communicator.rank,
+                owner.network.backend.device,
+                owner.micro_batch,
+            )
+        return result
 
     def _batches(self) -> Iterator[Batch]:
         """Cut this rank's shard into micro-batches of nearly one size."""
@@ -207,6 +291,5 @@ class Risk:
             yield batch
 
     def _sum(self, vector: Array) -> None:
-        self.owner.network.backend.synchronize()
         with self.owner.timer.span("allreduce"):
-            self.owner.communicator.sum(vector)
+            self.owner.transport.sum(vector)

@@ -263,7 +263,7 @@ def test_options_that_cannot_be(words, reason, refused):
     ("hidden = 5.0", "option hidden must be of type int"),
     ("seed = true", "option seed must be of type int"),
     ("seed = -1", "seed must not be negative"),
-    ("micro_batch = 0", "micro_batch must be at least 1"),
+    ("sequence_length = 0", "sequence_length must be at least 1"),
     ("max_seconds = inf", "max_seconds must be a finite number"),
     (f"max_seconds = 1{'0' * 400}", "option max_seconds must be of type float"),
     ("model = ", "is not a TOML file"),

@@ -1,31 +1,73 @@
-"""Arrays and the few fused recurrent kernels, for NumPy, Numba and (later) CuPy."""
+"""Arrays and the few fused recurrent kernels, for NumPy, Numba and CuPy."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from hfmpi.backends.base import Backend
 from hfmpi.errors import UserError
 
-__all__ = ["BACKENDS", "create"]
+__all__ = ["BACKENDS", "PRECISIONS", "create", "gpus"]
 
-BACKENDS = ("auto", "numpy", "numba")
+BACKENDS = ("auto", "numpy", "numba", "cupy")
+PRECISIONS = ("float32", "tf32")
 
 
-def create(name: str = "auto", dtype: str = "float32") -> Backend:
+def create(
+    name: str = "auto", dtype: str = "float32", local_rank: int = 0, precision: str = "float32"
+) -> Backend:
     """Make the backend of this name; `auto` is the fastest that this machine has.
+
+    Parameters
+    ----------
+    name : {'auto', 'numpy', 'numba', 'cupy'}
+    dtype : {'float32', 'float64'}
+    local_rank : int
+        This rank among those of its node, which share out the GPUs.
+    precision : {'float32', 'tf32'}
+        Of float32 matrix products on a GPU.
 
     Raises
     ------
     UserError
-        If no backend has this name.
+        If no backend has this name, or this machine cannot offer it.
     """
-    if name in ("auto", "numba"):
+    if name not in BACKENDS:
+        raise UserError(f"there is no backend {name!r}; choose one of {', '.join(BACKENDS)}")
+    if precision not in PRECISIONS:
+        raise UserError(f"there is no matmul precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
+    if name == "auto":
+        name = "cupy" if gpus() else "numba"
+    if precision == "tf32" and (name != "cupy" or dtype != "float32"):
+        raise UserError("tf32 products are for the cupy backend with float32")
+    if name == "cupy":
+        try:
+            from hfmpi.backends.cupy import CupyBackend
+        except ImportError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"the cupy backend needs CuPy, such as hfmpi[cuda12] or hfmpi[cuda13] ({reason})"
+            ) from None
+        return CupyBackend(dtype, local_rank, precision)
+    if name == "numba":
         from hfmpi.backends.numba import NumbaBackend
 
         return NumbaBackend(dtype)
-    if name == "numpy":
-        from hfmpi.backends.numpy import NumpyBackend
+    from hfmpi.backends.numpy import NumpyBackend
 
-        return NumpyBackend(dtype)
-    if name == "cupy":
-        raise UserError("the cupy backend is not part of this release; choose numba or numpy")
-    raise UserError(f"there is no backend {name!r}; choose one of {', '.join(BACKENDS)}")
+    return NumpyBackend(dtype)
+
+
+def gpus() -> list[str]:
+    """Name the NVIDIA GPUs that CuPy can use in this process.
+
+    Where the system shows no device at all, CuPy is not even imported.
+    """
+    if not (any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()):
+        return []
+    try:
+        from hfmpi.backends.cupy import device_names
+
+        return device_names()
+    except (ImportError, RuntimeError):  # no CuPy, or a driver that it cannot use
+        return []

@@ -10,6 +10,7 @@ group, 4n (gated, order i, f, o, u) or n (plain). All arrays are C-contiguous an
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -131,10 +132,24 @@ class Backend:
     ----------
     dtype : str
         'float32' or 'float64', the type of parameters, tapes and vectors.
+
+    Attributes
+    ----------
+    micro_batch : int
+        Sequences that a rank had best work on at a time.
+    block_rows : int
+        Steps times sequences that the time-batched products had best take at once: on a CPU a few MB of
+        pre-activations, which stay in the cache, yet enough rows for a fast product.
+    device : str
+        What it computes on, in words.
+    device_id : str or None
+        The same for all ranks of a node that share a GPU; None on a CPU.
     """
 
     name = "base"
     xp: Any = np
+    micro_batch = 32
+    block_rows = 1024
 
     def __init__(self, dtype: str = "float32") -> None:
         if dtype not in ("float32", "float64"):
@@ -144,6 +159,16 @@ class Backend:
 
     # Arrays ------------------------------------------------------------------------------------
 
+    @property
+    def device(self) -> str:
+        """What it computes on, in words."""
+        return "CPU"
+
+    @property
+    def device_id(self) -> str | None:
+        """Tell one GPU of the node from another; None on a CPU."""
+        return None
+
     def to_host(self, array: Array) -> np.ndarray:
         """Give the array as a NumPy array."""
         return array
@@ -152,8 +177,43 @@ class Backend:
         """Give the NumPy array as an array of this device."""
         return array
 
+    def stage(self, vector: Array) -> np.ndarray:
+        """Give the content of a vector on the host: the array itself on a CPU, else a reused buffer."""
+        return vector
+
+    def unstage(self, message: np.ndarray, vector: Array) -> None:
+        """Put what `stage` gave, and what has become of it, back into the vector."""
+
+    def address(self, array: Array) -> int:
+        """Say where in the device's memory the array begins."""
+        return int(array.ctypes.data)
+
     def synchronize(self) -> None:
         """Wait until everything asked of the device is done."""
+
+    def has_nccl(self) -> bool:
+        """Say whether GPUs can sum vectors among themselves."""
+        return False
+
+    def nccl_name(self) -> Any:
+        """Give a new name under which ranks can meet."""
+        raise NotImplementedError
+
+    def nccl_sum(self, size: int, rank: int, name: Any) -> Callable[[Array], None]:
+        """Meet the other ranks; give the function that sums a vector over all of them, in place."""
+        raise NotImplementedError
+
+    def free_memory(self) -> int | None:
+        """Give the bytes that are free on the device; None where it uses the memory of the node."""
+        return None
+
+    def release(self) -> None:
+        """Give unused memory back; all workspaces lose what they hold."""
+        self.workspace.flat.clear()
+
+    def replay(self, key: Hashable, launch: Callable[[], None]) -> None:
+        """Do what `launch` asks of the device, which is always the same for one key."""
+        launch()
 
     def new_workspace(self) -> Workspace:
         """Make an empty workspace on this device."""

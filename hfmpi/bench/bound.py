@@ -44,11 +44,13 @@ class Products:
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.calls: list[tuple[Array, Array, Array]] = []
+        self._recording = object()
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Record, instead of what was recorded before, the products inside the `with` block."""
         self.calls, backend = [], self.backend
+        self._recording = object()  # another one each time, however the memory is reused
         calls = self.calls
         plain, packed = backend.matmul, backend.multiply
         # A transpose is a view, and the BLAS reads a copy faster: one for all views of the same numbers, so
@@ -62,7 +64,7 @@ class Products:
         def multiply(a: Array, b: Packed, out: Array, add: bool = False) -> None:
             known = len(calls)
             packed(a, b, out, add)
-            view = (b.matrix.ctypes.data, *b.matrix.strides)
+            view = (backend.address(b.matrix), *b.matrix.strides)
             if view not in copies:
                 copies[view] = backend.xp.ascontiguousarray(b.matrix)
             calls[known:] = [(a, copies[view], out)]  # once, however it was done
@@ -75,9 +77,13 @@ class Products:
 
     def repeat(self) -> None:
         """Do all products again, and nothing else."""
-        matmul = self.backend.matmul
-        for a, b, out in self.calls:
-            matmul(a, b, out)
+
+        def launch() -> None:
+            matmul = self.backend.matmul
+            for a, b, out in self.calls:
+                matmul(a, b, out)
+
+        self.backend.replay(("products alone", self._recording), launch)
         self.backend.synchronize()
 
     @property

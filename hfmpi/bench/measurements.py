@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from hfmpi.backends import create
+from hfmpi.backends.base import Backend
 from hfmpi.bench.bound import Products
 from hfmpi.bench.contest import Contestant, contest
 from hfmpi.data.batches import Sequences, check_batch
@@ -24,6 +25,7 @@ from hfmpi.models.network import Network
 from hfmpi.objective import MeanRisk, Risk, step_objectives
 from hfmpi.optim.presets import Preset
 from hfmpi.parallel.communicator import Communicator
+from hfmpi.parallel.transport import choose
 
 __all__ = ["Bench", "Row", "allreduce", "gradients", "products", "step"]
 
@@ -44,9 +46,9 @@ class Bench:
         Symbols of a text; without it they come in random order.
     length : int
         Characters of a sequence.
-    dtype, backend : str
-    micro_batch, threads, repeats : int
-        `threads` is that of each rank when all work.
+    dtype, backend, precision, transport : str
+    micro_batch, threads, repeats, local_rank : int
+        `threads` is that of each rank when all work; without `micro_batch` it is the backend's.
     """
 
     comm: Communicator
@@ -54,9 +56,12 @@ class Bench:
     length: int = 200
     dtype: str = "float32"
     backend: str = "auto"
-    micro_batch: int = 32
+    precision: str = "float32"
+    transport: str = "auto"
+    micro_batch: int | None = None
     threads: int = 1
     repeats: int = 7
+    local_rank: int = 0
 
     def teams(self) -> list[tuple[Communicator, int]]:
         """Communicator and threads of those who do the same work in turn; all ranks come first."""
@@ -68,9 +73,15 @@ class Bench:
             teams.append((Communicator(), size))
         return teams
 
+    def make_backend(self) -> Backend:
+        """Make a backend of this rank."""
+        return create(self.backend, self.dtype, self.local_rank, self.precision)
+
     def mean_risk(self, cell: Cell, comm: Communicator) -> MeanRisk:
         """Make the mean risk of a network on a backend of its own."""
-        return MeanRisk(Network(cell, create(self.backend, self.dtype)), comm, None, self.micro_batch)
+        backend = self.make_backend()
+        transport = choose(self.transport, comm, backend)
+        return MeanRisk(Network(cell, backend), comm, None, self.micro_batch, transport=transport)
 
     def sequences(self, cell: Cell, batch: int) -> Sequences:
         """Give sequences from which a batch of this size can be drawn."""
@@ -91,6 +102,7 @@ class Bench:
             "length": None if batch is None else self.length,
             "batch": batch,
             "dtype": self.dtype,
+            "precision": self.precision,
             "ranks": ranks,
             "threads": threads,
         }
@@ -166,26 +178,33 @@ def gradients(bench: Bench, cell: Cell, batch: int) -> list[Row]:
 def allreduce(bench: Bench, cell: Cell) -> list[Row]:
     """Sum the messages of a loss, a product, and a gradient with squares; the bound copies the vector."""
     rows, comm = [], bench.comm
+    backend = bench.make_backend()
+    transport = choose(bench.transport, comm, backend)
     for name, numbers in (
         ("loss", 1),
         ("product", cell.layout.size),
         ("gradient with squares", 2 * cell.layout.size + 4),
     ):
-        vector = np.zeros(numbers, np.float64 if name == "loss" else bench.dtype)
-        copy = np.empty_like(vector)
+        loss = name == "loss"  # it is on the host, whatever the device
+        vector = np.zeros(1) if loss else backend.xp.zeros(numbers, backend.dtype)
+        copy = vector.copy()
         many = max(1, 100_000 // numbers)  # as many as can be timed
+        add = comm.sum if loss else transport.sum
 
-        def sums(vector: np.ndarray = vector, many: int = many) -> None:
+        def sums(vector: Any = vector, many: int = many, add: Callable[[Any], None] = add) -> None:
             for _ in range(many):
-                comm.sum(vector)
+                add(vector)
 
-        def copies(vector: np.ndarray = vector, copy: np.ndarray = copy, many: int = many) -> None:
+        def copies(vector: Any = vector, copy: Any = copy, many: int = many) -> None:
             for _ in range(many):
-                np.copyto(copy, vector)
+                copy[...] = vector
+            backend.synchronize()
 
         both = [Contestant(run, comm.size, bench.threads) for run in (sums, copies)]
         seconds = contest(comm, both, bench.repeats)
-        head = {"pass": name, "bytes": vector.nbytes} | bench.row(cell, None, comm.size, bench.threads)
+        head = {"pass": name, "bytes": vector.nbytes, "transport": transport.name} | bench.row(
+            cell, None, comm.size, bench.threads
+        )
         rows += _timed([head], seconds / many)
     return rows
 

@@ -58,9 +58,11 @@ def common(command: Callable[..., None]) -> Callable[..., None]:
             help="Text; its alphabet wins over --vocabulary [default: symbols in random order].",
         ),
         click.option("--dtype", default="float32", show_default=True, help="float32 or float64."),
-        click.option("--backend", default="auto", show_default=True, help="auto, numpy or numba."),
+        click.option("--backend", default="auto", show_default=True, help="auto, numpy, numba or cupy."),
+        click.option("--matmul-precision", "precision", default="float32", help="float32, or tf32 on a GPU."),
+        click.option("--transport", default="auto", show_default=True, help="auto, host, cuda or nccl."),
         click.option(
-            "--micro-batch", type=POSITIVE, default=32, show_default=True, help="Most sequences at a time."
+            "--micro-batch", type=POSITIVE, help="Most sequences at a time [default: 32; 1024 on a GPU]."
         ),
         click.option("--threads", type=POSITIVE, default=1, show_default=True, help="Threads of a rank."),
         click.option("--repeats", type=POSITIVE, default=7, show_default=True),
@@ -157,6 +159,7 @@ def run(
     """Measure every model at every batch size and print the rows on rank 0."""
     import numpy as np
 
+    from hfmpi.backends import create
     from hfmpi.bench.measurements import Bench
     from hfmpi.data.corpus import Corpus
     from hfmpi.measure import machine
@@ -166,26 +169,31 @@ def run(
     from hfmpi.runs.config import Config
 
     comm = connect()
-    place(comm, threads)
+    local_rank = place(comm, threads).local_rank
     np.seterr(over="ignore", invalid="ignore", under="ignore", divide="ignore")
 
-    def build() -> tuple[Bench, list[Any]]:
-        Config(dtype=options["dtype"], backend=options["backend"]).make_backend()  # a wrong name is an error
+    def build() -> tuple[Bench, list[Any], str]:
+        backend = create(options["backend"], options["dtype"], local_rank, options["precision"])
         corpus = Corpus.read(data) if data is not None else None
         symbols = corpus.vocabulary if corpus is not None else vocabulary
         cells = [Config(model=m, hidden=hidden or 0).cell(symbols) for m in models or ("lstm", "mlstm")]
-        return Bench(comm, text=corpus.train if corpus else None, threads=threads, **options), cells
+        bench = Bench(
+            comm, corpus.train if corpus else None, threads=threads, local_rank=local_rank, **options
+        )
+        return bench, cells, backend.device
 
-    settings, cells = together(comm, build)
+    settings, cells, device = together(comm, build)
     rows = together(
         comm, lambda: [row for c in cells for size in sizes for row in measure(settings, c, size)]
     )
     if comm.rank == 0:
         about = {
             "processor": machine.processor(),
+            "device": device,
             "blas": machine.blas(),
             "mpi": describe()[0] if comm.size > 1 else None,
-            "versions": machine.versions("hfmpi", "numpy", "numba"),
+            "versions": machine.versions("hfmpi", "numpy", "numba")
+            | (machine.cupy() if device != "CPU" else {}),
             "ranks": comm.size,
             "threads": threads,
         }
@@ -201,6 +209,7 @@ def table(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     ]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     lines = [
+        *([about["device"]] if about["device"] != "CPU" else []),
         about["processor"] + ", " + ", ".join(about["blas"]) + (f", {about['mpi']}" if about["mpi"] else ""),
         ", ".join(f"{name} {number}" for name, number in about["versions"].items())
         + f"; {about['ranks']} rank(s) of {about['threads']} thread(s)",

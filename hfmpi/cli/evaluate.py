@@ -18,7 +18,7 @@ __all__ = ["evaluate"]
 @click.option(
     "--data", type=click.Path(path_type=Path), metavar="DATA.h5", help="Corpus [default: the run's own]."
 )
-@click.option("--backend", default="auto", show_default=True, help="auto, numpy or numba.")
+@click.option("--backend", default="auto", show_default=True, help="auto, numpy, numba or cupy.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def evaluate(run: Path, data: Path | None, backend: str, as_json: bool) -> None:
     """Print the validation bits per character of RUN; works under mpirun too."""
@@ -32,10 +32,10 @@ def evaluate(run: Path, data: Path | None, backend: str, as_json: bool) -> None:
     from hfmpi.runs.trained import Trained
 
     comm = connect()
-    place(comm)
+    rank_place = place(comm)
 
     def build() -> tuple[Trained, Sequences]:
-        trained = Trained.read(run, backend)
+        trained = Trained.read(run, backend, rank_place.local_rank)
         path = data if data is not None else trained.data
         corpus = Corpus.read(path)
         if corpus.symbols != trained.symbols:

@@ -11,10 +11,13 @@ from typing import Any
 
 import click
 
-from hfmpi.measure.machine import blas, processor, versions
+from hfmpi.backends import create, gpus
+from hfmpi.backends.base import Backend
+from hfmpi.measure.machine import blas, cupy, processor, versions
 from hfmpi.parallel.launch import connect
 from hfmpi.parallel.library import describe
 from hfmpi.parallel.placement import place
+from hfmpi.parallel.transport import choose
 
 __all__ = ["info"]
 
@@ -28,11 +31,18 @@ def info(as_json: bool) -> None:
     """
     comm = connect()
     placement = place(comm)
-    ranks = comm.gather(asdict(placement) | {"gpus": _gpus()})
+    backend = create("cupy", local_rank=placement.local_rank) if gpus() else Backend()
+    own = {
+        "gpus": _gpus(),
+        "device": backend.device,
+        "transport": choose("auto", comm, backend).name,
+        "nccl": backend.device_id is not None and backend.has_nccl(),
+    }
+    ranks = comm.gather(asdict(placement) | own)
     if ranks is not None:
         library, cuda_aware = describe()
         machine = {
-            "versions": versions("hfmpi", "numpy", "numba", "mpi4py", "h5py"),
+            "versions": versions("hfmpi", "numpy", "numba", "mpi4py", "h5py") | cupy(),
             "processor": processor(),
             "mpi": {"library": library, "cuda_aware": cuda_aware, "started": comm.size > 1},
             "blas": blas(),
@@ -55,7 +65,9 @@ def _lines(machine: dict[str, Any], ranks: list[dict[str, Any]]) -> str:
             f"rank {rank['rank']} of {rank['size']} on {rank['host']} "
             f"(local rank {rank['local_rank']} of {rank['local_size']}): "
             f"cores {rank['cores']}, threads {rank['threads']}, "
-            f"memory {rank['memory'] / 2**30:.1f} GiB, GPUs {', '.join(rank['gpus']) or 'none'}"
+            f"memory {rank['memory'] / 2**30:.1f} GiB, GPUs {', '.join(rank['gpus']) or 'none'}, "
+            f"computes on {rank['device']}, transport {rank['transport']}"
+            + (", NCCL" if rank["nccl"] else "")
         )
     return "\n".join(lines)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from hfmpi.runs.train import Reporter
+from hfmpi.runs.train import Place, Reporter
 
 __all__ = ["make_reporter"]
 
@@ -43,6 +43,8 @@ class Log(Silent):
             f"{facts['ranks']} rank(s) of {facts['threads']} thread(s), {facts['backend']}, {facts['dtype']}"
             + (f"; going on from step {facts['step']:,}" if facts["step"] else "")
         )
+        if any(place.device_id for place in facts["places"]):
+            where(facts["places"], facts["matmul_precision"])
         if facts["linearisation_bytes"] > facts["memory_budget"]:
             whole, kept = facts["linearisation_bytes"] / 2**30, facts["memory_budget"] / 2**30
             click.echo(
@@ -81,6 +83,19 @@ class Live(Log):
         self.progress.update(self.task, completed=min(part, 1.0), description=line(record))
         if record["valid_bpc"] is not None or not record["accepted"]:
             self.progress.console.print(line(record), highlight=False)
+
+
+def where(places: list[Place], precision: str) -> None:
+    """Say on which device each rank computes, and warn of devices that ranks share."""
+    if precision != "float32":
+        click.echo(f"matrix products in {precision}")
+    for rank, place in enumerate(places):
+        at = f"{place.host}, local rank {place.local_rank}, {place.device}"
+        click.echo(f"rank {rank}: {at}, transport {place.transport}")
+    for host, device in sorted({(p.host, p.device_id) for p in places if p.device_id}):
+        ranks = [str(rank) for rank, p in enumerate(places) if (p.host, p.device_id) == (host, device)]
+        if len(ranks) > 1:
+            click.echo(f"Warning: ranks {', '.join(ranks)} share one GPU of {host} and slow each other down.")
 
 
 def line(record: dict[str, Any]) -> str:

@@ -66,9 +66,16 @@ class MemorySize(click.ParamType):
     help="Compare theta across ranks [default: at checkpoints].",
 )
 @click.option("--seed", type=click.IntRange(min=0), help="Of initialisation and batches [default: 0].")
-@click.option("--backend", help="auto, numpy or numba [default: auto].")
+@click.option("--backend", help="auto, numpy, numba or cupy [default: auto].")
 @click.option("--dtype", help="float32 or float64 [default: float32].")
-@click.option("--micro-batch", type=BATCH, help="Most sequences at a time on a rank [default: 32].")
+@click.option("--matmul-precision", help="Of float32 products on a GPU: float32 or tf32 [default: float32].")
+@click.option(
+    "--transport",
+    help="Vectors between GPUs: auto, host, cuda (a CUDA-aware MPI) or nccl [default: auto].",
+)
+@click.option(
+    "--micro-batch", type=BATCH, help="Most sequences at a time on a rank [default: 32; 1024 on a GPU]."
+)
 @click.option(
     "--memory-budget",
     type=MemorySize(),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from threadpoolctl import threadpool_info
 
-__all__ = ["blas", "processor", "versions"]
+__all__ = ["blas", "cupy", "processor", "versions"]
 
 
 def processor() -> str:
@@ -37,3 +37,12 @@ def versions(*packages: str) -> dict[str, str | None]:
         except PackageNotFoundError:
             found[package] = None
     return found
+
+
+def cupy() -> dict[str, str | None]:
+    """Give the version of CuPy by the name of its package, which names its CUDA; empty without it."""
+    return {
+        name: number
+        for name, number in versions("cupy", "cupy-cuda12x", "cupy-cuda13x").items()
+        if number and name != "python"
+    }

@@ -21,10 +21,7 @@ from typing import Any, NamedTuple, Protocol
 from hfmpi.backends.base import Array, Backend, Recurrence, Workspace
 from hfmpi.models.cells import Cell
 
-__all__ = ["BLOCK_ROWS", "Batch", "Network", "Outputs", "State", "Tape"]
-
-BLOCK_ROWS = 1024
-"""Steps times sequences of a block: a few MB of pre-activations, yet enough rows for a fast product."""
+__all__ = ["Batch", "Network", "Outputs", "State", "Tape"]
 
 
 class Batch(Protocol):
@@ -85,17 +82,22 @@ class Network:
     ----------
     cell : Cell
     backend : Backend
-    block_rows : int
+    block_rows : int, optional
         About how many rows (steps times sequences) the time-batched products take at once; changes the
-        results within rounding.
+        results within rounding. Without it, what suits the backend.
     """
 
-    def __init__(self, cell: Cell, backend: Backend, block_rows: int = BLOCK_ROWS) -> None:
+    def __init__(self, cell: Cell, backend: Backend, block_rows: int | None = None) -> None:
         self.cell = cell
         self.backend = backend
-        self.block_rows = block_rows
+        self.block_rows = block_rows or backend.block_rows
         self.layout = cell.layout
         self._scratch = backend.new_workspace()
+
+    def release(self) -> None:
+        """Forget all scratch memory of this network and of its backend."""
+        self._scratch.flat.clear()
+        self.backend.release()
 
     # Forward -----------------------------------------------------------------------------------
 

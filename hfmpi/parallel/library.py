@@ -8,7 +8,7 @@ import sys
 
 from hfmpi.parallel.launch import library_name, load
 
-__all__ = ["describe"]
+__all__ = ["cuda_aware", "describe"]
 
 
 def describe() -> tuple[str | None, bool | None]:
@@ -37,6 +37,11 @@ def describe() -> tuple[str | None, bool | None]:
     except (OSError, subprocess.TimeoutExpired):
         return name, None
     return name, {"True": True, "False": False}.get(child.stdout.strip())
+
+
+def cuda_aware() -> bool | None:
+    """Say whether the MPI that runs in this process takes GPU memory; None if it cannot tell."""
+    return _cuda_support(load().__file__)
 
 
 def _cuda_support(module: str) -> bool | None:

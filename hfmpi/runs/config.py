@@ -29,6 +29,8 @@ CHANGEABLE = frozenset(
         "backend",
         "micro_batch",
         "memory_budget",
+        "transport",
+        "matmul_precision",
     }
 )
 """Options that a resumed run may be given anew; all others belong to what it computes."""
@@ -56,7 +58,7 @@ class Config:
     check_every : int
         Steps between comparisons of theta across ranks; 0: at checkpoints.
     seed, backend, dtype, micro_batch
-        `micro_batch`: most sequences a rank works on at a time.
+        `micro_batch`: most sequences a rank works on at a time; 0: what suits the backend.
     memory_budget : int
         Bytes that a rank may keep of a linearisation between products; 0: half of its share of the memory
         that is free when the run starts.
@@ -81,8 +83,10 @@ class Config:
     seed: int = 0
     backend: str = "auto"
     dtype: str = "float32"
-    micro_batch: int = 32
+    micro_batch: int = 0
     memory_budget: int = 0
+    transport: str = "auto"
+    matmul_precision: str = "float32"
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -95,9 +99,8 @@ class Config:
         for name, value in self.settings.items():
             if isinstance(value, (int, float)) and not abs(value) <= sys.float_info.max:
                 raise UserError(f"setting {name} must be a finite number")
-        for name in ("sequence_length", "micro_batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1")
+        if self.sequence_length < 1:
+            raise UserError("sequence_length must be at least 1")
         if self.dtype not in ("float32", "float64"):
             raise UserError(f"dtype must be float32 or float64, not {self.dtype!r}")
 
@@ -123,9 +126,9 @@ class Config:
             )
         return replace(chosen, gradient_batch=gradient, curvature_batch=curvature)
 
-    def make_backend(self) -> Backend:
-        """Make the backend on this rank."""
-        return create(self.backend, self.dtype)
+    def make_backend(self, local_rank: int = 0) -> Backend:
+        """Make the backend of the rank that is the `local_rank`-th of its node."""
+        return create(self.backend, self.dtype, local_rank, self.matmul_precision)
 
 
 def merge(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> Config:

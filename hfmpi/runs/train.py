@@ -7,7 +7,7 @@ import math
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from hfmpi.optim.base import StepReport
 from hfmpi.parallel.communicator import Communicator, digest
 from hfmpi.parallel.launch import together
 from hfmpi.parallel.placement import Placement
+from hfmpi.parallel.transport import choose
 from hfmpi.runs import checkpoint
 from hfmpi.runs.checkpoint import Checkpoint
 from hfmpi.runs.config import Config, to_toml
@@ -33,7 +34,7 @@ from hfmpi.runs.history import History
 from hfmpi.runs.stop import StopSignals
 from hfmpi.runs.timing import Timing
 
-__all__ = ["Reporter", "Result", "Run"]
+__all__ = ["Place", "Reporter", "Result", "Run"]
 
 BITS = 1 / math.log(2)
 """Bits per nat."""
@@ -47,6 +48,16 @@ class Reporter(Protocol):
 
     def step(self, record: dict[str, Any]) -> None:
         """Tell of a step: the object that goes into the history."""
+
+
+class Place(NamedTuple):
+    """Where a rank computes, and how its vectors reach the others."""
+
+    host: str
+    local_rank: int
+    device: str
+    device_id: str | None
+    transport: str
 
 
 @dataclass(frozen=True)
@@ -94,15 +105,16 @@ class Run:
         self.train_set = Sequences(corpus.train, config.sequence_length, config.warmup)
         self.valid_set = Sequences(corpus.valid, config.sequence_length, config.warmup)
         check_batch(self.preset.gradient_batch, self.train_set.count)
-        self.backend = config.make_backend()
+        self.backend = config.make_backend(placement.local_rank)
         self.timer = Timer()
         self.risk = MeanRisk(
             Network(cell, self.backend),
             communicator,
             self.timer,
             config.micro_batch,
-            config.memory_budget or placement.memory // 2,
+            config.memory_budget or (self.backend.free_memory() or placement.memory) // 2,
         )
+        self.places: list[Place] = []
         self.epoch_steps = max(1, self.train_set.count // self.preset.gradient_batch)
 
         initial = cell.initial(config.seed, config.initialisation, config.forget_bias)
@@ -126,6 +138,10 @@ class Run:
         """
         config, comm = self.config, self.communicator
         self._check_start()
+        self.risk.transport = transport = choose(config.transport, comm, self.backend)
+        place = self.placement
+        own = Place(place.host, place.local_rank, self.backend.device, self.backend.device_id, transport.name)
+        self.places = comm.gather(own) or []
         self._on_first_rank(self._open_files)
         if comm.rank == 0:
             reporter.start(self.facts())
@@ -291,6 +307,8 @@ class Run:
             "threads": self.placement.threads,
             "backend": self.backend.name,
             "dtype": self.config.dtype,
+            "matmul_precision": self.config.matmul_precision,
+            "places": self.places,
             "linearisation_bytes": self._linearisation_bytes(),
             "memory_budget": self.risk.memory_budget,
             "step": self.step,

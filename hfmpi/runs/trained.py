@@ -44,7 +44,7 @@ class Trained:
     message: str | None
 
     @classmethod
-    def read(cls, run: Path, backend: str = "auto") -> Trained:
+    def read(cls, run: Path, backend: str = "auto", local_rank: int = 0) -> Trained:
         """Read the newest checkpoint of a run's folder, or a checkpoint file.
 
         Raises
@@ -54,10 +54,10 @@ class Trained:
         """
         found = checkpoint.load(run) if run.is_file() else checkpoint.latest(run)
         try:
-            config = merge(found.meta["config"] | {"backend": backend})
+            config = merge(found.meta["config"] | {"backend": backend, "matmul_precision": "float32"})
             symbols, step = bytes(found.meta["vocabulary"]), int(found.meta["step"])
             data = Path(found.meta["data"])
-            network = Network(config.cell(len(symbols)), config.make_backend())
+            network = Network(config.cell(len(symbols)), config.make_backend(local_rank))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"the checkpoint in {run} describes no run of this version: {error}") from None
         if found.theta.shape != (network.layout.size,) or found.theta.dtype != network.backend.dtype:

@@ -1,0 +1,118 @@
+"""Matrix products through the cuBLAS that CuPy has loaded, also while a CUDA graph is captured.
+
+CuPy refuses its own products during a capture, which cuBLAS itself allows once it has a workspace of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hfmpi.backends.base import Array
+
+__all__ = ["WORKSPACE_BYTES", "Cublas", "loaded"]
+
+WORKSPACE_BYTES = 32 * 2**20
+"""What NVIDIA recommends for Hopper; 4 MiB elsewhere (cuBLAS documentation, cublasSetWorkspace)."""
+
+_NORMAL, _TRANSPOSED = 0, 1  # cublasOperation_t
+_DEFAULT_MATH, _TF32_MATH = 0, 3  # cublasMath_t
+
+
+def loaded() -> str:
+    """Give the path of the cuBLAS library that is loaded in this process.
+
+    Raises
+    ------
+    RuntimeError
+        If there is none.
+    """
+    found = re.search(r"/\S*libcublas\.so\S*", Path("/proc/self/maps").read_text())
+    if not found:
+        raise RuntimeError("CuPy has not loaded cuBLAS")
+    return found.group()
+
+
+def _operand(array: Array) -> tuple[int, int]:
+    """Say how a matrix lies in memory: by rows or transposed, and the distance of its rows or columns.
+
+    Raises
+    ------
+    ValueError
+        If neither rows nor columns are contiguous.
+    """
+    rows, columns = array.shape
+    down, across = (stride // array.itemsize for stride in array.strides)
+    if (columns == 1 or across == 1) and (rows == 1 or down >= columns):
+        return _NORMAL, down if rows > 1 else columns
+    if (rows == 1 or down == 1) and (columns == 1 or across >= rows):
+        return _TRANSPOSED, across if columns > 1 else rows
+    raise ValueError(f"cuBLAS takes no matrix of shape {array.shape} with strides {array.strides}")
+
+
+class Cublas:
+    """One cuBLAS handle for one type of numbers, on one stream.
+
+    Parameters
+    ----------
+    dtype : dtype
+        float32 or float64.
+    stream : int
+        The CUDA stream of all products.
+    workspace : Array
+        `WORKSPACE_BYTES` bytes of device memory that nothing else uses.
+    tf32 : bool
+        Let float32 products round their factors to 10 bits, for the tensor cores.
+    """
+
+    def __init__(self, dtype: np.dtype, stream: int, workspace: Array, tf32: bool = False) -> None:
+        self._library = ctypes.CDLL(loaded())
+        self._workspace = workspace
+        handle = ctypes.c_void_p()
+        self._call("cublasCreate_v2", ctypes.byref(handle))
+        self._handle = handle
+        self._call("cublasSetStream_v2", handle, ctypes.c_void_p(stream))
+        size = ctypes.c_size_t(workspace.nbytes)
+        self._call("cublasSetWorkspace_v2", handle, ctypes.c_void_p(workspace.data.ptr), size)
+        self._call("cublasSetMathMode", handle, _TF32_MATH if tf32 else _DEFAULT_MATH)
+        name, number = {4: ("S", ctypes.c_float), 8: ("D", ctypes.c_double)}[dtype.itemsize]
+        self._gemm = getattr(self._library, f"cublas{name}gemm_v2")
+        self._gemm.argtypes = [
+            ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int,
+            ctypes.POINTER(number), ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int,
+            ctypes.POINTER(number), ctypes.c_void_p, ctypes.c_int,
+        ]  # fmt: skip
+        self._zero, self._one = number(0), number(1)
+
+    def gemm(self, a: Array, b: Array, out: Array, add: bool = False) -> None:
+        """Out = a b, or out += a b; a (M, K) and b (K, N) by rows or transposed, out (M, N) by rows.
+
+        Raises
+        ------
+        ValueError
+            If a matrix lies in memory otherwise.
+        RuntimeError
+            If cuBLAS reports an error.
+        """
+        (m, k), n = a.shape, b.shape[1]
+        if not (m and n):
+            return
+        (op_a, step_a), (op_b, step_b), (op_out, step_out) = map(_operand, (a, b, out))
+        if op_out != _NORMAL:
+            raise ValueError("cuBLAS writes matrices whose rows are contiguous")
+        # cuBLAS counts by columns: it is asked for out' = b' a'.
+        status = self._gemm(
+            self._handle, op_b, op_a, n, m, k, self._one, b.data.ptr, step_b, a.data.ptr, step_a,
+            self._one if add else self._zero, out.data.ptr, step_out,
+        )  # fmt: skip
+        if status:
+            raise RuntimeError(f"cuBLAS reports status {status}")
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        status = getattr(self._library, name)(*arguments)
+        if status:
+            raise RuntimeError(f"{name} reports status {status}")

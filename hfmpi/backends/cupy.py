@@ -1,0 +1,364 @@
+"""NVIDIA GPUs through CuPy: fused CUDA kernels, and loops over time that are replayed as CUDA graphs.
+
+A pass over 200 steps launches some 400 to 800 small kernels. Launched from Python each costs more than it
+computes; a graph launches them all at once. What a graph reads lies where it lay when the graph was captured:
+tapes and workspaces do, and the few arrays that come from elsewhere (the rows that the inputs gather, which
+belong to theta or to a direction) are copied to a place of their own first.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import cupy
+import numpy as np
+
+from hfmpi.backends.base import Array, Backend, Packed, Recurrence, Workspace
+from hfmpi.backends.cublas import WORKSPACE_BYTES, Cublas
+from hfmpi.errors import UserError
+
+__all__ = ["CupyBackend", "device_count", "device_names"]
+
+THREADS = 256
+WARP = 32
+SHARED_BYTES = 48 * 1024
+"""Shared memory that every kernel may have on every card (CUDA programming guide, compute capabilities)."""
+
+SLICE_ROWS, MOST_SLICES = 256, 128
+"""Rows that a block of a segment sum adds up at least, and the slices that the rows are cut into at most."""
+
+MOST_GRAPHS = 256
+"""Captured loops that are kept; the longest unused one goes first."""
+
+NULL = np.intp(0)
+KERNELS = Path(__file__).with_name("kernels.cu")
+
+_CUDA_ERRORS = (cupy.cuda.runtime.CUDARuntimeError, RuntimeError, NotImplementedError)
+
+
+def device_count() -> int:
+    """Give the number of GPUs that CUDA shows this process."""
+    try:
+        return int(cupy.cuda.runtime.getDeviceCount())
+    except cupy.cuda.runtime.CUDARuntimeError:
+        return 0
+
+
+def device_names() -> list[str]:
+    """Name the GPUs that CUDA shows this process, in its order."""
+    properties = map(cupy.cuda.runtime.getDeviceProperties, range(device_count()))
+    return [about["name"].decode() for about in properties]
+
+
+def _nccl() -> Any:
+    return importlib.import_module("cupy.cuda.nccl")
+
+
+@functools.cache
+def _stream(device: int) -> Any:
+    """Give the stream of all work on a device: the default stream cannot be captured."""
+    with cupy.cuda.Device(device):
+        return cupy.cuda.Stream(non_blocking=True)
+
+
+@functools.cache
+def _module(real: str, device: int) -> Any:
+    """Compile the kernels for the current device; CuPy keeps the machine code in its cache folder."""
+    return cupy.RawModule(code=KERNELS.read_text(), options=("-std=c++17", f"-DREAL={real}"))
+
+
+class CupyBackend(Backend):
+    """One GPU.
+
+    Parameters
+    ----------
+    dtype : str
+    local_rank : int
+        Rank among those of the node; ranks take the GPUs that they see in turn.
+    precision : {'float32', 'tf32'}
+        Of float32 matrix products; `tf32` rounds their factors to 10 bits, for the tensor cores.
+
+    Raises
+    ------
+    UserError
+        If there is no GPU.
+    """
+
+    name = "cupy"
+    xp = cupy
+    micro_batch = 1024
+    block_rows = 2**18
+
+    def __init__(self, dtype: str = "float32", local_rank: int = 0, precision: str = "float32") -> None:
+        count = device_count()
+        if count == 0:
+            raise UserError("the cupy backend needs an NVIDIA GPU, and CUDA shows none to this process")
+        self._device = cupy.cuda.Device(local_rank % count)
+        self._device.use()
+        self.stream = _stream(self._device.id)
+        self.stream.use()
+        super().__init__(dtype)
+        self._device.cublas_handle  # noqa: B018 (makes CuPy load cuBLAS)
+        workspace = cupy.empty(WORKSPACE_BYTES, np.uint8)
+        self._cublas = Cublas(self.dtype, self.stream.ptr, workspace, precision == "tf32")
+        self._module = _module("float" if self.dtype.itemsize == 4 else "double", self._device.id)
+        self._kernels: dict[str, Any] = {}
+        self._symbols = Workspace(cupy, np.dtype(np.int32))
+        self._pinned: Any = None
+        self._pinned_bytes = 0
+        self._graphs: OrderedDict[Hashable, Any] = OrderedDict()
+        self.captures = True
+
+    # Arrays ------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> str:
+        """Its name and number."""
+        properties = cupy.cuda.runtime.getDeviceProperties(self._device.id)
+        return f"{properties['name'].decode()} (GPU {self._device.id})"
+
+    @property
+    def device_id(self) -> str:
+        """Tell this GPU from all others of the node, however they are numbered."""
+        return str(self._device.pci_bus_id)
+
+    def to_host(self, array: Array) -> np.ndarray:
+        return cupy.asnumpy(array)
+
+    def to_device(self, array: np.ndarray) -> Array:
+        return cupy.asarray(array)
+
+    def stage(self, vector: Array) -> np.ndarray:
+        if self._pinned_bytes < vector.nbytes:
+            self._pinned, self._pinned_bytes = cupy.cuda.alloc_pinned_memory(vector.nbytes), vector.nbytes
+        message = np.frombuffer(self._pinned, vector.dtype, vector.size)
+        vector.get(out=message)  # waits for the stream
+        return message
+
+    def unstage(self, message: np.ndarray, vector: Array) -> None:
+        vector.set(message)
+
+    def address(self, array: Array) -> int:
+        return int(array.data.ptr)
+
+    def synchronize(self) -> None:
+        self.stream.synchronize()
+
+    def has_nccl(self) -> bool:
+        return importlib.util.find_spec("cupy.cuda.nccl") is not None and bool(_nccl().available)
+
+    def nccl_name(self) -> Any:
+        return _nccl().get_unique_id()
+
+    def nccl_sum(self, size: int, rank: int, name: Any) -> Callable[[Array], None]:
+        """Join the other ranks under an agreed name; give the function that sums a vector in place."""
+        nccl = _nccl()
+        joined = nccl.NcclCommunicator(size, name, rank)
+        kind = nccl.NCCL_FLOAT32 if self.dtype.itemsize == 4 else nccl.NCCL_FLOAT64
+
+        def total(vector: Array) -> None:
+            at = vector.data.ptr
+            joined.allReduce(at, at, vector.size, kind, nccl.NCCL_SUM, self.stream.ptr)
+            self.synchronize()
+
+        return total
+
+    def free_memory(self) -> int:
+        free, _ = self._device.mem_info
+        return int(free) + int(cupy.get_default_memory_pool().free_bytes())
+
+    def release(self) -> None:
+        self.synchronize()
+        super().release()
+        self._symbols.flat.clear()
+        self._graphs.clear()
+        cupy.get_default_memory_pool().free_all_blocks()
+
+    # Products ----------------------------------------------------------------------------------
+
+    def matmul(self, a: Array, b: Array, out: Array) -> None:
+        self._cublas.gemm(a, b, out)
+
+    def multiply(self, a: Array, b: Packed, out: Array, add: bool = False) -> None:
+        self._cublas.gemm(a, b.matrix, out, add)
+
+    # Loops, captured ---------------------------------------------------------------------------
+
+    def replay(self, key: Hashable, launch: Callable[[], None]) -> None:
+        """Do what `launch` launches, always the same for one key; from the second time on as a graph.
+
+        Where a graph cannot be captured the launches are done one by one, with the same numbers.
+        """
+        graph = self._graphs.pop(key, None)
+        if graph is None or not self.captures:
+            launch()
+        else:
+            graph = graph or self._captured(launch)
+            if graph is None:
+                launch()
+            else:
+                graph.launch(self.stream)
+        self._graphs[key] = graph or False  # False: seen once, and so everything is loaded and compiled
+        if len(self._graphs) > MOST_GRAPHS:
+            self._graphs.popitem(last=False)
+
+    def _captured(self, launch: Callable[[], None]) -> Any:
+        """Capture what `launch` launches, without doing it; None where that is refused, now and later."""
+        try:
+            self.stream.begin_capture()
+            try:
+                launch()
+            finally:
+                graph = self.stream.end_capture()
+        except _CUDA_ERRORS:
+            self.captures = False
+            return None
+        return graph
+
+    def _loop(self, name: str, launch: Callable[[], None], r: Recurrence, *arrays: Array | None) -> None:
+        parts = (r.recurrent, r.recurrent_t, r.factor, r.factor_t)
+        matrices = [None if part is None else part.matrix for part in parts]
+        own = (r.inputs, r.hidden, r.coefficients, r.bias_h, r.factor_table, r.factors, r.intermediate)
+        every = (*matrices, *own, r.weights, *arrays)
+        key = (name, *(None if a is None else (self.address(a), a.shape) for a in every))
+        self.replay(key, launch)
+
+    def _steady(self, name: str, array: Array | None) -> Array | None:
+        """Copy an array to a place where a graph finds it again."""
+        if array is None:
+            return None
+        place = (self._symbols if array.dtype == np.int32 else self.workspace)(f"steady.{name}", array.shape)
+        place[...] = array
+        return place
+
+    def _settled(self, r: Recurrence) -> Recurrence:
+        return replace(
+            r,
+            inputs=self._steady("inputs", r.inputs),
+            bias_h=self._steady("bias_h", r.bias_h),
+            factor_table=self._steady("factor_table", r.factor_table),
+        )
+
+    def forward(self, r: Recurrence, table: Array, cell_state: Array) -> None:
+        r, table = self._settled(r), self._steady("table", table)
+        scratch = self.workspace("forward.a", (r.inputs.shape[1], r.recurrent.matrix.shape[1]))
+        run = super().forward
+        self._loop("forward", lambda: run(r, table, cell_state), r, table, cell_state, scratch)
+
+    def tangent(
+        self,
+        r: Recurrence,
+        table: Array,
+        pre: Array,
+        factor_table: Array,
+        factors: Array,
+        dh: Array,
+        dc: Array,
+    ) -> None:
+        r, table = self._settled(r), self._steady("table", table)
+        factor_table = self._steady("direction", factor_table)
+        scratch = self.workspace("tangent.m", dc.shape)
+        arrays, run = (table, pre, factor_table, factors, dh, dc), super().tangent
+        self._loop("tangent", lambda: run(r, *arrays), r, *arrays, scratch)
+
+    def adjoint(
+        self, r: Recurrence, dh: Array, da: Array, dp: Array, dq: Array, back: Array, dc: Array, inject: bool
+    ) -> None:
+        r = self._settled(r)
+        scratch = self.workspace("adjoint.m", back.shape)
+        arrays, run = (dh, da, dp, dq, back, dc), super().adjoint
+        self._loop(f"adjoint {inject}", lambda: run(r, *arrays, inject), r, *arrays, scratch)
+
+    # Kernels -----------------------------------------------------------------------------------
+
+    def _launch(self, name: str, threads: int, *arguments: Any) -> None:
+        """Launch a kernel whose first two arguments are a shape, on this many threads."""
+        kernel = self._kernels.get(name)
+        if kernel is None:
+            kernel = self._kernels[name] = self._module.get_function(name)
+        kernel((-(-threads // THREADS),), (THREADS,), tuple(NULL if a is None else a for a in arguments))
+
+    def _step(self, name: str, like: Array, *arguments: Any) -> None:
+        """Launch a step kernel: one thread for every element of `like` (B, n)."""
+        batch, n = like.shape
+        self._launch(name, batch * n, np.int32(batch), np.int32(n), *arguments)
+
+    def _rows(self, name: str, like: Array, *arguments: Any) -> None:
+        """Launch a kernel of one warp for every row of `like` (N, V)."""
+        rows, symbols = like.shape
+        if rows:
+            self._launch(name, rows * WARP, np.int32(rows), np.int32(symbols), *arguments)
+
+    def gated_forward(
+        self, a: Array, table: Array, x: Array, bias_h: Array, c: Array, h: Array, k: Array, w: Array
+    ) -> None:
+        self._step("gated_forward", c, a, table, x, bias_h, c, h, k, w)
+
+    def gated_tangent(
+        self, pre: Array, table: Array, x: Array, k: Array, dc: Array, dh: Array, add: bool
+    ) -> None:
+        self._step("gated_tangent", dc, pre, table, x, k, dc, dh, np.int32(add))
+
+    def gated_adjoint(self, dh: Array, back: Array, k: Array, dc: Array, da: Array, inject: bool) -> None:
+        self._step("gated_adjoint", dc, dh, back, k, dc, da, np.int32(inject))
+
+    def plain_forward(self, a: Array, table: Array, x: Array, h: Array, w: Array) -> None:
+        self._step("plain_forward", h, a, table, x, h, w)
+
+    def plain_tangent(self, pre: Array, table: Array, x: Array, h: Array, dh: Array) -> None:
+        self._step("plain_tangent", h, pre, table, x, h, dh)
+
+    def plain_adjoint(self, dh: Array, back: Array, h: Array, da: Array, inject: bool) -> None:
+        self._step("plain_adjoint", h, dh, back, h, da, np.int32(inject))
+
+    def factor_forward(self, p_table: Array, x: Array, q: Array, m: Array) -> None:
+        self._step("factor_forward", q, p_table, x, q, m)
+
+    def factor_tangent(
+        self, p_table: Array, dp_table: Array, x: Array, q: Array, dq: Array, dm: Array
+    ) -> None:
+        self._step("factor_tangent", q, p_table, dp_table, x, q, dq, dm)
+
+    def factor_adjoint(self, p_table: Array, x: Array, q: Array, dm: Array, dp: Array, dq: Array) -> None:
+        self._step("factor_adjoint", q, p_table, x, q, dm, dp, dq)
+
+    def softmax_loss(self, logits: Array, targets: Array) -> float:
+        losses = cupy.empty(len(targets), np.float64)
+        self._rows("softmax_loss", logits, logits, targets, losses)
+        return float(losses.sum())
+
+    def softmax_gradient(self, p: Array, targets: Array, scale: float, out: Array) -> None:
+        self._rows("softmax_gradient", p, p, targets, self.dtype.type(scale), out)
+
+    def softmax_hessian(self, p: Array, u: Array, scale: float) -> None:
+        self._rows("softmax_hessian", p, p, u, self.dtype.type(scale))
+
+    def segment_sum(self, rows: Array, x: Array, out: Array) -> None:
+        symbols, width = out.shape
+        count, columns = len(rows), WARP
+        while symbols * columns * self.dtype.itemsize > SHARED_BYTES:
+            columns //= 2
+        length = -(-count // min(MOST_SLICES, -(-count // SLICE_ROWS)))
+        slices = -(-count // length)
+        parts = self.workspace("segments", (slices, symbols, width))
+        sizes = (np.int32(size) for size in (count, width, symbols, length))
+        self._module.get_function("segment_parts")(
+            (-(-width // columns), slices),
+            (columns,),
+            (*sizes, rows, np.int64(rows.strides[0] // rows.itemsize), x, parts),
+            shared_mem=symbols * columns * self.dtype.itemsize,
+        )
+        cupy.sum(parts, axis=0, out=out)
+
+    def accumulate_square(self, g: Array, total: Array, squares: Array) -> None:
+        size = prod(g.shape)
+        kernel = self._module.get_function("accumulate_square")
+        kernel((-(-size // THREADS),), (THREADS,), (np.int32(size), g, total, squares))
