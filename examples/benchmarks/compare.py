@@ -1,20 +1,28 @@
-"""hfmpi beside JAX and PyTorch on one core: Gauss-Newton products, and loss with gradient.
+"""hfmpi beside JAX and PyTorch on one core or one GPU: Gauss-Newton products, and loss with gradient.
 
     pip install -e ".[peers]"
-    python examples/benchmarks/compare.py [--model lstm|mlstm] [--batch 32] [--repeats 7] [--json]
+    python examples/benchmarks/compare.py [--model lstm|mlstm] [--batch 32] [--repeats 7] [--json] [--gpu]
 
 All work on the same network, text and direction, in turn within this one process, bound to one core; that
 they compute the same is checked first. Ratios are medians of the ratios to hfmpi within each repetition.
 `products alone` is the bound: the matrix products of hfmpi's pass and nothing else.
+
+With --gpu all work on the first GPU, in float32 without TF32: hfmpi through CuPy, JAX and PyTorch in their
+CUDA builds (PyTorch with cuDNN off for products: cuDNN's networks have no second derivative).
 """
 
 import argparse
 import json
 import os
+import sys
 
+GPU = "--gpu" in sys.argv
 CORE = max(os.sched_getaffinity(0))
-os.sched_setaffinity(0, {CORE})  # before the libraries count the cores
-os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+if GPU:
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the card is shared with the others
+else:
+    os.sched_setaffinity(0, {CORE})  # before the libraries count the cores
+    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 import numpy as np  # noqa: E402
 
@@ -38,15 +46,18 @@ def peers(cell, theta, batch):
     try:
         import with_jax
 
-        jax = with_jax.Contestant(cell, theta, batch.inputs, batch.targets)
-        found[with_jax.NAME] = jax, jax.product, jax.gradient
+        if with_jax.has_gpu() == GPU:
+            jax = with_jax.Contestant(cell, theta, batch.inputs, batch.targets)
+            found[with_jax.NAME] = jax, jax.product, jax.gradient
+        else:
+            print(f"JAX {'has no' if GPU else 'would use the'} GPU: left out")
     except ImportError:
         print("JAX is not installed")
     try:
         import with_torch
 
         if cell.name == "lstm":
-            torch = with_torch.Contestant(cell, theta, batch.inputs, batch.targets)
+            torch = with_torch.Contestant(cell, theta, batch.inputs, batch.targets, "cuda" if GPU else "cpu")
             found[with_torch.NAME] = torch, torch.product, torch.gradient
             found[f"{with_torch.NAME}, graph kept"] = torch, torch.product_on_kept_graph, None
     except ImportError:
@@ -68,11 +79,14 @@ def measure(model, batch_size, repeats):
     text = Sequences(rng.integers(0, VOCABULARY, LENGTH * batch_size).astype(np.uint8), LENGTH)
     theta = cell.initial(0).astype(np.float32)
     v = rng.standard_normal(theta.size).astype(np.float32)
-    network = Network(cell, create("numba"))
-    risk = MeanRisk(network, Communicator()).on(text, np.arange(batch_size))
-    apply = risk.gauss_newton(theta)
-    passes = {"product": lambda: apply(v), "gradient": lambda: risk.gradient(theta)}
+    backend = create("cupy" if GPU else "numba")
+    network, own_theta, own_v = Network(cell, backend), backend.to_device(theta), backend.to_device(v)
+    micro_batch = batch_size if GPU else None  # the others take the whole batch at once
+    risk = MeanRisk(network, Communicator(), micro_batch=micro_batch).on(text, np.arange(batch_size))
+    apply = risk.gauss_newton(own_theta)
+    passes = {"product": lambda: apply(own_v), "gradient": lambda: risk.gradient(own_theta)}
     expected = {"product": passes["product"](), "gradient": passes["gradient"]().vector}
+    expected = {kind: backend.to_host(vector) for kind, vector in expected.items()}
     contestants, names = [], []
     for kind, run in passes.items():
         alone = Products(network.backend)
@@ -108,6 +122,7 @@ def main():
     parser.add_argument("--model", action="append", choices=("lstm", "mlstm"))
     parser.add_argument("--batch", action="append", type=int)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--gpu", action="store_true", help="on the first GPU instead of one core")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     rows = [
@@ -118,6 +133,8 @@ def main():
     ]
     about = {"processor": machine.processor(), "blas": machine.blas(), "core": CORE}
     about |= {"versions": machine.versions("hfmpi", "numpy", "numba", "jax", "torch")}
+    if GPU:
+        about |= {"device": create("cupy").device, "cupy": machine.cupy()}
     if given.json:
         print(json.dumps({"machine": about, "rows": rows}))
         return

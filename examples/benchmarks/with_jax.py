@@ -9,6 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 NAME = f"JAX {jax.__version__}"
+jax.config.update("jax_default_matmul_precision", "float32")  # no TF32 on a GPU
+
+
+def has_gpu():
+    """Say whether JAX works on a GPU."""
+    return jax.default_backend() == "gpu"
 
 
 class Contestant:

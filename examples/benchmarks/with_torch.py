@@ -15,10 +15,12 @@ NAME = f"PyTorch {torch.__version__}"
 class Contestant:
     """LSTM only: PyTorch has no mLSTM of its own."""
 
-    def __init__(self, cell, theta, inputs, targets):
+    def __init__(self, cell, theta, inputs, targets, device="cpu"):
         if cell.name != "lstm":
             raise ValueError(f"PyTorch has no {cell.name}")
         torch.set_num_threads(1)
+        torch.set_default_device(device)
+        self.device = device
         self.layout, n, v = cell.layout, cell.hidden, cell.vocabulary
         self.recurrent, self.output = nn.LSTM(v, n), nn.Linear(n, v)
         # PyTorch's gates lie in the order i, f, u, o, and its matrices act from the left.
@@ -35,16 +37,17 @@ class Contestant:
                 parameter.copy_(value)
             self.recurrent.bias_hh_l0.zero_()
         self.recurrent.bias_hh_l0.requires_grad_(False)
-        self.inputs = nn.functional.one_hot(torch.from_numpy(inputs).long(), v).float()
-        self.targets = torch.from_numpy(targets).long().reshape(-1)
+        self.inputs = nn.functional.one_hot(torch.from_numpy(inputs).long(), v).float().to(device)
+        self.targets = torch.from_numpy(targets).long().reshape(-1).to(device)
 
         self.kept = self._graph()
 
     def _graph(self):
         """Run the network, and pull a cotangent u back through it with a graph of its own."""
-        outputs = self._logits()
-        u = torch.zeros_like(outputs, requires_grad=True)
-        return outputs, u, torch.autograd.grad(outputs, self.parameters, u, create_graph=True)
+        with torch.backends.cudnn.flags(enabled=False):
+            outputs = self._logits()
+            u = torch.zeros_like(outputs, requires_grad=True)
+            return outputs, u, torch.autograd.grad(outputs, self.parameters, u, create_graph=True)
 
     def _logits(self):
         hidden, _ = self.recurrent(self.inputs)
@@ -53,7 +56,7 @@ class Contestant:
     def gradient(self):
         """Give loss and gradient."""
         loss = nn.functional.cross_entropy(self._logits(), self.targets)
-        return loss.item(), torch.autograd.grad(loss, self.parameters)
+        return loss.item(), self._done(torch.autograd.grad(loss, self.parameters))
 
     def product(self, v):
         """Give G v."""
@@ -67,17 +70,23 @@ class Contestant:
         (tangent,) = torch.autograd.grad(pulled, u, v, retain_graph=True)
         p = outputs.detach().softmax(1)
         cotangent = p * (tangent - (p * tangent).sum(1, keepdim=True)) / len(self.targets)
-        return torch.autograd.grad(outputs, self.parameters, cotangent, retain_graph=True)
+        return self._done(torch.autograd.grad(outputs, self.parameters, cotangent, retain_graph=True))
+
+    def _done(self, result):
+        """Wait for the device."""
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        return result
 
     def vector(self, v):
         """Give a vector as this library wants it: one tensor a parameter."""
         p = {name: torch.from_numpy(view.copy()) for name, view in self.layout.views(v).items()}
         turned = [p["W_x"].T[self.order], p["W_h"].T[self.order], p["b"][self.order], p["W_o"].T, p["b_o"]]
-        return [tensor.contiguous() for tensor in turned]
+        return [tensor.contiguous().to(self.device) for tensor in turned]
 
     def flat(self, tensors):
         """Give hfmpi's flat vector for what was computed; the order of the gates is its own inverse."""
-        w_x, w_h, b, w_o, b_o = (np.asarray(tensor) for tensor in tensors)
+        w_x, w_h, b, w_o, b_o = (np.asarray(tensor.cpu()) for tensor in tensors)
         named = {"W_x": w_x[self.order].T, "W_h": w_h[self.order].T, "b": b[self.order]}
         named |= {"W_o": w_o.T, "b_o": b_o}
         out = np.empty(self.layout.size, np.float32)

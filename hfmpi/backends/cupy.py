@@ -9,8 +9,7 @@ belong to theta or to a direction) are copied to a place of their own first.
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import replace
@@ -59,7 +58,13 @@ def device_names() -> list[str]:
 
 
 def _nccl() -> Any:
-    return importlib.import_module("cupy.cuda.nccl")
+    """Give CuPy's module of NCCL, or None where there is no NCCL."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # CuPy warns of an absent library
+            from cupy.cuda import nccl
+    except ImportError:
+        return None
+    return nccl if nccl.available else None
 
 
 @functools.cache
@@ -153,7 +158,7 @@ class CupyBackend(Backend):
         self.stream.synchronize()
 
     def has_nccl(self) -> bool:
-        return importlib.util.find_spec("cupy.cuda.nccl") is not None and bool(_nccl().available)
+        return _nccl() is not None
 
     def nccl_name(self) -> Any:
         return _nccl().get_unique_id()
