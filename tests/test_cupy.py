@@ -521,7 +521,7 @@ ndarray.__array_function__ asarray asnumpy ascontiguousarray empty empty_like ze
 subtract get_default_memory_pool cuda.runtime.CUDARuntimeError cuda.runtime.getDeviceCount
 cuda.runtime.getDeviceProperties cuda.Device.use cuda.Device.mem_info cuda.Device.pci_bus_id
 cuda.Device.cublas_handle cuda.Stream.use cuda.Stream.synchronize cuda.Stream.begin_capture
-cuda.Stream.end_capture cuda.Stream.ptr cuda.Graph.launch cuda.alloc_pinned_memory
+cuda.Stream.end_capture cuda.Graph.launch cuda.alloc_pinned_memory
 cuda.memory.MemoryPool.free_bytes cuda.memory.MemoryPool.free_all_blocks
 """
 

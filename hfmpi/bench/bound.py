@@ -7,7 +7,7 @@ that has a faster product for some shapes (`Backend.multiply`) may come out belo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 
 from hfmpi.backends.base import Array, Backend, Packed
@@ -45,6 +45,7 @@ class Products:
         self.backend = backend
         self.calls: list[tuple[Array, Array, Array]] = []
         self._recording = object()
+        self._loops: dict[Hashable, list[tuple[Array, Array, Array]]] = {}
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -52,7 +53,7 @@ class Products:
         self.calls, backend = [], self.backend
         self._recording = object()  # another one each time, however the memory is reused
         calls = self.calls
-        plain, packed = backend.matmul, backend.multiply
+        plain, packed, replay = backend.matmul, backend.multiply, backend.replay
         # A transpose is a view, and the BLAS reads a copy faster: one for all views of the same numbers, so
         # that recording hardly slows what is recorded.
         copies: dict[tuple[int, ...], Array] = {}
@@ -69,11 +70,19 @@ class Products:
                 copies[view] = backend.xp.ascontiguousarray(b.matrix)
             calls[known:] = [(a, copies[view], out)]  # once, however it was done
 
-        backend.matmul, backend.multiply = matmul, multiply  # type: ignore[method-assign]
+        def replayed(key: Hashable, launch: Callable[[], None]) -> None:
+            known = len(calls)
+            replay(key, launch)
+            if len(calls) > known:
+                self._loops[key] = calls[known:]
+            else:  # as a graph: the products that it was captured from
+                calls.extend(self._loops.get(key, []))
+
+        backend.matmul, backend.multiply, backend.replay = matmul, multiply, replayed  # type: ignore[method-assign]
         try:
             yield
         finally:
-            del backend.matmul, backend.multiply  # the class's own again
+            del backend.matmul, backend.multiply, backend.replay  # the class's own again
 
     def repeat(self) -> None:
         """Do all products again, and nothing else."""
