@@ -53,6 +53,13 @@ def unpack(parts: np.ndarray) -> float:
     return float(np.sum(parts[::-1].astype(np.float64)))  # the smallest first
 
 
+def pairwise(parts: list[Array]) -> Array:
+    """Add up arrays, as many as a power of two or one, in a binary tree of neighbours."""
+    while len(parts) > 1:
+        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
 class MeanRisk:
     """Makes the objective of any global batch: the mean loss per scored character, in nats.
 
@@ -71,6 +78,15 @@ class MeanRisk:
         anew for every product, which takes longer and gives the same numbers, bit for bit.
     transport : Transport, optional
         How vectors of the network's device are summed over the ranks. Without it, through the host.
+    slices : int
+        Cut every global batch into so many slices, a power of two that the number of ranks divides, and add
+        up their sums in one fixed binary tree: the result is then the same bit for bit whatever the number
+        of ranks, on processors of one kind. 0: one slice a rank, summed as MPI likes.
+
+    Raises
+    ------
+    UserError
+        If the slices do not fit the ranks.
     """
 
     def __init__(
@@ -81,13 +97,20 @@ class MeanRisk:
         micro_batch: int | None = None,
         memory_budget: float = math.inf,
         transport: Transport | None = None,
+        slices: int = 0,
     ) -> None:
+        if slices and (slices & (slices - 1) or slices % communicator.size):
+            raise UserError(
+                f"slices must be a power of two that the number of ranks divides, not {slices} "
+                f"for {communicator.size} rank(s)"
+            )
         self.network = network
         self.communicator = communicator
         self.timer = timer or Timer()
         self.micro_batch = micro_batch or network.backend.micro_batch
         self.memory_budget = memory_budget
-        self.transport = transport or HostTransport(communicator, network.backend)
+        self.transport = transport or HostTransport(communicator, network.backend, slices > 0)
+        self.slices = slices
         self._passing_tape: Tape | None = None  # used up at once; its memory serves the next
         self._tapes: list[Tape] = []  # kept between products
 
@@ -159,7 +182,10 @@ class Risk:
         self.span = span
         self.size = len(indices)
         self.characters = len(indices) * sequences.length
-        self.local = shard(indices, owner.communicator.rank, owner.communicator.size)
+        rank, ranks = owner.communicator.rank, owner.communicator.size
+        count = owner.slices or ranks
+        own = range(count * rank // ranks, count * (rank + 1) // ranks)
+        self.slices = [shard(indices, i, count) for i in own]
 
     def agree(self, value: float) -> float:
         """Give rank 0's value of a scalar that every rank computed for itself."""
@@ -169,16 +195,19 @@ class Risk:
         """Mean loss in nats per character, float64."""
         owner = self.owner
 
-        def local() -> np.ndarray:
+        def share(part: np.ndarray) -> np.ndarray:
             total = np.zeros(1)
-            for batch in self._batches():
+            for batch in self._batches(part):
                 with owner.timer.span(self.span):
                     total += owner.network.loss(theta, batch)
             return total
 
-        total = self._shrinking(local)
+        total = self._shrinking(lambda: pairwise([share(part) for part in self.slices]))
         with owner.timer.span("allreduce"):
-            owner.communicator.sum(total)
+            if owner.slices:
+                owner.communicator.sum_in_tree(total)
+            else:
+                owner.communicator.sum(total)
         return float(total[0]) / self.characters
 
     def gradient(self, theta: Array, squares: bool = False) -> Gradient:
@@ -190,10 +219,10 @@ class Risk:
         owner, size, kind = self.owner, theta.size, theta.dtype
         backend = owner.network.backend
 
-        def local() -> Array:
+        def share(part: np.ndarray) -> Array:
             message = backend.xp.zeros(size * (1 + squares) + len(GRIDS), kind)
             loss = 0.0
-            for batch in self._batches():
+            for batch in self._batches(part):
                 with owner.timer.span("forward"):
                     tape = owner.passing_tape(theta, batch)
                 with owner.timer.span("gradient"):
@@ -204,7 +233,7 @@ class Risk:
             message[-len(GRIDS) :] = backend.to_device(pack(loss).astype(kind))
             return message
 
-        message = self._shrinking(local)
+        message = self._shrinking(lambda: pairwise([share(part) for part in self.slices]))
         self._sum(message)
         square_sum = message[size : 2 * size] if squares else None
         if square_sum is not None:  # sum_i (g_i / B)^2 -> mean_i g_i^2
@@ -220,12 +249,10 @@ class Risk:
         """
         owner, scale = self.owner, 1 / self.characters
         backend = owner.network.backend
-        tapes, others = self._shrinking(lambda: self._linearise(theta, structural))
+        kept = self._shrinking(lambda: self._linearise(theta, structural))
+        tapes = owner._tapes
 
-        def local(v: Array) -> Array:
-            nonlocal tapes, others
-            if owner._tapes is not tapes:  # given up for lack of memory, or for another operator
-                tapes, others = self._linearise(theta, structural)
+        def share(tapes: list[Tape], others: list[Batch], v: Array) -> Array:
             out = backend.xp.zeros(v.size, v.dtype)
             for tape in tapes:
                 with owner.timer.span("products"):
@@ -239,6 +266,13 @@ class Risk:
                     backend.synchronize()
             return out
 
+        def local(v: Array) -> Array:
+            nonlocal kept, tapes
+            if owner._tapes is not tapes:  # given up for lack of memory, or for another operator
+                kept = self._linearise(theta, structural)
+                tapes = owner._tapes
+            return pairwise([share(*part, v) for part in kept])
+
         def product(v: Array) -> Array:
             out = self._shrinking(lambda: local(v))
             self._sum(out)
@@ -246,21 +280,24 @@ class Risk:
 
         return product
 
-    def _linearise(self, theta: Array, structural: float) -> tuple[list[Tape], list[Batch]]:
-        """Give the tapes that the memory budget admits, and the micro-batches that remain without one."""
+    def _linearise(self, theta: Array, structural: float) -> list[tuple[list[Tape], list[Batch]]]:
+        """Give, for every slice, the tapes that the memory budget admits and the batches that have none."""
         owner, left = self.owner, self.owner.memory_budget
-        tapes: list[Tape] = []
-        others: list[Batch] = []
-        for batch in self._batches():
-            left -= owner.network.tape_bytes(len(batch.inputs), batch.inputs.shape[1], structural > 0)
-            if left < 0:
-                others.append(batch)
-                continue
-            reuse = owner._tapes[len(tapes)] if len(tapes) < len(owner._tapes) else None
-            with owner.timer.span("linearise"):
-                tapes.append(owner.network.forward(theta, batch, structural > 0, reuse))
+        before, tapes = owner._tapes, list[Tape]()
+        kept = []
+        for part in self.slices:
+            start, others = len(tapes), []
+            for batch in self._batches(part):
+                left -= owner.network.tape_bytes(len(batch.inputs), batch.inputs.shape[1], structural > 0)
+                if left < 0:
+                    others.append(batch)
+                    continue
+                reuse = before[len(tapes)] if len(tapes) < len(before) else None
+                with owner.timer.span("linearise"):
+                    tapes.append(owner.network.forward(theta, batch, structural > 0, reuse))
+            kept.append((tapes[start:], others))
         owner._tapes = tapes
-        return tapes, others
+        return kept
 
     def _shrinking(self, work: Callable[[], T]) -> T:
         """Do this rank's share of the work, in smaller micro-batches where the memory does not suffice."""
@@ -271,7 +308,8 @@ class Risk:
                 break
             except MemoryError:
                 pass  # leave the handler first: its traceback holds arrays
-            owner.shrink(self.sequences.warmup + self.sequences.length, self.local.size)
+            sequences = sum(part.size for part in self.slices)
+            owner.shrink(self.sequences.warmup + self.sequences.length, sequences)
         if owner.micro_batch < before:
             logging.getLogger(__name__).warning(
                 "Note: rank %d went out of memory (%s) and goes on with micro-batches of %d sequences.",
@@ -281,13 +319,13 @@ class Risk:
             )
         return result
 
-    def _batches(self) -> Iterator[Batch]:
-        """Cut this rank's shard into micro-batches of nearly one size."""
-        if not self.local.size:
+    def _batches(self, part: np.ndarray) -> Iterator[Batch]:
+        """Cut a slice into micro-batches of nearly one size."""
+        if not part.size:
             return
-        for part in np.array_split(self.local, -(-self.local.size // self.owner.micro_batch)):
+        for indices in np.array_split(part, -(-part.size // self.owner.micro_batch)):
             with self.owner.timer.span("input"):
-                batch = self.sequences.take(part)
+                batch = self.sequences.take(indices)
             yield batch
 
     def _sum(self, vector: Array) -> None:

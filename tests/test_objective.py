@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from hfmpi.backends import create
 from hfmpi.data.batches import Sequences
+from hfmpi.errors import UserError
 from hfmpi.models.cells import Cell
 from hfmpi.models.network import Network
 from hfmpi.objective import MeanRisk, pack, unpack
@@ -207,6 +208,42 @@ def test_ranks_compute_what_one_computes(mpi_ranks, comm):
                 check_ranks(communicator, name, variant)
             communicator.close()
         part.Free()
+
+
+@pytest.mark.mpi(ranks=4, timeout=100, unit="s")
+def test_slices_give_the_same_bits_on_any_number_of_ranks(mpi_ranks, comm):
+    assert comm.size == mpi_ranks
+    for name, variant in KINDS:
+        for dtype in ("float32", "float64"):
+            results = []
+            for ranks in (1, 2, 4):
+                part = comm.Split(color=comm.rank < ranks, key=comm.rank)
+                if comm.rank < ranks:
+                    communicator = MPICommunicator(part)
+                    results += sliced(communicator, name, variant, dtype)
+                    communicator.close()
+                part.Free()
+            expected = results[:3]  # one rank, on rank 0
+            expected = comm.bcast(expected, root=0)
+            for i, found in enumerate(results):
+                for key, value in found.items():
+                    np.testing.assert_array_equal(value, expected[i % 3][key], f"{name} {dtype} {key}")
+
+
+def sliced(communicator, name, variant, dtype):
+    """Give everything for batches that make slices of many, of unequal and of no sequences."""
+    owner, sequences, theta = make(name, variant, communicator, micro_batch=2, dtype=dtype)
+    owner = MeanRisk(owner.network, communicator, micro_batch=2, slices=8)
+    v = np.cos(np.arange(theta.size)).astype(dtype)
+    batches = [np.random.default_rng(size).permutation(12)[:size] for size in (12, 11, 3)]
+    return [everything(owner.on(sequences, indices), theta, v) for indices in batches]
+
+
+@pytest.mark.parametrize("slices", [3, 6, 12])
+def test_slices_that_cannot_be(slices):
+    owner, _, _ = make()
+    with pytest.raises(UserError, match="power of two that the number of ranks divides"):
+        MeanRisk(owner.network, Communicator(), slices=slices)
 
 
 def check_ranks(communicator, name, variant):

@@ -374,6 +374,31 @@ def compare(run, theta, records):
     assert min(rank["spans"]["waiting"] for rank in timing["ranks"]) >= 0
 
 
+@pytest.mark.mpi(ranks=4, timeout=110, unit="s")
+def test_with_slices_the_bits_do_not_depend_on_the_number_of_ranks(mpi_ranks, comm, mpi_tmp_path):
+    assert comm.size == mpi_ranks
+    data, seen = mpi_tmp_path / "small.h5", {}
+    if comm.rank == 0:
+        write_corpus(data)
+    comm.Barrier()
+    for ranks in (1, 2, 4):
+        part = comm.Split(color=comm.rank < ranks, key=comm.rank)
+        if comm.rank < ranks:
+            communicator = MPICommunicator(part)
+            for backend in ("numpy", "numba"):
+                options = {"backend": backend, "dtype": "float32", "slices": 4, "micro_batch": 2}
+                run, _ = train(
+                    mpi_tmp_path / f"{backend} {ranks}", data, communicator, max_steps=3, **options
+                )
+                record = history(run.folder, leave=("seconds", "P_P")) if comm.rank == 0 else None
+                seen.setdefault(backend, []).append((digest(run.theta), record))
+            communicator.close()
+        part.Free()
+    for backend, found in seen.items():
+        assert all(each == found[0] for each in found), backend
+        assert len(found) == (3, 2, 1, 1)[comm.rank]
+
+
 @pytest.mark.mpi(ranks=3, timeout=60, unit="s")
 def test_a_rank_that_strays_stops_the_run(mpi_ranks, comm, mpi_tmp_path, monkeypatch):
     communicator, data = MPICommunicator(comm), mpi_tmp_path / "small.h5"

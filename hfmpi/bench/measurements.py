@@ -47,7 +47,7 @@ class Bench:
     length : int
         Characters of a sequence.
     dtype, backend, precision, transport : str
-    micro_batch, threads, repeats, local_rank : int
+    slices, micro_batch, threads, repeats, local_rank : int
         `threads` is that of each rank when all work; without `micro_batch` it is the backend's.
     """
 
@@ -58,6 +58,7 @@ class Bench:
     backend: str = "auto"
     precision: str = "float32"
     transport: str = "auto"
+    slices: int = 0
     micro_batch: int | None = None
     threads: int = 1
     repeats: int = 7
@@ -80,8 +81,9 @@ class Bench:
     def mean_risk(self, cell: Cell, comm: Communicator) -> MeanRisk:
         """Make the mean risk of a network on a backend of its own."""
         backend = self.make_backend()
-        transport = choose(self.transport, comm, backend)
-        return MeanRisk(Network(cell, backend), comm, None, self.micro_batch, transport=transport)
+        transport = choose(self.transport, comm, backend, self.slices > 0)
+        network = Network(cell, backend)
+        return MeanRisk(network, comm, None, self.micro_batch, transport=transport, slices=self.slices)
 
     def sequences(self, cell: Cell, batch: int) -> Sequences:
         """Give sequences from which a batch of this size can be drawn."""

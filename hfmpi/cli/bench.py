@@ -60,6 +60,7 @@ def common(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--dtype", default="float32", show_default=True, help="float32 or float64."),
         click.option("--backend", default="auto", show_default=True, help="auto, numpy, numba or cupy."),
         click.option("--matmul-precision", "precision", default="float32", help="float32, or tf32 on a GPU."),
+        click.option("--slices", type=click.IntRange(min=0), default=0, help="As of hfmpi train."),
         click.option("--transport", default="auto", show_default=True, help="auto, host, cuda or nccl."),
         click.option(
             "--micro-batch", type=POSITIVE, help="Most sequences at a time [default: 32; 1024 on a GPU]."

@@ -83,6 +83,12 @@ class MemorySize(click.ParamType):
     help="What a rank may keep of a linearisation, such as 2GiB; the rest is computed anew for every product "
     "[default: half of its share of the free memory].",
 )
+@click.option(
+    "--slices",
+    type=click.IntRange(min=0),
+    help="Sum every batch in so many fixed parts, a power of two: the same bits on any number of ranks that "
+    "divides it, more slowly [default: off].",
+)
 @click.option("--threads", type=BATCH, help="Threads of a rank [default: its share of the cores].")
 @click.option(
     "--set",

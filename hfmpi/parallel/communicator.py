@@ -73,6 +73,20 @@ class Communicator:
         """
         _check(vector, vector.dtype.name in _SUMMABLE)
 
+    def sum_in_tree(self, vector: np.ndarray) -> None:
+        """Sum a vector over all ranks, as many as a power of two, in a binary tree of neighbours, in place.
+
+        Slower than `sum`, and always in the same order: ((v0 + v1) + (v2 + v3)) + ...
+
+        Raises
+        ------
+        TypeError
+            As `sum` does.
+        ValueError
+            If the number of ranks is no power of two.
+        """
+        _check(vector, vector.dtype.name in _SUMMABLE)
+
     def broadcast(self, vector: np.ndarray) -> None:
         """Replace a vector by that of rank 0, in place.
 
@@ -161,6 +175,18 @@ class MPICommunicator(Communicator):
         """Sum a vector over all ranks, in place; see `Communicator.sum`."""
         _check(vector, vector.dtype.name in _SUMMABLE)
         self._comm.Allreduce(self._mpi.IN_PLACE, vector, op=self._mpi.SUM)
+
+    def sum_in_tree(self, vector: np.ndarray) -> None:
+        """Sum a vector over all ranks in a fixed order, in place; see `Communicator.sum_in_tree`."""
+        _check(vector, vector.dtype.name in _SUMMABLE)
+        if self.size & (self.size - 1):
+            raise ValueError(f"a binary tree needs a power of two of ranks, not {self.size}")
+        other, distance = np.empty_like(vector), 1
+        while distance < self.size:  # both partners add the same two numbers: a + b = b + a bit for bit
+            partner = self.rank ^ distance
+            self._comm.Sendrecv(vector, partner, 0, other, partner, 0)
+            vector += other
+            distance *= 2
 
     def broadcast(self, vector: np.ndarray) -> None:
         """Replace a vector by that of rank 0, in place; see `Communicator.broadcast`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 from hfmpi.errors import UserError
 from hfmpi.parallel.communicator import Communicator
 
-__all__ = ["Placement", "free_memory", "place"]
+__all__ = ["Placement", "free_memory", "place", "single_threaded"]
 
 # The first that is set to a number is the user's choice.
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
@@ -85,6 +85,12 @@ def place(comm: Communicator, threads: int | None = None) -> Placement:
         chosen,
         free_memory() // comm.local_size,
     )
+
+
+def single_threaded(placement: Placement) -> Placement:
+    """Set the BLAS to one thread, so that its sums do not depend on how many cores a rank has."""
+    threadpool_limits(limits=1, user_api="blas")
+    return replace(placement, threads=1)
 
 
 def free_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:

@@ -42,13 +42,17 @@ class HostTransport(Transport):
 
     name = "host"
 
+    def __init__(self, communicator: Communicator, backend: Any, in_tree: bool = False) -> None:
+        super().__init__(communicator, backend)
+        self._sum = communicator.sum_in_tree if in_tree else communicator.sum
+
     def sum(self, vector: Any) -> None:
         """Sum a vector over all ranks, in place; see `Transport.sum`."""
         if self.communicator.size == 1:
-            self.communicator.sum(vector)  # checks it, and moves nothing
+            self._sum(vector)  # checks it, and moves nothing
             return
         message = self.backend.stage(vector)
-        self.communicator.sum(message)
+        self._sum(message)
         self.backend.unstage(message, vector)
 
 
@@ -78,10 +82,10 @@ class NcclTransport(Transport):
         self._sum(vector)
 
 
-def choose(wanted: str, communicator: Communicator, backend: Any) -> Transport:
+def choose(wanted: str, communicator: Communicator, backend: Any, in_tree: bool = False) -> Transport:
     """Make the transport of this name; `auto` is `cuda` where MPI says that it takes GPU memory, else `host`.
 
-    Collective. Ranks without a GPU go along with `auto` and `host`.
+    Collective. Ranks without a GPU go along with `auto` and `host`. Only `host` can sum in a fixed tree.
 
     Raises
     ------
@@ -90,6 +94,10 @@ def choose(wanted: str, communicator: Communicator, backend: Any) -> Transport:
     """
     if wanted not in TRANSPORTS:
         raise UserError(f"there is no transport {wanted!r}; choose one of {', '.join(TRANSPORTS)}")
+    if in_tree and wanted not in ("auto", "host"):
+        raise UserError(f"slices are summed in a fixed order through the host, not by transport {wanted}")
+    if in_tree:
+        return HostTransport(communicator, backend, in_tree)
     aware = cuda_aware() if communicator.size > 1 else None
     nccl = wanted == "nccl" and backend.device_id is not None and backend.has_nccl()
     own = (communicator.host, backend.device_id, aware, nccl)

@@ -59,6 +59,8 @@ class Config:
         Steps between comparisons of theta across ranks; 0: at checkpoints.
     seed, backend, dtype, micro_batch
         `micro_batch`: most sequences a rank works on at a time; 0: what suits the backend.
+    slices : int
+        Fixed parts of every global batch, so that theta does not depend on the number of ranks; 0: off.
     memory_budget : int
         Bytes that a rank may keep of a linearisation between products; 0: half of its share of the memory
         that is free when the run starts.
@@ -85,6 +87,7 @@ class Config:
     dtype: str = "float32"
     micro_batch: int = 0
     memory_budget: int = 0
+    slices: int = 0
     transport: str = "auto"
     matmul_precision: str = "float32"
     settings: dict[str, Any] = field(default_factory=dict)

@@ -24,7 +24,7 @@ from hfmpi.objective import MeanRisk, step_objectives
 from hfmpi.optim.base import StepReport
 from hfmpi.parallel.communicator import Communicator, digest
 from hfmpi.parallel.launch import together
-from hfmpi.parallel.placement import Placement
+from hfmpi.parallel.placement import Placement, single_threaded
 from hfmpi.parallel.transport import choose
 from hfmpi.runs import checkpoint
 from hfmpi.runs.checkpoint import Checkpoint
@@ -95,7 +95,7 @@ class Run:
     ) -> None:
         self.folder = folder
         self.communicator = communicator
-        self.placement = placement
+        self.placement = single_threaded(placement) if config.slices else placement
         self.data = data.resolve()
         self.corpus = corpus = Corpus.read(data)
         cell = config.cell(corpus.vocabulary)
@@ -113,6 +113,7 @@ class Run:
             self.timer,
             config.micro_batch,
             config.memory_budget or (self.backend.free_memory() or placement.memory) // 2,
+            slices=config.slices,
         )
         self.places: list[Place] = []
         self.epoch_steps = max(1, self.train_set.count // self.preset.gradient_batch)
@@ -138,7 +139,7 @@ class Run:
         """
         config, comm = self.config, self.communicator
         self._check_start()
-        self.risk.transport = transport = choose(config.transport, comm, self.backend)
+        self.risk.transport = transport = choose(config.transport, comm, self.backend, config.slices > 0)
         place = self.placement
         own = Place(place.host, place.local_rank, self.backend.device, self.backend.device_id, transport.name)
         self.places = comm.gather(own) or []
