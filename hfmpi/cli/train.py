@@ -78,6 +78,15 @@ class MemorySize(click.ParamType):
 )
 @click.option("--threads", type=BATCH, help="Threads of a rank [default: its share of the cores].")
 @click.option(
+    "--stall-timeout",
+    type=click.FloatRange(min=0),
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="All ranks end when none has finished a collective for so long; 0: never. A pass over a rank's "
+    "share of the batch must take less.",
+)
+@click.option(
     "--set",
     "settings",
     multiple=True,
@@ -93,7 +102,13 @@ class MemorySize(click.ParamType):
     help="auto: go on if RUN has a checkpoint; never: refuse to; PATH: start from that run or checkpoint.",
 )
 def train(
-    data: Path, out: Path | None, config: Path | None, resume: str, threads: int | None, **options: Any
+    data: Path,
+    out: Path | None,
+    config: Path | None,
+    resume: str,
+    threads: int | None,
+    stall_timeout: float,
+    **options: Any,
 ) -> None:
     """Train on DATA.h5 (from `hfmpi prepare`). Without options: an mLSTM of the paper's size with shf.
 
@@ -109,7 +124,7 @@ def train(
     from hfmpi.runs.stop import StopSignals
     from hfmpi.runs.train import Run
 
-    comm = connect()
+    comm = connect(stall_timeout)
     np.seterr(
         over="ignore", invalid="ignore", under="ignore", divide="ignore"
     )  # steps that overflow are rejected

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import pickle
 import socket
 import time
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,6 +15,7 @@ import numpy as np
 __all__ = ["Communicator", "MPICommunicator", "digest"]
 
 T = TypeVar("T")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 _SUMMABLE = ("float32", "float64", "int64")
 _PACKET = 256  # bytes of the one message in which `agree` sends a small value
@@ -133,6 +136,20 @@ class Communicator:
         """Free what the communicator holds; it is of no use afterwards."""
 
 
+def _counted(method: Method) -> Method:
+    """Let a collective method move the communicator's pulse."""
+
+    @functools.wraps(method)
+    def counting(self: MPICommunicator, *arguments: Any) -> Any:
+        self.pulse += 1
+        try:
+            return method(self, *arguments)
+        finally:
+            self.pulse += 1
+
+    return counting  # type: ignore[return-value]
+
+
 class MPICommunicator(Communicator):
     """The ranks of an MPI communicator, on a duplicate of it.
 
@@ -142,7 +159,15 @@ class MPICommunicator(Communicator):
     ----------
     world : mpi4py.MPI.Intracomm
         Usually COMM_WORLD, as `hfmpi.parallel.launch.connect` does it.
+
+    Attributes
+    ----------
+    pulse : int
+        Twice the number of finished collectives, and odd inside one: the same on every rank at the same
+        point of the program. The watchdog reads it.
     """
+
+    pulse = 0
 
     def __init__(self, world: Any) -> None:
         from mpi4py import MPI
@@ -157,16 +182,19 @@ class MPICommunicator(Communicator):
         self.local_size = node.size
         node.Free()
 
+    @_counted
     def sum(self, vector: np.ndarray) -> None:
         """Sum a vector over all ranks, in place; see `Communicator.sum`."""
         _check(vector, vector.dtype.name in _SUMMABLE)
         self._comm.Allreduce(self._mpi.IN_PLACE, vector, op=self._mpi.SUM)
 
+    @_counted
     def broadcast(self, vector: np.ndarray) -> None:
         """Replace a vector by that of rank 0, in place; see `Communicator.broadcast`."""
         _check(vector, vector.dtype.kind in "biuf")
         self._comm.Bcast(vector, root=0)
 
+    @_counted
     def agree(self, value: T) -> T:
         """Give rank 0's value on every rank; one message if its pickle is below 248 bytes, else two."""
         content = pickle.dumps(value) if self.rank == 0 else b""
@@ -182,10 +210,12 @@ class MPICommunicator(Communicator):
         self._comm.Bcast(whole, root=0)
         return pickle.loads(whole)
 
+    @_counted
     def gather(self, value: T) -> list[T] | None:
         """Collect a small picklable object of every rank on rank 0; see `Communicator.gather`."""
         return self._comm.gather(value, root=0)
 
+    @_counted
     def rest(self) -> None:
         """Wait for all ranks, asleep; see `Communicator.rest`."""
         request = self._comm.Ibarrier()
