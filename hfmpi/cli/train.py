@@ -65,6 +65,12 @@ class MemorySize(click.ParamType):
     metavar="STEPS",
     help="Compare theta across ranks [default: at checkpoints].",
 )
+@click.option(
+    "--max-rejections",
+    type=click.IntRange(min=0),
+    metavar="STEPS",
+    help="Stop after so many rejected steps in a row; 0: never [default: 20].",
+)
 @click.option("--seed", type=click.IntRange(min=0), help="Of initialisation and batches [default: 0].")
 @click.option("--backend", help="auto, numpy or numba [default: auto].")
 @click.option("--dtype", help="float32 or float64 [default: float32].")

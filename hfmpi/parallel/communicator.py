@@ -122,12 +122,15 @@ class Communicator:
         Returns
         -------
         list of int
-            The ranks whose value differs from rank 0's, the same list on every rank; empty if all agree.
+            The ranks whose value differs from that of most ranks (of rank 0 where there is a draw), the same
+            list on every rank; empty if all agree.
         """
         values = np.zeros(self.size, dtype=np.int64)
         values.view(np.uint64)[self.rank] = value
         self.sum(values)  # every slot has one nonzero term, so the bits arrive as they left
-        return [int(rank) for rank in np.flatnonzero(values != values[0])]
+        listed = values.tolist()
+        usual = max(listed, key=listed.count)  # the first of the most frequent
+        return [rank for rank, found in enumerate(listed) if found != usual]
 
     def rest(self) -> None:
         """Wait for all ranks, asleep: the core is free for others meanwhile, unlike in a collective."""

@@ -84,7 +84,7 @@ def connect(stall_timeout: float = 0.0) -> Communicator:
     """Start MPI if a launcher is there, and give the communicator of all ranks.
 
     Without a launcher MPI is not even loaded, unless the program itself has started it. A program of several
-    ranks gets a watchdog (hfmpi.parallel.watchdog): when one of them dies, is stopped or leaves alone, all end.
+    ranks gets a watchdog (hfmpi.parallel.watchdog): if one dies, is stopped or leaves alone, all end.
 
     Parameters
     ----------

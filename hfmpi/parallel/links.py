@@ -1,4 +1,4 @@
-"""One TCP connection from every rank to rank 0, beside MPI: the operating system closes it when a rank dies."""
+"""One TCP connection from every rank to rank 0, beside MPI: the kernel closes it when a rank dies."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def link_up(comm: Communicator, near: bool) -> tuple[dict[int, socket.socket], l
             server = socket.create_server(("", 0), family=family, backlog=comm.size, dualstack_ipv6=both)
             # Whoever else finds the port does not know the words.
             words = secrets.token_hex(16), secrets.token_hex(16)
+            # The name comes last, because it needs a resolver.
             offer = [*_addresses(), comm.host], server.getsockname()[1], words
     offer = comm.agree(offer)
     links: dict[int, socket.socket] = {}
@@ -62,7 +63,7 @@ def link_up(comm: Communicator, near: bool) -> tuple[dict[int, socket.socket], l
 
 
 def _addresses() -> list[str]:
-    """Give this node's IPv4 addresses but for the loopback's; the name, which needs a resolver, comes last."""
+    """Give this node's IPv4 addresses, without the loopback's."""
     with contextlib.suppress(OSError):
         table = Path("/proc/net/fib_trie").read_text()
         found = re.findall(r"\|-- (\S+)\s+/32 host LOCAL", table)

@@ -1,9 +1,9 @@
 """Ends all ranks when one of them dies, is stopped, or leaves alone, and when nothing moves any more.
 
 MPI would let the others wait for ever, and what a launcher notices differs from one to the next. So a daemon
-thread on every rank, which makes no MPI calls, keeps a TCP connection to rank 0. Nothing is decided by a clock
-that a busy or sleeping machine could bend: a rank is dead when its connection closes, it is stopped when the
-kernel says so at several looks in a row, and looks are counted, so that a job that slept as a whole goes on.
+thread on every rank, which makes no MPI calls, keeps a TCP connection to rank 0. Nothing is decided by a
+clock that a busy or sleeping machine could bend: a rank is dead when its connection closes, stopped when
+the kernel says so at several looks in a row, and looks are counted, so a job that slept as a whole goes on.
 
 Messages are lines: `at PULSE` each look, `bye PULSE` from a rank at its end, `all` from rank 0 when
 everyone has said so, `end CODE` from one that knows of an error and has said it.
@@ -228,7 +228,9 @@ def watch(comm: MPICommunicator, stall_timeout: float) -> Watchdog:
 
 
 def _send(link: socket.socket, line: str) -> None:
-    with contextlib.suppress(OSError):  # a connection that closed is for `_hear`; a full one is of a stopped rank
+    with contextlib.suppress(
+        OSError
+    ):  # a connection that closed is for `_hear`; a full one is of a stopped rank
         link.send(f"{line}\n".encode())
 
 
