@@ -30,10 +30,11 @@ FAULTS = {  # weights
     "SIGKILL": 3, "SIGSEGV": 2, "SIGSTOP": 2, "os._exit(0)": 2, "os._exit(3)": 2, "sys.exit(0)": 2,
     "sys.exit(3)": 1, "exception": 2, "hang": 1, "bit of theta": 2,
 }  # fmt: skip
+WORDS = "in", "the", "beginning", "was", "word", "and", "all", "things", "were", "made", "by", "him"
 PLACES = ("input", "before Allreduce", "in Allreduce", "in Bcast", "writing a file", "history", "any time")
 TRAIN = (
-    "--hidden 8 --sequence-length 20 --gradient-batch 10 --curvature-batch 4 --backend numpy --threads 1 --set cg_max_steps=4 "
-    f"--max-steps {STEPS} --checkpoint-every 2 --evaluate-every 3 --check-every 1 --stall-timeout 6"
+    "--hidden 8 --sequence-length 20 --gradient-batch 10 --curvature-batch 4 --set cg_max_steps=4 "
+    f"--backend numpy --threads 1 --max-steps {STEPS} --checkpoint-every 2 --evaluate-every 3 --check-every 1 --stall-timeout 6"
 ).split()
 
 
@@ -191,8 +192,7 @@ def main():
     begin, rows, bad = time.monotonic(), {name: Counter() for name in options.faults}, []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        words = "in the beginning was word and with god it all things were made by him".split()
-        text = " ".join(rng.choice(words) for _ in range(1100))[:4500]
+        text = " ".join(rng.choice(WORDS) for _ in range(1100))[:4500]
         from hfmpi.data.prepare import prepare
 
         prepare(text.encode())[0].write(folder / "small.h5")
@@ -257,7 +257,6 @@ def versions(mpirun):
     import mpi4py
 
     import hfmpi
-
     from hfmpi.parallel.launch import library_name, load
 
     return (
