@@ -125,10 +125,11 @@ class HessianFree:
         before, norm = agree(at.loss), math.sqrt(inner(at.vector, at.vector))
         if not (math.isfinite(before) and math.isfinite(norm)):
             what = "gradient" if math.isfinite(before) else "risk"
-            nothing = self._nothing(state, before, norm, Stop.NOT_FINITE)
-            return self._rejected(theta, state, f"the {what} is not finite", nothing)
+            report = self._nothing(state, before, norm, Stop.NOT_FINITE, Work(gradients=1))
+            return self._rejected(theta, state, f"the {what} is not finite", report)
         if norm == 0:
-            return theta, state, replace(self._nothing(state, before, norm, Stop.SOLVED), accepted=True)
+            report = self._nothing(state, before, norm, Stop.SOLVED, Work(gradients=1))
+            return theta, state, replace(report, accepted=True, message="the gradient is zero: nothing to do")
         curvature = self._curvature(theta, state.damping, objectives)
 
         solution = cg(
@@ -144,6 +145,11 @@ class HessianFree:
             if diagonal_wanted
             else None,
         )
+
+        if solution.stop is Stop.NOT_FINITE and solution.steps == 0:  # nothing is known but the warm start
+            work = Work(gradients=1, linearisations=1, products=solution.products)
+            report = self._nothing(state, before, norm, solution.stop, work)
+            return self._rejected(theta, state, solution.stop.value, report)
 
         def risk(p: Vector) -> float:
             return agree(objectives.gradient.loss(theta + p))
@@ -182,8 +188,10 @@ class HessianFree:
         after = HessianFreeState(self._rule().update(state.damping, rho), solution.iterates[-1].x)
         return theta + p.dtype.type(scale) * p, after, report
 
-    def _nothing(self, state: HessianFreeState, loss: float, norm: float, stop: Stop) -> StepReport:
-        """Report of a step that ends with its gradient: without conjugate gradients and line search."""
+    def _nothing(
+        self, state: HessianFreeState, loss: float, norm: float, stop: Stop, work: Work
+    ) -> StepReport:
+        """Report of a step that ends before the line search."""
         details: dict[str, float | int | str | None] = {
             "damping": state.damping,
             "rho": None,
@@ -191,10 +199,10 @@ class HessianFree:
             "cg_stop": stop.name,
             "cg_chosen": 0,
             "line_search_rate": 0.0,
-            "gradient_norm": norm,
+            "gradient_norm": norm if math.isfinite(norm) else None,
             "step_norm": 0.0,
         }
-        return StepReport(loss, False, "the gradient is zero: nothing to do", Work(gradients=1), details)
+        return StepReport(loss, False, "", work, details)
 
     def _rejected(
         self, theta: Vector, state: HessianFreeState, cause: str, report: StepReport
@@ -251,7 +259,7 @@ class HessianFree:
 
 def _why(solution: CGResult, choice: Choice, slope: float) -> str:
     """Say why nothing along the choice was good enough."""
-    if choice.iterate.step == 0 and solution.stop in (Stop.NOT_FINITE, Stop.NOT_POSITIVE):
+    if choice.iterate.step == 0 and solution.stop is Stop.NOT_POSITIVE:
         return solution.stop.value
     if not slope < 0:
         return "the direction of conjugate gradients does not descend"
