@@ -380,22 +380,24 @@ def test_a_rank_that_strays_stops_the_run(mpi_ranks, comm, mpi_tmp_path, monkeyp
     if comm.rank == 0:
         write_corpus(data)
     comm.Barrier()
-    for check_every, found_at in ((1, 3), (0, 4)):  # at the next step, or before the next checkpoint
-        folder = mpi_tmp_path / f"run {check_every}"
+    cases = (1, 3, "theta", 1), (0, 4, "theta", 1), (1, 3, "direction", 0)
+    for check_every, found_at, what, stray in cases:  # at the next step, or before the next checkpoint
+        folder = mpi_tmp_path / f"run {check_every} {what}"
         options = {"checkpoint_every": 2, "check_every": check_every}
         run = make_run(folder, data, communicator, max_steps=6, **options)
         thetas = []
 
-        def one_step(run=run, honest=run._one_step, thetas=thetas):
+        def one_step(run=run, honest=run._one_step, thetas=thetas, what=what, stray=stray):
             report = honest()
-            if comm.rank == 1 and run.step == 3:
-                run.theta.view(np.int64)[0] ^= 1  # the last bit of one number
+            if comm.rank == stray and run.step == 3:
+                vector = run.theta if what == "theta" else run.state.direction
+                vector.view(np.int64)[0] ^= 1  # the last bit of one number
             thetas.append(run.theta.copy())
             return report
 
         monkeypatch.setattr(run, "_one_step", one_step)
         sentence = (
-            rf"^rank 1 holds other parameters than the other ranks after step {found_at}: .* step 2, is"
+            rf"^rank {stray} holds other parameters than the other ranks after step {found_at}: .* step 2, is"
         )
         with StopSignals() as signals, pytest.raises(UserError, match=sentence):
             run.train(Recorder(), signals)
