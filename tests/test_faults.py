@@ -17,10 +17,11 @@ import pytest
 from small import Recorder, history, make_run, train, write_corpus
 from test_parallel import MPIRUN
 
+from hfmpi.cli.train import train as train_command
 from hfmpi.errors import UserError
 from hfmpi.models.network import Network
 from hfmpi.optim import Gradient, HessianFree, Objectives
-from hfmpi.parallel import watchdog
+from hfmpi.parallel import launch, watchdog
 from hfmpi.parallel.communicator import MPICommunicator
 from hfmpi.runs import checkpoint
 from hfmpi.runs.stop import StopSignals
@@ -122,6 +123,16 @@ def test_a_job_that_sleeps_as_a_whole_goes_on():
 
 def test_a_rank_may_leave_later_than_the_others():
     assert run(1, "comm.sum(np.ones(10)); time.sleep(2); sys.exit(0)")[:2] == (0, "")
+
+
+@pytest.mark.parametrize(("words", "seconds"), [([], 600.0), (["--stall-timeout", "7"], 7.0)])
+def test_training_hands_its_stall_timeout_on(words, seconds, monkeypatch):
+    def connect(stall_timeout):
+        raise UserError(f"it is {stall_timeout!r}")
+
+    monkeypatch.setattr(launch, "connect", connect)
+    with pytest.raises(UserError, match=f"^it is {seconds}$"):
+        train_command(["small.h5", *words], standalone_mode=False)
 
 
 class Ended(BaseException):

@@ -79,10 +79,12 @@ def _accept(server: socket.socket, size: int, words: tuple[str, str]) -> dict[in
         with contextlib.suppress(OSError, ValueError):
             link, _ = server.accept()
             link.settimeout(_CONNECT)
-            word, rank = link.recv(64).decode().split()
-            if secrets.compare_digest(word, words[0]) and 0 < int(rank) < size:
+            word, _, rank = link.recv(64).partition(b" ")
+            if secrets.compare_digest(word, words[0].encode()) and 0 < int(rank) < size:
                 link.sendall(words[1].encode())
                 links[int(rank)] = link
+            else:
+                link.close()
     return links
 
 

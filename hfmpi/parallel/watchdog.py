@@ -228,9 +228,7 @@ def watch(comm: MPICommunicator, stall_timeout: float) -> Watchdog:
 
 
 def _send(link: socket.socket, line: str) -> None:
-    with contextlib.suppress(
-        OSError
-    ):  # a connection that closed is for `_hear`; a full one is of a stopped rank
+    with contextlib.suppress(OSError):  # closed: `_hear` will find it; full: the rank is stopped
         link.send(f"{line}\n".encode())
 
 
