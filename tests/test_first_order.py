@@ -73,7 +73,7 @@ def test_zero_and_bad_gradients_move_nothing(rule):
         assert np.array_equal(steps[0], np.zeros(3))
         assert report.accepted == (bad == 0.0)
         assert state.updates == 0
-        assert bool(report.message) != report.accepted
+        assert ("is zero" if bad == 0.0 else "not finite") in report.message
 
 
 def adam(gradients, rate, b1, b2, eps, threshold):

@@ -283,13 +283,13 @@ def test_training_learns(name, steps, model, data, tmp_path):
     assert valid[-1] < 0.85 * valid[0]
 
 
-def test_an_update_that_overflows_is_told_and_the_run_goes_on(data, tmp_path):
-    reporter = Recorder()
-    with np.errstate(all="ignore"):
-        run, result = train(
-            tmp_path / "run", data, max_steps=3, optimizer="adam", settings={"rate": 1e300}, reporter=reporter
-        )
-    assert result.step == 3
+def test_an_update_that_overflows_is_told_and_the_run_goes_on_but_is_not_saved(data, tmp_path):
+    reporter, options = Recorder(), {"optimizer": "adam", "dtype": "float32", "settings": {"rate": 1e37}}
+    run = make_run(tmp_path / "run", data, max_steps=3, **options)
+    sentence = r"^the validation loss is not finite after step 3: there is no checkpoint yet$"
+    with np.errstate(all="ignore"), StopSignals() as signals, pytest.raises(UserError, match=sentence):
+        run.train(reporter, signals)
+    assert not (run.folder / checkpoint.NEWEST).exists()
     records = history(run.folder)
     assert [record["accepted"] for record in records] == [True, False, False]
     assert "not finite" in records[1]["message"]
@@ -405,21 +405,25 @@ def test_a_rank_that_strays_stops_the_run(mpi_ranks, comm, mpi_tmp_path, monkeyp
     if comm.rank == 0:
         write_corpus(data)
     comm.Barrier()
-    for check_every, found_at in ((1, 3), (0, 4)):  # at the next step, or before the next checkpoint
-        folder = mpi_tmp_path / f"run {check_every}"
+    cases = (1, 3, "theta", 1), (0, 4, "theta", 1), (1, 3, "direction", 0)
+    for check_every, found_at, what, stray in cases:  # at the next step, or before the next checkpoint
+        folder = mpi_tmp_path / f"run {check_every} {what}"
         options = {"checkpoint_every": 2, "check_every": check_every}
         run = make_run(folder, data, communicator, max_steps=6, **options)
         thetas = []
 
-        def one_step(run=run, honest=run._one_step, thetas=thetas):
+        def one_step(run=run, honest=run._one_step, thetas=thetas, what=what, stray=stray):
             report = honest()
-            if comm.rank == 1 and run.step == 3:
-                run.theta.view(np.int64)[0] ^= 1  # the last bit of one number
+            if comm.rank == stray and run.step == 3:
+                vector = run.theta if what == "theta" else run.state.direction
+                vector.view(np.int64)[0] ^= 1  # the last bit of one number
             thetas.append(run.theta.copy())
             return report
 
         monkeypatch.setattr(run, "_one_step", one_step)
-        sentence = rf"^rank 1 holds other parameters than rank 0 after step {found_at}"
+        sentence = (
+            rf"^rank {stray} holds other parameters than the other ranks after step {found_at}: .* step 2, is"
+        )
         with StopSignals() as signals, pytest.raises(UserError, match=sentence):
             run.train(Recorder(), signals)
         assert len(thetas) == found_at

@@ -65,6 +65,12 @@ class MemorySize(click.ParamType):
     metavar="STEPS",
     help="Compare theta across ranks [default: at checkpoints].",
 )
+@click.option(
+    "--max-rejections",
+    type=click.IntRange(min=0),
+    metavar="STEPS",
+    help="Stop after so many rejected steps in a row; 0: never [default: 20].",
+)
 @click.option("--seed", type=click.IntRange(min=0), help="Of initialisation and batches [default: 0].")
 @click.option("--backend", help="auto, numpy, numba or cupy [default: auto].")
 @click.option("--dtype", help="float32 or float64 [default: float32].")
@@ -91,6 +97,15 @@ class MemorySize(click.ParamType):
 )
 @click.option("--threads", type=BATCH, help="Threads of a rank [default: its share of the cores].")
 @click.option(
+    "--stall-timeout",
+    type=click.FloatRange(min=0),
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="All ranks end when none has finished a collective for so long; 0: never. A pass over a rank's "
+    "share of the batch must take less.",
+)
+@click.option(
     "--set",
     "settings",
     multiple=True,
@@ -106,7 +121,13 @@ class MemorySize(click.ParamType):
     help="auto: go on if RUN has a checkpoint; never: refuse to; PATH: start from that run or checkpoint.",
 )
 def train(
-    data: Path, out: Path | None, config: Path | None, resume: str, threads: int | None, **options: Any
+    data: Path,
+    out: Path | None,
+    config: Path | None,
+    resume: str,
+    threads: int | None,
+    stall_timeout: float,
+    **options: Any,
 ) -> None:
     """Train on DATA.h5 (from `hfmpi prepare`). Without options: an mLSTM of the paper's size with shf.
 
@@ -122,7 +143,7 @@ def train(
     from hfmpi.runs.stop import StopSignals
     from hfmpi.runs.train import Run
 
-    comm = connect()
+    comm = connect(stall_timeout)
     np.seterr(
         over="ignore", invalid="ignore", under="ignore", divide="ignore"
     )  # steps that overflow are rejected

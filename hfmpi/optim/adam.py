@@ -64,9 +64,7 @@ class Adam:
         loss = agreement(objectives.gradient)(at.loss)
         norm = math.sqrt(inner(at.vector, at.vector))
         if not (math.isfinite(norm) and math.isfinite(loss)):
-            message = "update rejected: the gradient is not finite"
-            report = StepReport(loss, False, message, Work(gradients=1))
-            return theta, state, report
+            return theta, state, self._rejected(loss, norm, "gradient" if math.isfinite(loss) else "risk")
         kind = theta.dtype.type
         g = at.vector * kind(min(1.0, self.threshold / norm)) if norm > 0 else at.vector
         t = state.updates + 1
@@ -74,13 +72,18 @@ class Adam:
         mean_square = kind(self.beta2) * state.mean_square + kind(1 - self.beta2) * g * g
         corrected = np.sqrt(mean_square / kind(1 - self.beta2**t)) + kind(self.epsilon)
         p = kind(self.rate / (1 - self.beta1**t)) * mean / corrected
-        details: dict[str, float | int | str | None] = {
-            "gradient_norm": norm,
-            "step_norm": math.sqrt(inner(p, p)),
-            "rate": self.rate,
-        }
-        return (
-            theta - p,
-            AdamState(t, mean, mean_square),
-            StepReport(loss, True, "", Work(gradients=1), details),
-        )
+        length = math.sqrt(inner(p, p))
+        if not math.isfinite(length):
+            return theta, state, self._rejected(loss, norm, "update")
+        message = "" if norm > 0 else "the gradient is zero"
+        details = self._details(norm, length)
+        report = StepReport(loss, True, message, Work(gradients=1), details)
+        return theta - p, AdamState(t, mean, mean_square), report
+
+    def _rejected(self, loss: float, norm: float, what: str) -> StepReport:
+        message = f"update rejected: the {what} is not finite"
+        return StepReport(loss, False, message, Work(gradients=1), self._details(norm, 0.0))
+
+    def _details(self, norm: float, length: float) -> dict[str, float | int | str | None]:
+        finite = norm if math.isfinite(norm) else None
+        return {"gradient_norm": finite, "step_norm": length, "rate": self.rate}

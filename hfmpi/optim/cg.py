@@ -25,7 +25,7 @@ class Stop(enum.Enum):
     MAX_STEPS = "the limit of iterations was reached"
     SOLVED = "the residual is zero to rounding"
     NOT_POSITIVE = "the curvature along the search direction is not positive"
-    NOT_FINITE = "a product was not finite"
+    NOT_FINITE = "a gradient, product or residual was not finite"
 
 
 @dataclass(frozen=True)
@@ -116,13 +116,16 @@ def cg(
     # Below it a residual is nothing but rounding, which the directions would then blow up.
     least = rho * float(np.finfo(b.dtype).eps) ** 2 if math.isfinite(rho) else 0.0
     while step < max_steps:
+        if not math.isfinite(rho):
+            stop = Stop.NOT_FINITE
+            break
         if rho <= least:
             stop = Stop.SOLVED
             break
         q = apply(d)
         products += 1
         curvature = inner(d, q)
-        if not math.isfinite(curvature) or not math.isfinite(rho):
+        if not math.isfinite(curvature):
             stop = Stop.NOT_FINITE
             break
         if curvature <= 0:
@@ -130,13 +133,17 @@ def cg(
             break
         step += 1
         alpha = rho / curvature
-        x = x + b.dtype.type(alpha) * d
+        before, x = x, x + b.dtype.type(alpha) * d
         if refresh and step % refresh == 0 and step < max_steps:
             r = b - apply(x)
             products += 1
         else:
             r = r - b.dtype.type(alpha) * q
-        values.append(-0.5 * (inner(r, x) + inner(b, x)))
+        value = -0.5 * (inner(r, x) + inner(b, x))
+        if not math.isfinite(value):  # as it is where x overflowed
+            step, x, stop = step - 1, before, Stop.NOT_FINITE
+            break
+        values.append(value)
         while keep_ratio > 1 and math.ceil(5 * keep_ratio**due) < step:
             due += 1
         if keep_ratio <= 1 or math.ceil(5 * keep_ratio**due) == step:

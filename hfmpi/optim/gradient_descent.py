@@ -81,22 +81,31 @@ class GradientDescent:
         g, norm = at.vector, math.sqrt(inner(at.vector, at.vector))
         rate = max(self.rate * self.decay**state.updates, self.floor)
         loss = agreement(objectives.gradient)(at.loss)
-        accepted = norm < self._longest(theta) and math.isfinite(loss)
-        after, length = state, 0.0
-        if accepted and norm > 0:
-            after, direction, length = self._direction(g, norm, rate, state, inner)
-            theta = theta - direction
-        return (
-            theta,
-            after,
-            StepReport(
-                loss=loss,
-                accepted=accepted,
-                message="" if accepted else "update rejected: the gradient is not finite",
-                work=Work(gradients=1),
-                details={"gradient_norm": norm if accepted else None, "step_norm": length, "rate": rate},
-            ),
+        after, length, wrong, message = state, 0.0, "", ""
+        if not math.isfinite(loss):
+            wrong = "the risk is not finite"
+        elif not norm < self._longest(theta):
+            wrong = "the gradient, or its square, is not finite"
+        elif norm == 0:
+            message = "the gradient is zero: nothing to do"
+        else:
+            later, direction, length = self._direction(g, norm, rate, state, inner)
+            if direction is None:
+                wrong, length = "the update is not finite", 0.0
+            else:
+                theta, after = theta - direction, later
+        report = StepReport(
+            loss=loss,
+            accepted=not wrong,
+            message=f"update rejected: {wrong}" if wrong else message,
+            work=Work(gradients=1),
+            details={
+                "gradient_norm": norm if math.isfinite(norm) else None,
+                "step_norm": length,
+                "rate": rate,
+            },
         )
+        return theta, after, report
 
     def _longest(self, theta: Vector) -> float:
         """Give the bound below which the gradient's norm, and where needed its square, is finite."""
@@ -110,7 +119,7 @@ class GradientDescent:
         state: GradientDescentState,
         inner: Callable[[Vector, Vector], float],
     ) -> tuple[GradientDescentState, Vector, float]:
-        """Give the next state, the vector to subtract, and its length."""
+        """Give the next state, the vector to subtract (None where it would overflow), and its length."""
         kind = g.dtype.type
         if self.rule == "rms-normalised":
             keep = self.mean_square_decay if state.updates else 0.0
@@ -119,5 +128,9 @@ class GradientDescent:
             norm = math.sqrt(inner(g, g))
         else:
             mean_square = state.mean_square
+        after = GradientDescentState(state.updates + 1, mean_square)
+        if norm == 0:  # underflow
+            return after, None, 0.0
         scale = rate * min(1.0, self.threshold / norm) if self.rule == "clip" else rate / norm
-        return GradientDescentState(state.updates + 1, mean_square), kind(scale) * g, scale * norm
+        fits = max(scale, scale * norm) < float(np.finfo(g.dtype).max)
+        return after, kind(scale) * g if fits else None, scale * norm

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hfmpi.optim.base import Objectives, StepReport, Vector, Work, agreement, inner_product
-from hfmpi.optim.cg import cg
+from hfmpi.optim.cg import CGResult, Stop, cg
 from hfmpi.optim.damping import LevenbergMarquardt, reduction_ratio
 from hfmpi.optim.line_search import Choice, LineSearch, armijo, backtrack
 from hfmpi.optim.preconditioner import diagonal
@@ -122,7 +122,14 @@ class HessianFree:
         diagonal_wanted = self.preconditioner == "diagonal"
         at = objectives.gradient.gradient(theta, **({"squares": True} if diagonal_wanted else {}))
         agree, inner = agreement(objectives.gradient), inner_product(objectives.gradient)
-        before = agree(at.loss)
+        before, norm = agree(at.loss), math.sqrt(inner(at.vector, at.vector))
+        if not (math.isfinite(before) and math.isfinite(norm)):
+            what = "gradient" if math.isfinite(before) else "risk"
+            report = self._nothing(state, before, norm, Stop.NOT_FINITE, Work(gradients=1))
+            return self._rejected(theta, state, f"the {what} is not finite", report)
+        if norm == 0:
+            report = self._nothing(state, before, norm, Stop.SOLVED, Work(gradients=1))
+            return theta, state, replace(report, accepted=True, message="the gradient is zero: nothing to do")
         curvature = self._curvature(theta, state.damping, objectives)
 
         solution = cg(
@@ -139,6 +146,11 @@ class HessianFree:
             else None,
         )
 
+        if solution.stop is Stop.NOT_FINITE and solution.steps == 0:  # nothing is known but the warm start
+            work = Work(gradients=1, linearisations=1, products=solution.products)
+            report = self._nothing(state, before, norm, solution.stop, work)
+            return self._rejected(theta, state, solution.stop.value, report)
+
         def risk(p: Vector) -> float:
             return agree(objectives.gradient.loss(theta + p))
 
@@ -148,17 +160,11 @@ class HessianFree:
         rho = reduction_ratio(before, choice.loss, model)
         search = self._search(risk, p, before, choice.loss, slope)
 
-        accepted = search.rate > 0 and math.isfinite(search.loss)
-        rule = LevenbergMarquardt(self.damping_factor, self.damping_minimum, self.damping_maximum)
-        after = HessianFreeState(
-            rule.update(state.damping, rho if accepted else math.nan),
-            solution.iterates[-1].x if accepted else theta * 0,
-        )
         scale = search.rate * self.step_scale * self.step_scale_decay**objectives.epoch
         report = StepReport(
             loss=before,
-            accepted=accepted,
-            message="" if accepted else "step rejected: no rate along it lowers the risk enough",
+            accepted=search.rate > 0 and math.isfinite(search.loss),
+            message="",
             work=Work(
                 gradients=1,
                 losses=choice.evaluations + search.evaluations,
@@ -173,11 +179,41 @@ class HessianFree:
                 "cg_stop": solution.stop.name,
                 "cg_chosen": choice.iterate.step,
                 "line_search_rate": search.rate,
-                "gradient_norm": math.sqrt(inner(at.vector, at.vector)),
+                "gradient_norm": norm,
                 "step_norm": scale * math.sqrt(inner(p, p)),
             },
         )
-        return (theta + p.dtype.type(scale) * p if accepted else theta), after, report
+        if not report.accepted:
+            return self._rejected(theta, state, _why(solution, choice, slope), report)
+        after = HessianFreeState(self._rule().update(state.damping, rho), solution.iterates[-1].x)
+        return theta + p.dtype.type(scale) * p, after, report
+
+    def _nothing(
+        self, state: HessianFreeState, loss: float, norm: float, stop: Stop, work: Work
+    ) -> StepReport:
+        """Report of a step that ends before the line search."""
+        details: dict[str, float | int | str | None] = {
+            "damping": state.damping,
+            "rho": None,
+            "cg_steps": 0,
+            "cg_stop": stop.name,
+            "cg_chosen": 0,
+            "line_search_rate": 0.0,
+            "gradient_norm": norm if math.isfinite(norm) else None,
+            "step_norm": 0.0,
+        }
+        return StepReport(loss, False, "", work, details)
+
+    def _rejected(
+        self, theta: Vector, state: HessianFreeState, cause: str, report: StepReport
+    ) -> tuple[Vector, HessianFreeState, StepReport]:
+        """Leave theta as it is, raise lambda, forget the direction, and say why."""
+        after = HessianFreeState(self._rule().update(state.damping, math.nan), theta * 0)
+        bound = "; the damping is at its maximum" if after.damping == self.damping_maximum else ""
+        return theta, after, replace(report, accepted=False, message=f"step rejected: {cause}{bound}")
+
+    def _rule(self) -> LevenbergMarquardt:
+        return LevenbergMarquardt(self.damping_factor, self.damping_minimum, self.damping_maximum)
 
     def _start(self, state: HessianFreeState, epoch: float) -> Vector:
         factor = min(self.warm_start * self.warm_start_growth**epoch, self.warm_start_maximum)
@@ -219,3 +255,14 @@ class HessianFree:
             shrink=self.line_search_shrink,
             tries=self.line_search_tries,
         )
+
+
+def _why(solution: CGResult, choice: Choice, slope: float) -> str:
+    """Say why nothing along the choice was good enough."""
+    if choice.iterate.step == 0 and solution.stop is Stop.NOT_POSITIVE:
+        return solution.stop.value
+    if not slope < 0:
+        return "the direction of conjugate gradients does not descend"
+    if not math.isfinite(choice.loss):
+        return "the risk along it is not finite, or not lower at any rate"
+    return "no rate along it lowers the risk enough"

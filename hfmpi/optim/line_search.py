@@ -85,6 +85,6 @@ def armijo(
             rate *= shrink
             value = loss(p * p.dtype.type(rate))
             evaluations += 1
-        if value <= loss_at_zero + sufficient * rate * slope:
+        if math.isfinite(value) and value <= loss_at_zero + sufficient * rate * slope:
             return LineSearch(rate, value, evaluations)
     return LineSearch(0.0, loss_at_zero, evaluations)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import pickle
 import socket
 import time
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,6 +15,7 @@ import numpy as np
 __all__ = ["Communicator", "MPICommunicator", "digest"]
 
 T = TypeVar("T")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 _SUMMABLE = ("float32", "float64", "int64")
 _PACKET = 256  # bytes of the one message in which `agree` sends a small value
@@ -133,18 +136,35 @@ class Communicator:
         Returns
         -------
         list of int
-            The ranks whose value differs from rank 0's, the same list on every rank; empty if all agree.
+            The ranks whose value differs from that of most ranks (of rank 0 where there is a draw), the same
+            list on every rank; empty if all agree.
         """
         values = np.zeros(self.size, dtype=np.int64)
         values.view(np.uint64)[self.rank] = value
         self.sum(values)  # every slot has one nonzero term, so the bits arrive as they left
-        return [int(rank) for rank in np.flatnonzero(values != values[0])]
+        listed = values.tolist()
+        usual = max(listed, key=listed.count)  # the first of the most frequent
+        return [rank for rank, found in enumerate(listed) if found != usual]
 
     def rest(self) -> None:
         """Wait for all ranks, asleep: the core is free for others meanwhile, unlike in a collective."""
 
     def close(self) -> None:
         """Free what the communicator holds; it is of no use afterwards."""
+
+
+def _counted(method: Method) -> Method:
+    """Let a collective method move the communicator's pulse."""
+
+    @functools.wraps(method)
+    def counting(self: MPICommunicator, *arguments: Any) -> Any:
+        self.pulse += 1
+        try:
+            return method(self, *arguments)
+        finally:
+            self.pulse += 1
+
+    return counting  # type: ignore[return-value]
 
 
 class MPICommunicator(Communicator):
@@ -156,7 +176,15 @@ class MPICommunicator(Communicator):
     ----------
     world : mpi4py.MPI.Intracomm
         Usually COMM_WORLD, as `hfmpi.parallel.launch.connect` does it.
+
+    Attributes
+    ----------
+    pulse : int
+        Twice the number of finished collectives, and odd inside one: the same on every rank at the same
+        point of the program. The watchdog reads it.
     """
+
+    pulse = 0
 
     def __init__(self, world: Any) -> None:
         from mpi4py import MPI
@@ -171,11 +199,13 @@ class MPICommunicator(Communicator):
         self.local_size = node.size
         node.Free()
 
+    @_counted
     def sum(self, vector: np.ndarray) -> None:
         """Sum a vector over all ranks, in place; see `Communicator.sum`."""
         _check(vector, vector.dtype.name in _SUMMABLE)
         self._comm.Allreduce(self._mpi.IN_PLACE, vector, op=self._mpi.SUM)
 
+    @_counted
     def sum_in_tree(self, vector: np.ndarray) -> None:
         """Sum a vector over all ranks in a fixed order, in place; see `Communicator.sum_in_tree`."""
         _check(vector, vector.dtype.name in _SUMMABLE)
@@ -188,11 +218,13 @@ class MPICommunicator(Communicator):
             vector += other
             distance *= 2
 
+    @_counted
     def broadcast(self, vector: np.ndarray) -> None:
         """Replace a vector by that of rank 0, in place; see `Communicator.broadcast`."""
         _check(vector, vector.dtype.kind in "biuf")
         self._comm.Bcast(vector, root=0)
 
+    @_counted
     def agree(self, value: T) -> T:
         """Give rank 0's value on every rank; one message if its pickle is below 248 bytes, else two."""
         content = pickle.dumps(value) if self.rank == 0 else b""
@@ -208,10 +240,12 @@ class MPICommunicator(Communicator):
         self._comm.Bcast(whole, root=0)
         return pickle.loads(whole)
 
+    @_counted
     def gather(self, value: T) -> list[T] | None:
         """Collect a small picklable object of every rank on rank 0; see `Communicator.gather`."""
         return self._comm.gather(value, root=0)
 
+    @_counted
     def rest(self) -> None:
         """Wait for all ranks, asleep; see `Communicator.rest`."""
         request = self._comm.Ibarrier()

@@ -2,7 +2,8 @@
 
 MPI starts inside `connect`, never at import, and only when a launcher such as mpirun or srun is
 there. A rank that leaves alone would let the others wait for ever: `together` turns a user's mistake
-on one rank into the same error on all, and `guard` ends all ranks when one of them fails.
+on one rank into the same error on all, `guard` ends all ranks when one of them fails, and the watchdog that
+`connect` starts does so when one of them dies without a word.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 
 from hfmpi.errors import UserError
 from hfmpi.parallel.communicator import Communicator, MPICommunicator
+from hfmpi.parallel.watchdog import Watchdog, watch
 
 __all__ = ["connect", "guard", "launched", "library_name", "load", "together"]
 
@@ -38,6 +40,8 @@ _LAUNCHERS = (
 )
 _PATIENCE = 2.0  # seconds in which ranks that leave with an error wait for the others to leave too
 _DRAIN = 0.2  # seconds for the launcher to pass on what was printed, before it is told to kill
+
+_watchdog: Watchdog | None = None  # of this process, from the first `connect` to several ranks on
 
 
 def launched() -> tuple[int, int] | None:
@@ -76,10 +80,16 @@ def library_name(mpi: Any) -> str:
     return " ".join(first.replace("Version:", "").split()).strip(" ,")
 
 
-def connect() -> Communicator:
+def connect(stall_timeout: float = 0.0) -> Communicator:
     """Start MPI if a launcher is there, and give the communicator of all ranks.
 
-    Without a launcher MPI is not even loaded, unless the program itself has started it.
+    Without a launcher MPI is not even loaded, unless the program itself has started it. A program of several
+    ranks gets a watchdog (hfmpi.parallel.watchdog): if one dies, is stopped or leaves alone, all end.
+
+    Parameters
+    ----------
+    stall_timeout : float
+        All end, too, when no collective of this communicator has finished for so many seconds; 0: never.
 
     Raises
     ------
@@ -89,7 +99,7 @@ def connect() -> Communicator:
     rank_and_size = launched()
     if rank_and_size is None:
         world = _world()
-        return Communicator() if world is None else MPICommunicator(world)
+        return Communicator() if world is None else _watched(world, stall_timeout)
     size = rank_and_size[1]
     try:
         mpi = load()
@@ -112,7 +122,15 @@ def connect() -> Communicator:
         )
     if _world() is not None and not isinstance(sys.excepthook, _AbortingHook):
         sys.excepthook = _AbortingHook(sys.excepthook)
-    return MPICommunicator(mpi.COMM_WORLD)
+    return _watched(mpi.COMM_WORLD, stall_timeout)
+
+
+def _watched(world: Any, stall_timeout: float) -> Communicator:
+    global _watchdog
+    comm = MPICommunicator(world)
+    if comm.size > 1 and _watchdog is None:
+        _watchdog = watch(comm, stall_timeout)
+    return comm
 
 
 def together(comm: Communicator, function: Callable[[], T]) -> T:
@@ -184,11 +202,13 @@ def guard() -> Iterator[None]:
         if code and world is not None and not _all_leave(world):
             if isinstance(leaving.code, str):
                 print(leaving.code, file=sys.stderr)
+            _name_rank(f"left alone with code {code}")
             _abort(code)
         raise
     except BaseException as error:
         if _world() is not None:
             traceback.print_exc()
+            _name_rank("failed with this exception")
             _abort(130 if isinstance(error, KeyboardInterrupt) else 1)
         raise
 
@@ -202,6 +222,7 @@ class _AbortingHook:
     def __call__(self, kind: Any, error: Any, trace: Any) -> None:
         self.previous(kind, error, trace)
         if _world() is not None:
+            _name_rank("failed with this exception")
             _abort(1)
 
 
@@ -229,9 +250,15 @@ def _say(error: UserError | MemoryError) -> None:
     print(f"Error: {cause}{error}", file=sys.stderr, flush=True)
 
 
+def _name_rank(what: str) -> None:
+    print(f"Error: rank {_world().rank} {what}, so all ranks end.", file=sys.stderr)
+
+
 def _abort(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     time.sleep(_DRAIN)
+    if _watchdog is not None:
+        _watchdog.quiet_end(code)
     sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(code)
     os._exit(code)  # not reached: MPI_Abort does not return

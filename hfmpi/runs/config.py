@@ -26,6 +26,7 @@ CHANGEABLE = frozenset(
         "checkpoint_every",
         "evaluate_every",
         "check_every",
+        "max_rejections",
         "backend",
         "micro_batch",
         "memory_budget",
@@ -57,6 +58,8 @@ class Config:
         Steps; 0: once per epoch.
     check_every : int
         Steps between comparisons of theta across ranks; 0: at checkpoints.
+    max_rejections : int
+        The run stops with an error after so many rejected steps in a row; 0: never.
     seed, backend, dtype, micro_batch
         `micro_batch`: most sequences a rank works on at a time; 0: what suits the backend.
     slices : int
@@ -82,6 +85,7 @@ class Config:
     checkpoint_every: int = 0
     evaluate_every: int = 0
     check_every: int = 0
+    max_rejections: int = 20
     seed: int = 0
     backend: str = "auto"
     dtype: str = "float32"

@@ -122,9 +122,11 @@ class Run:
         self.theta: Array = self.backend.to_device(initial.astype(self.backend.dtype))
         self.state = self.preset.optimizer.init(self.theta)
         self.step, self.seconds, self.counts = 0, 0.0, cost.Counts()
+        self.rejections = 0  # in a row, up to now
         if resume is not None:
             self._restore(resume)
         self.first_step = self.step
+        self.last_saved = self.step if resume is not None else None  # the step of the newest checkpoint
         self.timing = Timing(self.timer, communicator, placement, self.step)
 
     # The loop ----------------------------------------------------------------------------------
@@ -135,7 +137,8 @@ class Run:
         Raises
         ------
         UserError
-            On all ranks alike: a file could not be written, or the ranks no longer hold the same theta.
+            On all ranks alike: a file could not be written, the ranks no longer hold the same theta, or the
+            numbers have gone wrong for good.
         """
         config, comm = self.config, self.communicator
         self._check_start()
@@ -169,6 +172,7 @@ class Run:
                 saved = self.step
             elif config.check_every and self.step % config.check_every == 0:
                 self.check_ranks()
+            self._check_rejections(report)
         if valid is None:
             valid = self.evaluate()
         if saved != self.step:
@@ -184,6 +188,7 @@ class Run:
             self.theta, self.state, report = self.preset.optimizer.step(self.theta, self.state, objectives)
         self.step += 1
         self.counts += cost.Counts(steps=1, **asdict(report.work))
+        self.rejections = 0 if report.accepted else self.rejections + 1
         return report
 
     def evaluate(self) -> float:
@@ -214,8 +219,9 @@ class Run:
         (self.folder / "DONE").unlink(missing_ok=True)
 
     def save(self, valid: float | None) -> None:
-        """Check that all ranks agree, then write the checkpoint and the timing."""
+        """Check that all ranks agree and theta is sound, then write the checkpoint and the timing."""
         self.check_ranks()
+        self._check_loss(valid)
         with self.timer.span("files"):
             state = {
                 f.name: self.backend.to_host(v) if hasattr(v := getattr(self.state, f.name), "shape") else v
@@ -230,11 +236,13 @@ class Run:
                 "step": self.step,
                 "seconds": self.seconds,
                 "counts": asdict(self.counts),
+                "rejections": self.rejections,
                 "valid_bpc": valid,
                 "ranks": self.communicator.size,
             }
             path, theta = self.folder / checkpoint.NEWEST, self.backend.to_host(self.theta)
             self._on_first_rank(lambda: checkpoint.save(path, theta, state, meta))
+        self.last_saved = self.step
         timing = self.timing.collect(self.step)
         self._on_first_rank(lambda: replace_file(self.folder / "timing.json", timing.encode()))
 
@@ -255,6 +263,7 @@ class Run:
         try:
             self.step, self.seconds = int(found.meta["step"]), float(found.meta["seconds"])
             self.counts = cost.Counts(**found.meta["counts"])
+            self.rejections = int(found.meta.get("rejections", 0))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"the checkpoint describes no run of this version: {error!r}") from None
 
@@ -268,17 +277,48 @@ class Run:
         strays = self.communicator.same(digest(np.frombuffer(start.encode(), np.uint8)))
         if strays:
             names = ", ".join(map(str, strays))
-            raise UserError(f"rank {names} has other data, options or checkpoint files than rank 0")
+            raise UserError(f"rank {names} has other data, options or checkpoint files than the other ranks")
 
     def check_ranks(self) -> None:
-        """Raise a UserError on all ranks unless all hold the same theta, bit for bit."""
-        strays = self.communicator.same(digest(self.backend.to_host(self.theta)))
+        """Raise a UserError on all ranks unless all hold the same theta and optimizer state, bit for bit."""
+        values = [self.theta, *(getattr(self.state, f.name) for f in fields(self.state))]
+        digests = [digest(self.backend.to_host(v) if hasattr(v, "shape") else np.asarray(v)) for v in values]
+        strays = self.communicator.same(digest(np.array(digests, np.uint64)))
         if strays:
             names = ", ".join(map(str, strays))
             raise UserError(
-                f"rank {names} holds other parameters than rank 0 after step {self.step:,}: "
-                "the last checkpoint is good"
+                f"rank {names} holds other parameters than the other ranks after step {self.step:,}: "
+                f"{self._last_good()}"
             )
+
+    def _check_rejections(self, report: StepReport) -> None:
+        """Raise a UserError on all ranks if nothing but rejections goes on: the report is the same on all."""
+        limit = self.config.max_rejections
+        if limit and self.rejections >= limit:
+            raise UserError(
+                f"{self.rejections:,} steps in a row were rejected up to step {self.step:,}, "
+                f"the last one with: {report.message} (--max-rejections {limit}); {self._last_good()}"
+            )
+
+    def _check_loss(self, valid: float | None) -> None:
+        """Raise a UserError on all ranks if theta has no finite loss, as after an update that went too far.
+
+        Where the validation loss of this step is not known, that of a few sequences will do.
+        """
+        if valid is None:
+            some = np.arange(min(self.valid_set.count, self.risk.micro_batch))
+            with self.timer.span("evaluate"):
+                valid = self.risk.on(self.valid_set, some, span="evaluate").loss(self.theta)
+        if not math.isfinite(self.communicator.agree(valid)):
+            raise UserError(
+                f"the validation loss is not finite after step {self.step:,}: {self._last_good()}"
+            )
+
+    def _last_good(self) -> str:
+        """Say which checkpoint stands."""
+        if self.last_saved is None:
+            return "there is no checkpoint yet"
+        return f"the last checkpoint, of step {self.last_saved:,}, is good"
 
     def _on_first_rank(self, write: Any) -> None:
         """Run a function on rank 0 alone; if a file cannot be written, all ranks raise the UserError."""

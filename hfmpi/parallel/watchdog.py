@@ -1,0 +1,240 @@
+"""Ends all ranks when one of them dies, is stopped, or leaves alone, and when nothing moves any more.
+
+MPI would let the others wait for ever, and what a launcher notices differs from one to the next. So a daemon
+thread on every rank, which makes no MPI calls, keeps a TCP connection to rank 0. Nothing is decided by a
+clock that a busy or sleeping machine could bend: a rank is dead when its connection closes, stopped when
+the kernel says so at several looks in a row, and looks are counted, so a job that slept as a whole goes on.
+
+Messages are lines: `at PULSE` each look, `bye PULSE` from a rank at its end, `all` from rank 0 when
+everyone has said so, `end CODE` from one that knows of an error and has said it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import selectors
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import NoReturn
+
+from hfmpi.parallel.communicator import MPICommunicator
+from hfmpi.parallel.links import link_up
+
+__all__ = ["Watchdog", "watch"]
+
+_LOOK = 1.0  # seconds between looks
+_STOPPED = 6  # looks in a row that find a process of this node stopped
+_SILENT = 30  # looks without a word from another node
+_LATER = 5  # looks that the others leave to rank 0, which knows more, when nothing moves
+_SILENCE = 1.0  # seconds in which another rank may speak
+_CODE = 1  # of ranks that end because of another
+
+
+class Watchdog:
+    """The watchdog of one rank.
+
+    Parameters
+    ----------
+    comm : MPICommunicator
+        Its `pulse` tells how far this rank is.
+    stall_timeout : float
+        Seconds without a collective after which all end; 0: never.
+    links : dict
+        Sockets by rank, from `link_up`.
+    places : list of (str, str, int)
+        Host, process-id namespace and process id of every rank.
+    """
+
+    def __init__(
+        self,
+        comm: MPICommunicator,
+        stall_timeout: float,
+        links: dict[int, socket.socket],
+        places: list[tuple[str, str, int]],
+    ) -> None:
+        self.comm = comm
+        self.stall_timeout = stall_timeout
+        self.links = links
+        self.places = places
+        own = places[comm.rank][:2]
+        node = [rank for rank, place in enumerate(places) if place[:2] == own]
+        # Each process of a node is looked at by one other, in a ring.
+        after = node[(node.index(comm.rank) + 1) % len(node)]
+        self.neighbour = after if after != comm.rank and own[1] and _state(places[after][2]) else None
+        # Rank 0 speaks; where it cannot any more, one rank of each node does.
+        self.speaks = comm.rank in (0, min(rank for rank in node if rank or len(node) == 1))
+        self.far = {rank for rank in links if places[rank][:2] != own}
+        self.buffers = dict.fromkeys(links, b"")
+        self.silent = dict.fromkeys(links, 0)
+        self.pulses = dict.fromkeys(links, 0)
+        self.left: set[int] = set()  # linked ranks that said goodbye
+        self.leaving = False
+        self.finished = threading.Event()
+        self.stopped, self.still, self.seen = 0, 0.0, -1
+        self.bell, self.ear = socket.socketpair()
+        self.process = os.getpid()
+        self.thread = threading.Thread(target=self._run, name="hfmpi watchdog", daemon=True)
+        self.thread.start()
+
+    # For the main thread -----------------------------------------------------------------------
+
+    def goodbye(self) -> None:
+        """Wait until all ranks are here: from then on a closed connection means nothing."""
+        if os.getpid() == self.process and self.links:  # a forked child has nothing to say
+            self.leaving = True
+            self.bell.send(b"!")
+            while self.thread.is_alive() and not self.finished.wait(1):
+                pass
+
+    def quiet_end(self, code: int) -> None:
+        """Tell all ranks to leave at once, because of an error that has been printed."""
+        for link in self.links.values():
+            _send(link, f"end {code}")
+
+    # The thread --------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """Listen, and look around once a second, until all have said goodbye."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.ear, selectors.EVENT_READ)
+            for rank, link in self.links.items():
+                selector.register(link, selectors.EVENT_READ, rank)
+            last = time.monotonic()
+            while not self.finished.is_set():
+                for key, _ in selector.select(max(0.0, last + _LOOK - time.monotonic())):
+                    if key.data is None:
+                        self.ear.recv(1)
+                        self._tell()
+                    else:
+                        self._hear(key.data)
+                now = time.monotonic()
+                if now >= last + _LOOK:
+                    self._look(min(now - last, 2 * _LOOK))  # not the time in which this rank was asleep
+                    last = now
+                self._all_left()
+
+    def _tell(self) -> None:
+        word = "bye" if self.leaving else "at"
+        for link in self.links.values():
+            _send(link, f"{word} {self.comm.pulse}")
+
+    def _hear(self, rank: int) -> None:
+        try:
+            content = self.links[rank].recv(4096)
+        except BlockingIOError:
+            return
+        except OSError:
+            content = b""
+        if not content:
+            self._end(f"{self._name(rank)} has died, so all ranks end", self.speaks)
+        self.silent[rank] = 0
+        *lines, self.buffers[rank] = (self.buffers[rank] + content).split(b"\n")
+        for line in lines:
+            word, _, number = line.decode().partition(" ")
+            if word == "end":
+                self._exit(int(number))
+            elif word == "all":
+                self.finished.set()
+            else:
+                self.pulses[rank] = int(number)
+                self.left |= {rank} if word == "bye" else set()
+
+    def _look(self, seconds: float) -> None:
+        self._tell()
+        for rank in self.links:
+            self.silent[rank] += 1
+            if rank in self.far and self.silent[rank] >= _SILENT:
+                sentence = f"{self._name(rank)} has been silent for {_SILENT} s, so all ranks end"
+                self._end(sentence, self.speaks)
+        if self.neighbour is not None:
+            state = _state(self.places[self.neighbour][2])
+            self.stopped = self.stopped + 1 if state in ("T", "Z", "X", "") else 0
+            if self.stopped >= _STOPPED:
+                what = "is stopped (SIGSTOP)" if state == "T" else "has died"
+                self._end(f"{self._name(self.neighbour)} {what}, so all ranks end")
+        if self.comm.rank == 0:
+            self._who_left_early()
+        self._stall(seconds)
+
+    def _who_left_early(self) -> None:
+        """End all if a rank has left that others wait for: they are at a collective that it never entered."""
+        at = self.pulses | {0: self.comm.pulse}
+        gone = self.left | ({0} if self.leaving else set())
+        early = [rank for rank in sorted(gone) if at[rank] < max(at.values())]
+        if early:
+            self._end(f"{self._name(early[0])} has left while others go on, so all ranks end")
+
+    def _stall(self, seconds: float) -> None:
+        if not self.stall_timeout:
+            return
+        moved, self.seen = self.comm.pulse != self.seen, self.comm.pulse
+        self.still = 0.0 if moved else self.still + seconds
+        if self.still < self.stall_timeout + (_LATER if self.comm.rank and self.links else 0):
+            return
+        sentence = f"no collective has finished for {self.stall_timeout:g} s (--stall-timeout)"
+        if self.comm.rank == 0:
+            at = self.pulses | {0: self.comm.pulse}
+            late = [self._name(rank) for rank in sorted(at) if at[rank] < max(at.values())]
+            if late:
+                sentence += f"; the others wait for {', '.join(late[:3])}" + ", ..." * (len(late) > 3)
+        self._end(f"{sentence}, so all ranks end", self.speaks)
+
+    def _all_left(self) -> None:
+        if self.comm.rank == 0 and self.leaving and len(self.left) == len(self.links):
+            self._who_left_early()
+            for link in self.links.values():
+                _send(link, "all")
+            self.finished.set()
+
+    def _name(self, rank: int) -> str:
+        host, _, process = self.places[rank]
+        return f"rank {rank} (process {process} on {host})"
+
+    def _end(self, sentence: str, speaks: bool = True) -> NoReturn:
+        """Say why, or leave it to the rank that speaks, and leave; the main thread may hang in MPI."""
+        if speaks:
+            os.write(2, f"Error: {sentence}.\n".encode())  # print could wait for a lock of the main thread
+        else:
+            time.sleep(_SILENCE)  # an exit may make the launcher kill the one that speaks
+        self._exit(_CODE)
+
+    def _exit(self, code: int) -> NoReturn:
+        self.quiet_end(code)
+        if self.stopped >= _STOPPED and self.neighbour is not None:
+            with contextlib.suppress(OSError):  # not every launcher would
+                os.kill(self.places[self.neighbour][2], signal.SIGKILL)
+        os._exit(code)
+
+
+def watch(comm: MPICommunicator, stall_timeout: float) -> Watchdog:
+    """Start the watchdog of this rank; collective. It leaves with the program, by `atexit`."""
+    namespace = ""
+    with contextlib.suppress(OSError):
+        namespace = os.readlink("/proc/self/ns/pid")
+    places = comm.agree(comm.gather((comm.host, namespace, os.getpid()))) or []
+    links, missing = link_up(comm, places[comm.rank][:2] == places[0][:2])
+    if missing and comm.rank == 0:
+        names = ", ".join(map(str, missing[:8])) + ", ..." * (len(missing) > 8)
+        sentence = f"Note: rank 0 has no TCP connection to rank {names}; should one of them die, "
+        os.write(2, f"{sentence}the others learn it from the launcher or by --stall-timeout.\n".encode())
+    watchdog = Watchdog(comm, stall_timeout, links, places)
+    atexit.register(watchdog.goodbye)
+    return watchdog
+
+
+def _send(link: socket.socket, line: str) -> None:
+    with contextlib.suppress(OSError):  # closed: `_hear` will find it; full: the rank is stopped
+        link.send(f"{line}\n".encode())
+
+
+def _state(process: int) -> str:
+    """Give the kernel's letter for the state of a process of this node; nothing if it is gone."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""

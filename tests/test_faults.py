@@ -1,0 +1,343 @@
+"""Ranks that die or stray, and numbers that go wrong: each fault by its name.
+
+examples/faults/ranks.py does the same with whole runs at random moments.
+"""
+
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from small import Recorder, history, make_run, train, write_corpus
+from test_parallel import MPIRUN
+
+from hfmpi.cli.train import train as train_command
+from hfmpi.errors import UserError
+from hfmpi.models.network import Network
+from hfmpi.optim import Gradient, HessianFree, Objectives
+from hfmpi.parallel import launch, watchdog
+from hfmpi.parallel.communicator import MPICommunicator
+from hfmpi.runs import checkpoint
+from hfmpi.runs.stop import StopSignals
+
+# Ranks -----------------------------------------------------------------------------------------
+
+PROGRAM = """
+import os, signal, sys, time
+import numpy as np
+from hfmpi.parallel import links, watchdog
+from hfmpi.parallel.launch import connect, guard
+watchdog._LOOK = 0.2  # the looks are counted; fewer seconds between them
+links._PATIENCE = 2.0
+faulty, until = int(sys.argv[1]), float(sys.argv[2])
+with guard():
+    if "no network" in sys.argv[3]:
+        def refuse(*arguments, **options): raise OSError("no network")
+        links.socket.create_server = refuse
+    comm = connect(2.0 if "hang" in sys.argv[3] else 0.0)
+    print(os.getpid(), flush=True)
+    begin, passed = time.monotonic(), 0.0
+    while passed < until:
+        comm.sum(np.ones(10))
+        passed = comm.agree(time.monotonic() - begin)
+    if comm.rank == faulty:
+        exec(sys.argv[4])
+    comm.sum(np.ones(10))
+"""
+
+
+def run(faulty, command, name="", until=0.1, meanwhile=None):
+    """Run the program on two ranks, of which one does something; give code, stderr and seconds."""
+    if MPIRUN is None:
+        pytest.skip("there is no mpirun")
+    begin = time.monotonic()
+    words = [MPIRUN, "-n", "2", sys.executable, "-c", PROGRAM, str(faulty), str(until), name, command]
+    with subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        ranks = [int(process.stdout.readline()) for _ in range(2)]
+        if meanwhile:
+            meanwhile(ranks)
+        _, said = process.communicate(timeout=60)
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{rank}") for rank in ranks):  # nobody is left behind
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return process.returncode, said, time.monotonic() - begin
+
+
+@pytest.mark.parametrize(
+    ("command", "faulty"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", 0),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", 1),
+        ("os._exit(3)", 1),
+        ("os._exit(0)", 1),
+    ],
+)
+def test_a_rank_that_dies_ends_all(command, faulty):
+    # The launcher, which sees the death as well, often kills the others before they can speak.
+    code, said, seconds = run(faulty, command)
+    assert code != 0 or command == "os._exit(0)"  # what MPICH's mpirun makes of it
+    assert said.count("Error:") <= 1
+    assert f"rank {faulty} (process " in said or "Error:" not in said
+    assert seconds < 30
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "faulty", "sentence"),
+    [
+        ("sys.exit(0)", "", 1, "rank 1 (process {}) has left while others go on"),
+        ("os.kill(os.getpid(), signal.SIGSTOP)", "", 1, "rank 1 (process {}) is stopped (SIGSTOP)"),
+        ("os.kill(os.getpid(), signal.SIGSTOP)", "", 0, "rank 0 (process {}) is stopped (SIGSTOP)"),
+        ("time.sleep(1000)", "hang", 1, "for 2 s (--stall-timeout); the others wait for rank 1 (process {})"),
+        ("time.sleep(1000)", "hang, no network", 1, "no collective has finished for 2 s (--stall-timeout)"),
+    ],
+)
+def test_a_rank_that_the_launcher_does_not_miss_ends_all(command, name, faulty, sentence):
+    processes = []
+    code, said, seconds = run(faulty, command, name, meanwhile=processes.extend)
+    host = socket.gethostname()
+    assert code != 0
+    assert any(sentence.format(f"{process} on {host}") in said for process in processes)
+    assert ("Note: rank 0 has no TCP connection to rank 1" in said) == ("no network" in name)
+    assert seconds < 40
+
+
+def test_a_job_that_sleeps_as_a_whole_goes_on():
+    def sleep(ranks):
+        for rank in ranks:
+            os.kill(rank, signal.SIGSTOP)
+        time.sleep(2.5)  # more than the looks after which one of them alone would be given up
+        for rank in ranks:
+            os.kill(rank, signal.SIGCONT)
+
+    assert run(0, "", until=0.5, meanwhile=sleep)[:2] == (0, "")
+
+
+def test_a_rank_may_leave_later_than_the_others():
+    assert run(1, "comm.sum(np.ones(10)); time.sleep(2); sys.exit(0)")[:2] == (0, "")
+
+
+@pytest.mark.parametrize(("words", "seconds"), [([], 600.0), (["--stall-timeout", "7"], 7.0)])
+def test_training_hands_its_stall_timeout_on(words, seconds, monkeypatch):
+    def connect(stall_timeout):
+        raise UserError(f"it is {stall_timeout!r}")
+
+    monkeypatch.setattr(launch, "connect", connect)
+    with pytest.raises(UserError, match=f"^it is {seconds}$"):
+        train_command(["small.h5", *words], standalone_mode=False)
+
+
+class Ended(BaseException):
+    pass
+
+
+def test_a_silent_node_is_given_up_and_who_waits_for_whom_is_known(monkeypatch, capfd):
+    def leave(self, code):
+        raise Ended
+
+    monkeypatch.setattr(watchdog.Watchdog, "_exit", leave)
+    monkeypatch.setattr(watchdog.Watchdog, "_run", lambda self: None)
+    places = [("a", "", 1), ("b", "", 2), ("c", "", 3)]
+    ours, theirs = zip(*(socket.socketpair() for _ in range(2)), strict=True)
+    for link in ours:
+        link.setblocking(False)
+    dog = watchdog.Watchdog(SimpleNamespace(rank=0, pulse=7), 5, dict(enumerate(ours, 1)), places)
+
+    def look(times):
+        for _ in range(times):
+            theirs[0].send(b" 7\nat")  # lines may come in pieces
+            dog._hear(1)
+            dog._look(1.0)
+
+    theirs[0].send(b"at 7\nat")
+    theirs[1].send(b"at 6\n")
+    for rank in (1, 2):
+        dog._hear(rank)
+    with pytest.raises(Ended):
+        look(20)
+    assert "has finished for 5 s (--stall-timeout); the others wait for rank 2 (pro" in capfd.readouterr().err
+    dog.stall_timeout = 0
+    with pytest.raises(Ended):
+        look(watchdog._SILENT)
+    assert (
+        capfd.readouterr().err
+        == "Error: rank 2 (process 3 on c) has been silent for 30 s, so all ranks end.\n"
+    )
+    for link in (*ours, *theirs, dog.bell, dog.ear):
+        link.close()
+
+
+# Numbers ---------------------------------------------------------------------------------------
+
+
+class Quadratic:
+    """f(x) = |x|^2 / 2 at the point 1; a fault is what a method gives instead."""
+
+    def __init__(self, **faults):
+        self.faults = faults
+        self.calls = dict.fromkeys(("loss", "gradient", "product"), 0)
+
+    def given(self, name, value):
+        self.calls[name] += 1
+        return self.faults.get(name, value)
+
+    def loss(self, theta):
+        return self.given("loss", float(theta @ theta) / 2)
+
+    def gradient(self, theta, squares=False):
+        g = self.given("gradient", theta.copy())
+        return Gradient(
+            self.faults.get("risk", float(theta @ theta) / 2), g, self.faults.get("squares", g * g)
+        )
+
+    def gauss_newton(self, theta):
+        return lambda v: self.given("product", v.copy())
+
+
+def full(value):
+    return np.full(3, value)
+
+
+@pytest.mark.parametrize(
+    ("faults", "cause", "stop"),
+    [
+        ({"gradient": full(math.nan)}, "the gradient is not finite", "NOT_FINITE"),
+        ({"gradient": full(math.inf)}, "the gradient is not finite", "NOT_FINITE"),
+        ({"risk": math.nan}, "the risk is not finite", "NOT_FINITE"),
+        ({"risk": -math.inf}, "the risk is not finite", "NOT_FINITE"),
+        ({"product": full(math.nan)}, "a gradient, product or residual was not finite", "NOT_FINITE"),
+        ({"product": full(math.inf)}, "a gradient, product or residual was not finite", "NOT_FINITE"),
+        ({"squares": full(math.nan)}, "a gradient, product or residual was not finite", "NOT_FINITE"),
+        ({"product": full(-1e3)}, "the curvature along the search direction is not positive", "NOT_POSITIVE"),
+        ({"loss": math.nan}, "the risk along it is not finite", None),
+        ({"loss": -math.inf}, "the risk along it is not finite", None),
+        ({"loss": 99.0}, "no rate along it lowers the risk enough", None),
+    ],
+)
+@pytest.mark.parametrize("damping", [1.0, 1e10])
+def test_a_bad_number_rejects_the_step_by_name(faults, cause, stop, damping):
+    objective, theta = Quadratic(**faults), -np.ones(3)
+    optimizer = HessianFree(damping=1.0)
+    state = type(optimizer.init(theta))(damping, theta * 0)
+    with np.errstate(all="ignore"):
+        if stop == "NOT_POSITIVE":
+            state = type(state)(1e-3, theta * 0)
+        after, later, report = optimizer.step(theta, state, Objectives(objective, objective))
+    assert after is theta
+    assert not report.accepted
+    bound = "; the damping is at its maximum" if later.damping == 1e10 else ""
+    assert report.message.startswith(f"step rejected: {cause}")
+    assert report.message.endswith(bound)
+    assert later.damping == min(state.damping * 1.5, 1e10)
+    np.testing.assert_array_equal(later.direction, np.zeros(3))
+    assert stop in (None, report.details["cg_stop"])
+    if "gradient" in faults or "risk" in faults:
+        assert objective.calls == {"loss": 0, "gradient": 1, "product": 0}
+    if "squares" in faults:
+        assert objective.calls["product"] == 0
+
+
+def test_a_bad_number_late_in_conjugate_gradients_leaves_what_was_reached():
+    a = np.diag([1.0, 10.0, 100.0]).astype(np.float32)
+    for late in (np.nan, np.inf):
+        objective, theta = Quadratic(), np.ones(3, np.float32)
+
+        def gauss_newton(theta, objective=objective, late=late):
+            return lambda v: objective.given("product", a @ v if objective.calls["product"] < 1 else v * late)
+
+        objective.gauss_newton = gauss_newton
+        optimizer = HessianFree(damping=1.0, preconditioner="none")
+        after, state, report = optimizer.step(theta, optimizer.init(theta), Objectives(objective, objective))
+        assert (report.accepted, report.message) == (True, "")
+        assert (report.details["cg_stop"], report.details["cg_steps"]) == ("NOT_FINITE", 1)
+        assert np.all(np.isfinite(after))
+        assert np.all(np.isfinite(state.direction))
+
+
+def test_an_iterate_that_overflows_is_not_kept():
+    """A curvature so small that the step along it is no float32."""
+    objective, theta = Quadratic(product=np.full(3, -1e-30, np.float32)), np.full(3, 1e10, np.float32)
+    optimizer = HessianFree(damping=0.0, preconditioner="none", backtracking=False)
+    with np.errstate(all="ignore"):
+        after, state, report = optimizer.step(theta, optimizer.init(theta), Objectives(objective, objective))
+    assert (after is theta, report.accepted, report.details["cg_stop"]) == (True, False, "NOT_FINITE")
+    assert np.all(np.isfinite(state.direction))
+
+
+def test_a_zero_gradient_is_no_rejection_and_no_work():
+    objective, theta = Quadratic(gradient=np.zeros(3)), np.ones(3)
+    optimizer = HessianFree()
+    state = optimizer.init(theta)
+    after, later, report = optimizer.step(theta, state, Objectives(objective, objective))
+    assert after is theta
+    assert later is state
+    assert report.accepted
+    assert report.message == "the gradient is zero: nothing to do"
+    assert objective.calls == {"loss": 0, "gradient": 1, "product": 0}
+
+
+@pytest.mark.mpi(ranks=2, timeout=60, unit="s")
+def test_one_ranks_bad_numbers_stop_the_run_on_all(mpi_ranks, comm, mpi_tmp_path, monkeypatch):
+    communicator, data = MPICommunicator(comm), mpi_tmp_path / "small.h5"
+    if comm.rank == 0:
+        write_corpus(data)
+    comm.Barrier()
+    honest = Network.gradient, Network.gauss_newton, Network.loss
+    methods = (
+        ("gradient", 2, "gradient is not finite"),
+        ("gauss_newton", 4, "product or residual was not finite"),
+    )
+    for method, place, cause in methods:
+        folder = mpi_tmp_path / method
+        options = {"checkpoint_every": 2, "max_steps": 30, "max_rejections": 3}
+        run = make_run(folder, data, communicator, **options)
+        original = getattr(Network, method)
+
+        def spoiled(self, *arguments, original=original, place=place, run=run):
+            result = original(self, *arguments)
+            if comm.rank == 1 and run.step >= 2:
+                arguments[place][0] = np.nan
+            return result
+
+        monkeypatch.setattr(Network, method, spoiled)
+        sentence = (
+            rf"^3 steps in a row were rejected up to step 5, .*{cause}.*; the last checkpoint, of step 4, is"
+        )
+        with StopSignals() as signals, pytest.raises(UserError, match=sentence):
+            run.train(Recorder(), signals)
+        monkeypatch.undo()
+        assert (Network.gradient, Network.gauss_newton, Network.loss) == honest
+        assert checkpoint.latest(folder).meta["rejections"] == 2
+        assert [record["accepted"] for record in history(folder)] == [True] * 2 + [False] * 3
+        assert all(cause in record["message"] for record in history(folder)[2:])
+        comm.Barrier()
+        run, result = train(folder, data, communicator, **(options | {"max_steps": 6}))  # mended, it goes on
+        assert (run.first_step, result.step, run.rejections) == (4, 6, 0)
+        assert history(folder)[-1]["accepted"]
+    communicator.close()
+
+
+def test_rejections_count_across_a_stop_and_may_be_unlimited(tmp_path, monkeypatch):
+    data = write_corpus(tmp_path / "small.h5")
+    honest = Network.gradient
+
+    def spoiled(self, *arguments):
+        honest(self, *arguments)
+        arguments[2][0] = np.nan
+
+    monkeypatch.setattr(Network, "gradient", spoiled)
+    train(tmp_path / "run", data, max_steps=3)
+    with pytest.raises(
+        UserError, match=r"^20 steps in a row were rejected up to step 20, .*, of step 3, is good"
+    ):
+        train(tmp_path / "run", data)
+    _, result = train(tmp_path / "run", data, max_steps=25, max_rejections=0)
+    assert result.step == 25
