@@ -3,6 +3,9 @@
 Every rank holds theta and a shard of the global batch. It sums losses, gradients or products over its shard
 in micro-batches, and one Allreduce per loss, gradient or product makes the sums global. Sums are divided by
 the global number of characters, never averaged from averages, so shards may be uneven or empty.
+
+Each of these messages has one number more: how many ranks want to stop. So the ranks agree to leave a long
+step without a message of its own, and leave it at the same place.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from hfmpi.models.network import Network, Tape
 from hfmpi.optim.base import Gradient, Objectives
 from hfmpi.parallel.communicator import Communicator
 
-__all__ = ["MeanRisk", "Risk", "pack", "step_objectives", "unpack"]
+__all__ = ["MeanRisk", "Risk", "Stopped", "pack", "step_objectives", "unpack"]
 
 GRIDS = 2.0**-10, 2.0**-24, 2.0**-38, 2.0**-52
 """Grids of the parts of a packed scalar; see `pack`."""
@@ -47,6 +50,13 @@ def unpack(parts: np.ndarray) -> float:
     return float(np.sum(parts[::-1].astype(np.float64)))  # the smallest first
 
 
+class Stopped(Exception):
+    """Raised on all ranks out of the same loss, gradient or product: at least one of them wants to stop.
+
+    Optimizers let it pass. They change neither theta nor their state, so the step can be taken anew later.
+    """
+
+
 class MeanRisk:
     """Makes the objective of any global batch: the mean loss per scored character, in nats.
 
@@ -63,6 +73,11 @@ class MeanRisk:
     memory_budget : float
         Bytes that this rank may keep of a linearisation between products. What does not fit is computed
         anew for every product, which takes longer and gives the same numbers, bit for bit.
+
+    Attributes
+    ----------
+    stop : callable
+        Says whether this rank wants to stop; asked once per loss, gradient and product. Never, by default.
     """
 
     def __init__(
@@ -78,6 +93,7 @@ class MeanRisk:
         self.timer = timer or Timer()
         self.micro_batch = micro_batch
         self.memory_budget = memory_budget
+        self.stop: Callable[[], bool] = lambda: False
         self._passing_tape: Tape | None = None  # used up at once; its memory serves the next
         self._tapes: list[Tape] = []  # kept between products
 
@@ -133,12 +149,12 @@ class Risk:
 
     def loss(self, theta: Array) -> float:
         """Mean loss in nats per character, float64."""
-        owner, total = self.owner, np.zeros(1)
+        owner, message = self.owner, np.zeros(2)
         for batch in self._batches():
             with owner.timer.span(self.span):
-                total += owner.network.loss(theta, batch)
-        self._sum(total)
-        return float(total[0]) / self.characters
+                message[0] += owner.network.loss(theta, batch)
+        self._sum(message)
+        return float(message[0]) / self.characters
 
     def gradient(self, theta: Array, squares: bool = False) -> Gradient:
         """Mean loss and its gradient (D,); with `squares` the mean squared gradients of the sequences.
@@ -147,7 +163,7 @@ class Risk:
         gradient whatever the batch. One message carries everything.
         """
         owner, size, kind = self.owner, theta.size, theta.dtype
-        message = owner.network.backend.xp.zeros(size * (1 + squares) + len(GRIDS), kind)
+        message = owner.network.backend.xp.zeros(size * (1 + squares) + len(GRIDS) + 1, kind)
         square_sum = message[size : 2 * size] if squares else None
         loss = 0.0
         for batch in self._batches():
@@ -156,11 +172,12 @@ class Risk:
             with owner.timer.span("gradient"):
                 owner.network.gradient(tape, 1 / self.characters, message[:size], square_sum)
             loss += tape.loss / self.characters
-        message[-len(GRIDS) :] = owner.network.backend.to_device(pack(loss).astype(kind))
+        parts = message[-len(GRIDS) - 1 : -1]
+        parts[:] = owner.network.backend.to_device(pack(loss).astype(kind))
         self._sum(message)
         if square_sum is not None:  # sum_i (g_i / B)^2 -> mean_i g_i^2
             square_sum *= kind.type(self.size)
-        mean = unpack(owner.network.backend.to_host(message[-len(GRIDS) :]))
+        mean = unpack(owner.network.backend.to_host(parts))
         return Gradient(mean, message[:size], square_sum)
 
     def gauss_newton(self, theta: Array, structural: float = 0.0) -> Callable[[Array], Array]:
@@ -183,7 +200,8 @@ class Risk:
         owner._tapes = tapes
 
         def product(v: Array) -> Array:
-            out = owner.network.backend.xp.zeros(v.size, v.dtype)
+            message = owner.network.backend.xp.zeros(v.size + 1, v.dtype)
+            out = message[:-1]
             for tape in tapes:
                 with owner.timer.span("products"):
                     owner.network.gauss_newton(tape, v, 1 / self.characters, structural, out)
@@ -192,7 +210,7 @@ class Risk:
                     tape = owner.passing_tape(theta, batch, structural > 0)
                 with owner.timer.span("products"):
                     owner.network.gauss_newton(tape, v, 1 / self.characters, structural, out)
-            self._sum(out)
+            self._sum(message)
             return out
 
         return product
@@ -206,7 +224,11 @@ class Risk:
                 batch = self.sequences.take(part)
             yield batch
 
-    def _sum(self, vector: Array) -> None:
+    def _sum(self, message: Array) -> None:
+        """Sum over all ranks; the last number is that of the ranks that want to stop."""
+        message[-1] = self.owner.stop()
         self.owner.network.backend.synchronize()
         with self.owner.timer.span("allreduce"):
-            self.owner.communicator.sum(vector)
+            self.owner.communicator.sum(message)
+        if message[-1] > 0:
+            raise Stopped
