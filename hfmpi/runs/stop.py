@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -45,9 +46,9 @@ class StopSignals:
     def __init__(self, end: float | None = None) -> None:
         self.requested: str | None = None
         self._previous: dict[signal.Signals, Any] = {}
-        self._asked = time.monotonic()
+        self._end = None if end is None else time.monotonic() + end - time.time()
+        self._asked = math.inf  # not yet
         self._longest = 0.0
-        self._end = None if end is None else self._asked + end - time.time()
 
     def wanted(self) -> bool:
         """Say whether this rank wants to stop; asked at every sum over the ranks and before every step.
