@@ -3,6 +3,9 @@
 Every rank holds theta and a shard of the global batch. It sums losses, gradients or products over its shard
 in micro-batches, and one Allreduce per loss, gradient or product makes the sums global. Sums are divided by
 the global number of characters, never averaged from averages, so shards may be uneven or empty.
+
+Each of these messages has one number more: how many ranks want to stop. So the ranks agree to leave a long
+step without a message of its own, and leave it at the same place.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from hfmpi.backends.base import Array
+from hfmpi.backends.base import Array, Backend
 from hfmpi.data.batches import Batch, Sequences, curvature_slice, global_indices, shard
 from hfmpi.errors import UserError
 from hfmpi.measure.timer import Timer
@@ -23,7 +26,7 @@ from hfmpi.optim.base import Gradient, Objectives
 from hfmpi.parallel.communicator import Communicator
 from hfmpi.parallel.transport import HostTransport, Transport
 
-__all__ = ["MeanRisk", "Risk", "pack", "step_objectives", "unpack"]
+__all__ = ["MeanRisk", "Risk", "Stopped", "pack", "step_objectives", "unpack"]
 
 T = TypeVar("T")
 
@@ -60,6 +63,13 @@ def pairwise(parts: list[Array]) -> Array:
     return parts[0]
 
 
+class Stopped(Exception):
+    """Raised on all ranks out of the same loss, gradient or product: at least one of them wants to stop.
+
+    Optimizers let it pass. They change neither theta nor their state, so the step can be taken anew later.
+    """
+
+
 class MeanRisk:
     """Makes the objective of any global batch: the mean loss per scored character, in nats.
 
@@ -87,6 +97,11 @@ class MeanRisk:
     ------
     UserError
         If the slices do not fit the ranks.
+
+    Attributes
+    ----------
+    stop : callable
+        Says whether this rank wants to stop; asked once per loss, gradient and product. Never, by default.
     """
 
     def __init__(
@@ -110,7 +125,9 @@ class MeanRisk:
         self.micro_batch = micro_batch or network.backend.micro_batch
         self.memory_budget = memory_budget
         self.transport = transport or HostTransport(communicator, network.backend, slices > 0)
+        self.host = HostTransport(communicator, Backend(), slices > 0)  # of messages that are on the host
         self.slices = slices
+        self.stop: Callable[[], bool] = lambda: False
         self._passing_tape: Tape | None = None  # used up at once; its memory serves the next
         self._tapes: list[Tape] = []  # kept between products
 
@@ -196,19 +213,15 @@ class Risk:
         owner = self.owner
 
         def share(part: np.ndarray) -> np.ndarray:
-            total = np.zeros(1)
+            message = np.zeros(2)
             for batch in self._batches(part):
                 with owner.timer.span(self.span):
-                    total += owner.network.loss(theta, batch)
-            return total
+                    message[0] += owner.network.loss(theta, batch)
+            return message
 
-        total = self._shrinking(lambda: pairwise([share(part) for part in self.slices]))
-        with owner.timer.span("allreduce"):
-            if owner.slices:
-                owner.communicator.sum_in_tree(total)
-            else:
-                owner.communicator.sum(total)
-        return float(total[0]) / self.characters
+        message = self._shrinking(lambda: pairwise([share(part) for part in self.slices]))
+        self._sum(message, owner.host)
+        return float(message[0]) / self.characters
 
     def gradient(self, theta: Array, squares: bool = False) -> Gradient:
         """Mean loss and its gradient (D,); with `squares` the mean squared gradients of the sequences.
@@ -220,7 +233,7 @@ class Risk:
         backend = owner.network.backend
 
         def share(part: np.ndarray) -> Array:
-            message = backend.xp.zeros(size * (1 + squares) + len(GRIDS), kind)
+            message = backend.xp.zeros(size * (1 + squares) + len(GRIDS) + 1, kind)
             loss = 0.0
             for batch in self._batches(part):
                 with owner.timer.span("forward"):
@@ -230,15 +243,15 @@ class Risk:
                     owner.network.gradient(tape, 1 / self.characters, message[:size], square_sum)
                     backend.synchronize()
                 loss += tape.loss / self.characters
-            message[-len(GRIDS) :] = backend.to_device(pack(loss).astype(kind))
+            message[-len(GRIDS) - 1 : -1] = backend.to_device(pack(loss).astype(kind))
             return message
 
         message = self._shrinking(lambda: pairwise([share(part) for part in self.slices]))
-        self._sum(message)
+        self._sum(message, owner.transport)
         square_sum = message[size : 2 * size] if squares else None
         if square_sum is not None:  # sum_i (g_i / B)^2 -> mean_i g_i^2
             square_sum *= kind.type(self.size)
-        mean = unpack(backend.to_host(message[-len(GRIDS) :]))
+        mean = unpack(backend.to_host(message[-len(GRIDS) - 1 : -1]))
         return Gradient(mean, message[:size], square_sum)
 
     def gauss_newton(self, theta: Array, structural: float = 0.0) -> Callable[[Array], Array]:
@@ -253,7 +266,8 @@ class Risk:
         tapes = owner._tapes
 
         def share(tapes: list[Tape], others: list[Batch], v: Array) -> Array:
-            out = backend.xp.zeros(v.size, v.dtype)
+            message = backend.xp.zeros(v.size + 1, v.dtype)
+            out = message[:-1]
             for tape in tapes:
                 with owner.timer.span("products"):
                     owner.network.gauss_newton(tape, v, scale, structural, out)
@@ -264,7 +278,7 @@ class Risk:
                 with owner.timer.span("products"):
                     owner.network.gauss_newton(tape, v, scale, structural, out)
                     backend.synchronize()
-            return out
+            return message
 
         def local(v: Array) -> Array:
             nonlocal kept, tapes
@@ -274,9 +288,9 @@ class Risk:
             return pairwise([share(*part, v) for part in kept])
 
         def product(v: Array) -> Array:
-            out = self._shrinking(lambda: local(v))
-            self._sum(out)
-            return out
+            message = self._shrinking(lambda: local(v))
+            self._sum(message, owner.transport)
+            return message[:-1]
 
         return product
 
@@ -328,6 +342,10 @@ class Risk:
                 batch = self.sequences.take(indices)
             yield batch
 
-    def _sum(self, vector: Array) -> None:
+    def _sum(self, message: Array, transport: Transport) -> None:
+        """Sum over all ranks; the last number is that of the ranks that want to stop."""
+        message[-1] = float(self.owner.stop())
         with self.owner.timer.span("allreduce"):
-            self.owner.transport.sum(vector)
+            transport.sum(message)
+        if float(message[-1]) > 0:
+            raise Stopped

@@ -1,11 +1,36 @@
-"""Signals that ask a run to stop."""
+"""What asks a run to stop, and that a run stopped anywhere goes on as if it had not been."""
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
+from small import Recorder, history, make_run, same, train, write_corpus
 
-from hfmpi.runs.stop import StopSignals
+from hfmpi.parallel.communicator import Communicator, MPICommunicator
+from hfmpi.runs import checkpoint
+from hfmpi.runs.stop import StopSignals, job_end
+
+STEPS = 2
+OPTIMIZERS = {
+    "shf": {"optimizer": "shf", "settings": {"cg_max_steps": 5}},
+    "bhf": {"optimizer": "bhf", "settings": {"damping": 0.1, "structural_damping": 0.1, "cg_max_steps": 6}},
+    "sgd": {"optimizer": "sgd"},
+    "adam": {"optimizer": "adam", "settings": {"rate": 0.02}},
+}
+
+
+@pytest.fixture(scope="module", name="data")
+def fixture_data(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "small.h5")
+
+
+# Signals and clocks ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
@@ -13,18 +38,20 @@ def test_signal_is_noted_and_handlers_come_back(name):
     number = signal.Signals[name]
     before = signal.getsignal(number)
     with StopSignals() as stop:
-        assert stop.requested is None
+        assert not stop.wanted()
         os.kill(os.getpid(), number)
-        assert stop.requested == name
+        assert stop.wanted()
+        assert stop.requested == f"{name} asked for it"
     assert signal.getsignal(number) is before
 
 
 def test_first_signal_names_the_reason():
-    with StopSignals() as stop:
+    with StopSignals(time.time() + 1) as stop:
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.requested == "SIGUSR1"
+        assert stop.wanted()
+        assert stop.requested == "SIGUSR1 asked for it"
 
 
 def test_second_interrupt_leaves_at_once():
@@ -32,7 +59,223 @@ def test_second_interrupt_leaves_at_once():
     with StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.requested == "SIGTERM"
+        assert stop.requested == "SIGTERM asked for it"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    ("left", "longest", "wanted"),
+    [(20, 0, True), (60, 0, False), (190, 100, True), (300, 100, False), (None, 1e6, False)],
+)
+def test_before_the_job_ends_twice_the_longest_wait_is_left_and_half_a_minute(left, longest, wanted):
+    stop = StopSignals(None if left is None else time.time() + left)
+    assert stop.wanted() is (left == 20)  # how long the start took does not count
+    stop._asked -= longest  # as if the run had computed for so long
+    assert stop.wanted() is wanted
+    assert stop.wanted() is wanted  # also after a short time
+    assert stop.requested == ("the time of the job is nearly over" if wanted else None)
+
+
+def test_the_end_of_the_job(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    assert job_end() is None
+    end = int(time.time()) + 1000
+    for text, expected in ((str(end), end), (str(end - 2000), None), ("", None), ("N/A", None), ("-1", None)):
+        monkeypatch.setenv("SLURM_JOB_END_TIME", text)
+        assert job_end() == expected
+
+
+# Stopped at every single sum -------------------------------------------------------------------
+
+
+class StopAt(StopSignals):
+    """Wants to stop from its n-th question on."""
+
+    def __init__(self, question):
+        super().__init__()
+        self.question, self.asked = question, 0
+
+    def wanted(self):
+        self.asked += 1
+        if self.asked == self.question:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().wanted()
+
+
+def stopped_at(question, folder, data, comm=None, **options):
+    """Train until that question; give the result and how many were asked."""
+    run, reporter = make_run(folder, data, comm, **options), Recorder()
+    with StopAt(question) as stop:
+        result = run.train(reporter, stop)
+    assert not result.done
+    assert result.reason == "SIGTERM asked for it"
+    assert result.step == len(history(folder) if (folder / "history.jsonl").exists() else [])
+    evaluated = history(folder)[-1]["valid_bpc"] if result.step > run.first_step else None
+    assert result.valid_bpc == evaluated
+    found = checkpoint.latest(folder)
+    assert (found.meta["step"], found.message) == (result.step, None)
+    assert not (folder / "DONE").exists()
+    return result
+
+
+def questions(folder, data, comm=None, **options):
+    """Train to the end; give the run and how often it asks on the way."""
+    run, stop = make_run(folder, data, comm, **options), StopAt(None)
+    assert run.train(Recorder(), stop).done
+    return run, stop.asked
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_stopped_anywhere_it_goes_on_as_if_it_had_not_been(name, data, tmp_path):
+    options = OPTIMIZERS[name] | {"max_steps": STEPS, "dtype": "float32"}
+    whole, count = questions(tmp_path / "whole", data, **options)
+    # One question before each step and one at each sum, which the history counts; each step is evaluated.
+    sums = [r["gradients"] + r["losses"] + r["products"] for r in history(whole.folder)]
+    assert count == sum(sums) + 2 * STEPS
+    boundaries = np.cumsum([0] + [n + 2 for n in sums])
+    for question in range(1, count + 1, 2 if name == "bhf" else 1):
+        folder = tmp_path / f"stopped at {question}"
+        result = stopped_at(question, folder, data, **options)
+        assert result.step == np.searchsorted(boundaries, question) - 1
+        run, result = train(folder, data, **options)
+        assert (result.step, result.done) == (STEPS, True)
+        same(run, whole)
+        assert history(folder) == history(whole.folder)
+
+
+def test_stopped_again_and_again_it_still_arrives(data, tmp_path):
+    options = OPTIMIZERS["shf"] | {"max_steps": STEPS}
+    whole, _ = questions(tmp_path / "whole", data, **options)
+    folder = tmp_path / "often"
+    sizes = [r["gradients"] + r["losses"] + r["products"] + 2 for r in history(whole.folder)]
+    for step, size in enumerate(sizes):
+        for question in (1, 3, size):  # before the step, inside, in its evaluation
+            assert stopped_at(question, folder, data, **options).step == step
+        if step + 1 < STEPS:  # before the next step
+            assert stopped_at(size + 1, folder, data, **options).step == step + 1
+    run, _ = train(folder, data, **options)
+    same(run, whole)
+    assert history(folder) == history(whole.folder)
+
+
+def test_a_signal_in_the_last_evaluation_is_no_end(data, tmp_path):
+    options = {"max_seconds": 0.1, "evaluate_every": 1000}
+    folder = tmp_path / "run"
+
+    class InEvaluation(StopSignals):
+        def wanted(self):
+            if run.seconds >= 0.1 and self.requested is None:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().wanted()
+
+    run = make_run(folder, data, **options)
+    with InEvaluation() as stop:
+        result = run.train(Recorder(), stop)
+    assert (result.done, result.valid_bpc) == (False, None)
+    assert checkpoint.latest(folder).meta["step"] == result.step == len(history(folder)) > 0
+    run, again = train(folder, data, **options)
+    assert (again.step, again.done) == (result.step, True)
+    assert again.valid_bpc is not None
+
+
+@pytest.mark.parametrize("during", ["save", "report"])
+def test_a_signal_between_steps_stops_there(during, data, tmp_path, monkeypatch):
+    def kill(step):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    run = make_run(tmp_path / "run", data, max_steps=STEPS, checkpoint_every=1)
+    reporter, save = Recorder(), run.save
+    if during == "save":
+        monkeypatch.setattr(run, "save", lambda valid: (kill(run.step), save(valid)))
+    else:
+        reporter = Recorder(lambda record: kill(record["step"]))
+    with StopSignals() as signals:
+        result = run.train(reporter, signals)
+    assert (result.step, result.done, result.reason) == (1, False, "SIGUSR1 asked for it")
+    assert checkpoint.latest(tmp_path / "run").meta["step"] == 1
+
+
+# Several ranks ---------------------------------------------------------------------------------
+
+
+@pytest.mark.mpi(ranks=2, timeout=110, unit="s")
+@pytest.mark.parametrize("name", ["shf", "adam"])
+def test_one_rank_that_is_told_stops_all_at_the_same_place(name, mpi_ranks, comm, mpi_tmp_path):
+    assert comm.size == mpi_ranks
+    communicator, data = MPICommunicator(comm), mpi_tmp_path / "small.h5"
+    if comm.rank == 0:
+        write_corpus(data)
+    comm.Barrier()
+    options = OPTIMIZERS[name] | {"max_steps": STEPS, "dtype": "float32"}
+    whole, count = questions(mpi_tmp_path / "whole", data, communicator, **options)
+    for question in range(1, count + 1, 1 if count < 20 else 7):
+        folder = mpi_tmp_path / f"stopped at {question}"
+        told = question % comm.size == comm.rank
+        result = stopped_at(question if told else None, folder, data, communicator, **options)
+        assert communicator.same(result.step) == []
+        run, result = train(folder, data, communicator, **options)
+        assert result.done
+        same(run, whole)
+        assert history(folder) == history(whole.folder)
+    communicator.close()
+
+
+class Counting(Communicator):
+    """One rank that counts the sums that it would send."""
+
+    sums = 0
+
+    def sum(self, vector):
+        self.sums += 1
+
+
+def test_the_agreement_costs_no_message(data, tmp_path):
+    comm = Counting()
+    run = make_run(tmp_path / "run", data, comm, **OPTIMIZERS["shf"])
+    with StopSignals() as signals:
+        run.risk.stop = signals.wanted
+        report, _ = run._one_step(evaluate_every=1000)
+    assert comm.sums == report.work.gradients + report.work.losses + report.work.products
+
+
+# The command -----------------------------------------------------------------------------------
+
+
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize(("ranks", "name"), [(1, "INT"), (1, "TERM"), (2, "USR1")])
+def test_the_command_leaves_a_step_of_hours(ranks, name, tmp_path):
+    """CG with more iterations than anyone will wait for; the signal goes to mpirun where there is one."""
+    if ranks > 1 and MPIRUN is None:
+        pytest.skip("there is no mpirun")
+    data, folder = write_corpus(tmp_path / "small.h5"), tmp_path / "run"
+    options = {
+        "hidden": 40,
+        "sequence-length": 20,
+        "gradient-batch": 200,
+        "curvature-batch": 200,
+        "backend": "numpy",
+        "out": folder,
+        "set": "cg_max_steps=100000000",
+    }
+    endless = ["--set=cg_tolerance=0", "--set=cg_refresh=1", "--set=damping=0.001"]
+    command = [MPIRUN, "-n", str(ranks)] if ranks > 1 else []
+    command += [sys.executable, "-c", "from hfmpi.cli.main import entry; entry()", "train", str(data)]
+    command += [f"--{option}={value}" for option, value in options.items()] + endless
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            while not process.stdout.readline().startswith("No --max-steps"):
+                assert process.poll() is None
+            time.sleep(0.5)
+            process.send_signal(signal.Signals[f"SIG{name}"])
+            said = process.stdout.read()
+            assert process.wait(timeout=60) == 0
+        finally:
+            process.kill()
+    assert f"Stopped at step 0: SIG{name} asked for it.\nStart again with the same command" in said
+    assert checkpoint.latest(folder).meta["step"] == 0
+    assert not (folder / "DONE").exists()

@@ -140,10 +140,11 @@ def train(
     from hfmpi.parallel.placement import place
     from hfmpi.runs import config as configuration
     from hfmpi.runs.folder import find_checkpoint
-    from hfmpi.runs.stop import StopSignals
+    from hfmpi.runs.stop import StopSignals, job_end
     from hfmpi.runs.train import Run
 
     comm = connect(stall_timeout)
+    signals = click.get_current_context().with_resource(StopSignals(job_end()))  # before the slow start
     np.seterr(
         over="ignore", invalid="ignore", under="ignore", divide="ignore"
     )  # steps that overflow are rejected
@@ -171,7 +172,7 @@ def train(
         return run
 
     run = together(comm, build)
-    with make_reporter(comm.rank) as reporter, StopSignals() as signals:
+    with make_reporter(comm.rank) as reporter:
         result = run.train(reporter, signals)
     if comm.rank == 0:
         valid = "" if result.valid_bpc is None else f", {result.valid_bpc:.4f} bits/char on validation"

@@ -20,7 +20,7 @@ from hfmpi.files import replace as replace_file
 from hfmpi.measure import cost
 from hfmpi.measure.timer import Timer
 from hfmpi.models.network import Network
-from hfmpi.objective import MeanRisk, step_objectives
+from hfmpi.objective import MeanRisk, Stopped, step_objectives
 from hfmpi.optim.base import StepReport
 from hfmpi.parallel.communicator import Communicator, digest
 from hfmpi.parallel.launch import together
@@ -134,6 +134,9 @@ class Run:
     def train(self, reporter: Reporter, signals: StopSignals) -> Result:
         """Train until a limit or a signal; on return the checkpoint is written.
 
+        A signal drops the step in progress: theta and the optimizer's state are those before it, and a
+        resumed run takes it anew, bit for bit.
+
         Raises
         ------
         UserError
@@ -153,61 +156,73 @@ class Run:
         started = time.perf_counter() - self.seconds
         checkpoint_every = config.checkpoint_every or self.epoch_steps
         evaluate_every = config.evaluate_every or self.epoch_steps
-        valid, saved, reason = None, -1, ""
-        while True:
-            self.seconds = comm.agree(time.perf_counter() - started)
-            reason, done = self._why_stop(signals)
-            if reason:
-                break
-            report = self._one_step()
-            last = bool(config.max_steps) and self.step >= config.max_steps
-            valid = self.evaluate() if self.step % evaluate_every == 0 or last else None
-            self.seconds = comm.agree(time.perf_counter() - started)
-            record = self._record(report, valid)
-            self._on_first_rank(lambda record=record: self.history.append(record))
-            if comm.rank == 0:
-                reporter.step(record)
-            if self.step % checkpoint_every == 0:
-                self.save(valid)
-                saved = self.step
-            elif config.check_every and self.step % config.check_every == 0:
-                self.check_ranks()
-            self._check_rejections(report)
-        if valid is None:
-            valid = self.evaluate()
+        valid, saved = None, -1
+        self.risk.stop = signals.wanted
+        try:
+            while True:
+                self.seconds = comm.agree(time.perf_counter() - started)
+                reason = self._limit()
+                if reason:
+                    break
+                if comm.any(signals.wanted()):
+                    raise Stopped
+                report, valid = self._one_step(evaluate_every)
+                self.seconds = comm.agree(time.perf_counter() - started)
+                record = self._record(report, valid)
+                self._on_first_rank(lambda record=record: self.history.append(record))
+                if comm.rank == 0:
+                    reporter.step(record)
+                if self.step % checkpoint_every == 0:
+                    self.save(valid)
+                    saved = self.step
+                elif config.check_every and self.step % config.check_every == 0:
+                    self.check_ranks()
+                self._check_rejections(report)
+            if valid is None:
+                valid = self.evaluate(self.theta)
+            done = True
+        except Stopped:
+            reason, done = self._who_stopped(signals), False
+            self.risk.stop = lambda: False  # what is left to do is done
         if saved != self.step:
             self.save(valid)
         if done:
             self._on_first_rank(lambda: replace_file(self.folder / "DONE", f"{reason}\n".encode()))
         return Result(reason, done, self.step, valid)
 
-    def _one_step(self) -> StepReport:
+    def _one_step(self, evaluate_every: int) -> tuple[StepReport, float | None]:
+        """Take a step and evaluate where it is due; only when both are there does the run move on."""
         with self.timer.span("optimizer"):
             sizes = self.preset.gradient_batch, self.preset.curvature_batch
             objectives = step_objectives(self.risk, self.train_set, self.config.seed, self.step, *sizes)
-            self.theta, self.state, report = self.preset.optimizer.step(self.theta, self.state, objectives)
+            theta, state, report = self.preset.optimizer.step(self.theta, self.state, objectives)
+        due = (self.step + 1) % evaluate_every == 0 or self.step + 1 == self.config.max_steps
+        valid = self.evaluate(theta) if due else None
+        self.theta, self.state = theta, state
         self.step += 1
         self.counts += cost.Counts(steps=1, **asdict(report.work))
         self.rejections = 0 if report.accepted else self.rejections + 1
-        return report
+        return report, valid
 
-    def evaluate(self) -> float:
+    def evaluate(self, theta: Array) -> float:
         """Give the loss on the whole validation split in bits per character."""
         with self.timer.span("evaluate"):
             everything = np.arange(self.valid_set.count)
-            return self.risk.on(self.valid_set, everything, span="evaluate").loss(self.theta) * BITS
+            return self.risk.on(self.valid_set, everything, span="evaluate").loss(theta) * BITS
 
-    def _why_stop(self, signals: StopSignals) -> tuple[str, bool]:
+    def _limit(self) -> str:
+        """Give the limit that is reached, or nothing."""
         config = self.config
         if config.max_steps and self.step >= config.max_steps:
-            return f"{self.step:,} steps were taken", True
+            return f"{self.step:,} steps were taken"
         if config.max_seconds and self.seconds >= config.max_seconds:
-            return f"{config.max_seconds:g} seconds are over", True
-        if self.communicator.any(signals.requested is not None):
-            names = self.communicator.gather(signals.requested)
-            name = next((n for n in names if n), "a signal") if names else ""
-            return self.communicator.agree(f"{name} asked for it"), False
-        return "", False
+            return f"{config.max_seconds:g} seconds are over"
+        return ""
+
+    def _who_stopped(self, signals: StopSignals) -> str:
+        """Give the wish of the lowest rank that has one."""
+        wishes = self.communicator.gather(signals.requested) or []
+        return self.communicator.agree(next((wish for wish in wishes if wish), "a rank asked for it"))
 
     # Files -------------------------------------------------------------------------------------
 
