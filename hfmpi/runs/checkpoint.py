@@ -8,6 +8,7 @@ and strings. There are no pickles, links or references, and the reader accepts n
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,7 +77,8 @@ def save(path: str | Path, theta: np.ndarray, state: Mapping[str, Entry], meta: 
     path = Path(path)
     # The file is made in memory, so that a full disk meets one plain write and not the HDF5 library.
     # From v110 on, HDF5's own structures carry checksums.
-    with h5py.File(path.name, "w", driver="core", backing_store=False, libver=("v110", "v110")) as file:
+    image = io.BytesIO()
+    with h5py.File(image, "w", libver=("v110", "v110")) as file:
         arrays = file.create_group("state")
         _write(file, "theta", theta)
         file["theta"].dims[0].label = "parameter"
@@ -86,9 +88,7 @@ def save(path: str | Path, theta: np.ndarray, state: Mapping[str, Entry], meta: 
         file.attrs["version"] = _VERSION
         for name, value in ("format", _FORMAT), ("meta", text), ("digest", _digest(theta, state, text)):
             set_text(file, name, value)
-        file.flush()
-        image = file.id.get_file_image()
-    replace(path, image, keep=path.with_name(PREVIOUS))
+    replace(path, image.getbuffer(), keep=path.with_name(PREVIOUS))
 
 
 def load(path: str | Path) -> Checkpoint:
