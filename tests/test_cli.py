@@ -352,7 +352,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(here, monkeypatch, c
     newest.write_bytes(newest.read_bytes()[:-100])
     assert call(monkeypatch, "train", "small.h5", "--out", "run", "--max-steps", "3") == 0
     said = capsys.readouterr()
-    assert said.err.startswith("Note: the checkpoint run/checkpoint.h5 is damaged")
+    assert said.err.startswith("Note: run/checkpoint.h5 is damaged")
     assert said.err.count("\n") == 1
     assert [record["step"] for record in history(here / "run")] == [1, 2, 3]
 
