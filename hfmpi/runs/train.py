@@ -277,7 +277,8 @@ class Run:
         if set(found.state) != set(fresh):
             raise UserError(f"the checkpoint was not written by optimizer {self.config.optimizer}")
         for name, value in fresh.items():
-            if _form(found.state[name]) != _form(value):
+            entry = found.state[name]
+            if _form(entry) != _form(value) or not (hasattr(entry, "shape") or _is_amount(entry)):
                 raise UserError(f"the checkpoint's {name} does not fit optimizer {self.config.optimizer}")
         place = self.backend.to_device
         self.theta = place(found.theta)
@@ -288,7 +289,7 @@ class Run:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"the checkpoint describes no run of this version: {error!r}") from None
         numbers = self.step, *asdict(self.counts).values()
-        if not all(type(n) is int and 0 <= n < 2**53 for n in numbers) or not _is_time(self.seconds):
+        if not all(type(n) is int and _is_amount(n) for n in numbers) or not _is_amount(self.seconds):
             raise UserError("the checkpoint describes no run: its step, seconds and counts must be numbers")
 
     def _check_start(self) -> None:
@@ -374,5 +375,6 @@ def _form(value: Any) -> tuple[Any, ...]:
     return (value.shape, value.dtype) if hasattr(value, "shape") else (type(value),)
 
 
-def _is_time(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < math.inf
+def _is_amount(value: Any) -> bool:
+    """Whether it is a number that counts or measures something: not negative, not without bounds."""
+    return type(value) in (int, float) and 0 <= value < (2**53 if type(value) is int else math.inf)
