@@ -72,7 +72,8 @@ def replace(
             file.flush()
             os.fsync(file.fileno())
             # What is on the disk by now may leave the memory, so that it is the disk that is read.
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if not _holds(temporary, memoryview(content)):
             raise UserError(f"cannot write {path}: what was read back is not what was written")
         if check is not None:

@@ -120,7 +120,8 @@ def _plain(stored: Any, kinds: str) -> bool:
     kind = stored.dtype
     if kind.kind not in kinds or kind.str[0] == ">":
         return False
-    return kind.kind == "S" or stored.get_type().equal(h5py.h5t.py_create(kind, logical=True))
+    # By its name alone: h5py notes in the metadata of a NumPy type that it stands for an enumeration.
+    return kind.kind == "S" or stored.get_type().equal(h5py.h5t.py_create(np.dtype(kind.str), logical=True))
 
 
 def _short(name: str) -> str:

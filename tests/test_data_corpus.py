@@ -270,6 +270,46 @@ def train_gigantic(file: h5py.File) -> None:
     replace(file, "train", shape=(10**15,), dtype=np.uint8)
 
 
+@spoils("train is not a dataset of plain numbers")
+def train_enumeration(file: h5py.File) -> None:
+    replace(file, "train", data=np.zeros(9, np.uint8), dtype=h5py.enum_dtype({"A": 0}, "u1"))
+
+
+@spoils("train is not a dataset of plain numbers")
+def train_of_seven_bits(file: h5py.File) -> None:
+    kind = h5py.h5t.STD_U8LE.copy()
+    kind.set_precision(7)
+    del file["train"]
+    h5py.h5d.create(file.id, b"train", kind, h5py.h5s.create_simple((9,)))
+
+
+@spoils("and nothing else")
+def hard_link_cycle(file: h5py.File) -> None:
+    file["loop"] = file["/"]
+
+
+@spoils("claims 101 members")
+def many_members(file: h5py.File) -> None:
+    for k in range(98):
+        file.create_group(str(k))
+
+
+@spoils("attributes")
+def many_attributes(file: h5py.File) -> None:
+    for k in range(100):
+        file.attrs[f"provenance_{k}"] = k
+
+
+@spoils("attribute provenance_source is not a plain text")
+def huge_text(file: h5py.File) -> None:
+    file.attrs["provenance_source"] = np.bytes_(b"x" * (2**20 + 1))
+
+
+@spoils("attribute digest is not a plain text")
+def text_of_variable_length(file: h5py.File) -> None:
+    file.attrs["digest"] = "0" * 64
+
+
 @spoils("symbols claims 300 bytes")
 def too_many_symbols(file: h5py.File) -> None:
     replace(file, "symbols", data=np.zeros(300, np.uint8))
