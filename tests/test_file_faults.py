@@ -167,6 +167,7 @@ def test_a_folder_that_is_removed_is_made_again(data, tmp_path):
     assert checkpoint.latest(folder).meta["step"] == 6
     assert from_toml(folder / "config.toml")["hidden"] == run.config.hidden
     assert [record["step"] for record in history(folder)] == [4, 5, 6]
+    assert f"{folder} was removed and is made again; its history begins anew" in reporter.notes
 
 
 def test_a_folder_that_another_job_took_over_is_left_to_it(data, tmp_path):

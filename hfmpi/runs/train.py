@@ -149,9 +149,8 @@ class Run:
         self._on_first_rank(self._open_files)
         if comm.rank == 0:
             reporter.start(self.facts())
-            for note in self.files.notes if self.files else ():
-                reporter.note(note)
         self.reporter = reporter
+        self._tell()
         self.timing.start()
         started = time.perf_counter() - self.seconds
         checkpoint_every = config.checkpoint_every or self.epoch_steps
@@ -246,7 +245,13 @@ class Run:
         timing = self.timing.collect(self.step)
         if files is not None:
             self._try("timing.json", lambda: files.timing(timing))
+        self._tell()
         return saved
+
+    def _tell(self) -> None:
+        """Tell what the writer of the files found."""
+        while self.files is not None and self.files.notes:
+            self.reporter.note(self.files.notes.pop(0))
 
     def _try(self, what: str, write: Callable[[], object]) -> bool:
         """Write a file; tell of a failure once, and once when it is over."""

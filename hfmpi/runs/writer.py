@@ -37,7 +37,7 @@ class Writer:
     Attributes
     ----------
     notes : list of str
-        What the user should know of the files that were there.
+        What the user should know and has not been told.
     """
 
     def __init__(self, folder: Path, step: int, config: str) -> None:
@@ -53,7 +53,8 @@ class Writer:
                     f"another job has written into {folder} just now; start again to go on from there"
                 )
             for name in checkpoint.NEWEST, CONFIG, TIMING, DONE, "history.jsonl":
-                remove_leftovers(folder / name)
+                if not self.lock.note:  # else they may be another job's
+                    remove_leftovers(folder / name)
             self.history = History(folder)
             damage = self.history.truncate(step)
             self.notes += [damage] if damage else []
@@ -99,3 +100,4 @@ class Writer:
         taken, self.lock = self.lock, Lock(self.folder)
         taken.release()
         replace(self.folder / CONFIG, self.config.encode())
+        self.notes.append(f"{self.folder} was removed and is made again; its history begins anew")
