@@ -278,7 +278,8 @@ class Run:
             )
 
     def _restore(self, found: Checkpoint) -> None:
-        kind, fresh = type(self.state), asdict(self.state)
+        kind = type(self.state)
+        fresh = {f.name: getattr(self.state, f.name) for f in fields(kind)}
         if set(found.state) != set(fresh):
             raise UserError(f"the checkpoint was not written by optimizer {self.config.optimizer}")
         for name, value in fresh.items():
