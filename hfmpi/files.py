@@ -1,23 +1,50 @@
-"""Files are replaced as a whole or not at all, and HDF5 texts are stored so that damage is found."""
+"""Files are read only if they are regular, and replaced as a whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import secrets
+import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 from hfmpi.errors import UserError
 
-__all__ = ["replace", "set_text"]
+__all__ = ["open_regular", "remove_leftovers", "replace"]
 
 
-def replace(path: Path, content: bytes | memoryview, keep: Path | None = None) -> None:
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading, unless it is a pipe or device, which could make us wait or read for ever.
+
+    Raises
+    ------
+    UserError
+        If it is not there, not readable or not a regular file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return os.fdopen(descriptor, "rb")
+        os.close(descriptor)
+        reason = "it is not a regular file"
+    except (OSError, ValueError) as error:  # a null byte in the name is a ValueError
+        reason = getattr(error, "strerror", None) or str(error)
+    raise UserError(f"cannot read {path}: {reason}")
+
+
+def replace(
+    path: Path,
+    content: bytes | memoryview,
+    keep: Path | None = None,
+    check: Callable[[Path], object] | None = None,
+) -> None:
     """Write a file so that a crash at any moment leaves the old content or the new.
 
-    The content goes to a hidden temporary file in the same folder, reaches the disk, and only then takes
-    the name. If the disk is full, the temporary file is removed and everything is as before.
+    The content goes to a hidden temporary file in the same folder, reaches the disk, is read back from
+    there, and only then takes the name. If any of it fails, the temporary file is removed and everything is
+    as before.
 
     Parameters
     ----------
@@ -27,6 +54,8 @@ def replace(path: Path, content: bytes | memoryview, keep: Path | None = None) -
         Its whole new content.
     keep : Path, optional
         The name under which the old file, if there is one, stays.
+    check : callable, optional
+        Reads the temporary file too, and raises a UserError if it is not good.
 
     Raises
     ------
@@ -42,14 +71,22 @@ def replace(path: Path, content: bytes | memoryview, keep: Path | None = None) -
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+            # What is on the disk by now may leave the memory, so that it is the disk that is read.
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if not _holds(temporary, memoryview(content)):
+            raise UserError(f"cannot write {path}: what was read back is not what was written")
+        if check is not None:
+            check(temporary)
         if keep is not None and target.exists():
             os.replace(target, keep)
         os.replace(temporary, target)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new names reach the disk too
-        finally:
-            os.close(folder)
+        with contextlib.suppress(OSError):  # not every file system can do it
+            folder = os.open(target.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # the new names reach the disk too
+            finally:
+                os.close(folder)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
@@ -57,13 +94,14 @@ def replace(path: Path, content: bytes | memoryview, keep: Path | None = None) -
             temporary.unlink()
 
 
-def set_text(item: Any, name: str, value: str) -> None:
-    """Give an HDF5 object a text attribute of fixed length, UTF-8.
+def remove_leftovers(path: Path) -> None:
+    """Remove the temporary files that `replace` left beside a file when it was killed."""
+    with contextlib.suppress(OSError):
+        for leftover in path.parent.glob(f".{path.name}.????????.tmp"):
+            leftover.unlink()
 
-    HDF5 keeps texts of variable length in a heap, and a damaged heap can make it loop for ever.
-    """
-    import h5py
-    import numpy as np
 
-    content = value.encode()
-    item.attrs.create(name, np.bytes_(content), dtype=h5py.string_dtype("utf-8", max(1, len(content))))
+def _holds(path: Path, content: memoryview, part: int = 2**20) -> bool:
+    with path.open("rb") as file:
+        parts = range(0, len(content) + 1, part)  # one byte more than there is must not be there
+        return all(file.read(part) == content[start : start + part] for start in parts)

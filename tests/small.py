@@ -40,7 +40,7 @@ class Recorder:
     """A reporter that keeps what it is told, and may do something after each step."""
 
     def __init__(self, after_step=None):
-        self.facts, self.records = None, []
+        self.facts, self.records, self.notes = None, [], []
         self.after_step = after_step
 
     def start(self, facts):
@@ -50,6 +50,9 @@ class Recorder:
         self.records.append(record)
         if self.after_step:
             self.after_step(record)
+
+    def note(self, sentence):
+        self.notes.append(sentence)
 
 
 def make_run(folder, data, comm=None, resume="auto", **options):

@@ -351,7 +351,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(here, monkeypatch, c
     newest.write_bytes(newest.read_bytes()[:-100])
     assert call(monkeypatch, "train", "small.h5", "--out", "run", "--max-steps", "3") == 0
     said = capsys.readouterr()
-    assert said.err.startswith("Note: the checkpoint run/checkpoint.h5 is damaged")
+    assert said.err.startswith("Note: run/checkpoint.h5 is damaged")
     assert said.err.count("\n") == 1
     assert [record["step"] for record in history(here / "run")] == [1, 2, 3]
 
@@ -420,22 +420,33 @@ def is_one_sentence(done, reason):
     assert reason in done.stderr
 
 
+def is_told_once_and_in_the_end(done, reason, lost):
+    assert done.returncode == 2, (done.args, done.stdout, done.stderr)
+    note, error = done.stderr.splitlines()
+    assert note == f"Note: {reason}; training goes on, and it is tried again."
+    assert error == f"Error: {reason}; {lost} are not saved"
+
+
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_no_disk_space_for_the_checkpoint(ranks, here):
-    words = ("train", "small.h5", *TINY, "--checkpoint-every", "2", "--max-steps", "4", "--out")
+    words = ("train", "small.h5", *TINY, "--checkpoint-every", "2", "--max-steps", "6", "--out")
     done = outside(ranks, here, *words, "new", program=FULL_DISK)
-    is_one_sentence(done, "cannot write new/checkpoint.h5: File too large")
-    assert {path.name for path in (here / "new").iterdir()} == {"config.toml", "history.jsonl"}
+    reason = "cannot write new/checkpoint.h5: File too large"
+    is_told_once_and_in_the_end(done, reason, "the steps after step 0")
+    assert {path.name for path in (here / "new").iterdir()} == {
+        "config.toml", "history.jsonl", "timing.json", ".lock"
+    }  # fmt: skip
+    assert [record["step"] for record in history(here / "new")] == [1, 2, 3, 4, 5, 6]
 
     before = (here / "run" / checkpoint.NEWEST).read_bytes()
     done = outside(ranks, here, *words, "run", program=FULL_DISK)
-    is_one_sentence(done, "cannot write run/checkpoint.h5: File too large")
+    is_told_once_and_in_the_end(done, reason.replace("new", "run"), "the steps after step 2")
     assert (here / "run" / checkpoint.NEWEST).read_bytes() == before
     assert not [path for path in (here / "run").iterdir() if path.suffix == ".tmp"]
     done = outside(ranks, here, *words, "run")  # there is space again
     assert done.returncode == 0, done
     assert "going on from step 2" in done.stdout
-    assert [record["step"] for record in history(here / "run")] == [1, 2, 3, 4]
+    assert [record["step"] for record in history(here / "run")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_bad_input_under_three_ranks(here):

@@ -144,7 +144,7 @@ def digest_empty(file: h5py.File) -> None:
     file.attrs["digest"] = h5py.Empty("S64")
 
 
-@spoils("attribute digest is not a text")
+@spoils("attribute digest is not a plain text")
 def digest_a_number(file: h5py.File) -> None:
     file.attrs["digest"] = 3
 
@@ -174,17 +174,17 @@ def ids_outside(file: h5py.File) -> None:
     file["valid"][3] = file["symbols"].size
 
 
-@spoils("no dataset /train of its own")
+@spoils("the datasets train, valid and symbols and nothing else")
 def no_train(file: h5py.File) -> None:
     del file["train"]
 
 
-@spoils("/valid is empty")
+@spoils("/valid is not a one-dimensional dataset of bytes, at least one")
 def valid_empty(file: h5py.File) -> None:
     replace(file, "valid", shape=(0,), dtype=np.uint8)
 
 
-@spoils("/valid is not a one-dimensional dataset of bytes")
+@spoils("valid is not a dataset of plain numbers")
 def valid_null(file: h5py.File) -> None:
     replace(file, "valid", data=h5py.Empty("u1"))
 
@@ -199,17 +199,17 @@ def train_signed(file: h5py.File) -> None:
     replace(file, "train", data=np.zeros(10, np.int8))
 
 
-@spoils("/train is not a one-dimensional dataset of bytes")
+@spoils("train is not a dataset of plain numbers")
 def train_texts(file: h5py.File) -> None:
     replace(file, "train", data=["a", "b"])
 
 
-@spoils("/train is not a one-dimensional dataset of bytes")
+@spoils("train is not a dataset of plain numbers")
 def train_compound(file: h5py.File) -> None:
     replace(file, "train", data=np.zeros(3, [("a", "u1"), ("b", "f4")]))
 
 
-@spoils("/train is not a one-dimensional dataset of bytes")
+@spoils("train is not a dataset of plain numbers")
 def train_references(file: h5py.File) -> None:
     replace(file, "train", data=[file["valid"].ref], dtype=h5py.ref_dtype)
 
@@ -224,30 +224,30 @@ def train_scalar(file: h5py.File) -> None:
     replace(file, "train", data=np.uint8(3))
 
 
-@spoils("/train is not a one-dimensional dataset of bytes")
+@spoils("train is not a dataset of plain numbers")
 def train_group(file: h5py.File) -> None:
     del file["train"]
     file.create_group("train")
 
 
-@spoils("no dataset /train of its own")
+@spoils("train is a link")
 def train_soft_link(file: h5py.File) -> None:
     del file["train"]
     file["train"] = h5py.SoftLink("/valid")
 
 
-@spoils("no dataset /train of its own")
+@spoils("train is a link")
 def train_external_link(file: h5py.File) -> None:
     del file["train"]
     file["train"] = h5py.ExternalLink("other.h5", "/train")
 
 
-@spoils("/train is not stored as plain bytes")
+@spoils("train is not stored as plain numbers")
 def train_external_storage(file: h5py.File) -> None:
     replace(file, "train", shape=(100,), dtype=np.uint8, external=[("/etc/passwd", 0, 100)])
 
 
-@spoils("/train is not stored as plain bytes")
+@spoils("train is not stored as plain numbers")
 def train_virtual(file: h5py.File) -> None:
     del file["train"]
     layout = h5py.VirtualLayout((10,), np.uint8)
@@ -255,22 +255,62 @@ def train_virtual(file: h5py.File) -> None:
     file.create_virtual_dataset("train", layout)
 
 
-@spoils("/train is not stored as plain bytes")
+@spoils("train is not stored as plain numbers")
 def train_compressed(file: h5py.File) -> None:
     replace(file, "train", data=np.zeros(1000, np.uint8), compression="gzip")
 
 
-@spoils("/train is not stored as plain bytes")
+@spoils("train is not stored as plain numbers")
 def train_never_written(file: h5py.File) -> None:
     replace(file, "train", shape=(1000,), dtype=np.uint8)
 
 
-@spoils("/train claims 1,000,000,000,000,000 symbols")
+@spoils("train claims 1,000,000,000,000,000 bytes")
 def train_gigantic(file: h5py.File) -> None:
     replace(file, "train", shape=(10**15,), dtype=np.uint8)
 
 
-@spoils("/symbols claims 300 symbols")
+@spoils("train is not a dataset of plain numbers")
+def train_enumeration(file: h5py.File) -> None:
+    replace(file, "train", data=np.zeros(9, np.uint8), dtype=h5py.enum_dtype({"A": 0}, "u1"))
+
+
+@spoils("train is not a dataset of plain numbers")
+def train_of_seven_bits(file: h5py.File) -> None:
+    kind = h5py.h5t.STD_U8LE.copy()
+    kind.set_precision(7)
+    del file["train"]
+    h5py.h5d.create(file.id, b"train", kind, h5py.h5s.create_simple((9,)))
+
+
+@spoils("and nothing else")
+def hard_link_cycle(file: h5py.File) -> None:
+    file["loop"] = file["/"]
+
+
+@spoils("claims 101 members")
+def many_members(file: h5py.File) -> None:
+    for k in range(98):
+        file.create_group(str(k))
+
+
+@spoils("attributes")
+def many_attributes(file: h5py.File) -> None:
+    for k in range(100):
+        file.attrs[f"provenance_{k}"] = k
+
+
+@spoils("attribute provenance_source is not a plain text")
+def huge_text(file: h5py.File) -> None:
+    file.attrs["provenance_source"] = np.bytes_(b"x" * (2**20 + 1))
+
+
+@spoils("attribute digest is not a plain text")
+def text_of_variable_length(file: h5py.File) -> None:
+    file.attrs["digest"] = "0" * 64
+
+
+@spoils("symbols claims 300 bytes")
 def too_many_symbols(file: h5py.File) -> None:
     replace(file, "symbols", data=np.zeros(300, np.uint8))
 

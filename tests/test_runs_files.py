@@ -254,6 +254,61 @@ def hostile_huge(file, folder):
     file.create_dataset("theta", (2**42,), np.float32)  # declared, never stored
 
 
+def hostile_overflowing_shape(file, folder):
+    file["state"].create_dataset(
+        "product", (2**31, 2**30), np.uint8
+    )  # a product beyond 32 bits, not beyond 64
+
+
+def hostile_big_endian(file, folder):
+    file["state"].create_dataset("big", data=np.zeros(3, ">f4"))
+
+
+def hostile_enumeration(file, folder):
+    file["state"].create_dataset("enum", data=np.zeros(3, np.uint8), dtype=h5py.enum_dtype({"A": 0}, "u1"))
+
+
+def hostile_compound(file, folder):
+    file["state"].create_dataset("pairs", data=np.zeros(3, [("a", "<f4"), ("b", "<i4")]))
+
+
+def hostile_odd_precision(file, folder):
+    kind = h5py.h5t.STD_I32LE.copy()
+    kind.set_precision(31)
+    h5py.h5d.create(file["state"].id, b"odd", kind, h5py.h5s.create_simple((3,)))
+
+
+def hostile_hard_link_cycle(file, folder):
+    file["state/loop"] = file["/"]
+
+
+def hostile_hard_link_to_itself(file, folder):
+    file["loop"] = file["/"]
+
+
+def hostile_one_dataset_many_times(file, folder):
+    for k in range(60):  # 60 times its memory
+        file[f"state/{k}"] = file["theta"]
+
+
+def hostile_many_members(file, folder):
+    for k in range(100):
+        file["state"].create_group(str(k))
+
+
+def hostile_many_attributes(file, folder):
+    for k in range(100):
+        file["state"].attrs[str(k)] = k
+
+
+def hostile_huge_text(file, folder):
+    file.attrs["meta"] = np.bytes_(b"x" * (2**20 + 1))
+
+
+def hostile_text_of_variable_length(file, folder):
+    file.attrs["meta"] = "{}"
+
+
 def hostile_compressed(file, folder):
     file["state"].create_dataset("bomb", data=np.zeros(10**6), chunks=(10**6,), compression="gzip")
 

@@ -32,8 +32,12 @@ def plot(runs: tuple[Path, ...], out: Path) -> None:
         raise UserError("drawing needs matplotlib: pip install 'hfmpi[plot]'") from None
     from hfmpi.runs.history import History
 
-    # A step that was rejected because its loss is not finite has none.
-    histories = [(str(run), [r for r in History.read(run) if r["train_bpc"] is not None]) for run in runs]
+    drawn = ("train_bpc", "P_I", "P_D", "seconds")
+    histories = []
+    for run in runs:
+        records = History.read(run, (*drawn, "valid_bpc"))
+        # A step that was rejected because its loss is not finite has none.
+        histories.append((str(run), [r for r in records if all(r[key] is not None for key in drawn)]))
     for name, records in histories:
         if not records:
             raise UserError(f"the history of {name} is empty")

@@ -23,6 +23,9 @@ class Silent:
     def step(self, record: dict[str, Any]) -> None:
         """Say nothing."""
 
+    def note(self, sentence: str) -> None:
+        """Say nothing."""
+
 
 class Log(Silent):
     """Plain lines, at most about one a second; the history has every step."""
@@ -60,6 +63,10 @@ class Log(Silent):
         if notable or record["seconds"] >= self.due:
             click.echo(line(record))
             self.due = record["seconds"] + 1
+
+    def note(self, sentence: str) -> None:
+        """Say it where errors are said."""
+        click.echo(f"Note: {sentence}.", err=True)
 
 
 class Live(Log):

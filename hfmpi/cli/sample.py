@@ -30,5 +30,7 @@ def sample(run: Path, length: int, prime: str, temperature: float, seed: int) ->
 
     # One character at a time: compiled kernels would cost more to load than they save.
     trained = Trained.read(run, backend="numpy")
+    if trained.message:
+        click.echo(f"Note: {trained.message}.", err=True)
     written = trained.sample(length, os.fsencode(prime), temperature, seed)
     click.echo(prime + written.decode("utf-8", "replace"))

@@ -11,6 +11,7 @@ parameters; the `krause` variant has no output bias (V fewer).
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,13 +88,15 @@ class Cell:
     def of_size(cls, name: str, parameters: int, vocabulary: int, variant: str = "standard") -> Cell:
         """Give the cell whose number of parameters is nearest to the budget."""
 
-        def distance(hidden: int) -> int:
-            return abs(cls(name, hidden, vocabulary, variant).layout.size - parameters)
+        def size(hidden: int) -> int:
+            return cls(name, hidden, vocabulary, variant).layout.size
 
-        hidden = 1
-        while cls(name, 2 * hidden, vocabulary, variant).layout.size < parameters:
-            hidden *= 2
-        return cls(name, min(range(hidden, 4 * hidden + 1), key=distance), vocabulary, variant)
+        most = 1
+        while size(most) < parameters:
+            most *= 2
+        above = bisect_left(range(most + 1), parameters, lo=1, key=size)
+        nearest = min(range(max(above - 1, 1), above + 1), key=lambda hidden: abs(size(hidden) - parameters))
+        return cls(name, nearest, vocabulary, variant)
 
     def initial(self, seed: int, initialisation: str = "krause", forget_bias: float = 3.0) -> np.ndarray:
         """Draw the parameters, float64, the same for every backend and number of ranks.

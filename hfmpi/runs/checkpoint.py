@@ -8,7 +8,9 @@ and strings. There are no pickles, links or references, and the reader accepts n
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +20,15 @@ import h5py
 import numpy as np
 
 from hfmpi.errors import UserError
-from hfmpi.files import replace, set_text
+from hfmpi.files import replace
+from hfmpi.hdf5 import Damage, array, attribute, attributes, members, opened, set_text
+from hfmpi.parallel.placement import free_memory
 
 __all__ = ["NEWEST", "PREVIOUS", "Checkpoint", "Entry", "latest", "load", "save"]
 
 NEWEST = "checkpoint.h5"
 PREVIOUS = "checkpoint.previous.h5"
 _FORMAT, _VERSION = "hfmpi checkpoint", 1
-_PLAIN_LAYOUTS = (h5py.h5d.COMPACT, h5py.h5d.CONTIGUOUS)
 
 Entry = int | float | str | np.ndarray
 
@@ -76,7 +79,8 @@ def save(path: str | Path, theta: np.ndarray, state: Mapping[str, Entry], meta: 
     path = Path(path)
     # The file is made in memory, so that a full disk meets one plain write and not the HDF5 library.
     # From v110 on, HDF5's own structures carry checksums.
-    with h5py.File(path.name, "w", driver="core", backing_store=False, libver=("v110", "v110")) as file:
+    image = io.BytesIO()
+    with h5py.File(image, "w", libver=("v110", "v110")) as file:
         arrays = file.create_group("state")
         _write(file, "theta", theta)
         file["theta"].dims[0].label = "parameter"
@@ -86,9 +90,8 @@ def save(path: str | Path, theta: np.ndarray, state: Mapping[str, Entry], meta: 
         file.attrs["version"] = _VERSION
         for name, value in ("format", _FORMAT), ("meta", text), ("digest", _digest(theta, state, text)):
             set_text(file, name, value)
-        file.flush()
-        image = file.id.get_file_image()
-    replace(path, image, keep=path.with_name(PREVIOUS))
+    keep = path.with_name(PREVIOUS) if _is_good(path) else None
+    replace(path, image.getbuffer(), keep, check=load)
 
 
 def load(path: str | Path) -> Checkpoint:
@@ -100,34 +103,36 @@ def load(path: str | Path) -> Checkpoint:
         If the file is missing, damaged, or anything but a checkpoint of this version.
     """
     path = Path(path)
-    try:
-        size = path.stat().st_size
-        with h5py.File(path, "r") as file:
-            kind, version = _attribute(file, "format"), _attribute(file, "version")
-            if kind != _FORMAT or version != _VERSION:
-                raise UserError(f"{path} is not a checkpoint of version {_VERSION}: {kind} {version}")
-            arrays = _member(file, "state", h5py.Group)
-            datasets = {name: _dataset(arrays, name) for name in arrays}
-            parameters = _dataset(file, "theta")
-            if parameters.nbytes + sum(dataset.nbytes for dataset in datasets.values()) > size:
-                raise ValueError("it declares more content than the file is long")
-            theta = np.asarray(parameters[()])
-            state: dict[str, Entry] = {name: np.asarray(dataset[()]) for name, dataset in datasets.items()}
-            state |= {name: _attribute(arrays, name) for name in arrays.attrs}
-            text, digest = _attribute(file, "meta"), _attribute(file, "digest")
-        if digest != _digest(theta, state, str(text)):
-            raise ValueError("its content does not match its digest")
-        meta = json.loads(str(text))
+    if not os.path.lexists(path):
+        raise UserError(f"there is no checkpoint {path}")
+    with opened(path) as (file, size):
+        kind, version = attribute(file, "format", "S"), attribute(file, "version", "iu")
+        if kind != _FORMAT:
+            raise Damage(f"is no checkpoint, its format is {kind!r:.60}")
+        if version != _VERSION:
+            raise Damage(
+                f"is a checkpoint of version {version!s:.20}, and this hfmpi reads version {_VERSION}"
+            )
+        if set(members(file)) != {"theta", "state"} or not isinstance(file["state"], h5py.Group):
+            raise Damage(
+                "is damaged: a checkpoint has the dataset theta and the group state and nothing else"
+            )
+        left = min(size, free_memory())
+        theta = array(file, "theta", left)
+        left -= theta.nbytes
+        arrays, state = file["state"], dict[str, Entry]()
+        for name in members(arrays):
+            state[name] = found = array(arrays, name, left)
+            left -= found.nbytes
+        for name in attributes(arrays):
+            state[name] = attribute(arrays, name)
+        text, digest = str(attribute(file, "meta", "S")), attribute(file, "digest", "S")
+        if digest != _digest(theta, state, text):
+            raise Damage("is damaged: its content does not match its digest")
+        meta = json.loads(text)
         if not isinstance(meta, dict):
-            raise ValueError("its meta is no object")
-        return Checkpoint(theta, state, meta)
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}") from None
-    except UserError:
-        raise
-    except Exception as error:  # whatever the HDF5 library makes of damaged bytes
-        reason = " ".join(str(error).split())
-        raise UserError(f"the checkpoint {path} is damaged or unreadable: {reason}") from error
+            raise Damage("is damaged: its meta is no object")
+    return Checkpoint(theta, state, meta)
 
 
 def latest(folder: str | Path) -> Checkpoint:
@@ -152,6 +157,15 @@ def latest(folder: str | Path) -> Checkpoint:
         return Checkpoint(found.theta, found.state, found.meta, message)
 
 
+def _is_good(path: Path) -> bool:
+    """Whether a checkpoint may take the place of the previous one, which may be the only good one."""
+    try:
+        load(path)
+    except UserError:
+        return False
+    return True
+
+
 def _write(group: h5py.Group, name: str, entry: Entry) -> None:
     if isinstance(entry, np.ndarray) and entry.dtype.kind in "biuf":
         group.create_dataset(name, data=entry)
@@ -161,36 +175,6 @@ def _write(group: h5py.Group, name: str, entry: Entry) -> None:
         group.attrs[name] = entry
     else:
         raise TypeError(f"a checkpoint cannot hold {name}: {type(entry).__name__}")
-
-
-def _member(group: h5py.Group, name: str, kind: type) -> Any:
-    """Open a member that is in this very file: no soft or external link."""
-    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-        raise ValueError(f"{name} is missing or a link")
-    member = group[name]
-    if not isinstance(member, kind):
-        raise ValueError(f"{name} is not a {kind.__name__.lower()}")
-    return member
-
-
-def _dataset(group: h5py.Group, name: str) -> Any:
-    """Open a dataset of numbers whose every byte is stored, as such, in this very file."""
-    dataset = _member(group, name, h5py.Dataset)
-    plain = dataset.id.get_create_plist().get_layout() in _PLAIN_LAYOUTS and dataset.external is None
-    stored = dataset.nbytes in (0, dataset.id.get_storage_size())
-    if not plain or not stored or dataset.dtype.kind not in "biuf":
-        raise ValueError(f"{name} is not a plain array of numbers")
-    return dataset
-
-
-def _attribute(holder: h5py.Group, name: str) -> int | float | str:
-    if name not in holder.attrs:
-        raise ValueError(f"the attribute {name} is missing")
-    about = holder.attrs.get_id(name)
-    if about.shape != () or about.dtype.kind not in "bifS":  # texts of variable length are not read
-        raise ValueError(f"the attribute {name} is not a number or a plain text")
-    value = holder.attrs[name].item()
-    return value.decode() if isinstance(value, bytes) else value
 
 
 def _digest(theta: np.ndarray, state: Mapping[str, Entry], meta: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from hfmpi.backends import create
 from hfmpi.backends.base import Backend
 from hfmpi.errors import UserError
+from hfmpi.files import open_regular
 from hfmpi.models.cells import PAPER_PARAMETERS, Cell
 from hfmpi.optim.presets import Preset, preset
 
@@ -35,6 +36,10 @@ CHANGEABLE = frozenset(
     }
 )
 """Options that a resumed run may be given anew; all others belong to what it computes."""
+
+
+MOST_TOML = 2**20
+"""Bytes of a configuration file; one of a run has about 700."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,8 @@ class Config:
             value = getattr(self, f.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{f.name} must be a finite number")
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise UserError(f"{f.name} must be below 2**63")
             if f.name != "forget_bias" and isinstance(value, (int, float)) and value < 0:
                 raise UserError(f"{f.name} must not be negative, it is {value}")
         for name, value in self.settings.items():
@@ -187,11 +194,13 @@ def from_toml(path: Path) -> dict[str, Any]:
     UserError
         If the file cannot be read or is not TOML. Unknown names are found by `merge`.
     """
+    with open_regular(path) as file:
+        content = file.read(MOST_TOML + 1)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        if len(content) > MOST_TOML:
+            raise ValueError(f"it is longer than {MOST_TOML:,} bytes")
+        return tomllib.loads(content.decode())
+    except (ValueError, RecursionError) as error:  # TOML and UTF-8 errors, and numbers of too many digits
         raise UserError(f"{path} is not a TOML file: {error}") from None
 
 

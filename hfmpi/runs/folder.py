@@ -28,8 +28,9 @@ def find_checkpoint(folder: Path, resume: str) -> Checkpoint | None:
     UserError
         If a checkpoint cannot be read, or `never` or a path is asked for where a run would be overwritten.
     """
-    # os.path: a name that is too long or lies in a closed folder holds no run; `make` will say why.
-    has_run = any(os.path.exists(folder / name) for name in (checkpoint.NEWEST, checkpoint.PREVIOUS))
+    # os.path: a name that is too long or lies in a closed folder holds no run; `make` will say why. A link
+    # that leads nowhere is one, whose file is away.
+    has_run = any(os.path.lexists(folder / name) for name in (checkpoint.NEWEST, checkpoint.PREVIOUS))
     if resume != "auto" and has_run:
         raise UserError(
             f"{folder} holds a run already; give another --out, or --resume auto to go on with it"

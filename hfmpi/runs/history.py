@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hfmpi.errors import UserError
-from hfmpi.files import replace
+from hfmpi.files import open_regular, replace
 
 __all__ = ["History"]
+
+NAME = "history.jsonl"
+DAMAGED = "history.damaged.jsonl"
+MOST_LINE = 2**16  # bytes; hfmpi writes about 500
 
 
 class History:
     """The file history.jsonl in the folder of a run.
+
+    Lines that cannot be written are kept, and written in their order as soon as that is possible.
 
     Parameters
     ----------
@@ -26,10 +33,12 @@ class History:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.path = Path(folder) / "history.jsonl"
+        self.path = Path(folder) / NAME
+        self._waiting: list[bytes] = []
+        self._whole = self._size()  # bytes that end in a whole line; what follows is the torn rest of a write
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add one line and hand it to the operating system.
+        """Add one line and hand it, with all that wait, to the operating system.
 
         Parameters
         ----------
@@ -40,54 +49,131 @@ class History:
         Raises
         ------
         UserError
-            If the file cannot be written.
+            If the file cannot be written; the line then waits.
         """
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_plain(dict(record)), allow_nan=False) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
+        self._waiting.append((json.dumps(_plain(dict(record)), allow_nan=False) + "\n").encode())
+        self.flush()
 
-    def truncate(self, step: int) -> None:
-        """Drop what comes after a step, and a torn last line; without a file there is nothing to do.
-
-        A run that goes on from a checkpoint repeats the steps after it.
+    def flush(self, sync: bool = False) -> None:
+        """Write the lines that wait; with `sync` all lines reach the disk.
 
         Raises
         ------
         UserError
-            If the file is damaged or cannot be written.
+            If the file cannot be written.
         """
-        if self.path.exists():
-            kept = [record for record in self.read(self.path.parent) if record["step"] <= step]
-            replace(self.path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        if not self._waiting and not sync:
+            return
+        content = b"".join(self._waiting)
+        try:
+            # Not "a": what an earlier attempt left half-written is overwritten.
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o666)
+            with os.fdopen(descriptor, "wb") as file:
+                self._whole = min(self._whole, os.fstat(descriptor).st_size)  # less if it was removed
+                file.truncate(self._whole)
+                file.seek(self._whole)
+                file.write(content)
+                if sync:
+                    file.flush()
+                    os.fsync(descriptor)
+        except OSError as error:  # a quota may be told of by `close` alone
+            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from None
+        self._whole += len(content)
+        self._waiting.clear()
+
+    def truncate(self, step: int) -> str | None:
+        """Drop what comes after a step, and a torn last line; without a file there is nothing to do.
+
+        A run that goes on from a checkpoint repeats the steps after it. Lines that are no steps are dropped
+        too, and the file as it was is then kept beside the new one.
+
+        Returns
+        -------
+        str or None
+            What the user should know: that the file was damaged.
+
+        Raises
+        ------
+        UserError
+            If the file cannot be read or written.
+        """
+        if not os.path.lexists(self.path):
+            return None
+        kept, foreign, last = [], 0, 0
+        for _, line, record in _lines(self.path):
+            if record is None or not last < record["step"]:
+                foreign += 1
+                if len(line) == MOST_LINE:
+                    break  # no history, and perhaps without end
+            elif record["step"] <= step:
+                kept.append(line.rstrip(b"\n") + b"\n")
+                last = record["step"]
+        aside = self.path.with_name(DAMAGED) if foreign else None
+        replace(self.path, b"".join(kept), keep=aside)
+        self._whole = self._size()
+        if not foreign:
+            return None
+        return (
+            f"{self.path} had {foreign:,} damaged or foreign line(s), left out now; as it was it is {aside}"
+        )
 
     @staticmethod
-    def read(folder: str | Path) -> list[dict[str, Any]]:
+    def read(folder: str | Path, numbers: Iterable[str] = ()) -> list[dict[str, Any]]:
         """Read the history in the folder of a run; a last line that was torn by a crash is left out.
+
+        Parameters
+        ----------
+        folder : path
+        numbers : iterable of str
+            Keys whose values must be there: numbers or None.
 
         Raises
         ------
         UserError
             If there is no history or a line is not one of a history.
         """
-        path = Path(folder) / "history.jsonl"
-        try:
-            lines = path.read_bytes().splitlines()
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        path = Path(folder) / NAME
         records = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):  # undecodable bytes are a ValueError too
-                if number == len(lines):
-                    break
-                raise UserError(f"{path} is damaged in line {number}") from None
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        for number, _, record in _lines(path):
+            if record is None:
                 raise UserError(f"{path} is damaged in line {number}: it is no step of a history")
+            bad = [key for key in numbers if not _is_number(record.get(key, ""))]
+            if bad:
+                raise UserError(f"{path} is damaged in line {number}: its {bad[0]} is no number")
             records.append(record)
         return records
+
+    def _size(self) -> int:
+        try:
+            return os.stat(self.path).st_size
+        except OSError:
+            return 0
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
+    """Give number, content and record of each line: None if it is no step; not a last one that is torn."""
+    with open_regular(path) as file:
+        number = 0
+        # A line at a time and none without end: the file may be larger than the memory.
+        while line := file.readline(MOST_LINE):
+            number += 1
+            try:
+                record = json.loads(line, parse_constant=_refuse)
+            except (ValueError, RecursionError):  # undecodable bytes are a ValueError too
+                if not line.endswith(b"\n") and len(line) < MOST_LINE:
+                    return
+                record = None
+            is_step = isinstance(record, dict) and type(record.get("step")) is int and record["step"] >= 0
+            yield number, line, record if is_step else None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"JSON has no {constant}")
+
+
+def _is_number(value: Any) -> bool:
+    # Large ones are refused because sums over a plot's lines may not overflow.
+    return value is None or (type(value) in (int, float) and abs(value) < 1e100)
 
 
 def _plain(value: Any) -> Any:

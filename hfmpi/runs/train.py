@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -16,7 +18,6 @@ from hfmpi.backends.base import Array
 from hfmpi.data.batches import Sequences, check_batch
 from hfmpi.data.corpus import Corpus
 from hfmpi.errors import UserError
-from hfmpi.files import replace as replace_file
 from hfmpi.measure import cost
 from hfmpi.measure.timer import Timer
 from hfmpi.models.network import Network
@@ -26,18 +27,19 @@ from hfmpi.parallel.communicator import Communicator, digest
 from hfmpi.parallel.launch import together
 from hfmpi.parallel.placement import Placement, single_threaded
 from hfmpi.parallel.transport import choose
-from hfmpi.runs import checkpoint
 from hfmpi.runs.checkpoint import Checkpoint
 from hfmpi.runs.config import Config, to_toml
-from hfmpi.runs.folder import make
-from hfmpi.runs.history import History
 from hfmpi.runs.stop import StopSignals
 from hfmpi.runs.timing import Timing
+from hfmpi.runs.writer import Writer
 
 __all__ = ["Place", "Reporter", "Result", "Run"]
 
 BITS = 1 / math.log(2)
 """Bits per nat."""
+
+RETRY = 60.0
+"""Seconds after which a checkpoint that could not be written is tried again, if none is due before."""
 
 
 class Reporter(Protocol):
@@ -48,6 +50,9 @@ class Reporter(Protocol):
 
     def step(self, record: dict[str, Any]) -> None:
         """Tell of a step: the object that goes into the history."""
+
+    def note(self, sentence: str) -> None:
+        """Tell of something that the user may want to mend while the run goes on."""
 
 
 class Place(NamedTuple):
@@ -118,6 +123,8 @@ class Run:
         self.places: list[Place] = []
         self.epoch_steps = max(1, self.train_set.count // self.preset.gradient_batch)
 
+        if resume is not None:  # before memory is taken for what its options describe
+            self._check_model(resume)
         initial = cell.initial(config.seed, config.initialisation, config.forget_bias)
         self.theta: Array = self.backend.to_device(initial.astype(self.backend.dtype))
         self.state = self.preset.optimizer.init(self.theta)
@@ -128,6 +135,9 @@ class Run:
         self.first_step = self.step
         self.last_saved = self.step if resume is not None else None  # the step of the newest checkpoint
         self.timing = Timing(self.timer, communicator, placement, self.step)
+        self.files: Any = None  # the Writer, on rank 0, while it trains
+        self.failures: dict[str, str] = {}  # by file, what became of the last attempt to write it
+        self.retry_at = math.inf  # seconds of the run
 
     # The loop ----------------------------------------------------------------------------------
 
@@ -137,12 +147,21 @@ class Run:
         A signal drops the step in progress: theta and the optimizer's state are those before it, and a
         resumed run takes it anew, bit for bit.
 
+        A file that cannot be written does not end the training: the user is told once, and it is tried again.
+
         Raises
         ------
         UserError
-            On all ranks alike: a file could not be written, the ranks no longer hold the same theta, or the
-            numbers have gone wrong for good.
+            On all ranks alike: a file could not be written at the start or in the end, the ranks no longer
+            hold the same theta, or the numbers have gone wrong for good.
         """
+        try:
+            return self._train(reporter, signals)
+        finally:
+            if self.files is not None:
+                self.files.close()
+
+    def _train(self, reporter: Reporter, signals: StopSignals) -> Result:
         config, comm = self.config, self.communicator
         self._check_start()
         self.risk.transport = transport = choose(config.transport, comm, self.backend, config.slices > 0)
@@ -152,6 +171,8 @@ class Run:
         self._on_first_rank(self._open_files)
         if comm.rank == 0:
             reporter.start(self.facts())
+        self.reporter = reporter
+        self._tell()
         self.timing.start()
         started = time.perf_counter() - self.seconds
         checkpoint_every = config.checkpoint_every or self.epoch_steps
@@ -169,12 +190,11 @@ class Run:
                 report, valid = self._one_step(evaluate_every)
                 self.seconds = comm.agree(time.perf_counter() - started)
                 record = self._record(report, valid)
-                self._on_first_rank(lambda record=record: self.history.append(record))
-                if comm.rank == 0:
+                if self.files is not None:
+                    self._try("the history", partial(self.files.record, record))
                     reporter.step(record)
-                if self.step % checkpoint_every == 0:
-                    self.save(valid)
-                    saved = self.step
+                if self.step % checkpoint_every == 0 or self.seconds >= self.retry_at:
+                    saved = self.step if self.save(valid) else saved
                 elif config.check_every and self.step % config.check_every == 0:
                     self.check_ranks()
                 self._check_rejections(report)
@@ -184,10 +204,11 @@ class Run:
         except Stopped:
             reason, done = self._who_stopped(signals), False
             self.risk.stop = lambda: False  # what is left to do is done
-        if saved != self.step:
-            self.save(valid)
-        if done:
-            self._on_first_rank(lambda: replace_file(self.folder / "DONE", f"{reason}\n".encode()))
+        if saved != self.step and not self.save(valid):
+            unsaved = self.first_step if self.last_saved is None else self.last_saved
+            failure = self.failures["the checkpoint"]
+            raise UserError(f"{failure}; the steps after step {unsaved:,} are not saved")
+        self._on_first_rank(lambda: self.files.finish(f"{reason}\n" if done else ""))
         return Result(reason, done, self.step, valid)
 
     def _one_step(self, evaluate_every: int) -> tuple[StepReport, float | None]:
@@ -227,14 +248,10 @@ class Run:
     # Files -------------------------------------------------------------------------------------
 
     def _open_files(self) -> None:
-        make(self.folder)
-        self.history = History(self.folder)
-        self.history.truncate(self.step)
-        replace_file(self.folder / "config.toml", to_toml(self.config).encode())
-        (self.folder / "DONE").unlink(missing_ok=True)
+        self.files = Writer(self.folder, self.step, to_toml(self.config))
 
-    def save(self, valid: float | None) -> None:
-        """Check that all ranks agree and theta is sound, then write the checkpoint and the timing."""
+    def save(self, valid: float | None) -> bool:
+        """Check that all ranks agree and theta is sound; write the checkpoint, and say if it is written."""
         self.check_ranks()
         self._check_loss(valid)
         with self.timer.span("files"):
@@ -255,32 +272,71 @@ class Run:
                 "valid_bpc": valid,
                 "ranks": self.communicator.size,
             }
-            path, theta = self.folder / checkpoint.NEWEST, self.backend.to_host(self.theta)
-            self._on_first_rank(lambda: checkpoint.save(path, theta, state, meta))
-        self.last_saved = self.step
+            theta, files = self.backend.to_host(self.theta), self.files
+            # Fails on all ranks alike, so that they go on in step.
+            saved = self._try(
+                "the checkpoint",
+                lambda: self._on_first_rank(lambda: files.checkpoint(theta, state, meta)),
+            )
+            self.retry_at = math.inf if saved else self.seconds + RETRY
+        if saved:
+            self.last_saved = self.step
         timing = self.timing.collect(self.step)
-        self._on_first_rank(lambda: replace_file(self.folder / "timing.json", timing.encode()))
+        if files is not None:
+            self._try("timing.json", lambda: files.timing(timing))
+        self._tell()
+        return saved
 
-    def _restore(self, found: Checkpoint) -> None:
+    def _tell(self) -> None:
+        """Tell what the writer of the files found."""
+        while self.files is not None and self.files.notes:
+            self.reporter.note(self.files.notes.pop(0))
+
+    def _try(self, what: str, write: Callable[[], object]) -> bool:
+        """Write a file; tell of a failure once, and once when it is over."""
+        try:
+            write()
+        except UserError as error:
+            if what not in self.failures:
+                self.reporter.note(f"{error}; training goes on, and it is tried again")
+            self.failures[what] = str(error)
+            return False
+        if self.failures.pop(what, None):
+            self.reporter.note(f"{what} is written again")
+        return True
+
+    def _check_model(self, found: Checkpoint) -> None:
+        """Raise a UserError unless the parameters are those of a model of this size for this text."""
         if found.meta.get("vocabulary") != list(self.corpus.symbols):
             raise UserError("the checkpoint was trained on another vocabulary than that of the data")
-        if found.theta.shape != self.theta.shape or found.theta.dtype != self.theta.dtype:
+        size, kind = self.risk.network.layout.size, self.backend.dtype
+        if found.theta.shape != (size,) or found.theta.dtype != kind:
             raise UserError(
                 f"the checkpoint holds a model of {found.theta.size:,} parameters ({found.theta.dtype}), "
-                f"not of {self.theta.size:,} ({self.theta.dtype})"
+                f"not of {size:,} ({kind})"
             )
+
+    def _restore(self, found: Checkpoint) -> None:
         kind = type(self.state)
-        if set(found.state) != {f.name for f in fields(kind)}:
+        fresh = {f.name: getattr(self.state, f.name) for f in fields(kind)}
+        if set(found.state) != set(fresh):
             raise UserError(f"the checkpoint was not written by optimizer {self.config.optimizer}")
+        for name, value in fresh.items():
+            entry = found.state[name]
+            if _form(entry) != _form(value) or not (hasattr(entry, "shape") or _is_amount(entry)):
+                raise UserError(f"the checkpoint's {name} does not fit optimizer {self.config.optimizer}")
         place = self.backend.to_device
         self.theta = place(found.theta)
         self.state = kind(**{k: place(v) if isinstance(v, np.ndarray) else v for k, v in found.state.items()})
         try:
-            self.step, self.seconds = int(found.meta["step"]), float(found.meta["seconds"])
+            self.step, self.seconds = found.meta["step"], found.meta["seconds"]
             self.counts = cost.Counts(**found.meta["counts"])
-            self.rejections = int(found.meta.get("rejections", 0))
+            self.rejections = found.meta.get("rejections", 0)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"the checkpoint describes no run of this version: {error!r}") from None
+        numbers = self.step, self.rejections, *asdict(self.counts).values()
+        if not all(type(n) is int and _is_amount(n) for n in numbers) or not _is_amount(self.seconds):
+            raise UserError("the checkpoint describes no run: its step, seconds and counts must be numbers")
 
     def _check_start(self) -> None:
         """Raise a UserError on all ranks unless all start with the same data, options and checkpoint.
@@ -391,3 +447,13 @@ class Run:
             **asdict(report.work),
             **report.details,
         }
+
+
+def _form(value: Any) -> tuple[Any, ...]:
+    """Give what must agree between the entry of a checkpoint and the state that it takes the place of."""
+    return (value.shape, value.dtype) if hasattr(value, "shape") else (type(value),)
+
+
+def _is_amount(value: Any) -> bool:
+    """Whether it is a number that counts or measures something: not negative, not without bounds."""
+    return type(value) in (int, float) and 0 <= value < (2**53 if type(value) is int else math.inf)

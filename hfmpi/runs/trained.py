@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,13 +53,14 @@ class Trained:
         UserError
             If there is none, or it cannot be read.
         """
-        found = checkpoint.load(run) if run.is_file() else checkpoint.latest(run)
+        found = checkpoint.load(run) if os.path.isfile(run) else checkpoint.latest(run)
         try:
             config = merge(found.meta["config"] | {"backend": backend, "matmul_precision": "float32"})
-            symbols, step = bytes(found.meta["vocabulary"]), int(found.meta["step"])
+            # As a list: of a number, `bytes` would make so many zeros.
+            symbols, step = bytes(list(found.meta["vocabulary"])), int(found.meta["step"])
             data = Path(found.meta["data"])
             network = Network(config.cell(len(symbols)), config.make_backend(local_rank))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"the checkpoint in {run} describes no run of this version: {error}") from None
         if found.theta.shape != (network.layout.size,) or found.theta.dtype != network.backend.dtype:
             raise UserError(f"the checkpoint in {run} does not hold the parameters of its own model")

@@ -1,0 +1,128 @@
+"""HDF5 files, which may come from anyone: kind, place and size are checked before memory is taken.
+
+What is accepted is what hfmpi writes: hard links to groups and to contiguous datasets of plain numbers that
+lie in the file itself, and scalar attributes that are numbers or texts of fixed length. Links, virtual
+datasets, external storage, filters, references and all other types are refused unread.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from hfmpi.errors import UserError
+from hfmpi.files import open_regular
+
+__all__ = ["Damage", "array", "attribute", "attributes", "members", "opened", "set_text"]
+
+MOST_MEMBERS = 64  # of a group, and attributes of an object; hfmpi writes about ten
+MOST_TEXT = 2**20  # bytes of an attribute
+
+# What HDF5 raises on damaged files is any of these, in words that only its authors understand.
+_HDF5_ERRORS = (OSError, RuntimeError, LookupError, ValueError, TypeError, ArithmeticError)
+
+
+class Damage(Exception):
+    """What is wrong with a file, as the words that follow its name."""
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[h5py.File, int]]:
+    """Open a file for reading; give it and its size in bytes.
+
+    Raises
+    ------
+    UserError
+        Of one sentence, for whatever turns out to be wrong inside the `with` block too.
+    """
+    with open_regular(path) as file:  # tells "you may not" from "it is damaged"
+        size = file.seek(0, 2)
+    if not h5py.is_hdf5(path):
+        raise UserError(f"{path} is not an HDF5 file")
+    try:
+        # Files are replaced as a whole, so that no lock is needed to read one; some file systems have none.
+        with h5py.File(path, "r", locking=False) as file:
+            yield file, size
+    except Damage as damage:
+        raise UserError(f"{path} {damage}") from None
+    except MemoryError:
+        raise UserError(f"{path} needs more memory than there is") from None
+    except _HDF5_ERRORS:
+        raise UserError(f"{path} is damaged or truncated: HDF5 cannot read it") from None
+
+
+def members(group: h5py.Group) -> list[str]:
+    """Give the names in a group, all of which are in this very file: no soft or external links."""
+    if len(group) > MOST_MEMBERS:
+        raise Damage(f"is damaged: {group.name} claims {len(group):,} members")
+    names = list(group)
+    for name in names:
+        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            raise Damage(f"is damaged: {_short(name)} is a link")
+    return names
+
+
+def array(group: h5py.Group, name: str, most: int) -> np.ndarray:
+    """Read a dataset of plain numbers of at most so many bytes, all stored, as such, in this very file.
+
+    `name` is one that `members` gave.
+    """
+    dataset = group[name]
+    if not isinstance(dataset, h5py.Dataset) or dataset.shape is None or not _plain(dataset.id, "biuf"):
+        raise Damage(f"is damaged: {_short(name)} is not a dataset of plain numbers")
+    size = math.prod(dataset.shape) * dataset.dtype.itemsize  # in h5py's own product numbers wrap around
+    if size > most:
+        raise Damage(f"is damaged: {_short(name)} claims {size:,} bytes, more than there can be")
+    settings = dataset.id.get_create_plist()
+    plain = settings.get_layout() == h5py.h5d.CONTIGUOUS and not settings.get_external_count()
+    if not plain or (size and (dataset.id.get_storage_size() != size or dataset.id.get_offset() is None)):
+        raise Damage(f"is damaged: {_short(name)} is not stored as plain numbers in the file")
+    return np.asarray(dataset[()])
+
+
+def attribute(holder: Any, name: str, kinds: str = "biufS") -> bool | int | float | str:
+    """Read a scalar attribute: a number, or a text of fixed length; `kinds` are NumPy's letters."""
+    if name not in holder.attrs:
+        raise Damage(f"is damaged: it has no attribute {_short(name)}")
+    about = holder.attrs.get_id(name)
+    if about.shape != () or not _plain(about, kinds) or about.dtype.itemsize > MOST_TEXT:
+        raise Damage(
+            f"is damaged: its attribute {_short(name)} is not a plain {'text' if kinds == 'S' else 'value'}"
+        )
+    value = holder.attrs[name].item()
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def attributes(holder: Any) -> list[str]:
+    """Give the names of the attributes of an object."""
+    if len(holder.attrs) > MOST_MEMBERS:
+        raise Damage(f"is damaged: {holder.name} claims {len(holder.attrs):,} attributes")
+    return list(holder.attrs)
+
+
+def set_text(holder: Any, name: str, value: str) -> None:
+    """Give an object a text attribute of fixed length, UTF-8.
+
+    HDF5 keeps texts of variable length in a heap, and a damaged heap can make it loop for ever.
+    """
+    content = value.encode()
+    holder.attrs.create(name, np.bytes_(content), dtype=h5py.string_dtype("utf-8", max(1, len(content))))
+
+
+def _plain(stored: Any, kinds: str) -> bool:
+    """Whether the stored type is one of NumPy's own: little-endian, no enumeration, no odd width."""
+    kind = stored.dtype
+    if kind.kind not in kinds or kind.str[0] == ">":
+        return False
+    # By its name alone: h5py notes in the metadata of a NumPy type that it stands for an enumeration.
+    return kind.kind == "S" or stored.get_type().equal(h5py.h5t.py_create(np.dtype(kind.str), logical=True))
+
+
+def _short(name: str) -> str:
+    return name if len(name) < 60 and name.isascii() and name.isidentifier() else f"{name!r:.60}"

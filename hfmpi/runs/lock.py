@@ -1,0 +1,73 @@
+"""One job to a run's folder: a lock on a file in it, which the kernel gives back when the process dies."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+from hfmpi.errors import UserError
+
+__all__ = ["Lock"]
+
+NAME = ".lock"
+
+
+class Lock:
+    """A lock on a folder, held until `release` or the end of the process, however it ends.
+
+    The file stays when the lock is gone and says who held it last. On NFS the lock is one of the server and
+    so holds between nodes.
+
+    Attributes
+    ----------
+    note : str or None
+        What a user should know, if the file system has no locks and none is held.
+
+    Raises
+    ------
+    UserError
+        If another process holds the lock, or the file cannot be made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / NAME
+        self.note: str | None = None
+        flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW
+        try:
+            self._file = os.open(self.path, flags, 0o666)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = self._holder()
+            self.release()
+            raise UserError(f"another job is writing into {folder}{holder}; wait for it or stop it") from None
+        except OSError as error:
+            self.note = (
+                f"{folder} cannot be locked ({error.strerror}): take care that no other job writes into it"
+            )
+        with contextlib.suppress(OSError):  # a full disk: the words are missing, the lock is there
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def stands(self) -> bool:
+        """Whether the file that is locked is still the one in the folder."""
+        try:
+            return os.path.samestat(os.stat(self.path, follow_symlinks=False), os.fstat(self._file))
+        except OSError:
+            return False
+
+    def release(self) -> None:
+        """Give the lock back."""
+        os.close(self._file)
+
+    def _holder(self) -> str:
+        with contextlib.suppress(OSError):
+            words = os.pread(self._file, 200, 0).decode("ascii", "replace").splitlines()
+            if words and words[0].isprintable():
+                return f" ({words[0]})"
+        return ""
