@@ -138,6 +138,19 @@ def test_squares_are_those_of_each_sequence_alone(name, variant, backend):
     close(squares, expected)
 
 
+@pytest.mark.parametrize(("name", "variant"), ALL)
+@pytest.mark.parametrize("backend", ["numpy", "cupy"])
+@pytest.mark.parametrize("sequences", [1, 2, 9])
+def test_squares_of_many_sequences_at_a_time(name, variant, backend, sequences):
+    network, theta, batch, _ = make(name, variant, "numpy", size=5, warmup=1)
+    expected_squares, squares = np.zeros_like(theta), np.zeros_like(theta)
+    expected = gradient_of(network, theta, batch, expected_squares)
+    network, _, _, _ = make(name, variant, backend, size=5, warmup=1)
+    network.backend.each_numbers = sequences * theta.size
+    close(gradient_of(network, theta, batch, squares), expected)
+    close(squares, expected_squares)
+
+
 @given(
     st.sampled_from(ALL), st.sampled_from(BACKENDS), st.integers(1, 9), st.integers(1, 7), st.integers(1, 9),
     st.integers(1, 5), st.integers(0, 3), st.integers(0, 2**31), st.integers(1, 50),

@@ -140,6 +140,9 @@ class Backend:
     block_rows : int
         Steps times sequences that the time-batched products had best take at once: on a CPU a few MB of
         pre-activations, which stay in the cache, yet enough rows for a fast product.
+    each_numbers : int
+        Numbers of the gradients of single sequences that had best be computed at once; 0: one sequence after
+        the other, which suits a CPU.
     device : str
         What it computes on, in words.
     device_id : str or None
@@ -150,6 +153,7 @@ class Backend:
     xp: Any = np
     micro_batch = 32
     block_rows = 1024
+    each_numbers = 0
 
     def __init__(self, dtype: str = "float32") -> None:
         if dtype not in ("float32", "float64"):
@@ -416,6 +420,17 @@ class Backend:
 
     def segment_sum(self, rows: Array, x: Array, out: Array) -> None:
         """out[s] = the sum of the rows (N, K) whose symbol x (N,) is s; out is (V, K)."""
+        raise NotImplementedError
+
+    def segment_sum_each(self, rows: Array, x: Array, out: Array) -> None:
+        """out[b, s] = the sum of the rows (L, B, K) of sequence b whose symbol x (L, B) is s.
+
+        out is (B, V, K), contiguous but for its first axis.
+        """
+        raise NotImplementedError
+
+    def accumulate_squares(self, each: Array, total: Array, squares: Array) -> None:
+        """Total (D,) gains the sum of the rows of each (B, D), squares that of their element-wise squares."""
         raise NotImplementedError
 
     def accumulate_square(self, g: Array, total: Array, squares: Array) -> None:

@@ -13,7 +13,6 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +100,7 @@ class CupyBackend(Backend):
     xp = cupy
     micro_batch = 1024
     block_rows = 2**18
+    each_numbers = 2**25
 
     def __init__(self, dtype: str = "float32", local_rank: int = 0, precision: str = "float32") -> None:
         count = device_count()
@@ -348,9 +348,7 @@ class CupyBackend(Backend):
 
     def segment_sum(self, rows: Array, x: Array, out: Array) -> None:
         symbols, width = out.shape
-        count, columns = len(rows), WARP
-        while symbols * columns * self.dtype.itemsize > SHARED_BYTES:
-            columns //= 2
+        count, columns = len(rows), self._columns(symbols)
         length = -(-count // min(MOST_SLICES, -(-count // SLICE_ROWS)))
         slices = -(-count // length)
         parts = self.workspace("segments", (slices, symbols, width))
@@ -363,7 +361,24 @@ class CupyBackend(Backend):
         )
         cupy.sum(parts, axis=0, out=out)
 
-    def accumulate_square(self, g: Array, total: Array, squares: Array) -> None:
-        size = prod(g.shape)
-        kernel = self._module.get_function("accumulate_square")
-        kernel((-(-size // THREADS),), (THREADS,), (np.int32(size), g, total, squares))
+    def segment_sum_each(self, rows: Array, x: Array, out: Array) -> None:
+        (steps, batch, width), symbols = rows.shape, out.shape[1]
+        columns = self._columns(symbols)
+        sizes = (np.int32(size) for size in (steps, batch, width, symbols))
+        self._module.get_function("segment_each")(
+            (-(-width // columns), batch),
+            (columns,),
+            (*sizes, rows, x, out, np.int64(out.strides[0] // out.itemsize)),
+            shared_mem=symbols * columns * self.dtype.itemsize,
+        )
+
+    def _columns(self, symbols: int) -> int:
+        """Give the columns of a block of a segment sum: as many as its memory has room for."""
+        columns = WARP
+        while symbols * columns * self.dtype.itemsize > SHARED_BYTES:
+            columns //= 2
+        return columns
+
+    def accumulate_squares(self, each: Array, total: Array, squares: Array) -> None:
+        batch, size = each.shape
+        self._launch("accumulate_squares", size, np.int32(batch), np.int32(size), each, total, squares)

@@ -235,9 +235,31 @@ extern "C" __global__ void segment_parts(
         parts[((size_t)blockIdx.y * symbols + v) * width + j] = sums[v * columns];
 }
 
-extern "C" __global__ void accumulate_square(int size, const real* g, real* total, real* squares) {
+// The same for every sequence of a batch by itself: block row y is the sequence.
+extern "C" __global__ void segment_each(
+    int steps, int batch, int width, int symbols, const real* __restrict__ rows, const int* __restrict__ x,
+    real* __restrict__ out, long long stride) {
+    extern __shared__ double shared[];
+    real* sums = (real*)shared + threadIdx.x;
+    const int columns = blockDim.x, j = blockIdx.x * columns + threadIdx.x, b = blockIdx.y;
+    if (j >= width) return;
+    for (int v = 0; v < symbols; v++) sums[v * columns] = 0;
+#pragma unroll 8
+    for (int t = 0; t < steps; t++)
+        sums[x[t * batch + b] * columns] += rows[((size_t)t * batch + b) * width + j];
+    for (int v = 0; v < symbols; v++) out[b * stride + v * width + j] = sums[v * columns];
+}
+
+extern "C" __global__ void accumulate_squares(
+    int batch, int size, const real* __restrict__ each, real* __restrict__ total, real* __restrict__ squares) {
     const int e = element();
     if (e >= size) return;
-    total[e] += g[e];
-    squares[e] += g[e] * g[e];
+    real sum = total[e], square = squares[e];
+    for (int b = 0; b < batch; b++) {
+        const real g = each[(size_t)b * size + e];
+        sum += g;
+        square += g * g;
+    }
+    total[e] = sum;
+    squares[e] = square;
 }

@@ -120,6 +120,14 @@ class NumpyBackend(Backend):
         out[...] = 0
         np.add.at(out, x, rows)
 
+    def segment_sum_each(self, rows: Array, x: Array, out: Array) -> None:
+        for b in range(rows.shape[1]):
+            self.segment_sum(rows[:, b], x[:, b], out[b])
+
+    def accumulate_squares(self, each: Array, total: Array, squares: Array) -> None:
+        for g in each:
+            self.accumulate_square(g, total, squares)
+
     def accumulate_square(self, g: Array, total: Array, squares: Array) -> None:
         total += g
         squares += g * g

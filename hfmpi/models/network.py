@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple, Protocol
 
 from hfmpi.backends.base import Array, Backend, Recurrence, Workspace
@@ -297,6 +298,9 @@ class Network:
                 self._collect(single, *arrays)
                 out += single
                 continue
+            if backend.each_numbers:
+                self._collect_squares(out, squares, *arrays)
+                continue
             for b in range(size):
                 self._collect(single, *(a if a is None else a[:, b : b + 1] for a in arrays))
                 backend.accumulate_square(single, out, squares)
@@ -335,6 +339,37 @@ class Network:
         self.backend.matmul(flat(hidden[len(hidden) - len(du) :]).T, flat(du), g["W_o"])
         if "b_o" in g:
             xp.sum(du, axis=(0, 1), out=g["b_o"])
+
+    def _collect_squares(self, out: Array, squares: Array, *arrays: Any) -> None:
+        """Gain the cotangents of all sequences, and the squares of each, many sequences at a time."""
+        inputs, backend, xp = arrays[0], self.backend, self.backend.xp
+        many = max(1, backend.each_numbers // self.layout.size)
+        for start in range(0, inputs.shape[1], many):
+            part = slice(start, start + many)
+            x, hidden, m, dh, da, dp, dq, du = (
+                a if a is None else xp.ascontiguousarray(a[:, part]) for a in arrays
+            )
+            each = backend.workspace("each", (x.shape[1], self.layout.size))
+            g, at = {}, self.layout.offsets
+            for name, shape in self.layout.shapes.items():
+                flat = each[:, at[name] : at[name] + prod(shape)]
+                g[name] = flat.reshape(-1, *shape)
+            source = hidden[:-1]
+            if m is not None:
+                g["W_mh"][...] = xp.matmul(source.transpose(1, 2, 0), dq.transpose(1, 0, 2))
+                backend.segment_sum_each(dp, x, g["W_mx"])
+                source = m
+            g["W_h"][...] = xp.matmul(source.transpose(1, 2, 0), da.transpose(1, 0, 2))
+            backend.segment_sum_each(da, x, g["W_x"])
+            g["b"][...] = xp.sum(g["W_x"], axis=1)
+            if self.cell.variant == "krause":
+                h = hidden[1:]
+                g["b"][:, 3 * self.cell.hidden :] = xp.sum((1 - h * h) * dh, axis=0)
+            scored = hidden[len(hidden) - len(du) :]
+            g["W_o"][...] = xp.matmul(scored.transpose(1, 2, 0), du.transpose(1, 0, 2))
+            if "b_o" in g:
+                g["b_o"][...] = xp.sum(du, axis=0)
+            backend.accumulate_squares(each, out, squares)
 
     # Gradient and curvature --------------------------------------------------------------------
 

@@ -141,6 +141,9 @@ class ndarray:
             forbid_capture("a copy")
         return ndarray(result)
 
+    def transpose(self, *axes):
+        return ndarray(self._a.transpose(*axes))
+
     def copy(self):
         return ndarray(counted(self._a.copy()))
 
@@ -247,6 +250,10 @@ def sum(array, axis=None, out=None):
         return ndarray(counted(result))
     out._a[...] = result
     return out
+
+
+def matmul(a, b):
+    return ndarray(counted(np.matmul(bare(a), bare(b))))
 
 
 def einsum(subscripts, *operands, dtype=None):
