@@ -389,8 +389,8 @@ import resource
 from hfmpi.parallel import launch
 from hfmpi.cli.main import entry
 connect = launch.connect
-def connect_then_fill():
-    comm = connect()  # before the limit, because MPI itself needs files
+def connect_then_fill(*arguments):
+    comm = connect(*arguments)  # before the limit, because MPI itself needs files
     resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
     return comm
 launch.connect = connect_then_fill

@@ -110,6 +110,25 @@ def test_a_rank_that_the_launcher_does_not_miss_ends_all(command, name, faulty, 
     assert seconds < 40
 
 
+@pytest.mark.parametrize("where", ["launch._watched", "connect"])
+def test_a_rank_that_never_joins_ends_all(where, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, signal\n"
+        "from hfmpi.parallel import launch\n"
+        "from hfmpi.parallel.launch import connect\n"
+        "def stop(*arguments): os.kill(os.getpid(), signal.SIGSTOP)\n"
+        f"if launch.launched()[0] == 1: {where} = stop\n"
+        "connect(1.0)\n"
+    )
+    words = [MPIRUN, "-n", "2", sys.executable, str(program)]
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    # MPI_Init holds Python's lock: there a thread that could speak does not run, and the stack must do.
+    sentence = "Timeout (0:00:03)!" if where == "connect" else "not all ranks have joined within 1 s"
+    assert sentence in done.stderr
+
+
 def test_a_job_that_sleeps_as_a_whole_goes_on():
     def sleep(ranks):
         for rank in ranks:

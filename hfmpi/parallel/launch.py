@@ -21,7 +21,7 @@ import numpy as np
 
 from hfmpi.errors import UserError
 from hfmpi.parallel.communicator import Communicator, MPICommunicator
-from hfmpi.parallel.watchdog import Watchdog, watch
+from hfmpi.parallel.watchdog import Watchdog, joining, watch
 
 __all__ = ["connect", "guard", "launched", "library_name", "load", "together"]
 
@@ -110,10 +110,10 @@ def connect(stall_timeout: float = 0.0) -> Communicator:
                 f"({' '.join(str(error).split())}): install mpi4py and an MPI library such as hfmpi[mpich]"
             ) from error
         return Communicator()
-    if not mpi.Is_initialized():
-        with warnings.catch_warnings():
-            # mpi4py warns of a launcher that does not fit; the check below makes it an error.
-            warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
+    with joining(rank_and_size[0], stall_timeout if size > 1 else 0), warnings.catch_warnings():
+        # mpi4py warns of a launcher that does not fit; the check below makes it an error.
+        warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
+        if not mpi.Is_initialized():
             mpi.Init_thread(mpi.THREAD_FUNNELED)
     if size > 1 and mpi.COMM_WORLD.size == 1:
         raise UserError(
@@ -127,9 +127,10 @@ def connect(stall_timeout: float = 0.0) -> Communicator:
 
 def _watched(world: Any, stall_timeout: float) -> Communicator:
     global _watchdog
-    comm = MPICommunicator(world)
-    if comm.size > 1 and _watchdog is None:
-        _watchdog = watch(comm, stall_timeout)
+    with joining(world.rank, stall_timeout if world.size > 1 else 0):
+        comm = MPICommunicator(world)
+        if comm.size > 1 and _watchdog is None:
+            _watchdog = watch(comm, stall_timeout)
     return comm
 
 

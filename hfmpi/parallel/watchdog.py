@@ -13,19 +13,21 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import os
 import selectors
 import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
 from hfmpi.parallel.communicator import MPICommunicator
 from hfmpi.parallel.links import link_up
 
-__all__ = ["Watchdog", "watch"]
+__all__ = ["Watchdog", "joining", "watch"]
 
 _LOOK = 1.0  # seconds between looks
 _STOPPED = 6  # looks in a row that find a process of this node stopped
@@ -178,7 +180,8 @@ class Watchdog:
             return
         sentence = f"no collective has finished for {self.stall_timeout:g} s (--stall-timeout)"
         if self.comm.rank == 0:
-            at = self.pulses | {0: self.comm.pulse}
+            at = {rank: (pulse, rank in self.left) for rank, pulse in self.pulses.items()}
+            at[0] = self.comm.pulse, self.leaving
             late = [self._name(rank) for rank in sorted(at) if at[rank] < max(at.values())]
             if late:
                 sentence += f"; the others wait for {', '.join(late[:3])}" + ", ..." * (len(late) > 3)
@@ -225,6 +228,32 @@ def watch(comm: MPICommunicator, stall_timeout: float) -> Watchdog:
     watchdog = Watchdog(comm, stall_timeout, links, places)
     atexit.register(watchdog.goodbye)
     return watchdog
+
+
+@contextlib.contextmanager
+def joining(rank: int, patience: float) -> Iterator[None]:
+    """End this rank if the block takes longer than so many seconds; 0: never.
+
+    While ranks join, none knows of another: one that never comes can only be noticed by the time. A thread
+    that could say so does not run inside MPI_Init, which holds Python's lock; the one of faulthandler does.
+    """
+
+    def give_up() -> None:
+        time.sleep(_SILENCE if rank else 0)
+        os.write(2, f"Error: not all ranks have joined within {patience:g} s (--stall-timeout).\n".encode())
+        os._exit(_CODE)
+
+    timer = threading.Timer(patience, give_up)
+    timer.daemon = True
+    if patience:
+        timer.start()
+        faulthandler.dump_traceback_later(patience + 2 * _SILENCE + bool(rank), exit=True)
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if patience:
+            faulthandler.cancel_dump_traceback_later()
 
 
 def _send(link: socket.socket, line: str) -> None:
