@@ -130,7 +130,8 @@ def test_in_the_end_a_missing_checkpoint_is_an_error(data, whole, tmp_path, monk
 
 def test_a_line_that_is_half_written_is_written_again(tmp_path, monkeypatch):
     log = History(tmp_path)
-    log.append({"step": 1})
+    log.add({"step": 1})
+    log.flush()
     fdopen = os.fdopen
 
     class Full:
@@ -153,10 +154,12 @@ def test_a_line_that_is_half_written_is_written_again(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fdopen", lambda *arguments: Full(fdopen(*arguments)))
         for step in (2, 3):
+            log.add({"step": step})
             with pytest.raises(UserError, match="No space left"):
-                log.append({"step": step})
+                log.flush()
     assert log.path.read_bytes().endswith(b'\n{"step"')
-    log.append({"step": 4})
+    log.add({"step": 4})
+    log.flush()
     assert [record["step"] for record in History.read(tmp_path)] == [1, 2, 3, 4]
 
 

@@ -48,11 +48,6 @@ class History:
         """
         self._waiting.append((json.dumps(_plain(dict(record)), allow_nan=False) + "\n").encode())
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Add one line and hand it, with all that wait, to the operating system; see `add` and `flush`."""
-        self.add(record)
-        self.flush()
-
     def flush(self, sync: bool = False) -> None:
         """Write the lines that wait; with `sync` all lines reach the disk.
 
