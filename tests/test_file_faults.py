@@ -130,7 +130,8 @@ def test_in_the_end_a_missing_checkpoint_is_an_error(data, whole, tmp_path, monk
 
 def test_a_line_that_is_half_written_is_written_again(tmp_path, monkeypatch):
     log = History(tmp_path)
-    log.append({"step": 1})
+    log.add({"step": 1})
+    log.flush()
     fdopen = os.fdopen
 
     class Full:
@@ -153,10 +154,12 @@ def test_a_line_that_is_half_written_is_written_again(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fdopen", lambda *arguments: Full(fdopen(*arguments)))
         for step in (2, 3):
+            log.add({"step": step})
             with pytest.raises(UserError, match="No space left"):
-                log.append({"step": step})
+                log.flush()
     assert log.path.read_bytes().endswith(b'\n{"step"')
-    log.append({"step": 4})
+    log.add({"step": 4})
+    log.flush()
     assert [record["step"] for record in History.read(tmp_path)] == [1, 2, 3, 4]
 
 
@@ -170,18 +173,25 @@ def test_a_folder_that_is_removed_is_made_again(data, tmp_path):
     assert f"{folder} was removed and is made again; its history begins anew" in reporter.notes
 
 
-def test_a_folder_that_another_job_took_over_is_left_to_it(data, tmp_path):
+@pytest.mark.parametrize("held", [True, False])
+def test_a_folder_that_another_job_took_over_is_left_to_it(held, data, tmp_path):
     folder, others = tmp_path / "run", []
+    train(tmp_path / "other", data, max_steps=1)
 
     def replaced():
         shutil.rmtree(folder)
-        folder.mkdir()
+        shutil.copytree(tmp_path / "other", folder)
         others.append(Lock(folder))
+        if not held:  # it has come to its end already
+            others[0].release()
 
-    with pytest.raises(UserError, match=r"another job is writing into .*; the steps after step 2 are not"):
+    reason = "is writing into" if held else "has written into"
+    with pytest.raises(UserError, match=rf"another job {reason} .*; the steps after step 2 are not saved"):
         train(folder, data, max_steps=6, checkpoint_every=2, reporter=During(step_3=replaced))
-    others[0].release()
-    assert not (folder / NEWEST).exists()
+    if held:
+        others[0].release()
+    for path in (tmp_path / "other").iterdir():
+        assert path.name == ".lock" or (folder / path.name).read_bytes() == path.read_bytes()
 
 
 @pytest.fixture(name="small_disk")

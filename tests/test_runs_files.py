@@ -356,10 +356,15 @@ def no_digest(*arguments):
     pytest.fail("the content was read")
 
 
+def append(history, record):
+    history.add(record)
+    history.flush()
+
+
 def test_history_appends_and_reads(tmp_path):
     history = History(tmp_path)
-    history.append({"step": 1, "train_bpc": np.float32(2.5), "valid_bpc": None, "rho": math.nan})
-    history.append({"step": np.int64(2), "spans": {"gradient": np.float64(0.1)}, "why": "a\nb"})
+    append(history, {"step": 1, "train_bpc": np.float32(2.5), "valid_bpc": None, "rho": math.nan})
+    append(history, {"step": np.int64(2), "spans": {"gradient": np.float64(0.1)}, "why": "a\nb"})
     assert History.read(tmp_path) == [
         {"step": 1, "train_bpc": 2.5, "valid_bpc": None, "rho": None},
         {"step": 2, "spans": {"gradient": 0.1}, "why": "a\nb"},
@@ -372,7 +377,7 @@ def test_history_truncate(tmp_path):
     history.truncate(3)  # nothing there yet
     assert list(tmp_path.iterdir()) == []
     for step in range(1, 6):
-        history.append({"step": step, "loss": 1 / step})
+        append(history, {"step": step, "loss": 1 / step})
     before = history.path.read_text().splitlines()
     with history.path.open("a") as file:
         file.write('{"step": 6, "lo')
@@ -381,7 +386,7 @@ def test_history_truncate(tmp_path):
     assert history.path.read_text().splitlines() == before
     history.truncate(3)
     assert history.path.read_text().splitlines() == before[:3]
-    history.append({"step": 4})
+    append(history, {"step": 4})
     assert [record["step"] for record in History.read(tmp_path)] == [1, 2, 3, 4]
     assert [path.name for path in tmp_path.iterdir()] == ["history.jsonl"]
 
@@ -400,4 +405,4 @@ def test_history_missing_or_unwritable(tmp_path):
     with pytest.raises(UserError, match="cannot read"):
         History.read(tmp_path)
     with pytest.raises(UserError, match="cannot write"):
-        History(tmp_path / "absent").append({"step": 1})
+        append(History(tmp_path / "absent"), {"step": 1})

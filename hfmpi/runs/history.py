@@ -37,22 +37,16 @@ class History:
         self._waiting: list[bytes] = []
         self._whole = self._size()  # bytes that end in a whole line; what follows is the torn rest of a write
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Add one line and hand it, with all that wait, to the operating system.
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Add one line to those that wait for `flush`.
 
         Parameters
         ----------
         record : mapping of str
             With at least an integer "step". Values are numbers, strings, None, and lists and dicts of
             these; numbers that are not finite, which JSON does not know, are written as null.
-
-        Raises
-        ------
-        UserError
-            If the file cannot be written; the line then waits.
         """
         self._waiting.append((json.dumps(_plain(dict(record)), allow_nan=False) + "\n").encode())
-        self.flush()
 
     def flush(self, sync: bool = False) -> None:
         """Write the lines that wait; with `sync` all lines reach the disk.

@@ -30,7 +30,7 @@ class Writer:
     folder : Path
         Made if it is not there.
     step : int
-        Where the run goes on; later lines of the history are dropped.
+        Where the run goes on; later lines of the history are dropped. Then that of the last checkpoint.
     config : str
         Content of config.toml.
 
@@ -41,17 +41,11 @@ class Writer:
     """
 
     def __init__(self, folder: Path, step: int, config: str) -> None:
-        self.folder, self.config = folder, config
+        self.folder, self.config, self.step = folder, config, step
         make(folder)
-        self.lock = Lock(folder)
+        self.lock = self._take()
         try:
             self.notes = [self.lock.note] if self.lock.note else []
-            # Before there was the lock, another job may have gone on.
-            found = find_checkpoint(folder, "auto")
-            if found is not None and found.meta.get("step") != step:
-                raise UserError(
-                    f"another job has written into {folder} just now; start again to go on from there"
-                )
             for name in checkpoint.NEWEST, CONFIG, TIMING, DONE, "history.jsonl":
                 if not self.lock.note:  # else they may be another job's
                     remove_leftovers(folder / name)
@@ -69,7 +63,9 @@ class Writer:
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Add a line to the history; if it cannot be written now, it waits there."""
-        self.history.append(record)
+        self.history.add(record)
+        self._keep_folder()
+        self.history.flush()
 
     def checkpoint(self, theta: np.ndarray, state: Mapping[str, Entry], meta: Mapping[str, Any]) -> None:
         """Write the checkpoint, with the lines of the history before it."""
@@ -77,13 +73,16 @@ class Writer:
         with contextlib.suppress(UserError):  # the lines wait on
             self.history.flush(sync=True)
         checkpoint.save(self.folder / checkpoint.NEWEST, theta, state, meta)
+        self.step = meta["step"]
 
     def timing(self, content: str) -> None:
         """Write timing.json."""
+        self._keep_folder()
         replace(self.folder / TIMING, content.encode())
 
     def finish(self, done: str) -> None:
         """Write the lines of the history that wait, and what DONE says, if a limit was reached."""
+        self._keep_folder()
         self.history.flush()
         if done:
             replace(self.folder / DONE, done.encode())
@@ -92,12 +91,26 @@ class Writer:
         """Let other jobs write into the folder."""
         self.lock.release()
 
+    def _take(self) -> Lock:
+        """Lock the folder, unless another job has gone on in it since this one read or wrote it."""
+        lock = Lock(self.folder)
+        try:
+            found = find_checkpoint(self.folder, "auto")
+            if found is not None and found.meta.get("step") != self.step:
+                raise UserError(
+                    f"another job has written into {self.folder} meanwhile; start again to go on from there"
+                )
+        except UserError:
+            lock.release()
+            raise
+        return lock
+
     def _keep_folder(self) -> None:
         """Make the folder again if somebody has removed it, unless another job has taken its place."""
         if self.lock.stands():
             return
         make(self.folder)
-        taken, self.lock = self.lock, Lock(self.folder)
+        taken, self.lock = self.lock, self._take()
         taken.release()
         replace(self.folder / CONFIG, self.config.encode())
         self.notes.append(f"{self.folder} was removed and is made again; its history begins anew")
