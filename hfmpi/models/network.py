@@ -346,9 +346,8 @@ class Network:
         many = max(1, backend.each_numbers // self.layout.size)
         for start in range(0, inputs.shape[1], many):
             part = slice(start, start + many)
-            x, hidden, m, dh, da, dp, dq, du = (
-                a if a is None else xp.ascontiguousarray(a[:, part]) for a in arrays
-            )
+            cut: list[Any] = [None if a is None else xp.ascontiguousarray(a[:, part]) for a in arrays]
+            x, hidden, m, dh, da, dp, dq, du = cut
             each = backend.workspace("each", (x.shape[1], self.layout.size))
             g, at = {}, self.layout.offsets
             for name, shape in self.layout.shapes.items():
