@@ -360,8 +360,8 @@ def test_transports_are_chosen_for_all_ranks(wanted, places, name, monkeypatch):
 
 @pytest.mark.parametrize(("wanted", "places", "reason"), [
     ("cuda", [rank(), rank("b")], "does not take GPU memory"),
-    ("cuda", [rank(aware=True), rank(None, aware=True)], "rank 1 has none"),
-    ("nccl", [rank(None), rank(None)], "rank 0, rank 1 has none"),
+    ("cuda", [rank(aware=True), rank(None, aware=True)], "none for rank 1"),
+    ("nccl", [rank(None), rank(None)], "none for rank 0, rank 1"),
     ("nccl", [rank(), rank()], "needs a GPU for every rank"),
     ("nccl", [rank(), rank("b", nccl=False)], "CuPy does not find"),
     ("pigeon", [rank()], "no transport 'pigeon'"),

@@ -104,7 +104,7 @@ def choose(wanted: str, communicator: Communicator, backend: Any, in_tree: bool 
     places = communicator.agree(communicator.gather(own)) or []
     alone = [f"rank {rank}" for rank, place in enumerate(places) if place[1] is None]
     if wanted in ("cuda", "nccl") and alone:
-        raise UserError(f"transport {wanted} is for GPUs, and {', '.join(alone)} has none")
+        raise UserError(f"transport {wanted} is for GPUs, and there is none for {', '.join(alone)}")
     if wanted == "nccl":
         if not all(nccl for *_, nccl in places):
             raise UserError("transport nccl needs NCCL, which CuPy does not find; choose host or cuda")
