@@ -89,7 +89,7 @@ def plant(fault, place, number, folder):
     hook(MPICommunicator, "agree", "in Bcast")
     hook(files.os, "fsync", "writing a file")
     hook(files.os, "replace", "writing a file")
-    hook(History, "append", "history")
+    hook(History, "add", "history")
     honest = Run._one_step
 
     def one_step(run):
