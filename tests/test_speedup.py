@@ -1,7 +1,11 @@
 """Speedup and its causes by hand, the scaling model in closed form, and the command on runs made here."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,13 +70,14 @@ def test_every_cause_by_hand():
     )
     found = causes(base, two)
     expected = {"allreduce": 0.1, "waiting": 0.1, "redundant": 0.25, "other work": 0, "slower passes": 0.3}
-    assert found == pytest.approx(expected)
+    assert found == pytest.approx(expected | {"uneven shares": 0})
     assert sum(found.values()) == pytest.approx(two.step_seconds - base.step_seconds / 2)
     assert two.step_seconds == pytest.approx(5.0)
     row = compare(base, two)
     assert row["speedup"] == pytest.approx(8.5 / 5)
     assert row["imbalance"] == pytest.approx(4.4 / 4.3)
-    split = causes(base, two, batch_seconds=4.1)
+    split = causes(base, two, uneven=0.06, batch_seconds=4.1)
+    assert (split["uneven shares"], split["waiting"]) == pytest.approx((0.06, 0.04))
     assert split["smaller batch"] == pytest.approx(0.1)
     assert split["shared memory"] == pytest.approx(0.2)
 
@@ -107,11 +112,11 @@ NAMES = "forward", "line search", "products", "input", "allreduce", "optimizer",
 spans = st.fixed_dictionaries(dict.fromkeys(NAMES, amounts))
 
 
-@given(spans, st.lists(spans, min_size=2, max_size=5), st.integers(1, 50), st.none() | amounts)
-def test_causes_always_add_up_to_what_is_lost(one, several, products, batch_seconds):
+@given(spans, st.lists(spans, min_size=2, max_size=5), st.integers(1, 50), amounts, st.none() | amounts)
+def test_causes_always_add_up_to_what_is_lost(one, several, products, uneven, batch_seconds):
     counts = Counts(steps=2, gradients=2, products=products, losses=3, linearisations=2)
     base, run = measured(1, one), measured(len(several), *several, counts=counts)
-    row = compare(base, run, batch_seconds)
+    row = compare(base, run, uneven, batch_seconds)
     whole = 1 + sum(abs(share) for share in row["loss"].values())
     assert sum(row["loss"].values()) == pytest.approx(1 - row["efficiency"], abs=1e-9 * whole)
 
@@ -257,6 +262,21 @@ def test_the_object_of_the_command(folders):
     assert one["outside"][0]["evaluate"] > 0
 
 
+def test_uneven_shares_are_told_from_waiting(folders, tmp_path):
+    # A third rank: of 10 and 4 sequences somebody has 4 and 2, not 10/3 and 4/3.
+    shutil.copytree(folders / "two", tmp_path / "three")
+    change(tmp_path / "three", lambda timing: timing["ranks"].append(timing["ranks"][0]))
+    one, three = json.loads(invoke(folders / "one", tmp_path / "three", "--json").output)["runs"]
+    spans, step = one["spans"][0], three["seconds_per_step"]
+    on_gradient = sum(spans[name] for name in ("forward", "gradient", "line search"))
+    on_curvature = sum(spans[name] for name in ("products", "linearise"))
+    with_input = 1 + spans["input"] / (on_gradient + on_curvature)
+    longer = with_input * (on_gradient * (4 - 10 / 3) / 10 + on_curvature * (2 - 4 / 3) / 4)
+    assert three["loss"]["uneven shares"] == pytest.approx(longer / step)
+    assert three["predicted"] < 3
+    assert sum(three["loss"].values()) == pytest.approx(1 - 1 / 3)
+
+
 def test_what_the_terminal_and_the_figure_show(folders, tmp_path):
     result = invoke(folders / "one", folders / "two", "--latency", "2us", "--bandwidth", "10GB/s")
     assert result.exit_code == 0, result.output
@@ -336,6 +356,39 @@ def test_benchmarks_are_read(folders, tmp_path):
     (tmp_path / "bad.json").write_text('{"rows": [{"ranks": "two"}]}')
     with pytest.raises(UserError, match="no output of hfmpi bench"):
         read_bench([tmp_path / "bad.json"], run)
+
+
+def test_the_sweep_makes_runs_that_can_be_compared(tmp_path):
+    launcher = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if launcher is None:
+        pytest.skip("there is no mpirun")
+    sweep = Path(__file__).parents[1] / "bin" / "sweep"
+    path = f"{Path(launcher).parent}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+    def run(*words):
+        command = [sweep, *map(str, words)]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=90, env=os.environ | {"PATH": path}
+        )
+
+    data, out = write_corpus(tmp_path / "data.h5"), tmp_path / "runs"
+    assert run(data, out).returncode == 2
+    assert "--max-steps" in run(data, out, "--ranks", "1 2").stderr
+    assert run(data, out, "--ranks", "two", "--max-steps", 3).returncode == 2
+    small = ("--backend", "numpy", "--hidden", 4, "--gradient-batch", 8, "--curvature-batch", 4)
+    words = (data, out, "--ranks", "1 2", *small, "--sequence-length", 20, "--max-steps", 3)
+    done = run(*words)
+    assert done.returncode == 0, done.stderr
+    result = invoke(*sorted(out.iterdir()), "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.output)["runs"]
+    assert [row["ranks"] for row in rows] == [1, 2]
+    assert [row["predicted"] for row in rows] == [1, 2]
+    assert len(rows[1]["spans"]) == 2
+    again = run(*words)
+    assert (again.returncode, again.stdout) == (0, "")  # they are done
+    (out / "2-1" / "DONE").unlink()
+    assert "2-1 was not finished" in run(*words).stderr
 
 
 def test_plot_shows_the_internals(folders, tmp_path):

@@ -103,10 +103,11 @@ def speedup(
     base, rows = measured[0], []
     alone = fit([base], one.messages, link, shapes)
     for run in measured:
-        small = (
-            float(alone.compute(np.array(run.ranks), even=True)) * run.work / base.work if shapes else None
-        )
-        rows.append(measure.compare(base, run, small))
+        sizes, work = np.array([base.ranks, run.ranks]), run.work / base.work
+        even = alone.compute(sizes, even=True) * work
+        uneven = alone.compute(sizes) * work - even
+        more = float(uneven[1] - uneven[0] * base.ranks / run.ranks)
+        rows.append(measure.compare(base, run, more, float(even[1]) if shapes else None))
     found: dict[str, Any] = {
         "job": {
             "model": one.config.model,

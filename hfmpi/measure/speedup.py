@@ -93,13 +93,17 @@ class Measured:
         return cost.full(self.counts, *self.batches)[0] / self.counts.steps
 
 
-def causes(base: Measured, run: Measured, batch_seconds: float | None = None) -> dict[str, float]:
+def causes(
+    base: Measured, run: Measured, uneven: float = 0.0, batch_seconds: float | None = None
+) -> dict[str, float]:
     """Give the gap T_P - T_{P_0} P_0 / P by its causes, seconds per step; they add up to it.
 
     With the ideal share x -> x P_0 / P of each part:
 
     - allreduce: the seconds in collectives less their share, without waiting;
-    - waiting: for slower ranks, be it that they have more sequences or that something held them up;
+    - uneven shares: `uneven`, what a rank with ceil(B / P) sequences should take longer than with B / P; the
+      others wait for it, and P_P counts it;
+    - waiting: for slower ranks, without that: something held them up;
     - redundant: what every rank does for itself, less its share;
     - other work: passes that this run executed and the other did not (rounding leads to another line search),
       c_{P_0} (W_P / W_{P_0} - 1);
@@ -110,6 +114,7 @@ def causes(base: Measured, run: Measured, batch_seconds: float | None = None) ->
     share = base.ranks / run.ranks
     ours, theirs = run.parts, base.parts
     gaps = {name: ours[name] - share * theirs[name] for name in ("allreduce", "waiting", "redundant")}
+    gaps = {"uneven shares": uneven} | gaps | {"waiting": gaps["waiting"] - uneven}
     more = share * theirs["compute"] * (run.work / base.work - 1)
     slower = ours["compute"] - share * theirs["compute"] - more
     gaps["other work"] = more
@@ -119,7 +124,9 @@ def causes(base: Measured, run: Measured, batch_seconds: float | None = None) ->
     return gaps | {"smaller batch": smaller, "shared memory": slower - smaller}
 
 
-def compare(base: Measured, run: Measured, batch_seconds: float | None = None) -> dict[str, Any]:
+def compare(
+    base: Measured, run: Measured, uneven: float = 0.0, batch_seconds: float | None = None
+) -> dict[str, Any]:
     """Set a run beside the one with the fewest ranks.
 
     Returns
@@ -135,7 +142,7 @@ def compare(base: Measured, run: Measured, batch_seconds: float | None = None) -
     spread = [float(q) for q in np.quantile(each, (0.1, 0.9))]
     before, after = (cost.ranks(run.counts, *run.batches, size) for size in (base.ranks, run.ranks))
     limit = cost.paper(run.counts, *run.batches)[1]
-    gaps = causes(base, run, batch_seconds)
+    gaps = causes(base, run, uneven, batch_seconds)
     return {
         "ranks": run.ranks,
         "repeats": len(run.seconds),
