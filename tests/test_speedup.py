@@ -175,7 +175,8 @@ def test_latency_gives_a_quickest_number_of_ranks():
     ranks = 2 ** np.arange(13)
     quickest = ranks[np.argmin(job(link=slow).seconds(ranks))]
     assert quickest == 64  # 64 -> 128 saves 3 * 32 and costs 3 * 40; 32 -> 64 saves 3 * 64
-    assert best(job(link=slow), 4096)[1] == 64
+    # 62 have ceil(4096 / 62) = 67 sequences and as many rounds: 201 + 720, within 1 % of 912; 61 have 68.
+    assert best(job(link=slow), 4096)[1] == 62
 
 
 def test_slower_neighbours_count_from_two_ranks_on():

@@ -63,7 +63,7 @@ def _speedup(axis: Any, found: dict[str, Any]) -> None:
         limit = runs[0]["limit"]
         axis.axhline(limit, ls=(0, (8, 3)), color="0.3", lw=1, label=f"limit $P_D / P_I$ = {limit:.1f}")
         highest = max(limit, *(row["speedup"] for row in rows))
-        axis.set_ylim(0.8 * min([*low, 1.0]), 16 * highest)
+        axis.set_ylim(0.3 * min([*low, 1.0]), 16 * highest)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
     if not model:

@@ -141,14 +141,15 @@ class Job:
 
 
 def best(job: Job, most: int) -> tuple[int, int]:
-    """Give the knee and the number of ranks with the shortest step, among 1 to `most`.
+    """Give the knee and the fewest ranks within 1 % of the shortest step, among 1 to `most`.
 
     The knee is where S^2 / P, speedup times efficiency, is largest (Eager, Zahorjan and Lazowska 1989,
     Speedup versus efficiency in parallel systems): beyond it, more ranks cost more than they bring.
     """
     ranks = np.arange(1, most + 1)
     seconds = job.seconds(ranks)
-    return int(ranks[np.argmin(ranks * seconds**2)]), int(ranks[np.argmin(seconds)])
+    quick = seconds <= 1.01 * seconds.min()
+    return int(ranks[np.argmin(ranks * seconds**2)]), int(ranks[np.argmax(quick)])
 
 
 def fit(
