@@ -18,9 +18,11 @@ from hfmpi.cli.main import cli
 from hfmpi.cli.show import aligned, bar, sparkline
 from hfmpi.errors import UserError
 from hfmpi.measure.cost import Counts
-from hfmpi.measure.scaling import Curve, Job, Link, Pass, best, fit, fit_link
+from hfmpi.measure.prediction import fit
+from hfmpi.measure.scaling import Curve, Job, Link, Pass, best, fit_link
 from hfmpi.measure.speedup import Measured, causes, compare
-from hfmpi.runs.measured import measurements, read_bench
+from hfmpi.runs.benchmarked import read_bench
+from hfmpi.runs.measured import measurements
 
 COUNTS = Counts(steps=2, cg_steps=10, gradients=2, products=12, losses=6, linearisations=2)
 
@@ -323,6 +325,9 @@ def test_other_data_threads_and_damage_are_refused(folders, tmp_path):
         measurements(made("old", lambda timing: timing.pop("timed_steps")))
     with pytest.raises(UserError, match="damaged, or of an older version"):
         measurements(made("hostile", lambda timing: timing["ranks"][0]["step_spans"].update(forward=-1)))
+    idle = {"optimizer": 1.0}
+    with pytest.raises(UserError, match="have no gradients"):
+        measurements(made("idle", lambda timing: timing["ranks"][0].update(step_spans=idle)))
     train(tmp_path / "data", write_other(tmp_path / "other.h5"), max_steps=4)
     with pytest.raises(UserError, match="not the same job: they have other data"):
         measurements([folders / "one", tmp_path / "data"])

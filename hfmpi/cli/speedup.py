@@ -10,11 +10,8 @@ import click
 
 from hfmpi.cli.show import need_matplotlib, save
 from hfmpi.errors import UserError
-from hfmpi.measure.speedup import Measured
 
 __all__ = ["speedup"]
-
-MOST_RANKS = 16_384
 
 
 class Quantity(click.ParamType):
@@ -89,8 +86,10 @@ def speedup(
 
     from hfmpi.cli.speedup_report import report
     from hfmpi.measure import speedup as measure
-    from hfmpi.measure.scaling import Link, fit
-    from hfmpi.runs.measured import measurements, read_bench
+    from hfmpi.measure.prediction import fit, predict
+    from hfmpi.measure.scaling import Link
+    from hfmpi.runs.benchmarked import read_bench
+    from hfmpi.runs.measured import measurements
 
     if (latency is None) != (bandwidth is None):
         raise UserError("a network to predict for needs both --latency and --bandwidth")
@@ -124,7 +123,7 @@ def speedup(
         "runs": rows,
     }
     if model:
-        found["model"] = predictions(measured, one.messages, link, shapes)
+        found["model"] = predict(measured, one.messages, link, shapes)
     click.echo(json.dumps(found) if as_json else "\n".join(report(found)))
     if out is not None:
         from hfmpi.cli.speedup_figure import draw
@@ -132,56 +131,3 @@ def speedup(
         save(draw(found), out)
         if not as_json:
             click.echo(f"{out}: {len(runs)} run(s)")
-
-
-def predictions(
-    measured: list[Measured], messages: dict[str, float], link: Any, shapes: dict[str, Any]
-) -> dict[str, Any]:
-    """Give the model of all runs, and how well that of fewer ranks predicted each run."""
-    import numpy as np
-
-    from hfmpi.measure import cost
-    from hfmpi.measure.scaling import best, fit
-
-    base = measured[0]
-    job = fit(measured, messages, link, shapes)
-    knee, fastest = best(job, MOST_RANKS)
-    sizes = sorted({2**k for k in range(MOST_RANKS.bit_length())} | {knee, fastest})
-    ranks = np.array(sizes, np.float64)
-    seconds, allreduce = job.seconds(ranks), job.allreduce(ranks)
-    relative = float(job.seconds([base.ranks])[0])
-    paper = {size: cost.ranks(base.counts, *base.batches, size) for size in (base.ranks, *sizes)}
-    check = []
-    for i, run in enumerate(measured[1:], start=1):
-        guess = float(fit(measured[:i], messages, link, shapes).seconds([run.ranks])[0])
-        check.append(
-            {
-                "ranks": run.ranks,
-                "from": [other.ranks for other in measured[:i]],
-                "predicted_seconds": guess,
-                "measured_seconds": run.step_seconds,
-                "error": guess / run.step_seconds - 1,
-            }
-        )
-    return {
-        "rows": [
-            {
-                "ranks": size,
-                "seconds_per_step": t,
-                "speedup": relative / t,
-                "efficiency": relative / t * base.ranks / size,
-                "predicted": paper[base.ranks] / paper[size],
-                "compute": t - a - job.redundant,
-                "allreduce": a,
-                "redundant": job.redundant,
-            }
-            for size, t, a in zip(sizes, seconds.tolist(), allreduce.tolist(), strict=True)
-        ],
-        "knee": knee,
-        "fastest": fastest,
-        "slowdown": job.slowdown,
-        "latency": job.link and job.link.latency,
-        "bandwidth": job.link and job.link.bandwidth,
-        "least_batch": {kind: min(shapes[kind].batches) for kind in shapes},
-        "check": check,
-    }

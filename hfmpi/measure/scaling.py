@@ -17,22 +17,12 @@ s          by how much ranks beside one another are slower than one alone: memor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from hfmpi.measure.speedup import Measured
-
-__all__ = ["KINDS", "Curve", "Job", "Link", "Pass", "best", "fit", "fit_link"]
-
-KINDS = {
-    "gradient": (("forward", "gradient"), "gradients", True),
-    "loss": (("line search",), "losses", True),
-    "product": (("products",), "products", False),
-    "linearisation": (("linearise",), "linearisations", False),
-}
-"""For each kind of pass: its spans, its count, and whether it is over the gradient batch."""
+__all__ = ["Curve", "Job", "Link", "Pass", "best", "fit_link"]
 
 
 @dataclass(frozen=True)
@@ -150,56 +140,3 @@ def best(job: Job, most: int) -> tuple[int, int]:
     seconds = job.seconds(ranks)
     quick = seconds <= 1.01 * seconds.min()
     return int(ranks[np.argmin(ranks * seconds**2)]), int(ranks[np.argmax(quick)])
-
-
-def fit(
-    runs: Sequence[Measured],
-    messages: Mapping[str, float],
-    link: Link | None = None,
-    shapes: Mapping[str, Curve] | None = None,
-) -> Job:
-    """Give the job that runs measured.
-
-    Parameters
-    ----------
-    runs : sequence of Measured
-        From the fewest ranks to the most. The first sets the level of every t_k; s and r are the last's.
-    messages : mapping of str to float
-        For each kind of pass the bytes that the ranks sum after it, 0 for none.
-    link : Link, optional
-        Without it one without latency, on which the last run's collectives take what they took; None if
-        that is one rank alone.
-    shapes : mapping of str to Curve, optional
-        How t_k depends on b. Without it, as from run to run.
-    """
-    base, last = runs[0], runs[-1]
-    passes = []
-    for kind, (_, count, on_gradient) in KINDS.items():
-        times = getattr(base.counts, count) / base.counts.steps
-        if not times:
-            continue
-        batch = base.batches[0 if on_gradient else 1]
-        points = {batch / run.ranks: _pass_seconds(run, kind) for run in runs}
-        curve = Curve.through(points)
-        if shapes and kind in shapes:
-            curve = shapes[kind].scaled(batch / base.ranks, points[batch / base.ranks])
-        passes.append(Pass(times, batch, curve, messages[kind]))
-    found = Job(tuple(passes), last.parts["redundant"], link)
-    ranks = np.array([float(last.ranks)])
-    if last.ranks > 1:
-        slowdown = (last.parts["compute"] + last.parts["waiting"]) / float(found.compute(ranks)[0])
-        found = replace(found, slowdown=slowdown)
-        spent = last.parts["allreduce"]
-        if link is None and spent > 0:
-            unit = float(replace(found, link=Link(0.0, 1.0)).allreduce(ranks)[0])
-            found = replace(found, link=Link(0.0, unit / spent))
-    return found
-
-
-def _pass_seconds(run: Measured, kind: str) -> float:
-    """Give the seconds of one pass, with its part of the input, the mean over ranks."""
-    spans, count, _ = KINDS[kind]
-    mean = run.mean_spans
-    named = sum(mean.get(name, 0.0) for names, _, _ in KINDS.values() for name in names)
-    own = sum(mean.get(name, 0.0) for name in spans) * run.parts["compute"] / named
-    return own * run.counts.steps / getattr(run.counts, count)

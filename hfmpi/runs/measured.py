@@ -14,14 +14,13 @@ import numpy as np
 from hfmpi.errors import UserError
 from hfmpi.files import open_regular
 from hfmpi.measure.cost import Counts
-from hfmpi.measure.scaling import Curve, Link, fit_link
 from hfmpi.measure.speedup import Measured
 from hfmpi.runs import checkpoint
 from hfmpi.runs.config import CHANGEABLE, Config, merge
 from hfmpi.runs.history import History
 from hfmpi.runs.writer import TIMING
 
-__all__ = ["Measurement", "measurements", "read_bench"]
+__all__ = ["Measurement", "is_amount", "measurements"]
 
 MOST_TIMING = 2**26  # bytes; a rank has about 1,000
 PER_STEP = "step_seconds", "cg_steps", "gradients", "products", "losses", "linearisations"
@@ -141,7 +140,7 @@ def _read(folder: Path) -> Measurement:
         raise UserError(f"{folder} has too few steps: the first one of a start does not count")
     first, last = timing["last_step"] - steps + 1, timing["last_step"]
     records = [record for record in History.read(folder) if first <= record["step"] <= last]
-    complete = all(_is_amount(record.get(key)) for record in records for key in PER_STEP)
+    complete = all(is_amount(record.get(key)) for record in records for key in PER_STEP)
     if len(records) != steps or not complete:
         raise UserError(f"the history of {folder} lacks times or counts of steps {first} to {last}")
     preset = config.preset()
@@ -154,6 +153,8 @@ def _read(folder: Path) -> Measurement:
         preset.gradient_batch,
         preset.curvature_batch,
     )
+    if not (measured.counts.gradients and measured.parts["compute"] > 0):
+        raise UserError(f"the history or timing.json of {folder} is damaged: its steps have no gradients")
     threads, device = ranks[0]["threads"], ranks[0]["device"]
     theta = saved.theta
     return Measurement(
@@ -171,7 +172,7 @@ def _timing(folder: Path) -> dict[str, Any]:
         sound = all(type(timing[name]) is int for name in ("timed_steps", "last_step")) and timing["ranks"]
         for rank in timing["ranks"]:
             amounts = [*rank["spans"].values(), *rank["step_spans"].values()]
-            sound = sound and all(map(_is_amount, amounts))
+            sound = sound and all(map(is_amount, amounts))
             sound = sound and type(rank["threads"]) is int and isinstance(rank["device"], str)
             sound = sound and (timing["timed_steps"] < 1 or sum(rank["step_spans"].values()) > 0)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -181,63 +182,6 @@ def _timing(folder: Path) -> dict[str, Any]:
     return timing
 
 
-def _is_amount(value: Any) -> bool:
+def is_amount(value: Any) -> bool:
+    """Whether it is a number that measures something: finite and not negative."""
     return type(value) in (int, float) and math.isfinite(value) and 0 <= value < 2**53
-
-
-def read_bench(paths: Sequence[Path], run: Measurement) -> tuple[dict[str, Curve], Link | None]:
-    """Read what `hfmpi bench ... --json` printed on the machine of a run.
-
-    Returns
-    -------
-    shapes : dict of str to Curve
-        For each kind of pass of the run's model on one rank, with the threads of a rank, how long it takes.
-    link : Link or None
-        Of the Allreduce on the fewest ranks that it was timed on.
-
-    Raises
-    ------
-    UserError
-        If a file is none of `hfmpi bench`, or none of them has a row that fits.
-    """
-    rows = [row for path in paths for row in _bench_rows(path)]
-    points: dict[str, dict[float, float]] = {}
-    messages: dict[int, dict[float, float]] = {}
-    for row in rows:
-        if row.get("bytes") is not None and row["ranks"] > 1:
-            messages.setdefault(row["ranks"], {})[row["bytes"]] = row["seconds"]
-        own = (row["model"], row["ranks"], row["threads"]) == (run.config.model, 1, run.threads)
-        if own and row.get("batch") and row.get("pass") in ("product", "gradient", "loss"):
-            points.setdefault(row["pass"], {})[row["batch"]] = row["seconds"]
-    shapes = {kind: Curve.through(each) for kind, each in points.items()}
-    if "loss" in shapes:
-        shapes["linearisation"] = shapes["loss"]  # both are a forward pass
-    link = None
-    if messages:
-        ranks = min(messages)
-        sizes = sorted(messages[ranks])
-        if len(sizes) > 1:
-            short, *_, long = ((size, messages[ranks][size]) for size in sizes)
-            link = fit_link(ranks, short, long)
-    if not shapes and link is None:
-        raise UserError(
-            f"no --bench file has a row of {run.config.model} on 1 rank of {run.threads} thread(s), "
-            "or of the Allreduce on several"
-        )
-    return shapes, link
-
-
-def _bench_rows(path: Path) -> list[dict[str, Any]]:
-    with open_regular(path) as file:
-        content = file.read(MOST_TIMING)
-    try:
-        rows = json.loads(content)["rows"]
-        numbers = [row[key] for row in rows for key in ("ranks", "threads", "seconds")]
-        numbers += [row[key] for row in rows for key in ("batch", "bytes") if row.get(key) is not None]
-        sound = all(_is_amount(number) and number > 0 for number in numbers)
-        sound = sound and all(isinstance(row["model"], str) for row in rows)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        sound = False
-    if not sound:
-        raise UserError(f"{path} is no output of hfmpi bench --json")
-    return rows
