@@ -72,7 +72,7 @@ def train(folder, data, comm=None, resume="auto", reporter=None, **options):
         return run, run.train(reporter or Recorder(), signals)
 
 
-def history(folder, leave=("seconds",)):
+def history(folder, leave=("seconds", "step_seconds")):
     """Give the history without what two equal runs may differ in."""
     return [{k: v for k, v in record.items() if k not in leave} for record in History.read(folder)]
 

@@ -141,7 +141,7 @@ def test_help_loads_neither_mpi_nor_compilers():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
-    for command in ("prepare", "train", "evaluate", "sample", "plot", "info"):
+    for command in ("prepare", "train", "evaluate", "sample", "plot", "speedup", "info"):
         assert f"  {command} " in done.stdout
 
 
@@ -374,6 +374,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(here, monkeypatch, c
     (b"", "sample run --prime THE", "does not know the character(s) 'E' 'H' 'T'"),
     (b"", "sample run --length -1", "--length"),
     (b"", "plot absent --out figure.png", "absent/history.jsonl"),
+    (b"", "speedup absent", "absent"),
 ])  # fmt: skip
 def test_other_commands(book, words, reason, here, refused):
     (here / "book.txt").write_bytes(book)

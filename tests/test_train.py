@@ -161,6 +161,13 @@ def test_the_folder_and_the_history_keep_the_contract(data, tmp_path):
     assert sum(rank["spans"].values()) <= timing["seconds"] * 1.001
     assert rank["spans"]["waiting"] == 0
     assert (timing["first_step"], timing["last_step"]) == (0, 4)
+    # Steps but the first, and without the evaluation after each.
+    assert timing["timed_steps"] == 3
+    assert not {"files", "evaluate"} & rank["step_spans"].keys()
+    stepping = sum(record["step_seconds"] for record in records[1:])
+    assert sum(rank["step_spans"].values()) == pytest.approx(stepping, abs=1e-3)
+    assert all(rank["step_spans"][name] <= rank["spans"][name] for name in rank["step_spans"])
+    assert stepping < seconds[-1] - seconds[0]
 
     # Its config.toml makes the same run again, of which only the clock differs.
     config = merge(from_toml(folder / "config.toml"))
@@ -331,7 +338,7 @@ def compare(run, theta, records):
     assert run.communicator.same(digest(run.theta)) == []
     for name, value in vars(run.state).items():
         assert run.communicator.same(digest(np.asarray(value))) == [], name
-    found = history(run.folder)
+    found = history(run.folder, leave=())
     for key in ("train_bpc", "valid_bpc"):
         close(np.array([record[key] for record in found]), np.array([record[key] for record in records]))
     for key in ("step", "P_D", "P_I", "P_D_full", "P_I_full", "cg_steps", "accepted"):
@@ -339,6 +346,9 @@ def compare(run, theta, records):
     timing = json.loads((run.folder / "timing.json").read_text())
     assert [rank["rank"] for rank in timing["ranks"]] == list(range(run.communicator.size))
     assert min(rank["spans"]["waiting"] for rank in timing["ranks"]) >= 0
+    lasted = [sum(rank["step_spans"].values()) for rank in timing["ranks"]]
+    timed = [r["step_seconds"] for r in found if r["step"] > timing["last_step"] - timing["timed_steps"]]
+    assert lasted[0] == pytest.approx(sum(timed), abs=1e-3)
 
 
 @pytest.mark.mpi(ranks=4, timeout=110, unit="s")
@@ -357,7 +367,9 @@ def test_with_slices_the_bits_do_not_depend_on_the_number_of_ranks(mpi_ranks, co
                 run, _ = train(
                     mpi_tmp_path / f"{backend} {ranks}", data, communicator, max_steps=3, **options
                 )
-                record = history(run.folder, leave=("seconds", "P_P")) if comm.rank == 0 else None
+                record = (
+                    history(run.folder, leave=("seconds", "step_seconds", "P_P")) if comm.rank == 0 else None
+                )
                 seen.setdefault(backend, []).append((digest(run.theta), record))
             communicator.close()
         part.Free()

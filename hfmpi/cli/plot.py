@@ -1,4 +1,4 @@
-"""`hfmpi plot`: the axes of the paper's Figure 1."""
+"""`hfmpi plot`: the axes of the paper's Figure 1, and what happens inside the Hessian-free step."""
 
 from __future__ import annotations
 
@@ -7,47 +7,114 @@ from typing import Any
 
 import click
 
+from hfmpi.cli.show import MARKERS, STYLES, aligned, need_matplotlib, save, sparkline
 from hfmpi.errors import UserError
 
 __all__ = ["plot"]
 
-STYLES = ("-", "--", "-.", ":")
-MARKERS = "os^Dv*"
+DRAWN = "train_bpc", "P_I", "P_D", "seconds"
+INTERNALS = {
+    "damping": "damping $\\lambda$",
+    "rho": "reduction ratio $\\rho$",
+    "cg_steps": "CG iterations",
+    "line_search_rate": "line search rate (0: rejected)",
+}
+"""Keys of a history and what they are, in the order of the panels."""
 
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
 @click.option(
     "--out",
-    required=True,
     type=click.Path(path_type=Path),
     metavar="FIG.png",
-    help="PNG, SVG or PDF, by its ending.",
+    help="PNG, SVG or PDF, by its ending [default: small charts on the terminal].",
 )
-def plot(runs: tuple[Path, ...], out: Path) -> None:
+@click.option(
+    "--internals",
+    is_flag=True,
+    help="Damping, reduction ratio, CG iterations and line search rate of each Hessian-free step instead.",
+)
+def plot(runs: tuple[Path, ...], out: Path | None, internals: bool) -> None:
     """Draw training (lines) and validation (marks) bits/char of RUN... against P_I, P_D and seconds."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("drawing needs matplotlib: pip install 'hfmpi[plot]'") from None
     from hfmpi.runs.history import History
 
-    drawn = ("train_bpc", "P_I", "P_D", "seconds")
+    if out is not None:
+        need_matplotlib()
     histories = []
     for run in runs:
-        records = History.read(run, (*drawn, "valid_bpc"))
+        records = History.read(run, (*DRAWN, "valid_bpc"))
         # A step that was rejected because its loss is not finite has none.
-        histories.append((str(run), [r for r in records if all(r[key] is not None for key in drawn)]))
-    for name, records in histories:
+        records = [r for r in records if internals or all(r[key] is not None for key in DRAWN)]
         if not records:
-            raise UserError(f"the history of {name} is empty")
-    matplotlib.use("agg")
-    figure = draw(histories)
-    try:
-        figure.savefig(out, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {out}: {error}") from None
+            raise UserError(f"the history of {run} is empty")
+        if internals:
+            _check_internals(run, records)
+        histories.append((str(run), records))
+    if out is None:
+        click.echo("\n".join(charts(histories, internals)))
+        return
+    save(draw_internals(histories) if internals else draw(histories), out)
     click.echo(f"{out}: {len(runs)} run(s)")
+
+
+def _check_internals(run: Path, records: list[dict[str, Any]]) -> None:
+    """Raise a UserError unless these are steps of Hessian-free optimization."""
+    for key in INTERNALS:
+        values = [record.get(key, "") for record in records]
+        if not all(v is None or (type(v) in (int, float) and abs(v) < 1e100) for v in values):
+            raise UserError(f"{run} has no {key} at every step: --internals needs shf or bhf")
+
+
+def charts(histories: list[tuple[str, list[dict[str, Any]]]], internals: bool) -> list[str]:
+    """Give a line a run and quantity: over its steps, and the first and last value."""
+    keys = tuple(INTERNALS) if internals else ("train_bpc", "valid_bpc")
+    rows, lines = [["run", "steps", "", "first", "last"]], []
+    for name, records in histories:
+        for key in keys:
+            values = [record[key] for record in records]
+            known = [v for v in values if v is not None]
+            ends = [f"{v:.4g}" for v in (known[0], known[-1])] if known else ["", ""]
+            rows.append([Path(name).name, f"{records[-1]['step']:,}", key, *ends])
+            lines.append(sparkline(values, log=key == "damping"))
+    left = aligned(rows)
+    return [left[0], *(f"{line}  {chart}" for line, chart in zip(left[1:], lines, strict=True))]
+
+
+def draw_internals(histories: list[tuple[str, list[dict[str, Any]]]]) -> Any:
+    """Make the figure of the internals: a panel a quantity, one line style and marker a run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True)
+    for i, (name, records) in enumerate(histories):
+        steps = [record["step"] for record in records]
+        for axis, key in zip(axes.flat, INTERNALS, strict=True):
+            values = [float("nan") if record[key] is None else record[key] for record in records]
+            axis.plot(
+                steps,
+                values,
+                STYLES[i % len(STYLES)] + MARKERS[i % len(MARKERS)],
+                color=f"C{i}",
+                label=Path(name).name,
+                linewidth=1.0,
+                markersize=4,
+                markerfacecolor="none",
+                markevery=max(1, len(steps) // 15),
+            )
+    for axis, label in zip(axes.flat, INTERNALS.values(), strict=True):
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_yscale("log")
+    axes[1, 0].yaxis.get_major_locator().set_params(integer=True)
+    for level in (0.25, 0.75):  # below and above, lambda grows and falls
+        axes[0, 1].axhline(level, color="0.5", linestyle=(0, (1, 3)))
+    axes[0, 1].set_ylim(-0.5, 1.5)
+    axes[1, 1].set_ylim(-0.05, 1.05)
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    axes[0, 0].legend()
+    return figure
 
 
 def draw(histories: list[tuple[str, list[dict[str, Any]]]]) -> Any:

@@ -68,6 +68,10 @@ class Timer:
         """
         return np.array(self._series[name], dtype=np.float64)
 
+    def calls(self, name: str) -> int:
+        """Give how many single durations of a kept name there are."""
+        return len(self._series[name])
+
     def _book(self) -> None:
         now = self._clock()
         if self._open:

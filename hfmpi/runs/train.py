@@ -134,7 +134,7 @@ class Run:
             self._restore(resume)
         self.first_step = self.step
         self.last_saved = self.step if resume is not None else None  # the step of the newest checkpoint
-        self.timing = Timing(self.timer, communicator, placement, self.step)
+        self.timing = Timing(self.timer, communicator, placement, self.step, self.backend.device)
         self.files: Any = None  # the Writer, on rank 0, while it trains
         self.failures: dict[str, str] = {}  # by file, what became of the last attempt to write it
         self.retry_at = math.inf  # seconds of the run
@@ -213,7 +213,7 @@ class Run:
 
     def _one_step(self, evaluate_every: int) -> tuple[StepReport, float | None]:
         """Take a step and evaluate where it is due; only when both are there does the run move on."""
-        with self.timer.span("optimizer"):
+        with self.timing.step():
             sizes = self.preset.gradient_batch, self.preset.curvature_batch
             objectives = step_objectives(self.risk, self.train_set, self.config.seed, self.step, *sizes)
             theta, state, report = self.preset.optimizer.step(self.theta, self.state, objectives)
@@ -435,6 +435,7 @@ class Run:
         return {
             "step": self.step,
             "seconds": round(self.seconds, 4),
+            "step_seconds": round(self.timing.step_seconds, 6),
             "train_bpc": report.loss * BITS,
             "valid_bpc": valid,
             "P_I": p_i,

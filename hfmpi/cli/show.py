@@ -1,0 +1,64 @@
+"""What `plot` and `speedup` share: tables and small charts for a terminal, and figures for files."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hfmpi.errors import UserError
+
+__all__ = ["HATCHES", "MARKERS", "STYLES", "aligned", "bar", "need_matplotlib", "save", "sparkline"]
+
+STYLES = ("-", "--", "-.", ":")
+MARKERS = "os^Dv*"
+HATCHES = ("", "///", "\\\\\\", "...", "xxx", "|||", "---", "+++", "ooo", "***")
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Give rows as lines with columns that end below one another."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def bar(value: float, most: float, width: int = 40) -> str:
+    """Give a bar that is `width` long for the value `most`, with dots for what is missing."""
+    full = round(width * min(max(value / most, 0.0), 1.0))
+    return "█" * full + "·" * (width - full)
+
+
+def sparkline(values: Sequence[float | None], width: int = 40, log: bool = False) -> str:
+    """Give a line of blocks from the least to the largest value; each is the mean of neighbours.
+
+    A gap is where nothing is known. With `log` heights are those of the logarithms, of positive values.
+    """
+    known = [None if v is None or (log and v <= 0) else math.log(v) if log else v for v in values]
+    width = min(width, len(known))
+    edges = [len(known) * i // width for i in range(width + 1)] if width else []
+    parts = [[v for v in known[a:b] if v is not None] for a, b in itertools.pairwise(edges)]
+    means = [sum(part) / len(part) if part else None for part in parts]
+    seen = [mean for mean in means if mean is not None]
+    if not seen:
+        return " " * width
+    low, span = min(seen), (max(seen) - min(seen)) or 1.0
+    return "".join(" " if m is None else BLOCKS[min(7, int(8 * (m - low) / span))] for m in means)
+
+
+def need_matplotlib() -> None:
+    """Raise a UserError without matplotlib; with it, draw into files alone."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("drawing needs matplotlib: pip install 'hfmpi[plot]'") from None
+    matplotlib.use("agg")
+
+
+def save(figure: Any, out: Path) -> None:
+    """Write a figure as what its name ends in, or raise a UserError."""
+    try:
+        figure.savefig(out, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {out}: {error}") from None

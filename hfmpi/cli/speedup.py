@@ -1,0 +1,133 @@
+"""`hfmpi speedup`: what more ranks brought, what was predicted, and what became of the difference."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import click
+
+from hfmpi.cli.show import need_matplotlib, save
+from hfmpi.errors import UserError
+
+__all__ = ["speedup"]
+
+
+class Quantity(click.ParamType):
+    """A positive number with one of the units, or in the basic unit."""
+
+    def __init__(self, name: str, **units: float) -> None:
+        self.name = name
+        self.units = units
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Give the number in the basic unit."""
+        text = str(value).strip()
+        unit = max((u for u in self.units if text.endswith(u)), key=len, default="")
+        try:
+            number = float(text.removesuffix(unit)) * self.units.get(unit, 1.0)
+        except ValueError:
+            number = 0.0
+        if not 0 < number < float("inf"):
+            self.fail(f"{value!r} is no {self.name} such as {self.examples[self.name]}", param, ctx)
+        return number
+
+    examples: ClassVar = {"latency": "2us", "bandwidth": "10GB/s"}
+
+
+LATENCY = Quantity("latency", s=1.0, ms=1e-3, us=1e-6, ns=1e-9)
+BANDWIDTH = Quantity(
+    "bandwidth",
+    **{
+        f"{p}{u}/s": 10.0**e / d
+        for p, e in zip("MGT", (6, 9, 12), strict=True)
+        for u, d in (("B", 1), ("bit", 8))
+    },
+)
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FIG.png",
+    help="Draw too: PNG, SVG or PDF, by its ending.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--model", is_flag=True, help="Predict the time of a step on 1 to 16,384 ranks.")
+@click.option(
+    "--bench",
+    "benches",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE.json",
+    help="Output of `hfmpi bench products|gradients|allreduce --json`: passes over small batches, messages; "
+    "repeatable.",
+)
+@click.option("--latency", type=LATENCY, help="Of the network to predict for, such as 2us.")
+@click.option("--bandwidth", type=BANDWIDTH, help="Of the network to predict for, such as 10GB/s.")
+def speedup(
+    runs: tuple[Path, ...],
+    out: Path | None,
+    as_json: bool,
+    model: bool,
+    benches: tuple[Path, ...],
+    latency: float | None,
+    bandwidth: float | None,
+) -> None:
+    """Compare RUN..., the same job on 1, 2, 4 ... ranks; several runs on as many ranks are repeats.
+
+    Measured speedup stands beside P_D / P_P and its limit P_D / P_I, and what is lost is named by its causes:
+    docs/speedup.md. `bin/sweep` makes such runs.
+    """
+    import numpy as np
+
+    from hfmpi.cli.speedup_report import report
+    from hfmpi.measure import speedup as measure
+    from hfmpi.measure.prediction import fit, predict
+    from hfmpi.measure.scaling import Link
+    from hfmpi.runs.benchmarked import read_bench
+    from hfmpi.runs.measured import measurements
+
+    if (latency is None) != (bandwidth is None):
+        raise UserError("a network to predict for needs both --latency and --bandwidth")
+    if out is not None:
+        need_matplotlib()
+    one, measured = measurements(runs)
+    shapes, link = read_bench(benches, one) if benches else ({}, None)
+    if latency is not None and bandwidth is not None:
+        link, model = Link(latency, bandwidth), True
+    base, rows = measured[0], []
+    alone = fit([base], one.messages, link, shapes)
+    for run in measured:
+        sizes, work = np.array([base.ranks, run.ranks]), run.work / base.work
+        even = alone.compute(sizes, even=True) * work
+        uneven = alone.compute(sizes) * work - even
+        more = float(uneven[1] - uneven[0] * base.ranks / run.ranks)
+        rows.append(measure.compare(base, run, more, float(even[1]) if shapes else None))
+    found: dict[str, Any] = {
+        "job": {
+            "model": one.config.model,
+            "optimizer": one.config.optimizer,
+            "gradient_batch": base.gradient_batch,
+            "curvature_batch": base.curvature_batch,
+            "parameters": one.numbers,
+            "first_step": one.first,
+            "last_step": one.last,
+            "device": one.device,
+            "threads": one.threads,
+        },
+        "base_ranks": base.ranks,
+        "runs": rows,
+    }
+    if model:
+        found["model"] = predict(measured, one.messages, link, shapes)
+    click.echo(json.dumps(found) if as_json else "\n".join(report(found)))
+    if out is not None:
+        from hfmpi.cli.speedup_figure import draw
+
+        save(draw(found), out)
+        if not as_json:
+            click.echo(f"{out}: {len(runs)} run(s)")

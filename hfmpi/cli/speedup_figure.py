@@ -1,0 +1,114 @@
+"""The figure of `hfmpi speedup`: speedup against ranks, and where the time of each rank goes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hfmpi.cli.show import HATCHES
+from hfmpi.measure.speedup import PASSES
+
+__all__ = ["draw"]
+
+MOST_BARS = 40
+"""Ranks that are drawn one by one; of more, the mean of each run."""
+
+
+def draw(found: dict[str, Any]) -> Any:
+    """Make the figure; it reads in black and white."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _speedup(left, found)
+    _seconds(right, found["runs"])
+    return figure
+
+
+def _speedup(axis: Any, found: dict[str, Any]) -> None:
+    runs, base = found["runs"], found["base_ranks"]
+    ranks = np.array([run["ranks"] for run in runs])
+    measured = np.array([run["speedup"] for run in runs])
+    low, high = np.array([run["speedup_spread"] for run in runs]).T
+    model = found.get("model")
+    furthest = np.array([*ranks, *(row["ranks"] for row in model["rows"])] if model else ranks)
+    span = np.unique(furthest[furthest >= base])
+    axis.plot(span, span / base, ":", color="0.5", label="ideal")
+    paper = model["rows"] if model else runs
+    axis.plot(
+        [row["ranks"] for row in paper],
+        [row["predicted"] for row in paper],
+        "s--",
+        color="C1",
+        mfc="none",
+        ms=5,
+        label="predicted, $P_D / P_P$",
+    )
+    around = np.abs([np.minimum(low - measured, 0), np.maximum(high - measured, 0)])
+    axis.errorbar(
+        ranks, measured, around, fmt="o-", color="C0", capsize=3, label="measured (10 to 90 % of steps)"
+    )
+    if model:
+        rows = model["rows"]
+        axis.plot(
+            *np.array([(r["ranks"], r["speedup"]) for r in rows]).T, "^-.", color="C2", ms=4, label="model"
+        )
+        for row in rows:
+            names = " and ".join(name for name in ("knee", "fastest") if row["ranks"] == model[name])
+            if names:
+                at, words = (row["ranks"], row["speedup"]), f"{names}: {row['ranks']:,} ranks"
+                arrow = {"arrowstyle": "->"}
+                axis.annotate(words, at, (0, -40), textcoords="offset points", ha="left", arrowprops=arrow)
+        limit = runs[0]["limit"]
+        axis.axhline(limit, ls=(0, (8, 3)), color="0.3", lw=1, label=f"limit $P_D / P_I$ = {limit:.1f}")
+        highest = max(limit, *(row["speedup"] for row in rows))
+        axis.set_ylim(0.3 * min([*low, 1.0]), 16 * highest)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log", base=2)
+    if not model:
+        axis.set_xticks(ranks, [str(r) for r in ranks])
+        axis.set_yticks(span / base, [f"{s / base:g}" for s in span])
+    axis.set_xlabel("ranks")
+    axis.set_ylabel("speedup" if base == 1 else f"speedup relative to {base} ranks")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="upper left")
+
+
+def _seconds(axis: Any, runs: list[dict[str, Any]]) -> None:
+    single = sum(run["ranks"] for run in runs) <= MOST_BARS
+    bars = [
+        (f"{run['ranks']}: rank {i}" if single else f"{run['ranks']}", spans)
+        for run in runs
+        for i, spans in enumerate(run["spans"] if single else [_mean(run["spans"])])
+    ]
+    drawn = [*PASSES, "allreduce", "waiting"]
+    rest = [sum(v for k, v in spans.items() if k not in drawn) for _, spans in bars]
+    parts = [(name, [spans.get(name, 0.0) for _, spans in bars]) for name in drawn]
+    parts.insert(len(PASSES), ("redundant", rest))
+    top = np.zeros(len(bars))
+    for i, (name, heights) in enumerate(parts):
+        if not any(heights):
+            continue
+        shade = str(1.0 - 0.06 * i)
+        axis.bar(
+            range(len(bars)),
+            heights,
+            bottom=top,
+            label=name,
+            color=shade,
+            edgecolor="black",
+            lw=0.5,
+            hatch=HATCHES[i % len(HATCHES)],
+        )
+        top += heights
+    axis.set_xticks(range(len(bars)), [name for name, _ in bars], rotation=90 if len(bars) > 8 else 0)
+    axis.set_xlabel("ranks of the run: rank" if single else "ranks of the run (mean over them)")
+    axis.set_ylabel("seconds per step")
+    handles, labels = axis.get_legend_handles_labels()
+    axis.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")
+
+
+def _mean(spans: list[dict[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for each in spans for name in each)
+    return {name: float(np.mean([each.get(name, 0.0) for each in spans])) for name in names}

@@ -1,0 +1,138 @@
+"""What `hfmpi speedup` says on a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hfmpi.cli.show import aligned, bar
+from hfmpi.measure.speedup import PASSES
+
+__all__ = ["report"]
+
+MOST_ROWS = 8
+"""Ranks of a run that are shown one by one; of more the quickest and the slowest."""
+
+
+def report(found: dict[str, Any]) -> list[str]:
+    """Give what a terminal shows."""
+    job, runs, base = found["job"], found["runs"], found["base_ranks"]
+    lines = [
+        f"{job['model']}, {job['parameters']:,} parameters, {job['optimizer']}, "
+        f"B_g = {job['gradient_batch']:,}"
+        + (f", B_c = {job['curvature_batch']:,}" if job["curvature_batch"] else "")
+        + f"; steps {job['first_step']:,} to {job['last_step']:,}; "
+        + f"{job['device']}, {job['threads']} thread(s) a rank",
+    ]
+    if base > 1:
+        lines.append(f"There is no run on 1 rank: speedup and efficiency are relative to {base} ranks.")
+    head = ["ranks", "runs", "s/step", "10-90 %", "speedup", "10-90 %", "efficiency", "P_D/P_P", "limit"]
+    table = [head]
+    for run in runs:
+        table.append(
+            [
+                f"{run['ranks']:,}",
+                str(run["repeats"]),
+                f"{run['seconds_per_step']:.4g}",
+                spread(run["seconds_spread"], ".4g"),
+                f"{run['speedup']:.2f}",
+                spread(run["speedup_spread"], ".2f"),
+                f"{run['efficiency']:.3f}",
+                f"{run['predicted']:.2f}",
+                f"{run['limit']:.1f}",
+            ]
+        )
+    lines += ["", *aligned(table), "", "Speedup; dots to the ideal"]
+    most = max(run["ranks"] for run in runs) / base
+    for run in runs:
+        ideal = run["ranks"] / base
+        lines.append(f"{run['ranks']:>6,}  {bar(run['speedup'], ideal, max(1, round(40 * ideal / most)))}")
+    lines += [
+        "",
+        "Seconds per step of each rank; evaluate and files: of the whole run",
+        *aligned(ranks_table(runs)),
+    ]
+    if len(runs) > 1:
+        causes = list(runs[-1]["loss"])
+        table = [["ranks", "lost", *causes]]
+        for run in runs[1:]:
+            parts = [f"{100 * run['loss'][cause]:.1f} %" for cause in causes]
+            table.append([f"{run['ranks']:,}", f"{100 * (1 - run['efficiency']):.1f} %", *parts])
+        lines += ["", "Efficiency lost, in parts of the step", *aligned(table)]
+    if "model" in found:
+        lines += ["", *model_report(found["model"])]
+    return lines
+
+
+def spread(bounds: list[float], form: str) -> str:
+    """Give two bounds."""
+    return "-".join(format(bound, form) for bound in bounds)
+
+
+def ranks_table(runs: list[dict[str, Any]]) -> list[list[str]]:
+    """Give the spans of the ranks as the rows of a table."""
+    head = [*(n for n in PASSES if any(n in s for run in runs for s in run["spans"])), "allreduce", "waiting"]
+    table = [["ranks", "rank", *head, "redundant", "max/mean", "evaluate", "files"]]
+    for run in runs:
+        spans, outside = run["spans"], run["outside"]
+        chosen = [(str(i), spans[i], outside[i]) for i in range(len(spans))]
+        if len(spans) > MOST_ROWS:
+            order = sorted(chosen, key=lambda row: sum(row[1].get(name, 0.0) for name in PASSES))
+            chosen = [("quickest " + order[0][0], *order[0][1:]), ("slowest " + order[-1][0], *order[-1][1:])]
+        for name, own, out in chosen:
+            rest = sum(value for key, value in own.items() if key not in head)
+            table.append(
+                [
+                    f"{run['ranks']:,}",
+                    name,
+                    *(f"{own.get(key, 0.0):.4f}" for key in head),
+                    f"{rest:.4f}",
+                    f"{run['imbalance']:.3f}",
+                    f"{out.get('evaluate', 0.0):.2f}",
+                    f"{out.get('files', 0.0):.2f}",
+                ]
+            )
+    return table
+
+
+def model_report(model: dict[str, Any]) -> list[str]:
+    """Give the predictions."""
+    if model["bandwidth"] is None:
+        link = "no Allreduce was measured and no network given: communication is free"
+    else:
+        link = f"latency {model['latency'] * 1e6:.3g} us, bandwidth {model['bandwidth'] / 1e9:.3g} GB/s"
+    least = model["least_batch"]
+    known = (
+        f"passes measured down to {max(least.values()):g} sequence(s)"
+        if least
+        else "no --bench: passes over fewer sequences than in the runs are taken as proportional to them, "
+        "which promises too much"
+    )
+    lines = [
+        f"Model: {link};",
+        f"ranks beside one another take {model['slowdown']:.3f} times as long as one alone;",
+        f"{known}",
+    ]
+    table = [["ranks", "s/step", "speedup", "efficiency", "P_D/P_P", "compute", "allreduce", "redundant", ""]]
+    knee, fastest = model["knee"], model["fastest"]
+    marks = {fastest: "fastest", knee: "knee" if knee != fastest else "knee and fastest"}
+    for row in model["rows"]:
+        parts = [f"{row[key]:.4g}" for key in ("compute", "allreduce", "redundant")]
+        table.append(
+            [
+                f"{row['ranks']:,}",
+                f"{row['seconds_per_step']:.4g}",
+                f"{row['speedup']:.2f}",
+                f"{row['efficiency']:.3f}",
+                f"{row['predicted']:.2f}",
+                *parts,
+                marks.get(row["ranks"], ""),
+            ]
+        )
+    lines += aligned(table)
+    for one in model["check"]:
+        sources = ", ".join(map(str, one["from"]))
+        lines.append(
+            f"Check: {one['ranks']} ranks from {sources}: predicted {one['predicted_seconds']:.4g} s/step, "
+            f"measured {one['measured_seconds']:.4g}, error {100 * one['error']:+.1f} %"
+        )
+    return lines

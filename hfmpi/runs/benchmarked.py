@@ -1,0 +1,76 @@
+"""What `hfmpi bench --json` printed, as far as the scaling model can use it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hfmpi.errors import UserError
+from hfmpi.files import open_regular
+from hfmpi.measure.scaling import Curve, Link, fit_link
+from hfmpi.runs.measured import Measurement, is_amount
+
+__all__ = ["read_bench"]
+
+MOST_BYTES = 2**24
+
+
+def read_bench(paths: Sequence[Path], run: Measurement) -> tuple[dict[str, Curve], Link | None]:
+    """Read what `hfmpi bench ... --json` printed on the machine of a run.
+
+    Returns
+    -------
+    shapes : dict of str to Curve
+        For each kind of pass of the run's model on one rank, with the threads of a rank, how long it takes.
+    link : Link or None
+        Of the Allreduce on the fewest ranks that it was timed on.
+
+    Raises
+    ------
+    UserError
+        If a file is none of `hfmpi bench`, or none of them has a row that fits.
+    """
+    rows = [row for path in paths for row in _bench_rows(path)]
+    points: dict[str, dict[float, float]] = {}
+    messages: dict[int, dict[float, float]] = {}
+    for row in rows:
+        if row.get("bytes") is not None and row["ranks"] > 1:
+            messages.setdefault(row["ranks"], {})[row["bytes"]] = row["seconds"]
+        own = (row["model"], row["ranks"], row["threads"]) == (run.config.model, 1, run.threads)
+        if own and row.get("batch") and row.get("pass") in ("product", "gradient", "loss"):
+            points.setdefault(row["pass"], {})[row["batch"]] = row["seconds"]
+    shapes = {kind: Curve.through(each) for kind, each in points.items()}
+    if "loss" in shapes:
+        shapes["linearisation"] = shapes["loss"]  # both are a forward pass
+    link = None
+    if messages:
+        ranks = min(messages)
+        sizes = sorted(messages[ranks])
+        if len(sizes) > 1:
+            short, *_, long = ((size, messages[ranks][size]) for size in sizes)
+            link = fit_link(ranks, short, long)
+    if not shapes and link is None:
+        raise UserError(
+            f"no --bench file has a row of {run.config.model} on 1 rank of {run.threads} thread(s), "
+            "or of the Allreduce on several"
+        )
+    return shapes, link
+
+
+def _bench_rows(path: Path) -> list[dict[str, Any]]:
+    """Give the rows of a file, with sound numbers."""
+    with open_regular(path) as file:
+        content = file.read(MOST_BYTES)
+    try:
+        rows = json.loads(content)["rows"]
+        numbers = [row[key] for row in rows for key in ("ranks", "threads", "seconds")]
+        numbers += [row[key] for row in rows for key in ("batch", "bytes") if row.get(key) is not None]
+        sound = all(is_amount(number) and number > 0 for number in numbers)
+        sound = sound and all(isinstance(row["model"], str) for row in rows)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise UserError(f"{path} is no output of hfmpi bench --json")
+    return rows

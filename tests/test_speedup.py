@@ -1,0 +1,418 @@
+"""Speedup and its causes by hand, the scaling model in closed form, and the command on runs made here."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from small import train, write_corpus
+
+from hfmpi.cli.main import cli
+from hfmpi.cli.show import aligned, bar, sparkline
+from hfmpi.errors import UserError
+from hfmpi.measure.cost import Counts
+from hfmpi.measure.prediction import fit
+from hfmpi.measure.scaling import Curve, Job, Link, Pass, best, fit_link
+from hfmpi.measure.speedup import Measured, causes, compare
+from hfmpi.runs.benchmarked import read_bench
+from hfmpi.runs.measured import measurements
+
+COUNTS = Counts(steps=2, cg_steps=10, gradients=2, products=12, losses=6, linearisations=2)
+
+
+def measured(ranks, *spans, counts=COUNTS, seconds=None):
+    """Give what a job with batches of 320 and 32 measured; all ranks alike for one dict."""
+    spans = spans * ranks if len(spans) == 1 else spans
+    seconds = np.full((1, 2), sum(spans[0].values())) if seconds is None else np.array(seconds)
+    return Measured(ranks, seconds, spans, ({},) * ranks, counts, 320, 32)
+
+
+ALONE = {"forward": 1.0, "gradient": 3.0, "products": 4.0, "optimizer": 0.5}
+
+
+def test_a_perfect_run_loses_nothing():
+    base = measured(1, ALONE)
+    four = measured(4, {name: value / 4 for name, value in ALONE.items()})
+    row = compare(base, four)
+    assert row["speedup"] == pytest.approx(4)
+    assert row["efficiency"] == pytest.approx(1)
+    assert row["predicted"] == 4  # 4 divides both batches
+    assert row["limit"] == (3 * 2 * 320 + 4 * 10 * 32) / (3 * 2 + 4 * 10)
+    np.testing.assert_allclose(list(row["loss"].values()), 0, atol=1e-15)
+
+
+def test_every_cause_by_hand():
+    base = measured(1, ALONE)
+    # Passes 4.4 and 4.2 where 4 were ideal; 0.1 in collectives; rank 1 waits 0.2; all repeat 0.5.
+    two = measured(
+        2,
+        {
+            "forward": 0.5,
+            "gradient": 1.6,
+            "products": 2.3,
+            "optimizer": 0.5,
+            "allreduce": 0.1,
+            "waiting": 0.0,
+        },
+        {
+            "forward": 0.5,
+            "gradient": 1.6,
+            "products": 2.1,
+            "optimizer": 0.5,
+            "allreduce": 0.1,
+            "waiting": 0.2,
+        },
+    )
+    found = causes(base, two)
+    expected = {"allreduce": 0.1, "waiting": 0.1, "redundant": 0.25, "other work": 0, "slower passes": 0.3}
+    assert found == pytest.approx(expected | {"uneven shares": 0})
+    assert sum(found.values()) == pytest.approx(two.step_seconds - base.step_seconds / 2)
+    assert two.step_seconds == pytest.approx(5.0)
+    row = compare(base, two)
+    assert row["speedup"] == pytest.approx(8.5 / 5)
+    assert row["imbalance"] == pytest.approx(4.4 / 4.3)
+    split = causes(base, two, uneven=0.06, batch_seconds=4.1)
+    assert (split["uneven shares"], split["waiting"]) == pytest.approx((0.06, 0.04))
+    assert split["smaller batch"] == pytest.approx(0.1)
+    assert split["shared memory"] == pytest.approx(0.2)
+
+
+def test_more_work_is_a_cause_of_its_own():
+    base = measured(1, ALONE)
+    twice = Counts(2, 20, 4, 24, 12, 4)
+    two = measured(2, {name: value for name, value in ALONE.items() if name != "optimizer"}, counts=twice)
+    found = causes(base, two)
+    assert found["other work"] == pytest.approx(4.0)
+    assert found["slower passes"] == pytest.approx(0.0)
+    assert found["redundant"] == pytest.approx(-0.25)
+
+
+def test_spread_is_over_steps_and_repeats_are_averaged():
+    base = measured(1, ALONE, seconds=[[8.0, 4.0], [16.0, 4.0]])
+    two = measured(2, ALONE, seconds=[[6.0, 1.0], [6.0, 1.0]])
+    row = compare(base, two)
+    assert (row["repeats"], row["steps"]) == (2, 2)
+    np.testing.assert_allclose(row["speedup_spread"], [2 + 0.1 * 2, 4 - 0.1 * 2])
+
+
+def test_uneven_shares_and_a_base_of_several_ranks():
+    three = measured(3, ALONE)
+    row = compare(measured(2, ALONE), three)
+    assert row["predicted"] == (3 * 2 * 160 + 4 * 10 * 16) / (3 * 2 * 107 + 4 * 10 * 11)
+    assert row["efficiency"] == pytest.approx(2 / 3)
+
+
+amounts = st.floats(1e-6, 1e3)
+NAMES = "forward", "line search", "products", "input", "allreduce", "optimizer", "waiting"
+spans = st.fixed_dictionaries(dict.fromkeys(NAMES, amounts))
+
+
+@given(spans, st.lists(spans, min_size=2, max_size=5), st.integers(1, 50), amounts, st.none() | amounts)
+def test_causes_always_add_up_to_what_is_lost(one, several, products, uneven, batch_seconds):
+    counts = Counts(steps=2, gradients=2, products=products, losses=3, linearisations=2)
+    base, run = measured(1, one), measured(len(several), *several, counts=counts)
+    row = compare(base, run, uneven, batch_seconds)
+    whole = 1 + sum(abs(share) for share in row["loss"].values())
+    assert sum(row["loss"].values()) == pytest.approx(1 - row["efficiency"], abs=1e-9 * whole)
+
+
+# The model -------------------------------------------------------------------------------------
+
+
+def test_the_allreduce_in_closed_form():
+    link = Link(latency=2e-6, bandwidth=1e9)
+    ranks = np.array([1.0, 2.0, 3.0, 8.0])
+    np.testing.assert_allclose(link.allreduce(ranks, 0), [0, 2e-6, 4e-6, 6e-6])
+    # 1 MB: on 2 ranks both algorithms send it once; on 8 Rabenseifner's is quicker.
+    np.testing.assert_allclose(link.allreduce(ranks[[0, 1, 3]], 1e6), [0, 2e-6 + 1e-3, 12e-6 + 1.75e-3])
+
+
+@given(st.floats(1e-7, 1e-3), st.floats(1e6, 1e11), st.sampled_from([2, 4, 16]))
+def test_a_fitted_link_is_the_one_it_was_measured_on(latency, bandwidth, ranks):
+    rounds = np.log2(ranks)
+    points = [(size, rounds * (latency + size / bandwidth)) for size in (16.0, 1e8)]
+    found = fit_link(ranks, *points)
+    assert found.bandwidth == pytest.approx(bandwidth, rel=1e-4)
+    assert found.latency == pytest.approx(latency, rel=1e-3, abs=1e-9)
+
+
+def test_a_curve_goes_through_its_points_and_on_in_proportion():
+    curve = Curve.through({32: 8.0, 1: 2.0, 8: 3.0})
+    np.testing.assert_allclose(curve(np.array([0, 0.5, 1, 4.5, 8, 32, 320])), [0, 1, 2, 2.5, 3, 8, 80])
+    np.testing.assert_allclose(curve.scaled(64, 4.0)(np.array([1, 64])), [0.5, 4])
+
+
+def job(redundant=0.0, link=None, batch=2**12, curve=None, slowdown=1.0):
+    return Job((Pass(3, batch, curve or Curve.through({1: 1.0}), 4e6),), redundant, link, slowdown)
+
+
+def test_without_losses_the_speedup_is_ideal_up_to_the_batch():
+    seconds = job().seconds([1, 2, 64, 4096, 8192])
+    np.testing.assert_allclose(seconds[0] / seconds, [1, 2, 64, 4096, 4096])
+    assert best(job(), 8192) == (4096, 4096)
+    # A pass that takes no longer for 8 sequences than for one gains nothing from more ranks than B / 8.
+    flat = Curve.through({1: 1.0, 8: 1.0})
+    assert best(job(curve=flat), 8192) == (512, 512)
+
+
+def test_the_knee_of_amdahls_law_has_half_of_the_ranks_to_gain():
+    # T = c / P + r: P T^2 is least at P = c / r, where the efficiency relative to c is 1/2.
+    c = 3 * 2**12
+    one = job(redundant=c / 64)
+    knee, fastest = best(one, 8192)
+    assert (knee, fastest) == (64, 4096)
+    assert c / one.seconds([64])[0] / 64 == pytest.approx(0.5)
+
+
+def test_latency_gives_a_quickest_number_of_ranks():
+    # Of the powers of two T = 3 * 2^12 / P + 3 L log2 P is least where halving the work saves no more than L.
+    slow = Link(latency=40.0, bandwidth=1e30)
+    ranks = 2 ** np.arange(13)
+    quickest = ranks[np.argmin(job(link=slow).seconds(ranks))]
+    assert quickest == 64  # 64 -> 128 saves 3 * 32 and costs 3 * 40; 32 -> 64 saves 3 * 64
+    # 62 have ceil(4096 / 62) = 67 sequences and as many rounds: 201 + 720, within 1 % of 912; 61 have 68.
+    assert best(job(link=slow), 4096)[1] == 62
+
+
+def test_slower_neighbours_count_from_two_ranks_on():
+    np.testing.assert_allclose(job(slowdown=1.5).seconds([1, 2]), [3 * 4096, 3 * 2048 * 1.5])
+
+
+MESSAGES = {"gradient": 8e6, "product": 4e6, "loss": 16, "linearisation": 0}
+
+
+def runs_of(slowdown, bandwidth, sizes=(1, 2, 4)):
+    """Give runs that behave as the model says, with passes of 1 and 0.25 seconds a sequence."""
+    made = []
+    for ranks in sizes:
+        slow = slowdown if ranks > 1 else 1.0
+        size = 1 * 8e6 + 6 * 4e6 + 3 * 16
+        rounds = np.array([float(ranks)])
+        spans = {
+            "forward": slow * 320 / ranks * 0.25,
+            "gradient": slow * 320 / ranks * 0.75,
+            "line search": slow * 3 * 320 / ranks * 0.25,
+            "products": slow * 6 * 32 / ranks,
+            "linearise": slow * 32 / ranks * 0.25,
+            "optimizer": 7.0,
+            "allreduce": float(Link(0.0, bandwidth).allreduce(rounds, size)[0]),
+        }
+        made.append(measured(ranks, spans))
+    return made
+
+
+def test_a_fitted_job_predicts_the_run_it_was_not_shown():
+    *few, four = runs_of(1.1, 2e6)
+    found = fit(few, MESSAGES)
+    assert found.link.bandwidth == pytest.approx(2e6)
+    assert found.seconds([4])[0] == pytest.approx(four.step_seconds)
+    assert found.redundant == pytest.approx(7.0)
+    # With shapes of a benchmark, whatever its unit, the slowdown is told apart.
+    line = Curve.through({1: 10.0, 320: 3200.0})
+    shapes = dict.fromkeys(MESSAGES, line)
+    found = fit(few, MESSAGES, Link(0.0, 2e6), shapes)
+    assert found.slowdown == pytest.approx(1.1)
+    assert found.seconds([4])[0] == pytest.approx(four.step_seconds)
+    assert fit(few[:1], MESSAGES).link is None
+
+
+# The command -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Give runs on one rank, and what could be one on two that halve nothing."""
+    base = tmp_path_factory.mktemp("speedup")
+    data = write_corpus(base / "data.h5")
+    train(base / "one", data, max_steps=4)
+    shutil.copytree(base / "one", base / "two")
+    change(base / "two", lambda timing: timing["ranks"].append(timing["ranks"][0]))
+    train(base / "other", data, max_steps=4, seed=1)
+    train(base / "shorter", data, max_steps=3)
+    train(base / "first", data, max_steps=1)
+    return base
+
+
+def change(folder, edit):
+    path = folder / "timing.json"
+    timing = json.loads(path.read_text())
+    edit(timing)
+    path.write_text(json.dumps(timing))
+
+
+def invoke(*words):
+    return CliRunner().invoke(cli, ["speedup", *map(str, words)])
+
+
+def test_the_object_of_the_command(folders):
+    result = invoke(folders / "two", folders / "one", folders / "one", "--json")
+    assert result.exit_code == 0, result.output
+    one, two = json.loads(result.output)["runs"]
+    assert {"ranks", "seconds_per_step", "speedup", "predicted", "limit", "spans"} <= one.keys()
+    assert (one["ranks"], two["ranks"], one["repeats"], two["repeats"]) == (1, 2, 2, 1)
+    assert one["steps"] == 3
+    assert one["seconds_per_step"] == pytest.approx(sum(one["spans"][0].values()))
+    assert two["efficiency"] == pytest.approx(0.5)
+    assert two["predicted"] == 2
+    assert sum(two["loss"].values()) == pytest.approx(0.5)
+    assert one["outside"][0]["evaluate"] > 0
+
+
+def test_uneven_shares_are_told_from_waiting(folders, tmp_path):
+    # A third rank: of 10 and 4 sequences somebody has 4 and 2, not 10/3 and 4/3.
+    shutil.copytree(folders / "two", tmp_path / "three")
+    change(tmp_path / "three", lambda timing: timing["ranks"].append(timing["ranks"][0]))
+    one, three = json.loads(invoke(folders / "one", tmp_path / "three", "--json").output)["runs"]
+    spans, step = one["spans"][0], three["seconds_per_step"]
+    on_gradient = sum(spans[name] for name in ("forward", "gradient", "line search"))
+    on_curvature = sum(spans[name] for name in ("products", "linearise"))
+    with_input = 1 + spans["input"] / (on_gradient + on_curvature)
+    longer = with_input * (on_gradient * (4 - 10 / 3) / 10 + on_curvature * (2 - 4 / 3) / 4)
+    assert three["loss"]["uneven shares"] == pytest.approx(longer / step)
+    assert three["predicted"] < 3
+    assert sum(three["loss"].values()) == pytest.approx(1 - 1 / 3)
+
+
+def test_what_the_terminal_and_the_figure_show(folders, tmp_path):
+    result = invoke(folders / "one", folders / "two", "--latency", "2us", "--bandwidth", "10GB/s")
+    assert result.exit_code == 0, result.output
+    for words in ("efficiency", "slower passes", "line search", "16,384", "knee", "Check: 2 ranks from 1"):
+        assert words in result.output
+    assert "latency 2 us, bandwidth 10 GB/s" in result.output
+    alone = invoke(folders / "two")
+    assert "There is no run on 1 rank" in alone.output
+    pytest.importorskip("matplotlib")
+    for name, start in ("a.png", b"\x89PNG"), ("a.svg", b"<?xml"):
+        result = invoke(folders / "one", folders / "two", "--model", "--out", tmp_path / name)
+        assert result.exit_code == 0, result.output
+        assert (tmp_path / name).read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("one", "other"), "not the same job: seed is 0 and 1"),
+        (("one", "shorter"), "the measured steps are 2 to 4 and 2 to 3"),
+        (("first",), "too few steps"),
+        (("absent",), "absent"),
+        (("one", "--latency", "2us"), "needs both --latency and --bandwidth"),
+        (("one", "--bench", "none.json"), "none.json"),
+    ],
+)
+def test_what_is_refused(folders, words, sentence, monkeypatch):
+    monkeypatch.chdir(folders)
+    result = invoke(*words)
+    assert isinstance(result.exception, UserError)
+    assert sentence in str(result.exception)
+
+
+def test_other_data_threads_and_damage_are_refused(folders, tmp_path):
+    def made(name, edit):
+        shutil.copytree(folders / "one", tmp_path / name)
+        change(tmp_path / name, edit)
+        return [folders / "one", tmp_path / name]
+
+    with pytest.raises(UserError, match="threads of a rank are 1 and 2"):
+        measurements(made("threads", lambda timing: timing["ranks"][0].update(threads=2)))
+    with pytest.raises(UserError, match="damaged, or of an older version"):
+        measurements(made("old", lambda timing: timing.pop("timed_steps")))
+    with pytest.raises(UserError, match="damaged, or of an older version"):
+        measurements(made("hostile", lambda timing: timing["ranks"][0]["step_spans"].update(forward=-1)))
+    idle = {"optimizer": 1.0}
+    with pytest.raises(UserError, match="have no gradients"):
+        measurements(made("idle", lambda timing: timing["ranks"][0].update(step_spans=idle)))
+    train(tmp_path / "data", write_other(tmp_path / "other.h5"), max_steps=4)
+    with pytest.raises(UserError, match="not the same job: they have other data"):
+        measurements([folders / "one", tmp_path / "data"])
+
+
+def write_other(path):
+    from small import text
+
+    from hfmpi.data.prepare import prepare
+
+    prepare(text()[::-1])[0].write(path)
+    return path
+
+
+def test_benchmarks_are_read(folders, tmp_path):
+    run, _ = measurements([folders / "one"])
+    row = {"model": "mlstm", "ranks": 1, "threads": 1, "seconds": 2.0}
+    rows = [row | {"pass": "loss", "batch": 1}, row | {"pass": "loss", "batch": 8, "seconds": 3.0}]
+    rows += [
+        row | {"pass": "loss", "batch": 4, "ranks": 2},
+        row | {"pass": "loss", "batch": 4, "model": "rnn"},
+    ]
+    rows += [row | {"pass": "loss", "batch": None, "bytes": 8, "ranks": 2, "seconds": 1e-6}]
+    rows += [row | {"pass": "product", "batch": None, "bytes": 1_000_008, "ranks": 2, "seconds": 1e-3 + 1e-6}]
+    (tmp_path / "bench.json").write_text(json.dumps({"machine": {}, "rows": rows}))
+    shapes, link = read_bench([tmp_path / "bench.json"], run)
+    assert shapes["loss"] == shapes["linearisation"] == Curve((1, 8), (2.0, 3.0))
+    assert link.bandwidth == pytest.approx(1e9)
+    (tmp_path / "none.json").write_text(json.dumps({"rows": [row | {"model": "rnn"}]}))
+    with pytest.raises(UserError, match="no --bench file has a row of mlstm"):
+        read_bench([tmp_path / "none.json"], run)
+    (tmp_path / "bad.json").write_text('{"rows": [{"ranks": "two"}]}')
+    with pytest.raises(UserError, match="no output of hfmpi bench"):
+        read_bench([tmp_path / "bad.json"], run)
+
+
+def test_the_sweep_makes_runs_that_can_be_compared(tmp_path):
+    launcher = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if launcher is None:
+        pytest.skip("there is no mpirun")
+    sweep = Path(__file__).parents[1] / "bin" / "sweep"
+    path = f"{Path(launcher).parent}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+    def run(*words):
+        command = [sweep, *map(str, words)]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=90, env=os.environ | {"PATH": path}
+        )
+
+    data, out = write_corpus(tmp_path / "data.h5"), tmp_path / "runs"
+    assert run(data, out).returncode == 2
+    assert "--max-steps" in run(data, out, "--ranks", "1 2").stderr
+    assert run(data, out, "--ranks", "two", "--max-steps", 3).returncode == 2
+    small = ("--backend", "numpy", "--hidden", 4, "--gradient-batch", 8, "--curvature-batch", 4)
+    words = (data, out, "--ranks", "1 2", *small, "--sequence-length", 20, "--max-steps", 3)
+    done = run(*words)
+    assert done.returncode == 0, done.stderr
+    result = invoke(*sorted(out.iterdir()), "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.output)["runs"]
+    assert [row["ranks"] for row in rows] == [1, 2]
+    assert [row["predicted"] for row in rows] == [1, 2]
+    assert len(rows[1]["spans"]) == 2
+    again = run(*words)
+    assert (again.returncode, again.stdout) == (0, "")  # they are done
+    (out / "2-1" / "DONE").unlink()
+    assert "2-1 was not finished" in run(*words).stderr
+
+
+def test_plot_shows_the_internals(folders, tmp_path):
+    words = ["plot", str(folders / "one"), str(folders / "other")]
+    result = CliRunner().invoke(cli, [*words, "--internals"])
+    assert result.exit_code == 0, result.output
+    assert all(key in result.output for key in ("damping", "rho", "cg_steps", "line_search_rate"))
+    assert "valid_bpc" in CliRunner().invoke(cli, words).output
+    pytest.importorskip("matplotlib")
+    assert CliRunner().invoke(cli, [*words, "--internals", "--out", str(tmp_path / "a.svg")]).exit_code == 0
+    assert b"<svg" in (tmp_path / "a.svg").read_bytes()
+
+
+def test_small_charts():
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7.0]) == "▁▂▃▄▅▆▇█"
+    assert sparkline([1.0, None, 100.0, 10.0], log=True) == "▁ █▅"
+    assert sparkline([5.0] * 4) == "▁▁▁▁"
+    assert sparkline([0.0, 2.0, 8.0, 6.0], width=2) == "▁█"
+    assert sparkline([None]) == " "
+    assert bar(1, 4, 8) == "██······"
+    assert aligned([["a", "bb"], ["ccc", "d"]]) == ["  a  bb", "ccc   d"]
