@@ -1,6 +1,7 @@
 """The examples and the README do what they say."""
 
 import json
+import os
 import re
 import runpy
 import shutil
@@ -62,3 +63,14 @@ def test_the_comparison_with_peers_runs_without_them():
     names = [(row["pass"], row["contestant"]) for row in found["rows"]]
     assert names == [(kind, who) for kind in ("product", "gradient") for who in ("hfmpi", "products alone")]
     assert all(row["seconds"] > 0 for row in found["rows"])
+
+
+@pytest.mark.skipif(not MPIRUN.exists(), reason="needs the mpirun of this environment")
+def test_the_campaign_of_faults(monkeypatch):
+    monkeypatch.setenv("PATH", f"{MPIRUN.parent}:{os.environ['PATH']}")
+    script = ROOT / "examples" / "faults" / "ranks.py"
+    command = [sys.executable, script, "--trials", "2", "--seed", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout + done.stderr
+    total = next(line.split() for line in done.stdout.splitlines() if line.startswith("all "))
+    assert total[1] == "2"
