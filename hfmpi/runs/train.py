@@ -29,14 +29,13 @@ from hfmpi.parallel.placement import Placement, single_threaded
 from hfmpi.parallel.transport import choose
 from hfmpi.runs.checkpoint import Checkpoint
 from hfmpi.runs.config import Config, to_toml
+from hfmpi.runs.restore import check_model, progress, restored_state
 from hfmpi.runs.stop import StopSignals
 from hfmpi.runs.timing import Timing
+from hfmpi.runs.words import BITS, facts, step_record
 from hfmpi.runs.writer import Writer
 
 __all__ = ["Place", "Reporter", "Result", "Run"]
-
-BITS = 1 / math.log(2)
-"""Bits per nat."""
 
 RETRY = 60.0
 """Seconds after which a checkpoint that could not be written is tried again, if none is due before."""
@@ -124,7 +123,8 @@ class Run:
         self.epoch_steps = max(1, self.train_set.count // self.preset.gradient_batch)
 
         if resume is not None:  # before memory is taken for what its options describe
-            self._check_model(resume)
+            network = self.risk.network
+            check_model(resume, corpus.symbols, network.layout.size, self.backend.dtype)
         initial = cell.initial(config.seed, config.initialisation, config.forget_bias)
         self.theta: Array = self.backend.to_device(initial.astype(self.backend.dtype))
         self.state = self.preset.optimizer.init(self.theta)
@@ -189,7 +189,7 @@ class Run:
                     raise Stopped
                 report, valid = self._one_step(evaluate_every)
                 self.seconds = comm.agree(time.perf_counter() - started)
-                record = self._record(report, valid)
+                record = step_record(self, report, valid)
                 if self.files is not None:
                     self._try("the history", partial(self.files.record, record))
                     reporter.step(record)
@@ -305,38 +305,14 @@ class Run:
             self.reporter.note(f"{what} is written again")
         return True
 
-    def _check_model(self, found: Checkpoint) -> None:
-        """Raise a UserError unless the parameters are those of a model of this size for this text."""
-        if found.meta.get("vocabulary") != list(self.corpus.symbols):
-            raise UserError("the checkpoint was trained on another vocabulary than that of the data")
-        size, kind = self.risk.network.layout.size, self.backend.dtype
-        if found.theta.shape != (size,) or found.theta.dtype != kind:
-            raise UserError(
-                f"the checkpoint holds a model of {found.theta.size:,} parameters ({found.theta.dtype}), "
-                f"not of {size:,} ({kind})"
-            )
-
     def _restore(self, found: Checkpoint) -> None:
-        kind = type(self.state)
-        fresh = {f.name: getattr(self.state, f.name) for f in fields(kind)}
-        if set(found.state) != set(fresh):
-            raise UserError(f"the checkpoint was not written by optimizer {self.config.optimizer}")
-        for name, value in fresh.items():
-            entry = found.state[name]
-            if _form(entry) != _form(value) or not (hasattr(entry, "shape") or _is_amount(entry)):
-                raise UserError(f"the checkpoint's {name} does not fit optimizer {self.config.optimizer}")
+        """Take the place of what the checkpoint was written from."""
+        state = restored_state(found, self.state, self.config.optimizer)
+        self.step, self.seconds, self.rejections, self.counts = progress(found)
         place = self.backend.to_device
         self.theta = place(found.theta)
-        self.state = kind(**{k: place(v) if isinstance(v, np.ndarray) else v for k, v in found.state.items()})
-        try:
-            self.step, self.seconds = found.meta["step"], found.meta["seconds"]
-            self.counts = cost.Counts(**found.meta["counts"])
-            self.rejections = found.meta.get("rejections", 0)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"the checkpoint describes no run of this version: {error!r}") from None
-        numbers = self.step, self.rejections, *asdict(self.counts).values()
-        if not all(type(n) is int and _is_amount(n) for n in numbers) or not _is_amount(self.seconds):
-            raise UserError("the checkpoint describes no run: its step, seconds and counts must be numbers")
+        entries = {k: place(v) if isinstance(v, np.ndarray) else v for k, v in state.items()}
+        self.state = type(self.state)(**entries)
 
     def _check_start(self) -> None:
         """Raise a UserError on all ranks unless all start with the same data, options and checkpoint.
@@ -395,66 +371,6 @@ class Run:
         """Run a function on rank 0 alone; if a file cannot be written, all ranks raise the UserError."""
         together(self.communicator, lambda: write() if self.communicator.rank == 0 else None)
 
-    # Words -------------------------------------------------------------------------------------
-
-    def _linearisation_bytes(self) -> int:
-        """Give what the linearisation takes on the rank with the most sequences."""
-        most = -(-self.preset.curvature_batch // self.communicator.size)
-        steps = self.config.warmup + self.config.sequence_length
-        structural = getattr(self.preset.optimizer, "structural_damping", 0) > 0
-        return self.risk.network.tape_bytes(steps, most, structural)
-
     def facts(self) -> dict[str, Any]:
         """Give what the first lines of a log should say."""
-        return {
-            "model": self.config.model,
-            "variant": self.config.variant,
-            "hidden": self.config.hidden,
-            "parameters": self.risk.network.layout.size,
-            "optimizer": self.config.optimizer,
-            "gradient_batch": self.preset.gradient_batch,
-            "curvature_batch": self.preset.curvature_batch,
-            "sequences": self.train_set.count,
-            "ranks": self.communicator.size,
-            "threads": self.placement.threads,
-            "backend": self.backend.name,
-            "dtype": self.config.dtype,
-            "matmul_precision": self.config.matmul_precision,
-            "places": self.places,
-            "linearisation_bytes": self._linearisation_bytes(),
-            "memory_budget": self.risk.memory_budget,
-            "step": self.step,
-            "max_steps": self.config.max_steps,
-            "max_seconds": self.config.max_seconds,
-        }
-
-    def _record(self, report: StepReport, valid: float | None) -> dict[str, Any]:
-        sizes = self.preset.gradient_batch, self.preset.curvature_batch
-        p_d, p_i = cost.paper(self.counts, *sizes)
-        full_d, full_i = cost.full(self.counts, *sizes)
-        return {
-            "step": self.step,
-            "seconds": round(self.seconds, 4),
-            "step_seconds": round(self.timing.step_seconds, 6),
-            "train_bpc": report.loss * BITS,
-            "valid_bpc": valid,
-            "P_I": p_i,
-            "P_D": p_d,
-            "P_P": cost.ranks(self.counts, *sizes, self.communicator.size),
-            "P_I_full": full_i,
-            "P_D_full": full_d,
-            "accepted": report.accepted,
-            "message": report.message,
-            **asdict(report.work),
-            **report.details,
-        }
-
-
-def _form(value: Any) -> tuple[Any, ...]:
-    """Give what must agree between the entry of a checkpoint and the state that it takes the place of."""
-    return (value.shape, value.dtype) if hasattr(value, "shape") else (type(value),)
-
-
-def _is_amount(value: Any) -> bool:
-    """Whether it is a number that counts or measures something: not negative, not without bounds."""
-    return type(value) in (int, float) and 0 <= value < (2**53 if type(value) is int else math.inf)
+        return facts(self)
