@@ -177,7 +177,8 @@ def outcome(run):
     from hfmpi.runs.history import History
 
     found = checkpoint.latest(run)
-    records = [{k: v for k, v in record.items() if k != "seconds"} for record in History.read(run)]
+    clock = "seconds", "step_seconds"
+    records = [{k: v for k, v in record.items() if k not in clock} for record in History.read(run)]
     state = {k: v.tobytes() if isinstance(v, np.ndarray) else v for k, v in found.state.items()}
     return found.theta.tobytes(), state, records
 
