@@ -3,7 +3,7 @@
 #
 #   examples/kjv/speedup.sh FOLDER
 #
-# About 4 minutes on two idle cores. Leave the machine alone meanwhile; load.txt says how busy it was. Copy shf.txt,
+# Some minutes on two cores. Leave the machine alone meanwhile; load.txt says how busy it was. Copy shf.txt,
 # bhf.txt, network.txt, load.txt and speedup.png to docs/results/speedup/.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
