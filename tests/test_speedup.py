@@ -344,14 +344,16 @@ def write_other(path):
 
 def test_benchmarks_are_read(folders, tmp_path):
     run, _ = measurements([folders / "one"])
-    row = {"model": "mlstm", "ranks": 1, "threads": 1, "seconds": 2.0}
-    rows = [row | {"pass": "loss", "batch": 1}, row | {"pass": "loss", "batch": 8, "seconds": 3.0}]
+    row = {"model": "mlstm", "ranks": 1, "threads": 1, "seconds_least": 2.0}
+    rows = [row | {"pass": "loss", "batch": 1}, row | {"pass": "loss", "batch": 8, "seconds_least": 3.0}]
     rows += [
         row | {"pass": "loss", "batch": 4, "ranks": 2},
         row | {"pass": "loss", "batch": 4, "model": "rnn"},
     ]
-    rows += [row | {"pass": "loss", "batch": None, "bytes": 8, "ranks": 2, "seconds": 1e-6}]
-    rows += [row | {"pass": "product", "batch": None, "bytes": 1_000_008, "ranks": 2, "seconds": 1e-3 + 1e-6}]
+    rows += [row | {"pass": "loss", "batch": None, "bytes": 8, "ranks": 2, "seconds_least": 1e-6}]
+    rows += [
+        row | {"pass": "product", "batch": None, "bytes": 1_000_008, "ranks": 2, "seconds_least": 1e-3 + 1e-6}
+    ]
     (tmp_path / "bench.json").write_text(json.dumps({"machine": {}, "rows": rows}))
     shapes, link = read_bench([tmp_path / "bench.json"], run)
     assert shapes["loss"] == shapes["linearisation"] == Curve((1, 8), (2.0, 3.0))

@@ -59,7 +59,14 @@ def _speedup(axis: Any, found: dict[str, Any]) -> None:
             if names:
                 at, words = (row["ranks"], row["speedup"]), f"{names}: {row['ranks']:,} ranks"
                 arrow = {"arrowstyle": "->"}
-                axis.annotate(words, at, (0, -40), textcoords="offset points", ha="left", arrowprops=arrow)
+                axis.annotate(
+                    words,
+                    at,
+                    (8, -40 if row["ranks"] == model["knee"] else -70),
+                    textcoords="offset points",
+                    ha="left",
+                    arrowprops=arrow,
+                )
         limit = runs[0]["limit"]
         axis.axhline(limit, ls=(0, (8, 3)), color="0.3", lw=1, label=f"limit $P_D / P_I$ = {limit:.1f}")
         highest = max(limit, *(row["speedup"] for row in rows))

@@ -20,6 +20,9 @@ MOST_BYTES = 2**24
 def read_bench(paths: Sequence[Path], run: Measurement) -> tuple[dict[str, Curve], Link | None]:
     """Read what `hfmpi bench ... --json` printed on the machine of a run.
 
+    The least time of each pass is taken: what disturbs a measurement can only add to it, and the level of the
+    curves comes from the runs anyway.
+
     Returns
     -------
     shapes : dict of str to Curve
@@ -37,10 +40,10 @@ def read_bench(paths: Sequence[Path], run: Measurement) -> tuple[dict[str, Curve
     messages: dict[int, dict[float, float]] = {}
     for row in rows:
         if row.get("bytes") is not None and row["ranks"] > 1:
-            messages.setdefault(row["ranks"], {})[row["bytes"]] = row["seconds"]
+            messages.setdefault(row["ranks"], {})[row["bytes"]] = row["seconds_least"]
         own = (row["model"], row["ranks"], row["threads"]) == (run.config.model, 1, run.threads)
         if own and row.get("batch") and row.get("pass") in ("product", "gradient", "loss"):
-            points.setdefault(row["pass"], {})[row["batch"]] = row["seconds"]
+            points.setdefault(row["pass"], {})[row["batch"]] = row["seconds_least"]
     shapes = {kind: Curve.through(each) for kind, each in points.items()}
     if "loss" in shapes:
         shapes["linearisation"] = shapes["loss"]  # both are a forward pass
@@ -65,7 +68,7 @@ def _bench_rows(path: Path) -> list[dict[str, Any]]:
         content = file.read(MOST_BYTES)
     try:
         rows = json.loads(content)["rows"]
-        numbers = [row[key] for row in rows for key in ("ranks", "threads", "seconds")]
+        numbers = [row[key] for row in rows for key in ("ranks", "threads", "seconds_least")]
         numbers += [row[key] for row in rows for key in ("batch", "bytes") if row.get(key) is not None]
         sound = all(is_amount(number) and number > 0 for number in numbers)
         sound = sound and all(isinstance(row["model"], str) for row in rows)
