@@ -1,0 +1,154 @@
+"""The paper's Figure 1 as data: the sizes, the eight runs, their candidate settings, how one is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from hfmpi.errors import UserError
+from hfmpi.runs.history import History
+
+MODELS = ("lstm", "mlstm")
+METHODS = ("sgd", "bgd", "shf", "bhf")
+
+SEQUENCES = 14_000
+"""Training sequences of the paper: 2.8 million characters in sequences of 200."""
+
+BATCHES = {"sgd": (32, 0), "bgd": (3_500, 0), "shf": (320, 32), "bhf": (14_000, 3_500)}
+"""Sequences in the batch of the gradient and of the curvature (Krause et al. 2015, section 3)."""
+
+PARAMETERS = {"lstm": 220_000, "mlstm": 215_000}
+
+TUNING = 0.2
+"""Share of a run's time that every candidate gets; the best one then goes on to the end."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size of the study: the paper's, or the paper's divided by one factor each.
+
+    Attributes
+    ----------
+    batches, parameters : int
+        The paper's batches and its sequences, and its parameters, are divided by these.
+    length : int
+        Characters of a sequence.
+    seconds : float
+        Training time of each of the eight runs, on the ranks that it is started with.
+    rates : tuple of float
+        Candidate step lengths of `sgd` and `bgd`. A length is that of a vector of all parameters, so it is
+        smaller where there are fewer.
+    """
+
+    batches: int
+    parameters: int
+    length: int
+    seconds: float
+    rates: tuple[float, float, float]
+
+    @property
+    def sequences(self) -> int:
+        """Training sequences."""
+        return SEQUENCES // self.batches
+
+    @property
+    def train_chars(self) -> int:
+        """Training characters."""
+        return self.sequences * self.length
+
+    @property
+    def valid_chars(self) -> int:
+        """Validation characters: a fourteenth, as in the paper, in whole sequences."""
+        return self.sequences // 14 * self.length
+
+
+SIZES = {
+    "small": Size(batches=8, parameters=16, length=100, seconds=75, rates=(0.25, 0.5, 1.0)),
+    "medium": Size(batches=4, parameters=4, length=200, seconds=600, rates=(0.5, 1.0, 2.0)),
+    "paper": Size(batches=1, parameters=1, length=200, seconds=43_200, rates=(1.0, 2.0, 4.0)),
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One run of the study with one choice of settings."""
+
+    model: str
+    method: str
+    settings: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return "-".join((self.model, self.method, *self.settings))
+
+    def epoch(self, size: Size) -> int:
+        """Give the steps of an epoch."""
+        return size.sequences // round(BATCHES[self.method][0] / size.batches)
+
+    def options(self, size: Size) -> list[str]:
+        """Give its options of `hfmpi train`, but for data, folder and time."""
+        gradient, curvature = BATCHES[self.method]
+        given = {
+            "model": self.model,
+            "parameters": round(PARAMETERS[self.model] / size.parameters),
+            "optimizer": self.method,
+            "gradient-batch": round(gradient / size.batches),
+            "sequence-length": size.length,
+        }
+        if curvature:
+            given["curvature-batch"] = round(curvature / size.batches)
+        words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+        return words + [word for setting in self.settings for word in ("--set", setting)]
+
+
+def candidates(size: Size, model: str, method: str) -> list[Candidate]:
+    """Give the three candidates of a run: lengths of a step, or for Hessian-free the first lambda."""
+    if method in ("sgd", "bgd"):
+        choices = [(f"rate={rate:g}",) for rate in size.rates]
+    else:
+        choices = [(f"damping={damping:g}",) for damping in (0.01, 0.1, 1.0)]
+    return [Candidate(model, method, choice) for choice in choices]
+
+
+def runs() -> list[tuple[str, str]]:
+    """Give the eight runs, by cell and method."""
+    return list(product(MODELS, METHODS))
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    """Give the steps of a run that have a training loss; none if it has not begun."""
+    if not (folder / "history.jsonl").exists():
+        return []
+    return [r for r in History.read(folder) if r["train_bpc"] is not None]
+
+
+def score(records: list[dict[str, Any]], seconds: float) -> float:
+    """Give the mean training bits/char over the last fifth of the first `seconds`; infinity if it has none.
+
+    Where no step began in that time, the last one before it counts.
+    """
+    tuned = [r for r in records if r["seconds"] <= seconds * 1.01] or records[:1]
+    late = [r["train_bpc"] for r in tuned if r["seconds"] >= 0.8 * seconds] or [
+        r["train_bpc"] for r in tuned[-1:]
+    ]
+    return sum(late) / len(late) if late else float("inf")
+
+
+def best(out: Path, size: Size, seconds: float, model: str, method: str) -> Candidate:
+    """Choose by what was reached in the tuning time alone, so that a resumed study chooses alike."""
+    return min(
+        candidates(size, model, method),
+        key=lambda c: score(history(out / c.name), TUNING * seconds),
+    )
+
+
+def chosen_histories(out: Path, size: Size, seconds: float) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Give the steps of the chosen candidate of each of the eight runs."""
+    found = {run: history(out / best(out, size, seconds, *run).name) for run in runs()}
+    missing = [" ".join(run) for run, records in found.items() if not records]
+    if missing:
+        raise UserError(f"{out} has no steps of {', '.join(missing)}")
+    return found
