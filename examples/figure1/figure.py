@@ -29,10 +29,15 @@ def write(histories: Histories, out: Path) -> None:
 
 
 def curve(records: list[dict[str, Any]], key: str, axis: str) -> tuple[list[float], list[float]]:
-    """Give costs and bits/char: the training loss smoothed, the validation loss where it is known."""
+    """Give costs and bits/char: the training loss smoothed, the validation loss where it is known.
+
+    A step's training loss is that before it, so it belongs to the cost of the steps before; the validation
+    loss is that after it.
+    """
+    if key == "train_bpc":
+        return [r[axis] for r in records[:-1]], smoothed([r[key] for r in records[1:]])
     known = [r for r in records if r[key] is not None]
-    values = [r[key] for r in known]
-    return [r[axis] for r in known], smoothed(values) if key == "train_bpc" else values
+    return [r[axis] for r in known], [r[key] for r in known]
 
 
 def draw(histories: Histories, key: str, label: str) -> Any:

@@ -34,11 +34,17 @@ def cost(histories: Histories, model: str, method: str, axis: str, level: float)
 
 
 def ratio(histories: Histories, model: str, slow: str, quick: str) -> tuple[float, str]:
-    """Give by how much `quick` needs less P_I than `slow` to their common level, and a sentence of it."""
+    """Give by how much `quick` needs less P_I than `slow` to their common level, and a sentence of it.
+
+    The sentence has the ratios to levels 0.5 and 1 bits/char above too: a ratio depends on where it is read.
+    """
     level = common(histories, model, (slow, quick))
-    costs = [cost(histories, model, m, "P_I", level) for m in (slow, quick)]
-    found = costs[0] / costs[1]
-    return found, f"{found:.2g} times, to {level:.1f} bits/char ({costs[0]:,} against {costs[1]:,})"
+    found, words = [], []
+    for at in (level, level + 0.5, level + 1):
+        costs = [cost(histories, model, m, "P_I", at) for m in (slow, quick)]
+        found.append(costs[0] / costs[1])
+        words.append(f"{found[-1]:.2g} to {at:.1f} bits/char ({costs[0]:,} against {costs[1]:,})")
+    return found[0], "; ".join(words)
 
 
 def final(histories: Histories, model: str, method: str, key: str) -> float:
