@@ -2,7 +2,7 @@
 
 import json
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def test_sizes_keep_the_ratios_of_the_paper(study):
     assert (paper.train_chars, paper.valid_chars) == (2_800_000, 200_000)
     for size in study.SIZES.values():
         for method, (gradient, curvature) in study.BATCHES.items():
-            words = study.candidates(size, "lstm", method)[0].options(size)
+            words = study.candidates("lstm", method)[0].options(size)
             given = dict(zip(words[::2], words[1::2], strict=True))
             batches = int(given["--gradient-batch"]), int(given.get("--curvature-batch", 0))
             for ours, theirs in zip(batches, (gradient, curvature), strict=True):
@@ -52,7 +52,7 @@ def write_history(folder, lines):
 
 def test_the_choice_is_by_the_tuning_time_alone(study, tmp_path):
     size = study.SIZES["small"]
-    first, second, third = study.candidates(size, "lstm", "sgd")
+    first, second, third = study.candidates("lstm", "sgd")
     seconds = 100.0  # 20 s a candidate, of which the last 4 count
     write_history(
         tmp_path / first.name, [line(1, 1.0, 5), line(2, 3.0, 17), line(3, 3.0, 20), line(4, 0.5, 90)]
@@ -111,17 +111,22 @@ def test_both_figures_are_drawn(study, tmp_path):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_data_of_another_size_and_a_study_without_runs_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("script", "sentence"),
+    [
+        ("run.py", r".*other.h5 has 4,200 training characters; this size wants --train-chars 175000 .*"),
+        ("table.py", r".*other.h5 has no steps of lstm sgd, .*"),
+    ],
+)
+def test_data_of_another_size_and_a_study_without_runs_are_refused(
+    study, tmp_path, monkeypatch, capsys, script, sentence
+):
     data = write_corpus(tmp_path / "other.h5")
-    for script, words, sentence in (
-        (
-            "run.py",
-            [str(data)],
-            r"other.h5 has 4,200 training characters; this size wants --train-chars 175000",
-        ),
-        ("table.py", [], r"has no steps of lstm sgd"),
-    ):
-        command = [sys.executable, str(FOLDER / script), *words, str(tmp_path / "out")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert re.fullmatch(rf"Error: .*{sentence}.*\n", done.stderr)
+    words = [str(data), str(tmp_path / "out")] if script == "run.py" else [str(data)]
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(FOLDER / script), run_name="__main__")
+    assert ended.value.code == 2
+    found = capsys.readouterr()
+    assert found.out == ""
+    assert re.fullmatch(rf"Error: {sentence}\n", found.err)

@@ -67,7 +67,7 @@ def main() -> None:
     shares = f"{seconds:g} s a run, {TUNING * seconds:g} s a candidate"
     print(f"{size.sequences:,} of {SEQUENCES:,} sequences, {shares}", flush=True)
     for model, method in runs():
-        for c in candidates(size, model, method):
+        for c in candidates(model, method):
             train(c, size, given.data, given.out, TUNING * seconds, given.launch)
         chosen = best(given.out, size, seconds, model, method)
         train(chosen, size, given.data, given.out, seconds, given.launch)

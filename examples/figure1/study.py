@@ -21,6 +21,12 @@ BATCHES = {"sgd": (32, 0), "bgd": (3_500, 0), "shf": (320, 32), "bhf": (14_000, 
 
 PARAMETERS = {"lstm": 220_000, "mlstm": 215_000}
 
+RATES = (1.0, 2.0, 4.0)
+"""Candidate step lengths of gradient descent; 2 is the preset's."""
+
+DAMPINGS = (0.01, 0.1, 1.0)
+"""Candidate values of the first lambda of Hessian-free, in nats per character; 0.1 is the preset's for shf."""
+
 TUNING = 0.2
 """Share of a run's time that every candidate gets; the best one then goes on to the end."""
 
@@ -37,16 +43,12 @@ class Size:
         Characters of a sequence.
     seconds : float
         Training time of each of the eight runs, on the ranks that it is started with.
-    rates : tuple of float
-        Candidate step lengths of `sgd` and `bgd`. A length is that of a vector of all parameters, so it is
-        smaller where there are fewer.
     """
 
     batches: int
     parameters: int
     length: int
     seconds: float
-    rates: tuple[float, float, float]
 
     @property
     def sequences(self) -> int:
@@ -65,9 +67,9 @@ class Size:
 
 
 SIZES = {
-    "small": Size(batches=8, parameters=16, length=100, seconds=75, rates=(0.25, 0.5, 1.0)),
-    "medium": Size(batches=4, parameters=4, length=200, seconds=600, rates=(0.5, 1.0, 2.0)),
-    "paper": Size(batches=1, parameters=1, length=200, seconds=43_200, rates=(1.0, 2.0, 4.0)),
+    "small": Size(batches=8, parameters=16, length=100, seconds=75),
+    "medium": Size(batches=4, parameters=4, length=200, seconds=600),
+    "paper": Size(batches=1, parameters=1, length=200, seconds=43_200),
 }
 
 
@@ -77,12 +79,12 @@ class Candidate:
 
     model: str
     method: str
-    settings: tuple[str, ...]
+    setting: str
 
     @property
     def name(self) -> str:
         """Name of its folder."""
-        return "-".join((self.model, self.method, *self.settings))
+        return "-".join((self.model, self.method, self.setting))
 
     def epoch(self, size: Size) -> int:
         """Give the steps of an epoch."""
@@ -101,16 +103,13 @@ class Candidate:
         if curvature:
             given["curvature-batch"] = round(curvature / size.batches)
         words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-        return words + [word for setting in self.settings for word in ("--set", setting)]
+        return [*words, "--set", self.setting]
 
 
-def candidates(size: Size, model: str, method: str) -> list[Candidate]:
+def candidates(model: str, method: str) -> list[Candidate]:
     """Give the three candidates of a run: lengths of a step, or for Hessian-free the first lambda."""
-    if method in ("sgd", "bgd"):
-        choices = [(f"rate={rate:g}",) for rate in size.rates]
-    else:
-        choices = [(f"damping={damping:g}",) for damping in (0.01, 0.1, 1.0)]
-    return [Candidate(model, method, choice) for choice in choices]
+    name, values = ("rate", RATES) if method in ("sgd", "bgd") else ("damping", DAMPINGS)
+    return [Candidate(model, method, f"{name}={value:g}") for value in values]
 
 
 def runs() -> list[tuple[str, str]]:
@@ -140,7 +139,7 @@ def score(records: list[dict[str, Any]], seconds: float) -> float:
 def best(out: Path, size: Size, seconds: float, model: str, method: str) -> Candidate:
     """Choose by what was reached in the tuning time alone, so that a resumed study chooses alike."""
     return min(
-        candidates(size, model, method),
+        candidates(model, method),
         key=lambda c: score(history(out / c.name), TUNING * seconds),
     )
 
