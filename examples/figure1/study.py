@@ -25,7 +25,7 @@ RATES = (1.0, 2.0, 4.0)
 """Candidate step lengths of gradient descent; 2 is the preset's."""
 
 DAMPINGS = (0.01, 0.1, 1.0)
-"""Candidate values of the first lambda of Hessian-free, in nats per character; 0.1 is the preset's for shf."""
+"""Candidate values of the first lambda of Hessian-free, in nats per character; shf has 0.1."""
 
 TUNING = 0.2
 """Share of a run's time that every candidate gets; the best one then goes on to the end."""
