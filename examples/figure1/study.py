@@ -67,7 +67,7 @@ class Size:
 
 
 SIZES = {
-    "small": Size(batches=8, parameters=16, length=100, seconds=75),
+    "small": Size(batches=8, parameters=16, length=100, seconds=120),
     "medium": Size(batches=4, parameters=4, length=200, seconds=600),
     "paper": Size(batches=1, parameters=1, length=200, seconds=43_200),
 }
@@ -124,30 +124,32 @@ def history(folder: Path) -> list[dict[str, Any]]:
     return [r for r in History.read(folder) if r["train_bpc"] is not None]
 
 
-def score(records: list[dict[str, Any]], seconds: float) -> float:
-    """Give the mean training bits/char over the last fifth of the first `seconds`; infinity if it has none.
-
-    Where no step began in that time, the last one before it counts.
-    """
-    tuned = [r for r in records if r["seconds"] <= seconds * 1.01] or records[:1]
-    late = [r["train_bpc"] for r in tuned if r["seconds"] >= 0.8 * seconds] or [
-        r["train_bpc"] for r in tuned[-1:]
-    ]
-    return sum(late) / len(late) if late else float("inf")
-
-
 def best(out: Path, size: Size, seconds: float, model: str, method: str) -> Candidate:
-    """Choose by what was reached in the tuning time alone, so that a resumed study chooses alike."""
-    return min(
-        candidates(model, method),
-        key=lambda c: score(history(out / c.name), TUNING * seconds),
-    )
+    """Choose the candidate whose training loss was lowest in the tuning time, at the same cost for all three.
+
+    The cost is the P_D of everything executed, up to the least that a candidate came to in the tuning time,
+    so that a noisy machine does not choose; the loss is the mean over the last fifth of it. What came later
+    does not count, so that a resumed study chooses alike.
+    """
+    tuned = {}
+    for c in candidates(model, method):
+        records = history(out / c.name)
+        within = [r for r in records if r["seconds"] <= TUNING * seconds * 1.01] or records[:1]
+        if within:
+            tuned[c] = within
+    if not tuned:
+        raise UserError(f"{out} has no steps of {model} {method}")
+    least = min(records[-1]["P_D_full"] for records in tuned.values())
+    return min(tuned, key=lambda c: score(tuned[c], least))
+
+
+def score(records: list[dict[str, Any]], cost: float) -> float:
+    """Give the mean training bits/char over the last fifth of a cost, or of the last step within it."""
+    within = [r for r in records if r["P_D_full"] <= cost] or records[:1]
+    late = [r["train_bpc"] for r in within if r["P_D_full"] >= 0.8 * cost] or [within[-1]["train_bpc"]]
+    return sum(late) / len(late)
 
 
 def chosen_histories(out: Path, size: Size, seconds: float) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """Give the steps of the chosen candidate of each of the eight runs."""
-    found = {run: history(out / best(out, size, seconds, *run).name) for run in runs()}
-    missing = [" ".join(run) for run, records in found.items() if not records]
-    if missing:
-        raise UserError(f"{out} has no steps of {', '.join(missing)}")
-    return found
+    return {run: history(out / best(out, size, seconds, *run).name) for run in runs()}
