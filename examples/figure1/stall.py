@@ -1,4 +1,4 @@
-"""Why SHF stalls with the LSTM: fifty steps each with one thing changed, and a table of what they reached.
+"""Why SHF stalls with the LSTM: some steps each with one thing changed, and a table of what they reached.
 
 python examples/figure1/stall.py DATA.h5 OUT
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from study import history
 
-STEPS = 50
+SHOWN = range(10, 51, 10)
 BATCHES = ("--gradient-batch", "40", "--curvature-batch", "4")
 
 CHANGES = {
@@ -38,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("data", type=Path, metavar="DATA.h5")
     parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--steps", type=int, default=50, help="steps of a run that is not done [50]")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     data = given.data.resolve()
@@ -46,7 +47,7 @@ def main() -> None:
         subprocess.run(["hfmpi", "prepare", "--corpus", "kjv", *chars, str(data)], check=True)
     for bias in (0, 1):
         (given.out / f"forget{bias}.toml").write_text(f"forget_bias = {bias}.0\n")
-    heads = [f"step {step}" for step in range(10, STEPS + 1, 10)]
+    heads = [f"step {step}" for step in SHOWN]
     for row in (["change", *heads, "lambda", "rejected"], ["---"] * (len(heads) + 3)):
         print("| " + " | ".join(row) + " |")
     for i, (change, options) in enumerate(CHANGES.items()):
@@ -54,11 +55,11 @@ def main() -> None:
         if not (folder / "DONE").exists():
             model = () if "--model" in options else ("--model", "lstm")
             words = ["hfmpi", "train", str(data), "--out", folder.name, *model, *BATCHES, *options]
-            words += ["--max-steps", str(STEPS), "--evaluate-every", "1000", "--checkpoint-every", "10"]
+            words += ["--max-steps", str(given.steps), "--evaluate-every", "1000", "--checkpoint-every", "10"]
             with (given.out / f"{i:02d}.log").open("a") as log:
                 subprocess.run(words, cwd=given.out, stdout=log, stderr=subprocess.STDOUT)
         records = {r["step"]: r for r in history(folder)}
-        reached = [records.get(step) for step in range(10, STEPS + 1, 10)]
+        reached = [records.get(step) for step in SHOWN]
         last = records[max(records)]
         cells = [change, *(f"{r['train_bpc']:.2f}" if r else "–" for r in reached)]
         cells += [f"{last['damping']:.3g}", str(sum(not r["accepted"] for r in records.values()))]
