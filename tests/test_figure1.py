@@ -138,3 +138,16 @@ def test_data_of_another_size_and_a_study_without_runs_are_refused(
     found = capsys.readouterr()
     assert found.out == ""
     assert re.fullmatch(rf"Error: {sentence}\n", found.err)
+
+
+def test_the_table_says_where_the_chosen_runs_ended(study, table, tmp_path, capsys):
+    size = study.SIZES["small"]
+    for model, method in study.runs():
+        worse, better, _ = study.candidates(model, method)
+        write_history(tmp_path / worse.name, falling(30, 96, 0.1))
+        write_history(tmp_path / better.name, falling(30, 96, 0.2, steps=16))
+    table.write(tmp_path, size, 100.0)
+    lines = capsys.readouterr().out.splitlines()
+    # The last training loss, of step 16, is that after 15 steps; half a step is nothing here.
+    assert lines[2] == "| lstm sgd | rate=2 | 15 | 16 | 480 | 1,536 | 1,536 | 3.000 | 3.100 |"
+    assert len(lines) == 2 + 8 + 1 + 2 + 13

@@ -79,9 +79,8 @@ def main() -> None:
     with ThreadPoolExecutor(given.jobs) as pool:
         for done in [pool.submit(tuned_run, *run) for run in runs()]:
             done.result()
-    found = chosen_histories(given.out, size, seconds)
-    figure.write(found, given.out)
-    table.write(found)
+    figure.write(chosen_histories(given.out, size, seconds), given.out)
+    table.write(given.out, size, seconds)
 
 
 if __name__ == "__main__":

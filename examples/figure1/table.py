@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from figure import Histories, curve
-from study import METHODS, MODELS, SIZES, chosen_histories
+from study import METHODS, MODELS, SIZES, Size, best, chosen_histories
 
 from hfmpi.errors import UserError
 
@@ -76,8 +76,8 @@ def claims(histories: Histories) -> list[Row]:
     found, words = ratio(histories, "mlstm", "sgd", "bgd")
     rows.append(("mlstm: P_I of SGD over BGD", "BGD faster, fairly early on", words, verdict(found > 1)))
 
-    ends = {run: final(histories, *run, "train_bpc") for run in histories}
-    lstm, mlstm = ends["lstm", "shf"], ends["mlstm", "shf"]
+    at_end = {run: final(histories, *run, "train_bpc") for run in histories}
+    lstm, mlstm = at_end["lstm", "shf"], at_end["mlstm", "shf"]
     words = f"LSTM ends at {lstm:.3f} training bits/char, mLSTM at {mlstm:.3f}"
     rows.append(("SHF with LSTM", "stalls", words, verdict(lstm > mlstm + 0.1)))
     for key, name in (("train_bpc", "trains"), ("valid_bpc", "generalises")):
@@ -99,9 +99,31 @@ def claims(histories: Histories) -> list[Row]:
     return rows
 
 
-def write(histories: Histories) -> None:
-    """Print the table in Markdown."""
-    for row in (("claim", "paper", "here", "verdict"), ("---",) * 4, *claims(histories)):
+def ends(out: Path, size: Size, seconds: float) -> list[tuple[str, ...]]:
+    """Give a row for each run: its chosen setting, how far it came, and the losses there."""
+    rows = []
+    for (model, method), records in chosen_histories(out, size, seconds).items():
+        last = records[-1]
+        valid = [r["valid_bpc"] for r in records if r["valid_bpc"] is not None]
+        costs = [f"{last[key]:,}" for key in ("step", "P_I", "P_D", "P_D_full")]
+        loss = curve(records, "train_bpc", "P_I")[1][-1]
+        setting = best(out, size, seconds, model, method).setting
+        end = f"{valid[-1]:.3f}" if valid else "–"
+        rows.append((f"{model} {method}", setting, f"{last['seconds']:.0f}", *costs, f"{loss:.3f}", end))
+    return rows
+
+
+def write(out: Path, size: Size, seconds: float) -> None:
+    """Print both tables in Markdown: where the runs ended, and the claims."""
+    heads = ("run", "chosen", "seconds", "steps", "P_I", "P_D", "P_D full", "training", "validation")
+    show(heads, ends(out, size, seconds))
+    print()
+    show(("claim", "paper", "here", "verdict"), claims(chosen_histories(out, size, seconds)))
+
+
+def show(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Print a table."""
+    for row in (heads, ("---",) * len(heads), *rows):
         print("| " + " | ".join(row) + " |")
 
 
@@ -112,7 +134,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="training time of a run [that of the size]")
     given = parser.parse_args()
     size = SIZES[given.size]
-    write(chosen_histories(given.out, size, given.seconds or size.seconds))
+    write(given.out, size, given.seconds or size.seconds)
 
 
 if __name__ == "__main__":
