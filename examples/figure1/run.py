@@ -1,6 +1,6 @@
 """The paper's Figure 1: LSTM and mLSTM with SGD, BGD, SHF and BHF; two figures and a table of its claims.
 
-python examples/figure1/run.py [--size small|medium|paper] DATA.h5 OUT
+python examples/figure1/run.py [--size small|medium|paper] [--jobs N] [--launch COMMAND] DATA.h5 OUT
 
 Each of the eight runs begins with three candidate settings for a fifth of its time each; the one with the
 lowest training loss at equal cost then goes on to the end. A study that was stopped goes on when it is
