@@ -1,0 +1,91 @@
+"""The paper's Figure 1: LSTM and mLSTM with SGD, BGD, SHF and BHF; two figures and a table of its claims.
+
+python examples/figure1/run.py [--size small|medium|paper] [--jobs N] [--launch COMMAND] DATA.h5 OUT
+
+Each of the eight runs begins with three candidate settings for a fifth of its time each; the one with the
+lowest training loss at equal cost then goes on to the end. A study that was stopped goes on when it is
+started again, and what is done is not done twice. DATA.h5 is made from the King James Bible if it does not
+exist.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import figure
+import table
+from study import SEQUENCES, SIZES, TUNING, Candidate, Size, best, candidates, chosen_histories, history, runs
+
+from hfmpi.data.corpus import Corpus
+from hfmpi.errors import UserError
+
+
+def prepare(data: Path, size: Size) -> None:
+    """Make the corpus, or check that the one there is of this size."""
+    chars = ["--train-chars", str(size.train_chars), "--valid-chars", str(size.valid_chars)]
+    if not data.exists():
+        subprocess.run(["hfmpi", "prepare", "--corpus", "kjv", *chars, str(data)], check=True)
+    found = len(Corpus.read(data).train)
+    if found != size.train_chars:
+        raise UserError(f"{data} has {found:,} training characters; this size wants {' '.join(chars)}")
+
+
+def train(c: Candidate, size: Size, data: Path, out: Path, seconds: float, launch: str) -> None:
+    """Train a candidate until it has had `seconds`, unless it has had them."""
+    folder, log = out / c.name, out / f"{c.name}.log"
+    records = history(folder)
+    if (folder / "DONE").exists() and records and records[-1]["seconds"] >= seconds:
+        return
+    words = [*shlex.split(launch), "hfmpi", "train", str(data), "--out", str(folder), *c.options(size)]
+    # Evaluation is once per epoch, 1/42 of its work. Checkpoints of so small a model would cost more.
+    words += ["--max-seconds", f"{seconds:g}", "--checkpoint-every", str(20 * c.epoch(size))]
+    with log.open("a") as file:
+        code = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT).returncode
+    records = history(folder)
+    if code not in (0, 2) or not records:  # 2: a sentence of hfmpi, such as that all steps are rejected
+        raise UserError(f"{shlex.join(words)} ended with {code}, see {log}")
+    last = records[-1]
+    facts = f"{last['seconds']:8.1f} s  step {last['step']:7,}  {last['train_bpc']:.3f} bits/char"
+    print(f"{c.name:28}{facts}{' (given up, see its log)' if code else ''}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("data", type=Path, metavar="DATA.h5")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--seconds", type=float, help="training time of a run [that of the size]")
+    parser.add_argument("--launch", default="mpirun -n 2", help="what starts the ranks [mpirun -n 2]")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side [1]")
+    given = parser.parse_args()
+    size = SIZES[given.size]
+    seconds = given.seconds or size.seconds
+    given.out.mkdir(parents=True, exist_ok=True)
+    prepare(given.data, size)
+    shares = f"{seconds:g} s a run, {TUNING * seconds:g} s a candidate"
+    print(f"{size.sequences:,} of {SEQUENCES:,} sequences, {shares}", flush=True)
+
+    def tuned_run(model: str, method: str) -> None:
+        for c in candidates(model, method):
+            train(c, size, given.data, given.out, TUNING * seconds, given.launch)
+        chosen = best(given.out, size, seconds, model, method)
+        train(chosen, size, given.data, given.out, seconds, given.launch)
+
+    with ThreadPoolExecutor(given.jobs) as pool:
+        for done in [pool.submit(tuned_run, *run) for run in runs()]:
+            done.result()
+    figure.write(chosen_histories(given.out, size, seconds), given.out)
+    table.write(given.out, size, seconds)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)

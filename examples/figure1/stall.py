@@ -1,0 +1,70 @@
+"""Why SHF stalls with the LSTM: some steps each with one thing changed, and a table of what they reached.
+
+python examples/figure1/stall.py DATA.h5 OUT
+
+DATA.h5 is made from the King James Bible if it does not exist. Runs have the paper's number of parameters and
+sequences of 200, and an eighth of its batches: 40 sequences for the gradient and 4 for the curvature. What is
+done is not done twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+from pathlib import Path
+
+from study import history
+
+SHOWN = range(10, 51, 10)
+BATCHES = ("--gradient-batch", "40", "--curvature-batch", "4")
+
+CHANGES = {
+    "LSTM as it is": (),
+    "curvature batch 40, as the gradient's": ("--curvature-batch", "40"),
+    "at most 50 CG steps (15)": ("--set", "cg_max_steps=50"),
+    "CG starts at zero": ("--set", "warm_start=0"),
+    "structural damping, mu = 1": ("--set", "structural_damping=1"),
+    "variant krause": ("--variant", "krause"),
+    "sparse initialisation": ("--initialisation", "sparse"),
+    "sequences of 100": ("--sequence-length", "100"),
+    "30 units (195)": ("--hidden", "30"),
+    "forget bias 1 (3)": ("--config", "forget1.toml"),
+    "forget bias 0 (3)": ("--config", "forget0.toml"),
+    "mLSTM as it is": ("--model", "mlstm"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("data", type=Path, metavar="DATA.h5")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--steps", type=int, default=50, help="steps of a run that is not done [50]")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    data = given.data.resolve()
+    if not data.exists():
+        chars = ("--train-chars", "175000", "--valid-chars", "20000")
+        subprocess.run(["hfmpi", "prepare", "--corpus", "kjv", *chars, str(data)], check=True)
+    for bias in (0, 1):
+        (given.out / f"forget{bias}.toml").write_text(f"forget_bias = {bias}.0\n")
+    heads = [f"step {step}" for step in SHOWN]
+    for row in (["change", *heads, "lambda", "rejected"], ["---"] * (len(heads) + 3)):
+        print("| " + " | ".join(row) + " |")
+    for i, (change, options) in enumerate(CHANGES.items()):
+        folder = given.out / f"{i:02d}"
+        if not (folder / "DONE").exists():
+            model = () if "--model" in options else ("--model", "lstm")
+            words = ["hfmpi", "train", str(data), "--out", folder.name, *model, *BATCHES, *options]
+            words += ["--max-steps", str(given.steps), "--evaluate-every", "1000", "--checkpoint-every", "10"]
+            with (given.out / f"{i:02d}.log").open("a") as log:
+                subprocess.run(words, cwd=given.out, stdout=log, stderr=subprocess.STDOUT)
+        records = {r["step"]: r for r in history(folder)}
+        reached = [records.get(step) for step in SHOWN]
+        last = records[max(records)]
+        cells = [change, *(f"{r['train_bpc']:.2f}" if r else "–" for r in reached)]
+        cells += [f"{last['damping']:.3g}", str(sum(not r["accepted"] for r in records.values()))]
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""The paper's Figure 1 as data: the sizes, the eight runs, their candidate settings, how one is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from hfmpi.errors import UserError
+from hfmpi.runs.history import History
+
+MODELS = ("lstm", "mlstm")
+METHODS = ("sgd", "bgd", "shf", "bhf")
+
+SEQUENCES = 14_000
+"""Training sequences of the paper: 2.8 million characters in sequences of 200."""
+
+BATCHES = {"sgd": (32, 0), "bgd": (3_500, 0), "shf": (320, 32), "bhf": (14_000, 3_500)}
+"""Sequences in the batch of the gradient and of the curvature (Krause et al. 2015, section 3)."""
+
+PARAMETERS = {"lstm": 220_000, "mlstm": 215_000}
+
+RATES = (1.0, 2.0, 4.0)
+"""Candidate step lengths of gradient descent; 2 is the preset's."""
+
+DAMPINGS = (0.01, 0.1, 1.0)
+"""Candidate values of the first lambda of Hessian-free, in nats per character; shf has 0.1."""
+
+TUNING = 0.2
+"""Share of a run's time that every candidate gets; the best one then goes on to the end."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size of the study: the paper's, or the paper's divided by one factor each.
+
+    Attributes
+    ----------
+    batches, parameters : int
+        The paper's batches and its sequences, and its parameters, are divided by these.
+    length : int
+        Characters of a sequence.
+    seconds : float
+        Training time of each of the eight runs, on the ranks that it is started with.
+    """
+
+    batches: int
+    parameters: int
+    length: int
+    seconds: float
+
+    @property
+    def sequences(self) -> int:
+        """Training sequences."""
+        return SEQUENCES // self.batches
+
+    @property
+    def train_chars(self) -> int:
+        """Training characters."""
+        return self.sequences * self.length
+
+    @property
+    def valid_chars(self) -> int:
+        """Validation characters: a fourteenth, as in the paper, in whole sequences."""
+        return self.sequences // 14 * self.length
+
+
+SIZES = {
+    "small": Size(batches=8, parameters=16, length=100, seconds=120),
+    "medium": Size(batches=4, parameters=4, length=200, seconds=600),
+    "paper": Size(batches=1, parameters=1, length=200, seconds=43_200),
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One run of the study with one choice of settings."""
+
+    model: str
+    method: str
+    setting: str
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return "-".join((self.model, self.method, self.setting))
+
+    def epoch(self, size: Size) -> int:
+        """Give the steps of an epoch."""
+        return size.sequences // round(BATCHES[self.method][0] / size.batches)
+
+    def options(self, size: Size) -> list[str]:
+        """Give its options of `hfmpi train`, but for data, folder and time."""
+        gradient, curvature = BATCHES[self.method]
+        given = {
+            "model": self.model,
+            "parameters": round(PARAMETERS[self.model] / size.parameters),
+            "optimizer": self.method,
+            "gradient-batch": round(gradient / size.batches),
+            "sequence-length": size.length,
+        }
+        if curvature:
+            given["curvature-batch"] = round(curvature / size.batches)
+        words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+        return [*words, "--set", self.setting]
+
+
+def candidates(model: str, method: str) -> list[Candidate]:
+    """Give the three candidates of a run: lengths of a step, or for Hessian-free the first lambda."""
+    name, values = ("rate", RATES) if method in ("sgd", "bgd") else ("damping", DAMPINGS)
+    return [Candidate(model, method, f"{name}={value:g}") for value in values]
+
+
+def runs() -> list[tuple[str, str]]:
+    """Give the eight runs, by cell and method."""
+    return list(product(MODELS, METHODS))
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    """Give the steps of a run that have a training loss; none if it has not begun."""
+    if not (folder / "history.jsonl").exists():
+        return []
+    return [r for r in History.read(folder) if r["train_bpc"] is not None]
+
+
+def best(out: Path, size: Size, seconds: float, model: str, method: str) -> Candidate:
+    """Choose the candidate whose training loss was lowest in the tuning time, at the same cost for all three.
+
+    The cost is the P_D of everything executed, up to the least that a candidate came to in the tuning time,
+    so that a noisy machine does not choose; the loss is the mean over the last fifth of it. What came later
+    does not count, so that a resumed study chooses alike.
+    """
+    tuned = {}
+    for c in candidates(model, method):
+        records = history(out / c.name)
+        within = [r for r in records if r["seconds"] <= TUNING * seconds * 1.01] or records[:1]
+        if within:
+            tuned[c] = within
+    if not tuned:
+        raise UserError(f"{out} has no steps of {model} {method}")
+    least = min(records[-1]["P_D_full"] for records in tuned.values())
+    return min(tuned, key=lambda c: score(tuned[c], least))
+
+
+def score(records: list[dict[str, Any]], cost: float) -> float:
+    """Give the mean training bits/char over the last fifth of a cost, or of the last step within it."""
+    within = [r for r in records if r["P_D_full"] <= cost] or records[:1]
+    late = [r["train_bpc"] for r in within if r["P_D_full"] >= 0.8 * cost] or [within[-1]["train_bpc"]]
+    return sum(late) / len(late)
+
+
+def chosen_histories(out: Path, size: Size, seconds: float) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Give the steps of the chosen candidate of each of the eight runs."""
+    return {run: history(out / best(out, size, seconds, *run).name) for run in runs()}
