@@ -99,7 +99,9 @@ class Cublas:
             If cuBLAS reports an error.
         """
         (m, k), n = a.shape, b.shape[1]
-        if not (m and n):
+        if not (m and n and k):  # the strides of an empty matrix mean nothing, and its sums are zero
+            if not add:
+                out[...] = 0
             return
         (op_a, step_a), (op_b, step_b), (op_out, step_out) = map(_operand, (a, b, out))
         if op_out != _NORMAL:
