@@ -26,7 +26,7 @@ from hfmpi.optim.base import Gradient, Objectives
 from hfmpi.parallel.communicator import Communicator
 from hfmpi.parallel.transport import HostTransport, Transport
 
-__all__ = ["MeanRisk", "Risk", "Stopped", "pack", "step_objectives", "unpack"]
+__all__ = ["MeanRisk", "Risk", "Stopped", "message_sizes", "pack", "step_objectives", "unpack"]
 
 T = TypeVar("T")
 
@@ -61,6 +61,15 @@ def pairwise(parts: list[Array]) -> Array:
     while len(parts) > 1:
         parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
     return parts[0]
+
+
+def message_sizes(parameters: int, squares: bool) -> dict[str, int]:
+    """Give the numbers in the message of a gradient (with or without squares), a product and a loss."""
+    return {
+        "gradient": parameters * (1 + squares) + len(GRIDS) + 1,
+        "product": parameters + 1,
+        "loss": 2,
+    }
 
 
 class Stopped(Exception):
@@ -233,7 +242,7 @@ class Risk:
         backend = owner.network.backend
 
         def share(part: np.ndarray) -> Array:
-            message = backend.xp.zeros(size * (1 + squares) + len(GRIDS) + 1, kind)
+            message = backend.xp.zeros(message_sizes(size, squares)["gradient"], kind)
             loss = 0.0
             for batch in self._batches(part):
                 with owner.timer.span("forward"):

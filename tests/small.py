@@ -36,6 +36,15 @@ def write_corpus(path):
     return path
 
 
+def shared_corpus(comm, folder):
+    """Write the corpus on rank 0 of an MPI communicator; give its path on all ranks, when it is there."""
+    path = folder / "small.h5"
+    if comm.rank == 0:
+        write_corpus(path)
+    comm.Barrier()
+    return path
+
+
 class Recorder:
     """A reporter that keeps what it is told, and may do something after each step."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REAL_GPU, STANDIN
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small import history, make_run, same, train, write_corpus
 from test_models import make_batch
@@ -26,6 +26,8 @@ from hfmpi.models.network import Network
 from hfmpi.objective import MeanRisk
 from hfmpi.parallel import transport
 from hfmpi.parallel.communicator import Communicator, MPICommunicator, digest
+from hfmpi.runs.train import Place
+from hfmpi.runs.words import facts
 
 cupy = pytest.importorskip("cupy")
 
@@ -106,9 +108,10 @@ def test_segment_sum_of_one_sequence_of_a_batch(pair):
 
 
 @given(
-    st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.booleans(), st.booleans(), st.booleans(),
+    st.integers(1, 9), st.integers(0, 9), st.integers(1, 9), st.booleans(), st.booleans(), st.booleans(),
     st.sampled_from(["rows", "one of a batch"]),
 )  # fmt: skip
+@example(1, 0, 1, True, False, False, "rows")
 @settings(deadline=None, max_examples=60)
 def test_products_of_every_layout(m, k, n, a_turned, b_turned, add, layout):
     backend = create("cupy", "float64")
@@ -374,11 +377,9 @@ def test_transports_that_cannot_be(wanted, places, reason, monkeypatch):
 
 def test_one_gpu_of_a_node_for_two_ranks_is_a_warning(tmp_path, capsys):
     run = make_run(tmp_path / "run", write_corpus(tmp_path / "d.h5"), backend="cupy")
-    facts = run.facts()
+    told = facts(run)
     place = ("node1", 0, "A card (GPU 0)", "0000:01", "host")
-    from hfmpi.runs.train import Place
-
-    Log().start(facts | {"places": [Place(*place), Place(*place)], "matmul_precision": "tf32"})
+    Log().start(told | {"places": [Place(*place), Place(*place)], "matmul_precision": "tf32"})
     said = capsys.readouterr().out
     assert "rank 1: node1, local rank 0, A card (GPU 0), transport host" in said
     assert "Warning: ranks 0, 1 share one GPU of node1" in said

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from small import Recorder, history, make_run, train, write_corpus
+from small import Recorder, history, make_run, shared_corpus, train, write_corpus
 from test_parallel import MPIRUN
 
 from hfmpi.cli.train import train as train_command
@@ -305,10 +305,7 @@ def test_a_zero_gradient_is_no_rejection_and_no_work():
 
 @pytest.mark.mpi(ranks=2, timeout=60, unit="s")
 def test_one_ranks_bad_numbers_stop_the_run_on_all(mpi_ranks, comm, mpi_tmp_path, monkeypatch):
-    communicator, data = MPICommunicator(comm), mpi_tmp_path / "small.h5"
-    if comm.rank == 0:
-        write_corpus(data)
-    comm.Barrier()
+    communicator, data = MPICommunicator(comm), shared_corpus(comm, mpi_tmp_path)
     honest = Network.gradient, Network.gauss_newton, Network.loss
     methods = (
         ("gradient", 2, "gradient is not finite"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small import Recorder, history, make_run, same, train, write_corpus
+from small import Recorder, history, make_run, same, shared_corpus, train, write_corpus
 
 from hfmpi.parallel.communicator import Communicator, MPICommunicator
 from hfmpi.runs import checkpoint
@@ -205,10 +205,7 @@ def test_a_signal_between_steps_stops_there(during, data, tmp_path, monkeypatch)
 @pytest.mark.parametrize("name", ["shf", "adam"])
 def test_one_rank_that_is_told_stops_all_at_the_same_place(name, mpi_ranks, comm, mpi_tmp_path):
     assert comm.size == mpi_ranks
-    communicator, data = MPICommunicator(comm), mpi_tmp_path / "small.h5"
-    if comm.rank == 0:
-        write_corpus(data)
-    comm.Barrier()
+    communicator, data = MPICommunicator(comm), shared_corpus(comm, mpi_tmp_path)
     options = OPTIMIZERS[name] | {"max_steps": STEPS, "dtype": "float32"}
     whole, count = questions(mpi_tmp_path / "whole", data, communicator, **options)
     for question in range(1, count + 1, 1 if count < 20 else 7):

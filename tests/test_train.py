@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from small import Recorder, history, make_run, same, train, write_corpus
+from small import Recorder, history, make_run, same, shared_corpus, train, write_corpus
 
 from hfmpi.errors import UserError
 from hfmpi.objective import Risk
@@ -296,9 +296,7 @@ def wait(comm):
 def test_any_number_of_ranks_does_the_same_run(mpi_ranks, comm, mpi_tmp_path):
     """Runs on 1, 2, 3 and 4 of the ranks against a serial one, and resumed on other numbers of them."""
     assert comm.size == mpi_ranks
-    data = mpi_tmp_path / "small.h5"
-    if comm.rank == 0:
-        write_corpus(data)
+    data = shared_corpus(comm, mpi_tmp_path)
     parts = {}
     for ranks in (1, 2, 3, 4):
         part = comm.Split(color=comm.rank < ranks, key=comm.rank)
@@ -354,10 +352,7 @@ def compare(run, theta, records):
 @pytest.mark.mpi(ranks=4, timeout=110, unit="s")
 def test_with_slices_the_bits_do_not_depend_on_the_number_of_ranks(mpi_ranks, comm, mpi_tmp_path):
     assert comm.size == mpi_ranks
-    data, seen = mpi_tmp_path / "small.h5", {}
-    if comm.rank == 0:
-        write_corpus(data)
-    comm.Barrier()
+    data, seen = shared_corpus(comm, mpi_tmp_path), {}
     for ranks in (1, 2, 4):
         part = comm.Split(color=comm.rank < ranks, key=comm.rank)
         if comm.rank < ranks:
@@ -380,10 +375,7 @@ def test_with_slices_the_bits_do_not_depend_on_the_number_of_ranks(mpi_ranks, co
 
 @pytest.mark.mpi(ranks=3, timeout=60, unit="s")
 def test_a_rank_that_strays_stops_the_run(mpi_ranks, comm, mpi_tmp_path, monkeypatch):
-    communicator, data = MPICommunicator(comm), mpi_tmp_path / "small.h5"
-    if comm.rank == 0:
-        write_corpus(data)
-    comm.Barrier()
+    communicator, data = MPICommunicator(comm), shared_corpus(comm, mpi_tmp_path)
     cases = (1, 3, "theta", 1), (0, 4, "theta", 1), (1, 3, "direction", 0)
     for check_every, found_at, what, stray in cases:  # at the next step, or before the next checkpoint
         folder = mpi_tmp_path / f"run {check_every} {what}"

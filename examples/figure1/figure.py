@@ -7,15 +7,10 @@ from typing import Any
 
 from study import METHODS, MODELS
 
-from hfmpi.cli.plot import STYLES, smoothed
+from hfmpi.cli.plot import AXES, smoothed
+from hfmpi.cli.show import STYLES, need_matplotlib
 
 Histories = dict[tuple[str, str], list[dict[str, Any]]]
-
-AXES = {
-    "P_I": "batch-independent forward passes $P_I$",
-    "P_D": "batch-dependent forward passes $P_D$",
-    "seconds": "seconds",
-}
 
 
 def write(histories: Histories, out: Path) -> None:
@@ -42,9 +37,7 @@ def curve(records: list[dict[str, Any]], key: str, axis: str) -> tuple[list[floa
 
 def draw(histories: Histories, key: str, label: str) -> Any:
     """Make a figure of six panels; of the training loss, the four left ones are the paper's."""
-    import matplotlib
-
-    matplotlib.use("agg")
+    need_matplotlib()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 7), layout="constrained")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from study import SEQUENCES, SIZES, TUNING, Candidate, Size, best, candidates, c
 
 from hfmpi.data.corpus import Corpus
 from hfmpi.errors import UserError
+from hfmpi.parallel import guard
 
 
 def prepare(data: Path, size: Size) -> None:
@@ -84,8 +84,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with guard():
         main()
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hfmpi.errors import UserError
+from hfmpi.models.cells import PAPER_PARAMETERS
+from hfmpi.optim.presets import preset
 from hfmpi.runs.history import History
 
 MODELS = ("lstm", "mlstm")
@@ -16,10 +18,8 @@ METHODS = ("sgd", "bgd", "shf", "bhf")
 SEQUENCES = 14_000
 """Training sequences of the paper: 2.8 million characters in sequences of 200."""
 
-BATCHES = {"sgd": (32, 0), "bgd": (3_500, 0), "shf": (320, 32), "bhf": (14_000, 3_500)}
-"""Sequences in the batch of the gradient and of the curvature (Krause et al. 2015, section 3)."""
-
-PARAMETERS = {"lstm": 220_000, "mlstm": 215_000}
+BATCHES = {m: (preset(m).gradient_batch, preset(m).curvature_batch) for m in METHODS}
+"""Sequences in the batch of the gradient and of the curvature: the presets' are the paper's."""
 
 RATES = (1.0, 2.0, 4.0)
 """Candidate step lengths of gradient descent; 2 is the preset's."""
@@ -95,7 +95,7 @@ class Candidate:
         gradient, curvature = BATCHES[self.method]
         given = {
             "model": self.model,
-            "parameters": round(PARAMETERS[self.model] / size.parameters),
+            "parameters": round(PAPER_PARAMETERS[self.model] / size.parameters),
             "optimizer": self.method,
             "gradient-batch": round(gradient / size.batches),
             "sequence-length": size.length,

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
 from figure import Histories, curve
 from study import METHODS, MODELS, SIZES, Size, best, chosen_histories
 
-from hfmpi.errors import UserError
+from hfmpi.parallel import guard
 
 Row = tuple[str, str, str, str]
 
@@ -144,8 +143,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with guard():
         main()
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)

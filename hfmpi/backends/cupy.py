@@ -286,10 +286,14 @@ class CupyBackend(Backend):
 
     def _launch(self, name: str, threads: int, *arguments: Any) -> None:
         """Launch a kernel whose first two arguments are a shape, on this many threads."""
+        given = tuple(NULL if a is None else a for a in arguments)
+        self._kernel(name)((-(-threads // THREADS),), (THREADS,), given)
+
+    def _kernel(self, name: str) -> Any:
         kernel = self._kernels.get(name)
         if kernel is None:
             kernel = self._kernels[name] = self._module.get_function(name)
-        kernel((-(-threads // THREADS),), (THREADS,), tuple(NULL if a is None else a for a in arguments))
+        return kernel
 
     def _step(self, name: str, like: Array, *arguments: Any) -> None:
         """Launch a step kernel: one thread for every element of `like` (B, n)."""
@@ -347,37 +351,30 @@ class CupyBackend(Backend):
         self._rows("softmax_hessian", p, p, u, self.dtype.type(scale))
 
     def segment_sum(self, rows: Array, x: Array, out: Array) -> None:
-        symbols, width = out.shape
-        count, columns = len(rows), self._columns(symbols)
+        count = len(rows)
         length = -(-count // min(MOST_SLICES, -(-count // SLICE_ROWS)))
-        slices = -(-count // length)
-        parts = self.workspace("segments", (slices, symbols, width))
-        sizes = (np.int32(size) for size in (count, width, symbols, length))
-        self._module.get_function("segment_parts")(
-            (-(-width // columns), slices),
-            (columns,),
-            (*sizes, rows, np.int64(rows.strides[0] // rows.itemsize), x, parts),
-            shared_mem=symbols * columns * self.dtype.itemsize,
-        )
+        parts = self.workspace("segments", (-(-count // length), *out.shape))
+        self._segments(rows, x, parts, first=length, step=1, length=length)
         cupy.sum(parts, axis=0, out=out)
 
     def segment_sum_each(self, rows: Array, x: Array, out: Array) -> None:
-        (steps, batch, width), symbols = rows.shape, out.shape[1]
-        columns = self._columns(symbols)
-        sizes = (np.int32(size) for size in (steps, batch, width, symbols))
-        self._module.get_function("segment_each")(
-            (-(-width // columns), batch),
-            (columns,),
-            (*sizes, rows, x, out, np.int64(out.strides[0] // out.itemsize)),
-            shared_mem=symbols * columns * self.dtype.itemsize,
-        )
+        steps, batch, width = rows.shape
+        self._segments(rows.reshape(-1, width), x, out, first=1, step=batch, length=steps)
 
-    def _columns(self, symbols: int) -> int:
-        """Give the columns of a block of a segment sum: as many as its memory has room for."""
+    def _segments(self, rows: Array, x: Array, out: Array, first: int, step: int, length: int) -> None:
+        """Sum up the segments of many parts of the rows (N, K), part y from row y * first on."""
+        parts, symbols, width = out.shape
         columns = WARP
         while symbols * columns * self.dtype.itemsize > SHARED_BYTES:
             columns //= 2
-        return columns
+        sizes = (np.int32(size) for size in (len(rows), width, symbols, first, step, length))
+        stride, out_stride = (np.int64(array.strides[0] // array.itemsize) for array in (rows, out))
+        self._kernel("segment_sums")(
+            (-(-width // columns), parts),
+            (columns,),
+            (*sizes, rows, stride, x, out, out_stride),
+            shared_mem=symbols * columns * self.dtype.itemsize,
+        )
 
     def accumulate_squares(self, each: Array, total: Array, squares: Array) -> None:
         batch, size = each.shape

@@ -218,36 +218,25 @@ extern "C" __global__ void softmax_hessian(int rows, int symbols, const real* p,
 
 // Sums over whole batches --------------------------------------------------------------------------------------
 
-// parts[s, v, :] = the sum of those rows of slice s whose symbol is v; the slices are summed afterwards. A block
-// has as many threads as columns; each adds its own column, in the order of the rows, in memory of its own.
-extern "C" __global__ void segment_parts(
-    int count, int width, int symbols, int slice, const real* __restrict__ rows, long long stride,
-    const int* __restrict__ x, real* __restrict__ parts) {
+// out[y, v, :] = the sum of those rows of block row y whose symbol is v: the rows y * first, y * first + step, ...,
+// `length` of them, as far as there are so many. A block has as many threads as columns; each adds its own
+// column, in the order of the rows, in memory of its own.
+extern "C" __global__ void segment_sums(
+    int count, int width, int symbols, int first, int step, int length, const real* __restrict__ rows,
+    long long stride, const int* __restrict__ x, real* __restrict__ out, long long out_stride) {
     extern __shared__ double shared[];
     real* sums = (real*)shared + threadIdx.x;
     const int columns = blockDim.x, j = blockIdx.x * columns + threadIdx.x;
     if (j >= width) return;  // no thread waits for another
     for (int v = 0; v < symbols; v++) sums[v * columns] = 0;
-    const int start = blockIdx.y * slice, stop = start + slice < count ? start + slice : count;
+    const int start = blockIdx.y * first, left = (count - start + step - 1) / step;
+    const int own = length < left ? length : left;
 #pragma unroll 8
-    for (int r = start; r < stop; r++) sums[x[r] * columns] += rows[r * stride + j];
-    for (int v = 0; v < symbols; v++)
-        parts[((size_t)blockIdx.y * symbols + v) * width + j] = sums[v * columns];
-}
-
-// The same for every sequence of a batch by itself: block row y is the sequence.
-extern "C" __global__ void segment_each(
-    int steps, int batch, int width, int symbols, const real* __restrict__ rows, const int* __restrict__ x,
-    real* __restrict__ out, long long stride) {
-    extern __shared__ double shared[];
-    real* sums = (real*)shared + threadIdx.x;
-    const int columns = blockDim.x, j = blockIdx.x * columns + threadIdx.x, b = blockIdx.y;
-    if (j >= width) return;
-    for (int v = 0; v < symbols; v++) sums[v * columns] = 0;
-#pragma unroll 8
-    for (int t = 0; t < steps; t++)
-        sums[x[t * batch + b] * columns] += rows[((size_t)t * batch + b) * width + j];
-    for (int v = 0; v < symbols; v++) out[b * stride + v * width + j] = sums[v * columns];
+    for (int i = 0; i < own; i++) {
+        const int r = start + i * step;
+        sums[x[r] * columns] += rows[r * stride + j];
+    }
+    for (int v = 0; v < symbols; v++) out[blockIdx.y * out_stride + v * width + j] = sums[v * columns];
 }
 
 extern "C" __global__ void accumulate_squares(

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from hfmpi.cli.show import aligned
+
 __all__ = ["bench"]
 
 POSITIVE = click.IntRange(min=1)
@@ -208,14 +210,13 @@ def table(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     cells = [[COLUMNS[key] for key in columns]] + [
         [text(key, row.get(key)) for key in columns] for row in rows
     ]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     lines = [
         *([about["device"]] if about["device"] != "CPU" else []),
         about["processor"] + ", " + ", ".join(about["blas"]) + (f", {about['mpi']}" if about["mpi"] else ""),
         ", ".join(f"{name} {number}" for name, number in about["versions"].items())
         + f"; {about['ranks']} rank(s) of {about['threads']} thread(s)",
         "",
-        *("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells),
+        *aligned(cells),
     ]
     for row in rows:
         if "spans" in row:

@@ -7,12 +7,19 @@ from typing import Any
 
 import click
 
-from hfmpi.cli.show import MARKERS, STYLES, aligned, need_matplotlib, save, sparkline
+from hfmpi.cli.show import MARKERS, STYLES, aligned, need_matplotlib, runs_and_figure, save, sparkline
 from hfmpi.errors import UserError
 
 __all__ = ["plot"]
 
-DRAWN = "train_bpc", "P_I", "P_D", "seconds"
+AXES = {
+    "P_I": "batch-independent forward passes $P_I$",
+    "P_D": "batch-dependent forward passes $P_D$",
+    "seconds": "seconds",
+}
+"""Keys of a history and what they are, in the order of the panels of Figure 1."""
+
+DRAWN = "train_bpc", *AXES
 INTERNALS = {
     "damping": "damping $\\lambda$",
     "rho": "reduction ratio $\\rho$",
@@ -23,13 +30,7 @@ INTERNALS = {
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="FIG.png",
-    help="PNG, SVG or PDF, by its ending [default: small charts on the terminal].",
-)
+@runs_and_figure("PNG, SVG or PDF, by its ending [default: small charts on the terminal].")
 @click.option(
     "--internals",
     is_flag=True,
@@ -60,9 +61,10 @@ def plot(runs: tuple[Path, ...], out: Path | None, internals: bool) -> None:
 
 def _check_internals(run: Path, records: list[dict[str, Any]]) -> None:
     """Raise a UserError unless these are steps of Hessian-free optimization."""
+    from hfmpi.runs.history import is_number
+
     for key in INTERNALS:
-        values = [record.get(key, "") for record in records]
-        if not all(v is None or (type(v) in (int, float) and abs(v) < 1e100) for v in values):
+        if not all(is_number(record.get(key, "")) for record in records):
             raise UserError(f"{run} has no {key} at every step: --internals needs shf or bhf")
 
 
@@ -123,16 +125,11 @@ def draw(histories: list[tuple[str, list[dict[str, Any]]]]) -> Any:
 
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
-    labels = {
-        "P_I": "batch-independent forward passes $P_I$",
-        "P_D": "batch-dependent forward passes $P_D$",
-        "seconds": "seconds",
-    }
     top = 0.0
     for i, (name, records) in enumerate(histories):
         smooth = smoothed([r["train_bpc"] for r in records])
         top = max(top, smooth[min(len(smooth) - 1, len(smooth) // 50 + 1)])
-        for axis, key in zip(axes, labels, strict=True):
+        for axis, key in zip(axes, AXES, strict=True):
             xs = [r[key] for r in records]
             style = STYLES[i % len(STYLES)]
             axis.plot(xs, smooth, style, color=f"C{i}", label=Path(name).name, linewidth=1.2)
@@ -141,7 +138,7 @@ def draw(histories: list[tuple[str, list[dict[str, Any]]]]) -> Any:
             ]
             if seen:
                 axis.plot(*zip(*seen, strict=True), MARKERS[i % len(MARKERS)], color=f"C{i}", markersize=3)
-    for axis, (key, label) in zip(axes, labels.items(), strict=True):
+    for axis, (key, label) in zip(axes, AXES.items(), strict=True):
         axis.set_xlabel(label)
         axis.set_xscale("log" if key != "seconds" else "linear")
         axis.grid(alpha=0.3)

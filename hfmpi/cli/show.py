@@ -4,18 +4,41 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
+
 from hfmpi.errors import UserError
 
-__all__ = ["HATCHES", "MARKERS", "STYLES", "aligned", "bar", "need_matplotlib", "save", "sparkline"]
+__all__ = [
+    "HATCHES",
+    "MARKERS",
+    "STYLES",
+    "aligned",
+    "bar",
+    "need_matplotlib",
+    "runs_and_figure",
+    "save",
+    "sparkline",
+]
 
 STYLES = ("-", "--", "-.", ":")
 MARKERS = "os^Dv*"
 HATCHES = ("", "///", "\\\\\\", "...", "xxx", "|||", "---", "+++", "ooo", "***")
 BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def runs_and_figure(help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command its argument RUN... and its option --out."""
+    path = click.Path(path_type=Path)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        command = click.option("--out", type=path, metavar="FIG.png", help=help)(command)
+        return click.argument("runs", nargs=-1, required=True, type=path, metavar="RUN...")(command)
+
+    return decorate
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import click
 
-from hfmpi.cli.show import need_matplotlib, save
+from hfmpi.cli.show import need_matplotlib, runs_and_figure, save
 from hfmpi.errors import UserError
 
 __all__ = ["speedup"]
@@ -48,13 +48,7 @@ BANDWIDTH = Quantity(
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="FIG.png",
-    help="Draw too: PNG, SVG or PDF, by its ending.",
-)
+@runs_and_figure("Draw too: PNG, SVG or PDF, by its ending.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--model", is_flag=True, help="Predict the time of a step on 1 to 16,384 ranks.")
 @click.option(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from hfmpi.cli.show import HATCHES
-from hfmpi.measure.speedup import PASSES
+from hfmpi.measure.speedup import PASSES, mean_spans
 
 __all__ = ["draw"]
 
@@ -87,7 +87,7 @@ def _seconds(axis: Any, runs: list[dict[str, Any]]) -> None:
     bars = [
         (f"{run['ranks']}: rank {i}" if single else f"{run['ranks']}", spans)
         for run in runs
-        for i, spans in enumerate(run["spans"] if single else [_mean(run["spans"])])
+        for i, spans in enumerate(run["spans"] if single else [mean_spans(run["spans"])])
     ]
     drawn = [*PASSES, "allreduce", "waiting"]
     rest = [sum(v for k, v in spans.items() if k not in drawn) for _, spans in bars]
@@ -114,8 +114,3 @@ def _seconds(axis: Any, runs: list[dict[str, Any]]) -> None:
     axis.set_ylabel("seconds per step")
     handles, labels = axis.get_legend_handles_labels()
     axis.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")
-
-
-def _mean(spans: list[dict[str, float]]) -> dict[str, float]:
-    names = dict.fromkeys(name for each in spans for name in each)
-    return {name: float(np.mean([each.get(name, 0.0) for each in spans])) for name in names}

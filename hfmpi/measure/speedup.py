@@ -15,6 +15,7 @@ second of a rank belongs to one span, so the gap is the sum of its parts' gaps.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ import numpy as np
 from hfmpi.measure import cost
 from hfmpi.measure.cost import Counts
 
-__all__ = ["PASSES", "Measured", "compare"]
+__all__ = ["PASSES", "Measured", "compare", "mean_spans"]
 
 PASSES = "forward", "gradient", "linearise", "products", "line search", "input"
 """Spans of the work that ranks share."""
@@ -69,8 +70,7 @@ class Measured:
     @property
     def mean_spans(self) -> dict[str, float]:
         """Seconds per step by name, the mean over ranks."""
-        names = dict.fromkeys(name for spans in self.spans for name in spans)
-        return {name: float(np.mean([spans.get(name, 0.0) for spans in self.spans])) for name in names}
+        return mean_spans(self.spans)
 
     @property
     def parts(self) -> dict[str, float]:
@@ -91,6 +91,12 @@ class Measured:
     def work(self) -> float:
         """W_P, executed forward passes of a step."""
         return cost.full(self.counts, *self.batches)[0] / self.counts.steps
+
+
+def mean_spans(all_spans: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Give the mean of seconds by name; a name that is missing somewhere counts as 0 there."""
+    names = dict.fromkeys(name for spans in all_spans for name in spans)
+    return {name: float(np.mean([spans.get(name, 0.0) for spans in all_spans])) for name in names}
 
 
 def causes(

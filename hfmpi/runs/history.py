@@ -14,7 +14,7 @@ import numpy as np
 from hfmpi.errors import UserError
 from hfmpi.files import open_regular, replace
 
-__all__ = ["History"]
+__all__ = ["History", "is_number"]
 
 NAME = "history.jsonl"
 DAMAGED = "history.damaged.jsonl"
@@ -131,7 +131,7 @@ class History:
         for number, _, record in _lines(path):
             if record is None:
                 raise UserError(f"{path} is damaged in line {number}: it is no step of a history")
-            bad = [key for key in numbers if not _is_number(record.get(key, ""))]
+            bad = [key for key in numbers if not is_number(record.get(key, ""))]
             if bad:
                 raise UserError(f"{path} is damaged in line {number}: its {bad[0]} is no number")
             records.append(record)
@@ -165,7 +165,8 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"JSON has no {constant}")
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is a number that can be drawn, or None."""
     # Large ones are refused because sums over a plot's lines may not overflow.
     return value is None or (type(value) in (int, float) and abs(value) < 1e100)
 

@@ -14,7 +14,8 @@ import numpy as np
 from hfmpi.errors import UserError
 from hfmpi.files import open_regular
 from hfmpi.measure.cost import Counts
-from hfmpi.measure.speedup import Measured
+from hfmpi.measure.speedup import Measured, mean_spans
+from hfmpi.objective import message_sizes
 from hfmpi.runs import checkpoint
 from hfmpi.runs.config import CHANGEABLE, Config, merge
 from hfmpi.runs.history import History
@@ -58,13 +59,13 @@ class Measurement:
 
     @property
     def messages(self) -> dict[str, float]:
-        """Bytes that the ranks sum after a pass, as `hfmpi.objective` packs them."""
+        """Bytes that the ranks sum after a pass."""
         squares = getattr(self.config.preset().optimizer, "preconditioner", "none") == "diagonal"
-        gradient = self.numbers * (1 + squares) + 5
+        sizes = message_sizes(self.numbers, squares)
         return {
-            "gradient": self.itemsize * gradient,
-            "product": self.itemsize * (self.numbers + 1),
-            "loss": 16,
+            "gradient": self.itemsize * sizes["gradient"],
+            "product": self.itemsize * sizes["product"],
+            "loss": 8 * sizes["loss"],  # float64 whatever the vectors
             "linearisation": 0,
         }
 
@@ -112,16 +113,11 @@ def _check_same(one: Measurement, other: Measurement) -> None:
 def _merged(repeats: list[Measured]) -> Measured:
     """Give the mean of repeats."""
     one = repeats[0]
-
-    def mean(dicts: list[dict[str, float]]) -> dict[str, float]:
-        names = dict.fromkeys(name for each in dicts for name in each)
-        return {name: sum(each.get(name, 0.0) for each in dicts) / len(dicts) for name in names}
-
     return Measured(
         one.ranks,
         np.concatenate([each.seconds for each in repeats]),
-        tuple(mean([each.spans[rank] for each in repeats]) for rank in range(one.ranks)),
-        tuple(mean([each.outside[rank] for each in repeats]) for rank in range(one.ranks)),
+        tuple(mean_spans([each.spans[rank] for each in repeats]) for rank in range(one.ranks)),
+        tuple(mean_spans([each.outside[rank] for each in repeats]) for rank in range(one.ranks)),
         sum((each.counts for each in repeats), Counts()),
         *one.batches,
     )

@@ -170,7 +170,7 @@ class Run:
         self.places = comm.gather(own) or []
         self._on_first_rank(self._open_files)
         if comm.rank == 0:
-            reporter.start(self.facts())
+            reporter.start(facts(self))
         self.reporter = reporter
         self._tell()
         self.timing.start()
@@ -370,7 +370,3 @@ class Run:
     def _on_first_rank(self, write: Any) -> None:
         """Run a function on rank 0 alone; if a file cannot be written, all ranks raise the UserError."""
         together(self.communicator, lambda: write() if self.communicator.rank == 0 else None)
-
-    def facts(self) -> dict[str, Any]:
-        """Give what the first lines of a log should say."""
-        return facts(self)
