@@ -52,12 +52,10 @@ def write_history(folder, lines):
 
 
 def test_the_choice_is_by_the_tuning_time_alone_and_at_equal_cost(study, tmp_path):
-    size = study.SIZES["small"]
-    first, second, third = study.candidates("lstm", "sgd")
-    seconds = 100.0  # 20 s a candidate
+    first, second, third = study.candidates("lstm", "sgd")[study.FIRST]
 
     def choice():
-        return study.best(tmp_path, size, seconds, "lstm", "sgd")
+        return study.best(tmp_path, 100.0, "lstm", "sgd")  # 20 s a candidate
 
     # Of the costs up to 100, which both came to, those from 80 on count.
     write_history(
@@ -69,6 +67,21 @@ def test_the_choice_is_by_the_tuning_time_alone_and_at_equal_cost(study, tmp_pat
     assert choice() == second  # the third one has not begun
     write_history(tmp_path / third.name, [line(1, 2.6, 30, 0, 100)])  # its first step took longer
     assert choice() == third
+
+
+@pytest.mark.parametrize("method", ["bgd", "bhf"])
+@pytest.mark.parametrize("optimum", range(7))
+def test_tuning_goes_on_to_a_best_candidate_inside(study, tmp_path, method, optimum):
+    known = study.candidates("lstm", method)
+    tried = []
+    while following := study.untried(tmp_path, 100.0, "lstm", method):
+        for c in following:
+            tried.append(known.index(c))
+            write_history(tmp_path / c.name, [line(1, 2.0 + abs(known.index(c) - optimum), 5, 0, 100)])
+    assert tried[:3] == [2, 3, 4]
+    assert known.index(study.best(tmp_path, 100.0, "lstm", method)) == optimum
+    edges = {i for i in (optimum - 1, optimum, optimum + 1) if 0 <= i < len(known)}
+    assert set(tried) == {2, 3, 4} | edges | set(range(optimum, 2)) | set(range(5, optimum + 1))
 
 
 def falling(step_p_i, step_p_d, per_step, floor=1.5, steps=40):
@@ -141,12 +154,11 @@ def test_data_of_another_size_and_a_study_without_runs_are_refused(
 
 
 def test_the_table_says_where_the_chosen_runs_ended(study, table, tmp_path, capsys):
-    size = study.SIZES["small"]
     for model, method in study.runs():
-        worse, better, _ = study.candidates(model, method)
+        worse, better, _ = study.candidates(model, method)[study.FIRST]
         write_history(tmp_path / worse.name, falling(30, 96, 0.1))
         write_history(tmp_path / better.name, falling(30, 96, 0.2, steps=16))
-    table.write(tmp_path, size, 100.0)
+    table.write(tmp_path, 100.0)
     lines = capsys.readouterr().out.splitlines()
     # The last training loss, of step 16, is that after 15 steps; half a step is nothing here.
     assert lines[2] == "| lstm sgd | rate=2 | 15 | 16 | 480 | 1,536 | 1,536 | 3.000 | 3.100 |"

@@ -21,14 +21,23 @@ SEQUENCES = 14_000
 BATCHES = {m: (preset(m).gradient_batch, preset(m).curvature_batch) for m in METHODS}
 """Sequences in the batch of the gradient and of the curvature: the presets' are the paper's."""
 
-RATES = (1.0, 2.0, 4.0)
+RATES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 """Candidate step lengths of gradient descent; 2 is the preset's."""
 
-DAMPINGS = (0.01, 0.1, 1.0)
+DAMPINGS = (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)
 """Candidate values of the first lambda of Hessian-free, in nats per character; shf has 0.1."""
+
+FIRST = slice(2, 5)
+"""The candidates tried at first; while the best one is at the edge of those tried, the next one is too."""
 
 TUNING = 0.2
 """Share of a run's time that every candidate gets; the best one then goes on to the end."""
+
+FORGET_BIAS = 0.0
+"""Of all runs; with the 3 of Krause's code Hessian-free is slow on the LSTM (docs/results/figure1.md)."""
+
+TIMES = {"sgd": 1, "bgd": 1, "shf": 1, "bhf": 4}
+"""Time of a method's runs in units of the size's seconds: a step of BHF takes that of hundreds of SGD."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ class Size:
     length : int
         Characters of a sequence.
     seconds : float
-        Training time of each of the eight runs, on the ranks that it is started with.
+        Unit of the training time of a run, see `Candidate.seconds`.
     """
 
     batches: int
@@ -67,9 +76,9 @@ class Size:
 
 
 SIZES = {
-    "small": Size(batches=8, parameters=16, length=100, seconds=120),
-    "medium": Size(batches=4, parameters=4, length=200, seconds=600),
-    "paper": Size(batches=1, parameters=1, length=200, seconds=43_200),
+    "small": Size(batches=8, parameters=16, length=100, seconds=80),
+    "medium": Size(batches=4, parameters=4, length=200, seconds=480),
+    "paper": Size(batches=1, parameters=1, length=200, seconds=10_800),
 }
 
 
@@ -85,6 +94,10 @@ class Candidate:
     def name(self) -> str:
         """Name of its folder."""
         return "-".join((self.model, self.method, self.setting))
+
+    def seconds(self, unit: float) -> float:
+        """Give its training time, on the ranks that it is started with."""
+        return TIMES[self.method] * unit
 
     def epoch(self, size: Size) -> int:
         """Give the steps of an epoch."""
@@ -107,9 +120,20 @@ class Candidate:
 
 
 def candidates(model: str, method: str) -> list[Candidate]:
-    """Give the three candidates of a run: lengths of a step, or for Hessian-free the first lambda."""
+    """Give all candidates of a run in order: lengths of a step, or for Hessian-free the first lambda."""
     name, values = ("rate", RATES) if method in ("sgd", "bgd") else ("damping", DAMPINGS)
     return [Candidate(model, method, f"{name}={value:g}") for value in values]
+
+
+def untried(out: Path, unit: float, model: str, method: str) -> list[Candidate]:
+    """Give the candidates to try next: the first three, then one beyond a best one at the edge, else none."""
+    known = candidates(model, method)
+    missing = [c for c in known[FIRST] if not tuned(out, unit, c)]
+    if missing:
+        return missing
+    tried = [bool(tuned(out, unit, c)) for c in known]
+    chosen = known.index(best(out, unit, model, method))
+    return [known[i] for i in (chosen - 1, chosen + 1) if 0 <= i < len(known) and not tried[i]]
 
 
 def runs() -> list[tuple[str, str]]:
@@ -124,23 +148,24 @@ def history(folder: Path) -> list[dict[str, Any]]:
     return [r for r in History.read(folder) if r["train_bpc"] is not None]
 
 
-def best(out: Path, size: Size, seconds: float, model: str, method: str) -> Candidate:
-    """Choose the candidate whose training loss was lowest in the tuning time, at the same cost for all three.
+def tuned(out: Path, unit: float, c: Candidate) -> list[dict[str, Any]]:
+    """Give the steps of a candidate within the time for tuning, or the first one; none if not tried."""
+    records = history(out / c.name)
+    return [r for r in records if r["seconds"] <= TUNING * c.seconds(unit) * 1.01] or records[:1]
+
+
+def best(out: Path, unit: float, model: str, method: str) -> Candidate:
+    """Choose the candidate whose training loss was lowest in the tuning time, at the same cost for all.
 
     The cost is the P_D of everything executed, up to the least that a candidate came to in the tuning time,
     so that a noisy machine does not choose; the loss is the mean over the last fifth of it. What came later
     does not count, so that a resumed study chooses alike.
     """
-    tuned = {}
-    for c in candidates(model, method):
-        records = history(out / c.name)
-        within = [r for r in records if r["seconds"] <= TUNING * seconds * 1.01] or records[:1]
-        if within:
-            tuned[c] = within
-    if not tuned:
+    tried = {c: records for c in candidates(model, method) if (records := tuned(out, unit, c))}
+    if not tried:
         raise UserError(f"{out} has no steps of {model} {method}")
-    least = min(records[-1]["P_D_full"] for records in tuned.values())
-    return min(tuned, key=lambda c: score(tuned[c], least))
+    least = min(records[-1]["P_D_full"] for records in tried.values())
+    return min(tried, key=lambda c: score(tried[c], least))
 
 
 def score(records: list[dict[str, Any]], cost: float) -> float:
@@ -150,6 +175,6 @@ def score(records: list[dict[str, Any]], cost: float) -> float:
     return sum(late) / len(late)
 
 
-def chosen_histories(out: Path, size: Size, seconds: float) -> dict[tuple[str, str], list[dict[str, Any]]]:
+def chosen_histories(out: Path, unit: float) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """Give the steps of the chosen candidate of each of the eight runs."""
-    return {run: history(out / best(out, size, seconds, *run).name) for run in runs()}
+    return {run: history(out / best(out, unit, *run).name) for run in runs()}

@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 
 from figure import Histories, curve
-from study import METHODS, MODELS, SIZES, Size, best, chosen_histories
+from study import METHODS, MODELS, SIZES, best, chosen_histories
 
 from hfmpi.parallel import guard
 
@@ -104,26 +104,26 @@ def claims(histories: Histories) -> list[Row]:
     return rows
 
 
-def ends(out: Path, size: Size, seconds: float) -> list[tuple[str, ...]]:
+def ends(out: Path, unit: float) -> list[tuple[str, ...]]:
     """Give a row for each run: its chosen setting, how far it came, and the losses there."""
     rows = []
-    for (model, method), records in chosen_histories(out, size, seconds).items():
+    for (model, method), records in chosen_histories(out, unit).items():
         last = records[-1]
         valid = [r["valid_bpc"] for r in records if r["valid_bpc"] is not None]
         costs = [f"{last[key]:,}" for key in ("step", "P_I", "P_D", "P_D_full")]
         loss = curve(records, "train_bpc", "P_I")[1][-1]
-        setting = best(out, size, seconds, model, method).setting
+        setting = best(out, unit, model, method).setting
         end = f"{valid[-1]:.3f}" if valid else "–"
         rows.append((f"{model} {method}", setting, f"{last['seconds']:.0f}", *costs, f"{loss:.3f}", end))
     return rows
 
 
-def write(out: Path, size: Size, seconds: float) -> None:
+def write(out: Path, unit: float) -> None:
     """Print both tables in Markdown: where the runs ended, and the claims."""
     heads = ("run", "chosen", "seconds", "steps", "P_I", "P_D", "P_D full", "training", "validation")
-    show(heads, ends(out, size, seconds))
+    show(heads, ends(out, unit))
     print()
-    show(("claim", "paper", "here", "verdict"), claims(chosen_histories(out, size, seconds)))
+    show(("claim", "paper", "here", "verdict"), claims(chosen_histories(out, unit)))
 
 
 def show(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
@@ -136,10 +136,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--seconds", type=float, help="training time of a run [that of the size]")
+    parser.add_argument("--seconds", type=float, help="unit of the training times [that of the size]")
     given = parser.parse_args()
-    size = SIZES[given.size]
-    write(given.out, size, given.seconds or size.seconds)
+    write(given.out, given.seconds or SIZES[given.size].seconds)
 
 
 if __name__ == "__main__":
