@@ -8,8 +8,10 @@ also done by rank 0 alone, with one BLAS thread and with as many as there are ra
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from hfmpi.data.batches import Sequences, check_batch
 from hfmpi.measure.timer import Timer, split_waiting
 from hfmpi.models.cells import Cell
 from hfmpi.models.network import Network
-from hfmpi.objective import MeanRisk, Risk, step_objectives
+from hfmpi.objective import MeanRisk, Risk, message_sizes, step_objectives
 from hfmpi.optim.presets import Preset
 from hfmpi.parallel.communicator import Communicator
 from hfmpi.parallel.transport import choose
@@ -182,16 +184,13 @@ def allreduce(bench: Bench, cell: Cell) -> list[Row]:
     rows, comm = [], bench.comm
     backend = bench.make_backend()
     transport = choose(bench.transport, comm, backend)
-    for name, numbers in (
-        ("loss", 1),
-        ("product", cell.layout.size),
-        ("gradient with squares", 2 * cell.layout.size + 4),
-    ):
-        loss = name == "loss"  # it is on the host, whatever the device
-        vector = np.zeros(1) if loss else backend.xp.zeros(numbers, backend.dtype)
+    sizes = message_sizes(cell.layout.size, squares=True)
+    for kind, name in (("loss", "loss"), ("product", "product"), ("gradient", "gradient with squares")):
+        loss = kind == "loss"  # it is on the host, whatever the device
+        vector = np.zeros(sizes[kind]) if loss else backend.xp.zeros(sizes[kind], backend.dtype)
         copy = vector.copy()
-        many = max(1, 100_000 // numbers)  # as many as can be timed
         add = comm.sum if loss else transport.sum
+        many = _repeats(comm, partial(add, vector))
 
         def sums(vector: Any = vector, many: int = many, add: Callable[[Any], None] = add) -> None:
             for _ in range(many):
@@ -209,6 +208,18 @@ def allreduce(bench: Bench, cell: Cell) -> list[Row]:
         )
         rows += _timed([head], seconds / many)
     return rows
+
+
+def _repeats(comm: Communicator, work: Callable[[], object], seconds: float = 0.05) -> int:
+    """Give how often to repeat a collective so that it takes about so long on the slowest rank."""
+    many = 1
+    while True:
+        start = time.perf_counter()
+        for _ in range(many):
+            work()
+        if comm.any(time.perf_counter() - start >= seconds):
+            return many
+        many *= 2
 
 
 def step(bench: Bench, cell: Cell, preset: Preset) -> list[Row]:
