@@ -293,11 +293,15 @@ def test_settings_out_of_range():
 def test_presets_have_the_batches_of_the_paper():
     sizes = {name: (preset(name).gradient_batch, preset(name).curvature_batch) for name in PRESETS}
     assert sizes == {
-        "sgd": (32, 0), "bgd": (3500, 0), "shf": (320, 32), "bhf": (14000, 3500), "adam": (32, 0)
+        "sgd": (32, 0), "bgd": (3500, 0), "shf": (320, 32), "bhf": (14000, 3500),
+        "bhf-short": (14000, 3500), "adam": (32, 0),
     }  # fmt: skip
     assert preset("sgd").optimizer.rate == preset("bgd").optimizer.rate == 2
     bhf = preset("bhf").optimizer
     assert (bhf.damping, bhf.damping_factor, bhf.cg_max_steps) == (45, 2 / 3, 250)
+    assert preset("bhf-short") == replace(
+        preset("bhf"), optimizer=replace(bhf, damping=0.01, cg_max_steps=10, cg_refresh=0)
+    )
     assert preset("shf", damping=2).optimizer.damping == 2.0
     for arguments, changes in (
         (("lbfgs",), {}), (("shf",), {"rate": 1.0}), (("shf",), {"damping": "high"}),

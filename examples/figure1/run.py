@@ -51,6 +51,11 @@ def prepare(data: Path, size: Size) -> None:
         raise UserError(f"{data} has {found:,} training characters; this size wants {' '.join(chars)}")
 
 
+def write_config(out: Path) -> None:
+    """Write what all runs of a study have in common and is no option of `hfmpi train`."""
+    (out / CONFIG).write_text(f"forget_bias = {FORGET_BIAS}\n")
+
+
 def train(c: Candidate, size: Size, data: Path, out: Path, seconds: float, launch: str) -> None:
     """Train a candidate until it has had `seconds`, unless it has had them."""
     folder, log = out / c.name, out / f"{c.name}.log"
@@ -84,7 +89,7 @@ def main() -> None:
     seconds = given.seconds or size.seconds
     given.out.mkdir(parents=True, exist_ok=True)
     prepare(given.data, size)
-    (given.out / CONFIG).write_text(f"forget_bias = {FORGET_BIAS}\n")
+    write_config(given.out)
     times = ", ".join(f"{method.upper()} {n * seconds:g} s" for method, n in TIMES.items())
     print(f"{size.sequences:,} of {SEQUENCES:,} sequences; {times}, {TUNING:g} of it a candidate", flush=True)
 

@@ -117,7 +117,7 @@ def allreduce(**options: Any) -> None:
 
 
 @bench.command()
-@click.option("--optimizer", default="shf", show_default=True, help="sgd, bgd, shf, bhf or adam.")
+@click.option("--optimizer", default="shf", show_default=True, help="sgd, bgd, shf, bhf, bhf-short or adam.")
 @click.option("--gradient-batch", type=POSITIVE, help="Sequences [default: the preset's].")
 @click.option("--curvature-batch", type=POSITIVE, help="Sequences [default: the preset's].")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting of the optimizer.")

@@ -1,0 +1,97 @@
+"""At how many ranks does BHF overtake SGD by the clock? From a study's runs and the model of docs/speedup.md.
+
+python examples/figure1/clock.py [--size small|medium|paper] [--bench FILE]... [--latency S --bandwidth B] OUT
+
+Every pass that a run executed until it first reached a level of the training loss, the lowest that all four
+methods reach, is given the seconds that it would take on P ranks. --bench takes files of `hfmpi bench
+products` and `gradients --json` of the same networks on the same machine; without them a pass over few
+sequences is promised to be quicker than it is. Without a network the ranks' sums take no time. --pass-floor
+divides the time below which a pass does not fall, however few its sequences are.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from figure import curve
+from study import METHODS, MODELS, SIZES, best, chosen_histories
+from table import common, show
+
+from hfmpi.measure.prediction import KINDS, fit
+from hfmpi.measure.scaling import Curve, Job, Link
+from hfmpi.parallel import guard
+from hfmpi.runs.benchmarked import read_bench
+from hfmpi.runs.measured import measurements
+
+RANKS = 2 ** np.arange(15)
+
+
+def model(folder: Path, bench: list[Path], link: Link, floor: float) -> tuple[list[str], Job]:
+    """Give the counts of its passes by name, and the model, of a run's steps."""
+    run, measured = measurements([folder])
+    shapes = read_bench(bench, run)[0] if bench else {}
+    shapes = {kind: lowered(shape, floor) for kind, shape in shapes.items()}
+    counts = [count for _, count, _ in KINDS.values() if getattr(measured[0].counts, count)]
+    return counts, fit(measured, run.messages, link, shapes)
+
+
+def lowered(shape: Curve, floor: float) -> Curve:
+    """Divide the floor of a curve, where the line through its first and last point meets b = 0."""
+    (b, *_, c), (s, *_, t) = shape.batches, shape.seconds
+    off = max(s - b * (t - s) / (c - b), 0.0) * (1 - 1 / floor)
+    return Curve(shape.batches, tuple(value - off for value in shape.seconds))
+
+
+def seconds(counts: list[str], job: Job, done: list[dict[str, Any]]) -> np.ndarray:
+    """Give the seconds (P,) in which each number of ranks would take steps."""
+    total = np.full(len(RANKS), len(done) * job.redundant)
+    for name, each in zip(counts, job.passes, strict=True):
+        one = each.curve(np.ceil(each.batch / RANKS))
+        if job.link and each.message:
+            one += job.link.allreduce(RANKS, each.message)
+        total += sum(record[name] for record in done) * one
+    return total
+
+
+def clock(value: float) -> str:
+    """Give three digits of seconds."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--seconds", type=float, help="unit of the training times [that of the size]")
+    parser.add_argument("--bench", type=Path, action="append", default=[], metavar="FILE")
+    parser.add_argument("--latency", type=float, default=0.0, help="seconds of a message [0]")
+    parser.add_argument("--bandwidth", type=float, default=np.inf, help="bytes a second [no limit]")
+    parser.add_argument("--pass-floor", type=float, default=1.0, help="divisor [1]")
+    given = parser.parse_args()
+    unit = given.seconds or SIZES[given.size].seconds
+    histories = chosen_histories(given.out, unit)
+    for cell in MODELS:
+        level = common(histories, cell, METHODS)
+        times = []
+        for method in METHODS:
+            records = histories[cell, method]
+            folder = given.out / best(given.out, unit, cell, method).name
+            costs, losses = curve(records, "train_bpc", "step")
+            steps = next(x for x, y in zip(costs, losses, strict=True) if y <= level)
+            link = Link(given.latency, given.bandwidth)
+            times.append(seconds(*model(folder, given.bench, link, given.pass_floor), records[:steps]))
+        print(f"\n{cell}: seconds to {level:.1f} bits/char\n")
+        order = [METHODS[i].upper() for i in range(len(METHODS))]
+        rows = [
+            (f"{p:,}", *map(clock, row), order[int(np.argmin(row))])
+            for p, row in zip(RANKS.tolist(), np.transpose(times), strict=True)
+        ]
+        show(("ranks", *order, "first"), rows)
+
+
+if __name__ == "__main__":
+    with guard():
+        main()
