@@ -124,6 +124,39 @@ def test_verdicts_of_runs_whose_costs_are_known(table):
     assert rows["mlstm: P_I of SGD over BHF"] == rows["mlstm: P_I of SGD over BGD"] == "differs"
 
 
+def test_cost_to_a_level_and_its_ratios_over_seeds(study, tmp_path, monkeypatch):
+    import better
+
+    monkeypatch.setattr(better, "LEVELS", {"train_bpc": 3.0, "valid_bpc": 3.0})
+    for name, variant in better.VARIANTS.items():
+        per_step = 0.5 if name == "BHF" else 1.0
+        for model in variant.models:
+            for seed in better.SEEDS:
+                records = falling(10 + seed, 100, per_step)
+                short = name == "at most 6" and seed == 2
+                write_history(better.folder(tmp_path, model, name, seed), records[: 2 if short else None])
+    monkeypatch.setattr(better, "history", lambda at: with_full(study.history(at)))
+    # From 6 by halves: 3 is the loss before the seventh step; in validation, 0.1 above, the eighth is below.
+    assert better.row(tmp_path, "lstm", "BHF", "train_bpc") == [
+        "lstm", "BHF", *["66", "1.00 (1.00 to 1.00)"] * 2, "600", "1.00 (1.00 to 1.00)"
+    ]  # fmt: skip
+    assert better.row(tmp_path, "mlstm", "at most 10", "valid_bpc")[2:4] == ["55", "1.60 (1.60 to 1.60)"]
+    assert better.row(tmp_path, "mlstm", "at most 6", "train_bpc")[2:4] == ["2 of 3 seeds", "–"]
+
+
+def with_full(records):
+    return [record | {"P_I_full": record["P_I"]} for record in records]
+
+
+def test_a_curve_with_less_of_a_floor_keeps_its_slope(study):
+    import clock
+
+    from hfmpi.measure.scaling import Curve
+
+    shape = clock.lowered(Curve((1.0, 2.0, 4.0), (10.0, 11.0, 13.0)), 3.0)  # 9 + b
+    assert shape.seconds == pytest.approx((4.0, 5.0, 7.0))
+
+
 def test_both_figures_are_drawn(study, tmp_path):
     import figure
 

@@ -1,0 +1,49 @@
+"""Print measured steps over wires of several delays beside the model's predictions; run.sh calls it.
+
+The model knows one rank's run and its benchmarks. It is given the link once as `hfmpi bench allreduce`
+measured it, and once as it should be: that of no delay, with the delay added to its latency.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from typing import Any
+
+DELAYS = ("0", "0.002", "0.02")
+
+
+def model(delay: str, *link: str) -> dict[str, Any]:
+    """Give what `hfmpi speedup --model` says of a run."""
+    words = ["hfmpi", "speedup", "alone", f"wire-{delay}", "--model", "--json"]
+    words += ["--bench", "products.json", "--bench", "gradients.json", *link]
+    found: dict[str, Any] = json.loads(subprocess.run(words, capture_output=True, check=True).stdout)["model"]
+    return found
+
+
+def main() -> None:
+    heads = (
+        "delay",
+        "latency, bandwidth",
+        "s/step measured",
+        "predicted, link measured",
+        "predicted, link told",
+    )
+    for row in (heads, ("---",) * len(heads)):
+        print("| " + " | ".join(row) + " |")
+    wireless = model("0", "--bench", "link-0.json")
+    for delay in DELAYS:
+        measured = model(delay, "--bench", f"link-{delay}.json")
+        latency = wireless["latency"] + float(delay)
+        told = model(delay, "--latency", f"{latency}s", "--bandwidth", f"{wireless['bandwidth']}B/s")
+        cells = [f"{1e3 * float(delay):g} ms"]
+        cells.append(f"{1e3 * measured['latency']:.3g} ms, {measured['bandwidth'] / 1e6:.0f} MB/s")
+        cells.append(f"{measured['check'][0]['measured_seconds']:.2f}")
+        for found in (measured, told):
+            check = found["check"][0]
+            cells.append(f"{check['predicted_seconds']:.2f} ({check['error']:+.1%})")
+        print("| " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
