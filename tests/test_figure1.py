@@ -140,7 +140,10 @@ def test_cost_to_a_level_and_its_ratios_over_seeds(study, tmp_path, monkeypatch)
     assert better.row(tmp_path, "lstm", "BHF", "train_bpc") == [
         "lstm", "BHF", *["66", "1.00 (1.00 to 1.00)"] * 2, "600", "1.00 (1.00 to 1.00)"
     ]  # fmt: skip
-    assert better.row(tmp_path, "mlstm", "at most 10", "valid_bpc")[2:4] == ["55", "1.60 (1.60 to 1.60)"]
+    assert better.row(tmp_path, "mlstm", "at most 10 iterations", "valid_bpc")[2:4] == [
+        "55",
+        "1.60 (1.60 to 1.60)",
+    ]
     assert better.row(tmp_path, "mlstm", "at most 6", "train_bpc")[2:4] == ["2 of 3 seeds", "–"]
 
 
