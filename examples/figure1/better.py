@@ -40,7 +40,6 @@ class Variant(NamedTuple):
 VARIANTS = {
     "BHF": Variant((), 26, MODELS),
     "at most 10 iterations": Variant(("--set", "cg_max_steps=10"), 28, MODELS),
-    "at most 20": Variant(("--set", "cg_max_steps=20"), 28),
     "at most 6": Variant(("--set", "cg_max_steps=6"), 32),
     "at most 10, a quarter of the curvature batch": Variant(
         ("--set", "cg_max_steps=10", "--curvature-batch", "109"), 28

@@ -47,7 +47,7 @@ def draw(histories: Histories, key: str, label: str) -> Any:
             for i, method in enumerate(METHODS):
                 xs, ys = curve(histories[model, method], key, axis)
                 panel.plot(xs, ys, STYLES[i], color=f"C{i}", label=method.upper(), linewidth=1.3)
-            panel.set_xscale("log" if axis != "seconds" else "linear")
+            panel.set_xscale("log")
             panel.set_title("LSTM" if model == "lstm" else "mLSTM", fontsize="medium")
             panel.grid(alpha=0.3)
             if model == MODELS[-1]:
