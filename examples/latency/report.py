@@ -35,7 +35,13 @@ def main() -> None:
     for delay in DELAYS:
         measured = model(delay, "--bench", f"link-{delay}.json")
         latency = wireless["latency"] + float(delay)
-        told = model(delay, "--latency", f"{latency}s", "--bandwidth", f"{wireless['bandwidth']}B/s")
+        told = model(
+            delay,
+            "--latency",
+            f"{1e6 * latency:.3f}us",
+            "--bandwidth",
+            f"{wireless['bandwidth'] / 1e6:.3f}MB/s",
+        )
         cells = [f"{1e3 * float(delay):g} ms"]
         cells.append(f"{1e3 * measured['latency']:.3g} ms, {measured['bandwidth'] / 1e6:.0f} MB/s")
         cells.append(f"{measured['check'][0]['measured_seconds']:.2f}")

@@ -13,6 +13,7 @@ import argparse
 import fcntl
 import os
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -63,6 +64,11 @@ def main() -> int:
     given = parser.parse_args()
     if os.geteuid() or not os.path.exists("/dev/net/tun"):
         sys.exit("wire.py needs root and /dev/net/tun")
+    if any(os.path.exists(f"/run/netns/hfmpi{number}") for number in (0, 1)):
+        sys.exit(
+            "another wire is there: wait for it, or remove it with `ip netns del hfmpi0; ip netns del hfmpi1`"
+        )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # through `finally`
     done, wire = threading.Event(), None
     try:
         files = end(0), end(1)
