@@ -17,16 +17,18 @@ from typing import Any
 
 import numpy as np
 from figure import curve
-from study import METHODS, MODELS, SIZES, best, chosen_histories
+from study import METHODS, MODELS, SIZES, best, chosen_histories, history
 from table import common, show
 
+from hfmpi.errors import UserError
 from hfmpi.measure.prediction import KINDS, fit
 from hfmpi.measure.scaling import Curve, Job, Link
 from hfmpi.parallel import guard
 from hfmpi.runs.benchmarked import read_bench
 from hfmpi.runs.measured import measurements
 
-RANKS = 2 ** np.arange(15)
+RANKS = np.arange(1, 2**14 + 1)
+SHOWN = 2 ** np.arange(15) - 1
 
 
 def model(folder: Path, bench: list[Path], link: Link, floor: float) -> tuple[list[str], Job]:
@@ -69,27 +71,34 @@ def main() -> None:
     parser.add_argument("--bench", type=Path, action="append", default=[], metavar="FILE")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds of a message [0]")
     parser.add_argument("--bandwidth", type=float, default=np.inf, help="bytes a second [no limit]")
+    parser.add_argument("--also", type=Path, metavar="RUN", help="one more run on the same data")
     parser.add_argument("--pass-floor", type=float, default=1.0, help="divisor [1]")
     given = parser.parse_args()
     unit = given.seconds or SIZES[given.size].seconds
     histories = chosen_histories(given.out, unit)
+    link = Link(given.latency, given.bandwidth)
     for cell in MODELS:
         level = common(histories, cell, METHODS)
+        runs = {m.upper(): given.out / best(given.out, unit, cell, m).name for m in METHODS}
+        if given.also and measurements([given.also])[0].config.model == cell:
+            runs[given.also.name] = given.also
         times = []
-        for method in METHODS:
-            records = histories[cell, method]
-            folder = given.out / best(given.out, unit, cell, method).name
+        for folder in runs.values():
+            records = history(folder)
             costs, losses = curve(records, "train_bpc", "step")
-            steps = next(x for x, y in zip(costs, losses, strict=True) if y <= level)
-            link = Link(given.latency, given.bandwidth)
-            times.append(seconds(*model(folder, given.bench, link, given.pass_floor), records[:steps]))
+            steps = next((x for x, y in zip(costs, losses, strict=True) if y <= level), None)
+            if steps is None:
+                raise UserError(f"{folder} did not reach {level:.1f} bits/char")
+            times.append(seconds(*model(folder, given.bench, link, given.pass_floor), records[: int(steps)]))
         print(f"\n{cell}: seconds to {level:.1f} bits/char\n")
-        order = [METHODS[i].upper() for i in range(len(METHODS))]
-        rows = [
-            (f"{p:,}", *map(clock, row), order[int(np.argmin(row))])
-            for p, row in zip(RANKS.tolist(), np.transpose(times), strict=True)
-        ]
-        show(("ranks", *order, "first"), rows)
+        rows = [(f"{RANKS[i]:,}", *(clock(each[i]) for each in times)) for i in SHOWN]
+        show(("ranks", *runs), rows)
+        print()
+        for i, name in enumerate(list(runs)[METHODS.index("bhf") :], METHODS.index("bhf")):
+            for other in (0, 1):
+                ahead = RANKS[times[i] < times[other]]
+                words = f"from {ahead[0]:,} ranks on" if len(ahead) else "on no number of ranks"
+                print(f"{name} is ahead of {list(runs)[other]} {words}.")
 
 
 if __name__ == "__main__":
