@@ -194,7 +194,8 @@ def test_the_table_says_where_the_chosen_runs_ended(study, table, tmp_path, caps
         worse, better, _ = study.candidates(model, method)[study.FIRST]
         write_history(tmp_path / worse.name, falling(30, 96, 0.1))
         write_history(tmp_path / better.name, falling(30, 96, 0.2, steps=16))
-    table.write(tmp_path, 100.0)
+    picked = study.chosen(tmp_path, 100.0)
+    table.write(picked, study.histories(tmp_path, picked))
     lines = capsys.readouterr().out.splitlines()
     # The last training loss, of step 16, is that after 15 steps; half a step is nothing here.
     assert lines[2] == "| lstm sgd | rate=2 | 15 | 16 | 480 | 1,536 | 1,536 | 3.000 | 3.100 |"

@@ -9,18 +9,16 @@ done is not done twice. DATA.h5 is made from the King James Bible if it does not
 
 from __future__ import annotations
 
-import argparse
-import shlex
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from run import CONFIG, prepare, write_config
-from study import MODELS, SIZES, Candidate, history
+from figure import reached
+from run import CONFIG, call, prepare, write_config
+from study import MODELS, SIZES, Candidate, arguments, history
+from table import show
 
-from hfmpi.errors import UserError
 from hfmpi.parallel import guard
 
 SEEDS = (0, 1, 2)
@@ -62,44 +60,19 @@ def train(data: Path, out: Path, model: str, name: str, seed: int) -> None:
     if (at / "DONE").exists():
         return
     variant = VARIANTS[name]
-    words = [
-        "hfmpi",
-        "train",
-        str(data),
-        "--out",
-        str(at),
-        "--config",
-        str(out / CONFIG),
-        "--seed",
-        str(seed),
-    ]
-    words += [*Candidate(model, "bhf", DAMPING).options(SIZE), *variant.options]
+    words = ["hfmpi", "train", str(data), "--out", str(at), "--config", str(out / CONFIG)]
+    words += ["--seed", str(seed), *Candidate(model, "bhf", DAMPING).options(SIZE), *variant.options]
     words += ["--max-steps", str(variant.steps), "--checkpoint-every", "1000"]
-    with at.with_suffix(".log").open("a") as log:
-        code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT).returncode
-    if code:
-        raise UserError(f"{shlex.join(words)} ended with {code}, see {log.name}")
+    call(words, at.with_suffix(".log"))
     print(f"{at.name}: {history(at)[-1]['train_bpc']:.3f} bits/char", flush=True)
-
-
-def cost(records: list[dict[str, Any]], key: str, axis: str) -> int | None:
-    """Give the cost at which a loss is at most its level: that of the steps before for the training loss."""
-    before = 0
-    for record in records:
-        if record[key] is not None and record[key] <= LEVELS[key]:
-            return before if key == "train_bpc" else record[axis]
-        before = record[axis]
-    return None
 
 
 def row(out: Path, model: str, name: str, key: str) -> list[str]:
     """Give the medians over seeds of a variant's costs, and by how much BHF needs more, with the extremes."""
     cells = [model, name]
+    both = [[history(folder(out, model, which, seed)) for seed in SEEDS] for which in (name, "BHF")]
     for axis in ("P_I", "P_I_full", "P_D"):
-        found, bhf = (
-            [cost(history(folder(out, model, which, seed)), key, axis) for seed in SEEDS]
-            for which in (name, "BHF")
-        )
+        found, bhf = ([reached(records, key, axis, LEVELS[key]) for records in each] for each in both)
         known = [value for value in found if value is not None]
         if len(known) < len(SEEDS):
             cells += [f"{len(known)} of {len(SEEDS)} seeds", "–"]
@@ -111,9 +84,7 @@ def row(out: Path, model: str, name: str, key: str) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("data", type=Path, metavar="DATA.h5")
-    parser.add_argument("out", type=Path, metavar="OUT")
+    parser = arguments(__doc__, "DATA.h5", "OUT")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side [1]")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -128,11 +99,7 @@ def main() -> None:
         heads = ["cell", "CG"]
         for axis in ("P_I", "P_I full", "P_D"):
             heads += [axis, f"{axis} of BHF over it"]
-        for cells in (heads, ["---"] * len(heads)):
-            print("| " + " | ".join(cells) + " |")
-        for name, variant in VARIANTS.items():
-            for model in variant.models:
-                print("| " + " | ".join(row(given.out, model, name, key)) + " |")
+        show(heads, [row(given.out, m, name, key) for name, v in VARIANTS.items() for m in v.models])
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ divides the time below which a pass does not fall, however few its sequences are
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from figure import curve
-from study import METHODS, MODELS, SIZES, best, chosen_histories, history
+from figure import reached
+from study import METHODS, MODELS, SIZES, arguments, chosen, histories, history
 from table import common, show
 
 from hfmpi.errors import UserError
@@ -31,13 +31,18 @@ RANKS = np.arange(1, 2**14 + 1)
 SHOWN = 2 ** np.arange(15) - 1
 
 
-def model(folder: Path, bench: list[Path], link: Link, floor: float) -> tuple[list[str], Job]:
-    """Give the counts of its passes by name, and the model, of a run's steps."""
+def whole(folder: Path, done: list[dict[str, Any]], bench: list[Path], link: Link, floor: float) -> Job:
+    """Give the model of some steps of a run, all of them taken for one."""
     run, measured = measurements([folder])
     shapes = read_bench(bench, run)[0] if bench else {}
     shapes = {kind: lowered(shape, floor) for kind, shape in shapes.items()}
     counts = [count for _, count, _ in KINDS.values() if getattr(measured[0].counts, count)]
-    return counts, fit(measured, run.messages, link, shapes)
+    job = fit(measured, run.messages, link, shapes)
+    passes = [
+        replace(each, count=sum(record[name] for record in done))
+        for name, each in zip(counts, job.passes, strict=True)
+    ]
+    return replace(job, passes=tuple(passes), redundant=len(done) * job.redundant)
 
 
 def lowered(shape: Curve, floor: float) -> Curve:
@@ -47,49 +52,35 @@ def lowered(shape: Curve, floor: float) -> Curve:
     return Curve(shape.batches, tuple(value - off for value in shape.seconds))
 
 
-def seconds(counts: list[str], job: Job, done: list[dict[str, Any]]) -> np.ndarray:
-    """Give the seconds (P,) in which each number of ranks would take steps."""
-    total = np.full(len(RANKS), len(done) * job.redundant)
-    for name, each in zip(counts, job.passes, strict=True):
-        one = each.curve(np.ceil(each.batch / RANKS))
-        if job.link and each.message:
-            one += job.link.allreduce(RANKS, each.message)
-        total += sum(record[name] for record in done) * one
-    return total
-
-
 def clock(value: float) -> str:
     """Give three digits of seconds."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--seconds", type=float, help="unit of the training times [that of the size]")
+    parser = arguments(__doc__, "OUT", sized=True)
     parser.add_argument("--bench", type=Path, action="append", default=[], metavar="FILE")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds of a message [0]")
     parser.add_argument("--bandwidth", type=float, default=np.inf, help="bytes a second [no limit]")
     parser.add_argument("--also", type=Path, metavar="RUN", help="one more run on the same data")
     parser.add_argument("--pass-floor", type=float, default=1.0, help="divisor [1]")
     given = parser.parse_args()
-    unit = given.seconds or SIZES[given.size].seconds
-    histories = chosen_histories(given.out, unit)
+    picked = chosen(given.out, given.seconds or SIZES[given.size].seconds)
+    found = histories(given.out, picked)
+    also = given.also and measurements([given.also])[0].config.model
     link = Link(given.latency, given.bandwidth)
     for cell in MODELS:
-        level = common(histories, cell, METHODS)
-        runs = {m.upper(): given.out / best(given.out, unit, cell, m).name for m in METHODS}
-        if given.also and measurements([given.also])[0].config.model == cell:
-            runs[given.also.name] = given.also
+        level = common(found, cell, METHODS)
+        runs = {m.upper(): (given.out / picked[cell, m].name, found[cell, m]) for m in METHODS}
+        if also == cell:
+            runs[given.also.name] = given.also, history(given.also)
         times = []
-        for folder in runs.values():
-            records = history(folder)
-            costs, losses = curve(records, "train_bpc", "step")
-            steps = next((x for x, y in zip(costs, losses, strict=True) if y <= level), None)
+        for folder, records in runs.values():
+            steps = reached(records, "train_bpc", "step", level)
             if steps is None:
                 raise UserError(f"{folder} did not reach {level:.1f} bits/char")
-            times.append(seconds(*model(folder, given.bench, link, given.pass_floor), records[: int(steps)]))
+            job = whole(folder, records[: int(steps)], given.bench, link, given.pass_floor)
+            times.append(job.seconds(RANKS))
         print(f"\n{cell}: seconds to {level:.1f} bits/char\n")
         rows = [(f"{RANKS[i]:,}", *(clock(each[i]) for each in times)) for i in SHOWN]
         show(("ranks", *runs), rows)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from study import METHODS, MODELS
+from study import METHODS, MODELS, Histories
 
 from hfmpi.cli.plot import AXES, smoothed
 from hfmpi.cli.show import STYLES, need_matplotlib
-
-Histories = dict[tuple[str, str], list[dict[str, Any]]]
 
 
 def write(histories: Histories, out: Path) -> None:
@@ -33,6 +31,12 @@ def curve(records: list[dict[str, Any]], key: str, axis: str) -> tuple[list[floa
         return [r[axis] for r in records[:-1]], smoothed([r[key] for r in records[1:]])
     known = [r for r in records if r[key] is not None]
     return [r[axis] for r in known], [r[key] for r in known]
+
+
+def reached(records: list[dict[str, Any]], key: str, axis: str, level: float) -> float | None:
+    """Give the cost at which a curve first is at most `level`; None if it never is."""
+    xs, ys = curve(records, key, axis)
+    return next((x for x, y in zip(xs, ys, strict=True) if y <= level), None)
 
 
 def draw(histories: Histories, key: str, label: str) -> Any:

@@ -11,7 +11,6 @@ not exist.
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +26,10 @@ from study import (
     TUNING,
     Candidate,
     Size,
+    arguments,
     best,
-    chosen_histories,
+    chosen,
+    histories,
     history,
     runs,
     untried,
@@ -56,6 +57,15 @@ def write_config(out: Path) -> None:
     (out / CONFIG).write_text(f"forget_bias = {FORGET_BIAS}\n")
 
 
+def call(words: list[str], log: Path, *fine: int) -> int:
+    """Run a command with its output at the end of a log; give its exit code, 0 or one that is fine too."""
+    with log.open("a") as file:
+        code = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT).returncode
+    if code not in (0, *fine):
+        raise UserError(f"{shlex.join(words)} ended with {code}, see {log}")
+    return code
+
+
 def train(c: Candidate, size: Size, data: Path, out: Path, seconds: float, launch: str) -> None:
     """Train a candidate until it has had `seconds`, unless it has had them."""
     folder, log = out / c.name, out / f"{c.name}.log"
@@ -66,22 +76,17 @@ def train(c: Candidate, size: Size, data: Path, out: Path, seconds: float, launc
     words += ["--config", str(out / CONFIG)]
     # Evaluation is once per epoch, 1/42 of its work. Checkpoints of so small a model would cost more.
     words += ["--max-seconds", f"{seconds:g}", "--checkpoint-every", str(20 * c.epoch(size))]
-    with log.open("a") as file:
-        code = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT).returncode
+    code = call(words, log, 2)  # 2: a sentence of hfmpi, such as that all steps are rejected
     records = history(folder)
-    if code not in (0, 2) or not records:  # 2: a sentence of hfmpi, such as that all steps are rejected
-        raise UserError(f"{shlex.join(words)} ended with {code}, see {log}")
+    if not records:
+        raise UserError(f"{shlex.join(words)} took no step, see {log}")
     last = records[-1]
     facts = f"{last['seconds']:8.1f} s  step {last['step']:7,}  {last['train_bpc']:.3f} bits/char"
     print(f"{c.name:28}{facts}{' (given up, see its log)' if code else ''}", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("data", type=Path, metavar="DATA.h5")
-    parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--seconds", type=float, help="unit of the training times [that of the size]")
+    parser = arguments(__doc__, "DATA.h5", "OUT", sized=True)
     parser.add_argument("--launch", default="mpirun -n 2", help="what starts the ranks [mpirun -n 2]")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side [1]")
     given = parser.parse_args()
@@ -97,15 +102,17 @@ def main() -> None:
         while tries := untried(given.out, seconds, model, method):
             for c in tries:
                 train(c, size, given.data, given.out, TUNING * c.seconds(seconds), given.launch)
-        chosen = best(given.out, seconds, model, method)
-        train(chosen, size, given.data, given.out, chosen.seconds(seconds), given.launch)
+        c = best(given.out, seconds, model, method)
+        train(c, size, given.data, given.out, c.seconds(seconds), given.launch)
 
     with ThreadPoolExecutor(given.jobs) as pool:  # the longest first, so that no job waits long for another
         longest_first = sorted(runs(), key=lambda run: -TIMES[run[1]])
         for done in [pool.submit(tuned_run, *run) for run in longest_first]:
             done.result()
-    figure.write(chosen_histories(given.out, seconds), given.out)
-    table.write(given.out, seconds)
+    picked = chosen(given.out, seconds)
+    found = histories(given.out, picked)
+    figure.write(found, given.out)
+    table.write(picked, found)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ done is not done twice.
 
 from __future__ import annotations
 
-import argparse
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
-from study import history
+from study import arguments, history
+from table import show
 
 SHOWN = range(10, 51, 10)
 BATCHES = ("--gradient-batch", "40", "--curvature-batch", "4")
@@ -35,9 +36,7 @@ CHANGES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("data", type=Path, metavar="DATA.h5")
-    parser.add_argument("out", type=Path, metavar="OUT")
+    parser = arguments(__doc__, "DATA.h5", "OUT")
     parser.add_argument("--steps", type=int, default=50, help="steps of a run that is not done [50]")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -47,23 +46,26 @@ def main() -> None:
         subprocess.run(["hfmpi", "prepare", "--corpus", "kjv", *chars, str(data)], check=True)
     for bias in (0, 1):
         (given.out / f"forget{bias}.toml").write_text(f"forget_bias = {bias}.0\n")
-    heads = [f"step {step}" for step in SHOWN]
-    for row in (["change", *heads, "lambda", "rejected"], ["---"] * (len(heads) + 3)):
-        print("| " + " | ".join(row) + " |")
+    heads = ["change", *(f"step {step}" for step in SHOWN), "lambda", "rejected"]
+    show(heads, rows(data, given.out, given.steps))
+
+
+def rows(data: Path, out: Path, steps: int) -> Iterator[list[str]]:
+    """Make the runs that are not done, and give what each reached."""
     for i, (change, options) in enumerate(CHANGES.items()):
-        folder = given.out / f"{i:02d}"
+        folder = out / f"{i:02d}"
         if not (folder / "DONE").exists():
             model = () if "--model" in options else ("--model", "lstm")
             words = ["hfmpi", "train", str(data), "--out", folder.name, *model, *BATCHES, *options]
-            words += ["--max-steps", str(given.steps), "--evaluate-every", "1000", "--checkpoint-every", "10"]
-            with (given.out / f"{i:02d}.log").open("a") as log:
-                subprocess.run(words, cwd=given.out, stdout=log, stderr=subprocess.STDOUT)
+            words += ["--max-steps", str(steps), "--evaluate-every", "1000", "--checkpoint-every", "10"]
+            with folder.with_suffix(".log").open("a") as log:
+                subprocess.run(words, cwd=out, stdout=log, stderr=subprocess.STDOUT)
         records = {r["step"]: r for r in history(folder)}
         reached = [records.get(step) for step in SHOWN]
         last = records[max(records)]
         cells = [change, *(f"{r['train_bpc']:.2f}" if r else "–" for r in reached)]
         cells += [f"{last['damping']:.3g}", str(sum(not r["accepted"] for r in records.values()))]
-        print("| " + " | ".join(cells) + " |", flush=True)
+        yield cells
 
 
 if __name__ == "__main__":

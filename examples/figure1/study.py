@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -11,6 +12,8 @@ from hfmpi.errors import UserError
 from hfmpi.models.cells import PAPER_PARAMETERS
 from hfmpi.optim.presets import preset
 from hfmpi.runs.history import History
+
+Histories = dict[tuple[str, str], list[dict[str, Any]]]
 
 MODELS = ("lstm", "mlstm")
 METHODS = ("sgd", "bgd", "shf", "bhf")
@@ -82,6 +85,17 @@ SIZES = {
 }
 
 
+def arguments(doc: str | None, *paths: str, sized: bool = False) -> argparse.ArgumentParser:
+    """Make the parser of a script: its paths by the names shown, and whether it is for any size."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    for path in paths:
+        parser.add_argument(path.lower().removesuffix(".h5"), type=Path, metavar=path)
+    if sized:
+        parser.add_argument("--size", choices=SIZES, default="small")
+        parser.add_argument("--seconds", type=float, help="unit of the training times [that of the size]")
+    return parser
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One run of the study with one choice of settings."""
@@ -128,12 +142,12 @@ def candidates(model: str, method: str) -> list[Candidate]:
 def untried(out: Path, unit: float, model: str, method: str) -> list[Candidate]:
     """Give the candidates to try next: the first three, then one beyond a best one at the edge, else none."""
     known = candidates(model, method)
-    missing = [c for c in known[FIRST] if not tuned(out, unit, c)]
+    left = [c for c in known if not tuned(out, unit, c)]
+    missing = [c for c in known[FIRST] if c in left]
     if missing:
         return missing
-    tried = [bool(tuned(out, unit, c)) for c in known]
-    chosen = known.index(best(out, unit, model, method))
-    return [known[i] for i in (chosen - 1, chosen + 1) if 0 <= i < len(known) and not tried[i]]
+    at = known.index(best(out, unit, model, method))
+    return [c for c in known[max(at - 1, 0) : at + 2] if c in left]
 
 
 def runs() -> list[tuple[str, str]]:
@@ -175,6 +189,11 @@ def score(records: list[dict[str, Any]], cost: float) -> float:
     return sum(late) / len(late)
 
 
-def chosen_histories(out: Path, unit: float) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Give the steps of the chosen candidate of each of the eight runs."""
-    return {run: history(out / best(out, unit, *run).name) for run in runs()}
+def chosen(out: Path, unit: float) -> dict[tuple[str, str], Candidate]:
+    """Give the chosen candidate of each of the eight runs."""
+    return {run: best(out, unit, *run) for run in runs()}
+
+
+def histories(out: Path, chosen: dict[tuple[str, str], Candidate]) -> Histories:
+    """Give the steps of the chosen candidates."""
+    return {run: history(out / c.name) for run, c in chosen.items()}

@@ -8,12 +8,12 @@ above 2, and `stalls` a training loss more than 0.1 bits/char above that of SHF 
 
 from __future__ import annotations
 
-import argparse
 import math
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
-from figure import Histories, curve
-from study import METHODS, MODELS, SIZES, best, chosen_histories
+from figure import curve, reached
+from study import METHODS, MODELS, SIZES, Candidate, Histories, arguments, chosen, histories
 
 from hfmpi.parallel import guard
 
@@ -26,12 +26,6 @@ def common(histories: Histories, model: str, methods: tuple[str, ...]) -> float:
     return math.ceil(worst * 10 - 1e-9) / 10
 
 
-def cost(histories: Histories, model: str, method: str, axis: str, level: float) -> float:
-    """Give the cost at which the smoothed training loss first is at most `level`."""
-    xs, ys = curve(histories[model, method], "train_bpc", axis)
-    return next(x for x, y in zip(xs, ys, strict=True) if y <= level)
-
-
 def ratio(histories: Histories, model: str, slow: str, quick: str) -> tuple[float, str]:
     """Give by how much `quick` needs less P_I than `slow` to their common level, and a sentence of it.
 
@@ -40,7 +34,7 @@ def ratio(histories: Histories, model: str, slow: str, quick: str) -> tuple[floa
     level = common(histories, model, (slow, quick))
     found, words = [], []
     for at in (level, level + 0.5, level + 1):
-        costs = [cost(histories, model, m, "P_I", at) for m in (slow, quick)]
+        costs = [reached(histories[model, m], "train_bpc", "P_I", at) for m in (slow, quick)]
         found.append(costs[0] / costs[1])
         words.append(f"{found[-1]:.2g} to {at:.1f} bits/char ({costs[0]:,} against {costs[1]:,})")
     return found[0], "; ".join(words)
@@ -96,7 +90,9 @@ def claims(histories: Histories) -> list[Row]:
     for model in MODELS:
         for axis in ("P_I", "P_D"):
             level = common(histories, model, METHODS)
-            costs = sorted((cost(histories, model, m, axis, level), m.upper()) for m in METHODS)
+            costs = sorted(
+                (reached(histories[model, m], "train_bpc", axis, level), m.upper()) for m in METHODS
+            )
             words = ", ".join(f"{m} {value:,}" for value, m in costs)
             rows.append(
                 (f"{model}: {axis} of all to {level:.1f} bits/char", "only in its figure", words, "–")
@@ -104,41 +100,38 @@ def claims(histories: Histories) -> list[Row]:
     return rows
 
 
-def ends(out: Path, unit: float) -> list[tuple[str, ...]]:
+def ends(picked: dict[tuple[str, str], Candidate], histories: Histories) -> list[tuple[str, ...]]:
     """Give a row for each run: its chosen setting, how far it came, and the losses there."""
     rows = []
-    for (model, method), records in chosen_histories(out, unit).items():
+    for (model, method), records in histories.items():
         last = records[-1]
         valid = [r["valid_bpc"] for r in records if r["valid_bpc"] is not None]
         costs = [f"{last[key]:,}" for key in ("step", "P_I", "P_D", "P_D_full")]
         loss = curve(records, "train_bpc", "P_I")[1][-1]
-        setting = best(out, unit, model, method).setting
+        setting = picked[model, method].setting
         end = f"{valid[-1]:.3f}" if valid else "–"
         rows.append((f"{model} {method}", setting, f"{last['seconds']:.0f}", *costs, f"{loss:.3f}", end))
     return rows
 
 
-def write(out: Path, unit: float) -> None:
+def write(picked: dict[tuple[str, str], Candidate], histories: Histories) -> None:
     """Print both tables in Markdown: where the runs ended, and the claims."""
     heads = ("run", "chosen", "seconds", "steps", "P_I", "P_D", "P_D full", "training", "validation")
-    show(heads, ends(out, unit))
+    show(heads, ends(picked, histories))
     print()
-    show(("claim", "paper", "here", "verdict"), claims(chosen_histories(out, unit)))
+    show(("claim", "paper", "here", "verdict"), claims(histories))
 
 
-def show(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Print a table."""
-    for row in (heads, ("---",) * len(heads), *rows):
-        print("| " + " | ".join(row) + " |")
+def show(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table in Markdown, each row as soon as it is there."""
+    for row in chain((heads, ["---"] * len(heads)), rows):
+        print("| " + " | ".join(row) + " |", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--seconds", type=float, help="unit of the training times [that of the size]")
-    given = parser.parse_args()
-    write(given.out, given.seconds or SIZES[given.size].seconds)
+    given = arguments(__doc__, "OUT", sized=True).parse_args()
+    picked = chosen(given.out, given.seconds or SIZES[given.size].seconds)
+    write(picked, histories(given.out, picked))
 
 
 if __name__ == "__main__":

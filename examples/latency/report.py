@@ -1,5 +1,7 @@
 """Print measured steps over wires of several delays beside the model's predictions; run.sh calls it.
 
+python examples/latency/report.py 0 DELAY...
+
 The model knows one rank's run and its benchmarks. It is given the link once as `hfmpi bench allreduce`
 measured it, and once as it should be: that of no delay, with the delay added to its latency.
 """
@@ -8,9 +10,8 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from typing import Any
-
-DELAYS = ("0", "0.002", "0.02")
 
 
 def model(delay: str, *link: str) -> dict[str, Any]:
@@ -31,8 +32,9 @@ def main() -> None:
     )
     for row in (heads, ("---",) * len(heads)):
         print("| " + " | ".join(row) + " |")
+    delays = sys.argv[1:]
     wireless = model("0", "--bench", "link-0.json")
-    for delay in DELAYS:
+    for delay in delays:
         measured = model(delay, "--bench", f"link-{delay}.json")
         latency = wireless["latency"] + float(delay)
         told = model(

@@ -17,16 +17,17 @@ joined=(ip netns exec hfmpi0 mpirun -localhost 10.77.0.1 -launcher ssh -launcher
     -hosts "10.77.0.1,10.77.0.2" -n)
 job=(--optimizer shf --max-steps 6 --threads 1 --evaluate-every 1000000 --checkpoint-every 1000000)
 
+delays=(0 0.002 0.02)
 batches=(--batch 1 --batch 2 --batch 4 --batch 8 --batch 16 --batch 32)
 
 [[ -e alone/DONE ]] || hfmpi train kjv.h5 "${job[@]}" --out alone >>train.log
 [[ -e products.json ]] || hfmpi bench products --model mlstm --data kjv.h5 "${batches[@]}" --json >products.json
 [[ -e gradients.json ]] || hfmpi bench gradients --model mlstm --data kjv.h5 "${batches[@]}" --json >gradients.json
-for delay in 0 0.002 0.02; do
+for delay in "${delays[@]}"; do
     wire=(python "$here/wire.py" --delay "$delay")
     [[ -e link-$delay.json ]] ||
         "${wire[@]}" "${joined[@]}" 2 hfmpi bench allreduce --model mlstm --data kjv.h5 --json >"link-$delay.json"
     [[ -e wire-$delay/DONE ]] ||
         "${wire[@]}" "${joined[@]}" 2 hfmpi train kjv.h5 "${job[@]}" --out "wire-$delay" >>train.log
 done
-python "$here/report.py" | tee report.txt
+python "$here/report.py" "${delays[@]}" | tee report.txt
