@@ -30,6 +30,8 @@ from hfmpi.runs.train import Place
 from hfmpi.runs.words import facts
 
 cupy = pytest.importorskip("cupy")
+from hfmpi.backends.cupy import KERNELS  # noqa: E402
+from hfmpi.backends.persistent import THREADS  # noqa: E402
 
 DTYPES = ["float32", "float64"]
 standin_only = pytest.mark.skipif(REAL_GPU, reason="needs the stand-in: the GPU does not fail on demand")
@@ -168,12 +170,15 @@ def test_the_constants_of_cublas_are_as_the_library_has_them():
 # Graphs ----------------------------------------------------------------------------------------
 
 
-def passes(backend, theta, batch, repeats, seed=0):
-    """Gradients and products with another direction each time, from one network."""
-    network, tape, results = Network(Cell("mlstm", 9, 5), backend, 20), None, []
+MLSTM = Cell("mlstm", 9, 5)
+
+
+def passes(backend, theta, batch, repeats, cell=MLSTM):
+    """Losses, gradients and products with another direction each time, from one network."""
+    network, tape, results = Network(cell, backend, 20), None, []
     for repeat in range(repeats):
-        rng = np.random.default_rng((seed, repeat))
-        v = backend.to_device(rng.standard_normal(theta.size))
+        v = backend.to_device(np.random.default_rng(repeat).standard_normal(theta.size).astype(theta.dtype))
+        results.append(np.array(network.loss(backend.to_device(theta), batch)))
         tape = network.forward(backend.to_device(theta), batch, structural=True, reuse=tape)
         for structural in (0.0, 0.5):
             out = backend.to_device(np.zeros_like(theta))
@@ -188,7 +193,7 @@ def passes(backend, theta, batch, repeats, seed=0):
 @pytest.fixture(scope="module")
 def problem():
     rng = np.random.default_rng(5)
-    theta = 0.5 * rng.standard_normal(Cell("mlstm", 9, 5).layout.size)
+    theta = 0.5 * rng.standard_normal(MLSTM.layout.size)
     return theta, make_batch(rng, 5, 12, 4)
 
 
@@ -234,6 +239,71 @@ def test_a_refused_capture_falls_back_to_plain_launches(problem, monkeypatch):
         np.testing.assert_array_equal(a, b)
     assert not backend.captures
     assert cupy.Memory.graphs == before
+
+
+# Persistent kernels ----------------------------------------------------------------------------
+
+
+def persistent(dtype, cell, rows=None):
+    """Give a backend whose loops are one kernel each, and one whose are not.
+
+    The longest rows have room on the chip for so many.
+    """
+    backend = create("cupy", dtype)
+    backend.persistent_batch = 100
+    if rows is not None:
+        numbers = backend._persistent._matrices(cell.hidden, cell.multiplicative) + 3 + rows * 4 * cell.hidden
+        backend._persistent._shared_bytes = numbers * backend.dtype.itemsize
+    return backend, create("cupy", dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("cell", "batch", "rows"), [
+    (MLSTM, 4, None),
+    (MLSTM, 5, 2),
+    (Cell("lstm", 10, 5), 3, None),
+    (Cell("lstm", 2, 5, "krause"), 1, None),
+    (Cell("mlstm", 8, 5, "krause"), 4, None),
+])  # fmt: skip
+def test_a_persistent_kernel_gives_the_numbers_of_the_other_loops(dtype, cell, batch, rows):
+    rng = np.random.default_rng(cell.hidden)
+    theta = (0.5 * rng.standard_normal(cell.layout.size)).astype(dtype)
+    own, other = persistent(dtype, cell, rows)
+    problem = theta, make_batch(rng, cell.vocabulary, 6, batch), 2, cell
+    found = passes(own, *problem)
+    assert own.persistent_batch  # not refused
+    assert not own._graphs
+    for a, b in zip(found, passes(other, *problem), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=20 * np.finfo(dtype).eps * np.abs(b).max())
+    for a, b in zip(found, passes(own, *problem), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("reason", ["too many sequences", "a plain cell", "no room on the chip"])
+def test_other_loops_are_no_persistent_kernels(reason):
+    cell = Cell("mrnn", 9, 5) if reason == "a plain cell" else MLSTM
+    own, other = persistent("float64", cell, 0 if reason == "no room on the chip" else None)
+    if reason == "too many sequences":
+        own.persistent_batch = 3
+    rng = np.random.default_rng(0)
+    problem = 0.5 * rng.standard_normal(cell.layout.size), make_batch(rng, 5, 6, 4), 1, cell
+    found = passes(own, *problem)
+    assert own._graphs
+    for a, b in zip(found, passes(other, *problem), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@standin_only
+def test_a_refused_cooperative_launch_falls_back_to_graphs(problem, monkeypatch):
+    own, other = persistent("float64", MLSTM)
+    monkeypatch.setitem(cupy.ATTRIBUTES, "MultiProcessorCount", 2)  # as if others held the rest
+    for a, b in zip(passes(own, *problem, 1), passes(other, *problem, 1), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert own.persistent_batch == 0
+
+
+def test_the_threads_of_a_persistent_kernel_are_those_of_its_source():
+    assert f"#define THREADS_PERSISTENT {THREADS}\n" in KERNELS.read_text()
 
 
 # Memory ----------------------------------------------------------------------------------------
@@ -523,6 +593,8 @@ subtract get_default_memory_pool cuda.runtime.CUDARuntimeError cuda.runtime.getD
 cuda.runtime.getDeviceProperties cuda.Device.use cuda.Device.mem_info cuda.Device.pci_bus_id
 cuda.Device.cublas_handle cuda.Stream.use cuda.Stream.synchronize cuda.Stream.begin_capture
 cuda.Stream.end_capture cuda.Graph.launch cuda.alloc_pinned_memory
+cuda.Device.attributes cuda.driver.launchCooperativeKernel cuda.MemoryPointer.memset_async
+RawKernel.kernel RawKernel.max_dynamic_shared_size_bytes cuda.function.Function.ptr
 cuda.memory.MemoryPool.free_bytes cuda.memory.MemoryPool.free_all_blocks
 """
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small import train, write_corpus
 
@@ -63,6 +64,34 @@ def test_the_comparison_with_peers_runs_without_them():
     names = [(row["pass"], row["contestant"]) for row in found["rows"]]
     assert names == [(kind, who) for kind in ("product", "gradient") for who in ("hfmpi", "products alone")]
     assert all(row["seconds"] > 0 for row in found["rows"])
+
+
+def test_the_comparison_of_loops(monkeypatch, capsys):
+    pytest.importorskip("cupy")
+    given = "loops.py --model lstm --hidden 5 --length 4 --batch 1 3 --repeats 1"
+    monkeypatch.setattr(sys, "argv", given.split())
+    runpy.run_path(str(ROOT / "examples" / "benchmarks" / "loops.py"), run_name="__main__")
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[3:]]
+    assert [row[4] for row in rows] == ["launches", "graph", "persistent"] * 4
+    assert all(float(row[5]) > 0 for row in rows)
+
+
+def test_the_comparison_of_precisions(tmp_path, monkeypatch, capsys):
+    data = write_corpus(tmp_path / "d.h5")
+    given = f"precision.py {data} --backend numba --parameters 500 --sequence-length 20 --steps 3"
+    batches = "--gradient-batch 8 --curvature-batch 4 --damping 0.1"
+    monkeypatch.setattr(sys, "argv", f"{given} {batches}".split())
+    script = runpy.run_path(str(ROOT / "examples" / "benchmarks" / "precision.py"), run_name="__main__")
+    shown = capsys.readouterr()
+    assert len(shown.err.splitlines()) == 9
+    rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in shown.out.splitlines()}
+    float32, tf32 = (rows[f"| {precision}"] for precision in ("float32", "tf32"))
+    assert 0 < float(float32[3][:-1]) < float(tf32[3][:-1])  # the angles to the step in float64
+    step = np.float32(2.0**-10)
+    given = np.float32([1, 1 + step, 1 + step / 2, 1 + step / 4, -1 - step / 2, 0, np.inf])
+    expected = np.float32([1, 1 + step, 1 + step, 1, -1 - step, 0, np.inf])
+    np.testing.assert_array_equal(script["to_tf32"](given), expected)
+    assert np.isnan(script["to_tf32"](np.float32([np.nan])))
 
 
 @pytest.mark.skipif(not MPIRUN.exists(), reason="needs the mpirun of this environment")

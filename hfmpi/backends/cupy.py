@@ -21,6 +21,7 @@ import numpy as np
 
 from hfmpi.backends.base import Array, Backend, Packed, Recurrence, Workspace
 from hfmpi.backends.cublas import WORKSPACE_BYTES, Cublas
+from hfmpi.backends.persistent import PersistentLoops
 from hfmpi.errors import UserError
 
 __all__ = ["CupyBackend", "device_count", "device_names"]
@@ -94,6 +95,13 @@ class CupyBackend(Backend):
     ------
     UserError
         If there is no GPU.
+
+    Attributes
+    ----------
+    captures : bool
+        Capture the loops over time in graphs; turns off by itself where CUDA refuses it.
+    persistent_batch : int
+        Most sequences that a loop of a gated cell does in one kernel; 0: none, until that is measured.
     """
 
     name = "cupy"
@@ -121,6 +129,8 @@ class CupyBackend(Backend):
         self._pinned_bytes = 0
         self._graphs: OrderedDict[Hashable, Any] = OrderedDict()
         self.captures = True
+        self.persistent_batch = 0
+        self._persistent = PersistentLoops(self._device, self.stream, self.dtype, self._kernel)
 
     # Arrays ------------------------------------------------------------------------------------
 
@@ -252,7 +262,21 @@ class CupyBackend(Backend):
             factor_table=self._steady("factor_table", r.factor_table),
         )
 
+    def _in_one_kernel(self, r: Recurrence, run: Callable[[], None]) -> bool:
+        """Do a loop as a persistent kernel where it is one for it; say so."""
+        wanted = r.gated and r.inputs.shape[1] <= self.persistent_batch
+        if not (wanted and self._persistent.fit(r.hidden.shape[2], r.factor is not None)):
+            return False
+        try:
+            run()
+        except _CUDA_ERRORS:  # nothing was launched
+            self.persistent_batch = 0
+            return False
+        return True
+
     def forward(self, r: Recurrence, table: Array, cell_state: Array) -> None:
+        if self._in_one_kernel(r, lambda: self._persistent.forward(r, table, cell_state)):
+            return
         r, table = self._settled(r), self._steady("table", table)
         scratch = self.workspace("forward.a", (r.inputs.shape[1], r.recurrent.matrix.shape[1]))
         run = super().forward
@@ -268,18 +292,23 @@ class CupyBackend(Backend):
         dh: Array,
         dc: Array,
     ) -> None:
+        scratch = self.workspace("tangent.m", dc.shape)
+        in_place = (pre, factor_table, factors, scratch, dh, dc)
+        if self._in_one_kernel(r, lambda: self._persistent.tangent(r, table, *in_place)):
+            return
         r, table = self._settled(r), self._steady("table", table)
         factor_table = self._steady("direction", factor_table)
-        scratch = self.workspace("tangent.m", dc.shape)
         arrays, run = (table, pre, factor_table, factors, dh, dc), super().tangent
         self._loop("tangent", lambda: run(r, *arrays), r, *arrays, scratch)
 
     def adjoint(
         self, r: Recurrence, dh: Array, da: Array, dp: Array, dq: Array, back: Array, dc: Array, inject: bool
     ) -> None:
+        arrays, run = (dh, da, dp, dq, back, dc), super().adjoint
+        if self._in_one_kernel(r, lambda: self._persistent.adjoint(r, *arrays, inject)):
+            return
         r = self._settled(r)
         scratch = self.workspace("adjoint.m", back.shape)
-        arrays, run = (dh, da, dp, dq, back, dc), super().adjoint
         self._loop(f"adjoint {inject}", lambda: run(r, *arrays, inject), r, *arrays, scratch)
 
     # Kernels -----------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ typedef REAL real;
 #define WARP 32
 #define ALL_LANES 0xffffffffu
 
+extern __shared__ __align__(16) double shared[];
+
 static __device__ __forceinline__ real sigmoid(real a) {
     return real(0.5) * tanh(real(0.5) * a) + real(0.5);
 }
@@ -18,18 +20,15 @@ static __device__ __forceinline__ int element() { return blockIdx.x * blockDim.x
 
 // Gated cells: pre-activations in the order i, f, o, u; coefficients k = f, k_i, k_f, k_o, k_u, k_c -----------
 
-extern "C" __global__ void gated_forward(
-    int batch, int n, const real* a, const real* table, const int* x, const real* bias_h, real* c, real* h,
-    real* k, real* w) {
-    const int e = element();
-    if (e >= batch * n) return;
-    const int b = e / n, j = e % n;
-    const real* pre = a + (size_t)b * 4 * n;
+static __device__ __forceinline__ void forward_unit(
+    int batch, int n, int b, int j, const real* pre, const real* table, const int* x, const real* bias_h, real* c,
+    real* h, real* k, real* w) {
+    const int e = b * n + j;
     const real* row = table + (size_t)x[b] * 4 * n;
-    const real i = sigmoid(pre[j] + row[j]);
-    const real f = sigmoid(pre[n + j] + row[n + j]);
-    const real o = sigmoid(pre[2 * n + j] + row[2 * n + j]);
-    const real a_u = pre[3 * n + j] + row[3 * n + j];
+    const real i = sigmoid(pre[0] + row[j]);
+    const real f = sigmoid(pre[1] + row[n + j]);
+    const real o = sigmoid(pre[2] + row[2 * n + j]);
+    const real a_u = pre[3] + row[3 * n + j];
     const real u = bias_h ? a_u : tanh(a_u);
     const real old = c[e];
     const real fresh = f * old + i * u;
@@ -56,19 +55,18 @@ extern "C" __global__ void gated_forward(
     }
 }
 
-extern "C" __global__ void gated_tangent(
-    int batch, int n, real* pre, const real* table, const int* x, const real* k, real* dc, real* dh, int add) {
-    const int e = element();
-    if (e >= batch * n) return;
-    const int b = e / n, j = e % n;
+static __device__ __forceinline__ void tangent_unit(
+    int batch, int n, int b, int j, const real* a, real* pre, const real* table, const int* x, const real* k,
+    real* dc, real* dh, int add) {
+    const int e = b * n + j;
     const size_t next = (size_t)batch * n;
     real* own = pre + (size_t)b * 4 * n;
     const real* row = table + (size_t)x[b] * 4 * n;
     k += e;
-    const real ri = own[j] + row[j];
-    const real rf = own[n + j] + row[n + j];
-    const real ro = own[2 * n + j] + row[2 * n + j];
-    const real ru = own[3 * n + j] + row[3 * n + j];
+    const real ri = a[0] + row[j];
+    const real rf = a[1] + row[n + j];
+    const real ro = a[2] + row[2 * n + j];
+    const real ru = a[3] + row[3 * n + j];
     own[j] = ri;
     own[n + j] = rf;
     own[2 * n + j] = ro;
@@ -79,11 +77,9 @@ extern "C" __global__ void gated_tangent(
     dh[e] = add ? dh[e] + rh : rh;
 }
 
-extern "C" __global__ void gated_adjoint(
-    int batch, int n, real* dh, const real* back, const real* k, real* dc, real* da, int inject) {
-    const int e = element();
-    if (e >= batch * n) return;
-    const int b = e / n, j = e % n;
+static __device__ __forceinline__ void adjoint_unit(
+    int batch, int n, int b, int j, real* dh, const real* back, const real* k, real* dc, real* da, int inject) {
+    const int e = b * n + j;
     const size_t next = (size_t)batch * n;
     real* own = da + (size_t)b * 4 * n;
     k += e;
@@ -96,6 +92,33 @@ extern "C" __global__ void gated_adjoint(
     own[n + j] = inject ? own[n + j] + f : f;
     own[2 * n + j] = inject ? own[2 * n + j] + o : o;
     own[3 * n + j] = inject ? own[3 * n + j] + u : u;
+}
+
+extern "C" __global__ void gated_forward(
+    int batch, int n, const real* a, const real* table, const int* x, const real* bias_h, real* c, real* h,
+    real* k, real* w) {
+    const int e = element();
+    if (e >= batch * n) return;
+    const int b = e / n, j = e % n;
+    const real* own = a + (size_t)b * 4 * n + j;
+    const real pre[4] = {own[0], own[n], own[2 * n], own[3 * n]};
+    forward_unit(batch, n, b, j, pre, table, x, bias_h, c, h, k, w);
+}
+
+extern "C" __global__ void gated_tangent(
+    int batch, int n, real* pre, const real* table, const int* x, const real* k, real* dc, real* dh, int add) {
+    const int e = element();
+    if (e >= batch * n) return;
+    const int b = e / n, j = e % n;
+    const real* own = pre + (size_t)b * 4 * n + j;
+    const real a[4] = {own[0], own[n], own[2 * n], own[3 * n]};
+    tangent_unit(batch, n, b, j, a, pre, table, x, k, dc, dh, add);
+}
+
+extern "C" __global__ void gated_adjoint(
+    int batch, int n, real* dh, const real* back, const real* k, real* dc, real* da, int inject) {
+    const int e = element();
+    if (e < batch * n) adjoint_unit(batch, n, e / n, e % n, dh, back, k, dc, da, inject);
 }
 
 // Plain tanh cells ---------------------------------------------------------------------------------------------
@@ -224,7 +247,6 @@ extern "C" __global__ void softmax_hessian(int rows, int symbols, const real* p,
 extern "C" __global__ void segment_sums(
     int count, int width, int symbols, int first, int step, int length, const real* __restrict__ rows,
     long long stride, const int* __restrict__ x, real* __restrict__ out, long long out_stride) {
-    extern __shared__ double shared[];
     real* sums = (real*)shared + threadIdx.x;
     const int columns = blockDim.x, j = blockIdx.x * columns + threadIdx.x;
     if (j >= width) return;  // no thread waits for another
@@ -251,4 +273,187 @@ extern "C" __global__ void accumulate_squares(
     }
     total[e] = sum;
     squares[e] = square;
+}
+
+// Loops over all steps of a gated cell in one launch -----------------------------------------------------------
+//
+// Every block owns `most` of the n units and keeps their columns of the matrices in shared memory. The blocks, all
+// of them on the card at once (a cooperative launch), meet after each product that all of them wrote a part of.
+// What other blocks wrote during the launch is read past the first-level cache, which is a multiprocessor's own.
+
+#define THREADS_PERSISTENT 512
+#define SPLIT 8  // threads that share the sums of one unit and sequence
+#ifndef PAUSE
+#define PAUSE()
+#endif
+
+template <typename T> struct Wide;  // 16 bytes, the most that a thread loads at once
+template <> struct Wide<float> { typedef float4 type; };
+template <> struct Wide<double> { typedef double2 type; };
+
+struct Share {  // the units of this block, and what it needs for its part of the work
+    int batch, n, tile, first, own;
+    int* arrived;
+    int expected;
+    real *rows, *columns, *factor_columns;
+};
+
+static __device__ __forceinline__ Share share(int batch, int n, int most, int tile, int length, int* arrived) {
+    const int first = blockIdx.x * most, left = n - first;
+    real *rows = (real*)shared, *columns = rows + (tile * length + 3) / 4 * 4;
+    return {batch, n, tile, first, left < most ? left : most, arrived, 0, rows, columns, columns + 4 * n * most};
+}
+
+// Wait for all blocks; what they wrote before is then to be seen.
+static __device__ void meet(Share& s) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        s.expected += gridDim.x;
+        __threadfence();
+        atomicAdd(s.arrived, 1);
+        while (*(volatile int*)s.arrived < s.expected) PAUSE();
+        __threadfence();
+    }
+    __syncthreads();
+}
+
+// columns[k, j, g] = matrix[k, g * n + first + j], of a matrix (length, groups * n); to be waited for.
+static __device__ void keep(const Share& s, const real* matrix, int length, int groups, real* columns) {
+    const int width = s.own * groups;
+    for (int i = threadIdx.x; i < length * width; i += blockDim.x) {
+        const int k = i / width, j = i % width / groups, g = i % groups;
+        columns[i] = matrix[(size_t)k * groups * s.n + g * s.n + s.first + j];
+    }
+}
+
+// Copy what other blocks may have written to shared memory.
+static __device__ __forceinline__ void stage(const real* source, int size, real* rows) {
+    typedef Wide<real>::type Many;
+    const int width = sizeof(Many) / sizeof(real), wide = (size_t)source % sizeof(Many) ? 0 : size / width;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < wide; i += blockDim.x) ((Many*)rows)[i] = __ldcg((const Many*)source + i);
+#pragma unroll 4
+    for (int i = wide * width + threadIdx.x; i < size; i += blockDim.x) rows[i] = __ldcg(source + i);
+    __syncthreads();
+}
+
+// then(b, j, sums) for every sequence and own unit: sums[g] = sum over k of source[b, k] * columns[k, j, g].
+template <int GROUPS, typename Then>
+static __device__ __forceinline__ void multiply(
+    const Share& s, const real* source, int length, const real* columns, Then then) {
+    const int lane = threadIdx.x % SPLIT, at_once = blockDim.x / SPLIT;
+    for (int start = 0; start < s.batch; start += s.tile) {
+        const int count = s.batch - start < s.tile ? s.batch - start : s.tile;
+        stage(source + (size_t)start * length, count * length, s.rows);
+        for (int base = 0; base < count * s.own; base += at_once) {  // whole warps: the sums are shuffled
+            const int item = base + threadIdx.x / SPLIT;
+            const bool valid = item < count * s.own;
+            const int b = item / s.own, j = item % s.own;
+            real sums[GROUPS];
+            for (int g = 0; g < GROUPS; g++) sums[g] = 0;
+            if (valid) {
+                const real* row = s.rows + b * length;
+#pragma unroll 4
+                for (int k = lane; k < length; k += SPLIT) {
+                    const real* column = columns + (k * s.own + j) * GROUPS;
+                    if (GROUPS == 4) column = (const real*)__builtin_assume_aligned(column, 16);
+                    for (int g = 0; g < GROUPS; g++) sums[g] += row[k] * column[g];
+                }
+            }
+            for (int g = 0; g < GROUPS; g++)
+                for (int step = SPLIT / 2; step > 0; step /= 2)
+                    sums[g] += __shfl_xor_sync(ALL_LANES, sums[g], step);
+            if (valid && lane == 0) then(start + b, s.first + j, sums);
+        }
+        __syncthreads();
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS_PERSISTENT) persistent_forward(
+    int steps, int batch, int n, int most, int tile, int kept, const real* recurrent, const real* factor,
+    const real* p_table, const real* table, const int* x, const real* bias_h, real* c, real* hidden, real* k,
+    real* w, real* q, real* m, int* arrived) {
+    Share s = share(batch, n, most, tile, n, arrived);
+    keep(s, recurrent, n, 4, s.columns);
+    if (factor) keep(s, factor, n, 1, s.factor_columns);
+    const size_t step = (size_t)batch * n;
+    for (int t = 0; t < steps; t++, x += batch, hidden += step) {
+        const real* source = hidden;
+        if (factor) {
+            real *q_t = q + t % kept * step, *m_t = m + t % kept * step;
+            multiply<1>(s, hidden, n, s.factor_columns, [&](int b, int j, const real* sums) {
+                q_t[b * n + j] = sums[0];
+                m_t[b * n + j] = p_table[(size_t)x[b] * n + j] * sums[0];
+            });
+            meet(s);
+            source = m_t;
+        }
+        multiply<4>(s, source, n, s.columns, [&](int b, int j, const real* sums) {
+            forward_unit(
+                batch, n, b, j, sums, table, x, bias_h, c, hidden + step, k ? k + t * 6 * step : k,
+                w ? w + t * 4 * step : w);
+        });
+        meet(s);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS_PERSISTENT) persistent_tangent(
+    int steps, int batch, int n, int most, int tile, const real* recurrent, const real* factor,
+    const real* p_table, const real* dp_table, const real* table, const int* x, const real* k, const real* q,
+    real* pre, real* dq, real* dm, real* dh, real* dc, int add, int* arrived) {
+    Share s = share(batch, n, most, tile, n, arrived);
+    keep(s, recurrent, n, 4, s.columns);
+    if (factor) keep(s, factor, n, 1, s.factor_columns);
+    const size_t step = (size_t)batch * n;
+    for (int t = 0; t < steps; t++, x += batch, dh += step, pre += 4 * step, k += 6 * step) {
+        const real* source = dh;
+        if (factor) {
+            multiply<1>(s, dh, n, s.factor_columns, [&](int b, int j, const real* sums) {
+                const int e = b * n + j;
+                const size_t at = (size_t)x[b] * n + j;
+                const real own = dq[t * step + e] + sums[0];
+                dq[t * step + e] = own;
+                dm[e] = dp_table[at] * q[t * step + e] + p_table[at] * own;
+            });
+            meet(s);
+            source = dm;
+        }
+        multiply<4>(s, source, n, s.columns, [&](int b, int j, const real* sums) {
+            const real* own = pre + (size_t)b * 4 * n + j;
+            const real a[4] = {
+                own[0] + sums[0], own[n] + sums[1], own[2 * n] + sums[2], own[3 * n] + sums[3]};
+            tangent_unit(batch, n, b, j, a, pre, table, x, k, dc, dh + step, add);
+        });
+        meet(s);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS_PERSISTENT) persistent_adjoint(
+    int steps, int batch, int n, int most, int tile, const real* recurrent_t, const real* factor_t,
+    const real* p_table, const int* x, const real* k, const real* q, real* dh, real* da, real* dp, real* dq,
+    real* back, real* dc, int inject, int* arrived) {
+    Share s = share(batch, n, most, tile, 4 * n, arrived);
+    keep(s, recurrent_t, 4 * n, 1, s.columns);
+    if (factor_t) keep(s, factor_t, n, 1, s.factor_columns);
+    const size_t step = (size_t)batch * n;
+    for (int t = steps - 1; t >= 0; t--) {
+        real *da_t = da + t * 4 * step, *dq_t = factor_t ? dq + t * step : dq;
+        for (int i = threadIdx.x; i < batch * s.own; i += blockDim.x)
+            adjoint_unit(
+                batch, n, i / s.own, s.first + i % s.own, dh + (t + 1) * step, back, k + t * 6 * step, dc, da_t,
+                inject);
+        meet(s);
+        multiply<1>(s, da_t, 4 * n, s.columns, [&](int b, int j, const real* sums) {
+            const int e = b * n + j;
+            if (!factor_t) {
+                back[e] = sums[0];
+                return;
+            }
+            dp[t * step + e] = sums[0] * q[t * step + e];
+            dq_t[e] = sums[0] * p_table[(size_t)x[t * batch + b] * n + j];
+        });
+        if (!factor_t) continue;
+        meet(s);
+        multiply<1>(s, dq_t, n, s.factor_columns, [&](int b, int j, const real* sums) { back[b * n + j] = sums[0]; });
+    }
 }

@@ -79,6 +79,10 @@ class Pointer:
     def __init__(self, ptr):
         self.ptr = ptr
 
+    def memset_async(self, value, size, stream=None):
+        forbid_capture("memory set")
+        ctypes.memset(self.ptr, value, size)
+
 
 def bare(value):
     """The host's view of an operand; arrays of NumPy are refused, as CuPy does."""
@@ -266,7 +270,7 @@ multiply, subtract = np.multiply, np.subtract
 # Kernels ---------------------------------------------------------------------------------------
 
 PARAMETER_WORDS = re.compile(r"\bconst\b|__restrict__")
-SIGNATURE = re.compile(r'extern "C" __global__ void (\w+)\(([^)]*)\)')
+SIGNATURE = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(\w+\) )?(\w+)\(([^)]*)\)')
 
 
 class RawModule:
@@ -287,10 +291,23 @@ class RawModule:
         self.library = ctypes.CDLL(str(build("kernels", source, *options)))
 
     def get_function(self, name):
-        return functools.partial(self.launch, name)
+        return Kernel(self, name)
 
-    def launch(self, name, grid, block, arguments, *, shared_mem=0):
-        kinds = self.signatures[name]
+
+HANDLES = {}  # kernels by what the driver knows them by
+
+
+class Kernel:
+    def __init__(self, module, name):
+        self.library = module.library
+        self.name, self.kinds, self.real = name, module.signatures[name], module.real
+        self.body = ctypes.cast(getattr(self.library, f"call_{name}"), ctypes.c_void_p)
+        self.max_dynamic_shared_size_bytes = 48 * 1024
+        self.kernel = Pointer(self.body.value)
+        HANDLES[self.kernel.ptr] = self
+
+    def __call__(self, grid, block, arguments, *, shared_mem=0):
+        name, kinds = self.name, self.kinds
         if len(kinds) != len(arguments):
             raise TypeError(f"{name} takes {len(kinds)} arguments, not {len(arguments)}")
         if shared_mem > 48 * 1024 or block[0] > 1024 or min(grid) < 1 or len(block) > 1:
@@ -300,8 +317,7 @@ class RawModule:
 
         def run():
             pointers = (ctypes.c_void_p * len(values))(*(v.ctypes.data for v in values))
-            body = ctypes.cast(getattr(self.library, f"call_{name}"), ctypes.c_void_p)
-            self.library.run_kernel(body, pointers, grid, ctypes.c_uint(block[0]))
+            self.library.run_kernel(self.body, pointers, grid, ctypes.c_uint(block[0]))
 
         run() if Memory.capturing is None else Memory.capturing.append(run)
 
@@ -320,6 +336,19 @@ class RawModule:
         elif type(argument) is wanted:
             return np.array([argument])
         raise TypeError(f"{argument!r} for {kind}")
+
+
+def launch_cooperative_kernel(f, gx, gy, gz, bx, by, bz, shared, stream, parameters):
+    """Run the blocks of a kernel together, if they are all on the device at once."""
+    forbid_capture("a cooperative launch")
+    kernel = HANDLES[f]
+    if (gy, gz, by, bz, stream) != (1, 1, 1, 1, Stream.ptr) or shared > kernel.max_dynamic_shared_size_bytes:
+        raise RuntimeError("CUDA_ERROR_INVALID_VALUE")
+    if gx > ATTRIBUTES["MultiProcessorCount"]:
+        raise RuntimeError("CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE")
+    kernel.library.run_together(
+        kernel.body, ctypes.c_void_p(parameters), *map(ctypes.c_uint, (gx, bx, shared))
+    )
 
 
 # Devices, streams, graphs ----------------------------------------------------------------------
@@ -360,7 +389,12 @@ class Graph:
             run()
 
 
+ATTRIBUTES = {"MultiProcessorCount": 4, "MaxSharedMemoryPerBlockOptin": 227 * 1024, "CooperativeLaunch": 1}
+
+
 class Device:
+    attributes = ATTRIBUTES
+
     def __init__(self, number=0):
         if number >= runtime.getDeviceCount():
             raise runtime.CUDARuntimeError("cudaErrorInvalidDevice")
@@ -474,8 +508,10 @@ nccl = module(
     NCCL_FLOAT64=8,
     NCCL_SUM=0,
 )
+driver = module("cuda.driver", launchCooperativeKernel=launch_cooperative_kernel)
 cuda = module(
     "cuda",
+    driver=driver,
     runtime=runtime,
     nccl=nccl,
     Device=Device,

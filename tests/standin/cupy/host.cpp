@@ -1,85 +1,157 @@
-// Runs the blocks of a kernel one after the other, their threads as fibers. Included after the kernels.
+// Runs the blocks of a kernel one after the other, or in turn if they are to meet; their threads are fibers.
+// Included after the kernels.
 #include <ucontext.h>
 
 #include <cstdlib>
+#include <memory>
 #include <vector>
 
+constexpr size_t STACK_BYTES = 64 * 1024;
+constexpr size_t SHARED_BYTES = 227 * 1024;  // of a block on Hopper, where it asks for as much
+
 Index threadIdx, blockIdx, blockDim, gridDim;
-double shared[48 * 1024 / sizeof(double)];
+alignas(16) double shared[SHARED_BYTES / sizeof(double)];
 
 namespace {
 
+constexpr int KEPT = 64;  // meetings of a warp; no thread is further ahead of another one
+
 struct Fiber {
     ucontext_t context;
-    std::vector<char> stack = std::vector<char>(64 * 1024);
-    bool done = false;
-    int meetings = 0;
-    unsigned long long offered[64];  // by meeting; a warp's sum has five
+    std::unique_ptr<char[]> stack{new char[STACK_BYTES]};  // touched where it is used
+    bool done;
+    int meetings;
+    unsigned long long offered[KEPT];  // by meeting
 };
 
-std::vector<Fiber*> fibers;
+struct Block {
+    Index index;
+    std::vector<Fiber*> fibers;
+    std::vector<char> shared;
+    unsigned left, waiting, next;
+    int barriers;
+};
+
+std::vector<Block*> blocks;
+Block* block;
 ucontext_t scheduler;
 unsigned current;
+bool paused;
 void (*body)(void**);
 void** arguments;
 
 void run_thread() {
     body(arguments);
-    fibers[current]->done = true;
-    swapcontext(&fibers[current]->context, &scheduler);
+    block->fibers[current]->done = true;
+    swapcontext(&block->fibers[current]->context, &scheduler);
 }
 
-void give_way() {
-    const unsigned me = current;
-    swapcontext(&fibers[me]->context, &scheduler);
-    current = me;
-    threadIdx.x = me;
+void begin(Block& own, unsigned x, unsigned y, unsigned threads) {
+    own.index = {x, y, 0};
+    own.left = threads;
+    own.waiting = own.barriers = own.next = 0;
+    while (own.fibers.size() < threads) own.fibers.push_back(new Fiber);
+    for (unsigned t = 0; t < threads; t++) {
+        Fiber& fiber = *own.fibers[t];
+        fiber.done = false;
+        fiber.meetings = 0;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.get();
+        fiber.context.uc_stack.ss_size = STACK_BYTES;
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, run_thread, 0);
+    }
+}
+
+// Let every thread go on until it waits for another, or one pauses.
+void go_on(Block& own) {
+    block = &own;
+    blockIdx = own.index;
+    paused = false;
+    for (unsigned turn = 0; turn < blockDim.x && !paused; turn++) {
+        current = own.next;
+        own.next = (current + 1) % blockDim.x;
+        if (own.fibers[current]->done) continue;
+        threadIdx = {current, 0, 0};
+        swapcontext(&scheduler, &own.fibers[current]->context);
+        own.left -= own.fibers[current]->done;
+    }
 }
 
 }  // namespace
 
+void give_way() {
+    Fiber& own = *block->fibers[current];
+    swapcontext(&own.context, &scheduler);
+}
+
+void pause_block() {
+    paused = true;
+    give_way();
+}
+
 unsigned long long shuffle(unsigned long long bits, int mask) {
-    Fiber& own = *fibers[current];
+    Fiber& own = *block->fibers[current];
     const unsigned other = current ^ mask;
     const int meeting = ++own.meetings;
-    if (meeting >= 64) std::abort();
-    own.offered[meeting] = bits;
+    own.offered[meeting % KEPT] = bits;
     if (other >= blockDim.x) std::abort();  // a partner that does not exist: undefined on a GPU
-    while (fibers[other]->meetings < meeting) {
-        if (fibers[other]->done) std::abort();  // a partner that has left: it would hang
+    Fiber& partner = *block->fibers[other];
+    while (partner.meetings < meeting) {
+        if (partner.done) std::abort();  // a partner that has left: it would hang
         give_way();
     }
-    return fibers[other]->offered[meeting];
+    if (partner.meetings >= meeting + KEPT) std::abort();
+    return partner.offered[meeting % KEPT];
+}
+
+void barrier() {
+    if (block->left != blockDim.x) std::abort();  // a thread has left: undefined on a GPU
+    const int mine = block->barriers;
+    if (++block->waiting == blockDim.x) {
+        block->waiting = 0;
+        block->barriers++;
+    } else
+        while (block->barriers == mine) give_way();
 }
 
 extern "C" void run_kernel(void (*kernel)(void**), void** values, const unsigned* grid, unsigned threads) {
     body = kernel;
     arguments = values;
-    while (fibers.size() < threads) fibers.push_back(new Fiber);
     gridDim = {grid[0], grid[1], 1};
     blockDim = {threads, 1, 1};
+    if (blocks.empty()) blocks.push_back(new Block);
     for (unsigned y = 0; y < grid[1]; y++)
         for (unsigned x = 0; x < grid[0]; x++) {
-            blockIdx = {x, y, 0};
             std::memset(shared, 0xff, sizeof shared);  // not a number, as a warning
-            for (unsigned t = 0; t < threads; t++) {
-                Fiber& fiber = *fibers[t];
-                fiber.done = false;
-                fiber.meetings = 0;
-                getcontext(&fiber.context);
-                fiber.context.uc_stack.ss_sp = fiber.stack.data();
-                fiber.context.uc_stack.ss_size = fiber.stack.size();
-                fiber.context.uc_link = nullptr;
-                makecontext(&fiber.context, run_thread, 0);
-            }
-            for (unsigned left = threads; left;) {
-                for (unsigned t = 0; t < threads; t++) {
-                    if (fibers[t]->done) continue;
-                    current = t;
-                    threadIdx = {t, 0, 0};
-                    swapcontext(&scheduler, &fibers[t]->context);
-                    left -= fibers[t]->done;
-                }
-            }
+            begin(*blocks[0], x, y, threads);
+            while (blocks[0]->left) go_on(*blocks[0]);
+        }
+}
+
+// All blocks in turn, each with its own `bytes` of shared memory. A block goes on until one of its threads pauses,
+// and another one is next whatever its other threads have done: what is not waited for is not there.
+extern "C" void run_together(
+    void (*kernel)(void**), void** values, unsigned grid, unsigned threads, unsigned bytes) {
+    body = kernel;
+    arguments = values;
+    gridDim = {grid, 1, 1};
+    blockDim = {threads, 1, 1};
+    while (blocks.size() < grid) blocks.push_back(new Block);
+    for (unsigned x = 0; x < grid; x++) {
+        begin(*blocks[x], x, 0, threads);
+        blocks[x]->shared.assign(bytes, '\xff');
+    }
+    std::memset(shared, 0xff, sizeof shared);
+    unsigned left = grid;
+    for (unsigned round = 0; left; round++)
+        for (unsigned i = 0; i < grid; i++) {
+            Block& own = *blocks[round % 2 ? grid - 1 - i : i];
+            if (!own.left) continue;
+            std::memcpy(shared, own.shared.data(), bytes);
+            do go_on(own);
+            while (own.left && !paused);
+            std::memcpy(own.shared.data(), shared, bytes);
+            left -= !own.left;
         }
 }

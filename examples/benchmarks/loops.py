@@ -1,0 +1,86 @@
+"""Loops over time on a GPU: single launches, CUDA graphs and persistent kernels, against the batch.
+
+    python examples/benchmarks/loops.py [--model lstm] [--batch 1 32 256] [--repeats 7]
+
+Gauss-Newton products and gradients of the gated cells at the paper's size, all in turn within one run; ratios
+are medians of the ratios to the graph within each repetition. All must give the same numbers.
+The batch up to which the persistent kernel is ahead in both belongs in `CupyBackend.persistent_batch`.
+"""
+
+import argparse
+
+import numpy as np
+
+from hfmpi.backends import create
+from hfmpi.bench.contest import Contestant, contest
+from hfmpi.data.batches import Sequences
+from hfmpi.measure import machine
+from hfmpi.models.network import Network
+from hfmpi.objective import MeanRisk
+from hfmpi.parallel import guard
+from hfmpi.parallel.communicator import Communicator
+from hfmpi.runs.config import Config
+
+VOCABULARY = 50
+LOOPS = ("launches", "graph", "persistent")
+
+
+def passes(loops, cell, text, batch):
+    """Give a backend, and a product and a gradient over a batch on it."""
+    backend = create("cupy")
+    backend.captures = loops != "launches"
+    backend.persistent_batch = batch if loops == "persistent" else 0
+    owner = MeanRisk(Network(cell, backend), Communicator(), micro_batch=batch)
+    theta = backend.to_device(cell.initial(0).astype(backend.dtype))
+    risk = owner.on(text, np.arange(batch))
+    apply = risk.gauss_newton(theta)
+    return backend, {"product": lambda: apply(theta), "gradient": lambda: risk.gradient(theta).vector}
+
+
+def measure(cell, length, batch, repeats):
+    """Give the seconds of every pass in every kind of loop."""
+    text = np.random.default_rng(0).integers(0, VOCABULARY, length * batch).astype(np.uint8)
+    found, expected = {}, {}
+    for loops in LOOPS:
+        backend, own = passes(loops, cell, Sequences(text, length), batch)
+        for kind, run in own.items():
+            vector = backend.to_host(run()).astype(np.float64)
+            reference = expected.setdefault(kind, vector)
+            error = np.linalg.norm(vector - reference) / np.linalg.norm(reference)
+            if not error < 1e-4:
+                raise SystemExit(f"{loops}: another {kind}, relative difference {error:.1e}")
+            found[kind, loops] = run
+        if loops == "persistent" and not backend.persistent_batch:
+            raise SystemExit("CUDA refuses the cooperative launch")
+    contestants = [Contestant(run, 1, 1) for run in found.values()]
+    return dict(zip(found, contest(Communicator(), contestants, repeats), strict=True))
+
+
+def main():
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=["lstm", "mlstm"], choices=("lstm", "mlstm"))
+    parser.add_argument("--hidden", type=int, default=0, help="units; default: those of the paper's size")
+    parser.add_argument("--length", type=int, default=200)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 64, 128, 256])
+    parser.add_argument("--repeats", type=int, default=7)
+    given = parser.parse_args()
+    print(create("cupy").device, machine.versions("hfmpi", "numpy"), machine.cupy())
+    print("| model | units | batch | pass | loops | seconds | times the graph's |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for model in given.model:
+        cell = Config(model=model, hidden=given.hidden).cell(VOCABULARY)
+        for batch in given.batch:
+            seconds = measure(cell, given.length, batch, given.repeats)
+            for (kind, loops), own in sorted(seconds.items(), key=lambda row: row[0][0], reverse=True):
+                ratio = np.median(own / seconds[kind, "graph"])
+                print(
+                    f"| {model} | {cell.hidden} | {batch} | {kind} | {loops} "
+                    f"| {np.median(own):.5f} | {ratio:.2f} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    with guard():
+        main()
