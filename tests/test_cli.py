@@ -103,6 +103,8 @@ def test_from_text_to_sample(here, monkeypatch, capsys):
         *TINY,
         "--set",
         "damping=0.5",
+        "--forget-bias",
+        "-1.5",
         "--max-steps",
         "2",
     ]
@@ -110,7 +112,7 @@ def test_from_text_to_sample(here, monkeypatch, capsys):
     assert "Stopped at step 2: 2 steps were taken" in capsys.readouterr().out
     found = checkpoint.latest(here / "book.run").meta["config"]
     assert (found["model"], found["hidden"], found["seed"]) == ("lstm", 6, 7)  # the command line wins
-    assert found["settings"] == {"cg_max_steps": 3, "damping": 0.5}
+    assert (found["settings"], found["forget_bias"]) == ({"cg_max_steps": 3, "damping": 0.5}, -1.5)
     assert [record["cg_steps"] for record in history(here / "book.run")] == [3, 3]
 
     # The same command goes on; also with fewer words, and with another limit.
@@ -225,6 +227,7 @@ def test_damaged_data(damage, reason, here, refused):
     ("--model rnn --variant krause", "the krause variant is for lstm and mlstm"),
     ("--variant mine", "there is no variant 'mine'"),
     ("--initialisation zeros", "there is no initialisation 'zeros'"),
+    ("--forget-bias nan", "forget_bias must be a finite number"),
     ("--optimizer lbfgs", "there is no optimizer 'lbfgs'"),
     ("--backend torch", "there is no backend 'torch'"),
     ("--dtype float16", "dtype must be float32 or float64"),

@@ -132,7 +132,6 @@ def main():
     parser.add_argument("--gradient-batch", type=int, default=0, help="default: the optimizer's")
     parser.add_argument("--curvature-batch", type=int, default=0, help="default: the optimizer's")
     parser.add_argument("--sequence-length", type=int, default=200)
-    parser.add_argument("--forget-bias", type=float, default=0.0)
     parser.add_argument("--damping", type=float, help="lambda at the start; default: the optimizer's")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--backend", default="auto")
@@ -145,7 +144,6 @@ def main():
         gradient_batch=given.gradient_batch,
         curvature_batch=given.curvature_batch,
         sequence_length=given.sequence_length,
-        forget_bias=given.forget_bias,
         settings={} if given.damping is None else {"damping": given.damping},
     )
     corpus = Corpus.read(given.data)

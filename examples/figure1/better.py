@@ -15,7 +15,7 @@ from statistics import median
 from typing import NamedTuple
 
 from figure import reached
-from run import CONFIG, call, prepare, write_config
+from run import call, prepare
 from study import MODELS, SIZES, Candidate, arguments, history
 from table import show
 
@@ -60,7 +60,7 @@ def train(data: Path, out: Path, model: str, name: str, seed: int) -> None:
     if (at / "DONE").exists():
         return
     variant = VARIANTS[name]
-    words = ["hfmpi", "train", str(data), "--out", str(at), "--config", str(out / CONFIG)]
+    words = ["hfmpi", "train", str(data), "--out", str(at)]
     words += ["--seed", str(seed), *Candidate(model, "bhf", DAMPING).options(SIZE), *variant.options]
     words += ["--max-steps", str(variant.steps), "--checkpoint-every", "1000"]
     call(words, at.with_suffix(".log"))
@@ -89,7 +89,6 @@ def main() -> None:
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     prepare(given.data, SIZE)
-    write_config(given.out)
     wanted = [(m, name, s) for name, v in VARIANTS.items() for m in v.models for s in SEEDS]
     with ThreadPoolExecutor(given.jobs) as pool:
         for done in [pool.submit(train, given.data, given.out, *run) for run in wanted]:

@@ -19,7 +19,6 @@ from pathlib import Path
 import figure
 import table
 from study import (
-    FORGET_BIAS,
     SEQUENCES,
     SIZES,
     TIMES,
@@ -39,8 +38,6 @@ from hfmpi.data.corpus import Corpus
 from hfmpi.errors import UserError
 from hfmpi.parallel import guard
 
-CONFIG = "study.toml"
-
 
 def prepare(data: Path, size: Size) -> None:
     """Make the corpus, or check that the one there is of this size."""
@@ -50,11 +47,6 @@ def prepare(data: Path, size: Size) -> None:
     found = len(Corpus.read(data).train)
     if found != size.train_chars:
         raise UserError(f"{data} has {found:,} training characters; this size wants {' '.join(chars)}")
-
-
-def write_config(out: Path) -> None:
-    """Write what all runs of a study have in common and is no option of `hfmpi train`."""
-    (out / CONFIG).write_text(f"forget_bias = {FORGET_BIAS}\n")
 
 
 def call(words: list[str], log: Path, *fine: int) -> int:
@@ -73,7 +65,6 @@ def train(c: Candidate, size: Size, data: Path, out: Path, seconds: float, launc
     if (folder / "DONE").exists() and records and records[-1]["seconds"] >= seconds:
         return
     words = [*shlex.split(launch), "hfmpi", "train", str(data), "--out", str(folder), *c.options(size)]
-    words += ["--config", str(out / CONFIG)]
     # Evaluation is once per epoch, 1/42 of its work. Checkpoints of so small a model would cost more.
     words += ["--max-seconds", f"{seconds:g}", "--checkpoint-every", str(20 * c.epoch(size))]
     code = call(words, log, 2)  # 2: a sentence of hfmpi, such as that all steps are rejected
@@ -94,7 +85,6 @@ def main() -> None:
     seconds = given.seconds or size.seconds
     given.out.mkdir(parents=True, exist_ok=True)
     prepare(given.data, size)
-    write_config(given.out)
     times = ", ".join(f"{method.upper()} {n * seconds:g} s" for method, n in TIMES.items())
     print(f"{size.sequences:,} of {SEQUENCES:,} sequences; {times}, {TUNING:g} of it a candidate", flush=True)
 

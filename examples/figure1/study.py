@@ -36,9 +36,6 @@ FIRST = slice(2, 5)
 TUNING = 0.2
 """Share of a run's time that every candidate gets; the best one then goes on to the end."""
 
-FORGET_BIAS = 0.0
-"""Of all runs; with the 3 of Krause's code Hessian-free is slow on the LSTM (docs/results/figure1.md)."""
-
 TIMES = {"sgd": 1, "bgd": 1, "shf": 1, "bhf": 4}
 """Time of a method's runs in units of the size's seconds: a step of BHF takes that of hundreds of SGD."""
 

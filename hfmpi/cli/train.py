@@ -46,6 +46,7 @@ class MemorySize(click.ParamType):
 @click.option("--hidden", type=BATCH, help="Hidden units.")
 @click.option("--parameters", type=BATCH, help="Budget; picks the nearest size [default: the paper's].")
 @click.option("--initialisation", help="krause or sparse [default: krause].")
+@click.option("--forget-bias", type=float, help="Of gated cells at the start [default: 0].")
 @click.option("--optimizer", help="sgd, bgd, shf, bhf, bhf-short or adam [default: shf].")
 @click.option("--gradient-batch", type=BATCH, help="Sequences per gradient [default: the preset's].")
 @click.option(

@@ -98,7 +98,7 @@ class Cell:
         nearest = min(range(max(above - 1, 1), above + 1), key=lambda hidden: abs(size(hidden) - parameters))
         return cls(name, nearest, vocabulary, variant)
 
-    def initial(self, seed: int, initialisation: str = "krause", forget_bias: float = 3.0) -> np.ndarray:
+    def initial(self, seed: int, initialisation: str = "krause", forget_bias: float = 0.0) -> np.ndarray:
         """Draw the parameters, float64, the same for every backend and number of ranks.
 
         Parameters
@@ -108,7 +108,8 @@ class Cell:
             matrices 0.02 N(0, 1). `sparse` (Martens 2010): 15 incoming N(0, 1) weights per unit, halved for
             tanh units, the rest 0. Biases 0.
         forget_bias : float
-            Of gated cells; 3 in Krause's code.
+            Of gated cells at the start. Krause's code has 3, with which Hessian-free is slower
+            (docs/results/figure1.md).
         """
         if initialisation not in INITIALISATIONS:
             raise UserError(

@@ -79,7 +79,7 @@ class Config:
     hidden: int = 0
     parameters: int = 0
     initialisation: str = "krause"
-    forget_bias: float = 3.0
+    forget_bias: float = 0.0
     optimizer: str = "shf"
     gradient_batch: int = 0
     curvature_batch: int = 0
