@@ -101,7 +101,8 @@ class CupyBackend(Backend):
     captures : bool
         Capture the loops over time in graphs; turns off by itself where CUDA refuses it.
     persistent_batch : int
-        Most sequences that a loop of a gated cell does in one kernel; 0: none, until that is measured.
+        Most sequences that a loop of a gated cell does in one kernel; 0: none, until that is measured. The
+        products inside such a kernel are not among those that `hfmpi.bench.bound` records.
     """
 
     name = "cupy"
