@@ -1,9 +1,11 @@
 """The examples and the README do what they say."""
 
+import itertools
 import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -64,6 +66,23 @@ def test_the_comparison_with_peers_runs_without_them():
     names = [(row["pass"], row["contestant"]) for row in found["rows"]]
     assert names == [(kind, who) for kind in ("product", "gradient") for who in ("hfmpi", "products alone")]
     assert all(row["seconds"] > 0 for row in found["rows"])
+
+
+def test_the_measurements_on_a_gpu_are_commands_that_exist():
+    script = ROOT / "bin" / "measure-gpu"
+    shown = subprocess.run([script, "-n", "out", "kjv.h5"], capture_output=True, text=True, check=True).stdout
+    commands = [shlex.split(line) for line in shown.splitlines()]
+    assert len(commands) == 10
+    for command in commands:
+        options = [word for word in command if word.startswith("--")]
+        verbs = list(itertools.takewhile(lambda w: not w.startswith("--") and w != "kjv.h5", command))
+        if verbs[0] == "hfmpi":
+            verbs[:1] = [sys.executable, "-c", "from hfmpi.cli.main import entry; entry()"]
+        told = subprocess.run([*verbs, "--help"], capture_output=True, text=True, check=True).stdout
+        assert all(option in told for option in options), command
+    wrong = subprocess.run([script, "out", "kjv.h5", "no"], capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stderr) == (2, "bin/measure-gpu: there is no part no\n")
+    assert not Path("out").exists()
 
 
 def test_the_comparison_of_loops(monkeypatch, capsys):
