@@ -126,6 +126,14 @@ def test_damaged_newest_falls_back_on_the_previous(damage, two):
     assert f"going on from {two / PREVIOUS}" in found.message
 
 
+def test_a_reader_waits_while_a_job_renames(two, monkeypatch):
+    """Between its two renames there is no newest checkpoint."""
+    (two / NEWEST).rename(two / "written")
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda _: (two / "written").rename(two / NEWEST))
+    found = latest(two)
+    assert (found.meta, found.message) == ({"step": 2}, None)
+
+
 def test_both_damaged(two):
     flip(two / NEWEST)
     truncate(two / PREVIOUS)
