@@ -42,6 +42,8 @@ def replace(
 ) -> None:
     """Write a file so that a crash at any moment leaves the old content or the new.
 
+    Whoever reads it meanwhile finds one of them too (without hard links and with `keep`: perhaps none).
+
     The content goes to a hidden temporary file in the same folder, reaches the disk, is read back from
     there, and only then takes the name. If any of it fails, the temporary file is removed and everything is
     as before.
@@ -63,7 +65,7 @@ def replace(
         If the folder or the disk does not take the file, or it is there and no regular file.
     """
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    temporary, old = (target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp") for _ in range(2))
     try:
         if target.exists() and not target.is_file():
             raise UserError(f"cannot write {path}: it is there and is not a regular file")
@@ -79,7 +81,7 @@ def replace(
         if check is not None:
             check(temporary)
         if keep is not None and target.exists():
-            os.replace(target, keep)
+            os.replace(_linked(target, old), keep)
         os.replace(temporary, target)
         with contextlib.suppress(OSError):  # not every file system can do it
             folder = os.open(target.parent, os.O_RDONLY)
@@ -90,8 +92,9 @@ def replace(
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        with contextlib.suppress(OSError):  # gone after the rename; never there in a bad folder
-            temporary.unlink()
+        for leftover in temporary, old:
+            with contextlib.suppress(OSError):  # gone after the rename; never there in a bad folder
+                leftover.unlink()
 
 
 def remove_leftovers(path: Path) -> None:
@@ -99,6 +102,15 @@ def remove_leftovers(path: Path) -> None:
     with contextlib.suppress(OSError):
         for leftover in path.parent.glob(f".{path.name}.????????.tmp"):
             leftover.unlink()
+
+
+def _linked(path: Path, second: Path) -> Path:
+    """Give a file a second name, and that name; where the file system has no hard links, its own."""
+    try:
+        os.link(path, second)
+    except OSError:
+        return path
+    return second
 
 
 def _holds(path: Path, content: memoryview, part: int = 2**20) -> bool:

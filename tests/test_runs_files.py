@@ -126,12 +126,37 @@ def test_damaged_newest_falls_back_on_the_previous(damage, two):
     assert f"going on from {two / PREVIOUS}" in found.message
 
 
-def test_a_reader_waits_while_a_job_renames(two, monkeypatch):
-    """Between its two renames there is no newest checkpoint."""
-    (two / NEWEST).rename(two / "written")
-    monkeypatch.setattr(checkpoint.time, "sleep", lambda _: (two / "written").rename(two / NEWEST))
-    found = latest(two)
-    assert (found.meta, found.message) == ({"step": 2}, None)
+def test_a_reader_finds_the_newest_at_any_moment(two, monkeypatch):
+    replace, found = files.os.replace, []
+
+    def observed(source, target):
+        replace(source, target)
+        found.append(latest(two))
+
+    monkeypatch.setattr(files.os, "replace", observed)
+    for step in (3, 4):
+        save(two / NEWEST, theta(step), {}, {"step": step})
+    assert [(c.meta["step"], c.message) for c in found] == [(2, None), (3, None), (3, None), (4, None)]
+    assert load(two / PREVIOUS).meta == {"step": 3}
+    assert {path.name for path in two.iterdir()} == {NEWEST, PREVIOUS}
+
+
+def test_a_crash_between_the_names_leaves_nothing_for_the_next(two):
+    """Both names may then be of one file, between which a rename does nothing."""
+    (two / PREVIOUS).unlink()
+    (two / PREVIOUS).hardlink_to(two / NEWEST)
+    save(two / NEWEST, theta(3), {}, {"step": 3})
+    assert [load(two / name).meta["step"] for name in (NEWEST, PREVIOUS)] == [3, 2]
+    assert {path.name for path in two.iterdir()} == {NEWEST, PREVIOUS}
+
+
+def test_a_file_system_without_hard_links(two, monkeypatch):
+    def refused(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(files.os, "link", refused)
+    save(two / NEWEST, theta(3), {}, {"step": 3})
+    assert [load(two / name).meta["step"] for name in (NEWEST, PREVIOUS)] == [3, 2]
 
 
 def test_both_damaged(two):

@@ -7,12 +7,10 @@ and strings. There are no pickles, links or references, and the reader accepts n
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +29,6 @@ __all__ = ["NEWEST", "PREVIOUS", "Checkpoint", "Entry", "latest", "load", "save"
 NEWEST = "checkpoint.h5"
 PREVIOUS = "checkpoint.previous.h5"
 _FORMAT, _VERSION = "hfmpi checkpoint", 1
-_BETWEEN_RENAMES = 0.1
-"""Seconds until a job that writes has given a checkpoint its name; for a moment there is no newest one."""
 
 Entry = int | float | str | np.ndarray
 
@@ -153,9 +149,6 @@ def latest(folder: str | Path) -> Checkpoint:
     except UserError as error:
         if not previous.exists():
             raise
-        time.sleep(_BETWEEN_RENAMES)
-        with contextlib.suppress(UserError):
-            return load(newest)
         try:
             found = load(previous)
         except UserError as second:
