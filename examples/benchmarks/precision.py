@@ -65,21 +65,21 @@ class Contestant:
     """A run of steps in one precision."""
 
     def __init__(self, precision, given, config, corpus):
-        self.config, self.optimizer = config, config.preset().optimizer
+        self.seed, self.preset = config.seed, config.preset()
         self.backend = make_backend(given.backend, precision)
         cell = config.cell(corpus.vocabulary)
         self.risk = MeanRisk(Network(cell, self.backend), Communicator())
         self.sequences = Sequences(corpus.train, config.sequence_length)
-        check_batch(config.preset().gradient_batch, self.sequences.count)
+        check_batch(self.preset.gradient_batch, self.sequences.count)
         initial = cell.initial(config.seed, config.initialisation, config.forget_bias)
         self.theta = self.backend.to_device(initial.astype(self.backend.dtype))
-        self.state = self.optimizer.init(self.theta)
+        self.state = self.preset.optimizer.init(self.theta)
 
     def take(self, step, theta, state):
         """Take a step from somewhere, without going there: theta, state and report after it."""
-        sizes = self.config.preset().gradient_batch, self.config.preset().curvature_batch
-        objectives = step_objectives(self.risk, self.sequences, self.config.seed, step, *sizes)
-        return self.optimizer.step(theta, state, objectives)
+        sizes = self.preset.gradient_batch, self.preset.curvature_batch
+        objectives = step_objectives(self.risk, self.sequences, self.seed, step, *sizes)
+        return self.preset.optimizer.step(theta, state, objectives)
 
     def go(self, step):
         """Take the next step; give the report, and what it moved theta by, in float64 on the host."""
@@ -170,7 +170,7 @@ def main():
 
     device = single.backend.device
     print(machine.processor() if device == "CPU" else device, machine.versions("hfmpi", "numpy", "numba"))
-    sizes = config.preset()
+    sizes = single.preset
     print(
         f"{given.model} of {single.theta.size:,} parameters, {given.optimizer}, batches of "
         f"{sizes.gradient_batch:,} and {sizes.curvature_batch:,} sequences of {given.sequence_length}\n"

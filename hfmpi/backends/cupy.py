@@ -131,7 +131,6 @@ class CupyBackend(Backend):
         self._graphs: OrderedDict[Hashable, Any] = OrderedDict()
         self.captures = True
         self.persistent_batch = 0
-        self._persistent = PersistentLoops(self._device, self.stream, self.dtype, self._kernel)
 
     # Arrays ------------------------------------------------------------------------------------
 
@@ -262,6 +261,10 @@ class CupyBackend(Backend):
             bias_h=self._steady("bias_h", r.bias_h),
             factor_table=self._steady("factor_table", r.factor_table),
         )
+
+    @functools.cached_property
+    def _persistent(self) -> PersistentLoops:
+        return PersistentLoops(self._device, self.stream, self.dtype, self._kernel)
 
     def _in_one_kernel(self, r: Recurrence, run: Callable[[], None]) -> bool:
         """Do a loop as a persistent kernel where it is one for it; say so."""

@@ -81,8 +81,7 @@ void go_on(Block& own) {
 }  // namespace
 
 void give_way() {
-    Fiber& own = *block->fibers[current];
-    swapcontext(&own.context, &scheduler);
+    swapcontext(&block->fibers[current]->context, &scheduler);
 }
 
 void pause_block() {
