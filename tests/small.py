@@ -3,11 +3,11 @@
 import numpy as np
 
 from hfmpi.data.prepare import prepare
+from hfmpi.files.history import History
+from hfmpi.files.run_folder import find_checkpoint
 from hfmpi.parallel.communicator import Communicator
 from hfmpi.parallel.placement import Placement
 from hfmpi.runs.config import Config
-from hfmpi.runs.folder import find_checkpoint
-from hfmpi.runs.history import History
 from hfmpi.runs.stop import StopSignals
 from hfmpi.runs.train import Run
 

@@ -17,8 +17,8 @@ from threadpoolctl import threadpool_limits
 from hfmpi.cli.main import entry
 from hfmpi.data.corpus import Corpus
 from hfmpi.data.prepare import prepare
+from hfmpi.files import checkpoint
 from hfmpi.parallel import launch
-from hfmpi.runs import checkpoint
 
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 TINY = ["--hidden", "6", "--sequence-length", "20", "--gradient-batch", "9", "--curvature-batch", "4"]

@@ -23,11 +23,11 @@ from hfmpi.data.batches import Sequences
 from hfmpi.errors import UserError
 from hfmpi.models.cells import Cell
 from hfmpi.models.network import Network
-from hfmpi.objective import MeanRisk
-from hfmpi.parallel import transport
+from hfmpi.objective import transport
+from hfmpi.objective.data_parallel import MeanRisk
 from hfmpi.parallel.communicator import Communicator, MPICommunicator, digest
+from hfmpi.runs.record import facts
 from hfmpi.runs.train import Place
-from hfmpi.runs.words import facts
 
 cupy = pytest.importorskip("cupy")
 from hfmpi.backends.cupy import KERNELS  # noqa: E402

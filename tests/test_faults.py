@@ -19,11 +19,11 @@ from test_parallel import MPIRUN
 
 from hfmpi.cli.train import train as train_command
 from hfmpi.errors import UserError
+from hfmpi.files import checkpoint
 from hfmpi.models.network import Network
 from hfmpi.optim import Gradient, HessianFree, Objectives
 from hfmpi.parallel import launch, watchdog
 from hfmpi.parallel.communicator import MPICommunicator
-from hfmpi.runs import checkpoint
 from hfmpi.runs.stop import StopSignals
 
 # Ranks -----------------------------------------------------------------------------------------
@@ -31,15 +31,15 @@ from hfmpi.runs.stop import StopSignals
 PROGRAM = """
 import os, signal, sys, time
 import numpy as np
-from hfmpi.parallel import links, watchdog
+from hfmpi.parallel import sockets, watchdog
 from hfmpi.parallel.launch import connect, guard
 watchdog._LOOK = 0.2  # the looks are counted; fewer seconds between them
-links._PATIENCE = 2.0
+sockets._PATIENCE = 2.0
 faulty, until = int(sys.argv[1]), float(sys.argv[2])
 with guard():
     if "no network" in sys.argv[3]:
         def refuse(*arguments, **options): raise OSError("no network")
-        links.socket.create_server = refuse
+        sockets.socket.create_server = refuse
     comm = connect(2.0 if "hang" in sys.argv[3] else 0.0)
     os.write(1, b"%d\\n" % os.getpid())  # in one piece
     begin, passed = time.monotonic(), 0.0

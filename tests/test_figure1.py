@@ -154,7 +154,7 @@ def with_full(records):
 def test_a_curve_with_less_of_a_floor_keeps_its_slope(study):
     import clock
 
-    from hfmpi.measure.scaling import Curve
+    from hfmpi.speedup.scaling import Curve
 
     shape = clock.lowered(Curve((1.0, 2.0, 4.0), (10.0, 11.0, 13.0)), 3.0)  # 9 + b
     assert shape.seconds == pytest.approx((4.0, 5.0, 7.0))

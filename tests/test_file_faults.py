@@ -16,15 +16,14 @@ import numpy as np
 import pytest
 from small import Recorder, history, make_run, same, train, write_corpus
 
-from hfmpi import files
 from hfmpi.errors import UserError
-from hfmpi.runs import checkpoint
-from hfmpi.runs import lock as locking
+from hfmpi.files import atomic, checkpoint
+from hfmpi.files import lock as locking
+from hfmpi.files.checkpoint import NEWEST, PREVIOUS
+from hfmpi.files.history import History
+from hfmpi.files.lock import Lock
 from hfmpi.runs import train as training
-from hfmpi.runs.checkpoint import NEWEST, PREVIOUS
 from hfmpi.runs.config import Config, from_toml
-from hfmpi.runs.history import History
-from hfmpi.runs.lock import Lock
 from hfmpi.runs.stop import StopSignals
 from hfmpi.runs.train import Run
 
@@ -59,7 +58,7 @@ class Disk:
         def fail(*arguments, **options):
             raise OSError(self.number, os.strerror(self.number))
 
-        self.monkeypatch.setattr(files.os, "fsync", fail)
+        self.monkeypatch.setattr(atomic.os, "fsync", fail)
         real = os.open
 
         def open_(path, flags, *arguments, **options):
@@ -250,7 +249,7 @@ def test_what_the_disk_changes_is_noticed_before_it_takes_the_name(tmp_path, mon
         os.pwrite(descriptor, b"?", 60)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "fsync", lying_disk)
+        patch.setattr(atomic.os, "fsync", lying_disk)
         with pytest.raises(UserError, match="what was read back is not what was written"):
             checkpoint.save(tmp_path / NEWEST, theta, {}, {"step": 2})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {NEWEST: before}

@@ -4,7 +4,7 @@ import click
 import pytest
 
 from hfmpi.cli.train import MemorySize
-from hfmpi.parallel.placement import free_memory
+from hfmpi.measure.machine import free_memory
 
 MEMINFO = "MemTotal:       24000000 kB\nMemFree: 1 kB\nMemAvailable:   1000 kB\nBuffers: 5 kB\n"
 

@@ -9,11 +9,10 @@ import h5py
 import numpy as np
 import pytest
 
-from hfmpi import files
 from hfmpi.errors import UserError
-from hfmpi.runs import checkpoint
-from hfmpi.runs.checkpoint import NEWEST, PREVIOUS, latest, load, save
-from hfmpi.runs.history import History
+from hfmpi.files import atomic, checkpoint
+from hfmpi.files.checkpoint import NEWEST, PREVIOUS, latest, load, save
+from hfmpi.files.history import History
 
 META = {"step": 7, "model": {"cell": "mlstm", "hidden": 3}, "note": "ä", "none": None, "list": [1, 2.5]}
 
@@ -127,13 +126,13 @@ def test_damaged_newest_falls_back_on_the_previous(damage, two):
 
 
 def test_a_reader_finds_the_newest_at_any_moment(two, monkeypatch):
-    replace, found = files.os.replace, []
+    replace, found = atomic.os.replace, []
 
     def observed(source, target):
         replace(source, target)
         found.append(latest(two))
 
-    monkeypatch.setattr(files.os, "replace", observed)
+    monkeypatch.setattr(atomic.os, "replace", observed)
     for step in (3, 4):
         save(two / NEWEST, theta(step), {}, {"step": step})
     assert [(c.meta["step"], c.message) for c in found] == [(2, None), (3, None), (3, None), (4, None)]
@@ -154,7 +153,7 @@ def test_a_file_system_without_hard_links(two, monkeypatch):
     def refused(*_):
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(files.os, "link", refused)
+    monkeypatch.setattr(atomic.os, "link", refused)
     save(two / NEWEST, theta(3), {}, {"step": 3})
     assert [load(two / name).meta["step"] for name in (NEWEST, PREVIOUS)] == [3, 2]
 
@@ -197,7 +196,7 @@ def test_disk_full_leaves_the_files_as_before(two):
 import resource, signal, sys
 import numpy as np
 from hfmpi.errors import UserError
-from hfmpi.runs.checkpoint import save
+from hfmpi.files.checkpoint import save
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:
@@ -220,14 +219,14 @@ def test_failure_at_a_later_moment(step, two, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, step, full)
+        patch.setattr(atomic.os, step, full)
         with pytest.raises(UserError, match="No space left on device"):
             save(two / NEWEST, theta(3), {}, {})
     assert contents(two) == before
 
 
 def test_crash_between_the_two_renames(two, monkeypatch):
-    replace = files.os.replace
+    replace = atomic.os.replace
 
     def crash(source, target):
         if str(target).endswith(NEWEST):
@@ -235,7 +234,7 @@ def test_crash_between_the_two_renames(two, monkeypatch):
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "replace", crash)
+        patch.setattr(atomic.os, "replace", crash)
         with pytest.raises(KeyboardInterrupt):
             save(two / NEWEST, theta(3), {}, {})
     assert latest(two).meta == {"step": 2}

@@ -18,11 +18,11 @@ from hfmpi.cli.main import cli
 from hfmpi.cli.show import aligned, bar, sparkline
 from hfmpi.errors import UserError
 from hfmpi.measure.cost import Counts
-from hfmpi.measure.prediction import fit
-from hfmpi.measure.scaling import Curve, Job, Link, Pass, best, fit_link
-from hfmpi.measure.speedup import Measured, causes, compare
-from hfmpi.runs.benchmarked import read_bench
-from hfmpi.runs.measured import measurements
+from hfmpi.speedup.bench_file import read_bench
+from hfmpi.speedup.compare import Measured, causes, compare
+from hfmpi.speedup.prediction import fit
+from hfmpi.speedup.runs import measurements
+from hfmpi.speedup.scaling import Curve, Job, Link, Pass, best, fit_link
 
 COUNTS = Counts(steps=2, cg_steps=10, gradients=2, products=12, losses=6, linearisations=2)
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from small import Recorder, history, make_run, same, shared_corpus, train, write_corpus
 
+from hfmpi.files import checkpoint
 from hfmpi.parallel.communicator import Communicator, MPICommunicator
-from hfmpi.runs import checkpoint
 from hfmpi.runs.stop import StopSignals, job_end
 
 STEPS = 2

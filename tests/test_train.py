@@ -9,9 +9,9 @@ import pytest
 from small import Recorder, history, make_run, same, shared_corpus, train, write_corpus
 
 from hfmpi.errors import UserError
-from hfmpi.objective import Risk
+from hfmpi.files import checkpoint
+from hfmpi.objective.data_parallel import Risk
 from hfmpi.parallel.communicator import MPICommunicator, digest
-from hfmpi.runs import checkpoint
 from hfmpi.runs.config import Config, from_toml, merge
 from hfmpi.runs.stop import StopSignals
 from hfmpi.runs.train import Run

@@ -33,7 +33,7 @@ from hfmpi.data.batches import Sequences  # noqa: E402
 from hfmpi.measure import machine  # noqa: E402
 from hfmpi.models.cells import Cell  # noqa: E402
 from hfmpi.models.network import Network  # noqa: E402
-from hfmpi.objective import MeanRisk  # noqa: E402
+from hfmpi.objective.data_parallel import MeanRisk  # noqa: E402
 from hfmpi.parallel.communicator import Communicator  # noqa: E402
 from hfmpi.runs.config import Config  # noqa: E402
 

@@ -16,7 +16,7 @@ from hfmpi.bench.contest import Contestant, contest
 from hfmpi.data.batches import Sequences
 from hfmpi.measure import machine
 from hfmpi.models.network import Network
-from hfmpi.objective import MeanRisk
+from hfmpi.objective.data_parallel import MeanRisk
 from hfmpi.parallel import guard
 from hfmpi.parallel.communicator import Communicator
 from hfmpi.runs.config import Config

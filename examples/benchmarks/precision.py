@@ -24,7 +24,7 @@ from hfmpi.data.batches import Sequences, check_batch
 from hfmpi.data.corpus import Corpus
 from hfmpi.measure import machine
 from hfmpi.models.network import Network
-from hfmpi.objective import MeanRisk, step_objectives
+from hfmpi.objective.data_parallel import MeanRisk, step_objectives
 from hfmpi.parallel import guard
 from hfmpi.parallel.communicator import Communicator
 from hfmpi.parallel.placement import place

@@ -36,7 +36,7 @@ import hfmpi
 from hfmpi.cli.main import entry
 from hfmpi.data.corpus import Corpus
 from hfmpi.data.prepare import prepare
-from hfmpi.runs import checkpoint
+from hfmpi.files import checkpoint
 
 LIMIT_MEMORY = 256 * 2**20  # bytes of address space that a worker may take beyond what a good run took
 LIMIT_SECONDS = 20  # for one file

@@ -13,7 +13,7 @@ import h5py
 import numba
 import numpy as np
 
-from hfmpi.runs import checkpoint
+from hfmpi.files import checkpoint
 
 Change = Callable[[h5py.File, str, random.Random, Path], None]
 CHANGES: dict[str, Change] = {}

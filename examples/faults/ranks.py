@@ -61,10 +61,10 @@ def strike(fault, folder):
 
 def plant(fault, place, number, folder):
     """Count what a rank does at every place; at the chosen one, the fault strikes at the given count."""
-    from hfmpi import files
     from hfmpi.data.batches import Sequences
+    from hfmpi.files import atomic
+    from hfmpi.files.history import History
     from hfmpi.parallel.communicator import MPICommunicator
-    from hfmpi.runs.history import History
     from hfmpi.runs.train import Run
 
     counts = Counter()
@@ -87,8 +87,8 @@ def plant(fault, place, number, folder):
     hook(Sequences, "take", "input")
     hook(MPICommunicator, "sum", "before Allreduce", "in Allreduce")
     hook(MPICommunicator, "agree", "in Bcast")
-    hook(files.os, "fsync", "writing a file")
-    hook(files.os, "replace", "writing a file")
+    hook(atomic.os, "fsync", "writing a file")
+    hook(atomic.os, "replace", "writing a file")
     hook(History, "add", "history")
     honest = Run._one_step
 
@@ -173,8 +173,8 @@ def alive(folder):
 
 def outcome(run):
     """Give all that a run must repeat, bit for bit."""
-    from hfmpi.runs import checkpoint
-    from hfmpi.runs.history import History
+    from hfmpi.files import checkpoint
+    from hfmpi.files.history import History
 
     found = checkpoint.latest(run)
     clock = "seconds", "step_seconds"

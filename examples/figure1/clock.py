@@ -21,11 +21,11 @@ from study import METHODS, MODELS, SIZES, arguments, chosen, histories, history
 from table import common, show
 
 from hfmpi.errors import UserError
-from hfmpi.measure.prediction import KINDS, fit
-from hfmpi.measure.scaling import Curve, Job, Link
 from hfmpi.parallel import guard
-from hfmpi.runs.benchmarked import read_bench
-from hfmpi.runs.measured import measurements
+from hfmpi.speedup.bench_file import read_bench
+from hfmpi.speedup.prediction import KINDS, fit
+from hfmpi.speedup.runs import measurements
+from hfmpi.speedup.scaling import Curve, Job, Link
 
 RANKS = np.arange(1, 2**14 + 1)
 SHOWN = 2 ** np.arange(15) - 1

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from hfmpi.errors import UserError
+from hfmpi.files.history import History
 from hfmpi.models.cells import PAPER_PARAMETERS
 from hfmpi.optim.presets import preset
-from hfmpi.runs.history import History
 
 Histories = dict[tuple[str, str], list[dict[str, Any]]]
 

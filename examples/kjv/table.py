@@ -6,8 +6,8 @@ python examples/kjv/table.py RUN...
 import sys
 from pathlib import Path
 
-from hfmpi.runs import checkpoint
-from hfmpi.runs.history import History
+from hfmpi.files import checkpoint
+from hfmpi.files.history import History
 
 TIMES = (60, 120, 300, 600, 1200)
 

@@ -28,7 +28,7 @@ import numba
 from llvmlite import binding
 
 from hfmpi.errors import UserError
-from hfmpi.files import replace
+from hfmpi.files.atomic import replace
 
 __all__ = ["archive_path", "kernel_cache"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from hfmpi.backends import elementary, packed
+from hfmpi.backends import elementary, panels
 from hfmpi.backends.base import Array, Packed, Workspace
 from hfmpi.backends.elementary import exp, tanh
 from hfmpi.backends.kernel_cache import kernel_cache
@@ -251,15 +251,15 @@ KERNELS = (
     softmax_hessian,
     segment_sum,
     accumulate_square,
-    packed.pack,
-    packed.multiply,
+    panels.pack,
+    panels.multiply,
 )
 
 
 @functools.cache
 def kernels() -> dict[str, Any]:
     """Give the kernels by name, each to be compiled when it is first called, or taken from disk."""
-    with kernel_cache("kernels", (__file__, elementary.__file__, packed.__file__)) as cache:
+    with kernel_cache("kernels", (__file__, elementary.__file__, panels.__file__)) as cache:
         return {f.__name__: compiled(f, cache) for f in KERNELS}
 
 
@@ -294,9 +294,9 @@ class NumbaBackend(NumpyBackend):
             setattr(self, name, self._kernels[name])
 
     def pack(self, matrix: Array, memory: Workspace, name: str) -> Packed:
-        panels = memory(name, packed.panels_shape(matrix.shape[0], matrix.shape[1], self.dtype.itemsize))
-        self._kernels["pack"](matrix, panels)
-        return Packed(matrix, panels)
+        ready = memory(name, panels.panels_shape(matrix.shape[0], matrix.shape[1], self.dtype.itemsize))
+        self._kernels["pack"](matrix, ready)
+        return Packed(matrix, ready)
 
     def multiply(self, a: Array, b: Packed, out: Array, add: bool = False) -> None:
         self._kernels["multiply"](a, b.panels, out, add)

@@ -24,10 +24,10 @@ from hfmpi.data.batches import Sequences, check_batch
 from hfmpi.measure.timer import Timer, split_waiting
 from hfmpi.models.cells import Cell
 from hfmpi.models.network import Network
-from hfmpi.objective import MeanRisk, Risk, message_sizes, step_objectives
+from hfmpi.objective.data_parallel import MeanRisk, Risk, message_sizes, step_objectives
+from hfmpi.objective.transport import choose
 from hfmpi.optim.presets import Preset
 from hfmpi.parallel.communicator import Communicator
-from hfmpi.parallel.transport import choose
 
 __all__ = ["Bench", "Row", "allreduce", "gradients", "products", "step"]
 

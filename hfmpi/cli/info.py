@@ -14,10 +14,10 @@ import click
 from hfmpi.backends import create, gpus
 from hfmpi.backends.base import Backend
 from hfmpi.measure.machine import blas, cupy, processor, versions
+from hfmpi.objective.transport import choose
 from hfmpi.parallel.launch import connect
 from hfmpi.parallel.library import describe
 from hfmpi.parallel.placement import place
-from hfmpi.parallel.transport import choose
 
 __all__ = ["info"]
 

@@ -38,7 +38,7 @@ INTERNALS = {
 )
 def plot(runs: tuple[Path, ...], out: Path | None, internals: bool) -> None:
     """Draw training (lines) and validation (marks) bits/char of RUN... against P_I, P_D and seconds."""
-    from hfmpi.runs.history import History
+    from hfmpi.files.history import History
 
     if out is not None:
         need_matplotlib()
@@ -61,7 +61,7 @@ def plot(runs: tuple[Path, ...], out: Path | None, internals: bool) -> None:
 
 def _check_internals(run: Path, records: list[dict[str, Any]]) -> None:
     """Raise a UserError unless these are steps of Hessian-free optimization."""
-    from hfmpi.runs.history import is_number
+    from hfmpi.files.history import is_number
 
     for key in INTERNALS:
         if not all(is_number(record.get(key, "")) for record in records):

@@ -26,7 +26,7 @@ __all__ = ["sample"]
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
 def sample(run: Path, length: int, prime: str, temperature: float, seed: int) -> None:
     """Write LENGTH characters with the network of RUN, after the prime."""
-    from hfmpi.runs.trained import Trained
+    from hfmpi.runs.trained_model import Trained
 
     # One character at a time: compiled kernels would cost more to load than they save.
     trained = Trained.read(run, backend="numpy")

@@ -79,11 +79,11 @@ def speedup(
     import numpy as np
 
     from hfmpi.cli.speedup_report import report
-    from hfmpi.measure import speedup as measure
-    from hfmpi.measure.prediction import fit, predict
-    from hfmpi.measure.scaling import Link
-    from hfmpi.runs.benchmarked import read_bench
-    from hfmpi.runs.measured import measurements
+    from hfmpi.speedup import compare as measure
+    from hfmpi.speedup.bench_file import read_bench
+    from hfmpi.speedup.prediction import fit, predict
+    from hfmpi.speedup.runs import measurements
+    from hfmpi.speedup.scaling import Link
 
     if (latency is None) != (bandwidth is None):
         raise UserError("a network to predict for needs both --latency and --bandwidth")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from hfmpi.cli.show import HATCHES
-from hfmpi.measure.speedup import PASSES, mean_spans
+from hfmpi.speedup.compare import PASSES, mean_spans
 
 __all__ = ["draw"]
 

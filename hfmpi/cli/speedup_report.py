@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hfmpi.cli.show import aligned, bar
-from hfmpi.measure.speedup import PASSES
+from hfmpi.speedup.compare import PASSES
 
 __all__ = ["report"]
 

@@ -137,10 +137,10 @@ def train(
     import numpy as np
 
     from hfmpi.cli.progress import make_reporter
+    from hfmpi.files.run_folder import find_checkpoint
     from hfmpi.parallel.launch import connect, together
     from hfmpi.parallel.placement import place
     from hfmpi.runs import config as configuration
-    from hfmpi.runs.folder import find_checkpoint
     from hfmpi.runs.stop import StopSignals, job_end
     from hfmpi.runs.train import Run
 

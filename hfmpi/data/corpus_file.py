@@ -17,9 +17,9 @@ import numpy as np
 
 from hfmpi import __version__
 from hfmpi.errors import UserError
-from hfmpi.files import replace
-from hfmpi.hdf5 import Damage, array, attribute, attributes, members, opened, set_text
-from hfmpi.parallel.placement import free_memory
+from hfmpi.files.atomic import replace
+from hfmpi.files.hdf5 import Damage, array, attribute, attributes, members, opened, set_text
+from hfmpi.measure.machine import free_memory
 
 __all__ = ["is_corpus", "read", "write"]
 

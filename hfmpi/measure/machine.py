@@ -1,4 +1,4 @@
-"""What a measurement was made on: processor, BLAS and versions."""
+"""What this machine is: processor, BLAS, versions, and the memory that is free."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from threadpoolctl import threadpool_info
 
-__all__ = ["blas", "cupy", "processor", "versions"]
+__all__ = ["blas", "cupy", "free_memory", "processor", "versions"]
 
 
 def processor() -> str:
@@ -46,3 +46,20 @@ def cupy() -> dict[str, str | None]:
         for name, number in versions("cupy", "cupy-cuda12x", "cupy-cuda13x").items()
         if number and name != "python"
     }
+
+
+def free_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Give the bytes that processes of this node, or of its control group (version 2), can still take.
+
+    Where nothing can be found out it is a guess of 4 GiB.
+    """
+    found = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        available = (proc / "meminfo").read_text().partition("MemAvailable:")[2]
+        found.append(1024 * int(available.split()[0]))
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        own = (proc / "self/cgroup").read_text().partition("0::/")[2]
+        group = cgroups / own.splitlines()[0]
+        limit = int((group / "memory.max").read_text())  # "max" is no number: no limit
+        found.append(max(0, limit - int((group / "memory.current").read_text())))
+    return min(found, default=4 * 2**30)

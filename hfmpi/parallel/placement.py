@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
-from pathlib import Path
 
 from threadpoolctl import threadpool_limits
 
 from hfmpi.errors import UserError
+from hfmpi.measure.machine import free_memory
 from hfmpi.parallel.communicator import Communicator
 
-__all__ = ["Placement", "free_memory", "place", "single_threaded"]
+__all__ = ["Placement", "place", "single_threaded"]
 
 # The first that is set to a number is the user's choice.
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
@@ -91,23 +90,6 @@ def single_threaded(placement: Placement) -> Placement:
     """Set the BLAS to one thread, so that its sums do not depend on how many cores a rank has."""
     threadpool_limits(limits=1, user_api="blas")
     return replace(placement, threads=1)
-
-
-def free_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Give the bytes that processes of this node, or of its control group (version 2), can still take.
-
-    Where nothing can be found out it is a guess of 4 GiB.
-    """
-    found = []
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        available = (proc / "meminfo").read_text().partition("MemAvailable:")[2]
-        found.append(1024 * int(available.split()[0]))
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        own = (proc / "self/cgroup").read_text().partition("0::/")[2]
-        group = cgroups / own.splitlines()[0]
-        limit = int((group / "memory.max").read_text())  # "max" is no number: no limit
-        found.append(max(0, limit - int((group / "memory.current").read_text())))
-    return min(found, default=4 * 2**30)
 
 
 def _share(own: int, masks: list[int]) -> int:

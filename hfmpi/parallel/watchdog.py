@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hfmpi.parallel.communicator import MPICommunicator
-from hfmpi.parallel.links import link_up
+from hfmpi.parallel.sockets import link_up
 
 __all__ = ["Watchdog", "joining", "watch"]
 

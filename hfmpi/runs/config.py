@@ -14,7 +14,7 @@ from typing import Any
 from hfmpi.backends import create
 from hfmpi.backends.base import Backend
 from hfmpi.errors import UserError
-from hfmpi.files import open_regular
+from hfmpi.files.atomic import open_regular
 from hfmpi.models.cells import PAPER_PARAMETERS, Cell
 from hfmpi.optim.presets import Preset, preset
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from hfmpi.errors import UserError
+from hfmpi.files.checkpoint import Checkpoint, Entry
 from hfmpi.measure import cost
-from hfmpi.runs.checkpoint import Checkpoint, Entry
 
 __all__ = ["check_model", "progress", "restored_state"]
 

@@ -18,22 +18,22 @@ from hfmpi.backends.base import Array
 from hfmpi.data.batches import Sequences, check_batch
 from hfmpi.data.corpus import Corpus
 from hfmpi.errors import UserError
+from hfmpi.files.checkpoint import Checkpoint
+from hfmpi.files.writer import Writer
 from hfmpi.measure import cost
 from hfmpi.measure.timer import Timer
 from hfmpi.models.network import Network
-from hfmpi.objective import MeanRisk, Stopped, step_objectives
+from hfmpi.objective.data_parallel import MeanRisk, Stopped, step_objectives
+from hfmpi.objective.transport import choose
 from hfmpi.optim.base import StepReport
 from hfmpi.parallel.communicator import Communicator, digest
 from hfmpi.parallel.launch import together
 from hfmpi.parallel.placement import Placement, single_threaded
-from hfmpi.parallel.transport import choose
-from hfmpi.runs.checkpoint import Checkpoint
 from hfmpi.runs.config import Config, to_toml
+from hfmpi.runs.record import BITS, facts, step_record
 from hfmpi.runs.restore import check_model, progress, restored_state
 from hfmpi.runs.stop import StopSignals
 from hfmpi.runs.timing import Timing
-from hfmpi.runs.words import BITS, facts, step_record
-from hfmpi.runs.writer import Writer
 
 __all__ = ["Place", "Reporter", "Result", "Run"]
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from hfmpi.errors import UserError
-from hfmpi.files import remove_leftovers, replace
-from hfmpi.runs import checkpoint
-from hfmpi.runs.checkpoint import Entry
-from hfmpi.runs.folder import find_checkpoint, make
-from hfmpi.runs.history import History
-from hfmpi.runs.lock import Lock
+from hfmpi.files import checkpoint
+from hfmpi.files.atomic import remove_leftovers, replace
+from hfmpi.files.checkpoint import Entry
+from hfmpi.files.history import History
+from hfmpi.files.lock import Lock
+from hfmpi.files.run_folder import find_checkpoint, make
 
 __all__ = ["Writer"]
 

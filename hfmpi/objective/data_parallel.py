@@ -22,9 +22,9 @@ from hfmpi.data.batches import Batch, Sequences, curvature_slice, global_indices
 from hfmpi.errors import UserError
 from hfmpi.measure.timer import Timer
 from hfmpi.models.network import Network, Tape
+from hfmpi.objective.transport import HostTransport, Transport
 from hfmpi.optim.base import Gradient, Objectives
 from hfmpi.parallel.communicator import Communicator
-from hfmpi.parallel.transport import HostTransport, Transport
 
 __all__ = ["MeanRisk", "Risk", "Stopped", "message_sizes", "pack", "step_objectives", "unpack"]
 

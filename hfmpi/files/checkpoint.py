@@ -20,9 +20,9 @@ import h5py
 import numpy as np
 
 from hfmpi.errors import UserError
-from hfmpi.files import replace
-from hfmpi.hdf5 import Damage, array, attribute, attributes, members, opened, set_text
-from hfmpi.parallel.placement import free_memory
+from hfmpi.files.atomic import replace
+from hfmpi.files.hdf5 import Damage, array, attribute, attributes, members, opened, set_text
+from hfmpi.measure.machine import free_memory
 
 __all__ = ["NEWEST", "PREVIOUS", "Checkpoint", "Entry", "latest", "load", "save"]
 

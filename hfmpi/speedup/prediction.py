@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from hfmpi.measure import cost
-from hfmpi.measure.scaling import Curve, Job, Link, Pass, best
-from hfmpi.measure.speedup import Measured
+from hfmpi.speedup.compare import Measured
+from hfmpi.speedup.scaling import Curve, Job, Link, Pass, best
 
 __all__ = ["KINDS", "fit", "predict"]
 

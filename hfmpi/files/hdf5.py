@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 
 from hfmpi.errors import UserError
-from hfmpi.files import open_regular
+from hfmpi.files.atomic import open_regular
 
 __all__ = ["Damage", "array", "attribute", "attributes", "members", "opened", "set_text"]
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from hfmpi.backends.base import Array
 from hfmpi.errors import UserError
+from hfmpi.files import checkpoint
 from hfmpi.models.network import Network, State
-from hfmpi.runs import checkpoint
 from hfmpi.runs.config import Config, merge
 
 __all__ = ["Trained"]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfmpi.backends import create
-from hfmpi.backends.packed import ROWS, panels_shape
+from hfmpi.backends.panels import ROWS, panels_shape
 
 
 def check(backend, rows, depth, columns, add=False, transposed=False, gap=0, seed=0):
@@ -71,12 +71,12 @@ def test_on_lesser_processors(tmp_path, features):
     if not {name for name in features.replace("+", "").split(",") if name} <= flags:
         pytest.skip("this processor lacks them")
     script = (
-        "from hfmpi.backends import create, packed\n"
-        "from test_packed import check\n"
+        "from hfmpi.backends import create, panels\n"
+        "from test_panels import check\n"
         "for dtype in ('float32', 'float64'):\n"
         "    for rows in range(1, 12):\n"
         "        assert check(create('numba', dtype), rows, 13, 37, add=True).panels is not None\n"
-        "print(packed.BYTES)\n"
+        "print(panels.BYTES)\n"
     )
     environment = os.environ | {
         "NUMBA_CPU_NAME": "generic",

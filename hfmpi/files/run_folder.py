@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from hfmpi.errors import UserError
-from hfmpi.runs import checkpoint
-from hfmpi.runs.checkpoint import Checkpoint
+from hfmpi.files import checkpoint
+from hfmpi.files.checkpoint import Checkpoint
 
 __all__ = ["find_checkpoint", "make"]
 

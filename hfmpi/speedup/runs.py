@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from hfmpi.errors import UserError
-from hfmpi.files import open_regular
+from hfmpi.files import checkpoint
+from hfmpi.files.atomic import open_regular
+from hfmpi.files.history import History
+from hfmpi.files.writer import TIMING
 from hfmpi.measure.cost import Counts
-from hfmpi.measure.speedup import Measured, mean_spans
-from hfmpi.objective import message_sizes
-from hfmpi.runs import checkpoint
+from hfmpi.objective.data_parallel import message_sizes
 from hfmpi.runs.config import CHANGEABLE, Config, merge
-from hfmpi.runs.history import History
-from hfmpi.runs.writer import TIMING
+from hfmpi.speedup.compare import Measured, mean_spans
 
 __all__ = ["Measurement", "is_amount", "measurements"]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hfmpi.errors import UserError
-from hfmpi.files import open_regular
-from hfmpi.measure.scaling import Curve, Link, fit_link
-from hfmpi.runs.measured import Measurement, is_amount
+from hfmpi.files.atomic import open_regular
+from hfmpi.speedup.runs import Measurement, is_amount
+from hfmpi.speedup.scaling import Curve, Link, fit_link
 
 __all__ = ["read_bench"]
 

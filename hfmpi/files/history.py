@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from hfmpi.errors import UserError
-from hfmpi.files import open_regular, replace
+from hfmpi.files.atomic import open_regular, replace
 
 __all__ = ["History", "is_number"]
 

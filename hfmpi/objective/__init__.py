@@ -1,0 +1,1 @@
+"""The hinge between a model on one device and an optimizer that knows none: the mean risk over all ranks."""
