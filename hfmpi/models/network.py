@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from hfmpi.backends.base import Array, Backend, Recurrence, Workspace
 from hfmpi.models.cells import Cell
 
@@ -68,12 +70,43 @@ class Tape:
         Summed over the scored characters, nats.
     """
 
+    network: Network
     recurrence: Recurrence
     output: Array
     targets: Array
     probabilities: Array
     loss: float
     memory: Workspace
+
+    @property
+    def nbytes(self) -> int:
+        """What it keeps in the device's memory."""
+        steps, sequences = self.recurrence.inputs.shape
+        return self.network.tape_bytes(steps, sequences, self.recurrence.weights is not None)
+
+    def gradient(self, scale: float, out: Array) -> None:
+        """Add scale times the gradient of the summed loss to out (D,)."""
+        self.network.gradient(self, scale, out)
+
+    def squared_gradients(self, scale: float, out: Array, squares: Array) -> None:
+        """Add what `gradient` adds to out (D,), and the sum of its squares over sequences to squares (D,)."""
+        self.network.gradient(self, scale, out, squares)
+
+    def jvp(self, v: Array) -> Outputs:
+        """J v: what a direction v (D,) does to the logits."""
+        return self.network.jvp(self, v)
+
+    def vjp(self, u: Outputs, out: Array) -> None:
+        """Add J' u to out (D,)."""
+        self.network.vjp(self, u, out)
+
+    def gauss_newton(self, v: Array, scale: float, out: Array) -> None:
+        """Add scale * J' H_L J v to out (D,)."""
+        self.network.gauss_newton(self, v, scale, 0.0, out)
+
+    def structural_gauss_newton(self, v: Array, scale: float, structural: float, out: Array) -> None:
+        """Add scale * (J' H_L J + structural * J_a' W J_a) v to out (D,)."""
+        self.network.gauss_newton(self, v, scale, structural, out)
 
 
 class Network:
@@ -94,6 +127,23 @@ class Network:
         self.block_rows = block_rows or backend.block_rows
         self.layout = cell.layout
         self._scratch = backend.new_workspace()
+
+    @property
+    def size(self) -> int:
+        """D, the number of parameters."""
+        return self.layout.size
+
+    def initial(self, seed: int) -> np.ndarray:
+        """Parameters to start from, (D,) float64."""
+        return self.cell.initial(seed)
+
+    def linearise(self, theta: Array, batch: Batch, reuse: Tape | None = None) -> Tape:
+        """Linearise at theta on a batch."""
+        return self.forward(theta, batch, False, reuse)
+
+    def linearise_structural(self, theta: Array, batch: Batch, reuse: Tape | None = None) -> Tape:
+        """Linearise with the structural-damping weights of the pre-activations."""
+        return self.forward(theta, batch, True, reuse)
 
     def release(self) -> None:
         """Forget all scratch memory of this network and of its backend."""
@@ -156,7 +206,7 @@ class Network:
         logits = memory("logits", (targets.size, cell.vocabulary))
         self._logits(p, hidden[1 + steps - len(targets) :], logits)
         loss = self.backend.softmax_loss(logits, targets.reshape(-1))
-        return Tape(r, p["W_o"], targets.reshape(-1), logits, loss, memory)
+        return Tape(self, r, p["W_o"], targets.reshape(-1), logits, loss, memory)
 
     def _recurrence(
         self, p: dict[str, Array], inputs: Array, hidden: Array, linearise: bool, memory: Workspace

@@ -1,0 +1,92 @@
+"""What a model is to the rest of hfmpi: a loss, and its linearisation, on one device; no MPI.
+
+A model sums over the cases of a batch; who divides by how many, and over how many ranks, is not its business.
+Everything beyond `Model` and `Linearisation` is a capability with a protocol of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from hfmpi.backends.base import Array, Backend
+
+__all__ = ["Linearisation", "Model", "SquaredGradients", "StructuralDamping", "StructuralLinearisation"]
+
+
+class Linearisation(Protocol):
+    """A model linearised at theta on one batch: outputs J v, cotangents J' u, and the Gauss-Newton matrix."""
+
+    @property
+    def loss(self) -> float:
+        """The loss at theta, summed over the scored outputs, nats; float64."""
+
+    @property
+    def nbytes(self) -> int:
+        """What it keeps in the device's memory."""
+
+    def gradient(self, scale: float, out: Array) -> None:
+        """Add scale times the gradient of the summed loss to out (D,)."""
+
+    def jvp(self, v: Array) -> Any:
+        """J v: what a direction v (D,) does to the outputs. It lasts until the next pass of the model."""
+
+    def vjp(self, u: Any, out: Array) -> None:
+        """Add J' u, for a cotangent u in the form that `jvp` gives, to out (D,)."""
+
+    def gauss_newton(self, v: Array, scale: float, out: Array) -> None:
+        """Add scale * J' H_L J v to out (D,); H_L is the Hessian of the loss on the outputs."""
+
+
+class Model(Protocol):
+    """A loss of parameters theta (D,) on one device."""
+
+    @property
+    def size(self) -> int:
+        """D, the number of parameters."""
+
+    @property
+    def backend(self) -> Backend:
+        """The device of theta and of all vectors, and their type."""
+
+    def initial(self, seed: int) -> np.ndarray:
+        """Draw parameters to start from, (D,) float64, the same for every device and number of ranks."""
+
+    def loss(self, theta: Array, batch: Any) -> float:
+        """Sum the loss over a batch, nats, float64, without a linearisation."""
+
+    def linearise(self, theta: Array, batch: Any, reuse: Any = None) -> Linearisation:
+        """Linearise at theta on a batch.
+
+        Parameters
+        ----------
+        reuse : Linearisation, optional
+            One of this model that is not needed any more: its memory may be taken.
+        """
+
+    def release(self) -> None:
+        """Give scratch memory back."""
+
+
+@runtime_checkable
+class SquaredGradients(Linearisation, Protocol):
+    """A linearisation that can also square the gradient of each case by itself."""
+
+    def squared_gradients(self, scale: float, out: Array, squares: Array) -> None:
+        """Add what `gradient` adds to out (D,), and the sum of its squares over the cases to squares (D,)."""
+
+
+class StructuralLinearisation(Linearisation, Protocol):
+    """A linearisation that keeps the curvature of the hidden pre-activations too."""
+
+    def structural_gauss_newton(self, v: Array, scale: float, structural: float, out: Array) -> None:
+        """Add scale * (J' H_L J + structural * J_a' W J_a) v to out (D,); J_a is that of pre-activations."""
+
+
+@runtime_checkable
+class StructuralDamping(Protocol):
+    """A model with hidden pre-activations that can be damped (Martens and Sutskever 2011)."""
+
+    def linearise_structural(self, theta: Array, batch: Any, reuse: Any = None) -> StructuralLinearisation:
+        """Linearise as `Model.linearise` does, with the weights W of the pre-activations."""
