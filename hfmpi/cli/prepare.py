@@ -49,8 +49,8 @@ def prepare(
     Every byte is a symbol; nothing is cleaned or left out. A text shorter than asked for is split in
     proportion.
     """
-    from hfmpi.data import corpus_file
     from hfmpi.data import prepare as data
+    from hfmpi.data.corpus import is_corpus
 
     *texts, out = paths
     if sum([bool(texts), ptb_raw is not None, corpus is not None]) != 1:
@@ -66,7 +66,7 @@ def prepare(
         if any(os.path.samefile(out, file) for file in source.files):
             raise UserError(f"{out} is one of the texts: name another file for the corpus")
         # A forgotten OUT.h5 would otherwise cost the last text.
-        if not corpus_file.is_corpus(out):
+        if not is_corpus(out):
             raise UserError(f"{out} is there and is not a corpus: remove it or name another file")
 
     made, message = data.prepare(source.text, train_chars, valid_chars, source.provenance)

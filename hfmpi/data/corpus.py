@@ -1,18 +1,32 @@
-"""A text as symbol ids of its own byte vocabulary."""
+"""A text as symbol ids of its own byte vocabulary, and its HDF5 file.
+
+Version 1: the datasets `/train` and `/valid` hold symbol ids and `/symbols` the byte that each id stands for,
+all uint8, one-dimensional, contiguous and uncompressed, so that what a file claims to hold can be checked
+against its size before anything is read. Beside the header of every HDF5 file the root has the attributes
+`created`, `creator`, and one `provenance_...` for each thing known of the text's origin.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
+import h5py
 import numpy as np
 
+from hfmpi import __version__
 from hfmpi.errors import UserError
+from hfmpi.files.hdf5 import Damage, Format, array, attribute, attributes, members, opened, set_text
+from hfmpi.measure.machine import free_memory
 
-__all__ = ["Corpus"]
+__all__ = ["Corpus", "is_corpus"]
+
+_FORMAT = Format("corpus", 1)
+_PROVENANCE = "provenance_"
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +49,10 @@ class Corpus:
     provenance: dict[str, str] = field(default_factory=dict)
 
     @property
+    def _symbols(self) -> np.ndarray:
+        return np.frombuffer(self.symbols, np.uint8)
+
+    @property
     def vocabulary(self) -> int:
         """The number of different symbols."""
         return len(self.symbols)
@@ -43,7 +61,7 @@ class Corpus:
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of vocabulary and splits; provenance and dates do not enter."""
         sha = hashlib.sha256(b"hfmpi corpus 1\n")
-        for part in (np.frombuffer(self.symbols, np.uint8), self.train, self.valid):
+        for part in (self._symbols, self.train, self.valid):
             sha.update(len(part).to_bytes(8, "little"))
             sha.update(np.ascontiguousarray(part, np.uint8).data)
         return sha.hexdigest()
@@ -57,7 +75,7 @@ class Corpus:
             If a byte of the text is not in the vocabulary.
         """
         table = np.full(256, -1, np.int16)
-        table[np.frombuffer(self.symbols, np.uint8)] = np.arange(self.vocabulary)
+        table[self._symbols] = np.arange(self.vocabulary)
         ids = table[np.frombuffer(text, np.uint8)]
         if ids.size and ids.min() < 0:
             unknown = text[int(ids.argmin())]
@@ -68,7 +86,7 @@ class Corpus:
 
     def decode(self, ids: np.ndarray) -> bytes:
         """Return the text that ids (n,), any integer type, stand for."""
-        return np.frombuffer(self.symbols, np.uint8)[ids].tobytes()
+        return self._symbols[ids].tobytes()
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the corpus to an HDF5 file, which is complete or as before whatever happens.
@@ -78,9 +96,20 @@ class Corpus:
         UserError
             If the file cannot be written there.
         """
-        from hfmpi.data import corpus_file  # here, so that a corpus in memory needs no h5py
-
-        corpus_file.write(Path(path), self.train, self.valid, self.symbols, self.digest, self.provenance)
+        content = (
+            ("train", self.train, "position", "symbol ids of the training text"),
+            ("valid", self.valid, "position", "symbol ids of the validation text"),
+            ("symbols", self._symbols, "symbol id", "the byte that each id stands for"),
+        )
+        with _FORMAT.written(Path(path), self.digest, check=self.read) as file:
+            for name, ids, dimension, meaning in content:
+                dataset = file.create_dataset(name, data=ids, dtype=np.uint8)
+                dataset.dims[0].label = dimension
+                set_text(dataset, "long_name", meaning)
+            set_text(file, "created", datetime.now(UTC).isoformat(timespec="seconds"))
+            set_text(file, "creator", f"hfmpi {__version__}")
+            for key, value in self.provenance.items():
+                set_text(file, _PROVENANCE + key, value)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Corpus:
@@ -91,10 +120,45 @@ class Corpus:
         UserError
             If the file cannot be read, is no corpus of this version, or is damaged.
         """
-        from hfmpi.data import corpus_file
+        with opened(Path(path)) as (file, size):
+            return cls._of(file, min(size, free_memory()))
 
-        train, valid, symbols, digest, provenance = corpus_file.read(Path(path))
-        corpus = cls(train, valid, symbols, provenance)
+    @classmethod
+    def _of(cls, file: h5py.File, most: int) -> Corpus:
+        """Check and take what a file holds, of which at most so many bytes may be read."""
+        if not _FORMAT.claimed(file):
+            raise Damage("is an HDF5 file but not an hfmpi corpus (make one with `hfmpi prepare`)")
+        digest = _FORMAT.digest(file)
+        if set(members(file)) != {"train", "valid", "symbols"}:
+            raise Damage("is damaged: a corpus has the datasets train, valid and symbols and nothing else")
+        symbols = _ids(file, "symbols", 256)
+        if np.any(symbols[1:] <= symbols[:-1]):
+            raise Damage("is damaged: its symbols are not sorted and different")
+        train = _ids(file, "train", most)
+        valid = _ids(file, "valid", most - len(train))
+        for name, ids in (("train", train), ("valid", valid)):
+            if int(ids.max()) >= len(symbols):
+                raise Damage(f"is damaged: /{name} has ids outside the vocabulary of {len(symbols)} symbols")
+        names = [name for name in attributes(file) if name.startswith(_PROVENANCE)]
+        provenance = {name.removeprefix(_PROVENANCE): str(attribute(file, name, "S")) for name in names}
+        corpus = cls(train, valid, symbols.tobytes(), provenance)
         if corpus.digest != digest:
-            raise UserError(f"{path} is damaged: its contents do not match its digest")
+            raise Damage("is damaged: its contents do not match its digest")
         return corpus
+
+
+def is_corpus(path: Path) -> bool:
+    """Whether the file calls itself a corpus, of any version and in any state."""
+    try:
+        with opened(path) as (file, _):
+            return _FORMAT.claimed(file)
+    except UserError:
+        return False
+
+
+def _ids(file: h5py.File, name: str, most: int) -> np.ndarray:
+    ids = array(file, name, most)
+    if ids.dtype != np.uint8 or ids.ndim != 1 or not ids.size:
+        raise Damage(f"is damaged: /{name} is not a one-dimensional dataset of bytes, at least one")
+    ids.setflags(write=False)
+    return ids

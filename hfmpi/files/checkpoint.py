@@ -1,14 +1,13 @@
 """Checkpoints: everything a run needs to go on, in one HDF5 file that proves itself whole.
 
-The root has the attributes format, version, digest and meta (one JSON string), the dataset theta and the
-group state, whose datasets are the arrays of the optimizer's state and whose attributes are its numbers
+Beside the header of every HDF5 file the root has the attribute meta (one JSON string), the dataset theta and
+the group state, whose datasets are the arrays of the optimizer's state and whose attributes are its numbers
 and strings. There are no pickles, links or references, and the reader accepts none.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Mapping
@@ -20,15 +19,14 @@ import h5py
 import numpy as np
 
 from hfmpi.errors import UserError
-from hfmpi.files.atomic import replace
-from hfmpi.files.hdf5 import Damage, array, attribute, attributes, members, opened, set_text
+from hfmpi.files.hdf5 import Damage, Format, array, attribute, attributes, members, opened, set_text
 from hfmpi.measure.machine import free_memory
 
 __all__ = ["NEWEST", "PREVIOUS", "Checkpoint", "Entry", "latest", "load", "save"]
 
 NEWEST = "checkpoint.h5"
 PREVIOUS = "checkpoint.previous.h5"
-_FORMAT, _VERSION = "hfmpi checkpoint", 1
+_FORMAT = Format("checkpoint", 1)
 
 Entry = int | float | str | np.ndarray
 
@@ -77,21 +75,15 @@ def save(path: str | Path, theta: np.ndarray, state: Mapping[str, Entry], meta: 
         If an entry is of another type.
     """
     path = Path(path)
-    # The file is made in memory, so that a full disk meets one plain write and not the HDF5 library.
-    # From v110 on, HDF5's own structures carry checksums.
-    image = io.BytesIO()
-    with h5py.File(image, "w", libver=("v110", "v110")) as file:
-        arrays = file.create_group("state")
+    text = json.dumps(meta, sort_keys=True)
+    keep = path.with_name(PREVIOUS) if _is_good(path) else None
+    with _FORMAT.written(path, _digest(theta, state, text), load, keep) as file:
+        set_text(file, "meta", text)
         _write(file, "theta", theta)
         file["theta"].dims[0].label = "parameter"
+        arrays = file.create_group("state")
         for name, entry in state.items():
             _write(arrays, name, entry)
-        text = json.dumps(meta, sort_keys=True)
-        file.attrs["version"] = _VERSION
-        for name, value in ("format", _FORMAT), ("meta", text), ("digest", _digest(theta, state, text)):
-            set_text(file, name, value)
-    keep = path.with_name(PREVIOUS) if _is_good(path) else None
-    replace(path, image.getbuffer(), keep, check=load)
 
 
 def load(path: str | Path) -> Checkpoint:
@@ -106,13 +98,7 @@ def load(path: str | Path) -> Checkpoint:
     if not os.path.lexists(path):
         raise UserError(f"there is no checkpoint {path}")
     with opened(path) as (file, size):
-        kind, version = attribute(file, "format", "S"), attribute(file, "version", "iu")
-        if kind != _FORMAT:
-            raise Damage(f"is no checkpoint, its format is {kind!r:.60}")
-        if version != _VERSION:
-            raise Damage(
-                f"is a checkpoint of version {version!s:.20}, and this hfmpi reads version {_VERSION}"
-            )
+        digest = _FORMAT.digest(file)
         if set(members(file)) != {"theta", "state"} or not isinstance(file["state"], h5py.Group):
             raise Damage(
                 "is damaged: a checkpoint has the dataset theta and the group state and nothing else"
@@ -126,7 +112,7 @@ def load(path: str | Path) -> Checkpoint:
             left -= found.nbytes
         for name in attributes(arrays):
             state[name] = attribute(arrays, name)
-        text, digest = str(attribute(file, "meta", "S")), attribute(file, "digest", "S")
+        text = str(attribute(file, "meta", "S"))
         if digest != _digest(theta, state, text):
             raise Damage("is damaged: its content does not match its digest")
         meta = json.loads(text)

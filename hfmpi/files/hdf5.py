@@ -3,13 +3,17 @@
 What is accepted is what hfmpi writes: hard links to groups and to contiguous datasets of plain numbers that
 lie in the file itself, and scalar attributes that are numbers or texts of fixed length. Links, virtual
 datasets, external storage, filters, references and all other types are refused unread.
+
+The root of every file has the attributes `format`, `version` and `digest`.
 """
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +21,9 @@ import h5py
 import numpy as np
 
 from hfmpi.errors import UserError
-from hfmpi.files.atomic import open_regular
+from hfmpi.files.atomic import open_regular, replace
 
-__all__ = ["Damage", "array", "attribute", "attributes", "members", "opened", "set_text"]
+__all__ = ["Damage", "Format", "array", "attribute", "attributes", "members", "opened", "set_text"]
 
 MOST_MEMBERS = 64  # of a group, and attributes of an object; hfmpi writes about ten
 MOST_TEXT = 2**20  # bytes of an attribute
@@ -30,6 +34,51 @@ _HDF5_ERRORS = (OSError, RuntimeError, LookupError, ValueError, TypeError, Arith
 
 class Damage(Exception):
     """What is wrong with a file, as the words that follow its name."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of file, such as "corpus", and the version of it that is written and read."""
+
+    kind: str
+    version: int
+
+    @contextmanager
+    def written(
+        self, path: Path, digest: str, check: Callable[[Path], object], keep: Path | None = None
+    ) -> Iterator[h5py.File]:
+        """Give a new file, which takes its place when the block ends; the rest is as of `atomic.replace`."""
+        # The file is made in memory, so that a full disk meets one plain write and not the HDF5 library.
+        # From v110 on, HDF5's own structures carry checksums.
+        image = io.BytesIO()
+        with h5py.File(image, "w", libver=("v110", "v110")) as file:
+            set_text(file, "format", self._name)
+            file.attrs["version"] = self.version
+            set_text(file, "digest", digest)
+            yield file
+        replace(path, image.getbuffer(), keep, check)
+
+    def claimed(self, file: h5py.File) -> bool:
+        """Whether a file calls itself one of this kind, of any version and in any state."""
+        try:
+            return attribute(file, "format", "S") == self._name
+        except Damage:
+            return False
+
+    def digest(self, file: h5py.File) -> str:
+        """Give the digest that a file claims to have; raise a Damage if it is of another kind or version."""
+        name, version = attribute(file, "format", "S"), attribute(file, "version", "iu")
+        if name != self._name:
+            raise Damage(f"is no {self.kind}, its format is {name!r:.60}")
+        if version != self.version:
+            raise Damage(
+                f"is a {self.kind} of version {version!s:.20}, and this hfmpi reads version {self.version}"
+            )
+        return str(attribute(file, "digest", "S"))
+
+    @property
+    def _name(self) -> str:
+        return f"hfmpi {self.kind}"
 
 
 @contextmanager
