@@ -1,5 +1,7 @@
 """Small runs for tests: a text that can be learned, its corpus, and a run in one call."""
 
+import time
+
 import numpy as np
 
 from hfmpi.data.prepare import prepare
@@ -64,14 +66,14 @@ class Recorder:
         self.notes.append(sentence)
 
 
-def make_run(folder, data, comm=None, resume="auto", **options):
+def make_run(folder, data, comm=None, resume="auto", clock=time.perf_counter, **options):
     """Make a run as `hfmpi train` does, new or going on."""
     comm = comm or Communicator()
     if options.get("optimizer") in ("sgd", "bgd", "adam"):
         options = {"curvature_batch": 0} | options
     place = Placement("here", comm.rank, comm.size, comm.local_rank, comm.local_size, 1, 1, 2**30)
     found = find_checkpoint(folder, resume)
-    return Run(folder, Config(**SMALL | options), data, comm, place, found)
+    return Run(folder, Config(**SMALL | options), data, comm, place, found, clock)
 
 
 def train(folder, data, comm=None, resume="auto", reporter=None, **options):
@@ -94,7 +96,7 @@ def state_of(run):
 def same(a, b):
     """Assert that two runs stand at the same point, to the last bit."""
     assert a.step == b.step
-    assert a.counts == b.counts
+    assert a.progress.counts == b.progress.counts
     ours, theirs = state_of(a), state_of(b)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():

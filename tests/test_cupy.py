@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,7 @@ from hfmpi.models.network import Network
 from hfmpi.objective import transport
 from hfmpi.objective.data_parallel import MeanRisk
 from hfmpi.parallel.communicator import Communicator, MPICommunicator, digest
-from hfmpi.runs.record import facts
-from hfmpi.runs.train import Place
+from hfmpi.parallel.placement import Place
 
 cupy = pytest.importorskip("cupy")
 from hfmpi.backends.cupy import KERNELS  # noqa: E402
@@ -448,9 +448,9 @@ def test_transports_that_cannot_be(wanted, places, reason, monkeypatch):
 
 def test_one_gpu_of_a_node_for_two_ranks_is_a_warning(tmp_path, capsys):
     run = make_run(tmp_path / "run", write_corpus(tmp_path / "d.h5"), backend="cupy")
-    told = facts(run)
-    place = ("node1", 0, "A card (GPU 0)", "0000:01", "host")
-    Log().start(told | {"places": [Place(*place), Place(*place)], "matmul_precision": "tf32"})
+    place = Place("node1", 0, "A card (GPU 0)", "0000:01", "host")
+    told = run.facts([place, place])
+    Log().start(replace(told, config=replace(told.config, matmul_precision="tf32")))
     said = capsys.readouterr().out
     assert "rank 1: node1, local rank 0, A card (GPU 0), transport host" in said
     assert "Warning: ranks 0, 1 share one GPU of node1" in said

@@ -22,7 +22,7 @@ from hfmpi.files import lock as locking
 from hfmpi.files.checkpoint import NEWEST, PREVIOUS
 from hfmpi.files.history import History
 from hfmpi.files.lock import Lock
-from hfmpi.runs import train as training
+from hfmpi.runs import output
 from hfmpi.runs.config import Config, from_toml
 from hfmpi.runs.stop import StopSignals
 from hfmpi.runs.train import Run
@@ -100,7 +100,7 @@ def test_a_run_goes_on_and_makes_up_for_what_was_not_written(name, data, whole, 
 
 
 def test_a_checkpoint_is_tried_again_before_the_next_one_is_due(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "RETRY", 0.0)
+    monkeypatch.setattr(output, "RETRY", 0.0)
     disk, steps = Disk(monkeypatch, errno.ENOSPC), []
     reporter = During(step_1=disk.breaks, step_3=disk.heals)
     reporter.after_step = lambda record, act=reporter.after_step: (act(record), steps.append(saved()))

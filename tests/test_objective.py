@@ -13,7 +13,8 @@ from hfmpi.data.batches import Sequences
 from hfmpi.errors import UserError
 from hfmpi.models.cells import Cell
 from hfmpi.models.network import Network
-from hfmpi.objective.data_parallel import MeanRisk, pack, unpack
+from hfmpi.objective.data_parallel import MeanRisk
+from hfmpi.objective.messages import pack, unpack
 from hfmpi.parallel.communicator import Communicator, MPICommunicator, digest
 
 LENGTH, WARMUP, VOCABULARY, HIDDEN = 5, 2, 4, 3

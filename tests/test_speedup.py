@@ -19,10 +19,11 @@ from hfmpi.cli.show import aligned, bar, sparkline
 from hfmpi.errors import UserError
 from hfmpi.measure.cost import Counts
 from hfmpi.speedup.bench_file import read_bench
-from hfmpi.speedup.compare import Measured, causes, compare
+from hfmpi.speedup.compare import causes, compare
 from hfmpi.speedup.prediction import fit
-from hfmpi.speedup.runs import measurements
+from hfmpi.speedup.runs import read_runs
 from hfmpi.speedup.scaling import Curve, Job, Link, Pass, best, fit_link
+from hfmpi.speedup.steps import StepTimes
 
 COUNTS = Counts(steps=2, cg_steps=10, gradients=2, products=12, losses=6, linearisations=2)
 
@@ -31,7 +32,7 @@ def measured(ranks, *spans, counts=COUNTS, seconds=None):
     """Give what a job with batches of 320 and 32 measured; all ranks alike for one dict."""
     spans = spans * ranks if len(spans) == 1 else spans
     seconds = np.full((1, 2), sum(spans[0].values())) if seconds is None else np.array(seconds)
-    return Measured(ranks, seconds, spans, ({},) * ranks, counts, 320, 32)
+    return StepTimes(ranks, seconds, spans, ({},) * ranks, counts, 320, 32)
 
 
 ALONE = {"forward": 1.0, "gradient": 3.0, "products": 4.0, "optimizer": 0.5}
@@ -320,17 +321,17 @@ def test_other_data_threads_and_damage_are_refused(folders, tmp_path):
         return [folders / "one", tmp_path / name]
 
     with pytest.raises(UserError, match="threads of a rank are 1 and 2"):
-        measurements(made("threads", lambda timing: timing["ranks"][0].update(threads=2)))
+        read_runs(made("threads", lambda timing: timing["ranks"][0].update(threads=2)))
     with pytest.raises(UserError, match="damaged, or of an older version"):
-        measurements(made("old", lambda timing: timing.pop("timed_steps")))
+        read_runs(made("old", lambda timing: timing.pop("timed_steps")))
     with pytest.raises(UserError, match="damaged, or of an older version"):
-        measurements(made("hostile", lambda timing: timing["ranks"][0]["step_spans"].update(forward=-1)))
+        read_runs(made("hostile", lambda timing: timing["ranks"][0]["step_spans"].update(forward=-1)))
     idle = {"optimizer": 1.0}
     with pytest.raises(UserError, match="have no gradients"):
-        measurements(made("idle", lambda timing: timing["ranks"][0].update(step_spans=idle)))
+        read_runs(made("idle", lambda timing: timing["ranks"][0].update(step_spans=idle)))
     train(tmp_path / "data", write_other(tmp_path / "other.h5"), max_steps=4)
     with pytest.raises(UserError, match="not the same job: they have other data"):
-        measurements([folders / "one", tmp_path / "data"])
+        read_runs([folders / "one", tmp_path / "data"])
 
 
 def write_other(path):
@@ -343,7 +344,7 @@ def write_other(path):
 
 
 def test_benchmarks_are_read(folders, tmp_path):
-    run, _ = measurements([folders / "one"])
+    run, _ = read_runs([folders / "one"])
     row = {"model": "mlstm", "ranks": 1, "threads": 1, "seconds_least": 2.0}
     rows = [row | {"pass": "loss", "batch": 1}, row | {"pass": "loss", "batch": 8, "seconds_least": 3.0}]
     rows += [

@@ -166,7 +166,7 @@ def test_a_signal_in_the_last_evaluation_is_no_end(data, tmp_path):
 
     class InEvaluation(StopSignals):
         def wanted(self):
-            if run.seconds >= 0.1 and self.requested is None:
+            if run.progress.seconds >= 0.1 and self.requested is None:
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().wanted()
 

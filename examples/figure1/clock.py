@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from figure import reached
@@ -21,27 +20,28 @@ from study import METHODS, MODELS, SIZES, arguments, chosen, histories, history
 from table import common, show
 
 from hfmpi.errors import UserError
+from hfmpi.files.history import Record
+from hfmpi.measure.cost import Counts
 from hfmpi.parallel import guard
+from hfmpi.runs.record import counted
 from hfmpi.speedup.bench_file import read_bench
 from hfmpi.speedup.prediction import KINDS, fit
-from hfmpi.speedup.runs import measurements
+from hfmpi.speedup.runs import read_runs
 from hfmpi.speedup.scaling import Curve, Job, Link
 
 RANKS = np.arange(1, 2**14 + 1)
 SHOWN = 2 ** np.arange(15) - 1
 
 
-def whole(folder: Path, done: list[dict[str, Any]], bench: list[Path], link: Link, floor: float) -> Job:
+def whole(folder: Path, done: list[Record], bench: list[Path], link: Link, floor: float) -> Job:
     """Give the model of some steps of a run, all of them taken for one."""
-    run, measured = measurements([folder])
+    run, steps = read_runs([folder])
     shapes = read_bench(bench, run)[0] if bench else {}
     shapes = {kind: lowered(shape, floor) for kind, shape in shapes.items()}
-    counts = [count for _, count, _ in KINDS.values() if getattr(measured[0].counts, count)]
-    job = fit(measured, run.messages, link, shapes)
-    passes = [
-        replace(each, count=sum(record[name] for record in done))
-        for name, each in zip(counts, job.passes, strict=True)
-    ]
+    kinds = [kind for kind in KINDS.values() if kind.count(steps[0].counts)]
+    job = fit(steps, run.messages, link, shapes)
+    counts = sum(map(counted, done), Counts())
+    passes = [replace(each, count=kind.count(counts)) for kind, each in zip(kinds, job.passes, strict=True)]
     return replace(job, passes=tuple(passes), redundant=len(done) * job.redundant)
 
 
@@ -67,7 +67,7 @@ def main() -> None:
     given = parser.parse_args()
     picked = chosen(given.out, given.seconds or SIZES[given.size].seconds)
     found = histories(given.out, picked)
-    also = given.also and measurements([given.also])[0].config.model
+    also = given.also and read_runs([given.also])[0].config.model
     link = Link(given.latency, given.bandwidth)
     for cell in MODELS:
         level = common(found, cell, METHODS)

@@ -21,10 +21,12 @@ from hfmpi.backends.base import Backend
 from hfmpi.bench.bound import Products
 from hfmpi.bench.contest import Contestant, contest
 from hfmpi.data.batches import Sequences, check_batch
+from hfmpi.measure.spans import ALLREDUCE, OPTIMIZER, PASSES, WAITING
 from hfmpi.measure.timer import Timer, split_waiting
 from hfmpi.models.cells import Cell
 from hfmpi.models.network import Network
-from hfmpi.objective.data_parallel import MeanRisk, Risk, message_sizes, step_objectives
+from hfmpi.objective.data_parallel import MeanRisk, Risk, step_objectives
+from hfmpi.objective.messages import message_sizes
 from hfmpi.objective.transport import choose
 from hfmpi.optim.presets import Preset
 from hfmpi.parallel.communicator import Communicator
@@ -33,7 +35,7 @@ __all__ = ["Bench", "Row", "allreduce", "gradients", "products", "step"]
 
 Row = dict[str, Any]
 
-PASSES = ("forward", "gradient", "linearise", "products", "line search", "allreduce", "waiting")
+NEEDED = (*PASSES, ALLREDUCE, WAITING)
 """Spans of a step that its optimizer cannot do without."""
 
 
@@ -240,18 +242,18 @@ def step(bench: Bench, cell: Cell, preset: Preset) -> list[Row]:
     rows = _timed(heads, contest(bench.comm, contestants, bench.repeats))
     for row, run in zip(rows, runs, strict=True):
         spans = row["spans"] = _spans(bench.comm, run, bench.repeats)
-        row["other"] = sum(value for name, value in spans.items() if name not in PASSES) / sum(spans.values())
+        row["other"] = sum(value for name, value in spans.items() if name not in NEEDED) / sum(spans.values())
     return rows
 
 
 def _spans(comm: Communicator, run: _Steps | None, steps: int) -> dict[str, float]:
     """Seconds of a step by name, the mean over steps and over the ranks that took part."""
-    own = None if run is None else (run.owner.timer.series("allreduce"), dict(run.owner.timer.totals))
+    own = None if run is None else (run.owner.timer.series(ALLREDUCE), dict(run.owner.timer.totals))
     timers = [timer for timer in comm.agree(comm.gather(own)) or () if timer is not None]
     _, waiting = split_waiting([series for series, _ in timers])
     spans = {name: float(np.mean([t.get(name, 0.0) for _, t in timers])) for name in timers[0][1]}
-    spans["waiting"] = float(np.mean(waiting))
-    spans["allreduce"] = spans.get("allreduce", 0.0) - spans["waiting"]
+    spans[WAITING] = float(np.mean(waiting))
+    spans[ALLREDUCE] = spans.get(ALLREDUCE, 0.0) - spans[WAITING]
     return {name: value / steps for name, value in spans.items()}
 
 
@@ -271,7 +273,7 @@ class _Steps:
 
     def step(self) -> None:
         """Take the next step, recorded."""
-        with self.products.recorded(), self.owner.timer.span("optimizer"):
+        with self.products.recorded(), self.owner.timer.span(OPTIMIZER):
             objectives = step_objectives(
                 self.owner, self.text, 0, self.taken, self.preset.gradient_batch, self.preset.curvature_batch
             )

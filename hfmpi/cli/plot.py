@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from hfmpi.cli.show import MARKERS, STYLES, aligned, need_matplotlib, runs_and_figure, save, sparkline
 from hfmpi.errors import UserError
 
+if TYPE_CHECKING:
+    from hfmpi.files.history import Record
+
 __all__ = ["plot"]
 
-AXES = {
+Quantity = Literal[
+    "train_bpc", "valid_bpc", "P_I", "P_D", "seconds", "damping", "rho", "cg_steps", "line_search_rate"
+]
+"""Keys of a `Record` that are drawn."""
+
+AXES: dict[Quantity, str] = {
     "P_I": "batch-independent forward passes $P_I$",
     "P_D": "batch-dependent forward passes $P_D$",
     "seconds": "seconds",
 }
-"""Keys of a history and what they are, in the order of the panels of Figure 1."""
+"""What they are, in the order of the panels of Figure 1."""
 
-DRAWN = "train_bpc", *AXES
-INTERNALS = {
+DRAWN: tuple[Quantity, ...] = ("train_bpc", *AXES)
+INTERNALS: dict[Quantity, str] = {
     "damping": "damping $\\lambda$",
     "rho": "reduction ratio $\\rho$",
     "cg_steps": "CG iterations",
     "line_search_rate": "line search rate (0: rejected)",
 }
-"""Keys of a history and what they are, in the order of the panels."""
+"""What they are, in the order of the panels."""
 
 
 @click.command()
@@ -59,7 +67,7 @@ def plot(runs: tuple[Path, ...], out: Path | None, internals: bool) -> None:
     click.echo(f"{out}: {len(runs)} run(s)")
 
 
-def _check_internals(run: Path, records: list[dict[str, Any]]) -> None:
+def _check_internals(run: Path, records: list[Record]) -> None:
     """Raise a UserError unless these are steps of Hessian-free optimization."""
     from hfmpi.files.history import is_number
 
@@ -68,9 +76,9 @@ def _check_internals(run: Path, records: list[dict[str, Any]]) -> None:
             raise UserError(f"{run} has no {key} at every step: --internals needs shf or bhf")
 
 
-def charts(histories: list[tuple[str, list[dict[str, Any]]]], internals: bool) -> list[str]:
+def charts(histories: list[tuple[str, list[Record]]], internals: bool) -> list[str]:
     """Give a line a run and quantity: over its steps, and the first and last value."""
-    keys = tuple(INTERNALS) if internals else ("train_bpc", "valid_bpc")
+    keys: tuple[Quantity, ...] = tuple(INTERNALS) if internals else ("train_bpc", "valid_bpc")
     rows, lines = [["run", "steps", "", "first", "last"]], []
     for name, records in histories:
         for key in keys:
@@ -83,7 +91,7 @@ def charts(histories: list[tuple[str, list[dict[str, Any]]]], internals: bool) -
     return [left[0], *(f"{line}  {chart}" for line, chart in zip(left[1:], lines, strict=True))]
 
 
-def draw_internals(histories: list[tuple[str, list[dict[str, Any]]]]) -> Any:
+def draw_internals(histories: list[tuple[str, list[Record]]]) -> Any:
     """Make the figure of the internals: a panel a quantity, one line style and marker a run."""
     from matplotlib.figure import Figure
 
@@ -119,7 +127,7 @@ def draw_internals(histories: list[tuple[str, list[dict[str, Any]]]]) -> Any:
     return figure
 
 
-def draw(histories: list[tuple[str, list[dict[str, Any]]]]) -> Any:
+def draw(histories: list[tuple[str, list[Record]]]) -> Any:
     """Make the figure: one panel a cost, one line style a run, so that it reads in black and white."""
     from matplotlib.figure import Figure
 

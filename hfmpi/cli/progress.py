@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import click
 
-from hfmpi.runs.train import Place, Reporter
+from hfmpi.files.history import Record
+from hfmpi.parallel.placement import Place
+from hfmpi.runs.record import Facts, Reporter
 
 __all__ = ["make_reporter"]
 
@@ -17,10 +19,10 @@ __all__ = ["make_reporter"]
 class Silent:
     """Of the ranks that say nothing."""
 
-    def start(self, facts: dict[str, Any]) -> None:
+    def start(self, facts: Facts) -> None:
         """Say nothing."""
 
-    def step(self, record: dict[str, Any]) -> None:
+    def step(self, record: Record) -> None:
         """Say nothing."""
 
     def note(self, sentence: str) -> None:
@@ -32,32 +34,32 @@ class Log(Silent):
 
     due = 0.0
 
-    def start(self, facts: dict[str, Any]) -> None:
+    def start(self, facts: Facts) -> None:
         """Say what is trained, on what, and what the columns of the lines are."""
-        batches = f"B_g = {facts['gradient_batch']:,}"
-        if facts["curvature_batch"]:
-            batches += f", B_c = {facts['curvature_batch']:,}"
-        variant = "" if facts["variant"] == "standard" else f" ({facts['variant']})"
+        batches = f"B_g = {facts.gradient_batch:,}"
+        if facts.curvature_batch:
+            batches += f", B_c = {facts.curvature_batch:,}"
+        variant = "" if facts.config.variant == "standard" else f" ({facts.config.variant})"
         click.echo(
-            f"{facts['model']}{variant}, {facts['hidden']:,} units, {facts['parameters']:,} parameters"
+            f"{facts.config.model}{variant}, {facts.config.hidden:,} units, {facts.parameters:,} parameters"
         )
-        click.echo(f"{facts['optimizer']}, {batches} of {facts['sequences']:,} sequences")
+        click.echo(f"{facts.config.optimizer}, {batches} of {facts.sequences:,} sequences")
         click.echo(
-            f"{facts['ranks']} rank(s) of {facts['threads']} thread(s), {facts['backend']}, {facts['dtype']}"
-            + (f"; going on from step {facts['step']:,}" if facts["step"] else "")
+            f"{facts.ranks} rank(s) of {facts.threads} thread(s), {facts.backend}, {facts.config.dtype}"
+            + (f"; going on from step {facts.step:,}" if facts.step else "")
         )
-        if any(place.device_id for place in facts["places"]):
-            where(facts["places"], facts["matmul_precision"])
-        if facts["linearisation_bytes"] > facts["memory_budget"]:
-            whole, kept = facts["linearisation_bytes"] / 2**30, facts["memory_budget"] / 2**30
+        if any(place.device_id for place in facts.places):
+            where(facts.places, facts.config.matmul_precision)
+        if facts.linearisation_bytes > facts.memory_budget:
+            whole, kept = facts.linearisation_bytes / 2**30, facts.memory_budget / 2**30
             click.echo(
                 f"A rank's linearisation takes {whole:.2f} GiB, its memory budget is {kept:.2f} GiB: "
                 "what does not fit is computed anew for every product."
             )
-        if not facts["max_steps"] and not facts["max_seconds"]:
+        if not facts.config.max_steps and not facts.config.max_seconds:
             click.echo("No --max-steps and no --max-seconds: training goes on until it is stopped (Ctrl-C).")
 
-    def step(self, record: dict[str, Any]) -> None:
+    def step(self, record: Record) -> None:
         """Say how a step went; of many in a second the first, and all that were evaluated or rejected."""
         notable = record["valid_bpc"] is not None or not record["accepted"]
         if notable or record["seconds"] >= self.due:
@@ -77,13 +79,13 @@ class Live(Log):
         self.limits = (0, 0.0)
         self.task: Any = None
 
-    def start(self, facts: dict[str, Any]) -> None:
+    def start(self, facts: Facts) -> None:
         """Say what is trained, then show the bar."""
         super().start(facts)
-        self.limits = (facts["max_steps"], facts["max_seconds"])
+        self.limits = (facts.config.max_steps, facts.config.max_seconds)
         self.task = self.progress.add_task("", total=1.0 if any(self.limits) else None)
 
-    def step(self, record: dict[str, Any]) -> None:
+    def step(self, record: Record) -> None:
         """Move the bar."""
         steps, seconds = self.limits
         part = max(record["step"] / steps if steps else 0, record["seconds"] / seconds if seconds else 0)
@@ -92,7 +94,7 @@ class Live(Log):
             self.progress.console.print(line(record), highlight=False)
 
 
-def where(places: list[Place], precision: str) -> None:
+def where(places: Sequence[Place], precision: str) -> None:
     """Say on which device each rank computes, and warn of devices that ranks share."""
     if precision != "float32":
         click.echo(f"matrix products in {precision}")
@@ -105,7 +107,7 @@ def where(places: list[Place], precision: str) -> None:
             click.echo(f"Warning: ranks {', '.join(ranks)} share one GPU of {host} and slow each other down.")
 
 
-def line(record: dict[str, Any]) -> str:
+def line(record: Record) -> str:
     """Give one step as text; the numbers are those of the history."""
     parts = [f"step {record['step']:>6,}", f"{record['seconds']:>8.1f} s", f"train {record['train_bpc']:.4f}"]
     if record["valid_bpc"] is not None:

@@ -26,11 +26,13 @@ __all__ = ["sample"]
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
 def sample(run: Path, length: int, prime: str, temperature: float, seed: int) -> None:
     """Write LENGTH characters with the network of RUN, after the prime."""
+    from hfmpi.models import sampling
     from hfmpi.runs.trained_model import Trained
 
     # One character at a time: compiled kernels would cost more to load than they save.
     trained = Trained.read(run, backend="numpy")
     if trained.message:
         click.echo(f"Note: {trained.message}.", err=True)
-    written = trained.sample(length, os.fsencode(prime), temperature, seed)
+    network, theta, symbols = trained.network, trained.theta, trained.symbols
+    written = sampling.sample(network, theta, symbols, length, os.fsencode(prime), temperature, seed)
     click.echo(prime + written.decode("utf-8", "replace"))

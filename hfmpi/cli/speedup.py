@@ -76,48 +76,21 @@ def speedup(
     Measured speedup stands beside P_D / P_P and its limit P_D / P_I, and what is lost is named by its causes:
     docs/speedup.md. `bin/sweep` makes such runs.
     """
-    import numpy as np
-
     from hfmpi.cli.speedup_report import report
-    from hfmpi.speedup import compare as measure
     from hfmpi.speedup.bench_file import read_bench
-    from hfmpi.speedup.prediction import fit, predict
-    from hfmpi.speedup.runs import measurements
+    from hfmpi.speedup.compare import study
+    from hfmpi.speedup.runs import read_runs
     from hfmpi.speedup.scaling import Link
 
     if (latency is None) != (bandwidth is None):
         raise UserError("a network to predict for needs both --latency and --bandwidth")
     if out is not None:
         need_matplotlib()
-    one, measured = measurements(runs)
-    shapes, link = read_bench(benches, one) if benches else ({}, None)
+    job, steps = read_runs(runs)
+    shapes, link = read_bench(benches, job) if benches else ({}, None)
     if latency is not None and bandwidth is not None:
         link, model = Link(latency, bandwidth), True
-    base, rows = measured[0], []
-    alone = fit([base], one.messages, link, shapes)
-    for run in measured:
-        sizes, work = np.array([base.ranks, run.ranks]), run.work / base.work
-        even = alone.compute(sizes, even=True) * work
-        uneven = alone.compute(sizes) * work - even
-        more = float(uneven[1] - uneven[0] * base.ranks / run.ranks)
-        rows.append(measure.compare(base, run, more, float(even[1]) if shapes else None))
-    found: dict[str, Any] = {
-        "job": {
-            "model": one.config.model,
-            "optimizer": one.config.optimizer,
-            "gradient_batch": base.gradient_batch,
-            "curvature_batch": base.curvature_batch,
-            "parameters": one.numbers,
-            "first_step": one.first,
-            "last_step": one.last,
-            "device": one.device,
-            "threads": one.threads,
-        },
-        "base_ranks": base.ranks,
-        "runs": rows,
-    }
-    if model:
-        found["model"] = predict(measured, one.messages, link, shapes)
+    found = study(job, steps, link, shapes, model)
     click.echo(json.dumps(found) if as_json else "\n".join(report(found)))
     if out is not None:
         from hfmpi.cli.speedup_figure import draw

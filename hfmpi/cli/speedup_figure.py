@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from hfmpi.cli.show import HATCHES
-from hfmpi.speedup.compare import PASSES, mean_spans
+from hfmpi.measure.spans import ALLREDUCE, SHARED, WAITING
+from hfmpi.speedup.steps import mean_spans
 
 __all__ = ["draw"]
 
@@ -89,10 +90,10 @@ def _seconds(axis: Any, runs: list[dict[str, Any]]) -> None:
         for run in runs
         for i, spans in enumerate(run["spans"] if single else [mean_spans(run["spans"])])
     ]
-    drawn = [*PASSES, "allreduce", "waiting"]
+    drawn = [*SHARED, ALLREDUCE, WAITING]
     rest = [sum(v for k, v in spans.items() if k not in drawn) for _, spans in bars]
     parts = [(name, [spans.get(name, 0.0) for _, spans in bars]) for name in drawn]
-    parts.insert(len(PASSES), ("redundant", rest))
+    parts.insert(len(SHARED), ("redundant", rest))
     top = np.zeros(len(bars))
     for i, (name, heights) in enumerate(parts):
         if not any(heights):

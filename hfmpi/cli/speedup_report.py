@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hfmpi.cli.show import aligned, bar
-from hfmpi.speedup.compare import PASSES
+from hfmpi.measure.spans import ALLREDUCE, EVALUATE, FILES, SHARED, WAITING
 
 __all__ = ["report"]
 
@@ -70,13 +70,13 @@ def spread(bounds: list[float], form: str) -> str:
 
 def ranks_table(runs: list[dict[str, Any]]) -> list[list[str]]:
     """Give the spans of the ranks as the rows of a table."""
-    head = [*(n for n in PASSES if any(n in s for run in runs for s in run["spans"])), "allreduce", "waiting"]
-    table = [["ranks", "rank", *head, "redundant", "max/mean", "evaluate", "files"]]
+    head = [*(n for n in SHARED if any(n in s for run in runs for s in run["spans"])), ALLREDUCE, WAITING]
+    table = [["ranks", "rank", *head, "redundant", "max/mean", EVALUATE, FILES]]
     for run in runs:
         spans, outside = run["spans"], run["outside"]
         chosen = [(str(i), spans[i], outside[i]) for i in range(len(spans))]
         if len(spans) > MOST_ROWS:
-            order = sorted(chosen, key=lambda row: sum(row[1].get(name, 0.0) for name in PASSES))
+            order = sorted(chosen, key=lambda row: sum(row[1].get(name, 0.0) for name in SHARED))
             chosen = [("quickest " + order[0][0], *order[0][1:]), ("slowest " + order[-1][0], *order[-1][1:])]
         for name, own, out in chosen:
             rest = sum(value for key, value in own.items() if key not in head)
@@ -87,8 +87,8 @@ def ranks_table(runs: list[dict[str, Any]]) -> list[list[str]]:
                     *(f"{own.get(key, 0.0):.4f}" for key in head),
                     f"{rest:.4f}",
                     f"{run['imbalance']:.3f}",
-                    f"{out.get('evaluate', 0.0):.2f}",
-                    f"{out.get('files', 0.0):.2f}",
+                    f"{out.get(EVALUATE, 0.0):.2f}",
+                    f"{out.get(FILES, 0.0):.2f}",
                 ]
             )
     return table

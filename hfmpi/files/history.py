@@ -7,18 +7,48 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 
 from hfmpi.errors import UserError
 from hfmpi.files.atomic import open_regular, replace
 
-__all__ = ["History", "is_number"]
+__all__ = ["History", "Record", "is_amount", "is_number"]
 
 NAME = "history.jsonl"
 DAMAGED = "history.damaged.jsonl"
 MOST_LINE = 2**16  # bytes; hfmpi writes about 500
+
+
+class Record(TypedDict):
+    """A line: the keys of a step (docs/file-formats.md), those of single methods at the end."""
+
+    step: int
+    seconds: float
+    step_seconds: float
+    train_bpc: float
+    valid_bpc: float | None
+    P_I: int
+    P_D: int
+    P_P: int
+    P_I_full: int
+    P_D_full: int
+    accepted: bool
+    message: str
+    gradients: int
+    losses: int
+    linearisations: int
+    products: int
+    cg_steps: int
+    gradient_norm: NotRequired[float | None]
+    step_norm: NotRequired[float]
+    damping: NotRequired[float]
+    rho: NotRequired[float | None]
+    cg_stop: NotRequired[str]
+    cg_chosen: NotRequired[int]
+    line_search_rate: NotRequired[float]
+    rate: NotRequired[float]
 
 
 class History:
@@ -112,7 +142,7 @@ class History:
         )
 
     @staticmethod
-    def read(folder: str | Path, numbers: Iterable[str] = ()) -> list[dict[str, Any]]:
+    def read(folder: str | Path, numbers: Iterable[str] = ()) -> list[Record]:
         """Read the history in the folder of a run; a last line that was torn by a crash is left out.
 
         Parameters
@@ -134,7 +164,7 @@ class History:
             bad = [key for key in numbers if not is_number(record.get(key, ""))]
             if bad:
                 raise UserError(f"{path} is damaged in line {number}: its {bad[0]} is no number")
-            records.append(record)
+            records.append(cast(Record, record))
         return records
 
     def _size(self) -> int:
@@ -169,6 +199,11 @@ def is_number(value: Any) -> bool:
     """Whether it is a number that can be drawn, or None."""
     # Large ones are refused because sums over a plot's lines may not overflow.
     return value is None or (type(value) in (int, float) and abs(value) < 1e100)
+
+
+def is_amount(value: Any) -> bool:
+    """Whether it is a number that counts or measures something: not negative, not without bounds."""
+    return type(value) in (int, float) and 0 <= value < (2**53 if type(value) is int else math.inf)
 
 
 def _plain(value: Any) -> Any:

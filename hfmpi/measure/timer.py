@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from hfmpi.measure.spans import ALLREDUCE
+
 __all__ = ["Timer", "split_waiting"]
 
 
@@ -37,10 +39,10 @@ class Timer:
     """
 
     def __init__(
-        self, clock: Callable[[], float] = time.perf_counter, kept: Sequence[str] = ("allreduce",)
+        self, clock: Callable[[], float] = time.perf_counter, kept: Sequence[str] = (ALLREDUCE,)
     ) -> None:
         self.totals: dict[str, float] = {}
-        self._clock = clock
+        self.clock = clock
         self._series: dict[str, list[float]] = {name: [] for name in kept}
         self._open: list[tuple[str, float]] = []  # name and own seconds so far, the innermost last
         self._mark = 0.0  # up to here the time is booked
@@ -73,7 +75,7 @@ class Timer:
         return len(self._series[name])
 
     def _book(self) -> None:
-        now = self._clock()
+        now = self.clock()
         if self._open:
             name, own = self._open[-1]
             self.totals[name] = self.totals.get(name, 0.0) + now - self._mark

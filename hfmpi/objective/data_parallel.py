@@ -22,38 +22,14 @@ from hfmpi.data.batches import Batch, Sequences, curvature_slice, global_indices
 from hfmpi.errors import UserError
 from hfmpi.measure.timer import Timer
 from hfmpi.models.network import Network, Tape
+from hfmpi.objective.messages import GRIDS, message_sizes, pack, unpack
 from hfmpi.objective.transport import HostTransport, Transport
 from hfmpi.optim.base import Gradient, Objectives
 from hfmpi.parallel.communicator import Communicator
 
-__all__ = ["MeanRisk", "Risk", "Stopped", "message_sizes", "pack", "step_objectives", "unpack"]
+__all__ = ["MeanRisk", "Risk", "Stopped", "step_objectives"]
 
 T = TypeVar("T")
-
-GRIDS = 2.0**-10, 2.0**-24, 2.0**-38, 2.0**-52
-"""Grids of the parts of a packed scalar; see `pack`."""
-
-
-def pack(value: float) -> np.ndarray:
-    """Split a float64 into float32 numbers (4,) whose sums over many ranks are exact.
-
-    A loss travels in the message of its gradient, which may be float32, yet has to arrive in double
-    precision. The parts are multiples of fixed grids, so that their sums over up to 2,048 ranks (below 2^14
-    in all) fit the 24 bits of a float32 without rounding, in whatever order they are added.
-    """
-    if not math.isfinite(value):
-        return np.array([value, 0, 0, 0], np.float32)
-    parts = []
-    for grid in GRIDS:
-        parts.append(round(value / grid) * grid)
-        value -= parts[-1]
-    with np.errstate(over="ignore"):  # what no float32 holds arrives as infinity
-        return np.array(parts, np.float32)
-
-
-def unpack(parts: np.ndarray) -> float:
-    """Give the float64 sum of what `pack` split, from the summed parts (4,)."""
-    return float(np.sum(parts[::-1].astype(np.float64)))  # the smallest first
 
 
 def pairwise(parts: list[Array]) -> Array:
@@ -61,15 +37,6 @@ def pairwise(parts: list[Array]) -> Array:
     while len(parts) > 1:
         parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
     return parts[0]
-
-
-def message_sizes(parameters: int, squares: bool) -> dict[str, int]:
-    """Give the numbers in the message of a gradient (with or without squares), a product and a loss."""
-    return {
-        "gradient": parameters * (1 + squares) + len(GRIDS) + 1,
-        "product": parameters + 1,
-        "loss": 2,
-    }
 
 
 class Stopped(Exception):

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
+from typing import NamedTuple
 
 from threadpoolctl import threadpool_limits
 
@@ -13,7 +14,7 @@ from hfmpi.errors import UserError
 from hfmpi.measure.machine import free_memory
 from hfmpi.parallel.communicator import Communicator
 
-__all__ = ["Placement", "place", "single_threaded"]
+__all__ = ["Place", "Placement", "place", "single_threaded"]
 
 # The first that is set to a number is the user's choice.
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
@@ -45,6 +46,16 @@ class Placement:
     cores: int
     threads: int
     memory: int
+
+
+class Place(NamedTuple):
+    """Where a rank computes, and how its vectors reach the others."""
+
+    host: str
+    local_rank: int
+    device: str
+    device_id: str | None
+    transport: str
 
 
 def place(comm: Communicator, threads: int | None = None) -> Placement:

@@ -1,74 +1,155 @@
-"""What a run says of itself: the facts at its start, and the record of each step."""
+"""What a run says of itself: the facts at its start, how far it has come, and the record of each step."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, cast
 
+from hfmpi.files.history import Record
 from hfmpi.measure import cost
+from hfmpi.measure.cost import Counts
 from hfmpi.optim.base import StepReport
+from hfmpi.parallel.placement import Place
+from hfmpi.runs.config import Config
 
-if TYPE_CHECKING:
-    from hfmpi.runs.train import Run
-
-__all__ = ["BITS", "facts", "step_record"]
+__all__ = ["BITS", "Facts", "Progress", "Reporter", "counted", "step_record"]
 
 BITS = 1 / math.log(2)
 """Bits per nat."""
 
 
-def linearisation_bytes(run: Run) -> int:
-    """Give what the linearisation takes on the rank with the most sequences."""
-    most = -(-run.preset.curvature_batch // run.communicator.size)
-    steps = run.config.warmup + run.config.sequence_length
-    structural = getattr(run.preset.optimizer, "structural_damping", 0) > 0
-    return run.risk.network.tape_bytes(steps, most, structural)
+@dataclass(frozen=True)
+class Facts:
+    """What the first lines of a log say.
+
+    Attributes
+    ----------
+    config : Config
+        Of which the size of the network is settled.
+    parameters, sequences : int
+        Of the network, and in the training split.
+    gradient_batch, curvature_batch : int
+    ranks, threads : int
+        `threads` is that of one rank.
+    backend : str
+    places : sequence of Place
+        Of each rank.
+    linearisation_bytes, memory_budget : float
+        What the linearisation takes on the rank with the most sequences, and what it may.
+    step : int
+        From which the run goes on.
+    """
+
+    config: Config
+    parameters: int
+    sequences: int
+    gradient_batch: int
+    curvature_batch: int
+    ranks: int
+    threads: int
+    backend: str
+    places: Sequence[Place]
+    linearisation_bytes: int
+    memory_budget: float
+    step: int
 
 
-def facts(run: Run) -> dict[str, Any]:
-    """Give what the first lines of a log should say."""
-    return {
-        "model": run.config.model,
-        "variant": run.config.variant,
-        "hidden": run.config.hidden,
-        "parameters": run.risk.network.layout.size,
-        "optimizer": run.config.optimizer,
-        "gradient_batch": run.preset.gradient_batch,
-        "curvature_batch": run.preset.curvature_batch,
-        "sequences": run.train_set.count,
-        "ranks": run.communicator.size,
-        "threads": run.placement.threads,
-        "backend": run.backend.name,
-        "dtype": run.config.dtype,
-        "matmul_precision": run.config.matmul_precision,
-        "places": run.places,
-        "linearisation_bytes": linearisation_bytes(run),
-        "memory_budget": run.risk.memory_budget,
-        "step": run.step,
-        "max_steps": run.config.max_steps,
-        "max_seconds": run.config.max_seconds,
-    }
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come.
+
+    Attributes
+    ----------
+    step : int
+    seconds : float
+        Of training, since the first start.
+    rejections : int
+        Steps in a row that were rejected, up to now.
+    counts : Counts
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    rejections: int = 0
+    counts: Counts = field(default_factory=Counts)
+
+    def after(self, report: StepReport) -> Progress:
+        """Give the progress after one more step."""
+        done = report.work
+        work = Counts(1, done.cg_steps, done.gradients, done.products, done.losses, done.linearisations)
+        rejections = 0 if report.accepted else self.rejections + 1
+        return Progress(self.step + 1, self.seconds, rejections, self.counts + work)
 
 
-def step_record(run: Run, report: StepReport, valid: float | None) -> dict[str, Any]:
-    """Give the object of a step in the history (docs/file-formats.md); valid is in bits per character."""
-    sizes = run.preset.gradient_batch, run.preset.curvature_batch
-    p_d, p_i = cost.paper(run.counts, *sizes)
-    full_d, full_i = cost.full(run.counts, *sizes)
-    return {
-        "step": run.step,
-        "seconds": round(run.seconds, 4),
-        "step_seconds": round(run.timing.step_seconds, 6),
+class Reporter(Protocol):
+    """What a run tells while it goes on; only rank 0's is asked."""
+
+    def start(self, facts: Facts) -> None:
+        """Tell what is about to be trained."""
+
+    def step(self, record: Record) -> None:
+        """Tell of a step: the object that goes into the history."""
+
+    def note(self, sentence: str) -> None:
+        """Tell of something that the user may want to mend while the run goes on."""
+
+
+def step_record(
+    progress: Progress,
+    report: StepReport,
+    valid: float | None,
+    step_seconds: float,
+    batches: tuple[int, int],
+    ranks: int,
+) -> Record:
+    """Give the object of a step in the history (docs/file-formats.md).
+
+    Parameters
+    ----------
+    progress : Progress
+        After the step.
+    report : StepReport
+    valid : float or None
+        Loss on the validation split, bits per character.
+    step_seconds : float
+    batches : (int, int)
+        B_g and B_c.
+    ranks : int
+    """
+    p_d, p_i = cost.paper(progress.counts, *batches)
+    full_d, full_i = cost.full(progress.counts, *batches)
+    work = report.work
+    record: Record = {
+        "step": progress.step,
+        "seconds": round(progress.seconds, 4),
+        "step_seconds": round(step_seconds, 6),
         "train_bpc": report.loss * BITS,
         "valid_bpc": valid,
         "P_I": p_i,
         "P_D": p_d,
-        "P_P": cost.ranks(run.counts, *sizes, run.communicator.size),
+        "P_P": cost.ranks(progress.counts, *batches, ranks),
         "P_I_full": full_i,
         "P_D_full": full_d,
         "accepted": report.accepted,
         "message": report.message,
-        **asdict(report.work),
-        **report.details,
+        "gradients": work.gradients,
+        "losses": work.losses,
+        "linearisations": work.linearisations,
+        "products": work.products,
+        "cg_steps": work.cg_steps,
     }
+    return cast(Record, {**record, **report.details})
+
+
+def counted(record: Record) -> Counts:
+    """Give the counts of one step from its record."""
+    return Counts(
+        1,
+        record["cg_steps"],
+        record["gradients"],
+        record["products"],
+        record["losses"],
+        record["linearisations"],
+    )

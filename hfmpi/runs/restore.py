@@ -1,18 +1,50 @@
-"""What a checkpoint says of its run, checked before memory is taken for it: it may come from anyone."""
+"""What a checkpoint holds of a run, checked before memory is taken for it: it may come from anyone."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from hfmpi.backends.base import Backend
 from hfmpi.errors import UserError
 from hfmpi.files.checkpoint import Checkpoint, Entry
-from hfmpi.measure import cost
+from hfmpi.files.history import is_amount
+from hfmpi.measure.cost import Counts
+from hfmpi.runs.record import Progress
 
-__all__ = ["check_model", "progress", "restored_state"]
+__all__ = ["check_model", "entries", "progress", "restored"]
+
+StateT = TypeVar("StateT")
+
+
+def entries(state: Any, backend: Backend) -> dict[str, Entry]:
+    """Give an optimizer's state (a dataclass of numbers and vectors) as the entries of a checkpoint."""
+    values = {f.name: getattr(state, f.name) for f in fields(state)}
+    return {
+        name: value if isinstance(value, (int, float, str)) else backend.to_host(value)
+        for name, value in values.items()
+    }
+
+
+def restored(found: Checkpoint, fresh: StateT, backend: Backend, optimizer: str) -> StateT:
+    """Give the optimizer's state; its entries must have the names and forms of a fresh state's.
+
+    Raises
+    ------
+    UserError
+        If they have not.
+    """
+    expected = entries(fresh, backend)
+    if set(found.state) != set(expected):
+        raise UserError(f"the checkpoint was not written by optimizer {optimizer}")
+    for name, value in expected.items():
+        entry = found.state[name]
+        if _form(entry) != _form(value) or not (isinstance(entry, np.ndarray) or is_amount(entry)):
+            raise UserError(f"the checkpoint's {name} does not fit optimizer {optimizer}")
+    values = {k: backend.to_device(v) if isinstance(v, np.ndarray) else v for k, v in found.state.items()}
+    return type(fresh)(**values)
 
 
 def check_model(found: Checkpoint, symbols: bytes, size: int, dtype: np.dtype) -> None:
@@ -26,49 +58,26 @@ def check_model(found: Checkpoint, symbols: bytes, size: int, dtype: np.dtype) -
         )
 
 
-def restored_state(found: Checkpoint, state: Any, optimizer: str) -> dict[str, Entry]:
-    """Give the entries of the optimizer's state; they must have the names and forms of a fresh state's.
+def progress(found: Checkpoint) -> Progress:
+    """Give how far the run had come, of which `asdict` made a part of the checkpoint's meta.
 
     Raises
     ------
     UserError
-        If they have not.
-    """
-    fresh = {f.name: getattr(state, f.name) for f in fields(state)}
-    if set(found.state) != set(fresh):
-        raise UserError(f"the checkpoint was not written by optimizer {optimizer}")
-    for name, value in fresh.items():
-        entry = found.state[name]
-        if _form(entry) != _form(value) or not (hasattr(entry, "shape") or _is_amount(entry)):
-            raise UserError(f"the checkpoint's {name} does not fit optimizer {optimizer}")
-    return found.state
-
-
-def progress(found: Checkpoint) -> tuple[int, float, int, cost.Counts]:
-    """Give steps, seconds, rejections in a row and the counts of the work so far.
-
-    Raises
-    ------
-    UserError
-        If they are no such numbers.
+        If its numbers are none.
     """
     meta = found.meta
     try:
-        step, seconds, counts = meta["step"], meta["seconds"], cost.Counts(**meta["counts"])
+        step, seconds, counts = meta["step"], meta["seconds"], Counts(**meta["counts"])
         rejections = meta.get("rejections", 0)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the checkpoint describes no run of this version: {error!r}") from None
     numbers = step, rejections, *asdict(counts).values()
-    if not all(type(n) is int and _is_amount(n) for n in numbers) or not _is_amount(seconds):
+    if not all(type(n) is int and is_amount(n) for n in numbers) or not is_amount(seconds):
         raise UserError("the checkpoint describes no run: its step, seconds and counts must be numbers")
-    return step, seconds, rejections, counts
+    return Progress(step, seconds, rejections, counts)
 
 
-def _form(value: Any) -> tuple[Any, ...]:
+def _form(value: Entry) -> tuple[Any, ...]:
     """Give what must agree between the entry of a checkpoint and the state that it takes the place of."""
-    return (value.shape, value.dtype) if hasattr(value, "shape") else (type(value),)
-
-
-def _is_amount(value: Any) -> bool:
-    """Whether it is a number that counts or measures something: not negative, not without bounds."""
-    return type(value) in (int, float) and 0 <= value < (2**53 if type(value) is int else math.inf)
+    return (value.shape, value.dtype) if isinstance(value, np.ndarray) else (type(value),)

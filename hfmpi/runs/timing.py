@@ -3,18 +3,45 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
+from typing import TypedDict, cast
 
 import numpy as np
 
+from hfmpi.errors import UserError
+from hfmpi.files.atomic import open_regular
+from hfmpi.files.history import is_amount
+from hfmpi.files.writer import TIMING
+from hfmpi.measure.spans import ALLREDUCE, OPTIMIZER, WAITING
 from hfmpi.measure.timer import Timer, split_waiting
 from hfmpi.parallel.communicator import Communicator
 from hfmpi.parallel.placement import Placement
 
-__all__ = ["Timing"]
+__all__ = ["RankTimes", "Times", "Timing", "read_times"]
+
+MOST_BYTES = 2**26  # a rank has about 1,000
+
+
+class RankTimes(TypedDict):
+    """A rank: beside its `Placement` and device, seconds by name of the whole run and of the timed steps."""
+
+    threads: int
+    device: str
+    spans: dict[str, float]
+    step_spans: dict[str, float]
+
+
+class Times(TypedDict):
+    """What the file holds; all steps of this start but the first are timed."""
+
+    first_step: int
+    last_step: int
+    timed_steps: int
+    seconds: float
+    ranks: list[RankTimes]
 
 
 class Timing:
@@ -55,7 +82,7 @@ class Timing:
 
     def start(self) -> None:
         """Begin to count the seconds."""
-        self._started = time.perf_counter()
+        self._started = self.timer.clock()
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -63,14 +90,14 @@ class Timing:
 
         The first step of a start does not count either: it compiles, and makes the workspaces.
         """
-        before, calls = dict(self.timer.totals), self.timer.calls("allreduce")
-        started = time.perf_counter()
-        with self.timer.span("optimizer"):
+        before, calls = dict(self.timer.totals), self.timer.calls(ALLREDUCE)
+        started = self.timer.clock()
+        with self.timer.span(OPTIMIZER):
             yield
-        self.step_seconds = time.perf_counter() - started
+        self.step_seconds = self.timer.clock() - started
         self._steps += 1
         if self._steps > 1:
-            self._in_step.append((calls, self.timer.calls("allreduce")))
+            self._in_step.append((calls, self.timer.calls(ALLREDUCE)))
             for name, total in self.timer.totals.items():
                 spent = total - before.get(name, 0.0)
                 if spent:
@@ -78,7 +105,7 @@ class Timing:
 
     def collect(self, step: int) -> str:
         """Gather the spans of all ranks; give the content of the file on rank 0, elsewhere nothing."""
-        durations = self.timer.series("allreduce")
+        durations = self.timer.series(ALLREDUCE)
         stepping = np.zeros(len(durations), bool)
         for first, end in self._in_step:
             stepping[first:end] = True
@@ -92,20 +119,44 @@ class Timing:
         self._split += np.stack(split_waiting([row[0] for row in rows]), axis=1)
         self._split_steps += np.stack(split_waiting([row[0][row[1]] for row in rows]), axis=1)
         ranks = [
-            {**place, "spans": _parted(totals, whole), "step_spans": _parted(step_totals, steps)}
+            cast(
+                RankTimes,
+                {**place, "spans": _parted(totals, whole), "step_spans": _parted(step_totals, steps)},
+            )
             for (_, _, totals, step_totals, place), whole, steps in zip(
                 rows, self._split.tolist(), self._split_steps.tolist(), strict=True
             )
         ]
-        about = {
+        times: Times = {
             "first_step": self.first_step,
             "last_step": step,
             "timed_steps": max(0, self._steps - 1),
-            "seconds": time.perf_counter() - self._started,
+            "seconds": self.timer.clock() - self._started,
+            "ranks": ranks,
         }
-        return json.dumps({**about, "ranks": ranks}, indent=1)
+        return json.dumps(times, indent=1)
 
 
 def _parted(totals: dict[str, float], split: list[float]) -> dict[str, float]:
     """Give spans with the time in collectives parted into communication and waiting."""
-    return totals | {"allreduce": split[0], "waiting": split[1]}
+    return totals | {ALLREDUCE: split[0], WAITING: split[1]}
+
+
+def read_times(folder: Path) -> Times:
+    """Read timing.json and check what is used of it."""
+    path = folder / TIMING
+    with open_regular(path) as file:
+        content = file.read(MOST_BYTES)
+    try:
+        timing = json.loads(content)
+        sound = all(type(timing[name]) is int for name in ("timed_steps", "last_step")) and timing["ranks"]
+        for rank in timing["ranks"]:
+            amounts = [*rank["spans"].values(), *rank["step_spans"].values()]
+            sound = sound and all(map(is_amount, amounts))
+            sound = sound and type(rank["threads"]) is int and isinstance(rank["device"], str)
+            sound = sound and (timing["timed_steps"] < 1 or sum(rank["step_spans"].values()) > 0)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise UserError(f"{path} has no times of steps: it is damaged, or of an older version")
+    return timing

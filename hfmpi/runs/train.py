@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,49 +15,24 @@ from hfmpi.data.batches import Sequences, check_batch
 from hfmpi.data.corpus import Corpus
 from hfmpi.errors import UserError
 from hfmpi.files.checkpoint import Checkpoint
-from hfmpi.files.writer import Writer
-from hfmpi.measure import cost
+from hfmpi.measure.spans import EVALUATE, FILES
 from hfmpi.measure.timer import Timer
 from hfmpi.models.network import Network
 from hfmpi.objective.data_parallel import MeanRisk, Stopped, step_objectives
 from hfmpi.objective.transport import choose
 from hfmpi.optim.base import StepReport
-from hfmpi.parallel.communicator import Communicator, digest
-from hfmpi.parallel.launch import together
-from hfmpi.parallel.placement import Placement, single_threaded
+from hfmpi.optim.hessian_free import HessianFree
+from hfmpi.parallel.communicator import Communicator
+from hfmpi.parallel.placement import Place, Placement, single_threaded
+from hfmpi.runs import checks
 from hfmpi.runs.config import Config, to_toml
-from hfmpi.runs.record import BITS, facts, step_record
-from hfmpi.runs.restore import check_model, progress, restored_state
+from hfmpi.runs.output import Output
+from hfmpi.runs.record import BITS, Facts, Progress, Reporter, step_record
+from hfmpi.runs.restore import check_model, entries, progress, restored
 from hfmpi.runs.stop import StopSignals
 from hfmpi.runs.timing import Timing
 
-__all__ = ["Place", "Reporter", "Result", "Run"]
-
-RETRY = 60.0
-"""Seconds after which a checkpoint that could not be written is tried again, if none is due before."""
-
-
-class Reporter(Protocol):
-    """What a run tells while it goes on; only rank 0's is asked."""
-
-    def start(self, facts: dict[str, Any]) -> None:
-        """Tell what is about to be trained."""
-
-    def step(self, record: dict[str, Any]) -> None:
-        """Tell of a step: the object that goes into the history."""
-
-    def note(self, sentence: str) -> None:
-        """Tell of something that the user may want to mend while the run goes on."""
-
-
-class Place(NamedTuple):
-    """Where a rank computes, and how its vectors reach the others."""
-
-    host: str
-    local_rank: int
-    device: str
-    device_id: str | None
-    transport: str
+__all__ = ["Result", "Run"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +57,8 @@ class Run:
     communicator, placement
     resume : Checkpoint or None
         Where to go on; None starts anew.
+    clock : callable
+        Gives the time in seconds.
     """
 
     def __init__(
@@ -96,6 +69,7 @@ class Run:
         communicator: Communicator,
         placement: Placement,
         resume: Checkpoint | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.folder = folder
         self.communicator = communicator
@@ -105,12 +79,14 @@ class Run:
         cell = config.cell(corpus.vocabulary)
         # The size is settled now: the budget has served, and a resumed run must not ask again.
         self.config = replace(config, hidden=cell.hidden, parameters=0)
-        self.preset = config.preset()
+        preset = config.preset()
+        self.optimizer, self.batches = preset.optimizer, (preset.gradient_batch, preset.curvature_batch)
         self.train_set = Sequences(corpus.train, config.sequence_length, config.warmup)
         self.valid_set = Sequences(corpus.valid, config.sequence_length, config.warmup)
-        check_batch(self.preset.gradient_batch, self.train_set.count)
+        check_batch(preset.gradient_batch, self.train_set.count)
+        self.epoch_steps = max(1, self.train_set.count // preset.gradient_batch)
         self.backend = config.make_backend(placement.local_rank)
-        self.timer = Timer()
+        self.timer = Timer(clock)
         self.risk = MeanRisk(
             Network(cell, self.backend),
             communicator,
@@ -119,27 +95,25 @@ class Run:
             config.memory_budget or (self.backend.free_memory() or placement.memory) // 2,
             slices=config.slices,
         )
-        self.places: list[Place] = []
-        self.epoch_steps = max(1, self.train_set.count // self.preset.gradient_batch)
 
         if resume is not None:  # before memory is taken for what its options describe
             network = self.risk.network
             check_model(resume, corpus.symbols, network.layout.size, self.backend.dtype)
         initial = cell.initial(config.seed, config.initialisation, config.forget_bias)
         self.theta: Array = self.backend.to_device(initial.astype(self.backend.dtype))
-        self.state = self.preset.optimizer.init(self.theta)
-        self.step, self.seconds, self.counts = 0, 0.0, cost.Counts()
-        self.rejections = 0  # in a row, up to now
+        self.state = self.optimizer.init(self.theta)
+        self.progress = Progress()
         if resume is not None:
-            self._restore(resume)
+            self.state = restored(resume, self.state, self.backend, config.optimizer)
+            self.theta, self.progress = self.backend.to_device(resume.theta), progress(resume)
         self.first_step = self.step
-        self.last_saved = self.step if resume is not None else None  # the step of the newest checkpoint
+        self._resumed = resume is not None
         self.timing = Timing(self.timer, communicator, placement, self.step, self.backend.device)
-        self.files: Any = None  # the Writer, on rank 0, while it trains
-        self.failures: dict[str, str] = {}  # by file, what became of the last attempt to write it
-        self.retry_at = math.inf  # seconds of the run
 
-    # The loop ----------------------------------------------------------------------------------
+    @property
+    def step(self) -> int:
+        """The steps that were taken, since the first start."""
+        return self.progress.step
 
     def train(self, reporter: Reporter, signals: StopSignals) -> Result:
         """Train until a limit or a signal; on return the checkpoint is written.
@@ -147,57 +121,49 @@ class Run:
         A signal drops the step in progress: theta and the optimizer's state are those before it, and a
         resumed run takes it anew, bit for bit.
 
-        A file that cannot be written does not end the training: the user is told once, and it is tried again.
-
         Raises
         ------
         UserError
             On all ranks alike: a file could not be written at the start or in the end, the ranks no longer
             hold the same theta, or the numbers have gone wrong for good.
         """
+        self.output = Output(self.communicator, reporter, self.first_step if self._resumed else None)
         try:
-            return self._train(reporter, signals)
+            return self._train(signals)
         finally:
-            if self.files is not None:
-                self.files.close()
+            self.output.close()
 
-    def _train(self, reporter: Reporter, signals: StopSignals) -> Result:
-        config, comm = self.config, self.communicator
-        self._check_start()
-        self.risk.transport = transport = choose(config.transport, comm, self.backend, config.slices > 0)
-        place = self.placement
-        own = Place(place.host, place.local_rank, self.backend.device, self.backend.device_id, transport.name)
-        self.places = comm.gather(own) or []
-        self._on_first_rank(self._open_files)
-        if comm.rank == 0:
-            reporter.start(facts(self))
-        self.reporter = reporter
-        self._tell()
+    def _train(self, signals: StopSignals) -> Result:
+        config, comm, output = self.config, self.communicator, self.output
+        theta = self.backend.to_host(self.theta)
+        checks.same_start(comm, theta, asdict(config), self.corpus.digest, self.step)
+        self.risk.transport = choose(config.transport, comm, self.backend, config.slices > 0)
+        place, backend, transport = self.placement, self.backend, self.risk.transport.name
+        own = Place(place.host, place.local_rank, backend.device, backend.device_id, transport)
+        output.open(self.folder, to_toml(config), self.facts(comm.gather(own) or ()))
         self.timing.start()
-        started = time.perf_counter() - self.seconds
+        self._started = self.timer.clock() - self.progress.seconds
         checkpoint_every = config.checkpoint_every or self.epoch_steps
         evaluate_every = config.evaluate_every or self.epoch_steps
         valid, saved = None, -1
         self.risk.stop = signals.wanted
         try:
             while True:
-                self.seconds = comm.agree(time.perf_counter() - started)
+                self._look_at_the_clock()
                 reason = self._limit()
                 if reason:
                     break
                 if comm.any(signals.wanted()):
                     raise Stopped
                 report, valid = self._one_step(evaluate_every)
-                self.seconds = comm.agree(time.perf_counter() - started)
-                record = step_record(self, report, valid)
-                if self.files is not None:
-                    self._try("the history", partial(self.files.record, record))
-                    reporter.step(record)
-                if self.step % checkpoint_every == 0 or self.seconds >= self.retry_at:
+                self._look_at_the_clock()
+                seconds = self.timing.step_seconds
+                output.step(step_record(self.progress, report, valid, seconds, self.batches, comm.size))
+                if self.step % checkpoint_every == 0 or self.progress.seconds >= output.retry_at:
                     saved = self.step if self.save(valid) else saved
                 elif config.check_every and self.step % config.check_every == 0:
                     self.check_ranks()
-                self._check_rejections(report)
+                checks.not_stuck(self.progress, config.max_rejections, report.message, output.last_good)
             if valid is None:
                 valid = self.evaluate(self.theta)
             done = True
@@ -205,38 +171,88 @@ class Run:
             reason, done = self._who_stopped(signals), False
             self.risk.stop = lambda: False  # what is left to do is done
         if saved != self.step and not self.save(valid):
-            unsaved = self.first_step if self.last_saved is None else self.last_saved
-            failure = self.failures["the checkpoint"]
+            unsaved = self.first_step if output.last_saved is None else output.last_saved
+            failure = output.failures["the checkpoint"]
             raise UserError(f"{failure}; the steps after step {unsaved:,} are not saved")
-        self._on_first_rank(lambda: self.files.finish(f"{reason}\n" if done else ""))
+        output.finish(f"{reason}\n" if done else "")
         return Result(reason, done, self.step, valid)
 
     def _one_step(self, evaluate_every: int) -> tuple[StepReport, float | None]:
         """Take a step and evaluate where it is due; only when both are there does the run move on."""
         with self.timing.step():
-            sizes = self.preset.gradient_batch, self.preset.curvature_batch
-            objectives = step_objectives(self.risk, self.train_set, self.config.seed, self.step, *sizes)
-            theta, state, report = self.preset.optimizer.step(self.theta, self.state, objectives)
+            objectives = step_objectives(
+                self.risk, self.train_set, self.config.seed, self.step, *self.batches
+            )
+            theta, state, report = self.optimizer.step(self.theta, self.state, objectives)
         due = (self.step + 1) % evaluate_every == 0 or self.step + 1 == self.config.max_steps
         valid = self.evaluate(theta) if due else None
-        self.theta, self.state = theta, state
-        self.step += 1
-        self.counts += cost.Counts(steps=1, **asdict(report.work))
-        self.rejections = 0 if report.accepted else self.rejections + 1
+        self.theta, self.state, self.progress = theta, state, self.progress.after(report)
         return report, valid
 
-    def evaluate(self, theta: Array) -> float:
-        """Give the loss on the whole validation split in bits per character."""
-        with self.timer.span("evaluate"):
-            everything = np.arange(self.valid_set.count)
-            return self.risk.on(self.valid_set, everything, span="evaluate").loss(theta) * BITS
+    def evaluate(self, theta: Array, most: int | None = None) -> float:
+        """Give the loss on the validation split, or so many sequences of it, in bits per character."""
+        with self.timer.span(EVALUATE):
+            sequences = np.arange(self.valid_set.count)[:most]
+            return self.risk.on(self.valid_set, sequences, span=EVALUATE).loss(theta) * BITS
+
+    def save(self, valid: float | None) -> bool:
+        """Check that all ranks agree and theta is sound; write the checkpoint, and say if it is written."""
+        self.check_ranks()
+        # Where the validation loss of this step is not known, that of a few sequences will do.
+        known = self.evaluate(self.theta, self.risk.micro_batch) if valid is None else valid
+        checks.finite(self.communicator.agree(known), self.step, self.output.last_good)
+        with self.timer.span(FILES):
+            meta = {
+                "hfmpi": hfmpi.__version__,
+                "config": asdict(self.config),
+                "vocabulary": list(self.corpus.symbols),
+                "data": str(self.data),
+                "corpus": self.corpus.digest,
+                **asdict(self.progress),
+                "valid_bpc": valid,
+                "ranks": self.communicator.size,
+            }
+            theta = self.backend.to_host(self.theta)
+            saved = self.output.checkpoint(theta, entries(self.state, self.backend), meta)
+        self.output.timing(self.timing.collect(self.step))
+        return saved
+
+    def check_ranks(self) -> None:
+        """Raise a UserError on all ranks unless all hold the same theta and optimizer state, bit for bit."""
+        values = [self.backend.to_host(self.theta), *entries(self.state, self.backend).values()]
+        checks.same_vectors(self.communicator, values, self.step, self.output.last_good)
+
+    def facts(self, places: Sequence[Place]) -> Facts:
+        """Give what the first lines of a log should say, with the places of all ranks."""
+        config, size, (_, curvature) = self.config, self.communicator.size, self.batches
+        structural = isinstance(self.optimizer, HessianFree) and self.optimizer.structural_damping > 0
+        return Facts(
+            config,
+            self.risk.network.layout.size,
+            self.train_set.count,
+            *self.batches,
+            size,
+            self.placement.threads,
+            self.backend.name,
+            places,
+            self.risk.network.tape_bytes(
+                config.warmup + config.sequence_length, -(-curvature // size), structural
+            ),
+            self.risk.memory_budget,
+            self.step,
+        )
+
+    def _look_at_the_clock(self) -> None:
+        """Set the seconds, the same on all ranks."""
+        seconds = self.communicator.agree(self.timer.clock() - self._started)
+        self.progress = replace(self.progress, seconds=seconds)
 
     def _limit(self) -> str:
         """Give the limit that is reached, or nothing."""
         config = self.config
         if config.max_steps and self.step >= config.max_steps:
             return f"{self.step:,} steps were taken"
-        if config.max_seconds and self.seconds >= config.max_seconds:
+        if config.max_seconds and self.progress.seconds >= config.max_seconds:
             return f"{config.max_seconds:g} seconds are over"
         return ""
 
@@ -244,129 +260,3 @@ class Run:
         """Give the wish of the lowest rank that has one."""
         wishes = self.communicator.gather(signals.requested) or []
         return self.communicator.agree(next((wish for wish in wishes if wish), "a rank asked for it"))
-
-    # Files -------------------------------------------------------------------------------------
-
-    def _open_files(self) -> None:
-        self.files = Writer(self.folder, self.step, to_toml(self.config))
-
-    def save(self, valid: float | None) -> bool:
-        """Check that all ranks agree and theta is sound; write the checkpoint, and say if it is written."""
-        self.check_ranks()
-        self._check_loss(valid)
-        with self.timer.span("files"):
-            state = {
-                f.name: self.backend.to_host(v) if hasattr(v := getattr(self.state, f.name), "shape") else v
-                for f in fields(self.state)
-            }
-            meta = {
-                "hfmpi": hfmpi.__version__,
-                "config": asdict(self.config),
-                "vocabulary": list(self.corpus.symbols),
-                "data": str(self.data),
-                "corpus": self.corpus.digest,
-                "step": self.step,
-                "seconds": self.seconds,
-                "counts": asdict(self.counts),
-                "rejections": self.rejections,
-                "valid_bpc": valid,
-                "ranks": self.communicator.size,
-            }
-            theta, files = self.backend.to_host(self.theta), self.files
-            # Fails on all ranks alike, so that they go on in step.
-            saved = self._try(
-                "the checkpoint",
-                lambda: self._on_first_rank(lambda: files.checkpoint(theta, state, meta)),
-            )
-            self.retry_at = math.inf if saved else self.seconds + RETRY
-        if saved:
-            self.last_saved = self.step
-        timing = self.timing.collect(self.step)
-        if files is not None:
-            self._try("timing.json", lambda: files.timing(timing))
-        self._tell()
-        return saved
-
-    def _tell(self) -> None:
-        """Tell what the writer of the files found."""
-        while self.files is not None and self.files.notes:
-            self.reporter.note(self.files.notes.pop(0))
-
-    def _try(self, what: str, write: Callable[[], object]) -> bool:
-        """Write a file; tell of a failure once, and once when it is over."""
-        try:
-            write()
-        except UserError as error:
-            if what not in self.failures:
-                self.reporter.note(f"{error}; training goes on, and it is tried again")
-            self.failures[what] = str(error)
-            return False
-        if self.failures.pop(what, None):
-            self.reporter.note(f"{what} is written again")
-        return True
-
-    def _restore(self, found: Checkpoint) -> None:
-        """Take the place of what the checkpoint was written from."""
-        state = restored_state(found, self.state, self.config.optimizer)
-        self.step, self.seconds, self.rejections, self.counts = progress(found)
-        place = self.backend.to_device
-        self.theta = place(found.theta)
-        entries = {k: place(v) if isinstance(v, np.ndarray) else v for k, v in state.items()}
-        self.state = type(self.state)(**entries)
-
-    def _check_start(self) -> None:
-        """Raise a UserError on all ranks unless all start with the same data, options and checkpoint.
-
-        Nodes that do not share their files would otherwise do different runs, and wait for one another.
-        """
-        theta = digest(self.backend.to_host(self.theta))
-        start = json.dumps([asdict(self.config), self.corpus.digest, self.step, theta])
-        strays = self.communicator.same(digest(np.frombuffer(start.encode(), np.uint8)))
-        if strays:
-            names = ", ".join(map(str, strays))
-            raise UserError(f"rank {names} has other data, options or checkpoint files than the other ranks")
-
-    def check_ranks(self) -> None:
-        """Raise a UserError on all ranks unless all hold the same theta and optimizer state, bit for bit."""
-        values = [self.theta, *(getattr(self.state, f.name) for f in fields(self.state))]
-        digests = [digest(self.backend.to_host(v) if hasattr(v, "shape") else np.asarray(v)) for v in values]
-        strays = self.communicator.same(digest(np.array(digests, np.uint64)))
-        if strays:
-            names = ", ".join(map(str, strays))
-            raise UserError(
-                f"rank {names} holds other parameters than the other ranks after step {self.step:,}: "
-                f"{self._last_good()}"
-            )
-
-    def _check_rejections(self, report: StepReport) -> None:
-        """Raise a UserError on all ranks if nothing but rejections goes on: the report is the same on all."""
-        limit = self.config.max_rejections
-        if limit and self.rejections >= limit:
-            raise UserError(
-                f"{self.rejections:,} steps in a row were rejected up to step {self.step:,}, "
-                f"the last one with: {report.message} (--max-rejections {limit}); {self._last_good()}"
-            )
-
-    def _check_loss(self, valid: float | None) -> None:
-        """Raise a UserError on all ranks if theta has no finite loss, as after an update that went too far.
-
-        Where the validation loss of this step is not known, that of a few sequences will do.
-        """
-        if valid is None:
-            some = np.arange(min(self.valid_set.count, self.risk.micro_batch))
-            with self.timer.span("evaluate"):
-                valid = self.risk.on(self.valid_set, some, span="evaluate").loss(self.theta)
-        if not math.isfinite(self.communicator.agree(valid)):
-            raise UserError(
-                f"the validation loss is not finite after step {self.step:,}: {self._last_good()}"
-            )
-
-    def _last_good(self) -> str:
-        """Say which checkpoint stands."""
-        if self.last_saved is None:
-            return "there is no checkpoint yet"
-        return f"the last checkpoint, of step {self.last_saved:,}, is good"
-
-    def _on_first_rank(self, write: Any) -> None:
-        """Run a function on rank 0 alone; if a file cannot be written, all ranks raise the UserError."""
-        together(self.communicator, lambda: write() if self.communicator.rank == 0 else None)

@@ -6,12 +6,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from hfmpi.backends.base import Array
 from hfmpi.errors import UserError
 from hfmpi.files import checkpoint
-from hfmpi.models.network import Network, State
+from hfmpi.models.network import Network
 from hfmpi.runs.config import Config, merge
 
 __all__ = ["Trained"]
@@ -67,47 +65,3 @@ class Trained:
         return cls(
             network, network.backend.to_device(found.theta), symbols, config, step, data, found.message
         )
-
-    def sample(self, length: int, prime: bytes, temperature: float, seed: int) -> bytes:
-        """Let the network write.
-
-        Parameters
-        ----------
-        length : int
-            Characters to draw.
-        prime : bytes
-            What it reads first; may be empty.
-        temperature : float
-            Logits are divided by it; 0 takes the most probable character.
-        seed : int
-
-        Raises
-        ------
-        UserError
-            If the prime has a character that the network does not know.
-        """
-        ids = {byte: i for i, byte in enumerate(self.symbols)}
-        unknown = sorted({chr(b) for b in prime if b not in ids})
-        if unknown:
-            raise UserError(f"the network does not know the character(s) {' '.join(map(repr, unknown))}")
-        rng = np.random.Generator(np.random.PCG64(seed))
-        backend = self.network.backend
-        # Without a prime it starts as training sequences do: zero state, some first character.
-        read = [ids[b] for b in prime] or [int(rng.integers(len(self.symbols)))]
-        state: State | None = None
-        written = bytearray()
-        for _ in range(length):
-            inputs = backend.to_device(np.array(read, np.int32)[:, np.newaxis])
-            state, logits = self.network.advance(self.theta, state, inputs)
-            symbol = draw(backend.to_host(logits)[0].astype(np.float64), temperature, rng)
-            written.append(self.symbols[symbol])
-            read = [symbol]
-        return bytes(written)
-
-
-def draw(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> int:
-    """Draw a symbol from softmax(logits / temperature), or the most probable one at temperature 0."""
-    if temperature == 0:
-        return int(logits.argmax())
-    p = np.exp((logits - logits.max()) / temperature)
-    return int(np.searchsorted(np.cumsum(p), rng.random() * p.sum(), side="right").clip(0, len(p) - 1))

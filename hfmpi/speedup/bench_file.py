@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hfmpi.errors import UserError
 from hfmpi.files.atomic import open_regular
-from hfmpi.speedup.runs import Measurement, is_amount
+from hfmpi.files.history import is_amount
+from hfmpi.speedup.prediction import KINDS
+from hfmpi.speedup.runs import TimedRun
 from hfmpi.speedup.scaling import Curve, Link, fit_link
 
 __all__ = ["read_bench"]
@@ -17,7 +19,26 @@ __all__ = ["read_bench"]
 MOST_BYTES = 2**24
 
 
-def read_bench(paths: Sequence[Path], run: Measurement) -> tuple[dict[str, Curve], Link | None]:
+@dataclass(frozen=True)
+class BenchRow:
+    """What is used of a row: which pass (None: a whole step), and over how many sequences or bytes."""
+
+    model: str
+    ranks: int
+    threads: int
+    seconds_least: float
+    kind: str | None
+    batch: float | None
+    bytes: float | None
+
+    def sound(self) -> bool:
+        """Whether its numbers are numbers, and positive."""
+        numbers = [self.ranks, self.threads, self.seconds_least]
+        numbers += [number for number in (self.batch, self.bytes) if number is not None]
+        return all(is_amount(number) and number > 0 for number in numbers) and isinstance(self.model, str)
+
+
+def read_bench(paths: Sequence[Path], run: TimedRun) -> tuple[dict[str, Curve], Link | None]:
     """Read what `hfmpi bench ... --json` printed on the machine of a run.
 
     The least time of each pass is taken: what disturbs a measurement can only add to it, and the level of the
@@ -35,15 +56,15 @@ def read_bench(paths: Sequence[Path], run: Measurement) -> tuple[dict[str, Curve
     UserError
         If a file is none of `hfmpi bench`, or none of them has a row that fits.
     """
-    rows = [row for path in paths for row in _bench_rows(path)]
+    rows = [row for path in paths for row in _read(path)]
     points: dict[str, dict[float, float]] = {}
     messages: dict[int, dict[float, float]] = {}
     for row in rows:
-        if row.get("bytes") is not None and row["ranks"] > 1:
-            messages.setdefault(row["ranks"], {})[row["bytes"]] = row["seconds_least"]
-        own = (row["model"], row["ranks"], row["threads"]) == (run.config.model, 1, run.threads)
-        if own and row.get("batch") and row.get("pass") in ("product", "gradient", "loss"):
-            points.setdefault(row["pass"], {})[row["batch"]] = row["seconds_least"]
+        if row.bytes is not None and row.ranks > 1:
+            messages.setdefault(row.ranks, {})[row.bytes] = row.seconds_least
+        own = (row.model, row.ranks, row.threads) == (run.config.model, 1, run.threads)
+        if own and row.batch is not None and row.kind in KINDS:
+            points.setdefault(row.kind, {})[row.batch] = row.seconds_least
     shapes = {kind: Curve.through(each) for kind, each in points.items()}
     if "loss" in shapes:
         shapes["linearisation"] = shapes["loss"]  # both are a forward pass
@@ -62,16 +83,24 @@ def read_bench(paths: Sequence[Path], run: Measurement) -> tuple[dict[str, Curve
     return shapes, link
 
 
-def _bench_rows(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path) -> list[BenchRow]:
     """Give the rows of a file, with sound numbers."""
     with open_regular(path) as file:
         content = file.read(MOST_BYTES)
     try:
-        rows = json.loads(content)["rows"]
-        numbers = [row[key] for row in rows for key in ("ranks", "threads", "seconds_least")]
-        numbers += [row[key] for row in rows for key in ("batch", "bytes") if row.get(key) is not None]
-        sound = all(is_amount(number) and number > 0 for number in numbers)
-        sound = sound and all(isinstance(row["model"], str) for row in rows)
+        rows = [
+            BenchRow(
+                row["model"],
+                row["ranks"],
+                row["threads"],
+                row["seconds_least"],
+                row.get("pass"),
+                row.get("batch"),
+                row.get("bytes"),
+            )
+            for row in json.loads(content)["rows"]
+        ]
+        sound = all(row.sound() for row in rows)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:

@@ -15,92 +15,22 @@ second of a rank belongs to one span, so the gap is the sum of its parts' gaps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from hfmpi.measure import cost
-from hfmpi.measure.cost import Counts
+from hfmpi.speedup.prediction import fit, predict
+from hfmpi.speedup.runs import TimedRun
+from hfmpi.speedup.scaling import Curve, Link
+from hfmpi.speedup.steps import StepTimes
 
-__all__ = ["PASSES", "Measured", "compare", "mean_spans"]
-
-PASSES = "forward", "gradient", "linearise", "products", "line search", "input"
-"""Spans of the work that ranks share."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The steps of a job on one number of ranks.
-
-    Attributes
-    ----------
-    ranks : int
-    seconds : (repeats, steps) float64
-        Duration of each step.
-    spans : tuple of dict of str to float
-        For each rank, seconds per step by name, `allreduce` without `waiting`; their sum is the step.
-    outside : tuple of dict of str to float
-        For each rank, seconds of the whole run outside its steps by name: evaluation, files.
-    counts : Counts
-        What was executed in these steps, in all repeats.
-    gradient_batch, curvature_batch : int
-        Sequences, of all ranks together.
-    """
-
-    ranks: int
-    seconds: np.ndarray
-    spans: tuple[dict[str, float], ...]
-    outside: tuple[dict[str, float], ...]
-    counts: Counts
-    gradient_batch: int
-    curvature_batch: int
-
-    @property
-    def batches(self) -> tuple[int, int]:
-        """B_g and B_c."""
-        return self.gradient_batch, self.curvature_batch
-
-    @property
-    def step_seconds(self) -> float:
-        """T_P, from the spans."""
-        return sum(self.mean_spans.values())
-
-    @property
-    def mean_spans(self) -> dict[str, float]:
-        """Seconds per step by name, the mean over ranks."""
-        return mean_spans(self.spans)
-
-    @property
-    def parts(self) -> dict[str, float]:
-        """The same in four parts; what is neither pass, Allreduce nor waiting is done by every rank."""
-        spans = self.mean_spans
-        compute = sum(spans.get(name, 0.0) for name in PASSES)
-        allreduce, waiting = spans.get("allreduce", 0.0), spans.get("waiting", 0.0)
-        redundant = self.step_seconds - compute - allreduce - waiting
-        return {"compute": compute, "allreduce": allreduce, "waiting": waiting, "redundant": redundant}
-
-    @property
-    def imbalance(self) -> float:
-        """Seconds in passes of the slowest rank over those of the mean."""
-        compute = [sum(spans.get(name, 0.0) for name in PASSES) for spans in self.spans]
-        return float(max(compute) / np.mean(compute)) if any(compute) else 1.0
-
-    @property
-    def work(self) -> float:
-        """W_P, executed forward passes of a step."""
-        return cost.full(self.counts, *self.batches)[0] / self.counts.steps
-
-
-def mean_spans(all_spans: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Give the mean of seconds by name; a name that is missing somewhere counts as 0 there."""
-    names = dict.fromkeys(name for spans in all_spans for name in spans)
-    return {name: float(np.mean([spans.get(name, 0.0) for spans in all_spans])) for name in names}
+__all__ = ["causes", "compare", "study"]
 
 
 def causes(
-    base: Measured, run: Measured, uneven: float = 0.0, batch_seconds: float | None = None
+    base: StepTimes, run: StepTimes, uneven: float = 0.0, batch_seconds: float | None = None
 ) -> dict[str, float]:
     """Give the gap T_P - T_{P_0} P_0 / P by its causes, seconds per step; they add up to it.
 
@@ -131,7 +61,7 @@ def causes(
 
 
 def compare(
-    base: Measured, run: Measured, uneven: float = 0.0, batch_seconds: float | None = None
+    base: StepTimes, run: StepTimes, uneven: float = 0.0, batch_seconds: float | None = None
 ) -> dict[str, Any]:
     """Set a run beside the one with the fewest ranks.
 
@@ -166,3 +96,54 @@ def compare(
         "spans": list(run.spans),
         "outside": list(run.outside),
     }
+
+
+def study(
+    job: TimedRun,
+    runs: Sequence[StepTimes],
+    link: Link | None = None,
+    shapes: Mapping[str, Curve] | None = None,
+    model: bool = False,
+) -> dict[str, Any]:
+    """Set all runs of a job beside the first, the one with the fewest ranks.
+
+    Parameters
+    ----------
+    job : TimedRun
+        Any of the runs.
+    runs : sequence of StepTimes
+        From the fewest ranks to the most.
+    link, shapes
+        As of `hfmpi.speedup.prediction.fit`.
+    model : bool
+        Predict steps on more ranks too.
+
+    Returns
+    -------
+    dict
+        `job`, `base_ranks`, `runs` (see `compare`) and perhaps `model` (see `predict`).
+    """
+    base, rows = runs[0], []
+    alone = fit([base], job.messages, link, shapes)
+    for run in runs:
+        sizes, work = np.array([base.ranks, run.ranks]), run.work / base.work
+        even = alone.compute(sizes, even=True) * work
+        uneven = alone.compute(sizes) * work - even
+        more = float(uneven[1] - uneven[0] * base.ranks / run.ranks)
+        rows.append(compare(base, run, more, float(even[1]) if shapes else None))
+    found: dict[str, Any] = {
+        "job": {
+            "model": job.config.model,
+            "optimizer": job.config.optimizer,
+            "gradient_batch": base.gradient_batch,
+            "curvature_batch": base.curvature_batch,
+            "parameters": job.parameters,
+            "first_step": job.first,
+            "last_step": job.last,
+            "device": job.device,
+            "threads": job.threads,
+        },
+        "base_ranks": base.ranks,
+        "runs": rows,
+    }
+    return found | {"model": predict(runs, job.messages, link, shapes)} if model else found

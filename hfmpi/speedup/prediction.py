@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from hfmpi.measure import cost
-from hfmpi.speedup.compare import Measured
+from hfmpi.measure.cost import Counts
+from hfmpi.measure.spans import FORWARD, GRADIENT, LINE_SEARCH, LINEARISE, PRODUCTS
 from hfmpi.speedup.scaling import Curve, Job, Link, Pass, best
+from hfmpi.speedup.steps import StepTimes
 
 __all__ = ["KINDS", "fit", "predict"]
 
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of pass: its spans, how many there were, and whether it is over the gradient batch."""
+
+    spans: tuple[str, ...]
+    count: Callable[[Counts], int]
+    on_gradient: bool
+
+
 KINDS = {
-    "gradient": (("forward", "gradient"), "gradients", True),
-    "loss": (("line search",), "losses", True),
-    "product": (("products",), "products", False),
-    "linearisation": (("linearise",), "linearisations", False),
+    "gradient": Kind((FORWARD, GRADIENT), lambda counts: counts.gradients, True),
+    "loss": Kind((LINE_SEARCH,), lambda counts: counts.losses, True),
+    "product": Kind((PRODUCTS,), lambda counts: counts.products, False),
+    "linearisation": Kind((LINEARISE,), lambda counts: counts.linearisations, False),
 }
-"""For each kind of pass: its spans, its count, and whether it is over the gradient batch."""
 
 
 def fit(
-    runs: Sequence[Measured],
+    runs: Sequence[StepTimes],
     messages: Mapping[str, float],
     link: Link | None = None,
     shapes: Mapping[str, Curve] | None = None,
@@ -33,7 +44,7 @@ def fit(
 
     Parameters
     ----------
-    runs : sequence of Measured
+    runs : sequence of StepTimes
         From the fewest ranks to the most. The first sets the level of every t_k; s and r are the last's.
     messages : mapping of str to float
         For each kind of pass the bytes that the ranks sum after it, 0 for none.
@@ -45,16 +56,16 @@ def fit(
     """
     base, last = runs[0], runs[-1]
     passes = []
-    for kind, (_, count, on_gradient) in KINDS.items():
-        times = getattr(base.counts, count) / base.counts.steps
+    for name, kind in KINDS.items():
+        times = kind.count(base.counts) / base.counts.steps
         if not times:
             continue
-        batch = base.batches[0 if on_gradient else 1]
-        points = {batch / run.ranks: _pass_seconds(run, kind) for run in runs if getattr(run.counts, count)}
+        batch = base.gradient_batch if kind.on_gradient else base.curvature_batch
+        points = {batch / run.ranks: _pass_seconds(run, kind) for run in runs if kind.count(run.counts)}
         curve = Curve.through(points)
-        if shapes and kind in shapes:
-            curve = shapes[kind].scaled(batch / base.ranks, points[batch / base.ranks])
-        passes.append(Pass(times, batch, curve, messages[kind]))
+        if shapes and name in shapes:
+            curve = shapes[name].scaled(batch / base.ranks, points[batch / base.ranks])
+        passes.append(Pass(times, batch, curve, messages[name]))
     found = Job(tuple(passes), last.parts["redundant"], link)
     ranks = np.array([float(last.ranks)])
     if last.ranks > 1:
@@ -67,17 +78,16 @@ def fit(
     return found
 
 
-def _pass_seconds(run: Measured, kind: str) -> float:
+def _pass_seconds(run: StepTimes, kind: Kind) -> float:
     """Give the seconds of one pass, with its part of the input, the mean over ranks."""
-    spans, count, _ = KINDS[kind]
     mean = run.mean_spans
-    named = sum(mean.get(name, 0.0) for names, _, _ in KINDS.values() for name in names)
-    own = sum(mean.get(name, 0.0) for name in spans) * run.parts["compute"] / named
-    return own * run.counts.steps / getattr(run.counts, count)
+    named = sum(mean.get(name, 0.0) for each in KINDS.values() for name in each.spans)
+    own = sum(mean.get(name, 0.0) for name in kind.spans) * run.parts["compute"] / named
+    return own * run.counts.steps / kind.count(run.counts)
 
 
 def predict(
-    runs: Sequence[Measured],
+    runs: Sequence[StepTimes],
     messages: Mapping[str, float],
     link: Link | None = None,
     shapes: Mapping[str, Curve] | None = None,

@@ -1,0 +1,42 @@
+"""Names of the spans that a timer books a run's time to."""
+
+from __future__ import annotations
+
+__all__ = [
+    "ALLREDUCE",
+    "EVALUATE",
+    "FILES",
+    "FORWARD",
+    "GRADIENT",
+    "INPUT",
+    "LINEARISE",
+    "LINE_SEARCH",
+    "OPTIMIZER",
+    "PASSES",
+    "PRODUCTS",
+    "SHARED",
+    "WAITING",
+]
+
+PASSES = FORWARD, GRADIENT, LINEARISE, PRODUCTS, LINE_SEARCH = (
+    "forward",
+    "gradient",
+    "linearise",
+    "products",
+    "line search",
+)
+"""Passes over the network."""
+
+INPUT = "input"
+SHARED = (*PASSES, INPUT)
+"""The work that ranks share."""
+
+ALLREDUCE = "allreduce"
+WAITING = "waiting"
+"""The part of the time in collectives in which a rank waits for slower ones."""
+
+OPTIMIZER = "optimizer"
+"""The rest of a step."""
+
+EVALUATE, FILES = "evaluate", "files"
+"""Between steps."""

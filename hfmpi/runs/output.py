@@ -1,0 +1,123 @@
+"""What a run writes and tells: rank 0 does it, and all ranks learn what became of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hfmpi.errors import UserError
+from hfmpi.files.checkpoint import Entry
+from hfmpi.files.history import Record
+from hfmpi.files.writer import Writer
+from hfmpi.parallel.communicator import Communicator
+from hfmpi.parallel.launch import together
+from hfmpi.runs.record import Facts, Reporter
+
+__all__ = ["Output"]
+
+RETRY = 60.0
+"""Seconds after which a checkpoint that could not be written is tried again, if none is due before."""
+
+
+class Output:
+    """What a run writes and tells.
+
+    A file that cannot be written does not end the training: the user is told once, and it is tried again.
+
+    Parameters
+    ----------
+    communicator : Communicator
+    reporter : Reporter
+    last_saved : int or None
+        Step of the newest checkpoint, if there is one.
+
+    Attributes
+    ----------
+    retry_at : float
+        Seconds of the run at which a checkpoint that could not be written is due again.
+    failures : dict of str to str
+        By file, what became of the last attempt to write it. Of the checkpoint it is the same on all ranks.
+    """
+
+    def __init__(self, communicator: Communicator, reporter: Reporter, last_saved: int | None) -> None:
+        self.communicator, self.reporter, self.last_saved = communicator, reporter, last_saved
+        self.retry_at = math.inf
+        self.failures: dict[str, str] = {}
+        self._writer: Writer | None = None  # on rank 0, once it is open
+
+    def open(self, folder: Path, config: str, facts: Facts) -> None:
+        """Open the folder and tell what is about to be trained; UserError on all ranks if it cannot be."""
+
+        def make() -> None:
+            self._writer = Writer(folder, facts.step, config)
+
+        self._on_first_rank(make)
+        if self._writer is not None:
+            self.reporter.start(facts)
+        self._tell()
+
+    def step(self, record: Record) -> None:
+        """Add a line to the history, and tell of it."""
+        if self._writer is not None:
+            self._attempt("the history", partial(self._writer.record, record))
+            self.reporter.step(record)
+
+    def checkpoint(self, theta: np.ndarray, state: Mapping[str, Entry], meta: Mapping[str, Any]) -> bool:
+        """Write the checkpoint, and say on all ranks alike whether it is written."""
+
+        def write() -> None:
+            if self._writer is not None:
+                self._writer.checkpoint(theta, state, meta)
+
+        saved = self._attempt("the checkpoint", lambda: self._on_first_rank(write))
+        self.retry_at = math.inf if saved else meta["seconds"] + RETRY
+        self.last_saved = meta["step"] if saved else self.last_saved
+        return saved
+
+    @property
+    def last_good(self) -> str:
+        """Say which checkpoint stands."""
+        if self.last_saved is None:
+            return "there is no checkpoint yet"
+        return f"the last checkpoint, of step {self.last_saved:,}, is good"
+
+    def timing(self, content: str) -> None:
+        """Write timing.json, and tell what the writer of the files found."""
+        if self._writer is not None:
+            self._attempt("timing.json", partial(self._writer.timing, content))
+        self._tell()
+
+    def finish(self, done: str) -> None:
+        """Write what waits, and what DONE says, if a limit was reached; UserError on all ranks if not."""
+        writer = self._writer
+        self._on_first_rank(lambda: None if writer is None else writer.finish(done))
+
+    def close(self) -> None:
+        """Let other jobs write into the folder."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _on_first_rank(self, write: Callable[[], object]) -> None:
+        together(self.communicator, lambda: write() if self.communicator.rank == 0 else None)
+
+    def _attempt(self, what: str, write: Callable[[], object]) -> bool:
+        """Write a file; tell of a failure once, and once when it is over."""
+        try:
+            write()
+        except UserError as error:
+            if what not in self.failures:
+                self.reporter.note(f"{error}; training goes on, and it is tried again")
+            self.failures[what] = str(error)
+            return False
+        if self.failures.pop(what, None):
+            self.reporter.note(f"{what} is written again")
+        return True
+
+    def _tell(self) -> None:
+        while self._writer is not None and self._writer.notes:
+            self.reporter.note(self._writer.notes.pop(0))

@@ -1,0 +1,83 @@
+"""What the steps of a job took on one number of ranks, by what a rank did and by what was shared out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hfmpi.measure import cost
+from hfmpi.measure.cost import Counts
+from hfmpi.measure.spans import ALLREDUCE, SHARED, WAITING
+
+__all__ = ["StepTimes", "mean_spans"]
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """What the steps of a job took on one number of ranks.
+
+    Attributes
+    ----------
+    ranks : int
+    seconds : (repeats, steps) float64
+        Duration of each step.
+    spans : tuple of dict of str to float
+        For each rank, seconds per step by name, `allreduce` without `waiting`; their sum is the step.
+    outside : tuple of dict of str to float
+        For each rank, seconds of the whole run outside its steps by name: evaluation, files.
+    counts : Counts
+        What was executed in these steps, in all repeats.
+    gradient_batch, curvature_batch : int
+        Sequences, of all ranks together.
+    """
+
+    ranks: int
+    seconds: np.ndarray
+    spans: tuple[dict[str, float], ...]
+    outside: tuple[dict[str, float], ...]
+    counts: Counts
+    gradient_batch: int
+    curvature_batch: int
+
+    @property
+    def batches(self) -> tuple[int, int]:
+        """B_g and B_c."""
+        return self.gradient_batch, self.curvature_batch
+
+    @property
+    def step_seconds(self) -> float:
+        """T_P, from the spans."""
+        return sum(self.mean_spans.values())
+
+    @property
+    def mean_spans(self) -> dict[str, float]:
+        """Seconds per step by name, the mean over ranks."""
+        return mean_spans(self.spans)
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The same in four parts; what is neither pass, Allreduce nor waiting is done by every rank."""
+        spans = self.mean_spans
+        compute = sum(spans.get(name, 0.0) for name in SHARED)
+        allreduce, waiting = spans.get(ALLREDUCE, 0.0), spans.get(WAITING, 0.0)
+        redundant = self.step_seconds - compute - allreduce - waiting
+        return {"compute": compute, "allreduce": allreduce, "waiting": waiting, "redundant": redundant}
+
+    @property
+    def imbalance(self) -> float:
+        """Seconds in passes of the slowest rank over those of the mean."""
+        compute = [sum(spans.get(name, 0.0) for name in SHARED) for spans in self.spans]
+        return float(max(compute) / np.mean(compute)) if any(compute) else 1.0
+
+    @property
+    def work(self) -> float:
+        """W_P, executed forward passes of a step."""
+        return cost.full(self.counts, *self.batches)[0] / self.counts.steps
+
+
+def mean_spans(all_spans: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Give the mean of seconds by name; a name that is missing somewhere counts as 0 there."""
+    names = dict.fromkeys(name for spans in all_spans for name in spans)
+    return {name: float(np.mean([spans.get(name, 0.0) for spans in all_spans])) for name in names}
