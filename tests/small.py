@@ -76,9 +76,9 @@ def make_run(folder, data, comm=None, resume="auto", clock=time.perf_counter, **
     return Run(folder, Config(**SMALL | options), data, comm, place, found, clock)
 
 
-def train(folder, data, comm=None, resume="auto", reporter=None, **options):
+def train(folder, data, comm=None, resume="auto", reporter=None, clock=time.perf_counter, **options):
     """Train; give the run and its result."""
-    run = make_run(folder, data, comm, resume, **options)
+    run = make_run(folder, data, comm, resume, clock, **options)
     with StopSignals() as signals:
         return run, run.train(reporter or Recorder(), signals)
 

@@ -357,6 +357,25 @@ def hostile_missing(file, folder):
     del file["state"]
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("format", np.bytes_(b"hfmpi corpus"), "is no checkpoint, its format is 'hfmpi corpus'"),
+        ("version", 2, "is a checkpoint of version 2, and this hfmpi reads version 1"),
+        ("digest", None, "is damaged: it has no attribute digest"),
+    ],
+)
+def test_the_header_is_read_first(two, name, value, sentence):
+    with h5py.File(two / NEWEST, "r+") as file:
+        del file.attrs[name]
+        if value is not None:
+            file.attrs[name] = value
+        del file["theta"]
+    with pytest.raises(UserError) as caught:
+        load(two / NEWEST)
+    assert str(caught.value) == f"{two / NEWEST} {sentence}"
+
+
 def hostile_version(file, folder):
     file.attrs["version"] = 2
 

@@ -108,17 +108,32 @@ def test_a_run_may_start_from_another_ones_checkpoint(data, tmp_path):
         train(tmp_path / "whole", data, max_steps=4, resume="never")
 
 
+class Clock:
+    """A clock on which a step takes a sixteenth of a second and nothing else takes any time."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __call__(self):
+        return self.seconds
+
+    def tick(self, record):
+        self.seconds += 1 / 16
+
+
 def test_max_seconds_counts_from_the_first_start(data, tmp_path):
-    reporter = Recorder()
-    _, result = train(tmp_path / "run", data, max_seconds=0.3, reporter=reporter)
+    clock = Clock()
+    reporter = Recorder(clock.tick)
+    _, result = train(tmp_path / "run", data, max_seconds=0.3, reporter=reporter, clock=clock)
+    assert result.step == 5
     assert result.done
     assert result.reason == "0.3 seconds are over"
     assert reporter.records[-1]["seconds"] >= 0.2
     assert all(record["seconds"] < 0.3 for record in reporter.records[:-1])
-    run, again = train(tmp_path / "run", data, max_seconds=0.3)
+    run, again = train(tmp_path / "run", data, max_seconds=0.3, clock=Clock())
     assert (again.step, run.first_step) == (result.step, result.step)
     assert (tmp_path / "run" / "DONE").exists()
-    run, more = train(tmp_path / "run", data, max_seconds=0.3, max_steps=result.step + 1)
+    run, more = train(tmp_path / "run", data, max_seconds=0.3, max_steps=result.step + 1, clock=Clock())
     assert more.step == result.step  # still no time
     run, more = train(tmp_path / "run", data, max_steps=result.step + 1)
     assert more.step == result.step + 1

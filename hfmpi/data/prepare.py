@@ -15,6 +15,7 @@ import numpy as np
 
 from hfmpi.data.corpus import Corpus
 from hfmpi.errors import UserError
+from hfmpi.files.atomic import why
 
 __all__ = ["CORPORA", "Source", "prepare", "read_corpus", "read_ptb_raw", "read_texts"]
 
@@ -154,7 +155,7 @@ def _content(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"cannot read {path}: {why(error)}") from None
 
 
 def _names(files: list[Path]) -> str:

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from hfmpi.errors import UserError
 
-__all__ = ["open_regular", "remove_leftovers", "replace"]
+__all__ = ["open_regular", "remove_leftovers", "replace", "why"]
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -29,9 +29,14 @@ def open_regular(path: Path) -> BinaryIO:
             return os.fdopen(descriptor, "rb")
         os.close(descriptor)
         reason = "it is not a regular file"
-    except (OSError, ValueError) as error:  # a null byte in the name is a ValueError
-        reason = getattr(error, "strerror", None) or str(error)
+    except (OSError, ValueError) as error:
+        reason = why(error)
     raise UserError(f"cannot read {path}: {reason}")
+
+
+def why(error: OSError | ValueError) -> str:
+    """Give the reason for which a file cannot be opened; a null byte in its name is a ValueError."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def replace(

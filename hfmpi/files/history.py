@@ -14,9 +14,9 @@ import numpy as np
 from hfmpi.errors import UserError
 from hfmpi.files.atomic import open_regular, replace
 
-__all__ = ["History", "Record", "is_amount", "is_number"]
+__all__ = ["HISTORY", "History", "Record", "is_amount", "is_number"]
 
-NAME = "history.jsonl"
+HISTORY = "history.jsonl"
 DAMAGED = "history.damaged.jsonl"
 MOST_LINE = 2**16  # bytes; hfmpi writes about 500
 
@@ -63,7 +63,7 @@ class History:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.path = Path(folder) / NAME
+        self.path = Path(folder) / HISTORY
         self._waiting: list[bytes] = []
         self._whole = self._size()  # bytes that end in a whole line; what follows is the torn rest of a write
 
@@ -156,7 +156,7 @@ class History:
         UserError
             If there is no history or a line is not one of a history.
         """
-        path = Path(folder) / NAME
+        path = Path(folder) / HISTORY
         records = []
         for number, _, record in _lines(path):
             if record is None:

@@ -13,7 +13,7 @@ from hfmpi.errors import UserError
 from hfmpi.files import checkpoint
 from hfmpi.files.atomic import remove_leftovers, replace
 from hfmpi.files.checkpoint import Entry
-from hfmpi.files.history import History
+from hfmpi.files.history import HISTORY, History
 from hfmpi.files.lock import Lock
 from hfmpi.files.run_folder import find_checkpoint, make
 
@@ -46,7 +46,7 @@ class Writer:
         self.lock = self._take()
         try:
             self.notes = [self.lock.note] if self.lock.note else []
-            for name in checkpoint.NEWEST, CONFIG, TIMING, DONE, "history.jsonl":
+            for name in checkpoint.NEWEST, CONFIG, TIMING, DONE, HISTORY:
                 if not self.lock.note:  # else they may be another job's
                     remove_leftovers(folder / name)
             self.history = History(folder)

@@ -2,22 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "ALLREDUCE",
-    "EVALUATE",
-    "FILES",
-    "FORWARD",
-    "GRADIENT",
-    "INPUT",
-    "LINEARISE",
-    "LINE_SEARCH",
-    "OPTIMIZER",
-    "PASSES",
-    "PRODUCTS",
-    "SHARED",
-    "WAITING",
-]
-
 PASSES = FORWARD, GRADIENT, LINEARISE, PRODUCTS, LINE_SEARCH = (
     "forward",
     "gradient",

@@ -53,10 +53,10 @@ class Output:
     def open(self, folder: Path, config: str, facts: Facts) -> None:
         """Open the folder and tell what is about to be trained; UserError on all ranks if it cannot be."""
 
-        def make() -> None:
-            self._writer = Writer(folder, facts.step, config)
+        def make() -> Writer | None:
+            return Writer(folder, facts.step, config) if self.communicator.rank == 0 else None
 
-        self._on_first_rank(make)
+        self._writer = together(self.communicator, make)
         if self._writer is not None:
             self.reporter.start(facts)
         self._tell()
@@ -69,12 +69,9 @@ class Output:
 
     def checkpoint(self, theta: np.ndarray, state: Mapping[str, Entry], meta: Mapping[str, Any]) -> bool:
         """Write the checkpoint, and say on all ranks alike whether it is written."""
-
-        def write() -> None:
-            if self._writer is not None:
-                self._writer.checkpoint(theta, state, meta)
-
-        saved = self._attempt("the checkpoint", lambda: self._on_first_rank(write))
+        saved = self._attempt(
+            "the checkpoint", lambda: self._write(lambda writer: writer.checkpoint(theta, state, meta))
+        )
         self.retry_at = math.inf if saved else meta["seconds"] + RETRY
         self.last_saved = meta["step"] if saved else self.last_saved
         return saved
@@ -94,16 +91,15 @@ class Output:
 
     def finish(self, done: str) -> None:
         """Write what waits, and what DONE says, if a limit was reached; UserError on all ranks if not."""
-        writer = self._writer
-        self._on_first_rank(lambda: None if writer is None else writer.finish(done))
+        self._write(lambda writer: writer.finish(done))
 
     def close(self) -> None:
         """Let other jobs write into the folder."""
         if self._writer is not None:
             self._writer.close()
 
-    def _on_first_rank(self, write: Callable[[], object]) -> None:
-        together(self.communicator, lambda: write() if self.communicator.rank == 0 else None)
+    def _write(self, action: Callable[[Writer], object]) -> None:
+        together(self.communicator, lambda: None if self._writer is None else action(self._writer))
 
     def _attempt(self, what: str, write: Callable[[], object]) -> bool:
         """Write a file; tell of a failure once, and once when it is over."""

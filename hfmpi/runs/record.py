@@ -106,17 +106,7 @@ def step_record(
 ) -> Record:
     """Give the object of a step in the history (docs/file-formats.md).
 
-    Parameters
-    ----------
-    progress : Progress
-        After the step.
-    report : StepReport
-    valid : float or None
-        Loss on the validation split, bits per character.
-    step_seconds : float
-    batches : (int, int)
-        B_g and B_c.
-    ranks : int
+    `progress` is that after the step, `valid` in bits per character; `batches` are B_g and B_c.
     """
     p_d, p_i = cost.paper(progress.counts, *batches)
     full_d, full_i = cost.full(progress.counts, *batches)
@@ -145,11 +135,5 @@ def step_record(
 
 def counted(record: Record) -> Counts:
     """Give the counts of one step from its record."""
-    return Counts(
-        1,
-        record["cg_steps"],
-        record["gradients"],
-        record["products"],
-        record["losses"],
-        record["linearisations"],
-    )
+    passes = record["gradients"], record["products"], record["losses"], record["linearisations"]
+    return Counts(1, record["cg_steps"], *passes)

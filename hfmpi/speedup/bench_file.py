@@ -90,13 +90,8 @@ def _read(path: Path) -> list[BenchRow]:
     try:
         rows = [
             BenchRow(
-                row["model"],
-                row["ranks"],
-                row["threads"],
-                row["seconds_least"],
-                row.get("pass"),
-                row.get("batch"),
-                row.get("bytes"),
+                *(row[key] for key in ("model", "ranks", "threads", "seconds_least")),
+                *map(row.get, ("pass", "batch", "bytes")),
             )
             for row in json.loads(content)["rows"]
         ]

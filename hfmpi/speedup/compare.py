@@ -105,23 +105,14 @@ def study(
     shapes: Mapping[str, Curve] | None = None,
     model: bool = False,
 ) -> dict[str, Any]:
-    """Set all runs of a job beside the first, the one with the fewest ranks.
+    """Set all runs of a job, from the fewest ranks to the most, beside the first.
 
-    Parameters
-    ----------
-    job : TimedRun
-        Any of the runs.
-    runs : sequence of StepTimes
-        From the fewest ranks to the most.
-    link, shapes
-        As of `hfmpi.speedup.prediction.fit`.
-    model : bool
-        Predict steps on more ranks too.
+    `job` is any of them; `link` and `shapes` are those of `hfmpi.speedup.prediction.fit`.
 
     Returns
     -------
     dict
-        `job`, `base_ranks`, `runs` (see `compare`) and perhaps `model` (see `predict`).
+        `job`, `base_ranks`, `runs` (see `compare`) and, where it is asked for, `model` (see `predict`).
     """
     base, rows = runs[0], []
     alone = fit([base], job.messages, link, shapes)
