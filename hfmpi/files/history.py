@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
@@ -67,16 +67,12 @@ class History:
         self._waiting: list[bytes] = []
         self._whole = self._size()  # bytes that end in a whole line; what follows is the torn rest of a write
 
-    def add(self, record: Mapping[str, Any]) -> None:
+    def add(self, record: Record) -> None:
         """Add one line to those that wait for `flush`.
 
-        Parameters
-        ----------
-        record : mapping of str
-            With at least an integer "step". Values are numbers, strings, None, and lists and dicts of
-            these; numbers that are not finite, which JSON does not know, are written as null.
+        Numbers that are not finite, which JSON does not know, are written as null.
         """
-        self._waiting.append((json.dumps(_plain(dict(record)), allow_nan=False) + "\n").encode())
+        self._waiting.append((json.dumps(_plain(record), allow_nan=False) + "\n").encode())
 
     def flush(self, sync: bool = False) -> None:
         """Write the lines that wait; with `sync` all lines reach the disk.

@@ -13,7 +13,7 @@ from hfmpi.errors import UserError
 from hfmpi.files import checkpoint
 from hfmpi.files.atomic import remove_leftovers, replace
 from hfmpi.files.checkpoint import Entry
-from hfmpi.files.history import HISTORY, History
+from hfmpi.files.history import HISTORY, History, Record
 from hfmpi.files.lock import Lock
 from hfmpi.files.run_folder import find_checkpoint, make
 
@@ -61,7 +61,7 @@ class Writer:
             self.close()
             raise
 
-    def record(self, record: Mapping[str, Any]) -> None:
+    def record(self, record: Record) -> None:
         """Add a line to the history; if it cannot be written now, it waits there."""
         self.history.add(record)
         self._keep_folder()

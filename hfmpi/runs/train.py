@@ -79,8 +79,8 @@ class Run:
         cell = config.cell(corpus.vocabulary)
         # The size is settled now: the budget has served, and a resumed run must not ask again.
         self.config = replace(config, hidden=cell.hidden, parameters=0)
-        preset = config.preset()
-        self.optimizer, self.batches = preset.optimizer, (preset.gradient_batch, preset.curvature_batch)
+        self.preset = preset = config.preset()
+        self.batches = preset.gradient_batch, preset.curvature_batch
         self.train_set = Sequences(corpus.train, config.sequence_length, config.warmup)
         self.valid_set = Sequences(corpus.valid, config.sequence_length, config.warmup)
         check_batch(preset.gradient_batch, self.train_set.count)
@@ -101,7 +101,7 @@ class Run:
             check_model(resume, corpus.symbols, network.layout.size, self.backend.dtype)
         initial = cell.initial(config.seed, config.initialisation, config.forget_bias)
         self.theta: Array = self.backend.to_device(initial.astype(self.backend.dtype))
-        self.state = self.optimizer.init(self.theta)
+        self.state = preset.optimizer.init(self.theta)
         self.progress = Progress()
         if resume is not None:
             self.state = restored(resume, self.state, self.backend, config.optimizer)
@@ -183,7 +183,7 @@ class Run:
             objectives = step_objectives(
                 self.risk, self.train_set, self.config.seed, self.step, *self.batches
             )
-            theta, state, report = self.optimizer.step(self.theta, self.state, objectives)
+            theta, state, report = self.preset.optimizer.step(self.theta, self.state, objectives)
         due = (self.step + 1) % evaluate_every == 0 or self.step + 1 == self.config.max_steps
         valid = self.evaluate(theta) if due else None
         self.theta, self.state, self.progress = theta, state, self.progress.after(report)
@@ -225,7 +225,8 @@ class Run:
     def facts(self, places: Sequence[Place]) -> Facts:
         """Give what the first lines of a log should say, with the places of all ranks."""
         config, size, (_, curvature) = self.config, self.communicator.size, self.batches
-        structural = isinstance(self.optimizer, HessianFree) and self.optimizer.structural_damping > 0
+        optimizer = self.preset.optimizer
+        structural = isinstance(optimizer, HessianFree) and optimizer.structural_damping > 0
         return Facts(
             config,
             self.risk.network.layout.size,
