@@ -1,0 +1,119 @@
+"""Files that version 0.1.0 wrote are read, and its runs go on, with the numbers that it would have had."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from small import Recorder
+
+from hfmpi.cli.main import cli
+from hfmpi.data.corpus import Corpus
+from hfmpi.errors import UserError
+from hfmpi.files import checkpoint
+from hfmpi.files.run_folder import find_checkpoint
+from hfmpi.parallel.communicator import Communicator, MPICommunicator
+from hfmpi.parallel.placement import Placement
+from hfmpi.runs.config import merge
+from hfmpi.runs.stop import StopSignals
+from hfmpi.runs.train import Run
+
+WRITTEN = Path(__file__).parent / "written_by_0.1.0"
+DATA = WRITTEN / "corpus.h5"
+EXPECTED = json.loads((WRITTEN / "expected.json").read_text())
+RUNS = EXPECTED["runs"]
+
+
+def invoke(*words):
+    result = CliRunner().invoke(cli, list(map(str, words)), catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.output
+
+
+def close(name, value):
+    """Give what another processor may differ in: the run of `adam` has single precision."""
+    return pytest.approx(value, rel=1e-4 if name == "mlstm-adam" else 1e-9)
+
+
+def test_the_corpus_is_read():
+    corpus, expected = Corpus.read(DATA), EXPECTED["corpus"]
+    assert corpus.digest == expected["digest"]
+    assert corpus.symbols == expected["symbols"].encode()
+    assert corpus.provenance == expected["provenance"]
+    assert (len(corpus.train), len(corpus.valid)) == (2200, 300)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_is_read(name):
+    run, expected = WRITTEN / name, RUNS[name]
+    found = json.loads(invoke("evaluate", run, "--data", DATA, "--json"))
+    assert found == {"run": str(run)} | expected["evaluate"] | {
+        "valid_bpc": close(name, expected["evaluate"]["valid_bpc"])
+    }
+    assert invoke("sample", run, "--length", 40, "--prime", "in the", "--seed", 1) == expected["sample"]
+    assert invoke("plot", run) == expected["plot"]
+    study = json.loads(invoke("speedup", run, "--json"))
+    assert (study["job"]["first_step"], study["job"]["last_step"]) == (2, 3)
+    assert checkpoint.load(run / checkpoint.PREVIOUS).meta["step"] == 2
+
+
+def go_on(name, folder, comm):
+    """Take two more steps from a copy of a run, as `hfmpi train --max-steps 5` does."""
+    place = Placement("here", comm.rank, comm.size, comm.local_rank, comm.local_size, 1, 1, 2**30)
+    found = find_checkpoint(folder, "auto")
+    run = Run(folder, merge({"max_steps": 5}, found.meta["config"]), DATA, comm, place, found)
+    with StopSignals() as signals:
+        result = run.train(Recorder(), signals)
+    assert (run.first_step, result.step, result.done) == (3, 5, True)
+
+
+def check(name, folder, ranks):
+    """Hold a run that went on against the records that version 0.1.0 wrote."""
+    before = (WRITTEN / name / "history.jsonl").read_text().splitlines()
+    lines = (folder / "history.jsonl").read_text().splitlines()
+    assert lines[:3] == before
+    for line, expected in zip(lines[3:], RUNS[name]["resumed"], strict=True):
+        record = json.loads(line)
+        assert list(record) == list(expected)
+        for key, value in expected.items():
+            if key in ("seconds", "step_seconds") or (key == "P_P" and ranks > 1):
+                continue
+            assert record[key] == (close(name, value) if isinstance(value, float) else value), key
+    assert checkpoint.latest(folder).meta["ranks"] == ranks
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_goes_on(name, tmp_path):
+    folder = Path(shutil.copytree(WRITTEN / name, tmp_path / name))
+    go_on(name, folder, Communicator())
+    check(name, folder, ranks=1)
+
+
+@pytest.mark.mpi(ranks=2, timeout=60, unit="s")
+def test_a_run_goes_on_on_two_ranks(mpi_ranks, comm, mpi_tmp_path):
+    assert comm.size == mpi_ranks
+    communicator = MPICommunicator(comm)
+    for name in RUNS:
+        folder = mpi_tmp_path / name
+        if comm.rank == 0:
+            shutil.copytree(WRITTEN / name, folder)
+        comm.Barrier()
+        go_on(name, folder, communicator)
+        if comm.rank == 0:
+            check(name, folder, ranks=2)
+    communicator.close()
+
+
+def test_a_run_with_options_that_are_unknown_is_refused(tmp_path):
+    folder = Path(shutil.copytree(WRITTEN / "rnn-sgd", tmp_path / "run"))
+    saved = checkpoint.latest(folder)
+    config = saved.meta["config"] | {"flavour": "sweet"}
+    checkpoint.save(folder / checkpoint.NEWEST, saved.theta, saved.state, saved.meta | {"config": config})
+    before = (folder / "history.jsonl").read_text()
+    for words in ("train", DATA, "--out", folder), ("evaluate", folder), ("sample", folder):
+        result = CliRunner().invoke(cli, list(map(str, words)))
+        assert isinstance(result.exception, UserError)
+        assert str(result.exception).startswith("unknown option 'flavour'; the options are ")
+        assert "\n" not in str(result.exception)
+    assert (folder / "history.jsonl").read_text() == before
