@@ -10,6 +10,7 @@ import numpy as np
 
 from hfmpi.errors import UserError
 from hfmpi.files.checkpoint import Checkpoint, Entry
+from hfmpi.files.numbers import is_amount
 from hfmpi.measure import cost
 
 __all__ = ["check_model", "progress", "restored_state"]
@@ -39,7 +40,8 @@ def restored_state(found: Checkpoint, state: Any, optimizer: str) -> dict[str, E
         raise UserError(f"the checkpoint was not written by optimizer {optimizer}")
     for name, value in fresh.items():
         entry = found.state[name]
-        if _form(entry) != _form(value) or not (hasattr(entry, "shape") or _is_amount(entry)):
+        most = math.inf if type(entry) is float else 2**53  # lambda may be as large as the user lets it
+        if _form(entry) != _form(value) or not (hasattr(entry, "shape") or is_amount(entry, most)):
             raise UserError(f"the checkpoint's {name} does not fit optimizer {optimizer}")
     return found.state
 
@@ -59,7 +61,7 @@ def progress(found: Checkpoint) -> tuple[int, float, int, cost.Counts]:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the checkpoint describes no run of this version: {error!r}") from None
     numbers = step, rejections, *asdict(counts).values()
-    if not all(type(n) is int and _is_amount(n) for n in numbers) or not _is_amount(seconds):
+    if not all(type(n) is int and is_amount(n) for n in numbers) or not is_amount(seconds):
         raise UserError("the checkpoint describes no run: its step, seconds and counts must be numbers")
     return step, seconds, rejections, counts
 
@@ -67,8 +69,3 @@ def progress(found: Checkpoint) -> tuple[int, float, int, cost.Counts]:
 def _form(value: Any) -> tuple[Any, ...]:
     """Give what must agree between the entry of a checkpoint and the state that it takes the place of."""
     return (value.shape, value.dtype) if hasattr(value, "shape") else (type(value),)
-
-
-def _is_amount(value: Any) -> bool:
-    """Whether it is a number that counts or measures something: not negative, not without bounds."""
-    return type(value) in (int, float) and 0 <= value < (2**53 if type(value) is int else math.inf)

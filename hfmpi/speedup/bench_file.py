@@ -9,7 +9,8 @@ from typing import Any
 
 from hfmpi.errors import UserError
 from hfmpi.files.atomic import open_regular
-from hfmpi.speedup.runs import Measurement, is_amount
+from hfmpi.files.numbers import is_amount
+from hfmpi.speedup.runs import Measurement
 from hfmpi.speedup.scaling import Curve, Link, fit_link
 
 __all__ = ["read_bench"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,13 +14,14 @@ from hfmpi.errors import UserError
 from hfmpi.files import checkpoint
 from hfmpi.files.atomic import open_regular
 from hfmpi.files.history import History
+from hfmpi.files.numbers import is_amount
 from hfmpi.files.writer import TIMING
 from hfmpi.measure.cost import Counts
 from hfmpi.objective.data_parallel import message_sizes
 from hfmpi.runs.config import CHANGEABLE, Config, merge
 from hfmpi.speedup.compare import Measured, mean_spans
 
-__all__ = ["Measurement", "is_amount", "measurements"]
+__all__ = ["Measurement", "measurements"]
 
 MOST_TIMING = 2**26  # bytes; a rank has about 1,000
 PER_STEP = "step_seconds", "cg_steps", "gradients", "products", "losses", "linearisations"
@@ -176,8 +176,3 @@ def _timing(folder: Path) -> dict[str, Any]:
     if not sound:
         raise UserError(f"{path} has no times of steps: it is damaged, or of an older version")
     return timing
-
-
-def is_amount(value: Any) -> bool:
-    """Whether it is a number that measures something: finite and not negative."""
-    return type(value) in (int, float) and math.isfinite(value) and 0 <= value < 2**53
