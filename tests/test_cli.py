@@ -219,7 +219,7 @@ def test_damaged_data(damage, reason, here, refused):
 @pytest.mark.parametrize(("words", "reason"), [
     ("--sequence-length 301 --gradient-batch 5", "a split of 300 characters is too short"),
     ("--sequence-length 5000", "too short for one sequence of 5,000"),
-    ("--warmup 290", "too short for one sequence of 20 with a warm-up of 290"),
+    ("--warmup 290", "too short for one sequence of 20 with a burn-in of 290"),
     ("--gradient-batch 211", "a batch of 211 sequences cannot be drawn from the 210 there are"),
     ("--curvature-batch 10", "a curvature batch of 10 sequences cannot be drawn from a gradient batch of 9"),
     ("--optimizer adam", "has no curvature batch"),
