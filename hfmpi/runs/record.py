@@ -21,7 +21,7 @@ BITS = 1 / math.log(2)
 def linearisation_bytes(run: Run) -> int:
     """Give what the linearisation takes on the rank with the most sequences."""
     most = -(-run.preset.curvature_batch // run.communicator.size)
-    steps = run.config.warmup + run.config.sequence_length
+    steps = run.config.burn_in + run.config.sequence_length
     structural = getattr(run.preset.optimizer, "structural_damping", 0) > 0
     return run.risk.network.tape_bytes(steps, most, structural)
 

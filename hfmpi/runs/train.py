@@ -106,8 +106,8 @@ class Run:
         # The size is settled now: the budget has served, and a resumed run must not ask again.
         self.config = replace(config, hidden=cell.hidden, parameters=0)
         self.preset = config.preset()
-        self.train_set = Sequences(corpus.train, config.sequence_length, config.warmup)
-        self.valid_set = Sequences(corpus.valid, config.sequence_length, config.warmup)
+        self.train_set = Sequences(corpus.train, config.sequence_length, config.burn_in)
+        self.valid_set = Sequences(corpus.valid, config.sequence_length, config.burn_in)
         check_batch(self.preset.gradient_batch, self.train_set.count)
         self.backend = config.make_backend(placement.local_rank)
         self.timer = Timer()
