@@ -123,23 +123,14 @@ def allreduce(**given: Any) -> None:
 @options("optimizer", "gradient_batch", "curvature_batch")
 @settings
 @common
-def step(
-    optimizer: str | None,
-    gradient_batch: int | None,
-    curvature_batch: int | None,
-    settings: tuple[str, ...],
-    **given: Any,
-) -> None:
+def step(settings: tuple[str, ...], **given: Any) -> None:
     """Take whole steps of an optimizer, from the start of a run."""
     from hfmpi.bench import measurements
 
+    own = {name: given.pop(name) for name in ("optimizer", "gradient_batch", "curvature_batch")}
+
     def measure(bench: Bench, cell: Cell, _: None) -> list[Row]:
-        config = chosen(
-            optimizer=optimizer,
-            gradient_batch=gradient_batch,
-            curvature_batch=curvature_batch,
-            settings=parse_settings(settings),
-        )
+        config = chosen(own | {"settings": parse_settings(settings)})
         preset = config.preset()
         head = {"optimizer": config.optimizer, "curvature_batch": preset.curvature_batch}
         return [head | row for row in measurements.step(bench, cell, preset)]
@@ -175,7 +166,7 @@ def run(
     np.seterr(over="ignore", invalid="ignore", under="ignore", divide="ignore")
 
     def build() -> tuple[Bench, list[Cell], str]:
-        config = chosen(**given)
+        config = chosen(given)
         device = config.make_backend(local_rank).device
         corpus = Corpus.read(data) if data is not None else None
         symbols = corpus.vocabulary if corpus is not None else vocabulary

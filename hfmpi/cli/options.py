@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import click
@@ -18,20 +18,9 @@ CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 def option(
     name: str, *declarations: str, default: str | None = None, without: str = "", multiple: bool = False
 ) -> Callable[[CommandT], CommandT]:
-    """Give the click option of a field of `Config`.
+    """Give the click option of a field of `Config`; `without`: what help says is taken without it.
 
-    Parameters
-    ----------
-    name : str
-        Of the field.
-    *declarations : str
-        Further names of the option, and its parameter's.
-    default : str, optional
-        Its value where the command line has none.
-    without : str
-        What help says is taken then; else it is what `Config` takes.
-    multiple : bool
-        Whether it may be given several times.
+    A word that is not among the choices is refused where it is used, in one sentence for all ways to give it.
     """
     kind, told = OPTIONS[name]
     types: dict[type, click.ParamType] = {
@@ -72,7 +61,7 @@ settings = click.option(
 )
 
 
-def chosen(**given: Any) -> Config:
+def chosen(given: Mapping[str, Any]) -> Config:
     """Give the configuration in which all is as given, but for what is None."""
     return merge({name: value for name, value in given.items() if value is not None})
 

@@ -74,16 +74,16 @@ def train(
     placement = place(comm, threads)  # collective, and so not inside `build`, which may fail on some ranks
 
     def build() -> Run:
-        options = from_toml(config) if config else {}
-        in_file = options.pop("settings", {})
+        wanted = from_toml(config) if config else {}
+        in_file = wanted.pop("settings", {})
         if not isinstance(in_file, dict):
             raise UserError("settings in a configuration file must be a table")
         changes = in_file | parse_settings(settings)
-        options |= {name: value for name, value in given.items() if value is not None}
+        wanted |= {name: value for name, value in given.items() if value is not None}
         if changes:
-            options["settings"] = changes
+            wanted["settings"] = changes
         found = find_checkpoint(folder, resume)
-        merged = merge(options, found.meta.get("config") if found else None)
+        merged = merge(wanted, found.meta.get("config") if found else None)
         run = Run(folder, merged, data, comm, placement, found)
         if found is not None and resume == "auto" and found.meta.get("corpus") != run.corpus.digest:
             raise UserError(f"{folder} was trained on other data than {data}; give another --out")
