@@ -136,15 +136,26 @@ def test_from_text_to_sample(here, monkeypatch, capsys):
     assert capsys.readouterr().out == written
 
 
-def test_help_loads_neither_mpi_nor_compilers():
+@pytest.mark.parametrize("words", [[], ["train"], ["bench"]])
+def test_help_loads_neither_mpi_nor_compilers(words):
     program = (
-        "import sys; sys.argv = ['hfmpi', '--help']\nfrom hfmpi.cli.main import entry\nentry()\n"
+        f"import sys; sys.argv = ['hfmpi', *{words}, '--help']\nfrom hfmpi.cli.main import entry\nentry()\n"
         "print([name for name in ('mpi4py', 'numba', 'cupy', 'h5py') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
-    for command in ("prepare", "train", "evaluate", "sample", "plot", "speedup", "info"):
-        assert f"  {command} " in done.stdout
+    if not words:
+        for command in ("prepare", "train", "evaluate", "sample", "plot", "speedup", "info"):
+            assert f"  {command} " in done.stdout
+
+
+@pytest.mark.parametrize("words", [[], ["bench"]])
+def test_a_group_without_a_command_helps(words, monkeypatch, capsys):
+    assert call(monkeypatch, *words) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("Usage: ")
+    assert call(monkeypatch, *words, "--help") == 0
+    assert capsys.readouterr().out == said
 
 
 # What cannot work ------------------------------------------------------------------------------
@@ -219,7 +230,8 @@ def test_damaged_data(damage, reason, here, refused):
 @pytest.mark.parametrize(("words", "reason"), [
     ("--sequence-length 301 --gradient-batch 5", "a split of 300 characters is too short"),
     ("--sequence-length 5000", "too short for one sequence of 5,000"),
-    ("--warmup 290", "too short for one sequence of 20 with a warm-up of 290"),
+    ("--layers 0", "--layers"),
+    ("--burn-in 290", "too short for one sequence of 20 with a burn-in of 290"),
     ("--gradient-batch 211", "a batch of 211 sequences cannot be drawn from the 210 there are"),
     ("--curvature-batch 10", "a curvature batch of 10 sequences cannot be drawn from a gradient batch of 9"),
     ("--optimizer adam", "has no curvature batch"),
@@ -264,6 +276,7 @@ def test_options_that_cannot_be(words, reason, refused):
     ('hidden = "five"', "option hidden must be of type int"),
     ("hidden = 5.0", "option hidden must be of type int"),
     ("seed = true", "option seed must be of type int"),
+    ("layers = 0", "layers must be at least 1"),
     ("seed = -1", "seed must not be negative"),
     ("memory_budget = -1", "memory_budget must not be negative"),
     ("max_seconds = inf", "max_seconds must be a finite number"),
@@ -297,7 +310,9 @@ def test_a_configuration_file_that_is_not_text(here, refused):
     ("--seed 1", "this run has seed = 0, not 1"),
     ("--sequence-length 10", "this run has sequence_length = 20, not 10"),
     ("--set cg_max_steps=2", "this run has settings"),
-    ("--config other.toml", "this run has warmup = 0, not 2"),
+    ("--warmup 2", "this run has burn_in = 0, not 2"),
+    ("--layers 2", "this run has layers = 1, not 2"),
+    ("--config other.toml", "this run has burn_in = 0, not 2"),
 ])  # fmt: skip
 def test_a_run_does_not_go_on_as_another(words, reason, here, refused):
     (here / "other.toml").write_text("warmup = 2")
@@ -494,3 +509,4 @@ def test_a_wrong_bench_is_one_sentence(refused):
     assert "cannot read nothing.h5" in refused("bench", "step", "--data", "nothing.h5")
     assert "from the" in refused("bench", "products", "--data", "small.h5", "--batch", "100000")
     assert "has no setting" in refused("bench", "step", "--set", "x=1")
+    assert refused("bench", "products", "--dtype", "half") == "dtype must be float32 or float64, not 'half'\n"

@@ -16,39 +16,39 @@ seeds = st.integers(0, 2**40)
 
 @st.composite
 def splits(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
-    length, warmup = draw(st.integers(1, 12)), draw(st.integers(0, 12))
-    size = draw(st.integers(length + warmup, 80))
+    length, burn_in = draw(st.integers(1, 12)), draw(st.integers(0, 12))
+    size = draw(st.integers(length + burn_in, 80))
     return (
         np.array(draw(st.lists(st.integers(0, 255), min_size=size, max_size=size)), np.uint8),
         length,
-        warmup,
+        burn_in,
     )
 
 
 @given(splits())
 def test_a_sequence_is_the_text_read_as_a_ring(split: tuple[np.ndarray, int, int]) -> None:
-    ids, length, warmup = split
-    sequences = Sequences(ids, length, warmup)
+    ids, length, burn_in = split
+    sequences = Sequences(ids, length, burn_in)
     assert sequences.count == len(ids) // length
     inputs, targets = sequences.take(np.arange(sequences.count))
     for k in range(sequences.count):
         for t in range(length):
             assert targets[t, k] == ids[(k * length + t + 1) % len(ids)]
-        for t in range(-warmup, length):
-            assert inputs[warmup + t, k] == ids[(k * length + t) % len(ids)]
+        for t in range(-burn_in, length):
+            assert inputs[burn_in + t, k] == ids[(k * length + t) % len(ids)]
 
 
 @given(splits())
 def test_targets_are_the_inputs_one_later_and_every_character_is_one_target(
     split: tuple[np.ndarray, int, int],
 ) -> None:
-    ids, length, warmup = split
-    sequences = Sequences(np.arange(len(ids)), length, warmup)  # each character its own position
+    ids, length, burn_in = split
+    sequences = Sequences(np.arange(len(ids)), length, burn_in)  # each character its own position
     inputs, targets = sequences.take(np.arange(sequences.count))
-    assert inputs.shape == (warmup + length, sequences.count)
+    assert inputs.shape == (burn_in + length, sequences.count)
     assert targets.shape == (length, sequences.count)
-    assert np.array_equal(targets, (inputs[warmup:] + 1) % len(ids))
-    assert np.array_equal(targets[:-1], inputs[warmup + 1 :])
+    assert np.array_equal(targets, (inputs[burn_in:] + 1) % len(ids))
+    assert np.array_equal(targets[:-1], inputs[burn_in + 1 :])
     covered = (np.arange(sequences.count * length) + 1) % len(ids)
     assert np.array_equal(np.sort(targets, axis=None), np.sort(covered))
 
@@ -79,18 +79,18 @@ def test_a_sequence_that_is_not_there_is_an_error(index: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "length", "warmup", "words"),
+    ("size", "length", "burn_in", "words"),
     [
         (199, 200, 0, "199 characters is too short for one sequence of 200"),
-        (200, 200, 1, "with a warm-up of 1"),
+        (200, 200, 1, "with a burn-in of 1"),
         (0, 1, 0, "too short"),
         (10, 0, 0, "cannot be"),
         (10, 5, -1, "cannot be"),
     ],
 )
-def test_a_split_without_a_sequence_is_one_sentence(size: int, length: int, warmup: int, words: str) -> None:
+def test_a_split_without_a_sequence_is_one_sentence(size: int, length: int, burn_in: int, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        Sequences(np.zeros(size, np.uint8), length, warmup)
+        Sequences(np.zeros(size, np.uint8), length, burn_in)
 
 
 @given(seeds, counts, st.data())

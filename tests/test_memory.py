@@ -3,7 +3,7 @@
 import click
 import pytest
 
-from hfmpi.cli.train import MemorySize
+from hfmpi.cli.values import SIZE
 from hfmpi.measure.machine import free_memory
 
 MEMINFO = "MemTotal:       24000000 kB\nMemFree: 1 kB\nMemAvailable:   1000 kB\nBuffers: 5 kB\n"
@@ -49,10 +49,10 @@ def test_here_it_is_something():
     ("500MB", 500_000_000), ("10 KiB", 10240), ("3tb", 3 * 10**12), ("7B", 7),
 ])  # fmt: skip
 def test_memory_sizes(text, size):
-    assert MemorySize().convert(text, None, None) == size
+    assert SIZE.convert(text, None, None) == size
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "GiB", "x", "3XB", "1e400", "nan", "2 GiB GiB", "0.1"])
 def test_what_is_no_memory_size(text):
     with pytest.raises(click.BadParameter, match="no memory size"):
-        MemorySize().convert(text, None, None)
+        SIZE.convert(text, None, None)

@@ -17,7 +17,7 @@ from hfmpi.objective.data_parallel import MeanRisk
 from hfmpi.objective.messages import pack, unpack
 from hfmpi.parallel.communicator import Communicator, MPICommunicator, digest
 
-LENGTH, WARMUP, VOCABULARY, HIDDEN = 5, 2, 4, 3
+LENGTH, BURN_IN, VOCABULARY, HIDDEN = 5, 2, 4, 3
 KINDS = [("rnn", "standard"), ("mrnn", "standard"), ("lstm", "krause"), ("mlstm", "standard")]
 
 
@@ -25,7 +25,7 @@ def make(name="mlstm", variant="standard", comm=None, micro_batch=64, dtype="flo
     """Give a mean risk, 12 sequences for it, and a theta; the same ones whoever asks."""
     rng = np.random.default_rng(1)
     cell = Cell(name, HIDDEN, VOCABULARY, variant)
-    sequences = Sequences(rng.integers(0, VOCABULARY, 12 * LENGTH).astype(np.uint8), LENGTH, WARMUP)
+    sequences = Sequences(rng.integers(0, VOCABULARY, 12 * LENGTH).astype(np.uint8), LENGTH, BURN_IN)
     theta = (0.5 * rng.standard_normal(cell.layout.size)).astype(dtype)
     network = Network(cell, create(backend, dtype))
     return MeanRisk(network, comm or Communicator(), micro_batch=micro_batch), sequences, theta
@@ -63,7 +63,7 @@ def test_means_match_the_independent_implementation(name, variant, backend):
     found = everything(owner.on(sequences, indices), theta, v)
 
     batch, characters = sequences.take(indices), 3 * LENGTH
-    assert batch.inputs.shape == (LENGTH + WARMUP, 3)
+    assert batch.inputs.shape == (LENGTH + BURN_IN, 3)
     gradient = independent.gradient(theta, cell, batch) / characters
     singles = [sequences.take(indices[i : i + 1]) for i in range(3)]
     squares = np.mean([(independent.gradient(theta, cell, one) / LENGTH) ** 2 for one in singles], axis=0)
@@ -120,7 +120,7 @@ def test_a_memory_budget_changes_no_bit(name, variant):
     results = []
     for budget, kept in ((math.inf, 3), (1.5, 1), (0, 0)):  # of three micro-batches
         owner, sequences, theta = make(name, variant, micro_batch=2)
-        owner.memory_budget = budget * owner.network.tape_bytes(LENGTH + WARMUP, 2, structural=True)
+        owner.memory_budget = budget * owner.network.tape_bytes(LENGTH + BURN_IN, 2, structural=True)
         product = owner.on(sequences, np.arange(6)).gauss_newton(theta, structural=0.5)
         assert len(owner._tapes) == kept
         v, w = np.cos(np.arange(theta.size)), np.sin(np.arange(theta.size))
@@ -138,8 +138,8 @@ def test_tape_bytes_are_what_a_tape_takes(name, variant, structural):
     tape = owner.network.forward(theta, batch, structural)
     # Besides, a tape has copies of the recurrent matrices, a few MB whatever the batch.
     taken = sum(flat.nbytes for name, flat in tape.memory.flat.items() if not name.startswith("W_"))
-    unscored = WARMUP * 5 * VOCABULARY * 8  # logits of the warm-up, counted though not kept
-    assert owner.network.tape_bytes(LENGTH + WARMUP, 5, structural) == taken + unscored
+    unscored = BURN_IN * 5 * VOCABULARY * 8  # logits of the burn-in, counted though not kept
+    assert owner.network.tape_bytes(LENGTH + BURN_IN, 5, structural) == taken + unscored
 
 
 # A loss in a message of float32 ----------------------------------------------------------------

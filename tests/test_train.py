@@ -143,7 +143,7 @@ def test_max_seconds_counts_from_the_first_start(data, tmp_path):
 
 
 def test_the_folder_and_the_history_keep_the_contract(data, tmp_path):
-    options = {"settings": {"cg_max_steps": 7, "structural_damping": 0.1}, "warmup": 3, "max_steps": 4}
+    options = {"settings": {"cg_max_steps": 7, "structural_damping": 0.1}, "burn_in": 3, "max_steps": 4}
     reporter = Recorder()
     folder = tmp_path / "deep" / "run"
     run, result = train(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from itertools import takewhile
 from pathlib import Path
 
 from hfmpi.backends.base import Backend
 from hfmpi.errors import UserError
 
-__all__ = ["BACKENDS", "PRECISIONS", "create", "gpus"]
+__all__ = ["BACKENDS", "DTYPES", "PRECISIONS", "create", "devices", "gpus"]
 
 BACKENDS = ("auto", "numpy", "numba", "cupy")
+DTYPES = ("float32", "float64")
 PRECISIONS = ("float32", "tf32")
 
 
@@ -58,12 +61,23 @@ def create(
     return NumpyBackend(dtype)
 
 
+def devices() -> list[str]:
+    """Name the NVIDIA devices that CUDA would show this process, without loading CUDA."""
+    names = (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
+    present = sorted((name for name in names if name.isdecimal()), key=int)
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None or not present:
+        return present
+    # CUDA stops at the first name that it cannot use.
+    return list(takewhile(lambda name: name not in ("", "-1"), map(str.strip, chosen.split(","))))
+
+
 def gpus() -> list[str]:
     """Name the NVIDIA GPUs that CuPy can use in this process.
 
-    Where the system shows no device at all, CuPy is not even imported.
+    Where the system shows this process no device at all, CuPy is not even imported.
     """
-    if not (any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()):
+    if not (devices() or Path("/dev/dxg").exists()):
         return []
     try:
         from hfmpi.backends.cupy import device_names

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from hfmpi.cli.options import chosen, option, options, settings
 from hfmpi.cli.show import aligned
+from hfmpi.cli.values import parse_settings
+
+if TYPE_CHECKING:
+    from hfmpi.bench.measurements import Bench, Row
+    from hfmpi.models.cells import Cell
 
 __all__ = ["bench"]
 
@@ -34,21 +41,24 @@ COLUMNS = {
 """Keys of the rows that the table shows, and the heads of their columns."""
 
 
-@click.group()
-def bench() -> None:
+@click.group(invoke_without_command=True)
+@click.pass_context
+def bench(context: click.Context) -> None:
     """Time products, gradients, the Allreduce and whole steps on this machine.
 
     Each figure is a median over repetitions, in seconds; its bound is the time of the matrix products alone,
     through the same BLAS, measured in turn with it (for the Allreduce: of a copy of the vector). Under mpirun
     rank 0 also does the same work alone, with one thread and with as many as there are ranks.
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def common(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that all measurements have."""
-    options = (
-        click.option("--model", "models", multiple=True, help="Repeatable [default: lstm and mlstm]."),
-        click.option("--hidden", type=POSITIVE, help="Hidden units [default: the paper's size]."),
+    shared = (
+        option("model", "models", multiple=True, without="lstm and mlstm"),
+        option("hidden", without="the paper's size"),
         click.option("--vocabulary", type=click.IntRange(1, 256), default=50, show_default=True),
         click.option(
             "--length", type=POSITIVE, default=200, show_default=True, help="Characters a sequence."
@@ -57,22 +67,15 @@ def common(command: Callable[..., None]) -> Callable[..., None]:
             "--data",
             type=click.Path(path_type=Path),
             metavar="DATA.h5",
-            help="Text; its alphabet wins over --vocabulary [default: symbols in random order].",
+            help="Text; its alphabet wins over --vocabulary  [default: symbols in random order]",
         ),
-        click.option("--dtype", default="float32", show_default=True, help="float32 or float64."),
-        click.option("--backend", default="auto", show_default=True, help="auto, numpy, numba or cupy."),
-        click.option("--matmul-precision", "precision", default="float32", help="float32, or tf32 on a GPU."),
-        click.option("--slices", type=click.IntRange(min=0), default=0, help="As of hfmpi train."),
-        click.option("--transport", default="auto", show_default=True, help="auto, host, cuda or nccl."),
-        click.option(
-            "--micro-batch", type=POSITIVE, help="Most sequences at a time [default: 32; 1024 on a GPU]."
-        ),
+        options("dtype", "backend", "matmul_precision", "slices", "transport", "micro_batch"),
         click.option("--threads", type=POSITIVE, default=1, show_default=True, help="Threads of a rank."),
         click.option("--repeats", type=POSITIVE, default=7, show_default=True),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
     )
-    for option in reversed(options):
-        command = option(command)
+    for decorate in reversed(shared):
+        command = decorate(command)
     return command
 
 
@@ -90,104 +93,103 @@ batches = click.option(
 @bench.command()
 @batches
 @common
-def products(sizes: tuple[int, ...], **options: Any) -> None:
+def products(sizes: tuple[int, ...], **given: Any) -> None:
     """Gauss-Newton products, linearised once."""
     from hfmpi.bench import measurements
 
-    run(measurements.products, sizes, **options)
+    run(measurements.products, sizes, **given)
 
 
 @bench.command()
 @batches
 @common
-def gradients(sizes: tuple[int, ...], **options: Any) -> None:
+def gradients(sizes: tuple[int, ...], **given: Any) -> None:
     """Loss and gradient, and the loss alone."""
     from hfmpi.bench import measurements
 
-    run(measurements.gradients, sizes, **options)
+    run(measurements.gradients, sizes, **given)
 
 
 @bench.command()
 @common
-def allreduce(**options: Any) -> None:
+def allreduce(**given: Any) -> None:
     """Sum the messages of a loss, a product and a gradient with squares; start it under mpirun."""
     from hfmpi.bench import measurements
 
-    run(lambda bench, cell, _: measurements.allreduce(bench, cell), **options)
+    run(lambda bench, cell, _: measurements.allreduce(bench, cell), **given)
 
 
 @bench.command()
-@click.option("--optimizer", default="shf", show_default=True, help="sgd, bgd, shf, bhf, bhf-short or adam.")
-@click.option("--gradient-batch", type=POSITIVE, help="Sequences [default: the preset's].")
-@click.option("--curvature-batch", type=POSITIVE, help="Sequences [default: the preset's].")
-@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting of the optimizer.")
+@options("optimizer", "gradient_batch", "curvature_batch")
+@settings
 @common
-def step(
-    optimizer: str,
-    gradient_batch: int | None,
-    curvature_batch: int | None,
-    settings: tuple[str, ...],
-    **options: Any,
-) -> None:
+def step(settings: tuple[str, ...], **given: Any) -> None:
     """Take whole steps of an optimizer, from the start of a run."""
     from hfmpi.bench import measurements
-    from hfmpi.cli.train import parse_settings
-    from hfmpi.runs.config import Config
 
-    def measure(bench: Any, cell: Any, _: None) -> list[dict[str, Any]]:
-        preset = Config(
-            optimizer=optimizer,
-            gradient_batch=gradient_batch or 0,
-            curvature_batch=curvature_batch or 0,
-            settings=parse_settings(settings),
-        ).preset()
-        head = {"optimizer": optimizer, "curvature_batch": preset.curvature_batch}
+    own = {name: given.pop(name) for name in ("optimizer", "gradient_batch", "curvature_batch")}
+
+    def measure(bench: Bench, cell: Cell, _: None) -> list[Row]:
+        config = chosen(own | {"settings": parse_settings(settings)})
+        preset = config.preset()
+        head = {"optimizer": config.optimizer, "curvature_batch": preset.curvature_batch}
         return [head | row for row in measurements.step(bench, cell, preset)]
 
-    run(measure, **options)
+    run(measure, **given)
 
 
 def run(
-    measure: Callable[[Any, Any, Any], list[dict[str, Any]]],
+    measure: Callable[[Bench, Cell, Any], list[Row]],
     sizes: tuple[int | None, ...] = (None,),
     *,
     models: tuple[str, ...],
-    hidden: int | None,
     vocabulary: int,
+    length: int,
     data: Path | None,
     threads: int,
+    repeats: int,
     as_json: bool,
-    **options: Any,
+    **given: Any,
 ) -> None:
     """Measure every model at every batch size and print the rows on rank 0."""
     import numpy as np
 
-    from hfmpi.backends import create
     from hfmpi.bench.measurements import Bench
     from hfmpi.data.corpus import Corpus
     from hfmpi.measure import machine
     from hfmpi.parallel.launch import connect, together
     from hfmpi.parallel.library import describe
     from hfmpi.parallel.placement import place
-    from hfmpi.runs.config import Config
 
     comm = connect()
     local_rank = place(comm, threads).local_rank
     np.seterr(over="ignore", invalid="ignore", under="ignore", divide="ignore")
 
-    def build() -> tuple[Bench, list[Any], str]:
-        backend = create(options["backend"], options["dtype"], local_rank, options["precision"])
+    def build() -> tuple[Bench, list[Cell], str]:
+        config = chosen(given)
+        device = config.make_backend(local_rank).device
         corpus = Corpus.read(data) if data is not None else None
         symbols = corpus.vocabulary if corpus is not None else vocabulary
-        cells = [Config(model=m, hidden=hidden or 0).cell(symbols) for m in models or ("lstm", "mlstm")]
+        cells = [replace(config, model=model).cell(symbols) for model in models or ("lstm", "mlstm")]
         bench = Bench(
-            comm, corpus.train if corpus else None, threads=threads, local_rank=local_rank, **options
+            comm,
+            corpus.train if corpus else None,
+            length,
+            config.dtype,
+            config.backend,
+            config.matmul_precision,
+            config.transport,
+            config.slices,
+            config.micro_batch,
+            threads,
+            repeats,
+            local_rank,
         )
-        return bench, cells, backend.device
+        return bench, cells, device
 
-    settings, cells, device = together(comm, build)
+    bench, cells, device = together(comm, build)
     rows = together(
-        comm, lambda: [row for c in cells for size in sizes for row in measure(settings, c, size)]
+        comm, lambda: [row for cell in cells for size in sizes for row in measure(bench, cell, size)]
     )
     if comm.rank == 0:
         about = {

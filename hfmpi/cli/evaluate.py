@@ -8,7 +8,9 @@ from pathlib import Path
 
 import click
 
+from hfmpi.cli.options import option
 from hfmpi.errors import UserError
+from hfmpi.runs.config import Config
 
 __all__ = ["evaluate"]
 
@@ -18,7 +20,7 @@ __all__ = ["evaluate"]
 @click.option(
     "--data", type=click.Path(path_type=Path), metavar="DATA.h5", help="Corpus [default: the run's own]."
 )
-@click.option("--backend", default="auto", show_default=True, help="auto, numpy, numba or cupy.")
+@option("backend", default=Config.backend)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def evaluate(run: Path, data: Path | None, backend: str, as_json: bool) -> None:
     """Print the validation bits per character of RUN; works under mpirun too."""
@@ -40,7 +42,7 @@ def evaluate(run: Path, data: Path | None, backend: str, as_json: bool) -> None:
         corpus = Corpus.read(path)
         if corpus.symbols != trained.symbols:
             raise UserError(f"{path} has another vocabulary than the run")
-        return trained, Sequences(corpus.valid, trained.config.sequence_length, trained.config.warmup)
+        return trained, Sequences(corpus.valid, trained.config.sequence_length, trained.config.burn_in)
 
     trained, sequences = together(comm, build)
     risk = MeanRisk(trained.network, comm, micro_batch=trained.config.micro_batch)

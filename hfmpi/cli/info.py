@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
-from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 import click
 
-from hfmpi.backends import create, gpus
+from hfmpi.backends import create, devices, gpus
 from hfmpi.backends.base import Backend
 from hfmpi.measure.machine import blas, cupy, processor, versions
 from hfmpi.objective.transport import choose
@@ -33,7 +30,7 @@ def info(as_json: bool) -> None:
     placement = place(comm)
     backend = create("cupy", local_rank=placement.local_rank) if gpus() else Backend()
     own = {
-        "gpus": _gpus(),
+        "gpus": devices(),
         "device": backend.device,
         "transport": choose("auto", comm, backend).name,
         "nccl": backend.device_id is not None and backend.has_nccl(),
@@ -70,14 +67,3 @@ def _lines(machine: dict[str, Any], ranks: list[dict[str, Any]]) -> str:
             + (", NCCL" if rank["nccl"] else "")
         )
     return "\n".join(lines)
-
-
-def _gpus() -> list[str]:
-    """Name the NVIDIA devices that CUDA would show this process, without loading CUDA."""
-    names = (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
-    present = sorted((name for name in names if name.isdecimal()), key=int)
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None or not present:
-        return present
-    # CUDA stops at the first name that it cannot use.
-    return list(takewhile(lambda name: name not in ("", "-1"), map(str.strip, chosen.split(","))))

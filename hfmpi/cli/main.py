@@ -41,13 +41,18 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(hfmpi.__version__, prog_name="hfmpi")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Hessian-free training of recurrent networks, data-parallel under MPI.
 
     Prepare a corpus, train on it (`mpirun -n 8 hfmpi train ptb.h5`), look at the run.
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def entry() -> None:
@@ -58,9 +63,6 @@ def entry() -> None:
     with guard():
         try:
             code = cli(standalone_mode=False)
-        except click.exceptions.NoArgsIsHelpError as error:
-            click.echo(error.format_message())
-            code = 0
         except click.ClickException as error:
             raise UserError(error.format_message()) from None
         except click.Abort:

@@ -69,10 +69,10 @@ def plot(runs: tuple[Path, ...], out: Path | None, internals: bool) -> None:
 
 def _check_internals(run: Path, records: list[Record]) -> None:
     """Raise a UserError unless these are steps of Hessian-free optimization."""
-    from hfmpi.files.history import is_number
+    from hfmpi.files.numbers import is_drawable
 
     for key in INTERNALS:
-        if not all(is_number(record.get(key, "")) for record in records):
+        if not all(is_drawable(record.get(key, "")) for record in records):
             raise UserError(f"{run} has no {key} at every step: --internals needs shf or bhf")
 
 

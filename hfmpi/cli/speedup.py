@@ -4,47 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, ClassVar
 
 import click
 
 from hfmpi.cli.show import need_matplotlib, runs_and_figure, save
+from hfmpi.cli.values import BANDWIDTH, LATENCY
 from hfmpi.errors import UserError
 
 __all__ = ["speedup"]
-
-
-class Quantity(click.ParamType):
-    """A positive number with one of the units, or in the basic unit."""
-
-    def __init__(self, name: str, **units: float) -> None:
-        self.name = name
-        self.units = units
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Give the number in the basic unit."""
-        text = str(value).strip()
-        unit = max((u for u in self.units if text.endswith(u)), key=len, default="")
-        try:
-            number = float(text.removesuffix(unit)) * self.units.get(unit, 1.0)
-        except ValueError:
-            number = 0.0
-        if not 0 < number < float("inf"):
-            self.fail(f"{value!r} is no {self.name} such as {self.examples[self.name]}", param, ctx)
-        return number
-
-    examples: ClassVar = {"latency": "2us", "bandwidth": "10GB/s"}
-
-
-LATENCY = Quantity("latency", s=1.0, ms=1e-3, us=1e-6, ns=1e-9)
-BANDWIDTH = Quantity(
-    "bandwidth",
-    **{
-        f"{p}{u}/s": 10.0**e / d
-        for p, e in zip("MGT", (6, 9, 12), strict=True)
-        for u, d in (("B", 1), ("bit", 8))
-    },
-)
 
 
 @click.command()

@@ -22,9 +22,9 @@ class Batch(NamedTuple):
     Attributes
     ----------
     inputs : ndarray (L, B) int32
-        What the network reads: L = warm-up + T symbols.
+        What the network reads: L = burn-in + T symbols.
     targets : ndarray (T, B) int32
-        What it is to predict after each of the last T inputs; the warm-up has no targets.
+        What it is to predict after each of the last T inputs; the burn-in has no targets.
     """
 
     inputs: np.ndarray
@@ -35,7 +35,7 @@ class Sequences:
     """A split cut into sequences that do not overlap in their targets.
 
     Sequence k predicts the symbols kT+1 ... kT+T of the split from those one position earlier. The split is
-    read as a ring: the last target may be its first symbol, and the warm-up of sequence 0 is the split's end,
+    read as a ring: the last target may be its first symbol, and the burn-in of sequence 0 is the split's end,
     so 2,800,000 characters make exactly the 14,000 sequences of 200 of Krause (2015).
 
     Parameters
@@ -44,26 +44,26 @@ class Sequences:
         Symbol ids of the split.
     length : int
         T, the targets of a sequence.
-    warmup : int
+    burn_in : int
         Further inputs before the first target, left out of the loss.
 
     Raises
     ------
     UserError
-        If the split is shorter than one sequence with its warm-up, or the lengths are out of range.
+        If the split is shorter than one sequence with its burn-in, or the lengths are out of range.
     """
 
-    def __init__(self, ids: np.ndarray, length: int = 200, warmup: int = 0) -> None:
-        if length < 1 or warmup < 0:
+    def __init__(self, ids: np.ndarray, length: int = 200, burn_in: int = 0) -> None:
+        if length < 1 or burn_in < 0:
             raise UserError(
-                f"a sequence length of {length} with a warm-up of {warmup} cannot be: the least are 1 and 0"
+                f"a sequence length of {length} with a burn-in of {burn_in} cannot be: the least are 1 and 0"
             )
-        if len(ids) < length + warmup:
+        if len(ids) < length + burn_in:
             raise UserError(
                 f"a split of {len(ids):,} characters is too short for one sequence of {length:,}"
-                + (f" with a warm-up of {warmup:,}" if warmup else "")
+                + (f" with a burn-in of {burn_in:,}" if burn_in else "")
             )
-        self.ids, self.length, self.warmup = ids, length, warmup
+        self.ids, self.length, self.burn_in = ids, length, burn_in
 
     @property
     def count(self) -> int:
@@ -81,9 +81,9 @@ class Sequences:
         starts = np.asarray(indices, np.int64)
         if starts.size and not (starts.min() >= 0 and starts.max() < self.count):
             raise IndexError(f"sequence indices must lie in 0 ... {self.count - 1}")
-        positions = starts * self.length + np.arange(-self.warmup, self.length + 1)[:, np.newaxis]
+        positions = starts * self.length + np.arange(-self.burn_in, self.length + 1)[:, np.newaxis]
         symbols = self.ids[positions % len(self.ids)].astype(np.int32)
-        return Batch(symbols[:-1], symbols[self.warmup + 1 :])
+        return Batch(symbols[:-1], symbols[self.burn_in + 1 :])
 
 
 def check_batch(batch: int, count: int) -> None:

@@ -13,8 +13,9 @@ import numpy as np
 
 from hfmpi.errors import UserError
 from hfmpi.files.atomic import open_regular, replace
+from hfmpi.files.numbers import is_drawable
 
-__all__ = ["HISTORY", "History", "Record", "is_amount", "is_number"]
+__all__ = ["HISTORY", "History", "Record"]
 
 HISTORY = "history.jsonl"
 DAMAGED = "history.damaged.jsonl"
@@ -157,7 +158,7 @@ class History:
         for number, _, record in _lines(path):
             if record is None:
                 raise UserError(f"{path} is damaged in line {number}: it is no step of a history")
-            bad = [key for key in numbers if not is_number(record.get(key, ""))]
+            bad = [key for key in numbers if not is_drawable(record.get(key, ""))]
             if bad:
                 raise UserError(f"{path} is damaged in line {number}: its {bad[0]} is no number")
             records.append(cast(Record, record))
@@ -189,17 +190,6 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"JSON has no {constant}")
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a number that can be drawn, or None."""
-    # Large ones are refused because sums over a plot's lines may not overflow.
-    return value is None or (type(value) in (int, float) and abs(value) < 1e100)
-
-
-def is_amount(value: Any) -> bool:
-    """Whether it is a number that counts or measures something: not negative, not without bounds."""
-    return type(value) in (int, float) and 0 <= value < (2**53 if type(value) is int else math.inf)
 
 
 def _plain(value: Any) -> Any:

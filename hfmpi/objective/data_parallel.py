@@ -299,7 +299,7 @@ class Risk:
             except MemoryError:
                 pass  # leave the handler first: its traceback holds arrays
             sequences = sum(part.size for part in self.slices)
-            owner.shrink(self.sequences.warmup + self.sequences.length, sequences)
+            owner.shrink(self.sequences.burn_in + self.sequences.length, sequences)
         if owner.micro_batch < before:
             logging.getLogger(__name__).warning(
                 "Note: rank %d went out of memory (%s) and goes on with micro-batches of %d sequences.",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
 from hfmpi.optim.base import Objectives, StepReport, Vector, Work, agreement, inner_product
+from hfmpi.settings import POSITIVE, check, within
 
 __all__ = ["Adam", "AdamState"]
 
@@ -33,23 +35,14 @@ class Adam:
         Gradients longer than it are scaled to it first (Pascanu et al. 2013).
     """
 
-    rate: float = 2e-3
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    threshold: float = 1.0
+    rate: Annotated[float, POSITIVE] = 2e-3
+    beta1: Annotated[float, within("[0, 1)")] = 0.9
+    beta2: Annotated[float, within("[0, 1)")] = 0.999
+    epsilon: Annotated[float, POSITIVE] = 1e-8
+    threshold: Annotated[float, POSITIVE] = 1.0
 
     def __post_init__(self) -> None:
-        checks = {
-            "rate must be positive": self.rate > 0,
-            "beta1 must lie in [0, 1)": 0 <= self.beta1 < 1,
-            "beta2 must lie in [0, 1)": 0 <= self.beta2 < 1,
-            "epsilon must be positive": self.epsilon > 0,
-            "threshold must be positive": self.threshold > 0,
-        }
-        for sentence, holds in checks.items():
-            if not holds:
-                raise ValueError(sentence)
+        check(self)
 
     def init(self, theta: Vector) -> AdamState:
         """Give the state before the first update."""

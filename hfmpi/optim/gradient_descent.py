@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
 from hfmpi.optim.base import Objectives, StepReport, Vector, Work, agreement, inner_product
+from hfmpi.settings import POSITIVE, Rule, check, within
 
 __all__ = ["RULES", "GradientDescent", "GradientDescentState"]
 
@@ -46,27 +48,18 @@ class GradientDescent:
         Of `rms-normalised`. Krause: 0.9 (the mean starts at the first square, without bias) and 1e-6.
     """
 
-    rule: str = "rms-normalised"
-    rate: float = 2.0
-    decay: float = 0.9999
+    rule: Annotated[str, Rule(f"must be one of {', '.join(RULES)}", RULES.__contains__)] = "rms-normalised"
+    rate: Annotated[float, POSITIVE] = 2.0
+    decay: Annotated[float, within("(0, 1]")] = 0.9999
     floor: float = 0.01
-    threshold: float = 1.0
-    mean_square_decay: float = 0.9
-    epsilon: float = 1e-6
+    threshold: Annotated[float, POSITIVE] = 1.0
+    mean_square_decay: Annotated[float, within("[0, 1)")] = 0.9
+    epsilon: Annotated[float, POSITIVE] = 1e-6
 
     def __post_init__(self) -> None:
-        checks = {
-            f"rule must be one of {', '.join(RULES)}": self.rule in RULES,
-            "rate must be positive": self.rate > 0,
-            "decay must lie in (0, 1]": 0 < self.decay <= 1,
-            "floor must lie between 0 and rate": 0 <= self.floor <= self.rate,
-            "threshold must be positive": self.threshold > 0,
-            "mean_square_decay must lie in [0, 1)": 0 <= self.mean_square_decay < 1,
-            "epsilon must be positive": self.epsilon > 0,
-        }
-        for sentence, holds in checks.items():
-            if not holds:
-                raise ValueError(sentence)
+        check(self)
+        if not 0 <= self.floor <= self.rate:
+            raise ValueError("floor must lie between 0 and rate")
 
     def init(self, theta: Vector) -> GradientDescentState:
         """Give the state before the first update."""

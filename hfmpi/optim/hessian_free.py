@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 from hfmpi.optim.base import Objectives, StepReport, Vector, Work, agreement, inner_product
 from hfmpi.optim.cg import CGResult, Stop, cg
 from hfmpi.optim.damping import LevenbergMarquardt, reduction_ratio
 from hfmpi.optim.line_search import Choice, LineSearch, armijo, backtrack
 from hfmpi.optim.preconditioner import diagonal
+from hfmpi.settings import NOT_NEGATIVE, POSITIVE, Rule, at_least, check, within
 
 __all__ = ["HessianFree", "HessianFreeState"]
 
@@ -60,52 +62,34 @@ class HessianFree:
         The accepted step is multiplied by step_scale * decay^epoch (Kiros).
     """
 
-    damping: float = 45.0
-    damping_factor: float = 2 / 3
+    damping: Annotated[float, NOT_NEGATIVE] = 45.0
+    damping_factor: Annotated[float, within("(0, 1]")] = 2 / 3
     damping_minimum: float = 1e-10
     damping_maximum: float = 1e10
-    structural_damping: float = 0.0
-    cg_max_steps: int = 250
-    cg_tolerance: float = 5e-4
-    cg_refresh: int = 0
-    keep_ratio: float = 1.3
-    warm_start: float = 0.95
-    warm_start_growth: float = 1.0
-    warm_start_maximum: float = 0.99
-    preconditioner: str = "diagonal"
-    preconditioner_exponent: float = 0.75
+    structural_damping: Annotated[float, NOT_NEGATIVE] = 0.0
+    cg_max_steps: Annotated[int, at_least(1)] = 250
+    cg_tolerance: Annotated[float, NOT_NEGATIVE] = 5e-4
+    cg_refresh: Annotated[int, NOT_NEGATIVE] = 0
+    keep_ratio: Annotated[float, Rule("must be at least 1 and finite", within("[1, inf)").holds)] = 1.3
+    warm_start: Annotated[float, within("[0, 1]")] = 0.95
+    warm_start_growth: Annotated[float, POSITIVE] = 1.0
+    warm_start_maximum: Annotated[float, within("[0, 1]")] = 0.99
+    preconditioner: Annotated[
+        str, Rule("must be 'diagonal' or 'none'", ("diagonal", "none").__contains__)
+    ] = "diagonal"
+    preconditioner_exponent: Annotated[float, NOT_NEGATIVE] = 0.75
     backtracking: bool = True
     line_search: bool = True
-    line_search_sufficient: float = 1e-2
-    line_search_shrink: float = 0.8
-    line_search_tries: int = 60
-    step_scale: float = 1.0
-    step_scale_decay: float = 1.0
+    line_search_sufficient: Annotated[float, within("[0, 1)")] = 1e-2
+    line_search_shrink: Annotated[float, within("(0, 1)")] = 0.8
+    line_search_tries: Annotated[int, at_least(1)] = 60
+    step_scale: Annotated[float, within("(0, 1]")] = 1.0
+    step_scale_decay: Annotated[float, within("(0, 1]")] = 1.0
 
     def __post_init__(self) -> None:
-        checks = {
-            "damping must not be negative": self.damping >= 0,
-            "damping_factor must lie in (0, 1]": 0 < self.damping_factor <= 1,
-            "damping_minimum must not exceed damping_maximum": self.damping_minimum <= self.damping_maximum,
-            "structural_damping must not be negative": self.structural_damping >= 0,
-            "cg_max_steps must be at least 1": self.cg_max_steps >= 1,
-            "cg_tolerance must not be negative": self.cg_tolerance >= 0,
-            "cg_refresh must not be negative": self.cg_refresh >= 0,
-            "keep_ratio must be at least 1 and finite": 1 <= self.keep_ratio < math.inf,
-            "warm_start must lie in [0, 1]": 0 <= self.warm_start <= 1,
-            "warm_start_growth must be positive": self.warm_start_growth > 0,
-            "warm_start_maximum must lie in [0, 1]": 0 <= self.warm_start_maximum <= 1,
-            "preconditioner must be 'diagonal' or 'none'": self.preconditioner in ("diagonal", "none"),
-            "preconditioner_exponent must not be negative": self.preconditioner_exponent >= 0,
-            "line_search_sufficient must lie in [0, 1)": 0 <= self.line_search_sufficient < 1,
-            "line_search_shrink must lie in (0, 1)": 0 < self.line_search_shrink < 1,
-            "line_search_tries must be at least 1": self.line_search_tries >= 1,
-            "step_scale must lie in (0, 1]": 0 < self.step_scale <= 1,
-            "step_scale_decay must lie in (0, 1]": 0 < self.step_scale_decay <= 1,
-        }
-        for sentence, holds in checks.items():
-            if not holds:
-                raise ValueError(sentence)
+        check(self)
+        if not self.damping_minimum <= self.damping_maximum:
+            raise ValueError("damping_minimum must not exceed damping_maximum")
 
     def init(self, theta: Vector) -> HessianFreeState:
         """Give the state before the first step."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hfmpi.errors import UserError
 from hfmpi.optim.adam import Adam
 from hfmpi.optim.gradient_descent import GradientDescent
 from hfmpi.optim.hessian_free import HessianFree
+from hfmpi.settings import converted
 
 __all__ = ["PRESETS", "Preset", "preset"]
 
@@ -41,15 +42,8 @@ def preset(name: str, /, **changes: Any) -> Preset:
     if name not in PRESETS:
         raise UserError(f"there is no optimizer {name!r}; choose one of {', '.join(PRESETS)}")
     chosen = _preset(name)
-    known = {f.name: f for f in fields(chosen.optimizer)}
-    for key, value in changes.items():
-        if key not in known:
-            raise UserError(f"optimizer {name} has no setting {key!r}; it has {', '.join(known)}")
-        wanted = type(getattr(chosen.optimizer, key))
-        if wanted is float and type(value) is int:
-            changes[key] = float(value)
-        elif type(value) is not wanted:
-            raise UserError(f"setting {key} of {name} must be of type {wanted.__name__}, not {value!r}")
+    noun, unknown = f"setting {{}} of {name}", f"optimizer {name} has no setting {{}}; it has {{}}"
+    changes = converted(type(chosen.optimizer), changes, noun, unknown)
     try:
         return replace(chosen, optimizer=replace(chosen.optimizer, **changes))
     except ValueError as error:

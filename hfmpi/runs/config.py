@@ -2,121 +2,148 @@
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
-from hfmpi.backends import create
+import tomli_w
+
+from hfmpi.backends import BACKENDS, DTYPES, PRECISIONS, create
 from hfmpi.backends.base import Backend
 from hfmpi.errors import UserError
 from hfmpi.files.atomic import open_regular
-from hfmpi.models.cells import PAPER_PARAMETERS, Cell
-from hfmpi.optim.presets import Preset, preset
+from hfmpi.models.cells import CELLS, INITIALISATIONS, PAPER_PARAMETERS, VARIANTS, Cell
+from hfmpi.objective.transport import TRANSPORTS
+from hfmpi.optim.presets import PRESETS, Preset, preset
+from hfmpi.settings import Rule, at_least, check, converted, declared
 
-__all__ = ["Config", "from_toml", "merge", "to_toml"]
-
-CHANGEABLE = frozenset(
-    {
-        "max_steps",
-        "max_seconds",
-        "checkpoint_every",
-        "evaluate_every",
-        "check_every",
-        "max_rejections",
-        "backend",
-        "micro_batch",
-        "memory_budget",
-        "transport",
-        "matmul_precision",
-    }
-)
-"""Options that a resumed run may be given anew; all others belong to what it computes."""
-
+__all__ = ["CHANGEABLE", "FORMER_NAMES", "OPTIONS", "Config", "Option", "from_toml", "merge", "to_toml"]
 
 MOST_TOML = 2**20
 """Bytes of a configuration file; one of a run has about 700."""
 
+FORMER_NAMES = {"warmup": "burn_in"}
+"""Names of options in files and commands of earlier versions, which are still read."""
 
-@dataclass(frozen=True)
-class Config:
-    """Options of a run by their command-line names. 0 means: decided from the others, or no limit.
+
+class Option(NamedTuple):
+    """What the command line makes of a field of `Config`.
 
     Attributes
     ----------
-    model, variant, hidden, parameters, initialisation, forget_bias
-        The cell (hfmpi.models.cells); `hidden` wins over `parameters`, and without both the paper's budget
-        is taken.
-    optimizer, settings
-        Preset and changes to its settings (hfmpi.optim.presets).
-    gradient_batch, curvature_batch : int
-        Sequences; 0: the preset's.
-    sequence_length, warmup : int
-        Scored characters of a sequence, and characters read before them.
-    max_steps, max_seconds
-        The run is done when one is reached; both count from the first start. 0: no limit.
-    checkpoint_every, evaluate_every : int
-        Steps; 0: once per epoch.
-    check_every : int
-        Steps between comparisons of theta across ranks; 0: at checkpoints.
-    max_rejections : int
-        The run stops with an error after so many rejected steps in a row; 0: never.
-    seed, backend, dtype, micro_batch
-        `micro_batch`: most sequences a rank works on at a time; 0: what suits the backend.
-    slices : int
-        Fixed parts of every global batch, so that theta does not depend on the number of ranks; 0: off.
-    memory_budget : int
-        Bytes that a rank may keep of a linearisation between products; 0: half of its share of the memory
-        that is free when the run starts.
+    help : str
+    without : str
+        What is taken without the option, where the default is a 0 that leaves it open.
+    choices : tuple of str
+        Words that it can be; whether it is one of them is checked where it is used.
+    least : int or None
+        Of a number on the command line: 1 where a 0 means that the option was not given.
+    unit : str
+        What a number counts; a SIZE may have a unit such as GiB.
+    changeable : bool
+        Whether a run that goes on may be given it anew; all else belongs to what the run computes.
     """
 
-    model: str = "mlstm"
-    variant: str = "standard"
-    hidden: int = 0
-    parameters: int = 0
-    initialisation: str = "krause"
-    forget_bias: float = 0.0
-    optimizer: str = "shf"
-    gradient_batch: int = 0
-    curvature_batch: int = 0
-    sequence_length: int = 200
-    warmup: int = 0
-    max_steps: int = 0
-    max_seconds: float = 0.0
-    checkpoint_every: int = 0
-    evaluate_every: int = 0
-    check_every: int = 0
-    max_rejections: int = 20
-    seed: int = 0
-    backend: str = "auto"
-    dtype: str = "float32"
-    micro_batch: int = 0
-    memory_budget: int = 0
-    slices: int = 0
-    transport: str = "auto"
-    matmul_precision: str = "float32"
+    help: str
+    without: str = ""
+    choices: tuple[str, ...] = ()
+    least: int | None = 0
+    unit: str = ""
+    changeable: bool = False
+
+    def __repr__(self) -> str:
+        return self.help
+
+
+NOT_NEGATIVE = Rule("must not be negative, it is {}", lambda x: x >= 0)
+Whole = Annotated[int, Rule("must be below 2**63", lambda n: abs(n) < 2**63), NOT_NEGATIVE]
+Number = Annotated[float, Rule("must be a finite number", lambda x: abs(x) <= sys.float_info.max)]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of a run by their command-line names, optimizer settings apart, in `settings`.
+
+    A field is all that there is to an option: its type, the rules for its value, its default, its help. 0
+    leaves an option open: it is decided from others, or there is no limit.
+    """
+
+    model: Annotated[str, Option("The cell.", choices=CELLS)] = "mlstm"
+    variant: Annotated[str, Option("Of gated cells.", choices=VARIANTS)] = "standard"
+    hidden: Annotated[Whole, Option("Hidden units.", "from --parameters", least=1)] = 0
+    parameters: Annotated[Whole, Option("Budget; picks the nearest size.", "the paper's", least=1)] = 0
+    layers: Annotated[Whole, at_least(1), Option("Cells on top of one another.", least=1)] = 1
+    initialisation: Annotated[str, Option("Of the parameters.", choices=INITIALISATIONS)] = "krause"
+    forget_bias: Annotated[Number, Option("Of gated cells at the start.", least=None)] = 0.0
+    optimizer: Annotated[str, Option("Preset of settings.", choices=PRESETS)] = "shf"
+    gradient_batch: Annotated[Whole, Option("Sequences per gradient.", "the preset's", least=1)] = 0
+    curvature_batch: Annotated[Whole, Option("Sequences per curvature product.", "the preset's", least=1)] = 0
+    sequence_length: Annotated[Whole, at_least(1), Option("Scored characters of a sequence.", least=1)] = 200
+    burn_in: Annotated[Whole, Option("Characters read before those.")] = 0
+    max_steps: Annotated[Whole, Option("Done after so many steps in all.", "no limit", changeable=True)] = 0
+    max_seconds: Annotated[
+        Number, NOT_NEGATIVE, Option("Done after so much training time in all.", "no limit", changeable=True)
+    ] = 0.0
+    checkpoint_every: Annotated[
+        Whole, Option("Write a checkpoint.", "an epoch", unit="STEPS", changeable=True)
+    ] = 0
+    evaluate_every: Annotated[
+        Whole, Option("Compute the validation loss.", "an epoch", unit="STEPS", changeable=True)
+    ] = 0
+    check_every: Annotated[
+        Whole, Option("Compare theta across ranks.", "at checkpoints", unit="STEPS", changeable=True)
+    ] = 0
+    max_rejections: Annotated[
+        Whole, Option("Stop after so many rejected steps in a row; 0: never.", unit="STEPS", changeable=True)
+    ] = 20
+    seed: Annotated[Whole, Option("Of initialisation and batches.")] = 0
+    backend: Annotated[str, Option("Of the arrays.", choices=BACKENDS, changeable=True)] = "auto"
+    dtype: Annotated[
+        str,
+        Rule("must be float32 or float64, not {!r}", DTYPES.__contains__),
+        Option("Of vectors.", choices=DTYPES),
+    ] = "float32"
+    micro_batch: Annotated[
+        Whole, Option("Most sequences at a time on a rank.", "32; 1024 on a GPU", least=1, changeable=True)
+    ] = 0
+    memory_budget: Annotated[
+        Whole,
+        Option(
+            "What a rank may keep of a linearisation, such as 2GiB; the rest is computed anew for every "
+            "product.",
+            "half of its share of the free memory",
+            unit="SIZE",
+            changeable=True,
+        ),
+    ] = 0
+    slices: Annotated[
+        Whole,
+        Option(
+            "Sum every batch in so many fixed parts, a power of two: the same bits on any number of ranks "
+            "that divides it, more slowly.",
+            "off",
+        ),
+    ] = 0
+    transport: Annotated[
+        str,
+        Option("Vectors between GPUs; cuda: a CUDA-aware MPI.", choices=TRANSPORTS, changeable=True),
+    ] = "auto"
+    matmul_precision: Annotated[
+        str, Option("Of float32 products on a GPU.", choices=PRECISIONS, changeable=True)
+    ] = "float32"
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"{f.name} must be a finite number")
-            if isinstance(value, int) and abs(value) >= 2**63:
-                raise UserError(f"{f.name} must be below 2**63")
-            if f.name != "forget_bias" and isinstance(value, (int, float)) and value < 0:
-                raise UserError(f"{f.name} must not be negative, it is {value}")
+        try:
+            check(self)
+        except ValueError as error:
+            raise UserError(str(error)) from None
         for name, value in self.settings.items():
             if isinstance(value, (int, float)) and not abs(value) <= sys.float_info.max:
                 raise UserError(f"setting {name} must be a finite number")
-        if self.sequence_length < 1:
-            raise UserError("sequence_length must be at least 1")
-        if self.dtype not in ("float32", "float64"):
-            raise UserError(f"dtype must be float32 or float64, not {self.dtype!r}")
 
     def cell(self, vocabulary: int) -> Cell:
         """Give the cell at its size for a vocabulary."""
@@ -145,6 +172,18 @@ class Config:
         return create(self.backend, self.dtype, local_rank, self.matmul_precision)
 
 
+# By the name of each field that is an option of its own: its type, and what the command line makes of it.
+OPTIONS = {
+    name: (kind, option)
+    for name, (kind, more) in declared(Config).items()
+    for option in more
+    if isinstance(option, Option)
+}
+
+CHANGEABLE = frozenset(name for name, (_, option) in OPTIONS.items() if option.changeable)
+"""Options that a resumed run may be given anew."""
+
+
 def merge(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> Config:
     """Make a configuration from what a user gave; when a run resumes, the rest is what it had.
 
@@ -170,20 +209,12 @@ def merge(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> 
 
 
 def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Give options with the types that they must have, or a UserError."""
-    known = {f.name: type(getattr(Config(), f.name)) for f in fields(Config)}
+    """Give options by their names of today and with the types that they must have, or a UserError."""
     if not isinstance(options, Mapping):
         raise UserError("the checkpoint holds no options of a run")
-    values: dict[str, Any] = {}
-    for name, value in options.items():
-        if name not in known:
-            raise UserError(f"unknown option {name!r}; the options are {', '.join(known)}")
-        if known[name] is float and type(value) is int and abs(value) < 2**53:
-            value = float(value)
-        if type(value) is not known[name]:
-            raise UserError(f"option {name} must be of type {known[name].__name__}, not {value!r}")
-        values[name] = value
-    return values
+    former = {name: options[old] for old, name in FORMER_NAMES.items() if old in options}
+    current = {name: value for name, value in options.items() if name not in FORMER_NAMES}
+    return converted(Config, former | current, "option {}", "unknown option {}; the options are {}")
 
 
 def from_toml(path: Path) -> dict[str, Any]:
@@ -206,8 +237,4 @@ def from_toml(path: Path) -> dict[str, Any]:
 
 def to_toml(config: Config) -> str:
     """Write a configuration so that `from_toml` reads it back."""
-    values = asdict(config)
-    settings = values.pop("settings")
-    lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
-    lines += ["", "[settings]", *(f"{name} = {json.dumps(value)}" for name, value in settings.items())]
-    return "\n".join(lines) + "\n"
+    return tomli_w.dumps(asdict(config))

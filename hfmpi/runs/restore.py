@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
@@ -10,7 +11,7 @@ import numpy as np
 from hfmpi.backends.base import Backend
 from hfmpi.errors import UserError
 from hfmpi.files.checkpoint import Checkpoint, Entry
-from hfmpi.files.history import is_amount
+from hfmpi.files.numbers import is_amount
 from hfmpi.measure.cost import Counts
 from hfmpi.runs.record import Progress
 
@@ -41,7 +42,8 @@ def restored(found: Checkpoint, fresh: StateT, backend: Backend, optimizer: str)
         raise UserError(f"the checkpoint was not written by optimizer {optimizer}")
     for name, value in expected.items():
         entry = found.state[name]
-        if _form(entry) != _form(value) or not (isinstance(entry, np.ndarray) or is_amount(entry)):
+        most = math.inf if type(entry) is float else 2**53  # lambda may be as large as the user lets it
+        if _form(entry) != _form(value) or not (isinstance(entry, np.ndarray) or is_amount(entry, most)):
             raise UserError(f"the checkpoint's {name} does not fit optimizer {optimizer}")
     values = {k: backend.to_device(v) if isinstance(v, np.ndarray) else v for k, v in found.state.items()}
     return type(fresh)(**values)

@@ -13,7 +13,7 @@ import numpy as np
 
 from hfmpi.errors import UserError
 from hfmpi.files.atomic import open_regular
-from hfmpi.files.history import is_amount
+from hfmpi.files.numbers import is_amount
 from hfmpi.files.writer import TIMING
 from hfmpi.measure.spans import ALLREDUCE, OPTIMIZER, WAITING
 from hfmpi.measure.timer import Timer, split_waiting

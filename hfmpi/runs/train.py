@@ -81,8 +81,8 @@ class Run:
         self.config = replace(config, hidden=cell.hidden, parameters=0)
         self.preset = preset = config.preset()
         self.batches = preset.gradient_batch, preset.curvature_batch
-        self.train_set = Sequences(corpus.train, config.sequence_length, config.warmup)
-        self.valid_set = Sequences(corpus.valid, config.sequence_length, config.warmup)
+        self.train_set = Sequences(corpus.train, config.sequence_length, config.burn_in)
+        self.valid_set = Sequences(corpus.valid, config.sequence_length, config.burn_in)
         check_batch(preset.gradient_batch, self.train_set.count)
         self.epoch_steps = max(1, self.train_set.count // preset.gradient_batch)
         self.backend = config.make_backend(placement.local_rank)
@@ -237,7 +237,7 @@ class Run:
             self.backend.name,
             places,
             self.risk.network.tape_bytes(
-                config.warmup + config.sequence_length, -(-curvature // size), structural
+                config.burn_in + config.sequence_length, -(-curvature // size), structural
             ),
             self.risk.memory_budget,
             self.step,

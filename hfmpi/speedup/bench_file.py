@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hfmpi.errors import UserError
 from hfmpi.files.atomic import open_regular
-from hfmpi.files.history import is_amount
+from hfmpi.files.numbers import is_amount
 from hfmpi.speedup.prediction import KINDS
 from hfmpi.speedup.runs import TimedRun
 from hfmpi.speedup.scaling import Curve, Link, fit_link

@@ -10,7 +10,8 @@ import numpy as np
 
 from hfmpi.errors import UserError
 from hfmpi.files import checkpoint
-from hfmpi.files.history import History, Record, is_amount
+from hfmpi.files.history import History, Record
+from hfmpi.files.numbers import is_amount
 from hfmpi.measure.cost import Counts
 from hfmpi.measure.spans import EVALUATE, FILES
 from hfmpi.objective.messages import message_sizes

@@ -1,0 +1,102 @@
+"""What is written on a command line, as values: quantities with units, and settings."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Mapping
+
+import click
+
+from hfmpi.errors import UserError
+
+__all__ = ["BANDWIDTH", "LATENCY", "SIZE", "Quantity", "parse_settings"]
+
+
+class Quantity(click.ParamType):
+    """A positive number with a unit, or without one in the basic unit.
+
+    Parameters
+    ----------
+    name : str
+        What it is, such as "latency".
+    example : str
+        For the sentence on a text that is none.
+    units : mapping of str to float
+        Each in basic units.
+    whole : bool
+        Whether only whole basic units count: a part of one is cut off.
+    any_case : bool
+        Whether capital letters mean the same as the small ones of `units`.
+    """
+
+    def __init__(
+        self, name: str, example: str, units: Mapping[str, float], whole: bool = False, any_case: bool = False
+    ) -> None:
+        self.name, self.example, self.units, self.whole, self.any_case = name, example, units, whole, any_case
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Give the number in the basic unit."""
+        text = str(value).strip()
+        text = text.lower() if self.any_case else text
+        unit = max(filter(text.endswith, self.units), key=len, default="")
+        number = 0.0
+        with contextlib.suppress(ValueError, OverflowError):  # no number, or none that has a whole part
+            number = float(text.removesuffix(unit)) * self.units.get(unit, 1)
+            number = int(number) if self.whole else number
+        if not 0 < number < math.inf:
+            self.fail(f"{value!r} is no {self.name} such as {self.example}", param, ctx)
+        return number
+
+
+SIZE = Quantity(
+    "memory size",
+    "1500MB or 2GiB",
+    {"b": 1}
+    | {
+        f"{letter}{ending}": base**power
+        for power, letter in enumerate("kmgt", start=1)
+        for ending, base in (("", 1024), ("ib", 1024), ("b", 1000))
+    },
+    whole=True,
+    any_case=True,
+)
+LATENCY = Quantity("latency", "2us", {"s": 1, "ms": 1e-3, "us": 1e-6, "ns": 1e-9})
+BANDWIDTH = Quantity(
+    "bandwidth",
+    "10GB/s",
+    {
+        f"{letter}{unit}/s": 10.0**power / parts
+        for letter, power in (("M", 6), ("G", 9), ("T", 12))
+        for unit, parts in (("B", 1), ("bit", 8))
+    },
+)
+
+
+def parse_settings(pairs: Iterable[str]) -> dict[str, bool | int | float | str]:
+    """Read NAME=VALUE pairs: true and false, whole numbers, numbers, else words.
+
+    Raises
+    ------
+    UserError
+        If a pair has no equals sign.
+    """
+    settings: dict[str, bool | int | float | str] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise UserError(f"--set needs NAME=VALUE, not {pair!r}")
+        settings[name] = _value(text)
+    return settings
+
+
+def _value(text: str) -> bool | int | float | str:
+    """Give a value in the type that it is written in."""
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
