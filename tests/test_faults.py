@@ -32,7 +32,7 @@ PROGRAM = """
 import os, signal, sys, time
 import numpy as np
 from hfmpi.parallel import sockets, watchdog
-from hfmpi.parallel.launch import connect, guard
+from hfmpi.parallel import connect, guard
 watchdog._LOOK = 0.2  # the looks are counted; fewer seconds between them
 sockets._PATIENCE = 2.0
 faulty, until = int(sys.argv[1]), float(sys.argv[2])
@@ -115,10 +115,10 @@ def test_a_rank_that_never_joins_ends_all(where, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
         "import os, signal\n"
-        "from hfmpi.parallel import launch\n"
+        "from hfmpi.parallel import launch, library\n"
         "from hfmpi.parallel.launch import connect\n"
         "def stop(*arguments): os.kill(os.getpid(), signal.SIGSTOP)\n"
-        f"if launch.launched()[0] == 1: {where} = stop\n"
+        f"if library.launched()[0] == 1: {where} = stop\n"
         "connect(1.0)\n"
     )
     words = [MPIRUN, "-n", "2", sys.executable, str(program)]

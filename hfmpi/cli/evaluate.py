@@ -27,7 +27,8 @@ def evaluate(run: Path, data: Path | None, backend: str, as_json: bool) -> None:
     from hfmpi.data.batches import Sequences
     from hfmpi.data.corpus import Corpus
     from hfmpi.objective.data_parallel import MeanRisk
-    from hfmpi.parallel.launch import connect, together
+    from hfmpi.parallel.failure import together
+    from hfmpi.parallel.launch import connect
     from hfmpi.parallel.placement import place
     from hfmpi.runs.trained_model import Trained
 

@@ -27,7 +27,7 @@ from hfmpi.objective.data_parallel import MeanRisk, Stopped, step_objectives
 from hfmpi.objective.transport import choose
 from hfmpi.optim.base import StepReport
 from hfmpi.parallel.communicator import Communicator, digest
-from hfmpi.parallel.launch import together
+from hfmpi.parallel.failure import together
 from hfmpi.parallel.placement import Placement, single_threaded
 from hfmpi.runs.config import Config, to_toml
 from hfmpi.runs.record import BITS, facts, step_record
