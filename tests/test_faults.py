@@ -21,7 +21,7 @@ from hfmpi.cli.train import train as train_command
 from hfmpi.errors import UserError
 from hfmpi.files import checkpoint
 from hfmpi.models.network import Network
-from hfmpi.optim import Gradient, HessianFree, Objectives
+from hfmpi.optim import Gradient, HessianFree, Objective, Objectives
 from hfmpi.parallel import launch, watchdog
 from hfmpi.parallel.communicator import MPICommunicator
 from hfmpi.runs.stop import StopSignals
@@ -197,7 +197,7 @@ def test_a_silent_node_is_given_up_and_who_waits_for_whom_is_known(monkeypatch, 
 # Numbers ---------------------------------------------------------------------------------------
 
 
-class Quadratic:
+class Quadratic(Objective):
     """f(x) = |x|^2 / 2 at the point 1; a fault is what a method gives instead."""
 
     def __init__(self, **faults):
@@ -216,6 +216,9 @@ class Quadratic:
         return Gradient(
             self.faults.get("risk", float(theta @ theta) / 2), g, self.faults.get("squares", g * g)
         )
+
+    def squared_gradients(self, theta):
+        return self.gradient(theta, squares=True)
 
     def gauss_newton(self, theta):
         return lambda v: self.given("product", v.copy())

@@ -23,7 +23,7 @@ def linearisation_bytes(run: Run) -> int:
     most = -(-run.preset.curvature_batch // run.communicator.size)
     steps = run.config.warmup + run.config.sequence_length
     structural = getattr(run.preset.optimizer, "structural_damping", 0) > 0
-    return run.risk.network.tape_bytes(steps, most, structural)
+    return run.network.tape_bytes(steps, most, structural)
 
 
 def facts(run: Run) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def facts(run: Run) -> dict[str, Any]:
         "model": run.config.model,
         "variant": run.config.variant,
         "hidden": run.config.hidden,
-        "parameters": run.risk.network.layout.size,
+        "parameters": run.network.size,
         "optimizer": run.config.optimizer,
         "gradient_batch": run.preset.gradient_batch,
         "curvature_batch": run.preset.curvature_batch,
@@ -44,7 +44,7 @@ def facts(run: Run) -> dict[str, Any]:
         "matmul_precision": run.config.matmul_precision,
         "places": run.places,
         "linearisation_bytes": linearisation_bytes(run),
-        "memory_budget": run.risk.memory_budget,
+        "memory_budget": run.memory_budget,
         "step": run.step,
         "max_steps": run.config.max_steps,
         "max_seconds": run.config.max_seconds,

@@ -23,7 +23,7 @@ from hfmpi.files.writer import Writer
 from hfmpi.measure import cost
 from hfmpi.measure.timer import Timer
 from hfmpi.models.network import Network
-from hfmpi.objective.data_parallel import MeanRisk, Stopped, step_objectives
+from hfmpi.objective.data_parallel import DataParallel, Stopped, step_objectives
 from hfmpi.objective.transport import choose
 from hfmpi.optim.base import StepReport
 from hfmpi.parallel.communicator import Communicator, digest
@@ -111,20 +111,14 @@ class Run:
         check_batch(self.preset.gradient_batch, self.train_set.count)
         self.backend = config.make_backend(placement.local_rank)
         self.timer = Timer()
-        self.risk = MeanRisk(
-            Network(cell, self.backend),
-            communicator,
-            self.timer,
-            config.micro_batch,
-            config.memory_budget or (self.backend.free_memory() or placement.memory) // 2,
-            slices=config.slices,
-        )
+        self.network = Network(cell, self.backend)
+        self.memory_budget = config.memory_budget or (self.backend.free_memory() or placement.memory) // 2
+        self.risk: DataParallel  # from the start of `train` on
         self.places: list[Place] = []
         self.epoch_steps = max(1, self.train_set.count // self.preset.gradient_batch)
 
         if resume is not None:  # before memory is taken for what its options describe
-            network = self.risk.network
-            check_model(resume, corpus.symbols, network.layout.size, self.backend.dtype)
+            check_model(resume, corpus.symbols, self.network.size, self.backend.dtype)
         initial = cell.initial(config.seed, config.initialisation, config.forget_bias)
         self.theta: Array = self.backend.to_device(initial.astype(self.backend.dtype))
         self.state = self.preset.optimizer.init(self.theta)
@@ -164,7 +158,18 @@ class Run:
     def _train(self, reporter: Reporter, signals: StopSignals) -> Result:
         config, comm = self.config, self.communicator
         self._check_start()
-        self.risk.transport = transport = choose(config.transport, comm, self.backend, config.slices > 0)
+        transport = choose(config.transport, comm, self.backend, config.slices > 0)
+        self.leaving = False  # what is left to do is done, whoever wants to stop
+        self.risk = DataParallel(
+            self.network,
+            comm,
+            self.timer,
+            config.micro_batch,
+            self.memory_budget,
+            transport,
+            config.slices,
+            stop=lambda: not self.leaving and signals.wanted(),
+        )
         place = self.placement
         own = Place(place.host, place.local_rank, self.backend.device, self.backend.device_id, transport.name)
         self.places = comm.gather(own) or []
@@ -178,7 +183,6 @@ class Run:
         checkpoint_every = config.checkpoint_every or self.epoch_steps
         evaluate_every = config.evaluate_every or self.epoch_steps
         valid, saved = None, -1
-        self.risk.stop = signals.wanted
         try:
             while True:
                 self.seconds = comm.agree(time.perf_counter() - started)
@@ -203,7 +207,7 @@ class Run:
             done = True
         except Stopped:
             reason, done = self._who_stopped(signals), False
-            self.risk.stop = lambda: False  # what is left to do is done
+            self.leaving = True
         if saved != self.step and not self.save(valid):
             unsaved = self.first_step if self.last_saved is None else self.last_saved
             failure = self.failures["the checkpoint"]
@@ -353,7 +357,7 @@ class Run:
         Where the validation loss of this step is not known, that of a few sequences will do.
         """
         if valid is None:
-            some = np.arange(min(self.valid_set.count, self.risk.micro_batch))
+            some = np.arange(min(self.valid_set.count, self.risk.local.micro_batch))
             with self.timer.span("evaluate"):
                 valid = self.risk.on(self.valid_set, some, span="evaluate").loss(self.theta)
         if not math.isfinite(self.communicator.agree(valid)):

@@ -17,7 +17,7 @@ from hfmpi.files.atomic import open_regular
 from hfmpi.files.history import History
 from hfmpi.files.writer import TIMING
 from hfmpi.measure.cost import Counts
-from hfmpi.objective.data_parallel import message_sizes
+from hfmpi.objective.messages import message_sizes
 from hfmpi.runs.config import CHANGEABLE, Config, merge
 from hfmpi.speedup.compare import Measured, mean_spans
 
