@@ -10,13 +10,13 @@ see only these methods, and all ranks take the same steps.
 
 import numpy as np
 
-from hfmpi.optim import Gradient, HessianFree, Objectives
+from hfmpi.optim import Gradient, HessianFree, Objective, Objectives
 from hfmpi.parallel import connect, guard
 
 POINTS, HIDDEN, STEPS = 2_000, 20, 30
 
 
-class LeastSquares:
+class LeastSquares(Objective):
     """f(theta) = mean of (y_i - prediction_i)^2 / 2, so that H_L = 1 / POINTS and G = J'J / POINTS."""
 
     def __init__(self, comm):
@@ -55,9 +55,9 @@ class LeastSquares:
 
         return product
 
-    def agree(self, value):
-        """Rank 0's value of a scalar that every rank computed: keeps the ranks in step on any hardware."""
-        return self.comm.agree(value)
+    def agree(self, values):
+        """Rank 0's values of scalars that every rank computed: keeps the ranks in step on any hardware."""
+        return self.comm.agree(values)
 
 
 def main():

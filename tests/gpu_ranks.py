@@ -46,7 +46,7 @@ def main():
     if not shutil.which("mpirun"):
         print("ranks: skipped, there is no mpirun on PATH")
         return 0
-    probe = [*TRAIN[:2], "from hfmpi.parallel.launch import load; load()"]
+    probe = [*TRAIN[:2], "from hfmpi.parallel.library import load; load()"]
     if subprocess.run(probe, capture_output=True).returncode:
         print("ranks: skipped, mpi4py finds no MPI library")
         return 0

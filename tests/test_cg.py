@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hfmpi.optim.cg import Iterate, Stop, cg, relative_progress
+from hfmpi.optim.cg import ConjugateGradients, Iterate, Stop, relative_progress
 from hfmpi.optim.damping import LevenbergMarquardt, reduction_ratio
-from hfmpi.optim.line_search import armijo, backtrack
+from hfmpi.optim.line_search import Armijo, backtrack
 from hfmpi.optim.preconditioner import diagonal
 
 
@@ -26,8 +26,12 @@ def system(size, seed=0, condition=100.0):
 
 
 def solve(a, b, x0=None, **options):
-    options = {"inner": inner, "tolerance": 0.0, "keep_ratio": 1.0} | options
+    options = {"tolerance": 0.0, "keep_ratio": 1.0} | options
     return cg(lambda v: a @ v, b, np.zeros_like(b) if x0 is None else x0, **options)
+
+
+def cg(apply, b, x0, precondition=None, **settings):
+    return ConjugateGradients(**settings).solve(apply, b, x0, inner=inner, precondition=precondition)
 
 
 def phi(a, b, x):
@@ -122,7 +126,7 @@ def test_a_bad_product_keeps_the_last_good_iterate():
         return a @ v if len(calls) <= 4 else np.full(20, np.inf)
 
     with np.errstate(invalid="ignore"):
-        result = cg(broken, b, np.zeros(20), inner=inner, keep_ratio=1.0)
+        result = cg(broken, b, np.zeros(20), keep_ratio=1.0)
     assert result.stop is Stop.NOT_FINITE
     assert result.steps == 4
     assert np.array_equal(result.iterates[-1].x, solve(a, b, max_steps=4).iterates[-1].x)
@@ -137,7 +141,7 @@ def test_a_fresh_residual_forgets_a_wrong_product(refresh):
         calls.append(1)
         return a @ v * (1.05 if len(calls) == 5 else 1)
 
-    result = cg(flawed, b, np.zeros(30), inner=inner, tolerance=0.0, max_steps=80, refresh=refresh)
+    result = cg(flawed, b, np.zeros(30), tolerance=0.0, max_steps=80, refresh=refresh)
     extra = 7 if refresh else 0  # not after the last iteration
     assert result.products == len(calls) == result.steps + extra
     assert result.steps == 80 or not refresh
@@ -218,7 +222,7 @@ def test_backtracking_leaves_what_is_not_finite():
 def search(function, p=1.0, **options):
     """Along p from 0, on a function of one number with slope -1 at 0."""
     loss = counted(function)
-    result = armijo(loss, np.array([p]), function(0.0), function(p), -p, **options)
+    result = Armijo(**options).search(loss, np.array([p]), function(0.0), function(p), -p)
     assert result.evaluations == len(loss.calls)
     return result
 
@@ -245,7 +249,7 @@ def test_line_search():
 
 def test_an_ascent_direction_is_refused_at_once():
     for slope in (0.0, 1.0, math.nan):
-        result = armijo(lambda p: 1 / 0, np.ones(1), 1.0, 0.5, slope)
+        result = Armijo().search(lambda p: 1 / 0, np.ones(1), 1.0, 0.5, slope)
         assert result == (0.0, 1.0, 0)
 
 

@@ -18,7 +18,7 @@ from hfmpi.cli.main import entry
 from hfmpi.data.corpus import Corpus
 from hfmpi.data.prepare import prepare
 from hfmpi.files import checkpoint
-from hfmpi.parallel import launch
+from hfmpi.parallel import library
 
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 TINY = ["--hidden", "6", "--sequence-length", "20", "--gradient-batch", "9", "--curvature-batch", "4"]
@@ -46,7 +46,7 @@ def fixture_here(made, tmp_path, monkeypatch):
 
 def call(monkeypatch, *words):
     """Run the command in this process; give its exit code."""
-    for names in launch._LAUNCHERS:
+    for names in library._LAUNCHERS:
         for name in filter(None, names):
             monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "argv", ["hfmpi", *map(str, words)])

@@ -25,7 +25,7 @@ from hfmpi.errors import UserError
 from hfmpi.models.cells import Cell
 from hfmpi.models.network import Network
 from hfmpi.objective import transport
-from hfmpi.objective.data_parallel import MeanRisk
+from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.parallel.communicator import Communicator, MPICommunicator, digest
 from hfmpi.parallel.placement import Place
 
@@ -314,14 +314,14 @@ def risk_on(backend, micro_batch=None, length=30):
     rng = np.random.default_rng(1)
     cell = Cell("lstm", 16, 5)
     sequences = Sequences(rng.integers(0, 5, 24 * length).astype(np.uint8), length)
-    owner = MeanRisk(Network(cell, backend), Communicator(), micro_batch=micro_batch)
+    owner = DataParallel(Network(cell, backend), Communicator(), micro_batch=micro_batch)
     theta = backend.to_device(cell.initial(3))
     return owner, owner.on(sequences, np.arange(24)), theta
 
 
 def everything(risk, theta):
-    backend = risk.owner.network.backend
-    at = risk.gradient(theta, squares=True)
+    backend = risk.owner.model.backend
+    at = risk.squared_gradients(theta)
     product = risk.gauss_newton(theta)
     parts = at.vector, at.squares, product(at.vector), product(theta)
     return [np.array([risk.loss(theta), at.loss]), *map(backend.to_host, parts)]
@@ -332,17 +332,17 @@ def test_micro_batches_shrink_when_the_memory_runs_out(monkeypatch, caplog):
     expected = everything(*risk_on(create("numpy", "float64"))[1:])
     backend = create("cupy", "float64")
     owner, risk, theta = risk_on(backend)
-    owner.network.backend.release()
+    owner.model.backend.release()
     monkeypatch.setattr(cupy.Memory, "total", cupy.Memory.used + 400_000)
     with caplog.at_level(logging.WARNING):
         found = everything(risk, theta)
-    assert owner.micro_batch < 24
+    assert owner.local.micro_batch < 24
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14)
     sentences = [record.getMessage() for record in caplog.records]
     assert 1 <= len(sentences) <= 3  # one for each pass that had to shrink
     assert f"rank 0 went out of memory ({backend.device})" in sentences[-1]
-    assert sentences[-1].endswith(f"micro-batches of {owner.micro_batch} sequences.")
+    assert sentences[-1].endswith(f"micro-batches of {owner.local.micro_batch} sequences.")
     again = everything(risk, theta)  # it has learned
     assert len(caplog.records) == len(sentences)
     for a, b in zip(again, found, strict=True):
@@ -358,7 +358,7 @@ def test_a_product_survives_memory_that_runs_out_between_products(monkeypatch):
     backend.workspace.flat.clear()  # as if it had to grow
     monkeypatch.setattr(cupy.Memory, "total", cupy.Memory.used + 100_000)
     np.testing.assert_allclose(backend.to_host(product(theta)), before, rtol=1e-10)
-    assert owner.micro_batch < 24
+    assert owner.local.micro_batch < 24
 
 
 @standin_only
@@ -516,7 +516,7 @@ def train_on(folder, communicator, backend, **options):
     """Train with a backend that is this rank's own, as `auto` would choose it."""
     run = make_run(folder / "run", folder / "d.h5", communicator, backend="auto", **options)
     own = create(backend, options["dtype"], communicator.local_rank)
-    run.backend, run.risk = own, MeanRisk(Network(run.risk.network.cell, own), communicator, run.timer)
+    run.backend, run.network = own, Network(run.network.cell, own)
     run.theta = own.to_device(np.asarray(run.theta))
     run.state = run.preset.optimizer.init(run.theta)
     from small import Recorder
@@ -589,8 +589,8 @@ def test_the_source_compiles(arch, real):
 
 CUPY_NAMES = """
 RawModule ndarray.data ndarray.get ndarray.set ndarray.strides ndarray.itemsize ndarray.__array_ufunc__
-ndarray.__array_function__ asarray asnumpy ascontiguousarray empty empty_like zeros sum einsum multiply
-subtract get_default_memory_pool cuda.runtime.CUDARuntimeError cuda.runtime.getDeviceCount
+ndarray.any ndarray.__array_function__ asarray asnumpy ascontiguousarray empty empty_like zeros sum einsum
+multiply subtract get_default_memory_pool cuda.runtime.CUDARuntimeError cuda.runtime.getDeviceCount
 cuda.runtime.getDeviceProperties cuda.Device.use cuda.Device.mem_info cuda.Device.pci_bus_id
 cuda.Device.cublas_handle cuda.Stream.use cuda.Stream.synchronize cuda.Stream.begin_capture
 cuda.Stream.end_capture cuda.Graph.launch cuda.alloc_pinned_memory

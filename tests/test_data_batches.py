@@ -30,7 +30,7 @@ def test_a_sequence_is_the_text_read_as_a_ring(split: tuple[np.ndarray, int, int
     ids, length, burn_in = split
     sequences = Sequences(ids, length, burn_in)
     assert sequences.count == len(ids) // length
-    inputs, targets = sequences.take(np.arange(sequences.count))
+    inputs, targets, _ = sequences.take(np.arange(sequences.count))
     for k in range(sequences.count):
         for t in range(length):
             assert targets[t, k] == ids[(k * length + t + 1) % len(ids)]
@@ -44,7 +44,7 @@ def test_targets_are_the_inputs_one_later_and_every_character_is_one_target(
 ) -> None:
     ids, length, burn_in = split
     sequences = Sequences(np.arange(len(ids)), length, burn_in)  # each character its own position
-    inputs, targets = sequences.take(np.arange(sequences.count))
+    inputs, targets, _ = sequences.take(np.arange(sequences.count))
     assert inputs.shape == (burn_in + length, sequences.count)
     assert targets.shape == (length, sequences.count)
     assert np.array_equal(targets, (inputs[burn_in:] + 1) % len(ids))
@@ -59,9 +59,11 @@ def test_a_batch_is_int32_time_first_and_contiguous() -> None:
         batch = sequences.take(indices)
         assert batch.inputs.shape == (13, len(indices))
         assert batch.targets.shape == (10, len(indices))
-        for part in batch:
+        for part in batch[:2]:
             assert part.dtype == np.int32
             assert part.flags.c_contiguous
+        assert batch.mask is None
+        assert sequences.scored(indices) == batch.targets.size
     batch = sequences.take(np.array([4, 0, 4]))
     assert batch.inputs[:, 1].tolist() == [97, 98, 99, *range(10)]
     assert np.array_equal(batch.inputs[:, 0], batch.inputs[:, 2])

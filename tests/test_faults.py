@@ -21,7 +21,7 @@ from hfmpi.cli.train import train as train_command
 from hfmpi.errors import UserError
 from hfmpi.files import checkpoint
 from hfmpi.models.network import Network
-from hfmpi.optim import Gradient, HessianFree, Objectives
+from hfmpi.optim import Gradient, HessianFree, Objective, Objectives
 from hfmpi.parallel import launch, watchdog
 from hfmpi.parallel.communicator import MPICommunicator
 from hfmpi.runs.stop import StopSignals
@@ -32,7 +32,7 @@ PROGRAM = """
 import os, signal, sys, time
 import numpy as np
 from hfmpi.parallel import sockets, watchdog
-from hfmpi.parallel.launch import connect, guard
+from hfmpi.parallel import connect, guard
 watchdog._LOOK = 0.2  # the looks are counted; fewer seconds between them
 sockets._PATIENCE = 2.0
 faulty, until = int(sys.argv[1]), float(sys.argv[2])
@@ -115,10 +115,10 @@ def test_a_rank_that_never_joins_ends_all(where, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
         "import os, signal\n"
-        "from hfmpi.parallel import launch\n"
+        "from hfmpi.parallel import launch, library\n"
         "from hfmpi.parallel.launch import connect\n"
         "def stop(*arguments): os.kill(os.getpid(), signal.SIGSTOP)\n"
-        f"if launch.launched()[0] == 1: {where} = stop\n"
+        f"if library.launched()[0] == 1: {where} = stop\n"
         "connect(1.0)\n"
     )
     words = [MPIRUN, "-n", "2", sys.executable, str(program)]
@@ -197,7 +197,7 @@ def test_a_silent_node_is_given_up_and_who_waits_for_whom_is_known(monkeypatch, 
 # Numbers ---------------------------------------------------------------------------------------
 
 
-class Quadratic:
+class Quadratic(Objective):
     """f(x) = |x|^2 / 2 at the point 1; a fault is what a method gives instead."""
 
     def __init__(self, **faults):
@@ -216,6 +216,9 @@ class Quadratic:
         return Gradient(
             self.faults.get("risk", float(theta @ theta) / 2), g, self.faults.get("squares", g * g)
         )
+
+    def squared_gradients(self, theta):
+        return self.gradient(theta, squares=True)
 
     def gauss_newton(self, theta):
         return lambda v: self.given("product", v.copy())

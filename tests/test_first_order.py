@@ -3,14 +3,17 @@
 import numpy as np
 import pytest
 
-from hfmpi.optim import Adam, Gradient, GradientDescent, Objectives
+from hfmpi.optim import Adam, Gradient, GradientDescent, Objective, Objectives
 
 
-class Linear:
+class Linear(Objective):
     """A risk whose gradient at update t is the t-th of a list."""
 
     def __init__(self, gradients):
         self.gradients = iter(gradients)
+
+    def loss(self, theta):
+        return 1.0
 
     def gradient(self, theta):
         return Gradient(1.0, next(self.gradients))

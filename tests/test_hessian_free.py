@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from hfmpi.errors import UserError
-from hfmpi.optim import Gradient, HessianFree, Objectives
+from hfmpi.optim import Gradient, HessianFree, Objective, Objectives
 from hfmpi.optim.presets import PRESETS, preset
 
 PLAIN = HessianFree(damping=1.0, preconditioner="none", warm_start=0.0)
 
 
-class Counting:
+class Counting(Objective):
     """An objective from a risk, its gradient and its curvature matrix, which notes every call."""
 
     def __init__(self, risk, gradient, curvature, structure=None):
@@ -32,6 +32,9 @@ class Counting:
         g = self.slope(theta)
         return Gradient(self.risk(theta), g, g * g if squares else None)
 
+    def squared_gradients(self, theta):
+        return self.gradient(theta, squares=True)
+
     def gauss_newton(self, theta, structural=0.0):
         self.calls["gauss_newton"] += 1
         self.structural.append(structural)
@@ -44,6 +47,9 @@ class Counting:
             return (matrix @ v).astype(v.dtype)
 
         return product
+
+    def structural_gauss_newton(self, theta, structural):
+        return self.gauss_newton(theta, structural)
 
 
 def quadratic(size=6, seed=0):
@@ -265,16 +271,16 @@ def test_steering_scalars_are_agreed():
     objective, _ = quadratic()
     agreed = []
 
-    def agree(value):
-        agreed.append(value)
-        return value
+    def agree(values):
+        agreed.extend(values)
+        return values
 
     objective.agree = agree
     with_it = take(PLAIN, objective, np.ones(6), steps=2)[0]
     assert len(agreed) > 10
     assert all(type(value) is float for value in agreed)
     assert np.array_equal(with_it, take(PLAIN, quadratic()[0], np.ones(6), steps=2)[0])
-    objective.agree = lambda value: math.nan  # what rank 0 says is what counts
+    objective.agree = lambda values: (math.nan,) * len(values)  # what rank 0 says is what counts
     assert take(PLAIN, objective, np.ones(6))[2][0].details["cg_stop"] == "NOT_FINITE"
 
 

@@ -13,8 +13,9 @@ from hfmpi.data.batches import Sequences
 from hfmpi.errors import UserError
 from hfmpi.models.cells import Cell
 from hfmpi.models.network import Network
-from hfmpi.objective.data_parallel import MeanRisk
+from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.objective.messages import pack, unpack
+from hfmpi.optim import Gradient, HessianFree, Objective, Objectives
 from hfmpi.parallel.communicator import Communicator, MPICommunicator, digest
 
 LENGTH, BURN_IN, VOCABULARY, HIDDEN = 5, 2, 4, 3
@@ -28,14 +29,14 @@ def make(name="mlstm", variant="standard", comm=None, micro_batch=64, dtype="flo
     sequences = Sequences(rng.integers(0, VOCABULARY, 12 * LENGTH).astype(np.uint8), LENGTH, BURN_IN)
     theta = (0.5 * rng.standard_normal(cell.layout.size)).astype(dtype)
     network = Network(cell, create(backend, dtype))
-    return MeanRisk(network, comm or Communicator(), micro_batch=micro_batch), sequences, theta
+    return DataParallel(network, comm or Communicator(), micro_batch=micro_batch), sequences, theta
 
 
 def everything(risk, theta, v):
     """Give all that an objective computes, as vectors on the host."""
-    backend = risk.owner.network.backend
+    backend = risk.owner.model.backend
     theta, v = backend.to_device(theta), backend.to_device(v)
-    plain, squared = risk.gradient(theta), risk.gradient(theta, squares=True)
+    plain, squared = risk.gradient(theta), risk.squared_gradients(theta)
     assert plain.squares is None
     found = {
         "loss": np.array([risk.loss(theta)]),
@@ -45,7 +46,7 @@ def everything(risk, theta, v):
         "gradient with the squares": squared.vector,
         "squares": squared.squares,
         "product": risk.gauss_newton(theta)(v),
-        "damped product": risk.gauss_newton(theta, structural=0.7)(v),
+        "damped product": risk.structural_gauss_newton(theta, 0.7)(v),
     }
     return {k: x if k.startswith("loss") else backend.to_host(x) for k, x in found.items()}
 
@@ -58,7 +59,7 @@ def relative(a, b):
 @pytest.mark.parametrize(("name", "variant"), KINDS)
 def test_means_match_the_independent_implementation(name, variant, backend):
     owner, sequences, theta = make(name, variant, micro_batch=2, backend=backend)
-    cell, indices = owner.network.cell, np.array([7, 0, 11])
+    cell, indices = owner.model.cell, np.array([7, 0, 11])
     v = np.random.default_rng(2).standard_normal(theta.size)
     found = everything(owner.on(sequences, indices), theta, v)
 
@@ -104,12 +105,12 @@ def test_one_mean_risk_serves_batches_of_any_size_in_turn():
 
 def test_a_product_leaves_its_operator_as_it_was():
     owner, sequences, theta = make(micro_batch=2)
-    product = owner.on(sequences, np.arange(5)).gauss_newton(theta, structural=0.5)
+    product = owner.on(sequences, np.arange(5)).structural_gauss_newton(theta, 0.5)
     v, w = np.cos(np.arange(theta.size)), np.sin(np.arange(theta.size))
     first = product(v)
     kept = first.copy()
     product(w)
-    owner.on(sequences, np.arange(9)).gradient(theta, squares=True)
+    owner.on(sequences, np.arange(9)).squared_gradients(theta)
     owner.on(sequences, np.arange(9)).loss(theta)
     np.testing.assert_array_equal(first, kept)  # a new vector each time
     np.testing.assert_array_equal(product(v), kept)
@@ -120,9 +121,9 @@ def test_a_memory_budget_changes_no_bit(name, variant):
     results = []
     for budget, kept in ((math.inf, 3), (1.5, 1), (0, 0)):  # of three micro-batches
         owner, sequences, theta = make(name, variant, micro_batch=2)
-        owner.memory_budget = budget * owner.network.tape_bytes(LENGTH + BURN_IN, 2, structural=True)
-        product = owner.on(sequences, np.arange(6)).gauss_newton(theta, structural=0.5)
-        assert len(owner._tapes) == kept
+        owner.local.memory_budget = budget * owner.model.tape_bytes(LENGTH + BURN_IN, 2, structural=True)
+        product = owner.on(sequences, np.arange(6)).structural_gauss_newton(theta, 0.5)
+        assert len(owner.local._kept) == kept
         v, w = np.cos(np.arange(theta.size)), np.sin(np.arange(theta.size))
         results.append((product(v), product(w), product(v)))
     for other in results[1:]:
@@ -135,11 +136,214 @@ def test_a_memory_budget_changes_no_bit(name, variant):
 def test_tape_bytes_are_what_a_tape_takes(name, variant, structural):
     owner, sequences, theta = make(name, variant)
     batch = sequences.take(np.arange(5))
-    tape = owner.network.forward(theta, batch, structural)
+    tape = owner.model.forward(theta, batch, structural)
     # Besides, a tape has copies of the recurrent matrices, a few MB whatever the batch.
     taken = sum(flat.nbytes for name, flat in tape.memory.flat.items() if not name.startswith("W_"))
-    unscored = BURN_IN * 5 * VOCABULARY * 8  # logits of the burn-in, counted though not kept
-    assert owner.network.tape_bytes(LENGTH + BURN_IN, 5, structural) == taken + unscored
+    unscored = BURN_IN * 5 * VOCABULARY * 8  # logits of the warm-up, counted though not kept
+    assert owner.model.tape_bytes(LENGTH + BURN_IN, 5, structural) == taken + unscored
+
+
+def test_a_linearisation_that_turns_out_too_large_is_not_kept_and_the_next_ones_not_tried():
+    """Nothing is known of the first one but that it was made; what it took says what the others would."""
+    owner, sequences, theta = make(micro_batch=2)
+    made, linearise = [], owner.model.linearise
+
+    def counting(*arguments):
+        made.append(linearise(*arguments))
+        return made[-1]
+
+    owner.model.linearise = counting
+    size = owner.model.linearise(theta, sequences.take(np.arange(2))).nbytes
+    for budget, tried in ((0, 1), (size, 1), (2 * size, 2), (2 * size + 1, 2)):
+        owner.local.memory_budget = budget
+        made.clear()
+        owner.on(sequences, np.arange(8)).gauss_newton(theta)
+        assert len(made) == tried
+        assert len(owner.local._kept) == budget // size
+
+
+# Any model -------------------------------------------------------------------------------------
+
+
+class Rows:
+    """Cases of a table: x (N, D) and y (N,)."""
+
+    def __init__(self, count=9, size=4):
+        rng = np.random.default_rng(4)
+        self.count, self.x, self.y = count, rng.standard_normal((count, size)), rng.standard_normal(count)
+
+    def take(self, indices):
+        return self.x[indices], self.y[indices]
+
+    def scored(self, indices):
+        return len(indices)
+
+
+class Line:
+    """Linear least squares: a model of the barest kind, with neither squares nor structural damping."""
+
+    def __init__(self, size=4):
+        self.size, self.backend = size, create("numpy", "float64")
+
+    def initial(self, seed):
+        return np.random.default_rng(seed).standard_normal(self.size)
+
+    def loss(self, theta, batch):
+        return self.linearise(theta, batch).loss
+
+    def linearise(self, theta, batch, reuse=None):
+        return Residual(*batch, theta)
+
+    def release(self):
+        pass
+
+
+class Residual:
+    def __init__(self, x, y, theta):
+        self.x, self.error = x, x @ theta - y
+        self.loss, self.nbytes = float(self.error @ self.error) / 2, x.nbytes
+
+    def gradient(self, scale, out):
+        out += scale * self.vjp(self.error, np.zeros_like(out))
+
+    def jvp(self, v):
+        return self.x @ v
+
+    def vjp(self, u, out):
+        out += self.x.T @ u
+        return out
+
+    def gauss_newton(self, v, scale, out):
+        out += scale * self.vjp(self.jvp(v), np.zeros_like(out))
+
+
+def check_line(communicator, slices=0):
+    """Check sums and a step against dense algebra, and what the model lacks, on any number of ranks."""
+    rows, model = Rows(), Line()
+    owner = DataParallel(model, communicator, micro_batch=2, slices=slices)
+    theta, v = model.initial(0), model.initial(1)
+    for indices in (np.array([5, 0, 7, 2, 8, 1]), np.array([3])):
+        risk, (x, y) = owner.on(rows, indices), rows.take(indices)
+        error = x @ theta - y
+        at = risk.gradient(theta)
+        assert risk.loss(theta) == pytest.approx(error @ error / 2 / len(indices), rel=1e-14)
+        assert at.loss == pytest.approx(risk.loss(theta), rel=1e-13)
+        assert relative(at.vector, x.T @ error / len(indices)) < 1e-13
+        assert relative(risk.gauss_newton(theta)(v), x.T @ (x @ v) / len(indices)) < 1e-13
+    whole = owner.on(rows, np.arange(rows.count))
+    objectives = Objectives(whole, whole)
+    optimizer = HessianFree(damping=0.0, preconditioner="none")
+    after, _, _ = optimizer.step(theta, optimizer.init(theta), objectives)
+    assert np.allclose(after, np.linalg.lstsq(rows.x, rows.y)[0], rtol=1e-10)
+    assert communicator.same(digest(after)) == []
+    one = owner.on(rows, np.arange(1))  # most ranks have nothing of it
+    for objectives in (Objectives(whole, whole), Objectives(one, one)):
+        for changes, sentence in (
+            ({}, "the model has no squared gradients: set preconditioner=none"),
+            (
+                {"preconditioner": "none", "structural_damping": 0.5},
+                "the model has no structural damping: set structural_damping=0",
+            ),
+        ):
+            lacking = HessianFree(damping=1.0, **changes)
+            with pytest.raises(UserError, match=f"^{sentence}$"):
+                lacking.step(theta, lacking.init(theta), objectives)
+            assert communicator.any(False) is False  # all ranks are here
+
+
+@pytest.mark.parametrize("slices", [0, 4])
+def test_any_model_will_do(slices):
+    check_line(Communicator(), slices)
+
+
+@pytest.mark.mpi(ranks=[2, 4], timeout=60, unit="s")
+def test_any_model_will_do_on_any_number_of_ranks(mpi_ranks, comm):
+    assert comm.size == mpi_ranks
+    communicator = MPICommunicator(comm)
+    for slices in (0, 4):
+        check_line(communicator, slices)
+    communicator.close()
+
+
+def test_an_objective_of_ones_own_says_what_it_lacks():
+    class Bare(Objective):
+        def loss(self, theta):
+            return float(theta @ theta) / 2
+
+        def gradient(self, theta):
+            return Gradient(self.loss(theta), theta.copy())
+
+    class Curved(Bare):
+        def gauss_newton(self, theta):
+            return lambda v: v.copy()
+
+    theta = np.ones(3)
+    for objectives, changes, words in (
+        (Objectives(Bare()), {}, "no squared gradients: set preconditioner=none"),
+        (Objectives(Bare()), {"preconditioner": "none"}, "need a curvature objective"),
+        (Objectives(Bare(), Bare()), {"preconditioner": "none"}, "no Gauss-Newton products"),
+        (
+            Objectives(Curved(), Curved()),
+            {"preconditioner": "none", "structural_damping": 0.1},
+            "no structural damping: set structural_damping=0",
+        ),
+    ):
+        optimizer = HessianFree(damping=1.0, **changes)
+        with pytest.raises(UserError, match=words):
+            optimizer.step(theta, optimizer.init(theta), objectives)
+    optimizer = HessianFree(damping=1.0, preconditioner="none")
+    _, _, report = optimizer.step(theta, optimizer.init(theta), Objectives(Curved(), Curved()))
+    assert report.accepted
+    with pytest.raises(TypeError, match="abstract"):
+        Objective()
+
+
+class Listening(Communicator):
+    """One rank that counts what it would send: vectors that are summed, and scalars that are agreed on."""
+
+    sums = agreements = 0
+
+    def sum(self, vector):
+        self.sums += 1
+
+    def agree(self, value):
+        self.agreements += 1
+        return value
+
+
+@pytest.mark.parametrize("refresh", [0, 2])
+def test_a_cg_iteration_sends_one_vector_and_one_message_of_scalars(refresh):
+    rows, comm = Rows(count=40, size=20), Listening()
+    risk = DataParallel(Line(20), comm).on(rows, np.arange(40))
+    optimizer = HessianFree(
+        damping=0.1, preconditioner="none", cg_max_steps=7, cg_tolerance=0.0, cg_refresh=refresh
+    )
+    theta = np.zeros(20)
+    _, _, report = optimizer.step(theta, optimizer.init(theta), Objectives(risk, risk))
+    assert report.work.cg_steps == 7
+    assert report.work.products == 7 + (3 if refresh else 0)
+    assert comm.sums == 1 + report.work.products + report.work.losses
+    # Besides: the gradient, the start of CG and the choice; each loss is agreed on as well.
+    assert comm.agreements == 3 + report.work.products + report.work.losses
+
+
+def test_the_mean_is_over_what_is_scored():
+    """Cases of which 3, 1 and 0 outputs count: sums over sums, never a mean of means."""
+
+    class Some(Rows):
+        def scored(self, indices):
+            return int(np.array([3, 1, 0] * 3)[indices].sum())
+
+    rows, theta = Some(), np.ones(4)
+    owner = DataParallel(Line(), Communicator(), micro_batch=2)
+    for indices, count in ((np.arange(3), 4), (np.array([1, 4]), 2)):
+        x, y = rows.take(indices)
+        risk, total = owner.on(rows, indices), np.sum((x @ theta - y) ** 2) / 2
+        assert risk.loss(theta) == pytest.approx(total / count, rel=1e-14)
+        assert risk.gradient(theta).loss == pytest.approx(total / count, rel=1e-13)
+        assert relative(risk.gauss_newton(theta)(theta), x.T @ (x @ theta) / count) < 1e-13
+    with pytest.raises(UserError, match="no output that is scored"):
+        owner.on(rows, np.array([2, 5]))
 
 
 # A loss in a message of float32 ----------------------------------------------------------------
@@ -234,7 +438,7 @@ def test_slices_give_the_same_bits_on_any_number_of_ranks(mpi_ranks, comm):
 def sliced(communicator, name, variant, dtype):
     """Give everything for batches that make slices of many, of unequal and of no sequences."""
     owner, sequences, theta = make(name, variant, communicator, micro_batch=2, dtype=dtype)
-    owner = MeanRisk(owner.network, communicator, micro_batch=2, slices=8)
+    owner = DataParallel(owner.model, communicator, micro_batch=2, slices=8)
     v = np.cos(np.arange(theta.size)).astype(dtype)
     batches = [np.random.default_rng(size).permutation(12)[:size] for size in (12, 11, 3)]
     return [everything(owner.on(sequences, indices), theta, v) for indices in batches]
@@ -244,7 +448,7 @@ def sliced(communicator, name, variant, dtype):
 def test_slices_that_cannot_be(slices):
     owner, _, _ = make()
     with pytest.raises(UserError, match="power of two that the number of ranks divides"):
-        MeanRisk(owner.network, Communicator(), slices=slices)
+        DataParallel(owner.model, Communicator(), slices=slices)
 
 
 def check_ranks(communicator, name, variant):
@@ -259,4 +463,4 @@ def check_ranks(communicator, name, variant):
             assert relative(value, expected[key]) < 1e-10, (key, size, communicator.size)
             assert communicator.same(digest(value)) == [], (key, size, communicator.size)
     mine = 0.1 + communicator.rank
-    assert shared.on(sequences, np.arange(3)).agree(mine) == 0.1
+    assert shared.on(sequences, np.arange(3)).agree((mine,)) == (0.1,)

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfmpi.errors import UserError
-from hfmpi.optim import Adam, Gradient, GradientDescent, HessianFree, Objectives
-from hfmpi.optim.cg import Stop, cg, relative_progress
+from hfmpi.optim import Adam, Gradient, GradientDescent, HessianFree, Objective, Objectives
+from hfmpi.optim.cg import ConjugateGradients, Stop, relative_progress
 from hfmpi.optim.presets import preset
 
 
@@ -33,8 +33,8 @@ def test_every_iterate_minimises_the_model_over_its_krylov_space(warm, precondit
     a, b, rng = spd(12)
     x0 = rng.standard_normal(12) if warm else np.zeros(12)
     m = rng.uniform(0.5, 5, 12) if preconditioned else np.ones(12)
-    options = {"max_steps": 5, "tolerance": 0.0, "keep_ratio": 1.0, "precondition": lambda r: r / m}
-    result = cg(lambda v: a @ v, b, x0, inner=inner, **options)
+    solver = ConjugateGradients(max_steps=5, tolerance=0.0, keep_ratio=1.0)
+    result = solver.solve(lambda v: a @ v, b, x0, inner=inner, precondition=lambda r: r / m)
     assert len(result.iterates) == 5
     basis = []
     for iterate in result.iterates:  # span of z, (M^-1 A) z, (M^-1 A)^2 z, ...
@@ -85,14 +85,14 @@ def test_the_stop_rule_survives_a_model_value_of_zero():
 def test_a_product_that_is_not_finite_from_the_start_gives_the_start(bad, warm):
     x0 = np.full(3, float(warm))
     with np.errstate(invalid="ignore"):
-        result = cg(lambda v: np.full(3, bad), np.ones(3), x0, inner=inner)
+        result = ConjugateGradients().solve(lambda v: np.full(3, bad), np.ones(3), x0, inner=inner)
     assert (result.stop, result.steps, result.products) == (Stop.NOT_FINITE, 0, 1)
     assert np.array_equal(result.iterates[-1].x, x0)
 
 
 def test_an_indefinite_matrix_keeps_what_was_reached_before_it_showed():
     a, b = np.diag([1.0, -1.0]), np.array([2.0, 1.0])
-    result = cg(lambda v: a @ v, b, np.zeros(2), inner=inner)
+    result = ConjugateGradients().solve(lambda v: a @ v, b, np.zeros(2), inner=inner)
     assert (result.stop, result.steps, result.products) == (Stop.NOT_POSITIVE, 1, 2)
     assert np.allclose(result.iterates[-1].x, b * (b @ b) / (b @ a @ b))
 
@@ -100,7 +100,7 @@ def test_an_indefinite_matrix_keeps_what_was_reached_before_it_showed():
 # Hessian-free
 
 
-class LeastSquares:
+class LeastSquares(Objective):
     """f = r'r with r = (1 - x, 10 (y - x^2)), Rosenbrock's function; G = 2 J'J."""
 
     def loss(self, theta):
@@ -114,7 +114,10 @@ class LeastSquares:
         r, j = self.residuals(theta)
         return Gradient(float(r @ r), 2 * j.T @ r, ((4 * r[:, None] * j) ** 2).mean(0) if squares else None)
 
-    def gauss_newton(self, theta):  # takes no `structural`: it must not be asked for unless it is on
+    def squared_gradients(self, theta):
+        return self.gradient(theta, squares=True)
+
+    def gauss_newton(self, theta):  # has no structural damping: it must not be asked for unless it is on
         j = self.residuals(theta)[1]
         return lambda v: 2 * j.T @ (j @ v)
 
@@ -144,7 +147,7 @@ def test_rosenbrock_converges_whatever_is_switched_off(changes, start):
     pytest.fail(f"still at {theta}")
 
 
-class Wrong:
+class Wrong(Objective):
     """x'x / 2, and a curvature that is not its own: too small by half, the step goes too far."""
 
     def __init__(self, curvature=0.502):
@@ -219,9 +222,12 @@ def test_tolerance_zero_switches_the_stop_rule_off(tolerance, stop):
 # First order
 
 
-class Given:
+class Given(Objective):
     def __init__(self, g, loss=1.0):
         self.g, self.value = g, loss
+
+    def loss(self, theta):
+        return self.value
 
     def gradient(self, theta):
         return Gradient(self.value, self.g)

@@ -1,22 +1,28 @@
-"""Two ranks that round differently take every step alike, and what a step is given stays as it was."""
+"""Ranks that round differently take every step alike, and what a step is given stays as it was."""
+
+import math
 
 import numpy as np
 import pytest
 
-from hfmpi.optim import Adam, Gradient, GradientDescent, HessianFree, Objectives
+from hfmpi.optim import Adam, Gradient, GradientDescent, HessianFree, Objective, Objectives
+from hfmpi.optim.base import inner_product
+from hfmpi.optim.cg import ConjugateGradients, Stop
+from hfmpi.parallel.communicator import MPICommunicator, digest
 
 
 class Elsewhere(np.ndarray):
     """An array on a processor whose inner products come out a little different."""
 
-    def __matmul__(self, other):
-        return float(np.asarray(self) @ np.asarray(other)) * (1 + 1e-7)
+    def __array_function__(self, function, types, arguments, options):
+        result = super().__array_function__(function, types, arguments, options)
+        return float(result) * (1 + 1e-7) if function is np.einsum else result
 
 
-class Rank:
+class Rank(Objective):
     """A bowl seen from one rank: the vectors are everybody's, the scalars are its own or the agreed ones."""
 
-    def __init__(self, kind, agreed, error=0.0):
+    def __init__(self, kind, agreed=None, error=0.0):
         self.kind, self.agreed, self.error = kind, agreed, error
         self.centre = np.linspace(-2, 3, 12)
         self.scale = np.geomspace(1, 300, 12)
@@ -25,25 +31,33 @@ class Rank:
         away = np.asarray(theta) - self.centre
         return float(np.sum(self.scale * np.sqrt(1 + away**2))) * (1 + self.error)
 
-    def gradient(self, theta, squares=False):
+    def gradient(self, theta):
         away = np.asarray(theta) - self.centre
         g = self.scale * away / np.sqrt(1 + away**2)
-        return Gradient(self.loss(theta), g.view(self.kind), (g * g).view(self.kind) if squares else None)
+        return Gradient(self.loss(theta), g.view(self.kind))
 
-    def gauss_newton(self, theta, structural=0.0):
+    def squared_gradients(self, theta):
+        loss, g, _ = self.gradient(theta)
+        return Gradient(loss, g, g * g)
+
+    def gauss_newton(self, theta):
+        return self.structural_gauss_newton(theta, 0.0)
+
+    def structural_gauss_newton(self, theta, structural):
         curvature = self.scale / (1 + (np.asarray(theta) - self.centre) ** 2) ** 1.5 + structural
         return lambda v: (curvature * np.asarray(v)).view(self.kind)
 
 
 class First(Rank):
-    def agree(self, value):
-        self.agreed.append(value)
-        return value
+    def agree(self, values):
+        self.agreed.append(values)
+        return values
 
 
 class Second(Rank):
-    def agree(self, value):
-        assert type(value) is float
+    def agree(self, values):
+        assert all(type(value) is float for value in values)
+        assert len(values) == len(self.agreed[0])
         return self.agreed.pop(0)
 
 
@@ -60,6 +74,7 @@ ALL = [
     HessianFree(damping=1.0),
     HessianFree(damping=1e-2, preconditioner="none", structural_damping=0.5, cg_refresh=3),
     HessianFree(damping=1e-2, cg_max_steps=7, keep_ratio=1.0, cg_tolerance=0.0, line_search=False),
+    HessianFree(damping=1.0, damping_factor=0.2, backtracking=False, line_search=False),  # rejects some
     GradientDescent("clip", rate=1e-2, threshold=300.0),
     GradientDescent("normalised", rate=0.3),
     GradientDescent("rms-normalised"),
@@ -81,10 +96,152 @@ def test_ranks_that_round_differently_agree_in_every_bit(optimizer):
     assert alone[2] != reports, "nothing to agree about: this test shows nothing"
 
 
+def test_steps_are_rejected_alike_too():
+    _, _, reports = trajectory(ALL[3], Rank(np.ndarray))
+    assert {report.accepted for report in reports} == {True, False}
+
+
+@pytest.mark.mpi(ranks=2, timeout=60, unit="s")
+@pytest.mark.parametrize("optimizer", ALL)
+def test_ranks_under_mpi_agree_in_every_bit(optimizer, mpi_ranks, comm):
+    assert comm.size == mpi_ranks
+    communicator = MPICommunicator(comm)
+    objective = Rank(Elsewhere, None, 1e-7) if comm.rank else Rank(np.ndarray)
+    objective.agree = communicator.agree
+    theta, state, reports = trajectory(optimizer, objective)
+    for vector in (theta, *map(np.asarray, vars(state).values())):
+        assert communicator.same(digest(vector)) == []
+    assert comm.allgather(reports) == [reports] * 2
+    communicator.close()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "most"),
+    [(ALL[4], 1), (ALL[5], 1), (ALL[6], 2), (ALL[7], 2), *((hessian_free, 0) for hessian_free in ALL[:4])],
+)
+def test_messages_of_a_step(optimizer, most):
+    """One for the gradient, one for the step; Hessian-free: one a loss and a CG iteration besides."""
+    agreed = []
+    _, _, reports = trajectory(optimizer, First(np.ndarray, agreed))
+    expected = len(reports) * most
+    if not most:
+        refresh = optimizer.cg_refresh or 1000
+        for report in reports:
+            steps = report.work.cg_steps
+            ends_at_limit = steps == optimizer.cg_max_steps
+            expected += 3 + report.work.losses + steps + (steps - ends_at_limit) // refresh
+    assert len(agreed) == expected
+
+
+# Conjugate gradients ---------------------------------------------------------------------------
+
+
+SETTINGS = [
+    {"max_steps": 9, "tolerance": 0.0},
+    {"max_steps": 9, "tolerance": 0.0, "refresh": 3},
+    {"tolerance": 5e-4, "keep_ratio": 1.0},
+    {"max_steps": 9, "refresh": 1},
+]
+
+
+def wrong(at, bad):
+    """Give an inner product that is wrong from its call `at` on; never, where `at` is None."""
+    calls = []
+
+    def inner(a, b):
+        calls.append(1)
+        return inner_product(a, b) if at is None or len(calls) < at else bad(inner_product(a, b))
+
+    return inner
+
+
+def solved(inner, agree, dtype, settings, warm):
+    """Solve the same system on one rank; give all that came of it, and the number of products."""
+    rng = np.random.default_rng(3)
+    root = rng.standard_normal((30, 30))
+    a = (root @ root.T + 0.1 * np.eye(30)).astype(dtype)
+    b, m = rng.standard_normal(30).astype(dtype), rng.uniform(1, 3, 30).astype(dtype)
+    products = []
+
+    def apply(v):
+        products.append(v)
+        return a @ v
+
+    x0 = b * dtype(warm)
+    with np.errstate(all="ignore"):
+        found = ConjugateGradients(**settings).solve(
+            apply, b, x0, inner=inner, agree=agree, precondition=lambda r: r / m
+        )
+    assert found.products == len(products)
+    return found, products
+
+
+BAD = {
+    "rounding": lambda value: value * (1 + 1e-7),
+    "nan": lambda value: math.nan,
+    "infinite": lambda value: math.inf,
+    "negative": lambda value: -1.0,
+    "zero": lambda value: 0.0,
+    "tiny": lambda value: 1e-300,
+    "huge": lambda value: 1e300,
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_whatever_one_rank_computes_both_go_the_same_way(rank, kind, dtype, settings):
+    stops = set()
+    for at in range(1, 25):
+        messages = []
+
+        def tell(values, messages=messages):
+            messages.append(values)
+            return values
+
+        def hear(values, messages=messages):
+            assert len(values) == len(messages[0])
+            return messages.pop(0)
+
+        ill, well = wrong(at, BAD[kind]), wrong(None, None)
+        first = solved(well if rank else ill, tell, dtype, settings, 0.1)
+        second = solved(ill if rank else well, hear, dtype, settings, 0.1)
+        assert not messages, "the second rank asked less often than the first"
+        np.testing.assert_array_equal(first[1], second[1])
+        ours, theirs = first[0], second[0]
+        assert (ours.stop, ours.steps) == (theirs.stop, theirs.steps)
+        assert [i.step for i in ours.iterates] == [i.step for i in theirs.iterates]
+        for mine, other in zip(ours.iterates, theirs.iterates, strict=True):
+            np.testing.assert_array_equal(mine.x, other.x)
+        np.testing.assert_array_equal(ours.model_values, theirs.model_values)
+        stops.add(ours.stop)
+    if rank == 0 and kind in ("nan", "infinite"):
+        assert stops == {Stop.NOT_FINITE}
+    if rank == 0 and kind == "negative":
+        assert Stop.NOT_POSITIVE in stops
+    if rank == 1:
+        assert not stops & {Stop.NOT_FINITE, Stop.NOT_POSITIVE}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("warm", [0.0, 0.1])
+def test_an_iteration_takes_one_message_and_a_fresh_residual_one_more(settings, warm):
+    messages = []
+
+    def agree(values):
+        messages.append(values)
+        return values
+
+    found, products = solved(inner_product, agree, np.float64, settings, warm)
+    assert found.steps > 5
+    assert len(messages) == 1 + len(products) - (warm != 0)
+
+
 @pytest.mark.parametrize("optimizer", ALL)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_arguments_may_be_read_only(optimizer, dtype):
-    objective = Rank(np.ndarray, None)
+    objective = Rank(np.ndarray)
     objective.centre, objective.scale = objective.centre.astype(dtype), objective.scale.astype(dtype)
     theta = np.zeros(12, dtype)
     state = optimizer.init(theta)

@@ -15,11 +15,11 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from hfmpi.cli.info import info
 from hfmpi.errors import UserError
-from hfmpi.parallel import launch, placement
+from hfmpi.parallel import failure, launch, library, placement
 from hfmpi.parallel.communicator import Communicator, MPICommunicator, digest
 
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-LAUNCHER_NAMES = [name for pair in launch._LAUNCHERS for name in pair if name]
+LAUNCHER_NAMES = [name for pair in library._LAUNCHERS for name in pair if name]
 
 
 def mpirun(ranks, program, folder):
@@ -52,7 +52,7 @@ def check_contract(comm):
 
     for dtype in (np.float32, np.int32, np.uint8, np.bool_):
         vector = np.full(7, rank == 0, dtype=dtype)
-        comm.broadcast(vector)
+        vector = comm.agree(vector)
         np.testing.assert_array_equal(vector, np.ones(7, dtype=dtype))
 
     for value in (
@@ -82,17 +82,17 @@ def check_contract(comm):
         vector[3] = np.nextafter(1, 2)
     assert comm.same(digest(vector)) == ([size - 1] if size > 1 else [])
 
-    assert launch.together(comm, lambda: rank * 10) == rank * 10
+    assert failure.together(comm, lambda: rank * 10) == rank * 10
     with pytest.raises(UserError, match=r"^Größe 0 passt nicht$"):
-        launch.together(comm, fail_on(comm, 0))
+        failure.together(comm, fail_on(comm, 0))
     with pytest.raises(UserError, match=rf"^Größe {size - 1} passt nicht$"):
-        launch.together(comm, fail_on(comm, size - 1))
+        failure.together(comm, fail_on(comm, size - 1))
 
     for bad in (np.zeros((4, 4))[:, 0], np.zeros(3, dtype=np.float16), np.zeros(3, dtype=np.complex128)):
         with pytest.raises(TypeError, match="cannot send"):
             comm.sum(bad)
     with pytest.raises(TypeError, match="cannot send"):
-        comm.broadcast(np.zeros(3, dtype=object))
+        comm.sum(np.zeros(3, dtype=object))
 
 
 def fail_on(comm, first):
@@ -155,7 +155,7 @@ def test_serial_without_launcher_and_mpi_not_loaded():
 def test_launched(variables, expected, no_launcher, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert launch.launched() == expected
+    assert library.launched() == expected
 
 
 def unloadable():
@@ -164,7 +164,7 @@ def unloadable():
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_launcher_but_no_mpi(size, no_launcher, monkeypatch):
-    monkeypatch.setattr(launch, "load", unloadable)
+    monkeypatch.setattr(library, "load", unloadable)
     monkeypatch.setenv("PMI_RANK", "0")
     monkeypatch.setenv("PMI_SIZE", str(size))
     if size == 1:
@@ -177,7 +177,7 @@ def test_launcher_but_no_mpi(size, no_launcher, monkeypatch):
 def test_launcher_of_another_mpi_is_an_error():
     # Open MPI's variables without its mpirun: what the ranks of a foreign launcher look like.
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_NAMES}
-    program = "from hfmpi.parallel.launch import connect, guard\nwith guard(): connect()"
+    program = "from hfmpi.parallel import connect, guard\nwith guard(): connect()"
     for rank, lines in ((0, 1), (1, 0)):
         environment |= {"OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_SIZE": "2"}
         done = subprocess.run(
@@ -192,7 +192,8 @@ START = """
 import sys
 import numpy as np
 from hfmpi.errors import UserError
-from hfmpi.parallel.launch import connect, guard, together
+from hfmpi.parallel.failure import guard, together
+from hfmpi.parallel.launch import connect
 def wait(comm):
     while True:
         comm.sum(np.ones(1))
@@ -255,14 +256,14 @@ def test_exception_without_guard_ends_all(tmp_path):
 
 
 def test_guard_alone(capsys, no_launcher):
-    with pytest.raises(SystemExit) as leaving, launch.guard():
+    with pytest.raises(SystemExit) as leaving, failure.guard():
         raise UserError("no such file")
     assert leaving.value.code == 2
     assert capsys.readouterr().err == "Error: no such file\n"
-    with pytest.raises(SystemExit) as leaving, launch.guard():
+    with pytest.raises(SystemExit) as leaving, failure.guard():
         sys.exit(7)
     assert leaving.value.code == 7
-    with pytest.raises(ZeroDivisionError), launch.guard():
+    with pytest.raises(ZeroDivisionError), failure.guard():
         1 / 0  # noqa: B018
 
 

@@ -13,6 +13,7 @@ import pytest
 from small import Recorder, history, make_run, same, shared_corpus, train, write_corpus
 
 from hfmpi.files import checkpoint
+from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.parallel.communicator import Communicator, MPICommunicator
 from hfmpi.runs.stop import StopSignals, job_end
 
@@ -233,7 +234,7 @@ def test_the_agreement_costs_no_message(data, tmp_path):
     comm = Counting()
     run = make_run(tmp_path / "run", data, comm, **OPTIMIZERS["shf"])
     with StopSignals() as signals:
-        run.risk.stop = signals.wanted
+        run.risk = DataParallel(run.network, comm, stop=signals.wanted)
         report, _ = run._one_step(evaluate_every=1000)
     assert comm.sums == report.work.gradients + report.work.losses + report.work.products
 

@@ -164,7 +164,7 @@ def test_the_folder_and_the_history_keep_the_contract(data, tmp_path):
     assert seconds == sorted(seconds)
     assert records[-1]["valid_bpc"] == result.valid_bpc == run.evaluate(run.theta)
     characters = len(run.corpus.valid) // 20 * 20
-    network, everything = run.risk.network, run.valid_set.take(np.arange(run.valid_set.count))
+    network, everything = run.network, run.valid_set.take(np.arange(run.valid_set.count))
     nats = network.loss(run.theta, everything) / characters
     assert result.valid_bpc == pytest.approx(nats / math.log(2), rel=1e-12)
 
@@ -226,7 +226,13 @@ def test_the_cost_follows_from_the_counted_passes(name, data, tmp_path, monkeypa
 
         monkeypatch.setattr(Risk, method, counting)
 
-    for method, key in (("gradient", "gradients"), ("loss", "losses"), ("gauss_newton", "linearisations")):
+    for method, key in (
+        ("gradient", "gradients"),
+        ("squared_gradients", "gradients"),
+        ("loss", "losses"),
+        ("gauss_newton", "linearisations"),
+        ("structural_gauss_newton", "linearisations"),
+    ):
         count(method, key)
     # Stopped once, so that the counts go through the checkpoint.
     for steps in (2, STEPS):

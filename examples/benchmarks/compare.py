@@ -33,7 +33,7 @@ from hfmpi.data.batches import Sequences  # noqa: E402
 from hfmpi.measure import machine  # noqa: E402
 from hfmpi.models.cells import Cell  # noqa: E402
 from hfmpi.models.network import Network  # noqa: E402
-from hfmpi.objective.data_parallel import MeanRisk  # noqa: E402
+from hfmpi.objective.data_parallel import DataParallel  # noqa: E402
 from hfmpi.parallel.communicator import Communicator  # noqa: E402
 from hfmpi.runs.config import Config  # noqa: E402
 
@@ -82,7 +82,7 @@ def measure(model, batch_size, repeats):
     backend = create("cupy" if GPU else "numba")
     network, own_theta, own_v = Network(cell, backend), backend.to_device(theta), backend.to_device(v)
     micro_batch = batch_size if GPU else None  # the others take the whole batch at once
-    risk = MeanRisk(network, Communicator(), micro_batch=micro_batch).on(text, np.arange(batch_size))
+    risk = DataParallel(network, Communicator(), micro_batch=micro_batch).on(text, np.arange(batch_size))
     apply = risk.gauss_newton(own_theta)
     passes = {"product": lambda: apply(own_v), "gradient": lambda: risk.gradient(own_theta)}
     expected = {"product": passes["product"](), "gradient": passes["gradient"]().vector}

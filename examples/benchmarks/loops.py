@@ -16,7 +16,7 @@ from hfmpi.bench.contest import Contestant, contest
 from hfmpi.data.batches import Sequences
 from hfmpi.measure import machine
 from hfmpi.models.network import Network
-from hfmpi.objective.data_parallel import MeanRisk
+from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.parallel import guard
 from hfmpi.parallel.communicator import Communicator
 from hfmpi.runs.config import Config
@@ -30,7 +30,7 @@ def passes(loops, cell, text, batch):
     backend = create("cupy")
     backend.captures = loops != "launches"
     backend.persistent_batch = batch if loops == "persistent" else 0
-    owner = MeanRisk(Network(cell, backend), Communicator(), micro_batch=batch)
+    owner = DataParallel(Network(cell, backend), Communicator(), micro_batch=batch)
     theta = backend.to_device(cell.initial(0).astype(backend.dtype))
     risk = owner.on(text, np.arange(batch))
     apply = risk.gauss_newton(theta)

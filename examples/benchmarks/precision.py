@@ -24,7 +24,7 @@ from hfmpi.data.batches import Sequences, check_batch
 from hfmpi.data.corpus import Corpus
 from hfmpi.measure import machine
 from hfmpi.models.network import Network
-from hfmpi.objective.data_parallel import MeanRisk, step_objectives
+from hfmpi.objective.data_parallel import DataParallel, step_objectives
 from hfmpi.parallel import guard
 from hfmpi.parallel.communicator import Communicator
 from hfmpi.parallel.placement import place
@@ -68,7 +68,7 @@ class Contestant:
         self.seed, self.preset = config.seed, config.preset()
         self.backend = make_backend(given.backend, precision)
         cell = config.cell(corpus.vocabulary)
-        self.risk = MeanRisk(Network(cell, self.backend), Communicator())
+        self.risk = DataParallel(Network(cell, self.backend), Communicator())
         self.sequences = Sequences(corpus.train, config.sequence_length)
         check_batch(self.preset.gradient_batch, self.sequences.count)
         initial = cell.initial(config.seed, config.initialisation, config.forget_bias)

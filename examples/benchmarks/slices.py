@@ -16,7 +16,7 @@ from hfmpi.bench.contest import Contestant, contest
 from hfmpi.data.batches import Sequences
 from hfmpi.measure import machine
 from hfmpi.models.network import Network
-from hfmpi.objective.data_parallel import MeanRisk
+from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.parallel import connect, guard
 from hfmpi.parallel.placement import place
 from hfmpi.runs.config import Config
@@ -27,8 +27,8 @@ LENGTH, VOCABULARY = 200, 50
 def passes(comm, cell, batch, slices):
     """Give a product and a gradient over a batch in so many slices."""
     text = np.random.default_rng(0).integers(0, VOCABULARY, LENGTH * batch).astype(np.uint8)
-    owner = MeanRisk(Network(cell, create("auto", local_rank=comm.local_rank)), comm, slices=slices)
-    backend = owner.network.backend
+    owner = DataParallel(Network(cell, create("auto", local_rank=comm.local_rank)), comm, slices=slices)
+    backend = owner.model.backend
     theta = backend.to_device(cell.initial(0).astype(backend.dtype))
     risk = owner.on(Sequences(text, LENGTH), np.arange(batch))
     apply = risk.gauss_newton(theta)

@@ -109,7 +109,7 @@ def plant(fault, place, number, folder):
 def victim(fault, victim_rank, place, number, folder, words):
     """Be one rank of a run."""
     from hfmpi.cli.main import entry
-    from hfmpi.parallel.launch import launched
+    from hfmpi.parallel.library import launched
 
     folder, rank = Path(folder), launched()[0]
     (folder / f"process.{rank}").write_text(str(os.getpid()))
@@ -259,11 +259,11 @@ def versions(mpirun):
     import mpi4py
 
     import hfmpi
-    from hfmpi.parallel.launch import library_name, load
+    from hfmpi.parallel.library import load, name
 
     return (
         f"hfmpi {hfmpi.__version__}, Python {platform.python_version()}, numpy {np.__version__}, "
-        f"mpi4py {mpi4py.__version__}, {library_name(load())}, {os.cpu_count()} cores"
+        f"mpi4py {mpi4py.__version__}, {name(load())}, {os.cpu_count()} cores"
     )
 
 

@@ -22,10 +22,10 @@ from hfmpi.bench.bound import Products
 from hfmpi.bench.contest import Contestant, contest
 from hfmpi.data.batches import Sequences, check_batch
 from hfmpi.measure.spans import ALLREDUCE, OPTIMIZER, PASSES, WAITING
-from hfmpi.measure.timer import Timer, split_waiting
+from hfmpi.measure.timer import split_waiting
 from hfmpi.models.cells import Cell
 from hfmpi.models.network import Network
-from hfmpi.objective.data_parallel import MeanRisk, Risk, step_objectives
+from hfmpi.objective.data_parallel import DataParallel, Risk, step_objectives
 from hfmpi.objective.messages import message_sizes
 from hfmpi.objective.transport import choose
 from hfmpi.optim.presets import Preset
@@ -82,12 +82,12 @@ class Bench:
         """Make a backend of this rank."""
         return create(self.backend, self.dtype, self.local_rank, self.precision)
 
-    def mean_risk(self, cell: Cell, comm: Communicator) -> MeanRisk:
+    def mean_risk(self, cell: Cell, comm: Communicator) -> DataParallel:
         """Make the mean risk of a network on a backend of its own."""
         backend = self.make_backend()
         transport = choose(self.transport, comm, backend, self.slices > 0)
         network = Network(cell, backend)
-        return MeanRisk(network, comm, None, self.micro_batch, transport=transport, slices=self.slices)
+        return DataParallel(network, comm, None, self.micro_batch, transport=transport, slices=self.slices)
 
     def sequences(self, cell: Cell, batch: int) -> Sequences:
         """Give sequences from which a batch of this size can be drawn."""
@@ -148,7 +148,7 @@ def _passes(bench: Bench, cell: Cell, batch: int, kinds: dict[str, Callable[[Ris
                 contestants += [Contestant(_nothing, 1, threads)] * 2
                 continue
             owner = bench.mean_risk(cell, comm)
-            backend = owner.network.backend
+            backend = owner.model.backend
             theta = backend.to_device(cell.initial(0).astype(bench.dtype))
             run, alone = kind(owner.on(text, np.arange(batch)), theta), Products(backend)
             with alone.recorded():
@@ -264,9 +264,9 @@ def _nothing() -> None:
 class _Steps:
     """A run of steps, each of which can be followed by its matrix products alone."""
 
-    def __init__(self, owner: MeanRisk, cell: Cell, preset: Preset, text: Sequences) -> None:
+    def __init__(self, owner: DataParallel, cell: Cell, preset: Preset, text: Sequences) -> None:
         self.owner, self.preset, self.text = owner, preset, text
-        backend = owner.network.backend
+        backend = owner.model.backend
         self.theta = backend.to_device(cell.initial(0).astype(backend.dtype))
         self.state = preset.optimizer.init(self.theta)
         self.taken, self.products = 0, Products(backend)
@@ -279,5 +279,5 @@ class _Steps:
             )
             self.theta, self.state, _ = self.preset.optimizer.step(self.theta, self.state, objectives)
         if self.taken == 0:
-            self.owner.timer = Timer()  # the first one made its workspaces and compiled
+            self.owner.timer.clear()  # the first one made its workspaces and compiled
         self.taken += 1

@@ -157,7 +157,8 @@ def run(
     from hfmpi.bench.measurements import Bench
     from hfmpi.data.corpus import Corpus
     from hfmpi.measure import machine
-    from hfmpi.parallel.launch import connect, together
+    from hfmpi.parallel.failure import together
+    from hfmpi.parallel.launch import connect
     from hfmpi.parallel.library import describe
     from hfmpi.parallel.placement import place
 

@@ -28,8 +28,9 @@ def evaluate(run: Path, data: Path | None, backend: str, as_json: bool) -> None:
 
     from hfmpi.data.batches import Sequences
     from hfmpi.data.corpus import Corpus
-    from hfmpi.objective.data_parallel import MeanRisk
-    from hfmpi.parallel.launch import connect, together
+    from hfmpi.objective.data_parallel import DataParallel
+    from hfmpi.parallel.failure import together
+    from hfmpi.parallel.launch import connect
     from hfmpi.parallel.placement import place
     from hfmpi.runs.trained_model import Trained
 
@@ -45,7 +46,7 @@ def evaluate(run: Path, data: Path | None, backend: str, as_json: bool) -> None:
         return trained, Sequences(corpus.valid, trained.config.sequence_length, trained.config.burn_in)
 
     trained, sequences = together(comm, build)
-    risk = MeanRisk(trained.network, comm, micro_batch=trained.config.micro_batch)
+    risk = DataParallel(trained.network, comm, micro_batch=trained.config.micro_batch)
     bits = risk.on(sequences, np.arange(sequences.count)).loss(trained.theta) / math.log(2)
     if comm.rank == 0:
         if trained.message:

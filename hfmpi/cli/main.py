@@ -58,7 +58,7 @@ def cli(context: click.Context) -> None:
 def entry() -> None:
     """Run the command; a user's mistake is one sentence and exit code 2, on however many ranks."""
     from hfmpi.errors import UserError
-    from hfmpi.parallel.launch import guard
+    from hfmpi.parallel.failure import guard
 
     with guard():
         try:

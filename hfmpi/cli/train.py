@@ -58,7 +58,8 @@ def train(
 
     from hfmpi.cli.progress import make_reporter
     from hfmpi.files.run_folder import find_checkpoint
-    from hfmpi.parallel.launch import connect, together
+    from hfmpi.parallel.failure import together
+    from hfmpi.parallel.launch import connect
     from hfmpi.parallel.placement import place
     from hfmpi.runs.stop import StopSignals, job_end
     from hfmpi.runs.train import Run

@@ -7,13 +7,13 @@ decides who computes what, never what is computed.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from hfmpi.errors import UserError
 
-__all__ = ["Batch", "Sequences", "check_batch", "curvature_slice", "global_indices", "shard"]
+__all__ = ["Batch", "Cases", "Sequences", "check_batch", "curvature_slice", "global_indices", "shard"]
 
 
 class Batch(NamedTuple):
@@ -21,14 +21,31 @@ class Batch(NamedTuple):
 
     Attributes
     ----------
-    inputs : ndarray (L, B) int32
-        What the network reads: L = burn-in + T symbols.
-    targets : ndarray (T, B) int32
+    inputs : ndarray (L, B) int32, or (L, B, I) of real numbers
+        What the network reads: L = burn-in + T symbols or vectors.
+    targets : ndarray (T, B) int32, or (T, B, O) of real numbers
         What it is to predict after each of the last T inputs; the burn-in has no targets.
+    mask : ndarray (T, B) or None
+        1 where a target is scored, else 0; None: all are.
     """
 
     inputs: np.ndarray
     targets: np.ndarray
+    mask: np.ndarray | None = None
+
+
+class Cases(Protocol):
+    """What a run trains on: numbered cases, of which any can be taken together."""
+
+    @property
+    def count(self) -> int:
+        """The number of cases."""
+
+    def take(self, indices: np.ndarray) -> Any:
+        """Return the cases `indices` (B,), B >= 1, as a batch of the kind that the model reads."""
+
+    def scored(self, indices: np.ndarray) -> int:
+        """Return how many outputs of these cases are scored: what the mean over a batch divides by."""
 
 
 class Sequences:
@@ -84,6 +101,10 @@ class Sequences:
         positions = starts * self.length + np.arange(-self.burn_in, self.length + 1)[:, np.newaxis]
         symbols = self.ids[positions % len(self.ids)].astype(np.int32)
         return Batch(symbols[:-1], symbols[self.burn_in + 1 :])
+
+    def scored(self, indices: np.ndarray) -> int:
+        """Return the number of targets of the sequences `indices` (B,)."""
+        return len(indices) * self.length
 
 
 def check_batch(batch: int, count: int) -> None:

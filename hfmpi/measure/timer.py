@@ -60,6 +60,12 @@ class Timer:
             if name in self._series:
                 self._series[name].append(own)
 
+    def clear(self) -> None:
+        """Forget what is booked; no span is open."""
+        self.totals.clear()
+        for durations in self._series.values():
+            durations.clear()
+
     def series(self, name: str) -> np.ndarray:
         """Give the durations of the single spans of a kept name, (calls,) float64, in order.
 

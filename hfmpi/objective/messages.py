@@ -1,4 +1,11 @@
-"""The messages of the ranks: their sizes, and how a float32 one carries a loss exactly."""
+"""The messages of an objective: one vector a loss, gradient or product, each ending in the wish to stop.
+
+==================  ====================================================================================
+gradient            g (D,), its squares (D,) where wanted, the loss in four parts (`pack`), stop
+product             G v (D,), stop
+loss                the loss, stop; float64 on the host, the others in the type of the vectors
+==================  ====================================================================================
+"""
 
 from __future__ import annotations
 
@@ -6,10 +13,13 @@ import math
 
 import numpy as np
 
-__all__ = ["GRIDS", "message_sizes", "pack", "unpack"]
+__all__ = ["PARTS", "message_sizes", "pack", "unpack"]
 
 GRIDS = 2.0**-10, 2.0**-24, 2.0**-38, 2.0**-52
 """Grids of the parts of a packed scalar; see `pack`."""
+
+PARTS = slice(-len(GRIDS) - 1, -1)
+"""Where the parts of the loss stand in the message of a gradient."""
 
 
 def pack(value: float) -> np.ndarray:

@@ -5,8 +5,7 @@ Scalars and small objects always go through MPI from the host (`Communicator`).
 
 from __future__ import annotations
 
-from typing import Any
-
+from hfmpi.backends.base import Array, Backend
 from hfmpi.errors import UserError
 from hfmpi.parallel.communicator import Communicator
 from hfmpi.parallel.library import cuda_aware
@@ -28,11 +27,11 @@ class Transport:
 
     name = ""
 
-    def __init__(self, communicator: Communicator, backend: Any) -> None:
+    def __init__(self, communicator: Communicator, backend: Backend) -> None:
         self.communicator = communicator
         self.backend = backend
 
-    def sum(self, vector: Any) -> None:
+    def sum(self, vector: Array) -> None:
         """Sum a C-contiguous vector over all ranks, in place; collective."""
         raise NotImplementedError
 
@@ -42,11 +41,11 @@ class HostTransport(Transport):
 
     name = "host"
 
-    def __init__(self, communicator: Communicator, backend: Any, in_tree: bool = False) -> None:
+    def __init__(self, communicator: Communicator, backend: Backend, in_tree: bool = False) -> None:
         super().__init__(communicator, backend)
         self._sum = communicator.sum_in_tree if in_tree else communicator.sum
 
-    def sum(self, vector: Any) -> None:
+    def sum(self, vector: Array) -> None:
         """Sum a vector over all ranks, in place; see `Transport.sum`."""
         if self.communicator.size == 1:
             self._sum(vector)  # checks it, and moves nothing
@@ -61,7 +60,7 @@ class CudaTransport(Transport):
 
     name = "cuda"
 
-    def sum(self, vector: Any) -> None:
+    def sum(self, vector: Array) -> None:
         """Sum a vector over all ranks, in place; see `Transport.sum`."""
         self.backend.synchronize()  # MPI knows nothing of the stream
         self.communicator.sum(vector)
@@ -72,17 +71,17 @@ class NcclTransport(Transport):
 
     name = "nccl"
 
-    def __init__(self, communicator: Communicator, backend: Any) -> None:
+    def __init__(self, communicator: Communicator, backend: Backend) -> None:
         super().__init__(communicator, backend)
         name = communicator.agree(backend.nccl_name() if communicator.rank == 0 else None)
         self._sum = backend.nccl_sum(communicator.size, communicator.rank, name)
 
-    def sum(self, vector: Any) -> None:
+    def sum(self, vector: Array) -> None:
         """Sum a vector over all ranks, in place; see `Transport.sum`."""
         self._sum(vector)
 
 
-def choose(wanted: str, communicator: Communicator, backend: Any, in_tree: bool = False) -> Transport:
+def choose(wanted: str, communicator: Communicator, backend: Backend, in_tree: bool = False) -> Transport:
     """Make the transport of this name; `auto` is `cuda` where MPI says that it takes GPU memory, else `host`.
 
     Collective. Ranks without a GPU go along with `auto` and `host`. Only `host` can sum in a fixed tree.

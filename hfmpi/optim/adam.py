@@ -8,7 +8,8 @@ from typing import Annotated
 
 import numpy as np
 
-from hfmpi.optim.base import Objectives, StepReport, Vector, Work, agreement, inner_product
+from hfmpi.optim.base import Objectives, StepReport, Vector
+from hfmpi.optim.first_order import Update, agreed_norm, first_order_step
 from hfmpi.settings import POSITIVE, check, within
 
 __all__ = ["Adam", "AdamState"]
@@ -52,31 +53,19 @@ class Adam:
         self, theta: Vector, state: AdamState, objectives: Objectives
     ) -> tuple[Vector, AdamState, StepReport]:
         """Take one update; one whose gradient is not finite is rejected."""
-        at = objectives.gradient.gradient(theta)
-        inner = inner_product(objectives.gradient)
-        loss = agreement(objectives.gradient)(at.loss)
-        norm = math.sqrt(inner(at.vector, at.vector))
-        if not (math.isfinite(norm) and math.isfinite(loss)):
-            return theta, state, self._rejected(loss, norm, "gradient" if math.isfinite(loss) else "risk")
-        kind = theta.dtype.type
-        g = at.vector * kind(min(1.0, self.threshold / norm)) if norm > 0 else at.vector
-        t = state.updates + 1
-        mean = kind(self.beta1) * state.mean + kind(1 - self.beta1) * g
-        mean_square = kind(self.beta2) * state.mean_square + kind(1 - self.beta2) * g * g
-        corrected = np.sqrt(mean_square / kind(1 - self.beta2**t)) + kind(self.epsilon)
-        p = kind(self.rate / (1 - self.beta1**t)) * mean / corrected
-        length = math.sqrt(inner(p, p))
-        if not math.isfinite(length):
-            return theta, state, self._rejected(loss, norm, "update")
-        message = "" if norm > 0 else "the gradient is zero"
-        details = self._details(norm, length)
-        report = StepReport(loss, True, message, Work(gradients=1), details)
-        return theta - p, AdamState(t, mean, mean_square), report
+        objective, kind = objectives.gradient, theta.dtype.type
 
-    def _rejected(self, loss: float, norm: float, what: str) -> StepReport:
-        message = f"update rejected: the {what} is not finite"
-        return StepReport(loss, False, message, Work(gradients=1), self._details(norm, 0.0))
+        def update(g: Vector, norm: float) -> Update[AdamState] | None:
+            g = g * kind(min(1.0, self.threshold / norm)) if norm > 0 else g
+            t = state.updates + 1
+            mean = kind(self.beta1) * state.mean + kind(1 - self.beta1) * g
+            mean_square = kind(self.beta2) * state.mean_square + kind(1 - self.beta2) * g * g
+            corrected = np.sqrt(mean_square / kind(1 - self.beta2**t)) + kind(self.epsilon)
+            p = kind(self.rate / (1 - self.beta1**t)) * mean / corrected
+            length = agreed_norm(objective, p)
+            if not math.isfinite(length):
+                return None
+            message = "" if norm > 0 else "the gradient is zero"
+            return Update(theta - p, AdamState(t, mean, mean_square), length, message)
 
-    def _details(self, norm: float, length: float) -> dict[str, float | int | str | None]:
-        finite = norm if math.isfinite(norm) else None
-        return {"gradient_norm": finite, "step_norm": length, "rate": self.rate}
+        return first_order_step(theta, state, objective, self.rate, update)

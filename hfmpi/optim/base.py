@@ -9,26 +9,35 @@ Symbols used throughout this room
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, TypeVar
+from dataclasses import Field, dataclass, field
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
+
+from hfmpi.errors import UserError
 
 __all__ = [
     "Gradient",
     "Objective",
     "Objectives",
+    "Operator",
     "Optimizer",
+    "Scalars",
     "StepReport",
     "Vector",
     "Work",
-    "agreement",
     "inner_product",
 ]
 
-Vector = Any
-"""A NumPy array (D,), or an array of the same interface on a device."""
+Vector: TypeAlias = Any
+"""A NumPy array (D,), or one of the same interface on a device: there is no type that both of them have."""
+
+Operator = Callable[[Vector], Vector]
+"""v (D,) -> A v, a new vector each time."""
+
+Scalars = tuple[float, ...]
 
 StateT = TypeVar("StateT")
 
@@ -51,26 +60,38 @@ class Gradient(NamedTuple):
     squares: Vector | None = None
 
 
-class Objective(Protocol):
-    """A risk that can be minimised. Anything with these three methods will do.
+class Objective(ABC):
+    """A risk that can be minimised; an objective of one's own is a subclass.
 
-    Under MPI every rank calls the same methods in the same order and gets the same numbers. An objective
-    whose ranks might round differently offers `agree(value) -> value` (rank 0's) as well; the optimizers
-    then take every steering scalar through it.
+    `loss` and `gradient` are what every optimizer needs, `gauss_newton` what Hessian-free needs besides.
+
+    Under MPI every rank calls the same methods in the same order and gets the same vectors. The optimizers
+    take every scalar that steers through `agree`.
     """
 
+    @abstractmethod
     def loss(self, theta: Vector) -> float:
         """f(theta)."""
 
+    @abstractmethod
     def gradient(self, theta: Vector) -> Gradient:
-        """f(theta) and its gradient; with `squares=True` (the diagonal preconditioner) also the squares."""
+        """f(theta) and its gradient."""
 
-    def gauss_newton(self, theta: Vector) -> Callable[[Vector], Vector]:
-        """Linearise at theta; give the operator v -> G v, a new vector each time.
+    def gauss_newton(self, theta: Vector) -> Operator:
+        """Linearise at theta; give the operator v -> G v."""
+        raise UserError("the objective has no Gauss-Newton products: take a first-order optimizer")
 
-        With `structural=s` (structural damping) the operator adds s times the curvature of the hidden
-        states to G.
-        """
+    def squared_gradients(self, theta: Vector) -> Gradient:
+        """f(theta), its gradient and the squares, for the diagonal preconditioner."""
+        raise UserError("the objective has no squared gradients: set preconditioner=none")
+
+    def structural_gauss_newton(self, theta: Vector, structural: float) -> Operator:
+        """Linearise at theta; give v -> (G + structural * S) v, S the curvature of the hidden states."""
+        raise UserError("the objective has no structural damping: set structural_damping=0")
+
+    def agree(self, values: Scalars) -> Scalars:
+        """Give rank 0's values of scalars that every rank computed, where ranks might round differently."""
+        return values
 
 
 @dataclass(frozen=True)
@@ -87,9 +108,16 @@ class Objectives:
         Passes over the data so far, for settings that change per epoch.
     """
 
-    gradient: Any
-    curvature: Any = None
+    gradient: Objective
+    curvature: Objective | None = None
     epoch: float = 0.0
+
+    @property
+    def second(self) -> Objective:
+        """The objective of the curvature, for a method that cannot do without."""
+        if self.curvature is None:
+            raise UserError("second-order steps need a curvature objective: Objectives(gradient, curvature)")
+        return self.curvature
 
 
 @dataclass(frozen=True)
@@ -137,7 +165,9 @@ class StepReport:
 
 
 class Optimizer(Protocol[StateT]):
-    """An immutable set of settings with a functional step."""
+    """A frozen dataclass of settings, with a functional step and a state that is a frozen dataclass too."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     def init(self, theta: Vector) -> StateT:
         """Give the state before the first step."""
@@ -146,17 +176,7 @@ class Optimizer(Protocol[StateT]):
         """Take one step; theta and state are not changed, the returned ones are new."""
 
 
-def agreement(objective: Any) -> Callable[[float], float]:
-    """Give the function that turns a rank's own scalar into the one all ranks of the objective use."""
-    return getattr(objective, "agree", float)
-
-
-def inner_product(objective: Any) -> Callable[[Vector, Vector], float]:
-    """Give the inner product, accumulated in float64, the same number on every rank of the objective."""
-    agree = agreement(objective)
-
-    def inner(a: Vector, b: Vector) -> float:
-        # Products and sum in float64 without float64 copies of the vectors, which cost ten times as much.
-        return agree(float(np.einsum("i,i->", a, b, dtype=np.float64)))
-
-    return inner
+def inner_product(a: Vector, b: Vector) -> float:
+    """Give a' b, accumulated in float64; processors may round it differently (`Objective.agree`)."""
+    # Products and sum in float64 without float64 copies of the vectors, which cost ten times as much.
+    return float(np.einsum("i,i->", a, b, dtype=np.float64))

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hfmpi.optim.base import Vector
+from hfmpi.optim.base import Operator, Scalars, Vector, inner_product
 
-__all__ = ["CGResult", "Iterate", "Stop", "cg", "relative_progress"]
+__all__ = ["CGResult", "ConjugateGradients", "Iterate", "Stop", "relative_progress"]
 
 
-class Stop(enum.Enum):
+class Stop(enum.StrEnum):
     """Why conjugate gradients stopped."""
 
     PROGRESS = "the model value no longer improves enough per iteration"
@@ -65,29 +65,12 @@ def relative_progress(values: list[float], tolerance: float) -> bool:
     return (values[i] - values[i - k]) / values[i] < k * tolerance
 
 
-def cg(
-    apply: Callable[[Vector], Vector],
-    b: Vector,
-    x0: Vector,
-    *,
-    inner: Callable[[Vector, Vector], float],
-    max_steps: int = 250,
-    tolerance: float = 5e-4,
-    keep_ratio: float = 1.3,
-    refresh: int = 0,
-    precondition: Callable[[Vector], Vector] | None = None,
-) -> CGResult:
-    """Solve A x = b approximately.
+@dataclass(frozen=True)
+class ConjugateGradients:
+    """Settings of the solver.
 
-    Parameters
+    Attributes
     ----------
-    apply : callable
-        v (D,) -> A v, a new vector.
-    b, x0 : (D,)
-        Right-hand side and start.
-    inner : callable
-        Inner product; every branch below is taken from its values, so under MPI it must give the same
-        number on every rank.
     max_steps : int
         Martens: 250. Kiros: 5.
     tolerance : float
@@ -97,63 +80,113 @@ def cg(
     refresh : int
         Compute the residual afresh every so many iterations (one product more each time); 0: never.
         Single precision needs it in long solves.
-    precondition : callable, optional
-        r (D,) -> M^-1 r.
     """
-    solve = precondition or (lambda r: r)
-    x, products = x0, 0
-    if inner(x0, x0) == 0:
-        r = b.copy()
-    else:
-        r = b - apply(x0)
-        products += 1
-    values = [-0.5 * (inner(r, x) + inner(b, x))]
-    kept: list[Iterate] = []
-    due, stop, step = 0, Stop.MAX_STEPS, 0
-    y = solve(r)
-    d = y.copy()
-    rho = inner(r, y)
-    # Below it a residual is nothing but rounding, which the directions would then blow up.
-    least = rho * float(np.finfo(b.dtype).eps) ** 2 if math.isfinite(rho) else 0.0
-    while step < max_steps:
-        if not math.isfinite(rho):
-            stop = Stop.NOT_FINITE
-            break
-        if rho <= least:
-            stop = Stop.SOLVED
-            break
-        q = apply(d)
-        products += 1
-        curvature = inner(d, q)
-        if not math.isfinite(curvature):
-            stop = Stop.NOT_FINITE
-            break
-        if curvature <= 0:
-            stop = Stop.NOT_POSITIVE
-            break
-        step += 1
-        alpha = rho / curvature
-        before, x = x, x + b.dtype.type(alpha) * d
-        if refresh and step % refresh == 0 and step < max_steps:
-            r = b - apply(x)
+
+    max_steps: int = 250
+    tolerance: float = 5e-4
+    keep_ratio: float = 1.3
+    refresh: int = 0
+
+    def solve(
+        self,
+        apply: Operator,
+        b: Vector,
+        x0: Vector,
+        *,
+        inner: Callable[[Vector, Vector], float] = inner_product,
+        agree: Callable[[Scalars], Scalars] = lambda values: values,
+        precondition: Operator | None = None,
+    ) -> CGResult:
+        """Solve A x = b approximately.
+
+        Under MPI all ranks hold the same vectors, bit for bit, and each computes its inner products itself,
+        perhaps with other roundings. An iteration goes ahead on a rank's own numbers, then one message makes
+        them rank 0's. A rank whose own alpha was another one moves x and r again. Every branch is taken from
+        agreed numbers.
+
+        Parameters
+        ----------
+        apply : callable
+            v (D,) -> A v, a new vector.
+        b, x0 : (D,)
+            Right-hand side and start.
+        inner : callable
+            Inner product, as this rank computes it.
+        agree : callable
+            Gives rank 0's values of a tuple of scalars; called once an iteration, and twice where the
+            residual is computed afresh: alpha then goes into a product.
+        precondition : callable, optional
+            r (D,) -> M^-1 r.
+        """
+        solve = precondition or (lambda r: r)
+        kind = b.dtype.type
+
+        def measured(x: Vector, r: Vector, y: Vector) -> tuple[float, float]:
+            """Phi(x) and rho = r' M^-1 r."""
+            return -0.5 * (inner(r, x) + inner(b, x)), inner(r, y)
+
+        def moved(x: Vector, r: Vector, d: Vector, q: Vector, alpha: float) -> tuple[Vector, Vector, Vector]:
+            """Take a step of this length along d; q = A d. Give x, r and y = M^-1 r after it."""
+            residual = r - kind(alpha) * q
+            return x + kind(alpha) * d, residual, solve(residual)
+
+        x, r, products = x0, b, 0
+        if x0.any():
+            r = b - apply(x0)
             products += 1
-        else:
-            r = r - b.dtype.type(alpha) * q
-        value = -0.5 * (inner(r, x) + inner(b, x))
-        if not math.isfinite(value):  # as it is where x overflowed
-            step, x, stop = step - 1, before, Stop.NOT_FINITE
-            break
-        values.append(value)
-        while keep_ratio > 1 and math.ceil(5 * keep_ratio**due) < step:
-            due += 1
-        if keep_ratio <= 1 or math.ceil(5 * keep_ratio**due) == step:
+        d = y = solve(r)
+        value, rho = agree(measured(x, r, y))
+        values, kept = [value], list[Iterate]()
+        due, stop, step = 0, Stop.MAX_STEPS, 0
+        # Below it a residual is nothing but rounding, which the directions would then blow up.
+        least = rho * float(np.finfo(b.dtype).eps) ** 2 if math.isfinite(rho) else 0.0
+        while step < self.max_steps:
+            if not math.isfinite(rho):
+                stop = Stop.NOT_FINITE
+                break
+            if rho <= least:
+                stop = Stop.SOLVED
+                break
+            q = apply(d)
+            products += 1
+            own = inner(d, q)
+            ahead = x, r, y  # what a rank whose own curvature is no good takes into the message
+            fresh = self.refresh > 0 and (step + 1) % self.refresh == 0 and step + 1 < self.max_steps
+            if fresh:
+                (curvature,) = agree((own,))
+            else:
+                if 0 < own < math.inf:
+                    ahead = moved(x, r, d, q, rho / own)
+                curvature, value, following = agree((own, *measured(*ahead)))
+            if not math.isfinite(curvature):
+                stop = Stop.NOT_FINITE
+                break
+            if curvature <= 0:
+                stop = Stop.NOT_POSITIVE
+                break
+            if fresh:
+                further = x + kind(rho / curvature) * d
+                residual = b - apply(further)
+                products += 1
+                ahead = further, residual, solve(residual)
+                value, following = agree(measured(*ahead))
+            elif curvature != own:
+                ahead = moved(x, r, d, q, rho / curvature)
+            if not math.isfinite(value):  # as it is where x overflowed
+                stop = Stop.NOT_FINITE
+                break
+            step += 1
+            x, r, y = ahead
+            values.append(value)
+            while self.keep_ratio > 1 and math.ceil(5 * self.keep_ratio**due) < step:
+                due += 1
+            if self.keep_ratio <= 1 or math.ceil(5 * self.keep_ratio**due) == step:
+                kept.append(Iterate(step, x, value))
+            if self.tolerance > 0 and relative_progress(values, self.tolerance):
+                stop = Stop.PROGRESS
+                break
+            d = y + kind(following / rho) * d
+            rho = following
+        if not kept or kept[-1].step != step:
             kept.append(Iterate(step, x, values[-1]))
-        if tolerance > 0 and relative_progress(values, tolerance):
-            stop = Stop.PROGRESS
-            break
-        y = solve(r)
-        previous, rho = rho, inner(r, y)
-        d = y + b.dtype.type(rho / previous) * d
-    if not kept or kept[-1].step != step:
-        kept.append(Iterate(step, x, values[-1]))
-    return CGResult(kept, values, stop, step, products)
+        return CGResult(kept, values, stop, step, products)

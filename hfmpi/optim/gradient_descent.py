@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
 
-from hfmpi.optim.base import Objectives, StepReport, Vector, Work, agreement, inner_product
+from hfmpi.optim.base import Objectives, StepReport, Vector
+from hfmpi.optim.first_order import Update, agreed_norm, first_order_step
 from hfmpi.settings import POSITIVE, Rule, check, within
 
 __all__ = ["RULES", "GradientDescent", "GradientDescentState"]
@@ -69,61 +69,28 @@ class GradientDescent:
         self, theta: Vector, state: GradientDescentState, objectives: Objectives
     ) -> tuple[Vector, GradientDescentState, StepReport]:
         """Take one update; one whose gradient is not finite is rejected."""
-        at = objectives.gradient.gradient(theta)
-        inner = inner_product(objectives.gradient)
-        g, norm = at.vector, math.sqrt(inner(at.vector, at.vector))
+        objective = objectives.gradient
         rate = max(self.rate * self.decay**state.updates, self.floor)
-        loss = agreement(objectives.gradient)(at.loss)
-        after, length, wrong, message = state, 0.0, "", ""
-        if not math.isfinite(loss):
-            wrong = "the risk is not finite"
-        elif not norm < self._longest(theta):
-            wrong = "the gradient, or its square, is not finite"
-        elif norm == 0:
-            message = "the gradient is zero: nothing to do"
-        else:
-            later, direction, length = self._direction(g, norm, rate, state, inner)
-            if direction is None:
-                wrong, length = "the update is not finite", 0.0
-            else:
-                theta, after = theta - direction, later
-        report = StepReport(
-            loss=loss,
-            accepted=not wrong,
-            message=f"update rejected: {wrong}" if wrong else message,
-            work=Work(gradients=1),
-            details={
-                "gradient_norm": norm if math.isfinite(norm) else None,
-                "step_norm": length,
-                "rate": rate,
-            },
-        )
-        return theta, after, report
+        largest = float(np.finfo(theta.dtype).max)
 
-    def _longest(self, theta: Vector) -> float:
-        """Give the bound below which the gradient's norm, and where needed its square, is finite."""
-        return math.sqrt(np.finfo(theta.dtype).max) if self.rule == "rms-normalised" else math.inf
+        def update(g: Vector, norm: float) -> Update[GradientDescentState] | None:
+            if norm == 0:
+                return Update(theta, state, 0.0, "the gradient is zero: nothing to do")
+            kind, mean_square = g.dtype.type, state.mean_square
+            if self.rule == "rms-normalised":
+                keep = self.mean_square_decay if state.updates else 0.0
+                mean_square = kind(keep) * mean_square + kind(1 - keep) * g * g
+                g = g / (np.sqrt(mean_square) + kind(self.epsilon))
+                norm = agreed_norm(objective, g)
+                if norm == 0:  # underflow
+                    return None
+            scale = rate * min(1.0, self.threshold / norm) if self.rule == "clip" else rate / norm
+            if not max(scale, scale * norm) < largest:
+                return None
+            later = GradientDescentState(state.updates + 1, mean_square)
+            return Update(theta - kind(scale) * g, later, scale * norm)
 
-    def _direction(
-        self,
-        g: Vector,
-        norm: float,
-        rate: float,
-        state: GradientDescentState,
-        inner: Callable[[Vector, Vector], float],
-    ) -> tuple[GradientDescentState, Vector, float]:
-        """Give the next state, the vector to subtract (None where it would overflow), and its length."""
-        kind = g.dtype.type
-        if self.rule == "rms-normalised":
-            keep = self.mean_square_decay if state.updates else 0.0
-            mean_square = kind(keep) * state.mean_square + kind(1 - keep) * g * g
-            g = g / (np.sqrt(mean_square) + kind(self.epsilon))
-            norm = math.sqrt(inner(g, g))
-        else:
-            mean_square = state.mean_square
-        after = GradientDescentState(state.updates + 1, mean_square)
-        if norm == 0:  # underflow
-            return after, None, 0.0
-        scale = rate * min(1.0, self.threshold / norm) if self.rule == "clip" else rate / norm
-        fits = max(scale, scale * norm) < float(np.finfo(g.dtype).max)
-        return after, kind(scale) * g if fits else None, scale * norm
+        # Where the squares are needed, they must be finite too.
+        longest = math.sqrt(largest) if self.rule == "rms-normalised" else math.inf
+        too_long = "the gradient, or its square,"
+        return first_order_step(theta, state, objective, rate, update, longest, too_long)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from hfmpi.optim.base import Vector
 from hfmpi.optim.cg import Iterate
 
-__all__ = ["Choice", "LineSearch", "armijo", "backtrack"]
+__all__ = ["Armijo", "Choice", "LineSearch", "backtrack"]
 
 
 class Choice(NamedTuple):
@@ -48,43 +49,52 @@ def backtrack(loss: Callable[[Vector], float], iterates: list[Iterate]) -> Choic
     return Choice(best, lowest, evaluations)
 
 
-def armijo(
-    loss: Callable[[Vector], float],
-    p: Vector,
-    loss_at_zero: float,
-    loss_at_one: float,
-    slope: float,
-    *,
-    sufficient: float = 1e-2,
-    shrink: float = 0.8,
-    tries: int = 60,
-) -> LineSearch:
-    """Largest rate 1, shrink, shrink^2, ... with f(theta + rate p) <= f(theta) + sufficient * rate * slope.
+@dataclass(frozen=True)
+class Armijo:
+    """How far to go along p, by the rule of Armijo.
 
-    Parameters
+    Attributes
     ----------
-    loss : callable
-        p (D,) -> f(theta + p).
-    loss_at_one : float
-        f(theta + p), already known.
-    slope : float
-        g' p. A p that does not descend (slope >= 0) is refused at once.
     sufficient, shrink, tries
         1e-2, 0.8 and 60 in Martens' released code. tries = 1 tests the full step alone.
-
-    Returns
-    -------
-    LineSearch
-        With rate 0 where no rate was found.
     """
-    rate, value, evaluations = 1.0, loss_at_one, 0
-    if not slope < 0:
-        return LineSearch(0.0, loss_at_zero, 0)
-    for attempt in range(tries):
-        if attempt:
-            rate *= shrink
-            value = loss(p * p.dtype.type(rate))
-            evaluations += 1
-        if math.isfinite(value) and value <= loss_at_zero + sufficient * rate * slope:
-            return LineSearch(rate, value, evaluations)
-    return LineSearch(0.0, loss_at_zero, evaluations)
+
+    sufficient: float = 1e-2
+    shrink: float = 0.8
+    tries: int = 60
+
+    def search(
+        self,
+        loss: Callable[[Vector], float],
+        p: Vector,
+        loss_at_zero: float,
+        loss_at_one: float,
+        slope: float,
+    ) -> LineSearch:
+        """Largest rate 1, shrink, ... with f(theta + rate p) <= f(theta) + sufficient * rate * slope.
+
+        Parameters
+        ----------
+        loss : callable
+            p (D,) -> f(theta + p).
+        loss_at_one : float
+            f(theta + p), already known.
+        slope : float
+            g' p. A p that does not descend (slope >= 0) is refused at once.
+
+        Returns
+        -------
+        LineSearch
+            With rate 0 where no rate was found.
+        """
+        rate, value, evaluations = 1.0, loss_at_one, 0
+        if not slope < 0:
+            return LineSearch(0.0, loss_at_zero, 0)
+        for attempt in range(self.tries):
+            if attempt:
+                rate *= self.shrink
+                value = loss(p * p.dtype.type(rate))
+                evaluations += 1
+            if math.isfinite(value) and value <= loss_at_zero + self.sufficient * rate * slope:
+                return LineSearch(rate, value, evaluations)
+        return LineSearch(0.0, loss_at_zero, evaluations)

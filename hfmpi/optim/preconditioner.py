@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
-from hfmpi.optim.base import Vector
+from hfmpi.optim.base import Operator, Vector
 
 __all__ = ["diagonal"]
 
 
-def diagonal(squares: Vector, damping: float, exponent: float = 0.75) -> Callable[[Vector], Vector]:
+def diagonal(squares: Vector, damping: float, exponent: float) -> Operator:
     """R -> M^-1 r with M = (mean_i g_i^2 + lambda)^exponent, g_i the gradient of case i alone.
 
     Parameters

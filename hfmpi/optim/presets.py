@@ -7,6 +7,7 @@ from typing import Any
 
 from hfmpi.errors import UserError
 from hfmpi.optim.adam import Adam
+from hfmpi.optim.base import Optimizer
 from hfmpi.optim.gradient_descent import GradientDescent
 from hfmpi.optim.hessian_free import HessianFree
 from hfmpi.settings import converted
@@ -20,7 +21,7 @@ PRESETS = ("sgd", "bgd", "shf", "bhf", "bhf-short", "adam")
 class Preset:
     """An optimizer, and sequences in its gradient and curvature batch (0: first order)."""
 
-    optimizer: Any
+    optimizer: Optimizer[Any]
     gradient_batch: int
     curvature_batch: int = 0
 

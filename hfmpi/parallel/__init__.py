@@ -1,6 +1,7 @@
 """Ranks: the communicator, placement on cores, and the launch."""
 
 from hfmpi.parallel.communicator import Communicator
-from hfmpi.parallel.launch import connect, guard
+from hfmpi.parallel.failure import guard
+from hfmpi.parallel.launch import connect
 
 __all__ = ["Communicator", "connect", "guard"]

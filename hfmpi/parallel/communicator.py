@@ -74,7 +74,7 @@ class Communicator:
         TypeError
             If the dtype is another or the array is not C-contiguous.
         """
-        _check(vector, vector.dtype.name in _SUMMABLE)
+        _check(vector)
 
     def sum_in_tree(self, vector: np.ndarray) -> None:
         """Sum a vector over all ranks, as many as a power of two, in a binary tree of neighbours, in place.
@@ -88,22 +88,7 @@ class Communicator:
         ValueError
             If the number of ranks is no power of two.
         """
-        _check(vector, vector.dtype.name in _SUMMABLE)
-
-    def broadcast(self, vector: np.ndarray) -> None:
-        """Replace a vector by that of rank 0, in place.
-
-        Parameters
-        ----------
-        vector : ndarray
-            C-contiguous and of numbers, of the same shape and dtype on every rank.
-
-        Raises
-        ------
-        TypeError
-            If the array is not C-contiguous or not of numbers.
-        """
-        _check(vector, vector.dtype.kind in "biuf")
+        _check(vector)
 
     def agree(self, value: T) -> T:
         """Give rank 0's value on every rank.
@@ -202,13 +187,13 @@ class MPICommunicator(Communicator):
     @_counted
     def sum(self, vector: np.ndarray) -> None:
         """Sum a vector over all ranks, in place; see `Communicator.sum`."""
-        _check(vector, vector.dtype.name in _SUMMABLE)
+        _check(vector)
         self._comm.Allreduce(self._mpi.IN_PLACE, vector, op=self._mpi.SUM)
 
     @_counted
     def sum_in_tree(self, vector: np.ndarray) -> None:
         """Sum a vector over all ranks in a fixed order, in place; see `Communicator.sum_in_tree`."""
-        _check(vector, vector.dtype.name in _SUMMABLE)
+        _check(vector)
         if self.size & (self.size - 1):
             raise ValueError(f"a binary tree needs a power of two of ranks, not {self.size}")
         other, distance = np.empty_like(vector), 1
@@ -217,12 +202,6 @@ class MPICommunicator(Communicator):
             self._comm.Sendrecv(vector, partner, 0, other, partner, 0)
             vector += other
             distance *= 2
-
-    @_counted
-    def broadcast(self, vector: np.ndarray) -> None:
-        """Replace a vector by that of rank 0, in place; see `Communicator.broadcast`."""
-        _check(vector, vector.dtype.kind in "biuf")
-        self._comm.Bcast(vector, root=0)
 
     @_counted
     def agree(self, value: T) -> T:
@@ -257,8 +236,8 @@ class MPICommunicator(Communicator):
         self._comm.Free()
 
 
-def _check(vector: np.ndarray, fits: bool) -> None:
-    if not fits or not vector.flags.c_contiguous:
+def _check(vector: np.ndarray) -> None:
+    if vector.dtype.name not in _SUMMABLE or not vector.flags.c_contiguous:
         raise TypeError(
             f"cannot send an array of {vector.dtype} with shape {vector.shape} and strides {vector.strides}"
         )

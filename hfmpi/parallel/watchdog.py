@@ -27,7 +27,7 @@ from typing import NoReturn
 from hfmpi.parallel.communicator import MPICommunicator
 from hfmpi.parallel.sockets import link_up
 
-__all__ = ["Watchdog", "joining", "watch"]
+__all__ = ["Watchdog", "joining", "quiet_end", "watch"]
 
 _LOOK = 1.0  # seconds between looks
 _STOPPED = 6  # looks in a row that find a process of this node stopped
@@ -35,6 +35,8 @@ _SILENT = 30  # looks without a word from another node
 _LATER = 5  # looks that the others leave to rank 0, which knows more, when nothing moves
 _SILENCE = 1.0  # seconds in which another rank may speak
 _CODE = 1  # of ranks that end because of another
+
+_own: Watchdog | None = None  # of this process, from the first `watch` on
 
 
 class Watchdog:
@@ -214,8 +216,11 @@ class Watchdog:
         os._exit(code)
 
 
-def watch(comm: MPICommunicator, stall_timeout: float) -> Watchdog:
-    """Start the watchdog of this rank; collective. It leaves with the program, by `atexit`."""
+def watch(comm: MPICommunicator, stall_timeout: float) -> None:
+    """Start the watchdog of this process, if it has none; collective. It leaves with the program."""
+    global _own
+    if _own is not None:
+        return
     namespace = ""
     with contextlib.suppress(OSError):
         namespace = os.readlink("/proc/self/ns/pid")
@@ -225,9 +230,14 @@ def watch(comm: MPICommunicator, stall_timeout: float) -> Watchdog:
         names = ", ".join(map(str, missing[:8])) + ", ..." * (len(missing) > 8)
         sentence = f"Note: rank 0 has no TCP connection to rank {names}; should one of them die, "
         os.write(2, f"{sentence}the others learn it from the launcher or by --stall-timeout.\n".encode())
-    watchdog = Watchdog(comm, stall_timeout, links, places)
-    atexit.register(watchdog.goodbye)
-    return watchdog
+    _own = Watchdog(comm, stall_timeout, links, places)
+    atexit.register(_own.goodbye)
+
+
+def quiet_end(code: int) -> None:
+    """Tell all ranks to leave at once, because of an error that has been printed."""
+    if _own is not None:
+        _own.quiet_end(code)
 
 
 @contextlib.contextmanager

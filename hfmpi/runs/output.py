@@ -15,7 +15,7 @@ from hfmpi.files.checkpoint import Entry
 from hfmpi.files.history import Record
 from hfmpi.files.writer import Writer
 from hfmpi.parallel.communicator import Communicator
-from hfmpi.parallel.launch import together
+from hfmpi.parallel.failure import together
 from hfmpi.runs.record import Facts, Reporter
 
 __all__ = ["Output"]

@@ -18,7 +18,7 @@ from hfmpi.files.checkpoint import Checkpoint
 from hfmpi.measure.spans import EVALUATE, FILES
 from hfmpi.measure.timer import Timer
 from hfmpi.models.network import Network
-from hfmpi.objective.data_parallel import MeanRisk, Stopped, step_objectives
+from hfmpi.objective.data_parallel import DataParallel, Stopped, step_objectives
 from hfmpi.objective.transport import choose
 from hfmpi.optim.base import StepReport
 from hfmpi.optim.hessian_free import HessianFree
@@ -87,18 +87,12 @@ class Run:
         self.epoch_steps = max(1, self.train_set.count // preset.gradient_batch)
         self.backend = config.make_backend(placement.local_rank)
         self.timer = Timer(clock)
-        self.risk = MeanRisk(
-            Network(cell, self.backend),
-            communicator,
-            self.timer,
-            config.micro_batch,
-            config.memory_budget or (self.backend.free_memory() or placement.memory) // 2,
-            slices=config.slices,
-        )
+        self.network = Network(cell, self.backend)
+        self.memory_budget = config.memory_budget or (self.backend.free_memory() or placement.memory) // 2
+        self.risk: DataParallel  # from the start of `train` on
 
         if resume is not None:  # before memory is taken for what its options describe
-            network = self.risk.network
-            check_model(resume, corpus.symbols, network.layout.size, self.backend.dtype)
+            check_model(resume, corpus.symbols, self.network.size, self.backend.dtype)
         initial = cell.initial(config.seed, config.initialisation, config.forget_bias)
         self.theta: Array = self.backend.to_device(initial.astype(self.backend.dtype))
         self.state = preset.optimizer.init(self.theta)
@@ -137,16 +131,26 @@ class Run:
         config, comm, output = self.config, self.communicator, self.output
         theta = self.backend.to_host(self.theta)
         checks.same_start(comm, theta, asdict(config), self.corpus.digest, self.step)
-        self.risk.transport = choose(config.transport, comm, self.backend, config.slices > 0)
-        place, backend, transport = self.placement, self.backend, self.risk.transport.name
-        own = Place(place.host, place.local_rank, backend.device, backend.device_id, transport)
+        transport = choose(config.transport, comm, self.backend, config.slices > 0)
+        self.leaving = False  # what is left to do is done, whoever wants to stop
+        self.risk = DataParallel(
+            self.network,
+            comm,
+            self.timer,
+            config.micro_batch,
+            self.memory_budget,
+            transport,
+            config.slices,
+            stop=lambda: not self.leaving and signals.wanted(),
+        )
+        place, backend = self.placement, self.backend
+        own = Place(place.host, place.local_rank, backend.device, backend.device_id, transport.name)
         output.open(self.folder, to_toml(config), self.facts(comm.gather(own) or ()))
         self.timing.start()
         self._started = self.timer.clock() - self.progress.seconds
         checkpoint_every = config.checkpoint_every or self.epoch_steps
         evaluate_every = config.evaluate_every or self.epoch_steps
         valid, saved = None, -1
-        self.risk.stop = signals.wanted
         try:
             while True:
                 self._look_at_the_clock()
@@ -169,7 +173,7 @@ class Run:
             done = True
         except Stopped:
             reason, done = self._who_stopped(signals), False
-            self.risk.stop = lambda: False  # what is left to do is done
+            self.leaving = True
         if saved != self.step and not self.save(valid):
             unsaved = self.first_step if output.last_saved is None else output.last_saved
             failure = output.failures["the checkpoint"]
@@ -199,7 +203,7 @@ class Run:
         """Check that all ranks agree and theta is sound; write the checkpoint, and say if it is written."""
         self.check_ranks()
         # Where the validation loss of this step is not known, that of a few sequences will do.
-        known = self.evaluate(self.theta, self.risk.micro_batch) if valid is None else valid
+        known = self.evaluate(self.theta, self.risk.local.micro_batch) if valid is None else valid
         checks.finite(self.communicator.agree(known), self.step, self.output.last_good)
         with self.timer.span(FILES):
             meta = {
@@ -229,17 +233,17 @@ class Run:
         structural = isinstance(optimizer, HessianFree) and optimizer.structural_damping > 0
         return Facts(
             config,
-            self.risk.network.layout.size,
+            self.network.size,
             self.train_set.count,
             *self.batches,
             size,
             self.placement.threads,
             self.backend.name,
             places,
-            self.risk.network.tape_bytes(
+            self.network.tape_bytes(
                 config.burn_in + config.sequence_length, -(-curvature // size), structural
             ),
-            self.risk.memory_budget,
+            self.memory_budget,
             self.step,
         )
 

@@ -128,6 +128,10 @@ class ndarray:
         forbid_capture("a copy to the host")
         return float(self._a)
 
+    def __bool__(self):
+        forbid_capture("a copy to the host")
+        return bool(self._a)
+
     def __array__(self, *_, **__):
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
 
@@ -153,6 +157,10 @@ class ndarray:
 
     def sum(self, **options):
         return sum(self, **options)
+
+    def any(self):
+        forbid_capture("any")
+        return ndarray(np.asarray(self._a.any()))
 
     def get(self, out=None):
         forbid_capture("a copy to the host")

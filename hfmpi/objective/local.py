@@ -1,0 +1,265 @@
+"""One rank's sums over its shard of a global batch: micro-batches, linearisations, and memory that runs out.
+
+No communication. What a rank has to add up comes in slices, whose sums are added in a binary tree.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from hfmpi.backends.base import Array
+from hfmpi.data.batches import Cases
+from hfmpi.errors import UserError
+from hfmpi.measure.timer import Timer
+from hfmpi.models.base import Linearisation, Model, SquaredGradients, StructuralDamping
+from hfmpi.objective.messages import PARTS, message_sizes, pack
+
+__all__ = ["LocalSums", "Shard", "pairwise"]
+
+T = TypeVar("T")
+
+Linearise = Callable[[Array, Any, Any], Linearisation]
+"""theta (D,), a batch, and a linearisation whose memory may be taken."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one rank works on.
+
+    Attributes
+    ----------
+    cases : Cases
+    slices : list of (n,) int64
+        Indices of the cases of each slice, perhaps none.
+    example : (1,) int64
+        A case of the global batch, for a rank that has none of its own.
+    """
+
+    cases: Cases
+    slices: list[np.ndarray]
+    example: np.ndarray
+
+    @property
+    def count(self) -> int:
+        """The number of cases."""
+        return sum(part.size for part in self.slices)
+
+
+def pairwise(parts: list[Array]) -> Array:
+    """Add up arrays or numbers, as many as a power of two or one, in a binary tree of neighbours."""
+    while len(parts) > 1:
+        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+class LocalSums:
+    """Sums of a model over shards.
+
+    Parameters
+    ----------
+    model : Model
+    timer : Timer
+        Gets the spans input, forward, gradient, linearise, products and those of losses.
+    micro_batch : int, optional
+        Most cases at a time; without it, what suits the backend. Halved where the memory does not suffice.
+    memory_budget : float
+        Bytes of linearisations that may be kept between products.
+    rank : int
+        For sentences.
+    """
+
+    def __init__(
+        self, model: Model, timer: Timer, micro_batch: int | None, memory_budget: float, rank: int
+    ) -> None:
+        self.model = model
+        self.timer = timer
+        self.micro_batch = micro_batch or model.backend.micro_batch
+        self.memory_budget = memory_budget
+        self.rank = rank
+        self._passing: Linearisation | None = None  # used up at once; its memory serves the next
+        self._kept: list[Linearisation] = []  # between products
+        self._squares = False  # whether the model has squares, as far as a rank without cases knows
+
+    def loss(self, theta: Array, shard: Shard, span: str) -> float:
+        """Sum the losses, in float64; the timer books them under `span`."""
+
+        def share(part: np.ndarray) -> float:
+            loss = 0.0
+            for indices in self._cut(part):
+                batch = self._take(shard, indices)
+                with self.timer.span(span):
+                    loss += self.model.loss(theta, batch)
+            return loss
+
+        return float(self._shrinking(shard, lambda: pairwise([share(part) for part in shard.slices])))
+
+    def gradient(self, theta: Array, shard: Shard, scored: int, squares: bool) -> Array:
+        """Give the message of loss and gradient over `scored`, with `squares` of the single cases' too.
+
+        Raises
+        ------
+        UserError
+            On all ranks alike, if the model has no squares.
+        """
+        backend, size = self.model.backend, theta.size
+
+        def share(part: np.ndarray) -> Array:
+            message = backend.xp.zeros(message_sizes(size, squares)["gradient"], theta.dtype)
+            out, square_sum, loss = message[:size], message[size : 2 * size], 0.0
+            for indices in self._cut(part):
+                batch = self._take(shard, indices)
+                with self.timer.span("forward"):
+                    at = self._pass(self.model.linearise, theta, batch)
+                with self.timer.span("gradient"):
+                    if squares:
+                        _squaring(at).squared_gradients(1 / scored, out, square_sum)
+                    else:
+                        at.gradient(1 / scored, out)
+                    backend.synchronize()
+                loss += at.loss / scored
+            message[PARTS] = backend.to_device(pack(loss).astype(theta.dtype))
+            return message
+
+        def whole() -> Array:
+            if squares and not shard.count and not self._squares:
+                # From a case of the others it learns, once, what the model may lack.
+                _squaring(self._pass(self.model.linearise, theta, shard.cases.take(shard.example)))
+                self._squares = True
+            return pairwise([share(part) for part in shard.slices])
+
+        return self._shrinking(shard, whole)
+
+    def products(
+        self, theta: Array, shard: Shard, scored: int, structural: float = 0.0
+    ) -> Callable[[Array], Array]:
+        """Linearise at theta; give v (D,) -> the message of (G + structural * S) v over `scored`.
+
+        Linearisations are kept for the newest operator alone; an older one linearises anew.
+
+        Raises
+        ------
+        UserError
+            On all ranks alike, if the model has no structural damping and this is asked for.
+        """
+        backend, model = self.model.backend, self.model
+        linearise: Linearise = model.linearise
+        if structural > 0:
+            if not isinstance(model, StructuralDamping):
+                raise UserError("the model has no structural damping: set structural_damping=0")
+            linearise = model.linearise_structural
+        batches = self._shrinking(shard, lambda: self._linearise(linearise, theta, shard))
+        mine = self._kept
+
+        def add(at: Any, v: Array, out: Array) -> None:
+            with self.timer.span("products"):
+                if structural > 0:
+                    at.structural_gauss_newton(v, 1 / scored, structural, out)
+                else:
+                    at.gauss_newton(v, 1 / scored, out)
+                backend.synchronize()
+
+        def share(kept: list[Linearisation], others: list[Any], v: Array) -> Array:
+            message = backend.xp.zeros(message_sizes(v.size, False)["product"], v.dtype)
+            for at in kept:
+                add(at, v, message[:-1])
+            for batch in others:
+                with self.timer.span("linearise"):
+                    at = self._pass(linearise, theta, batch)
+                add(at, v, message[:-1])
+            return message
+
+        def sums(v: Array) -> Array:
+            nonlocal batches, mine
+            if self._kept is not mine:  # given up for lack of memory, or for another operator
+                batches, mine = [], []  # their memory serves the new ones
+                batches = self._linearise(linearise, theta, shard)
+                mine = self._kept
+            return pairwise([share(kept, others, v) for kept, others in batches])
+
+        return lambda v: self._shrinking(shard, lambda: sums(v))
+
+    def _linearise(
+        self, linearise: Linearise, theta: Array, shard: Shard
+    ) -> list[tuple[list[Linearisation], list[Any]]]:
+        """Give, for every slice, the linearisations that fit the memory budget and the batches left over."""
+        before, left, size, cases = self._kept, self.memory_budget, 0, 1
+        self._kept = kept = list[Linearisation]()
+        found = []
+        for part in shard.slices:
+            start, others = len(kept), []
+            for indices in self._cut(part):
+                batch = self._take(shard, indices)
+                if size * len(indices) > left * cases:  # were it, for its cases, as large as the last one
+                    others.append(batch)
+                    continue
+                reuse = before[len(kept)] if len(kept) < len(before) else self._passing
+                with self.timer.span("linearise"):
+                    at = linearise(theta, batch, reuse)
+                if reuse is self._passing:
+                    self._passing = None
+                size, cases = at.nbytes, len(indices)
+                if size > left:
+                    self._passing = at
+                    others.append(batch)
+                else:
+                    left -= size
+                    kept.append(at)
+            found.append((kept[start:], others))
+        return found
+
+    def _pass(self, linearise: Linearise, theta: Array, batch: Any) -> Linearisation:
+        """Linearise on one micro-batch, in memory that the next call takes over."""
+        self._passing = linearise(theta, batch, self._passing)
+        return self._passing
+
+    def _shrinking(self, shard: Shard, work: Callable[[], T]) -> T:
+        """Do this rank's share of the work, in smaller micro-batches where the memory does not suffice."""
+        before = self.micro_batch
+        while True:
+            try:
+                result = work()
+                break
+            except MemoryError:
+                pass  # leave the handler first: its traceback holds arrays
+            self._shrink(shard.count)
+        if self.micro_batch < before:
+            logging.getLogger(__name__).warning(
+                "Note: rank %d went out of memory (%s) and goes on with micro-batches of %d sequences.",
+                self.rank,
+                self.model.backend.device,
+                self.micro_batch,
+            )
+        return result
+
+    def _shrink(self, count: int) -> None:
+        """Give all memory back; keep half of what was kept, and halve the micro-batches of so many cases."""
+        most = min(self.micro_batch, count)
+        if most <= 1:
+            raise UserError(
+                f"rank {self.rank} has not enough memory for a single sequence "
+                f"({self.model.backend.device}): take shorter sequences or fewer units"
+            )
+        self.micro_batch = most // 2
+        if self._kept:
+            self.memory_budget = min(self.memory_budget, sum(at.nbytes for at in self._kept)) / 2
+        self._passing, self._kept = None, []
+        self.model.release()
+
+    def _cut(self, part: np.ndarray) -> list[np.ndarray]:
+        """Cut a slice into micro-batches of nearly one size."""
+        return np.array_split(part, -(-part.size // self.micro_batch)) if part.size else []
+
+    def _take(self, shard: Shard, indices: np.ndarray) -> Any:
+        with self.timer.span("input"):
+            return shard.cases.take(indices)
+
+
+def _squaring(at: Linearisation) -> SquaredGradients:
+    if not isinstance(at, SquaredGradients):
+        raise UserError("the model has no squared gradients: set preconditioner=none")
+    return at

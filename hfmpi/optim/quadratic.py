@@ -1,0 +1,65 @@
+"""The quadratic model of the risk around theta, which a Hessian-free step minimises."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from hfmpi.optim.base import Objectives, Scalars, Vector, inner_product
+
+__all__ = ["Prediction", "QuadraticModel"]
+
+
+class Prediction(NamedTuple):
+    """What the model says of a step p: g' p, p' p, and m(p) - f without damping. Agreed numbers."""
+
+    slope: float
+    square: float
+    change: float
+
+
+class QuadraticModel:
+    """m(p) = f + g' p + p' G p / 2; damped it gains lambda p' p / 2 + mu lambda p' S p / 2.
+
+    Parameters
+    ----------
+    objectives : Objectives
+        Its curvature objective is linearised at theta.
+    theta, gradient : (D,)
+    damping, structural : float
+        lambda and mu.
+
+    Attributes
+    ----------
+    linearisations, products : int
+        How many it took so far.
+    """
+
+    def __init__(
+        self, objectives: Objectives, theta: Vector, gradient: Vector, damping: float, structural: float
+    ) -> None:
+        self.objectives, self.theta, self.gradient = objectives, theta, gradient
+        self.damping, self.structural = damping, structural
+        self.linearisations, self.products = 1, 0
+        curvature = objectives.second
+        if structural * damping == 0:
+            self._product = curvature.gauss_newton(theta)
+        else:
+            self._product = curvature.structural_gauss_newton(theta, structural * damping)
+
+    def damped(self, v: Vector) -> Vector:
+        """(G + mu lambda S + lambda I) v."""
+        self.products += 1
+        return self._product(v) + v.dtype.type(self.damping) * v
+
+    def predict(self, p: Vector, damped_change: float) -> Prediction:
+        """Say what p brings; `damped_change` is m(p) - f with the damping, as the solver knows it."""
+        agree = self.objectives.gradient.agree
+        scalars: Scalars = inner_product(self.gradient, p), inner_product(p, p)
+        if self.structural == 0:
+            slope, square = agree(scalars)
+            return Prediction(slope, square, damped_change - 0.5 * self.damping * square)
+        self.linearisations += 1
+        self.products += 1
+        product = self.objectives.second.gauss_newton(self.theta)(p)
+        slope, square, curvature = agree((*scalars, inner_product(p, product)))
+        return Prediction(slope, square, slope + 0.5 * curvature)
