@@ -1,106 +1,150 @@
-"""A plain, slow, independent implementation of the four cells, for tests only.
+"""A plain, slow, independent implementation of all networks and losses, for tests only.
 
-One sequence, one step, one formula at a time, straight from the paper; it shares no code with hfmpi and
+One sequence, one step, one formula at a time, straight from the papers; it shares no code with hfmpi and
 accepts complex parameters, so that complex-step differentiation gives derivatives to rounding:
-J v = Im f(theta + i h v) / h without any subtraction.
+J v = Im f(theta + i h v) / h without any subtraction. `about` is an architecture, `loss` a name.
 """
 
 import numpy as np
 
 STEP = 1e-30
+GROUPS = {"rnn": 1, "mrnn": 1, "lstm": 4, "mlstm": 4, "gru": 3}
 
 
 def sigmoid(a):
     return 1 / (1 + np.exp(-a))
 
 
-def split(theta, cell):
-    n, v = cell.hidden, cell.vocabulary
-    k = 4 * n if cell.gated else n
-    shapes = [("W_mx", (v, n)), ("W_mh", (n, n))] if cell.multiplicative else []
-    shapes += [("W_x", (v, k)), ("W_h", (n, k)), ("b", (k,)), ("W_o", (n, v))]
-    shapes += [("b_o", (v,))] if cell.variant == "standard" else []
-    out, at = {}, 0
-    for name, shape in shapes:
-        size = int(np.prod(shape))
-        out[name] = theta[at : at + size].reshape(shape)
-        at += size
+def split(theta, about):
+    """Give a dict of matrices for each layer, and that of the outputs."""
+    n, out, at = about.hidden, [], 0
+
+    def take(shape):
+        nonlocal at
+        at += int(np.prod(shape))
+        return theta[at - int(np.prod(shape)) : at].reshape(shape)
+
+    for layer in range(about.layers):
+        inputs, k = n if layer else about.inputs, GROUPS[about.name] * n
+        names = [("W_mx", (inputs, n)), ("W_mh", (n, n))] if about.name in ("mrnn", "mlstm") else []
+        names += [("W_x", (inputs, k)), ("W_h", (n, k)), ("b", (4 * n if about.name == "gru" else k,))]
+        out.append({name: take(shape) for name, shape in names})
+    names = [("W_o", (n, about.outputs))] + [("b_o", (about.outputs,))] * (about.variant == "standard")
+    out.append({name: take(shape) for name, shape in names})
     assert at == len(theta)
     return out
 
 
-def run(theta, cell, batch):
-    """Logits (T, B, V) and pre-activations (L, B, K)."""
-    p, n = split(theta, cell), cell.hidden
-    steps, size = batch.inputs.shape
-    logits = np.zeros((steps, size, cell.vocabulary), theta.dtype)
-    pre = np.zeros((steps, size, len(p["b"])), theta.dtype)
+def step(p, about, x, h, c):
+    """One step of a layer: h, c and the pre-activations."""
+    n = about.hidden
+    if about.name == "gru":  # columns of W_x: u, r, z; of W_h: r, z, s; biases u, r, z, s
+        xu, xr, xz = np.split(x @ p["W_x"], 3)
+        hr, hz, hs = np.split(h @ p["W_h"], 3)
+        bu, br, bz, bs = np.split(p["b"], 4)
+        r, z = sigmoid(xr + hr + br), sigmoid(xz + hz + bz)
+        a_u = xu + bu + r * (hs + bs)
+        a = np.concatenate([a_u, xr + hr + br, xz + hz + bz])
+        u = np.tanh(a_u)
+        return (1 - z) * u + z * h, c, a
+    source = (x @ p["W_mx"]) * (h @ p["W_mh"]) if "W_mx" in p else h
+    a = x @ p["W_x"] + source @ p["W_h"]
+    a = a + (p["b"] if about.variant == "standard" else np.concatenate([p["b"][: 3 * n], np.zeros(n)]))
+    if about.name in ("rnn", "mrnn"):
+        return np.tanh(a), c, a
+    i, f, o = sigmoid(a[:n]), sigmoid(a[n : 2 * n]), sigmoid(a[2 * n : 3 * n])
+    u = a[3 * n :] if about.variant == "krause" else np.tanh(a[3 * n :])
+    c = f * c + i * u
+    return (np.tanh(o * c + p["b"][3 * n :]) if about.variant == "krause" else o * np.tanh(c)), c, a
+
+
+def run(theta, about, batch):
+    """Give outputs (T, B, O) and pre-activations, a list of (L, B, K) a layer."""
+    *layers, top = split(theta, about)
+    steps, size = batch.inputs.shape[:2]
+    outputs = np.zeros((steps, size, about.outputs), theta.dtype)
+    pre = [[[None] * size for _ in range(steps)] for _ in layers]
     for b in range(size):
-        h, c = np.zeros(n, theta.dtype), np.zeros(n, theta.dtype)
+        h = [np.zeros(about.hidden, theta.dtype) for _ in layers]
+        c = [np.zeros(about.hidden, theta.dtype) for _ in layers]
         for t in range(steps):
-            x = np.eye(cell.vocabulary)[batch.inputs[t, b]]
-            source = (x @ p["W_mx"]) * (h @ p["W_mh"]) if cell.multiplicative else h
-            a = x @ p["W_x"] + source @ p["W_h"]
-            if cell.variant == "standard":
-                a = a + p["b"]
-            else:
-                a = a + np.concatenate([p["b"][: 3 * n], np.zeros(n)])
-            if not cell.gated:
-                h = np.tanh(a)
-            else:
-                i, f, o = sigmoid(a[:n]), sigmoid(a[n : 2 * n]), sigmoid(a[2 * n : 3 * n])
-                u = a[3 * n :] if cell.variant == "krause" else np.tanh(a[3 * n :])
-                c = f * c + i * u
-                h = np.tanh(o * c + p["b"][3 * n :]) if cell.variant == "krause" else o * np.tanh(c)
-            pre[t, b] = a
-            logits[t, b] = h @ p["W_o"] + p.get("b_o", 0)
-    return logits[steps - len(batch.targets) :], pre
+            read = batch.inputs[t, b]
+            x = np.eye(about.inputs)[read] if batch.inputs.ndim == 2 else read
+            for i, p in enumerate(layers):
+                h[i], c[i], pre[i][t][b] = step(p, about, x, h[i], c[i])
+                x = h[i]
+            outputs[t, b] = x @ top["W_o"] + top.get("b_o", 0)
+    return outputs[steps - len(batch.targets) :], [np.array(layer) for layer in pre]
 
 
-def loss(theta, cell, batch):
+def weight(batch, t, b):
+    return 1 if batch.mask is None else batch.mask[t, b]
+
+
+def loss(theta, about, batch, kind="cross-entropy"):
     """Give the summed loss in nats."""
-    logits, _ = run(theta, cell, batch)
+    outputs, _ = run(theta, about, batch)
     total = 0
-    for t, b in np.ndindex(*batch.targets.shape):
-        z = logits[t, b]
-        total = total + np.log(np.sum(np.exp(z))) - z[batch.targets[t, b]]
+    for t, b in np.ndindex(*batch.targets.shape[:2]):
+        z, y = outputs[t, b], batch.targets[t, b]
+        if kind == "cross-entropy":
+            own = np.log(np.sum(np.exp(z))) - z[y]
+        elif kind == "squares":
+            own = np.sum((z - y) ** 2) / 2
+        else:
+            own = -np.sum(y * np.log(sigmoid(z)) + (1 - y) * np.log(1 - sigmoid(z)))
+        total = total + weight(batch, t, b) * own
     return total
 
 
-def gradient(theta, cell, batch):
-    columns = (loss(theta + 1j * STEP * e, cell, batch).imag / STEP for e in np.eye(len(theta)))
+def gradient(theta, about, batch, kind="cross-entropy"):
+    columns = (loss(theta + 1j * STEP * e, about, batch, kind).imag / STEP for e in np.eye(len(theta)))
     return np.array(list(columns))
 
 
-def jacobians(theta, cell, batch):
-    """Dense Jacobians of the logits (T B V, D) and of the pre-activations (L B K, D)."""
-    columns = [run(theta + 1j * STEP * e, cell, batch) for e in np.eye(len(theta))]
-    return tuple(np.stack([c[i].imag.reshape(-1) / STEP for c in columns], axis=1) for i in (0, 1))
+def jacobians(theta, about, batch):
+    """Dense Jacobians of the outputs (T B O, D) and of the pre-activations of all layers (., D)."""
+    columns = []
+    for e in np.eye(len(theta)):
+        outputs, pre = run(theta + 1j * STEP * e, about, batch)
+        columns.append(
+            [a.imag.reshape(-1) / STEP for a in (outputs, np.concatenate([p.ravel() for p in pre]))]
+        )
+    return tuple(np.stack([c[i] for c in columns], axis=1) for i in (0, 1))
 
 
-def structural_weights(theta, cell, batch):
+def structural_weights(theta, about, batch):
     """Weights of the structural damping term: p (1 - p) of each unit, p its value scaled to (0, 1)."""
-    _, pre = run(theta, cell, batch)
-    if not cell.gated:
-        return 0.25 * (1 - np.tanh(pre) ** 2)
-    gates, u = pre[..., : 3 * cell.hidden], pre[..., 3 * cell.hidden :]
-    w = sigmoid(gates) * (1 - sigmoid(gates))
-    wu = np.full_like(u, 0.25) if cell.variant == "krause" else 0.25 * (1 - np.tanh(u) ** 2)
-    return np.concatenate([w, wu], axis=-1)
+    found = []
+    for pre in run(theta, about, batch)[1]:
+        n = about.hidden
+        tanh = 0.25 * (1 - np.tanh(pre) ** 2)
+        gate = sigmoid(pre) * (1 - sigmoid(pre))
+        if about.name == "gru":
+            w = np.concatenate([tanh[..., :n], gate[..., n:]], axis=-1)
+        elif about.name in ("rnn", "mrnn"):
+            w = tanh
+        else:
+            update = np.full_like(pre, 0.25) if about.variant == "krause" else tanh
+            w = np.concatenate([gate[..., : 3 * n], update[..., 3 * n :]], axis=-1)
+        found.append(w.reshape(-1))
+    return np.concatenate(found)
 
 
-def gauss_newton(theta, cell, batch, structural=0.0):
+def gauss_newton(theta, about, batch, structural=0.0, kind="cross-entropy"):
     """Dense Gauss-Newton matrix (D, D) of the summed loss."""
-    logits, _ = run(theta, cell, batch)
-    j, ja = jacobians(theta, cell, batch)
-    v = cell.vocabulary
-    z = logits.reshape(-1, v)
-    p = np.exp(z - z.max(axis=1, keepdims=True))
-    p /= p.sum(axis=1, keepdims=True)
+    outputs, _ = run(theta, about, batch)
+    j, ja = jacobians(theta, about, batch)
+    o = about.outputs
     g = np.zeros((len(theta), len(theta)))
-    for r, row in enumerate(p):
-        block = j[r * v : (r + 1) * v]
-        g += block.T @ (np.diag(row) - np.outer(row, row)) @ block
+    for r, (t, b) in enumerate(np.ndindex(*batch.targets.shape[:2])):
+        z, block = outputs[t, b], j[r * o : (r + 1) * o]
+        if kind == "cross-entropy":
+            p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+            hessian = np.diag(p) - np.outer(p, p)
+        else:
+            hessian = np.eye(o) if kind == "squares" else np.diag(sigmoid(z) * (1 - sigmoid(z)))
+        g += weight(batch, t, b) * block.T @ hessian @ block
     if structural:
-        g += structural * ja.T @ (structural_weights(theta, cell, batch).reshape(-1, 1) * ja)
+        g += structural * ja.T @ (structural_weights(theta, about, batch)[:, np.newaxis] * ja)
     return g

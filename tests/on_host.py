@@ -1,15 +1,16 @@
 """Networks that take and give NumPy arrays, whatever their device."""
 
-from hfmpi.models.network import Network, Outputs
+from hfmpi.models.network import Network
+from hfmpi.models.tape import Outputs
 
 
 class OnHost:
     """A network; every array is carried to its device and back."""
 
-    def __init__(self, *arguments):
-        self.network = Network(*arguments)
+    def __init__(self, *arguments, **options):
+        self.network = Network(*arguments, **options)
         self.backend = self.network.backend
-        self.cell, self.tape_bytes = self.network.cell, self.network.tape_bytes
+        self.about, self.tape_bytes = self.network.architecture, self.network.tape_bytes
 
     def device(self, array):
         return None if array is None else self.backend.to_device(array)
@@ -17,8 +18,9 @@ class OnHost:
     def host(self, array):
         return None if array is None else self.backend.to_host(array)
 
-    def forward(self, theta, *arguments, **options):
-        return self.network.forward(self.device(theta), *arguments, **options)
+    def forward(self, theta, batch, structural=False, reuse=None):
+        linearise = self.network.linearise_structural if structural else self.network.linearise
+        return linearise(self.device(theta), batch, reuse)
 
     def loss(self, theta, batch):
         return self.network.loss(self.device(theta), batch)
@@ -31,19 +33,23 @@ class OnHost:
                 mine[...] = self.host(theirs)
 
     def gradient(self, tape, scale, out, squares=None):
-        self._adding(lambda g, s: self.network.gradient(tape, scale, g, s), out, squares)
+        if squares is None:
+            self._adding(lambda g, _: tape.gradient(scale, g), out)
+        else:
+            self._adding(lambda g, s: tape.squared_gradients(scale, g, s), out, squares)
 
     def gauss_newton(self, tape, v, scale, structural, out):
         own = self.device(v)
-        self._adding(lambda g, _: self.network.gauss_newton(tape, own, scale, structural, g), out)
+        self._adding(lambda g, _: tape.structural_gauss_newton(own, scale, structural, g), out)
 
     def jvp(self, tape, v, pre=False):
-        return Outputs(*map(self.host, self.network.jvp(tape, self.device(v), pre)))
+        found = tape.jvp(self.device(v), pre)
+        return Outputs(self.host(found.outputs), found.pre and tuple(map(self.host, found.pre)))
 
     def vjp(self, tape, u, out):
-        own = Outputs(*map(self.device, u))
-        self._adding(lambda g, _: self.network.vjp(tape, own, g), out)
+        own = Outputs(self.device(u.outputs), u.pre and tuple(map(self.device, u.pre)))
+        self._adding(lambda g, _: tape.vjp(own, g), out)
 
     def advance(self, theta, state, inputs):
-        state, logits = self.network.advance(self.device(theta), state, self.device(inputs))
-        return state, self.host(logits)
+        state, outputs = self.network.advance(self.device(theta), state, self.device(inputs))
+        return state, self.host(outputs)

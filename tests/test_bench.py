@@ -12,7 +12,7 @@ from hfmpi.bench.bound import Products
 from hfmpi.bench.contest import Contestant, contest
 from hfmpi.cli.bench import bench
 from hfmpi.data.batches import Sequences
-from hfmpi.models.cells import Cell
+from hfmpi.models.architecture import Architecture
 from hfmpi.models.network import Network
 from hfmpi.parallel.communicator import Communicator, MPICommunicator
 
@@ -59,7 +59,7 @@ def test_gradients():
 
 def test_allreduce():
     found = rows("allreduce", "--model", "lstm")
-    size = Cell("lstm", 6, 5).layout.size
+    size = Architecture("lstm", 6, 5, 5).layout.size
     # Two float64; the product and a flag; gradient, squares, the loss in four parts and a flag.
     assert [r["bytes"] for r in found] == [16, 4 * size + 4, 8 * size + 20]
 
@@ -89,24 +89,24 @@ def test_the_table_names_what_was_measured_on():
 def test_the_bound_holds_all_products_of_a_pass(name, backend):
     """The number of operations is that of the formulas: nothing is left out, nothing added."""
     n, v, steps, size = 6, 5, 7, 3
-    cell = Cell(name, n, v)
-    network = Network(cell, create(backend), block_rows=6)
+    about = Architecture(name, n, v, v)
+    network = Network(about, create(backend), block_rows=6)
     products = Products(network.backend)
-    theta = network.backend.to_device(cell.initial(0).astype(np.float32))
+    theta = network.backend.to_device(about.initial(0).astype(np.float32))
     batch = Sequences(np.arange(steps * size, dtype=np.uint8) % v, steps).take(np.arange(size))
-    k = 4 * n if cell.gated else n
-    recurrent = n * k + cell.multiplicative * n * n
+    k = 4 * n if (name in ("lstm", "mlstm")) else n
+    recurrent = n * k + about.cell.multiplicative * n * n
     tape = None
     for _ in range(3):
         with products.recorded():
-            tape = network.forward(theta, batch, reuse=tape)
+            tape = network.linearise(theta, batch, tape)
         assert products.operations == 2 * steps * size * (recurrent + n * v)
         out = theta * 0
         with products.recorded():
-            network.gauss_newton(tape, theta, 1.0, 0.0, out)
+            tape.gauss_newton(theta, 1.0, out)
         assert products.operations == 2 * steps * size * (4 * recurrent + 4 * n * v)
     calls = len(products.calls)
-    network.gauss_newton(tape, theta, 1.0, 0.0, out)
+    tape.gauss_newton(theta, 1.0, out)
     assert len(products.calls) == calls  # the recording is over
     products.calls = [(a * 0, b * 0, result * np.nan) for a, b, result in products.calls]
     for _ in range(3):  # on a GPU: as it is, captured, and replayed

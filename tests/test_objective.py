@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hfmpi.backends import create
 from hfmpi.data.batches import Sequences
 from hfmpi.errors import UserError
-from hfmpi.models.cells import Cell
+from hfmpi.models.architecture import Architecture
 from hfmpi.models.network import Network
 from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.objective.messages import pack, unpack
@@ -25,10 +25,10 @@ KINDS = [("rnn", "standard"), ("mrnn", "standard"), ("lstm", "krause"), ("mlstm"
 def make(name="mlstm", variant="standard", comm=None, micro_batch=64, dtype="float64", backend="numpy"):
     """Give a mean risk, 12 sequences for it, and a theta; the same ones whoever asks."""
     rng = np.random.default_rng(1)
-    cell = Cell(name, HIDDEN, VOCABULARY, variant)
+    about = Architecture(name, HIDDEN, VOCABULARY, VOCABULARY, variant=variant)
     sequences = Sequences(rng.integers(0, VOCABULARY, 12 * LENGTH).astype(np.uint8), LENGTH, BURN_IN)
-    theta = (0.5 * rng.standard_normal(cell.layout.size)).astype(dtype)
-    network = Network(cell, create(backend, dtype))
+    theta = (0.5 * rng.standard_normal(about.layout.size)).astype(dtype)
+    network = Network(about, create(backend, dtype))
     return DataParallel(network, comm or Communicator(), micro_batch=micro_batch), sequences, theta
 
 
@@ -59,21 +59,21 @@ def relative(a, b):
 @pytest.mark.parametrize(("name", "variant"), KINDS)
 def test_means_match_the_independent_implementation(name, variant, backend):
     owner, sequences, theta = make(name, variant, micro_batch=2, backend=backend)
-    cell, indices = owner.model.cell, np.array([7, 0, 11])
+    about, indices = owner.model.architecture, np.array([7, 0, 11])
     v = np.random.default_rng(2).standard_normal(theta.size)
     found = everything(owner.on(sequences, indices), theta, v)
 
     batch, characters = sequences.take(indices), 3 * LENGTH
     assert batch.inputs.shape == (LENGTH + BURN_IN, 3)
-    gradient = independent.gradient(theta, cell, batch) / characters
+    gradient = independent.gradient(theta, about, batch) / characters
     singles = [sequences.take(indices[i : i + 1]) for i in range(3)]
-    squares = np.mean([(independent.gradient(theta, cell, one) / LENGTH) ** 2 for one in singles], axis=0)
+    squares = np.mean([(independent.gradient(theta, about, one) / LENGTH) ** 2 for one in singles], axis=0)
     expected = {
-        "loss": np.array([independent.loss(theta, cell, batch) / characters]),
+        "loss": np.array([independent.loss(theta, about, batch) / characters]),
         "gradient": gradient,
         "squares": squares,
-        "product": independent.gauss_newton(theta, cell, batch) @ v / characters,
-        "damped product": independent.gauss_newton(theta, cell, batch, structural=0.7) @ v / characters,
+        "product": independent.gauss_newton(theta, about, batch) @ v / characters,
+        "damped product": independent.gauss_newton(theta, about, batch, structural=0.7) @ v / characters,
     }
     for key, value in found.items():
         assert relative(value, expected[key.split(" with")[0]]) < 1e-10, key
@@ -136,9 +136,9 @@ def test_a_memory_budget_changes_no_bit(name, variant):
 def test_tape_bytes_are_what_a_tape_takes(name, variant, structural):
     owner, sequences, theta = make(name, variant)
     batch = sequences.take(np.arange(5))
-    tape = owner.model.forward(theta, batch, structural)
-    # Besides, a tape has copies of the recurrent matrices, a few MB whatever the batch.
-    taken = sum(flat.nbytes for name, flat in tape.memory.flat.items() if not name.startswith("W_"))
+    tape = (owner.model.linearise_structural if structural else owner.model.linearise)(theta, batch)
+    # Besides, a tape has copies of matrices and biases, a few MB whatever the batch.
+    taken = sum(flat.nbytes for name, flat in tape.memory.flat.items() if name[:2] not in ("W_", "b_"))
     unscored = BURN_IN * 5 * VOCABULARY * 8  # logits of the warm-up, counted though not kept
     assert owner.model.tape_bytes(LENGTH + BURN_IN, 5, structural) == taken + unscored
 

@@ -23,13 +23,13 @@ VOCABULARY = 50
 
 def sweep(model, most, repeats, backend, precision):
     """Give a row for every batch 1, 2, 4, ... up to the largest, each taken as one micro-batch."""
-    cell = Config(model=model).cell(VOCABULARY)
+    about = Config(model=model).architecture(VOCABULARY)
     batch, rows = 1, []
     while batch <= most:
         bench = Bench(
             Communicator(), backend=backend, precision=precision, micro_batch=batch, repeats=repeats
         )
-        rows += products(bench, cell, batch)
+        rows += products(bench, about, batch)
         batch *= 2
     return rows
 

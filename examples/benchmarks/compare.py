@@ -31,7 +31,6 @@ from hfmpi.bench.bound import Products  # noqa: E402
 from hfmpi.bench.contest import Contestant, contest  # noqa: E402
 from hfmpi.data.batches import Sequences  # noqa: E402
 from hfmpi.measure import machine  # noqa: E402
-from hfmpi.models.cells import Cell  # noqa: E402
 from hfmpi.models.network import Network  # noqa: E402
 from hfmpi.objective.data_parallel import DataParallel  # noqa: E402
 from hfmpi.parallel.communicator import Communicator  # noqa: E402
@@ -40,14 +39,14 @@ from hfmpi.runs.config import Config  # noqa: E402
 LENGTH, VOCABULARY = 200, 50
 
 
-def peers(cell, theta, batch):
+def peers(about, theta, batch):
     """Make the contestants that are installed and have this cell: name -> (object, products, gradient)."""
     found = {}
     try:
         import with_jax
 
         if with_jax.has_gpu() == GPU:
-            jax = with_jax.Contestant(cell, theta, batch.inputs, batch.targets)
+            jax = with_jax.Contestant(about, theta, batch.inputs, batch.targets)
             found[with_jax.NAME] = jax, jax.product, jax.gradient
         else:
             print(f"JAX {'has no' if GPU else 'would use the'} GPU: left out")
@@ -56,8 +55,8 @@ def peers(cell, theta, batch):
     try:
         import with_torch
 
-        if cell.name == "lstm":
-            torch = with_torch.Contestant(cell, theta, batch.inputs, batch.targets, "cuda" if GPU else "cpu")
+        if about.name == "lstm":
+            torch = with_torch.Contestant(about, theta, batch.inputs, batch.targets, "cuda" if GPU else "cpu")
             found[with_torch.NAME] = torch, torch.product, torch.gradient
             found[f"{with_torch.NAME}, graph kept"] = torch, torch.product_on_kept_graph, None
     except ImportError:
@@ -74,13 +73,13 @@ def same(name, found, expected, tolerance):
 
 def measure(model, batch_size, repeats):
     """Give one row a contestant and pass."""
-    cell: Cell = Config(model=model).cell(VOCABULARY)
+    about = Config(model=model).architecture(VOCABULARY)
     rng = np.random.default_rng(0)
     text = Sequences(rng.integers(0, VOCABULARY, LENGTH * batch_size).astype(np.uint8), LENGTH)
-    theta = cell.initial(0).astype(np.float32)
+    theta = about.initial(0).astype(np.float32)
     v = rng.standard_normal(theta.size).astype(np.float32)
     backend = create("cupy" if GPU else "numba")
-    network, own_theta, own_v = Network(cell, backend), backend.to_device(theta), backend.to_device(v)
+    network, own_theta, own_v = Network(about, backend), backend.to_device(theta), backend.to_device(v)
     micro_batch = batch_size if GPU else None  # the others take the whole batch at once
     risk = DataParallel(network, Communicator(), micro_batch=micro_batch).on(text, np.arange(batch_size))
     apply = risk.gauss_newton(own_theta)
@@ -94,7 +93,7 @@ def measure(model, batch_size, repeats):
             run()
         contestants += [run, alone.repeat]
         names += [(kind, "hfmpi"), (kind, "products alone")]
-    for name, (peer, product, gradient) in peers(cell, theta, text.take(np.arange(batch_size))).items():
+    for name, (peer, product, gradient) in peers(about, theta, text.take(np.arange(batch_size))).items():
         w = peer.vector(v)
         same(name, peer.flat(product(w)), expected["product"], 1e-3)
         contestants.append(lambda product=product, w=w: product(w))
@@ -110,7 +109,7 @@ def measure(model, batch_size, repeats):
     ):
         ours = seconds[names.index((kind, "hfmpi"))]
         rows.append(
-            {"pass": kind, "contestant": name, "model": model, "hidden": cell.hidden, "batch": batch_size}
+            {"pass": kind, "contestant": name, "model": model, "hidden": about.hidden, "batch": batch_size}
             | {"seconds": float(np.median(own)), "times_hfmpi": float(np.median(own / ours))}
         )
     return rows

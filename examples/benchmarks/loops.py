@@ -25,24 +25,24 @@ VOCABULARY = 50
 LOOPS = ("launches", "graph", "persistent")
 
 
-def passes(loops, cell, text, batch):
+def passes(loops, about, text, batch):
     """Give a backend, and a product and a gradient over a batch on it."""
     backend = create("cupy")
     backend.captures = loops != "launches"
     backend.persistent_batch = batch if loops == "persistent" else 0
-    owner = DataParallel(Network(cell, backend), Communicator(), micro_batch=batch)
-    theta = backend.to_device(cell.initial(0).astype(backend.dtype))
+    owner = DataParallel(Network(about, backend), Communicator(), micro_batch=batch)
+    theta = backend.to_device(about.initial(0).astype(backend.dtype))
     risk = owner.on(text, np.arange(batch))
     apply = risk.gauss_newton(theta)
     return backend, {"product": lambda: apply(theta), "gradient": lambda: risk.gradient(theta).vector}
 
 
-def measure(cell, length, batch, repeats):
+def measure(about, length, batch, repeats):
     """Give the seconds of every pass in every kind of loop."""
     text = np.random.default_rng(0).integers(0, VOCABULARY, length * batch).astype(np.uint8)
     found, expected = {}, {}
     for loops in LOOPS:
-        backend, own = passes(loops, cell, Sequences(text, length), batch)
+        backend, own = passes(loops, about, Sequences(text, length), batch)
         for kind, run in own.items():
             vector = backend.to_host(run()).astype(np.float64)
             reference = expected.setdefault(kind, vector)
@@ -69,13 +69,13 @@ def main():
     print("| model | units | batch | pass | loops | seconds | times the graph's |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for model in given.model:
-        cell = Config(model=model, hidden=given.hidden).cell(VOCABULARY)
+        about = Config(model=model, hidden=given.hidden).architecture(VOCABULARY)
         for batch in given.batch:
-            seconds = measure(cell, given.length, batch, given.repeats)
+            seconds = measure(about, given.length, batch, given.repeats)
             for (kind, loops), own in sorted(seconds.items(), key=lambda row: row[0][0], reverse=True):
                 ratio = np.median(own / seconds[kind, "graph"])
                 print(
-                    f"| {model} | {cell.hidden} | {batch} | {kind} | {loops} "
+                    f"| {model} | {about.hidden} | {batch} | {kind} | {loops} "
                     f"| {np.median(own):.5f} | {ratio:.2f} |",
                     flush=True,
                 )

@@ -67,11 +67,11 @@ class Contestant:
     def __init__(self, precision, given, config, corpus):
         self.seed, self.preset = config.seed, config.preset()
         self.backend = make_backend(given.backend, precision)
-        cell = config.cell(corpus.vocabulary)
-        self.risk = DataParallel(Network(cell, self.backend), Communicator())
+        about = config.architecture(corpus.vocabulary)
+        self.risk = DataParallel(Network(about, self.backend), Communicator())
         self.sequences = Sequences(corpus.train, config.sequence_length)
         check_batch(self.preset.gradient_batch, self.sequences.count)
-        initial = cell.initial(config.seed, config.initialisation, config.forget_bias)
+        initial = about.initial(config.seed, config.initialisation, config.forget_bias)
         self.theta = self.backend.to_device(initial.astype(self.backend.dtype))
         self.state = self.preset.optimizer.init(self.theta)
 

@@ -24,12 +24,12 @@ from hfmpi.runs.config import Config
 LENGTH, VOCABULARY = 200, 50
 
 
-def passes(comm, cell, batch, slices):
+def passes(comm, about, batch, slices):
     """Give a product and a gradient over a batch in so many slices."""
     text = np.random.default_rng(0).integers(0, VOCABULARY, LENGTH * batch).astype(np.uint8)
-    owner = DataParallel(Network(cell, create("auto", local_rank=comm.local_rank)), comm, slices=slices)
+    owner = DataParallel(Network(about, create("auto", local_rank=comm.local_rank)), comm, slices=slices)
     backend = owner.model.backend
-    theta = backend.to_device(cell.initial(0).astype(backend.dtype))
+    theta = backend.to_device(about.initial(0).astype(backend.dtype))
     risk = owner.on(Sequences(text, LENGTH), np.arange(batch))
     apply = risk.gauss_newton(theta)
     return {"product": lambda: apply(theta), "gradient": lambda: risk.gradient(theta)}
@@ -45,15 +45,15 @@ def main():
     given = parser.parse_args()
     comm = connect()
     place(comm, 1)
-    cell = Config(model=given.model).cell(VOCABULARY)
+    about = Config(model=given.model).architecture(VOCABULARY)
     if comm.rank == 0:
-        print(f"{machine.processor()}, {comm.size} rank(s), {given.model} of {cell.hidden} units")
+        print(f"{machine.processor()}, {comm.size} rank(s), {given.model} of {about.hidden} units")
         print("| batch | pass | slices | seconds | ratio |\n| --- | --- | --- | --- | --- |")
     for batch in given.batch:
         runs = {
             (kind, slices): run
             for slices in (0, *given.slices)
-            for kind, run in passes(comm, cell, batch, slices).items()
+            for kind, run in passes(comm, about, batch, slices).items()
         }
         contestants = [Contestant(run, comm.size, 1) for run in runs.values()]
         seconds = dict(zip(runs, contest(comm, contestants, given.repeats), strict=True))

@@ -20,8 +20,8 @@ def has_gpu():
 class Contestant:
     """LSTM or mLSTM; parameters are the views of hfmpi's flat vector, by name."""
 
-    def __init__(self, cell, theta, inputs, targets):
-        self.layout, n = cell.layout, cell.hidden
+    def __init__(self, about, theta, inputs, targets):
+        self.layout, n = about.layout, about.hidden
         self.theta = jnp.asarray(theta)
         self.inputs, self.targets = jnp.asarray(inputs), jnp.asarray(targets)
         size = inputs.shape[1]
@@ -31,7 +31,7 @@ class Contestant:
 
             def step(carry, rows):
                 h, c = carry
-                if cell.multiplicative:
+                if about.cell.multiplicative:
                     h = rows[1] * (h @ p["W_mh"])
                 a = rows[0] + h @ p["W_h"]
                 i, f, o = (jax.nn.sigmoid(a[:, k * n : (k + 1) * n]) for k in range(3))
@@ -40,7 +40,7 @@ class Contestant:
                 return (h, c), h
 
             rows = [(p["W_x"] + p["b"])[self.inputs]]
-            if cell.multiplicative:
+            if about.cell.multiplicative:
                 rows.append(p["W_mx"][self.inputs])
             zero = jnp.zeros((size, n), vector.dtype)
             _, hidden = jax.lax.scan(step, (zero, zero), rows)

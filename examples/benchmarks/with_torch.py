@@ -15,13 +15,13 @@ NAME = f"PyTorch {torch.__version__}"
 class Contestant:
     """LSTM only: PyTorch has no mLSTM of its own."""
 
-    def __init__(self, cell, theta, inputs, targets, device="cpu"):
-        if cell.name != "lstm":
-            raise ValueError(f"PyTorch has no {cell.name}")
+    def __init__(self, about, theta, inputs, targets, device="cpu"):
+        if about.name != "lstm":
+            raise ValueError(f"PyTorch has no {about.name}")
         torch.set_num_threads(1)
         torch.set_default_device(device)
         self.device = device
-        self.layout, n, v = cell.layout, cell.hidden, cell.vocabulary
+        self.layout, n, v = about.layout, about.hidden, about.outputs
         self.recurrent, self.output = nn.LSTM(v, n), nn.Linear(n, v)
         # PyTorch's gates lie in the order i, f, u, o, and its matrices act from the left.
         self.order = [*range(2 * n), *range(3 * n, 4 * n), *range(2 * n, 3 * n)]

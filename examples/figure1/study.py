@@ -10,7 +10,7 @@ from typing import Any
 
 from hfmpi.errors import UserError
 from hfmpi.files.history import History
-from hfmpi.models.cells import PAPER_PARAMETERS
+from hfmpi.models.architecture import PAPER_PARAMETERS
 from hfmpi.optim.presets import preset
 
 Histories = dict[tuple[str, str], list[dict[str, Any]]]

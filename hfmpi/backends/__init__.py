@@ -6,7 +6,7 @@ import os
 from itertools import takewhile
 from pathlib import Path
 
-from hfmpi.backends.base import Backend
+from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.errors import UserError
 
 __all__ = ["BACKENDS", "DTYPES", "PRECISIONS", "create", "devices", "gpus"]
@@ -18,7 +18,7 @@ PRECISIONS = ("float32", "tf32")
 
 def create(
     name: str = "auto", dtype: str = "float32", local_rank: int = 0, precision: str = "float32"
-) -> Backend:
+) -> NumpyBackend:
     """Make the backend of this name; `auto` is the fastest that this machine has.
 
     Parameters
@@ -56,8 +56,6 @@ def create(
         from hfmpi.backends.numba import NumbaBackend
 
         return NumbaBackend(dtype)
-    from hfmpi.backends.numpy import NumpyBackend
-
     return NumpyBackend(dtype)
 
 

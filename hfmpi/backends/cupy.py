@@ -2,26 +2,24 @@
 
 A pass over 200 steps launches some 400 to 800 small kernels. Launched from Python each costs more than it
 computes; a graph launches them all at once. What a graph reads lies where it lay when the graph was captured:
-tapes and workspaces do, and the few arrays that come from elsewhere (the rows that the inputs gather, which
-belong to theta or to a direction) are copied to a place of their own first.
+tapes and workspaces do, and all arrays of a loop are in one of these.
 """
 
 from __future__ import annotations
 
 import functools
-import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
 import cupy
 import numpy as np
 
-from hfmpi.backends.base import Array, Backend, Packed, Recurrence, Workspace
+from hfmpi.backends.base import Array, Packed
 from hfmpi.backends.cublas import WORKSPACE_BYTES, Cublas
-from hfmpi.backends.persistent import PersistentLoops
+from hfmpi.backends.numpy import NumpyBackend
+from hfmpi.backends.persistent import SIGNATURES, PersistentLoops
 from hfmpi.errors import UserError
 
 __all__ = ["CupyBackend", "device_count", "device_names"]
@@ -36,6 +34,9 @@ SLICE_ROWS, MOST_SLICES = 256, 128
 
 MOST_GRAPHS = 256
 """Captured loops that are kept; the longest unused one goes first."""
+
+FUSED = ("gated", "plain")
+"""Cells whose steps are kernels of kernels.cu."""
 
 NULL = np.intp(0)
 KERNELS = Path(__file__).with_name("kernels.cu")
@@ -57,16 +58,6 @@ def device_names() -> list[str]:
     return [about["name"].decode() for about in properties]
 
 
-def _nccl() -> Any:
-    """Give CuPy's module of NCCL, or None where there is no NCCL."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # CuPy warns of an absent library
-            from cupy.cuda import nccl
-    except ImportError:
-        return None
-    return nccl if nccl.available else None
-
-
 @functools.cache
 def _stream(device: int) -> Any:
     """Give the stream of all work on a device: the default stream cannot be captured."""
@@ -80,7 +71,7 @@ def _module(real: str, device: int) -> Any:
     return cupy.RawModule(code=KERNELS.read_text(), options=("-std=c++17", f"-DREAL={real}"))
 
 
-class CupyBackend(Backend):
+class CupyBackend(NumpyBackend):
     """One GPU.
 
     Parameters
@@ -117,15 +108,14 @@ class CupyBackend(Backend):
             raise UserError("the cupy backend needs an NVIDIA GPU, and CUDA shows none to this process")
         self._device = cupy.cuda.Device(local_rank % count)
         self._device.use()
-        self.stream = _stream(self._device.id)
-        self.stream.use()
+        self._stream = _stream(self._device.id)
+        self._stream.use()
         super().__init__(dtype)
         self._device.cublas_handle  # noqa: B018 (makes CuPy load cuBLAS)
         workspace = cupy.empty(WORKSPACE_BYTES, np.uint8)
-        self._cublas = Cublas(self.dtype, self.stream.ptr, workspace, precision == "tf32")
+        self._cublas = Cublas(self.dtype, self._stream.ptr, workspace, precision == "tf32")
         self._module = _module("float" if self.dtype.itemsize == 4 else "double", self._device.id)
         self._kernels: dict[str, Any] = {}
-        self._symbols = Workspace(cupy, np.dtype(np.int32))
         self._pinned: Any = None
         self._pinned_bytes = 0
         self._graphs: OrderedDict[Hashable, Any] = OrderedDict()
@@ -164,27 +154,12 @@ class CupyBackend(Backend):
     def address(self, array: Array) -> int:
         return int(array.data.ptr)
 
+    @property
+    def stream(self) -> int:
+        return int(self._stream.ptr)
+
     def synchronize(self) -> None:
-        self.stream.synchronize()
-
-    def has_nccl(self) -> bool:
-        return _nccl() is not None
-
-    def nccl_name(self) -> Any:
-        return _nccl().get_unique_id()
-
-    def nccl_sum(self, size: int, rank: int, name: Any) -> Callable[[Array], None]:
-        """Join the other ranks under an agreed name; give the function that sums a vector in place."""
-        nccl = _nccl()
-        joined = nccl.NcclCommunicator(size, name, rank)
-        kind = nccl.NCCL_FLOAT32 if self.dtype.itemsize == 4 else nccl.NCCL_FLOAT64
-
-        def total(vector: Array) -> None:
-            at = vector.data.ptr
-            joined.allReduce(at, at, vector.size, kind, nccl.NCCL_SUM, self.stream.ptr)
-            self.synchronize()
-
-        return total
+        self._stream.synchronize()
 
     def free_memory(self) -> int:
         free, _ = self._device.mem_info
@@ -193,7 +168,6 @@ class CupyBackend(Backend):
     def release(self) -> None:
         self.synchronize()
         super().release()
-        self._symbols.flat.clear()
         self._graphs.clear()
         cupy.get_default_memory_pool().free_all_blocks()
 
@@ -220,7 +194,7 @@ class CupyBackend(Backend):
             if graph is None:
                 launch()
             else:
-                graph.launch(self.stream)
+                graph.launch(self._stream)
         self._graphs[key] = graph or False  # False: seen once, and so everything is loaded and compiled
         if len(self._graphs) > MOST_GRAPHS:
             self._graphs.popitem(last=False)
@@ -228,92 +202,46 @@ class CupyBackend(Backend):
     def _captured(self, launch: Callable[[], None]) -> Any:
         """Capture what `launch` launches, without doing it; None where that is refused, now and later."""
         try:
-            self.stream.begin_capture()
+            self._stream.begin_capture()
             try:
                 launch()
             finally:
-                graph = self.stream.end_capture()
+                graph = self._stream.end_capture()
         except _CUDA_ERRORS:
             self.captures = False
             return None
         return graph
 
-    def _loop(self, name: str, launch: Callable[[], None], r: Recurrence, *arrays: Array | None) -> None:
-        parts = (r.recurrent, r.recurrent_t, r.factor, r.factor_t)
-        matrices = [None if part is None else part.matrix for part in parts]
-        own = (r.inputs, r.hidden, r.coefficients, r.bias_h, r.factor_table, r.factors, r.intermediate)
-        every = (*matrices, *own, r.weights, *arrays)
-        key = (name, *(None if a is None else (self.address(a), a.shape) for a in every))
-        self.replay(key, launch)
+    def loop(self, name: str, run: Callable[[], None], arrays: Mapping[str, Any]) -> None:
+        """Do a loop over time as one kernel, as a graph, or, where a step is plain array code, as it is."""
+        if name.partition(" ")[0] not in FUSED:  # a graph would not know where its temporaries are next time
+            run()
+        elif not self._in_one_kernel(name, arrays):
+            self.replay((name, *map(self._place, arrays.values())), run)
 
-    def _steady(self, name: str, array: Array | None) -> Array | None:
-        """Copy an array to a place where a graph finds it again."""
-        if array is None:
-            return None
-        place = (self._symbols if array.dtype == np.int32 else self.workspace)(f"steady.{name}", array.shape)
-        place[...] = array
-        return place
-
-    def _settled(self, r: Recurrence) -> Recurrence:
-        return replace(
-            r,
-            inputs=self._steady("inputs", r.inputs),
-            bias_h=self._steady("bias_h", r.bias_h),
-            factor_table=self._steady("factor_table", r.factor_table),
-        )
+    def _place(self, argument: Any) -> Hashable:
+        """Say where an array of a loop lies, and how large it is."""
+        if argument is None or isinstance(argument, int):
+            return argument
+        array = argument.matrix if isinstance(argument, Packed) else argument
+        return self.address(array), array.shape
 
     @functools.cached_property
     def _persistent(self) -> PersistentLoops:
-        return PersistentLoops(self._device, self.stream, self.dtype, self._kernel)
+        return PersistentLoops(self._device, self._stream, self.dtype, self._kernel)
 
-    def _in_one_kernel(self, r: Recurrence, run: Callable[[], None]) -> bool:
+    def _in_one_kernel(self, name: str, arrays: Mapping[str, Any]) -> bool:
         """Do a loop as a persistent kernel where it is one for it; say so."""
-        wanted = r.gated and r.inputs.shape[1] <= self.persistent_batch
-        if not (wanted and self._persistent.fit(r.hidden.shape[2], r.factor is not None)):
+        if name not in SIGNATURES or arrays["x"].shape[1] > self.persistent_batch:
+            return False
+        if not self._persistent.fit(arrays["hidden"].shape[2], arrays["p_table"] is not None):
             return False
         try:
-            run()
+            self._persistent.run(name, arrays)
         except _CUDA_ERRORS:  # nothing was launched
             self.persistent_batch = 0
             return False
         return True
-
-    def forward(self, r: Recurrence, table: Array, cell_state: Array) -> None:
-        if self._in_one_kernel(r, lambda: self._persistent.forward(r, table, cell_state)):
-            return
-        r, table = self._settled(r), self._steady("table", table)
-        scratch = self.workspace("forward.a", (r.inputs.shape[1], r.recurrent.matrix.shape[1]))
-        run = super().forward
-        self._loop("forward", lambda: run(r, table, cell_state), r, table, cell_state, scratch)
-
-    def tangent(
-        self,
-        r: Recurrence,
-        table: Array,
-        pre: Array,
-        factor_table: Array,
-        factors: Array,
-        dh: Array,
-        dc: Array,
-    ) -> None:
-        scratch = self.workspace("tangent.m", dc.shape)
-        in_place = (pre, factor_table, factors, scratch, dh, dc)
-        if self._in_one_kernel(r, lambda: self._persistent.tangent(r, table, *in_place)):
-            return
-        r, table = self._settled(r), self._steady("table", table)
-        factor_table = self._steady("direction", factor_table)
-        arrays, run = (table, pre, factor_table, factors, dh, dc), super().tangent
-        self._loop("tangent", lambda: run(r, *arrays), r, *arrays, scratch)
-
-    def adjoint(
-        self, r: Recurrence, dh: Array, da: Array, dp: Array, dq: Array, back: Array, dc: Array, inject: bool
-    ) -> None:
-        arrays, run = (dh, da, dp, dq, back, dc), super().adjoint
-        if self._in_one_kernel(r, lambda: self._persistent.adjoint(r, *arrays, inject)):
-            return
-        r = self._settled(r)
-        scratch = self.workspace("adjoint.m", back.shape)
-        self._loop(f"adjoint {inject}", lambda: run(r, *arrays, inject), r, *arrays, scratch)
 
     # Kernels -----------------------------------------------------------------------------------
 
@@ -372,10 +300,10 @@ class CupyBackend(Backend):
     def factor_adjoint(self, p_table: Array, x: Array, q: Array, dm: Array, dp: Array, dq: Array) -> None:
         self._step("factor_adjoint", q, p_table, x, q, dm, dp, dq)
 
-    def softmax_loss(self, logits: Array, targets: Array) -> float:
+    def softmax_loss(self, logits: Array, targets: Array) -> Array:
         losses = cupy.empty(len(targets), np.float64)
         self._rows("softmax_loss", logits, logits, targets, losses)
-        return float(losses.sum())
+        return losses
 
     def softmax_gradient(self, p: Array, targets: Array, scale: float, out: Array) -> None:
         self._rows("softmax_gradient", p, p, targets, self.dtype.type(scale), out)

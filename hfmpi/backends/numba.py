@@ -308,10 +308,10 @@ class NumbaBackend(NumpyBackend):
         if w is not None:
             self._kernels["gated_weights"](a, table, x, bias_h is not None, w)
 
-    def softmax_loss(self, logits: Array, targets: Array) -> float:
+    def softmax_loss(self, logits: Array, targets: Array) -> Array:
         losses = np.empty(len(targets))
         self._kernels["softmax_rows"](logits, targets, losses)
-        return float(losses.sum())
+        return losses
 
     def softmax_gradient(self, p: Array, targets: Array, scale: float, out: Array) -> None:
         self._kernels["softmax_gradient"](p, targets, self.dtype.type(scale), out)

@@ -1,4 +1,8 @@
-"""The reference: every kernel as plain NumPy, to be read beside docs/theory.md."""
+"""Every kernel in plain array code against `xp`: with NumPy the reference, elsewhere the fallback.
+
+To be read beside docs/theory.md. Shapes: B sequences, n hidden units, R rows of a table, V symbols; arrays
+are C-contiguous. The rows of a table are what the inputs contribute; x (B,) says which row a sequence reads.
+"""
 
 from __future__ import annotations
 
@@ -9,32 +13,37 @@ from hfmpi.backends.base import Array, Backend
 __all__ = ["NumpyBackend"]
 
 
-def sigmoid(a: Array) -> Array:
-    """1 / (1 + exp(-a)), through tanh so that nothing overflows."""
-    half = a.dtype.type(0.5)
-    return half * np.tanh(half * a) + half
-
-
 class NumpyBackend(Backend):
-    """Plain NumPy on the host."""
+    """Plain NumPy on the host; another `xp` makes it run on another device."""
 
     name = "numpy"
+
+    def sigmoid(self, a: Array) -> Array:
+        """1 / (1 + exp(-a)), through tanh so that nothing overflows."""
+        half = a.dtype.type(0.5)
+        return half * self.xp.tanh(half * a) + half
+
+    # Steps of gated cells: pre-activations and table rows in the order i, f, o, u --------------------
 
     def gated_forward(
         self, a: Array, table: Array, x: Array, bias_h: Array, c: Array, h: Array, k: Array, w: Array
     ) -> None:
-        n = c.shape[1]
+        """One step of a gated cell: from a = m W_h (B, 4n), fill h, update c, fill k (6, B, n) and w (B, 4n).
+
+        Where k or w is None it is not wanted; bias_h (n,) is None but for the `krause` variant.
+        """
+        n, tanh = c.shape[1], self.xp.tanh
         a += table[x]
-        i, f, o = (sigmoid(a[:, j * n : (j + 1) * n]) for j in range(3))
+        i, f, o = (self.sigmoid(a[:, j * n : (j + 1) * n]) for j in range(3))
         u = a[:, 3 * n :]
         if bias_h is None:
-            u = np.tanh(u)
+            u = tanh(u)
         new_c = f * c + i * u
         if bias_h is None:
-            s = np.tanh(new_c)
+            s = tanh(new_c)
             h[...] = o * s
         else:  # Krause (2016): linear update, output gate inside the tanh
-            s = np.tanh(o * new_c + bias_h)
+            s = tanh(o * new_c + bias_h)
             h[...] = s
         if k is not None:
             slope = 1 - s * s
@@ -57,6 +66,10 @@ class NumpyBackend(Backend):
     def gated_tangent(
         self, pre: Array, table: Array, x: Array, k: Array, dc: Array, dh: Array, add: bool
     ) -> None:
+        """R a (into pre, from which the table's rows miss), R c (in place) and R h.
+
+        With `add`, R h is added to what dh holds.
+        """
         n = dc.shape[1]
         f, k_i, k_f, k_o, k_u, k_c = k
         pre += table[x]
@@ -66,68 +79,91 @@ class NumpyBackend(Backend):
         dh[...] = dh + rh if add else rh
 
     def gated_adjoint(self, dh: Array, back: Array, k: Array, dc: Array, da: Array, inject: bool) -> None:
+        """Apply the transpose of gated_tangent; dh gains `back`, da is written (or added to)."""
         f, k_i, k_f, k_o, k_u, k_c = k
         dh += back
         dc += k_c * dh
-        own = np.concatenate((k_i * dc, k_f * dc, k_o * dh, k_u * dc), axis=1)
+        own = self.xp.concatenate((k_i * dc, k_f * dc, k_o * dh, k_u * dc), axis=1)
         da[...] = da + own if inject else own
         dc *= f
 
+    # Steps of plain tanh cells -----------------------------------------------------------------------
+
     def plain_forward(self, a: Array, table: Array, x: Array, h: Array, w: Array) -> None:
-        h[...] = np.tanh(a + table[x])
+        """One step of a tanh cell: from a = m W_h (B, n), fill h and w (B, n), unless it is None."""
+        h[...] = self.xp.tanh(a + table[x])
         if w is not None:
             w[...] = 0.25 * (1 - h * h)
 
     def plain_tangent(self, pre: Array, table: Array, x: Array, h: Array, dh: Array) -> None:
+        """R a (into pre) and R h = (1 - h^2) R a."""
         pre += table[x]
         dh[...] = (1 - h * h) * pre
 
     def plain_adjoint(self, dh: Array, back: Array, h: Array, da: Array, inject: bool) -> None:
+        """Apply the transpose of plain_tangent."""
         dh += back
         own = (1 - h * h) * dh
         da[...] = da + own if inject else own
 
+    # The intermediate state of multiplicative cells --------------------------------------------------
+
     def factor_forward(self, p_table: Array, x: Array, q: Array, m: Array) -> None:
-        np.multiply(p_table[x], q, out=m)
+        """M = p * q, p the rows x of its table; all (B, n)."""
+        self.xp.multiply(p_table[x], q, out=m)
 
     def factor_tangent(
         self, p_table: Array, dp_table: Array, x: Array, q: Array, dq: Array, dm: Array
     ) -> None:
+        """R m = R p * q + p * R q."""
         dm[...] = dp_table[x] * q + p_table[x] * dq
 
     def factor_adjoint(self, p_table: Array, x: Array, q: Array, dm: Array, dp: Array, dq: Array) -> None:
-        np.multiply(dm, q, out=dp)
-        np.multiply(dm, p_table[x], out=dq)
+        """Apply the transpose of factor_tangent: dp = dm * q and dq = dm * p."""
+        self.xp.multiply(dm, q, out=dp)
+        self.xp.multiply(dm, p_table[x], out=dq)
 
-    def softmax_loss(self, logits: Array, targets: Array) -> float:
-        rows = np.arange(len(targets))
+    # Whole arrays ------------------------------------------------------------------------------------
+
+    def softmax_loss(self, logits: Array, targets: Array) -> Array:
+        """Overwrite logits (N, V) with probabilities; give the loss of each row in nats, (N,) float64."""
+        xp = self.xp
         logits -= logits.max(axis=1, keepdims=True)
-        chosen = logits[rows, targets].astype(np.float64)
-        np.exp(logits, out=logits)
+        chosen = logits[xp.arange(len(targets)), targets].astype(np.float64)
+        xp.exp(logits, out=logits)
         total = logits.sum(axis=1, keepdims=True)
         logits /= total
-        return float(np.sum(np.log(total[:, 0].astype(np.float64)) - chosen))
+        return xp.log(total[:, 0].astype(np.float64)) - chosen
 
     def softmax_gradient(self, p: Array, targets: Array, scale: float, out: Array) -> None:
-        np.multiply(p, p.dtype.type(scale), out=out)
-        out[np.arange(len(targets)), targets] -= p.dtype.type(scale)
+        """Out = scale * (p - onehot(targets)), all (N, V)."""
+        self.xp.multiply(p, p.dtype.type(scale), out=out)
+        out[self.xp.arange(len(targets)), targets] -= p.dtype.type(scale)
 
     def softmax_hessian(self, p: Array, u: Array, scale: float) -> None:
-        u -= np.sum(p * u, axis=1, keepdims=True)
+        """Overwrite u with scale * p * (u - <p, u>): the loss Hessian applied to each row (N, V)."""
+        u -= self.xp.sum(p * u, axis=1, keepdims=True)
         u *= p * p.dtype.type(scale)
 
     def segment_sum(self, rows: Array, x: Array, out: Array) -> None:
+        """out[s] = the sum of the rows (N, K) whose symbol x (N,) is s; out is (V, K)."""
         out[...] = 0
-        np.add.at(out, x, rows)
+        self.xp.add.at(out, x, rows)
 
     def segment_sum_each(self, rows: Array, x: Array, out: Array) -> None:
+        """out[b, s] = the sum of the rows (L, B, K) of sequence b whose symbol x (L, B) is s.
+
+        out is (B, V, K), contiguous but for its first axis.
+        """
         for b in range(rows.shape[1]):
             self.segment_sum(rows[:, b], x[:, b], out[b])
 
     def accumulate_squares(self, each: Array, total: Array, squares: Array) -> None:
+        """Total (D,) gains the sum of the rows of each (B, D), squares that of their element-wise squares."""
         for g in each:
             self.accumulate_square(g, total, squares)
 
     def accumulate_square(self, g: Array, total: Array, squares: Array) -> None:
+        """Total += g and squares += g * g, vectors of one length."""
         total += g
         squares += g * g

@@ -6,18 +6,25 @@ unless all blocks fit on the GPU at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import cupy
 import numpy as np
 
-from hfmpi.backends.base import Array, Packed, Recurrence
+from hfmpi.backends.base import Array, Packed
 
-__all__ = ["PersistentLoops"]
+__all__ = ["SIGNATURES", "PersistentLoops"]
 
 THREADS = 512
 """THREADS_PERSISTENT of kernels.cu."""
+
+SIGNATURES = {
+    "gated forward": "kept recurrent factor p_table table x bias_h c hidden k w q m",
+    "gated tangent": "recurrent factor p_table dp_table table x k q pre dq dm dh dc add",
+    "gated adjoint": "recurrent_t factor_t p_table x k q dh da dp dq back dc inject",
+}
+"""For each loop the arguments of its kernel between the sizes and the counter of arrivals."""
 
 
 class PersistentLoops:
@@ -56,46 +63,18 @@ class PersistentLoops:
         left = self._shared_bytes // self._itemsize - self._matrices(n, multiplicative) - 3
         return left // length
 
-    def forward(self, r: Recurrence, table: Array, cell_state: Array) -> None:
-        """Do `Backend.forward`."""
-        kept = np.int32(1 if r.factors is None else len(r.factors))
-        own = (kept, r.recurrent, r.factor, r.factor_table, table, r.inputs, r.bias_h, cell_state, r.hidden)
-        rest = (r.coefficients, r.weights, r.factors, r.intermediate)
-        self._run("persistent_forward", r, r.hidden.shape[2], *own, *rest)
-
-    def tangent(
-        self,
-        r: Recurrence,
-        table: Array,
-        pre: Array,
-        factor_table: Array,
-        factors: Array,
-        dm: Array,
-        dh: Array,
-        dc: Array,
-    ) -> None:
-        """Do `Backend.tangent`; dm (B, n) is scratch."""
-        own = (r.recurrent, r.factor, r.factor_table, factor_table, table, r.inputs, r.coefficients)
-        rest = (r.factors, pre, factors, dm, dh, dc, np.int32(r.linear_update))
-        self._run("persistent_tangent", r, r.hidden.shape[2], *own, *rest)
-
-    def adjoint(
-        self, r: Recurrence, dh: Array, da: Array, dp: Array, dq: Array, back: Array, dc: Array, inject: bool
-    ) -> None:
-        """Do `Backend.adjoint`."""
-        own = (r.recurrent_t, r.factor_t, r.factor_table, r.inputs, r.coefficients, r.factors)
-        rest = (dh, da, dp, dq, back, dc, np.int32(inject))
-        self._run("persistent_adjoint", r, 4 * r.hidden.shape[2], *own, *rest)
-
-    def _run(self, name: str, r: Recurrence, length: int, *arguments: Any) -> None:
-        """Launch a kernel whose products read rows of so many numbers; arrays go by their addresses."""
-        (steps, batch), n, multiplicative = r.inputs.shape, r.hidden.shape[2], r.factor is not None
+    def run(self, name: str, arrays: Mapping[str, Any]) -> None:
+        """Do the loop of this name (one of `SIGNATURES`) in one launch; arrays go by their addresses."""
+        (steps, batch), n = arrays["x"].shape, arrays["hidden"].shape[2]
+        multiplicative = arrays["p_table"] is not None
+        length = 4 * n if name == "gated adjoint" else n  # numbers in a row that its products read
         tile = min(batch, self._tile(n, multiplicative, length))
         shared = (-(-tile * length // 4) * 4 + self._matrices(n, multiplicative)) * self._itemsize
-        sizes = (np.int32(size) for size in (steps, batch, n, self._most(n), tile))
-        values = [np.array(_plain(argument)) for argument in (*sizes, *arguments, self._arrived)]
+        sizes = (steps, batch, n, self._most(n), tile)
+        own = (arrays[key] for key in SIGNATURES[name].split())
+        values = [np.array(_plain(argument)) for argument in (*sizes, *own, self._arrived)]
         pointers = np.array([value.ctypes.data for value in values], np.uintp)
-        kernel = self._kernel(name)
+        kernel = self._kernel(name.replace("gated ", "persistent_"))
         if kernel.max_dynamic_shared_size_bytes < shared:
             kernel.max_dynamic_shared_size_bytes = self._shared_bytes
         self._arrived.data.memset_async(0, self._arrived.nbytes, self._stream)
@@ -105,9 +84,9 @@ class PersistentLoops:
         )
 
 
-def _plain(argument: Any) -> Any:
-    """Give a size as it is, and an array as its address; null where it is not wanted."""
-    if isinstance(argument, np.int32):
-        return argument
+def _plain(argument: Array | Packed | int | None) -> Any:
+    """Give a number as the source declares it, and an array as its address; null where it is not wanted."""
+    if isinstance(argument, int):
+        return np.int32(argument)
     array = argument.matrix if isinstance(argument, Packed) else argument
     return np.uintp(0 if array is None else array.data.ptr)

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from hfmpi.backends import create
-from hfmpi.backends.base import Backend
+from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.bench.bound import Products
 from hfmpi.bench.contest import Contestant, contest
 from hfmpi.data.batches import Sequences, check_batch
 from hfmpi.measure.spans import ALLREDUCE, OPTIMIZER, PASSES, WAITING
 from hfmpi.measure.timer import split_waiting
-from hfmpi.models.cells import Cell
+from hfmpi.models.architecture import Architecture
 from hfmpi.models.network import Network
 from hfmpi.objective.data_parallel import DataParallel, Risk, step_objectives
 from hfmpi.objective.messages import message_sizes
@@ -78,33 +78,33 @@ class Bench:
             teams.append((Communicator(), size))
         return teams
 
-    def make_backend(self) -> Backend:
+    def make_backend(self) -> NumpyBackend:
         """Make a backend of this rank."""
         return create(self.backend, self.dtype, self.local_rank, self.precision)
 
-    def mean_risk(self, cell: Cell, comm: Communicator) -> DataParallel:
+    def mean_risk(self, about: Architecture, comm: Communicator) -> DataParallel:
         """Make the mean risk of a network on a backend of its own."""
         backend = self.make_backend()
         transport = choose(self.transport, comm, backend, self.slices > 0)
-        network = Network(cell, backend)
+        network = Network(about, backend)
         return DataParallel(network, comm, None, self.micro_batch, transport=transport, slices=self.slices)
 
-    def sequences(self, cell: Cell, batch: int) -> Sequences:
+    def sequences(self, about: Architecture, batch: int) -> Sequences:
         """Give sequences from which a batch of this size can be drawn."""
         symbols = self.text
         if symbols is None:
             rng = np.random.default_rng(0)
-            symbols = rng.integers(0, cell.vocabulary, batch * self.length).astype(np.uint8)
+            symbols = rng.integers(0, about.inputs, batch * self.length).astype(np.uint8)
         found = Sequences(symbols, self.length)
         check_batch(batch, found.count)
         return found
 
-    def row(self, cell: Cell, batch: int | None, ranks: int, threads: int) -> Row:
+    def row(self, about: Architecture, batch: int | None, ranks: int, threads: int) -> Row:
         """Give the part of a row that says what was measured."""
         return {
-            "model": cell.name,
-            "hidden": cell.hidden,
-            "vocabulary": cell.vocabulary,
+            "model": about.name,
+            "hidden": about.hidden,
+            "vocabulary": about.inputs,
             "length": None if batch is None else self.length,
             "batch": batch,
             "dtype": self.dtype,
@@ -138,18 +138,20 @@ def _timed(heads: list[Row], seconds: np.ndarray) -> list[Row]:
     return rows
 
 
-def _passes(bench: Bench, cell: Cell, batch: int, kinds: dict[str, Callable[[Risk, Any], Any]]) -> list[Row]:
+def _passes(
+    bench: Bench, about: Architecture, batch: int, kinds: dict[str, Callable[[Risk, Any], Any]]
+) -> list[Row]:
     """Time passes over one batch; each kind gives, from a risk and theta, a function to call."""
-    text, contestants, heads = bench.sequences(cell, batch), [], []
+    text, contestants, heads = bench.sequences(about, batch), [], []
     for comm, threads in bench.teams():
         for name, kind in kinds.items():
-            heads.append({"pass": name} | bench.row(cell, batch, comm.size, threads))
+            heads.append({"pass": name} | bench.row(about, batch, comm.size, threads))
             if comm.size == 1 and bench.comm.rank > 0:  # not in this team, but in step with it
                 contestants += [Contestant(_nothing, 1, threads)] * 2
                 continue
-            owner = bench.mean_risk(cell, comm)
+            owner = bench.mean_risk(about, comm)
             backend = owner.model.backend
-            theta = backend.to_device(cell.initial(0).astype(bench.dtype))
+            theta = backend.to_device(about.initial(0).astype(bench.dtype))
             run, alone = kind(owner.on(text, np.arange(batch)), theta), Products(backend)
             with alone.recorded():
                 run()
@@ -157,7 +159,7 @@ def _passes(bench: Bench, cell: Cell, batch: int, kinds: dict[str, Callable[[Ris
     return _timed(heads, contest(bench.comm, contestants, bench.repeats))
 
 
-def products(bench: Bench, cell: Cell, batch: int) -> list[Row]:
+def products(bench: Bench, about: Architecture, batch: int) -> list[Row]:
     """Gauss-Newton products v -> G v, linearised once."""
 
     def product(risk: Risk, theta: Any) -> Callable[[], Any]:
@@ -165,14 +167,14 @@ def products(bench: Bench, cell: Cell, batch: int) -> list[Row]:
         v = theta * 0 + 1
         return lambda: apply(v)
 
-    return _passes(bench, cell, batch, {"product": product})
+    return _passes(bench, about, batch, {"product": product})
 
 
-def gradients(bench: Bench, cell: Cell, batch: int) -> list[Row]:
+def gradients(bench: Bench, about: Architecture, batch: int) -> list[Row]:
     """Loss and gradient, and the loss alone."""
     return _passes(
         bench,
-        cell,
+        about,
         batch,
         {
             "gradient": lambda risk, theta: lambda: risk.gradient(theta),
@@ -181,12 +183,12 @@ def gradients(bench: Bench, cell: Cell, batch: int) -> list[Row]:
     )
 
 
-def allreduce(bench: Bench, cell: Cell) -> list[Row]:
+def allreduce(bench: Bench, about: Architecture) -> list[Row]:
     """Sum the messages of a loss, a product, and a gradient with squares; the bound copies the vector."""
     rows, comm = [], bench.comm
     backend = bench.make_backend()
     transport = choose(bench.transport, comm, backend)
-    sizes = message_sizes(cell.layout.size, squares=True)
+    sizes = message_sizes(about.layout.size, squares=True)
     for kind, name in (("loss", "loss"), ("product", "product"), ("gradient", "gradient with squares")):
         loss = kind == "loss"  # it is on the host, whatever the device
         vector = np.zeros(sizes[kind]) if loss else backend.xp.zeros(sizes[kind], backend.dtype)
@@ -206,7 +208,7 @@ def allreduce(bench: Bench, cell: Cell) -> list[Row]:
         both = [Contestant(run, comm.size, bench.threads) for run in (sums, copies)]
         seconds = contest(comm, both, bench.repeats)
         head = {"pass": name, "bytes": vector.nbytes, "transport": transport.name} | bench.row(
-            cell, None, comm.size, bench.threads
+            about, None, comm.size, bench.threads
         )
         rows += _timed([head], seconds / many)
     return rows
@@ -224,18 +226,18 @@ def _repeats(comm: Communicator, work: Callable[[], object], seconds: float = 0.
         many *= 2
 
 
-def step(bench: Bench, cell: Cell, preset: Preset) -> list[Row]:
+def step(bench: Bench, about: Architecture, preset: Preset) -> list[Row]:
     """Take whole steps of an optimizer, the first of a run; the very first does not count.
 
     `spans` has the seconds that a step spends, on average over steps and ranks; `other` is the share of it
     outside passes, Allreduce and waiting.
     """
-    text = bench.sequences(cell, preset.gradient_batch)
+    text = bench.sequences(about, preset.gradient_batch)
     contestants, heads, runs = [], [], []
     for comm, threads in bench.teams():
-        heads.append(bench.row(cell, preset.gradient_batch, comm.size, threads))
+        heads.append(bench.row(about, preset.gradient_batch, comm.size, threads))
         takes_part = comm.size > 1 or bench.comm.rank == 0
-        run = _Steps(bench.mean_risk(cell, comm), cell, preset, text) if takes_part else None
+        run = _Steps(bench.mean_risk(about, comm), about, preset, text) if takes_part else None
         runs.append(run)
         both = (run.step, run.products.repeat) if run else (_nothing, _nothing)
         contestants += [Contestant(work, comm.size, threads) for work in both]
@@ -264,10 +266,10 @@ def _nothing() -> None:
 class _Steps:
     """A run of steps, each of which can be followed by its matrix products alone."""
 
-    def __init__(self, owner: DataParallel, cell: Cell, preset: Preset, text: Sequences) -> None:
+    def __init__(self, owner: DataParallel, about: Architecture, preset: Preset, text: Sequences) -> None:
         self.owner, self.preset, self.text = owner, preset, text
         backend = owner.model.backend
-        self.theta = backend.to_device(cell.initial(0).astype(backend.dtype))
+        self.theta = backend.to_device(about.initial(0).astype(backend.dtype))
         self.state = preset.optimizer.init(self.theta)
         self.taken, self.products = 0, Products(backend)
 

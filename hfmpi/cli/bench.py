@@ -16,7 +16,7 @@ from hfmpi.cli.values import parse_settings
 
 if TYPE_CHECKING:
     from hfmpi.bench.measurements import Bench, Row
-    from hfmpi.models.cells import Cell
+    from hfmpi.models.architecture import Architecture
 
 __all__ = ["bench"]
 
@@ -116,7 +116,7 @@ def allreduce(**given: Any) -> None:
     """Sum the messages of a loss, a product and a gradient with squares; start it under mpirun."""
     from hfmpi.bench import measurements
 
-    run(lambda bench, cell, _: measurements.allreduce(bench, cell), **given)
+    run(lambda bench, about, _: measurements.allreduce(bench, about), **given)
 
 
 @bench.command()
@@ -129,17 +129,17 @@ def step(settings: tuple[str, ...], **given: Any) -> None:
 
     own = {name: given.pop(name) for name in ("optimizer", "gradient_batch", "curvature_batch")}
 
-    def measure(bench: Bench, cell: Cell, _: None) -> list[Row]:
+    def measure(bench: Bench, about: Architecture, _: None) -> list[Row]:
         config = chosen(own | {"settings": parse_settings(settings)})
         preset = config.preset()
         head = {"optimizer": config.optimizer, "curvature_batch": preset.curvature_batch}
-        return [head | row for row in measurements.step(bench, cell, preset)]
+        return [head | row for row in measurements.step(bench, about, preset)]
 
     run(measure, **given)
 
 
 def run(
-    measure: Callable[[Bench, Cell, Any], list[Row]],
+    measure: Callable[[Bench, Architecture, Any], list[Row]],
     sizes: tuple[int | None, ...] = (None,),
     *,
     models: tuple[str, ...],
@@ -166,12 +166,14 @@ def run(
     local_rank = place(comm, threads).local_rank
     np.seterr(over="ignore", invalid="ignore", under="ignore", divide="ignore")
 
-    def build() -> tuple[Bench, list[Cell], str]:
+    def build() -> tuple[Bench, list[Architecture], str]:
         config = chosen(given)
         device = config.make_backend(local_rank).device
         corpus = Corpus.read(data) if data is not None else None
         symbols = corpus.vocabulary if corpus is not None else vocabulary
-        cells = [replace(config, model=model).cell(symbols) for model in models or ("lstm", "mlstm")]
+        networks = [
+            replace(config, model=model).architecture(symbols) for model in models or ("lstm", "mlstm")
+        ]
         bench = Bench(
             comm,
             corpus.train if corpus else None,
@@ -186,11 +188,11 @@ def run(
             repeats,
             local_rank,
         )
-        return bench, cells, device
+        return bench, networks, device
 
-    bench, cells, device = together(comm, build)
+    bench, networks, device = together(comm, build)
     rows = together(
-        comm, lambda: [row for cell in cells for size in sizes for row in measure(bench, cell, size)]
+        comm, lambda: [row for own in networks for size in sizes for row in measure(bench, own, size)]
     )
     if comm.rank == 0:
         about = {

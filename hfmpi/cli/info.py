@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from hfmpi.backends import create, devices, gpus
+from hfmpi.backends import create, devices, gpus, nccl
 from hfmpi.backends.base import Backend
 from hfmpi.measure.machine import blas, cupy, processor, versions
 from hfmpi.objective.transport import choose
@@ -33,7 +33,7 @@ def info(as_json: bool) -> None:
         "gpus": devices(),
         "device": backend.device,
         "transport": choose("auto", comm, backend).name,
-        "nccl": backend.device_id is not None and backend.has_nccl(),
+        "nccl": nccl.available(backend),
     }
     ranks = comm.gather(asdict(placement) | own)
     if ranks is not None:

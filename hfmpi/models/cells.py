@@ -1,139 +1,175 @@
-"""The four cells: which parameters each has, how many, and how they are drawn.
+"""The cells by name: those of Krause et al. (2015), eq. 1-3, and Cho's.
 
-Krause et al. (2015), eq. 1-3, and Krause's released code of 2016 for the `krause` variant. With n hidden
-units and V symbols a cell has
-
-    rnn    n^2 + 2 n V + n + V          lstm   4 n^2 + 5 n V + 4 n + V
-    mrnn   2 n^2 + 3 n V + n + V        mlstm  5 n^2 + 6 n V + 4 n + V
-
-parameters; the `krause` variant has no output bias (V fewer).
+The `krause` variant is that of Krause's released code (2016).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
+from hfmpi.backends.base import Array
+from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.errors import UserError
-from hfmpi.models.parameters import Layout
+from hfmpi.models.gru import GRU
+from hfmpi.models.recurrence import Cell, Recurrence, Step
 
-__all__ = ["CELLS", "INITIALISATIONS", "PAPER_PARAMETERS", "VARIANTS", "Cell"]
-
-CELLS = ("rnn", "mrnn", "lstm", "mlstm")
-VARIANTS = ("standard", "krause")
-INITIALISATIONS = ("krause", "sparse")
-PAPER_PARAMETERS = {"rnn": 220_000, "mrnn": 215_000, "lstm": 220_000, "mlstm": 215_000}
-"""Budgets of the paper's section 3 (LSTM, mLSTM); the plain cells take those of their gated kin."""
-
-SPARSE_FAN_IN = 15
-"""Incoming weights per unit of the sparse initialisation (Martens 2010, section 5)."""
+__all__ = ["CELLS", "VARIANTS", "Gated", "Plain", "cell"]
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One kind of recurrent cell at one size.
+class Plain(Cell):
+    """h = tanh(W_x x + W_h h' + b); its slope 1 - h^2 needs nothing kept but h."""
+
+    kernels: ClassVar[str] = "plain"
+    groups: ClassVar[int] = 1
+    of_inputs: ClassVar[int] = 1
+    of_state: ClassVar[int] = 1
+
+    def tanh_columns(self, name: str, n: int) -> slice:
+        """Give all columns."""
+        return slice(None)
+
+    def forward(self, backend: NumpyBackend, r: Recurrence, table: Array, a: Array, c: Array) -> Step:
+        """Make the forward step."""
+        kernel, x, hidden, w = backend.plain_forward, r.x, r.hidden, r.weights
+
+        def step(t: int) -> None:
+            kernel(a, table, x[t], hidden[t + 1], None if w is None else w[t])
+
+        return step
+
+    def tangent(
+        self, backend: NumpyBackend, r: Recurrence, table: Array, pre: Array, dh: Array, dc: Array
+    ) -> Step:
+        """Make the tangent step."""
+        kernel, x, hidden = backend.plain_tangent, r.x, r.hidden
+
+        def step(t: int) -> None:
+            kernel(pre[t], table, x[t], hidden[t + 1], dh[t + 1])
+
+        return step
+
+    def adjoint(
+        self, backend: NumpyBackend, r: Recurrence, dh: Array, back: Array, dc: Array, da: Array, inject: bool
+    ) -> Step:
+        """Make the adjoint step."""
+        kernel, hidden = backend.plain_adjoint, r.hidden
+
+        def step(t: int) -> None:
+            kernel(dh[t + 1], back, hidden[t + 1], da[t], inject)
+
+        return step
+
+
+@dataclass(frozen=True)
+class Gated(Cell):
+    """The LSTM cell: gates i, f, o and update u, in this order, and a cell state c.
 
     Attributes
     ----------
-    name : {'rnn', 'mrnn', 'lstm', 'mlstm'}
-    hidden : int
-        Units n.
-    vocabulary : int
-        Symbols V.
-    variant : {'standard', 'krause'}
-        Of the gated cells; plain cells are always 'standard'.
+    krause : bool
+        The variant: u is linear, and the output gate acts inside the tanh with a bias of its own, b_h.
     """
 
-    name: str
-    hidden: int
-    vocabulary: int
-    variant: str = "standard"
-
-    def __post_init__(self) -> None:
-        if self.name not in CELLS:
-            raise UserError(f"there is no model {self.name!r}; choose one of {', '.join(CELLS)}")
-        if self.variant not in VARIANTS:
-            raise UserError(f"there is no variant {self.variant!r}; choose one of {', '.join(VARIANTS)}")
-        if self.variant == "krause" and not self.gated:
-            raise UserError(f"the krause variant is for lstm and mlstm, not for {self.name}")
-        if self.hidden < 1 or self.vocabulary < 1:
-            raise UserError("a model needs at least one hidden unit and one symbol")
+    krause: bool = False
+    kernels: ClassVar[str] = "gated"
+    groups: ClassVar[int] = 4
+    of_inputs: ClassVar[int] = 4
+    of_state: ClassVar[int] = 4
+    kept: ClassVar[int] = 6
+    forget: ClassVar[int | None] = 1
+    recurrent_scale: ClassVar[float | None] = 0.02
 
     @property
-    def gated(self) -> bool:
-        """LSTM-like."""
-        return self.name in ("lstm", "mlstm")
+    def on_rows(self) -> int:
+        """All groups, but for that of b_h."""
+        return 3 if self.krause else 4
 
     @property
-    def multiplicative(self) -> bool:
-        """With the intermediate state m = W_mx x * W_mh h' (the paper's eq. 3)."""
-        return self.name in ("mrnn", "mlstm")
+    def adds(self) -> bool:
+        """Whether there is a b_h."""
+        return self.krause
 
-    @property
-    def layout(self) -> Layout:
-        """Names and shapes of the parameters. Gate order i, f, o, u."""
-        n, v = self.hidden, self.vocabulary
-        k = 4 * n if self.gated else n
-        shapes: dict[str, tuple[int, ...]] = {}
-        if self.multiplicative:
-            shapes |= {"W_mx": (v, n), "W_mh": (n, n)}
-        shapes |= {"W_x": (v, k), "W_h": (n, k), "b": (k,), "W_o": (n, v)}
-        if self.variant == "standard":
-            shapes["b_o"] = (v,)
-        return Layout(shapes)
+    def tanh_columns(self, name: str, n: int) -> slice:
+        """Give the columns of u."""
+        return slice(3 * n, None)
 
-    @classmethod
-    def of_size(cls, name: str, parameters: int, vocabulary: int, variant: str = "standard") -> Cell:
-        """Give the cell whose number of parameters is nearest to the budget."""
+    def forward(self, backend: NumpyBackend, r: Recurrence, table: Array, a: Array, c: Array) -> Step:
+        """Make the forward step."""
+        kernel, x, hidden, bias_h = backend.gated_forward, r.x, r.hidden, r.bias_h
+        k, w = r.coefficients, r.weights
 
-        def size(hidden: int) -> int:
-            return cls(name, hidden, vocabulary, variant).layout.size
+        def step(t: int) -> None:
+            weights = None if w is None else w[t]
+            kernel(a, table, x[t], bias_h, c, hidden[t + 1], None if k is None else k[t], weights)
 
-        most = 1
-        while size(most) < parameters:
-            most *= 2
-        above = bisect_left(range(most + 1), parameters, lo=1, key=size)
-        nearest = min(range(max(above - 1, 1), above + 1), key=lambda hidden: abs(size(hidden) - parameters))
-        return cls(name, nearest, vocabulary, variant)
+        return step
 
-    def initial(self, seed: int, initialisation: str = "krause", forget_bias: float = 0.0) -> np.ndarray:
-        """Draw the parameters, float64, the same for every backend and number of ranks.
+    def tangent(
+        self, backend: NumpyBackend, r: Recurrence, table: Array, pre: Array, dh: Array, dc: Array
+    ) -> Step:
+        """Make the tangent step."""
+        kernel, x, k, add = backend.gated_tangent, r.x, r.coefficients, self.krause
+        assert k is not None  # linearised
 
-        Parameters
-        ----------
-        initialisation : {'krause', 'sparse'}
-            `krause` (Krause's released code, 2016): input and output matrices 0.1 N(0, 1), recurrent
-            matrices 0.02 N(0, 1). `sparse` (Martens 2010): 15 incoming N(0, 1) weights per unit, halved for
-            tanh units, the rest 0. Biases 0.
-        forget_bias : float
-            Of gated cells at the start. Krause's code has 3, with which Hessian-free is slower
-            (docs/results/figure1.md).
-        """
-        if initialisation not in INITIALISATIONS:
-            raise UserError(
-                f"there is no initialisation {initialisation!r}; choose one of {', '.join(INITIALISATIONS)}"
-            )
-        rng = np.random.Generator(np.random.PCG64(seed))
-        layout = self.layout
-        theta = np.zeros(layout.size)
-        for name, view in layout.views(theta).items():
-            if view.ndim == 1:
-                if name == "b" and self.gated:
-                    view[self.hidden : 2 * self.hidden] = forget_bias
-            elif initialisation == "krause":
-                # rnn and mrnn: Krause gives no scale; 0.02 would leave their memory empty at the start.
-                recurrent = 0.02 if self.gated else 1 / np.sqrt(self.hidden)
-                scale = recurrent if name in ("W_h", "W_mh") else 0.1
-                view[...] = scale * rng.standard_normal(view.shape)
-            else:
-                fan_in = min(SPARSE_FAN_IN, view.shape[0])
-                for unit in range(view.shape[1]):
-                    rows = rng.choice(view.shape[0], fan_in, replace=False)
-                    view[rows, unit] = rng.standard_normal(fan_in)
-                if name in ("W_x", "W_h") and not self.gated:
-                    view *= 0.5
-                elif name in ("W_x", "W_h"):
-                    view[:, 3 * self.hidden :] *= 0.5
-        return theta
+        def step(t: int) -> None:
+            kernel(pre[t], table, x[t], k[t], dc, dh[t + 1], add)
+
+        return step
+
+    def adjoint(
+        self, backend: NumpyBackend, r: Recurrence, dh: Array, back: Array, dc: Array, da: Array, inject: bool
+    ) -> Step:
+        """Make the adjoint step."""
+        kernel, k = backend.gated_adjoint, r.coefficients
+        assert k is not None  # linearised
+
+        def step(t: int) -> None:
+            kernel(dh[t + 1], back, k[t], dc, da[t], inject)
+
+        return step
+
+    def bias_tangent(self, r: Recurrence, v: Array, pre: Array, dh: Array) -> None:
+        """R h gains g R b_h, g = 1 - h^2."""
+        np.multiply(r.hidden[1:], r.hidden[1:], out=dh[1:])
+        np.subtract(1, dh[1:], out=dh[1:])
+        dh[1:] *= v
+
+    def bias_cotangent(self, hidden: Array, dh: Array, da: Array) -> Array:
+        """Give g dh."""
+        return (1 - hidden * hidden) * dh
+
+
+CELLS: dict[str, Cell] = {
+    "rnn": Plain(),
+    "mrnn": Plain(multiplicative=True),
+    "lstm": Gated(),
+    "mlstm": Gated(multiplicative=True),
+    "gru": GRU(),
+}
+"""All cells by name, in their standard variant."""
+
+VARIANTS = ("standard", "krause")
+
+
+def cell(name: str, variant: str = "standard") -> Cell:
+    """Give a cell.
+
+    Raises
+    ------
+    UserError
+        If there is none of this name and variant.
+    """
+    if name not in CELLS:
+        raise UserError(f"there is no model {name!r}; choose one of {', '.join(CELLS)}")
+    if variant not in VARIANTS:
+        raise UserError(f"there is no variant {variant!r}; choose one of {', '.join(VARIANTS)}")
+    found = CELLS[name]
+    if variant == "standard":
+        return found
+    if not isinstance(found, Gated):
+        raise UserError(f"the krause variant is for lstm and mlstm, not for {name}")
+    return Gated(found.multiplicative, krause=True)

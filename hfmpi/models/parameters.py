@@ -28,10 +28,10 @@ class Layout:
             self.size += prod(shape)
 
     def views(self, vector: Array) -> dict[str, Array]:
-        """Give each parameter as a view of the vector (size,): writing to it writes to the vector."""
-        if vector.shape != (self.size,):
+        """Give each parameter as a view of the vector (size,), or of rows (N, size): writing writes there."""
+        if vector.shape[-1:] != (self.size,):
             raise ValueError(f"expected a vector of {self.size} parameters, got shape {vector.shape}")
         return {
-            name: vector[offset : offset + prod(shape)].reshape(shape)
+            name: vector[..., offset : offset + prod(shape)].reshape(*vector.shape[:-1], *shape)
             for (name, shape), offset in zip(self.shapes.items(), self.offsets.values(), strict=True)
         }

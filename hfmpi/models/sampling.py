@@ -43,7 +43,7 @@ def sample(
     backend = network.backend
     # Without a prime it starts as training sequences do: zero state, some first character.
     read = [ids[b] for b in prime] or [int(rng.integers(len(symbols)))]
-    state: State | None = None
+    state: tuple[State, ...] | None = None
     written = bytearray()
     for _ in range(length):
         inputs = backend.to_device(np.array(read, np.int32)[:, np.newaxis])

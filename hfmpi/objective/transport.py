@@ -5,6 +5,7 @@ Scalars and small objects always go through MPI from the host (`Communicator`).
 
 from __future__ import annotations
 
+from hfmpi.backends import nccl
 from hfmpi.backends.base import Array, Backend
 from hfmpi.errors import UserError
 from hfmpi.parallel.communicator import Communicator
@@ -73,8 +74,8 @@ class NcclTransport(Transport):
 
     def __init__(self, communicator: Communicator, backend: Backend) -> None:
         super().__init__(communicator, backend)
-        name = communicator.agree(backend.nccl_name() if communicator.rank == 0 else None)
-        self._sum = backend.nccl_sum(communicator.size, communicator.rank, name)
+        name = communicator.agree(nccl.new_name() if communicator.rank == 0 else None)
+        self._sum = nccl.summing(backend, communicator.size, communicator.rank, name)
 
     def sum(self, vector: Array) -> None:
         """Sum a vector over all ranks, in place; see `Transport.sum`."""
@@ -98,14 +99,13 @@ def choose(wanted: str, communicator: Communicator, backend: Backend, in_tree: b
     if in_tree:
         return HostTransport(communicator, backend, in_tree)
     aware = cuda_aware() if communicator.size > 1 else None
-    nccl = wanted == "nccl" and backend.device_id is not None and backend.has_nccl()
-    own = (communicator.host, backend.device_id, aware, nccl)
+    own = (communicator.host, backend.device_id, aware, wanted == "nccl" and nccl.available(backend))
     places = communicator.agree(communicator.gather(own)) or []
     alone = [f"rank {rank}" for rank, place in enumerate(places) if place[1] is None]
     if wanted in ("cuda", "nccl") and alone:
         raise UserError(f"transport {wanted} is for GPUs, and there is none for {', '.join(alone)}")
     if wanted == "nccl":
-        if not all(nccl for *_, nccl in places):
+        if not all(place[3] for place in places):
             raise UserError("transport nccl needs NCCL, which CuPy does not find; choose host or cuda")
         if len({place[:2] for place in places}) < len(places):
             raise UserError("transport nccl needs a GPU for every rank; choose host or cuda")

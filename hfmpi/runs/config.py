@@ -12,10 +12,11 @@ from typing import Annotated, Any, NamedTuple
 import tomli_w
 
 from hfmpi.backends import BACKENDS, DTYPES, PRECISIONS, create
-from hfmpi.backends.base import Backend
+from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.errors import UserError
 from hfmpi.files.atomic import open_regular
-from hfmpi.models.cells import CELLS, INITIALISATIONS, PAPER_PARAMETERS, VARIANTS, Cell
+from hfmpi.models.architecture import INITIALISATIONS, PAPER_PARAMETERS, Architecture
+from hfmpi.models.cells import CELLS, VARIANTS
 from hfmpi.objective.transport import TRANSPORTS
 from hfmpi.optim.presets import PRESETS, Preset, preset
 from hfmpi.settings import Rule, at_least, check, converted, declared
@@ -71,7 +72,7 @@ class Config:
     leaves an option open: it is decided from others, or there is no limit.
     """
 
-    model: Annotated[str, Option("The cell.", choices=CELLS)] = "mlstm"
+    model: Annotated[str, Option("The cell.", choices=tuple(CELLS))] = "mlstm"
     variant: Annotated[str, Option("Of gated cells.", choices=VARIANTS)] = "standard"
     hidden: Annotated[Whole, Option("Hidden units.", "from --parameters", least=1)] = 0
     parameters: Annotated[Whole, Option("Budget; picks the nearest size.", "the paper's", least=1)] = 0
@@ -145,13 +146,10 @@ class Config:
             if isinstance(value, (int, float)) and not abs(value) <= sys.float_info.max:
                 raise UserError(f"setting {name} must be a finite number")
 
-    def cell(self, vocabulary: int) -> Cell:
-        """Give the cell at its size for a vocabulary."""
-        if self.hidden:
-            return Cell(self.model, self.hidden, vocabulary, self.variant)
-        probe = Cell(self.model, 1, vocabulary, self.variant)
-        budget = self.parameters or PAPER_PARAMETERS[probe.name]
-        return Cell.of_size(self.model, budget, vocabulary, self.variant)
+    def architecture(self, vocabulary: int) -> Architecture:
+        """Give the network at its size for a vocabulary."""
+        about = Architecture(self.model, self.hidden or 1, vocabulary, vocabulary, self.layers, self.variant)
+        return about if self.hidden else about.of_size(self.parameters or PAPER_PARAMETERS[self.model])
 
     def preset(self) -> Preset:
         """Give the optimizer with its settings and batch sizes."""
@@ -167,7 +165,7 @@ class Config:
             )
         return replace(chosen, gradient_batch=gradient, curvature_batch=curvature)
 
-    def make_backend(self, local_rank: int = 0) -> Backend:
+    def make_backend(self, local_rank: int = 0) -> NumpyBackend:
         """Make the backend of the rank that is the `local_rank`-th of its node."""
         return create(self.backend, self.dtype, local_rank, self.matmul_precision)
 

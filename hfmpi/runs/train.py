@@ -76,9 +76,9 @@ class Run:
         self.placement = single_threaded(placement) if config.slices else placement
         self.data = data.resolve()
         self.corpus = corpus = Corpus.read(data)
-        cell = config.cell(corpus.vocabulary)
+        about = config.architecture(corpus.vocabulary)
         # The size is settled now: the budget has served, and a resumed run must not ask again.
-        self.config = replace(config, hidden=cell.hidden, parameters=0)
+        self.config = replace(config, hidden=about.hidden, parameters=0)
         self.preset = preset = config.preset()
         self.batches = preset.gradient_batch, preset.curvature_batch
         self.train_set = Sequences(corpus.train, config.sequence_length, config.burn_in)
@@ -87,13 +87,14 @@ class Run:
         self.epoch_steps = max(1, self.train_set.count // preset.gradient_batch)
         self.backend = config.make_backend(placement.local_rank)
         self.timer = Timer(clock)
-        self.network = Network(cell, self.backend)
+        start = config.initialisation, config.forget_bias
+        self.network = Network(about, self.backend, "cross-entropy", None, *start)
         self.memory_budget = config.memory_budget or (self.backend.free_memory() or placement.memory) // 2
         self.risk: DataParallel  # from the start of `train` on
 
         if resume is not None:  # before memory is taken for what its options describe
             check_model(resume, corpus.symbols, self.network.size, self.backend.dtype)
-        initial = cell.initial(config.seed, config.initialisation, config.forget_bias)
+        initial = self.network.initial(config.seed)
         self.theta: Array = self.backend.to_device(initial.astype(self.backend.dtype))
         self.state = preset.optimizer.init(self.theta)
         self.progress = Progress()

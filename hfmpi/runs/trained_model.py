@@ -57,7 +57,7 @@ class Trained:
             # As a list: of a number, `bytes` would make so many zeros.
             symbols, step = bytes(list(found.meta["vocabulary"])), int(found.meta["step"])
             data = Path(found.meta["data"])
-            network = Network(config.cell(len(symbols)), config.make_backend(local_rank))
+            network = Network(config.architecture(len(symbols)), config.make_backend(local_rank))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"the checkpoint in {run} describes no run of this version: {error}") from None
         if found.theta.shape != (network.layout.size,) or found.theta.dtype != network.backend.dtype:

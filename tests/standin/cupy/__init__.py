@@ -136,7 +136,7 @@ class ndarray:
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
 
     def __getitem__(self, index):
-        found = self._a[index]
+        found = self._a[index._a if isinstance(index, ndarray) else index]
         return ndarray(found if isinstance(found, np.ndarray) else np.asarray(found))
 
     def __setitem__(self, index, value):
@@ -151,6 +151,9 @@ class ndarray:
 
     def transpose(self, *axes):
         return ndarray(self._a.transpose(*axes))
+
+    def astype(self, dtype):
+        return ndarray(counted(self._a.astype(dtype)))
 
     def copy(self):
         return ndarray(counted(self._a.copy()))
@@ -207,6 +210,7 @@ for _name, _ufunc in {
     _binary(_name, _ufunc, True)
     _binary(_name, _ufunc)
 ndarray.__neg__ = lambda self: np.negative(self)
+ndarray.__abs__ = lambda self: np.abs(self)
 
 
 def counted(array):
@@ -272,7 +276,12 @@ def einsum(subscripts, *operands, dtype=None):
     return ndarray(counted(np.asarray(np.einsum(subscripts, *map(bare, operands), dtype=dtype))))
 
 
-multiply, subtract = np.multiply, np.subtract
+multiply, subtract, maximum = np.multiply, np.subtract, np.maximum
+tanh, exp, log1p = np.tanh, np.exp, np.log1p
+
+
+def arange(stop, dtype=None):
+    return ndarray(counted(np.arange(stop, dtype=dtype)))
 
 
 # Kernels ---------------------------------------------------------------------------------------

@@ -1,0 +1,149 @@
+"""The architecture of a network: which parameters it has, how many, and how they are drawn.
+
+With n hidden units, I inputs and O outputs (both V symbols for a text) a network of one layer has
+
+    rnn    n^2 + n I + n + n O + O            lstm   4 n^2 + 4 n I + 4 n + n O + O
+    mrnn   2 n^2 + 2 n I + n + n O + O        mlstm  5 n^2 + 5 n I + 4 n + n O + O
+                                              gru    3 n^2 + 3 n I + 4 n + n O + O
+
+parameters; the `krause` variant has no output bias (O fewer). A further layer reads the n units of the one
+below.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from hfmpi.errors import UserError
+from hfmpi.models.cells import Cell, cell
+from hfmpi.models.parameters import Layout
+
+__all__ = ["INITIALISATIONS", "PAPER_PARAMETERS", "Architecture"]
+
+INITIALISATIONS = ("krause", "sparse")
+PAPER_PARAMETERS = {"rnn": 220_000, "mrnn": 215_000, "lstm": 220_000, "mlstm": 215_000, "gru": 220_000}
+"""Budgets of the paper's section 3 (LSTM, mLSTM); the others take those of their gated kin."""
+
+SPARSE_FAN_IN = 15
+"""Incoming weights per unit of the sparse initialisation (Martens 2010, section 5)."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One kind of recurrent network at one size.
+
+    Attributes
+    ----------
+    name : {'rnn', 'mrnn', 'lstm', 'mlstm', 'gru'}
+        Of the cell.
+    hidden : int
+        Units n of a layer.
+    inputs : int
+        Symbols, or numbers of an input vector.
+    outputs : int
+    layers : int
+    variant : {'standard', 'krause'}
+        Of lstm and mlstm; other cells are always 'standard'.
+
+    Raises
+    ------
+    UserError
+        If there is no such network.
+    """
+
+    name: str
+    hidden: int
+    inputs: int
+    outputs: int
+    layers: int = 1
+    variant: str = "standard"
+
+    def __post_init__(self) -> None:
+        cell(self.name, self.variant)
+        if self.hidden < 1 or self.inputs < 1 or self.outputs < 1:
+            raise UserError("a model needs at least one hidden unit and one symbol")
+        if self.layers < 1:
+            raise UserError(f"a model needs at least one layer, not {self.layers}")
+
+    @cached_property
+    def cell(self) -> Cell:
+        """The cell of every layer."""
+        return cell(self.name, self.variant)
+
+    @cached_property
+    def names(self) -> tuple[dict[str, str], ...]:
+        """For each layer the names of its parameters in the layout, by those that its cell gives them.
+
+        Those of the first layer are the cell's own; W_h of the second is W_h.2.
+        """
+        own = self.cell.shapes(1, 1)
+        return tuple(
+            {name: f"{name}.{i}" if i > 1 else name for name in own} for i in range(1, self.layers + 1)
+        )
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Names and shapes of the parameters: layer by layer from below, then W_o and b_o."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for i, names in enumerate(self.names):
+            own = self.cell.shapes(self.hidden, self.hidden if i else self.inputs)
+            shapes |= {names[name]: shape for name, shape in own.items()}
+        shapes["W_o"] = (self.hidden, self.outputs)
+        if self.variant == "standard":
+            shapes["b_o"] = (self.outputs,)
+        return Layout(shapes)
+
+    def of_size(self, parameters: int) -> Architecture:
+        """Give the same architecture with the hidden units that bring it nearest to this many parameters."""
+
+        def size(hidden: int) -> int:
+            return replace(self, hidden=hidden).layout.size
+
+        most = 1
+        while size(most) < parameters:
+            most *= 2
+        above = bisect_left(range(most + 1), parameters, lo=1, key=size)
+        nearest = min(range(max(above - 1, 1), above + 1), key=lambda hidden: abs(size(hidden) - parameters))
+        return replace(self, hidden=nearest)
+
+    def initial(self, seed: int, initialisation: str = "krause", forget_bias: float = 0.0) -> np.ndarray:
+        """Draw the parameters, float64, the same for every backend and number of ranks.
+
+        Parameters
+        ----------
+        initialisation : {'krause', 'sparse'}
+            `krause` (Krause's released code, 2016): input and output matrices 0.1 N(0, 1), recurrent
+            matrices 0.02 N(0, 1). `sparse` (Martens 2010): 15 incoming N(0, 1) weights per unit, halved for
+            tanh units, the rest 0. Biases 0.
+        forget_bias : float
+            Of the gate that keeps the state of gated cells at the start. Krause's code has 3, with which
+            Hessian-free is slower (docs/results/figure1.md).
+        """
+        if initialisation not in INITIALISATIONS:
+            raise UserError(
+                f"there is no initialisation {initialisation!r}; choose one of {', '.join(INITIALISATIONS)}"
+            )
+        rng = np.random.Generator(np.random.PCG64(seed))
+        theta, n = np.zeros(self.layout.size), self.hidden
+        # rnn and mrnn: Krause gives no scale; 0.02 would leave their memory empty at the start.
+        recurrent = self.cell.recurrent_scale or 1 / np.sqrt(n)
+        for whole, view in self.layout.views(theta).items():
+            name = whole.partition(".")[0]
+            if view.ndim == 1:
+                if name == "b" and self.cell.forget is not None:
+                    view[self.cell.forget * n : (self.cell.forget + 1) * n] = forget_bias
+            elif initialisation == "krause":
+                scale = recurrent if name in ("W_h", "W_mh") else 0.1
+                view[...] = scale * rng.standard_normal(view.shape)
+            else:
+                fan_in = min(SPARSE_FAN_IN, view.shape[0])
+                for unit in range(view.shape[1]):
+                    rows = rng.choice(view.shape[0], fan_in, replace=False)
+                    view[rows, unit] = rng.standard_normal(fan_in)
+                if name in ("W_x", "W_h"):
+                    view[:, self.cell.tanh_columns(name, n)] *= 0.5
+        return theta

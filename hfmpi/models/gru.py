@@ -1,0 +1,114 @@
+"""The gated recurrent unit (Cho et al. 2014), its reset gate after the product, as in cuDNN and PyTorch.
+
+    r = sigmoid(x W_r + h' U_r + b_r)        u  = tanh(x W_u + b_u + r * s),  s = h' U_u + b_h
+    z = sigmoid(x W_z + h' U_z + b_z)        h  = u + z * (h' - u)
+
+The pre-activations are u, r, z, s, so that inputs contribute to the first three groups and the state before
+to the last three. W_x has the columns of u, r, z; W_h those of r, z, s; b is (b_u, b_r, b_z, b_h). Kept of
+every step are the coefficients of the tangent
+
+    R a_u = R(x W_u) + k_1 R a_r + k_2 R s,    R h = k_0 R h' + k_3 R a_z + k_4 R a_u
+
+with k = z, s r (1 - r), r, (h' - u) z (1 - z), (1 - z) (1 - u^2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hfmpi.backends.base import Array
+from hfmpi.backends.numpy import NumpyBackend
+from hfmpi.models.recurrence import Cell, Recurrence, Step
+
+__all__ = ["GRU"]
+
+
+@dataclass(frozen=True)
+class GRU(Cell):
+    """The gated recurrent unit, in plain array code."""
+
+    kernels: ClassVar[str] = "gru"
+    groups: ClassVar[int] = 4
+    of_inputs: ClassVar[int] = 3
+    of_state: ClassVar[int] = 3
+    kept: ClassVar[int] = 5
+    carries: ClassVar[bool] = True
+    forget: ClassVar[int | None] = 2
+    recurrent_scale: ClassVar[float | None] = 0.02
+
+    def tanh_columns(self, name: str, n: int) -> slice:
+        """Give the columns of u in W_x, of s in W_h."""
+        return slice(0, n) if name == "W_x" else slice(2 * n, None)
+
+    def forward(self, backend: NumpyBackend, r: Recurrence, table: Array, a: Array, c: Array) -> Step:
+        """Make the forward step; a is (B, 3n), the products for r, z and s."""
+        n, tanh = c.shape[1], backend.xp.tanh
+
+        def step(t: int) -> None:
+            rows, before = table[r.x[t]], r.hidden[t]
+            reset = backend.sigmoid(a[:, :n] + rows[:, n : 2 * n])
+            z = backend.sigmoid(a[:, n : 2 * n] + rows[:, 2 * n :])
+            s = a[:, 2 * n :] + r.bias_h
+            u = tanh(rows[:, :n] + reset * s)
+            r.hidden[t + 1] = u + z * (before - u)
+            if r.coefficients is not None:
+                k = r.coefficients[t]
+                k[0] = z
+                k[1] = s * reset * (1 - reset)
+                k[2] = reset
+                k[3] = (before - u) * z * (1 - z)
+                k[4] = (1 - z) * (1 - u * u)
+            if r.weights is not None:  # s is no pre-activation of its own
+                w = r.weights[t]
+                w[:, :n] = 0.25 * (1 - u * u)
+                w[:, n : 2 * n] = reset * (1 - reset)
+                w[:, 2 * n : 3 * n] = z * (1 - z)
+                w[:, 3 * n :] = 0
+
+        return step
+
+    def tangent(
+        self, backend: NumpyBackend, r: Recurrence, table: Array, pre: Array, dh: Array, dc: Array
+    ) -> Step:
+        """Make the tangent step; what the state contributes to the group of u is that of s, through r."""
+        n, kept = dc.shape[1], r.coefficients
+        assert kept is not None  # linearised
+
+        def step(t: int) -> None:
+            k_h, k_r, k_s, k_z, k_u = kept[t]
+            own, rows = pre[t], table[r.x[t]]
+            own[:, n : 3 * n] += rows[:, n:]
+            own[:, :n] = rows[:, :n] + k_r * own[:, n : 2 * n] + k_s * own[:, 3 * n :]
+            dh[t + 1] = k_h * dh[t] + k_z * own[:, 2 * n : 3 * n] + k_u * own[:, :n]
+
+        return step
+
+    def adjoint(
+        self, backend: NumpyBackend, r: Recurrence, dh: Array, back: Array, dc: Array, da: Array, inject: bool
+    ) -> Step:
+        """Make the adjoint step."""
+        n, kept = dc.shape[1], r.coefficients
+        assert kept is not None  # linearised
+
+        def step(t: int) -> None:
+            k_h, k_r, k_s, k_z, k_u = kept[t]
+            total, own = dh[t + 1], da[t]
+            total += back
+            if not inject:
+                own[...] = 0
+            own[:, :n] += k_u * total
+            own[:, n : 2 * n] += k_r * own[:, :n]
+            own[:, 2 * n : 3 * n] += k_z * total
+            own[:, 3 * n :] += k_s * own[:, :n]
+            back[...] = k_h * total
+
+        return step
+
+    def bias_tangent(self, r: Recurrence, v: Array, pre: Array, dh: Array) -> None:
+        """R s gains R b_h."""
+        pre[..., -len(v) :] += v
+
+    def bias_cotangent(self, hidden: Array, dh: Array, da: Array) -> Array:
+        """Give the cotangents of s."""
+        return da[..., 3 * hidden.shape[-1] :]

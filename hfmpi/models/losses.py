@@ -1,0 +1,127 @@
+"""Losses of a network's outputs: value, gradient and Hessian, each row of outputs by itself.
+
+A loss is a function of the outputs z (N, O) of N scored steps and of their targets. The Gauss-Newton matrix
+is J' H J with the Hessian H of the loss, so H must be positive semidefinite: the loss is convex in z. These
+are the losses that match an output function (softmax, identity, logistic), so that the gradient is the output
+less the target (Schraudolph 2002, Fast curvature matrix-vector products for second-order gradient descent).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol
+
+import numpy as np
+
+from hfmpi.backends.base import Array
+from hfmpi.backends.numpy import NumpyBackend
+from hfmpi.errors import UserError
+
+__all__ = ["LOSSES", "Bernoulli", "Loss", "SoftmaxCrossEntropy", "SquaredError", "choose"]
+
+
+class Loss(Protocol):
+    """A convex loss of each row of outputs z (N, O).
+
+    Attributes
+    ----------
+    symbols : bool
+        Targets are symbols (N,), int32; else rows of numbers (N, O).
+    """
+
+    symbols: ClassVar[bool]
+
+    def value(self, backend: NumpyBackend, outputs: Array, targets: Array) -> Array:
+        """Give the loss of each row in nats, (N,) float64; outputs become what the others need of them."""
+
+    def gradient(self, backend: NumpyBackend, kept: Array, targets: Array, scale: float, out: Array) -> None:
+        """Fill out (N, O) with scale times the gradient; `kept` is what `value` left of the outputs."""
+
+    def hessian(self, backend: NumpyBackend, kept: Array, u: Array, scale: float) -> None:
+        """Overwrite u (N, O) with scale * H u."""
+
+
+class SoftmaxCrossEntropy:
+    """-log softmax(z)[target]; H u = p * (u - <p, u>) with p = softmax(z), which is what is kept."""
+
+    symbols: ClassVar[bool] = True
+
+    def value(self, backend: NumpyBackend, outputs: Array, targets: Array) -> Array:
+        """Give the loss of each row; outputs become probabilities."""
+        return backend.softmax_loss(outputs, targets)
+
+    def gradient(self, backend: NumpyBackend, kept: Array, targets: Array, scale: float, out: Array) -> None:
+        """Fill out with scale * (p - onehot(targets))."""
+        backend.softmax_gradient(kept, targets, scale, out)
+
+    def hessian(self, backend: NumpyBackend, kept: Array, u: Array, scale: float) -> None:
+        """Overwrite u with scale * p * (u - <p, u>)."""
+        backend.softmax_hessian(kept, u, scale)
+
+
+class SquaredError:
+    """|z - target|^2 / 2; H is the identity. The differences are kept."""
+
+    symbols: ClassVar[bool] = False
+
+    def value(self, backend: NumpyBackend, outputs: Array, targets: Array) -> Array:
+        """Give the loss of each row; outputs become differences."""
+        outputs -= targets
+        wide = outputs.astype(np.float64)
+        return 0.5 * (wide * wide).sum(axis=1)
+
+    def gradient(self, backend: NumpyBackend, kept: Array, targets: Array, scale: float, out: Array) -> None:
+        """Fill out with scale * (z - target)."""
+        backend.xp.multiply(kept, kept.dtype.type(scale), out=out)
+
+    def hessian(self, backend: NumpyBackend, kept: Array, u: Array, scale: float) -> None:
+        """Overwrite u with scale * u."""
+        u *= u.dtype.type(scale)
+
+
+class Bernoulli:
+    """log(1 + exp(z)) - z * target, summed over outputs; targets in [0, 1]; H u = p (1 - p) u, p kept.
+
+    p = 1 / (1 + exp(-z)) is the probability of a 1.
+    """
+
+    symbols: ClassVar[bool] = False
+
+    def value(self, backend: NumpyBackend, outputs: Array, targets: Array) -> Array:
+        """Give the loss of each row; outputs become probabilities."""
+        xp, wide = backend.xp, outputs.astype(np.float64)
+        least = xp.log1p(xp.exp(-abs(wide)))  # log(1 + exp(z)) = max(z, 0) + log(1 + exp(-|z|))
+        losses = (xp.maximum(wide, 0) + least - wide * targets).sum(axis=1)
+        outputs[...] = backend.sigmoid(outputs)
+        return losses
+
+    def gradient(self, backend: NumpyBackend, kept: Array, targets: Array, scale: float, out: Array) -> None:
+        """Fill out with scale * (p - target)."""
+        backend.xp.subtract(kept, targets, out=out)
+        out *= out.dtype.type(scale)
+
+    def hessian(self, backend: NumpyBackend, kept: Array, u: Array, scale: float) -> None:
+        """Overwrite u with scale * p (1 - p) u."""
+        u *= kept * (1 - kept) * u.dtype.type(scale)
+
+
+LOSSES: dict[str, Loss] = {
+    "cross-entropy": SoftmaxCrossEntropy(),
+    "squares": SquaredError(),
+    "bernoulli": Bernoulli(),
+}
+"""The losses by name."""
+
+
+def choose(loss: str | Loss) -> Loss:
+    """Give a loss by its name, or as it is.
+
+    Raises
+    ------
+    UserError
+        If there is none of this name.
+    """
+    if not isinstance(loss, str):
+        return loss
+    if loss not in LOSSES:
+        raise UserError(f"there is no loss {loss!r}; choose one of {', '.join(LOSSES)}")
+    return LOSSES[loss]

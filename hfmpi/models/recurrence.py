@@ -1,0 +1,334 @@
+"""The linearised recurrence of one layer, and its three loops over time: what is sequential in a network.
+
+The loops are written once, for every cell and every device. Shapes: L steps, B sequences, n hidden units; K
+pre-activations in all, K_x of which the inputs contribute to, and K_h the state before. What the inputs
+contribute are rows of a table, gathered by `x`: for symbols the table is W_x + b itself, with a row a symbol;
+for real inputs and for upper layers it has a row for each step and sequence, inputs W_x + b. All arrays are
+time-major.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from hfmpi.backends.base import Array, Packed
+from hfmpi.backends.numpy import NumpyBackend
+
+__all__ = ["Cell", "Recurrence", "Step", "adjoint", "forward", "tangent"]
+
+Step = Callable[[int], None]
+"""Does step t of a loop, before or after its sequential product."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One kind of recurrent cell, of any size: its parameters, and the steps of its loops.
+
+    The K = groups * n pre-activations of a step are columns, in groups of n. The first `of_inputs` groups
+    get what the inputs contribute, the last `of_state` groups what the state before does; most cells have
+    all of both. A step is plain array code on `backend.xp`, which runs on every device, or a kernel of
+    the backend.
+
+    Attributes
+    ----------
+    multiplicative : bool
+        The state before is replaced by the intermediate state m = W_mx x * W_mh h' (Krause 2015, eq. 3).
+    kernels : str
+        What its loops are called.
+    groups, of_inputs, of_state : int
+    on_rows : int
+        The groups of the bias that act on the rows of inputs; those after, b_h, act inside the unit.
+    kept : int
+        Coefficients of a unit that a linearisation keeps of every step.
+    carries : bool
+        The adjoint step writes itself what it pulls back to the state before, and the product is added.
+    adds : bool
+        The tangent step adds R h to what b_h did to it.
+    forget : int or None
+        The group whose bias makes the cell keep its state.
+    recurrent_scale : float or None
+        Deviation of recurrent matrices at the start; None: 1 / sqrt(n).
+    """
+
+    multiplicative: bool = False
+    kernels: ClassVar[str]
+    groups: ClassVar[int]
+    of_inputs: ClassVar[int]
+    of_state: ClassVar[int]
+    kept: ClassVar[int] = 0
+    carries: ClassVar[bool] = False
+    forget: ClassVar[int | None] = None
+    recurrent_scale: ClassVar[float | None] = None
+
+    @property
+    def on_rows(self) -> int:
+        """All groups that inputs contribute to."""
+        return self.of_inputs
+
+    @property
+    def adds(self) -> bool:
+        """Whether R h gains something from b_h beforehand."""
+        return False
+
+    def shapes(self, n: int, inputs: int) -> dict[str, tuple[int, ...]]:
+        """Give names and shapes of the parameters of a layer of n units."""
+        factors = {"W_mx": (inputs, n), "W_mh": (n, n)} if self.multiplicative else {}
+        return {
+            **factors,
+            "W_x": (inputs, self.of_inputs * n),
+            "W_h": (n, self.of_state * n),
+            "b": (self.groups * n,),
+        }
+
+    def tanh_columns(self, name: str, n: int) -> slice:
+        """Give the columns of W_x or W_h that lead to tanh units."""
+        raise NotImplementedError
+
+    def forward(self, backend: NumpyBackend, r: Recurrence, table: Array, a: Array, c: Array) -> Step:
+        """Make the forward step: from a = h' W_h (B, K_h), fill h_t, what is kept, and the weights."""
+        raise NotImplementedError
+
+    def tangent(
+        self, backend: NumpyBackend, r: Recurrence, table: Array, pre: Array, dh: Array, dc: Array
+    ) -> Step:
+        """Make the tangent step: complete R a_t in pre, then R h_t in dh[t + 1]."""
+        raise NotImplementedError
+
+    def adjoint(
+        self, backend: NumpyBackend, r: Recurrence, dh: Array, back: Array, dc: Array, da: Array, inject: bool
+    ) -> Step:
+        """Make the transpose of the tangent step; dh[t + 1] gains back, da[t] is written (or added to)."""
+        raise NotImplementedError
+
+    def bias_tangent(self, r: Recurrence, v: Array, pre: Array, dh: Array) -> None:
+        """Put what the direction v of b_h does by itself where the tangent steps will find it."""
+
+    def bias_cotangent(self, hidden: Array, dh: Array, da: Array) -> Array:
+        """Give the cotangents of b_h at every step and sequence, (L, B, .); dh and hidden are (L, B, n)."""
+        raise NotImplementedError
+
+
+@dataclass
+class Recurrence:
+    """The linearised recurrence of one layer on one batch: everything that the loops read.
+
+    Attributes
+    ----------
+    cell : Cell
+    inputs : (L, B) int32, or (L, B, I)
+        Symbols, or the vectors that the layer reads.
+    x : (L, B) int32
+        Rows of the tables: the symbols, or 0, 1, 2, ...
+    hidden : (L + 1, B, n)
+        h_0 (the initial state), h_1, ..., h_L.
+    recurrent, recurrent_t : (n, K_h), (K_h, n)
+        The matrix applied to the previous hidden (or intermediate) state, and its transpose. Transposes
+        are None where the pass is not to be linearised.
+    coefficients : (L, k, B, n) or None
+        What a cell keeps of every step; None where the pass is not to be linearised, or it keeps nothing.
+    bias_h : (n,) or None
+        The part of the bias that acts inside the unit and not on a row of the table.
+    factor, factor_t : (n, n) or None
+        W_mh of the multiplicative cells, and its transpose.
+    factor_table : (R, n) or None
+        Rows of W_mx, or inputs W_mx: they scale the factors.
+    factors : (L, B, n) or None
+        q_t = h_{t-1} W_mh. (1, B, n) where the pass is not to be linearised; so `intermediate`.
+    intermediate : (L, B, n) or None
+        m_t = factor_table[x_t] * q_t.
+    weights : (L, B, K) or None
+        Structural-damping weights of the pre-activations, if they were asked for.
+    """
+
+    cell: Cell
+    inputs: Array
+    x: Array
+    hidden: Array
+    recurrent: Packed
+    recurrent_t: Packed | None = None
+    coefficients: Array | None = None
+    bias_h: Array | None = None
+    factor: Packed | None = None
+    factor_t: Packed | None = None
+    factor_table: Array | None = None
+    factors: Array | None = None
+    intermediate: Array | None = None
+    weights: Array | None = None
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether the inputs are symbols, which look up rows."""
+        return self.inputs.ndim == 2
+
+    def part(self, steps: slice) -> Recurrence:
+        """Give the recurrence of some of the steps: views of the same arrays."""
+        start, stop, _ = steps.indices(len(self.x))
+        size = self.x.shape[1]
+
+        def cut(array: Array | None) -> Array | None:
+            return array if array is None or len(array) < len(self.x) else array[start:stop]
+
+        table = self.factor_table
+        if table is not None and not self.looks_up:
+            table = table[start * size : stop * size]
+        return replace(
+            self,
+            inputs=self.inputs[start:stop],
+            x=self.x[start:stop] if self.looks_up else self.x[: stop - start],
+            hidden=self.hidden[start : stop + 1],
+            coefficients=cut(self.coefficients),
+            factor_table=table,
+            factors=cut(self.factors),
+            intermediate=cut(self.intermediate),
+            weights=cut(self.weights),
+        )
+
+
+def forward(backend: NumpyBackend, r: Recurrence, table: Array, c: Array) -> None:
+    """Run the recurrence, filling `r.hidden[1:]`, its coefficients, intermediates and weights.
+
+    Parameters
+    ----------
+    r : Recurrence
+        With `hidden[0]` set to the initial state.
+    table : (R, K_x)
+        What the inputs contribute.
+    c : (B, n)
+        c_0 of cells that have it; holds c_L afterwards.
+    """
+    steps, batch = r.x.shape
+    a = backend.workspace("forward.a", (batch, r.recurrent.matrix.shape[1]))
+    kept = 1 if r.factors is None else len(r.factors)
+
+    def run() -> None:
+        multiply, x, hidden, factors, intermediate = (
+            backend.multiply,
+            r.x,
+            r.hidden,
+            r.factors,
+            r.intermediate,
+        )
+        step = r.cell.forward(backend, r, table, a, c)
+        for t in range(steps):
+            source = hidden[t]
+            if r.factor is not None and factors is not None and intermediate is not None:
+                q, m = factors[t % kept], intermediate[t % kept]
+                multiply(source, r.factor, q)
+                backend.factor_forward(r.factor_table, x[t], q, m)
+                source = m
+            multiply(source, r.recurrent, a)
+            step(t)
+
+    arrays = {
+        "kept": kept, "recurrent": r.recurrent, "factor": r.factor, "p_table": r.factor_table, "table": table,
+        "x": r.x, "bias_h": r.bias_h, "c": c, "hidden": r.hidden, "k": r.coefficients, "w": r.weights,
+        "q": r.factors, "m": r.intermediate, "a": a,
+    }  # fmt: skip
+    backend.loop(f"{r.cell.kernels} forward", run, arrays)
+
+
+def tangent(
+    backend: NumpyBackend,
+    r: Recurrence,
+    table: Array,
+    pre: Array,
+    factor_table: Array | None,
+    factors: Array | None,
+    dh: Array,
+    dc: Array,
+) -> None:
+    """Push a parameter direction through the recurrence (R-forward).
+
+    Called for one part of the steps after the other, from the first.
+
+    Parameters
+    ----------
+    table : (R, K_x)
+        What inputs contribute along the direction.
+    pre : (L, B, K)
+        In: the time-batched part, h_{t-1} V_h (or m_t V_h). Out: R a_t.
+    factor_table : (R, n) or None
+        The direction of r.factor_table.
+    factors : (L, B, n) or None
+        In: the time-batched part h_{t-1} V_mh. Out: R q_t.
+    dh : (L + 1, B, n)
+        In: dh[0], that of the step before and, where `bias_h` acts on h, its part g_t v_bh. Out: R h_t.
+    dc : (B, n)
+        R c of the step before; holds that of the last step afterwards. Unused by cells without c.
+    """
+    dm = backend.workspace("tangent.m", dc.shape)
+    sums = pre[..., -r.cell.of_state * dc.shape[1] :]
+
+    def run() -> None:
+        multiply, x = backend.multiply, r.x
+        step = r.cell.tangent(backend, r, table, pre, dh, dc)
+        for t in range(len(x)):
+            source = dh[t]
+            if r.factor is not None and r.factors is not None and factors is not None:
+                multiply(source, r.factor, factors[t], add=True)
+                backend.factor_tangent(r.factor_table, factor_table, x[t], r.factors[t], factors[t], dm)
+                source = dm
+            multiply(source, r.recurrent, sums[t], add=True)
+            step(t)
+
+    arrays = {
+        "recurrent": r.recurrent, "factor": r.factor, "p_table": r.factor_table, "dp_table": factor_table,
+        "table": table, "x": r.x, "k": r.coefficients, "q": r.factors, "pre": pre, "dq": factors, "dm": dm,
+        "dh": dh, "dc": dc, "hidden": r.hidden, "add": int(r.cell.adds),
+    }  # fmt: skip
+    backend.loop(f"{r.cell.kernels} tangent", run, arrays)
+
+
+def adjoint(
+    backend: NumpyBackend,
+    r: Recurrence,
+    dh: Array,
+    da: Array,
+    dp: Array | None,
+    dq: Array | None,
+    back: Array,
+    dc: Array,
+    inject: bool,
+) -> None:
+    """Pull cotangents back through the recurrence: the transpose of `tangent`.
+
+    Called for one part of the steps after the other, from the last.
+
+    Parameters
+    ----------
+    dh : (L + 1, B, n)
+        In: cotangents of h_1 ... h_L in dh[1:]. Out: the total cotangents.
+    da : (L, B, K)
+        Out: cotangents of the pre-activations. Where `inject` is set, it holds on entry
+        cotangents that act on the pre-activations themselves (structural damping).
+    dp, dq : (L, B, n) or None
+        Out, multiplicative cells: cotangents of the gathered rows of the factor table and of q_t.
+    back, dc : (B, n)
+        What the steps after pull back to h_L and c_L; hold what these pull back to h_0 and c_0
+        afterwards.
+    """
+    if r.recurrent_t is None:
+        raise ValueError("the pass was not linearised")
+    recurrent_t, dm = r.recurrent_t, backend.workspace("adjoint.m", back.shape)
+    sums = da[..., -r.cell.of_state * dc.shape[1] :]
+
+    def run() -> None:
+        multiply, x, carries = backend.multiply, r.x, r.cell.carries
+        step = r.cell.adjoint(backend, r, dh, back, dc, da, inject)
+        for t in range(len(x) - 1, -1, -1):
+            step(t)
+            if r.factor_t is not None and r.factors is not None and dp is not None and dq is not None:
+                multiply(sums[t], recurrent_t, dm)
+                backend.factor_adjoint(r.factor_table, x[t], r.factors[t], dm, dp[t], dq[t])
+                multiply(dq[t], r.factor_t, back, carries)
+            else:
+                multiply(sums[t], recurrent_t, back, carries)
+
+    arrays = {
+        "recurrent_t": recurrent_t, "factor_t": r.factor_t, "p_table": r.factor_table, "x": r.x,
+        "k": r.coefficients, "q": r.factors, "dh": dh, "da": da, "dp": dp, "dq": dq, "back": back, "dc": dc,
+        "inject": int(inject), "hidden": r.hidden, "dm": dm,
+    }  # fmt: skip
+    backend.loop(f"{r.cell.kernels} adjoint", run, arrays)

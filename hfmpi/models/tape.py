@@ -1,0 +1,319 @@
+"""A network linearised at theta on one batch: J v (jvp) and J' u (vjp) without exponentials.
+
+The output of the network, seen by the Gauss-Newton matrix, is the pair (outputs, pre-activations): the loss
+is a function of the outputs, and structural damping is a second loss, of the pre-activations, that has only a
+second derivative. So the product reads
+
+    v -> J v -> H (J v) -> J' (H (J v)),    H = diag(loss Hessian, structural weights).
+
+All matrices multiply from the right; rows are sequences, time-major. Products that involve no recurrence are
+taken over many steps at once; only h W_h (and h W_mh) and their transposes are sequential. The steps are
+worked off in blocks, through all layers, so that what one pass over a block leaves is still in the cache for
+the next. Derivation: docs/theory.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from hfmpi.backends.base import Array, Workspace
+from hfmpi.backends.numpy import NumpyBackend
+from hfmpi.models import recurrence
+from hfmpi.models.architecture import Architecture
+from hfmpi.models.losses import Loss
+from hfmpi.models.parameter_gradient import Cotangents, Each, Sums, Whole, layer_gradient
+from hfmpi.models.recurrence import Recurrence
+
+__all__ = ["Outputs", "Tape", "blocks", "fill_rows"]
+
+
+class Outputs(NamedTuple):
+    """A tangent or a cotangent of the network's outputs.
+
+    Attributes
+    ----------
+    outputs : (T * B, O)
+    pre : tuple of (L, B, K) or None
+        Of the pre-activations of each layer, for structural damping.
+    """
+
+    outputs: Array
+    pre: tuple[Array, ...] | None = None
+
+
+def blocks(steps: int, sequences: int, rows: int) -> list[slice]:
+    """Cut steps into blocks of nearly one length and about so many rows (steps times sequences), in order."""
+    count = min(steps, -(-steps * sequences // rows))
+    return [slice(steps * i // count, steps * (i + 1) // count) for i in range(count)]
+
+
+def fill_rows(backend: NumpyBackend, inputs: Array, matrix: Array, out: Array) -> None:
+    """Fill a table with what inputs contribute: symbols (L, B) look rows up, vectors (L, B, I) multiply."""
+    if inputs.ndim == 2:
+        out[...] = matrix
+    else:
+        backend.matmul(inputs.reshape(-1, inputs.shape[2]), matrix, out)
+
+
+@dataclass
+class Tape:
+    """The linearisation of a network at theta on one batch.
+
+    Attributes
+    ----------
+    architecture : Architecture
+    backend : NumpyBackend
+    output_loss : Loss
+    layers : tuple of Recurrence
+        From below.
+    parameters : dict of str to Array
+        Views of theta.
+    kept : (T * B, O)
+        What the loss keeps of the outputs.
+    targets : (T * B,) int32, or (T * B, O)
+    mask : (T * B, 1) or None
+        1 where a step is scored, 0 where not.
+    loss : float
+        Summed over the scored steps, nats.
+    nbytes : int
+        What it keeps in the device's memory.
+    block_rows : int
+        About how many rows (steps times sequences) the time-batched products take at once.
+    memory : Workspace
+        Where all of it lies.
+    """
+
+    architecture: Architecture
+    backend: NumpyBackend
+    output_loss: Loss
+    layers: tuple[Recurrence, ...]
+    parameters: dict[str, Array]
+    kept: Array
+    targets: Array
+    mask: Array | None
+    loss: float
+    nbytes: int
+    block_rows: int
+    memory: Workspace
+
+    # What the objective asks for ---------------------------------------------------------------
+
+    def gradient(self, scale: float, out: Array) -> None:
+        """Add scale times the gradient of the summed loss to out (D,)."""
+        self.vjp(self._loss_gradient(scale), out)
+
+    def squared_gradients(self, scale: float, out: Array, squares: Array) -> None:
+        """Add what `gradient` adds to out (D,), and the sum of its squares over sequences to squares (D,)."""
+        self.vjp(self._loss_gradient(scale), out, squares)
+
+    def gauss_newton(self, v: Array, scale: float, out: Array) -> None:
+        """Add scale * J' H_L J v to out (D,)."""
+        self.structural_gauss_newton(v, scale, 0.0, out)
+
+    def structural_gauss_newton(self, v: Array, scale: float, structural: float, out: Array) -> None:
+        """Add scale * (J' H_L J + structural * J_a' W J_a) v to out (D,), J_a the pre-activations' part."""
+        u = self.jvp(v, pre=structural != 0)
+        self.output_loss.hessian(self.backend, self.kept, u.outputs, scale)
+        if self.mask is not None:
+            u.outputs[...] *= self.mask
+        for r, pre in zip(self.layers, u.pre or (), strict=bool(u.pre)):
+            pre[...] *= r.weights
+            pre[...] *= self.backend.dtype.type(scale * structural)
+        self.vjp(u, out)
+
+    def _loss_gradient(self, scale: float) -> Outputs:
+        u = self.backend.workspace("outputs", self.kept.shape)
+        self.output_loss.gradient(self.backend, self.kept, self.targets, scale, u)
+        if self.mask is not None:
+            u *= self.mask
+        return Outputs(u)
+
+    # J v ---------------------------------------------------------------------------------------
+
+    def jvp(self, v: Array, pre: bool = False) -> Outputs:
+        """J v: what a direction v (D,) does to the outputs and, with `pre`, to the pre-activations.
+
+        The result lies in the backend's workspace, until the next pass.
+        """
+        backend, n, q = self.backend, self.architecture.hidden, self.architecture.layout.views(v)
+        size = self.layers[0].x.shape[1]
+        outputs = backend.workspace("outputs", self.kept.shape)
+        states = [
+            [backend.workspace(f"tangent.{name}.{i}", (size, n)) for name in "hc"]
+            for i in range(len(self.layers))
+        ]
+        for last, dc in states:
+            last[...] = 0
+            dc[...] = 0
+        for steps, scored, rows in self._blocks(pre):
+            inputs, tangents = None, []
+            for i, (last, dc) in enumerate(states):
+                a, dh = self._block_tangent(i, steps, q, inputs, last, dc)
+                last[...] = dh[-1]
+                inputs = dh[1:]
+                tangents.append(a)
+            hidden = self.layers[-1].hidden[1 + scored.start : 1 + scored.stop].reshape(-1, n)
+            at = slice(1 + scored.start - steps.start, 1 + scored.stop - steps.start)
+            direct = backend.workspace("outputs.direct", outputs[rows].shape)
+            backend.matmul(hidden, q["W_o"], direct)
+            if "b_o" in q:
+                direct += q["b_o"]
+            backend.matmul(dh[at].reshape(-1, n), self.parameters["W_o"], outputs[rows])
+            outputs[rows] += direct
+        return Outputs(outputs, tuple(tangents) if pre else None)
+
+    def _block_tangent(
+        self, i: int, steps: slice, q: dict[str, Array], inputs: Array | None, last: Array, dc: Array
+    ) -> tuple[Array, Array]:
+        """R a (L, B, K) and R h (L + 1, B, n) of layer i in one block, from the state before it.
+
+        `inputs` (L, B, I) is what the direction does to the layer's inputs, None where that is nothing.
+        """
+        r, names, cell = self.layers[i].part(steps), self.architecture.names[i], self.architecture.cell
+        backend, (length, size), n = self.backend, r.x.shape, self.architecture.hidden
+        own = {name: q[whole] for name, whole in names.items()}
+        on_rows = cell.on_rows * n
+        table = self._rows(i, "W_x", r, own, inputs)
+        table[:, :on_rows] += own["b"][:on_rows]
+        before, factors, factor_table = r.hidden[:-1].reshape(-1, n), None, None
+        if r.intermediate is not None:
+            factors = backend.workspace(f"factors.{i}", (length, size, n))
+            backend.matmul(before, own["W_mh"], factors.reshape(-1, n))
+            before = r.intermediate.reshape(-1, n)
+            factor_table = self._rows(i, "W_mx", r, own, inputs)
+        a = backend.workspace(f"pre.{i}", (length, size, cell.groups * n))
+        backend.matmul(before, own["W_h"], a.reshape(length * size, -1)[:, -cell.of_state * n :])
+        dh = backend.workspace(f"hidden.{i}", (length + 1, size, n))
+        dh[0] = last
+        if cell.on_rows < cell.groups:
+            cell.bias_tangent(r, own["b"][on_rows:], a, dh)
+        recurrence.tangent(backend, r, table, a, factor_table, factors, dh, dc)
+        return a, dh
+
+    def _rows(self, i: int, name: str, r: Recurrence, own: dict[str, Array], inputs: Array | None) -> Array:
+        """Give what inputs contribute through W_x or W_mx along a direction."""
+        matrix = own[name]
+        count = matrix.shape[0] if r.looks_up else r.x.size
+        table = self.backend.workspace(f"direction.{name}.{i}", (count, matrix.shape[1]))
+        fill_rows(self.backend, r.inputs, matrix, table)
+        if inputs is not None:
+            more = self.backend.workspace("direction.more", table.shape)
+            fill_rows(self.backend, inputs, self.parameters[self.architecture.names[i][name]], more)
+            table += more
+        return table
+
+    # J' u --------------------------------------------------------------------------------------
+
+    def vjp(self, u: Outputs, out: Array, squares: Array | None = None) -> None:
+        """J' u: add the parameter cotangent of the output cotangents u to out (D,).
+
+        Parameters
+        ----------
+        u : Outputs
+            `u.pre`, if given, must be what `jvp` returned, in place: its memory is used up.
+        out : (D,)
+            The cotangent is added to it.
+        squares : (D,), optional
+            Gains, for every sequence of the batch, the element-wise square of that sequence's cotangent.
+        """
+        backend, n = self.backend, self.architecture.hidden
+        size, top = self.layers[0].x.shape[1], len(self.layers) - 1
+        states = [
+            [backend.workspace(f"adjoint.{name}.{i}", (size, n)) for name in "hc"]
+            for i in range(len(self.layers))
+        ]
+        for back, dc in states:
+            back[...] = 0
+            dc[...] = 0
+        whole = squares is not None or u.pre is not None
+        for steps, scored, rows in reversed(self._blocks(whole)):
+            length = steps.stop - steps.start
+            dh = backend.workspace(f"hidden.{top}", (length + 1, size, n))
+            first = 1 + scored.start - steps.start
+            dh[1:first] = 0
+            backend.matmul(u.outputs[rows], self.parameters["W_o"].T, dh[first:].reshape(-1, n))
+            cotangents = []
+            for i in range(top, -1, -1):
+                below = backend.workspace(f"hidden.{i - 1}", (length + 1, size, n)) if i else None
+                pre = None if u.pre is None else u.pre[i]
+                back, dc = states[i]
+                cotangents.append(self._block_adjoint(i, steps, dh, pre, back, dc, below))
+                dh = below
+            du = u.outputs[rows].reshape(-1, size, self.architecture.outputs)
+            self._collect(cotangents[::-1], du, out, squares)
+
+    def _block_adjoint(
+        self, i: int, steps: slice, dh: Array, pre: Array | None, back: Array, dc: Array, below: Array | None
+    ) -> Cotangents:
+        """Pull the cotangents dh (L + 1, B, n) back through layer i in one block, into `below` if given."""
+        r, names, cell = self.layers[i].part(steps), self.architecture.names[i], self.architecture.cell
+        backend, (length, size), n = self.backend, r.x.shape, self.architecture.hidden
+        da = backend.workspace(f"pre.{i}", (length, size, cell.groups * n)) if pre is None else pre
+        dp = dq = None
+        if r.factors is not None:
+            dp = backend.workspace(f"rows.{i}", (length, size, n))
+            dq = backend.workspace(f"factors.{i}", (length, size, n))
+        recurrence.adjoint(backend, r, dh, da, dp, dq, back, dc, inject=pre is not None)
+        if below is not None:
+            flat, of_inputs = below[1:].reshape(-1, n), da.reshape(length * size, -1)[:, : cell.of_inputs * n]
+            backend.matmul(of_inputs, self.parameters[names["W_x"]].T, flat)
+            if dp is not None:
+                more = backend.workspace("below.more", flat.shape)
+                backend.matmul(dp.reshape(-1, n), self.parameters[names["W_mx"]].T, more)
+                flat += more
+        return Cotangents(r.inputs, r.hidden, r.intermediate, dh[1:], da, dp, dq)
+
+    def _collect(
+        self, cotangents: Sequence[Cotangents], du: Array, out: Array, squares: Array | None
+    ) -> None:
+        """Add the parameter cotangents of one block to out (D,), and their squares by sequence to squares."""
+        backend, layout = self.backend, self.architecture.layout
+        if squares is not None and backend.each_numbers:
+            many = max(1, backend.each_numbers // layout.size)
+            for start in range(0, du.shape[1], many):
+                part = slice(start, start + many)
+                each = backend.workspace("each", (du[:, part].shape[1], layout.size))
+                self._gradient(cotangents, du, part, each, Each(backend))
+                backend.accumulate_squares(each, out, squares)
+            return
+        single = backend.workspace("gradient", (layout.size,))
+        if squares is None:
+            self._gradient(cotangents, du, slice(None), single, Whole(backend))
+            out += single
+            return
+        for b in range(du.shape[1]):
+            self._gradient(cotangents, du, slice(b, b + 1), single, Whole(backend))
+            backend.accumulate_square(single, out, squares)
+
+    def _gradient(
+        self, cotangents: Sequence[Cotangents], du: Array, part: slice, out: Array, sums: Sums
+    ) -> None:
+        """Fill out (D,), or (B, D) for each sequence, with the parameter cotangents of some sequences."""
+        g = self.architecture.layout.views(out)
+        for names, whole in zip(self.architecture.names, cotangents, strict=True):
+            own = Cotangents(*(None if a is None else a[:, part] for a in whole))
+            layer_gradient(self.architecture.cell, own, {name: g[full] for name, full in names.items()}, sums)
+        hidden, du = own.hidden, du[:, part]
+        sums.product(hidden[len(hidden) - len(du) :], du, g["W_o"])
+        if "b_o" in g:
+            sums.total(du, g["b_o"])
+
+    def _blocks(self, whole: bool) -> list[tuple[slice, slice, slice]]:
+        """Cut the steps into blocks of nearly one length, in order.
+
+        Returns
+        -------
+        list of (steps, scored, rows)
+            Steps of the recurrence, those among them that have outputs (perhaps none), and the rows of
+            the outputs (T * B, O) that belong to these.
+        """
+        length, size = self.layers[0].x.shape
+        burn_in = length - len(self.kept) // size
+        found = []
+        for steps in [slice(0, length)] if whole else blocks(length, size, self.block_rows):
+            first = min(max(steps.start, burn_in), steps.stop)
+            rows = slice(max(first - burn_in, 0) * size, max(steps.stop - burn_in, 0) * size)
+            found.append((steps, slice(first, steps.stop), rows))
+        return found
