@@ -1,0 +1,288 @@
+"""Networks beyond text: layers, real inputs, other losses, masks; against the independent implementation."""
+
+import functools
+from typing import NamedTuple
+
+import independent
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from on_host import OnHost
+from small import history, same, shared_corpus, train, write_corpus
+from test_models import close, gradient_of, product_of
+
+from hfmpi.backends import create
+from hfmpi.data.arrays import Arrays
+from hfmpi.errors import UserError
+from hfmpi.models.architecture import Architecture
+from hfmpi.models.cells import CELLS
+from hfmpi.models.losses import LOSSES, choose
+from hfmpi.models.network import Network
+from hfmpi.models.tape import Outputs
+from hfmpi.objective.data_parallel import DataParallel
+from hfmpi.optim import HessianFree, Objectives
+from hfmpi.parallel.communicator import Communicator, MPICommunicator
+
+BACKENDS = ["numpy", "numba", "cupy"]
+KINDS = [(name, "standard") for name in CELLS] + [("lstm", "krause"), ("mlstm", "krause")]
+
+
+class Steps(NamedTuple):
+    inputs: np.ndarray
+    targets: np.ndarray
+    mask: np.ndarray | None = None
+
+
+def make_batch(rng, about, loss, symbols, masked, steps=5, size=3, scored=4):
+    if symbols:
+        inputs = rng.integers(0, about.inputs, (steps, size)).astype(np.int32)
+    else:
+        inputs = rng.standard_normal((steps, size, about.inputs))
+    if loss == "cross-entropy":
+        targets = rng.integers(0, about.outputs, (scored, size)).astype(np.int32)
+    else:
+        targets = rng.random((scored, size, about.outputs))
+    mask = None
+    if masked:
+        mask = (rng.random((scored, size)) < 0.6).astype(np.float64)
+        mask[0, 0], mask[-1, -1] = 0, 1
+    return Steps(inputs, targets, mask)
+
+
+def make(kind, layers, loss, symbols, masked, backend="numpy", seed=0, hidden=3, block_rows=7, **sizes):
+    rng = np.random.default_rng(seed)
+    about = Architecture(kind[0], hidden, 4, 2 if loss != "cross-entropy" else 4, layers, kind[1])
+    network = OnHost(about, create(backend, "float64"), loss, block_rows=block_rows)
+    theta = 0.6 * rng.standard_normal(about.layout.size)
+    return network, theta, make_batch(rng, about, loss, symbols, masked, **sizes), rng
+
+
+CASES = [(layers, loss, symbols, masked) for layers, loss, symbols, masked in (
+    (2, "cross-entropy", True, False),
+    (1, "squares", False, False),
+    (2, "bernoulli", False, True),
+    (3, "cross-entropy", True, True),
+)]  # fmt: skip
+
+
+@functools.cache
+def dense(kind, case):
+    """Give the independent implementation's loss, gradient, Jacobian and Gauss-Newton matrices."""
+    network, theta, batch, _ = make(kind, *case, hidden=2 if case[0] == 3 else 3)
+    about, loss = network.about, case[1]
+    return (
+        independent.loss(theta, about, batch, loss),
+        independent.gradient(theta, about, batch, loss),
+        independent.jacobians(theta, about, batch)[0],
+        independent.gauss_newton(theta, about, batch, kind=loss),
+        independent.gauss_newton(theta, about, batch, 0.7, loss),
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES)
+def test_everything_matches_the_independent_implementation(kind, backend, case):
+    network, theta, batch, rng = make(kind, *case, backend, hidden=2 if case[0] == 3 else 3)
+    expected, gradient, j, plain, damped = dense(kind, case)
+    assert network.loss(theta, batch) == pytest.approx(expected, rel=1e-12)
+    tape = network.forward(theta, batch)
+    assert tape.loss == pytest.approx(expected, rel=1e-12)
+    close(gradient_of(network, theta, batch), gradient, 1e-9)
+    assert np.linalg.norm(damped - plain) > 1e-2 * np.linalg.norm(plain)
+    for _ in range(2):
+        v = rng.standard_normal(theta.size)
+        close(product_of(network, theta, batch, v), plain @ v, 1e-9)
+        close(product_of(network, theta, batch, v, 0.7), damped @ v, 1e-9)
+    close(network.jvp(tape, v).outputs.reshape(-1), j @ v, 1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_match_finite_differences(kind, case):
+    network, theta, batch, rng = make(kind, *case, "numba")
+    g = gradient_of(network, theta, batch)
+    for _ in range(3):
+        v, e = rng.standard_normal(theta.size), 1e-5
+        slope = (network.loss(theta + e * v, batch) - network.loss(theta - e * v, batch)) / (2 * e)
+        assert slope == pytest.approx(g @ v, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES[:3])
+def test_squares_are_those_of_each_sequence_alone(kind, backend, case):
+    network, theta, batch, _ = make(kind, *case, backend)
+    network.backend.each_numbers *= 2 * theta.size / max(1, network.backend.each_numbers)  # two at a time
+    network.backend.each_numbers = int(network.backend.each_numbers)
+    squares = np.zeros_like(theta)
+    close(gradient_of(network, theta, batch, squares), gradient_of(network, theta, batch))
+    expected = np.zeros_like(theta)
+    for b in range(batch.inputs.shape[1]):
+        one = Steps(*(None if a is None else a[:, b : b + 1].copy() for a in batch))
+        expected += gradient_of(network, theta, one) ** 2
+    close(squares, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_blocks_and_pieces_change_nothing_beyond_rounding(kind, backend):
+    results = []
+    for block_rows in (1, 7, 1000):
+        case = 3, "squares", False, True, backend
+        network, theta, batch, rng = make(kind, *case, block_rows=block_rows, steps=7)
+        v = rng.standard_normal(theta.size)
+        state, _ = network.advance(theta, None, batch.inputs[:3])
+        _, last = network.advance(theta, state, batch.inputs[3:])
+        results.append((gradient_of(network, theta, batch), product_of(network, theta, batch, v), last))
+    close(last, independent.run(theta, network.about, batch)[0][-1])
+    for other in results[:-1]:
+        for a, b in zip(other, results[-1], strict=True):
+            close(a, b, 1e-13)
+
+
+@given(
+    st.sampled_from(KINDS), st.sampled_from(BACKENDS), st.integers(1, 3), st.sampled_from(sorted(LOSSES)),
+    st.booleans(), st.booleans(), st.integers(1, 4), st.integers(1, 6), st.integers(1, 4), st.integers(0, 2**31),
+    st.integers(1, 30),
+)  # fmt: skip
+@settings(deadline=None, max_examples=60)
+def test_products_are_transposes_and_curvature_is_symmetric_and_positive(
+    kind, backend, layers, loss, symbols, masked, hidden, steps, size, seed, block_rows
+):
+    network, theta, batch, rng = make(
+        kind, layers, loss, symbols, masked, backend, seed, hidden, block_rows,
+        steps=steps, size=size, scored=1 + seed % steps,
+    )  # fmt: skip
+    tape = network.forward(theta, batch)
+    v, w = rng.standard_normal((2, theta.size))
+    jv = network.jvp(tape, v).outputs.copy()
+    u = rng.standard_normal(jv.shape)
+    ju = np.zeros_like(theta)
+    network.vjp(tape, Outputs(u), ju)
+    size_of = np.linalg.norm(jv) * np.linalg.norm(u) + np.linalg.norm(ju) * np.linalg.norm(v)
+    assert np.sum(jv * u) == pytest.approx(ju @ v, rel=1e-10, abs=1e-12 * size_of)
+    for structural in (0.0, 0.3):
+        gv, gw = (product_of(network, theta, batch, z, structural) for z in (v, w))
+        bound = 1e-11 * (np.linalg.norm(gv) * np.linalg.norm(w) + np.linalg.norm(gw) * np.linalg.norm(v))
+        assert gv @ w == pytest.approx(gw @ v, rel=1e-10, abs=bound)
+        assert v @ gv >= -bound
+
+
+def test_a_mask_of_ones_changes_nothing_and_what_is_masked_does_not_count():
+    network, theta, batch, _ = make(("lstm", "standard"), 2, "cross-entropy", True, True)
+    ones = batch._replace(mask=np.ones(batch.targets.shape))
+    close(gradient_of(network, theta, ones), gradient_of(network, theta, batch._replace(mask=None)), 1e-14)
+    other = batch._replace(targets=np.where(batch.mask == 1, batch.targets, (batch.targets + 1) % 4))
+    assert network.loss(theta, other) == network.loss(theta, batch)
+    np.testing.assert_array_equal(gradient_of(network, theta, other), gradient_of(network, theta, batch))
+
+
+def test_bernoulli_is_finite_far_out():
+    loss, backend = choose("bernoulli"), create("numpy", "float64")
+    outputs = np.array([[800.0, -800.0], [0.0, 0.0]])
+    values = loss.value(backend, outputs, np.array([[1.0, 0.0], [1.0, 0.5]]))
+    assert values == pytest.approx([0.0, 2 * np.log(2)])
+    assert np.array_equal(outputs, [[1, 0], [0.5, 0.5]])
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    ({"inputs": np.zeros((5, 3, 9))}, r"inputs must be symbols .* or numbers .*, 4\), not of shape"),
+    ({"inputs": np.full((5, 3), 4)}, "inputs must be symbols from 0 to 3, not 4 to 4"),
+    ({"inputs": np.zeros((5, 3))}, "inputs must be whole numbers"),
+    ({"targets": np.zeros((6, 3), int)}, "for at most 5 steps"),
+    ({"targets": np.full((4, 3), -1)}, "targets must be symbols from 0 to 3, not -1 to -1"),
+    ({"targets": np.zeros((4, 3, 4))}, "targets must be symbols of shape"),
+])  # fmt: skip
+def test_a_batch_of_another_network_is_one_sentence(change, sentence):
+    network, theta, batch, _ = make(("lstm", "standard"), 1, "cross-entropy", True, False)
+    with pytest.raises(UserError, match=sentence):
+        network.loss(theta, batch._replace(**change))
+
+
+def test_unknown_losses_and_layers_are_one_sentence():
+    with pytest.raises(
+        UserError, match="there is no loss 'hinge'; choose one of cross-entropy, squares, bern"
+    ):
+        choose("hinge")
+    with pytest.raises(UserError, match="at least one layer, not 0"):
+        Architecture("lstm", 3, 4, 4, 0)
+
+
+def adding(count, steps, seed=0):
+    """Give the adding problem (Hochreiter and Schmidhuber 1997): the sum of two marked numbers at the end."""
+    rng = np.random.default_rng(seed)
+    inputs = np.stack([rng.random((count, steps)), np.zeros((count, steps))], axis=2)
+    for row in inputs:
+        row[rng.choice(steps, 2, replace=False), 1] = 1
+    return Arrays(inputs, (inputs[..., :1] * inputs[..., 1:]).sum(axis=1, keepdims=True) / 2)
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_hessian_free_learns_the_adding_problem(name):
+    cases = adding(200, 8)
+    network = Network(Architecture(name, 8, 2, 1, 2), create("numba", "float64"), "squares")
+    owner = DataParallel(network, Communicator())
+    risk = owner.on(cases, np.arange(cases.count))
+    optimizer = HessianFree(damping=0.1, cg_max_steps=40)
+    theta = network.initial(0)
+    state, start = optimizer.init(theta), risk.loss(theta)
+    for _ in range(25):
+        theta, state, _ = optimizer.step(theta, state, Objectives(risk, risk))
+    assert risk.loss(theta) < 0.02 * start
+
+
+@pytest.mark.parametrize(
+    "options", [{"layers": 2, "model": "mlstm"}, {"model": "gru"}, {"layers": 3, "model": "gru"}]
+)
+@pytest.mark.parametrize("optimizer", ["sgd", "shf"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, options, optimizer):
+    data = write_corpus(tmp_path / "d.h5")
+    options = options | {"backend": "numba", "optimizer": optimizer, "dtype": "float32", "hidden": 5}
+    whole, _ = train(tmp_path / "whole", data, max_steps=4, **options)
+    train(tmp_path / "parts", data, max_steps=2, **options)
+    parts, _ = train(tmp_path / "parts", data, max_steps=4, **options)
+    same(whole, parts)
+    assert history(tmp_path / "whole") == history(tmp_path / "parts")
+
+
+@pytest.mark.mpi(ranks=2, timeout=100, unit="s")
+@pytest.mark.parametrize("options", [{"layers": 2, "model": "mlstm"}, {"layers": 2, "model": "gru"}])
+def test_two_ranks_equal_one(mpi_ranks, comm, tmp_path, options):
+    from pathlib import Path
+
+    assert comm.size == mpi_ranks
+    folder = Path(comm.bcast(str(tmp_path), root=0))
+    data = shared_corpus(comm, folder)
+    communicator = MPICommunicator(comm)
+    settings = options | {"max_steps": 3, "backend": "numba", "hidden": 5, "optimizer": "shf"}
+    run, _ = train(folder / "run", data, communicator, **settings)
+    alone, _ = train(folder / f"alone{communicator.rank}", data, **settings)
+    np.testing.assert_allclose(run.theta, alone.theta, rtol=1e-9, atol=1e-11)
+    communicator.close()
+
+
+@pytest.mark.mpi(ranks=3, timeout=100, unit="s")
+@pytest.mark.parametrize("masked", [False, True])
+def test_ranks_share_cases_with_and_without_a_mask(mpi_ranks, comm, masked):
+    assert comm.size == mpi_ranks
+    rng = np.random.default_rng(0)
+    mask = (rng.random((7, 3)) < 0.5).astype(np.float64) if masked else None
+    if mask is not None:
+        mask[0, 0] = 1
+    cases = Arrays(rng.standard_normal((7, 5, 2)), rng.random((7, 3, 2)), mask)
+    about = Architecture("gru", 4, 2, 2, 2)
+    communicator = MPICommunicator(comm)
+    results = []
+    for team in (communicator, Communicator()):
+        network = Network(about, create("numpy", "float64"), "bernoulli")
+        risk = DataParallel(network, team, micro_batch=2).on(cases, np.arange(7))
+        theta = network.initial(1)
+        at = risk.squared_gradients(theta)
+        results.append(
+            [np.array([risk.loss(theta), at.loss]), at.vector, at.squares, risk.gauss_newton(theta)(theta)]
+        )
+    for ours, alone in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, alone, rtol=1e-10, atol=1e-13)
+    communicator.close()
