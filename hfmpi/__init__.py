@@ -1,3 +1,48 @@
-"""Hessian-free optimization of recurrent networks, data-parallel under MPI."""
+"""Hessian-free optimization of recurrent networks, data-parallel under MPI.
 
+What a user types after `import hfmpi` is imported when it is first asked for: `hfmpi --help` stays quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hfmpi.data.arrays import Arrays
+    from hfmpi.models.architecture import Architecture
+    from hfmpi.models.network import Network
+    from hfmpi.objective.data_parallel import DataParallel
+    from hfmpi.optim import Adam, GradientDescent, HessianFree, Objective, Objectives
+    from hfmpi.parallel import connect, guard
+
+__all__ = [
+    "Adam",
+    "Architecture",
+    "Arrays",
+    "DataParallel",
+    "GradientDescent",
+    "HessianFree",
+    "Network",
+    "Objective",
+    "Objectives",
+    "connect",
+    "guard",
+]
 __version__ = "0.1.0"
+
+_PLACES = {
+    "Architecture": "hfmpi.models.architecture",
+    "Arrays": "hfmpi.data.arrays",
+    "DataParallel": "hfmpi.objective.data_parallel",
+    "Network": "hfmpi.models.network",
+    "connect": "hfmpi.parallel",
+    "guard": "hfmpi.parallel",
+}
+"""Modules of the names that are not in `hfmpi.optim`."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'hfmpi' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PLACES.get(name, "hfmpi.optim")), name)

@@ -35,6 +35,17 @@ def test_own_objective_is_minimised_alike_on_any_number_of_ranks():
     assert float(found[0][1]) == pytest.approx(float(found[1][1]), rel=1e-2)
 
 
+def test_the_adding_problem_is_solved_alike_on_any_number_of_ranks(tmp_path):
+    source = (ROOT / "examples" / "adding_problem.py").read_text()
+    script = tmp_path / "adding_problem.py"  # shorter sequences, fewer steps
+    script.write_text(source.replace("1000, 20,", "300, 6,").replace("range(1, 41)", "range(1, 21)"))
+    launcher = str(MPIRUN) if MPIRUN.exists() else shutil.which("mpirun")
+    lines = [last_line(sys.executable, script), last_line(launcher, "-n", "2", sys.executable, script)]
+    found = [re.match(r"(\d) rank\(s\): test loss ([\d.]+)", line) for line in lines]
+    assert [match[1] for match in found] == ["1", "2"]
+    assert all(float(match[2]) < 0.005 for match in found)  # always answering 0.5: 0.021
+
+
 def test_the_program_of_the_readme(capsys):
     (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     exec(program, {})

@@ -144,8 +144,8 @@ def test_blocks_and_pieces_change_nothing_beyond_rounding(kind, backend):
 
 @given(
     st.sampled_from(KINDS), st.sampled_from(BACKENDS), st.integers(1, 3), st.sampled_from(sorted(LOSSES)),
-    st.booleans(), st.booleans(), st.integers(1, 4), st.integers(1, 6), st.integers(1, 4), st.integers(0, 2**31),
-    st.integers(1, 30),
+    st.booleans(), st.booleans(), st.integers(1, 4), st.integers(1, 6), st.integers(1, 4),
+    st.integers(0, 2**31), st.integers(1, 30),
 )  # fmt: skip
 @settings(deadline=None, max_examples=60)
 def test_products_are_transposes_and_curvature_is_symmetric_and_positive(

@@ -19,8 +19,9 @@ from functools import cached_property
 import numpy as np
 
 from hfmpi.errors import UserError
-from hfmpi.models.cells import Cell, cell
+from hfmpi.models.cells import cell
 from hfmpi.models.parameters import Layout
+from hfmpi.models.recurrence import Cell
 
 __all__ = ["INITIALISATIONS", "PAPER_PARAMETERS", "Architecture"]
 

@@ -70,11 +70,17 @@ class Model(Protocol):
 
 
 @runtime_checkable
-class SquaredGradients(Linearisation, Protocol):
-    """A linearisation that can also square the gradient of each case by itself."""
+class SquaredGradients(Protocol):
+    """A model that can also square the gradient of each case by itself."""
 
-    def squared_gradients(self, scale: float, out: Array, squares: Array) -> None:
-        """Add what `gradient` adds to out (D,), and the sum of its squares over the cases to squares (D,)."""
+    def squared_gradients(self, at: Any, scale: float, out: Array, squares: Array) -> None:
+        """Add what `at.gradient` adds to out (D,), and its squares, summed over the cases, to squares (D,).
+
+        Parameters
+        ----------
+        at : Linearisation
+            One of this model.
+        """
 
 
 class StructuralLinearisation(Linearisation, Protocol):

@@ -116,6 +116,10 @@ class Network:
         """Linearise, and keep the structural-damping weights of the pre-activations too."""
         return self._run(theta, batch, True, True, reuse.memory if reuse else self.backend.new_workspace())
 
+    def squared_gradients(self, at: Tape, scale: float, out: Array, squares: Array) -> None:
+        """Add the gradient to out (D,), and the sum of its squares over sequences to squares (D,)."""
+        at.squared_gradients(scale, out, squares)
+
     def tape_bytes(self, steps: int, size: int, structural: bool = False, looks_up: bool = True) -> int:
         """Give the memory that the tape of a batch (steps, size) takes, without running it.
 

@@ -160,7 +160,7 @@ class Recurrence:
     @property
     def looks_up(self) -> bool:
         """Whether the inputs are symbols, which look up rows."""
-        return self.inputs.ndim == 2
+        return bool(self.inputs.ndim == 2)
 
     def part(self, steps: slice) -> Recurrence:
         """Give the recurrence of some of the steps: views of the same arrays."""

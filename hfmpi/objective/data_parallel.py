@@ -18,6 +18,7 @@ import numpy as np
 from hfmpi.backends.base import Array, Backend
 from hfmpi.data.batches import Cases, curvature_slice, global_indices, shard
 from hfmpi.errors import UserError
+from hfmpi.measure.spans import ALLREDUCE, LINE_SEARCH
 from hfmpi.measure.timer import Timer
 from hfmpi.models.base import Model
 from hfmpi.objective.local import LocalSums, Shard
@@ -92,7 +93,7 @@ class DataParallel:
         self.slices = slices
         self.stop = stop
 
-    def on(self, cases: Cases, indices: np.ndarray, span: str = "line search") -> Risk:
+    def on(self, cases: Cases, indices: np.ndarray, span: str = LINE_SEARCH) -> Risk:
         """Give the risk on the cases `indices` (B,), the same on every rank.
 
         `span` is the name under which the timer books its losses.
@@ -104,12 +105,12 @@ class DataParallel:
         rank, ranks = self.communicator.rank, self.communicator.size
         count = self.slices or ranks
         own = range(count * rank // ranks, count * (rank + 1) // ranks)
-        return Shard(cases, [shard(indices, i, count) for i in own], indices[:1])
+        return Shard(cases, [shard(indices, i, count) for i in own])
 
     def sum(self, message: Array, transport: Transport) -> None:
         """Sum over all ranks; the last number is that of the ranks that want to stop."""
         message[-1] = float(self.stop())
-        with self.timer.span("allreduce"):
+        with self.timer.span(ALLREDUCE):
             transport.sum(message)
         if float(message[-1]) > 0:
             raise Stopped

@@ -15,6 +15,7 @@ import numpy as np
 from hfmpi.backends.base import Array
 from hfmpi.data.batches import Cases
 from hfmpi.errors import UserError
+from hfmpi.measure.spans import FORWARD, GRADIENT, INPUT, LINEARISE, PRODUCTS
 from hfmpi.measure.timer import Timer
 from hfmpi.models.base import Linearisation, Model, SquaredGradients, StructuralDamping
 from hfmpi.objective.messages import PARTS, message_sizes, pack
@@ -36,13 +37,10 @@ class Shard:
     cases : Cases
     slices : list of (n,) int64
         Indices of the cases of each slice, perhaps none.
-    example : (1,) int64
-        A case of the global batch, for a rank that has none of its own.
     """
 
     cases: Cases
     slices: list[np.ndarray]
-    example: np.ndarray
 
     @property
     def count(self) -> int:
@@ -107,17 +105,22 @@ class LocalSums:
             On all ranks alike, if the model has no squares.
         """
         backend, size = self.model.backend, theta.size
+        squaring = None
+        if squares:
+            if not isinstance(self.model, SquaredGradients):
+                raise UserError("the model has no squared gradients: set preconditioner=none")
+            squaring = self.model
 
         def share(part: np.ndarray) -> Array:
             message = backend.xp.zeros(message_sizes(size, squares)["gradient"], theta.dtype)
             out, square_sum, loss = message[:size], message[size : 2 * size], 0.0
             for indices in self._cut(part):
                 batch = self._take(shard, indices)
-                with self.timer.span("forward"):
+                with self.timer.span(FORWARD):
                     at = self._pass(self.model.linearise, theta, batch)
-                with self.timer.span("gradient"):
-                    if squares:
-                        _squaring(at).squared_gradients(1 / scored, out, square_sum)
+                with self.timer.span(GRADIENT):
+                    if squaring is not None:
+                        squaring.squared_gradients(at, 1 / scored, out, square_sum)
                     else:
                         at.gradient(1 / scored, out)
                     backend.synchronize()
@@ -125,14 +128,7 @@ class LocalSums:
             message[PARTS] = backend.to_device(pack(loss).astype(theta.dtype))
             return message
 
-        def whole() -> Array:
-            if squares and not shard.count and not self._squares:
-                # From a case of the others it learns, once, what the model may lack.
-                _squaring(self._pass(self.model.linearise, theta, shard.cases.take(shard.example)))
-                self._squares = True
-            return pairwise([share(part) for part in shard.slices])
-
-        return self._shrinking(shard, whole)
+        return self._shrinking(shard, lambda: pairwise([share(part) for part in shard.slices]))
 
     def products(
         self, theta: Array, shard: Shard, scored: int, structural: float = 0.0
@@ -156,7 +152,7 @@ class LocalSums:
         mine = self._kept
 
         def add(at: Any, v: Array, out: Array) -> None:
-            with self.timer.span("products"):
+            with self.timer.span(PRODUCTS):
                 if structural > 0:
                     at.structural_gauss_newton(v, 1 / scored, structural, out)
                 else:
@@ -168,7 +164,7 @@ class LocalSums:
             for at in kept:
                 add(at, v, message[:-1])
             for batch in others:
-                with self.timer.span("linearise"):
+                with self.timer.span(LINEARISE):
                     at = self._pass(linearise, theta, batch)
                 add(at, v, message[:-1])
             return message
@@ -198,7 +194,7 @@ class LocalSums:
                     others.append(batch)
                     continue
                 reuse = before[len(kept)] if len(kept) < len(before) else self._passing
-                with self.timer.span("linearise"):
+                with self.timer.span(LINEARISE):
                     at = linearise(theta, batch, reuse)
                 if reuse is self._passing:
                     self._passing = None
@@ -255,11 +251,5 @@ class LocalSums:
         return np.array_split(part, -(-part.size // self.micro_batch)) if part.size else []
 
     def _take(self, shard: Shard, indices: np.ndarray) -> Any:
-        with self.timer.span("input"):
+        with self.timer.span(INPUT):
             return shard.cases.take(indices)
-
-
-def _squaring(at: Linearisation) -> SquaredGradients:
-    if not isinstance(at, SquaredGradients):
-        raise UserError("the model has no squared gradients: set preconditioner=none")
-    return at
