@@ -290,6 +290,7 @@ class NumbaBackend(NumpyBackend):
     def __init__(self, dtype: str = "float32") -> None:
         super().__init__(dtype)
         self._kernels = kernels()
+        self._multiply, self._gated_step = self._kernels["multiply"], self._kernels["gated_step"]
         for name in PLAIN:
             setattr(self, name, self._kernels[name])
 
@@ -299,12 +300,12 @@ class NumbaBackend(NumpyBackend):
         return Packed(matrix, ready)
 
     def multiply(self, a: Array, b: Packed, out: Array, add: bool = False) -> None:
-        self._kernels["multiply"](a, b.panels, out, add)
+        self._multiply(a, b.panels, out, add)
 
     def gated_forward(
         self, a: Array, table: Array, x: Array, bias_h: Array, c: Array, h: Array, k: Array, w: Array
     ) -> None:
-        self._kernels["gated_step"](a, table, x, bias_h, c, h, k)
+        self._gated_step(a, table, x, bias_h, c, h, k)
         if w is not None:
             self._kernels["gated_weights"](a, table, x, bias_h is not None, w)
 

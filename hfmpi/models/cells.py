@@ -34,18 +34,18 @@ class Plain(Cell):
 
     def forward(self, backend: NumpyBackend, r: Recurrence, table: Array, a: Array, c: Array) -> Step:
         """Make the forward step."""
-        kernel, x, hidden, w = backend.plain_forward, r.x, r.hidden, r.weights
+        kernel, x, hidden, w = backend.plain_forward, r.views.x, r.views.hidden, r.views.weights
 
         def step(t: int) -> None:
-            kernel(a, table, x[t], hidden[t + 1], None if w is None else w[t])
+            kernel(a, table, x[t], hidden[t + 1], w[t])
 
         return step
 
     def tangent(
-        self, backend: NumpyBackend, r: Recurrence, table: Array, pre: Array, dh: Array, dc: Array
+        self, backend: NumpyBackend, r: Recurrence, table: Array, pre: list[Array], dh: list[Array], dc: Array
     ) -> Step:
         """Make the tangent step."""
-        kernel, x, hidden = backend.plain_tangent, r.x, r.hidden
+        kernel, x, hidden = backend.plain_tangent, r.views.x, r.views.hidden
 
         def step(t: int) -> None:
             kernel(pre[t], table, x[t], hidden[t + 1], dh[t + 1])
@@ -53,10 +53,17 @@ class Plain(Cell):
         return step
 
     def adjoint(
-        self, backend: NumpyBackend, r: Recurrence, dh: Array, back: Array, dc: Array, da: Array, inject: bool
+        self,
+        backend: NumpyBackend,
+        r: Recurrence,
+        dh: list[Array],
+        back: Array,
+        dc: Array,
+        da: list[Array],
+        inject: bool,
     ) -> Step:
         """Make the adjoint step."""
-        kernel, hidden = backend.plain_adjoint, r.hidden
+        kernel, hidden = backend.plain_adjoint, r.views.hidden
 
         def step(t: int) -> None:
             kernel(dh[t + 1], back, hidden[t + 1], da[t], inject)
@@ -99,21 +106,18 @@ class Gated(Cell):
 
     def forward(self, backend: NumpyBackend, r: Recurrence, table: Array, a: Array, c: Array) -> Step:
         """Make the forward step."""
-        kernel, x, hidden, bias_h = backend.gated_forward, r.x, r.hidden, r.bias_h
-        k, w = r.coefficients, r.weights
+        kernel, bias_h, (x, hidden, k, w, *_) = backend.gated_forward, r.bias_h, r.views
 
         def step(t: int) -> None:
-            weights = None if w is None else w[t]
-            kernel(a, table, x[t], bias_h, c, hidden[t + 1], None if k is None else k[t], weights)
+            kernel(a, table, x[t], bias_h, c, hidden[t + 1], k[t], w[t])
 
         return step
 
     def tangent(
-        self, backend: NumpyBackend, r: Recurrence, table: Array, pre: Array, dh: Array, dc: Array
+        self, backend: NumpyBackend, r: Recurrence, table: Array, pre: list[Array], dh: list[Array], dc: Array
     ) -> Step:
         """Make the tangent step."""
-        kernel, x, k, add = backend.gated_tangent, r.x, r.coefficients, self.krause
-        assert k is not None  # linearised
+        kernel, x, k, add = backend.gated_tangent, r.views.x, r.views.coefficients, self.krause
 
         def step(t: int) -> None:
             kernel(pre[t], table, x[t], k[t], dc, dh[t + 1], add)
@@ -121,11 +125,17 @@ class Gated(Cell):
         return step
 
     def adjoint(
-        self, backend: NumpyBackend, r: Recurrence, dh: Array, back: Array, dc: Array, da: Array, inject: bool
+        self,
+        backend: NumpyBackend,
+        r: Recurrence,
+        dh: list[Array],
+        back: Array,
+        dc: Array,
+        da: list[Array],
+        inject: bool,
     ) -> Step:
         """Make the adjoint step."""
-        kernel, k = backend.gated_adjoint, r.coefficients
-        assert k is not None  # linearised
+        kernel, k = backend.gated_adjoint, r.views.coefficients
 
         def step(t: int) -> None:
             kernel(dh[t + 1], back, k[t], dc, da[t], inject)

@@ -43,24 +43,22 @@ class GRU(Cell):
 
     def forward(self, backend: NumpyBackend, r: Recurrence, table: Array, a: Array, c: Array) -> Step:
         """Make the forward step; a is (B, 3n), the products for r, z and s."""
-        n, tanh = c.shape[1], backend.xp.tanh
+        n, tanh, (x, hidden, coefficients, weights, *_) = c.shape[1], backend.xp.tanh, r.views
 
         def step(t: int) -> None:
-            rows, before = table[r.x[t]], r.hidden[t]
+            rows, before, k, w = table[x[t]], hidden[t], coefficients[t], weights[t]
             reset = backend.sigmoid(a[:, :n] + rows[:, n : 2 * n])
             z = backend.sigmoid(a[:, n : 2 * n] + rows[:, 2 * n :])
             s = a[:, 2 * n :] + r.bias_h
             u = tanh(rows[:, :n] + reset * s)
-            r.hidden[t + 1] = u + z * (before - u)
-            if r.coefficients is not None:
-                k = r.coefficients[t]
+            hidden[t + 1][...] = u + z * (before - u)
+            if k is not None:
                 k[0] = z
                 k[1] = s * reset * (1 - reset)
                 k[2] = reset
                 k[3] = (before - u) * z * (1 - z)
                 k[4] = (1 - z) * (1 - u * u)
-            if r.weights is not None:  # s is no pre-activation of its own
-                w = r.weights[t]
+            if w is not None:  # s is no pre-activation of its own
                 w[:, :n] = 0.25 * (1 - u * u)
                 w[:, n : 2 * n] = reset * (1 - reset)
                 w[:, 2 * n : 3 * n] = z * (1 - z)
@@ -69,27 +67,32 @@ class GRU(Cell):
         return step
 
     def tangent(
-        self, backend: NumpyBackend, r: Recurrence, table: Array, pre: Array, dh: Array, dc: Array
+        self, backend: NumpyBackend, r: Recurrence, table: Array, pre: list[Array], dh: list[Array], dc: Array
     ) -> Step:
         """Make the tangent step; what the state contributes to the group of u is that of s, through r."""
-        n, kept = dc.shape[1], r.coefficients
-        assert kept is not None  # linearised
+        n, x, kept = dc.shape[1], r.views.x, r.views.coefficients
 
         def step(t: int) -> None:
             k_h, k_r, k_s, k_z, k_u = kept[t]
-            own, rows = pre[t], table[r.x[t]]
+            own, rows = pre[t], table[x[t]]
             own[:, n : 3 * n] += rows[:, n:]
             own[:, :n] = rows[:, :n] + k_r * own[:, n : 2 * n] + k_s * own[:, 3 * n :]
-            dh[t + 1] = k_h * dh[t] + k_z * own[:, 2 * n : 3 * n] + k_u * own[:, :n]
+            dh[t + 1][...] = k_h * dh[t] + k_z * own[:, 2 * n : 3 * n] + k_u * own[:, :n]
 
         return step
 
     def adjoint(
-        self, backend: NumpyBackend, r: Recurrence, dh: Array, back: Array, dc: Array, da: Array, inject: bool
+        self,
+        backend: NumpyBackend,
+        r: Recurrence,
+        dh: list[Array],
+        back: Array,
+        dc: Array,
+        da: list[Array],
+        inject: bool,
     ) -> Step:
         """Make the adjoint step."""
-        n, kept = dc.shape[1], r.coefficients
-        assert kept is not None  # linearised
+        n, kept = dc.shape[1], r.views.coefficients
 
         def step(t: int) -> None:
             k_h, k_r, k_s, k_z, k_u = kept[t]

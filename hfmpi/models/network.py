@@ -276,7 +276,7 @@ def _check_symbols(what: str, symbols: np.ndarray | None, count: int) -> None:
         return
     if not np.issubdtype(symbols.dtype, np.integer):
         raise UserError(f"{what} must be whole numbers, as symbols are, not {symbols.dtype}")
-    if symbols.min() < 0 or symbols.max() >= count:
+    if symbols.astype(np.int64, copy=False).view(np.uint64).max() >= count:  # negative ones are huge
         raise UserError(
             f"{what} must be symbols from 0 to {count - 1}, not {symbols.min()} to {symbols.max()}"
         )

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from functools import cached_property
+from typing import ClassVar, NamedTuple
 
 from hfmpi.backends.base import Array, Packed
 from hfmpi.backends.numpy import NumpyBackend
@@ -91,13 +92,20 @@ class Cell:
         raise NotImplementedError
 
     def tangent(
-        self, backend: NumpyBackend, r: Recurrence, table: Array, pre: Array, dh: Array, dc: Array
+        self, backend: NumpyBackend, r: Recurrence, table: Array, pre: list[Array], dh: list[Array], dc: Array
     ) -> Step:
         """Make the tangent step: complete R a_t in pre, then R h_t in dh[t + 1]."""
         raise NotImplementedError
 
     def adjoint(
-        self, backend: NumpyBackend, r: Recurrence, dh: Array, back: Array, dc: Array, da: Array, inject: bool
+        self,
+        backend: NumpyBackend,
+        r: Recurrence,
+        dh: list[Array],
+        back: Array,
+        dc: Array,
+        da: list[Array],
+        inject: bool,
     ) -> Step:
         """Make the transpose of the tangent step; dh[t + 1] gains back, da[t] is written (or added to)."""
         raise NotImplementedError
@@ -108,6 +116,17 @@ class Cell:
     def bias_cotangent(self, hidden: Array, dh: Array, da: Array) -> Array:
         """Give the cotangents of b_h at every step and sequence, (L, B, .); dh and hidden are (L, B, n)."""
         raise NotImplementedError
+
+
+class Views(NamedTuple):
+    """Arrays of a recurrence as lists of what a step has of them: None where there is no array."""
+
+    x: list[Array]
+    hidden: list[Array]
+    coefficients: list[Array]
+    weights: list[Array]
+    factors: list[Array]
+    intermediate: list[Array]
 
 
 @dataclass
@@ -157,6 +176,12 @@ class Recurrence:
     intermediate: Array | None = None
     weights: Array | None = None
 
+    @cached_property
+    def views(self) -> Views:
+        """The arrays step by step, made once for all loops: a view costs as much as a small kernel."""
+        own = self.x, self.hidden, self.coefficients, self.weights, self.factors, self.intermediate
+        return Views(*(_by_step(array, len(self.x)) for array in own))
+
     @property
     def looks_up(self) -> bool:
         """Whether the inputs are symbols, which look up rows."""
@@ -165,6 +190,8 @@ class Recurrence:
     def part(self, steps: slice) -> Recurrence:
         """Give the recurrence of some of the steps: views of the same arrays."""
         start, stop, _ = steps.indices(len(self.x))
+        if stop - start == len(self.x):
+            return self
         size = self.x.shape[1]
 
         def cut(array: Array | None) -> Array | None:
@@ -186,6 +213,12 @@ class Recurrence:
         )
 
 
+def _by_step(array: Array | None, steps: int) -> list[Array]:
+    if array is None:
+        return [None] * steps
+    return list(array) * steps if len(array) == 1 else list(array)
+
+
 def forward(backend: NumpyBackend, r: Recurrence, table: Array, c: Array) -> None:
     """Run the recurrence, filling `r.hidden[1:]`, its coefficients, intermediates and weights.
 
@@ -203,22 +236,16 @@ def forward(backend: NumpyBackend, r: Recurrence, table: Array, c: Array) -> Non
     kept = 1 if r.factors is None else len(r.factors)
 
     def run() -> None:
-        multiply, x, hidden, factors, intermediate = (
-            backend.multiply,
-            r.x,
-            r.hidden,
-            r.factors,
-            r.intermediate,
-        )
+        multiply, recurrent, factor, views = backend.multiply, r.recurrent, r.factor, r.views
         step = r.cell.forward(backend, r, table, a, c)
         for t in range(steps):
-            source = hidden[t]
-            if r.factor is not None and factors is not None and intermediate is not None:
-                q, m = factors[t % kept], intermediate[t % kept]
-                multiply(source, r.factor, q)
-                backend.factor_forward(r.factor_table, x[t], q, m)
+            source = views.hidden[t]
+            if factor is not None:
+                q, m = views.factors[t], views.intermediate[t]
+                multiply(source, factor, q)
+                backend.factor_forward(r.factor_table, views.x[t], q, m)
                 source = m
-            multiply(source, r.recurrent, a)
+            multiply(source, recurrent, a)
             step(t)
 
     arrays = {
@@ -227,6 +254,14 @@ def forward(backend: NumpyBackend, r: Recurrence, table: Array, c: Array) -> Non
         "q": r.factors, "m": r.intermediate, "a": a,
     }  # fmt: skip
     backend.loop(f"{r.cell.kernels} forward", run, arrays)
+
+
+def _of_state(cell: Cell, array: Array, by_step: list[Array]) -> list[Array]:
+    """Give the columns of pre-activations (L, B, K) that the state before contributes to, step by step."""
+    if cell.of_state == cell.groups:
+        return by_step
+    width = array.shape[2] // cell.groups * cell.of_state
+    return list(array[..., -width:])
 
 
 def tangent(
@@ -259,18 +294,19 @@ def tangent(
         R c of the step before; holds that of the last step afterwards. Unused by cells without c.
     """
     dm = backend.workspace("tangent.m", dc.shape)
-    sums = pre[..., -r.cell.of_state * dc.shape[1] :]
 
     def run() -> None:
-        multiply, x = backend.multiply, r.x
-        step = r.cell.tangent(backend, r, table, pre, dh, dc)
-        for t in range(len(x)):
-            source = dh[t]
-            if r.factor is not None and r.factors is not None and factors is not None:
-                multiply(source, r.factor, factors[t], add=True)
-                backend.factor_tangent(r.factor_table, factor_table, x[t], r.factors[t], factors[t], dm)
+        multiply, recurrent, factor, views = backend.multiply, r.recurrent, r.factor, r.views
+        pres, dhs, dqs = list(pre), list(dh), _by_step(factors, len(pre))
+        sums = _of_state(r.cell, pre, pres)
+        step = r.cell.tangent(backend, r, table, pres, dhs, dc)
+        for t in range(len(pres)):
+            source = dhs[t]
+            if factor is not None:
+                multiply(source, factor, dqs[t], True)
+                backend.factor_tangent(r.factor_table, factor_table, views.x[t], views.factors[t], dqs[t], dm)
                 source = dm
-            multiply(source, r.recurrent, sums[t], add=True)
+            multiply(source, recurrent, sums[t], True)
             step(t)
 
     arrays = {
@@ -312,17 +348,18 @@ def adjoint(
     if r.recurrent_t is None:
         raise ValueError("the pass was not linearised")
     recurrent_t, dm = r.recurrent_t, backend.workspace("adjoint.m", back.shape)
-    sums = da[..., -r.cell.of_state * dc.shape[1] :]
 
     def run() -> None:
-        multiply, x, carries = backend.multiply, r.x, r.cell.carries
-        step = r.cell.adjoint(backend, r, dh, back, dc, da, inject)
-        for t in range(len(x) - 1, -1, -1):
+        multiply, factor_t, carries, views = backend.multiply, r.factor_t, r.cell.carries, r.views
+        das, dps, dqs = list(da), _by_step(dp, len(da)), _by_step(dq, len(da))
+        sums = _of_state(r.cell, da, das)
+        step = r.cell.adjoint(backend, r, list(dh), back, dc, das, inject)
+        for t in range(len(das) - 1, -1, -1):
             step(t)
-            if r.factor_t is not None and r.factors is not None and dp is not None and dq is not None:
+            if factor_t is not None:
                 multiply(sums[t], recurrent_t, dm)
-                backend.factor_adjoint(r.factor_table, x[t], r.factors[t], dm, dp[t], dq[t])
-                multiply(dq[t], r.factor_t, back, carries)
+                backend.factor_adjoint(r.factor_table, views.x[t], views.factors[t], dm, dps[t], dqs[t])
+                multiply(dqs[t], factor_t, back, carries)
             else:
                 multiply(sums[t], recurrent_t, back, carries)
 
