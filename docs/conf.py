@@ -23,6 +23,7 @@ templates_path = ["_templates"]
 autodoc_member_order = "bysource"
 autodoc_mock_imports = ["cupy"]  # needs a GPU to be imported
 autodoc_typehints = "description"
+suppress_warnings = ["ref.python"]  # attributes of one name in several classes, such as size
 napoleon_google_docstring = False
 napoleon_use_ivar = True  # else attributes of tuples are described twice
 default_role = "code"  # docstrings write `name` for code, as this site does

@@ -59,7 +59,7 @@ class SoftmaxCrossEntropy:
 
 
 class SquaredError:
-    """|z - target|^2 / 2; H is the identity. The differences are kept."""
+    """Half the squared distance of z and target; H is the identity. The differences are kept."""
 
     symbols: ClassVar[bool] = False
 

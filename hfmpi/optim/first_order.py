@@ -23,7 +23,7 @@ class Update(NamedTuple, Generic[StateT]):
 
 
 def agreed_norm(objective: Objective, vector: Vector) -> float:
-    """|vector|, the same number on every rank."""
+    """Give the length of a vector, the same number on every rank."""
     (square,) = objective.agree((inner_product(vector, vector),))
     return math.sqrt(square)
 
@@ -44,9 +44,9 @@ def first_order_step(
     rate : float
         For the report.
     update : callable
-        g (D,) and |g| -> the update, or None where it is not finite.
+        g (D,) and its length -> the update, or None where it is not finite.
     longest : float
-        What |g| must stay below, and `too_long` what is not finite where it does not.
+        What the length of g must stay below, and `too_long` what is not finite where it does not.
     """
     at = objective.gradient(theta)
     loss, square = objective.agree((at.loss, inner_product(at.vector, at.vector)))
