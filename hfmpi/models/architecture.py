@@ -2,9 +2,11 @@
 
 With n hidden units, I inputs and O outputs (both V symbols for a text) a network of one layer has
 
-    rnn    n^2 + n I + n + n O + O            lstm   4 n^2 + 4 n I + 4 n + n O + O
-    mrnn   2 n^2 + 2 n I + n + n O + O        mlstm  5 n^2 + 5 n I + 4 n + n O + O
-                                              gru    3 n^2 + 3 n I + 4 n + n O + O
+    rnn     n^2 + n I + n + n O + O
+    mrnn    2 n^2 + 2 n I + n + n O + O
+    lstm    4 n^2 + 4 n I + 4 n + n O + O
+    mlstm   5 n^2 + 5 n I + 4 n + n O + O
+    gru     3 n^2 + 3 n I + 4 n + n O + O
 
 parameters; the `krause` variant has no output bias (O fewer). A further layer reads the n units of the one
 below.
