@@ -56,6 +56,23 @@ def close(a, b, tolerance=1e-10):
     assert np.linalg.norm(a - b) <= tolerance * max(np.linalg.norm(b), 1e-300)
 
 
+def check_products(network, theta, batch, rng):
+    """Assert that J' is the transpose of J, and G symmetric and positive semidefinite."""
+    tape = network.forward(theta, batch)
+    v, w = rng.standard_normal((2, theta.size))
+    jv = network.jvp(tape, v).outputs.copy()
+    u = rng.standard_normal(jv.shape)
+    ju = np.zeros_like(theta)
+    network.vjp(tape, Outputs(u), ju)
+    size_of = np.linalg.norm(jv) * np.linalg.norm(u) + np.linalg.norm(ju) * np.linalg.norm(v)
+    assert np.sum(jv * u) == pytest.approx(ju @ v, rel=1e-10, abs=1e-12 * size_of)
+    for structural in (0.0, 0.3):
+        gv, gw = (product_of(network, theta, batch, z, structural) for z in (v, w))
+        bound = 1e-11 * (np.linalg.norm(gv) * np.linalg.norm(w) + np.linalg.norm(gw) * np.linalg.norm(v))
+        assert gv @ w == pytest.approx(gw @ v, rel=1e-10, abs=bound)
+        assert v @ gv >= -bound
+
+
 @pytest.mark.parametrize(("name", "variant"), ALL)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("warmup", [0, 2])
@@ -166,19 +183,7 @@ def test_jacobian_products_are_transposes_and_curvature_is_symmetric_and_positiv
     network, theta, batch, rng = make(
         *kind, backend, hidden, vocabulary, steps, size, warmup, seed, block_rows
     )
-    tape = network.forward(theta, batch)
-    v, w = rng.standard_normal((2, theta.size))
-    jv = network.jvp(tape, v).outputs.copy()
-    u = rng.standard_normal(jv.shape)
-    ju = np.zeros_like(theta)
-    network.vjp(tape, Outputs(u), ju)
-    size_of = np.linalg.norm(jv) * np.linalg.norm(u) + np.linalg.norm(ju) * np.linalg.norm(v)
-    assert np.sum(jv * u) == pytest.approx(ju @ v, rel=1e-10, abs=1e-12 * size_of)
-    for structural in (0.0, 0.3):
-        gv, gw = (product_of(network, theta, batch, z, structural) for z in (v, w))
-        bound = 1e-11 * (np.linalg.norm(gv) * np.linalg.norm(w) + np.linalg.norm(gw) * np.linalg.norm(v))
-        assert gv @ w == pytest.approx(gw @ v, rel=1e-10, abs=bound)
-        assert v @ gv >= -bound
+    check_products(network, theta, batch, rng)
 
 
 @given(st.sampled_from(ALL), st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(0, 2**31))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from on_host import OnHost
 from small import history, same, shared_corpus, train, write_corpus
-from test_models import close, gradient_of, product_of
+from test_models import check_products, close, gradient_of, product_of
 
 from hfmpi.backends import create
 from hfmpi.data.arrays import Arrays
@@ -19,7 +19,6 @@ from hfmpi.models.architecture import Architecture
 from hfmpi.models.cells import CELLS
 from hfmpi.models.losses import LOSSES, choose
 from hfmpi.models.network import Network
-from hfmpi.models.tape import Outputs
 from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.optim import HessianFree, Objectives
 from hfmpi.parallel.communicator import Communicator, MPICommunicator
@@ -155,19 +154,7 @@ def test_products_are_transposes_and_curvature_is_symmetric_and_positive(
         kind, layers, loss, symbols, masked, backend, seed, hidden, block_rows,
         steps=steps, size=size, scored=1 + seed % steps,
     )  # fmt: skip
-    tape = network.forward(theta, batch)
-    v, w = rng.standard_normal((2, theta.size))
-    jv = network.jvp(tape, v).outputs.copy()
-    u = rng.standard_normal(jv.shape)
-    ju = np.zeros_like(theta)
-    network.vjp(tape, Outputs(u), ju)
-    size_of = np.linalg.norm(jv) * np.linalg.norm(u) + np.linalg.norm(ju) * np.linalg.norm(v)
-    assert np.sum(jv * u) == pytest.approx(ju @ v, rel=1e-10, abs=1e-12 * size_of)
-    for structural in (0.0, 0.3):
-        gv, gw = (product_of(network, theta, batch, z, structural) for z in (v, w))
-        bound = 1e-11 * (np.linalg.norm(gv) * np.linalg.norm(w) + np.linalg.norm(gw) * np.linalg.norm(v))
-        assert gv @ w == pytest.approx(gw @ v, rel=1e-10, abs=bound)
-        assert v @ gv >= -bound
+    check_products(network, theta, batch, rng)
 
 
 def test_a_mask_of_ones_changes_nothing_and_what_is_masked_does_not_count():

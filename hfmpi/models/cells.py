@@ -14,7 +14,7 @@ from hfmpi.backends.base import Array
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.errors import UserError
 from hfmpi.models.gru import GRU
-from hfmpi.models.recurrence import Cell, Recurrence, Step
+from hfmpi.models.recurrence import Adjoint, Cell, Recurrence, Step, Tangent
 
 __all__ = ["CELLS", "VARIANTS", "Gated", "Plain", "cell"]
 
@@ -41,29 +41,20 @@ class Plain(Cell):
 
         return step
 
-    def tangent(
-        self, backend: NumpyBackend, r: Recurrence, table: Array, pre: list[Array], dh: list[Array], dc: Array
-    ) -> Step:
+    def tangent(self, backend: NumpyBackend, r: Recurrence, own: Tangent) -> Step:
         """Make the tangent step."""
-        kernel, x, hidden = backend.plain_tangent, r.views.x, r.views.hidden
+        kernel, (x, hidden, *_) = backend.plain_tangent, r.views
+        table, pre, dh, _ = own
 
         def step(t: int) -> None:
             kernel(pre[t], table, x[t], hidden[t + 1], dh[t + 1])
 
         return step
 
-    def adjoint(
-        self,
-        backend: NumpyBackend,
-        r: Recurrence,
-        dh: list[Array],
-        back: Array,
-        dc: Array,
-        da: list[Array],
-        inject: bool,
-    ) -> Step:
+    def adjoint(self, backend: NumpyBackend, r: Recurrence, own: Adjoint) -> Step:
         """Make the adjoint step."""
         kernel, hidden = backend.plain_adjoint, r.views.hidden
+        dh, back, _, da, inject = own
 
         def step(t: int) -> None:
             kernel(dh[t + 1], back, hidden[t + 1], da[t], inject)
@@ -113,29 +104,20 @@ class Gated(Cell):
 
         return step
 
-    def tangent(
-        self, backend: NumpyBackend, r: Recurrence, table: Array, pre: list[Array], dh: list[Array], dc: Array
-    ) -> Step:
+    def tangent(self, backend: NumpyBackend, r: Recurrence, own: Tangent) -> Step:
         """Make the tangent step."""
         kernel, x, k, add = backend.gated_tangent, r.views.x, r.views.coefficients, self.krause
+        table, pre, dh, dc = own
 
         def step(t: int) -> None:
             kernel(pre[t], table, x[t], k[t], dc, dh[t + 1], add)
 
         return step
 
-    def adjoint(
-        self,
-        backend: NumpyBackend,
-        r: Recurrence,
-        dh: list[Array],
-        back: Array,
-        dc: Array,
-        da: list[Array],
-        inject: bool,
-    ) -> Step:
+    def adjoint(self, backend: NumpyBackend, r: Recurrence, own: Adjoint) -> Step:
         """Make the adjoint step."""
         kernel, k = backend.gated_adjoint, r.views.coefficients
+        dh, back, dc, da, inject = own
 
         def step(t: int) -> None:
             kernel(dh[t + 1], back, k[t], dc, da[t], inject)

@@ -19,7 +19,7 @@ from typing import ClassVar
 
 from hfmpi.backends.base import Array
 from hfmpi.backends.numpy import NumpyBackend
-from hfmpi.models.recurrence import Cell, Recurrence, Step
+from hfmpi.models.recurrence import Adjoint, Cell, Recurrence, Step, Tangent
 
 __all__ = ["GRU"]
 
@@ -66,10 +66,9 @@ class GRU(Cell):
 
         return step
 
-    def tangent(
-        self, backend: NumpyBackend, r: Recurrence, table: Array, pre: list[Array], dh: list[Array], dc: Array
-    ) -> Step:
+    def tangent(self, backend: NumpyBackend, r: Recurrence, own: Tangent) -> Step:
         """Make the tangent step; what the state contributes to the group of u is that of s, through r."""
+        table, pre, dh, dc = own
         n, x, kept = dc.shape[1], r.views.x, r.views.coefficients
 
         def step(t: int) -> None:
@@ -81,17 +80,9 @@ class GRU(Cell):
 
         return step
 
-    def adjoint(
-        self,
-        backend: NumpyBackend,
-        r: Recurrence,
-        dh: list[Array],
-        back: Array,
-        dc: Array,
-        da: list[Array],
-        inject: bool,
-    ) -> Step:
+    def adjoint(self, backend: NumpyBackend, r: Recurrence, own: Adjoint) -> Step:
         """Make the adjoint step."""
+        dh, back, dc, da, inject = own
         n, kept = dc.shape[1], r.views.coefficients
 
         def step(t: int) -> None:

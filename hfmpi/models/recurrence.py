@@ -17,10 +17,29 @@ from typing import ClassVar, NamedTuple
 from hfmpi.backends.base import Array, Packed
 from hfmpi.backends.numpy import NumpyBackend
 
-__all__ = ["Cell", "Recurrence", "Step", "adjoint", "forward", "tangent"]
+__all__ = ["Adjoint", "Cell", "Recurrence", "Step", "Tangent", "adjoint", "forward", "tangent"]
 
 Step = Callable[[int], None]
 """Does step t of a loop, before or after its sequential product."""
+
+
+class Tangent(NamedTuple):
+    """What the tangent steps work on, step by step: see `tangent`."""
+
+    table: Array
+    pre: list[Array]
+    dh: list[Array]
+    dc: Array
+
+
+class Adjoint(NamedTuple):
+    """What the adjoint steps work on, step by step: see `adjoint`."""
+
+    dh: list[Array]
+    back: Array
+    dc: Array
+    da: list[Array]
+    inject: bool
 
 
 @dataclass(frozen=True)
@@ -91,22 +110,11 @@ class Cell:
         """Make the forward step: from a = h' W_h (B, K_h), fill h_t, what is kept, and the weights."""
         raise NotImplementedError
 
-    def tangent(
-        self, backend: NumpyBackend, r: Recurrence, table: Array, pre: list[Array], dh: list[Array], dc: Array
-    ) -> Step:
+    def tangent(self, backend: NumpyBackend, r: Recurrence, own: Tangent) -> Step:
         """Make the tangent step: complete R a_t in pre, then R h_t in dh[t + 1]."""
         raise NotImplementedError
 
-    def adjoint(
-        self,
-        backend: NumpyBackend,
-        r: Recurrence,
-        dh: list[Array],
-        back: Array,
-        dc: Array,
-        da: list[Array],
-        inject: bool,
-    ) -> Step:
+    def adjoint(self, backend: NumpyBackend, r: Recurrence, own: Adjoint) -> Step:
         """Make the transpose of the tangent step; dh[t + 1] gains back, da[t] is written (or added to)."""
         raise NotImplementedError
 
@@ -299,7 +307,7 @@ def tangent(
         multiply, recurrent, factor, views = backend.multiply, r.recurrent, r.factor, r.views
         pres, dhs, dqs = list(pre), list(dh), _by_step(factors, len(pre))
         sums = _of_state(r.cell, pre, pres)
-        step = r.cell.tangent(backend, r, table, pres, dhs, dc)
+        step = r.cell.tangent(backend, r, Tangent(table, pres, dhs, dc))
         for t in range(len(pres)):
             source = dhs[t]
             if factor is not None:
@@ -353,7 +361,7 @@ def adjoint(
         multiply, factor_t, carries, views = backend.multiply, r.factor_t, r.cell.carries, r.views
         das, dps, dqs = list(da), _by_step(dp, len(da)), _by_step(dq, len(da))
         sums = _of_state(r.cell, da, das)
-        step = r.cell.adjoint(backend, r, list(dh), back, dc, das, inject)
+        step = r.cell.adjoint(backend, r, Adjoint(list(dh), back, dc, das, inject))
         for t in range(len(das) - 1, -1, -1):
             step(t)
             if factor_t is not None:

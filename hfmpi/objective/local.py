@@ -81,7 +81,6 @@ class LocalSums:
         self.rank = rank
         self._passing: Linearisation | None = None  # used up at once; its memory serves the next
         self._kept: list[Linearisation] = []  # between products
-        self._squares = False  # whether the model has squares, as far as a rank without cases knows
 
     def loss(self, theta: Array, shard: Shard, span: str) -> float:
         """Sum the losses, in float64; the timer books them under `span`."""

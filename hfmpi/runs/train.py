@@ -87,8 +87,9 @@ class Run:
         self.epoch_steps = max(1, self.train_set.count // preset.gradient_batch)
         self.backend = config.make_backend(placement.local_rank)
         self.timer = Timer(clock)
-        start = config.initialisation, config.forget_bias
-        self.network = Network(about, self.backend, "cross-entropy", None, *start)
+        self.network = Network(
+            about, self.backend, initialisation=config.initialisation, forget_bias=config.forget_bias
+        )
         self.memory_budget = config.memory_budget or (self.backend.free_memory() or placement.memory) // 2
         self.risk: DataParallel  # from the start of `train` on
 
