@@ -1,0 +1,12 @@
+"""What import-linter's contracts in pyproject.toml do not say of the package's imports."""
+
+from graphlib import TopologicalSorter
+
+import grimp
+
+
+def test_there_is_no_import_circle():
+    graph = grimp.build_graph("hfmpi")
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    assert imports["hfmpi.models.network"]
+    TopologicalSorter(imports).prepare()  # raises CycleError
