@@ -235,7 +235,7 @@ def test_damaged_data(damage, reason, here, refused):
     ("--gradient-batch 211", "a batch of 211 sequences cannot be drawn from the 210 there are"),
     ("--curvature-batch 10", "a curvature batch of 10 sequences cannot be drawn from a gradient batch of 9"),
     ("--optimizer adam", "has no curvature batch"),
-    ("--model gru", "there is no model 'gru'"),
+    ("--model elman", "there is no model 'elman'"),
     ("--model rnn --variant krause", "the krause variant is for lstm and mlstm"),
     ("--variant mine", "there is no variant 'mine'"),
     ("--initialisation zeros", "there is no initialisation 'zeros'"),
@@ -505,7 +505,7 @@ def test_a_memory_budget_that_is_no_size(refused):
 
 
 def test_a_wrong_bench_is_one_sentence(refused):
-    assert "no model 'gru'" in refused("bench", "products", "--model", "gru")
+    assert "no model 'elman'" in refused("bench", "products", "--model", "elman")
     assert "cannot read nothing.h5" in refused("bench", "step", "--data", "nothing.h5")
     assert "from the" in refused("bench", "products", "--data", "small.h5", "--batch", "100000")
     assert "has no setting" in refused("bench", "step", "--set", "x=1")

@@ -21,6 +21,7 @@ from hfmpi.cli.train import train as train_command
 from hfmpi.errors import UserError
 from hfmpi.files import checkpoint
 from hfmpi.models.network import Network
+from hfmpi.models.tape import Tape
 from hfmpi.optim import Gradient, HessianFree, Objective, Objectives
 from hfmpi.parallel import launch, watchdog
 from hfmpi.parallel.communicator import MPICommunicator
@@ -309,16 +310,16 @@ def test_a_zero_gradient_is_no_rejection_and_no_work():
 @pytest.mark.mpi(ranks=2, timeout=60, unit="s")
 def test_one_ranks_bad_numbers_stop_the_run_on_all(mpi_ranks, comm, mpi_tmp_path, monkeypatch):
     communicator, data = MPICommunicator(comm), shared_corpus(comm, mpi_tmp_path)
-    honest = Network.gradient, Network.gauss_newton, Network.loss
+    honest = Tape.squared_gradients, Tape.gauss_newton, Network.loss
     methods = (
-        ("gradient", 2, "gradient is not finite"),
-        ("gauss_newton", 4, "product or residual was not finite"),
+        ("squared_gradients", 1, "gradient is not finite"),
+        ("gauss_newton", 2, "product or residual was not finite"),
     )
     for method, place, cause in methods:
         folder = mpi_tmp_path / method
         options = {"checkpoint_every": 2, "max_steps": 30, "max_rejections": 3}
         run = make_run(folder, data, communicator, **options)
-        original = getattr(Network, method)
+        original = getattr(Tape, method)
 
         def spoiled(self, *arguments, original=original, place=place, run=run):
             result = original(self, *arguments)
@@ -326,14 +327,14 @@ def test_one_ranks_bad_numbers_stop_the_run_on_all(mpi_ranks, comm, mpi_tmp_path
                 arguments[place][0] = np.nan
             return result
 
-        monkeypatch.setattr(Network, method, spoiled)
+        monkeypatch.setattr(Tape, method, spoiled)
         sentence = (
             rf"^3 steps in a row were rejected up to step 5, .*{cause}.*; the last checkpoint, of step 4, is"
         )
         with StopSignals() as signals, pytest.raises(UserError, match=sentence):
             run.train(Recorder(), signals)
         monkeypatch.undo()
-        assert (Network.gradient, Network.gauss_newton, Network.loss) == honest
+        assert (Tape.squared_gradients, Tape.gauss_newton, Network.loss) == honest
         assert checkpoint.latest(folder).meta["rejections"] == 2
         assert [record["accepted"] for record in history(folder)] == [True] * 2 + [False] * 3
         assert all(cause in record["message"] for record in history(folder)[2:])
@@ -346,13 +347,13 @@ def test_one_ranks_bad_numbers_stop_the_run_on_all(mpi_ranks, comm, mpi_tmp_path
 
 def test_rejections_count_across_a_stop_and_may_be_unlimited(tmp_path, monkeypatch):
     data = write_corpus(tmp_path / "small.h5")
-    honest = Network.gradient
+    honest = Tape.squared_gradients
 
     def spoiled(self, *arguments):
         honest(self, *arguments)
-        arguments[2][0] = np.nan
+        arguments[1][0] = np.nan
 
-    monkeypatch.setattr(Network, "gradient", spoiled)
+    monkeypatch.setattr(Tape, "squared_gradients", spoiled)
     train(tmp_path / "run", data, max_steps=3)
     with pytest.raises(
         UserError, match=r"^20 steps in a row were rejected up to step 20, .*, of step 3, is good"
