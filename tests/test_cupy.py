@@ -595,6 +595,7 @@ def test_the_source_compiles(arch, real):
 
 
 CUPY_NAMES = """
+matmul maximum tanh exp log1p arange ndarray.astype ndarray.__abs__ ndarray.transpose
 RawModule ndarray.data ndarray.get ndarray.set ndarray.strides ndarray.itemsize ndarray.__array_ufunc__
 ndarray.any ndarray.__array_function__ asarray asnumpy ascontiguousarray empty empty_like zeros sum einsum
 multiply subtract get_default_memory_pool cuda.runtime.CUDARuntimeError cuda.runtime.getDeviceCount
