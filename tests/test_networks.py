@@ -1,11 +1,13 @@
 """Networks beyond text: layers, real inputs, other losses, masks; against the independent implementation."""
 
 import functools
+import json
 from typing import NamedTuple
 
 import independent
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from on_host import OnHost
@@ -13,8 +15,10 @@ from small import history, same, shared_corpus, train, write_corpus
 from test_models import check_products, close, gradient_of, product_of
 
 from hfmpi.backends import create
+from hfmpi.cli.main import cli
 from hfmpi.data.arrays import Arrays
 from hfmpi.errors import UserError
+from hfmpi.files import checkpoint
 from hfmpi.models.architecture import Architecture
 from hfmpi.models.cells import CELLS
 from hfmpi.models.losses import LOSSES, choose
@@ -22,6 +26,7 @@ from hfmpi.models.network import Network
 from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.optim import HessianFree, Objectives
 from hfmpi.parallel.communicator import Communicator, MPICommunicator
+from hfmpi.runs.config import merge
 
 BACKENDS = ["numpy", "numba", "cupy"]
 KINDS = [(name, "standard") for name in CELLS] + [("lstm", "krause"), ("mlstm", "krause")]
@@ -232,6 +237,19 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, options, o
     parts, _ = train(tmp_path / "parts", data, max_steps=4, **options)
     same(whole, parts)
     assert history(tmp_path / "whole") == history(tmp_path / "parts")
+
+
+@pytest.mark.parametrize("model", ["gru", "mlstm"])
+def test_a_stacked_network_is_evaluated_and_writes(tmp_path, model):
+    data, run = write_corpus(tmp_path / "d.h5"), tmp_path / "run"
+    _, result = train(run, data, max_steps=2, model=model, layers=2)
+    found = CliRunner().invoke(cli, ["evaluate", str(run), "--json"])
+    assert json.loads(found.output)["valid_bpc"] == pytest.approx(result.valid_bpc)
+    written = CliRunner().invoke(cli, ["sample", str(run), "--length", "20", "--prime", "in the"])
+    assert written.exit_code == 0
+    assert len(written.output) == len("in the") + 20 + 1
+    with pytest.raises(UserError, match="this run has layers = 2, not 3"):
+        merge({"layers": 3}, checkpoint.latest(run).meta["config"])
 
 
 @pytest.mark.mpi(ranks=2, timeout=100, unit="s")
