@@ -138,15 +138,8 @@ class Tape:
         The result lies in the backend's workspace, until the next pass.
         """
         backend, n, q = self.backend, self.architecture.hidden, self.architecture.layout.views(v)
-        size = self.layers[0].x.shape[1]
         outputs = backend.workspace("outputs", self.kept.shape)
-        states = [
-            [backend.workspace(f"tangent.{name}.{i}", (size, n)) for name in "hc"]
-            for i in range(len(self.layers))
-        ]
-        for last, dc in states:
-            last[...] = 0
-            dc[...] = 0
+        states = self._zeros("tangent")
         for steps, scored, rows in self._blocks(pre):
             inputs, tangents = None, []
             for i, (last, dc) in enumerate(states):
@@ -220,13 +213,7 @@ class Tape:
         """
         backend, n = self.backend, self.architecture.hidden
         size, top = self.layers[0].x.shape[1], len(self.layers) - 1
-        states = [
-            [backend.workspace(f"adjoint.{name}.{i}", (size, n)) for name in "hc"]
-            for i in range(len(self.layers))
-        ]
-        for back, dc in states:
-            back[...] = 0
-            dc[...] = 0
+        states = self._zeros("adjoint")
         whole = squares is not None or u.pre is not None
         for steps, scored, rows in reversed(self._blocks(whole)):
             length = steps.stop - steps.start
@@ -299,6 +286,16 @@ class Tape:
         sums.product(hidden[len(hidden) - len(du) :], du, g["W_o"])
         if "b_o" in g:
             sums.total(du, g["b_o"])
+
+    def _zeros(self, name: str) -> list[tuple[Array, Array]]:
+        """Give two arrays (B, n) of zeros for each layer."""
+        shape, found = (self.layers[0].x.shape[1], self.architecture.hidden), []
+        for i in range(len(self.layers)):
+            both = [self.backend.workspace(f"{name}.{part}.{i}", shape) for part in "hc"]
+            for array in both:
+                array[...] = 0
+            found.append((both[0], both[1]))
+        return found
 
     def _blocks(self, whole: bool) -> list[tuple[slice, slice, slice]]:
         """Cut the steps into blocks of nearly one length, in order.
