@@ -274,9 +274,9 @@ def _check_symbols(what: str, symbols: np.ndarray | None, count: int) -> None:
     """Raise a UserError if there are others than 0 ... count - 1: kernels would read beyond their tables."""
     if symbols is None or not symbols.size:
         return
-    if not np.issubdtype(symbols.dtype, np.integer):
+    if symbols.dtype.kind not in "iu":
         raise UserError(f"{what} must be whole numbers, as symbols are, not {symbols.dtype}")
-    if symbols.astype(np.int64, copy=False).view(np.uint64).max() >= count:  # negative ones are huge
+    if symbols.view(f"u{symbols.itemsize}").max() >= count:  # negative ones are huge
         raise UserError(
             f"{what} must be symbols from 0 to {count - 1}, not {symbols.min()} to {symbols.max()}"
         )
