@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hfmpi.data.batches import Batch
+from hfmpi.data.batches import Batch, checked_indices
 from hfmpi.errors import UserError
 
 __all__ = ["Arrays"]
@@ -56,9 +56,7 @@ class Arrays:
         IndexError
             If there is no such case.
         """
-        at = np.asarray(indices, np.int64)
-        if at.size and not (at.min() >= 0 and at.max() < self.count):
-            raise IndexError(f"case indices must lie in 0 ... {self.count - 1}")
+        at = checked_indices(indices, self.count, "case")
         mask = None if self.mask is None else _time_first(self.mask[at])
         return Batch(_time_first(self.inputs[at]), _time_first(self.targets[at]), mask)
 

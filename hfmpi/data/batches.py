@@ -13,7 +13,16 @@ import numpy as np
 
 from hfmpi.errors import UserError
 
-__all__ = ["Batch", "Cases", "Sequences", "check_batch", "curvature_slice", "global_indices", "shard"]
+__all__ = [
+    "Batch",
+    "Cases",
+    "Sequences",
+    "check_batch",
+    "checked_indices",
+    "curvature_slice",
+    "global_indices",
+    "shard",
+]
 
 
 class Batch(NamedTuple):
@@ -95,9 +104,7 @@ class Sequences:
         IndexError
             If there is no such sequence.
         """
-        starts = np.asarray(indices, np.int64)
-        if starts.size and not (starts.min() >= 0 and starts.max() < self.count):
-            raise IndexError(f"sequence indices must lie in 0 ... {self.count - 1}")
+        starts = checked_indices(indices, self.count, "sequence")
         positions = starts * self.length + np.arange(-self.burn_in, self.length + 1)[:, np.newaxis]
         symbols = self.ids[positions % len(self.ids)].astype(np.int32)
         return Batch(symbols[:-1], symbols[self.burn_in + 1 :])
@@ -105,6 +112,14 @@ class Sequences:
     def scored(self, indices: np.ndarray) -> int:
         """Return the number of targets of the sequences `indices` (B,)."""
         return len(indices) * self.length
+
+
+def checked_indices(indices: np.ndarray, count: int, noun: str) -> np.ndarray:
+    """Give the indices as int64; raise an IndexError unless there are as many of these things."""
+    found = np.asarray(indices, np.int64)
+    if found.size and not (found.min() >= 0 and found.max() < count):
+        raise IndexError(f"{noun} indices must lie in 0 ... {count - 1}")
+    return found
 
 
 def check_batch(batch: int, count: int) -> None:

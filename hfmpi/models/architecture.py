@@ -15,11 +15,13 @@ below.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
+from hfmpi.backends.base import Array
 from hfmpi.errors import UserError
 from hfmpi.models.cells import cell
 from hfmpi.models.parameters import Layout
@@ -99,6 +101,10 @@ class Architecture:
         if self.variant == "standard":
             shapes["b_o"] = (self.outputs,)
         return Layout(shapes)
+
+    def of_layer(self, i: int, views: Mapping[str, Array]) -> dict[str, Array]:
+        """Give the parameters of layer i, from below, by the names that the cell gives them."""
+        return {name: views[whole] for name, whole in self.names[i].items()}
 
     def of_size(self, parameters: int) -> Architecture:
         """Give the same architecture with the hidden units that bring it nearest to this many parameters."""

@@ -14,7 +14,7 @@ from hfmpi.models import recurrence
 from hfmpi.models.architecture import Architecture
 from hfmpi.models.losses import Loss, choose
 from hfmpi.models.recurrence import Recurrence
-from hfmpi.models.tape import Tape, blocks, fill_rows
+from hfmpi.models.tape import Tape, blocks, fill_outputs, fill_rows
 
 __all__ = ["Batch", "Network", "State"]
 
@@ -148,7 +148,7 @@ class Network:
             states[-1][...] = 0
         self._advance(p, layers, states)
         kept = memory("kept", (len(targets), self.architecture.outputs))
-        self._outputs(p, layers[-1].hidden[1 + steps - len(targets) // size :], kept)
+        fill_outputs(self.backend, p, layers[-1].hidden[1 + steps - len(targets) // size :], kept)
         losses = self.output_loss.value(self.backend, kept, targets)
         if mask is not None:
             losses = losses * mask[:, 0]
@@ -198,7 +198,7 @@ class Network:
     ) -> Recurrence:
         """Make ready layer i, which reads these inputs, from its hidden[0] on."""
         backend, cell, n = self.backend, self.architecture.cell, self.architecture.hidden
-        own = {name: p[whole] for name, whole in self.architecture.names[i].items()}
+        own = self.architecture.of_layer(i, p)
         (steps, size), kept = inputs.shape[:2], len(inputs) if linearise else 1
         x = inputs
         if inputs.ndim == 3:
@@ -230,10 +230,7 @@ class Network:
         simple = len(layers) == 1 and layers[0].looks_up
         for block in [slice(0, steps)] if simple else blocks(steps, size, self.block_rows):
             for i, (whole, c) in enumerate(zip(layers, states, strict=True)):
-                r, own = (
-                    whole.part(block),
-                    {name: p[full] for name, full in self.architecture.names[i].items()},
-                )
+                r, own = whole.part(block), self.architecture.of_layer(i, p)
                 rows = self.architecture.inputs if r.looks_up else r.x.size
                 table = backend.workspace(f"table.{i}", (rows, cell.of_inputs * n))
                 fill_rows(backend, r.inputs, own["W_x"], table)
@@ -241,11 +238,6 @@ class Network:
                 if r.factor_table is not None:
                     fill_rows(backend, r.inputs, own["W_mx"], r.factor_table)
                 recurrence.forward(backend, r, table, c)
-
-    def _outputs(self, p: dict[str, Array], hidden: Array, out: Array) -> None:
-        self.backend.matmul(hidden.reshape(-1, self.architecture.hidden), p["W_o"], out)
-        if "b_o" in p:
-            out += p["b_o"]
 
     # Step by step ------------------------------------------------------------------------------
 
@@ -266,7 +258,7 @@ class Network:
             states.append(c)
         self._advance(p, layers, states)
         outputs = xp.empty((size, self.architecture.outputs), self.backend.dtype)
-        self._outputs(p, layers[-1].hidden[-1], outputs)
+        fill_outputs(self.backend, p, layers[-1].hidden[-1], outputs)
         return tuple(State(r.hidden[-1], c) for r, c in zip(layers, states, strict=True)), outputs
 
 

@@ -26,7 +26,7 @@ from hfmpi.models.losses import Loss
 from hfmpi.models.parameter_gradient import Cotangents, Each, Sums, Whole, layer_gradient
 from hfmpi.models.recurrence import Recurrence
 
-__all__ = ["Outputs", "Tape", "blocks", "fill_rows"]
+__all__ = ["Outputs", "Tape", "blocks", "fill_outputs", "fill_rows"]
 
 
 class Outputs(NamedTuple):
@@ -55,6 +55,13 @@ def fill_rows(backend: NumpyBackend, inputs: Array, matrix: Array, out: Array) -
         out[...] = matrix
     else:
         backend.matmul(inputs.reshape(-1, inputs.shape[2]), matrix, out)
+
+
+def fill_outputs(backend: NumpyBackend, p: dict[str, Array], hidden: Array, out: Array) -> None:
+    """Fill out (., O) with hidden (..., n) W_o + b_o."""
+    backend.matmul(hidden.reshape(-1, hidden.shape[-1]), p["W_o"], out)
+    if "b_o" in p:
+        out += p["b_o"]
 
 
 @dataclass
@@ -139,51 +146,66 @@ class Tape:
         """
         backend, n, q = self.backend, self.architecture.hidden, self.architecture.layout.views(v)
         outputs = backend.workspace("outputs", self.kept.shape)
-        states = self._zeros("tangent")
+        states, owns = (
+            self._zeros("tangent"),
+            [self.architecture.of_layer(i, q) for i in range(len(self.layers))],
+        )
+        symbols = self.layers[0].looks_up
+        known = self._contributions(0, self.layers[0], owns[0], None) if symbols else None  # for all blocks
         for steps, scored, rows in self._blocks(pre):
             inputs, tangents = None, []
             for i, (last, dc) in enumerate(states):
-                a, dh = self._block_tangent(i, steps, q, inputs, last, dc)
+                r = self.layers[i].part(steps)
+                tables = self._contributions(i, r, owns[i], inputs) if i or known is None else known
+                a, dh = self._block_tangent(i, r, owns[i], tables, last, dc)
                 last[...] = dh[-1]
                 inputs = dh[1:]
                 tangents.append(a)
-            hidden = self.layers[-1].hidden[1 + scored.start : 1 + scored.stop].reshape(-1, n)
+            hidden = self.layers[-1].hidden[1 + scored.start : 1 + scored.stop]
             at = slice(1 + scored.start - steps.start, 1 + scored.stop - steps.start)
             direct = backend.workspace("outputs.direct", outputs[rows].shape)
-            backend.matmul(hidden, q["W_o"], direct)
-            if "b_o" in q:
-                direct += q["b_o"]
+            fill_outputs(backend, q, hidden, direct)
             backend.matmul(dh[at].reshape(-1, n), self.parameters["W_o"], outputs[rows])
             outputs[rows] += direct
         return Outputs(outputs, tuple(tangents) if pre else None)
 
     def _block_tangent(
-        self, i: int, steps: slice, q: dict[str, Array], inputs: Array | None, last: Array, dc: Array
+        self,
+        i: int,
+        r: Recurrence,
+        own: dict[str, Array],
+        tables: tuple[Array, Array | None],
+        last: Array,
+        dc: Array,
     ) -> tuple[Array, Array]:
-        """R a (L, B, K) and R h (L + 1, B, n) of layer i in one block, from the state before it.
-
-        `inputs` (L, B, I) is what the direction does to the layer's inputs, None where that is nothing.
-        """
-        r, names, cell = self.layers[i].part(steps), self.architecture.names[i], self.architecture.cell
-        backend, (length, size), n = self.backend, r.x.shape, self.architecture.hidden
-        own = {name: q[whole] for name, whole in names.items()}
-        on_rows = cell.on_rows * n
-        table = self._rows(i, "W_x", r, own, inputs)
-        table[:, :on_rows] += own["b"][:on_rows]
-        before, factors, factor_table = r.hidden[:-1].reshape(-1, n), None, None
+        """R a (L, B, K) and R h (L + 1, B, n) of layer i in one block, from the state before it."""
+        cell, n, (length, size) = self.architecture.cell, self.architecture.hidden, r.x.shape
+        backend, (table, factor_table) = self.backend, tables
+        before, factors = r.hidden[:-1].reshape(-1, n), None
         if r.intermediate is not None:
             factors = backend.workspace(f"factors.{i}", (length, size, n))
             backend.matmul(before, own["W_mh"], factors.reshape(-1, n))
             before = r.intermediate.reshape(-1, n)
-            factor_table = self._rows(i, "W_mx", r, own, inputs)
         a = backend.workspace(f"pre.{i}", (length, size, cell.groups * n))
         backend.matmul(before, own["W_h"], a.reshape(length * size, -1)[:, -cell.of_state * n :])
         dh = backend.workspace(f"hidden.{i}", (length + 1, size, n))
         dh[0] = last
         if cell.on_rows < cell.groups:
-            cell.bias_tangent(r, own["b"][on_rows:], a, dh)
+            cell.bias_tangent(r, own["b"][cell.on_rows * n :], a, dh)
         recurrence.tangent(backend, r, table, a, factor_table, factors, dh, dc)
         return a, dh
+
+    def _contributions(
+        self, i: int, r: Recurrence, own: dict[str, Array], inputs: Array | None
+    ) -> tuple[Array, Array | None]:
+        """Give what inputs contribute to layer i along a direction, through W_x with the bias and W_mx.
+
+        `inputs` (L, B, I) is what the direction does to the layer's inputs, None where that is nothing.
+        """
+        on_rows = self.architecture.cell.on_rows * self.architecture.hidden
+        table = self._rows(i, "W_x", r, own, inputs)
+        table[:, :on_rows] += own["b"][:on_rows]
+        return table, self._rows(i, "W_mx", r, own, inputs) if "W_mx" in own else None
 
     def _rows(self, i: int, name: str, r: Recurrence, own: dict[str, Array], inputs: Array | None) -> Array:
         """Give what inputs contribute through W_x or W_mx along a direction."""
@@ -279,9 +301,9 @@ class Tape:
     ) -> None:
         """Fill out (D,), or (B, D) for each sequence, with the parameter cotangents of some sequences."""
         g = self.architecture.layout.views(out)
-        for names, whole in zip(self.architecture.names, cotangents, strict=True):
+        for i, whole in enumerate(cotangents):
             own = Cotangents(*(None if a is None else a[:, part] for a in whole))
-            layer_gradient(self.architecture.cell, own, {name: g[full] for name, full in names.items()}, sums)
+            layer_gradient(self.architecture.cell, own, self.architecture.of_layer(i, g), sums)
         hidden, du = own.hidden, du[:, part]
         sums.product(hidden[len(hidden) - len(du) :], du, g["W_o"])
         if "b_o" in g:
