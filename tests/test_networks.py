@@ -162,6 +162,36 @@ def test_products_are_transposes_and_curvature_is_symmetric_and_positive(
     check_products(network, theta, batch, rng)
 
 
+@given(
+    st.sampled_from(KINDS), st.sampled_from(BACKENDS), st.integers(1, 3), st.sampled_from(sorted(LOSSES)),
+    st.booleans(), st.booleans(), st.integers(1, 3), st.integers(1, 4), st.integers(1, 5),
+    st.integers(0, 2**31), st.integers(1, 30), st.sampled_from([0.0, 0.3]),
+)  # fmt: skip
+@settings(deadline=None, max_examples=60)
+def test_columns_are_what_each_direction_gives_alone(
+    kind, backend, layers, loss, symbols, masked, steps, size, columns, seed, block_rows, structural
+):
+    network, theta, batch, rng = make(
+        kind, layers, loss, symbols, masked, backend, seed, 3, block_rows,
+        steps=steps, size=size, scored=1 + seed % steps,
+    )  # fmt: skip
+    v = rng.standard_normal((columns, theta.size))
+    tape = network.forward(theta, batch, structural > 0)
+    alone = np.array([network.jvp(tape, row).outputs.copy() for row in v])
+    together = network.jvp(tape, v).outputs.reshape(-1, columns, alone.shape[2]).swapaxes(0, 1)
+    close(together, alone, 1e-12)
+    products = np.zeros_like(v)
+    network.gauss_newton(tape, v, 0.7, structural, products)
+    expected = np.zeros_like(v)
+    for row, out in zip(v, expected, strict=True):
+        network.gauss_newton(tape, row, 0.7, structural, out)
+    close(products, expected, 1e-11)
+    projection = np.ones((columns, columns))
+    tape.project(network.device(v), 0.7, projection)
+    plain = np.array([product_of(network, theta, batch, row) for row in v])
+    close(projection - 1, 0.7 * v @ plain.T, 1e-11)
+
+
 def test_a_mask_of_ones_changes_nothing_and_what_is_masked_does_not_count():
     network, theta, batch, _ = make(("lstm", "standard"), 2, "cross-entropy", True, True)
     ones = batch._replace(mask=np.ones(batch.targets.shape))

@@ -71,6 +71,11 @@ def _module(real: str, device: int) -> Any:
     return cupy.RawModule(code=KERNELS.read_text(), options=("-std=c++17", f"-DREAL={real}"))
 
 
+def _columns(rows: Array, sequences: Array) -> np.int32:
+    """Give C of rows (B C, .), for B sequences."""
+    return np.int32(len(rows) // max(1, len(sequences)))
+
+
 class CupyBackend(NumpyBackend):
     """One GPU.
 
@@ -234,6 +239,8 @@ class CupyBackend(NumpyBackend):
         """Do a loop as a persistent kernel where it is one for it; say so."""
         if name not in SIGNATURES or arrays["x"].shape[1] > self.persistent_batch:
             return False
+        if "dc" in arrays and len(arrays["dc"]) != arrays["x"].shape[1]:  # columns
+            return False
         if not self._persistent.fit(arrays["hidden"].shape[2], arrays["p_table"] is not None):
             return False
         try:
@@ -257,12 +264,12 @@ class CupyBackend(NumpyBackend):
         return kernel
 
     def _step(self, name: str, like: Array, *arguments: Any) -> None:
-        """Launch a step kernel: one thread for every element of `like` (B, n)."""
-        batch, n = like.shape
-        self._launch(name, batch * n, np.int32(batch), np.int32(n), *arguments)
+        """Launch a step kernel: one thread for every element of `like` (B, n) or (B C, n)."""
+        rows, n = like.shape
+        self._launch(name, rows * n, np.int32(rows), np.int32(n), *arguments)
 
     def _rows(self, name: str, like: Array, *arguments: Any) -> None:
-        """Launch a kernel of one warp for every row of `like` (N, V)."""
+        """Launch a kernel of one warp for every row of `like` (N, V) or (N C, V)."""
         rows, symbols = like.shape
         if rows:
             self._launch(name, rows * WARP, np.int32(rows), np.int32(symbols), *arguments)
@@ -275,19 +282,19 @@ class CupyBackend(NumpyBackend):
     def gated_tangent(
         self, pre: Array, table: Array, x: Array, k: Array, dc: Array, dh: Array, add: bool
     ) -> None:
-        self._step("gated_tangent", dc, pre, table, x, k, dc, dh, np.int32(add))
+        self._step("gated_tangent", dc, _columns(dc, x), pre, table, x, k, dc, dh, np.int32(add))
 
     def gated_adjoint(self, dh: Array, back: Array, k: Array, dc: Array, da: Array, inject: bool) -> None:
-        self._step("gated_adjoint", dc, dh, back, k, dc, da, np.int32(inject))
+        self._step("gated_adjoint", dc, _columns(dc, k[0]), dh, back, k, dc, da, np.int32(inject))
 
     def plain_forward(self, a: Array, table: Array, x: Array, h: Array, w: Array) -> None:
         self._step("plain_forward", h, a, table, x, h, w)
 
     def plain_tangent(self, pre: Array, table: Array, x: Array, h: Array, dh: Array) -> None:
-        self._step("plain_tangent", h, pre, table, x, h, dh)
+        self._step("plain_tangent", dh, _columns(dh, h), pre, table, x, h, dh)
 
     def plain_adjoint(self, dh: Array, back: Array, h: Array, da: Array, inject: bool) -> None:
-        self._step("plain_adjoint", h, dh, back, h, da, np.int32(inject))
+        self._step("plain_adjoint", dh, _columns(dh, h), dh, back, h, da, np.int32(inject))
 
     def factor_forward(self, p_table: Array, x: Array, q: Array, m: Array) -> None:
         self._step("factor_forward", q, p_table, x, q, m)
@@ -295,10 +302,10 @@ class CupyBackend(NumpyBackend):
     def factor_tangent(
         self, p_table: Array, dp_table: Array, x: Array, q: Array, dq: Array, dm: Array
     ) -> None:
-        self._step("factor_tangent", q, p_table, dp_table, x, q, dq, dm)
+        self._step("factor_tangent", dq, _columns(dq, q), p_table, dp_table, x, q, dq, dm)
 
     def factor_adjoint(self, p_table: Array, x: Array, q: Array, dm: Array, dp: Array, dq: Array) -> None:
-        self._step("factor_adjoint", q, p_table, x, q, dm, dp, dq)
+        self._step("factor_adjoint", dq, _columns(dq, q), p_table, x, q, dm, dp, dq)
 
     def softmax_loss(self, logits: Array, targets: Array) -> Array:
         losses = cupy.empty(len(targets), np.float64)
@@ -309,7 +316,7 @@ class CupyBackend(NumpyBackend):
         self._rows("softmax_gradient", p, p, targets, self.dtype.type(scale), out)
 
     def softmax_hessian(self, p: Array, u: Array, scale: float) -> None:
-        self._rows("softmax_hessian", p, p, u, self.dtype.type(scale))
+        self._rows("softmax_hessian", u, _columns(u, p), p, u, self.dtype.type(scale))
 
     def segment_sum(self, rows: Array, x: Array, out: Array) -> None:
         count = len(rows)

@@ -2,8 +2,9 @@
 // and base.py. `real` is float or double (-DREAL=...). All arrays are C-contiguous; a null pointer is an array
 // that is not wanted.
 //
-// Step kernels have one thread an element (b, j) of B sequences and n units. Nothing is added up by atomics,
-// so that every sum has one order and the same input gives the same bits.
+// Step kernels have one thread an element (b, j) of B sequences and n units; in tangents and adjoints (r, j) of
+// the B C rows of C columns, of which r / C is the sequence. Nothing is added up by atomics, so that every sum
+// has one order and the same input gives the same bits.
 
 typedef REAL real;
 
@@ -56,13 +57,13 @@ static __device__ __forceinline__ void forward_unit(
 }
 
 static __device__ __forceinline__ void tangent_unit(
-    int batch, int n, int b, int j, const real* a, real* pre, const real* table, const int* x, const real* k,
-    real* dc, real* dh, int add) {
-    const int e = b * n + j;
+    int batch, int n, int columns, int r, int j, const real* a, real* pre, const real* table, const int* x,
+    const real* k, real* dc, real* dh, int add) {
+    const int e = r * n + j, b = r / columns;
     const size_t next = (size_t)batch * n;
-    real* own = pre + (size_t)b * 4 * n;
-    const real* row = table + (size_t)x[b] * 4 * n;
-    k += e;
+    real* own = pre + (size_t)r * 4 * n;
+    const real* row = table + ((size_t)x[b] * columns + r % columns) * 4 * n;
+    k += b * n + j;
     const real ri = a[0] + row[j];
     const real rf = a[1] + row[n + j];
     const real ro = a[2] + row[2 * n + j];
@@ -78,11 +79,12 @@ static __device__ __forceinline__ void tangent_unit(
 }
 
 static __device__ __forceinline__ void adjoint_unit(
-    int batch, int n, int b, int j, real* dh, const real* back, const real* k, real* dc, real* da, int inject) {
-    const int e = b * n + j;
+    int batch, int n, int columns, int r, int j, real* dh, const real* back, const real* k, real* dc, real* da,
+    int inject) {
+    const int e = r * n + j;
     const size_t next = (size_t)batch * n;
-    real* own = da + (size_t)b * 4 * n;
-    k += e;
+    real* own = da + (size_t)r * 4 * n;
+    k += r / columns * n + j;
     const real total = dh[e] + back[e];
     const real state = dc[e] + k[5 * next] * total;
     const real i = k[next] * state, f = k[2 * next] * state, o = k[3 * next] * total, u = k[4 * next] * state;
@@ -106,19 +108,20 @@ extern "C" __global__ void gated_forward(
 }
 
 extern "C" __global__ void gated_tangent(
-    int batch, int n, real* pre, const real* table, const int* x, const real* k, real* dc, real* dh, int add) {
+    int rows, int n, int columns, real* pre, const real* table, const int* x, const real* k, real* dc, real* dh,
+    int add) {
     const int e = element();
-    if (e >= batch * n) return;
-    const int b = e / n, j = e % n;
-    const real* own = pre + (size_t)b * 4 * n + j;
+    if (e >= rows * n) return;
+    const int r = e / n, j = e % n;
+    const real* own = pre + (size_t)r * 4 * n + j;
     const real a[4] = {own[0], own[n], own[2 * n], own[3 * n]};
-    tangent_unit(batch, n, b, j, a, pre, table, x, k, dc, dh, add);
+    tangent_unit(rows / columns, n, columns, r, j, a, pre, table, x, k, dc, dh, add);
 }
 
 extern "C" __global__ void gated_adjoint(
-    int batch, int n, real* dh, const real* back, const real* k, real* dc, real* da, int inject) {
+    int rows, int n, int columns, real* dh, const real* back, const real* k, real* dc, real* da, int inject) {
     const int e = element();
-    if (e < batch * n) adjoint_unit(batch, n, e / n, e % n, dh, back, k, dc, da, inject);
+    if (e < rows * n) adjoint_unit(rows / columns, n, columns, e / n, e % n, dh, back, k, dc, da, inject);
 }
 
 // Plain tanh cells ---------------------------------------------------------------------------------------------
@@ -133,20 +136,21 @@ extern "C" __global__ void plain_forward(
 }
 
 extern "C" __global__ void plain_tangent(
-    int batch, int n, real* pre, const real* table, const int* x, const real* h, real* dh) {
+    int rows, int n, int columns, real* pre, const real* table, const int* x, const real* h, real* dh) {
     const int e = element();
-    if (e >= batch * n) return;
-    const real value = pre[e] + table[(size_t)x[e / n] * n + e % n];
+    if (e >= rows * n) return;
+    const int r = e / n, j = e % n, b = r / columns;
+    const real value = pre[e] + table[((size_t)x[b] * columns + r % columns) * n + j], own = h[b * n + j];
     pre[e] = value;
-    dh[e] = (1 - h[e] * h[e]) * value;
+    dh[e] = (1 - own * own) * value;
 }
 
 extern "C" __global__ void plain_adjoint(
-    int batch, int n, real* dh, const real* back, const real* h, real* da, int inject) {
+    int rows, int n, int columns, real* dh, const real* back, const real* h, real* da, int inject) {
     const int e = element();
-    if (e >= batch * n) return;
-    const real total = dh[e] + back[e];
-    const real own = (1 - h[e] * h[e]) * total;
+    if (e >= rows * n) return;
+    const real total = dh[e] + back[e], state = h[e / n / columns * n + e % n];
+    const real own = (1 - state * state) * total;
     dh[e] = total;
     da[e] = inject ? da[e] + own : own;
 }
@@ -161,21 +165,24 @@ extern "C" __global__ void factor_forward(
 }
 
 extern "C" __global__ void factor_tangent(
-    int batch, int n, const real* p_table, const real* dp_table, const int* x, const real* q, const real* dq,
-    real* dm) {
+    int rows, int n, int columns, const real* p_table, const real* dp_table, const int* x, const real* q,
+    const real* dq, real* dm) {
     const int e = element();
-    if (e >= batch * n) return;
-    const size_t at = (size_t)x[e / n] * n + e % n;
-    dm[e] = dp_table[at] * q[e] + p_table[at] * dq[e];
+    if (e >= rows * n) return;
+    const int r = e / n, j = e % n, b = r / columns;
+    const real dp = dp_table[((size_t)x[b] * columns + r % columns) * n + j];
+    dm[e] = dp * q[b * n + j] + p_table[(size_t)x[b] * n + j] * dq[e];
 }
 
 extern "C" __global__ void factor_adjoint(
-    int batch, int n, const real* p_table, const int* x, const real* q, const real* dm, real* dp, real* dq) {
+    int rows, int n, int columns, const real* p_table, const int* x, const real* q, const real* dm, real* dp,
+    real* dq) {
     const int e = element();
-    if (e >= batch * n) return;
+    if (e >= rows * n) return;
+    const int j = e % n, b = e / n / columns;
     const real d = dm[e];
-    dp[e] = d * q[e];
-    dq[e] = d * p_table[(size_t)x[e / n] * n + e % n];
+    dp[e] = d * q[b * n + j];
+    dq[e] = d * p_table[(size_t)x[b] * n + j];
 }
 
 // Softmax: one warp a row of V symbols -------------------------------------------------------------------------
@@ -229,14 +236,16 @@ extern "C" __global__ void softmax_gradient(
     }
 }
 
-extern "C" __global__ void softmax_hessian(int rows, int symbols, const real* p, real* u, real scale) {
+extern "C" __global__ void softmax_hessian(
+    int rows, int symbols, int columns, const real* p, real* u, real scale) {
     const int r = element() / WARP, lane = threadIdx.x % WARP;
     if (r >= rows) return;
     const size_t at = (size_t)r * symbols;
     real mean = 0;
-    for (int v = lane; v < symbols; v += WARP) mean += p[at + v] * u[at + v];
+    p += (size_t)(r / columns) * symbols;
+    for (int v = lane; v < symbols; v += WARP) mean += p[v] * u[at + v];
     mean = sum_over_warp(mean);
-    for (int v = lane; v < symbols; v += WARP) u[at + v] = scale * p[at + v] * (u[at + v] - mean);
+    for (int v = lane; v < symbols; v += WARP) u[at + v] = scale * p[v] * (u[at + v] - mean);
 }
 
 // Sums over whole batches --------------------------------------------------------------------------------------
@@ -422,7 +431,7 @@ extern "C" __global__ void __launch_bounds__(THREADS_PERSISTENT) persistent_tang
             const real* own = pre + (size_t)b * 4 * n + j;
             const real a[4] = {
                 own[0] + sums[0], own[n] + sums[1], own[2 * n] + sums[2], own[3 * n] + sums[3]};
-            tangent_unit(batch, n, b, j, a, pre, table, x, k, dc, dh + step, add);
+            tangent_unit(batch, n, 1, b, j, a, pre, table, x, k, dc, dh + step, add);
         });
         meet(s);
     }
@@ -440,7 +449,7 @@ extern "C" __global__ void __launch_bounds__(THREADS_PERSISTENT) persistent_adjo
         real *da_t = da + t * 4 * step, *dq_t = factor_t ? dq + t * step : dq;
         for (int i = threadIdx.x; i < batch * s.own; i += blockDim.x)
             adjoint_unit(
-                batch, n, i / s.own, s.first + i % s.own, dh + (t + 1) * step, back, k + t * 6 * step, dc, da_t,
+                batch, n, 1, i / s.own, s.first + i % s.own, dh + (t + 1) * step, back, k + t * 6 * step, dc, da_t,
                 inject);
         meet(s);
         multiply<1>(s, da_t, 4 * n, s.columns, [&](int b, int j, const real* sums) {

@@ -73,26 +73,30 @@ def gated_weights(a, table, x, linear_update, w):
 
 def gated_tangent(pre, table, x, k, dc, dh, add):
     n = dc.shape[1]
-    for b in range(dc.shape[0]):
-        row = table[x[b]]
+    columns = dc.shape[0] // x.shape[0]
+    for r in range(dc.shape[0]):
+        b = r // columns
+        row = table[x[b] * columns + r % columns]
         for j in range(4 * n):
-            pre[b, j] += row[j]
+            pre[r, j] += row[j]
         for j in range(n):
-            value = k[0, b, j] * dc[b, j] + k[1, b, j] * pre[b, j]
-            value += k[2, b, j] * pre[b, n + j] + k[4, b, j] * pre[b, 3 * n + j]
-            dc[b, j] = value
-            rh = k[3, b, j] * pre[b, 2 * n + j] + k[5, b, j] * value
+            value = k[0, b, j] * dc[r, j] + k[1, b, j] * pre[r, j]
+            value += k[2, b, j] * pre[r, n + j] + k[4, b, j] * pre[r, 3 * n + j]
+            dc[r, j] = value
+            rh = k[3, b, j] * pre[r, 2 * n + j] + k[5, b, j] * value
             if add:
-                rh += dh[b, j]
-            dh[b, j] = rh
+                rh += dh[r, j]
+            dh[r, j] = rh
 
 
 def gated_adjoint(dh, back, k, dc, da, inject):
     # Many short loops: with more arrays in one, the compiler gives up proving that they do not overlap
     # and emits scalar code. A row stays in the first-level cache from one loop to the next.
     n = dc.shape[1]
-    for b in range(dc.shape[0]):
-        total, state, own, pulled = dh[b], dc[b], da[b], back[b]
+    columns = dc.shape[0] // k.shape[1]
+    for r in range(dc.shape[0]):
+        b = r // columns
+        total, state, own, pulled = dh[r], dc[r], da[r], back[r]
         f, k_i, k_f, k_o, k_u, k_c = k[0, b], k[1, b], k[2, b], k[3, b], k[4, b], k[5, b]
         own_i, own_f, own_o, own_u = own[:n], own[n : 2 * n], own[2 * n : 3 * n], own[3 * n :]
         for j in range(n):
@@ -135,24 +139,28 @@ def plain_forward(a, table, x, h, w):
 
 def plain_tangent(pre, table, x, h, dh):
     one = h.dtype.type(1)
-    for b in range(h.shape[0]):
-        row = table[x[b]]
+    columns = dh.shape[0] // h.shape[0]
+    for r in range(dh.shape[0]):
+        b = r // columns
+        row = table[x[b] * columns + r % columns]
         for j in range(h.shape[1]):
-            value = pre[b, j] + row[j]
-            pre[b, j] = value
-            dh[b, j] = (one - h[b, j] * h[b, j]) * value
+            value = pre[r, j] + row[j]
+            pre[r, j] = value
+            dh[r, j] = (one - h[b, j] * h[b, j]) * value
 
 
 def plain_adjoint(dh, back, h, da, inject):
     one = h.dtype.type(1)
-    for b in range(h.shape[0]):
+    columns = dh.shape[0] // h.shape[0]
+    for r in range(dh.shape[0]):
+        b = r // columns
         for j in range(h.shape[1]):
-            total = dh[b, j] + back[b, j]
-            dh[b, j] = total
+            total = dh[r, j] + back[r, j]
+            dh[r, j] = total
             own = (one - h[b, j] * h[b, j]) * total
             if inject:
-                own += da[b, j]
-            da[b, j] = own
+                own += da[r, j]
+            da[r, j] = own
 
 
 def factor_forward(p_table, x, q, m):
@@ -163,19 +171,23 @@ def factor_forward(p_table, x, q, m):
 
 
 def factor_tangent(p_table, dp_table, x, q, dq, dm):
-    for b in range(q.shape[0]):
+    columns = dq.shape[0] // q.shape[0]
+    for r in range(dq.shape[0]):
+        b = r // columns
         row = p_table[x[b]]
-        dp = dp_table[x[b]]
+        dp = dp_table[x[b] * columns + r % columns]
         for j in range(q.shape[1]):
-            dm[b, j] = dp[j] * q[b, j] + row[j] * dq[b, j]
+            dm[r, j] = dp[j] * q[b, j] + row[j] * dq[r, j]
 
 
 def factor_adjoint(p_table, x, q, dm, dp, dq):
-    for b in range(q.shape[0]):
+    columns = dq.shape[0] // q.shape[0]
+    for r in range(dq.shape[0]):
+        b = r // columns
         row = p_table[x[b]]
         for j in range(q.shape[1]):
-            dp[b, j] = dm[b, j] * q[b, j]
-            dq[b, j] = dm[b, j] * row[j]
+            dp[r, j] = dm[r, j] * q[b, j]
+            dq[r, j] = dm[r, j] * row[j]
 
 
 def softmax_rows(logits, targets, losses):
@@ -203,12 +215,14 @@ def softmax_gradient(p, targets, scale, out):
 
 
 def softmax_hessian(p, u, scale):
-    for r in range(p.shape[0]):
+    columns = u.shape[0] // max(1, p.shape[0])
+    for r in range(u.shape[0]):
+        own = p[r // columns]
         mean = p.dtype.type(0)
         for v in range(p.shape[1]):
-            mean += p[r, v] * u[r, v]
+            mean += own[v] * u[r, v]
         for v in range(p.shape[1]):
-            u[r, v] = scale * p[r, v] * (u[r, v] - mean)
+            u[r, v] = scale * own[v] * (u[r, v] - mean)
 
 
 def segment_sum(rows, x, out):

@@ -2,6 +2,10 @@
 
 To be read beside docs/theory.md. Shapes: B sequences, n hidden units, R rows of a table, V symbols; arrays
 are C-contiguous. The rows of a table are what the inputs contribute; x (B,) says which row a sequence reads.
+
+A tangent or an adjoint step takes one direction or C of them side by side, its columns: B C rows, those of a
+sequence one after the other, and R C rows of the direction's table. What is kept of a sequence serves all of
+its rows.
 """
 
 from __future__ import annotations
@@ -10,7 +14,12 @@ import numpy as np
 
 from hfmpi.backends.base import Array, Backend
 
-__all__ = ["NumpyBackend"]
+__all__ = ["NumpyBackend", "by_sequence"]
+
+
+def by_sequence(rows: Array, sequences: int) -> Array:
+    """Give rows (B C, n) as (B, C, n): the columns of each sequence."""
+    return rows.reshape(sequences, -1, rows.shape[-1])
 
 
 class NumpyBackend(Backend):
@@ -71,19 +80,21 @@ class NumpyBackend(Backend):
         With `add`, R h is added to what dh holds.
         """
         n = dc.shape[1]
-        f, k_i, k_f, k_o, k_u, k_c = k
-        pre += table[x]
-        ri, rf, ro, ru = (pre[:, j * n : (j + 1) * n] for j in range(4))
+        f, k_i, k_f, k_o, k_u, k_c = k[:, :, None]
+        pre, dc, dh = (by_sequence(array, len(x)) for array in (pre, dc, dh))
+        pre += table.reshape(-1, *pre.shape[1:])[x]
+        ri, rf, ro, ru = (pre[..., j * n : (j + 1) * n] for j in range(4))
         dc[...] = f * dc + k_i * ri + k_f * rf + k_u * ru
         rh = k_o * ro + k_c * dc
         dh[...] = dh + rh if add else rh
 
     def gated_adjoint(self, dh: Array, back: Array, k: Array, dc: Array, da: Array, inject: bool) -> None:
         """Apply the transpose of gated_tangent; dh gains `back`, da is written (or added to)."""
-        f, k_i, k_f, k_o, k_u, k_c = k
+        f, k_i, k_f, k_o, k_u, k_c = k[:, :, None]
+        dh, back, dc, da = (by_sequence(array, k.shape[1]) for array in (dh, back, dc, da))
         dh += back
         dc += k_c * dh
-        own = self.xp.concatenate((k_i * dc, k_f * dc, k_o * dh, k_u * dc), axis=1)
+        own = self.xp.concatenate((k_i * dc, k_f * dc, k_o * dh, k_u * dc), axis=-1)
         da[...] = da + own if inject else own
         dc *= f
 
@@ -96,14 +107,16 @@ class NumpyBackend(Backend):
             w[...] = 0.25 * (1 - h * h)
 
     def plain_tangent(self, pre: Array, table: Array, x: Array, h: Array, dh: Array) -> None:
-        """R a (into pre) and R h = (1 - h^2) R a."""
-        pre += table[x]
-        dh[...] = (1 - h * h) * pre
+        """R a (into pre) and R h = (1 - h^2) R a; h is (B, n)."""
+        pre, dh = by_sequence(pre, len(x)), by_sequence(dh, len(x))
+        pre += table.reshape(-1, *pre.shape[1:])[x]
+        dh[...] = (1 - h * h)[:, None] * pre
 
     def plain_adjoint(self, dh: Array, back: Array, h: Array, da: Array, inject: bool) -> None:
         """Apply the transpose of plain_tangent."""
+        dh, back, da = (by_sequence(array, len(h)) for array in (dh, back, da))
         dh += back
-        own = (1 - h * h) * dh
+        own = (1 - h * h)[:, None] * dh
         da[...] = da + own if inject else own
 
     # The intermediate state of multiplicative cells --------------------------------------------------
@@ -115,13 +128,15 @@ class NumpyBackend(Backend):
     def factor_tangent(
         self, p_table: Array, dp_table: Array, x: Array, q: Array, dq: Array, dm: Array
     ) -> None:
-        """R m = R p * q + p * R q."""
-        dm[...] = dp_table[x] * q + p_table[x] * dq
+        """R m = R p * q + p * R q; p_table (R, n) and q (B, n) are not along the direction."""
+        dq, dm = by_sequence(dq, len(x)), by_sequence(dm, len(x))
+        dm[...] = dp_table.reshape(-1, *dm.shape[1:])[x] * q[:, None] + p_table[x][:, None] * dq
 
     def factor_adjoint(self, p_table: Array, x: Array, q: Array, dm: Array, dp: Array, dq: Array) -> None:
         """Apply the transpose of factor_tangent: dp = dm * q and dq = dm * p."""
-        self.xp.multiply(dm, q, out=dp)
-        self.xp.multiply(dm, p_table[x], out=dq)
+        dm, dp, dq = (by_sequence(array, len(x)) for array in (dm, dp, dq))
+        self.xp.multiply(dm, q[:, None], out=dp)
+        self.xp.multiply(dm, p_table[x][:, None], out=dq)
 
     # Whole arrays ------------------------------------------------------------------------------------
 
@@ -141,8 +156,9 @@ class NumpyBackend(Backend):
         out[self.xp.arange(len(targets)), targets] -= p.dtype.type(scale)
 
     def softmax_hessian(self, p: Array, u: Array, scale: float) -> None:
-        """Overwrite u with scale * p * (u - <p, u>): the loss Hessian applied to each row (N, V)."""
-        u -= self.xp.sum(p * u, axis=1, keepdims=True)
+        """Overwrite u (N C, V) with scale * p * (u - <p, u>): the loss Hessian of each row (N, V) applied."""
+        p, u = p[:, None], by_sequence(u, len(p))
+        u -= self.xp.sum(p * u, axis=-1, keepdims=True)
         u *= p * p.dtype.type(scale)
 
     def segment_sum(self, rows: Array, x: Array, out: Array) -> None:

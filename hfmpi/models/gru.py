@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hfmpi.backends.base import Array
-from hfmpi.backends.numpy import NumpyBackend
+from hfmpi.backends.numpy import NumpyBackend, by_sequence
 from hfmpi.models.recurrence import Adjoint, Cell, Recurrence, Step, Tangent
 
 __all__ = ["GRU"]
@@ -72,11 +72,12 @@ class GRU(Cell):
         n, x, kept = dc.shape[1], r.views.x, r.views.coefficients
 
         def step(t: int) -> None:
-            k_h, k_r, k_s, k_z, k_u = kept[t]
-            own, rows = pre[t], table[x[t]]
-            own[:, n : 3 * n] += rows[:, n:]
-            own[:, :n] = rows[:, :n] + k_r * own[:, n : 2 * n] + k_s * own[:, 3 * n :]
-            dh[t + 1][...] = k_h * dh[t] + k_z * own[:, 2 * n : 3 * n] + k_u * own[:, :n]
+            k_h, k_r, k_s, k_z, k_u = kept[t][:, :, None]
+            own, before, after = (by_sequence(rows, len(x[t])) for rows in (pre[t], dh[t], dh[t + 1]))
+            rows = table.reshape(-1, own.shape[1], table.shape[1])[x[t]]
+            own[..., n : 3 * n] += rows[..., n:]
+            own[..., :n] = rows[..., :n] + k_r * own[..., n : 2 * n] + k_s * own[..., 3 * n :]
+            after[...] = k_h * before + k_z * own[..., 2 * n : 3 * n] + k_u * own[..., :n]
 
         return step
 
@@ -86,16 +87,16 @@ class GRU(Cell):
         n, kept = dc.shape[1], r.views.coefficients
 
         def step(t: int) -> None:
-            k_h, k_r, k_s, k_z, k_u = kept[t]
-            total, own = dh[t + 1], da[t]
-            total += back
+            k_h, k_r, k_s, k_z, k_u = kept[t][:, :, None]
+            total, own, pulled = (by_sequence(rows, kept[t].shape[1]) for rows in (dh[t + 1], da[t], back))
+            total += pulled
             if not inject:
                 own[...] = 0
-            own[:, :n] += k_u * total
-            own[:, n : 2 * n] += k_r * own[:, :n]
-            own[:, 2 * n : 3 * n] += k_z * total
-            own[:, 3 * n :] += k_s * own[:, :n]
-            back[...] = k_h * total
+            own[..., :n] += k_u * total
+            own[..., n : 2 * n] += k_r * own[..., :n]
+            own[..., 2 * n : 3 * n] += k_z * total
+            own[..., 3 * n :] += k_s * own[..., :n]
+            pulled[...] = k_h * total
 
         return step
 

@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from hfmpi.backends.base import Array
-from hfmpi.backends.numpy import NumpyBackend
+from hfmpi.backends.numpy import NumpyBackend, by_sequence
 from hfmpi.errors import UserError
 
 __all__ = ["LOSSES", "Bernoulli", "Loss", "SoftmaxCrossEntropy", "SquaredError", "choose"]
@@ -37,7 +37,7 @@ class Loss(Protocol):
         """Fill out (N, O) with scale times the gradient; `kept` is what `value` left of the outputs."""
 
     def hessian(self, backend: NumpyBackend, kept: Array, u: Array, scale: float) -> None:
-        """Overwrite u (N, O) with scale * H u."""
+        """Overwrite u (N C, O), C rows for each of the outputs, with scale * H u."""
 
 
 class SoftmaxCrossEntropy:
@@ -101,7 +101,8 @@ class Bernoulli:
 
     def hessian(self, backend: NumpyBackend, kept: Array, u: Array, scale: float) -> None:
         """Overwrite u with scale * p (1 - p) u."""
-        u *= kept * (1 - kept) * u.dtype.type(scale)
+        apart = by_sequence(u, len(kept))
+        apart *= (kept * (1 - kept) * u.dtype.type(scale))[:, None]
 
 
 LOSSES: dict[str, Loss] = {

@@ -19,7 +19,7 @@ __all__ = ["Cotangents", "Each", "Sums", "Whole", "layer_gradient"]
 
 
 class Cotangents(NamedTuple):
-    """What the loops over the steps of a layer read and leave, some of its sequences or all.
+    """What the loops over the steps of a layer read and leave, some of its sequences or all, of one column.
 
     Attributes
     ----------
@@ -38,6 +38,15 @@ class Cotangents(NamedTuple):
     da: Array
     dp: Array | None
     dq: Array | None
+
+    def of(self, sequences: slice, rows: slice) -> Cotangents:
+        """Give those of some sequences, of which the cotangents have these rows."""
+        kept = (self.inputs, self.hidden, self.intermediate)
+        found = (self.dh, self.da, self.dp, self.dq)
+        return Cotangents(
+            *(None if array is None else array[:, sequences] for array in kept),
+            *(None if array is None else array[:, rows] for array in found),
+        )
 
 
 class Sums(Protocol):

@@ -10,6 +10,9 @@ All matrices multiply from the right; rows are sequences, time-major. Products t
 taken over many steps at once; only h W_h (and h W_mh) and their transposes are sequential. The steps are
 worked off in blocks, through all layers, so that what one pass over a block leaves is still in the cache for
 the next. Derivation: docs/theory.md.
+
+A pass takes one direction (D,) or C of them at once, (C, D), its columns. In the loops a sequence then has C
+rows, one after the other: one sequential product serves all of them.
 """
 
 from __future__ import annotations
@@ -18,8 +21,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from hfmpi.backends.base import Array, Workspace
-from hfmpi.backends.numpy import NumpyBackend
+from hfmpi.backends.numpy import NumpyBackend, by_sequence
 from hfmpi.models import recurrence
 from hfmpi.models.architecture import Architecture
 from hfmpi.models.losses import Loss
@@ -34,8 +39,8 @@ class Outputs(NamedTuple):
 
     Attributes
     ----------
-    outputs : (T * B, O)
-    pre : tuple of (L, B, K) or None
+    outputs : (T * B * C, O)
+    pre : tuple of (L, B * C, K) or None
         Of the pre-activations of each layer, for structural damping.
     """
 
@@ -116,17 +121,44 @@ class Tape:
         self.vjp(self._loss_gradient(scale), out, squares)
 
     def gauss_newton(self, v: Array, scale: float, out: Array) -> None:
-        """Add scale * J' H_L J v to out (D,)."""
+        """Add scale * J' H_L J v to out (D,); for columns v (C, D) to each of out (C, D)."""
         self.structural_gauss_newton(v, scale, 0.0, out)
 
-    def structural_gauss_newton(self, v: Array, scale: float, structural: float, out: Array) -> None:
-        """Add scale * (J' H_L J + structural * J_a' W J_a) v to out (D,), J_a the pre-activations' part."""
-        u = self.jvp(v, pre=structural != 0)
-        self.output_loss.hessian(self.backend, self.kept, u.outputs, scale)
+    def project(self, v: Array, scale: float, out: np.ndarray) -> None:
+        """Add scale * V' J' H_L J V to out (C, C), float64 on the host, for columns v (C, D)."""
+        outputs, (columns, count) = self.jvp(v).outputs, (len(v), len(self.kept))
+        product = self.backend.workspace("projection", (columns, columns))
+        most = max(1, self.block_rows // columns)
+        for start in range(0, count, most):
+            rows = slice(start, min(start + most, count))
+            u = outputs[rows.start * columns : rows.stop * columns]
+            before, after = self.backend.workspace("projected", (2, columns, u.size // columns))
+            self._by_column(u, before)
+            self._hessian(u, rows, scale)
+            self._by_column(u, after)
+            self.backend.matmul(before, after.T, product)
+            out += self.backend.to_host(product)
+
+    def _by_column(self, rows: Array, out: Array) -> None:
+        """Fill out (C, N * O) with rows (N * C, O)."""
+        apart = by_sequence(rows, len(rows) // len(out))
+        out.reshape(len(out), -1, rows.shape[1])[...] = apart.transpose(1, 0, 2)
+
+    def _hessian(self, u: Array, rows: slice, scale: float) -> None:
+        """Overwrite u (N * C, O) with scale * H_L u, for N of the outputs."""
+        self.output_loss.hessian(self.backend, self.kept[rows], u, scale)
         if self.mask is not None:
-            u.outputs[...] *= self.mask
+            apart = by_sequence(u, len(self.mask[rows]))
+            apart *= self.mask[rows][:, None]
+
+    def structural_gauss_newton(self, v: Array, scale: float, structural: float, out: Array) -> None:
+        """Add scale * (J' H_L J + structural * J_a' W J_a) v to out, J_a the pre-activations' part."""
+        u = self.jvp(v, pre=structural != 0)
+        self._hessian(u.outputs, slice(None), scale)
         for r, pre in zip(self.layers, u.pre or (), strict=bool(u.pre)):
-            pre[...] *= r.weights
+            weights: Array = r.weights
+            apart = pre.reshape(*weights.shape[:2], -1, weights.shape[2])
+            apart *= weights[:, :, None]
             pre[...] *= self.backend.dtype.type(scale * structural)
         self.vjp(u, out)
 
@@ -142,17 +174,18 @@ class Tape:
     def jvp(self, v: Array, pre: bool = False) -> Outputs:
         """J v: what a direction v (D,) does to the outputs and, with `pre`, to the pre-activations.
 
-        The result lies in the backend's workspace, until the next pass.
+        For columns v (C, D) likewise what each of them does. The result lies in the backend's workspace,
+        until the next pass.
         """
-        backend, n, q = self.backend, self.architecture.hidden, self.architecture.layout.views(v)
-        outputs = backend.workspace("outputs", self.kept.shape)
-        states, owns = (
-            self._zeros("tangent"),
-            [self.architecture.of_layer(i, q) for i in range(len(self.layers))],
-        )
+        backend, n, about = self.backend, self.architecture.hidden, self.architecture
+        columns = [about.layout.views(column) for column in v.reshape(-1, v.shape[-1])]
+        many, (count, width) = len(columns), self.kept.shape
+        outputs = backend.workspace("outputs", (count, many, width))
+        states = self._zeros("tangent", many)
+        owns = [[about.of_layer(i, q) for q in columns] for i in range(len(self.layers))]
         symbols = self.layers[0].looks_up
         known = self._contributions(0, self.layers[0], owns[0], None) if symbols else None  # for all blocks
-        for steps, scored, rows in self._blocks(pre):
+        for steps, scored, rows in self._blocks(pre, many):
             inputs, tangents = None, []
             for i, (last, dc) in enumerate(states):
                 r = self.layers[i].part(steps)
@@ -164,55 +197,62 @@ class Tape:
             hidden = self.layers[-1].hidden[1 + scored.start : 1 + scored.stop]
             at = slice(1 + scored.start - steps.start, 1 + scored.stop - steps.start)
             direct = backend.workspace("outputs.direct", outputs[rows].shape)
-            fill_outputs(backend, q, hidden, direct)
-            backend.matmul(dh[at].reshape(-1, n), self.parameters["W_o"], outputs[rows])
+            for j, q in enumerate(columns):
+                fill_outputs(backend, q, hidden, direct[:, j])
+            backend.matmul(dh[at].reshape(-1, n), self.parameters["W_o"], outputs[rows].reshape(-1, width))
             outputs[rows] += direct
-        return Outputs(outputs, tuple(tangents) if pre else None)
+        return Outputs(outputs.reshape(-1, width), tuple(tangents) if pre else None)
 
     def _block_tangent(
         self,
         i: int,
         r: Recurrence,
-        own: dict[str, Array],
+        owns: list[dict[str, Array]],
         tables: tuple[Array, Array | None],
         last: Array,
         dc: Array,
     ) -> tuple[Array, Array]:
-        """R a (L, B, K) and R h (L + 1, B, n) of layer i in one block, from the state before it."""
+        """R a (L, B C, K) and R h (L + 1, B C, n) of layer i in one block, from the state before it."""
         cell, n, (length, size) = self.architecture.cell, self.architecture.hidden, r.x.shape
-        backend, (table, factor_table) = self.backend, tables
+        backend, (table, factor_table), many = self.backend, tables, len(owns)
         before, factors = r.hidden[:-1].reshape(-1, n), None
         if r.intermediate is not None:
-            factors = backend.workspace(f"factors.{i}", (length, size, n))
-            backend.matmul(before, own["W_mh"], factors.reshape(-1, n))
+            factors = backend.workspace(f"factors.{i}", (length, size * many, n))
+            for own, out in zip(owns, _columns(factors, many), strict=True):
+                backend.matmul(before, own["W_mh"], out)
             before = r.intermediate.reshape(-1, n)
-        a = backend.workspace(f"pre.{i}", (length, size, cell.groups * n))
-        backend.matmul(before, own["W_h"], a.reshape(length * size, -1)[:, -cell.of_state * n :])
-        dh = backend.workspace(f"hidden.{i}", (length + 1, size, n))
+        a = backend.workspace(f"pre.{i}", (length, size * many, cell.groups * n))
+        dh = backend.workspace(f"hidden.{i}", (length + 1, size * many, n))
         dh[0] = last
-        if cell.on_rows < cell.groups:
-            cell.bias_tangent(r, own["b"][cell.on_rows * n :], a, dh)
+        for j, (own, out) in enumerate(zip(owns, _columns(a, many), strict=True)):
+            backend.matmul(before, own["W_h"], out[:, -cell.of_state * n :])
+            if cell.on_rows < cell.groups:
+                cell.bias_tangent(r, own["b"][cell.on_rows * n :], a[:, j::many], dh[:, j::many])
         recurrence.tangent(backend, r, table, a, factor_table, factors, dh, dc)
         return a, dh
 
     def _contributions(
-        self, i: int, r: Recurrence, own: dict[str, Array], inputs: Array | None
+        self, i: int, r: Recurrence, owns: list[dict[str, Array]], inputs: Array | None
     ) -> tuple[Array, Array | None]:
-        """Give what inputs contribute to layer i along a direction, through W_x with the bias and W_mx.
+        """Give what inputs contribute to layer i along each column, through W_x with the bias and W_mx.
 
-        `inputs` (L, B, I) is what the direction does to the layer's inputs, None where that is nothing.
+        `inputs` (L, B C, I) is what the columns do to the layer's inputs, None where that is nothing.
         """
         on_rows = self.architecture.cell.on_rows * self.architecture.hidden
-        table = self._rows(i, "W_x", r, own, inputs)
-        table[:, :on_rows] += own["b"][:on_rows]
-        return table, self._rows(i, "W_mx", r, own, inputs) if "W_mx" in own else None
+        table = self._rows(i, "W_x", r, owns, inputs)
+        for own, rows in zip(owns, _columns(table, len(owns)), strict=True):
+            rows[:, :on_rows] += own["b"][:on_rows]
+        return table, self._rows(i, "W_mx", r, owns, inputs) if "W_mx" in owns[0] else None
 
-    def _rows(self, i: int, name: str, r: Recurrence, own: dict[str, Array], inputs: Array | None) -> Array:
-        """Give what inputs contribute through W_x or W_mx along a direction."""
-        matrix = own[name]
-        count = matrix.shape[0] if r.looks_up else r.x.size
-        table = self.backend.workspace(f"direction.{name}.{i}", (count, matrix.shape[1]))
-        fill_rows(self.backend, r.inputs, matrix, table)
+    def _rows(
+        self, i: int, name: str, r: Recurrence, owns: list[dict[str, Array]], inputs: Array | None
+    ) -> Array:
+        """Give what inputs contribute through W_x or W_mx along each column, (R C, .)."""
+        count = len(owns[0][name]) if r.looks_up else r.x.size
+        shape = (count * len(owns), owns[0][name].shape[1])
+        table = self.backend.workspace(f"direction.{name}.{i}", shape)
+        for own, rows in zip(owns, _columns(table, len(owns)), strict=True):
+            fill_rows(self.backend, r.inputs, own[name], rows)
         if inputs is not None:
             more = self.backend.workspace("direction.more", table.shape)
             fill_rows(self.backend, inputs, self.parameters[self.architecture.names[i][name]], more)
@@ -228,21 +268,24 @@ class Tape:
         ----------
         u : Outputs
             `u.pre`, if given, must be what `jvp` returned, in place: its memory is used up.
-        out : (D,)
-            The cotangent is added to it.
+        out : (D,) or (C, D)
+            The cotangent, or that of each column, is added to it.
         squares : (D,), optional
-            Gains, for every sequence of the batch, the element-wise square of that sequence's cotangent.
+            Gains, for every sequence of the batch, the element-wise square of that sequence's cotangent;
+            not for columns.
         """
         backend, n = self.backend, self.architecture.hidden
-        size, top = self.layers[0].x.shape[1], len(self.layers) - 1
-        states = self._zeros("adjoint")
+        many = len(u.outputs) // max(1, len(self.kept))
+        size, top = self.layers[0].x.shape[1] * many, len(self.layers) - 1
+        states = self._zeros("adjoint", many)
         whole = squares is not None or u.pre is not None
-        for steps, scored, rows in reversed(self._blocks(whole)):
+        for steps, scored, rows in reversed(self._blocks(whole, many)):
             length = steps.stop - steps.start
             dh = backend.workspace(f"hidden.{top}", (length + 1, size, n))
             first = 1 + scored.start - steps.start
             dh[1:first] = 0
-            backend.matmul(u.outputs[rows], self.parameters["W_o"].T, dh[first:].reshape(-1, n))
+            own = u.outputs[rows.start * many : rows.stop * many]
+            backend.matmul(own, self.parameters["W_o"].T, dh[first:].reshape(-1, n))
             cotangents = []
             for i in range(top, -1, -1):
                 below = backend.workspace(f"hidden.{i - 1}", (length + 1, size, n)) if i else None
@@ -250,15 +293,15 @@ class Tape:
                 back, dc = states[i]
                 cotangents.append(self._block_adjoint(i, steps, dh, pre, back, dc, below))
                 dh = below
-            du = u.outputs[rows].reshape(-1, size, self.architecture.outputs)
+            du = own.reshape(-1, size, self.architecture.outputs)
             self._collect(cotangents[::-1], du, out, squares)
 
     def _block_adjoint(
         self, i: int, steps: slice, dh: Array, pre: Array | None, back: Array, dc: Array, below: Array | None
     ) -> Cotangents:
-        """Pull the cotangents dh (L + 1, B, n) back through layer i in one block, into `below` if given."""
+        """Pull the cotangents dh (L + 1, B C, n) back through layer i in one block, into `below` if given."""
         r, names, cell = self.layers[i].part(steps), self.architecture.names[i], self.architecture.cell
-        backend, (length, size), n = self.backend, r.x.shape, self.architecture.hidden
+        backend, (length, size), n = self.backend, (len(r.x), dh.shape[1]), self.architecture.hidden
         da = backend.workspace(f"pre.{i}", (length, size, cell.groups * n)) if pre is None else pre
         dp = dq = None
         if r.factors is not None:
@@ -284,34 +327,36 @@ class Tape:
             for start in range(0, du.shape[1], many):
                 part = slice(start, start + many)
                 each = backend.workspace("each", (du[:, part].shape[1], layout.size))
-                self._gradient(cotangents, du, part, each, Each(backend))
+                self._gradient([own.of(part, part) for own in cotangents], du[:, part], each, Each(backend))
                 backend.accumulate_squares(each, out, squares)
             return
         single = backend.workspace("gradient", (layout.size,))
         if squares is None:
-            self._gradient(cotangents, du, slice(None), single, Whole(backend))
-            out += single
+            columns = out.reshape(-1, layout.size)
+            for j, column in enumerate(columns):
+                part = slice(j, None, len(columns))
+                own = [whole.of(slice(None), part) for whole in cotangents]
+                self._gradient(own, du[:, part], single, Whole(backend))
+                column += single
             return
         for b in range(du.shape[1]):
-            self._gradient(cotangents, du, slice(b, b + 1), single, Whole(backend))
+            part = slice(b, b + 1)
+            self._gradient([own.of(part, part) for own in cotangents], du[:, part], single, Whole(backend))
             backend.accumulate_square(single, out, squares)
 
-    def _gradient(
-        self, cotangents: Sequence[Cotangents], du: Array, part: slice, out: Array, sums: Sums
-    ) -> None:
+    def _gradient(self, cotangents: Sequence[Cotangents], du: Array, out: Array, sums: Sums) -> None:
         """Fill out (D,), or (B, D) for each sequence, with the parameter cotangents of some sequences."""
         g = self.architecture.layout.views(out)
-        for i, whole in enumerate(cotangents):
-            own = Cotangents(*(None if a is None else a[:, part] for a in whole))
+        for i, own in enumerate(cotangents):
             layer_gradient(self.architecture.cell, own, self.architecture.of_layer(i, g), sums)
-        hidden, du = own.hidden, du[:, part]
+        hidden = cotangents[-1].hidden
         sums.product(hidden[len(hidden) - len(du) :], du, g["W_o"])
         if "b_o" in g:
             sums.total(du, g["b_o"])
 
-    def _zeros(self, name: str) -> list[tuple[Array, Array]]:
-        """Give two arrays (B, n) of zeros for each layer."""
-        shape, found = (self.layers[0].x.shape[1], self.architecture.hidden), []
+    def _zeros(self, name: str, columns: int) -> list[tuple[Array, Array]]:
+        """Give two arrays (B C, n) of zeros for each layer."""
+        shape, found = (self.layers[0].x.shape[1] * columns, self.architecture.hidden), []
         for i in range(len(self.layers)):
             both = [self.backend.workspace(f"{name}.{part}.{i}", shape) for part in "hc"]
             for array in both:
@@ -319,7 +364,7 @@ class Tape:
             found.append((both[0], both[1]))
         return found
 
-    def _blocks(self, whole: bool) -> list[tuple[slice, slice, slice]]:
+    def _blocks(self, whole: bool, columns: int) -> list[tuple[slice, slice, slice]]:
         """Cut the steps into blocks of nearly one length, in order.
 
         Returns
@@ -331,8 +376,14 @@ class Tape:
         length, size = self.layers[0].x.shape
         burn_in = length - len(self.kept) // size
         found = []
-        for steps in [slice(0, length)] if whole else blocks(length, size, self.block_rows):
+        for steps in [slice(0, length)] if whole else blocks(length, size * columns, self.block_rows):
             first = min(max(steps.start, burn_in), steps.stop)
             rows = slice(max(first - burn_in, 0) * size, max(steps.stop - burn_in, 0) * size)
             found.append((steps, slice(first, steps.stop), rows))
         return found
+
+
+def _columns(rows: Array, columns: int) -> list[Array]:
+    """Give the rows (..., N C, .) of each column, (N, .): views."""
+    apart = rows.reshape(-1, columns, rows.shape[-1])
+    return [apart[:, j] for j in range(columns)]
