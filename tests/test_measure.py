@@ -40,6 +40,23 @@ def test_full_cost_counts_what_was_executed():
     assert full(counts, 320, 32) == ((4 + 3) * 320 + (1 + 24) * 32, 32)
 
 
+def test_vectors_of_one_pass_count_once_on_parallel_hardware_and_each_for_itself_elsewhere():
+    counts = Counts(
+        steps=2, gradients=2, losses=2, linearisations=2, projections=2,
+        candidates=4, directions=76,
+    )  # fmt: skip
+    assert full(counts, 1750, 109) == ((2 + 6 + 4) * 1750 + (2 + 2 * 78) * 109, 2 + 6 + 2 + 4)
+    p_d, p_i = paper(counts, 1750, 109)
+    assert (p_d, p_i) == (6 * 1750 + 2 * 78 * 109, 6 + 4)
+    assert ranks(counts, 1750, 109, 1) == p_d
+    assert ranks(counts, 1750, 109, 109) == 6 * 17 + 2 * 2 * 39
+    assert ranks(counts, 1750, 109, 10_000) == p_i
+    block = Counts(steps=1, cg_steps=3, gradients=1, products=3, columns=21)
+    assert full(block, 100, 10) == (300 + 4 * 24 * 10, 15)
+    assert paper(block, 100, 10) == (300 + 4 * 24 * 10, 15)
+    assert ranks(block, 100, 10, 10) == 30 + 4 * 24
+
+
 def test_counts_add_up():
     total = Counts(1, 2, 3, 4, 5, 6) + Counts(10, 20, 30, 40, 50, 60)
     assert total == Counts(11, 22, 33, 44, 55, 66)

@@ -35,6 +35,7 @@ def make(name="mlstm", variant="standard", comm=None, micro_batch=64, dtype="flo
 def everything(risk, theta, v):
     """Give all that an objective computes, as vectors on the host."""
     backend = risk.owner.model.backend
+    columns = backend.to_device(np.array([v, theta, v - theta]))
     theta, v = backend.to_device(theta), backend.to_device(v)
     plain, squared = risk.gradient(theta), risk.squared_gradients(theta)
     assert plain.squares is None
@@ -45,10 +46,13 @@ def everything(risk, theta, v):
         "gradient": plain.vector,
         "gradient with the squares": squared.vector,
         "squares": squared.squares,
+        "losses": np.array(risk.losses([theta, theta + v, theta])),
         "product": risk.gauss_newton(theta)(v),
+        "columns": risk.columns(theta)(columns).reshape(-1),
+        "projection": risk.project(theta)(columns),
         "damped product": risk.structural_gauss_newton(theta, 0.7)(v),
     }
-    return {k: x if k.startswith("loss") else backend.to_host(x) for k, x in found.items()}
+    return {k: x if isinstance(x, np.ndarray) else backend.to_host(x) for k, x in found.items()}
 
 
 def relative(a, b):
@@ -75,6 +79,11 @@ def test_means_match_the_independent_implementation(name, variant, backend):
         "product": independent.gauss_newton(theta, about, batch) @ v / characters,
         "damped product": independent.gauss_newton(theta, about, batch, structural=0.7) @ v / characters,
     }
+    columns = np.array([v, theta, v - theta])
+    expected["columns"] = (columns @ independent.gauss_newton(theta, about, batch) / characters).reshape(-1)
+    expected["projection"] = expected["columns"].reshape(columns.shape) @ columns.T
+    losses = [independent.loss(at, about, batch) / characters for at in (theta, theta + v, theta)]
+    expected["losses"] = np.array(losses)
     for key, value in found.items():
         assert relative(value, expected[key.split(" with")[0]]) < 1e-10, key
 
@@ -230,6 +239,10 @@ def check_line(communicator, slices=0):
         assert at.loss == pytest.approx(risk.loss(theta), rel=1e-13)
         assert relative(at.vector, x.T @ error / len(indices)) < 1e-13
         assert relative(risk.gauss_newton(theta)(v), x.T @ (x @ v) / len(indices)) < 1e-13
+        both, dense = np.array([v, theta]), x.T @ x / len(indices)
+        assert relative(risk.columns(theta)(both), both @ dense) < 1e-13
+        assert relative(risk.project(theta)(both), both @ dense @ both.T) < 1e-13
+        assert risk.losses([v, theta]) == [risk.loss(v), risk.loss(theta)]
     whole = owner.on(rows, np.arange(rows.count))
     objectives = Objectives(whole, whole)
     optimizer = HessianFree(damping=0.0, preconditioner="none")

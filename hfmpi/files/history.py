@@ -42,6 +42,10 @@ class Record(TypedDict):
     linearisations: int
     products: int
     cg_steps: int
+    projections: NotRequired[int]
+    candidates: NotRequired[int]
+    columns: NotRequired[int]
+    directions: NotRequired[int]
     gradient_norm: NotRequired[float | None]
     step_norm: NotRequired[float]
     damping: NotRequired[float]

@@ -12,7 +12,14 @@ import numpy as np
 
 from hfmpi.backends.base import Array, Backend
 
-__all__ = ["Linearisation", "Model", "SquaredGradients", "StructuralDamping", "StructuralLinearisation"]
+__all__ = [
+    "Columns",
+    "Linearisation",
+    "Model",
+    "SquaredGradients",
+    "StructuralDamping",
+    "StructuralLinearisation",
+]
 
 
 class Linearisation(Protocol):
@@ -67,6 +74,17 @@ class Model(Protocol):
 
     def release(self) -> None:
         """Give scratch memory back."""
+
+
+@runtime_checkable
+class Columns(Protocol):
+    """A linearisation that takes many directions V (C, D) in one pass."""
+
+    def columns(self, v: Array, scale: float, out: Array) -> None:
+        """Add scale * G V, row by row, to out (C, D)."""
+
+    def project(self, v: Array, scale: float, out: np.ndarray) -> None:
+        """Add scale * V G V' to out (C, C), float64 on the host; J V alone is needed."""
 
 
 @runtime_checkable

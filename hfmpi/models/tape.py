@@ -121,11 +121,15 @@ class Tape:
         self.vjp(self._loss_gradient(scale), out, squares)
 
     def gauss_newton(self, v: Array, scale: float, out: Array) -> None:
-        """Add scale * J' H_L J v to out (D,); for columns v (C, D) to each of out (C, D)."""
+        """Add scale * J' H_L J v to out (D,)."""
+        self.structural_gauss_newton(v, scale, 0.0, out)
+
+    def columns(self, v: Array, scale: float, out: Array) -> None:
+        """Add scale * J' H_L J V, row by row, to out (C, D)."""
         self.structural_gauss_newton(v, scale, 0.0, out)
 
     def project(self, v: Array, scale: float, out: np.ndarray) -> None:
-        """Add scale * V' J' H_L J V to out (C, C), float64 on the host, for columns v (C, D)."""
+        """Add scale * V J' H_L J V' to out (C, C), float64 on the host."""
         outputs, (columns, count) = self.jvp(v).outputs, (len(v), len(self.kept))
         product = self.backend.workspace("projection", (columns, columns))
         most = max(1, self.block_rows // columns)

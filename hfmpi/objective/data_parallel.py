@@ -11,7 +11,7 @@ step without a message of its own, and leave it at the same place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -161,9 +161,13 @@ class Risk(Objective):
 
     def loss(self, theta: Array) -> float:
         """Mean loss in nats per scored output, float64."""
-        message = np.array([self.owner.local.loss(theta, self.shard, self.span), 0.0])
+        return self.losses([theta])[0]
+
+    def losses(self, thetas: Sequence[Array]) -> list[float]:
+        """Mean losses of several candidates, in one message."""
+        message = np.append(self.owner.local.losses(thetas, self.shard, self.span), 0.0)
         self.owner.sum(message, self.owner.host)
-        return float(message[0]) / self.scored
+        return [float(loss) / self.scored for loss in message[:-1]]
 
     def gradient(self, theta: Array) -> Gradient:
         """Mean loss and its gradient (D,), in one message."""
@@ -198,6 +202,10 @@ class Risk(Objective):
         """
         return self._products(theta, structural)
 
+    def columns(self, theta: Array) -> Operator:
+        """Linearise at theta; give V (C, D) -> G V (C, D), in one message."""
+        return self._products(theta, 0.0)
+
     def _products(self, theta: Array, structural: float) -> Operator:
         owner = self.owner
         local = owner.local.products(theta, self.shard, self.scored, structural)
@@ -205,6 +213,20 @@ class Risk(Objective):
         def product(v: Array) -> Array:
             message = local(v)
             owner.sum(message, owner.transport)
-            return message[:-1]
+            return message[:-1].reshape(v.shape)
 
         return product
+
+    def project(self, theta: Array) -> Callable[[Array], np.ndarray]:
+        """Linearise at theta; give V (C, D) -> V G V' (C, C), in one message of C^2 numbers."""
+        owner = self.owner
+        local = owner.local.products(theta, self.shard, self.scored, project=True)
+
+        def projected(v: Array) -> np.ndarray:
+            message = local(v)
+            owner.sum(message, owner.host)
+            found = message[:-1].reshape(len(v), len(v))
+            symmetric: np.ndarray = (found + found.T) / 2
+            return symmetric
+
+        return projected

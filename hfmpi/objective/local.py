@@ -6,7 +6,7 @@ No communication. What a rank has to add up comes in slices, whose sums are adde
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,8 +17,9 @@ from hfmpi.data.batches import Cases
 from hfmpi.errors import UserError
 from hfmpi.measure.spans import FORWARD, GRADIENT, INPUT, LINEARISE, PRODUCTS
 from hfmpi.measure.timer import Timer
-from hfmpi.models.base import Linearisation, Model, SquaredGradients, StructuralDamping
+from hfmpi.models.base import Columns, Linearisation, Model, SquaredGradients, StructuralDamping
 from hfmpi.objective.messages import PARTS, message_sizes, pack
+from hfmpi.optim.base import inner_product
 
 __all__ = ["LocalSums", "Shard", "pairwise"]
 
@@ -82,18 +83,18 @@ class LocalSums:
         self._passing: Linearisation | None = None  # used up at once; its memory serves the next
         self._kept: list[Linearisation] = []  # between products
 
-    def loss(self, theta: Array, shard: Shard, span: str) -> float:
-        """Sum the losses, in float64; the timer books them under `span`."""
+    def losses(self, thetas: Sequence[Array], shard: Shard, span: str) -> np.ndarray:
+        """Sum the losses of each theta, (C,) float64; the timer books them under `span`."""
 
-        def share(part: np.ndarray) -> float:
-            loss = 0.0
+        def share(part: np.ndarray) -> np.ndarray:
+            losses = np.zeros(len(thetas))
             for indices in self._cut(part):
                 batch = self._take(shard, indices)
                 with self.timer.span(span):
-                    loss += self.model.loss(theta, batch)
-            return loss
+                    losses += [self.model.loss(theta, batch) for theta in thetas]
+            return losses
 
-        return float(self._shrinking(shard, lambda: pairwise([share(part) for part in shard.slices])))
+        return self._shrinking(shard, lambda: pairwise([share(part) for part in shard.slices]))
 
     def gradient(self, theta: Array, shard: Shard, scored: int, squares: bool) -> Array:
         """Give the message of loss and gradient over `scored`, with `squares` of the single cases' too.
@@ -130,9 +131,12 @@ class LocalSums:
         return self._shrinking(shard, lambda: pairwise([share(part) for part in shard.slices]))
 
     def products(
-        self, theta: Array, shard: Shard, scored: int, structural: float = 0.0
+        self, theta: Array, shard: Shard, scored: int, structural: float = 0.0, project: bool = False
     ) -> Callable[[Array], Array]:
-        """Linearise at theta; give v (D,) -> the message of (G + structural * S) v over `scored`.
+        """Linearise at theta; give v -> the message of (G + structural * S) v over `scored`.
+
+        v is (D,) or columns (C, D), which take one pass where the model has `Columns`. With `project`, the
+        message is that of V G V' (C, C) for columns v.
 
         Linearisations are kept for the newest operator alone; an older one linearises anew.
 
@@ -150,22 +154,27 @@ class LocalSums:
         batches = self._shrinking(shard, lambda: self._linearise(linearise, theta, shard))
         mine = self._kept
 
-        def add(at: Any, v: Array, out: Array) -> None:
+        def add(at: Any, v: Array, message: Array) -> None:
             with self.timer.span(PRODUCTS):
-                if structural > 0:
-                    at.structural_gauss_newton(v, 1 / scored, structural, out)
+                if project:
+                    _project(at, v, 1 / scored, message[:-1].reshape(len(v), len(v)))
+                elif structural > 0:
+                    at.structural_gauss_newton(v, 1 / scored, structural, message[:-1])
                 else:
-                    at.gauss_newton(v, 1 / scored, out)
+                    _multiply(at, v, 1 / scored, message[:-1].reshape(v.shape))
                 backend.synchronize()
 
         def share(kept: list[Linearisation], others: list[Any], v: Array) -> Array:
-            message = backend.xp.zeros(message_sizes(v.size, False)["product"], v.dtype)
+            if project:
+                message = np.zeros(message_sizes(len(v) ** 2, False)["product"])
+            else:
+                message = backend.xp.zeros(message_sizes(v.size, False)["product"], v.dtype)
             for at in kept:
-                add(at, v, message[:-1])
+                add(at, v, message)
             for batch in others:
                 with self.timer.span(LINEARISE):
                     at = self._pass(linearise, theta, batch)
-                add(at, v, message[:-1])
+                add(at, v, message)
             return message
 
         def sums(v: Array) -> Array:
@@ -252,3 +261,25 @@ class LocalSums:
     def _take(self, shard: Shard, indices: np.ndarray) -> Any:
         with self.timer.span(INPUT):
             return shard.cases.take(indices)
+
+
+def _multiply(at: Linearisation, v: Array, scale: float, out: Array) -> None:
+    """Add scale * G v to out, for v (D,) or columns (C, D)."""
+    if v.ndim == 1:
+        at.gauss_newton(v, scale, out)
+    elif isinstance(at, Columns):
+        at.columns(v, scale, out)
+    else:
+        for row, own in zip(v, out, strict=True):
+            at.gauss_newton(row, scale, own)
+
+
+def _project(at: Linearisation, v: Array, scale: float, out: np.ndarray) -> None:
+    """Add scale * V G V' to out (C, C), for columns v (C, D)."""
+    if isinstance(at, Columns):
+        at.project(v, scale, out)
+        return
+    for row, own in zip(v, out, strict=True):
+        product = v[0] * 0
+        at.gauss_newton(row, scale, product)
+        own += [inner_product(other, product) for other in v]

@@ -2,8 +2,9 @@
 
 ==================  ====================================================================================
 gradient            g (D,), its squares (D,) where wanted, the loss in four parts (`pack`), stop
-product             G v (D,), stop
-loss                the loss, stop; float64 on the host, the others in the type of the vectors
+product             G v (D,), or G V (C, D) of columns, stop
+projection          V G V' (C, C), stop; float64 on the host
+loss                the loss, or that of each candidate, stop; float64 on the host
 ==================  ====================================================================================
 """
 

@@ -10,7 +10,7 @@ Symbols used throughout this room
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
 
@@ -89,6 +89,25 @@ class Objective(ABC):
         """Linearise at theta; give v -> (G + structural * S) v, S the curvature of the hidden states."""
         raise UserError("the objective has no structural damping: set structural_damping=0")
 
+    def columns(self, theta: Vector) -> Operator:
+        """Linearise at theta; give V (C, D) -> G V (C, D), each row a direction."""
+        product = self.gauss_newton(theta)
+        return lambda v: np.stack([product(row) for row in v])
+
+    def project(self, theta: Vector) -> Callable[[Vector], np.ndarray]:
+        """Linearise at theta; give V (C, D) -> V G V' (C, C), float64 on the host, symmetric."""
+        columns = self.columns(theta)
+
+        def projected(v: Vector) -> np.ndarray:
+            found = np.asarray(v, np.float64) @ np.asarray(columns(v), np.float64).T
+            return (found + found.T) / 2
+
+        return projected
+
+    def losses(self, thetas: Sequence[Vector]) -> list[float]:
+        """F of several candidates theta, one after the other or at once."""
+        return [self.loss(theta) for theta in thetas]
+
     def agree(self, values: Scalars) -> Scalars:
         """Give rank 0's values of scalars that every rank computed, where ranks might round differently."""
         return values
@@ -132,6 +151,11 @@ class Work:
         On the curvature batch.
     cg_steps : int
         The paper's I_c: conjugate-gradient iterations.
+    projections : int
+        V G V', on the curvature batch: J V alone.
+    candidates, columns, directions : int
+        What went along in the same passes: candidates beyond the first of each loss, columns beyond the first
+        of each product, and directions beyond the first of each projection.
     """
 
     gradients: int = 0
@@ -139,6 +163,10 @@ class Work:
     linearisations: int = 0
     products: int = 0
     cg_steps: int = 0
+    projections: int = 0
+    candidates: int = 0
+    columns: int = 0
+    directions: int = 0
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Protocol, cast
 
 from hfmpi.files.history import Record
@@ -77,10 +77,13 @@ class Progress:
 
     def after(self, report: StepReport) -> Progress:
         """Give the progress after one more step."""
-        done = report.work
-        work = Counts(1, done.cg_steps, done.gradients, done.products, done.losses, done.linearisations)
+        work = Counts(steps=1, **asdict(report.work))
         rejections = 0 if report.accepted else self.rejections + 1
         return Progress(self.step + 1, self.seconds, rejections, self.counts + work)
+
+
+MANY = "projections", "candidates", "columns", "directions"
+"""Counts of methods that take several vectors a pass, as the last of `Counts`; in a record where not 0."""
 
 
 class Reporter(Protocol):
@@ -130,10 +133,12 @@ def step_record(
         "products": work.products,
         "cg_steps": work.cg_steps,
     }
-    return cast(Record, {**record, **report.details})
+    beside = {name: number for name in MANY if (number := getattr(work, name))}
+    return cast(Record, {**record, **beside, **report.details})
 
 
 def counted(record: Record) -> Counts:
     """Give the counts of one step from its record."""
     passes = record["gradients"], record["products"], record["losses"], record["linearisations"]
-    return Counts(1, record["cg_steps"], *passes)
+    many = (cast(int, record.get(name, 0)) for name in MANY)
+    return Counts(1, record["cg_steps"], *passes, *many)
