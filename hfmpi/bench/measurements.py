@@ -159,15 +159,32 @@ def _passes(
     return _timed(heads, contest(bench.comm, contestants, bench.repeats))
 
 
-def products(bench: Bench, about: Architecture, batch: int) -> list[Row]:
-    """Gauss-Newton products v -> G v, linearised once."""
+def products(bench: Bench, about: Architecture, batch: int, columns: int = 0) -> list[Row]:
+    """Gauss-Newton products v -> G v, linearised once.
+
+    With `columns` C also V -> G V and V -> V G V' for V (C, D), and the latter for one direction.
+    """
 
     def product(risk: Risk, theta: Any) -> Callable[[], Any]:
         apply = risk.gauss_newton(theta)
         v = theta * 0 + 1
         return lambda: apply(v)
 
-    return _passes(bench, about, batch, {"product": product})
+    def many(operator: str, count: int) -> Callable[[Risk, Any], Callable[[], Any]]:
+        def prepare(risk: Risk, theta: Any) -> Callable[[], Any]:
+            apply = getattr(risk, operator)(theta)
+            v = np.random.default_rng(0).standard_normal((count, theta.size))
+            directions = risk.owner.model.backend.to_device(v.astype(bench.dtype))
+            return lambda: apply(directions)
+
+        return prepare
+
+    kinds: dict[str, Callable[[Risk, Any], Any]] = {"product": product}
+    if columns:
+        kinds |= {"projection": many("project", 1)}
+        kinds |= {f"{columns} columns": many("columns", columns)}
+        kinds |= {f"projection of {columns}": many("project", columns)}
+    return _passes(bench, about, batch, kinds)
 
 
 def gradients(bench: Bench, about: Architecture, batch: int) -> list[Row]:

@@ -92,12 +92,20 @@ batches = click.option(
 
 @bench.command()
 @batches
+@click.option(
+    "--columns",
+    type=click.IntRange(2, 1024),
+    help="Time so many directions in one pass too: products G V, and projections V G V' from J V alone.",
+)
 @common
-def products(sizes: tuple[int, ...], **given: Any) -> None:
+def products(sizes: tuple[int, ...], columns: int | None, **given: Any) -> None:
     """Gauss-Newton products, linearised once."""
     from hfmpi.bench import measurements
 
-    run(measurements.products, sizes, **given)
+    def measure(bench: Bench, about: Architecture, batch: int) -> list[Row]:
+        return measurements.products(bench, about, batch, columns or 0)
+
+    run(measure, sizes, **given)
 
 
 @bench.command()

@@ -187,6 +187,8 @@ class Tape:
         outputs = backend.workspace("outputs", (count, many, width))
         states = self._zeros("tangent", many)
         owns = [[about.of_layer(i, q) for q in columns] for i in range(len(self.layers))]
+        cuts = [[self._cuts(own) for own in layer] for layer in owns] if many > 1 else None
+        above = [self._cuts(q)["W_o"] for q in columns] if many > 1 else [slice(None)]
         symbols = self.layers[0].looks_up
         known = self._contributions(0, self.layers[0], owns[0], None) if symbols else None  # for all blocks
         for steps, scored, rows in self._blocks(pre, many):
@@ -194,7 +196,7 @@ class Tape:
             for i, (last, dc) in enumerate(states):
                 r = self.layers[i].part(steps)
                 tables = self._contributions(i, r, owns[i], inputs) if i or known is None else known
-                a, dh = self._block_tangent(i, r, owns[i], tables, last, dc)
+                a, dh = self._block_tangent(i, r, owns[i], cuts[i] if cuts else [{}], tables, last, dc)
                 last[...] = dh[-1]
                 inputs = dh[1:]
                 tangents.append(a)
@@ -202,7 +204,9 @@ class Tape:
             at = slice(1 + scored.start - steps.start, 1 + scored.stop - steps.start)
             direct = backend.workspace("outputs.direct", outputs[rows].shape)
             for j, q in enumerate(columns):
-                fill_outputs(backend, q, hidden, direct[:, j])
+                self._direct(hidden.reshape(-1, n), q["W_o"], above[j], direct[:, j])
+                if "b_o" in q:
+                    direct[:, j] += q["b_o"]
             backend.matmul(dh[at].reshape(-1, n), self.parameters["W_o"], outputs[rows].reshape(-1, width))
             outputs[rows] += direct
         return Outputs(outputs.reshape(-1, width), tuple(tangents) if pre else None)
@@ -212,6 +216,7 @@ class Tape:
         i: int,
         r: Recurrence,
         owns: list[dict[str, Array]],
+        cuts: list[dict[str, slice]],
         tables: tuple[Array, Array | None],
         last: Array,
         dc: Array,
@@ -222,18 +227,41 @@ class Tape:
         before, factors = r.hidden[:-1].reshape(-1, n), None
         if r.intermediate is not None:
             factors = backend.workspace(f"factors.{i}", (length, size * many, n))
-            for own, out in zip(owns, _columns(factors, many), strict=True):
-                backend.matmul(before, own["W_mh"], out)
+            for own, cut, out in zip(owns, cuts, _columns(factors, many), strict=True):
+                self._direct(before, own["W_mh"], cut.get("W_mh", slice(None)), out)
             before = r.intermediate.reshape(-1, n)
         a = backend.workspace(f"pre.{i}", (length, size * many, cell.groups * n))
         dh = backend.workspace(f"hidden.{i}", (length + 1, size * many, n))
         dh[0] = last
-        for j, (own, out) in enumerate(zip(owns, _columns(a, many), strict=True)):
-            backend.matmul(before, own["W_h"], out[:, -cell.of_state * n :])
+        for j, (own, cut, out) in enumerate(zip(owns, cuts, _columns(a, many), strict=True)):
+            self._direct(before, own["W_h"], cut.get("W_h", slice(None)), out[:, -cell.of_state * n :])
             if cell.on_rows < cell.groups:
                 cell.bias_tangent(r, own["b"][cell.on_rows * n :], a[:, j::many], dh[:, j::many])
         recurrence.tangent(backend, r, table, a, factor_table, factors, dh, dc)
         return a, dh
+
+    def _cuts(self, own: dict[str, Array]) -> dict[str, slice]:
+        """Give the columns of each matrix that a direction goes along, whole groups of n: the others are 0.
+
+        A direction that is one of many is often a part of a larger one, and all that is left is some gates
+        of one matrix.
+        """
+        found, n = dict[str, slice](), self.architecture.hidden
+        for name in ("W_h", "W_mh", "W_o"):
+            if name in own:
+                rows, width = own[name].shape
+                size = width if name == "W_o" else n
+                sums = self.backend.xp.sum(abs(own[name].reshape(rows, -1, size)), axis=(0, 2))
+                groups = np.flatnonzero(self.backend.to_host(sums))
+                found[name] = slice(groups[0] * size, (groups[-1] + 1) * size) if len(groups) else slice(0)
+        return found
+
+    def _direct(self, rows: Array, matrix: Array, cut: slice, out: Array) -> None:
+        """Fill out with the product of rows and a direction's matrix, which is 0 beyond the columns `cut`."""
+        if matrix[:, cut].shape != matrix.shape:
+            out[...] = 0
+        if matrix[:, cut].size:
+            self.backend.matmul(rows, matrix[:, cut], out[:, cut])
 
     def _contributions(
         self, i: int, r: Recurrence, owns: list[dict[str, Array]], inputs: Array | None
