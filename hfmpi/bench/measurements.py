@@ -287,7 +287,7 @@ class _Steps:
         self.owner, self.preset, self.text = owner, preset, text
         backend = owner.model.backend
         self.theta = backend.to_device(about.initial(0).astype(backend.dtype))
-        self.state = preset.optimizer.init(self.theta)
+        self.state = preset.optimizer.init(self.theta, about.blocks)
         self.taken, self.products = 0, Products(backend)
 
     def step(self) -> None:

@@ -26,6 +26,7 @@ from hfmpi.errors import UserError
 from hfmpi.models.cells import cell
 from hfmpi.models.parameters import Layout
 from hfmpi.models.recurrence import Cell
+from hfmpi.optim.base import Block
 
 __all__ = ["INITIALISATIONS", "PAPER_PARAMETERS", "Architecture"]
 
@@ -101,6 +102,27 @@ class Architecture:
         if self.variant == "standard":
             shapes["b_o"] = (self.outputs,)
         return Layout(shapes)
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The matrices of theta: those of one affine map, which lie one after the other, as one.
+
+        So [W_x; W_h; b] is one block where inputs, state and bias all act on the same pre-activations, and
+        [W_o; b_o] is. The bias of a cell that they do not is a block of one row.
+        """
+        found = list[Block]()
+        cell, layout = self.cell, self.layout
+        joined = cell.of_inputs == cell.of_state == cell.groups
+        for whole, start in layout.offsets.items():
+            shape = layout.shapes[whole]
+            rows, columns = shape if len(shape) == 2 else (1, shape[0])
+            last = found[-1] if found else Block("", 0, 0, 0)
+            name = whole.partition(".")[0]
+            if ((name in ("W_h", "b") and joined) or name == "b_o") and last.columns == columns:
+                found[-1] = last._replace(name=f"{last.name} {whole}", rows=last.rows + rows)
+            else:
+                found.append(Block(whole, start, rows, columns))
+        return tuple(found)
 
     def of_layer(self, i: int, views: Mapping[str, Array]) -> dict[str, Array]:
         """Give the parameters of layer i, from below, by the names that the cell gives them."""

@@ -11,8 +11,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from hfmpi.backends.base import Array, Backend
+from hfmpi.optim.base import Block
 
 __all__ = [
+    "Blocks",
     "Columns",
     "Linearisation",
     "Model",
@@ -74,6 +76,15 @@ class Model(Protocol):
 
     def release(self) -> None:
         """Give scratch memory back."""
+
+
+@runtime_checkable
+class Blocks(Protocol):
+    """A model that names the matrices of theta."""
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The matrices, which cover theta."""
 
 
 @runtime_checkable

@@ -15,6 +15,7 @@ from hfmpi.models.architecture import Architecture
 from hfmpi.models.losses import Loss, choose
 from hfmpi.models.recurrence import Recurrence
 from hfmpi.models.tape import Tape, blocks, fill_outputs, fill_rows
+from hfmpi.optim.base import Block
 
 __all__ = ["Batch", "Network", "State"]
 
@@ -79,6 +80,11 @@ class Network:
     def size(self) -> int:
         """D, the number of parameters."""
         return self.layout.size
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The matrices that theta is made of."""
+        return self.architecture.blocks
 
     def initial(self, seed: int) -> np.ndarray:
         """Draw parameters to start from, (D,) float64, the same for every device and number of ranks."""

@@ -20,11 +20,11 @@ from hfmpi.data.batches import Cases, curvature_slice, global_indices, shard
 from hfmpi.errors import UserError
 from hfmpi.measure.spans import ALLREDUCE, LINE_SEARCH
 from hfmpi.measure.timer import Timer
-from hfmpi.models.base import Model
+from hfmpi.models.base import Blocks, Model
 from hfmpi.objective.local import LocalSums, Shard
 from hfmpi.objective.messages import PARTS, unpack
 from hfmpi.objective.transport import HostTransport, Transport
-from hfmpi.optim.base import Gradient, Objective, Objectives, Operator, Scalars
+from hfmpi.optim.base import Block, Gradient, Objective, Objectives, Operator, Scalars, eigh
 from hfmpi.parallel.communicator import Communicator
 
 __all__ = ["DataParallel", "Risk", "Stopped", "step_objectives"]
@@ -134,6 +134,19 @@ def step_objectives(
     return Objectives(owner.on(cases, indices), curvature, epoch)
 
 
+def shares(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """Share out decompositions of matrices of these sizes, the largest first to whoever has least to do.
+
+    Work grows with the cube of the size.
+    """
+    found, work = [list[int]() for _ in range(ranks)], [0] * ranks
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        rank = work.index(min(work))
+        found[rank].append(i)
+        work[rank] += sizes[i] ** 3
+    return found
+
+
 class Risk(Objective):
     """The mean risk on one global batch.
 
@@ -154,6 +167,29 @@ class Risk(Objective):
         if self.scored < 1:
             raise UserError("a batch has no output that is scored: check the mask")
         self.shard = owner.shard(cases, indices)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Those of the model."""
+        if isinstance(self.owner.model, Blocks):
+            return self.owner.model.blocks
+        return super().blocks
+
+    def eigh(self, matrices: Sequence[Array]) -> list[tuple[Array, Array]]:
+        """Eigenvalues and eigenvectors, each computed on the host of one rank and sent to all."""
+        owner, backend = self.owner, self.owner.model.backend
+        sizes = [len(matrix) for matrix in matrices]
+        message = np.zeros(sum(size * (size + 1) for size in sizes) + 1, backend.dtype)
+        found, start = [], 0
+        for size in sizes:
+            both = message[start : start + size * (size + 1)]
+            found.append((both[:size], both[size:].reshape(size, size)))
+            start += both.size
+        for i in shares(sizes, owner.communicator.size)[owner.communicator.rank]:
+            for array, result in zip(found[i], eigh(backend.to_host(matrices[i])), strict=True):
+                array[...] = result
+        owner.sum(message, owner.host)
+        return [(backend.to_device(values), backend.to_device(vectors)) for values, vectors in found]
 
     def agree(self, values: Scalars) -> Scalars:
         """Give rank 0's values of scalars that every rank computed for itself."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
 
-from hfmpi.optim.base import Objectives, StepReport, Vector
+from hfmpi.optim.base import Block, Objectives, StepReport, Vector
 from hfmpi.optim.first_order import Update, agreed_norm, first_order_step
 from hfmpi.settings import POSITIVE, check, within
 
@@ -45,7 +46,7 @@ class Adam:
     def __post_init__(self) -> None:
         check(self)
 
-    def init(self, theta: Vector) -> AdamState:
+    def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> AdamState:
         """Give the state before the first update."""
         return AdamState(0, theta * 0, theta * 0)
 

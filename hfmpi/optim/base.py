@@ -19,6 +19,7 @@ import numpy as np
 from hfmpi.errors import UserError
 
 __all__ = [
+    "Block",
     "Gradient",
     "Objective",
     "Objectives",
@@ -28,6 +29,7 @@ __all__ = [
     "StepReport",
     "Vector",
     "Work",
+    "eigh",
     "inner_product",
 ]
 
@@ -58,6 +60,25 @@ class Gradient(NamedTuple):
     loss: float
     vector: Vector
     squares: Vector | None = None
+
+
+class Block(NamedTuple):
+    """A matrix among the parameters, row by row from `start` on; a vector is one row.
+
+    Attributes
+    ----------
+    name : str
+    start, rows, columns : int
+    """
+
+    name: str
+    start: int
+    rows: int
+    columns: int
+
+    def of(self, vector: Vector) -> Vector:
+        """Give the block of a vector (D,), (rows, columns): a view."""
+        return vector[self.start : self.start + self.rows * self.columns].reshape(self.rows, self.columns)
 
 
 class Objective(ABC):
@@ -107,6 +128,18 @@ class Objective(ABC):
     def losses(self, thetas: Sequence[Vector]) -> list[float]:
         """F of several candidates theta, one after the other or at once."""
         return [self.loss(theta) for theta in thetas]
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The matrices that theta is made of, all of it, for methods that look at rows and columns."""
+        raise UserError("the objective does not name the matrices of theta (blocks): take another optimizer")
+
+    def eigh(self, matrices: Sequence[Vector]) -> list[tuple[Vector, Vector]]:
+        """Give eigenvalues (N,), ascending, and eigenvectors (N, N), its columns, of symmetric matrices.
+
+        The same bits on every rank. NaN where a matrix has none, for numbers that are not finite.
+        """
+        return [eigh(matrix) for matrix in matrices]
 
     def agree(self, values: Scalars) -> Scalars:
         """Give rank 0's values of scalars that every rank computed, where ranks might round differently."""
@@ -197,11 +230,22 @@ class Optimizer(Protocol[StateT]):
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
-    def init(self, theta: Vector) -> StateT:
-        """Give the state before the first step."""
+    def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> StateT:
+        """Give the state before the first step; `blocks` are those of the objectives, if there are any."""
 
     def step(self, theta: Vector, state: StateT, objectives: Objectives) -> tuple[Vector, StateT, StepReport]:
         """Take one step; theta and state are not changed, the returned ones are new."""
+
+
+def eigh(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Give eigenvalues (N,), ascending, and eigenvectors of a symmetric matrix, or NaN if it has none."""
+    try:
+        if np.isfinite(matrix).all():
+            values, vectors = np.linalg.eigh(matrix)
+            return values, vectors
+    except np.linalg.LinAlgError:
+        pass
+    return np.full(len(matrix), np.nan, matrix.dtype), np.full_like(matrix, np.nan)
 
 
 def inner_product(a: Vector, b: Vector) -> float:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
 
-from hfmpi.optim.base import Objectives, StepReport, Vector
+from hfmpi.optim.base import Block, Objectives, StepReport, Vector
 from hfmpi.optim.first_order import Update, agreed_norm, first_order_step
 from hfmpi.settings import POSITIVE, Rule, check, within
 
@@ -61,7 +62,7 @@ class GradientDescent:
         if not 0 <= self.floor <= self.rate:
             raise ValueError("floor must lie between 0 and rate")
 
-    def init(self, theta: Vector) -> GradientDescentState:
+    def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> GradientDescentState:
         """Give the state before the first update."""
         return GradientDescentState(0, theta * 0 if self.rule == "rms-normalised" else theta[:0])
 

@@ -7,10 +7,11 @@ Martens (2010); Martens and Sutskever (2011); Kiros (2013). The constants of the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-from hfmpi.optim.base import Objectives, StepReport, Vector, Work, inner_product
+from hfmpi.optim.base import Block, Objectives, StepReport, Vector, Work, inner_product
 from hfmpi.optim.cg import CGResult, ConjugateGradients, Stop
 from hfmpi.optim.damping import LevenbergMarquardt, reduction_ratio
 from hfmpi.optim.line_search import Armijo, Choice, LineSearch, backtrack
@@ -93,7 +94,7 @@ class HessianFree:
         if not self.damping_minimum <= self.damping_maximum:
             raise ValueError("damping_minimum must not exceed damping_maximum")
 
-    def init(self, theta: Vector) -> HessianFreeState:
+    def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> HessianFreeState:
         """Give the state before the first step."""
         return HessianFreeState(self.damping, theta * 0)
 

@@ -97,7 +97,7 @@ class Run:
             check_model(resume, corpus.symbols, self.network.size, self.backend.dtype)
         initial = self.network.initial(config.seed)
         self.theta: Array = self.backend.to_device(initial.astype(self.backend.dtype))
-        self.state = preset.optimizer.init(self.theta)
+        self.state = preset.optimizer.init(self.theta, self.network.blocks)
         self.progress = Progress()
         if resume is not None:
             self.state = restored(resume, self.state, self.backend, config.optimizer)
