@@ -24,7 +24,7 @@ from hfmpi.models.base import Blocks, Model
 from hfmpi.objective.local import LocalSums, Shard
 from hfmpi.objective.messages import PARTS, unpack
 from hfmpi.objective.transport import HostTransport, Transport
-from hfmpi.optim.base import Block, Gradient, Objective, Objectives, Operator, Scalars, eigh
+from hfmpi.optim.base import Block, Gradient, Objective, Objectives, Operator, Scalars
 from hfmpi.parallel.communicator import Communicator
 
 __all__ = ["DataParallel", "Risk", "Stopped", "step_objectives"]
@@ -135,15 +135,12 @@ def step_objectives(
 
 
 def shares(sizes: Sequence[int], ranks: int) -> list[list[int]]:
-    """Share out decompositions of matrices of these sizes, the largest first to whoever has least to do.
-
-    Work grows with the cube of the size.
-    """
+    """Share out works of these sizes, the largest first to whoever has least to do."""
     found, work = [list[int]() for _ in range(ranks)], [0] * ranks
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         rank = work.index(min(work))
         found[rank].append(i)
-        work[rank] += sizes[i] ** 3
+        work[rank] += sizes[i]
     return found
 
 
@@ -175,21 +172,15 @@ class Risk(Objective):
             return self.owner.model.blocks
         return super().blocks
 
-    def eigh(self, matrices: Sequence[Array]) -> list[tuple[Array, Array]]:
-        """Eigenvalues and eigenvectors, each computed on the host of one rank and sent to all."""
-        owner, backend = self.owner, self.owner.model.backend
-        sizes = [len(matrix) for matrix in matrices]
-        message = np.zeros(sum(size * (size + 1) for size in sizes) + 1, backend.dtype)
-        found, start = [], 0
-        for size in sizes:
-            both = message[start : start + size * (size + 1)]
-            found.append((both[:size], both[size:].reshape(size, size)))
-            start += both.size
+    def spread(self, works: Sequence[Callable[[], Array]], sizes: Sequence[int]) -> list[Array]:
+        """Do each work on one rank, and send the results to all in one message."""
+        owner, backend, ends = self.owner, self.owner.model.backend, np.cumsum(sizes)
+        message = backend.xp.zeros(int(sum(sizes)) + 1, backend.dtype)
+        parts = [message[end - size : end] for end, size in zip(ends, sizes, strict=True)]
         for i in shares(sizes, owner.communicator.size)[owner.communicator.rank]:
-            for array, result in zip(found[i], eigh(backend.to_host(matrices[i])), strict=True):
-                array[...] = result
-        owner.sum(message, owner.host)
-        return [(backend.to_device(values), backend.to_device(vectors)) for values, vectors in found]
+            parts[i][...] = works[i]()
+        owner.sum(message, owner.transport)
+        return parts
 
     def agree(self, values: Scalars) -> Scalars:
         """Give rank 0's values of scalars that every rank computed for itself."""

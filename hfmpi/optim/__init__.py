@@ -4,12 +4,16 @@ from hfmpi.optim.adam import Adam
 from hfmpi.optim.base import Gradient, Objective, Objectives, Optimizer, StepReport
 from hfmpi.optim.gradient_descent import GradientDescent
 from hfmpi.optim.hessian_free import HessianFree
+from hfmpi.optim.muon import Muon
+from hfmpi.optim.soap import SOAP
 
 __all__ = [
+    "SOAP",
     "Adam",
     "Gradient",
     "GradientDescent",
     "HessianFree",
+    "Muon",
     "Objective",
     "Objectives",
     "Optimizer",

@@ -29,7 +29,6 @@ __all__ = [
     "StepReport",
     "Vector",
     "Work",
-    "eigh",
     "inner_product",
 ]
 
@@ -134,12 +133,13 @@ class Objective(ABC):
         """The matrices that theta is made of, all of it, for methods that look at rows and columns."""
         raise UserError("the objective does not name the matrices of theta (blocks): take another optimizer")
 
-    def eigh(self, matrices: Sequence[Vector]) -> list[tuple[Vector, Vector]]:
-        """Give eigenvalues (N,), ascending, and eigenvectors (N, N), its columns, of symmetric matrices.
+    def spread(self, works: Sequence[Callable[[], Vector]], sizes: Sequence[int]) -> list[Vector]:
+        """Do each work, which gives so many numbers, on one of the ranks; give all results to all of them.
 
-        The same bits on every rank. NaN where a matrix has none, for numbers that are not finite.
+        For what processors might round differently, such as matrix products of what all ranks hold, and
+        for what takes long enough to be shared out.
         """
-        return [eigh(matrix) for matrix in matrices]
+        return [work() for work in works]
 
     def agree(self, values: Scalars) -> Scalars:
         """Give rank 0's values of scalars that every rank computed, where ranks might round differently."""
@@ -235,17 +235,6 @@ class Optimizer(Protocol[StateT]):
 
     def step(self, theta: Vector, state: StateT, objectives: Objectives) -> tuple[Vector, StateT, StepReport]:
         """Take one step; theta and state are not changed, the returned ones are new."""
-
-
-def eigh(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Give eigenvalues (N,), ascending, and eigenvectors of a symmetric matrix, or NaN if it has none."""
-    try:
-        if np.isfinite(matrix).all():
-            values, vectors = np.linalg.eigh(matrix)
-            return values, vectors
-    except np.linalg.LinAlgError:
-        pass
-    return np.full(len(matrix), np.nan, matrix.dtype), np.full_like(matrix, np.nan)
 
 
 def inner_product(a: Vector, b: Vector) -> float:

@@ -243,8 +243,13 @@ def empty_like(array):
     return empty(array.shape, array.dtype)
 
 
-def zeros_like(array):
-    return zeros(array.shape, array.dtype)
+def zeros_like(array, shape=None):
+    return zeros(array.shape if shape is None else shape, array.dtype)
+
+
+def eigh(matrix):
+    forbid_capture("eigh")
+    return tuple(ndarray(counted(found)) for found in np.linalg.eigh(bare(matrix)))
 
 
 def asarray(array):

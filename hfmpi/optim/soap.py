@@ -1,0 +1,193 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's factors (Vyas et al. 2025, arXiv 2409.11321, algorithm 3).
+
+    G      the gradient of a block of theta, m x n          L, R   running means of G G' and of G' G
+    Q_L    eigenvectors of L, columns                       Q_R    eigenvectors of R, columns
+    G'     Q_L' G Q_R, the gradient in the eigenbasis       M, V   Adam's means, of G and of the squares of G'
+
+The step is -rate Q_L (M' / (sqrt(V) + epsilon)) Q_R' with M' = Q_L' M Q_R, means corrected for their start. A
+side longer than `longest_side` is not rotated, and a block of one row or column is Adam's. The eigenvectors
+are exact at the first update; every `refresh` updates they follow by one orthogonal iteration, Q <- qr(L Q).
+The authors take no step at the first gradient; here it counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+
+from hfmpi.errors import UserError
+from hfmpi.optim.base import Block, Objectives, StepReport, Vector
+from hfmpi.optim.first_order import Update, agreed_norm, first_order_step
+from hfmpi.optim.schedule import KNOWN, Schedule
+from hfmpi.settings import NOT_NEGATIVE, POSITIVE, at_least, check, within
+
+__all__ = ["SOAP", "SOAPState"]
+
+
+@dataclass(frozen=True)
+class SOAPState:
+    """Number of updates so far, means of gradients and of squares in the eigenbasis, factors and bases.
+
+    The means are (D,); `factors` has L and R of all blocks, one after the other, `bases` Q_L and Q_R.
+    """
+
+    updates: int
+    mean: Vector
+    mean_square: Vector
+    factors: Vector
+    bases: Vector
+
+
+@dataclass(frozen=True)
+class SOAP:
+    """SOAP on the blocks of theta.
+
+    Attributes
+    ----------
+    rate, beta1, beta2, epsilon : float
+        As of Adam. The authors: 3e-3, 0.95, 0.95, 1e-8, for transformers.
+    factor_decay : float
+        Of the running means L and R. The authors: 0.95.
+    refresh : int
+        Updates from one eigen-decomposition to the next. The authors: 10.
+    longest_side : int
+        Rows or columns beyond so many are not rotated. The authors: 10,000.
+    decay : float
+        Weight decay, decoupled: theta loses rate * decay of itself (Loshchilov and Hutter 2019).
+    schedule, schedule_steps, schedule_end, warm_up
+        See `Schedule`.
+    """
+
+    rate: Annotated[float, POSITIVE] = 3e-3
+    beta1: Annotated[float, within("[0, 1)")] = 0.95
+    beta2: Annotated[float, within("[0, 1)")] = 0.95
+    epsilon: Annotated[float, POSITIVE] = 1e-8
+    factor_decay: Annotated[float, within("[0, 1)")] = 0.95
+    refresh: Annotated[int, at_least(1)] = 10
+    longest_side: Annotated[int, at_least(1)] = 10_000
+    decay: Annotated[float, NOT_NEGATIVE] = 0.0
+    schedule: Annotated[str, KNOWN] = Schedule.name
+    schedule_steps: Annotated[int, at_least(1)] = Schedule.steps
+    schedule_end: Annotated[float, within("[0, 1]")] = Schedule.end
+    warm_up: Annotated[int, NOT_NEGATIVE] = Schedule.warm_up
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> SOAPState:
+        """Give the state before the first update.
+
+        Raises
+        ------
+        UserError
+            Without blocks.
+        """
+        if not blocks:
+            raise UserError("soap needs the matrices of theta: init(theta, objective.blocks)")
+        count = sum(size * size for block in blocks for size in self._sides(block))
+        factors, bases = np.zeros_like(theta, shape=count), np.zeros_like(theta, shape=count)
+        return SOAPState(0, theta * 0, theta * 0, factors, bases)
+
+    def step(
+        self, theta: Vector, state: SOAPState, objectives: Objectives
+    ) -> tuple[Vector, SOAPState, StepReport]:
+        """Take one update; one whose numbers are not finite is rejected.
+
+        A block is one rank's business: its matrix products and decompositions are done there.
+        """
+        objective, kind, t = objectives.gradient, theta.dtype.type, state.updates + 1
+        schedule = Schedule(self.schedule, self.schedule_steps, self.schedule_end, self.warm_up)
+        rate, blocks = self.rate * schedule.factor(state.updates), objective.blocks
+
+        def update(g: Vector, norm: float) -> Update[SOAPState] | None:
+            mean = kind(self.beta1) * state.mean + kind(1 - self.beta1) * g
+            works, sizes, start = list[Callable[[], Vector]](), list[int](), 0
+            for block in blocks:
+                end = start + sum(size * size for size in self._sides(block))
+                works.append(self._work(block, start, end, g, mean, state))
+                sizes.append(2 * block.rows * block.columns + 2 * (end - start))
+                start = end
+            mean_square, p = theta * 0, theta * 0
+            factors, bases, start = state.factors * 0, state.bases * 0, 0
+            for block, size, found in zip(blocks, sizes, objective.spread(works, sizes), strict=True):
+                own = block.rows * block.columns
+                end = start + size // 2 - own
+                block.of(mean_square).reshape(-1)[...] = found[:own]
+                block.of(p).reshape(-1)[...] = found[own : 2 * own]
+                factors[start:end] = found[2 * own : 2 * own + end - start]
+                bases[start:end] = found[2 * own + end - start :]
+                start = end
+            p = kind(rate / (1 - self.beta1**t)) * p + kind(rate * self.decay) * theta
+            length = agreed_norm(objective, p)
+            if not math.isfinite(length):
+                return None
+            message = "" if norm > 0 else "the gradient is zero"
+            return Update(theta - p, SOAPState(t, mean, mean_square, factors, bases), length, message)
+
+        return first_order_step(theta, state, objective, rate, update)
+
+    def _sides(self, block: Block) -> tuple[int, ...]:
+        """Give the sizes of the factors of a block: of its rows, of its columns; 0 for one without."""
+        shape = block.rows, block.columns
+        return tuple(size if min(shape) > 1 and size <= self.longest_side else 0 for size in shape)
+
+    def _work(
+        self, block: Block, start: int, end: int, g: Vector, mean: Vector, state: SOAPState
+    ) -> Callable[[], Vector]:
+        """Give the work of a block: V, the direction, L, R, Q_L and Q_R, one after the other."""
+        kind, t, (rows, columns) = g.dtype.type, state.updates + 1, self._sides(block)
+        keep = self.factor_decay if state.updates else 0.0
+
+        def work() -> Vector:
+            size = block.rows * block.columns
+            found = np.zeros_like(g, shape=2 * size + 2 * (end - start))
+            square, p = found[: 2 * size].reshape(2, block.rows, block.columns)
+            factors, bases = found[2 * size :].reshape(2, -1)
+            bases[...] = state.bases[start:end]
+            own, ahead = block.of(g), block.of(mean)
+            left, right = _split(bases, rows, columns)
+            for matrix, a in zip(_split(factors, rows, columns), (own, own.T), strict=True):
+                if matrix.size:
+                    np.matmul(a, a.T, out=matrix)
+            factors[...] = kind(keep) * state.factors[start:end] + kind(1 - keep) * factors
+            if state.updates % self.refresh == 0:
+                for matrix, basis in zip(_split(factors, rows, columns), (left, right), strict=True):
+                    if matrix.size:
+                        basis[...] = _eigenvectors(matrix, basis if state.updates else None)
+            rotated, turned = (_rotated(m, left, right) for m in (own, ahead))
+            before = block.of(state.mean_square)
+            square[...] = kind(self.beta2) * before + kind(1 - self.beta2) * rotated * rotated
+            corrected = np.sqrt(square / kind(1 - self.beta2**t)) + kind(self.epsilon)
+            p[...] = _rotated(turned / corrected, left.T, right.T)
+            return found
+
+        return work
+
+
+def _split(flat: Vector, rows: int, columns: int) -> tuple[Vector, Vector]:
+    """Give the two square matrices that lie in a vector one after the other: views."""
+    return flat[: rows * rows].reshape(rows, rows), flat[rows * rows :].reshape(columns, columns)
+
+
+def _rotated(matrix: Vector, left: Vector, right: Vector) -> Vector:
+    """Give left' matrix right; a side without a basis stays as it is."""
+    matrix = np.matmul(left.T, matrix) if left.size else matrix
+    return np.matmul(matrix, right) if right.size else matrix
+
+
+def _eigenvectors(matrix: Vector, before: Vector | None) -> Vector:
+    """Give the eigenvectors of a symmetric matrix, largest eigenvalue first, NaN where its numbers have none.
+
+    From those of the update before by one orthogonal iteration, which moves each of them only as far as the
+    matrix has changed: V goes with them.
+    """
+    try:
+        if before is not None:
+            return np.linalg.qr(np.matmul(matrix, before))[0]
+        return np.linalg.eigh(matrix)[1][:, ::-1]
+    except np.linalg.LinAlgError:
+        return matrix * matrix.dtype.type(np.nan)
