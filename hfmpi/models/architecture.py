@@ -112,13 +112,14 @@ class Architecture:
         """
         found = list[Block]()
         cell, layout = self.cell, self.layout
-        joined = cell.of_inputs == cell.of_state == cell.groups
+        joined = {"b_o"}
+        if cell.of_inputs == cell.of_state == cell.groups:
+            joined |= {"W_h", "b"} if cell.on_rows == cell.groups else {"W_h"}
         for whole, start in layout.offsets.items():
             shape = layout.shapes[whole]
             rows, columns = shape if len(shape) == 2 else (1, shape[0])
             last = found[-1] if found else Block("", 0, 0, 0)
-            name = whole.partition(".")[0]
-            if ((name in ("W_h", "b") and joined) or name == "b_o") and last.columns == columns:
+            if whole.partition(".")[0] in joined and last.columns == columns:
                 found[-1] = last._replace(name=f"{last.name} {whole}", rows=last.rows + rows)
             else:
                 found.append(Block(whole, start, rows, columns))

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import numpy as np
 
-from hfmpi.optim.base import Block, Objectives, StepReport, Vector
-from hfmpi.optim.first_order import Update, agreed_norm, first_order_step
-from hfmpi.settings import POSITIVE, check, within
+from hfmpi.optim.base import Block, Objective, Vector
+from hfmpi.optim.first_order import Adaptive, AdaptiveState
+from hfmpi.settings import POSITIVE, within
 
 __all__ = ["Adam", "AdamState"]
 
 
 @dataclass(frozen=True)
-class AdamState:
-    """Number of updates so far, and the running means of gradients and of their squares, (D,) each."""
+class AdamState(AdaptiveState):
+    """The running means of gradients and of their squares, (D,) each."""
 
-    updates: int
     mean: Vector
     mean_square: Vector
 
 
 @dataclass(frozen=True)
-class Adam:
-    """Adam with the constants of its paper, and clipping by norm.
+class Adam(Adaptive[AdamState]):
+    """Adam with the constants of its paper, and clipping by norm; with `decay` it is AdamW.
 
     Attributes
     ----------
@@ -35,6 +33,8 @@ class Adam:
         Learning rate, decays of the two means, and the number that keeps the quotient finite.
     threshold : float
         Gradients longer than it are scaled to it first (Pascanu et al. 2013).
+    decay, averaging, schedule, schedule_steps, schedule_end, warm_up
+        See `Adaptive` and `Schedule`.
     """
 
     rate: Annotated[float, POSITIVE] = 2e-3
@@ -43,30 +43,17 @@ class Adam:
     epsilon: Annotated[float, POSITIVE] = 1e-8
     threshold: Annotated[float, POSITIVE] = 1.0
 
-    def __post_init__(self) -> None:
-        check(self)
-
     def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> AdamState:
         """Give the state before the first update."""
-        return AdamState(0, theta * 0, theta * 0)
+        return AdamState(theta * 0, theta * 0, updates=0, average=self._first(theta))
 
-    def step(
-        self, theta: Vector, state: AdamState, objectives: Objectives
-    ) -> tuple[Vector, AdamState, StepReport]:
-        """Take one update; one whose gradient is not finite is rejected."""
-        objective, kind = objectives.gradient, theta.dtype.type
-
-        def update(g: Vector, norm: float) -> Update[AdamState] | None:
-            g = g * kind(min(1.0, self.threshold / norm)) if norm > 0 else g
-            t = state.updates + 1
-            mean = kind(self.beta1) * state.mean + kind(1 - self.beta1) * g
-            mean_square = kind(self.beta2) * state.mean_square + kind(1 - self.beta2) * g * g
-            corrected = np.sqrt(mean_square / kind(1 - self.beta2**t)) + kind(self.epsilon)
-            p = kind(self.rate / (1 - self.beta1**t)) * mean / corrected
-            length = agreed_norm(objective, p)
-            if not math.isfinite(length):
-                return None
-            message = "" if norm > 0 else "the gradient is zero"
-            return Update(theta - p, AdamState(t, mean, mean_square), length, message)
-
-        return first_order_step(theta, state, objective, self.rate, update)
+    def _direction(
+        self, g: Vector, norm: float, state: AdamState, objective: Objective, factor: float
+    ) -> tuple[Vector, AdamState]:
+        kind, t = g.dtype.type, state.updates + 1
+        g = g * kind(min(1.0, self.threshold / norm)) if norm > 0 else g
+        mean = kind(self.beta1) * state.mean + kind(1 - self.beta1) * g
+        mean_square = kind(self.beta2) * state.mean_square + kind(1 - self.beta2) * g * g
+        corrected = np.sqrt(mean_square / kind(1 - self.beta2**t)) + kind(self.epsilon)
+        p = kind(self.rate * factor / (1 - self.beta1**t)) * mean / corrected
+        return p, replace(state, mean=mean, mean_square=mean_square)

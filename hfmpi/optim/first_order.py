@@ -1,14 +1,21 @@
-"""What all first-order steps have in common: one gradient, and no update from numbers that are not finite."""
+"""What all first-order steps have in common: one gradient, and no update from numbers that are not finite.
+
+And what the adaptive methods have in common besides: schedule, decoupled weight decay, averaging.
+"""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import dataclass, replace
+from typing import Annotated, Generic, NamedTuple, TypeVar
 
-from hfmpi.optim.base import Objective, StepReport, Vector, Work, inner_product
+from hfmpi.optim.base import Objective, Objectives, StepReport, Vector, Work, inner_product
+from hfmpi.optim.schedule import Schedule
+from hfmpi.settings import NOT_NEGATIVE, POSITIVE, check, within
 
-__all__ = ["Update", "agreed_norm", "first_order_step"]
+__all__ = ["Adaptive", "AdaptiveState", "Update", "agreed_norm", "evaluated", "first_order_step"]
 
 StateT = TypeVar("StateT")
 
@@ -71,3 +78,78 @@ def first_order_step(
         },
     )
     return after.theta, after.state, report
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveState:
+    """Number of updates so far, and the mean of the iterates, (D,); (0,) without averaging."""
+
+    updates: int
+    average: Vector
+
+
+AdaptiveT = TypeVar("AdaptiveT", bound=AdaptiveState)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adaptive(Schedule, ABC, Generic[AdaptiveT]):
+    """A method that makes its step p of a gradient and running means: theta <- theta - p.
+
+    Attributes
+    ----------
+    rate : float
+        Times the factor of the schedule.
+    decay : float
+        Weight decay, decoupled: p gains rate * decay * theta (Loshchilov and Hutter 2019).
+    averaging : float
+        Decay of an exponential mean of the iterates, corrected for its start, which is what is evaluated in
+        place of theta; the training goes on from theta. 0: none.
+    """
+
+    rate: Annotated[float, POSITIVE]
+    decay: Annotated[float, NOT_NEGATIVE] = 0.0
+    averaging: Annotated[float, within("[0, 1)")] = 0.0
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @abstractmethod
+    def _direction(
+        self, g: Vector, norm: float, state: AdaptiveT, objective: Objective, factor: float
+    ) -> tuple[Vector, AdaptiveT]:
+        """Give p (D,), without decay, and the state of the means after g, of length `norm`."""
+
+    def step(
+        self, theta: Vector, state: AdaptiveT, objectives: Objectives
+    ) -> tuple[Vector, AdaptiveT, StepReport]:
+        """Take one update; one whose numbers are not finite is rejected."""
+        objective, kind, t = objectives.gradient, theta.dtype.type, state.updates + 1
+        factor = self.factor(state.updates)
+        rate = self.rate * factor
+
+        def update(g: Vector, norm: float) -> Update[AdaptiveT] | None:
+            p, later = self._direction(g, norm, state, objective, factor)
+            if self.decay:
+                p = p + kind(rate * self.decay) * theta
+            length = agreed_norm(objective, p)
+            if not math.isfinite(length):
+                return None
+            after, average = theta - p, state.average
+            if self.averaging:
+                new = (1 - self.averaging) / (1 - self.averaging**t)
+                average = kind(1 - new) * average + kind(new) * after
+            message = "" if norm > 0 else "the gradient is zero"
+            return Update(after, replace(later, updates=t, average=average), length, message)
+
+        return first_order_step(theta, state, objective, rate, update)
+
+    def _first(self, theta: Vector) -> Vector:
+        """Give the mean of the iterates before the first update."""
+        return theta * 1 if self.averaging else theta[:0]
+
+
+def evaluated(theta: Vector, state: object) -> Vector:
+    """Give the parameters that are evaluated: the mean of the iterates where the state has one, or theta."""
+    if isinstance(state, AdaptiveState) and state.average.size > 0:
+        return state.average
+    return theta

@@ -9,19 +9,17 @@ Blocks of one row or column are Adam's business.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated
 
 import numpy as np
 
 from hfmpi.errors import UserError
-from hfmpi.optim.base import Block, Objectives, StepReport, Vector
-from hfmpi.optim.first_order import Update, agreed_norm, first_order_step
-from hfmpi.optim.schedule import KNOWN, Schedule
-from hfmpi.settings import NOT_NEGATIVE, POSITIVE, at_least, check, within
+from hfmpi.optim.base import Block, Objective, Vector
+from hfmpi.optim.first_order import Adaptive, AdaptiveState
+from hfmpi.settings import POSITIVE, at_least, within
 
 __all__ = ["Muon", "MuonState", "orthogonal"]
 
@@ -44,16 +42,15 @@ def orthogonal(matrix: Vector, steps: int = 5) -> Vector:
 
 
 @dataclass(frozen=True)
-class MuonState:
-    """Number of updates so far, momentum (D,), and Adam's mean of squares (D,), used by the vectors alone."""
+class MuonState(AdaptiveState):
+    """Momentum (D,), and Adam's mean of squares (D,), used by the vectors alone."""
 
-    updates: int
     momentum: Vector
     mean_square: Vector
 
 
 @dataclass(frozen=True)
-class Muon:
+class Muon(Adaptive[MuonState]):
     """Muon on the blocks of theta, Adam on its vectors.
 
     Attributes
@@ -64,10 +61,8 @@ class Muon:
         Jordan: 5.
     vector_rate, beta1, beta2, epsilon : float
         Of Adam, for vectors. The schedule is that of the rate.
-    decay : float
-        Weight decay, decoupled.
-    schedule, schedule_steps, schedule_end, warm_up
-        See `Schedule`.
+    decay, averaging, schedule, schedule_steps, schedule_end, warm_up
+        See `Adaptive` and `Schedule`.
     """
 
     rate: Annotated[float, POSITIVE] = 0.02
@@ -77,14 +72,6 @@ class Muon:
     beta1: Annotated[float, within("[0, 1)")] = 0.9
     beta2: Annotated[float, within("[0, 1)")] = 0.95
     epsilon: Annotated[float, POSITIVE] = 1e-8
-    decay: Annotated[float, NOT_NEGATIVE] = 0.0
-    schedule: Annotated[str, KNOWN] = Schedule.name
-    schedule_steps: Annotated[int, at_least(1)] = Schedule.steps
-    schedule_end: Annotated[float, within("[0, 1]")] = Schedule.end
-    warm_up: Annotated[int, NOT_NEGATIVE] = Schedule.warm_up
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> MuonState:
         """Give the state before the first update.
@@ -96,46 +83,31 @@ class Muon:
         """
         if not blocks:
             raise UserError("muon needs the matrices of theta: init(theta, objective.blocks)")
-        return MuonState(0, theta * 0, theta * 0)
+        return MuonState(theta * 0, theta * 0, updates=0, average=self._first(theta))
 
-    def step(
-        self, theta: Vector, state: MuonState, objectives: Objectives
-    ) -> tuple[Vector, MuonState, StepReport]:
-        """Take one update; one whose numbers are not finite is rejected.
-
-        Each matrix is made orthogonal on one of the ranks.
-        """
-        objective, kind, blocks = objectives.gradient, theta.dtype.type, objectives.gradient.blocks
-        schedule = Schedule(self.schedule, self.schedule_steps, self.schedule_end, self.warm_up)
-        factor = schedule.factor(state.updates)
-
-        def update(g: Vector, norm: float) -> Update[MuonState] | None:
-            t, p = state.updates + 1, theta * 0
-            momentum, mean_square = state.momentum * 1, state.mean_square * 1
-            matrices = [block for block in blocks if min(block.rows, block.columns) > 1]
-            works = list[Callable[[], Vector]]()
-            for block in blocks:
-                own, step, mean, square = (block.of(v) for v in (g, p, momentum, mean_square))
-                if block in matrices:
-                    mean[...] = kind(self.momentum) * mean + own
-                    works.append(partial(self._orthogonal, own + kind(self.momentum) * mean))
-                    continue
-                mean[...] = kind(self.beta1) * mean + kind(1 - self.beta1) * own
-                square[...] = kind(self.beta2) * square + kind(1 - self.beta2) * own * own
-                corrected = np.sqrt(square / kind(1 - self.beta2**t)) + kind(self.epsilon)
-                step[...] = kind(factor * self.vector_rate / (1 - self.beta1**t)) * mean / corrected
-            sizes = [block.rows * block.columns for block in matrices]
-            for block, found in zip(matrices, objective.spread(works, sizes), strict=True):
-                scale = factor * self.rate * max(1.0, block.rows / block.columns) ** 0.5
-                block.of(p).reshape(-1)[...] = kind(scale) * found
-            p = p + kind(factor * self.rate * self.decay) * theta
-            length = agreed_norm(objective, p)
-            if not math.isfinite(length):
-                return None
-            message = "" if norm > 0 else "the gradient is zero"
-            return Update(theta - p, MuonState(t, momentum, mean_square), length, message)
-
-        return first_order_step(theta, state, objective, factor * self.rate, update)
+    def _direction(
+        self, g: Vector, norm: float, state: MuonState, objective: Objective, factor: float
+    ) -> tuple[Vector, MuonState]:
+        """Make each matrix orthogonal on one of the ranks."""
+        kind, t, p = g.dtype.type, state.updates + 1, g * 0
+        momentum, mean_square = state.momentum * 1, state.mean_square * 1
+        matrices, works = list[Block](), list[Callable[[], Vector]]()
+        for block in objective.blocks:
+            own, step, mean, square = (block.of(v) for v in (g, p, momentum, mean_square))
+            if min(block.rows, block.columns) > 1:
+                mean[...] = kind(self.momentum) * mean + own
+                matrices.append(block)
+                works.append(partial(self._orthogonal, own + kind(self.momentum) * mean))
+                continue
+            mean[...] = kind(self.beta1) * mean + kind(1 - self.beta1) * own
+            square[...] = kind(self.beta2) * square + kind(1 - self.beta2) * own * own
+            corrected = np.sqrt(square / kind(1 - self.beta2**t)) + kind(self.epsilon)
+            step[...] = kind(factor * self.vector_rate / (1 - self.beta1**t)) * mean / corrected
+        sizes = [block.rows * block.columns for block in matrices]
+        for block, found in zip(matrices, objective.spread(works, sizes), strict=True):
+            scale = factor * self.rate * max(1.0, block.rows / block.columns) ** 0.5
+            block.of(p).reshape(-1)[...] = kind(scale) * found
+        return p, replace(state, momentum=momentum, mean_square=mean_square)
 
     def _orthogonal(self, matrix: Vector) -> Vector:
         return orthogonal(matrix, self.newton_schulz_steps).reshape(-1)

@@ -4,43 +4,44 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
-from hfmpi.settings import Rule
+from hfmpi.settings import NOT_NEGATIVE, Rule, at_least, within
 
-__all__ = ["KNOWN", "SCHEDULES", "Schedule"]
+__all__ = ["SCHEDULES", "Schedule"]
 
 SCHEDULES = ("constant", "inverse-root", "cosine")
 
-KNOWN = Rule(f"must be one of {', '.join(SCHEDULES)}", SCHEDULES.__contains__)
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The factor of the rate at each update.
+    """The factor of the rate at each update, in the settings of a method that has one.
 
     Attributes
     ----------
-    name : {'constant', 'inverse-root', 'cosine'}
-        `inverse-root`: 1 / sqrt(1 + t / steps) after t updates.
-        `cosine`: from 1 to `end` over so many steps, as half a period of a cosine (Loshchilov and Hutter
-        2017), and `end` from then on.
-    steps : int
-    end : float
+    schedule : {'constant', 'inverse-root', 'cosine'}
+        `inverse-root`: 1 / sqrt(1 + t / schedule_steps) after t updates.
+        `cosine`: from 1 to `schedule_end` over so many steps, as half a period of a cosine (Loshchilov and
+        Hutter 2017), and `schedule_end` from then on.
+    schedule_steps : int
+    schedule_end : float
     warm_up : int
         Over so many first updates the factor rises in proportion to their number as well; 0: at once.
     """
 
-    name: str = "constant"
-    steps: int = 50
-    end: float = 0.1
-    warm_up: int = 0
+    schedule: Annotated[str, Rule(f"must be one of {', '.join(SCHEDULES)}", SCHEDULES.__contains__)] = (
+        "constant"
+    )
+    schedule_steps: Annotated[int, at_least(1)] = 50
+    schedule_end: Annotated[float, within("[0, 1]")] = 0.1
+    warm_up: Annotated[int, NOT_NEGATIVE] = 0
 
     def factor(self, updates: int) -> float:
         """Give the factor of the update after so many."""
         rising = min(1.0, (updates + 1) / self.warm_up) if self.warm_up else 1.0
-        if self.name == "inverse-root":
-            return rising / math.sqrt(1 + updates / self.steps)
-        if self.name == "cosine":
-            done = min(1.0, updates / self.steps)
-            return rising * (self.end + (1 - self.end) * (1 + math.cos(math.pi * done)) / 2)
+        if self.schedule == "inverse-root":
+            return rising / math.sqrt(1 + updates / self.schedule_steps)
+        if self.schedule == "cosine":
+            done, end = min(1.0, updates / self.schedule_steps), self.schedule_end
+            return rising * (end + (1 - end) * (1 + math.cos(math.pi * done)) / 2)
         return rising

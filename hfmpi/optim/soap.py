@@ -12,30 +12,27 @@ The authors take no step at the first gradient; here it counts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import numpy as np
 
 from hfmpi.errors import UserError
-from hfmpi.optim.base import Block, Objectives, StepReport, Vector
-from hfmpi.optim.first_order import Update, agreed_norm, first_order_step
-from hfmpi.optim.schedule import KNOWN, Schedule
-from hfmpi.settings import NOT_NEGATIVE, POSITIVE, at_least, check, within
+from hfmpi.optim.base import Block, Objective, Vector
+from hfmpi.optim.first_order import Adaptive, AdaptiveState
+from hfmpi.settings import POSITIVE, at_least, within
 
 __all__ = ["SOAP", "SOAPState"]
 
 
 @dataclass(frozen=True)
-class SOAPState:
-    """Number of updates so far, means of gradients and of squares in the eigenbasis, factors and bases.
+class SOAPState(AdaptiveState):
+    """Means of gradients and of squares in the eigenbasis, factors and bases.
 
     The means are (D,); `factors` has L and R of all blocks, one after the other, `bases` Q_L and Q_R.
     """
 
-    updates: int
     mean: Vector
     mean_square: Vector
     factors: Vector
@@ -43,7 +40,7 @@ class SOAPState:
 
 
 @dataclass(frozen=True)
-class SOAP:
+class SOAP(Adaptive[SOAPState]):
     """SOAP on the blocks of theta.
 
     Attributes
@@ -56,10 +53,8 @@ class SOAP:
         Updates from one eigen-decomposition to the next. The authors: 10.
     longest_side : int
         Rows or columns beyond so many are not rotated. The authors: 10,000.
-    decay : float
-        Weight decay, decoupled: theta loses rate * decay of itself (Loshchilov and Hutter 2019).
-    schedule, schedule_steps, schedule_end, warm_up
-        See `Schedule`.
+    decay, averaging, schedule, schedule_steps, schedule_end, warm_up
+        See `Adaptive` and `Schedule`.
     """
 
     rate: Annotated[float, POSITIVE] = 3e-3
@@ -69,14 +64,6 @@ class SOAP:
     factor_decay: Annotated[float, within("[0, 1)")] = 0.95
     refresh: Annotated[int, at_least(1)] = 10
     longest_side: Annotated[int, at_least(1)] = 10_000
-    decay: Annotated[float, NOT_NEGATIVE] = 0.0
-    schedule: Annotated[str, KNOWN] = Schedule.name
-    schedule_steps: Annotated[int, at_least(1)] = Schedule.steps
-    schedule_end: Annotated[float, within("[0, 1]")] = Schedule.end
-    warm_up: Annotated[int, NOT_NEGATIVE] = Schedule.warm_up
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> SOAPState:
         """Give the state before the first update.
@@ -90,45 +77,33 @@ class SOAP:
             raise UserError("soap needs the matrices of theta: init(theta, objective.blocks)")
         count = sum(size * size for block in blocks for size in self._sides(block))
         factors, bases = np.zeros_like(theta, shape=count), np.zeros_like(theta, shape=count)
-        return SOAPState(0, theta * 0, theta * 0, factors, bases)
+        means = theta * 0, theta * 0
+        return SOAPState(*means, factors, bases, updates=0, average=self._first(theta))
 
-    def step(
-        self, theta: Vector, state: SOAPState, objectives: Objectives
-    ) -> tuple[Vector, SOAPState, StepReport]:
-        """Take one update; one whose numbers are not finite is rejected.
-
-        A block is one rank's business: its matrix products and decompositions are done there.
-        """
-        objective, kind, t = objectives.gradient, theta.dtype.type, state.updates + 1
-        schedule = Schedule(self.schedule, self.schedule_steps, self.schedule_end, self.warm_up)
-        rate, blocks = self.rate * schedule.factor(state.updates), objective.blocks
-
-        def update(g: Vector, norm: float) -> Update[SOAPState] | None:
-            mean = kind(self.beta1) * state.mean + kind(1 - self.beta1) * g
-            works, sizes, start = list[Callable[[], Vector]](), list[int](), 0
-            for block in blocks:
-                end = start + sum(size * size for size in self._sides(block))
-                works.append(self._work(block, start, end, g, mean, state))
-                sizes.append(2 * block.rows * block.columns + 2 * (end - start))
-                start = end
-            mean_square, p = theta * 0, theta * 0
-            factors, bases, start = state.factors * 0, state.bases * 0, 0
-            for block, size, found in zip(blocks, sizes, objective.spread(works, sizes), strict=True):
-                own = block.rows * block.columns
-                end = start + size // 2 - own
-                block.of(mean_square).reshape(-1)[...] = found[:own]
-                block.of(p).reshape(-1)[...] = found[own : 2 * own]
-                factors[start:end] = found[2 * own : 2 * own + end - start]
-                bases[start:end] = found[2 * own + end - start :]
-                start = end
-            p = kind(rate / (1 - self.beta1**t)) * p + kind(rate * self.decay) * theta
-            length = agreed_norm(objective, p)
-            if not math.isfinite(length):
-                return None
-            message = "" if norm > 0 else "the gradient is zero"
-            return Update(theta - p, SOAPState(t, mean, mean_square, factors, bases), length, message)
-
-        return first_order_step(theta, state, objective, rate, update)
+    def _direction(
+        self, g: Vector, norm: float, state: SOAPState, objective: Objective, factor: float
+    ) -> tuple[Vector, SOAPState]:
+        """Make the matrix products and decompositions of each block on one of the ranks."""
+        kind, t, blocks = g.dtype.type, state.updates + 1, objective.blocks
+        mean = kind(self.beta1) * state.mean + kind(1 - self.beta1) * g
+        works, sizes, start = list[Callable[[], Vector]](), list[int](), 0
+        for block in blocks:
+            end = start + sum(size * size for size in self._sides(block))
+            works.append(self._work(block, start, end, g, mean, state))
+            sizes.append(2 * block.rows * block.columns + 2 * (end - start))
+            start = end
+        mean_square, p, factors, bases = (v * 0 for v in (mean, mean, state.factors, state.bases))
+        start = 0
+        for block, size, found in zip(blocks, sizes, objective.spread(works, sizes), strict=True):
+            own = block.rows * block.columns
+            end = start + size // 2 - own
+            block.of(mean_square).reshape(-1)[...] = found[:own]
+            block.of(p).reshape(-1)[...] = found[own : 2 * own]
+            factors[start:end] = found[2 * own : 2 * own + end - start]
+            bases[start:end] = found[2 * own + end - start :]
+            start = end
+        p = kind(self.rate * factor / (1 - self.beta1**t)) * p
+        return p, replace(state, mean=mean, mean_square=mean_square, factors=factors, bases=bases)
 
     def _sides(self, block: Block) -> tuple[int, ...]:
         """Give the sizes of the factors of a block: of its rows, of its columns; 0 for one without."""

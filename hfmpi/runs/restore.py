@@ -38,14 +38,17 @@ def restored(found: Checkpoint, fresh: StateT, backend: Backend, optimizer: str)
         If they have not.
     """
     expected = entries(fresh, backend)
-    if set(found.state) != set(expected):
+    # A vector that is empty may be missing: earlier versions knew no averages.
+    empty = {name: v for name, v in expected.items() if isinstance(v, np.ndarray) and not v.size}
+    entered = empty | found.state
+    if set(entered) != set(expected):
         raise UserError(f"the checkpoint was not written by optimizer {optimizer}")
     for name, value in expected.items():
-        entry = found.state[name]
+        entry = entered[name]
         most = math.inf if type(entry) is float else 2**53  # lambda may be as large as the user lets it
         if _form(entry) != _form(value) or not (isinstance(entry, np.ndarray) or is_amount(entry, most)):
             raise UserError(f"the checkpoint's {name} does not fit optimizer {optimizer}")
-    values = {k: backend.to_device(v) if isinstance(v, np.ndarray) else v for k, v in found.state.items()}
+    values = {k: backend.to_device(v) if isinstance(v, np.ndarray) else v for k, v in entered.items()}
     return type(fresh)(**values)
 
 

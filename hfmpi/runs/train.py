@@ -21,6 +21,7 @@ from hfmpi.models.network import Network
 from hfmpi.objective.data_parallel import DataParallel, Stopped, step_objectives
 from hfmpi.objective.transport import choose
 from hfmpi.optim.base import StepReport
+from hfmpi.optim.first_order import evaluated
 from hfmpi.optim.hessian_free import HessianFree
 from hfmpi.parallel.communicator import Communicator
 from hfmpi.parallel.placement import Place, Placement, single_threaded
@@ -171,7 +172,7 @@ class Run:
                     self.check_ranks()
                 checks.not_stuck(self.progress, config.max_rejections, report.message, output.last_good)
             if valid is None:
-                valid = self.evaluate(self.theta)
+                valid = self.evaluate(evaluated(self.theta, self.state))
             done = True
         except Stopped:
             reason, done = self._who_stopped(signals), False
@@ -191,7 +192,7 @@ class Run:
             )
             theta, state, report = self.preset.optimizer.step(self.theta, self.state, objectives)
         due = (self.step + 1) % evaluate_every == 0 or self.step + 1 == self.config.max_steps
-        valid = self.evaluate(theta) if due else None
+        valid = self.evaluate(evaluated(theta, state)) if due else None
         self.theta, self.state, self.progress = theta, state, self.progress.after(report)
         return report, valid
 

@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from hfmpi.backends.base import Array
 from hfmpi.errors import UserError
 from hfmpi.files import checkpoint
@@ -23,6 +25,7 @@ class Trained:
     ----------
     network : Network
     theta : (D,)
+        The mean of the iterates where the optimizer made one.
     symbols : bytes
         The byte of each symbol.
     config : Config
@@ -60,8 +63,8 @@ class Trained:
             network = Network(config.architecture(len(symbols)), config.make_backend(local_rank))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"the checkpoint in {run} describes no run of this version: {error}") from None
-        if found.theta.shape != (network.layout.size,) or found.theta.dtype != network.backend.dtype:
+        average = found.state.get("average")
+        theta = average if isinstance(average, np.ndarray) and average.size else found.theta
+        if theta.shape != (network.layout.size,) or theta.dtype != network.backend.dtype:
             raise UserError(f"the checkpoint in {run} does not hold the parameters of its own model")
-        return cls(
-            network, network.backend.to_device(found.theta), symbols, config, step, data, found.message
-        )
+        return cls(network, network.backend.to_device(theta), symbols, config, step, data, found.message)
