@@ -69,7 +69,7 @@ class Recorder:
 def make_run(folder, data, comm=None, resume="auto", clock=time.perf_counter, **options):
     """Make a run as `hfmpi train` does, new or going on."""
     comm = comm or Communicator()
-    if options.get("optimizer") in ("sgd", "bgd", "adam"):
+    if options.get("optimizer") in ("sgd", "bgd", "adam", "soap", "muon"):
         options = {"curvature_batch": 0} | options
     place = Placement("here", comm.rank, comm.size, comm.local_rank, comm.local_size, 1, 1, 2**30)
     found = find_checkpoint(folder, resume)

@@ -16,6 +16,7 @@ from conftest import REAL_GPU, STANDIN
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small import history, make_run, same, train, write_corpus
+from test_first_order import Linear
 from test_models import make_batch
 
 from hfmpi.backends import create
@@ -26,6 +27,7 @@ from hfmpi.models.architecture import Architecture
 from hfmpi.models.network import Network
 from hfmpi.objective import transport
 from hfmpi.objective.data_parallel import DataParallel
+from hfmpi.optim import Objectives
 from hfmpi.parallel.communicator import Communicator, MPICommunicator, digest
 from hfmpi.parallel.placement import Place
 
@@ -477,7 +479,29 @@ def test_a_run_goes_on_on_another_device(tmp_path):
     np.testing.assert_allclose(mixed.theta, whole.theta, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "shf"])
+@pytest.mark.parametrize("optimizer", ["adam", "soap", "muon"])
+def test_adaptive_methods_do_the_same_on_every_device(tmp_path, optimizer):
+    data = write_corpus(tmp_path / "d.h5")
+    options = {"optimizer": optimizer, "max_steps": 3, "settings": {"averaging": 0.5, "decay": 0.01}}
+    reference, _ = train(tmp_path / "numpy", data, backend="numpy", **options)
+    for backend in ("numba", "cupy"):
+        run, _ = train(tmp_path / backend, data, backend=backend, **options)
+        np.testing.assert_allclose(run.backend.to_host(run.theta), reference.theta, rtol=1e-8, atol=1e-9)
+
+
+@standin_only
+@pytest.mark.parametrize("optimizer", ["soap", "muon"])
+def test_gradients_that_overflow_on_the_device_are_rejected(tmp_path, optimizer):
+    run = make_run(tmp_path / "run", write_corpus(tmp_path / "d.h5"), backend="cupy", optimizer=optimizer)
+    huge = Linear([run.theta * 0 + 1e200], run.network.blocks)
+    with np.errstate(all="ignore"):
+        theta, state, report = run.preset.optimizer.step(run.theta, run.state, Objectives(huge))
+    assert theta is run.theta
+    assert state is run.state
+    assert report.message == "update rejected: the gradient is not finite"
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "soap", "muon", "shf"])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, optimizer):
     data = write_corpus(tmp_path / "d.h5")
     options = {"backend": "cupy", "optimizer": optimizer, "dtype": "float32", "hidden": 5}
@@ -525,7 +549,7 @@ def train_on(folder, communicator, backend, **options):
     own = create(backend, options["dtype"], communicator.local_rank)
     run.backend, run.network = own, Network(run.network.architecture, own)
     run.theta = own.to_device(np.asarray(run.theta))
-    run.state = run.preset.optimizer.init(run.theta)
+    run.state = run.preset.optimizer.init(run.theta, run.network.blocks)
     from small import Recorder
 
     from hfmpi.runs.stop import StopSignals
@@ -595,6 +619,7 @@ def test_the_source_compiles(arch, real):
 
 
 CUPY_NAMES = """
+zeros_like linalg.eigh linalg.qr ndarray.reshape
 matmul maximum tanh exp log1p arange ndarray.astype ndarray.__abs__ ndarray.transpose
 RawModule ndarray.data ndarray.get ndarray.set ndarray.strides ndarray.itemsize ndarray.__array_ufunc__
 ndarray.any ndarray.__array_function__ asarray asnumpy ascontiguousarray empty empty_like zeros sum einsum

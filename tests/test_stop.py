@@ -23,6 +23,7 @@ OPTIMIZERS = {
     "bhf": {"optimizer": "bhf", "settings": {"damping": 0.1, "structural_damping": 0.1, "cg_max_steps": 6}},
     "sgd": {"optimizer": "sgd"},
     "adam": {"optimizer": "adam", "settings": {"rate": 0.02}},
+    "soap": {"optimizer": "soap", "settings": {"averaging": 0.5}},
 }
 
 
@@ -133,7 +134,9 @@ def test_stopped_anywhere_it_goes_on_as_if_it_had_not_been(name, data, tmp_path)
     options = OPTIMIZERS[name] | {"max_steps": STEPS, "dtype": "float32"}
     whole, count = questions(tmp_path / "whole", data, **options)
     # One question before each step and one at each sum, which the history counts; each step is evaluated.
-    sums = [r["gradients"] + r["losses"] + r["products"] for r in history(whole.folder)]
+    # The blocks of soap are one sum more.
+    spread = name == "soap"
+    sums = [r["gradients"] + r["losses"] + r["products"] + spread for r in history(whole.folder)]
     assert count == sum(sums) + 2 * STEPS
     boundaries = np.cumsum([0] + [n + 2 for n in sums])
     for question in range(1, count + 1, 2 if name == "bhf" else 1):
@@ -203,7 +206,7 @@ def test_a_signal_between_steps_stops_there(during, data, tmp_path, monkeypatch)
 
 
 @pytest.mark.mpi(ranks=2, timeout=110, unit="s")
-@pytest.mark.parametrize("name", ["shf", "adam"])
+@pytest.mark.parametrize("name", ["shf", "adam", "soap"])
 def test_one_rank_that_is_told_stops_all_at_the_same_place(name, mpi_ranks, comm, mpi_tmp_path):
     assert comm.size == mpi_ranks
     communicator, data = MPICommunicator(comm), shared_corpus(comm, mpi_tmp_path)

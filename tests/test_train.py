@@ -6,8 +6,10 @@ import time
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from small import Recorder, history, make_run, same, shared_corpus, train, write_corpus
 
+from hfmpi.cli.main import cli
 from hfmpi.errors import UserError
 from hfmpi.files import checkpoint
 from hfmpi.objective.data_parallel import Risk
@@ -15,6 +17,7 @@ from hfmpi.parallel.communicator import MPICommunicator, digest
 from hfmpi.runs.config import Config, from_toml, merge
 from hfmpi.runs.stop import StopSignals
 from hfmpi.runs.train import Run
+from hfmpi.runs.trained_model import Trained
 
 STEPS = 6
 OPTIMIZERS = {
@@ -23,6 +26,10 @@ OPTIMIZERS = {
     "sgd rms-normalised": {"optimizer": "sgd", "settings": {"rule": "rms-normalised", "rate": 1.5}},
     "bgd": {"optimizer": "bgd"},
     "adam": {"optimizer": "adam", "settings": {"rate": 0.02}},
+    "adamw": {"optimizer": "adam", "settings": {"rate": 0.02, "decay": 0.1, "averaging": 0.5, "warm_up": 2}},
+    # With the usual epsilon rounding is blown up where the gradient has no part: 1e-8 after four steps.
+    "soap": {"optimizer": "soap", "settings": {"epsilon": 1e-4, "averaging": 0.7}},
+    "muon": {"optimizer": "muon", "settings": {"schedule": "cosine", "schedule_steps": 5}},
     # Few CG iterations: after many, backtracking chooses among iterates that differ by rounding alone.
     "shf": {"optimizer": "shf", "settings": {"cg_max_steps": 5}},
     "bhf": {"optimizer": "bhf", "settings": {"damping": 0.1, "structural_damping": 0.1, "cg_max_steps": 8}},
@@ -194,6 +201,52 @@ def test_the_folder_and_the_history_keep_the_contract(data, tmp_path):
     assert history(again.folder) == history(folder)
 
 
+@pytest.mark.parametrize("name", ["adamw", "soap", "muon"])
+def test_the_history_of_an_adaptive_method(name, data, tmp_path):
+    run, _ = train(tmp_path / "run", data, max_steps=3, **OPTIMIZERS[name])
+    for record in history(run.folder):
+        assert {"gradient_norm", "step_norm", "rate", "accepted", "message"} <= record.keys()
+        assert not {"damping", "rho", "projections"} & record.keys()
+        factor = run.preset.optimizer.factor(record["step"] - 1)
+        assert record["rate"] == pytest.approx(run.preset.optimizer.rate * factor)
+
+
+@pytest.mark.parametrize("name", ["adamw", "soap"])
+def test_the_average_is_what_is_evaluated_and_used(name, data, tmp_path):
+    averaging, options = OPTIMIZERS[name]["settings"]["averaging"], OPTIMIZERS[name] | {"dtype": "float32"}
+    iterates = []
+    for steps in (1, 2, 3):  # through the checkpoint
+        run, result = train(tmp_path / "run", data, max_steps=steps, **options)
+        iterates.append(run.theta.astype(float))
+    weights = averaging ** np.arange(2, -1, -1)
+    expected = weights @ np.array(iterates) / weights.sum()
+    np.testing.assert_allclose(run.state.average, expected, rtol=1e-5, atol=1e-7)
+    assert result.valid_bpc == run.evaluate(run.state.average) != run.evaluate(run.theta)
+    trained = Trained.read(tmp_path / "run")
+    np.testing.assert_array_equal(trained.theta, run.state.average)
+    np.testing.assert_array_equal(checkpoint.latest(tmp_path / "run").theta, run.theta)
+    found = CliRunner().invoke(cli, ["evaluate", str(tmp_path / "run"), "--json"])
+    assert json.loads(found.output)["valid_bpc"] == pytest.approx(result.valid_bpc, rel=1e-5)
+    plain = {"settings": options["settings"] | {"averaging": 0.0}}
+    without, _ = train(tmp_path / "plain", data, max_steps=3, **options | plain)
+    np.testing.assert_array_equal(without.theta, run.theta)  # the training is the same
+    np.testing.assert_array_equal(Trained.read(tmp_path / "plain").theta, without.theta)
+
+
+def test_a_checkpoint_without_an_average_goes_on(data, tmp_path):
+    """As earlier versions wrote it."""
+    whole, _ = train(tmp_path / "whole", data, max_steps=4, **OPTIMIZERS["adam"])
+    train(tmp_path / "run", data, max_steps=2, **OPTIMIZERS["adam"])
+    found = checkpoint.latest(tmp_path / "run")
+    state = {name: entry for name, entry in found.state.items() if name != "average"}
+    assert set(state) == {"updates", "mean", "mean_square"}
+    checkpoint.save(tmp_path / "run" / checkpoint.NEWEST, found.theta, state, found.meta)
+    run, _ = train(tmp_path / "run", data, max_steps=4, **OPTIMIZERS["adam"])
+    same(run, whole)
+    with pytest.raises(UserError, match="average does not fit optimizer adam"):
+        train(tmp_path / "run", data, max_steps=5, **OPTIMIZERS["adamw"])
+
+
 def test_no_done_while_a_run_goes_on(data, tmp_path):
     folder, seen = tmp_path / "run", []
     train(folder, data, max_steps=1)
@@ -266,7 +319,15 @@ def check_cost(records, batch, curvature, ranks):
 
 @pytest.mark.parametrize(
     ("name", "steps"),
-    [("shf", 40), ("bhf", 25), ("adam", 120), ("sgd rms-normalised", 120), ("sgd clip", 300)],
+    [
+        ("shf", 40),
+        ("bhf", 25),
+        ("adam", 120),
+        ("sgd rms-normalised", 120),
+        ("sgd clip", 300),
+        ("soap", 40),
+        ("muon", 40),
+    ],
 )
 @pytest.mark.parametrize("model", ["rnn", "mlstm"])
 def test_training_learns(name, steps, model, data, tmp_path):
@@ -339,8 +400,8 @@ def test_any_number_of_ranks_does_the_same_run(mpi_ranks, comm, mpi_tmp_path):
                 compare(run, *serial)
                 check_cost(history(run.folder), 10, 4 if "hf" in name else 0, ranks)
             wait(comm)
-        if name in ("sgd normalised", "bgd"):
-            continue  # their states are those of sgd with the other rules
+        if name in ("sgd normalised", "bgd", "adam"):
+            continue  # their states are those of sgd with the other rules, and of adamw
         for ranks, steps in ((1, 1), (3, 2), (2, 3), (4, 4)):  # stopped and resumed on other numbers of ranks
             if ranks in parts:
                 run, _ = train(mpi_tmp_path / f"{name} mixed", data, parts[ranks], max_steps=steps, **options)
@@ -378,19 +439,19 @@ def test_with_slices_the_bits_do_not_depend_on_the_number_of_ranks(mpi_ranks, co
         part = comm.Split(color=comm.rank < ranks, key=comm.rank)
         if comm.rank < ranks:
             communicator = MPICommunicator(part)
-            for backend in ("numpy", "numba"):
+            for name, backend in (("shf", "numpy"), ("shf", "numba"), ("soap", "numba"), ("muon", "numpy")):
                 options = {"backend": backend, "dtype": "float32", "slices": 4, "micro_batch": 2}
-                run, _ = train(
-                    mpi_tmp_path / f"{backend} {ranks}", data, communicator, max_steps=3, **options
-                )
+                options |= {"optimizer": name, "max_steps": 3}
+                run, _ = train(mpi_tmp_path / f"{name} {backend} {ranks}", data, communicator, **options)
                 record = (
                     history(run.folder, leave=("seconds", "step_seconds", "P_P")) if comm.rank == 0 else None
                 )
-                seen.setdefault(backend, []).append((digest(run.theta), record))
+                bits = [digest(np.asarray(v)) for v in (run.theta, *vars(run.state).values())]
+                seen.setdefault(f"{name} {backend}", []).append((bits, record))
             communicator.close()
         part.Free()
-    for backend, found in seen.items():
-        assert all(each == found[0] for each in found), backend
+    for name, found in seen.items():
+        assert all(each == found[0] for each in found), name
         assert len(found) == (3, 2, 1, 1)[comm.rank]
 
 

@@ -178,7 +178,7 @@ class Risk(Objective):
         message = backend.xp.zeros(int(sum(sizes)) + 1, backend.dtype)
         parts = [message[end - size : end] for end, size in zip(ends, sizes, strict=True)]
         for i in shares(sizes, owner.communicator.size)[owner.communicator.rank]:
-            parts[i][...] = works[i]()
+            parts[i] += works[i]()  # added to zero, as on all other ranks: no -0.0 on one rank alone
         owner.sum(message, owner.transport)
         return parts
 

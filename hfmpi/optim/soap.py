@@ -25,6 +25,13 @@ from hfmpi.settings import POSITIVE, at_least, within
 
 __all__ = ["SOAP", "SOAPState"]
 
+TIES = 1e-3
+"""Of the mean eigenvalue: what the last number on a diagonal gains, those before it in proportion.
+
+A factor has many eigenvalues of zero at first. What is added tells them apart, where rounding would, which
+depends on the number of ranks.
+"""
+
 
 @dataclass(frozen=True)
 class SOAPState(AdaptiveState):
@@ -160,9 +167,13 @@ def _eigenvectors(matrix: Vector, before: Vector | None) -> Vector:
     From those of the update before by one orthogonal iteration, which moves each of them only as far as the
     matrix has changed: V goes with them.
     """
+    size, kind = len(matrix), matrix.dtype.type
+    matrix = matrix * 1
+    tie = np.einsum("ii->", matrix) * kind(TIES / size**2)
+    matrix.reshape(-1)[:: size + 1] += tie * np.arange(size, dtype=matrix.dtype, like=matrix)
     try:
         if before is not None:
             return np.linalg.qr(np.matmul(matrix, before))[0]
         return np.linalg.eigh(matrix)[1][:, ::-1]
     except np.linalg.LinAlgError:
-        return matrix * matrix.dtype.type(np.nan)
+        return matrix * kind(np.nan)

@@ -189,7 +189,9 @@ class ndarray:
         return out[0] if out else ndarray(counted(result))
 
     def __array_function__(self, function, kinds, arguments, options):
-        own = getattr(sys.modules[__name__], function.__name__, None)
+        own = sys.modules[__name__]
+        for part in (*function.__module__.split(".")[1:], function.__name__):
+            own = getattr(own, part, None)
         return NotImplemented if own is None else own(*arguments, **options)
 
 
@@ -247,9 +249,22 @@ def zeros_like(array, shape=None):
     return zeros(array.shape if shape is None else shape, array.dtype)
 
 
-def eigh(matrix):
-    forbid_capture("eigh")
-    return tuple(ndarray(counted(found)) for found in np.linalg.eigh(bare(matrix)))
+def decomposition(function):
+    """Give a decomposition of a square matrix of the device, which says nothing when there is none."""
+
+    def decompose(matrix):
+        forbid_capture(function.__name__)
+        if not isinstance(matrix, ndarray):
+            raise TypeError(f"Unsupported type {type(matrix)}")
+        array = bare(matrix)
+        found = function(array if np.isfinite(array).all() else np.eye(len(array), dtype=array.dtype))
+        gone = 1 if np.isfinite(array).all() else np.nan
+        return tuple(ndarray(counted((gone * part).astype(array.dtype))) for part in found)
+
+    return decompose
+
+
+linalg = types.SimpleNamespace(eigh=decomposition(np.linalg.eigh), qr=decomposition(np.linalg.qr))
 
 
 def asarray(array):
