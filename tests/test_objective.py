@@ -13,9 +13,10 @@ from hfmpi.data.batches import Sequences
 from hfmpi.errors import UserError
 from hfmpi.models.architecture import Architecture
 from hfmpi.models.network import Network
-from hfmpi.objective.data_parallel import DataParallel
+from hfmpi.objective.data_parallel import DataParallel, shares
 from hfmpi.objective.messages import pack, unpack
-from hfmpi.optim import Gradient, HessianFree, Objective, Objectives
+from hfmpi.optim import SOAP, Gradient, HessianFree, Muon, Objective, Objectives
+from hfmpi.optim.base import Block
 from hfmpi.parallel.communicator import Communicator, MPICommunicator, digest
 
 LENGTH, BURN_IN, VOCABULARY, HIDDEN = 5, 2, 4, 3
@@ -171,6 +172,94 @@ def test_a_linearisation_that_turns_out_too_large_is_not_kept_and_the_next_ones_
         assert len(owner.local._kept) == budget // size
 
 
+# Matrices --------------------------------------------------------------------------------------
+
+
+@st.composite
+def architectures(draw):
+    name = draw(st.sampled_from(["rnn", "mrnn", "lstm", "mlstm", "gru"]))
+    variant = draw(st.sampled_from(["standard", "krause"] if "lstm" in name else ["standard"]))
+    n, inputs, outputs, layers = (draw(st.integers(1, most)) for most in (6, 9, 9, 3))
+    return Architecture(name, n, inputs, outputs, layers=layers, variant=variant)
+
+
+@given(architectures())
+@settings(deadline=None, max_examples=80)
+def test_blocks_are_the_affine_maps_and_all_of_theta(about):
+    """Rows are what an output of the map is made of, columns the outputs: W, and b where it adds to them."""
+    theta = np.arange(about.layout.size)
+    views, n = about.layout.views(theta), about.hidden
+    at, expected = 0, []
+    for layer in range(about.layers):
+        end = f".{layer + 1}" if layer else ""
+        inputs, groups = (
+            n if layer else about.inputs,
+            {"gru": 3}.get(about.name, 4 if "lstm" in about.name else 1),
+        )
+        if about.name in ("mrnn", "mlstm"):
+            expected += [("W_mx" + end, inputs, n), ("W_mh" + end, n, n)]
+        if about.name == "gru":
+            shapes = ("W_x", inputs, groups), ("W_h", n, groups), ("b", 1, 4)
+            expected += [(name + end, rows, columns * n) for name, rows, columns in shapes]
+        elif about.variant == "krause":  # three quarters of b are no part of the map, but inside the unit
+            expected += [(f"W_x{end} W_h{end}", inputs + n, groups * n), ("b" + end, 1, groups * n)]
+        else:
+            expected += [(f"W_x{end} W_h{end} b{end}", inputs + n + 1, groups * n)]
+    bias = about.variant == "standard"
+    expected += [("W_o b_o" if bias else "W_o", n + bias, about.outputs)]
+    assert [(block.name, block.rows, block.columns) for block in about.blocks] == expected
+    for block in about.blocks:
+        assert block.start == at
+        at += block.rows * block.columns
+        stacked = np.vstack([np.atleast_2d(views[name]) for name in block.name.split()])
+        np.testing.assert_array_equal(block.of(theta), stacked)
+    assert at == theta.size
+    block.of(theta)[...] = -1  # a view
+    assert theta[-1] == -1
+
+
+def test_an_objective_has_the_blocks_of_its_model():
+    owner, sequences, _ = make()
+    assert owner.on(sequences, np.arange(3)).blocks == owner.model.blocks == owner.model.architecture.blocks
+    with pytest.raises(
+        UserError, match=r"does not name the matrices of theta \(blocks\): take another optimizer"
+    ):
+        _ = DataParallel(Line(), Communicator()).on(Rows(), np.arange(3)).blocks
+
+
+def spread(risk, sizes):
+    """Spread works of these sizes; give the results and which works were done here."""
+    done, kind = [], risk.owner.model.backend.dtype
+
+    def work(i):
+        done.append(i)
+        return np.random.default_rng(i).standard_normal(sizes[i]).astype(kind) * kind.type(
+            -0.0 if i == 2 else 1
+        )
+
+    return risk.spread([lambda i=i: work(i) for i in range(len(sizes))], sizes), done
+
+
+@pytest.mark.parametrize("sizes", [[3, 700, 2, 40, 1, 300, 300], [5], []])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_works_come_back_in_order(sizes, dtype):
+    owner, sequences, _ = make(dtype=dtype)
+    found, done = spread(owner.on(sequences, np.arange(3)), sizes)
+    assert sorted(done) == list(range(len(sizes)))
+    for i, own in enumerate(found):
+        assert own.dtype == dtype
+        expected = np.random.default_rng(i).standard_normal(sizes[i]).astype(dtype)
+        np.testing.assert_array_equal(own, 0 * expected if i == 2 else expected)
+
+
+@given(st.lists(st.integers(0, 1000), max_size=12), st.integers(1, 6))
+def test_works_are_shared_out(sizes, ranks):
+    found = shares(sizes, ranks)
+    assert sorted(i for own in found for i in own) == list(range(len(sizes)))
+    most = max(sum(sizes[i] for i in own) for own in found)
+    assert most <= sum(sizes) / ranks + max(sizes, default=0)  # Graham (1966)
+
+
 # Any model -------------------------------------------------------------------------------------
 
 
@@ -304,6 +393,10 @@ def test_an_objective_of_ones_own_says_what_it_lacks():
         optimizer = HessianFree(damping=1.0, **changes)
         with pytest.raises(UserError, match=words):
             optimizer.step(theta, optimizer.init(theta), objectives)
+    for optimizer in (SOAP(), Muon()):
+        state = optimizer.init(theta, (Block("all", 0, 1, 3),))
+        with pytest.raises(UserError, match=r"does not name the matrices of theta \(blocks\)"):
+            optimizer.step(theta, state, Objectives(Bare()))
     optimizer = HessianFree(damping=1.0, preconditioner="none")
     _, _, report = optimizer.step(theta, optimizer.init(theta), Objectives(Curved(), Curved()))
     assert report.accepted
@@ -446,6 +539,29 @@ def test_slices_give_the_same_bits_on_any_number_of_ranks(mpi_ranks, comm):
             for i, found in enumerate(results):
                 for key, value in found.items():
                     np.testing.assert_array_equal(value, expected[i % 3][key], f"{name} {dtype} {key}")
+
+
+@pytest.mark.mpi(ranks=4, timeout=60, unit="s")
+def test_works_are_done_once_with_the_same_bits_on_any_number_of_ranks(mpi_ranks, comm):
+    assert comm.size == mpi_ranks
+    sizes = [3, 700, 2, 40, 1, 300, 300]
+    for dtype in ("float32", "float64"):
+        for slices in (0, 4):
+            bits = set()
+            for ranks in (1, 2, 4):
+                part = comm.Split(color=comm.rank < ranks, key=comm.rank)
+                if comm.rank < ranks:
+                    communicator = MPICommunicator(part)
+                    owner, sequences, _ = make(comm=communicator, dtype=dtype)
+                    owner = DataParallel(owner.model, communicator, slices=slices)
+                    found, done = spread(owner.on(sequences, np.arange(3)), sizes)
+                    bits.add(digest(np.concatenate(found)))
+                    everywhere = part.allgather(done)
+                    assert sorted(i for own in everywhere for i in own) == list(range(len(sizes)))
+                    assert all(everywhere)  # nobody is idle
+                    communicator.close()
+                part.Free()
+            assert len(set().union(*comm.allgather(bits))) == 1
 
 
 def sliced(communicator, name, variant, dtype):

@@ -5,18 +5,27 @@ import math
 import numpy as np
 import pytest
 
-from hfmpi.optim import Adam, Gradient, GradientDescent, HessianFree, Objective, Objectives
-from hfmpi.optim.base import inner_product
+from hfmpi.optim import SOAP, Adam, Gradient, GradientDescent, HessianFree, Muon, Objective, Objectives
+from hfmpi.optim.base import Block, inner_product
 from hfmpi.optim.cg import ConjugateGradients, Stop
 from hfmpi.parallel.communicator import MPICommunicator, digest
 
 
 class Elsewhere(np.ndarray):
-    """An array on a processor whose inner products come out a little different."""
+    """An array on a processor whose products, inner and of matrices, come out a little different."""
 
     def __array_function__(self, function, types, arguments, options):
         result = super().__array_function__(function, types, arguments, options)
         return float(result) * (1 + 1e-7) if function is np.einsum else result
+
+    def __array_ufunc__(self, ufunc, method, *inputs, out=(), **options):
+        plain = [np.asarray(x) if isinstance(x, Elsewhere) else x for x in inputs]
+        result = getattr(ufunc, method)(*plain, **options)
+        result = result * (1 + 1e-7) if ufunc is np.matmul else result
+        if not out:
+            return result.view(Elsewhere) if isinstance(result, np.ndarray) else result
+        np.asarray(out[0])[...] = result
+        return out[0]
 
 
 class Rank(Objective):
@@ -47,11 +56,21 @@ class Rank(Objective):
         curvature = self.scale / (1 + (np.asarray(theta) - self.centre) ** 2) ** 1.5 + structural
         return lambda v: (curvature * np.asarray(v)).view(self.kind)
 
+    blocks = Block("a", 0, 2, 4), Block("b", 8, 1, 4)
+
 
 class First(Rank):
+    """It does all of the work."""
+
     def agree(self, values):
         self.agreed.append(values)
         return values
+
+    def spread(self, works, sizes):
+        found = super().spread(works, sizes)
+        assert [len(own) for own in found] == sizes
+        self.agreed.append(found)
+        return found
 
 
 class Second(Rank):
@@ -60,10 +79,13 @@ class Second(Rank):
         assert len(values) == len(self.agreed[0])
         return self.agreed.pop(0)
 
+    def spread(self, works, sizes):
+        return [own.view(self.kind) for own in self.agreed.pop(0)]
+
 
 def trajectory(optimizer, objective):
     theta = np.zeros(12).view(objective.kind)
-    state, reports = optimizer.init(theta), []
+    state, reports = optimizer.init(theta, objective.blocks), []
     for step in range(6):
         theta, state, report = optimizer.step(theta, state, Objectives(objective, objective, step / 2))
         reports.append(report)
@@ -79,6 +101,9 @@ ALL = [
     GradientDescent("normalised", rate=0.3),
     GradientDescent("rms-normalised"),
     Adam(),
+    Adam(schedule="inverse-root", decay=0.1, averaging=0.5),
+    SOAP(rate=0.1, refresh=2, averaging=0.5),
+    Muon(decay=0.1),
 ]
 
 
@@ -108,6 +133,9 @@ def test_ranks_under_mpi_agree_in_every_bit(optimizer, mpi_ranks, comm):
     communicator = MPICommunicator(comm)
     objective = Rank(Elsewhere, None, 1e-7) if comm.rank else Rank(np.ndarray)
     objective.agree = communicator.agree
+    objective.spread = lambda works, sizes: [
+        own.view(objective.kind) for own in communicator.agree([np.asarray(work()) for work in works])
+    ]
     theta, state, reports = trajectory(optimizer, objective)
     for vector in (theta, *map(np.asarray, vars(state).values())):
         assert communicator.same(digest(vector)) == []
@@ -117,10 +145,16 @@ def test_ranks_under_mpi_agree_in_every_bit(optimizer, mpi_ranks, comm):
 
 @pytest.mark.parametrize(
     ("optimizer", "most"),
-    [(ALL[4], 1), (ALL[5], 1), (ALL[6], 2), (ALL[7], 2), *((hessian_free, 0) for hessian_free in ALL[:4])],
+    [
+        *zip(ALL[4:], (1, 1, 2, 2, 2, 3, 3), strict=True),
+        *((hessian_free, 0) for hessian_free in ALL[:4]),
+    ],
 )
 def test_messages_of_a_step(optimizer, most):
-    """One for the gradient, one for the step; Hessian-free: one a loss and a CG iteration besides."""
+    """One for the gradient, one for the step, one for the blocks where a method looks at them.
+
+    Hessian-free: one a loss and a CG iteration besides.
+    """
     agreed = []
     _, _, reports = trajectory(optimizer, First(np.ndarray, agreed))
     expected = len(reports) * most
@@ -244,7 +278,7 @@ def test_arguments_may_be_read_only(optimizer, dtype):
     objective = Rank(np.ndarray)
     objective.centre, objective.scale = objective.centre.astype(dtype), objective.scale.astype(dtype)
     theta = np.zeros(12, dtype)
-    state = optimizer.init(theta)
+    state = optimizer.init(theta, objective.blocks)
     for _ in range(3):
         for array in (theta, *(v for v in vars(state).values() if isinstance(v, np.ndarray))):
             array.flags.writeable = False
