@@ -13,16 +13,18 @@ if TYPE_CHECKING:
     from hfmpi.models.architecture import Architecture
     from hfmpi.models.network import Network
     from hfmpi.objective.data_parallel import DataParallel
-    from hfmpi.optim import Adam, GradientDescent, HessianFree, Objective, Objectives
+    from hfmpi.optim import SOAP, Adam, GradientDescent, HessianFree, Muon, Objective, Objectives
     from hfmpi.parallel import connect, guard
 
 __all__ = [
+    "SOAP",
     "Adam",
     "Architecture",
     "Arrays",
     "DataParallel",
     "GradientDescent",
     "HessianFree",
+    "Muon",
     "Network",
     "Objective",
     "Objectives",

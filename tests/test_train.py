@@ -339,8 +339,9 @@ def test_training_learns(name, steps, model, data, tmp_path):
     assert valid[-1] < 0.85 * valid[0]
 
 
-def test_an_update_that_overflows_is_told_and_the_run_goes_on_but_is_not_saved(data, tmp_path):
-    reporter, options = Recorder(), {"optimizer": "adam", "dtype": "float32", "settings": {"rate": 1e37}}
+@pytest.mark.parametrize("name", ["adam", "soap", "muon"])
+def test_an_update_that_overflows_is_told_and_the_run_goes_on_but_is_not_saved(name, data, tmp_path):
+    reporter, options = Recorder(), {"optimizer": name, "dtype": "float32", "settings": {"rate": 1e37}}
     run = make_run(tmp_path / "run", data, max_steps=3, **options)
     sentence = r"^the validation loss is not finite after step 3: there is no checkpoint yet$"
     with np.errstate(all="ignore"), StopSignals() as signals, pytest.raises(UserError, match=sentence):
