@@ -209,6 +209,9 @@ def test_the_history_of_an_adaptive_method(name, data, tmp_path):
         assert not {"damping", "rho", "projections"} & record.keys()
         factor = run.preset.optimizer.factor(record["step"] - 1)
         assert record["rate"] == pytest.approx(run.preset.optimizer.rate * factor)
+    drawn = CliRunner().invoke(cli, ["plot", str(run.folder), "--internals"])
+    assert "has no damping at every step: --internals needs shf or bhf" in str(drawn.exception)
+    assert CliRunner().invoke(cli, ["plot", str(run.folder)]).exit_code == 0
 
 
 @pytest.mark.parametrize("name", ["adamw", "soap"])
