@@ -35,8 +35,8 @@ def split(theta, about):
     return out
 
 
-def step(p, about, x, h, c):
-    """One step of a layer: h, c and the pre-activations."""
+def step(p, about, x, h, c, q=0):
+    """One step of a layer: h, c and the pre-activations; q is added to h W_mh."""
     n = about.hidden
     if about.name == "gru":  # columns of W_x: u, r, z; of W_h: r, z, s; biases u, r, z, s
         xu, xr, xz = np.split(x @ p["W_x"], 3)
@@ -47,7 +47,7 @@ def step(p, about, x, h, c):
         a = np.concatenate([a_u, xr + hr + br, xz + hz + bz])
         u = np.tanh(a_u)
         return (1 - z) * u + z * h, c, a
-    source = (x @ p["W_mx"]) * (h @ p["W_mh"]) if "W_mx" in p else h
+    source = (x @ p["W_mx"]) * (h @ p["W_mh"] + q) if "W_mx" in p else h
     a = x @ p["W_x"] + source @ p["W_h"]
     a = a + (p["b"] if about.variant == "standard" else np.concatenate([p["b"][: 3 * n], np.zeros(n)]))
     if about.name in ("rnn", "mrnn"):
@@ -58,9 +58,15 @@ def step(p, about, x, h, c):
     return (np.tanh(o * c + p["b"][3 * n :]) if about.variant == "krause" else o * np.tanh(c)), c, a
 
 
-def run(theta, about, batch):
-    """Give outputs (T, B, O) and pre-activations, a list of (L, B, K) a layer."""
+def run(theta, about, batch, at=None, other=None, q=()):
+    """Give outputs (T, B, O) and pre-activations, a list of (L, B, K) a layer.
+
+    At step and sequence `at` the parameters are `other`, and q, for each layer, is added to h W_mh.
+    """
     *layers, top = split(theta, about)
+    elsewhere = layers, top
+    if at is not None:
+        *others, its_top = split(other, about)
     steps, size = batch.inputs.shape[:2]
     outputs = np.zeros((steps, size, about.outputs), theta.dtype)
     pre = [[[None] * size for _ in range(steps)] for _ in layers]
@@ -68,10 +74,12 @@ def run(theta, about, batch):
         h = [np.zeros(about.hidden, theta.dtype) for _ in layers]
         c = [np.zeros(about.hidden, theta.dtype) for _ in layers]
         for t in range(steps):
+            layers, top = elsewhere if (t, b) != at else (others, its_top)
             read = batch.inputs[t, b]
             x = np.eye(about.inputs)[read] if batch.inputs.ndim == 2 else read
             for i, p in enumerate(layers):
-                h[i], c[i], pre[i][t][b] = step(p, about, x, h[i], c[i])
+                more = q[i] if len(q) and (t, b) == at else 0
+                h[i], c[i], pre[i][t][b] = step(p, about, x, h[i], c[i], more)
                 x = h[i]
             outputs[t, b] = x @ top["W_o"] + top.get("b_o", 0)
     return outputs[steps - len(batch.targets) :], [np.array(layer) for layer in pre]
@@ -81,9 +89,9 @@ def weight(batch, t, b):
     return 1 if batch.mask is None else batch.mask[t, b]
 
 
-def loss(theta, about, batch, kind="cross-entropy"):
-    """Give the summed loss in nats."""
-    outputs, _ = run(theta, about, batch)
+def loss(theta, about, batch, kind="cross-entropy", *elsewhere):
+    """Give the summed loss in nats; for the rest see `run`."""
+    outputs, _ = run(theta, about, batch, *elsewhere)
     total = 0
     for t, b in np.ndindex(*batch.targets.shape[:2]):
         z, y = outputs[t, b], batch.targets[t, b]

@@ -205,7 +205,7 @@ def allreduce(bench: Bench, about: Architecture) -> list[Row]:
     rows, comm = [], bench.comm
     backend = bench.make_backend()
     transport = choose(bench.transport, comm, backend)
-    sizes = message_sizes(about.layout.size, squares=True)
+    sizes = message_sizes(about.layout.size, about.layout.size)
     for kind, name in (("loss", "loss"), ("product", "product"), ("gradient", "gradient with squares")):
         loss = kind == "loss"  # it is on the host, whatever the device
         vector = np.zeros(sizes[kind]) if loss else backend.xp.zeros(sizes[kind], backend.dtype)

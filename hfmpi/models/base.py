@@ -16,6 +16,7 @@ from hfmpi.optim.base import Block
 __all__ = [
     "Blocks",
     "Columns",
+    "KroneckerFactors",
     "Linearisation",
     "Model",
     "SquaredGradients",
@@ -109,6 +110,24 @@ class SquaredGradients(Protocol):
         ----------
         at : Linearisation
             One of this model.
+        """
+
+
+@runtime_checkable
+class KroneckerFactors(Blocks, Protocol):
+    """A model that can also give Kronecker factors of each block's curvature, from the gradient's pass."""
+
+    @property
+    def factors_size(self) -> int:
+        """The numbers that `factored_gradient` adds to."""
+
+    def factored_gradient(self, at: Any, scale: float, out: Array, factors: Array) -> None:
+        """Add what `at.gradient` adds to out (D,), and sums for the factors to factors (factors_size,)."""
+
+    def normalise_factors(self, factors: Array, scored: int) -> Array:
+        """Give the factors A (rows, rows) and B (columns, columns) of each block, one after the other.
+
+        From sums over all cases of a batch with `scored` outputs, with scale = 1 / scored; they are used up.
         """
 
 

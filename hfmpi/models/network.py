@@ -10,7 +10,7 @@ from hfmpi.backends import create
 from hfmpi.backends.base import Array, Workspace
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.errors import UserError
-from hfmpi.models import recurrence
+from hfmpi.models import kronecker, recurrence
 from hfmpi.models.architecture import Architecture
 from hfmpi.models.losses import Loss, choose
 from hfmpi.models.recurrence import Recurrence
@@ -125,6 +125,20 @@ class Network:
     def squared_gradients(self, at: Tape, scale: float, out: Array, squares: Array) -> None:
         """Add the gradient to out (D,), and the sum of its squares over sequences to squares (D,)."""
         at.squared_gradients(scale, out, squares)
+
+    @property
+    def factors_size(self) -> int:
+        """The numbers that `factored_gradient` adds to."""
+        return kronecker.size(self.blocks)
+
+    def factored_gradient(self, at: Tape, scale: float, out: Array, factors: Array) -> None:
+        """Add the gradient to out (D,), and sums for the Kronecker factors of all blocks to factors."""
+        at.factored_gradient(scale, out, factors)
+
+    def normalise_factors(self, factors: Array, scored: int) -> Array:
+        """Give A and B of each block, one after the other, from the sums of all ranks, which are used up."""
+        kronecker.normalise(self.blocks, factors, scored)
+        return factors[:-1]
 
     def tape_bytes(self, steps: int, size: int, structural: bool = False, looks_up: bool = True) -> int:
         """Give the memory that the tape of a batch (steps, size) takes, without running it.

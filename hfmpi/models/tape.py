@@ -25,7 +25,7 @@ import numpy as np
 
 from hfmpi.backends.base import Array, Workspace
 from hfmpi.backends.numpy import NumpyBackend, by_sequence
-from hfmpi.models import recurrence
+from hfmpi.models import kronecker, recurrence
 from hfmpi.models.architecture import Architecture
 from hfmpi.models.losses import Loss
 from hfmpi.models.parameter_gradient import Cotangents, Each, Sums, Whole, layer_gradient
@@ -119,6 +119,10 @@ class Tape:
     def squared_gradients(self, scale: float, out: Array, squares: Array) -> None:
         """Add what `gradient` adds to out (D,), and the sum of its squares over sequences to squares (D,)."""
         self.vjp(self._loss_gradient(scale), out, squares)
+
+    def factored_gradient(self, scale: float, out: Array, factors: Array) -> None:
+        """Add what `gradient` adds to out (D,), and sums for Kronecker factors to factors."""
+        self.vjp(self._loss_gradient(scale), out, factors=factors)
 
     def gauss_newton(self, v: Array, scale: float, out: Array) -> None:
         """Add scale * J' H_L J v to out (D,)."""
@@ -293,7 +297,7 @@ class Tape:
 
     # J' u --------------------------------------------------------------------------------------
 
-    def vjp(self, u: Outputs, out: Array, squares: Array | None = None) -> None:
+    def vjp(self, u: Outputs, out: Array, squares: Array | None = None, factors: Array | None = None) -> None:
         """J' u: add the parameter cotangent of the output cotangents u to out (D,).
 
         Parameters
@@ -305,6 +309,8 @@ class Tape:
         squares : (D,), optional
             Gains, for every sequence of the batch, the element-wise square of that sequence's cotangent;
             not for columns.
+        factors : array, optional
+            Gains the sums of `hfmpi.models.kronecker`; not for columns.
         """
         backend, n = self.backend, self.architecture.hidden
         many = len(u.outputs) // max(1, len(self.kept))
@@ -327,6 +333,8 @@ class Tape:
                 dh = below
             du = own.reshape(-1, size, self.architecture.outputs)
             self._collect(cotangents[::-1], du, out, squares)
+            if factors is not None:
+                kronecker.accumulate(backend, self.architecture, cotangents[::-1], du, factors)
 
     def _block_adjoint(
         self, i: int, steps: slice, dh: Array, pre: Array | None, back: Array, dc: Array, below: Array | None

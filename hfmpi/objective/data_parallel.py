@@ -20,8 +20,8 @@ from hfmpi.data.batches import Cases, curvature_slice, global_indices, shard
 from hfmpi.errors import UserError
 from hfmpi.measure.spans import ALLREDUCE, LINE_SEARCH
 from hfmpi.measure.timer import Timer
-from hfmpi.models.base import Blocks, Model
-from hfmpi.objective.local import LocalSums, Shard
+from hfmpi.models.base import Blocks, KroneckerFactors, Model
+from hfmpi.objective.local import Beside, LocalSums, Shard
 from hfmpi.objective.messages import PARTS, unpack
 from hfmpi.objective.transport import HostTransport, Transport
 from hfmpi.optim.base import Block, Gradient, Objective, Objectives, Operator, Scalars
@@ -198,7 +198,8 @@ class Risk(Objective):
 
     def gradient(self, theta: Array) -> Gradient:
         """Mean loss and its gradient (D,), in one message."""
-        return self._gradient(theta, False)
+        message = self._gradient(theta, "")
+        return Gradient(self._loss(message), message[: theta.size])
 
     def squared_gradients(self, theta: Array) -> Gradient:
         """Mean loss, its gradient, and the mean squared gradients of the cases, in one message.
@@ -206,16 +207,26 @@ class Risk(Objective):
         A case counts with its loss over the mean number of scored outputs of a case, so that `squares` has
         the unit of the squared gradient whatever the batch.
         """
-        return self._gradient(theta, True)
+        message, size = self._gradient(theta, "squares"), theta.size
+        square_sum = message[size : 2 * size]
+        square_sum *= theta.dtype.type(self.size)  # sum_i (g_i / B)^2 -> mean_i g_i^2
+        return Gradient(self._loss(message), message[:size], square_sum)
 
-    def _gradient(self, theta: Array, squares: bool) -> Gradient:
-        owner, size = self.owner, theta.size
-        message = owner.local.gradient(theta, self.shard, self.scored, squares)
-        owner.sum(message, owner.transport)
-        square_sum = message[size : 2 * size] if squares else None
-        if square_sum is not None:  # sum_i (g_i / B)^2 -> mean_i g_i^2
-            square_sum *= theta.dtype.type(self.size)
-        return Gradient(unpack(owner.model.backend.to_host(message[PARTS])), message[:size], square_sum)
+    def factored_gradient(self, theta: Array) -> Gradient:
+        """Mean loss, its gradient, and the Kronecker factors of all blocks, in one message."""
+        message, model = self._gradient(theta, "factors"), self.owner.model
+        if not isinstance(model, KroneckerFactors):
+            return super().factored_gradient(theta)
+        factors = model.normalise_factors(message[theta.size : PARTS.start], self.scored)
+        return Gradient(self._loss(message), message[: theta.size], None, factors)
+
+    def _gradient(self, theta: Array, beside: Beside) -> Array:
+        message = self.owner.local.gradient(theta, self.shard, self.scored, beside)
+        self.owner.sum(message, self.owner.transport)
+        return message
+
+    def _loss(self, message: Array) -> float:
+        return unpack(self.owner.model.backend.to_host(message[PARTS]))
 
     def gauss_newton(self, theta: Array) -> Operator:
         """Linearise at theta; give v (D,) -> G v."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -17,13 +17,23 @@ from hfmpi.data.batches import Cases
 from hfmpi.errors import UserError
 from hfmpi.measure.spans import FORWARD, GRADIENT, INPUT, LINEARISE, PRODUCTS
 from hfmpi.measure.timer import Timer
-from hfmpi.models.base import Columns, Linearisation, Model, SquaredGradients, StructuralDamping
+from hfmpi.models.base import (
+    Columns,
+    KroneckerFactors,
+    Linearisation,
+    Model,
+    SquaredGradients,
+    StructuralDamping,
+)
 from hfmpi.objective.messages import PARTS, message_sizes, pack
 from hfmpi.optim.base import inner_product
 
-__all__ = ["LocalSums", "Shard", "pairwise"]
+__all__ = ["Beside", "LocalSums", "Shard", "pairwise"]
 
 T = TypeVar("T")
+
+Beside = Literal["", "squares", "factors"]
+"""What a gradient's pass gives beside it: squares of single cases' gradients, or Kronecker factors."""
 
 Linearise = Callable[[Array, Any, Any], Linearisation]
 """theta (D,), a batch, and a linearisation whose memory may be taken."""
@@ -96,31 +106,35 @@ class LocalSums:
 
         return self._shrinking(shard, lambda: pairwise([share(part) for part in shard.slices]))
 
-    def gradient(self, theta: Array, shard: Shard, scored: int, squares: bool) -> Array:
-        """Give the message of loss and gradient over `scored`, with `squares` of the single cases' too.
+    def gradient(self, theta: Array, shard: Shard, scored: int, beside: Beside = "") -> Array:
+        """Give the message of loss and gradient over `scored`, and what is wanted beside it.
 
         Raises
         ------
         UserError
-            On all ranks alike, if the model has no squares.
+            On all ranks alike, if the model has not what is wanted.
         """
-        backend, size = self.model.backend, theta.size
-        squaring = None
-        if squares:
-            if not isinstance(self.model, SquaredGradients):
+        backend, size, model = self.model.backend, theta.size, self.model
+        more, add = 0, None
+        if beside == "squares":
+            if not isinstance(model, SquaredGradients):
                 raise UserError("the model has no squared gradients: set preconditioner=none")
-            squaring = self.model
+            more, add = size, model.squared_gradients
+        elif beside == "factors":
+            if not isinstance(model, KroneckerFactors):
+                raise UserError("the model has no Kronecker factors: set directions without kfac")
+            more, add = model.factors_size, model.factored_gradient
 
         def share(part: np.ndarray) -> Array:
-            message = backend.xp.zeros(message_sizes(size, squares)["gradient"], theta.dtype)
-            out, square_sum, loss = message[:size], message[size : 2 * size], 0.0
+            message = backend.xp.zeros(message_sizes(size, more)["gradient"], theta.dtype)
+            out, others, loss = message[:size], message[size : size + more], 0.0
             for indices in self._cut(part):
                 batch = self._take(shard, indices)
                 with self.timer.span(FORWARD):
                     at = self._pass(self.model.linearise, theta, batch)
                 with self.timer.span(GRADIENT):
-                    if squaring is not None:
-                        squaring.squared_gradients(at, 1 / scored, out, square_sum)
+                    if add is not None:
+                        add(at, 1 / scored, out, others)
                     else:
                         at.gradient(1 / scored, out)
                     backend.synchronize()
@@ -166,9 +180,9 @@ class LocalSums:
 
         def share(kept: list[Linearisation], others: list[Any], v: Array) -> Array:
             if project:
-                message = np.zeros(message_sizes(len(v) ** 2, False)["product"])
+                message = np.zeros(message_sizes(len(v) ** 2)["product"])
             else:
-                message = backend.xp.zeros(message_sizes(v.size, False)["product"], v.dtype)
+                message = backend.xp.zeros(message_sizes(v.size)["product"], v.dtype)
             for at in kept:
                 add(at, v, message)
             for batch in others:

@@ -1,7 +1,7 @@
 """The messages of an objective: one vector a loss, gradient or product, each ending in the wish to stop.
 
 ==================  ====================================================================================
-gradient            g (D,), its squares (D,) where wanted, the loss in four parts (`pack`), stop
+gradient            g (D,), squares (D,) or factors where wanted, the loss in four parts (`pack`), stop
 product             G v (D,), or G V (C, D) of columns, stop
 projection          V G V' (C, C), stop; float64 on the host
 loss                the loss, or that of each candidate, stop; float64 on the host
@@ -45,10 +45,10 @@ def unpack(parts: np.ndarray) -> float:
     return float(np.sum(parts[::-1].astype(np.float64)))  # the smallest first
 
 
-def message_sizes(parameters: int, squares: bool) -> dict[str, int]:
-    """Give the numbers in the message of a gradient (with or without squares), a product and a loss."""
+def message_sizes(parameters: int, beside: int = 0) -> dict[str, int]:
+    """Give the numbers in the message of a gradient (with so many beside it), a product and a loss."""
     return {
-        "gradient": parameters * (1 + squares) + len(GRIDS) + 1,
+        "gradient": parameters + beside + len(GRIDS) + 1,
         "product": parameters + 1,
         "loss": 2,
     }

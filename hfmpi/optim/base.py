@@ -54,11 +54,15 @@ class Gradient(NamedTuple):
         g.
     squares : (D,) or None
         The mean over cases of the element-wise squared gradients of each case's own loss, where asked for.
+    factors : vector or None
+        A and B of each block, one after the other, where asked for: the curvature of the block is about
+        their Kronecker product.
     """
 
     loss: float
     vector: Vector
     squares: Vector | None = None
+    factors: Vector | None = None
 
 
 class Block(NamedTuple):
@@ -104,6 +108,10 @@ class Objective(ABC):
     def squared_gradients(self, theta: Vector) -> Gradient:
         """f(theta), its gradient and the squares, for the diagonal preconditioner."""
         raise UserError("the objective has no squared gradients: set preconditioner=none")
+
+    def factored_gradient(self, theta: Vector) -> Gradient:
+        """f(theta), its gradient and the Kronecker factors of all blocks."""
+        raise UserError("the objective has no Kronecker factors: set directions without kfac")
 
     def structural_gauss_newton(self, theta: Vector, structural: float) -> Operator:
         """Linearise at theta; give v -> (G + structural * S) v, S the curvature of the hidden states."""

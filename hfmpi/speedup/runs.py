@@ -59,7 +59,7 @@ class TimedRun:
         """Bytes that the ranks sum after a pass."""
         optimizer = self.config.preset().optimizer
         squares = isinstance(optimizer, HessianFree) and optimizer.preconditioner == "diagonal"
-        sizes = message_sizes(self.parameters, squares)
+        sizes = message_sizes(self.parameters, self.parameters * squares)
         return {
             "gradient": self.itemsize * sizes["gradient"],
             "product": self.itemsize * sizes["product"],
