@@ -114,8 +114,9 @@ def line(record: Record) -> str:
         parts.append(f"valid {record['valid_bpc']:.4f}")
     if "rho" in record:
         rho = "  nan" if record["rho"] is None else f"{record['rho']:5.2f}"
-        parts.append(f"lambda {record['damping']:.2e}  rho {rho}  cg {record['cg_steps']}")
-        parts.append(f"rate {record['line_search_rate']:.2f}")
+        parts.append(f"lambda {record['damping']:.2e}  rho {rho}")
+        if "line_search_rate" in record:
+            parts.append(f"cg {record['cg_steps']}  rate {record['line_search_rate']:.2f}")
     if not record["accepted"]:
         parts.append(record["message"])
     return "  ".join(parts)

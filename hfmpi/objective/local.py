@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 
@@ -115,7 +115,7 @@ class LocalSums:
             On all ranks alike, if the model has not what is wanted.
         """
         backend, size, model = self.model.backend, theta.size, self.model
-        more, add = 0, None
+        more, add = 0, cast("Callable[[Any, float, Array, Array], None] | None", None)
         if beside == "squares":
             if not isinstance(model, SquaredGradients):
                 raise UserError("the model has no squared gradients: set preconditioner=none")

@@ -72,12 +72,18 @@ class Block(NamedTuple):
     ----------
     name : str
     start, rows, columns : int
+    cuts : tuple of int
+        Rows at which another kind of inputs begins: the state below the symbols, the constant of a bias.
+    groups : int
+        Kinds of outputs, equally many columns each: the gates of a cell.
     """
 
     name: str
     start: int
     rows: int
     columns: int
+    cuts: tuple[int, ...] = ()
+    groups: int = 1
 
     def of(self, vector: Vector) -> Vector:
         """Give the block of a vector (D,), (rows, columns): a view."""

@@ -12,11 +12,12 @@ from hfmpi.optim.gradient_descent import GradientDescent
 from hfmpi.optim.hessian_free import HessianFree
 from hfmpi.optim.muon import Muon
 from hfmpi.optim.soap import SOAP
+from hfmpi.optim.subspace import Subspace
 from hfmpi.settings import converted
 
 __all__ = ["PRESETS", "Preset", "preset"]
 
-PRESETS = ("sgd", "bgd", "shf", "bhf", "bhf-short", "adam", "soap", "muon")
+PRESETS = ("sgd", "bgd", "shf", "bhf", "bhf-short", "adam", "soap", "muon", "subspace")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ def _preset(name: str) -> Preset:
         return Preset(SOAP(rate=0.1, beta1=0.9, epsilon=1e-6, refresh=2, schedule="inverse-root"), 3500)
     if name == "muon":
         return Preset(Muon(rate=0.3, momentum=0.9, vector_rate=0.03, schedule="inverse-root"), 3500)
+    if name == "subspace":  # the gradient on the whole training set, so that its risk is the step's
+        return Preset(Subspace(), 14_000, 875)
     if name in ("sgd", "bgd"):
         # Batches: Krause et al. (2015). Length: Krause's released code (2016) for LSTM; its 10 for mLSTM
         # diverges here (docs/results/kjv.md).

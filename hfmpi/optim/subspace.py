@@ -1,0 +1,300 @@
+"""One Gauss-Newton step in the space of many directions, for the fewest sequential passes.
+
+    V     the directions, k x D, rows of length one           g   the gradient, D
+    M     V G V', k x k, from J V alone: one pass             c   -(M + lambda V V' + epsilon diag M)^-1 V g
+
+The step is V' c. Directions are those of K-FAC at several dampings, the gradient and the gradient over its
+root mean square, each cut into parts (a gate of a matrix), and the last steps. There is no rate to tune and
+no line search; lambda follows the reduction ratio, which needs no pass where the next gradient is of the same
+batch, since it brings the risk after the step.
+
+Directions from K-FAC and an exact quadratic model along them are how K-FAC sets its rate and momentum
+(Martens and Grosse 2015, section 7), there with two directions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Annotated, TypeAlias
+
+import numpy as np
+
+from hfmpi.errors import UserError
+from hfmpi.optim import kfac
+from hfmpi.optim.base import Block, Gradient, Objective, Objectives, StepReport, Vector, Work, inner_product
+from hfmpi.settings import NOT_NEGATIVE, POSITIVE, Rule, at_least, check, within
+
+__all__ = ["Subspace", "SubspaceState"]
+
+KINDS = "kfac", "gradient", "rms"
+Matrix: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.float64]]"
+
+RELATIVE = 1e-9  # of the diagonal of M, added to it: directions may be the same to rounding
+
+
+@dataclass(frozen=True)
+class SubspaceState:
+    """What a step takes from those before.
+
+    Attributes
+    ----------
+    updates : int
+    damping : float
+        lambda.
+    loss, promised : float
+        The risk before the last step and what the model promised to take off it; 0 where there is none.
+    factors, decomposition : vector
+        Running means of the Kronecker factors, and their eigenvalues and eigenvectors.
+    mean_square : (D,)
+        Running mean of squared gradients.
+    steps : (memory * D,)
+        The last steps, the latest first.
+    """
+
+    updates: int
+    damping: float
+    loss: float
+    promised: float
+    factors: Vector
+    decomposition: Vector
+    mean_square: Vector
+    steps: Vector
+
+
+def _known(directions: str) -> bool:
+    words = directions.split("+")
+    return len(set(words)) == len(words) and set(words) <= set(KINDS)
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """Settings of the step.
+
+    Attributes
+    ----------
+    directions : str
+        Some of kfac, gradient and rms, joined by +.
+    memory : int
+        Last steps among the directions.
+    cut : bool
+        Cut every other direction into the parts of the blocks.
+    kfac_damping, kfac_dampings, kfac_ratio
+        The smallest gamma, how many, and the ratio of one to the next.
+    factor_decay, refresh
+        Decay of the running means, of K-FAC's factors and of the squares; steps between decompositions.
+    damping, damping_minimum, damping_maximum : float
+        lambda at the start, and its bounds.
+    candidates : int
+        0: the risk after a step is that of the next gradient, which must be of the same batch. Else so many
+        lambda, by factors of 4, are tried on the gradient batch in one pass, and the best is taken.
+    """
+
+    directions: Annotated[str, Rule(f"must be some of {', '.join(KINDS)} joined by +", _known)] = "kfac"
+    memory: Annotated[int, NOT_NEGATIVE] = 3
+    cut: bool = True
+    kfac_damping: Annotated[float, POSITIVE] = 1e-4
+    kfac_dampings: Annotated[int, at_least(1)] = 3
+    kfac_ratio: Annotated[float, POSITIVE] = 10.0
+    factor_decay: Annotated[float, within("[0, 1)")] = 0.9
+    refresh: Annotated[int, at_least(1)] = 1
+    damping: Annotated[float, NOT_NEGATIVE] = 1e-3
+    damping_minimum: Annotated[float, NOT_NEGATIVE] = 1e-8
+    damping_maximum: Annotated[float, POSITIVE] = 1e10
+    candidates: Annotated[int, NOT_NEGATIVE] = 0
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not self.damping_minimum <= self.damping_maximum:
+            raise ValueError("damping_minimum must not exceed damping_maximum")
+
+    @property
+    def _kinds(self) -> list[str]:
+        return self.directions.split("+")
+
+    def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> SubspaceState:
+        """Give the state before the first step.
+
+        Raises
+        ------
+        UserError
+            Without blocks.
+        """
+        if not blocks:
+            raise UserError("subspace needs the matrices of theta: init(theta, objective.blocks)")
+        has = "kfac" in self._kinds
+        return SubspaceState(
+            0,
+            self.damping,
+            0.0,
+            0.0,
+            np.zeros_like(theta, shape=has * kfac.factors_size(blocks)),
+            np.zeros_like(theta, shape=has * kfac.decomposition_size(blocks)),
+            np.zeros_like(theta, shape=("rms" in self._kinds) * theta.size),
+            np.zeros_like(theta, shape=self.memory * theta.size),
+        )
+
+    def step(
+        self, theta: Vector, state: SubspaceState, objectives: Objectives
+    ) -> tuple[Vector, SubspaceState, StepReport]:
+        """Take one step, or go back to where the last one began if the risk rose."""
+        objective = objectives.gradient
+        at = objective.factored_gradient(theta) if "kfac" in self._kinds else objective.gradient(theta)
+        loss, square = objective.agree((at.loss, inner_product(at.vector, at.vector)))
+        norm, rho = math.sqrt(square), None
+        if not self.candidates and state.promised > 0:
+            rho = (state.loss - loss) / state.promised
+            if not rho > 0:
+                return self._back(theta, state, loss, norm, rho)
+            state = replace(state, damping=self._damped(state.damping, rho))
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            message = "the risk or its gradient is not finite"
+            return theta, state, self._report(loss, norm, state, Work(gradients=1), message)
+        if norm == 0:
+            message = "the gradient is zero"
+            return theta, state, self._report(loss, norm, state, Work(gradients=1), message, True)
+        before = state
+        state, found = self._directions(state, objectives, at)
+        lengths = objective.agree(tuple(inner_product(v, v) for v in found))
+        if not all(map(math.isfinite, lengths)):
+            work = Work(gradients=1)
+            return theta, before, self._report(loss, norm, state, work, "a direction is not finite")
+        v = np.zeros_like(theta, shape=(sum(length > 0 for length in lengths), theta.size))
+        rows = iter(v)
+        for direction, length in zip(found, lengths, strict=True):
+            if length > 0:
+                next(rows)[...] = theta.dtype.type(1 / math.sqrt(length)) * direction
+        m = objectives.second.project(theta)(v)
+        gram = np.array(np.matmul(v, v.T).tolist())
+        slopes = np.array([inner_product(row, at.vector) for row in v])
+        work = Work(gradients=1, linearisations=1, projections=1, directions=len(v) - 1)
+        model = _Model(objective, v, m, gram, slopes)
+        if not self.candidates:
+            p, promised = model.step(state.damping)
+            return self._taken(theta, state, objectives, p, promised, loss, norm, rho, work)
+        dampings = [state.damping * 4.0 ** (i - (self.candidates - 1) // 2) for i in range(self.candidates)]
+        steps = [model.step(damping) for damping in dampings]
+        losses = objective.agree(tuple(objective.losses([theta + p for p, _ in steps])))
+        work = replace(work, losses=1, candidates=self.candidates - 1)
+        best = min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
+        p, promised = steps[best]
+        rho = (loss - losses[best]) / promised if promised > 0 else math.nan
+        if not losses[best] < loss:
+            state = replace(state, damping=min(4 * max(dampings), self.damping_maximum))
+            message = "no candidate lowers the risk"
+            return theta, state, self._report(loss, norm, state, work, message, rho=rho)
+        state = replace(state, damping=self._damped(dampings[best], rho))
+        return self._taken(theta, state, objectives, p, 0.0, loss, norm, rho, work)
+
+    def _directions(
+        self, state: SubspaceState, objectives: Objectives, at: Gradient
+    ) -> tuple[SubspaceState, list[Vector]]:
+        """Give the directions, and the state with the means that they come from."""
+        objective, g = objectives.gradient, at.vector
+        kind, blocks = g.dtype.type, objective.blocks
+        keep = min(1 - 1 / (state.updates + 1), self.factor_decay)
+        whole = [g] if "gradient" in self._kinds else []
+        if "rms" in self._kinds:
+            mean_square = kind(keep) * state.mean_square + kind(1 - keep) * g * g
+            state = replace(state, mean_square=mean_square)
+            whole.append(g / (np.sqrt(mean_square) + kind(1e-8)))
+        if "kfac" in self._kinds:
+            factors = kind(keep) * state.factors + kind(1 - keep) * at.factors
+            dampings = [self.kfac_damping * self.kfac_ratio**i for i in range(self.kfac_dampings)]
+            due = state.updates % self.refresh == 0
+            more, decomposition = kfac.directions(objective, g, factors, state.decomposition, dampings, due)
+            state, whole = replace(state, factors=factors, decomposition=decomposition), whole + more
+        found = [part for v in whole for part in _parts(blocks, v)] if self.cut else whole
+        return state, [*found, *state.steps.reshape(self.memory, -1)]
+
+    def _damped(self, damping: float, rho: float) -> float:
+        """Give lambda after a step of this reduction ratio."""
+        if rho > 0.75:
+            damping *= 0.5
+        elif rho < 0.25:
+            damping *= 2.25
+        elif rho < 0.5:
+            damping *= 1.22
+        return min(max(damping, self.damping_minimum), self.damping_maximum)
+
+    def _taken(
+        self, theta: Vector, state: SubspaceState, objectives: Objectives, p: Vector, promised: float,
+        loss: float, norm: float, rho: float | None, work: Work,
+    ) -> tuple[Vector, SubspaceState, StepReport]:  # fmt: skip
+        """Take a step, unless it is not finite."""
+        (square,) = objectives.gradient.agree((inner_product(p, p),))
+        if not math.isfinite(square):
+            return theta, state, self._report(loss, norm, state, work, "the step is not finite", rho=rho)
+        report = self._report(loss, norm, state, work, accepted=True, rho=rho, length=math.sqrt(square))
+        size = theta.size
+        steps = state.steps * 1
+        steps[size:] = state.steps[: (self.memory - 1) * size] if self.memory > 1 else steps[size:]
+        steps[:size] = p[: steps.size]
+        after = replace(state, updates=state.updates + 1, loss=loss, promised=max(promised, 0.0), steps=steps)
+        return theta + p, after, report
+
+    def _back(
+        self, theta: Vector, state: SubspaceState, loss: float, norm: float, rho: float
+    ) -> tuple[Vector, SubspaceState, StepReport]:
+        """Go back to where the last step began."""
+        size = theta.size
+        before, steps = theta - state.steps[:size], state.steps * 1
+        steps[: steps.size - size] = state.steps[size:]
+        steps[steps.size - size :] = 0
+        damping = min(4 * state.damping, self.damping_maximum)
+        after = replace(state, damping=damping, loss=0.0, promised=0.0, steps=steps)
+        message = "the risk rose: back to where the last step began"
+        return before, after, self._report(loss, norm, after, Work(gradients=1), message, rho=rho)
+
+    def _report(
+        self, loss: float, norm: float, state: SubspaceState, work: Work, message: str = "",
+        accepted: bool = False, rho: float | None = None, length: float = 0.0,
+    ) -> StepReport:  # fmt: skip
+        details: dict[str, float | int | str | None] = {
+            "gradient_norm": norm if math.isfinite(norm) else None,
+            "step_norm": length,
+            "damping": state.damping,
+            "rho": None if rho is None or not math.isfinite(rho) else rho,
+        }
+        return StepReport(loss, accepted, message, work, details)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The quadratic model on the directions v (k, D): M (k, k), V V' (k, k) and V g (k,)."""
+
+    objective: Objective
+    v: Vector
+    m: Matrix
+    gram: Matrix
+    slopes: Matrix
+
+    def step(self, damping: float) -> tuple[Vector, float]:
+        """Give the step V' c, and what the model promises to take off the risk, without damping."""
+        system = self.m + damping * self.gram + RELATIVE * np.diag(np.diag(self.m))
+        try:
+            c = -np.linalg.solve(system, self.slopes)
+        except np.linalg.LinAlgError:
+            c = -np.linalg.lstsq(system, self.slopes)[0]
+        promised = -float(self.slopes @ c + c @ self.m @ c / 2)
+        *weights, promised = self.objective.agree((*map(float, c), promised))
+        p, kind = self.v[0] * 0, self.v.dtype.type
+        for weight, row in zip(weights, self.v, strict=True):
+            p = p + kind(weight) * row
+        return p, promised
+
+
+def _parts(blocks: Sequence[Block], v: Vector) -> list[Vector]:
+    """Cut a vector (D,) into its parts: a kind of inputs and a kind of outputs of a block each."""
+    found = []
+    for block in blocks:
+        edges, width = (0, *block.cuts, block.rows), block.columns // block.groups
+        for top, bottom in pairwise(edges):
+            for group in range(block.groups):
+                part = v * 0
+                columns = slice(group * width, (group + 1) * width)
+                block.of(part)[top:bottom, columns] = block.of(v)[top:bottom, columns]
+                found.append(part)
+    return found
