@@ -20,10 +20,10 @@ import numpy as np
 
 from hfmpi import __version__
 from hfmpi.errors import UserError
-from hfmpi.files.hdf5 import Damage, Format, array, attribute, attributes, members, opened, set_text
+from hfmpi.files.hdf5 import Damage, Format, InUse, array, attribute, attributes, members, opened, set_text
 from hfmpi.measure.machine import free_memory
 
-__all__ = ["Corpus", "is_corpus"]
+__all__ = ["Corpus", "is_corpus", "loss_unit"]
 
 _FORMAT = Format("corpus", 1)
 _PROVENANCE = "provenance_"
@@ -147,11 +147,18 @@ class Corpus:
         return corpus
 
 
+def loss_unit(symbols: bytes) -> str:
+    """Give the unit of a loss on texts of these symbols: a character beyond ASCII may be several bytes."""
+    return "bits/char" if symbols.isascii() else "bits/byte"
+
+
 def is_corpus(path: Path) -> bool:
-    """Whether the file calls itself a corpus, of any version and in any state."""
+    """Whether the file calls itself a corpus, of any version and in any state; UserError if it is in use."""
     try:
         with opened(path) as (file, _):
             return _FORMAT.claimed(file)
+    except InUse:
+        raise
     except UserError:
         return False
 
