@@ -13,7 +13,11 @@ __all__ = ["sample"]
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
-    "--length", default=500, show_default=True, type=click.IntRange(min=0), help="Characters to write."
+    "--length",
+    default=500,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Characters (bytes) to write.",
 )
 @click.option("--prime", default="", metavar="TEXT", help="What the network reads first.")
 @click.option(
@@ -25,7 +29,10 @@ __all__ = ["sample"]
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
 def sample(run: Path, length: int, prime: str, temperature: float, seed: int) -> None:
-    """Write LENGTH characters with the network of RUN, after the prime."""
+    """Write LENGTH characters with the network of RUN, after the prime.
+
+    What is written are the bytes of the text that it was trained on, in whatever encoding that was.
+    """
     from hfmpi.models import sampling
     from hfmpi.runs.trained_model import Trained
 
@@ -34,5 +41,6 @@ def sample(run: Path, length: int, prime: str, temperature: float, seed: int) ->
     if trained.message:
         click.echo(f"Note: {trained.message}.", err=True)
     network, theta, symbols = trained.network, trained.theta, trained.symbols
-    written = sampling.sample(network, theta, symbols, length, os.fsencode(prime), temperature, seed)
-    click.echo(prime + written.decode("utf-8", "replace"))
+    read = os.fsencode(prime)
+    written = sampling.sample(network, theta, symbols, length, read, temperature, seed)
+    click.echo(read + written)  # bytes as they are: of any encoding, on a terminal of any encoding

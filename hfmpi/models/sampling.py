@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import numpy as np
 
 from hfmpi.backends.base import Array
@@ -23,7 +26,7 @@ def sample(
     symbols : bytes
         The byte of each symbol.
     length : int
-        Characters to draw.
+        Symbols to draw, of a byte each.
     prime : bytes
         What it reads first; may be empty.
     temperature : float
@@ -33,12 +36,15 @@ def sample(
     Raises
     ------
     UserError
-        If the prime has a character that the network does not know.
+        If the prime has a character, in the locale's encoding, that the network does not know.
     """
     ids = {byte: i for i, byte in enumerate(symbols)}
-    unknown = sorted({chr(b) for b in prime if b not in ids})
+    unknown = sorted({c for c in os.fsdecode(prime) if not ids.keys() >= set(os.fsencode(c))})
     if unknown:
-        raise UserError(f"the network does not know the character(s) {' '.join(map(repr, unknown))}")
+        # What is no character in the locale's encoding is a byte, which \x.. names in a shell too.
+        names = (repr(c if c.isprintable() else os.fsencode(c)).removeprefix("b") for c in unknown)
+        hint = "" if "".join(unknown).isascii() else f", at least not in {sys.getfilesystemencoding()}"
+        raise UserError(f"the network does not know the character(s) {' '.join(names)}{hint}")
     rng = np.random.Generator(np.random.PCG64(seed))
     backend = network.backend
     # Without a prime it starts as training sequences do: zero state, some first character.
