@@ -1,5 +1,7 @@
 """The commands: what they do, and bad input: one sentence, exit code 2, no hang, files as before."""
 
+import fcntl
+import io
 import json
 import os
 import shutil
@@ -134,6 +136,40 @@ def test_from_text_to_sample(here, monkeypatch, capsys):
     assert len(written) == len("the") + 40 + 1
     assert call(monkeypatch, "sample", "book.run", "--length", "40", "--prime", "the") == 0
     assert capsys.readouterr().out == written
+
+
+@pytest.mark.parametrize(("encoding", "unit"), [("latin-1", "byte"), ("utf-8", "byte"), ("ascii", "char")])
+def test_a_text_of_any_encoding(encoding, unit, here, monkeypatch, capsys):
+    words = "été, crème, garçon" if encoding != "ascii" else "summer, cream, boy"
+    (here / "book.txt").write_bytes(f"{words} ".encode(encoding) * 200)
+    assert call(monkeypatch, "prepare", "book.txt", "book.h5") == 0
+    assert call(monkeypatch, "train", "book.h5", *TINY, "--max-steps", "1") == 0
+    assert f" bits/{unit} on validation" in capsys.readouterr().out
+    assert call(monkeypatch, "evaluate", "book.run") == 0
+    assert f" bits/{unit} on " in capsys.readouterr().out
+
+    def sample(*words):
+        """Give the bytes, on a terminal of which none of them is part."""
+        with io.TextIOWrapper(io.BytesIO(), "ascii") as out, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", out)
+            assert call(monkeypatch, "sample", "book.run", "--length", "42", *words) == 0
+            out.flush()
+            return out.buffer.getvalue()
+
+    written = sample()
+    assert len(written) == 42 + 1
+    assert set(written[:-1]) <= set(f"{words} ".encode(encoding))
+    assert any(byte > 127 for byte in written) == (encoding != "ascii")
+    prime = words[:2].encode(encoding)
+    assert sample("--prime", os.fsdecode(prime)).startswith(prime)
+
+
+def test_an_unknown_character_is_named_as_it_was_typed(refused):
+    hint = f", at least not in {sys.getfilesystemencoding()}\n"
+    begin = "the network does not know the character(s) "
+    assert refused("sample", "run", "--prime", "thé ñ日") == f"{begin}'é' 'ñ' '日'{hint}"
+    assert refused("sample", "run", "--prime", os.fsdecode(b"\xe9\n")) == f"{begin}'\\n' '\\xe9'{hint}"
+    assert refused("sample", "run", "--prime", "A the") == f"{begin}'A'\n"
 
 
 @pytest.mark.parametrize("words", [[], ["train"], ["bench"]])
@@ -330,22 +366,113 @@ def test_a_run_does_not_go_on_with_another_vocabulary(here, refused):
         (here / "other.h5").unlink()
 
 
-def test_a_run_does_not_go_on_with_other_data(here, monkeypatch, refused):
+def test_a_run_does_not_go_on_with_other_data(here, monkeypatch, capsys, refused):
     prepare(text()[::-1])[0].write(here / "other.h5")
     assert "other data" in refused("train", "other.h5", "--out", "run", "--max-steps", "9")
     # A new run may start from it.
     assert call(monkeypatch, "train", "other.h5", "--out", "new", "--resume", "run", "--max-steps", "3") == 0
+    assert capsys.readouterr().err == "Note: run was trained on other data than other.h5.\n"
+
+
+def test_a_run_is_not_evaluated_on_other_data_without_a_word(here, monkeypatch, capsys, refused):
+    def evaluated(*words):
+        assert call(monkeypatch, "evaluate", "run", *words, "--json") == 0
+        said = capsys.readouterr()
+        return json.loads(said.out), said.err
+
+    own, word = evaluated()
+    assert (own["corpus"], word) == (Corpus.read(here / "small.h5").digest, "")
+    (here / "small.h5").rename(here / "moved.h5")
+    # The run was made elsewhere; its corpus is there still.
+    path = here / "run" / checkpoint.NEWEST
+    found = checkpoint.load(path)
+    corpus = here / "small.h5"
+    checkpoint.save(path, found.theta, found.state, found.meta | {"data": str(corpus)})
+    sentence = f"cannot read {corpus}: No such file or directory; if the corpus of the run is elsewhere now, "
+    assert refused("evaluate", "run") == sentence + "name it with --data\n"
+    assert evaluated("--data", "moved.h5") == (own, "")
+    assert "name it there, and --out run" in refused("train", "small.h5", "--out", "run")
+
+    prepare(text()[::-1])[0].write(corpus)
+    sentence = (
+        f"{corpus} holds other data now than the run was trained on; to evaluate on it all the same give "
+    )
+    assert refused("evaluate", "run") == sentence + f"--data {corpus}\n"
+    other, word = evaluated("--data", "small.h5")
+    assert word == "Note: small.h5 holds other data than run was trained on.\n"
+    assert other["corpus"] == Corpus.read(corpus).digest
+    assert other["valid_bpc"] != own["valid_bpc"]
+
+
+def test_a_checkpoint_of_another_run_in_the_folder(here, monkeypatch, refused):
+    newest, previous = here / "run" / checkpoint.NEWEST, here / "run" / checkpoint.PREVIOUS
+    assert (
+        call(monkeypatch, "train", "small.h5", "--out", "new", *TINY, "--seed", "1", "--max-steps", "1") == 0
+    )
+    shutil.move(newest, previous)
+    shutil.copy(here / "new" / checkpoint.NEWEST, newest)
+    for words in ("train small.h5 --out run --max-steps 9", "evaluate run", "sample run", "speedup run"):
+        assert (
+            "run/checkpoint.h5 is of another run than checkpoint.previous.h5 beside it, its seed differs: "
+            in (refused(*words.split()))
+        )
+    newest.unlink()
+    assert call(monkeypatch, "train", "small.h5", "--out", "run", "--max-steps", "3") == 0
+    assert [record["step"] for record in history(here / "run")] == [1, 2, 3]
+
+
+def open_elsewhere(path):
+    """Leave the file as another program has it that writes into it, or that died while it did."""
+    program = "import h5py, os, sys; file = h5py.File(sys.argv[1], 'r+'); os._exit(0)"
+    subprocess.run([sys.executable, "-c", program, path], check=True, timeout=60)
+
+
+def test_files_that_are_open_in_another_program_are_not_called_damaged(here, refused):
+    open_elsewhere(here / "small.h5")
+    (here / "book.txt").write_bytes(text())
+    for words in (
+        "train small.h5 --out new",
+        "evaluate run --data small.h5",
+        "prepare book.txt small.h5",
+        "bench step --data small.h5",
+    ):
+        assert refused(*words.split()).startswith("small.h5 is open for writing in another program: close it")
+    # The newest checkpoint may be good: what came after the previous one is not thrown away.
+    shutil.copy(here / "run" / checkpoint.NEWEST, here / "run" / checkpoint.PREVIOUS)
+    open_elsewhere(here / "run" / checkpoint.NEWEST)
+    for words in ("train small.h5 --out run", "evaluate run"):
+        assert "run/checkpoint.h5 is open for writing" in refused(*words.split())
+
+
+def test_a_file_that_another_program_locks(here, monkeypatch):
+    monkeypatch.setenv("HDF5_USE_FILE_LOCKING", "TRUE")
+    with (here / "small.h5").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = outside(1, here, "evaluate", "run", "--data", "small.h5")
+    is_one_sentence(done, "small.h5 is locked by another program")
 
 
 @pytest.mark.parametrize("change", [
-    {"step": None}, {"seconds": "soon"}, {"counts": {"steps": 2, "naps": 1}}, {"counts": 7},
-    {"vocabulary": 3}, {"config": {"hidden": "six"}}, {"config": {"units": 6}}, {"config": 6},
+    {"step": None}, {"step": True}, {"step": -1}, {"step": 2.5}, {"seconds": "soon"}, {"seconds": -1},
+    {"counts": {"steps": 2, "naps": 1}}, {"counts": 7}, {"vocabulary": 3}, {"vocabulary": [32] * 17},
+    {"corpus": 5}, {"data": 6}, {"config": {"hidden": "six"}}, {"config": {"units": 6}}, {"config": 6},
 ])  # fmt: skip
 def test_checkpoints_that_describe_no_run(change, here, refused):
     path = here / "run" / checkpoint.NEWEST
     found = checkpoint.load(path)
     checkpoint.save(path, found.theta, found.state, found.meta | change)
-    refused("train", "small.h5", "--out", "run", "--max-steps", "9")
+    if change.keys() != {"data"}:  # the command line names it
+        refused("train", "small.h5", "--out", "run", "--max-steps", "9")
+    refused("evaluate", "run", "--data", "small.h5")
+    refused("sample", "run")
+
+
+def test_parameters_that_are_no_numbers(here, refused):
+    path = here / "run" / checkpoint.NEWEST
+    found = checkpoint.load(path)
+    checkpoint.save(path, found.theta * np.nan, found.state, found.meta)
+    for words in ("evaluate run --json --data small.h5", "sample run"):
+        assert refused(*words.split()) == "the parameters in the checkpoint in run are not finite\n"
 
 
 def test_checkpoints_that_cannot_be_read(here, refused):

@@ -411,6 +411,15 @@ def test_plot_shows_the_internals(folders, tmp_path):
     assert b"<svg" in (tmp_path / "a.svg").read_bytes()
 
 
+def test_plot_says_that_runs_have_different_data(folders, tmp_path):
+    train(tmp_path / "data", write_other(tmp_path / "other.h5"), max_steps=2)
+    one, words = folders / "one", ["plot", folders / "one", folders / "other", tmp_path / "data"]
+    found = CliRunner().invoke(cli, list(map(str, words)))
+    assert f"Note: {one} and {tmp_path / 'data'} were trained on different data.\n" in found.output
+    (tmp_path / "data" / "checkpoint.h5").unlink()  # nobody knows
+    assert "Note" not in CliRunner().invoke(cli, list(map(str, words))).output
+
+
 def test_small_charts():
     assert sparkline([0, 1, 2, 3, 4, 5, 6, 7.0]) == "▁▂▃▄▅▆▇█"
     assert sparkline([1.0, None, 100.0, 10.0], log=True) == "▁ █▅"

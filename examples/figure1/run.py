@@ -36,17 +36,23 @@ from study import (
 
 from hfmpi.data.corpus import Corpus
 from hfmpi.errors import UserError
+from hfmpi.files.checkpoint import trained_on
 from hfmpi.parallel import guard
 
 
-def prepare(data: Path, size: Size) -> None:
-    """Make the corpus, or check that the one there is of this size."""
+def prepare(data: Path, out: Path, size: Size) -> None:
+    """Make the corpus, or check that the one there is of this size and that of the runs so far."""
     chars = ["--train-chars", str(size.train_chars), "--valid-chars", str(size.valid_chars)]
     if not data.exists():
         subprocess.run(["hfmpi", "prepare", "--corpus", "kjv", *chars, str(data)], check=True)
-    found = len(Corpus.read(data).train)
-    if found != size.train_chars:
-        raise UserError(f"{data} has {found:,} training characters; this size wants {' '.join(chars)}")
+    corpus = Corpus.read(data)
+    if len(corpus.train) != size.train_chars:
+        raise UserError(
+            f"{data} has {len(corpus.train):,} training characters; this size wants {' '.join(chars)}"
+        )
+    for folder in sorted(out.iterdir()):
+        if trained_on(folder)[0] not in (None, corpus.digest):
+            raise UserError(f"{folder} was trained on other data than {data}: name another OUT")
 
 
 def call(words: list[str], log: Path, *fine: int) -> int:
@@ -84,7 +90,7 @@ def main() -> None:
     size = SIZES[given.size]
     seconds = given.seconds or size.seconds
     given.out.mkdir(parents=True, exist_ok=True)
-    prepare(given.data, size)
+    prepare(given.data, given.out, size)
     times = ", ".join(f"{method.upper()} {n * seconds:g} s" for method, n in TIMES.items())
     print(f"{size.sequences:,} of {SEQUENCES:,} sequences; {times}, {TUNING:g} of it a candidate", flush=True)
 

@@ -45,7 +45,12 @@ INTERNALS: dict[Quantity, str] = {
     help="Damping, reduction ratio, CG iterations and line search rate of each Hessian-free step instead.",
 )
 def plot(runs: tuple[Path, ...], out: Path | None, internals: bool) -> None:
-    """Draw training (lines) and validation (marks) bits/char of RUN... against P_I, P_D and seconds."""
+    """Draw training (lines) and validation (marks) bits/char of RUN... against P_I, P_D and seconds.
+
+    Of a text with other bytes than ASCII they are bits per byte.
+    """
+    from hfmpi.data.corpus import loss_unit
+    from hfmpi.files.checkpoint import trained_on
     from hfmpi.files.history import History
 
     if out is not None:
@@ -60,10 +65,19 @@ def plot(runs: tuple[Path, ...], out: Path | None, internals: bool) -> None:
         if internals:
             _check_internals(run, records)
         histories.append((str(run), records))
+    corpora = {run: trained_on(run) for run in runs}
+    known: dict[str, Path] = {}
+    for run, (digest, _) in corpora.items():
+        if digest is not None:
+            known.setdefault(digest, run)
+    if len(known) > 1 and not internals:
+        one, other, *_ = known.values()
+        click.echo(f"Note: {one} and {other} were trained on different data.", err=True)
     if out is None:
         click.echo("\n".join(charts(histories, internals)))
         return
-    save(draw_internals(histories) if internals else draw(histories), out)
+    unit = loss_unit(b"".join(symbols for _, symbols in corpora.values()))
+    save(draw_internals(histories) if internals else draw(histories, unit), out)
     click.echo(f"{out}: {len(runs)} run(s)")
 
 
@@ -127,7 +141,7 @@ def draw_internals(histories: list[tuple[str, list[Record]]]) -> Any:
     return figure
 
 
-def draw(histories: list[tuple[str, list[Record]]]) -> Any:
+def draw(histories: list[tuple[str, list[Record]]], unit: str) -> Any:
     """Make the figure: one panel a cost, one line style a run, so that it reads in black and white."""
     from matplotlib.figure import Figure
 
@@ -150,7 +164,7 @@ def draw(histories: list[tuple[str, list[Record]]]) -> Any:
         axis.set_xlabel(label)
         axis.set_xscale("log" if key != "seconds" else "linear")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("bits/char (line: training, marks: validation)")
+    axes[0].set_ylabel(f"{unit} (line: training, marks: validation)")
     axes[0].set_ylim(top=top)
     axes[-1].legend()
     return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,12 @@ def train(
     import numpy as np
 
     from hfmpi.cli.progress import make_reporter
+    from hfmpi.data.corpus import loss_unit
     from hfmpi.files.run_folder import find_checkpoint
     from hfmpi.parallel.failure import together
     from hfmpi.parallel.launch import connect
     from hfmpi.parallel.placement import place
+    from hfmpi.runs.restore import check_one_run
     from hfmpi.runs.stop import StopSignals, job_end
     from hfmpi.runs.train import Run
 
@@ -84,10 +87,20 @@ def train(
         if changes:
             wanted["settings"] = changes
         found = find_checkpoint(folder, resume)
+        if found is not None and resume == "auto":
+            check_one_run(folder, found)
+            if not os.path.exists(data):
+                raise UserError(
+                    f"cannot read {data}: No such file or directory; if the corpus of {folder} is elsewhere "
+                    f"now, name it there, and --out {folder}"
+                )
         merged = merge(wanted, found.meta.get("config") if found else None)
         run = Run(folder, merged, data, comm, placement, found)
-        if found is not None and resume == "auto" and found.meta.get("corpus") != run.corpus.digest:
-            raise UserError(f"{folder} was trained on other data than {data}; give another --out")
+        if found is not None and found.meta.get("corpus") != run.corpus.digest:
+            if resume == "auto":
+                raise UserError(f"{folder} was trained on other data than {data}; give another --out")
+            if comm.rank == 0:
+                click.echo(f"Note: {resume} was trained on other data than {data}.", err=True)
         if found is not None and found.message and comm.rank == 0:
             click.echo(f"Note: {found.message}.", err=True)
         return run
@@ -96,7 +109,8 @@ def train(
     with make_reporter(comm.rank) as reporter:
         result = run.train(reporter, signals)
     if comm.rank == 0:
-        valid = "" if result.valid_bpc is None else f", {result.valid_bpc:.4f} bits/char on validation"
+        unit = loss_unit(run.corpus.symbols)
+        valid = "" if result.valid_bpc is None else f", {result.valid_bpc:.4f} {unit} on validation"
         click.echo(f"Stopped at step {result.step:,}: {result.reason}{valid}.")
         if not result.done:
             click.echo(f"Start again with the same command to go on; the checkpoint is in {folder}.")

@@ -18,6 +18,7 @@ from hfmpi.objective.messages import message_sizes
 from hfmpi.optim.hessian_free import HessianFree
 from hfmpi.runs.config import CHANGEABLE, Config, merge
 from hfmpi.runs.record import counted
+from hfmpi.runs.restore import check_one_run
 from hfmpi.runs.timing import read_times
 from hfmpi.speedup.steps import StepTimes, mean_spans
 
@@ -124,6 +125,7 @@ def _merged(repeats: list[StepTimes]) -> StepTimes:
 def _read(folder: Path) -> TimedRun:
     """Read a run; a run that was resumed has measured what came after."""
     saved = checkpoint.latest(folder)
+    check_one_run(folder, saved)
     try:
         config, corpus = merge(saved.meta["config"]), str(saved.meta["corpus"])
     except (KeyError, TypeError, ValueError) as error:
