@@ -420,6 +420,16 @@ def test_plot_says_that_runs_have_different_data(folders, tmp_path):
     assert "Note" not in CliRunner().invoke(cli, list(map(str, words))).output
 
 
+@pytest.mark.parametrize("name", [r"x$\foo$", os.fsdecode(b"caf\xe9"), "_run"])
+def test_a_run_of_any_name_is_drawn(name, folders, tmp_path):
+    pytest.importorskip("matplotlib")
+    shutil.copytree(folders / "one", tmp_path / name)
+    for more in [], ["--internals"]:
+        words = ["plot", str(tmp_path / name), *more, "--out", str(tmp_path / "a.svg")]
+        result = CliRunner().invoke(cli, words)
+        assert result.exit_code == 0, result.exception
+
+
 def test_small_charts():
     assert sparkline([0, 1, 2, 3, 4, 5, 6, 7.0]) == "▁▂▃▄▅▆▇█"
     assert sparkline([1.0, None, 100.0, 10.0], log=True) == "▁ █▅"

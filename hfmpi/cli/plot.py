@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from hfmpi.cli.show import MARKERS, STYLES, aligned, need_matplotlib, runs_and_figure, save, sparkline
+from hfmpi.cli.show import MARKERS, STYLES, aligned, label, need_matplotlib, runs_and_figure, save, sparkline
 from hfmpi.errors import UserError
 
 if TYPE_CHECKING:
@@ -120,14 +120,14 @@ def draw_internals(histories: list[tuple[str, list[Record]]]) -> Any:
                 values,
                 STYLES[i % len(STYLES)] + MARKERS[i % len(MARKERS)],
                 color=f"C{i}",
-                label=Path(name).name,
+                label=label(name),
                 linewidth=1.0,
                 markersize=4,
                 markerfacecolor="none",
                 markevery=max(1, len(steps) // 15),
             )
-    for axis, label in zip(axes.flat, INTERNALS.values(), strict=True):
-        axis.set_ylabel(label)
+    for axis, meaning in zip(axes.flat, INTERNALS.values(), strict=True):
+        axis.set_ylabel(meaning)
         axis.grid(alpha=0.3)
     axes[0, 0].set_yscale("log")
     axes[1, 0].yaxis.get_major_locator().set_params(integer=True)
@@ -154,14 +154,14 @@ def draw(histories: list[tuple[str, list[Record]]], unit: str) -> Any:
         for axis, key in zip(axes, AXES, strict=True):
             xs = [r[key] for r in records]
             style = STYLES[i % len(STYLES)]
-            axis.plot(xs, smooth, style, color=f"C{i}", label=Path(name).name, linewidth=1.2)
+            axis.plot(xs, smooth, style, color=f"C{i}", label=label(name), linewidth=1.2)
             seen = [
                 (x, r["valid_bpc"]) for x, r in zip(xs, records, strict=True) if r["valid_bpc"] is not None
             ]
             if seen:
                 axis.plot(*zip(*seen, strict=True), MARKERS[i % len(MARKERS)], color=f"C{i}", markersize=3)
-    for axis, (key, label) in zip(axes, AXES.items(), strict=True):
-        axis.set_xlabel(label)
+    for axis, (key, meaning) in zip(axes, AXES.items(), strict=True):
+        axis.set_xlabel(meaning)
         axis.set_xscale("log" if key != "seconds" else "linear")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"{unit} (line: training, marks: validation)")

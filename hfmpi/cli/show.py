@@ -18,6 +18,7 @@ __all__ = [
     "STYLES",
     "aligned",
     "bar",
+    "label",
     "need_matplotlib",
     "runs_and_figure",
     "save",
@@ -39,6 +40,12 @@ def runs_and_figure(help: str) -> Callable[[Callable[..., None]], Callable[..., 
         return click.argument("runs", nargs=-1, required=True, type=path, metavar="RUN...")(command)
 
     return decorate
+
+
+def label(run: Path | str) -> str:
+    """Give the name of a run for a legend: no part of it is a formula, bytes that are no text have codes."""
+    name = Path(run).name.encode("utf-8", "backslashreplace").decode()
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")  # a legend leaves _ out
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
