@@ -200,7 +200,9 @@ def test_runs_of_other_data_are_not_mixed(study, tmp_path):
     train(tmp_path / "out" / "lstm-sgd-rate=2", write_corpus(tmp_path / "own.h5"), max_steps=1)
     prepare(tmp_path / "own.h5", tmp_path / "out", size)
     data.prepare(text()[::-1])[0].write(tmp_path / "other.h5")
-    with pytest.raises(UserError, match=r"rate=2 was trained on other data than .*other.h5: name another OUT"):
+    with pytest.raises(
+        UserError, match=r"rate=2 was trained on other data than .*other.h5: name another OUT"
+    ):
         prepare(tmp_path / "other.h5", tmp_path / "out", size)
 
 
