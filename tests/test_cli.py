@@ -473,6 +473,9 @@ def test_parameters_that_are_no_numbers(here, refused):
     checkpoint.save(path, found.theta * np.nan, found.state, found.meta)
     for words in ("evaluate run --json --data small.h5", "sample run"):
         assert refused(*words.split()) == "the parameters in the checkpoint in run are not finite\n"
+    checkpoint.save(path, found.theta * np.float32(3e37), found.state, found.meta)
+    for words in ("evaluate run --json --data small.h5", "sample run"):
+        assert " not finite\n" in refused(*words.split())
 
 
 def test_checkpoints_that_cannot_be_read(here, refused):

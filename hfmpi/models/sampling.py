@@ -36,7 +36,8 @@ def sample(
     Raises
     ------
     UserError
-        If the prime has a character, in the locale's encoding, that the network does not know.
+        If the prime has a character, in the locale's encoding, that the network does not know, or what the
+        network predicts is not finite.
     """
     ids = {byte: i for i, byte in enumerate(symbols)}
     unknown = sorted({c for c in os.fsdecode(prime) if not ids.keys() >= set(os.fsencode(c))})
@@ -53,8 +54,12 @@ def sample(
     written = bytearray()
     for _ in range(length):
         inputs = backend.to_device(np.array(read, np.int32)[:, np.newaxis])
-        state, logits = network.advance(theta, state, inputs)
-        symbol = draw(backend.to_host(logits)[0].astype(np.float64), temperature, rng)
+        with np.errstate(all="ignore"):  # what overflows is seen in the logits
+            state, found = network.advance(theta, state, inputs)
+        logits = backend.to_host(found)[0].astype(np.float64)
+        if not np.isfinite(logits).all():
+            raise UserError("the parameters are so large that what the network predicts is not finite")
+        symbol = draw(logits, temperature, rng)
         written.append(symbols[symbol])
         read = [symbol]
     return bytes(written)
@@ -64,5 +69,6 @@ def draw(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> in
     """Draw a symbol from softmax(logits / temperature), or the most probable one at temperature 0."""
     if temperature == 0:
         return int(logits.argmax())
-    p = np.exp((logits - logits.max()) / temperature)
+    with np.errstate(over="ignore"):  # of a temperature near 0
+        p = np.exp((logits - logits.max()) / temperature)
     return int(np.searchsorted(np.cumsum(p), rng.random() * p.sum(), side="right").clip(0, len(p) - 1))
