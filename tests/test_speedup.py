@@ -346,10 +346,12 @@ def write_other(path):
 def test_benchmarks_are_read(folders, tmp_path):
     run, _ = read_runs([folders / "one"])
     row = {"model": "mlstm", "ranks": 1, "threads": 1, "seconds_least": 2.0}
-    rows = [row | {"pass": "loss", "batch": 1}, row | {"pass": "loss", "batch": 8, "seconds_least": 3.0}]
+    rows = [row | {"pass": "loss", "batch": 1}]
     rows += [
         row | {"pass": "loss", "batch": 4, "ranks": 2},
         row | {"pass": "loss", "batch": 4, "model": "rnn"},
+        row | {"pass": "loss", "batch": 4, "hidden": 9},
+        row | {"pass": "loss", "batch": 8, "hidden": 8, "seconds_least": 3.0},
     ]
     rows += [row | {"pass": "loss", "batch": None, "bytes": 8, "ranks": 2, "seconds_least": 1e-6}]
     rows += [
@@ -360,7 +362,7 @@ def test_benchmarks_are_read(folders, tmp_path):
     assert shapes["loss"] == shapes["linearisation"] == Curve((1, 8), (2.0, 3.0))
     assert link.bandwidth == pytest.approx(1e9)
     (tmp_path / "none.json").write_text(json.dumps({"rows": [row | {"model": "rnn"}]}))
-    with pytest.raises(UserError, match="no --bench file has a row of mlstm"):
+    with pytest.raises(UserError, match="no --bench file has a row of mlstm of 8 units"):
         read_bench([tmp_path / "none.json"], run)
     (tmp_path / "bad.json").write_text('{"rows": [{"ranks": "two"}]}')
     with pytest.raises(UserError, match="no output of hfmpi bench"):
