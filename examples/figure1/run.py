@@ -30,13 +30,12 @@ from study import (
     chosen,
     histories,
     history,
+    read_corpus,
     runs,
     untried,
 )
 
-from hfmpi.data.corpus import Corpus
 from hfmpi.errors import UserError
-from hfmpi.files.checkpoint import trained_on
 from hfmpi.parallel import guard
 
 
@@ -45,14 +44,9 @@ def prepare(data: Path, out: Path, size: Size) -> None:
     chars = ["--train-chars", str(size.train_chars), "--valid-chars", str(size.valid_chars)]
     if not data.exists():
         subprocess.run(["hfmpi", "prepare", "--corpus", "kjv", *chars, str(data)], check=True)
-    corpus = Corpus.read(data)
-    if len(corpus.train) != size.train_chars:
-        raise UserError(
-            f"{data} has {len(corpus.train):,} training characters; this size wants {' '.join(chars)}"
-        )
-    for folder in sorted(out.iterdir()):
-        if trained_on(folder)[0] not in (None, corpus.digest):
-            raise UserError(f"{folder} was trained on other data than {data}: name another OUT")
+    found = len(read_corpus(data, out).train)
+    if found != size.train_chars:
+        raise UserError(f"{data} has {found:,} training characters; this size wants {' '.join(chars)}")
 
 
 def call(words: list[str], log: Path, *fine: int) -> int:
