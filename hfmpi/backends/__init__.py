@@ -6,6 +6,7 @@ import os
 from itertools import takewhile
 from pathlib import Path
 
+from hfmpi.backends import cupy_cache
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.errors import UserError
 
@@ -44,6 +45,7 @@ def create(
     if precision == "tf32" and (name != "cupy" or dtype != "float32"):
         raise UserError("tf32 products are for the cupy backend with float32")
     if name == "cupy":
+        cupy_cache.choose()
         try:
             from hfmpi.backends.cupy import CupyBackend
         except ImportError as error:
@@ -77,6 +79,7 @@ def gpus() -> list[str]:
     """
     if not (devices() or Path("/dev/dxg").exists()):
         return []
+    cupy_cache.choose()
     try:
         from hfmpi.backends.cupy import device_names
 
