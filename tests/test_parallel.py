@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from hfmpi.cli.info import info
 from hfmpi.errors import UserError
+from hfmpi.measure import control_groups, machine
 from hfmpi.parallel import failure, launch, library, placement
 from hfmpi.parallel.communicator import Communicator, MPICommunicator, digest
 
@@ -268,19 +269,24 @@ def test_guard_alone(capsys, no_launcher):
 
 
 @pytest.mark.parametrize(
-    ("own", "masks", "threads"),
+    ("own", "masks", "quota", "threads"),
     [
-        (0b1111, [0b1111], 4),
-        (0b1111, [0b1111] * 2, 2),
-        (0b1111, [0b1111] * 3, 1),
-        (0b11, [0b11] * 5, 1),
-        (0b0011, [0b0011, 0b1100], 2),  # bound to cores of their own
-        (0b1000, [0b0111, 0b1000], 1),
-        (0b0111, [0b0111, 0b1110], 2),  # bound, but to common cores
+        (0b1111, [0b1111], None, 4),
+        (0b1111, [0b1111] * 2, None, 2),
+        (0b1111, [0b1111] * 3, None, 1),
+        (0b11, [0b11] * 5, None, 1),
+        (0b0011, [0b0011, 0b1100], None, 2),  # bound to cores of their own
+        (0b1000, [0b0111, 0b1000], None, 1),
+        (0b0111, [0b0111, 0b1110], None, 2),  # bound, but to common cores
+        (0b1111, [0b1111], 2.5, 2),
+        (0b1111, [0b1111], 0.5, 1),
+        (0b1111, [0b1111], 64.0, 4),
+        (0b1111, [0b1111] * 2, 3.0, 1),
+        (0b0011, [0b0011, 0b1100], 2.0, 1),
     ],
 )
-def test_share_of_the_cores(own, masks, threads):
-    assert placement._share(own, masks) == threads
+def test_share_of_the_cores(own, masks, quota, threads):
+    assert placement._share(own, masks, quota) == threads
 
 
 @pytest.fixture
@@ -293,7 +299,7 @@ def blas_threads():
 def test_place_sets_the_threads(monkeypatch, blas_threads):
     for name in placement._THREAD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    cores = len(os.sched_getaffinity(0))
+    cores = machine.cores()
     place = placement.place(Communicator())
     assert (place.cores, place.threads) == (cores, cores)
     monkeypatch.setenv("OMP_NUM_THREADS", "2,1")
@@ -303,6 +309,22 @@ def test_place_sets_the_threads(monkeypatch, blas_threads):
     assert blas_threads() == {1}
     with pytest.raises(UserError, match="at least one thread"):
         placement.place(Communicator(), threads=0)
+
+
+def test_place_keeps_to_a_quota_of_processor_time(monkeypatch, blas_threads):
+    for name in placement._THREAD_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(control_groups, "processors", lambda root=None: 1.5)
+    place = placement.place(Communicator())
+    assert (place.cores, place.threads) == (1, 1)
+    assert blas_threads() == {1}
+
+
+@pytest.mark.parametrize("asked", [100_000, 2**70])
+def test_the_threads_of_a_place_are_those_that_the_blas_has(asked, blas_threads):
+    found = placement.place(Communicator(), threads=asked).threads
+    assert blas_threads() == {found}
+    assert found < asked
 
 
 def test_info_alone(no_launcher, monkeypatch, blas_threads):

@@ -163,12 +163,12 @@ def run(
     from hfmpi.parallel.placement import place
 
     comm = connect()
-    local_rank = place(comm, threads).local_rank
+    placement = place(comm, threads)
     np.seterr(over="ignore", invalid="ignore", under="ignore", divide="ignore")
 
     def build() -> tuple[Bench, list[Architecture], str]:
         config = chosen(given)
-        device = config.make_backend(local_rank).device
+        device = config.make_backend(placement.local_rank).device
         corpus = Corpus.read(data) if data is not None else None
         symbols = corpus.vocabulary if corpus is not None else vocabulary
         networks = [
@@ -184,9 +184,9 @@ def run(
             config.transport,
             config.slices,
             config.micro_batch,
-            threads,
+            placement.threads,
             repeats,
-            local_rank,
+            placement.local_rank,
         )
         return bench, networks, device
 
@@ -203,7 +203,7 @@ def run(
             "versions": machine.versions("hfmpi", "numpy", "numba")
             | (machine.cupy() if device != "CPU" else {}),
             "ranks": comm.size,
-            "threads": threads,
+            "threads": placement.threads,
         }
         click.echo(json.dumps({"machine": about, "rows": rows}) if as_json else table(about, rows))
     comm.close()
