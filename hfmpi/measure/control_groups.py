@@ -17,7 +17,7 @@ __all__ = ["free_memory", "processors"]
 def free_memory(root: Path = Path("/")) -> int | None:
     """Give the bytes that the tightest group still has, or None where no group has a limit.
 
-    File pages that the kernel can drop at once count as free.
+    File pages count as free, because the kernel drops them when memory is asked for.
 
     Parameters
     ----------
@@ -95,4 +95,7 @@ def _droppable(group: Path) -> int:
         for line in (group / "memory.stat").read_text().splitlines():
             name, number = line.split()
             numbers[name] = int(number)
-    return numbers.get("total_inactive_file", numbers.get("inactive_file", 0))  # version 1 has both
+    # Version 1 has two of each: of the group itself and, in total, with those below it.
+    return sum(
+        numbers.get(f"total_{name}", numbers.get(name, 0)) for name in ("inactive_file", "active_file")
+    )
