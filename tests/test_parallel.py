@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from hfmpi.cli.info import info
 from hfmpi.errors import UserError
 from hfmpi.measure import control_groups, machine
-from hfmpi.parallel import failure, launch, library, placement
+from hfmpi.parallel import failure, launch, library, placement, sockets
 from hfmpi.parallel.communicator import Communicator, MPICommunicator, digest
 
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
@@ -364,6 +365,30 @@ def test_exception_without_guard_ends_all(tmp_path):
     assert done.returncode == 1
     assert done.stderr.count("ZeroDivisionError") == 1
     assert seconds < 10
+
+
+def test_what_rank_0_says_right_after_its_word_stays_for_the_watchdog():
+    words = "their word", "its word"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            link, _ = server.accept()
+            with link:
+                link.recv(64)
+                link.sendall(b"its wordat 2\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        link = sockets._reach(["127.0.0.1"], server.getsockname()[1], words, 1)
+        thread.join()
+    assert link is not None
+    with link:
+        assert link.recv(64) == b"at 2\n"
+
+
+def test_ranks_that_leave_at_once_leave_in_good_order(tmp_path):
+    done, _ = mpirun(2, f"{START}\nconnect().close()", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_guard_alone(capsys, no_launcher):
