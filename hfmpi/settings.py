@@ -14,7 +14,17 @@ from hfmpi.errors import UserError
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["NOT_NEGATIVE", "POSITIVE", "Rule", "at_least", "check", "converted", "declared", "within"]
+__all__ = [
+    "NOT_NEGATIVE",
+    "POSITIVE",
+    "Rule",
+    "at_least",
+    "at_most",
+    "check",
+    "converted",
+    "declared",
+    "within",
+]
 
 
 class Rule(NamedTuple):
@@ -42,6 +52,11 @@ POSITIVE = Rule("must be positive", lambda x: x > 0)
 def at_least(least: int) -> Rule:
     """Give the rule for numbers with a lower bound."""
     return Rule(f"must be at least {least}", lambda x: x >= least)
+
+
+def at_most(most: int) -> Rule:
+    """Give the rule for numbers with an upper bound."""
+    return Rule(f"must be at most {most:,}", lambda x: x <= most)
 
 
 def within(interval: str) -> Rule:

@@ -172,6 +172,13 @@ def test_an_unknown_character_is_named_as_it_was_typed(refused):
     assert refused("sample", "run", "--prime", "A the") == f"{begin}'A'\n"
 
 
+def test_a_figure_without_an_end_is_a_png_and_said_to_be(here, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    assert call(monkeypatch, "plot", "run", "--out", "figure") == 0
+    assert capsys.readouterr().out == "figure.png: 1 run(s)\n"
+    assert (here / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("words", [[], ["train"], ["bench"]])
 def test_help_loads_neither_mpi_nor_compilers(words):
     program = (
@@ -275,14 +282,18 @@ def test_damaged_data(damage, reason, here, refused):
     ("--model rnn --variant krause", "the krause variant is for lstm and mlstm"),
     ("--variant mine", "there is no variant 'mine'"),
     ("--initialisation zeros", "there is no initialisation 'zeros'"),
-    ("--forget-bias nan", "forget_bias must be a finite number"),
+    ("--forget-bias nan", "is no finite number"),
     ("--optimizer lbfgs", "there is no optimizer 'lbfgs'"),
     ("--backend torch", "there is no backend 'torch'"),
     ("--dtype float16", "dtype must be float32 or float64"),
     ("--hidden 0", "--hidden"),
     ("--hidden many", "--hidden"),
-    ("--hidden 10000000", "there is not enough memory"),
-    ("--max-seconds nan", "must be a finite number"),
+    ("--hidden 10000000", "there is not enough memory: 1 x 10,000,000 hidden units have 500,0"),
+    ("--hidden 99999999999999999", "there is not enough memory"),
+    ("--layers 99999999999999999", "layers must be at most 1,000"),
+    ("--threads 99999999999999999", "--threads"),
+    ("--stall-timeout 1e12", "1e12 is more than 1,000,000,000"),
+    ("--max-seconds nan", "is no finite number"),
     ("--max-steps -1", "--max-steps"),
     ("--momentum 0.9", "--momentum"),
     ("--set momentum=0.9", "optimizer shf has no setting 'momentum'"),
@@ -452,6 +463,20 @@ def test_a_file_that_another_program_locks(here, monkeypatch):
     is_one_sentence(done, "small.h5 is locked by another program")
 
 
+def test_a_working_folder_that_is_gone(here, monkeypatch, refused, capsys):
+    gone = here / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    sentence = "the working folder has been removed: change into another one, as with cd ~\n"
+    for words in ("prepare a.txt a.h5", "train small.h5", "evaluate run", "sample run", "plot run"):
+        assert refused(*words.split()) == sentence
+    for words in (f"evaluate {here}/run --backend numba", "bench products --backend numba"):
+        assert refused(*words.split()) == sentence  # Numba needs one, too
+    assert call(monkeypatch, "sample", here / "run", "--length", "3") == 0
+    assert call(monkeypatch, "info") == 0
+
+
 @pytest.mark.parametrize("change", [
     {"step": None}, {"step": True}, {"step": -1}, {"step": 2.5}, {"seconds": "soon"}, {"seconds": -1},
     {"counts": {"steps": 2, "naps": 1}}, {"counts": 7}, {"vocabulary": 3}, {"vocabulary": [32] * 17},
@@ -522,6 +547,8 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(here, monkeypatch, c
     (b"", "sample run --prime THE", "does not know the character(s) 'E' 'H' 'T'"),
     (b"", "sample run --length -1", "--length"),
     (b"", "plot absent --out figure.png", "absent/history.jsonl"),
+    (b"", "plot run --out run", "cannot write run: it is a folder"),
+    (b"", "plot run --out figure.xyz", "cannot write figure.xyz: Format 'xyz' is not supported"),
     (b"", "speedup absent", "absent"),
 ])  # fmt: skip
 def test_other_commands(book, words, reason, here, refused):

@@ -9,6 +9,7 @@ from pathlib import Path
 from hfmpi.backends import cupy_cache
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.errors import UserError
+from hfmpi.files.working_folder import check_working_folder
 
 __all__ = ["BACKENDS", "DTYPES", "PRECISIONS", "create", "devices", "gpus"]
 
@@ -55,6 +56,7 @@ def create(
             ) from None
         return CupyBackend(dtype, local_rank, precision)
     if name == "numba":
+        check_working_folder()  # where it has none, Numba fails
         from hfmpi.backends.numba import NumbaBackend
 
         return NumbaBackend(dtype)

@@ -12,7 +12,7 @@ import click
 
 from hfmpi.cli.options import chosen, option, options, settings
 from hfmpi.cli.show import aligned
-from hfmpi.cli.values import parse_settings
+from hfmpi.cli.values import MOST, PATH, Number, parse_settings
 
 if TYPE_CHECKING:
     from hfmpi.bench.measurements import Bench, Row
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["bench"]
 
-POSITIVE = click.IntRange(min=1)
+POSITIVE = Number(int, 1, MOST)
 COLUMNS = {
     "pass": "pass",
     "model": "model",
@@ -59,13 +59,13 @@ def common(command: Callable[..., None]) -> Callable[..., None]:
     shared = (
         option("model", "models", multiple=True, without="lstm and mlstm"),
         option("hidden", without="the paper's size"),
-        click.option("--vocabulary", type=click.IntRange(1, 256), default=50, show_default=True),
+        click.option("--vocabulary", type=Number(int, 1, 256), default=50, show_default=True),
         click.option(
             "--length", type=POSITIVE, default=200, show_default=True, help="Characters a sequence."
         ),
         click.option(
             "--data",
-            type=click.Path(path_type=Path),
+            type=PATH,
             metavar="DATA.h5",
             help="Text; its alphabet wins over --vocabulary  [default: symbols in random order]",
         ),

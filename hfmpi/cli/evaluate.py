@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from hfmpi.cli.options import option
+from hfmpi.cli.values import PATH
 from hfmpi.errors import UserError
 from hfmpi.runs.config import Config
 
@@ -21,10 +22,8 @@ __all__ = ["evaluate"]
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option(
-    "--data", type=click.Path(path_type=Path), metavar="DATA.h5", help="Corpus [default: the run's own]."
-)
+@click.argument("run", type=PATH)
+@click.option("--data", type=PATH, metavar="DATA.h5", help="Corpus [default: the run's own].")
 @option("backend", default=Config.backend)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def evaluate(run: Path, data: Path | None, backend: str, as_json: bool) -> None:

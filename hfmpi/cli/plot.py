@@ -77,8 +77,8 @@ def plot(runs: tuple[Path, ...], out: Path | None, internals: bool) -> None:
         click.echo("\n".join(charts(histories, internals)))
         return
     unit = loss_unit(b"".join(symbols for _, symbols in corpora.values()))
-    save(draw_internals(histories) if internals else draw(histories, unit), out)
-    click.echo(f"{out}: {len(runs)} run(s)")
+    written = save(draw_internals(histories) if internals else draw(histories, unit), out)
+    click.echo(f"{written}: {len(runs)} run(s)")
 
 
 def _check_internals(run: Path, records: list[Record]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from hfmpi.cli.values import PATH, Number
 from hfmpi.data import texts
 from hfmpi.data.corpus import is_corpus
 from hfmpi.data.prepare import TRAIN_CHARS, VALID_CHARS
@@ -17,17 +18,11 @@ __all__ = ["prepare"]
 
 
 @click.command()
-@click.argument(
-    "paths",
-    nargs=-1,
-    required=True,
-    metavar="[TEXT]... OUT.h5",
-    type=click.Path(readable=False, path_type=Path),
-)
+@click.argument("paths", nargs=-1, required=True, metavar="[TEXT]... OUT.h5", type=PATH)
 @click.option(
     "--ptb-raw",
     metavar="DIR",
-    type=click.Path(readable=False, path_type=Path),
+    type=PATH,
     help="Instead of TEXT: the Penn Treebank's raw files below DIR, in order, without their .START lines.",
 )
 @click.option("--corpus", type=click.Choice(texts.CORPORA), help="Instead of TEXT: the King James Bible.")
@@ -35,14 +30,14 @@ __all__ = ["prepare"]
     "--train-chars",
     default=TRAIN_CHARS,
     show_default=True,
-    type=click.IntRange(min=1),
+    type=Number(int, least=1),
     help="Characters for training, from the start of the text.",
 )
 @click.option(
     "--valid-chars",
     default=VALID_CHARS,
     show_default=True,
-    type=click.IntRange(min=1),
+    type=Number(int, least=1),
     help="Characters for validation, those that follow.",
 )
 def prepare(

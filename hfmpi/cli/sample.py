@@ -7,16 +7,18 @@ from pathlib import Path
 
 import click
 
+from hfmpi.cli.values import MOST, PATH, Number
+
 __all__ = ["sample"]
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @click.option(
     "--length",
     default=500,
     show_default=True,
-    type=click.IntRange(min=0),
+    type=Number(int, 0, MOST),
     help="Characters (bytes) to write.",
 )
 @click.option("--prime", default="", metavar="TEXT", help="What the network reads first.")
@@ -24,10 +26,10 @@ __all__ = ["sample"]
     "--temperature",
     default=1.0,
     show_default=True,
-    type=click.FloatRange(min=0),
+    type=Number(float, least=0),
     help="0: always the likeliest.",
 )
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
+@click.option("--seed", default=0, show_default=True, type=Number(int, least=0))
 def sample(run: Path, length: int, prime: str, temperature: float, seed: int) -> None:
     """Write LENGTH characters with the network of RUN, after the prime.
 

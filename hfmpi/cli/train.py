@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from hfmpi.cli.options import current_name, options, settings
-from hfmpi.cli.values import parse_settings
+from hfmpi.cli.values import MOST, PATH, Number, PathName, parse_settings
 from hfmpi.errors import UserError
 from hfmpi.runs.config import OPTIONS, from_toml, merge
 
@@ -17,15 +17,13 @@ __all__ = ["train"]
 
 
 @click.command(context_settings={"token_normalize_func": current_name})
-@click.argument("data", type=click.Path(path_type=Path), metavar="DATA.h5")
-@click.option(
-    "--out", type=click.Path(path_type=Path), metavar="RUN", help="Folder of the run  [default: DATA.run]"
-)
+@click.argument("data", type=PATH, metavar="DATA.h5")
+@click.option("--out", type=PATH, metavar="RUN", help="Folder of the run  [default: DATA.run]")
 @options(*OPTIONS)
-@click.option("--threads", type=click.IntRange(min=1), help="Of a rank  [default: its share of the cores]")
+@click.option("--threads", type=Number(int, 1, MOST), help="Of a rank  [default: its share of the cores]")
 @click.option(
     "--stall-timeout",
-    type=click.FloatRange(min=0),
+    type=Number(float, 0, MOST),  # timers take less than 300 years
     default=600.0,
     show_default=True,
     metavar="SECONDS",
@@ -33,9 +31,10 @@ __all__ = ["train"]
     "share of the batch must take less.",
 )
 @settings
-@click.option("--config", type=click.Path(path_type=Path), metavar="FILE.toml", help="Options from a file.")
+@click.option("--config", type=PATH, metavar="FILE.toml", help="Options from a file.")
 @click.option(
     "--resume",
+    type=PathName(str),
     default="auto",
     show_default=True,
     metavar="auto|never|PATH",

@@ -15,11 +15,12 @@ from hfmpi.backends import BACKENDS, DTYPES, PRECISIONS, create
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.errors import UserError
 from hfmpi.files.atomic import open_regular
+from hfmpi.measure.machine import free_memory
 from hfmpi.models.architecture import INITIALISATIONS, PAPER_PARAMETERS, Architecture
 from hfmpi.models.cells import CELLS, VARIANTS
 from hfmpi.objective.transport import TRANSPORTS
 from hfmpi.optim.presets import PRESETS, Preset, preset
-from hfmpi.settings import Rule, at_least, check, converted, declared
+from hfmpi.settings import Rule, at_least, at_most, check, converted, declared
 
 __all__ = ["CHANGEABLE", "FORMER_NAMES", "OPTIONS", "Config", "Option", "from_toml", "merge", "to_toml"]
 
@@ -76,7 +77,7 @@ class Config:
     variant: Annotated[str, Option("Of gated cells.", choices=VARIANTS)] = "standard"
     hidden: Annotated[Whole, Option("Hidden units.", "from --parameters", least=1)] = 0
     parameters: Annotated[Whole, Option("Budget; picks the nearest size.", "the paper's", least=1)] = 0
-    layers: Annotated[Whole, at_least(1), Option("Cells on top of one another.", least=1)] = 1
+    layers: Annotated[Whole, at_least(1), at_most(1000), Option("Cells on top of one another.", least=1)] = 1
     initialisation: Annotated[str, Option("Of the parameters.", choices=INITIALISATIONS)] = "krause"
     forget_bias: Annotated[Number, Option("Of gated cells at the start.", least=None)] = 0.0
     optimizer: Annotated[str, Option("Preset of settings.", choices=PRESETS)] = "shf"
@@ -147,9 +148,17 @@ class Config:
                 raise UserError(f"setting {name} must be a finite number")
 
     def architecture(self, vocabulary: int) -> Architecture:
-        """Give the network at its size for a vocabulary."""
+        """Give the network at its size for a vocabulary, or a UserError where it has no place in memory."""
         about = Architecture(self.model, self.hidden or 1, vocabulary, vocabulary, self.layers, self.variant)
-        return about if self.hidden else about.of_size(self.parameters or PAPER_PARAMETERS[self.model])
+        if not self.hidden:
+            about = about.of_size(self.parameters or PAPER_PARAMETERS[self.model])
+        need, free = 8 * about.layout.size / 2**30, free_memory() / 2**30
+        if need > free:
+            raise UserError(
+                f"there is not enough memory: {about.layers:,} x {about.hidden:,} hidden units have "
+                f"{about.layout.size:,} parameters, which take {need:,.1f} GiB of {free:,.1f} GiB"
+            )
+        return about
 
     def preset(self) -> Preset:
         """Give the optimizer with its settings and batch sizes."""
