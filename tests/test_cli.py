@@ -117,10 +117,10 @@ def test_from_text_to_sample(here, monkeypatch, capsys):
     assert (found["settings"], found["forget_bias"]) == ({"cg_max_steps": 3, "damping": 0.5}, -1.5)
     assert [record["cg_steps"] for record in history(here / "book.run")] == [3, 3]
 
-    # The same command goes on; also with fewer words, and with another limit.
+    # The same command goes on; also with fewer words, with defaults by name, and with another limit.
     assert call(monkeypatch, *words[:-1], "3") == 0
     assert "going on from step 2" in capsys.readouterr().out
-    assert call(monkeypatch, "train", "book.h5", "--max-steps", "4") == 0
+    assert call(monkeypatch, "train", "book.h5", "--max-steps", "4", "--set", "damping_factor=0.9") == 0
     assert [record["step"] for record in history(here / "book.run")] == [1, 2, 3, 4]
     capsys.readouterr()
 
@@ -271,12 +271,13 @@ def test_damaged_data(damage, reason, here, refused):
 
 
 @pytest.mark.parametrize(("words", "reason"), [
-    ("--sequence-length 301 --gradient-batch 5", "a split of 300 characters is too short"),
-    ("--sequence-length 5000", "too short for one sequence of 5,000"),
+    ("--sequence-length 301 --gradient-batch 5", "--sequence-length can be at most 300, not 301"),
+    ("--sequence-length 5000 --gradient-batch 20", "at most 300, not 5,000; the training text of small.h5 "
+     "makes 14 sequences of 300 characters: --gradient-batch can be at most 14, not 20\n"),
     ("--layers 0", "--layers"),
-    ("--burn-in 290", "too short for one sequence of 20 with a burn-in of 290"),
-    ("--gradient-batch 211", "a batch of 211 sequences cannot be drawn from the 210 there are"),
-    ("--curvature-batch 10", "a curvature batch of 10 sequences cannot be drawn from a gradient batch of 9"),
+    ("--burn-in 290", "--burn-in together can be at most 300, not 310"),
+    ("--gradient-batch 211", "--gradient-batch can be at most 210, not 211"),
+    ("--curvature-batch 10", "--curvature-batch can be at most 9, the gradient batch, not 10"),
     ("--optimizer adam", "has no curvature batch"),
     ("--model elman", "there is no model 'elman'"),
     ("--model rnn --variant krause", "the krause variant is for lstm and mlstm"),
@@ -356,7 +357,8 @@ def test_a_configuration_file_that_is_not_text(here, refused):
     ("--dtype float64", "this run has dtype = 'float32', not 'float64'"),
     ("--seed 1", "this run has seed = 0, not 1"),
     ("--sequence-length 10", "this run has sequence_length = 20, not 10"),
-    ("--set cg_max_steps=2", "this run has settings"),
+    ("--set cg_max_steps=2", "this run has cg_max_steps = 15, not 2"),
+    ("--gradient-batch 10", "this run has gradient_batch = 9, not 10"),
     ("--warmup 2", "this run has burn_in = 0, not 2"),
     ("--layers 2", "this run has layers = 1, not 2"),
     ("--config other.toml", "this run has burn_in = 0, not 2"),
@@ -664,6 +666,6 @@ def test_a_memory_budget_that_is_no_size(refused):
 def test_a_wrong_bench_is_one_sentence(refused):
     assert "no model 'elman'" in refused("bench", "products", "--model", "elman")
     assert "cannot read nothing.h5" in refused("bench", "step", "--data", "nothing.h5")
-    assert "from the" in refused("bench", "products", "--data", "small.h5", "--batch", "100000")
+    assert "the text makes 21 of" in refused("bench", "products", "--data", "small.h5", "--batch", "100000")
     assert "has no setting" in refused("bench", "step", "--set", "x=1")
     assert refused("bench", "products", "--dtype", "half") == "dtype must be float32 or float64, not 'half'\n"

@@ -18,6 +18,7 @@ from hfmpi.cli.values import BANDWIDTH, LATENCY, Number, PathName, Quantity, par
 from hfmpi.errors import UserError
 from hfmpi.files.numbers import is_amount, is_drawable
 from hfmpi.optim import Adam, GradientDescent, HessianFree
+from hfmpi.optim.presets import PRESETS
 from hfmpi.runs.config import CHANGEABLE, OPTIONS, Config, from_toml, merge, to_toml
 from hfmpi.settings import Rule, at_least, check, converted, within
 
@@ -125,6 +126,42 @@ def test_what_a_resumed_run_may_be_given_anew():
         "backend", "check_every", "checkpoint_every", "evaluate_every", "matmul_precision", "max_rejections",
         "max_seconds", "max_steps", "memory_budget", "micro_batch", "transport",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stored", "given"), [
+    ({}, {"gradient_batch": 320}),
+    ({}, {"curvature_batch": 32, "settings": {"damping": 0.1, "cg_max_steps": 15}}),
+    ({"gradient_batch": 320, "curvature_batch": 32}, {"gradient_batch": 0, "curvature_batch": 0}),
+    ({"settings": {"damping": 0.5, "cg_max_steps": 3}}, {"settings": {"cg_max_steps": 3}}),
+    ({"optimizer": "sgd"}, {"gradient_batch": 32, "settings": {"rate": 2}}),
+    ({"model": "lstm"}, {"model": "lstm", "seed": 0, "layers": 1}),
+])  # fmt: skip
+def test_a_run_goes_on_with_the_values_that_it_has_given_by_name(stored, given):
+    assert merge(given, stored) == Config(**stored)
+    assert merge(given | {"max_steps": 9}, stored) == Config(**stored, max_steps=9)
+
+
+@pytest.mark.parametrize(("stored", "given", "sentence"), [
+    ({}, {"gradient_batch": 321}, "gradient_batch = 320, not 321"),
+    ({"gradient_batch": 64}, {"gradient_batch": 0}, "gradient_batch = 64, not 320"),
+    ({"settings": {"damping": 0.5}}, {"settings": {"damping": 0.1}}, "damping = 0.5, not 0.1"),
+    ({}, {"settings": {"cg_max_steps": 16}}, "cg_max_steps = 15, not 16"),
+    ({"settings": {"cg_max_steps": 3}}, {"settings": {"rate": 2.0}, "optimizer": "sgd"},
+     "optimizer = 'shf', not 'sgd'"),
+    ({}, {"model": "lstm"}, "model = 'mlstm', not 'lstm'"),
+])  # fmt: skip
+def test_a_run_does_not_go_on_with_other_values(stored, given, sentence):
+    with pytest.raises(UserError) as caught:
+        merge(given, stored)
+    assert str(caught.value) == f"this run has {sentence}; give another --out for a new run"
+
+
+@pytest.mark.parametrize("optimizer", PRESETS)
+def test_what_is_in_effect_has_a_name_of_its_own(optimizer):
+    config = Config(optimizer=optimizer)
+    settings = vars(config.preset().optimizer)
+    assert not OPTIONS.keys() & settings.keys()
+    assert config.in_effect().keys() == OPTIONS.keys() | settings.keys()
 
 
 def test_a_configuration_is_read_back(tmp_path):

@@ -86,8 +86,9 @@ class Sequences:
             )
         if len(ids) < length + burn_in:
             raise UserError(
-                f"a split of {len(ids):,} characters is too short for one sequence of {length:,}"
+                f"a text of {len(ids):,} characters is too short for a sequence of {length:,}"
                 + (f" with a burn-in of {burn_in:,}" if burn_in else "")
+                + f": it takes at least {length + burn_in:,}"
             )
         self.ids, self.length, self.burn_in = ids, length, burn_in
 
@@ -125,7 +126,7 @@ def checked_indices(indices: np.ndarray, count: int, noun: str) -> np.ndarray:
 def check_batch(batch: int, count: int) -> None:
     """Raise a UserError unless a batch of this size can be drawn from `count` sequences."""
     if not 1 <= batch <= count:
-        raise UserError(f"a batch of {batch:,} sequences cannot be drawn from the {count:,} there are")
+        raise UserError(f"a batch of {batch:,} sequences cannot be drawn: the text makes {count:,} of them")
 
 
 def global_indices(seed: int, step: int, batch: int, count: int) -> np.ndarray:

@@ -163,16 +163,20 @@ class Config:
     def preset(self) -> Preset:
         """Give the optimizer with its settings and batch sizes."""
         chosen = preset(self.optimizer, **self.settings)
-        curvature = chosen.curvature_batch and (self.curvature_batch or chosen.curvature_batch)
         if self.curvature_batch and not chosen.curvature_batch:
             raise UserError(f"optimizer {self.optimizer} has no curvature batch")
-        gradient = self.gradient_batch or chosen.gradient_batch
-        if curvature > gradient:
-            raise UserError(
-                f"a curvature batch of {curvature:,} sequences cannot be drawn "
-                f"from a gradient batch of {gradient:,}"
-            )
-        return replace(chosen, gradient_batch=gradient, curvature_batch=curvature)
+        return replace(
+            chosen,
+            gradient_batch=self.gradient_batch or chosen.gradient_batch,
+            curvature_batch=self.curvature_batch or chosen.curvature_batch,
+        )
+
+    def in_effect(self) -> dict[str, Any]:
+        """Give all options and settings by name, those of the preset where none are given."""
+        chosen = self.preset()
+        options = {name: getattr(self, name) for name in OPTIONS}
+        batches = {"gradient_batch": chosen.gradient_batch, "curvature_batch": chosen.curvature_batch}
+        return options | batches | vars(chosen.optimizer)
 
     def make_backend(self, local_rank: int = 0) -> NumpyBackend:
         """Make the backend of the rank that is the `local_rank`-th of its node."""
@@ -206,13 +210,19 @@ def merge(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> 
     base = Config(**_checked(stored))
     if "hidden" in values or "parameters" in values:  # either may name the size; compare what comes out
         values = {"hidden": 0, "parameters": 0} | values
-    for name, value in values.items():
-        if name in CHANGEABLE | {"hidden", "parameters"} or value == getattr(base, name):
-            continue
-        raise UserError(
-            f"this run has {name} = {getattr(base, name)!r}, not {value!r}; give another --out for a new run"
-        )
-    return replace(base, **values)
+    changes = {name: value for name, value in values.items() if name in CHANGEABLE | {"hidden", "parameters"}}
+    if values.get("optimizer", base.optimizer) != base.optimizer:
+        raise _another("optimizer", base.optimizer, values["optimizer"])
+    settings = base.settings | values.get("settings", {})
+    had, asked = base.in_effect(), replace(base, **values | {"settings": settings}).in_effect()
+    for name, value in asked.items():
+        if name not in changes and value != had[name]:
+            raise _another(name, had[name], value)
+    return replace(base, **changes)
+
+
+def _another(name: str, had: Any, asked: Any) -> UserError:
+    return UserError(f"this run has {name} = {had!r}, not {asked!r}; give another --out for a new run")
 
 
 def _checked(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 
 import hfmpi
 from hfmpi.backends.base import Array
-from hfmpi.data.batches import Sequences, check_batch
+from hfmpi.data.batches import Sequences
 from hfmpi.data.corpus import Corpus
 from hfmpi.errors import UserError
 from hfmpi.files.checkpoint import Checkpoint
@@ -81,9 +81,9 @@ class Run:
         self.config = replace(config, hidden=about.hidden, parameters=0)
         self.preset = preset = config.preset()
         self.batches = preset.gradient_batch, preset.curvature_batch
-        self.train_set = Sequences(corpus.train, config.sequence_length, config.burn_in)
-        self.valid_set = Sequences(corpus.valid, config.sequence_length, config.burn_in)
-        check_batch(preset.gradient_batch, self.train_set.count)
+        lengths = config.sequence_length, config.burn_in
+        checks.enough_text(data, len(corpus.train), len(corpus.valid), *lengths, *self.batches)
+        self.train_set, self.valid_set = Sequences(corpus.train, *lengths), Sequences(corpus.valid, *lengths)
         self.epoch_steps = max(1, self.train_set.count // preset.gradient_batch)
         self.backend = config.make_backend(placement.local_rank)
         self.timer = Timer(clock)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -91,8 +91,8 @@ def _check_same(one: TimedRun, other: TimedRun) -> None:
     """Raise a UserError unless both did the same on ranks of the same kind."""
     if one.corpus != other.corpus:
         raise UserError(f"{one.folder} and {other.folder} are not the same job: they have other data")
-    theirs = asdict(other.config)
-    for name, value in asdict(one.config).items():
+    theirs = other.config.in_effect()
+    for name, value in one.config.in_effect().items():
         if name not in CHANGEABLE - {"matmul_precision"} and value != theirs[name]:
             raise UserError(
                 f"{one.folder} and {other.folder} are not the same job: "
