@@ -179,6 +179,18 @@ def test_a_figure_without_an_end_is_a_png_and_said_to_be(here, monkeypatch, caps
     assert (here / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_name_that_is_no_utf_8_is_told_as_far_as_it_can_be(here, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    (here / "book.txt").write_bytes(text())
+    (here / "run").rename(here / os.fsdecode(b"r\xfcn"))
+    assert call(monkeypatch, "prepare", "book.txt", os.fsdecode(b"b\xfcch.h5")) == 0
+    assert "b\ufffdch.h5: 4,500 of 4,500 characters" in capsys.readouterr().out
+    assert call(monkeypatch, "plot", os.fsdecode(b"r\xfcn")) == 0
+    assert "r\ufffdn" in capsys.readouterr().out
+    assert call(monkeypatch, "plot", os.fsdecode(b"r\xfcn"), "--out", os.fsdecode(b"\xfc.png")) == 0
+    assert capsys.readouterr().out == "\ufffd.png: 1 run(s)\n"
+
+
 @pytest.mark.parametrize("words", [[], ["train"], ["bench"]])
 def test_help_loads_neither_mpi_nor_compilers(words):
     program = (
@@ -328,6 +340,11 @@ def test_options_that_cannot_be(words, reason, refused):
     ("seed = -1", "seed must not be negative"),
     ("memory_budget = -1", "memory_budget must not be negative"),
     ("max_seconds = inf", "max_seconds must be a finite number"),
+    ("max_seconds = nan", "max_seconds must be a finite number"),
+    ("forget_bias = -inf", "forget_bias must be a finite number"),
+    ("layers = 100_000", "layers must be at most 1,000"),
+    (f"seed = 1{'0' * 30}", "seed must be below 2**63"),
+    ("[settings]\ndamping = nan", "setting damping must be a finite number"),
     (f"max_seconds = 1{'0' * 400}", "option max_seconds must be of type float"),
     ("model = ", "is not a TOML file"),
     ("hidden = 5\nhidden = 6", "is not a TOML file"),

@@ -64,21 +64,21 @@ def plot(runs: tuple[Path, ...], out: Path | None, internals: bool) -> None:
             raise UserError(f"the history of {run} is empty")
         if internals:
             _check_internals(run, records)
-        histories.append((str(run), records))
+        histories.append((click.format_filename(run), records))
     corpora = {run: trained_on(run) for run in runs}
     known: dict[str, Path] = {}
     for run, (digest, _) in corpora.items():
         if digest is not None:
             known.setdefault(digest, run)
     if len(known) > 1 and not internals:
-        one, other, *_ = known.values()
+        one, other, *_ = map(click.format_filename, known.values())
         click.echo(f"Note: {one} and {other} were trained on different data.", err=True)
     if out is None:
         click.echo("\n".join(charts(histories, internals)))
         return
     unit = loss_unit(b"".join(symbols for _, symbols in corpora.values()))
     written = save(draw_internals(histories) if internals else draw(histories, unit), out)
-    click.echo(f"{written}: {len(runs)} run(s)")
+    click.echo(f"{click.format_filename(written)}: {len(runs)} run(s)")
 
 
 def _check_internals(run: Path, records: list[Record]) -> None:

@@ -74,7 +74,7 @@ def prepare(
     for note in notes:
         click.echo(f"Note: {note}.")
     used = len(made.train) + len(made.valid)
-    click.echo(f"{out}: {used:,} of {size:,} {unit}, {made.vocabulary} symbols")
+    click.echo(f"{click.format_filename(out)}: {used:,} of {size:,} {unit}, {made.vocabulary} symbols")
     click.echo(f"  train   {len(made.train):>13,} {unit}")
     click.echo(f"  valid   {len(made.valid):>13,} {unit}")
     click.echo(f"  digest  sha256:{made.digest}")

@@ -64,4 +64,4 @@ def speedup(
 
         written = save(draw(found), out)
         if not as_json:
-            click.echo(f"{written}: {len(runs)} run(s)")
+            click.echo(f"{click.format_filename(written)}: {len(runs)} run(s)")
