@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 
 import click
 
@@ -57,6 +58,13 @@ def cli(context: click.Context) -> None:
 
 def entry() -> None:
     """Run the command; a user's mistake is one sentence and exit code 2, on however many ranks."""
+    from hfmpi.cli.stand_in import stand_in
+    from hfmpi.cli.streams import protect
+
+    if sys.argv[1:2] == ["train"]:
+        stand_in()  # before numpy starts threads, as what follows does
+    protect()
+
     from hfmpi.errors import UserError
     from hfmpi.parallel.failure import guard
 

@@ -57,6 +57,7 @@ def train(
     import numpy as np
 
     from hfmpi.cli.progress import make_reporter
+    from hfmpi.cli.streams import go_on
     from hfmpi.data.corpus import loss_unit
     from hfmpi.files.run_folder import find_checkpoint
     from hfmpi.parallel.failure import together
@@ -66,6 +67,7 @@ def train(
     from hfmpi.runs.stop import StopSignals, job_end
     from hfmpi.runs.train import Run
 
+    go_on()
     comm = connect(stall_timeout)
     signals = click.get_current_context().with_resource(StopSignals(job_end()))  # before the slow start
     np.seterr(
