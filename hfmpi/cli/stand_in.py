@@ -1,8 +1,8 @@
 """A process that stands between a rank and a launcher that kills without a warning.
 
-MPICH's mpirun ends on SIGHUP, SIGUSR2 and SIGXCPU, and when its own output breaks (a full disk, `| head`). Its
-proxies then kill the process group of each rank at once. So the process that they know only waits for the
-rank, which is in a group of its own and learns of that death by SIGTERM: it stops with a checkpoint.
+MPICH's mpirun ends on SIGHUP, SIGUSR2 and SIGXCPU, and when its own output breaks (a full disk, `| head`).
+Its proxies then kill the process group of each rank at once. So the process that they know only waits for
+the rank, which is in a group of its own and learns of that death by SIGTERM: it stops with a checkpoint.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import io
 import os
 import select
 import sys
+from typing import Any
 
 from hfmpi.errors import UserError
 
@@ -28,7 +29,7 @@ class _Stream(io.FileIO):
     goes_on = lost = False
     other: _Stream
 
-    def write(self, data: bytes) -> int:  # type: ignore[override]
+    def write(self, data: Any, /) -> int:
         """Write all of the data, or drop it."""
         rest = memoryview(data).cast("B")
         try:
@@ -57,7 +58,7 @@ class _Stream(io.FileIO):
 
 
 def protect() -> None:
-    """Put streams that do not break in place of sys.stdout and sys.stderr, where these are descriptors 1 and 2.
+    """Put streams that do not break in place of sys.stdout and sys.stderr, if they are descriptors 1 and 2.
 
     What the encoding has no letters for is printed as question marks.
     """

@@ -13,16 +13,9 @@ __all__ = ["StopSignals", "job_end"]
 
 # SIGUSR1 is the one that the mpirun of MPICH and of Open MPI both forward to the ranks, and that batch
 # systems can be told to send some time before the limit; SIGTERM is what they send at the limit. SIGHUP is
-# that of a dropped connection; submitit, Grid Engine (-notify), LSF and OAR send SIGUSR2, Grid Engine, LSF and
-# the kernel (ulimit -t) SIGXCPU.
-_SIGNALS = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGHUP,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGXCPU,
-)
+# that of a dropped connection; submitit, LSF, OAR and Grid Engine (-notify) send SIGUSR2; Grid Engine and
+# the kernel (ulimit -t) send SIGXCPU.
+_SIGNALS = tuple(signal.Signals[f"SIG{name}"] for name in ("INT", "TERM", "HUP", "USR1", "USR2", "XCPU"))
 _MARGIN = 30.0  # seconds before the job's end, besides what the run itself needs
 
 
@@ -36,10 +29,11 @@ def job_end() -> float | None:
 
 
 class StopSignals:
-    """Notes SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU in a `with` block, and does not die of them.
+    """Notes SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU in a `with` block instead of dying of them.
 
-    A second SIGINT raises KeyboardInterrupt at once; a SIGHUP that is ignored (nohup) stays ignored. Only the main thread can enter the block. Each rank
-    notes its own signals; whether to stop is for the ranks to agree.
+    A second SIGINT raises KeyboardInterrupt at once; a SIGHUP that is ignored (nohup) stays ignored. Only
+    the main thread can enter the block. Each rank notes its own signals; whether to stop is for the ranks
+    to agree.
 
     Parameters
     ----------

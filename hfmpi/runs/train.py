@@ -155,7 +155,6 @@ class Run:
         valid, saved = None, -1
         try:
             while True:
-                self._look_at_the_clock()
                 reason = self._limit()
                 if reason:
                     break
