@@ -10,6 +10,7 @@ from small import Recorder, history, make_run, same, shared_corpus, train, write
 
 from hfmpi.errors import UserError
 from hfmpi.files import checkpoint
+from hfmpi.files.history import HISTORY
 from hfmpi.objective.data_parallel import Risk
 from hfmpi.parallel.communicator import MPICommunicator, digest
 from hfmpi.runs.config import Config, from_toml, merge
@@ -119,6 +120,30 @@ class Clock:
 
     def tick(self, record):
         self.seconds += 1 / 16
+
+
+def test_a_limit_of_seconds_that_passes_while_a_checkpoint_is_written_stands_in_it(data, tmp_path):
+    """Else the next start would take one more step."""
+    clock = Clock()
+    reporter = Recorder(lambda record: setattr(clock, "seconds", 100.0 * (record["step"] >= 2)))
+    options = {"max_seconds": 50.0, "checkpoint_every": 1}
+    _, result = train(tmp_path / "run", data, reporter=reporter, clock=clock, **options)
+    _, again = train(tmp_path / "run", data, clock=Clock(), **options)
+    assert result.step == again.step == 2
+
+
+def test_steps_that_no_checkpoint_holds_are_counted(data, tmp_path):
+    """A process that was killed leaves them."""
+    train(tmp_path / "run", data, max_steps=2)
+    with (tmp_path / "run" / HISTORY).open("a") as file:
+        file.write('{"step": 3}\n{"step": 4}\n{"ste')
+    reporter = Recorder()
+    train(tmp_path / "run", data, max_steps=3, reporter=reporter)
+    assert reporter.notes == [
+        f"{tmp_path / 'run' / HISTORY} had 2 step(s) that no checkpoint holds: they are taken anew"
+    ]
+    train(tmp_path / "run", data, max_steps=4, reporter=reporter)
+    assert len(reporter.notes) == 1
 
 
 def test_max_seconds_counts_from_the_first_start(data, tmp_path):

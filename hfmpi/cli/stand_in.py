@@ -23,8 +23,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 def stand_in() -> None:
-    """Go on as a child of this process, if that was started by MPICH's mpirun; before there are threads."""
-    if sys.platform != "linux" or _name(os.getppid()) != _PROXY:
+    """Go on as a child of this process, if MPICH's mpirun started it; before there are threads, and MPI."""
+    if sys.platform != "linux" or "mpi4py.MPI" in sys.modules or _name(os.getppid()) != _PROXY:
         return
     numbers = {signal.Signals[name] for name in _PASSED_ON}
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # what comes now is for the rank, and must find it

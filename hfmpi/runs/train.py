@@ -152,10 +152,11 @@ class Run:
         self._started = self.timer.clock() - self.progress.seconds
         checkpoint_every = config.checkpoint_every or self.epoch_steps
         evaluate_every = config.evaluate_every or self.epoch_steps
-        valid, saved = None, -1
+        valid, saved = None, Progress(-1)
         try:
             while True:
-                reason = self._limit()
+                self._look_at_the_clock()
+                reason = self._limit(self.progress)
                 if reason:
                     break
                 if comm.any(signals.wanted()):
@@ -165,7 +166,7 @@ class Run:
                 seconds = self.timing.step_seconds
                 output.step(step_record(self.progress, report, valid, seconds, self.batches, comm.size))
                 if self.step % checkpoint_every == 0 or self.progress.seconds >= output.retry_at:
-                    saved = self.step if self.save(valid) else saved
+                    saved = self.progress if self.save(valid) else saved
                 elif config.check_every and self.step % config.check_every == 0:
                     self.check_ranks()
                 checks.not_stuck(self.progress, config.max_rejections, report.message, output.last_good)
@@ -175,7 +176,10 @@ class Run:
         except Stopped:
             reason, done = self._who_stopped(signals), False
             self.leaving = True
-        if saved != self.step and not self.save(valid):
+        # A limit of seconds that passed while the checkpoint was written must stand in it, too: else the next
+        # start would take one more step.
+        stands = saved.step == self.step and (not done or self._limit(saved))
+        if not stands and not self.save(valid):
             unsaved = self.first_step if output.last_saved is None else output.last_saved
             failure = output.failures["the checkpoint"]
             raise UserError(f"{failure}; the steps after step {unsaved:,} are not saved")
@@ -253,12 +257,12 @@ class Run:
         seconds = self.communicator.agree(self.timer.clock() - self._started)
         self.progress = replace(self.progress, seconds=seconds)
 
-    def _limit(self) -> str:
+    def _limit(self, progress: Progress) -> str:
         """Give the limit that is reached, or nothing."""
         config = self.config
-        if config.max_steps and self.step >= config.max_steps:
-            return f"{self.step:,} steps were taken"
-        if config.max_seconds and self.progress.seconds >= config.max_seconds:
+        if config.max_steps and progress.step >= config.max_steps:
+            return f"{progress.step:,} steps were taken"
+        if config.max_seconds and progress.seconds >= config.max_seconds:
             return f"{config.max_seconds:g} seconds are over"
         return ""
 
