@@ -70,9 +70,14 @@ class Trial:
 
     def command(self, *words, **options):
         """Run a command; give code, standard output and standard error."""
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": LIMIT} | options
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": self.folder} | options
         done = subprocess.run(
-            [*HFMPI, *map(str, words)], stdin=subprocess.DEVNULL, errors="replace", check=False, **options
+            [*HFMPI, *map(str, words)],
+            stdin=subprocess.DEVNULL,
+            errors="replace",
+            check=False,
+            timeout=LIMIT,
+            **options,
         )
         return done.returncode, done.stdout or "", done.stderr or ""
 
@@ -85,7 +90,7 @@ class Trial:
         """Start to train."""
         with (self.folder / "stderr").open("wb") as said:
             options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": said} | options
-            return subprocess.Popen(self.words(), **options)
+            return subprocess.Popen(self.words(), cwd=self.folder, **options)
 
     def moment(self, begun=True):
         """Sleep until a random moment of the run, or already of its start."""
