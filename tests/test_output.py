@@ -58,8 +58,8 @@ def test_training_goes_on_without_output(closed, said, made, tmp_path):
     assert (tmp_path / "run" / "DONE").exists()
 
 
-@pytest.mark.parametrize("ignored", [True, False])
-def test_a_terminal_that_goes_away(ignored, made, tmp_path):
+@pytest.mark.parametrize(("ignored", "encoding"), [(True, "utf-8"), (False, "latin-1")])
+def test_a_terminal_that_goes_away(ignored, encoding, made, tmp_path):
     """With nohup the run goes on, without it the same event is a SIGHUP, and stops it."""
     master, terminal = os.openpty()
 
@@ -74,6 +74,7 @@ def test_a_terminal_that_goes_away(ignored, made, tmp_path):
         stdout=terminal,
         stderr=subprocess.PIPE,
         text=True,
+        env=os.environ | {"TERM": "xterm", "PYTHONIOENCODING": encoding},
         preexec_fn=nohup if ignored else None,
     ) as process:
         os.close(terminal)

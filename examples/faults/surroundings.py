@@ -11,15 +11,19 @@ Linux only.
 
 import argparse
 import contextlib
+import fcntl
 import os
 import pty
 import random
+import select
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import termios
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -33,6 +37,10 @@ TRAIN = (
     f"--max-steps {STEPS}"
 ).split()
 HFMPI = [sys.executable, "-c", "from hfmpi.cli.main import entry; entry()"]
+ENCODINGS = [
+    *({"PYTHONIOENCODING": name} for name in ("ascii", "latin-1", "cp437", "utf-16")),
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+]
 KINDS = {}
 """Functions of a `Trial` by the name of their row in the table."""
 
@@ -93,11 +101,13 @@ class Trial:
             return subprocess.Popen(self.words(), cwd=self.folder, **options)
 
     def moment(self, begun=True):
-        """Sleep until a random moment of the run, or already of its start."""
-        deadline = time.monotonic() + LIMIT
-        while begun and not self.history() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(self.rng.uniform(0, 1.0 if begun else 2.0))
+        """Sleep until a random step of the run, or a random moment of its start."""
+        if not begun:
+            time.sleep(self.rng.uniform(0, 1.5))
+            return
+        step, deadline = self.rng.randint(1, STEPS - 5), time.monotonic() + LIMIT
+        while self.history() < step and time.monotonic() < deadline:
+            time.sleep(0.002)
 
     def history(self):
         """Give the number of lines of the history."""
@@ -228,46 +238,63 @@ def reader_leaves_mpirun(trial):
     trial.resumed()
 
 
-def hang_up(trial, ranks, ignored):
-    """Train on a terminal that goes away at some moment, under nohup if SIGHUP is ignored."""
-    trial.ranks = ranks
+def on_a_terminal(trial, goes=True, ignored=True, **environment):
+    """Train on a terminal, which goes away at some moment, under nohup if SIGHUP is ignored."""
     master, terminal = pty.openpty()
+    gone = threading.Event()
 
     def attach():
-        import fcntl
-        import termios
-
         os.setsid()
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
 
+    def read():
+        while not gone.is_set():
+            with contextlib.suppress(OSError):
+                if select.select([master], [], [], 0.05)[0]:
+                    os.read(master, 10_000)
+
     errors = {} if trial.rng.random() < 0.5 else {"stderr": terminal}
-    process = trial.start(stdin=terminal, stdout=terminal, preexec_fn=attach, **errors)
+    environment = os.environ | {"TERM": "xterm"} | environment
+    process = trial.start(stdin=terminal, stdout=terminal, preexec_fn=attach, env=environment, **errors)
     os.close(terminal)
-    os.set_blocking(master, False)
-    trial.moment(begun=not errors)
-    with contextlib.suppress(OSError):
-        os.read(master, 100_000)
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    if goes:
+        trial.moment(begun=trial.rng.random() < 0.7)
+    else:
+        process.wait(LIMIT)
+    gone.set()
+    reader.join()
     os.close(master)
     return trial.end(process)
 
 
 @kind("terminal gone, nohup")
 def terminal_gone(trial):
-    assert hang_up(trial, 1, ignored=True) == 0
+    assert on_a_terminal(trial) == 0
     trial.finished()
 
 
 @kind("terminal gone")
 def terminal_gone_with_sighup(trial):
-    hang_up(trial, 1, ignored=False)
+    on_a_terminal(trial, ignored=False)
     trial.resumed()
 
 
 @kind("terminal gone, mpirun")
 def terminal_gone_mpirun(trial):
-    hang_up(trial, 2, ignored=trial.rng.random() < 0.5)
+    trial.ranks = 2
+    on_a_terminal(trial, ignored=trial.rng.random() < 0.5)
     trial.resumed()
+
+
+@kind("terminal, encoding")
+def terminal_in_another_encoding(trial):
+    encoding = trial.rng.choice(ENCODINGS)
+    trial.note = str(encoding)
+    assert on_a_terminal(trial, goes=False, **encoding) == 0
+    trial.finished()
 
 
 # Signals ----------------------------------------------------------------------------------------
@@ -382,9 +409,7 @@ def command_without_reader(trial):
 
 @kind("command, encoding")
 def command_in_another_encoding(trial):
-    encodings = [{"PYTHONIOENCODING": name} for name in ("ascii", "latin-1", "cp437", "utf-16")]
-    encodings.append({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
-    encoding = trial.rng.choice(encodings)
+    encoding = trial.rng.choice(ENCODINGS)
     code, _, said = trial.command(*another(trial), env=os.environ | encoding)
     assert (code, said) == (0, ""), f"{encoding} {code} {said}"
 
