@@ -67,7 +67,7 @@ def test_a_terminal_that_goes_away(ignored, encoding, made, tmp_path):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     run = tmp_path / "run"
-    words = ["train", str(made / "small.h5"), "--out", str(run), *TRAIN, "--max-steps", "60"]
+    words = ["train", str(made / "small.h5"), "--out", str(run), *TRAIN, "--max-steps", "30"]
     with subprocess.Popen(
         [*COMMAND, *words],
         stdin=terminal,
