@@ -257,9 +257,7 @@ def test_the_agreement_costs_no_message(data, tmp_path):
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
 
-@pytest.mark.parametrize(
-    ("ranks", "name"), [(1, "INT"), (1, "HUP"), (2, "USR1"), (2, "HUP"), (2, "KILL")]
-)
+@pytest.mark.parametrize(("ranks", "name"), [(1, "INT"), (1, "HUP"), (2, "USR1"), (2, "HUP"), (2, "KILL")])
 def test_the_command_leaves_a_step_of_hours(ranks, name, tmp_path):
     """CG with more iterations than anyone will wait for; the signal goes to mpirun where there is one.
 
