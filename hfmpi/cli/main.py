@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 
 import click
@@ -65,9 +66,14 @@ def entry() -> None:
         stand_in()  # before numpy starts threads, as what follows does
     protect()
 
+    pythons = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if pythons:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is no traceback out of what is imported now
     from hfmpi.errors import UserError
     from hfmpi.parallel.failure import guard
 
+    if pythons:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with guard():
         try:
             code = cli(standalone_mode=False)
