@@ -239,7 +239,10 @@ def check_line(communicator, slices=0):
     one = owner.on(rows, np.arange(1))  # most ranks have nothing of it
     for objectives in (Objectives(whole, whole), Objectives(one, one)):
         for changes, sentence in (
-            ({}, "the model has no squared gradients: set preconditioner=none"),
+            (
+                {"preconditioner": "diagonal"},
+                "the objective has no squared gradients: set preconditioner=auto or none",
+            ),
             (
                 {"preconditioner": "none", "structural_damping": 0.5},
                 "the model has no structural damping: set structural_damping=0",
@@ -279,7 +282,7 @@ def test_an_objective_of_ones_own_says_what_it_lacks():
 
     theta = np.ones(3)
     for objectives, changes, words in (
-        (Objectives(Bare()), {}, "no squared gradients: set preconditioner=none"),
+        (Objectives(Bare()), {"preconditioner": "diagonal"}, "no squared gradients: set preconditioner=auto"),
         (Objectives(Bare()), {"preconditioner": "none"}, "need a curvature objective"),
         (Objectives(Bare(), Bare()), {"preconditioner": "none"}, "no Gauss-Newton products"),
         (

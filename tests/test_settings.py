@@ -72,7 +72,7 @@ def test_types_come_from_the_annotations():
     (HessianFree, {"cg_max_steps": 0}, "cg_max_steps must be at least 1"),
     (HessianFree, {"keep_ratio": math.inf}, "keep_ratio must be at least 1 and finite"),
     (HessianFree, {"warm_start_growth": 0.0}, "warm_start_growth must be positive"),
-    (HessianFree, {"preconditioner": "full"}, "preconditioner must be 'diagonal' or 'none'"),
+    (HessianFree, {"preconditioner": "full"}, "preconditioner must be 'auto', 'diagonal' or 'none'"),
     (HessianFree, {"line_search_sufficient": 1.0}, "line_search_sufficient must lie in [0, 1)"),
     (GradientDescent, {"rule": "fast"}, "rule must be one of clip, normalised, rms-normalised"),
     (GradientDescent, {"floor": 3.0}, "floor must lie between 0 and rate"),

@@ -164,7 +164,7 @@ def run(
 
     comm = connect()
     placement = place(comm, threads)
-    np.seterr(over="ignore", invalid="ignore", under="ignore", divide="ignore")
+    click.get_current_context().with_resource(np.errstate(all="ignore"))
 
     def build() -> tuple[Bench, list[Architecture], str]:
         config = chosen(given)

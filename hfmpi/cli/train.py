@@ -69,10 +69,9 @@ def train(
 
     go_on()
     comm = connect(stall_timeout)
-    signals = click.get_current_context().with_resource(StopSignals(job_end()))  # before the slow start
-    np.seterr(
-        over="ignore", invalid="ignore", under="ignore", divide="ignore"
-    )  # steps that overflow are rejected
+    context = click.get_current_context()
+    signals = context.with_resource(StopSignals(job_end()))  # before the slow start
+    context.with_resource(np.errstate(all="ignore"))  # steps that overflow are rejected
     if not data.name:
         raise UserError(f"{data} is not a corpus file")
     folder = out if out is not None else data.with_suffix(".run")

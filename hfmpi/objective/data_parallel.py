@@ -11,20 +11,22 @@ step without a message of its own, and leave it at the same place.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 
 import numpy as np
 
 from hfmpi.backends.base import Array, Backend
-from hfmpi.data.batches import Cases, curvature_slice, global_indices, shard
-from hfmpi.errors import UserError
+from hfmpi.data.batches import Cases, checked_indices, curvature_slice, global_indices, shard
+from hfmpi.errors import UserError, shown
 from hfmpi.measure.spans import ALLREDUCE, LINE_SEARCH
 from hfmpi.measure.timer import Timer
-from hfmpi.models.base import Model
+from hfmpi.models.base import Model, SquaredGradients
 from hfmpi.objective.local import LocalSums, Shard
 from hfmpi.objective.messages import PARTS, unpack
 from hfmpi.objective.transport import HostTransport, Transport
 from hfmpi.optim.base import Gradient, Objective, Objectives, Operator, Scalars
+from hfmpi.optim.checks import check_vector
 from hfmpi.parallel.communicator import Communicator
 
 __all__ = ["DataParallel", "Risk", "Stopped", "step_objectives"]
@@ -49,7 +51,7 @@ class DataParallel:
         Gets the spans of `LocalSums`, line search and allreduce.
     micro_batch : int, optional
         Most cases that a rank works on at a time; bounds memory, and does not change the result
-        beyond rounding. Without it, what suits the backend. Halved where the memory does not suffice.
+        beyond rounding. Without it, or 0, what suits the backend. Halved where the memory does not suffice.
     memory_budget : float
         Bytes that this rank may keep of a linearisation between products. What does not fit is computed
         anew for every product, which takes longer and gives the same numbers, bit for bit.
@@ -65,7 +67,7 @@ class DataParallel:
     Raises
     ------
     UserError
-        If the slices do not fit the ranks.
+        If something is not what it must be, or the slices do not fit the ranks.
     """
 
     def __init__(
@@ -79,6 +81,18 @@ class DataParallel:
         slices: int = 0,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
+        for name, given, right, words in (
+            ("model", model, isinstance(model, Model), "a model such as hfmpi.Network"),
+            ("communicator", communicator, isinstance(communicator, Communicator), "what connect() gives"),
+            ("timer", timer, timer is None or isinstance(timer, Timer), "a Timer"),
+            ("micro_batch", micro_batch, micro_batch is None or _whole(micro_batch), "0, 1, 2, ..."),
+            ("memory_budget", memory_budget, _bytes(memory_budget), "a number of bytes"),
+            ("transport", transport, transport is None or isinstance(transport, Transport), "a Transport"),
+            ("slices", slices, _whole(slices), "0, 1, 2, ..."),
+            ("stop", stop, callable(stop), "a function"),
+        ):
+            if not right or isinstance(given, type):
+                raise UserError(f"{name} must be {words}, not {shown(given)}")
         if slices and (slices & (slices - 1) or slices % communicator.size):
             raise UserError(
                 f"slices must be a power of two that the number of ranks divides, not {slices} "
@@ -97,8 +111,17 @@ class DataParallel:
         """Give the risk on the cases `indices` (B,), the same on every rank.
 
         `span` is the name under which the timer books its losses.
+
+        Raises
+        ------
+        TypeError
+            If they are no cases, or no whole numbers.
+        IndexError
+            If there are no such cases.
         """
-        return Risk(self, cases, indices, span)
+        if not isinstance(cases, Cases):
+            raise TypeError(f"cases must be such as hfmpi.Arrays makes, not {shown(cases)}")
+        return Risk(self, cases, checked_indices(indices, cases.count, "case"), span)
 
     def shard(self, cases: Cases, indices: np.ndarray) -> Shard:
         """Give what this rank has of a global batch."""
@@ -114,6 +137,14 @@ class DataParallel:
             transport.sum(message)
         if float(message[-1]) > 0:
             raise Stopped
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 0
+
+
+def _bytes(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and float(value) >= 0
 
 
 def step_objectives(
@@ -161,6 +192,7 @@ class Risk(Objective):
 
     def loss(self, theta: Array) -> float:
         """Mean loss in nats per scored output, float64."""
+        self._check("theta", theta)
         message = np.array([self.owner.local.loss(theta, self.shard, self.span), 0.0])
         self.owner.sum(message, self.owner.host)
         return float(message[0]) / self.scored
@@ -170,7 +202,7 @@ class Risk(Objective):
         return self._gradient(theta, False)
 
     def squared_gradients(self, theta: Array) -> Gradient:
-        """Mean loss, its gradient, and the mean squared gradients of the cases, in one message.
+        """Mean loss, its gradient, and the mean squared gradients of the cases if the model has them.
 
         A case counts with its loss over the mean number of scored outputs of a case, so that `squares` has
         the unit of the squared gradient whatever the batch.
@@ -178,7 +210,9 @@ class Risk(Objective):
         return self._gradient(theta, True)
 
     def _gradient(self, theta: Array, squares: bool) -> Gradient:
+        self._check("theta", theta)
         owner, size = self.owner, theta.size
+        squares = squares and isinstance(owner.model, SquaredGradients)
         message = owner.local.gradient(theta, self.shard, self.scored, squares)
         owner.sum(message, owner.transport)
         square_sum = message[size : 2 * size] if squares else None
@@ -199,12 +233,19 @@ class Risk(Objective):
         return self._products(theta, structural)
 
     def _products(self, theta: Array, structural: float) -> Operator:
+        self._check("theta", theta)
         owner = self.owner
         local = owner.local.products(theta, self.shard, self.scored, structural)
 
         def product(v: Array) -> Array:
+            self._check("v", v)
             message = local(v)
             owner.sum(message, owner.transport)
             return message[:-1]
 
         return product
+
+    def _check(self, name: str, vector: Array) -> None:
+        """Raise a TypeError or ValueError unless it is a vector of the model, on its device."""
+        model = self.owner.model
+        check_vector(name, vector, model.size, model.backend.xp.ndarray)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -98,17 +98,10 @@ class LocalSums:
     def gradient(self, theta: Array, shard: Shard, scored: int, squares: bool) -> Array:
         """Give the message of loss and gradient over `scored`, with `squares` of the single cases' too.
 
-        Raises
-        ------
-        UserError
-            On all ranks alike, if the model has no squares.
+        The model must have them, then.
         """
         backend, size = self.model.backend, theta.size
-        squaring = None
-        if squares:
-            if not isinstance(self.model, SquaredGradients):
-                raise UserError("the model has no squared gradients: set preconditioner=none")
-            squaring = self.model
+        squaring = cast(SquaredGradients, self.model) if squares else None
 
         def share(part: np.ndarray) -> Array:
             message = backend.xp.zeros(message_sizes(size, squares)["gradient"], theta.dtype)

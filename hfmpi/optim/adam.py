@@ -9,6 +9,7 @@ from typing import Annotated
 import numpy as np
 
 from hfmpi.optim.base import Objectives, StepReport, Vector
+from hfmpi.optim.checks import check_state, check_vector, checked
 from hfmpi.optim.first_order import Update, agreed_norm, first_order_step
 from hfmpi.settings import POSITIVE, check, within
 
@@ -47,12 +48,15 @@ class Adam:
 
     def init(self, theta: Vector) -> AdamState:
         """Give the state before the first update."""
+        check_vector("theta", theta)
         return AdamState(0, theta * 0, theta * 0)
 
     def step(
         self, theta: Vector, state: AdamState, objectives: Objectives
     ) -> tuple[Vector, AdamState, StepReport]:
         """Take one update; one whose gradient is not finite is rejected."""
+        objectives = checked(theta, objectives)
+        check_state(state, AdamState, theta, "mean", "mean_square")
         objective, kind = objectives.gradient, theta.dtype.type
 
         def update(g: Vector, norm: float) -> Update[AdamState] | None:

@@ -152,7 +152,7 @@ class Run:
         self._started = self.timer.clock() - self.progress.seconds
         checkpoint_every = config.checkpoint_every or self.epoch_steps
         evaluate_every = config.evaluate_every or self.epoch_steps
-        valid, saved = None, Progress(-1)
+        valid, saved, said = None, Progress(-1), set[str]()
         try:
             while True:
                 self._look_at_the_clock()
@@ -164,6 +164,9 @@ class Run:
                 report, valid = self._one_step(evaluate_every)
                 self._look_at_the_clock()
                 seconds = self.timing.step_seconds
+                if report.accepted and report.message and report.message not in said:
+                    said.add(report.message)
+                    output.reporter.note(f"step {self.step:,}: {report.message}; this is said once")
                 output.step(step_record(self.progress, report, valid, seconds, self.batches, comm.size))
                 if self.step % checkpoint_every == 0 or self.progress.seconds >= output.retry_at:
                     saved = self.progress if self.save(valid) else saved
