@@ -1,4 +1,4 @@
-# Sourced by bin/test and bin/quickstart: makes .venv beside pyproject.toml, or reuses it.
+# Sourced by bin/test, bin/test-bounds and bin/quickstart: makes .venv beside pyproject.toml, or reuses it.
 # Afterwards the shell stands in the repository and finds hfmpi and mpirun on PATH.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"

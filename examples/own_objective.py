@@ -63,7 +63,7 @@ class LeastSquares(Objective):
 def main():
     comm = connect()
     objective = LeastSquares(comm)
-    optimizer = HessianFree(damping=1e-2, preconditioner="none", warm_start=0.0)
+    optimizer = HessianFree(damping=1e-2)
     theta = np.random.default_rng(1).standard_normal(3 * HIDDEN)
     state = optimizer.init(theta)
     for step in range(1, STEPS + 1):

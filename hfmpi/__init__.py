@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hfmpi.models.architecture import Architecture
     from hfmpi.models.network import Network
     from hfmpi.objective.data_parallel import DataParallel
-    from hfmpi.optim import SOAP, Adam, GradientDescent, HessianFree, Muon, Objective, Objectives
+    from hfmpi.optim import SOAP, Adam, GradientDescent, HessianFree, Muon, Objective, Objectives, Subspace
     from hfmpi.parallel import connect, guard
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Network",
     "Objective",
     "Objectives",
+    "Subspace",
     "connect",
     "guard",
 ]

@@ -1,8 +1,10 @@
-"""The one exception that means: the user can mend this."""
+"""The one exception that means: the user can mend this; and what its sentences show of a wrong value."""
 
 from __future__ import annotations
 
-__all__ = ["UserError"]
+import numbers
+
+__all__ = ["UserError", "shown"]
 
 
 class UserError(Exception):
@@ -12,3 +14,10 @@ class UserError(Exception):
     Under MPI it is raised on every rank alike (see `hfmpi.parallel.failure.together`), so that no
     rank waits for one that has left.
     """
+
+
+def shown(value: object) -> str:
+    """Give a value as a sentence shows it: a number, a short word or None as it is, of all else the type."""
+    if value is None or isinstance(value, numbers.Number) or (isinstance(value, str) and len(value) < 100):
+        return repr(value)
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
-from hfmpi.errors import UserError
+import numpy as np
+
+from hfmpi.errors import UserError, shown
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["NOT_NEGATIVE", "POSITIVE", "Rule", "at_least", "check", "converted", "declared", "within"]
+__all__ = [
+    "NOT_NEGATIVE",
+    "POSITIVE",
+    "Rule",
+    "at_least",
+    "at_most",
+    "check",
+    "converted",
+    "declared",
+    "within",
+]
 
 
 class Rule(NamedTuple):
@@ -44,6 +56,11 @@ def at_least(least: int) -> Rule:
     return Rule(f"must be at least {least}", lambda x: x >= least)
 
 
+def at_most(most: int) -> Rule:
+    """Give the rule for numbers with an upper bound."""
+    return Rule(f"must be at most {most:,}", lambda x: x <= most)
+
+
 def within(interval: str) -> Rule:
     """Give the rule for numbers of an interval, such as (0, 1]."""
     low, high = map(float, interval[1:-1].split(","))
@@ -63,15 +80,41 @@ def declared(kind: type[DataclassInstance]) -> dict[str, tuple[type, tuple[objec
 
 
 def check(settings: DataclassInstance) -> None:
-    """Raise a ValueError of one sentence unless all values are as their annotations say.
+    """Give all values the types of their annotations, as Python's own; to be called by `__post_init__`.
 
-    Types are not looked at: what comes from outside goes through `converted`.
+    Raises
+    ------
+    TypeError
+        If a value is of another type; whole numbers will do for a float, and NumPy's numbers for Python's.
+    ValueError
+        If a value is not as its annotation says.
     """
-    for name, (_, more) in declared(type(settings)).items():
+    for name, (wanted, more) in declared(type(settings)).items():
+        value = _typed(getattr(settings, name), wanted)
+        if value is None:
+            raise TypeError(_wrong(name, wanted, getattr(settings, name)))
+        object.__setattr__(settings, name, value)  # frozen for everyone else
         for rule in more:
-            value = getattr(settings, name)
             if isinstance(rule, Rule) and not rule.holds(value):
                 raise ValueError(f"{name} {rule.words.format(value)}")
+
+
+def _typed(value: Any, wanted: type) -> Any:
+    """Give a value in a type, or None if it is none of it."""
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value) if wanted is bool else None
+    if wanted is int and isinstance(value, numbers.Integral):
+        return int(value)
+    if wanted is float and isinstance(value, numbers.Real):
+        try:
+            return float(value)
+        except OverflowError:
+            return None
+    return value if isinstance(value, wanted) else None
+
+
+def _wrong(name: str, wanted: type, value: object) -> str:
+    return f"{name} must be of type {wanted.__name__}, not {shown(value)}"
 
 
 def converted(
@@ -99,9 +142,7 @@ def converted(
     for name, value in given.items():
         if name not in known:
             raise UserError(unknown.format(repr(name), ", ".join(known)))
-        wanted = known[name][0]
-        if wanted is float and type(value) is int and abs(value) <= sys.float_info.max:
-            values[name] = float(value)
-        elif type(value) is not wanted:
-            raise UserError(f"{noun.format(name)} must be of type {wanted.__name__}, not {value!r}")
+        values[name] = _typed(value, known[name][0])
+        if values[name] is None:
+            raise UserError(_wrong(noun.format(name), known[name][0], value))
     return values

@@ -64,7 +64,7 @@ def test_allreduce():
     assert [r["bytes"] for r in found] == [16, 4 * size + 4, 8 * size + 20]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "shf", "soap", "muon"])
+@pytest.mark.parametrize("optimizer", ["sgd", "shf", "soap", "muon", "subspace"])
 def test_steps(optimizer):
     sizes = ["--gradient-batch", "8"] + (["--curvature-batch", "4"] if optimizer == "shf" else [])
     (found,) = rows("step", "--model", "mlstm", "--optimizer", optimizer, *sizes)

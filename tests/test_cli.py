@@ -1,5 +1,7 @@
 """The commands: what they do, and bad input: one sentence, exit code 2, no hang, files as before."""
 
+import fcntl
+import io
 import json
 import os
 import shutil
@@ -115,10 +117,10 @@ def test_from_text_to_sample(here, monkeypatch, capsys):
     assert (found["settings"], found["forget_bias"]) == ({"cg_max_steps": 3, "damping": 0.5}, -1.5)
     assert [record["cg_steps"] for record in history(here / "book.run")] == [3, 3]
 
-    # The same command goes on; also with fewer words, and with another limit.
+    # The same command goes on; also with fewer words, with defaults by name, and with another limit.
     assert call(monkeypatch, *words[:-1], "3") == 0
     assert "going on from step 2" in capsys.readouterr().out
-    assert call(monkeypatch, "train", "book.h5", "--max-steps", "4") == 0
+    assert call(monkeypatch, "train", "book.h5", "--max-steps", "4", "--set", "damping_factor=0.9") == 0
     assert [record["step"] for record in history(here / "book.run")] == [1, 2, 3, 4]
     capsys.readouterr()
 
@@ -134,6 +136,59 @@ def test_from_text_to_sample(here, monkeypatch, capsys):
     assert len(written) == len("the") + 40 + 1
     assert call(monkeypatch, "sample", "book.run", "--length", "40", "--prime", "the") == 0
     assert capsys.readouterr().out == written
+
+
+@pytest.mark.parametrize(("encoding", "unit"), [("latin-1", "byte"), ("utf-8", "byte"), ("ascii", "char")])
+def test_a_text_of_any_encoding(encoding, unit, here, monkeypatch, capsys):
+    words = "été, crème, garçon" if encoding != "ascii" else "summer, cream, boy"
+    (here / "book.txt").write_bytes(f"{words} ".encode(encoding) * 200)
+    assert call(monkeypatch, "prepare", "book.txt", "book.h5") == 0
+    assert call(monkeypatch, "train", "book.h5", *TINY, "--max-steps", "1") == 0
+    assert f" bits/{unit} on validation" in capsys.readouterr().out
+    assert call(monkeypatch, "evaluate", "book.run") == 0
+    assert f" bits/{unit} on " in capsys.readouterr().out
+
+    def sample(*words):
+        """Give the bytes, on a terminal of which none of them is part."""
+        with io.TextIOWrapper(io.BytesIO(), "ascii") as out, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", out)
+            assert call(monkeypatch, "sample", "book.run", "--length", "42", *words) == 0
+            out.flush()
+            return out.buffer.getvalue()
+
+    written = sample()
+    assert len(written) == 42 + 1
+    assert set(written[:-1]) <= set(f"{words} ".encode(encoding))
+    assert any(byte > 127 for byte in written) == (encoding != "ascii")
+    prime = words[:2].encode(encoding)
+    assert sample("--prime", os.fsdecode(prime)).startswith(prime)
+
+
+def test_an_unknown_character_is_named_as_it_was_typed(refused):
+    hint = f", at least not in {sys.getfilesystemencoding()}\n"
+    begin = "the network does not know the character(s) "
+    assert refused("sample", "run", "--prime", "thé ñ日") == f"{begin}'é' 'ñ' '日'{hint}"
+    assert refused("sample", "run", "--prime", os.fsdecode(b"\xe9\n")) == f"{begin}'\\n' '\\xe9'{hint}"
+    assert refused("sample", "run", "--prime", "A the") == f"{begin}'A'\n"
+
+
+def test_a_figure_without_an_end_is_a_png_and_said_to_be(here, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    assert call(monkeypatch, "plot", "run", "--out", "figure") == 0
+    assert capsys.readouterr().out == "figure.png: 1 run(s)\n"
+    assert (here / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_name_that_is_no_utf_8_is_told_as_far_as_it_can_be(here, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    (here / "book.txt").write_bytes(text())
+    (here / "run").rename(here / os.fsdecode(b"r\xfcn"))
+    assert call(monkeypatch, "prepare", "book.txt", os.fsdecode(b"b\xfcch.h5")) == 0
+    assert "b\ufffdch.h5: 4,500 of 4,500 characters" in capsys.readouterr().out
+    assert call(monkeypatch, "plot", os.fsdecode(b"r\xfcn")) == 0
+    assert "r\ufffdn" in capsys.readouterr().out
+    assert call(monkeypatch, "plot", os.fsdecode(b"r\xfcn"), "--out", os.fsdecode(b"\xfc.png")) == 0
+    assert capsys.readouterr().out == "\ufffd.png: 1 run(s)\n"
 
 
 @pytest.mark.parametrize("words", [[], ["train"], ["bench"]])
@@ -228,25 +283,30 @@ def test_damaged_data(damage, reason, here, refused):
 
 
 @pytest.mark.parametrize(("words", "reason"), [
-    ("--sequence-length 301 --gradient-batch 5", "a split of 300 characters is too short"),
-    ("--sequence-length 5000", "too short for one sequence of 5,000"),
+    ("--sequence-length 301 --gradient-batch 5", "--sequence-length can be at most 300, not 301"),
+    ("--sequence-length 5000 --gradient-batch 20", "at most 300, not 5,000; the training text of small.h5 "
+     "makes 14 sequences of 300 characters: --gradient-batch can be at most 14, not 20\n"),
     ("--layers 0", "--layers"),
-    ("--burn-in 290", "too short for one sequence of 20 with a burn-in of 290"),
-    ("--gradient-batch 211", "a batch of 211 sequences cannot be drawn from the 210 there are"),
-    ("--curvature-batch 10", "a curvature batch of 10 sequences cannot be drawn from a gradient batch of 9"),
+    ("--burn-in 290", "--burn-in together can be at most 300, not 310"),
+    ("--gradient-batch 211", "--gradient-batch can be at most 210, not 211"),
+    ("--curvature-batch 10", "--curvature-batch can be at most 9, the gradient batch, not 10"),
     ("--optimizer adam", "has no curvature batch"),
     ("--model elman", "there is no model 'elman'"),
     ("--model rnn --variant krause", "the krause variant is for lstm and mlstm"),
     ("--variant mine", "there is no variant 'mine'"),
     ("--initialisation zeros", "there is no initialisation 'zeros'"),
-    ("--forget-bias nan", "forget_bias must be a finite number"),
+    ("--forget-bias nan", "is no finite number"),
     ("--optimizer lbfgs", "there is no optimizer 'lbfgs'"),
     ("--backend torch", "there is no backend 'torch'"),
     ("--dtype float16", "dtype must be float32 or float64"),
     ("--hidden 0", "--hidden"),
     ("--hidden many", "--hidden"),
-    ("--hidden 10000000", "there is not enough memory"),
-    ("--max-seconds nan", "must be a finite number"),
+    ("--hidden 10000000", "there is not enough memory: 1 x 10,000,000 hidden units have 500,0"),
+    ("--hidden 99999999999999999", "there is not enough memory"),
+    ("--layers 99999999999999999", "layers must be at most 1,000"),
+    ("--threads 99999999999999999", "--threads"),
+    ("--stall-timeout 1e12", "1e12 is more than 1,000,000,000"),
+    ("--max-seconds nan", "is no finite number"),
     ("--max-steps -1", "--max-steps"),
     ("--momentum 0.9", "--momentum"),
     ("--set momentum=0.9", "optimizer shf has no setting 'momentum'"),
@@ -280,6 +340,11 @@ def test_options_that_cannot_be(words, reason, refused):
     ("seed = -1", "seed must not be negative"),
     ("memory_budget = -1", "memory_budget must not be negative"),
     ("max_seconds = inf", "max_seconds must be a finite number"),
+    ("max_seconds = nan", "max_seconds must be a finite number"),
+    ("forget_bias = -inf", "forget_bias must be a finite number"),
+    ("layers = 100_000", "layers must be at most 1,000"),
+    (f"seed = 1{'0' * 30}", "seed must be below 2**63"),
+    ("[settings]\ndamping = nan", "setting damping must be a finite number"),
     (f"max_seconds = 1{'0' * 400}", "option max_seconds must be of type float"),
     ("model = ", "is not a TOML file"),
     ("hidden = 5\nhidden = 6", "is not a TOML file"),
@@ -309,7 +374,8 @@ def test_a_configuration_file_that_is_not_text(here, refused):
     ("--dtype float64", "this run has dtype = 'float32', not 'float64'"),
     ("--seed 1", "this run has seed = 0, not 1"),
     ("--sequence-length 10", "this run has sequence_length = 20, not 10"),
-    ("--set cg_max_steps=2", "this run has settings"),
+    ("--set cg_max_steps=2", "this run has cg_max_steps = 15, not 2"),
+    ("--gradient-batch 10", "this run has gradient_batch = 9, not 10"),
     ("--warmup 2", "this run has burn_in = 0, not 2"),
     ("--layers 2", "this run has layers = 1, not 2"),
     ("--config other.toml", "this run has burn_in = 0, not 2"),
@@ -330,22 +396,130 @@ def test_a_run_does_not_go_on_with_another_vocabulary(here, refused):
         (here / "other.h5").unlink()
 
 
-def test_a_run_does_not_go_on_with_other_data(here, monkeypatch, refused):
+def test_a_run_does_not_go_on_with_other_data(here, monkeypatch, capsys, refused):
     prepare(text()[::-1])[0].write(here / "other.h5")
     assert "other data" in refused("train", "other.h5", "--out", "run", "--max-steps", "9")
     # A new run may start from it.
     assert call(monkeypatch, "train", "other.h5", "--out", "new", "--resume", "run", "--max-steps", "3") == 0
+    assert capsys.readouterr().err == "Note: run was trained on other data than other.h5.\n"
+
+
+def test_a_run_is_not_evaluated_on_other_data_without_a_word(here, monkeypatch, capsys, refused):
+    def evaluated(*words):
+        assert call(monkeypatch, "evaluate", "run", *words, "--json") == 0
+        said = capsys.readouterr()
+        return json.loads(said.out), said.err
+
+    own, word = evaluated()
+    assert (own["corpus"], word) == (Corpus.read(here / "small.h5").digest, "")
+    (here / "small.h5").rename(here / "moved.h5")
+    # The run was made elsewhere; its corpus is there still.
+    path = here / "run" / checkpoint.NEWEST
+    found = checkpoint.load(path)
+    corpus = here / "small.h5"
+    checkpoint.save(path, found.theta, found.state, found.meta | {"data": str(corpus)})
+    sentence = f"cannot read {corpus}: No such file or directory; if the corpus of the run is elsewhere now, "
+    assert refused("evaluate", "run") == sentence + "name it with --data\n"
+    assert evaluated("--data", "moved.h5") == (own, "")
+    assert "name it there, and --out run" in refused("train", "small.h5", "--out", "run")
+
+    prepare(text()[::-1])[0].write(corpus)
+    sentence = (
+        f"{corpus} holds other data now than the run was trained on; to evaluate on it all the same give "
+    )
+    assert refused("evaluate", "run") == sentence + f"--data {corpus}\n"
+    other, word = evaluated("--data", "small.h5")
+    assert word == "Note: small.h5 holds other data than run was trained on.\n"
+    assert other["corpus"] == Corpus.read(corpus).digest
+    assert other["valid_bpc"] != own["valid_bpc"]
+
+
+def test_a_checkpoint_of_another_run_in_the_folder(here, monkeypatch, refused):
+    newest, previous = here / "run" / checkpoint.NEWEST, here / "run" / checkpoint.PREVIOUS
+    assert (
+        call(monkeypatch, "train", "small.h5", "--out", "new", *TINY, "--seed", "1", "--max-steps", "1") == 0
+    )
+    shutil.move(newest, previous)
+    shutil.copy(here / "new" / checkpoint.NEWEST, newest)
+    for words in ("train small.h5 --out run --max-steps 9", "evaluate run", "sample run", "speedup run"):
+        assert (
+            "run/checkpoint.h5 is of another run than checkpoint.previous.h5 beside it, its seed differs: "
+            in (refused(*words.split()))
+        )
+    newest.unlink()
+    assert call(monkeypatch, "train", "small.h5", "--out", "run", "--max-steps", "3") == 0
+    assert [record["step"] for record in history(here / "run")] == [1, 2, 3]
+
+
+def open_elsewhere(path):
+    """Leave the file as another program has it that writes into it, or that died while it did."""
+    program = "import h5py, os, sys; file = h5py.File(sys.argv[1], 'r+'); os._exit(0)"
+    subprocess.run([sys.executable, "-c", program, path], check=True, timeout=60)
+
+
+def test_files_that_are_open_in_another_program_are_not_called_damaged(here, refused):
+    open_elsewhere(here / "small.h5")
+    (here / "book.txt").write_bytes(text())
+    for words in (
+        "train small.h5 --out new",
+        "evaluate run --data small.h5",
+        "prepare book.txt small.h5",
+        "bench step --data small.h5",
+    ):
+        assert refused(*words.split()).startswith("small.h5 is open for writing in another program: close it")
+    # The newest checkpoint may be good: what came after the previous one is not thrown away.
+    shutil.copy(here / "run" / checkpoint.NEWEST, here / "run" / checkpoint.PREVIOUS)
+    open_elsewhere(here / "run" / checkpoint.NEWEST)
+    for words in ("train small.h5 --out run", "evaluate run"):
+        assert "run/checkpoint.h5 is open for writing" in refused(*words.split())
+
+
+def test_a_file_that_another_program_locks(here, monkeypatch):
+    monkeypatch.setenv("HDF5_USE_FILE_LOCKING", "TRUE")
+    with (here / "small.h5").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = outside(1, here, "evaluate", "run", "--data", "small.h5")
+    is_one_sentence(done, "small.h5 is locked by another program")
+
+
+def test_a_working_folder_that_is_gone(here, monkeypatch, refused, capsys):
+    gone = here / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    sentence = "the working folder has been removed: change into another one, as with cd ~\n"
+    for words in ("prepare a.txt a.h5", "train small.h5", "evaluate run", "sample run", "plot run"):
+        assert refused(*words.split()) == sentence
+    for words in (f"evaluate {here}/run --backend numba", "bench products --backend numba"):
+        assert refused(*words.split()) == sentence  # Numba needs one, too
+    assert call(monkeypatch, "sample", here / "run", "--length", "3") == 0
+    assert call(monkeypatch, "info") == 0
 
 
 @pytest.mark.parametrize("change", [
-    {"step": None}, {"seconds": "soon"}, {"counts": {"steps": 2, "naps": 1}}, {"counts": 7},
-    {"vocabulary": 3}, {"config": {"hidden": "six"}}, {"config": {"units": 6}}, {"config": 6},
+    {"step": None}, {"step": True}, {"step": -1}, {"step": 2.5}, {"seconds": "soon"}, {"seconds": -1},
+    {"counts": {"steps": 2, "naps": 1}}, {"counts": 7}, {"vocabulary": 3}, {"vocabulary": [32] * 17},
+    {"corpus": 5}, {"data": 6}, {"config": {"hidden": "six"}}, {"config": {"units": 6}}, {"config": 6},
 ])  # fmt: skip
 def test_checkpoints_that_describe_no_run(change, here, refused):
     path = here / "run" / checkpoint.NEWEST
     found = checkpoint.load(path)
     checkpoint.save(path, found.theta, found.state, found.meta | change)
-    refused("train", "small.h5", "--out", "run", "--max-steps", "9")
+    if change.keys() != {"data"}:  # the command line names it
+        refused("train", "small.h5", "--out", "run", "--max-steps", "9")
+    refused("evaluate", "run", "--data", "small.h5")
+    refused("sample", "run")
+
+
+def test_parameters_that_are_no_numbers(here, refused):
+    path = here / "run" / checkpoint.NEWEST
+    found = checkpoint.load(path)
+    checkpoint.save(path, found.theta * np.nan, found.state, found.meta)
+    for words in ("evaluate run --json --data small.h5", "sample run"):
+        assert refused(*words.split()) == "the parameters in the checkpoint in run are not finite\n"
+    checkpoint.save(path, found.theta * np.float32(3e37), found.state, found.meta)
+    for words in ("evaluate run --json --data small.h5", "sample run"):
+        assert " not finite\n" in refused(*words.split())
 
 
 def test_checkpoints_that_cannot_be_read(here, refused):
@@ -392,6 +566,8 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(here, monkeypatch, c
     (b"", "sample run --prime THE", "does not know the character(s) 'E' 'H' 'T'"),
     (b"", "sample run --length -1", "--length"),
     (b"", "plot absent --out figure.png", "absent/history.jsonl"),
+    (b"", "plot run --out run", "cannot write run: it is a folder"),
+    (b"", "plot run --out figure.xyz", "cannot write figure.xyz: Format 'xyz' is not supported"),
     (b"", "speedup absent", "absent"),
 ])  # fmt: skip
 def test_other_commands(book, words, reason, here, refused):
@@ -507,6 +683,6 @@ def test_a_memory_budget_that_is_no_size(refused):
 def test_a_wrong_bench_is_one_sentence(refused):
     assert "no model 'elman'" in refused("bench", "products", "--model", "elman")
     assert "cannot read nothing.h5" in refused("bench", "step", "--data", "nothing.h5")
-    assert "from the" in refused("bench", "products", "--data", "small.h5", "--batch", "100000")
+    assert "the text makes 21 of" in refused("bench", "products", "--data", "small.h5", "--batch", "100000")
     assert "has no setting" in refused("bench", "step", "--set", "x=1")
     assert refused("bench", "products", "--dtype", "half") == "dtype must be float32 or float64, not 'half'\n"

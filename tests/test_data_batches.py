@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 
 from hfmpi.data.batches import Sequences, check_batch, curvature_slice, global_indices, shard
 from hfmpi.errors import UserError
+from hfmpi.runs.checks import enough_text
 
 counts = st.integers(1, 40)
 seeds = st.integers(0, 2**40)
@@ -83,8 +87,8 @@ def test_a_sequence_that_is_not_there_is_an_error(index: int) -> None:
 @pytest.mark.parametrize(
     ("size", "length", "burn_in", "words"),
     [
-        (199, 200, 0, "199 characters is too short for one sequence of 200"),
-        (200, 200, 1, "with a burn-in of 1"),
+        (199, 200, 0, "199 characters is too short for a sequence of 200: it takes at least 200"),
+        (200, 200, 1, "with a burn-in of 1: it takes at least 201"),
         (0, 1, 0, "too short"),
         (10, 0, 0, "cannot be"),
         (10, 5, -1, "cannot be"),
@@ -156,7 +160,48 @@ def test_the_curvature_slice_gives_every_place_its_turn(
 def test_a_batch_larger_than_the_data_is_one_sentence(batch: int) -> None:
     check_batch(1, 10)
     check_batch(10, 10)
-    with pytest.raises(UserError, match="cannot be drawn from the 10 there are"):
+    with pytest.raises(UserError, match="cannot be drawn: the text makes 10 of them"):
         check_batch(batch, 10)
     with pytest.raises(UserError, match="from a gradient batch of 10"):
         curvature_slice(0, 10, batch)
+
+
+@given(st.tuples(*[st.integers(1, 60)] * 3), st.integers(0, 60), st.integers(1, 60), st.integers(0, 60))
+def test_one_sentence_names_all_options_that_are_too_large(
+    sizes: tuple[int, int, int], burn_in: int, gradient: int, curvature: int
+) -> None:
+    train, valid, length = sizes
+    corpus = Path("small.h5"), train, valid
+    most: dict[str, int] = {}
+    try:
+        enough_text(*corpus, length, burn_in, gradient, curvature)
+    except UserError as error:
+        found = re.findall(r"(--[a-z-]+)( and --burn-in together)? can be at most (\d+)", str(error))
+        most = {option: int(number) for option, _, number in found}
+    # The largest values work, all together, and what is not named works as it is.
+    if "--sequence-length" in most:
+        both = most["--sequence-length"]
+        assert both == min(train, valid) < length + burn_in
+        length = both - burn_in if burn_in < both else min(length, both)
+        burn_in = min(burn_in, both - length)
+    assert most.get("--gradient-batch", 0) < gradient
+    count = Sequences(np.zeros(train, np.uint8), length, burn_in).count
+    assert Sequences(np.zeros(valid, np.uint8), length, burn_in).count
+    gradient = most.get("--gradient-batch", gradient)
+    check_batch(gradient, count)
+    assert "--gradient-batch" not in most or gradient == count
+    if curvature:
+        curvature_slice(0, gradient, most.get("--curvature-batch", curvature))
+    enough_text(*corpus, length, burn_in, gradient, most.get("--curvature-batch", curvature))
+
+
+def test_the_sentence_on_a_text_that_is_too_short() -> None:
+    with pytest.raises(UserError) as caught:
+        enough_text(Path("small.h5"), 4200, 100, 200, 0, 320, 32)
+    assert str(caught.value) == (
+        "the validation text of small.h5 has 100 characters: --sequence-length can be at most 100, not 200; "
+        "the training text of small.h5 makes 42 sequences of 100 characters: "
+        "--gradient-batch can be at most 42, not 320"
+    )
+    with pytest.raises(UserError, match=r"^--curvature-batch can be at most 9, the gradient batch, not 32$"):
+        enough_text(Path("small.h5"), 4200, 300, 20, 0, 9, 32)

@@ -23,7 +23,7 @@ TEXT = b"in the beginning was the word. " * 20
 
 @pytest.fixture(name="corpus")
 def fixture_corpus() -> Corpus:
-    return prepare(TEXT, 500, 100, {"source": "a test, naïve"})[0]
+    return prepare(TEXT, 500, 100, {"source": "a test, naïve"}).corpus
 
 
 @pytest.fixture(name="path")
@@ -62,7 +62,7 @@ def test_the_file_describes_itself(corpus: Corpus, path: Path) -> None:
 
 @given(st.binary(min_size=2, max_size=300))
 def test_every_byte_can_be_a_symbol(text: bytes) -> None:
-    corpus, _ = prepare(text)
+    corpus = prepare(text).corpus
     ids = np.concatenate([corpus.train, corpus.valid])
     assert corpus.decode(ids) == text
     assert np.array_equal(corpus.encode(text), ids)
@@ -348,7 +348,7 @@ def test_a_truncated_file_is_one_sentence(path: Path) -> None:
 def test_damaged_bytes_never_change_what_is_read(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    corpus, _ = prepare(b"abracadabra ", 9, 3)
+    corpus = prepare(b"abracadabra ", 9, 3).corpus
     path = tmp_path_factory.getbasetemp() / "damaged.h5"
     corpus.write(path)
     content = bytearray(path.read_bytes())

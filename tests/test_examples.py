@@ -133,3 +133,13 @@ def test_the_campaign_of_faults(monkeypatch):
     assert done.returncode == 0, done.stdout + done.stderr
     total = next(line.split() for line in done.stdout.splitlines() if line.startswith("all "))
     assert total[1] == "2"
+
+
+@pytest.mark.skipif(not MPIRUN.exists(), reason="needs the mpirun of this environment")
+def test_the_campaign_of_surroundings(monkeypatch):
+    monkeypatch.setenv("PATH", f"{MPIRUN.parent}:{os.environ['PATH']}")
+    script = ROOT / "examples" / "faults" / "surroundings.py"
+    command = [sys.executable, script, "--trials", "2", "--kinds", "signal to hfmpi", "command | head"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| **all** | 2 | 2 | |" in done.stdout.splitlines()

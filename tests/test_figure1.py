@@ -1,5 +1,6 @@
 """The study of the paper's Figure 1: its sizes, the choice among candidates, and the table of claims."""
 
+import dataclasses
 import json
 import re
 import runpy
@@ -7,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from small import write_corpus
+from small import text, train, write_corpus
+
+from hfmpi.data import prepare as data
+from hfmpi.errors import UserError
 
 FOLDER = Path(__file__).parents[1] / "examples" / "figure1"
 
@@ -187,6 +191,19 @@ def test_data_of_another_size_and_a_study_without_runs_are_refused(
     found = capsys.readouterr()
     assert found.out == ""
     assert re.fullmatch(rf"Error: {sentence}\n", found.err)
+
+
+def test_runs_of_other_data_are_not_mixed(study, tmp_path):
+    from run import prepare
+
+    size = dataclasses.replace(study.SIZES["small"], batches=1000, length=300)
+    train(tmp_path / "out" / "lstm-sgd-rate=2", write_corpus(tmp_path / "own.h5"), max_steps=1)
+    prepare(tmp_path / "own.h5", tmp_path / "out", size)
+    data.prepare(text()[::-1])[0].write(tmp_path / "other.h5")
+    with pytest.raises(
+        UserError, match=r"rate=2 was trained on other data than .*other.h5: name another OUT"
+    ):
+        prepare(tmp_path / "other.h5", tmp_path / "out", size)
 
 
 def test_the_table_says_where_the_chosen_runs_ended(study, table, tmp_path, capsys):

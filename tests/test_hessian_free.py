@@ -300,7 +300,8 @@ def test_presets_have_the_batches_of_the_paper():
     sizes = {name: (preset(name).gradient_batch, preset(name).curvature_batch) for name in PRESETS}
     assert sizes == {
         "sgd": (32, 0), "bgd": (3500, 0), "shf": (320, 32), "bhf": (14000, 3500),
-        "bhf-short": (14000, 3500), "adam": (32, 0),
+        "bhf-short": (14000, 3500), "adam": (32, 0), "soap": (3500, 0), "muon": (3500, 0),
+        "subspace": (14000, 875),
     }  # fmt: skip
     assert preset("sgd").optimizer.rate == preset("bgd").optimizer.rate == 2
     bhf = preset("bhf").optimizer

@@ -1,11 +1,15 @@
 """Compiled kernels between processes: found again, shared by many, and never an error."""
 
 import os
+import resource
 import subprocess
 import sys
+import tempfile
 import zipfile
 
 import pytest
+
+from hfmpi.backends import cupy_cache, kernel_cache
 
 SCRIPT = """
 import sys
@@ -26,7 +30,7 @@ print(sum(sum(s.cache_hits.values()) for s in used), sum(sum(s.cache_misses.valu
 """
 
 
-def start(cache, temporary, dtype="float32"):
+def start(cache, temporary, dtype="float32", **options):
     environment = {
         k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR")
     }
@@ -37,6 +41,7 @@ def start(cache, temporary, dtype="float32"):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        **options,
     )
 
 
@@ -99,3 +104,100 @@ def test_a_cache_that_cannot_be_written_is_no_error(temporary, place):
 
 def test_no_temporary_folder_is_no_error(tmp_path):
     assert finish(start(tmp_path, "/dev/null")) in ((0, 0), (0, 2))
+
+
+def test_a_disk_that_takes_no_more_is_no_error(tmp_path, temporary):
+    most = 20_000  # bytes: enough for an index, not for machine code
+    finish(start(tmp_path, temporary))  # with an archive that cannot be unpacked, and without one
+    for cache in tmp_path, tmp_path / "other":
+        limited = start(
+            cache, temporary, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        )
+        assert finish(limited) == (0, 2)
+
+
+def test_a_folder_that_is_cleared_away_is_no_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(kernel_cache.atexit, "register", lambda *arguments: None)
+    with kernel_cache.kernel_cache("test", (__file__,)) as cached:
+        function = cached(kernel_cache.numba.njit(lambda x: x + 1))
+    (folder,) = tmp_path.iterdir()
+    kernel_cache.shutil.rmtree(folder)
+    folder.write_text("a file in its place")
+    assert function(1) == 2
+
+
+OWNER = """
+import sys
+from hfmpi.backends.kernel_cache import _private_folder
+print(_private_folder(), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_folders_of_killed_processes_are_removed(tmp_path):
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    owners = [
+        subprocess.Popen(
+            [sys.executable, "-c", OWNER],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    dead, living = (owner.stdout.readline().strip() for owner in owners)
+    (tmp_path / "another").mkdir()
+    (tmp_path / "hfmpi-cache-link").symlink_to(tmp_path / "another")
+    owners[0].kill()
+    owners[0].communicate()
+    assert os.path.exists(dead)
+    kernel_cache._remove_abandoned(tmp_path)
+    assert not os.path.exists(dead)
+    assert os.path.exists(living)
+    assert (tmp_path / "another").exists()
+    owners[1].communicate("")
+    kernel_cache._remove_abandoned(tmp_path)
+    assert not os.path.exists(living)
+
+
+def test_folders_of_other_users_are_left_alone(tmp_path, monkeypatch):
+    (tmp_path / "hfmpi-cache-theirs").mkdir()
+    monkeypatch.setattr(os, "geteuid", lambda: os.stat(tmp_path).st_uid + 1)
+    kernel_cache._remove_abandoned(tmp_path)
+    assert (tmp_path / "hfmpi-cache-theirs").exists()
+
+
+def test_a_folder_that_another_removes_before_it_is_locked(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made = []
+
+    def mkdtemp(prefix, make=tempfile.mkdtemp):
+        made.append(make(prefix=prefix))
+        if len(made) == 1:
+            kernel_cache._remove_abandoned(tmp_path)
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    assert str(kernel_cache._private_folder()) == made[1]
+    assert [str(path) for path in tmp_path.iterdir()] == made[1:]
+
+
+@pytest.mark.parametrize("folder", ["taken", "new/folder", "/proc/nowhere", "/dev/null/there", "full"])
+def test_where_cupy_keeps_its_kernels(tmp_path, monkeypatch, folder):
+    (tmp_path / "taken").mkdir()
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / folder))
+    monkeypatch.delenv("CUPY_CACHE_IN_MEMORY", raising=False)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if folder == "full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        cupy_cache.choose()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    usable = folder in ("taken", "new/folder")
+    assert ("CUPY_CACHE_IN_MEMORY" in os.environ) is not usable
+    assert os.path.isdir(os.environ["CUPY_CACHE_DIR"])  # else CuPy makes it, or fails to, at its import
+    if usable:
+        assert list((tmp_path / folder).iterdir()) == []

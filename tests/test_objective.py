@@ -51,6 +51,8 @@ def everything(risk, theta, v):
         "product": risk.gauss_newton(theta)(v),
         "columns": risk.columns(theta)(columns).reshape(-1),
         "projection": risk.project(theta)(columns),
+        "factors": risk.factored_gradient(theta)[1],
+        "gradient with factors": risk.factored_gradient(theta)[0].vector,
         "damped product": risk.structural_gauss_newton(theta, 0.7)(v),
     }
     return {k: x if isinstance(x, np.ndarray) else backend.to_host(x) for k, x in found.items()}
@@ -85,6 +87,7 @@ def test_means_match_the_independent_implementation(name, variant, backend):
     expected["projection"] = expected["columns"].reshape(columns.shape) @ columns.T
     losses = [independent.loss(at, about, batch) / characters for at in (theta, theta + v, theta)]
     expected["losses"] = np.array(losses)
+    expected["factors"] = found["factors"]  # tests/test_kronecker.py
     for key, value in found.items():
         assert relative(value, expected[key.split(" with")[0]]) < 1e-10, key
 
@@ -341,7 +344,10 @@ def check_line(communicator, slices=0):
     one = owner.on(rows, np.arange(1))  # most ranks have nothing of it
     for objectives in (Objectives(whole, whole), Objectives(one, one)):
         for changes, sentence in (
-            ({}, "the model has no squared gradients: set preconditioner=none"),
+            (
+                {"preconditioner": "diagonal"},
+                "the objective has no squared gradients: set preconditioner=auto or none",
+            ),
             (
                 {"preconditioner": "none", "structural_damping": 0.5},
                 "the model has no structural damping: set structural_damping=0",
@@ -381,7 +387,7 @@ def test_an_objective_of_ones_own_says_what_it_lacks():
 
     theta = np.ones(3)
     for objectives, changes, words in (
-        (Objectives(Bare()), {}, "no squared gradients: set preconditioner=none"),
+        (Objectives(Bare()), {"preconditioner": "diagonal"}, "no squared gradients: set preconditioner=auto"),
         (Objectives(Bare()), {"preconditioner": "none"}, "need a curvature objective"),
         (Objectives(Bare(), Bare()), {"preconditioner": "none"}, "no Gauss-Newton products"),
         (

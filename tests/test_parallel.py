@@ -2,11 +2,15 @@
 
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +19,13 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from hfmpi.cli.info import info
 from hfmpi.errors import UserError
-from hfmpi.parallel import failure, launch, library, placement
+from hfmpi.measure import control_groups, machine
+from hfmpi.parallel import failure, launch, library, placement, sockets
 from hfmpi.parallel.communicator import Communicator, MPICommunicator, digest
 
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 LAUNCHER_NAMES = [name for pair in library._LAUNCHERS for name in pair if name]
+LAUNCHER_NAMES += ["PMIX_NAMESPACE", "PMIX_SERVER_URI4", "PMI_FD", "PMI_PORT"]
 
 
 def mpirun(ranks, program, folder):
@@ -188,6 +194,112 @@ def test_launcher_of_another_mpi_is_an_error():
         assert len(done.stderr.splitlines()) == lines
 
 
+MPICH, OPEN_MPI = "MPICH Version:      5.0.2\nMPICH Release date: x", "Open MPI v5.0.11, package: Open MPI x"
+SLURM = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+PMI = {"PMI_RANK": "0", "PMI_SIZE": "2"}
+PMIX = {"PMIX_RANK": "0", "PMIX_NAMESPACE": "slurm.pmix.1.0"}
+OPEN_MPIRUN = PMIX | {
+    "OMPI_COMM_WORLD_RANK": "0",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "PMIX_SERVER_URI4": "x;tcp4://",
+}
+
+
+def library_named(text):
+    return SimpleNamespace(Get_library_version=lambda: text, __file__=None, Is_initialized=lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("found", "variables", "said"),
+    [
+        (MPICH, PMIX, "it speaks PMIx, which MPICH 5.0.2 is not built for: use .* srun --mpi=pmi2"),
+        (MPICH, OPEN_MPIRUN, "it speaks PMIx"),
+        (MPICH, PMI | {"PMI_FD": "closed"}, r"its connection \(PMI_FD\) is closed"),
+        (MPICH, PMI | {"PMI_FD": "left"}, r"its connection \(PMI_FD\) is closed"),
+        (MPICH, PMI | {"PMI_FD": "open"}, None),
+        (MPICH, PMI | PMIX | {"PMI_FD": "open"}, None),  # mpirun called in a step of Slurm
+        (MPICH, PMI | {"PMI_PORT": "here:1"}, None),
+        (MPICH, SLURM, None),  # MPICH starts, and says that each is alone
+        ("Intel(R) MPI Library 2021.13", PMIX, None),
+        (OPEN_MPI, OPEN_MPIRUN, None),
+        (OPEN_MPI, PMIX, "its PMIx server is not named"),
+        (OPEN_MPI, PMI | {"PMI_FD": "open"}, "it offers no PMIx, which Open MPI v5.0.11 needs: use .*pmix"),
+        (OPEN_MPI, SLURM, "it offers no PMIx"),
+        ("Open MPI v4.1.6, package: x", SLURM, None),  # which may be built for Slurm's PMI
+        (OPEN_MPI, {}, None),
+    ],
+)
+def test_launcher_and_library_are_compared_before_mpi_starts(
+    found, variables, said, no_launcher, monkeypatch
+):
+    here, there = socket.socketpair()
+    with here, there:
+        fds = {"open": str(here.fileno()), "left": str(here.fileno()), "closed": "999999"}
+        if variables.get("PMI_FD") == "left":
+            there.close()
+        for name, value in variables.items():
+            monkeypatch.setenv(name, fds.get(value, value))
+        obstacle = library.obstacle(library_named(found))
+    assert obstacle is None if said is None else re.match(said, obstacle)
+
+
+@pytest.mark.parametrize(
+    ("variables", "alone"),
+    [
+        (PMIX, True),
+        (PMIX | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, True),
+        (PMIX | SLURM, False),
+        (OPEN_MPIRUN, False),
+        (PMI | {"PMI_SIZE": "1", "PMI_FD": "999999"}, True),
+        (PMI | {"PMI_SIZE": "1", "PMI_FD": "999999"} | SLURM, False),  # one launcher within another
+    ],
+)
+def test_where_they_do_not_fit_a_single_process_goes_on_alone(variables, alone, no_launcher, monkeypatch):
+    monkeypatch.setattr(library, "load", lambda: library_named(MPICH))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if alone:
+        assert type(launch.connect()) is Communicator
+    else:
+        with pytest.raises(UserError, match=r"^the launcher started 2 processes, but it"):
+            launch.connect()
+
+
+def test_the_first_process_speaks_before_the_others_leave(no_launcher, monkeypatch):
+    monkeypatch.setattr(library, "load", lambda: library_named(MPICH))
+    waited = []
+    monkeypatch.setattr(launch.time, "sleep", waited.append)
+    for name, value in (PMIX | SLURM | {"SLURM_PROCID": "1"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError):
+        launch.connect()
+    assert len(waited) == 1
+
+
+def test_mpirun_in_a_step_of_another_launcher(tmp_path, monkeypatch, no_launcher):
+    for name, value in PMIX.items():
+        monkeypatch.setenv(name, value)
+    done, _ = mpirun(2, "from hfmpi.cli.info import info; info()", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [line.split(" on ")[0] for line in done.stdout.splitlines()[-2:]] == ["rank 0 of 2", "rank 1 of 2"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_info_where_launcher_and_library_do_not_fit(size, no_launcher, monkeypatch, blas_threads):
+    for name, value in (PMIX | SLURM | {"SLURM_STEP_NUM_TASKS": str(size)}).items():
+        monkeypatch.setenv(name, value)
+    done = CliRunner().invoke(info, ["--json"])
+    assert done.exit_code == 0
+    found = json.loads(done.stdout)
+    assert "use the mpirun that belongs" in found["mpi"]["problem"] or "itself" in found["mpi"]["problem"]
+    assert [rank["size"] for rank in found["ranks"]] == [1]
+    assert "\nMPI is not started: " in CliRunner().invoke(info).output
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("PMIX_RANK", "1")
+    monkeypatch.setattr(launch, "_HEAD_START", 0)
+    assert (CliRunner().invoke(info).output, done.exit_code) == ("", 0)
+
+
 START = """
 import sys
 import numpy as np
@@ -255,6 +367,30 @@ def test_exception_without_guard_ends_all(tmp_path):
     assert seconds < 10
 
 
+def test_what_rank_0_says_right_after_its_word_stays_for_the_watchdog():
+    words = "their word", "its word"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            link, _ = server.accept()
+            with link:
+                link.recv(64)
+                link.sendall(b"its wordat 2\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        link = sockets._reach(["127.0.0.1"], server.getsockname()[1], words, 1)
+        thread.join()
+    assert link is not None
+    with link:
+        assert link.recv(64) == b"at 2\n"
+
+
+def test_ranks_that_leave_at_once_leave_in_good_order(tmp_path):
+    done, _ = mpirun(2, f"{START}\nconnect().close()", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_guard_alone(capsys, no_launcher):
     with pytest.raises(SystemExit) as leaving, failure.guard():
         raise UserError("no such file")
@@ -268,19 +404,24 @@ def test_guard_alone(capsys, no_launcher):
 
 
 @pytest.mark.parametrize(
-    ("own", "masks", "threads"),
+    ("own", "masks", "quota", "threads"),
     [
-        (0b1111, [0b1111], 4),
-        (0b1111, [0b1111] * 2, 2),
-        (0b1111, [0b1111] * 3, 1),
-        (0b11, [0b11] * 5, 1),
-        (0b0011, [0b0011, 0b1100], 2),  # bound to cores of their own
-        (0b1000, [0b0111, 0b1000], 1),
-        (0b0111, [0b0111, 0b1110], 2),  # bound, but to common cores
+        (0b1111, [0b1111], None, 4),
+        (0b1111, [0b1111] * 2, None, 2),
+        (0b1111, [0b1111] * 3, None, 1),
+        (0b11, [0b11] * 5, None, 1),
+        (0b0011, [0b0011, 0b1100], None, 2),  # bound to cores of their own
+        (0b1000, [0b0111, 0b1000], None, 1),
+        (0b0111, [0b0111, 0b1110], None, 2),  # bound, but to common cores
+        (0b1111, [0b1111], 2.5, 2),
+        (0b1111, [0b1111], 0.5, 1),
+        (0b1111, [0b1111], 64.0, 4),
+        (0b1111, [0b1111] * 2, 3.0, 1),
+        (0b0011, [0b0011, 0b1100], 2.0, 1),
     ],
 )
-def test_share_of_the_cores(own, masks, threads):
-    assert placement._share(own, masks) == threads
+def test_share_of_the_cores(own, masks, quota, threads):
+    assert placement._share(own, masks, quota) == threads
 
 
 @pytest.fixture
@@ -293,7 +434,7 @@ def blas_threads():
 def test_place_sets_the_threads(monkeypatch, blas_threads):
     for name in placement._THREAD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    cores = len(os.sched_getaffinity(0))
+    cores = machine.cores()
     place = placement.place(Communicator())
     assert (place.cores, place.threads) == (cores, cores)
     monkeypatch.setenv("OMP_NUM_THREADS", "2,1")
@@ -303,6 +444,22 @@ def test_place_sets_the_threads(monkeypatch, blas_threads):
     assert blas_threads() == {1}
     with pytest.raises(UserError, match="at least one thread"):
         placement.place(Communicator(), threads=0)
+
+
+def test_place_keeps_to_a_quota_of_processor_time(monkeypatch, blas_threads):
+    for name in placement._THREAD_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(control_groups, "processors", lambda root=None: 1.5)
+    place = placement.place(Communicator())
+    assert (place.cores, place.threads) == (1, 1)
+    assert blas_threads() == {1}
+
+
+@pytest.mark.parametrize("asked", [100_000, 2**70])
+def test_the_threads_of_a_place_are_those_that_the_blas_has(asked, blas_threads):
+    found = placement.place(Communicator(), threads=asked).threads
+    assert blas_threads() == {found}
+    assert found < asked
 
 
 def test_info_alone(no_launcher, monkeypatch, blas_threads):
@@ -321,3 +478,43 @@ def test_info_under_mpirun(tmp_path):
     assert done.returncode == 0
     assert [line.split(" on ")[0] for line in done.stdout.splitlines()[-2:]] == ["rank 0 of 2", "rank 1 of 2"]
     assert len(done.stdout.splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "limited"),
+    [
+        ("", False),
+        ("--max-rejections 3", False),
+        ("--config none.toml", False),
+        ("--config limit.toml", True),
+        ("--config=limit.toml --max-steps 0", False),
+        ("--config none.toml --max-seconds=2.5", True),
+        ("--config no-such.toml", True),  # which hfmpi says
+        ("--max-steps 8", True),
+        ("--max-steps=8 --seed 1", True),
+        ("--max-steps 0", False),
+        ("--max-steps eight", True),
+        ("--max-steps", True),
+    ],
+)
+def test_the_batch_script_wants_a_limit(tmp_path, options, limited):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "activate").touch()
+    (tmp_path / "none.toml").write_text("max_rejections = 3\n[settings]\ncg_max_steps = 3\n")
+    (tmp_path / "limit.toml").write_text("max_steps = 3\n")
+    script = Path(__file__).parents[1] / "bin" / "train.sbatch"
+    environment = os.environ | {"VENV": str(tmp_path), "LAUNCH": "echo", "SLURM_JOB_END_TIME": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    done = subprocess.run(
+        ["bash", script, "text.h5", "run", *options.split()],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    if limited:
+        assert done.stdout == f"hfmpi train text.h5 --out run {options}\n"
+    else:
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("Give --max-steps or --max-seconds")

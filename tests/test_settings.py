@@ -12,11 +12,13 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from hfmpi.cli.main import cli
 from hfmpi.cli.train import train
-from hfmpi.cli.values import BANDWIDTH, LATENCY, parse_settings
+from hfmpi.cli.values import BANDWIDTH, LATENCY, Number, PathName, Quantity, parse_settings
 from hfmpi.errors import UserError
 from hfmpi.files.numbers import is_amount, is_drawable
 from hfmpi.optim import Adam, GradientDescent, HessianFree
+from hfmpi.optim.presets import PRESETS
 from hfmpi.runs.config import CHANGEABLE, OPTIONS, Config, from_toml, merge, to_toml
 from hfmpi.settings import Rule, at_least, check, converted, within
 
@@ -70,7 +72,7 @@ def test_types_come_from_the_annotations():
     (HessianFree, {"cg_max_steps": 0}, "cg_max_steps must be at least 1"),
     (HessianFree, {"keep_ratio": math.inf}, "keep_ratio must be at least 1 and finite"),
     (HessianFree, {"warm_start_growth": 0.0}, "warm_start_growth must be positive"),
-    (HessianFree, {"preconditioner": "full"}, "preconditioner must be 'diagonal' or 'none'"),
+    (HessianFree, {"preconditioner": "full"}, "preconditioner must be 'auto', 'diagonal' or 'none'"),
     (HessianFree, {"line_search_sufficient": 1.0}, "line_search_sufficient must lie in [0, 1)"),
     (GradientDescent, {"rule": "fast"}, "rule must be one of clip, normalised, rms-normalised"),
     (GradientDescent, {"floor": 3.0}, "floor must lie between 0 and rate"),
@@ -87,6 +89,7 @@ def test_sentences_of_optimizers(kind, changes, sentence):
 
 @pytest.mark.parametrize(("changes", "sentence"), [
     ({"layers": 0}, "layers must be at least 1"),
+    ({"layers": 10**6}, "layers must be at most 1,000"),
     ({"sequence_length": 0}, "sequence_length must be at least 1"),
     ({"burn_in": -1}, "burn_in must not be negative, it is -1"),
     ({"max_seconds": -0.5}, "max_seconds must not be negative, it is -0.5"),
@@ -114,7 +117,7 @@ def test_a_field_is_all_that_there_is_to_an_option():
         assert not option.choices or f"--{name.replace('_', '-')} [{'|'.join(option.choices)}]" in help
         assert not option.choices or default in option.choices
         if option.least == 1:  # a 0 cannot be given, as it would mean that nothing was
-            with pytest.raises(click.BadParameter, match="is not in the range x>=1"):
+            with pytest.raises(click.BadParameter, match="0 is less than 1"):
                 by_name[name].type.convert("0", None, None)
 
 
@@ -123,6 +126,42 @@ def test_what_a_resumed_run_may_be_given_anew():
         "backend", "check_every", "checkpoint_every", "evaluate_every", "matmul_precision", "max_rejections",
         "max_seconds", "max_steps", "memory_budget", "micro_batch", "transport",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stored", "given"), [
+    ({}, {"gradient_batch": 320}),
+    ({}, {"curvature_batch": 32, "settings": {"damping": 0.1, "cg_max_steps": 15}}),
+    ({"gradient_batch": 320, "curvature_batch": 32}, {"gradient_batch": 0, "curvature_batch": 0}),
+    ({"settings": {"damping": 0.5, "cg_max_steps": 3}}, {"settings": {"cg_max_steps": 3}}),
+    ({"optimizer": "sgd"}, {"gradient_batch": 32, "settings": {"rate": 2}}),
+    ({"model": "lstm"}, {"model": "lstm", "seed": 0, "layers": 1}),
+])  # fmt: skip
+def test_a_run_goes_on_with_the_values_that_it_has_given_by_name(stored, given):
+    assert merge(given, stored) == Config(**stored)
+    assert merge(given | {"max_steps": 9}, stored) == Config(**stored, max_steps=9)
+
+
+@pytest.mark.parametrize(("stored", "given", "sentence"), [
+    ({}, {"gradient_batch": 321}, "gradient_batch = 320, not 321"),
+    ({"gradient_batch": 64}, {"gradient_batch": 0}, "gradient_batch = 64, not 320"),
+    ({"settings": {"damping": 0.5}}, {"settings": {"damping": 0.1}}, "damping = 0.5, not 0.1"),
+    ({}, {"settings": {"cg_max_steps": 16}}, "cg_max_steps = 15, not 16"),
+    ({"settings": {"cg_max_steps": 3}}, {"settings": {"rate": 2.0}, "optimizer": "sgd"},
+     "optimizer = 'shf', not 'sgd'"),
+    ({}, {"model": "lstm"}, "model = 'mlstm', not 'lstm'"),
+])  # fmt: skip
+def test_a_run_does_not_go_on_with_other_values(stored, given, sentence):
+    with pytest.raises(UserError) as caught:
+        merge(given, stored)
+    assert str(caught.value) == f"this run has {sentence}; give another --out for a new run"
+
+
+@pytest.mark.parametrize("optimizer", PRESETS)
+def test_what_is_in_effect_has_a_name_of_its_own(optimizer):
+    config = Config(optimizer=optimizer)
+    settings = vars(config.preset().optimizer)
+    assert not OPTIONS.keys() & settings.keys()
+    assert config.in_effect().keys() == OPTIONS.keys() | settings.keys()
 
 
 def test_a_configuration_is_read_back(tmp_path):
@@ -150,6 +189,67 @@ def test_the_former_name_of_an_option_is_read():
 
 
 # What is written on a command line -------------------------------------------------------------
+
+
+def parameters(command, words=()):
+    """Give every parameter of a command and of those below it, with the words that call its command."""
+    yield from ((words, command, param) for param in command.params)
+    if isinstance(command, click.Group):
+        for name in command.list_commands(click.Context(command)):
+            yield from parameters(command.get_command(click.Context(command), name), (*words, name))
+
+
+PARAMETERS = [
+    pytest.param(command, param, id=" ".join([*words, param.opts[0]]))
+    for words, command, param in parameters(cli)
+    if not getattr(param, "is_flag", False)
+]
+
+
+@pytest.mark.parametrize(("command", "param"), PARAMETERS)
+def test_no_parameter_takes_an_empty_path_or_a_number_that_is_none(command, param):
+    numbers = ["", "nan", "inf", "-inf", "1e400"]
+    match param.type:
+        case PathName() | click.Choice():
+            bad = [""]
+        case Number(kind=kind):
+            bad = numbers + ["1.5", str(10**30), "9" * 5000] * (kind is int)
+        case Quantity():
+            bad = numbers
+        case _:  # free text, or words that are checked where they are used
+            option = param.opts[0].removeprefix("--").replace("-", "_")
+            assert option in ("prime", "set") or OPTIONS[option][1].choices
+            bad = []
+    for value in bad:
+        words = [value] if isinstance(param, click.Argument) else [param.opts[0], value]
+        with pytest.raises(click.BadParameter) as caught:
+            command.make_context(command.name, words)
+        assert caught.value.param is param
+        assert "\n" not in caught.value.format_message()
+
+
+def test_the_parameters_of_all_commands_are_seen():
+    names = {test.id for test in PARAMETERS}
+    some = "train data", "train --stall-timeout", "plot --out", "bench step --data", "speedup --latency"
+    assert names > {*some, "prepare paths", "evaluate run", "sample --temperature", "train --resume"}
+
+
+@pytest.mark.parametrize(("number", "text", "said"), [
+    (Number(int, 1), "0", "0 is less than 1"),
+    (Number(int), "many", "'many' is no whole number"),
+    (Number(int), "9223372036854775808", "9223372036854775808 is more than 9,223,372,036,854,775,807"),
+    (Number(float, 0, 10**9), "1e12", "1e12 is more than 1,000,000,000"),
+    (Number(float, 0), "-1", "-1 is less than 0"),
+    (Number(float), "nan", "'nan' is no finite number"),
+])  # fmt: skip
+def test_what_is_no_number(number, text, said):
+    with pytest.raises(click.BadParameter, match=f"^{re.escape(said)}$"):
+        number.convert(text, None, None)
+
+
+def test_numbers():
+    assert Number(int, 0).convert("9223372036854775807", None, None) == 2**63 - 1
+    assert Number(float).convert("-1e-3", None, None) == -1e-3
 
 
 @pytest.mark.parametrize(("quantity", "text", "value"), [

@@ -346,10 +346,12 @@ def write_other(path):
 def test_benchmarks_are_read(folders, tmp_path):
     run, _ = read_runs([folders / "one"])
     row = {"model": "mlstm", "ranks": 1, "threads": 1, "seconds_least": 2.0}
-    rows = [row | {"pass": "loss", "batch": 1}, row | {"pass": "loss", "batch": 8, "seconds_least": 3.0}]
+    rows = [row | {"pass": "loss", "batch": 1}]
     rows += [
         row | {"pass": "loss", "batch": 4, "ranks": 2},
         row | {"pass": "loss", "batch": 4, "model": "rnn"},
+        row | {"pass": "loss", "batch": 4, "hidden": 9},
+        row | {"pass": "loss", "batch": 8, "hidden": 8, "seconds_least": 3.0},
     ]
     rows += [row | {"pass": "loss", "batch": None, "bytes": 8, "ranks": 2, "seconds_least": 1e-6}]
     rows += [
@@ -360,7 +362,7 @@ def test_benchmarks_are_read(folders, tmp_path):
     assert shapes["loss"] == shapes["linearisation"] == Curve((1, 8), (2.0, 3.0))
     assert link.bandwidth == pytest.approx(1e9)
     (tmp_path / "none.json").write_text(json.dumps({"rows": [row | {"model": "rnn"}]}))
-    with pytest.raises(UserError, match="no --bench file has a row of mlstm"):
+    with pytest.raises(UserError, match="no --bench file has a row of mlstm of 8 units"):
         read_bench([tmp_path / "none.json"], run)
     (tmp_path / "bad.json").write_text('{"rows": [{"ranks": "two"}]}')
     with pytest.raises(UserError, match="no output of hfmpi bench"):
@@ -409,6 +411,25 @@ def test_plot_shows_the_internals(folders, tmp_path):
     pytest.importorskip("matplotlib")
     assert CliRunner().invoke(cli, [*words, "--internals", "--out", str(tmp_path / "a.svg")]).exit_code == 0
     assert b"<svg" in (tmp_path / "a.svg").read_bytes()
+
+
+def test_plot_says_that_runs_have_different_data(folders, tmp_path):
+    train(tmp_path / "data", write_other(tmp_path / "other.h5"), max_steps=2)
+    one, words = folders / "one", ["plot", folders / "one", folders / "other", tmp_path / "data"]
+    found = CliRunner().invoke(cli, list(map(str, words)))
+    assert f"Note: {one} and {tmp_path / 'data'} were trained on different data.\n" in found.output
+    (tmp_path / "data" / "checkpoint.h5").unlink()  # nobody knows
+    assert "Note" not in CliRunner().invoke(cli, list(map(str, words))).output
+
+
+@pytest.mark.parametrize("name", [r"x$\foo$", os.fsdecode(b"caf\xe9"), "_run"])
+def test_a_run_of_any_name_is_drawn(name, folders, tmp_path):
+    pytest.importorskip("matplotlib")
+    shutil.copytree(folders / "one", tmp_path / name)
+    for more in [], ["--internals"]:
+        words = ["plot", str(tmp_path / name), *more, "--out", str(tmp_path / "a.svg")]
+        result = CliRunner().invoke(cli, words)
+        assert result.exit_code == 0, result.exception
 
 
 def test_small_charts():

@@ -35,7 +35,7 @@ def fixture_data(tmp_path_factory):
 # Signals and clocks ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
 def test_signal_is_noted_and_handlers_come_back(name):
     number = signal.Signals[name]
     before = signal.getsignal(number)
@@ -45,6 +45,18 @@ def test_signal_is_noted_and_handlers_come_back(name):
         assert stop.wanted()
         assert stop.requested == f"{name} asked for it"
     assert signal.getsignal(number) is before
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(monkeypatch):
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.wanted()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_first_signal_names_the_reason():
@@ -248,9 +260,12 @@ def test_the_agreement_costs_no_message(data, tmp_path):
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
 
-@pytest.mark.parametrize(("ranks", "name"), [(1, "INT"), (1, "TERM"), (2, "USR1")])
+@pytest.mark.parametrize(("ranks", "name"), [(1, "INT"), (1, "HUP"), (2, "USR1"), (2, "HUP"), (2, "KILL")])
 def test_the_command_leaves_a_step_of_hours(ranks, name, tmp_path):
-    """CG with more iterations than anyone will wait for; the signal goes to mpirun where there is one."""
+    """CG with more iterations than anyone will wait for; the signal goes to mpirun where there is one.
+
+    MPICH's mpirun dies of all but SIGINT, SIGTERM and SIGUSR1, and kills its ranks.
+    """
     if ranks > 1 and MPIRUN is None:
         pytest.skip("there is no mpirun")
     data, folder = write_corpus(tmp_path / "small.h5"), tmp_path / "run"
@@ -274,9 +289,16 @@ def test_the_command_leaves_a_step_of_hours(ranks, name, tmp_path):
             time.sleep(0.5)
             process.send_signal(signal.Signals[f"SIG{name}"])
             said = process.stdout.read()
-            assert process.wait(timeout=60) == 0
+            code = process.wait(timeout=60)
         finally:
             process.kill()
-    assert f"Stopped at step 0: SIG{name} asked for it.\nStart again with the same command" in said
+    if ranks == 1 or name == "USR1":
+        assert code == 0
+        assert f"Stopped at step 0: SIG{name} asked for it.\nStart again with the same command" in said
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        deadline = time.monotonic() + 20
+        while str(folder).encode() in (path.read_bytes() if path.exists() else b""):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
     assert checkpoint.latest(folder).meta["step"] == 0
     assert not (folder / "DONE").exists()

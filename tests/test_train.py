@@ -12,6 +12,7 @@ from small import Recorder, history, make_run, same, shared_corpus, train, write
 from hfmpi.cli.main import cli
 from hfmpi.errors import UserError
 from hfmpi.files import checkpoint
+from hfmpi.files.history import HISTORY
 from hfmpi.objective.data_parallel import Risk
 from hfmpi.parallel.communicator import MPICommunicator, digest
 from hfmpi.runs.config import Config, from_toml, merge
@@ -30,6 +31,13 @@ OPTIMIZERS = {
     # With the usual epsilon rounding is blown up where the gradient has no part: 1e-8 after four steps.
     "soap": {"optimizer": "soap", "settings": {"epsilon": 1e-4, "averaging": 0.7}},
     "muon": {"optimizer": "muon", "settings": {"schedule": "cosine", "schedule_steps": 5}},
+    # Where the risk rises it goes back, and with batches of their own it does now and then.
+    "subspace": {"optimizer": "subspace", "curvature_batch": 4, "settings": {"kfac_damping": 1e-2}},
+    "subspace candidates": {
+        "optimizer": "subspace",
+        "curvature_batch": 4,
+        "settings": {"directions": "kfac+rms", "candidates": 2, "refresh": 2, "kfac_damping": 1e-2},
+    },
     # Few CG iterations: after many, backtracking chooses among iterates that differ by rounding alone.
     "shf": {"optimizer": "shf", "settings": {"cg_max_steps": 5}},
     "bhf": {"optimizer": "bhf", "settings": {"damping": 0.1, "structural_damping": 0.1, "cg_max_steps": 8}},
@@ -126,6 +134,30 @@ class Clock:
 
     def tick(self, record):
         self.seconds += 1 / 16
+
+
+def test_a_limit_of_seconds_that_passes_while_a_checkpoint_is_written_stands_in_it(data, tmp_path):
+    """Else the next start would take one more step."""
+    clock = Clock()
+    reporter = Recorder(lambda record: setattr(clock, "seconds", 100.0 * (record["step"] >= 2)))
+    options = {"max_seconds": 50.0, "checkpoint_every": 1}
+    _, result = train(tmp_path / "run", data, reporter=reporter, clock=clock, **options)
+    _, again = train(tmp_path / "run", data, clock=Clock(), **options)
+    assert result.step == again.step == 2
+
+
+def test_steps_that_no_checkpoint_holds_are_counted(data, tmp_path):
+    """A process that was killed leaves them."""
+    train(tmp_path / "run", data, max_steps=2)
+    with (tmp_path / "run" / HISTORY).open("a") as file:
+        file.write('{"step": 3}\n{"step": 4}\n{"ste')
+    reporter = Recorder()
+    train(tmp_path / "run", data, max_steps=3, reporter=reporter)
+    assert reporter.notes == [
+        f"{tmp_path / 'run' / HISTORY} had 2 step(s) that no checkpoint holds: they are taken anew"
+    ]
+    train(tmp_path / "run", data, max_steps=4, reporter=reporter)
+    assert len(reporter.notes) == 1
 
 
 def test_max_seconds_counts_from_the_first_start(data, tmp_path):
@@ -263,7 +295,7 @@ def test_no_done_while_a_run_goes_on(data, tmp_path):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_cost_follows_from_the_counted_passes(name, data, tmp_path, monkeypatch):
-    counted = dict.fromkeys(("gradients", "losses", "linearisations", "products"), 0)
+    counted = dict.fromkeys(("gradients", "losses", "linearisations", "products", "projections"), 0)
 
     def count(method, key):
         original = getattr(Risk, method)
@@ -271,7 +303,9 @@ def test_the_cost_follows_from_the_counted_passes(name, data, tmp_path, monkeypa
         def counting(self, *arguments, **options):
             counted[key] += self.span != "evaluate"
             result = original(self, *arguments, **options)
-            if key != "linearisations":
+            if method == "project":
+                counted["projections"] += 1
+            if key != "linearisations" or method == "project":
                 return result
 
             def product(v):
@@ -285,7 +319,9 @@ def test_the_cost_follows_from_the_counted_passes(name, data, tmp_path, monkeypa
     for method, key in (
         ("gradient", "gradients"),
         ("squared_gradients", "gradients"),
-        ("loss", "losses"),
+        ("factored_gradient", "gradients"),
+        ("losses", "losses"),
+        ("project", "linearisations"),
         ("gauss_newton", "linearisations"),
         ("structural_gauss_newton", "linearisations"),
     ):
@@ -294,30 +330,36 @@ def test_the_cost_follows_from_the_counted_passes(name, data, tmp_path, monkeypa
     for steps in (2, STEPS):
         run, _ = train(tmp_path / "run", data, max_steps=steps, **OPTIMIZERS[name])
     records = history(run.folder)
-    batch, curvature = 10, 4 if "hf" in name else 0
+    second = "hf" in name or "subspace" in name
+    batch, curvature = 10, 4 if second else 0
     check_cost(records, batch, curvature, ranks=1)
     for key, total in counted.items():
-        assert sum(record[key] for record in records) == total
+        assert sum(record.get(key, 0) for record in records) == total
     assert (counted["products"] > 0) == ("hf" in name)
 
 
 def check_cost(records, batch, curvature, ranks):
     """Compute the costs of Krause et al. (2015) again: P_D = 3 I_t B_g + 4 I_c B_c, P_I = 3 I_t + 4 I_c."""
-    cg = losses = gradients = linearisations = products = 0
+    cg = losses = gradients = linearisations = products = projections = directions = candidates = 0
     for steps, record in enumerate(records, start=1):
         cg += record["cg_steps"]
         losses += record["losses"]
         gradients += record["gradients"]
         linearisations += record["linearisations"]
         products += record["products"]
+        projections += record.get("projections", 0)
+        directions += record.get("directions", 0) + record.get("projections", 0)
+        candidates += record.get("candidates", 0)
         assert record["step"] == steps
-        assert record["P_D"] == 3 * steps * batch + 4 * cg * curvature
-        assert record["P_I"] == 3 * steps + 4 * cg
-        expected = 3 * steps * math.ceil(batch / ranks) + 4 * cg * math.ceil(curvature / ranks)
-        assert record["P_P"] == expected
+        assert record["P_D"] == 3 * steps * batch + (4 * cg + 2 * directions) * curvature
+        assert record["P_I"] == 3 * steps + 4 * cg + 2 * projections
+        if not projections:
+            expected = 3 * steps * math.ceil(batch / ranks) + 4 * cg * math.ceil(curvature / ranks)
+            assert record["P_P"] == expected
         on_batch, on_curvature = losses + 3 * gradients, linearisations + 4 * products
-        assert record["P_D_full"] == on_batch * batch + on_curvature * curvature
-        assert record["P_I_full"] == on_batch + on_curvature
+        on_all = on_batch + candidates
+        assert record["P_D_full"] == on_all * batch + (on_curvature + 2 * directions) * curvature
+        assert record["P_I_full"] == on_batch + on_curvature + 2 * projections
 
 
 @pytest.mark.parametrize(

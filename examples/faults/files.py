@@ -4,8 +4,10 @@
 
 Each file goes through `hfmpi evaluate`, and a checkpoint that passes there through `hfmpi train` as well,
 which goes on from it; histories go through `hfmpi plot` and `hfmpi train`, configurations through `hfmpi
-train`. The commands run in worker processes, each of which does many files, under a limit of memory and, for
-each file, of time. A traceback, a death of the worker, a wrong content, too much memory or time is a failure.
+train`. A run whose corpus or checkpoint is not its own any more must be refused by `evaluate` and `train`,
+in the words that say so. The commands run in worker processes, each of which does many files, under a limit
+of memory and, for each file, of time. A traceback, a death of the worker, a wrong content or sentence, too
+much memory or time is a failure.
 Linux only.
 """
 
@@ -42,15 +44,17 @@ LIMIT_MEMORY = 256 * 2**20  # bytes of address space that a worker may take beyo
 LIMIT_SECONDS = 20  # for one file
 SMALL = "--hidden 8 --sequence-length 20 --gradient-batch 10 --curvature-batch 4 --backend numpy"
 SHARES = {
-    "corpus: bytes damaged": 22,
-    "checkpoint: bytes damaged": 22,
+    "corpus: bytes damaged": 20,
+    "checkpoint: bytes damaged": 20,
     "corpus: structures damaged, their checksums right": 12,
     "checkpoint: structures damaged, their checksums right": 12,
-    "corpus: hostile structure": 10,
-    "checkpoint: hostile structure": 10,
+    "corpus: hostile structure": 9,
+    "checkpoint: hostile structure": 9,
     "checkpoint: hostile meaning, digest right": 8,
     "history.jsonl: lines damaged": 3,
     "config.toml: lines damaged": 1,
+    "run: its corpus changed, moved or in use": 4,
+    "run: another run's checkpoint": 2,
 }
 """Kinds of files, and how many of a hundred are of each."""
 
@@ -71,6 +75,13 @@ class Bench:
         self.trained = checkpoint.load(self.checkpoint)
         shutil.copy(self.checkpoint, folder / "checkpoint.h5")
         self.good = {"corpus": self.data.read_bytes(), "checkpoint": self.checkpoint.read_bytes()}
+        self.others = {}  # checkpoints of runs that differ in one thing
+        for other in ("--seed 1", "--layers 2", "--set damping=1", "--optimizer bhf"):
+            run = folder / f"other {len(self.others)}"
+            words = [*SMALL.split(), *other.split(), "--max-steps", rng.integers(1, 4)]
+            code, said = self.call("train", self.data, "--out", run, *words)
+            assert code == 0, said
+            self.others[other] = run / checkpoint.NEWEST
         self.blocks = {kind: hostile.blocks(content) for kind, content in self.good.items()}
         assert all(len(found) >= 4 for found in self.blocks.values()), self.blocks
         for words in (("evaluate", folder / "run"), ("plot", folder / "run", "--out", folder / "figure.png")):
@@ -112,6 +123,8 @@ class Bench:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         what = kind.partition(":")[0]
+        if what == "run":
+            return self.try_run(kind, folder, rng)
         if what in ("corpus", "checkpoint"):
             path = folder / f"{what}.h5"
             how = self.make(kind, what, path, rng)
@@ -165,9 +178,35 @@ class Bench:
                 return "WRONG CONTENT"
         return found
 
-    def resume(self, folder: Path) -> tuple[int, str]:
+    def try_run(self, kind: str, folder: Path, rng: random.Random) -> tuple[str, str]:
+        """Change what belongs to a run; it must be refused in the right words, or go on as if nothing was."""
+        run, data, newest = folder / "run", folder / "corpus.h5", folder / "run" / checkpoint.NEWEST
+        run.mkdir()
+        checkpoint.save(
+            newest, self.trained.theta, self.trained.state, self.trained.meta | {"data": str(data)}
+        )
+        if "corpus" in kind:
+            how, *words = hostile.change_corpus(data, self.data, rng)
+        else:
+            how, words = rng.choice(sorted(self.others)), ["is of another run"] * 2
+            shutil.copy(self.data, data)
+            newest.rename(run / checkpoint.PREVIOUS)
+            shutil.copy(self.others[how], newest)
+        found = ""
+        evaluated = self.call("evaluate", run, "--backend", "numpy")
+        for (code, said), word in zip((evaluated, self.resume(run, data)), words, strict=True):
+            found = self.judge(code, said)
+            if not found[0].isupper() and ((code == 0) == bool(word) or word not in said):
+                found = f"WRONG WORDS {said}"
+            if found[0].isupper():
+                break
+        return how, found
+
+    def resume(self, folder: Path, data: Path | None = None) -> tuple[int, str]:
         """Go on for a step; notes that something was put aside are fine."""
-        code, said = self.call("train", self.data, "--out", folder, "--max-steps", 3, "--backend", "numpy")
+        code, said = self.call(
+            "train", data or self.data, "--out", folder, "--max-steps", 3, "--backend", "numpy"
+        )
         lines = said.splitlines(keepends=True)
         return code, "".join(line for line in lines if not line.startswith("Note: "))
 

@@ -13,6 +13,8 @@ import h5py
 import numba
 import numpy as np
 
+from hfmpi.data.corpus import Corpus
+from hfmpi.data.prepare import prepare
 from hfmpi.files import checkpoint
 
 Change = Callable[[h5py.File, str, random.Random, Path], None]
@@ -380,6 +382,45 @@ def change_meaning(path: Path, good: checkpoint.Checkpoint, rng: random.Random) 
             state[rng.choice(sorted(state))] = rng.choice(odd)
     checkpoint.save(path, theta, state, meta)
     return how
+
+
+# What becomes of the files of a run ---------------------------------------------------------------
+
+
+def change_corpus(path: Path, good: Path, rng: random.Random) -> tuple[str, str, str]:
+    """Put there what a run may find in place of its corpus; give how, and the words of refusals.
+
+    They are those of `evaluate` without --data, and of `train` that goes on; none where both must work.
+    """
+    corpus = Corpus.read(good)
+    train, valid = corpus.decode(corpus.train), corpus.decode(corpus.valid)
+    how = rng.choice(
+        ("prepared anew", "another text", "another split", "another vocabulary", "moved", "in use")
+    )
+    if how == "prepared anew":
+        prepare(train + valid, len(train), len(valid), {"source": f"{rng.random()}"})[0].write(path)
+        return how, "", ""
+    if how == "another text":
+        cut = rng.randrange(1, len(train))
+        prepare(train[cut:] + train[:cut] + valid, len(train), len(valid))[0].write(path)
+    elif how == "another split":
+        prepare(train + valid, len(train) - rng.randrange(1, 500), len(valid))[0].write(path)
+    elif how == "another vocabulary":
+        old, new = rng.choice(sorted(set(train))), rng.choice(sorted(set(range(256)) - set(train + valid)))
+        table = bytes.maketrans(bytes([old]), bytes([new]))
+        prepare((train + valid).translate(table), len(train), len(valid))[0].write(path)
+        return how, "--data", "another vocabulary"
+    elif how == "in use":
+        content = bytearray(good.read_bytes())
+        content[11] = rng.choice(
+            (1, 5)
+        )  # HDF5's mark that a program has it open for writing, with SWMR or not
+        content[44:48] = int(lookup3(np.frombuffer(content[:44], np.uint8))).to_bytes(4, "little")
+        path.write_bytes(content)
+        return how, "open for writing in another program", "open for writing in another program"
+    else:
+        return how, "name it with --data", "--out"
+    return how, "holds other data now", "other data"
 
 
 def change_text(good: bytes, rng: random.Random) -> tuple[str, bytes]:

@@ -109,8 +109,10 @@ def plant(fault, place, number, folder):
 def victim(fault, victim_rank, place, number, folder, words):
     """Be one rank of a run."""
     from hfmpi.cli.main import entry
+    from hfmpi.cli.stand_in import stand_in
     from hfmpi.parallel.library import launched
 
+    stand_in()  # not as late as in `entry`: the fault must strike the rank
     folder, rank = Path(folder), launched()[0]
     (folder / f"process.{rank}").write_text(str(os.getpid()))
     chosen = (fault, place, int(number)) if rank == int(victim_rank) else ("", "", 0)

@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side [1]")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    prepare(given.data, SIZE)
+    prepare(given.data, given.out, SIZE)
     wanted = [(m, name, s) for name, v in VARIANTS.items() for m in v.models for s in SEEDS]
     with ThreadPoolExecutor(given.jobs) as pool:
         for done in [pool.submit(train, given.data, given.out, *run) for run in wanted]:

@@ -30,21 +30,21 @@ from study import (
     chosen,
     histories,
     history,
+    read_corpus,
     runs,
     untried,
 )
 
-from hfmpi.data.corpus import Corpus
 from hfmpi.errors import UserError
 from hfmpi.parallel import guard
 
 
-def prepare(data: Path, size: Size) -> None:
-    """Make the corpus, or check that the one there is of this size."""
+def prepare(data: Path, out: Path, size: Size) -> None:
+    """Make the corpus, or check that the one there is of this size and that of the runs so far."""
     chars = ["--train-chars", str(size.train_chars), "--valid-chars", str(size.valid_chars)]
     if not data.exists():
         subprocess.run(["hfmpi", "prepare", "--corpus", "kjv", *chars, str(data)], check=True)
-    found = len(Corpus.read(data).train)
+    found = len(read_corpus(data, out).train)
     if found != size.train_chars:
         raise UserError(f"{data} has {found:,} training characters; this size wants {' '.join(chars)}")
 
@@ -84,7 +84,7 @@ def main() -> None:
     size = SIZES[given.size]
     seconds = given.seconds or size.seconds
     given.out.mkdir(parents=True, exist_ok=True)
-    prepare(given.data, size)
+    prepare(given.data, given.out, size)
     times = ", ".join(f"{method.upper()} {n * seconds:g} s" for method, n in TIMES.items())
     print(f"{size.sequences:,} of {SEQUENCES:,} sequences; {times}, {TUNING:g} of it a candidate", flush=True)
 

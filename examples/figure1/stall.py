@@ -13,8 +13,10 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from study import arguments, history
+from study import arguments, history, read_corpus
 from table import show
+
+from hfmpi.parallel import guard
 
 SHOWN = range(10, 51, 10)
 COMMON = ("--gradient-batch", "40", "--curvature-batch", "4", "--forget-bias", "3")
@@ -44,6 +46,7 @@ def main() -> None:
     if not data.exists():
         chars = ("--train-chars", "175000", "--valid-chars", "20000")
         subprocess.run(["hfmpi", "prepare", "--corpus", "kjv", *chars, str(data)], check=True)
+    read_corpus(data, given.out)
     heads = ["change", *(f"step {step}" for step in SHOWN), "lambda", "rejected"]
     show(heads, rows(data, given.out, given.steps))
 
@@ -67,4 +70,5 @@ def rows(data: Path, out: Path, steps: int) -> Iterator[list[str]]:
 
 
 if __name__ == "__main__":
-    main()
+    with guard():
+        main()

@@ -8,7 +8,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from hfmpi.data.corpus import Corpus
 from hfmpi.errors import UserError
+from hfmpi.files.checkpoint import trained_on
 from hfmpi.files.history import History
 from hfmpi.models.architecture import PAPER_PARAMETERS
 from hfmpi.optim.presets import preset
@@ -150,6 +152,15 @@ def untried(out: Path, unit: float, model: str, method: str) -> list[Candidate]:
 def runs() -> list[tuple[str, str]]:
     """Give the eight runs, by cell and method."""
     return list(product(MODELS, METHODS))
+
+
+def read_corpus(data: Path, out: Path) -> Corpus:
+    """Read the corpus of a study; raise a UserError if a run that is there was trained on another."""
+    corpus = Corpus.read(data)
+    for folder in sorted(out.iterdir()):
+        if trained_on(folder)[0] not in (None, corpus.digest):
+            raise UserError(f"{folder} was trained on other data than {data}: name another OUT")
+    return corpus
 
 
 def history(folder: Path) -> list[dict[str, Any]]:

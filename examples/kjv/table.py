@@ -28,6 +28,8 @@ def row(folder):
 
 
 def main():
+    if len({checkpoint.trained_on(folder)[0] for folder in sys.argv[1:]}) > 1:
+        sys.exit("these runs were trained on different data: their losses cannot be compared")
     head = ["run", *(f"{t} s" for t in TIMES), "steps", "steps/s", "rejected", "P_I", "P_D", "P_D full"]
     for cells in (head, ["---"] * len(head), *map(row, sys.argv[1:])):
         print("| " + " | ".join(cells) + " |")

@@ -6,8 +6,10 @@ import os
 from itertools import takewhile
 from pathlib import Path
 
+from hfmpi.backends import cupy_cache
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.errors import UserError
+from hfmpi.files.working_folder import check_working_folder
 
 __all__ = ["BACKENDS", "DTYPES", "PRECISIONS", "create", "devices", "gpus"]
 
@@ -44,6 +46,7 @@ def create(
     if precision == "tf32" and (name != "cupy" or dtype != "float32"):
         raise UserError("tf32 products are for the cupy backend with float32")
     if name == "cupy":
+        cupy_cache.choose()
         try:
             from hfmpi.backends.cupy import CupyBackend
         except ImportError as error:
@@ -53,6 +56,7 @@ def create(
             ) from None
         return CupyBackend(dtype, local_rank, precision)
     if name == "numba":
+        check_working_folder()  # where it has none, Numba fails
         from hfmpi.backends.numba import NumbaBackend
 
         return NumbaBackend(dtype)
@@ -77,6 +81,7 @@ def gpus() -> list[str]:
     """
     if not (devices() or Path("/dev/dxg").exists()):
         return []
+    cupy_cache.choose()
     try:
         from hfmpi.backends.cupy import device_names
 

@@ -3,15 +3,20 @@
 Numba's own cache folder is not made for ranks that start together on a shared home folder: two processes
 that compile one function for different types number their files alike, and one may then load the other's
 machine code. It also knows a function by its source file alone, not by what it calls, and a folder that
-cannot be written is an error. Here every process works in a private folder, filled from the archive; what it
-had to compile goes into a new archive at exit. A cache that is damaged or cannot be read or written costs a
-few seconds of compiling, no more.
+cannot be written, or no more, is an error. Here every process works in a private folder, filled from the
+archive; what it had to compile goes into a new archive at exit. A cache that is damaged or cannot be read or
+written costs a few seconds of compiling, no more.
+
+A process locks its folder, and the kernel gives the lock back however the process ends: so a later start
+knows which folders were left by processes that were killed, and removes them.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
+import functools
 import hashlib
 import io
 import os
@@ -20,7 +25,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +39,7 @@ __all__ = ["archive_path", "kernel_cache"]
 
 _DAMAGED = (RuntimeError, ValueError, NotImplementedError, EOFError, zlib.error, zipfile.BadZipFile)
 _UNUSABLE = (*_DAMAGED, OSError, UserError)
+_PREFIX = "hfmpi-cache-"
 
 
 def archive_path(name: str, sources: tuple[str, ...]) -> Path:
@@ -61,27 +67,79 @@ def archive_path(name: str, sources: tuple[str, ...]) -> Path:
 
 
 @contextlib.contextmanager
-def kernel_cache(name: str, sources: tuple[str, ...]) -> Iterator[bool]:
-    """Lend Numba a cache folder: functions decorated inside the block with `cache=True` use it.
+def kernel_cache(name: str, sources: tuple[str, ...]) -> Iterator[Callable[[Any], Any]]:
+    """Lend Numba a cache folder for the functions that are handed over inside the block.
 
     Yields
     ------
-    bool
-        Whether there is a folder; if not, decorate with `cache=False`.
+    callable
+        Gives back the function, decorated without `cache=True`, that it is called with, and lets it use the
+        folder. Where there is none, or it cannot be written at some time, functions are compiled in memory.
     """
     try:
         archive = archive_path(name, sources)
-        folder = Path(tempfile.mkdtemp(prefix="hfmpi-kernels-"))
+        folder = _private_folder()
     except _UNUSABLE:
-        yield False
+        yield lambda function: function
         return
+    _remove_abandoned(folder.parent)
     atexit.register(_leave, folder, archive, *_fill(folder, archive))
     options: Any = numba.config
     before, options.CACHE_DIR = options.CACHE_DIR, str(folder)
     try:
-        yield True
+        yield _cached
     finally:
         options.CACHE_DIR = before
+
+
+def _cached(function: Any) -> Any:
+    """Let a function use Numba's cache folder; a write or a read that fails there is no error."""
+    with contextlib.suppress(*_UNUSABLE):
+        function.enable_caching()
+        cache = function._cache
+        cache.load_overload = _or_none(cache.load_overload)
+        cache.save_overload = _or_none(cache.save_overload)
+    return function
+
+
+def _or_none(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def trying(*arguments: Any) -> Any:
+        with contextlib.suppress(OSError):
+            return method(*arguments)
+        return None
+
+    return trying
+
+
+def _private_folder() -> Path:
+    """Make a folder that stays locked until this process ends."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            with contextlib.suppress(OSError):  # not every file system has locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if folder.exists():
+                return folder
+            os.close(lock)
+        # Gone: before it was locked, another process took it for abandoned.
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Remove this user's folders that nobody has locked: those of processes that were killed.
+
+    Whoever starts at the same time finds them locked by the one that removes them, and leaves them alone.
+    """
+    for folder in parent.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if os.fstat(descriptor).st_uid == os.geteuid():
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(descriptor)
 
 
 def _fill(folder: Path, archive: Path) -> tuple[set[str], bool]:
@@ -91,8 +149,8 @@ def _fill(folder: Path, archive: Path) -> tuple[set[str], bool]:
             packed.extractall(folder)
             return set(packed.namelist()), False
     except _UNUSABLE as error:
-        shutil.rmtree(folder, ignore_errors=True)  # nothing half unpacked
-        folder.mkdir(mode=0o700, exist_ok=True)
+        for half_unpacked in folder.iterdir():  # the folder itself stays, and locked
+            shutil.rmtree(half_unpacked, ignore_errors=True)
         return set(), isinstance(error, _DAMAGED)
 
 

@@ -239,14 +239,9 @@ def accumulate_square(g, total, squares):
         squares[j] += g[j] * g[j]
 
 
-def compiled(function: Callable, cache: bool = False) -> Any:
+def compiled(function: Callable) -> Any:
     """Compile a kernel; sums may be reordered and contracted, NaN and infinity keep their meaning."""
-    return numba.njit(
-        function,
-        cache=cache,
-        error_model="numpy",
-        fastmath={"contract", "reassoc", "nsz"},
-    )
+    return numba.njit(function, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
 
 
 KERNELS = (
@@ -273,8 +268,8 @@ KERNELS = (
 @functools.cache
 def kernels() -> dict[str, Any]:
     """Give the kernels by name, each to be compiled when it is first called, or taken from disk."""
-    with kernel_cache("kernels", (__file__, elementary.__file__, panels.__file__)) as cache:
-        return {f.__name__: compiled(f, cache) for f in KERNELS}
+    with kernel_cache("kernels", (__file__, elementary.__file__, panels.__file__)) as cached:
+        return {f.__name__: cached(compiled(f)) for f in KERNELS}
 
 
 PLAIN = (

@@ -7,7 +7,6 @@ also done by rank 0 alone, with one BLAS thread and with as many as there are ra
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.bench.bound import Products
 from hfmpi.bench.contest import Contestant, contest
 from hfmpi.data.batches import Sequences, check_batch
+from hfmpi.measure.machine import cores
 from hfmpi.measure.spans import ALLREDUCE, OPTIMIZER, PASSES, WAITING
 from hfmpi.measure.timer import split_waiting
 from hfmpi.models.architecture import Architecture
@@ -74,7 +74,7 @@ class Bench:
         teams = [(self.comm, self.threads)]
         if size > 1:
             teams.append((Communicator(), 1))
-        if 1 < size <= len(os.sched_getaffinity(0)):  # not where each rank is bound to a core
+        if 1 < size <= cores():  # not where each rank is bound to a core
             teams.append((Communicator(), size))
         return teams
 

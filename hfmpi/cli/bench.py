@@ -12,7 +12,7 @@ import click
 
 from hfmpi.cli.options import chosen, option, options, settings
 from hfmpi.cli.show import aligned
-from hfmpi.cli.values import parse_settings
+from hfmpi.cli.values import MOST, PATH, Number, parse_settings
 
 if TYPE_CHECKING:
     from hfmpi.bench.measurements import Bench, Row
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["bench"]
 
-POSITIVE = click.IntRange(min=1)
+POSITIVE = Number(int, 1, MOST)
 COLUMNS = {
     "pass": "pass",
     "model": "model",
@@ -59,13 +59,13 @@ def common(command: Callable[..., None]) -> Callable[..., None]:
     shared = (
         option("model", "models", multiple=True, without="lstm and mlstm"),
         option("hidden", without="the paper's size"),
-        click.option("--vocabulary", type=click.IntRange(1, 256), default=50, show_default=True),
+        click.option("--vocabulary", type=Number(int, 1, 256), default=50, show_default=True),
         click.option(
             "--length", type=POSITIVE, default=200, show_default=True, help="Characters a sequence."
         ),
         click.option(
             "--data",
-            type=click.Path(path_type=Path),
+            type=PATH,
             metavar="DATA.h5",
             help="Text; its alphabet wins over --vocabulary  [default: symbols in random order]",
         ),
@@ -94,7 +94,7 @@ batches = click.option(
 @batches
 @click.option(
     "--columns",
-    type=click.IntRange(2, 1024),
+    type=Number(int, 2, 1024),
     help="Time so many directions in one pass too: products G V, and projections V G V' from J V alone.",
 )
 @common
@@ -171,12 +171,12 @@ def run(
     from hfmpi.parallel.placement import place
 
     comm = connect()
-    local_rank = place(comm, threads).local_rank
-    np.seterr(over="ignore", invalid="ignore", under="ignore", divide="ignore")
+    placement = place(comm, threads)
+    click.get_current_context().with_resource(np.errstate(all="ignore"))
 
     def build() -> tuple[Bench, list[Architecture], str]:
         config = chosen(given)
-        device = config.make_backend(local_rank).device
+        device = config.make_backend(placement.local_rank).device
         corpus = Corpus.read(data) if data is not None else None
         symbols = corpus.vocabulary if corpus is not None else vocabulary
         networks = [
@@ -192,9 +192,9 @@ def run(
             config.transport,
             config.slices,
             config.micro_batch,
-            threads,
+            placement.threads,
             repeats,
-            local_rank,
+            placement.local_rank,
         )
         return bench, networks, device
 
@@ -211,7 +211,7 @@ def run(
             "versions": machine.versions("hfmpi", "numpy", "numba")
             | (machine.cupy() if device != "CPU" else {}),
             "ranks": comm.size,
-            "threads": threads,
+            "threads": placement.threads,
         }
         click.echo(json.dumps({"machine": about, "rows": rows}) if as_json else table(about, rows))
     comm.close()

@@ -5,29 +5,36 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from hfmpi.cli.options import option
+from hfmpi.cli.values import PATH
 from hfmpi.errors import UserError
 from hfmpi.runs.config import Config
+
+if TYPE_CHECKING:
+    from hfmpi.data.corpus import Corpus
+    from hfmpi.runs.trained_model import Trained
 
 __all__ = ["evaluate"]
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option(
-    "--data", type=click.Path(path_type=Path), metavar="DATA.h5", help="Corpus [default: the run's own]."
-)
+@click.argument("run", type=PATH)
+@click.option("--data", type=PATH, metavar="DATA.h5", help="Corpus [default: the run's own].")
 @option("backend", default=Config.backend)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def evaluate(run: Path, data: Path | None, backend: str, as_json: bool) -> None:
-    """Print the validation bits per character of RUN; works under mpirun too."""
+    """Print the validation bits per character of RUN; works under mpirun too.
+
+    Of a text with other bytes than ASCII they are bits per byte.
+    """
     import numpy as np
 
     from hfmpi.data.batches import Sequences
-    from hfmpi.data.corpus import Corpus
+    from hfmpi.data.corpus import loss_unit
     from hfmpi.objective.data_parallel import DataParallel
     from hfmpi.parallel.failure import together
     from hfmpi.parallel.launch import connect
@@ -37,25 +44,56 @@ def evaluate(run: Path, data: Path | None, backend: str, as_json: bool) -> None:
     comm = connect()
     rank_place = place(comm)
 
-    def build() -> tuple[Trained, Sequences]:
+    def build() -> tuple[Trained, str, Sequences]:
         trained = Trained.read(run, backend, rank_place.local_rank)
-        path = data if data is not None else trained.data
-        corpus = Corpus.read(path)
-        if corpus.symbols != trained.symbols:
-            raise UserError(f"{path} has another vocabulary than the run")
-        return trained, Sequences(corpus.valid, trained.config.sequence_length, trained.config.burn_in)
+        corpus = read_corpus(trained, data)
+        sequences = Sequences(corpus.valid, trained.config.sequence_length, trained.config.burn_in)
+        return trained, corpus.digest, sequences
 
-    trained, sequences = together(comm, build)
+    trained, digest, sequences = together(comm, build)
     risk = DataParallel(trained.network, comm, micro_batch=trained.config.micro_batch)
-    bits = risk.on(sequences, np.arange(sequences.count)).loss(trained.theta) / math.log(2)
+    with np.errstate(all="ignore"):  # what overflows is seen in the loss
+        bits = risk.on(sequences, np.arange(sequences.count)).loss(trained.theta) / math.log(2)
+    if not math.isfinite(bits):
+        raise UserError(f"the loss of {run} on this data is not finite")
     if comm.rank == 0:
         if trained.message:
             click.echo(f"Note: {trained.message}.", err=True)
-        found = {"run": str(run), "step": trained.step, "valid_bpc": bits, "sequences": sequences.count}
+        if digest != trained.corpus:
+            click.echo(f"Note: {data} holds other data than {run} was trained on.", err=True)
+        found = {
+            "run": str(run),
+            "step": trained.step,
+            "valid_bpc": bits,
+            "sequences": sequences.count,
+            "corpus": digest,
+        }
         if as_json:
             click.echo(json.dumps(found))
         else:
             click.echo(
-                f"step {trained.step:,}: {bits:.4f} bits/char on {sequences.count:,} validation sequences"
+                f"step {trained.step:,}: {bits:.4f} {loss_unit(trained.symbols)} "
+                f"on {sequences.count:,} validation sequences"
             )
     comm.close()
+
+
+def read_corpus(trained: Trained, data: Path | None) -> Corpus:
+    """Read a corpus with the symbols of the run: the one that is asked for, else the run's own."""
+    from hfmpi.data.corpus import Corpus
+
+    path = trained.data if data is None else data
+    try:
+        corpus = Corpus.read(path)
+    except UserError as error:
+        if data is not None:
+            raise
+        raise UserError(f"{error}; if the corpus of the run is elsewhere now, name it with --data") from None
+    if data is None and corpus.digest != trained.corpus:
+        raise UserError(
+            f"{path} holds other data now than the run was trained on; "
+            f"to evaluate on it all the same give --data {path}"
+        )
+    if corpus.symbols != trained.symbols:
+        raise UserError(f"{path} has another vocabulary than the run")
+    return corpus

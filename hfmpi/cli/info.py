@@ -10,10 +10,12 @@ import click
 
 from hfmpi.backends import create, devices, gpus, nccl
 from hfmpi.backends.base import Backend
+from hfmpi.errors import UserError
 from hfmpi.measure.machine import blas, cupy, processor, versions
 from hfmpi.objective.transport import choose
+from hfmpi.parallel import library
+from hfmpi.parallel.communicator import Communicator
 from hfmpi.parallel.launch import connect
-from hfmpi.parallel.library import describe
 from hfmpi.parallel.placement import place
 
 __all__ = ["info"]
@@ -24,9 +26,15 @@ __all__ = ["info"]
 def info(as_json: bool) -> None:
     """Show ranks, hosts, cores, threads, GPUs and the libraries in use.
 
-    Start it as the run would be started, such as with mpirun -n 4 hfmpi info.
+    Start it as the run would be started, such as with mpirun -n 4 hfmpi info. Where the launcher and the MPI
+    library do not fit, it says so, and shows what one process finds.
     """
-    comm = connect()
+    try:
+        comm, problem = connect(), _obstacle()
+    except UserError as error:
+        if (library.launched() or (0, 1))[0] > 0:  # the first process speaks for all
+            return
+        comm, problem = Communicator(), str(error)
     placement = place(comm)
     backend = create("cupy", local_rank=placement.local_rank) if gpus() else Backend()
     own = {
@@ -37,15 +45,31 @@ def info(as_json: bool) -> None:
     }
     ranks = comm.gather(asdict(placement) | own)
     if ranks is not None:
-        library, cuda_aware = describe()
+        name, cuda_aware = library.describe()
         machine = {
             "versions": versions("hfmpi", "numpy", "numba", "mpi4py", "h5py") | cupy(),
             "processor": processor(),
-            "mpi": {"library": library, "cuda_aware": cuda_aware, "started": comm.size > 1},
+            "mpi": {
+                "library": name,
+                "cuda_aware": cuda_aware,
+                "started": comm.size > 1,
+                "problem": problem,
+            },
             "blas": blas(),
         }
         click.echo(json.dumps(machine | {"ranks": ranks}) if as_json else _lines(machine, ranks))
     comm.close()
+
+
+def _obstacle() -> str | None:
+    """Say why a process that is the only one did not start MPI."""
+    if library.launched() is None or library.started():
+        return None
+    try:
+        found = library.obstacle(library.load())
+    except (ImportError, RuntimeError, OSError) as error:
+        return f"MPI cannot be loaded ({' '.join(str(error).split())})"
+    return found and f"a launcher started this process, but {found}"
 
 
 def _lines(machine: dict[str, Any], ranks: list[dict[str, Any]]) -> str:
@@ -54,6 +78,7 @@ def _lines(machine: dict[str, Any], ranks: list[dict[str, Any]]) -> str:
     lines = [
         ", ".join(f"{package} {number or 'absent'}" for package, number in machine["versions"].items()),
         f"MPI: {mpi['library']}, {aware[mpi['cuda_aware']]}" if mpi["library"] else "MPI: none",
+        *([f"MPI is not started: {mpi['problem']}"] if mpi["problem"] else []),
         f"Processor: {machine['processor']}",
         f"BLAS: {', '.join(machine['blas']) or 'unknown'}",
     ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import signal
+import sys
 
 import click
 
@@ -57,9 +59,21 @@ def cli(context: click.Context) -> None:
 
 def entry() -> None:
     """Run the command; a user's mistake is one sentence and exit code 2, on however many ranks."""
+    from hfmpi.cli.stand_in import stand_in
+    from hfmpi.cli.streams import protect
+
+    if sys.argv[1:2] == ["train"]:
+        stand_in()  # before numpy starts threads, as what follows does
+    protect()
+
+    pythons = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if pythons:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is no traceback out of what is imported now
     from hfmpi.errors import UserError
     from hfmpi.parallel.failure import guard
 
+    if pythons:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with guard():
         try:
             code = cli(standalone_mode=False)

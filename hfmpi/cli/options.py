@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from hfmpi.cli.values import SIZE
+from hfmpi.cli.values import SIZE, Number
 from hfmpi.runs.config import FORMER_NAMES, OPTIONS, Config, merge
 
 __all__ = ["chosen", "current_name", "option", "options", "settings"]
@@ -23,16 +23,12 @@ def option(
     A word that is not among the choices is refused where it is used, in one sentence for all ways to give it.
     """
     kind, told = OPTIONS[name]
-    types: dict[type, click.ParamType] = {
-        int: click.IntRange(min=told.least),
-        float: click.FLOAT if told.least is None else click.FloatRange(min=told.least),
-        str: click.STRING,
-    }
+    number = SIZE if told.unit == "SIZE" else Number(kind, told.least)
     without = without or told.without or getattr(Config, name)
     return click.option(
         f"--{name.replace('_', '-')}",
         *declarations,
-        type=SIZE if told.unit == "SIZE" else types[kind],
+        type=click.STRING if kind is str else number,
         metavar=f"[{'|'.join(told.choices)}]" if told.choices else told.unit or None,
         help=f"{told.help}  [default: {without}]",
         default=default,

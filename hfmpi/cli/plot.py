@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from hfmpi.cli.show import MARKERS, STYLES, aligned, need_matplotlib, runs_and_figure, save, sparkline
+from hfmpi.cli.show import MARKERS, STYLES, aligned, label, need_matplotlib, runs_and_figure, save, sparkline
 from hfmpi.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,7 +45,12 @@ INTERNALS: dict[Quantity, str] = {
     help="Damping, reduction ratio, CG iterations and line search rate of each Hessian-free step instead.",
 )
 def plot(runs: tuple[Path, ...], out: Path | None, internals: bool) -> None:
-    """Draw training (lines) and validation (marks) bits/char of RUN... against P_I, P_D and seconds."""
+    """Draw training (lines) and validation (marks) bits/char of RUN... against P_I, P_D and seconds.
+
+    Of a text with other bytes than ASCII they are bits per byte.
+    """
+    from hfmpi.data.corpus import loss_unit
+    from hfmpi.files.checkpoint import trained_on
     from hfmpi.files.history import History
 
     if out is not None:
@@ -59,12 +64,21 @@ def plot(runs: tuple[Path, ...], out: Path | None, internals: bool) -> None:
             raise UserError(f"the history of {run} is empty")
         if internals:
             _check_internals(run, records)
-        histories.append((str(run), records))
+        histories.append((click.format_filename(run), records))
+    corpora = {run: trained_on(run) for run in runs}
+    known: dict[str, Path] = {}
+    for run, (digest, _) in corpora.items():
+        if digest is not None:
+            known.setdefault(digest, run)
+    if len(known) > 1 and not internals:
+        one, other, *_ = map(click.format_filename, known.values())
+        click.echo(f"Note: {one} and {other} were trained on different data.", err=True)
     if out is None:
         click.echo("\n".join(charts(histories, internals)))
         return
-    save(draw_internals(histories) if internals else draw(histories), out)
-    click.echo(f"{out}: {len(runs)} run(s)")
+    unit = loss_unit(b"".join(symbols for _, symbols in corpora.values()))
+    written = save(draw_internals(histories) if internals else draw(histories, unit), out)
+    click.echo(f"{click.format_filename(written)}: {len(runs)} run(s)")
 
 
 def _check_internals(run: Path, records: list[Record]) -> None:
@@ -106,14 +120,14 @@ def draw_internals(histories: list[tuple[str, list[Record]]]) -> Any:
                 values,
                 STYLES[i % len(STYLES)] + MARKERS[i % len(MARKERS)],
                 color=f"C{i}",
-                label=Path(name).name,
+                label=label(name),
                 linewidth=1.0,
                 markersize=4,
                 markerfacecolor="none",
                 markevery=max(1, len(steps) // 15),
             )
-    for axis, label in zip(axes.flat, INTERNALS.values(), strict=True):
-        axis.set_ylabel(label)
+    for axis, meaning in zip(axes.flat, INTERNALS.values(), strict=True):
+        axis.set_ylabel(meaning)
         axis.grid(alpha=0.3)
     axes[0, 0].set_yscale("log")
     axes[1, 0].yaxis.get_major_locator().set_params(integer=True)
@@ -127,7 +141,7 @@ def draw_internals(histories: list[tuple[str, list[Record]]]) -> Any:
     return figure
 
 
-def draw(histories: list[tuple[str, list[Record]]]) -> Any:
+def draw(histories: list[tuple[str, list[Record]]], unit: str) -> Any:
     """Make the figure: one panel a cost, one line style a run, so that it reads in black and white."""
     from matplotlib.figure import Figure
 
@@ -140,17 +154,17 @@ def draw(histories: list[tuple[str, list[Record]]]) -> Any:
         for axis, key in zip(axes, AXES, strict=True):
             xs = [r[key] for r in records]
             style = STYLES[i % len(STYLES)]
-            axis.plot(xs, smooth, style, color=f"C{i}", label=Path(name).name, linewidth=1.2)
+            axis.plot(xs, smooth, style, color=f"C{i}", label=label(name), linewidth=1.2)
             seen = [
                 (x, r["valid_bpc"]) for x, r in zip(xs, records, strict=True) if r["valid_bpc"] is not None
             ]
             if seen:
                 axis.plot(*zip(*seen, strict=True), MARKERS[i % len(MARKERS)], color=f"C{i}", markersize=3)
-    for axis, (key, label) in zip(axes, AXES.items(), strict=True):
-        axis.set_xlabel(label)
+    for axis, (key, meaning) in zip(axes, AXES.items(), strict=True):
+        axis.set_xlabel(meaning)
         axis.set_xscale("log" if key != "seconds" else "linear")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("bits/char (line: training, marks: validation)")
+    axes[0].set_ylabel(f"{unit} (line: training, marks: validation)")
     axes[0].set_ylim(top=top)
     axes[-1].legend()
     return figure

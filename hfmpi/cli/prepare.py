@@ -7,74 +7,74 @@ from pathlib import Path
 
 import click
 
+from hfmpi.cli.values import PATH, Number
+from hfmpi.data import texts
+from hfmpi.data.corpus import is_corpus
+from hfmpi.data.prepare import TRAIN_CHARS, VALID_CHARS
+from hfmpi.data.prepare import prepare as split
 from hfmpi.errors import UserError
 
 __all__ = ["prepare"]
 
 
 @click.command()
-@click.argument(
-    "paths",
-    nargs=-1,
-    required=True,
-    metavar="[TEXT]... OUT.h5",
-    type=click.Path(readable=False, path_type=Path),
-)
+@click.argument("paths", nargs=-1, required=True, metavar="[TEXT]... OUT.h5", type=PATH)
 @click.option(
     "--ptb-raw",
     metavar="DIR",
-    type=click.Path(readable=False, path_type=Path),
+    type=PATH,
     help="Instead of TEXT: the Penn Treebank's raw files below DIR, in order, without their .START lines.",
 )
-@click.option("--corpus", type=click.Choice(["kjv"]), help="Instead of TEXT: the King James Bible.")
+@click.option("--corpus", type=click.Choice(texts.CORPORA), help="Instead of TEXT: the King James Bible.")
 @click.option(
     "--train-chars",
-    default=2_800_000,
+    default=TRAIN_CHARS,
     show_default=True,
-    type=click.IntRange(min=1),
+    type=Number(int, least=1),
     help="Characters for training, from the start of the text.",
 )
 @click.option(
     "--valid-chars",
-    default=200_000,
+    default=VALID_CHARS,
     show_default=True,
-    type=click.IntRange(min=1),
+    type=Number(int, least=1),
     help="Characters for validation, those that follow.",
 )
 def prepare(
     paths: tuple[Path, ...], ptb_raw: Path | None, corpus: str | None, train_chars: int, valid_chars: int
 ) -> None:
-    """Make the corpus OUT.h5 of one or more TEXT files, joined in the order given.
+    """Make the corpus OUT.h5 of one or more TEXT files, joined in the order given; - is standard input.
 
     Every byte is a symbol; nothing is cleaned or left out. A text shorter than asked for is split in
     proportion.
     """
-    from hfmpi.data import prepare as data
-    from hfmpi.data.corpus import is_corpus
-
-    *texts, out = paths
-    if sum([bool(texts), ptb_raw is not None, corpus is not None]) != 1:
+    *names, out = paths
+    if sum([bool(names), ptb_raw is not None, corpus is not None]) != 1:
         raise UserError("give either TEXT files or --ptb-raw or --corpus, and OUT.h5 as the last name")
     if ptb_raw is not None:
-        source = data.read_ptb_raw(ptb_raw)
+        source = texts.read_ptb_raw(ptb_raw)
     elif corpus is not None:
-        source = data.read_corpus(corpus)
+        source = texts.read_corpus(corpus)
     else:
-        source = data.read_texts(texts)
+        source = texts.read_texts(names)
 
+    if out == texts.STANDARD_INPUT:
+        raise UserError("OUT.h5, the last name, must be that of a file and not -")
     if os.path.exists(out):
         if any(os.path.samefile(out, file) for file in source.files):
             raise UserError(f"{out} is one of the texts: name another file for the corpus")
         # A forgotten OUT.h5 would otherwise cost the last text.
         if not is_corpus(out):
             raise UserError(f"{out} is there and is not a corpus: remove it or name another file")
+    elif not out.parent.is_dir():  # before a long text is read
+        raise UserError(f"cannot write {out}: there is no folder {out.parent}")
 
-    made, message = data.prepare(source.text, train_chars, valid_chars, source.provenance)
+    made, size, unit, notes = split(source.parts, train_chars, valid_chars, source.provenance)
     made.write(out)
-    if message:
-        click.echo(f"Note: {message}.")
+    for note in notes:
+        click.echo(f"Note: {note}.")
     used = len(made.train) + len(made.valid)
-    click.echo(f"{out}: {used:,} of {len(source.text):,} characters, {made.vocabulary} symbols")
-    click.echo(f"  train   {len(made.train):>13,} characters")
-    click.echo(f"  valid   {len(made.valid):>13,} characters")
+    click.echo(f"{click.format_filename(out)}: {used:,} of {size:,} {unit}, {made.vocabulary} symbols")
+    click.echo(f"  train   {len(made.train):>13,} {unit}")
+    click.echo(f"  valid   {len(made.valid):>13,} {unit}")
     click.echo(f"  digest  sha256:{made.digest}")

@@ -7,25 +7,34 @@ from pathlib import Path
 
 import click
 
+from hfmpi.cli.values import MOST, PATH, Number
+
 __all__ = ["sample"]
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @click.option(
-    "--length", default=500, show_default=True, type=click.IntRange(min=0), help="Characters to write."
+    "--length",
+    default=500,
+    show_default=True,
+    type=Number(int, 0, MOST),
+    help="Characters (bytes) to write.",
 )
 @click.option("--prime", default="", metavar="TEXT", help="What the network reads first.")
 @click.option(
     "--temperature",
     default=1.0,
     show_default=True,
-    type=click.FloatRange(min=0),
+    type=Number(float, least=0),
     help="0: always the likeliest.",
 )
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
+@click.option("--seed", default=0, show_default=True, type=Number(int, least=0))
 def sample(run: Path, length: int, prime: str, temperature: float, seed: int) -> None:
-    """Write LENGTH characters with the network of RUN, after the prime."""
+    """Write LENGTH characters with the network of RUN, after the prime.
+
+    What is written are the bytes of the text that it was trained on, in whatever encoding that was.
+    """
     from hfmpi.models import sampling
     from hfmpi.runs.trained_model import Trained
 
@@ -34,5 +43,6 @@ def sample(run: Path, length: int, prime: str, temperature: float, seed: int) ->
     if trained.message:
         click.echo(f"Note: {trained.message}.", err=True)
     network, theta, symbols = trained.network, trained.theta, trained.symbols
-    written = sampling.sample(network, theta, symbols, length, os.fsencode(prime), temperature, seed)
-    click.echo(prime + written.decode("utf-8", "replace"))
+    read = os.fsencode(prime)
+    written = sampling.sample(network, theta, symbols, length, read, temperature, seed)
+    click.echo(read + written)  # bytes as they are: of any encoding, on a terminal of any encoding

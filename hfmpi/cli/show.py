@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from hfmpi.cli.values import PATH
 from hfmpi.errors import UserError
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "STYLES",
     "aligned",
     "bar",
+    "label",
     "need_matplotlib",
     "runs_and_figure",
     "save",
@@ -32,13 +34,18 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 
 def runs_and_figure(help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command its argument RUN... and its option --out."""
-    path = click.Path(path_type=Path)
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        command = click.option("--out", type=path, metavar="FIG.png", help=help)(command)
-        return click.argument("runs", nargs=-1, required=True, type=path, metavar="RUN...")(command)
+        command = click.option("--out", type=PATH, metavar="FIG.png", help=help)(command)
+        return click.argument("runs", nargs=-1, required=True, type=PATH, metavar="RUN...")(command)
 
     return decorate
+
+
+def label(run: Path | str) -> str:
+    """Give the name of a run for a legend: no part of it is a formula, bytes that are no text have codes."""
+    name = Path(run).name.encode("utf-8", "backslashreplace").decode()
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")  # a legend leaves _ out
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -79,9 +86,15 @@ def need_matplotlib() -> None:
     matplotlib.use("agg")
 
 
-def save(figure: Any, out: Path) -> None:
-    """Write a figure as what its name ends in, or raise a UserError."""
+def save(figure: Any, out: Path) -> Path:
+    """Write a figure as what its name ends in, as PNG without such an end; give its name, or a UserError."""
+    if out.is_dir():
+        raise UserError(f"cannot write {out}: it is a folder")
+    written = out if out.suffix else Path(f"{out}.png")
     try:
-        figure.savefig(out, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {out}: {error}") from None
+        figure.savefig(written, dpi=150)
+    except OSError as error:
+        raise UserError(f"cannot write {written}: {error.strerror or error}") from None
+    except (ValueError, RuntimeError) as error:  # no such kind of figure, or its program is missing
+        raise UserError(f"cannot write {written}: {' '.join(str(error).split())}") from None
+    return written

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from hfmpi.cli.show import need_matplotlib, runs_and_figure, save
-from hfmpi.cli.values import BANDWIDTH, LATENCY
+from hfmpi.cli.values import BANDWIDTH, LATENCY, PATH
 from hfmpi.errors import UserError
 
 __all__ = ["speedup"]
@@ -22,7 +22,7 @@ __all__ = ["speedup"]
     "--bench",
     "benches",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE.json",
     help="Output of `hfmpi bench products|gradients|allreduce --json`: passes over small batches, messages; "
     "repeatable.",
@@ -62,6 +62,6 @@ def speedup(
     if out is not None:
         from hfmpi.cli.speedup_figure import draw
 
-        save(draw(found), out)
+        written = save(draw(found), out)
         if not as_json:
-            click.echo(f"{out}: {len(runs)} run(s)")
+            click.echo(f"{click.format_filename(written)}: {len(runs)} run(s)")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import click
 
 from hfmpi.cli.options import current_name, options, settings
-from hfmpi.cli.values import parse_settings
+from hfmpi.cli.values import MOST, PATH, Number, PathName, parse_settings
 from hfmpi.errors import UserError
 from hfmpi.runs.config import OPTIONS, from_toml, merge
 
@@ -16,15 +17,13 @@ __all__ = ["train"]
 
 
 @click.command(context_settings={"token_normalize_func": current_name})
-@click.argument("data", type=click.Path(path_type=Path), metavar="DATA.h5")
-@click.option(
-    "--out", type=click.Path(path_type=Path), metavar="RUN", help="Folder of the run  [default: DATA.run]"
-)
+@click.argument("data", type=PATH, metavar="DATA.h5")
+@click.option("--out", type=PATH, metavar="RUN", help="Folder of the run  [default: DATA.run]")
 @options(*OPTIONS)
-@click.option("--threads", type=click.IntRange(min=1), help="Of a rank  [default: its share of the cores]")
+@click.option("--threads", type=Number(int, 1, MOST), help="Of a rank  [default: its share of the cores]")
 @click.option(
     "--stall-timeout",
-    type=click.FloatRange(min=0),
+    type=Number(float, 0, MOST),  # timers take less than 300 years
     default=600.0,
     show_default=True,
     metavar="SECONDS",
@@ -32,9 +31,10 @@ __all__ = ["train"]
     "share of the batch must take less.",
 )
 @settings
-@click.option("--config", type=click.Path(path_type=Path), metavar="FILE.toml", help="Options from a file.")
+@click.option("--config", type=PATH, metavar="FILE.toml", help="Options from a file.")
 @click.option(
     "--resume",
+    type=PathName(str),
     default="auto",
     show_default=True,
     metavar="auto|never|PATH",
@@ -57,18 +57,21 @@ def train(
     import numpy as np
 
     from hfmpi.cli.progress import make_reporter
+    from hfmpi.cli.streams import go_on
+    from hfmpi.data.corpus import loss_unit
     from hfmpi.files.run_folder import find_checkpoint
     from hfmpi.parallel.failure import together
     from hfmpi.parallel.launch import connect
     from hfmpi.parallel.placement import place
+    from hfmpi.runs.restore import check_one_run
     from hfmpi.runs.stop import StopSignals, job_end
     from hfmpi.runs.train import Run
 
+    go_on()
     comm = connect(stall_timeout)
-    signals = click.get_current_context().with_resource(StopSignals(job_end()))  # before the slow start
-    np.seterr(
-        over="ignore", invalid="ignore", under="ignore", divide="ignore"
-    )  # steps that overflow are rejected
+    context = click.get_current_context()
+    signals = context.with_resource(StopSignals(job_end()))  # before the slow start
+    context.with_resource(np.errstate(all="ignore"))  # steps that overflow are rejected
     if not data.name:
         raise UserError(f"{data} is not a corpus file")
     folder = out if out is not None else data.with_suffix(".run")
@@ -84,10 +87,20 @@ def train(
         if changes:
             wanted["settings"] = changes
         found = find_checkpoint(folder, resume)
+        if found is not None and resume == "auto":
+            check_one_run(folder, found)
+            if not os.path.exists(data):
+                raise UserError(
+                    f"cannot read {data}: No such file or directory; if the corpus of {folder} is elsewhere "
+                    f"now, name it there, and --out {folder}"
+                )
         merged = merge(wanted, found.meta.get("config") if found else None)
         run = Run(folder, merged, data, comm, placement, found)
-        if found is not None and resume == "auto" and found.meta.get("corpus") != run.corpus.digest:
-            raise UserError(f"{folder} was trained on other data than {data}; give another --out")
+        if found is not None and found.meta.get("corpus") != run.corpus.digest:
+            if resume == "auto":
+                raise UserError(f"{folder} was trained on other data than {data}; give another --out")
+            if comm.rank == 0:
+                click.echo(f"Note: {resume} was trained on other data than {data}.", err=True)
         if found is not None and found.message and comm.rank == 0:
             click.echo(f"Note: {found.message}.", err=True)
         return run
@@ -96,7 +109,8 @@ def train(
     with make_reporter(comm.rank) as reporter:
         result = run.train(reporter, signals)
     if comm.rank == 0:
-        valid = "" if result.valid_bpc is None else f", {result.valid_bpc:.4f} bits/char on validation"
+        unit = loss_unit(run.corpus.symbols)
+        valid = "" if result.valid_bpc is None else f", {result.valid_bpc:.4f} {unit} on validation"
         click.echo(f"Stopped at step {result.step:,}: {result.reason}{valid}.")
         if not result.done:
             click.echo(f"Start again with the same command to go on; the checkpoint is in {folder}.")

@@ -1,16 +1,65 @@
-"""What is written on a command line, as values: quantities with units, and settings."""
+"""What is written on a command line, as values: paths, numbers, quantities with units, and settings."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import click
 
 from hfmpi.errors import UserError
+from hfmpi.files.working_folder import check_working_folder
 
-__all__ = ["BANDWIDTH", "LATENCY", "SIZE", "Quantity", "parse_settings"]
+__all__ = ["BANDWIDTH", "LATENCY", "MOST", "PATH", "SIZE", "Number", "PathName", "Quantity", "parse_settings"]
+
+MOST = 10**9
+"""Of what takes memory or time for each: beyond it not even the memory that it takes can be computed."""
+
+
+class PathName(click.Path):
+    """The name of a file or folder; whether it is there, and is good, is for who uses it."""
+
+    def __init__(self, path_type: type[Path] | type[str] = Path) -> None:
+        super().__init__(readable=False, path_type=path_type)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Give the path; an empty one would be the working folder."""
+        if not str(value):
+            self.fail("the name is empty", param, ctx)
+        if not Path(value).is_absolute():
+            check_working_folder()
+        return super().convert(value, param, ctx)
+
+
+PATH = PathName()
+
+
+class Number(click.ParamType):
+    """A whole or a real number, not infinite, and from `least` to `most` where these are given."""
+
+    def __init__(
+        self, kind: type[int] | type[float], least: float | None = None, most: float | None = None
+    ) -> None:
+        self.name = "integer" if kind is int else "float"
+        self.kind, self.least = kind, least
+        self.most = 2**63 - 1 if most is None and kind is int else most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
+        """Give the number."""
+        try:
+            number = self.kind(value)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is no {'whole' if self.kind is int else 'finite'} number", param, ctx)
+        if self.least is not None and number < self.least:
+            self.fail(f"{value} is less than {self.least:,}", param, ctx)
+        if self.most is not None and number > self.most:
+            self.fail(f"{value} is more than {self.most:,}", param, ctx)
+        return number
 
 
 class Quantity(click.ParamType):

@@ -29,9 +29,9 @@ class Arrays:
     """
 
     def __init__(self, inputs: np.ndarray, targets: np.ndarray, mask: np.ndarray | None = None) -> None:
-        self.inputs = _steps(np.asarray(inputs), "inputs")
-        self.targets = _steps(np.asarray(targets), "targets")
-        self.mask = None if mask is None else np.asarray(mask)
+        self.inputs = _steps(_array(inputs, "inputs"), "inputs")
+        self.targets = _steps(_array(targets, "targets"), "targets")
+        self.mask = None if mask is None else _array(mask, "the mask")
         cases, steps = self.inputs.shape[:2]
         if self.targets.shape[0] != cases:
             raise UserError(f"there are {cases:,} cases of inputs and {self.targets.shape[0]:,} of targets")
@@ -65,6 +65,13 @@ class Arrays:
         if self.mask is None:
             return len(indices) * self.targets.shape[1]
         return int(self.mask[indices].sum())
+
+
+def _array(rows: object, name: str) -> np.ndarray:
+    try:
+        return np.asarray(rows)
+    except ValueError:
+        raise UserError(f"{name} must be an array: its rows must be of one length") from None
 
 
 def _steps(array: np.ndarray, name: str) -> np.ndarray:

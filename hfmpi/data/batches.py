@@ -7,7 +7,7 @@ decides who computes what, never what is computed.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -43,6 +43,7 @@ class Batch(NamedTuple):
     mask: np.ndarray | None = None
 
 
+@runtime_checkable
 class Cases(Protocol):
     """What a run trains on: numbered cases, of which any can be taken together."""
 
@@ -86,8 +87,9 @@ class Sequences:
             )
         if len(ids) < length + burn_in:
             raise UserError(
-                f"a split of {len(ids):,} characters is too short for one sequence of {length:,}"
+                f"a text of {len(ids):,} characters is too short for a sequence of {length:,}"
                 + (f" with a burn-in of {burn_in:,}" if burn_in else "")
+                + f": it takes at least {length + burn_in:,}"
             )
         self.ids, self.length, self.burn_in = ids, length, burn_in
 
@@ -115,8 +117,13 @@ class Sequences:
 
 
 def checked_indices(indices: np.ndarray, count: int, noun: str) -> np.ndarray:
-    """Give the indices as int64; raise an IndexError unless there are as many of these things."""
-    found = np.asarray(indices, np.int64)
+    """Give the indices as int64 (B,); raise a TypeError or IndexError unless there are as many things."""
+    given = np.asarray(indices)
+    if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+        raise TypeError(
+            f"{noun} indices must be whole numbers (B,), not {given.dtype} of shape {given.shape}"
+        )
+    found = given.astype(np.int64, copy=False)
     if found.size and not (found.min() >= 0 and found.max() < count):
         raise IndexError(f"{noun} indices must lie in 0 ... {count - 1}")
     return found
@@ -125,7 +132,7 @@ def checked_indices(indices: np.ndarray, count: int, noun: str) -> np.ndarray:
 def check_batch(batch: int, count: int) -> None:
     """Raise a UserError unless a batch of this size can be drawn from `count` sequences."""
     if not 1 <= batch <= count:
-        raise UserError(f"a batch of {batch:,} sequences cannot be drawn from the {count:,} there are")
+        raise UserError(f"a batch of {batch:,} sequences cannot be drawn: the text makes {count:,} of them")
 
 
 def global_indices(seed: int, step: int, batch: int, count: int) -> np.ndarray:

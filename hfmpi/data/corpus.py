@@ -20,13 +20,14 @@ import numpy as np
 
 from hfmpi import __version__
 from hfmpi.errors import UserError
-from hfmpi.files.hdf5 import Damage, Format, array, attribute, attributes, members, opened, set_text
+from hfmpi.files.hdf5 import Damage, Format, InUse, array, attribute, attributes, members, opened, set_text
 from hfmpi.measure.machine import free_memory
 
-__all__ = ["Corpus", "is_corpus"]
+__all__ = ["Corpus", "is_corpus", "loss_unit"]
 
 _FORMAT = Format("corpus", 1)
 _PROVENANCE = "provenance_"
+PART = 2**20  # ids that are read back at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +102,7 @@ class Corpus:
             ("valid", self.valid, "position", "symbol ids of the validation text"),
             ("symbols", self._symbols, "symbol id", "the byte that each id stands for"),
         )
-        with _FORMAT.written(Path(path), self.digest, check=self.read) as file:
+        with _FORMAT.written(Path(path), self.digest, check=self._check) as file:
             for name, ids, dimension, meaning in content:
                 dataset = file.create_dataset(name, data=ids, dtype=np.uint8)
                 dataset.dims[0].label = dimension
@@ -110,6 +111,19 @@ class Corpus:
             set_text(file, "creator", f"hfmpi {__version__}")
             for key, value in self.provenance.items():
                 set_text(file, _PROVENANCE + key, value)
+
+    def _check(self, path: Path) -> None:
+        """Raise a UserError unless the file holds this corpus; it is not read as a whole."""
+        with opened(path) as (file, _):
+            same = _FORMAT.digest(file) == self.digest
+            for name, ids in (("train", self.train), ("valid", self.valid), ("symbols", self._symbols)):
+                parts = range(0, len(ids) + 1, PART)  # one more than there is must not be there
+                same = same and all(
+                    np.array_equal(file[name][start : start + PART], ids[start : start + PART])
+                    for start in parts
+                )
+            if not same:
+                raise Damage("does not hold what was written")
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Corpus:
@@ -147,11 +161,18 @@ class Corpus:
         return corpus
 
 
+def loss_unit(symbols: bytes) -> str:
+    """Give the unit of a loss on texts of these symbols: a character beyond ASCII may be several bytes."""
+    return "bits/char" if symbols.isascii() else "bits/byte"
+
+
 def is_corpus(path: Path) -> bool:
-    """Whether the file calls itself a corpus, of any version and in any state."""
+    """Whether the file calls itself a corpus, of any version and in any state; UserError if it is in use."""
     try:
         with opened(path) as (file, _):
             return _FORMAT.claimed(file)
+    except InUse:
+        raise
     except UserError:
         return False
 

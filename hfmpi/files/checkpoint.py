@@ -19,10 +19,10 @@ import h5py
 import numpy as np
 
 from hfmpi.errors import UserError
-from hfmpi.files.hdf5 import Damage, Format, array, attribute, attributes, members, opened, set_text
+from hfmpi.files.hdf5 import Damage, Format, InUse, array, attribute, attributes, members, opened, set_text
 from hfmpi.measure.machine import free_memory
 
-__all__ = ["NEWEST", "PREVIOUS", "Checkpoint", "Entry", "latest", "load", "save"]
+__all__ = ["NEWEST", "PREVIOUS", "Checkpoint", "Entry", "latest", "load", "save", "trained_on"]
 
 NEWEST = "checkpoint.h5"
 PREVIOUS = "checkpoint.previous.h5"
@@ -127,11 +127,13 @@ def latest(folder: str | Path) -> Checkpoint:
     Raises
     ------
     UserError
-        If neither can be read.
+        If neither can be read, or another program keeps the newest from being read.
     """
     newest, previous = Path(folder) / NEWEST, Path(folder) / PREVIOUS
     try:
         return load(newest)
+    except InUse:  # it may be good, and the steps since the previous one with it
+        raise
     except UserError as error:
         if not previous.exists():
             raise
@@ -141,6 +143,15 @@ def latest(folder: str | Path) -> Checkpoint:
             raise UserError(f"{error}; {second}") from second
         message = f"{error}; going on from {previous}"
         return Checkpoint(found.theta, found.state, found.meta, message)
+
+
+def trained_on(folder: str | Path) -> tuple[str | None, bytes]:
+    """Give the digest and the symbols of a run's corpus: None and nothing if no checkpoint tells them."""
+    try:
+        meta = latest(folder).meta
+        return str(meta["corpus"]), bytes(list(meta["vocabulary"]))
+    except (UserError, LookupError, TypeError, ValueError):
+        return None, b""
 
 
 def _is_good(path: Path) -> bool:

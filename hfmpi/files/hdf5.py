@@ -23,7 +23,7 @@ import numpy as np
 from hfmpi.errors import UserError
 from hfmpi.files.atomic import open_regular, replace
 
-__all__ = ["Damage", "Format", "array", "attribute", "attributes", "members", "opened", "set_text"]
+__all__ = ["Damage", "Format", "InUse", "array", "attribute", "attributes", "members", "opened", "set_text"]
 
 MOST_MEMBERS = 64  # of a group, and attributes of an object; hfmpi writes about ten
 MOST_TEXT = 2**20  # bytes of an attribute
@@ -34,6 +34,10 @@ _HDF5_ERRORS = (OSError, RuntimeError, LookupError, ValueError, TypeError, Arith
 
 class Damage(Exception):
     """What is wrong with a file, as the words that follow its name."""
+
+
+class InUse(UserError):
+    """Another program holds the file, so that nothing can be said of its content."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,8 @@ def opened(path: Path) -> Iterator[tuple[h5py.File, int]]:
     Raises
     ------
     UserError
-        Of one sentence, for whatever turns out to be wrong inside the `with` block too.
+        Of one sentence, for whatever turns out to be wrong inside the `with` block too; an `InUse` if
+        another program keeps it from being read.
     """
     with open_regular(path) as file:  # tells "you may not" from "it is damaged"
         size = file.seek(0, 2)
@@ -102,7 +107,17 @@ def opened(path: Path) -> Iterator[tuple[h5py.File, int]]:
         raise UserError(f"{path} {damage}") from None
     except MemoryError:
         raise UserError(f"{path} needs more memory than there is") from None
-    except _HDF5_ERRORS:
+    except _HDF5_ERRORS as error:
+        if "already open for write" in str(error):
+            raise InUse(
+                f"{path} is open for writing in another program: close it there; if that program has died, "
+                f"`h5clear -s {path}` (of the HDF5 tools) makes it readable again"
+            ) from None
+        if "unable to lock file" in str(error):  # only where the environment insists on locks
+            raise InUse(
+                f"{path} is locked by another program, or its file system has no locks: close it there, or "
+                "set HDF5_USE_FILE_LOCKING=FALSE"
+            ) from None
         raise UserError(f"{path} is damaged or truncated: HDF5 cannot read it") from None
 
 

@@ -106,7 +106,7 @@ class History:
         self._whole += len(content)
         self._waiting.clear()
 
-    def truncate(self, step: int) -> str | None:
+    def truncate(self, step: int) -> list[str]:
         """Drop what comes after a step, and a torn last line; without a file there is nothing to do.
 
         A run that goes on from a checkpoint repeats the steps after it. Lines that are no steps are dropped
@@ -114,8 +114,8 @@ class History:
 
         Returns
         -------
-        str or None
-            What the user should know: that the file was damaged.
+        list of str
+            What the user should know: that steps are dropped, that the file was damaged.
 
         Raises
         ------
@@ -123,8 +123,8 @@ class History:
             If the file cannot be read or written.
         """
         if not os.path.lexists(self.path):
-            return None
-        kept, foreign, last = [], 0, 0
+            return []
+        kept, foreign, last, later = [], 0, 0, 0
         for _, line, record in _lines(self.path):
             if record is None or not last < record["step"]:
                 foreign += 1
@@ -133,14 +133,18 @@ class History:
             elif record["step"] <= step:
                 kept.append(line.rstrip(b"\n") + b"\n")
                 last = record["step"]
+            else:
+                later += 1
         aside = self.path.with_name(DAMAGED) if foreign else None
         replace(self.path, b"".join(kept), keep=aside)
         self._whole = self._size()
-        if not foreign:
-            return None
-        return (
-            f"{self.path} had {foreign:,} damaged or foreign line(s), left out now; as it was it is {aside}"
-        )
+        notes = []
+        if later:
+            notes.append(f"{self.path} had {later:,} step(s) that no checkpoint holds: they are taken anew")
+        if foreign:
+            lines = f"{foreign:,} damaged or foreign line(s)"
+            notes.append(f"{self.path} had {lines}, left out now; as it was it is {aside}")
+        return notes
 
     @staticmethod
     def read(folder: str | Path, numbers: Iterable[str] = ()) -> list[Record]:

@@ -50,8 +50,7 @@ class Writer:
                 if not self.lock.note:  # else they may be another job's
                     remove_leftovers(folder / name)
             self.history = History(folder)
-            damage = self.history.truncate(step)
-            self.notes += [damage] if damage else []
+            self.notes += self.history.truncate(step)
             replace(folder / CONFIG, config.encode())
             try:
                 (folder / DONE).unlink(missing_ok=True)

@@ -1,15 +1,19 @@
-"""What this machine is: processor, BLAS, versions, and the memory that is free."""
+"""What this machine is: processor, BLAS, versions, and the cores and the memory that a process may use."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
+import resource
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from threadpoolctl import threadpool_info
 
-__all__ = ["blas", "cupy", "free_memory", "processor", "versions"]
+from hfmpi.measure import control_groups
+
+__all__ = ["blas", "cores", "cupy", "free_memory", "processor", "versions"]
 
 
 def processor() -> str:
@@ -48,18 +52,60 @@ def cupy() -> dict[str, str | None]:
     }
 
 
-def free_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Give the bytes that processes of this node, or of its control group (version 2), can still take.
+def cores(root: Path = Path("/")) -> int:
+    """Give the logical cores that this process can keep busy: those it may run on, within its quota of time.
 
-    Where nothing can be found out it is a guess of 4 GiB.
+    Parameters
+    ----------
+    root : Path
+        The folder that has `proc` and `sys`.
     """
+    bound = len(os.sched_getaffinity(0))
+    quota = control_groups.processors(root)
+    return bound if quota is None else max(1, min(bound, int(quota)))
+
+
+def free_memory(ranks: int = 1, root: Path = Path("/")) -> int:
+    """Give the bytes that this process can still take.
+
+    That is the least of the node's free memory, of what its control groups and its Slurm job leave on this
+    node, and of the process's own limits (`ulimit -v` and `-d`). Where nothing can be found out it is a guess
+    of 4 GiB.
+
+    Parameters
+    ----------
+    ranks : int
+        Processes of the node that share all but the last of these.
+    root : Path
+        The folder that has `proc` and `sys`.
+    """
+    shared = [control_groups.free_memory(root), _slurm_memory()]
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        available = (root / "proc/meminfo").read_text().partition("MemAvailable:")[2]
+        shared.append(1024 * int(available.split()[0]))
+    known = [number for number in shared if number is not None]
+    return min([min(known, default=4 * 2**30) // ranks, *_own_limits(root)])
+
+
+def _slurm_memory() -> int | None:
+    """Give the memory of this job on this node; 0 stands for all that there is."""
+    for name, count in (
+        ("SLURM_MEM_PER_NODE", None),
+        ("SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"),
+        ("SLURM_MEM_PER_GPU", "SLURM_GPUS_ON_NODE"),
+    ):
+        megabytes, times = os.environ.get(name, ""), os.environ.get(count, "") if count else "1"
+        if megabytes.isdecimal() and times.isdecimal() and int(megabytes) * int(times):
+            return int(megabytes) * int(times) * 2**20
+    return None
+
+
+def _own_limits(root: Path) -> list[int]:
     found = []
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        available = (proc / "meminfo").read_text().partition("MemAvailable:")[2]
-        found.append(1024 * int(available.split()[0]))
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        own = (proc / "self/cgroup").read_text().partition("0::/")[2]
-        group = cgroups / own.splitlines()[0]
-        limit = int((group / "memory.max").read_text())  # "max" is no number: no limit
-        found.append(max(0, limit - int((group / "memory.current").read_text())))
-    return min(found, default=4 * 2**30)
+    for kind, name in ((resource.RLIMIT_AS, "VmSize:"), (resource.RLIMIT_DATA, "VmData:")):
+        limit = resource.getrlimit(kind)[0]
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            used = 1024 * int((root / "proc/self/status").read_text().partition(name)[2].split()[0])
+            if limit != resource.RLIM_INFINITY:
+                found.append(max(0, limit - used))
+    return found

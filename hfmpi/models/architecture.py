@@ -14,6 +14,8 @@ below.
 
 from __future__ import annotations
 
+import math
+import numbers
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,11 +24,12 @@ from functools import cached_property
 import numpy as np
 
 from hfmpi.backends.base import Array
-from hfmpi.errors import UserError
+from hfmpi.errors import UserError, shown
 from hfmpi.models.cells import cell
 from hfmpi.models.parameters import Layout
 from hfmpi.models.recurrence import Cell
 from hfmpi.optim.base import Block
+from hfmpi.settings import check
 
 __all__ = ["INITIALISATIONS", "PAPER_PARAMETERS", "Architecture"]
 
@@ -57,6 +60,8 @@ class Architecture:
 
     Raises
     ------
+    TypeError
+        If a value is of another type.
     UserError
         If there is no such network.
     """
@@ -69,6 +74,7 @@ class Architecture:
     variant: str = "standard"
 
     def __post_init__(self) -> None:
+        check(self)
         cell(self.name, self.variant)
         if self.hidden < 1 or self.inputs < 1 or self.outputs < 1:
             raise UserError("a model needs at least one hidden unit and one symbol")
@@ -134,6 +140,8 @@ class Architecture:
 
     def of_size(self, parameters: int) -> Architecture:
         """Give the same architecture with the hidden units that bring it nearest to this many parameters."""
+        if not isinstance(parameters, (int, np.integer)):
+            raise TypeError(f"parameters must be a whole number, not {shown(parameters)}")
 
         def size(hidden: int) -> int:
             return replace(self, hidden=hidden).layout.size
@@ -162,6 +170,10 @@ class Architecture:
             raise UserError(
                 f"there is no initialisation {initialisation!r}; choose one of {', '.join(INITIALISATIONS)}"
             )
+        if not isinstance(seed, (int, np.integer)) or seed < 0:
+            raise UserError(f"a seed must be a whole number that is not negative, not {shown(seed)}")
+        if not isinstance(forget_bias, numbers.Real) or not math.isfinite(forget_bias):
+            raise UserError(f"forget_bias must be a finite number, not {shown(forget_bias)}")
         rng = np.random.Generator(np.random.PCG64(seed))
         theta, n = np.zeros(self.layout.size), self.hidden
         # rnn and mrnn: Krause gives no scale; 0.02 would leave their memory empty at the start.

@@ -49,6 +49,7 @@ class Linearisation(Protocol):
         """Add scale * J' H_L J v to out (D,); H_L is the Hessian of the loss on the outputs."""
 
 
+@runtime_checkable
 class Model(Protocol):
     """A loss of parameters theta (D,) on one device."""
 

@@ -8,17 +8,18 @@ less the target (Schraudolph 2002, Fast curvature matrix-vector products for sec
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
 from hfmpi.backends.base import Array
 from hfmpi.backends.numpy import NumpyBackend, by_sequence
-from hfmpi.errors import UserError
+from hfmpi.errors import UserError, shown
 
 __all__ = ["LOSSES", "Bernoulli", "Loss", "SoftmaxCrossEntropy", "SquaredError", "choose"]
 
 
+@runtime_checkable
 class Loss(Protocol):
     """A convex loss of each row of outputs z (N, O).
 
@@ -119,9 +120,13 @@ def choose(loss: str | Loss) -> Loss:
     Raises
     ------
     UserError
-        If there is none of this name.
+        If there is none of this name, or it is no loss.
     """
     if not isinstance(loss, str):
+        if isinstance(loss, type) or not isinstance(loss, Loss):
+            raise UserError(
+                f"loss must be one of {', '.join(LOSSES)} or an object like them, not {shown(loss)}"
+            )
         return loss
     if loss not in LOSSES:
         raise UserError(f"there is no loss {loss!r}; choose one of {', '.join(LOSSES)}")

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from hfmpi.backends import create
 from hfmpi.backends.base import Array, Workspace
 from hfmpi.backends.numpy import NumpyBackend
-from hfmpi.errors import UserError
+from hfmpi.errors import UserError, shown
 from hfmpi.models import kronecker, recurrence
 from hfmpi.models.architecture import Architecture
 from hfmpi.models.losses import Loss, choose
 from hfmpi.models.recurrence import Recurrence
 from hfmpi.models.tape import Tape, blocks, fill_outputs, fill_rows
 from hfmpi.optim.base import Block
+from hfmpi.optim.checks import check_vector
 
 __all__ = ["Batch", "Network", "State"]
 
 
+@runtime_checkable
 class Batch(Protocol):
     """B sequences side by side, time first: L inputs, and targets of the last T of them."""
 
@@ -68,6 +70,13 @@ class Network:
         initialisation: str = "krause",
         forget_bias: float = 0.0,
     ) -> None:
+        for name, given, kind, words in (
+            ("architecture", architecture, Architecture, "an Architecture"),
+            ("backend", backend, NumpyBackend | None, "what hfmpi.backends.create gives"),
+            ("block_rows", block_rows, int | None, "a whole number"),
+        ):
+            if not isinstance(given, kind):
+                raise UserError(f"{name} must be {words}, not {shown(given)}")
         self.architecture = architecture
         self.backend = backend or create()
         self.output_loss = choose(loss)
@@ -157,6 +166,7 @@ class Network:
 
     def _run(self, theta: Array, batch: Batch, linearise: bool, structural: bool, memory: Workspace) -> Tape:
         inputs, targets, mask = self._placed(batch, memory)
+        check_vector("theta", theta, self.size, self.backend.xp.ndarray)
         (steps, size), n, p = inputs.shape[:2], self.architecture.hidden, self.layout.views(theta)
         layers, states = list[Recurrence](), []
         for i in range(self.architecture.layers):
@@ -181,6 +191,10 @@ class Network:
 
     def _placed(self, batch: Batch, memory: Workspace) -> tuple[Array, Array, Array | None]:
         """Check a batch and put it on the device: inputs, targets (T * B, ...) and mask (T * B, 1)."""
+        if not isinstance(batch, Batch):
+            raise UserError(
+                f"a batch must have inputs, targets and mask, as of hfmpi.Arrays, not {shown(batch)}"
+            )
         about, symbols, dtype = self.architecture, self.output_loss.symbols, self.backend.dtype
         given, wanted = np.asarray(batch.inputs), np.asarray(batch.targets)
         looks_up = given.ndim == 2
@@ -203,6 +217,8 @@ class Network:
         targets = self.backend.to_device(wanted.astype(np.int32 if symbols else dtype, copy=False))
         mask = None
         if batch.mask is not None:
+            if np.shape(batch.mask) != wanted.shape[:2]:
+                raise UserError(f"the mask must be of shape {wanted.shape[:2]}, not {np.shape(batch.mask)}")
             mask = self.backend.to_device(np.asarray(batch.mask).astype(dtype).reshape(-1, 1))
         return inputs, targets.reshape(-1, *rest), mask
 
@@ -266,6 +282,7 @@ class Network:
     ) -> tuple[tuple[State, ...], Array]:
         """Read inputs (L, B) or (L, B, I) from a state (None: zero); give that after and the last outputs."""
         (steps, size), n, xp = inputs.shape[:2], self.architecture.hidden, self.backend.xp
+        check_vector("theta", theta, self.size, self.backend.xp.ndarray)
         p, memory = self.layout.views(theta), self._scratch
         layers, states = list[Recurrence](), []
         for i in range(self.architecture.layers):

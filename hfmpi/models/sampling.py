@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import numpy as np
 
 from hfmpi.backends.base import Array
@@ -23,7 +26,7 @@ def sample(
     symbols : bytes
         The byte of each symbol.
     length : int
-        Characters to draw.
+        Symbols to draw, of a byte each.
     prime : bytes
         What it reads first; may be empty.
     temperature : float
@@ -33,12 +36,16 @@ def sample(
     Raises
     ------
     UserError
-        If the prime has a character that the network does not know.
+        If the prime has a character, in the locale's encoding, that the network does not know, or what the
+        network predicts is not finite.
     """
     ids = {byte: i for i, byte in enumerate(symbols)}
-    unknown = sorted({chr(b) for b in prime if b not in ids})
+    unknown = sorted({c for c in os.fsdecode(prime) if not ids.keys() >= set(os.fsencode(c))})
     if unknown:
-        raise UserError(f"the network does not know the character(s) {' '.join(map(repr, unknown))}")
+        # What is no character in the locale's encoding is a byte, which \x.. names in a shell too.
+        names = (repr(c if c.isprintable() else os.fsencode(c)).removeprefix("b") for c in unknown)
+        hint = "" if "".join(unknown).isascii() else f", at least not in {sys.getfilesystemencoding()}"
+        raise UserError(f"the network does not know the character(s) {' '.join(names)}{hint}")
     rng = np.random.Generator(np.random.PCG64(seed))
     backend = network.backend
     # Without a prime it starts as training sequences do: zero state, some first character.
@@ -47,8 +54,12 @@ def sample(
     written = bytearray()
     for _ in range(length):
         inputs = backend.to_device(np.array(read, np.int32)[:, np.newaxis])
-        state, logits = network.advance(theta, state, inputs)
-        symbol = draw(backend.to_host(logits)[0].astype(np.float64), temperature, rng)
+        with np.errstate(all="ignore"):  # what overflows is seen in the logits
+            state, found = network.advance(theta, state, inputs)
+        logits = backend.to_host(found)[0].astype(np.float64)
+        if not np.isfinite(logits).all():
+            raise UserError("the parameters are so large that what the network predicts is not finite")
+        symbol = draw(logits, temperature, rng)
         written.append(symbols[symbol])
         read = [symbol]
     return bytes(written)
@@ -58,5 +69,6 @@ def draw(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> in
     """Draw a symbol from softmax(logits / temperature), or the most probable one at temperature 0."""
     if temperature == 0:
         return int(logits.argmax())
-    p = np.exp((logits - logits.max()) / temperature)
+    with np.errstate(over="ignore"):  # of a temperature near 0
+        p = np.exp((logits - logits.max()) / temperature)
     return int(np.searchsorted(np.cumsum(p), rng.random() * p.sum(), side="right").clip(0, len(p) - 1))

@@ -11,20 +11,22 @@ step without a message of its own, and leave it at the same place.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from hfmpi.backends.base import Array, Backend
-from hfmpi.data.batches import Cases, curvature_slice, global_indices, shard
-from hfmpi.errors import UserError
+from hfmpi.data.batches import Cases, checked_indices, curvature_slice, global_indices, shard
+from hfmpi.errors import UserError, shown
 from hfmpi.measure.spans import ALLREDUCE, LINE_SEARCH
 from hfmpi.measure.timer import Timer
-from hfmpi.models.base import Blocks, KroneckerFactors, Model
+from hfmpi.models.base import Blocks, KroneckerFactors, Model, SquaredGradients
 from hfmpi.objective.local import Beside, LocalSums, Shard
 from hfmpi.objective.messages import PARTS, unpack
 from hfmpi.objective.transport import HostTransport, Transport
 from hfmpi.optim.base import Block, Gradient, Objective, Objectives, Operator, Scalars
+from hfmpi.optim.checks import check_vector
 from hfmpi.parallel.communicator import Communicator
 
 __all__ = ["DataParallel", "Risk", "Stopped", "step_objectives"]
@@ -49,7 +51,7 @@ class DataParallel:
         Gets the spans of `LocalSums`, line search and allreduce.
     micro_batch : int, optional
         Most cases that a rank works on at a time; bounds memory, and does not change the result
-        beyond rounding. Without it, what suits the backend. Halved where the memory does not suffice.
+        beyond rounding. Without it, or 0, what suits the backend. Halved where the memory does not suffice.
     memory_budget : float
         Bytes that this rank may keep of a linearisation between products. What does not fit is computed
         anew for every product, which takes longer and gives the same numbers, bit for bit.
@@ -65,7 +67,7 @@ class DataParallel:
     Raises
     ------
     UserError
-        If the slices do not fit the ranks.
+        If something is not what it must be, or the slices do not fit the ranks.
     """
 
     def __init__(
@@ -79,6 +81,18 @@ class DataParallel:
         slices: int = 0,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
+        for name, given, right, words in (
+            ("model", model, isinstance(model, Model), "a model such as hfmpi.Network"),
+            ("communicator", communicator, isinstance(communicator, Communicator), "what connect() gives"),
+            ("timer", timer, timer is None or isinstance(timer, Timer), "a Timer"),
+            ("micro_batch", micro_batch, micro_batch is None or _whole(micro_batch), "0, 1, 2, ..."),
+            ("memory_budget", memory_budget, _bytes(memory_budget), "a number of bytes"),
+            ("transport", transport, transport is None or isinstance(transport, Transport), "a Transport"),
+            ("slices", slices, _whole(slices), "0, 1, 2, ..."),
+            ("stop", stop, callable(stop), "a function"),
+        ):
+            if not right or isinstance(given, type):
+                raise UserError(f"{name} must be {words}, not {shown(given)}")
         if slices and (slices & (slices - 1) or slices % communicator.size):
             raise UserError(
                 f"slices must be a power of two that the number of ranks divides, not {slices} "
@@ -97,8 +111,17 @@ class DataParallel:
         """Give the risk on the cases `indices` (B,), the same on every rank.
 
         `span` is the name under which the timer books its losses.
+
+        Raises
+        ------
+        TypeError
+            If they are no cases, or no whole numbers.
+        IndexError
+            If there are no such cases.
         """
-        return Risk(self, cases, indices, span)
+        if not isinstance(cases, Cases):
+            raise TypeError(f"cases must be such as hfmpi.Arrays makes, not {shown(cases)}")
+        return Risk(self, cases, checked_indices(indices, cases.count, "case"), span)
 
     def shard(self, cases: Cases, indices: np.ndarray) -> Shard:
         """Give what this rank has of a global batch."""
@@ -114,6 +137,14 @@ class DataParallel:
             transport.sum(message)
         if float(message[-1]) > 0:
             raise Stopped
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 0
+
+
+def _bytes(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and float(value) >= 0
 
 
 def step_objectives(
@@ -192,6 +223,8 @@ class Risk(Objective):
 
     def losses(self, thetas: Sequence[Array]) -> list[float]:
         """Mean losses of several candidates, in one message."""
+        for theta in thetas:
+            self._check("theta", theta)
         message = np.append(self.owner.local.losses(thetas, self.shard, self.span), 0.0)
         self.owner.sum(message, self.owner.host)
         return [float(loss) / self.scored for loss in message[:-1]]
@@ -202,25 +235,29 @@ class Risk(Objective):
         return Gradient(self._loss(message), message[: theta.size])
 
     def squared_gradients(self, theta: Array) -> Gradient:
-        """Mean loss, its gradient, and the mean squared gradients of the cases, in one message.
+        """Mean loss, its gradient, and the mean squared gradients of the cases if the model has them.
 
         A case counts with its loss over the mean number of scored outputs of a case, so that `squares` has
         the unit of the squared gradient whatever the batch.
         """
+        if not isinstance(self.owner.model, SquaredGradients):
+            return self.gradient(theta)
         message, size = self._gradient(theta, "squares"), theta.size
         square_sum = message[size : 2 * size]
         square_sum *= theta.dtype.type(self.size)  # sum_i (g_i / B)^2 -> mean_i g_i^2
         return Gradient(self._loss(message), message[:size], square_sum)
 
-    def factored_gradient(self, theta: Array) -> Gradient:
+    def factored_gradient(self, theta: Array) -> tuple[Gradient, Array]:
         """Mean loss, its gradient, and the Kronecker factors of all blocks, in one message."""
-        message, model = self._gradient(theta, "factors"), self.owner.model
+        model = self.owner.model
         if not isinstance(model, KroneckerFactors):
             return super().factored_gradient(theta)
+        message = self._gradient(theta, "factors")
         factors = model.normalise_factors(message[theta.size : PARTS.start], self.scored)
-        return Gradient(self._loss(message), message[: theta.size], None, factors)
+        return Gradient(self._loss(message), message[: theta.size]), factors
 
     def _gradient(self, theta: Array, beside: Beside) -> Array:
+        self._check("theta", theta)
         message = self.owner.local.gradient(theta, self.shard, self.scored, beside)
         self.owner.sum(message, self.owner.transport)
         return message
@@ -242,13 +279,15 @@ class Risk(Objective):
 
     def columns(self, theta: Array) -> Operator:
         """Linearise at theta; give V (C, D) -> G V (C, D), in one message."""
-        return self._products(theta, 0.0)
+        return self._products(theta, 0.0, True)
 
-    def _products(self, theta: Array, structural: float) -> Operator:
+    def _products(self, theta: Array, structural: float, columns: bool = False) -> Operator:
+        self._check("theta", theta)
         owner = self.owner
         local = owner.local.products(theta, self.shard, self.scored, structural)
 
         def product(v: Array) -> Array:
+            self._check("v", v, columns)
             message = local(v)
             owner.sum(message, owner.transport)
             return message[:-1].reshape(v.shape)
@@ -257,10 +296,12 @@ class Risk(Objective):
 
     def project(self, theta: Array) -> Callable[[Array], np.ndarray]:
         """Linearise at theta; give V (C, D) -> V G V' (C, C), in one message of C^2 numbers."""
+        self._check("theta", theta)
         owner = self.owner
         local = owner.local.products(theta, self.shard, self.scored, project=True)
 
         def projected(v: Array) -> np.ndarray:
+            self._check("v", v, True)
             message = local(v)
             owner.sum(message, owner.host)
             found = message[:-1].reshape(len(v), len(v))
@@ -268,3 +309,8 @@ class Risk(Objective):
             return symmetric
 
         return projected
+
+    def _check(self, name: str, vector: Array, columns: bool = False) -> None:
+        """Raise a TypeError or ValueError unless it is a vector of the model, or columns, on its device."""
+        model = self.owner.model
+        check_vector(name, vector, model.size, model.backend.xp.ndarray, columns)

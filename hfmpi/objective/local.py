@@ -109,21 +109,15 @@ class LocalSums:
     def gradient(self, theta: Array, shard: Shard, scored: int, beside: Beside = "") -> Array:
         """Give the message of loss and gradient over `scored`, and what is wanted beside it.
 
-        Raises
-        ------
-        UserError
-            On all ranks alike, if the model has not what is wanted.
+        The model must have it, then.
         """
         backend, size, model = self.model.backend, theta.size, self.model
         more, add = 0, cast("Callable[[Any, float, Array, Array], None] | None", None)
         if beside == "squares":
-            if not isinstance(model, SquaredGradients):
-                raise UserError("the model has no squared gradients: set preconditioner=none")
-            more, add = size, model.squared_gradients
+            more, add = size, cast(SquaredGradients, model).squared_gradients
         elif beside == "factors":
-            if not isinstance(model, KroneckerFactors):
-                raise UserError("the model has no Kronecker factors: set directions without kfac")
-            more, add = model.factors_size, model.factored_gradient
+            having = cast(KroneckerFactors, model)
+            more, add = having.factors_size, having.factored_gradient
 
         def share(part: np.ndarray) -> Array:
             message = backend.xp.zeros(message_sizes(size, more)["gradient"], theta.dtype)

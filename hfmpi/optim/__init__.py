@@ -6,6 +6,7 @@ from hfmpi.optim.gradient_descent import GradientDescent
 from hfmpi.optim.hessian_free import HessianFree
 from hfmpi.optim.muon import Muon
 from hfmpi.optim.soap import SOAP
+from hfmpi.optim.subspace import Subspace
 
 __all__ = [
     "SOAP",
@@ -18,4 +19,5 @@ __all__ = [
     "Objectives",
     "Optimizer",
     "StepReport",
+    "Subspace",
 ]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 
 from hfmpi.optim.base import Block, Objective, Vector
+from hfmpi.optim.checks import check_vector
 from hfmpi.optim.first_order import Adaptive, AdaptiveState
 from hfmpi.settings import POSITIVE, within
 
@@ -37,6 +38,8 @@ class Adam(Adaptive[AdamState]):
         See `Adaptive` and `Schedule`.
     """
 
+    _state: ClassVar[type] = AdamState
+
     rate: Annotated[float, POSITIVE] = 2e-3
     beta1: Annotated[float, within("[0, 1)")] = 0.9
     beta2: Annotated[float, within("[0, 1)")] = 0.999
@@ -45,6 +48,7 @@ class Adam(Adaptive[AdamState]):
 
     def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> AdamState:
         """Give the state before the first update."""
+        check_vector("theta", theta)
         return AdamState(theta * 0, theta * 0, updates=0, average=self._first(theta))
 
     def _direction(

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
-from hfmpi.errors import UserError
+from hfmpi.errors import UserError, shown
 
 __all__ = [
     "Block",
@@ -53,16 +53,13 @@ class Gradient(NamedTuple):
     vector : (D,)
         g.
     squares : (D,) or None
-        The mean over cases of the element-wise squared gradients of each case's own loss, where asked for.
-    factors : vector or None
-        A and B of each block, one after the other, where asked for: the curvature of the block is about
-        their Kronecker product.
+        The mean over cases of the element-wise squared gradients of each case's own loss, where asked for
+        and where the objective has them.
     """
 
     loss: float
     vector: Vector
     squares: Vector | None = None
-    factors: Vector | None = None
 
 
 class Block(NamedTuple):
@@ -112,11 +109,14 @@ class Objective(ABC):
         raise UserError("the objective has no Gauss-Newton products: take a first-order optimizer")
 
     def squared_gradients(self, theta: Vector) -> Gradient:
-        """f(theta), its gradient and the squares, for the diagonal preconditioner."""
-        raise UserError("the objective has no squared gradients: set preconditioner=none")
+        """f(theta), its gradient and the squares, for the diagonal preconditioner; here, without squares."""
+        return self.gradient(theta)
 
-    def factored_gradient(self, theta: Vector) -> Gradient:
-        """f(theta), its gradient and the Kronecker factors of all blocks."""
+    def factored_gradient(self, theta: Vector) -> tuple[Gradient, Vector]:
+        """f(theta), its gradient; and the Kronecker factors A and B of each block, one after the other.
+
+        The curvature of a block is about A x B, A (rows, rows) and B (columns, columns).
+        """
         raise UserError("the objective has no Kronecker factors: set directions without kfac")
 
     def structural_gauss_newton(self, theta: Vector, structural: float) -> Operator:
@@ -172,11 +172,21 @@ class Objectives:
         Gauss-Newton products (batch B_c); unused by first-order methods.
     epoch : float
         Passes over the data so far, for settings that change per epoch.
+
+    Raises
+    ------
+    TypeError
+        If one of them is no Objective.
     """
 
     gradient: Objective
     curvature: Objective | None = None
     epoch: float = 0.0
+
+    def __post_init__(self) -> None:
+        for given in (self.gradient, self.curvature):
+            if not isinstance(given, Objective) and (given is not None or self.gradient is None):
+                raise TypeError(f"an objective must be of a subclass of hfmpi.Objective, not {shown(given)}")
 
     @property
     def second(self) -> Objective:

@@ -9,9 +9,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated, Generic, NamedTuple, TypeVar
+from typing import Annotated, ClassVar, Generic, NamedTuple, TypeVar
 
 from hfmpi.optim.base import Objective, Objectives, StepReport, Vector, Work, inner_product
+from hfmpi.optim.checks import check_state, checked
 from hfmpi.optim.schedule import Schedule
 from hfmpi.settings import NOT_NEGATIVE, POSITIVE, check, within
 
@@ -106,6 +107,9 @@ class Adaptive(Schedule, ABC, Generic[AdaptiveT]):
         place of theta; the training goes on from theta. 0: none.
     """
 
+    _state: ClassVar[type]
+    _means: ClassVar[tuple[str, ...]] = "mean", "mean_square"
+
     rate: Annotated[float, POSITIVE]
     decay: Annotated[float, NOT_NEGATIVE] = 0.0
     averaging: Annotated[float, within("[0, 1)")] = 0.0
@@ -123,6 +127,8 @@ class Adaptive(Schedule, ABC, Generic[AdaptiveT]):
         self, theta: Vector, state: AdaptiveT, objectives: Objectives
     ) -> tuple[Vector, AdaptiveT, StepReport]:
         """Take one update; one whose numbers are not finite is rejected."""
+        objectives = checked(theta, objectives)
+        check_state(state, self._state, theta, *self._means)
         objective, kind, t = objectives.gradient, theta.dtype.type, state.updates + 1
         factor = self.factor(state.updates)
         rate = self.rate * factor

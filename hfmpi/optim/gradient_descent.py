@@ -10,6 +10,7 @@ from typing import Annotated
 import numpy as np
 
 from hfmpi.optim.base import Block, Objectives, StepReport, Vector
+from hfmpi.optim.checks import check_state, check_vector, checked
 from hfmpi.optim.first_order import Update, agreed_norm, first_order_step
 from hfmpi.settings import POSITIVE, Rule, check, within
 
@@ -64,13 +65,16 @@ class GradientDescent:
 
     def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> GradientDescentState:
         """Give the state before the first update."""
+        check_vector("theta", theta)
         return GradientDescentState(0, theta * 0 if self.rule == "rms-normalised" else theta[:0])
 
     def step(
         self, theta: Vector, state: GradientDescentState, objectives: Objectives
     ) -> tuple[Vector, GradientDescentState, StepReport]:
         """Take one update; one whose gradient is not finite is rejected."""
-        objective = objectives.gradient
+        objective = checked(theta, objectives).gradient
+        vectors = ("mean_square",) if self.rule == "rms-normalised" else ()
+        check_state(state, GradientDescentState, theta, *vectors)
         rate = max(self.rate * self.decay**state.updates, self.floor)
         largest = float(np.finfo(theta.dtype).max)
 

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
+from hfmpi.errors import UserError
 from hfmpi.optim.base import Block, Objectives, StepReport, Vector, Work, inner_product
 from hfmpi.optim.cg import CGResult, ConjugateGradients, Stop
+from hfmpi.optim.checks import check_state, check_vector, checked
 from hfmpi.optim.damping import LevenbergMarquardt, reduction_ratio
 from hfmpi.optim.line_search import Armijo, Choice, LineSearch, backtrack
 from hfmpi.optim.preconditioner import diagonal
@@ -51,7 +53,8 @@ class HessianFree:
     warm_start, warm_start_growth, warm_start_maximum : float
         CG starts at warm_start times the last iterate of the step before; the factor grows by
         `growth` per epoch up to the maximum. 0: start at zero.
-    preconditioner : {'diagonal', 'none'}
+    preconditioner : {'auto', 'diagonal', 'none'}
+        auto: diagonal where the objective has squared gradients.
     preconditioner_exponent : float
     backtracking : bool
         Off: take the last CG iterate.
@@ -78,8 +81,8 @@ class HessianFree:
     warm_start_growth: Annotated[float, POSITIVE] = 1.0
     warm_start_maximum: Annotated[float, within("[0, 1]")] = 0.99
     preconditioner: Annotated[
-        str, Rule("must be 'diagonal' or 'none'", ("diagonal", "none").__contains__)
-    ] = "diagonal"
+        str, Rule("must be 'auto', 'diagonal' or 'none'", ("auto", "diagonal", "none").__contains__)
+    ] = "auto"
     preconditioner_exponent: Annotated[float, NOT_NEGATIVE] = 0.75
     backtracking: bool = True
     line_search: bool = True
@@ -96,15 +99,21 @@ class HessianFree:
 
     def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> HessianFreeState:
         """Give the state before the first step."""
+        check_vector("theta", theta)
         return HessianFreeState(self.damping, theta * 0)
 
     def step(
         self, theta: Vector, state: HessianFreeState, objectives: Objectives
     ) -> tuple[Vector, HessianFreeState, StepReport]:
         """Take one Hessian-free step: minimise the damped model around theta, and go along the minimiser."""
+        objectives = checked(theta, objectives)
+        check_state(state, HessianFreeState, theta, "direction")
         objective, epoch = objectives.gradient, objectives.epoch
-        squares = self.preconditioner == "diagonal"
-        at = objective.squared_gradients(theta) if squares else objective.gradient(theta)
+        at = (
+            objective.gradient(theta) if self.preconditioner == "none" else objective.squared_gradients(theta)
+        )
+        if at.squares is None and self.preconditioner == "diagonal":
+            raise UserError("the objective has no squared gradients: set preconditioner=auto or none")
         before, square = objective.agree((at.loss, inner_product(at.vector, at.vector)))
         norm = math.sqrt(square)
 
@@ -120,7 +129,8 @@ class HessianFree:
             return theta, state, replace(nothing, message="the gradient is zero: nothing to do")
 
         model = QuadraticModel(objectives, theta, at.vector, state.damping, self.structural_damping)
-        m = diagonal(at.squares, state.damping, self.preconditioner_exponent) if squares else None
+        exponent = self.preconditioner_exponent
+        m = None if at.squares is None else diagonal(at.squares, state.damping, exponent)
         start = self._start(state, epoch)
         solution = self.solver.solve(model.damped, -at.vector, start, agree=objective.agree, precondition=m)
         if solution.stop is Stop.NOT_FINITE and solution.steps == 0:  # nothing is known but the warm start
@@ -153,6 +163,11 @@ class HessianFree:
         if not (found.rate > 0 and math.isfinite(found.loss)):
             return self._rejected(theta, state, _why(solution, choice, predicted.slope), taken)
         later = HessianFreeState(self.rule.update(state.damping, rho), solution.iterates[-1].x)
+        if not found.loss < before:
+            why = "the step does not change the risk: theta is at an optimum, or the damping is too large"
+            taken = replace(taken, message=f"{why}{self._at(later)}")
+        elif later.damping > state.damping:
+            taken = replace(taken, message=self._at(later).removeprefix("; "))
         return theta + p.dtype.type(scale) * p, later, taken
 
     @property
@@ -179,8 +194,12 @@ class HessianFree:
     ) -> tuple[Vector, HessianFreeState, StepReport]:
         """Leave theta as it is, raise lambda, forget the direction, and say why."""
         after = HessianFreeState(self.rule.update(state.damping, math.nan), theta * 0)
-        bound = "; the damping is at its maximum" if after.damping == self.damping_maximum else ""
-        return theta, after, replace(report, accepted=False, message=f"step rejected: {cause}{bound}")
+        message = f"step rejected: {cause}{self._at(after)}"
+        return theta, after, replace(report, accepted=False, message=message)
+
+    def _at(self, state: HessianFreeState) -> str:
+        """Say where lambda can rise no further."""
+        return "; the damping is at its maximum" if state.damping == self.damping_maximum else ""
 
 
 def _details(damping: float, stop: Stop, norm: float) -> dict[str, float | int | str | None]:

@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 
 from hfmpi.errors import UserError
 from hfmpi.optim.base import Block, Objective, Vector
+from hfmpi.optim.checks import check_vector
 from hfmpi.optim.first_order import Adaptive, AdaptiveState
 from hfmpi.settings import POSITIVE, at_least, within
 
@@ -65,6 +66,9 @@ class Muon(Adaptive[MuonState]):
         See `Adaptive` and `Schedule`.
     """
 
+    _state: ClassVar[type] = MuonState
+    _means: ClassVar[tuple[str, ...]] = "momentum", "mean_square"
+
     rate: Annotated[float, POSITIVE] = 0.02
     momentum: Annotated[float, within("[0, 1)")] = 0.95
     newton_schulz_steps: Annotated[int, at_least(1)] = 5
@@ -81,6 +85,7 @@ class Muon(Adaptive[MuonState]):
         UserError
             Without blocks.
         """
+        check_vector("theta", theta)
         if not blocks:
             raise UserError("muon needs the matrices of theta: init(theta, objective.blocks)")
         return MuonState(theta * 0, theta * 0, updates=0, average=self._first(theta))

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 
 from hfmpi.errors import UserError
 from hfmpi.optim.base import Block, Objective, Vector
+from hfmpi.optim.checks import check_vector
 from hfmpi.optim.first_order import Adaptive, AdaptiveState
 from hfmpi.settings import POSITIVE, at_least, within
 
@@ -64,6 +65,8 @@ class SOAP(Adaptive[SOAPState]):
         See `Adaptive` and `Schedule`.
     """
 
+    _state: ClassVar[type] = SOAPState
+
     rate: Annotated[float, POSITIVE] = 3e-3
     beta1: Annotated[float, within("[0, 1)")] = 0.95
     beta2: Annotated[float, within("[0, 1)")] = 0.95
@@ -80,6 +83,7 @@ class SOAP(Adaptive[SOAPState]):
         UserError
             Without blocks.
         """
+        check_vector("theta", theta)
         if not blocks:
             raise UserError("soap needs the matrices of theta: init(theta, objective.blocks)")
         count = sum(size * size for block in blocks for size in self._sides(block))

@@ -24,7 +24,8 @@ import numpy as np
 
 from hfmpi.errors import UserError
 from hfmpi.optim import kfac
-from hfmpi.optim.base import Block, Gradient, Objective, Objectives, StepReport, Vector, Work, inner_product
+from hfmpi.optim.base import Block, Objective, Objectives, StepReport, Vector, Work, inner_product
+from hfmpi.optim.checks import check_state, check_vector, checked
 from hfmpi.settings import NOT_NEGATIVE, POSITIVE, Rule, at_least, check, within
 
 __all__ = ["Subspace", "SubspaceState"]
@@ -122,6 +123,7 @@ class Subspace:
         UserError
             Without blocks.
         """
+        check_vector("theta", theta)
         if not blocks:
             raise UserError("subspace needs the matrices of theta: init(theta, objective.blocks)")
         has = "kfac" in self._kinds
@@ -140,8 +142,14 @@ class Subspace:
         self, theta: Vector, state: SubspaceState, objectives: Objectives
     ) -> tuple[Vector, SubspaceState, StepReport]:
         """Take one step, or go back to where the last one began if the risk rose."""
+        objectives = checked(theta, objectives)
+        check_state(state, SubspaceState, theta)
         objective = objectives.gradient
-        at = objective.factored_gradient(theta) if "kfac" in self._kinds else objective.gradient(theta)
+        factors = None
+        if "kfac" in self._kinds:
+            at, factors = objective.factored_gradient(theta)
+        else:
+            at = objective.gradient(theta)
         loss, square = objective.agree((at.loss, inner_product(at.vector, at.vector)))
         norm, rho = math.sqrt(square), None
         if not self.candidates and state.promised > 0:
@@ -156,7 +164,7 @@ class Subspace:
             message = "the gradient is zero"
             return theta, state, self._report(loss, norm, state, Work(gradients=1), message, True)
         before = state
-        state, found = self._directions(state, objectives, at)
+        state, found = self._directions(state, objective, at.vector, factors)
         lengths = objective.agree(tuple(inner_product(v, v) for v in found))
         if not all(map(math.isfinite, lengths)):
             work = Work(gradients=1)
@@ -189,10 +197,9 @@ class Subspace:
         return self._taken(theta, state, objectives, p, 0.0, loss, norm, rho, work)
 
     def _directions(
-        self, state: SubspaceState, objectives: Objectives, at: Gradient
+        self, state: SubspaceState, objective: Objective, g: Vector, new: Vector
     ) -> tuple[SubspaceState, list[Vector]]:
         """Give the directions, and the state with the means that they come from."""
-        objective, g = objectives.gradient, at.vector
         kind, blocks = g.dtype.type, objective.blocks
         keep = min(1 - 1 / (state.updates + 1), self.factor_decay)
         whole = [g] if "gradient" in self._kinds else []
@@ -201,13 +208,14 @@ class Subspace:
             state = replace(state, mean_square=mean_square)
             whole.append(g / (np.sqrt(mean_square) + kind(1e-8)))
         if "kfac" in self._kinds:
-            factors = kind(keep) * state.factors + kind(1 - keep) * at.factors
+            factors = kind(keep) * state.factors + kind(1 - keep) * new
             dampings = [self.kfac_damping * self.kfac_ratio**i for i in range(self.kfac_dampings)]
             due = state.updates % self.refresh == 0
             more, decomposition = kfac.directions(objective, g, factors, state.decomposition, dampings, due)
             state, whole = replace(state, factors=factors, decomposition=decomposition), whole + more
         found = [part for v in whole for part in _parts(blocks, v)] if self.cut else whole
-        return state, [*found, *state.steps.reshape(self.memory, -1)]
+        last = [state.steps[i * g.size : (i + 1) * g.size] for i in range(self.memory)]
+        return state, [*found, *last]
 
     def _damped(self, damping: float, rho: float) -> float:
         """Give lambda after a step of this reduction ratio."""

@@ -7,6 +7,7 @@ a word, the watchdog does.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -26,6 +27,7 @@ __all__ = ["abort_on_exception", "guard", "together"]
 T = TypeVar("T")
 
 _PATIENCE = 2.0  # seconds in which ranks that leave with an error wait for the others to leave too
+_BROKEN = OSError, ValueError, AttributeError  # a full disk or a pipe without reader; closed; None
 _DRAIN = 0.2  # seconds for the launcher to pass on what was printed, before it is told to kill
 
 
@@ -97,13 +99,13 @@ def guard() -> Iterator[None]:
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
         if code and world is not None and not _all_leave(world):
             if isinstance(leaving.code, str):
-                print(leaving.code, file=sys.stderr)
+                _print(leaving.code)
             _name_rank(f"left alone with code {code}")
             _abort(code)
         raise
     except BaseException as error:
         if library.world() is not None:
-            traceback.print_exc()
+            _print(traceback.format_exc().rstrip())
             _name_rank("failed with this exception")
             _abort(130 if isinstance(error, KeyboardInterrupt) else 1)
         raise
@@ -141,16 +143,23 @@ def _all_leave(world: Any) -> bool:
 
 def _say(error: UserError | MemoryError) -> None:
     cause = "there is not enough memory: " if isinstance(error, MemoryError) else ""
-    print(f"Error: {cause}{error}", file=sys.stderr, flush=True)
+    _print(f"Error: {cause}{error}")
 
 
 def _name_rank(what: str) -> None:
-    print(f"Error: rank {library.world().rank} {what}, so all ranks end.", file=sys.stderr)
+    _print(f"Error: rank {library.world().rank} {what}, so all ranks end.")
+
+
+def _print(text: str) -> None:
+    """Print on standard error, if that can be: who leaves must not fail over it."""
+    with contextlib.suppress(*_BROKEN):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _abort(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in sys.stdout, sys.stderr:
+        with contextlib.suppress(*_BROKEN):
+            stream.flush()
     time.sleep(_DRAIN)
     watchdog.quiet_end(code)
     sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(code)

@@ -5,8 +5,9 @@ MPI starts inside `connect`, never at import, and only when a launcher such as m
 
 from __future__ import annotations
 
+import time
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 from hfmpi.errors import UserError
 from hfmpi.parallel import library
@@ -16,11 +17,14 @@ from hfmpi.parallel.watchdog import joining, watch
 
 __all__ = ["connect"]
 
+_HEAD_START = 1.0  # seconds for the first process to say what is wrong: launchers kill all when one leaves
+
 
 def connect(stall_timeout: float = 0.0) -> Communicator:
     """Start MPI if a launcher is there, and give the communicator of all ranks.
 
-    Without a launcher MPI is not even loaded, unless the program itself has started it. A program of several
+    Without a launcher MPI is not even loaded, unless the program itself has started it. A process that is the
+    only one goes on alone where its launcher and the MPI library do not fit. A program of several
     ranks gets a watchdog (hfmpi.parallel.watchdog): if one dies, is stopped or leaves alone, all end.
 
     Parameters
@@ -37,28 +41,42 @@ def connect(stall_timeout: float = 0.0) -> Communicator:
     if rank_and_size is None:
         world = library.world()
         return Communicator() if world is None else _watched(world, stall_timeout)
-    size = rank_and_size[1]
+    rank, size = rank_and_size
     try:
         mpi = library.load()
     except (ImportError, RuntimeError, OSError) as error:
         if size > 1:
-            raise UserError(
-                f"the launcher started {size} processes, but MPI cannot be loaded "
-                f"({' '.join(str(error).split())}): install mpi4py and an MPI library such as hfmpi[mpich]"
-            ) from error
+            reason = " ".join(str(error).split())
+            _refuse(
+                rank,
+                f"the launcher started {size} processes, but MPI cannot be loaded ({reason}): "
+                "install mpi4py and an MPI library such as hfmpi[mpich]",
+            )
         return Communicator()
-    with joining(rank_and_size[0], stall_timeout if size > 1 else 0), warnings.catch_warnings():
+    if not mpi.Is_initialized() and (obstacle := library.obstacle(mpi)):
+        most = max(size for _, size in library.announced())
+        if most > 1:
+            _refuse(rank, f"the launcher started {most} processes, but {obstacle}")
+        return Communicator()
+    with joining(rank, stall_timeout if size > 1 else 0), warnings.catch_warnings():
         # mpi4py warns of a launcher that does not fit; the check below makes it an error.
         warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
         if not mpi.Is_initialized():
-            mpi.Init_thread(mpi.THREAD_FUNNELED)
+            library.start(mpi)
     if size > 1 and mpi.COMM_WORLD.size == 1:
-        raise UserError(
+        _refuse(
+            rank,
             f"the launcher started {size} processes, but each of them is alone in {library.name(mpi)}: "
-            "use the mpirun that belongs to this MPI library"
+            "use the mpirun that belongs to this MPI library",
         )
     abort_on_exception()
     return _watched(mpi.COMM_WORLD, stall_timeout)
+
+
+def _refuse(rank: int, sentence: str) -> NoReturn:
+    if rank > 0:
+        time.sleep(_HEAD_START)
+    raise UserError(sentence)
 
 
 def _watched(world: Any, stall_timeout: float) -> Communicator:

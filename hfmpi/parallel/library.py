@@ -1,14 +1,31 @@
-"""Which MPI library there is and whether a launcher started this process, without starting MPI."""
+"""Which MPI library there is, whether a launcher started this process, and whether the two fit.
+
+All of it is found out before MPI starts: a library that does not find what it needs ends the process.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import re
+import select
+import stat
 import subprocess
 import sys
 from typing import Any
 
-__all__ = ["cuda_aware", "describe", "launched", "load", "name", "world"]
+__all__ = [
+    "announced",
+    "cuda_aware",
+    "describe",
+    "launched",
+    "load",
+    "name",
+    "obstacle",
+    "start",
+    "started",
+    "world",
+]
 
 # Rank and size as the launchers announce them: Open MPI, MPICH and Intel MPI, MVAPICH, Flux, Slurm, PMIx.
 # mpirun inside a Slurm job inherits the variables of Slurm's own step, so Slurm is asked late; PMIx says
@@ -23,17 +40,38 @@ _LAUNCHERS = (
 )
 
 
+_OF_LAUNCHERS = (
+    "PMI_",
+    "PMI2_",
+    "PMIX_",
+    "OMPI_COMM_",
+    "PRTE_",
+    "HYDI_",
+    "MV2_COMM_",
+    "FLUX_",
+    "PALS_",
+    "SLURM_",
+)
+"""How names of launchers' variables begin."""
+
+
 def launched() -> tuple[int, int] | None:
     """Give the rank and size that a launcher's environment variables announce, or None without a launcher.
 
     A launcher that tells only the rank is taken to have started rank + 1 processes.
     """
+    return next(iter(announced()), None)
+
+
+def announced() -> list[tuple[int, int]]:
+    """Give what every launcher announces, as `launched` does: one may have been started within another."""
+    found = []
     for rank_name, size_name in _LAUNCHERS:
         rank = os.environ.get(rank_name, "")
         size = os.environ.get(size_name, "") if size_name else "0"
         if rank.isdecimal() and size.isdecimal():
-            return int(rank), max(int(size), int(rank) + 1)
-    return None
+            found.append((int(rank), max(int(size), int(rank) + 1)))
+    return found
 
 
 def load() -> Any:
@@ -55,16 +93,82 @@ def load() -> Any:
 
 def name(mpi: Any) -> str:
     """Give the name and version of the MPI library that `load` found, in one line."""
-    first = mpi.Get_library_version().strip("\0\n").splitlines()[0]
+    first = mpi.Get_library_version().strip("\0\n").splitlines()[0].partition(", package:")[0]
     return " ".join(first.replace("Version:", "").split()).strip(" ,")
+
+
+def obstacle(mpi: Any) -> str | None:
+    """Say what would keep the processes of the launcher from becoming one run, or None; MPI is not started.
+
+    Processes find one another through their launcher, by PMI, over a connection that they inherit, or by
+    PMIx. MPICH ends a process that offers it what it was not built for; so does a connection that is gone.
+
+    Parameters
+    ----------
+    mpi : module
+        What `load` gives, before MPI starts.
+    """
+    found = name(mpi)
+    pmix = "PMIX_RANK" in os.environ or "PMIX_NAMESPACE" in os.environ
+    if found.startswith("Open MPI"):
+        if pmix and not any(variable.startswith("PMIX_SERVER_URI") for variable in os.environ):
+            return "its PMIx server is not named in PMIX_SERVER_URI: let the launcher start hfmpi itself"
+        if not pmix and not re.match(r"Open MPI v[1-4]\.", found) and announced():
+            return (
+                f"it offers no PMIx, which {found} needs: use the mpirun that belongs to this MPI library, "
+                "or srun --mpi=pmix"
+            )
+    elif _has_connection():
+        if not _connected():
+            return (
+                "its connection (PMI_FD) is closed in this one: another program has used it, or one in "
+                "between did not pass it on; let the launcher start hfmpi itself, and once"
+            )
+    elif pmix and found.startswith("MPICH") and not hasattr(ctypes.CDLL(mpi.__file__), "PMIx_Init"):
+        return (
+            f"it speaks PMIx, which {found} is not built for: use the mpirun that belongs to this MPI "
+            "library, or srun --mpi=pmi2"
+        )
+    return None
+
+
+def start(mpi: Any) -> None:
+    """Start MPI in this process."""
+    if _has_connection() and name(mpi).startswith("MPICH"):
+        # Of a step of Slurm in which mpirun was called: MPICH refuses to choose between the two.
+        os.environ.pop("PMIX_NAMESPACE", None)
+    mpi.Init_thread(mpi.THREAD_FUNNELED)
+
+
+def _has_connection() -> bool:
+    return "PMI_FD" in os.environ or "PMI_PORT" in os.environ
+
+
+def _connected() -> bool:
+    """Whether the connection that PMI_FD names is there, and open at its other end."""
+    number = os.environ.get("PMI_FD")
+    if number is None:
+        return True  # PMI_PORT: made only when MPI starts
+    try:
+        if not stat.S_ISSOCK(os.fstat(int(number)).st_mode):
+            return False
+        poll = select.poll()
+        poll.register(int(number), 0)  # a hang-up is reported all the same
+        return not poll.poll(0)
+    except (OSError, ValueError, OverflowError):
+        return False
+
+
+def started() -> bool:
+    """Whether MPI runs in this process."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    return mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized()
 
 
 def world() -> Any:
     """COMM_WORLD if MPI runs in this process with more than one rank, else None."""
-    mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized() or mpi.COMM_WORLD.size == 1:
-        return None
-    return mpi.COMM_WORLD
+    world = sys.modules["mpi4py.MPI"].COMM_WORLD if started() else None
+    return None if world is None or world.size == 1 else world
 
 
 def describe() -> tuple[str | None, bool | None]:
@@ -88,8 +192,11 @@ def describe() -> tuple[str | None, bool | None]:
     question = (
         f"from mpi4py import MPI; from {__name__} import _cuda_support as ask; print(ask(MPI.__file__))"
     )
+    alone = {key: value for key, value in os.environ.items() if not key.startswith(_OF_LAUNCHERS)}
     try:
-        child = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, timeout=30)
+        child = subprocess.run(
+            [sys.executable, "-c", question], capture_output=True, text=True, timeout=30, env=alone
+        )
     except (OSError, subprocess.TimeoutExpired):
         return found, None
     return found, {"True": True, "False": False}.get(child.stdout.strip())

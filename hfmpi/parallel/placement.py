@@ -8,10 +8,11 @@ from functools import reduce
 from operator import or_
 from typing import NamedTuple
 
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from hfmpi.errors import UserError
-from hfmpi.measure.machine import free_memory
+from hfmpi.measure import control_groups
+from hfmpi.measure.machine import cores, free_memory
 from hfmpi.parallel.communicator import Communicator
 
 __all__ = ["Place", "Placement", "place", "single_threaded"]
@@ -31,11 +32,11 @@ class Placement:
     rank, size, local_rank, local_size : int
         As in `Communicator`.
     cores : int
-        Logical cores that this process may run on.
+        Logical cores that this process may run on, or fewer by the quota of its control groups.
     threads : int
         Threads that this rank's BLAS uses.
     memory : int
-        Bytes of the node's free memory that fall to this rank.
+        Bytes that fall to this rank of what is free on its node, or in its job.
     """
 
     host: str
@@ -63,15 +64,16 @@ def place(comm: Communicator, threads: int | None = None) -> Placement:
 
     Ranks that leave their BLAS at one thread per core slow each other down, by 1.7 to 2 times at 2 to 4
     ranks on 2 cores (measured with OpenBLAS). So the cores of a node are shared out: a rank bound to
-    cores of its own uses these, ranks on common cores an equal part, at least one.
+    cores of its own uses these, ranks on common cores an equal part, at least one. A quota of processor time
+    is shared out alike.
 
     Parameters
     ----------
     comm : Communicator
         All its ranks call this.
     threads : int, optional
-        The user's choice. Next come OPENBLAS_NUM_THREADS, MKL_NUM_THREADS and OMP_NUM_THREADS, then the
-        share described above.
+        The user's choice, or as many as the BLAS can have. Next come OPENBLAS_NUM_THREADS, MKL_NUM_THREADS
+        and OMP_NUM_THREADS, then the share described above.
 
     Raises
     ------
@@ -83,32 +85,38 @@ def place(comm: Communicator, threads: int | None = None) -> Placement:
     own = sum(1 << core for core in os.sched_getaffinity(0))
     everyone = comm.agree(comm.gather((comm.host, own)))
     masks = [mask for host, mask in everyone or () if host == comm.host]
-    chosen = threads or _environment() or _share(own, masks)
-    threadpool_limits(limits=chosen, user_api="blas")
+    chosen = threads or _environment() or _share(own, masks, control_groups.processors())
     return Placement(
         comm.host,
         comm.rank,
         comm.size,
         comm.local_rank,
         comm.local_size,
-        own.bit_count(),
-        chosen,
-        free_memory() // comm.local_size,
+        cores(),
+        _set_threads(chosen),
+        free_memory(comm.local_size),
     )
 
 
 def single_threaded(placement: Placement) -> Placement:
     """Set the BLAS to one thread, so that its sums do not depend on how many cores a rank has."""
-    threadpool_limits(limits=1, user_api="blas")
-    return replace(placement, threads=1)
+    return replace(placement, threads=_set_threads(1))
 
 
-def _share(own: int, masks: list[int]) -> int:
-    """Threads of a rank with core mask `own` on a node whose ranks have these masks."""
+def _set_threads(threads: int) -> int:
+    """Set the threads of the BLAS; give those that it has now: it may be built for fewer, such as 64."""
+    threadpool_limits(limits=min(threads, 2**31 - 1), user_api="blas")  # a C int
+    found = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+    return max(found, default=threads)
+
+
+def _share(own: int, masks: list[int], quota: float | None = None) -> int:
+    """Threads of a rank with core mask `own` on a node whose ranks have these masks and share a quota."""
     union = reduce(or_, masks)
-    if union.bit_count() == sum(mask.bit_count() for mask in masks):  # each rank has its own cores
-        return own.bit_count()
-    return max(1, union.bit_count() // len(masks))
+    threads = own.bit_count()
+    if union.bit_count() != sum(mask.bit_count() for mask in masks):  # not each rank has its own cores
+        threads = union.bit_count() // len(masks)
+    return max(1, threads if quota is None else min(threads, int(quota / len(masks))))
 
 
 def _environment() -> int | None:

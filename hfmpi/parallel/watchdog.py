@@ -203,7 +203,7 @@ class Watchdog:
     def _end(self, sentence: str, speaks: bool = True) -> NoReturn:
         """Say why, or leave it to the rank that speaks, and leave; the main thread may hang in MPI."""
         if speaks:
-            os.write(2, f"Error: {sentence}.\n".encode())  # print could wait for a lock of the main thread
+            _say(f"Error: {sentence}.")
         else:
             time.sleep(_SILENCE)  # an exit may make the launcher kill the one that speaks
         self._exit(_CODE)
@@ -229,7 +229,7 @@ def watch(comm: MPICommunicator, stall_timeout: float) -> None:
     if missing and comm.rank == 0:
         names = ", ".join(map(str, missing[:8])) + ", ..." * (len(missing) > 8)
         sentence = f"Note: rank 0 has no TCP connection to rank {names}; should one of them die, "
-        os.write(2, f"{sentence}the others learn it from the launcher or by --stall-timeout.\n".encode())
+        _say(f"{sentence}the others learn it from the launcher or by --stall-timeout.")
     _own = Watchdog(comm, stall_timeout, links, places)
     atexit.register(_own.goodbye)
 
@@ -250,7 +250,7 @@ def joining(rank: int, patience: float) -> Iterator[None]:
 
     def give_up() -> None:
         time.sleep(_SILENCE if rank else 0)
-        os.write(2, f"Error: not all ranks have joined within {patience:g} s (--stall-timeout).\n".encode())
+        _say(f"Error: not all ranks have joined within {patience:g} s (--stall-timeout).")
         os._exit(_CODE)
 
     timer = threading.Timer(patience, give_up)
@@ -264,6 +264,11 @@ def joining(rank: int, patience: float) -> Iterator[None]:
         timer.cancel()
         if patience:
             faulthandler.cancel_dump_traceback_later()
+
+
+def _say(sentence: str) -> None:
+    with contextlib.suppress(OSError):  # who leaves must not fail over it
+        os.write(2, f"{sentence}\n".encode())  # print could wait for a lock of the main thread
 
 
 def _send(link: socket.socket, line: str) -> None:

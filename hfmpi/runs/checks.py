@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,37 @@ from hfmpi.files.checkpoint import Entry
 from hfmpi.parallel.communicator import Communicator, digest
 from hfmpi.runs.record import Progress
 
-__all__ = ["finite", "not_stuck", "same_start", "same_vectors"]
+__all__ = ["enough_text", "finite", "not_stuck", "same_start", "same_vectors"]
+
+
+def enough_text(
+    data: Path, train: int, valid: int, length: int, burn_in: int, gradient: int, curvature: int
+) -> None:
+    """All sequences that batches of these sizes need can be cut from splits of so many characters.
+
+    If not, one sentence names all options that are too large, each with its largest value once those before
+    it are mended.
+    """
+    wrong = []
+    least, split = min((train, "training"), (valid, "validation"))
+    if length + burn_in > least:
+        options = "--sequence-length" + " and --burn-in together" * (burn_in > 0)
+        wrong.append(
+            f"the {split} text of {data} has {least:,} characters: {options} can be at most {least:,}, "
+            f"not {length + burn_in:,}"
+        )
+        length = least - burn_in if burn_in < least else min(length, least)
+    count = train // length
+    if gradient > count:
+        wrong.append(
+            f"the training text of {data} makes {count:,} sequences of {length:,} characters: "
+            f"--gradient-batch can be at most {count:,}, not {gradient:,}"
+        )
+    if curvature > min(gradient, count):
+        most = f"{min(gradient, count):,}, the gradient batch"
+        wrong.append(f"--curvature-batch can be at most {most}, not {curvature:,}")
+    if wrong:
+        raise UserError("; ".join(wrong))
 
 
 def same_start(communicator: Communicator, theta: np.ndarray, *others: Any) -> None:

@@ -15,11 +15,12 @@ from hfmpi.backends import BACKENDS, DTYPES, PRECISIONS, create
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.errors import UserError
 from hfmpi.files.atomic import open_regular
+from hfmpi.measure.machine import free_memory
 from hfmpi.models.architecture import INITIALISATIONS, PAPER_PARAMETERS, Architecture
 from hfmpi.models.cells import CELLS, VARIANTS
 from hfmpi.objective.transport import TRANSPORTS
 from hfmpi.optim.presets import PRESETS, Preset, preset
-from hfmpi.settings import Rule, at_least, check, converted, declared
+from hfmpi.settings import Rule, at_least, at_most, check, converted, declared
 
 __all__ = ["CHANGEABLE", "FORMER_NAMES", "OPTIONS", "Config", "Option", "from_toml", "merge", "to_toml"]
 
@@ -76,7 +77,7 @@ class Config:
     variant: Annotated[str, Option("Of gated cells.", choices=VARIANTS)] = "standard"
     hidden: Annotated[Whole, Option("Hidden units.", "from --parameters", least=1)] = 0
     parameters: Annotated[Whole, Option("Budget; picks the nearest size.", "the paper's", least=1)] = 0
-    layers: Annotated[Whole, at_least(1), Option("Cells on top of one another.", least=1)] = 1
+    layers: Annotated[Whole, at_least(1), at_most(1000), Option("Cells on top of one another.", least=1)] = 1
     initialisation: Annotated[str, Option("Of the parameters.", choices=INITIALISATIONS)] = "krause"
     forget_bias: Annotated[Number, Option("Of gated cells at the start.", least=None)] = 0.0
     optimizer: Annotated[str, Option("Preset of settings.", choices=PRESETS)] = "shf"
@@ -147,23 +148,35 @@ class Config:
                 raise UserError(f"setting {name} must be a finite number")
 
     def architecture(self, vocabulary: int) -> Architecture:
-        """Give the network at its size for a vocabulary."""
+        """Give the network at its size for a vocabulary, or a UserError where it has no place in memory."""
         about = Architecture(self.model, self.hidden or 1, vocabulary, vocabulary, self.layers, self.variant)
-        return about if self.hidden else about.of_size(self.parameters or PAPER_PARAMETERS[self.model])
+        if not self.hidden:
+            about = about.of_size(self.parameters or PAPER_PARAMETERS[self.model])
+        need, free = 8 * about.layout.size / 2**30, free_memory() / 2**30
+        if need > free:
+            raise UserError(
+                f"there is not enough memory: {about.layers:,} x {about.hidden:,} hidden units have "
+                f"{about.layout.size:,} parameters, which take {need:,.1f} GiB of {free:,.1f} GiB"
+            )
+        return about
 
     def preset(self) -> Preset:
         """Give the optimizer with its settings and batch sizes."""
         chosen = preset(self.optimizer, **self.settings)
-        curvature = chosen.curvature_batch and (self.curvature_batch or chosen.curvature_batch)
         if self.curvature_batch and not chosen.curvature_batch:
             raise UserError(f"optimizer {self.optimizer} has no curvature batch")
-        gradient = self.gradient_batch or chosen.gradient_batch
-        if curvature > gradient:
-            raise UserError(
-                f"a curvature batch of {curvature:,} sequences cannot be drawn "
-                f"from a gradient batch of {gradient:,}"
-            )
-        return replace(chosen, gradient_batch=gradient, curvature_batch=curvature)
+        return replace(
+            chosen,
+            gradient_batch=self.gradient_batch or chosen.gradient_batch,
+            curvature_batch=self.curvature_batch or chosen.curvature_batch,
+        )
+
+    def in_effect(self) -> dict[str, Any]:
+        """Give all options and settings by name, those of the preset where none are given."""
+        chosen = self.preset()
+        options = {name: getattr(self, name) for name in OPTIONS}
+        batches = {"gradient_batch": chosen.gradient_batch, "curvature_batch": chosen.curvature_batch}
+        return options | batches | vars(chosen.optimizer)
 
     def make_backend(self, local_rank: int = 0) -> NumpyBackend:
         """Make the backend of the rank that is the `local_rank`-th of its node."""
@@ -197,13 +210,19 @@ def merge(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> 
     base = Config(**_checked(stored))
     if "hidden" in values or "parameters" in values:  # either may name the size; compare what comes out
         values = {"hidden": 0, "parameters": 0} | values
-    for name, value in values.items():
-        if name in CHANGEABLE | {"hidden", "parameters"} or value == getattr(base, name):
-            continue
-        raise UserError(
-            f"this run has {name} = {getattr(base, name)!r}, not {value!r}; give another --out for a new run"
-        )
-    return replace(base, **values)
+    changes = {name: value for name, value in values.items() if name in CHANGEABLE | {"hidden", "parameters"}}
+    if values.get("optimizer", base.optimizer) != base.optimizer:
+        raise _another("optimizer", base.optimizer, values["optimizer"])
+    settings = base.settings | values.get("settings", {})
+    had, asked = base.in_effect(), replace(base, **values | {"settings": settings}).in_effect()
+    for name, value in asked.items():
+        if name not in changes and value != had[name]:
+            raise _another(name, had[name], value)
+    return replace(base, **changes)
+
+
+def _another(name: str, had: Any, asked: Any) -> UserError:
+    return UserError(f"this run has {name} = {had!r}, not {asked!r}; give another --out for a new run")
 
 
 def _checked(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from hfmpi.backends.base import Backend
 from hfmpi.errors import UserError
-from hfmpi.files.checkpoint import Checkpoint, Entry
+from hfmpi.files.checkpoint import NEWEST, PREVIOUS, Checkpoint, Entry, load
 from hfmpi.files.numbers import is_amount
 from hfmpi.measure.cost import Counts
+from hfmpi.runs.config import CHANGEABLE, merge
 from hfmpi.runs.record import Progress
 
-__all__ = ["check_model", "entries", "progress", "restored"]
+__all__ = ["check_model", "check_one_run", "entries", "progress", "restored"]
 
 StateT = TypeVar("StateT")
 
@@ -61,6 +63,26 @@ def check_model(found: Checkpoint, symbols: bytes, size: int, dtype: np.dtype) -
             f"the checkpoint holds a model of {found.theta.size:,} parameters ({found.theta.dtype}), "
             f"not of {size:,} ({dtype})"
         )
+
+
+def check_one_run(folder: Path, found: Checkpoint) -> None:
+    """Raise a UserError if the previous checkpoint in the folder is another run's than the one found there.
+
+    Somebody has copied one of them there. What a run computes, and on what data, never changes.
+    """
+    try:
+        previous = load(folder / PREVIOUS).meta
+        ours, theirs = (
+            asdict(merge(meta["config"])) | {"corpus": meta["corpus"]} for meta in (found.meta, previous)
+        )
+    except (UserError, KeyError, TypeError):  # nothing to compare
+        return
+    for name, value in ours.items():
+        if name not in CHANGEABLE and value != theirs[name]:
+            raise UserError(
+                f"{folder / NEWEST} is of another run than {PREVIOUS} beside it, its {name} differs: "
+                "move away the one that does not belong there"
+            )
 
 
 def progress(found: Checkpoint) -> Progress:

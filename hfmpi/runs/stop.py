@@ -12,8 +12,10 @@ from typing import Any
 __all__ = ["StopSignals", "job_end"]
 
 # SIGUSR1 is the one that the mpirun of MPICH and of Open MPI both forward to the ranks, and that batch
-# systems can be told to send some time before the limit; SIGTERM is what they send at the limit.
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# systems can be told to send some time before the limit; SIGTERM is what they send at the limit. SIGHUP is
+# that of a dropped connection; submitit, LSF, OAR and Grid Engine (-notify) send SIGUSR2; Grid Engine and
+# the kernel (ulimit -t) send SIGXCPU.
+_SIGNALS = tuple(signal.Signals[f"SIG{name}"] for name in ("INT", "TERM", "HUP", "USR1", "USR2", "XCPU"))
 _MARGIN = 30.0  # seconds before the job's end, besides what the run itself needs
 
 
@@ -27,10 +29,11 @@ def job_end() -> float | None:
 
 
 class StopSignals:
-    """Notes SIGINT, SIGTERM and SIGUSR1 inside a `with` block instead of dying from them.
+    """Notes SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU in a `with` block instead of dying of them.
 
-    A second SIGINT raises KeyboardInterrupt at once. Only the main thread can enter the block. Each rank
-    notes its own signals; whether to stop is for the ranks to agree.
+    A second SIGINT raises KeyboardInterrupt at once; a SIGHUP that is ignored (nohup) stays ignored. Only
+    the main thread can enter the block. Each rank notes its own signals; whether to stop is for the ranks
+    to agree.
 
     Parameters
     ----------
@@ -66,7 +69,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         for number in _SIGNALS:
-            self._previous[number] = signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(

@@ -11,7 +11,7 @@ import numpy as np
 
 import hfmpi
 from hfmpi.backends.base import Array
-from hfmpi.data.batches import Sequences, check_batch
+from hfmpi.data.batches import Sequences
 from hfmpi.data.corpus import Corpus
 from hfmpi.errors import UserError
 from hfmpi.files.checkpoint import Checkpoint
@@ -82,9 +82,9 @@ class Run:
         self.config = replace(config, hidden=about.hidden, parameters=0)
         self.preset = preset = config.preset()
         self.batches = preset.gradient_batch, preset.curvature_batch
-        self.train_set = Sequences(corpus.train, config.sequence_length, config.burn_in)
-        self.valid_set = Sequences(corpus.valid, config.sequence_length, config.burn_in)
-        check_batch(preset.gradient_batch, self.train_set.count)
+        lengths = config.sequence_length, config.burn_in
+        checks.enough_text(data, len(corpus.train), len(corpus.valid), *lengths, *self.batches)
+        self.train_set, self.valid_set = Sequences(corpus.train, *lengths), Sequences(corpus.valid, *lengths)
         self.epoch_steps = max(1, self.train_set.count // preset.gradient_batch)
         self.backend = config.make_backend(placement.local_rank)
         self.timer = Timer(clock)
@@ -153,11 +153,11 @@ class Run:
         self._started = self.timer.clock() - self.progress.seconds
         checkpoint_every = config.checkpoint_every or self.epoch_steps
         evaluate_every = config.evaluate_every or self.epoch_steps
-        valid, saved = None, -1
+        valid, saved, said = None, Progress(-1), set[str]()
         try:
             while True:
                 self._look_at_the_clock()
-                reason = self._limit()
+                reason = self._limit(self.progress)
                 if reason:
                     break
                 if comm.any(signals.wanted()):
@@ -165,9 +165,12 @@ class Run:
                 report, valid = self._one_step(evaluate_every)
                 self._look_at_the_clock()
                 seconds = self.timing.step_seconds
+                if report.accepted and report.message and report.message not in said:
+                    said.add(report.message)
+                    output.reporter.note(f"step {self.step:,}: {report.message}; this is said once")
                 output.step(step_record(self.progress, report, valid, seconds, self.batches, comm.size))
                 if self.step % checkpoint_every == 0 or self.progress.seconds >= output.retry_at:
-                    saved = self.step if self.save(valid) else saved
+                    saved = self.progress if self.save(valid) else saved
                 elif config.check_every and self.step % config.check_every == 0:
                     self.check_ranks()
                 checks.not_stuck(self.progress, config.max_rejections, report.message, output.last_good)
@@ -177,7 +180,10 @@ class Run:
         except Stopped:
             reason, done = self._who_stopped(signals), False
             self.leaving = True
-        if saved != self.step and not self.save(valid):
+        # A limit of seconds that passed while the checkpoint was written must stand in it, too: else the next
+        # start would take one more step.
+        stands = saved.step == self.step and (not done or self._limit(saved))
+        if not stands and not self.save(valid):
             unsaved = self.first_step if output.last_saved is None else output.last_saved
             failure = output.failures["the checkpoint"]
             raise UserError(f"{failure}; the steps after step {unsaved:,} are not saved")
@@ -255,12 +261,12 @@ class Run:
         seconds = self.communicator.agree(self.timer.clock() - self._started)
         self.progress = replace(self.progress, seconds=seconds)
 
-    def _limit(self) -> str:
+    def _limit(self, progress: Progress) -> str:
         """Give the limit that is reached, or nothing."""
         config = self.config
-        if config.max_steps and self.step >= config.max_steps:
-            return f"{self.step:,} steps were taken"
-        if config.max_seconds and self.progress.seconds >= config.max_seconds:
+        if config.max_steps and progress.step >= config.max_steps:
+            return f"{progress.step:,} steps were taken"
+        if config.max_seconds and progress.seconds >= config.max_seconds:
             return f"{config.max_seconds:g} seconds are over"
         return ""
 

@@ -13,6 +13,7 @@ from hfmpi.errors import UserError
 from hfmpi.files import checkpoint
 from hfmpi.models.network import Network
 from hfmpi.runs.config import Config, merge
+from hfmpi.runs.restore import check_one_run, progress
 
 __all__ = ["Trained"]
 
@@ -32,7 +33,9 @@ class Trained:
     step : int
         Steps that it was trained for.
     data : Path
-        The corpus that it was trained on.
+        Where the corpus was that it was trained on.
+    corpus : str
+        Digest of that corpus.
     message : str or None
         What the user should know of the checkpoint.
     """
@@ -43,6 +46,7 @@ class Trained:
     config: Config
     step: int
     data: Path
+    corpus: str
     message: str | None
 
     @classmethod
@@ -52,14 +56,20 @@ class Trained:
         Raises
         ------
         UserError
-            If there is none, or it cannot be read.
+            If there is none, or it cannot be read, or what it says of its run cannot be.
         """
-        found = checkpoint.load(run) if os.path.isfile(run) else checkpoint.latest(run)
+        if os.path.isfile(run):
+            found = checkpoint.load(run)
+        else:
+            found = checkpoint.latest(run)
+            check_one_run(run, found)
         try:
             config = merge(found.meta["config"] | {"backend": backend, "matmul_precision": "float32"})
             # As a list: of a number, `bytes` would make so many zeros.
-            symbols, step = bytes(list(found.meta["vocabulary"])), int(found.meta["step"])
-            data = Path(found.meta["data"])
+            symbols = bytes(list(found.meta["vocabulary"]))
+            data, corpus = Path(found.meta["data"]), found.meta["corpus"]
+            if sorted(set(symbols)) != list(symbols) or not isinstance(corpus, str):
+                raise ValueError("its vocabulary or the digest of its corpus is none")
             network = Network(config.architecture(len(symbols)), config.make_backend(local_rank))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"the checkpoint in {run} describes no run of this version: {error}") from None
@@ -67,4 +77,9 @@ class Trained:
         theta = average if isinstance(average, np.ndarray) and average.size else found.theta
         if theta.shape != (network.layout.size,) or theta.dtype != network.backend.dtype:
             raise UserError(f"the checkpoint in {run} does not hold the parameters of its own model")
-        return cls(network, network.backend.to_device(theta), symbols, config, step, data, found.message)
+        if not np.isfinite(theta).all():
+            raise UserError(f"the parameters in the checkpoint in {run} are not finite")
+        step = progress(found).step
+        return cls(
+            network, network.backend.to_device(theta), symbols, config, step, data, corpus, found.message
+        )

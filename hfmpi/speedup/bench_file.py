@@ -30,11 +30,12 @@ class BenchRow:
     kind: str | None
     batch: float | None
     bytes: float | None
+    hidden: float | None
 
     def sound(self) -> bool:
         """Whether its numbers are numbers, and positive."""
         numbers = [self.ranks, self.threads, self.seconds_least]
-        numbers += [number for number in (self.batch, self.bytes) if number is not None]
+        numbers += [number for number in (self.batch, self.bytes, self.hidden) if number is not None]
         return all(is_amount(number) and number > 0 for number in numbers) and isinstance(self.model, str)
 
 
@@ -47,7 +48,8 @@ def read_bench(paths: Sequence[Path], run: TimedRun) -> tuple[dict[str, Curve], 
     Returns
     -------
     shapes : dict of str to Curve
-        For each kind of pass of the run's model on one rank, with the threads of a rank, how long it takes.
+        For each kind of pass of the run's model at its size, on one rank, with the threads of a rank, how
+        long it takes.
     link : Link or None
         Of the Allreduce on the fewest ranks that it was timed on.
 
@@ -63,6 +65,7 @@ def read_bench(paths: Sequence[Path], run: TimedRun) -> tuple[dict[str, Curve], 
         if row.bytes is not None and row.ranks > 1:
             messages.setdefault(row.ranks, {})[row.bytes] = row.seconds_least
         own = (row.model, row.ranks, row.threads) == (run.config.model, 1, run.threads)
+        own = own and row.hidden in (None, run.config.hidden)
         if own and row.batch is not None and row.kind in KINDS:
             points.setdefault(row.kind, {})[row.batch] = row.seconds_least
     shapes = {kind: Curve.through(each) for kind, each in points.items()}
@@ -77,8 +80,8 @@ def read_bench(paths: Sequence[Path], run: TimedRun) -> tuple[dict[str, Curve], 
             link = fit_link(ranks, short, long)
     if not shapes and link is None:
         raise UserError(
-            f"no --bench file has a row of {run.config.model} on 1 rank of {run.threads} thread(s), "
-            "or of the Allreduce on several"
+            f"no --bench file has a row of {run.config.model} of {run.config.hidden:,} units on 1 rank of "
+            f"{run.threads} thread(s), or of the Allreduce on several"
         )
     return shapes, link
 
@@ -91,7 +94,7 @@ def _read(path: Path) -> list[BenchRow]:
         rows = [
             BenchRow(
                 *(row[key] for key in ("model", "ranks", "threads", "seconds_least")),
-                *map(row.get, ("pass", "batch", "bytes")),
+                *map(row.get, ("pass", "batch", "bytes", "hidden")),
             )
             for row in json.loads(content)["rows"]
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from hfmpi.objective.messages import message_sizes
 from hfmpi.optim.hessian_free import HessianFree
 from hfmpi.runs.config import CHANGEABLE, Config, merge
 from hfmpi.runs.record import counted
+from hfmpi.runs.restore import check_one_run
 from hfmpi.runs.timing import read_times
 from hfmpi.speedup.steps import StepTimes, mean_spans
 
@@ -90,8 +91,8 @@ def _check_same(one: TimedRun, other: TimedRun) -> None:
     """Raise a UserError unless both did the same on ranks of the same kind."""
     if one.corpus != other.corpus:
         raise UserError(f"{one.folder} and {other.folder} are not the same job: they have other data")
-    theirs = asdict(other.config)
-    for name, value in asdict(one.config).items():
+    theirs = other.config.in_effect()
+    for name, value in one.config.in_effect().items():
         if name not in CHANGEABLE - {"matmul_precision"} and value != theirs[name]:
             raise UserError(
                 f"{one.folder} and {other.folder} are not the same job: "
@@ -124,6 +125,7 @@ def _merged(repeats: list[StepTimes]) -> StepTimes:
 def _read(folder: Path) -> TimedRun:
     """Read a run; a run that was resumed has measured what came after."""
     saved = checkpoint.latest(folder)
+    check_one_run(folder, saved)
     try:
         config, corpus = merge(saved.meta["config"]), str(saved.meta["corpus"])
     except (KeyError, TypeError, ValueError) as error:

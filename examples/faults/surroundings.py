@@ -1,0 +1,485 @@
+"""Faults of what surrounds a run: broken output, signals, launchers that die; prints one table.
+
+    python examples/faults/surroundings.py [--trials 100] [--seed 0] [--kinds WORD ...]
+
+Each trial draws a kind of fault and its moment. A kind is a function of the registry below: it disturbs a
+command and asserts what must hold. After a disturbed training nothing of it may be left over, no traceback
+printed, and no step lost unless the kind allows it; the same command, given again, must end with the theta
+and the history of a run that was never disturbed, bit for bit. The exit code is 0 if all of this held.
+Linux only.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import os
+import pty
+import random
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import termios
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+from ranks import WORDS, outcome, versions
+
+STEPS, LIMIT = 40, 60  # steps of a run; seconds after which a command counts as hung
+TRAIN = (
+    "--hidden 8 --sequence-length 20 --gradient-batch 10 --curvature-batch 4 --set cg_max_steps=4 "
+    "--backend numpy --threads 1 --checkpoint-every 1000 --evaluate-every 10 --stall-timeout 20 "
+    f"--max-steps {STEPS}"
+).split()
+HFMPI = [sys.executable, "-c", "from hfmpi.cli.main import entry; entry()"]
+ENCODINGS = [
+    *({"PYTHONIOENCODING": name} for name in ("ascii", "latin-1", "cp437", "utf-16")),
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+]
+KINDS = {}
+"""Functions of a `Trial` by the name of their row in the table."""
+
+
+def kind(name):
+    """Register a kind: a function that asserts."""
+
+    def register(function):
+        KINDS[name] = function
+        return function
+
+    return register
+
+
+class Trial:
+    """One disturbed command in a folder of its own.
+
+    Attributes
+    ----------
+    folder, run, data : Path
+        Its own folder, the folder of the run in it, and a small corpus.
+    rng : random.Random
+        From which all that is random must be drawn.
+    good : Path
+        The folder of a finished run; not to be written.
+    ranks : int
+        Of `start`; 1: without a launcher.
+    """
+
+    def __init__(self, bench, folder, rng):
+        self.bench, self.folder, self.rng = bench, folder, rng
+        self.run, self.data, self.good, self.ranks = folder / "run", bench.data, bench.good(1), 1
+        self.note = ""  # what was drawn
+        folder.mkdir()
+
+    def command(self, *words, **options):
+        """Run a command; give code, standard output and standard error."""
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": self.folder} | options
+        done = subprocess.run(
+            [*HFMPI, *map(str, words)],
+            stdin=subprocess.DEVNULL,
+            errors="replace",
+            check=False,
+            timeout=LIMIT,
+            **options,
+        )
+        return done.returncode, done.stdout or "", done.stderr or ""
+
+    def words(self):
+        """Give the words that train on as many ranks as the trial has."""
+        launcher = [*self.bench.mpirun, "-n", self.ranks] if self.ranks > 1 else []
+        return [str(word) for word in (*launcher, *HFMPI, "train", self.data, "--out", self.run, *TRAIN)]
+
+    def start(self, **options):
+        """Start to train."""
+        with (self.folder / "stderr").open("wb") as said:
+            options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": said} | options
+            return subprocess.Popen(self.words(), cwd=self.folder, **options)
+
+    def moment(self, begun=True):
+        """Sleep until a random step of the run, or a random moment of its start."""
+        if not begun:
+            time.sleep(self.rng.uniform(0, 1.5))
+            return
+        step, deadline = self.rng.randint(1, STEPS - 5), time.monotonic() + LIMIT
+        while self.history() < step and time.monotonic() < deadline:
+            time.sleep(0.002)
+
+    def history(self):
+        """Give the number of lines of the history."""
+        with contextlib.suppress(OSError):
+            return (self.run / "history.jsonl").read_bytes().count(b"\n")
+        return 0
+
+    def processes(self):
+        """Give the processes of the run, its launcher included, the oldest first."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if f"--out\0{self.run}\0".encode() in path.read_bytes():
+                    found.append(int(path.parent.name))
+        return sorted(found)
+
+    def end(self, process):
+        """Wait for the end of a training; give its code when nothing of it is left over."""
+        try:
+            code = process.wait(LIMIT)
+        except subprocess.TimeoutExpired:
+            code = None
+        deadline = time.monotonic() + LIMIT
+        while code is not None and self.processes() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        left = self.processes()
+        for number in left:
+            with contextlib.suppress(OSError):
+                os.kill(number, signal.SIGKILL)
+        process.wait()
+        assert not left, f"{len(left)} processes did not end"
+        assert "Traceback" not in self.said(), "a traceback"
+        return code
+
+    def said(self):
+        """Give what the training said on standard error."""
+        return (self.folder / "stderr").read_text(errors="replace")
+
+    def finished(self):
+        """Assert that the run has come to its end in spite of the fault."""
+        assert (self.run / "DONE").exists(), f"stopped after {self.history()} steps"
+        assert outcome(self.run) == outcome(self.bench.good(self.ranks)), "other numbers"
+
+    def resumed(self, lost=0):
+        """Assert that at most so many steps are lost, and that the same command makes up for all."""
+        from hfmpi.files import checkpoint
+
+        steps, saved = self.history(), 0
+        if steps or (self.run / checkpoint.NEWEST).exists():
+            with contextlib.suppress(Exception):
+                saved = checkpoint.latest(self.run).meta["step"]
+        assert steps - saved <= lost, f"{steps - saved} of {steps} steps lost"
+        code = self.end(self.start())
+        assert code == 0, f"the next start ended with {code}"
+        self.finished()
+
+
+# Standard output and error of a training --------------------------------------------------------
+
+
+def lost_once(trial):
+    """Assert that a lost output was said once."""
+    assert trial.said().count("standard output cannot be written") == 1, "not said once"
+
+
+def full(trial, ranks):
+    """Train with a log on a full disk."""
+    trial.ranks = ranks
+    with open("/dev/full", "wb") as log:
+        return trial.end(trial.start(stdout=log))
+
+
+@kind("full log")
+def full_log(trial):
+    assert full(trial, 1) == 0
+    lost_once(trial)
+    trial.finished()
+
+
+@kind("full log, mpirun")
+def full_log_mpirun(trial):
+    full(trial, 2)  # MPICH's mpirun ends of it
+    trial.resumed()
+
+
+@kind("full log of all")
+def full_log_of_all(trial):
+    with open("/dev/full", "wb") as log:
+        assert trial.end(trial.start(stdout=log, stderr=log)) == 0
+    trial.finished()
+
+
+@kind("closed")
+def closed(trial):
+    which = trial.rng.choice([(1,), (2,), (1, 2), (0, 1, 2)])
+    trial.note = f"closed {which}"
+
+    def close():
+        for number in which:
+            os.close(number)
+
+    assert trial.end(trial.start(preexec_fn=close)) == 0
+    if which == (1,):
+        lost_once(trial)
+    trial.finished()
+
+
+def head(trial, ranks):
+    """Train with a reader that leaves."""
+    trial.ranks = ranks
+    process = trial.start(stdout=subprocess.PIPE)
+    process.stdout.readline()
+    if trial.rng.random() < 0.5:
+        trial.moment()
+    process.stdout.close()
+    return trial.end(process)
+
+
+@kind("| head")
+def reader_leaves(trial):
+    assert head(trial, 1) == 0
+    trial.finished()
+
+
+@kind("| head, mpirun")
+def reader_leaves_mpirun(trial):
+    head(trial, 2)
+    trial.resumed()
+
+
+def on_a_terminal(trial, goes=True, ignored=True, **environment):
+    """Train on a terminal, which goes away at some moment, under nohup if SIGHUP is ignored."""
+    master, terminal = pty.openpty()
+    gone = threading.Event()
+
+    def attach():
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+
+    def read():
+        while not gone.is_set():
+            with contextlib.suppress(OSError):
+                if select.select([master], [], [], 0.05)[0]:
+                    os.read(master, 10_000)
+
+    errors = {} if trial.rng.random() < 0.5 else {"stderr": terminal}
+    environment = os.environ | {"TERM": "xterm"} | environment
+    process = trial.start(stdin=terminal, stdout=terminal, preexec_fn=attach, env=environment, **errors)
+    os.close(terminal)
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    if goes:
+        trial.moment(begun=trial.rng.random() < 0.7)
+    else:
+        process.wait(LIMIT)
+    gone.set()
+    reader.join()
+    os.close(master)
+    return trial.end(process)
+
+
+@kind("terminal gone, nohup")
+def terminal_gone(trial):
+    assert on_a_terminal(trial) == 0
+    trial.finished()
+
+
+@kind("terminal gone")
+def terminal_gone_with_sighup(trial):
+    on_a_terminal(trial, ignored=False)
+    trial.resumed()
+
+
+@kind("terminal gone, mpirun")
+def terminal_gone_mpirun(trial):
+    trial.ranks = 2
+    on_a_terminal(trial, ignored=trial.rng.random() < 0.5)
+    trial.resumed()
+
+
+@kind("terminal, encoding")
+def terminal_in_another_encoding(trial):
+    encoding = trial.rng.choice(ENCODINGS)
+    trial.note = str(encoding)
+    assert on_a_terminal(trial, goes=False, **encoding) == 0
+    trial.finished()
+
+
+# Signals ----------------------------------------------------------------------------------------
+
+
+def stopped(trial, process, target):
+    """Send a random signal at a random moment; at the start, where nothing is to lose, it may kill."""
+    name = trial.rng.choice(["SIGHUP", "SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
+    begun = name == "SIGINT" or trial.rng.random() < 0.7
+    trial.moment(begun)
+    trial.note = f"{name} after {trial.history()} steps"
+    with contextlib.suppress(OSError, IndexError):
+        os.kill(target(), getattr(signal, name))
+    code = trial.end(process)
+    trial.resumed()
+    return code if begun else 0
+
+
+@kind("signal to hfmpi")
+def signal_to_the_process(trial):
+    process = trial.start(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    assert stopped(trial, process, lambda: process.pid) == 0
+
+
+@kind("signal to a rank")
+def signal_to_a_rank(trial):
+    trial.ranks = 2
+    process = trial.start()
+    assert stopped(trial, process, lambda: trial.rng.choice(trial.processes()[1:])) == 0
+
+
+@kind("signal to mpirun")
+def signal_to_mpirun(trial):
+    trial.ranks = 2
+    process = trial.start(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    stopped(trial, process, lambda: process.pid)
+
+
+@kind("mpirun killed")
+def mpirun_killed(trial):
+    trial.ranks = 2
+    process = trial.start()
+    trial.moment()
+    process.kill()
+    trial.end(process)
+    trial.resumed()
+
+
+@kind("nohup")
+def nohup(trial):
+    trial.ranks = trial.rng.choice((1, 2))
+    process = trial.start(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    for _ in range(3):
+        trial.moment()
+        for number in trial.processes():
+            with contextlib.suppress(OSError):
+                os.kill(number, signal.SIGHUP)
+    assert trial.end(process) == 0
+    trial.finished()
+
+
+@kind("killed, and said")
+def killed(trial):
+    process = trial.start()
+    trial.moment()
+    process.kill()
+    trial.end(process)
+    steps, done = trial.history(), (trial.run / "DONE").exists()
+    trial.resumed(lost=STEPS)
+    assert done or f"had {steps} step(s) that no checkpoint holds" in trial.said(), "not said"
+
+
+# The other commands -----------------------------------------------------------------------------
+
+
+def another(trial):
+    """Give the words of a command that prints."""
+    words = trial.rng.choice(
+        ["evaluate RUN", "evaluate RUN --json", "plot RUN", "sample RUN --length 20", "info", "--help",
+         "train --help", "speedup RUN", "prepare TEXT OUT"]
+    ).split()  # fmt: skip
+    trial.note = " ".join(words)
+    places = {"RUN": trial.good, "TEXT": trial.bench.text, "OUT": trial.folder / "out.h5"}
+    return [places.get(word, word) for word in words]
+
+
+@kind("command, full disk")
+def command_on_a_full_disk(trial):
+    with open("/dev/full", "wb") as log:
+        code, _, said = trial.command(*another(trial), stdout=log)
+    assert (code, said) == (
+        2, "Error: standard output cannot be written (No space left on device)\n"
+    ), said  # fmt: skip
+
+
+@kind("command, closed")
+def command_without_output(trial):
+    number = trial.rng.choice((1, 2))
+    code, _, said = trial.command(*another(trial), preexec_fn=lambda: os.close(number))
+    assert code == (2 if number == 1 else 0), said
+    assert "Traceback" not in said, said
+
+
+@kind("command | head")
+def command_without_reader(trial):
+    ear, mouth = os.pipe()
+    os.close(ear)
+    code, _, said = trial.command(*another(trial), stdout=mouth)
+    os.close(mouth)
+    assert (code, said) == (1, ""), f"{code} {said}"
+
+
+@kind("command, encoding")
+def command_in_another_encoding(trial):
+    encoding = trial.rng.choice(ENCODINGS)
+    code, _, said = trial.command(*another(trial), env=os.environ | encoding)
+    assert (code, said) == (0, ""), f"{encoding} {code} {said}"
+
+
+# All of it --------------------------------------------------------------------------------------
+
+
+class Bench:
+    """What trials share: a text, its corpus, and the runs that were never disturbed, by ranks."""
+
+    def __init__(self, folder, mpirun):
+        self.folder, self.mpirun = folder, mpirun
+        self.text, self.data = folder / "text.txt", folder / "small.h5"
+        rng = random.Random(0)
+        self.text.write_text(" ".join(rng.choice(WORDS) for _ in range(1100))[:4500])
+        from hfmpi.data.prepare import prepare
+
+        prepare(self.text.read_bytes())[0].write(self.data)
+        self.runs = {}
+
+    def good(self, ranks):
+        """Give the run on so many ranks that was never disturbed."""
+        if ranks not in self.runs:
+            self.runs[ranks] = self.folder / f"good {ranks}"  # before the trial that makes it asks
+            trial = Trial(self, self.folder / f"good {ranks} log", random.Random(0))
+            trial.ranks, trial.run = ranks, self.runs[ranks]
+            code = trial.end(trial.start())
+            if code != 0:
+                sys.exit(f"a run without faults ended with {code}:\n{trial.said()}")
+        return self.runs[ranks]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mpirun", default="mpirun", help="with options, such as 'mpirun --oversubscribe'")
+    parser.add_argument("--kinds", nargs="*", default=[""], help="words of which a kind has one in its name")
+    options = parser.parse_args()
+    names = [name for name in KINDS if any(word in name for word in options.kinds)]
+    rows, bad, begin = {name: Counter() for name in names}, [], time.monotonic()
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), shlex.split(options.mpirun))
+        for number in range(options.trials):
+            name = names[number % len(names)]  # all of them before one comes again
+            trial = Trial(bench, bench.folder / f"trial {number}", random.Random(f"{options.seed} {number}"))
+            row, started = rows[name], time.monotonic()
+            row["trials"] += 1
+            try:
+                KINDS[name](trial)
+            except Exception as error:
+                said = trial.said() if (trial.folder / "stderr").exists() else ""
+                bad.append(f"FAILED trial {number}: {name}: {trial.note}: {error!r}\n{said}")
+            else:
+                row["held"] += 1
+            row["longest"] = max(row["longest"], time.monotonic() - started)
+            shutil.rmtree(trial.folder, ignore_errors=True)
+    print(shlex.join(["python", *sys.argv]))
+    print(versions(bench.mpirun))
+    print("| fault | trials | held | longest, s |\n|---|---:|---:|---:|")
+    for name, row in rows.items():
+        print(
+            f"| {name.replace('|', chr(92) + '|')} | {row['trials']} | {row['held']} | {row['longest']:.1f} |"
+        )
+    total = sum(row["held"] for row in rows.values())
+    print(f"| **all** | {options.trials} | {total} | |\n{time.monotonic() - begin:.0f} s")
+    print("\n".join(bad), end="")
+    sys.exit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()

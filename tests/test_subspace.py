@@ -1,0 +1,177 @@
+"""The subspace step against dense algebra, and K-FAC's directions against dense Kronecker products."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hfmpi.errors import UserError
+from hfmpi.optim import Gradient, Objective, Objectives, Subspace, kfac
+from hfmpi.optim.base import Block
+
+BLOCKS = Block("gates", 0, 5, 6, cuts=(2, 4), groups=3), Block("bias", 30, 1, 4), Block("out", 34, 3, 2)
+SIZE = 40
+
+
+def random_positive(rng, n):
+    m = rng.standard_normal((n, n + 2))
+    return m @ m.T / n
+
+
+class Bowl(Objective):
+    """A quadratic risk, with random factors."""
+
+    blocks = BLOCKS
+
+    def __init__(self, seed=0, hard=1.0):
+        rng = np.random.default_rng(seed)
+        self.curvature, self.centre, self.hard = random_positive(rng, SIZE), rng.standard_normal(SIZE), hard
+        self.factors = [(random_positive(rng, b.rows), random_positive(rng, b.columns)) for b in BLOCKS]
+
+    def loss(self, theta):
+        away = np.asarray(theta, float) - self.centre
+        return float(away @ self.curvature @ away) / 2 * self.hard
+
+    def gradient(self, theta):
+        away = np.asarray(theta, float) - self.centre
+        return Gradient(self.loss(theta), (self.hard * self.curvature @ away).astype(theta.dtype))
+
+    def factored_gradient(self, theta):
+        flat = np.concatenate([m.reshape(-1) for both in self.factors for m in both])
+        return self.gradient(theta), flat.astype(theta.dtype)
+
+    def gauss_newton(self, theta):
+        return lambda v: (self.curvature @ v).astype(theta.dtype)
+
+
+@given(st.integers(0, 2**31), st.sampled_from([1e-4, 0.1, 3.0]))
+@settings(deadline=None, max_examples=20)
+def test_kfac_directions_are_those_of_dense_kronecker_products(seed, gamma):
+    bowl, g = Bowl(seed), np.random.default_rng(seed).standard_normal(SIZE)
+    flat = bowl.factored_gradient(g)[1]
+    empty = np.zeros(kfac.decomposition_size(BLOCKS))
+    (one, two), kept = kfac.directions(bowl, g, flat, empty, [gamma, 10 * gamma], True)
+    for direction, damping in ((one, gamma), (two, 10 * gamma)):
+        for block, (a, b) in zip(BLOCKS, bowl.factors, strict=True):
+            dense = np.kron(a, b) + damping * np.eye(block.rows * block.columns)
+            expected = np.linalg.solve(dense, block.of(g).reshape(-1))
+            np.testing.assert_allclose(block.of(direction).reshape(-1), expected, rtol=1e-8, atol=1e-10)
+    again, same = kfac.directions(bowl, g, flat * 0, kept, [gamma], False)  # the decomposition serves again
+    np.testing.assert_array_equal(again[0], one)
+    np.testing.assert_array_equal(same, kept)
+
+
+def steps(optimizer, bowl, count, dtype=np.float64):
+    theta, reports = np.zeros(SIZE, dtype), []
+    state = optimizer.init(theta, bowl.blocks)
+    for _ in range(count):
+        theta, state, report = optimizer.step(theta, state, Objectives(bowl, bowl))
+        assert theta.dtype == dtype
+        reports.append(report)
+    return theta, state, reports
+
+
+def test_the_step_minimises_the_damped_model_in_the_space_of_its_directions():
+    bowl = Bowl()
+    optimizer = Subspace("gradient", memory=0, damping=0.3)
+    theta, _, (report,) = steps(optimizer, bowl, 1)
+    g = bowl.gradient(np.zeros(SIZE)).vector
+    rows = []
+    for block in BLOCKS:
+        for top, bottom in zip((0, *block.cuts), (*block.cuts, block.rows), strict=True):
+            for columns in np.split(np.arange(block.columns), block.groups):
+                part = np.zeros(SIZE)
+                block.of(part)[top:bottom, columns] = block.of(g)[top:bottom, columns]
+                rows.append(part / np.linalg.norm(part))
+    v = np.array(rows)
+    m = v @ bowl.curvature @ v.T
+    c = -np.linalg.solve(m + 0.3 * v @ v.T + 1e-9 * np.diag(np.diag(m)), v @ g)
+    np.testing.assert_allclose(theta, v.T @ c, rtol=1e-9, atol=1e-12)
+    assert len(rows) == 9 + 1 + 1
+    assert (report.work.directions, report.work.projections, report.work.linearisations) == (10, 1, 1)
+    assert report.details["step_norm"] == pytest.approx(np.linalg.norm(theta))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("directions", ["kfac", "gradient", "kfac+gradient+rms"])
+@pytest.mark.parametrize("candidates", [0, 1, 3])
+def test_a_bowl_is_solved(dtype, directions, candidates):
+    bowl = Bowl(1)
+    _, _, reports = steps(Subspace(directions, candidates=candidates), bowl, 25, dtype)
+    losses = [report.loss for report in reports]
+    assert losses[-1] < 1e-3 * losses[0]
+    assert min(report.details["damping"] for report in reports) < 1e-3
+    assert all(report.accepted for report in reports[:5])
+    rhos = [report.details["rho"] for report in reports[1:3]]  # the model is the risk itself
+    assert rhos == pytest.approx([1.0] * 2, rel=0.05)
+
+
+def test_where_the_risk_rises_it_goes_back_with_more_damping():
+    bowl = Bowl(2, hard=8.0)  # the curvature that it is told is an eighth of the true one
+    optimizer = Subspace("gradient", damping=1e-3)
+    theta, state, reports = steps(optimizer, bowl, 2)
+    assert reports[0].accepted
+    assert not reports[1].accepted
+    assert reports[1].message == "the risk rose: back to where the last step began"
+    np.testing.assert_allclose(theta, 0, atol=1e-12)
+    assert state.damping == 4e-3
+    assert not state.steps.any()
+    _, _, reports = steps(optimizer, bowl, 60)
+    assert reports[-1].loss < 0.1 * reports[0].loss
+
+
+def test_candidates_are_not_taken_where_none_lowers_the_risk():
+    bowl = Bowl(2, hard=8.0)
+    optimizer = Subspace("gradient", damping=1e-3, candidates=1)
+    theta, state, (report,) = steps(optimizer, bowl, 1)
+    assert (report.accepted, report.message) == (False, "no candidate lowers the risk")
+    assert not theta.any()
+    assert state.damping == 4e-3
+    assert (report.work.losses, report.work.candidates) == (1, 0)
+    _, _, reports = steps(replace(optimizer, candidates=3), bowl, 20)
+    assert reports[-1].loss < 0.1 * reports[0].loss
+    assert reports[0].work.candidates == 2
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_move_nothing(bad):
+    bowl = Bowl()
+    optimizer, theta = Subspace(), np.zeros(SIZE)
+    state = optimizer.init(theta, BLOCKS)
+    bowl.factors[0] = bowl.factors[0][0] * bad, bowl.factors[0][1]
+    with np.errstate(invalid="ignore"):
+        after, later, report = optimizer.step(theta, state, Objectives(bowl, bowl))
+    assert (report.accepted, report.message) == (False, "a direction is not finite")
+    assert (after is theta, later is state) == (True, True)
+    bowl.centre = bowl.centre * bad
+    with np.errstate(invalid="ignore"):
+        after, later, report = optimizer.step(theta, state, Objectives(bowl, bowl))
+    assert (report.accepted, report.message) == (False, "the risk or its gradient is not finite")
+    assert (after is theta, later is state) == (True, True)
+
+
+def test_at_an_optimum_nothing_moves():
+    bowl, optimizer = Bowl(), Subspace()
+    after, _, report = optimizer.step(
+        bowl.centre, optimizer.init(bowl.centre, BLOCKS), Objectives(bowl, bowl)
+    )
+    assert (report.accepted, report.message) == (True, "the gradient is zero")
+    np.testing.assert_array_equal(after, bowl.centre)
+
+
+def test_what_is_missing_is_one_sentence():
+    class Bare(Bowl):
+        factored_gradient = Objective.factored_gradient
+
+    theta = np.zeros(SIZE)
+    with pytest.raises(UserError, match=r"^subspace needs the matrices of theta: init\(theta, objective"):
+        Subspace().init(theta)
+    state = Subspace().init(theta, BLOCKS)
+    with pytest.raises(UserError, match=r"^the objective has no Kronecker factors: set directions without"):
+        Subspace().step(theta, state, Objectives(Bare(), Bare()))
+    with pytest.raises(UserError, match="second-order steps need a curvature objective"):
+        Subspace().step(theta, state, Objectives(Bowl()))
+    with pytest.raises(ValueError, match="directions must be some of kfac, gradient, rms joined by"):
+        Subspace("kfac+kfac")
