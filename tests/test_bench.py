@@ -64,15 +64,18 @@ def test_allreduce():
     assert [r["bytes"] for r in found] == [16, 4 * size + 4, 8 * size + 20]
 
 
+SECOND = "shf", "subspace"
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "shf", "soap", "muon", "subspace"])
 def test_steps(optimizer):
-    sizes = ["--gradient-batch", "8"] + (["--curvature-batch", "4"] if optimizer == "shf" else [])
+    sizes = ["--gradient-batch", "8"] + (["--curvature-batch", "4"] if optimizer in SECOND else [])
     (found,) = rows("step", "--model", "mlstm", "--optimizer", optimizer, *sizes)
     assert found["optimizer"] == optimizer
     assert 0 < found["other"] < 1
     assert sum(found["spans"].values()) < found["seconds_most"]
     assert {"forward", "gradient", "allreduce", "waiting", "optimizer"} <= found["spans"].keys()
-    assert ("products" in found["spans"]) == (optimizer == "shf")
+    assert ("products" in found["spans"]) == (optimizer in SECOND)
 
 
 def test_the_table_names_what_was_measured_on():

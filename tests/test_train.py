@@ -31,12 +31,10 @@ OPTIMIZERS = {
     # With the usual epsilon rounding is blown up where the gradient has no part: 1e-8 after four steps.
     "soap": {"optimizer": "soap", "settings": {"epsilon": 1e-4, "averaging": 0.7}},
     "muon": {"optimizer": "muon", "settings": {"schedule": "cosine", "schedule_steps": 5}},
-    # Where the risk rises it goes back, and with batches of their own it does now and then.
-    "subspace": {"optimizer": "subspace", "curvature_batch": 4, "settings": {"kfac_damping": 1e-2}},
-    "subspace candidates": {
+    "subspace": {
         "optimizer": "subspace",
         "curvature_batch": 4,
-        "settings": {"directions": "kfac+rms", "candidates": 2, "refresh": 2, "kfac_damping": 1e-2},
+        "settings": {"directions": "kfac+rms", "candidates": 2, "refresh": 2, "damping": 1.0},
     },
     # Few CG iterations: after many, backtracking chooses among iterates that differ by rounding alone.
     "shf": {"optimizer": "shf", "settings": {"cg_max_steps": 5}},
@@ -231,6 +229,24 @@ def test_the_folder_and_the_history_keep_the_contract(data, tmp_path):
         again.train(Recorder(), signals)
     same(again, run)
     assert history(again.folder) == history(folder)
+
+
+def test_a_run_whose_next_gradient_judges_the_last_step_goes_on_as_if_it_had_not_been_stopped(data, tmp_path):
+    options = {"optimizer": "subspace", "gradient_batch": 30, "curvature_batch": 6, "dtype": "float32"}
+    whole, _ = train(tmp_path / "whole", data, max_steps=STEPS, **options)
+    for stop in range(1, STEPS + 1):
+        run, _ = train(tmp_path / "often", data, max_steps=stop, **options)
+    same(run, whole)
+    records = history(run.folder)
+    assert records == history(whole.folder)
+    assert records[0]["rho"] is None
+    assert records[1]["rho"] is not None
+    assert {record.get("projections") for record in records if record["accepted"]} == {1}
+    found = checkpoint.latest(run.folder)
+    state = found.state | {"steps": found.state["steps"][:-1]}
+    checkpoint.save(run.folder / checkpoint.NEWEST, found.theta, state, found.meta)
+    with pytest.raises(UserError, match="steps does not fit optimizer subspace"):
+        train(run.folder, data, max_steps=STEPS + 1, **options)
 
 
 @pytest.mark.parametrize("name", ["adamw", "soap", "muon"])
@@ -485,7 +501,12 @@ def test_with_slices_the_bits_do_not_depend_on_the_number_of_ranks(mpi_ranks, co
         part = comm.Split(color=comm.rank < ranks, key=comm.rank)
         if comm.rank < ranks:
             communicator = MPICommunicator(part)
-            for name, backend in (("shf", "numpy"), ("shf", "numba"), ("soap", "numba"), ("muon", "numpy")):
+            for name, backend in (
+                ("shf", "numpy"),
+                ("shf", "numba"),
+                ("soap", "numba"),
+                ("subspace", "numpy"),
+            ):
                 options = {"backend": backend, "dtype": "float32", "slices": 4, "micro_batch": 2}
                 options |= {"optimizer": name, "max_steps": 3}
                 run, _ = train(mpi_tmp_path / f"{name} {backend} {ranks}", data, communicator, **options)

@@ -52,7 +52,7 @@ def accumulate(
         Cotangents of the outputs of the last T of these steps.
     sums : (size,)
     """
-    maps = [pair for own in cotangents for pair in _maps(backend, about, own)]
+    maps = [pair for i, own in enumerate(cotangents) for pair in _maps(backend, about, i, own)]
     hidden = cotangents[-1].hidden
     bias = [None] * ("b_o" in about.layout.shapes)
     maps.append(([hidden[len(hidden) - len(du) :], *bias], du))
@@ -63,8 +63,10 @@ def accumulate(
     sums[-1:] += sums.dtype.type(cotangents[0].inputs.shape[0] * cotangents[0].inputs.shape[1])
 
 
-def _maps(backend: NumpyBackend, about: Architecture, own: Cotangents) -> list[tuple[list[Source], Array]]:
-    """Give inputs and cotangents of the blocks of a layer, in their order."""
+def _maps(
+    backend: NumpyBackend, about: Architecture, i: int, own: Cotangents
+) -> list[tuple[list[Source], Array]]:
+    """Give inputs and cotangents of the blocks of layer i, in their order."""
     cell, n = about.cell, about.hidden
     before, found = own.hidden[:-1], list[tuple[list[Source], Array]]()
     source = before
@@ -74,8 +76,9 @@ def _maps(backend: NumpyBackend, about: Architecture, own: Cotangents) -> list[t
     joined = cell.of_inputs == cell.of_state == cell.groups
     if joined and cell.on_rows == cell.groups:
         return [*found, ([own.inputs, source, None], own.da)]
-    inside = cell.bias_cotangent(own.hidden[1:], own.dh, own.da)
-    bias = backend.xp.concatenate((own.da[..., : cell.on_rows * n], inside), axis=2)
+    bias = backend.workspace(f"kronecker.bias.{i}", own.da.shape)
+    bias[...] = own.da
+    bias[..., cell.on_rows * n :] = cell.bias_cotangent(own.hidden[1:], own.dh, own.da)
     if joined:
         return [*found, ([own.inputs, source], own.da), ([None], bias)]
     of_inputs, of_state = own.da[..., : cell.of_inputs * n], own.da[..., -cell.of_state * n :]
