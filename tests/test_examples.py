@@ -139,7 +139,8 @@ def test_the_campaign_of_faults(monkeypatch):
 def test_the_campaign_of_surroundings(monkeypatch):
     monkeypatch.setenv("PATH", f"{MPIRUN.parent}:{os.environ['PATH']}")
     script = ROOT / "examples" / "faults" / "surroundings.py"
-    command = [sys.executable, script, "--trials", "2", "--kinds", "signal to hfmpi", "command | head"]
+    kinds = "signal to hfmpi", "command | head", "ulimit", "arguments"
+    command = [sys.executable, script, "--trials", "4", "--kinds", *kinds]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "| **all** | 2 | 2 | |" in done.stdout.splitlines()
+    assert "| **all** | 4 | 4 | |" in done.stdout.splitlines()

@@ -1,12 +1,14 @@
-"""Faults of what surrounds a run: broken output, signals, launchers that die; prints one table.
+"""Faults of what surrounds a run, and of what a command is given; prints one table.
 
-    python examples/faults/surroundings.py [--trials 100] [--seed 0] [--kinds WORD ...]
+    python examples/faults/surroundings.py [--trials 150] [--seed 0] [--kinds WORD ...]
 
-Each trial draws a kind of fault and its moment. A kind is a function of the registry below: it disturbs a
-command and asserts what must hold. After a disturbed training nothing of it may be left over, no traceback
-printed, and no step lost unless the kind allows it; the same command, given again, must end with the theta
-and the history of a run that was never disturbed, bit for bit. The exit code is 0 if all of this held.
-Linux only.
+Each trial draws a kind of fault and its moment. A kind is a function of a registry: it disturbs a command
+and asserts what must hold. Here are the kinds that break output or send signals, in limits.py those that
+limit a process or lie to it, in inputs.py those of texts and arguments. After a disturbed training nothing
+of it may be left over, no traceback printed, and no step lost unless the kind allows it; the same command,
+given again, must end with the theta and the history of a run that was never disturbed, bit for bit. Other
+commands must say what they say undisturbed, or refuse in one sentence. The exit code is 0 if all of this
+held. Linux only.
 """
 
 import argparse
@@ -28,142 +30,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from ranks import WORDS, outcome, versions
-
-STEPS, LIMIT = 40, 60  # steps of a run; seconds after which a command counts as hung
-TRAIN = (
-    "--hidden 8 --sequence-length 20 --gradient-batch 10 --curvature-batch 4 --set cg_max_steps=4 "
-    "--backend numpy --threads 1 --checkpoint-every 1000 --evaluate-every 10 --stall-timeout 20 "
-    f"--max-steps {STEPS}"
-).split()
-HFMPI = [sys.executable, "-c", "from hfmpi.cli.main import entry; entry()"]
-ENCODINGS = [
-    *({"PYTHONIOENCODING": name} for name in ("ascii", "latin-1", "cp437", "utf-16")),
-    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-]
-KINDS = {}
-"""Functions of a `Trial` by the name of their row in the table."""
-
-
-def kind(name):
-    """Register a kind: a function that asserts."""
-
-    def register(function):
-        KINDS[name] = function
-        return function
-
-    return register
-
-
-class Trial:
-    """One disturbed command in a folder of its own.
-
-    Attributes
-    ----------
-    folder, run, data : Path
-        Its own folder, the folder of the run in it, and a small corpus.
-    rng : random.Random
-        From which all that is random must be drawn.
-    good : Path
-        The folder of a finished run; not to be written.
-    ranks : int
-        Of `start`; 1: without a launcher.
-    """
-
-    def __init__(self, bench, folder, rng):
-        self.bench, self.folder, self.rng = bench, folder, rng
-        self.run, self.data, self.good, self.ranks = folder / "run", bench.data, bench.good(1), 1
-        self.note = ""  # what was drawn
-        folder.mkdir()
-
-    def command(self, *words, **options):
-        """Run a command; give code, standard output and standard error."""
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": self.folder} | options
-        done = subprocess.run(
-            [*HFMPI, *map(str, words)],
-            stdin=subprocess.DEVNULL,
-            errors="replace",
-            check=False,
-            timeout=LIMIT,
-            **options,
-        )
-        return done.returncode, done.stdout or "", done.stderr or ""
-
-    def words(self):
-        """Give the words that train on as many ranks as the trial has."""
-        launcher = [*self.bench.mpirun, "-n", self.ranks] if self.ranks > 1 else []
-        return [str(word) for word in (*launcher, *HFMPI, "train", self.data, "--out", self.run, *TRAIN)]
-
-    def start(self, **options):
-        """Start to train."""
-        with (self.folder / "stderr").open("wb") as said:
-            options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": said} | options
-            return subprocess.Popen(self.words(), cwd=self.folder, **options)
-
-    def moment(self, begun=True):
-        """Sleep until a random step of the run, or a random moment of its start."""
-        if not begun:
-            time.sleep(self.rng.uniform(0, 1.5))
-            return
-        step, deadline = self.rng.randint(1, STEPS - 5), time.monotonic() + LIMIT
-        while self.history() < step and time.monotonic() < deadline:
-            time.sleep(0.002)
-
-    def history(self):
-        """Give the number of lines of the history."""
-        with contextlib.suppress(OSError):
-            return (self.run / "history.jsonl").read_bytes().count(b"\n")
-        return 0
-
-    def processes(self):
-        """Give the processes of the run, its launcher included, the oldest first."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                if f"--out\0{self.run}\0".encode() in path.read_bytes():
-                    found.append(int(path.parent.name))
-        return sorted(found)
-
-    def end(self, process):
-        """Wait for the end of a training; give its code when nothing of it is left over."""
-        try:
-            code = process.wait(LIMIT)
-        except subprocess.TimeoutExpired:
-            code = None
-        deadline = time.monotonic() + LIMIT
-        while code is not None and self.processes() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        left = self.processes()
-        for number in left:
-            with contextlib.suppress(OSError):
-                os.kill(number, signal.SIGKILL)
-        process.wait()
-        assert not left, f"{len(left)} processes did not end"
-        assert "Traceback" not in self.said(), "a traceback"
-        return code
-
-    def said(self):
-        """Give what the training said on standard error."""
-        return (self.folder / "stderr").read_text(errors="replace")
-
-    def finished(self):
-        """Assert that the run has come to its end in spite of the fault."""
-        assert (self.run / "DONE").exists(), f"stopped after {self.history()} steps"
-        assert outcome(self.run) == outcome(self.bench.good(self.ranks)), "other numbers"
-
-    def resumed(self, lost=0):
-        """Assert that at most so many steps are lost, and that the same command makes up for all."""
-        from hfmpi.files import checkpoint
-
-        steps, saved = self.history(), 0
-        if steps or (self.run / checkpoint.NEWEST).exists():
-            with contextlib.suppress(Exception):
-                saved = checkpoint.latest(self.run).meta["step"]
-        assert steps - saved <= lost, f"{steps - saved} of {steps} steps lost"
-        code = self.end(self.start())
-        assert code == 0, f"the next start ended with {code}"
-        self.finished()
-
+import inputs  # noqa: F401  registers kinds
+import limits  # noqa: F401
+from ranks import versions
+from trial import ENCODINGS, KINDS, LIMIT, STEPS, Bench, Trial, kind
 
 # Standard output and error of a training --------------------------------------------------------
 
@@ -370,21 +240,10 @@ def killed(trial):
 # The other commands -----------------------------------------------------------------------------
 
 
-def another(trial):
-    """Give the words of a command that prints."""
-    words = trial.rng.choice(
-        ["evaluate RUN", "evaluate RUN --json", "plot RUN", "sample RUN --length 20", "info", "--help",
-         "train --help", "speedup RUN", "prepare TEXT OUT"]
-    ).split()  # fmt: skip
-    trial.note = " ".join(words)
-    places = {"RUN": trial.good, "TEXT": trial.bench.text, "OUT": trial.folder / "out.h5"}
-    return [places.get(word, word) for word in words]
-
-
 @kind("command, full disk")
 def command_on_a_full_disk(trial):
     with open("/dev/full", "wb") as log:
-        code, _, said = trial.command(*another(trial), stdout=log)
+        code, _, said = trial.command(*trial.another(), stdout=log)
     assert (code, said) == (
         2, "Error: standard output cannot be written (No space left on device)\n"
     ), said  # fmt: skip
@@ -393,7 +252,7 @@ def command_on_a_full_disk(trial):
 @kind("command, closed")
 def command_without_output(trial):
     number = trial.rng.choice((1, 2))
-    code, _, said = trial.command(*another(trial), preexec_fn=lambda: os.close(number))
+    code, _, said = trial.command(*trial.another(), preexec_fn=lambda: os.close(number))
     assert code == (2 if number == 1 else 0), said
     assert "Traceback" not in said, said
 
@@ -402,7 +261,7 @@ def command_without_output(trial):
 def command_without_reader(trial):
     ear, mouth = os.pipe()
     os.close(ear)
-    code, _, said = trial.command(*another(trial), stdout=mouth)
+    code, _, said = trial.command(*trial.another(), stdout=mouth)
     os.close(mouth)
     assert (code, said) == (1, ""), f"{code} {said}"
 
@@ -410,41 +269,16 @@ def command_without_reader(trial):
 @kind("command, encoding")
 def command_in_another_encoding(trial):
     encoding = trial.rng.choice(ENCODINGS)
-    code, _, said = trial.command(*another(trial), env=os.environ | encoding)
+    code, _, said = trial.command(*trial.another(), env=os.environ | encoding)
     assert (code, said) == (0, ""), f"{encoding} {code} {said}"
 
 
 # All of it --------------------------------------------------------------------------------------
 
 
-class Bench:
-    """What trials share: a text, its corpus, and the runs that were never disturbed, by ranks."""
-
-    def __init__(self, folder, mpirun):
-        self.folder, self.mpirun = folder, mpirun
-        self.text, self.data = folder / "text.txt", folder / "small.h5"
-        rng = random.Random(0)
-        self.text.write_text(" ".join(rng.choice(WORDS) for _ in range(1100))[:4500])
-        from hfmpi.data.prepare import prepare
-
-        prepare(self.text.read_bytes())[0].write(self.data)
-        self.runs = {}
-
-    def good(self, ranks):
-        """Give the run on so many ranks that was never disturbed."""
-        if ranks not in self.runs:
-            self.runs[ranks] = self.folder / f"good {ranks}"  # before the trial that makes it asks
-            trial = Trial(self, self.folder / f"good {ranks} log", random.Random(0))
-            trial.ranks, trial.run = ranks, self.runs[ranks]
-            code = trial.end(trial.start())
-            if code != 0:
-                sys.exit(f"a run without faults ended with {code}:\n{trial.said()}")
-        return self.runs[ranks]
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--trials", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mpirun", default="mpirun", help="with options, such as 'mpirun --oversubscribe'")
     parser.add_argument("--kinds", nargs="*", default=[""], help="words of which a kind has one in its name")
