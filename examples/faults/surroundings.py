@@ -284,7 +284,7 @@ def main():
     parser.add_argument("--kinds", nargs="*", default=[""], help="words of which a kind has one in its name")
     options = parser.parse_args()
     names = [name for name in KINDS if any(word in name for word in options.kinds)]
-    rows, bad, begin = {name: Counter() for name in names}, [], time.monotonic()
+    rows, failed, begin = {name: Counter() for name in names}, 0, time.monotonic()
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), shlex.split(options.mpirun))
@@ -297,7 +297,8 @@ def main():
                 KINDS[name](trial)
             except Exception as error:
                 said = trial.said() if (trial.folder / "stderr").exists() else ""
-                bad.append(f"FAILED trial {number}: {name}: {trial.note}: {error!r}\n{said}")
+                failed += 1
+                print(f"FAILED trial {number}: {name}: {trial.note}: {error!r}\n{said}", flush=True)
             else:
                 row["held"] += 1
             row["longest"] = max(row["longest"], time.monotonic() - started)
@@ -311,8 +312,7 @@ def main():
         )
     total = sum(row["held"] for row in rows.values())
     print(f"| **all** | {options.trials} | {total} | |\n{time.monotonic() - begin:.0f} s")
-    print("\n".join(bad), end="")
-    sys.exit(bool(bad))
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":
