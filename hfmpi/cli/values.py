@@ -53,7 +53,7 @@ class Number(click.ParamType):
             number = self.kind(value)
         except ValueError:
             number = math.nan
-        if not math.isfinite(number):
+        if isinstance(number, float) and not math.isfinite(number):  # an integer may be too long for this
             self.fail(f"{value!r} is no {'whole' if self.kind is int else 'finite'} number", param, ctx)
         if self.least is not None and number < self.least:
             self.fail(f"{value} is less than {self.least:,}", param, ctx)
