@@ -143,6 +143,26 @@ def test_a_mistake_keeps_its_code_where_it_cannot_be_said(tmp_path):
     assert call("plot", str(tmp_path), preexec_fn=lambda: os.close(2)) == (2, "")
 
 
+PMIX = {"PMIX_RANK": "7", "PMIX_NAMESPACE": "slurm.pmix.1.0"}
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["sample", "absent"], "Error: there is no checkpoint"),
+    (["train", "absent", "--out", "run"], "Error: the launcher started 8 processes, but it speaks PMIx"),
+])  # fmt: skip
+def test_a_shell_that_a_launcher_started_as_another_rank_than_0(words, said, tmp_path):
+    pytest.importorskip("mpi4py.MPI")
+    master, terminal = os.openpty()
+    environment = os.environ | PMIX
+    assert call(*words, env=environment, cwd=tmp_path) == (2, "")  # rank 0 says it
+    assert call(*words, env=environment, cwd=tmp_path, stderr=terminal) == (2, None)
+    os.close(terminal)
+    told = os.read(master, 10_000).decode()
+    os.close(master)
+    assert said in told
+    assert told.count("\n") == 1
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_an_encoding_without_the_letters(encoding, made, tmp_path):
     """The small charts are made of blocks; the name of a file may be no text at all."""

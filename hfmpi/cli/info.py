@@ -15,6 +15,7 @@ from hfmpi.measure.machine import blas, cupy, processor, versions
 from hfmpi.objective.transport import choose
 from hfmpi.parallel import library
 from hfmpi.parallel.communicator import Communicator
+from hfmpi.parallel.failure import speaks
 from hfmpi.parallel.launch import connect
 from hfmpi.parallel.placement import place
 
@@ -32,7 +33,7 @@ def info(as_json: bool) -> None:
     try:
         comm, problem = connect(), _obstacle()
     except UserError as error:
-        if (library.launched() or (0, 1))[0] > 0:  # the first process speaks for all
+        if not speaks():
             return
         comm, problem = Communicator(), str(error)
     placement = place(comm)

@@ -22,7 +22,7 @@ from hfmpi.errors import UserError
 from hfmpi.parallel import library, watchdog
 from hfmpi.parallel.communicator import Communicator
 
-__all__ = ["abort_on_exception", "guard", "together"]
+__all__ = ["abort_on_exception", "guard", "speaks", "together"]
 
 T = TypeVar("T")
 
@@ -84,14 +84,10 @@ def guard() -> Iterator[None]:
         yield
     except (UserError, MemoryError) as error:
         world = library.world()
-        if world is None:
-            rank = (library.launched() or (0, 1))[0]
-        else:
-            rank = world.rank
-            if not _all_leave(world):
-                _say(error)
-                _abort(2)
-        if rank == 0:
+        if world is not None and not _all_leave(world):
+            _say(error)
+            _abort(2)
+        if speaks() if world is None else world.rank == 0:
             _say(error)
         raise SystemExit(2) from None
     except SystemExit as leaving:
@@ -109,6 +105,17 @@ def guard() -> Iterator[None]:
             _name_rank("failed with this exception")
             _abort(130 if isinstance(error, KeyboardInterrupt) else 1)
         raise
+
+
+def speaks() -> bool:
+    """Whether this process has to say what concerns all that a launcher started, while MPI does not run.
+
+    That is the first of them, or one in which a user works: a shell that a launcher started as another one.
+    """
+    rank, _ = library.launched() or (0, 1)
+    with contextlib.suppress(*_BROKEN):
+        return rank == 0 or sys.stderr.isatty()
+    return False
 
 
 def abort_on_exception() -> None:
