@@ -1,7 +1,7 @@
 """One Gauss-Newton step in the space of many directions, for the fewest sequential passes.
 
     V     the directions, k x D, rows of length one           g   the gradient, D
-    M     V G V', k x k, from J V alone: one pass             c   -(M + lambda V V' + epsilon diag M)^-1 V g
+    M     V G V', k x k, from J V alone: one pass             c   -(M + lambda V V' + 1e-9 diag)^-1 V g
 
 The step is V' c. Directions are those of K-FAC at several dampings, the gradient and the gradient over its
 root mean square, each cut into parts (a gate of a matrix), and the last steps. There is no rate to tune and
@@ -33,7 +33,8 @@ __all__ = ["Subspace", "SubspaceState"]
 KINDS = "kfac", "gradient", "rms"
 Matrix: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.float64]]"
 
-RELATIVE = 1e-9  # of the diagonal of M, added to it: directions may be the same to rounding
+RELATIVE = 1e-9
+"""Of the system's diagonal, added to it: directions may be the same, or parallel, to rounding."""
 
 
 @dataclass(frozen=True)
@@ -281,11 +282,15 @@ class _Model:
 
     def step(self, damping: float) -> tuple[Vector, float]:
         """Give the step V' c, and what the model promises to take off the risk, without damping."""
-        system = self.m + damping * self.gram + RELATIVE * np.diag(np.diag(self.m))
+        system = self.m + damping * self.gram
+        diagonal = np.diag(system)
+        scale = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
         try:
-            c = -np.linalg.solve(system, self.slopes)
-        except np.linalg.LinAlgError:
-            c = -np.linalg.lstsq(system, self.slopes)[0]
+            values, vectors = np.linalg.eigh(scale[:, None] * system * scale)
+        except np.linalg.LinAlgError:  # numbers that are not finite
+            return self.v[0] * np.nan, 0.0
+        along = vectors.T @ (scale * self.slopes) / (np.maximum(values, 0) + RELATIVE)
+        c = -scale * (vectors @ along)
         promised = -float(self.slopes @ c + c @ self.m @ c / 2)
         *weights, promised = self.objective.agree((*map(float, c), promised))
         p, kind = self.v[0] * 0, self.v.dtype.type
