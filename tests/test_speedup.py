@@ -18,10 +18,11 @@ from hfmpi.cli.main import cli
 from hfmpi.cli.show import aligned, bar, sparkline
 from hfmpi.errors import UserError
 from hfmpi.measure.cost import Counts
+from hfmpi.runs.config import Config
 from hfmpi.speedup.bench_file import read_bench
 from hfmpi.speedup.compare import causes, compare
 from hfmpi.speedup.prediction import fit
-from hfmpi.speedup.runs import read_runs
+from hfmpi.speedup.runs import TimedRun, read_runs
 from hfmpi.speedup.scaling import Curve, Job, Link, Pass, best, fit_link
 from hfmpi.speedup.steps import StepTimes
 
@@ -440,3 +441,15 @@ def test_small_charts():
     assert sparkline([None]) == " "
     assert bar(1, 4, 8) == "██······"
     assert aligned([["a", "bb"], ["ccc", "d"]]) == ["  a  bb", "ccc   d"]
+
+
+@pytest.mark.parametrize(("optimizer", "settings", "numbers"), [
+    ("shf", {}, 2 * 100 + 5), ("shf", {"preconditioner": "diagonal"}, 2 * 100 + 5),
+    ("shf", {"preconditioner": "none"}, 100 + 5), ("sgd", {}, 100 + 5),
+])  # fmt: skip
+def test_the_message_of_a_gradient_has_the_squares_that_the_method_wants(optimizer, settings, numbers):
+    config, counts = Config(optimizer=optimizer, settings=settings), Counts(projections=2, directions=12)
+    steps = measured(1, ALONE, counts=counts)
+    run = TimedRun(Path("run"), config, "", 1, "CPU", 100, 4, 1, 2, steps)
+    assert run.messages["gradient"] == 4 * numbers
+    assert run.messages["projection"] == 8 * (7 * 7 + 1)

@@ -30,6 +30,7 @@ KINDS = {
     "gradient": Kind((FORWARD, GRADIENT), lambda counts: counts.gradients, True),
     "loss": Kind((LINE_SEARCH,), lambda counts: counts.losses, True),
     "product": Kind((PRODUCTS,), lambda counts: counts.products, False),
+    "projection": Kind((PRODUCTS,), lambda counts: counts.projections, False),
     "linearisation": Kind((LINEARISE,), lambda counts: counts.linearisations, False),
 }
 
@@ -81,7 +82,7 @@ def fit(
 def _pass_seconds(run: StepTimes, kind: Kind) -> float:
     """Give the seconds of one pass, with its part of the input, the mean over ranks."""
     mean = run.mean_spans
-    named = sum(mean.get(name, 0.0) for each in KINDS.values() for name in each.spans)
+    named = sum(mean.get(name, 0.0) for name in {name for each in KINDS.values() for name in each.spans})
     own = sum(mean.get(name, 0.0) for name in kind.spans) * run.parts["compute"] / named
     return own * run.counts.steps / kind.count(run.counts)
 

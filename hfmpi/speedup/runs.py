@@ -59,12 +59,15 @@ class TimedRun:
     def messages(self) -> dict[str, float]:
         """Bytes that the ranks sum after a pass."""
         optimizer = self.config.preset().optimizer
-        squares = isinstance(optimizer, HessianFree) and optimizer.preconditioner == "diagonal"
+        squares = isinstance(optimizer, HessianFree) and optimizer.preconditioner != "none"
+        counts = self.steps.counts
+        directions = 1 + counts.directions // max(1, counts.projections)
         sizes = message_sizes(self.parameters, self.parameters * squares)
         return {
             "gradient": self.itemsize * sizes["gradient"],
             "product": self.itemsize * sizes["product"],
-            "loss": 8 * sizes["loss"],  # float64 whatever the vectors
+            "projection": 8 * message_sizes(directions**2)["product"],  # float64 whatever the vectors
+            "loss": 8 * sizes["loss"],
             "linearisation": 0,
         }
 
