@@ -1,5 +1,7 @@
 """Kronecker factors against their definition: the gradient with respect to a matrix at each single step."""
 
+import functools
+
 import independent
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from test_networks import BACKENDS, KINDS, make
 from hfmpi.models import kronecker
 
 CASES = [(1, "cross-entropy", True, False), (2, "cross-entropy", True, True), (1, "squares", False, False)]
+SIZES = {"hidden": 2, "steps": 3, "size": 2, "scored": 2}
 
 
 def inputs_of(about, tape, at):
@@ -42,7 +45,11 @@ def cotangent_of_q(theta, about, batch, loss, at, layer):
     return np.array(found) / independent.STEP
 
 
-def expected_factors(network, theta, batch, loss):
+@functools.cache
+def expected_factors(kind, case):
+    """Give A and B of all blocks, computed once for all backends."""
+    network, theta, batch, _ = make(kind, *case, "numpy", **SIZES)
+    loss = case[1]
     about, scale = network.about, 1 / (batch.targets.shape[0] * batch.targets.shape[1])
     tape = network.forward(theta, batch)
     a = [np.zeros((block.rows, block.rows)) for block in about.blocks]
@@ -73,7 +80,7 @@ def expected_factors(network, theta, batch, loss):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES)
 def test_factors_are_means_over_single_steps(kind, backend, case):
-    network, theta, batch, _ = make(kind, *case, backend, hidden=2, steps=3, size=2, scored=2, block_rows=3)
+    network, theta, batch, _ = make(kind, *case, backend, block_rows=3, **SIZES)
     scored = batch.targets.shape[0] * batch.targets.shape[1]
     tape, model = network.forward(theta, batch), network.network
     out, plain = np.zeros_like(theta), np.zeros_like(theta)
@@ -82,8 +89,7 @@ def test_factors_are_means_over_single_steps(kind, backend, case):
     network.gradient(network.forward(theta, batch), 1 / scored, plain)
     np.testing.assert_array_equal(out, plain)
     factors = network.host(model.normalise_factors(network.device(sums), scored))
-    reference, *_ = make(kind, *case, "numpy", hidden=2, steps=3, size=2, scored=2)
-    close(factors, expected_factors(reference, theta, batch, case[1]), 1e-9)
+    close(factors, expected_factors(kind, case), 1e-9)
     for block, a, b in kronecker.split(model.blocks, factors):
         for matrix in (a, b):
             np.testing.assert_allclose(matrix, matrix.T, atol=1e-12 * abs(matrix).max())

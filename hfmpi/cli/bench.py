@@ -169,6 +169,7 @@ def run(
     from hfmpi.parallel.launch import connect
     from hfmpi.parallel.library import describe
     from hfmpi.parallel.placement import place
+    from hfmpi.runs.checks import enough_memory
 
     comm = connect()
     placement = place(comm, threads)
@@ -182,6 +183,8 @@ def run(
         networks = [
             replace(config, model=model).architecture(symbols) for model in models or ("lstm", "mlstm")
         ]
+        for network in networks:
+            enough_memory(network)
         bench = Bench(
             comm,
             corpus.train if corpus else None,

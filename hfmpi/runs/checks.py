@@ -12,10 +12,22 @@ import numpy as np
 
 from hfmpi.errors import UserError
 from hfmpi.files.checkpoint import Entry
+from hfmpi.measure.machine import free_memory
+from hfmpi.models.architecture import Architecture
 from hfmpi.parallel.communicator import Communicator, digest
 from hfmpi.runs.record import Progress
 
-__all__ = ["enough_text", "finite", "not_stuck", "same_start", "same_vectors"]
+__all__ = ["enough_memory", "enough_text", "finite", "not_stuck", "same_start", "same_vectors"]
+
+
+def enough_memory(about: Architecture) -> None:
+    """Check that the parameters, in double precision, have a place in memory."""
+    need, free = 8 * about.layout.size / 2**30, free_memory() / 2**30
+    if need > free:
+        raise UserError(
+            f"there is not enough memory: {about.layers:,} x {about.hidden:,} hidden units have "
+            f"{about.layout.size:,} parameters, which take {need:,.1f} GiB of {free:,.1f} GiB"
+        )
 
 
 def enough_text(

@@ -15,7 +15,6 @@ from hfmpi.backends import BACKENDS, DTYPES, PRECISIONS, create
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.errors import UserError
 from hfmpi.files.atomic import open_regular
-from hfmpi.measure.machine import free_memory
 from hfmpi.models.architecture import INITIALISATIONS, PAPER_PARAMETERS, Architecture
 from hfmpi.models.cells import CELLS, VARIANTS
 from hfmpi.objective.transport import TRANSPORTS
@@ -148,16 +147,10 @@ class Config:
                 raise UserError(f"setting {name} must be a finite number")
 
     def architecture(self, vocabulary: int) -> Architecture:
-        """Give the network at its size for a vocabulary, or a UserError where it has no place in memory."""
+        """Give the network at its size for a vocabulary."""
         about = Architecture(self.model, self.hidden or 1, vocabulary, vocabulary, self.layers, self.variant)
         if not self.hidden:
             about = about.of_size(self.parameters or PAPER_PARAMETERS[self.model])
-        need, free = 8 * about.layout.size / 2**30, free_memory() / 2**30
-        if need > free:
-            raise UserError(
-                f"there is not enough memory: {about.layers:,} x {about.hidden:,} hidden units have "
-                f"{about.layout.size:,} parameters, which take {need:,.1f} GiB of {free:,.1f} GiB"
-            )
         return about
 
     def preset(self) -> Preset:

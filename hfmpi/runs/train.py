@@ -96,6 +96,7 @@ class Run:
 
         if resume is not None:  # before memory is taken for what its options describe
             check_model(resume, corpus.symbols, self.network.size, self.backend.dtype)
+        checks.enough_memory(about)
         initial = self.network.initial(config.seed)
         self.theta: Array = self.backend.to_device(initial.astype(self.backend.dtype))
         self.state = preset.optimizer.init(self.theta, self.network.blocks)
