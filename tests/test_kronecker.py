@@ -8,7 +8,7 @@ import pytest
 from test_models import close
 from test_networks import BACKENDS, KINDS, make
 
-from hfmpi.models import kronecker
+from hfmpi.optim import kfac
 
 CASES = [(1, "cross-entropy", True, False), (2, "cross-entropy", True, True), (1, "squares", False, False)]
 SIZES = {"hidden": 2, "steps": 3, "size": 2, "scored": 2}
@@ -90,7 +90,7 @@ def test_factors_are_means_over_single_steps(kind, backend, case):
     np.testing.assert_array_equal(out, plain)
     factors = network.host(model.normalise_factors(network.device(sums), scored))
     close(factors, expected_factors(kind, case), 1e-9)
-    for block, a, b in kronecker.split(model.blocks, factors):
+    for block, a, b in kfac.split(model.blocks, factors):
         for matrix in (a, b):
             np.testing.assert_allclose(matrix, matrix.T, atol=1e-12 * abs(matrix).max())
             assert np.linalg.eigvalsh(matrix).min() >= -1e-12 * abs(matrix).max(), block.name

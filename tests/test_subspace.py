@@ -121,9 +121,10 @@ def test_directions_that_are_parallel_do_not_blow_the_step_up(dtype):
     assert np.linalg.norm(after) <= np.linalg.norm(slope) / 0.5
 
 
-def test_where_the_risk_rises_it_goes_back_with_more_damping():
+@pytest.mark.parametrize("memory", [0, 1, 3])
+def test_where_the_risk_rises_it_goes_back_with_more_damping(memory):
     bowl = Bowl(2, hard=8.0)  # the curvature that it is told is an eighth of the true one
-    optimizer = Subspace("gradient", damping=1e-3)
+    optimizer = Subspace("gradient", memory=memory, damping=1e-3)
     theta, state, reports = steps(optimizer, bowl, 2)
     assert reports[0].accepted
     assert not reports[1].accepted

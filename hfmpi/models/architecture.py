@@ -125,11 +125,11 @@ class Architecture:
             shape = layout.shapes[whole]
             rows, columns = shape if len(shape) == 2 else (1, shape[0])
             last = found[-1] if found else Block("", 0, 0, 0)
-            if whole.partition(".")[0] in joined and last.columns == columns:
+            name = whole.partition(".")[0]
+            if name in joined and last.columns == columns:
                 cuts = (*last.cuts, last.rows)
                 found[-1] = last._replace(name=f"{last.name} {whole}", rows=last.rows + rows, cuts=cuts)
             else:
-                name = whole.partition(".")[0]
                 groups = columns // self.hidden if name in ("W_x", "W_h", "b") else 1
                 found.append(Block(whole, start, rows, columns, groups=groups))
         return tuple(found)

@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from hfmpi.backends.base import Array
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.models.architecture import Architecture
-from hfmpi.models.parameter_gradient import Cotangents
+from hfmpi.models.parameter_gradient import Cotangents, flat
 from hfmpi.optim.base import Block
+from hfmpi.optim.kfac import factors_size, split
 
-__all__ = ["accumulate", "normalise", "size", "split"]
+__all__ = ["accumulate", "normalise", "size"]
 
 Source = Array | None
 """Inputs of some rows of a block: symbols (L, B), vectors (L, B, I), or None for the constant of a bias."""
@@ -28,7 +29,7 @@ Source = Array | None
 
 def size(blocks: Sequence[Block]) -> int:
     """Give the numbers of all factors, and of one more: the rows that z has been summed over."""
-    return sum(block.rows**2 + block.columns**2 for block in blocks) + 1
+    return factors_size(blocks) + 1
 
 
 def normalise(blocks: Sequence[Block], sums: Array, scored: int) -> None:
@@ -59,7 +60,7 @@ def accumulate(
     for (block, a, b), (sources, da) in zip(split(about.blocks, sums), maps, strict=True):
         if da.shape[0] * da.shape[1]:
             _squares(backend, sources, block.rows, da, a)
-            _add(backend, _flat(da), _flat(da), b)
+            b += _product(backend, da, da, block.columns, block.columns, da.shape[0] * da.shape[1])
     sums[-1:] += sums.dtype.type(cotangents[0].inputs.shape[0] * cotangents[0].inputs.shape[1])
 
 
@@ -119,20 +120,10 @@ def _product(backend: NumpyBackend, one: Source, other: Source, height: int, wid
     elif one is None:
         found[...] = count
     elif other is None:
-        found[:, 0] = xp.sum(_flat(one), axis=0)
+        found[:, 0] = xp.sum(flat(one), axis=0)
     else:
-        backend.matmul(_flat(one).T, _flat(other), found)
+        backend.matmul(flat(one).T, flat(other), found)
     return found
-
-
-def _add(backend: NumpyBackend, one: Array, other: Array, out: Array) -> None:
-    found = backend.workspace("kronecker", (one.shape[1], other.shape[1]))
-    backend.matmul(one.T, other, found)
-    out += found
-
-
-def _flat(array: Array) -> Array:
-    return array[:, 0] if array.shape[1] == 1 else array.reshape(-1, array.shape[2])
 
 
 def _whole(backend: NumpyBackend, array: Array) -> Array:
@@ -141,14 +132,3 @@ def _whole(backend: NumpyBackend, array: Array) -> Array:
 
 def _ones(backend: NumpyBackend, count: int) -> Array:
     return backend.xp.zeros((count, 1), backend.dtype) + backend.dtype.type(1)
-
-
-def split(blocks: Sequence[Block], factors: Array) -> list[tuple[Block, Array, Array]]:
-    """Give each block with its A and B: views."""
-    found, start = [], 0
-    for block in blocks:
-        middle, end = start + block.rows**2, start + block.rows**2 + block.columns**2
-        a = factors[start:middle].reshape(block.rows, block.rows)
-        found.append((block, a, factors[middle:end].reshape(block.columns, block.columns)))
-        start = end
-    return found

@@ -15,7 +15,7 @@ from hfmpi.backends.base import Array
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.models.recurrence import Cell
 
-__all__ = ["Cotangents", "Each", "Sums", "Whole", "layer_gradient"]
+__all__ = ["Cotangents", "Each", "Sums", "Whole", "flat", "layer_gradient"]
 
 
 class Cotangents(NamedTuple):
@@ -70,12 +70,12 @@ class Whole:
 
     def product(self, source: Array, cotangent: Array, out: Array) -> None:
         """Give out = source' cotangent."""
-        self.backend.matmul(_flat(source).T, _flat(cotangent), out)
+        self.backend.matmul(flat(source).T, flat(cotangent), out)
 
     def rows(self, symbols: Array, cotangent: Array, out: Array) -> None:
         """Sum the cotangents of each symbol."""
-        flat = self.backend.xp.ascontiguousarray(symbols).reshape(-1)
-        self.backend.segment_sum(_flat(cotangent), flat, out)
+        x = self.backend.xp.ascontiguousarray(symbols).reshape(-1)
+        self.backend.segment_sum(flat(cotangent), x, out)
 
     def total(self, cotangent: Array, out: Array) -> None:
         """Sum cotangents."""
@@ -102,8 +102,8 @@ class Each:
         out[...] = self.backend.xp.sum(cotangent, axis=0)
 
 
-def _flat(array: Array) -> Array:
-    # One sequence of a batch stays a strided view (L, .): BLAS takes it as it is.
+def flat(array: Array) -> Array:
+    """Give vectors (L, B, .) as rows; those of one sequence of a batch stay a strided view, fit for BLAS."""
     return array[:, 0] if array.shape[1] == 1 else array.reshape(-1, array.shape[2])
 
 

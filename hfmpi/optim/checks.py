@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from hfmpi.errors import shown
+from hfmpi.errors import UserError, shown
 from hfmpi.optim.base import Block, Gradient, Objective, Objectives, Operator, Scalars, Vector
+from hfmpi.optim.kfac import factors_size
 
-__all__ = ["Checked", "check_state", "check_vector", "checked"]
+__all__ = ["Checked", "check_blocks", "check_state", "check_vector", "checked"]
 
 
 def check_vector(
@@ -35,6 +36,12 @@ def check_vector(
     if vector.ndim != 1 + columns or size not in (None, vector.shape[-1]):
         wanted = f"({'C, ' * columns}{'D' if size is None else size}{',' * (not columns)})"
         raise ValueError(f"{name} must be a vector of shape {wanted}, not of shape {vector.shape}")
+
+
+def check_blocks(method: str, blocks: Sequence[Block]) -> None:
+    """Raise a UserError where a method that looks at the matrices of theta is not told them."""
+    if not blocks:
+        raise UserError(f"{method} needs the matrices of theta: init(theta, objective.blocks)")
 
 
 def check_state(state: object, kind: type, theta: Vector, *vectors: str) -> None:
@@ -105,8 +112,8 @@ class Checked(Objective):
         found: object = self.objective.factored_gradient(theta)
         if not isinstance(found, tuple) or len(found) != 2:
             raise TypeError(f"{self.name}.factored_gradient must give a Gradient and factors")
-        size = sum(block.rows**2 + block.columns**2 for block in self.blocks)
-        factors = self._vector("factored_gradient as factors", found[1], np.empty(size, self.like.dtype))
+        like = np.empty(factors_size(self.blocks), self.like.dtype)
+        factors = self._vector("factored_gradient as factors", found[1], like)
         return self._gradient("factored_gradient", found[0]), factors
 
     def columns(self, theta: Vector) -> Operator:

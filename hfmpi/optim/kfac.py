@@ -16,12 +16,23 @@ import numpy as np
 
 from hfmpi.optim.base import Block, Objective, Vector
 
-__all__ = ["decomposition_size", "directions", "factors_size"]
+__all__ = ["decomposition_size", "directions", "factors_size", "split"]
 
 
 def factors_size(blocks: Sequence[Block]) -> int:
     """Give the numbers of A and B of all blocks."""
     return sum(block.rows**2 + block.columns**2 for block in blocks)
+
+
+def split(blocks: Sequence[Block], factors: Vector) -> list[tuple[Block, Vector, Vector]]:
+    """Give each block with its A and B, which lie one after the other in a vector: views."""
+    found, start = [], 0
+    for block in blocks:
+        middle, end = start + block.rows**2, start + block.rows**2 + block.columns**2
+        a = factors[start:middle].reshape(block.rows, block.rows)
+        found.append((block, a, factors[middle:end].reshape(block.columns, block.columns)))
+        start = end
+    return found
 
 
 def decomposition_size(blocks: Sequence[Block]) -> int:
@@ -47,15 +58,13 @@ def directions(
     the one that is given.
     """
     works, sizes, places = list[Callable[[], Vector]](), list[int](), list[tuple[Block, int, int]]()
-    start = at = 0
-    for block in objective.blocks:
-        middle, end = start + block.rows**2, start + block.rows**2 + block.columns**2
-        both = factors[start:middle].reshape(block.rows, -1), factors[middle:end].reshape(block.columns, -1)
+    at = 0
+    for block, *both in split(objective.blocks, factors):
         before = decomposition[at : at + _own(block)]
-        works.append(_work(block.of(gradient), both if refresh else None, before, dampings))
+        works.append(_work(block.of(gradient), both if refresh else [], before, dampings))
         sizes.append(_own(block) + len(dampings) * block.rows * block.columns)
         places.append((block, at, at + _own(block)))
-        start, at = end, at + _own(block)
+        at += _own(block)
     found, after = [gradient * 0 for _ in dampings], decomposition * 0
     for (block, at, end), result in zip(places, objective.spread(works, sizes), strict=True):
         after[at:end] = result[: end - at]
@@ -65,7 +74,7 @@ def directions(
 
 
 def _work(
-    g: Vector, factors: tuple[Vector, Vector] | None, before: Vector, dampings: Sequence[float]
+    g: Vector, factors: Sequence[Vector], before: Vector, dampings: Sequence[float]
 ) -> Callable[[], Vector]:
     """Give the work of a block: a, Q_A, b, Q_B and the directions, one after the other."""
     kind, (rows, columns) = g.dtype.type, g.shape
@@ -77,7 +86,7 @@ def _work(
         split = rows * (rows + 1)
         a, q_a = own[:rows], own[rows:split].reshape(rows, rows)
         b, q_b = own[split : split + columns], own[split + columns :].reshape(columns, columns)
-        if factors is not None:
+        if factors:
             for factor, values, vectors in zip(factors, (a, b), (q_a, q_b), strict=True):
                 values[...], vectors[...] = _eigen(factor)
         turned = np.matmul(np.matmul(q_a.T, g), q_b)

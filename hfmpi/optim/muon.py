@@ -16,9 +16,8 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 
-from hfmpi.errors import UserError
 from hfmpi.optim.base import Block, Objective, Vector
-from hfmpi.optim.checks import check_vector
+from hfmpi.optim.checks import check_blocks, check_vector
 from hfmpi.optim.first_order import Adaptive, AdaptiveState
 from hfmpi.settings import POSITIVE, at_least, within
 
@@ -86,8 +85,7 @@ class Muon(Adaptive[MuonState]):
             Without blocks.
         """
         check_vector("theta", theta)
-        if not blocks:
-            raise UserError("muon needs the matrices of theta: init(theta, objective.blocks)")
+        check_blocks("muon", blocks)
         return MuonState(theta * 0, theta * 0, updates=0, average=self._first(theta))
 
     def _direction(

@@ -18,9 +18,8 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 
-from hfmpi.errors import UserError
 from hfmpi.optim.base import Block, Objective, Vector
-from hfmpi.optim.checks import check_vector
+from hfmpi.optim.checks import check_blocks, check_vector
 from hfmpi.optim.first_order import Adaptive, AdaptiveState
 from hfmpi.settings import POSITIVE, at_least, within
 
@@ -84,8 +83,7 @@ class SOAP(Adaptive[SOAPState]):
             Without blocks.
         """
         check_vector("theta", theta)
-        if not blocks:
-            raise UserError("soap needs the matrices of theta: init(theta, objective.blocks)")
+        check_blocks("soap", blocks)
         count = sum(size * size for block in blocks for size in self._sides(block))
         factors, bases = np.zeros_like(theta, shape=count), np.zeros_like(theta, shape=count)
         means = theta * 0, theta * 0

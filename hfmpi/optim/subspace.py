@@ -22,10 +22,9 @@ from typing import Annotated, TypeAlias
 
 import numpy as np
 
-from hfmpi.errors import UserError
 from hfmpi.optim import kfac
 from hfmpi.optim.base import Block, Objective, Objectives, StepReport, Vector, Work, inner_product
-from hfmpi.optim.checks import check_state, check_vector, checked
+from hfmpi.optim.checks import check_blocks, check_state, check_vector, checked
 from hfmpi.settings import NOT_NEGATIVE, POSITIVE, Rule, at_least, check, within
 
 __all__ = ["Subspace", "SubspaceState"]
@@ -52,8 +51,8 @@ class SubspaceState:
         Running means of the Kronecker factors, and their eigenvalues and eigenvectors.
     mean_square : (D,)
         Running mean of squared gradients.
-    steps : (memory * D,)
-        The last steps, the latest first.
+    steps : (max(1, memory) * D,)
+        The last steps, the latest first: one at least, to go back.
     """
 
     updates: int
@@ -125,8 +124,7 @@ class Subspace:
             Without blocks.
         """
         check_vector("theta", theta)
-        if not blocks:
-            raise UserError("subspace needs the matrices of theta: init(theta, objective.blocks)")
+        check_blocks("subspace", blocks)
         has = "kfac" in self._kinds
         return SubspaceState(
             0,
@@ -136,7 +134,7 @@ class Subspace:
             np.zeros_like(theta, shape=has * kfac.factors_size(blocks)),
             np.zeros_like(theta, shape=has * kfac.decomposition_size(blocks)),
             np.zeros_like(theta, shape=("rms" in self._kinds) * theta.size),
-            np.zeros_like(theta, shape=self.memory * theta.size),
+            np.zeros_like(theta, shape=max(1, self.memory) * theta.size),
         )
 
     def step(
@@ -239,8 +237,8 @@ class Subspace:
         report = self._report(loss, norm, state, work, accepted=True, rho=rho, length=math.sqrt(square))
         size = theta.size
         steps = state.steps * 1
-        steps[size:] = state.steps[: (self.memory - 1) * size] if self.memory > 1 else steps[size:]
-        steps[:size] = p[: steps.size]
+        steps[size:] = state.steps[: steps.size - size]
+        steps[:size] = p
         after = replace(state, updates=state.updates + 1, loss=loss, promised=max(promised, 0.0), steps=steps)
         return theta + p, after, report
 
