@@ -149,9 +149,7 @@ class Config:
     def architecture(self, vocabulary: int) -> Architecture:
         """Give the network at its size for a vocabulary."""
         about = Architecture(self.model, self.hidden or 1, vocabulary, vocabulary, self.layers, self.variant)
-        if not self.hidden:
-            about = about.of_size(self.parameters or PAPER_PARAMETERS[self.model])
-        return about
+        return about if self.hidden else about.of_size(self.parameters or PAPER_PARAMETERS[self.model])
 
     def preset(self) -> Preset:
         """Give the optimizer with its settings and batch sizes."""
