@@ -36,7 +36,7 @@ class Counts:
         I_t and I_c of the paper; I_c stays 0 for first-order methods.
     gradients, products, losses, linearisations : int
         What was really executed: gradients and losses on the gradient batch, Gauss-Newton products and
-        the forward passes they are linearised at on the curvature batch.
+        the forward passes they are linearised at on the curvature batch, where those are not the gradient's.
     projections : int
         J V for a projection, on the curvature batch.
     candidates, columns, directions : int

@@ -158,11 +158,12 @@ def step_objectives(
         Cases; 0 for a method without curvature.
     """
     indices = global_indices(seed, step, gradient_batch, cases.count)
-    curvature = None
+    whole, curvature, epoch = owner.on(cases, indices), None, step * gradient_batch / cases.count
     if curvature_batch:
-        curvature = owner.on(cases, indices[curvature_slice(step, gradient_batch, curvature_batch)])
-    epoch = step * gradient_batch / cases.count
-    return Objectives(owner.on(cases, indices), curvature, epoch)
+        own = curvature_slice(step, gradient_batch, curvature_batch)
+        curvature = owner.on(cases, indices[own])
+        whole.keep(curvature, np.delete(indices, own))
+    return Objectives(whole, curvature, epoch, shared=curvature is not None)
 
 
 def shares(sizes: Sequence[int], ranks: int) -> list[list[int]]:
@@ -194,7 +195,13 @@ class Risk(Objective):
         self.scored = cases.scored(indices)
         if self.scored < 1:
             raise UserError("a batch has no output that is scored: check the mask")
+        self.cases = cases
         self.shard = owner.shard(cases, indices)
+        self._apart: tuple[Shard, Shard | None] = self.shard, None
+
+    def keep(self, part: Risk, rest: np.ndarray) -> None:
+        """Let gradients linearise `part`, the risk on some of the cases, for products; `rest` has others."""
+        self._apart = self.owner.shard(self.cases, rest), part.shard
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -258,7 +265,8 @@ class Risk(Objective):
 
     def _gradient(self, theta: Array, beside: Beside) -> Array:
         self._check("theta", theta)
-        message = self.owner.local.gradient(theta, self.shard, self.scored, beside)
+        rest, part = self._apart
+        message = self.owner.local.gradient(theta, rest, self.scored, beside, part)
         self.owner.sum(message, self.owner.transport)
         return message
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
+from itertools import chain
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 
@@ -59,6 +60,15 @@ class Shard:
         return sum(part.size for part in self.slices)
 
 
+class _Shared(NamedTuple):
+    """What a gradient's pass keeps for products at the same point."""
+
+    theta: Array
+    shard: Shard
+    slices: list[tuple[list[Linearisation], list[Any]]]
+    kept: list[Linearisation]
+
+
 def pairwise(parts: list[Array]) -> Array:
     """Add up arrays or numbers, as many as a power of two or one, in a binary tree of neighbours."""
     while len(parts) > 1:
@@ -92,6 +102,7 @@ class LocalSums:
         self.rank = rank
         self._passing: Linearisation | None = None  # used up at once; its memory serves the next
         self._kept: list[Linearisation] = []  # between products
+        self._shared: _Shared | None = None
 
     def losses(self, thetas: Sequence[Array], shard: Shard, span: str) -> np.ndarray:
         """Sum the losses of each theta, (C,) float64; the timer books them under `span`."""
@@ -104,12 +115,15 @@ class LocalSums:
                     losses += [self.model.loss(theta, batch) for theta in thetas]
             return losses
 
-        return self._shrinking(shard, lambda: pairwise([share(part) for part in shard.slices]))
+        return self._shrinking(shard.count, lambda: pairwise([share(part) for part in shard.slices]))
 
-    def gradient(self, theta: Array, shard: Shard, scored: int, beside: Beside = "") -> Array:
+    def gradient(
+        self, theta: Array, shard: Shard, scored: int, beside: Beside = "", part: Shard | None = None
+    ) -> Array:
         """Give the message of loss and gradient over `scored`, and what is wanted beside it.
 
-        The model must have it, then.
+        The model must have it, then. `part` has the rest of the cases: those whose linearisations stay for
+        the next products on it at this theta.
         """
         backend, size, model = self.model.backend, theta.size, self.model
         more, add = 0, cast("Callable[[Any, float, Array, Array], None] | None", None)
@@ -119,24 +133,35 @@ class LocalSums:
             having = cast(KroneckerFactors, model)
             more, add = having.factors_size, having.factored_gradient
 
-        def share(part: np.ndarray) -> Array:
+        def pulled(at: Linearisation, message: Array) -> float:
+            with self.timer.span(GRADIENT):
+                if add is not None:
+                    add(at, 1 / scored, message[:size], message[size : size + more])
+                else:
+                    at.gradient(1 / scored, message[:size])
+                backend.synchronize()
+            return at.loss / scored
+
+        def share(own: np.ndarray, kept: list[Linearisation], others: list[Any]) -> Array:
             message = backend.xp.zeros(message_sizes(size, more)["gradient"], theta.dtype)
-            out, others, loss = message[:size], message[size : size + more], 0.0
-            for indices in self._cut(part):
-                batch = self._take(shard, indices)
+            loss = sum(pulled(at, message) for at in kept)
+            for batch in chain(others, (self._take(shard, indices) for indices in self._cut(own))):
                 with self.timer.span(FORWARD):
-                    at = self._pass(self.model.linearise, theta, batch)
-                with self.timer.span(GRADIENT):
-                    if add is not None:
-                        add(at, 1 / scored, out, others)
-                    else:
-                        at.gradient(1 / scored, out)
-                    backend.synchronize()
-                loss += at.loss / scored
+                    at = self._pass(model.linearise, theta, batch)
+                loss += pulled(at, message)
             message[PARTS] = backend.to_device(pack(loss).astype(theta.dtype))
             return message
 
-        return self._shrinking(shard, lambda: pairwise([share(part) for part in shard.slices]))
+        def sums() -> Array:
+            first: list[tuple[list[Linearisation], list[Any]]] = [([], []) for _ in shard.slices]
+            if part is not None:
+                first = self._linearise(model.linearise, theta, part, FORWARD)
+                self._shared = _Shared(theta, part, first, self._kept)
+            own = zip(shard.slices, first, strict=True)
+            return pairwise([share(indices, *both) for indices, both in own])
+
+        cases = shard.count + (part.count if part is not None else 0)
+        return self._shrinking(cases, sums)
 
     def products(
         self, theta: Array, shard: Shard, scored: int, structural: float = 0.0, project: bool = False
@@ -146,7 +171,8 @@ class LocalSums:
         v is (D,) or columns (C, D), which take one pass where the model has `Columns`. With `project`, the
         message is that of V G V' (C, C) for columns v.
 
-        Linearisations are kept for the newest operator alone; an older one linearises anew.
+        Linearisations are kept for the newest operator alone; an older one linearises anew. Those of the
+        gradient just taken at this very theta serve, if it was told to keep them.
 
         Raises
         ------
@@ -159,7 +185,11 @@ class LocalSums:
             if not isinstance(model, StructuralDamping):
                 raise UserError("the model has no structural damping: set structural_damping=0")
             linearise = model.linearise_structural
-        batches = self._shrinking(shard, lambda: self._linearise(linearise, theta, shard))
+        at = self._shared
+        if at and at.theta is theta and at.shard is shard and at.kept is self._kept and structural == 0:
+            batches = at.slices
+        else:
+            batches = self._shrinking(shard.count, lambda: self._linearise(linearise, theta, shard))
         mine = self._kept
 
         def add(at: Any, v: Array, message: Array) -> None:
@@ -193,10 +223,10 @@ class LocalSums:
                 mine = self._kept
             return pairwise([share(kept, others, v) for kept, others in batches])
 
-        return lambda v: self._shrinking(shard, lambda: sums(v))
+        return lambda v: self._shrinking(shard.count, lambda: sums(v))
 
     def _linearise(
-        self, linearise: Linearise, theta: Array, shard: Shard
+        self, linearise: Linearise, theta: Array, shard: Shard, span: str = LINEARISE
     ) -> list[tuple[list[Linearisation], list[Any]]]:
         """Give, for every slice, the linearisations that fit the memory budget and the batches left over."""
         before, left, size, cases = self._kept, self.memory_budget, 0, 1
@@ -210,7 +240,7 @@ class LocalSums:
                     others.append(batch)
                     continue
                 reuse = before[len(kept)] if len(kept) < len(before) else self._passing
-                with self.timer.span(LINEARISE):
+                with self.timer.span(span):
                     at = linearise(theta, batch, reuse)
                 if reuse is self._passing:
                     self._passing = None
@@ -229,7 +259,7 @@ class LocalSums:
         self._passing = linearise(theta, batch, self._passing)
         return self._passing
 
-    def _shrinking(self, shard: Shard, work: Callable[[], T]) -> T:
+    def _shrinking(self, cases: int, work: Callable[[], T]) -> T:
         """Do this rank's share of the work, in smaller micro-batches where the memory does not suffice."""
         before = self.micro_batch
         while True:
@@ -238,7 +268,7 @@ class LocalSums:
                 break
             except MemoryError:
                 pass  # leave the handler first: its traceback holds arrays
-            self._shrink(shard.count)
+            self._shrink(cases)
         if self.micro_batch < before:
             logging.getLogger(__name__).warning(
                 "Note: rank %d went out of memory (%s) and goes on with micro-batches of %d sequences.",
@@ -259,7 +289,7 @@ class LocalSums:
         self.micro_batch = most // 2
         if self._kept:
             self.memory_budget = min(self.memory_budget, sum(at.nbytes for at in self._kept)) / 2
-        self._passing, self._kept = None, []
+        self._passing, self._kept, self._shared = None, [], None
         self.model.release()
 
     def _cut(self, part: np.ndarray) -> list[np.ndarray]:

@@ -172,6 +172,9 @@ class Objectives:
         Gauss-Newton products (batch B_c); unused by first-order methods.
     epoch : float
         Passes over the data so far, for settings that change per epoch.
+    shared : bool
+        The curvature batch is part of the gradient batch, and the gradient's own forward pass linearises it:
+        a linearisation where the gradient was just taken is no pass of its own.
 
     Raises
     ------
@@ -182,6 +185,7 @@ class Objectives:
     gradient: Objective
     curvature: Objective | None = None
     epoch: float = 0.0
+    shared: bool = False
 
     def __post_init__(self) -> None:
         for given in (self.gradient, self.curvature):
@@ -205,7 +209,7 @@ class Work:
     gradients, losses : int
         On the gradient batch.
     linearisations, products : int
-        On the curvature batch.
+        On the curvature batch; of linearisations those with a pass of their own (`Objectives.shared`).
     cg_steps : int
         The paper's I_c: conjugate-gradient iterations.
     projections : int

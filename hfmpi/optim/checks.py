@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -63,10 +64,8 @@ def checked(theta: Vector, objectives: Objectives) -> Objectives:
     check_vector("theta", theta)
     if not isinstance(objectives, Objectives):
         raise TypeError(f"a step takes Objectives(gradient, curvature), not {shown(objectives)}")
-    gradient, curvature = objectives.gradient, objectives.curvature
-    return Objectives(
-        Checked(gradient, theta), None if curvature is None else Checked(curvature, theta), objectives.epoch
-    )
+    curvature = None if objectives.curvature is None else Checked(objectives.curvature, theta)
+    return replace(objectives, gradient=Checked(objectives.gradient, theta), curvature=curvature)
 
 
 class Checked(Objective):

@@ -25,13 +25,14 @@ class QuadraticModel:
     objectives : Objectives
         Its curvature objective is linearised at theta.
     theta, gradient : (D,)
+        The gradient just taken, at this very theta.
     damping, structural : float
         lambda and mu.
 
     Attributes
     ----------
     linearisations, products : int
-        How many it took so far.
+        How many passes it took so far.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class QuadraticModel:
         self.linearisations, self.products = 1, 0
         curvature = objectives.second
         if structural * damping == 0:
+            self.linearisations -= objectives.shared
             self._product = curvature.gauss_newton(theta)
         else:
             self._product = curvature.structural_gauss_newton(theta, structural * damping)

@@ -4,9 +4,10 @@
     M     V G V', k x k, from J V alone: one pass             c   -(M + lambda V V' + 1e-9 diag)^-1 V g
 
 The step is V' c. Directions are those of K-FAC at several dampings, the gradient and the gradient over its
-root mean square, each cut into parts (a gate of a matrix), and the last steps. There is no rate to tune and
+root mean square, and the last steps, each cut into parts (a gate of a matrix). There is no rate to tune and
 no line search; lambda follows the reduction ratio, which needs no pass where the next gradient is of the same
-batch, since it brings the risk after the step.
+batch, since it brings the risk after the step. Where that rose, part of the step is taken back: the minimum
+of the parabola through both risks and the slope.
 
 Directions from K-FAC and an exact quadratic model along them are how K-FAC sets its rate and momentum
 (Martens and Grosse 2015, section 7), there with two directions.
@@ -18,7 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Annotated, TypeAlias
+from typing import Annotated, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -31,6 +32,9 @@ __all__ = ["Subspace", "SubspaceState"]
 
 KINDS = "kfac", "gradient", "rms"
 Matrix: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.float64]]"
+
+LEAST, MOST = 0.1, 0.5
+"""Of a step after which the risk rose, what is kept of it: bounds of the parabola's minimum."""
 
 RELATIVE = 1e-9
 """Of the system's diagonal, added to it: directions may be the same, or parallel, to rounding."""
@@ -45,8 +49,9 @@ class SubspaceState:
     updates : int
     damping : float
         lambda.
-    loss, promised : float
-        The risk before the last step and what the model promised to take off it; 0 where there is none.
+    loss, descent, curvature : float
+        The risk f before the last step p, -g' p and p' G p: the model promises f - descent + curvature / 2
+        after it. 0 where there is none to judge.
     factors, decomposition : vector
         Running means of the Kronecker factors, and their eigenvalues and eigenvectors.
     mean_square : (D,)
@@ -58,7 +63,8 @@ class SubspaceState:
     updates: int
     damping: float
     loss: float
-    promised: float
+    descent: float
+    curvature: float
     factors: Vector
     decomposition: Vector
     mean_square: Vector
@@ -81,13 +87,19 @@ class Subspace:
     memory : int
         Last steps among the directions.
     cut : bool
-        Cut every other direction into the parts of the blocks.
+        Cut every direction into the parts of the blocks.
     kfac_damping, kfac_dampings, kfac_ratio
         The smallest gamma, how many, and the ratio of one to the next.
     factor_decay, refresh
-        Decay of the running means, of K-FAC's factors and of the squares; steps between decompositions.
+        Decay of the running mean of K-FAC's factors, and steps between decompositions. On a large batch old
+        factors help less than they mislead.
+    square_decay : float
+        Decay of the running mean of squares.
     damping, damping_minimum, damping_maximum : float
         lambda at the start, and its bounds.
+    weight_decay : float
+        The model and all risks that steer gain weight_decay / 2 * theta' theta; the risk of the history does
+        not.
     candidates : int
         0: the risk after a step is that of the next gradient, which must be of the same batch. Else so many
         lambda, by factors of 4, are tried on the gradient batch in one pass, and the best is taken.
@@ -99,11 +111,13 @@ class Subspace:
     kfac_damping: Annotated[float, POSITIVE] = 1e-4
     kfac_dampings: Annotated[int, at_least(1)] = 3
     kfac_ratio: Annotated[float, POSITIVE] = 10.0
-    factor_decay: Annotated[float, within("[0, 1)")] = 0.9
+    factor_decay: Annotated[float, within("[0, 1)")] = 0.0
+    square_decay: Annotated[float, within("[0, 1)")] = 0.9
     refresh: Annotated[int, at_least(1)] = 1
     damping: Annotated[float, NOT_NEGATIVE] = 1e-3
     damping_minimum: Annotated[float, NOT_NEGATIVE] = 1e-8
     damping_maximum: Annotated[float, POSITIVE] = 1e10
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     candidates: Annotated[int, NOT_NEGATIVE] = 0
 
     def __post_init__(self) -> None:
@@ -131,6 +145,7 @@ class Subspace:
             self.damping,
             0.0,
             0.0,
+            0.0,
             np.zeros_like(theta, shape=has * kfac.factors_size(blocks)),
             np.zeros_like(theta, shape=has * kfac.decomposition_size(blocks)),
             np.zeros_like(theta, shape=("rms" in self._kinds) * theta.size),
@@ -140,81 +155,97 @@ class Subspace:
     def step(
         self, theta: Vector, state: SubspaceState, objectives: Objectives
     ) -> tuple[Vector, SubspaceState, StepReport]:
-        """Take one step, or go back to where the last one began if the risk rose."""
+        """Take one step, or take part of the last one back if the risk rose."""
         objectives = checked(theta, objectives)
         check_state(state, SubspaceState, theta)
-        objective = objectives.gradient
+        objective, kind = objectives.gradient, theta.dtype.type
         factors = None
         if "kfac" in self._kinds:
             at, factors = objective.factored_gradient(theta)
         else:
             at = objective.gradient(theta)
-        loss, square = objective.agree((at.loss, inner_product(at.vector, at.vector)))
-        norm, rho = math.sqrt(square), None
-        if not self.candidates and state.promised > 0:
-            rho = (state.loss - loss) / state.promised
+        plain, g = at.loss, at.vector
+        if self.weight_decay:
+            g = g + kind(self.weight_decay) * theta
+        plain, loss, square = objective.agree((plain, plain + self._penalty(theta), inner_product(g, g)))
+        norm, rho, work = math.sqrt(square), None, Work(gradients=1)
+        report = StepReport(plain, False, "", work, _details(norm, state.damping))
+        promised = state.descent - state.curvature / 2
+        if not self.candidates and promised > 0:
+            rho = (state.loss - loss) / promised
+            report = replace(report, details=_details(norm, state.damping, rho))
             if not rho > 0:
-                return self._back(theta, state, loss, norm, rho)
+                return self._back(theta, state, loss, report)
             state = replace(state, damping=self._damped(state.damping, rho))
         if not math.isfinite(loss) or not math.isfinite(norm):
-            message = "the risk or its gradient is not finite"
-            return theta, state, self._report(loss, norm, state, Work(gradients=1), message)
+            return theta, state, replace(report, message="the risk or its gradient is not finite")
         if norm == 0:
-            message = "the gradient is zero"
-            return theta, state, self._report(loss, norm, state, Work(gradients=1), message, True)
+            return theta, state, replace(report, accepted=True, message="the gradient is zero")
         before = state
-        state, found = self._directions(state, objective, at.vector, factors)
+        state, found = self._directions(state, objective, g, factors)
         lengths = objective.agree(tuple(inner_product(v, v) for v in found))
         if not all(map(math.isfinite, lengths)):
-            work = Work(gradients=1)
-            return theta, before, self._report(loss, norm, state, work, "a direction is not finite")
+            return theta, before, replace(report, message="a direction is not finite")
         v = np.zeros_like(theta, shape=(sum(length > 0 for length in lengths), theta.size))
         rows = iter(v)
         for direction, length in zip(found, lengths, strict=True):
             if length > 0:
-                next(rows)[...] = theta.dtype.type(1 / math.sqrt(length)) * direction
+                next(rows)[...] = kind(1 / math.sqrt(length)) * direction
         m = objectives.second.project(theta)(v)
         gram = np.array(np.matmul(v, v.T).tolist())
-        slopes = np.array([inner_product(row, at.vector) for row in v])
-        work = Work(gradients=1, linearisations=1, projections=1, directions=len(v) - 1)
-        model = _Model(objective, v, m, gram, slopes)
+        model = _Model(
+            objective, v, m + self.weight_decay * gram, gram, np.array([inner_product(row, g) for row in v])
+        )
+        work = replace(work, linearisations=int(not objectives.shared), projections=1, directions=len(v) - 1)
+        report = replace(report, work=work, details=_details(norm, state.damping, rho))
+        state = replace(state, loss=loss)
         if not self.candidates:
-            p, promised = model.step(state.damping)
-            return self._taken(theta, state, objectives, p, promised, loss, norm, rho, work)
+            return self._taken(theta, state, objective, model.step(state.damping), report)
         dampings = [state.damping * 4.0 ** (i - (self.candidates - 1) // 2) for i in range(self.candidates)]
         steps = [model.step(damping) for damping in dampings]
-        losses = objective.agree(tuple(objective.losses([theta + p for p, _ in steps])))
+        ends = [theta + step.p for step in steps]
+        losses = [risk + self._penalty(end) for risk, end in zip(objective.losses(ends), ends, strict=True)]
+        losses = list(objective.agree(tuple(losses)))
         work = replace(work, losses=1, candidates=self.candidates - 1)
         best = min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
-        p, promised = steps[best]
+        promised = steps[best].descent - steps[best].curvature / 2
         rho = (loss - losses[best]) / promised if promised > 0 else math.nan
         if not losses[best] < loss:
             state = replace(state, damping=min(4 * max(dampings), self.damping_maximum))
-            message = "no candidate lowers the risk"
-            return theta, state, self._report(loss, norm, state, work, message, rho=rho)
+            details = _details(norm, state.damping, rho)
+            return (
+                theta,
+                state,
+                replace(report, message="no candidate lowers the risk", work=work, details=details),
+            )
         state = replace(state, damping=self._damped(dampings[best], rho))
-        return self._taken(theta, state, objectives, p, 0.0, loss, norm, rho, work)
+        report = replace(report, work=work, details=_details(norm, state.damping, rho))
+        return self._taken(theta, state, objective, steps[best], report)
+
+    def _penalty(self, theta: Vector) -> float:
+        return self.weight_decay / 2 * inner_product(theta, theta) if self.weight_decay else 0.0
 
     def _directions(
         self, state: SubspaceState, objective: Objective, g: Vector, new: Vector
     ) -> tuple[SubspaceState, list[Vector]]:
         """Give the directions, and the state with the means that they come from."""
         kind, blocks = g.dtype.type, objective.blocks
-        keep = min(1 - 1 / (state.updates + 1), self.factor_decay)
+        first = 1 - 1 / (state.updates + 1)
         whole = [g] if "gradient" in self._kinds else []
         if "rms" in self._kinds:
+            keep = min(first, self.square_decay)
             mean_square = kind(keep) * state.mean_square + kind(1 - keep) * g * g
             state = replace(state, mean_square=mean_square)
             whole.append(g / (np.sqrt(mean_square) + kind(1e-8)))
         if "kfac" in self._kinds:
+            keep = min(first, self.factor_decay)
             factors = kind(keep) * state.factors + kind(1 - keep) * new
             dampings = [self.kfac_damping * self.kfac_ratio**i for i in range(self.kfac_dampings)]
             due = state.updates % self.refresh == 0
             more, decomposition = kfac.directions(objective, g, factors, state.decomposition, dampings, due)
             state, whole = replace(state, factors=factors, decomposition=decomposition), whole + more
-        found = [part for v in whole for part in _parts(blocks, v)] if self.cut else whole
-        last = [state.steps[i * g.size : (i + 1) * g.size] for i in range(self.memory)]
-        return state, [*found, *last]
+        whole += [state.steps[i * g.size : (i + 1) * g.size] for i in range(self.memory)]
+        return state, [part for v in whole for part in _parts(blocks, v)] if self.cut else whole
 
     def _damped(self, damping: float, rho: float) -> float:
         """Give lambda after a step of this reduction ratio."""
@@ -227,45 +258,53 @@ class Subspace:
         return min(max(damping, self.damping_minimum), self.damping_maximum)
 
     def _taken(
-        self, theta: Vector, state: SubspaceState, objectives: Objectives, p: Vector, promised: float,
-        loss: float, norm: float, rho: float | None, work: Work,
-    ) -> tuple[Vector, SubspaceState, StepReport]:  # fmt: skip
+        self, theta: Vector, state: SubspaceState, objective: Objective, step: _Step, report: StepReport
+    ) -> tuple[Vector, SubspaceState, StepReport]:
         """Take a step, unless it is not finite."""
-        (square,) = objectives.gradient.agree((inner_product(p, p),))
+        (square,) = objective.agree((inner_product(step.p, step.p),))
         if not math.isfinite(square):
-            return theta, state, self._report(loss, norm, state, work, "the step is not finite", rho=rho)
-        report = self._report(loss, norm, state, work, accepted=True, rho=rho, length=math.sqrt(square))
-        size = theta.size
-        steps = state.steps * 1
+            return theta, state, replace(report, message="the step is not finite")
+        report = replace(report, accepted=True, details={**report.details, "step_norm": math.sqrt(square)})
+        size, steps = theta.size, state.steps * 1
         steps[size:] = state.steps[: steps.size - size]
-        steps[:size] = p
-        after = replace(state, updates=state.updates + 1, loss=loss, promised=max(promised, 0.0), steps=steps)
-        return theta + p, after, report
+        steps[:size] = step.p
+        state = replace(
+            state, updates=state.updates + 1, steps=steps, descent=step.descent, curvature=step.curvature
+        )
+        return theta + step.p, state, report
 
     def _back(
-        self, theta: Vector, state: SubspaceState, loss: float, norm: float, rho: float
+        self, theta: Vector, state: SubspaceState, loss: float, report: StepReport
     ) -> tuple[Vector, SubspaceState, StepReport]:
-        """Go back to where the last step began."""
-        size = theta.size
-        before, steps = theta - state.steps[:size], state.steps * 1
-        steps[: steps.size - size] = state.steps[size:]
-        steps[steps.size - size :] = 0
+        """Go back to where the parabola through both risks is least, a tenth to half of the step."""
+        part, bend = LEAST, loss - state.loss + state.descent
+        if math.isfinite(loss):
+            part = min(max(state.descent / (2 * bend), LEAST), MOST) if bend > 0 else MOST
+        size, steps, kind = theta.size, state.steps * 1, theta.dtype.type
+        p = kind(part) * steps[:size]
+        theta, steps[:size] = theta - (steps[:size] - p), p
+        descent, curvature = part * state.descent, part * part * state.curvature
         damping = min(4 * state.damping, self.damping_maximum)
-        after = replace(state, damping=damping, loss=0.0, promised=0.0, steps=steps)
-        message = "the risk rose: back to where the last step began"
-        return before, after, self._report(loss, norm, after, Work(gradients=1), message, rho=rho)
+        state = replace(state, damping=damping, descent=descent, curvature=curvature, steps=steps)
+        message = f"the risk rose: back to {part:.2g} of the last step"
+        return theta, state, replace(report, message=message, details={**report.details, "damping": damping})
 
-    def _report(
-        self, loss: float, norm: float, state: SubspaceState, work: Work, message: str = "",
-        accepted: bool = False, rho: float | None = None, length: float = 0.0,
-    ) -> StepReport:  # fmt: skip
-        details: dict[str, float | int | str | None] = {
-            "gradient_norm": norm if math.isfinite(norm) else None,
-            "step_norm": length,
-            "damping": state.damping,
-            "rho": None if rho is None or not math.isfinite(rho) else rho,
-        }
-        return StepReport(loss, accepted, message, work, details)
+
+def _details(norm: float, damping: float, rho: float | None = None) -> dict[str, float | int | str | None]:
+    return {
+        "gradient_norm": norm if math.isfinite(norm) else None,
+        "step_norm": 0.0,
+        "damping": damping,
+        "rho": None if rho is None or not math.isfinite(rho) else rho,
+    }
+
+
+class _Step(NamedTuple):
+    """A step p (D,), -g' p and p' G p."""
+
+    p: Vector
+    descent: float
+    curvature: float
 
 
 @dataclass(frozen=True)
@@ -278,23 +317,23 @@ class _Model:
     gram: Matrix
     slopes: Matrix
 
-    def step(self, damping: float) -> tuple[Vector, float]:
-        """Give the step V' c, and what the model promises to take off the risk, without damping."""
+    def step(self, damping: float) -> _Step:
+        """Give the step V' c of a damping."""
         system = self.m + damping * self.gram
         diagonal = np.diag(system)
         scale = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
         try:
             values, vectors = np.linalg.eigh(scale[:, None] * system * scale)
         except np.linalg.LinAlgError:  # numbers that are not finite
-            return self.v[0] * np.nan, 0.0
+            return _Step(self.v[0] * np.nan, 0.0, 0.0)
         along = vectors.T @ (scale * self.slopes) / (np.maximum(values, 0) + RELATIVE)
         c = -scale * (vectors @ along)
-        promised = -float(self.slopes @ c + c @ self.m @ c / 2)
-        *weights, promised = self.objective.agree((*map(float, c), promised))
+        bound = -float(self.slopes @ c), max(float(c @ self.m @ c), 0.0)
+        *weights, descent, curvature = self.objective.agree((*map(float, c), *bound))
         p, kind = self.v[0] * 0, self.v.dtype.type
         for weight, row in zip(weights, self.v, strict=True):
             p = p + kind(weight) * row
-        return p, promised
+        return _Step(p, max(descent, 0.0), curvature)
 
 
 def _parts(blocks: Sequence[Block], v: Vector) -> list[Vector]:
