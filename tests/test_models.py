@@ -278,6 +278,9 @@ def test_unknown_names_are_one_sentence():
             Architecture(*arguments)
     with pytest.raises(UserError):
         Architecture("rnn", 3, 4, 4).initial(0, "zeros")
+    for name in "rnn", "mrnn", "gru":
+        with pytest.raises(UserError, match=f"krause-lstm is for lstm and mlstm, not for {name}"):
+            Architecture(name, 3, 4, 4).initial(0, "krause-lstm")
     with pytest.raises(UserError):
         create("torch")
 
@@ -295,3 +298,18 @@ def test_initialisations():
     assert np.all((sparse["W_h"] != 0).sum(axis=0) == 15)
     assert np.array_equal(about.initial(5), about.initial(5))
     assert not np.array_equal(about.initial(5), about.initial(6))
+
+
+@pytest.mark.parametrize("variant", ["standard", "krause"])
+def test_the_initialisation_of_krauses_lstm(variant):
+    about = Architecture("lstm", 40, 30, 30, 2, variant)
+    p = about.layout.views(about.initial(5, "krause-lstm", 3.0))
+    biases = np.repeat([0.0, 3.0, -2.0, 0.0], 40)  # i, f, o, u
+    assert np.array_equal(p["b"], biases)
+    assert np.array_equal(p["b.2"], biases)
+    assert p["W_h"].std() == pytest.approx(1e-4, rel=0.1)
+    assert p["W_h.2"].std() == pytest.approx(1e-4, rel=0.1)
+    # All else as the other one has it, draw by draw.
+    other = about.layout.views(about.initial(5, "krause"))
+    for name in "W_x", "W_x.2", "W_o":
+        assert np.array_equal(p[name], other[name])

@@ -34,6 +34,13 @@ CHANGES = {
     "forget bias 1 (3)": ("--forget-bias", "1"),
     "forget bias 0 (3)": ("--forget-bias", "0"),
     "mLSTM as it is": ("--model", "mlstm"),
+    "Krause's LSTM initialisation": ("--initialisation", "krause-lstm"),
+    "Krause's LSTM initialisation, forget bias 0 (3)": (
+        "--initialisation",
+        "krause-lstm",
+        "--forget-bias",
+        "0",
+    ),
 }
 
 

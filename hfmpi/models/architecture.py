@@ -25,7 +25,7 @@ import numpy as np
 
 from hfmpi.backends.base import Array
 from hfmpi.errors import UserError, shown
-from hfmpi.models.cells import cell
+from hfmpi.models.cells import Gated, cell
 from hfmpi.models.parameters import Layout
 from hfmpi.models.recurrence import Cell
 from hfmpi.optim.base import Block
@@ -33,7 +33,7 @@ from hfmpi.settings import check
 
 __all__ = ["INITIALISATIONS", "PAPER_PARAMETERS", "Architecture"]
 
-INITIALISATIONS = ("krause", "sparse")
+INITIALISATIONS = ("krause", "krause-lstm", "sparse")
 PAPER_PARAMETERS = {"rnn": 220_000, "mrnn": 215_000, "lstm": 220_000, "mlstm": 215_000, "gru": 220_000}
 """Budgets of the paper's section 3 (LSTM, mLSTM); the others take those of their gated kin."""
 
@@ -158,10 +158,11 @@ class Architecture:
 
         Parameters
         ----------
-        initialisation : {'krause', 'sparse'}
-            `krause` (Krause's released code, 2016): input and output matrices 0.1 N(0, 1), recurrent
-            matrices 0.02 N(0, 1). `sparse` (Martens 2010): 15 incoming N(0, 1) weights per unit, halved for
-            tanh units, the rest 0. Biases 0.
+        initialisation : {'krause', 'krause-lstm', 'sparse'}
+            `krause` (Krause's released mLSTM code, 2016): input and output matrices 0.1 N(0, 1), recurrent
+            matrices 0.02 N(0, 1). `krause-lstm` (his LSTM code; lstm and mlstm): recurrent matrices 1e-4
+            N(0, 1), bias of the output gate -2. `sparse` (Martens 2010): 15 incoming N(0, 1) weights per
+            unit, halved for tanh units, the rest 0. Other biases 0.
         forget_bias : float
             Of the gate that keeps the state of gated cells at the start. Krause's code has 3, with which
             Hessian-free is slower (docs/results/figure1.md).
@@ -170,6 +171,9 @@ class Architecture:
             raise UserError(
                 f"there is no initialisation {initialisation!r}; choose one of {', '.join(INITIALISATIONS)}"
             )
+        lstm = initialisation == "krause-lstm"
+        if lstm and not isinstance(self.cell, Gated):
+            raise UserError(f"the initialisation krause-lstm is for lstm and mlstm, not for {self.name}")
         if not isinstance(seed, (int, np.integer)) or seed < 0:
             raise UserError(f"a seed must be a whole number that is not negative, not {shown(seed)}")
         if not isinstance(forget_bias, numbers.Real) or not math.isfinite(forget_bias):
@@ -177,13 +181,15 @@ class Architecture:
         rng = np.random.Generator(np.random.PCG64(seed))
         theta, n = np.zeros(self.layout.size), self.hidden
         # rnn and mrnn: Krause gives no scale; 0.02 would leave their memory empty at the start.
-        recurrent = self.cell.recurrent_scale or 1 / np.sqrt(n)
+        recurrent = 1e-4 if lstm else self.cell.recurrent_scale or 1 / np.sqrt(n)
         for whole, view in self.layout.views(theta).items():
             name = whole.partition(".")[0]
             if view.ndim == 1:
                 if name == "b" and self.cell.forget is not None:
                     view[self.cell.forget * n : (self.cell.forget + 1) * n] = forget_bias
-            elif initialisation == "krause":
+                if name == "b" and lstm:
+                    view[2 * n : 3 * n] = -2.0  # of the output gate
+            elif initialisation != "sparse":
                 scale = recurrent if name in ("W_h", "W_mh") else 0.1
                 view[...] = scale * rng.standard_normal(view.shape)
             else:

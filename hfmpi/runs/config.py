@@ -77,7 +77,9 @@ class Config:
     hidden: Annotated[Whole, Option("Hidden units.", "from --parameters", least=1)] = 0
     parameters: Annotated[Whole, Option("Budget; picks the nearest size.", "the paper's", least=1)] = 0
     layers: Annotated[Whole, at_least(1), at_most(1000), Option("Cells on top of one another.", least=1)] = 1
-    initialisation: Annotated[str, Option("Of the parameters.", choices=INITIALISATIONS)] = "krause"
+    initialisation: Annotated[
+        str, Option("Of the parameters; krause-lstm is for lstm and mlstm.", choices=INITIALISATIONS)
+    ] = "krause"
     forget_bias: Annotated[Number, Option("Of gated cells at the start.", least=None)] = 0.0
     optimizer: Annotated[str, Option("Preset of settings.", choices=PRESETS)] = "shf"
     gradient_batch: Annotated[Whole, Option("Sequences per gradient.", "the preset's", least=1)] = 0
