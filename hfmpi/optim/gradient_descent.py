@@ -36,18 +36,18 @@ class GradientDescent:
     rule : {'clip', 'normalised', 'rms-normalised'}
         `clip`: `-rate * g * min(1, threshold / |g|)` (Pascanu et al. 2013).
         `normalised`: a step of length `rate` along -g.
-        `rms-normalised`: a step of length `rate` along -g / (sqrt(mean square) + epsilon), the "variant of
-        gradient descent with norm clipping" of Krause's released code (2016).
+        `rms-normalised`: a step of length `rate` along -g / (sqrt(mean square) + epsilon), as in Krause's
+        released code (2016). Whether his paper of 2015 did so is not known (docs/theory.md).
     rate : float
-        Learning rate, or length of the step. Krause: 10 for mLSTM, 2 for LSTM.
+        Learning rate, or length of the step. Krause's code: 10 for mLSTM, 2 for LSTM.
     decay : float
-        The rate is multiplied by it after each update. Krause: 0.9999.
+        The rate is multiplied by it after each update. Krause's code: 0.9999.
     floor : float
-        The rate never falls below it; at most `rate`. Krause: 0.01.
+        The rate never falls below it; at most `rate`. Krause's code: 0.01.
     threshold : float
         Of `clip`, in the unit of the gradient's norm.
     mean_square_decay, epsilon : float
-        Of `rms-normalised`. Krause: 0.9 (the mean starts at the first square, without bias) and 1e-6.
+        Of `rms-normalised`. Krause's code: 0.9 (the mean starts at the first square, without bias) and 1e-6.
     """
 
     rule: Annotated[str, Rule(f"must be one of {', '.join(RULES)}", RULES.__contains__)] = "rms-normalised"

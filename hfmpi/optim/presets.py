@@ -67,8 +67,8 @@ def _preset(name: str) -> Preset:
     if name == "subspace":  # the gradient on the whole training set, so that its risk is the step's
         return Preset(Subspace(), 14_000, 875)
     if name in ("sgd", "bgd"):
-        # Batches: Krause et al. (2015). Length: Krause's released code (2016) for LSTM; its 10 for mLSTM
-        # diverges here (docs/results/kjv.md).
+        # Batches: Krause et al. (2015). Rule, and length for LSTM: Krause's released code (2016), which need
+        # not be what the paper did; its 10 for mLSTM diverges here (docs/results/kjv.md).
         return Preset(
             GradientDescent("rms-normalised", rate=2.0),
             32 if name == "sgd" else 3500,
