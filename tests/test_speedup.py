@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +13,17 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from small import train, write_corpus
+from small import Recorder, train, write_corpus
 
 from hfmpi.cli.main import cli
 from hfmpi.cli.show import aligned, bar, sparkline
 from hfmpi.errors import UserError
 from hfmpi.measure.cost import Counts
+from hfmpi.parallel.communicator import Communicator
 from hfmpi.runs.config import Config
 from hfmpi.speedup.bench_file import read_bench
 from hfmpi.speedup.compare import causes, compare
-from hfmpi.speedup.prediction import fit
+from hfmpi.speedup.prediction import KINDS, fit
 from hfmpi.speedup.runs import TimedRun, read_runs
 from hfmpi.speedup.scaling import Curve, Job, Link, Pass, best, fit_link
 from hfmpi.speedup.steps import StepTimes
@@ -443,13 +445,48 @@ def test_small_charts():
     assert aligned([["a", "bb"], ["ccc", "d"]]) == ["  a  bb", "ccc   d"]
 
 
-@pytest.mark.parametrize(("optimizer", "settings", "numbers"), [
-    ("shf", {}, 2 * 100 + 5), ("shf", {"preconditioner": "diagonal"}, 2 * 100 + 5),
-    ("shf", {"preconditioner": "none"}, 100 + 5), ("sgd", {}, 100 + 5),
+@pytest.mark.parametrize(("optimizer", "settings"), [
+    ("shf", {}), ("shf", {"preconditioner": "none"}), ("sgd", {}), ("subspace", {"memory": 1}),
+    ("subspace", {"candidates": 3, "kfac_dampings": 2, "memory": 0}),
+    ("subspace", {"directions": "rms", "memory": 1}),
+    ("soap", {}), ("soap", {"longest_side": 1}), ("muon", {}),
 ])  # fmt: skip
-def test_the_message_of_a_gradient_has_the_squares_that_the_method_wants(optimizer, settings, numbers):
-    config, counts = Config(optimizer=optimizer, settings=settings), Counts(projections=2, directions=12)
-    steps = measured(1, ALONE, counts=counts)
-    run = TimedRun(Path("run"), config, "", 1, "CPU", 100, 4, 1, 2, steps)
-    assert run.messages["gradient"] == 4 * numbers
-    assert run.messages["projection"] == 8 * (7 * 7 + 1)
+def test_the_messages_are_those_that_a_run_sends(optimizer, settings, tmp_path, monkeypatch):
+    sent, summing = Counter(), Communicator.sum
+
+    def recorded(comm, vector):
+        sent[vector.nbytes] += 1
+        summing(comm, vector)
+
+    monkeypatch.setattr(Communicator, "sum", recorded)
+    # What comes before the second step is not timed. Between steps are the losses of three evaluations, and
+    # single numbers: who wants to stop.
+    recorder = Recorder(lambda record: record["step"] == 1 and sent.clear())
+    data, options = write_corpus(tmp_path / "data.h5"), {"dtype": "float32", "max_steps": 4}
+    train(tmp_path / "run", data, reporter=recorder, optimizer=optimizer, settings=settings, **options)
+    run, _ = read_runs([tmp_path / "run"])
+    expected, counts, sizes = Counter(), run.steps.counts, run.messages
+    for name, kind in KINDS.items():
+        expected[sizes[name]] += kind.count(counts)
+    expected[16] += 3
+    del expected[0], sent[8]
+    assert expected == sent
+
+
+def test_the_message_of_a_loss_is_two_numbers():
+    run = TimedRun(Path("run"), Config(), "", 1, "CPU", 100, 4, 1, 2, measured(1, ALONE), {})
+    assert run.messages["loss"] == 16
+
+
+def test_what_the_largest_matrix_takes_stays_and_is_no_slowdown():
+    passes = {"forward": 2.0, "gradient": 2.0}
+    base = measured(1, passes | {"optimizer": 1.0})
+    half = {name: value / 2 for name, value in passes.items()}
+    # Of the 0.9 seconds for matrices one rank has 0.7.
+    two = measured(2, half | {"optimizer": 0.8, "waiting": 0.0}, half | {"optimizer": 0.3, "waiting": 0.5})
+    found = fit([base, two], {"gradient": 0, "matrices": 0})
+    assert found.slowdown == pytest.approx(1.0)
+    np.testing.assert_allclose(found.seconds([2, 4]), [2.8, 1.8])
+    # Their results cost a message a step.
+    alone = fit([base], {"gradient": 0, "matrices": 4e6}, Link(1.0, 1e6))
+    np.testing.assert_allclose(alone.allreduce(np.array([1.0, 2.0])), [0.0, 5.0])

@@ -19,7 +19,10 @@ __all__ = ["KINDS", "fit", "predict"]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of pass: its spans, how many there were, and whether it is over the gradient batch."""
+    """A kind of pass: its spans, how many there were, and whether it is over the gradient batch.
+
+    The work on single matrices of theta has a message alone: what it takes is in r.
+    """
 
     spans: tuple[str, ...]
     count: Callable[[Counts], int]
@@ -32,6 +35,7 @@ KINDS = {
     "product": Kind((PRODUCTS,), lambda counts: counts.products, False),
     "projection": Kind((PRODUCTS,), lambda counts: counts.projections, False),
     "linearisation": Kind((LINEARISE,), lambda counts: counts.linearisations, False),
+    "matrices": Kind((), lambda counts: counts.projections or counts.gradients, True),
 }
 
 
@@ -46,9 +50,11 @@ def fit(
     Parameters
     ----------
     runs : sequence of StepTimes
-        From the fewest ranks to the most. The first sets the level of every t_k; s and r are the last's.
+        From the fewest ranks to the most. The first sets the level of every t_k; s and r are the last's. r is
+        that of the rank with most of it, for which the others wait: matrices are shared out one by one, so
+        that more ranks do not make the largest quicker.
     messages : mapping of str to float
-        For each kind of pass the bytes that the ranks sum after it, 0 for none.
+        For each kind of pass the bytes that the ranks sum after it, none where it is 0 or missing.
     link : Link, optional
         Without it one without latency, on which the last run's collectives take what they took; None if
         that is one rank alone.
@@ -66,12 +72,13 @@ def fit(
         curve = Curve.through(points)
         if shapes and name in shapes:
             curve = shapes[name].scaled(batch / base.ranks, points[batch / base.ranks])
-        passes.append(Pass(times, batch, curve, messages[name]))
-    found = Job(tuple(passes), last.parts["redundant"], link)
+        passes.append(Pass(times, batch, curve, messages.get(name, 0)))
+    found = Job(tuple(passes), last.most_redundant, link)
     ranks = np.array([float(last.ranks)])
     if last.ranks > 1:
-        slowdown = (last.parts["compute"] + last.parts["waiting"]) / float(found.compute(ranks)[0])
-        found = replace(found, slowdown=slowdown)
+        passing = last.parts["compute"] + last.parts["waiting"]
+        passing -= last.most_redundant - last.parts["redundant"]  # waited for in r
+        found = replace(found, slowdown=passing / float(found.compute(ranks)[0]))
         spent = last.parts["allreduce"]
         if link is None and spent > 0:
             unit = float(replace(found, link=Link(0.0, 1.0)).allreduce(ranks)[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -14,12 +14,11 @@ from hfmpi.files.history import History, Record
 from hfmpi.files.numbers import is_amount
 from hfmpi.measure.cost import Counts
 from hfmpi.measure.spans import EVALUATE, FILES
-from hfmpi.objective.messages import message_sizes
-from hfmpi.optim.hessian_free import HessianFree
 from hfmpi.runs.config import CHANGEABLE, Config, merge
 from hfmpi.runs.record import counted
 from hfmpi.runs.restore import check_one_run
 from hfmpi.runs.timing import read_times
+from hfmpi.speedup.messages import messages
 from hfmpi.speedup.steps import StepTimes, mean_spans
 
 __all__ = ["TimedRun", "read_runs"]
@@ -42,6 +41,8 @@ class TimedRun:
     first, last : int
         Steps that were measured.
     steps : StepTimes
+    state : mapping of str to int
+        Numbers in each vector of the optimizer's state.
     """
 
     folder: Path
@@ -54,22 +55,13 @@ class TimedRun:
     first: int
     last: int
     steps: StepTimes
+    state: Mapping[str, int]
 
     @property
     def messages(self) -> dict[str, float]:
-        """Bytes that the ranks sum after a pass."""
+        """Bytes that the ranks sum, by what they come after."""
         optimizer = self.config.preset().optimizer
-        squares = isinstance(optimizer, HessianFree) and optimizer.preconditioner != "none"
-        counts = self.steps.counts
-        directions = 1 + counts.directions // max(1, counts.projections)
-        sizes = message_sizes(self.parameters, self.parameters * squares)
-        return {
-            "gradient": self.itemsize * sizes["gradient"],
-            "product": self.itemsize * sizes["product"],
-            "projection": 8 * message_sizes(directions**2)["product"],  # float64 whatever the vectors
-            "loss": 8 * sizes["loss"],
-            "linearisation": 0,
-        }
+        return messages(optimizer, self.steps.counts, self.parameters, self.itemsize, self.state)
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[TimedRun, list[StepTimes]]:
@@ -154,8 +146,9 @@ def _read(folder: Path) -> TimedRun:
     if not (times.counts.gradients and times.parts["compute"] > 0):
         raise UserError(f"the history or timing.json of {folder} is damaged: its steps have no gradients")
     threads, device = ranks[0]["threads"], ranks[0]["device"]
-    theta = saved.theta
-    return TimedRun(folder, config, corpus, threads, device, theta.size, theta.itemsize, first, last, times)
+    theta, state = saved.theta, {name: np.size(entry) for name, entry in saved.state.items()}
+    size = theta.size, theta.itemsize
+    return TimedRun(folder, config, corpus, threads, device, *size, first, last, times, state)
 
 
 def _is_complete(record: Record) -> bool:

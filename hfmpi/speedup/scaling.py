@@ -1,7 +1,7 @@
 """How long a step takes on more ranks than were measured.
 
 A step on P ranks executes n_k passes of kind k over batches of B_k sequences, after each of which the ranks
-sum a message of m_k bytes:
+sum a message of m_k bytes (the work on single matrices is a kind without sequences, in r):
 
     T(P) = s sum_k n_k t_k(ceil(B_k / P)) + sum_k n_k a(P, m_k) + r
 
@@ -10,7 +10,7 @@ t_k(b)     seconds of a pass over b sequences on one rank: piecewise linear thro
            does not fall to 0 with b: the T steps of a recurrent network follow one another, a floor that
            P_I counts as one pass
 a(P, m)    seconds of the Allreduce, see `Link`
-r          seconds of what every rank does for itself
+r          seconds of what a rank does beside passes: for itself, or with matrices, which are shared out whole
 s          by how much ranks beside one another are slower than one alone: memory, caches, waiting
 =========  ============================================================================================
 """

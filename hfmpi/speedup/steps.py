@@ -59,11 +59,12 @@ class StepTimes:
     @property
     def parts(self) -> dict[str, float]:
         """The same in four parts; what is neither pass, Allreduce nor waiting is done by every rank."""
-        spans = self.mean_spans
-        compute = sum(spans.get(name, 0.0) for name in SHARED)
-        allreduce, waiting = spans.get(ALLREDUCE, 0.0), spans.get(WAITING, 0.0)
-        redundant = self.step_seconds - compute - allreduce - waiting
-        return {"compute": compute, "allreduce": allreduce, "waiting": waiting, "redundant": redundant}
+        return _parts(self.mean_spans)
+
+    @property
+    def most_redundant(self) -> float:
+        """The seconds of the rank with most that is neither: where matrices are shared out, the largest."""
+        return max(_parts(spans)["redundant"] for spans in self.spans)
 
     @property
     def imbalance(self) -> float:
@@ -75,6 +76,13 @@ class StepTimes:
     def work(self) -> float:
         """W_P, executed forward passes of a step."""
         return cost.full(self.counts, *self.batches)[0] / self.counts.steps
+
+
+def _parts(spans: dict[str, float]) -> dict[str, float]:
+    compute = sum(spans.get(name, 0.0) for name in SHARED)
+    allreduce, waiting = spans.get(ALLREDUCE, 0.0), spans.get(WAITING, 0.0)
+    redundant = sum(spans.values()) - compute - allreduce - waiting
+    return {"compute": compute, "allreduce": allreduce, "waiting": waiting, "redundant": redundant}
 
 
 def mean_spans(all_spans: Sequence[dict[str, float]]) -> dict[str, float]:
