@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfmpi.backends import create
-from hfmpi.data.batches import Sequences
+from hfmpi.data.batches import Sequences, global_indices
 from hfmpi.errors import UserError
 from hfmpi.models.architecture import Architecture
 from hfmpi.models.network import Network
-from hfmpi.objective.data_parallel import DataParallel, shares
+from hfmpi.objective.data_parallel import DataParallel, shares, step_objectives
 from hfmpi.objective.messages import pack, unpack
 from hfmpi.optim import SOAP, Gradient, HessianFree, Muon, Objective, Objectives
 from hfmpi.optim.base import Block
@@ -173,6 +173,47 @@ def test_a_linearisation_that_turns_out_too_large_is_not_kept_and_the_next_ones_
         owner.on(sequences, np.arange(8)).gauss_newton(theta)
         assert len(made) == tried
         assert len(owner.local._kept) == budget // size
+
+
+@pytest.mark.parametrize("budget", [0, 10_000, math.inf])
+@pytest.mark.parametrize("beside", ["gradient", "squared_gradients", "factored_gradient"])
+def test_the_pass_of_the_gradient_linearises_the_curvature_batch(beside, budget):
+    owner, sequences, theta = make(micro_batch=2)
+    owner.local.memory_budget = budget
+    plain = owner.on(sequences, global_indices(0, 1, 9, 12))
+    linearise, made = owner.model.linearise, []
+
+    def counting(*arguments):
+        made.append(arguments[1].inputs.shape[1])
+        return linearise(*arguments)
+
+    owner.model.linearise = counting
+    v = np.random.default_rng(2).standard_normal((3, theta.size))
+    expected = getattr(plain, beside)(theta)
+    given = step_objectives(owner, sequences, 0, 1, 9, 4)
+    assert given.shared
+    own = given.second.project(theta)(v)
+    made.clear()
+    found = getattr(given.gradient, beside)(theta)
+    pairs = zip(found, expected, strict=True) if beside == "factored_gradient" else [(found, expected)]
+    for one, other in pairs:
+        for a, b in zip(one, other, strict=True):
+            if b is not None:
+                np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-15)
+    if budget == math.inf:
+        assert sum(made) == 9
+        made.clear()
+    np.testing.assert_array_equal(given.second.project(theta)(v), own)
+    if budget == math.inf:
+        assert not made
+    # Elsewhere, and for products of another kind, it is linearised anew.
+    away = theta + 1e-3
+    np.testing.assert_array_equal(
+        given.second.project(away)(v), step_objectives(owner, sequences, 0, 1, 9, 4).second.project(away)(v)
+    )
+    damped = given.second.structural_gauss_newton(theta, 0.5)(v[0])
+    np.testing.assert_allclose(given.second.gauss_newton(theta)(v[0]), given.second.columns(theta)(v)[0])
+    np.testing.assert_array_equal(given.second.structural_gauss_newton(theta, 0.5)(v[0]), damped)
 
 
 # Matrices --------------------------------------------------------------------------------------
