@@ -1,4 +1,4 @@
-"""The study of the paper's Figure 1: its sizes, the choice among candidates, and the table of claims."""
+"""The study of the paper's Figure 1: its sizes, the choice among candidates, its curves and its tables."""
 
 import dataclasses
 import json
@@ -7,11 +7,13 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small import text, train, write_corpus
 
 from hfmpi.data import prepare as data
 from hfmpi.errors import UserError
+from hfmpi.optim.presets import preset
 
 FOLDER = Path(__file__).parents[1] / "examples" / "figure1"
 
@@ -22,6 +24,13 @@ def study(monkeypatch):
     import study
 
     return study
+
+
+@pytest.fixture
+def curves(study):
+    import curves
+
+    return curves
 
 
 @pytest.fixture
@@ -41,12 +50,14 @@ def test_sizes_keep_the_ratios_of_the_paper(study):
             batches = int(given["--gradient-batch"]), int(given.get("--curvature-batch", 0))
             for ours, theirs in zip(batches, (gradient, curvature), strict=True):
                 assert abs(ours - theirs * size.sequences / study.SEQUENCES) <= 0.5
-            if method == "bhf":
+            if method in ("bhf", "bhf-short", "subspace"):
                 assert batches[0] == size.sequences  # the gradient is that of the whole training set
+            if method in ("adam", "soap", "muon"):
+                assert study.BATCHES[method] == study.BATCHES["bgd"]
 
 
 def line(step, bpc, seconds=0.0, p_i=0, p_d=0, valid=None):
-    costs = {"P_I": p_i, "P_D": p_d, "P_D_full": p_d}
+    costs = {"P_I": p_i, "P_D": p_d, "P_D_full": p_d, "P_I_full": p_i + step}
     return {"step": step, "seconds": seconds, "train_bpc": bpc, "valid_bpc": valid, **costs}
 
 
@@ -56,7 +67,7 @@ def write_history(folder, lines):
 
 
 def test_the_choice_is_by_the_tuning_time_alone_and_at_equal_cost(study, tmp_path):
-    first, second, third = study.candidates("lstm", "sgd")[study.FIRST]
+    first, second, third = study.candidates("lstm", "sgd")[2:5]
 
     def choice():
         return study.best(tmp_path, 100.0, "lstm", "sgd")  # 20 s a candidate
@@ -73,19 +84,28 @@ def test_the_choice_is_by_the_tuning_time_alone_and_at_equal_cost(study, tmp_pat
     assert choice() == third
 
 
-@pytest.mark.parametrize("method", ["bgd", "bhf"])
+@pytest.mark.parametrize("method", ["bgd", "bhf", "subspace"])
 @pytest.mark.parametrize("optimum", range(7))
 def test_tuning_goes_on_to_a_best_candidate_inside(study, tmp_path, method, optimum):
     known = study.candidates("lstm", method)
+    start = [1, 2, 3] if method == "subspace" else [2, 3, 4]
     tried = []
     while following := study.untried(tmp_path, 100.0, "lstm", method):
         for c in following:
             tried.append(known.index(c))
             write_history(tmp_path / c.name, [line(1, 2.0 + abs(known.index(c) - optimum), 5, 0, 100)])
-    assert tried[:3] == [2, 3, 4]
+    assert tried[:3] == start
     assert known.index(study.best(tmp_path, 100.0, "lstm", method)) == optimum
     edges = {i for i in (optimum - 1, optimum, optimum + 1) if 0 <= i < len(known)}
-    assert set(tried) == {2, 3, 4} | edges | set(range(optimum, 2)) | set(range(5, optimum + 1))
+    assert set(tried) == {*start} | edges | set(range(optimum, start[0])) | set(range(start[-1], optimum + 1))
+
+
+def test_candidates_have_the_presets_value_among_the_first_three(study):
+    for method, tuned in study.TUNED.items():
+        value = getattr(preset(method).optimizer, tuned.setting)
+        if method not in ("bhf", "adam"):  # Martens' 45, and a rate for a batch of 32
+            assert value in tuned.values[tuned.first : tuned.first + 3]
+        assert len(tuned.values) == 7
 
 
 def falling(step_p_i, step_p_d, per_step, floor=1.5, steps=40):
@@ -97,7 +117,11 @@ def falling(step_p_i, step_p_d, per_step, floor=1.5, steps=40):
     ]
 
 
-def test_verdicts_of_runs_whose_costs_are_known(table):
+def chosen(curves, records, setting="rate=2"):
+    return curves.Chosen(setting, curves.thinned(curves.followed(records)))
+
+
+def test_verdicts_of_runs_whose_costs_are_known(table, curves):
     run = {
         "sgd": falling(60, 96, 0.25),
         "bgd": falling(60, 10_500, 0.25),
@@ -109,7 +133,8 @@ def test_verdicts_of_runs_whose_costs_are_known(table):
     histories["mlstm", "bgd"] = falling(30, 10_500, 0.25)
     histories["lstm", "shf"] = falling(63, 3_000, 0.25, floor=3.34)
     histories["mlstm", "shf"] = falling(63, 3_000, 0.25, floor=1.2)
-    rows = {claim: (words, judged) for claim, _, words, judged in table.claims(histories)}
+    runs = {(*run, 0): chosen(curves, records) for run, records in histories.items()}
+    rows = {claim: (words, judged) for claim, _, words, judged in table.claims(runs)}
     # To 1.5: SGD takes 18 steps and BHF 2.
     assert rows["lstm: P_I of SGD over BHF"] == (
         "11 to 1.5 bits/char (1,080 against 100); 9.6 to 2.0 bits/char (960 against 100); "
@@ -123,9 +148,98 @@ def test_verdicts_of_runs_whose_costs_are_known(table):
     assert rows["lstm: P_D of all to 3.4 bits/char"][0].startswith("SGD ")
     assert {judged for _, judged in rows.values()} == {"agrees", "–"}
 
-    histories["mlstm", "sgd"] = falling(1, 96, 0.25)  # now it needs less than all others
-    rows = {claim: judged for claim, _, _, judged in table.claims(histories)}
+    runs["mlstm", "sgd", 0] = chosen(curves, falling(1, 96, 0.25))  # now it needs less than all others
+    rows = {claim: judged for claim, _, _, judged in table.claims(runs)}
     assert rows["mlstm: P_I of SGD over BHF"] == rows["mlstm: P_I of SGD over BGD"] == "differs"
+
+    del runs["lstm", "bhf", 0], runs["mlstm", "shf", 0]
+    rows = {claim: (words, judged) for claim, _, words, judged in table.claims(runs)}
+    assert rows["lstm: P_I of SGD over BHF"] == rows["SHF with LSTM"] == ("–", "–")
+    assert rows["SHF with mLSTM generalises"][1] == "–"
+
+
+def test_ratios_are_those_of_the_same_seed(table, curves):
+    runs = {}
+    for seed, per_step in enumerate((0.25, 0.5, 1.0)):  # to 3.0: 12, 6 and 3 steps
+        runs["lstm", "sgd", seed] = chosen(curves, falling(3, 12, per_step))
+        runs["lstm", "subspace", seed] = chosen(curves, falling(5, 12, 1.0))
+    assert table.costs(runs, "lstm", "sgd", "train_bpc", "P_I", 3.0) == {0: 36, 1: 18, 2: 9}
+    # With the P_I of everything executed one more a step: 18 for subspace, and 48, 24 and 12.
+    row = table.against(runs, "lstm", "train_bpc", 3.0)
+    assert row == ["3.0", "1.3 (0.67 to 2.7)", "–", "–", "–", "1.3 (0.67 to 2.7), sgd"]
+    assert table.today(runs, "lstm", "train_bpc", 3.0) == ["3.0", "24 (18)", "**18** (**15**)"]
+    assert table.today(runs, "lstm", "valid_bpc", 3.0) == ["3.0", "32 (**24**)", "**30** (25)"]
+    runs["lstm", "sgd", 2] = chosen(curves, falling(3, 12, 1.0, floor=3.5))
+    assert table.today(runs, "lstm", "train_bpc", 3.0) == ["3.0", "–", "**18** (**15**)"]  # a seed is missing
+
+
+def test_large_batches_are_not_smoothed_and_small_ones_lag_a_hundredth(curves):
+    losses = [10.0 - 0.001 * k for k in range(5001)]
+    assert curves.smoothed(losses, 1.0) == losses
+    quarter, single = (curves.smoothed(losses, share) for share in (0.25, 4 / 1750))
+    assert quarter[:99] == pytest.approx(losses[:99])
+    for step in (100, 999, 2499, 5000):  # the mean of so many lags by half of them
+        width = min(50, step // 50)
+        assert quarter[step - 1] == pytest.approx(losses[step - 1] + 0.001 * (width - 1) / 2)
+    assert single[499] == pytest.approx(losses[499] + 0.001 * 13 / 2)  # 14 steps have a 32nd of 1,750
+    assert single[0] == losses[0]
+
+
+def test_a_file_of_curves_keeps_levels_ends_and_early_steps(curves, tmp_path):
+    noise = np.random.default_rng(0).normal(size=20_000)
+    records = [
+        line(
+            k,
+            float(1.5 + 4 * k**-0.3 + 0.02 * e),
+            k / 7,
+            3 * k,
+            12 * k,
+            1.6 + 4 * k**-0.3 if k % 437 == 0 else None,
+        )
+        for k, e in enumerate(noise, start=1)
+    ]
+    whole = curves.followed(records, 4 / 1750)
+    study = curves.Study(
+        "small",
+        80.0,
+        "digest",
+        {("lstm", "sgd", 0): chosen(curves, records), ("mlstm", "subspace", 2): chosen(curves, records[:1])},
+    )
+    thin = curves.thinned(whole)
+    study.runs["lstm", "sgd", 0] = curves.Chosen("rate=2", thin)
+    curves.write(study, tmp_path / "curves.json")
+    assert curves.read(tmp_path / "curves.json") == study
+    assert (tmp_path / "curves.json").stat().st_size < 20_000
+    assert [point["step"] for point in thin[:100]] == [*range(1, 101)]
+    assert thin[-1] == whole[-1]
+    for key in curves.LOSSES:
+        for level in range(20, 80):
+            at = [curves.reached(points, key, "P_I", level / 20) for points in (thin, whole)]
+            assert at[0] == at[1]
+        assert min(curves.curve(thin, key, "P_I")[1]) == min(curves.curve(whole, key, "P_I")[1])
+        assert curves.curve(thin, key, "P_I")[1][-1] == curves.curve(whole, key, "P_I")[1][-1]
+
+
+def test_runs_of_a_file_join_those_of_a_folder(study, curves, tmp_path):
+    for seed in (0, 1):
+        c = study.Candidate("lstm", "sgd", "rate=2", seed)
+        write_history(tmp_path / c.name, falling(3, 12, 0.25))
+    other = chosen(curves, falling(30, 12, 0.5), "rate=8")
+    filed = {("lstm", "sgd", 1): other, ("mlstm", "muon", 0): other}
+    curves.write(curves.Study("small", 80.0, None, filed), tmp_path / curves.NAME)
+    found = curves.load([tmp_path], "small", None).runs
+    assert [*found] == [("lstm", "sgd", 0), ("lstm", "sgd", 1), ("mlstm", "muon", 0)]
+    assert [run.setting for run in found.values()] == ["rate=2", "rate=2", "rate=8"]  # folders come first
+    assert curves.read(tmp_path / curves.NAME).runs == found
+    # A run that is known for done, of a file, comes before what a folder has of it.
+    curves.write(curves.Study("small", 80.0, None, filed), tmp_path / "known.json")
+    known = curves.elsewhere(tmp_path, curves.Study("small", 80.0, None, {}), [tmp_path / "known.json"])
+    assert known.runs == filed
+    with pytest.raises(UserError, match="is of the size small: say --size small"):
+        curves.load([tmp_path / "known.json"], "medium", None)
+    (tmp_path / "known.json").write_text("{}")
+    with pytest.raises(UserError, match="is no file of curves"):
+        curves.read(tmp_path / "known.json")
 
 
 def test_cost_to_a_level_and_its_ratios_over_seeds(study, tmp_path, monkeypatch):
@@ -139,20 +253,15 @@ def test_cost_to_a_level_and_its_ratios_over_seeds(study, tmp_path, monkeypatch)
                 records = falling(10 + seed, 100, per_step)
                 short = name == "at most 6" and seed == 2
                 write_history(better.folder(tmp_path, model, name, seed), records[: 2 if short else None])
-    monkeypatch.setattr(better, "history", lambda at: with_full(study.history(at)))
     # From 6 by halves: 3 is the loss before the seventh step; in validation, 0.1 above, the eighth is below.
     assert better.row(tmp_path, "lstm", "BHF", "train_bpc") == [
-        "lstm", "BHF", *["66", "1.00 (1.00 to 1.00)"] * 2, "600", "1.00 (1.00 to 1.00)"
+        "lstm", "BHF", *(word for cost in ("66", "72", "600") for word in (cost, "1.00 (1.00 to 1.00)"))
     ]  # fmt: skip
     assert better.row(tmp_path, "mlstm", "at most 10 iterations", "valid_bpc")[2:4] == [
         "55",
         "1.60 (1.60 to 1.60)",
     ]
     assert better.row(tmp_path, "mlstm", "at most 6", "train_bpc")[2:4] == ["2 of 3 seeds", "–"]
-
-
-def with_full(records):
-    return [record | {"P_I_full": record["P_I"]} for record in records]
 
 
 def test_a_curve_with_less_of_a_floor_keeps_its_slope(study):
@@ -164,10 +273,13 @@ def test_a_curve_with_less_of_a_floor_keeps_its_slope(study):
     assert shape.seconds == pytest.approx((4.0, 5.0, 7.0))
 
 
-def test_both_figures_are_drawn(study, tmp_path):
+def test_both_figures_are_drawn(study, curves, tmp_path):
     import figure
 
-    figure.write({run: falling(3, 96, 0.1) for run in study.runs()}, tmp_path)
+    pairs = [(model, method) for model in study.MODELS for method in study.METHODS]
+    runs = {(*pair, seed): chosen(curves, falling(3, 96, 0.1)) for pair in pairs for seed in (0, 1)}
+    del runs["lstm", "muon", 0], runs["lstm", "muon", 1]
+    figure.write(runs, tmp_path)
     for name in ("figure1.png", "figure1-validation.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
@@ -176,7 +288,7 @@ def test_both_figures_are_drawn(study, tmp_path):
     ("script", "sentence"),
     [
         ("run.py", r".*other.h5 has 4,200 training characters; this size wants --train-chars 175000 .*"),
-        ("table.py", r".*other.h5 has no steps of lstm sgd"),
+        ("table.py", r".*other.h5 is no file of curves of this study"),
     ],
 )
 def test_data_of_another_size_and_a_study_without_runs_are_refused(
@@ -206,14 +318,42 @@ def test_runs_of_other_data_are_not_mixed(study, tmp_path):
         prepare(tmp_path / "other.h5", tmp_path / "out", size)
 
 
-def test_the_table_says_where_the_chosen_runs_ended(study, table, tmp_path, capsys):
-    for model, method in study.runs():
-        worse, better, _ = study.candidates(model, method)[study.FIRST]
-        write_history(tmp_path / worse.name, falling(30, 96, 0.1))
-        write_history(tmp_path / better.name, falling(30, 96, 0.2, steps=16))
-    picked = study.chosen(tmp_path, 100.0)
-    table.write(picked, study.histories(tmp_path, picked))
+def test_the_median_seed_is_drawn(study, curves):
+    import figure
+
+    every = [chosen(curves, falling(3, 96, per_step)).points for per_step in (0.5, 0.2, 0.3)]
+    assert figure.middle(every, "train_bpc") is every[2]
+    assert figure.middle(every[:1], "valid_bpc") is every[0]
+
+
+def test_the_tables_say_where_the_chosen_runs_ended(study, curves, table, tmp_path, capsys):
+    for model in study.MODELS:
+        for method in study.METHODS[:-1]:
+            first = study.TUNED[method].first
+            worse, better, _ = study.candidates(model, method)[first : first + 3]
+            write_history(tmp_path / worse.name, falling(30, 96, 0.1))
+            write_history(tmp_path / better.name, falling(30, 96, 0.2, steps=16))
+            seed = dataclasses.replace(better, seed=1)
+            write_history(tmp_path / seed.name, falling(30, 96, 0.2, steps=14))
+    table.write(curves.load([tmp_path], "small", None))
     lines = capsys.readouterr().out.splitlines()
-    # The last training loss, of step 16, is that after 15 steps; half a step is nothing here.
-    assert lines[2] == "| lstm sgd | rate=2 | 15 | 16 | 480 | 1,536 | 1,536 | 3.000 | 3.100 |"
-    assert len(lines) == 2 + 8 + 1 + 2 + 13
+    # The last training losses, of steps 14 and 16, are those after 13 and 15 steps: 3.4 and 3.0. SGD's batch
+    # is so small that means are over 13 and 14 steps: 4.6 and 4.3.
+    costs = "14 | 15 | 450 | 465 | 1,440 | 1,440"
+    assert f"| lstm sgd | rate=2 | 2 | {costs} | 4.450 | 3.300 | 3.300 |" in lines
+    assert f"| lstm bgd | rate=2 | 2 | {costs} | 3.200 | 3.300 | 3.300 |" in lines
+    assert "| mlstm subspace " + "| – " * 11 + "|" in lines
+    assert curves.read(tmp_path / curves.NAME).runs["mlstm", "muon", 1].setting == "rate=0.3"
+    capsys.readouterr()
+    table.write(curves.load([tmp_path / curves.NAME], "small", None))
+    assert capsys.readouterr().out.splitlines() == lines  # the file has all of it
+
+
+def test_clock_says_from_which_number_of_ranks_on_each_is_the_fastest(study):
+    import clock
+
+    ranks = clock.RANKS
+    times = {"SGD": 10.0 + 0 * ranks, "BGD": 80.0 / ranks + 2.0, "subspace": 1000.0 / ranks + 1.0}
+    assert clock.intervals(times) == (
+        "from 1 rank(s) on SGD, from 11 rank(s) on BGD, from 921 rank(s) on subspace"
+    )

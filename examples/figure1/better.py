@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from figure import reached
+from curves import followed, reached
 from run import call, prepare
 from study import MODELS, SIZES, Candidate, arguments, history
 from table import show
@@ -61,7 +61,7 @@ def train(data: Path, out: Path, model: str, name: str, seed: int) -> None:
         return
     variant = VARIANTS[name]
     words = ["hfmpi", "train", str(data), "--out", str(at)]
-    words += ["--seed", str(seed), *Candidate(model, "bhf", DAMPING).options(SIZE), *variant.options]
+    words += [*Candidate(model, "bhf", DAMPING, seed).options(SIZE), *variant.options]
     words += ["--max-steps", str(variant.steps), "--checkpoint-every", "1000"]
     call(words, at.with_suffix(".log"))
     print(f"{at.name}: {history(at)[-1]['train_bpc']:.3f} bits/char", flush=True)
@@ -70,9 +70,9 @@ def train(data: Path, out: Path, model: str, name: str, seed: int) -> None:
 def row(out: Path, model: str, name: str, key: str) -> list[str]:
     """Give the medians over seeds of a variant's costs, and by how much BHF needs more, with the extremes."""
     cells = [model, name]
-    both = [[history(folder(out, model, which, seed)) for seed in SEEDS] for which in (name, "BHF")]
+    both = [[followed(history(folder(out, model, which, seed))) for seed in SEEDS] for which in (name, "BHF")]
     for axis in ("P_I", "P_I_full", "P_D"):
-        found, bhf = ([reached(records, key, axis, LEVELS[key]) for records in each] for each in both)
+        found, bhf = ([reached(points, key, axis, LEVELS[key]) for points in each] for each in both)
         known = [value for value in found if value is not None]
         if len(known) < len(SEEDS):
             cells += [f"{len(known)} of {len(SEEDS)} seeds", "–"]

@@ -1,23 +1,26 @@
-"""At how many ranks does BHF overtake SGD by the clock? From a study's runs and the model of docs/speedup.md.
+"""Which method is the fastest on how many ranks? From a study's runs and the model of docs/speedup.md.
 
-python examples/figure1/clock.py [--size small|medium|paper] [--bench FILE]... [--latency S --bandwidth B] OUT
+python examples/figure1/clock.py [--size small|medium|paper] [--level BITS] [--bench FILE]...
+       [--latency S --bandwidth B] OUT
 
-Every pass that a run executed until it first reached a level of the training loss, the lowest that all four
-methods reach, is given the seconds that it would take on P ranks. --bench takes files of `hfmpi bench
-products` and `gradients --json` of the same networks on the same machine; without them a pass over few
-sequences is promised to be quicker than it is. Without a network the ranks' sums take no time. --pass-floor
-divides the time below which a pass does not fall, however few its sequences are.
+Every pass that a run of seed 0 executed until it first reached a level of the training loss, or else the
+lowest that the paper's methods all reach, is given the seconds that it would take on P ranks. --bench takes
+files of `hfmpi bench products` and `gradients --json` of the same networks on the same machine; without them
+a pass over few sequences is promised to be quicker than it is. Without a network the ranks' sums take no
+time. --pass-floor divides the time below which a pass does not fall, however few its sequences are.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
-from figure import reached
-from study import METHODS, MODELS, SIZES, arguments, chosen, histories, history
-from table import common, show
+from curves import followed, reached, share
+from figure import common, shown
+from study import MODELS, PAPER, SIZES, arguments, chosen, history
+from table import show
 
 from hfmpi.errors import UserError
 from hfmpi.files.history import Record
@@ -57,39 +60,55 @@ def clock(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def intervals(times: dict[str, np.ndarray]) -> str:
+    """Say which of them is the fastest from which number of ranks on."""
+    names = list(times)
+    fastest = np.argmin(list(times.values()), axis=0)
+    begins = [0, *(1 + np.flatnonzero(np.diff(fastest)))]
+    return ", ".join(f"from {RANKS[i]:,} rank(s) on {names[fastest[i]]}" for i in begins)
+
+
 def main() -> None:
     parser = arguments(__doc__, "OUT", sized=True)
+    parser.add_argument(
+        "--level", type=float, help="bits/char of training [the lowest of the paper's methods]"
+    )
     parser.add_argument("--bench", type=Path, action="append", default=[], metavar="FILE")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds of a message [0]")
     parser.add_argument("--bandwidth", type=float, default=np.inf, help="bytes a second [no limit]")
-    parser.add_argument("--also", type=Path, metavar="RUN", help="one more run on the same data")
     parser.add_argument("--pass-floor", type=float, default=1.0, help="divisor [1]")
     given = parser.parse_args()
-    picked = chosen(given.out, given.seconds or SIZES[given.size].seconds)
-    found = histories(given.out, picked)
-    also = given.also and read_runs([given.also])[0].config.model
+    size = SIZES[given.size]
+    picked = [c for c in chosen(given.out, given.seconds or size.seconds) if not c.seed]
     link = Link(given.latency, given.bandwidth)
     for cell in MODELS:
-        level = common(found, cell, METHODS)
-        runs = {m.upper(): (given.out / picked[cell, m].name, found[cell, m]) for m in METHODS}
-        if also == cell:
-            runs[given.also.name] = given.also, history(given.also)
-        times = []
-        for folder, records in runs.values():
-            steps = reached(records, "train_bpc", "step", level)
+        runs = {c.method: (c, history(given.out / c.name)) for c in picked if c.model == cell}
+        if not runs:
+            continue
+        curves = {m: followed(records, share(m, size)) for m, (_, records) in runs.items()}
+        level = given.level or common(curves[m] for m in PAPER if m in curves)
+        if level is None:
+            raise UserError(f"{given.out} has no run of the paper's methods with {cell}: name a --level")
+        times, missing = {}, []
+        for method, (c, records) in runs.items():
+            steps = reached(curves[method], "train_bpc", "step", level)
             if steps is None:
-                raise UserError(f"{folder} did not reach {level:.1f} bits/char")
-            job = whole(folder, records[: int(steps)], given.bench, link, given.pass_floor)
-            times.append(job.seconds(RANKS))
-        print(f"\n{cell}: seconds to {level:.1f} bits/char\n")
-        rows = [(f"{RANKS[i]:,}", *(clock(each[i]) for each in times)) for i in SHOWN]
-        show(("ranks", *runs), rows)
-        print()
-        for i, name in enumerate(list(runs)[METHODS.index("bhf") :], METHODS.index("bhf")):
-            for other in (0, 1):
-                ahead = RANKS[times[i] < times[other]]
+                missing.append(f"{shown(method)} did not reach {level:g} bits/char.")
+                continue
+            done = [record for record in records if record["step"] <= steps]
+            job = whole(given.out / c.name, done, given.bench, link, given.pass_floor)
+            times[shown(method)] = job.seconds(RANKS)
+        print(f"\n{cell}: seconds to {level:g} bits/char\n")
+        if times:
+            rows = [(f"{RANKS[i]:,}", *(clock(each[i]) for each in times.values())) for i in SHOWN]
+            show(("ranks", *times), rows)
+            print(f"\nThe fastest is {intervals(times)}.")
+        print(*missing, sep="\n")
+        for quick, slow in product(map(shown, ("bhf", "bhf-short", "subspace")), ("SGD", "BGD")):
+            if {quick, slow} <= times.keys():
+                ahead = RANKS[times[quick] < times[slow]]
                 words = f"from {ahead[0]:,} ranks on" if len(ahead) else "on no number of ranks"
-                print(f"{name} is ahead of {list(runs)[other]} {words}.")
+                print(f"{quick} is ahead of {slow} {words}.")
 
 
 if __name__ == "__main__":

@@ -1,62 +1,107 @@
-"""Draw the study: LSTM above, mLSTM below, against P_I, P_D and the clock."""
+"""Draw the study: LSTM above, mLSTM below, against P_I, P_D and the clock, of each method the median seed.
+
+python examples/figure1/figure.py [--size small|medium|paper] FILE_OR_FOLDER OUT
+
+The paper's methods are solid, today's dashed. The median seed is that of the costs P_I to the lowest multiple
+of 0.1 bits/char that all seeds of the method reach.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from study import METHODS, MODELS, Histories
+import curves
+from curves import Curves, Point, curve, reached
+from study import METHODS, MODELS, PAPER, arguments
 
-from hfmpi.cli.plot import AXES, smoothed
-from hfmpi.cli.show import STYLES, need_matplotlib
+from hfmpi.cli.plot import AXES
+from hfmpi.cli.show import need_matplotlib
+from hfmpi.parallel import guard
+
+COLOURS = {
+    "sgd": "tab:blue",
+    "bgd": "tab:cyan",
+    "shf": "tab:green",
+    "bhf": "tab:red",
+    "adam": "tab:blue",
+    "soap": "tab:orange",
+    "muon": "tab:purple",
+    "bhf-short": "tab:brown",
+    "subspace": "black",
+}
 
 
-def write(histories: Histories, out: Path) -> None:
+def write(runs: Curves, out: Path) -> None:
     """Write figure1.png, the training loss, and figure1-validation.png."""
     for name, key, label in (
         ("figure1.png", "train_bpc", "training bits/char"),
         ("figure1-validation.png", "valid_bpc", "validation bits/char"),
     ):
-        draw(histories, key, label).savefig(out / name, dpi=130)
+        draw(runs, key, label).savefig(out / name, dpi=130)
         print(out / name)
 
 
-def curve(records: list[dict[str, Any]], key: str, axis: str) -> tuple[list[float], list[float]]:
-    """Give costs and bits/char: the training loss smoothed, the validation loss where it is known.
-
-    A step's training loss is that before it, so it belongs to the cost of the steps before; the validation
-    loss is that after it.
-    """
-    if key == "train_bpc":
-        return [r[axis] for r in records[:-1]], smoothed([r[key] for r in records[1:]])
-    known = [r for r in records if r[key] is not None]
-    return [r[axis] for r in known], [r[key] for r in known]
+def common(every: Iterable[Sequence[Point]], key: str = "train_bpc") -> float | None:
+    """Give the lowest multiple of 0.1 bits/char that all curves reach; None if one has no point."""
+    lowest = [min(curve(points, key, "P_I")[1], default=math.inf) for points in every]
+    worst = max(lowest, default=math.inf)
+    return math.ceil(worst * 10 - 1e-9) / 10 if math.isfinite(worst) else None
 
 
-def reached(records: list[dict[str, Any]], key: str, axis: str, level: float) -> float | None:
-    """Give the cost at which a curve first is at most `level`; None if it never is."""
-    xs, ys = curve(records, key, axis)
-    return next((x for x, y in zip(xs, ys, strict=True) if y <= level), None)
+def middle(every: Sequence[list[Point]], key: str) -> list[Point]:
+    """Give the curve of the median seed, the lower one of two."""
+    level = common(every, key)
+    if level is None:
+        return every[0]
+    costs = [reached(points, key, "P_I", level) for points in every]
+    return every[sorted(range(len(every)), key=lambda i: costs[i])[(len(every) - 1) // 2]]
 
 
-def draw(histories: Histories, key: str, label: str) -> Any:
+def draw(runs: Curves, key: str, label: str) -> Any:
     """Make a figure of six panels; of the training loss, the four left ones are the paper's."""
     need_matplotlib()
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 7), layout="constrained")
+    figure = Figure(figsize=(13, 8), layout="constrained")
     panels = figure.subplots(2, 3, sharey=True, sharex="col")
+    lines = {}
     for row, model in zip(panels, MODELS, strict=True):
         for panel, (axis, name) in zip(row, AXES.items(), strict=True):
-            for i, method in enumerate(METHODS):
-                xs, ys = curve(histories[model, method], key, axis)
-                panel.plot(xs, ys, STYLES[i], color=f"C{i}", label=method.upper(), linewidth=1.3)
+            for method in METHODS:
+                if every := curves.seeds(runs, model, method):
+                    xs, ys = curve(middle([*every.values()], key), key, axis)
+                    style = "-" if method in PAPER else (0, (5, 1.5))
+                    width = 2.2 if method == "subspace" else 1.4
+                    (lines[shown(method)],) = panel.plot(
+                        xs, ys, linestyle=style, color=COLOURS[method], linewidth=width
+                    )
             panel.set_xscale("log")
             panel.set_title("LSTM" if model == "lstm" else "mLSTM", fontsize="medium")
             panel.grid(alpha=0.3)
             if model == MODELS[-1]:
                 panel.set_xlabel(name)
         row[0].set_ylabel(label)
-    panels[0, -1].legend()
-    panels[0, 0].set_ylim(top=4.7)
+    names = [name for name in map(shown, METHODS) if name in lines]
+    panels[0, -1].legend([lines[name] for name in names], names)
+    lowest = min(y for panel in panels.flat for line in panel.lines for y in (*line.get_ydata(), 4.0))
+    panels[0, 0].set_ylim(lowest - 0.1, 4.7)  # a first step may go far up
     return figure
+
+
+def shown(method: str) -> str:
+    """Give a method's name as the paper, or the command, has it."""
+    return method.upper() if method in PAPER else method
+
+
+def main() -> None:
+    parser = arguments(__doc__, "FILE_OR_FOLDER", "OUT", sized=True)
+    given = parser.parse_args()
+    write(curves.load([given.file_or_folder], given.size, given.seconds).runs, given.out)
+
+
+if __name__ == "__main__":
+    with guard():
+        main()

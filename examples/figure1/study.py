@@ -1,12 +1,13 @@
-"""The paper's Figure 1 as data: the sizes, the eight runs, their candidate settings, how one is chosen."""
+"""The paper's Figure 1 as data: sizes, cells and methods, their candidate settings, how one is chosen."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hfmpi.data.corpus import Corpus
 from hfmpi.errors import UserError
@@ -15,30 +16,52 @@ from hfmpi.files.history import History
 from hfmpi.models.architecture import PAPER_PARAMETERS
 from hfmpi.optim.presets import preset
 
-Histories = dict[tuple[str, str], list[dict[str, Any]]]
-
 MODELS = ("lstm", "mlstm")
-METHODS = ("sgd", "bgd", "shf", "bhf")
+PAPER = ("sgd", "bgd", "shf", "bhf")
+TODAY = ("adam", "soap", "muon", "bhf-short", "subspace")
+METHODS = PAPER + TODAY
 
 SEQUENCES = 14_000
 """Training sequences of the paper: 2.8 million characters in sequences of 200."""
 
 BATCHES = {m: (preset(m).gradient_batch, preset(m).curvature_batch) for m in METHODS}
-"""Sequences in the batch of the gradient and of the curvature: the presets' are the paper's."""
+"""Sequences in the batch of the gradient and of the curvature: the presets', which are the paper's."""
+BATCHES["adam"] = BATCHES["bgd"]  # as the others of today: few passes are what is asked for
+
+
+class Tuned(NamedTuple):
+    """The setting of a method that is tuned, its candidates, and which of them is the first of three.
+
+    While the best of those tried is at their edge, the next one is tried too.
+    """
+
+    setting: str
+    values: tuple[float, ...]
+    first: int = 2
+
 
 RATES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-"""Candidate step lengths of gradient descent; 2 is the preset's."""
+"""Lengths of a step of gradient descent; 2 is the preset's."""
 
 DAMPINGS = (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)
-"""Candidate values of the first lambda of Hessian-free, in nats per character; shf has 0.1."""
+"""The first lambda of Hessian-free, in nats per character; shf has 0.1, bhf-short 0.01."""
 
-FIRST = slice(2, 5)
-"""The candidates tried at first; while the best one is at the edge of those tried, the next one is too."""
+TUNED = {
+    "sgd": Tuned("rate", RATES),
+    "bgd": Tuned("rate", RATES),
+    "shf": Tuned("damping", DAMPINGS),
+    "bhf": Tuned("damping", DAMPINGS),
+    "adam": Tuned("rate", (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)),
+    "soap": Tuned("rate", (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8)),
+    "muon": Tuned("rate", (0.0375, 0.075, 0.15, 0.3, 0.6, 1.2, 2.4)),
+    "bhf-short": Tuned("damping", DAMPINGS, 1),
+    "subspace": Tuned("damping", (1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0), 1),
+}
 
 TUNING = 0.2
 """Share of a run's time that every candidate gets; the best one then goes on to the end."""
 
-TIMES = {"sgd": 1, "bgd": 1, "shf": 1, "bhf": 4}
+TIMES = dict.fromkeys(METHODS, 1) | {"bhf": 4, "bhf-short": 2, "subspace": 2}
 """Time of a method's runs in units of the size's seconds: a step of BHF takes that of hundreds of SGD."""
 
 
@@ -102,11 +125,13 @@ class Candidate:
     model: str
     method: str
     setting: str
+    seed: int = 0
 
     @property
     def name(self) -> str:
         """Name of its folder."""
-        return "-".join((self.model, self.method, self.setting))
+        seed = (f"seed{self.seed}",) if self.seed else ()
+        return "-".join((self.model, self.method, self.setting, *seed))
 
     def seconds(self, unit: float) -> float:
         """Give its training time, on the ranks that it is started with."""
@@ -125,6 +150,7 @@ class Candidate:
             "optimizer": self.method,
             "gradient-batch": round(gradient / size.batches),
             "sequence-length": size.length,
+            "seed": self.seed,
         }
         if curvature:
             given["curvature-batch"] = round(curvature / size.batches)
@@ -133,25 +159,33 @@ class Candidate:
 
 
 def candidates(model: str, method: str) -> list[Candidate]:
-    """Give all candidates of a run in order: lengths of a step, or for Hessian-free the first lambda."""
-    name, values = ("rate", RATES) if method in ("sgd", "bgd") else ("damping", DAMPINGS)
-    return [Candidate(model, method, f"{name}={value:g}") for value in values]
+    """Give all candidates in order: lengths of a step, or for second order the first lambda."""
+    tuned = TUNED[method]
+    return [Candidate(model, method, f"{tuned.setting}={value:g}") for value in tuned.values]
 
 
 def untried(out: Path, unit: float, model: str, method: str) -> list[Candidate]:
     """Give the candidates to try next: the first three, then one beyond a best one at the edge, else none."""
-    known = candidates(model, method)
+    known, first = candidates(model, method), TUNED[method].first
     left = [c for c in known if not tuned(out, unit, c)]
-    missing = [c for c in known[FIRST] if c in left]
+    missing = [c for c in known[first : first + 3] if c in left]
     if missing:
         return missing
     at = known.index(best(out, unit, model, method))
     return [c for c in known[max(at - 1, 0) : at + 2] if c in left]
 
 
-def runs() -> list[tuple[str, str]]:
-    """Give the eight runs, by cell and method."""
-    return list(product(MODELS, METHODS))
+def part(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    """Give the reader of an option that names some of what is known, with commas between."""
+
+    def read(words: str) -> tuple[str, ...]:
+        found = words.split(",")
+        for word in found:
+            if word not in known:
+                raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(known)}")
+        return tuple(one for one in known if one in found)
+
+    return read
 
 
 def read_corpus(data: Path, out: Path) -> Corpus:
@@ -197,11 +231,15 @@ def score(records: list[dict[str, Any]], cost: float) -> float:
     return sum(late) / len(late)
 
 
-def chosen(out: Path, unit: float) -> dict[tuple[str, str], Candidate]:
-    """Give the chosen candidate of each of the eight runs."""
-    return {run: best(out, unit, *run) for run in runs()}
-
-
-def histories(out: Path, chosen: dict[tuple[str, str], Candidate]) -> Histories:
-    """Give the steps of the chosen candidates."""
-    return {run: history(out / c.name) for run, c in chosen.items()}
+def chosen(out: Path, unit: float) -> list[Candidate]:
+    """Give the chosen candidate of each cell and method that has begun, with every seed that has."""
+    found = []
+    for model, method in product(MODELS, METHODS):
+        known = candidates(model, method)
+        if any(history(out / c.name) for c in known):
+            known = [best(out, unit, model, method)]  # else it was chosen elsewhere
+        for c in known:
+            seeds = (at.name.removeprefix(f"{c.name}-seed") for at in out.glob(f"{c.name}-seed*"))
+            every = [replace(c, seed=seed) for seed in (0, *sorted(int(s) for s in seeds if s.isdecimal()))]
+            found += [one for one in every if history(out / one.name)]
+    return found

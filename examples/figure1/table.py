@@ -1,6 +1,10 @@
-"""Print what the paper says of its Figure 1 beside what a study found, each with a verdict.
+"""Print where the runs of a study ended, what the paper says of its Figure 1, and today's methods beside it.
 
-python examples/figure1/table.py [--size small|medium|paper] OUT
+python examples/figure1/table.py [--size small|medium|paper] FILE_OR_FOLDER...
+
+FILE is one of curves, as docs/results has them; a folder of runs gets its own. Numbers are medians over
+seeds, ratios those of the same seed with the least and the most. A dash stands where a run is not there or
+did not come so far.
 
 How the words are judged: `very little difference` is a ratio between 2/3 and 3/2, `far more efficient` one
 above 2, and `stalls` a training loss more than 0.1 bits/char above that of SHF with the mLSTM at equal P_I.
@@ -8,47 +12,82 @@ above 2, and `stalls` a training loss more than 0.1 bits/char above that of SHF 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from pathlib import Path
+from statistics import median
 
-from figure import curve, reached
-from study import METHODS, MODELS, SIZES, Candidate, Histories, arguments, chosen, histories
+import curves
+from curves import Curves, Point, Study, curve, reached, seeds
+from figure import common, shown
+from study import METHODS, MODELS, PAPER, arguments
 
 from hfmpi.parallel import guard
 
 Row = tuple[str, str, str, str]
 
+FIRST_ORDER = ("sgd", "bgd", "adam", "soap", "muon")
+LEVELS = (3.0, 2.5, 2.3, 2.1, 2.0, 1.9, 1.8, 1.7)
+LOWER = {"small": (), "medium": (1.6, 1.5, 1.4), "paper": (1.6, 1.5, 1.4)}
+"""Levels of the tables of today's methods, in bits/char, and those of larger networks besides."""
 
-def common(histories: Histories, model: str, methods: tuple[str, ...]) -> float:
-    """Give the lowest multiple of 0.1 bits/char that the smoothed training loss of all methods reaches."""
-    worst = max(min(curve(histories[model, m], "train_bpc", "P_I")[1]) for m in methods)
-    return math.ceil(worst * 10 - 1e-9) / 10
+
+def costs(runs: Curves, model: str, method: str, key: str, axis: str, level: float) -> dict[int, float]:
+    """Give the cost to a level of each seed that reached it."""
+    found = {seed: reached(points, key, axis, level) for seed, points in seeds(runs, model, method).items()}
+    return {seed: cost for seed, cost in found.items() if cost is not None}
 
 
-def ratio(histories: Histories, model: str, slow: str, quick: str) -> tuple[float, str]:
+def typical(runs: Curves, model: str, method: str, key: str, axis: str, level: float) -> float | None:
+    """Give the median cost to a level; None unless every seed reached it."""
+    found = costs(runs, model, method, key, axis, level)
+    return median(found.values()) if found and len(found) == len(seeds(runs, model, method)) else None
+
+
+def number(value: float | None) -> str:
+    """Give a cost, or a dash."""
+    return "–" if value is None else f"{round(value):,}"
+
+
+def spread(ratios: Sequence[float]) -> str:
+    """Give the median of ratios, with the least and the most."""
+    words = f"{median(ratios):.2g}"
+    return words if len(ratios) == 1 else f"{words} ({min(ratios):.2g} to {max(ratios):.2g})"
+
+
+def ratios(runs: Curves, model: str, slow: str, quick: str, key: str, axis: str, level: float) -> list[float]:
+    """Give by how much `quick` needs less than `slow` to a level, for each seed in which both reached it."""
+    ours, theirs = (costs(runs, model, m, key, axis, level) for m in (quick, slow))
+    return [theirs[seed] / ours[seed] for seed in ours if seed in theirs]
+
+
+def ratio(runs: Curves, model: str, slow: str, quick: str) -> tuple[float, str] | None:
     """Give by how much `quick` needs less P_I than `slow` to their common level, and a sentence of it.
 
     The sentence has the ratios to levels 0.5 and 1 bits/char above too: a ratio depends on where it is read.
     """
-    level = common(histories, model, (slow, quick))
+    both = [seeds(runs, model, m) for m in (slow, quick)]
+    level = common(chain(*(each.values() for each in both)))
+    if level is None or not both[0].keys() & both[1].keys():
+        return None
     found, words = [], []
     for at in (level, level + 0.5, level + 1):
-        costs = [reached(histories[model, m], "train_bpc", "P_I", at) for m in (slow, quick)]
-        found.append(costs[0] / costs[1])
-        words.append(f"{found[-1]:.2g} to {at:.1f} bits/char ({costs[0]:,} against {costs[1]:,})")
+        each = ratios(runs, model, slow, quick, "train_bpc", "P_I", at)
+        sides = (number(typical(runs, model, m, "train_bpc", "P_I", at)) for m in (slow, quick))
+        found.append(median(each))
+        words.append(f"{spread(each)} to {at:.1f} bits/char ({' against '.join(sides)})")
     return found[0], "; ".join(words)
 
 
-def final(histories: Histories, model: str, method: str, key: str) -> float:
-    """Give the last training loss, smoothed, or the lowest validation loss."""
-    values = curve(histories[model, method], key, "P_I")[1]
+def final(points: Sequence[Point], key: str) -> float:
+    """Give the last training loss, or the lowest validation loss."""
+    values = curve(points, key, "P_I")[1]
     return values[-1] if key == "train_bpc" else min(values)
 
 
-def after(histories: Histories, model: str, method: str, p_i: float) -> float:
-    """Give the smoothed training loss at a cost P_I."""
-    xs, ys = curve(histories[model, method], "train_bpc", "P_I")
+def after(points: Sequence[Point], p_i: float) -> float:
+    """Give the training loss at a cost P_I."""
+    xs, ys = curve(points, "train_bpc", "P_I")
     return [y for x, y in zip(xs, ys, strict=True) if x <= p_i][-1]
 
 
@@ -57,69 +96,147 @@ def verdict(agrees: bool, partly: bool = False) -> str:
     return "agrees" if agrees else "same direction" if partly else "differs"
 
 
-def claims(histories: Histories) -> list[Row]:
+def claims(runs: Curves) -> list[Row]:
     """Give a row for each claim: what, the paper, here, verdict."""
-    rows = []
-    for model in MODELS:
-        found, words = ratio(histories, model, "sgd", "bhf")
-        judged = verdict(found > 10, found > 1)
-        rows.append((f"{model}: P_I of SGD over BHF", "more than 10 times", words, judged))
-    for model in MODELS:
-        found, words = ratio(histories, model, "bgd", "bhf")
-        judged = verdict(found > 2, found > 1)
-        rows.append((f"{model}: P_I of BGD over BHF", "BHF far more efficient", words, judged))
-    found, words = ratio(histories, "lstm", "sgd", "bgd")
-    rows.append(
-        ("lstm: P_I of SGD over BGD", "very little difference", words, verdict(2 / 3 < found < 3 / 2))
-    )
-    found, words = ratio(histories, "mlstm", "sgd", "bgd")
-    rows.append(("mlstm: P_I of SGD over BGD", "BGD faster, fairly early on", words, verdict(found > 1)))
+    rows: list[Row] = []
 
-    shared = min(histories[model, "shf"][-1]["P_I"] for model in MODELS)
-    lstm, mlstm = (after(histories, model, "shf", shared) for model in MODELS)
-    words = f"after a P_I of {shared:,} LSTM {lstm:.3f} training bits/char, mLSTM {mlstm:.3f}"
-    rows.append(("SHF with LSTM", "stalls", words, verdict(lstm > mlstm + 0.1)))
-    for key, name in (("train_bpc", "trains"), ("valid_bpc", "generalises")):
-        order = sorted(histories, key=lambda run: final(histories, *run, key))
-        words = ", ".join(
-            f"{m} {method.upper()} {final(histories, m, method, key):.3f}" for m, method in order
-        )
-        judged = verdict(order[0] == ("mlstm", "shf"))
-        paper = "best of all" + (": 1.82 against 1.89 to 1.93" if key == "valid_bpc" else "")
-        rows.append((f"SHF with mLSTM {name}", paper, words, judged))
+    def compared(model: str, slow: str, quick: str, paper: str, *judged: tuple[float, float]) -> None:
+        found = ratio(runs, model, slow, quick)
+        what = f"{model}: P_I of {slow.upper()} over {quick.upper()}"
+        words = "–" if found is None else found[1]
+        word = "–" if found is None else verdict(*(low < found[0] < high for low, high in judged))
+        rows.append((what, paper, words, word))
+
+    above = float("inf")
+    for model in MODELS:
+        compared(model, "sgd", "bhf", "more than 10 times", (10, above), (1, above))
+    for model in MODELS:
+        compared(model, "bgd", "bhf", "BHF far more efficient", (2, above), (1, above))
+    compared("lstm", "sgd", "bgd", "very little difference", (2 / 3, 3 / 2))
+    compared("mlstm", "sgd", "bgd", "BGD faster, fairly early on", (1, above))
+
+    rows += [stalling(runs), *best_of_all(runs)]
     for model in MODELS:
         for axis in ("P_I", "P_D"):
-            level = common(histories, model, METHODS)
-            costs = sorted(
-                (reached(histories[model, m], "train_bpc", axis, level), m.upper()) for m in METHODS
-            )
-            words = ", ".join(f"{m} {value:,}" for value, m in costs)
-            rows.append(
-                (f"{model}: {axis} of all to {level:.1f} bits/char", "only in its figure", words, "–")
-            )
+            rows.append(all_of_them(runs, model, axis))
     return rows
 
 
-def ends(picked: dict[tuple[str, str], Candidate], histories: Histories) -> list[tuple[str, ...]]:
-    """Give a row for each run: its chosen setting, how far it came, and the losses there."""
+def stalling(runs: Curves) -> Row:
+    """Give the row of SHF with the LSTM."""
+    both = [[*seeds(runs, model, "shf").values()] for model in MODELS]
+    if not all(both):
+        return "SHF with LSTM", "stalls", "–", "–"
+    shared = min(points[-1]["P_I"] for points in chain(*both))
+    lstm, mlstm = (median(after(points, shared) for points in each) for each in both)
+    words = f"after a P_I of {shared:,} LSTM {lstm:.3f} training bits/char, mLSTM {mlstm:.3f}"
+    return "SHF with LSTM", "stalls", words, verdict(lstm > mlstm + 0.1)
+
+
+def best_of_all(runs: Curves) -> Iterable[Row]:
+    """Give the two rows of SHF with the mLSTM, against the paper's other runs."""
+    every = {(model, m): seeds(runs, model, m).values() for model in MODELS for m in PAPER}
+    for key, name in (("train_bpc", "trains"), ("valid_bpc", "generalises")):
+        paper = "best of all" + (": 1.82 against 1.89 to 1.93" if key == "valid_bpc" else "")
+        ends = {
+            run: median(final(points, key) for points in each)
+            for run, each in every.items()
+            if each and all(curve(points, key, "P_I")[0] for points in each)
+        }
+        order = sorted(ends, key=lambda run: ends[run])
+        words = ", ".join(f"{model} {m.upper()} {ends[model, m]:.3f}" for model, m in order)
+        judged = verdict(order[0] == ("mlstm", "shf")) if len(ends) == len(every) else "–"
+        yield f"SHF with mLSTM {name}", paper, words or "–", judged
+
+
+def all_of_them(runs: Curves, model: str, axis: str) -> Row:
+    """Give the row of a cost of the paper's methods to their common level."""
+    there = [m for m in PAPER if seeds(runs, model, m)]
+    level = common(points for m in there for points in seeds(runs, model, m).values())
+    if level is None:
+        return f"{model}: {axis} of all", "only in its figure", "–", "–"
+    found = sorted((typical(runs, model, m, "train_bpc", axis, level), m.upper()) for m in there)
+    words = ", ".join(f"{m} {number(value)}" for value, m in found)
+    return f"{model}: {axis} of all to {level:.1f} bits/char", "only in its figure", words, "–"
+
+
+def ends(runs: Curves) -> list[tuple[str, ...]]:
+    """Give a row for each method: its setting, how far it came, and the losses there; medians of each."""
     rows = []
-    for (model, method), records in histories.items():
-        last = records[-1]
-        valid = [r["valid_bpc"] for r in records if r["valid_bpc"] is not None]
-        costs = [f"{last[key]:,}" for key in ("step", "P_I", "P_D", "P_D_full")]
-        loss = curve(records, "train_bpc", "P_I")[1][-1]
-        setting = picked[model, method].setting
-        end = f"{valid[-1]:.3f}" if valid else "–"
-        rows.append((f"{model} {method}", setting, f"{last['seconds']:.0f}", *costs, f"{loss:.3f}", end))
+    for model in MODELS:
+        for method in METHODS:
+            every = [*seeds(runs, model, method).values()]
+            if not every:
+                rows.append((f"{model} {method}", *["–"] * 11))
+                continue
+            setting = next(run.setting for key, run in runs.items() if key[:2] == (model, method))
+            last = [number(median(p[-1][key] for p in every)) for key in ("seconds", *curves.COSTS)]
+            losses = [[curve(points, key, "P_I")[1] for points in every] for key in curves.LOSSES]
+            train, valid = ([values[-1] for values in each if values] for each in losses)
+            lowest = [min(values) for values in losses[1] if values]
+            values = (f"{median(each):.3f}" if each else "–" for each in (train, valid, lowest))
+            rows.append((f"{model} {method}", setting, str(len(every)), *last, *values))
     return rows
 
 
-def write(picked: dict[tuple[str, str], Candidate], histories: Histories) -> None:
-    """Print both tables in Markdown: where the runs ended, and the claims."""
-    heads = ("run", "chosen", "seconds", "steps", "P_I", "P_D", "P_D full", "training", "validation")
-    show(heads, ends(picked, histories))
-    print()
-    show(("claim", "paper", "here", "verdict"), claims(histories))
+def today(runs: Curves, model: str, key: str, level: float) -> list[str]:
+    """Give the row of a level: P_I of everything executed, and by the paper's formulas where it differs."""
+    there = [m for m in METHODS if seeds(runs, model, m)]
+    full, paper = ([typical(runs, model, m, key, axis, level) for m in there] for axis in ("P_I_full", "P_I"))
+    least, paper_least = (min((v for v in each if v is not None), default=None) for each in (full, paper))
+    cells = []
+    for ours, formula in zip(full, paper, strict=True):
+        cell = marked(ours, least)
+        cells.append(cell if ours == formula else f"{cell} ({marked(formula, paper_least)})")
+    return [f"{level:.1f}", *cells]
+
+
+def marked(value: float | None, least: float | None) -> str:
+    """Give a cost, bold if it is the least."""
+    return f"**{number(value)}**" if value is not None and value == least else number(value)
+
+
+def dependent(runs: Curves, model: str, key: str, level: float) -> list[str]:
+    """Give the row of a level: P_D of everything executed."""
+    there = [m for m in METHODS if seeds(runs, model, m)]
+    found = [typical(runs, model, m, key, "P_D_full", level) for m in there]
+    least = min((v for v in found if v is not None), default=None)
+    return [f"{level:.1f}", *(marked(value, least) for value in found)]
+
+
+def against(runs: Curves, model: str, key: str, level: float) -> list[str]:
+    """Give the row of a level: P_I of others, all of it, over that of subspace."""
+    known = {m: typical(runs, model, m, key, "P_I_full", level) for m in FIRST_ORDER}
+    reaching = {m: value for m, value in known.items() if value is not None}
+    best = min(reaching, key=lambda m: reaching[m], default=None)
+    cells = [f"{level:.1f}"]
+    for method in ("sgd", "bgd", "bhf", "bhf-short", best):
+        each = method and ratios(runs, model, method, "subspace", key, "P_I_full", level)
+        cells.append(spread(each) if each else "–")
+    return [*cells[:-1], f"{cells[-1]}, {best}" if cells[-1] != "–" else "–"]
+
+
+def write(study: Study) -> None:
+    """Print all tables in Markdown."""
+    runs = study.runs
+    costs = ("seconds", "steps", "P_I", "P_I full", "P_D", "P_D full")
+    print("\nWhere the runs ended\n")
+    show(("run", "chosen", "seeds", *costs, "training", "validation", "its lowest"), ends(runs))
+    print("\nThe paper's claims\n")
+    show(("claim", "paper", "here", "verdict"), claims(runs))
+    levels = LEVELS + LOWER[study.size]
+    for model in MODELS:
+        there = [m for m in METHODS if seeds(runs, model, m)]
+        for key, name in zip(curves.LOSSES, ("training", "validation"), strict=True):
+            heads = (f"{name} bits/char", *map(shown, there))
+            print(f"\n{model}: P_I full, in brackets P_I by the paper's formulas where it is less\n")
+            show(heads, [today(runs, model, key, level) for level in levels])
+            print(f"\n{model}: P_D full\n")
+            show(heads, [dependent(runs, model, key, level) for level in levels])
+            if "subspace" in there:
+                print(f"\n{model}: P_I full of others over that of subspace\n")
+                others = ("SGD", "BGD", "BHF", "bhf-short", "the best of first order")
+                show((heads[0], *others), [against(runs, model, key, level) for level in levels])
 
 
 def show(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -129,9 +246,10 @@ def show(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def main() -> None:
-    given = arguments(__doc__, "OUT", sized=True).parse_args()
-    picked = chosen(given.out, given.seconds or SIZES[given.size].seconds)
-    write(picked, histories(given.out, picked))
+    parser = arguments(__doc__, sized=True)
+    parser.add_argument("paths", nargs="+", type=Path, metavar="FILE_OR_FOLDER")
+    given = parser.parse_args()
+    write(curves.load(given.paths, given.size, given.seconds))
 
 
 if __name__ == "__main__":
