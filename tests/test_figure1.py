@@ -247,7 +247,7 @@ def test_cost_to_a_level_and_its_ratios_over_seeds(study, tmp_path, monkeypatch)
 
     monkeypatch.setattr(better, "LEVELS", {"train_bpc": 3.0, "valid_bpc": 3.0})
     for name, variant in better.VARIANTS.items():
-        per_step = 0.5 if name == "BHF" else 1.0
+        per_step = 0.5 if name in better.BASES else 1.0
         for model in variant.models:
             for seed in better.SEEDS:
                 records = falling(10 + seed, 100, per_step)
@@ -262,6 +262,7 @@ def test_cost_to_a_level_and_its_ratios_over_seeds(study, tmp_path, monkeypatch)
         "1.60 (1.60 to 1.60)",
     ]
     assert better.row(tmp_path, "mlstm", "at most 6", "train_bpc")[2:4] == ["2 of 3 seeds", "–"]
+    assert better.row(tmp_path, "mlstm", "6 last steps", "train_bpc")[2:4] == ["33", "2.00 (2.00 to 2.00)"]
 
 
 def test_a_curve_with_less_of_a_floor_keeps_its_slope(study):
