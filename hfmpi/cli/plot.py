@@ -1,4 +1,4 @@
-"""`hfmpi plot`: the axes of the paper's Figure 1, and what happens inside the Hessian-free step."""
+"""`hfmpi plot`: the axes of the paper's Figure 1, and what happens inside a step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,18 @@ if TYPE_CHECKING:
 __all__ = ["plot"]
 
 Quantity = Literal[
-    "train_bpc", "valid_bpc", "P_I", "P_D", "seconds", "damping", "rho", "cg_steps", "line_search_rate"
+    "train_bpc",
+    "valid_bpc",
+    "P_I",
+    "P_D",
+    "seconds",
+    "damping",
+    "rho",
+    "cg_steps",
+    "line_search_rate",
+    "rate",
+    "gradient_norm",
+    "step_norm",
 ]
 """Keys of a `Record` that are drawn."""
 
@@ -33,8 +44,13 @@ INTERNALS: dict[Quantity, str] = {
     "rho": "reduction ratio $\\rho$",
     "cg_steps": "CG iterations",
     "line_search_rate": "line search rate (0: rejected)",
+    "rate": "learning rate, or length of the step",
+    "gradient_norm": "norm of the gradient",
+    "step_norm": "norm of the step (0: rejected)",
 }
-"""What they are, in the order of the panels."""
+"""What they are, in the order of the panels; a method has some of them."""
+
+LOGARITHMIC = "damping", "rate", "gradient_norm"
 
 
 @click.command()
@@ -42,7 +58,7 @@ INTERNALS: dict[Quantity, str] = {
 @click.option(
     "--internals",
     is_flag=True,
-    help="Damping, reduction ratio, CG iterations and line search rate of each Hessian-free step instead.",
+    help="Damping, reduction ratio, CG iterations and what else each step tells of itself instead.",
 )
 def plot(runs: tuple[Path, ...], out: Path | None, internals: bool) -> None:
     """Draw training (lines) and validation (marks) bits/char of RUN... against P_I, P_D and seconds.
@@ -62,8 +78,6 @@ def plot(runs: tuple[Path, ...], out: Path | None, internals: bool) -> None:
         records = [r for r in records if internals or all(r[key] is not None for key in DRAWN)]
         if not records:
             raise UserError(f"the history of {run} is empty")
-        if internals:
-            _check_internals(run, records)
         histories.append((click.format_filename(run), records))
     corpora = {run: trained_on(run) for run in runs}
     known: dict[str, Path] = {}
@@ -73,47 +87,56 @@ def plot(runs: tuple[Path, ...], out: Path | None, internals: bool) -> None:
     if len(known) > 1 and not internals:
         one, other, *_ = map(click.format_filename, known.values())
         click.echo(f"Note: {one} and {other} were trained on different data.", err=True)
+    inside = {run: _inside(run, records) for run, records in histories} if internals else {}
     if out is None:
-        click.echo("\n".join(charts(histories, internals)))
+        click.echo("\n".join(charts(histories, inside)))
         return
     unit = loss_unit(b"".join(symbols for _, symbols in corpora.values()))
-    written = save(draw_internals(histories) if internals else draw(histories, unit), out)
+    written = save(draw_internals(histories, inside) if internals else draw(histories, unit), out)
     click.echo(f"{click.format_filename(written)}: {len(runs)} run(s)")
 
 
-def _check_internals(run: Path, records: list[Record]) -> None:
-    """Raise a UserError unless these are steps of Hessian-free optimization."""
+def _inside(run: str, records: list[Record]) -> list[Quantity]:
+    """Give what every step of a run tells of itself; raise a UserError if that is nothing that is drawn."""
     from hfmpi.files.numbers import is_drawable
 
-    for key in INTERNALS:
-        if not all(is_drawable(record.get(key, "")) for record in records):
-            raise UserError(f"{run} has no {key} at every step: --internals needs shf or bhf")
+    found = [key for key in INTERNALS if all(is_drawable(record.get(key, "")) for record in records)]
+    if not any(record["cg_steps"] for record in records):  # every history has them
+        found.remove("cg_steps")
+    if not found:
+        raise UserError(f"the history of {run} has nothing that --internals draws at every step")
+    return found
 
 
-def charts(histories: list[tuple[str, list[Record]]], internals: bool) -> list[str]:
+def charts(histories: list[tuple[str, list[Record]]], inside: dict[str, list[Quantity]]) -> list[str]:
     """Give a line a run and quantity: over its steps, and the first and last value."""
-    keys: tuple[Quantity, ...] = tuple(INTERNALS) if internals else ("train_bpc", "valid_bpc")
     rows, lines = [["run", "steps", "", "first", "last"]], []
     for name, records in histories:
-        for key in keys:
+        for key in inside.get(name, ("train_bpc", "valid_bpc")):
             values = [record[key] for record in records]
             known = [v for v in values if v is not None]
             ends = [f"{v:.4g}" for v in (known[0], known[-1])] if known else ["", ""]
             rows.append([Path(name).name, f"{records[-1]['step']:,}", key, *ends])
-            lines.append(sparkline(values, log=key == "damping"))
+            lines.append(sparkline(values, log=key in LOGARITHMIC))
     left = aligned(rows)
     return [left[0], *(f"{line}  {chart}" for line, chart in zip(left[1:], lines, strict=True))]
 
 
-def draw_internals(histories: list[tuple[str, list[Record]]]) -> Any:
+def draw_internals(histories: list[tuple[str, list[Record]]], inside: dict[str, list[Quantity]]) -> Any:
     """Make the figure of the internals: a panel a quantity, one line style and marker a run."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 6.4), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True)
+    keys = [key for key in INTERNALS if any(key in own for own in inside.values())]
+    rows = -(-len(keys) // 2)
+    figure = Figure(figsize=(11, 0.6 + 2.9 * rows), layout="constrained")
+    panels = figure.subplots(rows, 2, sharex=True, squeeze=False).flat
+    axes = dict(zip(keys, panels, strict=False))
+    for panel in list(panels)[len(keys) :]:
+        panel.remove()
     for i, (name, records) in enumerate(histories):
         steps = [record["step"] for record in records]
-        for axis, key in zip(axes.flat, INTERNALS, strict=True):
+        for key in inside[name]:
+            axis = axes[key]
             values = [float("nan") if record[key] is None else record[key] for record in records]
             axis.plot(
                 steps,
@@ -126,18 +149,23 @@ def draw_internals(histories: list[tuple[str, list[Record]]]) -> Any:
                 markerfacecolor="none",
                 markevery=max(1, len(steps) // 15),
             )
-    for axis, meaning in zip(axes.flat, INTERNALS.values(), strict=True):
-        axis.set_ylabel(meaning)
+    for key, axis in axes.items():
+        axis.set_ylabel(INTERNALS[key])
         axis.grid(alpha=0.3)
-    axes[0, 0].set_yscale("log")
-    axes[1, 0].yaxis.get_major_locator().set_params(integer=True)
-    for level in (0.25, 0.75):  # below and above, lambda grows and falls
-        axes[0, 1].axhline(level, color="0.5", linestyle=(0, (1, 3)))
-    axes[0, 1].set_ylim(-0.5, 1.5)
-    axes[1, 1].set_ylim(-0.05, 1.05)
-    for axis in axes[1]:
-        axis.set_xlabel("step")
-    axes[0, 0].legend()
+        axis.xaxis.set_tick_params(labelbottom=True)
+        if key in LOGARITHMIC:
+            axis.set_yscale("log")
+    if "cg_steps" in axes:
+        axes["cg_steps"].yaxis.get_major_locator().set_params(integer=True)
+    if "rho" in axes:
+        for level in (0.25, 0.75):  # below and above, lambda grows and falls
+            axes["rho"].axhline(level, color="0.5", linestyle=(0, (1, 3)))
+        axes["rho"].set_ylim(-0.5, 1.5)
+    if "line_search_rate" in axes:
+        axes["line_search_rate"].set_ylim(-0.05, 1.05)
+    for key in keys[-2:]:
+        axes[key].set_xlabel("step")
+    axes[keys[0]].legend()
     return figure
 
 
