@@ -1,6 +1,7 @@
 """The subspace step against dense algebra, and K-FAC's directions against dense Kronecker products."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -95,7 +96,7 @@ def test_the_step_minimises_the_damped_model_in_the_space_of_its_directions():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("directions", ["kfac", "gradient", "kfac+gradient+rms"])
+@pytest.mark.parametrize("directions", ["kfac", "gradient", "kfac+gradient+rms", "soap"])
 @pytest.mark.parametrize("candidates", [0, 1, 3])
 def test_a_bowl_is_solved(dtype, directions, candidates):
     bowl = Bowl(1)
@@ -168,6 +169,48 @@ def test_candidates_are_not_taken_where_none_lowers_the_risk():
     assert reports[0].work.candidates == 2
 
 
+@given(st.integers(0, 2**31))
+@settings(deadline=None, max_examples=20)
+def test_the_metric_of_kfac_is_that_of_dense_kronecker_products(seed):
+    bowl, v = Bowl(seed), np.random.default_rng(seed).standard_normal((3, SIZE))
+    dense = np.zeros((SIZE, SIZE))
+    for block, (a, b) in zip(BLOCKS, bowl.factors, strict=True):
+        own = slice(block.start, block.start + block.rows * block.columns)
+        dense[own, own] = np.kron(a, b)
+    flat = bowl.factored_gradient(v[0])[1]
+    np.testing.assert_allclose(kfac.products(BLOCKS, flat, v), v @ dense @ v.T, rtol=1e-9)
+
+
+def test_lambda_damps_the_length_in_the_metric_of_kfac():
+    bowl, gamma, damping = Bowl(5), 0.02, 0.3
+    optimizer = Subspace("kfac", memory=0, metric="kfac", damping=damping, kfac_damping=gamma, cut=False)
+    theta, _, _ = steps(optimizer, bowl, 1)
+    g, zero = bowl.gradient(np.zeros(SIZE)).vector, np.zeros(kfac.decomposition_size(BLOCKS))
+    flat = bowl.factored_gradient(g)[1]
+    v = np.array(kfac.directions(bowl, g, flat, zero, [gamma, 10 * gamma, 100 * gamma], True)[0])
+    metric = kfac.products(BLOCKS, flat, v) + gamma * v @ v.T
+    c = -np.linalg.solve(v @ bowl.curvature @ v.T + damping * metric, v @ g)
+    np.testing.assert_allclose(theta, v.T @ c, rtol=1e-5)
+
+
+@pytest.mark.parametrize("directions", ["kfac", "gradient"])
+@pytest.mark.parametrize("decay", [0.0, 0.2])
+def test_blocks_of_krylov_come_closer_to_the_newton_step(directions, decay):
+    bowl = Bowl(4)
+    curvature = bowl.curvature + decay * np.eye(SIZE)
+    newton = np.linalg.solve(curvature, bowl.curvature @ bowl.centre)
+
+    def away(krylov):
+        optimizer = Subspace(directions, memory=0, damping=0.0, krylov=krylov, weight_decay=decay)
+        theta, _, (report,) = steps(optimizer, bowl, 1)
+        assert (report.work.products, report.work.projections) == (krylov, 1 + krylov)
+        assert report.work.linearisations == 1 + (krylov > 0)
+        return (theta - newton) @ curvature @ (theta - newton)
+
+    errors = [away(krylov) for krylov in range(4)]
+    assert all(after < 0.7 * before for before, after in pairwise(errors))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_numbers_that_are_not_finite_move_nothing(bad):
     bowl = Bowl()
@@ -206,5 +249,7 @@ def test_what_is_missing_is_one_sentence():
         Subspace().step(theta, state, Objectives(Bare(), Bare()))
     with pytest.raises(UserError, match="second-order steps need a curvature objective"):
         Subspace().step(theta, state, Objectives(Bowl()))
-    with pytest.raises(ValueError, match="directions must be some of kfac, gradient, rms joined by"):
+    with pytest.raises(ValueError, match="metric=kfac needs directions with kfac"):
+        Subspace("gradient", metric="kfac")
+    with pytest.raises(ValueError, match="directions must be some of kfac, gradient, rms, soap joined by"):
         Subspace("kfac+kfac")

@@ -38,6 +38,19 @@ OPTIMIZERS = {
         "curvature_batch": 4,
         "settings": {"kfac_dampings": 1, "candidates": 2, "refresh": 2, "damping": 1.0},
     },
+    "subspace krylov": {
+        "optimizer": "subspace",
+        "curvature_batch": 4,
+        "settings": {
+            "directions": "kfac+soap",
+            "kfac_dampings": 1,
+            "candidates": 1,
+            "krylov": 1,
+            "metric": "kfac",
+            "damping": 0.1,
+            "weight_decay": 1e-3,
+        },
+    },
     # Few CG iterations: after many, backtracking chooses among iterates that differ by rounding alone.
     "shf": {"optimizer": "shf", "settings": {"cg_max_steps": 5}},
     "bhf": {"optimizer": "bhf", "settings": {"damping": 0.1, "structural_damping": 0.1, "cg_max_steps": 8}},
@@ -325,12 +338,12 @@ def test_the_cost_follows_from_the_counted_passes(name, data, tmp_path, monkeypa
         def counting(self, *arguments, **options):
             counted[key] += self.span != "evaluate"
             result = original(self, *arguments, **options)
-            if key != "products":
+            if key not in ("products", "projections"):
                 return result
             counted[key] -= 1
 
             def product(v):
-                counted["products"] += 1
+                counted[key] += 1
                 return result(v)
 
             return product
@@ -363,7 +376,7 @@ def test_the_cost_follows_from_the_counted_passes(name, data, tmp_path, monkeypa
     check_cost(records, batch, curvature, ranks=1)
     for key, total in counted.items():
         assert sum(record.get(key, 0) for record in records) == total
-    assert (counted["products"] > 0) == ("hf" in name)
+    assert (counted["products"] > 0) == ("hf" in name or "krylov" in name)
 
 
 def check_cost(records, batch, curvature, ranks):

@@ -51,9 +51,10 @@ class Adam(Adaptive[AdamState]):
         check_vector("theta", theta)
         return AdamState(theta * 0, theta * 0, updates=0, average=self._first(theta))
 
-    def _direction(
+    def direction(
         self, g: Vector, norm: float, state: AdamState, objective: Objective, factor: float
     ) -> tuple[Vector, AdamState]:
+        """Give the step and the means after g (`Adaptive.direction`)."""
         kind, t = g.dtype.type, state.updates + 1
         g = g * kind(min(1.0, self.threshold / norm)) if norm > 0 else g
         mean = kind(self.beta1) * state.mean + kind(1 - self.beta1) * g

@@ -118,7 +118,7 @@ class Adaptive(Schedule, ABC, Generic[AdaptiveT]):
         check(self)
 
     @abstractmethod
-    def _direction(
+    def direction(
         self, g: Vector, norm: float, state: AdaptiveT, objective: Objective, factor: float
     ) -> tuple[Vector, AdaptiveT]:
         """Give p (D,), without decay, and the state of the means after g, of length `norm`."""
@@ -134,7 +134,7 @@ class Adaptive(Schedule, ABC, Generic[AdaptiveT]):
         rate = self.rate * factor
 
         def update(g: Vector, norm: float) -> Update[AdaptiveT] | None:
-            p, later = self._direction(g, norm, state, objective, factor)
+            p, later = self.direction(g, norm, state, objective, factor)
             if self.decay:
                 p = p + kind(rate * self.decay) * theta
             length = agreed_norm(objective, p)

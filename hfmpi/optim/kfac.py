@@ -16,7 +16,7 @@ import numpy as np
 
 from hfmpi.optim.base import Block, Objective, Vector
 
-__all__ = ["decomposition_size", "directions", "factors_size", "split"]
+__all__ = ["decomposition_size", "directions", "factors_size", "products", "split"]
 
 
 def factors_size(blocks: Sequence[Block]) -> int:
@@ -71,6 +71,18 @@ def directions(
         for direction, own in zip(found, result[end - at :].reshape(len(dampings), -1), strict=True):
             block.of(direction).reshape(-1)[...] = own
     return found, after
+
+
+def products(
+    blocks: Sequence[Block], factors: Vector, v: Vector
+) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    """Give V (A x B) V' of all blocks, (k, k) float64, for directions v (k, D)."""
+    found = np.zeros((len(v), len(v)))
+    for block, a, b in split(blocks, factors):
+        own = v[:, block.start : block.start + block.rows * block.columns]
+        mapped = np.matmul(np.matmul(a, own.reshape(-1, block.rows, block.columns)), b)
+        found += np.array(np.matmul(own, mapped.reshape(own.shape).T).tolist())
+    return (found + found.T) / 2
 
 
 def _work(

@@ -88,7 +88,7 @@ class Muon(Adaptive[MuonState]):
         check_blocks("muon", blocks)
         return MuonState(theta * 0, theta * 0, updates=0, average=self._first(theta))
 
-    def _direction(
+    def direction(
         self, g: Vector, norm: float, state: MuonState, objective: Objective, factor: float
     ) -> tuple[Vector, MuonState]:
         """Make each matrix orthogonal on one of the ranks."""

@@ -89,7 +89,7 @@ class SOAP(Adaptive[SOAPState]):
         means = theta * 0, theta * 0
         return SOAPState(*means, factors, bases, updates=0, average=self._first(theta))
 
-    def _direction(
+    def direction(
         self, g: Vector, norm: float, state: SOAPState, objective: Objective, factor: float
     ) -> tuple[Vector, SOAPState]:
         """Make the matrix products and decompositions of each block on one of the ranks."""

@@ -26,12 +26,17 @@ import numpy as np
 from hfmpi.optim import kfac
 from hfmpi.optim.base import Block, Objective, Objectives, StepReport, Vector, Work, inner_product
 from hfmpi.optim.checks import check_blocks, check_state, check_vector, checked
+from hfmpi.optim.soap import SOAP, SOAPState
 from hfmpi.settings import NOT_NEGATIVE, POSITIVE, Rule, at_least, check, within
 
 __all__ = ["Subspace", "SubspaceState"]
 
-KINDS = "kfac", "gradient", "rms"
+KINDS = "kfac", "gradient", "rms", "soap"
+METRICS = "identity", "kfac"
 Matrix: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.float64]]"
+
+ROTATED = SOAP(rate=1.0, beta1=0.9, epsilon=1e-6, refresh=2)
+"""SOAP for directions, of which the length does not matter."""
 
 LEAST, MOST = 0.1, 0.5
 """Of a step after which the risk rose, what is kept of it: bounds of the parabola's minimum."""
@@ -56,6 +61,8 @@ class SubspaceState:
         Running means of the Kronecker factors, and their eigenvalues and eigenvectors.
     mean_square : (D,)
         Running mean of squared gradients.
+    soap : vector
+        SOAP's two means, factors and bases, one after the other.
     steps : (max(1, memory) * D,)
         The last steps, the latest first: one at least, to go back.
     """
@@ -68,6 +75,7 @@ class SubspaceState:
     factors: Vector
     decomposition: Vector
     mean_square: Vector
+    soap: Vector
     steps: Vector
 
 
@@ -83,7 +91,8 @@ class Subspace:
     Attributes
     ----------
     directions : str
-        Some of kfac, gradient and rms, joined by +.
+        Some of kfac, gradient, rms (the gradient over its root mean square) and soap (that of SOAP, with the
+        constants of the preset), joined by +.
     memory : int
         Last steps among the directions.
     cut : bool
@@ -97,6 +106,12 @@ class Subspace:
         Decay of the running mean of squares.
     damping, damping_minimum, damping_maximum : float
         lambda at the start, and its bounds.
+    metric : str
+        What lambda damps: `identity` the length of the step, `kfac` its length in K-FAC's own metric at the
+        smallest gamma, p' (A x B + gamma) p, an ellipsoidal trust region.
+    krylov : int
+        Further blocks of directions: those of the model's gradient g + G p at its minimum so far, at the cost
+        of a product and a projection each.
     weight_decay : float
         The model and all risks that steer gain weight_decay / 2 * theta' theta; the risk of the history does
         not.
@@ -117,6 +132,8 @@ class Subspace:
     damping: Annotated[float, NOT_NEGATIVE] = 1e-3
     damping_minimum: Annotated[float, NOT_NEGATIVE] = 1e-8
     damping_maximum: Annotated[float, POSITIVE] = 1e10
+    metric: Annotated[str, Rule(f"must be {' or '.join(METRICS)}", METRICS.__contains__)] = "identity"
+    krylov: Annotated[int, NOT_NEGATIVE] = 0
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     candidates: Annotated[int, NOT_NEGATIVE] = 0
 
@@ -124,6 +141,8 @@ class Subspace:
         check(self)
         if not self.damping_minimum <= self.damping_maximum:
             raise ValueError("damping_minimum must not exceed damping_maximum")
+        if self.metric == "kfac" and "kfac" not in self._kinds:
+            raise ValueError("metric=kfac needs directions with kfac")
 
     @property
     def _kinds(self) -> list[str]:
@@ -149,6 +168,7 @@ class Subspace:
             np.zeros_like(theta, shape=has * kfac.factors_size(blocks)),
             np.zeros_like(theta, shape=has * kfac.decomposition_size(blocks)),
             np.zeros_like(theta, shape=("rms" in self._kinds) * theta.size),
+            _packed(ROTATED.init(theta, blocks)) if "soap" in self._kinds else theta[:0],
             np.zeros_like(theta, shape=max(1, self.memory) * theta.size),
         )
 
@@ -183,21 +203,10 @@ class Subspace:
             return theta, state, replace(report, accepted=True, message="the gradient is zero")
         before = state
         state, found = self._directions(state, objective, g, factors)
-        lengths = objective.agree(tuple(inner_product(v, v) for v in found))
-        if not all(map(math.isfinite, lengths)):
-            return theta, before, replace(report, message="a direction is not finite")
-        v = np.zeros_like(theta, shape=(sum(length > 0 for length in lengths), theta.size))
-        rows = iter(v)
-        for direction, length in zip(found, lengths, strict=True):
-            if length > 0:
-                next(rows)[...] = kind(1 / math.sqrt(length)) * direction
-        m = objectives.second.project(theta)(v)
-        gram = np.array(np.matmul(v, v.T).tolist())
-        model = _Model(
-            objective, v, m + self.weight_decay * gram, gram, np.array([inner_product(row, g) for row in v])
-        )
-        work = replace(work, linearisations=int(not objectives.shared), projections=1, directions=len(v) - 1)
+        model, work = self._model(theta, state, objectives, g, found)
         report = replace(report, work=work, details=_details(norm, state.damping, rho))
+        if model is None:
+            return theta, before, replace(report, message="a direction is not finite")
         state = replace(state, loss=loss)
         if not self.candidates:
             return self._taken(theta, state, objective, model.step(state.damping), report)
@@ -212,12 +221,8 @@ class Subspace:
         rho = (loss - losses[best]) / promised if promised > 0 else math.nan
         if not losses[best] < loss:
             state = replace(state, damping=min(4 * max(dampings), self.damping_maximum))
-            details = _details(norm, state.damping, rho)
-            return (
-                theta,
-                state,
-                replace(report, message="no candidate lowers the risk", work=work, details=details),
-            )
+            report = replace(report, work=work, details=_details(norm, state.damping, rho))
+            return theta, state, replace(report, message="no candidate lowers the risk")
         state = replace(state, damping=self._damped(dampings[best], rho))
         report = replace(report, work=work, details=_details(norm, state.damping, rho))
         return self._taken(theta, state, objective, steps[best], report)
@@ -237,15 +242,68 @@ class Subspace:
             mean_square = kind(keep) * state.mean_square + kind(1 - keep) * g * g
             state = replace(state, mean_square=mean_square)
             whole.append(g / (np.sqrt(mean_square) + kind(1e-8)))
+        if "soap" in self._kinds:
+            p, soap = ROTATED.direction(g, 1.0, _unpacked(state.soap, g.size, state.updates), objective, 1.0)
+            state = replace(state, soap=_packed(soap))
+            whole.append(p)
         if "kfac" in self._kinds:
             keep = min(first, self.factor_decay)
-            factors = kind(keep) * state.factors + kind(1 - keep) * new
-            dampings = [self.kfac_damping * self.kfac_ratio**i for i in range(self.kfac_dampings)]
+            state = replace(state, factors=kind(keep) * state.factors + kind(1 - keep) * new)
             due = state.updates % self.refresh == 0
-            more, decomposition = kfac.directions(objective, g, factors, state.decomposition, dampings, due)
-            state, whole = replace(state, factors=factors, decomposition=decomposition), whole + more
+            more, decomposition = self._preconditioned(objective, g, state, due)
+            state, whole = replace(state, decomposition=decomposition), whole + more
         whole += [state.steps[i * g.size : (i + 1) * g.size] for i in range(self.memory)]
-        return state, [part for v in whole for part in _parts(blocks, v)] if self.cut else whole
+        return state, self._cut(blocks, whole)
+
+    def _preconditioned(
+        self, objective: Objective, g: Vector, state: SubspaceState, refresh: bool
+    ) -> tuple[list[Vector], Vector]:
+        """Give K-FAC's directions of g, and the decomposition."""
+        gammas = [self.kfac_damping * self.kfac_ratio**i for i in range(self.kfac_dampings)]
+        return kfac.directions(objective, g, state.factors, state.decomposition, gammas, refresh)
+
+    def _cut(self, blocks: Sequence[Block], whole: list[Vector]) -> list[Vector]:
+        return [part for v in whole for part in _parts(blocks, v)] if self.cut else whole
+
+    def _model(
+        self, theta: Vector, state: SubspaceState, objectives: Objectives, g: Vector, found: list[Vector]
+    ) -> tuple[_Model | None, Work]:
+        """Give the model on these directions and Krylov's, and the work; None if one is not finite."""
+        objective, second = objectives.gradient, objectives.second
+        work, v = Work(gradients=1), _rows(objective, found)
+        if v is None:
+            return None, work
+        project = second.project(theta)
+        multiply = second.gauss_newton(theta) if self.krylov else lambda p: p
+        linearisations = 0 if objectives.shared else 1 + (self.krylov > 0)
+        model = self._projected(objective, v, project(v), g, state.factors)
+        work = replace(work, linearisations=linearisations, projections=1, directions=len(v) - 1)
+        for _ in range(self.krylov):
+            p = model.step(state.damping).p
+            residual = g + multiply(p) + theta.dtype.type(self.weight_decay) * p
+            has = "kfac" in self._kinds
+            whole = self._preconditioned(objective, residual, state, False)[0] if has else [residual]
+            rows = _rows(objective, self._cut(objective.blocks, whole))
+            if rows is None:
+                return None, work
+            v = np.concatenate([v, rows])
+            model = self._projected(objective, v, project(v), g, state.factors)
+            work = replace(
+                work,
+                products=work.products + 1,
+                projections=work.projections + 1,
+                directions=work.directions + len(v) - 1,
+            )
+        return model, work
+
+    def _projected(self, objective: Objective, v: Vector, m: Matrix, g: Vector, factors: Vector) -> _Model:
+        """Give the model of V, M = V G V' and what lambda damps."""
+        gram = np.array(np.matmul(v, v.T).tolist())
+        metric = gram
+        if self.metric == "kfac":
+            metric = kfac.products(objective.blocks, factors, v) + self.kfac_damping * gram
+        slopes = np.array([inner_product(row, g) for row in v])
+        return _Model(objective, v, m + self.weight_decay * gram, metric, slopes)
 
     def _damped(self, damping: float, rho: float) -> float:
         """Give lambda after a step of this reduction ratio."""
@@ -290,6 +348,28 @@ class Subspace:
         return theta, state, replace(report, message=message, details={**report.details, "damping": damping})
 
 
+def _rows(objective: Objective, found: list[Vector]) -> Vector | None:
+    """Give directions as rows of length one, without those of length zero; None if one is not finite."""
+    lengths = objective.agree(tuple(inner_product(v, v) for v in found))
+    if not all(map(math.isfinite, lengths)):
+        return None
+    v = np.zeros_like(found[0], shape=(sum(length > 0 for length in lengths), found[0].size))
+    rows = iter(v)
+    for direction, length in zip(found, lengths, strict=True):
+        if length > 0:
+            next(rows)[...] = v.dtype.type(1 / math.sqrt(length)) * direction
+    return v
+
+
+def _packed(state: SOAPState) -> Vector:
+    return np.concatenate([state.mean, state.mean_square, state.factors, state.bases])
+
+
+def _unpacked(packed: Vector, size: int, updates: int) -> SOAPState:
+    means, rest = packed[: 2 * size].reshape(2, size), packed[2 * size :].reshape(2, -1)
+    return SOAPState(*means, *rest, updates=updates, average=packed[:0])
+
+
 def _details(norm: float, damping: float, rho: float | None = None) -> dict[str, float | int | str | None]:
     return {
         "gradient_norm": norm if math.isfinite(norm) else None,
@@ -309,17 +389,17 @@ class _Step(NamedTuple):
 
 @dataclass(frozen=True)
 class _Model:
-    """The quadratic model on the directions v (k, D): M (k, k), V V' (k, k) and V g (k,)."""
+    """The quadratic model on the directions v (k, D): M and what lambda damps, (k, k), and V g (k,)."""
 
     objective: Objective
     v: Vector
     m: Matrix
-    gram: Matrix
+    metric: Matrix
     slopes: Matrix
 
     def step(self, damping: float) -> _Step:
         """Give the step V' c of a damping."""
-        system = self.m + damping * self.gram
+        system = self.m + damping * self.metric
         diagonal = np.diag(system)
         scale = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
         try:

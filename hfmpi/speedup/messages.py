@@ -35,9 +35,11 @@ def messages(
     factors, decomposition = state.get("factors", 0), state.get("decomposition", 0)
     if isinstance(optimizer, HessianFree) and optimizer.preconditioner != "none":
         beside = parameters
-    elif isinstance(optimizer, Subspace) and factors:
-        beside = factors + 1
-        matrices = decomposition + optimizer.kfac_dampings * parameters
+    elif isinstance(optimizer, Subspace):
+        if factors:
+            beside = factors + 1
+            matrices = decomposition + optimizer.kfac_dampings * parameters
+        matrices += state.get("soap", 0)  # a message of its own, taken for one with the other
     elif isinstance(optimizer, SOAP):
         matrices = 2 * (parameters + factors)
     elif isinstance(optimizer, Muon):
