@@ -171,6 +171,7 @@ def test_ratios_are_those_of_the_same_seed(table, curves):
     assert table.today(runs, "lstm", "valid_bpc", 3.0) == ["3.0", "32 (**24**)", "**30** (25)"]
     runs["lstm", "sgd", 2] = chosen(curves, falling(3, 12, 1.0, floor=3.5))
     assert table.today(runs, "lstm", "train_bpc", 3.0) == ["3.0", "–", "**18** (**15**)"]  # a seed is missing
+    assert table.against(runs, "lstm", "train_bpc", 3.0)[1:] == ["–"] * 5
 
 
 def test_large_batches_are_not_smoothed_and_small_ones_lag_a_hundredth(curves):

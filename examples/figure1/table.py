@@ -56,9 +56,12 @@ def spread(ratios: Sequence[float]) -> str:
 
 
 def ratios(runs: Curves, model: str, slow: str, quick: str, key: str, axis: str, level: float) -> list[float]:
-    """Give by how much `quick` needs less than `slow` to a level, for each seed in which both reached it."""
+    """Give by how much `quick` needs less than `slow` to a level by seed; none unless all reached it."""
+    shared = seeds(runs, model, quick).keys() & seeds(runs, model, slow).keys()
     ours, theirs = (costs(runs, model, m, key, axis, level) for m in (quick, slow))
-    return [theirs[seed] / ours[seed] for seed in ours if seed in theirs]
+    if not shared <= ours.keys() & theirs.keys():
+        return []  # those of the others would flatter
+    return [theirs[seed] / ours[seed] for seed in sorted(shared)]
 
 
 def ratio(runs: Curves, model: str, slow: str, quick: str) -> tuple[float, str] | None:
@@ -229,7 +232,7 @@ def write(study: Study) -> None:
         there = [m for m in METHODS if seeds(runs, model, m)]
         for key, name in zip(curves.LOSSES, ("training", "validation"), strict=True):
             heads = (f"{name} bits/char", *map(shown, there))
-            print(f"\n{model}: P_I full, in brackets P_I by the paper's formulas where it is less\n")
+            print(f"\n{model}: P_I full, in brackets P_I by the paper's formulas where it differs\n")
             show(heads, [today(runs, model, key, level) for level in levels])
             print(f"\n{model}: P_D full\n")
             show(heads, [dependent(runs, model, key, level) for level in levels])
