@@ -174,15 +174,15 @@ def test_ratios_are_those_of_the_same_seed(table, curves):
     assert table.against(runs, "lstm", "train_bpc", 3.0)[1:] == ["–"] * 5
 
 
-def test_large_batches_are_not_smoothed_and_small_ones_lag_a_hundredth(curves):
+def test_the_whole_set_is_not_smoothed_and_other_batches_lag_a_fortieth(curves):
     losses = [10.0 - 0.001 * k for k in range(5001)]
     assert curves.smoothed(losses, 1.0) == losses
     quarter, single = (curves.smoothed(losses, share) for share in (0.25, 4 / 1750))
-    assert quarter[:99] == pytest.approx(losses[:99])
-    for step in (100, 999, 2499, 5000):  # the mean of so many lags by half of them
-        width = min(50, step // 50)
+    assert quarter[:39] == pytest.approx(losses[:39])
+    for step in (40, 100, 999, 5000):  # the mean of so many lags by half of them
+        width = min(50, step // 20)
         assert quarter[step - 1] == pytest.approx(losses[step - 1] + 0.001 * (width - 1) / 2)
-    assert single[499] == pytest.approx(losses[499] + 0.001 * 13 / 2)  # 14 steps have a 32nd of 1,750
+    assert single[199] == pytest.approx(losses[199] + 0.001 * 13 / 2)  # 14 steps have a 32nd of 1,750
     assert single[0] == losses[0]
 
 

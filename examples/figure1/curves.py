@@ -6,7 +6,7 @@ the state after a step: `step`, the costs and seconds up to it, and bits/char of
 
 `valid_bpc` is null where it is not known. `train_bpc` is what the next steps' gradient batches measured, null
 after the last step: as it is where the batch is the whole training set, else a running mean over the last
-fiftieth of the steps so far, so that it lags by no more than a hundredth, at most 50 and at least so many as
+twentieth of the steps so far, so that it lags by no more than a fortieth, at most 50 and at least so many as
 have a thirty-second of the training sequences. The mean comes before points are left out.
 """
 
@@ -75,7 +75,7 @@ def smoothed(losses: Sequence[float], share: float) -> list[float]:
         return list(losses)
     least = math.ceil(1 / (32 * share))
     sums = [0.0, *accumulate(losses)]
-    widths = [min(i, max(least, min(50, i // 50))) for i in range(1, len(sums))]
+    widths = [min(i, max(least, min(50, i // 20))) for i in range(1, len(sums))]
     return [(sums[i] - sums[i - width]) / width for i, width in enumerate(widths, start=1)]
 
 

@@ -26,7 +26,7 @@ COLOURS = {
     "bgd": "tab:cyan",
     "shf": "tab:green",
     "bhf": "tab:red",
-    "adam": "tab:blue",
+    "adam": "tab:pink",
     "soap": "tab:orange",
     "muon": "tab:purple",
     "bhf-short": "tab:brown",
