@@ -21,6 +21,7 @@ from hfmpi.errors import UserError, shown
 __all__ = [
     "Block",
     "Gradient",
+    "Matrix",
     "Objective",
     "Objectives",
     "Operator",
@@ -34,6 +35,9 @@ __all__ = [
 
 Vector: TypeAlias = Any
 """A NumPy array (D,), or one of the same interface on a device: there is no type that both of them have."""
+
+Matrix: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.float64]]"
+"""A small matrix on the host."""
 
 Operator = Callable[[Vector], Vector]
 """v (D,) -> A v, a new vector each time."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from hfmpi.optim.base import Block, Objective, Vector
+from hfmpi.optim.base import Block, Matrix, Objective, Vector
 
 __all__ = ["decomposition_size", "directions", "factors_size", "products", "split"]
 
@@ -73,9 +73,7 @@ def directions(
     return found, after
 
 
-def products(
-    blocks: Sequence[Block], factors: Vector, v: Vector
-) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+def products(blocks: Sequence[Block], factors: Vector, v: Vector) -> Matrix:
     """Give V (A x B) V' of all blocks, (k, k) float64, for directions v (k, D)."""
     found = np.zeros((len(v), len(v)))
     for block, a, b in split(blocks, factors):

@@ -1,9 +1,7 @@
 """One Gauss-Newton step in the space of many directions, for the fewest sequential passes.
 
-    V     the directions, k x D, rows of length one           g   the gradient, D
-    M     V G V', k x k, from J V alone: one pass             c   -(M + lambda V V' + 1e-9 diag)^-1 V g
-
-The step is V' c. Directions are those of K-FAC at several dampings, the gradient and the gradient over its
+The model on the directions V is that of `hfmpi.optim.reduced_model`; V G V' takes J V alone, in one pass for
+all of them. Directions are those of K-FAC at several dampings, the gradient and the gradient over its
 root mean square, and the last steps, each cut into parts (a gate of a matrix). There is no rate to tune and
 no line search; lambda follows the reduction ratio, which needs no pass where the next gradient is of the same
 batch, since it brings the risk after the step. Where that rose, part of the step is taken back: the minimum
@@ -18,14 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Annotated, NamedTuple, TypeAlias
+from typing import Annotated
 
 import numpy as np
 
 from hfmpi.optim import kfac
-from hfmpi.optim.base import Block, Objective, Objectives, StepReport, Vector, Work, inner_product
+from hfmpi.optim.base import Block, Matrix, Objective, Objectives, StepReport, Vector, Work, inner_product
 from hfmpi.optim.checks import check_blocks, check_state, check_vector, checked
+from hfmpi.optim.reduced_model import ReducedModel, Step, parts, rows
 from hfmpi.optim.soap import SOAP, SOAPState
 from hfmpi.settings import NOT_NEGATIVE, POSITIVE, Rule, at_least, check, within
 
@@ -33,16 +31,12 @@ __all__ = ["Subspace", "SubspaceState"]
 
 KINDS = "kfac", "gradient", "rms", "soap"
 METRICS = "identity", "kfac"
-Matrix: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.float64]]"
 
 ROTATED = SOAP(rate=1.0, beta1=0.9, epsilon=1e-6, refresh=2)
 """SOAP for directions, of which the length does not matter."""
 
 LEAST, MOST = 0.1, 0.5
 """Of a step after which the risk rose, what is kept of it: bounds of the parabola's minimum."""
-
-RELATIVE = 1e-9
-"""Of the system's diagonal, added to it: directions may be the same, or parallel, to rounding."""
 
 
 @dataclass(frozen=True)
@@ -263,14 +257,14 @@ class Subspace:
         return kfac.directions(objective, g, state.factors, state.decomposition, gammas, refresh)
 
     def _cut(self, blocks: Sequence[Block], whole: list[Vector]) -> list[Vector]:
-        return [part for v in whole for part in _parts(blocks, v)] if self.cut else whole
+        return [part for v in whole for part in parts(blocks, v)] if self.cut else whole
 
     def _model(
         self, theta: Vector, state: SubspaceState, objectives: Objectives, g: Vector, found: list[Vector]
-    ) -> tuple[_Model | None, Work]:
+    ) -> tuple[ReducedModel | None, Work]:
         """Give the model on these directions and Krylov's, and the work; None if one is not finite."""
         objective, second = objectives.gradient, objectives.second
-        work, v = Work(gradients=1), _rows(objective, found)
+        work, v = Work(gradients=1), rows(objective, found)
         if v is None:
             return None, work
         project = second.project(theta)
@@ -283,10 +277,10 @@ class Subspace:
             residual = g + multiply(p) + theta.dtype.type(self.weight_decay) * p
             has = "kfac" in self._kinds
             whole = self._preconditioned(objective, residual, state, False)[0] if has else [residual]
-            rows = _rows(objective, self._cut(objective.blocks, whole))
-            if rows is None:
+            more = rows(objective, self._cut(objective.blocks, whole))
+            if more is None:
                 return None, work
-            v = np.concatenate([v, rows])
+            v = np.concatenate([v, more])
             model = self._projected(objective, v, project(v), g, state.factors)
             work = replace(
                 work,
@@ -296,14 +290,16 @@ class Subspace:
             )
         return model, work
 
-    def _projected(self, objective: Objective, v: Vector, m: Matrix, g: Vector, factors: Vector) -> _Model:
+    def _projected(
+        self, objective: Objective, v: Vector, m: Matrix, g: Vector, factors: Vector
+    ) -> ReducedModel:
         """Give the model of V, M = V G V' and what lambda damps."""
         gram = np.array(np.matmul(v, v.T).tolist())
         metric = gram
         if self.metric == "kfac":
             metric = kfac.products(objective.blocks, factors, v) + self.kfac_damping * gram
         slopes = np.array([inner_product(row, g) for row in v])
-        return _Model(objective, v, m + self.weight_decay * gram, metric, slopes)
+        return ReducedModel(objective, v, m + self.weight_decay * gram, metric, slopes)
 
     def _damped(self, damping: float, rho: float) -> float:
         """Give lambda after a step of this reduction ratio."""
@@ -316,7 +312,7 @@ class Subspace:
         return min(max(damping, self.damping_minimum), self.damping_maximum)
 
     def _taken(
-        self, theta: Vector, state: SubspaceState, objective: Objective, step: _Step, report: StepReport
+        self, theta: Vector, state: SubspaceState, objective: Objective, step: Step, report: StepReport
     ) -> tuple[Vector, SubspaceState, StepReport]:
         """Take a step, unless it is not finite."""
         (square,) = objective.agree((inner_product(step.p, step.p),))
@@ -348,19 +344,6 @@ class Subspace:
         return theta, state, replace(report, message=message, details={**report.details, "damping": damping})
 
 
-def _rows(objective: Objective, found: list[Vector]) -> Vector | None:
-    """Give directions as rows of length one, without those of length zero; None if one is not finite."""
-    lengths = objective.agree(tuple(inner_product(v, v) for v in found))
-    if not all(map(math.isfinite, lengths)):
-        return None
-    v = np.zeros_like(found[0], shape=(sum(length > 0 for length in lengths), found[0].size))
-    rows = iter(v)
-    for direction, length in zip(found, lengths, strict=True):
-        if length > 0:
-            next(rows)[...] = v.dtype.type(1 / math.sqrt(length)) * direction
-    return v
-
-
 def _packed(state: SOAPState) -> Vector:
     return np.concatenate([state.mean, state.mean_square, state.factors, state.bases])
 
@@ -377,54 +360,3 @@ def _details(norm: float, damping: float, rho: float | None = None) -> dict[str,
         "damping": damping,
         "rho": None if rho is None or not math.isfinite(rho) else rho,
     }
-
-
-class _Step(NamedTuple):
-    """A step p (D,), -g' p and p' G p."""
-
-    p: Vector
-    descent: float
-    curvature: float
-
-
-@dataclass(frozen=True)
-class _Model:
-    """The quadratic model on the directions v (k, D): M and what lambda damps, (k, k), and V g (k,)."""
-
-    objective: Objective
-    v: Vector
-    m: Matrix
-    metric: Matrix
-    slopes: Matrix
-
-    def step(self, damping: float) -> _Step:
-        """Give the step V' c of a damping."""
-        system = self.m + damping * self.metric
-        diagonal = np.diag(system)
-        scale = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
-        try:
-            values, vectors = np.linalg.eigh(scale[:, None] * system * scale)
-        except np.linalg.LinAlgError:  # numbers that are not finite
-            return _Step(self.v[0] * np.nan, 0.0, 0.0)
-        along = vectors.T @ (scale * self.slopes) / (np.maximum(values, 0) + RELATIVE)
-        c = -scale * (vectors @ along)
-        bound = -float(self.slopes @ c), max(float(c @ self.m @ c), 0.0)
-        *weights, descent, curvature = self.objective.agree((*map(float, c), *bound))
-        p, kind = self.v[0] * 0, self.v.dtype.type
-        for weight, row in zip(weights, self.v, strict=True):
-            p = p + kind(weight) * row
-        return _Step(p, max(descent, 0.0), curvature)
-
-
-def _parts(blocks: Sequence[Block], v: Vector) -> list[Vector]:
-    """Cut a vector (D,) into its parts: a kind of inputs and a kind of outputs of a block each."""
-    found = []
-    for block in blocks:
-        edges, width = (0, *block.cuts, block.rows), block.columns // block.groups
-        for top, bottom in pairwise(edges):
-            for group in range(block.groups):
-                part = v * 0
-                columns = slice(group * width, (group + 1) * width)
-                block.of(part)[top:bottom, columns] = block.of(v)[top:bottom, columns]
-                found.append(part)
-    return found
