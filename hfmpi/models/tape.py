@@ -69,6 +69,10 @@ def fill_outputs(backend: NumpyBackend, p: dict[str, Array], hidden: Array, out:
         out += p["b_o"]
 
 
+COLUMN_ROWS = 128
+"""Rows (steps times sequences) of each of many columns in a block, at least: each has products of its own."""
+
+
 @dataclass
 class Tape:
     """The linearisation of a network at theta on one batch.
@@ -416,7 +420,8 @@ class Tape:
         length, size = self.layers[0].x.shape
         burn_in = length - len(self.kept) // size
         found = []
-        for steps in [slice(0, length)] if whole else blocks(length, size * columns, self.block_rows):
+        most = max(self.block_rows, COLUMN_ROWS * columns) if columns > 1 else self.block_rows
+        for steps in [slice(0, length)] if whole else blocks(length, size * columns, most):
             first = min(max(steps.start, burn_in), steps.stop)
             rows = slice(max(first - burn_in, 0) * size, max(steps.stop - burn_in, 0) * size)
             found.append((steps, slice(first, steps.stop), rows))
