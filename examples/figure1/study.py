@@ -25,7 +25,10 @@ SEQUENCES = 14_000
 """Training sequences of the paper: 2.8 million characters in sequences of 200."""
 
 BATCHES = {m: (preset(m).gradient_batch, preset(m).curvature_batch) for m in METHODS}
-"""Sequences in the batch of the gradient and of the curvature: the presets', which are the paper's."""
+"""Sequences in the batch of the gradient and of the curvature: the presets', which are the paper's.
+
+All are scaled down with the data but the curvature batch of subspace, which has to tell directions apart.
+"""
 BATCHES["adam"] = BATCHES["bgd"]  # as the others of today: few passes are what is asked for
 
 
@@ -61,7 +64,7 @@ TUNED = {
 TUNING = 0.2
 """Share of a run's time that every candidate gets; the best one then goes on to the end."""
 
-TIMES = dict.fromkeys(METHODS, 1) | {"bhf": 4, "bhf-short": 2, "subspace": 2}
+TIMES = dict.fromkeys(METHODS, 1) | {"bhf": 4, "bhf-short": 2, "subspace": 4}
 """Time of a method's runs in units of the size's seconds: a step of BHF takes that of hundreds of SGD."""
 
 
@@ -153,7 +156,8 @@ class Candidate:
             "seed": self.seed,
         }
         if curvature:
-            given["curvature-batch"] = round(curvature / size.batches)
+            scale = 1 if self.method == "subspace" else size.batches
+            given["curvature-batch"] = round(curvature / scale)
         words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
         return [*words, "--set", self.setting]
 

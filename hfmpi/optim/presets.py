@@ -64,8 +64,10 @@ def _preset(name: str) -> Preset:
         return Preset(SOAP(rate=0.1, beta1=0.9, epsilon=1e-6, refresh=2, schedule="inverse-root"), 3500)
     if name == "muon":
         return Preset(Muon(rate=0.3, momentum=0.9, vector_rate=0.03, schedule="inverse-root"), 3500)
-    if name == "subspace":  # the gradient on the whole training set, so that its risk is the step's
-        return Preset(Subspace(), 14_000, 875)
+    if name == "subspace":
+        # The gradient on the whole training set, so that its risk is the step's. The curvature batch must tell
+        # some hundred directions apart, whatever the size of the data (docs/results/better.md).
+        return Preset(Subspace(), 14_000, 128)
     if name in ("sgd", "bgd"):
         # Batches: Krause et al. (2015). Rule, and length for LSTM: Krause's released code (2016), which need
         # not be what the paper did; its 10 for mLSTM diverges here (docs/results/kjv.md).
