@@ -65,8 +65,8 @@ def _preset(name: str) -> Preset:
     if name == "muon":
         return Preset(Muon(rate=0.3, momentum=0.9, vector_rate=0.03, schedule="inverse-root"), 3500)
     if name == "subspace":
-        # The gradient on the whole training set, so that its risk is the step's. The curvature batch must tell
-        # some hundred directions apart, whatever the size of the data (docs/results/better.md).
+        # The gradient on the whole training set, so that its risk is the step's. The curvature batch has to
+        # tell some hundred directions apart, whatever the size of the data.
         return Preset(Subspace(), 14_000, 128)
     if name in ("sgd", "bgd"):
         # Batches: Krause et al. (2015). Rule, and length for LSTM: Krause's released code (2016), which need
