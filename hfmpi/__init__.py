@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hfmpi.data.arrays import Arrays
+    from hfmpi.data.examples import Examples
     from hfmpi.models.architecture import Architecture
     from hfmpi.models.network import Network
     from hfmpi.objective.data_parallel import DataParallel
@@ -22,6 +23,7 @@ __all__ = [
     "Architecture",
     "Arrays",
     "DataParallel",
+    "Examples",
     "GradientDescent",
     "HessianFree",
     "Muon",
@@ -38,6 +40,7 @@ _PLACES = {
     "Architecture": "hfmpi.models.architecture",
     "Arrays": "hfmpi.data.arrays",
     "DataParallel": "hfmpi.objective.data_parallel",
+    "Examples": "hfmpi.data.examples",
     "Network": "hfmpi.models.network",
     "connect": "hfmpi.parallel",
     "guard": "hfmpi.parallel",
