@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from hfmpi.data.arrays import Arrays
     from hfmpi.data.examples import Examples
     from hfmpi.models.architecture import Architecture
+    from hfmpi.models.jax import JaxModel
     from hfmpi.models.network import Network
+    from hfmpi.models.torch import TorchModel
     from hfmpi.objective.data_parallel import DataParallel
     from hfmpi.optim import SOAP, Adam, GradientDescent, HessianFree, Muon, Objective, Objectives, Subspace
     from hfmpi.parallel import connect, guard
@@ -26,11 +28,13 @@ __all__ = [
     "Examples",
     "GradientDescent",
     "HessianFree",
+    "JaxModel",
     "Muon",
     "Network",
     "Objective",
     "Objectives",
     "Subspace",
+    "TorchModel",
     "connect",
     "guard",
 ]
@@ -41,7 +45,9 @@ _PLACES = {
     "Arrays": "hfmpi.data.arrays",
     "DataParallel": "hfmpi.objective.data_parallel",
     "Examples": "hfmpi.data.examples",
+    "JaxModel": "hfmpi.models.jax",
     "Network": "hfmpi.models.network",
+    "TorchModel": "hfmpi.models.torch",
     "connect": "hfmpi.parallel",
     "guard": "hfmpi.parallel",
 }

@@ -1,0 +1,208 @@
+"""A function of JAX as a model: apply(params, x) -> outputs.
+
+Each batch is linearised once, by `jax.vjp` under `jax.jit`: what comes back, J' u as a function with its
+residuals, can be handed to another compiled function. J v is its transpose (`jax.linear_transpose`), so that
+both need the same residuals and neither the function itself, and functions with a rule for the reverse alone
+(`jax.custom_vjp`) have both. Everything is compiled once for each shape of a batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from hfmpi.errors import UserError, shown
+from hfmpi.models.framework import FrameworkModel, Rows
+from hfmpi.models.losses import Loss
+
+try:
+    import jax
+except ImportError:
+    jax = None
+
+__all__ = ["JaxModel"]
+
+EACH_NUMBERS = 1 << 24
+"""Numbers of single cases' gradients that are computed at once."""
+
+
+class JaxModel(FrameworkModel):
+    """A function of JAX with a loss.
+
+    Parameters
+    ----------
+    apply : callable
+        (params, x) -> outputs (cases, ..., O), which `jax.jit` can compile; with several inputs,
+        (params, x1, x2, ...). x has the cases of a batch along its first axis.
+    params : pytree of arrays
+        Those of real numbers make theta, in JAX's order; all others stay as they are.
+    loss : {'cross-entropy', 'squares', 'bernoulli'} or Loss
+        Of each row of outputs.
+
+    Raises
+    ------
+    UserError
+        If JAX is not installed, or there is nothing to train.
+    """
+
+    def __init__(self, apply: Any, params: Any, loss: str | Loss) -> None:
+        if jax is None:
+            raise UserError("JaxModel needs JAX: pip install 'hfmpi[jax]'")
+        if not callable(apply):
+            raise UserError(f"apply must be a function (params, x) -> outputs, not {shown(apply)}")
+        paths, self._tree = jax.tree_util.tree_flatten_with_path(params)
+        names = [jax.tree_util.keystr(path).strip(".") for path, _ in paths]
+        leaves = [leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for _, leaf in paths]
+        real = jax.numpy.floating
+        self._own = [i for i, a in enumerate(leaves) if jax.numpy.issubdtype(a.dtype, real) and a.size]
+        if not self._own:
+            raise UserError("params have no array of real numbers")
+        kinds = {str(leaves[i].dtype) for i in self._own}
+        if kinds not in ({"float32"}, {"float64"}):
+            raise UserError(f"params must all be float32 or all be float64, not {', '.join(sorted(kinds))}")
+        if kinds == {"float64"} and not jax.config.jax_enable_x64:
+            raise UserError(
+                "params are float64, and JAX computes in float32: jax.config.update('jax_enable_x64', True)"
+            )
+        self.apply, self._leaves = apply, leaves
+        self._shapes = [tuple(leaves[i].shape) for i in self._own]
+        self._ends = np.cumsum([leaves[i].size for i in self._own])[:-1]
+        self._batches = True
+        start = np.concatenate([np.asarray(leaves[i]).reshape(-1) for i in self._own])
+        super().__init__([(names[i], tuple(leaves[i].shape)) for i in self._own], start, loss)
+        self._compile()
+
+    def params(self, theta: Any) -> Any:
+        """Give theta (D,), an array of NumPy or JAX, as a pytree like the params."""
+        if np.shape(theta) != (self.size,):
+            raise UserError(
+                f"theta must be a vector of {self.size:,} numbers, not of shape {np.shape(theta)}"
+            )
+        return self._unravel(jax.numpy.array(theta, self.backend.dtype))
+
+    # The function of theta ---------------------------------------------------------------------
+
+    def _unravel(self, theta: Any) -> Any:
+        leaves = list(self._leaves)
+        parts = jax.numpy.split(theta, self._ends)
+        for i, part, shape in zip(self._own, parts, self._shapes, strict=True):
+            leaves[i] = part.reshape(shape)
+        return jax.tree_util.tree_unflatten(self._tree, leaves)
+
+    def _function(self, theta: Any, inputs: tuple[Any, ...], rows: Rows) -> Any:
+        """Give outputs (N, O) of theta (D,), in the type of theta."""
+        return rows.of(self.apply(self._unravel(theta), *inputs)).astype(theta.dtype)
+
+    def _compile(self) -> None:
+        """Make the compiled passes; each compiles itself when a shape is new."""
+
+        def linearise(theta: Any, inputs: tuple[Any, ...], rows: Rows) -> Any:
+            return jax.vjp(lambda theta: self._function(theta, inputs, rows), theta)
+
+        def back(pull: Any, u: Any) -> Any:
+            return pull(u)[0]
+
+        def along(pull: Any, v: Any, shape: tuple[int, int]) -> Any:
+            like = jax.ShapeDtypeStruct(shape, v.dtype)
+            return jax.linear_transpose(lambda u: pull(u)[0], like)(v)[0]
+
+        def single(theta: Any, u: Any, inputs: tuple[Any, ...], rows: Rows) -> Any:
+            inputs = tuple(x[None] for x in inputs)
+            return jax.grad(lambda theta: (self._function(theta, inputs, rows) * u).sum())(theta)
+
+        def each(theta: Any, u: Any, inputs: tuple[Any, ...], rows: Rows) -> Any:
+            return jax.vmap(partial(single, rows=rows), (None, 0, 0))(theta, u, inputs)
+
+        def backs(pull: Any, u: Any) -> Any:
+            return jax.vmap(lambda one: back(pull, one))(u)
+
+        def alongs(pull: Any, v: Any, shape: tuple[int, int]) -> Any:
+            return jax.vmap(lambda one: along(pull, one, shape))(v)
+
+        self.run = jax.jit(self._function, static_argnames="rows")
+        self.linear = jax.jit(linearise, static_argnames="rows")
+        self.back, self.backs = jax.jit(back), jax.jit(backs)
+        self.along = jax.jit(along, static_argnames="shape")
+        self.alongs = jax.jit(alongs, static_argnames="shape")
+        self.single = jax.jit(single, static_argnames="rows")
+        self.each = jax.jit(each, static_argnames="rows")
+
+    def _outputs(self, theta: np.ndarray, inputs: tuple[np.ndarray, ...], rows: Rows) -> np.ndarray:
+        with _memory():
+            return np.asarray(self.run(theta, inputs, rows=rows))
+
+    def _linearise(self, theta: np.ndarray, inputs: tuple[np.ndarray, ...], rows: Rows) -> JaxPasses:
+        return JaxPasses(self, theta, inputs, rows)
+
+
+class JaxPasses:
+    """The outputs of a function linearised at theta; satisfies `hfmpi.models.framework.Passes`."""
+
+    def __init__(
+        self, model: JaxModel, theta: np.ndarray, inputs: tuple[np.ndarray, ...], rows: Rows
+    ) -> None:
+        self.model, self.theta, self.inputs, self.rows = model, theta, inputs, rows
+        with _memory():
+            outputs, self.pull = model.linear(theta, inputs, rows=rows)
+            self.outputs = np.asarray(outputs)
+        self.nbytes = sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(self.pull))
+
+    def jvp(self, v: np.ndarray) -> np.ndarray:
+        """J v (N, O) of v (D,), or (C, N, O) of (C, D)."""
+        one = partial(self.model.along, self.pull, shape=self.outputs.shape)
+        several = partial(self.model.alongs, self.pull, shape=self.outputs.shape)
+        with _memory():
+            return np.array(one(v) if v.ndim == 1 else self._several(several, one, v))
+
+    def vjp(self, u: np.ndarray) -> np.ndarray:
+        """J' u (D,) of u (N, O), or (C, D) of (C, N, O)."""
+        one, several = partial(self.model.back, self.pull), partial(self.model.backs, self.pull)
+        with _memory():
+            return np.asarray(one(u) if u.ndim == 2 else self._several(several, one, u))
+
+    def each(self, u: np.ndarray) -> Iterator[np.ndarray]:
+        """Give the gradients of <outputs, u> of the single cases, (., D) some at a time."""
+        model, cases = self.model, self.rows.shape[0]
+        rows = Rows((1, *self.rows.shape[1:]), self.rows.width)
+        apart, most = u.reshape(cases, -1, u.shape[-1]), max(1, EACH_NUMBERS // model.size)
+
+        def several(cases: range) -> Any:
+            part = slice(cases.start, cases.stop)
+            return model.each(self.theta, apart[part], tuple(x[part] for x in self.inputs), rows=rows)
+
+        def one(i: int) -> Any:
+            return model.single(self.theta, apart[i], tuple(x[i] for x in self.inputs), rows=rows)
+
+        for start in range(0, cases, most):
+            with _memory():
+                found = np.asarray(self._several(several, one, range(start, min(start + most, cases))))
+            yield found
+
+    def _several(self, several: Callable[[Any], Any], one: Callable[[Any], Any], given: Any) -> Any:
+        """Do several at once where JAX can, else one after the other."""
+        if self.model._batches:
+            try:
+                return several(given)
+            except NotImplementedError as failure:
+                self.model._batches = False
+                logging.getLogger(__name__).warning(
+                    "Note: an operation of the function cannot be batched (%s): one is done after the other.",
+                    str(failure).partition("\n")[0],
+                )
+        return np.stack([one(own) for own in given])
+
+
+@contextmanager
+def _memory() -> Iterator[None]:
+    """Raise a MemoryError where JAX raises an error of its own for it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise MemoryError(str(error).partition("\n")[0]) from None
+        raise

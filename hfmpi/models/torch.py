@@ -1,0 +1,354 @@
+"""A PyTorch module as a model: any module that gives one tensor of outputs.
+
+Forward runs once for each linearisation, and its graph is kept. J' u goes back through it. J v goes back
+twice: J' u is linear in u, and the derivative of a linear function is its transpose, so the gradient of
+<J' u, v> in u is J v (the double backward). It needs no forward pass anew, as dual numbers (forward mode)
+do, and holds for more operations; these take its place where an operation has no second derivative.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+
+from hfmpi.errors import UserError, shown
+from hfmpi.models.framework import Example, FrameworkModel, Rows
+from hfmpi.models.losses import Loss
+
+try:
+    import torch
+    from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
+except ImportError:
+    torch = None
+
+__all__ = ["TorchModel"]
+
+EACH_NUMBERS = 1 << 24
+"""Numbers of single cases' gradients that are computed at once."""
+
+_FAILURES = (RuntimeError, NotImplementedError)
+"""What PyTorch raises where an operation lacks a derivative or a batching rule."""
+
+
+class TorchModel(FrameworkModel):
+    """A PyTorch module with a loss.
+
+    The module is called with the cases of a batch along the first axis, in the mode that it is in, and must
+    give the same outputs each time: no dropout, no batch statistics. Its parameters that require a gradient
+    make theta, one after the other, tied ones once; all others, and its buffers, stay as they are.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        Gives outputs (cases, ..., O). It is not changed but by `write_back`.
+    loss : {'cross-entropy', 'squares', 'bernoulli'} or Loss
+        Of each row of outputs.
+
+    Raises
+    ------
+    UserError
+        If PyTorch is not installed, or the module has nothing to train.
+    """
+
+    def __init__(self, module: Any, loss: str | Loss) -> None:
+        if torch is None:
+            raise UserError("TorchModel needs PyTorch: pip install 'hfmpi[torch]'")
+        if not isinstance(module, torch.nn.Module):
+            raise UserError(f"module must be a torch.nn.Module, not {shown(module)}")
+        named = dict(module.named_parameters())
+        if any(torch.nn.parameter.is_lazy(p) for p in named.values()):
+            raise UserError("the module has parameters without a shape: call it once with some inputs")
+        self._own = {name: p for name, p in named.items() if p.requires_grad and p.numel()}
+        if not self._own:
+            raise UserError("the module has no parameter that requires a gradient")
+        kinds = {p.dtype for p in self._own.values()}
+        if kinds not in ({torch.float32}, {torch.float64}):
+            found = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+            raise UserError(f"parameters must all be float32 or all be float64, not {found}")
+        devices = {p.device for p in self._own.values()}
+        if len(devices) > 1:
+            raise UserError("all parameters of the module must be on one device")
+        self.module = module
+        self._device = devices.pop()
+        self._sizes = [p.numel() for p in self._own.values()]
+        self._bytes = 0  # of the graph of a case
+        self._kernels: Callable[[], Any] = ExitStack  # a context of no effect
+        self._double = True
+        self._obstacle: str | None = None
+        self._batches = self._cases_apart = True
+        start = torch.cat([p.detach().reshape(-1) for p in self._own.values()]).cpu().numpy()
+        super().__init__([(name, tuple(p.shape)) for name, p in self._own.items()], start, loss)
+
+    def write_back(self, theta: np.ndarray) -> None:
+        """Copy theta (D,) into the parameters of the module."""
+        given = np.asarray(theta)
+        if given.shape != (self.size,):
+            raise UserError(f"theta must be a vector of {self.size:,} numbers, not of shape {given.shape}")
+        parts = torch.from_numpy(given.astype(self.backend.dtype)).split(self._sizes)
+        with torch.no_grad():
+            for p, part in zip(self._own.values(), parts, strict=True):
+                p.copy_(part.view(p.shape))
+
+    # The function of theta ---------------------------------------------------------------------
+
+    def _function(self, inputs: tuple[Any, ...], rows: Rows) -> Callable[[Any], Any]:
+        """Give the function theta (D,) -> outputs (N, O), of tensors."""
+
+        def function(theta: Any) -> Any:
+            parts = theta.split(self._sizes)
+            named = zip(self._own.items(), parts, strict=True)
+            values = {name: part.view(p.shape) for (name, p), part in named}
+            return rows.of(torch.func.functional_call(self.module, values, inputs))
+
+        return function
+
+    def tensor(self, array: np.ndarray) -> Any:
+        """Give an array as a tensor on the module's device: where that is the CPU, of the same memory."""
+        if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+            array = array.copy()
+        return torch.from_numpy(array).to(self._device)
+
+    def _tensors(self, inputs: tuple[np.ndarray, ...]) -> tuple[Any, ...]:
+        """Give inputs as tensors; whole numbers as int64, which every module takes."""
+        return tuple(self.tensor(x.astype(np.int64) if x.dtype.kind in "iu" else x) for x in inputs)
+
+    def _outputs(self, theta: np.ndarray, inputs: tuple[np.ndarray, ...], rows: Rows) -> np.ndarray:
+        with _memory(), torch.no_grad(), self._kernels():
+            return _array(self._function(self._tensors(inputs), rows)(self.tensor(theta)))
+
+    def _linearise(self, theta: np.ndarray, inputs: tuple[np.ndarray, ...], rows: Rows) -> TorchPasses:
+        return TorchPasses(self, theta, self._tensors(inputs), rows)
+
+    # The first batch ---------------------------------------------------------------------------
+
+    def _check(self, theta: np.ndarray, example: Example) -> None:
+        """Find out what holds for the module; raise a UserError where it cannot be trained."""
+        before = {name: b.detach().clone() for name, b in self.module.named_buffers()}
+        once, again = (self._outputs(theta, example.inputs, example.rows) for _ in range(2))
+        changed = False
+        with torch.no_grad():
+            for name, b in self.module.named_buffers():
+                if name in before and not torch.equal(b, before[name]) and not torch.isnan(b).any():
+                    changed = True
+                    b.copy_(before[name])
+        if changed:
+            raise UserError(
+                "a pass changes buffers of the module, as batch statistics do: call module.eval() first"
+            )
+        if not np.allclose(once, again, 1e-3, 1e-6, equal_nan=True):
+            raise UserError(
+                "the module gives other outputs each time, as with dropout: call module.eval() first"
+            )
+        super()._check(theta, example)
+        self._choose(theta, example.first)
+
+    def _choose(self, theta: np.ndarray, example: Example) -> None:
+        """Choose how to multiply with J, as it works on one case."""
+        log, why = logging.getLogger(__name__), ""
+        for double, kernels in (True, ExitStack), (True, _plain), (False, ExitStack), (False, _plain):
+            self._double, self._kernels = double, kernels
+            try:
+                self._bytes = self._linearise(theta, example.inputs, example.rows).tried()
+            except _FAILURES as failure:
+                why = why or str(failure).partition("\n")[0]
+                continue
+            if not double:
+                log.warning(
+                    "Note: an operation of the module has no second derivative (%s): every product runs the "
+                    "module anew, in forward mode.",
+                    why,
+                )
+            elif kernels is _plain:
+                log.warning(
+                    "Note: a fused kernel of the module has no second derivative (%s): plain kernels of "
+                    "attention, and of recurrent networks on a GPU, take its place.",
+                    why,
+                )
+            return
+        self._double, self._kernels, self._obstacle = True, ExitStack, why
+
+
+class TorchPasses:
+    """The outputs of a module linearised at theta; satisfies `hfmpi.models.framework.Passes`."""
+
+    def __init__(self, model: TorchModel, theta: np.ndarray, inputs: tuple[Any, ...], rows: Rows) -> None:
+        self.model, self.inputs, self.rows = model, inputs, rows
+        self.function = model._function(inputs, rows)
+        self.theta = model.tensor(theta).detach().requires_grad_()
+        self.cases = rows.shape[0]
+        self._run()
+
+    def _run(self) -> None:
+        """Run forward, and keep the graph."""
+        with _memory(), torch.enable_grad(), self.model._kernels():
+            self.graph = self.function(self.theta)
+        if not self.graph.requires_grad:
+            raise UserError("the outputs of the module do not depend on its parameters")
+        self.outputs = _array(self.graph)
+        self._pull: tuple[Any, Any] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """About what the graphs keep, as measured on one case."""
+        return self.model._bytes * self.cases
+
+    def jvp(self, v: np.ndarray) -> np.ndarray:
+        """J v (N, O) of v (D,), or (C, N, O) of (C, D)."""
+        if self.model._obstacle is not None:
+            raise UserError(
+                "an operation of the module has neither a second derivative nor a forward mode "
+                f"({self.model._obstacle}): take a first-order optimizer"
+            )
+        with _memory(), self.model._kernels():
+            push = self._double_backward if self.model._double else self._forward
+            return self._each_way(push, v, v.ndim == 2)
+
+    def vjp(self, u: np.ndarray) -> np.ndarray:
+        """J' u (D,) of u (N, O), or (C, D) of (C, N, O)."""
+        with _memory(), self.model._kernels():
+            return self._each_way(self._backward, u, u.ndim == 3)
+
+    def each(self, u: np.ndarray) -> Iterator[np.ndarray]:
+        """Give the gradients of <outputs, u> of the single cases, (., D) some at a time."""
+        model, rows = self.model, Rows((1, *self.rows.shape[1:]), self.rows.width)
+        theta, apart = self.theta.detach(), model.tensor(u).view(self.cases, -1, u.shape[-1])
+
+        def single(theta: Any, weights: Any, *inputs: Any) -> Any:
+            return (model._function(tuple(x[None] for x in inputs), rows)(theta) * weights).sum()
+
+        several = torch.func.vmap(torch.func.grad(single), (None, 0) + (0,) * len(self.inputs))
+        most = max(1, EACH_NUMBERS // model.size)
+        for start in range(0, self.cases, most):
+            part = slice(start, start + most)
+            given = (apart[part], *(x[part] for x in self.inputs))
+            if model._cases_apart:
+                try:
+                    with _memory(), _quiet(), model._kernels():
+                        found = _array(several(theta, *given))
+                except _FAILURES as failure:
+                    model._cases_apart = False
+                    _note("case", failure)
+                else:
+                    yield found
+                    continue
+            for one in zip(*given, strict=True):
+                with _memory(), torch.enable_grad(), model._kernels():
+                    leaf = theta.clone().requires_grad_()
+                    yield _array(torch.autograd.grad(single(leaf, *one), leaf)[0])[None]
+
+    def tried(self) -> int:
+        """Give the bytes that the graphs keep; raise a RuntimeError where products do not work."""
+        found, own = dict[int, int](), self.theta.untyped_storage().data_ptr()
+
+        def pack(tensor: Any) -> Any:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() != own:
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            self._run()
+            if self.model._double:
+                self._pulled()
+        rng = np.random.default_rng(0)
+        v = rng.standard_normal(self.model.size).astype(self.outputs.dtype)
+        u = rng.standard_normal(self.outputs.shape).astype(self.outputs.dtype)
+        along, back = self.jvp(v), self.vjp(u)
+        apart = abs(float(np.vdot(along, u)) - float(np.vdot(v, back)))
+        if not apart <= 1e-3 * float(np.linalg.norm(along) * np.linalg.norm(u)):
+            raise RuntimeError("an operation's derivatives do not fit one another")
+        return sum(found.values())
+
+    def _each_way(self, pass_: Callable[[Any, bool], Any], given: np.ndarray, many: bool) -> np.ndarray:
+        """Do a linear pass of one direction, or of several at once where PyTorch can, else of each."""
+        model, tensor = self.model, self.model.tensor(given)
+        found = None
+        if many and model._batches:
+            try:
+                with _memory(), _quiet():
+                    found = _array(pass_(tensor, True))
+            except _FAILURES as failure:
+                model._batches = False
+                _note("direction", failure)
+        if found is None and many:
+            found = np.stack([_array(pass_(own, False)) for own in tensor])
+        elif found is None:
+            found = _array(pass_(tensor, False))
+        return found.copy() if np.may_share_memory(found, given) else found
+
+    def _backward(self, u: Any, batched: bool) -> Any:
+        return torch.autograd.grad(self.graph, self.theta, u, retain_graph=True, is_grads_batched=batched)[0]
+
+    def _pulled(self) -> tuple[Any, Any]:
+        """Give J' u with its graph, and the u that it is a function of; made once."""
+        if self._pull is None:
+            with torch.enable_grad():
+                u = torch.zeros_like(self.graph, requires_grad=True)
+                self._pull = torch.autograd.grad(self.graph, self.theta, u, create_graph=True)[0], u
+        return self._pull
+
+    def _double_backward(self, v: Any, batched: bool) -> Any:
+        pulled, u = self._pulled()
+        return torch.autograd.grad(pulled, u, v, retain_graph=True, is_grads_batched=batched)[0]
+
+    def _forward(self, v: Any, batched: bool) -> Any:
+        theta = self.theta.detach()
+
+        def push(v: Any) -> Any:
+            return unpack_dual(self.function(make_dual(theta, v))).tangent
+
+        with torch.no_grad(), dual_level(), _quiet():
+            return torch.func.vmap(push)(v) if batched else push(v)
+
+
+def _array(tensor: Any) -> np.ndarray:
+    """Give a tensor as an array; where it is on the CPU, of the same memory."""
+    return np.ascontiguousarray(tensor.detach().cpu().numpy())
+
+
+def _note(what: str, failure: Exception) -> None:
+    logging.getLogger(__name__).warning(
+        "Note: an operation of the module cannot be batched (%s): hfmpi takes one %s after the other.",
+        str(failure).partition("\n")[0],
+        what,
+    )
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    """Leave out fused kernels that have no second derivative."""
+    with (
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        torch.backends.cudnn.flags(enabled=False),
+    ):
+        yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let PyTorch's transformations do without words to its developers."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")  # an operation runs one by one
+        warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)  # PyTorch's own use
+        yield
+
+
+@contextmanager
+def _memory() -> Iterator[None]:
+    """Raise a MemoryError where PyTorch raises an error of its own for it."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error)
+        if (
+            isinstance(error, torch.OutOfMemoryError)
+            or "allocate memory" in said
+            or "not enough memory" in said
+        ):
+            raise MemoryError(said.partition("\n")[0]) from None
+        raise

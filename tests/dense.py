@@ -1,0 +1,114 @@
+"""What every model promises, against its dense Jacobian; for models of any framework, in float64."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+import hfmpi
+from hfmpi.optim import Objectives
+from hfmpi.parallel.communicator import Communicator
+
+
+def loss_of_rows(kind, z, y):
+    """Give loss, gradient (N, O) and Hessian (N, O, O) of rows z (N, O) by formula."""
+    if kind == "cross-entropy":
+        p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
+        hot = np.eye(z.shape[1])[y]
+        return (
+            -(np.log(p) * hot).sum(),
+            p - hot,
+            np.einsum("no,op->nop", p, np.eye(len(p.T))) - (p[:, :, None] * p[:, None]),
+        )
+    if kind == "squares":
+        return ((z - y) ** 2).sum() / 2, z - y, np.broadcast_to(np.eye(z.shape[1]), (*z.shape, z.shape[1]))
+    p = 1 / (1 + np.exp(-z))
+    value = -(y * np.log(p) + (1 - y) * np.log(1 - p)).sum()
+    return value, p - y, (p * (1 - p))[:, :, None] * np.eye(z.shape[1])
+
+
+def check(model, kind, cases, theta, outputs, jacobian, mask=None, apart=True):
+    """Check a model on all cases, of which each has equally many rows.
+
+    Parameters
+    ----------
+    outputs : (N, O)
+    jacobian : (N, O, D)
+    mask : (N,), optional
+    apart : bool
+        In two micro-batches.
+    """
+    count, scored = cases.count, cases.scored(np.arange(cases.count))
+    batch = cases.take(np.arange(count))
+    y = np.asarray(batch.targets)
+    if not hasattr(batch, "cases"):
+        y = y.swapaxes(0, 1)
+    y = y.reshape(-1) if kind == "cross-entropy" else y.reshape(outputs.shape)
+    mask = np.ones(len(outputs)) if mask is None else mask
+    gradients = loss_of_rows(kind, outputs, y)[1] * mask[:, None]
+    hessian = loss_of_rows(kind, outputs, y)[2] * mask[:, None, None]
+    value = sum(loss_of_rows(kind, z[None], t[None])[0] * m for z, t, m in zip(outputs, y, mask, strict=True))
+    each = np.einsum("no,nod->nd", gradients, jacobian).reshape(count, -1, theta.size).sum(axis=1)
+    dense = np.einsum("nod,nop,npe->de", jacobian, hessian, jacobian)
+
+    at = model.linearise(theta, batch)
+    assert np.isclose(at.loss, value, rtol=1e-10)
+    assert np.isclose(model.loss(theta, batch), value, rtol=1e-6)  # kernels without derivatives
+    assert at.nbytes > 0
+    rng = np.random.default_rng(5)
+    v, u = rng.standard_normal(theta.size), rng.standard_normal(outputs.shape)
+    along, back = at.jvp(v), np.zeros(theta.size)
+    at.vjp(u, back)
+    assert np.allclose(along, np.einsum("nod,d->no", jacobian, v))
+    assert np.isclose(np.vdot(along, u), back @ v)
+    assert v @ dense @ v >= -1e-12
+
+    owner = hfmpi.DataParallel(model, Communicator(), micro_batch=count // 2 if apart else count)
+    risk = owner.on(cases, np.arange(count))
+    assert np.isclose(risk.loss(theta), value / scored, rtol=1e-6)
+    assert np.allclose(risk.gradient(theta).vector, each.sum(axis=0) / scored)
+    squared = risk.squared_gradients(theta)
+    assert np.allclose(squared.vector, each.sum(axis=0) / scored)
+    assert np.allclose(squared.squares, count * ((each / scored) ** 2).sum(axis=0))
+    columns = rng.standard_normal((3, theta.size))
+    before = columns.copy()
+    product = risk.gauss_newton(theta)
+    assert np.allclose([product(column) for column in columns], columns @ dense / scored)
+    assert np.allclose(risk.columns(theta)(columns), columns @ dense / scored)
+    assert np.allclose(risk.project(theta)(columns), columns @ dense @ columns.T / scored)
+    assert np.array_equal(columns, before)
+    ends = [block.start + block.rows * block.columns for block in risk.blocks]
+    assert [0, *ends] == [*(block.start for block in risk.blocks), theta.size]
+    return at
+
+
+def check_optimizers(model, cases):
+    """Check that every optimizer lowers the risk of the model."""
+    owner = hfmpi.DataParallel(model, Communicator())
+    risk = owner.on(cases, np.arange(cases.count))
+    for optimizer in (
+        hfmpi.HessianFree(),
+        hfmpi.Adam(),
+        hfmpi.GradientDescent(),
+        hfmpi.SOAP(),
+        hfmpi.Muon(),
+        hfmpi.Subspace(directions="gradient"),
+    ):
+        theta = model.initial(0).astype(model.backend.dtype)
+        state, losses = optimizer.init(theta, risk.blocks), [risk.loss(theta)]
+        for _ in range(2):
+            theta, state, _ = optimizer.step(theta, state, Objectives(risk, risk))
+            losses.append(risk.loss(theta))
+        assert min(losses) < losses[0], optimizer
+        assert theta.dtype == model.backend.dtype
+
+
+def check_page(name):
+    """Check that the program with this name on the page "Your own model" runs and lowers the risk."""
+    page = (Path(__file__).parents[1] / "docs" / "own_model.md").read_text()
+    (program,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if name in code]
+    names = {}
+    exec(program, names)
+    risk, theta, model = names["risk"], names["theta"], names["model"]
+    assert risk.loss(theta) < 0.9 * risk.loss(model.initial(0))
+    return names

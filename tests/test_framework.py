@@ -1,0 +1,174 @@
+"""What models of any framework share, with a framework of NumPy alone: rows, losses, cases, refusals."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from dense import check, check_optimizers
+
+import hfmpi
+from hfmpi.errors import UserError
+from hfmpi.models.framework import FrameworkModel
+from hfmpi.parallel.communicator import Communicator
+
+CASES, STEPS, INPUTS, OUTPUTS = 4, 3, 2, 3
+
+
+class Tanh(FrameworkModel):
+    """Outputs tanh(x W + b) with a dense Jacobian; x (B, ..., I)."""
+
+    def __init__(self, loss, start):
+        super().__init__([("W", (INPUTS, OUTPUTS)), ("b", (OUTPUTS,))], start, loss)
+
+    def _outputs(self, theta, inputs, rows):
+        W, b = theta[:-OUTPUTS].reshape(INPUTS, OUTPUTS), theta[-OUTPUTS:]
+        return rows.of(np.tanh(inputs[0] @ W + b))
+
+    def _linearise(self, theta, inputs, rows):
+        return Passes(self._outputs(theta, inputs, rows), rows._replace(width=INPUTS).of(inputs[0]), rows)
+
+
+class Passes:
+    def __init__(self, outputs, x, rows):
+        self.outputs, self.cases = outputs, rows.shape[0]
+        kernel = np.concatenate([x, np.ones((len(x), 1), x.dtype)], axis=1)  # of W and b
+        eye = np.eye(OUTPUTS, dtype=x.dtype)
+        self.jacobian = np.einsum("no,ni,op->noip", 1 - outputs**2, kernel, eye).reshape(*outputs.shape, -1)
+        self.nbytes = self.jacobian.nbytes
+
+    def jvp(self, v):
+        return np.ascontiguousarray(np.einsum("nod,...d->...no", self.jacobian, v))
+
+    def vjp(self, u):
+        return np.einsum("nod,...no->...d", self.jacobian, u)
+
+    def each(self, u):
+        each = np.einsum("nod,no->nd", self.jacobian, u)
+        yield each.reshape(self.cases, -1, each.shape[1]).sum(axis=1)
+
+
+def numbers(*shape, seed=3):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def symbols(*shape):
+    return np.random.default_rng(4).integers(0, OUTPUTS, shape)
+
+
+def model(loss="cross-entropy", kind=np.float64):
+    return Tanh(loss, numbers(INPUTS * OUTPUTS + OUTPUTS).astype(kind))
+
+
+MASK = np.array([[1, 0], [1, 1], [0, 0], [0, 1]])
+ROWS, SEQUENCES = numbers(CASES, INPUTS), numbers(CASES, STEPS, INPUTS)
+
+
+@pytest.mark.parametrize(("loss", "cases", "x", "mask"), [
+    ("cross-entropy", hfmpi.Examples(ROWS, symbols(CASES)), ROWS, None),
+    ("squares", hfmpi.Examples(ROWS, numbers(CASES, OUTPUTS), np.array([1, 0, 1, 1])), ROWS, [1, 0, 1, 1]),
+    ("bernoulli", hfmpi.Examples(ROWS, numbers(CASES, OUTPUTS) > 0), ROWS, None),
+    ("cross-entropy", hfmpi.Examples(SEQUENCES, symbols(CASES, STEPS)), SEQUENCES, None),
+    ("squares", hfmpi.Arrays(SEQUENCES, numbers(CASES, STEPS, OUTPUTS)), SEQUENCES, None),
+    ("cross-entropy", hfmpi.Arrays(SEQUENCES, symbols(CASES, 2), MASK), SEQUENCES[:, 1:], MASK),
+])  # fmt: skip
+def test_losses_masks_and_burn_in_are_those_of_the_dense_jacobian(loss, cases, x, mask):
+    made = model(loss)
+    theta = made.initial(0)
+    x = x.reshape(-1, INPUTS)
+    W, b = theta[:-OUTPUTS].reshape(INPUTS, OUTPUTS), theta[-OUTPUTS:]
+    z = np.tanh(x @ W + b)
+    jacobian = Passes(z, x, hfmpi.models.framework.Rows((len(x),), None)).jacobian
+    check(made, loss, cases, theta, z, jacobian, None if mask is None else np.reshape(mask, -1))
+
+
+def test_outputs_may_lack_the_axis_of_one_step_or_of_one_number():
+    rows = numbers(CASES, OUTPUTS)
+    of = hfmpi.models.framework.Rows
+    assert np.array_equal(of((CASES, 1), None).of(rows), rows)
+    assert np.array_equal(of((CASES,), 1).of(rows[:, 0]), rows[:, :1])
+    assert np.array_equal(of((CASES,), 1).of(rows[:, :1]), rows[:, :1])
+    for shape, width in (((CASES + 1,), None), ((CASES,), 2), ((CASES, 2), None), ((CASES, 1, 1), 3)):
+        with pytest.raises(UserError, match="outputs must be of shape"):
+            of(shape, width).of(rows)
+
+
+def test_every_optimizer_takes_a_model_of_a_framework():
+    check_optimizers(model("squares", np.float32), hfmpi.Examples(ROWS, numbers(CASES, OUTPUTS)))
+
+
+def test_theta_of_another_type_is_taken_too():
+    made, cases = model("squares", np.float32), hfmpi.Examples(ROWS, numbers(CASES, OUTPUTS))
+    risk = hfmpi.DataParallel(made, Communicator()).on(cases, np.arange(CASES))
+    theta = made.initial(0)
+    assert theta.dtype == np.float64
+    for other in (theta, theta.astype(np.float32)):
+        assert risk.gauss_newton(other)(other).dtype == other.dtype
+        assert risk.gradient(other).loss == pytest.approx(risk.loss(theta), rel=1e-6)
+
+
+def test_memory_of_a_linearisation_is_given_back_before_the_next():
+    made, cases = model(), hfmpi.Examples(ROWS, symbols(CASES))
+    at = made.linearise(made.initial(0), cases.take(np.arange(CASES)))
+    made.linearise(made.initial(0), cases.take(np.arange(CASES)), at)
+    assert not hasattr(at, "passes")
+
+
+@pytest.mark.parametrize(("loss", "cases", "words"), [
+    ("cross-entropy", hfmpi.Examples(ROWS, numbers(CASES, OUTPUTS)), "must be whole numbers, as symbols are"),
+    ("squares", hfmpi.Examples(ROWS, symbols(CASES)), r"must be real numbers, as of astype\(float\)"),
+    ("cross-entropy", hfmpi.Examples(ROWS, symbols(CASES) + 1), "targets must be symbols 0 ... 2, as"),
+    ("squares", hfmpi.Examples(ROWS, numbers(CASES, 2)), r"outputs must be of shape \(4, 2\) for these"),
+    ("squares", hfmpi.Examples(ROWS * np.nan, numbers(CASES, OUTPUTS)), "loss is not finite at the start"),
+])  # fmt: skip
+def test_a_batch_that_does_not_fit_is_refused(loss, cases, words):
+    made, batch = model(loss), cases.take(np.arange(CASES))
+    for call in (made.loss, made.linearise):
+        with pytest.raises(UserError, match=words):
+            call(made.initial(0), batch)
+    with pytest.raises(UserError, match="a batch must have inputs, targets and mask"):
+        made.loss(made.initial(0), (ROWS, ROWS))
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    ((ROWS, symbols(CASES + 1)), "there are 4 cases of inputs and 5 of targets"),
+    (((ROWS, ROWS[1:]), symbols(CASES)), "there are 3 cases of inputs and 4 of targets"),
+    (((), symbols(CASES)), "not an empty tuple"),
+    ((ROWS, [[1, 2], [3]]), "targets must be an array, or a tensor on the CPU"),
+    ((ROWS[:0], symbols(0)), r"inputs must be whole or real numbers, one row or more, not float64 of shape"),
+    ((ROWS.astype(str), symbols(CASES)), "inputs must be whole or real numbers"),
+    ((ROWS, symbols(CASES), np.ones(3)), r"the mask has shape \(3,\), not \(4,\)"),
+    ((ROWS, symbols(CASES), np.full(4, 2)), "the mask must be 0 or 1 everywhere"),
+])  # fmt: skip
+def test_examples_that_do_not_fit_one_another_are_refused(given, words):
+    with pytest.raises(UserError, match=words):
+        hfmpi.Examples(*given)
+
+
+def test_examples_count_what_is_scored():
+    assert hfmpi.Examples(ROWS, symbols(CASES, 5)).scored(np.arange(2)) == 10
+    assert hfmpi.Examples(ROWS, numbers(CASES, 5)).scored(np.arange(2)) == 2
+    assert hfmpi.Examples(ROWS, numbers(CASES)).scored(np.arange(2)) == 2
+    assert hfmpi.Examples(ROWS, symbols(CASES, 2), MASK).scored(np.array([1, 3])) == 3
+
+
+def test_several_inputs_are_taken_together():
+    batch = hfmpi.Examples((ROWS, SEQUENCES), symbols(CASES)).take(np.array([2, 0]))
+    assert np.array_equal(batch.inputs[0], ROWS[[2, 0]])
+    assert np.array_equal(batch.inputs[1], SEQUENCES[[2, 0]])
+    with pytest.raises(IndexError, match="case indices must lie in 0"):
+        hfmpi.Examples(ROWS, symbols(CASES)).take(np.array([CASES]))
+
+
+def test_a_framework_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr("hfmpi.models.torch.torch", None)
+    monkeypatch.setattr("hfmpi.models.jax.jax", None)
+    with pytest.raises(UserError, match=r"TorchModel needs PyTorch: pip install 'hfmpi\[torch\]'"):
+        hfmpi.TorchModel(None, "squares")
+    with pytest.raises(UserError, match=r"JaxModel needs JAX: pip install 'hfmpi\[jax\]'"):
+        hfmpi.JaxModel(None, None, "squares")
+
+
+def test_frameworks_are_imported_when_they_are_asked_for():
+    script = "import sys, hfmpi; hfmpi.Network; hfmpi.Examples; print({'torch', 'jax'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "set()"

@@ -1,0 +1,352 @@
+"""A PyTorch module as a model: its derivatives against dense ones, and what is refused."""
+
+import numpy as np
+import pytest
+from dense import check, check_optimizers, check_page
+
+import hfmpi
+from hfmpi.errors import UserError
+from hfmpi.models.base import Blocks, Columns, Model, SquaredGradients
+from hfmpi.parallel.communicator import Communicator, MPICommunicator
+
+torch = pytest.importorskip("torch")
+nn = torch.nn
+CASES, STEPS, INPUTS, OUTPUTS = 4, 3, 2, 3
+
+
+class Tagger(nn.Module):
+    """An LSTM whose outputs tag every step."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(INPUTS, 3, batch_first=True)
+        self.top = nn.Linear(3, OUTPUTS)
+
+    def forward(self, x):
+        return self.top(self.lstm(x)[0])
+
+
+class Attention(nn.Module):
+    """Symbols, a table whose transpose gives the outputs (tied), and an encoder block with dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(OUTPUTS, 4)
+        self.block = nn.TransformerEncoderLayer(4, 2, 5, batch_first=True)
+        self.top = nn.Linear(4, OUTPUTS, bias=False)
+        self.top.weight = self.table.weight
+
+    def forward(self, x):
+        return self.top(self.block(self.table(x)))
+
+
+class Two(nn.Module):
+    """Two inputs, a frozen layer and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(INPUTS, 2), nn.Linear(2, OUTPUTS)
+        self.a.requires_grad_(False)
+        self.register_buffer("shift", torch.ones(2))
+
+    def forward(self, x, y):
+        return self.b(torch.relu(self.a(x)) * y + self.shift)
+
+
+def mlp(kind=torch.float64):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(INPUTS, 4), nn.Tanh(), nn.Linear(4, OUTPUTS)).to(kind)
+
+
+def numbers(*shape):
+    return np.random.default_rng(3).standard_normal(shape)
+
+
+def symbols(*shape):
+    return np.random.default_rng(4).integers(0, OUTPUTS, shape)
+
+
+def dense(module, *inputs):
+    """Give outputs (N, O) and their Jacobian (N, O, D), by PyTorch's own reverse pass for each output."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    z = module(*map(torch.as_tensor, inputs))
+    z = z.reshape(-1, z.shape[-1])
+    rows = [
+        torch.cat([g.reshape(-1) for g in torch.autograd.grad(one, parameters, retain_graph=True)])
+        for one in z.reshape(-1)
+    ]
+    return z.detach().numpy(), torch.stack(rows).reshape(*z.shape, -1).numpy()
+
+
+def setting(name):
+    """Give a module, a loss, cases and the inputs that it is called with."""
+    torch.manual_seed(1)
+    if name == "mlp":
+        x = numbers(CASES, INPUTS)
+        return mlp(), "squares", hfmpi.Examples(x, numbers(CASES, OUTPUTS)), [x]
+    if name == "lstm":
+        x = numbers(CASES, STEPS, INPUTS)
+        return Tagger().double(), "cross-entropy", hfmpi.Arrays(x, symbols(CASES, STEPS)), [x]
+    if name == "attention":
+        x = symbols(CASES, STEPS)
+        return Attention().double().eval(), "cross-entropy", hfmpi.Arrays(x, symbols(CASES, STEPS)), [x]
+    if name == "two":
+        x, y = numbers(CASES, INPUTS), numbers(CASES, 2) + 1
+        return (
+            Two().double(),
+            "bernoulli",
+            hfmpi.Examples((x, y), (numbers(CASES, OUTPUTS) > 0) * 1.0),
+            [x, y],
+        )
+    images = numbers(CASES, 1, 4, 4)
+    conv = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8, OUTPUTS))
+    return conv.double(), "cross-entropy", hfmpi.Examples(images, symbols(CASES)), [images]
+
+
+@pytest.mark.parametrize("name", ["mlp", "lstm", "attention", "two", "convolution"])
+def test_a_module_has_the_derivatives_of_its_dense_jacobian(name, caplog):
+    module, kind, cases, inputs = setting(name)
+    model = hfmpi.TorchModel(module, kind)
+    assert isinstance(model, Model)
+    assert isinstance(model, Blocks)
+    assert isinstance(model, SquaredGradients)
+    z, jacobian = dense(module, *inputs)
+    theta = model.initial(0)
+    assert jacobian.shape[2] == theta.size == sum(p.numel() for p in module.parameters() if p.requires_grad)
+    at = check(model, kind, cases, theta, z, jacobian)
+    assert isinstance(at, Columns)
+    said = [record.getMessage().partition("(")[0] for record in caplog.records]
+    notes = {
+        "lstm": ["Note: an operation of the module cannot be batched "],  # its cases, in float64
+        "attention": ["Note: a fused kernel of the module has no second derivative "],
+    }
+    assert said == notes.get(name, [])
+
+
+def test_steps_before_the_first_target_are_burn_in():
+    x, y = numbers(CASES, STEPS, INPUTS), symbols(CASES, STEPS - 1)
+    mask = np.array([[1, 0], [1, 1], [0, 0], [0, 1]])
+    module = Tagger().double()
+    z, jacobian = dense(module, x)
+    scored = np.arange(CASES * STEPS).reshape(CASES, STEPS)[:, 1:].reshape(-1)
+    model = hfmpi.TorchModel(module, "cross-entropy")
+    cases = hfmpi.Arrays(x, y, mask)
+    check(model, "cross-entropy", cases, model.initial(0), z[scored], jacobian[scored], mask.reshape(-1))
+
+
+@pytest.mark.parametrize("name", ["mlp", "attention"])
+def test_every_optimizer_takes_a_module(name):
+    module, kind, cases, _ = setting(name)
+    check_optimizers(hfmpi.TorchModel(module.float(), kind), cases)
+
+
+def test_the_page_works():
+    names = check_page("TorchModel")
+    assert np.array_equal(hfmpi.TorchModel(names["module"], "squares").initial(0), names["theta"])
+
+
+def test_theta_goes_back_into_the_module_and_frozen_parameters_stay():
+    module, kind, cases, _ = setting("two")
+    model, before = hfmpi.TorchModel(module, kind), {k: v.clone() for k, v in module.state_dict().items()}
+    theta = model.initial(0) + 0.5
+    loss = model.loss(theta, cases.take(np.arange(CASES)))
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())  # nothing has changed it
+    model.write_back(theta)
+    after = module.state_dict()
+    assert {k for k in after if not torch.equal(after[k], before[k])} == {"b.weight", "b.bias"}
+    assert hfmpi.TorchModel(module, kind).loss(theta, cases.take(np.arange(CASES))) == loss
+    assert np.array_equal(hfmpi.TorchModel(module, kind).initial(1), theta)
+    with pytest.raises(UserError, match="theta must be a vector of 9 numbers, not of shape"):
+        model.write_back(theta[1:])
+
+
+def test_tied_weights_are_in_theta_once_and_go_back_together():
+    module = setting("attention")[0]
+    model = hfmpi.TorchModel(module, "cross-entropy")
+    assert [block.name for block in model.blocks].count("table.weight") == 1
+    assert "top.weight" not in [block.name for block in model.blocks]
+    model.write_back(model.initial(0) * 2)
+    assert module.top.weight is module.table.weight
+
+
+def test_matrices_are_blocks_and_vectors_rows():
+    model = hfmpi.TorchModel(setting("convolution")[0], "cross-entropy")
+    assert [block[:4] for block in model.blocks] == [
+        ("0.weight", 0, 2, 9),
+        ("0.bias", 18, 1, 2),
+        ("3.weight", 20, OUTPUTS, 8),
+        ("3.bias", 44, 1, OUTPUTS),
+    ]
+
+
+def test_without_memory_for_graphs_the_numbers_are_the_same():
+    module, kind, cases, _ = setting("lstm")
+    model, found = hfmpi.TorchModel(module, kind), []
+    v = np.random.default_rng(1).standard_normal(model.size)
+    for budget in (0, np.inf):
+        owner = hfmpi.DataParallel(model, Communicator(), micro_batch=1, memory_budget=budget)
+        found.append(owner.on(cases, np.arange(CASES)).gauss_newton(model.initial(0))(v))
+    assert np.array_equal(*found)
+
+
+def test_memory_that_runs_out_halves_the_micro_batch(caplog):
+    class Hungry(nn.Linear):
+        def forward(self, x):
+            if len(x) > 1:
+                torch.empty(1 << 60)
+            return super().forward(x)
+
+    x, y = numbers(CASES, INPUTS), numbers(CASES, OUTPUTS)
+    found = []
+    for kind in (Hungry, nn.Linear):
+        torch.manual_seed(0)
+        model = hfmpi.TorchModel(kind(INPUTS, OUTPUTS).double(), "squares")
+        risk = hfmpi.DataParallel(model, Communicator()).on(hfmpi.Examples(x, y), np.arange(CASES))
+        found.append(risk.gradient(model.initial(0)).vector)
+    assert np.allclose(*found)
+    assert "micro-batches of 1 sequences" in caplog.text
+
+
+# Operations without derivatives ------------------------------------------------------------------
+
+
+class Cube(torch.autograd.Function):
+    """x^3 whose reverse pass has no derivative, but which has a forward mode."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+        return x**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, u):
+        return 3 * ctx.saved_tensors[0] ** 2 * u
+
+    @staticmethod
+    def jvp(ctx, v):
+        return 3 * ctx.saved_tensors[0] ** 2 * v
+
+
+class ReverseCube(Cube):
+    """x^3 that has the reverse pass alone."""
+
+    @staticmethod
+    def jvp(ctx, v):
+        raise NotImplementedError("no forward mode")
+
+
+class Cubes(nn.Module):
+    def __init__(self, cube):
+        super().__init__()
+        self.top, self.cube = nn.Linear(INPUTS, OUTPUTS).double(), cube
+
+    def forward(self, x):
+        return self.cube.apply(self.top(x))
+
+
+def test_forward_mode_takes_the_place_of_a_second_derivative(caplog):
+    x, module = numbers(CASES, INPUTS), Cubes(Cube)
+    model = hfmpi.TorchModel(module, "squares")
+    z, jacobian = dense(module, x)
+    check(model, "squares", hfmpi.Examples(x, numbers(CASES, OUTPUTS)), model.initial(0), z, jacobian)
+    assert "no second derivative" in caplog.text
+    assert "forward mode" in caplog.text
+
+
+def test_an_operation_with_neither_is_for_first_order_methods():
+    model, cases = hfmpi.TorchModel(Cubes(ReverseCube), "squares"), hfmpi.Examples(ROWS, NUMBERS)
+    risk, theta = hfmpi.DataParallel(model, Communicator()).on(cases, np.arange(CASES)), model.initial(0)
+    assert np.isfinite(risk.gradient(theta).vector).all()
+    with pytest.raises(UserError, match="neither a second derivative nor a forward mode"):
+        risk.gauss_newton(theta)(theta)
+
+
+# What is refused ---------------------------------------------------------------------------------
+
+ROWS, NUMBERS, SYMBOLS = numbers(CASES, INPUTS), numbers(CASES, OUTPUTS), symbols(CASES)
+GOOD = hfmpi.Examples(ROWS, SYMBOLS)
+
+
+class Shift(nn.Linear):
+    """A linear layer that takes the mean of the batch off: what batch statistics do without buffers."""
+
+    def forward(self, x):
+        return super().forward(x - x.mean(dim=0))
+
+
+class Pair(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+def module(kind=nn.Linear, **changes):
+    torch.manual_seed(0)
+    made = kind(INPUTS, OUTPUTS).double()
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return made
+
+
+def infinite():
+    made = module()
+    with torch.no_grad():
+        made.bias[0] = torch.inf
+    return made
+
+
+def once(module, cases):
+    model = hfmpi.TorchModel(module, "cross-entropy")
+    model.loss(model.initial(0), cases.take(np.arange(CASES)))
+
+
+@pytest.mark.parametrize(("make", "cases", "words"), [
+    (lambda: nn.Linear, GOOD, "module must be a torch.nn.Module, not the class Linear"),
+    (lambda: module().requires_grad_(False), GOOD, "no parameter that requires a gradient"),
+    (lambda: nn.Tanh(), GOOD, "no parameter that requires a gradient"),
+    (lambda: nn.LazyLinear(OUTPUTS), GOOD, "parameters without a shape: call it once"),
+    (lambda: module().bfloat16(), GOOD, "must all be float32 or all be float64, not bfloat16"),
+    (lambda: nn.Sequential(module(), nn.Linear(3, 3)), GOOD, "all be float64, not float32, float64"),
+    (lambda: nn.Sequential(module(), nn.Dropout()), GOOD, "as with dropout: call module.eval"),
+    (lambda: nn.Sequential(module(), nn.BatchNorm1d(3).double()), GOOD, "changes buffers"),
+    (lambda: module(Shift), GOOD, "depend on the other cases of its batch"),
+    (lambda: module(Pair), GOOD, "must give one array of outputs, not tuple"),
+    (infinite, GOOD, "the loss is not finite at the start"),
+    (module, hfmpi.Examples(ROWS, symbols(CASES, 2)), r"outputs must be of shape \(4, 2, symbols\) for"),
+    (module, hfmpi.Examples(ROWS, SYMBOLS + 9), "targets must be symbols 0 ... 2, as outputs are, not 1"),
+    (module, hfmpi.Examples(ROWS, NUMBERS), "targets of this loss must be whole numbers"),
+])  # fmt: skip
+def test_what_cannot_be_trained_is_refused_in_a_sentence(make, cases, words):
+    with pytest.raises(UserError, match=words) as caught:
+        once(make(), cases)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+def test_batch_statistics_are_left_as_they_were_and_serve_when_fixed():
+    made = nn.Sequential(module(), nn.BatchNorm1d(OUTPUTS)).double()
+    before = {k: v.clone() for k, v in made.state_dict().items()}
+    model = hfmpi.TorchModel(made, "cross-entropy")
+    with pytest.raises(UserError, match="call module"):
+        model.linearise(model.initial(0), GOOD.take(np.arange(CASES)))
+    assert all(torch.equal(v, before[k]) for k, v in made.state_dict().items())
+    made.eval()
+    assert np.isfinite(model.linearise(model.initial(0), GOOD.take(np.arange(CASES))).loss)
+
+
+# Several ranks -----------------------------------------------------------------------------------
+
+
+@pytest.mark.mpi(ranks=2, timeout=100, unit="s")
+def test_two_ranks_compute_what_one_computes(mpi_ranks, comm):
+    assert comm.size == mpi_ranks
+    module, kind, cases, _ = setting("lstm")
+    model, found = hfmpi.TorchModel(module, kind), []
+    v = np.random.default_rng(1).standard_normal((2, model.size))
+    for communicator in (MPICommunicator(comm), Communicator()):
+        risk = hfmpi.DataParallel(model, communicator).on(cases, np.arange(3))
+        theta = model.initial(0)
+        squared = risk.squared_gradients(theta)
+        found.append([risk.loss(theta), squared.vector, squared.squares, risk.columns(theta)(v)])
+    assert all(np.allclose(ours, theirs) for ours, theirs in zip(*found, strict=True))
