@@ -60,6 +60,8 @@ class TorchModel(FrameworkModel):
             raise UserError("TorchModel needs PyTorch: pip install 'hfmpi[torch]'")
         if not isinstance(module, torch.nn.Module):
             raise UserError(f"module must be a torch.nn.Module, not {shown(module)}")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UserError("a scripted module cannot be called at another theta: give what was scripted")
         named = dict(module.named_parameters())
         if any(torch.nn.parameter.is_lazy(p) for p in named.values()):
             raise UserError("the module has parameters without a shape: call it once with some inputs")
