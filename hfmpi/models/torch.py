@@ -23,6 +23,7 @@ from hfmpi.models.losses import Loss
 try:
     import torch
     from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 except ImportError:
     torch = None
 
@@ -324,10 +325,7 @@ def _note(what: str, failure: Exception) -> None:
 @contextmanager
 def _plain() -> Iterator[None]:
     """Leave out fused kernels that have no second derivative."""
-    with (
-        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-        torch.backends.cudnn.flags(enabled=False),
-    ):
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
         yield
 
 
@@ -347,10 +345,6 @@ def _memory() -> Iterator[None]:
         yield
     except RuntimeError as error:
         said = str(error)
-        if (
-            isinstance(error, torch.OutOfMemoryError)
-            or "allocate memory" in said
-            or "not enough memory" in said
-        ):
+        if any(words in said for words in ("out of memory", "allocate memory", "not enough memory")):
             raise MemoryError(said.partition("\n")[0]) from None
         raise
