@@ -204,6 +204,15 @@ def test_help_loads_neither_mpi_nor_compilers(words):
             assert f"  {command} " in done.stdout
 
 
+def test_python_m_hfmpi_is_the_command():
+    def run(*words):
+        program = [sys.executable, "-m", "hfmpi", *words]
+        return subprocess.run(program, capture_output=True, text=True, timeout=60)
+
+    assert run("prepare", "--help").stdout.startswith("Usage: hfmpi prepare ")
+    is_one_sentence(run("trian"), "did you mean train?")
+
+
 @pytest.mark.parametrize("words", [[], ["bench"]])
 def test_a_group_without_a_command_helps(words, monkeypatch, capsys):
     assert call(monkeypatch, *words) == 0
@@ -560,7 +569,10 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(here, monkeypatch, c
     (b"xyz" * 9, "prepare new.h5 --ptb-raw run", "has no Penn Treebank raw files"),
     (b"", "train", "Missing argument"),
     (b"", "train .", "is not a corpus file"),
-    (b"", "tran small.h5", "No such command"),
+    (b"", "trian small.h5", "there is no command 'trian'; did you mean train?"),
+    (b"", "SAMPLE run", "there is no command 'SAMPLE'; did you mean sample?"),
+    (b"", "quit", "there is no command 'quit'; `hfmpi --help` lists those there are"),
+    (b"", "train small.h5 --hiddne 4", "'--hidden'"),
     (b"", "evaluate absent", "there is no checkpoint"),
     (b"", "evaluate small.h5", "small.h5"),
     (b"", "sample run --prime THE", "does not know the character(s) 'E' 'H' 'T'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import signal
 import sys
@@ -36,6 +37,17 @@ class LazyGroup(click.Group):
         if name not in COMMANDS:
             return None
         return getattr(importlib.import_module(f"hfmpi.cli.{name}"), name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that `args` begin with; a mistyped one is answered with the nearest."""
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            near = difflib.get_close_matches(name.lower(), COMMANDS, n=1)
+            way_out = f"did you mean {near[0]}?" if near else "`hfmpi --help` lists those there are"
+            raise click.UsageError(f"there is no command {name!r}; {way_out}", ctx)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the table of commands without importing them."""
@@ -76,7 +88,7 @@ def entry() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     with guard():
         try:
-            code = cli(standalone_mode=False)
+            code = cli(prog_name="hfmpi", standalone_mode=False)  # by `python -m hfmpi` too
         except click.ClickException as error:
             raise UserError(error.format_message()) from None
         except click.Abort:
