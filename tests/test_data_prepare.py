@@ -67,6 +67,16 @@ def test_a_short_text_is_split_in_proportion(text: bytes) -> None:
     assert f"the text has {len(text):,} {unit}, not 3,000,000" in notes[-1]
 
 
+def test_all_is_what_validation_leaves() -> None:
+    corpus, size, _, notes = prepare([b"abcde", b"fghij"], "all", 3)
+    assert (size, notes) == (10, [])
+    assert corpus.decode(corpus.train) == b"abcdefg"
+    assert corpus.decode(corpus.valid) == b"hij"
+    assert len(prepare(b"abcd", "all", 3).corpus.train) == 1
+    with pytest.raises(UserError, match="3 characters leaves none for training beside 3 for validation"):
+        prepare(b"abc", "all", 3)
+
+
 def test_a_text_of_just_the_size_is_not_short() -> None:
     assert not prepare(b"ab" * 4, 6, 2).notes
     assert prepare(b"ab" * 4, 6, 3).notes
@@ -246,6 +256,9 @@ def test_the_command_writes_a_corpus_and_says_so(tmp_path: Path) -> None:
     assert again.exit_code == 0
     assert "Note: the text has 1,500 characters, not 3,000,000: it is split in proportion" in again.output
     assert len(Corpus.read(out).train) == 1400
+
+    assert run(one, two, out, "--train-chars", "all", "--valid-chars", 400).exit_code == 0
+    assert (len(Corpus.read(out).train), len(Corpus.read(out).valid)) == (2600, 400)
 
 
 def test_the_command_reads_standard_input(tmp_path: Path) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import click
 
 from hfmpi.cli.values import PATH, Number
 from hfmpi.data import texts
 from hfmpi.data.corpus import is_corpus
-from hfmpi.data.prepare import TRAIN_CHARS, VALID_CHARS
+from hfmpi.data.prepare import ALL, TRAIN_CHARS, VALID_CHARS
 from hfmpi.data.prepare import prepare as split
 from hfmpi.errors import UserError
 
@@ -30,8 +31,10 @@ __all__ = ["prepare"]
     "--train-chars",
     default=TRAIN_CHARS,
     show_default=True,
-    type=Number(int, least=1),
-    help="Characters for training, from the start of the text.",
+    type=Number(int, least=1, word=ALL),
+    metavar=f"INTEGER|{ALL}",
+    help="Characters for training, from the start of the text; all: those that --valid-chars leaves.",
+    shell_complete=lambda ctx, param, begun: [word for word in [ALL] if word.startswith(begun)],
 )
 @click.option(
     "--valid-chars",
@@ -41,12 +44,16 @@ __all__ = ["prepare"]
     help="Characters for validation, those that follow.",
 )
 def prepare(
-    paths: tuple[Path, ...], ptb_raw: Path | None, corpus: str | None, train_chars: int, valid_chars: int
+    paths: tuple[Path, ...],
+    ptb_raw: Path | None,
+    corpus: str | None,
+    train_chars: int | Literal["all"],
+    valid_chars: int,
 ) -> None:
     """Make the corpus OUT.h5 of one or more TEXT files, joined in the order given; - is standard input.
 
     Every byte is a symbol; nothing is cleaned or left out. A text shorter than asked for is split in
-    proportion.
+    proportion; of a longer one the rest is left, unless --train-chars is all.
     """
     *names, out = paths
     if sum([bool(names), ptb_raw is not None, corpus is not None]) != 1:

@@ -38,23 +38,31 @@ PATH = PathName()
 
 
 class Number(click.ParamType):
-    """A whole or a real number, not infinite, and from `least` to `most` where these are given."""
+    """A whole or a real number, not infinite, from `least` to `most`, or `word`, where these are given."""
 
     def __init__(
-        self, kind: type[int] | type[float], least: float | None = None, most: float | None = None
+        self,
+        kind: type[int] | type[float],
+        least: float | None = None,
+        most: float | None = None,
+        word: str | None = None,
     ) -> None:
         self.name = "integer" if kind is int else "float"
-        self.kind, self.least = kind, least
+        self.kind, self.least, self.word = kind, least, word
         self.most = 2**63 - 1 if most is None and kind is int else most
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
-        """Give the number."""
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Give the number, or the word."""
+        if self.word is not None and value == self.word:
+            return value
         try:
             number = self.kind(value)
         except ValueError:
             number = math.nan
         if isinstance(number, float) and not math.isfinite(number):  # an integer may be too long for this
-            self.fail(f"{value!r} is no {'whole' if self.kind is int else 'finite'} number", param, ctx)
+            or_word = f", nor the word {self.word}" if self.word else ""
+            kind = "whole" if self.kind is int else "finite"
+            self.fail(f"{value!r} is no {kind} number{or_word}", param, ctx)
         if self.least is not None and number < self.least:
             self.fail(f"{value} is less than {self.least:,}", param, ctx)
         if self.most is not None and number > self.most:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import sys
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 
 from hfmpi.data.corpus import Corpus
 from hfmpi.errors import UserError
 
-__all__ = ["TRAIN_CHARS", "VALID_CHARS", "Prepared", "prepare"]
+__all__ = ["ALL", "TRAIN_CHARS", "VALID_CHARS", "Prepared", "prepare"]
 
 TRAIN_CHARS, VALID_CHARS = 2_800_000, 200_000
 """Sizes of Krause (2015): 14,000 and 1,000 sequences of 200 characters."""
+
+ALL: Final = "all"
+"""As a number of characters for training: those that validation leaves."""
 
 PART = 2**20  # bytes that are worked on at a time
 
@@ -42,20 +46,23 @@ class Prepared(NamedTuple):
 
 def prepare(
     text: bytes | Iterable[bytes],
-    train_chars: int = TRAIN_CHARS,
+    train_chars: int | Literal["all"] = TRAIN_CHARS,
     valid_chars: int = VALID_CHARS,
     provenance: dict[str, str] | None = None,
 ) -> Prepared:
     """Split a text into its first `train_chars` bytes and the `valid_chars` bytes that follow.
 
-    A text shorter than both together is split in their proportion, all of it. The vocabulary is that of the
-    whole text, also where a longer one goes on after both splits; of that rest nothing is kept in memory.
+    A text shorter than both together is split in their proportion, all of it. Where `train_chars` is `ALL`,
+    the last `valid_chars` bytes are for validation, and those before them for training. The vocabulary is
+    that of the whole text, also where a longer one goes on after both splits; of that rest nothing is kept in
+    memory.
 
     Parameters
     ----------
     text : bytes, or iterable of bytes
         The text, or its parts from the start; every byte is a symbol.
-    train_chars, valid_chars : int
+    train_chars : int or 'all'
+    valid_chars : int
         At least 1 each.
     provenance : dict of str to str, optional
         Kept with the corpus, beside the size and SHA-256 of the whole text.
@@ -69,9 +76,10 @@ def prepare(
     UserError
         If the text is empty or too short to give each split a character, or a size is less than 1.
     """
-    if train_chars < 1 or valid_chars < 1:
+    if valid_chars < 1 or (train_chars != ALL and train_chars < 1):
         raise UserError("the training and the validation text need at least one character each")
-    wanted, size, symbols, kept = train_chars + valid_chars, 0, b"", bytearray()
+    wanted = sys.maxsize if train_chars == ALL else train_chars + valid_chars
+    size, symbols, kept = 0, b"", bytearray()
     sha, characters = hashlib.sha256(), _Characters()
     for part in _cut(text) if isinstance(text, bytes) else text:
         sha.update(part)
@@ -88,7 +96,14 @@ def prepare(
             f"the text has {size:,} bytes, which are {characters.count:,} characters of UTF-8: every byte is "
             "a symbol, the sizes of the splits are in bytes, and bits/char are bits/byte"
         )
-    if size < wanted:
+    if train_chars == ALL:
+        train_chars = size - valid_chars
+        if train_chars < 1:
+            raise UserError(
+                f"a text of {size:,} {unit} leaves none for training beside {valid_chars:,} for validation: "
+                "give a longer one, or fewer --valid-chars"
+            )
+    elif size < wanted:
         proportion = f"{train_chars:,} to {valid_chars:,}"
         train_chars = size * train_chars // wanted
         valid_chars = size - train_chars
