@@ -1,5 +1,7 @@
 """The documentation: `sphinx-build -W -b html docs docs/_build/html`."""
 
+from importlib.resources import files
+
 from hfmpi import __version__
 
 project = "hfmpi"
@@ -30,3 +32,11 @@ default_role = "code"  # docstrings write `name` for code, as this site does
 
 html_theme = "furo"
 html_title = "hfmpi"
+
+html_css_files = ["formulas.css"]
+
+# MathJax from a package of PyPI in place of a CDN, so that formulas need no network; drawn as SVG, because a
+# browser may refuse fonts to pages that it reads from a disk.
+mathjax = files("sphinx-mathjax-offline") / "static" / "mathjax" / "tex-svg.js"
+html_static_path = ["_static", str(mathjax)]
+mathjax_path = "tex-svg.js"
