@@ -362,3 +362,15 @@ def test_clock_says_from_which_number_of_ranks_on_each_is_the_fastest(study):
     assert clock.intervals(times) == (
         "from 1 rank(s) on SGD, from 11 rank(s) on BGD, from 921 rank(s) on subspace"
     )
+
+
+def test_the_page_of_results_is_what_its_curves_say(curves, table, capsys):
+    results = FOLDER.parents[1] / "docs" / "results"
+    table.write(curves.load([results / "fewest-passes.json"], "small", 60.0))
+    page = (results / "fewest-passes.md").read_text().splitlines()
+    rows = [
+        line for line in capsys.readouterr().out.splitlines() if re.match(r"\| (2\.0|1\.9|lstm sub)", line)
+    ]
+    missing = [row for row in rows if row not in page]
+    assert len(rows) == 25
+    assert len(missing) <= 8, missing  # not all tables of validation are on the page

@@ -51,8 +51,10 @@ def number(value: float | None) -> str:
 
 def spread(ratios: Sequence[float]) -> str:
     """Give the median of ratios, with the least and the most."""
-    words = f"{median(ratios):.2g}"
-    return words if len(ratios) == 1 else f"{words} ({min(ratios):.2g} to {max(ratios):.2g})"
+    middle, least, most = (
+        f"{x:.2g}" if x < 99.5 else f"{x:.0f}" for x in (median(ratios), min(ratios), max(ratios))
+    )
+    return middle if len(ratios) == 1 else f"{middle} ({least} to {most})"
 
 
 def ratios(runs: Curves, model: str, slow: str, quick: str, key: str, axis: str, level: float) -> list[float]:
