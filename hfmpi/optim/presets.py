@@ -34,7 +34,7 @@ def preset(name: str, /, **changes: Any) -> Preset:
 
     Parameters
     ----------
-    name : {'sgd', 'bgd', 'shf', 'bhf', 'bhf-short', 'adam', 'soap', 'muon'}
+    name : {'sgd', 'bgd', 'shf', 'bhf', 'bhf-short', 'adam', 'soap', 'muon', 'subspace'}
     **changes
         Settings of the optimizer, by the names of its dataclass.
 
