@@ -44,10 +44,10 @@ OPTIMIZERS = {
         "settings": {
             "directions": "kfac+soap",
             "kfac_dampings": 1,
-            "candidates": 1,
+            "candidates": 2,
             "krylov": 1,
             "metric": "kfac",
-            "damping": 0.1,
+            "damping": 30.0,
             "weight_decay": 1e-3,
         },
     },
