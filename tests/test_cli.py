@@ -575,7 +575,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(here, monkeypatch, c
     (b"", "trian small.h5", "there is no command 'trian'; did you mean train?"),
     (b"", "SAMPLE run", "there is no command 'SAMPLE'; did you mean sample?"),
     (b"", "quit", "there is no command 'quit'; `hfmpi --help` lists those there are"),
-    (b"", "train small.h5 --hiddne 4", "'--hidden'"),
+    (b"", "train small.h5 --hiddne 4", "--hidden"),
     (b"", "evaluate absent", "there is no checkpoint"),
     (b"", "evaluate small.h5", "small.h5"),
     (b"", "sample run --prime THE", "does not know the character(s) 'E' 'H' 'T'"),
