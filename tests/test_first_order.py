@@ -334,21 +334,40 @@ def test_decay_is_decoupled(kind):
 
 @pytest.mark.parametrize("kind", [Adam, SOAP, Muon])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_the_average_is_a_mean_of_the_iterates_corrected_for_its_start(kind, dtype):
-    optimizer, theta = kind(averaging=0.8), START[:7].astype(dtype)
+@pytest.mark.parametrize("averaging", [0.05, 0.2, 0.999])
+def test_the_average_is_a_mean_of_the_iterates_whose_window_grows(kind, dtype, averaging):
+    optimizer, theta = kind(averaging=averaging), START[:7].astype(dtype)
     state = optimizer.init(theta, (Block("a", 0, 1, 7),))
     objectives, iterates = Objectives(Linear([g.astype(dtype) for g in GRADIENTS])), []
     assert np.array_equal(evaluated(theta, state), theta)  # before there is any
     plain, _, _ = updates(kind(), GRADIENTS, dtype, theta=theta)
-    for t, p in enumerate(plain, 1):
+    for p in plain:
         before = theta
         theta, state, _ = optimizer.step(theta, state, objectives)
         assert np.array_equal(theta - before, p)  # the training goes on from theta
         iterates.append(theta.astype(np.float64))
-        weights = 0.8 ** np.arange(t - 1, -1, -1)
-        expected = weights @ np.array(iterates) / weights.sum()
+        expected = average(iterates, averaging)
         np.testing.assert_allclose(evaluated(theta, state), expected, rtol=20 * np.finfo(dtype).eps)
         assert evaluated(theta, state).dtype == dtype
+
+
+def average(iterates, decay):
+    """Weight them as the formula of docs/theory.md has it, the last with its own share."""
+    found, left = 0.0, 1.0
+    for t in range(len(iterates), 0, -1):
+        share = max(1 - decay, 9 / (t + 8))
+        found, left = found + left * share * iterates[t - 1], left * (1 - share)
+    assert left == 0  # of the first iterate all that is left
+    return found
+
+
+def test_the_window_of_the_average_stops_growing_at_that_of_its_decay():
+    optimizer, theta = Adam(averaging=0.9), np.ones(3)
+    state, objectives = optimizer.init(theta), Objectives(Linear([np.ones(3)] * 200))
+    for _ in range(200):
+        before = evaluated(theta, state)
+        theta, state, _ = optimizer.step(theta, state, objectives)
+    np.testing.assert_allclose(evaluated(theta, state), 0.9 * before + 0.1 * theta, rtol=1e-12)
 
 
 def test_without_averaging_theta_is_evaluated():

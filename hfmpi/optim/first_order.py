@@ -81,6 +81,10 @@ def first_order_step(
     return after.theta, after.state, report
 
 
+ETA = 8
+"""Of polynomial-decay averaging (Shamir and Zhang 2013, section 4): a window of a ninth of the updates."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveState:
     """Number of updates so far, and the mean of the iterates, (D,); (0,) without averaging."""
@@ -103,8 +107,9 @@ class Adaptive(Schedule, ABC, Generic[AdaptiveT]):
     decay : float
         Weight decay, decoupled: p gains rate * decay * theta (Loshchilov and Hutter 2019).
     averaging : float
-        Decay of an exponential mean of the iterates, corrected for its start, which is what is evaluated in
-        place of theta; the training goes on from theta. 0: none.
+        Decay of an exponential mean of the iterates, which is what is evaluated in place of theta; the
+        training goes on from theta. While it is young its window grows as the updates do (Shamir and Zhang
+        2013), so that one near 1 is right for any length of a run. 0: none.
     """
 
     _state: ClassVar[type]
@@ -142,7 +147,7 @@ class Adaptive(Schedule, ABC, Generic[AdaptiveT]):
                 return None
             after, average = theta - p, state.average
             if self.averaging:
-                new = (1 - self.averaging) / (1 - self.averaging**t)
+                new = max(1 - self.averaging, (ETA + 1) / (t + ETA))
                 average = kind(1 - new) * average + kind(new) * after
             message = "" if norm > 0 else "the gradient is zero"
             return Update(after, replace(later, updates=t, average=average), length, message)
