@@ -11,6 +11,7 @@ from hfmpi.parallel.communicator import Communicator
 from hfmpi.parallel.placement import Placement
 from hfmpi.runs.config import Config
 from hfmpi.runs.stop import StopSignals
+from hfmpi.runs.text import TextTask
 from hfmpi.runs.train import Run
 
 WORDS = b"in the beginning was word and with god it all things were made by him".split()
@@ -73,7 +74,8 @@ def make_run(folder, data, comm=None, resume="auto", clock=time.perf_counter, **
         options = {"curvature_batch": 0} | options
     place = Placement("here", comm.rank, comm.size, comm.local_rank, comm.local_size, 1, 1, 2**30)
     found = find_checkpoint(folder, resume)
-    return Run(folder, Config(**SMALL | options), data, comm, place, found, clock)
+    task = TextTask.read(Config(**SMALL | options), data, comm.local_rank)
+    return Run(folder, task, comm, place, found, clock)
 
 
 def train(folder, data, comm=None, resume="auto", reporter=None, clock=time.perf_counter, **options):

@@ -20,7 +20,6 @@ from test_first_order import Linear
 from test_models import make_batch
 
 from hfmpi.backends import create
-from hfmpi.cli.progress import Log
 from hfmpi.data.batches import Sequences
 from hfmpi.errors import UserError
 from hfmpi.models.architecture import Architecture
@@ -30,6 +29,7 @@ from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.optim import Objectives
 from hfmpi.parallel.communicator import Communicator, MPICommunicator, digest
 from hfmpi.parallel.placement import Place
+from hfmpi.runs.reporter import Log
 
 cupy = pytest.importorskip("cupy")
 from hfmpi.backends.cupy import KERNELS  # noqa: E402
@@ -494,7 +494,7 @@ def test_adaptive_methods_do_the_same_on_every_device(tmp_path, optimizer):
 @pytest.mark.parametrize("optimizer", ["soap", "muon"])
 def test_gradients_that_overflow_on_the_device_are_rejected(tmp_path, optimizer):
     run = make_run(tmp_path / "run", write_corpus(tmp_path / "d.h5"), backend="cupy", optimizer=optimizer)
-    huge = Linear([run.theta * 0 + 1e200], run.network.blocks)
+    huge = Linear([run.theta * 0 + 1e200], run.model.blocks)
     with np.errstate(all="ignore"):
         theta, state, report = run.preset.optimizer.step(run.theta, run.state, Objectives(huge))
     assert theta is run.theta
@@ -548,9 +548,9 @@ def train_on(folder, communicator, backend, **options):
     """Train with a backend that is this rank's own, as `auto` would choose it."""
     run = make_run(folder / "run", folder / "d.h5", communicator, backend="auto", **options)
     own = create(backend, options["dtype"], communicator.local_rank)
-    run.backend, run.network = own, Network(run.network.architecture, own)
+    run.backend, run.model = own, Network(run.model.architecture, own)
     run.theta = own.to_device(np.asarray(run.theta))
-    run.state = run.preset.optimizer.init(run.theta, run.network.blocks)
+    run.state = run.preset.optimizer.init(run.theta, run.model.blocks)
     from small import Recorder
 
     from hfmpi.runs.stop import StopSignals

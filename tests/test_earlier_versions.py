@@ -17,6 +17,7 @@ from hfmpi.parallel.communicator import Communicator, MPICommunicator
 from hfmpi.parallel.placement import Placement
 from hfmpi.runs.config import merge
 from hfmpi.runs.stop import StopSignals
+from hfmpi.runs.text import TextTask
 from hfmpi.runs.train import Run
 
 WRITTEN = Path(__file__).parent / "written_by_0.1.0"
@@ -63,7 +64,8 @@ def go_on(name, folder, comm):
     """Take two more steps from a copy of a run, as `hfmpi train --max-steps 5` does."""
     place = Placement("here", comm.rank, comm.size, comm.local_rank, comm.local_size, 1, 1, 2**30)
     found = find_checkpoint(folder, "auto")
-    run = Run(folder, merge({"max_steps": 5}, found.meta["config"]), DATA, comm, place, found)
+    task = TextTask.read(merge({"max_steps": 5}, found.meta["config"]), DATA, comm.local_rank)
+    run = Run(folder, task, comm, place, found)
     with StopSignals() as signals:
         result = run.train(Recorder(), signals)
     assert (run.first_step, result.step, result.done) == (3, 5, True)

@@ -25,6 +25,7 @@ from hfmpi.files.lock import Lock
 from hfmpi.runs import output
 from hfmpi.runs.config import Config, from_toml
 from hfmpi.runs.stop import StopSignals
+from hfmpi.runs.text import TextTask
 from hfmpi.runs.train import Run
 
 FAULTS = {"disk full": errno.ENOSPC, "quota": errno.EDQUOT, "read-only": errno.EROFS, "gone": errno.ESTALE}
@@ -444,7 +445,8 @@ def test_a_checkpoint_that_lies_is_refused_before_memory_is_taken(change, reason
 
     def go_on():
         config = Config(**lied.meta["config"])
-        Run(tmp_path / "run", config, data, run.communicator, run.placement, lied)
+        task = TextTask.read(config, data, 0)
+        Run(tmp_path / "run", task, run.communicator, run.placement, lied)
 
     with pytest.raises(UserError, match=reason):
         go_on()

@@ -474,7 +474,7 @@ def test_the_messages_are_those_that_a_run_sends(optimizer, settings, tmp_path, 
 
 
 def test_the_message_of_a_loss_is_two_numbers():
-    run = TimedRun(Path("run"), Config(), "", 1, "CPU", 100, 4, 1, 2, measured(1, ALONE), {})
+    run = TimedRun(Path("run"), Config(), "mlstm", {}, 1, "CPU", 100, 4, 1, 2, measured(1, ALONE), {})
     assert run.messages["loss"] == 16
 
 

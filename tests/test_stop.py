@@ -127,7 +127,7 @@ def stopped_at(question, folder, data, comm=None, **options):
     assert result.reason == "SIGTERM asked for it"
     assert result.step == len(history(folder) if (folder / "history.jsonl").exists() else [])
     evaluated = history(folder)[-1]["valid_bpc"] if result.step > run.first_step else None
-    assert result.valid_bpc == evaluated
+    assert (result.valid and result.valid.loss) == evaluated
     found = checkpoint.latest(folder)
     assert (found.meta["step"], found.message) == (result.step, None)
     assert not (folder / "DONE").exists()
@@ -189,11 +189,11 @@ def test_a_signal_in_the_last_evaluation_is_no_end(data, tmp_path):
     run = make_run(folder, data, **options)
     with InEvaluation() as stop:
         result = run.train(Recorder(), stop)
-    assert (result.done, result.valid_bpc) == (False, None)
+    assert (result.done, result.valid) == (False, None)
     assert checkpoint.latest(folder).meta["step"] == result.step == len(history(folder)) > 0
     run, again = train(folder, data, **options)
     assert (again.step, again.done) == (result.step, True)
-    assert again.valid_bpc is not None
+    assert again.valid is not None
 
 
 @pytest.mark.parametrize("during", ["save", "report"])
@@ -249,7 +249,7 @@ def test_the_agreement_costs_no_message(data, tmp_path):
     comm = Counting()
     run = make_run(tmp_path / "run", data, comm, **OPTIMIZERS["shf"])
     with StopSignals() as signals:
-        run.risk = DataParallel(run.network, comm, stop=signals.wanted)
+        run.risk = DataParallel(run.model, comm, stop=signals.wanted)
         report, _ = run._one_step(evaluate_every=1000)
     assert comm.sums == report.work.gradients + report.work.losses + report.work.products
 
@@ -284,7 +284,7 @@ def test_the_command_leaves_a_step_of_hours(ranks, name, tmp_path):
     command += [f"--{option}={value}" for option, value in options.items()] + endless
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
-            while not process.stdout.readline().startswith("No --max-steps"):
+            while not process.stdout.readline().startswith("No limit"):
                 assert process.poll() is None
             time.sleep(0.5)
             process.send_signal(signal.Signals[f"SIG{name}"])

@@ -19,6 +19,7 @@ from hfmpi.objective.local import LocalSums
 from hfmpi.parallel.communicator import MPICommunicator, digest
 from hfmpi.runs.config import Config, from_toml, merge
 from hfmpi.runs.stop import StopSignals
+from hfmpi.runs.text import TextTask
 from hfmpi.runs.train import Run
 from hfmpi.runs.trained_model import Trained
 
@@ -214,11 +215,11 @@ def test_the_folder_and_the_history_keep_the_contract(data, tmp_path):
     assert [record["valid_bpc"] is None for record in records] == [True, True, False, False]
     seconds = [record["seconds"] for record in records]
     assert seconds == sorted(seconds)
-    assert records[-1]["valid_bpc"] == result.valid_bpc == run.evaluate(run.theta)
-    characters = len(run.corpus.valid) // 20 * 20
-    network, everything = run.network, run.valid_set.take(np.arange(run.valid_set.count))
+    assert records[-1]["valid_bpc"] == result.valid.loss == run.evaluate(run.theta)
+    characters = len(run.task.corpus.valid) // 20 * 20
+    network, everything = run.model, run.task.valid_set.take(np.arange(run.task.valid_set.count))
     nats = network.loss(run.theta, everything) / characters
-    assert result.valid_bpc == pytest.approx(nats / math.log(2), rel=1e-12)
+    assert result.valid.loss == pytest.approx(nats / math.log(2), rel=1e-12)
 
     timing = json.loads((folder / "timing.json").read_text())
     (rank,) = timing["ranks"]
@@ -239,7 +240,8 @@ def test_the_folder_and_the_history_keep_the_contract(data, tmp_path):
     # Its config.toml makes the same run again, of which only the clock differs.
     config = merge(from_toml(folder / "config.toml"))
     assert config == run.config
-    again = Run(tmp_path / "again", config, data, run.communicator, run.placement)
+    task = TextTask.read(config, data, 0)
+    again = Run(tmp_path / "again", task, run.communicator, run.placement)
     with StopSignals() as signals:
         again.train(Recorder(), signals)
     same(again, run)
@@ -293,12 +295,12 @@ def test_the_average_is_what_is_evaluated_and_used(name, data, tmp_path):
         share = max(1 - averaging, 9 / (t + 8))
         expected = (1 - share) * expected + share * iterates[t - 1]
     np.testing.assert_allclose(run.state.average, expected, rtol=1e-5, atol=1e-7)
-    assert result.valid_bpc == run.evaluate(run.state.average) != run.evaluate(run.theta)
+    assert result.valid.loss == run.evaluate(run.state.average) != run.evaluate(run.theta)
     trained = Trained.read(tmp_path / "run")
     np.testing.assert_array_equal(trained.theta, run.state.average)
     np.testing.assert_array_equal(checkpoint.latest(tmp_path / "run").theta, run.theta)
     found = CliRunner().invoke(cli, ["evaluate", str(tmp_path / "run"), "--json"])
-    assert json.loads(found.output)["valid_bpc"] == pytest.approx(result.valid_bpc, rel=1e-5)
+    assert json.loads(found.output)["valid_bpc"] == pytest.approx(result.valid.loss, rel=1e-5)
     plain = {"settings": options["settings"] | {"averaging": 0.0}}
     without, _ = train(tmp_path / "plain", data, max_steps=3, **options | plain)
     np.testing.assert_array_equal(without.theta, run.theta)  # the training is the same

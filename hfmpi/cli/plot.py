@@ -18,6 +18,9 @@ __all__ = ["plot"]
 Quantity = Literal[
     "train_bpc",
     "valid_bpc",
+    "loss",
+    "valid_loss",
+    "valid_metric",
     "P_I",
     "P_D",
     "seconds",
@@ -38,7 +41,6 @@ AXES: dict[Quantity, str] = {
 }
 """What they are, in the order of the panels of Figure 1."""
 
-DRAWN: tuple[Quantity, ...] = ("train_bpc", *AXES)
 INTERNALS: dict[Quantity, str] = {
     "damping": "damping $\\lambda$",
     "rho": "reduction ratio $\\rho$",
@@ -63,22 +65,28 @@ LOGARITHMIC = "damping", "rate", "gradient_norm"
 def plot(runs: tuple[Path, ...], out: Path | None, internals: bool) -> None:
     """Draw training (lines) and validation (marks) bits/char of RUN... against P_I, P_D and seconds.
 
-    Of a text with other bytes than ASCII they are bits per byte.
+    Of a text with other bytes than ASCII they are bits per byte, of a run of hfmpi.train its loss.
     """
     from hfmpi.data.corpus import loss_unit
     from hfmpi.files.checkpoint import trained_on
-    from hfmpi.files.history import History
+    from hfmpi.files.history import BITS, History, loss_keys
 
     if out is not None:
         need_matplotlib()
-    histories = []
+    histories, kinds = [], {}
     for run in runs:
-        records = History.read(run, (*DRAWN, "valid_bpc"))
+        records = History.read(run, AXES)
+        keys = kinds[run] = loss_keys(records[0]) if records else BITS
+        records = History.read(run, (keys.train, keys.valid, *AXES))
         # A step that was rejected because its loss is not finite has none.
-        records = [r for r in records if internals or all(r[key] is not None for key in DRAWN)]
+        records = [r for r in records if internals or keys.of(r)[0] is not None]
         if not records:
             raise UserError(f"the history of {run} is empty")
         histories.append((click.format_filename(run), records))
+    if len(set(kinds.values())) > 1 and not internals:
+        names = [next(run for run, own in kinds.items() if (own == BITS) == bits) for bits in (True, False)]
+        text, other = map(click.format_filename, names)
+        raise UserError(f"{text} has bits/char and {other} the loss of a model: draw them apart")
     corpora = {run: trained_on(run) for run in runs}
     known: dict[str, Path] = {}
     for run, (digest, _) in corpora.items():
@@ -92,6 +100,8 @@ def plot(runs: tuple[Path, ...], out: Path | None, internals: bool) -> None:
         click.echo("\n".join(charts(histories, inside)))
         return
     unit = loss_unit(b"".join(symbols for _, symbols in corpora.values()))
+    if keys != BITS:
+        unit = "loss"
     written = save(draw_internals(histories, inside) if internals else draw(histories, unit), out)
     click.echo(f"{click.format_filename(written)}: {len(runs)} run(s)")
 
@@ -112,7 +122,7 @@ def charts(histories: list[tuple[str, list[Record]]], inside: dict[str, list[Qua
     """Give a line a run and quantity: over its steps, and the first and last value."""
     rows, lines = [["run", "steps", "", "first", "last"]], []
     for name, records in histories:
-        for key in inside.get(name, ("train_bpc", "valid_bpc")):
+        for key in inside.get(name, _losses(records)):
             values = [record[key] for record in records]
             known = [v for v in values if v is not None]
             ends = [f"{v:.4g}" for v in (known[0], known[-1])] if known else ["", ""]
@@ -120,6 +130,12 @@ def charts(histories: list[tuple[str, list[Record]]], inside: dict[str, list[Qua
             lines.append(sparkline(values, log=key in LOGARITHMIC))
     left = aligned(rows)
     return [left[0], *(f"{line}  {chart}" for line, chart in zip(left[1:], lines, strict=True))]
+
+
+def _losses(records: list[Record]) -> list[Quantity]:
+    """Give the keys of the losses of a run, and of its metric."""
+    keys: tuple[Quantity, ...] = ("train_bpc", "valid_bpc", "loss", "valid_loss", "valid_metric")
+    return [key for key in keys if key in records[0]]
 
 
 def draw_internals(histories: list[tuple[str, list[Record]]], inside: dict[str, list[Quantity]]) -> Any:
@@ -173,19 +189,20 @@ def draw(histories: list[tuple[str, list[Record]]], unit: str) -> Any:
     """Make the figure: one panel a cost, one line style a run, so that it reads in black and white."""
     from matplotlib.figure import Figure
 
+    from hfmpi.files.history import loss_keys
+
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     top = 0.0
     for i, (name, records) in enumerate(histories):
-        smooth = smoothed([r["train_bpc"] for r in records])
+        losses = [loss_keys(r).of(r) for r in records]
+        smooth = smoothed([train for train, _ in losses if train is not None])
         top = max(top, smooth[min(len(smooth) - 1, len(smooth) // 50 + 1)])
         for axis, key in zip(axes, AXES, strict=True):
             xs = [r[key] for r in records]
             style = STYLES[i % len(STYLES)]
             axis.plot(xs, smooth, style, color=f"C{i}", label=label(name), linewidth=1.2)
-            seen = [
-                (x, r["valid_bpc"]) for x, r in zip(xs, records, strict=True) if r["valid_bpc"] is not None
-            ]
+            seen = [(x, valid) for x, (_, valid) in zip(xs, losses, strict=True) if valid is not None]
             if seen:
                 axis.plot(*zip(*seen, strict=True), MARKERS[i % len(MARKERS)], color=f"C{i}", markersize=3)
     for axis, (key, meaning) in zip(axes, AXES.items(), strict=True):

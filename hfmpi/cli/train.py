@@ -56,15 +56,16 @@ def train(
     """
     import numpy as np
 
-    from hfmpi.cli.progress import make_reporter
     from hfmpi.cli.streams import go_on
     from hfmpi.data.corpus import loss_unit
     from hfmpi.files.run_folder import find_checkpoint
     from hfmpi.parallel.failure import together
     from hfmpi.parallel.launch import connect
     from hfmpi.parallel.placement import place
+    from hfmpi.runs.reporter import make_reporter
     from hfmpi.runs.restore import check_one_run
     from hfmpi.runs.stop import StopSignals, job_end
+    from hfmpi.runs.text import TextTask
     from hfmpi.runs.train import Run
 
     go_on()
@@ -77,7 +78,7 @@ def train(
     folder = out if out is not None else data.with_suffix(".run")
     placement = place(comm, threads)  # collective, and so not inside `build`, which may fail on some ranks
 
-    def build() -> Run:
+    def build() -> tuple[TextTask, Run]:
         wanted = from_toml(config) if config else {}
         in_file = wanted.pop("settings", {})
         if not isinstance(in_file, dict):
@@ -95,23 +96,24 @@ def train(
                     f"now, name it there, and --out {folder}"
                 )
         merged = merge(wanted, found.meta.get("config") if found else None)
-        run = Run(folder, merged, data, comm, placement, found)
-        if found is not None and found.meta.get("corpus") != run.corpus.digest:
+        task = TextTask.read(merged, data, placement.local_rank)
+        run = Run(folder, task, comm, placement, found)
+        if found is not None and found.meta.get("corpus") != task.corpus.digest:
             if resume == "auto":
                 raise UserError(f"{folder} was trained on other data than {data}; give another --out")
             if comm.rank == 0:
                 click.echo(f"Note: {resume} was trained on other data than {data}.", err=True)
         if found is not None and found.message and comm.rank == 0:
             click.echo(f"Note: {found.message}.", err=True)
-        return run
+        return task, run
 
-    run = together(comm, build)
+    task, run = together(comm, build)
     with make_reporter(comm.rank) as reporter:
-        result = run.train(reporter, signals)
+        ending = run.train(reporter, signals)
     if comm.rank == 0:
-        unit = loss_unit(run.corpus.symbols)
-        valid = "" if result.valid_bpc is None else f", {result.valid_bpc:.4f} {unit} on validation"
-        click.echo(f"Stopped at step {result.step:,}: {result.reason}{valid}.")
-        if not result.done:
+        unit = loss_unit(task.corpus.symbols)
+        valid = "" if ending.valid is None else f", {ending.valid.loss:.4f} {unit} on validation"
+        click.echo(f"Stopped at step {ending.step:,}: {ending.reason}{valid}.")
+        if not ending.done:
             click.echo(f"Start again with the same command to go on; the checkpoint is in {folder}.")
     comm.close()

@@ -22,7 +22,7 @@ from hfmpi.errors import UserError
 from hfmpi.files.hdf5 import Damage, Format, InUse, array, attribute, attributes, members, opened, set_text
 from hfmpi.measure.machine import free_memory
 
-__all__ = ["NEWEST", "PREVIOUS", "Checkpoint", "Entry", "latest", "load", "save", "trained_on"]
+__all__ = ["NEWEST", "PREVIOUS", "Checkpoint", "Entry", "identity", "latest", "load", "save", "trained_on"]
 
 NEWEST = "checkpoint.h5"
 PREVIOUS = "checkpoint.previous.h5"
@@ -146,12 +146,20 @@ def latest(folder: str | Path) -> Checkpoint:
 
 
 def trained_on(folder: str | Path) -> tuple[str | None, bytes]:
-    """Give the digest and the symbols of a run's corpus: None and nothing if no checkpoint tells them."""
+    """Give the digest of a run's data and the symbols of its text: None and nothing if none are told."""
     try:
         meta = latest(folder).meta
-        return str(meta["corpus"]), bytes(list(meta["vocabulary"]))
+        found = identity(meta)
+        return found.get("corpus") or found["cases"], bytes(list(meta.get("vocabulary", ())))
     except (UserError, LookupError, TypeError, ValueError):
         return None, b""
+
+
+def identity(meta: Mapping[str, Any]) -> dict[str, str]:
+    """Give the digests of a run's data, and of its model where that is no option; KeyError without any."""
+    if "corpus" in meta:
+        return {"corpus": str(meta["corpus"])}
+    return {name: str(meta[name]) for name in ("cases", "valid_cases", "model")}
 
 
 def _is_good(path: Path) -> bool:

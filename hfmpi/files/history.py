@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from hfmpi.errors import UserError
 from hfmpi.files.atomic import open_regular, replace
 from hfmpi.files.numbers import is_drawable
 
-__all__ = ["HISTORY", "History", "Record"]
+__all__ = ["BITS", "HISTORY", "NATS", "History", "LossKeys", "Record", "loss_keys", "plain"]
 
 HISTORY = "history.jsonl"
 DAMAGED = "history.damaged.jsonl"
@@ -28,8 +28,11 @@ class Record(TypedDict):
     step: int
     seconds: float
     step_seconds: float
-    train_bpc: float
-    valid_bpc: float | None
+    train_bpc: NotRequired[float | None]
+    valid_bpc: NotRequired[float | None]
+    loss: NotRequired[float | None]
+    valid_loss: NotRequired[float | None]
+    valid_metric: NotRequired[float | None]
     P_I: int
     P_D: int
     P_P: int
@@ -56,6 +59,38 @@ class Record(TypedDict):
     rate: NotRequired[float]
 
 
+class LossKeys(NamedTuple):
+    """Under which keys the records of a run have its loss, and in which unit.
+
+    Attributes
+    ----------
+    train, valid : str
+    per_nat : float
+        Units in a nat.
+    """
+
+    train: str
+    valid: str
+    per_nat: float
+
+    def of(self, record: Record) -> tuple[float | None, float | None]:
+        """Give the loss of the training batch and of the validation set, if known."""
+        values = cast("dict[str, Any]", record)
+        return values[self.train], values[self.valid]
+
+
+BITS = LossKeys("train_bpc", "valid_bpc", 1 / math.log(2))
+"""Of `hfmpi train`: bits a character."""
+
+NATS = LossKeys("loss", "valid_loss", 1.0)
+"""Of `hfmpi.train`: the loss as the model has it."""
+
+
+def loss_keys(record: Record) -> LossKeys:
+    """Give those of a record."""
+    return NATS if NATS.train in record else BITS
+
+
 class History:
     """The file history.jsonl in the folder of a run.
 
@@ -77,7 +112,7 @@ class History:
 
         Numbers that are not finite, which JSON does not know, are written as null.
         """
-        self._waiting.append((json.dumps(_plain(record), allow_nan=False) + "\n").encode())
+        self._waiting.append((json.dumps(plain(record), allow_nan=False) + "\n").encode())
 
     def flush(self, sync: bool = False) -> None:
         """Write the lines that wait; with `sync` all lines reach the disk.
@@ -200,11 +235,12 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"JSON has no {constant}")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Give a record as the file has it: numbers of Python's own, and None for those that are not finite."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {key: plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -19,6 +19,7 @@ __all__ = [
     "KroneckerFactors",
     "Linearisation",
     "Model",
+    "Outputs",
     "SquaredGradients",
     "StructuralDamping",
     "StructuralLinearisation",
@@ -78,6 +79,17 @@ class Model(Protocol):
 
     def release(self) -> None:
         """Give scratch memory back."""
+
+
+@runtime_checkable
+class Outputs(Protocol):
+    """A model that gives its outputs, for metrics and predictions."""
+
+    def outputs(self, theta: Array, batch: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Give outputs (N, O), before the loss, their targets (N,) or (N, O), and a mask (N, 1) or None.
+
+        On the host. N are the rows of outputs of the whole batch: its cases, times the steps with targets.
+        """
 
 
 @runtime_checkable

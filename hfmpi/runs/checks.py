@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +60,16 @@ def enough_text(
         raise UserError("; ".join(wrong))
 
 
-def same_start(communicator: Communicator, theta: np.ndarray, *others: Any) -> None:
-    """All ranks start with the same theta and the same other things, which JSON can hold.
+def same_start(communicator: Communicator, compared: Mapping[str, Any]) -> None:
+    """All ranks start with the same, which JSON can hold, by the sentence on ranks {} that do not.
 
     Nodes that do not share their files would otherwise do different runs, and wait for one another.
     """
-    start = json.dumps([*others, digest(theta)])
-    strays = communicator.same(digest(np.frombuffer(start.encode(), np.uint8)))
-    if strays:
-        raise UserError(
-            f"rank {_names(strays)} has other data, options or checkpoint files than the other ranks"
-        )
+    for sentence, value in compared.items():
+        content = json.dumps(value, sort_keys=True).encode()
+        strays = communicator.same(digest(np.frombuffer(content, np.uint8)))
+        if strays:
+            raise UserError(sentence.format(_names(strays)))
 
 
 def same_vectors(communicator: Communicator, values: Iterable[Entry], step: int, last_good: str) -> None:
@@ -89,13 +88,13 @@ def not_stuck(progress: Progress, most: int, message: str, last_good: str) -> No
     if most and progress.rejections >= most:
         raise UserError(
             f"{progress.rejections:,} steps in a row were rejected up to step {progress.step:,}, "
-            f"the last one with: {message} (--max-rejections {most}); {last_good}"
+            f"the last one with: {message} (max_rejections = {most}); {last_good}"
         )
 
 
-def finite(valid: float, step: int, last_good: str) -> None:
+def finite(loss: float, step: int, last_good: str) -> None:
     """Theta has a finite loss, as it has not after an update that went too far."""
-    if not math.isfinite(valid):
+    if not math.isfinite(loss):
         raise UserError(f"the validation loss is not finite after step {step:,}: {last_good}")
 
 

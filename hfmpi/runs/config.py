@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -21,7 +21,17 @@ from hfmpi.objective.transport import TRANSPORTS
 from hfmpi.optim.presets import PRESETS, Preset, preset
 from hfmpi.settings import Rule, at_least, at_most, check, converted, declared
 
-__all__ = ["CHANGEABLE", "FORMER_NAMES", "OPTIONS", "Config", "Option", "from_toml", "merge", "to_toml"]
+__all__ = [
+    "CHANGEABLE",
+    "FORMER_NAMES",
+    "OF_TEXT",
+    "OPTIONS",
+    "Config",
+    "Option",
+    "from_toml",
+    "merge",
+    "to_toml",
+]
 
 MOST_TOML = 2**20
 """Bytes of a configuration file; one of a run has about 700."""
@@ -187,9 +197,17 @@ OPTIONS = {
 CHANGEABLE = frozenset(name for name, (_, option) in OPTIONS.items() if option.changeable)
 """Options that a resumed run may be given anew."""
 
+OF_TEXT = frozenset((
+    "model", "variant", "hidden", "parameters", "layers", "initialisation", "forget_bias",
+    "sequence_length", "burn_in", "backend", "dtype", "matmul_precision",
+))  # fmt: skip
+"""Options of the network on a text; `hfmpi.train`, which is given a model and cases, has them not."""
 
-def merge(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> Config:
+
+def merge(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None, out: str = "--out") -> Config:
     """Make a configuration from what a user gave; when a run resumes, the rest is what it had.
+
+    `out` is what a user calls the option for the folder.
 
     Raises
     ------
@@ -205,17 +223,17 @@ def merge(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> 
         values = {"hidden": 0, "parameters": 0} | values
     changes = {name: value for name, value in values.items() if name in CHANGEABLE | {"hidden", "parameters"}}
     if values.get("optimizer", base.optimizer) != base.optimizer:
-        raise _another("optimizer", base.optimizer, values["optimizer"])
+        raise _another("optimizer", base.optimizer, values["optimizer"], out)
     settings = base.settings | values.get("settings", {})
     had, asked = base.in_effect(), replace(base, **values | {"settings": settings}).in_effect()
     for name, value in asked.items():
         if name not in changes and value != had[name]:
-            raise _another(name, had[name], value)
+            raise _another(name, had[name], value, out)
     return replace(base, **changes)
 
 
-def _another(name: str, had: Any, asked: Any) -> UserError:
-    return UserError(f"this run has {name} = {had!r}, not {asked!r}; give another --out for a new run")
+def _another(name: str, had: Any, asked: Any, out: str) -> UserError:
+    return UserError(f"this run has {name} = {had!r}, not {asked!r}; give another {out} for a new run")
 
 
 def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,6 +263,6 @@ def from_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a TOML file: {error}") from None
 
 
-def to_toml(config: Config) -> str:
-    """Write a configuration so that `from_toml` reads it back."""
-    return tomli_w.dumps(asdict(config))
+def to_toml(options: Mapping[str, Any]) -> str:
+    """Write options so that `from_toml` reads them back."""
+    return tomli_w.dumps(options)

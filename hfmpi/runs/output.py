@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,27 +48,42 @@ class Output:
         self.communicator, self.reporter, self.last_saved = communicator, reporter, last_saved
         self.retry_at = math.inf
         self.failures: dict[str, str] = {}
+        self._writes = False  # whether there is a folder
         self._writer: Writer | None = None  # on rank 0, once it is open
 
-    def open(self, folder: Path, config: str, facts: Facts) -> None:
-        """Open the folder and tell what is about to be trained; UserError on all ranks if it cannot be."""
+    def open(self, folder: Path | None, config: str, facts: Facts, notes: Sequence[str] = ()) -> None:
+        """Open the folder, if there is one, and tell what is about to be trained.
+
+        Raises
+        ------
+        UserError
+            On all ranks if it cannot be opened.
+        """
 
         def make() -> Writer | None:
-            return Writer(folder, facts.step, config) if self.communicator.rank == 0 else None
+            if folder is None or self.communicator.rank:
+                return None
+            return Writer(folder, facts.step, config)
 
         self._writer = together(self.communicator, make)
-        if self._writer is not None:
+        self._writes = folder is not None
+        if self.communicator.rank == 0:
             self.reporter.start(facts)
+            for note in notes:
+                self.reporter.note(note)
         self._tell()
 
     def step(self, record: Record) -> None:
         """Add a line to the history, and tell of it."""
         if self._writer is not None:
             self._attempt("the history", partial(self._writer.record, record))
+        if self.communicator.rank == 0:
             self.reporter.step(record)
 
     def checkpoint(self, theta: np.ndarray, state: Mapping[str, Entry], meta: Mapping[str, Any]) -> bool:
-        """Write the checkpoint, and say on all ranks alike whether it is written."""
+        """Write the checkpoint, and say on all ranks alike whether it is written, if one is to be."""
+        if not self._writes:
+            return True
         saved = self._attempt(
             "the checkpoint", lambda: self._write(lambda writer: writer.checkpoint(theta, state, meta))
         )

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
-from hfmpi.files.history import Record
+from hfmpi.files.history import LossKeys, Record
 from hfmpi.measure import cost
 from hfmpi.measure.cost import Counts
 from hfmpi.optim.base import StepReport
 from hfmpi.parallel.placement import Place
 from hfmpi.runs.config import Config
 
-__all__ = ["BITS", "Facts", "Progress", "Reporter", "counted", "step_record"]
-
-BITS = 1 / math.log(2)
-"""Bits per nat."""
+__all__ = ["Facts", "Progress", "Reporter", "Validation", "counted", "step_record"]
 
 
 @dataclass(frozen=True)
@@ -26,14 +22,17 @@ class Facts:
 
     Attributes
     ----------
+    title : str
+        What is trained.
     config : Config
-        Of which the size of the network is settled.
-    parameters, sequences : int
-        Of the network, and in the training split.
+    cases : int
+        To train on.
+    noun : str
+        What cases are called.
     gradient_batch, curvature_batch : int
     ranks, threads : int
         `threads` is that of one rank.
-    backend : str
+    backend, dtype : str
     places : sequence of Place
         Of each rank.
     linearisation_bytes, memory_budget : float
@@ -42,18 +41,27 @@ class Facts:
         From which the run goes on.
     """
 
+    title: str
     config: Config
-    parameters: int
-    sequences: int
+    cases: int
+    noun: str
     gradient_batch: int
     curvature_batch: int
     ranks: int
     threads: int
     backend: str
+    dtype: str
     places: Sequence[Place]
     linearisation_bytes: int
     memory_budget: float
     step: int
+
+
+class Validation(NamedTuple):
+    """Means over the validation cases: the loss in the unit of the run, and the user's metric."""
+
+    loss: float
+    metric: float | None = None
 
 
 @dataclass(frozen=True)
@@ -102,24 +110,28 @@ class Reporter(Protocol):
 def step_record(
     progress: Progress,
     report: StepReport,
-    valid: float | None,
+    valid: Validation | None,
+    keys: LossKeys,
+    metric: bool,
     step_seconds: float,
     batches: tuple[int, int],
     ranks: int,
 ) -> Record:
     """Give the object of a step in the history (docs/file-formats.md).
 
-    `progress` is that after the step, `valid` in bits per character; `batches` are B_g and B_c.
+    `progress` is that after the step; `metric` says whether the run has one; `batches` are B_g and B_c.
     """
     p_d, p_i = cost.paper(progress.counts, *batches)
     full_d, full_i = cost.full(progress.counts, *batches)
     work = report.work
-    record: Record = {
+    measured = {keys.train: report.loss * keys.per_nat, keys.valid: valid.loss if valid else None}
+    if metric:
+        measured["valid_metric"] = valid.metric if valid else None
+    record = {
         "step": progress.step,
         "seconds": round(progress.seconds, 4),
         "step_seconds": round(step_seconds, 6),
-        "train_bpc": report.loss * BITS,
-        "valid_bpc": valid,
+        **measured,
         "P_I": p_i,
         "P_D": p_d,
         "P_P": cost.ranks(progress.counts, *batches, ranks),

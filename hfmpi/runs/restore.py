@@ -11,13 +11,13 @@ import numpy as np
 
 from hfmpi.backends.base import Backend
 from hfmpi.errors import UserError
-from hfmpi.files.checkpoint import NEWEST, PREVIOUS, Checkpoint, Entry, load
+from hfmpi.files.checkpoint import NEWEST, PREVIOUS, Checkpoint, Entry, identity, load
 from hfmpi.files.numbers import is_amount
 from hfmpi.measure.cost import Counts
 from hfmpi.runs.config import CHANGEABLE, merge
 from hfmpi.runs.record import Progress
 
-__all__ = ["check_model", "check_one_run", "entries", "progress", "restored"]
+__all__ = ["check_model", "check_one_run", "check_parameters", "entries", "progress", "restored"]
 
 StateT = TypeVar("StateT")
 
@@ -56,8 +56,15 @@ def restored(found: Checkpoint, fresh: StateT, backend: Backend, optimizer: str)
 
 def check_model(found: Checkpoint, symbols: bytes, size: int, dtype: np.dtype) -> None:
     """Raise a UserError unless the parameters are those of a model of this size for this alphabet."""
+    if "cases" in found.meta:
+        raise UserError("the checkpoint is of a run of a Python program (hfmpi.train); give another --out")
     if found.meta.get("vocabulary") != list(symbols):
         raise UserError("the checkpoint was trained on another vocabulary than that of the data")
+    check_parameters(found, size, dtype)
+
+
+def check_parameters(found: Checkpoint, size: int, dtype: np.dtype) -> None:
+    """Raise a UserError unless the parameters are so many of this type."""
     if found.theta.shape != (size,) or found.theta.dtype != dtype:
         raise UserError(
             f"the checkpoint holds a model of {found.theta.size:,} parameters ({found.theta.dtype}), "
@@ -72,13 +79,11 @@ def check_one_run(folder: Path, found: Checkpoint) -> None:
     """
     try:
         previous = load(folder / PREVIOUS).meta
-        ours, theirs = (
-            asdict(merge(meta["config"])) | {"corpus": meta["corpus"]} for meta in (found.meta, previous)
-        )
+        ours, theirs = (asdict(merge(meta["config"])) | identity(meta) for meta in (found.meta, previous))
     except (UserError, KeyError, TypeError):  # nothing to compare
         return
     for name, value in ours.items():
-        if name not in CHANGEABLE and value != theirs[name]:
+        if name not in CHANGEABLE and value != theirs.get(name):
             raise UserError(
                 f"{folder / NEWEST} is of another run than {PREVIOUS} beside it, its {name} differs: "
                 "move away the one that does not belong there"

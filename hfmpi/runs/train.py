@@ -11,39 +11,37 @@ import numpy as np
 
 import hfmpi
 from hfmpi.backends.base import Array
-from hfmpi.data.batches import Sequences
-from hfmpi.data.corpus import Corpus
 from hfmpi.errors import UserError
 from hfmpi.files.checkpoint import Checkpoint
 from hfmpi.measure.spans import EVALUATE, FILES
 from hfmpi.measure.timer import Timer
-from hfmpi.models.network import Network
+from hfmpi.models.base import Blocks
 from hfmpi.objective.data_parallel import DataParallel, Stopped, step_objectives
 from hfmpi.objective.transport import choose
 from hfmpi.optim.base import StepReport
 from hfmpi.optim.first_order import evaluated
-from hfmpi.optim.hessian_free import HessianFree
 from hfmpi.parallel.communicator import Communicator
 from hfmpi.parallel.placement import Place, Placement, single_threaded
-from hfmpi.runs import checks
-from hfmpi.runs.config import Config, to_toml
+from hfmpi.runs import checks, metric
+from hfmpi.runs.config import to_toml
 from hfmpi.runs.output import Output
-from hfmpi.runs.record import BITS, Facts, Progress, Reporter, step_record
-from hfmpi.runs.restore import check_model, entries, progress, restored
+from hfmpi.runs.record import Facts, Progress, Reporter, Validation, step_record
+from hfmpi.runs.restore import entries, progress, restored
 from hfmpi.runs.stop import StopSignals
+from hfmpi.runs.task import Task
 from hfmpi.runs.timing import Timing
 
-__all__ = ["Result", "Run"]
+__all__ = ["Ending", "Run"]
 
 
 @dataclass(frozen=True)
-class Result:
-    """How a run ended: why, at which step, and its last validation loss in bits per character."""
+class Ending:
+    """How a run ended: why, whether at a limit, at which step, and what validation found there."""
 
     reason: str
     done: bool
     step: int
-    valid_bpc: float | None
+    valid: Validation | None
 
 
 class Run:
@@ -51,10 +49,10 @@ class Run:
 
     Parameters
     ----------
-    folder : Path
-    config : Config
-    data : Path
-        The corpus file, read on every rank.
+    folder : Path or None
+        None: nothing is written.
+    task : Task
+        What is trained on what; the same on every rank.
     communicator, placement
     resume : Checkpoint or None
         Where to go on; None starts anew.
@@ -64,9 +62,8 @@ class Run:
 
     def __init__(
         self,
-        folder: Path,
-        config: Config,
-        data: Path,
+        folder: Path | None,
+        task: Task,
         communicator: Communicator,
         placement: Placement,
         resume: Checkpoint | None = None,
@@ -74,32 +71,22 @@ class Run:
     ) -> None:
         self.folder = folder
         self.communicator = communicator
+        self.task, self.config, self.model = task, task.config, task.model
+        config, model = self.config, self.model
         self.placement = single_threaded(placement) if config.slices else placement
-        self.data = data.resolve()
-        self.corpus = corpus = Corpus.read(data)
-        about = config.architecture(corpus.vocabulary)
-        # The size is settled now: the budget has served, and a resumed run must not ask again.
-        self.config = replace(config, hidden=about.hidden, parameters=0)
         self.preset = preset = config.preset()
         self.batches = preset.gradient_batch, preset.curvature_batch
-        lengths = config.sequence_length, config.burn_in
-        checks.enough_text(data, len(corpus.train), len(corpus.valid), *lengths, *self.batches)
-        self.train_set, self.valid_set = Sequences(corpus.train, *lengths), Sequences(corpus.valid, *lengths)
-        self.epoch_steps = max(1, self.train_set.count // preset.gradient_batch)
-        self.backend = config.make_backend(placement.local_rank)
+        self.epoch_steps = max(1, task.train_set.count // preset.gradient_batch)
+        self.backend = model.backend
         self.timer = Timer(clock)
-        self.network = Network(
-            about, self.backend, initialisation=config.initialisation, forget_bias=config.forget_bias
-        )
         self.memory_budget = config.memory_budget or (self.backend.free_memory() or placement.memory) // 2
         self.risk: DataParallel  # from the start of `train` on
 
-        if resume is not None:  # before memory is taken for what its options describe
-            check_model(resume, corpus.symbols, self.network.size, self.backend.dtype)
-        checks.enough_memory(about)
-        initial = self.network.initial(config.seed)
+        task.check(resume)
+        initial = model.initial(config.seed)
         self.theta: Array = self.backend.to_device(initial.astype(self.backend.dtype))
-        self.state = preset.optimizer.init(self.theta, self.network.blocks)
+        blocks = model.blocks if isinstance(model, Blocks) else ()
+        self.state = preset.optimizer.init(self.theta, blocks)
         self.progress = Progress()
         if resume is not None:
             self.state = restored(resume, self.state, self.backend, config.optimizer)
@@ -113,7 +100,12 @@ class Run:
         """The steps that were taken, since the first start."""
         return self.progress.step
 
-    def train(self, reporter: Reporter, signals: StopSignals) -> Result:
+    @property
+    def evaluated(self) -> Array:
+        """The parameters that are evaluated: the mean of the iterates where the optimizer makes one."""
+        return evaluated(self.theta, self.state)
+
+    def train(self, reporter: Reporter, signals: StopSignals) -> Ending:
         """Train until a limit or a signal; on return the checkpoint is written.
 
         A signal drops the step in progress: theta and the optimizer's state are those before it, and a
@@ -131,14 +123,14 @@ class Run:
         finally:
             self.output.close()
 
-    def _train(self, signals: StopSignals) -> Result:
-        config, comm, output = self.config, self.communicator, self.output
+    def _train(self, signals: StopSignals) -> Ending:
+        config, comm, output, task = self.config, self.communicator, self.output, self.task
         theta = self.backend.to_host(self.theta)
-        checks.same_start(comm, theta, asdict(config), self.corpus.digest, self.step)
+        checks.same_start(comm, task.compared(theta, self.step))
         transport = choose(config.transport, comm, self.backend, config.slices > 0)
-        self.leaving = False  # what is left to do is done, whoever wants to stop
+        self.leaving = True  # what is left to do is done, whoever wants to stop
         self.risk = DataParallel(
-            self.network,
+            self.model,
             comm,
             self.timer,
             config.micro_batch,
@@ -149,7 +141,10 @@ class Run:
         )
         place, backend = self.placement, self.backend
         own = Place(place.host, place.local_rank, backend.device, backend.device_id, transport.name)
-        output.open(self.folder, to_toml(config), self.facts(comm.gather(own) or ()))
+        if not self._resumed:
+            task.try_out(self.risk, self.theta)
+        self.leaving = False
+        output.open(self.folder, to_toml(task.options), self.facts(comm.gather(own) or ()), task.notes)
         self.timing.start()
         self._started = self.timer.clock() - self.progress.seconds
         checkpoint_every = config.checkpoint_every or self.epoch_steps
@@ -169,14 +164,19 @@ class Run:
                 if report.accepted and report.message and report.message not in said:
                     said.add(report.message)
                     output.reporter.note(f"step {self.step:,}: {report.message}; this is said once")
-                output.step(step_record(self.progress, report, valid, seconds, self.batches, comm.size))
+                output.step(
+                    step_record(
+                        self.progress, report, valid, task.keys, task.metric is not None, seconds,
+                        self.batches, comm.size,
+                    )
+                )  # fmt: skip
                 if self.step % checkpoint_every == 0 or self.progress.seconds >= output.retry_at:
                     saved = self.progress if self.save(valid) else saved
                 elif config.check_every and self.step % config.check_every == 0:
                     self.check_ranks()
                 checks.not_stuck(self.progress, config.max_rejections, report.message, output.last_good)
             if valid is None:
-                valid = self.evaluate(evaluated(self.theta, self.state))
+                valid = self.validate(self.evaluated)
             done = True
         except Stopped:
             reason, done = self._who_stopped(signals), False
@@ -189,41 +189,51 @@ class Run:
             failure = output.failures["the checkpoint"]
             raise UserError(f"{failure}; the steps after step {unsaved:,} are not saved")
         output.finish(f"{reason}\n" if done else "")
-        return Result(reason, done, self.step, valid)
+        return Ending(reason, done, self.step, valid)
 
-    def _one_step(self, evaluate_every: int) -> tuple[StepReport, float | None]:
+    def _one_step(self, evaluate_every: int) -> tuple[StepReport, Validation | None]:
         """Take a step and evaluate where it is due; only when both are there does the run move on."""
         with self.timing.step():
             objectives = step_objectives(
-                self.risk, self.train_set, self.config.seed, self.step, *self.batches
+                self.risk, self.task.train_set, self.config.seed, self.step, *self.batches
             )
             theta, state, report = self.preset.optimizer.step(self.theta, self.state, objectives)
         due = (self.step + 1) % evaluate_every == 0 or self.step + 1 == self.config.max_steps
-        valid = self.evaluate(evaluated(theta, state)) if due else None
+        valid = self.validate(evaluated(theta, state)) if due else None
         self.theta, self.state, self.progress = theta, state, self.progress.after(report)
         return report, valid
 
-    def evaluate(self, theta: Array, most: int | None = None) -> float:
-        """Give the loss on the validation split, or so many sequences of it, in bits per character."""
+    def validate(self, theta: Array) -> Validation | None:
+        """Measure theta on the validation cases, if there are any."""
+        task = self.task
+        if task.valid_set is None:
+            return None
+        loss = self.evaluate(theta)
+        if task.metric is None:
+            return Validation(loss)
         with self.timer.span(EVALUATE):
-            sequences = np.arange(self.valid_set.count)[:most]
-            return self.risk.on(self.valid_set, sequences, span=EVALUATE).loss(theta) * BITS
+            return Validation(loss, metric.mean(task.metric, self.risk, task.valid_set, theta))
 
-    def save(self, valid: float | None) -> bool:
+    def evaluate(self, theta: Array, most: int | None = None) -> float:
+        """Give the loss on all validation cases, or so many, in the run's unit; without any, on others."""
+        cases = self.task.valid_set or self.task.train_set
+        with self.timer.span(EVALUATE):
+            indices = np.arange(cases.count)[:most]
+            return self.risk.on(cases, indices, span=EVALUATE).loss(theta) * self.task.keys.per_nat
+
+    def save(self, valid: Validation | None) -> bool:
         """Check that all ranks agree and theta is sound; write the checkpoint, and say if it is written."""
         self.check_ranks()
-        # Where the validation loss of this step is not known, that of a few sequences will do.
-        known = self.evaluate(self.theta, self.risk.local.micro_batch) if valid is None else valid
+        # Where the validation loss of this step is not known, that of a few cases will do.
+        known = valid.loss if valid else self.evaluate(self.theta, self.risk.local.micro_batch)
         checks.finite(self.communicator.agree(known), self.step, self.output.last_good)
         with self.timer.span(FILES):
             meta = {
                 "hfmpi": hfmpi.__version__,
-                "config": asdict(self.config),
-                "vocabulary": list(self.corpus.symbols),
-                "data": str(self.data),
-                "corpus": self.corpus.digest,
+                "config": self.task.options,
+                **self.task.meta(self.theta),
                 **asdict(self.progress),
-                "valid_bpc": valid,
+                self.task.keys.valid: valid.loss if valid else None,
                 "ranks": self.communicator.size,
             }
             theta = self.backend.to_host(self.theta)
@@ -239,20 +249,18 @@ class Run:
     def facts(self, places: Sequence[Place]) -> Facts:
         """Give what the first lines of a log should say, with the places of all ranks."""
         config, size, (_, curvature) = self.config, self.communicator.size, self.batches
-        optimizer = self.preset.optimizer
-        structural = isinstance(optimizer, HessianFree) and optimizer.structural_damping > 0
         return Facts(
+            self.task.title,
             config,
-            self.network.size,
-            self.train_set.count,
+            self.task.train_set.count,
+            self.task.noun,
             *self.batches,
             size,
             self.placement.threads,
             self.backend.name,
+            self.backend.dtype.name,
             places,
-            self.network.tape_bytes(
-                config.burn_in + config.sequence_length, -(-curvature // size), structural
-            ),
+            self.task.linearisation_bytes(-(-curvature // size)),
             self.memory_budget,
             self.step,
         )

@@ -63,6 +63,11 @@ class Trained:
         else:
             found = checkpoint.latest(run)
             check_one_run(run, found)
+        if "cases" in found.meta:
+            raise UserError(
+                f"{run} holds a model of a Python program (hfmpi.train): evaluate it there, "
+                "with model.loss or model.outputs and the theta of the result"
+            )
         try:
             config = merge(found.meta["config"] | {"backend": backend, "matmul_precision": "float32"})
             # As a list: of a number, `bytes` would make so many zeros.

@@ -64,7 +64,7 @@ def read_bench(paths: Sequence[Path], run: TimedRun) -> tuple[dict[str, Curve], 
     for row in rows:
         if row.bytes is not None and row.ranks > 1:
             messages.setdefault(row.ranks, {})[row.bytes] = row.seconds_least
-        own = (row.model, row.ranks, row.threads) == (run.config.model, 1, run.threads)
+        own = (row.model, row.ranks, row.threads) == (run.model, 1, run.threads)
         own = own and row.hidden in (None, run.config.hidden)
         if own and row.batch is not None and row.kind in KINDS:
             points.setdefault(row.kind, {})[row.batch] = row.seconds_least
@@ -79,8 +79,9 @@ def read_bench(paths: Sequence[Path], run: TimedRun) -> tuple[dict[str, Curve], 
             short, *_, long = ((size, messages[ranks][size]) for size in sizes)
             link = fit_link(ranks, short, long)
     if not shapes and link is None:
+        units = f" of {run.config.hidden:,} units" if run.config.hidden else ""
         raise UserError(
-            f"no --bench file has a row of {run.config.model} of {run.config.hidden:,} units on 1 rank of "
+            f"no --bench file has a row of {run.model}{units} on 1 rank of "
             f"{run.threads} thread(s), or of the Allreduce on several"
         )
     return shapes, link

@@ -124,7 +124,7 @@ def study(
         rows.append(compare(base, run, more, float(even[1]) if shapes else None))
     found: dict[str, Any] = {
         "job": {
-            "model": job.config.model,
+            "model": job.model,
             "optimizer": job.config.optimizer,
             "gradient_batch": base.gradient_batch,
             "curvature_batch": base.curvature_batch,

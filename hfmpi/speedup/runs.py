@@ -32,8 +32,10 @@ class TimedRun:
     ----------
     folder : Path
     config : Config
-    corpus : str
-        Digest of its data.
+    model : str
+        The cell, or what a model of a Python program is called.
+    digests : mapping of str to str
+        Of its data, and of its model where that is no option.
     threads, device
         Of each rank.
     parameters, itemsize : int
@@ -47,7 +49,8 @@ class TimedRun:
 
     folder: Path
     config: Config
-    corpus: str
+    model: str
+    digests: Mapping[str, str]
     threads: int
     device: str
     parameters: int
@@ -84,8 +87,9 @@ def read_runs(folders: Sequence[Path]) -> tuple[TimedRun, list[StepTimes]]:
 
 def _check_same(one: TimedRun, other: TimedRun) -> None:
     """Raise a UserError unless both did the same on ranks of the same kind."""
-    if one.corpus != other.corpus:
-        raise UserError(f"{one.folder} and {other.folder} are not the same job: they have other data")
+    if one.digests != other.digests:
+        what = "another model" if one.digests.get("model") != other.digests.get("model") else "other data"
+        raise UserError(f"{one.folder} and {other.folder} are not the same job: they have {what}")
     theirs = other.config.in_effect()
     for name, value in one.config.in_effect().items():
         if name not in CHANGEABLE - {"matmul_precision"} and value != theirs[name]:
@@ -122,7 +126,8 @@ def _read(folder: Path) -> TimedRun:
     saved = checkpoint.latest(folder)
     check_one_run(folder, saved)
     try:
-        config, corpus = merge(saved.meta["config"]), str(saved.meta["corpus"])
+        config, digests = merge(saved.meta["config"]), checkpoint.identity(saved.meta)
+        model = str(saved.meta["title"]) if "model" in digests else config.model
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the checkpoint in {folder} describes no run of this version: {error!r}") from None
     timing = read_times(folder)
@@ -148,7 +153,7 @@ def _read(folder: Path) -> TimedRun:
     threads, device = ranks[0]["threads"], ranks[0]["device"]
     theta, state = saved.theta, {name: np.size(entry) for name, entry in saved.state.items()}
     size = theta.size, theta.itemsize
-    return TimedRun(folder, config, corpus, threads, device, *size, first, last, times, state)
+    return TimedRun(folder, config, model, digests, threads, device, *size, first, last, times, state)
 
 
 def _is_complete(record: Record) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from hfmpi.files.history import Record
+from hfmpi.files.history import Record, loss_keys
 from hfmpi.parallel.placement import Place
 from hfmpi.runs.record import Facts, Reporter
 
@@ -29,7 +29,15 @@ class Silent:
         """Say nothing."""
 
 
-class Log(Silent):
+class Quiet(Silent):
+    """What needs attention alone."""
+
+    def note(self, sentence: str) -> None:
+        """Say it where errors are said."""
+        click.echo(f"Note: {sentence}.", err=True)
+
+
+class Log(Quiet):
     """Plain lines, at most about one a second; the history has every step."""
 
     due = 0.0
@@ -39,13 +47,10 @@ class Log(Silent):
         batches = f"B_g = {facts.gradient_batch:,}"
         if facts.curvature_batch:
             batches += f", B_c = {facts.curvature_batch:,}"
-        variant = "" if facts.config.variant == "standard" else f" ({facts.config.variant})"
+        click.echo(facts.title)
+        click.echo(f"{facts.config.optimizer}, {batches} of {facts.cases:,} {facts.noun}")
         click.echo(
-            f"{facts.config.model}{variant}, {facts.config.hidden:,} units, {facts.parameters:,} parameters"
-        )
-        click.echo(f"{facts.config.optimizer}, {batches} of {facts.sequences:,} sequences")
-        click.echo(
-            f"{facts.ranks} rank(s) of {facts.threads} thread(s), {facts.backend}, {facts.config.dtype}"
+            f"{facts.ranks} rank(s) of {facts.threads} thread(s), {facts.backend}, {facts.dtype}"
             + (f"; going on from step {facts.step:,}" if facts.step else "")
         )
         if any(place.device_id for place in facts.places):
@@ -57,18 +62,14 @@ class Log(Silent):
                 "what does not fit is computed anew for every product."
             )
         if not facts.config.max_steps and not facts.config.max_seconds:
-            click.echo("No --max-steps and no --max-seconds: training goes on until it is stopped (Ctrl-C).")
+            click.echo("No limit (max-steps, max-seconds): training goes on until it is stopped (Ctrl-C).")
 
     def step(self, record: Record) -> None:
         """Say how a step went; of many in a second the first, and all that were evaluated or rejected."""
-        notable = record["valid_bpc"] is not None or not record["accepted"]
+        notable = is_evaluated(record) or not record["accepted"]
         if notable or record["seconds"] >= self.due:
             click.echo(line(record))
             self.due = record["seconds"] + 1
-
-    def note(self, sentence: str) -> None:
-        """Say it where errors are said."""
-        click.echo(f"Note: {sentence}.", err=True)
 
 
 class Live(Log):
@@ -90,7 +91,7 @@ class Live(Log):
         steps, seconds = self.limits
         part = max(record["step"] / steps if steps else 0, record["seconds"] / seconds if seconds else 0)
         self.progress.update(self.task, completed=min(part, 1.0), description=line(record))
-        if record["valid_bpc"] is not None or not record["accepted"]:
+        if is_evaluated(record) or not record["accepted"]:
             self.progress.console.print(line(record), highlight=False)
 
 
@@ -107,11 +108,19 @@ def where(places: Sequence[Place], precision: str) -> None:
             click.echo(f"Warning: ranks {', '.join(ranks)} share one GPU of {host} and slow each other down.")
 
 
+def is_evaluated(record: Record) -> bool:
+    """Whether a record has a validation loss."""
+    return loss_keys(record).of(record)[1] is not None
+
+
 def line(record: Record) -> str:
     """Give one step as text; the numbers are those of the history."""
-    parts = [f"step {record['step']:>6,}", f"{record['seconds']:>8.1f} s", f"train {record['train_bpc']:.4f}"]
-    if record["valid_bpc"] is not None:
-        parts.append(f"valid {record['valid_bpc']:.4f}")
+    loss, valid = loss_keys(record).of(record)
+    parts = [f"step {record['step']:>6,}", f"{record['seconds']:>8.1f} s", f"train {loss:.4f}"]
+    if valid is not None:
+        parts.append(f"valid {valid:.4f}")
+    if (metric := record.get("valid_metric")) is not None:
+        parts.append(f"metric {metric:.4f}")
     if "rho" in record:
         rho = "  nan" if record["rho"] is None else f"{record['rho']:5.2f}"
         parts.append(f"lambda {record['damping']:.2e}  rho {rho}")
@@ -123,10 +132,12 @@ def line(record: Record) -> str:
 
 
 @contextmanager
-def make_reporter(rank: int) -> Iterator[Reporter]:
-    """Give the reporter of a rank for the duration of a run."""
+def make_reporter(rank: int, quiet: bool = False) -> Iterator[Reporter]:
+    """Give the reporter of a rank for the duration of a run; a quiet one says only what needs attention."""
     if rank:
         yield Silent()
+    elif quiet:
+        yield Quiet()
     elif sys.stdout.isatty():
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 

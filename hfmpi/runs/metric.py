@@ -1,0 +1,64 @@
+"""A metric of the user's: its mean over the rows of outputs of all cases, on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from hfmpi.backends.base import Array
+from hfmpi.data.batches import Cases
+from hfmpi.errors import UserError, shown
+from hfmpi.models.base import Outputs
+from hfmpi.objective.data_parallel import DataParallel
+from hfmpi.objective.local import pairwise
+
+__all__ = ["Metric", "mean", "sums"]
+
+Metric = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""(outputs (N, O), targets (N,) or (N, O)) -> a number for each row (N,)."""
+
+
+def mean(metric: Metric, owner: DataParallel, cases: Cases, theta: Array) -> float:
+    """Give the mean of the metric over the scored rows of all cases; collective."""
+    shard, most = owner.shard(cases, np.arange(cases.count)), owner.local.micro_batch
+
+    def share(own: np.ndarray) -> np.ndarray:
+        total = np.zeros(2)
+        for indices in np.array_split(own, -(-own.size // most)) if own.size else []:
+            total += sums(metric, owner.model, cases, indices, theta)
+        return total
+
+    message = np.append(pairwise([share(own) for own in shard.slices]), 0.0)
+    owner.sum(message, owner.host)
+    total, count = message[:2].tolist()
+    return total / count
+
+
+def sums(metric: Metric, model: object, cases: Cases, indices: np.ndarray, theta: Array) -> np.ndarray:
+    """Sum the metric over the scored rows of some cases, and count these rows.
+
+    Raises
+    ------
+    UserError
+        If the model does not give its outputs, or the metric not a number for each row.
+    """
+    if not isinstance(model, Outputs):
+        raise UserError(
+            "a metric needs the outputs of the model: "
+            f"{type(model).__name__} has no method outputs(theta, batch)"
+        )
+    outputs, targets, mask = model.outputs(theta, cases.take(indices))
+    given = metric(outputs, targets)
+    values = np.asarray(given)
+    if values.shape not in ((len(outputs),), (len(outputs), 1)) or values.dtype.kind not in "biuf":
+        found = f"an array of shape {values.shape}" if values.ndim else shown(given)
+        raise UserError(
+            f"metric(outputs, targets) must give a number for each of the {len(outputs):,} rows, whose mean "
+            f"is taken over all ranks, not {found}"
+        )
+    values = values.reshape(-1).astype(np.float64)
+    if mask is None:
+        return np.array([values.sum(), len(values)])
+    scored = mask.reshape(-1) > 0
+    return np.array([values[scored].sum(), scored.sum()])
