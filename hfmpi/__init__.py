@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hfmpi.objective.data_parallel import DataParallel
     from hfmpi.optim import SOAP, Adam, GradientDescent, HessianFree, Muon, Objective, Objectives, Subspace
     from hfmpi.parallel import connect, guard
+    from hfmpi.runs.call import train
 
 __all__ = [
     "SOAP",
@@ -37,6 +38,7 @@ __all__ = [
     "TorchModel",
     "connect",
     "guard",
+    "train",
 ]
 __version__ = "0.1.0"
 
@@ -50,6 +52,7 @@ _PLACES = {
     "TorchModel": "hfmpi.models.torch",
     "connect": "hfmpi.parallel",
     "guard": "hfmpi.parallel",
+    "train": "hfmpi.runs.call",
 }
 """Modules of the names that are not in `hfmpi.optim`."""
 

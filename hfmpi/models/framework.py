@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -263,6 +264,15 @@ class FrameworkModel(ABC):
     def release(self) -> None:
         """Give scratch memory back."""
         self.backend.release()
+
+    def threads(self, count: int) -> AbstractContextManager[object]:
+        """Let the framework compute with so many threads inside the context, where it can be told."""
+        return nullcontext()
+
+    def outputs(self, theta: np.ndarray, batch: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Give outputs (N, O), before the loss, their targets (N,) or (N, O), and a mask (N, 1) or None."""
+        theta, example = self._placed(theta, batch)
+        return self._outputs(theta, example.inputs, example.rows), example.targets, example.mask
 
     def loss(self, theta: np.ndarray, batch: Any) -> float:
         """Give the summed loss in nats, without a linearisation."""

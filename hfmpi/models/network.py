@@ -50,7 +50,8 @@ class Network:
 
     Parameters
     ----------
-    architecture : Architecture
+    architecture : Architecture, optional
+        In its place cell, inputs, outputs and hidden, and perhaps layers and variant, as it names them.
     backend : NumpyBackend, optional
         Without it the fastest that this machine has, for float32.
     loss : {'cross-entropy', 'squares', 'bernoulli'} or Loss
@@ -63,13 +64,26 @@ class Network:
 
     def __init__(
         self,
-        architecture: Architecture,
+        architecture: Architecture | None = None,
         backend: NumpyBackend | None = None,
         loss: str | Loss = "cross-entropy",
         block_rows: int | None = None,
         initialisation: str = "krause",
         forget_bias: float = 0.0,
+        *,
+        cell: str | None = None,
+        inputs: int | None = None,
+        outputs: int | None = None,
+        hidden: int | None = None,
+        layers: int = 1,
+        variant: str = "standard",
     ) -> None:
+        if architecture is None:
+            if cell is None or inputs is None or outputs is None or hidden is None:
+                raise UserError("a network needs an architecture, or cell, inputs, outputs and hidden")
+            architecture = Architecture(cell, hidden, inputs, outputs, layers, variant)
+        elif (cell, inputs, outputs, hidden, layers, variant) != (None, None, None, None, 1, "standard"):
+            raise UserError("a network takes an architecture, or cell, inputs, outputs and hidden, not both")
         for name, given, kind, words in (
             ("architecture", architecture, Architecture, "an Architecture"),
             ("backend", backend, NumpyBackend | None, "what hfmpi.backends.create gives"),
@@ -164,8 +178,36 @@ class Network:
         whole = (steps * numbers + about.layers * n) * size * self.backend.dtype.itemsize
         return whole + 4 * steps * size * (looks_up + (read > 0))
 
+    def outputs(self, theta: Array, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Give outputs (N, O), before the loss, their targets (N,) or (N, O), and a mask (N, 1) or None.
+
+        On the host; the rows are the sequences of the first step that has targets, then those of the next.
+        """
+        memory = self._scratch
+        inputs, targets, mask = self._placed(batch, memory)
+        _, _, outputs = self._forward(theta, inputs, len(targets), False, False, memory)
+        to_host = self.backend.to_host
+        kept = np.array(to_host(outputs))  # the scratch memory is overwritten by the next pass
+        return kept, to_host(targets), None if mask is None else to_host(mask)
+
     def _run(self, theta: Array, batch: Batch, linearise: bool, structural: bool, memory: Workspace) -> Tape:
         inputs, targets, mask = self._placed(batch, memory)
+        p, layers, kept = self._forward(theta, inputs, len(targets), linearise, structural, memory)
+        losses = self.output_loss.value(self.backend, kept, targets)
+        if mask is not None:
+            losses = losses * mask[:, 0]
+        loss = float(losses.sum())
+        steps, size = inputs.shape[:2]
+        nbytes = self.tape_bytes(steps, size, structural, inputs.ndim == 2)
+        return Tape(
+            self.architecture, self.backend, self.output_loss, tuple(layers), p, kept, targets, mask, loss,
+            nbytes, self.block_rows, memory,
+        )  # fmt: skip
+
+    def _forward(
+        self, theta: Array, inputs: Array, rows: int, linearise: bool, structural: bool, memory: Workspace
+    ) -> tuple[dict[str, Array], list[Recurrence], Array]:
+        """Give the parameters by name, the layers, and the last so many rows of outputs (rows, O)."""
         check_vector("theta", theta, self.size, self.backend.xp.ndarray)
         (steps, size), n, p = inputs.shape[:2], self.architecture.hidden, self.layout.views(theta)
         layers, states = list[Recurrence](), []
@@ -177,17 +219,9 @@ class Network:
             states.append(self.backend.workspace(f"forward.c.{i}", (size, n)))
             states[-1][...] = 0
         self._advance(p, layers, states)
-        kept = memory("kept", (len(targets), self.architecture.outputs))
-        fill_outputs(self.backend, p, layers[-1].hidden[1 + steps - len(targets) // size :], kept)
-        losses = self.output_loss.value(self.backend, kept, targets)
-        if mask is not None:
-            losses = losses * mask[:, 0]
-        loss = float(losses.sum())
-        nbytes = self.tape_bytes(steps, size, structural, inputs.ndim == 2)
-        return Tape(
-            self.architecture, self.backend, self.output_loss, tuple(layers), p, kept, targets, mask, loss,
-            nbytes, self.block_rows, memory,
-        )  # fmt: skip
+        outputs = memory("kept", (rows, self.architecture.outputs))
+        fill_outputs(self.backend, p, layers[-1].hidden[1 + steps - rows // size :], outputs)
+        return p, layers, outputs
 
     def _placed(self, batch: Batch, memory: Workspace) -> tuple[Array, Array, Array | None]:
         """Check a batch and put it on the device: inputs, targets (T * B, ...) and mask (T * B, 1)."""

@@ -97,6 +97,16 @@ class TorchModel(FrameworkModel):
             for p, part in zip(self._own.values(), parts, strict=True):
                 p.copy_(part.view(p.shape))
 
+    @contextmanager
+    def threads(self, count: int) -> Iterator[None]:
+        """Let PyTorch compute with so many threads inside the context."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
     # The function of theta ---------------------------------------------------------------------
 
     def _function(self, inputs: tuple[Any, ...], rows: Rows) -> Callable[[Any], Any]:

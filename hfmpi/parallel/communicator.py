@@ -143,11 +143,11 @@ def _counted(method: Method) -> Method:
 
     @functools.wraps(method)
     def counting(self: MPICommunicator, *arguments: Any) -> Any:
-        self.pulse += 1
+        MPICommunicator.pulse += 1
         try:
             return method(self, *arguments)
         finally:
-            self.pulse += 1
+            MPICommunicator.pulse += 1
 
     return counting  # type: ignore[return-value]
 
@@ -165,8 +165,8 @@ class MPICommunicator(Communicator):
     Attributes
     ----------
     pulse : int
-        Twice the number of finished collectives, and odd inside one: the same on every rank at the same
-        point of the program. The watchdog reads it.
+        Twice the number of finished collectives of all such communicators, and odd inside one: the same on
+        every rank at the same point of the program. The watchdog reads it.
     """
 
     pulse = 0

@@ -22,7 +22,7 @@ from hfmpi.errors import UserError
 from hfmpi.parallel import library, watchdog
 from hfmpi.parallel.communicator import Communicator
 
-__all__ = ["abort_on_exception", "guard", "speaks", "together"]
+__all__ = ["abort_on_exception", "guard", "joint", "speaks", "together"]
 
 T = TypeVar("T")
 
@@ -101,6 +101,26 @@ def guard() -> Iterator[None]:
         raise
     except BaseException as error:
         if library.world() is not None:
+            _print(traceback.format_exc().rstrip())
+            _name_rank("failed with this exception")
+            _abort(130 if isinstance(error, KeyboardInterrupt) else 1)
+        raise
+
+
+@contextmanager
+def joint() -> Iterator[None]:
+    """Let an exception pass that all ranks raise soon after one another; one of some ranks ends all ranks.
+
+    For a part of a program whose caller may catch what it raises.
+    """
+    try:
+        yield
+    except BaseException as error:
+        world = library.world()
+        if world is not None and not _all_leave(world):
+            if isinstance(error, (UserError, MemoryError)):
+                _say(error)
+                _abort(2)
             _print(traceback.format_exc().rstrip())
             _name_rank("failed with this exception")
             _abort(130 if isinstance(error, KeyboardInterrupt) else 1)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
 from typing import NamedTuple
 
-from threadpoolctl import threadpool_info, threadpool_limits
+from threadpoolctl import ThreadpoolController, threadpool_info, threadpool_limits
 
 from hfmpi.errors import UserError
 from hfmpi.measure import control_groups
 from hfmpi.measure.machine import cores, free_memory
 from hfmpi.parallel.communicator import Communicator
 
-__all__ = ["Place", "Placement", "place", "single_threaded"]
+__all__ = ["Place", "Placement", "place", "single_threaded", "threads_kept"]
 
 # The first that is set to a number is the user's choice.
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
@@ -96,6 +98,18 @@ def place(comm: Communicator, threads: int | None = None) -> Placement:
         _set_threads(chosen),
         free_memory(comm.local_size),
     )
+
+
+@contextmanager
+def threads_kept() -> Iterator[None]:
+    """Give the BLAS the threads back that it had before."""
+    before = [(pool, pool.num_threads) for pool in ThreadpoolController().lib_controllers]
+    try:
+        yield
+    finally:
+        for pool, threads in before:
+            if pool.user_api == "blas":
+                pool.set_num_threads(threads)
 
 
 def single_threaded(placement: Placement) -> Placement:

@@ -27,7 +27,7 @@ from typing import NoReturn
 from hfmpi.parallel.communicator import MPICommunicator
 from hfmpi.parallel.sockets import link_up
 
-__all__ = ["Watchdog", "joining", "quiet_end", "watch"]
+__all__ = ["Watchdog", "allow", "joining", "quiet_end", "stall_timeout", "watch"]
 
 _LOOK = 1.0  # seconds between looks
 _STOPPED = 6  # looks in a row that find a process of this node stopped
@@ -238,6 +238,17 @@ def quiet_end(code: int) -> None:
     """Tell all ranks to leave at once, because of an error that has been printed."""
     if _own is not None:
         _own.quiet_end(code)
+
+
+def stall_timeout() -> float:
+    """Give the seconds without a collective after which the watchdog of this process ends all; 0: never."""
+    return 0.0 if _own is None else _own.stall_timeout
+
+
+def allow(seconds: float) -> None:
+    """Let so many seconds pass without a collective from now on; 0: any number."""
+    if _own is not None:
+        _own.still, _own.stall_timeout = 0.0, seconds
 
 
 @contextlib.contextmanager

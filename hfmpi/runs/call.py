@@ -1,0 +1,215 @@
+"""A run from Python: `hfmpi.train`."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, cast
+
+import click
+import numpy as np
+
+from hfmpi.errors import UserError, shown
+from hfmpi.files.history import History, Record, plain
+from hfmpi.files.run_folder import find_checkpoint
+from hfmpi.models.base import Model
+from hfmpi.models.framework import FrameworkModel
+from hfmpi.parallel import watchdog
+from hfmpi.parallel.communicator import Communicator
+from hfmpi.parallel.failure import joint, together
+from hfmpi.parallel.launch import connect
+from hfmpi.parallel.placement import Placement, place, threads_kept
+from hfmpi.runs.config import merge
+from hfmpi.runs.metric import Metric
+from hfmpi.runs.own_model import AnotherRun, ModelTask, config_of
+from hfmpi.runs.record import Facts, Reporter
+from hfmpi.runs.reporter import make_reporter
+from hfmpi.runs.restore import check_one_run
+from hfmpi.runs.stop import StopSignals, job_end
+from hfmpi.runs.train import Ending, Run
+
+__all__ = ["Result", "train"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gives, the same on every rank.
+
+    Attributes
+    ----------
+    theta : ndarray (D,)
+        The parameters, on the host; the mean of the iterates where the optimizer makes one.
+    history : list of dict
+        One a step since the first start, as in history.jsonl.
+    step : int
+        Steps that were taken, since the first start.
+    done : bool
+        Whether a limit was reached; else something asked the run to stop.
+    reason : str
+        Which of them.
+    valid_loss, valid_metric : float or None
+        On the validation cases, at theta.
+    """
+
+    theta: np.ndarray
+    history: list[Record]
+    step: int
+    done: bool
+    reason: str
+    valid_loss: float | None
+    valid_metric: float | None
+
+
+def train(
+    model: Model,
+    train: Any,
+    valid: Any = None,
+    *,
+    out: str | PathLike[str] | None = None,
+    metric: Metric | None = None,
+    quiet: bool = False,
+    threads: int | None = None,
+    stall_timeout: float = 600.0,
+    **options: Any,
+) -> Result:
+    """Train a model on data, alone or on all ranks of a program that runs under mpirun.
+
+    Every rank calls it, with the same model, data and options. A run that is called again with the same
+    `out` goes on where it was. SIGINT, SIGTERM and the other signals that stop `hfmpi train` stop this too:
+    the call returns, with what it has. What fails on all ranks is raised on all; what fails on one ends all.
+
+    Parameters
+    ----------
+    model : Model
+        Such as TorchModel, JaxModel and Network make.
+    train, valid : tuple, data set or Cases
+        (x, y) or (x, y, mask): arrays or tensors whose first axis counts the cases; a map-style data set of
+        pairs (x, y), which is read into memory; or cases such as `Examples` and `Arrays`.
+    out : path, optional
+        The folder of the run: config.toml, history.jsonl, checkpoint.h5, timing.json and DONE
+        (docs/file-formats.md). Without it nothing is written.
+    metric : callable, optional
+        metric(outputs (N, O), targets (N,) or (N, O)) gives a number for each row; the mean over all scored
+        rows of the validation cases is valid_metric in the history.
+    quiet : bool
+        Say only what needs attention.
+    threads : int, optional
+        Of a rank's BLAS; without it its share of the cores.
+    stall_timeout : float
+        All ranks end when none has finished a collective for so many seconds; 0: never.
+    **options
+        Those of `hfmpi train`, with underscores: optimizer, gradient_batch, curvature_batch, max_steps,
+        max_seconds, checkpoint_every, evaluate_every, check_every, max_rejections, seed, micro_batch,
+        memory_budget, slices, transport; and settings, a dict for the optimizer's.
+
+    Returns
+    -------
+    Result
+
+    Raises
+    ------
+    UserError
+        On all ranks alike, with a sentence that says what to do; then nothing is written that was not.
+    """
+    with contextlib.ExitStack() as stack:
+        before = watchdog.stall_timeout()
+        stack.callback(watchdog.allow, before)
+        comm = connect(stall_timeout)
+        watchdog.allow(stall_timeout)
+        stack.callback(comm.close)  # not when one rank fails: `joint` ends all of them then
+        stack.enter_context(joint())
+        if threading.current_thread() is threading.main_thread():
+            signals = stack.enter_context(StopSignals(job_end()))
+        else:  # signals reach the main thread alone
+            signals = StopSignals(job_end())
+        stack.enter_context(np.errstate(all="ignore"))  # steps that overflow are rejected
+        stack.enter_context(threads_kept())
+        placement = place(comm, threads)
+        if isinstance(model, FrameworkModel):
+            stack.enter_context(model.threads(placement.threads))
+        run = together(comm, lambda: _build(model, train, valid, out, metric, options, comm, placement))
+        told = _Told(stack.enter_context(make_reporter(comm.rank, quiet)))
+        ending = run.train(told, signals)
+        if comm.rank == 0 and not quiet:
+            _tell(run, ending)
+        records = _history(run, told, comm)
+        return Result(
+            run.backend.to_host(run.evaluated),
+            records,
+            ending.step,
+            ending.done,
+            ending.reason,
+            ending.valid.loss if ending.valid else None,
+            ending.valid.metric if ending.valid else None,
+        )
+
+
+class _Told:
+    """Keeps the records that a reporter is told."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter, self.records = reporter, list[Record]()
+
+    def start(self, facts: Facts) -> None:
+        """Pass it on."""
+        self.reporter.start(facts)
+
+    def step(self, record: Record) -> None:
+        """Keep it, and pass it on."""
+        self.records.append(cast(Record, plain(record)))
+        self.reporter.step(record)
+
+    def note(self, sentence: str) -> None:
+        """Pass it on."""
+        self.reporter.note(sentence)
+
+
+def _build(
+    model: Any,
+    train: Any,
+    valid: Any,
+    out: Any,
+    metric: Any,
+    options: dict[str, Any],
+    comm: Communicator,
+    placement: Placement,
+) -> Run:
+    """Make the run of what a user gave, or go on with the one in `out`; UserError if that cannot be."""
+    if out is not None and not isinstance(out, (str, PathLike)):
+        raise UserError(f"out must be the path of a folder, not {shown(out)}")
+    folder = None if out is None else Path(out)
+    found = None if folder is None else find_checkpoint(folder, "auto")
+    if folder is not None and found is not None:
+        check_one_run(folder, found)
+        if "cases" not in found.meta:
+            raise UserError(f"{folder} is a run of `hfmpi train` on a text; give another out")
+    config = merge(config_of(options), found.meta.get("config") if found else None, "out")
+    task = ModelTask.of(model, train, valid, metric, config)
+    if found is not None and found.message:
+        task = replace(task, notes=(*task.notes, found.message))
+    try:
+        return Run(folder, task, comm, placement, found)
+    except AnotherRun as error:
+        raise UserError(f"{folder} {error}; give another out") from None
+
+
+def _history(run: Run, told: _Told, comm: Communicator) -> list[Record]:
+    """Give all records since the first start, on every rank."""
+    records = told.records
+    if comm.rank == 0 and run.folder is not None and run.first_step:
+        with contextlib.suppress(UserError):  # it could not be written, or somebody has removed it
+            records = History.read(run.folder)
+    return comm.agree(records)
+
+
+def _tell(run: Run, ending: Ending) -> None:
+    """Say how a run ended."""
+    valid = ""
+    if ending.valid is not None:
+        valid = f", loss {ending.valid.loss:.4f} on validation"
+    click.echo(f"Stopped at step {ending.step:,}: {ending.reason}{valid}.")
+    if not ending.done and run.folder is not None:
+        click.echo(f"Call it again with the same out to go on; the checkpoint is in {run.folder}.")
