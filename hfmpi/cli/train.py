@@ -88,6 +88,8 @@ def train(
         if changes:
             wanted["settings"] = changes
         found = find_checkpoint(folder, resume)
+        if found is not None and "cases" in found.meta:
+            raise UserError(f"{folder} is a run of a Python program (hfmpi.train); give another --out")
         if found is not None and resume == "auto":
             check_one_run(folder, found)
             if not os.path.exists(data):

@@ -73,9 +73,12 @@ class TorchModel(FrameworkModel):
         if kinds not in ({torch.float32}, {torch.float64}):
             found = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
             raise UserError(f"parameters must all be float32 or all be float64, not {found}")
-        devices = {p.device for p in self._own.values()}
+        devices = {tensor.device for tensor in (*named.values(), *module.buffers())}
         if len(devices) > 1:
-            raise UserError("all parameters of the module must be on one device")
+            found = ", ".join(sorted(map(str, devices)))
+            raise UserError(
+                f"parameters and buffers of the module must be on one device, not on {found}: module.to(...)"
+            )
         self.module = module
         self._device = devices.pop()
         self._sizes = [p.numel() for p in self._own.values()]

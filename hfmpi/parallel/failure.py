@@ -67,9 +67,10 @@ def together(comm: Communicator, function: Callable[[], T]) -> T:
     if failed.size == 0:
         return result
     if comm.rank != failed[0]:
+        failure = None
         sentence = np.zeros(lengths[failed[0]] - 1, dtype=np.int64)
     comm.sum(sentence)
-    raise UserError("".join(map(chr, sentence.tolist()))) from failure
+    raise failure or UserError("".join(map(chr, sentence.tolist())))
 
 
 @contextmanager
@@ -145,12 +146,17 @@ def abort_on_exception() -> None:
 
 
 class _AbortingHook:
-    """Does what the hook before it did, and ends all ranks."""
+    """Does what the hook before it did, and ends all ranks; of a UserError on all of them, rank 0 tells."""
 
     def __init__(self, previous: Callable[..., Any]) -> None:
         self.previous = previous
 
     def __call__(self, kind: Any, error: Any, trace: Any) -> None:
+        world = library.world()
+        if world is not None and isinstance(error, UserError) and _all_leave(world):
+            if world.rank == 0:
+                self.previous(kind, error, trace)
+            return
         self.previous(kind, error, trace)
         if library.world() is not None:
             _name_rank("failed with this exception")

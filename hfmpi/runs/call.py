@@ -114,6 +114,14 @@ def train(
     UserError
         On all ranks alike, with a sentence that says what to do; then nothing is written that was not.
     """
+    if (
+        isinstance(stall_timeout, bool)
+        or not isinstance(stall_timeout, (int, float))
+        or not stall_timeout >= 0
+    ):
+        raise UserError(
+            f"stall_timeout must be a number of seconds, or 0 for never, not {shown(stall_timeout)}"
+        )
     with contextlib.ExitStack() as stack:
         before = watchdog.stall_timeout()
         stack.callback(watchdog.allow, before)

@@ -49,10 +49,9 @@ def sums(metric: Metric, model: object, cases: Cases, indices: np.ndarray, theta
             f"{type(model).__name__} has no method outputs(theta, batch)"
         )
     outputs, targets, mask = model.outputs(theta, cases.take(indices))
-    given = metric(outputs, targets)
-    values = np.asarray(given)
+    values = np.asarray(metric(outputs, targets))
     if values.shape not in ((len(outputs),), (len(outputs), 1)) or values.dtype.kind not in "biuf":
-        found = f"an array of shape {values.shape}" if values.ndim else shown(given)
+        found = f"an array of shape {values.shape}" if values.ndim else shown(values.item())
         raise UserError(
             f"metric(outputs, targets) must give a number for each of the {len(outputs):,} rows, whose mean "
             f"is taken over all ranks, not {found}"

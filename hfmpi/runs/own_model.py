@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ from hfmpi.models.base import Blocks, KroneckerFactors, Model, StructuralDamping
 from hfmpi.models.network import Batch, Network
 from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.optim.hessian_free import HessianFree
+from hfmpi.optim.muon import Muon
+from hfmpi.optim.soap import SOAP
 from hfmpi.optim.subspace import Subspace
 from hfmpi.parallel.communicator import digest
 from hfmpi.parallel.failure import together
@@ -137,12 +139,20 @@ class ModelTask(Task):
         self._try_metric(found.theta)
 
     def try_out(self, owner: DataParallel, theta: Array) -> None:
-        """Compute the loss of the first batch: that it is finite, before anything is written."""
-        config = self.config
-        risk = owner.on(
-            self.train_set, global_indices(config.seed, 0, config.gradient_batch, self.train_set.count)
-        )
-        local = together(owner.communicator, lambda: owner.local.losses([theta], risk.shard, EVALUATE))
+        """Compute losses before anything is written: alike on all ranks, and finite on the first batch."""
+        config, comm = self.config, owner.communicator
+        losses = comm.agree(comm.gather(self._loss(theta))) or []
+        strays = [
+            rank for rank, loss in enumerate(losses) if not math.isclose(loss, losses[0], rel_tol=CLOSE)
+        ]
+        if strays:
+            raise UserError(
+                f"at the same theta the model of rank {', '.join(map(str, strays))} has another loss than "
+                "that of rank 0: what is random in it needs the same seed on all ranks"
+            )
+        batch = global_indices(config.seed, 0, config.gradient_batch, self.train_set.count)
+        risk = owner.on(self.train_set, batch)
+        local = together(comm, lambda: owner.local.losses([theta], risk.shard, EVALUATE))
         message = np.append(local, 0.0)
         owner.sum(message, owner.host)
         if not math.isfinite(message[0]):
@@ -170,11 +180,14 @@ def config_of(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises
     ------
     UserError
-        For options of a text, which a model has not.
+        For unknown options, and those of a text, which a model has not.
     """
+    known = [field.name for field in fields(Config) if field.name not in OF_TEXT]
     for name in given:
         if name in OF_TEXT:
-            raise UserError(f"{name} is no option of hfmpi.train: it is the model's own")
+            raise UserError(f"{name} is no option of hfmpi.train: model and data have it")
+        if name not in known:
+            raise UserError(f"unknown option {name!r}; the options are {', '.join(known)}")
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -214,6 +227,8 @@ def _settled(config: Config, count: int) -> tuple[Config, list[str]]:
 def _check_optimizer(config: Config, model: Model) -> None:
     """Raise a UserError if the optimizer needs what the model has not."""
     optimizer, kind = config.preset().optimizer, type(model).__name__
+    if isinstance(optimizer, (SOAP, Muon, Subspace)) and not isinstance(model, Blocks):
+        raise UserError(f"{kind} does not name the matrices of theta (blocks): take another optimizer")
     kfac = isinstance(optimizer, Subspace) and "kfac" in optimizer.directions
     if kfac and not isinstance(model, KroneckerFactors):
         raise UserError(

@@ -56,8 +56,6 @@ def restored(found: Checkpoint, fresh: StateT, backend: Backend, optimizer: str)
 
 def check_model(found: Checkpoint, symbols: bytes, size: int, dtype: np.dtype) -> None:
     """Raise a UserError unless the parameters are those of a model of this size for this alphabet."""
-    if "cases" in found.meta:
-        raise UserError("the checkpoint is of a run of a Python program (hfmpi.train); give another --out")
     if found.meta.get("vocabulary") != list(symbols):
         raise UserError("the checkpoint was trained on another vocabulary than that of the data")
     check_parameters(found, size, dtype)

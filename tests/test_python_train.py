@@ -1,0 +1,496 @@
+"""hfmpi.train: runs of any model from Python, alone and under mpirun, stopped, resumed, and refused."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from small import history, write_corpus
+from small import train as train_text
+
+import hfmpi
+from hfmpi.backends import create
+from hfmpi.backends.numpy import NumpyBackend
+from hfmpi.cli.main import cli
+from hfmpi.data.batches import Cases
+from hfmpi.errors import UserError
+from hfmpi.files import checkpoint
+from hfmpi.models.base import Model
+from hfmpi.optim.base import Block
+from hfmpi.parallel.placement import threads_kept
+
+RNG = np.random.default_rng(0)
+SYMBOLS = RNG.integers(0, 4, (60, 9))
+NEXT = (SYMBOLS + np.roll(SYMBOLS, 1, 1)) % 4
+VALID = SYMBOLS[:13], NEXT[:13]
+OPTIONS = {
+    "optimizer": "bhf-short",
+    "gradient_batch": 30,
+    "curvature_batch": 10,
+    "checkpoint_every": 2,
+    "evaluate_every": 2,
+    "quiet": True,
+}
+
+
+def network(hidden=5, loss="cross-entropy", backend="numpy", **changes):
+    about = {"cell": "gru", "inputs": 4, "outputs": 4, "hidden": hidden} | changes
+    return hfmpi.Network(backend=create(backend, "float64"), loss=loss, **about)
+
+
+def right(outputs, targets):
+    return outputs.argmax(axis=1) == targets
+
+
+class Line:
+    """y = x w + b with half the squared error, on batches (inputs, targets) of Examples."""
+
+    def __init__(self, inputs):
+        self.size, self.backend = inputs + 1, NumpyBackend("float64")
+
+    def initial(self, seed):
+        return np.random.default_rng(seed).standard_normal(self.size)
+
+    def release(self):
+        pass
+
+    def loss(self, theta, batch):
+        return self.linearise(theta, batch).loss
+
+    def linearise(self, theta, batch, reuse=None):
+        return AtLine(np.column_stack([batch.inputs, np.ones(batch.cases)]), theta, batch.targets)
+
+
+class AtLine:
+    def __init__(self, rows, theta, targets):
+        self.rows, self.error = rows, rows @ theta - targets
+        self.loss, self.nbytes = float(self.error @ self.error) / 2, rows.nbytes
+
+    def gradient(self, scale, out):
+        out += scale * self.rows.T @ self.error
+
+    def jvp(self, v):
+        return self.rows @ v
+
+    def vjp(self, u, out):
+        out += self.rows.T @ u
+
+    def gauss_newton(self, v, scale, out):
+        out += scale * self.rows.T @ (self.rows @ v)
+
+
+X = RNG.standard_normal((80, 3))
+Y = X @ [1.0, -2.0, 3.0] + 0.5
+
+
+class Pairs:
+    """A map-style data set, as PyTorch calls it."""
+
+    def __init__(self, x=X, y=Y):
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, i):
+        return self.x[i], float(self.y[i])
+
+
+class Lazy:
+    """Cases of a user's own."""
+
+    count = len(Y)
+
+    def take(self, indices):
+        return hfmpi.Examples(X, Y).take(indices)
+
+    def scored(self, indices):
+        return len(indices)
+
+
+# What a run does --------------------------------------------------------------------------------
+
+
+def test_a_run_keeps_the_contract_of_the_command(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    model = network()
+    given = OPTIONS | {"max_steps": 4, "seed": 3}
+    result = hfmpi.train(model, (SYMBOLS, NEXT), VALID, out="run", metric=right, **given | {"quiet": False})
+    said = capfd.readouterr()
+    assert said.out.startswith(
+        f"gru, 5 units, {model.size} parameters\nbhf-short, B_g = 30, B_c = 10 of 60 cases\n"
+    )
+    assert f"Stopped at step 4: 4 steps were taken, loss {result.valid_loss:.4f} on validation.\n" in said.out
+    assert (result.step, result.done, result.reason) == (4, True, "4 steps were taken")
+    assert {path.name for path in Path("run").iterdir()} >= {
+        "config.toml",
+        "checkpoint.h5",
+        "timing.json",
+        "DONE",
+    }
+    assert result.history == [json.loads(line) for line in Path("run/history.jsonl").read_text().splitlines()]
+    assert [record["valid_loss"] is None for record in result.history] == [True, False, True, False]
+    last = result.history[-1]
+    assert (last["valid_loss"], last["valid_metric"]) == (result.valid_loss, result.valid_metric)
+    assert not {"train_bpc", "valid_bpc"} & last.keys()
+    # The numbers are what they are called.
+    everything = hfmpi.Arrays(*VALID).take(np.arange(13))
+    outputs, targets, mask = model.outputs(result.theta, everything)
+    assert mask is None
+    assert result.valid_metric == pytest.approx(right(outputs, targets).mean(), rel=1e-12)
+    assert result.valid_loss == pytest.approx(model.loss(result.theta, everything) / (13 * 9), rel=1e-12)
+    own = outputs - np.log(np.exp(outputs).sum(axis=1, keepdims=True))
+    assert result.valid_loss == pytest.approx(-own[np.arange(len(own)), targets].mean(), rel=1e-9)
+
+    def command(*words):
+        return CliRunner().invoke(cli, list(map(str, words)))
+
+    shown = command("plot", "run")
+    assert (shown.exit_code, "valid_metric" in shown.output, "bpc" in shown.output) == (0, True, False)
+    assert command("plot", "run", "--out", "figure.png").exit_code == 0
+    assert "gru, 5 units" in command("speedup", "run").output
+    for name in "evaluate", "sample":
+        assert "evaluate it there" in str(command(name, "run").exception)
+    data = write_corpus(tmp_path / "text.h5")
+    assert "run is a run of a Python program (hfmpi.train); give another --out" in str(
+        command("train", data, "--out", "run", "--max-steps", 1).exception
+    )
+    train_text(tmp_path / "text", data, max_steps=2)
+    assert "draw them apart" in str(command("plot", "run", "text", "--out", "both.png").exception)
+    with pytest.raises(UserError, match="text is a run of `hfmpi train` on a text; give another out"):
+        hfmpi.train(model, (SYMBOLS, NEXT), out="text", **given)
+
+
+@pytest.mark.parametrize(
+    "optimizer", [{}, {"optimizer": "adam", "curvature_batch": None, "settings": {"averaging": 0.5}}]
+)
+def test_a_run_goes_on_as_if_it_had_not_been_stopped(optimizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = (network(), (SYMBOLS, NEXT), VALID)
+    options = OPTIONS | {"evaluate_every": 1, "checkpoint_every": 100} | optimizer
+    alone = hfmpi.train(*given, max_steps=4, **options)
+    assert list(tmp_path.iterdir()) == []
+    whole = hfmpi.train(*given, out="whole", max_steps=4, **options)
+    for steps in (1, 4, 4):
+        part = hfmpi.train(*given, out=Path("part"), max_steps=steps, **options)
+    for other in whole, part:
+        np.testing.assert_array_equal(alone.theta, other.theta)
+        assert alone.valid_loss == other.valid_loss
+    assert history("whole") == history("part")
+    times = "seconds", "step_seconds"
+    assert [{k: v for k, v in r.items() if k not in times} for r in alone.history] == history("part")
+    found = [checkpoint.load(f"{name}/checkpoint.h5") for name in ("whole", "part")]
+    for name, value in found[0].state.items():
+        np.testing.assert_array_equal(value, found[1].state[name])
+
+
+def test_all_forms_of_data_make_the_same_run():
+    assert isinstance(Line(3), Model)
+    assert isinstance(Lazy(), Cases)
+    options = {"optimizer": "shf", "max_steps": 12, "quiet": True, "settings": {"damping": 1e-3}}
+    forms = (X, Y), (X, Y, np.ones(80)), Pairs(), list(zip(X, Y, strict=True)), hfmpi.Examples(X, Y), Lazy()
+    thetas = [hfmpi.train(Line(3), form, **options).theta for form in forms]
+    for theta in thetas:
+        np.testing.assert_array_equal(theta, thetas[0])
+    np.testing.assert_allclose(thetas[0], [1, -2, 3, 0.5], atol=1e-3)
+
+
+def test_a_metric_is_the_mean_over_scored_rows():
+    mask = (RNG.random((13, 9)) > 0.4) * 1
+    options = OPTIONS | {"max_steps": 1, "micro_batch": 2}
+    model = network(loss="squares", outputs=2)
+    targets = RNG.standard_normal((13, 9, 2))
+    result = hfmpi.train(
+        model, (SYMBOLS, RNG.standard_normal((60, 9, 2))), (*VALID[:1], targets, mask),
+        metric=lambda z, y: ((z - y) ** 2).sum(axis=1, keepdims=True) / 2, **options,
+    )  # fmt: skip
+    assert result.valid_metric == pytest.approx(result.valid_loss, rel=1e-12)
+
+
+def test_a_batch_of_a_preset_is_no_larger_than_the_data(capfd):
+    result = hfmpi.train(Line(3), (X, Y), optimizer="bhf-short", max_steps=1, quiet=True)
+    assert result.history[0]["P_D"] == 80 * result.history[0]["P_I"]
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert (
+        said.err
+        == (
+            "Note: gradient_batch is 80, all cases: bhf-short would take 14,000.\n"
+            "Note: curvature_batch is 80, the gradient batch: bhf-short would take 3,500.\n"
+        )
+        or said.err == ""
+    )
+
+
+def test_a_thread_may_train_and_the_process_stays_as_it_was(capfd):
+    found, state = [], np.geterr()
+    thread = threading.Thread(
+        target=lambda: found.append(hfmpi.train(Line(3), (X, Y), max_steps=2, quiet=True, threads=1))
+    )
+    with threads_kept():
+        thread.start()
+        thread.join()
+    assert found[0].step == 2
+    assert np.geterr() == state
+
+
+# What is refused --------------------------------------------------------------------------------
+
+
+def refused(call, words, folder):
+    with pytest.raises(UserError) as caught:
+        call()
+    said = str(caught.value)
+    assert words in said
+    assert "\n" not in said
+    assert not folder.exists()
+
+
+class Random(Pairs):
+    def __getitem__(self, i):
+        return RNG.standard_normal(3), 1.0
+
+
+class Ragged(Pairs):
+    def __getitem__(self, i):
+        return np.zeros(3 + i % 2), 1.0
+
+
+class Changing(Lazy):
+    def take(self, indices):
+        return hfmpi.Examples(RNG.standard_normal(X.shape), Y).take(indices)
+
+
+class Named(Line):
+    blocks = (Block("w", 0, 1, 4),)
+
+
+RUN = {"model": network(), "train": (SYMBOLS, NEXT)}
+
+
+def broken(where):
+    x = X.copy()
+    x[where, 0] = np.nan
+    return x
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"train": (broken(0), Y)}, "the loss is not finite at the start (nan)"),
+    ({"train": (broken(slice(10, None)), Y)}, "the loss is not finite at the start (nan)"),
+    ({"train": (X, Y[:-1])}, "train: there are 80 cases of inputs and 79 of targets"),
+    ({"valid": (X, Y[:-1])}, "valid: there are 80 cases of inputs and 79 of targets"),
+    ({"train": (X[:0], Y[:0])}, "train: inputs must be whole or real numbers, one row or more"),
+    ({"train": []}, "train: the data set is empty"),
+    ({"train": None}, "train must be data, not None"),
+    ({"train": X}, "train: data must be a tuple (x, y)"),
+    ({"train": {"x": X}}, "train: data must be a tuple (x, y)"),
+    ({"train": (X,)}, "train: a tuple must be (x, y) or (x, y, mask), not of 1 parts"),
+    ({"train": Random()}, "train: the data set gives another case 0 each time"),
+    ({"train": Ragged()}, "train: case 1 of the data set is of another shape or type than case 0"),
+    ({"train": [(X, "a")]}, "train: case 0 of the data set must be numbers, arrays, or tensors"),
+    ({"train": [1, 2]}, "train: a data set must give pairs (x, y), not 1"),
+    ({"train": Changing()}, "the same cases are others each time"),
+    ({"model": "net"}, "model must be a model such as hfmpi.TorchModel, hfmpi.JaxModel or hfmpi.Network"),
+    ({"model": Line}, "model must be a model such as hfmpi.TorchModel, hfmpi.JaxModel or hfmpi.Network"),
+    ({"gradient_batch": 81}, "gradient_batch can be at most 80, the cases of train, not 81"),
+    ({"gradient_batch": 9, "curvature_batch": 10}, "curvature_batch can be at most 9, the gradient batch"),
+    ({"optimizer": "sgd", "curvature_batch": 10}, "optimizer sgd has no curvature batch"),
+    ({"optimizer": "lbfgs"}, "there is no optimizer 'lbfgs'"),
+    ({"optimizer": "soap"}, "Line does not name the matrices of theta (blocks): take another optimizer"),
+    ({"optimizer": "subspace"}, "Line does not name the matrices of theta (blocks): take another optimizer"),
+    ({"model": Named(3), "optimizer": "subspace"}, "Named has no Kronecker factors: give settings="),
+    ({"settings": {"structural_damping": 1.0}}, "Line has no structural damping"),
+    ({"settings": {"dampin": 1.0}}, "has no setting 'dampin'"),
+    ({"max_steps": -1}, "max_steps must not be negative"),
+    ({"max_steps": "3"}, "option max_steps must be of type int, not '3'"),
+    ({"batch_size": 3}, "unknown option 'batch_size'; the options are optimizer, gradient_batch"),
+    ({"dtype": "float64"}, "dtype is no option of hfmpi.train"),
+    ({"threads": 0}, "a rank needs at least one thread, not 0"),
+    ({"stall_timeout": -1}, "stall_timeout must be a number of seconds"),
+    ({"slices": 3}, "slices must be a power of two"),
+    ({"metric": right, "valid": (X, Y)}, "Line has no method outputs(theta, batch)"),
+    ({"metric": right}, "a metric is measured on validation cases: give valid too"),
+    ({"metric": 1, "valid": (X, Y)}, "metric must be a function (outputs, targets) -> values, not 1"),
+    (RUN | {"valid": VALID, "metric": lambda z, y: right(z, y).mean()},
+     "metric(outputs, targets) must give a number for each of the 72 rows"),
+    (RUN | {"train": (SYMBOLS, NEXT + 4)}, "targets must be symbols from 0 to 3"),
+    (RUN | {"train": (SYMBOLS, NEXT[:, :, None])}, "train: targets must be symbols (cases, steps)"),
+    ({"out": 3}, "out must be the path of a folder, not 3"),
+])  # fmt: skip
+def test_bad_input_is_one_sentence(changes, words, tmp_path):
+    given = {"model": Line(3), "train": (X, Y), "optimizer": "shf", "max_steps": 1, "quiet": True}
+    given |= {"out": tmp_path / "run"} | changes
+    refused(lambda: hfmpi.train(**given), words, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"train": (X + 1, Y)}, "is a run on other training cases; give another out"),
+    ({"valid": (X, Y)}, "is a run with other validation cases; give another out"),
+    ({"model": type("Curve", (Line,), {})(3)}, "is a run of another model; give another out"),
+    ({"optimizer": "bhf"}, "this run has optimizer = 'shf', not 'bhf'; give another out for a new run"),
+    ({"gradient_batch": 5}, "this run has gradient_batch = 80, not 5; give another out for a new run"),
+])  # fmt: skip
+def test_another_run_in_the_folder_stays(changes, words, tmp_path):
+    given = {"model": Line(3), "train": (X, Y), "optimizer": "shf", "quiet": True, "out": tmp_path / "run"}
+    hfmpi.train(**given, max_steps=1)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(UserError, match=words.replace("(", r"\(")):
+        hfmpi.train(**given | changes, max_steps=2)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_model_that_computes_something_else_does_not_go_on(tmp_path):
+    class Twice(Line):
+        pass
+
+    class Other(Line):
+        def linearise(self, theta, batch, reuse=None):
+            return super().linearise(-theta, batch)
+
+    Other.__name__ = Twice.__name__
+    given = {"train": (X, Y), "optimizer": "shf", "quiet": True, "out": tmp_path / "run"}
+    hfmpi.train(Twice(3), **given, max_steps=1)
+    with pytest.raises(UserError, match="is a run of another model: on the first cases its parameters have"):
+        hfmpi.train(Other(3), **given, max_steps=2)
+
+
+def test_a_network_takes_its_architecture_or_its_parts():
+    parts = {"cell": "lstm", "inputs": 3, "outputs": 2, "hidden": 4}
+    whole = hfmpi.Network(hfmpi.Architecture("lstm", 4, 3, 2, 2, "krause"), create("numpy"))
+    assert network(backend="numpy", **parts, layers=2, variant="krause").architecture == whole.architecture
+    with pytest.raises(UserError, match="not both"):
+        hfmpi.Network(whole.architecture, hidden=3)
+    with pytest.raises(
+        UserError, match="a network needs an architecture, or cell, inputs, outputs and hidden"
+    ):
+        hfmpi.Network(cell="lstm", inputs=3, hidden=3)
+
+
+# Under mpirun -----------------------------------------------------------------------------------
+
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+PROGRAM = """
+import json, os, sys, time
+sys.path.insert(0, {tests!r})
+import numpy as np
+import hfmpi
+from hfmpi.errors import UserError
+from test_python_train import NEXT, OPTIONS, SYMBOLS, VALID, X, Y, Line, network, right
+
+rank = int(os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")))
+given = (network(), (SYMBOLS, NEXT), VALID)
+{body}
+"""
+
+
+def mpirun(ranks, folder, body, meanwhile=None):
+    """Run a program on ranks; give code, stdout and stderr."""
+    if MPIRUN is None:
+        pytest.skip("there is no mpirun")
+    program = PROGRAM.format(tests=str(Path(__file__).parent), body=body)
+    words = [MPIRUN, "-n", str(ranks), sys.executable, "-c", program]
+    with subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder
+    ) as process:
+        if meanwhile:
+            meanwhile(process)
+        out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def test_two_ranks_do_the_run_of_one(tmp_path):
+    body = """
+options = OPTIONS | {"metric": right, "micro_batch": 4}
+first = hfmpi.train(*given, out="two", max_steps=2, **options)
+again = hfmpi.train(*given, out="two", max_steps=4, **options)
+single = {"gradient_batch": 1, "curvature_batch": 1, "max_steps": 1}  # the shard of one rank is empty
+assert hfmpi.train(*given, **options | single).step == 1
+said = []
+for changes in (
+    {"train": (SYMBOLS, NEXT[: 60 - rank])},
+    {"train": ((SYMBOLS + rank) % 4, NEXT)},
+    {"model": network(hidden=5 + rank)},
+    {"max_rejections": 5 + rank},
+):
+    try:
+        bad = {"model": given[0], "train": given[1], "out": "bad", "max_steps": 1}
+        hfmpi.train(**bad | OPTIONS | changes)
+    except UserError as error:
+        said.append(str(error))
+with open(f"said{rank}", "w") as file:
+    steps = first.step, again.step, len(again.history)
+    json.dump([*steps, again.valid_metric, again.theta.tolist(), said], file)
+hfmpi.train(Line(3), (X, Y[1:]), max_steps=1)
+"""
+    code, _, err = mpirun(2, tmp_path, body)
+    assert code != 0
+    # What all ranks raise, one of them tells.
+    assert err.count("Traceback") == err.count("UserError: train: there are 80 cases of inputs and 79") == 1
+    ours = [json.loads((tmp_path / f"said{rank}").read_text()) for rank in range(2)]
+    assert ours[0] == ours[1]
+    first, again, records, metric, theta, said = ours[0]
+    assert (first, again, records) == (2, 4, 4)
+    serial = hfmpi.train(network(), (SYMBOLS, NEXT), VALID, max_steps=4, metric=right, **OPTIONS)
+    np.testing.assert_allclose(theta, serial.theta, rtol=1e-9, atol=1e-10)
+    assert metric == pytest.approx(serial.valid_metric, abs=1e-9)
+    assert not (tmp_path / "bad").exists()
+    seed = "than the other ranks: what is random needs the same seed on all ranks"
+    assert said == [
+        "train: there are 60 cases of inputs and 59 of targets",
+        f"rank 1 has other data {seed}",
+        f"rank 1 has another model {seed}",
+        "rank 1 has other options or checkpoint files than the other ranks",
+    ]
+    shown = CliRunner().invoke(cli, ["speedup", str(tmp_path / "two")])
+    assert shown.exit_code == 0, shown.output
+
+
+def test_the_failure_of_one_rank_is_that_of_all(tmp_path):
+    body = """
+class Failing(Line):
+    def linearise(self, theta, batch, reuse=None):
+        if rank == 1 and os.path.exists("run/checkpoint.h5"):
+            raise ValueError("my own mistake")
+        return super().linearise(theta, batch)
+
+options = {"optimizer": "shf", "gradient_batch": 20, "checkpoint_every": 1, "max_steps": 9}
+hfmpi.train(Failing(3), (X, Y), out="run", **options)
+print("this is not reached")
+"""
+    code, out, err = mpirun(2, tmp_path, body)
+    assert code != 0
+    assert "ValueError: my own mistake" in err
+    assert "Error: rank 1 failed with this exception, so all ranks end." in err
+    assert err.count("Traceback") == 1
+    assert "not reached" not in out
+    assert checkpoint.latest(tmp_path / "run").meta["step"] >= 1
+
+
+def test_a_signal_stops_a_run_with_a_checkpoint(tmp_path):
+    body = """
+result = hfmpi.train(*given, out="run", optimizer="bhf-short", gradient_batch=60, curvature_batch=60,
+    checkpoint_every=10**6, evaluate_every=10**6)
+print("returned", rank, result.step == len(result.history), result.done, result.reason, flush=True)
+"""
+
+    def stop(process):
+        while "step " not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(10)  # SIGUSR1, which mpirun passes on
+
+    code, out, _ = mpirun(2, tmp_path, body, stop)
+    assert code == 0
+    assert "Call it again with the same out to go on; the checkpoint is in run." in out
+    for rank in range(2):
+        assert f"returned {rank} True False SIGUSR1 asked for it" in out
+    found = checkpoint.latest(tmp_path / "run")
+    assert found.meta["step"] >= 1
+    assert math.isfinite(found.meta["tried"])
+    assert not (tmp_path / "run" / "DONE").exists()
