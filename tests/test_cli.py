@@ -248,7 +248,7 @@ def other_schema(path):
 
 def other_version(path):
     with h5py.File(path, "r+") as file:
-        file.attrs["version"] = 2
+        file.attrs["version"] = 3
 
 
 def ids_outside_the_vocabulary(path):
@@ -276,7 +276,7 @@ def a_folder(path):
     (truncated, "damaged or truncated"),
     (cut_to_the_first_bytes, "damaged or truncated"),
     (other_schema, "is an HDF5 file but not an hfmpi corpus"),
-    (other_version, "is a corpus of version 2"),
+    (other_version, "is a corpus of version 3"),
     (ids_outside_the_vocabulary, "has ids outside the vocabulary"),
     (changed, "do not match its digest"),
     (removed, "No such file"),
@@ -400,8 +400,9 @@ def test_a_run_does_not_go_on_with_another_vocabulary(here, refused):
         size = Corpus.read(here / "small.h5").vocabulary
         assert (Corpus.read(here / "other.h5").vocabulary == size) == (name == "same size")
         assert "vocabulary" in refused("train", "other.h5", "--out", "run", "--max-steps", "9")
-        assert "vocabulary" in refused("train", "other.h5", "--out", "new", "--resume", "run")
-        assert "vocabulary" in refused("evaluate", "run", "--data", "other.h5")
+        way = "prepare its text with `hfmpi prepare --vocabulary "
+        assert f"{way}RUN`" in refused("train", "other.h5", "--out", "new", "--resume", "run")
+        assert f"{way}run`" in refused("evaluate", "run", "--data", "other.h5")
         (here / "other.h5").unlink()
 
 
@@ -441,6 +442,37 @@ def test_a_run_is_not_evaluated_on_other_data_without_a_word(here, monkeypatch, 
     assert word == "Note: small.h5 holds other data than run was trained on.\n"
     assert other["corpus"] == Corpus.read(corpus).digest
     assert other["valid_bpc"] != own["valid_bpc"]
+
+
+@pytest.mark.parametrize("source", ["run", f"run/{checkpoint.NEWEST}", "small.h5"])
+def test_a_network_is_evaluated_on_a_new_text_in_its_vocabulary(source, here, monkeypatch, capsys, refused):
+    (here / "new.txt").write_text("a word, made by him. " * 60)
+    prepared = ["prepare", "new.txt", "new.h5", "--test-chars", "200000", "--vocabulary", source]
+    assert "the text has 120 characters of 2 kinds that" in refused(*prepared)
+    assert call(monkeypatch, *prepared, "--unknown", " ") == 0
+    assert "',' (60), '.' (60)" in capsys.readouterr().out
+    corpus = Corpus.read(here / "new.h5")
+    assert corpus.symbols == Corpus.read(here / "small.h5").symbols
+    assert corpus.decode(corpus.train).startswith(b"a word  made by him  a")
+    found = {}
+    for split in corpus.splits:
+        assert call(monkeypatch, "evaluate", "run", "--data", "new.h5", "--split", split, "--json") == 0
+        found[split] = json.loads(capsys.readouterr().out)
+        assert found[split]["split"] == split
+        assert found[split]["sequences"] == len(corpus.splits[split]) // 20
+        assert found[split]["corpus"] == corpus.digest
+    assert len({found[split][f"{split}_bpc"] for split in found}) == 3
+    assert call(monkeypatch, "evaluate", "run", "--data", "new.h5", "--split", "test") == 0
+    assert f" bits/char on {found['test']['sequences']} test sequences" in capsys.readouterr().out
+
+
+def test_a_split_that_is_not_there(here, refused):
+    way = "small.h5 has no test text: prepare one with `hfmpi prepare --test-chars N`\n"
+    assert refused("evaluate", "run", "--data", "small.h5", "--split", "test") == way
+    prepare(text(), 400, 19)[0].write(here / "short.h5")
+    assert refused("evaluate", "run", "--data", "short.h5").startswith(
+        "the validation text of short.h5: a text of 19 characters is too short for a sequence of 20"
+    )
 
 
 def test_a_checkpoint_of_another_run_in_the_folder(here, monkeypatch, refused):
@@ -569,6 +601,16 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(here, monkeypatch, c
     (b"xyz" * 9, "prepare book.txt new.h5 --train-chars alle", "'alle' is no whole number, nor the word all"),
     (b"xyz" * 9, "prepare book.txt new.h5 --valid-chars all", "'all' is no whole number"),
     (b"xyz" * 9, "prepare book.txt new.h5 --train-chars all", "leaves none for training beside 200,000"),
+    (b"xyz" * 9, "prepare book.txt new.h5 --test-chars -1", "--test-chars"),
+    (b"xyz" * 9, "prepare book.txt new.h5 --vocabulary absent", "there is no corpus or run absent"),
+    (b"xyz" * 9, "prepare book.txt new.h5 --vocabulary book.txt", "book.txt is not an HDF5 file"),
+    (b"xyz" * 9, "prepare book.txt new.h5 --vocabulary .", "there is no checkpoint"),
+    (b"xyz" * 9, "prepare book.txt small.h5 --vocabulary small.h5", "small.h5 is the corpus of --vocabulary"),
+    (b"xyz" * 9, "prepare book.txt new.h5 --vocabulary run", "18 characters of 2 kinds that the vocabul"),
+    (b"xyz" * 9, "prepare book.txt new.h5 --vocabulary run --unknown wo", "takes one character, not 'wo'"),
+    (b"xyz" * 9, "prepare book.txt new.h5 --vocabulary run --unknown Q", "'Q' is not in the vocabulary of"),
+    (b"xyz" * 9, "prepare book.txt new.h5 --unknown w", "--unknown goes with --vocabulary"),
+    (b"", "evaluate run --split all", "'all' is not one of 'train', 'valid', 'test'"),
     (b"xyz" * 9, "prepare new.h5 --ptb-raw run", "has no Penn Treebank raw files"),
     (b"", "train", "Missing argument"),
     (b"", "train .", "is not a corpus file"),

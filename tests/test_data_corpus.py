@@ -119,9 +119,9 @@ def no_format(file: h5py.File) -> None:
     del file.attrs["format"]
 
 
-@spoils("version 2, and this hfmpi reads version 1")
+@spoils("version 3, and this hfmpi reads version 2")
 def other_version(file: h5py.File) -> None:
-    file.attrs["version"] = 2
+    file.attrs["version"] = 3
 
 
 @spoils("version")

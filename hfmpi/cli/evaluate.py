@@ -1,9 +1,10 @@
-"""`hfmpi evaluate`: the validation loss of a run."""
+"""`hfmpi evaluate`: the loss of a run on a split of a corpus."""
 
 from __future__ import annotations
 
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import click
 
 from hfmpi.cli.options import option
 from hfmpi.cli.values import PATH
+from hfmpi.data.batches import SPLITS
 from hfmpi.errors import UserError
 from hfmpi.runs.config import Config
 
@@ -24,10 +26,13 @@ __all__ = ["evaluate"]
 @click.command()
 @click.argument("run", type=PATH)
 @click.option("--data", type=PATH, metavar="DATA.h5", help="Corpus [default: the run's own].")
+@click.option(
+    "--split", type=click.Choice(list(SPLITS)), default="valid", show_default=True, help="Text of the corpus."
+)
 @option("backend", default=Config.backend)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def evaluate(run: Path, data: Path | None, backend: str, as_json: bool) -> None:
-    """Print the validation bits per character of RUN; works under mpirun too.
+def evaluate(run: Path, data: Path | None, split: str, backend: str, as_json: bool) -> None:
+    """Print the bits per character of RUN on its validation text, or another; works under mpirun too.
 
     Of a text with other bytes than ASCII they are bits per byte.
     """
@@ -46,8 +51,16 @@ def evaluate(run: Path, data: Path | None, backend: str, as_json: bool) -> None:
 
     def build() -> tuple[Trained, str, Sequences]:
         trained = Trained.read(run, backend, rank_place.local_rank)
-        corpus = read_corpus(trained, data)
-        sequences = Sequences(corpus.valid, trained.config.sequence_length, trained.config.burn_in)
+        corpus = read_corpus(trained, run, data)
+        text = corpus.splits.get(split)
+        if text is None:
+            raise UserError(
+                f"{data or trained.data} has no test text: prepare one with `hfmpi prepare --test-chars N`"
+            )
+        try:
+            sequences = Sequences(text, trained.config.sequence_length, trained.config.burn_in)
+        except UserError as error:
+            raise UserError(f"the {SPLITS[split]} text of {data or trained.data}: {error}") from None
         return trained, corpus.digest, sequences
 
     trained, digest, sequences = together(comm, build)
@@ -64,7 +77,8 @@ def evaluate(run: Path, data: Path | None, backend: str, as_json: bool) -> None:
         found = {
             "run": str(run),
             "step": trained.step,
-            "valid_bpc": bits,
+            "split": split,
+            f"{split}_bpc": bits,
             "sequences": sequences.count,
             "corpus": digest,
         }
@@ -73,12 +87,12 @@ def evaluate(run: Path, data: Path | None, backend: str, as_json: bool) -> None:
         else:
             click.echo(
                 f"step {trained.step:,}: {bits:.4f} {loss_unit(trained.symbols)} "
-                f"on {sequences.count:,} validation sequences"
+                f"on {sequences.count:,} {SPLITS[split]} sequences"
             )
     comm.close()
 
 
-def read_corpus(trained: Trained, data: Path | None) -> Corpus:
+def read_corpus(trained: Trained, run: Path, data: Path | None) -> Corpus:
     """Read a corpus with the symbols of the run: the one that is asked for, else the run's own."""
     from hfmpi.data.corpus import Corpus
 
@@ -95,5 +109,8 @@ def read_corpus(trained: Trained, data: Path | None) -> Corpus:
             f"to evaluate on it all the same give --data {path}"
         )
     if corpus.symbols != trained.symbols:
-        raise UserError(f"{path} has another vocabulary than the run")
+        raise UserError(
+            f"{path} has another vocabulary than {run}: prepare its text with "
+            f"`hfmpi prepare --vocabulary {shlex.quote(str(run))}`"
+        )
     return corpus

@@ -10,9 +10,10 @@ import click
 
 from hfmpi.cli.values import PATH, Number
 from hfmpi.data import texts
-from hfmpi.data.corpus import is_corpus
+from hfmpi.data.corpus import Corpus, is_corpus
 from hfmpi.data.prepare import ALL, TRAIN_CHARS, VALID_CHARS
 from hfmpi.data.prepare import prepare as split
+from hfmpi.data.vocabulary import Translation
 from hfmpi.errors import UserError
 
 __all__ = ["prepare"]
@@ -43,12 +44,33 @@ __all__ = ["prepare"]
     type=Number(int, least=1),
     help="Characters for validation, those that follow.",
 )
+@click.option(
+    "--test-chars",
+    default=0,
+    type=Number(int, least=0),
+    help="Characters for a test, after those  [default: none]",
+)
+@click.option(
+    "--vocabulary",
+    metavar="CORPUS.h5|RUN",
+    type=PATH,
+    help="Take the symbols of this corpus or run, so that its networks can read OUT.h5  [default: those of "
+    "the text]",
+)
+@click.option(
+    "--unknown",
+    metavar="CHAR",
+    help="With --vocabulary: put CHAR in place of every character that is not in it.",
+)
 def prepare(
     paths: tuple[Path, ...],
     ptb_raw: Path | None,
     corpus: str | None,
     train_chars: int | Literal["all"],
     valid_chars: int,
+    test_chars: int,
+    vocabulary: Path | None,
+    unknown: str | None,
 ) -> None:
     """Make the corpus OUT.h5 of one or more TEXT files, joined in the order given; - is standard input.
 
@@ -73,15 +95,39 @@ def prepare(
         # A forgotten OUT.h5 would otherwise cost the last text.
         if not is_corpus(out):
             raise UserError(f"{out} is there and is not a corpus: remove it or name another file")
+        if vocabulary is not None and os.path.exists(vocabulary) and os.path.samefile(out, vocabulary):
+            raise UserError(f"{out} is the corpus of --vocabulary: name another file")
     elif not out.parent.is_dir():  # before a long text is read
         raise UserError(f"cannot write {out}: there is no folder {out.parent}")
 
-    made, size, unit, notes = split(source.parts, train_chars, valid_chars, source.provenance)
+    translation = None
+    if unknown is not None and len(unknown) != 1:
+        raise UserError(f"--unknown takes one character, not {unknown!r}")
+    if vocabulary is not None:
+        character = None if unknown is None else os.fsencode(unknown)
+        translation = Translation(symbols_of(vocabulary), str(vocabulary), character)
+    elif unknown is not None:
+        raise UserError("--unknown goes with --vocabulary: without it every character of the text is in it")
+
+    made, size, unit, notes = split(
+        source.parts, train_chars, valid_chars, source.provenance, test_chars, translation
+    )
     made.write(out)
     for note in notes:
         click.echo(f"Note: {note}.")
-    used = len(made.train) + len(made.valid)
+    used = sum(map(len, made.splits.values()))
     click.echo(f"{click.format_filename(out)}: {used:,} of {size:,} {unit}, {made.vocabulary} symbols")
-    click.echo(f"  train   {len(made.train):>13,} {unit}")
-    click.echo(f"  valid   {len(made.valid):>13,} {unit}")
+    for name, ids in made.splits.items():
+        click.echo(f"  {name:7} {len(ids):>13,} {unit}")
     click.echo(f"  digest  sha256:{made.digest}")
+
+
+def symbols_of(path: Path) -> bytes:
+    """Give the vocabulary of a corpus file, or of a run's folder or checkpoint."""
+    if not os.path.lexists(path):
+        raise UserError(f"there is no corpus or run {path}")
+    if not os.path.isdir(path) and is_corpus(path):
+        return Corpus.read(path).symbols
+    from hfmpi.runs.trained_model import Trained
+
+    return Trained.read(path, backend="numpy").symbols

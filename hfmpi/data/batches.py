@@ -14,6 +14,7 @@ import numpy as np
 from hfmpi.errors import UserError
 
 __all__ = [
+    "SPLITS",
     "Batch",
     "Cases",
     "Sequences",
@@ -23,6 +24,9 @@ __all__ = [
     "global_indices",
     "shard",
 ]
+
+SPLITS = {"train": "training", "valid": "validation", "test": "test"}
+"""The splits of a text, and what they are called in sentences."""
 
 
 class Batch(NamedTuple):

@@ -1,9 +1,10 @@
-"""A text as symbol ids of its own byte vocabulary, and its HDF5 file.
+"""A text as symbol ids of a byte vocabulary, and its HDF5 file.
 
 Version 1: the datasets `/train` and `/valid` hold symbol ids and `/symbols` the byte that each id stands for,
 all uint8, one-dimensional, contiguous and uncompressed, so that what a file claims to hold can be checked
-against its size before anything is read. Beside the header of every HDF5 file the root has the attributes
-`created`, `creator`, and one `provenance_...` for each thing known of the text's origin.
+against its size before anything is read. Version 2 has `/test` besides; only a corpus with a test text is of
+version 2, and all others are as those of the first hfmpi. Beside the header of every HDF5 file the root has
+the attributes `created`, `creator`, and one `provenance_...` for each thing known of the text's origin.
 """
 
 from __future__ import annotations
@@ -19,20 +20,22 @@ import h5py
 import numpy as np
 
 from hfmpi import __version__
+from hfmpi.data.batches import SPLITS
 from hfmpi.errors import UserError
 from hfmpi.files.hdf5 import Damage, Format, InUse, array, attribute, attributes, members, opened, set_text
 from hfmpi.measure.machine import free_memory
 
 __all__ = ["Corpus", "is_corpus", "loss_unit"]
 
-_FORMAT = Format("corpus", 1)
+_FORMATS = {version: Format("corpus", version) for version in (1, 2)}
+_NEWEST = _FORMATS[2]
 _PROVENANCE = "provenance_"
 PART = 2**20  # ids that are read back at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """A text in two parts, as ids of its byte vocabulary.
+    """A text in two or three parts, as ids of its byte vocabulary.
 
     Attributes
     ----------
@@ -42,12 +45,25 @@ class Corpus:
         The vocabulary: id k stands for the byte ``symbols[k]``; sorted, no byte twice.
     provenance : dict of str to str
         Where the text came from.
+    test : ndarray of uint8, 1-D, or None
+        As `train`.
     """
 
     train: np.ndarray
     valid: np.ndarray
     symbols: bytes
     provenance: dict[str, str] = field(default_factory=dict)
+    test: np.ndarray | None = None
+
+    @property
+    def splits(self) -> dict[str, np.ndarray]:
+        """The splits that there are, by name."""
+        test = {} if self.test is None else {"test": self.test}
+        return {"train": self.train, "valid": self.valid} | test
+
+    @property
+    def _version(self) -> int:
+        return 1 if self.test is None else 2
 
     @property
     def _symbols(self) -> np.ndarray:
@@ -61,8 +77,8 @@ class Corpus:
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of vocabulary and splits; provenance and dates do not enter."""
-        sha = hashlib.sha256(b"hfmpi corpus 1\n")
-        for part in (self._symbols, self.train, self.valid):
+        sha = hashlib.sha256(f"hfmpi corpus {self._version}\n".encode())
+        for part in (self._symbols, *self.splits.values()):
             sha.update(len(part).to_bytes(8, "little"))
             sha.update(np.ascontiguousarray(part, np.uint8).data)
         return sha.hexdigest()
@@ -97,12 +113,12 @@ class Corpus:
         UserError
             If the file cannot be written there.
         """
-        content = (
-            ("train", self.train, "position", "symbol ids of the training text"),
-            ("valid", self.valid, "position", "symbol ids of the validation text"),
-            ("symbols", self._symbols, "symbol id", "the byte that each id stands for"),
-        )
-        with _FORMAT.written(Path(path), self.digest, check=self._check) as file:
+        content = [
+            (name, ids, "position", f"symbol ids of the {SPLITS[name]} text")
+            for name, ids in self.splits.items()
+        ]
+        content.append(("symbols", self._symbols, "symbol id", "the byte that each id stands for"))
+        with _FORMATS[self._version].written(Path(path), self.digest, check=self._check) as file:
             for name, ids, dimension, meaning in content:
                 dataset = file.create_dataset(name, data=ids, dtype=np.uint8)
                 dataset.dims[0].label = dimension
@@ -115,8 +131,8 @@ class Corpus:
     def _check(self, path: Path) -> None:
         """Raise a UserError unless the file holds this corpus; it is not read as a whole."""
         with opened(path) as (file, _):
-            same = _FORMAT.digest(file) == self.digest
-            for name, ids in (("train", self.train), ("valid", self.valid), ("symbols", self._symbols)):
+            same = _FORMATS[self._version].digest(file) == self.digest
+            for name, ids in (*self.splits.items(), ("symbols", self._symbols)):
                 parts = range(0, len(ids) + 1, PART)  # one more than there is must not be there
                 same = same and all(
                     np.array_equal(file[name][start : start + PART], ids[start : start + PART])
@@ -140,22 +156,28 @@ class Corpus:
     @classmethod
     def _of(cls, file: h5py.File, most: int) -> Corpus:
         """Check and take what a file holds, of which at most so many bytes may be read."""
-        if not _FORMAT.claimed(file):
+        if not _NEWEST.claimed(file):
             raise Damage("is an HDF5 file but not an hfmpi corpus (make one with `hfmpi prepare`)")
-        digest = _FORMAT.digest(file)
-        if set(members(file)) != {"train", "valid", "symbols"}:
-            raise Damage("is damaged: a corpus has the datasets train, valid and symbols and nothing else")
+        version = attribute(file, "version", "iu")
+        digest = _FORMATS.get(int(version), _NEWEST).digest(file)
+        names = ["train", "valid", "test"][: 1 + int(version)]
+        if set(members(file)) != {*names, "symbols"}:
+            raise Damage(
+                f"is damaged: a corpus of version {version} has the datasets {', '.join(names)} and symbols "
+                "and nothing else"
+            )
         symbols = _ids(file, "symbols", 256)
         if np.any(symbols[1:] <= symbols[:-1]):
             raise Damage("is damaged: its symbols are not sorted and different")
-        train = _ids(file, "train", most)
-        valid = _ids(file, "valid", most - len(train))
-        for name, ids in (("train", train), ("valid", valid)):
+        splits = dict[str, np.ndarray]()
+        for name in names:
+            splits[name] = ids = _ids(file, name, most)
+            most -= len(ids)
             if int(ids.max()) >= len(symbols):
                 raise Damage(f"is damaged: /{name} has ids outside the vocabulary of {len(symbols)} symbols")
-        names = [name for name in attributes(file) if name.startswith(_PROVENANCE)]
-        provenance = {name.removeprefix(_PROVENANCE): str(attribute(file, name, "S")) for name in names}
-        corpus = cls(train, valid, symbols.tobytes(), provenance)
+        known = [name for name in attributes(file) if name.startswith(_PROVENANCE)]
+        provenance = {name.removeprefix(_PROVENANCE): str(attribute(file, name, "S")) for name in known}
+        corpus = cls(symbols=symbols.tobytes(), provenance=provenance, **splits)
         if corpus.digest != digest:
             raise Damage("is damaged: its contents do not match its digest")
         return corpus
@@ -170,7 +192,7 @@ def is_corpus(path: Path) -> bool:
     """Whether the file calls itself a corpus, of any version and in any state; UserError if it is in use."""
     try:
         with opened(path) as (file, _):
-            return _FORMAT.claimed(file)
+            return _NEWEST.claimed(file)
     except InUse:
         raise
     except UserError:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Final, Literal, NamedTuple
 
 import numpy as np
 
+from hfmpi.data.batches import SPLITS
 from hfmpi.data.corpus import Corpus
+from hfmpi.data.vocabulary import Translation
 from hfmpi.errors import UserError
 
 __all__ = ["ALL", "TRAIN_CHARS", "VALID_CHARS", "Prepared", "prepare"]
@@ -31,7 +34,7 @@ class Prepared(NamedTuple):
     ----------
     corpus : Corpus
     size : int
-        Bytes of the whole text, each of them a symbol.
+        Of the whole text, in this unit.
     unit : {'characters', 'bytes'}
         What a symbol is.
     notes : list of str
@@ -49,13 +52,14 @@ def prepare(
     train_chars: int | Literal["all"] = TRAIN_CHARS,
     valid_chars: int = VALID_CHARS,
     provenance: dict[str, str] | None = None,
+    test_chars: int = 0,
+    translation: Translation | None = None,
 ) -> Prepared:
-    """Split a text into its first `train_chars` bytes and the `valid_chars` bytes that follow.
+    """Split a text into its first `train_chars` bytes, the `valid_chars` that follow, then `test_chars`.
 
-    A text shorter than both together is split in their proportion, all of it. Where `train_chars` is `ALL`,
-    the last `valid_chars` bytes are for validation, and those before them for training. The vocabulary is
-    that of the whole text, also where a longer one goes on after both splits; of that rest nothing is kept in
-    memory.
+    A text shorter than all together is split in their proportion, all of it. Where `train_chars` is `ALL`,
+    validation and test have the last bytes, and training those before them. The vocabulary is that of the
+    whole text, also where a longer one goes on after the splits; of that rest nothing is kept in memory.
 
     Parameters
     ----------
@@ -66,6 +70,10 @@ def prepare(
         At least 1 each.
     provenance : dict of str to str, optional
         Kept with the corpus, beside the size and SHA-256 of the whole text.
+    test_chars : int
+        0: no test split.
+    translation : Translation, optional
+        Into the vocabulary that the corpus is to have, instead of its own.
 
     Returns
     -------
@@ -74,53 +82,87 @@ def prepare(
     Raises
     ------
     UserError
-        If the text is empty or too short to give each split a character, or a size is less than 1.
+        If the text is empty or too short to give each split a character, a size is less than 1, or
+        characters are not in the vocabulary.
     """
-    if valid_chars < 1 or (train_chars != ALL and train_chars < 1):
+    if valid_chars < 1 or test_chars < 0 or (train_chars != ALL and train_chars < 1):
         raise UserError("the training and the validation text need at least one character each")
-    wanted = sys.maxsize if train_chars == ALL else train_chars + valid_chars
+    wanted = sys.maxsize if train_chars == ALL else train_chars + valid_chars + test_chars
     size, symbols, kept = 0, b"", bytearray()
     sha, characters = hashlib.sha256(), _Characters()
     for part in _cut(text) if isinstance(text, bytes) else text:
         sha.update(part)
         characters.add(part)
         size += len(part)
-        symbols += bytes(set(part.translate(None, symbols)))  # those that are new
-        kept += part[: wanted - len(kept)]
+        if translation is None:
+            symbols += bytes(set(part.translate(None, symbols)))  # those that are new
+            kept += part[: wanted - len(kept)]
+            continue
+        while part and len(kept) < wanted:  # no further than what is kept: the rest may be of any characters
+            own, part = part[: wanted - len(kept)], part[wanted - len(kept) :]
+            kept += translation.add(own)
+    origin = {**(provenance or {}), "text_characters": str(size), "text_sha256": sha.hexdigest()}
+    notes, unit = [], "characters"
+    if translation is not None:
+        kept += translation.finish()
+        symbols = translation.symbols
+        origin["vocabulary"] = translation.name
+        if translation.unknown:
+            origin["replaced_characters"] = str(translation.unknown.total())
+            notes.append(translation.told())
     if not size:
         raise UserError("the text is empty: name a file that has text in it")
-    notes, unit = [], "characters"
-    if characters.count not in (None, size):
+    if translation is not None and symbols.isascii():
+        size = characters.count or size  # what had several bytes is replaced, or there was none
+    elif characters.count not in (None, size):
         unit = "bytes"
         notes.append(
             f"the text has {size:,} bytes, which are {characters.count:,} characters of UTF-8: every byte is "
             "a symbol, the sizes of the splits are in bytes, and bits/char are bits/byte"
         )
-    if train_chars == ALL:
-        train_chars = size - valid_chars
-        if train_chars < 1:
-            raise UserError(
-                f"a text of {size:,} {unit} leaves none for training beside {valid_chars:,} for validation: "
-                "give a longer one, or fewer --valid-chars"
-            )
-    elif size < wanted:
-        proportion = f"{train_chars:,} to {valid_chars:,}"
-        train_chars = size * train_chars // wanted
-        valid_chars = size - train_chars
-        if not train_chars:
-            raise UserError(
-                f"a text of {size:,} {unit} is too short to split {proportion}: give a longer one, or other "
-                "--train-chars and --valid-chars"
-            )
-        notes.append(
-            f"the text has {size:,} {unit}, not {wanted:,}: "
-            f"it is split in proportion, {train_chars:,} for training and {valid_chars:,} for validation"
-        )
+    sizes, note = _sizes(len(kept), train_chars, valid_chars, test_chars, unit)
+    notes += [note] if note else []
     symbols = bytes(sorted(symbols))
     ids = _ids(kept, symbols)
-    origin = {**(provenance or {}), "text_characters": str(size), "text_sha256": sha.hexdigest()}
-    train, valid = ids[:train_chars], ids[train_chars : train_chars + valid_chars]
-    return Prepared(Corpus(train, valid, symbols, origin), size, unit, notes)
+    ends = list(itertools.accumulate(sizes))
+    train, valid, test = (ids[end - size : end] for size, end in zip(sizes, ends, strict=True))
+    corpus = Corpus(train, valid, symbols, origin, test if test_chars else None)
+    return Prepared(corpus, size, unit, notes)
+
+
+def _sizes(
+    length: int, train: int | Literal["all"], valid: int, test: int, unit: str
+) -> tuple[tuple[int, int, int], str]:
+    """Give the sizes of the splits of a text of this length, and what is to be said of them."""
+    names = [*SPLITS.values()][: 2 + (test > 0)]
+    options = [f"--{name}-chars" for name in SPLITS][: len(names)]
+    if train == ALL:
+        train = length - valid - test
+        if train < 1:
+            beside = [f"{n:,} for {name}" for n, name in zip((valid, test), names[1:], strict=False)]
+            raise UserError(
+                f"a text of {length:,} {unit} leaves none for training beside {' and '.join(beside)}: "
+                f"give a longer one, or fewer {' and '.join(options[1:])}"
+            )
+        return (train, valid, test), ""
+    wanted = train + valid + test
+    if length >= wanted:
+        return (train, valid, test), ""
+    asked = train, valid, test
+    train, test = length * train // wanted, length * test // wanted
+    valid = length - train - test
+    found = (train, valid, test)[: len(names)]
+    if not all(found):
+        raise UserError(
+            f"a text of {length:,} {unit} is too short to split "
+            f"{' to '.join(f'{n:,}' for n in asked[: len(names)])}: give a longer one, or other "
+            f"{' and '.join(options)}"
+        )
+    *parts, last = (f"{n:,} for {name}" for n, name in zip(found, names, strict=True))
+    return (train, valid, test), (
+        f"the text has {length:,} {unit}, not {wanted:,}: it is split in proportion, {', '.join(parts)} "
+        f"and {last}"
+    )
 
 
 def _ids(kept: bytearray, symbols: bytes) -> np.ndarray:

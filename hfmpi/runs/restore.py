@@ -57,7 +57,10 @@ def restored(found: Checkpoint, fresh: StateT, backend: Backend, optimizer: str)
 def check_model(found: Checkpoint, symbols: bytes, size: int, dtype: np.dtype) -> None:
     """Raise a UserError unless the parameters are those of a model of this size for this alphabet."""
     if found.meta.get("vocabulary") != list(symbols):
-        raise UserError("the checkpoint was trained on another vocabulary than that of the data")
+        raise UserError(
+            "the checkpoint was trained on another vocabulary than that of the data: "
+            "prepare its text with `hfmpi prepare --vocabulary RUN`"
+        )
     check_parameters(found, size, dtype)
 
 
