@@ -43,7 +43,7 @@ _PREFIX = "hfmpi-cache-"
 
 
 def archive_path(name: str, sources: tuple[str, ...]) -> Path:
-    """Give the archive's place: $XDG_CACHE_HOME/hfmpi or ~/.cache/hfmpi, a file for each build and processor.
+    """Give the archive's place: `$XDG_CACHE_HOME/hfmpi` or `~/.cache/hfmpi`, a file a build and processor.
 
     Parameters
     ----------
