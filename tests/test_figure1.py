@@ -331,6 +331,30 @@ def test_the_median_seed_is_drawn(study, curves):
     assert figure.middle(every[:1], "valid_bpc") is every[0]
 
 
+def test_a_smoothed_line_does_not_lag_and_noise_shrinks(study, curves):
+    import figure
+
+    steps = np.unique(np.geomspace(1, 20_000, 300).astype(int))
+    straight = 5 - 0.3 * np.log(steps)
+    assert figure.smooth(steps, straight) == pytest.approx(list(straight))
+    noise = 0.1 * np.random.default_rng(0).normal(size=len(steps))
+    off = np.asarray(figure.smooth(steps, straight + noise)) - straight
+    assert off[:4] == pytest.approx(noise[:4], abs=1e-3)  # these steps are far apart
+    assert np.std(off[steps > 100]) < 0.4 * np.std(noise[steps > 100])
+
+
+def test_what_is_drawn_of_a_curve(study, curves):
+    import figure
+
+    points = chosen(curves, falling(3, 96, 0.01, steps=150)).points
+    whole = curves.curve(points, "train_bpc", "P_I")
+    assert figure.drawn("subspace", points, "train_bpc", "P_I") == whole
+    later = [points[100] | {"step": step, "P_I": -step} for step in range(299, 340)]
+    xs, _ = figure.drawn("sgd", [*points, *later], "train_bpc", "P_I")
+    assert -299 in xs
+    assert -300 not in xs  # such points are kept for being low
+
+
 def test_the_tables_say_where_the_chosen_runs_ended(study, curves, table, tmp_path, capsys):
     for model in study.MODELS:
         for method in study.METHODS[:-1]:

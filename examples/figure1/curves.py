@@ -89,14 +89,20 @@ def share(method: str, size: Size) -> float:
     return round(BATCHES[method][0] / size.batches) / size.sequences
 
 
-def thinned(points: Sequence[Point]) -> list[Point]:
-    """Leave points out, but for those where a level is first reached, and the last ones."""
+def evenly(points: Sequence[Point]) -> set[int]:
+    """Give the places of points that are evenly spread, whatever their losses, and of the last one."""
     kept, before = {len(points) - 1}, -1
     for i, point in enumerate(points):
         slot = i if point["step"] <= WHOLE else WHOLE + int(LATER * math.log(point["step"] / WHOLE))
         if slot > before:
             kept.add(i)
             before = slot
+    return kept
+
+
+def thinned(points: Sequence[Point]) -> list[Point]:
+    """Leave points out, but for those where a level is first reached, and the last ones."""
+    kept = evenly(points)
     for key in LOSSES:
         known = [(i, point[key]) for i, point in enumerate(points) if point[key] is not None]
         kept |= {known[-1][0]} if known else set()

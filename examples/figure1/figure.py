@@ -2,8 +2,9 @@
 
 python examples/figure1/figure.py [--size small|medium|paper] FILE_OR_FOLDER OUT
 
-The paper's methods are solid, today's dashed. The median seed is that of the costs P_I to the lowest multiple
-of 0.1 bits/char that all seeds of the method reach.
+The paper's methods are solid, today's dashed, and marks tell them apart without colours. The median seed is
+that of the costs P_I to the lowest multiple of 0.1 bits/char that all seeds reach. Training losses of single
+batches are drawn smoother than the points are, from which tables are made.
 """
 
 from __future__ import annotations
@@ -11,27 +12,41 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import curves
+import numpy as np
 from curves import Curves, Point, curve, reached
-from study import METHODS, MODELS, PAPER, arguments
+from study import BATCHES, METHODS, MODELS, PAPER, SEQUENCES, arguments
 
 from hfmpi.cli.plot import AXES
 from hfmpi.cli.show import need_matplotlib
 from hfmpi.parallel import guard
 
-COLOURS = {
-    "sgd": "tab:blue",
-    "bgd": "tab:cyan",
-    "shf": "tab:green",
-    "bhf": "tab:red",
-    "adam": "tab:pink",
-    "soap": "tab:orange",
-    "muon": "tab:purple",
-    "bhf-short": "tab:brown",
-    "subspace": "black",
+
+class Look(NamedTuple):
+    """How a method is drawn."""
+
+    colour: str
+    style: Any
+    mark: str
+
+
+DASHED = (0, (4, 1.5))
+LOOKS = {
+    "sgd": Look("tab:blue", "-", "o"),
+    "bgd": Look("tab:cyan", "-", "s"),
+    "shf": Look("tab:olive", "-", "^"),
+    "bhf": Look("tab:red", "-", "D"),
+    "adam": Look("tab:pink", DASHED, "v"),
+    "soap": Look("tab:orange", DASHED, "P"),
+    "muon": Look("tab:purple", DASHED, "X"),
+    "bhf-short": Look("tab:brown", DASHED, "d"),
+    "subspace": Look("black", DASHED, "*"),
 }
+
+WIDTH = 0.1
+"""Standard deviation of the smoothing of drawn curves, in the logarithm of the step."""
 
 
 def write(runs: Curves, out: Path) -> None:
@@ -60,23 +75,53 @@ def middle(every: Sequence[list[Point]], key: str) -> list[Point]:
     return every[sorted(range(len(every)), key=lambda i: costs[i])[(len(every) - 1) // 2]]
 
 
+def smooth(steps: Sequence[float], losses: Sequence[float]) -> list[float]:
+    """Give the lines that fit best around each step, there: near ones count, by the logarithm of their step.
+
+    A window that grows with the steps has no length that it could reach, and a line does not lag.
+    """
+    at, ys = np.log(steps), np.asarray(losses)
+    apart = at - at[:, None]
+    weights = np.exp(-((apart / WIDTH) ** 2) / 2)
+    total, first, second = (np.sum(weights * apart**k, axis=1) for k in range(3))
+    mean, slope = np.sum(weights * ys, axis=1), np.sum(weights * apart * ys, axis=1)
+    alone = total * second - first**2 < 1e-9 * total**2  # no line through one point
+    fitted = (second * mean - first * slope) / np.where(alone, 1.0, total * second - first**2)
+    return [float(v) for v in np.where(alone, ys, fitted)]
+
+
+def drawn(method: str, points: list[Point], key: str, axis: str) -> tuple[list[float], list[float]]:
+    """Give what is drawn of a curve: that of the whole training set, or in validation, as it is."""
+    if key != "train_bpc" or BATCHES[method][0] == SEQUENCES:
+        return curve(points, key, axis)
+    known = [point for point in points if point[key] is not None]
+    even = [known[i] for i in sorted(curves.evenly(known))]  # the others are there because they are low
+    xs, ys = curve(even, key, axis)
+    return xs, smooth([point["step"] for point in even], ys)
+
+
 def draw(runs: Curves, key: str, label: str) -> Any:
     """Make a figure of six panels; of the training loss, the four left ones are the paper's."""
     need_matplotlib()
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 8), layout="constrained")
+    figure = Figure(figsize=(11, 7.4), layout="constrained")
     panels = figure.subplots(2, 3, sharey=True, sharex="col")
     lines = {}
     for row, model in zip(panels, MODELS, strict=True):
         for panel, (axis, name) in zip(row, AXES.items(), strict=True):
-            for method in METHODS:
+            for i, method in enumerate(METHODS):
                 if every := curves.seeds(runs, model, method):
-                    xs, ys = curve(middle([*every.values()], key), key, axis)
-                    style = "-" if method in PAPER else (0, (5, 1.5))
-                    width = 2.2 if method == "subspace" else 1.4
+                    look = LOOKS[method]
                     (lines[shown(method)],) = panel.plot(
-                        xs, ys, linestyle=style, color=COLOURS[method], linewidth=width
+                        *drawn(method, middle([*every.values()], key), key, axis),
+                        color=look.colour,
+                        linestyle=look.style,
+                        linewidth=2.2 if method == "subspace" else 1.4,
+                        marker=look.mark,
+                        markersize=8 if look.mark == "*" else 5,
+                        markerfacecolor=None if method in PAPER else "white",
+                        markevery=(0.012 * i, 0.11),
                     )
             panel.set_xscale("log")
             panel.set_title("LSTM" if model == "lstm" else "mLSTM", fontsize="medium")
@@ -85,7 +130,7 @@ def draw(runs: Curves, key: str, label: str) -> Any:
                 panel.set_xlabel(name)
         row[0].set_ylabel(label)
     names = [name for name in map(shown, METHODS) if name in lines]
-    panels[0, -1].legend([lines[name] for name in names], names)
+    figure.legend([lines[name] for name in names], names, loc="outside upper center", ncols=9, handlelength=3)
     lowest = min(y for panel in panels.flat for line in panel.lines for y in (*line.get_ydata(), 4.0))
     panels[0, 0].set_ylim(lowest - 0.1, 4.7)  # a first step may go far up
     return figure
