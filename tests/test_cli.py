@@ -179,6 +179,28 @@ def test_a_figure_without_an_end_is_a_png_and_said_to_be(here, monkeypatch, caps
     assert (here / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_window_of_a_drawn_loss_grows_without_a_kink():
+    from hfmpi.cli.plot import smoothed
+
+    assert smoothed([3.0, 1.0, 2.0]) == pytest.approx([3, 1, 2])  # few steps stay as they are
+    steps = np.arange(1.0, 5001)
+    lag = steps - smoothed(list(steps))
+    assert lag == pytest.approx((np.maximum(steps / 20, 1) - 1) / 2, abs=0.13)  # half of the window
+    assert np.abs(np.diff(lag, 2)).max() < 0.06  # a mean of 50 that begins with all has 0.5
+    jump = np.array(smoothed([1.0] * 100 + [0.0] * 100))
+    assert np.all(np.diff(jump) <= 1e-12)
+    assert (jump[99], jump[-1]) == pytest.approx((1, 0))
+
+
+def test_a_figure_of_one_step_is_drawn():
+    pytest.importorskip("matplotlib")
+    from hfmpi.cli.plot import draw
+
+    one = [{"train_bpc": 5.0, "valid_bpc": None, "P_I": 3, "P_D": 9, "seconds": 0.1}]
+    low, high = draw([("a", one), ("b", one)], "bits/char").axes[0].get_ylim()
+    assert low < 5 <= high
+
+
 def test_a_name_that_is_no_utf_8_is_told_as_far_as_it_can_be(here, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     (here / "book.txt").write_bytes(text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -157,7 +158,8 @@ def draw_internals(histories: list[tuple[str, list[Record]]], inside: dict[str, 
             axis.plot(
                 steps,
                 values,
-                STYLES[i % len(STYLES)] + MARKERS[i % len(MARKERS)],
+                linestyle=STYLES[i % len(STYLES)],
+                marker=MARKERS[i % len(MARKERS)],
                 color=f"C{i}",
                 label=label(name),
                 linewidth=1.0,
@@ -193,7 +195,7 @@ def draw(histories: list[tuple[str, list[Record]]], unit: str) -> Any:
 
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
-    top = 0.0
+    top, handles = 0.0, {}
     for i, (name, records) in enumerate(histories):
         losses = [loss_keys(r).of(r) for r in records]
         smooth = smoothed([train for train, _ in losses if train is not None])
@@ -201,25 +203,33 @@ def draw(histories: list[tuple[str, list[Record]]], unit: str) -> Any:
         for axis, key in zip(axes, AXES, strict=True):
             xs = [r[key] for r in records]
             style = STYLES[i % len(STYLES)]
-            axis.plot(xs, smooth, style, color=f"C{i}", label=label(name), linewidth=1.2)
+            (line,) = axis.plot(xs, smooth, linestyle=style, color=f"C{i}", linewidth=1.2)
             seen = [(x, valid) for x, (_, valid) in zip(xs, losses, strict=True) if valid is not None]
-            if seen:
-                axis.plot(*zip(*seen, strict=True), MARKERS[i % len(MARKERS)], color=f"C{i}", markersize=3)
+            mark = MARKERS[i % len(MARKERS)]
+            known = zip(*seen, strict=True)  # not all of them are drawn where they would cover the line
+            marks = axis.plot(*known, mark, color=f"C{i}", markersize=4, markevery=0.03) if seen else []
+        handles[label(name)] = (line, *marks)
     for axis, (key, meaning) in zip(axes, AXES.items(), strict=True):
         axis.set_xlabel(meaning)
         axis.set_xscale("log" if key != "seconds" else "linear")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"{unit} (line: training, marks: validation)")
-    axes[0].set_ylim(top=top)
-    axes[-1].legend()
+    lowest = min(y for line in axes[0].lines for y in line.get_ydata())
+    axes[0].set_ylim(lowest - 0.03 * (top - lowest or 1.0), top)
+    axes[-1].legend(handles.values(), handles.keys())
     return figure
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """Give the running mean over the last 2 % of the steps (at most 50): single batches of sgd are noisy."""
-    width = max(1, min(50, len(values) // 50))
-    total, means = 0.0, []
-    for i, value in enumerate(values):
-        total += value - (values[i - width] if i >= width else 0.0)
-        means.append(total / min(i + 1, width))
+    """Give the running mean over the last twentieth of the steps so far, one at least: batches are noisy.
+
+    The oldest step counts for what is left of its width, so that the window grows without jumps or kinks.
+    """
+    sums = [0.0, *accumulate(values)]
+    means = []
+    for i in range(1, len(sums)):
+        width = max(1.0, i / 20)
+        first = int(i - width)
+        before = sums[first] + (i - width - first) * values[first]
+        means.append((sums[i] - before) / width)
     return means

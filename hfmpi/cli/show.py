@@ -26,8 +26,10 @@ __all__ = [
     "sparkline",
 ]
 
-STYLES = ("-", "--", "-.", ":")
-MARKERS = "os^Dv*"
+STYLES = ("-", "--", "-.", ":", (0, (9, 2)), (0, (6, 1.5, 1, 1.5, 1, 1.5)), (0, (3, 4)))
+MARKERS = "os^Dv*P"
+"""Line styles and markers that tell runs apart without colours."""
+
 HATCHES = ("", "///", "\\\\\\", "...", "xxx", "|||", "---", "+++", "ooo", "***")
 BLOCKS = "▁▂▃▄▅▆▇█"
 
