@@ -1,0 +1,98 @@
+"""The pathological tasks: which method solves them, with how many sequential passes.
+
+python examples/pathological/run.py [--tasks T,...] [--lengths N,...] [--cells C,...] [--methods M,...]
+    [--hidden N] [--seeds N] [--seconds S] [--tuning S] [--passes N] [--jobs N] OUT
+
+Each method has one setting, which is tuned on the first seed after those of the study: three candidates for
+each of addition and memory-5 at T = 30, `--tuning` seconds each. The candidate that solves its task with the
+least P_I is taken, else the one with the lowest training loss; that of addition is for the three tasks with
+numbers, that of memory-5 for those with symbols. Runs that are done are not done twice; one that reached a
+limit goes on if it is given a higher one. OUT/results.json has what came of all runs so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+
+import results
+from tasks import KINDS
+from training import CELLS, METHODS, Run, best, train, tuning_runs
+
+from hfmpi.parallel import guard
+
+
+def part(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+    """Give the reader of an option that names some of what is known, with commas between."""
+    every = tuple(known)
+
+    def read(words: str) -> tuple[str, ...]:
+        found = words.split(",")
+        for word in found:
+            if word not in every:
+                raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(every)}")
+        return tuple(one for one in every if one in found)
+
+    return read
+
+
+def lengths(words: str) -> tuple[int, ...]:
+    """Read lengths with commas between."""
+    found = tuple(int(word) for word in words.split(","))
+    if min(found) < 10:
+        raise argparse.ArgumentTypeError("the least length is 10")
+    return found
+
+
+def one(run: Run, out: Path, seconds: float, passes: int) -> results.Record:
+    """Make a run and say what came of it."""
+    record = train(run, out / run.name, seconds, passes)
+    words = "solved" if record["solved"] else f"{record['wrong']:.1%} wrong"
+    cost = f"P_I {record['P_I_full']:,} in {record['step']:,} steps, {record['seconds']:.0f} s"
+    print(f"{run.name}: {words}, {cost}, loss {record['loss']:.4g}", flush=True)
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--tasks", type=part(KINDS), default=tuple(KINDS), help="with commas between [all]")
+    parser.add_argument("--lengths", type=lengths, default=(30,), help="T, with commas between [30]")
+    parser.add_argument("--cells", type=part(CELLS), default=("rnn",), help="rnn, lstm [rnn]")
+    parser.add_argument("--methods", type=part(METHODS), default=tuple(METHODS), help="[all]")
+    parser.add_argument("--hidden", type=int, default=50, help="units; the tuning has 50 [50]")
+    parser.add_argument("--seeds", type=int, default=results.SEEDS, help="of each run, from 0 on [4]")
+    parser.add_argument("--seconds", type=float, default=10.0, help="processor time of a run [10]")
+    parser.add_argument("--tuning", type=float, default=5.0, help="processor time of a candidate [5]")
+    parser.add_argument("--passes", type=int, default=150_000, help="P_I of a run at most [150000]")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side [1]")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+
+    def all_of(runs: list[Run], seconds: float) -> list[results.Record]:
+        work = partial(one, out=given.out, seconds=seconds, passes=given.passes)
+        if given.jobs == 1:
+            return [work(run) for run in runs]
+        with ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:
+            return list(pool.map(work, runs))
+
+    every = list(product(given.tasks, given.cells, given.methods))
+    tries = {key: tuning_runs(*key, seed=results.SEEDS) for key in every}
+    wanted = list(dict.fromkeys(run for runs in tries.values() for run in runs))
+    found = dict(zip(wanted, all_of(wanted, given.tuning), strict=True))
+    chosen = {key: best([found[run] for run in runs]) for key, runs in tries.items()}
+    for length, seed in product(given.lengths, range(given.seeds)):  # short ones first, all alike
+        each = [Run(t, length, c, m, chosen[t, c, m], seed, given.hidden) for t, c, m in every]
+        all_of(each, given.seconds)
+        results.write(given.out)
+    print(given.out / results.NAME)
+
+
+if __name__ == "__main__":
+    with guard():
+        main()

@@ -1,0 +1,255 @@
+"""One run of the study: a method on a task, until it is solved or a limit is reached; it can be gone on with.
+
+A network reads cases that it has not seen before, step after step (of memory-5 all 32 at every step), and is
+tested on cases of another seed. The network of the papers is the `rnn`, and starts as in the released code of
+Martens and Sutskever: 15 incoming weights a unit, N(0, 1/15), those from the inputs a quarter of that. Its
+largest eigenvalue is then about one: states neither die out nor become chaotic.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tasks import Task
+
+import hfmpi
+from hfmpi.backends.base import Array
+from hfmpi.data.batches import curvature_slice
+from hfmpi.files import checkpoint
+from hfmpi.measure.cost import full, paper
+from hfmpi.models.architecture import SPARSE_FAN_IN
+from hfmpi.optim.base import Optimizer
+from hfmpi.optim.presets import preset
+from hfmpi.parallel.communicator import Communicator
+from hfmpi.runs.record import Progress
+from hfmpi.runs.restore import entries, progress, restored
+
+WRONG = 0.04
+"""Real-valued answers are wrong if they are off by more than this."""
+
+SOLVED = 0.01
+"""Share of wrong sequences among the tested ones below which a task is solved."""
+
+TESTED, PROBED = 10_000, 200
+"""Sequences of a test, and of the look before whether a test is worth its while."""
+
+GROWTH = 1.05
+"""A run looks whether it has solved its task whenever its P_I has grown by this factor."""
+
+TEST_SEED = 10_000
+"""Of the test cases; a run's own cases have its seed."""
+
+MOST_REJECTED = 50
+"""So many rejected steps in a row end a run."""
+
+SAVE_EVERY = 60.0
+"""Seconds of processor time between checkpoints."""
+
+
+class Method(NamedTuple):
+    """A preset, its setting that is tuned, sequences in the batches, and what else is changed."""
+
+    preset: str
+    setting: str
+    values: tuple[float, ...]
+    gradient_batch: int
+    curvature_batch: int = 0
+    changes: Mapping[str, Any] = {}
+
+
+# With the diagonal preconditioner Hessian-free learns nothing here (docs/results/pathological.md). One
+# thirtieth is Martens' and Sutskever's mu.
+PLAIN = {"preconditioner": "none"}
+STRUCTURAL = {**PLAIN, "structural_damping": 1 / 30}
+DAMPINGS = 0.01, 0.1, 1.0
+
+METHODS = {
+    "sgd": Method("sgd", "rate", (0.1, 0.3, 1.0), 100),
+    "adam": Method("adam", "rate", (1e-3, 3e-3, 1e-2), 100),
+    "soap": Method("soap", "rate", (3e-3, 1e-2, 3e-2), 100),
+    "muon": Method("muon", "rate", (0.01, 0.03, 0.1), 100, changes={"vector_rate": 3e-3}),
+    "shf": Method("shf", "damping", DAMPINGS, 500, 125, PLAIN),
+    "shf+s": Method("shf", "damping", DAMPINGS, 500, 125, STRUCTURAL),
+    "bhf-short": Method("bhf-short", "damping", DAMPINGS, 500, 125, PLAIN),
+    "bhf-short+s": Method("bhf-short", "damping", DAMPINGS, 500, 125, STRUCTURAL),
+    "bhf": Method("bhf", "damping", DAMPINGS, 500, 125, PLAIN),
+    "bhf+s": Method("bhf", "damping", DAMPINGS, 500, 125, STRUCTURAL),
+    "subspace": Method("subspace", "damping", (1e-4, 1e-3, 1e-2), 500, 125, {"candidates": 3}),
+}
+"""By name; +s: with structural damping. On new cases `subspace` has to look itself what its step brought."""
+
+CELLS = "rnn", "lstm"
+
+NUMBERS = "addition", "multiplication", "xor"
+"""Tasks that read numbers; the others read symbols."""
+
+TUNED_ON = 30
+"""T of the tuning."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, and all that it depends on."""
+
+    task: str
+    length: int
+    cell: str
+    method: str
+    value: float
+    seed: int
+    hidden: int = 50
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return (
+            f"{self.task}-{self.length}-{self.cell}{self.hidden}-{self.method}-{self.value:g}-seed{self.seed}"
+        )
+
+    @property
+    def batches(self) -> tuple[int, int]:
+        """Sequences in the batches of gradient and curvature: all of them where there are fewer."""
+        method, count = METHODS[self.method], Task(self.task, self.length, 0).count
+        return min(method.gradient_batch, count), min(method.curvature_batch, count)
+
+    def optimizer(self) -> Optimizer[Any]:
+        """Make the optimizer."""
+        method = METHODS[self.method]
+        changes = {**method.changes, method.setting: self.value}
+        if self.batches[0] == Task(self.task, self.length, 0).count:
+            changes.pop("candidates", None)  # the next gradient tells
+        return preset(method.preset, **changes).optimizer
+
+    def network(self) -> hfmpi.Network:
+        """Make the network."""
+        kind = Task(self.task, self.length, 0).kind
+        about = hfmpi.Architecture(self.cell, self.hidden, kind.inputs, kind.outputs)
+        start = {"initialisation": "sparse"} if self.cell == "rnn" else {"forget_bias": 1.0}
+        return hfmpi.Network(about, loss=kind.loss, **start)
+
+
+def initial(network: hfmpi.Network, seed: int) -> np.ndarray:
+    """Draw the parameters at the start, (D,) float64."""
+    theta = network.initial(seed)
+    if network.initialisation == "sparse":  # which has N(0, 1), and N(0, 1/4) for what goes into tanh units
+        views = network.layout.views(theta)
+        for name, scale in ("W_h", 2.0), ("W_x", 0.5), ("W_o", 1.0):
+            views[name] *= scale / math.sqrt(SPARSE_FAN_IN)
+    return theta
+
+
+def tuning_runs(task: str, cell: str, method: str, seed: int) -> list[Run]:
+    """Give the runs among which a task's setting is chosen."""
+    on = "addition" if task in NUMBERS else "memory-5"
+    return [Run(on, TUNED_ON, cell, method, value, seed) for value in METHODS[method].values]
+
+
+def best(records: Sequence[Mapping[str, Any]]) -> float:
+    """Choose the value that solves the task with the least P_I, else that with the lowest training loss."""
+
+    def rank(record: Mapping[str, Any]) -> tuple[bool, float]:
+        loss = record["loss"] if math.isfinite(record["loss"]) else math.inf
+        return (False, record["P_I_full"]) if record["solved"] else (True, loss)
+
+    return float(min(records, key=rank)["value"])
+
+
+class Error(NamedTuple):
+    """Of a test: the share of sequences with anything wrong in them, and wrong outputs a sequence."""
+
+    wrong: float
+    outputs: float
+
+
+def test(network: hfmpi.Network, theta: Array, task: Task, count: int) -> Error:
+    """Test the network on the first `count` cases of a task."""
+    wrong, outputs, tape = 0, 0, None
+    for part in np.array_split(np.arange(count), -(-count // 250)):
+        batch = task.take(part)
+        tape = network.linearise(theta, batch, tape)
+        found = network.backend.to_host(tape.kept).reshape(*batch.targets.shape[:2], -1)
+        each = mistakes(task, found, batch.targets, batch.mask)
+        wrong, outputs = wrong + int(each.any(axis=0).sum()), outputs + int(each.sum())
+    return Error(wrong / count, outputs / count)
+
+
+def mistakes(task: Task, found: np.ndarray, targets: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """Say which scored outputs are wrong, (T, B).
+
+    Parameters
+    ----------
+    found : (T, B, O)
+        What the loss keeps of the outputs: probabilities, or differences from the targets.
+    """
+    if task.kind.loss == "cross-entropy":
+        each = found.argmax(axis=2) != targets
+        return each[-1:] if task.name == "permutation" else each  # the others cannot be known
+    off = abs(found) > WRONG if task.kind.loss == "squares" else (found > 0.5) != (targets > 0.5)
+    return off[..., 0] & (mask > 0)
+
+
+def train(run: Run, folder: Path, seconds: float, passes: int) -> dict[str, Any]:
+    """Go on with a run until it has solved its task, or has had so many seconds or passes (P_I full).
+
+    Seconds are of processor time. Gives the record of the run, which is also in its checkpoint.
+    """
+    task, network = Task(run.task, run.length, run.seed), run.network()
+    exam = Task(run.task, run.length, TEST_SEED)
+    tested, (gradients, curvatures) = min(TESTED, exam.count), run.batches
+    data = hfmpi.DataParallel(network, Communicator())
+    optimizer = run.optimizer()
+    theta = network.backend.to_device(initial(network, run.seed).astype(network.backend.dtype))
+    state, done, record = optimizer.init(theta, network.blocks), Progress(), dict[str, Any]()
+    if (folder / checkpoint.NEWEST).exists():
+        found = checkpoint.latest(folder)
+        done, record = progress(found), found.meta["record"]
+        theta = network.backend.to_device(found.theta)
+        state = restored(found, state, network.backend, run.method)
+    folder.mkdir(parents=True, exist_ok=True)
+    begin, saved, error = time.process_time() - done.seconds, done.seconds, None
+
+    def save(solved: bool) -> dict[str, Any]:
+        own = error or test(network, theta, exam, tested)
+        costs = dict(zip(("P_D", "P_I"), paper(done.counts, *run.batches), strict=True))
+        costs |= dict(zip(("P_D_full", "P_I_full"), full(done.counts, *run.batches), strict=True))
+        now = {**asdict(run), "solved": solved, "step": done.step, **costs, "seconds": round(done.seconds, 1)}
+        now |= {"loss": float(f"{loss:.4g}"), "wrong": own.wrong, "outputs": own.outputs}
+        meta = {**asdict(done), "record": now}
+        host = network.backend.to_host(theta)
+        checkpoint.save(folder / checkpoint.NEWEST, host, entries(state, network.backend), meta)
+        return now
+
+    look = full(done.counts, *run.batches)[1] * GROWTH
+    loss = record.get("loss", math.nan)
+    while not record.get("solved") and done.seconds < seconds and done.rejections < MOST_REJECTED:
+        if full(done.counts, *run.batches)[1] >= passes:
+            break
+        indices = np.arange(done.step * gradients, (done.step + 1) * gradients) % task.count
+        risk, curvature = data.on(task, indices), None
+        if curvatures:
+            own = curvature_slice(done.step, gradients, curvatures)
+            curvature = data.on(task, indices[own])
+            risk.keep(curvature, np.delete(indices, own))
+        objectives = hfmpi.Objectives(risk, curvature, shared=curvature is not None)
+        theta, state, report = optimizer.step(theta, state, objectives)
+        loss, done, error = report.loss, done.after(report), None
+        cost = full(done.counts, *run.batches)[1]
+        if cost >= look:
+            look = cost * GROWTH
+            if test(network, theta, exam, min(PROBED, tested)).wrong < 2 * SOLVED:
+                error = test(network, theta, exam, tested)
+        done = Progress(done.step, time.process_time() - begin, done.rejections, done.counts)
+        if error and error.wrong < SOLVED:
+            return save(True)
+        if done.seconds >= saved + SAVE_EVERY:
+            saved = done.seconds
+            save(False)
+    if record.get("solved") or record.get("step") == done.step:
+        return record
+    return save(False)
