@@ -3,11 +3,11 @@
 python examples/pathological/run.py [--tasks T,...] [--lengths N,...] [--cells C,...] [--methods M,...]
     [--hidden N] [--seeds N] [--seconds S] [--tuning S] [--passes N] [--jobs N] OUT
 
-Each method has one setting, which is tuned on the first seed after those of the study: three candidates for
-each of addition and memory-5 at T = 30, `--tuning` seconds each. The candidate that solves its task with the
-least P_I is taken, else the one with the lowest training loss; that of addition is for the three tasks with
-numbers, that of memory-5 for those with symbols. Runs that are done are not done twice; one that reached a
-limit goes on if it is given a higher one. OUT/results.json has what came of all runs so far.
+Each method has one setting, which is tuned on the first seed after those of the study, on addition (for the
+three tasks with numbers) and on memory-5 (for those with symbols), at T = 30: three candidates, and a further
+one as long as the best is the last of them on one side, `--tuning` seconds each. Best is what solves the task
+with the least P_I, else what has the lowest training loss. Runs that are done are not done twice; one that
+reached a limit goes on if it is given a higher one. OUT/results.json has what came of all runs so far.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import results
 from tasks import KINDS
-from training import CELLS, METHODS, Run, best, train, tuning_runs
+from training import CELLS, METHODS, Run, best, train, tuning_runs, untried
 
 from hfmpi.parallel import guard
 
@@ -82,10 +82,12 @@ def main() -> None:
             return list(pool.map(work, runs))
 
     every = list(product(given.tasks, given.cells, given.methods))
-    tries = {key: tuning_runs(*key, seed=results.SEEDS) for key in every}
-    wanted = list(dict.fromkeys(run for runs in tries.values() for run in runs))
-    found = dict(zip(wanted, all_of(wanted, given.tuning), strict=True))
-    chosen = {key: best([found[run] for run in runs]) for key, runs in tries.items()}
+    tuned, chosen = dict[Run, results.Record](), {}
+    for key in every:
+        runs = tuning_runs(*key, seed=results.SEEDS)
+        while tries := untried(runs, tuned):
+            tuned |= zip(tries, all_of(tries, given.tuning), strict=True)
+        chosen[key] = best([tuned[run] for run in runs if run in tuned])
     for length, seed in product(given.lengths, range(given.seeds)):  # short ones first, all alike
         each = [Run(t, length, c, m, chosen[t, c, m], seed, given.hidden) for t, c, m in every]
         all_of(each, given.seconds)

@@ -73,7 +73,7 @@ def settings(records: Sequence[Record], cell: str) -> list[list[str]]:
             f"{key} = {value:.3g}" if isinstance(value, float) else f"{key} = {value}"
             for key, value in method.changes.items()
         ]
-        tried = f"{method.setting} = {', '.join(f'{value:g}' for value in method.values)}"
+        tried = f"{method.setting} = {method.values[0]:g} to {method.values[-1]:g}"
         words = [NOTHING if value is None else f"{value:g}" for value in values]
         row = [name, method.preset, ", ".join(batches), ", ".join(changed) or NOTHING, tried, *words]
         found.append(row)

@@ -53,7 +53,11 @@ SAVE_EVERY = 60.0
 
 
 class Method(NamedTuple):
-    """A preset, its setting that is tuned, sequences in the batches, and what else is changed."""
+    """A preset, its setting that is tuned, sequences in the batches, and what else is changed.
+
+    Of the six values the middle three (`FIRST`) are tried, then one further as long as the best is the last
+    on that side.
+    """
 
     preset: str
     setting: str
@@ -67,20 +71,22 @@ class Method(NamedTuple):
 # thirtieth is Martens' and Sutskever's mu.
 PLAIN = {"preconditioner": "none"}
 STRUCTURAL = {**PLAIN, "structural_damping": 1 / 30}
-DAMPINGS = 0.01, 0.1, 1.0
+DAMPINGS = 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0
 
 METHODS = {
-    "sgd": Method("sgd", "rate", (0.1, 0.3, 1.0), 100),
-    "adam": Method("adam", "rate", (1e-3, 3e-3, 1e-2), 100),
-    "soap": Method("soap", "rate", (3e-3, 1e-2, 3e-2), 100),
-    "muon": Method("muon", "rate", (0.01, 0.03, 0.1), 100, changes={"vector_rate": 3e-3}),
+    "sgd": Method("sgd", "rate", (0.01, 0.03, 0.1, 0.3, 1.0, 3.0), 100),
+    "adam": Method("adam", "rate", (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03), 100),
+    "soap": Method("soap", "rate", (3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1), 100),
+    "muon": Method("muon", "rate", (1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3), 100, changes={"vector_rate": 3e-3}),
     "shf": Method("shf", "damping", DAMPINGS, 500, 125, PLAIN),
     "shf+s": Method("shf", "damping", DAMPINGS, 500, 125, STRUCTURAL),
     "bhf-short": Method("bhf-short", "damping", DAMPINGS, 500, 125, PLAIN),
     "bhf-short+s": Method("bhf-short", "damping", DAMPINGS, 500, 125, STRUCTURAL),
     "bhf": Method("bhf", "damping", DAMPINGS, 500, 125, PLAIN),
     "bhf+s": Method("bhf", "damping", DAMPINGS, 500, 125, STRUCTURAL),
-    "subspace": Method("subspace", "damping", (1e-4, 1e-3, 1e-2), 500, 125, {"candidates": 3}),
+    "subspace": Method(
+        "subspace", "damping", (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1), 500, 125, {"candidates": 3}
+    ),
 }
 """By name; +s: with structural damping. On new cases `subspace` has to look itself what its step brought."""
 
@@ -91,6 +97,9 @@ NUMBERS = "addition", "multiplication", "xor"
 
 TUNED_ON = 30
 """T of the tuning."""
+
+FIRST = slice(2, 5)
+"""Values that are tried at first."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +157,16 @@ def tuning_runs(task: str, cell: str, method: str, seed: int) -> list[Run]:
     """Give the runs among which a task's setting is chosen."""
     on = "addition" if task in NUMBERS else "memory-5"
     return [Run(on, TUNED_ON, cell, method, value, seed) for value in METHODS[method].values]
+
+
+def untried(runs: Sequence[Run], tried: Mapping[Run, Mapping[str, Any]]) -> list[Run]:
+    """Give the tuning runs to make next, none where the choice is made."""
+    missing = [run for run in runs[FIRST] if run not in tried]
+    if missing:
+        return missing
+    value = best([tried[run] for run in runs if run in tried])
+    at = [run.value for run in runs].index(value)
+    return [run for run in runs[max(at - 1, 0) : at + 2] if run not in tried]
 
 
 def best(records: Sequence[Mapping[str, Any]]) -> float:
