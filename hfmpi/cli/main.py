@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": "Validation loss of a run, bits per character.",
     "sample": "Let a trained network write.",
     "plot": "Loss against P_I and P_D, as in the paper's Figure 1.",
+    "report": "A page of runs for the browser, also while they go on.",
     "speedup": "What more ranks brought, what was predicted, and where the rest went.",
     "bench": "Time products, gradients, the Allreduce and steps on this machine.",
     "info": "Ranks, cores, threads, GPUs and the MPI library.",

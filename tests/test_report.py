@@ -1,0 +1,312 @@
+"""The page of runs: what it holds, whatever is in the folders; tests/browser/test_report.py looks at it."""
+
+import html
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from hfmpi.cli.report import report
+from hfmpi.errors import UserError
+from hfmpi.report import page as pages
+from hfmpi.report.contents import read
+from hfmpi.report.curves import MOST, smoothed, thinned
+from hfmpi.report.follow import follow
+from hfmpi.report.times import MOST_RANKS, bars, spans
+
+RUNS = Path(__file__).parent / "written_by_0.1.0"
+KINDS = ["lstm-shf", "mlstm-adam", "mrnn-bhf", "rnn-sgd"]
+
+
+@pytest.fixture(name="small")
+def fixture_small(monkeypatch):
+    """Leave the library that draws out of the pages: it is long."""
+    monkeypatch.setattr(pages, "plotly_js", lambda: "const Plotly = {};")
+
+
+@pytest.fixture(name="run")
+def fixture_run(tmp_path):
+    """Give a run that may be changed."""
+    return Path(shutil.copytree(RUNS / "lstm-shf", tmp_path / "run"))
+
+
+class Words(HTMLParser):
+    """The elements of a page by their names, its text, and the data of its curves."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.text, self.data, self._in = [], "", "", ""
+        self.feed(page.decode())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._in = dict(attrs).get("id", tag)
+
+    def handle_endtag(self, tag):
+        self._in = ""
+
+    def handle_data(self, data):
+        if self._in == "data":
+            self.data += data
+        elif self._in not in ("script", "style"):
+            self.text += data
+
+
+def words(*folders, every=None):
+    return Words(pages.page(read(folders), every))
+
+
+def rewrite(run, change):
+    """Change each line of a history."""
+    path = run / "history.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(change(line)) + "\n" for line in lines))
+
+
+def test_runs_of_all_methods(small):
+    found = words(*(RUNS / kind for kind in KINDS))
+    data = json.loads(found.data)
+    assert [run["name"] for run in data["runs"]] == KINDS
+    assert len({(run["style"]["dash"], run["style"]["mark"]) for run in data["runs"]}) == 4  # without colours
+    for run, kind in zip(data["runs"], KINDS, strict=True):
+        records = [json.loads(line) for line in (RUNS / kind / "history.jsonl").read_text().splitlines()]
+        for key in ("P_I", "P_D", "P_I_full", "P_D_full", "step", "seconds"):
+            assert run["x"][key] == pytest.approx([record[key] for record in records])
+        assert run["train"] == pytest.approx([record["train_bpc"] for record in records], rel=1e-6)
+        assert [v is None for v in run["valid"]] == [record["valid_bpc"] is None for record in records]
+    meanings = [panel["meaning"] for panel in data["panels"]]
+    told = dict(zip(meanings, zip(*(run["told"] for run in data["runs"]), strict=True), strict=True))
+    assert [bool(values) for values in told["damping λ"]] == [True, False, True, False]
+    assert [bool(values) for values in told["CG iterations"]] == [True, False, True, False]
+    assert [bool(values) for values in told["learning rate, or length of the step"]] == [
+        False,
+        True,
+        False,
+        True,
+    ]
+    for word in ("damping_factor", "characters, from the checkpoint", "Between the steps", "CG stopped by"):
+        assert word in found.text
+
+
+def test_a_page_loads_nothing(small):
+    page = pages.page(read([RUNS / "lstm-shf"])).decode()
+    assert "default-src 'none'" in page
+    assert not {"link", "img", "iframe"} & {tag for tag, _ in Words(page.encode()).tags}
+    assert not re.search(r"""(src|href)=|@import|url\(""", page)
+
+
+def test_whatever_the_files_say_is_text(small, run):
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)> <b>%{x} $x"
+    rewrite(
+        run,
+        lambda line: (
+            line | {evil: line["step"], "__proto__": 1, "cg_stop": evil, "accepted": False, "message": evil}
+        ),
+    )
+    settings = (run / "config.toml").read_text().replace('"lstm"', json.dumps(evil))
+    (run / "config.toml").write_text(
+        settings + f"deep = {'9' * 4000}\nhuge = 0x{'f' * 9000}\n{'.'.join('a' * 3000)} = 1\n"
+    )
+    times = json.loads((run / "timing.json").read_text())
+    times["ranks"][0]["host"] = evil
+    times["ranks"][0]["step_spans"][evil] = 1.0
+    (run / "timing.json").write_text(json.dumps(times))
+    (run / "DONE").write_text(evil)
+    named = shutil.copytree(run, run.parent / evil.replace("/", "|"))
+    clean, found = words(RUNS / "lstm-shf", RUNS / "lstm-shf"), words(run, named)
+    assert {tag for tag, _ in found.tags} <= {tag for tag, _ in clean.tags} | {"p"}
+    assert [tag for tag, _ in found.tags].count("script") == 3
+    assert not any(name.startswith("on") for _, attributes in found.tags for name in attributes)
+    assert found.text.count(evil) >= 6
+    assert json.loads(found.data)["times"]["0"]["names"][-1] == html.escape(evil)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_a_sample_of_any_encoding_is_text(small, run, monkeypatch, encoding):
+    written = "été </script>\x00".encode(encoding)
+    monkeypatch.setattr("hfmpi.models.sampling.sample", lambda *_: written)
+    found = words(run)
+    assert {"utf-8": "été </script>\\x00", "latin-1": "\\xe9t\\xe9 </script>\\x00"}[encoding] in found.text
+    assert [tag for tag, _ in found.tags].count("script") == 3
+
+
+@pytest.mark.parametrize(
+    ("gone", "told"),
+    [
+        (["history.jsonl", "checkpoint.h5", "checkpoint.previous.h5", "timing.json", "DONE"], "no step yet"),
+        (["checkpoint.h5", "checkpoint.previous.h5"], "there is no checkpoint"),
+        (["timing.json"], "cannot read"),
+        (["config.toml"], "cannot read"),
+    ],
+)
+def test_what_is_not_there_yet_is_told(small, run, gone, told):
+    for name in gone:
+        (run / name).unlink()
+    found = words(run, RUNS / "rnn-sgd")
+    assert told in found.text
+    assert len(json.loads(found.data)["runs"]) == 2
+
+
+@pytest.mark.parametrize("name", ["checkpoint.h5", "timing.json", "config.toml"])
+def test_what_is_damaged_is_told_in_its_place(small, run, name):
+    (run / "checkpoint.previous.h5").unlink()
+    (run / name).write_bytes(b"\xff{")
+    assert str(run / name) in words(run).text
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"[1]\n", "is damaged in line 1"),
+        (b'{"step": 1}\n', "its P_I is no number"),
+        (b'{"step": 1, "seconds": 1, "P_I": 1, "P_D": 1, "P_I_full": 1, "P_D_full": 1}\n', "train_bpc"),
+    ],
+)
+def test_a_damaged_history_is_refused(run, content, why):
+    (run / "history.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=why):
+        read([run])
+
+
+def test_a_run_of_a_model_of_the_users(small, run):
+    def change(line):
+        loss = {"loss": line.pop("train_bpc"), "valid_loss": line.pop("valid_bpc"), "valid_metric": 0.5}
+        return line | loss
+
+    rewrite(run, change)
+    data = json.loads(words(run, RUNS / "rnn-sgd").data)
+    assert [one["unit"] for one in data["runs"]] == ["loss", "bits/char"]
+    assert None not in data["runs"][0]["train"]
+    assert data["panels"][0]["meaning"] == "metric on the validation set"
+
+
+def test_losses_that_are_not_known_are_gaps(small, run):
+    rewrite(run, lambda line: line | ({"train_bpc": None} if line["step"] == 2 else {}))
+    train = json.loads(words(run).data)["runs"][0]["train"]
+    assert [value is None for value in train][:3] == [False, True, False]
+
+
+def test_means_over_the_last_steps():
+    values = np.arange(500.0)
+    values[7] = np.nan
+    assert np.isnan(smoothed(values)[7])
+    assert smoothed(values)[-1] == np.mean(np.arange(490, 500))  # 2 %
+    values[100] = 1e99
+    assert smoothed(values)[-1] == np.mean(np.arange(490, 500))  # what is over is forgotten
+    assert smoothed(np.array([3.0])).tolist() == [3.0]
+
+
+def test_long_curves_keep_their_ends_and_their_beginning():
+    assert thinned(MOST).tolist() == list(range(MOST))
+    kept = thinned(10**6)
+    assert len(kept) <= MOST
+    assert (kept[0], kept[-1]) == (0, 10**6 - 1)
+    assert {0, 1, 2, 3, 5, 10} <= set(kept.tolist())  # of a logarithmic axis
+
+
+def test_of_many_ranks_some_have_bars(run):
+    times = json.loads((run / "timing.json").read_text())
+    one = times["ranks"][0]
+    times["ranks"] = [one | {"step_spans": {"gradient": 1.0, "waiting": float(999 - k)}} for k in range(1000)]
+    found = bars(spans(times))
+    assert len(found["ranks"]) == MOST_RANKS
+    assert (found["ranks"][0], found["ranks"][-1]) == (
+        "rank 999",
+        "rank 0",
+    )  # from the least waiting to the most
+    assert found["names"] == ["gradient", "waiting"]
+
+
+def test_runs_of_one_name_are_told_apart(small, run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "other" / "run")
+    assert [one.name for one in read([run, other])] == [str(run), str(other)]
+
+
+def test_the_command_writes_a_page_with_all_in_it(run, tmp_path):
+    out = tmp_path / "page.html"
+    for _ in range(2):  # a page takes the place of a page
+        result = CliRunner().invoke(report, [str(run), "--out", str(out)])
+        assert result.exception is None
+    assert result.output == f"{out}: 1 run(s), {out.stat().st_size / 1e6:.1f} MB\n"
+    assert b"plotly.js v" in out.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("out", "why"),
+    [
+        ("run/history.jsonl", "is there and is no page of hfmpi report"),
+        ("run", "is there and is no page of hfmpi report"),
+        ("nowhere/page.html", "cannot write"),
+    ],
+)
+def test_what_cannot_become_a_page(small, run, monkeypatch, out, why):
+    monkeypatch.chdir(run.parent)
+    before = (run / "history.jsonl").read_bytes()
+    result = CliRunner().invoke(report, ["run", "--out", out])
+    assert isinstance(result.exception, UserError)
+    assert why in str(result.exception)
+    assert (run / "history.jsonl").read_bytes() == before
+
+
+def test_without_plotly_it_says_what_to_install(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    result = CliRunner().invoke(report, [str(run), "--out", str(tmp_path / "page.html")])
+    assert str(result.exception) == "a page needs plotly: pip install 'hfmpi[report]'"
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("folder", ["nothing", "empty"])
+def test_what_is_no_run_is_refused(small, tmp_path, folder):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no run"):
+        read([tmp_path / folder])
+
+
+def test_following_ends_when_all_runs_are_done(small, run, tmp_path, monkeypatch):
+    done = run / "DONE"
+    says, out = done.read_text(), tmp_path / "page.html"
+    done.unlink()
+    every, told = [], []
+
+    def sleep(seconds):
+        every.append(json.loads(Words(out.read_bytes()).data)["every"])
+        assert seconds >= 0.5
+        if len(every) == 1:  # damaged for a moment, as on a file system that is away
+            (run / "history.jsonl").rename(run / "kept")
+            (run / "history.jsonl").write_text("[]\n")
+        elif len(every) == 3:
+            (run / "kept").rename(run / "history.jsonl")
+            done.write_text(says)
+        assert len(every) < 9
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert follow([run], out, 0.5, told.append)
+    assert every == [0.5, 0.5, 0.5]
+    assert json.loads(Words(out.read_bytes()).data)["every"] is None  # it stays as it is
+    assert len(told) == 1
+    assert "is damaged in line 1" in told[0]
+
+
+def test_ctrl_c_ends_the_following(run, tmp_path):
+    (run / "DONE").unlink()
+    out = tmp_path / "page.html"
+    command = [sys.executable, "-m", "hfmpi", "report", run, "--out", out, "--follow"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        while not out.exists() and process.poll() is None:
+            time.sleep(0.05)
+        assert b'"every":5.0' in out.read_bytes()
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, said
+    assert "stays as it is now" in said
+    assert b'"every":null' in out.read_bytes()
