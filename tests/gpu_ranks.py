@@ -15,7 +15,8 @@ import numpy as np
 from small import write_corpus
 
 TRAIN = [sys.executable, "-c", "from hfmpi.cli.main import entry; entry()", "train"]
-TINY = "--hidden 9 --sequence-length 20 --gradient-batch 10 --curvature-batch 4 --max-steps 4 --check-every 1"
+TINY = "--optimizer shf --hidden 9 --sequence-length 20 --gradient-batch 10 --curvature-batch 4"
+TINY += " --max-steps 4 --check-every 1"
 
 
 def run(data, out, transport, ranks):

@@ -16,6 +16,7 @@ from hfmpi.runs.train import Run
 
 WORDS = b"in the beginning was word and with god it all things were made by him".split()
 SMALL = {
+    "optimizer": "shf",
     "hidden": 8,
     "sequence_length": 20,
     "gradient_batch": 10,

@@ -24,7 +24,7 @@ from hfmpi.parallel import library
 
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 TINY = ["--hidden", "6", "--sequence-length", "20", "--gradient-batch", "9", "--curvature-batch", "4"]
-TINY += ["--backend", "numpy"]
+TINY += ["--backend", "numpy", "--optimizer", "shf"]
 
 
 @pytest.fixture(scope="module", name="made")

@@ -290,7 +290,18 @@ def test_a_job_that_read_the_checkpoint_too_early_starts_again(data, tmp_path):
 
 def test_a_lock_does_not_outlive_a_killed_job(data, tmp_path):
     words = ["train", data, "--out", tmp_path / "run", "--hidden", 6, "--sequence-length", 20]
-    words += ["--gradient-batch", 9, "--curvature-batch", 4, "--backend", "numpy", "--checkpoint-every", 1]
+    words += [
+        "--optimizer",
+        "shf",
+        "--gradient-batch",
+        9,
+        "--curvature-batch",
+        4,
+        "--backend",
+        "numpy",
+        "--checkpoint-every",
+        1,
+    ]
     program = [sys.executable, "-c", "from hfmpi.cli.main import entry; entry()", *map(str, words)]
     job = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

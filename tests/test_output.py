@@ -20,7 +20,18 @@ from hfmpi.files.history import HISTORY
 from hfmpi.parallel import failure, watchdog
 
 COMMAND = [sys.executable, "-c", "from hfmpi.cli.main import entry; entry()"]
-TRAIN = ["--hidden", "8", "--sequence-length", "20", "--gradient-batch", "10", "--curvature-batch", "4"]
+TRAIN = [
+    "--optimizer",
+    "shf",
+    "--hidden",
+    "8",
+    "--sequence-length",
+    "20",
+    "--gradient-batch",
+    "10",
+    "--curvature-batch",
+    "4",
+]
 TRAIN += ["--backend", "numpy"]
 LOST = "Note: standard output cannot be written ({}); training goes on, and history.jsonl has every step.\n"
 FULL = os.strerror(errno.ENOSPC)

@@ -232,7 +232,9 @@ def test_a_batch_of_a_preset_is_no_larger_than_the_data(capfd):
 def test_a_thread_may_train_and_the_process_stays_as_it_was(capfd):
     found, state = [], np.geterr()
     thread = threading.Thread(
-        target=lambda: found.append(hfmpi.train(Line(3), (X, Y), max_steps=2, quiet=True, threads=1))
+        target=lambda: found.append(
+            hfmpi.train(Line(3), (X, Y), optimizer="adam", max_steps=2, quiet=True, threads=1)
+        )
     )
     with threads_kept():
         thread.start()

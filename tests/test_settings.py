@@ -121,6 +121,9 @@ def test_a_field_is_all_that_there_is_to_an_option():
                 by_name[name].type.convert("0", None, None)
 
 
+SHF = {"optimizer": "shf"}
+
+
 def test_what_a_resumed_run_may_be_given_anew():
     assert sorted(CHANGEABLE) == [
         "backend", "check_every", "checkpoint_every", "evaluate_every", "matmul_precision", "max_rejections",
@@ -129,10 +132,10 @@ def test_what_a_resumed_run_may_be_given_anew():
 
 
 @pytest.mark.parametrize(("stored", "given"), [
-    ({}, {"gradient_batch": 320}),
-    ({}, {"curvature_batch": 32, "settings": {"damping": 0.1, "cg_max_steps": 15}}),
-    ({"gradient_batch": 320, "curvature_batch": 32}, {"gradient_batch": 0, "curvature_batch": 0}),
-    ({"settings": {"damping": 0.5, "cg_max_steps": 3}}, {"settings": {"cg_max_steps": 3}}),
+    ({}, {"gradient_batch": 32, "settings": {"rate": 0.2}}),
+    (SHF, {"curvature_batch": 32, "settings": {"damping": 0.1, "cg_max_steps": 15}}),
+    (SHF | {"gradient_batch": 320, "curvature_batch": 32}, {"gradient_batch": 0, "curvature_batch": 0}),
+    (SHF | {"settings": {"damping": 0.5, "cg_max_steps": 3}}, {"settings": {"cg_max_steps": 3}}),
     ({"optimizer": "sgd"}, {"gradient_batch": 32, "settings": {"rate": 2}}),
     ({"model": "lstm"}, {"model": "lstm", "seed": 0, "layers": 1}),
 ])  # fmt: skip
@@ -142,11 +145,11 @@ def test_a_run_goes_on_with_the_values_that_it_has_given_by_name(stored, given):
 
 
 @pytest.mark.parametrize(("stored", "given", "sentence"), [
-    ({}, {"gradient_batch": 321}, "gradient_batch = 320, not 321"),
-    ({"gradient_batch": 64}, {"gradient_batch": 0}, "gradient_batch = 64, not 320"),
-    ({"settings": {"damping": 0.5}}, {"settings": {"damping": 0.1}}, "damping = 0.5, not 0.1"),
-    ({}, {"settings": {"cg_max_steps": 16}}, "cg_max_steps = 15, not 16"),
-    ({"settings": {"cg_max_steps": 3}}, {"settings": {"rate": 2.0}, "optimizer": "sgd"},
+    ({}, {"gradient_batch": 33}, "gradient_batch = 32, not 33"),
+    ({"gradient_batch": 64}, {"gradient_batch": 0}, "gradient_batch = 64, not 32"),
+    (SHF | {"settings": {"damping": 0.5}}, {"settings": {"damping": 0.1}}, "damping = 0.5, not 0.1"),
+    (SHF, {"settings": {"cg_max_steps": 16}}, "cg_max_steps = 15, not 16"),
+    (SHF | {"settings": {"cg_max_steps": 3}}, {"settings": {"rate": 2.0}, "optimizer": "sgd"},
      "optimizer = 'shf', not 'sgd'"),
     ({}, {"model": "lstm"}, "model = 'mlstm', not 'lstm'"),
 ])  # fmt: skip

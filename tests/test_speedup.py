@@ -389,7 +389,18 @@ def test_the_sweep_makes_runs_that_can_be_compared(tmp_path):
     assert run(data, out).returncode == 2
     assert "--max-steps" in run(data, out, "--ranks", "1 2").stderr
     assert run(data, out, "--ranks", "two", "--max-steps", 3).returncode == 2
-    small = ("--backend", "numpy", "--hidden", 4, "--gradient-batch", 8, "--curvature-batch", 4)
+    small = (
+        "--backend",
+        "numpy",
+        "--optimizer",
+        "shf",
+        "--hidden",
+        4,
+        "--gradient-batch",
+        8,
+        "--curvature-batch",
+        4,
+    )
     words = (data, out, "--ranks", "1 2", *small, "--sequence-length", 20, "--max-steps", 3)
     done = run(*words)
     assert done.returncode == 0, done.stderr

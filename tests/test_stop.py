@@ -270,6 +270,7 @@ def test_the_command_leaves_a_step_of_hours(ranks, name, tmp_path):
         pytest.skip("there is no mpirun")
     data, folder = write_corpus(tmp_path / "small.h5"), tmp_path / "run"
     options = {
+        "optimizer": "shf",
         "hidden": 40,
         "sequence-length": 20,
         "gradient-batch": 200,

@@ -42,7 +42,9 @@ from hfmpi.files import checkpoint
 
 LIMIT_MEMORY = 256 * 2**20  # bytes of address space that a worker may take beyond what a good run took
 LIMIT_SECONDS = 20  # for one file
-SMALL = "--hidden 8 --sequence-length 20 --gradient-batch 10 --curvature-batch 4 --backend numpy"
+SMALL = (
+    "--optimizer shf --hidden 8 --sequence-length 20 --gradient-batch 10 --curvature-batch 4 --backend numpy"
+)
 SHARES = {
     "corpus: bytes damaged": 20,
     "checkpoint: bytes damaged": 20,
@@ -145,7 +147,18 @@ class Bench:
             return how, found if again == "loaded" else f"RESUME {again}"
         how, content = hostile.change_text((self.folder / "run" / what).read_bytes(), rng)
         (folder / what).write_bytes(content)
-        options = ("--hidden", 8, "--gradient-batch", 10, "--curvature-batch", 4, "--max-steps", 1)
+        options = (
+            "--optimizer",
+            "shf",
+            "--hidden",
+            8,
+            "--gradient-batch",
+            10,
+            "--curvature-batch",
+            4,
+            "--max-steps",
+            1,
+        )
         words = ("train", self.data, "--out", folder / "new", "--config", folder / what)
         return how, self.judge(*self.call(*words, *options, "--sequence-length", 20))
 

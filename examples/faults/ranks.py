@@ -33,8 +33,9 @@ FAULTS = {  # weights
 WORDS = "in", "the", "beginning", "was", "word", "and", "all", "things", "were", "made", "by", "him"
 PLACES = ("input", "before Allreduce", "in Allreduce", "in Bcast", "writing a file", "history", "any time")
 TRAIN = (
-    "--hidden 8 --sequence-length 20 --gradient-batch 10 --curvature-batch 4 --set cg_max_steps=4 "
-    "--backend numpy --threads 1 --checkpoint-every 2 --evaluate-every 3 --check-every 1 --stall-timeout 6 "
+    "--optimizer shf --hidden 8 --sequence-length 20 --gradient-batch 10 --curvature-batch 4 "
+    "--set cg_max_steps=4 --backend numpy --threads 1 "
+    "--checkpoint-every 2 --evaluate-every 3 --check-every 1 --stall-timeout 6 "
     f"--max-steps {STEPS}"
 ).split()
 

@@ -15,8 +15,9 @@ from ranks import WORDS, outcome
 
 STEPS, LIMIT = 40, 60  # steps of a run; seconds after which a command counts as hung
 TRAIN = (
-    "--hidden 8 --sequence-length 20 --gradient-batch 10 --curvature-batch 4 --set cg_max_steps=4 "
-    "--backend numpy --threads 1 --checkpoint-every 1000 --evaluate-every 10 --stall-timeout 20 "
+    "--optimizer shf --hidden 8 --sequence-length 20 --gradient-batch 10 --curvature-batch 4 "
+    "--set cg_max_steps=4 --backend numpy --threads 1 "
+    "--checkpoint-every 1000 --evaluate-every 10 --stall-timeout 20 "
     f"--max-steps {STEPS}"
 ).split()
 HFMPI = [sys.executable, "-c", "from hfmpi.cli.main import entry; entry()"]

@@ -50,7 +50,7 @@ def train(
     settings: tuple[str, ...],
     **given: Any,
 ) -> None:
-    """Train on DATA.h5 (from `hfmpi prepare`). Without options: an mLSTM of the paper's size with shf.
+    """Train on DATA.h5 (from `hfmpi prepare`). Without options: an mLSTM of the paper's size with muon-small.
 
     Options given here win over --config. A run that is started again goes on where it was.
     """

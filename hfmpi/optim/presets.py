@@ -17,7 +17,12 @@ from hfmpi.settings import converted
 
 __all__ = ["PRESETS", "Preset", "preset"]
 
-PRESETS = ("sgd", "bgd", "shf", "bhf", "bhf-short", "adam", "soap", "muon", "subspace")
+PRESETS = ("sgd", "bgd", "shf", "bhf", "bhf-short", "adam", "soap", "muon", "muon-small", "subspace")
+
+
+_MUON = Muon(rate=0.3, momentum=0.9, vector_rate=0.03, schedule="inverse-root")
+"""On a large batch; its rates and schedule are those that did best on small recurrent networks, where the
+authors' are for transformers."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ def preset(name: str, /, **changes: Any) -> Preset:
 
     Parameters
     ----------
-    name : {'sgd', 'bgd', 'shf', 'bhf', 'bhf-short', 'adam', 'soap', 'muon', 'subspace'}
+    name : str
+        One of PRESETS.
     **changes
         Settings of the optimizer, by the names of its dataclass.
 
@@ -57,13 +63,14 @@ def preset(name: str, /, **changes: Any) -> Preset:
 def _preset(name: str) -> Preset:
     if name == "adam":  # Kingma and Ba (2015); batch of sgd
         return Preset(Adam(), 32)
-    # Large batches are what these two are for; rates and the schedule are those that did best on small
-    # recurrent networks, where the authors' are for transformers.
-    if name == "soap":
+    if name == "soap":  # large batches are what it is for; rate and schedule as for Muon
         # With the authors' epsilon of 1e-8 single precision takes rounding for gradients at first.
         return Preset(SOAP(rate=0.1, beta1=0.9, epsilon=1e-6, refresh=2, schedule="inverse-root"), 3500)
     if name == "muon":
-        return Preset(Muon(rate=0.3, momentum=0.9, vector_rate=0.03, schedule="inverse-root"), 3500)
+        return Preset(_MUON, 3500)
+    if name == "muon-small":
+        # The batch of sgd: the lowest validation loss after minutes on few cores (docs/results/clock.md).
+        return Preset(replace(_MUON, rate=0.2, averaging=0.999), 32)
     if name == "subspace":
         # The gradient on the whole training set, so that its risk is the step's. The curvature batch has to
         # tell some hundred directions apart, whatever the size of the data.

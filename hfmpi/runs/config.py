@@ -91,7 +91,7 @@ class Config:
         str, Option("Of the parameters; krause-lstm is for lstm and mlstm.", choices=INITIALISATIONS)
     ] = "krause"
     forget_bias: Annotated[Number, Option("Of gated cells at the start.", least=None)] = 0.0
-    optimizer: Annotated[str, Option("Preset of settings.", choices=PRESETS)] = "shf"
+    optimizer: Annotated[str, Option("Preset of settings.", choices=PRESETS)] = "muon-small"
     gradient_batch: Annotated[Whole, Option("Sequences per gradient.", "the preset's", least=1)] = 0
     curvature_batch: Annotated[Whole, Option("Sequences per curvature product.", "the preset's", least=1)] = 0
     sequence_length: Annotated[Whole, at_least(1), Option("Scored characters of a sequence.", least=1)] = 200
@@ -167,7 +167,9 @@ class Config:
         """Give the optimizer with its settings and batch sizes."""
         chosen = preset(self.optimizer, **self.settings)
         if self.curvature_batch and not chosen.curvature_batch:
-            raise UserError(f"optimizer {self.optimizer} has no curvature batch")
+            raise UserError(
+                f"optimizer {self.optimizer} has no curvature batch; name one that has, such as shf"
+            )
         return replace(
             chosen,
             gradient_batch=self.gradient_batch or chosen.gradient_batch,

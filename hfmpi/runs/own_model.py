@@ -228,7 +228,9 @@ def _check_optimizer(config: Config, model: Model) -> None:
     """Raise a UserError if the optimizer needs what the model has not."""
     optimizer, kind = config.preset().optimizer, type(model).__name__
     if isinstance(optimizer, (SOAP, Muon, Subspace)) and not isinstance(model, Blocks):
-        raise UserError(f"{kind} does not name the matrices of theta (blocks): take another optimizer")
+        raise UserError(
+            f"{kind} does not name the matrices of theta (blocks): take another optimizer, such as adam"
+        )
     kfac = isinstance(optimizer, Subspace) and "kfac" in optimizer.directions
     if kfac and not isinstance(model, KroneckerFactors):
         raise UserError(
