@@ -116,9 +116,9 @@ def test_every_optimizer_takes_a_function():
     check_optimizers(hfmpi.JaxModel(mlp, params, "squares"), setting("mlp")[3])
 
 
-def test_the_page_works():
-    names = check_page("JaxModel")
-    assert np.array_equal(np.ravel(names["params"]["top"]), names["theta"][-20:])
+def test_the_page_works(tmp_path):
+    names = check_page("JaxModel", tmp_path)
+    assert np.array_equal(np.ravel(names["params"]["top"]), names["result"].theta[-20:])
 
 
 def test_params_are_those_of_theta():

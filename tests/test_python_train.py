@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from dense import check_page, run_page
 from small import history, write_corpus
 from small import train as train_text
 
@@ -373,6 +374,12 @@ def test_a_network_takes_its_architecture_or_its_parts():
         UserError, match="a network needs an architecture, or cell, inputs, outputs and hidden"
     ):
         hfmpi.Network(cell="lstm", inputs=3, hidden=3)
+
+
+def test_the_page_works(tmp_path):
+    check_page('Network(cell="lstm"', tmp_path)
+    names = run_page("HessianFree(", tmp_path)
+    assert names["risk"].loss(names["theta"]) < 0.9 * names["risk"].loss(names["model"].initial(0))
 
 
 # Under mpirun -----------------------------------------------------------------------------------

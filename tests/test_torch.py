@@ -140,9 +140,36 @@ def test_every_optimizer_takes_a_module(name):
     check_optimizers(hfmpi.TorchModel(module.float(), kind), cases)
 
 
-def test_the_page_works():
-    names = check_page("TorchModel")
-    assert np.array_equal(hfmpi.TorchModel(names["module"], "squares").initial(0), names["theta"])
+def test_the_page_works(tmp_path):
+    names = check_page("TorchModel", tmp_path)
+    result = names["result"]
+    assert np.array_equal(hfmpi.TorchModel(names["module"], "squares").initial(0), result.theta)
+    outputs = names["module"](torch.tensor(names["x"][800:], dtype=torch.float32))
+    right = outputs.argmax(1).numpy() == names["y"][800:]
+    assert result.valid_metric == pytest.approx(right.mean())
+
+
+def test_all_forms_of_data_make_the_same_run():
+    """Tensors, a data set of PyTorch, and a module that computes with one thread."""
+    x, y = torch.randn(40, 5), torch.randint(0, 3, (40,))
+    before, thetas = torch.get_num_threads(), []
+    for data in (x, y), torch.utils.data.TensorDataset(x, y), hfmpi.Examples(x, y):
+        torch.manual_seed(0)
+        model = hfmpi.TorchModel(nn.Linear(5, 3), "cross-entropy")
+        thetas.append(hfmpi.train(model, data, threads=1, max_steps=2, quiet=True).theta)
+        assert np.array_equal(thetas[-1], thetas[0])
+    assert torch.get_num_threads() == before
+
+
+def test_data_and_module_on_several_devices_are_refused():
+    model = hfmpi.TorchModel(nn.Linear(5, 3), "cross-entropy")
+    away = torch.zeros(9, 5, device="meta"), torch.zeros(9, dtype=int)
+    with pytest.raises(UserError, match="tensor on the CPU without a gradient"):
+        hfmpi.train(model, away, max_steps=1)
+    module = nn.Linear(5, 3)
+    module.register_buffer("scale", torch.ones(1, device="meta"))
+    with pytest.raises(UserError, match="must be on one device, not on cpu, meta"):
+        hfmpi.TorchModel(module, "cross-entropy")
 
 
 def test_theta_goes_back_into_the_module_and_frozen_parameters_stay():
