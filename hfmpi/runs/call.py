@@ -17,7 +17,7 @@ from hfmpi.files.history import History, Record, plain
 from hfmpi.files.run_folder import find_checkpoint
 from hfmpi.models.base import Model
 from hfmpi.models.framework import FrameworkModel
-from hfmpi.parallel import watchdog
+from hfmpi.parallel import library, watchdog
 from hfmpi.parallel.communicator import Communicator
 from hfmpi.parallel.failure import joint, together
 from hfmpi.parallel.launch import connect
@@ -125,7 +125,8 @@ def train(
     with contextlib.ExitStack() as stack:
         before = watchdog.stall_timeout()
         stack.callback(watchdog.allow, before)
-        comm = connect(stall_timeout)
+        # Where MPI runs already, another rank may come late from what the program did before.
+        comm = connect(stall_timeout if library.world() is None else 0.0)
         watchdog.allow(stall_timeout)
         stack.callback(comm.close)  # not when one rank fails: `joint` ends all of them then
         stack.enter_context(joint())
