@@ -25,6 +25,12 @@ from hfmpi.optim.checks import check_vector
 
 __all__ = ["FrameworkLinearisation", "FrameworkModel", "Passes", "Rows", "layout"]
 
+MICRO_BATCH_BYTES = 1 << 26
+"""What a micro-batch may keep for its linearisation: calls of a framework take long beside small cases."""
+
+MOST_MICRO_BATCH = 1024
+"""Cases of a micro-batch, where a user does not choose."""
+
 
 @runtime_checkable
 class _CasesFirst(Protocol):
@@ -264,6 +270,11 @@ class FrameworkModel(ABC):
     def release(self) -> None:
         """Give scratch memory back."""
         self.backend.release()
+
+    def _fit_micro_batch(self, nbytes: float) -> None:
+        """Let micro-batches be as large as suits cases that keep so many bytes each."""
+        most = int(MICRO_BATCH_BYTES / max(nbytes, 1))
+        self.backend.micro_batch = min(MOST_MICRO_BATCH, max(NumpyBackend.micro_batch, most))
 
     def threads(self, count: int) -> AbstractContextManager[object]:
         """Let the framework compute with so many threads inside the context, where it can be told."""

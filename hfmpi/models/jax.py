@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from hfmpi.errors import UserError, shown
-from hfmpi.models.framework import FrameworkModel, Rows
+from hfmpi.models.framework import Example, FrameworkModel, Rows
 from hfmpi.models.losses import Loss
 
 try:
@@ -131,6 +131,17 @@ class JaxModel(FrameworkModel):
         self.alongs = jax.jit(alongs, static_argnames="shape")
         self.single = jax.jit(single, static_argnames="rows")
         self.each = jax.jit(each, static_argnames="rows")
+
+    def _check(self, theta: np.ndarray, example: Example) -> None:
+        """Find out what a case keeps too."""
+        super()._check(theta, example)
+
+        def kept(own: Example) -> int:
+            _, pull = jax.eval_shape(partial(self.linear, rows=own.rows), theta, own.inputs)
+            return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(pull))
+
+        cases = example.rows.shape[0]
+        self._fit_micro_batch((kept(example) - kept(example.first)) / max(1, cases - 1))
 
     def _outputs(self, theta: np.ndarray, inputs: tuple[np.ndarray, ...], rows: Rows) -> np.ndarray:
         with _memory():

@@ -170,6 +170,7 @@ class TorchModel(FrameworkModel):
             self._double, self._kernels = double, kernels
             try:
                 self._bytes = self._linearise(theta, example.inputs, example.rows).tried()
+                self._fit_micro_batch(self._bytes)
             except _FAILURES as failure:
                 why = why or str(failure).partition("\n")[0]
                 continue

@@ -12,16 +12,15 @@ from typing import Any
 import numpy as np
 
 from hfmpi.backends.base import Array
-from hfmpi.data.arrays import Arrays
 from hfmpi.data.batches import Cases, global_indices
-from hfmpi.data.examples import Examples
+from hfmpi.data.digest import digest_of
 from hfmpi.data.given import as_cases
 from hfmpi.errors import UserError, shown
 from hfmpi.files.checkpoint import Checkpoint
 from hfmpi.files.history import NATS
 from hfmpi.measure.spans import EVALUATE
 from hfmpi.models.base import Blocks, KroneckerFactors, Model, StructuralDamping
-from hfmpi.models.network import Batch, Network
+from hfmpi.models.network import Network
 from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.optim.hessian_free import HessianFree
 from hfmpi.optim.muon import Muon
@@ -38,9 +37,6 @@ __all__ = ["AnotherRun", "ModelTask", "config_of"]
 
 TRIED = 8
 """Cases on which a model is tried before a run."""
-
-SAMPLED = 64
-"""Cases, evenly spread, by which data that do not lie in memory are known again."""
 
 CLOSE = 1e-2
 """Part by which the loss of a few cases may differ when a run goes on, on another processor perhaps."""
@@ -89,8 +85,8 @@ class ModelTask(Task):
             noun="cases",
             identity={
                 "model": _model_digest(model),
-                "cases": _digest(train_set),
-                "valid_cases": "" if found["valid"] is None else _digest(found["valid"]),
+                "cases": digest_of(train_set),
+                "valid_cases": "" if found["valid"] is None else digest_of(found["valid"]),
             },
             metric=measure,
             notes=tuple(notes),
@@ -260,48 +256,3 @@ def _model_digest(model: Model) -> str:
     about = repr(model.architecture) if isinstance(model, Network) else ""
     form = [type(model).__name__, model.size, model.backend.dtype.name, blocks, loss, about]
     return hashlib.sha256(json.dumps(form).encode()).hexdigest()
-
-
-def _digest(cases: Cases) -> str:
-    """Give a digest of cases: of all where they lie in memory, else of some.
-
-    Raises
-    ------
-    UserError
-        If the same cases are others the second time.
-    """
-    whole, count = isinstance(cases, (Arrays, Examples)), cases.count
-    chosen = np.arange(count) if whole else np.unique(np.linspace(0, count - 1, SAMPLED).astype(np.int64))
-    found = _digest_of(cases, chosen)
-    if not whole and _digest_of(cases, chosen) != found:
-        raise UserError(
-            "the same cases are others each time, as with random augmentation: a step looks at its batch "
-            "several times, so they must stay as they are"
-        )
-    return found
-
-
-def _digest_of(cases: Cases, indices: np.ndarray) -> str:
-    content = hashlib.blake2b(str(cases.count).encode(), digest_size=32)
-    for part in np.array_split(indices, -(-len(indices) // 1024)):
-        _update(content, cases.take(part))
-    return content.hexdigest()
-
-
-def _update(content: Any, value: Any) -> None:
-    """Let arrays enter a digest, and of all else the type."""
-    if isinstance(value, Mapping):
-        value = tuple(item for key in sorted(value, key=str) for item in (str(key), value[key]))
-    elif not isinstance(value, (tuple, list)) and isinstance(value, Batch):
-        value = value.inputs, value.targets, value.mask
-    if isinstance(value, (tuple, list)):
-        for own in value:
-            _update(content, own)
-        return
-    try:
-        array = np.asarray(value)
-    except (ValueError, TypeError, RuntimeError):
-        array = np.asarray(None)
-    content.update(f"{type(value).__name__} {array.dtype.str} {array.shape}".encode())
-    if array.dtype.kind in "biufcUS":
-        content.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
