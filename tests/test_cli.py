@@ -179,19 +179,6 @@ def test_a_figure_without_an_end_is_a_png_and_said_to_be(here, monkeypatch, caps
     assert (here / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_window_of_a_drawn_loss_grows_without_a_kink():
-    from hfmpi.cli.plot import smoothed
-
-    assert smoothed([3.0, 1.0, 2.0]) == pytest.approx([3, 1, 2])  # few steps stay as they are
-    steps = np.arange(1.0, 5001)
-    lag = steps - smoothed(list(steps))
-    assert lag == pytest.approx((np.maximum(steps / 20, 1) - 1) / 2, abs=0.13)  # half of the window
-    assert np.abs(np.diff(lag, 2)).max() < 0.06  # a mean of 50 that begins with all has 0.5
-    jump = np.array(smoothed([1.0] * 100 + [0.0] * 100))
-    assert np.all(np.diff(jump) <= 1e-12)
-    assert (jump[99], jump[-1]) == pytest.approx((1, 0))
-
-
 def test_a_figure_of_one_step_is_drawn():
     pytest.importorskip("matplotlib")
     from hfmpi.cli.plot import draw

@@ -1,4 +1,4 @@
-"""The cost account against numbers worked out by hand, and the timer against a clock of our own."""
+"""The cost account against numbers worked out by hand, the timer against its own clock, and smooth curves."""
 
 import contextlib
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hfmpi.measure.cost import Counts, full, paper, ranks
+from hfmpi.measure.smoothing import smoothed
 from hfmpi.measure.timer import Timer, split_waiting
 
 
@@ -119,3 +120,18 @@ def test_waiting_is_what_exceeds_the_fastest():
     np.testing.assert_array_equal([communication, waiting], np.zeros((2, 2)))
     with pytest.raises(ValueError, match="same shape"):
         split_waiting([np.zeros(2), np.zeros(3)])
+
+
+def test_the_window_of_a_drawn_loss_grows_without_a_kink():
+    assert smoothed([3.0, 1.0, 2.0]) == pytest.approx([3, 1, 2])  # few steps stay as they are
+    steps = np.arange(1.0, 5001)
+    lag = steps - smoothed(steps)
+    assert lag == pytest.approx((np.maximum(steps / 20, 1) - 1) / 2, abs=0.13)  # half of the window
+    assert np.abs(np.diff(lag, 2)).max() < 0.06  # a mean of 50 that begins with all has 0.5
+    jump = smoothed([1.0] * 100 + [0.0] * 100)
+    assert np.all(np.diff(jump) <= 1e-12)
+    assert (jump[99], jump[-1]) == pytest.approx((1, 0))
+    gaps = np.where(steps % 7 == 0, np.nan, steps)
+    assert smoothed(gaps)[~np.isnan(gaps)] == pytest.approx(smoothed(gaps[~np.isnan(gaps)]))
+    assert np.isnan(smoothed(gaps)[6])
+    assert smoothed([]).size == 0

@@ -11,7 +11,6 @@ import time
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -19,8 +18,9 @@ from hfmpi.cli.report import report
 from hfmpi.errors import UserError
 from hfmpi.report import page as pages
 from hfmpi.report.contents import read
-from hfmpi.report.curves import MOST, smoothed, thinned
+from hfmpi.report.curves import MOST, thinned
 from hfmpi.report.follow import follow
+from hfmpi.report.styles import style
 from hfmpi.report.times import MOST_RANKS, bars, spans
 
 RUNS = Path(__file__).parent / "written_by_0.1.0"
@@ -76,7 +76,6 @@ def test_runs_of_all_methods(small):
     found = words(*(RUNS / kind for kind in KINDS))
     data = json.loads(found.data)
     assert [run["name"] for run in data["runs"]] == KINDS
-    assert len({(run["style"]["dash"], run["style"]["mark"]) for run in data["runs"]}) == 4  # without colours
     for run, kind in zip(data["runs"], KINDS, strict=True):
         records = [json.loads(line) for line in (RUNS / kind / "history.jsonl").read_text().splitlines()]
         for key in ("P_I", "P_D", "P_I_full", "P_D_full", "step", "seconds"):
@@ -189,20 +188,28 @@ def test_a_run_of_a_model_of_the_users(small, run):
     assert data["panels"][0]["meaning"] == "metric on the validation set"
 
 
+def test_settings_are_those_in_effect(run):
+    config = run / "config.toml"
+    config.write_text('optimizer = "shf"\ngradient_batch = 0\nwarmup = 3\n[settings]\ndamping = 0.5\n')
+    (found,) = read([run])
+    settings = found.settings
+    assert (settings["gradient_batch"], settings["burn_in"], settings["damping"]) == (320, 3, 0.5)
+    assert settings["cg_max_steps"] == 15  # the preset's
+    assert "model" not in settings  # a run of hfmpi.train has one of its own
+    config.write_text("tomorrow = [1, 2]\n")
+    assert read([run])[0].settings == {"tomorrow": [1, 2]}
+
+
 def test_losses_that_are_not_known_are_gaps(small, run):
     rewrite(run, lambda line: line | ({"train_bpc": None} if line["step"] == 2 else {}))
     train = json.loads(words(run).data)["runs"][0]["train"]
     assert [value is None for value in train][:3] == [False, True, False]
 
 
-def test_means_over_the_last_steps():
-    values = np.arange(500.0)
-    values[7] = np.nan
-    assert np.isnan(smoothed(values)[7])
-    assert smoothed(values)[-1] == np.mean(np.arange(490, 500))  # 2 %
-    values[100] = 1e99
-    assert smoothed(values)[-1] == np.mean(np.arange(490, 500))  # what is over is forgotten
-    assert smoothed(np.array([3.0])).tolist() == [3.0]
+def test_lines_are_told_apart_without_colours():
+    styles = [style(number) for number in range(43)]
+    assert len({(one.dash, one.mark) for one in styles[:42]}) == 42
+    assert styles[42] == styles[0]
 
 
 def test_long_curves_keep_their_ends_and_their_beginning():

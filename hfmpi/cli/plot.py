@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -192,6 +191,7 @@ def draw(histories: list[tuple[str, list[Record]]], unit: str) -> Any:
     from matplotlib.figure import Figure
 
     from hfmpi.files.history import loss_keys
+    from hfmpi.measure.smoothing import smoothed
 
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
@@ -218,18 +218,3 @@ def draw(histories: list[tuple[str, list[Record]]], unit: str) -> Any:
     axes[0].set_ylim(lowest - 0.03 * (top - lowest or 1.0), top)
     axes[-1].legend(handles.values(), handles.keys())
     return figure
-
-
-def smoothed(values: list[float]) -> list[float]:
-    """Give the running mean over the last twentieth of the steps so far, one at least: batches are noisy.
-
-    The oldest step counts for what is left of its width, so that the window grows without jumps or kinks.
-    """
-    sums = [0.0, *accumulate(values)]
-    means = []
-    for i in range(1, len(sums)):
-        width = max(1.0, i / 20)
-        first = int(i - width)
-        before = sums[first] + (i - width - first) * values[first]
-        means.append((sums[i] - before) / width)
-    return means

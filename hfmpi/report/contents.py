@@ -15,16 +15,16 @@ from hfmpi.data.corpus import loss_unit
 from hfmpi.errors import UserError
 from hfmpi.files.atomic import open_regular
 from hfmpi.files.checkpoint import NEWEST, PREVIOUS, latest, trained_on
-from hfmpi.files.history import HISTORY, History
+from hfmpi.files.history import BITS, HISTORY, History, LossKeys, loss_keys
 from hfmpi.files.numbers import is_drawable
 from hfmpi.files.writer import CONFIG, DONE, TIMING
 from hfmpi.models import sampling
 from hfmpi.report.steps import Steps
-from hfmpi.runs.config import from_toml, merge
+from hfmpi.runs.config import FORMER_NAMES, OPTIONS, from_toml, merge
 from hfmpi.runs.timing import Times, read_times
 from hfmpi.runs.trained_model import Trained
 
-__all__ = ["COSTS", "NATS", "Contents", "Loss", "Network", "read", "stamp"]
+__all__ = ["COSTS", "Contents", "Network", "read", "stamp"]
 
 COSTS = ("P_I", "P_D", "P_I_full", "P_D_full", "step", "seconds")
 """Keys of a step against which its losses are drawn."""
@@ -34,18 +34,6 @@ SAMPLE = 400
 
 Stamp = tuple[tuple[int, int] | None, ...]
 FILES = (HISTORY, CONFIG, TIMING, NEWEST, DONE)
-
-
-class Loss(NamedTuple):
-    """How a history calls its losses, and what they are."""
-
-    train: str
-    valid: str
-    unit: str
-
-
-BITS = Loss("train_bpc", "valid_bpc", "bits/char")  # of a text
-NATS = Loss("loss", "valid_loss", "loss")  # of a model of the user, as that has it
 
 
 class Network(NamedTuple):
@@ -85,7 +73,9 @@ class Contents:
     changed : datetime or None
         When the history was last written.
     steps : Steps
-    loss : Loss
+    loss : LossKeys
+    unit : str
+        Of its losses.
     settings : dict
         All options and settings in effect by name, or what config.toml has.
     times : Times or None
@@ -100,7 +90,8 @@ class Contents:
     done: str | None
     changed: datetime | None
     steps: Steps
-    loss: Loss
+    loss: LossKeys
+    unit: str
     settings: dict[str, Any]
     times: Times | None
     network: Network
@@ -130,7 +121,7 @@ def read(folders: Sequence[Path]) -> list[Contents]:
     runs = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
     # Their losses are drawn together: of a text beyond ASCII, or beside one, they are bits a byte.
     unit = loss_unit(b"".join(run.network.symbols for run in runs))
-    return [replace(run, loss=run.loss._replace(unit=unit)) if run.loss is BITS else run for run in runs]
+    return [replace(run, unit=unit) if run.loss == BITS else run for run in runs]
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -146,11 +137,9 @@ def _read(folder: Path, name: str) -> Contents:
     steps, loss = _history(folder)
     settings: dict[str, Any] = {}
     try:
-        settings = from_toml(folder / CONFIG)
-        settings = merge(settings).in_effect()
+        settings = _settings(folder)
     except UserError as error:
-        if not settings:  # else it is another kind of run, and its own words are shown
-            missing["settings"] = str(error)
+        missing["settings"] = str(error)
     times = None
     try:
         times = read_times(folder)
@@ -158,11 +147,22 @@ def _read(folder: Path, name: str) -> Contents:
         missing["times"] = str(error)
     network = _network(folder, stamp(folder, (NEWEST, PREVIOUS)))
     if network.why:
-        missing["sample"] = network.why if loss is BITS else "what it was trained on is no text"
+        missing["sample"] = network.why if loss == BITS else "what it was trained on is no text"
     changed = None
     with contextlib.suppress(OSError):  # without a history
         changed = datetime.fromtimestamp(os.stat(folder / HISTORY).st_mtime).astimezone()
-    return Contents(name, folder, done, changed, steps, loss, settings, times, network, missing)
+    return Contents(name, folder, done, changed, steps, loss, "loss", settings, times, network, missing)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """Give the options that config.toml names, as they are in effect, and the settings of the optimizer."""
+    given = from_toml(folder / CONFIG)
+    try:
+        effective = merge(given).in_effect()
+    except UserError:  # of another version, perhaps: its own words
+        return given
+    named = {FORMER_NAMES.get(name, name) for name in given}
+    return {name: value for name, value in effective.items() if name in named or name not in OPTIONS}
 
 
 @lru_cache(maxsize=256)  # a page that follows a run asks again and again
@@ -190,7 +190,7 @@ def _done(folder: Path) -> str | None:
         return ""
 
 
-def _history(folder: Path) -> tuple[Steps, Loss]:
+def _history(folder: Path) -> tuple[Steps, LossKeys]:
     """Give the steps, none of a run that has only begun, and what their losses are called."""
     path = folder / HISTORY
     if not os.path.lexists(path):
@@ -198,8 +198,8 @@ def _history(folder: Path) -> tuple[Steps, Loss]:
             raise UserError(f"{folder} holds no run: there is neither {HISTORY} nor {CONFIG} in it")
         return Steps(), BITS
     records = History.read(folder, COSTS)
-    for loss in (BITS, NATS):
-        keys = loss.train, loss.valid
-        if all(is_drawable(record.get(key, "")) for record in records for key in keys):
-            return Steps.of(records), loss
-    raise UserError(f"{path} is damaged: not every step has the numbers {BITS.train} and {BITS.valid}")
+    loss = loss_keys(records[0]) if records else BITS
+    for key in (loss.train, loss.valid):
+        if not all(is_drawable(record.get(key, "")) for record in records):
+            raise UserError(f"{path} is damaged: not every step has a number or null as its {key}")
+    return Steps.of(records), loss

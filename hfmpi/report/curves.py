@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from hfmpi.measure.smoothing import smoothed
 from hfmpi.report.contents import COSTS, Contents
 from hfmpi.report.steps import COUNTS
 
-__all__ = ["INTERNALS", "Panel", "curves", "panels", "smoothed"]
+__all__ = ["INTERNALS", "Panel", "curves", "panels"]
 
 MOST = 2000
 """Points of a curve; more are not told apart, and make a page slow."""
@@ -104,23 +105,6 @@ def thinned(count: int, most: int = MOST) -> np.ndarray:
     even = np.linspace(0, count - 1, most - most // 4)
     early = np.geomspace(1, count, most // 4) - 1
     return np.unique(np.concatenate([even, early]).astype(int))
-
-
-def smoothed(values: np.ndarray) -> np.ndarray:
-    """Give the running mean over the last 2 % of the steps (at most 50): single batches of sgd are noisy.
-
-    Parameters
-    ----------
-    values : (n,) float
-        NaN where a step has none: such a step has no mean, and takes no part in others'.
-    """
-    means, known = np.full(len(values), np.nan), ~np.isnan(values)
-    width = max(1, min(50, len(values) // 50))
-    if known.any():
-        window = np.ones(width)
-        sums = np.convolve(values[known], window)[: known.sum()]
-        means[known] = sums / np.minimum(np.arange(1, known.sum() + 1), width)
-    return means
 
 
 def _plain(values: np.ndarray) -> list[float | int | None]:

@@ -61,7 +61,7 @@ def follow(folders: Sequence[Path], out: Path, every: float, tell: Callable[[str
                         tell(said)
             time.sleep(max(every, REST * (time.monotonic() - began)))
     except KeyboardInterrupt:
-        if seen is None:
+        if not runs:  # and so no page
             raise
         replace(out, page(runs))
         return False

@@ -61,6 +61,7 @@
     return { x: of(xs), y: of(ys), customdata: of(steps), mode: known.length === 1 ? "lines+markers" : "lines" };
   };
 
+  const point = (view) => `%{fullData.name}<br>step %{customdata:,}<br>${costs[view.against].split(",")[0]} %{x:,}<br>`;
   const abscissa = (view) => ({ type: view.x, title: { text: costs[view.against] }, exponentformat: "power", minexponent: 5 });
 
   function drawLoss(div) {
@@ -68,7 +69,7 @@
     for (const run of shown().filter((one) => one.unit === unit)) {
       const of = (what) => ({
         name: run.name, meta: what,
-        hovertemplate: `%{fullData.name}<br>step %{customdata:,}, %{x:,}<br>${what} %{y:.4f}<extra></extra>`,
+        hovertemplate: `${point(view)}${what} %{y:.5g}<extra></extra>`,
       });
       if (choice.train) {
         traces.push({ ...pairs(run.x[view.against], run.train, run.x.step), ...of("training"), line: line(run, 1.6) });
@@ -85,12 +86,12 @@
     const view = choice.told, panel = data.panels[div.dataset.panel];
     const traces = shown().map((run) => ({
       ...pairs(run.x[view.against], run.told[div.dataset.panel], run.x.step), name: run.name, line: line(run, 1.4),
-      hovertemplate: "%{fullData.name}<br>step %{customdata:,}, %{x:,}<br>%{y:.4g}<extra></extra>",
+      hovertemplate: `${point(view)}%{y:.4g}<extra></extra>`,
     }));
     const shapes = panel.levels.map((level) => (
       { type: "line", xref: "paper", x0: 0, x1: 1, y0: level, y1: level, line: { color: "#777", width: 1, dash: "dot" } }));
     const range = panel.range ?? undefined;
-    draw(div, traces, abscissa(view), { type: panel.log ? "log" : "linear", range, exponentformat: "power", nticks: panel.log ? 3 : 5 }, { shapes });
+    draw(div, traces, abscissa(view), { type: panel.log ? "log" : "linear", range, exponentformat: "power", nticks: panel.log ? 4 : 5 }, { shapes });
   }
 
   // Spans are told apart by hatches too, so that bars read without colours.

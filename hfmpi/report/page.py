@@ -62,12 +62,12 @@ def page(runs: Sequence[Contents], every: float | None = None) -> bytes:
         Seconds after which the page loads itself anew, because a new one will be there.
     """
     told = panels(runs)
-    units = dict.fromkeys(run.loss.unit for run in runs if len(run.steps))
+    units = dict.fromkeys(run.unit for run in runs if len(run.steps))
     times = {i: spans(run.times) for i, run in enumerate(runs) if run.times}
     drawn = [
         {
             "name": escaped(run.name),
-            "unit": run.loss.unit,
+            "unit": run.unit,
             "style": asdict(style(i)),
             **curves(run, list(told)),
         }

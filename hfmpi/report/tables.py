@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from hfmpi.report.contents import NATS, Contents
-from hfmpi.report.curves import smoothed
+from hfmpi.files.history import NATS
+from hfmpi.measure.smoothing import smoothed
+from hfmpi.report.contents import Contents
 from hfmpi.report.steps import COUNTS
 from hfmpi.report.times import Spans
 from hfmpi.report.words import escaped
@@ -66,7 +67,7 @@ def accounts(runs: Sequence[Contents]) -> str:
 
 def _account(run: Contents) -> dict[str, str]:
     """Give the column of a run."""
-    unit = "that of the model" if run.loss is NATS else run.loss.unit
+    unit = "that of the model" if run.loss == NATS else run.unit
     found = {STATE: state(run), PARAMETERS: number(run.network.parameters or None), UNIT: unit}
     if not len(run.steps):
         return found
