@@ -19,7 +19,7 @@ extensions = [
 ]
 myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "results/speedup"]  # files that pages include
 templates_path = ["_templates"]
 
 autodoc_member_order = "bysource"
@@ -33,7 +33,7 @@ default_role = "code"  # docstrings write `name` for code, as this site does
 html_theme = "furo"
 html_title = "hfmpi"
 
-html_css_files = ["formulas.css"]
+html_css_files = ["pages.css"]
 
 # MathJax from a package of PyPI in place of a CDN, so that formulas need no network; drawn as SVG, because a
 # browser may refuse fonts to pages that it reads from a disk.
