@@ -40,7 +40,7 @@ __all__ = [
     "guard",
     "train",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PLACES = {
     "Architecture": "hfmpi.models.architecture",
