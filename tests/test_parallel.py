@@ -518,3 +518,16 @@ def test_the_batch_script_wants_a_limit(tmp_path, options, limited):
     else:
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith("Give --max-steps or --max-seconds")
+
+
+def test_the_batch_script_enters_a_container_in_place_of_an_environment(tmp_path):
+    script = Path(__file__).parents[1] / "bin" / "train.sbatch"
+    (tmp_path / "enter").write_text('#!/bin/sh\necho "$@" >>entered\nexec "$@"\n')
+    (tmp_path / "enter").chmod(0o755)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    given = {"CONTAINER": "./enter", "LAUNCH": "echo", "VENV": "absent", "PATH": path}
+    environment = os.environ | given | {"SLURM_JOB_END_TIME": "1"}
+    words = ["bash", script, "text.h5", "run", "--max-steps", "8"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=30)
+    assert done.stdout == "./enter hfmpi train text.h5 --out run --max-steps 8\n"
+    assert (tmp_path / "entered").read_text() == "python - --max-steps 8\n"
