@@ -5,10 +5,24 @@ from contextlib import chdir
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import hfmpi
+from hfmpi.errors import UserError
 from hfmpi.optim import Objectives
-from hfmpi.parallel.communicator import Communicator
+from hfmpi.parallel.communicator import Communicator, MPICommunicator
+
+CASES, STEPS, INPUTS, OUTPUTS = 4, 3, 2, 3
+
+
+def numbers(*shape, seed=3):
+    """Give inputs, weights, or targets of a loss of numbers."""
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def symbols(*shape):
+    """Give targets of a loss of symbols."""
+    return np.random.default_rng(4).integers(0, OUTPUTS, shape)
 
 
 def loss_of_rows(kind, z, y):
@@ -102,6 +116,31 @@ def check_optimizers(model, cases):
             losses.append(risk.loss(theta))
         assert min(losses) < losses[0], optimizer
         assert theta.dtype == model.backend.dtype
+
+
+def check_ranks(model, cases, comm):
+    """Check that the ranks of comm compute what one computes."""
+    assert comm.size > 1
+    v, found = np.random.default_rng(1).standard_normal((2, model.size)), []
+    for communicator in (MPICommunicator(comm), Communicator()):
+        risk = hfmpi.DataParallel(model, communicator).on(cases, np.arange(cases.count - 1))
+        theta = model.initial(0)
+        squared = risk.squared_gradients(theta)
+        found.append([risk.loss(theta), squared.vector, squared.squares, risk.columns(theta)(v)])
+    assert all(np.allclose(ours, theirs) for ours, theirs in zip(*found, strict=True))
+
+
+def check_refused(make, cases, words):
+    """Check that a model of `make`, or its first batch, is refused in one short sentence."""
+
+    def once():
+        model = make()
+        model.loss(model.initial(0), cases.take(np.arange(cases.count)))
+
+    with pytest.raises(UserError, match=words) as caught:
+        once()
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200
 
 
 def check_page(name, folder):

@@ -5,14 +5,12 @@ import sys
 
 import numpy as np
 import pytest
-from dense import check, check_optimizers
+from dense import CASES, INPUTS, OUTPUTS, STEPS, check, check_optimizers, numbers, symbols
 
 import hfmpi
 from hfmpi.errors import UserError
 from hfmpi.models.framework import FrameworkModel
 from hfmpi.parallel.communicator import Communicator
-
-CASES, STEPS, INPUTS, OUTPUTS = 4, 3, 2, 3
 
 
 class Tanh(FrameworkModel):
@@ -46,14 +44,6 @@ class Passes:
     def each(self, u):
         each = np.einsum("nod,no->nd", self.jacobian, u)
         yield each.reshape(self.cases, -1, each.shape[1]).sum(axis=1)
-
-
-def numbers(*shape, seed=3):
-    return np.random.default_rng(seed).standard_normal(shape)
-
-
-def symbols(*shape):
-    return np.random.default_rng(4).integers(0, OUTPUTS, shape)
 
 
 def model(loss="cross-entropy", kind=np.float64):

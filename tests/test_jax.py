@@ -2,16 +2,27 @@
 
 import numpy as np
 import pytest
-from dense import check, check_optimizers, check_page
+from dense import (
+    CASES,
+    INPUTS,
+    OUTPUTS,
+    STEPS,
+    check,
+    check_optimizers,
+    check_page,
+    check_ranks,
+    check_refused,
+    numbers,
+    symbols,
+)
 
 import hfmpi
 from hfmpi.errors import UserError
 from hfmpi.models.base import Blocks, Columns, Model, SquaredGradients
-from hfmpi.parallel.communicator import Communicator, MPICommunicator
+from hfmpi.parallel.communicator import Communicator
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
-CASES, STEPS, INPUTS, OUTPUTS = 4, 3, 2, 3
 
 
 @pytest.fixture(autouse=True)
@@ -20,14 +31,6 @@ def _double():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", before)
-
-
-def numbers(*shape, seed=3):
-    return np.random.default_rng(seed).standard_normal(shape)
-
-
-def symbols(*shape):
-    return np.random.default_rng(4).integers(0, OUTPUTS, shape)
 
 
 def mlp(params, x):
@@ -196,15 +199,7 @@ def linear(params, x):
     (lambda w, x: linear(w, x)[None], WEIGHTS, r"outputs must be of shape \(4, symbols\) for these targets"),
 ])  # fmt: skip
 def test_what_cannot_be_trained_is_refused_in_a_sentence(apply, params, words):
-    with pytest.raises(UserError, match=words) as caught:
-        once(apply, params)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 200
-
-
-def once(apply, params):
-    model = hfmpi.JaxModel(apply, params, "cross-entropy")
-    model.loss(model.initial(0), GOOD.take(np.arange(CASES)))
+    check_refused(lambda: hfmpi.JaxModel(apply, params, "cross-entropy"), GOOD, words)
 
 
 def test_double_precision_has_to_be_switched_on():
@@ -219,13 +214,5 @@ def test_double_precision_has_to_be_switched_on():
 
 @pytest.mark.mpi(ranks=2, timeout=100, unit="s")
 def test_two_ranks_compute_what_one_computes(mpi_ranks, comm):
-    assert comm.size == mpi_ranks
     apply, params, kind, cases, _ = setting("mlp")
-    model, found = hfmpi.JaxModel(apply, params, kind), []
-    v = np.random.default_rng(1).standard_normal((2, model.size))
-    for communicator in (MPICommunicator(comm), Communicator()):
-        risk = hfmpi.DataParallel(model, communicator).on(cases, np.arange(3))
-        theta = model.initial(0)
-        squared = risk.squared_gradients(theta)
-        found.append([risk.loss(theta), squared.vector, squared.squares, risk.columns(theta)(v)])
-    assert all(np.allclose(ours, theirs) for ours, theirs in zip(*found, strict=True))
+    check_ranks(hfmpi.JaxModel(apply, params, kind), cases, comm)
