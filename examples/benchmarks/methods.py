@@ -1,0 +1,289 @@
+"""What peers.py compares: methods of hfmpi and of other libraries, each on the same network, start and data.
+
+A method counts its passes over the training set by what they are, whatever its library runs for them: forward
+1, loss with gradient 3, J v 2, G v 4.
+"""
+
+from contextlib import nullcontext
+from itertools import repeat
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from torch import nn
+
+import hfmpi
+from hfmpi.measure.cost import Counts, full
+from hfmpi.objective.data_parallel import step_objectives
+from hfmpi.optim.presets import preset
+from hfmpi.parallel.communicator import Communicator
+
+
+class Method:
+    """One method on a problem, from given weights, with one value of its setting.
+
+    Attributes
+    ----------
+    setting, candidates : str, tuple
+        What is tuned, and its values.
+    warm_up : int
+        Steps until everything is compiled.
+    recurrent : bool
+        Whether it takes recurrent networks.
+    passes : float
+        Since `start`.
+    """
+
+    setting, candidates, warm_up, recurrent = "damping", (1.0, 0.1, 0.01), 1, True
+
+    def __init__(self, problem, weights, value):
+        self.problem, self.weights, self.value = problem, weights, value
+
+    def start(self):
+        """Go back to the start."""
+        self.passes, self.number = 0.0, 0
+
+    def loss(self):
+        """Give the mean training loss, which is not counted."""
+        raise NotImplementedError
+
+
+class Hfmpi(Method):
+    """A preset with the whole set as its gradient batch, and a fraction `curvature` for products, in turn."""
+
+    name, curvature, changes = "bhf-short", 1.0, MappingProxyType({})
+
+    def __init__(self, problem, weights, value):
+        super().__init__(problem, weights, value)
+        self.cases = hfmpi.Examples(problem.x, problem.y)
+        self.count = self.cases.count
+        self.part = round(self.curvature * self.count)
+        self.model = self.made()
+        self.owner = hfmpi.DataParallel(self.model, Communicator(), micro_batch=self.count)
+        self.optimizer = preset(self.name, **{self.setting: value}, **self.changes).optimizer
+
+    def made(self):
+        return hfmpi.TorchModel(self.problem.module(self.weights), "cross-entropy")
+
+    def start(self):
+        super().start()
+        self.theta = self.model.initial(0).astype(np.float32)
+        self.state = self.optimizer.init(self.theta, self.model.blocks)
+
+    def step(self):
+        objectives = step_objectives(self.owner, self.cases, 0, self.number, self.count, self.part)
+        self.theta, self.state, report = self.optimizer.step(self.theta, self.state, objectives)
+        self.number += 1
+        self.passes += full(Counts(**vars(report.work)), self.count, self.part)[0] / self.count
+
+    def loss(self):
+        return self.model.loss(self.theta, self.cases.take(np.arange(self.count))) / self.count
+
+
+class HfmpiJax(Hfmpi):
+    """The same with a function of JAX."""
+
+    def made(self):
+        return hfmpi.JaxModel(self.problem.function, self.weights, "cross-entropy")
+
+
+class Torch(Method):
+    """A module and its loss."""
+
+    def __init__(self, problem, weights, value):
+        super().__init__(problem, weights, value)
+        self.module, self.criterion = problem.module(weights), nn.CrossEntropyLoss()
+        self.parameters = list(self.module.parameters())
+        self.x, self.y = torch.from_numpy(problem.x), torch.from_numpy(problem.y)
+
+    def start(self):
+        super().start()
+        self.module.load_state_dict({name: torch.from_numpy(p) for name, p in self.weights.items()})
+
+    def forward(self):
+        outputs = self.module(self.x)
+        return self.criterion(outputs, self.y), outputs
+
+    def loss(self):
+        with torch.no_grad():
+            return self.forward()[0].item()
+
+
+class TorchAdam(Torch):
+    """No curvature at all, for scale."""
+
+    setting, candidates = "rate", (0.1, 0.03, 0.01)
+
+    def start(self):
+        super().start()
+        self.optimizer = torch.optim.Adam(self.parameters, lr=self.value)
+
+    def step(self):
+        self.optimizer.zero_grad()
+        self.forward()[0].backward()
+        self.optimizer.step()
+        self.passes += 3
+
+
+class PyTorchHessianFree(Torch):
+    """`HessianFree.step(forward)`, as in the library's README."""
+
+    iterations = 250  # its default
+
+    def start(self):
+        from hessianfree.optimizer import HessianFree
+
+        super().start()
+        self.optimizer = HessianFree(self.parameters, damping=self.value, cg_max_iter=self.iterations)
+        product = self.optimizer._Gv
+
+        def counted(*given):
+            self.passes += 4
+            return product(*given)
+
+        self.optimizer._Gv = counted
+
+    def step(self):
+        self.optimizer.step(self._counted)
+        self.passes += 2  # it takes the gradient of the first of its forward passes
+
+    def _counted(self):
+        self.passes += 1
+        return self.forward()
+
+
+class Curvlinops(Torch):
+    """`GGNLinearOperator` with SciPy's CG, in a training loop of our own, since the library has none.
+
+    lambda follows the reduction ratio as in the others, and a step that raises the loss is not taken.
+    """
+
+    iterations = 10
+
+    def start(self):
+        super().start()
+        self.damping = self.value
+
+    def step(self):
+        from scipy.sparse.linalg import LinearOperator, cg
+
+        loss = self.forward()[0]
+        g = torch.cat([p.reshape(-1) for p in torch.autograd.grad(loss, self.parameters)]).numpy()
+        with self._forward_mode():
+            curvature = self._curvature()
+
+            def damped(v):
+                self.passes += 4
+                return curvature @ v + np.float32(self.damping) * v
+
+            operator = LinearOperator(curvature.shape, damped, dtype=np.float32)
+            p, _ = cg(operator, -g, maxiter=self.iterations)
+            promised = g @ p + p @ damped(p) / 2
+        before = nn.utils.parameters_to_vector(self.parameters).detach()
+        nn.utils.vector_to_parameters(before + torch.from_numpy(p), self.parameters)
+        change = self.loss() - loss.item()
+        self.passes += 3 + 1
+        if not change / promised > 0.25:
+            self.damping *= 1.5
+        elif change / promised > 0.75:
+            self.damping /= 1.5
+        if not change < 0:
+            nn.utils.vector_to_parameters(before, self.parameters)
+
+    def _curvature(self):
+        from curvlinops import GGNLinearOperator
+
+        operator = GGNLinearOperator(
+            self.module, self.criterion, self.parameters, [(self.x, self.y)], check_deterministic=False
+        )
+        return operator.to_scipy(np.float32)
+
+    def _forward_mode(self):
+        """Leave out the fused LSTM, which has no forward mode, for products."""
+        return torch.backends.mkldnn.flags(enabled=False) if self.problem.recurrent else nullcontext()
+
+
+class KfacJax(Method):
+    """The optimizer as in the library's README: rate, momentum and damping adapt."""
+
+    warm_up, recurrent = 6, False
+
+    def __init__(self, problem, weights, value):
+        import jax
+        import kfac_jax
+
+        super().__init__(problem, weights, value)
+
+        def loss(params, batch):
+            logits = problem.function(params, batch[0])
+            kfac_jax.register_softmax_cross_entropy_loss(logits, batch[1])
+            rows = jax.nn.log_softmax(logits)
+            return -jax.numpy.mean(jax.numpy.take_along_axis(rows, batch[1][:, None], axis=1))
+
+        self.optimizer = kfac_jax.Optimizer(
+            jax.value_and_grad(loss),
+            l2_reg=0.0,
+            use_adaptive_learning_rate=True,
+            use_adaptive_momentum=True,
+            use_adaptive_damping=True,
+            initial_damping=value,
+        )
+        self.jax, self.evaluate = jax, jax.jit(loss)
+        self.batch = jax.numpy.asarray(problem.x), jax.numpy.asarray(problem.y)
+
+    def start(self):
+        super().start()
+        self.key = self.jax.random.PRNGKey(0)
+        self.params = self.jax.tree_util.tree_map(self.jax.numpy.array, self.weights)
+        self.state = self.optimizer.init(self.params, self.key, self.batch)
+        self.passes = 3 * 10  # its burn-in, which looks at the curvature alone
+
+    def step(self):
+        self.key, key = self.jax.random.split(self.key)
+        self.params, self.state, _ = self.optimizer.step(
+            self.params, self.state, key, data_iterator=repeat(self.batch), global_step_int=self.number
+        )
+        self.number += 1
+        # The gradient, one of sampled targets, J v of two directions; a loss for the damping.
+        self.passes += 3 + 3 + 2 * 2 + (self.number % 5 == 0)
+
+    def loss(self):
+        return float(self.evaluate(self.params, self.batch))
+
+
+class Short(PyTorchHessianFree):
+    """With as few iterations as bhf-short has."""
+
+    iterations = 10
+
+
+class Plain(Hfmpi):
+    """Without the preconditioner, whose squared gradients of single cases cost many passes' time."""
+
+    changes = MappingProxyType({"preconditioner": "none"})
+
+
+class Quarter(Plain):
+    """Products on a quarter of the cases, another one at each step."""
+
+    curvature = 0.25
+
+
+class Soap(Hfmpi):
+    """No products: one gradient a step, scaled in the eigenbasis of its second moments."""
+
+    name, curvature, setting, candidates = "soap", 0, "rate", (0.3, 0.1, 0.03)
+
+
+METHODS = {
+    "hfmpi soap": Soap,
+    "hfmpi bhf-short": Hfmpi,
+    "hfmpi bhf-short, no preconditioner": Plain,
+    "hfmpi bhf-short, no preconditioner, curvature on a quarter": Quarter,
+    "hfmpi bhf-short, JAX": HfmpiJax,
+    "PyTorchHessianFree": PyTorchHessianFree,
+    "PyTorchHessianFree, 10 iterations": Short,
+    "curvlinops and SciPy's CG, 10 iterations": Curvlinops,
+    "kfac-jax": KfacJax,
+    "torch.optim.Adam": TorchAdam,
+}
