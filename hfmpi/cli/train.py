@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import click
 from hfmpi.cli.options import current_name, options, settings
 from hfmpi.cli.values import MOST, PATH, Number, PathName, parse_settings
 from hfmpi.errors import UserError
-from hfmpi.runs.config import OPTIONS, from_toml, merge
+from hfmpi.runs.config import OPTIONS, from_toml, merge, started
 
 __all__ = ["train"]
 
@@ -38,7 +39,8 @@ __all__ = ["train"]
     default="auto",
     show_default=True,
     metavar="auto|never|PATH",
-    help="auto: go on if RUN has a checkpoint; never: refuse to; PATH: start from that run or checkpoint.",
+    help="auto: go on if RUN has a checkpoint; never: refuse to; PATH: start RUN from that run or checkpoint "
+    "with its options, but for those that are given.",
 )
 def train(
     data: Path,
@@ -63,7 +65,8 @@ def train(
     from hfmpi.parallel.launch import connect
     from hfmpi.parallel.placement import place
     from hfmpi.runs.reporter import make_reporter
-    from hfmpi.runs.restore import check_one_run
+    from hfmpi.runs.restore import Misfit, check_one_run
+    from hfmpi.runs.start import check_limits, start, started_from
     from hfmpi.runs.stop import StopSignals, job_end
     from hfmpi.runs.text import TextTask
     from hfmpi.runs.train import Run
@@ -87,26 +90,43 @@ def train(
         wanted |= {name: value for name, value in given.items() if value is not None}
         if changes:
             wanted["settings"] = changes
-        found = find_checkpoint(folder, resume)
+        own = resume in ("auto", "never") or started_from(folder, resume)
+        found = find_checkpoint(folder, "auto" if own and resume != "never" else resume)
         if found is not None and "cases" in found.meta:
-            raise UserError(f"{folder} is a run of a Python program (hfmpi.train); give another --out")
-        if found is not None and resume == "auto":
+            whose = folder if own else resume
+            raise UserError(f"{whose} is a run of a Python program (hfmpi.train); give another --out")
+        if found is not None and own:
             check_one_run(folder, found)
             if not os.path.exists(data):
                 raise UserError(
                     f"cannot read {data}: No such file or directory; if the corpus of {folder} is elsewhere "
                     f"now, name it there, and --out {folder}"
                 )
-        merged = merge(wanted, found.meta.get("config") if found else None)
+        notes, why = [found.message] if found and found.message else [], ""
+        if found is None or own:
+            merged = merge(wanted, found.meta.get("config") if found else None)
+        else:
+            merged = started(wanted, found.meta.get("config", {}))
         task = TextTask.read(merged, data, placement.local_rank)
-        run = Run(folder, task, comm, placement, found)
+        if found is not None and not own:
+            found, why = start(found, resume, merged, task.corpus.digest)
+        try:
+            run = Run(folder, task, comm, placement, found)
+        except Misfit as error:
+            if found is None or own:
+                raise
+            why = str(error)
+            run = Run(folder, task, comm, placement, replace(found, state={}))
+        if not own:
+            check_limits(merged, run.progress, resume)
         if found is not None and found.meta.get("corpus") != task.corpus.digest:
-            if resume == "auto":
+            if own:
                 raise UserError(f"{folder} was trained on other data than {data}; give another --out")
-            if comm.rank == 0:
-                click.echo(f"Note: {resume} was trained on other data than {data}.", err=True)
-        if found is not None and found.message and comm.rank == 0:
-            click.echo(f"Note: {found.message}.", err=True)
+            notes.append(f"{resume} was trained on other data than {data}")
+        if why:
+            notes.append(f"the optimizer's state of {resume} is not taken over: {why}")
+        for note in notes if comm.rank == 0 else ():
+            click.echo(f"Note: {note}.", err=True)
         return task, run
 
     task, run = together(comm, build)

@@ -40,7 +40,7 @@ class Checkpoint:
     theta : ndarray
         The parameters, (D,).
     state : dict
-        The optimizer's state by name: bool, int, float, str or ndarray.
+        The optimizer's state by name: bool, int, float, str or ndarray. Empty: it starts anew.
     meta : dict
         Whatever else describes the run, as JSON has it.
     message : str or None

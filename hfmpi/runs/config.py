@@ -30,6 +30,7 @@ __all__ = [
     "Option",
     "from_toml",
     "merge",
+    "started",
     "to_toml",
 ]
 
@@ -204,6 +205,8 @@ OF_TEXT = frozenset((
     "sequence_length", "burn_in", "backend", "dtype", "matmul_precision",
 ))  # fmt: skip
 """Options of the network on a text; `hfmpi.train`, which is given a model and cases, has them not."""
+NETWORK = "model", "variant", "layers", "initialisation", "forget_bias", "dtype"
+"""Options, beside its size, that parameters belong to."""
 
 
 def merge(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None, out: str = "--out") -> Config:
@@ -232,6 +235,31 @@ def merge(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None, out
         if name not in changes and value != had[name]:
             raise _another(name, had[name], value, out)
     return replace(base, **changes)
+
+
+def started(given: Mapping[str, Any], stored: Mapping[str, Any]) -> Config:
+    """Make the configuration of a new run that starts from another: what was given, else what that one had.
+
+    Where another preset is asked for, its settings and batch sizes take the place of the other one's.
+
+    Raises
+    ------
+    UserError
+        For unknown options, wrong types or values, and for another network. Its size is left to be compared
+        with the parameters.
+    """
+    values, base = _checked(given), Config(**_checked(stored))
+    for name in NETWORK:
+        had, asked = getattr(base, name), values.get(name, getattr(base, name))
+        if asked != had:
+            raise UserError(
+                f"the run to start from has {name} = {had!r}, not {asked!r}: its network cannot be changed"
+            )
+    if "hidden" in values or "parameters" in values:
+        values = {"hidden": 0, "parameters": 0} | values
+    if values.get("optimizer", base.optimizer) != base.optimizer:
+        base = replace(base, settings={}, gradient_batch=0, curvature_batch=0)
+    return replace(base, **values | {"settings": base.settings | values.get("settings", {})})
 
 
 def _another(name: str, had: Any, asked: Any, out: str) -> UserError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple, Protocol, cast
 
 from hfmpi.files.history import LossKeys, Record
@@ -13,7 +13,7 @@ from hfmpi.optim.base import StepReport
 from hfmpi.parallel.placement import Place
 from hfmpi.runs.config import Config
 
-__all__ = ["Facts", "Progress", "Reporter", "Validation", "counted", "step_record"]
+__all__ = ["Facts", "Progress", "Reporter", "Spent", "Validation", "counted", "step_record"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,15 @@ class Validation(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Spent:
+    """Passes on batches of one size."""
+
+    counts: Counts
+    gradient_batch: int
+    curvature_batch: int
+
+
+@dataclass(frozen=True)
 class Progress:
     """How far a run has come.
 
@@ -76,18 +85,30 @@ class Progress:
     rejections : int
         Steps in a row that were rejected, up to now.
     counts : Counts
+        On the batches of today: all since the first start, or since the run started from another one with
+        other batches.
+    before : tuple of Spent
+        What was done until then.
+    origin : str
+        The run or checkpoint that it started from, if it did.
     """
 
     step: int = 0
     seconds: float = 0.0
     rejections: int = 0
     counts: Counts = field(default_factory=Counts)
+    before: tuple[Spent, ...] = ()
+    origin: str = ""
 
     def after(self, report: StepReport) -> Progress:
         """Give the progress after one more step."""
         work = Counts(steps=1, **asdict(report.work))
         rejections = 0 if report.accepted else self.rejections + 1
-        return Progress(self.step + 1, self.seconds, rejections, self.counts + work)
+        return replace(self, step=self.step + 1, rejections=rejections, counts=self.counts + work)
+
+    def spent(self, gradient_batch: int, curvature_batch: int) -> tuple[Spent, ...]:
+        """Give all that was done; the batches are those of today."""
+        return *self.before, Spent(self.counts, gradient_batch, curvature_batch)
 
 
 MANY = "projections", "candidates", "columns", "directions"
@@ -121,8 +142,9 @@ def step_record(
 
     `progress` is that after the step; `metric` says whether the run has one; `batches` are B_g and B_c.
     """
-    p_d, p_i = cost.paper(progress.counts, *batches)
-    full_d, full_i = cost.full(progress.counts, *batches)
+    spent = [(part.counts, part.gradient_batch, part.curvature_batch) for part in progress.spent(*batches)]
+    p_d, p_i = map(sum, zip(*(cost.paper(*part) for part in spent), strict=True))
+    full_d, full_i = map(sum, zip(*(cost.full(*part) for part in spent), strict=True))
     work = report.work
     measured = {keys.train: report.loss * keys.per_nat, keys.valid: valid.loss if valid else None}
     if metric:
@@ -134,7 +156,7 @@ def step_record(
         **measured,
         "P_I": p_i,
         "P_D": p_d,
-        "P_P": cost.ranks(progress.counts, *batches, ranks),
+        "P_P": sum(cost.ranks(*part, ranks) for part in spent),
         "P_I_full": full_i,
         "P_D_full": full_d,
         "accepted": report.accepted,

@@ -15,11 +15,15 @@ from hfmpi.files.checkpoint import NEWEST, PREVIOUS, Checkpoint, Entry, identity
 from hfmpi.files.numbers import is_amount
 from hfmpi.measure.cost import Counts
 from hfmpi.runs.config import CHANGEABLE, merge
-from hfmpi.runs.record import Progress
+from hfmpi.runs.record import Progress, Spent
 
-__all__ = ["check_model", "check_one_run", "check_parameters", "entries", "progress", "restored"]
+__all__ = ["Misfit", "check_model", "check_one_run", "check_parameters", "entries", "progress", "restored"]
 
 StateT = TypeVar("StateT")
+
+
+class Misfit(UserError):
+    """The state in a checkpoint is not one of this optimizer, or not one with these settings."""
 
 
 def entries(state: Any, backend: Backend) -> dict[str, Entry]:
@@ -36,7 +40,7 @@ def restored(found: Checkpoint, fresh: StateT, backend: Backend, optimizer: str)
 
     Raises
     ------
-    UserError
+    Misfit
         If they have not.
     """
     expected = entries(fresh, backend)
@@ -44,12 +48,12 @@ def restored(found: Checkpoint, fresh: StateT, backend: Backend, optimizer: str)
     empty = {name: v for name, v in expected.items() if isinstance(v, np.ndarray) and not v.size}
     entered = empty | found.state
     if set(entered) != set(expected):
-        raise UserError(f"the checkpoint was not written by optimizer {optimizer}")
+        raise Misfit(f"the checkpoint was not written by optimizer {optimizer}")
     for name, value in expected.items():
         entry = entered[name]
         most = math.inf if type(entry) is float else 2**53  # lambda may be as large as the user lets it
         if _form(entry) != _form(value) or not (isinstance(entry, np.ndarray) or is_amount(entry, most)):
-            raise UserError(f"the checkpoint's {name} does not fit optimizer {optimizer}")
+            raise Misfit(f"the checkpoint's {name} does not fit optimizer {optimizer}")
     values = {k: backend.to_device(v) if isinstance(v, np.ndarray) else v for k, v in entered.items()}
     return type(fresh)(**values)
 
@@ -102,13 +106,21 @@ def progress(found: Checkpoint) -> Progress:
     meta = found.meta
     try:
         step, seconds, counts = meta["step"], meta["seconds"], Counts(**meta["counts"])
-        rejections = meta.get("rejections", 0)
+        rejections, origin = meta.get("rejections", 0), meta.get("origin", "")
+        before = tuple(
+            Spent(Counts(**part["counts"]), part["gradient_batch"], part["curvature_batch"])
+            for part in meta.get("before", ())
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the checkpoint describes no run of this version: {error!r}") from None
-    numbers = step, rejections, *asdict(counts).values()
+    spent = *before, Spent(counts, 0, 0)
+    batches = (number for part in before for number in (part.gradient_batch, part.curvature_batch))
+    numbers = step, rejections, *batches, *(n for part in spent for n in asdict(part.counts).values())
     if not all(type(n) is int and is_amount(n) for n in numbers) or not is_amount(seconds):
         raise UserError("the checkpoint describes no run: its step, seconds and counts must be numbers")
-    return Progress(step, seconds, rejections, counts)
+    if not isinstance(origin, str):
+        raise UserError("the checkpoint describes no run: the one that it started from must have a name")
+    return Progress(step, seconds, rejections, counts, before, origin)
 
 
 def _form(value: Entry) -> tuple[Any, ...]:

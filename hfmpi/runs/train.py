@@ -86,11 +86,12 @@ class Run:
         initial = model.initial(config.seed)
         self.theta: Array = self.backend.to_device(initial.astype(self.backend.dtype))
         blocks = model.blocks if isinstance(model, Blocks) else ()
-        self.state = preset.optimizer.init(self.theta, blocks)
         self.progress = Progress()
         if resume is not None:
-            self.state = restored(resume, self.state, self.backend, config.optimizer)
             self.theta, self.progress = self.backend.to_device(resume.theta), progress(resume)
+        self.state = preset.optimizer.init(self.theta, blocks)
+        if resume is not None and resume.state:
+            self.state = restored(resume, self.state, self.backend, config.optimizer)
         self.first_step = self.step
         self._resumed = resume is not None
         self.timing = Timing(self.timer, communicator, placement, self.step, self.backend.device)
@@ -195,7 +196,7 @@ class Run:
         """Take a step and evaluate where it is due; only when both are there does the run move on."""
         with self.timing.step():
             objectives = step_objectives(
-                self.risk, self.task.train_set, self.config.seed, self.step, *self.batches
+                self.risk, self.task.train_set, self.config.seed, self.progress.counts.steps, *self.batches
             )
             theta, state, report = self.preset.optimizer.step(self.theta, self.state, objectives)
         due = (self.step + 1) % evaluate_every == 0 or self.step + 1 == self.config.max_steps

@@ -1,0 +1,200 @@
+"""New runs that start from another one: what goes on, what starts anew, and what the history says of it."""
+
+import shutil
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from small import history, text, write_corpus
+from test_cli import content, outside
+from threadpoolctl import threadpool_limits
+
+from hfmpi.cli.main import cli
+from hfmpi.data.prepare import prepare
+from hfmpi.errors import UserError
+from hfmpi.files import checkpoint
+
+TINY = "--hidden 6 --sequence-length 20 --gradient-batch 9 --backend numpy --evaluate-every 1"
+
+
+def run(*words):
+    """Run hfmpi train in the working folder; give what it says."""
+    with np.errstate(), threadpool_limits(limits=None, user_api="blas"):
+        done = CliRunner().invoke(cli, ["train", *" ".join(words).split()])
+    if done.exception:
+        raise done.exception
+    return done.output
+
+
+@pytest.fixture(scope="module", name="made")
+def fixture_made(tmp_path_factory):
+    """Make a folder with a corpus and runs of two steps, with shf and with adam."""
+    folder = tmp_path_factory.mktemp("made")
+    write_corpus(folder / "small.h5")
+    prepare(text()[::-1])[0].write(folder / "other.h5")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run("small.h5 --out old --max-steps 2 --curvature-batch 4", TINY)
+        run("small.h5 --out adam --max-steps 2 --optimizer adam", TINY)
+    return folder
+
+
+@pytest.fixture(name="here")
+def fixture_here(made, tmp_path, monkeypatch):
+    """Make a copy of it, as the current folder; the runs there must stay as they are."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    before = content(tmp_path / "old")
+    yield tmp_path
+    assert content(tmp_path / "old") == before
+
+
+def theta(folder):
+    return checkpoint.latest(folder).theta
+
+
+def last(folder):
+    return history(folder)[-1]
+
+
+@pytest.mark.parametrize("changes", [
+    "--set cg_max_steps=3",
+    "--optimizer adam --set rate=0.01",
+    "--gradient-batch 30 --curvature-batch 5 --sequence-length 10",
+])  # fmt: skip
+def test_a_new_run_goes_on_bit_for_bit_with_the_same_command(changes, here):
+    words = "small.h5 --resume old", changes
+    run(*words, "--out whole --max-steps 5")
+    run(*words, "--out new --max-steps 3")
+    run(*words, "--out new --max-steps 4")  # goes on with the new one, and does not start it again
+    run("small.h5 --out new --max-steps 5")
+    assert history(here / "new") == history(here / "whole")
+    np.testing.assert_array_equal(theta(here / "new"), theta(here / "whole"))
+    records = history(here / "new")
+    assert [record["step"] for record in records] == [3, 4, 5]
+    # The first step is one from the old run's parameters: not far from the loss that it had.
+    assert records[0]["train_bpc"] == pytest.approx(last(here / "old")["valid_bpc"], abs=0.1)
+    assert (here / "new" / "config.toml").read_bytes() == (here / "whole" / "config.toml").read_bytes()
+
+
+def test_the_costs_go_on_whatever_the_batches_are(here):
+    run("small.h5 --resume old --out one --gradient-batch 30 --curvature-batch 5 --max-steps 3")
+    run("small.h5 --resume one --out two --optimizer sgd --max-steps 5")
+    run("small.h5 --resume two --out three --set rate=0.5 --max-steps 6")
+    records = [record for name in ("old", "one", "two", "three") for record in history(here / name)]
+    batches = [(9, 4)] * 2 + [(30, 5)] + [(32, 0)] * 3
+    totals = np.zeros(4, int)
+    for record, (gradient, curvature) in zip(records, batches, strict=True):
+        cg = record["cg_steps"]
+        on_batch = record["losses"] + 3 * record["gradients"]
+        on_curvature = record["linearisations"] + 4 * record["products"]
+        totals += (
+            3 + 4 * cg,
+            3 * gradient + 4 * cg * curvature,
+            on_batch + on_curvature,
+            on_batch * gradient + on_curvature * curvature,
+        )
+        assert [record[key] for key in ("P_I", "P_D", "P_I_full", "P_D_full")] == totals.tolist()
+        assert record["P_P"] == record["P_D"]  # one rank
+    meta = checkpoint.latest(here / "three").meta
+    assert [part["gradient_batch"] for part in meta["before"]] == [9, 30]
+    assert meta["counts"]["steps"] == 3  # of sgd: its batches go on with another rate
+    assert meta["origin"] == str((here / "two").resolve())
+
+
+def test_with_the_same_options_it_is_the_run_that_goes_on(here):
+    run("small.h5 --resume old --out new --max-steps 4")
+    shutil.copytree(here / "old", here / "copy")
+    run("small.h5 --out copy --max-steps 4")
+    np.testing.assert_array_equal(theta(here / "new"), theta(here / "copy"))
+    assert history(here / "new") == history(here / "copy")[2:]
+
+
+def test_the_state_of_an_optimizer_of_the_same_kind_goes_on(here):
+    old = checkpoint.latest(here / "old").state
+    assert "not taken over" not in run("small.h5 --resume old --out new --max-steps 3 --set cg_max_steps=3")
+    assert last(here / "new")["damping"] == old["damping"] < 0.1
+    run(
+        "small.h5 --resume old --out bhf --optimizer bhf --gradient-batch 9 --curvature-batch 4 --max-steps 3"
+    )
+    assert last(here / "bhf")["damping"] == old["damping"]  # not the 45 of a new bhf
+    run("small.h5 --resume old --out given --max-steps 3 --set damping=7")
+    assert last(here / "given")["damping"] == 7
+
+
+def test_another_optimizer_starts_anew_and_it_is_said(here):
+    said = run("small.h5 --resume old --out new --optimizer adam --max-steps 3")
+    note = (
+        "Note: the optimizer's state of old is not taken over: it was trained with shf, and this is adam.\n"
+    )
+    assert note in said
+    found = checkpoint.latest(here / "new")
+    assert found.state["updates"] == 1
+    assert found.meta["config"]["settings"] == {}
+    assert found.meta["config"]["gradient_batch"] == 0  # the preset's own
+    assert found.meta["config"]["hidden"] == 6
+    assert note not in run("small.h5 --resume old --out new --optimizer adam --max-steps 4")
+
+
+def test_a_state_of_another_form_starts_anew_and_it_is_said(here):
+    said = run("small.h5 --resume adam --out new --max-steps 3 --set averaging=0.9")
+    assert "of adam is not taken over: the checkpoint's average does not fit optimizer adam.\n" in said
+    found = checkpoint.latest(here / "new")
+    assert found.state["updates"] == 1
+    np.testing.assert_allclose(found.state["average"], found.theta, rtol=1e-5)  # of the iterates from here on
+
+
+def test_the_subspace_step_does_not_judge_the_last_step_by_other_data(here):
+    options = "--optimizer subspace --gradient-batch 210 --curvature-batch 8"
+    run("small.h5 --resume old --out sub --max-steps 3", options)
+    assert checkpoint.latest(here / "sub").state["descent"] > 0
+    said = run("other.h5 --resume sub --out new --max-steps 5")
+    assert "Note: sub was trained on other data than other.h5.\n" in said
+    assert [record["rho"] is None for record in history(here / "new")] == [True, False]
+    run("small.h5 --resume sub --out same --max-steps 4")
+    assert last(here / "same")["rho"] is not None
+
+
+@pytest.mark.parametrize(("words", "sentence"), [
+    ("--model lstm", "the run to start from has model = 'mlstm', not 'lstm': its network cannot be changed"),
+    ("--layers 2", "has layers = 1, not 2"),
+    ("--variant krause", "has variant = 'standard', not 'krause'"),
+    ("--dtype float64", "has dtype = 'float32', not 'float64'"),
+    ("--hidden 7", "the checkpoint holds a model of"),
+    ("--max-steps 2", "old has 2 steps already, and --max-steps counts from its first start: give more than "
+     "that, not 2"),
+    ("", "old has 2 steps already"),
+    ("--max-steps 9 --max-seconds 1e-9", "and --max-seconds counts from its first start"),
+    ("--optimizer sgd --set damping=1", "optimizer sgd has no setting 'damping'"),
+    ("--optimizer adam --curvature-batch 4", "optimizer adam has no curvature batch"),
+    ("--max-steps 3 --resume adam --out old", "old holds a run already"),
+])  # fmt: skip
+def test_what_cannot_start(words, sentence, here):
+    before = content(here)
+    with pytest.raises(UserError, match=sentence):
+        run("small.h5 --resume old --out new", words)
+    assert content(here) == before
+
+
+def test_a_checkpoint_whose_past_is_none(here):
+    run("small.h5 --resume old --out new --optimizer sgd --max-steps 3")
+    path = here / "new" / checkpoint.NEWEST
+    found = checkpoint.load(path)
+    part = found.meta["before"][0]
+    for wrong in (
+        {"before": 3}, {"before": [3]}, {"before": [part | {"gradient_batch": -1}]}, {"origin": 3},
+        {"before": [part | {"counts": {"naps": 1}}]}, {"before": [part | {"counts": {"steps": 0.5}}]},
+    ):  # fmt: skip
+        checkpoint.save(path, found.theta, found.state, found.meta | wrong)
+        with pytest.raises(UserError, match="the checkpoint describes no run"):
+            run("small.h5 --out new --max-steps 4")
+
+
+def test_ranks_start_with_the_same_parameters(here):
+    words = "small.h5 --resume old --optimizer adam --max-steps 4 --out"
+    done = outside(2, here, "train", *words.split(), "two")
+    assert done.returncode == 0, done
+    assert done.stderr.count("is not taken over") == 1
+    run(words, "one")
+    np.testing.assert_allclose(theta(here / "two"), theta(here / "one"), rtol=1e-4, atol=1e-6)
+    assert last(here / "two")["P_D"] == last(here / "one")["P_D"]
