@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numba
 import numpy as np
+from numba.core import event
 
 from hfmpi.backends import elementary, panels
 from hfmpi.backends.base import Array, Packed, Workspace
+from hfmpi.backends.compiling import tell
 from hfmpi.backends.elementary import exp, tanh
 from hfmpi.backends.kernel_cache import kernel_cache
 from hfmpi.backends.numpy import NumpyBackend
@@ -265,11 +267,32 @@ KERNELS = (
 )
 
 
+class CompileListener(event.Listener):
+    """Tells when Numba compiles one of our kernels, which it does if it is not on disk, and never else."""
+
+    def __init__(self, own: Iterable[Any]) -> None:
+        self._own, self._depth = frozenset(own), 0
+
+    def on_start(self, event: Any) -> None:
+        if self._depth or event.data["dispatcher"] in self._own:  # what a kernel calls is compiled within it
+            self._depth += 1
+            if self._depth == 1:
+                tell(True)
+
+    def on_end(self, event: Any) -> None:
+        if self._depth:
+            self._depth -= 1
+            if self._depth == 0:
+                tell(False)
+
+
 @functools.cache
 def kernels() -> dict[str, Any]:
     """Give the kernels by name, each to be compiled when it is first called, or taken from disk."""
     with kernel_cache("kernels", (__file__, elementary.__file__, panels.__file__)) as cached:
-        return {f.__name__: cached(compiled(f)) for f in KERNELS}
+        found = {f.__name__: cached(compiled(f)) for f in KERNELS}
+    event.register("numba:compile", CompileListener(found.values()))
+    return found
 
 
 PLAIN = (
