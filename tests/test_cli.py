@@ -425,7 +425,7 @@ def test_a_run_does_not_go_on_with_other_data(here, monkeypatch, capsys, refused
 
 def test_a_run_is_not_evaluated_on_other_data_without_a_word(here, monkeypatch, capsys, refused):
     def evaluated(*words):
-        assert call(monkeypatch, "evaluate", "run", *words, "--json") == 0
+        assert call(monkeypatch, "evaluate", "run", *words, "--json", "--backend", "numpy") == 0
         said = capsys.readouterr()
         return json.loads(said.out), said.err
 
@@ -565,10 +565,10 @@ def test_parameters_that_are_no_numbers(here, refused):
     path = here / "run" / checkpoint.NEWEST
     found = checkpoint.load(path)
     checkpoint.save(path, found.theta * np.nan, found.state, found.meta)
-    for words in ("evaluate run --json --data small.h5", "sample run"):
+    for words in ("evaluate run --json --data small.h5 --backend numpy", "sample run"):
         assert refused(*words.split()) == "the parameters in the checkpoint in run are not finite\n"
     checkpoint.save(path, found.theta * np.float32(3e37), found.state, found.meta)
-    for words in ("evaluate run --json --data small.h5", "sample run"):
+    for words in ("evaluate run --json --data small.h5 --backend numpy", "sample run"):
         assert " not finite\n" in refused(*words.split())
 
 

@@ -170,6 +170,7 @@ def run(
     from hfmpi.parallel.library import describe
     from hfmpi.parallel.placement import place
     from hfmpi.runs.checks import enough_memory
+    from hfmpi.runs.live import announced
 
     comm = connect()
     placement = place(comm, threads)
@@ -202,9 +203,10 @@ def run(
         return bench, networks, device
 
     bench, networks, device = together(comm, build)
-    rows = together(
-        comm, lambda: [row for own in networks for size in sizes for row in measure(bench, own, size)]
-    )
+    with announced(comm.rank):
+        rows = together(
+            comm, lambda: [row for own in networks for size in sizes for row in measure(bench, own, size)]
+        )
     if comm.rank == 0:
         about = {
             "processor": machine.processor(),

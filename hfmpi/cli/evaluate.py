@@ -44,6 +44,7 @@ def evaluate(run: Path, data: Path | None, split: str, backend: str, as_json: bo
     from hfmpi.parallel.failure import together
     from hfmpi.parallel.launch import connect
     from hfmpi.parallel.placement import place
+    from hfmpi.runs.live import announced
     from hfmpi.runs.trained_model import Trained
 
     comm = connect()
@@ -65,7 +66,7 @@ def evaluate(run: Path, data: Path | None, split: str, backend: str, as_json: bo
 
     trained, digest, sequences = together(comm, build)
     risk = DataParallel(trained.network, comm, micro_batch=trained.config.micro_batch)
-    with np.errstate(all="ignore"):  # what overflows is seen in the loss
+    with announced(comm.rank), np.errstate(all="ignore"):  # what overflows is seen in the loss
         bits = risk.on(sequences, np.arange(sequences.count)).loss(trained.theta) / math.log(2)
     if not math.isfinite(bits):
         raise UserError(f"the loss of {run} on this data is not finite")

@@ -9,8 +9,10 @@ from typing import Any
 
 import click
 
+from hfmpi.backends.compiling import told
 from hfmpi.files.history import Record, loss_keys
 from hfmpi.parallel.placement import Place
+from hfmpi.runs.live import LiveLine, Patience
 from hfmpi.runs.record import Facts, Reporter
 
 __all__ = ["make_reporter"]
@@ -73,26 +75,30 @@ class Log(Quiet):
 
 
 class Live(Log):
-    """A bar that shows the newest step, and a line for each evaluation."""
+    """A line that shows how far the run is, and one more for each evaluation."""
 
-    def __init__(self, progress: Any) -> None:
-        self.progress = progress
-        self.limits = (0, 0.0)
-        self.task: Any = None
+    def __init__(self, display: Any) -> None:
+        self.display = display
+        self.line: LiveLine | None = None
 
     def start(self, facts: Facts) -> None:
-        """Say what is trained, then show the bar."""
+        """Say what is trained, then show the line."""
         super().start(facts)
-        self.limits = (facts.config.max_steps, facts.config.max_seconds)
-        self.task = self.progress.add_task("", total=1.0 if any(self.limits) else None)
+        self.line = LiveLine(facts.step, facts.config.max_steps, facts.config.max_seconds)
+        self.display.update(self.line)
 
     def step(self, record: Record) -> None:
-        """Move the bar."""
-        steps, seconds = self.limits
-        part = max(record["step"] / steps if steps else 0, record["seconds"] / seconds if seconds else 0)
-        self.progress.update(self.task, completed=min(part, 1.0), description=line(record))
+        """Show the step."""
+        if self.line is not None:
+            losses = loss_keys(record).of(record)
+            self.line.update(record["step"], record["seconds"], *losses, model_parts(record))
         if is_evaluated(record) or not record["accepted"]:
-            self.progress.console.print(line(record), highlight=False)
+            self.display.console.print(line(record), highlight=False)
+
+    def compiling(self, now: bool) -> None:
+        """Show whether kernels are being compiled."""
+        if self.line is not None:
+            self.line.compiling(now)
 
 
 def where(places: Sequence[Place], precision: str) -> None:
@@ -121,14 +127,21 @@ def line(record: Record) -> str:
         parts.append(f"valid {valid:.4f}")
     if (metric := record.get("valid_metric")) is not None:
         parts.append(f"metric {metric:.4f}")
-    if "rho" in record:
-        rho = "  nan" if record["rho"] is None else f"{record['rho']:5.2f}"
-        parts.append(f"lambda {record['damping']:.2e}  rho {rho}")
-        if "line_search_rate" in record:
-            parts.append(f"cg {record['cg_steps']}  rate {record['line_search_rate']:.2f}")
+    parts += model_parts(record)
     if not record["accepted"]:
         parts.append(record["message"])
     return "  ".join(parts)
+
+
+def model_parts(record: Record) -> list[str]:
+    """Give what the step of a quadratic model tells of itself."""
+    if "rho" not in record:
+        return []
+    rho = "  nan" if record["rho"] is None else f"{record['rho']:5.2f}"
+    parts = [f"lambda {record['damping']:.2e}", f"rho {rho}"]
+    if "line_search_rate" in record:
+        parts += [f"cg {record['cg_steps']}", f"rate {record['line_search_rate']:.2f}"]
+    return parts
 
 
 @contextmanager
@@ -139,10 +152,12 @@ def make_reporter(rank: int, quiet: bool = False) -> Iterator[Reporter]:
     elif quiet:
         yield Quiet()
     elif sys.stdout.isatty():
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.live import Live as Display
 
-        columns = TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn()
-        with Progress(*columns) as progress:
-            yield Live(progress)
+        with Display(transient=True, vertical_overflow="crop") as display:
+            live = Live(display)
+            with told(live.compiling):
+                yield live
     else:
-        yield Log()
+        with told(Patience(click.echo)):
+            yield Log()

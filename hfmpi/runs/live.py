@@ -1,0 +1,187 @@
+"""What a terminal shows while a command computes: one live line of a run, and that kernels are compiled."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from hfmpi.backends.compiling import told
+
+__all__ = ["LiveLine", "Patience", "announced"]
+
+COMPILING = "compiling kernels, once for this machine ..."
+PATIENCE = 1.0
+"""Seconds of compiling of which a log does not speak."""
+
+WINDOW = 60  # records, at least half a second apart, over which the speed is measured
+LEAST_BAR, MOST_BAR = 10, 30  # columns
+
+
+class LiveLine:
+    """How far a run is, what remains, how fast it goes and its last losses, in one line of any width.
+
+    It is something that rich can render.
+
+    Parameters
+    ----------
+    step : int
+        From which the run goes on.
+    max_steps, max_seconds
+        Limits; 0: none.
+    clock : callable
+        Gives the time in seconds.
+    """
+
+    def __init__(
+        self, step: int, max_steps: int, max_seconds: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.max_steps, self.max_seconds, self.clock = max_steps, max_seconds, clock
+        self._step, self._seconds, self._at = step, 0.0, clock()
+        self._train = self._valid = ""
+        self._more: Sequence[str] = ()
+        self._recent: deque[tuple[int, float]] = deque(maxlen=WINDOW)
+        self._compiling = self._compiled = False
+
+    def compiling(self, now: bool) -> None:
+        """Take whether kernels are being compiled."""
+        self._compiling = now
+        self._compiled |= now
+
+    def update(
+        self, step: int, seconds: float, train: float | None, valid: float | None, more: Sequence[str] = ()
+    ) -> None:
+        """Take a step: its number, the training time, its losses, and what else is said where it fits."""
+        now = self.clock()
+        if not self._recent and not self._compiled:  # a step that compiles tells nothing of the next ones
+            self._recent.append((self._step, seconds - (now - self._at)))
+        if not self._recent or seconds - self._recent[-1][1] >= 0.5:
+            self._recent.append((step, seconds))
+        self._step, self._seconds, self._at, self._more = step, seconds, now, more
+        self._train = "" if train is None else f"train {train:.4f}"
+        self._valid = self._valid if valid is None else f"valid {valid:.4f}"
+
+    def text(self, width: int) -> str:
+        """Give the line: of its parts the most important ones that fit, in their order."""
+        step = f"step {self._step:,}"
+        seconds = _duration(self._seconds + self.clock() - self._at)
+        if self._compiling:
+            turning = "|/-\\"[int(8 * self.clock()) % 4]
+            ranked = [(1, step), (2, seconds), (0, f"{turning} {COMPILING}")]
+        else:
+            ranked = [
+                (0, step + (f"/{self.max_steps:,}" if self.max_steps else "")),
+                (5, seconds),
+                (2, self._left()),
+                (4, self._speed()),
+                (1, self._train),
+                (3, self._valid),
+                *((6 + place, more) for place, more in enumerate(self._more)),
+            ]
+        room, least = width, 0
+        for rank, part in sorted(ranked):
+            room -= len(part) + 2 * (rank > 0) if part else 0
+            if room < 0:
+                break
+            least = rank
+        return "  ".join(part for rank, part in ranked if part and rank <= least)[:width]
+
+    def part(self) -> float | None:
+        """Give how much of the run is done, from 0 to 1, or None if it has no limit."""
+        waited = self.clock() - self._at
+        done = [self._step / self.max_steps] if self.max_steps else []
+        done += [(self._seconds + waited) / self.max_seconds] if self.max_seconds else []
+        return min(max(done), 1.0) if done else None
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        width = options.max_width - 1  # some terminals begin a new line behind the last column
+        line, part = Text(self.text(width), no_wrap=True, overflow="crop"), self.part()
+        room = min(width - len(line) - 2, MOST_BAR)
+        if part is None or room < LEAST_BAR or self._compiling:
+            yield line
+            return
+        row = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
+        row.add_row(line, ProgressBar(1.0, part, width=room))
+        yield row
+
+    def _per_step(self) -> float:
+        """Give the seconds of the last steps, each; 0 where they are not known."""
+        if len(self._recent) < 2:
+            return 0.0
+        (first, begin), (last, end) = self._recent[0], self._recent[-1]
+        return (end - begin) / (last - first)
+
+    def _speed(self) -> str:
+        each = self._per_step()
+        if not each:
+            return ""
+        number, unit = (1 / each, "steps/s") if each < 1 else (each, "s/step")
+        return f"{number:.3g} {unit}" if number < 999.5 else f"{number:,.0f} {unit}"
+
+    def _left(self) -> str:
+        waited, each, left = self.clock() - self._at, self._per_step(), []
+        if self.max_seconds:
+            left.append(self.max_seconds - self._seconds - waited)
+        if self.max_steps and each:
+            left.append((self.max_steps - self._step) * each - waited)
+        return f"{_duration(max(min(left), 0))} left" if left else ""
+
+
+def _duration(seconds: float) -> str:
+    minutes, whole = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,}:{minutes:02}:{whole:02}" if hours else f"{minutes}:{whole:02}"
+
+
+class Patience:
+    """Says once that kernels are compiled, when that has taken a while; a listener of `told`."""
+
+    def __init__(self, say: Callable[[str], object]) -> None:
+        self._say, self._left = say, PATIENCE
+        self._begun = 0.0
+        self._timer: threading.Timer | None = None
+
+    def __call__(self, compiling: bool) -> None:
+        """Begin to wait, or stop."""
+        if compiling and self._left > 0:
+            self._begun = time.monotonic()
+            self._timer = threading.Timer(self._left, self._tell)
+            self._timer.daemon = True
+            self._timer.start()
+        elif self._timer is not None:
+            self._timer.cancel()
+            self._left -= time.monotonic() - self._begun
+            self._timer = None
+
+    def _tell(self) -> None:
+        self._left = 0.0
+        self._say(COMPILING)
+
+
+@contextmanager
+def announced(rank: int) -> Iterator[None]:
+    """Say on rank 0 that kernels are compiled, if they are: on standard error, for results on the other."""
+    if rank:
+        yield
+    elif sys.stderr.isatty():
+        from rich.console import Console
+
+        status = Console(stderr=True).status(COMPILING)
+        try:
+            with told(lambda compiling: status.start() if compiling else status.stop()):
+                yield
+        finally:
+            status.stop()
+    else:
+        with told(Patience(lambda sentence: click.echo(sentence, err=True))):
+            yield

@@ -1,0 +1,193 @@
+"""The live line of a run on a terminal, and what is said while kernels are compiled."""
+
+import fcntl
+import os
+import re
+import struct
+import subprocess
+import sys
+import termios
+
+import click
+import pytest
+from small import train, write_corpus
+
+from hfmpi.backends.compiling import tell, told
+from hfmpi.runs import live
+from hfmpi.runs.live import COMPILING, LiveLine, Patience, announced
+
+
+class Clock:
+    seconds = 0.0
+
+    def __call__(self):
+        return self.seconds
+
+
+def shown(steps, max_steps=0, max_seconds=0.0, compiled=False, each=0.1, **more):
+    """Give the line after so many steps from step 100 on, 0.4 seconds after the last one, and its clock."""
+    clock = Clock()
+    line = LiveLine(100, max_steps, max_seconds, clock)
+    if compiled:
+        line.compiling(True)
+        clock.seconds += 60.0
+        line.compiling(False)
+    for step in range(101, 101 + steps):
+        clock.seconds += each
+        line.update(step, 7.0 + clock.seconds, 2.0, 1.5 if step == 101 else None, **more)
+    clock.seconds += 0.4
+    return line
+
+
+def test_the_line_of_many_steps_a_second():
+    assert shown(0, 500).text(79) == "step 100/500  0:00"
+    line = shown(50, 500)
+    assert line.text(79) == "step 150/500  0:12  0:35 left  10 steps/s  train 2.0000  valid 1.5000"
+    assert line.part() == 0.3
+    assert shown(50).text(79) == "step 150  0:12  10 steps/s  train 2.0000  valid 1.5000"
+    assert shown(50).part() is None
+    assert "  4,000 steps/s  " in shown(8_000, each=1 / 4000).text(79)
+
+
+def test_the_line_of_slow_steps():
+    more = ["lambda 1.00e-01", "rho 0.94", "cg 15"]
+    whole = shown(3, 110, each=5.0, more=more).text(200)
+    assert whole.startswith("step 103/110  0:22  0:35 left  5 s/step  train 2.0000  valid 1.5000  lambda 1.0")
+    assert whole.endswith("  rho 0.94  cg 15")
+    assert shown(3, 110, each=5.0, more=more).text(len(whole) - 1) == whole.removesuffix("  cg 15")
+    assert shown(1, 110, each=5.0).text(79).startswith("step 101/110  0:12  0:45 left  5 s/step")
+    assert "103/999,999  24,997:24:00 left  90 s/step" in shown(3, 999_999, each=90.0).text(79)
+
+
+def test_the_limit_that_is_reached_first_counts():
+    assert "  0:20 left" in shown(50, 500, max_seconds=32.5).text(79)
+    line = shown(50, 100_000, max_seconds=25.0)
+    assert line.part() == pytest.approx(0.496)
+    line.clock.seconds += 60
+    assert "  0:00 left" in line.text(79)
+    assert line.part() == 1.0
+
+
+def test_a_step_that_compiles_tells_nothing_of_the_next_ones():
+    assert shown(1, 110, compiled=True, each=5.0).text(79) == "step 101/110  1:12  train 2.0000  valid 1.5000"
+    assert "0:40 left  5 s/step" in shown(2, 110, compiled=True, each=5.0).text(79)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_a_line_of_any_width(compiling):
+    line = shown(50, 500, more=["lambda 1.00e-01"])
+    line.compiling(compiling)
+    for width in range(1, 100):
+        text = line.text(width)
+        assert 0 < len(text) <= width
+        if not compiling:
+            assert text.startswith("step 150/500"[:width])
+        elif width >= len(COMPILING) + 2:
+            assert COMPILING in text
+
+
+def on_terminal(columns, *words):
+    """Run the command on a terminal of so many columns; give what it writes there, without colours."""
+    master, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    program = [sys.executable, "-c", "from hfmpi.cli.main import entry; entry()", *map(str, words)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"TERM": "xterm"}
+    written = b""
+    with subprocess.Popen(
+        program, stdin=terminal, stdout=terminal, stderr=terminal, env=environment
+    ) as process:
+        os.close(terminal)
+        while True:
+            try:
+                written += os.read(master, 10**6)
+            except OSError:  # its end
+                break
+    os.close(master)
+    assert process.returncode == 0, written
+    return re.sub(r"\x1b\[[0-9;]*m", "", written.decode())
+
+
+def test_a_run_on_a_terminal(tmp_path):
+    data, run = write_corpus(tmp_path / "small.h5"), tmp_path / "run"
+    options = "--hidden 8 --sequence-length 20 --gradient-batch 10 --curvature-batch 4 --backend numpy"
+    words = ["train", data, *options.split()]
+    written = on_terminal(50, *words, "--out", run, "--max-seconds", 1.2)
+    # What the live line was, each time that it was drawn: after a return that clears it.
+    lines = re.findall(r"\r\x1b\[2K(step [^\r\n\x1b]*)", written)
+    assert max(map(len, lines)) < 50
+    part = r"step [\d,]+  (0:0\d  )?0:0\d left  [\d.e+]+ (steps/s|s/step)  train \d"
+    assert any(re.match(part, line) for line in lines), lines
+    assert re.search(r"Stopped at step [\d,]+: 1.2 seconds are over", written)
+    assert "\x1b[?25h" in written  # the cursor is there again
+
+
+def test_what_is_no_terminal_sees_plain_lines(tmp_path, capsys):
+    from hfmpi.runs.reporter import make_reporter
+
+    with make_reporter(0) as reporter:
+        train(tmp_path / "run", write_corpus(tmp_path / "small.h5"), max_steps=2, reporter=reporter)
+    said = capsys.readouterr()
+    assert "\x1b" not in said.out
+    assert [line[:13] for line in said.out.splitlines()[3:]] == ["step      1  ", "step      2  "]
+    assert said.err == ""
+
+
+# Compiling -------------------------------------------------------------------------------------
+
+
+def test_who_listens_is_told():
+    seen = []
+    with told(seen.append):
+        tell(True)
+        tell(False)
+    tell(True)
+    assert seen == [True, False]
+
+
+class Timer:
+    """One that runs on a clock of its own, and on that alone."""
+
+    now, running = 0.0, None
+
+    def __init__(self, seconds, function):
+        self.due, self.function = Timer.now + seconds, function
+
+    def start(self):
+        Timer.running = self
+
+    def cancel(self):
+        Timer.running = None
+
+    @classmethod
+    def wait(cls, seconds):
+        cls.now += seconds
+        if cls.running and cls.now >= cls.running.due:
+            timer, cls.running = cls.running, None
+            timer.function()
+
+
+def test_a_log_hears_of_it_once_and_only_after_a_while(monkeypatch):
+    monkeypatch.setattr(live.threading, "Timer", Timer)
+    monkeypatch.setattr(live.time, "monotonic", lambda: Timer.now)
+    said = []
+    patience = Patience(said.append)
+    for seconds, lines in ((0.4, 0), (0.5, 0), (0.2, 1), (5.0, 1)):
+        patience(True)
+        Timer.wait(seconds)
+        patience(False)
+        assert said == [COMPILING] * lines
+        Timer.wait(5.0)  # without compiling
+        assert said == [COMPILING] * lines
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_command_that_prints_a_result_says_it_on_standard_error(rank, monkeypatch, capsys):
+    monkeypatch.setattr(live.threading, "Timer", Timer)
+    with announced(rank):
+        click.echo("a result")
+        tell(True)
+        Timer.wait(2.0)
+        tell(False)
+    said = capsys.readouterr()
+    assert said.out == "a result\n"
+    assert said.err == ("" if rank else f"{COMPILING}\n")
