@@ -79,15 +79,15 @@ def test_only_what_is_kept_must_be_in_the_vocabulary():
 
 def test_sizes_are_those_of_the_text_in_its_new_vocabulary():
     text = "éa" * 10 + "ccc"
-    found = prepare(text.encode(), 20, 3, translation=Translation(SYMBOLS, "old.h5", b"?"))
+    found = prepare(text.encode(), 20, 3, translation=Translation(SYMBOLS, "at/old\udcff.h5", b"?"))
     assert found.corpus.decode(found.corpus.train) == b"?a" * 10
     assert found.corpus.decode(found.corpus.valid) == b"ccc"
     assert (found.size, found.unit) == (23, "characters")
     assert found.notes == [
-        "the text has 10 characters of 1 kind that the vocabulary of old.h5 has not: 'é' (10); '?' takes "
-        "their place"
+        "the text has 10 characters of 1 kind that the vocabulary of at/old\udcff.h5 has not: 'é' (10); '?' "
+        "takes their place"
     ]
-    assert found.corpus.provenance["vocabulary"] == "old.h5"
+    assert found.corpus.provenance["vocabulary"] == "old\ufffd.h5"
     assert found.corpus.provenance["replaced_characters"] == "10"
 
 

@@ -132,6 +132,16 @@ def test_what_is_no_terminal_sees_plain_lines(tmp_path, capsys):
     assert said.err == ""
 
 
+def test_a_terminal_that_cannot_go_back_sees_plain_lines(monkeypatch):
+    from hfmpi.runs import reporter as progress
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for kind, reporter in (("dumb", progress.Log), ("xterm", progress.Live)):
+        monkeypatch.setenv("TERM", kind)
+        with progress.make_reporter(0) as made:
+            assert type(made) is reporter
+
+
 # Compiling -------------------------------------------------------------------------------------
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import codecs
 import hashlib
 import itertools
+import os
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 import numpy as np
@@ -106,7 +108,7 @@ def prepare(
     if translation is not None:
         kept += translation.finish()
         symbols = translation.symbols
-        origin["vocabulary"] = translation.name
+        origin["vocabulary"] = os.fsencode(Path(translation.name).name).decode(errors="replace")
         if translation.unknown:
             origin["replaced_characters"] = str(translation.unknown.total())
             notes.append(translation.told())

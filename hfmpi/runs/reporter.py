@@ -93,7 +93,7 @@ class Live(Log):
             losses = loss_keys(record).of(record)
             self.line.update(record["step"], record["seconds"], *losses, model_parts(record))
         if is_evaluated(record) or not record["accepted"]:
-            self.display.console.print(line(record), highlight=False)
+            self.display.console.print(line(record), highlight=False, markup=False)
 
     def compiling(self, now: bool) -> None:
         """Show whether kernels are being compiled."""
@@ -149,15 +149,22 @@ def make_reporter(rank: int, quiet: bool = False) -> Iterator[Reporter]:
     """Give the reporter of a rank for the duration of a run; a quiet one says only what needs attention."""
     if rank:
         yield Silent()
-    elif quiet:
+        return
+    if quiet:
         yield Quiet()
-    elif sys.stdout.isatty():
-        from rich.live import Live as Display
+        return
+    console = None
+    if sys.stdout.isatty():
+        from rich.console import Console
 
-        with Display(transient=True, vertical_overflow="crop") as display:
-            live = Live(display)
-            with told(live.compiling):
-                yield live
-    else:
+        console = Console()
+    if console is None or not console.is_terminal or console.is_dumb_terminal:
         with told(Patience(click.echo)):
             yield Log()
+        return
+    from rich.live import Live as Display
+
+    with Display(console=console, transient=True, vertical_overflow="crop") as display:
+        live = Live(display)
+        with told(live.compiling):
+            yield live
