@@ -109,9 +109,9 @@ def on_terminal(columns, *words):
 
 def test_a_run_on_a_terminal(tmp_path):
     data, run = write_corpus(tmp_path / "small.h5"), tmp_path / "run"
-    options = "--hidden 8 --sequence-length 20 --gradient-batch 10 --curvature-batch 4 --backend numpy"
+    options = "--optimizer shf --hidden 8 --sequence-length 20 --gradient-batch 10 --curvature-batch 4"
     words = ["train", data, *options.split()]
-    written = on_terminal(50, *words, "--out", run, "--max-seconds", 1.2)
+    written = on_terminal(50, *words, "--backend", "numpy", "--out", run, "--max-seconds", 1.2)
     # What the live line was, each time that it was drawn: after a return that clears it.
     lines = re.findall(r"\r\x1b\[2K(step [^\r\n\x1b]*)", written)
     assert max(map(len, lines)) < 50

@@ -34,7 +34,7 @@ def fixture_made(tmp_path_factory):
     prepare(text()[::-1])[0].write(folder / "other.h5")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        run("small.h5 --out old --max-steps 2 --curvature-batch 4", TINY)
+        run("small.h5 --out old --max-steps 2 --optimizer shf --curvature-batch 4", TINY)
         run("small.h5 --out adam --max-steps 2 --optimizer adam", TINY)
     return folder
 
@@ -134,6 +134,9 @@ def test_another_optimizer_starts_anew_and_it_is_said(here):
     assert found.meta["config"]["gradient_batch"] == 0  # the preset's own
     assert found.meta["config"]["hidden"] == 6
     assert note not in run("small.h5 --resume old --out new --optimizer adam --max-steps 4")
+    back = "--out back --optimizer shf --set damping=3 --gradient-batch 9 --curvature-batch 4"
+    run("small.h5 --resume adam --max-steps 3", back)
+    assert last(here / "back")["damping"] == 3
 
 
 def test_a_state_of_another_form_starts_anew_and_it_is_said(here):
@@ -142,6 +145,21 @@ def test_a_state_of_another_form_starts_anew_and_it_is_said(here):
     found = checkpoint.latest(here / "new")
     assert found.state["updates"] == 1
     np.testing.assert_allclose(found.state["average"], found.theta, rtol=1e-5)  # of the iterates from here on
+
+
+def test_a_new_optimizer_starts_from_the_parameters_that_were_evaluated(here):
+    run("small.h5 --resume adam --out mean --max-steps 4 --set averaging=0.9")
+    found = checkpoint.latest(here / "mean")
+    assert not np.array_equal(found.state["average"], found.theta)
+    loss = last(here / "mean")["valid_bpc"]  # of the mean
+    for options in ("--optimizer sgd --set rate=1e-30 floor=0", "--set averaging=0 --set rate=1e-30"):
+        name = f"new{len(options)}"
+        said = run(
+            "small.h5 --resume mean --max-steps 5 --out", name, options.replace(" floor", " --set floor")
+        )
+        assert "the optimizer's state of mean is not taken over" in said
+        np.testing.assert_array_equal(theta(here / name), found.state["average"])
+        assert last(here / name)["valid_bpc"] == pytest.approx(loss, rel=1e-6)
 
 
 def test_the_subspace_step_does_not_judge_the_last_step_by_other_data(here):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ def train(
     from hfmpi.parallel.placement import place
     from hfmpi.runs.reporter import make_reporter
     from hfmpi.runs.restore import Misfit, check_one_run
-    from hfmpi.runs.start import check_limits, start, started_from
+    from hfmpi.runs.start import anew, check_limits, start, started_from
     from hfmpi.runs.stop import StopSignals, job_end
     from hfmpi.runs.text import TextTask
     from hfmpi.runs.train import Run
@@ -116,7 +115,7 @@ def train(
             if found is None or own:
                 raise
             why = str(error)
-            run = Run(folder, task, comm, placement, replace(found, state={}))
+            run = Run(folder, task, comm, placement, anew(found))
         if not own:
             check_limits(merged, run.progress, resume)
         if found is not None and found.meta.get("corpus") != task.corpus.digest:

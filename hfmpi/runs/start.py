@@ -11,6 +11,8 @@ import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
+
 from hfmpi.errors import UserError
 from hfmpi.files.checkpoint import Checkpoint, latest
 from hfmpi.measure.cost import Counts
@@ -19,7 +21,7 @@ from hfmpi.runs.config import Config, merge
 from hfmpi.runs.record import Progress
 from hfmpi.runs.restore import progress
 
-__all__ = ["check_limits", "start", "started_from"]
+__all__ = ["anew", "check_limits", "start", "started_from"]
 
 BATCHES = "sequence_length", "burn_in", "seed"
 """Options that decide, with the data and the batch sizes, which batches a run takes."""
@@ -47,12 +49,14 @@ def start(found: Checkpoint, source: str, config: Config, corpus: str) -> tuple[
     corpus : str
         Digest of the data of the new run.
     """
-    had, so_far, state, why = merge(found.meta["config"]), progress(found), dict(found.state), ""
+    had, so_far, why = merge(found.meta["config"]), progress(found), ""
     before, now = had.preset(), config.preset()
     batches = before.gradient_batch, before.curvature_batch
     if type(before.optimizer) is not type(now.optimizer):
-        state, why = {}, f"it was trained with {had.optimizer}, and this is {config.optimizer}"
-    elif "damping" in config.settings and config.settings["damping"] != had.in_effect()["damping"]:
+        why = f"it was trained with {had.optimizer}, and this is {config.optimizer}"
+        found = anew(found)
+    state = dict(found.state)
+    if state and "damping" in config.settings and config.settings["damping"] != had.in_effect()["damping"]:
         state["damping"] = float(config.settings["damping"])  # who gives lambda wants it, not the one reached
     same = (now.gradient_batch, now.curvature_batch) == batches and found.meta.get("corpus") == corpus
     if why or not same or any(getattr(had, name) != getattr(config, name) for name in BATCHES):
@@ -61,6 +65,17 @@ def start(found: Checkpoint, source: str, config: Config, corpus: str) -> tuple[
             state |= {"loss": 0.0, "descent": 0.0, "curvature": 0.0}  # the last risk was of another batch
     so_far = replace(so_far, rejections=0, origin=os.path.realpath(source))
     return replace(found, state=state, meta=found.meta | asdict(so_far)), why
+
+
+def anew(found: Checkpoint) -> Checkpoint:
+    """Give the checkpoint without the optimizer's state, with the parameters that were evaluated.
+
+    They are the mean of the iterates where the optimizer made one.
+    """
+    average = found.state.get("average")
+    if isinstance(average, np.ndarray) and average.shape == found.theta.shape:
+        return replace(found, theta=average, state={})
+    return replace(found, state={})
 
 
 def check_limits(config: Config, so_far: Progress, source: str) -> None:
