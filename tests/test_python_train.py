@@ -128,7 +128,8 @@ def test_a_run_keeps_the_contract_of_the_command(tmp_path, monkeypatch, capfd):
     assert said.out.startswith(
         f"gru, 5 units, {model.size} parameters\nbhf-short, B_g = 30, B_c = 10 of 60 cases\n"
     )
-    assert f"Stopped at step 4: 4 steps were taken, loss {result.valid_loss:.4f} on validation.\n" in said.out
+    measured = f"loss {result.valid_loss:.5g}, metric {result.valid_metric:.5g} on validation"
+    assert f"Stopped at step 4: 4 steps were taken, {measured}.\n" in said.out
     assert (result.step, result.done, result.reason) == (4, True, "4 steps were taken")
     assert {path.name for path in Path("run").iterdir()} >= {
         "config.toml",
@@ -305,6 +306,7 @@ def broken(where):
     ({"gradient_batch": 81}, "gradient_batch can be at most 80, the cases of train, not 81"),
     ({"gradient_batch": 9, "curvature_batch": 10}, "curvature_batch can be at most 9, the gradient batch"),
     ({"optimizer": "sgd", "curvature_batch": 10}, "optimizer sgd has no curvature batch"),
+    ({"optimizer": hfmpi.Adam()}, "optimizer must be a name such as 'bhf-short', with its settings in"),
     ({"optimizer": "lbfgs"}, "there is no optimizer 'lbfgs'"),
     ({"optimizer": "soap"}, "Line does not name the matrices of theta (blocks): take another optimizer"),
     ({"optimizer": "subspace"}, "Line does not name the matrices of theta (blocks): take another optimizer"),

@@ -218,7 +218,8 @@ def _tell(run: Run, ending: Ending) -> None:
     """Say how a run ended."""
     valid = ""
     if ending.valid is not None:
-        valid = f", loss {ending.valid.loss:.4f} on validation"
+        loss, metric = ending.valid
+        valid = f", loss {loss:.5g}{'' if metric is None else f', metric {metric:.5g}'} on validation"
     click.echo(f"Stopped at step {ending.step:,}: {ending.reason}{valid}.")
     if not ending.done and run.folder is not None:
         click.echo(f"Call it again with the same out to go on; the checkpoint is in {run.folder}.")

@@ -184,6 +184,12 @@ def config_of(given: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"{name} is no option of hfmpi.train: model and data have it")
         if name not in known:
             raise UserError(f"unknown option {name!r}; the options are {', '.join(known)}")
+    optimizer = given.get("optimizer")
+    if not isinstance(optimizer, str | None):
+        raise UserError(
+            f"optimizer must be a name such as 'bhf-short', with its settings in settings={{...}}, not "
+            f"{shown(optimizer)}"
+        )
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from hfmpi.backends.compiling import told
-from hfmpi.files.history import Record, loss_keys
+from hfmpi.files.history import BITS, Record, loss_keys
 from hfmpi.parallel.placement import Place
 from hfmpi.runs.live import LiveLine, Patience
 from hfmpi.runs.record import Facts, Reporter
@@ -121,12 +121,13 @@ def is_evaluated(record: Record) -> bool:
 
 def line(record: Record) -> str:
     """Give one step as text; the numbers are those of the history."""
-    loss, valid = loss_keys(record).of(record)
-    parts = [f"step {record['step']:>6,}", f"{record['seconds']:>8.1f} s", f"train {loss:.4f}"]
+    keys = loss_keys(record)
+    (loss, valid), form = keys.of(record), ".4f" if keys == BITS else ".5g"  # a loss has any size
+    parts = [f"step {record['step']:>6,}", f"{record['seconds']:>8.1f} s", f"train {loss:{form}}"]
     if valid is not None:
-        parts.append(f"valid {valid:.4f}")
+        parts.append(f"valid {valid:{form}}")
     if (metric := record.get("valid_metric")) is not None:
-        parts.append(f"metric {metric:.4f}")
+        parts.append(f"metric {metric:{form}}")
     parts += model_parts(record)
     if not record["accepted"]:
         parts.append(record["message"])
