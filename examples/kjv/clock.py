@@ -1,7 +1,8 @@
-"""Which method is the lowest in validation after minutes on this machine? King James Bible, the paper's sizes.
+"""Which method is the lowest in validation after minutes on this machine, and which is soonest at a level.
 
-python examples/kjv/clock.py [--seconds S] [--launch COMMAND] [--rounds N] DATA.h5 OUT
+python examples/kjv/clock.py [--seconds S] [--launch COMMAND] [--rounds N] [--runs A,B] DATA.h5 OUT
 
+King James Bible, the paper's sizes, lengths of a step as tried before (docs/results/clock.md).
 Runs take their turns: in every round each of them goes on for its share of the seconds, so that what else a
 shared machine does falls on all alike. A study that was stopped goes on when it is started again. DATA.h5 is
 that of `hfmpi prepare --corpus kjv`.
@@ -22,9 +23,9 @@ from hfmpi.parallel import guard
 
 RUNS = {
     "lstm-sgd": ("--model lstm --optimizer sgd", 100),
-    "mlstm-sgd": ("--model mlstm --optimizer sgd", 100),
+    "mlstm-sgd": ("--model mlstm --optimizer sgd --set rate=4", 100),
     "mlstm-adam": (
-        "--model mlstm --optimizer adam --set rate=0.01 --set schedule=inverse-root --set schedule_steps=200 "
+        "--model mlstm --optimizer adam --set rate=0.03 --set schedule=inverse-root --set schedule_steps=200 "
         "--set averaging=0.999",
         100,
     ),
