@@ -220,6 +220,16 @@ def test_long_curves_keep_their_ends_and_their_beginning():
     assert {0, 1, 2, 3, 5, 10} <= set(kept.tolist())  # of a logarithmic axis
 
 
+def test_of_a_long_history_every_validation_is_shown(small, run):
+    line = json.loads((run / "history.jsonl").read_text().splitlines()[0])
+    steps = (line | {"step": k, "valid_bpc": 2.0 if k % 777 == 0 else None} for k in range(1, 4000))
+    (run / "history.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    (one,) = json.loads(words(run).data)["runs"]
+    shown = [k for k, valid in zip(one["x"]["step"], one["valid"], strict=True) if valid is not None]
+    assert shown == [777 * k for k in range(1, 6)]
+    assert len(one["train"]) < 2100
+
+
 def test_of_many_ranks_some_have_bars(run):
     times = json.loads((run / "timing.json").read_text())
     one = times["ranks"][0]
