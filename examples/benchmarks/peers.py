@@ -1,8 +1,8 @@
 """hfmpi beside what trains PyTorch and JAX models with curvature: loss against passes and seconds.
 
-    pip install -e ".[peers]"
-    python examples/benchmarks/peers.py peers.json
-    python examples/benchmarks/peers.py --table peers.json
+    pip install -e ".[peers]" git+https://github.com/ltatzel/PyTorchHessianFree
+    python examples/benchmarks/peers.py MLP mlp.json
+    python examples/benchmarks/peers.py LSTM lstm.json
 
 Two networks classify scikit-learn's digits; all methods (methods.py) have the same start, the whole training
 set at each step, float32 and one thread. Each has one setting, three candidates of which are tried on the
@@ -32,19 +32,20 @@ torch.set_num_threads(1)
 LEVELS = 0.3, 0.1, 0.03, 0.01, 0.003, 0.001
 SHOWN, UNITS = (0.1, 0.01, 0.001), ("passes", "CPU s")
 PEERS = "hessianfree", "curvlinops-for-pytorch", "kfac-jax"
-IMAGES, PASSES, SEEDS = 1000, 1000, (0, 1, 2)
+PASSES, SEEDS = 1000, (0, 1, 2)
 
 
 class MLP:
     """64 pixels, two layers of 64 tanh units, 10 digits."""
 
-    name, recurrent = "MLP", False
+    recurrent, images = False, 1000
 
     def __init__(self):
         from sklearn.datasets import load_digits
 
         x, y = load_digits(return_X_y=True)
-        self.x, self.y = self.shaped(x[:IMAGES] / 16).astype(np.float32), y[:IMAGES].astype(np.int64)
+        x, y = x[: self.images] / 16, y[: self.images]
+        self.x, self.y = self.shaped(x).astype(np.float32), y.astype(np.int64)
 
     def shaped(self, x):
         return x
@@ -86,7 +87,7 @@ class Reader(nn.Module):
 class LSTM(MLP):
     """8 steps of 8 pixels, 32 units, 10 digits after the last step."""
 
-    name, recurrent = "LSTM", True
+    recurrent, images = True, 500
 
     def shaped(self, x):
         return x.reshape(-1, 8, 8)
@@ -109,6 +110,9 @@ class LSTM(MLP):
         zero = jnp.zeros((x.shape[0], 32), x.dtype)
         (h, _), _ = jax.lax.scan(step, (zero, zero), x.swapaxes(0, 1))
         return h @ p["top.weight"].T + p["top.bias"]
+
+
+NETS = {"MLP": MLP, "LSTM": LSTM}
 
 
 def run(method, problem, seed, value, passes):
@@ -151,7 +155,7 @@ def study(problem, methods, passes):
             continue
         best = max(tried, key=lambda value: quality(tried[value]))
         rows[name] = {"setting": method.setting, "value": best, "tried": tried, "runs": [tried[best]]}
-        print(problem.name, name, {value: quality(at) for value, at in tried.items()}, flush=True)
+        print(name, {value: quality(at) for value, at in tried.items()}, flush=True)
     for seed in SEEDS[1:]:
         for name, row in rows.items():
             row["runs"].append(run(methods[name], problem, seed, row["value"], passes))
@@ -183,24 +187,21 @@ def reached(row, unit, level):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--table", action="store_true", help="print the tables of a file that is there")
+    parser.add_argument("net", choices=NETS)
+    parser.add_argument("file", type=Path, help="what is found; if it is there, its table is printed")
     parser.add_argument("--method", action="append", choices=METHODS, help="these alone")
     parser.add_argument("--passes", type=int, default=PASSES, help="of each run at most")
     given = parser.parse_args()
-    if not given.table:
+    if not given.file.exists():
         warnings.simplefilter("ignore")
-        start = time.process_time()
-        methods = {name: METHODS[name] for name in given.method or METHODS}
-        nets = {problem.name: study(problem, methods, given.passes) for problem in (MLP(), LSTM())}
+        start, methods = time.process_time(), {name: METHODS[name] for name in given.method or METHODS}
+        rows = study(NETS[given.net](), methods, given.passes)
         about = {"processor": machine.processor(), "CPU seconds": round(time.process_time() - start)}
         about |= {"hfmpi": hfmpi.__version__} | machine.versions("numpy", "scipy", "torch", "jax", *PEERS)
-        given.file.write_text(json.dumps({"machine": about, "nets": nets}))
+        given.file.write_text(json.dumps({"machine": about, "rows": rows}))
     found = json.loads(given.file.read_text())
     print(found["machine"])
-    for name, rows in found["nets"].items():
-        print(f"\n{name}, {len(SEEDS)} seeds\n")
-        table(rows)
+    table(found["rows"])
 
 
 if __name__ == "__main__":
