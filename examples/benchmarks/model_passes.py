@@ -1,0 +1,78 @@
+"""What each pass of a PyTorch or JAX model costs, in forward passes of the same model.
+
+    python examples/benchmarks/model_passes.py [--repeats 9]
+
+The networks of peers.py on 500 images at once, float32, one thread, CPU seconds. The passes take turns; a
+figure is the median over the turns of the ratio to the loss. `first` is the first call of each pass, in all,
+with what is compiled and tried then.
+"""
+
+import argparse
+import time
+
+from peers import NETS  # before NumPy: it sets the threads
+
+import numpy as np  # isort: skip
+
+import hfmpi
+from hfmpi.measure import machine
+from hfmpi.parallel.communicator import Communicator
+
+
+def passes(model, cases):
+    """Give the passes of a model by name, each without arguments, and the linearisation that they share."""
+    owner = hfmpi.DataParallel(model, Communicator(), micro_batch=cases.count)
+    risk, theta = owner.on(cases, np.arange(cases.count)), model.initial(0).astype(np.float32)
+    v = np.random.default_rng(0).standard_normal((10, theta.size)).astype(np.float32)
+    at = model.linearise(theta, cases.take(np.arange(cases.count)))
+    out = np.zeros_like(theta)
+    u = at.jvp(v[0])
+    return {
+        "loss": lambda: risk.loss(theta),
+        "loss and gradient": lambda: risk.gradient(theta),
+        "with squared gradients": lambda: risk.squared_gradients(theta),
+        "J v": lambda: at.jvp(v[0]),
+        "J' u": lambda: at.vjp(u, out),
+        "G v": lambda: at.gauss_newton(v[0], 1.0, out),
+        "G V, ten columns": lambda: at.columns(v, 1.0, np.zeros_like(v)),
+    }, at
+
+
+def seconds(run):
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=9)
+    repeats = parser.parse_args().repeats
+    print(machine.processor(), machine.versions("numpy", "torch", "jax"))
+    rows = []
+    for name, net in NETS.items():
+        problem = net()
+        cases, weights = hfmpi.Examples(problem.x[:500], problem.y[:500]), problem.weights(0)
+        for kind, make in (
+            ("PyTorch", lambda p=problem, w=weights: hfmpi.TorchModel(p.module(w), "cross-entropy")),
+            ("JAX", lambda p=problem, w=weights: hfmpi.JaxModel(p.function, w, "cross-entropy")),
+        ):
+            begun = time.process_time()
+            model = make()
+            runs, at = passes(model, cases)
+            for run in runs.values():
+                run()
+            first = time.process_time() - begun
+            found = np.array([[seconds(run) for run in runs.values()] for _ in range(repeats)])
+            ratios = np.median(found / found[:, :1], axis=0)
+            forward = f"{1e3 * np.median(found[:, 0]):.1f} ms"
+            cells = [f"{ratio:.1f}" for ratio in ratios[1:]]
+            rows.append([f"{name}, {kind}", f"{model.size:,}", forward, *cells])
+            rows[-1] += [f"{at.nbytes / 500 / 1024:.1f} KiB", f"{first:.1f} s"]
+    head = ["network", "D", *runs, "kept a case", "first"]
+    for row in [head, ["---"] * len(head), *rows]:
+        print("|", " | ".join(row), "|")
+
+
+if __name__ == "__main__":
+    main()
