@@ -283,5 +283,5 @@ def test_medians_over_seeds(tasks):
 
     assert passes(runs(10, 30, 20, 50)) == "25"
     assert passes(runs(10, -900, 20, 50)) == "35 (3 of 4)"
-    assert passes(runs(1000, -3000, 20, -5000)) == "> 2,000 (2 of 4)"
+    assert passes(runs(1000, -3000, 20, -5000)) == "> 4,000 (2 of 4)"
     assert passes(runs(-7000)) == "> 7,000 (0 of 1)"

@@ -17,7 +17,7 @@ from statistics import median
 import results
 from results import Record
 from tasks import KINDS
-from training import CELLS, METHODS, Run, best, tuning_runs
+from training import CELLS, METHODS, NUMBERS, Run, best, tuning_runs
 
 from hfmpi.parallel import guard
 
@@ -25,12 +25,12 @@ NOTHING = "–"
 
 
 def passes(runs: Sequence[Record]) -> str:
-    """Give the median P_I (full) to success where most seeds succeeded, else to where they came without."""
+    """Give the median P_I (full) to success where most seeds succeeded, else where the others ended."""
     good = [run["P_I_full"] for run in runs if run["solved"]]
     share = "" if len(good) == len(runs) else f" ({len(good)} of {len(runs)})"
     if 2 * len(good) > len(runs):
         return f"{median(good + [math.inf] * (len(runs) - len(good))):,.0f}{share}"
-    return f"> {median(run['P_I_full'] for run in runs):,.0f}{share}"
+    return f"> {median(run['P_I_full'] for run in runs if not run['solved']):,.0f}{share}"
 
 
 def errors(runs: Sequence[Record]) -> str:
@@ -61,22 +61,22 @@ def is_of(record: Record, run: Run) -> bool:
     return all(record[key] == value for key, value in asdict(run).items())
 
 
-def settings(records: Sequence[Record], cell: str) -> list[list[str]]:
-    """Give a row for each method: what it is, its candidates, and which was chosen."""
+def settings(records: Sequence[Record]) -> list[list[str]]:
+    """Give a row for each method: what it is, its candidates, and which the runs have."""
     found = [["method", "preset", "batches", "changed", "candidates", "for numbers", "for symbols"]]
     for name, method in METHODS.items():
-        values = [chosen(records, task, cell, name) for task in ("addition", "memory-5")]
-        if values == [None, None]:
+        own = [record for record in records if record["method"] == name]
+        if not own:
             continue
         batches = [str(size) for size in (method.gradient_batch, method.curvature_batch) if size]
         changed = [
             f"{key} = {value:.3g}" if isinstance(value, float) else f"{key} = {value}"
             for key, value in method.changes.items()
         ]
-        tried = f"{method.setting} = {method.values[0]:g} to {method.values[-1]:g}"
-        words = [NOTHING if value is None else f"{value:g}" for value in values]
-        row = [name, method.preset, ", ".join(batches), ", ".join(changed) or NOTHING, tried, *words]
-        found.append(row)
+        tried = f"{method.setting} = {', '.join(f'{value:g}' for value in method.values)}"
+        values = [{r["value"] for r in own if (r["task"] in NUMBERS) == numbers} for numbers in (True, False)]
+        words = [", ".join(f"{value:g}" for value in sorted(each)) or NOTHING for each in values]
+        found.append([name, method.preset, ", ".join(batches), ", ".join(changed) or NOTHING, tried, *words])
     return found
 
 
@@ -101,7 +101,7 @@ def write(records: Sequence[Record]) -> None:
                 show(rows(same, each))
         if groups:
             print(f"Settings, {cell}:\n")
-            show(settings(records, cell))
+            show(settings([record for record in study if record["cell"] == cell]))
 
 
 def main() -> None:

@@ -55,8 +55,8 @@ SAVE_EVERY = 60.0
 class Method(NamedTuple):
     """A preset, its setting that is tuned, sequences in the batches, and what else is changed.
 
-    Of the six values the middle three (`FIRST`) are tried, then one further as long as the best is the last
-    on that side.
+    Of six values three (`FIRST`) are tried at first, and one further as long as the best is the last on one
+    side. A single value is not tuned.
     """
 
     preset: str
@@ -67,11 +67,11 @@ class Method(NamedTuple):
     changes: Mapping[str, Any] = {}
 
 
-# With the diagonal preconditioner Hessian-free learns nothing here (docs/results/pathological.md). One
-# thirtieth is Martens' and Sutskever's mu.
+# The released code has no preconditioner; one thirtieth is Martens' and Sutskever's mu.
 PLAIN = {"preconditioner": "none"}
 STRUCTURAL = {**PLAIN, "structural_damping": 1 / 30}
 DAMPINGS = 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0
+TRUSTS = 1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1
 
 METHODS = {
     "sgd": Method("sgd", "rate", (0.01, 0.03, 0.1, 0.3, 1.0, 3.0), 100),
@@ -82,13 +82,16 @@ METHODS = {
     "shf+s": Method("shf", "damping", DAMPINGS, 500, 125, STRUCTURAL),
     "bhf-short": Method("bhf-short", "damping", DAMPINGS, 500, 125, PLAIN),
     "bhf-short+s": Method("bhf-short", "damping", DAMPINGS, 500, 125, STRUCTURAL),
+    "bhf-short+p": Method("bhf-short", "damping", DAMPINGS, 500, 125),
     "bhf": Method("bhf", "damping", DAMPINGS, 500, 125, PLAIN),
     "bhf+s": Method("bhf", "damping", DAMPINGS, 500, 125, STRUCTURAL),
-    "subspace": Method(
-        "subspace", "damping", (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1), 500, 125, {"candidates": 3}
-    ),
+    "subspace": Method("subspace", "damping", TRUSTS, 500, 125, {"candidates": 3}),
+    "subspace-preset": Method("subspace", "damping", (1e-3,), 500, 125, {"candidates": 3}),
 }
-"""By name; +s: with structural damping. On new cases `subspace` has to look itself what its step brought."""
+"""By name: +s with structural damping, +p with the preset's preconditioner, -preset with nothing tuned.
+
+On new cases `subspace` has to look itself what its step brought.
+"""
 
 CELLS = "rnn", "lstm"
 
@@ -161,7 +164,7 @@ def tuning_runs(task: str, cell: str, method: str, seed: int) -> list[Run]:
 
 def untried(runs: Sequence[Run], tried: Mapping[Run, Mapping[str, Any]]) -> list[Run]:
     """Give the tuning runs to make next, none where the choice is made."""
-    missing = [run for run in runs[FIRST] if run not in tried]
+    missing = [run for run in runs[FIRST] or runs if run not in tried]
     if missing:
         return missing
     value = best([tried[run] for run in runs if run in tried])
