@@ -14,6 +14,7 @@ from hfmpi.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples" / "pathological"
+RESULTS = ROOT / "docs" / "results"
 
 
 @pytest.fixture
@@ -282,6 +283,16 @@ def test_medians_over_seeds(tasks):
         return [{"solved": end > 0, "P_I_full": abs(end)} for end in ends]
 
     assert passes(runs(10, 30, 20, 50)) == "25"
+    assert passes(runs(10, 30)) == "20 (2 of 2)"
     assert passes(runs(10, -900, 20, 50)) == "35 (3 of 4)"
     assert passes(runs(1000, -3000, 20, -5000)) == "> 4,000 (2 of 4)"
     assert passes(runs(-7000)) == "> 7,000 (0 of 1)"
+
+
+def test_the_page_of_results_is_what_its_file_says(tasks, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["table.py", str(RESULTS / "pathological.json")])
+    runpy.run_path(str(FOLDER / "table.py"), run_name="__main__")
+    page = (RESULTS / "pathological.md").read_text().splitlines()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) > 10
+    assert [row for row in rows if row not in page] == []

@@ -27,7 +27,7 @@ NOTHING = "–"
 def passes(runs: Sequence[Record]) -> str:
     """Give the median P_I (full) to success where most seeds succeeded, else where the others ended."""
     good = [run["P_I_full"] for run in runs if run["solved"]]
-    share = "" if len(good) == len(runs) else f" ({len(good)} of {len(runs)})"
+    share = "" if len(good) == results.SEEDS else f" ({len(good)} of {len(runs)})"
     if 2 * len(good) > len(runs):
         return f"{median(good + [math.inf] * (len(runs) - len(good))):,.0f}{share}"
     return f"> {median(run['P_I_full'] for run in runs if not run['solved']):,.0f}{share}"
