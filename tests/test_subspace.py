@@ -147,6 +147,25 @@ def test_where_the_risk_rises_it_goes_back_to_the_minimum_along_the_step(memory,
     assert reports[-1].loss < (0.1 if decay == 0 else 0.5) * reports[0].loss
 
 
+class Cliff(Bowl):
+    """A risk that is higher everywhere but where it starts."""
+
+    def loss(self, theta):
+        return super().loss(theta) + 100.0 * bool(np.any(theta))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_at_a_cliff_a_step_is_taken_anew_when_nothing_is_left_of_the_last(dtype):
+    cliff = Cliff()
+    optimizer = Subspace("gradient", damping=1e-3)
+    _, _, reports = steps(optimizer, cliff, 30, dtype)
+    taken = [i for i, report in enumerate(reports) if report.accepted]
+    assert taken[0] == 0
+    assert len(taken) > 1  # else it would go back for ever
+    assert taken[1] <= 20
+    assert reports[taken[1]].details["damping"] > 1e3 * 1e-3  # lambda has risen meanwhile
+
+
 def test_weight_decay_is_part_of_the_model():
     bowl, decay = Bowl(), 0.7
     optimum = np.linalg.solve(bowl.curvature + decay * np.eye(SIZE), bowl.curvature @ bowl.centre)

@@ -185,7 +185,8 @@ class Subspace:
         norm, rho, work = math.sqrt(square), None, Work(gradients=1)
         report = StepReport(plain, False, "", work, _details(norm, state.damping))
         promised = state.descent - state.curvature / 2
-        if not self.candidates and promised > 0:
+        least = float(np.finfo(theta.dtype).eps) * abs(state.loss)  # a promise below it cannot be judged
+        if not self.candidates and promised > least:
             rho = (state.loss - loss) / promised
             report = replace(report, details=_details(norm, state.damping, rho))
             if not rho > 0:
