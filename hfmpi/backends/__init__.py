@@ -52,7 +52,7 @@ def create(
         except ImportError as error:
             reason = " ".join(str(error).split())
             raise UserError(
-                f"the cupy backend needs CuPy, such as hfmpi[cuda12] or hfmpi[cuda13] ({reason})"
+                f"the cupy backend needs CuPy, such as cupy-cuda12x or cupy-cuda13x ({reason})"
             ) from None
         return CupyBackend(dtype, local_rank, precision)
     if name == "numba":

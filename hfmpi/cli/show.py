@@ -84,7 +84,7 @@ def need_matplotlib() -> None:
     try:
         import matplotlib
     except ImportError:
-        raise UserError("drawing needs matplotlib: pip install 'hfmpi[plot]'") from None
+        raise UserError("drawing needs matplotlib: pip install matplotlib") from None
     matplotlib.use("agg")
 
 

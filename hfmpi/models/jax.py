@@ -52,7 +52,7 @@ class JaxModel(FrameworkModel):
 
     def __init__(self, apply: Any, params: Any, loss: str | Loss) -> None:
         if jax is None:
-            raise UserError("JaxModel needs JAX: pip install 'hfmpi[jax]'")
+            raise UserError("JaxModel needs JAX: pip install jax")
         if not callable(apply):
             raise UserError(f"apply must be a function (params, x) -> outputs, not {shown(apply)}")
         paths, self._tree = jax.tree_util.tree_flatten_with_path(params)

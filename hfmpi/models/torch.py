@@ -58,7 +58,7 @@ class TorchModel(FrameworkModel):
 
     def __init__(self, module: Any, loss: str | Loss) -> None:
         if torch is None:
-            raise UserError("TorchModel needs PyTorch: pip install 'hfmpi[torch]'")
+            raise UserError("TorchModel needs PyTorch: pip install torch")
         if not isinstance(module, torch.nn.Module):
             raise UserError(f"module must be a torch.nn.Module, not {shown(module)}")
         if isinstance(module, torch.jit.ScriptModule):

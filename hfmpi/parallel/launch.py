@@ -50,7 +50,7 @@ def connect(stall_timeout: float = 0.0) -> Communicator:
             _refuse(
                 rank,
                 f"the launcher started {size} processes, but MPI cannot be loaded ({reason}): "
-                "install mpi4py and an MPI library such as hfmpi[mpich]",
+                "install mpi4py and an MPI library such as mpich",
             )
         return Communicator()
     if not mpi.Is_initialized() and (obstacle := library.obstacle(mpi)):

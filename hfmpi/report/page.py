@@ -39,7 +39,7 @@ def plotly_js() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise UserError("a page needs plotly: pip install 'hfmpi[report]'") from None
+        raise UserError("a page needs plotly: pip install plotly") from None
     return str(get_plotlyjs())
 
 
