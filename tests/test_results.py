@@ -36,7 +36,14 @@ def large(cell, method):
 
 
 def test_figures_of_the_winners_are_on_the_pages_that_are_named():
-    pages = {"1": "fewest-passes.md", "2": "better.md", "3": "figure1.md", "4": "kjv.md", "5": "clock.md", "6": "peers.md"}
+    pages = {
+        "1": "fewest-passes.md",
+        "2": "better.md",
+        "3": "figure1.md",
+        "4": "kjv.md",
+        "5": "clock.md",
+        "6": "peers.md",
+    }
     text = (RESULTS / "index.md").read_text()
     winners = text[text.index("## Who wins") : text.index("## Method by method")]
     seen = 0
