@@ -86,11 +86,14 @@ def test_a_line_of_any_width(compiling):
             assert COMPILING in text
 
 
-def on_terminal(columns, *words):
-    """Run the command on a terminal of so many columns; give what it writes there, without colours."""
+COMMAND = "from hfmpi.cli.main import entry; entry()"
+
+
+def on_terminal(columns, source, *words):
+    """Run Python on a terminal of so many columns; give what it writes there, without colours."""
     master, terminal = os.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    program = [sys.executable, "-c", "from hfmpi.cli.main import entry; entry()", *map(str, words)]
+    program = [sys.executable, "-c", source, *map(str, words)]
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"TERM": "xterm"}
     written = b""
     with subprocess.Popen(
@@ -111,14 +114,47 @@ def test_a_run_on_a_terminal(tmp_path):
     data, run = write_corpus(tmp_path / "small.h5"), tmp_path / "run"
     options = "--optimizer shf --hidden 8 --sequence-length 20 --gradient-batch 10 --curvature-batch 4"
     words = ["train", data, *options.split()]
-    written = on_terminal(50, *words, "--backend", "numpy", "--out", run, "--max-seconds", 1.2)
+    written = on_terminal(70, COMMAND, *words, "--backend", "numpy", "--out", run, "--max-seconds", 1.2)
     # What the live line was, each time that it was drawn: after a return that clears it.
-    lines = re.findall(r"\r\x1b\[2K(step [^\r\n\x1b]*)", written)
-    assert max(map(len, lines)) < 50
+    lines = re.findall(r"\r\x1b\[2K(step \d[^\r\n\x1b]*)", written)
+    assert max(map(len, lines)) < 70
     part = r"step [\d,]+  (0:0\d  )?0:0\d left  [\d.e+]+ (steps/s|s/step)  train \d"
     assert any(re.match(part, line) for line in lines), lines
     assert re.search(r"Stopped at step [\d,]+: 1.2 seconds are over", written)
     assert "\x1b[?25h" in written  # the cursor is there again
+
+
+PROGRAM = """
+import numpy as np
+import hfmpi
+from hfmpi.backends import create
+from hfmpi.backends.compiling import tell
+
+class Slow(hfmpi.Network):  # a stand-in for kernels that are compiled when the model is tried
+    def loss(self, theta, batch):
+        if not hasattr(self, "tried"):
+            tell(True)
+            tell(False)
+            self.tried = True
+        return super().loss(theta, batch)
+
+model = Slow(cell="rnn", inputs=3, outputs=2, hidden=4, backend=create("numpy"))
+data = np.ones((9, 5, 3)), np.ones((9, 5), int)
+hfmpi.train(model, data, data, metric=lambda outputs, targets: outputs.argmax(1) == targets, max_steps=9,
+            evaluate_every=1)
+"""
+
+
+def test_a_python_program_on_a_terminal():
+    written = on_terminal(120, PROGRAM)
+    begin, *_ = written.partition("rnn, 4 units")
+    assert COMPILING in begin
+    part = r"step [1-9]/9  .*train 0\.0[\d.]{5,}  valid [\d.e-]+  metric 1"
+    lines = re.findall(r"\r\x1b\[2K(step [^\r\n\x1b]*)", written)
+    assert any(re.match(part, line) for line in lines), written
+    assert re.search(
+        r"Stopped at step 9: 9 steps were taken, loss [\d.e-]+, metric 1 on validation\.\r\n$", written
+    )
 
 
 def test_what_is_no_terminal_sees_plain_lines(tmp_path, capsys):

@@ -139,9 +139,10 @@ def train(
         placement = place(comm, threads)
         if isinstance(model, FrameworkModel):
             stack.enter_context(model.threads(placement.threads))
-        run = together(comm, lambda: _build(model, train, valid, out, metric, options, comm, placement))
-        told = _Told(stack.enter_context(make_reporter(comm.rank, quiet)))
-        ending = run.train(told, signals)
+        with make_reporter(comm.rank, quiet) as reporter:
+            run = together(comm, lambda: _build(model, train, valid, out, metric, options, comm, placement))
+            told = _Told(reporter)
+            ending = run.train(told, signals)
         if comm.rank == 0 and not quiet:
             _tell(run, ending)
         records = _history(run, told, comm)

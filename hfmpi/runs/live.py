@@ -14,7 +14,7 @@ import click
 
 from hfmpi.backends.compiling import told
 
-__all__ = ["LiveLine", "Patience", "announced"]
+__all__ = ["COMPILING", "LiveLine", "Patience", "announced"]
 
 COMPILING = "compiling kernels, once for this machine ..."
 PATIENCE = 1.0
@@ -44,7 +44,7 @@ class LiveLine:
     ) -> None:
         self.max_steps, self.max_seconds, self.clock = max_steps, max_seconds, clock
         self._step, self._seconds, self._at = step, 0.0, clock()
-        self._train = self._valid = ""
+        self._train = self._valid = self._metric = ""
         self._more: Sequence[str] = ()
         self._recent: deque[tuple[int, float]] = deque(maxlen=WINDOW)
         self._compiling = self._compiled = False
@@ -55,17 +55,28 @@ class LiveLine:
         self._compiled |= now
 
     def update(
-        self, step: int, seconds: float, train: float | None, valid: float | None, more: Sequence[str] = ()
+        self,
+        step: int,
+        seconds: float,
+        train: float | None,
+        valid: float | None,
+        metric: float | None = None,
+        more: Sequence[str] = (),
+        form: str = ".4f",
     ) -> None:
-        """Take a step: its number, the training time, its losses, and what else is said where it fits."""
+        """Take a step: number, training time, losses, the user's metric, what else is said where it fits.
+
+        `form` is that of the losses.
+        """
         now = self.clock()
         if not self._recent and not self._compiled:  # a step that compiles tells nothing of the next ones
             self._recent.append((self._step, seconds - (now - self._at)))
         if not self._recent or seconds - self._recent[-1][1] >= 0.5:
             self._recent.append((step, seconds))
         self._step, self._seconds, self._at, self._more = step, seconds, now, more
-        self._train = "" if train is None else f"train {train:.4f}"
-        self._valid = self._valid if valid is None else f"valid {valid:.4f}"
+        self._train = "" if train is None else f"train {train:{form}}"
+        self._valid = self._valid if valid is None else f"valid {valid:{form}}"
+        self._metric = self._metric if metric is None else f"metric {metric:{form}}"
 
     def text(self, width: int) -> str:
         """Give the line: of its parts the most important ones that fit, in their order."""
@@ -82,7 +93,8 @@ class LiveLine:
                 (4, self._speed()),
                 (1, self._train),
                 (3, self._valid),
-                *((6 + place, more) for place, more in enumerate(self._more)),
+                (6, self._metric),
+                *((7 + place, more) for place, more in enumerate(self._more)),
             ]
         room, least = width, 0
         for rank, part in sorted(ranked):

@@ -12,7 +12,7 @@ import click
 from hfmpi.backends.compiling import told
 from hfmpi.files.history import BITS, Record, loss_keys
 from hfmpi.parallel.placement import Place
-from hfmpi.runs.live import LiveLine, Patience
+from hfmpi.runs.live import COMPILING, LiveLine, Patience
 from hfmpi.runs.record import Facts, Reporter
 
 __all__ = ["make_reporter"]
@@ -91,14 +91,17 @@ class Live(Log):
         """Show the step."""
         if self.line is not None:
             losses = loss_keys(record).of(record)
-            self.line.update(record["step"], record["seconds"], *losses, model_parts(record))
+            metric, more = record.get("valid_metric"), model_parts(record)
+            self.line.update(record["step"], record["seconds"], *losses, metric, more, form_of(record))
         if is_evaluated(record) or not record["accepted"]:
             self.display.console.print(line(record), highlight=False, markup=False)
 
     def compiling(self, now: bool) -> None:
-        """Show whether kernels are being compiled."""
+        """Show whether kernels are being compiled; `hfmpi.train` tries a model before there is a line."""
         if self.line is not None:
             self.line.compiling(now)
+        else:
+            self.display.update(COMPILING if now else "", refresh=True)
 
 
 def where(places: Sequence[Place], precision: str) -> None:
@@ -119,10 +122,14 @@ def is_evaluated(record: Record) -> bool:
     return loss_keys(record).of(record)[1] is not None
 
 
+def form_of(record: Record) -> str:
+    """Give how the losses of a record are written: bits per character alike, others are of any size."""
+    return ".4f" if loss_keys(record) == BITS else ".5g"
+
+
 def line(record: Record) -> str:
     """Give one step as text; the numbers are those of the history."""
-    keys = loss_keys(record)
-    (loss, valid), form = keys.of(record), ".4f" if keys == BITS else ".5g"  # a loss has any size
+    (loss, valid), form = loss_keys(record).of(record), form_of(record)
     parts = [f"step {record['step']:>6,}", f"{record['seconds']:>8.1f} s", f"train {loss:{form}}"]
     if valid is not None:
         parts.append(f"valid {valid:{form}}")
