@@ -164,6 +164,9 @@ def test_a_run_keeps_the_contract_of_the_command(tmp_path, monkeypatch, capfd):
     assert "run is a run of a Python program (hfmpi.train); give another --out" in str(
         command("train", data, "--out", "run", "--max-steps", 1).exception
     )
+    assert "run is a run of a Python program (hfmpi.train); a run on a text starts from one on a text" in str(
+        command("train", data, "--out", "new", "--resume", "run", "--max-steps", 9).exception
+    )
     train_text(tmp_path / "text", data, max_steps=2)
     assert "draw them apart" in str(command("plot", "run", "text", "--out", "both.png").exception)
     with pytest.raises(UserError, match="text is a run of `hfmpi train` on a text; give another out"):

@@ -208,6 +208,15 @@ def test_a_checkpoint_whose_past_is_none(here):
             run("small.h5 --out new --max-steps 4")
 
 
+def test_a_checkpoint_without_options(here):
+    path = here / "bare.h5"
+    found = checkpoint.latest(here / "old")
+    meta = {name: value for name, value in found.meta.items() if name != "config"}
+    checkpoint.save(path, found.theta, found.state, meta)
+    with pytest.raises(UserError, match="the checkpoint holds no options of a run"):
+        run("small.h5 --resume bare.h5 --out new --max-steps 4")
+
+
 def test_ranks_start_with_the_same_parameters(here):
     words = "small.h5 --resume old --optimizer adam --max-steps 4 --out"
     done = outside(2, here, "train", *words.split(), "two")

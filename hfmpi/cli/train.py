@@ -92,8 +92,10 @@ def train(
         own = resume in ("auto", "never") or started_from(folder, resume)
         found = find_checkpoint(folder, "auto" if own and resume != "never" else resume)
         if found is not None and "cases" in found.meta:
-            whose = folder if own else resume
-            raise UserError(f"{whose} is a run of a Python program (hfmpi.train); give another --out")
+            remedy = "give another --out" if own else "a run on a text starts from one on a text"
+            raise UserError(
+                f"{folder if own else resume} is a run of a Python program (hfmpi.train); {remedy}"
+            )
         if found is not None and own:
             check_one_run(folder, found)
             if not os.path.exists(data):
@@ -105,7 +107,7 @@ def train(
         if found is None or own:
             merged = merge(wanted, found.meta.get("config") if found else None)
         else:
-            merged = started(wanted, found.meta.get("config", {}))
+            merged = started(wanted, found.meta.get("config"))
         task = TextTask.read(merged, data, placement.local_rank)
         if found is not None and not own:
             found, why = start(found, resume, merged, task.corpus.digest)

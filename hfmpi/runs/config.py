@@ -237,7 +237,7 @@ def merge(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None, out
     return replace(base, **changes)
 
 
-def started(given: Mapping[str, Any], stored: Mapping[str, Any]) -> Config:
+def started(given: Mapping[str, Any], stored: Any) -> Config:
     """Make the configuration of a new run that starts from another: what was given, else what that one had.
 
     Where another preset is asked for, its settings and batch sizes take the place of the other one's.
@@ -245,8 +245,8 @@ def started(given: Mapping[str, Any], stored: Mapping[str, Any]) -> Config:
     Raises
     ------
     UserError
-        For unknown options, wrong types or values, and for another network. Its size is left to be compared
-        with the parameters.
+        For unknown options, wrong types or values, another network, and where `stored` are no options. The
+        network's size is left to be compared with the parameters.
     """
     values, base = _checked(given), Config(**_checked(stored))
     for name in NETWORK:
