@@ -80,7 +80,9 @@ def test_steps(optimizer):
 
 def test_the_table_names_what_was_measured_on():
     batches = "--gradient-batch", "8", "--curvature-batch", "4"
-    result = CliRunner().invoke(bench, ["step", "--model", "lstm", *batches, *SMALL[:-1]])
+    result = CliRunner().invoke(
+        bench, ["step", "--model", "lstm", "--optimizer", "shf", *batches, *SMALL[:-1]]
+    )
     assert result.exit_code == 0
     assert "rank(s) of 1 thread(s)" in result.output
     assert "openblas" in result.output

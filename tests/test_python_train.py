@@ -491,7 +491,8 @@ def test_a_signal_stops_a_run_with_a_checkpoint(tmp_path):
     body = """
 result = hfmpi.train(*given, out="run", optimizer="bhf-short", gradient_batch=60, curvature_batch=60,
     checkpoint_every=10**6, evaluate_every=10**6)
-print("returned", rank, result.step == len(result.history), result.done, result.reason, flush=True)
+whole = result.step == len(result.history)
+print(f"returned {rank} {whole} {result.done} {result.reason}", flush=True)  # in one write
 """
 
     def stop(process):
