@@ -331,7 +331,18 @@ def surroundings():
 
 def test_the_process_of_a_caller_stays_as_it_was(tmp_path):
     corpus, run = str(write_corpus(tmp_path / "c.h5")), str(tmp_path / "run")
-    small = ["--hidden", "5", "--backend", "numpy", "--gradient-batch", "9", "--curvature-batch", "3"]
+    small = [
+        "--optimizer",
+        "shf",
+        "--hidden",
+        "5",
+        "--backend",
+        "numpy",
+        "--gradient-batch",
+        "9",
+        "--curvature-batch",
+        "3",
+    ]
     before = surroundings()
     for optimizer in OPTIMIZERS:
         steps(optimizer, GOOD, Bowl())

@@ -572,7 +572,18 @@ def test_the_command_line_end_to_end(tmp_path):
         return done.stdout + done.stderr
 
     run = tmp_path / "run"
-    tiny = ["--hidden", 5, "--sequence-length", 10, "--gradient-batch", 6, "--curvature-batch", 3]
+    tiny = [
+        "--optimizer",
+        "shf",
+        "--hidden",
+        5,
+        "--sequence-length",
+        10,
+        "--gradient-batch",
+        6,
+        "--curvature-batch",
+        3,
+    ]
     said = hfmpi("train", data, "--out", run, "--backend", "cupy", *tiny, "--max-steps", 2)
     assert "1 rank(s) of" in said
     assert "cupy, float32" in said

@@ -76,7 +76,16 @@ def test_the_installed_command_trains(built, tmp_path):
     assert where.startswith(str(tmp_path / "venv"))
     (tmp_path / "book.txt").write_bytes((ROOT / "CHANGELOG.md").read_bytes())
     run(hfmpi_there, "prepare", "book.txt", "book.h5", cwd=tmp_path)
-    batches = "--sequence-length", "10", "--gradient-batch", "4", "--curvature-batch", "2"
+    batches = (
+        "--optimizer",
+        "shf",
+        "--sequence-length",
+        "10",
+        "--gradient-batch",
+        "4",
+        "--curvature-batch",
+        "2",
+    )
     small = "--backend", "numpy", "--hidden", "4", *batches, "--max-steps", "2"
     run(hfmpi_there, "train", "book.h5", "--out", "run", *small, cwd=tmp_path)
     assert len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) == 2
