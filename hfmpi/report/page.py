@@ -25,6 +25,16 @@ __all__ = ["is_page", "page", "plotly_js"]
 FIRST_BYTES = b"<!DOCTYPE html>\n<!-- a page of hfmpi report -->"
 """Of every page, by which a page is told from other files."""
 
+AGAINST = {
+    "P_I": "P<sub>I</sub>",
+    "P_D": "P<sub>D</sub>",
+    "P_I_full": "P<sub>I</sub> full",
+    "P_D_full": "P<sub>D</sub> full",
+    "step": "steps",
+    "seconds": "seconds",
+}
+"""What curves are drawn against, in HTML."""
+
 DIFFERENT = "The runs were trained on different data: their losses are not those of one task."
 
 
@@ -92,6 +102,8 @@ def page(runs: Sequence[Contents], every: float | None = None) -> bytes:
         "follows": f", and anew every {every:g} s" if every else "",
         "note": _note(DIFFERENT) if len({run.network.corpus for run in runs} - {None}) > 1 else "",
         "legend": "\n".join(_entry(i, run) for i, run in enumerate(runs)),
+        "against_loss": _against("loss"),
+        "against_told": _against("told"),
         "losses": "\n".join(
             f'<div class="plot loss" id="loss-{i}" data-unit="{unit}"></div>' for i, unit in enumerate(units)
         )
@@ -117,6 +129,14 @@ def page(runs: Sequence[Contents], every: float | None = None) -> bytes:
 
 def _note(sentence: str) -> str:
     return f'<p class="note">{escaped(sentence, 1000)}</p>'
+
+
+def _against(view: str) -> str:
+    """Give the buttons that choose what the curves of a view are drawn against."""
+    return "\n".join(
+        f'<button type="button" data-view="{view}" data-against="{key}">{words}</button>'
+        for key, words in AGAINST.items()
+    )
 
 
 def _entry(number: int, run: Contents) -> str:
