@@ -195,6 +195,13 @@ def passes(backend, theta, batch, repeats, about=MLSTM):
     return results
 
 
+def by_graphs(dtype="float64"):
+    """Give a backend that takes no persistent kernel."""
+    backend = create("cupy", dtype)
+    backend.persistent_batch = 0
+    return backend
+
+
 @pytest.fixture(scope="module")
 def problem():
     rng = np.random.default_rng(5)
@@ -203,7 +210,7 @@ def problem():
 
 
 def test_a_replayed_graph_gives_the_numbers_of_plain_launches(problem):
-    plain, graphs = create("cupy", "float64"), create("cupy", "float64")
+    plain, graphs = by_graphs(), by_graphs()
     plain.captures = False
     expected, found = passes(plain, *problem, 4), passes(graphs, *problem, 4)
     assert graphs.captures
@@ -216,19 +223,19 @@ def test_a_replayed_graph_gives_the_numbers_of_plain_launches(problem):
 def test_graphs_survive_a_workspace_that_grows(problem):
     """Then the old memory is free, and nothing may go on using it."""
     theta, batch = problem
-    backend = create("cupy", "float64")
+    backend = by_graphs()
     passes(backend, theta, batch, 3)
     larger = make_batch(np.random.default_rng(1), 5, 30, 11)
     passes(backend, theta, larger, 3)
-    fresh = create("cupy", "float64")
+    fresh = by_graphs()
     for a, b in zip(passes(backend, theta, batch, 3), passes(fresh, theta, batch, 3), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_few_graphs_are_kept(problem, monkeypatch):
     monkeypatch.setattr("hfmpi.backends.cupy.MOST_GRAPHS", 3)
-    backend = create("cupy", "float64")
-    expected = passes(create("cupy", "float64"), *problem, 3)
+    backend = by_graphs()
+    expected = passes(by_graphs(), *problem, 3)
     for a, b in zip(passes(backend, *problem, 3), expected, strict=True):
         np.testing.assert_array_equal(a, b)
     assert len(backend._graphs) == 3
@@ -236,9 +243,9 @@ def test_few_graphs_are_kept(problem, monkeypatch):
 
 @standin_only
 def test_a_refused_capture_falls_back_to_plain_launches(problem, monkeypatch):
-    expected = passes(create("cupy", "float64"), *problem, 3)
+    expected = passes(by_graphs(), *problem, 3)
     monkeypatch.setattr(cupy.Memory, "refuse_capture", True)
-    backend = create("cupy", "float64")
+    backend = by_graphs()
     before = cupy.Memory.graphs
     for a, b in zip(passes(backend, *problem, 3), expected, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -263,9 +270,10 @@ def persistent(dtype, about, rows=None):
             + rows * 4 * about.hidden
         )
         backend._persistent._shared_bytes = numbers * backend.dtype.itemsize
-    return backend, create("cupy", dtype)
+    return backend, by_graphs(dtype)
 
 
+@pytest.mark.usefixtures("cooperative")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("about", "batch", "rows"), [
     (MLSTM, 4, None),
@@ -288,6 +296,7 @@ def test_a_persistent_kernel_gives_the_numbers_of_the_other_loops(dtype, about, 
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.usefixtures("cooperative")
 @pytest.mark.parametrize("reason", ["too many sequences", "a plain cell", "no room on the chip"])
 def test_other_loops_are_no_persistent_kernels(reason):
     about = Architecture("mrnn", 9, 5, 5) if reason == "a plain cell" else MLSTM
@@ -302,6 +311,7 @@ def test_other_loops_are_no_persistent_kernels(reason):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.usefixtures("cooperative")
 @standin_only
 def test_a_refused_cooperative_launch_falls_back_to_graphs(problem, monkeypatch):
     own, other = persistent("float64", MLSTM)

@@ -4,7 +4,7 @@
 
 Gauss-Newton products and gradients of the gated cells at the paper's size, all in turn within one run; ratios
 are medians of the ratios to the graph within each repetition. All must give the same numbers.
-The batch up to which the persistent kernel is ahead in both belongs in `CupyBackend.persistent_batch`.
+The batch up to which the persistent kernel is ahead in both is `CupyBackend.persistent_batch`.
 """
 
 import argparse
@@ -25,9 +25,9 @@ VOCABULARY = 50
 LOOPS = ("launches", "graph", "persistent")
 
 
-def passes(loops, about, text, batch):
+def passes(loops, about, text, batch, dtype):
     """Give a backend, and a product and a gradient over a batch on it."""
-    backend = create("cupy")
+    backend = create("cupy", dtype)
     backend.captures = loops != "launches"
     backend.persistent_batch = batch if loops == "persistent" else 0
     owner = DataParallel(Network(about, backend), Communicator(), micro_batch=batch)
@@ -37,12 +37,12 @@ def passes(loops, about, text, batch):
     return backend, {"product": lambda: apply(theta), "gradient": lambda: risk.gradient(theta).vector}
 
 
-def measure(about, length, batch, repeats):
+def measure(about, length, batch, repeats, dtype):
     """Give the seconds of every pass in every kind of loop."""
     text = np.random.default_rng(0).integers(0, VOCABULARY, length * batch).astype(np.uint8)
     found, expected = {}, {}
     for loops in LOOPS:
-        backend, own = passes(loops, about, Sequences(text, length), batch)
+        backend, own = passes(loops, about, Sequences(text, length), batch, dtype)
         for kind, run in own.items():
             vector = backend.to_host(run()).astype(np.float64)
             reference = expected.setdefault(kind, vector)
@@ -64,14 +64,15 @@ def main():
     parser.add_argument("--length", type=int, default=200)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 64, 128, 256])
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float64"))
     given = parser.parse_args()
-    print(create("cupy").device, machine.versions("hfmpi", "numpy"), machine.cupy())
+    print(create("cupy").device, given.dtype, machine.versions("hfmpi", "numpy"), machine.cupy())
     print("| model | units | batch | pass | loops | seconds | times the graph's |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for model in given.model:
         about = Config(model=model, hidden=given.hidden).architecture(VOCABULARY)
         for batch in given.batch:
-            seconds = measure(about, given.length, batch, given.repeats)
+            seconds = measure(about, given.length, batch, given.repeats, given.dtype)
             for (kind, loops), own in sorted(seconds.items(), key=lambda row: row[0][0], reverse=True):
                 ratio = np.median(own / seconds[kind, "graph"])
                 print(

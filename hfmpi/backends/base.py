@@ -158,6 +158,10 @@ class Backend:
         """
         run()
 
+    def loop_place(self, name: str, arrays: Mapping[str, Any]) -> Hashable | None:
+        """Tell a loop that may be done as a whole from all others, by its arrays; None: step by step."""
+        return None
+
     def new_workspace(self) -> Workspace:
         """Make an empty workspace on this device."""
         return Workspace(self.xp, self.dtype)

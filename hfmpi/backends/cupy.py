@@ -35,6 +35,9 @@ SLICE_ROWS, MOST_SLICES = 256, 128
 MOST_GRAPHS = 256
 """Captured loops that are kept; the longest unused one goes first."""
 
+PERSISTENT_BATCH = 32
+"""Sequences up to which persistent kernels were quicker than graphs (examples/benchmarks/loops.py, docs/gpu.md)."""
+
 FUSED = ("gated", "plain")
 """Cells whose steps are kernels of kernels.cu."""
 
@@ -97,8 +100,8 @@ class CupyBackend(NumpyBackend):
     captures : bool
         Capture the loops over time in graphs; turns off by itself where CUDA refuses it.
     persistent_batch : int
-        Most sequences that a loop of a gated cell does in one kernel; 0: none, until that is measured. The
-        products inside such a kernel are not among those that `hfmpi.bench.bound` records.
+        Most sequences that a loop of a gated cell does in one kernel; 0: none. Beyond 32 graphs are quicker
+        (docs/gpu.md).
     """
 
     name = "cupy"
@@ -125,7 +128,7 @@ class CupyBackend(NumpyBackend):
         self._pinned_bytes = 0
         self._graphs: OrderedDict[Hashable, Any] = OrderedDict()
         self.captures = True
-        self.persistent_batch = 0
+        self.persistent_batch = PERSISTENT_BATCH
 
     # Arrays ------------------------------------------------------------------------------------
 
@@ -219,10 +222,16 @@ class CupyBackend(NumpyBackend):
 
     def loop(self, name: str, run: Callable[[], None], arrays: Mapping[str, Any]) -> None:
         """Do a loop over time as one kernel, as a graph, or, where a step is plain array code, as it is."""
-        if name.partition(" ")[0] not in FUSED:  # a graph would not know where its temporaries are next time
+        place = self.loop_place(name, arrays)
+        if place is None:
             run()
         elif not self._in_one_kernel(name, arrays):
-            self.replay((name, *map(self._place, arrays.values())), run)
+            self.replay(place, run)
+
+    def loop_place(self, name: str, arrays: Mapping[str, Any]) -> Hashable | None:
+        if name.partition(" ")[0] not in FUSED:  # a graph would not know where its temporaries are next time
+            return None
+        return name, *map(self._place, arrays.values())
 
     def _place(self, argument: Any) -> Hashable:
         """Say where an array of a loop lies, and how large it is."""

@@ -7,8 +7,9 @@ that has a faster product for some shapes (`Backend.multiply`) may come out belo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from hfmpi.backends.base import Array, Backend, Packed
 
@@ -53,7 +54,7 @@ class Products:
         self.calls, backend = [], self.backend
         self._recording = object()  # another one each time, however the memory is reused
         calls = self.calls
-        plain, packed, replay = backend.matmul, backend.multiply, backend.replay
+        plain, packed, whole = backend.matmul, backend.multiply, backend.loop
         # A transpose is a view, and the BLAS reads a copy faster: one for all views of the same numbers, so
         # that recording hardly slows what is recorded.
         copies: dict[tuple[int, ...], Array] = {}
@@ -70,19 +71,22 @@ class Products:
                 copies[view] = backend.xp.ascontiguousarray(b.matrix)
             calls[known:] = [(a, copies[view], out)]  # once, however it was done
 
-        def replayed(key: Hashable, launch: Callable[[], None]) -> None:
-            known = len(calls)
-            replay(key, launch)
-            if len(calls) > known:
-                self._loops[key] = calls[known:]
-            else:  # as a graph: the products that it was captured from
-                calls.extend(self._loops.get(key, []))
+        def loop(name: str, run: Callable[[], None], arrays: Mapping[str, Any]) -> None:
+            known, place = len(calls), backend.loop_place(name, arrays)
+            if place is None:
+                whole(name, run, arrays)
+            elif place in self._loops:  # as a graph or in one kernel: the products that it was seen to do
+                whole(name, run, arrays)
+                calls[known:] = self._loops[place]
+            else:
+                run()
+                self._loops[place] = calls[known:]
 
-        backend.matmul, backend.multiply, backend.replay = matmul, multiply, replayed  # type: ignore[method-assign]
+        backend.matmul, backend.multiply, backend.loop = matmul, multiply, loop  # type: ignore[method-assign]
         try:
             yield
         finally:
-            del backend.matmul, backend.multiply, backend.replay  # the class's own again
+            del backend.matmul, backend.multiply, backend.loop  # the class's own again
 
     def repeat(self) -> None:
         """Do all products again, and nothing else."""
