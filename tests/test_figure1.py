@@ -287,6 +287,11 @@ def test_both_figures_are_drawn(study, curves, tmp_path):
     figure.write(runs, tmp_path)
     for name in ("figure1.png", "figure1-validation.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    by_counts = figure.draw(runs, "train_bpc", "bits/char", clock=False)
+    assert {axes.get_xlabel() for axes in by_counts.axes if axes.get_xlabel()} == {
+        figure.AXES["P_I"],
+        figure.AXES["P_D"],
+    }
 
 
 @pytest.mark.parametrize(

@@ -95,11 +95,18 @@ def measure(model, batch_size, repeats):
         names += [(kind, "hfmpi"), (kind, "products alone")]
     for name, (peer, product, gradient) in peers(about, theta, text.take(np.arange(batch_size))).items():
         w = peer.vector(v)
-        same(name, peer.flat(product(w)), expected["product"], 1e-3)
+        try:
+            same(name, peer.flat(product(w)), expected["product"], 1e-3)
+            if gradient:
+                same(name, peer.flat(gradient()[1]), expected["gradient"], 1e-3)
+        except RuntimeError as error:  # of both libraries on a GPU
+            if "out of memory" not in str(error).lower():
+                raise
+            print(f"{name}: out of memory with {batch_size} sequences, left out", file=sys.stderr)
+            continue
         contestants.append(lambda product=product, w=w: product(w))
         names.append(("product", name))
         if gradient:
-            same(name, peer.flat(gradient()[1]), expected["gradient"], 1e-3)
             contestants.append(gradient)
             names.append(("gradient", name))
     seconds = contest(Communicator(), [Contestant(run, 1, 1) for run in contestants], repeats)
@@ -124,18 +131,18 @@ def main():
     parser.add_argument("--gpu", action="store_true", help="on the first GPU instead of one core")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    rows = [
-        row
-        for model in given.model or ["lstm", "mlstm"]
-        for batch in given.batch or [32, 320]
-        for row in measure(model, batch, given.repeats)
-    ]
     about = {"processor": machine.processor(), "blas": machine.blas(), "core": CORE}
     about |= {"versions": machine.versions("hfmpi", "numpy", "numba", "jax", "torch")}
     if GPU:
         about |= {"device": create("cupy").device, "cupy": machine.cupy()}
+    rows = (
+        row
+        for model in given.model or ["lstm", "mlstm"]
+        for batch in given.batch or [32, 320]
+        for row in measure(model, batch, given.repeats)
+    )
     if given.json:
-        print(json.dumps({"machine": about, "rows": rows}))
+        print(json.dumps({"machine": about, "rows": [*rows]}))
         return
     print(about)
     print("| pass | model | batch | contestant | seconds | times hfmpi |")
@@ -143,7 +150,8 @@ def main():
     for row in rows:
         print(
             f"| {row['pass']} | {row['model']} | {row['batch']} | {row['contestant']} "
-            f"| {row['seconds']:.4f} | {row['times_hfmpi']:.2f} |"
+            f"| {row['seconds']:.4f} | {row['times_hfmpi']:.2f} |",
+            flush=True,
         )
 
 

@@ -40,7 +40,7 @@ class Contestant:
         self.inputs = nn.functional.one_hot(torch.from_numpy(inputs).long(), v).float().to(device)
         self.targets = torch.from_numpy(targets).long().reshape(-1).to(device)
 
-        self.kept = self._graph()
+        self._kept = None
 
     def _graph(self):
         """Run the network, and pull a cotangent u back through it with a graph of its own."""
@@ -64,7 +64,8 @@ class Contestant:
 
     def product_on_kept_graph(self, v):
         """Give G v by the graph of the first call."""
-        return self._product(v, *self.kept)
+        self._kept = self._kept or self._graph()
+        return self._product(v, *self._kept)
 
     def _product(self, v, outputs, u, pulled):
         (tangent,) = torch.autograd.grad(pulled, u, v, retain_graph=True)

@@ -1,10 +1,11 @@
 """Draw the study: LSTM above, mLSTM below, against P_I, P_D and the clock, of each method the median seed.
 
-python examples/figure1/figure.py [--size small|medium|paper] FILE_OR_FOLDER OUT
+python examples/figure1/figure.py [--size small|medium|paper] [--counts] FILE_OR_FOLDER OUT
 
 The paper's methods are solid, today's dashed, and marks tell them apart without colours. The median seed is
 that of the costs P_I to the lowest multiple of 0.1 bits/char that all seeds reach. Training losses of single
-batches are drawn smoother than the points are, from which tables are made.
+batches are drawn smoother than the points are, from which tables are made. --counts leaves the clock out, for
+runs that did not have the machine alone.
 """
 
 from __future__ import annotations
@@ -49,13 +50,13 @@ WIDTH = 0.1
 """Standard deviation of the smoothing of drawn curves, in the logarithm of the step."""
 
 
-def write(runs: Curves, out: Path) -> None:
+def write(runs: Curves, out: Path, clock: bool = True) -> None:
     """Write figure1.png, the training loss, and figure1-validation.png."""
     for name, key, label in (
         ("figure1.png", "train_bpc", "training bits/char"),
         ("figure1-validation.png", "valid_bpc", "validation bits/char"),
     ):
-        draw(runs, key, label).savefig(out / name, dpi=130)
+        draw(runs, key, label, clock).savefig(out / name, dpi=130)
         print(out / name)
 
 
@@ -100,16 +101,17 @@ def drawn(method: str, points: list[Point], key: str, axis: str) -> tuple[list[f
     return xs, smooth([point["step"] for point in even], ys)
 
 
-def draw(runs: Curves, key: str, label: str) -> Any:
-    """Make a figure of six panels; of the training loss, the four left ones are the paper's."""
+def draw(runs: Curves, key: str, label: str, clock: bool = True) -> Any:
+    """Make a figure of six panels, or four without the clock; those of the training loss are the paper's."""
     need_matplotlib()
     from matplotlib.figure import Figure
 
+    axes = [*AXES.items()] if clock else [each for each in AXES.items() if each[0] != "seconds"]
     figure = Figure(figsize=(11, 7.4), layout="constrained")
-    panels = figure.subplots(2, 3, sharey=True, sharex="col")
+    panels = figure.subplots(2, len(axes), sharey=True, sharex="col")
     lines = {}
     for row, model in zip(panels, MODELS, strict=True):
-        for panel, (axis, name) in zip(row, AXES.items(), strict=True):
+        for panel, (axis, name) in zip(row, axes, strict=True):
             for i, method in enumerate(METHODS):
                 if every := curves.seeds(runs, model, method):
                     look = LOOKS[method]
@@ -143,8 +145,9 @@ def shown(method: str) -> str:
 
 def main() -> None:
     parser = arguments(__doc__, "FILE_OR_FOLDER", "OUT", sized=True)
+    parser.add_argument("--counts", action="store_true", help="leave the clock out")
     given = parser.parse_args()
-    write(curves.load([given.file_or_folder], given.size, given.seconds).runs, given.out)
+    write(curves.load([given.file_or_folder], given.size, given.seconds).runs, given.out, not given.counts)
 
 
 if __name__ == "__main__":

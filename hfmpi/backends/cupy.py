@@ -35,8 +35,8 @@ SLICE_ROWS, MOST_SLICES = 256, 128
 MOST_GRAPHS = 256
 """Captured loops that are kept; the longest unused one goes first."""
 
-PERSISTENT_BATCH = 32
-"""Sequences up to which persistent kernels were quicker than graphs (examples/benchmarks/loops.py, docs/gpu.md)."""
+PERSISTENT_BATCH = {4: 32, 8: 8}
+"""Sequences up to which persistent kernels were the quicker ones (docs/gpu.md), by the bytes of a number."""
 
 FUSED = ("gated", "plain")
 """Cells whose steps are kernels of kernels.cu."""
@@ -100,8 +100,7 @@ class CupyBackend(NumpyBackend):
     captures : bool
         Capture the loops over time in graphs; turns off by itself where CUDA refuses it.
     persistent_batch : int
-        Most sequences that a loop of a gated cell does in one kernel; 0: none. Beyond 32 graphs are quicker
-        (docs/gpu.md).
+        Most sequences that a loop of a gated cell does in one kernel; 0: none. Beyond it graphs are quicker.
     """
 
     name = "cupy"
@@ -128,7 +127,7 @@ class CupyBackend(NumpyBackend):
         self._pinned_bytes = 0
         self._graphs: OrderedDict[Hashable, Any] = OrderedDict()
         self.captures = True
-        self.persistent_batch = PERSISTENT_BATCH
+        self.persistent_batch = PERSISTENT_BATCH[self.dtype.itemsize]
 
     # Arrays ------------------------------------------------------------------------------------
 
