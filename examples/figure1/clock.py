@@ -1,13 +1,15 @@
 """Which method is the fastest on how many ranks? From a study's runs and the model of docs/speedup.md.
 
 python examples/figure1/clock.py [--size small|medium|paper] [--level BITS] [--bench FILE]...
-       [--latency S --bandwidth B] OUT
+       [--timed FOLDER] [--latency S --bandwidth B] OUT
 
 Every pass that a run of seed 0 executed until it first reached a level of the training loss, or else the
 lowest that the paper's methods all reach, is given the seconds that it would take on P ranks. --bench takes
 files of `hfmpi bench products` and `gradients --json` of the same networks on the same machine; without them
 a pass over few sequences is promised to be quicker than it is. Without a network the ranks' sums take no
 time. --pass-floor divides the time below which a pass does not fall, however few its sequences are.
+Where the study ran on another machine, --timed names a folder of runs of a few steps with the same names and
+options on this one: their steps are what is timed.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ SHOWN = 2 ** np.arange(15) - 1
 
 
 def whole(folder: Path, done: list[Record], bench: list[Path], link: Link, floor: float) -> Job:
-    """Give the model of some steps of a run, all of them taken for one."""
+    """Give the model of some steps, all of them taken for one, of which the run in a folder measured some."""
     run, steps = read_runs([folder])
     shapes = read_bench(bench, run)[0] if bench else {}
     shapes = {kind: lowered(shape, floor) for kind, shape in shapes.items()}
@@ -74,6 +76,7 @@ def main() -> None:
         "--level", type=float, help="bits/char of training [the lowest of the paper's methods]"
     )
     parser.add_argument("--bench", type=Path, action="append", default=[], metavar="FILE")
+    parser.add_argument("--timed", type=Path, metavar="FOLDER", help="[OUT]")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds of a message [0]")
     parser.add_argument("--bandwidth", type=float, default=np.inf, help="bytes a second [no limit]")
     parser.add_argument("--pass-floor", type=float, default=1.0, help="divisor [1]")
@@ -96,7 +99,8 @@ def main() -> None:
                 missing.append(f"{shown(method)} did not reach {level:g} bits/char.")
                 continue
             done = [record for record in records if record["step"] <= steps]
-            job = whole(given.out / c.name, done, given.bench, link, given.pass_floor)
+            timed = (given.timed or given.out) / c.name
+            job = whole(timed, done, given.bench, link, given.pass_floor)
             times[shown(method)] = job.seconds(RANKS)
         print(f"\n{cell}: seconds to {level:g} bits/char\n")
         if times:

@@ -195,8 +195,9 @@ class Tape:
         outputs = backend.workspace("outputs", (count, many, width))
         states = self._zeros("tangent", many)
         owns = [[about.of_layer(i, q) for q in columns] for i in range(len(self.layers))]
-        cuts = [[self._cuts(own) for own in layer] for layer in owns] if many > 1 else None
-        above = [self._cuts(q)["W_o"] for q in columns] if many > 1 else [slice(None)]
+        every = about.layout.views(v) if many > 1 else {}
+        cuts = [self._cuts(about.of_layer(i, every)) for i in range(len(self.layers))] if every else None
+        above = [cut["W_o"] for cut in self._cuts(every)] if every else [slice(None)]
         symbols = self.layers[0].looks_up
         known = self._contributions(0, self.layers[0], owns[0], None) if symbols else None  # for all blocks
         for steps, scored, rows in self._blocks(pre, many):
@@ -248,20 +249,24 @@ class Tape:
         recurrence.tangent(backend, r, table, a, factor_table, factors, dh, dc)
         return a, dh
 
-    def _cuts(self, own: dict[str, Array]) -> dict[str, slice]:
-        """Give the columns of each matrix that a direction goes along, whole groups of n: the others are 0.
+    def _cuts(self, every: dict[str, Array]) -> list[dict[str, slice]]:
+        """Give the columns of each matrix that each direction goes along, in groups of n: all others are 0.
 
         A direction that is one of many is often a part of a larger one, and all that is left is some gates
-        of one matrix.
+        of one matrix. `every` has the parameters of all directions by name, (C, ...) each.
         """
-        found, n = dict[str, slice](), self.architecture.hidden
+        found: list[dict[str, slice]] = []
         for name in ("W_h", "W_mh", "W_o"):
-            if name in own:
-                rows, width = own[name].shape
-                size = width if name == "W_o" else n
-                sums = self.backend.xp.sum(abs(own[name].reshape(rows, -1, size)), axis=(0, 2))
-                groups = np.flatnonzero(self.backend.to_host(sums))
-                found[name] = slice(groups[0] * size, (groups[-1] + 1) * size) if len(groups) else slice(0)
+            if name in every:
+                many, rows, width = every[name].shape
+                size = width if name == "W_o" else self.architecture.hidden
+                any_of = self.backend.xp.any(every[name].reshape(many, rows, -1, size), axis=(1, 3))
+                along = self.backend.to_host(any_of)
+                first, last = along.argmax(1), along.shape[1] - along[:, ::-1].argmax(1)
+                ends = np.where(along.any(1), (first, last), 0).T.tolist()
+                found = found or [{} for _ in range(many)]
+                for cut, (begin, end) in zip(found, ends, strict=True):
+                    cut[name] = slice(begin * size, end * size)
         return found
 
     def _direct(self, rows: Array, matrix: Array, cut: slice, out: Array) -> None:

@@ -16,12 +16,114 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hfmpi.optim.base import Block, Matrix, Objective, Vector, inner_product
+from hfmpi.optim.base import Block, Matrix, Objective, Vector
 
-__all__ = ["ReducedModel", "Step", "parts", "rows"]
+__all__ = ["Directions", "Part", "ReducedModel", "Step", "directions", "parts"]
 
 RELATIVE = 1e-9
 """Of the system's diagonal, added to it: directions may be the same, or parallel, to rounding."""
+
+
+class Part(NamedTuple):
+    """The rows from top to bottom and columns from left to right of a block, where a direction is not 0."""
+
+    block: Block
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    def of(self, vector: Vector) -> Vector:
+        """Give the part of a vector (D,), a view (rows, columns)."""
+        return self.block.of(vector)[self.top : self.bottom, self.left : self.right]
+
+    def stacked(self, vectors: Sequence[Vector]) -> Vector:
+        """Give the part of several vectors, a row each."""
+        found = [self.of(vector) for vector in vectors]
+        own = np.zeros_like(found[0], shape=(len(found), *found[0].shape))
+        for out, values in zip(own, found, strict=True):
+            out[...] = values
+        return own.reshape(len(found), -1)
+
+
+def parts(blocks: Sequence[Block]) -> list[Part]:
+    """Cut blocks into parts: a kind of inputs and a kind of outputs of a block each."""
+    found = []
+    for block in blocks:
+        edges, width = (0, *block.cuts, block.rows), block.columns // block.groups
+        for top, bottom in pairwise(edges):
+            starts = range(0, block.groups * width, width)
+            found += [Part(block, top, bottom, left, left + width) for left in starts]
+    return found
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Directions of length one, each 0 outside of one part: what they have in common is found part by part.
+
+    Attributes
+    ----------
+    v : (k, D)
+    places : list of (Part, list of int)
+        Parts, and the rows of v along each.
+    """
+
+    v: Vector
+    places: list[tuple[Part, list[int]]]
+
+    def with_more(self, more: Directions) -> Directions:
+        """Give these and others, cut alike."""
+        known, both = len(self.v), dict(self.places)
+        for part, rows in more.places:
+            both[part] = [*both.get(part, []), *(known + row for row in rows)]
+        return Directions(np.concatenate([self.v, more.v]), [*both.items()])
+
+    def gram(self) -> Matrix:
+        """Give V V', (k, k)."""
+        found = np.zeros((len(self.v), len(self.v)))
+        for part, rows in self.places:
+            own = part.stacked([self.v[row] for row in rows])
+            found[np.ix_(rows, rows)] = np.matmul(own, own.T).tolist()
+        return found
+
+    def slopes(self, g: Vector) -> Matrix:
+        """Give V g, (k,), accumulated in float64."""
+        found = np.zeros(len(self.v))
+        for part, rows in self.places:
+            own = part.stacked([self.v[row] for row in rows])
+            found[rows] = np.einsum("ij,j->i", own, part.of(g).reshape(-1), dtype=np.float64).tolist()
+        return found
+
+    def combined(self, weights: Sequence[float]) -> Vector:
+        """Give V' c, (D,)."""
+        p, kind = self.v[0] * 0, self.v.dtype.type
+        for part, rows in self.places:
+            own = part.of(p)
+            for row in rows:
+                own += kind(weights[row]) * part.of(self.v[row])
+        return p
+
+
+def directions(objective: Objective, whole: Sequence[Vector], places: Sequence[Part]) -> Directions | None:
+    """Cut vectors (D,) into parts, without those of length zero; None if one is not finite."""
+    own = [part.stacked(whole) for part in places]
+    squares = [np.einsum("ij,ij->i", rows, rows, dtype=np.float64).tolist() for rows in own]
+    agreed = iter(objective.agree(tuple(square for each in squares for square in each)))
+    lengths = [[math.sqrt(next(agreed)) for _ in whole] for _ in places]
+    if not all(math.isfinite(length) for each in lengths for length in each):
+        return None
+    v = np.zeros_like(whole[0], shape=(sum(length > 0 for each in lengths for length in each), whole[0].size))
+    found, at = [], 0
+    for part, rows, each in zip(places, own, lengths, strict=True):
+        begin = at
+        for values, length in zip(rows, each, strict=True):
+            if length > 0:
+                out = part.of(v[at])
+                out[...] = (v.dtype.type(1 / length) * values).reshape(out.shape)
+                at += 1
+        if at > begin:
+            found.append((part, [*range(begin, at)]))
+    return Directions(v, found)
 
 
 class Step(NamedTuple):
@@ -34,10 +136,10 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class ReducedModel:
-    """The model on the directions v (k, D): M and N (k, k), and V g (k,)."""
+    """The model on directions: M and N (k, k), and V g (k,)."""
 
     objective: Objective
-    v: Vector
+    directions: Directions
     m: Matrix
     metric: Matrix
     slopes: Matrix
@@ -50,39 +152,9 @@ class ReducedModel:
         try:
             values, vectors = np.linalg.eigh(scale[:, None] * system * scale)
         except np.linalg.LinAlgError:  # numbers that are not finite
-            return Step(self.v[0] * np.nan, 0.0, 0.0)
+            return Step(self.directions.v[0] * np.nan, 0.0, 0.0)
         along = vectors.T @ (scale * self.slopes) / (np.maximum(values, 0) + RELATIVE)
         c = -scale * (vectors @ along)
         bound = -float(self.slopes @ c), max(float(c @ self.m @ c), 0.0)
         *weights, descent, curvature = self.objective.agree((*map(float, c), *bound))
-        p, kind = self.v[0] * 0, self.v.dtype.type
-        for weight, row in zip(weights, self.v, strict=True):
-            p = p + kind(weight) * row
-        return Step(p, max(descent, 0.0), curvature)
-
-
-def rows(objective: Objective, found: list[Vector]) -> Vector | None:
-    """Give directions as rows of length one, without those of length zero; None if one is not finite."""
-    lengths = objective.agree(tuple(inner_product(v, v) for v in found))
-    if not all(map(math.isfinite, lengths)):
-        return None
-    v = np.zeros_like(found[0], shape=(sum(length > 0 for length in lengths), found[0].size))
-    left = iter(v)
-    for direction, length in zip(found, lengths, strict=True):
-        if length > 0:
-            next(left)[...] = v.dtype.type(1 / math.sqrt(length)) * direction
-    return v
-
-
-def parts(blocks: Sequence[Block], v: Vector) -> list[Vector]:
-    """Cut a vector (D,) into its parts: a kind of inputs and a kind of outputs of a block each."""
-    found = []
-    for block in blocks:
-        edges, width = (0, *block.cuts, block.rows), block.columns // block.groups
-        for top, bottom in pairwise(edges):
-            for group in range(block.groups):
-                part = v * 0
-                columns = slice(group * width, (group + 1) * width)
-                block.of(part)[top:bottom, columns] = block.of(v)[top:bottom, columns]
-                found.append(part)
-    return found
+        return Step(self.directions.combined(weights), max(descent, 0.0), curvature)

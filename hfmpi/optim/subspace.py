@@ -23,7 +23,7 @@ import numpy as np
 from hfmpi.optim import kfac
 from hfmpi.optim.base import Block, Matrix, Objective, Objectives, StepReport, Vector, Work, inner_product
 from hfmpi.optim.checks import check_blocks, check_state, check_vector, checked
-from hfmpi.optim.reduced_model import ReducedModel, Step, parts, rows
+from hfmpi.optim.reduced_model import Directions, Part, ReducedModel, Step, directions, parts
 from hfmpi.optim.soap import SOAP, SOAPState
 from hfmpi.settings import NOT_NEGATIVE, POSITIVE, Rule, at_least, check, within
 
@@ -228,8 +228,8 @@ class Subspace:
     def _directions(
         self, state: SubspaceState, objective: Objective, g: Vector, new: Vector
     ) -> tuple[SubspaceState, list[Vector]]:
-        """Give the directions, and the state with the means that they come from."""
-        kind, blocks = g.dtype.type, objective.blocks
+        """Give the directions, not yet cut, and the state with the means that they come from."""
+        kind = g.dtype.type
         first = 1 - 1 / (state.updates + 1)
         whole = [g] if "gradient" in self._kinds else []
         if "rms" in self._kinds:
@@ -248,7 +248,7 @@ class Subspace:
             more, decomposition = self._preconditioned(objective, g, state, due)
             state, whole = replace(state, decomposition=decomposition), whole + more
         whole += [state.steps[i * g.size : (i + 1) * g.size] for i in range(self.memory)]
-        return state, self._cut(blocks, whole)
+        return state, whole
 
     def _preconditioned(
         self, objective: Objective, g: Vector, state: SubspaceState, refresh: bool
@@ -257,50 +257,49 @@ class Subspace:
         gammas = [self.kfac_damping * self.kfac_ratio**i for i in range(self.kfac_dampings)]
         return kfac.directions(objective, g, state.factors, state.decomposition, gammas, refresh)
 
-    def _cut(self, blocks: Sequence[Block], whole: list[Vector]) -> list[Vector]:
-        return [part for v in whole for part in parts(blocks, v)] if self.cut else whole
+    def _parts(self, blocks: Sequence[Block], size: int) -> list[Part]:
+        return parts(blocks if self.cut else [Block("theta", 0, 1, size)])
 
     def _model(
         self, theta: Vector, state: SubspaceState, objectives: Objectives, g: Vector, found: list[Vector]
     ) -> tuple[ReducedModel | None, Work]:
         """Give the model on these directions and Krylov's, and the work; None if one is not finite."""
         objective, second = objectives.gradient, objectives.second
-        work, v = Work(gradients=1), rows(objective, found)
-        if v is None:
+        work, places = Work(gradients=1), self._parts(objective.blocks, g.size)
+        along = directions(objective, found, places)
+        if along is None:
             return None, work
         project = second.project(theta)
         multiply = second.gauss_newton(theta) if self.krylov else lambda p: p
         linearisations = 0 if objectives.shared else 1 + (self.krylov > 0)
-        model = self._projected(objective, v, project(v), g, state.factors)
-        work = replace(work, linearisations=linearisations, projections=1, directions=len(v) - 1)
+        model = self._projected(objective, along, project(along.v), g, state.factors)
+        work = replace(work, linearisations=linearisations, projections=1, directions=len(along.v) - 1)
         for _ in range(self.krylov):
             p = model.step(state.damping).p
             residual = g + multiply(p) + theta.dtype.type(self.weight_decay) * p
             has = "kfac" in self._kinds
             whole = self._preconditioned(objective, residual, state, False)[0] if has else [residual]
-            more = rows(objective, self._cut(objective.blocks, whole))
+            more = directions(objective, whole, places)
             if more is None:
                 return None, work
-            v = np.concatenate([v, more])
-            model = self._projected(objective, v, project(v), g, state.factors)
+            along = along.with_more(more)
+            model = self._projected(objective, along, project(along.v), g, state.factors)
             work = replace(
                 work,
                 products=work.products + 1,
                 projections=work.projections + 1,
-                directions=work.directions + len(v) - 1,
+                directions=work.directions + len(along.v) - 1,
             )
         return model, work
 
     def _projected(
-        self, objective: Objective, v: Vector, m: Matrix, g: Vector, factors: Vector
+        self, objective: Objective, along: Directions, m: Matrix, g: Vector, factors: Vector
     ) -> ReducedModel:
         """Give the model of V, M = V G V' and what lambda damps."""
-        gram = np.array(np.matmul(v, v.T).tolist())
-        metric = gram
+        gram = metric = along.gram()
         if self.metric == "kfac":
-            metric = kfac.products(objective.blocks, factors, v) + self.kfac_damping * gram
-        slopes = np.array([inner_product(row, g) for row in v])
-        return ReducedModel(objective, v, m + self.weight_decay * gram, metric, slopes)
+            metric = kfac.products(objective.blocks, factors, along.v) + self.kfac_damping * gram
+        return ReducedModel(objective, along, m + self.weight_decay * gram, metric, along.slopes(g))
 
     def _damped(self, damping: float, rho: float) -> float:
         """Give lambda after a step of this reduction ratio."""

@@ -288,6 +288,11 @@ def sum(array, axis=None, out=None):
     return out
 
 
+def any(array, axis=None):
+    forbid_capture("a reduction")
+    return ndarray(counted(np.asarray(np.any(bare(array), axis=axis))))
+
+
 def matmul(a, b):
     return ndarray(counted(np.matmul(bare(a), bare(b))))
 
