@@ -1,5 +1,7 @@
 """A PyTorch module as a model: its derivatives against dense ones, and what is refused."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from dense import (
@@ -74,10 +76,8 @@ def dense(module, *inputs):
     parameters = [p for p in module.parameters() if p.requires_grad]
     z = module(*map(torch.as_tensor, inputs))
     z = z.reshape(-1, z.shape[-1])
-    rows = [
-        torch.cat([g.reshape(-1) for g in torch.autograd.grad(one, parameters, retain_graph=True)])
-        for one in z.reshape(-1)
-    ]
+    grad = partial(torch.autograd.grad, inputs=parameters, retain_graph=True, materialize_grads=True)
+    rows = [torch.cat([g.reshape(-1) for g in grad(one)]) for one in z.reshape(-1)]
     return z.detach().numpy(), torch.stack(rows).reshape(*z.shape, -1).numpy()
 
 
@@ -119,10 +119,7 @@ def test_a_module_has_the_derivatives_of_its_dense_jacobian(name, caplog):
     at = check(model, kind, cases, theta, z, jacobian)
     assert isinstance(at, Columns)
     said = [record.getMessage().partition("(")[0] for record in caplog.records]
-    notes = {
-        "lstm": ["Note: an operation of the module cannot be batched "],  # its cases, in float64
-        "attention": ["Note: a fused kernel of the module has no second derivative "],
-    }
+    notes = {"attention": ["Note: a fused kernel of the module has no second derivative "]}
     assert said == notes.get(name, [])
 
 
@@ -235,6 +232,95 @@ def test_memory_that_runs_out_halves_the_micro_batch(caplog):
         found.append(risk.gradient(model.initial(0)).vector)
     assert np.allclose(*found)
     assert "micro-batches of 1 sequences" in caplog.text
+
+
+# Squared gradients of single cases ---------------------------------------------------------------
+
+
+class Reader(nn.Module):
+    """A recurrent network whose steps are tagged, with the cases where it takes them."""
+
+    def __init__(self, kind, cases_first=True, frozen=(), start=False, **about):
+        super().__init__()
+        self.loop = getattr(nn, kind)(INPUTS, 3, batch_first=cases_first, **about)
+        self.cases_first, width = cases_first, about.get("proj_size", 0) or 3
+        self.top = nn.Linear(width * (1 + about.get("bidirectional", False)), OUTPUTS)
+        self.start = nn.Parameter(torch.randn(1, 1, 3)) if start else None
+        for name in frozen:
+            getattr(self.loop, name).requires_grad_(False)
+
+    def forward(self, x):
+        x = x if self.cases_first else x.transpose(0, 1)
+        count = x.shape[0 if self.cases_first else 1]
+        z = self.top(self.loop(x, None if self.start is None else self.start.expand(1, count, 3))[0])
+        return z if self.cases_first else z.transpose(0, 1)
+
+
+class Odd(nn.Module):
+    """Uses layers in all the ways that a case may meet them."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(INPUTS, INPUTS), nn.Linear(INPUTS, OUTPUTS)
+        self.table, self.norm = nn.Parameter(torch.randn(STEPS, INPUTS)), nn.LayerNorm(INPUTS)
+        self.a.bias.requires_grad_(False)
+        self.unused = nn.Linear(2, 2)
+        self.tied = nn.Parameter(self.b.weight.detach().T.clone())
+        self.only = nn.Linear(INPUTS, OUTPUTS)
+        self.only.weight.requires_grad_(False)
+
+    def forward(self, x):
+        x = torch.relu_(self.a(x.reshape(-1, INPUTS))).reshape(x.shape)  # overwritten; cases beside steps
+        x = self.a(x).transpose(0, 1) + self.a(self.table)[:, None]  # shared; steps first; the same for all
+        z = self.b(self.norm(x)) + x @ self.tied + self.only(x) + nn.functional.linear(x, weight=self.tied.T)
+        return z.transpose(0, 1) + nn.functional.linear(self.table, self.b.weight)
+
+
+class Choosing(nn.Linear):
+    """Looks at its numbers, which PyTorch cannot do for several cases at once."""
+
+    def forward(self, x):
+        return super().forward(x if float(x.detach().square().sum()) >= 0 else 2 * x)
+
+
+LOOPS = [
+    {"kind": "LSTM"}, {"kind": "GRU"}, {"kind": "RNN"},
+    {"kind": "RNN", "nonlinearity": "relu", "bias": False},
+    {"kind": "LSTM", "num_layers": 2, "bidirectional": True},
+    {"kind": "LSTM", "proj_size": 2},
+    {"kind": "GRU", "cases_first": False, "start": True},
+    {"kind": "LSTM", "frozen": ["weight_hh_l0", "bias_ih_l0"]},
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    "make",
+    [Odd, *(partial(Reader, **about) for about in LOOPS), partial(Choosing, INPUTS, OUTPUTS)],
+    ids=["odd", *("-".join(map(str, about.values())) for about in LOOPS), "choosing"],
+)
+def test_squared_gradients_are_those_of_cases_taken_one_by_one(make, dtype, monkeypatch, caplog):
+    torch.manual_seed(2)
+    module = make().to(dtype)
+    x, y = numbers(CASES, STEPS, INPUTS), symbols(CASES, STEPS)
+    z, jacobian = dense(module, x.astype(str(dtype).removeprefix("torch.")))
+    p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True) - np.eye(OUTPUTS)[y.reshape(-1)]
+    each = np.einsum("no,nod->nd", p, jacobian).reshape(CASES, STEPS, -1).sum(axis=1) / (CASES * STEPS)
+    model = hfmpi.TorchModel(module, "cross-entropy")
+    risk = hfmpi.DataParallel(model, Communicator()).on(hfmpi.Arrays(x, y), np.arange(CASES))
+    theta = model.initial(0).astype(model.backend.dtype)
+    found = [risk.squared_gradients(theta)]
+    monkeypatch.setattr("hfmpi.models.torch.EACH_NUMBERS", 1)
+    monkeypatch.setattr("hfmpi.models.torch_cases.CACHED_NUMBERS", 1)
+    found.append(risk.squared_gradients(theta))  # in parts
+    model._cases_apart = False
+    found.append(risk.squared_gradients(theta))  # in a loop
+    close = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-6}
+    for squared in found:
+        np.testing.assert_allclose(squared.vector, each.sum(axis=0), **close)
+        np.testing.assert_allclose(squared.squares, CASES * (each**2).sum(axis=0), **close)
+    assert ("one case after the other" in caplog.text) == (type(module) is Choosing)
 
 
 # Operations without derivatives ------------------------------------------------------------------

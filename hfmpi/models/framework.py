@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -137,8 +137,8 @@ class Passes(Protocol):
     def vjp(self, u: np.ndarray) -> np.ndarray:
         """J' u (D,) of u (N, O), or (C, D) of (C, N, O)."""
 
-    def each(self, u: np.ndarray) -> Iterable[np.ndarray]:
-        """Give the summands of J' u of the single cases, (., D) some at a time."""
+    def squares(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """J' u (D,) of u (N, O), and the sum over cases of its summands' squares (D,)."""
 
 
 @dataclass
@@ -177,8 +177,9 @@ class FrameworkLinearisation:
 
     def squared_gradients(self, scale: float, out: np.ndarray, squares: np.ndarray) -> None:
         """Add what `gradient` adds to out (D,), and the sum of its squares over cases to squares (D,)."""
-        for each in self.passes.each(self._loss_gradient(scale)):
-            self.backend.accumulate_squares(each, out, squares)
+        total, own = self.passes.squares(self._loss_gradient(scale))
+        out += total
+        squares += own
 
     def jvp(self, v: np.ndarray) -> np.ndarray:
         """J v (N, O) of v (D,), or (C, N, O) of (C, D)."""

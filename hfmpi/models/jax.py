@@ -176,11 +176,12 @@ class JaxPasses:
         with _memory():
             return np.asarray(one(u) if u.ndim == 2 else self._several(several, one, u))
 
-    def each(self, u: np.ndarray) -> Iterator[np.ndarray]:
-        """Give the gradients of <outputs, u> of the single cases, (., D) some at a time."""
+    def squares(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """J' u (D,) of u (N, O), and the sum over cases of its summands' squares (D,)."""
         model, cases = self.model, self.rows.shape[0]
         rows = Rows((1, *self.rows.shape[1:]), self.rows.width)
         apart, most = u.reshape(cases, -1, u.shape[-1]), max(1, EACH_NUMBERS // model.size)
+        total, squares = np.zeros((2, model.size), u.dtype)
 
         def several(cases: range) -> Any:
             part = slice(cases.start, cases.stop)
@@ -191,8 +192,10 @@ class JaxPasses:
 
         for start in range(0, cases, most):
             with _memory():
-                found = np.asarray(self._several(several, one, range(start, min(start + most, cases))))
-            yield found
+                each = np.asarray(self._several(several, one, range(start, min(start + most, cases))))
+            total += each.sum(axis=0)
+            squares += np.einsum("cd,cd->d", each, each)
+        return total, squares
 
     def _several(self, several: Callable[[Any], Any], one: Callable[[Any], Any], given: Any) -> Any:
         """Do several at once where JAX can, else one after the other."""

@@ -24,6 +24,8 @@ try:
     import torch
     from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
     from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from hfmpi.models.torch_cases import squared_gradients
 except ImportError:
     torch = None
 
@@ -80,6 +82,7 @@ class TorchModel(FrameworkModel):
                 f"parameters and buffers of the module must be on one device, not on {found}: module.to(...)"
             )
         self.module = module
+        self._frozen = [p for name, p in named.items() if name not in self._own]
         self._device = devices.pop()
         self._sizes = [p.numel() for p in self._own.values()]
         self._bytes = 0  # of the graph of a case
@@ -87,6 +90,7 @@ class TorchModel(FrameworkModel):
         self._double = True
         self._obstacle: str | None = None
         self._batches = self._cases_apart = True
+        self._loose: int | None = None  # parameters of which each case needs its own, once it is known
         start = torch.cat([p.detach().reshape(-1) for p in self._own.values()]).cpu().numpy()
         super().__init__([(name, tuple(p.shape)) for name, p in self._own.items()], start, loss)
 
@@ -116,12 +120,14 @@ class TorchModel(FrameworkModel):
         """Give the function theta (D,) -> outputs (N, O), of tensors."""
 
         def function(theta: Any) -> Any:
-            parts = theta.split(self._sizes)
-            named = zip(self._own.items(), parts, strict=True)
-            values = {name: part.view(p.shape) for (name, p), part in named}
-            return rows.of(torch.func.functional_call(self.module, values, inputs))
+            return rows.of(torch.func.functional_call(self.module, self._named(theta), inputs))
 
         return function
+
+    def _named(self, theta: Any) -> dict[str, Any]:
+        """Give the parameters in theta (D,) by name, as views."""
+        named = zip(self._own.items(), theta.split(self._sizes), strict=True)
+        return {name: part.view(p.shape) for (name, p), part in named}
 
     def tensor(self, array: np.ndarray) -> Any:
         """Give an array as a tensor on the module's device: where that is the CPU, of the same memory."""
@@ -230,33 +236,37 @@ class TorchPasses:
         with _memory(), self.model._kernels():
             return self._each_way(self._backward, u, u.ndim == 3)
 
-    def each(self, u: np.ndarray) -> Iterator[np.ndarray]:
-        """Give the gradients of <outputs, u> of the single cases, (., D) some at a time."""
+    def squares(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """J' u (D,) of u (N, O), and the sum over cases of its summands' squares (D,)."""
         model, rows = self.model, Rows((1, *self.rows.shape[1:]), self.rows.width)
         theta, apart = self.theta.detach(), model.tensor(u).view(self.cases, -1, u.shape[-1])
 
-        def single(theta: Any, weights: Any, *inputs: Any) -> Any:
-            return (model._function(tuple(x[None] for x in inputs), rows)(theta) * weights).sum()
+        def outputs(own: dict[str, Any], *inputs: Any) -> Any:
+            return rows.of(torch.func.functional_call(model.module, own, tuple(x[None] for x in inputs)))
 
-        several = torch.func.vmap(torch.func.grad(single), (None, 0) + (0,) * len(self.inputs))
-        most = max(1, EACH_NUMBERS // model.size)
-        for start in range(0, self.cases, most):
-            part = slice(start, start + most)
-            given = (apart[part], *(x[part] for x in self.inputs))
-            if model._cases_apart:
-                try:
-                    with _memory(), _quiet(), model._kernels():
-                        found = _array(several(theta, *given))
-                except _FAILURES as failure:
-                    model._cases_apart = False
-                    _note("case", failure)
-                else:
-                    yield found
-                    continue
-            for one in zip(*given, strict=True):
-                with _memory(), torch.enable_grad(), model._kernels():
-                    leaf = theta.clone().requires_grad_()
-                    yield _array(torch.autograd.grad(single(leaf, *one), leaf)[0])[None]
+        def batched(part: slice) -> tuple[Any, Any, int]:
+            inputs = [x[part] for x in self.inputs]
+            with _memory(), _quiet(), model._kernels():
+                return squared_gradients(outputs, model._named(theta), model._frozen, inputs, apart[part])
+
+        if model._cases_apart:
+            try:
+                if model._loose is None:
+                    model._loose = batched(slice(1))[2]
+                most = max(1, EACH_NUMBERS // max(1, model._loose))
+                found = [batched(slice(i, i + most))[:2] for i in range(0, self.cases, most)]
+                return _array(sum(total for total, _ in found)), _array(sum(own for _, own in found))
+            except _FAILURES as failure:
+                model._cases_apart = False
+                _note("case", failure)
+        total, squares = torch.zeros_like(theta), torch.zeros_like(theta)
+        for weights, *one in zip(apart, *self.inputs, strict=True):
+            leaf = theta.clone().requires_grad_()
+            with _memory(), torch.enable_grad(), model._kernels():
+                own = torch.autograd.grad(outputs(model._named(leaf), *one), leaf, weights)[0]
+            total += own
+            squares += own.square()
+        return _array(total), _array(squares)
 
     def tried(self) -> int:
         """Give the bytes that the graphs keep; raise a RuntimeError where products do not work."""
@@ -348,7 +358,7 @@ def _quiet() -> Iterator[None]:
     """Let PyTorch's transformations do without words to its developers."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")  # an operation runs one by one
-        warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)  # PyTorch's own use
+        warnings.filterwarnings("ignore", ".*torch.jit.script")  # PyTorch's own use
         yield
 
 

@@ -1,0 +1,255 @@
+"""Gradients of the single cases of a PyTorch module, summed and squared, for about the work of a gradient.
+
+`torch.func.vmap` tells the cases of a batch apart, wherever a module puts their axis. Linear layers and
+recurrent networks, in which most parameters are, see all cases at once: what goes into them and the gradient
+of what comes out give a case's gradient as one product of matrices over all steps, which is squared part by
+part in the cache and never kept whole. Every other operation is given parameters of each case's own, equal
+ones, whose gradients PyTorch has anyway.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch._decomp import get_decompositions
+from torch.autograd.graph import get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["squared_gradients"]
+
+CACHED_NUMBERS = 1 << 17
+"""Numbers of single cases' gradients of a matrix that are squared at once on a CPU."""
+
+
+def squared_gradients(
+    function: Callable[..., Any],
+    parameters: dict[str, Any],
+    frozen: Iterable[Any],
+    inputs: Sequence[Any],
+    u: Any,
+) -> tuple[Any, Any, int]:
+    """Give the gradient of <outputs, u>, and the sum of the squares of its single cases' parts.
+
+    Parameters
+    ----------
+    function : callable
+        (parameters by name, one case of each of the inputs) -> its outputs (N, O).
+    parameters : dict of tensor
+        By name, in the order of theta.
+    frozen : iterable of tensor
+        The module's other parameters.
+    inputs : sequence of (B, ...)
+    u : (B, N, O)
+
+    Returns
+    -------
+    gradient, squares : (D,)
+    apart : int
+        Parameters that operations were given for each case.
+
+    Raises
+    ------
+    RuntimeError
+        Where PyTorch cannot batch an operation.
+    """
+    cases = len(u)
+    shared = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+    own = {name: p.detach().expand(cases, *p.shape).requires_grad_() for name, p in parameters.items()}
+    layers = _Layers(cases)
+
+    def case(own: dict[str, Any], *inputs: Any) -> Any:
+        layers.known = {id(p): ("", p) for p in frozen}
+        layers.known |= {id(p): (name, shared[name]) for name, p in own.items()}
+        with layers:
+            return function(own, *inputs)
+
+    with torch.enable_grad():
+        outputs = torch.func.vmap(case)(own, *inputs)
+    wanted = [*(use.edge for use in layers.uses), *own.values()]
+    found = iter(torch.autograd.grad(outputs, wanted, u, allow_unused=True))
+    pairs, rest, apart = defaultdict[str, list[Any]](list), defaultdict[str, list[Any]](list), 0
+    for use, back in zip(layers.uses, found, strict=False):
+        if back is not None:
+            back = use.by_case(back)
+            pairs[use.weight].append((back, use.by_case(use.input)))
+            rest[use.bias].append(back.sum(1))
+    for (name, p), back in zip(parameters.items(), found, strict=True):
+        if back is not None:
+            rest[name].append(back)
+            apart += p.numel()
+    sums = [_sums(p.detach(), pairs[name], rest[name]) for name, p in parameters.items()]
+    gradient, squares = (torch.cat([part.reshape(-1) for part in of]) for of in zip(*sums, strict=True))
+    return gradient, squares, apart
+
+
+def _sums(p: Any, pairs: list[Any], rest: list[Any]) -> tuple[Any, Any]:
+    """Give the sum and the sum of the squares of single cases' gradients, each like the parameter p.
+
+    A case's gradient is the sum of u' x over pairs of u (B, n, O) and x (B, n, I), and of the rest (B, ...).
+    """
+    if not pairs and not rest:
+        return torch.zeros_like(p), torch.zeros_like(p)
+    if not pairs:
+        return _reduced(sum(rest[1:], rest[0]))
+    u, x = (torch.cat(several, 1) if len(several) > 1 else several[0] for several in zip(*pairs, strict=True))
+    if u.shape[1] == 1 and not rest:
+        u, x = u[:, 0], x[:, 0]
+        return u.T @ x, u.square().T @ x.square()
+    total, squares = torch.zeros_like(p), torch.zeros_like(p)
+    most = max(1, CACHED_NUMBERS // p.numel()) if p.device.type == "cpu" else len(u)
+    for start in range(0, len(u), most):
+        part = slice(start, start + most)
+        each = torch.bmm(u[part].mT, x[part])
+        for more in rest:
+            each += more[part]
+        for out, found in zip((total, squares), _reduced(each), strict=True):
+            out += found
+    return total, squares
+
+
+def _reduced(each: Any) -> tuple[Any, Any]:
+    """Give the sums over the first axis of numbers and of their squares."""
+    rows, ones = each.reshape(len(each), -1), each.new_ones(len(each))  # their product is the quickest sum
+    return (ones @ rows).view(each.shape[1:]), (ones @ rows.square()).view(each.shape[1:])
+
+
+class _Use(NamedTuple):
+    """A product of a layer, input @ weight' + bias.
+
+    Attributes
+    ----------
+    weight, bias : str
+        Names of the parameters; empty where there is none, or a frozen one.
+    input : tensor
+    edge : GradientEdge
+        Of the product, and still of it where the module overwrites it.
+    axis : int
+        Of input and product: the cases, each with as many rows.
+    cases : int
+    """
+
+    weight: str
+    bias: str
+    input: Any
+    edge: Any
+    axis: int
+    cases: int
+
+    def by_case(self, rows: Any) -> Any:
+        """Give rows (B, n, .)."""
+        return rows.movedim(self.axis, 0).reshape(self.cases, -1, rows.shape[-1]).contiguous()
+
+
+class _Layers(TorchFunctionMode):  # type: ignore[misc]
+    """Gives layers the inputs of all cases, and keeps what they make of them.
+
+    Attributes
+    ----------
+    known : dict of (str, tensor)
+        By the identity of a tensor that stands for a parameter: the name, empty where it is not trained, and
+        the parameter itself.
+    uses : list of _Use
+    """
+
+    def __init__(self, cases: int) -> None:
+        super().__init__()
+        self.cases, self.known, self.uses = cases, dict[int, tuple[str, Any]](), list[_Use]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear:
+            return self._linear(*args, **kwargs or {})
+        if func in _RECURRENT and isinstance(args[2], (list, tuple)) and self._trained(*args[2]):
+            return self._recurrent(_RECURRENT[func], *args)
+        return func(*args, **kwargs or {})
+
+    def _trained(self, *given: Any) -> bool:
+        """Whether all of them are parameters, and one of them is trained."""
+        found = [self.known.get(id(p)) for p in given]
+        return None not in found and any(name for name, _ in filter(None, found))
+
+    def _linear(self, input: Any, weight: Any, bias: Any = None) -> Any:
+        given = (weight,) if bias is None else (weight, bias)
+        if not self._trained(*given):
+            return torch.nn.functional.linear(input, weight, bias)
+
+        def product(input: Any, *_: Any) -> Any:
+            return self._product(input, 0, *given)
+
+        return _AcrossCases.apply(product, input, *given)
+
+    def _product(self, input: Any, axis: int, *given: Any) -> Any:
+        """Multiply the inputs of all cases, along the axis, with the parameters themselves."""
+        names, parameters = zip(*(self.known[id(p)] for p in given), strict=True)
+        product = torch.nn.functional.linear(input, *parameters)
+        if any(names):
+            weight, bias = (*names, "")[:2]
+            edge = get_gradient_edge(product)
+            self.uses.append(_Use(weight, bias, input.detach(), edge, axis, self.cases))
+        return product
+
+    def _recurrent(self, loop: Any, input: Any, state: Any, given: Any, *how: Any) -> Any:
+        """Run a recurrent network step by step on all cases."""
+        batch_first, several = how[-1], isinstance(state, (list, tuple))
+
+        def flat(x: Any, axis: int) -> Any:
+            return x.movedim(0, axis).flatten(axis, axis + 1)
+
+        def apart(x: Any, axis: int) -> Any:
+            return x.unflatten(axis, (self.cases, -1)).movedim(axis, 0)
+
+        def run(input: Any, *tensors: Any) -> Any:
+            axis = 0 if batch_first else 1
+            at = [flat(x, 1) for x in tensors[: len(state) if several else 1]]
+            if not input.requires_grad:  # for a fused kernel without our products
+                input = input.detach().requires_grad_()
+            with _Steps(self):
+                out = loop(flat(input, axis), at if several else at[0], list(given), *how)
+            return apart(out[0], axis), *(apart(x, 1) for x in out[1:])
+
+        return _AcrossCases.apply(run, input, *(state if several else (state,)), *given)
+
+
+class _Steps(TorchFunctionMode):  # type: ignore[misc]
+    """Keeps the products inside of a recurrent network, the last axis but one of which is that of cases."""
+
+    def __init__(self, layers: _Layers) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear:
+            input, *given = args
+            return self.layers._product(input, -2, *(p for p in given if p is not None))
+        return func(*args, **kwargs or {})
+
+
+class _AcrossCases(torch.autograd.Function):  # type: ignore[misc]
+    """Inside `vmap`, calls a function with the tensors of all cases (B, ...), which `vmap` has a rule for."""
+
+    @staticmethod
+    def forward(function: Any, *tensors: Any) -> Any:
+        raise NotImplementedError("only inside vmap")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        raise NotImplementedError("only inside vmap")
+
+    @staticmethod
+    def vmap(info: Any, axes: Any, function: Any, *tensors: Any) -> Any:
+        whole = [
+            x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)
+            for x, axis in zip(tensors, axes[1:], strict=True)
+        ]
+        found = function(*whole)
+        return found, (0,) * len(found) if isinstance(found, tuple) else 0
+
+
+_ATEN = torch.ops.aten
+_STEPS = get_decompositions([
+    _ATEN.lstm.input, _ATEN.gru.input, _ATEN.rnn_tanh.input, _ATEN.rnn_relu.input
+])  # fmt: skip
+_RECURRENT = {getattr(torch, loop._schema.name.removeprefix("aten::")): run for loop, run in _STEPS.items()}
+"""By the function of a recurrent network, the same in single products and element-wise operations."""
