@@ -196,6 +196,94 @@ def test_a_run_goes_on_as_if_it_had_not_been_stopped(optimizer, tmp_path, monkey
         np.testing.assert_array_equal(value, found[1].state[name])
 
 
+ADAM = OPTIONS | {"optimizer": "adam", "curvature_batch": None, "evaluate_every": 1}
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def without_times(records):
+    return [{k: v for k, v in record.items() if not k.endswith("seconds")} for record in records]
+
+
+@pytest.mark.parametrize("options", [OPTIONS | {"evaluate_every": 1}, ADAM])
+def test_a_run_that_starts_from_another_one_is_that_which_goes_on(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = (network(), (SYMBOLS, NEXT), VALID)
+    whole = hfmpi.train(*given, max_steps=4, **options)
+    hfmpi.train(*given, out="old", max_steps=2, **options)
+    before = files("old")
+    new = hfmpi.train(*given, out="new", resume="old", max_steps=4, quiet=True)  # with the options of old
+    for steps in (3, 4):
+        part = hfmpi.train(*given, out="part", resume=Path("old"), max_steps=steps, quiet=True)
+    bare = hfmpi.train(*given, resume="old/checkpoint.h5", max_steps=4, quiet=True)
+    for other in new, part, bare:
+        np.testing.assert_array_equal(other.theta, whole.theta)
+        assert (other.step, other.valid_loss) == (4, whole.valid_loss)
+        assert without_times(other.history) == without_times(whole.history)[2:]
+    assert new.history[0]["seconds"] > json.loads(before["history.jsonl"].splitlines()[-1])["seconds"]
+    assert {path.name for path in tmp_path.iterdir()} == {"old", "new", "part"}
+    assert files("old") == before
+
+
+def test_a_run_that_starts_from_another_one_may_have_other_options_and_data(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    given = (network(), (SYMBOLS, NEXT), VALID)
+    old = hfmpi.train(*given, out="old", max_steps=3, **ADAM)
+    before = files("old")
+
+    def new(*given, **changes):
+        result = hfmpi.train(*given, resume="old", max_steps=4, **{"quiet": True} | changes)
+        (record,) = result.history
+        assert (record["step"], result.step) == (4, 4)
+        assert record["P_I"] > old.history[-1]["P_I"]
+        return result, capfd.readouterr()
+
+    still, said = new(*given, settings={"rate": 1e-30}, out="still")
+    np.testing.assert_allclose(still.theta, old.theta, rtol=1e-12)
+    assert still.history[0]["loss"] == pytest.approx(old.history[-1]["valid_loss"], abs=0.2)
+    assert said.err == ""
+    assert checkpoint.latest("still").state["updates"] == checkpoint.latest("old").state["updates"] + 1
+    _, said = new(*given, optimizer="sgd")
+    why = "it was trained with adam, and this is sgd"
+    assert f"Note: the optimizer's state of old is not taken over: {why}.\n" in said.err
+    _, said = new(given[0], (SYMBOLS[:50], NEXT[:50]), (SYMBOLS, NEXT))
+    assert "Note: old was trained on other cases.\n" in said.err
+    assert files("old") == before
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"resume": "nowhere"}, "there is no checkpoint nowhere"),
+    ({"resume": "old/config.toml"}, "old/config.toml is not an HDF5 file"),
+    ({"resume": "text"}, "text is a run of `hfmpi train` on a text; a run starts from one of its model"),
+    ({"model": network(hidden=6)}, "old is a run of another model; a run starts from one of its model"),
+    ({"model": network(loss="squares"), "train": (SYMBOLS, np.zeros((60, 9, 4)))}, "old is a run of another"),
+    ({"max_steps": 2}, "old has 2 steps already, and max_steps counts from its first start: give more than"),
+    ({"max_steps": None}, "old has 2 steps already"),
+    ({"settings": {"rat": 1}}, "has no setting 'rat'"),
+    ({"gradient_batch": 61}, "gradient_batch can be at most 60"),
+    ({"out": "old"}, 'old holds a run already; give another out, or resume="auto" to go on with it'),
+    ({"resume": "never", "out": "old"}, 'old holds a run already; give another out, or resume="auto" to'),
+    ({"resume": ""}, "resume must be 'auto', 'never', or the path of a run, not ''"),
+    ({"resume": None}, "resume must be 'auto', 'never', or the path of a run, not None"),
+])  # fmt: skip
+def test_what_cannot_start_from_another_run(changes, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hfmpi.train(network(), (SYMBOLS, NEXT), out="old", max_steps=2, **OPTIONS)
+    if changes.get("resume") == "text":
+        train_text(tmp_path / "text", write_corpus(tmp_path / "text.h5"), max_steps=1)
+    before = files("old")
+    given = {"model": network(), "train": (SYMBOLS, NEXT), "out": "new", "resume": "old", "max_steps": 3}
+    refused(lambda: hfmpi.train(**given | {"quiet": True} | changes), words, tmp_path / "new")
+    assert files("old") == before
+
+
+def test_never_goes_on_is_a_new_run_where_there_is_none(tmp_path):
+    options = {"optimizer": "shf", "max_steps": 1, "quiet": True, "resume": "never"}
+    assert hfmpi.train(Line(3), (X, Y), out=tmp_path / "run", **options).step == 1
+
+
 def test_all_forms_of_data_make_the_same_run():
     assert isinstance(Line(3), Model)
     assert isinstance(Lazy(), Cases)
@@ -424,6 +512,7 @@ def test_two_ranks_do_the_run_of_one(tmp_path):
 options = OPTIONS | {"metric": right, "micro_batch": 4}
 first = hfmpi.train(*given, out="two", max_steps=2, **options)
 again = hfmpi.train(*given, out="two", max_steps=4, **options)
+third = hfmpi.train(*given, out="three", resume="two", max_steps=5, metric=right, quiet=True)
 single = {"gradient_batch": 1, "curvature_batch": 1, "max_steps": 1}  # the shard of one rank is empty
 assert hfmpi.train(*given, **options | single).step == 1
 said = []
@@ -432,6 +521,7 @@ for changes in (
     {"train": ((SYMBOLS + rank) % 4, NEXT)},
     {"model": network(hidden=5 + rank)},
     {"max_rejections": 5 + rank},
+    {"resume": "nowhere"},
 ):
     try:
         bad = {"model": given[0], "train": given[1], "out": "bad", "max_steps": 1}
@@ -439,8 +529,8 @@ for changes in (
     except UserError as error:
         said.append(str(error))
 with open(f"said{rank}", "w") as file:
-    steps = first.step, again.step, len(again.history)
-    json.dump([*steps, again.valid_metric, again.theta.tolist(), said], file)
+    steps = first.step, again.step, len(again.history), third.step
+    json.dump([*steps, again.valid_metric, again.theta.tolist(), third.theta.tolist(), said], file)
 hfmpi.train(Line(3), (X, Y[1:]), max_steps=1)
 """
     code, _, err = mpirun(2, tmp_path, body)
@@ -449,11 +539,13 @@ hfmpi.train(Line(3), (X, Y[1:]), max_steps=1)
     assert err.count("Traceback") == err.count("UserError: train: there are 80 cases of inputs and 79") == 1
     ours = [json.loads((tmp_path / f"said{rank}").read_text()) for rank in range(2)]
     assert ours[0] == ours[1]
-    first, again, records, metric, theta, said = ours[0]
-    assert (first, again, records) == (2, 4, 4)
+    first, again, records, third, metric, theta, last, said = ours[0]
+    assert (first, again, records, third) == (2, 4, 4, 5)
     serial = hfmpi.train(network(), (SYMBOLS, NEXT), VALID, max_steps=4, metric=right, **OPTIONS)
     np.testing.assert_allclose(theta, serial.theta, rtol=1e-9, atol=1e-10)
     assert metric == pytest.approx(serial.valid_metric, abs=1e-9)
+    serial = hfmpi.train(network(), (SYMBOLS, NEXT), VALID, max_steps=5, **OPTIONS)
+    np.testing.assert_allclose(last, serial.theta, rtol=1e-6, atol=1e-7)
     assert not (tmp_path / "bad").exists()
     seed = "than the other ranks: what is random needs the same seed on all ranks"
     assert said == [
@@ -461,6 +553,7 @@ hfmpi.train(Line(3), (X, Y[1:]), max_steps=1)
         f"rank 1 has other data {seed}",
         f"rank 1 has another model {seed}",
         "rank 1 has other options or checkpoint files than the other ranks",
+        "there is no checkpoint nowhere",
     ]
     shown = CliRunner().invoke(cli, ["speedup", str(tmp_path / "two")])
     assert shown.exit_code == 0, shown.output

@@ -59,13 +59,11 @@ def train(
 
     from hfmpi.cli.streams import go_on
     from hfmpi.data.corpus import loss_unit
-    from hfmpi.files.run_folder import find_checkpoint
     from hfmpi.parallel.failure import together
     from hfmpi.parallel.launch import connect
     from hfmpi.parallel.placement import place
     from hfmpi.runs.reporter import make_reporter
-    from hfmpi.runs.restore import Misfit, check_one_run
-    from hfmpi.runs.start import anew, check_limits, start, started_from
+    from hfmpi.runs.start import COMMAND, begin, find
     from hfmpi.runs.stop import StopSignals, job_end
     from hfmpi.runs.text import TextTask
     from hfmpi.runs.train import Run
@@ -89,43 +87,32 @@ def train(
         wanted |= {name: value for name, value in given.items() if value is not None}
         if changes:
             wanted["settings"] = changes
-        own = resume in ("auto", "never") or started_from(folder, resume)
-        found = find_checkpoint(folder, "auto" if own and resume != "never" else resume)
+        found, own = find(folder, resume, COMMAND)
         if found is not None and "cases" in found.meta:
             remedy = "give another --out" if own else "a run on a text starts from one on a text"
             raise UserError(
                 f"{folder if own else resume} is a run of a Python program (hfmpi.train); {remedy}"
             )
-        if found is not None and own:
-            check_one_run(folder, found)
-            if not os.path.exists(data):
-                raise UserError(
-                    f"cannot read {data}: No such file or directory; if the corpus of {folder} is elsewhere "
-                    f"now, name it there, and --out {folder}"
-                )
-        notes, why = [found.message] if found and found.message else [], ""
+        if found is not None and own and not os.path.exists(data):
+            raise UserError(
+                f"cannot read {data}: No such file or directory; if the corpus of {folder} is elsewhere "
+                f"now, name it there, and --out {folder}"
+            )
+        notes = [found.message] if found and found.message else []
         if found is None or own:
             merged = merge(wanted, found.meta.get("config") if found else None)
         else:
             merged = started(wanted, found.meta.get("config"))
         task = TextTask.read(merged, data, placement.local_rank)
-        if found is not None and not own:
-            found, why = start(found, resume, merged, task.corpus.digest)
-        try:
+        same = found is None or found.meta.get("corpus") == task.corpus.digest
+        if found is None or own:
             run = Run(folder, task, comm, placement, found)
-        except Misfit as error:
-            if found is None or own:
-                raise
-            why = str(error)
-            run = Run(folder, task, comm, placement, anew(found))
-        if not own:
-            check_limits(merged, run.progress, resume)
-        if found is not None and found.meta.get("corpus") != task.corpus.digest:
-            if own:
+            if not same:
                 raise UserError(f"{folder} was trained on other data than {data}; give another --out")
-            notes.append(f"{resume} was trained on other data than {data}")
-        if why:
-            notes.append(f"the optimizer's state of {resume} is not taken over: {why}")
+        else:
+            run, why = begin(folder, task, comm, placement, found, resume, same, COMMAND)
+            notes += [] if same else [f"{resume} was trained on other data than {data}"]
+            notes += [why] if why else []
         for note in notes if comm.rank == 0 else ():
             click.echo(f"Note: {note}.", err=True)
         return task, run

@@ -12,16 +12,20 @@ from hfmpi.files.checkpoint import Checkpoint
 __all__ = ["find_checkpoint", "make"]
 
 
-def find_checkpoint(folder: Path, resume: str) -> Checkpoint | None:
+def find_checkpoint(
+    folder: Path | None, resume: str, names: tuple[str, str] = ("--out", "--resume auto")
+) -> Checkpoint | None:
     """Give the checkpoint to go on from, or None for a new run; nothing is written.
 
     Parameters
     ----------
-    folder : Path
-        Of the run; it need not exist.
+    folder : Path or None
+        Of the run; it need not exist. None: nothing is to be written.
     resume : str
         'auto': its own checkpoint, if there is one. 'never': None. Else a run's folder or a checkpoint
         file to start from.
+    names : tuple of str
+        What a user calls the option for the folder, and going on.
 
     Raises
     ------
@@ -30,14 +34,15 @@ def find_checkpoint(folder: Path, resume: str) -> Checkpoint | None:
     """
     # os.path: a name that is too long or lies in a closed folder holds no run; `make` will say why. A link
     # that leads nowhere is one, whose file is away.
-    has_run = any(os.path.lexists(folder / name) for name in (checkpoint.NEWEST, checkpoint.PREVIOUS))
+    has_run = folder is not None and any(
+        os.path.lexists(folder / name) for name in (checkpoint.NEWEST, checkpoint.PREVIOUS)
+    )
     if resume != "auto" and has_run:
-        raise UserError(
-            f"{folder} holds a run already; give another --out, or --resume auto to go on with it"
-        )
+        another, go_on = names
+        raise UserError(f"{folder} holds a run already; give another {another}, or {go_on} to go on with it")
     if resume == "never" or (resume == "auto" and not has_run):
         return None
-    source = folder if resume == "auto" else Path(resume)
+    source = folder if folder is not None and resume == "auto" else Path(resume)
     return checkpoint.latest(source) if os.path.isdir(source) else checkpoint.load(source)
 
 

@@ -14,7 +14,6 @@ import numpy as np
 
 from hfmpi.errors import UserError, shown
 from hfmpi.files.history import History, Record, plain
-from hfmpi.files.run_folder import find_checkpoint
 from hfmpi.models.base import Model
 from hfmpi.models.framework import FrameworkModel
 from hfmpi.parallel import library, watchdog
@@ -22,16 +21,18 @@ from hfmpi.parallel.communicator import Communicator
 from hfmpi.parallel.failure import joint, together
 from hfmpi.parallel.launch import connect
 from hfmpi.parallel.placement import Placement, place, threads_kept
-from hfmpi.runs.config import merge
+from hfmpi.runs.config import merge, started
 from hfmpi.runs.metric import Metric
 from hfmpi.runs.own_model import AnotherRun, ModelTask, config_of
 from hfmpi.runs.record import Facts, Reporter
 from hfmpi.runs.reporter import make_reporter
-from hfmpi.runs.restore import check_one_run
+from hfmpi.runs.start import Names, begin, find
 from hfmpi.runs.stop import StopSignals, job_end
 from hfmpi.runs.train import Ending, Run
 
 __all__ = ["Result", "train"]
+
+NAMES = Names("out", 'resume="auto"', "max_steps", "max_seconds")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Result:
     theta : ndarray (D,)
         The parameters, on the host; the mean of the iterates where the optimizer makes one.
     history : list of dict
-        One a step since the first start, as in history.jsonl.
+        One a step since the first start, as in history.jsonl; not those of another run that it started from.
     step : int
         Steps that were taken, since the first start.
     done : bool
@@ -69,6 +70,7 @@ def train(
     valid: Any = None,
     *,
     out: str | PathLike[str] | None = None,
+    resume: str | PathLike[str] = "auto",
     metric: Metric | None = None,
     quiet: bool = False,
     threads: int | None = None,
@@ -91,6 +93,11 @@ def train(
     out : path, optional
         The folder of the run: config.toml, history.jsonl, checkpoint.h5, timing.json and DONE
         (docs/file-formats.md). Without it nothing is written.
+    resume : {'auto', 'never'} or path
+        'auto': go on if `out` has a checkpoint; 'never': refuse to. The path of a run's folder or of a
+        checkpoint: start from that run, with its options but for those that are given, its model, and
+        perhaps other data. Its steps and costs go on, its files stay as they are. Called again with the same
+        `resume`, a run goes on where it was itself.
     metric : callable, optional
         metric(outputs (N, O), targets (N,) or (N, O)) gives a number for each row; the mean over all scored
         rows of the validation cases is valid_metric in the history.
@@ -140,7 +147,9 @@ def train(
         if isinstance(model, FrameworkModel):
             stack.enter_context(model.threads(placement.threads))
         with make_reporter(comm.rank, quiet) as reporter:
-            run = together(comm, lambda: _build(model, train, valid, out, metric, options, comm, placement))
+            run = together(
+                comm, lambda: _build(model, train, valid, out, resume, metric, options, comm, placement)
+            )
             told = _Told(reporter)
             ending = run.train(told, signals)
         if comm.rank == 0 and not quiet:
@@ -182,28 +191,42 @@ def _build(
     train: Any,
     valid: Any,
     out: Any,
+    resume: Any,
     metric: Any,
     options: dict[str, Any],
     comm: Communicator,
     placement: Placement,
 ) -> Run:
-    """Make the run of what a user gave, or go on with the one in `out`; UserError if that cannot be."""
+    """Make the run of what a user gave, anew or from a checkpoint; UserError if that cannot be."""
     if out is not None and not isinstance(out, (str, PathLike)):
         raise UserError(f"out must be the path of a folder, not {shown(out)}")
-    folder = None if out is None else Path(out)
-    found = None if folder is None else find_checkpoint(folder, "auto")
-    if folder is not None and found is not None:
-        check_one_run(folder, found)
-        if "cases" not in found.meta:
-            raise UserError(f"{folder} is a run of `hfmpi train` on a text; give another out")
-    config = merge(config_of(options), found.meta.get("config") if found else None, "out")
+    if not isinstance(resume, (str, PathLike)) or not str(resume):
+        raise UserError(f"resume must be 'auto', 'never', or the path of a run, not {shown(resume)}")
+    folder, source = None if out is None else Path(out), str(resume)
+    found, own = find(folder, source, NAMES)
+    wanted = config_of(options)
+    if found is None:
+        task = ModelTask.of(model, train, valid, metric, merge(wanted))
+        return Run(folder, task, comm, placement)
+    name, remedy = (folder, "give another out") if own else (source, "a run starts from one of its model")
+    if "cases" not in found.meta:
+        raise UserError(f"{name} is a run of `hfmpi train` on a text; {remedy}")
+    had = found.meta.get("config")
+    config = merge(wanted, had, NAMES.out) if own else started(wanted, had)
     task = ModelTask.of(model, train, valid, metric, config)
-    if found is not None and found.message:
-        task = replace(task, notes=(*task.notes, found.message))
+    notes = [found.message] if found.message else []
     try:
-        return Run(folder, task, comm, placement, found)
+        same = task.compare(found, own)
+        if own:
+            run = Run(folder, task, comm, placement, found)
+        else:
+            run, why = begin(folder, task, comm, placement, found, source, same, NAMES)
+            notes += [] if same else [f"{source} was trained on other cases"]
+            notes += [why] if why else []
     except AnotherRun as error:
-        raise UserError(f"{folder} {error}; give another out") from None
+        raise UserError(f"{name} {error}; {remedy}") from None
+    run.task = replace(task, notes=(*task.notes, *notes))
+    return run
 
 
 def _history(run: Run, told: _Told, comm: Communicator) -> list[Record]:

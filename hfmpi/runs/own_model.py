@@ -108,31 +108,47 @@ class ModelTask(Task):
         }
 
     def check(self, found: Checkpoint | None) -> None:
-        """Try the model on a few cases; raise a UserError if the checkpoint is of something else."""
+        """Try the model on a few cases; raise a UserError if the checkpoint is of another one."""
         if found is None:
-            theta = self.model.initial(self.config.seed)
-            loss = self._loss(self.model.backend.to_device(theta.astype(self.model.backend.dtype)))
+            theta = self.model.initial(self.config.seed).astype(self.model.backend.dtype)
+            loss = self._loss(self.model.backend.to_device(theta))
             if not math.isfinite(loss):
                 raise UserError(_not_finite(loss))
-            self._try_metric(theta.astype(self.model.backend.dtype))
-            return
-        meta = found.meta
+        else:
+            self._check_form(found)
+            theta = found.theta
+        self._try_metric(theta)
+
+    def compare(self, found: Checkpoint, own: bool) -> bool:
+        """Say whether the checkpoint's run has the same training cases as this one.
+
+        Raises
+        ------
+        UserError
+            If it is of another model, or where it is this run's own, on other cases.
+        """
+        self._check_form(found)
         for name, words in (
-            ("model", "of another model"),
             ("cases", "on other training cases"),
             ("valid_cases", "with other validation cases"),
         ):
-            if meta.get(name) != self.identity[name]:
+            if own and found.meta.get(name) != self.identity[name]:
                 raise AnotherRun(f"is a run {words}")
-        check_parameters(found, self.model.size, self.model.backend.dtype)
+        same, known = found.meta.get("cases") == self.identity["cases"], found.meta.get("tried")
         loss = self._loss(self.model.backend.to_device(found.theta))
-        known = meta.get("tried")
-        if not isinstance(known, float) or not math.isclose(loss, known, rel_tol=CLOSE, abs_tol=1e-6):
+        if same and not (isinstance(known, float) and math.isclose(loss, known, rel_tol=CLOSE, abs_tol=1e-6)):
             raise AnotherRun(
                 f"is a run of another model: on the first cases its parameters have a loss of {loss:.6g} in "
                 f"this one, and had {known}"
             )
-        self._try_metric(found.theta)
+        if not math.isfinite(loss):
+            raise UserError(_not_finite(loss))
+        return same
+
+    def _check_form(self, found: Checkpoint) -> None:
+        if found.meta.get("model") != self.identity["model"]:
+            raise AnotherRun("is a run of another model")
+        check_parameters(found, self.model.size, self.model.backend.dtype)
 
     def try_out(self, owner: DataParallel, theta: Array) -> None:
         """Compute losses before anything is written: alike on all ranks, and finite on the first batch."""
