@@ -283,6 +283,24 @@ class Choosing(nn.Linear):
         return super().forward(x if float(x.detach().square().sum()) >= 0 else 2 * x)
 
 
+class Hooked(nn.Linear):
+    """Changes the gradient on its way back, which what a layer keeps does not see."""
+
+    def forward(self, x):
+        z = super().forward(x)
+        if z.requires_grad:
+            z.register_hook(lambda u: 2 * u)
+        return z
+
+
+class Nested(nn.Linear):
+    """Takes its steps by a `vmap` of its own."""
+
+    def forward(self, x):
+        return torch.func.vmap(super().forward, 1, 1)(x)
+
+
+ALONE = Choosing, Hooked, Nested  # their cases one after the other
 LOOPS = [
     {"kind": "LSTM"}, {"kind": "GRU"}, {"kind": "RNN"},
     {"kind": "RNN", "nonlinearity": "relu", "bias": False},
@@ -297,8 +315,12 @@ LOOPS = [
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
     "make",
-    [Odd, *(partial(Reader, **about) for about in LOOPS), partial(Choosing, INPUTS, OUTPUTS)],
-    ids=["odd", *("-".join(map(str, about.values())) for about in LOOPS), "choosing"],
+    [
+        Odd,
+        *(partial(Reader, **about) for about in LOOPS),
+        *(partial(kind, INPUTS, OUTPUTS) for kind in ALONE),
+    ],
+    ids=["odd", *("-".join(map(str, about.values())) for about in LOOPS), *(kind.__name__ for kind in ALONE)],
 )
 def test_squared_gradients_are_those_of_cases_taken_one_by_one(make, dtype, monkeypatch, caplog):
     torch.manual_seed(2)
@@ -320,7 +342,7 @@ def test_squared_gradients_are_those_of_cases_taken_one_by_one(make, dtype, monk
     for squared in found:
         np.testing.assert_allclose(squared.vector, each.sum(axis=0), **close)
         np.testing.assert_allclose(squared.squares, CASES * (each**2).sum(axis=0), **close)
-    assert ("one case after the other" in caplog.text) == (type(module) is Choosing)
+    assert ("one case after the other" in caplog.text) == (type(module) in ALONE)
 
 
 # Operations without derivatives ------------------------------------------------------------------

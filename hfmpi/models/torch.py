@@ -238,35 +238,58 @@ class TorchPasses:
 
     def squares(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """J' u (D,) of u (N, O), and the sum over cases of its summands' squares (D,)."""
-        model, rows = self.model, Rows((1, *self.rows.shape[1:]), self.rows.width)
-        theta, apart = self.theta.detach(), model.tensor(u).view(self.cases, -1, u.shape[-1])
-
-        def outputs(own: dict[str, Any], *inputs: Any) -> Any:
-            return rows.of(torch.func.functional_call(model.module, own, tuple(x[None] for x in inputs)))
-
-        def batched(part: slice) -> tuple[Any, Any, int]:
-            inputs = [x[part] for x in self.inputs]
-            with _memory(), _quiet(), model._kernels():
-                return squared_gradients(outputs, model._named(theta), model._frozen, inputs, apart[part])
-
+        model, apart = self.model, self.model.tensor(u).view(self.cases, -1, u.shape[-1])
         if model._cases_apart:
             try:
                 if model._loose is None:
-                    model._loose = batched(slice(1))[2]
+                    model._loose = self._try_cases(apart[:2])
                 most = max(1, EACH_NUMBERS // max(1, model._loose))
-                found = [batched(slice(i, i + most))[:2] for i in range(0, self.cases, most)]
+                found = [
+                    self._cases_together(slice(start, start + most), apart[start : start + most])[:2]
+                    for start in range(0, self.cases, most)
+                ]
                 return _array(sum(total for total, _ in found)), _array(sum(own for _, own in found))
             except _FAILURES as failure:
                 model._cases_apart = False
                 _note("case", failure)
-        total, squares = torch.zeros_like(theta), torch.zeros_like(theta)
-        for weights, *one in zip(apart, *self.inputs, strict=True):
-            leaf = theta.clone().requires_grad_()
-            with _memory(), torch.enable_grad(), model._kernels():
-                own = torch.autograd.grad(outputs(model._named(leaf), *one), leaf, weights)[0]
-            total += own
-            squares += own.square()
+        total, squares = self._case_by_case(apart)
         return _array(total), _array(squares)
+
+    def _case(self, parameters: dict[str, Any], *inputs: Any) -> Any:
+        """Give the outputs (N, O) of one case."""
+        rows = Rows((1, *self.rows.shape[1:]), self.rows.width)
+        return rows.of(
+            torch.func.functional_call(self.model.module, parameters, tuple(x[None] for x in inputs))
+        )
+
+    def _cases_together(self, part: slice, u: Any) -> tuple[Any, Any, int]:
+        """Do what `squares` does for some cases and their u (B, N, O), as `squared_gradients` does."""
+        model, inputs = self.model, [x[part] for x in self.inputs]
+        with _memory(), _quiet(), model._kernels():
+            return squared_gradients(self._case, model._named(self.theta.detach()), model._frozen, inputs, u)
+
+    def _case_by_case(self, u: Any) -> tuple[Any, Any]:
+        """Do the same for the first cases, one after the other."""
+        model, total, squares = self.model, torch.zeros_like(self.theta), torch.zeros_like(self.theta)
+        for own, *inputs in zip(u, *(x[: len(u)] for x in self.inputs), strict=True):
+            theta = self.theta.detach().requires_grad_()
+            with _memory(), torch.enable_grad(), model._kernels():
+                found = torch.autograd.grad(self._case(model._named(theta), *inputs), theta, own)[0]
+            total += found
+            squares += found.square()
+        return total, squares
+
+    def _try_cases(self, like: Any) -> int:
+        """Give the parameters that each case needs its own of; RuntimeError where the first cases go wrong.
+
+        So it is where the module changes gradients on their way back (`register_hook`).
+        """
+        u = torch.from_numpy(np.random.default_rng(0).standard_normal(like.shape)).to(like)
+        *together, loose = self._cases_together(slice(len(u)), u)
+        for ours, right in zip(together, self._case_by_case(u), strict=True):
+            if not torch.linalg.vector_norm(ours - right) <= 1e-3 * torch.linalg.vector_norm(right):
+                raise RuntimeError("a layer's cases cannot be told apart")
+        return loose
 
     def tried(self) -> int:
         """Give the bytes that the graphs keep; raise a RuntimeError where products do not work."""

@@ -161,7 +161,8 @@ class _Layers(TorchFunctionMode):  # type: ignore[misc]
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.linear:
             return self._linear(*args, **kwargs or {})
-        if func in _RECURRENT and isinstance(args[2], (list, tuple)) and self._trained(*args[2]):
+        unpacked = func in _RECURRENT and len(args) == 9 and isinstance(args[3], bool)
+        if unpacked and self._trained(*args[2]):
             return self._recurrent(_RECURRENT[func], *args)
         return func(*args, **kwargs or {})
 
@@ -231,11 +232,11 @@ class _AcrossCases(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(function: Any, *tensors: Any) -> Any:
-        raise NotImplementedError("only inside vmap")
+        raise NotImplementedError("a layer inside of another transformation")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        raise NotImplementedError("only inside vmap")
+        raise NotImplementedError("a layer inside of another transformation")
 
     @staticmethod
     def vmap(info: Any, axes: Any, function: Any, *tensors: Any) -> Any:
