@@ -1,5 +1,6 @@
 """A PyTorch module as a model: its derivatives against dense ones, and what is refused."""
 
+import sys
 from functools import partial
 
 import numpy as np
@@ -24,6 +25,7 @@ from hfmpi.models.base import Blocks, Columns, Model, SquaredGradients
 from hfmpi.parallel.communicator import Communicator
 
 torch = pytest.importorskip("torch")
+torch_cases = pytest.importorskip("hfmpi.models.torch_cases")
 nn = torch.nn
 
 
@@ -343,6 +345,28 @@ def test_squared_gradients_are_those_of_cases_taken_one_by_one(make, dtype, monk
         np.testing.assert_allclose(squared.vector, each.sum(axis=0), **close)
         np.testing.assert_allclose(squared.squares, CASES * (each**2).sum(axis=0), **close)
     assert ("one case after the other" in caplog.text) == (type(module) in ALONE)
+
+
+def test_squared_gradients_need_nothing_that_is_private_to_pytorch(monkeypatch, caplog):
+    torch.manual_seed(2)
+    module = Reader(**LOOPS[0]).double()
+    x, y = numbers(CASES, STEPS, INPUTS), symbols(CASES, STEPS)
+
+    def squared():
+        model = hfmpi.TorchModel(module, "cross-entropy")
+        risk = hfmpi.DataParallel(model, Communicator()).on(hfmpi.Arrays(x, y), np.arange(CASES))
+        return risk.squared_gradients(model.initial(0))
+
+    expected = squared()
+    assert "one case after the other" not in caplog.text
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch._decomp", None)
+        assert torch_cases._recurrent_networks() == {}
+    monkeypatch.setattr(torch_cases, "_RECURRENT", {})
+    found = squared()
+    assert "one case after the other" in caplog.text
+    np.testing.assert_allclose(found.vector, expected.vector, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(found.squares, expected.squares, rtol=1e-9, atol=1e-12)
 
 
 # Operations without derivatives ------------------------------------------------------------------

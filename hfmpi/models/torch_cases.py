@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch._decomp import get_decompositions
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
@@ -248,9 +247,20 @@ class _AcrossCases(torch.autograd.Function):  # type: ignore[misc]
         return found, (0,) * len(found) if isinstance(found, tuple) else 0
 
 
-_ATEN = torch.ops.aten
-_STEPS = get_decompositions([
-    _ATEN.lstm.input, _ATEN.gru.input, _ATEN.rnn_tanh.input, _ATEN.rnn_relu.input
-])  # fmt: skip
-_RECURRENT = {getattr(torch, loop._schema.name.removeprefix("aten::")): run for loop, run in _STEPS.items()}
-"""By the function of a recurrent network, the same in single products and element-wise operations."""
+def _recurrent_networks() -> dict[Any, Any]:
+    """Give PyTorch's recurrent networks in single products and element-wise operations, by their function.
+
+    PyTorch has them for its own compiler, in a module that it may change: without it there are none.
+    """
+    try:
+        from torch._decomp import get_decompositions
+
+        aten = torch.ops.aten
+        kinds = aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu
+        steps = get_decompositions([kind.input for kind in kinds])
+        return {getattr(torch, op._schema.name.removeprefix("aten::")): run for op, run in steps.items()}
+    except (ImportError, AttributeError):
+        return {}
+
+
+_RECURRENT = _recurrent_networks()
