@@ -26,7 +26,7 @@ class Elsewhere(np.ndarray):
 
     def __array_function__(self, function, types, arguments, options):
         result = super().__array_function__(function, types, arguments, options)
-        return float(result) * (1 + 1e-7) if function is np.einsum else result
+        return np.asarray(result) * (1 + 1e-7) if function is np.einsum else result
 
     def __array_ufunc__(self, ufunc, method, *inputs, out=(), **options):
         plain = [np.asarray(x) if isinstance(x, Elsewhere) else x for x in inputs]
