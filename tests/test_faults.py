@@ -334,6 +334,7 @@ def test_one_ranks_bad_numbers_stop_the_run_on_all(mpi_ranks, comm, mpi_tmp_path
         with StopSignals() as signals, pytest.raises(UserError, match=sentence):
             run.train(Recorder(), signals)
         monkeypatch.undo()
+        comm.Barrier()  # rank 0 has written what the others read
         assert (Tape.squared_gradients, Tape.gauss_newton, Network.loss) == honest
         assert checkpoint.latest(folder).meta["rejections"] == 2
         assert [record["accepted"] for record in history(folder)] == [True] * 2 + [False] * 3

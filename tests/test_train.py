@@ -578,6 +578,7 @@ def test_a_rank_that_strays_stops_the_run(mpi_ranks, comm, mpi_tmp_path, monkeyp
         with StopSignals() as signals, pytest.raises(UserError, match=sentence):
             run.train(Recorder(), signals)
         assert len(thetas) == found_at
+        comm.Barrier()  # rank 0 has written what the others read
         found = checkpoint.latest(folder)
         assert (found.meta["step"], found.message) == (2, None)
         np.testing.assert_array_equal(found.theta, thetas[1])
