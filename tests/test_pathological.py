@@ -256,6 +256,7 @@ def test_the_best_candidate_solves_with_the_least_passes_or_has_the_lowest_loss(
     low, high, broken = (record(v, False, 100, loss) for v, loss in ((3, 0.2), (4, 0.4), (5, np.nan)))
     assert training.best([slow, low, quick]) == 2
     assert training.best([broken, high, low]) == 3
+    assert training.best([record(7, False, 100, 0.2), low]) == 3  # alike
 
 
 def test_candidates_are_tried_until_the_best_has_neighbours(training):

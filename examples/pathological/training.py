@@ -173,11 +173,14 @@ def untried(runs: Sequence[Run], tried: Mapping[Run, Mapping[str, Any]]) -> list
 
 
 def best(records: Sequence[Mapping[str, Any]]) -> float:
-    """Choose the value that solves the task with the least P_I, else that with the lowest training loss."""
+    """Choose the value that solves the task with the least P_I, else that with the lowest training loss.
 
-    def rank(record: Mapping[str, Any]) -> tuple[bool, float]:
+    Of several that are alike it is the smallest.
+    """
+
+    def rank(record: Mapping[str, Any]) -> tuple[bool, float, float]:
         loss = record["loss"] if math.isfinite(record["loss"]) else math.inf
-        return (False, record["P_I_full"]) if record["solved"] else (True, loss)
+        return (not record["solved"], record["P_I_full"] if record["solved"] else loss, record["value"])
 
     return float(min(records, key=rank)["value"])
 
