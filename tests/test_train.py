@@ -58,6 +58,10 @@ OPTIMIZERS = {
 }
 
 
+PAUSE = 0.05
+"""Seconds of a run's steps that are in no span: those for which a busy machine stops it between two of them."""
+
+
 @pytest.fixture(scope="module", name="data")
 def fixture_data(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("corpus") / "small.h5")
@@ -233,7 +237,7 @@ def test_the_folder_and_the_history_keep_the_contract(data, tmp_path):
     assert timing["timed_steps"] == 3
     assert not {"files", "evaluate"} & rank["step_spans"].keys()
     stepping = sum(record["step_seconds"] for record in records[1:])
-    assert sum(rank["step_spans"].values()) == pytest.approx(stepping, abs=1e-3)
+    assert -1e-3 < stepping - sum(rank["step_spans"].values()) < PAUSE
     assert all(rank["step_spans"][name] <= rank["spans"][name] for name in rank["step_spans"])
     assert stepping < seconds[-1] - seconds[0]
 
@@ -521,7 +525,7 @@ def compare(run, theta, records):
     assert min(rank["spans"]["waiting"] for rank in timing["ranks"]) >= 0
     lasted = [sum(rank["step_spans"].values()) for rank in timing["ranks"]]
     timed = [r["step_seconds"] for r in found if r["step"] > timing["last_step"] - timing["timed_steps"]]
-    assert lasted[0] == pytest.approx(sum(timed), abs=1e-3)
+    assert -1e-3 < sum(timed) - lasted[0] < PAUSE
 
 
 @pytest.mark.mpi(ranks=4, timeout=110, unit="s")
