@@ -59,7 +59,7 @@ OPTIMIZERS = {
 
 
 PAUSE = 0.05
-"""Seconds of a run's steps that are in no span: those for which a busy machine stops it between two of them."""
+"""Seconds of a run's steps that are in no span at most: a busy machine stops it between two of them."""
 
 
 @pytest.fixture(scope="module", name="data")
