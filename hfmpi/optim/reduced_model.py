@@ -78,21 +78,15 @@ class Directions:
             both[part] = [*both.get(part, []), *(known + row for row in rows)]
         return Directions(np.concatenate([self.v, more.v]), [*both.items()])
 
-    def gram(self) -> Matrix:
-        """Give V V', (k, k)."""
-        found = np.zeros((len(self.v), len(self.v)))
+    def inner_products(self, g: Vector) -> tuple[Matrix, Matrix]:
+        """Give V V' (k, k), and V g (k,) accumulated in float64."""
+        count = len(self.v)
+        gram, slopes = np.zeros((count, count)), np.zeros(count)
         for part, rows in self.places:
             own = part.stacked([self.v[row] for row in rows])
-            found[np.ix_(rows, rows)] = np.matmul(own, own.T).tolist()
-        return found
-
-    def slopes(self, g: Vector) -> Matrix:
-        """Give V g, (k,), accumulated in float64."""
-        found = np.zeros(len(self.v))
-        for part, rows in self.places:
-            own = part.stacked([self.v[row] for row in rows])
-            found[rows] = np.einsum("ij,j->i", own, part.of(g).reshape(-1), dtype=np.float64).tolist()
-        return found
+            gram[np.ix_(rows, rows)] = np.matmul(own, own.T).tolist()
+            slopes[rows] = np.einsum("ij,j->i", own, part.of(g).reshape(-1), dtype=np.float64).tolist()
+        return gram, slopes
 
     def combined(self, weights: Sequence[float]) -> Vector:
         """Give V' c, (D,)."""
@@ -108,18 +102,18 @@ def directions(objective: Objective, whole: Sequence[Vector], places: Sequence[P
     """Cut vectors (D,) into parts, without those of length zero; None if one is not finite."""
     own = [part.stacked(whole) for part in places]
     squares = [np.einsum("ij,ij->i", rows, rows, dtype=np.float64).tolist() for rows in own]
-    agreed = iter(objective.agree(tuple(square for each in squares for square in each)))
-    lengths = [[math.sqrt(next(agreed)) for _ in whole] for _ in places]
-    if not all(math.isfinite(length) for each in lengths for length in each):
+    agreed = objective.agree(tuple(square for each in squares for square in each))
+    if not all(map(math.isfinite, agreed)):
         return None
-    v = np.zeros_like(whole[0], shape=(sum(length > 0 for each in lengths for length in each), whole[0].size))
-    found, at = [], 0
-    for part, rows, each in zip(places, own, lengths, strict=True):
+    v = np.zeros_like(whole[0], shape=(sum(square > 0 for square in agreed), whole[0].size))
+    left, found, at = iter(agreed), [], 0
+    for part, rows in zip(places, own, strict=True):
         begin = at
-        for values, length in zip(rows, each, strict=True):
-            if length > 0:
+        for values in rows:
+            square = next(left)
+            if square > 0:
                 out = part.of(v[at])
-                out[...] = (v.dtype.type(1 / length) * values).reshape(out.shape)
+                out[...] = (v.dtype.type(1 / math.sqrt(square)) * values).reshape(out.shape)
                 at += 1
         if at > begin:
             found.append((part, [*range(begin, at)]))

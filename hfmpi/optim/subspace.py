@@ -296,10 +296,11 @@ class Subspace:
         self, objective: Objective, along: Directions, m: Matrix, g: Vector, factors: Vector
     ) -> ReducedModel:
         """Give the model of V, M = V G V' and what lambda damps."""
-        gram = metric = along.gram()
+        gram, slopes = along.inner_products(g)
+        metric = gram
         if self.metric == "kfac":
             metric = kfac.products(objective.blocks, factors, along.v) + self.kfac_damping * gram
-        return ReducedModel(objective, along, m + self.weight_decay * gram, metric, along.slopes(g))
+        return ReducedModel(objective, along, m + self.weight_decay * gram, metric, slopes)
 
     def _damped(self, damping: float, rho: float) -> float:
         """Give lambda after a step of this reduction ratio."""
