@@ -305,6 +305,7 @@ def test_damaged_data(damage, reason, here, refused):
     ("--sequence-length 5000 --gradient-batch 20", "at most 300, not 5,000; the training text of small.h5 "
      "makes 14 sequences of 300 characters: --gradient-batch can be at most 14, not 20\n"),
     ("--layers 0", "--layers"),
+    ("--input-noise 1", "input_noise must lie in [0, 1)"),
     ("--burn-in 290", "--burn-in together can be at most 300, not 310"),
     ("--gradient-batch 211", "--gradient-batch can be at most 210, not 211"),
     ("--curvature-batch 10", "--curvature-batch can be at most 9, the gradient batch, not 10"),
@@ -394,6 +395,7 @@ def test_a_configuration_file_that_is_not_text(here, refused):
     ("--sequence-length 10", "this run has sequence_length = 20, not 10"),
     ("--set cg_max_steps=2", "this run has cg_max_steps = 15, not 2"),
     ("--gradient-batch 10", "this run has gradient_batch = 9, not 10"),
+    ("--input-noise 0.1", "this run has input_noise = 0.0, not 0.1"),
     ("--warmup 2", "this run has burn_in = 0, not 2"),
     ("--layers 2", "this run has layers = 1, not 2"),
     ("--config other.toml", "this run has burn_in = 0, not 2"),

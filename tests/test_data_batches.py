@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hfmpi.data.batches import Sequences, check_batch, curvature_slice, global_indices, shard
+from hfmpi.data.noise import Noisy
 from hfmpi.errors import UserError
 from hfmpi.runs.checks import enough_text
 
@@ -55,6 +56,51 @@ def test_targets_are_the_inputs_one_later_and_every_character_is_one_target(
     assert np.array_equal(targets[:-1], inputs[burn_in + 1 :])
     covered = (np.arange(sequences.count * length) + 1) % len(ids)
     assert np.array_equal(np.sort(targets, axis=None), np.sort(covered))
+
+
+@given(splits(), st.floats(0, 1, exclude_max=True), seeds, counts)
+def test_noise_is_that_of_seed_step_and_sequence(
+    split: tuple[np.ndarray, int, int], share: float, seed: int, step: int
+) -> None:
+    ids, length, burn_in = split
+    sequences = Sequences(ids, length, burn_in)
+    noisy = Noisy(sequences, share, seed, step)
+    everything = np.arange(sequences.count)
+    whole, plain = noisy.take(everything), sequences.take(everything)
+    assert noisy.count == sequences.count
+    assert noisy.scored(everything) == sequences.scored(everything)
+    assert np.array_equal(whole.targets, plain.targets)
+    assert whole.inputs.dtype == plain.inputs.dtype
+    assert whole.inputs.shape == plain.inputs.shape
+    assert whole.inputs.flags.c_contiguous
+    assert set(whole.inputs.reshape(-1)) <= set(ids)
+    some = everything[::-2]
+    assert np.array_equal(noisy.take(some).inputs, whole.inputs[:, some])
+    assert noisy.take(everything[:0]).inputs.shape == (burn_in + length, 0)
+    assert np.array_equal(Noisy(sequences, 0.0, seed, step).take(everything).inputs, plain.inputs)
+    with pytest.raises(IndexError):
+        noisy.take(np.array([sequences.count]))
+
+
+def test_noise_replaces_its_share_by_what_the_text_has() -> None:
+    ids = np.repeat(np.array([0, 1, 2], np.uint8), [60_000, 30_000, 10_000])
+    sequences = Sequences(ids, 100)
+    everything, seen = np.arange(1_000), list[np.ndarray]()
+    plain = sequences.take(everything).inputs
+    for seed, step in ((0, 0), (0, 1), (1, 0)):
+        inputs = Noisy(sequences, 0.2, seed, step).take(everything).inputs
+        for symbol, frequency in enumerate((0.6, 0.3, 0.1)):
+            of = inputs[plain == symbol]
+            assert (of != symbol).mean() == pytest.approx(0.2 * (1 - frequency), abs=0.01)
+        zeros = inputs[(plain != 0) & (inputs != plain)]
+        assert (zeros == 0).mean() > 0.6
+        seen.append(inputs != plain)
+    for i, one in enumerate(seen):
+        for other in seen[i + 1 :]:
+            assert (one & other).mean() == pytest.approx(one.mean() * other.mean(), abs=0.01)
+    # Pinned: a run must resume into the noise that it would have had, whatever the version of NumPy.
+    changed = Noisy(sequences, 0.2, 0, 0).take(np.array([7])).inputs != sequences.take(np.array([7])).inputs
+    assert np.flatnonzero(changed)[:8].tolist() == [23, 25, 47, 65, 67, 73, 83, 85]
 
 
 def test_a_batch_is_int32_time_first_and_contiguous() -> None:

@@ -25,7 +25,7 @@ from hfmpi.runs.trained_model import Trained
 
 STEPS = 6
 OPTIMIZERS = {
-    "sgd clip": {"optimizer": "sgd", "settings": {"rule": "clip", "rate": 1.0}},
+    "sgd clip": {"optimizer": "sgd", "settings": {"rule": "clip", "rate": 1.0}, "input_noise": 0.1},
     "sgd normalised": {"optimizer": "sgd", "settings": {"rule": "normalised", "rate": 0.3}},
     "sgd rms-normalised": {"optimizer": "sgd", "settings": {"rule": "rms-normalised", "rate": 1.5}},
     "bgd": {"optimizer": "bgd"},
@@ -37,6 +37,7 @@ OPTIMIZERS = {
     "subspace": {
         "optimizer": "subspace",
         "curvature_batch": 4,
+        "input_noise": 0.2,
         "settings": {"kfac_dampings": 1, "candidates": 2, "refresh": 2, "damping": 1.0},
     },
     "subspace krylov": {
@@ -100,6 +101,18 @@ def test_the_steps_of_a_run_do_something(data, tmp_path):
     another, _ = train(tmp_path / "seed", data, max_steps=STEPS, seed=1, **OPTIMIZERS["shf"])
     assert digest(another.theta) not in seen
     assert len(seen) == len(OPTIMIZERS)
+
+
+def test_input_noise_is_drawn_anew_for_every_step_and_spares_validation(data, tmp_path):
+    options = {"optimizer": "adam", "gradient_batch": 30, "settings": {"rate": 1e-30}, "evaluate_every": 1}
+    plain, _ = train(tmp_path / "plain", data, max_steps=3, **options)
+    noisy, _ = train(tmp_path / "noisy", data, max_steps=3, input_noise=0.3, **options)
+    without, found = history(plain.folder), history(noisy.folder)  # theta hardly moves
+    assert len({record["train_bpc"] for record in found}) == 3
+    for record, other in zip(found, without, strict=True):
+        assert record["train_bpc"] != other["train_bpc"]
+        assert record["valid_bpc"] == other["valid_bpc"]
+    assert "input_noise = 0.3" in (noisy.folder / "config.toml").read_text()
 
 
 def test_a_run_that_broke_off_repeats_the_steps_after_its_checkpoint(data, tmp_path):

@@ -19,7 +19,7 @@ from hfmpi.models.architecture import INITIALISATIONS, PAPER_PARAMETERS, Archite
 from hfmpi.models.cells import CELLS, VARIANTS
 from hfmpi.objective.transport import TRANSPORTS
 from hfmpi.optim.presets import PRESETS, Preset, preset
-from hfmpi.settings import Rule, at_least, at_most, check, converted, declared
+from hfmpi.settings import Rule, at_least, at_most, check, converted, declared, within
 
 __all__ = [
     "CHANGEABLE",
@@ -97,6 +97,11 @@ class Config:
     curvature_batch: Annotated[Whole, Option("Sequences per curvature product.", "the preset's", least=1)] = 0
     sequence_length: Annotated[Whole, at_least(1), Option("Scored characters of a sequence.", least=1)] = 200
     burn_in: Annotated[Whole, Option("Characters read before those.")] = 0
+    input_noise: Annotated[
+        Number,
+        within("[0, 1)"),
+        Option("Share of the characters read in training that others of the text replace, anew every step."),
+    ] = 0.0
     max_steps: Annotated[Whole, Option("Done after so many steps in all.", "no limit", changeable=True)] = 0
     max_seconds: Annotated[
         Number, NOT_NEGATIVE, Option("Done after so much training time in all.", "no limit", changeable=True)
@@ -202,7 +207,7 @@ CHANGEABLE = frozenset(name for name, (_, option) in OPTIONS.items() if option.c
 
 OF_TEXT = frozenset((
     "model", "variant", "hidden", "parameters", "layers", "initialisation", "forget_bias",
-    "sequence_length", "burn_in", "backend", "dtype", "matmul_precision",
+    "sequence_length", "burn_in", "input_noise", "backend", "dtype", "matmul_precision",
 ))  # fmt: skip
 """Options of the network on a text; `hfmpi.train`, which is given a model and cases, has them not."""
 NETWORK = "model", "variant", "layers", "initialisation", "forget_bias", "dtype"

@@ -71,6 +71,10 @@ class Task:
     def try_out(self, owner: DataParallel, theta: Array) -> None:
         """Raise a UserError on all ranks if the first batch shows that theta is no start; collective."""
 
+    def cases(self, step: int) -> Cases:
+        """Give the training cases as step `step`, from 0 on, is to see them."""
+        return self.train_set
+
     @property
     def options(self) -> dict[str, Any]:
         """The options as the files of a run have them."""

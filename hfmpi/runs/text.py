@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hfmpi.data.batches import Sequences
+from hfmpi.data.batches import Cases, Sequences
 from hfmpi.data.corpus import Corpus
+from hfmpi.data.noise import Noisy
 from hfmpi.files.checkpoint import Checkpoint
 from hfmpi.files.history import BITS
 from hfmpi.models.network import Network
@@ -17,6 +18,8 @@ from hfmpi.runs.restore import check_model
 from hfmpi.runs.task import Task
 
 __all__ = ["TextTask"]
+
+NOISED = "training losses are those with input noise, validation losses are without"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,7 @@ class TextTask(Task):
                 "corpus": corpus.digest,
             },
             corpus=corpus,
+            notes=(NOISED,) if config.input_noise else (),
         )
 
     def check(self, found: Checkpoint | None) -> None:
@@ -72,6 +76,11 @@ class TextTask(Task):
         if found is not None:
             check_model(found, self.corpus.symbols, self.model.size, self.model.backend.dtype)
         checks.enough_memory(self.model.architecture)
+
+    def cases(self, step: int) -> Cases:
+        """Give the training sequences, with the noise of this step where there is to be some."""
+        share = self.config.input_noise
+        return Noisy(self.train_set, share, self.config.seed, step) if share else self.train_set
 
     def linearisation_bytes(self, cases: int) -> int:
         """Give what the tape of so many sequences takes."""

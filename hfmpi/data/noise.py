@@ -1,0 +1,67 @@
+"""Sequences of which some inputs are replaced, anew for every step: against overfitting, at no pass.
+
+Unigram noise (Xie et al. 2017, Data noising as smoothing in neural network language models): a symbol that is
+read is replaced with a given probability by one drawn from the text. Targets stay as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hfmpi.data.batches import Batch, Sequences, checked_indices
+
+__all__ = ["Noisy"]
+
+STREAM = 1
+"""Tells these random words from those of other streams of the same seed and step."""
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """The sequences of one step: `Cases`, the same whenever and on whatever rank they are taken.
+
+    Attributes
+    ----------
+    sequences : Sequences
+    share : float
+        Of the symbols read, burn-in included, that are replaced, in [0, 1).
+    seed, step : int
+        Not negative.
+    """
+
+    sequences: Sequences
+    share: float
+    seed: int
+    step: int
+
+    @property
+    def count(self) -> int:
+        """The number of sequences."""
+        return self.sequences.count
+
+    def scored(self, indices: np.ndarray) -> int:
+        """Return the number of targets of the sequences `indices` (B,)."""
+        return self.sequences.scored(indices)
+
+    def take(self, indices: np.ndarray) -> Batch:
+        """Return the sequences `indices` (B,), B >= 0, with their noise.
+
+        Raises
+        ------
+        IndexError
+            If there is no such sequence.
+        """
+        batch, ids = self.sequences.take(indices), self.sequences.ids
+        words = np.empty((len(indices), 2, len(batch.inputs)), np.uint64)
+        for own, k in zip(words, checked_indices(indices, self.count, "sequence"), strict=True):
+            # Raw words are the same in every version of NumPy (NEP 19).
+            own.reshape(-1)[:] = self._words(int(k), own.size)
+        drawn, chosen = words.transpose(1, 2, 0)
+        replaced = drawn < np.uint64(self.share * 2.0**64)
+        others = ids[chosen % np.uint64(len(ids))].astype(batch.inputs.dtype)
+        return batch._replace(inputs=np.where(replaced, others, batch.inputs))
+
+    def _words(self, k: int, count: int) -> np.ndarray:
+        return np.random.PCG64(np.random.SeedSequence([self.seed, self.step, k, STREAM])).random_raw(count)
