@@ -87,8 +87,11 @@ METHODS = {
     "bhf+s": Method("bhf", "damping", DAMPINGS, 500, 125, STRUCTURAL),
     "subspace": Method("subspace", "damping", TRUSTS, 500, 125, {"candidates": 3}),
     "subspace-preset": Method("subspace", "damping", (1e-3,), 500, 125, {"candidates": 3}),
+    "soap-large": Method("soap", "rate", (3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1), 2_000),
+    "subspace-large": Method("subspace", "damping", TRUSTS, 2_000, 1_000, {"candidates": 3}),
 }
-"""By name: +s with structural damping, +p with the preset's preconditioner, -preset with nothing tuned.
+"""By name: +s with structural damping, +p with the preset's preconditioner, -preset with nothing tuned, -large
+with larger batches.
 
 On new cases `subspace` has to look itself what its step brought.
 """
