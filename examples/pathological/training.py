@@ -90,8 +90,8 @@ METHODS = {
     "soap-large": Method("soap", "rate", (3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1), 2_000),
     "subspace-large": Method("subspace", "damping", TRUSTS, 2_000, 1_000, {"candidates": 3}),
 }
-"""By name: +s with structural damping, +p with the preset's preconditioner, -preset with nothing tuned, -large
-with larger batches.
+"""By name: +s with structural damping, +p with the preset's preconditioner, -preset with nothing tuned,
+-large with larger batches.
 
 On new cases `subspace` has to look itself what its step brought.
 """
