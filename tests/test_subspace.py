@@ -109,6 +109,30 @@ def test_a_bowl_is_solved(dtype, directions, candidates):
     assert rhos == pytest.approx([1.0] * 2, rel=0.05)
 
 
+def test_a_step_whose_next_one_has_another_batch_measures_its_own_risk():
+    bowl, theta = Bowl(2), np.zeros(SIZE)
+    found = []
+    for candidates, repeated in ((0, True), (0, False), (1, True), (3, False)):
+        optimizer = Subspace(candidates=candidates)
+        objectives = Objectives(bowl, bowl, repeated=repeated)
+        found.append(optimizer.step(theta, optimizer.init(theta, BLOCKS), objectives))
+    assert [report.work.losses for _, _, report in found] == [0, 1, 1, 1]
+    assert [report.work.candidates for _, _, report in found] == [0, 0, 0, 2]
+    np.testing.assert_array_equal(found[1][0], found[2][0])
+    assert found[1][2] == found[2][2]
+    # What the next batch says of the last step does not count.
+    theta, state, _ = found[1]
+    worse = Bowl(2)
+    worse.gradient = lambda theta: bowl.gradient(theta)._replace(loss=1e9)
+    worse.losses = lambda every: [1e8 for _ in every]
+    _, _, report = Subspace().step(theta, state, Objectives(worse, bowl, repeated=False))
+    assert report.accepted
+    worse.losses = lambda every: [1e10 for _ in every]
+    after, later, report = Subspace().step(theta, state, Objectives(worse, bowl, repeated=False))
+    assert (report.accepted, report.message) == (False, "no candidate lowers the risk")
+    assert (after is theta, later.damping) == (True, 4 * state.damping)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_directions_that_are_parallel_do_not_blow_the_step_up(dtype):
     """Along some of them there is no curvature either, so that nothing but lambda bounds the step."""

@@ -266,7 +266,7 @@ def test_the_folder_and_the_history_keep_the_contract(data, tmp_path):
 
 
 def test_a_run_whose_next_gradient_judges_the_last_step_goes_on_as_if_it_had_not_been_stopped(data, tmp_path):
-    options = {"optimizer": "subspace", "gradient_batch": 30, "curvature_batch": 6, "dtype": "float32"}
+    options = {"optimizer": "subspace", "gradient_batch": 210, "curvature_batch": 6, "dtype": "float32"}
     whole, _ = train(tmp_path / "whole", data, max_steps=STEPS, **options)
     for stop in range(1, STEPS + 1):
         run, _ = train(tmp_path / "often", data, max_steps=stop, **options)
@@ -276,6 +276,10 @@ def test_a_run_whose_next_gradient_judges_the_last_step_goes_on_as_if_it_had_not
     assert records[0]["rho"] is None
     assert records[1]["rho"] is not None
     assert {record.get("projections") for record in records if record["accepted"]} == {1}
+    assert {record["losses"] for record in records} == {0}
+    for name, changes in ("part", {"gradient_batch": 209}), ("noise", {"input_noise": 0.1}):
+        other, _ = train(tmp_path / name, data, max_steps=2, **options | changes)
+        assert [record["losses"] for record in history(other.folder)] == [1, 1]
     found = checkpoint.latest(run.folder)
     state = found.state | {"steps": found.state["steps"][:-1]}
     checkpoint.save(run.folder / checkpoint.NEWEST, found.theta, state, found.meta)

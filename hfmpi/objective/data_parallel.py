@@ -18,6 +18,7 @@ import numpy as np
 
 from hfmpi.backends.base import Array, Backend
 from hfmpi.data.batches import Cases, checked_indices, curvature_slice, global_indices, shard
+from hfmpi.data.noise import Noisy
 from hfmpi.errors import UserError, shown
 from hfmpi.measure.spans import ALLREDUCE, LINE_SEARCH
 from hfmpi.measure.timer import Timer
@@ -154,6 +155,8 @@ def step_objectives(
 
     Parameters
     ----------
+    cases : Cases
+        As this step is to see them.
     gradient_batch, curvature_batch : int
         Cases; 0 for a method without curvature.
     """
@@ -163,7 +166,8 @@ def step_objectives(
         own = curvature_slice(step, gradient_batch, curvature_batch)
         curvature = owner.on(cases, indices[own])
         whole.keep(curvature, np.delete(indices, own))
-    return Objectives(whole, curvature, epoch, shared=curvature is not None)
+    repeated = gradient_batch == cases.count and not isinstance(cases, Noisy)
+    return Objectives(whole, curvature, epoch, curvature is not None, repeated)
 
 
 def shares(sizes: Sequence[int], ranks: int) -> list[list[int]]:

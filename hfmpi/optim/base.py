@@ -179,6 +179,8 @@ class Objectives:
     shared : bool
         The curvature batch is part of the gradient batch, and the gradient's own forward pass linearises it:
         a linearisation where the gradient was just taken is no pass of its own.
+    repeated : bool
+        The next step has the same gradient objective, so that its risk tells what this step brought.
 
     Raises
     ------
@@ -190,6 +192,7 @@ class Objectives:
     curvature: Objective | None = None
     epoch: float = 0.0
     shared: bool = False
+    repeated: bool = True
 
     def __post_init__(self) -> None:
         for given in (self.gradient, self.curvature):

@@ -5,7 +5,7 @@ all of them. Directions are those of K-FAC at several dampings, the gradient and
 root mean square, and the last steps, each cut into parts (a gate of a matrix). There is no rate to tune and
 no line search; lambda follows the reduction ratio, which needs no pass where the next gradient is of the same
 batch, since it brings the risk after the step. Where that rose, part of the step is taken back: the minimum
-of the parabola through both risks and the slope.
+of the parabola through both risks and the slope. On other batches the risk takes a forward pass.
 
 Directions from K-FAC and an exact quadratic model along them are how K-FAC sets its rate and momentum
 (Martens and Grosse 2015, section 7), there with two directions.
@@ -110,8 +110,8 @@ class Subspace:
         The model and all risks that steer gain weight_decay / 2 * theta' theta; the risk of the history does
         not.
     candidates : int
-        0: the risk after a step is that of the next gradient, which must be of the same batch. Else so many
-        lambda, by factors of 4, are tried on the gradient batch in one pass, and the best is taken.
+        So many lambda, by factors of 4, are tried on the gradient batch in one pass, and the best is taken.
+        0: the risk after a step is that of the next gradient where that is of the same batch; else as 1.
     """
 
     directions: Annotated[str, Rule(f"must be some of {', '.join(KINDS)} joined by +", _known)] = "kfac"
@@ -173,6 +173,7 @@ class Subspace:
         objectives = checked(theta, objectives)
         check_state(state, SubspaceState, theta)
         objective, kind = objectives.gradient, theta.dtype.type
+        candidates = self.candidates or int(not objectives.repeated)
         factors = None
         if "kfac" in self._kinds:
             at, factors = objective.factored_gradient(theta)
@@ -186,7 +187,7 @@ class Subspace:
         report = StepReport(plain, False, "", work, _details(norm, state.damping))
         promised = state.descent - state.curvature / 2
         least = float(np.finfo(theta.dtype).eps) * abs(state.loss)  # a promise below it cannot be judged
-        if not self.candidates and promised > least:
+        if not candidates and promised > least:
             rho = (state.loss - loss) / promised
             report = replace(report, details=_details(norm, state.damping, rho))
             if not rho > 0:
@@ -203,14 +204,14 @@ class Subspace:
         if model is None:
             return theta, before, replace(report, message="a direction is not finite")
         state = replace(state, loss=loss)
-        if not self.candidates:
+        if not candidates:
             return self._taken(theta, state, objective, model.step(state.damping), report)
-        dampings = [state.damping * 4.0 ** (i - (self.candidates - 1) // 2) for i in range(self.candidates)]
+        dampings = [state.damping * 4.0 ** (i - (candidates - 1) // 2) for i in range(candidates)]
         steps = [model.step(damping) for damping in dampings]
         ends = [theta + step.p for step in steps]
         losses = [risk + self._penalty(end) for risk, end in zip(objective.losses(ends), ends, strict=True)]
         losses = list(objective.agree(tuple(losses)))
-        work = replace(work, losses=1, candidates=self.candidates - 1)
+        work = replace(work, losses=1, candidates=candidates - 1)
         best = min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
         promised = steps[best].descent - steps[best].curvature / 2
         rho = (loss - losses[best]) / promised if promised > 0 else math.nan
