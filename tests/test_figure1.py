@@ -5,6 +5,7 @@ import json
 import re
 import runpy
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -403,3 +404,33 @@ def test_the_page_of_results_is_what_its_curves_say(curves, table, capsys):
     missing = [row for row in rows if row not in page]
     assert len(rows) == 25
     assert len(missing) <= 8, missing  # not all tables of validation are on the page
+
+
+@pytest.mark.parametrize(
+    ("size", "section", "first", "levels", "least"),
+    [
+        ("medium", "## Medium", 1, (3.0, 2.5, 2.0, 1.8, 1.6, 1.5, 1.4), 8),
+        ("paper", "## The paper's size", 3, (3.0, 2.5, 2.0, 1.8, 1.6, 1.5), 10),
+    ],
+)
+def test_larger_sizes_on_the_page_are_what_their_curves_say(
+    curves, table, size, section, first, levels, least
+):
+    results = FOLDER.parents[1] / "docs" / "results"
+    runs = curves.load([results / f"fewest-passes-{size}.json"], size, None).runs
+    page = (results / "fewest-passes.md").read_text()
+    lines = re.sub(r"\*\*|`|, one seed", "", page[page.index(section) :]).splitlines()
+    seen = 0
+    for cell, name in product(("LSTM", "mLSTM"), ("SGD", "BGD", "Adam", "SOAP", "Muon", "subspace")):
+        method = name.lower()
+        if not curves.seeds(runs, cell.lower(), method):
+            continue
+        row = next(line for line in lines if line.startswith(f"| {cell} {name} | "))
+        cells = [value.strip() for value in row.split("|")][first + 1 :]
+        found = [
+            table.number(table.typical(runs, cell.lower(), method, "train_bpc", "P_I_full", level))
+            for level in levels
+        ]
+        assert cells[: len(levels)] == found, row
+        seen += 1
+    assert seen == least
