@@ -98,5 +98,6 @@ def visit(window: Page) -> Iterator[Callable[[Path], Visit]]:
     for event, listener in listeners.items():
         window.on(event, listener)
     yield open_file
+    window.goto("about:blank")  # what the page still waits for fails here, not in the next test
     for event, listener in listeners.items():
         window.remove_listener(event, listener)
