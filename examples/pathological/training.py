@@ -71,12 +71,13 @@ class Method(NamedTuple):
 PLAIN = {"preconditioner": "none"}
 STRUCTURAL = {**PLAIN, "structural_damping": 1 / 30}
 DAMPINGS = 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0
+ROTATED = 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1
 TRUSTS = 1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1
 
 METHODS = {
     "sgd": Method("sgd", "rate", (0.01, 0.03, 0.1, 0.3, 1.0, 3.0), 100),
     "adam": Method("adam", "rate", (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03), 100),
-    "soap": Method("soap", "rate", (3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1), 100),
+    "soap": Method("soap", "rate", ROTATED, 100),
     "muon": Method("muon", "rate", (1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3), 100, changes={"vector_rate": 3e-3}),
     "shf": Method("shf", "damping", DAMPINGS, 500, 125, PLAIN),
     "shf+s": Method("shf", "damping", DAMPINGS, 500, 125, STRUCTURAL),
@@ -87,7 +88,7 @@ METHODS = {
     "bhf+s": Method("bhf", "damping", DAMPINGS, 500, 125, STRUCTURAL),
     "subspace": Method("subspace", "damping", TRUSTS, 500, 125, {"candidates": 3}),
     "subspace-preset": Method("subspace", "damping", (1e-3,), 500, 125, {"candidates": 3}),
-    "soap-large": Method("soap", "rate", (3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1), 2_000),
+    "soap-large": Method("soap", "rate", ROTATED, 2_000),
     "subspace-large": Method("subspace", "damping", TRUSTS, 2_000, 1_000, {"candidates": 3}),
 }
 """By name: +s with structural damping, +p with the preset's preconditioner, -preset with nothing tuned,

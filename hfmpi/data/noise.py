@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hfmpi.data.batches import Batch, Sequences, checked_indices
+from hfmpi.data.batches import Batch, Sequences
 
 __all__ = ["Noisy"]
 
@@ -55,13 +55,11 @@ class Noisy:
         """
         batch, ids = self.sequences.take(indices), self.sequences.ids
         words = np.empty((len(indices), 2, len(batch.inputs)), np.uint64)
-        for own, k in zip(words, checked_indices(indices, self.count, "sequence"), strict=True):
+        for own, k in zip(words, indices, strict=True):
             # Raw words are the same in every version of NumPy (NEP 19).
-            own.reshape(-1)[:] = self._words(int(k), own.size)
+            bits = np.random.PCG64(np.random.SeedSequence([self.seed, self.step, int(k), STREAM]))
+            own.reshape(-1)[:] = bits.random_raw(own.size)
         drawn, chosen = words.transpose(1, 2, 0)
         replaced = drawn < np.uint64(self.share * 2.0**64)
         others = ids[chosen % np.uint64(len(ids))].astype(batch.inputs.dtype)
         return batch._replace(inputs=np.where(replaced, others, batch.inputs))
-
-    def _words(self, k: int, count: int) -> np.ndarray:
-        return np.random.PCG64(np.random.SeedSequence([self.seed, self.step, k, STREAM])).random_raw(count)

@@ -18,7 +18,6 @@ import numpy as np
 
 from hfmpi.backends.base import Array, Backend
 from hfmpi.data.batches import Cases, checked_indices, curvature_slice, global_indices, shard
-from hfmpi.data.noise import Noisy
 from hfmpi.errors import UserError, shown
 from hfmpi.measure.spans import ALLREDUCE, LINE_SEARCH
 from hfmpi.measure.timer import Timer
@@ -149,7 +148,13 @@ def _bytes(value: object) -> bool:
 
 
 def step_objectives(
-    owner: DataParallel, cases: Cases, seed: int, step: int, gradient_batch: int, curvature_batch: int
+    owner: DataParallel,
+    cases: Cases,
+    seed: int,
+    step: int,
+    gradient_batch: int,
+    curvature_batch: int,
+    redrawn: bool = False,
 ) -> Objectives:
     """Give the objectives of one step: global batches that depend on seed and step alone.
 
@@ -159,6 +164,8 @@ def step_objectives(
         As this step is to see them.
     gradient_batch, curvature_batch : int
         Cases; 0 for a method without curvature.
+    redrawn : bool
+        The next step sees other cases under the same indices.
     """
     indices = global_indices(seed, step, gradient_batch, cases.count)
     whole, curvature, epoch = owner.on(cases, indices), None, step * gradient_batch / cases.count
@@ -166,7 +173,7 @@ def step_objectives(
         own = curvature_slice(step, gradient_batch, curvature_batch)
         curvature = owner.on(cases, indices[own])
         whole.keep(curvature, np.delete(indices, own))
-    repeated = gradient_batch == cases.count and not isinstance(cases, Noisy)
+    repeated = gradient_batch == cases.count and not redrawn
     return Objectives(whole, curvature, epoch, curvature is not None, repeated)
 
 

@@ -195,9 +195,10 @@ class Run:
     def _one_step(self, evaluate_every: int) -> tuple[StepReport, Validation | None]:
         """Take a step and evaluate where it is due; only when both are there does the run move on."""
         with self.timing.step():
-            steps = self.progress.counts.steps
+            task, steps = self.task, self.progress.counts.steps
+            cases = task.cases(steps)
             objectives = step_objectives(
-                self.risk, self.task.cases(steps), self.config.seed, steps, *self.batches
+                self.risk, cases, self.config.seed, steps, *self.batches, redrawn=cases is not task.train_set
             )
             theta, state, report = self.preset.optimizer.step(self.theta, self.state, objectives)
         due = (self.step + 1) % evaluate_every == 0 or self.step + 1 == self.config.max_steps
