@@ -9,7 +9,7 @@ import pytest
 
 import hfmpi
 from hfmpi.errors import UserError
-from hfmpi.optim import Objectives
+from hfmpi.optim import Objectives, kfac
 from hfmpi.parallel.communicator import Communicator, MPICommunicator
 
 CASES, STEPS, INPUTS, OUTPUTS = 4, 3, 2, 3
@@ -42,7 +42,35 @@ def loss_of_rows(kind, z, y):
     return value, p - y, (p * (1 - p))[:, :, None] * np.eye(z.shape[1])
 
 
-def check(model, kind, cases, theta, outputs, jacobian, mask=None, apart=True):
+def factors_of_cases(blocks, each, scored):
+    """Give Kronecker factors by the gradients of single cases (B, D), of the summed loss, by formula."""
+    found = []
+    for block in blocks:
+        gradients = [block.of(g) / scored for g in each]
+        a = scored * sum(g @ g.T for g in gradients)
+        b = sum(g.T @ g for g in gradients)
+        found += [a.reshape(-1), (b / max(np.trace(b), 1e-300)).reshape(-1)]
+    return np.concatenate(found)
+
+
+def check_factors(model, cases, theta, each, scored, by_cases):
+    """Check the gradient and the factors that come with it; `by_cases`: those of `factors_of_cases`."""
+    owner = hfmpi.DataParallel(model, Communicator(), micro_batch=max(1, cases.count // 2))
+    gradient, factors = owner.on(cases, np.arange(cases.count)).factored_gradient(theta)
+    assert np.allclose(gradient.vector, each.sum(axis=0) / scored)
+    for block, *both in kfac.split(model.blocks, factors):
+        own = [block.of(g) / scored for g in each]
+        for matrix in both:
+            assert np.allclose(matrix, matrix.T)
+            assert np.linalg.eigvalsh(matrix).min() >= -1e-12 * abs(matrix).max(), block.name
+        if by_cases:
+            trace = scored * sum((g**2).sum() for g in own)  # that of the empirical Fisher matrix
+            assert np.isclose(np.trace(both[0]) * np.trace(both[1]), trace), block.name
+    if by_cases:
+        assert np.allclose(factors, factors_of_cases(model.blocks, each, scored))
+
+
+def check(model, kind, cases, theta, outputs, jacobian, mask=None, apart=True, by_cases=False):
     """Check a model on all cases, of which each has equally many rows.
 
     Parameters
@@ -52,6 +80,8 @@ def check(model, kind, cases, theta, outputs, jacobian, mask=None, apart=True):
     mask : (N,), optional
     apart : bool
         In two micro-batches.
+    by_cases : bool
+        Whether its Kronecker factors are those of the gradients of single cases.
     """
     count, scored = cases.count, cases.scored(np.arange(cases.count))
     batch = cases.take(np.arange(count))
@@ -85,6 +115,8 @@ def check(model, kind, cases, theta, outputs, jacobian, mask=None, apart=True):
     squared = risk.squared_gradients(theta)
     assert np.allclose(squared.vector, each.sum(axis=0) / scored)
     assert np.allclose(squared.squares, count * ((each / scored) ** 2).sum(axis=0))
+    if apart:
+        check_factors(model, cases, theta, each, scored, by_cases)
     columns = rng.standard_normal((3, theta.size))
     before = columns.copy()
     product = risk.gauss_newton(theta)
@@ -107,11 +139,11 @@ def check_optimizers(model, cases):
         hfmpi.GradientDescent(),
         hfmpi.SOAP(),
         hfmpi.Muon(),
-        hfmpi.Subspace(directions="gradient"),
+        hfmpi.Subspace(),
     ):
         theta = model.initial(0).astype(model.backend.dtype)
         state, losses = optimizer.init(theta, risk.blocks), [risk.loss(theta)]
-        for _ in range(2):
+        for _ in range(4):
             theta, state, _ = optimizer.step(theta, state, Objectives(risk, risk))
             losses.append(risk.loss(theta))
         assert min(losses) < losses[0], optimizer
@@ -126,7 +158,9 @@ def check_ranks(model, cases, comm):
         risk = hfmpi.DataParallel(model, communicator).on(cases, np.arange(cases.count - 1))
         theta = model.initial(0)
         squared = risk.squared_gradients(theta)
-        found.append([risk.loss(theta), squared.vector, squared.squares, risk.columns(theta)(v)])
+        gradient, factors = risk.factored_gradient(theta)
+        own = [risk.loss(theta), squared.vector, squared.squares, risk.columns(theta)(v)]
+        found.append([*own, gradient.vector, factors])
     assert all(np.allclose(ours, theirs) for ours, theirs in zip(*found, strict=True))
 
 

@@ -9,15 +9,20 @@ from dense import CASES, INPUTS, OUTPUTS, STEPS, check, check_optimizers, number
 
 import hfmpi
 from hfmpi.errors import UserError
-from hfmpi.models.framework import FrameworkModel
+from hfmpi.models import case_factors
+from hfmpi.models.framework import FrameworkModel, layout
+from hfmpi.optim import kfac
 from hfmpi.parallel.communicator import Communicator
+
+SHAPES = ("W", (INPUTS, OUTPUTS)), ("b", (OUTPUTS,))
+BLOCKS = layout(SHAPES, {})
 
 
 class Tanh(FrameworkModel):
     """Outputs tanh(x W + b) with a dense Jacobian; x (B, ..., I)."""
 
     def __init__(self, loss, start):
-        super().__init__([("W", (INPUTS, OUTPUTS)), ("b", (OUTPUTS,))], start, loss)
+        super().__init__(SHAPES, start, loss)
 
     def _outputs(self, theta, inputs, rows):
         W, b = theta[:-OUTPUTS].reshape(INPUTS, OUTPUTS), theta[-OUTPUTS:]
@@ -42,9 +47,17 @@ class Passes:
         return np.einsum("nod,...no->...d", self.jacobian, u)
 
     def squares(self, u):
-        each = np.einsum("nod,no->nd", self.jacobian, u)
-        each = each.reshape(self.cases, -1, each.shape[1]).sum(axis=1)
+        each = self._each(u)
         return each.sum(axis=0), (each**2).sum(axis=0)
+
+    def factors(self, u):
+        each, sums = self._each(u), np.zeros(case_factors.size(BLOCKS), u.dtype)
+        case_factors.add_cases(BLOCKS, each, sums)
+        return each.sum(axis=0), sums
+
+    def _each(self, u):
+        each = np.einsum("nod,no->nd", self.jacobian, u)
+        return each.reshape(self.cases, -1, each.shape[1]).sum(axis=1)
 
 
 def model(loss="cross-entropy", kind=np.float64):
@@ -70,7 +83,28 @@ def test_losses_masks_and_burn_in_are_those_of_the_dense_jacobian(loss, cases, x
     W, b = theta[:-OUTPUTS].reshape(INPUTS, OUTPUTS), theta[-OUTPUTS:]
     z = np.tanh(x @ W + b)
     jacobian = Passes(z, x, hfmpi.models.framework.Rows((len(x),), None)).jacobian
-    check(made, loss, cases, theta, z, jacobian, None if mask is None else np.reshape(mask, -1))
+    check(
+        made, loss, cases, theta, z, jacobian, None if mask is None else np.reshape(mask, -1), by_cases=True
+    )
+
+
+def test_long_sides_have_the_diagonals_of_their_factors(monkeypatch):
+    made, cases = model("squares"), hfmpi.Examples(ROWS, numbers(CASES, OUTPUTS))
+    risk = hfmpi.DataParallel(made, Communicator()).on(cases, np.arange(CASES))
+    whole = kfac.split(made.blocks, risk.factored_gradient(made.initial(0))[1])
+    monkeypatch.setattr(kfac, "LONGEST_SIDE", 2)
+    cut = kfac.split(made.blocks, risk.factored_gradient(made.initial(0))[1])
+    assert [matrix.ndim for _, *both in cut for matrix in both] == [2, 1, 2, 1]
+    for (_, *ours), (_, *theirs) in zip(cut, whole, strict=True):
+        for own, matrix in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(own, matrix if own.ndim == 2 else np.diag(matrix))
+
+
+def test_arrays_on_top_of_one_another_are_cut():
+    made = layout([("W", (6, 2)), ("b", (6,)), ("k", (4, 1, 3)), ("s", ())], {"W": 3, "b": 3})
+    assert [block[2:] for block in made] == [
+        (6, 2, (2, 4), 1), (1, 6, (), 3), (4, 3, (), 1), (1, 1, (), 1)
+    ]  # fmt: skip
 
 
 def test_outputs_may_lack_the_axis_of_one_step_or_of_one_number():

@@ -18,7 +18,7 @@ from dense import (
 
 import hfmpi
 from hfmpi.errors import UserError
-from hfmpi.models.base import Blocks, Columns, Model, SquaredGradients
+from hfmpi.models.base import Blocks, Columns, KroneckerFactors, Model, SquaredGradients
 from hfmpi.parallel.communicator import Communicator
 
 jax = pytest.importorskip("jax")
@@ -102,6 +102,7 @@ def test_a_function_has_the_derivatives_of_its_dense_jacobian(name, caplog):
     model = hfmpi.JaxModel(apply, params, kind)
     assert isinstance(model, Model)
     assert isinstance(model, Blocks)
+    assert isinstance(model, KroneckerFactors)
     assert isinstance(model, SquaredGradients)
     theta = model.initial(0)
 
@@ -109,7 +110,9 @@ def test_a_function_has_the_derivatives_of_its_dense_jacobian(name, caplog):
         return apply(model.params(theta), *inputs).reshape(-1, OUTPUTS)
 
     dense = jax.jit((jax.jacrev if name == "reverse" else jax.jacfwd)(rows))(theta)
-    at = check(model, kind, cases, theta, np.asarray(rows(theta)), np.asarray(dense), apart=name == "mlp")
+    at = check(
+        model, kind, cases, theta, np.asarray(rows(theta)), np.asarray(dense), None, name == "mlp", True
+    )
     assert isinstance(at, Columns)
     assert not caplog.records
 

@@ -94,3 +94,22 @@ def test_factors_are_means_over_single_steps(kind, backend, case):
         for matrix in (a, b):
             np.testing.assert_allclose(matrix, matrix.T, atol=1e-12 * abs(matrix).max())
             assert np.linalg.eigvalsh(matrix).min() >= -1e-12 * abs(matrix).max(), block.name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES)
+def test_long_sides_have_the_diagonals_of_their_factors(kind, case, monkeypatch):
+    network, theta, batch, _ = make(kind, *case, "numpy", block_rows=3, **SIZES)
+    expected = kfac.split(network.network.blocks, expected_factors(kind, case))
+    monkeypatch.setattr(kfac, "LONGEST_SIDE", 2)
+    scored = batch.targets.shape[0] * batch.targets.shape[1]
+    tape, model = network.forward(theta, batch), network.network
+    sums = np.zeros(model.factors_size)
+    network._adding(lambda g, f: model.factored_gradient(tape, 1 / scored, g, f), np.zeros_like(theta), sums)
+    found = kfac.split(model.blocks, model.normalise_factors(sums, scored))
+    shapes = set()
+    for (_, *ours), (_, *theirs) in zip(found, expected, strict=True):
+        for own, matrix in zip(ours, theirs, strict=True):
+            shapes.add(own.ndim)
+            close(own, matrix if own.ndim == 2 else np.diag(matrix), 1e-9)
+    assert 1 in shapes

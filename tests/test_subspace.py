@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hfmpi.errors import UserError
@@ -29,7 +29,8 @@ class Bowl(Objective):
     def __init__(self, seed=0, hard=1.0):
         rng = np.random.default_rng(seed)
         self.curvature, self.centre, self.hard = random_positive(rng, SIZE), rng.standard_normal(SIZE), hard
-        self.factors = [(random_positive(rng, b.rows), random_positive(rng, b.columns)) for b in BLOCKS]
+        sides = [(b.rows, b.columns) for b in BLOCKS]
+        self.factors = [tuple(random_positive(rng, side) for side in both) for both in sides]
 
     def loss(self, theta):
         away = np.asarray(theta, float) - self.centre
@@ -40,23 +41,39 @@ class Bowl(Objective):
         return Gradient(self.loss(theta), (self.hard * self.curvature @ away).astype(theta.dtype))
 
     def factored_gradient(self, theta):
-        flat = np.concatenate([m.reshape(-1) for both in self.factors for m in both])
+        both = [m for both in self.factors for m in both]
+        flat = np.concatenate([(m if len(m) <= kfac.LONGEST_SIDE else np.diag(m)).reshape(-1) for m in both])
         return self.gradient(theta), flat.astype(theta.dtype)
 
     def gauss_newton(self, theta):
         return lambda v: (self.curvature @ v).astype(theta.dtype)
 
 
-@given(st.integers(0, 2**31), st.sampled_from([1e-4, 0.1, 3.0]))
-@settings(deadline=None, max_examples=20)
-def test_kfac_directions_are_those_of_dense_kronecker_products(seed, gamma):
+@pytest.fixture(params=[100, 4], ids=["whole", "long sides are diagonal"])
+def longest(request, monkeypatch):
+    """Give the longest side whose factor is a matrix."""
+    monkeypatch.setattr(kfac, "LONGEST_SIDE", request.param)
+    return request.param
+
+
+def product(a, b, longest):
+    """Give the Kronecker product of two factors as a dense matrix."""
+    return np.kron(*(m if len(m) <= longest else np.diag(np.diag(m)) for m in (a, b)))
+
+
+ON_FIXTURES = [HealthCheck.function_scoped_fixture]  # the same for all examples
+
+
+@given(seed=st.integers(0, 2**31), gamma=st.sampled_from([1e-4, 0.1, 3.0]))
+@settings(deadline=None, max_examples=20, suppress_health_check=ON_FIXTURES)
+def test_kfac_directions_are_those_of_dense_kronecker_products(longest, seed, gamma):
     bowl, g = Bowl(seed), np.random.default_rng(seed).standard_normal(SIZE)
     flat = bowl.factored_gradient(g)[1]
     empty = np.zeros(kfac.decomposition_size(BLOCKS))
     (one, two), kept = kfac.directions(bowl, g, flat, empty, [gamma, 10 * gamma], True)
     for direction, damping in ((one, gamma), (two, 10 * gamma)):
         for block, (a, b) in zip(BLOCKS, bowl.factors, strict=True):
-            dense = np.kron(a, b) + damping * np.eye(block.rows * block.columns)
+            dense = product(a, b, longest) + damping * np.eye(block.rows * block.columns)
             expected = np.linalg.solve(dense, block.of(g).reshape(-1))
             np.testing.assert_allclose(block.of(direction).reshape(-1), expected, rtol=1e-8, atol=1e-10)
     again, same = kfac.directions(bowl, g, flat * 0, kept, [gamma], False)  # the decomposition serves again
@@ -212,14 +229,14 @@ def test_candidates_are_not_taken_where_none_lowers_the_risk():
     assert reports[0].work.candidates == 2
 
 
-@given(st.integers(0, 2**31))
-@settings(deadline=None, max_examples=20)
-def test_the_metric_of_kfac_is_that_of_dense_kronecker_products(seed):
+@given(seed=st.integers(0, 2**31))
+@settings(deadline=None, max_examples=20, suppress_health_check=ON_FIXTURES)
+def test_the_metric_of_kfac_is_that_of_dense_kronecker_products(longest, seed):
     bowl, v = Bowl(seed), np.random.default_rng(seed).standard_normal((3, SIZE))
     dense = np.zeros((SIZE, SIZE))
     for block, (a, b) in zip(BLOCKS, bowl.factors, strict=True):
         own = slice(block.start, block.start + block.rows * block.columns)
-        dense[own, own] = np.kron(a, b)
+        dense[own, own] = product(a, b, longest)
     flat = bowl.factored_gradient(v[0])[1]
     np.testing.assert_allclose(kfac.products(BLOCKS, flat, v), v @ dense @ v.T, rtol=1e-9)
 

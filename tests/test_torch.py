@@ -15,13 +15,15 @@ from dense import (
     check_page,
     check_ranks,
     check_refused,
+    factors_of_cases,
     numbers,
     symbols,
 )
 
 import hfmpi
 from hfmpi.errors import UserError
-from hfmpi.models.base import Blocks, Columns, Model, SquaredGradients
+from hfmpi.models.base import Blocks, Columns, KroneckerFactors, Model, SquaredGradients
+from hfmpi.optim import kfac
 from hfmpi.parallel.communicator import Communicator
 
 torch = pytest.importorskip("torch")
@@ -114,6 +116,7 @@ def test_a_module_has_the_derivatives_of_its_dense_jacobian(name, caplog):
     model = hfmpi.TorchModel(module, kind)
     assert isinstance(model, Model)
     assert isinstance(model, Blocks)
+    assert isinstance(model, KroneckerFactors)
     assert isinstance(model, SquaredGradients)
     z, jacobian = dense(module, *inputs)
     theta = model.initial(0)
@@ -367,6 +370,135 @@ def test_squared_gradients_need_nothing_that_is_private_to_pytorch(monkeypatch, 
     assert "one case after the other" in caplog.text
     np.testing.assert_allclose(found.vector, expected.vector, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(found.squares, expected.squares, rtol=1e-9, atol=1e-12)
+
+
+# Kronecker factors -------------------------------------------------------------------------------
+
+
+class Loop(nn.Module):
+    """A recurrent layer taken apart into the products of its steps, which it keeps."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.loop, self.top = getattr(nn, kind)(INPUTS, 3, batch_first=True), nn.Linear(3, OUTPUTS)
+        self.kept = []
+
+    def product(self, x, weight, bias):
+        z = x @ weight.T + bias
+        if z.requires_grad:
+            z.retain_grad()
+            self.kept.append((weight, bias, x.detach(), z))
+        return z
+
+    def forward(self, x):
+        loop, found = self.loop, []
+        h = c = x.new_zeros(len(x), 3)
+        for t in range(x.shape[1]):
+            of_x = self.product(x[:, t], loop.weight_ih_l0, loop.bias_ih_l0)
+            of_h = self.product(h, loop.weight_hh_l0, loop.bias_hh_l0)
+            if isinstance(loop, nn.LSTM):
+                i, f, g, o = (of_x + of_h).chunk(4, 1)
+                c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+                h = torch.sigmoid(o) * torch.tanh(c)
+            elif isinstance(loop, nn.GRU):
+                (r, z, n), (to_r, to_z, to_n) = of_x.chunk(3, 1), of_h.chunk(3, 1)
+                z, n = torch.sigmoid(z + to_z), torch.tanh(n + torch.sigmoid(r + to_r) * to_n)
+                h = (1 - z) * n + z * h
+            else:
+                h = torch.tanh(of_x + of_h)
+            found.append(self.product(h, self.top.weight, self.top.bias))
+        return torch.stack(found, 1)
+
+
+class Whole(Loop):
+    """The same with PyTorch's own layer."""
+
+    def forward(self, x):
+        return self.top(self.loop(x)[0])
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_factors_of_layers_are_means_over_the_products_of_their_steps(kind, caplog):
+    torch.manual_seed(5)
+    whole, apart = Whole(kind).double(), Loop(kind).double()
+    apart.load_state_dict(whole.state_dict())
+    x, y = numbers(CASES, STEPS, INPUTS), symbols(CASES, STEPS)
+    z = apart(torch.from_numpy(x)).reshape(-1, OUTPUTS)
+    nn.functional.cross_entropy(z, torch.from_numpy(y).reshape(-1)).backward()
+    inputs, outputs, counts = {}, {}, {}
+    for weight, bias, rows, z in apart.kept:
+        for p, source in (weight, rows), (bias, torch.ones(CASES, 1).double()):
+            inputs[id(p)] = inputs.get(id(p), 0) + source.T @ source
+            outputs[id(p)] = outputs.get(id(p), 0) + z.grad.T @ z.grad
+            counts[id(p)] = counts.get(id(p), 0) + CASES
+    model = hfmpi.TorchModel(whole, "cross-entropy")
+    owner = hfmpi.DataParallel(model, Communicator(), micro_batch=2)
+    found = owner.on(hfmpi.Arrays(x, y), np.arange(CASES)).factored_gradient(model.initial(0))[1]
+    for p, (_, *ours) in zip(apart.parameters(), kfac.split(model.blocks, found), strict=True):
+        of_rows, of_inputs = CASES * STEPS * outputs[id(p)].numpy(), (inputs[id(p)] / counts[id(p)]).numpy()
+        theirs = (of_rows, of_inputs) if p.ndim == 2 else (of_inputs, of_rows)
+        np.testing.assert_allclose(np.kron(*ours), np.kron(*theirs), rtol=1e-9, atol=1e-14)
+    gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[kind]
+    assert [len(block.cuts) for block in model.blocks] == [gates - 1, gates - 1, 0, 0, 0, 0]
+    assert [block.groups for block in model.blocks] == [1, 1, gates, gates, 1, 1]
+    assert not caplog.text
+
+
+class Various(nn.Module):
+    """What is no layer with known inputs: a table, a norm, a convolution, a weight in two roles."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.norm = nn.Embedding(OUTPUTS, 4), nn.LayerNorm(4)
+        self.beside, self.top = nn.Conv1d(4, 4, 3, padding=1), nn.Linear(4, OUTPUTS)
+        self.both = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        x = self.norm(self.table(x))
+        x = x + self.beside(x.transpose(1, 2)).transpose(1, 2)
+        return self.top(nn.functional.linear(x, self.both) + x * self.both.sum(0))
+
+
+@pytest.mark.parametrize("make", [Various, *(partial(kind, INPUTS, OUTPUTS) for kind in ALONE)])
+def test_factors_of_all_else_are_those_of_the_gradients_of_cases(make, monkeypatch):
+    torch.manual_seed(2)
+    module = make().double()
+    symbolic = isinstance(module, Various)
+    x, y = symbols(CASES, STEPS) if symbolic else numbers(CASES, STEPS, INPUTS), symbols(CASES, STEPS)
+    z, jacobian = dense(module, x)
+    p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True) - np.eye(OUTPUTS)[y.reshape(-1)]
+    each = np.einsum("no,nod->nd", p, jacobian).reshape(CASES, STEPS, -1).sum(axis=1)
+    model = hfmpi.TorchModel(module, "cross-entropy")
+    risk = hfmpi.DataParallel(model, Communicator()).on(hfmpi.Arrays(x, y), np.arange(CASES))
+    expected = kfac.split(model.blocks, factors_of_cases(model.blocks, each, CASES * STEPS))
+    for _ in range(2):
+        gradient, found = risk.factored_gradient(model.initial(0))
+        np.testing.assert_allclose(gradient.vector, each.sum(axis=0) / (CASES * STEPS), rtol=1e-9, atol=1e-12)
+        for (block, *ours), (_, *theirs) in zip(kfac.split(model.blocks, found), expected, strict=True):
+            if not block.name.startswith("top"):
+                for own, matrix in zip(ours, theirs, strict=True):
+                    np.testing.assert_allclose(own, matrix, rtol=1e-9, atol=1e-12, err_msg=block.name)
+        monkeypatch.setattr("hfmpi.models.torch.EACH_NUMBERS", 1)  # in parts
+        monkeypatch.setattr("hfmpi.models.torch_cases.CACHED_NUMBERS", 1)
+
+
+@pytest.mark.parametrize(
+    "make", [Odd, Various, partial(Reader, **LOOPS[4]), partial(Nested, INPUTS, OUTPUTS)]
+)
+def test_long_sides_have_the_diagonals_of_their_factors(make, monkeypatch):
+    torch.manual_seed(2)
+    module = make().double()
+    x = symbols(CASES, STEPS) if isinstance(module, Various) else numbers(CASES, STEPS, INPUTS)
+    model = hfmpi.TorchModel(module, "cross-entropy")
+    cases = hfmpi.Arrays(x, symbols(CASES, STEPS))
+    risk = hfmpi.DataParallel(model, Communicator()).on(cases, np.arange(CASES))
+    whole = kfac.split(model.blocks, risk.factored_gradient(model.initial(0))[1])
+    monkeypatch.setattr(kfac, "LONGEST_SIDE", 2)
+    cut = kfac.split(model.blocks, risk.factored_gradient(model.initial(0))[1])
+    assert {matrix.ndim for _, *both in cut for matrix in both} == {1, 2}
+    for (_, *ours), (_, *theirs) in zip(cut, whole, strict=True):
+        for own, matrix in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(own, matrix if own.ndim == 2 else np.diag(matrix), atol=1e-12)
 
 
 # Operations without derivatives ------------------------------------------------------------------

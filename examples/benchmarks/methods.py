@@ -1,7 +1,8 @@
 """What peers.py compares: methods of hfmpi and of other libraries, each on the same network, start and data.
 
 A method counts its passes over the training set by what they are, whatever its library runs for them: forward
-1, loss with gradient 3, J v 2, G v 4.
+1, loss with gradient 3, J v 2, G v 4. `sequential` are those that it has to do one after the other, if
+independent vectors go side by side through one pass (hfmpi.measure.cost: P_D over the cases, and P_I).
 """
 
 from contextlib import nullcontext
@@ -30,8 +31,8 @@ class Method:
         Steps until everything is compiled.
     recurrent : bool
         Whether it takes recurrent networks.
-    passes : float
-        Since `start`.
+    passes, sequential : float
+        Since `start`: all, and one after the other.
     """
 
     setting, candidates, warm_up, recurrent = "damping", (1.0, 0.1, 0.01), 1, True
@@ -41,7 +42,12 @@ class Method:
 
     def start(self):
         """Go back to the start."""
-        self.passes, self.number = 0.0, 0
+        self.passes, self.sequential, self.number = 0.0, 0.0, 0
+
+    def count(self, passes, sequential=None):
+        """Add passes, of which all are one after the other unless it is said."""
+        self.passes += passes
+        self.sequential += passes if sequential is None else sequential
 
     def loss(self):
         """Give the mean training loss, which is not counted."""
@@ -56,10 +62,9 @@ class Hfmpi(Method):
     def __init__(self, problem, weights, value):
         super().__init__(problem, weights, value)
         self.cases = hfmpi.Examples(problem.x, problem.y)
-        self.count = self.cases.count
-        self.part = round(self.curvature * self.count)
+        self.part = round(self.curvature * self.cases.count)
         self.model = self.made()
-        self.owner = hfmpi.DataParallel(self.model, Communicator(), micro_batch=self.count)
+        self.owner = hfmpi.DataParallel(self.model, Communicator(), micro_batch=self.cases.count)
         self.optimizer = preset(self.name, **{self.setting: value}, **self.changes).optimizer
 
     def made(self):
@@ -71,13 +76,14 @@ class Hfmpi(Method):
         self.state = self.optimizer.init(self.theta, self.model.blocks)
 
     def step(self):
-        objectives = step_objectives(self.owner, self.cases, 0, self.number, self.count, self.part)
+        objectives = step_objectives(self.owner, self.cases, 0, self.number, self.cases.count, self.part)
         self.theta, self.state, report = self.optimizer.step(self.theta, self.state, objectives)
         self.number += 1
-        self.passes += full(Counts(**vars(report.work)), self.count, self.part)[0] / self.count
+        p_d, p_i = full(Counts(**vars(report.work)), self.cases.count, self.part)
+        self.count(p_d / self.cases.count, p_i)
 
     def loss(self):
-        return self.model.loss(self.theta, self.cases.take(np.arange(self.count))) / self.count
+        return self.model.loss(self.theta, self.cases.take(np.arange(self.cases.count))) / self.cases.count
 
 
 class HfmpiJax(Hfmpi):
@@ -122,7 +128,7 @@ class TorchAdam(Torch):
         self.optimizer.zero_grad()
         self.forward()[0].backward()
         self.optimizer.step()
-        self.passes += 3
+        self.count(3)
 
 
 class PyTorchHessianFree(Torch):
@@ -138,17 +144,17 @@ class PyTorchHessianFree(Torch):
         product = self.optimizer._Gv
 
         def counted(*given):
-            self.passes += 4
+            self.count(4)
             return product(*given)
 
         self.optimizer._Gv = counted
 
     def step(self):
         self.optimizer.step(self._counted)
-        self.passes += 2  # it takes the gradient of the first of its forward passes
+        self.count(2)  # it takes the gradient of the first of its forward passes
 
     def _counted(self):
-        self.passes += 1
+        self.count(1)
         return self.forward()
 
 
@@ -173,7 +179,7 @@ class Curvlinops(Torch):
             curvature = self._curvature()
 
             def damped(v):
-                self.passes += 4
+                self.count(4)
                 return curvature @ v + np.float32(self.damping) * v
 
             operator = LinearOperator(curvature.shape, damped, dtype=np.float32)
@@ -182,7 +188,7 @@ class Curvlinops(Torch):
         before = nn.utils.parameters_to_vector(self.parameters).detach()
         nn.utils.vector_to_parameters(before + torch.from_numpy(p), self.parameters)
         change = self.loss() - loss.item()
-        self.passes += 3 + 1
+        self.count(3 + 1)
         if not change / promised > 0.25:
             self.damping *= 1.5
         elif change / promised > 0.75:
@@ -236,7 +242,7 @@ class KfacJax(Method):
         self.key = self.jax.random.PRNGKey(0)
         self.params = self.jax.tree_util.tree_map(self.jax.numpy.array, self.weights)
         self.state = self.optimizer.init(self.params, self.key, self.batch)
-        self.passes = 3 * 10  # its burn-in, which looks at the curvature alone
+        self.count(3 * 10, 3)  # its burn-in, which looks at the curvature alone, at one point
 
     def step(self):
         self.key, key = self.jax.random.split(self.key)
@@ -244,8 +250,8 @@ class KfacJax(Method):
             self.params, self.state, key, data_iterator=repeat(self.batch), global_step_int=self.number
         )
         self.number += 1
-        # The gradient, one of sampled targets, J v of two directions; a loss for the damping.
-        self.passes += 3 + 3 + 2 * 2 + (self.number % 5 == 0)
+        # The gradient, beside it one of sampled targets, J v of two directions; a loss for the damping.
+        self.count(3 + 3 + 2 * 2 + (self.number % 5 == 0), 3 + 2 + (self.number % 5 == 0))
 
     def loss(self):
         return float(self.evaluate(self.params, self.batch))
@@ -275,8 +281,27 @@ class Soap(Hfmpi):
     name, curvature, setting, candidates = "soap", 0, "rate", (0.3, 0.1, 0.03)
 
 
+class Subspace(Hfmpi):
+    """The preset: no products, but J V of some hundred directions side by side."""
+
+    name, candidates = "subspace", (0.01, 1e-3, 1e-4)
+
+
+class SubspaceQuarter(Subspace):
+    """With the curvature on a quarter of the cases."""
+
+    curvature = 0.25
+
+
+class SubspaceJax(Subspace, HfmpiJax):
+    """The preset on a function of JAX."""
+
+
 METHODS = {
     "hfmpi soap": Soap,
+    "hfmpi subspace": Subspace,
+    "hfmpi subspace, curvature on a quarter": SubspaceQuarter,
+    "hfmpi subspace, JAX": SubspaceJax,
     "hfmpi bhf-short": Hfmpi,
     "hfmpi bhf-short, no preconditioner": Plain,
     "hfmpi bhf-short, no preconditioner, curvature on a quarter": Quarter,

@@ -3,9 +3,8 @@
     python examples/benchmarks/model_passes.py [--repeats 9]
 
 The networks of peers.py on 500 images at once, and in PyTorch that of torch_transformer.py on 500 lists,
-float32, one thread, CPU seconds. The passes take turns; a
-figure is the median over the turns of the ratio to the loss. `first` is the first call of each pass, in all,
-with what is compiled and tried then.
+float32, one thread, CPU seconds. The passes take turns; a figure is the median over the turns of the ratio to
+the loss. `first` is the first call of each pass, in all, with what is compiled and tried then.
 """
 
 import argparse
@@ -40,6 +39,7 @@ def passes(model, cases):
         "loss": lambda: risk.loss(theta),
         "loss and gradient": lambda: risk.gradient(theta),
         "with squared gradients": lambda: risk.squared_gradients(theta),
+        "with factors": lambda: risk.factored_gradient(theta),
         "J v": lambda: at.jvp(v[0]),
         "J' u": lambda: at.vjp(u, out),
         "G v": lambda: at.gauss_newton(v[0], 1.0, out),

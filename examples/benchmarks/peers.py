@@ -6,7 +6,8 @@
 
 Two networks classify scikit-learn's digits; all methods (methods.py) have the same start, the whole training
 set at each step, float32 and one thread. Each has one setting, three candidates of which are tried on the
-first seed; the best makes the runs of the other seeds. A method whose library is not installed is left out.
+first seed; the best, by passes, makes the runs of the other seeds. A method whose library is not installed is
+left out.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from hfmpi.measure import machine
 
 torch.set_num_threads(1)
 LEVELS = 0.3, 0.1, 0.03, 0.01, 0.003, 0.001
-SHOWN, UNITS = (0.1, 0.01, 0.001), ("passes", "CPU s")
+SHOWN, UNITS = (0.1, 0.01, 0.001), ("sequential", "passes", "CPU s")
 PEERS = "hessianfree", "curvlinops-for-pytorch", "kfac-jax"
 PASSES, SEEDS = 1000, (0, 1, 2)
 
@@ -116,28 +117,27 @@ NETS = {"MLP": MLP, "LSTM": LSTM}
 
 
 def run(method, problem, seed, value, passes):
-    """Give passes and CPU seconds to each level of the training loss, None where it is not reached."""
+    """Give UNITS to each level of the training loss, None where it is not reached."""
     made = method(problem, problem.weights(seed), value)
     made.start()
     for _ in range(made.warm_up):
         made.step()
     made.start()
     seconds, reached = 0.0, []
-    while made.passes < passes and len(reached) < len(LEVELS):
+    while min(made.sequential, made.passes) < passes and len(reached) < len(LEVELS):
         start = time.process_time()
         made.step()
         seconds += time.process_time() - start
         loss = made.loss()
-        reached += [
-            (round(made.passes, 1), round(seconds, 4)) for level in LEVELS[len(reached) :] if loss < level
-        ]
+        at = round(made.sequential, 1), round(made.passes, 1), round(seconds, 4)
+        reached += [at for level in LEVELS[len(reached) :] if loss < level]
     return reached + [None] * (len(LEVELS) - len(reached))
 
 
 def quality(reached):
     """Order runs: more levels are better, then fewer passes to the last of them."""
     found = [at for at in reached if at]
-    return len(found), -found[-1][0] if found else 0
+    return len(found), -found[-1][UNITS.index("passes")] if found else 0
 
 
 def study(problem, methods, passes):
@@ -164,7 +164,7 @@ def study(problem, methods, passes):
 
 def table(rows):
     """Print medians over seeds, in brackets the extremes, where every seed reached the level."""
-    columns = [(unit, level) for unit in (0, 1) for level in SHOWN]
+    columns = [(unit, level) for unit in range(len(UNITS)) for level in SHOWN]
     print("| method | setting |", " | ".join(f"{UNITS[unit]} to {level:g}" for unit, level in columns), "|")
     print("| --- " * (2 + len(columns)) + "|")
     cells = {name: [reached(row, *column) for column in columns] for name, row in rows.items()}
@@ -173,14 +173,14 @@ def table(rows):
         shown = []
         for (unit, _), values, least in zip(columns, cells[name], best, strict=True):
             quantiles = np.quantile(values or [0], (0, 0.5, 1))
-            low, middle, high = (f"{x:.2f}" if unit else f"{x:.0f}" for x in quantiles)
+            low, middle, high = (f"{x:.2f}" if unit == 2 else f"{x:.0f}" for x in quantiles)
             middle = f"**{middle}**" if quantiles[1] == least else middle
             shown.append(f"{middle} ({low} to {high})" if values else "–")
         print(f"| {name} | {row['setting']} {row['value']:g} |", " | ".join(shown), "|")
 
 
 def reached(row, unit, level):
-    """Give passes (unit 0) or CPU seconds (1) to a level, of each seed; nothing if one did not reach it."""
+    """Give one of UNITS to a level, of each seed; nothing if one did not reach it."""
     found = [run[LEVELS.index(level)] for run in row["runs"]]
     return [at[unit] for at in found] if all(found) else []
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.errors import UserError, shown
+from hfmpi.models import case_factors
 from hfmpi.models.losses import Loss, choose
 from hfmpi.models.network import Batch
 from hfmpi.optim.base import Block
@@ -140,6 +142,9 @@ class Passes(Protocol):
     def squares(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """J' u (D,) of u (N, O), and the sum over cases of its summands' squares (D,)."""
 
+    def factors(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """J' u (D,) of u (N, O), and sums for Kronecker factors, as `hfmpi.models.case_factors` has them."""
+
 
 @dataclass
 class FrameworkLinearisation:
@@ -180,6 +185,12 @@ class FrameworkLinearisation:
         total, own = self.passes.squares(self._loss_gradient(scale))
         out += total
         squares += own
+
+    def factored_gradient(self, scale: float, out: np.ndarray, factors: np.ndarray) -> None:
+        """Add what `gradient` adds to out (D,), and sums for Kronecker factors to factors."""
+        total, own = self.passes.factors(self._loss_gradient(scale))
+        out += total
+        factors += own
 
     def jvp(self, v: np.ndarray) -> np.ndarray:
         """J v (N, O) of v (D,), or (C, N, O) of (C, D)."""
@@ -224,16 +235,21 @@ class FrameworkLinearisation:
             u *= self.mask
 
 
-def layout(shapes: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[Block, ...]:
+def layout(shapes: Sequence[tuple[str, tuple[int, ...]]], stacked: Mapping[str, int]) -> tuple[Block, ...]:
     """Give the blocks of named arrays that lie one after the other in theta.
 
-    A vector is one row; what has more axes than two is a matrix of its first axis and the rest.
+    A vector is one row; what has more axes than two is a matrix of its first axis and the rest. `stacked`
+    has, by name, how many equal ones lie in an array along its first axis.
     """
     found, start = [], 0
     for name, shape in shapes:
         size = math.prod(shape)
-        rows = shape[0] if len(shape) > 1 else 1
-        found.append(Block(name, start, rows, size // rows))
+        rows, count = shape[0] if len(shape) > 1 else 1, stacked.get(name, 1)
+        if rows > 1:
+            cuts = tuple(range(rows // count, rows, rows // count))
+            found.append(Block(name, start, rows, size // rows, cuts))
+        else:
+            found.append(Block(name, start, rows, size, groups=count))
         start += size
     return tuple(found)
 
@@ -248,14 +264,20 @@ class FrameworkModel(ABC):
     start : (D,) float32 or float64
         The parameters that the user's model has; their type is that of all vectors.
     loss : {'cross-entropy', 'squares', 'bernoulli'} or Loss
+    stacked : mapping of str to int
+        See `layout`.
     """
 
     def __init__(
-        self, shapes: Sequence[tuple[str, tuple[int, ...]]], start: np.ndarray, loss: str | Loss
+        self,
+        shapes: Sequence[tuple[str, tuple[int, ...]]],
+        start: np.ndarray,
+        loss: str | Loss,
+        stacked: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self.output_loss = choose(loss)
         self.backend = NumpyBackend(start.dtype.name)
-        self.blocks = layout(shapes)
+        self.blocks = layout(shapes, stacked)
         self._start = start
         self._checked = False
 
@@ -309,6 +331,21 @@ class FrameworkModel(ABC):
     ) -> None:
         """Add the gradient to out (D,), and the sum of its squares over cases to squares (D,)."""
         at.squared_gradients(scale, out, squares)
+
+    @property
+    def factors_size(self) -> int:
+        """The numbers that `factored_gradient` adds to."""
+        return case_factors.size(self.blocks)
+
+    def factored_gradient(
+        self, at: FrameworkLinearisation, scale: float, out: np.ndarray, factors: np.ndarray
+    ) -> None:
+        """Add the gradient to out (D,), and sums for the Kronecker factors of all blocks to factors."""
+        at.factored_gradient(scale, out, factors)
+
+    def normalise_factors(self, factors: np.ndarray, scored: int) -> np.ndarray:
+        """Give A and B of each block, one after the other, from sums over all cases, which are used up."""
+        return case_factors.normalise(self.blocks, factors, scored)
 
     @abstractmethod
     def _outputs(self, theta: np.ndarray, inputs: tuple[np.ndarray, ...], rows: Rows) -> np.ndarray:

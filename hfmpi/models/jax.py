@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from hfmpi.errors import UserError, shown
+from hfmpi.models import case_factors
 from hfmpi.models.framework import Example, FrameworkModel, Rows
 from hfmpi.models.losses import Loss
 
@@ -178,10 +179,26 @@ class JaxPasses:
 
     def squares(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """J' u (D,) of u (N, O), and the sum over cases of its summands' squares (D,)."""
+        total, squares = np.zeros((2, self.model.size), u.dtype)
+        for each in self._each_case(u):
+            total += each.sum(axis=0)
+            squares += np.einsum("cd,cd->d", each, each)
+        return total, squares
+
+    def factors(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """J' u (D,) of u (N, O), and sums for Kronecker factors, as `hfmpi.models.case_factors` has them."""
+        blocks = self.model.blocks
+        total, sums = np.zeros(self.model.size, u.dtype), np.zeros(case_factors.size(blocks), u.dtype)
+        for each in self._each_case(u):
+            total += each.sum(axis=0)
+            case_factors.add_cases(blocks, each, sums)
+        return total, sums
+
+    def _each_case(self, u: np.ndarray) -> Iterator[np.ndarray]:
+        """Give the gradients (B, D) of some cases after the others."""
         model, cases = self.model, self.rows.shape[0]
         rows = Rows((1, *self.rows.shape[1:]), self.rows.width)
         apart, most = u.reshape(cases, -1, u.shape[-1]), max(1, EACH_NUMBERS // model.size)
-        total, squares = np.zeros((2, model.size), u.dtype)
 
         def several(cases: range) -> Any:
             part = slice(cases.start, cases.stop)
@@ -193,9 +210,7 @@ class JaxPasses:
         for start in range(0, cases, most):
             with _memory():
                 each = np.asarray(self._several(several, one, range(start, min(start + most, cases))))
-            total += each.sum(axis=0)
-            squares += np.einsum("cd,cd->d", each, each)
-        return total, squares
+            yield each
 
     def _several(self, several: Callable[[Any], Any], one: Callable[[Any], Any], given: Any) -> Any:
         """Do several at once where JAX can, else one after the other."""

@@ -60,7 +60,10 @@ def accumulate(
     for (block, a, b), (sources, da) in zip(split(about.blocks, sums), maps, strict=True):
         if da.shape[0] * da.shape[1]:
             _squares(backend, sources, block.rows, da, a)
-            b += _product(backend, da, da, block.columns, block.columns, da.shape[0] * da.shape[1])
+            if b.ndim == 1:
+                b += _diagonal(backend, da, block.columns)
+            else:
+                b += _product(backend, da, da, block.columns, block.columns, da.shape[0] * da.shape[1])
     sums[-1:] += sums.dtype.type(cotangents[0].inputs.shape[0] * cotangents[0].inputs.shape[1])
 
 
@@ -87,7 +90,7 @@ def _maps(
 
 
 def _squares(backend: NumpyBackend, sources: Sequence[Source], rows: int, da: Array, out: Array) -> None:
-    """Add z z' to out (rows, rows), z the sources below one another."""
+    """Add z z' to out (rows, rows), or its diagonal to out (rows,), z the sources below one another."""
     count = da.shape[0] * da.shape[1]
     taken = sum(source.shape[2] for source in sources if source is not None and source.ndim == 3)
     symbols = rows - taken - sum(source is None for source in sources)  # of the one source that has some
@@ -96,6 +99,10 @@ def _squares(backend: NumpyBackend, sources: Sequence[Source], rows: int, da: Ar
         width = 1 if source is None else symbols if source.ndim == 2 else source.shape[2]
         places.append((source, slice(start, start + width)))
         start += width
+    if out.ndim == 1:
+        for one, at in places:
+            out[at] += count if one is None else _diagonal(backend, one, at.stop - at.start)
+        return
     for i, (one, at) in enumerate(places):
         for other, beside in places[i:]:
             part = _product(backend, one, other, at.stop - at.start, beside.stop - beside.start, count)
@@ -110,10 +117,8 @@ def _product(backend: NumpyBackend, one: Source, other: Source, height: int, wid
     if one is not None and one.ndim == 2:  # symbols
         x = xp.ascontiguousarray(one).reshape(-1)
         if other is one:
-            counts = backend.workspace("kronecker.counts", (height, 1))
-            backend.segment_sum(_ones(backend, count), x, counts)
             found[...] = 0
-            found.reshape(-1)[:: width + 1] = counts[:, 0]
+            found.reshape(-1)[:: width + 1] = _diagonal(backend, one, height)
         else:
             rows = _ones(backend, count) if other is None else _whole(backend, other)
             backend.segment_sum(rows, x, found)
@@ -124,6 +129,17 @@ def _product(backend: NumpyBackend, one: Source, other: Source, height: int, wid
     else:
         backend.matmul(flat(one).T, flat(other), found)
     return found
+
+
+def _diagonal(backend: NumpyBackend, one: Array, height: int) -> Array:
+    """Give the diagonal of the sum of z z', (height,)."""
+    if one.ndim == 3:
+        rows = flat(one)
+        return backend.xp.einsum("ni,ni->i", rows, rows)
+    counts = backend.workspace("kronecker.counts", (height, 1))
+    symbols = backend.xp.ascontiguousarray(one).reshape(-1)
+    backend.segment_sum(_ones(backend, len(symbols)), symbols, counts)
+    return counts[:, 0]
 
 
 def _whole(backend: NumpyBackend, array: Array) -> Array:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from hfmpi.errors import UserError, shown
+from hfmpi.models import case_factors
 from hfmpi.models.framework import Example, FrameworkModel, Rows
 from hfmpi.models.losses import Loss
 
@@ -25,7 +26,7 @@ try:
     from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from hfmpi.models.torch_cases import squared_gradients
+    from hfmpi.models import torch_cases
 except ImportError:
     torch = None
 
@@ -92,7 +93,8 @@ class TorchModel(FrameworkModel):
         self._batches = self._cases_apart = True
         self._loose: int | None = None  # parameters of which each case needs its own, once it is known
         start = torch.cat([p.detach().reshape(-1) for p in self._own.values()]).cpu().numpy()
-        super().__init__([(name, tuple(p.shape)) for name, p in self._own.items()], start, loss)
+        shapes = [(name, tuple(p.shape)) for name, p in self._own.items()]
+        super().__init__(shapes, start, loss, _stacked(module, self._own))
 
     def write_back(self, theta: np.ndarray) -> None:
         """Copy theta (D,) into the parameters of the module."""
@@ -238,6 +240,23 @@ class TorchPasses:
 
     def squares(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """J' u (D,) of u (N, O), and the sum over cases of its summands' squares (D,)."""
+        return self._over_cases(u, torch_cases.squared_gradients, lambda g: g.square())
+
+    def factors(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """J' u (D,) of u (N, O), and sums for Kronecker factors, as `hfmpi.models.case_factors` has them."""
+        blocks = self.model.blocks
+
+        def alone(g: Any) -> Any:
+            sums = np.zeros(case_factors.size(blocks), self.outputs.dtype)
+            case_factors.add_cases(blocks, _array(g)[None], sums)
+            return torch.from_numpy(sums).to(g)
+
+        return self._over_cases(u, torch_cases.factors, alone)
+
+    def _over_cases(
+        self, u: np.ndarray, together: Callable[..., Any], alone: Callable[[Any], Any]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Give J' u and a sum over cases: of many at once, else of each alone, from its gradient."""
         model, apart = self.model, self.model.tensor(u).view(self.cases, -1, u.shape[-1])
         if model._cases_apart:
             try:
@@ -245,15 +264,17 @@ class TorchPasses:
                     model._loose = self._try_cases(apart[:2])
                 most = max(1, EACH_NUMBERS // max(1, model._loose))
                 found = [
-                    self._cases_together(slice(start, start + most), apart[start : start + most])[:2]
+                    self._cases_together(together, slice(start, start + most), apart[start : start + most])[
+                        :2
+                    ]
                     for start in range(0, self.cases, most)
                 ]
                 return _array(sum(total for total, _ in found)), _array(sum(own for _, own in found))
             except _FAILURES as failure:
                 model._cases_apart = False
                 _note("case", failure)
-        total, squares = self._case_by_case(apart)
-        return _array(total), _array(squares)
+        total, own = self._case_by_case(apart, alone)
+        return _array(total), _array(own)
 
     def _case(self, parameters: dict[str, Any], *inputs: Any) -> Any:
         """Give the outputs (N, O) of one case."""
@@ -262,22 +283,23 @@ class TorchPasses:
             torch.func.functional_call(self.model.module, parameters, tuple(x[None] for x in inputs))
         )
 
-    def _cases_together(self, part: slice, u: Any) -> tuple[Any, Any, int]:
-        """Do what `squares` does for some cases and their u (B, N, O), as `squared_gradients` does."""
+    def _cases_together(self, function: Callable[..., Any], part: slice, u: Any) -> tuple[Any, Any, int]:
+        """Call a function of torch_cases for some cases and their u (B, N, O)."""
         model, inputs = self.model, [x[part] for x in self.inputs]
         with _memory(), _quiet(), model._kernels():
-            return squared_gradients(self._case, model._named(self.theta.detach()), model._frozen, inputs, u)
+            named = model._named(self.theta.detach())
+            found: tuple[Any, Any, int] = function(model.blocks, self._case, named, model._frozen, inputs, u)
+            return found
 
-    def _case_by_case(self, u: Any) -> tuple[Any, Any]:
+    def _case_by_case(self, u: Any, alone: Callable[[Any], Any]) -> tuple[Any, Any]:
         """Do the same for the first cases, one after the other."""
-        model, total, squares = self.model, torch.zeros_like(self.theta), torch.zeros_like(self.theta)
+        model, sums = self.model, list[Any]()
         for own, *inputs in zip(u, *(x[: len(u)] for x in self.inputs), strict=True):
             theta = self.theta.detach().requires_grad_()
             with _memory(), torch.enable_grad(), model._kernels():
-                found = torch.autograd.grad(self._case(model._named(theta), *inputs), theta, own)[0]
-            total += found
-            squares += found.square()
-        return total, squares
+                g = torch.autograd.grad(self._case(model._named(theta), *inputs), theta, own)[0]
+            sums = [total + one for total, one in zip(sums or (0, 0), (g, alone(g)), strict=True)]
+        return sums[0], sums[1]
 
     def _try_cases(self, like: Any) -> int:
         """Give the parameters that each case needs its own of; RuntimeError where the first cases go wrong.
@@ -285,8 +307,9 @@ class TorchPasses:
         So it is where the module changes gradients on their way back (`register_hook`).
         """
         u = torch.from_numpy(np.random.default_rng(0).standard_normal(like.shape)).to(like)
-        *together, loose = self._cases_together(slice(len(u)), u)
-        for ours, right in zip(together, self._case_by_case(u), strict=True):
+        *together, loose = self._cases_together(torch_cases.squared_gradients, slice(len(u)), u)
+        alone = self._case_by_case(u, lambda g: g.square())
+        for ours, right in zip(together, alone, strict=True):
             if not torch.linalg.vector_norm(ours - right) <= 1e-3 * torch.linalg.vector_norm(right):
                 raise RuntimeError("a layer's cases cannot be told apart")
         return loose
@@ -354,6 +377,24 @@ class TorchPasses:
 
         with torch.no_grad(), dual_level(), _quiet():
             return torch.func.vmap(push)(v) if batched else push(v)
+
+
+def _stacked(module: Any, named: dict[str, Any]) -> dict[str, int]:
+    """Give, by name, how many matrices of a layer PyTorch keeps on top of one another as one parameter."""
+    kinds: list[tuple[Any, int, str]] = [
+        ((torch.nn.LSTM, torch.nn.LSTMCell), 4, "hidden_size"),
+        ((torch.nn.GRU, torch.nn.GRUCell), 3, "hidden_size"),
+        (torch.nn.MultiheadAttention, 3, "embed_dim"),
+    ]
+    found = {
+        id(p): count
+        for layer in module.modules()
+        for kind, count, size in kinds
+        if isinstance(layer, kind)
+        for p in layer.parameters(recurse=False)
+        if p.shape[0] == count * getattr(layer, size)
+    }
+    return {name: found[id(p)] for name, p in named.items() if id(p) in found}
 
 
 def _array(tensor: Any) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Gradients of the single cases of a PyTorch module, summed and squared, for about the work of a gradient.
+"""Gradients of single cases of a PyTorch module, for about the work of one gradient: squares and factors.
 
 `torch.func.vmap` tells the cases of a batch apart, wherever a module puts their axis. Linear layers and
 recurrent networks, in which most parameters are, see all cases at once: what goes into them and the gradient
@@ -9,21 +9,24 @@ ones, whose gradients PyTorch has anyway.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["squared_gradients"]
+from hfmpi.optim.base import Block
+from hfmpi.optim.kfac import shape
+
+__all__ = ["factors", "squared_gradients"]
 
 CACHED_NUMBERS = 1 << 17
 """Numbers of single cases' gradients of a matrix that are squared at once on a CPU."""
 
 
 def squared_gradients(
+    blocks: Sequence[Block],
     function: Callable[..., Any],
     parameters: dict[str, Any],
     frozen: Iterable[Any],
@@ -34,6 +37,8 @@ def squared_gradients(
 
     Parameters
     ----------
+    blocks : sequence of Block
+        Of the parameters.
     function : callable
         (parameters by name, one case of each of the inputs) -> its outputs (N, O).
     parameters : dict of tensor
@@ -54,6 +59,39 @@ def squared_gradients(
     RuntimeError
         Where PyTorch cannot batch an operation.
     """
+    found, apart = _gradients(function, parameters, frozen, inputs, u)
+    sums = [own.sums() for own in found]
+    gradient, squares = (torch.cat([part.reshape(-1) for part in of]) for of in zip(*sums, strict=True))
+    return gradient, squares, apart
+
+
+def factors(
+    blocks: Sequence[Block],
+    function: Callable[..., Any],
+    parameters: dict[str, Any],
+    frozen: Iterable[Any],
+    inputs: Sequence[Any],
+    u: Any,
+) -> tuple[Any, Any, int]:
+    """Give the gradient, the sums of `case_factors`, and `apart`, as `squared_gradients` does."""
+    found, apart = _gradients(function, parameters, frozen, inputs, u)
+    gradient = torch.cat([own.sum().reshape(-1) for own in found])
+    sums, numbers = list[Any](), list[Any]()
+    for block, own in zip(blocks, found, strict=True):
+        *both, number = own.factors(block)
+        sums += [factor.reshape(-1) for factor in both]
+        numbers.append(number.reshape(1))
+    return gradient, torch.cat(sums + numbers), apart
+
+
+def _gradients(
+    function: Callable[..., Any],
+    parameters: dict[str, Any],
+    frozen: Iterable[Any],
+    inputs: Sequence[Any],
+    u: Any,
+) -> tuple[list[_Gradients], int]:
+    """Give the single cases' gradients of each parameter, and `apart`."""
     cases = len(u)
     shared = {name: p.detach().requires_grad_() for name, p in parameters.items()}
     own = {name: p.detach().expand(cases, *p.shape).requires_grad_() for name, p in parameters.items()}
@@ -68,51 +106,108 @@ def squared_gradients(
     with torch.enable_grad():
         outputs = torch.func.vmap(case)(own, *inputs)
     wanted = [*(use.edge for use in layers.uses), *own.values()]
-    found = iter(torch.autograd.grad(outputs, wanted, u, allow_unused=True))
-    pairs, rest, apart = defaultdict[str, list[Any]](list), defaultdict[str, list[Any]](list), 0
-    for use, back in zip(layers.uses, found, strict=False):
+    backs = iter(torch.autograd.grad(outputs, wanted, u, allow_unused=True))
+    found = {name: _Gradients(p.detach(), [], [], []) for name, p in parameters.items()}
+    for use, back in zip(layers.uses, backs, strict=False):
         if back is not None:
             back = use.by_case(back)
-            pairs[use.weight].append((back, use.by_case(use.input)))
-            rest[use.bias].append(back.sum(1))
-    for (name, p), back in zip(parameters.items(), found, strict=True):
+            if use.weight:
+                found[use.weight].products.append((back, use.by_case(use.input)))
+            if use.bias:
+                found[use.bias].added.append(back)
+    apart = 0
+    for (name, p), back in zip(parameters.items(), backs, strict=True):
         if back is not None:
-            rest[name].append(back)
+            found[name].rest.append(back)
             apart += p.numel()
-    sums = [_sums(p.detach(), pairs[name], rest[name]) for name, p in parameters.items()]
-    gradient, squares = (torch.cat([part.reshape(-1) for part in of]) for of in zip(*sums, strict=True))
-    return gradient, squares, apart
+    return [*found.values()], apart
 
 
-def _sums(p: Any, pairs: list[Any], rest: list[Any]) -> tuple[Any, Any]:
-    """Give the sum and the sum of the squares of single cases' gradients, each like the parameter p.
+class _Gradients(NamedTuple):
+    """The gradients of single cases of the parameter p: the sum of what is known of them.
 
-    A case's gradient is the sum of u' x over pairs of u (B, n, O) and x (B, n, I), and of the rest (B, ...).
+    Attributes
+    ----------
+    p : tensor
+    products : list of ((B, n, O), (B, n, I))
+        Of a layer, u of its output and x of its input: u' x.
+    added : list of (B, n, O)
+        Of a layer that adds p, its output's u: the sum over n.
+    rest : list of (B, ...)
     """
-    if not pairs and not rest:
-        return torch.zeros_like(p), torch.zeros_like(p)
-    if not pairs:
-        return _reduced(sum(rest[1:], rest[0]))
-    u, x = (torch.cat(several, 1) if len(several) > 1 else several[0] for several in zip(*pairs, strict=True))
-    if u.shape[1] == 1 and not rest:
-        u, x = u[:, 0], x[:, 0]
-        return u.T @ x, u.square().T @ x.square()
-    total, squares = torch.zeros_like(p), torch.zeros_like(p)
-    most = max(1, CACHED_NUMBERS // p.numel()) if p.device.type == "cpu" else len(u)
-    for start in range(0, len(u), most):
-        part = slice(start, start + most)
-        each = torch.bmm(u[part].mT, x[part])
-        for more in rest:
-            each += more[part]
-        for out, found in zip((total, squares), _reduced(each), strict=True):
-            out += found
-    return total, squares
+
+    p: Any
+    products: list[tuple[Any, Any]]
+    added: list[Any]
+    rest: list[Any]
+
+    def sum(self) -> Any:
+        """Give the sum over the cases."""
+        total = torch.zeros_like(self.p)
+        for u, x in self.products:
+            total += u.flatten(0, 1).T @ x.flatten(0, 1)
+        for u in self.added:
+            total += u.sum((0, 1))
+        for own in self.rest:
+            total += own.sum(0)
+        return total
+
+    def sums(self) -> tuple[Any, Any]:
+        """Give the sums over the cases of the gradients and of their squares."""
+        if len(self.products) == 1 and not self.rest and self.products[0][0].shape[1] == 1:
+            u, x = (one[:, 0] for one in self.products[0])
+            return u.T @ x, u.square().T @ x.square()
+        total, squares = torch.zeros_like(self.p), torch.zeros_like(self.p)
+        for each in self.each():
+            rows, ones = each.reshape(len(each), -1), each.new_ones(len(each))  # their product sums quickest
+            total += (ones @ rows).view(total.shape)
+            squares += (ones @ rows.square()).view(total.shape)
+        return total, squares
+
+    def each(self) -> Iterator[Any]:
+        """Give the gradients (b, ...) of some cases after the others."""
+        rest = self.rest + [u.sum(1) for u in self.added]
+        if not self.products:
+            if rest:
+                yield sum(rest[1:], rest[0])
+            return
+        u, x = _joined(self.products)
+        most = max(1, CACHED_NUMBERS // self.p.numel()) if self.p.device.type == "cpu" else len(u)
+        for start in range(0, len(u), most):
+            part = slice(start, start + most)
+            each = torch.bmm(u[part].mT, x[part])
+            for more in rest:
+                each += more[part]
+            yield each
+
+    def factors(self, block: Block) -> tuple[Any, Any, Any]:
+        """Give the sums for the factors of rows and columns, and their number."""
+        if not self.rest and bool(self.products) != bool(self.added):
+            if self.added:
+                ones = [u.new_ones(*u.shape[:2], 1) for u in self.added]
+                x, u = _joined(list(zip(self.added, ones, strict=True)))
+            else:
+                u, x = _joined(self.products)
+            u, x = u.flatten(0, 1), x.flatten(0, 1)
+            return _square(u), _square(x), u.new_tensor(len(u))
+        a, b = (self.p.new_zeros(shape(side)) for side in (block.rows, block.columns))
+        number = self.p.new_zeros(())
+        for each in self.each():
+            g = each.reshape(-1, block.rows, block.columns)
+            a += _square(g.transpose(1, 2).flatten(0, 1))
+            b += _square(g.flatten(0, 1))
+            number += g.square().sum()
+        return a, b, number
 
 
-def _reduced(each: Any) -> tuple[Any, Any]:
-    """Give the sums over the first axis of numbers and of their squares."""
-    rows, ones = each.reshape(len(each), -1), each.new_ones(len(each))  # their product is the quickest sum
-    return (ones @ rows).view(each.shape[1:]), (ones @ rows.square()).view(each.shape[1:])
+def _joined(pairs: list[tuple[Any, Any]]) -> Any:
+    """Give pairs of tensors (B, n, .) as one."""
+    return (torch.cat(several, 1) if len(several) > 1 else several[0] for several in zip(*pairs, strict=True))
+
+
+def _square(rows: Any) -> Any:
+    """Give the sum of z z' over rows z (n, side): a factor, or its diagonal."""
+    return rows.T @ rows if len(shape(rows.shape[1])) == 2 else rows.square().sum(0)
 
 
 class _Use(NamedTuple):
@@ -172,7 +267,7 @@ class _Layers(TorchFunctionMode):  # type: ignore[misc]
 
     def _linear(self, input: Any, weight: Any, bias: Any = None) -> Any:
         given = (weight,) if bias is None else (weight, bias)
-        if not self._trained(*given):
+        if weight.ndim != 2 or not self._trained(*given):
             return torch.nn.functional.linear(input, weight, bias)
 
         def product(input: Any, *_: Any) -> Any:

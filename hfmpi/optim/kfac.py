@@ -10,28 +10,43 @@ for every gamma at the cost of two products each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from hfmpi.optim.base import Block, Matrix, Objective, Vector
 
-__all__ = ["decomposition_size", "directions", "factors_size", "products", "split"]
+__all__ = ["decomposition_size", "directions", "factors_size", "products", "shape", "split"]
+
+
+LONGEST_SIDE = 10_000
+"""Rows or columns beyond so many have a diagonal factor, as those of one-hot inputs are."""
+
+
+def shape(side: int) -> tuple[int, ...]:
+    """Give the shape of the factor of a side: a matrix, or its diagonal."""
+    return (side, side) if side <= LONGEST_SIDE else (side,)
 
 
 def factors_size(blocks: Sequence[Block]) -> int:
     """Give the numbers of A and B of all blocks."""
-    return sum(block.rows**2 + block.columns**2 for block in blocks)
+    return sum(math.prod(shape(side)) for block in blocks for side in (block.rows, block.columns))
 
 
 def split(blocks: Sequence[Block], factors: Vector) -> list[tuple[Block, Vector, Vector]]:
-    """Give each block with its A and B, which lie one after the other in a vector: views."""
+    """Give each block with its A and B, which lie one after the other in a vector: views.
+
+    A factor is (side, side), or (side,) beyond LONGEST_SIDE.
+    """
     found, start = [], 0
     for block in blocks:
-        middle, end = start + block.rows**2, start + block.rows**2 + block.columns**2
-        a = factors[start:middle].reshape(block.rows, block.rows)
-        found.append((block, a, factors[middle:end].reshape(block.columns, block.columns)))
-        start = end
+        both = []
+        for side in (block.rows, block.columns):
+            end = start + math.prod(shape(side))
+            both.append(factors[start:end].reshape(shape(side)))
+            start = end
+        found.append((block, *both))
     return found
 
 
@@ -41,7 +56,12 @@ def decomposition_size(blocks: Sequence[Block]) -> int:
 
 
 def _own(block: Block) -> int:
-    return block.rows * (block.rows + 1) + block.columns * (block.columns + 1)
+    return sum(_decomposed(side) for side in (block.rows, block.columns))
+
+
+def _decomposed(side: int) -> int:
+    """Give the numbers of eigenvalues and eigenvectors of a factor; a diagonal has no vectors."""
+    return side + (side * side if side <= LONGEST_SIDE else 0)
 
 
 def directions(
@@ -78,7 +98,7 @@ def products(blocks: Sequence[Block], factors: Vector, v: Vector) -> Matrix:
     found = np.zeros((len(v), len(v)))
     for block, a, b in split(blocks, factors):
         own = v[:, block.start : block.start + block.rows * block.columns]
-        mapped = np.matmul(np.matmul(a, own.reshape(-1, block.rows, block.columns)), b)
+        mapped = _times(_times(own.reshape(-1, block.rows, block.columns), a, -2), b, -1)
         found += np.array(np.matmul(own, mapped.reshape(own.shape).T).tolist())
     return (found + found.T) / 2
 
@@ -92,28 +112,52 @@ def _work(
     def work() -> Vector:
         found = np.zeros_like(g, shape=before.size + len(dampings) * g.size)
         found[: before.size] = before
-        own = found[: before.size]
-        split = rows * (rows + 1)
-        a, q_a = own[:rows], own[rows:split].reshape(rows, rows)
-        b, q_b = own[split : split + columns], own[split + columns :].reshape(columns, columns)
+        (a, q_a), (b, q_b) = _parts(found[: before.size], rows, columns)
         if factors:
             for factor, values, vectors in zip(factors, (a, b), (q_a, q_b), strict=True):
-                values[...], vectors[...] = _eigen(factor)
-        turned = np.matmul(np.matmul(q_a.T, g), q_b)
+                _decompose(factor, values, vectors)
+        turned = _turned(_turned(g, q_a.T, -2), q_b, -1)
         curvature = a.reshape(-1, 1) * b
         for gamma, out in zip(dampings, found[before.size :].reshape(len(dampings), -1), strict=True):
-            damped = np.matmul(np.matmul(q_a, turned / (curvature + kind(gamma))), q_b.T)
+            damped = _turned(_turned(turned / (curvature + kind(gamma)), q_a, -2), q_b.T, -1)
             out[...] = damped.reshape(-1)
         return found
 
     return work
 
 
-def _eigen(matrix: Vector) -> tuple[Vector, Vector]:
-    """Give eigenvalues, those below zero by rounding as zero, and eigenvectors; NaN where there are none."""
-    try:
-        values, vectors = np.linalg.eigh(matrix)
-    except np.linalg.LinAlgError:
-        nothing = matrix * matrix.dtype.type(np.nan)
-        return nothing[0], nothing
-    return np.maximum(values, values.dtype.type(0)), vectors
+def _parts(decomposition: Vector, rows: int, columns: int) -> list[tuple[Vector, Vector]]:
+    """Give eigenvalues (side,) and eigenvectors (side, side), or (0, 0), of both factors: views."""
+    found, start = [], 0
+    for side in (rows, columns):
+        end = start + _decomposed(side)
+        many = side if end > start + side else 0
+        found.append(
+            (decomposition[start : start + side], decomposition[start + side : end].reshape(many, many))
+        )
+        start = end
+    return found
+
+
+def _times(matrix: Vector, factor: Vector, axis: int) -> Vector:
+    """Give factor @ matrix along axis -2, or matrix @ factor along axis -1; a factor may be a diagonal."""
+    if factor.ndim == 1:
+        return matrix * (factor if axis == -1 else factor.reshape(-1, 1))
+    return np.matmul(matrix, factor) if axis == -1 else np.matmul(factor, matrix)
+
+
+def _turned(matrix: Vector, vectors: Vector, axis: int) -> Vector:
+    """Give `_times` with eigenvectors, of which a diagonal has none."""
+    return _times(matrix, vectors, axis) if vectors.size else matrix
+
+
+def _decompose(factor: Vector, values: Vector, vectors: Vector) -> None:
+    """Write eigenvalues, those below zero by rounding as zero, and eigenvectors; NaN where there are none."""
+    if factor.ndim == 1:
+        values[...] = factor
+    else:
+        try:
+            values[...], vectors[...] = np.linalg.eigh(factor)
+        except np.linalg.LinAlgError:
+            values[...] = vectors[...] = factor.dtype.type(np.nan)
+    np.maximum(values, values.dtype.type(0), out=values)

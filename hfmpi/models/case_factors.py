@@ -1,0 +1,61 @@
+"""Kronecker factors of the curvature of each matrix of a model of a framework.
+
+The Fisher matrix of a block W (rows, columns) of theta, at the targets of the data (the empirical one), is
+taken for A x B, A of its rows and B of its columns. N are the scored outputs, whose mean loss all gradients
+are of.
+
+- Where W is known to map inputs z to outputs y, as in a linear layer, with da the gradients of y,
+
+      N sum of da da'  x  sum of z z' / n
+
+  over all n such products, as if they were independent (Martens and Grosse 2015; for the steps of recurrent
+  networks Martens, Ba and Johnson 2018). A bias has z = 1.
+- Else, with the gradients G of single cases,
+
+      N sum of G G'  x  sum of G' G / sum of |G|^2
+
+  which has the trace of the Fisher matrix, and is that matrix where all G are multiples of one of rank one.
+
+Sums over cases have those of A and B, block after block, and then the number of each block that they are
+divided by: n or the sum of |G|^2. N multiplies A and the number divides B; only their product matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from hfmpi.optim.base import Block
+from hfmpi.optim.kfac import factors_size, split
+
+__all__ = ["add_cases", "normalise", "size"]
+
+
+def size(blocks: Sequence[Block]) -> int:
+    """Give the numbers of all sums."""
+    return factors_size(blocks) + len(blocks)
+
+
+def normalise(blocks: Sequence[Block], sums: np.ndarray, scored: int) -> np.ndarray:
+    """Turn sums over all cases into A and B, block after block, in place, and give them."""
+    factors, over = np.split(sums, [-len(blocks)])
+    for (_, a, b), number in zip(split(blocks, factors), over, strict=True):
+        a *= sums.dtype.type(scored)
+        b /= number if number > 0 else 1
+    return factors
+
+
+def add_cases(blocks: Sequence[Block], gradients: np.ndarray, sums: np.ndarray) -> None:
+    """Add what the gradients of some cases (B, D) bring to the sums."""
+    over = sums[-len(blocks) :]
+    for i, (block, a, b) in enumerate(split(blocks, sums)):
+        shape = len(gradients), block.rows, block.columns
+        g = gradients[:, block.start : block.start + block.rows * block.columns].reshape(shape)
+        for axis, out in (1, a), (2, b):
+            if out.ndim == 1:
+                out += np.square(g).sum(axis=(0, 3 - axis))
+            else:
+                rows = np.moveaxis(g, axis, 0).reshape(len(out), -1)
+                out += rows @ rows.T
+        over[i] += np.vdot(g, g)
