@@ -281,6 +281,19 @@ class Odd(nn.Module):
         return z.transpose(0, 1) + nn.functional.linear(self.table, self.b.weight)
 
 
+class Tables(nn.Module):
+    """Tables that are looked up: of symbols, places, with a row that stays, and one that is a layer too."""
+
+    def __init__(self):
+        super().__init__()
+        self.symbols, self.places = nn.Embedding(OUTPUTS, 4), nn.Embedding(STEPS + 2, 4)
+        self.padded, self.tied = nn.Embedding(OUTPUTS, 4, padding_idx=1), nn.Embedding(OUTPUTS, 4)
+
+    def forward(self, x):
+        z = self.symbols(x) + self.places(torch.arange(x.shape[1])) + self.padded(x) + self.tied(x)
+        return nn.functional.linear(z + self.symbols(x[:, :1]), self.tied.weight)
+
+
 class Choosing(nn.Linear):
     """Looks at its numbers, which PyTorch cannot do for several cases at once."""
 
@@ -322,16 +335,23 @@ LOOPS = [
     "make",
     [
         Odd,
+        Tables,
         *(partial(Reader, **about) for about in LOOPS),
         *(partial(kind, INPUTS, OUTPUTS) for kind in ALONE),
     ],
-    ids=["odd", *("-".join(map(str, about.values())) for about in LOOPS), *(kind.__name__ for kind in ALONE)],
+    ids=[
+        "odd",
+        "tables",
+        *("-".join(map(str, about.values())) for about in LOOPS),
+        *(kind.__name__ for kind in ALONE),
+    ],
 )
 def test_squared_gradients_are_those_of_cases_taken_one_by_one(make, dtype, monkeypatch, caplog):
     torch.manual_seed(2)
     module = make().to(dtype)
     x, y = numbers(CASES, STEPS, INPUTS), symbols(CASES, STEPS)
-    z, jacobian = dense(module, x.astype(str(dtype).removeprefix("torch.")))
+    x = y if isinstance(module, Tables) else x.astype(str(dtype).removeprefix("torch."))
+    z, jacobian = dense(module, x)
     p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True) - np.eye(OUTPUTS)[y.reshape(-1)]
     each = np.einsum("no,nod->nd", p, jacobian).reshape(CASES, STEPS, -1).sum(axis=1) / (CASES * STEPS)
     model = hfmpi.TorchModel(module, "cross-entropy")
@@ -445,16 +465,16 @@ def test_factors_of_layers_are_means_over_the_products_of_their_steps(kind, capl
 
 
 class Various(nn.Module):
-    """What is no layer with known inputs: a table, a norm, a convolution, a weight in two roles."""
+    """What is no layer with known inputs: an index, a norm, a convolution, a weight in two roles."""
 
     def __init__(self):
         super().__init__()
-        self.table, self.norm = nn.Embedding(OUTPUTS, 4), nn.LayerNorm(4)
+        self.table, self.norm = nn.Parameter(torch.randn(OUTPUTS, 4)), nn.LayerNorm(4)
         self.beside, self.top = nn.Conv1d(4, 4, 3, padding=1), nn.Linear(4, OUTPUTS)
         self.both = nn.Parameter(torch.randn(4, 4))
 
     def forward(self, x):
-        x = self.norm(self.table(x))
+        x = self.norm(self.table[x])
         x = x + self.beside(x.transpose(1, 2)).transpose(1, 2)
         return self.top(nn.functional.linear(x, self.both) + x * self.both.sum(0))
 
@@ -482,20 +502,51 @@ def test_factors_of_all_else_are_those_of_the_gradients_of_cases(make, monkeypat
         monkeypatch.setattr("hfmpi.models.torch_cases.CACHED_NUMBERS", 1)
 
 
+def test_factors_of_tables_count_what_is_looked_up():
+    torch.manual_seed(2)
+    module, x, y = Tables().double(), symbols(CASES, STEPS), symbols(CASES, STEPS)
+    kept = {}
+    for name in ("symbols", "places"):
+        table = getattr(module, name)
+
+        def keep(_, inputs, z, name=name):
+            z.retain_grad()
+            kept.setdefault(name, []).append((inputs[0].expand(CASES, -1).reshape(-1), z))
+
+        table.register_forward_hook(keep)
+    z = module(torch.from_numpy(x)).reshape(-1, OUTPUTS)
+    nn.functional.cross_entropy(z, torch.from_numpy(y).reshape(-1)).backward()
+    torch.manual_seed(2)
+    model = hfmpi.TorchModel(Tables().double(), "cross-entropy")
+    risk = hfmpi.DataParallel(model, Communicator()).on(hfmpi.Arrays(x, y), np.arange(CASES))
+    found = kfac.split(model.blocks, risk.factored_gradient(model.initial(0))[1])
+    for (block, *ours), name in zip(found, ("symbols", "places"), strict=False):
+        assert block.name == f"{name}.weight"
+        counts = torch.cat([rows for rows, _ in kept[name]]).bincount(minlength=block.rows).numpy()
+        if name == "symbols":
+            assert len(kept[name]) == 2
+            back = np.concatenate([z.grad.reshape(-1, 4).numpy() for _, z in kept[name]])
+            expected = np.kron(np.diag(counts / counts.sum()), CASES * STEPS * back.T @ back)
+            np.testing.assert_allclose(np.kron(*ours), expected, rtol=1e-9, atol=1e-14)
+        else:
+            np.testing.assert_allclose(np.diag(ours[0]) / ours[0].sum(), [1 / STEPS] * STEPS + [0, 0])
+
+
 @pytest.mark.parametrize(
-    "make", [Odd, Various, partial(Reader, **LOOPS[4]), partial(Nested, INPUTS, OUTPUTS)]
+    "make", [Odd, Tables, Various, partial(Reader, **LOOPS[4]), partial(Nested, INPUTS, OUTPUTS)]
 )
 def test_long_sides_have_the_diagonals_of_their_factors(make, monkeypatch):
     torch.manual_seed(2)
     module = make().double()
-    x = symbols(CASES, STEPS) if isinstance(module, Various) else numbers(CASES, STEPS, INPUTS)
+    symbolic = isinstance(module, (Tables, Various))
+    x = symbols(CASES, STEPS) if symbolic else numbers(CASES, STEPS, INPUTS)
     model = hfmpi.TorchModel(module, "cross-entropy")
     cases = hfmpi.Arrays(x, symbols(CASES, STEPS))
     risk = hfmpi.DataParallel(model, Communicator()).on(cases, np.arange(CASES))
     whole = kfac.split(model.blocks, risk.factored_gradient(model.initial(0))[1])
     monkeypatch.setattr(kfac, "LONGEST_SIDE", 2)
     cut = kfac.split(model.blocks, risk.factored_gradient(model.initial(0))[1])
-    assert {matrix.ndim for _, *both in cut for matrix in both} == {1, 2}
+    assert 1 in {matrix.ndim for _, *both in cut for matrix in both}
     for (_, *ours), (_, *theirs) in zip(cut, whole, strict=True):
         for own, matrix in zip(ours, theirs, strict=True):
             np.testing.assert_allclose(own, matrix if own.ndim == 2 else np.diag(matrix), atol=1e-12)

@@ -287,10 +287,10 @@ class Subspace(Hfmpi):
     name, candidates = "subspace", (0.01, 1e-3, 1e-4)
 
 
-class SubspaceQuarter(Subspace):
-    """With the curvature on a quarter of the cases."""
+class SubspaceWhole(Subspace):
+    """With six whole directions, not cut into parts, and their curvature on a quarter: for few cores."""
 
-    curvature = 0.25
+    curvature, changes = 0.25, MappingProxyType({"cut": False})
 
 
 class SubspaceJax(Subspace, HfmpiJax):
@@ -300,7 +300,7 @@ class SubspaceJax(Subspace, HfmpiJax):
 METHODS = {
     "hfmpi soap": Soap,
     "hfmpi subspace": Subspace,
-    "hfmpi subspace, curvature on a quarter": SubspaceQuarter,
+    "hfmpi subspace, not cut, curvature on a quarter": SubspaceWhole,
     "hfmpi subspace, JAX": SubspaceJax,
     "hfmpi bhf-short": Hfmpi,
     "hfmpi bhf-short, no preconditioner": Plain,

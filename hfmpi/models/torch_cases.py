@@ -1,10 +1,10 @@
 """Gradients of single cases of a PyTorch module, for about the work of one gradient: squares and factors.
 
-`torch.func.vmap` tells the cases of a batch apart, wherever a module puts their axis. Linear layers and
-recurrent networks, in which most parameters are, see all cases at once: what goes into them and the gradient
-of what comes out give a case's gradient as one product of matrices over all steps, which is squared part by
-part in the cache and never kept whole. Every other operation is given parameters of each case's own, equal
-ones, whose gradients PyTorch has anyway.
+`torch.func.vmap` tells the cases of a batch apart, wherever a module puts their axis. Linear layers, tables
+and recurrent networks, in which most parameters are, see all cases at once: what goes into them and the
+gradient of what comes out give a case's gradient as one product of matrices over all steps, which is squared
+part by part in the cache and never kept whole. Every other operation is given parameters of each case's own,
+equal ones, whose gradients PyTorch has anyway.
 """
 
 from __future__ import annotations
@@ -107,11 +107,13 @@ def _gradients(
         outputs = torch.func.vmap(case)(own, *inputs)
     wanted = [*(use.edge for use in layers.uses), *own.values()]
     backs = iter(torch.autograd.grad(outputs, wanted, u, allow_unused=True))
-    found = {name: _Gradients(p.detach(), [], [], []) for name, p in parameters.items()}
+    found = {name: _Gradients(p.detach(), [], [], [], []) for name, p in parameters.items()}
     for use, back in zip(layers.uses, backs, strict=False):
         if back is not None:
             back = use.by_case(back)
-            if use.weight:
+            if use.looks_up:
+                found[use.weight].lookups.append((back, use.input.reshape(cases, -1)))
+            elif use.weight:
                 found[use.weight].products.append((back, use.by_case(use.input)))
             if use.bias:
                 found[use.bias].added.append(back)
@@ -131,6 +133,8 @@ class _Gradients(NamedTuple):
     p : tensor
     products : list of ((B, n, O), (B, n, I))
         Of a layer, u of its output and x of its input: u' x.
+    lookups : list of ((B, n, O), (B, n))
+        Of a table, u of the rows that were looked up and their numbers: u in these rows.
     added : list of (B, n, O)
         Of a layer that adds p, its output's u: the sum over n.
     rest : list of (B, ...)
@@ -138,14 +142,23 @@ class _Gradients(NamedTuple):
 
     p: Any
     products: list[tuple[Any, Any]]
+    lookups: list[tuple[Any, Any]]
     added: list[Any]
     rest: list[Any]
+
+    @property
+    def _alone(self) -> str:
+        """The only kind of what is known; empty where there are several, or none."""
+        kinds = [kind for kind in ("products", "lookups", "added", "rest") if getattr(self, kind)]
+        return kinds[0] if len(kinds) == 1 else ""
 
     def sum(self) -> Any:
         """Give the sum over the cases."""
         total = torch.zeros_like(self.p)
         for u, x in self.products:
             total += u.flatten(0, 1).T @ x.flatten(0, 1)
+        for u, rows in self.lookups:
+            total.index_add_(0, rows.flatten(), u.flatten(0, 1))
         for u in self.added:
             total += u.sum((0, 1))
         for own in self.rest:
@@ -154,9 +167,11 @@ class _Gradients(NamedTuple):
 
     def sums(self) -> tuple[Any, Any]:
         """Give the sums over the cases of the gradients and of their squares."""
-        if len(self.products) == 1 and not self.rest and self.products[0][0].shape[1] == 1:
+        if self._alone == "products" and len(self.products) == 1 and self.products[0][0].shape[1] == 1:
             u, x = (one[:, 0] for one in self.products[0])
             return u.T @ x, u.square().T @ x.square()
+        if self._alone == "lookups":
+            return self.sum(), self._squared_lookups()
         total, squares = torch.zeros_like(self.p), torch.zeros_like(self.p)
         for each in self.each():
             rows, ones = each.reshape(len(each), -1), each.new_ones(len(each))  # their product sums quickest
@@ -164,32 +179,50 @@ class _Gradients(NamedTuple):
             squares += (ones @ rows.square()).view(total.shape)
         return total, squares
 
+    def _squared_lookups(self) -> Any:
+        u, rows = _joined(self.lookups)
+        count = len(self.p)
+        places = (rows + count * torch.arange(len(rows), device=rows.device)[:, None]).flatten()
+        places, inverse = places.unique(return_inverse=True)  # a row may be looked up twice by a case
+        sums = u.new_zeros(len(places), u.shape[2]).index_add_(0, inverse, u.flatten(0, 1))
+        return torch.zeros_like(self.p).index_add_(0, places % count, sums.square())
+
     def each(self) -> Iterator[Any]:
         """Give the gradients (b, ...) of some cases after the others."""
-        rest = self.rest + [u.sum(1) for u in self.added]
-        if not self.products:
-            if rest:
-                yield sum(rest[1:], rest[0])
+        whole = self.rest + [u.sum(1) for u in self.added]
+        cases = next((len(u) for u in (*whole, *(u for u, _ in self.products + self.lookups))), 0)
+        if not self.products and not self.lookups:
+            if whole:
+                yield sum(whole[1:], whole[0])
             return
-        u, x = _joined(self.products)
-        most = max(1, CACHED_NUMBERS // self.p.numel()) if self.p.device.type == "cpu" else len(u)
-        for start in range(0, len(u), most):
+        most = max(1, CACHED_NUMBERS // self.p.numel()) if self.p.device.type == "cpu" else cases
+        for start in range(0, cases, most):
             part = slice(start, start + most)
-            each = torch.bmm(u[part].mT, x[part])
-            for more in rest:
+            if self.products:
+                u, x = _joined([(u[part], x[part]) for u, x in self.products])
+                each = torch.bmm(u.mT, x)
+            else:
+                each = self.p.new_zeros(len(range(cases)[part]), *self.p.shape)
+            for u, rows in self.lookups:
+                at = rows[part].unsqueeze(-1).expand(u[part].shape)
+                each.scatter_add_(1, at, u[part])
+            for more in whole:
                 each += more[part]
             yield each
 
     def factors(self, block: Block) -> tuple[Any, Any, Any]:
         """Give the sums for the factors of rows and columns, and their number."""
-        if not self.rest and bool(self.products) != bool(self.added):
-            if self.added:
-                ones = [u.new_ones(*u.shape[:2], 1) for u in self.added]
-                x, u = _joined(list(zip(self.added, ones, strict=True)))
-            else:
-                u, x = _joined(self.products)
-            u, x = u.flatten(0, 1), x.flatten(0, 1)
+        if self._alone == "products":
+            u, x = (several.flatten(0, 1) for several in _joined(self.products))
             return _square(u), _square(x), u.new_tensor(len(u))
+        if self._alone == "lookups":
+            u, rows = (several.flatten(0, 1) for several in _joined(self.lookups))
+            counts = rows.bincount(minlength=block.rows).to(u)
+            diagonal = len(shape(block.rows)) == 1
+            return counts if diagonal else counts.diag(), _square(u), u.new_tensor(len(u))
+        if self._alone == "added":
+            u = torch.cat(self.added, 1).flatten(0, 1)
+            return u.new_full((1, 1), len(u)), _square(u), u.new_tensor(len(u))
         a, b = (self.p.new_zeros(shape(side)) for side in (block.rows, block.columns))
         number = self.p.new_zeros(())
         for each in self.each():
@@ -211,7 +244,7 @@ def _square(rows: Any) -> Any:
 
 
 class _Use(NamedTuple):
-    """A product of a layer, input @ weight' + bias.
+    """A product of a layer, input @ weight' + bias, or a look into a table, weight[input].
 
     Attributes
     ----------
@@ -223,6 +256,7 @@ class _Use(NamedTuple):
     axis : int
         Of input and product: the cases, each with as many rows.
     cases : int
+    looks_up : bool
     """
 
     weight: str
@@ -231,6 +265,7 @@ class _Use(NamedTuple):
     edge: Any
     axis: int
     cases: int
+    looks_up: bool = False
 
     def by_case(self, rows: Any) -> Any:
         """Give rows (B, n, .)."""
@@ -255,6 +290,8 @@ class _Layers(TorchFunctionMode):  # type: ignore[misc]
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.linear:
             return self._linear(*args, **kwargs or {})
+        if func is torch.nn.functional.embedding:
+            return self._embedding(*args, **kwargs or {})
         unpacked = func in _RECURRENT and len(args) == 9 and isinstance(args[3], bool)
         if unpacked and self._trained(*args[2]):
             return self._recurrent(_RECURRENT[func], *args)
@@ -274,6 +311,32 @@ class _Layers(TorchFunctionMode):  # type: ignore[misc]
             return self._product(input, 0, *given)
 
         return _AcrossCases.apply(product, input, *given)
+
+    def _embedding(
+        self,
+        input: Any,
+        weight: Any,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+    ) -> Any:
+        if max_norm is not None or scale_grad_by_freq or sparse or not self._trained(weight):
+            return torch.nn.functional.embedding(
+                input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
+            )
+
+        def look_up(input: Any, _: Any) -> Any:
+            name, p = self.known[id(weight)]
+            found = torch.nn.functional.embedding(input, p)
+            self.uses.append(_Use(name, "", input, get_gradient_edge(found), 0, self.cases, True))
+            if padding_idx is None:
+                return found
+            stays = (input == padding_idx % len(p)).unsqueeze(-1)  # a row that gets no gradient
+            return torch.where(stays, found.detach(), found)
+
+        return _AcrossCases.apply(look_up, input, weight)
 
     def _product(self, input: Any, axis: int, *given: Any) -> Any:
         """Multiply the inputs of all cases, along the axis, with the parameters themselves."""
