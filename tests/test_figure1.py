@@ -394,6 +394,31 @@ def test_clock_says_from_which_number_of_ranks_on_each_is_the_fastest(study):
     )
 
 
+def test_clock_shows_runs_with_other_options_beside_those_of_the_study(study, tmp_path, monkeypatch, capsys):
+    import clock
+
+    corpus = write_corpus(tmp_path / "small.h5")
+    common = {
+        "model": "lstm",
+        "curvature_batch": 4,
+        "optimizer": "subspace",
+        "max_steps": 3,
+        "sequence_length": 20,
+    }
+    for folder, cut in ("out", True), ("whole", False):
+        settings = {"damping": 0.001, "cut": cut}
+        train(tmp_path / folder / "lstm-subspace-damping=0.001", corpus, settings=settings, **common)
+    (tmp_path / "whole" / "mlstm-notes").mkdir()
+    options = ["--level", "6", "--beside", str(tmp_path / "whole"), str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["clock.py", *options])
+    clock.main()
+    head, *rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert head == "| ranks | subspace | whole subspace |"
+    seconds = np.array([[float(x.replace(",", "")) for x in row.split("|")[1:-1]] for row in rows[1:]])
+    assert seconds[:, 0].tolist() == [2**i for i in range(15)]
+    assert (seconds > 0).all()
+
+
 def test_the_page_of_results_is_what_its_curves_say(curves, table, capsys):
     results = FOLDER.parents[1] / "docs" / "results"
     table.write(curves.load([results / "fewest-passes.json"], "small", 60.0))

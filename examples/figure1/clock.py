@@ -1,7 +1,7 @@
 """Which method is the fastest on how many ranks? From a study's runs and the model of docs/speedup.md.
 
 python examples/figure1/clock.py [--size small|medium|paper] [--level BITS] [--bench FILE]...
-       [--timed FOLDER] [--latency S --bandwidth B] OUT
+       [--timed FOLDER] [--beside FOLDER]... [--latency S --bandwidth B] OUT
 
 Every pass that a run of seed 0 executed until it first reached a level of the training loss, or else the
 lowest that the paper's methods all reach, is given the seconds that it would take on P ranks. --bench takes
@@ -9,7 +9,8 @@ files of `hfmpi bench products` and `gradients --json` of the same networks on t
 a pass over few sequences is promised to be quicker than it is. Without a network the ranks' sums take no
 time. --pass-floor divides the time below which a pass does not fall, however few its sequences are.
 Where the study ran on another machine, --timed names a folder of runs of a few steps with the same names and
-options on this one: their steps are what is timed.
+options on this one: their steps are what is timed. --beside names a folder of runs with the same names but
+other options, which are shown beside those of the study, under its name.
 """
 
 from __future__ import annotations
@@ -77,31 +78,42 @@ def main() -> None:
     )
     parser.add_argument("--bench", type=Path, action="append", default=[], metavar="FILE")
     parser.add_argument("--timed", type=Path, metavar="FOLDER", help="[OUT]")
+    parser.add_argument("--beside", type=Path, action="append", default=[], metavar="FOLDER")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds of a message [0]")
     parser.add_argument("--bandwidth", type=float, default=np.inf, help="bytes a second [no limit]")
     parser.add_argument("--pass-floor", type=float, default=1.0, help="divisor [1]")
     given = parser.parse_args()
     size = SIZES[given.size]
-    picked = [c for c in chosen(given.out, given.seconds or size.seconds) if not c.seed]
+    picked = {
+        folder: [c for c in chosen(folder, given.seconds or size.seconds) if not c.seed]
+        for folder in (given.out, *given.beside)
+    }
     link = Link(given.latency, given.bandwidth)
     for cell in MODELS:
-        runs = {c.method: (c, history(given.out / c.name)) for c in picked if c.model == cell}
+        runs = [
+            (folder, c, history(folder / c.name))
+            for folder in picked
+            for c in picked[folder]
+            if c.model == cell
+        ]
         if not runs:
             continue
-        curves = {m: followed(records, share(m, size)) for m, (_, records) in runs.items()}
-        level = given.level or common(curves[m] for m in PAPER if m in curves)
+        curves = [followed(records, share(c.method, size)) for _, c, records in runs]
+        of_paper = [curve for curve, (_, c, _) in zip(curves, runs, strict=True) if c.method in PAPER]
+        level = given.level or common(of_paper)
         if level is None:
             raise UserError(f"{given.out} has no run of the paper's methods with {cell}: name a --level")
         times, missing = {}, []
-        for method, (c, records) in runs.items():
-            steps = reached(curves[method], "train_bpc", "step", level)
+        for curve, (folder, c, records) in zip(curves, runs, strict=True):
+            name = shown(c.method) if folder == given.out else f"{folder.name} {shown(c.method)}"
+            steps = reached(curve, "train_bpc", "step", level)
             if steps is None:
-                missing.append(f"{shown(method)} did not reach {level:g} bits/char.")
+                missing.append(f"{name} did not reach {level:g} bits/char.")
                 continue
             done = [record for record in records if record["step"] <= steps]
-            timed = (given.timed or given.out) / c.name
+            timed = (folder if given.timed is None or folder != given.out else given.timed) / c.name
             job = whole(timed, done, given.bench, link, given.pass_floor)
-            times[shown(method)] = job.seconds(RANKS)
+            times[name] = job.seconds(RANKS)
         print(f"\n{cell}: seconds to {level:g} bits/char\n")
         if times:
             rows = [(f"{RANKS[i]:,}", *(clock(each[i]) for each in times.values())) for i in SHOWN]
