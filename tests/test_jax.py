@@ -12,6 +12,7 @@ from dense import (
     check_page,
     check_ranks,
     check_refused,
+    factors_of_cases,
     numbers,
     symbols,
 )
@@ -19,6 +20,7 @@ from dense import (
 import hfmpi
 from hfmpi.errors import UserError
 from hfmpi.models.base import Blocks, Columns, KroneckerFactors, Model, SquaredGradients
+from hfmpi.optim import kfac
 from hfmpi.parallel.communicator import Communicator
 
 jax = pytest.importorskip("jax")
@@ -110,9 +112,7 @@ def test_a_function_has_the_derivatives_of_its_dense_jacobian(name, caplog):
         return apply(model.params(theta), *inputs).reshape(-1, OUTPUTS)
 
     dense = jax.jit((jax.jacrev if name == "reverse" else jax.jacfwd)(rows))(theta)
-    at = check(
-        model, kind, cases, theta, np.asarray(rows(theta)), np.asarray(dense), None, name == "mlp", True
-    )
+    at = check(model, kind, cases, theta, np.asarray(rows(theta)), np.asarray(dense), None, name == "mlp")
     assert isinstance(at, Columns)
     assert not caplog.records
 
@@ -178,6 +178,189 @@ def test_a_callback_that_cannot_be_batched_is_called_case_by_case(caplog):
         found.append(risk.squared_gradients(model.initial(0)).squares)
     assert np.allclose(*found)
     assert "cannot be batched" in caplog.text
+
+
+# Kronecker factors -------------------------------------------------------------------------------
+
+
+class Taps:
+    """Adds zeros to what parameters give, and keeps what they met; without zeros it does nothing."""
+
+    def __init__(self, zeros=None):
+        self.zeros, self.met = zeros, []
+
+    def __call__(self, name, met, result):
+        self.met.append((name, met, result.shape))
+        return result if self.zeros is None else result + self.zeros[len(self.met) - 1]
+
+    def loop(self, step, state, each):
+        """Do what `jax.lax.scan` does; with zeros step by step, so that each step has its own."""
+        if self.zeros is None and not self.counting:
+            return jax.lax.scan(step, state, each)
+        found = []
+        for x in each:
+            state, y = step(state, x)
+            found.append(y)
+        return state, jnp.stack(found)
+
+    counting = False
+
+
+def ones(z, width=1):
+    return jnp.ones((*z.shape[:-1], width), z.dtype)
+
+
+def layers(params, x, tap):
+    h = tap("w", x, x @ params["w"])
+    h = jnp.tanh(tap("b", ones(h), h + params["b"]))
+    h = jax.nn.relu(tap("t", h, jnp.dot(h, params["t"].T)) + 0.5)
+    return tap("u", h, jax.lax.dot_general(params["u"], h, (((0,), (2,)), ((), ()))).transpose(1, 2, 0))
+
+
+def recurrent(params, x, tap):
+    @jax.checkpoint
+    def gates(x, h):
+        z = tap("x", x, x @ params["x"]) + tap("h", h, params["h"] @ h[..., None])[..., 0]
+        return tap("b", ones(z), params["b"] + z)
+
+    def step(h, x):
+        h = jnp.tanh(gates(x, h) if tap.zeros is None and not tap.counting else gates.__wrapped__(x, h))
+        return h, h
+
+    first = jnp.zeros((x.shape[0], 3), x.dtype)
+    hidden = tap.loop(step, first, x.swapaxes(0, 1))[1].swapaxes(0, 1)
+    return tap("top", hidden, hidden @ params["top"])
+
+
+def heads(params, x, tap):
+    x = (10 * jnp.abs(x[..., 0])).astype(int) % 4
+    z = tap("table", x, params["table"][x])
+    mean, deviation = z.mean(-1, keepdims=True), z.std(-1, keepdims=True)
+    whitened = (z - mean) / (deviation + 0.1)
+    z = tap("scale", whitened, params["scale"] * whitened)
+    z = tap("shift", ones(z), z + params["shift"])
+    query = tap("query", z, jnp.einsum("btd,dhk->bthk", z, params["query"]))
+    z = jnp.einsum("bthk,bshk->btsh", query, query).sum(2)[..., None] * query
+    z = z.reshape(*z.shape[:2], -1)
+    return tap("out", z, jnp.einsum("btm,mo->bto", z, params["out"]))
+
+
+FORMS = {
+    "layers": (layers, {
+        "b": numbers(4), "t": numbers(5, 4), "u": numbers(5, OUTPUTS), "w": numbers(INPUTS, 4)
+    }),
+    "heads": (heads, {
+        "out": numbers(6, OUTPUTS), "query": numbers(4, 2, 3), "scale": 1 + numbers(4) / 4,
+        "shift": numbers(4), "table": numbers(4, 4),
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("longest", [100, 3])
+@pytest.mark.parametrize("name", FORMS)
+def test_factors_of_layers_are_means_over_their_products(name, longest, monkeypatch):
+    monkeypatch.setattr(kfac, "LONGEST_SIDE", longest)
+    apply, params = FORMS[name]
+    x, y = numbers(CASES, STEPS, INPUTS), symbols(CASES, STEPS)
+    check_layers(apply, params, x, y)
+
+
+def check_layers(apply, params, x, y):
+    """Check the factors of a function with taps against what these met and their derivatives."""
+    model = hfmpi.JaxModel(lambda params, x: apply(params, x, Taps()), params, "cross-entropy")
+    risk = hfmpi.DataParallel(model, Communicator(), micro_batch=2).on(hfmpi.Arrays(x, y), np.arange(len(x)))
+    gradient, factors = risk.factored_gradient(model.initial(0))
+    counting = Taps()
+    counting.counting = True
+    apply(params, x, counting)
+
+    def loss(params, zeros, x, y):
+        z = apply(params, x, Taps(zeros)).reshape(-1, OUTPUTS)
+        return -jax.nn.log_softmax(z)[np.arange(len(z)), y.reshape(-1)].sum() / symbols(CASES, STEPS).size
+
+    zeros = [jnp.zeros(shape) for *_, shape in counting.met]
+    own, backs = jax.grad(loss, (0, 1))(params, zeros, x, y)
+    own = np.concatenate([np.ravel(own[key]) for key in sorted(own)])
+    np.testing.assert_allclose(gradient.vector, own, rtol=1e-7, atol=1e-10)
+    for block, *found in kfac.split(model.blocks, factors):
+        key = block.name.strip("[]'")
+        uses = [(met, back) for (k, met, _), back in zip(counting.met, backs, strict=True) if k == key]
+        assert uses
+        a = b = count = 0
+        for met, back in uses:
+            met, back = np.asarray(met), np.asarray(back)
+            if key == "scale":
+                met, back = np.asarray(ones(met)), back * met
+            if key == "table":
+                met = np.eye(block.rows)[met]
+            z, u = met.reshape(-1, met.shape[-1]), back.reshape(-1, back.size * met.shape[-1] // met.size)
+            a, b, count = a + y.size * u.T @ u, b + z.T @ z, count + len(z)
+        b = b / count
+        flipped = key not in ("t", "h")  # the rows are inputs
+        cut = [
+            m if len(m) <= kfac.LONGEST_SIDE else np.diag(np.diag(m)) for m in ((b, a) if flipped else (a, b))
+        ]
+        found = [m if m.ndim == 2 else np.diag(m) for m in found]
+        np.testing.assert_allclose(np.kron(*found), np.kron(*cut), rtol=1e-6, atol=1e-12, err_msg=key)
+
+
+def test_factors_of_layers_in_a_loop_are_means_over_its_steps():
+    params = {"b": numbers(3), "h": numbers(3, 3), "top": numbers(3, OUTPUTS), "x": numbers(INPUTS, 3)}
+    check_layers(recurrent, params, numbers(CASES, STEPS, INPUTS), symbols(CASES, STEPS))
+
+
+def test_factors_of_all_else_are_those_of_the_gradients_of_cases():
+    def apply(params, x):
+        w = params["g"] * params["v"] / jnp.linalg.norm(params["v"])
+        h = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x @ w, params["deep"])[0]
+        square = params["twice"].T @ params["twice"]
+        x = jax.lax.scan(lambda last, a: (a, 2 * a), x[0], x)[1]  # without parameters; its state is dropped
+        return x @ params["known"] + cube(h @ params["out"]) @ square + params["one"]
+
+    params = {
+        "deep": numbers(2, 4, 4), "g": numbers(4), "known": numbers(INPUTS, OUTPUTS), "one": numbers(1)[0],
+        "out": numbers(4, OUTPUTS), "twice": numbers(2, OUTPUTS), "unused": numbers(2, 2),
+        "v": numbers(INPUTS, 4),
+    }  # fmt: skip
+    x, y = numbers(CASES, INPUTS), numbers(CASES, OUTPUTS)
+    model = hfmpi.JaxModel(apply, params, "squares")
+    risk = hfmpi.DataParallel(model, Communicator()).on(hfmpi.Examples(x, y), np.arange(CASES))
+    theta = model.initial(0)
+
+    def loss(theta, x, y):
+        return jnp.square(apply(model.params(theta), x[None])[0] - y).sum() / 2
+
+    each = np.stack([jax.grad(loss)(theta, a, b) for a, b in zip(x, y, strict=True)])
+    gradient, factors = risk.factored_gradient(theta)
+    np.testing.assert_allclose(gradient.vector, each.mean(axis=0), rtol=1e-7, atol=1e-10)
+    expected = kfac.split(model.blocks, factors_of_cases(model.blocks, each, CASES))
+    (traced,) = model._traced.values()
+    names = [block.name.strip("[]'") for block in model.blocks]
+    assert {names[i] for i in traced.loose} == {"deep", "g", "one", "twice", "v"}
+    for name, (_, *ours), (_, *theirs) in zip(
+        names, kfac.split(model.blocks, factors), expected, strict=True
+    ):
+        for own, matrix in zip(ours, theirs, strict=True):
+            if name not in ("known", "out", "unused"):
+                np.testing.assert_allclose(own, matrix, rtol=1e-7, atol=1e-10, err_msg=name)
+            assert own.any() == (name != "unused")
+
+
+def test_where_jax_does_not_tell_the_layers_factors_are_those_of_cases(monkeypatch, caplog):
+    def broken(*_):
+        raise AttributeError("no such thing")
+
+    monkeypatch.setattr("hfmpi.models.jax.Layers", broken)
+    apply, params, kind, cases, inputs = setting("mlp")
+    model = hfmpi.JaxModel(apply, params, kind)
+    theta = model.initial(0)
+
+    def rows(theta):
+        return apply(model.params(theta), *inputs).reshape(-1, OUTPUTS)
+
+    jacobian = np.asarray(jax.jacfwd(rows)(theta))
+    check(model, kind, cases, theta, np.asarray(rows(theta)), jacobian, by_cases=True)
+    assert "layers of the function are not known (no such thing)" in caplog.text
 
 
 # What is refused ---------------------------------------------------------------------------------

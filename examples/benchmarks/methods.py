@@ -297,11 +297,16 @@ class SubspaceJax(Subspace, HfmpiJax):
     """The preset on a function of JAX."""
 
 
+class SubspaceWholeJax(SubspaceWhole, HfmpiJax):
+    """The same on a function of JAX."""
+
+
 METHODS = {
     "hfmpi soap": Soap,
     "hfmpi subspace": Subspace,
     "hfmpi subspace, not cut, curvature on a quarter": SubspaceWhole,
     "hfmpi subspace, JAX": SubspaceJax,
+    "hfmpi subspace, not cut, curvature on a quarter, JAX": SubspaceWholeJax,
     "hfmpi bhf-short": Hfmpi,
     "hfmpi bhf-short, no preconditioner": Plain,
     "hfmpi bhf-short, no preconditioner, curvature on a quarter": Quarter,

@@ -22,7 +22,7 @@ divided by: n or the sum of |G|^2. N multiplies A and the number divides B; only
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 
@@ -46,10 +46,14 @@ def normalise(blocks: Sequence[Block], sums: np.ndarray, scored: int) -> np.ndar
     return factors
 
 
-def add_cases(blocks: Sequence[Block], gradients: np.ndarray, sums: np.ndarray) -> None:
-    """Add what the gradients of some cases (B, D) bring to the sums."""
+def add_cases(
+    blocks: Sequence[Block], gradients: np.ndarray, sums: np.ndarray, only: Container[int] | None = None
+) -> None:
+    """Add what the gradients of some cases (B, D) bring to the sums, of all blocks or `only` some."""
     over = sums[-len(blocks) :]
     for i, (block, a, b) in enumerate(split(blocks, sums)):
+        if only is not None and i not in only:
+            continue
         shape = len(gradients), block.rows, block.columns
         g = gradients[:, block.start : block.start + block.rows * block.columns].reshape(shape)
         for axis, out in (1, a), (2, b):

@@ -9,7 +9,7 @@ both need the same residuals and neither the function itself, and functions with
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,6 +23,8 @@ from hfmpi.models.losses import Loss
 
 try:
     import jax
+
+    from hfmpi.models.jax_layers import Layers
 except ImportError:
     jax = None
 
@@ -74,6 +76,7 @@ class JaxModel(FrameworkModel):
         self._shapes = [tuple(leaves[i].shape) for i in self._own]
         self._ends = np.cumsum([leaves[i].size for i in self._own])[:-1]
         self._batches = True
+        self._traced = dict[Any, "Layers | None"]()
         start = np.concatenate([np.asarray(leaves[i]).reshape(-1) for i in self._own])
         super().__init__([(names[i], tuple(leaves[i].shape)) for i in self._own], start, loss)
         self._compile()
@@ -88,16 +91,44 @@ class JaxModel(FrameworkModel):
 
     # The function of theta ---------------------------------------------------------------------
 
+    def _split(self, theta: Any) -> list[Any]:
+        """Give the arrays in theta (D,) one by one."""
+        parts = zip(jax.numpy.split(theta, self._ends), self._shapes, strict=True)
+        return [part.reshape(shape) for part, shape in parts]
+
     def _unravel(self, theta: Any) -> Any:
+        return self._joined(self._split(theta))
+
+    def _joined(self, own: Sequence[Any]) -> Any:
+        """Give the pytree that `apply` takes, with these arrays."""
         leaves = list(self._leaves)
-        parts = jax.numpy.split(theta, self._ends)
-        for i, part, shape in zip(self._own, parts, self._shapes, strict=True):
-            leaves[i] = part.reshape(shape)
+        for i, leaf in zip(self._own, own, strict=True):
+            leaves[i] = leaf
         return jax.tree_util.tree_unflatten(self._tree, leaves)
 
     def _function(self, theta: Any, inputs: tuple[Any, ...], rows: Rows) -> Any:
         """Give outputs (N, O) of theta (D,), in the type of theta."""
         return rows.of(self.apply(self._unravel(theta), *inputs)).astype(theta.dtype)
+
+    def _layers(self, inputs: tuple[Any, ...], rows: Rows) -> Layers | None:
+        """Give the function's layers on inputs like these, None where JAX does not tell them as expected."""
+        key = rows, *((x.shape, x.dtype) for x in inputs)
+        if key not in self._traced:
+
+            def function(own: Sequence[Any], inputs: tuple[Any, ...]) -> Any:
+                return rows.of(self.apply(self._joined(own), *inputs)).astype(self.backend.dtype)
+
+            leaves = [jax.ShapeDtypeStruct(shape, self.backend.dtype) for shape in self._shapes]
+            try:
+                self._traced[key] = Layers(function, self.blocks, leaves, inputs)
+            except (AttributeError, KeyError, TypeError, ValueError, NotImplementedError) as failure:
+                self._traced[key] = None
+                logging.getLogger(__name__).warning(
+                    "Note: the layers of the function are not known (%s): Kronecker factors are those of the "
+                    "gradients of single cases.",
+                    str(failure).partition("\n")[0],
+                )
+        return self._traced[key]
 
     def _compile(self) -> None:
         """Make the compiled passes; each compiles itself when a shape is new."""
@@ -187,11 +218,18 @@ class JaxPasses:
 
     def factors(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """J' u (D,) of u (N, O), and sums for Kronecker factors, as `hfmpi.models.case_factors` has them."""
-        blocks = self.model.blocks
-        total, sums = np.zeros(self.model.size, u.dtype), np.zeros(case_factors.size(blocks), u.dtype)
-        for each in self._each_case(u):
-            total += each.sum(axis=0)
-            case_factors.add_cases(blocks, each, sums)
+        blocks, layers = self.model.blocks, self.model._layers(self.inputs, self.rows)
+        if layers is None:
+            total, sums = np.zeros(self.model.size, u.dtype), np.zeros(case_factors.size(blocks), u.dtype)
+            for each in self._each_case(u):
+                total += each.sum(axis=0)
+                case_factors.add_cases(blocks, each, sums)
+            return total, sums
+        with _memory():
+            total, sums = map(np.array, layers.sums(self.model._split(self.theta), self.inputs, u))
+        if layers.loose:
+            for each in self._each_case(u):
+                case_factors.add_cases(blocks, each, sums, layers.loose)
         return total, sums
 
     def _each_case(self, u: np.ndarray) -> Iterator[np.ndarray]:
