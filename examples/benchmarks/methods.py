@@ -294,11 +294,15 @@ class SubspaceWhole(Subspace):
 
 
 class SubspaceJax(Subspace, HfmpiJax):
-    """The preset on a function of JAX."""
+    """The preset on a function of JAX, which compiles for each number of directions: there are more at first."""
+
+    warm_up = 5
 
 
 class SubspaceWholeJax(SubspaceWhole, HfmpiJax):
     """The same on a function of JAX."""
+
+    warm_up = 5
 
 
 METHODS = {
