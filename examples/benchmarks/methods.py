@@ -294,7 +294,7 @@ class SubspaceWhole(Subspace):
 
 
 class SubspaceJax(Subspace, HfmpiJax):
-    """The preset on a function of JAX, which compiles for each number of directions: there are more at first."""
+    """The preset on a function of JAX, which is compiled anew while the last steps become more."""
 
     warm_up = 5
 
