@@ -23,7 +23,7 @@ exclude_patterns = ["_build", "results/speedup"]  # files that pages include
 templates_path = ["_templates"]
 
 autodoc_member_order = "bysource"
-autodoc_mock_imports = ["cupy", "torch"]  # the one needs a GPU to be imported, the other is large
+autodoc_mock_imports = ["cupy", "torch", "jax"]  # the first needs a GPU to be imported, the others are large
 autodoc_typehints = "description"
 suppress_warnings = ["ref.python"]  # attributes of one name in several classes, such as size
 napoleon_google_docstring = False

@@ -10,14 +10,14 @@ are of.
 
   over all n such products, as if they were independent (Martens and Grosse 2015; for the steps of recurrent
   networks Martens, Ba and Johnson 2018). A bias has z = 1.
-- Else, with the gradients G of single cases,
+- Else, with the gradients G of single cases and s, the sum of the squares of all their numbers,
 
-      N sum of G G'  x  sum of G' G / sum of |G|^2
+      N sum of G G'  x  sum of G' G / s
 
   which has the trace of the Fisher matrix, and is that matrix where all G are multiples of one of rank one.
 
 Sums over cases have those of A and B, block after block, and then the number of each block that they are
-divided by: n or the sum of |G|^2. N multiplies A and the number divides B; only their product matters.
+divided by: n or s. N multiplies A and the number divides B; only their product matters.
 """
 
 from __future__ import annotations
