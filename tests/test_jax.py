@@ -346,6 +346,20 @@ def test_factors_of_all_else_are_those_of_the_gradients_of_cases():
             assert own.any() == (name != "unused")
 
 
+@pytest.mark.parametrize("count", [1, CASES])
+def test_a_parameter_may_be_the_output(count):
+    x, y = numbers(count, INPUTS), numbers(count, OUTPUTS)
+    model = hfmpi.JaxModel(lambda b, x: jnp.zeros((len(x), 1)) + b, numbers(OUTPUTS), "squares")
+    bare = hfmpi.JaxModel(lambda b, x: jnp.broadcast_to(b, (len(x), OUTPUTS)), numbers(OUTPUTS), "squares")
+    found = []
+    for one in model, bare:
+        risk = hfmpi.DataParallel(one, Communicator()).on(hfmpi.Examples(x, y), np.arange(count))
+        found.append(
+            [np.kron(*both) for _, *both in kfac.split(one.blocks, risk.factored_gradient(one.initial(0))[1])]
+        )
+    np.testing.assert_allclose(*found)
+
+
 def test_where_jax_does_not_tell_the_layers_factors_are_those_of_cases(monkeypatch, caplog):
     def broken(*_):
         raise AttributeError("no such thing")

@@ -102,6 +102,7 @@ class Layers:
         """Give the outputs, and what the parameters met."""
         marked = [_Value(leaf, _first(i, leaf.shape)) for i, leaf in enumerate(leaves)]
         (found,) = walk.run(self._traced.jaxpr, self._traced.consts, [*marked, *map(_Value, inputs)])
+        walk.loose |= {found.mark.leaf} if found.mark else set()
         return found.value, walk.kept
 
     def _sums(self, leaves: Sequence[Any], inputs: Sequence[Any], u: Any) -> tuple[Any, Any]:
@@ -173,7 +174,7 @@ class _Walk:
         self.loose = set[int]()
 
     def run(self, jaxpr: Any, consts: Sequence[Any], given: Sequence[_Value]) -> list[_Value]:
-        """Give the outputs of a function; a parameter that is one of them is loose."""
+        """Give the outputs of a function."""
         known: dict[Any, _Value] = dict(zip(jaxpr.constvars, map(_Value, consts), strict=True))
         known |= zip(jaxpr.invars, given, strict=True)
 
