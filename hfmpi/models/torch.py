@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -240,7 +241,7 @@ class TorchPasses:
 
     def squares(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """J' u (D,) of u (N, O), and the sum over cases of its summands' squares (D,)."""
-        return self._over_cases(u, torch_cases.squared_gradients, lambda g: g.square())
+        return self._over_cases(u, torch_cases.squares, lambda g: g.square())
 
     def factors(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """J' u (D,) of u (N, O), and sums for Kronecker factors, as `hfmpi.models.case_factors` has them."""
@@ -251,7 +252,7 @@ class TorchPasses:
             case_factors.add_cases(blocks, _array(g)[None], sums)
             return torch.from_numpy(sums).to(g)
 
-        return self._over_cases(u, torch_cases.factors, alone)
+        return self._over_cases(u, partial(torch_cases.factors, blocks=blocks), alone)
 
     def _over_cases(
         self, u: np.ndarray, together: Callable[..., Any], alone: Callable[[Any], Any]
@@ -263,12 +264,9 @@ class TorchPasses:
                 if model._loose is None:
                     model._loose = self._try_cases(apart[:2])
                 most = max(1, EACH_NUMBERS // max(1, model._loose))
-                found = [
-                    self._cases_together(together, slice(start, start + most), apart[start : start + most])[
-                        :2
-                    ]
-                    for start in range(0, self.cases, most)
-                ]
+                parts = [slice(start, start + most) for start in range(0, self.cases, most)]
+                with _memory():
+                    found = [together(self._cases_together(part, apart[part])[0]) for part in parts]
                 return _array(sum(total for total, _ in found)), _array(sum(own for _, own in found))
             except _FAILURES as failure:
                 model._cases_apart = False
@@ -283,13 +281,12 @@ class TorchPasses:
             torch.func.functional_call(self.model.module, parameters, tuple(x[None] for x in inputs))
         )
 
-    def _cases_together(self, function: Callable[..., Any], part: slice, u: Any) -> tuple[Any, Any, int]:
-        """Call a function of torch_cases for some cases and their u (B, N, O)."""
+    def _cases_together(self, part: slice, u: Any) -> tuple[list[Any], int]:
+        """Do what `hfmpi.models.torch_cases.gradients` does for some cases and their u (B, N, O)."""
         model, inputs = self.model, [x[part] for x in self.inputs]
         with _memory(), _quiet(), model._kernels():
             named = model._named(self.theta.detach())
-            found: tuple[Any, Any, int] = function(model.blocks, self._case, named, model._frozen, inputs, u)
-            return found
+            return torch_cases.gradients(self._case, named, model._frozen, inputs, u)
 
     def _case_by_case(self, u: Any, alone: Callable[[Any], Any]) -> tuple[Any, Any]:
         """Do the same for the first cases, one after the other."""
@@ -307,9 +304,9 @@ class TorchPasses:
         So it is where the module changes gradients on their way back (`register_hook`).
         """
         u = torch.from_numpy(np.random.default_rng(0).standard_normal(like.shape)).to(like)
-        *together, loose = self._cases_together(torch_cases.squared_gradients, slice(len(u)), u)
+        found, loose = self._cases_together(slice(len(u)), u)
         alone = self._case_by_case(u, lambda g: g.square())
-        for ours, right in zip(together, alone, strict=True):
+        for ours, right in zip(torch_cases.squares(found), alone, strict=True):
             if not torch.linalg.vector_norm(ours - right) <= 1e-3 * torch.linalg.vector_norm(right):
                 raise RuntimeError("a layer's cases cannot be told apart")
         return loose

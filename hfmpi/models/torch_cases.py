@@ -19,26 +19,23 @@ from torch.overrides import TorchFunctionMode
 from hfmpi.optim.base import Block
 from hfmpi.optim.kfac import shape
 
-__all__ = ["factors", "squared_gradients"]
+__all__ = ["Gradients", "factors", "gradients", "squares"]
 
 CACHED_NUMBERS = 1 << 17
 """Numbers of single cases' gradients of a matrix that are squared at once on a CPU."""
 
 
-def squared_gradients(
-    blocks: Sequence[Block],
+def gradients(
     function: Callable[..., Any],
     parameters: dict[str, Any],
     frozen: Iterable[Any],
     inputs: Sequence[Any],
     u: Any,
-) -> tuple[Any, Any, int]:
-    """Give the gradient of <outputs, u>, and the sum of the squares of its single cases' parts.
+) -> tuple[list[Gradients], int]:
+    """Give the gradients of <outputs, u> of single cases, of each parameter.
 
     Parameters
     ----------
-    blocks : sequence of Block
-        Of the parameters.
     function : callable
         (parameters by name, one case of each of the inputs) -> its outputs (N, O).
     parameters : dict of tensor
@@ -50,7 +47,7 @@ def squared_gradients(
 
     Returns
     -------
-    gradient, squares : (D,)
+    found : list of Gradients
     apart : int
         Parameters that operations were given for each case.
 
@@ -59,39 +56,6 @@ def squared_gradients(
     RuntimeError
         Where PyTorch cannot batch an operation.
     """
-    found, apart = _gradients(function, parameters, frozen, inputs, u)
-    sums = [own.sums() for own in found]
-    gradient, squares = (torch.cat([part.reshape(-1) for part in of]) for of in zip(*sums, strict=True))
-    return gradient, squares, apart
-
-
-def factors(
-    blocks: Sequence[Block],
-    function: Callable[..., Any],
-    parameters: dict[str, Any],
-    frozen: Iterable[Any],
-    inputs: Sequence[Any],
-    u: Any,
-) -> tuple[Any, Any, int]:
-    """Give the gradient, the sums of `case_factors`, and `apart`, as `squared_gradients` does."""
-    found, apart = _gradients(function, parameters, frozen, inputs, u)
-    gradient = torch.cat([own.sum().reshape(-1) for own in found])
-    sums, numbers = list[Any](), list[Any]()
-    for block, own in zip(blocks, found, strict=True):
-        *both, number = own.factors(block)
-        sums += [factor.reshape(-1) for factor in both]
-        numbers.append(number.reshape(1))
-    return gradient, torch.cat(sums + numbers), apart
-
-
-def _gradients(
-    function: Callable[..., Any],
-    parameters: dict[str, Any],
-    frozen: Iterable[Any],
-    inputs: Sequence[Any],
-    u: Any,
-) -> tuple[list[_Gradients], int]:
-    """Give the single cases' gradients of each parameter, and `apart`."""
     cases = len(u)
     shared = {name: p.detach().requires_grad_() for name, p in parameters.items()}
     own = {name: p.detach().expand(cases, *p.shape).requires_grad_() for name, p in parameters.items()}
@@ -107,7 +71,7 @@ def _gradients(
         outputs = torch.func.vmap(case)(own, *inputs)
     wanted = [*(use.edge for use in layers.uses), *own.values()]
     backs = iter(torch.autograd.grad(outputs, wanted, u, allow_unused=True))
-    found = {name: _Gradients(p.detach(), [], [], [], []) for name, p in parameters.items()}
+    found = {name: Gradients(p.detach(), [], [], [], []) for name, p in parameters.items()}
     for use, back in zip(layers.uses, backs, strict=False):
         if back is not None:
             back = use.by_case(back)
@@ -125,7 +89,25 @@ def _gradients(
     return [*found.values()], apart
 
 
-class _Gradients(NamedTuple):
+def squares(found: Iterable[Gradients]) -> tuple[Any, Any]:
+    """Give the sums over the cases of their gradients and of their squares, (D,) both."""
+    both = zip(*(own.squares() for own in found), strict=True)
+    total, squared = (torch.cat([part.reshape(-1) for part in of]) for of in both)
+    return total, squared
+
+
+def factors(found: Iterable[Gradients], blocks: Sequence[Block]) -> tuple[Any, Any]:
+    """Give the sum over the cases of their gradients (D,), and the sums of `case_factors`."""
+    total, sums, numbers = list[Any](), list[Any](), list[Any]()
+    for block, own in zip(blocks, found, strict=True):
+        *both, number = own.factors(block)
+        total.append(own.sum().reshape(-1))
+        sums += [factor.reshape(-1) for factor in both]
+        numbers.append(number.reshape(1))
+    return torch.cat(total), torch.cat(sums + numbers)
+
+
+class Gradients(NamedTuple):
     """The gradients of single cases of the parameter p: the sum of what is known of them.
 
     Attributes
@@ -165,7 +147,7 @@ class _Gradients(NamedTuple):
             total += own.sum(0)
         return total
 
-    def sums(self) -> tuple[Any, Any]:
+    def squares(self) -> tuple[Any, Any]:
         """Give the sums over the cases of the gradients and of their squares."""
         if self._alone == "products" and len(self.products) == 1 and self.products[0][0].shape[1] == 1:
             u, x = (one[:, 0] for one in self.products[0])
