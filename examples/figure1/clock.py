@@ -84,18 +84,15 @@ def main() -> None:
     parser.add_argument("--pass-floor", type=float, default=1.0, help="divisor [1]")
     given = parser.parse_args()
     size = SIZES[given.size]
-    picked = {
-        folder: [c for c in chosen(folder, given.seconds or size.seconds) if not c.seed]
+    picked = [
+        (folder, c)
         for folder in (given.out, *given.beside)
-    }
+        for c in chosen(folder, given.seconds or size.seconds)
+        if not c.seed
+    ]
     link = Link(given.latency, given.bandwidth)
     for cell in MODELS:
-        runs = [
-            (folder, c, history(folder / c.name))
-            for folder in picked
-            for c in picked[folder]
-            if c.model == cell
-        ]
+        runs = [(folder, c, history(folder / c.name)) for folder, c in picked if c.model == cell]
         if not runs:
             continue
         curves = [followed(records, share(c.method, size)) for _, c, records in runs]
@@ -105,13 +102,14 @@ def main() -> None:
             raise UserError(f"{given.out} has no run of the paper's methods with {cell}: name a --level")
         times, missing = {}, []
         for curve, (folder, c, records) in zip(curves, runs, strict=True):
-            name = shown(c.method) if folder == given.out else f"{folder.name} {shown(c.method)}"
+            of_study = folder == given.out
+            name = shown(c.method) if of_study else f"{folder.name} {shown(c.method)}"
             steps = reached(curve, "train_bpc", "step", level)
             if steps is None:
                 missing.append(f"{name} did not reach {level:g} bits/char.")
                 continue
             done = [record for record in records if record["step"] <= steps]
-            timed = (folder if given.timed is None or folder != given.out else given.timed) / c.name
+            timed = (given.timed if of_study and given.timed else folder) / c.name
             job = whole(timed, done, given.bench, link, given.pass_floor)
             times[name] = job.seconds(RANKS)
         print(f"\n{cell}: seconds to {level:g} bits/char\n")

@@ -23,13 +23,14 @@ divided by: n or s. N multiplies A and the number divides B; only their product 
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
+from typing import Any
 
 import numpy as np
 
 from hfmpi.optim.base import Block
-from hfmpi.optim.kfac import factors_size, split
+from hfmpi.optim.kfac import factors_size, shape, split
 
-__all__ = ["add_cases", "normalise", "size"]
+__all__ = ["add_cases", "normalise", "size", "square"]
 
 
 def size(blocks: Sequence[Block]) -> int:
@@ -46,6 +47,11 @@ def normalise(blocks: Sequence[Block], sums: np.ndarray, scored: int) -> np.ndar
     return factors
 
 
+def square(rows: Any) -> Any:
+    """Give the sum of z z' over rows z (n, side), an array of any framework: a factor, or its diagonal."""
+    return rows.T @ rows if len(shape(rows.shape[1])) == 2 else (rows * rows).sum(0)
+
+
 def add_cases(
     blocks: Sequence[Block], gradients: np.ndarray, sums: np.ndarray, only: Container[int] | None = None
 ) -> None:
@@ -54,12 +60,8 @@ def add_cases(
     for i, (block, a, b) in enumerate(split(blocks, sums)):
         if only is not None and i not in only:
             continue
-        shape = len(gradients), block.rows, block.columns
-        g = gradients[:, block.start : block.start + block.rows * block.columns].reshape(shape)
+        g = gradients[:, block.start : block.start + block.rows * block.columns]
+        g = g.reshape(-1, block.rows, block.columns)
         for axis, out in (1, a), (2, b):
-            if out.ndim == 1:
-                out += np.square(g).sum(axis=(0, 3 - axis))
-            else:
-                rows = np.moveaxis(g, axis, 0).reshape(len(out), -1)
-                out += rows @ rows.T
+            out += square(np.moveaxis(g, axis, 0).reshape(len(out), -1).T)
         over[i] += np.vdot(g, g)

@@ -91,16 +91,13 @@ class JaxModel(FrameworkModel):
 
     # The function of theta ---------------------------------------------------------------------
 
-    def _split(self, theta: Any) -> list[Any]:
-        """Give the arrays in theta (D,) one by one."""
-        parts = zip(jax.numpy.split(theta, self._ends), self._shapes, strict=True)
-        return [part.reshape(shape) for part, shape in parts]
-
     def _unravel(self, theta: Any) -> Any:
-        return self._joined(self._split(theta))
+        """Give theta (D,) as the pytree that `apply` takes."""
+        parts = zip(jax.numpy.split(theta, self._ends), self._shapes, strict=True)
+        return self._joined([part.reshape(shape) for part, shape in parts])
 
     def _joined(self, own: Sequence[Any]) -> Any:
-        """Give the pytree that `apply` takes, with these arrays."""
+        """Give these arrays likewise."""
         leaves = list(self._leaves)
         for i, leaf in zip(self._own, own, strict=True):
             leaves[i] = leaf
@@ -220,16 +217,14 @@ class JaxPasses:
         """J' u (D,) of u (N, O), and sums for Kronecker factors, as `hfmpi.models.case_factors` has them."""
         blocks, layers = self.model.blocks, self.model._layers(self.inputs, self.rows)
         if layers is None:
-            total, sums = np.zeros(self.model.size, u.dtype), np.zeros(case_factors.size(blocks), u.dtype)
+            total, sums = self.vjp(u), np.zeros(case_factors.size(blocks), u.dtype)
+        else:
+            with _memory():
+                total, sums = map(np.array, layers.sums(self.theta, self.inputs, u))
+        loose = range(len(blocks)) if layers is None else layers.loose
+        if loose:
             for each in self._each_case(u):
-                total += each.sum(axis=0)
-                case_factors.add_cases(blocks, each, sums)
-            return total, sums
-        with _memory():
-            total, sums = map(np.array, layers.sums(self.model._split(self.theta), self.inputs, u))
-        if layers.loose:
-            for each in self._each_case(u):
-                case_factors.add_cases(blocks, each, sums, layers.loose)
+                case_factors.add_cases(blocks, each, sums, loose)
         return total, sums
 
     def _each_case(self, u: np.ndarray) -> Iterator[np.ndarray]:

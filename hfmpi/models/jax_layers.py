@@ -16,6 +16,7 @@ import jax
 from jax import numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
+from hfmpi.models.case_factors import square
 from hfmpi.optim.base import Block
 from hfmpi.optim.kfac import shape
 
@@ -88,7 +89,7 @@ class Layers:
         leaves: Sequence[Any],
         inputs: Sequence[Any],
     ) -> None:
-        self._blocks = blocks
+        self._blocks, self._shapes = blocks, [leaf.shape for leaf in leaves]
         self._traced = jax.make_jaxpr(function)([*leaves], tuple(inputs))
         walk = _Walk(self._traced, {}, None)
         jax.eval_shape(lambda *given: self._run(walk, *given)[0], [*leaves], tuple(inputs))
@@ -105,14 +106,15 @@ class Layers:
         walk.loose |= {found.mark.leaf} if found.mark else set()
         return found.value, walk.kept
 
-    def _sums(self, leaves: Sequence[Any], inputs: Sequence[Any], u: Any) -> tuple[Any, Any]:
+    def _sums(self, theta: Any, inputs: Sequence[Any], u: Any) -> tuple[Any, Any]:
         """Give J' u (D,) of u (N, O), and the sums of `hfmpi.models.case_factors`, 0 for what is loose."""
+        leaves = [block.of(theta).reshape(own) for block, own in zip(self._blocks, self._shapes, strict=True)]
 
         def outputs(leaves: Any, zeros: Any) -> tuple[Any, list[Any]]:
             return self._run(_Walk(self._traced, self._inner, zeros), leaves, inputs)
 
         zeros = [jnp.zeros(like.shape, like.dtype) for like in self._zeros]
-        _, pull, kept = jax.vjp(outputs, [*leaves], zeros, has_aux=True)
+        _, pull, kept = jax.vjp(outputs, leaves, zeros, has_aux=True)
         gradients, backs = pull(u)
         sums, numbers = list[Any](), list[Any]()
         for i, block in enumerate(self._blocks):
@@ -136,19 +138,14 @@ def _squares(use: _Use, block: Block, back: Any, met: Any) -> tuple[Any, Any, in
     if use.kind == "lookup":
         u, symbols = back.reshape(-1, block.columns), met.reshape(-1)
         counts = jnp.zeros(block.rows, u.dtype).at[symbols].add(1)
-        return counts if len(shape(block.rows)) == 1 else jnp.diag(counts), _square(u), len(u)
+        return counts if len(shape(block.rows)) == 1 else jnp.diag(counts), square(u), len(u)
     if use.kind != "product":
         u = (back if use.kind == "added" else back * met).reshape(-1, block.columns)
-        return jnp.full((1, 1), len(u), u.dtype), _square(u), len(u)
+        return jnp.full((1, 1), len(u), u.dtype), square(u), len(u)
     u = jnp.moveaxis(back, use.first, range(back.ndim - len(use.first), back.ndim))
     outputs, inputs = (block.rows, block.columns)[:: 1 if use.outputs_are_rows else -1]
-    both = _square(u.reshape(-1, outputs)), _square(met.reshape(-1, inputs))
+    both = square(u.reshape(-1, outputs)), square(met.reshape(-1, inputs))
     return *(both if use.outputs_are_rows else both[::-1]), met.size // inputs
-
-
-def _square(rows: Any) -> Any:
-    """Give the sum of z z' over rows z (n, side): a factor, or its diagonal."""
-    return rows.T @ rows if len(shape(rows.shape[1])) == 2 else jnp.square(rows).sum(axis=0)
 
 
 class _Walk:
@@ -193,14 +190,16 @@ class _Walk:
             return self.run(getattr(called, "jaxpr", called), getattr(called, "consts", ()), given)
         if name == "scan" and marks:
             return self._loop(equation, given)
-        if len(marks) == 1 and hasattr(self, f"_{name}"):
-            found = getattr(self, f"_{name}")(equation, given, marks[0])
+        results = self._evaluated(equation, [value.value for value in given])
+        if len(marks) == 1 and name in KNOWN:
+            found = KNOWN[name](self, equation.params, given, marks[0], results[0])
             if found is not None:
                 return [found]
         self.loose |= {mark.leaf for mark in marks}
-        return [*map(_Value, self._evaluated(equation, [value.value for value in given]))]
+        return [*map(_Value, results)]
 
-    def _used(self, use: _Use, result: Any, met: Any) -> _Value:
+    def used(self, use: _Use, result: Any, met: Any) -> _Value:
+        """Keep what a parameter met, and give the result with its zero."""
         self.uses.append(use)
         self.results.append(jax.ShapeDtypeStruct(result.shape, result.dtype))
         self.kept.append(met)
@@ -242,76 +241,6 @@ class _Walk:
         self.loose |= walk.loose
         return [*map(_Value, state + each)]
 
-    # Operations on one parameter: what comes out, or None where they make it loose ----------------
-
-    def _transpose(self, equation: Any, given: list[_Value], mark: _Mark) -> _Value | None:
-        if mark.form == "row" or equation.params["permutation"] != (1, 0):
-            return None
-        (value,) = self._evaluated(equation, [given[0].value])
-        return _Value(value, _Mark(mark.leaf, {"matrix": "transposed", "transposed": "matrix"}[mark.form]))
-
-    def _convert_element_type(self, equation: Any, given: list[_Value], mark: _Mark) -> _Value | None:
-        same = given[0].value.dtype == equation.params["new_dtype"]
-        return given[0] if same else None
-
-    def _broadcast_in_dim(self, equation: Any, given: list[_Value], mark: _Mark) -> _Value | None:
-        value, about = given[0].value, equation.params
-        row = mark.form == "row" and about["broadcast_dimensions"][-1] == len(about["shape"]) - 1
-        return self._row(equation, given, mark) if row and about["shape"][-1] == value.shape[-1] else None
-
-    def _reshape(self, equation: Any, given: list[_Value], mark: _Mark) -> _Value | None:
-        after = equation.params["new_sizes"]
-        row = mark.form == "row" and math.prod(after) == math.prod(given[0].value.shape) == after[-1]
-        return self._row(equation, given, mark) if row else None
-
-    def _row(self, equation: Any, given: list[_Value], mark: _Mark) -> _Value:
-        (value,) = self._evaluated(equation, [one.value for one in given])
-        return _Value(value, mark)
-
-    def _add(self, equation: Any, given: list[_Value], mark: _Mark) -> _Value | None:
-        if mark.form != "row":
-            return None
-        (value,) = self._evaluated(equation, [one.value for one in given])
-        return self._used(_Use(mark.leaf, "added"), value, None)
-
-    def _mul(self, equation: Any, given: list[_Value], mark: _Mark) -> _Value | None:
-        if mark.form != "row":
-            return None
-        (value,) = self._evaluated(equation, [one.value for one in given])
-        (other,) = (one.value for one in given if not one.mark)
-        return self._used(_Use(mark.leaf, "scaled"), value, other)
-
-    def _dot_general(self, equation: Any, given: list[_Value], mark: _Mark) -> _Value | None:
-        contracted, batched = equation.params["dimension_numbers"]
-        at = 0 if given[0].mark else 1  # the parameter's place
-        w, x = given[at].value, given[1 - at].value
-        own, others = contracted[at], contracted[1 - at]
-        rows = tuple(own) == (0,)
-        if mark.form == "row" or any(batched) or not (rows or tuple(own) == tuple(range(1, w.ndim))):
-            return None
-        (value,) = self._evaluated(equation, [one.value for one in given])
-        met = jnp.moveaxis(x, others, range(x.ndim - len(others), x.ndim))
-        met = met.reshape(*met.shape[: x.ndim - len(others)], -1)
-        outputs_are_rows = rows == (mark.form == "transposed")
-        first = tuple(range(w.ndim - len(own))) if at == 0 else ()
-        return self._used(_Use(mark.leaf, "product", outputs_are_rows, first), value, met)
-
-    def _gather(self, equation: Any, given: list[_Value], mark: _Mark) -> _Value | None:
-        about, numbers = equation.params, equation.params["dimension_numbers"]
-        if mark.form != "matrix" or given[1].mark:
-            return None
-        w, indices = given[0].value, given[1].value
-        if (
-            w.ndim != 2
-            or tuple(about["slice_sizes"]) != (1, w.shape[1])
-            or tuple(numbers.offset_dims) != (indices.ndim - 1,)
-            or tuple(numbers.collapsed_slice_dims) != (0,)
-            or tuple(numbers.start_index_map) != (0,)
-        ):
-            return None
-        (value,) = self._evaluated(equation, [w, indices])
-        return self._used(_Use(mark.leaf, "lookup"), value, indices[..., 0])
-
     def _evaluated(self, equation: Any, values: list[Any]) -> list[Any]:
         """Evaluate an operation, whatever it is."""
         atoms = zip(equation.invars, values, strict=True)
@@ -324,3 +253,77 @@ class _Walk:
             effects=equation.effects,
         )
         return [*jaxpr_as_fun(ClosedJaxpr(alone, ()))(*given.values())]
+
+
+# Operations on one parameter: what is known of their result, None where they make it loose --------
+
+
+def _transpose(_: _Walk, about: Any, given: list[_Value], mark: _Mark, result: Any) -> _Value | None:
+    if mark.form == "row" or about["permutation"] != (1, 0):
+        return None
+    return _Value(result, _Mark(mark.leaf, {"matrix": "transposed", "transposed": "matrix"}[mark.form]))
+
+
+def _convert(_: _Walk, about: Any, given: list[_Value], mark: _Mark, result: Any) -> _Value | None:
+    return _Value(result, mark) if given[0].value.dtype == about["new_dtype"] else None
+
+
+def _broadcast(_: _Walk, about: Any, given: list[_Value], mark: _Mark, result: Any) -> _Value | None:
+    last = mark.form == "row" and about["broadcast_dimensions"][-1] == result.ndim - 1
+    return _Value(result, mark) if last and result.shape[-1] == given[0].value.shape[-1] else None
+
+
+def _reshape(_: _Walk, about: Any, given: list[_Value], mark: _Mark, result: Any) -> _Value | None:
+    row = mark.form == "row" and result.size == given[0].value.size == result.shape[-1]
+    return _Value(result, mark) if row else None
+
+
+def _add(walk: _Walk, about: Any, given: list[_Value], mark: _Mark, result: Any) -> _Value | None:
+    return walk.used(_Use(mark.leaf, "added"), result, None) if mark.form == "row" else None
+
+
+def _mul(walk: _Walk, about: Any, given: list[_Value], mark: _Mark, result: Any) -> _Value | None:
+    (other,) = (one.value for one in given if not one.mark)
+    return walk.used(_Use(mark.leaf, "scaled"), result, other) if mark.form == "row" else None
+
+
+def _dot_general(walk: _Walk, about: Any, given: list[_Value], mark: _Mark, result: Any) -> _Value | None:
+    contracted, batched = about["dimension_numbers"]
+    at = 0 if given[0].mark else 1  # the parameter's place
+    w, x = given[at].value, given[1 - at].value
+    own, others = contracted[at], contracted[1 - at]
+    rows = tuple(own) == (0,)
+    if mark.form == "row" or any(batched) or not (rows or tuple(own) == tuple(range(1, w.ndim))):
+        return None
+    met = jnp.moveaxis(x, others, range(x.ndim - len(others), x.ndim))
+    met = met.reshape(*met.shape[: x.ndim - len(others)], -1)
+    outputs_are_rows = rows == (mark.form == "transposed")
+    first = tuple(range(w.ndim - len(own))) if at == 0 else ()
+    return walk.used(_Use(mark.leaf, "product", outputs_are_rows, first), result, met)
+
+
+def _gather(walk: _Walk, about: Any, given: list[_Value], mark: _Mark, result: Any) -> _Value | None:
+    w, indices, numbers = given[0].value, given[1].value, about["dimension_numbers"]
+    if (
+        mark.form != "matrix"
+        or given[1].mark
+        or w.ndim != 2
+        or tuple(about["slice_sizes"]) != (1, w.shape[1])
+        or tuple(numbers.offset_dims) != (indices.ndim - 1,)
+        or tuple(numbers.collapsed_slice_dims) != (0,)
+        or tuple(numbers.start_index_map) != (0,)
+    ):
+        return None
+    return walk.used(_Use(mark.leaf, "lookup"), result, indices[..., 0])
+
+
+KNOWN = {
+    "transpose": _transpose,
+    "convert_element_type": _convert,
+    "broadcast_in_dim": _broadcast,
+    "reshape": _reshape,
+    "add": _add,
+    "mul": _mul,
+    "dot_general": _dot_general,
+    "gather": _gather,
+}

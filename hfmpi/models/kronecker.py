@@ -60,10 +60,7 @@ def accumulate(
     for (block, a, b), (sources, da) in zip(split(about.blocks, sums), maps, strict=True):
         if da.shape[0] * da.shape[1]:
             _squares(backend, sources, block.rows, da, a)
-            if b.ndim == 1:
-                b += _diagonal(backend, da, block.columns)
-            else:
-                b += _product(backend, da, da, block.columns, block.columns, da.shape[0] * da.shape[1])
+            _squares(backend, [da], block.columns, da, b)
     sums[-1:] += sums.dtype.type(cotangents[0].inputs.shape[0] * cotangents[0].inputs.shape[1])
 
 

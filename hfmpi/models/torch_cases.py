@@ -16,6 +16,7 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from hfmpi.models.case_factors import square
 from hfmpi.optim.base import Block
 from hfmpi.optim.kfac import shape
 
@@ -172,11 +173,11 @@ class Gradients(NamedTuple):
     def each(self) -> Iterator[Any]:
         """Give the gradients (b, ...) of some cases after the others."""
         whole = self.rest + [u.sum(1) for u in self.added]
-        cases = next((len(u) for u in (*whole, *(u for u, _ in self.products + self.lookups))), 0)
         if not self.products and not self.lookups:
             if whole:
                 yield sum(whole[1:], whole[0])
             return
+        cases = len((self.products + self.lookups)[0][0])
         most = max(1, CACHED_NUMBERS // self.p.numel()) if self.p.device.type == "cpu" else cases
         for start in range(0, cases, most):
             part = slice(start, start + most)
@@ -184,7 +185,7 @@ class Gradients(NamedTuple):
                 u, x = _joined([(u[part], x[part]) for u, x in self.products])
                 each = torch.bmm(u.mT, x)
             else:
-                each = self.p.new_zeros(len(range(cases)[part]), *self.p.shape)
+                each = self.p.new_zeros(len(self.lookups[0][0][part]), *self.p.shape)
             for u, rows in self.lookups:
                 at = rows[part].unsqueeze(-1).expand(u[part].shape)
                 each.scatter_add_(1, at, u[part])
@@ -196,21 +197,21 @@ class Gradients(NamedTuple):
         """Give the sums for the factors of rows and columns, and their number."""
         if self._alone == "products":
             u, x = (several.flatten(0, 1) for several in _joined(self.products))
-            return _square(u), _square(x), u.new_tensor(len(u))
+            return square(u), square(x), u.new_tensor(len(u))
         if self._alone == "lookups":
             u, rows = (several.flatten(0, 1) for several in _joined(self.lookups))
             counts = rows.bincount(minlength=block.rows).to(u)
             diagonal = len(shape(block.rows)) == 1
-            return counts if diagonal else counts.diag(), _square(u), u.new_tensor(len(u))
+            return counts if diagonal else counts.diag(), square(u), u.new_tensor(len(u))
         if self._alone == "added":
             u = torch.cat(self.added, 1).flatten(0, 1)
-            return u.new_full((1, 1), len(u)), _square(u), u.new_tensor(len(u))
+            return u.new_full((1, 1), len(u)), square(u), u.new_tensor(len(u))
         a, b = (self.p.new_zeros(shape(side)) for side in (block.rows, block.columns))
         number = self.p.new_zeros(())
         for each in self.each():
             g = each.reshape(-1, block.rows, block.columns)
-            a += _square(g.transpose(1, 2).flatten(0, 1))
-            b += _square(g.flatten(0, 1))
+            a += square(g.transpose(1, 2).flatten(0, 1))
+            b += square(g.flatten(0, 1))
             number += g.square().sum()
         return a, b, number
 
@@ -218,11 +219,6 @@ class Gradients(NamedTuple):
 def _joined(pairs: list[tuple[Any, Any]]) -> Any:
     """Give pairs of tensors (B, n, .) as one."""
     return (torch.cat(several, 1) if len(several) > 1 else several[0] for several in zip(*pairs, strict=True))
-
-
-def _square(rows: Any) -> Any:
-    """Give the sum of z z' over rows z (n, side): a factor, or its diagonal."""
-    return rows.T @ rows if len(shape(rows.shape[1])) == 2 else rows.square().sum(0)
 
 
 class _Use(NamedTuple):

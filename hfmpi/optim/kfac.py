@@ -56,12 +56,12 @@ def decomposition_size(blocks: Sequence[Block]) -> int:
 
 
 def _own(block: Block) -> int:
-    return sum(_decomposed(side) for side in (block.rows, block.columns))
+    return sum(side + _vectors(side) ** 2 for side in (block.rows, block.columns))
 
 
-def _decomposed(side: int) -> int:
-    """Give the numbers of eigenvalues and eigenvectors of a factor; a diagonal has no vectors."""
-    return side + (side * side if side <= LONGEST_SIDE else 0)
+def _vectors(side: int) -> int:
+    """Give the eigenvectors of a factor, of which a diagonal has none."""
+    return side if len(shape(side)) == 2 else 0
 
 
 def directions(
@@ -130,11 +130,9 @@ def _parts(decomposition: Vector, rows: int, columns: int) -> list[tuple[Vector,
     """Give eigenvalues (side,) and eigenvectors (side, side), or (0, 0), of both factors: views."""
     found, start = [], 0
     for side in (rows, columns):
-        end = start + _decomposed(side)
-        many = side if end > start + side else 0
-        found.append(
-            (decomposition[start : start + side], decomposition[start + side : end].reshape(many, many))
-        )
+        middle, many = start + side, _vectors(side)
+        end = middle + many * many
+        found.append((decomposition[start:middle], decomposition[middle:end].reshape(many, many)))
         start = end
     return found
 
