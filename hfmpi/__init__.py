@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hfmpi.data.arrays import Arrays
     from hfmpi.data.examples import Examples
-    from hfmpi.models.architecture import Architecture
-    from hfmpi.models.jax import JaxModel
-    from hfmpi.models.network import Network
-    from hfmpi.models.torch import TorchModel
+    from hfmpi.frameworks.jax import JaxModel
+    from hfmpi.frameworks.torch import TorchModel
+    from hfmpi.networks.architecture import Architecture
+    from hfmpi.networks.network import Network
     from hfmpi.objective.data_parallel import DataParallel
     from hfmpi.optim import SOAP, Adam, GradientDescent, HessianFree, Muon, Objective, Objectives, Subspace
     from hfmpi.parallel import connect, guard
@@ -43,13 +43,13 @@ __all__ = [
 __version__ = "0.2.0"
 
 _PLACES = {
-    "Architecture": "hfmpi.models.architecture",
+    "Architecture": "hfmpi.networks.architecture",
     "Arrays": "hfmpi.data.arrays",
     "DataParallel": "hfmpi.objective.data_parallel",
     "Examples": "hfmpi.data.examples",
-    "JaxModel": "hfmpi.models.jax",
-    "Network": "hfmpi.models.network",
-    "TorchModel": "hfmpi.models.torch",
+    "JaxModel": "hfmpi.frameworks.jax",
+    "Network": "hfmpi.networks.network",
+    "TorchModel": "hfmpi.frameworks.torch",
     "connect": "hfmpi.parallel",
     "guard": "hfmpi.parallel",
     "train": "hfmpi.runs.call",

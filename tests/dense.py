@@ -9,7 +9,8 @@ import pytest
 
 import hfmpi
 from hfmpi.errors import UserError
-from hfmpi.optim import Objectives, kfac
+from hfmpi.optim import Objectives
+from hfmpi.optim.layout import split_factors
 from hfmpi.parallel.communicator import Communicator, MPICommunicator
 
 CASES, STEPS, INPUTS, OUTPUTS = 4, 3, 2, 3
@@ -58,7 +59,7 @@ def check_factors(model, cases, theta, each, scored, by_cases):
     owner = hfmpi.DataParallel(model, Communicator(), micro_batch=max(1, cases.count // 2))
     gradient, factors = owner.on(cases, np.arange(cases.count)).factored_gradient(theta)
     assert np.allclose(gradient.vector, each.sum(axis=0) / scored)
-    for block, *both in kfac.split(model.blocks, factors):
+    for block, *both in split_factors(model.blocks, factors):
         own = [block.of(g) / scored for g in each]
         for matrix in both:
             assert np.allclose(matrix, matrix.T)

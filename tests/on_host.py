@@ -1,7 +1,7 @@
 """Networks that take and give NumPy arrays, whatever their device."""
 
-from hfmpi.models.network import Network
-from hfmpi.models.tape import Outputs
+from hfmpi.networks.network import Network
+from hfmpi.networks.tape import Outputs
 
 
 class OnHost:

@@ -11,7 +11,7 @@ from hfmpi.parallel.communicator import Communicator
 from hfmpi.parallel.placement import Placement
 from hfmpi.runs.config import Config
 from hfmpi.runs.stop import StopSignals
-from hfmpi.runs.text import TextTask
+from hfmpi.runs.text_task import TextTask
 from hfmpi.runs.train import Run
 
 WORDS = b"in the beginning was word and with god it all things were made by him".split()

@@ -12,8 +12,8 @@ from hfmpi.bench.bound import Products
 from hfmpi.bench.contest import Contestant, contest
 from hfmpi.cli.bench import bench
 from hfmpi.data.batches import Sequences
-from hfmpi.models.architecture import Architecture
-from hfmpi.models.network import Network
+from hfmpi.networks.architecture import Architecture
+from hfmpi.networks.network import Network
 from hfmpi.parallel.communicator import Communicator, MPICommunicator
 
 SMALL = ["--hidden", "6", "--vocabulary", "5", "--length", "7", "--repeats", "2", "--json"]

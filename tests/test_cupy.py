@@ -22,8 +22,8 @@ from test_models import make_batch
 from hfmpi.backends import create
 from hfmpi.data.batches import Sequences
 from hfmpi.errors import UserError
-from hfmpi.models.architecture import Architecture
-from hfmpi.models.network import Network
+from hfmpi.networks.architecture import Architecture
+from hfmpi.networks.network import Network
 from hfmpi.objective import transport
 from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.optim import Objectives

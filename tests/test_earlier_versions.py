@@ -17,7 +17,7 @@ from hfmpi.parallel.communicator import Communicator, MPICommunicator
 from hfmpi.parallel.placement import Placement
 from hfmpi.runs.config import merge
 from hfmpi.runs.stop import StopSignals
-from hfmpi.runs.text import TextTask
+from hfmpi.runs.text_task import TextTask
 from hfmpi.runs.train import Run
 
 WRITTEN = Path(__file__).parent / "written_by_0.1.0"

@@ -20,8 +20,8 @@ from test_parallel import MPIRUN
 from hfmpi.cli.train import train as train_command
 from hfmpi.errors import UserError
 from hfmpi.files import checkpoint
-from hfmpi.models.network import Network
-from hfmpi.models.tape import Tape
+from hfmpi.networks.network import Network
+from hfmpi.networks.tape import Tape
 from hfmpi.optim import Gradient, HessianFree, Objective, Objectives
 from hfmpi.parallel import launch, watchdog
 from hfmpi.parallel.communicator import MPICommunicator

@@ -25,7 +25,7 @@ from hfmpi.files.lock import Lock
 from hfmpi.runs import output
 from hfmpi.runs.config import Config, from_toml
 from hfmpi.runs.stop import StopSignals
-from hfmpi.runs.text import TextTask
+from hfmpi.runs.text_task import TextTask
 from hfmpi.runs.train import Run
 
 FAULTS = {"disk full": errno.ENOSPC, "quota": errno.EDQUOT, "read-only": errno.EROFS, "gone": errno.ESTALE}

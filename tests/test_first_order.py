@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from hfmpi.errors import UserError
 from hfmpi.optim import SOAP, Adam, Gradient, GradientDescent, Muon, Objective, Objectives
-from hfmpi.optim.base import Block
 from hfmpi.optim.first_order import evaluated
+from hfmpi.optim.layout import Block
 from hfmpi.optim.muon import orthogonal
 from hfmpi.optim.soap import TIES
 

@@ -9,9 +9,9 @@ from dense import CASES, INPUTS, OUTPUTS, STEPS, check, check_optimizers, number
 
 import hfmpi
 from hfmpi.errors import UserError
-from hfmpi.models import case_factors
-from hfmpi.models.framework import FrameworkModel, layout
-from hfmpi.optim import kfac
+from hfmpi.frameworks.framework import FrameworkModel, layout
+from hfmpi.models import factors as case_factors
+from hfmpi.optim.layout import split_factors
 from hfmpi.parallel.communicator import Communicator
 
 SHAPES = ("W", (INPUTS, OUTPUTS)), ("b", (OUTPUTS,))
@@ -82,7 +82,7 @@ def test_losses_masks_and_burn_in_are_those_of_the_dense_jacobian(loss, cases, x
     x = x.reshape(-1, INPUTS)
     W, b = theta[:-OUTPUTS].reshape(INPUTS, OUTPUTS), theta[-OUTPUTS:]
     z = np.tanh(x @ W + b)
-    jacobian = Passes(z, x, hfmpi.models.framework.Rows((len(x),), None)).jacobian
+    jacobian = Passes(z, x, hfmpi.frameworks.framework.Rows((len(x),), None)).jacobian
     check(
         made, loss, cases, theta, z, jacobian, None if mask is None else np.reshape(mask, -1), by_cases=True
     )
@@ -91,9 +91,9 @@ def test_losses_masks_and_burn_in_are_those_of_the_dense_jacobian(loss, cases, x
 def test_long_sides_have_the_diagonals_of_their_factors(monkeypatch):
     made, cases = model("squares"), hfmpi.Examples(ROWS, numbers(CASES, OUTPUTS))
     risk = hfmpi.DataParallel(made, Communicator()).on(cases, np.arange(CASES))
-    whole = kfac.split(made.blocks, risk.factored_gradient(made.initial(0))[1])
-    monkeypatch.setattr(kfac, "LONGEST_SIDE", 2)
-    cut = kfac.split(made.blocks, risk.factored_gradient(made.initial(0))[1])
+    whole = split_factors(made.blocks, risk.factored_gradient(made.initial(0))[1])
+    monkeypatch.setattr("hfmpi.optim.layout.LONGEST_SIDE", 2)
+    cut = split_factors(made.blocks, risk.factored_gradient(made.initial(0))[1])
     assert [matrix.ndim for _, *both in cut for matrix in both] == [2, 1, 2, 1]
     for (_, *ours), (_, *theirs) in zip(cut, whole, strict=True):
         for own, matrix in zip(ours, theirs, strict=True):
@@ -109,7 +109,7 @@ def test_arrays_on_top_of_one_another_are_cut():
 
 def test_outputs_may_lack_the_axis_of_one_step_or_of_one_number():
     rows = numbers(CASES, OUTPUTS)
-    of = hfmpi.models.framework.Rows
+    of = hfmpi.frameworks.framework.Rows
     assert np.array_equal(of((CASES, 1), None).of(rows), rows)
     assert np.array_equal(of((CASES,), 1).of(rows[:, 0]), rows[:, :1])
     assert np.array_equal(of((CASES,), 1).of(rows[:, :1]), rows[:, :1])
@@ -186,8 +186,8 @@ def test_several_inputs_are_taken_together():
 
 
 def test_a_framework_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr("hfmpi.models.torch.torch", None)
-    monkeypatch.setattr("hfmpi.models.jax.jax", None)
+    monkeypatch.setattr("hfmpi.frameworks.torch.torch", None)
+    monkeypatch.setattr("hfmpi.frameworks.jax.jax", None)
     with pytest.raises(UserError, match="TorchModel needs PyTorch: pip install torch"):
         hfmpi.TorchModel(None, "squares")
     with pytest.raises(UserError, match="JaxModel needs JAX: pip install jax"):

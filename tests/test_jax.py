@@ -20,7 +20,8 @@ from dense import (
 import hfmpi
 from hfmpi.errors import UserError
 from hfmpi.models.base import Blocks, Columns, KroneckerFactors, Model, SquaredGradients
-from hfmpi.optim import kfac
+from hfmpi.optim import layout
+from hfmpi.optim.layout import split_factors
 from hfmpi.parallel.communicator import Communicator
 
 jax = pytest.importorskip("jax")
@@ -259,7 +260,7 @@ FORMS = {
 @pytest.mark.parametrize("longest", [100, 3])
 @pytest.mark.parametrize("name", FORMS)
 def test_factors_of_layers_are_means_over_their_products(name, longest, monkeypatch):
-    monkeypatch.setattr(kfac, "LONGEST_SIDE", longest)
+    monkeypatch.setattr(layout, "LONGEST_SIDE", longest)
     apply, params = FORMS[name]
     x, y = numbers(CASES, STEPS, INPUTS), symbols(CASES, STEPS)
     check_layers(apply, params, x, y)
@@ -282,7 +283,7 @@ def check_layers(apply, params, x, y):
     own, backs = jax.grad(loss, (0, 1))(params, zeros, x, y)
     own = np.concatenate([np.ravel(own[key]) for key in sorted(own)])
     np.testing.assert_allclose(gradient.vector, own, rtol=1e-7, atol=1e-10)
-    for block, *found in kfac.split(model.blocks, factors):
+    for block, *found in split_factors(model.blocks, factors):
         key = block.name.strip("[]'")
         uses = [(met, back) for (k, met, _), back in zip(counting.met, backs, strict=True) if k == key]
         assert uses
@@ -298,7 +299,8 @@ def check_layers(apply, params, x, y):
         b = b / count
         flipped = key not in ("t", "h")  # the rows are inputs
         cut = [
-            m if len(m) <= kfac.LONGEST_SIDE else np.diag(np.diag(m)) for m in ((b, a) if flipped else (a, b))
+            m if len(m) <= layout.LONGEST_SIDE else np.diag(np.diag(m))
+            for m in ((b, a) if flipped else (a, b))
         ]
         found = [m if m.ndim == 2 else np.diag(m) for m in found]
         np.testing.assert_allclose(np.kron(*found), np.kron(*cut), rtol=1e-6, atol=1e-12, err_msg=key)
@@ -333,12 +335,12 @@ def test_factors_of_all_else_are_those_of_the_gradients_of_cases():
     each = np.stack([jax.grad(loss)(theta, a, b) for a, b in zip(x, y, strict=True)])
     gradient, factors = risk.factored_gradient(theta)
     np.testing.assert_allclose(gradient.vector, each.mean(axis=0), rtol=1e-7, atol=1e-10)
-    expected = kfac.split(model.blocks, factors_of_cases(model.blocks, each, CASES))
+    expected = split_factors(model.blocks, factors_of_cases(model.blocks, each, CASES))
     (traced,) = model._traced.values()
     names = [block.name.strip("[]'") for block in model.blocks]
     assert {names[i] for i in traced.loose} == {"deep", "g", "one", "twice", "v"}
     for name, (_, *ours), (_, *theirs) in zip(
-        names, kfac.split(model.blocks, factors), expected, strict=True
+        names, split_factors(model.blocks, factors), expected, strict=True
     ):
         for own, matrix in zip(ours, theirs, strict=True):
             if name not in ("known", "out", "unused"):
@@ -355,7 +357,10 @@ def test_a_parameter_may_be_the_output(count):
     for one in model, bare:
         risk = hfmpi.DataParallel(one, Communicator()).on(hfmpi.Examples(x, y), np.arange(count))
         found.append(
-            [np.kron(*both) for _, *both in kfac.split(one.blocks, risk.factored_gradient(one.initial(0))[1])]
+            [
+                np.kron(*both)
+                for _, *both in split_factors(one.blocks, risk.factored_gradient(one.initial(0))[1])
+            ]
         )
     np.testing.assert_allclose(*found)
 
@@ -364,7 +369,7 @@ def test_where_jax_does_not_tell_the_layers_factors_are_those_of_cases(monkeypat
     def broken(*_):
         raise AttributeError("no such thing")
 
-    monkeypatch.setattr("hfmpi.models.jax.Layers", broken)
+    monkeypatch.setattr("hfmpi.frameworks.jax.Layers", broken)
     apply, params, kind, cases, inputs = setting("mlp")
     model = hfmpi.JaxModel(apply, params, kind)
     theta = model.initial(0)

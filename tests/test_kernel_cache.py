@@ -15,7 +15,7 @@ SCRIPT = """
 import sys
 import numpy as np
 from hfmpi.backends import create
-from hfmpi.backends.compiling import told
+from hfmpi.backends.compilation import told
 from hfmpi.backends.numba import kernels
 
 told_of = []

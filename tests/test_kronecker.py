@@ -8,7 +8,8 @@ import pytest
 from test_models import close
 from test_networks import BACKENDS, KINDS, make
 
-from hfmpi.optim import kfac
+from hfmpi.optim import layout
+from hfmpi.optim.layout import split_factors
 
 CASES = [(1, "cross-entropy", True, False), (2, "cross-entropy", True, True), (1, "squares", False, False)]
 SIZES = {"hidden": 2, "steps": 3, "size": 2, "scored": 2}
@@ -90,7 +91,7 @@ def test_factors_are_means_over_single_steps(kind, backend, case):
     np.testing.assert_array_equal(out, plain)
     factors = network.host(model.normalise_factors(network.device(sums), scored))
     close(factors, expected_factors(kind, case), 1e-9)
-    for block, a, b in kfac.split(model.blocks, factors):
+    for block, a, b in split_factors(model.blocks, factors):
         for matrix in (a, b):
             np.testing.assert_allclose(matrix, matrix.T, atol=1e-12 * abs(matrix).max())
             assert np.linalg.eigvalsh(matrix).min() >= -1e-12 * abs(matrix).max(), block.name
@@ -100,13 +101,13 @@ def test_factors_are_means_over_single_steps(kind, backend, case):
 @pytest.mark.parametrize("case", CASES)
 def test_long_sides_have_the_diagonals_of_their_factors(kind, case, monkeypatch):
     network, theta, batch, _ = make(kind, *case, "numpy", block_rows=3, **SIZES)
-    expected = kfac.split(network.network.blocks, expected_factors(kind, case))
-    monkeypatch.setattr(kfac, "LONGEST_SIDE", 2)
+    expected = split_factors(network.network.blocks, expected_factors(kind, case))
+    monkeypatch.setattr(layout, "LONGEST_SIDE", 2)
     scored = batch.targets.shape[0] * batch.targets.shape[1]
     tape, model = network.forward(theta, batch), network.network
     sums = np.zeros(model.factors_size)
     network._adding(lambda g, f: model.factored_gradient(tape, 1 / scored, g, f), np.zeros_like(theta), sums)
-    found = kfac.split(model.blocks, model.normalise_factors(sums, scored))
+    found = split_factors(model.blocks, model.normalise_factors(sums, scored))
     shapes = set()
     for (_, *ours), (_, *theirs) in zip(found, expected, strict=True):
         for own, matrix in zip(ours, theirs, strict=True):

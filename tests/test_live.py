@@ -12,7 +12,7 @@ import click
 import pytest
 from small import train, write_corpus
 
-from hfmpi.backends.compiling import tell, told
+from hfmpi.backends.compilation import tell, told
 from hfmpi.runs import live
 from hfmpi.runs.live import COMPILING, LiveLine, Patience, announced
 
@@ -128,7 +128,7 @@ PROGRAM = """
 import numpy as np
 import hfmpi
 from hfmpi.backends import create
-from hfmpi.backends.compiling import tell
+from hfmpi.backends.compilation import tell
 
 class Slow(hfmpi.Network):  # a stand-in for kernels that are compiled when the model is tried
     def loss(self, theta, batch):

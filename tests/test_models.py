@@ -11,9 +11,9 @@ from on_host import OnHost
 
 from hfmpi.backends import create
 from hfmpi.errors import UserError
-from hfmpi.models.architecture import Architecture
-from hfmpi.models.cells import CELLS
-from hfmpi.models.tape import Outputs
+from hfmpi.networks.architecture import Architecture
+from hfmpi.networks.cells import CELLS
+from hfmpi.networks.tape import Outputs
 
 ALL = [(name, "standard") for name in CELLS] + [("lstm", "krause"), ("mlstm", "krause")]
 BACKENDS = ["numpy", "numba", "cupy"]

@@ -19,10 +19,10 @@ from hfmpi.cli.main import cli
 from hfmpi.data.arrays import Arrays
 from hfmpi.errors import UserError
 from hfmpi.files import checkpoint
-from hfmpi.models.architecture import Architecture
-from hfmpi.models.cells import CELLS
 from hfmpi.models.losses import LOSSES, choose
-from hfmpi.models.network import Network
+from hfmpi.networks.architecture import Architecture
+from hfmpi.networks.cells import CELLS
+from hfmpi.networks.network import Network
 from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.optim import HessianFree, Objectives
 from hfmpi.parallel.communicator import Communicator, MPICommunicator

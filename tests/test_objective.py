@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from hfmpi.backends import create
 from hfmpi.data.batches import Sequences, global_indices
 from hfmpi.errors import UserError
-from hfmpi.models.architecture import Architecture
-from hfmpi.models.network import Network
+from hfmpi.networks.architecture import Architecture
+from hfmpi.networks.network import Network
 from hfmpi.objective.data_parallel import DataParallel, shares, step_objectives
 from hfmpi.objective.messages import pack, unpack
 from hfmpi.optim import SOAP, Gradient, HessianFree, Muon, Objective, Objectives
-from hfmpi.optim.base import Block
+from hfmpi.optim.layout import Block
 from hfmpi.parallel.communicator import Communicator, MPICommunicator, digest
 
 LENGTH, BURN_IN, VOCABULARY, HIDDEN = 5, 2, 4, 3

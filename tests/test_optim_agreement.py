@@ -16,8 +16,9 @@ from hfmpi.optim import (
     Objectives,
     Subspace,
 )
-from hfmpi.optim.base import Block, inner_product
+from hfmpi.optim.base import inner_product
 from hfmpi.optim.cg import ConjugateGradients, Stop
+from hfmpi.optim.layout import Block
 from hfmpi.parallel.communicator import MPICommunicator, digest
 
 

@@ -24,7 +24,7 @@ from hfmpi.data.batches import Cases
 from hfmpi.errors import UserError
 from hfmpi.files import checkpoint
 from hfmpi.models.base import Model
-from hfmpi.optim.base import Block
+from hfmpi.optim.layout import Block
 from hfmpi.parallel.placement import threads_kept
 
 RNG = np.random.default_rng(0)

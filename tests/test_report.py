@@ -132,7 +132,7 @@ def test_whatever_the_files_say_is_text(small, run):
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
 def test_a_sample_of_any_encoding_is_text(small, run, monkeypatch, encoding):
     written = "été </script>\x00".encode(encoding)
-    monkeypatch.setattr("hfmpi.models.sampling.sample", lambda *_: written)
+    monkeypatch.setattr("hfmpi.networks.sampling.sample", lambda *_: written)
     found = words(run)
     assert {"utf-8": "été </script>\\x00", "latin-1": "\\xe9t\\xe9 </script>\\x00"}[encoding] in found.text
     assert [tag for tag, _ in found.tags].count("script") == 3

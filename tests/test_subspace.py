@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hfmpi.errors import UserError
-from hfmpi.optim import Gradient, Objective, Objectives, Subspace, kfac
-from hfmpi.optim.base import Block
+from hfmpi.optim import Gradient, Objective, Objectives, Subspace, kfac, layout
+from hfmpi.optim.layout import Block
 
 BLOCKS = Block("gates", 0, 5, 6, cuts=(2, 4), groups=3), Block("bias", 30, 1, 4), Block("out", 34, 3, 2)
 SIZE = 40
@@ -42,7 +42,9 @@ class Bowl(Objective):
 
     def factored_gradient(self, theta):
         both = [m for both in self.factors for m in both]
-        flat = np.concatenate([(m if len(m) <= kfac.LONGEST_SIDE else np.diag(m)).reshape(-1) for m in both])
+        flat = np.concatenate(
+            [(m if len(m) <= layout.LONGEST_SIDE else np.diag(m)).reshape(-1) for m in both]
+        )
         return self.gradient(theta), flat.astype(theta.dtype)
 
     def gauss_newton(self, theta):
@@ -52,7 +54,7 @@ class Bowl(Objective):
 @pytest.fixture(params=[100, 4], ids=["whole", "long sides are diagonal"])
 def longest(request, monkeypatch):
     """Give the longest side whose factor is a matrix."""
-    monkeypatch.setattr(kfac, "LONGEST_SIDE", request.param)
+    monkeypatch.setattr(layout, "LONGEST_SIDE", request.param)
     return request.param
 
 

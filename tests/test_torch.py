@@ -23,11 +23,12 @@ from dense import (
 import hfmpi
 from hfmpi.errors import UserError
 from hfmpi.models.base import Blocks, Columns, KroneckerFactors, Model, SquaredGradients
-from hfmpi.optim import kfac
+from hfmpi.optim import layout
+from hfmpi.optim.layout import split_factors
 from hfmpi.parallel.communicator import Communicator
 
 torch = pytest.importorskip("torch")
-torch_cases = pytest.importorskip("hfmpi.models.torch_cases")
+torch_cases = pytest.importorskip("hfmpi.frameworks.torch_layers")
 nn = torch.nn
 
 
@@ -358,8 +359,8 @@ def test_squared_gradients_are_those_of_cases_taken_one_by_one(make, dtype, monk
     risk = hfmpi.DataParallel(model, Communicator()).on(hfmpi.Arrays(x, y), np.arange(CASES))
     theta = model.initial(0).astype(model.backend.dtype)
     found = [risk.squared_gradients(theta)]
-    monkeypatch.setattr("hfmpi.models.torch.EACH_NUMBERS", 1)
-    monkeypatch.setattr("hfmpi.models.torch_cases.CACHED_NUMBERS", 1)
+    monkeypatch.setattr("hfmpi.frameworks.torch.EACH_NUMBERS", 1)
+    monkeypatch.setattr("hfmpi.frameworks.torch_layers.CACHED_NUMBERS", 1)
     found.append(risk.squared_gradients(theta))  # in parts
     model._cases_apart = False
     found.append(risk.squared_gradients(theta))  # in a loop
@@ -454,7 +455,7 @@ def test_factors_of_layers_are_means_over_the_products_of_their_steps(kind, capl
     model = hfmpi.TorchModel(whole, "cross-entropy")
     owner = hfmpi.DataParallel(model, Communicator(), micro_batch=2)
     found = owner.on(hfmpi.Arrays(x, y), np.arange(CASES)).factored_gradient(model.initial(0))[1]
-    for p, (_, *ours) in zip(apart.parameters(), kfac.split(model.blocks, found), strict=True):
+    for p, (_, *ours) in zip(apart.parameters(), split_factors(model.blocks, found), strict=True):
         of_rows, of_inputs = CASES * STEPS * outputs[id(p)].numpy(), (inputs[id(p)] / counts[id(p)]).numpy()
         theirs = (of_rows, of_inputs) if p.ndim == 2 else (of_inputs, of_rows)
         np.testing.assert_allclose(np.kron(*ours), np.kron(*theirs), rtol=1e-9, atol=1e-14)
@@ -490,16 +491,16 @@ def test_factors_of_all_else_are_those_of_the_gradients_of_cases(make, monkeypat
     each = np.einsum("no,nod->nd", p, jacobian).reshape(CASES, STEPS, -1).sum(axis=1)
     model = hfmpi.TorchModel(module, "cross-entropy")
     risk = hfmpi.DataParallel(model, Communicator()).on(hfmpi.Arrays(x, y), np.arange(CASES))
-    expected = kfac.split(model.blocks, factors_of_cases(model.blocks, each, CASES * STEPS))
+    expected = split_factors(model.blocks, factors_of_cases(model.blocks, each, CASES * STEPS))
     for _ in range(2):
         gradient, found = risk.factored_gradient(model.initial(0))
         np.testing.assert_allclose(gradient.vector, each.sum(axis=0) / (CASES * STEPS), rtol=1e-9, atol=1e-12)
-        for (block, *ours), (_, *theirs) in zip(kfac.split(model.blocks, found), expected, strict=True):
+        for (block, *ours), (_, *theirs) in zip(split_factors(model.blocks, found), expected, strict=True):
             if not block.name.startswith("top"):
                 for own, matrix in zip(ours, theirs, strict=True):
                     np.testing.assert_allclose(own, matrix, rtol=1e-9, atol=1e-12, err_msg=block.name)
-        monkeypatch.setattr("hfmpi.models.torch.EACH_NUMBERS", 1)  # in parts
-        monkeypatch.setattr("hfmpi.models.torch_cases.CACHED_NUMBERS", 1)
+        monkeypatch.setattr("hfmpi.frameworks.torch.EACH_NUMBERS", 1)  # in parts
+        monkeypatch.setattr("hfmpi.frameworks.torch_layers.CACHED_NUMBERS", 1)
 
 
 def test_factors_of_tables_count_what_is_looked_up():
@@ -519,7 +520,7 @@ def test_factors_of_tables_count_what_is_looked_up():
     torch.manual_seed(2)
     model = hfmpi.TorchModel(Tables().double(), "cross-entropy")
     risk = hfmpi.DataParallel(model, Communicator()).on(hfmpi.Arrays(x, y), np.arange(CASES))
-    found = kfac.split(model.blocks, risk.factored_gradient(model.initial(0))[1])
+    found = split_factors(model.blocks, risk.factored_gradient(model.initial(0))[1])
     for (block, *ours), name in zip(found, ("symbols", "places"), strict=False):
         assert block.name == f"{name}.weight"
         counts = torch.cat([rows for rows, _ in kept[name]]).bincount(minlength=block.rows).numpy()
@@ -543,9 +544,9 @@ def test_long_sides_have_the_diagonals_of_their_factors(make, monkeypatch):
     model = hfmpi.TorchModel(module, "cross-entropy")
     cases = hfmpi.Arrays(x, symbols(CASES, STEPS))
     risk = hfmpi.DataParallel(model, Communicator()).on(cases, np.arange(CASES))
-    whole = kfac.split(model.blocks, risk.factored_gradient(model.initial(0))[1])
-    monkeypatch.setattr(kfac, "LONGEST_SIDE", 2)
-    cut = kfac.split(model.blocks, risk.factored_gradient(model.initial(0))[1])
+    whole = split_factors(model.blocks, risk.factored_gradient(model.initial(0))[1])
+    monkeypatch.setattr(layout, "LONGEST_SIDE", 2)
+    cut = split_factors(model.blocks, risk.factored_gradient(model.initial(0))[1])
     assert 1 in {matrix.ndim for _, *both in cut for matrix in both}
     for (_, *ours), (_, *theirs) in zip(cut, whole, strict=True):
         for own, matrix in zip(ours, theirs, strict=True):

@@ -19,7 +19,7 @@ from hfmpi.objective.local import LocalSums
 from hfmpi.parallel.communicator import MPICommunicator, digest
 from hfmpi.runs.config import Config, from_toml, merge
 from hfmpi.runs.stop import StopSignals
-from hfmpi.runs.text import TextTask
+from hfmpi.runs.text_task import TextTask
 from hfmpi.runs.train import Run
 from hfmpi.runs.trained_model import Trained
 

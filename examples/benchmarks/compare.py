@@ -31,7 +31,7 @@ from hfmpi.bench.bound import Products  # noqa: E402
 from hfmpi.bench.contest import Contestant, contest  # noqa: E402
 from hfmpi.data.batches import Sequences  # noqa: E402
 from hfmpi.measure import machine  # noqa: E402
-from hfmpi.models.network import Network  # noqa: E402
+from hfmpi.networks.network import Network  # noqa: E402
 from hfmpi.objective.data_parallel import DataParallel  # noqa: E402
 from hfmpi.parallel.communicator import Communicator  # noqa: E402
 from hfmpi.runs.config import Config  # noqa: E402

@@ -15,7 +15,7 @@ from hfmpi.backends import create
 from hfmpi.bench.contest import Contestant, contest
 from hfmpi.data.batches import Sequences
 from hfmpi.measure import machine
-from hfmpi.models.network import Network
+from hfmpi.networks.network import Network
 from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.parallel import guard
 from hfmpi.parallel.communicator import Communicator

@@ -23,7 +23,7 @@ from hfmpi.backends.numba import NumbaBackend
 from hfmpi.data.batches import Sequences, check_batch
 from hfmpi.data.corpus import Corpus
 from hfmpi.measure import machine
-from hfmpi.models.network import Network
+from hfmpi.networks.network import Network
 from hfmpi.objective.data_parallel import DataParallel, step_objectives
 from hfmpi.parallel import guard
 from hfmpi.parallel.communicator import Communicator

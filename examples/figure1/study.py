@@ -13,7 +13,7 @@ from hfmpi.data.corpus import Corpus
 from hfmpi.errors import UserError
 from hfmpi.files.checkpoint import trained_on
 from hfmpi.files.history import History
-from hfmpi.models.architecture import PAPER_PARAMETERS
+from hfmpi.networks.architecture import PAPER_PARAMETERS
 from hfmpi.optim.presets import preset
 
 MODELS = ("lstm", "mlstm")

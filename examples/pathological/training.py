@@ -23,7 +23,7 @@ from hfmpi.backends.base import Array
 from hfmpi.data.batches import curvature_slice
 from hfmpi.files import checkpoint
 from hfmpi.measure.cost import full, paper
-from hfmpi.models.architecture import SPARSE_FAN_IN
+from hfmpi.networks.architecture import SPARSE_FAN_IN
 from hfmpi.optim.base import Optimizer
 from hfmpi.optim.presets import preset
 from hfmpi.parallel.communicator import Communicator

@@ -12,7 +12,7 @@ from numba.core import event
 
 from hfmpi.backends import elementary, panels
 from hfmpi.backends.base import Array, Packed, Workspace
-from hfmpi.backends.compiling import tell
+from hfmpi.backends.compilation import tell
 from hfmpi.backends.elementary import exp, tanh
 from hfmpi.backends.kernel_cache import kernel_cache
 from hfmpi.backends.numpy import NumpyBackend

@@ -23,8 +23,8 @@ from hfmpi.data.batches import Sequences, check_batch
 from hfmpi.measure.machine import cores
 from hfmpi.measure.spans import ALLREDUCE, OPTIMIZER, PASSES, WAITING
 from hfmpi.measure.timer import split_waiting
-from hfmpi.models.architecture import Architecture
-from hfmpi.models.network import Network
+from hfmpi.networks.architecture import Architecture
+from hfmpi.networks.network import Network
 from hfmpi.objective.data_parallel import DataParallel, Risk, step_objectives
 from hfmpi.objective.messages import message_sizes
 from hfmpi.objective.transport import choose

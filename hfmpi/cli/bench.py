@@ -16,7 +16,7 @@ from hfmpi.cli.values import MOST, PATH, Number, parse_settings
 
 if TYPE_CHECKING:
     from hfmpi.bench.measurements import Bench, Row
-    from hfmpi.models.architecture import Architecture
+    from hfmpi.networks.architecture import Architecture
 
 __all__ = ["bench"]
 

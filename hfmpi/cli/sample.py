@@ -35,7 +35,7 @@ def sample(run: Path, length: int, prime: str, temperature: float, seed: int) ->
 
     What is written are the bytes of the text that it was trained on, in whatever encoding that was.
     """
-    from hfmpi.models import sampling
+    from hfmpi.networks import sampling
     from hfmpi.runs.trained_model import Trained
 
     # One character at a time: compiled kernels would cost more to load than they save.

@@ -65,7 +65,7 @@ def train(
     from hfmpi.runs.reporter import make_reporter
     from hfmpi.runs.start import COMMAND, begin, find
     from hfmpi.runs.stop import StopSignals, job_end
-    from hfmpi.runs.text import TextTask
+    from hfmpi.runs.text_task import TextTask
     from hfmpi.runs.train import Run
 
     go_on()

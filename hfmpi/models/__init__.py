@@ -1,1 +1,1 @@
-"""Pure mathematics on one device: recurrent networks, their linearisation and its transpose."""
+"""The seam between a model and the rest of hfmpi: protocols, losses, one linearisation, one batch."""

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from hfmpi.backends.base import Array, Backend
-from hfmpi.optim.base import Block
+from hfmpi.optim.layout import Block
 
 __all__ = [
     "Blocks",

@@ -25,8 +25,9 @@ from hfmpi.models.base import Blocks, KroneckerFactors, Model, SquaredGradients
 from hfmpi.objective.local import Beside, LocalSums, Shard
 from hfmpi.objective.messages import PARTS, unpack
 from hfmpi.objective.transport import HostTransport, Transport
-from hfmpi.optim.base import Block, Gradient, Objective, Objectives, Operator, Scalars
+from hfmpi.optim.base import Gradient, Objective, Objectives, Operator, Scalars
 from hfmpi.optim.checks import check_vector
+from hfmpi.optim.layout import Block
 from hfmpi.parallel.communicator import Communicator
 
 __all__ = ["DataParallel", "Risk", "Stopped", "step_objectives"]

@@ -17,9 +17,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
 import numpy as np
 
 from hfmpi.errors import UserError, shown
+from hfmpi.optim.layout import Block, Vector
 
 __all__ = [
-    "Block",
     "Gradient",
     "Matrix",
     "Objective",
@@ -28,13 +28,9 @@ __all__ = [
     "Optimizer",
     "Scalars",
     "StepReport",
-    "Vector",
     "Work",
     "inner_product",
 ]
-
-Vector: TypeAlias = Any
-"""A NumPy array (D,), or one of the same interface on a device: there is no type that both of them have."""
 
 Matrix: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.float64]]"
 """A small matrix on the host."""
@@ -64,31 +60,6 @@ class Gradient(NamedTuple):
     loss: float
     vector: Vector
     squares: Vector | None = None
-
-
-class Block(NamedTuple):
-    """A matrix among the parameters, row by row from `start` on; a vector is one row.
-
-    Attributes
-    ----------
-    name : str
-    start, rows, columns : int
-    cuts : tuple of int
-        Rows at which another kind of inputs begins: the state below the symbols, the constant of a bias.
-    groups : int
-        Kinds of outputs, equally many columns each: the gates of a cell.
-    """
-
-    name: str
-    start: int
-    rows: int
-    columns: int
-    cuts: tuple[int, ...] = ()
-    groups: int = 1
-
-    def of(self, vector: Vector) -> Vector:
-        """Give the block of a vector (D,), (rows, columns): a view."""
-        return vector[self.start : self.start + self.rows * self.columns].reshape(self.rows, self.columns)
 
 
 class Objective(ABC):

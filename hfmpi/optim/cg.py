@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hfmpi.optim.base import Operator, Scalars, Vector, inner_product
+from hfmpi.optim.base import Operator, Scalars, inner_product
+from hfmpi.optim.layout import Vector
 
 __all__ = ["CGResult", "ConjugateGradients", "Iterate", "Stop", "relative_progress"]
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 
 from hfmpi.errors import UserError, shown
-from hfmpi.optim.base import Block, Gradient, Objective, Objectives, Operator, Scalars, Vector
-from hfmpi.optim.kfac import factors_size
+from hfmpi.optim.base import Gradient, Objective, Objectives, Operator, Scalars
+from hfmpi.optim.layout import Block, Vector, kronecker_layout
 
 __all__ = ["Checked", "check_blocks", "check_state", "check_vector", "checked"]
 
@@ -111,7 +111,7 @@ class Checked(Objective):
         found: object = self.objective.factored_gradient(theta)
         if not isinstance(found, tuple) or len(found) != 2:
             raise TypeError(f"{self.name}.factored_gradient must give a Gradient and factors")
-        like = np.empty(factors_size(self.blocks), self.like.dtype)
+        like = np.empty(kronecker_layout(self.blocks).size, self.like.dtype)
         factors = self._vector("factored_gradient as factors", found[1], like)
         return self._gradient("factored_gradient", found[0]), factors
 

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Generic, NamedTuple, TypeVar
 
-from hfmpi.optim.base import Objective, Objectives, StepReport, Vector, Work, inner_product
+from hfmpi.optim.base import Objective, Objectives, StepReport, Work, inner_product
 from hfmpi.optim.checks import check_state, checked
+from hfmpi.optim.layout import Vector
 from hfmpi.optim.schedule import Schedule
 from hfmpi.settings import NOT_NEGATIVE, POSITIVE, check, within
 

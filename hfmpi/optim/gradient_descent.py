@@ -9,9 +9,10 @@ from typing import Annotated
 
 import numpy as np
 
-from hfmpi.optim.base import Block, Objectives, StepReport, Vector
+from hfmpi.optim.base import Objectives, StepReport
 from hfmpi.optim.checks import check_state, check_vector, checked
 from hfmpi.optim.first_order import Update, agreed_norm, first_order_step
+from hfmpi.optim.layout import Block, Vector
 from hfmpi.settings import POSITIVE, Rule, check, within
 
 __all__ = ["RULES", "GradientDescent", "GradientDescentState"]

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 from hfmpi.errors import UserError
-from hfmpi.optim.base import Block, Objectives, StepReport, Vector, Work, inner_product
+from hfmpi.optim.base import Objectives, StepReport, Work, inner_product
 from hfmpi.optim.cg import CGResult, ConjugateGradients, Stop
 from hfmpi.optim.checks import check_state, check_vector, checked
 from hfmpi.optim.damping import LevenbergMarquardt, reduction_ratio
+from hfmpi.optim.layout import Block, Vector
 from hfmpi.optim.line_search import Armijo, Choice, LineSearch, backtrack
 from hfmpi.optim.preconditioner import diagonal
 from hfmpi.optim.quadratic import QuadraticModel

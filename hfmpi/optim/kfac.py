@@ -10,44 +10,14 @@ for every gamma at the cost of two products each.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from hfmpi.optim.base import Block, Matrix, Objective, Vector
+from hfmpi.optim.base import Matrix, Objective
+from hfmpi.optim.layout import Block, Vector, factor_shape, split_factors
 
-__all__ = ["decomposition_size", "directions", "factors_size", "products", "shape", "split"]
-
-
-LONGEST_SIDE = 10_000
-"""Rows or columns beyond so many have a diagonal factor, as those of one-hot inputs are."""
-
-
-def shape(side: int) -> tuple[int, ...]:
-    """Give the shape of the factor of a side: a matrix, or its diagonal."""
-    return (side, side) if side <= LONGEST_SIDE else (side,)
-
-
-def factors_size(blocks: Sequence[Block]) -> int:
-    """Give the numbers of A and B of all blocks."""
-    return sum(math.prod(shape(side)) for block in blocks for side in (block.rows, block.columns))
-
-
-def split(blocks: Sequence[Block], factors: Vector) -> list[tuple[Block, Vector, Vector]]:
-    """Give each block with its A and B, which lie one after the other in a vector: views.
-
-    A factor is (side, side), or (side,) beyond LONGEST_SIDE.
-    """
-    found, start = [], 0
-    for block in blocks:
-        both = []
-        for side in (block.rows, block.columns):
-            end = start + math.prod(shape(side))
-            both.append(factors[start:end].reshape(shape(side)))
-            start = end
-        found.append((block, *both))
-    return found
+__all__ = ["decomposition_size", "directions", "products"]
 
 
 def decomposition_size(blocks: Sequence[Block]) -> int:
@@ -61,7 +31,7 @@ def _own(block: Block) -> int:
 
 def _vectors(side: int) -> int:
     """Give the eigenvectors of a factor, of which a diagonal has none."""
-    return side if len(shape(side)) == 2 else 0
+    return side if len(factor_shape(side)) == 2 else 0
 
 
 def directions(
@@ -79,7 +49,7 @@ def directions(
     """
     works, sizes, places = list[Callable[[], Vector]](), list[int](), list[tuple[Block, int, int]]()
     at = 0
-    for block, *both in split(objective.blocks, factors):
+    for block, *both in split_factors(objective.blocks, factors):
         before = decomposition[at : at + _own(block)]
         works.append(_work(block.of(gradient), both if refresh else [], before, dampings))
         sizes.append(_own(block) + len(dampings) * block.rows * block.columns)
@@ -96,7 +66,7 @@ def directions(
 def products(blocks: Sequence[Block], factors: Vector, v: Vector) -> Matrix:
     """Give V (A x B) V' of all blocks, (k, k) float64, for directions v (k, D)."""
     found = np.zeros((len(v), len(v)))
-    for block, a, b in split(blocks, factors):
+    for block, a, b in split_factors(blocks, factors):
         own = v[:, block.start : block.start + block.rows * block.columns]
         mapped = _times(_times(own.reshape(-1, block.rows, block.columns), a, -2), b, -1)
         found += np.array(np.matmul(own, mapped.reshape(own.shape).T).tolist())

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hfmpi.optim.base import Vector
 from hfmpi.optim.cg import Iterate
+from hfmpi.optim.layout import Vector
 
 __all__ = ["Armijo", "Choice", "LineSearch", "backtrack"]
 

@@ -16,9 +16,10 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 
-from hfmpi.optim.base import Block, Objective, Vector
+from hfmpi.optim.base import Objective
 from hfmpi.optim.checks import check_blocks, check_vector
 from hfmpi.optim.first_order import Adaptive, AdaptiveState
+from hfmpi.optim.layout import Block, Vector
 from hfmpi.settings import POSITIVE, at_least, within
 
 __all__ = ["Muon", "MuonState", "orthogonal"]

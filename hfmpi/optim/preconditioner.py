@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from hfmpi.optim.base import Operator, Vector
+from hfmpi.optim.base import Operator
+from hfmpi.optim.layout import Vector
 
 __all__ = ["diagonal"]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from hfmpi.optim.base import Objectives, Scalars, Vector, inner_product
+from hfmpi.optim.base import Objectives, Scalars, inner_product
+from hfmpi.optim.layout import Vector
 
 __all__ = ["Prediction", "QuadraticModel"]
 

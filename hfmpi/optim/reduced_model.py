@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hfmpi.optim.base import Block, Matrix, Objective, Vector
+from hfmpi.optim.base import Matrix, Objective
+from hfmpi.optim.layout import Block, Vector
 
 __all__ = ["Directions", "Part", "ReducedModel", "Step", "directions", "parts"]
 

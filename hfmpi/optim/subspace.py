@@ -21,8 +21,9 @@ from typing import Annotated
 import numpy as np
 
 from hfmpi.optim import kfac
-from hfmpi.optim.base import Block, Matrix, Objective, Objectives, StepReport, Vector, Work, inner_product
+from hfmpi.optim.base import Matrix, Objective, Objectives, StepReport, Work, inner_product
 from hfmpi.optim.checks import check_blocks, check_state, check_vector, checked
+from hfmpi.optim.layout import Block, Vector, kronecker_layout
 from hfmpi.optim.reduced_model import Directions, Part, ReducedModel, Step, directions, parts
 from hfmpi.optim.soap import SOAP, SOAPState
 from hfmpi.settings import NOT_NEGATIVE, POSITIVE, Rule, at_least, check, within
@@ -159,7 +160,7 @@ class Subspace:
             0.0,
             0.0,
             0.0,
-            np.zeros_like(theta, shape=has * kfac.factors_size(blocks)),
+            np.zeros_like(theta, shape=has * kronecker_layout(blocks).size),
             np.zeros_like(theta, shape=has * kfac.decomposition_size(blocks)),
             np.zeros_like(theta, shape=("rms" in self._kinds) * theta.size),
             _packed(ROTATED.init(theta, blocks)) if "soap" in self._kinds else theta[:0],

@@ -18,7 +18,7 @@ from hfmpi.files.checkpoint import NEWEST, PREVIOUS, latest, trained_on
 from hfmpi.files.history import BITS, HISTORY, History, LossKeys, loss_keys
 from hfmpi.files.numbers import is_drawable
 from hfmpi.files.writer import CONFIG, DONE, TIMING
-from hfmpi.models import sampling
+from hfmpi.networks import sampling
 from hfmpi.report.steps import Steps
 from hfmpi.runs.config import FORMER_NAMES, OPTIONS, from_toml, merge
 from hfmpi.runs.timing import Times, read_times

@@ -14,8 +14,8 @@ import numpy as np
 
 from hfmpi.errors import UserError, shown
 from hfmpi.files.history import History, Record, plain
+from hfmpi.frameworks.framework import FrameworkModel
 from hfmpi.models.base import Model
-from hfmpi.models.framework import FrameworkModel
 from hfmpi.parallel import library, watchdog
 from hfmpi.parallel.communicator import Communicator
 from hfmpi.parallel.failure import joint, together
@@ -23,7 +23,7 @@ from hfmpi.parallel.launch import connect
 from hfmpi.parallel.placement import Placement, place, threads_kept
 from hfmpi.runs.config import merge, started
 from hfmpi.runs.metric import Metric
-from hfmpi.runs.own_model import AnotherRun, ModelTask, config_of
+from hfmpi.runs.model_task import AnotherRun, ModelTask, config_of
 from hfmpi.runs.record import Facts, Reporter
 from hfmpi.runs.reporter import make_reporter
 from hfmpi.runs.start import Names, begin, find

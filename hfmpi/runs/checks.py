@@ -13,7 +13,7 @@ import numpy as np
 from hfmpi.errors import UserError
 from hfmpi.files.checkpoint import Entry
 from hfmpi.measure.machine import free_memory
-from hfmpi.models.architecture import Architecture
+from hfmpi.networks.architecture import Architecture
 from hfmpi.parallel.communicator import Communicator, digest
 from hfmpi.runs.record import Progress
 

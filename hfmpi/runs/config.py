@@ -15,8 +15,8 @@ from hfmpi.backends import BACKENDS, DTYPES, PRECISIONS, create
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.errors import UserError
 from hfmpi.files.atomic import open_regular
-from hfmpi.models.architecture import INITIALISATIONS, PAPER_PARAMETERS, Architecture
-from hfmpi.models.cells import CELLS, VARIANTS
+from hfmpi.networks.architecture import INITIALISATIONS, PAPER_PARAMETERS, Architecture
+from hfmpi.networks.cells import CELLS, VARIANTS
 from hfmpi.objective.transport import TRANSPORTS
 from hfmpi.optim.presets import PRESETS, Preset, preset
 from hfmpi.settings import Rule, at_least, at_most, check, converted, declared, within

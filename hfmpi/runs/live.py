@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from hfmpi.backends.compiling import told
+from hfmpi.backends.compilation import told
 
 __all__ = ["COMPILING", "LiveLine", "Patience", "announced"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from hfmpi.backends.compiling import told
+from hfmpi.backends.compilation import told
 from hfmpi.files.history import BITS, Record, loss_keys
 from hfmpi.parallel.placement import Place
 from hfmpi.runs.live import COMPILING, LiveLine, Patience

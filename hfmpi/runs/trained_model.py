@@ -11,7 +11,7 @@ import numpy as np
 from hfmpi.backends.base import Array
 from hfmpi.errors import UserError
 from hfmpi.files import checkpoint
-from hfmpi.models.network import Network
+from hfmpi.networks.network import Network
 from hfmpi.runs.config import Config, merge
 from hfmpi.runs.restore import check_one_run, progress
 

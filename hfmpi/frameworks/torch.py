@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from hfmpi.errors import UserError, shown
-from hfmpi.models import case_factors
-from hfmpi.models.framework import Example, FrameworkModel, Rows
+from hfmpi.frameworks.framework import Example, FrameworkModel, Rows
+from hfmpi.models import factors as case_factors
 from hfmpi.models.losses import Loss
 
 try:
@@ -27,7 +27,7 @@ try:
     from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from hfmpi.models import torch_cases
+    from hfmpi.frameworks import torch_layers
 except ImportError:
     torch = None
 
@@ -200,7 +200,7 @@ class TorchModel(FrameworkModel):
 
 
 class TorchPasses:
-    """The outputs of a module linearised at theta; satisfies `hfmpi.models.framework.Passes`."""
+    """The outputs of a module linearised at theta; satisfies `hfmpi.frameworks.framework.Passes`."""
 
     def __init__(self, model: TorchModel, theta: np.ndarray, inputs: tuple[Any, ...], rows: Rows) -> None:
         self.model, self.inputs, self.rows = model, inputs, rows
@@ -241,10 +241,10 @@ class TorchPasses:
 
     def squares(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """J' u (D,) of u (N, O), and the sum over cases of its summands' squares (D,)."""
-        return self._over_cases(u, torch_cases.squares, lambda g: g.square())
+        return self._over_cases(u, torch_layers.squares, lambda g: g.square())
 
     def factors(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """J' u (D,) of u (N, O), and sums for Kronecker factors, as `hfmpi.models.case_factors` has them."""
+        """J' u (D,) of u (N, O), and sums for Kronecker factors, as `hfmpi.models.factors` has them."""
         blocks = self.model.blocks
 
         def alone(g: Any) -> Any:
@@ -252,7 +252,7 @@ class TorchPasses:
             case_factors.add_cases(blocks, _array(g)[None], sums)
             return torch.from_numpy(sums).to(g)
 
-        return self._over_cases(u, partial(torch_cases.factors, blocks=blocks), alone)
+        return self._over_cases(u, partial(torch_layers.factors, blocks=blocks), alone)
 
     def _over_cases(
         self, u: np.ndarray, together: Callable[..., Any], alone: Callable[[Any], Any]
@@ -282,11 +282,11 @@ class TorchPasses:
         )
 
     def _cases_together(self, part: slice, u: Any) -> tuple[list[Any], int]:
-        """Do what `hfmpi.models.torch_cases.gradients` does for some cases and their u (B, N, O)."""
+        """Do what `hfmpi.frameworks.torch_layers.gradients` does for some cases and their u (B, N, O)."""
         model, inputs = self.model, [x[part] for x in self.inputs]
         with _memory(), _quiet(), model._kernels():
             named = model._named(self.theta.detach())
-            return torch_cases.gradients(self._case, named, model._frozen, inputs, u)
+            return torch_layers.gradients(self._case, named, model._frozen, inputs, u)
 
     def _case_by_case(self, u: Any, alone: Callable[[Any], Any]) -> tuple[Any, Any]:
         """Do the same for the first cases, one after the other."""
@@ -306,7 +306,7 @@ class TorchPasses:
         u = torch.from_numpy(np.random.default_rng(0).standard_normal(like.shape)).to(like)
         found, loose = self._cases_together(slice(len(u)), u)
         alone = self._case_by_case(u, lambda g: g.square())
-        for ours, right in zip(torch_cases.squares(found), alone, strict=True):
+        for ours, right in zip(torch_layers.squares(found), alone, strict=True):
             if not torch.linalg.vector_norm(ours - right) <= 1e-3 * torch.linalg.vector_norm(right):
                 raise RuntimeError("a layer's cases cannot be told apart")
         return loose

@@ -25,10 +25,9 @@ import numpy as np
 
 from hfmpi.backends.base import Array
 from hfmpi.errors import UserError, shown
-from hfmpi.models.cells import Gated, cell
-from hfmpi.models.parameters import Layout
-from hfmpi.models.recurrence import Cell
-from hfmpi.optim.base import Block
+from hfmpi.networks.cells import Gated, cell
+from hfmpi.networks.recurrence import Cell
+from hfmpi.optim.layout import Block, Layout
 from hfmpi.settings import check
 
 __all__ = ["INITIALISATIONS", "PAPER_PARAMETERS", "Architecture"]
@@ -98,7 +97,7 @@ class Architecture:
         )
 
     @cached_property
-    def layout(self) -> Layout:
+    def layout(self) -> Layout[str]:
         """Names and shapes of the parameters: layer by layer from below, then W_o and b_o."""
         shapes: dict[str, tuple[int, ...]] = {}
         for i, names in enumerate(self.names):

@@ -14,13 +14,13 @@ import numpy as np
 from hfmpi.backends.base import Array
 from hfmpi.data.batches import Cases, global_indices
 from hfmpi.data.digest import digest_of
-from hfmpi.data.given import as_cases
+from hfmpi.data.user_data import as_cases
 from hfmpi.errors import UserError, shown
 from hfmpi.files.checkpoint import Checkpoint
 from hfmpi.files.history import NATS
 from hfmpi.measure.spans import EVALUATE
 from hfmpi.models.base import Blocks, KroneckerFactors, Model, StructuralDamping
-from hfmpi.models.network import Network
+from hfmpi.networks.network import Network
 from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.optim.hessian_free import HessianFree
 from hfmpi.optim.muon import Muon

@@ -16,10 +16,9 @@ from collections.abc import Sequence
 
 from hfmpi.backends.base import Array
 from hfmpi.backends.numpy import NumpyBackend
-from hfmpi.models.architecture import Architecture
-from hfmpi.models.parameter_gradient import Cotangents, flat
-from hfmpi.optim.base import Block
-from hfmpi.optim.kfac import factors_size, split
+from hfmpi.networks.architecture import Architecture
+from hfmpi.networks.parameter_gradient import Cotangents, flat
+from hfmpi.optim.layout import Block, kronecker_layout, split_factors
 
 __all__ = ["accumulate", "normalise", "size"]
 
@@ -29,13 +28,13 @@ Source = Array | None
 
 def size(blocks: Sequence[Block]) -> int:
     """Give the numbers of all factors, and of one more: the rows that z has been summed over."""
-    return factors_size(blocks) + 1
+    return kronecker_layout(blocks).size + 1
 
 
 def normalise(blocks: Sequence[Block], sums: Array, scored: int) -> None:
     """Turn sums over all ranks into A and B, block after block, in place; the last number stays."""
     kind, rows = sums.dtype.type, float(sums[-1])
-    for _, a, b in split(blocks, sums):
+    for _, a, b in split_factors(blocks, sums[:-1]):
         a *= kind(1 / max(1.0, rows))
         b *= kind(scored)
 
@@ -57,7 +56,7 @@ def accumulate(
     hidden = cotangents[-1].hidden
     bias = [None] * ("b_o" in about.layout.shapes)
     maps.append(([hidden[len(hidden) - len(du) :], *bias], du))
-    for (block, a, b), (sources, da) in zip(split(about.blocks, sums), maps, strict=True):
+    for (block, a, b), (sources, da) in zip(split_factors(about.blocks, sums[:-1]), maps, strict=True):
         if da.shape[0] * da.shape[1]:
             _squares(backend, sources, block.rows, da, a)
             _squares(backend, [da], block.columns, da, b)

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 
 from hfmpi.errors import UserError, shown
-from hfmpi.models import case_factors
-from hfmpi.models.framework import Example, FrameworkModel, Rows
+from hfmpi.frameworks.framework import Example, FrameworkModel, Rows
+from hfmpi.models import factors as case_factors
 from hfmpi.models.losses import Loss
 
 try:
     import jax
 
-    from hfmpi.models.jax_layers import Layers
+    from hfmpi.frameworks.jax_layers import Layers
 except ImportError:
     jax = None
 
@@ -181,7 +181,7 @@ class JaxModel(FrameworkModel):
 
 
 class JaxPasses:
-    """The outputs of a function linearised at theta; satisfies `hfmpi.models.framework.Passes`."""
+    """The outputs of a function linearised at theta; satisfies `hfmpi.frameworks.framework.Passes`."""
 
     def __init__(
         self, model: JaxModel, theta: np.ndarray, inputs: tuple[np.ndarray, ...], rows: Rows
@@ -214,7 +214,7 @@ class JaxPasses:
         return total, squares
 
     def factors(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """J' u (D,) of u (N, O), and sums for Kronecker factors, as `hfmpi.models.case_factors` has them."""
+        """J' u (D,) of u (N, O), and sums for Kronecker factors, as `hfmpi.models.factors` has them."""
         blocks, layers = self.model.blocks, self.model._layers(self.inputs, self.rows)
         if layers is None:
             total, sums = self.vjp(u), np.zeros(case_factors.size(blocks), u.dtype)

@@ -16,9 +16,8 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from hfmpi.models.case_factors import square
-from hfmpi.optim.base import Block
-from hfmpi.optim.kfac import shape
+from hfmpi.models.factors import square
+from hfmpi.optim.layout import Block, factor_shape
 
 __all__ = ["Gradients", "factors", "gradients", "squares"]
 
@@ -201,12 +200,12 @@ class Gradients(NamedTuple):
         if self._alone == "lookups":
             u, rows = (several.flatten(0, 1) for several in _joined(self.lookups))
             counts = rows.bincount(minlength=block.rows).to(u)
-            diagonal = len(shape(block.rows)) == 1
+            diagonal = len(factor_shape(block.rows)) == 1
             return counts if diagonal else counts.diag(), square(u), u.new_tensor(len(u))
         if self._alone == "added":
             u = torch.cat(self.added, 1).flatten(0, 1)
             return u.new_full((1, 1), len(u)), square(u), u.new_tensor(len(u))
-        a, b = (self.p.new_zeros(shape(side)) for side in (block.rows, block.columns))
+        a, b = (self.p.new_zeros(factor_shape(side)) for side in (block.rows, block.columns))
         number = self.p.new_zeros(())
         for each in self.each():
             g = each.reshape(-1, block.rows, block.columns)

@@ -13,7 +13,7 @@ import numpy as np
 
 from hfmpi.backends.base import Array
 from hfmpi.backends.numpy import NumpyBackend
-from hfmpi.models.recurrence import Cell
+from hfmpi.networks.recurrence import Cell
 
 __all__ = ["Cotangents", "Each", "Sums", "Whole", "flat", "layer_gradient"]
 

@@ -19,11 +19,11 @@ import numpy as np
 
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.errors import UserError, shown
-from hfmpi.models import case_factors
+from hfmpi.models import factors as case_factors
+from hfmpi.models.batch import Batch
 from hfmpi.models.losses import Loss, choose
-from hfmpi.models.network import Batch
-from hfmpi.optim.base import Block
 from hfmpi.optim.checks import check_vector
+from hfmpi.optim.layout import Block
 
 __all__ = ["FrameworkLinearisation", "FrameworkModel", "Passes", "Rows", "layout"]
 
@@ -143,7 +143,7 @@ class Passes(Protocol):
         """J' u (D,) of u (N, O), and the sum over cases of its summands' squares (D,)."""
 
     def factors(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """J' u (D,) of u (N, O), and sums for Kronecker factors, as `hfmpi.models.case_factors` has them."""
+        """J' u (D,) of u (N, O), and sums for Kronecker factors, as `hfmpi.models.factors` has them."""
 
 
 @dataclass

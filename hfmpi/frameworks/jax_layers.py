@@ -16,9 +16,8 @@ import jax
 from jax import numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
-from hfmpi.models.case_factors import square
-from hfmpi.optim.base import Block
-from hfmpi.optim.kfac import shape
+from hfmpi.models.factors import square
+from hfmpi.optim.layout import Block, factor_shape
 
 __all__ = ["Layers"]
 
@@ -107,7 +106,7 @@ class Layers:
         return found.value, walk.kept
 
     def _sums(self, theta: Any, inputs: Sequence[Any], u: Any) -> tuple[Any, Any]:
-        """Give J' u (D,) of u (N, O), and the sums of `hfmpi.models.case_factors`, 0 for what is loose."""
+        """Give J' u (D,) of u (N, O), and the sums of `hfmpi.models.factors`, 0 for what is loose."""
         leaves = [block.of(theta).reshape(own) for block, own in zip(self._blocks, self._shapes, strict=True)]
 
         def outputs(leaves: Any, zeros: Any) -> tuple[Any, list[Any]]:
@@ -118,7 +117,7 @@ class Layers:
         gradients, backs = pull(u)
         sums, numbers = list[Any](), list[Any]()
         for i, block in enumerate(self._blocks):
-            a, b = (jnp.zeros(shape(side), u.dtype) for side in (block.rows, block.columns))
+            a, b = (jnp.zeros(factor_shape(side), u.dtype) for side in (block.rows, block.columns))
             number = 0
             for use, back, met in zip(self._uses, backs, kept, strict=True):
                 if use.leaf == i and i not in self.loose:
@@ -138,7 +137,7 @@ def _squares(use: _Use, block: Block, back: Any, met: Any) -> tuple[Any, Any, in
     if use.kind == "lookup":
         u, symbols = back.reshape(-1, block.columns), met.reshape(-1)
         counts = jnp.zeros(block.rows, u.dtype).at[symbols].add(1)
-        return counts if len(shape(block.rows)) == 1 else jnp.diag(counts), square(u), len(u)
+        return counts if len(factor_shape(block.rows)) == 1 else jnp.diag(counts), square(u), len(u)
     if use.kind != "product":
         u = (back if use.kind == "added" else back * met).reshape(-1, block.columns)
         return jnp.full((1, 1), len(u), u.dtype), square(u), len(u)

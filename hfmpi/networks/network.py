@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,32 +10,17 @@ from hfmpi.backends import create
 from hfmpi.backends.base import Array, Workspace
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.errors import UserError, shown
-from hfmpi.models import kronecker, recurrence
-from hfmpi.models.architecture import Architecture
+from hfmpi.models.batch import Batch
 from hfmpi.models.losses import Loss, choose
-from hfmpi.models.recurrence import Recurrence
-from hfmpi.models.tape import Tape, blocks, fill_outputs, fill_rows
-from hfmpi.optim.base import Block
+from hfmpi.networks import factors as kronecker
+from hfmpi.networks import recurrence
+from hfmpi.networks.architecture import Architecture
+from hfmpi.networks.recurrence import Recurrence
+from hfmpi.networks.tape import Tape, blocks, fill_outputs, fill_rows
 from hfmpi.optim.checks import check_vector
+from hfmpi.optim.layout import Block
 
-__all__ = ["Batch", "Network", "State"]
-
-
-@runtime_checkable
-class Batch(Protocol):
-    """B sequences side by side, time first: L inputs, and targets of the last T of them."""
-
-    @property
-    def inputs(self) -> Any:
-        """(L, B) int32 symbols, or (L, B, I) numbers."""
-
-    @property
-    def targets(self) -> Any:
-        """(T, B) int32 symbols, or (T, B, O) numbers; T <= L, steps before are burn-in, without outputs."""
-
-    @property
-    def mask(self) -> Any:
-        """(T, B), 1 where a step is scored and 0 where it is not, or None: all are."""
+__all__ = ["Network", "State"]
 
 
 class State(NamedTuple):

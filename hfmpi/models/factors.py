@@ -27,21 +27,20 @@ from typing import Any
 
 import numpy as np
 
-from hfmpi.optim.base import Block
-from hfmpi.optim.kfac import factors_size, shape, split
+from hfmpi.optim.layout import Block, factor_shape, kronecker_layout, split_factors
 
 __all__ = ["add_cases", "normalise", "size", "square"]
 
 
 def size(blocks: Sequence[Block]) -> int:
     """Give the numbers of all sums."""
-    return factors_size(blocks) + len(blocks)
+    return kronecker_layout(blocks).size + len(blocks)
 
 
 def normalise(blocks: Sequence[Block], sums: np.ndarray, scored: int) -> np.ndarray:
     """Turn sums over all cases into A and B, block after block, in place, and give them."""
     factors, over = np.split(sums, [-len(blocks)])
-    for (_, a, b), number in zip(split(blocks, factors), over, strict=True):
+    for (_, a, b), number in zip(split_factors(blocks, factors), over, strict=True):
         a *= sums.dtype.type(scored)
         b /= number if number > 0 else 1
     return factors
@@ -49,7 +48,7 @@ def normalise(blocks: Sequence[Block], sums: np.ndarray, scored: int) -> np.ndar
 
 def square(rows: Any) -> Any:
     """Give the sum of z z' over rows z (n, side), an array of any framework: a factor, or its diagonal."""
-    return rows.T @ rows if len(shape(rows.shape[1])) == 2 else (rows * rows).sum(0)
+    return rows.T @ rows if len(factor_shape(rows.shape[1])) == 2 else (rows * rows).sum(0)
 
 
 def add_cases(
@@ -57,7 +56,7 @@ def add_cases(
 ) -> None:
     """Add what the gradients of some cases (B, D) bring to the sums, of all blocks or `only` some."""
     over = sums[-len(blocks) :]
-    for i, (block, a, b) in enumerate(split(blocks, sums)):
+    for i, (block, a, b) in enumerate(split_factors(blocks, sums[: -len(blocks)])):
         if only is not None and i not in only:
             continue
         g = gradients[:, block.start : block.start + block.rows * block.columns]

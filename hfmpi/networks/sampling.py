@@ -9,7 +9,7 @@ import numpy as np
 
 from hfmpi.backends.base import Array
 from hfmpi.errors import UserError
-from hfmpi.models.network import Network, State
+from hfmpi.networks.network import Network, State
 
 __all__ = ["sample"]
 

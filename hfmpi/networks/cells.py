@@ -13,8 +13,8 @@ import numpy as np
 from hfmpi.backends.base import Array
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.errors import UserError
-from hfmpi.models.gru import GRU
-from hfmpi.models.recurrence import Adjoint, Cell, Recurrence, Step, Tangent
+from hfmpi.networks.gru import GRU
+from hfmpi.networks.recurrence import Adjoint, Cell, Recurrence, Step, Tangent
 
 __all__ = ["CELLS", "VARIANTS", "Gated", "Plain", "cell"]
 

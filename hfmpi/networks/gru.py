@@ -19,7 +19,7 @@ from typing import ClassVar
 
 from hfmpi.backends.base import Array
 from hfmpi.backends.numpy import NumpyBackend, by_sequence
-from hfmpi.models.recurrence import Adjoint, Cell, Recurrence, Step, Tangent
+from hfmpi.networks.recurrence import Adjoint, Cell, Recurrence, Step, Tangent
 
 __all__ = ["GRU"]
 

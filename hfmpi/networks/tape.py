@@ -25,11 +25,12 @@ import numpy as np
 
 from hfmpi.backends.base import Array, Workspace
 from hfmpi.backends.numpy import NumpyBackend, by_sequence
-from hfmpi.models import kronecker, recurrence
-from hfmpi.models.architecture import Architecture
 from hfmpi.models.losses import Loss
-from hfmpi.models.parameter_gradient import Cotangents, Each, Sums, Whole, layer_gradient
-from hfmpi.models.recurrence import Recurrence
+from hfmpi.networks import factors as kronecker
+from hfmpi.networks import recurrence
+from hfmpi.networks.architecture import Architecture
+from hfmpi.networks.parameter_gradient import Cotangents, Each, Sums, Whole, layer_gradient
+from hfmpi.networks.recurrence import Recurrence
 
 __all__ = ["Outputs", "Tape", "blocks", "fill_outputs", "fill_rows"]
 
@@ -319,7 +320,7 @@ class Tape:
             Gains, for every sequence of the batch, the element-wise square of that sequence's cotangent;
             not for columns.
         factors : array, optional
-            Gains the sums of `hfmpi.models.kronecker`; not for columns.
+            Gains the sums of `hfmpi.networks.factors`; not for columns.
         """
         backend, n = self.backend, self.architecture.hidden
         many = len(u.outputs) // max(1, len(self.kept))

@@ -10,7 +10,7 @@ from hfmpi.data.corpus import Corpus
 from hfmpi.data.noise import Noisy
 from hfmpi.files.checkpoint import Checkpoint
 from hfmpi.files.history import BITS
-from hfmpi.models.network import Network
+from hfmpi.networks.network import Network
 from hfmpi.optim.hessian_free import HessianFree
 from hfmpi.runs import checks
 from hfmpi.runs.config import Config

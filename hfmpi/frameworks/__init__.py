@@ -1,0 +1,1 @@
+"""PyTorch modules and JAX functions as models."""

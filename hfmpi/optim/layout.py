@@ -1,0 +1,159 @@
+"""The layout of vectors: named arrays in one vector, the matrices of theta, the shapes of their factors.
+
+A vector that holds several arrays (theta, the state of an optimizer, sums of Kronecker factors, a message) is
+divided by a `Layout`, or by a `BlockLayout` where every matrix of theta has the same named arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+
+__all__ = [
+    "LONGEST_SIDE",
+    "Block",
+    "BlockLayout",
+    "Layout",
+    "Shape",
+    "Vector",
+    "factor_shape",
+    "kronecker_layout",
+    "split_factors",
+]
+
+Vector: TypeAlias = Any
+"""A NumPy array (D,), or one of the same interface on a device: there is no type that both of them have."""
+
+Shape = tuple[int, ...]
+
+NameT = TypeVar("NameT")
+
+LONGEST_SIDE = 10_000
+"""Sides (rows or columns) longer than this have a diagonal factor, which is exact for one-hot inputs."""
+
+
+class Block(NamedTuple):
+    """A matrix among the parameters, stored row by row from `start` on; a vector is a matrix of one row.
+
+    Attributes
+    ----------
+    name : str
+    start, rows, columns : int
+    cuts : tuple of int
+        Rows at which a different kind of input begins: the state after the symbols, the constant of a bias.
+    groups : int
+        Kinds of outputs, with equally many columns each: the gates of a cell.
+    """
+
+    name: str
+    start: int
+    rows: int
+    columns: int
+    cuts: tuple[int, ...] = ()
+    groups: int = 1
+
+    @property
+    def size(self) -> int:
+        """The number of parameters."""
+        return self.rows * self.columns
+
+    def of(self, vector: Vector) -> Vector:
+        """Return the block of a vector (D,) as a view (rows, columns)."""
+        return vector[self.start : self.start + self.size].reshape(self.rows, self.columns)
+
+
+class Layout(Generic[NameT]):
+    """Names and shapes of arrays, in the order in which one vector holds them.
+
+    Parameters
+    ----------
+    shapes : mapping of name to tuple of int
+        In order; arrays are stored in C order.
+
+    Attributes
+    ----------
+    offsets : dict of name to int
+        The index of the first number of each array.
+    size : int
+        The length of the vector.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> layout = Layout({"W": (2, 3), "b": (3,)})
+    >>> layout.views(np.arange(9))["b"]
+    array([6, 7, 8])
+    """
+
+    def __init__(self, shapes: Mapping[NameT, Shape]) -> None:
+        self.shapes = dict(shapes)
+        self.offsets: dict[NameT, int] = {}
+        self.size = 0
+        for name, shape in self.shapes.items():
+            self.offsets[name] = self.size
+            self.size += prod(shape)
+
+    def views(self, vector: Vector) -> dict[NameT, Vector]:
+        """Return each array as a view of the vector (size,), or of rows (N, size): writing writes there.
+
+        Raises
+        ------
+        ValueError
+            If the vector has a different length.
+        """
+        if vector.shape[-1:] != (self.size,):
+            raise ValueError(f"expected a vector of {self.size} parameters, got shape {vector.shape}")
+        return {
+            name: vector[..., offset : offset + prod(shape)].reshape(*vector.shape[:-1], *shape)
+            for (name, shape), offset in zip(self.shapes.items(), self.offsets.values(), strict=True)
+        }
+
+
+class BlockLayout:
+    """A vector that holds, block after block, the same named arrays for each matrix of theta.
+
+    Parameters
+    ----------
+    blocks : sequence of Block
+    arrays : callable
+        Returns the names and shapes of the arrays of a block, in order.
+
+    Attributes
+    ----------
+    layouts : list of Layout
+        The arrays of each block.
+    size : int
+        The length of the vector.
+    """
+
+    def __init__(self, blocks: Sequence[Block], arrays: Callable[[Block], Mapping[str, Shape]]) -> None:
+        self.layouts = [Layout(arrays(block)) for block in blocks]
+        self._parts = Layout({i: (layout.size,) for i, layout in enumerate(self.layouts)})
+        self.size = self._parts.size
+
+    def parts(self, vector: Vector) -> list[Vector]:
+        """Return the part of a vector (size,) that belongs to each block, as views."""
+        return list(self._parts.views(vector).values())
+
+    def views(self, vector: Vector) -> list[dict[str, Vector]]:
+        """Return the arrays of each block by name, as views of a vector (size,)."""
+        return [layout.views(part) for layout, part in zip(self.layouts, self.parts(vector), strict=True)]
+
+
+def factor_shape(side: int) -> Shape:
+    """Return the shape of the Kronecker factor of a side: a square matrix, or its diagonal if too long."""
+    return (side, side) if side <= LONGEST_SIDE else (side,)
+
+
+def kronecker_layout(blocks: Sequence[Block]) -> BlockLayout:
+    """Return the layout of the Kronecker factors A (of rows) and B (of columns) of all blocks."""
+    return BlockLayout(
+        blocks, lambda block: {"A": factor_shape(block.rows), "B": factor_shape(block.columns)}
+    )
+
+
+def split_factors(blocks: Sequence[Block], factors: Vector) -> list[tuple[Block, Vector, Vector]]:
+    """Return each block with its Kronecker factors A and B, as views of the vector that holds them all."""
+    views = kronecker_layout(blocks).views(factors)
+    return [(block, own["A"], own["B"]) for block, own in zip(blocks, views, strict=True)]
