@@ -9,8 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hfmpi.data.arrays import Arrays
-    from hfmpi.data.examples import Examples
+    from hfmpi.data.examples import Arrays, Examples
     from hfmpi.frameworks.jax import JaxModel
     from hfmpi.frameworks.torch import TorchModel
     from hfmpi.networks.architecture import Architecture
@@ -44,7 +43,7 @@ __version__ = "0.2.0"
 
 _PLACES = {
     "Architecture": "hfmpi.networks.architecture",
-    "Arrays": "hfmpi.data.arrays",
+    "Arrays": "hfmpi.data.examples",
     "DataParallel": "hfmpi.objective.data_parallel",
     "Examples": "hfmpi.data.examples",
     "JaxModel": "hfmpi.frameworks.jax",

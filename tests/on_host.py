@@ -1,7 +1,21 @@
 """Networks that take and give NumPy arrays, whatever their device."""
 
+from typing import Any, NamedTuple
+
+from hfmpi.data.batches import Batch
 from hfmpi.networks.network import Network
-from hfmpi.networks.tape import Outputs
+
+
+class Outputs(NamedTuple):
+    """A tangent or cotangent of outputs and, for structural damping, of the pre-activations of each layer."""
+
+    outputs: Any
+    pre: Any = None
+
+
+def turned(batch):
+    """Exchange the first two axes: the independent implementation reads batches with their time first."""
+    return Batch(*(None if part is None else part.swapaxes(0, 1) for part in batch))
 
 
 class OnHost:
@@ -20,10 +34,10 @@ class OnHost:
 
     def forward(self, theta, batch, structural=False, reuse=None):
         linearise = self.network.linearise_structural if structural else self.network.linearise
-        return linearise(self.device(theta), batch, reuse)
+        return linearise(self.device(theta), turned(batch), reuse)
 
     def loss(self, theta, batch):
-        return self.network.loss(self.device(theta), batch)
+        return self.network.loss(self.device(theta), turned(batch))
 
     def _adding(self, function, out, squares=None):
         own = self.device(out), self.device(squares)
@@ -43,12 +57,12 @@ class OnHost:
         self._adding(lambda g, _: tape.structural_gauss_newton(own, scale, structural, g), out)
 
     def jvp(self, tape, v, pre=False):
-        found = tape.jvp(self.device(v), pre)
-        return Outputs(self.host(found.outputs), found.pre and tuple(map(self.host, found.pre)))
+        outputs, pre_activations = tape.passes.tangents(self.device(v), pre)
+        return Outputs(self.host(outputs), tuple(map(self.host, pre_activations)))
 
     def vjp(self, tape, u, out):
-        own = Outputs(self.device(u.outputs), u.pre and tuple(map(self.device, u.pre)))
-        self._adding(lambda g, _: tape.vjp(own, g), out)
+        cotangents = self.device(u.outputs)
+        self._adding(lambda g, _: tape.vjp(cotangents, g), out)
 
     def advance(self, theta, state, inputs):
         state, outputs = self.network.advance(self.device(theta), state, self.device(inputs))

@@ -241,7 +241,7 @@ def owner(**changes):
     (lambda: NETWORK.loss(THETA, (INPUTS, TARGETS)), "a batch must have inputs, targets and mask"),
     (lambda: NETWORK.loss(list(THETA), CASES.take([0])), "theta must be an array"),
     (lambda: NETWORK.loss(THETA, CASES.take([0])._replace(mask=np.ones(2))), "the mask must be of shape"),
-    (lambda: hfmpi.Arrays([[1, 2], [3]], TARGETS), "inputs must be an array: its rows must be of one length"),
+    (lambda: hfmpi.Arrays([[1, 2], [3]], TARGETS), "inputs must be an array with rows of one length"),
     (lambda: owner(model="net"), "model must be a model such as hfmpi.Network, not 'net'"),
     (lambda: owner(model=hfmpi.Network), "model must be a model such as hfmpi.Network, not the class"),
     (lambda: owner(communicator=None), "communicator must be what connect() gives, not None"),

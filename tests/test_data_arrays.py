@@ -1,12 +1,12 @@
-"""Cases in memory: batches time first, and sentences where the arrays do not fit."""
+"""Cases in memory: batches examples first, and sentences where the arrays do not fit."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfmpi.data.arrays import Arrays
 from hfmpi.data.batches import Batch
+from hfmpi.data.examples import Arrays
 from hfmpi.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -28,7 +28,7 @@ def vectors(*shape):
     st.booleans(),
     st.sampled_from(["f4", "f8"]),
 )
-def test_a_batch_is_time_first(cases, steps, data, real_inputs, real_targets, kind):
+def test_a_batch_is_examples_first(cases, steps, data, real_inputs, real_targets, kind):
     scored = data.draw(st.integers(1, steps))
     inputs = vectors(cases, steps, 3).astype(kind) if real_inputs else symbols(cases, steps)
     targets = vectors(cases, scored, 2).astype(kind) if real_targets else symbols(cases, scored)
@@ -43,9 +43,9 @@ def test_a_batch_is_time_first(cases, steps, data, real_inputs, real_targets, ki
             assert found is None
             continue
         assert found.flags.c_contiguous
-        assert found.shape == (given_.shape[1], len(indices), *given_.shape[2:])
+        assert found.shape == (len(indices), *given_.shape[1:])
         for k, index in enumerate(indices):
-            np.testing.assert_array_equal(found[:, k], given_[index])
+            np.testing.assert_array_equal(found[k], given_[index])
     assert batch.inputs.dtype == (kind if real_inputs else np.int32)
     assert batch.targets.dtype == (kind if real_targets else np.int32)
     expected = len(indices) * scored if mask is None else sum(mask[i].sum() for i in indices)

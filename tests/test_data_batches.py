@@ -38,9 +38,9 @@ def test_a_sequence_is_the_text_read_as_a_ring(split: tuple[np.ndarray, int, int
     inputs, targets, _ = sequences.take(np.arange(sequences.count))
     for k in range(sequences.count):
         for t in range(length):
-            assert targets[t, k] == ids[(k * length + t + 1) % len(ids)]
+            assert targets[k, t] == ids[(k * length + t + 1) % len(ids)]
         for t in range(-burn_in, length):
-            assert inputs[burn_in + t, k] == ids[(k * length + t) % len(ids)]
+            assert inputs[k, burn_in + t] == ids[(k * length + t) % len(ids)]
 
 
 @given(splits())
@@ -50,10 +50,10 @@ def test_targets_are_the_inputs_one_later_and_every_character_is_one_target(
     ids, length, burn_in = split
     sequences = Sequences(np.arange(len(ids)), length, burn_in)  # each character its own position
     inputs, targets, _ = sequences.take(np.arange(sequences.count))
-    assert inputs.shape == (burn_in + length, sequences.count)
-    assert targets.shape == (length, sequences.count)
-    assert np.array_equal(targets, (inputs[burn_in:] + 1) % len(ids))
-    assert np.array_equal(targets[:-1], inputs[burn_in + 1 :])
+    assert inputs.shape == (sequences.count, burn_in + length)
+    assert targets.shape == (sequences.count, length)
+    assert np.array_equal(targets, (inputs[:, burn_in:] + 1) % len(ids))
+    assert np.array_equal(targets[:, :-1], inputs[:, burn_in + 1 :])
     covered = (np.arange(sequences.count * length) + 1) % len(ids)
     assert np.array_equal(np.sort(targets, axis=None), np.sort(covered))
 
@@ -75,8 +75,8 @@ def test_noise_is_that_of_seed_step_and_sequence(
     assert whole.inputs.flags.c_contiguous
     assert set(whole.inputs.reshape(-1)) <= set(ids)
     some = everything[::-2]
-    assert np.array_equal(noisy.take(some).inputs, whole.inputs[:, some])
-    assert noisy.take(everything[:0]).inputs.shape == (burn_in + length, 0)
+    assert np.array_equal(noisy.take(some).inputs, whole.inputs[some])
+    assert noisy.take(everything[:0]).inputs.shape == (0, burn_in + length)
     assert np.array_equal(Noisy(sequences, 0.0, seed, step).take(everything).inputs, plain.inputs)
     with pytest.raises(IndexError):
         noisy.take(np.array([sequences.count]))
@@ -103,20 +103,20 @@ def test_noise_replaces_its_share_by_what_the_text_has() -> None:
     assert np.flatnonzero(changed)[:8].tolist() == [23, 25, 47, 65, 67, 73, 83, 85]
 
 
-def test_a_batch_is_int32_time_first_and_contiguous() -> None:
+def test_a_batch_is_int32_examples_first_and_contiguous() -> None:
     sequences = Sequences(np.arange(100, dtype=np.uint8), 10, 3)
     for indices in (np.array([4, 0, 4]), np.array([], np.int64)):
         batch = sequences.take(indices)
-        assert batch.inputs.shape == (13, len(indices))
-        assert batch.targets.shape == (10, len(indices))
+        assert batch.inputs.shape == (len(indices), 13)
+        assert batch.targets.shape == (len(indices), 10)
         for part in batch[:2]:
             assert part.dtype == np.int32
             assert part.flags.c_contiguous
         assert batch.mask is None
         assert sequences.scored(indices) == batch.targets.size
     batch = sequences.take(np.array([4, 0, 4]))
-    assert batch.inputs[:, 1].tolist() == [97, 98, 99, *range(10)]
-    assert np.array_equal(batch.inputs[:, 0], batch.inputs[:, 2])
+    assert batch.inputs[1].tolist() == [97, 98, 99, *range(10)]
+    assert np.array_equal(batch.inputs[0], batch.inputs[2])
 
 
 def test_the_papers_sizes_make_the_papers_sequences() -> None:

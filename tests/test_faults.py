@@ -21,7 +21,7 @@ from hfmpi.cli.train import train as train_command
 from hfmpi.errors import UserError
 from hfmpi.files import checkpoint
 from hfmpi.networks.network import Network
-from hfmpi.networks.tape import Tape
+from hfmpi.networks.tape import NetworkLinearisation
 from hfmpi.optim import Gradient, HessianFree, Objective, Objectives
 from hfmpi.parallel import launch, watchdog
 from hfmpi.parallel.communicator import MPICommunicator
@@ -310,7 +310,8 @@ def test_a_zero_gradient_is_no_rejection_and_no_work():
 @pytest.mark.mpi(ranks=2, timeout=60, unit="s")
 def test_one_ranks_bad_numbers_stop_the_run_on_all(mpi_ranks, comm, mpi_tmp_path, monkeypatch):
     communicator, data = MPICommunicator(comm), shared_corpus(comm, mpi_tmp_path)
-    honest = Tape.squared_gradients, Tape.gauss_newton, Network.loss
+    linearised = NetworkLinearisation
+    honest = linearised.squared_gradients, linearised.gauss_newton, Network.loss
     methods = (
         ("squared_gradients", 1, "gradient is not finite"),
         ("gauss_newton", 2, "product or residual was not finite"),
@@ -319,7 +320,7 @@ def test_one_ranks_bad_numbers_stop_the_run_on_all(mpi_ranks, comm, mpi_tmp_path
         folder = mpi_tmp_path / method
         options = {"checkpoint_every": 2, "max_steps": 30, "max_rejections": 3}
         run = make_run(folder, data, communicator, **options)
-        original = getattr(Tape, method)
+        original = getattr(NetworkLinearisation, method)
 
         def spoiled(self, *arguments, original=original, place=place, run=run):
             result = original(self, *arguments)
@@ -327,7 +328,7 @@ def test_one_ranks_bad_numbers_stop_the_run_on_all(mpi_ranks, comm, mpi_tmp_path
                 arguments[place][0] = np.nan
             return result
 
-        monkeypatch.setattr(Tape, method, spoiled)
+        monkeypatch.setattr(NetworkLinearisation, method, spoiled)
         sentence = (
             rf"^3 steps in a row were rejected up to step 5, .*{cause}.*; the last checkpoint, of step 4, is"
         )
@@ -335,7 +336,11 @@ def test_one_ranks_bad_numbers_stop_the_run_on_all(mpi_ranks, comm, mpi_tmp_path
             run.train(Recorder(), signals)
         monkeypatch.undo()
         comm.Barrier()  # rank 0 has written what the others read
-        assert (Tape.squared_gradients, Tape.gauss_newton, Network.loss) == honest
+        assert (
+            NetworkLinearisation.squared_gradients,
+            NetworkLinearisation.gauss_newton,
+            Network.loss,
+        ) == honest
         assert checkpoint.latest(folder).meta["rejections"] == 2
         assert [record["accepted"] for record in history(folder)] == [True] * 2 + [False] * 3
         assert all(cause in record["message"] for record in history(folder)[2:])
@@ -348,13 +353,13 @@ def test_one_ranks_bad_numbers_stop_the_run_on_all(mpi_ranks, comm, mpi_tmp_path
 
 def test_rejections_count_across_a_stop_and_may_be_unlimited(tmp_path, monkeypatch):
     data = write_corpus(tmp_path / "small.h5")
-    honest = Tape.squared_gradients
+    honest = NetworkLinearisation.squared_gradients
 
     def spoiled(self, *arguments):
         honest(self, *arguments)
         arguments[1][0] = np.nan
 
-    monkeypatch.setattr(Tape, "squared_gradients", spoiled)
+    monkeypatch.setattr(NetworkLinearisation, "squared_gradients", spoiled)
     train(tmp_path / "run", data, max_steps=3)
     with pytest.raises(
         UserError, match=r"^20 steps in a row were rejected up to step 20, .*, of step 3, is good"

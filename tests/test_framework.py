@@ -9,13 +9,14 @@ from dense import CASES, INPUTS, OUTPUTS, STEPS, check, check_optimizers, number
 
 import hfmpi
 from hfmpi.errors import UserError
-from hfmpi.frameworks.framework import FrameworkModel, layout
-from hfmpi.models import factors as case_factors
-from hfmpi.optim.layout import split_factors
+from hfmpi.frameworks.framework import FrameworkModel, matrices
+from hfmpi.models.batch import ScoredOutputs
+from hfmpi.models.factors import add_examples
+from hfmpi.optim.layout import Layout, split_factors
 from hfmpi.parallel.communicator import Communicator
 
 SHAPES = ("W", (INPUTS, OUTPUTS)), ("b", (OUTPUTS,))
-BLOCKS = layout(SHAPES, {})
+BLOCKS = matrices(Layout(dict(SHAPES)))
 
 
 class Tanh(FrameworkModel):
@@ -41,19 +42,21 @@ class Passes:
         self.nbytes = self.jacobian.nbytes
 
     def jvp(self, v):
-        return np.ascontiguousarray(np.einsum("nod,...d->...no", self.jacobian, v))
+        return np.einsum("nod,cd->nco", self.jacobian, np.atleast_2d(v)).reshape(-1, OUTPUTS)
 
-    def vjp(self, u):
-        return np.einsum("nod,...no->...d", self.jacobian, u)
+    def vjp(self, u, out):
+        u = u.reshape(len(self.outputs), -1, OUTPUTS)
+        out += np.einsum("nod,nco->cd", self.jacobian, u).reshape(out.shape)
 
-    def squares(self, u):
+    def squares(self, u, out, squares):
         each = self._each(u)
-        return each.sum(axis=0), (each**2).sum(axis=0)
+        out += each.sum(axis=0)
+        squares += (each**2).sum(axis=0)
 
-    def factors(self, u):
-        each, sums = self._each(u), np.zeros(case_factors.size(BLOCKS), u.dtype)
-        case_factors.add_cases(BLOCKS, each, sums)
-        return each.sum(axis=0), sums
+    def factors(self, u, out, sums):
+        each = self._each(u)
+        out += each.sum(axis=0)
+        add_examples(BLOCKS, each, sums)
 
     def _each(self, u):
         each = np.einsum("nod,no->nd", self.jacobian, u)
@@ -82,7 +85,7 @@ def test_losses_masks_and_burn_in_are_those_of_the_dense_jacobian(loss, cases, x
     x = x.reshape(-1, INPUTS)
     W, b = theta[:-OUTPUTS].reshape(INPUTS, OUTPUTS), theta[-OUTPUTS:]
     z = np.tanh(x @ W + b)
-    jacobian = Passes(z, x, hfmpi.frameworks.framework.Rows((len(x),), None)).jacobian
+    jacobian = Passes(z, x, ScoredOutputs((len(x),), None)).jacobian
     check(
         made, loss, cases, theta, z, jacobian, None if mask is None else np.reshape(mask, -1), by_cases=True
     )
@@ -101,7 +104,7 @@ def test_long_sides_have_the_diagonals_of_their_factors(monkeypatch):
 
 
 def test_arrays_on_top_of_one_another_are_cut():
-    made = layout([("W", (6, 2)), ("b", (6,)), ("k", (4, 1, 3)), ("s", ())], {"W": 3, "b": 3})
+    made = matrices(Layout({"W": (6, 2), "b": (6,), "k": (4, 1, 3), "s": ()}), {"W": 3, "b": 3})
     assert [block[2:] for block in made] == [
         (6, 2, (2, 4), 1), (1, 6, (), 3), (4, 3, (), 1), (1, 1, (), 1)
     ]  # fmt: skip
@@ -109,7 +112,7 @@ def test_arrays_on_top_of_one_another_are_cut():
 
 def test_outputs_may_lack_the_axis_of_one_step_or_of_one_number():
     rows = numbers(CASES, OUTPUTS)
-    of = hfmpi.frameworks.framework.Rows
+    of = ScoredOutputs
     assert np.array_equal(of((CASES, 1), None).of(rows), rows)
     assert np.array_equal(of((CASES,), 1).of(rows[:, 0]), rows[:, :1])
     assert np.array_equal(of((CASES,), 1).of(rows[:, :1]), rows[:, :1])
@@ -142,7 +145,7 @@ def test_memory_of_a_linearisation_is_given_back_before_the_next():
 @pytest.mark.parametrize(("loss", "cases", "words"), [
     ("cross-entropy", hfmpi.Examples(ROWS, numbers(CASES, OUTPUTS)), "must be whole numbers, as symbols are"),
     ("squares", hfmpi.Examples(ROWS, symbols(CASES)), r"must be real numbers, as of astype\(float\)"),
-    ("cross-entropy", hfmpi.Examples(ROWS, symbols(CASES) + 1), "targets must be symbols 0 ... 2, as"),
+    ("cross-entropy", hfmpi.Examples(ROWS, symbols(CASES) + 1), "must be symbols from 0 to 2, not 2 to 3"),
     ("squares", hfmpi.Examples(ROWS, numbers(CASES, 2)), r"outputs must be of shape \(4, 2\) for these"),
     ("squares", hfmpi.Examples(ROWS * np.nan, numbers(CASES, OUTPUTS)), "loss is not finite at the start"),
 ])  # fmt: skip
@@ -159,7 +162,7 @@ def test_a_batch_that_does_not_fit_is_refused(loss, cases, words):
     ((ROWS, symbols(CASES + 1)), "there are 4 cases of inputs and 5 of targets"),
     (((ROWS, ROWS[1:]), symbols(CASES)), "there are 3 cases of inputs and 4 of targets"),
     (((), symbols(CASES)), "not an empty tuple"),
-    ((ROWS, [[1, 2], [3]]), "targets must be an array, or a tensor on the CPU"),
+    ((ROWS, [[1, 2], [3]]), "targets must be an array with rows of one length, or a tensor on the CPU"),
     ((ROWS[:0], symbols(0)), r"inputs must be whole or real numbers, one row or more, not float64 of shape"),
     ((ROWS.astype(str), symbols(CASES)), "inputs must be whole or real numbers"),
     ((ROWS, symbols(CASES), np.ones(3)), r"the mask has shape \(3,\), not \(4,\)"),

@@ -62,7 +62,7 @@ def expected_factors(kind, case):
             other = theta + 1j * independent.STEP * e
             g[j] = independent.loss(theta.astype(complex), about, batch, loss, at, other).imag
         g *= scale / independent.STEP
-        for i, (block, z) in enumerate(zip(about.blocks, inputs_of(about, tape, at), strict=True)):
+        for i, (block, z) in enumerate(zip(about.blocks, inputs_of(about, tape.passes, at), strict=True)):
             if i < len(a) - 1 or at[0] >= len(batch.inputs) - len(batch.targets):
                 a[i] += np.outer(z, z) / len(steps)
             da = z @ block.of(g) / (z @ z) if z @ z > 0 else None
@@ -85,11 +85,11 @@ def test_factors_are_means_over_single_steps(kind, backend, case):
     scored = batch.targets.shape[0] * batch.targets.shape[1]
     tape, model = network.forward(theta, batch), network.network
     out, plain = np.zeros_like(theta), np.zeros_like(theta)
-    sums = np.zeros(model.factors_size)
-    network._adding(lambda g, f: model.factored_gradient(tape, 1 / scored, g, f), out, sums)
+    sums = np.zeros(model.factor_sums.size)
+    network._adding(lambda g, f: tape.factored_gradient(1 / scored, g, f), out, sums)
     network.gradient(network.forward(theta, batch), 1 / scored, plain)
     np.testing.assert_array_equal(out, plain)
-    factors = network.host(model.normalise_factors(network.device(sums), scored))
+    factors = network.host(model.factor_sums.normalise(network.device(sums), scored))
     close(factors, expected_factors(kind, case), 1e-9)
     for block, a, b in split_factors(model.blocks, factors):
         for matrix in (a, b):
@@ -105,9 +105,9 @@ def test_long_sides_have_the_diagonals_of_their_factors(kind, case, monkeypatch)
     monkeypatch.setattr(layout, "LONGEST_SIDE", 2)
     scored = batch.targets.shape[0] * batch.targets.shape[1]
     tape, model = network.forward(theta, batch), network.network
-    sums = np.zeros(model.factors_size)
-    network._adding(lambda g, f: model.factored_gradient(tape, 1 / scored, g, f), np.zeros_like(theta), sums)
-    found = split_factors(model.blocks, model.normalise_factors(sums, scored))
+    sums = np.zeros(model.factor_sums.size)
+    network._adding(lambda g, f: tape.factored_gradient(1 / scored, g, f), np.zeros_like(theta), sums)
+    found = split_factors(model.blocks, model.factor_sums.normalise(sums, scored))
     shapes = set()
     for (_, *ours), (_, *theirs) in zip(found, expected, strict=True):
         for own, matrix in zip(ours, theirs, strict=True):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hfmpi.data.examples import ExampleBatch
+from hfmpi.data.batches import Batch
 from hfmpi.models.base import Linearisation, Model
 
 
@@ -18,7 +18,7 @@ def test_the_program_of_the_page_trains_a_model_with_the_right_derivatives():
     assert isinstance(model, Model)
     assert losses[-1] < 0.01 < losses[0]
     theta, v = model.initial(0), np.random.default_rng(2).standard_normal((2, model.size))
-    batch = ExampleBatch(names["x"][:7], np.ones(7), None, 7)
+    batch = Batch(names["x"][:7], np.ones(7), None)
     at = model.linearise(theta, batch)
     members = [name for name in vars(Linearisation) if not name.startswith("_")]
     assert all(hasattr(at, name) for name in members)

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from on_host import OnHost
+from on_host import OnHost, Outputs
 
 from hfmpi.backends import create
 from hfmpi.errors import UserError
 from hfmpi.networks.architecture import Architecture
 from hfmpi.networks.cells import CELLS
-from hfmpi.networks.tape import Outputs
 
 ALL = [(name, "standard") for name in CELLS] + [("lstm", "krause"), ("mlstm", "krause")]
 BACKENDS = ["numpy", "numba", "cupy"]

@@ -16,7 +16,7 @@ from test_models import check_products, close, gradient_of, product_of
 
 from hfmpi.backends import create
 from hfmpi.cli.main import cli
-from hfmpi.data.arrays import Arrays
+from hfmpi.data.examples import Arrays
 from hfmpi.errors import UserError
 from hfmpi.files import checkpoint
 from hfmpi.models.losses import LOSSES, choose

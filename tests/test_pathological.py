@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from on_host import turned
 
 from hfmpi.data.batches import Cases
 from hfmpi.errors import UserError
@@ -34,6 +35,7 @@ def training(tasks):
 
 def sequences(batch):
     """Give each case as plain lists: inputs, and the scored steps, counted from 1, with their targets."""
+    batch = turned(batch)
     first = len(batch.inputs) - len(batch.targets) + 1
     for case in range(batch.inputs.shape[1]):
         scored = [
@@ -112,10 +114,10 @@ def test_cases_are_a_function_of_seed_and_index(tasks):
         for part, every in zip(some, whole, strict=True):
             assert (part is None) == (every is None)
             if part is not None:
-                np.testing.assert_array_equal(part, every[:, order])
+                np.testing.assert_array_equal(part, every[order])
                 assert part.flags.c_contiguous
         assert np.array_equal(some.inputs, other.inputs) == (name == "memory-5")  # which has no chance in it
-        targets = some.targets.shape[0] * 4 if some.mask is None else some.mask.sum()
+        targets = some.targets.shape[1] * 4 if some.mask is None else some.mask.sum()
         assert task.scored(order) == targets
         with pytest.raises(IndexError):
             task.take(np.array([task.count]))
@@ -125,7 +127,7 @@ def test_what_is_drawn_is_uniform(tasks):
     cases = 4000
 
     def drawn(name):
-        return tasks.Task(name, 30, 3).take(np.arange(cases))
+        return turned(tasks.Task(name, 30, 3).take(np.arange(cases)))
 
     def uniform(values, expected):
         found, counts = np.unique(values, return_counts=True)
@@ -181,7 +183,7 @@ def test_a_test_counts_what_the_network_gets_wrong(tasks, training):
         task = tasks.Task(name, 12, 0)
         network = training.Run(name, 12, "rnn", "adam", 0.01, 0, hidden=5).network()
         theta = training.initial(network, 0).astype(network.backend.dtype)
-        batch, wrong, outputs = task.take(np.arange(60)), 0, 0
+        batch, wrong, outputs = turned(task.take(np.arange(60))), 0, 0
         answers = [network.advance(theta, None, batch.inputs[: t + 1])[1] for t in range(len(batch.inputs))]
         first = len(batch.inputs) - len(batch.targets)
         for case in range(60):

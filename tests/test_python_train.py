@@ -66,7 +66,7 @@ class Line:
         return self.linearise(theta, batch).loss
 
     def linearise(self, theta, batch, reuse=None):
-        return AtLine(np.column_stack([batch.inputs, np.ones(batch.cases)]), theta, batch.targets)
+        return AtLine(np.column_stack([batch.inputs, np.ones(len(batch.targets))]), theta, batch.targets)
 
 
 class AtLine:

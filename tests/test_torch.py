@@ -657,7 +657,7 @@ def infinite():
     (lambda: module(Pair), GOOD, "must give one array of outputs, not tuple"),
     (infinite, GOOD, "the loss is not finite at the start"),
     (module, hfmpi.Examples(ROWS, symbols(CASES, 2)), r"outputs must be of shape \(4, 2, symbols\) for"),
-    (module, hfmpi.Examples(ROWS, SYMBOLS + 9), "targets must be symbols 0 ... 2, as outputs are, not 1"),
+    (module, hfmpi.Examples(ROWS, SYMBOLS + 9), "targets must be symbols from 0 to 2, not 1"),
     (module, hfmpi.Examples(ROWS, NUMBERS), "targets of this loss must be whole numbers"),
 ])  # fmt: skip
 def test_what_cannot_be_trained_is_refused_in_a_sentence(make, cases, words):

@@ -46,7 +46,7 @@ def peers(about, theta, batch):
         import with_jax
 
         if with_jax.has_gpu() == GPU:
-            jax = with_jax.Contestant(about, theta, batch.inputs, batch.targets)
+            jax = with_jax.Contestant(about, theta, batch.inputs.T, batch.targets.T)
             found[with_jax.NAME] = jax, jax.product, jax.gradient
         else:
             print(f"JAX {'has no' if GPU else 'would use the'} GPU: left out")
@@ -56,7 +56,9 @@ def peers(about, theta, batch):
         import with_torch
 
         if about.name == "lstm":
-            torch = with_torch.Contestant(about, theta, batch.inputs, batch.targets, "cuda" if GPU else "cpu")
+            torch = with_torch.Contestant(
+                about, theta, batch.inputs.T, batch.targets.T, "cuda" if GPU else "cpu"
+            )
             found[with_torch.NAME] = torch, torch.product, torch.gradient
             found[f"{with_torch.NAME}, graph kept"] = torch, torch.product_on_kept_graph, None
     except ImportError:

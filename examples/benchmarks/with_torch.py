@@ -37,7 +37,7 @@ class Contestant:
                 parameter.copy_(value)
             self.recurrent.bias_hh_l0.zero_()
         self.recurrent.bias_hh_l0.requires_grad_(False)
-        self.inputs = nn.functional.one_hot(torch.from_numpy(inputs).long(), v).float().to(device)
+        self.inputs = nn.functional.one_hot(torch.from_numpy(inputs.copy()).long(), v).float().to(device)
         self.targets = torch.from_numpy(targets).long().reshape(-1).to(device)
 
         self._kept = None

@@ -39,7 +39,7 @@ BLOCK = 100
 
 
 class Kind(NamedTuple):
-    """What a network for a task reads and gives, its loss, and how cases are made."""
+    """What a network for a task reads and gives, its loss, and how cases are made: time first."""
 
     inputs: int
     outputs: int
@@ -130,13 +130,13 @@ class Task:
         return self.kind.count
 
     def take(self, indices: np.ndarray) -> Batch:
-        """Give the cases `indices` (B,) as a batch, time first; outputs begin where there may be targets."""
+        """Return the examples `indices` (B,) as a batch; outputs begin where there may be targets."""
         blocks, places = np.divmod(checked_indices(indices, self.count, "case"), BLOCK)
         needed, which = np.unique(blocks, return_inverse=True)
         made = [self.kind.make(self._generator(block), self.length) for block in needed.tolist()]
         return Batch(
             *(
-                None if parts[0] is None else np.take(np.concatenate(parts, 1), which * BLOCK + places, 1)
+                None if parts[0] is None else _chosen(parts, which * BLOCK + places)
                 for parts in zip(*made, strict=True)
             )
         )
@@ -148,3 +148,8 @@ class Task:
 
     def _generator(self, block: int) -> np.random.Generator:
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, block])))
+
+
+def _chosen(parts: tuple[np.ndarray, ...], at: np.ndarray) -> np.ndarray:
+    """Return the examples `at` (B,) of blocks that are made time first, examples first."""
+    return np.ascontiguousarray(np.concatenate(parts, 1).swapaxes(0, 1)[at])

@@ -203,8 +203,9 @@ def test(network: hfmpi.Network, theta: Array, task: Task, count: int) -> Error:
     for part in np.array_split(np.arange(count), -(-count // 250)):
         batch = task.take(part)
         tape = network.linearise(theta, batch, tape)
-        found = network.backend.to_host(tape.kept).reshape(*batch.targets.shape[:2], -1)
-        each = mistakes(task, found, batch.targets, batch.mask)
+        targets, mask = (x if x is None else x.swapaxes(0, 1) for x in (batch.targets, batch.mask))
+        found = network.backend.to_host(tape.cache).reshape(*targets.shape[:2], -1)
+        each = mistakes(task, found, targets, mask)
         wrong, outputs = wrong + int(each.any(axis=0).sum()), outputs + int(each.sum())
     return Error(wrong / count, outputs / count)
 

@@ -30,19 +30,19 @@ SPLITS = {"train": "training", "valid": "validation", "test": "test"}
 
 
 class Batch(NamedTuple):
-    """B sequences side by side, time first.
+    """B examples: the first axis of every array counts them.
 
     Attributes
     ----------
-    inputs : ndarray (L, B) int32, or (L, B, I) of real numbers
-        What the network reads: L = burn-in + T symbols or vectors.
-    targets : ndarray (T, B) int32, or (T, B, O) of real numbers
-        What it is to predict after each of the last T inputs; the burn-in has no targets.
-    mask : ndarray (T, B) or None
+    inputs : ndarray (B, ...), or a tuple of such
+        Of sequences (B, L) int32 symbols or (B, L, I) real numbers, L = burn-in + T.
+    targets : ndarray (B, ...) of integers, or (B, ..., O) of real numbers
+        Of sequences (B, T) int32 or (B, T, O): what is to be predicted after each of the last T inputs.
+    mask : ndarray (B, ...) or None
         1 where a target is scored, else 0; None: all are.
     """
 
-    inputs: np.ndarray
+    inputs: Any
     targets: np.ndarray
     mask: np.ndarray | None = None
 
@@ -111,9 +111,10 @@ class Sequences:
             If there is no such sequence.
         """
         starts = checked_indices(indices, self.count, "sequence")
-        positions = starts * self.length + np.arange(-self.burn_in, self.length + 1)[:, np.newaxis]
+        positions = starts[:, np.newaxis] * self.length + np.arange(-self.burn_in, self.length + 1)
         symbols = self.ids[positions % len(self.ids)].astype(np.int32)
-        return Batch(symbols[:-1], symbols[self.burn_in + 1 :])
+        inputs, targets = symbols[:, :-1], symbols[:, self.burn_in + 1 :]
+        return Batch(np.ascontiguousarray(inputs), np.ascontiguousarray(targets))
 
     def scored(self, indices: np.ndarray) -> int:
         """Return the number of targets of the sequences `indices` (B,)."""

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from hfmpi.data.arrays import Arrays
-from hfmpi.data.batches import Cases
-from hfmpi.data.examples import Examples
+from hfmpi.data.batches import Batch, Cases, Sequences
+from hfmpi.data.examples import Arrays, Examples
 from hfmpi.errors import UserError
 
 __all__ = ["digest_of"]
@@ -30,7 +29,7 @@ def digest_of(cases: Cases) -> str:
     UserError
         If the same cases are others the second time.
     """
-    whole, count = isinstance(cases, (Arrays, Examples)), cases.count
+    whole, count = isinstance(cases, Examples), cases.count
     chosen = np.arange(count) if whole else np.unique(np.linspace(0, count - 1, SAMPLED).astype(np.int64))
     found = _digest(cases, chosen)
     if not whole and _digest(cases, chosen) != found:
@@ -44,8 +43,16 @@ def digest_of(cases: Cases) -> str:
 def _digest(cases: Cases, indices: np.ndarray) -> str:
     content = hashlib.blake2b(str(cases.count).encode(), digest_size=32)
     for part in np.array_split(indices, -(-len(indices) // PART)):
-        _enter(content, cases.take(part))
+        batch = cases.take(part)
+        _enter(content, _as_before(cases, batch) if type(batch) is Batch else batch)
     return content.hexdigest()
+
+
+def _as_before(cases: Cases, batch: Batch) -> tuple[Any, ...]:
+    """Return a batch in the form of version 0.2, so that the digests in its checkpoints are still valid."""
+    if isinstance(cases, (Arrays, Sequences)):
+        return tuple(part if part is None else part.swapaxes(0, 1) for part in batch)  # time first
+    return (*batch, len(batch.targets))
 
 
 def _enter(content: Any, value: Any, depth: int = 4) -> None:

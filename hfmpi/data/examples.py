@@ -1,46 +1,27 @@
-"""Cases of any shape in memory, for models of users: arrays or tensors whose first axis counts the cases."""
+"""Examples in memory: inputs and targets as arrays or tensors whose first axis counts the examples."""
 
 from __future__ import annotations
 
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from hfmpi.data.batches import checked_indices
+from hfmpi.data.batches import Batch, checked_indices
 from hfmpi.errors import UserError
 
-__all__ = ["ExampleBatch", "Examples"]
-
-
-class ExampleBatch(NamedTuple):
-    """B cases, one after the other.
-
-    Attributes
-    ----------
-    inputs : ndarray (B, ...), or a tuple of such
-    targets : ndarray (B, ...) of integers, or (B, ..., O) of real numbers
-    mask : ndarray (B, ...) or None
-        1 where a target is scored, else 0; None: all are.
-    cases : int
-        B.
-    """
-
-    inputs: Any
-    targets: np.ndarray
-    mask: np.ndarray | None
-    cases: int
+__all__ = ["Arrays", "Examples"]
 
 
 class Examples:
-    """N cases of any shape.
+    """N examples of any shape.
 
     Parameters
     ----------
     inputs : array (N, ...), or a tuple of such
         What the model is called with, one argument each.
     targets : array (N, ...) of integers, or (N, ..., O) of real numbers
-        Symbols, each of them scored; or vectors, a row of outputs each. Numbers (N,) are of one output.
+        Symbols, each of them scored; or vectors, for one row of outputs each. Numbers (N,) are of one output.
     mask : array (N, ...), optional
         1 where a target is scored, else 0. Without it all are.
 
@@ -52,58 +33,106 @@ class Examples:
 
     def __init__(self, inputs: Any, targets: Any, mask: Any = None) -> None:
         several = isinstance(inputs, tuple)
-        found = tuple(_array(own, "inputs") for own in (inputs if several else (inputs,)))
-        if not found:
+        arrays = tuple(_array(x, "inputs") for x in (inputs if several else (inputs,)))
+        if not arrays:
             raise UserError("inputs must be an array or a tuple of arrays, not an empty tuple")
-        self.inputs = found if several else found[0]
+        self.inputs = arrays if several else arrays[0]
         self.targets = _array(targets, "targets")
-        self.mask = None if mask is None else np.asarray(mask)
-        for array in found:
+        self.mask = None if mask is None else _converted(mask, "the mask")
+        for array in arrays:
             if len(array) != len(self.targets):
                 raise UserError(
                     f"there are {len(array):,} cases of inputs and {len(self.targets):,} of targets"
                 )
         symbols = self.targets.dtype.kind in "iu"
-        self._rows = self.targets.shape if symbols else self.targets.shape[: max(1, self.targets.ndim - 1)]
+        self._scored = self.targets.shape if symbols else self.targets.shape[: max(1, self.targets.ndim - 1)]
         if self.mask is not None:
-            if self.mask.shape != self._rows:
-                raise UserError(f"the mask has shape {self.mask.shape}, not {self._rows}")
+            if self.mask.shape != self._scored:
+                raise UserError(f"the mask has shape {self.mask.shape}, not {self._scored}")
             if not np.isin(self.mask, (0, 1)).all():
                 raise UserError("the mask must be 0 or 1 everywhere")
 
     @property
     def count(self) -> int:
-        """The number of cases."""
+        """The number of examples."""
         return len(self.targets)
 
-    def take(self, indices: np.ndarray) -> ExampleBatch:
-        """Return the cases `indices` (B,) as a batch.
+    def take(self, indices: np.ndarray) -> Batch:
+        """Return the examples `indices` (B,) as a batch of C-contiguous arrays.
 
         Raises
         ------
         IndexError
-            If there is no such case.
+            If there is no such example.
         """
         at = checked_indices(indices, self.count, "case")
         several = isinstance(self.inputs, tuple)
-        inputs = tuple(own[at] for own in self.inputs) if several else self.inputs[at]
-        mask = None if self.mask is None else self.mask[at]
-        return ExampleBatch(inputs, self.targets[at], mask, len(at))
+        inputs = tuple(x[at] for x in self.inputs) if several else self.inputs[at]
+        return Batch(inputs, self.targets[at], None if self.mask is None else self.mask[at])
 
     def scored(self, indices: np.ndarray) -> int:
-        """Return how many targets of the cases `indices` (B,) are scored."""
+        """Return how many targets of the examples `indices` (B,) are scored."""
         if self.mask is None:
-            return len(indices) * prod(self._rows[1:])
+            return len(indices) * prod(self._scored[1:])
         return int(self.mask[indices].sum())
 
 
+class Arrays(Examples):
+    """N sequences of equal length, as the built-in networks read them.
+
+    Parameters
+    ----------
+    inputs : array (N, L) of integers, or (N, L, I) of real numbers
+        The symbols or vectors of each sequence, step by step.
+    targets : array (N, T) of integers, or (N, T, O) of real numbers
+        Of the last T <= L steps.
+    mask : array (N, T), optional
+        1 where a target is scored, else 0. Without it all are.
+
+    Raises
+    ------
+    UserError
+        If the arrays do not fit one another.
+    """
+
+    def __init__(self, inputs: Any, targets: Any, mask: Any = None) -> None:
+        inputs, targets = _steps(inputs, "inputs"), _steps(targets, "targets")
+        super().__init__(inputs, targets, mask)
+        steps, scored = inputs.shape[1], targets.shape[1]
+        if scored > steps:
+            raise UserError(f"{scored:,} steps have targets, but only {steps:,} have inputs")
+
+
 def _array(values: Any, name: str) -> np.ndarray:
-    try:
-        array = np.asarray(values)
-    except (ValueError, TypeError, RuntimeError):  # ragged rows; a tensor on a GPU or with a gradient
-        raise UserError(f"{name} must be an array, or a tensor on the CPU without a gradient") from None
+    array = _converted(values, name)
     if array.dtype.kind not in "iufb" or 0 in array.shape or not array.ndim:
         raise UserError(
             f"{name} must be whole or real numbers, one row or more, not {array.dtype} of shape {array.shape}"
         )
     return array
+
+
+def _converted(values: Any, name: str) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    except (ValueError, TypeError, RuntimeError):  # ragged rows; a tensor on a GPU or with a gradient
+        raise UserError(
+            f"{name} must be an array with rows of one length, or a tensor on the CPU without a gradient"
+        ) from None
+
+
+def _steps(values: Any, name: str) -> np.ndarray:
+    """Return symbols as int32 and vectors as they are; raise a UserError if the values are neither."""
+    array = _converted(values, name)
+    symbols = array.ndim == 2 and np.issubdtype(array.dtype, np.integer)
+    vectors = array.ndim == 3 and np.issubdtype(array.dtype, np.floating)
+    if not (symbols or vectors) or 0 in array.shape:
+        raise UserError(
+            f"{name} must be symbols (cases, steps) or real vectors (cases, steps, numbers), "
+            f"not {array.dtype} of shape {array.shape}"
+        )
+    if not symbols:
+        return array
+    if array.min() < 0 or array.max() > np.iinfo(np.int32).max:
+        raise UserError(f"{name} must be symbols 0, 1, 2, ..., not {array.min()} to {array.max()}")
+    return array.astype(np.int32)

@@ -54,12 +54,12 @@ class Noisy:
             If there is no such sequence.
         """
         batch, ids = self.sequences.take(indices), self.sequences.ids
-        words = np.empty((len(indices), 2, len(batch.inputs)), np.uint64)
-        for own, k in zip(words, indices, strict=True):
+        words = np.empty((len(indices), 2, batch.inputs.shape[1]), np.uint64)
+        for row, k in zip(words, indices, strict=True):
             # Raw words are the same in every version of NumPy (NEP 19).
             bits = np.random.PCG64(np.random.SeedSequence([self.seed, self.step, int(k), STREAM]))
-            own.reshape(-1)[:] = bits.random_raw(own.size)
-        drawn, chosen = words.transpose(1, 2, 0)
+            row.reshape(-1)[:] = bits.random_raw(row.size)
+        drawn, chosen = words.swapaxes(0, 1)
         replaced = drawn < np.uint64(self.share * 2.0**64)
         others = ids[chosen % np.uint64(len(ids))].astype(batch.inputs.dtype)
         return batch._replace(inputs=np.where(replaced, others, batch.inputs))

@@ -1,13 +1,12 @@
-"""What a user calls data, as cases: a tuple of arrays or tensors, a map-style data set, or cases."""
+"""Convert data of a user to cases: a tuple of arrays or tensors, a map-style data set, or cases."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from hfmpi.data.arrays import Arrays
 from hfmpi.data.batches import Cases
 from hfmpi.data.examples import Examples
 from hfmpi.errors import UserError, shown
@@ -16,45 +15,32 @@ from hfmpi.measure.machine import free_memory
 __all__ = ["as_cases"]
 
 
-def as_cases(given: Any, steps: bool) -> Cases:
-    """Give data as cases.
+def as_cases(data: Any, make: Callable[..., Cases] = Examples) -> Cases:
+    """Return data as cases.
 
     Parameters
     ----------
-    given : tuple, data set or Cases
-        (x, y) or (x, y, mask), arrays or tensors whose first axis counts the cases; x may be a tuple of
-        several inputs. A map-style data set, as PyTorch calls what has a length and gives a pair (x, y) for
+    data : tuple, data set or Cases
+        (x, y) or (x, y, mask), arrays or tensors whose first axis counts the examples; x may be a tuple of
+        several inputs. A map-style data set, as PyTorch calls what has a length and returns a pair (x, y) for
         an index, is read into memory.
-    steps : bool
-        Whether the model reads sequences step by step, as the built-in networks do.
+    make : callable
+        Makes cases of x, y and perhaps mask, in the form that the model reads.
 
     Raises
     ------
     UserError
         If it is none of these, or its parts do not fit one another.
     """
-    if isinstance(given, Cases) and not isinstance(given, type):
-        if given.count < 1:
+    if isinstance(data, Cases) and not isinstance(data, type):
+        if data.count < 1:
             raise UserError("there are no cases")
-        return given
-    if not isinstance(given, tuple):
-        given = _read(given)
-    if len(given) not in (2, 3):
-        raise UserError(f"a tuple must be (x, y) or (x, y, mask), not of {len(given)} parts")
-    if not steps:
-        return Examples(*given)
-    mask = given[2] if len(given) > 2 and given[2] is not None else None
-    return Arrays(_on_host(given[0]), _on_host(given[1]), None if mask is None else _on_host(mask))
-
-
-def _on_host(part: Any) -> np.ndarray:
-    """Give a part for sequences as an array."""
-    try:
-        return np.asarray(part)
-    except (ValueError, TypeError, RuntimeError):  # ragged rows; a tensor on a GPU or with a gradient
-        raise UserError(
-            "x and y must be arrays, or tensors on the CPU without a gradient, with rows of one length"
-        ) from None
+        return data
+    if not isinstance(data, tuple):
+        data = _read(data)
+    if len(data) not in (2, 3):
+        raise UserError(f"a tuple must be (x, y) or (x, y, mask), not of {len(data)} parts")
+    return make(*data)
 
 
 def _read(data: Any) -> tuple[Any, np.ndarray]:

@@ -9,7 +9,7 @@ both need the same residuals and neither the function itself, and functions with
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from hfmpi.errors import UserError, shown
-from hfmpi.frameworks.framework import Example, FrameworkModel, Rows
-from hfmpi.models import factors as case_factors
+from hfmpi.frameworks.framework import FrameworkModel
+from hfmpi.models.batch import Examples, ScoredOutputs
+from hfmpi.models.factors import add_examples
 from hfmpi.models.losses import Loss
 
 try:
@@ -103,17 +104,17 @@ class JaxModel(FrameworkModel):
             leaves[i] = leaf
         return jax.tree_util.tree_unflatten(self._tree, leaves)
 
-    def _function(self, theta: Any, inputs: tuple[Any, ...], rows: Rows) -> Any:
+    def _function(self, theta: Any, inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:
         """Give outputs (N, O) of theta (D,), in the type of theta."""
-        return rows.of(self.apply(self._unravel(theta), *inputs)).astype(theta.dtype)
+        return scored.of(self.apply(self._unravel(theta), *inputs)).astype(theta.dtype)
 
-    def _layers(self, inputs: tuple[Any, ...], rows: Rows) -> Layers | None:
+    def _layers(self, inputs: tuple[Any, ...], scored: ScoredOutputs) -> Layers | None:
         """Give the function's layers on inputs like these, None where JAX does not tell them as expected."""
-        key = rows, *((x.shape, x.dtype) for x in inputs)
+        key = scored, *((x.shape, x.dtype) for x in inputs)
         if key not in self._traced:
 
             def function(own: Sequence[Any], inputs: tuple[Any, ...]) -> Any:
-                return rows.of(self.apply(self._joined(own), *inputs)).astype(self.backend.dtype)
+                return scored.of(self.apply(self._joined(own), *inputs)).astype(self.backend.dtype)
 
             leaves = [jax.ShapeDtypeStruct(shape, self.backend.dtype) for shape in self._shapes]
             try:
@@ -130,8 +131,8 @@ class JaxModel(FrameworkModel):
     def _compile(self) -> None:
         """Make the compiled passes; each compiles itself when a shape is new."""
 
-        def linearise(theta: Any, inputs: tuple[Any, ...], rows: Rows) -> Any:
-            return jax.vjp(lambda theta: self._function(theta, inputs, rows), theta)
+        def linearise(theta: Any, inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:
+            return jax.vjp(lambda theta: self._function(theta, inputs, scored), theta)
 
         def back(pull: Any, u: Any) -> Any:
             return pull(u)[0]
@@ -140,113 +141,127 @@ class JaxModel(FrameworkModel):
             like = jax.ShapeDtypeStruct(shape, v.dtype)
             return jax.linear_transpose(lambda u: pull(u)[0], like)(v)[0]
 
-        def single(theta: Any, u: Any, inputs: tuple[Any, ...], rows: Rows) -> Any:
+        def single(theta: Any, u: Any, inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:
             inputs = tuple(x[None] for x in inputs)
-            return jax.grad(lambda theta: (self._function(theta, inputs, rows) * u).sum())(theta)
+            return jax.grad(lambda theta: (self._function(theta, inputs, scored) * u).sum())(theta)
 
-        def each(theta: Any, u: Any, inputs: tuple[Any, ...], rows: Rows) -> Any:
-            return jax.vmap(partial(single, rows=rows), (None, 0, 0))(theta, u, inputs)
+        def each(theta: Any, u: Any, inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:
+            return jax.vmap(partial(single, scored=scored), (None, 0, 0))(theta, u, inputs)
 
         def backs(pull: Any, u: Any) -> Any:
             return jax.vmap(lambda one: back(pull, one))(u)
 
         def alongs(pull: Any, v: Any, shape: tuple[int, int]) -> Any:
-            return jax.vmap(lambda one: along(pull, one, shape))(v)
+            return jax.vmap(lambda one: along(pull, one, shape), out_axes=1)(v)
 
-        self.run = jax.jit(self._function, static_argnames="rows")
-        self.linear = jax.jit(linearise, static_argnames="rows")
+        self.run = jax.jit(self._function, static_argnames="scored")
+        self.linear = jax.jit(linearise, static_argnames="scored")
         self.back, self.backs = jax.jit(back), jax.jit(backs)
         self.along = jax.jit(along, static_argnames="shape")
         self.alongs = jax.jit(alongs, static_argnames="shape")
-        self.single = jax.jit(single, static_argnames="rows")
-        self.each = jax.jit(each, static_argnames="rows")
+        self.single = jax.jit(single, static_argnames="scored")
+        self.each = jax.jit(each, static_argnames="scored")
 
-    def _check(self, theta: np.ndarray, example: Example) -> None:
+    def _check(self, theta: np.ndarray, example: Examples) -> None:
         """Find out what a case keeps too."""
         super()._check(theta, example)
 
-        def kept(own: Example) -> int:
-            _, pull = jax.eval_shape(partial(self.linear, rows=own.rows), theta, own.inputs)
+        def kept(own: Examples) -> int:
+            _, pull = jax.eval_shape(partial(self.linear, scored=own.scored), theta, own.inputs)
             return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(pull))
 
-        cases = example.rows.shape[0]
+        cases = example.scored.shape[0]
         self._fit_micro_batch((kept(example) - kept(example.first)) / max(1, cases - 1))
 
-    def _outputs(self, theta: np.ndarray, inputs: tuple[np.ndarray, ...], rows: Rows) -> np.ndarray:
+    def _outputs(
+        self, theta: np.ndarray, inputs: tuple[np.ndarray, ...], scored: ScoredOutputs
+    ) -> np.ndarray:
         with _memory():
-            return np.asarray(self.run(theta, inputs, rows=rows))
+            return np.asarray(self.run(theta, inputs, scored=scored))
 
-    def _linearise(self, theta: np.ndarray, inputs: tuple[np.ndarray, ...], rows: Rows) -> JaxPasses:
-        return JaxPasses(self, theta, inputs, rows)
+    def _linearise(
+        self, theta: np.ndarray, inputs: tuple[np.ndarray, ...], scored: ScoredOutputs
+    ) -> JaxPasses:
+        return JaxPasses(self, theta, inputs, scored)
 
 
 class JaxPasses:
-    """The outputs of a function linearised at theta; satisfies `hfmpi.frameworks.framework.Passes`."""
+    """The outputs of a function linearised at theta; satisfies `hfmpi.models.linearisation.Passes`."""
 
     def __init__(
-        self, model: JaxModel, theta: np.ndarray, inputs: tuple[np.ndarray, ...], rows: Rows
+        self, model: JaxModel, theta: np.ndarray, inputs: tuple[np.ndarray, ...], scored: ScoredOutputs
     ) -> None:
-        self.model, self.theta, self.inputs, self.rows = model, theta, inputs, rows
+        self.model, self.theta, self.inputs, self.scored = model, theta, inputs, scored
         with _memory():
-            outputs, self.pull = model.linear(theta, inputs, rows=rows)
+            outputs, self.pull = model.linear(theta, inputs, scored=scored)
             self.outputs = np.asarray(outputs)
-        self.nbytes = sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(self.pull))
+        self.nbytes = sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(self.pull)) + self.outputs.nbytes
 
     def jvp(self, v: np.ndarray) -> np.ndarray:
-        """J v (N, O) of v (D,), or (C, N, O) of (C, D)."""
+        """Return J v (N, O) of v (D,), or (N * C, O) of (C, D)."""
         one = partial(self.model.along, self.pull, shape=self.outputs.shape)
         several = partial(self.model.alongs, self.pull, shape=self.outputs.shape)
+        v = v.astype(self.outputs.dtype, copy=False)
         with _memory():
-            return np.array(one(v) if v.ndim == 1 else self._several(several, one, v))
+            if v.ndim == 1:
+                return np.array(one(v))
+            tangents = np.array(self._several(several, one, v, 1))
+        return tangents.reshape(-1, tangents.shape[-1])
 
-    def vjp(self, u: np.ndarray) -> np.ndarray:
-        """J' u (D,) of u (N, O), or (C, D) of (C, N, O)."""
+    def vjp(self, u: np.ndarray, out: np.ndarray) -> None:
+        """Add J' u of u (N * C, O) to out (D,) or (C, D)."""
         one, several = partial(self.model.back, self.pull), partial(self.model.backs, self.pull)
+        u = u.astype(self.outputs.dtype, copy=False)
         with _memory():
-            return np.asarray(one(u) if u.ndim == 2 else self._several(several, one, u))
+            if out.ndim == 1:
+                out += np.asarray(one(u))
+            else:
+                by_direction = u.reshape(-1, len(out), u.shape[-1]).swapaxes(0, 1)
+                out += np.asarray(self._several(several, one, by_direction))
 
-    def squares(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """J' u (D,) of u (N, O), and the sum over cases of its summands' squares (D,)."""
-        total, squares = np.zeros((2, self.model.size), u.dtype)
+    def squares(self, u: np.ndarray, out: np.ndarray, squares: np.ndarray) -> None:
+        """Add J' u of u (N, O) to out (D,), and its squares, summed over examples, to squares (D,)."""
         for each in self._each_case(u):
-            total += each.sum(axis=0)
+            out += each.sum(axis=0)
             squares += np.einsum("cd,cd->d", each, each)
-        return total, squares
 
-    def factors(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """J' u (D,) of u (N, O), and sums for Kronecker factors, as `hfmpi.models.factors` has them."""
-        blocks, layers = self.model.blocks, self.model._layers(self.inputs, self.rows)
+    def factors(self, u: np.ndarray, out: np.ndarray, sums: np.ndarray) -> None:
+        """Add J' u of u (N, O) to out (D,), and the sums of `hfmpi.models.factors` to sums."""
+        blocks, layers = self.model.blocks, self.model._layers(self.inputs, self.scored)
         if layers is None:
-            total, sums = self.vjp(u), np.zeros(case_factors.size(blocks), u.dtype)
+            self.vjp(u, out)
+            loose: Container[int] = range(len(blocks))
         else:
             with _memory():
-                total, sums = map(np.array, layers.sums(self.theta, self.inputs, u))
-        loose = range(len(blocks)) if layers is None else layers.loose
+                total, known = layers.sums(self.theta, self.inputs, u)
+            out += np.asarray(total)
+            sums += np.asarray(known)
+            loose = layers.loose
         if loose:
             for each in self._each_case(u):
-                case_factors.add_cases(blocks, each, sums, loose)
-        return total, sums
+                add_examples(blocks, each, sums, loose)
 
     def _each_case(self, u: np.ndarray) -> Iterator[np.ndarray]:
         """Give the gradients (B, D) of some cases after the others."""
-        model, cases = self.model, self.rows.shape[0]
-        rows = Rows((1, *self.rows.shape[1:]), self.rows.width)
+        model, cases, scored = self.model, self.scored.shape[0], self.scored.example
         apart, most = u.reshape(cases, -1, u.shape[-1]), max(1, EACH_NUMBERS // model.size)
 
         def several(cases: range) -> Any:
             part = slice(cases.start, cases.stop)
-            return model.each(self.theta, apart[part], tuple(x[part] for x in self.inputs), rows=rows)
+            return model.each(self.theta, apart[part], tuple(x[part] for x in self.inputs), scored=scored)
 
         def one(i: int) -> Any:
-            return model.single(self.theta, apart[i], tuple(x[i] for x in self.inputs), rows=rows)
+            return model.single(self.theta, apart[i], tuple(x[i] for x in self.inputs), scored=scored)
 
         for start in range(0, cases, most):
             with _memory():
                 each = np.asarray(self._several(several, one, range(start, min(start + most, cases))))
             yield each
 
-    def _several(self, several: Callable[[Any], Any], one: Callable[[Any], Any], given: Any) -> Any:
-        """Do several at once where JAX can, else one after the other."""
+    def _several(
+        self, several: Callable[[Any], Any], one: Callable[[Any], Any], given: Any, axis: int = 0
+    ) -> Any:
+        """Do several at once where JAX can, else sequentially, and stack the results along the axis."""
         if self.model._batches:
             try:
                 return several(given)
@@ -256,7 +271,7 @@ class JaxPasses:
                     "Note: an operation of the function cannot be batched (%s): one is done after the other.",
                     str(failure).partition("\n")[0],
                 )
-        return np.stack([one(own) for own in given])
+        return np.stack([one(own) for own in given], axis)
 
 
 @contextmanager

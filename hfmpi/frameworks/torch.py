@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from hfmpi.errors import UserError, shown
-from hfmpi.frameworks.framework import Example, FrameworkModel, Rows
-from hfmpi.models import factors as case_factors
+from hfmpi.frameworks.framework import FrameworkModel
+from hfmpi.models.batch import Examples, ScoredOutputs
+from hfmpi.models.factors import add_examples
 from hfmpi.models.losses import Loss
 
 try:
@@ -119,11 +120,11 @@ class TorchModel(FrameworkModel):
 
     # The function of theta ---------------------------------------------------------------------
 
-    def _function(self, inputs: tuple[Any, ...], rows: Rows) -> Callable[[Any], Any]:
+    def _function(self, inputs: tuple[Any, ...], scored: ScoredOutputs) -> Callable[[Any], Any]:
         """Give the function theta (D,) -> outputs (N, O), of tensors."""
 
         def function(theta: Any) -> Any:
-            return rows.of(torch.func.functional_call(self.module, self._named(theta), inputs))
+            return scored.of(torch.func.functional_call(self.module, self._named(theta), inputs))
 
         return function
 
@@ -142,19 +143,23 @@ class TorchModel(FrameworkModel):
         """Give inputs as tensors; whole numbers as int64, which every module takes."""
         return tuple(self.tensor(x.astype(np.int64) if x.dtype.kind in "iu" else x) for x in inputs)
 
-    def _outputs(self, theta: np.ndarray, inputs: tuple[np.ndarray, ...], rows: Rows) -> np.ndarray:
+    def _outputs(
+        self, theta: np.ndarray, inputs: tuple[np.ndarray, ...], scored: ScoredOutputs
+    ) -> np.ndarray:
         with _memory(), torch.no_grad(), self._kernels():
-            return _array(self._function(self._tensors(inputs), rows)(self.tensor(theta)))
+            return _array(self._function(self._tensors(inputs), scored)(self.tensor(theta)))
 
-    def _linearise(self, theta: np.ndarray, inputs: tuple[np.ndarray, ...], rows: Rows) -> TorchPasses:
-        return TorchPasses(self, theta, self._tensors(inputs), rows)
+    def _linearise(
+        self, theta: np.ndarray, inputs: tuple[np.ndarray, ...], scored: ScoredOutputs
+    ) -> TorchPasses:
+        return TorchPasses(self, theta, self._tensors(inputs), scored)
 
     # The first batch ---------------------------------------------------------------------------
 
-    def _check(self, theta: np.ndarray, example: Example) -> None:
+    def _check(self, theta: np.ndarray, example: Examples) -> None:
         """Find out what holds for the module; raise a UserError where it cannot be trained."""
         before = {name: b.detach().clone() for name, b in self.module.named_buffers()}
-        once, again = (self._outputs(theta, example.inputs, example.rows) for _ in range(2))
+        once, again = (self._outputs(theta, example.inputs, example.scored) for _ in range(2))
         changed = False
         with torch.no_grad():
             for name, b in self.module.named_buffers():
@@ -172,13 +177,13 @@ class TorchModel(FrameworkModel):
         super()._check(theta, example)
         self._choose(theta, example.first)
 
-    def _choose(self, theta: np.ndarray, example: Example) -> None:
+    def _choose(self, theta: np.ndarray, example: Examples) -> None:
         """Choose how to multiply with J, as it works on one case."""
         log, why = logging.getLogger(__name__), ""
         for double, kernels in (True, ExitStack), (True, _plain), (False, ExitStack), (False, _plain):
             self._double, self._kernels = double, kernels
             try:
-                self._bytes = self._linearise(theta, example.inputs, example.rows).tried()
+                self._bytes = self._linearise(theta, example.inputs, example.scored).tried()
                 self._fit_micro_batch(self._bytes)
             except _FAILURES as failure:
                 why = why or str(failure).partition("\n")[0]
@@ -200,13 +205,15 @@ class TorchModel(FrameworkModel):
 
 
 class TorchPasses:
-    """The outputs of a module linearised at theta; satisfies `hfmpi.frameworks.framework.Passes`."""
+    """The outputs of a module linearised at theta; satisfies `hfmpi.models.linearisation.Passes`."""
 
-    def __init__(self, model: TorchModel, theta: np.ndarray, inputs: tuple[Any, ...], rows: Rows) -> None:
-        self.model, self.inputs, self.rows = model, inputs, rows
-        self.function = model._function(inputs, rows)
+    def __init__(
+        self, model: TorchModel, theta: np.ndarray, inputs: tuple[Any, ...], scored: ScoredOutputs
+    ) -> None:
+        self.model, self.inputs, self.scored = model, inputs, scored
+        self.function = model._function(inputs, scored)
         self.theta = model.tensor(theta).detach().requires_grad_()
-        self.cases = rows.shape[0]
+        self.cases = scored.shape[0]
         self._run()
 
     def _run(self) -> None:
@@ -221,38 +228,47 @@ class TorchPasses:
     @property
     def nbytes(self) -> int:
         """About what the graphs keep, as measured on one case."""
-        return self.model._bytes * self.cases
+        return self.model._bytes * self.cases + self.outputs.nbytes
 
     def jvp(self, v: np.ndarray) -> np.ndarray:
-        """J v (N, O) of v (D,), or (C, N, O) of (C, D)."""
+        """Return J v (N, O) of v (D,), or (N * C, O) of (C, D)."""
         if self.model._obstacle is not None:
             raise UserError(
                 "an operation of the module has neither a second derivative nor a forward mode "
                 f"({self.model._obstacle}): take a first-order optimizer"
             )
+        v = v.astype(self.outputs.dtype, copy=False)
         with _memory(), self.model._kernels():
             push = self._double_backward if self.model._double else self._forward
-            return self._each_way(push, v, v.ndim == 2)
+            tangents = self._each_way(push, v, v.ndim == 2)
+        return tangents if v.ndim == 1 else tangents.swapaxes(0, 1).reshape(-1, tangents.shape[-1])
 
-    def vjp(self, u: np.ndarray) -> np.ndarray:
-        """J' u (D,) of u (N, O), or (C, D) of (C, N, O)."""
+    def vjp(self, u: np.ndarray, out: np.ndarray) -> None:
+        """Add J' u of u (N * C, O) to out (D,) or (C, D)."""
+        u = u.astype(self.outputs.dtype, copy=False)
+        if out.ndim == 2:
+            u = np.ascontiguousarray(u.reshape(-1, len(out), u.shape[-1]).swapaxes(0, 1))
         with _memory(), self.model._kernels():
-            return self._each_way(self._backward, u, u.ndim == 3)
+            out += self._each_way(self._backward, u, out.ndim == 2)
 
-    def squares(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """J' u (D,) of u (N, O), and the sum over cases of its summands' squares (D,)."""
-        return self._over_cases(u, torch_layers.squares, lambda g: g.square())
+    def squares(self, u: np.ndarray, out: np.ndarray, squares: np.ndarray) -> None:
+        """Add J' u of u (N, O) to out (D,), and its squares, summed over examples, to squares (D,)."""
+        total, own = self._over_cases(u, torch_layers.squares, lambda g: g.square())
+        out += total
+        squares += own
 
-    def factors(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """J' u (D,) of u (N, O), and sums for Kronecker factors, as `hfmpi.models.factors` has them."""
-        blocks = self.model.blocks
+    def factors(self, u: np.ndarray, out: np.ndarray, sums: np.ndarray) -> None:
+        """Add J' u of u (N, O) to out (D,), and the sums of `hfmpi.models.factors` to sums."""
+        model = self.model
 
         def alone(g: Any) -> Any:
-            sums = np.zeros(case_factors.size(blocks), self.outputs.dtype)
-            case_factors.add_cases(blocks, _array(g)[None], sums)
+            sums = np.zeros(model.factor_sums.size, self.outputs.dtype)
+            add_examples(model.blocks, _array(g)[None], sums)
             return torch.from_numpy(sums).to(g)
 
-        return self._over_cases(u, partial(torch_layers.factors, blocks=blocks), alone)
+        total, own = self._over_cases(u, partial(torch_layers.factors, blocks=model.blocks), alone)
+        out += total
+        sums += own
 
     def _over_cases(
         self, u: np.ndarray, together: Callable[..., Any], alone: Callable[[Any], Any]
@@ -276,8 +292,7 @@ class TorchPasses:
 
     def _case(self, parameters: dict[str, Any], *inputs: Any) -> Any:
         """Give the outputs (N, O) of one case."""
-        rows = Rows((1, *self.rows.shape[1:]), self.rows.width)
-        return rows.of(
+        return self.scored.example.of(
             torch.func.functional_call(self.model.module, parameters, tuple(x[None] for x in inputs))
         )
 
@@ -328,7 +343,8 @@ class TorchPasses:
         rng = np.random.default_rng(0)
         v = rng.standard_normal(self.model.size).astype(self.outputs.dtype)
         u = rng.standard_normal(self.outputs.shape).astype(self.outputs.dtype)
-        along, back = self.jvp(v), self.vjp(u)
+        along, back = self.jvp(v), np.zeros_like(v)
+        self.vjp(u, back)
         apart = abs(float(np.vdot(along, u)) - float(np.vdot(v, back)))
         if not apart <= 1e-3 * float(np.linalg.norm(along) * np.linalg.norm(u)):
             raise RuntimeError("an operation's derivatives do not fit one another")

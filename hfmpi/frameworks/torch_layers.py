@@ -97,7 +97,7 @@ def squares(found: Iterable[Gradients]) -> tuple[Any, Any]:
 
 
 def factors(found: Iterable[Gradients], blocks: Sequence[Block]) -> tuple[Any, Any]:
-    """Give the sum over the cases of their gradients (D,), and the sums of `case_factors`."""
+    """Give the sum over the cases of their gradients (D,), and the sums of `hfmpi.models.factors`."""
     total, sums, numbers = list[Any](), list[Any](), list[Any]()
     for block, own in zip(blocks, found, strict=True):
         *both, number = own.factors(block)

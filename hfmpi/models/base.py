@@ -1,7 +1,9 @@
 """What a model is to the rest of hfmpi: a loss, and its linearisation, on one device; no MPI.
 
-A model sums over the cases of a batch; who divides by how many, and over how many ranks, is not its business.
-Everything beyond `Model` and `Linearisation` is a capability with a protocol of its own.
+A model sums over the examples of a batch; the objective divides by their number and sums over ranks.
+Everything beyond `Model` and `Linearisation` is an optional capability with a protocol of its own. What a
+linearisation can do is a protocol of the linearisation, and a model states in advance, by
+`Model.linearisation`, of which class its linearisations are.
 """
 
 from __future__ import annotations
@@ -11,23 +13,25 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from hfmpi.backends.base import Array, Backend
+from hfmpi.models.factors import FactorSums
 from hfmpi.optim.layout import Block
 
 __all__ = [
     "Blocks",
-    "Columns",
     "KroneckerFactors",
     "Linearisation",
     "Model",
     "Outputs",
+    "Projection",
     "SquaredGradients",
     "StructuralDamping",
     "StructuralLinearisation",
+    "has_squared_gradients",
 ]
 
 
 class Linearisation(Protocol):
-    """A model linearised at theta on one batch: outputs J v, cotangents J' u, and the Gauss-Newton matrix."""
+    """A model linearised at theta on one batch: J v, J' u, and products with the Gauss-Newton matrix."""
 
     @property
     def loss(self) -> float:
@@ -35,16 +39,16 @@ class Linearisation(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """What it keeps in the device's memory."""
+        """The bytes that it occupies in the device's memory."""
 
     def gradient(self, scale: float, out: Array) -> None:
         """Add scale times the gradient of the summed loss to out (D,)."""
 
     def jvp(self, v: Array) -> Any:
-        """J v: what a direction v (D,) does to the outputs. It lasts until the next pass of the model."""
+        """Return J v, the tangent of the outputs along v (D,). It lasts until the next pass of the model."""
 
     def vjp(self, u: Any, out: Array) -> None:
-        """Add J' u, for a cotangent u in the form that `jvp` gives, to out (D,)."""
+        """Add J' u, for a cotangent u in the form that `jvp` returns, to out (D,)."""
 
     def gauss_newton(self, v: Array, scale: float, out: Array) -> None:
         """Add scale * J' H_L J v to out (D,); H_L is the Hessian of the loss on the outputs."""
@@ -52,7 +56,10 @@ class Linearisation(Protocol):
 
 @runtime_checkable
 class Model(Protocol):
-    """A loss of parameters theta (D,) on one device."""
+    """A loss of parameters theta (D,) on one device.
+
+    A model whose linearisations have capabilities also has an attribute `linearisation`, their class.
+    """
 
     @property
     def size(self) -> int:
@@ -63,7 +70,7 @@ class Model(Protocol):
         """The device of theta and of all vectors, and their type."""
 
     def initial(self, seed: int) -> np.ndarray:
-        """Draw parameters to start from, (D,) float64, the same for every device and number of ranks."""
+        """Draw initial parameters, (D,) float64, the same for every device and number of ranks."""
 
     def loss(self, theta: Array, batch: Any) -> float:
         """Sum the loss over a batch, nats, float64, without a linearisation."""
@@ -74,21 +81,21 @@ class Model(Protocol):
         Parameters
         ----------
         reuse : Linearisation, optional
-            One of this model that is not needed any more: its memory may be taken.
+            A linearisation of this model that is no longer needed: its memory may be taken.
         """
 
     def release(self) -> None:
-        """Give scratch memory back."""
+        """Release scratch memory."""
 
 
 @runtime_checkable
 class Outputs(Protocol):
-    """A model that gives its outputs, for metrics and predictions."""
+    """A model that returns its outputs, for metrics and predictions."""
 
     def outputs(self, theta: Array, batch: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Give outputs (N, O), before the loss, their targets (N,) or (N, O), and a mask (N, 1) or None.
+        """Return outputs (N, O), before the loss, their targets (N,) or (N, O), and a mask (N, 1) or None.
 
-        On the host. N are the rows of outputs of the whole batch: its cases, times the steps with targets.
+        On the host. N counts the outputs of the whole batch: its examples, times the steps with targets.
         """
 
 
@@ -102,50 +109,39 @@ class Blocks(Protocol):
 
 
 @runtime_checkable
-class Columns(Protocol):
+class KroneckerFactors(Protocol):
+    """A model whose linearisations have `FactoredGradient`."""
+
+    @property
+    def factor_sums(self) -> FactorSums:
+        """What `factored_gradient` adds to, and how it becomes the factors of all blocks."""
+
+
+@runtime_checkable
+class Projection(Protocol):
     """A linearisation that takes many directions V (C, D) in one pass."""
 
-    def columns(self, v: Array, scale: float, out: Array) -> None:
-        """Add scale * G V, row by row, to out (C, D)."""
-
     def project(self, v: Array, scale: float, out: np.ndarray) -> None:
-        """Add scale * V G V' to out (C, C), float64 on the host; J V alone is needed."""
+        """Add scale * V G V' to out (C, C), float64 on the host; only J V is needed."""
 
 
 @runtime_checkable
 class SquaredGradients(Protocol):
-    """A model that can also square the gradient of each case by itself."""
+    """A linearisation that can also square the gradient of each example."""
 
-    def squared_gradients(self, at: Any, scale: float, out: Array, squares: Array) -> None:
-        """Add what `at.gradient` adds to out (D,), and its squares, summed over the cases, to squares (D,).
-
-        Parameters
-        ----------
-        at : Linearisation
-            One of this model.
-        """
+    def squared_gradients(self, scale: float, out: Array, squares: Array) -> None:
+        """Add what `gradient` adds to out (D,), and the sum over examples of its squares to squares (D,)."""
 
 
-@runtime_checkable
-class KroneckerFactors(Blocks, Protocol):
-    """A model that can also give Kronecker factors of each block's curvature, from the gradient's pass."""
+class FactoredGradient(Protocol):
+    """A linearisation that can also sum Kronecker factors of the curvature in the pass of the gradient."""
 
-    @property
-    def factors_size(self) -> int:
-        """The numbers that `factored_gradient` adds to."""
-
-    def factored_gradient(self, at: Any, scale: float, out: Array, factors: Array) -> None:
-        """Add what `at.gradient` adds to out (D,), and sums for the factors to factors (factors_size,)."""
-
-    def normalise_factors(self, factors: Array, scored: int) -> Array:
-        """Give the factors A (rows, rows) and B (columns, columns) of each block, one after the other.
-
-        From sums over all cases of a batch with `scored` outputs, with scale = 1 / scored; they are used up.
-        """
+    def factored_gradient(self, scale: float, out: Array, sums: Array) -> None:
+        """Add what `gradient` adds to out (D,), and the sums for the factors to sums (factor_sums.size,)."""
 
 
 class StructuralLinearisation(Linearisation, Protocol):
-    """A linearisation that keeps the curvature of the hidden pre-activations too."""
+    """A linearisation with the curvature of the hidden pre-activations."""
 
     def structural_gauss_newton(self, v: Array, scale: float, structural: float, out: Array) -> None:
         """Add scale * (J' H_L J + structural * J_a' W J_a) v to out (D,); J_a is that of pre-activations."""
@@ -157,3 +153,11 @@ class StructuralDamping(Protocol):
 
     def linearise_structural(self, theta: Array, batch: Any, reuse: Any = None) -> StructuralLinearisation:
         """Linearise as `Model.linearise` does, with the weights W of the pre-activations."""
+
+
+def has_squared_gradients(model: Model) -> bool:
+    """Return whether the linearisations of a model have squared gradients.
+
+    It is known without a linearisation, on ranks with an empty shard too.
+    """
+    return issubclass(getattr(model, "linearisation", object), SquaredGradients)

@@ -1,66 +1,106 @@
-"""Kronecker factors of the curvature of each matrix of a model of a framework.
+"""Sums over examples that become the Kronecker factors A and B of each matrix of theta.
 
 The Fisher matrix of a block W (rows, columns) of theta, at the targets of the data (the empirical one), is
-taken for A x B, A of its rows and B of its columns. N are the scored outputs, whose mean loss all gradients
-are of.
+approximated by A x B, with A of its rows and B of its columns. N is the number of scored outputs, of whose
+mean loss all gradients are.
 
-- Where W is known to map inputs z to outputs y, as in a linear layer, with da the gradients of y,
+- Where W maps inputs z to outputs y, as in a linear layer, with da the gradient in y,
 
       N sum of da da'  x  sum of z z' / n
 
   over all n such products, as if they were independent (Martens and Grosse 2015; for the steps of recurrent
   networks Martens, Ba and Johnson 2018). A bias has z = 1.
-- Else, with the gradients G of single cases and s, the sum of the squares of all their numbers,
+- Otherwise, with the gradients G of single examples and s, the sum of the squares of all their entries,
 
       N sum of G G'  x  sum of G' G / s
 
-  which has the trace of the Fisher matrix, and is that matrix where all G are multiples of one of rank one.
+  which has the trace of the Fisher matrix, and equals that matrix where all G are multiples of one of rank
+  one.
 
-Sums over cases have those of A and B, block after block, and then the number of each block that they are
-divided by: n or s. N multiplies A and the number divides B; only their product matters.
+Only the product of N, 1 / n and 1 / s matters, not the factor that it is applied to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from hfmpi.optim.layout import Block, factor_shape, kronecker_layout, split_factors
+from hfmpi.optim.layout import Block, BlockLayout, Layout, Vector, factor_shape, kronecker_layout
 
-__all__ = ["add_cases", "normalise", "size", "square"]
-
-
-def size(blocks: Sequence[Block]) -> int:
-    """Give the numbers of all sums."""
-    return kronecker_layout(blocks).size + len(blocks)
+__all__ = ["FactorSums", "add_examples", "square"]
 
 
-def normalise(blocks: Sequence[Block], sums: np.ndarray, scored: int) -> np.ndarray:
-    """Turn sums over all cases into A and B, block after block, in place, and give them."""
-    factors, over = np.split(sums, [-len(blocks)])
-    for (_, a, b), number in zip(split_factors(blocks, factors), over, strict=True):
-        a *= sums.dtype.type(scored)
-        b /= number if number > 0 else 1
-    return factors
+@dataclass(frozen=True)
+class FactorSums:
+    """The vector of the sums for the factors of some blocks.
+
+    It holds the sums for A and B, block after block, and then the counts n (or s) that they are divided by.
+
+    Attributes
+    ----------
+    blocks : tuple of Block
+    shared : bool
+        One count n for all blocks, as where every product has the same number of steps and sequences.
+    """
+
+    blocks: tuple[Block, ...]
+    shared: bool = False
+
+    @cached_property
+    def factors(self) -> BlockLayout:
+        """The layout of A and B."""
+        return kronecker_layout(self.blocks)
+
+    @cached_property
+    def layout(self) -> Layout[str]:
+        """The layout of the whole vector."""
+        counts = 1 if self.shared else len(self.blocks)
+        return Layout({"factors": (self.factors.size,), "counts": (counts,)})
+
+    @property
+    def size(self) -> int:
+        """The length of the vector."""
+        return self.layout.size
+
+    def views(self, sums: Vector) -> tuple[list[dict[str, Vector]], Vector]:
+        """Return the arrays "A" and "B" of each block, and the counts, as views of sums (size,)."""
+        parts = self.layout.views(sums)
+        return self.factors.views(parts["factors"]), parts["counts"]
+
+    def normalise(self, sums: Vector, scored: int) -> Vector:
+        """Turn sums (size,) over all examples, with `scored` outputs, into A and B; in place, as a view."""
+        blocks, counts = self.views(sums)
+        number = sums.dtype.type
+        if self.shared:
+            count = float(counts[0])
+            for own in blocks:
+                own["A"] *= number(1 / max(1.0, count))
+                own["B"] *= number(scored)
+        else:
+            for own, count in zip(blocks, counts, strict=True):
+                own["A"] *= number(scored)
+                own["B"] /= count if count > 0 else 1
+        return self.layout.views(sums)["factors"]
 
 
 def square(rows: Any) -> Any:
-    """Give the sum of z z' over rows z (n, side), an array of any framework: a factor, or its diagonal."""
+    """Return the sum of z z' over rows z (n, side), an array of any framework: a factor, or its diagonal."""
     return rows.T @ rows if len(factor_shape(rows.shape[1])) == 2 else (rows * rows).sum(0)
 
 
-def add_cases(
+def add_examples(
     blocks: Sequence[Block], gradients: np.ndarray, sums: np.ndarray, only: Container[int] | None = None
 ) -> None:
-    """Add what the gradients of some cases (B, D) bring to the sums, of all blocks or `only` some."""
-    over = sums[-len(blocks) :]
-    for i, (block, a, b) in enumerate(split_factors(blocks, sums[: -len(blocks)])):
+    """Add to the sums, of all or `only` some blocks, what gradients (B, D) of single examples contribute."""
+    factors, counts = FactorSums(tuple(blocks)).views(sums)
+    for i, (block, views) in enumerate(zip(blocks, factors, strict=True)):
         if only is not None and i not in only:
             continue
-        g = gradients[:, block.start : block.start + block.rows * block.columns]
-        g = g.reshape(-1, block.rows, block.columns)
-        for axis, out in (1, a), (2, b):
+        g = gradients[:, block.start : block.start + block.size].reshape(-1, block.rows, block.columns)
+        for axis, out in (1, views["A"]), (2, views["B"]):
             out += square(np.moveaxis(g, axis, 0).reshape(len(out), -1).T)
-        over[i] += np.vdot(g, g)
+        counts[i] += np.vdot(g, g)

@@ -25,6 +25,7 @@ import numpy as np
 
 from hfmpi.backends.base import Array
 from hfmpi.errors import UserError, shown
+from hfmpi.models.factors import FactorSums
 from hfmpi.networks.cells import Gated, cell
 from hfmpi.networks.recurrence import Cell
 from hfmpi.optim.layout import Block, Layout
@@ -132,6 +133,11 @@ class Architecture:
                 groups = columns // self.hidden if name in ("W_x", "W_h", "b") else 1
                 found.append(Block(whole, start, rows, columns, groups=groups))
         return tuple(found)
+
+    @cached_property
+    def factor_sums(self) -> FactorSums:
+        """The sums of the Kronecker factors of all blocks; steps times sequences is one count for all."""
+        return FactorSums(self.blocks, shared=True)
 
     def of_layer(self, i: int, views: Mapping[str, Array]) -> dict[str, Array]:
         """Give the parameters of layer i, from below, by the names that the cell gives them."""

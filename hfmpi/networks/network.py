@@ -9,14 +9,15 @@ import numpy as np
 from hfmpi.backends import create
 from hfmpi.backends.base import Array, Workspace
 from hfmpi.backends.numpy import NumpyBackend
+from hfmpi.data.examples import Arrays
 from hfmpi.errors import UserError, shown
-from hfmpi.models.batch import Batch
+from hfmpi.models.batch import Batch, check_mask, check_symbols, parts
+from hfmpi.models.factors import FactorSums
 from hfmpi.models.losses import Loss, choose
-from hfmpi.networks import factors as kronecker
 from hfmpi.networks import recurrence
 from hfmpi.networks.architecture import Architecture
 from hfmpi.networks.recurrence import Recurrence
-from hfmpi.networks.tape import Tape, blocks, fill_outputs, fill_rows
+from hfmpi.networks.tape import NetworkLinearisation, Tape, blocks, fill_outputs, fill_rows
 from hfmpi.optim.checks import check_vector
 from hfmpi.optim.layout import Block
 
@@ -46,6 +47,9 @@ class Network:
     initialisation, forget_bias
         As in `Architecture.initial`.
     """
+
+    linearisation = NetworkLinearisation
+    examples = Arrays  # what a tuple (x, y) or (x, y, mask) becomes
 
     def __init__(
         self,
@@ -94,6 +98,11 @@ class Network:
         """The matrices that theta is made of."""
         return self.architecture.blocks
 
+    @property
+    def factor_sums(self) -> FactorSums:
+        """The sums of the Kronecker factors of all blocks."""
+        return self.architecture.factor_sums
+
     def initial(self, seed: int) -> np.ndarray:
         """Draw parameters to start from, (D,) float64, the same for every device and number of ranks."""
         return self.architecture.initial(seed, self.initialisation, self.forget_bias)
@@ -106,17 +115,21 @@ class Network:
     # One batch ---------------------------------------------------------------------------------
 
     def loss(self, theta: Array, batch: Batch) -> float:
-        """Give the summed loss in nats, without a linearisation."""
-        return self._run(theta, batch, False, False, self._scratch).loss
+        """Return the summed loss in nats, without a linearisation."""
+        inputs, targets, mask = self._place(batch, self._scratch)
+        _, _, outputs = self._forward(theta, inputs, len(targets), False, False, self._scratch)
+        return self._value(outputs, targets, mask)
 
-    def linearise(self, theta: Array, batch: Batch, reuse: Tape | None = None) -> Tape:
+    def linearise(
+        self, theta: Array, batch: Batch, reuse: NetworkLinearisation | None = None
+    ) -> NetworkLinearisation:
         """Run the network and keep what every later product with J and J' needs.
 
         Parameters
         ----------
         theta : (D,)
         batch : Batch
-        reuse : Tape, optional
+        reuse : NetworkLinearisation, optional
             One whose memory may be overwritten.
 
         Raises
@@ -124,29 +137,13 @@ class Network:
         UserError
             If the batch is not one of this network.
         """
-        return self._run(theta, batch, True, False, reuse.memory if reuse else self.backend.new_workspace())
+        return self._linearise(theta, batch, False, reuse)
 
-    def linearise_structural(self, theta: Array, batch: Batch, reuse: Tape | None = None) -> Tape:
+    def linearise_structural(
+        self, theta: Array, batch: Batch, reuse: NetworkLinearisation | None = None
+    ) -> NetworkLinearisation:
         """Linearise, and keep the structural-damping weights of the pre-activations too."""
-        return self._run(theta, batch, True, True, reuse.memory if reuse else self.backend.new_workspace())
-
-    def squared_gradients(self, at: Tape, scale: float, out: Array, squares: Array) -> None:
-        """Add the gradient to out (D,), and the sum of its squares over sequences to squares (D,)."""
-        at.squared_gradients(scale, out, squares)
-
-    @property
-    def factors_size(self) -> int:
-        """The numbers that `factored_gradient` adds to."""
-        return kronecker.size(self.blocks)
-
-    def factored_gradient(self, at: Tape, scale: float, out: Array, factors: Array) -> None:
-        """Add the gradient to out (D,), and sums for the Kronecker factors of all blocks to factors."""
-        at.factored_gradient(scale, out, factors)
-
-    def normalise_factors(self, factors: Array, scored: int) -> Array:
-        """Give A and B of each block, one after the other, from the sums of all ranks, which are used up."""
-        kronecker.normalise(self.blocks, factors, scored)
-        return factors[:-1]
+        return self._linearise(theta, batch, True, reuse)
 
     def tape_bytes(self, steps: int, size: int, structural: bool = False, looks_up: bool = True) -> int:
         """Give the memory that the tape of a batch (steps, size) takes, without running it.
@@ -164,30 +161,38 @@ class Network:
         return whole + 4 * steps * size * (looks_up + (read > 0))
 
     def outputs(self, theta: Array, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Give outputs (N, O), before the loss, their targets (N,) or (N, O), and a mask (N, 1) or None.
+        """Return outputs (N, O), before the loss, their targets (N,) or (N, O), and a mask (N, 1) or None.
 
-        On the host; the rows are the sequences of the first step that has targets, then those of the next.
+        On the host, sorted by step: all sequences at the first step that has targets, then at the next.
         """
-        memory = self._scratch
-        inputs, targets, mask = self._placed(batch, memory)
-        _, _, outputs = self._forward(theta, inputs, len(targets), False, False, memory)
+        inputs, targets, mask = self._place(batch, self._scratch)
+        _, _, outputs = self._forward(theta, inputs, len(targets), False, False, self._scratch)
         to_host = self.backend.to_host
-        kept = np.array(to_host(outputs))  # the scratch memory is overwritten by the next pass
-        return kept, to_host(targets), None if mask is None else to_host(mask)
+        copied = np.array(to_host(outputs))  # the scratch memory is overwritten by the next pass
+        return copied, to_host(targets), None if mask is None else to_host(mask)
 
-    def _run(self, theta: Array, batch: Batch, linearise: bool, structural: bool, memory: Workspace) -> Tape:
-        inputs, targets, mask = self._placed(batch, memory)
-        p, layers, kept = self._forward(theta, inputs, len(targets), linearise, structural, memory)
-        losses = self.output_loss.value(self.backend, kept, targets)
-        if mask is not None:
-            losses = losses * mask[:, 0]
-        loss = float(losses.sum())
+    def _linearise(
+        self, theta: Array, batch: Batch, structural: bool, reuse: NetworkLinearisation | None
+    ) -> NetworkLinearisation:
+        memory = reuse.passes.memory if reuse else self.backend.new_workspace()
+        inputs, targets, mask = self._place(batch, memory)
+        p, layers, cache = self._forward(theta, inputs, len(targets), True, structural, memory)
+        loss = self._value(cache, targets, mask)
         steps, size = inputs.shape[:2]
         nbytes = self.tape_bytes(steps, size, structural, inputs.ndim == 2)
-        return Tape(
-            self.architecture, self.backend, self.output_loss, tuple(layers), p, kept, targets, mask, loss,
-            nbytes, self.block_rows, memory,
-        )  # fmt: skip
+        tape = Tape(
+            self.architecture, self.backend, tuple(layers), p, len(targets), nbytes, self.block_rows, memory
+        )
+        return NetworkLinearisation(
+            tape, self.output_loss, self.backend, cache, targets, mask, loss, self.block_rows
+        )
+
+    def _value(self, outputs: Array, targets: Array, mask: Array | None) -> float:
+        """Return the summed loss; outputs become what the loss computed from them for its derivatives."""
+        losses = self.output_loss.value(self.backend, outputs, targets)
+        if mask is not None:
+            losses = losses * mask[:, 0]
+        return float(losses.sum())
 
     def _forward(
         self, theta: Array, inputs: Array, rows: int, linearise: bool, structural: bool, memory: Workspace
@@ -208,38 +213,41 @@ class Network:
         fill_outputs(self.backend, p, layers[-1].hidden[1 + steps - rows // size :], outputs)
         return p, layers, outputs
 
-    def _placed(self, batch: Batch, memory: Workspace) -> tuple[Array, Array, Array | None]:
-        """Check a batch and put it on the device: inputs, targets (T * B, ...) and mask (T * B, 1)."""
-        if not isinstance(batch, Batch):
-            raise UserError(
-                f"a batch must have inputs, targets and mask, as of hfmpi.Arrays, not {shown(batch)}"
-            )
+    def _place(self, batch: Batch, memory: Workspace) -> tuple[Array, Array, Array | None]:
+        """Check a batch and copy it to the device, time first.
+
+        Returns
+        -------
+        inputs : (L, B) int32 or (L, B, I)
+        targets : (T * B,) int32 or (T * B, O)
+        mask : (T * B, 1) or None
+        """
+        (x, *others), y, mask = parts(batch)
         about, symbols, dtype = self.architecture, self.output_loss.symbols, self.backend.dtype
-        given, wanted = np.asarray(batch.inputs), np.asarray(batch.targets)
-        looks_up = given.ndim == 2
-        if not looks_up and (given.ndim != 3 or given.shape[2] != about.inputs):
+        looks_up = x.ndim == 2
+        if others or not (looks_up or (x.ndim == 3 and x.shape[2] == about.inputs)):
             raise UserError(
-                f"inputs must be symbols (steps, sequences) or numbers (steps, sequences, {about.inputs}), "
-                f"not of shape {given.shape}"
+                f"inputs must be symbols (sequences, steps) or numbers (sequences, steps, {about.inputs}), "
+                f"not {f'{1 + len(others)} arrays' if others else f'of shape {x.shape}'}"
             )
-        rest = () if symbols else (about.outputs,)
-        if wanted.shape[1:] != (given.shape[1], *rest) or len(wanted) > len(given):
+        sequences, steps, width = *x.shape[:2], () if symbols else (about.outputs,)
+        if y.ndim < 2 or (len(y), *y.shape[2:]) != (sequences, *width) or y.shape[1] > steps:
             raise UserError(
                 f"targets must be {'symbols' if symbols else 'numbers'} of shape "
-                f"{('steps', given.shape[1], *rest)} for at most {len(given)} steps, "
-                f"not of shape {wanted.shape}"
+                f"{(sequences, 'steps', *width)} for at most {steps} steps, not of shape {y.shape}"
             )
-        _check_symbols("inputs", given if looks_up else None, about.inputs)
-        _check_symbols("targets", wanted if symbols else None, about.outputs)
-        inputs = memory("inputs", given.shape, np.int32 if looks_up else dtype)
-        inputs[...] = self.backend.to_device(given.astype(np.int32 if looks_up else dtype, copy=False))
-        targets = self.backend.to_device(wanted.astype(np.int32 if symbols else dtype, copy=False))
-        mask = None
-        if batch.mask is not None:
-            if np.shape(batch.mask) != wanted.shape[:2]:
-                raise UserError(f"the mask must be of shape {wanted.shape[:2]}, not {np.shape(batch.mask)}")
-            mask = self.backend.to_device(np.asarray(batch.mask).astype(dtype).reshape(-1, 1))
-        return inputs, targets.reshape(-1, *rest), mask
+        if looks_up:
+            check_symbols("inputs", x, about.inputs)
+        if symbols:
+            check_symbols("targets", y, about.outputs)
+        check_mask(mask, y.shape[:2])
+        kind = np.dtype(np.int32) if looks_up else dtype
+        inputs = memory("inputs", (steps, sequences, *x.shape[2:]), kind)
+        inputs[...] = self.backend.to_device(_time_first(x.astype(kind, copy=False)))
+        targets = self.backend.to_device(_time_first(y.astype(np.int32 if symbols else dtype, copy=False)))
+        if mask is not None:
+            mask = self.backend.to_device(_time_first(mask.astype(dtype)).reshape(-1, 1))
+        return inputs, targets.reshape(-1, *width), mask
 
     def _layer(
         self,
@@ -318,13 +326,5 @@ class Network:
         return tuple(State(r.hidden[-1], c) for r, c in zip(layers, states, strict=True)), outputs
 
 
-def _check_symbols(what: str, symbols: np.ndarray | None, count: int) -> None:
-    """Raise a UserError if there are others than 0 ... count - 1: kernels would read beyond their tables."""
-    if symbols is None or not symbols.size:
-        return
-    if symbols.dtype.kind not in "iu":
-        raise UserError(f"{what} must be whole numbers, as symbols are, not {symbols.dtype}")
-    if symbols.view(f"u{symbols.itemsize}").max() >= count:  # negative ones are huge
-        raise UserError(
-            f"{what} must be symbols from 0 to {count - 1}, not {symbols.min()} to {symbols.max()}"
-        )
+def _time_first(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array.swapaxes(0, 1))

@@ -1,11 +1,11 @@
-"""The hinge between a model on one device and an optimizer that knows none: the mean risk over all ranks.
+"""The objective of an optimizer from a model on one device: the mean risk over all ranks.
 
 Every rank holds theta and a shard of the global batch, over which it sums (hfmpi.objective.local). One
 Allreduce per loss, gradient or product makes the sums global. Sums are divided by the number of scored
 outputs in the global batch, never averaged from averages, so shards may be uneven or empty.
 
-Each of these messages has one number more: how many ranks want to stop. So the ranks agree to leave a long
-step without a message of its own, and leave it at the same place.
+Each of these messages has one more number: how many ranks want to stop. So the ranks agree to leave a long
+step without a separate message, and leave it at the same point.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from hfmpi.data.batches import Cases, checked_indices, curvature_slice, global_i
 from hfmpi.errors import UserError, shown
 from hfmpi.measure.spans import ALLREDUCE, LINE_SEARCH
 from hfmpi.measure.timer import Timer
-from hfmpi.models.base import Blocks, KroneckerFactors, Model, SquaredGradients
-from hfmpi.objective.local import Beside, LocalSums, Shard
-from hfmpi.objective.messages import PARTS, unpack
+from hfmpi.models.base import Blocks, KroneckerFactors, Model, has_squared_gradients
+from hfmpi.objective.local import Extra, LocalSums, Shard
+from hfmpi.objective.messages import gradient_message, unpack
 from hfmpi.objective.transport import HostTransport, Transport
 from hfmpi.optim.base import Gradient, Objective, Objectives, Operator, Scalars
 from hfmpi.optim.checks import check_vector
@@ -34,9 +34,9 @@ __all__ = ["DataParallel", "Risk", "Stopped", "step_objectives"]
 
 
 class Stopped(Exception):
-    """Raised on all ranks out of the same loss, gradient or product: at least one of them wants to stop.
+    """Raised on all ranks by the same loss, gradient or product: at least one of them wants to stop.
 
-    Optimizers let it pass. They change neither theta nor their state, so the step can be taken anew later.
+    Optimizers do not catch it. They change neither theta nor their state, so the step can be repeated later.
     """
 
 
@@ -51,24 +51,26 @@ class DataParallel:
     timer : Timer
         Gets the spans of `LocalSums`, line search and allreduce.
     micro_batch : int, optional
-        Most cases that a rank works on at a time; bounds memory, and does not change the result
-        beyond rounding. Without it, or 0, what suits the backend. Halved where the memory does not suffice.
+        The maximum number of examples that a rank processes at a time; bounds memory, and does not change the
+        result beyond rounding. Without it, or 0, what suits the backend. Halved where the memory does not
+        suffice.
     memory_budget : float
-        Bytes that this rank may keep of a linearisation between products. What does not fit is computed
-        anew for every product, which takes longer and gives the same numbers, bit for bit.
+        Bytes of linearisations that this rank may keep between products. What does not fit is recomputed for
+        every product, which takes longer and gives the same numbers, bit for bit.
     transport : Transport, optional
         How vectors of the model's device are summed over the ranks. Without it, through the host.
     slices : int
-        Cut every global batch into so many slices, a power of two that the number of ranks divides, and add
-        up their sums in one fixed binary tree: the result is then the same bit for bit whatever the number
-        of ranks, on processors of one kind. 0: one slice a rank, summed as MPI likes.
+        Divide every global batch into this many slices, a power of two that the number of ranks divides, and
+        add their sums in one fixed binary tree: the result is then the same bit for bit for any number of
+        ranks, on processors of one kind. 0: one slice per rank, summed in the order that MPI chooses.
     stop : callable, optional
-        Says whether this rank wants to stop; asked once per loss, gradient and product. Without it, never.
+        Returns whether this rank wants to stop; called once per loss, gradient and product. Without it,
+        never.
 
     Raises
     ------
     UserError
-        If something is not what it must be, or the slices do not fit the ranks.
+        If an argument is of the wrong type, or the slices do not fit the ranks.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class DataParallel:
         slices: int = 0,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        for name, given, right, words in (
+        for name, value, right, words in (
             ("model", model, isinstance(model, Model), "a model such as hfmpi.Network"),
             ("communicator", communicator, isinstance(communicator, Communicator), "what connect() gives"),
             ("timer", timer, timer is None or isinstance(timer, Timer), "a Timer"),
@@ -92,8 +94,8 @@ class DataParallel:
             ("slices", slices, _whole(slices), "0, 1, 2, ..."),
             ("stop", stop, callable(stop), "a function"),
         ):
-            if not right or isinstance(given, type):
-                raise UserError(f"{name} must be {words}, not {shown(given)}")
+            if not right or isinstance(value, type):
+                raise UserError(f"{name} must be {words}, not {shown(value)}")
         if slices and (slices & (slices - 1) or slices % communicator.size):
             raise UserError(
                 f"slices must be a power of two that the number of ranks divides, not {slices} "
@@ -109,30 +111,30 @@ class DataParallel:
         self.stop = stop
 
     def on(self, cases: Cases, indices: np.ndarray, span: str = LINE_SEARCH) -> Risk:
-        """Give the risk on the cases `indices` (B,), the same on every rank.
+        """Return the risk on the examples `indices` (B,), the same on every rank.
 
         `span` is the name under which the timer books its losses.
 
         Raises
         ------
         TypeError
-            If they are no cases, or no whole numbers.
+            If `cases` are not cases, or the indices not whole numbers.
         IndexError
-            If there are no such cases.
+            If there are no such examples.
         """
         if not isinstance(cases, Cases):
             raise TypeError(f"cases must be such as hfmpi.Arrays makes, not {shown(cases)}")
         return Risk(self, cases, checked_indices(indices, cases.count, "case"), span)
 
     def shard(self, cases: Cases, indices: np.ndarray) -> Shard:
-        """Give what this rank has of a global batch."""
+        """Return this rank's part of a global batch."""
         rank, ranks = self.communicator.rank, self.communicator.size
         count = self.slices or ranks
-        own = range(count * rank // ranks, count * (rank + 1) // ranks)
-        return Shard(cases, [shard(indices, i, count) for i in own])
+        slices = range(count * rank // ranks, count * (rank + 1) // ranks)
+        return Shard(cases, [shard(indices, i, count) for i in slices])
 
     def sum(self, message: Array, transport: Transport) -> None:
-        """Sum over all ranks; the last number is that of the ranks that want to stop."""
+        """Sum over all ranks; the last number counts the ranks that want to stop."""
         message[-1] = float(self.stop())
         with self.timer.span(ALLREDUCE):
             transport.sum(message)
@@ -157,42 +159,42 @@ def step_objectives(
     curvature_batch: int,
     redrawn: bool = False,
 ) -> Objectives:
-    """Give the objectives of one step: global batches that depend on seed and step alone.
+    """Return the objectives of one step: global batches that depend on seed and step alone.
 
     Parameters
     ----------
     cases : Cases
-        As this step is to see them.
+        As this step sees them.
     gradient_batch, curvature_batch : int
-        Cases; 0 for a method without curvature.
+        Examples; 0 for a method without curvature.
     redrawn : bool
-        The next step sees other cases under the same indices.
+        The next step sees different examples under the same indices.
     """
     indices = global_indices(seed, step, gradient_batch, cases.count)
     whole, curvature, epoch = owner.on(cases, indices), None, step * gradient_batch / cases.count
     if curvature_batch:
-        own = curvature_slice(step, gradient_batch, curvature_batch)
-        curvature = owner.on(cases, indices[own])
-        whole.keep(curvature, np.delete(indices, own))
+        part = curvature_slice(step, gradient_batch, curvature_batch)
+        curvature = owner.on(cases, indices[part])
+        whole.keep(curvature, np.delete(indices, part))
     repeated = gradient_batch == cases.count and not redrawn
     return Objectives(whole, curvature, epoch, curvature is not None, repeated)
 
 
 def shares(sizes: Sequence[int], ranks: int) -> list[list[int]]:
-    """Share out works of these sizes, the largest first to whoever has least to do."""
-    found, work = [list[int]() for _ in range(ranks)], [0] * ranks
+    """Distribute works of these sizes over ranks: the largest first, to the rank with the least work."""
+    assigned, work = [list[int]() for _ in range(ranks)], [0] * ranks
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         rank = work.index(min(work))
-        found[rank].append(i)
+        assigned[rank].append(i)
         work[rank] += sizes[i]
-    return found
+    return assigned
 
 
 class Risk(Objective):
     """The mean risk on one global batch.
 
     Linearisations are shared by all risks of one `DataParallel`: an operator of `gauss_newton` that is used
-    after another one was made linearises anew.
+    after a newer one was made linearises again.
 
     Raises
     ------
@@ -209,15 +211,17 @@ class Risk(Objective):
             raise UserError("a batch has no output that is scored: check the mask")
         self.cases = cases
         self.shard = owner.shard(cases, indices)
-        self._apart: tuple[Shard, Shard | None] = self.shard, None
+        self._rest: Shard = self.shard
+        self._part: Risk | None = None
+        self._version = 0  # of the linearisations that a gradient made on this shard
 
     def keep(self, part: Risk, rest: np.ndarray) -> None:
-        """Let gradients linearise `part`, the risk on some of the cases, for products; `rest` has others."""
-        self._apart = self.owner.shard(self.cases, rest), part.shard
+        """Let gradients linearise `part`, the risk on some of the examples; `rest` has the other examples."""
+        self._rest, self._part = self.owner.shard(self.cases, rest), part
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """Those of the model."""
+        """The blocks of the model."""
         if isinstance(self.owner.model, Blocks):
             return self.owner.model.blocks
         return super().blocks
@@ -233,15 +237,15 @@ class Risk(Objective):
         return parts
 
     def agree(self, values: Scalars) -> Scalars:
-        """Give rank 0's values of scalars that every rank computed for itself."""
+        """Return rank 0's values of scalars that every rank computed."""
         return self.owner.communicator.agree(values)
 
     def loss(self, theta: Array) -> float:
-        """Mean loss in nats per scored output, float64."""
+        """Return the mean loss in nats per scored output, float64."""
         return self.losses([theta])[0]
 
     def losses(self, thetas: Sequence[Array]) -> list[float]:
-        """Mean losses of several candidates, in one message."""
+        """Return the mean losses of several candidates, in one message."""
         for theta in thetas:
             self._check("theta", theta)
         message = np.append(self.owner.local.losses(thetas, self.shard, self.span), 0.0)
@@ -249,88 +253,86 @@ class Risk(Objective):
         return [float(loss) / self.scored for loss in message[:-1]]
 
     def gradient(self, theta: Array) -> Gradient:
-        """Mean loss and its gradient (D,), in one message."""
-        message = self._gradient(theta, "")
-        return Gradient(self._loss(message), message[: theta.size])
+        """Return the mean loss and its gradient (D,), in one message."""
+        return self._gradient(theta, "")[0]
 
     def squared_gradients(self, theta: Array) -> Gradient:
-        """Mean loss, its gradient, and the mean squared gradients of the cases if the model has them.
+        """Return the mean loss, its gradient, and the mean squared gradients of the examples if available.
 
-        A case counts with its loss over the mean number of scored outputs of a case, so that `squares` has
-        the unit of the squared gradient whatever the batch.
+        An example counts with its loss over the mean number of scored outputs of an example, so that
+        `squares` has the unit of the squared gradient whatever the batch.
         """
-        if not isinstance(self.owner.model, SquaredGradients):
+        if not has_squared_gradients(self.owner.model):
             return self.gradient(theta)
-        message, size = self._gradient(theta, "squares"), theta.size
-        square_sum = message[size : 2 * size]
+        gradient, square_sum = self._gradient(theta, "squares")
         square_sum *= theta.dtype.type(self.size)  # sum_i (g_i / B)^2 -> mean_i g_i^2
-        return Gradient(self._loss(message), message[:size], square_sum)
+        return gradient._replace(squares=square_sum)
 
     def factored_gradient(self, theta: Array) -> tuple[Gradient, Array]:
-        """Mean loss, its gradient, and the Kronecker factors of all blocks, in one message."""
+        """Return the mean loss, its gradient, and the Kronecker factors of all blocks, in one message."""
         model = self.owner.model
         if not isinstance(model, KroneckerFactors):
             return super().factored_gradient(theta)
-        message = self._gradient(theta, "factors")
-        factors = model.normalise_factors(message[theta.size : PARTS.start], self.scored)
-        return Gradient(self._loss(message), message[: theta.size]), factors
+        gradient, sums = self._gradient(theta, "factors")
+        return gradient, model.factor_sums.normalise(sums, self.scored)
 
-    def _gradient(self, theta: Array, beside: Beside) -> Array:
+    def _gradient(self, theta: Array, extra: Extra) -> tuple[Gradient, Array]:
+        """Return loss and gradient, and the sums asked for, as views of one message."""
         self._check("theta", theta)
-        rest, part = self._apart
-        message = self.owner.local.gradient(theta, rest, self.scored, beside, part)
-        self.owner.sum(message, self.owner.transport)
-        return message
-
-    def _loss(self, message: Array) -> float:
-        return unpack(self.owner.model.backend.to_host(message[PARTS]))
+        owner, part = self.owner, self._part
+        message, version = owner.local.gradient(
+            theta, self._rest, self.scored, extra, None if part is None else part.shard
+        )
+        if part is not None:
+            part._version = version
+        owner.sum(message, owner.transport)
+        layout = gradient_message(theta.size)
+        out = gradient_message(theta.size, message.size - layout.size).views(message)
+        loss = unpack(owner.model.backend.to_host(out["loss"]))
+        return Gradient(loss, out["gradient"]), out["extra"]
 
     def gauss_newton(self, theta: Array) -> Operator:
-        """Linearise at theta; give v (D,) -> G v."""
+        """Linearise at theta; return v (D,) -> G v."""
         return self._products(theta, 0.0)
 
     def structural_gauss_newton(self, theta: Array, structural: float) -> Operator:
-        """Linearise at theta; give v (D,) -> (G + structural * S) v.
+        """Linearise at theta; return v (D,) -> (G + structural * S) v.
 
         S is the curvature of the structural-damping loss, likewise a mean per scored output: its products
         with the pre-activations' Jacobian are divided by the same number (docs/theory.md).
         """
         return self._products(theta, structural)
 
-    def columns(self, theta: Array) -> Operator:
-        """Linearise at theta; give V (C, D) -> G V (C, D), in one message."""
-        return self._products(theta, 0.0, True)
-
-    def _products(self, theta: Array, structural: float, columns: bool = False) -> Operator:
+    def _products(self, theta: Array, structural: float) -> Operator:
         self._check("theta", theta)
         owner = self.owner
-        local = owner.local.products(theta, self.shard, self.scored, structural)
+        local = owner.local.products(theta, self.shard, self.scored, structural, self._version)
 
         def product(v: Array) -> Array:
-            self._check("v", v, columns)
+            self._check("v", v)
             message = local(v)
             owner.sum(message, owner.transport)
-            return message[:-1].reshape(v.shape)
+            return message[:-1]
 
         return product
 
     def project(self, theta: Array) -> Callable[[Array], np.ndarray]:
-        """Linearise at theta; give V (C, D) -> V G V' (C, C), in one message of C^2 numbers."""
+        """Linearise at theta; return V (C, D) -> V G V' (C, C), in one message of C^2 numbers."""
         self._check("theta", theta)
         owner = self.owner
-        local = owner.local.products(theta, self.shard, self.scored, project=True)
+        local = owner.local.projections(theta, self.shard, self.scored, self._version)
 
-        def projected(v: Array) -> np.ndarray:
-            self._check("v", v, True)
+        def projection(v: Array) -> np.ndarray:
+            self._check("v", v, several=True)
             message = local(v)
             owner.sum(message, owner.host)
-            found = message[:-1].reshape(len(v), len(v))
-            symmetric: np.ndarray = (found + found.T) / 2
+            projected = message[:-1].reshape(len(v), len(v))
+            symmetric: np.ndarray = (projected + projected.T) / 2
             return symmetric
 
-        return projected
+        return projection
 
-    def _check(self, name: str, vector: Array, columns: bool = False) -> None:
-        """Raise a TypeError or ValueError unless it is a vector of the model, or columns, on its device."""
+    def _check(self, name: str, vector: Array, several: bool = False) -> None:
+        """Raise a TypeError or ValueError unless it is a vector of the model, or several, on its device."""
         model = self.owner.model
-        check_vector(name, vector, model.size, model.backend.xp.ndarray, columns)
+        check_vector(name, vector, model.size, model.backend.xp.ndarray, several)

@@ -1,12 +1,12 @@
 """One rank's sums over its shard of a global batch: micro-batches, linearisations, and memory that runs out.
 
-No communication. What a rank has to add up comes in slices, whose sums are added in a binary tree.
+No communication. The shard comes in slices, whose sums are added in a binary tree.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal, NamedTuple, TypeVar, cast
@@ -18,23 +18,16 @@ from hfmpi.data.batches import Cases
 from hfmpi.errors import UserError
 from hfmpi.measure.spans import FORWARD, GRADIENT, INPUT, LINEARISE, PRODUCTS
 from hfmpi.measure.timer import Timer
-from hfmpi.models.base import (
-    Columns,
-    KroneckerFactors,
-    Linearisation,
-    Model,
-    SquaredGradients,
-    StructuralDamping,
-)
-from hfmpi.objective.messages import PARTS, message_sizes, pack
+from hfmpi.models.base import KroneckerFactors, Linearisation, Model, Projection, StructuralDamping
+from hfmpi.objective.messages import gradient_message, pack
 from hfmpi.optim.base import inner_product
 
-__all__ = ["Beside", "LocalSums", "Shard", "pairwise"]
+__all__ = ["Extra", "LocalSums", "Shard", "pairwise"]
 
 T = TypeVar("T")
 
-Beside = Literal["", "squares", "factors"]
-"""What a gradient's pass gives beside it: squares of single cases' gradients, or Kronecker factors."""
+Extra = Literal["", "squares", "factors"]
+"""What the pass of a gradient computes besides: squares of gradients of examples, or Kronecker factors."""
 
 Linearise = Callable[[Array, Any, Any], Linearisation]
 """theta (D,), a batch, and a linearisation whose memory may be taken."""
@@ -42,13 +35,13 @@ Linearise = Callable[[Array, Any, Any], Linearisation]
 
 @dataclass(frozen=True)
 class Shard:
-    """What one rank works on.
+    """The part of a global batch that one rank works on.
 
     Attributes
     ----------
     cases : Cases
     slices : list of (n,) int64
-        Indices of the cases of each slice, perhaps none.
+        Indices of the examples of each slice, perhaps none.
     """
 
     cases: Cases
@@ -56,21 +49,19 @@ class Shard:
 
     @property
     def count(self) -> int:
-        """The number of cases."""
+        """The number of examples."""
         return sum(part.size for part in self.slices)
 
 
-class _Shared(NamedTuple):
-    """What a gradient's pass keeps for products at the same point."""
+class Slice(NamedTuple):
+    """A slice of a shard at one theta: the linearisations that fit the memory, and the other batches."""
 
-    theta: Array
-    shard: Shard
-    slices: list[tuple[list[Linearisation], list[Any]]]
-    kept: list[Linearisation]
+    linearisations: list[Linearisation]
+    batches: list[Any]
 
 
 def pairwise(parts: list[Array]) -> Array:
-    """Add up arrays or numbers, as many as a power of two or one, in a binary tree of neighbours."""
+    """Sum arrays or numbers, as many as a power of two or one, in a binary tree of neighbours."""
     while len(parts) > 1:
         parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
     return parts[0]
@@ -85,11 +76,12 @@ class LocalSums:
     timer : Timer
         Gets the spans input, forward, gradient, linearise, products and those of losses.
     micro_batch : int, optional
-        Most cases at a time; without it, what suits the backend. Halved where the memory does not suffice.
+        The maximum number of examples at a time; without it, what suits the backend. Halved where the memory
+        does not suffice.
     memory_budget : float
         Bytes of linearisations that may be kept between products.
     rank : int
-        For sentences.
+        For messages.
     """
 
     def __init__(
@@ -100,17 +92,22 @@ class LocalSums:
         self.micro_batch = micro_batch or model.backend.micro_batch
         self.memory_budget = memory_budget
         self.rank = rank
-        self._passing: Linearisation | None = None  # used up at once; its memory serves the next
-        self._kept: list[Linearisation] = []  # between products
-        self._shared: _Shared | None = None
+        self._passing: Linearisation | None = None  # used at once; the next one takes its memory
+        self._slices: list[Slice] = []  # linearised, between products
+        self._theta: Array = None  # at which they are linearised: a copy
+        self._version = 1  # of these slices; an operator that knows an earlier one linearises again
+
+    @property
+    def linearisations(self) -> list[Linearisation]:
+        """The linearisations that are in memory between products."""
+        return [at for part in self._slices for at in part.linearisations]
 
     def losses(self, thetas: Sequence[Array], shard: Shard, span: str) -> np.ndarray:
         """Sum the losses of each theta, (C,) float64; the timer books them under `span`."""
 
         def share(part: np.ndarray) -> np.ndarray:
             losses = np.zeros(len(thetas))
-            for indices in self._cut(part):
-                batch = self._take(shard, indices)
+            for batch in self._batches(shard, part):
                 with self.timer.span(span):
                     losses += [self.model.loss(theta, batch) for theta in thetas]
             return losses
@@ -118,128 +115,154 @@ class LocalSums:
         return self._shrinking(shard.count, lambda: pairwise([share(part) for part in shard.slices]))
 
     def gradient(
-        self, theta: Array, shard: Shard, scored: int, beside: Beside = "", part: Shard | None = None
-    ) -> Array:
-        """Give the message of loss and gradient over `scored`, and what is wanted beside it.
+        self, theta: Array, shard: Shard, scored: int, extra: Extra = "", part: Shard | None = None
+    ) -> tuple[Array, int]:
+        """Return the message of loss and gradient over `scored`, with the squares or factors asked for.
 
-        The model must have it, then. `part` has the rest of the cases: those whose linearisations stay for
-        the next products on it at this theta.
+        The linearisations of the model must have these. `part` has further examples, whose linearisations
+        stay in memory for products at this theta, as the version that is returned (without `part`: 0).
         """
-        backend, size, model = self.model.backend, theta.size, self.model
-        more, add = 0, cast("Callable[[Any, float, Array, Array], None] | None", None)
-        if beside == "squares":
-            more, add = size, cast(SquaredGradients, model).squared_gradients
-        elif beside == "factors":
-            having = cast(KroneckerFactors, model)
-            more, add = having.factors_size, having.factored_gradient
+        backend, model = self.model.backend, self.model
+        sizes = {"": 0, "squares": theta.size}
+        if extra == "factors":
+            sizes["factors"] = cast(KroneckerFactors, model).factor_sums.size
+        layout = gradient_message(theta.size, sizes[extra])
 
-        def pulled(at: Linearisation, message: Array) -> float:
+        def add(at: Any, out: dict[str, Array]) -> float:
             with self.timer.span(GRADIENT):
-                if add is not None:
-                    add(at, 1 / scored, message[:size], message[size : size + more])
+                if extra == "squares":
+                    at.squared_gradients(1 / scored, out["gradient"], out["extra"])
+                elif extra == "factors":
+                    at.factored_gradient(1 / scored, out["gradient"], out["extra"])
                 else:
-                    at.gradient(1 / scored, message[:size])
+                    at.gradient(1 / scored, out["gradient"])
                 backend.synchronize()
-            return at.loss / scored
+            return float(at.loss) / scored
 
-        def share(own: np.ndarray, kept: list[Linearisation], others: list[Any]) -> Array:
-            message = backend.xp.zeros(message_sizes(size, more)["gradient"], theta.dtype)
-            loss = sum(pulled(at, message) for at in kept)
-            for batch in chain(others, (self._take(shard, indices) for indices in self._cut(own))):
+        def share(indices: np.ndarray, first: Slice) -> Array:
+            message = backend.xp.zeros(layout.size, theta.dtype)
+            out = layout.views(message)
+            loss = sum(add(at, out) for at in first.linearisations)
+            for batch in chain(first.batches, self._batches(shard, indices)):
                 with self.timer.span(FORWARD):
                     at = self._pass(model.linearise, theta, batch)
-                loss += pulled(at, message)
-            message[PARTS] = backend.to_device(pack(loss).astype(theta.dtype))
+                loss += add(at, out)
+            out["loss"][...] = backend.to_device(pack(loss).astype(theta.dtype))
             return message
 
-        def sums() -> Array:
-            first: list[tuple[list[Linearisation], list[Any]]] = [([], []) for _ in shard.slices]
-            if part is not None:
-                first = self._linearise(model.linearise, theta, part, FORWARD)
-                self._shared = _Shared(theta, part, first, self._kept)
-            own = zip(shard.slices, first, strict=True)
-            return pairwise([share(indices, *both) for indices, both in own])
+        def sums() -> tuple[Array, int]:
+            if part is None:
+                return pairwise([share(indices, Slice([], [])) for indices in shard.slices]), 0
+            self._linearise(model.linearise, theta, part, FORWARD)
+            both = zip(shard.slices, self._slices, strict=True)
+            return pairwise([share(indices, first) for indices, first in both]), self._version
 
-        cases = shard.count + (part.count if part is not None else 0)
-        return self._shrinking(cases, sums)
+        return self._shrinking(shard.count + (part.count if part is not None else 0), sums)
 
     def products(
-        self, theta: Array, shard: Shard, scored: int, structural: float = 0.0, project: bool = False
+        self, theta: Array, shard: Shard, scored: int, structural: float = 0.0, version: int = 0
     ) -> Callable[[Array], Array]:
-        """Linearise at theta; give v -> the message of (G + structural * S) v over `scored`.
+        """Linearise at theta; return v (D,) -> the message of (G + structural * S) v over `scored`.
 
-        v is (D,) or columns (C, D), which take one pass where the model has `Columns`. With `project`, the
-        message is that of V G V' (C, C) for columns v.
-
-        Linearisations are kept for the newest operator alone; an older one linearises anew. Those of the
-        gradient just taken at this very theta serve, if it was told to keep them.
+        Linearisations are kept for the newest operator alone; an older one linearises again. Those that a
+        gradient made on this shard, of this version, serve if they are in memory and at this theta.
 
         Raises
         ------
         UserError
             On all ranks alike, if the model has no structural damping and this is asked for.
         """
-        backend, model = self.model.backend, self.model
-        linearise: Linearise = model.linearise
+        backend, linearise = self.model.backend, cast("Linearise", self.model.linearise)
         if structural > 0:
-            if not isinstance(model, StructuralDamping):
+            if not isinstance(self.model, StructuralDamping):
                 raise UserError("the model has no structural damping: set structural_damping=0")
-            linearise = model.linearise_structural
-        at = self._shared
-        if at and at.theta is theta and at.shard is shard and at.kept is self._kept and structural == 0:
-            batches = at.slices
-        else:
-            batches = self._shrinking(shard.count, lambda: self._linearise(linearise, theta, shard))
-        mine = self._kept
+            linearise, version = self.model.linearise_structural, 0
+
+        def start(v: Array) -> Array:
+            return backend.xp.zeros(v.size + 1, v.dtype)
 
         def add(at: Any, v: Array, message: Array) -> None:
-            with self.timer.span(PRODUCTS):
-                if project:
-                    _project(at, v, 1 / scored, message[:-1].reshape(len(v), len(v)))
-                elif structural > 0:
-                    at.structural_gauss_newton(v, 1 / scored, structural, message[:-1])
-                else:
-                    _multiply(at, v, 1 / scored, message[:-1].reshape(v.shape))
-                backend.synchronize()
-
-        def share(kept: list[Linearisation], others: list[Any], v: Array) -> Array:
-            if project:
-                message = np.zeros(message_sizes(len(v) ** 2)["product"])
+            if structural > 0:
+                at.structural_gauss_newton(v, 1 / scored, structural, message[:-1])
             else:
-                message = backend.xp.zeros(message_sizes(v.size)["product"], v.dtype)
-            for at in kept:
-                add(at, v, message)
-            for batch in others:
+                at.gauss_newton(v, 1 / scored, message[:-1])
+            backend.synchronize()
+
+        return self._operator(theta, shard, linearise, version, start, add)
+
+    def projections(
+        self, theta: Array, shard: Shard, scored: int, version: int = 0
+    ) -> Callable[[Array], Array]:
+        """Linearise at theta; return V (C, D) -> the message of V G V' (C, C), as `products` does for G v."""
+
+        def start(v: Array) -> Array:
+            return np.zeros(len(v) ** 2 + 1)
+
+        def add(at: Any, v: Array, message: Array) -> None:
+            _project(at, v, 1 / scored, message[:-1].reshape(len(v), len(v)))
+            self.model.backend.synchronize()
+
+        return self._operator(theta, shard, self.model.linearise, version, start, add)
+
+    def _operator(
+        self,
+        theta: Array,
+        shard: Shard,
+        linearise: Linearise,
+        version: int,
+        start: Callable[[Array], Array],
+        add: Callable[[Any, Array, Array], None],
+    ) -> Callable[[Array], Array]:
+        """Linearise at theta; return the operator v -> the sum over the shard of what `add` adds.
+
+        Parameters
+        ----------
+        version : int
+            Of linearisations that serve if they are in memory and at this theta.
+        start : callable
+            Makes the empty message for v.
+        add : callable
+            (linearisation, v, message): adds the part of a micro-batch.
+        """
+        if version != self._version or not bool(self.model.backend.xp.array_equal(self._theta, theta)):
+            self._shrinking(shard.count, lambda: self._linearise(linearise, theta, shard))
+        mine = self._version
+
+        def share(part: Slice, v: Array) -> Array:
+            message = start(v)
+            for at in part.linearisations:
+                with self.timer.span(PRODUCTS):
+                    add(at, v, message)
+            for batch in part.batches:
                 with self.timer.span(LINEARISE):
                     at = self._pass(linearise, theta, batch)
-                add(at, v, message)
+                with self.timer.span(PRODUCTS):
+                    add(at, v, message)
             return message
 
         def sums(v: Array) -> Array:
-            nonlocal batches, mine
-            if self._kept is not mine:  # given up for lack of memory, or for another operator
-                batches, mine = [], []  # their memory serves the new ones
-                batches = self._linearise(linearise, theta, shard)
-                mine = self._kept
-            return pairwise([share(kept, others, v) for kept, others in batches])
+            nonlocal mine
+            if mine != self._version:  # given up for lack of memory, or for another operator
+                self._linearise(linearise, theta, shard)
+                mine = self._version
+            return pairwise([share(part, v) for part in self._slices])
 
         return lambda v: self._shrinking(shard.count, lambda: sums(v))
 
-    def _linearise(
-        self, linearise: Linearise, theta: Array, shard: Shard, span: str = LINEARISE
-    ) -> list[tuple[list[Linearisation], list[Any]]]:
-        """Give, for every slice, the linearisations that fit the memory budget and the batches left over."""
-        before, left, size, cases = self._kept, self.memory_budget, 0, 1
-        self._kept = kept = list[Linearisation]()
-        found = []
+    def _linearise(self, linearise: Linearise, theta: Array, shard: Shard, span: str = LINEARISE) -> None:
+        """Linearise every slice as far as the memory budget allows."""
+        before, left, size, cases = self.linearisations, self.memory_budget, 0, 1
+        self._slices, self._theta, count = [], theta.copy(), 0
+        self._version += 1
         for part in shard.slices:
-            start, others = len(kept), []
+            current = Slice([], [])
+            self._slices.append(current)
             for indices in self._cut(part):
                 batch = self._take(shard, indices)
-                if size * len(indices) > left * cases:  # were it, for its cases, as large as the last one
-                    others.append(batch)
+                if size * len(indices) > left * cases:  # if it is, per example, as large as the last one
+                    current.batches.append(batch)
                     continue
-                reuse = before[len(kept)] if len(kept) < len(before) else self._passing
+                reuse = before[count] if count < len(before) else self._passing
                 with self.timer.span(span):
                     at = linearise(theta, batch, reuse)
                 if reuse is self._passing:
@@ -247,12 +270,11 @@ class LocalSums:
                 size, cases = at.nbytes, len(indices)
                 if size > left:
                     self._passing = at
-                    others.append(batch)
+                    current.batches.append(batch)
                 else:
                     left -= size
-                    kept.append(at)
-            found.append((kept[start:], others))
-        return found
+                    current.linearisations.append(at)
+                    count += 1
 
     def _pass(self, linearise: Linearise, theta: Array, batch: Any) -> Linearisation:
         """Linearise on one micro-batch, in memory that the next call takes over."""
@@ -279,7 +301,7 @@ class LocalSums:
         return result
 
     def _shrink(self, count: int) -> None:
-        """Give all memory back; keep half of what was kept, and halve the micro-batches of so many cases."""
+        """Release all memory; halve what may be kept, and the micro-batches of `count` examples."""
         most = min(self.micro_batch, count)
         if most <= 1:
             raise UserError(
@@ -287,37 +309,32 @@ class LocalSums:
                 f"({self.model.backend.device}): take shorter sequences or fewer units"
             )
         self.micro_batch = most // 2
-        if self._kept:
-            self.memory_budget = min(self.memory_budget, sum(at.nbytes for at in self._kept)) / 2
-        self._passing, self._kept, self._shared = None, [], None
+        if self.linearisations:
+            self.memory_budget = min(self.memory_budget, sum(at.nbytes for at in self.linearisations)) / 2
+        self._passing, self._slices = None, []
+        self._version += 1
         self.model.release()
 
     def _cut(self, part: np.ndarray) -> list[np.ndarray]:
-        """Cut a slice into micro-batches of nearly one size."""
+        """Divide a slice into micro-batches of nearly equal size."""
         return np.array_split(part, -(-part.size // self.micro_batch)) if part.size else []
 
     def _take(self, shard: Shard, indices: np.ndarray) -> Any:
         with self.timer.span(INPUT):
             return shard.cases.take(indices)
 
-
-def _multiply(at: Linearisation, v: Array, scale: float, out: Array) -> None:
-    """Add scale * G v to out, for v (D,) or columns (C, D)."""
-    if v.ndim == 1:
-        at.gauss_newton(v, scale, out)
-    elif isinstance(at, Columns):
-        at.columns(v, scale, out)
-    else:
-        for row, own in zip(v, out, strict=True):
-            at.gauss_newton(row, scale, own)
+    def _batches(self, shard: Shard, part: np.ndarray) -> Iterator[Any]:
+        """Yield the micro-batches of a slice."""
+        for indices in self._cut(part):
+            yield self._take(shard, indices)
 
 
 def _project(at: Linearisation, v: Array, scale: float, out: np.ndarray) -> None:
-    """Add scale * V G V' to out (C, C), for columns v (C, D)."""
-    if isinstance(at, Columns):
+    """Add scale * V G V' to out (C, C), for directions v (C, D)."""
+    if isinstance(at, Projection):
         at.project(v, scale, out)
         return
-    for row, own in zip(v, out, strict=True):
+    for row, projected in zip(v, out, strict=True):
         product = v[0] * 0
         at.gauss_newton(row, scale, product)
-        own += [inner_product(other, product) for other in v]
+        projected += [inner_product(other, product) for other in v]

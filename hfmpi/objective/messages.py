@@ -1,8 +1,10 @@
-"""The messages of an objective: one vector a loss, gradient or product, each ending in the wish to stop.
+"""The messages of an objective: one vector per loss, gradient or product.
+
+The last number of each message counts the ranks that want to stop.
 
 ==================  ====================================================================================
-gradient            g (D,), squares (D,) or factors where wanted, the loss in four parts (`pack`), stop
-product             G v (D,), or G V (C, D) of columns, stop
+gradient            g (D,), squares (D,) or sums for factors if asked for, the loss in four parts, stop
+product             G v (D,), stop
 projection          V G V' (C, C), stop; float64 on the host
 loss                the loss, or that of each candidate, stop; float64 on the host
 ==================  ====================================================================================
@@ -14,21 +16,25 @@ import math
 
 import numpy as np
 
-__all__ = ["PARTS", "message_sizes", "pack", "unpack"]
+from hfmpi.optim.layout import Layout
+
+__all__ = ["gradient_message", "message_sizes", "pack", "unpack"]
 
 GRIDS = 2.0**-10, 2.0**-24, 2.0**-38, 2.0**-52
 """Grids of the parts of a packed scalar; see `pack`."""
 
-PARTS = slice(-len(GRIDS) - 1, -1)
-"""Where the parts of the loss stand in the message of a gradient."""
+
+def gradient_message(parameters: int, extra: int = 0) -> Layout[str]:
+    """Return the layout of the message of a gradient, with `extra` numbers for squares or factors."""
+    return Layout({"gradient": (parameters,), "extra": (extra,), "loss": (len(GRIDS),), "stop": (1,)})
 
 
 def pack(value: float) -> np.ndarray:
     """Split a float64 into float32 numbers (4,) whose sums over many ranks are exact.
 
-    A loss travels in the message of its gradient, which may be float32, yet has to arrive in double
-    precision. The parts are multiples of fixed grids, so that their sums over up to 2,048 ranks (below 2^14
-    in all) fit the 24 bits of a float32 without rounding, in whatever order they are added.
+    A loss is part of the message of its gradient, which may be float32, but must arrive in double precision.
+    The parts are multiples of fixed grids, so that their sums over up to 2,048 ranks (below 2^14 in all) fit
+    the 24 bits of a float32 without rounding, in whatever order they are added.
     """
     if not math.isfinite(value):
         return np.array([value, 0, 0, 0], np.float32)
@@ -41,14 +47,10 @@ def pack(value: float) -> np.ndarray:
 
 
 def unpack(parts: np.ndarray) -> float:
-    """Give the float64 sum of what `pack` split, from the summed parts (4,)."""
+    """Return the float64 sum of the parts (4,) that `pack` made."""
     return float(np.sum(parts[::-1].astype(np.float64)))  # the smallest first
 
 
 def message_sizes(parameters: int, beside: int = 0) -> dict[str, int]:
-    """Give the numbers in the message of a gradient (with so many beside it), a product and a loss."""
-    return {
-        "gradient": parameters + beside + len(GRIDS) + 1,
-        "product": parameters + 1,
-        "loss": 2,
-    }
+    """Return the numbers in the message of a gradient (with `beside` extra ones), a product and a loss."""
+    return {"gradient": gradient_message(parameters, beside).size, "product": parameters + 1, "loss": 2}

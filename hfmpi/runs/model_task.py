@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from hfmpi.backends.base import Array
 from hfmpi.data.batches import Cases, global_indices
 from hfmpi.data.digest import digest_of
+from hfmpi.data.examples import Examples
 from hfmpi.data.user_data import as_cases
 from hfmpi.errors import UserError, shown
 from hfmpi.files.checkpoint import Checkpoint
@@ -68,8 +69,8 @@ class ModelTask(Task):
             raise UserError(f"metric must be a function (outputs, targets) -> values, not {shown(measure)}")
         if measure is not None and valid is None:
             raise UserError("a metric is measured on validation cases: give valid too")
-        sequences = isinstance(model, Network)
-        found = {name: _cases(name, given, sequences) for name, given in (("train", train), ("valid", valid))}
+        make = getattr(model, "examples", Examples)
+        found = {name: _cases(name, given, make) for name, given in (("train", train), ("valid", valid))}
         train_set = found["train"]
         if train_set is None:
             raise UserError("train must be data, not None")
@@ -209,11 +210,11 @@ def config_of(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _cases(name: str, given: Any, steps: bool) -> Cases | None:
+def _cases(name: str, given: Any, make: Callable[..., Cases]) -> Cases | None:
     if given is None:
         return None
     try:
-        return as_cases(given, steps)
+        return as_cases(given, make)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
 
