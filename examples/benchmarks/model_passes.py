@@ -43,7 +43,7 @@ def passes(model, cases):
         "J v": lambda: at.jvp(v[0]),
         "J' u": lambda: at.vjp(u, out),
         "G v": lambda: at.gauss_newton(v[0], 1.0, out),
-        "G V, ten columns": lambda: at.columns(v, 1.0, np.zeros_like(v)),
+        "V G V', ten directions": lambda: at.project(v, 1.0, np.zeros((10, 10))),
     }, at
 
 
