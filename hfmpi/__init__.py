@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hfmpi.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from hfmpi.data.arrays import Arrays
     from hfmpi.data.examples import Examples
@@ -40,7 +42,6 @@ __all__ = [
     "guard",
     "train",
 ]
-__version__ = "0.2.0"
 
 _PLACES = {
     "Architecture": "hfmpi.networks.architecture",

@@ -9,7 +9,7 @@ import sys
 
 import click
 
-import hfmpi
+from hfmpi.version import __version__
 
 __all__ = ["cli", "entry"]
 
@@ -59,7 +59,7 @@ class LazyGroup(click.Group):
 @click.group(
     cls=LazyGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]}
 )
-@click.version_option(hfmpi.__version__, prog_name="hfmpi")
+@click.version_option(__version__, prog_name="hfmpi")
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Hessian-free training of recurrent networks, data-parallel under MPI.

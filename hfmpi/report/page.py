@@ -10,7 +10,6 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from hfmpi import __version__
 from hfmpi.errors import UserError
 from hfmpi.files.atomic import open_regular
 from hfmpi.report import tables
@@ -19,6 +18,7 @@ from hfmpi.report.curves import Panel, curves, panels
 from hfmpi.report.styles import GLYPHS, style
 from hfmpi.report.times import MOST_RANKS, Spans, bars, outside, spans
 from hfmpi.report.words import escaped
+from hfmpi.version import __version__
 
 __all__ = ["is_page", "page", "plotly_js"]
 
