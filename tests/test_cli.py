@@ -181,7 +181,7 @@ def test_a_figure_without_an_end_is_a_png_and_said_to_be(here, monkeypatch, caps
 
 def test_a_figure_of_one_step_is_drawn():
     pytest.importorskip("matplotlib")
-    from hfmpi.cli.plot import draw
+    from hfmpi.report.figure import draw
 
     one = [{"train_bpc": 5.0, "valid_bpc": None, "P_I": 3, "P_D": 9, "seconds": 0.1}]
     low, high = draw([("a", one), ("b", one)], "bits/char").axes[0].get_ylim()

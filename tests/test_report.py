@@ -83,7 +83,7 @@ def test_runs_of_all_methods(small):
         assert run["train"] == pytest.approx([record["train_bpc"] for record in records], rel=1e-6)
         assert [v is None for v in run["valid"]] == [record["valid_bpc"] is None for record in records]
     meanings = [panel["meaning"] for panel in data["panels"]]
-    told = dict(zip(meanings, zip(*(run["told"] for run in data["runs"]), strict=True), strict=True))
+    told = dict(zip(meanings, zip(*(run["internals"] for run in data["runs"]), strict=True), strict=True))
     assert [bool(values) for values in told["damping λ"]] == [True, False, True, False]
     assert [bool(values) for values in told["CG iterations"]] == [True, False, True, False]
     assert [bool(values) for values in told["learning rate, or length of the step"]] == [

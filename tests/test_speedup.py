@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from small import Recorder, train, write_corpus
 
 from hfmpi.cli.main import cli
-from hfmpi.cli.show import aligned, bar, sparkline
+from hfmpi.display import aligned, bar, sparkline
 from hfmpi.errors import UserError
 from hfmpi.measure.cost import Counts
 from hfmpi.parallel.communicator import Communicator

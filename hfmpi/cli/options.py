@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 import click
 
-from hfmpi.cli.values import SIZE, Number
+from hfmpi.cli.values import PATH, SIZE, Number
 from hfmpi.runs.config import FORMER_NAMES, OPTIONS, Config, merge
 
-__all__ = ["chosen", "current_name", "option", "options", "settings"]
+__all__ = ["chosen", "current_name", "option", "options", "runs_and_figure", "settings"]
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
@@ -55,6 +55,16 @@ settings = click.option(
     metavar="NAME=VALUE",
     help="A setting of the optimizer, such as cg_max_steps=20; repeatable.",
 )
+
+
+def runs_and_figure(help: str) -> Callable[[CommandT], CommandT]:
+    """Return a decorator that adds the argument RUN... and the option --out."""
+
+    def decorate(command: CommandT) -> CommandT:
+        command = click.option("--out", type=PATH, metavar="FIG.png", help=help)(command)
+        return click.argument("runs", nargs=-1, required=True, type=PATH, metavar="RUN...")(command)
+
+    return decorate
 
 
 def chosen(given: Mapping[str, Any]) -> Config:
