@@ -188,6 +188,15 @@ def test_a_figure_of_one_step_is_drawn():
     assert low < 5 <= high
 
 
+def test_a_figure_of_internals_has_no_empty_panel():
+    pytest.importorskip("matplotlib")
+    from hfmpi.report.figure import draw_internals
+
+    one = [{"step": 1, "cg_steps": 5, "rho": 1.0, "gradient_norm": 0.5}]
+    labels = [axis.get_ylabel() for axis in draw_internals([("a", one)]).axes]
+    assert labels == ["reduction ratio ρ", "CG iterations", "norm of the gradient"]
+
+
 def test_a_name_that_is_no_utf_8_is_told_as_far_as_it_can_be(here, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     (here / "book.txt").write_bytes(text())

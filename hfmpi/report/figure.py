@@ -95,8 +95,10 @@ def draw_internals(runs: Runs) -> Any:
     drawn = {key: about for key, about in INTERNALS.items() if any(key in keys for keys in reported)}
     rows = -(-len(drawn) // 2)
     figure = Figure(figsize=(11, 0.6 + 2.9 * rows), layout="constrained")
-    panels = figure.subplots(rows, 2, sharex=True, squeeze=False)
-    axes = dict(zip(drawn, panels.flat, strict=False))
+    panels = figure.subplots(rows, 2, sharex=True, squeeze=False).ravel()
+    axes = dict(zip(drawn, panels, strict=False))
+    for panel in panels[len(drawn) :]:
+        panel.remove()
     for i, ((name, records), keys) in enumerate(zip(runs, reported, strict=True)):
         steps = [record["step"] for record in records]
         for key in keys:
