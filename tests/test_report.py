@@ -260,8 +260,8 @@ def test_the_command_writes_a_page_with_all_in_it(run, tmp_path):
 @pytest.mark.parametrize(
     ("out", "why"),
     [
-        ("run/history.jsonl", "is there and is no page of hfmpi report"),
-        ("run", "is there and is no page of hfmpi report"),
+        ("run/history.jsonl", "exists and is not a page of hfmpi report"),
+        ("run", "exists and is not a page of hfmpi report"),
         ("nowhere/page.html", "cannot write"),
     ],
 )
