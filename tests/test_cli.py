@@ -758,7 +758,7 @@ def test_a_memory_budget_is_told_of_and_changes_no_number(here, monkeypatch, cap
 
 
 def test_a_memory_budget_that_is_no_size(refused):
-    assert "no memory size" in refused("train", "small.h5", "--memory-budget", "much")
+    assert "is not a memory size" in refused("train", "small.h5", "--memory-budget", "much")
 
 
 def test_a_wrong_bench_is_one_sentence(refused):
