@@ -10,17 +10,7 @@ from typing import Any
 
 from hfmpi.errors import UserError
 
-__all__ = [
-    "HATCHES",
-    "MARKERS",
-    "STYLES",
-    "aligned",
-    "bar",
-    "label",
-    "need_matplotlib",
-    "save",
-    "sparkline",
-]
+__all__ = ["HATCHES", "MARKERS", "STYLES", "aligned", "bar", "label", "need_matplotlib", "save", "sparkline"]
 
 STYLES = ("-", "--", "-.", ":", (0, (9, 2)), (0, (6, 1.5, 1, 1.5, 1, 1.5)), (0, (3, 4)))
 MARKERS = "os^Dv*P"
@@ -71,13 +61,7 @@ def label(run: Path | str) -> str:
 
 
 def need_matplotlib() -> None:
-    """Import matplotlib and select the backend that only writes files.
-
-    Raises
-    ------
-    UserError
-        If matplotlib is not installed.
-    """
+    """Select the backend of matplotlib that only writes files; raise a UserError if it is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -86,12 +70,7 @@ def need_matplotlib() -> None:
 
 
 def save(figure: Any, out: Path) -> Path:
-    """Save a figure in the format of the file's extension, or as PNG if it has none.
-
-    Returns
-    -------
-    Path
-        The file, with the extension.
+    """Save a figure in the format of the file's extension, by default PNG; return the file with extension.
 
     Raises
     ------

@@ -11,24 +11,14 @@ from hfmpi.parallel import library
 
 __all__ = ["describe", "table"]
 
-COLUMNS = {
-    "pass": "pass",
-    "model": "model",
-    "hidden": "hidden",
-    "batch": "batch",
-    "bytes": "bytes",
-    "ranks": "ranks",
-    "threads": "threads",
-    "seconds": "seconds",
-    "seconds_least": "least",
-    "seconds_most": "most",
-    "bound_seconds": "bound",
-    "ratio": "ratio",
-    "speedup": "speedup",
-    "efficiency": "efficiency",
-    "other": "other",
-}
-"""Keys of the rows that have a column, and the heads of the columns."""
+COLUMNS = (
+    *("pass", "model", "hidden", "batch", "bytes", "ranks", "threads"),
+    *("seconds", "seconds_least", "seconds_most", "bound_seconds", "ratio", "speedup", "efficiency", "other"),
+)
+"""Keys of the rows that have a column."""
+
+HEADS = {"seconds_least": "least", "seconds_most": "most", "bound_seconds": "bound"}
+"""Heads of the columns that are not called by their keys."""
 
 
 def describe(device: str, ranks: int, threads: int) -> dict[str, Any]:
@@ -54,7 +44,7 @@ def table(about: dict[str, Any], rows: list[Row]) -> str:
         about["processor"] + ", " + ", ".join(about["blas"]) + (f", {about['mpi']}" if about["mpi"] else ""),
         f"{versions}; {about['ranks']} rank(s) of {about['threads']} thread(s)",
         "",
-        *aligned([[COLUMNS[key] for key in columns], *cells]),
+        *aligned([[HEADS.get(key, key) for key in columns], *cells]),
     ]
     for row in rows:
         if "spans" in row:

@@ -29,11 +29,11 @@ def plot(runs: tuple[Path, ...], out: Path | None, internals: bool) -> None:
 
     if out is not None:
         need_matplotlib()
-    histories = read([(click.format_filename(run), run) for run in runs], internals)
-    if histories.note:
-        click.echo(f"Note: {histories.note}.", err=True)
+    histories, unit, note = read([(click.format_filename(run), run) for run in runs], internals)
+    if note:
+        click.echo(f"Note: {note}.", err=True)
     if out is None:
-        click.echo("\n".join(charts(histories.runs, internals)))
+        click.echo("\n".join(charts(histories, internals)))
         return
-    figure = draw_internals(histories.runs) if internals else draw(histories.runs, histories.unit)
+    figure = draw_internals(histories) if internals else draw(histories, unit)
     click.echo(f"{click.format_filename(save(figure, out))}: {len(runs)} run(s)")

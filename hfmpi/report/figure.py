@@ -13,7 +13,7 @@ from hfmpi.files.numbers import is_drawable
 from hfmpi.measure.smoothing import smoothed
 from hfmpi.report.quantities import COSTS, INTERNALS
 
-__all__ = ["AXES", "charts", "draw", "draw_internals"]
+__all__ = ["AXES", "Runs", "charts", "draw", "draw_internals"]
 
 AXES = {key: COSTS[key].label for key in ("P_I", "P_D", "seconds")}
 """Labels of the panels of a figure of losses by their costs, in the order of the paper's Figure 1."""

@@ -2,52 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 from hfmpi.data.corpus import loss_unit
 from hfmpi.errors import UserError
 from hfmpi.files.checkpoint import trained_on
-from hfmpi.files.history import BITS, History, Record, loss_keys
-from hfmpi.report.figure import AXES
+from hfmpi.files.history import BITS, History, loss_keys
+from hfmpi.report.figure import AXES, Runs
 
-__all__ = ["Histories", "read"]
+__all__ = ["read"]
 
 
-class Histories(NamedTuple):
-    """Histories of runs.
+def read(runs: Iterable[tuple[str, Path]], internals: bool) -> tuple[Runs, str, str]:
+    """Read the histories of runs, by their names and folders.
 
-    Attributes
-    ----------
-    runs : list of (str, list of Record)
+    Steps without a loss, which were rejected, are left out, unless the figure is one of internals.
+
+    Returns
+    -------
+    histories : sequence of (str, sequence of Record)
         Name and step records of each run.
     unit : str
         Unit of the losses.
     note : str
-        What the user should know about them; empty if nothing.
-    """
-
-    runs: list[tuple[str, list[Record]]]
-    unit: str
-    note: str
-
-
-def read(runs: Sequence[tuple[str, Path]], internals: bool) -> Histories:
-    """Read the histories of runs.
-
-    Parameters
-    ----------
-    runs : sequence of (str, Path)
-        Name and folder of each run.
-    internals : bool
-        Whether internals are drawn rather than losses. Losses must have one unit, and steps without a loss
-        (some rejected ones) are left out.
+        What the user should know about the runs; empty if nothing.
 
     Raises
     ------
     UserError
-        If a history cannot be read or is empty, or if the losses have different units.
+        If a history cannot be read or is empty, or if losses of different units would be drawn.
     """
     histories = []
     symbols, trained, in_bits = b"", dict[str, str](), dict[bool, str]()  # a run of each kind by name
@@ -73,4 +57,4 @@ def read(runs: Sequence[tuple[str, Path]], internals: bool) -> Histories:
     if len(trained) > 1 and not internals:
         first, second, *_ = trained.values()
         note = f"{first} and {second} were trained on different data"
-    return Histories(histories, loss_unit(symbols) if True in in_bits else "loss", note)
+    return histories, loss_unit(symbols) if True in in_bits else "loss", note

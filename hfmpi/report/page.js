@@ -53,8 +53,8 @@
     return { x: of(xs), y: of(ys), customdata: of(steps), mode: known.length === 1 ? "lines+markers" : "lines" };
   };
 
-  const point = (view) => `%{fullData.name}<br>step %{customdata:,}<br>${data.costs[view.against].name} %{x:,}<br>`;
-  const abscissa = (view) => ({ type: view.x, title: { text: data.costs[view.against].title }, exponentformat: "power", minexponent: 5 });
+  const point = (view) => `%{fullData.name}<br>step %{customdata:,}<br>${data.costs[view.against][0]} %{x:,}<br>`;
+  const abscissa = (view) => ({ type: view.x, title: { text: data.costs[view.against].filter(Boolean).join(", ") }, exponentformat: "power", minexponent: 5 });
 
   function drawLoss(div) {
     const view = choice.loss, unit = div.dataset.unit, traces = [];

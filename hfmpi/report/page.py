@@ -76,7 +76,7 @@ def page(runs: Sequence[Contents], every: float | None = None) -> bytes:
     ]
     data = {
         "every": every,
-        "costs": {key: {"name": cost.html, "title": cost.title} for key, cost in COSTS.items()},
+        "costs": {key: [cost.html, "forward passes" if cost.passes else ""] for key, cost in COSTS.items()},
         "panels": [asdict(panel) for panel in internals.values()],
         "runs": drawn,
         "times": {i: bars(of_run) for i, of_run in times.items()},

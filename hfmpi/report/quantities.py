@@ -19,7 +19,7 @@ class Cost:
     ----------
     name : str
     passes : str
-        Which forward passes it counts, if it counts passes.
+        The forward passes that it counts; empty for other costs.
     log : bool
         Whether its axis is logarithmic in a figure; on a page the reader chooses.
     """
@@ -38,11 +38,6 @@ class Cost:
     def html(self) -> str:
         """The name for a page."""
         return INDEXED.sub(r"\1<sub>\2</sub>", self.name)
-
-    @property
-    def title(self) -> str:
-        """The title of an axis on a page, whose legend explains the passes."""
-        return f"{self.html}, forward passes" if self.passes else self.html
 
 
 COSTS = {

@@ -69,14 +69,9 @@ class TimedRun:
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[TimedRun, list[StepTimes]]:
-    """Read runs of one job, of which those on the same number of ranks are repeats.
+    """Read runs of one job; return one of them, and the times in order of the number of ranks.
 
-    Returns
-    -------
-    job : TimedRun
-        One of the runs.
-    steps : list of StepTimes
-        Times on each number of ranks, in ascending order.
+    Runs on the same number of ranks are repeats.
 
     Raises
     ------
