@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hfmpi.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from hfmpi.data.examples import Arrays, Examples
     from hfmpi.frameworks.jax import JaxModel
@@ -39,7 +41,6 @@ __all__ = [
     "guard",
     "train",
 ]
-__version__ = "0.2.0"
 
 _PLACES = {
     "Architecture": "hfmpi.networks.architecture",

@@ -181,11 +181,20 @@ def test_a_figure_without_an_end_is_a_png_and_said_to_be(here, monkeypatch, caps
 
 def test_a_figure_of_one_step_is_drawn():
     pytest.importorskip("matplotlib")
-    from hfmpi.cli.plot import draw
+    from hfmpi.report.figure import draw
 
     one = [{"train_bpc": 5.0, "valid_bpc": None, "P_I": 3, "P_D": 9, "seconds": 0.1}]
     low, high = draw([("a", one), ("b", one)], "bits/char").axes[0].get_ylim()
     assert low < 5 <= high
+
+
+def test_a_figure_of_internals_has_no_empty_panel():
+    pytest.importorskip("matplotlib")
+    from hfmpi.report.figure import draw_internals
+
+    one = [{"step": 1, "cg_steps": 5, "rho": 1.0, "gradient_norm": 0.5}]
+    labels = [axis.get_ylabel() for axis in draw_internals([("a", one)]).axes]
+    assert labels == ["reduction ratio ρ", "CG iterations", "norm of the gradient"]
 
 
 def test_a_name_that_is_no_utf_8_is_told_as_far_as_it_can_be(here, monkeypatch, capsys):
@@ -314,7 +323,7 @@ def test_damaged_data(damage, reason, here, refused):
     ("--model rnn --variant krause", "the krause variant is for lstm and mlstm"),
     ("--variant mine", "there is no variant 'mine'"),
     ("--initialisation zeros", "there is no initialisation 'zeros'"),
-    ("--forget-bias nan", "is no finite number"),
+    ("--forget-bias nan", "is not a finite number"),
     ("--optimizer lbfgs", "there is no optimizer 'lbfgs'"),
     ("--backend torch", "there is no backend 'torch'"),
     ("--dtype float16", "dtype must be float32 or float64"),
@@ -325,7 +334,7 @@ def test_damaged_data(damage, reason, here, refused):
     ("--layers 99999999999999999", "layers must be at most 1,000"),
     ("--threads 99999999999999999", "--threads"),
     ("--stall-timeout 1e12", "1e12 is more than 1,000,000,000"),
-    ("--max-seconds nan", "is no finite number"),
+    ("--max-seconds nan", "is not a finite number"),
     ("--max-steps -1", "--max-steps"),
     ("--momentum 0.9", "--momentum"),
     ("--set momentum=0.9", "optimizer shf has no setting 'momentum'"),
@@ -609,8 +618,12 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(here, monkeypatch, c
     (b"xyz" * 9, "prepare absent.txt new.h5", "cannot read absent.txt"),
     (b"xyz" * 9, "prepare new.h5", "give either TEXT files or"),
     (b"xyz" * 9, "prepare book.txt new.h5 --train-chars 0", "--train-chars"),
-    (b"xyz" * 9, "prepare book.txt new.h5 --train-chars alle", "'alle' is no whole number, nor the word all"),
-    (b"xyz" * 9, "prepare book.txt new.h5 --valid-chars all", "'all' is no whole number"),
+    (
+        b"xyz" * 9,
+        "prepare book.txt new.h5 --train-chars alle",
+        "'alle' is neither a whole number nor the word all",
+    ),
+    (b"xyz" * 9, "prepare book.txt new.h5 --valid-chars all", "'all' is not a whole number"),
     (b"xyz" * 9, "prepare book.txt new.h5 --train-chars all", "leaves none for training beside 200,000"),
     (b"xyz" * 9, "prepare book.txt new.h5 --test-chars -1", "--test-chars"),
     (b"xyz" * 9, "prepare book.txt new.h5 --vocabulary absent", "there is no corpus or run absent"),
@@ -627,7 +640,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(here, monkeypatch, c
     (b"", "train .", "is not a corpus file"),
     (b"", "trian small.h5", "there is no command 'trian'; did you mean train?"),
     (b"", "SAMPLE run", "there is no command 'SAMPLE'; did you mean sample?"),
-    (b"", "quit", "there is no command 'quit'; `hfmpi --help` lists those there are"),
+    (b"", "quit", "there is no command 'quit'; `hfmpi --help` lists the commands"),
     (b"", "train small.h5 --hiddne 4", "--hidden"),
     (b"", "evaluate absent", "there is no checkpoint"),
     (b"", "evaluate small.h5", "small.h5"),
@@ -745,7 +758,7 @@ def test_a_memory_budget_is_told_of_and_changes_no_number(here, monkeypatch, cap
 
 
 def test_a_memory_budget_that_is_no_size(refused):
-    assert "no memory size" in refused("train", "small.h5", "--memory-budget", "much")
+    assert "is not a memory size" in refused("train", "small.h5", "--memory-budget", "much")
 
 
 def test_a_wrong_bench_is_one_sentence(refused):

@@ -167,5 +167,5 @@ def test_memory_sizes(text, size):
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "GiB", "x", "3XB", "1e400", "nan", "2 GiB GiB", "0.1"])
 def test_what_is_no_memory_size(text):
-    with pytest.raises(click.BadParameter, match="no memory size"):
+    with pytest.raises(click.BadParameter, match="is not a memory size"):
         SIZE.convert(text, None, None)

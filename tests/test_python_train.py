@@ -168,7 +168,7 @@ def test_a_run_keeps_the_contract_of_the_command(tmp_path, monkeypatch, capfd):
         command("train", data, "--out", "new", "--resume", "run", "--max-steps", 9).exception
     )
     train_text(tmp_path / "text", data, max_steps=2)
-    assert "draw them apart" in str(command("plot", "run", "text", "--out", "both.png").exception)
+    assert "plot them separately" in str(command("plot", "run", "text", "--out", "both.png").exception)
     with pytest.raises(UserError, match="text is a run of `hfmpi train` on a text; give another out"):
         hfmpi.train(model, (SYMBOLS, NEXT), out="text", **given)
 

@@ -83,7 +83,7 @@ def test_runs_of_all_methods(small):
         assert run["train"] == pytest.approx([record["train_bpc"] for record in records], rel=1e-6)
         assert [v is None for v in run["valid"]] == [record["valid_bpc"] is None for record in records]
     meanings = [panel["meaning"] for panel in data["panels"]]
-    told = dict(zip(meanings, zip(*(run["told"] for run in data["runs"]), strict=True), strict=True))
+    told = dict(zip(meanings, zip(*(run["internals"] for run in data["runs"]), strict=True), strict=True))
     assert [bool(values) for values in told["damping λ"]] == [True, False, True, False]
     assert [bool(values) for values in told["CG iterations"]] == [True, False, True, False]
     assert [bool(values) for values in told["learning rate, or length of the step"]] == [
@@ -260,8 +260,8 @@ def test_the_command_writes_a_page_with_all_in_it(run, tmp_path):
 @pytest.mark.parametrize(
     ("out", "why"),
     [
-        ("run/history.jsonl", "is there and is no page of hfmpi report"),
-        ("run", "is there and is no page of hfmpi report"),
+        ("run/history.jsonl", "exists and is not a page of hfmpi report"),
+        ("run", "exists and is not a page of hfmpi report"),
         ("nowhere/page.html", "cannot write"),
     ],
 )

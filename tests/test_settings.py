@@ -239,11 +239,11 @@ def test_the_parameters_of_all_commands_are_seen():
 
 @pytest.mark.parametrize(("number", "text", "said"), [
     (Number(int, 1), "0", "0 is less than 1"),
-    (Number(int), "many", "'many' is no whole number"),
+    (Number(int), "many", "'many' is not a whole number"),
     (Number(int), "9223372036854775808", "9223372036854775808 is more than 9,223,372,036,854,775,807"),
     (Number(float, 0, 10**9), "1e12", "1e12 is more than 1,000,000,000"),
     (Number(float, 0), "-1", "-1 is less than 0"),
-    (Number(float), "nan", "'nan' is no finite number"),
+    (Number(float), "nan", "'nan' is not a finite number"),
 ])  # fmt: skip
 def test_what_is_no_number(number, text, said):
     with pytest.raises(click.BadParameter, match=f"^{re.escape(said)}$"):
@@ -265,7 +265,7 @@ def test_quantities(quantity, text, value):
 
 @pytest.mark.parametrize("text", ["", "0", "-1us", "us", "2 fortnights", "2US", "nan", "inf", "1e400s"])
 def test_what_is_no_latency(text):
-    with pytest.raises(click.BadParameter, match=f"{text!r} is no latency such as 2us"):
+    with pytest.raises(click.BadParameter, match=f"{text!r} is not a latency such as 2us"):
         LATENCY.convert(text, None, None)
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from small import Recorder, train, write_corpus
 
 from hfmpi.cli.main import cli
-from hfmpi.cli.show import aligned, bar, sparkline
+from hfmpi.display import aligned, bar, sparkline
 from hfmpi.errors import UserError
 from hfmpi.measure.cost import Counts
 from hfmpi.parallel.communicator import Communicator
@@ -368,7 +368,7 @@ def test_benchmarks_are_read(folders, tmp_path):
     with pytest.raises(UserError, match="no --bench file has a row of mlstm of 8 units"):
         read_bench([tmp_path / "none.json"], run)
     (tmp_path / "bad.json").write_text('{"rows": [{"ranks": "two"}]}')
-    with pytest.raises(UserError, match="no output of hfmpi bench"):
+    with pytest.raises(UserError, match="is not an output of hfmpi bench"):
         read_bench([tmp_path / "bad.json"], run)
 
 

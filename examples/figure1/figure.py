@@ -20,9 +20,9 @@ import numpy as np
 from curves import Curves, Point, curve, reached
 from study import BATCHES, METHODS, MODELS, PAPER, SEQUENCES, arguments
 
-from hfmpi.cli.plot import AXES
-from hfmpi.cli.show import need_matplotlib
+from hfmpi.display import need_matplotlib
 from hfmpi.parallel import guard
+from hfmpi.report.figure import AXES
 
 
 class Look(NamedTuple):

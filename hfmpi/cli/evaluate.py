@@ -25,16 +25,16 @@ __all__ = ["evaluate"]
 
 @click.command()
 @click.argument("run", type=PATH)
-@click.option("--data", type=PATH, metavar="DATA.h5", help="Corpus [default: the run's own].")
+@click.option("--data", type=PATH, metavar="DATA.h5", help="Corpus  [default: that of the run]")
 @click.option(
-    "--split", type=click.Choice(list(SPLITS)), default="valid", show_default=True, help="Text of the corpus."
+    "--split", type=click.Choice(list(SPLITS)), default="valid", show_default=True, help="Part of the corpus."
 )
 @option("backend", default=Config.backend)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(run: Path, data: Path | None, split: str, backend: str, as_json: bool) -> None:
-    """Print the bits per character of RUN on its validation text, or another; works under mpirun too.
+    """Print the bits per character of RUN on its validation text or another one, also under mpirun.
 
-    Of a text with other bytes than ASCII they are bits per byte.
+    For a text with bytes beyond ASCII they are bits per byte.
     """
     import numpy as np
 
@@ -48,10 +48,10 @@ def evaluate(run: Path, data: Path | None, split: str, backend: str, as_json: bo
     from hfmpi.runs.trained_model import Trained
 
     comm = connect()
-    rank_place = place(comm)
+    placement = place(comm)
 
     def build() -> tuple[Trained, str, Sequences]:
-        trained = Trained.read(run, backend, rank_place.local_rank)
+        trained = Trained.read(run, backend, placement.local_rank)
         corpus = read_corpus(trained, run, data)
         text = corpus.splits.get(split)
         if text is None:
@@ -66,7 +66,7 @@ def evaluate(run: Path, data: Path | None, split: str, backend: str, as_json: bo
 
     trained, digest, sequences = together(comm, build)
     risk = DataParallel(trained.network, comm, micro_batch=trained.config.micro_batch)
-    with announced(comm.rank), np.errstate(all="ignore"):  # what overflows is seen in the loss
+    with announced(comm.rank), np.errstate(all="ignore"):  # an overflow shows in the loss
         bits = risk.on(sequences, np.arange(sequences.count)).loss(trained.theta) / math.log(2)
     if not math.isfinite(bits):
         raise UserError(f"the loss of {run} on this data is not finite")
@@ -75,7 +75,7 @@ def evaluate(run: Path, data: Path | None, split: str, backend: str, as_json: bo
             click.echo(f"Note: {trained.message}.", err=True)
         if digest != trained.corpus:
             click.echo(f"Note: {data} holds other data than {run} was trained on.", err=True)
-        found = {
+        result = {
             "run": str(run),
             "step": trained.step,
             "split": split,
@@ -84,7 +84,7 @@ def evaluate(run: Path, data: Path | None, split: str, backend: str, as_json: bo
             "corpus": digest,
         }
         if as_json:
-            click.echo(json.dumps(found))
+            click.echo(json.dumps(result))
         else:
             click.echo(
                 f"step {trained.step:,}: {bits:.4f} {loss_unit(trained.symbols)} "
@@ -94,7 +94,7 @@ def evaluate(run: Path, data: Path | None, split: str, backend: str, as_json: bo
 
 
 def read_corpus(trained: Trained, run: Path, data: Path | None) -> Corpus:
-    """Read a corpus with the symbols of the run: the one that is asked for, else the run's own."""
+    """Read the corpus `data`, by default that of the run, and check that it has the symbols of the run."""
     from hfmpi.data.corpus import Corpus
 
     path = trained.data if data is None else data

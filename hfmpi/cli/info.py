@@ -1,4 +1,4 @@
-"""The command `hfmpi info`: what this program would run on."""
+"""`hfmpi info`: the hardware and libraries that a run would use."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ __all__ = ["info"]
 def info(as_json: bool) -> None:
     """Show ranks, hosts, cores, threads, GPUs and the libraries in use.
 
-    Start it as the run would be started, such as with mpirun -n 4 hfmpi info. Where the launcher and the MPI
-    library do not fit, it says so, and shows what one process finds.
+    Start it in the same way as the run, for example with mpirun -n 4 hfmpi info. If the launcher and the MPI
+    library do not match, it reports that, and shows what one process sees.
     """
     try:
         comm, problem = connect(), _obstacle()
@@ -38,13 +38,13 @@ def info(as_json: bool) -> None:
         comm, problem = Communicator(), str(error)
     placement = place(comm)
     backend = create("cupy", local_rank=placement.local_rank) if gpus() else Backend()
-    own = {
+    about = {
         "gpus": devices(),
         "device": backend.device,
         "transport": choose("auto", comm, backend).name,
         "nccl": nccl.available(backend),
     }
-    ranks = comm.gather(asdict(placement) | own)
+    ranks = comm.gather(asdict(placement) | about)
     if ranks is not None:
         name, cuda_aware = library.describe()
         machine = {
@@ -63,14 +63,14 @@ def info(as_json: bool) -> None:
 
 
 def _obstacle() -> str | None:
-    """Say why a process that is the only one did not start MPI."""
+    """Return why a process that a launcher started alone did not start MPI, or None."""
     if library.launched() is None or library.started():
         return None
     try:
-        found = library.obstacle(library.load())
+        obstacle = library.obstacle(library.load())
     except (ImportError, RuntimeError, OSError) as error:
         return f"MPI cannot be loaded ({' '.join(str(error).split())})"
-    return found and f"a launcher started this process, but {found}"
+    return obstacle and f"a launcher started this process, but {obstacle}"
 
 
 def _lines(machine: dict[str, Any], ranks: list[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""The options of a run on a command line, as their declarations in `Config` have them."""
+"""Options that commands share; those of a run are derived from the fields of `Config`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 import click
 
-from hfmpi.cli.values import SIZE, Number
+from hfmpi.cli.values import PATH, SIZE, Number
 from hfmpi.runs.config import FORMER_NAMES, OPTIONS, Config, merge
 
-__all__ = ["chosen", "current_name", "option", "options", "settings"]
+__all__ = ["chosen", "current_name", "option", "options", "runs_and_figure", "settings"]
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
@@ -18,27 +18,28 @@ CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 def option(
     name: str, *declarations: str, default: str | None = None, without: str = "", multiple: bool = False
 ) -> Callable[[CommandT], CommandT]:
-    """Give the click option of a field of `Config`; `without`: what help says is taken without it.
+    """Return the click option of a field of `Config`; `without` is the default that its help shows.
 
-    A word that is not among the choices is refused where it is used, in one sentence for all ways to give it.
+    Choices are not checked here but where they are used, with the same sentence for the command line, files
+    and Python.
     """
-    kind, told = OPTIONS[name]
-    number = SIZE if told.unit == "SIZE" else Number(kind, told.least)
-    without = without or told.without or getattr(Config, name)
+    kind, field = OPTIONS[name]
+    number = SIZE if field.unit == "SIZE" else Number(kind, field.least)
+    without = without or field.without or getattr(Config, name)
     return click.option(
         f"--{name.replace('_', '-')}",
         *declarations,
         type=click.STRING if kind is str else number,
-        metavar=f"[{'|'.join(told.choices)}]" if told.choices else told.unit or None,
-        help=f"{told.help}  [default: {without}]",
+        metavar=f"[{'|'.join(field.choices)}]" if field.choices else field.unit or None,
+        help=f"{field.help}  [default: {without}]",
         default=default,
         multiple=multiple,
-        shell_complete=lambda ctx, param, begun: [word for word in told.choices if word.startswith(begun)],
+        shell_complete=lambda ctx, param, prefix: [word for word in field.choices if word.startswith(prefix)],
     )
 
 
 def options(*names: str) -> Callable[[CommandT], CommandT]:
-    """Give a command several of them, in this order."""
+    """Return a decorator that adds the options of several fields in this order."""
 
     def decorate(command: CommandT) -> CommandT:
         for name in reversed(names):
@@ -57,11 +58,21 @@ settings = click.option(
 )
 
 
-def chosen(given: Mapping[str, Any]) -> Config:
-    """Give the configuration in which all is as given, but for what is None."""
-    return merge({name: value for name, value in given.items() if value is not None})
+def runs_and_figure(help: str) -> Callable[[CommandT], CommandT]:
+    """Return a decorator that adds the argument RUN... and the option --out."""
+
+    def decorate(command: CommandT) -> CommandT:
+        command = click.option("--out", type=PATH, metavar="FIG.png", help=help)(command)
+        return click.argument("runs", nargs=-1, required=True, type=PATH, metavar="RUN...")(command)
+
+    return decorate
+
+
+def chosen(values: Mapping[str, Any]) -> Config:
+    """Return the configuration with these values; None stands for the default."""
+    return merge({name: value for name, value in values.items() if value is not None})
 
 
 def current_name(name: str) -> str:
-    """Give the name of today for an option of an earlier version, without its dashes in front."""
+    """Return the current name of an option of an earlier version, both without leading dashes."""
     return FORMER_NAMES[name].replace("_", "-") if name in FORMER_NAMES else name

@@ -1,4 +1,4 @@
-"""`hfmpi prepare`: text to corpus."""
+"""`hfmpi prepare`: make a corpus from text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["prepare"]
     "--ptb-raw",
     metavar="DIR",
     type=PATH,
-    help="Instead of TEXT: the Penn Treebank's raw files below DIR, in order, without their .START lines.",
+    help="Instead of TEXT: the raw files of the Penn Treebank in DIR, in order, without .START lines.",
 )
 @click.option("--corpus", type=click.Choice(texts.CORPORA), help="Instead of TEXT: the King James Bible.")
 @click.option(
@@ -34,33 +34,33 @@ __all__ = ["prepare"]
     show_default=True,
     type=Number(int, least=1, word=ALL),
     metavar=f"INTEGER|{ALL}",
-    help="Characters for training, from the start of the text; all: those that --valid-chars leaves.",
-    shell_complete=lambda ctx, param, begun: [word for word in [ALL] if word.startswith(begun)],
+    help="Characters for training, from the start of the text; all: those that --valid-chars does not need.",
+    shell_complete=lambda ctx, param, prefix: [word for word in [ALL] if word.startswith(prefix)],
 )
 @click.option(
     "--valid-chars",
     default=VALID_CHARS,
     show_default=True,
     type=Number(int, least=1),
-    help="Characters for validation, those that follow.",
+    help="Characters for validation, after those.",
 )
 @click.option(
     "--test-chars",
     default=0,
     type=Number(int, least=0),
-    help="Characters for a test, after those  [default: none]",
+    help="Characters for a test, after those for validation  [default: none]",
 )
 @click.option(
     "--vocabulary",
     metavar="CORPUS.h5|RUN",
     type=PATH,
-    help="Take the symbols of this corpus or run, so that its networks can read OUT.h5  [default: those of "
+    help="Use the symbols of this corpus or run, so that its networks can read OUT.h5  [default: those of "
     "the text]",
 )
 @click.option(
     "--unknown",
     metavar="CHAR",
-    help="With --vocabulary: put CHAR in place of every character that is not in it.",
+    help="With --vocabulary: replace every character that is not in it by CHAR.",
 )
 def prepare(
     paths: tuple[Path, ...],
@@ -72,10 +72,10 @@ def prepare(
     vocabulary: Path | None,
     unknown: str | None,
 ) -> None:
-    """Make the corpus OUT.h5 of one or more TEXT files, joined in the order given; - is standard input.
+    """Make the corpus OUT.h5 from one or more TEXT files, joined in this order; - is standard input.
 
-    Every byte is a symbol; nothing is cleaned or left out. A text shorter than asked for is split in
-    proportion; of a longer one the rest is left, unless --train-chars is all.
+    Every byte is a symbol; nothing is cleaned or removed. A text that is too short is split in proportion;
+    the rest of a longer one is not used, unless --train-chars is all.
     """
     *names, out = paths
     if sum([bool(names), ptb_raw is not None, corpus is not None]) != 1:
@@ -92,12 +92,12 @@ def prepare(
     if os.path.exists(out):
         if any(os.path.samefile(out, file) for file in source.files):
             raise UserError(f"{out} is one of the texts: name another file for the corpus")
-        # A forgotten OUT.h5 would otherwise cost the last text.
+        # If OUT.h5 was forgotten, the last text would be overwritten.
         if not is_corpus(out):
-            raise UserError(f"{out} is there and is not a corpus: remove it or name another file")
+            raise UserError(f"{out} exists and is not a corpus: remove it or name another file")
         if vocabulary is not None and os.path.exists(vocabulary) and os.path.samefile(out, vocabulary):
             raise UserError(f"{out} is the corpus of --vocabulary: name another file")
-    elif not out.parent.is_dir():  # before a long text is read
+    elif not out.parent.is_dir():  # checked before a long text is processed
         raise UserError(f"cannot write {out}: there is no folder {out.parent}")
 
     translation = None
@@ -109,21 +109,21 @@ def prepare(
     elif unknown is not None:
         raise UserError("--unknown goes with --vocabulary: without it every character of the text is in it")
 
-    made, size, unit, notes = split(
+    result, size, unit, notes = split(
         source.parts, train_chars, valid_chars, source.provenance, test_chars, translation
     )
-    made.write(out)
+    result.write(out)
     for note in notes:
         click.echo(f"Note: {note}.")
-    used = sum(map(len, made.splits.values()))
-    click.echo(f"{click.format_filename(out)}: {used:,} of {size:,} {unit}, {made.vocabulary} symbols")
-    for name, ids in made.splits.items():
+    used = sum(map(len, result.splits.values()))
+    click.echo(f"{click.format_filename(out)}: {used:,} of {size:,} {unit}, {result.vocabulary} symbols")
+    for name, ids in result.splits.items():
         click.echo(f"  {name:7} {len(ids):>13,} {unit}")
-    click.echo(f"  digest  sha256:{made.digest}")
+    click.echo(f"  digest  sha256:{result.digest}")
 
 
 def symbols_of(path: Path) -> bytes:
-    """Give the vocabulary of a corpus file, or of a run's folder or checkpoint."""
+    """Return the vocabulary of a corpus file, or of the folder or checkpoint of a run."""
     if not os.path.lexists(path):
         raise UserError(f"there is no corpus or run {path}")
     if not os.path.isdir(path) and is_corpus(path):

@@ -1,4 +1,4 @@
-"""`hfmpi report`: runs as one page to look at in a browser, also while they go on."""
+"""`hfmpi report`: a page of runs for a browser, also while they are running."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ __all__ = ["report"]
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=PATH, metavar="RUN...")
 @click.option("--out", required=True, type=PATH, metavar="PAGE.html", help="The page.")
-@click.option("--follow", is_flag=True, help="Write it anew until all runs are done, or until Ctrl-C.")
+@click.option("--follow", is_flag=True, help="Rewrite the page until all runs are done, or until Ctrl-C.")
 @click.option(
     "--every",
     default=5.0,
     show_default=True,
     type=Number(float, 1, MOST),
     metavar="SECONDS",
-    help="How often, with --follow.",
+    help="Interval of --follow.",
 )
 def report(runs: tuple[Path, ...], out: Path, follow: bool, every: float) -> None:
-    """Write a page of RUN...: curves, times, costs, settings and samples in one file that loads nothing.
+    """Write a page of RUN...: curves, times, costs, settings and samples in one self-contained file.
 
-    Losses are drawn against P_I, P_D, steps or seconds. A page that follows its runs loads itself anew in the
+    Losses are drawn against P_I, P_D, steps or seconds. A page that follows its runs reloads itself in the
     browser.
     """
     from hfmpi.files.atomic import replace
@@ -36,9 +36,9 @@ def report(runs: tuple[Path, ...], out: Path, follow: bool, every: float) -> Non
     from hfmpi.report.contents import read
     from hfmpi.report.page import is_page, page, plotly_js
 
-    plotly_js()  # before anything is read
+    plotly_js()  # fails without plotly, before anything is read
     if os.path.lexists(out) and not is_page(out):
-        raise UserError(f"{out} is there and is no page of hfmpi report; give another --out")
+        raise UserError(f"{out} exists and is not a page of hfmpi report: use another --out")
     if follow:
         click.echo(f"{click.format_filename(out)} follows {len(runs)} run(s); Ctrl-C ends it")
         done = following.follow(runs, out, every, lambda sentence: click.echo(f"Note: {sentence}.", err=True))

@@ -1,4 +1,4 @@
-"""`hfmpi sample`: let a trained network write."""
+"""`hfmpi sample`: generate text with a trained network."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ __all__ = ["sample"]
     default=500,
     show_default=True,
     type=Number(int, 0, MOST),
-    help="Characters (bytes) to write.",
+    help="Characters (bytes) to generate.",
 )
-@click.option("--prime", default="", metavar="TEXT", help="What the network reads first.")
+@click.option("--prime", default="", metavar="TEXT", help="Text that the network reads first.")
 @click.option(
     "--temperature",
     default=1.0,
     show_default=True,
     type=Number(float, least=0),
-    help="0: always the likeliest.",
+    help="0: always the most probable character.",
 )
 @click.option("--seed", default=0, show_default=True, type=Number(int, least=0))
 def sample(run: Path, length: int, prime: str, temperature: float, seed: int) -> None:
-    """Write LENGTH characters with the network of RUN, after the prime.
+    """Generate LENGTH characters with the network of RUN, after the prime.
 
-    What is written are the bytes of the text that it was trained on, in whatever encoding that was.
+    The output consists of bytes in the encoding of the text that the network was trained on.
     """
     from hfmpi.networks import sampling
     from hfmpi.runs.trained_model import Trained
 
-    # One character at a time: compiled kernels would cost more to load than they save.
+    # The numpy backend, because compiled kernels take longer to load than they save for single characters.
     trained = Trained.read(run, backend="numpy")
     if trained.message:
         click.echo(f"Note: {trained.message}.", err=True)
     network, theta, symbols = trained.network, trained.theta, trained.symbols
-    read = os.fsencode(prime)
-    written = sampling.sample(network, theta, symbols, length, read, temperature, seed)
-    click.echo(read + written)  # bytes as they are: of any encoding, on a terminal of any encoding
+    start = os.fsencode(prime)
+    text = sampling.sample(network, theta, symbols, length, start, temperature, seed)
+    click.echo(start + text)  # as bytes, whatever the encodings of text and terminal

@@ -1,8 +1,9 @@
-"""A process that stands between a rank and a launcher that kills without a warning.
+"""A process between a rank and a launcher that kills without warning.
 
-MPICH's mpirun ends on SIGHUP, SIGUSR2 and SIGXCPU, and when its own output breaks (a full disk, `| head`).
-Its proxies then kill the process group of each rank at once. So the process that they know only waits for
-the rank, which is in a group of its own and learns of that death by SIGTERM: it stops with a checkpoint.
+The mpirun of MPICH ends on SIGHUP, SIGUSR2 and SIGXCPU, and when its output fails (a full disk, `| head`).
+Its proxies then kill the process group of each rank immediately. Therefore the process that they started
+only waits for the rank, which has a separate process group: when the waiting process is killed, the rank
+receives SIGTERM and stops with a checkpoint.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ _PR_SET_PDEATHSIG = 1
 
 
 def stand_in() -> None:
-    """Go on as a child of this process, if MPICH's mpirun started it; before there are threads, and MPI."""
+    """Continue in a child process if MPICH's mpirun started this one; call before threads and MPI start."""
     if sys.platform != "linux" or "mpi4py.MPI" in sys.modules or _name(os.getppid()) != _PROXY:
         return
     numbers = {signal.Signals[name] for name in _PASSED_ON}
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # what comes now is for the rank, and must find it
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # signals wait until the rank can receive them
     parent, rank = os.getpid(), os.fork()
     if rank == 0:
         os.setpgid(0, 0)
@@ -46,7 +47,7 @@ def stand_in() -> None:
             signal.signal(number, pass_on)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     code = os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1])
-    if code < 0:  # end as the rank did
+    if code < 0:  # end by the same signal as the rank
         with contextlib.suppress(OSError):
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)

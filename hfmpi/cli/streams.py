@@ -1,4 +1,4 @@
-"""Standard output and error that break: the disk of a log fills, its reader leaves, a terminal goes away."""
+"""Standard output and error that survive failures: a full disk, a closed pipe, a lost terminal."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ _NAMES = {1: "standard output", 2: "standard error"}
 
 
 class _Stream(io.FileIO):
-    """The descriptor of standard output or error, whose end is not that of the program.
+    """Standard output or error, whose failure does not break the program.
 
-    What cannot be written is dropped. The first time standard output fails, the command ends: with a
-    BrokenPipeError where nobody reads it, as under `| head`, else with a UserError. In a run that goes on
-    the other stream is told instead, and every later line is tried anew: a disk may have room again.
+    Data that cannot be written are dropped. The first failure of standard output ends the command: with a
+    BrokenPipeError if the pipe is closed, as by `| head`, otherwise with a UserError. A run that goes on
+    (`go_on`) instead reports the failure on the other stream and tries every later line again, because a disk
+    may have room again.
     """
 
     goes_on = lost = False
@@ -35,16 +36,16 @@ class _Stream(io.FileIO):
         try:
             while rest:
                 written = super().write(rest)
-                if written is None:  # others that share a terminal may have made it non-blocking
+                if written is None:  # another program may have made a shared terminal non-blocking
                     select.select([], [self], [])
                 rest = rest[written or 0 :]
         except OSError as error:
             if not self.lost:
                 self.lost = True
-                self._tell(error)
+                self._report(error)
         return len(data)
 
-    def _tell(self, error: OSError) -> None:
+    def _report(self, error: OSError) -> None:
         sentence = f"{_NAMES[self.fileno()]} cannot be written ({error.strerror})"
         if self.goes_on:
             if not self.other.lost:
@@ -53,21 +54,21 @@ class _Stream(io.FileIO):
                 )
         elif self.fileno() == 1:
             if error.errno == errno.EPIPE:
-                raise error  # click leaves quietly, with code 1
+                raise error  # click exits quietly with code 1
             raise UserError(sentence) from None
 
 
 def protect() -> None:
-    """Put streams that do not break in place of sys.stdout and sys.stderr, if they are descriptors 1 and 2.
+    """Replace sys.stdout and sys.stderr by streams that survive failures, if they are descriptors 1 and 2.
 
-    What the encoding has no letters for is printed as question marks.
+    Characters that the encoding lacks are printed as question marks.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # Closed: the next file would get this number, and with it what MPI says on standard error. Not
-            # open for writing, this one is to all that write as good as closed.
+            # The descriptor is closed. The next file would get its number, and with it MPI's messages on
+            # standard error; a descriptor that is open only for reading fails writers as a closed one does.
             os.open(os.devnull, os.O_RDONLY)
     streams = {}
     for number, name in ((1, "stdout"), (2, "stderr")):
@@ -79,14 +80,14 @@ def protect() -> None:
                 replaced = before.fileno() == number
             except (OSError, ValueError, AttributeError):
                 replaced = False
-            if not replaced:  # a test's, or a program's that calls this one
+            if not replaced:  # a stream of a test, or of a program that calls this one
                 return
         streams[name] = _Stream(number, "w", closefd=False)
     stdout, stderr = streams["stdout"], streams["stderr"]
     stdout.other, stderr.other = stderr, stdout
     for name, stream in streams.items():
         encoding = codecs.lookup(getattr(getattr(sys, name), "encoding", None) or "utf-8").name
-        # Names of files may hold bytes that are no UTF-8: these are printed as they are.
+        # File names may contain bytes that are not UTF-8; these are printed unchanged.
         errors = {1: "surrogateescape" if encoding == "utf-8" else "replace", 2: "backslashreplace"}
         text = io.TextIOWrapper(
             io.BufferedWriter(stream), encoding, errors[stream.fileno()], line_buffering=True
@@ -95,7 +96,7 @@ def protect() -> None:
 
 
 def go_on() -> None:
-    """Let the program go on when standard output or error can no longer be written."""
+    """Continue the program when standard output or error can no longer be written."""
     for stream in (sys.stdout, sys.stderr):
         raw = getattr(getattr(stream, "buffer", None), "raw", None)
         if isinstance(raw, _Stream):

@@ -1,4 +1,4 @@
-"""What is written on a command line, as values: paths, numbers, quantities with units, and settings."""
+"""Values on a command line: paths, numbers, quantities with units, and settings."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from hfmpi.files.working_folder import check_working_folder
 __all__ = ["BANDWIDTH", "LATENCY", "MOST", "PATH", "SIZE", "Number", "PathName", "Quantity", "parse_settings"]
 
 MOST = 10**9
-"""Of what takes memory or time for each: beyond it not even the memory that it takes can be computed."""
+"""Maximum of numbers that memory or time are proportional to; for larger ones the need cannot be computed."""
 
 
 class PathName(click.Path):
-    """The name of a file or folder; whether it is there, and is good, is for who uses it."""
+    """The name of a file or folder, which is not opened here."""
 
     def __init__(self, path_type: type[Path] | type[str] = Path) -> None:
         super().__init__(readable=False, path_type=path_type)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Give the path; an empty one would be the working folder."""
+        """Return the path; refuse an empty one, which would be the working folder."""
         if not str(value):
             self.fail("the name is empty", param, ctx)
         if not Path(value).is_absolute():
@@ -38,7 +38,7 @@ PATH = PathName()
 
 
 class Number(click.ParamType):
-    """A whole or a real number, not infinite, from `least` to `most`, or `word`, where these are given."""
+    """A whole or finite number, optionally from `least` to `most`, or optionally the word `word`."""
 
     def __init__(
         self,
@@ -52,17 +52,17 @@ class Number(click.ParamType):
         self.most = 2**63 - 1 if most is None and kind is int else most
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Give the number, or the word."""
+        """Return the number, or the word."""
         if self.word is not None and value == self.word:
             return value
         try:
             number = self.kind(value)
         except ValueError:
             number = math.nan
-        if isinstance(number, float) and not math.isfinite(number):  # an integer may be too long for this
-            or_word = f", nor the word {self.word}" if self.word else ""
-            kind = "whole" if self.kind is int else "finite"
-            self.fail(f"{value!r} is no {kind} number{or_word}", param, ctx)
+        if isinstance(number, float) and not math.isfinite(number):  # isfinite fails for huge integers
+            kind = "a whole number" if self.kind is int else "a finite number"
+            wrong = f"neither {kind} nor the word {self.word}" if self.word else f"not {kind}"
+            self.fail(f"{value!r} is {wrong}", param, ctx)
         if self.least is not None and number < self.least:
             self.fail(f"{value} is less than {self.least:,}", param, ctx)
         if self.most is not None and number > self.most:
@@ -76,15 +76,15 @@ class Quantity(click.ParamType):
     Parameters
     ----------
     name : str
-        What it is, such as "latency".
+        Name of the quantity, such as "latency".
     example : str
-        For the sentence on a text that is none.
+        A valid value, for the error message.
     units : mapping of str to float
-        Each in basic units.
+        The size of each unit in basic units.
     whole : bool
-        Whether only whole basic units count: a part of one is cut off.
+        Whether to round down to whole basic units.
     any_case : bool
-        Whether capital letters mean the same as the small ones of `units`.
+        Whether units may also be written in capital letters.
     """
 
     def __init__(
@@ -93,16 +93,16 @@ class Quantity(click.ParamType):
         self.name, self.example, self.units, self.whole, self.any_case = name, example, units, whole, any_case
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Give the number in the basic unit."""
+        """Return the number in the basic unit."""
         text = str(value).strip()
         text = text.lower() if self.any_case else text
         unit = max(filter(text.endswith, self.units), key=len, default="")
         number = 0.0
-        with contextlib.suppress(ValueError, OverflowError):  # no number, or none that has a whole part
+        with contextlib.suppress(ValueError, OverflowError):  # not a number, or not finite
             number = float(text.removesuffix(unit)) * self.units.get(unit, 1)
             number = int(number) if self.whole else number
         if not 0 < number < math.inf:
-            self.fail(f"{value!r} is no {self.name} such as {self.example}", param, ctx)
+            self.fail(f"{value!r} is not a {self.name} such as {self.example}", param, ctx)
         return number
 
 
@@ -131,7 +131,7 @@ BANDWIDTH = Quantity(
 
 
 def parse_settings(pairs: Iterable[str]) -> dict[str, bool | int | float | str]:
-    """Read NAME=VALUE pairs: true and false, whole numbers, numbers, else words.
+    """Parse NAME=VALUE pairs, whose values are true or false, whole numbers, numbers or words.
 
     Raises
     ------
@@ -148,7 +148,7 @@ def parse_settings(pairs: Iterable[str]) -> dict[str, bool | int | float | str]:
 
 
 def _value(text: str) -> bool | int | float | str:
-    """Give a value in the type that it is written in."""
+    """Return a value in the type of its notation."""
     if text in ("true", "false"):
         return text == "true"
     for kind in (int, float):

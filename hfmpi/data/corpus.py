@@ -19,11 +19,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from hfmpi import __version__
 from hfmpi.data.batches import SPLITS
 from hfmpi.errors import UserError
 from hfmpi.files.hdf5 import Damage, Format, InUse, array, attribute, attributes, members, opened, set_text
 from hfmpi.measure.machine import free_memory
+from hfmpi.version import __version__
 
 __all__ = ["Corpus", "is_corpus", "loss_unit"]
 

@@ -1,1 +1,1 @@
-"""The page of a run: its curves, times, settings and a sample in one HTML file that loads nothing."""
+"""Figures of runs, and a page of their curves, times, settings and samples in one self-contained file."""

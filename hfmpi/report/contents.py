@@ -1,4 +1,4 @@
-"""What the folder of a run holds for its page; what cannot be read is told in its place."""
+"""The contents of a run's folder for its page; for a part that cannot be read, the reason."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ from hfmpi.files.history import BITS, HISTORY, History, LossKeys, loss_keys
 from hfmpi.files.numbers import is_drawable
 from hfmpi.files.writer import CONFIG, DONE, TIMING
 from hfmpi.networks import sampling
+from hfmpi.report.quantities import COSTS
 from hfmpi.report.steps import Steps
 from hfmpi.runs.config import FORMER_NAMES, OPTIONS, from_toml, merge
 from hfmpi.runs.timing import Times, read_times
 from hfmpi.runs.trained_model import Trained
 
-__all__ = ["COSTS", "Contents", "Network", "read", "stamp"]
-
-COSTS = ("P_I", "P_D", "P_I_full", "P_D_full", "step", "seconds")
-"""Keys of a step against which its losses are drawn."""
+__all__ = ["Contents", "NetworkInfo", "read", "stamp"]
 
 SAMPLE = 400
 """Characters of a sample."""
 
-Stamp = tuple[tuple[int, int] | None, ...]
 FILES = (HISTORY, CONFIG, TIMING, NEWEST, DONE)
 
+Stamp = tuple[tuple[int, int] | None, ...]
+"""Modification time and size of files, None for a file that is absent."""
 
-class Network(NamedTuple):
-    """What the checkpoint of a run tells.
+
+class NetworkInfo(NamedTuple):
+    """The network in the newest checkpoint of a run.
 
     Attributes
     ----------
     corpus : str or None
-        Digest of its text.
+        Digest of the training data.
     symbols : bytes
     parameters, step : int
     sample : bytes
-        What it wrote.
-    why : str
-        Why it did not.
+        Text that the network generated.
+    error : str
+        Why there is no sample.
     """
 
     corpus: str | None
@@ -56,33 +56,33 @@ class Network(NamedTuple):
     parameters: int = 0
     step: int = 0
     sample: bytes = b""
-    why: str = ""
+    error: str = ""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What is known of a run.
+    """The contents of a run's folder.
 
     Attributes
     ----------
     name : str
-        What the page calls it.
+        Name of the run on the page.
     folder : Path
     done : str or None
-        Which limit it has reached.
+        The limit that the run has reached.
     changed : datetime or None
         When the history was last written.
     steps : Steps
     loss : LossKeys
     unit : str
-        Of its losses.
+        Unit of the losses.
     settings : dict
-        All options and settings in effect by name, or what config.toml has.
+        All options and settings in effect by name, or the contents of config.toml.
     times : Times or None
-        Of each rank.
-    network : Network
+        Times of each rank.
+    network : NetworkInfo
     missing : dict of str to str
-        Why a part is missing, by the attribute.
+        For each missing part, by its attribute, the reason.
     """
 
     name: str
@@ -94,45 +94,45 @@ class Contents:
     unit: str
     settings: dict[str, Any]
     times: Times | None
-    network: Network
+    network: NetworkInfo
     missing: dict[str, str] = field(default_factory=dict)
 
 
 def stamp(folder: Path, files: Sequence[str] = FILES) -> Stamp:
-    """Give what changes when one of these files of a run is written anew."""
-    found: list[tuple[int, int] | None] = []
+    """Return a value that changes whenever one of these files of a run is rewritten."""
+    stamps: list[tuple[int, int] | None] = []
     for name in files:
         try:
-            about = os.stat(folder / name)
-            found.append((about.st_mtime_ns, about.st_size))
+            status = os.stat(folder / name)
+            stamps.append((status.st_mtime_ns, status.st_size))
         except OSError:
-            found.append(None)
-    return tuple(found)
+            stamps.append(None)
+    return tuple(stamps)
 
 
 def read(folders: Sequence[Path]) -> list[Contents]:
-    """Read what the folders of runs hold.
+    """Read the folders of runs.
 
     Raises
     ------
     UserError
-        If one is no folder of a run, or its history is damaged.
+        If one is not the folder of a run, or its history is damaged.
     """
     runs = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
-    # Their losses are drawn together: of a text beyond ASCII, or beside one, they are bits a byte.
+    # Their losses share a figure: if the text of one run is not ASCII, all are in bits per byte.
     unit = loss_unit(b"".join(run.network.symbols for run in runs))
     return [replace(run, unit=unit) if run.loss == BITS else run for run in runs]
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Give the runs names: those of their folders, or their paths where two folders have the same."""
-    short = [Path(os.path.abspath(folder)).name for folder in folders]
-    chosen = short if len(set(short)) == len(short) else list(map(str, folders))
-    return [os.fsencode(name).decode("utf-8", "backslashreplace") for name in chosen]
+    """Return a name for each run: that of its folder, or its path if two folders have the same name."""
+    names = [Path(os.path.abspath(folder)).name for folder in folders]
+    names = names if len(set(names)) == len(names) else list(map(str, folders))
+    return [os.fsencode(name).decode("utf-8", "backslashreplace") for name in names]
 
 
 def _read(folder: Path, name: str) -> Contents:
-    done = _done(folder)  # first: what is read after it is then complete
+    done = _done(folder)  # first, so that everything read afterwards is complete
     missing: dict[str, str] = {}
     steps, loss = _history(folder)
     settings: dict[str, Any] = {}
@@ -146,28 +146,28 @@ def _read(folder: Path, name: str) -> Contents:
     except UserError as error:
         missing["times"] = str(error)
     network = _network(folder, stamp(folder, (NEWEST, PREVIOUS)))
-    if network.why:
-        missing["sample"] = network.why if loss == BITS else "what it was trained on is no text"
+    if network.error:
+        missing["sample"] = network.error if loss == BITS else "the run was not trained on a text"
     changed = None
-    with contextlib.suppress(OSError):  # without a history
+    with contextlib.suppress(OSError):  # there may be no history yet
         changed = datetime.fromtimestamp(os.stat(folder / HISTORY).st_mtime).astimezone()
     return Contents(name, folder, done, changed, steps, loss, "loss", settings, times, network, missing)
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """Give the options that config.toml names, as they are in effect, and the settings of the optimizer."""
-    given = from_toml(folder / CONFIG)
+    """Return the effective values of the options in config.toml, and all settings of the optimizer."""
+    options = from_toml(folder / CONFIG)
     try:
-        effective = merge(given).in_effect()
-    except UserError:  # of another version, perhaps: its own words
-        return given
-    named = {FORMER_NAMES.get(name, name) for name in given}
+        effective = merge(options).in_effect()
+    except UserError:  # perhaps of a different version: the options as they are in the file
+        return options
+    named = {FORMER_NAMES.get(name, name) for name in options}
     return {name: value for name, value in effective.items() if name in named or name not in OPTIONS}
 
 
-@lru_cache(maxsize=256)  # a page that follows a run asks again and again
-def _network(folder: Path, state: Stamp) -> Network:
-    """Let the network of the newest checkpoint, in this state of its files, write a sample."""
+@lru_cache(maxsize=256)  # --follow reads the same checkpoint repeatedly
+def _network(folder: Path, state: Stamp) -> NetworkInfo:
+    """Generate a sample with the newest checkpoint; `state` is the stamp of the checkpoints."""
     try:
         trained = Trained.read(folder, backend="numpy")
         text = sampling.sample(trained.network, trained.theta, trained.symbols, SAMPLE, b"", 1.0, 0)
@@ -176,8 +176,8 @@ def _network(folder: Path, state: Stamp) -> Network:
             parameters = latest(folder).theta.size
         except UserError:
             parameters = 0
-        return Network(*trained_on(folder), parameters, why=str(error))
-    return Network(trained.corpus, trained.symbols, trained.theta.size, trained.step, text)
+        return NetworkInfo(*trained_on(folder), parameters, error=str(error))
+    return NetworkInfo(trained.corpus, trained.symbols, trained.theta.size, trained.step, text)
 
 
 def _done(folder: Path) -> str | None:
@@ -186,16 +186,16 @@ def _done(folder: Path) -> str | None:
     try:
         with open_regular(folder / DONE) as file:
             return file.read(200).decode("utf-8", "backslashreplace").strip()
-    except UserError:  # it is there: that is what counts
+    except UserError:  # the run is done, whatever the file holds
         return ""
 
 
 def _history(folder: Path) -> tuple[Steps, LossKeys]:
-    """Give the steps, none of a run that has only begun, and what their losses are called."""
+    """Return the steps, which are none before the first one ends, and the keys of their losses."""
     path = folder / HISTORY
     if not os.path.lexists(path):
         if not any(os.path.lexists(folder / name) for name in FILES):
-            raise UserError(f"{folder} holds no run: there is neither {HISTORY} nor {CONFIG} in it")
+            raise UserError(f"{folder} holds no run: it has neither {HISTORY} nor {CONFIG}")
         return Steps(), BITS
     records = History.read(folder, COSTS)
     loss = loss_keys(records[0]) if records else BITS

@@ -1,4 +1,4 @@
-"""A page that is written anew while its runs go on."""
+"""Rewriting a page while its runs continue."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from hfmpi.report.page import page
 __all__ = ["follow"]
 
 REST = 4.0
-"""Seconds of rest for each that a page took: the cores are the runs'."""
+"""Seconds of rest for each second that a page took, so that the cores remain available to the runs."""
 
 
-def follow(folders: Sequence[Path], out: Path, every: float, tell: Callable[[str], object]) -> bool:
-    """Write the page of some runs again and again until all are done, or until Ctrl-C.
+def follow(folders: Sequence[Path], out: Path, every: float, report: Callable[[str], object]) -> bool:
+    """Rewrite the page of some runs until all are done, or until Ctrl-C.
 
-    The last page does not load itself anew.
+    The last page does not reload itself.
 
     Parameters
     ----------
     folders : sequence of Path
     out : Path
     every : float
-        Seconds from one page to the next, where anything has changed.
-    tell : callable
-        Is told why a page could not be written, once; it is tried again.
+        Seconds between two pages, if anything has changed.
+    report : callable
+        Called with the reason if a page cannot be written, once for each reason; the page is tried again.
 
     Returns
     -------
@@ -39,29 +39,29 @@ def follow(folders: Sequence[Path], out: Path, every: float, tell: Callable[[str
     Raises
     ------
     UserError
-        If not even the first page can be written.
+        If the first page cannot be written.
     """
-    seen, runs, said = None, list[Contents](), ""
+    written, runs, reported = None, list[Contents](), ""
     try:
         while True:
-            began, now = time.monotonic(), [stamp(folder) for folder in folders]
-            if now != seen:
+            start, current = time.monotonic(), [stamp(folder) for folder in folders]
+            if current != written:
                 try:
                     runs = read(folders)
                     done = all(run.done is not None for run in runs)
                     replace(out, page(runs, None if done else every))
-                    seen, said = now, ""
+                    written, reported = current, ""
                     if done:
                         return True
                 except UserError as error:
-                    if seen is None:
+                    if written is None:
                         raise
-                    if said != str(error):
-                        said = str(error)
-                        tell(said)
-            time.sleep(max(every, REST * (time.monotonic() - began)))
+                    if reported != str(error):
+                        reported = str(error)
+                        report(reported)
+            time.sleep(max(every, REST * (time.monotonic() - start)))
     except KeyboardInterrupt:
-        if not runs:  # and so no page
+        if not runs:  # interrupted before the first page
             raise
         replace(out, page(runs))
         return False

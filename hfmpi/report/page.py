@@ -1,4 +1,4 @@
-"""The page itself: one HTML file with everything in it, which a browser lets load nothing."""
+"""The page: one self-contained HTML file, whose policy forbids a browser to load anything else."""
 
 from __future__ import annotations
 
@@ -10,41 +10,32 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from hfmpi import __version__
 from hfmpi.errors import UserError
 from hfmpi.files.atomic import open_regular
 from hfmpi.report import tables
 from hfmpi.report.contents import Contents
-from hfmpi.report.curves import Panel, curves, panels
+from hfmpi.report.curves import curves, panels
+from hfmpi.report.escape import escaped
+from hfmpi.report.quantities import COSTS, Internal
 from hfmpi.report.styles import GLYPHS, style
 from hfmpi.report.times import MOST_RANKS, Spans, bars, outside, spans
-from hfmpi.report.words import escaped
+from hfmpi.version import __version__
 
 __all__ = ["is_page", "page", "plotly_js"]
 
 FIRST_BYTES = b"<!DOCTYPE html>\n<!-- a page of hfmpi report -->"
-"""Of every page, by which a page is told from other files."""
+"""The start of every page, which distinguishes a page from other files."""
 
-AGAINST = {
-    "P_I": "P<sub>I</sub>",
-    "P_D": "P<sub>D</sub>",
-    "P_I_full": "P<sub>I</sub> full",
-    "P_D_full": "P<sub>D</sub> full",
-    "step": "steps",
-    "seconds": "seconds",
-}
-"""What curves are drawn against, in HTML."""
-
-DIFFERENT = "The runs were trained on different data: their losses are not those of one task."
+DIFFERENT = "The runs were trained on different data: their losses cannot be compared."
 
 
 def plotly_js() -> str:
-    """Give the library that draws, as its Python package has it.
+    """Return the source of plotly.js from the Python package.
 
     Raises
     ------
     UserError
-        If the package is not installed.
+        If plotly is not installed.
     """
     try:
         from plotly.offline import get_plotlyjs
@@ -54,7 +45,7 @@ def plotly_js() -> str:
 
 
 def is_page(path: Path) -> bool:
-    """Whether a file is a page, which another page may replace; a damaged run or a book is none."""
+    """Return whether a file is a page, which may be replaced by another one."""
     try:
         with open_regular(path) as file:
             return file.read(len(FIRST_BYTES)) == FIRST_BYTES
@@ -63,15 +54,15 @@ def is_page(path: Path) -> bool:
 
 
 def page(runs: Sequence[Contents], every: float | None = None) -> bytes:
-    """Give the page of some runs.
+    """Return the page of some runs.
 
     Parameters
     ----------
     runs : sequence of Contents
     every : float, optional
-        Seconds after which the page loads itself anew, because a new one will be there.
+        Seconds after which the page reloads itself, because it will have been rewritten.
     """
-    told = panels(runs)
+    internals = panels(runs)
     units = dict.fromkeys(run.unit for run in runs if len(run.steps))
     times = {i: spans(run.times) for i, run in enumerate(runs) if run.times}
     drawn = [
@@ -79,101 +70,102 @@ def page(runs: Sequence[Contents], every: float | None = None) -> bytes:
             "name": escaped(run.name),
             "unit": run.unit,
             "style": asdict(style(i)),
-            **curves(run, list(told)),
+            **curves(run, list(internals)),
         }
         for i, run in enumerate(runs)
     ]
     data = {
         "every": every,
-        "panels": [asdict(panel) for panel in told.values()],
+        "costs": {key: [cost.html, "forward passes" if cost.passes else ""] for key, cost in COSTS.items()},
+        "panels": [asdict(panel) for panel in internals.values()],
         "runs": drawn,
-        "times": {i: bars(found) for i, found in times.items()},
+        "times": {i: bars(of_run) for i, of_run in times.items()},
     }
     here = files("hfmpi.report")
     style_sheet, script, skeleton = (
         (here / f"page.{kind}").read_text("utf-8") for kind in ("css", "js", "html")
     )
-    words = {
+    parts = {
         "title": escaped(", ".join(run.name for run in runs)),
         "heading": escaped(runs[0].name) if len(runs) == 1 else f"{len(runs)} runs",
         "css": style_sheet,
         "now": f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %Z}",
         "version": __version__,
-        "follows": f", and anew every {every:g} s" if every else "",
+        "follows": f", and again every {every:g} s" if every else "",
         "note": _note(DIFFERENT) if len({run.network.corpus for run in runs} - {None}) > 1 else "",
         "legend": "\n".join(_entry(i, run) for i, run in enumerate(runs)),
-        "against_loss": _against("loss"),
-        "against_told": _against("told"),
+        "loss_axes": _axes("loss"),
+        "internal_axes": _axes("internal"),
         "losses": "\n".join(
             f'<div class="plot loss" id="loss-{i}" data-unit="{unit}"></div>' for i, unit in enumerate(units)
         )
         or _note("There is no step yet."),
-        "inside": "" if told else "hidden",
-        "told": "\n".join(_panel(i, panel) for i, panel in enumerate(told.values())),
+        "hide_internals": "" if internals else "hidden",
+        "internals": "\n".join(_panel(i, panel) for i, panel in enumerate(internals.values())),
         "accounts": tables.accounts(runs),
         "times": "\n".join(_times(i, run, times.get(i)) for i, run in enumerate(runs)),
-        "places": "" if times else "hidden",
+        "hide_machine": "" if times else "hidden",
         "machine": tables.machine(runs),
         "samples": "\n".join(map(_sample, runs)),
         "settings": tables.settings(runs),
         "missing": "\n".join(
             _note(f"{run.name}: {run.missing['settings']}") for run in runs if "settings" in run.missing
         ),
-        # No < : nothing in it ends the script that holds it, whatever a file says.
+        # Without <, no text from a file can end the script element that holds the data.
         "data": json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
         "plotly": plotly_js(),
         "script": script,
     }
-    return FIRST_BYTES + Template(skeleton).substitute(words).encode()
+    return FIRST_BYTES + Template(skeleton).substitute(parts).encode()
 
 
 def _note(sentence: str) -> str:
     return f'<p class="note">{escaped(sentence, 1000)}</p>'
 
 
-def _against(view: str) -> str:
-    """Give the buttons that choose what the curves of a view are drawn against."""
+def _axes(view: str) -> str:
+    """Return the buttons that select the cost against which the curves of a view are drawn."""
     return "\n".join(
-        f'<button type="button" data-view="{view}" data-against="{key}">{words}</button>'
-        for key, words in AGAINST.items()
+        f'<button type="button" data-view="{view}" data-against="{key}">{cost.html}</button>'
+        for key, cost in COSTS.items()
     )
 
 
 def _entry(number: int, run: Contents) -> str:
-    """Give the entry of a run in the legend, which shows and hides it."""
-    look = style(number)
+    """Return the entry of a run in the legend, which shows and hides the run."""
+    line = style(number)
     return (
         f'<label><input type="checkbox" data-run="{number}" checked>'
         f'<svg width="46" height="12" aria-hidden="true"><line x1="0" y1="6" x2="46" y2="6"'
-        f' stroke="{look.colour}" stroke-width="2" stroke-dasharray="{look.dash}"/></svg>'
-        f'<span aria-hidden="true" style="color:{look.colour}">{GLYPHS[look.mark]}</span> {escaped(run.name)}'
+        f' stroke="{line.colour}" stroke-width="2" stroke-dasharray="{line.dash}"/></svg>'
+        f'<span aria-hidden="true" style="color:{line.colour}">{GLYPHS[line.mark]}</span> {escaped(run.name)}'
         f'<span class="small">{escaped(tables.state(run))}</span></label>'
     )
 
 
-def _panel(number: int, panel: Panel) -> str:
+def _panel(number: int, panel: Internal) -> str:
     return (
         f"<div><h3>{escaped(panel.meaning)}</h3>"
-        f'<div class="plot told" id="told-{number}" data-panel="{number}"></div></div>'
+        f'<div class="plot internal" id="internal-{number}" data-panel="{number}"></div></div>'
     )
 
 
-def _times(number: int, run: Contents, found: Spans | None) -> str:
-    """Give the bars of a run and their numbers."""
+def _times(number: int, run: Contents, times: Spans | None) -> str:
+    """Return the bars of a run and the table of its times."""
     head = f"<h3>{escaped(run.name)}</h3>\n"
-    if run.times is None or found is None or not found.seconds:
+    if run.times is None or times is None or not times.seconds:
         return head + _note(run.missing.get("times", "no time was measured"))
-    count, few = len(found.total), ""
+    count, selection = len(times.total), ""
     if count > MOST_RANKS:
-        few = f'<p class="small">{MOST_RANKS} of {count:,} ranks, by the time that they wait.</p>\n'
+        selection = f'<p class="small">{MOST_RANKS} of {count:,} ranks, by their waiting time.</p>\n'
     figure = f'<div class="plot times" id="times-{number}" data-run="{number}"></div>'
     between = [f"{name} {seconds:.3g} s" for name, seconds in outside(run.times).items() if seconds]
-    rest = f'<p class="small">Between the steps: {", ".join(between)}.</p>\n' if between else ""
-    return f'{head}{few}<div class="time">{figure}\n<div>{tables.shares(found)}{rest}</div></div>'
+    note = f'<p class="small">Between the steps: {", ".join(between)}.</p>\n' if between else ""
+    return f'{head}{selection}<div class="time">{figure}\n<div>{tables.shares(times)}{note}</div></div>'
 
 
 def _sample(run: Contents) -> str:
-    """Give what the network of a run wrote; bytes that are no text have codes."""
+    """Return the sample of a run, with codes for bytes that are not UTF-8."""
     network, head = run.network, f"<h3>{escaped(run.name)}</h3>\n"
     if "sample" in run.missing:
         return head + _note(run.missing["sample"])

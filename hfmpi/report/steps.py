@@ -1,4 +1,4 @@
-"""The steps of a run, a column for each quantity."""
+"""The steps of a run, as a column for each quantity."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ COUNTS = {
     "directions": "directions",
     "cg_steps": "CG iterations",
 }
-"""What a step counts, by its key."""
+"""What a step counts, by the keys of its record."""
 
 
 @dataclass(frozen=True)
 class Steps:
-    """What a history of any method says in numbers.
+    """The numbers in a history of any optimizer.
 
     Attributes
     ----------
     columns : dict of str to (steps,) float64
-        By key; NaN where a step has no number.
+        Values by key; NaN where a step has no number.
     stops : Counter
-        How often conjugate gradients stopped for a reason.
+        How often conjugate gradients stopped for each reason.
     rejected : int
-        Steps that were not taken.
-    why : str
-        The number of the last of these, and why.
+        Number of rejected steps.
+    last_rejection : str
+        Number of the last rejected step, and the reason.
     """
 
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     stops: Counter[str] = field(default_factory=Counter)
     rejected: int = 0
-    why: str = ""
+    last_rejection: str = ""
 
     @classmethod
     def of(cls, records: Sequence[Mapping[str, Any]]) -> Steps:
-        """Take the columns from the lines of a history."""
+        """Return the columns of step records."""
         columns = {}
         for key in sorted(set().union(*records)):
             column = np.array([_number(record.get(key)) for record in records], float)
@@ -56,19 +56,19 @@ class Steps:
                 columns[key] = column
         stops = Counter(word for record in records if isinstance(word := record.get("cg_stop"), str))
         rejected = [record for record in records if record.get("accepted") is False]
-        why = f"{rejected[-1]['step']:,}: {rejected[-1].get('message', '')}" if rejected else ""
-        return cls(columns, stops, len(rejected), why)
+        last = f"{rejected[-1]['step']:,}: {rejected[-1].get('message', '')}" if rejected else ""
+        return cls(columns, stops, len(rejected), last)
 
     def __len__(self) -> int:
         return len(self.columns.get("step", ()))
 
     def column(self, key: str) -> np.ndarray:
-        """Give the numbers under a key; NaN throughout if it has none."""
+        """Return the numbers under a key, all NaN if there are none."""
         return self.columns.get(key, np.full(len(self), np.nan))
 
 
 def _number(value: object) -> float:
-    # Written out for speed, beside `is_drawable`: a history may have millions of numbers.
+    # Repeats `is_drawable` for speed: a history may have millions of numbers.
     if (type(value) is float or type(value) is int) and abs(value) < 1e100:
         return value
     return np.nan

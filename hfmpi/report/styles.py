@@ -1,4 +1,4 @@
-"""How the lines of a run look: told apart by colour, and without colours by dashes and marks."""
+"""The styles of runs on a page, which differ by colour, and in black and white by dashes and marks."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ GLYPHS = {
     "star": "☆",
     "hexagram": "✡",
 }
-"""What the marks look like in a legend, by their names in plotly."""
+"""Characters for the marks in a legend, by the names of the marks in plotly."""
 
 
 @dataclass(frozen=True)
 class Style:
-    """A line and its marks: dashes in pixels, on and off."""
+    """The style of a line and its marks; `dash` has lengths in pixels, alternately on and off."""
 
     colour: str
     dash: str
@@ -31,5 +31,5 @@ class Style:
 
 
 def style(number: int) -> Style:
-    """Give the style of the run of a number; without colours too they repeat after 42."""
+    """Return the style of a run by its number; in black and white styles repeat after 42 runs."""
     return Style(*(choices[number % len(choices)] for choices in (COLOURS, DASHES, tuple(GLYPHS))))

@@ -1,4 +1,4 @@
-"""The tables of the page."""
+"""The tables of a page."""
 
 from __future__ import annotations
 
@@ -12,30 +12,29 @@ import numpy as np
 from hfmpi.files.history import NATS
 from hfmpi.measure.smoothing import smoothed
 from hfmpi.report.contents import Contents
+from hfmpi.report.escape import escaped
 from hfmpi.report.steps import COUNTS
 from hfmpi.report.times import Spans
-from hfmpi.report.words import escaped
 
 __all__ = ["accounts", "machine", "settings", "shares", "state", "table"]
 
 
 def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """Give a table whose first column names the rows; wide ones are scrolled."""
-    top = "".join(f'<th scope="col">{escaped(word)}</th>' for word in head)
-    lines = (
-        f'<tr><th scope="row">{escaped(first).replace("_", "_<wbr>")}</th>'
-        + "".join(f"<td>{escaped(word)}</td>" for word in rest)
+    """Return an HTML table whose first column has the names of the rows; a wide table scrolls."""
+    top = "".join(f'<th scope="col">{escaped(cell)}</th>' for cell in head)
+    body = "\n".join(
+        f'<tr><th scope="row">{escaped(name).replace("_", "_<wbr>")}</th>'
+        + "".join(f"<td>{escaped(cell)}</td>" for cell in cells)
         + "</tr>"
-        for first, *rest in rows
+        for name, *cells in rows
     )
-    body = "\n".join(lines)
     return (
         f'<div class="wide"><table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
     )
 
 
 def number(value: float | None) -> str:
-    """Give a number with the digits that one reads; nothing if it is none."""
+    """Return a number with at most two decimals, or an empty string if it is unknown."""
     if value is None or math.isnan(value):
         return ""
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.2f}"
@@ -50,44 +49,43 @@ LAST = {
     "P_D_full": "P_D, everything executed",
     "P_P": "P_P, on the ranks of the run",
 }
-"""What the last step says of all steps."""
+"""Totals of all steps, by their keys in the record of the last step."""
 
 STATE, PARAMETERS, UNIT = "state", "parameters", "unit of the losses"
 STOPS, REJECTED = "CG stopped by", "steps rejected"
-LOSSES = TRAIN, VALID, LEAST = "training loss", "validation loss", "least validation loss"
+LOSSES = TRAIN, VALID, LOWEST = "training loss", "validation loss", "lowest validation loss"
 ACCOUNTS = (STATE, PARAMETERS, UNIT, *LOSSES, *LAST.values(), *COUNTS.values(), STOPS, REJECTED)
 
 
 def accounts(runs: Sequence[Contents]) -> str:
-    """Give what the runs have done and what it cost, a column a run."""
+    """Return a table of losses and costs with a column for each run."""
     columns = [_account(run) for run in runs]
     keys = [key for key in ACCOUNTS if any(column.get(key) for column in columns)]
     return table(["", *(run.name for run in runs)], [[k, *(c.get(k, "") for c in columns)] for k in keys])
 
 
 def _account(run: Contents) -> dict[str, str]:
-    """Give the column of a run."""
     unit = "that of the model" if run.loss == NATS else run.unit
-    found = {STATE: state(run), PARAMETERS: number(run.network.parameters or None), UNIT: unit}
+    column = {STATE: state(run), PARAMETERS: number(run.network.parameters or None), UNIT: unit}
     if not len(run.steps):
-        return found
+        return column
     train, valid = smoothed(run.steps.column(run.loss.train)), run.steps.column(run.loss.valid)
     for name, values in ((TRAIN, train), (VALID, valid)):
         known = values[~np.isnan(values)]
-        found[name] = f"{known[-1]:.5g}" if known.size else ""
+        column[name] = f"{known[-1]:.5g}" if known.size else ""
     if not np.isnan(valid).all():
-        least = int(np.nanargmin(valid))
-        found[LEAST] = f"{valid[least]:.5g}, step {number(run.steps.column('step')[least])}"
-    found |= {name: number(run.steps.column(key)[-1]) for key, name in LAST.items()}
-    found |= {name: number(np.nansum(run.steps.column(key)) or None) for key, name in COUNTS.items()}
-    found[STOPS] = ", ".join(f"{word} {count:,}" for word, count in run.steps.stops.most_common(5))
+        lowest = int(np.nanargmin(valid))
+        column[LOWEST] = f"{valid[lowest]:.5g}, step {number(run.steps.column('step')[lowest])}"
+    column |= {name: number(run.steps.column(key)[-1]) for key, name in LAST.items()}
+    column |= {name: number(np.nansum(run.steps.column(key)) or None) for key, name in COUNTS.items()}
+    column[STOPS] = ", ".join(f"{reason} {count:,}" for reason, count in run.steps.stops.most_common(5))
     if run.steps.rejected:
-        found[REJECTED] = f"{run.steps.rejected:,}, last {run.steps.why}"
-    return found
+        column[REJECTED] = f"{run.steps.rejected:,}, last {run.steps.last_rejection}"
+    return column
 
 
 def state(run: Contents) -> str:
-    """Say whether a run is done, and when it took its last step if it is not."""
+    """Return whether a run is done, or the time of its last step."""
     if run.done is not None:
         return f"done: {run.done}" if run.done else "done"
     if not len(run.steps) or run.changed is None:
@@ -96,7 +94,7 @@ def state(run: Contents) -> str:
 
 
 def settings(runs: Sequence[Contents]) -> str:
-    """Give options and settings, a column a run; first those in which the runs differ."""
+    """Return a table of the options and settings in which the runs differ, and one of the others."""
     columns = [dict(_flat(run.settings)) for run in runs]
     keys = dict.fromkeys(key for values in columns for key in values)
     rows = [[key, *(values.get(key, "") for values in columns)] for key in keys]
@@ -109,54 +107,54 @@ def settings(runs: Sequence[Contents]) -> str:
 
 
 def _flat(values: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """Give entries, those of a table under joined names."""
+    """Yield entries, those of nested tables under joined names."""
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from ((f"{key}.{inner}", _word(entry)) for inner, entry in value.items())
+            yield from ((f"{key}.{inner}", _toml(entry)) for inner, entry in value.items())
         else:
-            yield key, _word(value)
+            yield key, _toml(value)
 
 
-def _word(value: object) -> str:
-    """Give a value as TOML has it, a number as short as it is exact."""
+def _toml(value: object) -> str:
+    """Return a value in the notation of TOML, a number in its shortest exact form."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and float(f"{value:g}") == value:
         return f"{value:g}"
     try:
         return str(value)
-    except (ValueError, RecursionError):  # a number without end, tables without end in one another
+    except (ValueError, RecursionError):  # too many digits, or too deeply nested tables
         return "…"
 
 
 def machine(runs: Sequence[Contents]) -> str:
-    """Give the places of the ranks; neighbours of one kind have one row."""
+    """Return a table of the placement of ranks, with one row for neighbouring ranks that are placed alike."""
     rows = []
     for run in runs:
         ranks = run.times["ranks"] if run.times else []
-        places = [
+        placements = [
             tuple(str(rank.get(key, "")) for key in ("host", "cores", "threads", "device")) for rank in ranks
         ]
         first = 0
-        for place, group in itertools.groupby(places):
+        for placement, group in itertools.groupby(placements):
             last = first + len(list(group)) - 1
-            rows.append([run.name, str(first) if first == last else f"{first} to {last}", *place])
+            rows.append([run.name, str(first) if first == last else f"{first} to {last}", *placement])
             first = last + 1
     return table(["run", "rank", "host", "cores", "threads", "device"], rows)
 
 
-def shares(found: Spans) -> str:
-    """Give the spans of the ranks in numbers."""
-    mean = float(np.mean(found.total))
+def shares(spans: Spans) -> str:
+    """Return a table of the seconds in each span."""
+    mean = float(np.mean(spans.total))
     rows = [
         [
             name,
             *(f"{value:.4g}" for value in (values.mean(), values.min(), values.max())),
             f"{values.mean() / mean:.1%}",
         ]
-        for name, values in found.seconds.items()
+        for name, values in spans.seconds.items()
     ]
-    if len(found.total) == 1:
+    if len(spans.total) == 1:
         rows = [[row[0], row[1], row[4]] for row in rows]
-        return table(["span", f"s/{found.unit}", "share"], rows)
-    return table(["span", f"s/{found.unit}, mean", "least", "most", "share"], rows)
+        return table(["span", f"s/{spans.unit}", "share"], rows)
+    return table(["span", f"s/{spans.unit}, mean", "min", "max", "share"], rows)

@@ -1,4 +1,4 @@
-"""Where the time of each rank went, as bars and as numbers."""
+"""The time of each rank by its spans, as bars and as numbers."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hfmpi.measure.spans import ALLREDUCE, EVALUATE, FILES, INPUT, OPTIMIZER, PASSES, WAITING
-from hfmpi.report.words import escaped
+from hfmpi.report.escape import escaped
 from hfmpi.runs.timing import Times
 
 __all__ = ["MOST_RANKS", "Spans", "bars", "outside", "spans"]
 
 MOST_RANKS = 32
-"""Ranks that have a bar."""
+"""Maximum number of ranks that have a bar."""
 
 BETWEEN = (EVALUATE, FILES)
 ORDER = (*PASSES, INPUT, OPTIMIZER, ALLREDUCE, WAITING, *BETWEEN)
 
 
 class Spans(NamedTuple):
-    """Seconds by the name of a span, in the order in which they are drawn.
+    """Seconds by the name of a span, in drawing order.
 
     Attributes
     ----------
     unit : str
-        What the seconds are of: a step, or the whole run.
+        "step" for seconds per step, "run" for seconds of the whole run.
     seconds : dict of str to (ranks,) float64
     """
 
@@ -34,38 +34,38 @@ class Spans(NamedTuple):
 
     @property
     def total(self) -> np.ndarray:
-        """Of each rank, (ranks,)."""
+        """Seconds of each rank, (ranks,)."""
         return np.sum(list(self.seconds.values()), axis=0)
 
 
 def spans(times: Times) -> Spans:
-    """Give the spans of a step; of the whole run where no step but the first, which compiles, was timed."""
+    """Return the spans of a step, or of the whole run if only the first step, which compiles, was done."""
     steps, ranks = times["timed_steps"], times["ranks"]
     rows = [rank["step_spans"] if steps > 0 else rank["spans"] for rank in ranks]
-    found = dict.fromkeys(name for row in rows for name in row)
-    order = [name for name in ORDER if name in found] + sorted(set(found) - set(ORDER))
+    names = {name for row in rows for name in row}
+    order = [name for name in ORDER if name in names] + sorted(names - set(ORDER))
     seconds = {name: np.array([row.get(name, 0.0) for row in rows]) / max(steps, 1) for name in order}
     seconds = {name: values for name, values in seconds.items() if values.any()}
     return Spans("step" if steps > 0 else "run", seconds)
 
 
 def outside(times: Times) -> dict[str, float]:
-    """Give the seconds between the steps, of the whole run, by name: the mean over the ranks."""
+    """Return the seconds between steps of the whole run by name, the mean over ranks."""
     ranks = times["ranks"]
     return {name: float(np.mean([rank["spans"].get(name, 0.0) for rank in ranks])) for name in BETWEEN}
 
 
-def bars(found: Spans) -> dict[str, Any]:
-    """Give a bar a rank as JSON can hold it; of many ranks those from the least to the most waiting."""
-    count = len(found.total)
+def bars(spans: Spans) -> dict[str, Any]:
+    """Return a bar for each rank as JSON can hold it; of many ranks a sample, in order of waiting time."""
+    count = len(spans.total)
     order = np.arange(count)
     if count > MOST_RANKS:
-        waiting = found.seconds.get(WAITING, np.zeros(count))
+        waiting = spans.seconds.get(WAITING, np.zeros(count))
         order = np.argsort(waiting, kind="stable")[np.linspace(0, count - 1, MOST_RANKS).astype(int)]
     return {
-        "unit": found.unit,
+        "unit": spans.unit,
         "ranks": [f"rank {rank}" for rank in order.tolist()],
-        "looks": [ORDER.index(name) if name in ORDER else len(ORDER) for name in found.seconds],
-        "names": [escaped(name) for name in found.seconds],
-        "seconds": [[float(f"{v:.4g}") for v in values[order]] for values in found.seconds.values()],
+        "styles": [ORDER.index(name) if name in ORDER else len(ORDER) for name in spans.seconds],
+        "names": [escaped(name) for name in spans.seconds],
+        "seconds": [[float(f"{v:.4g}") for v in values[order]] for values in spans.seconds.values()],
     }

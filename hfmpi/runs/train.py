@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-import hfmpi
 from hfmpi.backends.base import Array
 from hfmpi.errors import UserError
 from hfmpi.files.checkpoint import Checkpoint
@@ -30,6 +29,7 @@ from hfmpi.runs.restore import entries, progress, restored
 from hfmpi.runs.stop import StopSignals
 from hfmpi.runs.task import Task
 from hfmpi.runs.timing import Timing
+from hfmpi.version import __version__
 
 __all__ = ["Ending", "Run"]
 
@@ -232,7 +232,7 @@ class Run:
         checks.finite(self.communicator.agree(known), self.step, self.output.last_good)
         with self.timer.span(FILES):
             meta = {
-                "hfmpi": hfmpi.__version__,
+                "hfmpi": __version__,
                 "config": self.task.options,
                 **self.task.meta(self.theta),
                 **asdict(self.progress),

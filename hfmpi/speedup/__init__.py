@@ -1,1 +1,1 @@
-"""The study of runs of one job on several numbers of ranks: what more brought, and what was predicted."""
+"""The study of runs of one job on several numbers of ranks: measured and predicted speedup."""

@@ -1,4 +1,4 @@
-"""What `hfmpi bench --json` printed, as far as the scaling model can use it."""
+"""The output of `hfmpi bench --json`, as far as the scaling model uses it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_BYTES = 2**24
 
 @dataclass(frozen=True)
 class BenchRow:
-    """What is used of a row: which pass (None: a whole step), and over how many sequences or bytes."""
+    """The part of a row that is used: `kind` of pass (None: a whole step), and its sequences or bytes."""
 
     model: str
     ranks: int
@@ -33,30 +33,29 @@ class BenchRow:
     hidden: float | None
 
     def sound(self) -> bool:
-        """Whether its numbers are numbers, and positive."""
+        """Return whether all numbers are numbers and positive."""
         numbers = [self.ranks, self.threads, self.seconds_least]
         numbers += [number for number in (self.batch, self.bytes, self.hidden) if number is not None]
         return all(is_amount(number) and number > 0 for number in numbers) and isinstance(self.model, str)
 
 
 def read_bench(paths: Sequence[Path], run: TimedRun) -> tuple[dict[str, Curve], Link | None]:
-    """Read what `hfmpi bench ... --json` printed on the machine of a run.
+    """Read the output of `hfmpi bench ... --json` on the machine of a run.
 
-    The least time of each pass is taken: what disturbs a measurement can only add to it, and the level of the
-    curves comes from the runs anyway.
+    The shortest time of each pass is used, because disturbances only add time, and the runs determine the
+    level of the curves anyway.
 
     Returns
     -------
     shapes : dict of str to Curve
-        For each kind of pass of the run's model at its size, on one rank, with the threads of a rank, how
-        long it takes.
+        Seconds for each kind of pass of the run's model at its size, on one rank with the threads of a rank.
     link : Link or None
-        Of the Allreduce on the fewest ranks that it was timed on.
+        Link of the Allreduce on the smallest number of ranks that it was timed on.
 
     Raises
     ------
     UserError
-        If a file is none of `hfmpi bench`, or none of them has a row that fits.
+        If a file is not an output of `hfmpi bench`, or no file has a row that matches the run.
     """
     rows = [row for path in paths for row in _read(path)]
     points: dict[str, dict[float, float]] = {}
@@ -64,11 +63,11 @@ def read_bench(paths: Sequence[Path], run: TimedRun) -> tuple[dict[str, Curve], 
     for row in rows:
         if row.bytes is not None and row.ranks > 1:
             messages.setdefault(row.ranks, {})[row.bytes] = row.seconds_least
-        own = (row.model, row.ranks, row.threads) == (run.model, 1, run.threads)
-        own = own and row.hidden in (None, run.config.hidden)
-        if own and row.batch is not None and row.kind in KINDS:
+        matches = (row.model, row.ranks, row.threads) == (run.model, 1, run.threads)
+        matches = matches and row.hidden in (None, run.config.hidden)
+        if matches and row.batch is not None and row.kind in KINDS:
             points.setdefault(row.kind, {})[row.batch] = row.seconds_least
-    shapes = {kind: Curve.through(each) for kind, each in points.items()}
+    shapes = {kind: Curve.through(seconds) for kind, seconds in points.items()}
     if "loss" in shapes:
         shapes["linearisation"] = shapes["loss"]  # both are a forward pass
     link = None
@@ -88,7 +87,7 @@ def read_bench(paths: Sequence[Path], run: TimedRun) -> tuple[dict[str, Curve], 
 
 
 def _read(path: Path) -> list[BenchRow]:
-    """Give the rows of a file, with sound numbers."""
+    """Return the rows of a file, and check their numbers."""
     with open_regular(path) as file:
         content = file.read(MOST_BYTES)
     try:
@@ -103,5 +102,5 @@ def _read(path: Path) -> list[BenchRow]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
-        raise UserError(f"{path} is no output of hfmpi bench --json")
+        raise UserError(f"{path} is not an output of hfmpi bench --json")
     return rows

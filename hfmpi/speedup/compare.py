@@ -1,16 +1,16 @@
-"""Measured speedup beside the predicted one, and what became of the difference.
+"""Measured and predicted speedup, and the causes of the difference.
 
 ============  ==========================================================================================
 T_P           seconds of a step on P ranks, the mean over steps and ranks
-P_0           ranks of the run that the others are compared to, the smallest
-S_P           speedup T_{P_0} / T_P, at best P / P_0
+P_0           ranks of the run with the fewest, to which the others are compared
+S_P           speedup T_{P_0} / T_P, ideally P / P_0
 E_P           efficiency S_P P_0 / P
-c_P           mean over ranks of the seconds in passes over the network: what is shared out
-W_P           forward passes that were executed (hfmpi.measure.cost.full)
+c_P           seconds in passes over the network, which are divided among ranks; the mean over ranks
+W_P           executed forward passes (hfmpi.measure.cost.full)
 ============  ==========================================================================================
 
-The gap T_P - T_{P_0} P_0 / P is what a step takes longer than if the work were shared out for free. Every
-second of a rank belongs to one span, so the gap is the sum of its parts' gaps.
+The gap T_P - T_{P_0} P_0 / P is the time by which a step is longer than if its work were divided at no cost.
+Every second of a rank belongs to one span, so the gap is the sum of the gaps of its parts.
 """
 
 from __future__ import annotations
@@ -32,45 +32,45 @@ __all__ = ["causes", "compare", "study"]
 def causes(
     base: StepTimes, run: StepTimes, uneven: float = 0.0, batch_seconds: float | None = None
 ) -> dict[str, float]:
-    """Give the gap T_P - T_{P_0} P_0 / P by its causes, seconds per step; they add up to it.
+    """Return the causes of the gap T_P - T_{P_0} P_0 / P in seconds per step; their sum is the gap.
 
     With the ideal share x -> x P_0 / P of each part:
 
-    - allreduce: the seconds in collectives less their share, without waiting;
-    - uneven shares: `uneven`, what a rank with ceil(B / P) sequences should take longer than with B / P; the
-      others wait for it, and P_P counts it;
-    - waiting: for slower ranks, without that: something held them up;
-    - redundant: what every rank does for itself, less its share;
-    - other work: passes that this run executed and the other did not (rounding leads to another line search),
+    - allreduce: the seconds in collectives minus their share, without waiting;
+    - uneven shares: `uneven`, the predicted time by which ceil(B / P) sequences take longer than B / P; the
+      other ranks wait for it, and P_P counts it;
+    - waiting: the rest of the waiting for slower ranks, which were delayed;
+    - redundant: what every rank computes itself, minus its share;
+    - other work: passes that this run executed and the other did not (rounding may change a line search),
       c_{P_0} (W_P / W_{P_0} - 1);
-    - slower passes: c_P less all that. With `batch_seconds`, what the passes of a step should take on a rank
-      alone with its smaller batch, it is split into smaller batch and shared memory (everything else by which
-      ranks beside one another slow each other down).
+    - slower passes: the rest of c_P. With `batch_seconds`, the predicted time of the passes of a step on a
+      single rank with its smaller batch, this is split into smaller batch and shared memory (all other ways
+      in which the ranks of a machine slow each other down).
     """
     share = base.ranks / run.ranks
     ours, theirs = run.parts, base.parts
     gaps = {name: ours[name] - share * theirs[name] for name in ("allreduce", "waiting", "redundant")}
     gaps = {"uneven shares": uneven} | gaps | {"waiting": gaps["waiting"] - uneven}
-    more = share * theirs["compute"] * (run.work / base.work - 1)
-    slower = ours["compute"] - share * theirs["compute"] - more
-    gaps["other work"] = more
+    extra = share * theirs["compute"] * (run.work / base.work - 1)
+    slower = ours["compute"] - share * theirs["compute"] - extra
+    gaps["other work"] = extra
     if batch_seconds is None:
         return gaps | {"slower passes": slower}
-    smaller = batch_seconds - share * theirs["compute"] - more
+    smaller = batch_seconds - share * theirs["compute"] - extra
     return gaps | {"smaller batch": smaller, "shared memory": slower - smaller}
 
 
 def compare(
     base: StepTimes, run: StepTimes, uneven: float = 0.0, batch_seconds: float | None = None
 ) -> dict[str, Any]:
-    """Set a run beside the one with the fewest ranks.
+    """Compare a run with the one on the fewest ranks.
 
     Returns
     -------
     dict
         `speedup` and `efficiency` with their 10 % and 90 % quantiles over steps; `predicted`, P_{P_0} / P_P,
-        and `limit`, P_{P_0} / P_I, by the paper's account of the run's own counts; `loss`, 1 - E_P by its
-        causes, which add up to it.
+        and `limit`, P_{P_0} / P_I, by the paper's account of the run's counts; `loss`, the causes of 1 - E_P,
+        whose sum it is.
     """
     share = base.ranks / run.ranks
     speedup = base.step_seconds / run.step_seconds
@@ -105,24 +105,24 @@ def study(
     shapes: Mapping[str, Curve] | None = None,
     model: bool = False,
 ) -> dict[str, Any]:
-    """Set all runs of a job, from the fewest ranks to the most, beside the first.
+    """Compare all runs of a job, in order of their ranks, with the first.
 
-    `job` is any of them; `link` and `shapes` are those of `hfmpi.speedup.prediction.fit`.
+    `job` is any of the runs; `link` and `shapes` are arguments of `hfmpi.speedup.prediction.fit`.
 
     Returns
     -------
     dict
-        `job`, `base_ranks`, `runs` (see `compare`) and, where it is asked for, `model` (see `predict`).
+        `job`, `base_ranks`, `runs` (see `compare`), and with `model` also `model` (see `predict`).
     """
     base, rows = runs[0], []
-    alone = fit([base], job.messages, link, shapes)
+    fitted = fit([base], job.messages, link, shapes)
     for run in runs:
         sizes, work = np.array([base.ranks, run.ranks]), run.work / base.work
-        even = alone.compute(sizes, even=True) * work
-        uneven = alone.compute(sizes) * work - even
-        more = float(uneven[1] - uneven[0] * base.ranks / run.ranks)
-        rows.append(compare(base, run, more, float(even[1]) if shapes else None))
-    found: dict[str, Any] = {
+        even = fitted.compute(sizes, even=True) * work
+        uneven = fitted.compute(sizes) * work - even
+        extra = float(uneven[1] - uneven[0] * base.ranks / run.ranks)
+        rows.append(compare(base, run, extra, float(even[1]) if shapes else None))
+    result: dict[str, Any] = {
         "job": {
             "model": job.model,
             "optimizer": job.config.optimizer,
@@ -137,4 +137,4 @@ def study(
         "base_ranks": base.ranks,
         "runs": rows,
     }
-    return found | {"model": predict(runs, job.messages, link, shapes)} if model else found
+    return result | {"model": predict(runs, job.messages, link, shapes)} if model else result

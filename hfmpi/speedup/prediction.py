@@ -1,4 +1,4 @@
-"""From runs to the model of their job, and from the model to predictions that the runs can check."""
+"""Fitting the scaling model to the runs of a job, and predictions that the runs can check."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["KINDS", "fit", "predict"]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of pass: its spans, how many there were, and whether it is over the gradient batch.
+    """A kind of pass: its spans, the number of its passes, and whether it is over the gradient batch.
 
-    The work on single matrices of theta has a message alone: what it takes is in r.
+    The work on single matrices of theta has only a message; its time is part of r.
     """
 
     spans: tuple[str, ...]
@@ -45,21 +45,21 @@ def fit(
     link: Link | None = None,
     shapes: Mapping[str, Curve] | None = None,
 ) -> Job:
-    """Give the job that runs measured.
+    """Return the job that explains the times of its runs.
 
     Parameters
     ----------
     runs : sequence of StepTimes
-        From the fewest ranks to the most. The first sets the level of every t_k; s and r are the last's. r is
-        that of the rank with most of it, for which the others wait: matrices are shared out one by one, so
-        that more ranks do not make the largest quicker.
+        In order of their ranks. The first determines the level of every t_k; s and r are those of the last.
+        r is the maximum over ranks, because the others wait for that rank: matrices are distributed one by
+        one, so that more ranks do not make the largest one faster.
     messages : mapping of str to float
-        For each kind of pass the bytes that the ranks sum after it, none where it is 0 or missing.
+        For each kind of pass the bytes that the ranks sum after it; 0 or missing for none.
     link : Link, optional
-        Without it one without latency, on which the last run's collectives take what they took; None if
-        that is one rank alone.
+        By default a link without latency on which the collectives of the last run take their measured time,
+        or None if the last run has one rank.
     shapes : mapping of str to Curve, optional
-        How t_k depends on b. Without it, as from run to run.
+        How t_k depends on b; by default as measured by the runs.
     """
     base, last = runs[0], runs[-1]
     passes = []
@@ -73,25 +73,25 @@ def fit(
         if shapes and name in shapes:
             curve = shapes[name].scaled(batch / base.ranks, points[batch / base.ranks])
         passes.append(Pass(times, batch, curve, messages.get(name, 0)))
-    found = Job(tuple(passes), last.most_redundant, link)
+    job = Job(tuple(passes), last.most_redundant, link)
     ranks = np.array([float(last.ranks)])
     if last.ranks > 1:
         passing = last.parts["compute"] + last.parts["waiting"]
-        passing -= last.most_redundant - last.parts["redundant"]  # waited for in r
-        found = replace(found, slowdown=passing / float(found.compute(ranks)[0]))
+        passing -= last.most_redundant - last.parts["redundant"]  # waiting that r includes
+        job = replace(job, slowdown=passing / float(job.compute(ranks)[0]))
         spent = last.parts["allreduce"]
         if link is None and spent > 0:
-            unit = float(replace(found, link=Link(0.0, 1.0)).allreduce(ranks)[0])
-            found = replace(found, link=Link(0.0, unit / spent))
-    return found
+            unit = float(replace(job, link=Link(0.0, 1.0)).allreduce(ranks)[0])
+            job = replace(job, link=Link(0.0, unit / spent))
+    return job
 
 
 def _pass_seconds(run: StepTimes, kind: Kind) -> float:
-    """Give the seconds of one pass, with its part of the input, the mean over ranks."""
+    """Return the seconds of one pass including its share of the input, the mean over ranks."""
     mean = run.mean_spans
-    named = sum(mean.get(name, 0.0) for name in {name for each in KINDS.values() for name in each.spans})
-    own = sum(mean.get(name, 0.0) for name in kind.spans) * run.parts["compute"] / named
-    return own * run.counts.steps / kind.count(run.counts)
+    all_kinds = sum(mean.get(name, 0.0) for name in {name for each in KINDS.values() for name in each.spans})
+    this_kind = sum(mean.get(name, 0.0) for name in kind.spans) * run.parts["compute"] / all_kinds
+    return this_kind * run.counts.steps / kind.count(run.counts)
 
 
 def predict(
@@ -101,13 +101,13 @@ def predict(
     shapes: Mapping[str, Curve] | None = None,
     most: int = 16_384,
 ) -> dict[str, Any]:
-    """Predict steps on 1 to `most` ranks, and each run from those on fewer ranks; arguments as of `fit`.
+    """Predict steps on 1 to `most` ranks, and each run from those on fewer ranks; see `fit` for arguments.
 
     Returns
     -------
     dict
         `rows` for powers of two, the knee and the fastest number of ranks; `check`, with the relative error
-        of each prediction; and the parameters of the model. Speedups are relative to the first run's ranks.
+        of each prediction of a run; and the parameters of the model. Speedups are relative to the first run.
     """
     base = runs[0]
     job = fit(runs, messages, link, shapes)
@@ -116,7 +116,7 @@ def predict(
     ranks = np.array(sizes, np.float64)
     seconds, allreduce = job.seconds(ranks), job.allreduce(ranks)
     relative = float(job.seconds([base.ranks])[0])
-    paper = {size: cost.ranks(base.counts, *base.batches, size) for size in (base.ranks, *sizes)}
+    account = {size: cost.ranks(base.counts, *base.batches, size) for size in (base.ranks, *sizes)}
     check = []
     for i, run in enumerate(runs[1:], start=1):
         guess = float(fit(runs[:i], messages, link, shapes).seconds([run.ranks])[0])
@@ -136,7 +136,7 @@ def predict(
                 "seconds_per_step": t,
                 "speedup": relative / t,
                 "efficiency": relative / t * base.ranks / size,
-                "predicted": paper[base.ranks] / paper[size],
+                "predicted": account[base.ranks] / account[size],
                 "compute": t - a - job.redundant,
                 "allreduce": a,
                 "redundant": job.redundant,

@@ -1,4 +1,4 @@
-"""What runs of one job on several numbers of ranks measured, read from their folders."""
+"""The times of runs of one job on several numbers of ranks, read from their folders."""
 
 from __future__ import annotations
 
@@ -26,25 +26,26 @@ __all__ = ["TimedRun", "read_runs"]
 
 @dataclass(frozen=True)
 class TimedRun:
-    """A run and what its steps took.
+    """A run and the times of its steps.
 
     Attributes
     ----------
     folder : Path
     config : Config
     model : str
-        The cell, or what a model of a Python program is called.
+        The cell, or the name of a user's model.
     digests : mapping of str to str
-        Of its data, and of its model where that is no option.
-    threads, device
-        Of each rank.
+        Digests of the data, and of a user's model.
+    threads : int
+        Threads per rank.
+    device : str
     parameters, itemsize : int
-        Parameters, and bytes of each.
+        Number of parameters, and bytes of each.
     first, last : int
-        Steps that were measured.
+        Numbers of the first and last measured steps.
     steps : StepTimes
     state : mapping of str to int
-        Numbers in each vector of the optimizer's state.
+        Size of each vector of the optimizer's state.
     """
 
     folder: Path
@@ -62,31 +63,31 @@ class TimedRun:
 
     @property
     def messages(self) -> dict[str, float]:
-        """Bytes that the ranks sum, by what they come after."""
+        """Bytes of the messages that the ranks sum, by the kinds of pass that precede them."""
         optimizer = self.config.preset().optimizer
         return messages(optimizer, self.steps.counts, self.parameters, self.itemsize, self.state)
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[TimedRun, list[StepTimes]]:
-    """Read runs of one job; give one of the runs, and what was measured from the fewest ranks to the most.
+    """Read runs of one job; return one of them, and the times in order of the number of ranks.
 
     Runs on the same number of ranks are repeats.
 
     Raises
     ------
     UserError
-        If a run cannot be read or is of another job than the first.
+        If a run cannot be read, or is not of the same job as the first.
     """
-    found = [_read(folder) for folder in folders]
-    first = found[0]
-    for other in found[1:]:
+    runs = [_read(folder) for folder in folders]
+    first = runs[0]
+    for other in runs[1:]:
         _check_same(first, other)
-    sizes = sorted({one.steps.ranks for one in found})
-    return first, [_merged([one.steps for one in found if one.steps.ranks == size]) for size in sizes]
+    sizes = sorted({run.steps.ranks for run in runs})
+    return first, [_merged([run.steps for run in runs if run.steps.ranks == size]) for size in sizes]
 
 
 def _check_same(one: TimedRun, other: TimedRun) -> None:
-    """Raise a UserError unless both did the same on ranks of the same kind."""
+    """Raise a UserError unless both runs did the same steps on ranks of the same kind."""
     if one.digests != other.digests:
         what = "another model" if one.digests.get("model") != other.digests.get("model") else "other data"
         raise UserError(f"{one.folder} and {other.folder} are not the same job: they have {what}")
@@ -109,31 +110,30 @@ def _check_same(one: TimedRun, other: TimedRun) -> None:
 
 
 def _merged(repeats: list[StepTimes]) -> StepTimes:
-    """Give the mean of repeats."""
-    one = repeats[0]
+    first = repeats[0]
     return StepTimes(
-        one.ranks,
+        first.ranks,
         np.concatenate([each.seconds for each in repeats]),
-        tuple(mean_spans([each.spans[rank] for each in repeats]) for rank in range(one.ranks)),
-        tuple(mean_spans([each.outside[rank] for each in repeats]) for rank in range(one.ranks)),
+        tuple(mean_spans([each.spans[rank] for each in repeats]) for rank in range(first.ranks)),
+        tuple(mean_spans([each.outside[rank] for each in repeats]) for rank in range(first.ranks)),
         sum((each.counts for each in repeats), Counts()),
-        *one.batches,
+        *first.batches,
     )
 
 
 def _read(folder: Path) -> TimedRun:
-    """Read a run; a run that was resumed has measured what came after."""
+    """Read a run; the times of a resumed run are those of the steps after it was resumed."""
     saved = checkpoint.latest(folder)
     check_one_run(folder, saved)
     try:
         config, digests = merge(saved.meta["config"]), checkpoint.identity(saved.meta)
         model = str(saved.meta["title"]) if "model" in digests else config.model
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"the checkpoint in {folder} describes no run of this version: {error!r}") from None
+        raise UserError(f"the checkpoint in {folder} is not of a run of this version: {error!r}") from None
     timing = read_times(folder)
     steps, ranks = timing["timed_steps"], timing["ranks"]
     if steps < 1:
-        raise UserError(f"{folder} has too few steps: the first one of a start does not count")
+        raise UserError(f"{folder} has too few steps: the first one after a start does not count")
     first, last = timing["last_step"] - steps + 1, timing["last_step"]
     records = [record for record in History.read(folder) if first <= record["step"] <= last]
     if len(records) != steps or not all(map(_is_complete, records)):
@@ -151,13 +151,13 @@ def _read(folder: Path) -> TimedRun:
     if not (times.counts.gradients and times.parts["compute"] > 0):
         raise UserError(f"the history or timing.json of {folder} is damaged: its steps have no gradients")
     threads, device = ranks[0]["threads"], ranks[0]["device"]
-    theta, state = saved.theta, {name: np.size(entry) for name, entry in saved.state.items()}
-    size = theta.size, theta.itemsize
+    size = saved.theta.size, saved.theta.itemsize
+    state = {name: np.size(entry) for name, entry in saved.state.items()}
     return TimedRun(folder, config, model, digests, threads, device, *size, first, last, times, state)
 
 
 def _is_complete(record: Record) -> bool:
-    """Whether a line has the time and the counts of its step."""
+    """Return whether a record has the time and the counts of its step."""
     try:
         numbers = record["step_seconds"], *astuple(counted(record))
     except KeyError:

@@ -1,17 +1,17 @@
-"""How long a step takes on more ranks than were measured.
+"""A model of the time of a step on more ranks than were measured.
 
-A step on P ranks executes n_k passes of kind k over batches of B_k sequences, after each of which the ranks
-sum a message of m_k bytes (the work on single matrices is a kind without sequences, in r):
+A step on P ranks executes n_k passes of kind k over batches of B_k sequences. After each pass the ranks sum a
+message of m_k bytes. (The work on single matrices is a kind that has only a message; its time is part of r.)
 
     T(P) = s sum_k n_k t_k(ceil(B_k / P)) + sum_k n_k a(P, m_k) + r
 
 =========  ============================================================================================
-t_k(b)     seconds of a pass over b sequences on one rank: piecewise linear through what was measured. It
-           does not fall to 0 with b: the T steps of a recurrent network follow one another, a floor that
-           P_I counts as one pass
+t_k(b)     seconds of a pass over b sequences on one rank: piecewise linear through measured points. It does
+           not vanish with b, because the T steps of a recurrent network are sequential: P_I counts this
+           minimum as one pass
 a(P, m)    seconds of the Allreduce, see `Link`
-r          seconds of what a rank does beside passes: for itself, or with matrices, which are shared out whole
-s          by how much ranks beside one another are slower than one alone: memory, caches, waiting
+r          seconds of a rank outside passes: redundant work, or work on the matrices that the rank owns
+s          slowdown of the passes of several ranks, compared with one rank alone: memory, caches, waiting
 =========  ============================================================================================
 """
 
@@ -27,22 +27,22 @@ __all__ = ["Curve", "Job", "Link", "Pass", "best", "fit_link"]
 
 @dataclass(frozen=True)
 class Link:
-    """The network between ranks: latency in seconds, bandwidth in bytes a second.
+    """The network between ranks: latency in seconds, bandwidth in bytes per second.
 
-    The two algorithms of MPI libraries, of which the faster counts (Thakur, Rabenseifner and Gropp 2005,
+    MPI libraries have two algorithms, of which the faster one counts (Thakur, Rabenseifner and Gropp 2005,
     Optimization of collective communication operations in MPICH), with L = ceil(log2 P):
 
     - recursive doubling, for short messages: L (latency + m / bandwidth);
     - Rabenseifner's, for long ones: 2 L latency + 2 (P - 1) / P m / bandwidth.
 
-    The time to add numbers up counts as bandwidth.
+    The time of additions is part of the bandwidth.
     """
 
     latency: float
     bandwidth: float
 
     def allreduce(self, ranks: np.ndarray, size: float) -> np.ndarray:
-        """Give seconds for each number of ranks and a message of `size` bytes."""
+        """Return the seconds for each number of ranks and a message of `size` bytes."""
         rounds = np.ceil(np.log2(ranks))
         transfer = size / self.bandwidth
         doubling = rounds * (self.latency + transfer)
@@ -50,23 +50,23 @@ class Link:
 
 
 def fit_link(ranks: int, short: tuple[float, float], long: tuple[float, float]) -> Link:
-    """Give the link on which two messages, (bytes, seconds) each, take by recursive doubling what they did.
+    """Return the link on which two messages, (bytes, seconds) each, take these times by recursive doubling.
 
-    Of a long message on many ranks recursive doubling is not what a library does; measure on two, where both
-    algorithms send the same bytes.
+    Libraries do not use recursive doubling for long messages on many ranks. Therefore measure on two ranks,
+    where both algorithms send the same number of bytes.
     """
-    (few, quick), (many, slow) = short, long
+    (few, short_seconds), (many, long_seconds) = short, long
     rounds = np.ceil(np.log2(ranks))
-    bandwidth = rounds * (many - few) / max(slow - quick, 1e-12)
-    return Link(max(quick / rounds - few / bandwidth, 0.0), float(bandwidth))
+    bandwidth = rounds * (many - few) / max(long_seconds - short_seconds, 1e-12)
+    return Link(max(short_seconds / rounds - few / bandwidth, 0.0), float(bandwidth))
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Seconds of a pass over b sequences: through the points, proportional to b beyond them on both sides.
+    """Seconds of a pass over b sequences: linear between the points, proportional to b outside their range.
 
-    Above the largest this is what happens, since ranks work in micro-batches. Below the smallest it is a
-    bound from below: nothing was measured there.
+    Above the largest b this is accurate, because ranks process micro-batches. Below the smallest it is a
+    lower bound, because nothing was measured there.
     """
 
     batches: tuple[float, ...]
@@ -74,24 +74,24 @@ class Curve:
 
     @classmethod
     def through(cls, points: dict[float, float]) -> Curve:
-        """Give the curve through points b -> seconds."""
+        """Return the curve through points b -> seconds."""
         return cls(tuple(sorted(points)), tuple(points[b] for b in sorted(points)))
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
-        """Give seconds for each batch."""
+        """Return the seconds for each batch."""
         batch = np.asarray(batch, np.float64)
         inside = np.interp(batch, (0.0, *self.batches), (0.0, *self.seconds))
         return np.where(batch > self.batches[-1], self.seconds[-1] * batch / self.batches[-1], inside)
 
     def scaled(self, batch: float, seconds: float) -> Curve:
-        """Give the curve of this shape that has this value at this batch."""
+        """Return the multiple of this curve that has this value at this batch."""
         factor = seconds / float(self(np.array(batch)))
         return Curve(self.batches, tuple(factor * value for value in self.seconds))
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One kind of pass: how many a step has, over how many sequences, and the bytes then summed (0: none)."""
+    """One kind of pass: its number in a step, its sequences, its time, and the bytes of its message or 0."""
 
     count: float
     batch: int
@@ -101,7 +101,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Job:
-    """What the steps of a job consist of; `slowdown` is s, for more than one rank."""
+    """The work of a step of a job: passes, r, the network, and s for more than one rank."""
 
     passes: tuple[Pass, ...]
     redundant: float
@@ -109,14 +109,14 @@ class Job:
     slowdown: float = 1.0
 
     def compute(self, ranks: np.ndarray, even: bool = False) -> np.ndarray:
-        """Give the seconds in passes of the rank with most sequences (`even`: with B / P), were it alone."""
+        """Return the seconds in passes of the rank with most sequences (`even`: with B / P), without s."""
         return np.sum(
             [p.count * p.curve(p.batch / ranks if even else np.ceil(p.batch / ranks)) for p in self.passes],
             axis=0,
         )
 
     def allreduce(self, ranks: np.ndarray) -> np.ndarray:
-        """Give the seconds in collectives, 0 without a link."""
+        """Return the seconds in collectives, 0 without a link."""
         if self.link is None:
             return np.zeros(len(ranks))
         return np.sum(
@@ -124,19 +124,19 @@ class Job:
         )
 
     def seconds(self, ranks: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Give T(P) for each number of ranks."""
+        """Return T(P) for each number of ranks."""
         sizes = np.asarray(ranks, np.float64)
         slower = np.where(sizes > 1, self.slowdown, 1.0)
         return slower * self.compute(sizes) + self.allreduce(sizes) + self.redundant
 
 
 def best(job: Job, most: int) -> tuple[int, int]:
-    """Give the knee and the fewest ranks within 1 % of the shortest step, among 1 to `most`.
+    """Return the knee, and the fewest ranks within 1 % of the shortest step, among 1 to `most`.
 
     The knee is where S^2 / P, speedup times efficiency, is largest (Eager, Zahorjan and Lazowska 1989,
-    Speedup versus efficiency in parallel systems): beyond it, more ranks cost more than they bring.
+    Speedup versus efficiency in parallel systems): after it, the cost of more ranks exceeds their gain.
     """
     ranks = np.arange(1, most + 1)
     seconds = job.seconds(ranks)
-    quick = seconds <= 1.01 * seconds.min()
-    return int(ranks[np.argmin(ranks * seconds**2)]), int(ranks[np.argmax(quick)])
+    fast = seconds <= 1.01 * seconds.min()
+    return int(ranks[np.argmin(ranks * seconds**2)]), int(ranks[np.argmax(fast)])

@@ -1,4 +1,4 @@
-"""What the steps of a job took on one number of ranks, by what a rank did and by what was shared out."""
+"""The times of the steps of a job on one number of ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["StepTimes", "mean_spans"]
 
 @dataclass(frozen=True)
 class StepTimes:
-    """What the steps of a job took on one number of ranks.
+    """The times of the steps of a job on one number of ranks.
 
     Attributes
     ----------
@@ -26,11 +26,11 @@ class StepTimes:
     spans : tuple of dict of str to float
         For each rank, seconds per step by name, `allreduce` without `waiting`; their sum is the step.
     outside : tuple of dict of str to float
-        For each rank, seconds of the whole run outside its steps by name: evaluation, files.
+        For each rank, seconds of the whole run between steps by name: evaluation, files.
     counts : Counts
-        What was executed in these steps, in all repeats.
+        Counts of these steps in all repeats.
     gradient_batch, curvature_batch : int
-        Sequences, of all ranks together.
+        Sequences of all ranks together.
     """
 
     ranks: int
@@ -58,23 +58,23 @@ class StepTimes:
 
     @property
     def parts(self) -> dict[str, float]:
-        """The same in four parts; what is neither pass, Allreduce nor waiting is done by every rank."""
+        """Mean seconds per step in four parts: passes, Allreduce, waiting, and redundant work, the rest."""
         return _parts(self.mean_spans)
 
     @property
     def most_redundant(self) -> float:
-        """The seconds of the rank with most that is neither: where matrices are shared out, the largest."""
+        """The maximum over ranks of the redundant part, which contains the work on distributed matrices."""
         return max(_parts(spans)["redundant"] for spans in self.spans)
 
     @property
     def imbalance(self) -> float:
-        """Seconds in passes of the slowest rank over those of the mean."""
+        """Seconds in passes of the slowest rank, divided by the mean."""
         compute = [sum(spans.get(name, 0.0) for name in SHARED) for spans in self.spans]
         return float(max(compute) / np.mean(compute)) if any(compute) else 1.0
 
     @property
     def work(self) -> float:
-        """W_P, executed forward passes of a step."""
+        """W_P, the forward passes that a step executes."""
         return cost.full(self.counts, *self.batches)[0] / self.counts.steps
 
 
@@ -86,6 +86,6 @@ def _parts(spans: dict[str, float]) -> dict[str, float]:
 
 
 def mean_spans(all_spans: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Give the mean of seconds by name; a name that is missing somewhere counts as 0 there."""
+    """Return the mean of seconds by name; a missing name counts as 0."""
     names = dict.fromkeys(name for spans in all_spans for name in spans)
     return {name: float(np.mean([spans.get(name, 0.0) for spans in all_spans])) for name in names}

@@ -58,7 +58,7 @@ def test_a_page_of_runs(seen):
     }
     assert loss["lines"] == 4
     assert loss["marks"] == sum(count for _, kind, count in loss["traces"] if kind == "validation") > 4
-    told = figures(seen, "told")
+    told = figures(seen, "internal")
     assert len(told) >= 9
     assert all(figure["lines"] for figure in told)
     assert [len(figure["traces"]) for figure in figures(seen, "times")] == [
@@ -78,21 +78,21 @@ def test_axes_are_chosen(seen):
     (loss,) = figures(seen, "loss")
     assert (loss["x"], loss["y"]) == (["linear", "seconds"], "log")
     assert loss["lines"] == 4
-    assert all(figure["x"][1] == "steps" for figure in figures(seen, "told"))
-    seen.page.click("[data-view=told][data-against=P_D_full]")
-    assert all(figure["x"][1].startswith("P<sub>D</sub>") for figure in figures(seen, "told"))
+    assert all(figure["x"][1] == "steps" for figure in figures(seen, "internal"))
+    seen.page.click("[data-view=internal][data-against=P_D_full]")
+    assert all(figure["x"][1].startswith("P<sub>D</sub>") for figure in figures(seen, "internal"))
     seen.page.reload()
     assert figures(seen, "loss")[0]["x"] == ["linear", "seconds"]
     assert not seen.complaints
 
 
 def test_runs_are_hidden_by_the_legend(seen):
-    before = figures(seen, "told")
+    before = figures(seen, "internal")
     seen.page.click("label:has-text('mlstm-adam')")
     (loss,) = figures(seen, "loss")
     assert "mlstm-adam" not in {name for name, *_ in loss["traces"]}
     assert loss["lines"] == 3
-    assert sum(figure["lines"] for figure in figures(seen, "told")) < sum(
+    assert sum(figure["lines"] for figure in figures(seen, "internal")) < sum(
         figure["lines"] for figure in before
     )
     seen.page.click("label:has-text('training')")
@@ -100,7 +100,7 @@ def test_runs_are_hidden_by_the_legend(seen):
     assert (loss["lines"], {kind for _, kind, _ in loss["traces"]}) == (0, {"validation"})
     seen.page.click("label:has-text('training')")
     seen.page.click("label:has-text('mlstm-adam')")
-    assert figures(seen, "told") == before
+    assert figures(seen, "internal") == before
 
 
 def test_a_zoom_outlasts_a_reload(seen):

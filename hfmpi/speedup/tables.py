@@ -1,21 +1,21 @@
-"""What `hfmpi speedup` says on a terminal."""
+"""The tables that `hfmpi speedup` prints."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from hfmpi.cli.show import aligned, bar
+from hfmpi.display import aligned, bar
 from hfmpi.measure.spans import ALLREDUCE, EVALUATE, FILES, SHARED, WAITING
 
-__all__ = ["report"]
+__all__ = ["tables"]
 
 MOST_ROWS = 8
-"""Ranks of a run that are shown one by one; of more the quickest and the slowest."""
+"""Maximum number of ranks of a run that have a row each; of more ranks, the fastest and the slowest have."""
 
 
-def report(found: dict[str, Any]) -> list[str]:
-    """Give what a terminal shows."""
-    job, runs, base = found["job"], found["runs"], found["base_ranks"]
+def tables(study: dict[str, Any]) -> list[str]:
+    """Return the lines of all tables of a study (`hfmpi.speedup.compare.study`)."""
+    job, runs, base = study["job"], study["runs"], study["base_ranks"]
     lines = [
         f"{job['model']}, {job['parameters']:,} parameters, {job['optimizer']}, "
         f"B_g = {job['gradient_batch']:,}"
@@ -33,23 +33,23 @@ def report(found: dict[str, Any]) -> list[str]:
                 f"{run['ranks']:,}",
                 str(run["repeats"]),
                 f"{run['seconds_per_step']:.4g}",
-                spread(run["seconds_spread"], ".4g"),
+                _interval(run["seconds_spread"], ".4g"),
                 f"{run['speedup']:.2f}",
-                spread(run["speedup_spread"], ".2f"),
+                _interval(run["speedup_spread"], ".2f"),
                 f"{run['efficiency']:.3f}",
                 f"{run['predicted']:.2f}",
                 f"{run['limit']:.1f}",
             ]
         )
     lines += ["", *aligned(table), "", "Speedup; dots to the ideal"]
-    most = max(run["ranks"] for run in runs) / base
+    largest = max(run["ranks"] for run in runs) / base
     for run in runs:
         ideal = run["ranks"] / base
-        lines.append(f"{run['ranks']:>6,}  {bar(run['speedup'], ideal, max(1, round(40 * ideal / most)))}")
+        lines.append(f"{run['ranks']:>6,}  {bar(run['speedup'], ideal, max(1, round(40 * ideal / largest)))}")
     lines += [
         "",
         "Seconds per step of each rank; evaluate and files: of the whole run",
-        *aligned(ranks_table(runs)),
+        *aligned(_ranks(runs)),
     ]
     if len(runs) > 1:
         causes = list(runs[-1]["loss"])
@@ -58,18 +58,17 @@ def report(found: dict[str, Any]) -> list[str]:
             parts = [f"{100 * run['loss'][cause]:.1f} %" for cause in causes]
             table.append([f"{run['ranks']:,}", f"{100 * (1 - run['efficiency']):.1f} %", *parts])
         lines += ["", "Efficiency lost, in parts of the step", *aligned(table)]
-    if "model" in found:
-        lines += ["", *model_report(found["model"])]
+    if "model" in study:
+        lines += ["", *_model(study["model"])]
     return lines
 
 
-def spread(bounds: list[float], form: str) -> str:
-    """Give two bounds."""
+def _interval(bounds: list[float], form: str) -> str:
     return "-".join(format(bound, form) for bound in bounds)
 
 
-def ranks_table(runs: list[dict[str, Any]]) -> list[list[str]]:
-    """Give the spans of the ranks as the rows of a table."""
+def _ranks(runs: list[dict[str, Any]]) -> list[list[str]]:
+    """Return the spans of the ranks as the rows of a table."""
     head = [*(n for n in SHARED if any(n in s for run in runs for s in run["spans"])), ALLREDUCE, WAITING]
     table = [["ranks", "rank", *head, "redundant", "max/mean", EVALUATE, FILES]]
     for run in runs:
@@ -78,31 +77,31 @@ def ranks_table(runs: list[dict[str, Any]]) -> list[list[str]]:
         if len(spans) > MOST_ROWS:
             order = sorted(chosen, key=lambda row: sum(row[1].get(name, 0.0) for name in SHARED))
             chosen = [("quickest " + order[0][0], *order[0][1:]), ("slowest " + order[-1][0], *order[-1][1:])]
-        for name, own, out in chosen:
-            rest = sum(value for key, value in own.items() if key not in head)
+        for name, inside, between in chosen:
+            rest = sum(value for key, value in inside.items() if key not in head)
             table.append(
                 [
                     f"{run['ranks']:,}",
                     name,
-                    *(f"{own.get(key, 0.0):.4f}" for key in head),
+                    *(f"{inside.get(key, 0.0):.4f}" for key in head),
                     f"{rest:.4f}",
                     f"{run['imbalance']:.3f}",
-                    f"{out.get(EVALUATE, 0.0):.2f}",
-                    f"{out.get(FILES, 0.0):.2f}",
+                    f"{between.get(EVALUATE, 0.0):.2f}",
+                    f"{between.get(FILES, 0.0):.2f}",
                 ]
             )
     return table
 
 
-def model_report(model: dict[str, Any]) -> list[str]:
-    """Give the predictions."""
+def _model(model: dict[str, Any]) -> list[str]:
+    """Return the parameters of the scaling model, and its predictions."""
     if model["bandwidth"] is None:
-        link = "no Allreduce was measured and no network given: communication is free"
+        link = "no Allreduce was measured and no network is specified: communication is free"
     else:
         link = f"latency {model['latency'] * 1e6:.3g} us, bandwidth {model['bandwidth'] / 1e9:.3g} GB/s"
-    least = model["least_batch"]
-    known = (
-        f"passes measured down to {max(least.values()):g} sequence(s)"
+    least = model["least_batch"].values()
+    batches = (
+        f"passes measured down to {max(least):g} sequence(s)"
         if least
         else "no --bench: passes over fewer sequences than in the runs are taken as proportional to them, "
         "which promises too much"
@@ -110,7 +109,7 @@ def model_report(model: dict[str, Any]) -> list[str]:
     lines = [
         f"Model: {link};",
         f"ranks beside one another take {model['slowdown']:.3f} times as long as one alone;",
-        f"{known}",
+        batches,
     ]
     table = [["ranks", "s/step", "speedup", "efficiency", "P_D/P_P", "compute", "allreduce", "redundant", ""]]
     knee, fastest = model["knee"], model["fastest"]
@@ -129,10 +128,11 @@ def model_report(model: dict[str, Any]) -> list[str]:
             ]
         )
     lines += aligned(table)
-    for one in model["check"]:
-        sources = ", ".join(map(str, one["from"]))
+    for check in model["check"]:
+        sources = ", ".join(map(str, check["from"]))
+        predicted, measured = check["predicted_seconds"], check["measured_seconds"]
         lines.append(
-            f"Check: {one['ranks']} ranks from {sources}: predicted {one['predicted_seconds']:.4g} s/step, "
-            f"measured {one['measured_seconds']:.4g}, error {100 * one['error']:+.1f} %"
+            f"Check: {check['ranks']} ranks from {sources}: predicted {predicted:.4g} s/step, "
+            f"measured {measured:.4g}, error {100 * check['error']:+.1f} %"
         )
     return lines

@@ -6,49 +6,49 @@ from typing import Any
 
 import numpy as np
 
-from hfmpi.cli.show import HATCHES
+from hfmpi.display import HATCHES
 from hfmpi.measure.spans import ALLREDUCE, SHARED, WAITING
 from hfmpi.speedup.steps import mean_spans
 
 __all__ = ["draw"]
 
 MOST_BARS = 40
-"""Ranks that are drawn one by one; of more, the mean of each run."""
+"""Maximum number of bars for single ranks; with more ranks the mean of each run is drawn."""
 
 
-def draw(found: dict[str, Any]) -> Any:
-    """Make the figure; it reads in black and white."""
+def draw(study: dict[str, Any]) -> Any:
+    """Return the figure of a study (`hfmpi.speedup.compare.study`); it can be read in black and white."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _speedup(left, found)
-    _seconds(right, found["runs"])
+    _speedup(left, study)
+    _seconds(right, study["runs"])
     return figure
 
 
-def _speedup(axis: Any, found: dict[str, Any]) -> None:
-    runs, base = found["runs"], found["base_ranks"]
+def _speedup(axis: Any, study: dict[str, Any]) -> None:
+    runs, base = study["runs"], study["base_ranks"]
     ranks = np.array([run["ranks"] for run in runs])
     measured = np.array([run["speedup"] for run in runs])
     low, high = np.array([run["speedup_spread"] for run in runs]).T
-    model = found.get("model")
-    furthest = np.array([*ranks, *(row["ranks"] for row in model["rows"])] if model else ranks)
-    span = np.unique(furthest[furthest >= base])
+    model = study.get("model")
+    sizes = np.array([*ranks, *(row["ranks"] for row in model["rows"])] if model else ranks)
+    span = np.unique(sizes[sizes >= base])
     axis.plot(span, span / base, ":", color="0.5", label="ideal")
-    paper = model["rows"] if model else runs
+    predicted = model["rows"] if model else runs
     axis.plot(
-        [row["ranks"] for row in paper],
-        [row["predicted"] for row in paper],
+        [row["ranks"] for row in predicted],
+        [row["predicted"] for row in predicted],
         "s--",
         color="C1",
         mfc="none",
         ms=5,
         label="predicted, $P_D / P_P$",
     )
-    around = np.abs([np.minimum(low - measured, 0), np.maximum(high - measured, 0)])
+    errors = np.abs([np.minimum(low - measured, 0), np.maximum(high - measured, 0)])
     axis.errorbar(
-        ranks, measured, around, fmt="o-", color="C0", capsize=3, label="measured (10 to 90 % of steps)"
+        ranks, measured, errors, fmt="o-", color="C0", capsize=3, label="measured (10 to 90 % of steps)"
     )
     if model:
         rows = model["rows"]
@@ -58,15 +58,13 @@ def _speedup(axis: Any, found: dict[str, Any]) -> None:
         for row in rows:
             names = " and ".join(name for name in ("knee", "fastest") if row["ranks"] == model[name])
             if names:
-                at, words = (row["ranks"], row["speedup"]), f"{names}: {row['ranks']:,} ranks"
-                arrow = {"arrowstyle": "->"}
                 axis.annotate(
-                    words,
-                    at,
+                    f"{names}: {row['ranks']:,} ranks",
+                    (row["ranks"], row["speedup"]),
                     (8, -40 if row["ranks"] == model["knee"] else -70),
                     textcoords="offset points",
                     ha="left",
-                    arrowprops=arrow,
+                    arrowprops={"arrowstyle": "->"},
                 )
         limit = runs[0]["limit"]
         axis.axhline(limit, ls=(0, (8, 3)), color="0.3", lw=1, label=f"limit $P_D / P_I$ = {limit:.1f}")
