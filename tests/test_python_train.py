@@ -407,7 +407,7 @@ def broken(where):
     ({"max_steps": -1}, "max_steps must not be negative"),
     ({"max_steps": "3"}, "option max_steps must be of type int, not '3'"),
     ({"batch_size": 3}, "unknown option 'batch_size'; the options are optimizer, gradient_batch"),
-    ({"dtype": "float64"}, "dtype is no option of hfmpi.train"),
+    ({"dtype": "float64"}, "dtype is not an option of hfmpi.train"),
     ({"threads": 0}, "a rank needs at least one thread, not 0"),
     ({"stall_timeout": -1}, "stall_timeout must be a number of seconds"),
     ({"slices": 3}, "slices must be a power of two"),

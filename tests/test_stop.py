@@ -120,9 +120,10 @@ class StopAt(StopSignals):
 
 def stopped_at(question, folder, data, comm=None, **options):
     """Train until that question; give the result and how many were asked."""
-    run, reporter = make_run(folder, data, comm, **options), Recorder()
-    with StopAt(question) as stop:
-        result = run.train(reporter, stop)
+    stop = StopAt(question)
+    run = make_run(folder, data, comm, signals=stop, **options)
+    with stop:
+        result = run.train()
     assert not result.done
     assert result.reason == "SIGTERM asked for it"
     assert result.step == len(history(folder) if (folder / "history.jsonl").exists() else [])
@@ -136,8 +137,9 @@ def stopped_at(question, folder, data, comm=None, **options):
 
 def questions(folder, data, comm=None, **options):
     """Train to the end; give the run and how often it asks on the way."""
-    run, stop = make_run(folder, data, comm, **options), StopAt(None)
-    assert run.train(Recorder(), stop).done
+    stop = StopAt(None)
+    run = make_run(folder, data, comm, signals=stop, **options)
+    assert run.train().done
     return run, stop.asked
 
 
@@ -186,9 +188,10 @@ def test_a_signal_in_the_last_evaluation_is_no_end(data, tmp_path):
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().wanted()
 
-    run = make_run(folder, data, **options)
-    with InEvaluation() as stop:
-        result = run.train(Recorder(), stop)
+    stop = InEvaluation()
+    run = make_run(folder, data, signals=stop, **options)
+    with stop:
+        result = run.train()
     assert (result.done, result.valid) == (False, None)
     assert checkpoint.latest(folder).meta["step"] == result.step == len(history(folder)) > 0
     run, again = train(folder, data, **options)
@@ -202,14 +205,16 @@ def test_a_signal_between_steps_stops_there(during, data, tmp_path, monkeypatch)
         if step == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    run = make_run(tmp_path / "run", data, max_steps=STEPS, checkpoint_every=1)
-    reporter, save = Recorder(), run.save
+    signals, reporter = StopSignals(), Recorder()
+    options = {"max_steps": STEPS, "checkpoint_every": 1}
+    run = make_run(tmp_path / "run", data, signals=signals, reporter=reporter, **options)
+    save = run.save
     if during == "save":
-        monkeypatch.setattr(run, "save", lambda valid: (kill(run.step), save(valid)))
+        monkeypatch.setattr(run, "save", lambda: (kill(run.step), save()))
     else:
-        reporter = Recorder(lambda record: kill(record["step"]))
-    with StopSignals() as signals:
-        result = run.train(reporter, signals)
+        reporter.after_step = lambda record: kill(record["step"])
+    with signals:
+        result = run.train()
     assert (result.step, result.done, result.reason) == (1, False, "SIGUSR1 asked for it")
     assert checkpoint.latest(tmp_path / "run").meta["step"] == 1
 
@@ -247,10 +252,10 @@ class Counting(Communicator):
 
 def test_the_agreement_costs_no_message(data, tmp_path):
     comm = Counting()
-    run = make_run(tmp_path / "run", data, comm, **OPTIMIZERS["shf"])
+    run = make_run(tmp_path / "run", data, comm, **OPTIMIZERS["shf"] | {"evaluate_every": 1000})
     with StopSignals() as signals:
         run.risk = DataParallel(run.model, comm, stop=signals.wanted)
-        report, _ = run._one_step(evaluate_every=1000)
+        report = run._one_step()
     assert comm.sums == report.work.gradients + report.work.losses + report.work.products
 
 

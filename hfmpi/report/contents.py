@@ -20,7 +20,8 @@ from hfmpi.files.numbers import is_drawable
 from hfmpi.files.writer import CONFIG, DONE, TIMING
 from hfmpi.networks import sampling
 from hfmpi.report.steps import Steps
-from hfmpi.runs.config import FORMER_NAMES, OPTIONS, from_toml, merge
+from hfmpi.runs.config import FORMER_NAMES, OPTIONS
+from hfmpi.runs.merge import from_toml, merge
 from hfmpi.runs.timing import Times, read_times
 from hfmpi.runs.trained_model import Trained
 
