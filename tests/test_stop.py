@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from hfmpi.files import checkpoint
 from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.parallel.communicator import Communicator, MPICommunicator
 from hfmpi.runs.stop import StopSignals, job_end
+from hfmpi.runs.train import Run
 
 STEPS = 2
 OPTIMIZERS = {
@@ -197,6 +199,22 @@ def test_a_signal_in_the_last_evaluation_is_no_end(data, tmp_path):
     run, again = train(folder, data, **options)
     assert (again.step, again.done) == (result.step, True)
     assert again.valid is not None
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_comes_too_late(data, tmp_path):
+    """Without validation data a training loss is computed for it, with a sum over the ranks."""
+
+    class AfterTheLastStep(StopSignals):
+        def wanted(self):
+            if run.step == STEPS:
+                self.requested = "too late"
+            return super().wanted()
+
+    run = make_run(tmp_path / "run", data, signals=AfterTheLastStep(), max_steps=STEPS)
+    run = Run(run.folder, replace(run.task, valid_set=None), run.session)
+    result = run.train()
+    assert (result.step, result.done, result.valid) == (STEPS, True, None)
+    assert (tmp_path / "run" / "DONE").exists()
 
 
 @pytest.mark.parametrize("during", ["save", "report"])

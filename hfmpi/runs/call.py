@@ -93,7 +93,7 @@ def train(
         'auto': continue if `out` has a checkpoint; 'never': refuse to. The path of a run's folder or of a
         checkpoint: start from that run, with its model and its options except those that are passed here, and
         perhaps on other data. Its steps and costs are continued, its files stay unchanged. Called again with
-        the same `resume`, the new run continues from its own checkpoint.
+        the same `resume`, the new run continues from the checkpoint in `out`.
     metric : callable, optional
         metric(outputs (N, O), targets (N,) or (N, O)) returns a number for each row; the mean over all scored
         rows of the validation examples is valid_metric in the history.

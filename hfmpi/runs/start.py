@@ -93,7 +93,7 @@ def open_run(
 def _find(folder: Path | None, resume: str, names: Names) -> tuple[Checkpoint | None, bool]:
     """Return the checkpoint to continue, if there is one, and whether it belongs to the run in the folder.
 
-    A run that was started from the one that `resume` names continues from its own checkpoint.
+    A run that was started from the one that `resume` names continues from the checkpoint in its folder.
     """
     resumes = resume in ("auto", "never") or (folder is not None and _started_from(folder, resume))
     source = "auto" if resumes and resume != "never" else resume
@@ -114,7 +114,7 @@ def _begin(
     folder: Path | None, task: Task, session: Session, checkpoint: Checkpoint, source: str, same_data: bool
 ) -> tuple[Run, str]:
     """Make a new run from the checkpoint of a different one; return it, and why the optimizer is reset."""
-    begun, why = _start(checkpoint, source, task.config, same_data)
+    begun, why = _starting_point(checkpoint, source, task.config, same_data)
     try:
         run = Run(folder, task, session, begun)
     except Misfit as error:
@@ -124,7 +124,9 @@ def _begin(
     return run, why
 
 
-def _start(checkpoint: Checkpoint, source: str, config: Config, same_data: bool) -> tuple[Checkpoint, str]:
+def _starting_point(
+    checkpoint: Checkpoint, source: str, config: Config, same_data: bool
+) -> tuple[Checkpoint, str]:
     """Return the checkpoint from which a new run starts, and why the optimizer is reset; "" if it is not."""
     had, so_far, why = merge(checkpoint.meta["config"]), progress(checkpoint), ""
     before, now = had.preset(), config.preset()
