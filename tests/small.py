@@ -10,6 +10,7 @@ from hfmpi.files.run_folder import find_checkpoint
 from hfmpi.parallel.communicator import Communicator
 from hfmpi.parallel.placement import Placement
 from hfmpi.runs.config import Config
+from hfmpi.runs.session import Session
 from hfmpi.runs.stop import StopSignals
 from hfmpi.runs.text_task import TextTask
 from hfmpi.runs.train import Run
@@ -50,10 +51,10 @@ def shared_corpus(comm, folder):
 
 
 class Recorder:
-    """A reporter that keeps what it is told, and may do something after each step."""
+    """A reporter that collects what it receives, and may do something after each step."""
 
     def __init__(self, after_step=None):
-        self.facts, self.records, self.notes = None, [], []
+        self.facts, self.records, self.notes, self.ending = None, [], [], None
         self.after_step = after_step
 
     def start(self, facts):
@@ -67,23 +68,29 @@ class Recorder:
     def note(self, sentence):
         self.notes.append(sentence)
 
+    def end(self, ending):
+        self.ending = ending
 
-def make_run(folder, data, comm=None, resume="auto", clock=time.perf_counter, **options):
-    """Make a run as `hfmpi train` does, new or going on."""
+
+def make_run(
+    folder, data, comm=None, resume="auto", reporter=None, signals=None, clock=time.perf_counter, **options
+):
+    """Make a run as `hfmpi train` does, new or resumed."""
     comm = comm or Communicator()
     if options.get("optimizer") in ("sgd", "bgd", "adam", "soap", "muon"):
         options = {"curvature_batch": 0} | options
     place = Placement("here", comm.rank, comm.size, comm.local_rank, comm.local_size, 1, 1, 2**30)
     found = find_checkpoint(folder, resume)
     task = TextTask.read(Config(**SMALL | options), data, comm.local_rank)
-    return Run(folder, task, comm, place, found, clock)
+    session = Session(comm, place, reporter or Recorder(), signals or StopSignals(), clock=clock)
+    return Run(folder, task, session, found)
 
 
 def train(folder, data, comm=None, resume="auto", reporter=None, clock=time.perf_counter, **options):
-    """Train; give the run and its result."""
-    run = make_run(folder, data, comm, resume, clock, **options)
+    """Train; return the run and its result."""
     with StopSignals() as signals:
-        return run, run.train(reporter or Recorder(), signals)
+        run = make_run(folder, data, comm, resume, reporter, signals, clock, **options)
+        return run, run.train()
 
 
 def history(folder, leave=("seconds", "step_seconds")):

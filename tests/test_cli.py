@@ -503,9 +503,9 @@ def test_a_checkpoint_of_another_run_in_the_folder(here, monkeypatch, refused):
     shutil.move(newest, previous)
     shutil.copy(here / "new" / checkpoint.NEWEST, newest)
     for words in ("train small.h5 --out run --max-steps 9", "evaluate run", "sample run", "speedup run"):
-        assert (
-            "run/checkpoint.h5 is of another run than checkpoint.previous.h5 beside it, its seed differs: "
-            in (refused(*words.split()))
+        assert refused(*words.split()) == (
+            "run/checkpoint.h5 and checkpoint.previous.h5 belong to different runs (the seed differs): "
+            "remove one of them\n"
         )
     newest.unlink()
     assert call(monkeypatch, "train", "small.h5", "--out", "run", "--max-steps", "3") == 0
@@ -751,7 +751,7 @@ def test_a_memory_budget_is_told_of_and_changes_no_number(here, monkeypatch, cap
     assert call(monkeypatch, *asked, "plenty") == 0
     assert "memory budget" not in capsys.readouterr().out
     assert call(monkeypatch, *asked, "little", "--memory-budget", "4KiB") == 0
-    assert "its memory budget is 0.00 GiB: what does not fit is computed anew" in capsys.readouterr().out
+    assert "its memory budget is 0.00 GiB: what does not fit is recomputed" in capsys.readouterr().out
     plenty, little = (checkpoint.latest(here / name) for name in ("plenty", "little"))
     np.testing.assert_array_equal(plenty.theta, little.theta)
     assert plenty.meta["counts"] == little.meta["counts"]

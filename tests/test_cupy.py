@@ -30,6 +30,7 @@ from hfmpi.optim import Objectives
 from hfmpi.parallel.communicator import Communicator, MPICommunicator, digest
 from hfmpi.parallel.placement import Place
 from hfmpi.runs.reporter import Log
+from hfmpi.runs.train import Run
 
 cupy = pytest.importorskip("cupy")
 from hfmpi.backends.cupy import KERNELS  # noqa: E402
@@ -469,7 +470,8 @@ def test_one_gpu_of_a_node_for_two_ranks_is_a_warning(tmp_path, capsys):
     run = make_run(tmp_path / "run", write_corpus(tmp_path / "d.h5"), backend="cupy")
     place = Place("node1", 0, "A card (GPU 0)", "0000:01", "host")
     told = run.facts([place, place])
-    Log().start(replace(told, config=replace(told.config, matmul_precision="tf32")))
+    config = replace(run.config, matmul_precision="tf32")
+    Log().start(replace(told, task=replace(told.task, config=config)))
     said = capsys.readouterr().out
     assert "rank 1: node1, local rank 0, A card (GPU 0), transport host" in said
     assert "Warning: ranks 0, 1 share one GPU of node1" in said
@@ -555,18 +557,11 @@ def test_ranks_with_and_without_a_gpu_stay_in_step(mpi_ranks, comm, tmp_path, se
 
 
 def train_on(folder, communicator, backend, **options):
-    """Train with a backend that is this rank's own, as `auto` would choose it."""
+    """Train with a backend that only this rank uses, as `auto` would choose it."""
     run = make_run(folder / "run", folder / "d.h5", communicator, backend="auto", **options)
-    own = create(backend, options["dtype"], communicator.local_rank)
-    run.backend, run.model = own, Network(run.model.architecture, own)
-    run.theta = own.to_device(np.asarray(run.theta))
-    run.state = run.preset.optimizer.init(run.theta, run.model.blocks)
-    from small import Recorder
-
-    from hfmpi.runs.stop import StopSignals
-
-    with StopSignals() as signals:
-        return run, run.train(Recorder(), signals)
+    local = create(backend, options["dtype"], communicator.local_rank)
+    run = Run(run.folder, replace(run.task, model=Network(run.model.architecture, local)), run.session)
+    return run, run.train()
 
 
 def test_the_command_line_end_to_end(tmp_path):

@@ -15,7 +15,8 @@ from hfmpi.files import checkpoint
 from hfmpi.files.run_folder import find_checkpoint
 from hfmpi.parallel.communicator import Communicator, MPICommunicator
 from hfmpi.parallel.placement import Placement
-from hfmpi.runs.config import merge
+from hfmpi.runs.merge import merge
+from hfmpi.runs.session import Session
 from hfmpi.runs.stop import StopSignals
 from hfmpi.runs.text_task import TextTask
 from hfmpi.runs.train import Run
@@ -65,9 +66,8 @@ def go_on(name, folder, comm):
     place = Placement("here", comm.rank, comm.size, comm.local_rank, comm.local_size, 1, 1, 2**30)
     found = find_checkpoint(folder, "auto")
     task = TextTask.read(merge({"max_steps": 5}, found.meta["config"]), DATA, comm.local_rank)
-    run = Run(folder, task, comm, place, found)
-    with StopSignals() as signals:
-        result = run.train(Recorder(), signals)
+    run = Run(folder, task, Session(comm, place, Recorder(), StopSignals()), found)
+    result = run.train()
     assert (run.first_step, result.step, result.done) == (3, 5, True)
 
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from small import Recorder, history, make_run, shared_corpus, train, write_corpus
+from small import history, make_run, shared_corpus, train, write_corpus
 from test_parallel import MPIRUN
 
 from hfmpi.cli.train import train as train_command
@@ -25,7 +25,6 @@ from hfmpi.networks.tape import NetworkLinearisation
 from hfmpi.optim import Gradient, HessianFree, Objective, Objectives
 from hfmpi.parallel import launch, watchdog
 from hfmpi.parallel.communicator import MPICommunicator
-from hfmpi.runs.stop import StopSignals
 
 # Ranks -----------------------------------------------------------------------------------------
 
@@ -332,8 +331,8 @@ def test_one_ranks_bad_numbers_stop_the_run_on_all(mpi_ranks, comm, mpi_tmp_path
         sentence = (
             rf"^3 steps in a row were rejected up to step 5, .*{cause}.*; the last checkpoint, of step 4, is"
         )
-        with StopSignals() as signals, pytest.raises(UserError, match=sentence):
-            run.train(Recorder(), signals)
+        with pytest.raises(UserError, match=sentence):
+            run.train()
         monkeypatch.undo()
         comm.Barrier()  # rank 0 has written what the others read
         assert (

@@ -23,8 +23,8 @@ from hfmpi.files.checkpoint import NEWEST, PREVIOUS
 from hfmpi.files.history import History
 from hfmpi.files.lock import Lock
 from hfmpi.runs import output
-from hfmpi.runs.config import Config, from_toml
-from hfmpi.runs.stop import StopSignals
+from hfmpi.runs.config import Config
+from hfmpi.runs.merge import from_toml
 from hfmpi.runs.text_task import TextTask
 from hfmpi.runs.train import Run
 
@@ -283,8 +283,8 @@ def test_a_job_that_read_the_checkpoint_too_early_starts_again(data, tmp_path):
     train(tmp_path / "run", data, max_steps=1)
     late = make_run(tmp_path / "run", data, max_steps=3)
     train(tmp_path / "run", data, max_steps=2)
-    with StopSignals() as signals, pytest.raises(UserError, match="start again to go on from there"):
-        late.train(Recorder(), signals)
+    with pytest.raises(UserError, match="start again to go on from there"):
+        late.train()
     train(tmp_path / "run", data, max_steps=3)
 
 
@@ -428,11 +428,11 @@ def test_a_configuration_that_is_none_is_one_sentence(content, tmp_path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"step": -1}, "describes no run"),
-        ({"step": True}, "describes no run"),
-        ({"step": 10**30}, "describes no run"),
-        ({"seconds": float("nan")}, "describes no run"),
-        ({"seconds": -1.0}, "describes no run"),
+        ({"step": -1}, "invalid checkpoint: its step, seconds and counts must be numbers"),
+        ({"step": True}, "invalid checkpoint: its step, seconds and counts must be numbers"),
+        ({"step": 10**30}, "invalid checkpoint: its step, seconds and counts must be numbers"),
+        ({"seconds": float("nan")}, "invalid checkpoint: its step, seconds and counts must be numbers"),
+        ({"seconds": -1.0}, "invalid checkpoint: its step, seconds and counts must be numbers"),
         ({"config": {"hidden": 10**7}}, "holds a model of"),  # and not: not enough memory
         ({"config": {"parameters": 10**18, "hidden": 0}}, "holds a model of"),
         ({"config": {"parameters": 10**40, "hidden": 0}}, "below 2"),
@@ -457,7 +457,7 @@ def test_a_checkpoint_that_lies_is_refused_before_memory_is_taken(change, reason
     def go_on():
         config = Config(**lied.meta["config"])
         task = TextTask.read(config, data, 0)
-        Run(tmp_path / "run", task, run.communicator, run.placement, lied)
+        Run(tmp_path / "run", task, run.session, lied)
 
     with pytest.raises(UserError, match=reason):
         go_on()

@@ -50,11 +50,11 @@ def test_the_line_of_many_steps_a_second():
 
 
 def test_the_line_of_slow_steps():
-    more = ["lambda 1.00e-01", "rho 0.94", "cg 15"]
-    whole = shown(3, 110, each=5.0, more=more).text(200)
+    details = ["lambda 1.00e-01", "rho 0.94", "cg 15"]
+    whole = shown(3, 110, each=5.0, details=details).text(200)
     assert whole.startswith("step 103/110  0:22  0:35 left  5 s/step  train 2.0000  valid 1.5000  lambda 1.0")
     assert whole.endswith("  rho 0.94  cg 15")
-    assert shown(3, 110, each=5.0, more=more).text(len(whole) - 1) == whole.removesuffix("  cg 15")
+    assert shown(3, 110, each=5.0, details=details).text(len(whole) - 1) == whole.removesuffix("  cg 15")
     assert shown(1, 110, each=5.0).text(79).startswith("step 101/110  0:12  0:45 left  5 s/step")
     assert "103/999,999  24,997:24:00 left  90 s/step" in shown(3, 999_999, each=90.0).text(79)
 
@@ -75,7 +75,7 @@ def test_a_step_that_compiles_tells_nothing_of_the_next_ones():
 
 @pytest.mark.parametrize("compiling", [False, True])
 def test_a_line_of_any_width(compiling):
-    line = shown(50, 500, more=["lambda 1.00e-01"])
+    line = shown(50, 500, details=["lambda 1.00e-01"])
     line.compiling(compiling)
     for width in range(1, 100):
         text = line.text(width)
@@ -164,7 +164,8 @@ def test_what_is_no_terminal_sees_plain_lines(tmp_path, capsys):
         train(tmp_path / "run", write_corpus(tmp_path / "small.h5"), max_steps=2, reporter=reporter)
     said = capsys.readouterr()
     assert "\x1b" not in said.out
-    assert [line[:13] for line in said.out.splitlines()[3:]] == ["step      1  ", "step      2  "]
+    lines = [line[:13] for line in said.out.splitlines()[3:]]
+    assert lines == ["step      1  ", "step      2  ", "Stopped at st"]
     assert said.err == ""
 
 

@@ -26,7 +26,7 @@ from hfmpi.networks.network import Network
 from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.optim import HessianFree, Objectives
 from hfmpi.parallel.communicator import Communicator, MPICommunicator
-from hfmpi.runs.config import merge
+from hfmpi.runs.merge import merge
 
 BACKENDS = ["numpy", "numba", "cupy"]
 KINDS = [(name, "standard") for name in CELLS] + [("lstm", "krause"), ("mlstm", "krause")]

@@ -1,8 +1,10 @@
 """hfmpi.train: runs of any model from Python, alone and under mpirun, stopped, resumed, and refused."""
 
 import json
+import logging
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -322,6 +324,24 @@ def test_a_batch_of_a_preset_is_no_larger_than_the_data(capfd):
     )
 
 
+class Tight(Line):
+    """A model whose memory suffices for eight cases."""
+
+    def linearise(self, theta, batch, reuse=None):
+        if batch.cases > 8:
+            raise MemoryError
+        return super().linearise(theta, batch, reuse)
+
+
+def test_a_warning_of_a_lower_room_is_one_note(capfd):
+    handlers = logging.getLogger("hfmpi").handlers.copy()
+    hfmpi.train(Tight(3), (X, Y), optimizer="adam", gradient_batch=80, max_steps=2, quiet=True)
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert re.fullmatch(r"Note: rank 0 went out of memory \(.*\).* 8 sequences\.\n", said.err)
+    assert logging.getLogger("hfmpi").handlers == handlers
+
+
 def test_a_thread_may_train_and_the_process_stays_as_it_was(capfd):
     found, state = [], np.geterr()
     thread = threading.Thread(
@@ -407,7 +427,7 @@ def broken(where):
     ({"max_steps": -1}, "max_steps must not be negative"),
     ({"max_steps": "3"}, "option max_steps must be of type int, not '3'"),
     ({"batch_size": 3}, "unknown option 'batch_size'; the options are optimizer, gradient_batch"),
-    ({"dtype": "float64"}, "dtype is no option of hfmpi.train"),
+    ({"dtype": "float64"}, "dtype is not an option of hfmpi.train"),
     ({"threads": 0}, "a rank needs at least one thread, not 0"),
     ({"stall_timeout": -1}, "stall_timeout must be a number of seconds"),
     ({"slices": 3}, "slices must be a power of two"),
@@ -557,6 +577,18 @@ hfmpi.train(Line(3), (X, Y[1:]), max_steps=1)
     ]
     shown = CliRunner().invoke(cli, ["speedup", str(tmp_path / "two")])
     assert shown.exit_code == 0, shown.output
+
+
+def test_a_warning_of_any_rank_is_seen(tmp_path):
+    body = """
+from test_python_train import Tight
+
+Tight.__name__ = "Line"  # the models of all ranks have one name
+hfmpi.train((Line, Tight)[rank](3), (X, Y), optimizer="adam", gradient_batch=80, max_steps=2, quiet=True)
+"""
+    code, out, err = mpirun(2, tmp_path, body)
+    assert (code, out) == (0, "")
+    assert re.fullmatch(r"Note: rank 1 went out of memory \(.*\).* 8 sequences\.\n", err)
 
 
 def test_the_failure_of_one_rank_is_that_of_all(tmp_path):

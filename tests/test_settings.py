@@ -19,7 +19,8 @@ from hfmpi.errors import UserError
 from hfmpi.files.numbers import is_amount, is_drawable
 from hfmpi.optim import Adam, GradientDescent, HessianFree
 from hfmpi.optim.presets import PRESETS
-from hfmpi.runs.config import CHANGEABLE, OPTIONS, Config, from_toml, merge, to_toml
+from hfmpi.runs.config import CHANGEABLE, OPTIONS, Config
+from hfmpi.runs.merge import from_toml, merge, to_toml
 from hfmpi.settings import Rule, at_least, check, converted, within
 
 

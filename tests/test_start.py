@@ -199,12 +199,18 @@ def test_a_checkpoint_whose_past_is_none(here):
     path = here / "new" / checkpoint.NEWEST
     found = checkpoint.load(path)
     part = found.meta["before"][0]
-    for wrong in (
-        {"before": 3}, {"before": [3]}, {"before": [part | {"gradient_batch": -1}]}, {"origin": 3},
-        {"before": [part | {"counts": {"naps": 1}}]}, {"before": [part | {"counts": {"steps": 0.5}}]},
-    ):  # fmt: skip
+    other = "the checkpoint describes no run of this version"
+    numbers = "invalid checkpoint: its step, seconds and counts must be numbers"
+    for wrong, sentence in (
+        ({"before": 3}, other),
+        ({"before": [3]}, other),
+        ({"before": [part | {"gradient_batch": -1}]}, numbers),
+        ({"origin": 3}, 'invalid checkpoint: "origin" must be a string'),
+        ({"before": [part | {"counts": {"naps": 1}}]}, other),
+        ({"before": [part | {"counts": {"steps": 0.5}}]}, numbers),
+    ):
         checkpoint.save(path, found.theta, found.state, found.meta | wrong)
-        with pytest.raises(UserError, match="the checkpoint describes no run"):
+        with pytest.raises(UserError, match=sentence):
             run("small.h5 --out new --max-steps 4")
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from hfmpi.files import checkpoint
 from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.parallel.communicator import Communicator, MPICommunicator
 from hfmpi.runs.stop import StopSignals, job_end
+from hfmpi.runs.train import Run
 
 STEPS = 2
 OPTIMIZERS = {
@@ -120,9 +122,10 @@ class StopAt(StopSignals):
 
 def stopped_at(question, folder, data, comm=None, **options):
     """Train until that question; give the result and how many were asked."""
-    run, reporter = make_run(folder, data, comm, **options), Recorder()
-    with StopAt(question) as stop:
-        result = run.train(reporter, stop)
+    stop = StopAt(question)
+    run = make_run(folder, data, comm, signals=stop, **options)
+    with stop:
+        result = run.train()
     assert not result.done
     assert result.reason == "SIGTERM asked for it"
     assert result.step == len(history(folder) if (folder / "history.jsonl").exists() else [])
@@ -136,8 +139,9 @@ def stopped_at(question, folder, data, comm=None, **options):
 
 def questions(folder, data, comm=None, **options):
     """Train to the end; give the run and how often it asks on the way."""
-    run, stop = make_run(folder, data, comm, **options), StopAt(None)
-    assert run.train(Recorder(), stop).done
+    stop = StopAt(None)
+    run = make_run(folder, data, comm, signals=stop, **options)
+    assert run.train().done
     return run, stop.asked
 
 
@@ -186,14 +190,31 @@ def test_a_signal_in_the_last_evaluation_is_no_end(data, tmp_path):
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().wanted()
 
-    run = make_run(folder, data, **options)
-    with InEvaluation() as stop:
-        result = run.train(Recorder(), stop)
+    stop = InEvaluation()
+    run = make_run(folder, data, signals=stop, **options)
+    with stop:
+        result = run.train()
     assert (result.done, result.valid) == (False, None)
     assert checkpoint.latest(folder).meta["step"] == result.step == len(history(folder)) > 0
     run, again = train(folder, data, **options)
     assert (again.step, again.done) == (result.step, True)
     assert again.valid is not None
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_comes_too_late(data, tmp_path):
+    """Without validation data a training loss is computed for it, with a sum over the ranks."""
+
+    class AfterTheLastStep(StopSignals):
+        def wanted(self):
+            if run.step == STEPS:
+                self.requested = "too late"
+            return super().wanted()
+
+    run = make_run(tmp_path / "run", data, signals=AfterTheLastStep(), max_steps=STEPS)
+    run = Run(run.folder, replace(run.task, valid_set=None), run.session)
+    result = run.train()
+    assert (result.step, result.done, result.valid) == (STEPS, True, None)
+    assert (tmp_path / "run" / "DONE").exists()
 
 
 @pytest.mark.parametrize("during", ["save", "report"])
@@ -202,14 +223,16 @@ def test_a_signal_between_steps_stops_there(during, data, tmp_path, monkeypatch)
         if step == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    run = make_run(tmp_path / "run", data, max_steps=STEPS, checkpoint_every=1)
-    reporter, save = Recorder(), run.save
+    signals, reporter = StopSignals(), Recorder()
+    options = {"max_steps": STEPS, "checkpoint_every": 1}
+    run = make_run(tmp_path / "run", data, signals=signals, reporter=reporter, **options)
+    save = run.save
     if during == "save":
-        monkeypatch.setattr(run, "save", lambda valid: (kill(run.step), save(valid)))
+        monkeypatch.setattr(run, "save", lambda: (kill(run.step), save()))
     else:
-        reporter = Recorder(lambda record: kill(record["step"]))
-    with StopSignals() as signals:
-        result = run.train(reporter, signals)
+        reporter.after_step = lambda record: kill(record["step"])
+    with signals:
+        result = run.train()
     assert (result.step, result.done, result.reason) == (1, False, "SIGUSR1 asked for it")
     assert checkpoint.latest(tmp_path / "run").meta["step"] == 1
 
@@ -247,10 +270,10 @@ class Counting(Communicator):
 
 def test_the_agreement_costs_no_message(data, tmp_path):
     comm = Counting()
-    run = make_run(tmp_path / "run", data, comm, **OPTIMIZERS["shf"])
+    run = make_run(tmp_path / "run", data, comm, **OPTIMIZERS["shf"] | {"evaluate_every": 1000})
     with StopSignals() as signals:
         run.risk = DataParallel(run.model, comm, stop=signals.wanted)
-        report, _ = run._one_step(evaluate_every=1000)
+        report = run._one_step()
     assert comm.sums == report.work.gradients + report.work.losses + report.work.products
 
 

@@ -17,8 +17,8 @@ from hfmpi.measure.spans import FORWARD
 from hfmpi.objective.data_parallel import Risk
 from hfmpi.objective.local import LocalSums
 from hfmpi.parallel.communicator import MPICommunicator, digest
-from hfmpi.runs.config import Config, from_toml, merge
-from hfmpi.runs.stop import StopSignals
+from hfmpi.runs.config import Config
+from hfmpi.runs.merge import from_toml, merge
 from hfmpi.runs.text_task import TextTask
 from hfmpi.runs.train import Run
 from hfmpi.runs.trained_model import Trained
@@ -259,9 +259,8 @@ def test_the_folder_and_the_history_keep_the_contract(data, tmp_path):
     config = merge(from_toml(folder / "config.toml"))
     assert config == run.config
     task = TextTask.read(config, data, 0)
-    again = Run(tmp_path / "again", task, run.communicator, run.placement)
-    with StopSignals() as signals:
-        again.train(Recorder(), signals)
+    again = Run(tmp_path / "again", task, run.session)
+    again.train()
     same(again, run)
     assert history(again.folder) == history(folder)
 
@@ -455,10 +454,10 @@ def test_training_learns(name, steps, model, data, tmp_path):
 @pytest.mark.parametrize("name", ["adam", "soap", "muon"])
 def test_an_update_that_overflows_is_told_and_the_run_goes_on_but_is_not_saved(name, data, tmp_path):
     reporter, options = Recorder(), {"optimizer": name, "dtype": "float32", "settings": {"rate": 1e37}}
-    run = make_run(tmp_path / "run", data, max_steps=3, **options)
+    run = make_run(tmp_path / "run", data, reporter=reporter, max_steps=3, **options)
     sentence = r"^the validation loss is not finite after step 3: there is no checkpoint yet$"
-    with np.errstate(all="ignore"), StopSignals() as signals, pytest.raises(UserError, match=sentence):
-        run.train(reporter, signals)
+    with np.errstate(all="ignore"), pytest.raises(UserError, match=sentence):
+        run.train()
     assert not (run.folder / checkpoint.NEWEST).exists()
     records = history(run.folder)
     assert [record["accepted"] for record in records] == [True, False, False]
@@ -597,8 +596,8 @@ def test_a_rank_that_strays_stops_the_run(mpi_ranks, comm, mpi_tmp_path, monkeyp
         sentence = (
             rf"^rank {stray} holds other parameters than the other ranks after step {found_at}: .* step 2, is"
         )
-        with StopSignals() as signals, pytest.raises(UserError, match=sentence):
-            run.train(Recorder(), signals)
+        with pytest.raises(UserError, match=sentence):
+            run.train()
         assert len(thetas) == found_at
         comm.Barrier()  # rank 0 has written what the others read
         found = checkpoint.latest(folder)
@@ -612,8 +611,8 @@ def test_a_rank_that_strays_stops_the_run(mpi_ranks, comm, mpi_tmp_path, monkeyp
     # A rank that would start with other options or data stops the run before anything is written.
     seed = 5 if comm.rank == 2 else 4
     run = make_run(mpi_tmp_path / "new", data, communicator, max_steps=2, seed=seed)
-    with StopSignals() as signals, pytest.raises(UserError, match=r"^rank 2 has other data, options"):
-        run.train(Recorder(), signals)
+    with pytest.raises(UserError, match=r"^rank 2 has other data, options"):
+        run.train()
     assert not (mpi_tmp_path / "new").exists()
 
     communicator.close()

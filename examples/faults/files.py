@@ -206,7 +206,7 @@ class Bench:
         if "corpus" in kind:
             how, *words = hostile.change_corpus(data, self.data, rng)
         else:
-            how, words = rng.choice(sorted(self.others)), ["is of another run"] * 2
+            how, words = rng.choice(sorted(self.others)), ["belong to different runs"] * 2
             shutil.copy(self.data, data)
             newest.rename(run / checkpoint.PREVIOUS)
             shutil.copy(self.others[how], newest)

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import click
 
 from hfmpi.cli.values import PATH, SIZE, Number
-from hfmpi.runs.config import FORMER_NAMES, OPTIONS, Config, merge
+from hfmpi.runs.config import FORMER_NAMES, OPTIONS, Config
+from hfmpi.runs.merge import merge
 
 __all__ = ["chosen", "current_name", "option", "options", "runs_and_figure", "settings"]
 

@@ -11,7 +11,8 @@ import click
 from hfmpi.cli.options import current_name, options, settings
 from hfmpi.cli.values import MOST, PATH, Number, PathName, parse_settings
 from hfmpi.errors import UserError
-from hfmpi.runs.config import OPTIONS, from_toml, merge, started
+from hfmpi.runs.config import OPTIONS, Config
+from hfmpi.runs.merge import from_toml
 
 __all__ = ["train"]
 
@@ -20,14 +21,16 @@ __all__ = ["train"]
 @click.argument("data", type=PATH, metavar="DATA.h5")
 @click.option("--out", type=PATH, metavar="RUN", help="Folder of the run  [default: DATA.run]")
 @options(*OPTIONS)
-@click.option("--threads", type=Number(int, 1, MOST), help="Of a rank  [default: its share of the cores]")
+@click.option(
+    "--threads", type=Number(int, 1, MOST), help="BLAS threads of a rank  [default: its share of the cores]"
+)
 @click.option(
     "--stall-timeout",
     type=Number(float, 0, MOST),  # timers take less than 300 years
     default=600.0,
     show_default=True,
     metavar="SECONDS",
-    help="All ranks end when none has finished a collective for so long; 0: never. A pass over a rank's "
+    help="All ranks end if none has finished a collective for this long; 0: never. A pass over a rank's "
     "share of the batch must take less.",
 )
 @settings
@@ -38,8 +41,8 @@ __all__ = ["train"]
     default="auto",
     show_default=True,
     metavar="auto|never|PATH",
-    help="auto: go on if RUN has a checkpoint; never: refuse to; PATH: start RUN from that run or checkpoint "
-    "with its options, but for those that are given.",
+    help="auto: continue if RUN has a checkpoint; never: refuse to; PATH: start RUN from that run or "
+    "checkpoint, with its options except those on this command line.",
 )
 def train(
     data: Path,
@@ -49,81 +52,48 @@ def train(
     threads: int | None,
     stall_timeout: float,
     settings: tuple[str, ...],
-    **given: Any,
+    **options: Any,
 ) -> None:
-    """Train on DATA.h5 (from `hfmpi prepare`). Without options: an mLSTM of the paper's size with muon-small.
+    """Train on DATA.h5 (from `hfmpi prepare`), by default an mLSTM of the paper's size with muon-small.
 
-    Options given here win over --config. A run that is started again goes on where it was.
+    Options on the command line win over --config. A run that is started again continues from its checkpoint.
     """
-    import numpy as np
-
     from hfmpi.cli.streams import go_on
-    from hfmpi.data.corpus import loss_unit
     from hfmpi.parallel.failure import together
     from hfmpi.parallel.launch import connect
-    from hfmpi.parallel.placement import place
-    from hfmpi.runs.reporter import make_reporter
-    from hfmpi.runs.start import COMMAND, begin, find
-    from hfmpi.runs.stop import StopSignals, job_end
+    from hfmpi.runs.session import COMMAND, open_session
+    from hfmpi.runs.start import open_run
     from hfmpi.runs.text_task import TextTask
     from hfmpi.runs.train import Run
 
     go_on()
     comm = connect(stall_timeout)
-    context = click.get_current_context()
-    signals = context.with_resource(StopSignals(job_end()))  # before the slow start
-    context.with_resource(np.errstate(all="ignore"))  # steps that overflow are rejected
     if not data.name:
         raise UserError(f"{data} is not a corpus file")
     folder = out if out is not None else data.with_suffix(".run")
-    placement = place(comm, threads)  # collective, and so not inside `build`, which may fail on some ranks
+    with open_session(comm, COMMAND, threads) as session:
 
-    def build() -> tuple[TextTask, Run]:
-        wanted = from_toml(config) if config else {}
-        in_file = wanted.pop("settings", {})
-        if not isinstance(in_file, dict):
-            raise UserError("settings in a configuration file must be a table")
-        changes = in_file | parse_settings(settings)
-        wanted |= {name: value for name, value in given.items() if value is not None}
-        if changes:
-            wanted["settings"] = changes
-        found, own = find(folder, resume, COMMAND)
-        if found is not None and "cases" in found.meta:
-            remedy = "give another --out" if own else "a run on a text starts from one on a text"
-            raise UserError(
-                f"{folder if own else resume} is a run of a Python program (hfmpi.train); {remedy}"
-            )
-        if found is not None and own and not os.path.exists(data):
-            raise UserError(
-                f"cannot read {data}: No such file or directory; if the corpus of {folder} is elsewhere "
-                f"now, name it there, and --out {folder}"
-            )
-        notes = [found.message] if found and found.message else []
-        if found is None or own:
-            merged = merge(wanted, found.meta.get("config") if found else None)
-        else:
-            merged = started(wanted, found.meta.get("config"))
-        task = TextTask.read(merged, data, placement.local_rank)
-        same = found is None or found.meta.get("corpus") == task.corpus.digest
-        if found is None or own:
-            run = Run(folder, task, comm, placement, found)
-            if not same:
-                raise UserError(f"{folder} was trained on other data than {data}; give another --out")
-        else:
-            run, why = begin(folder, task, comm, placement, found, resume, same, COMMAND)
-            notes += [] if same else [f"{resume} was trained on other data than {data}"]
-            notes += [why] if why else []
-        for note in notes if comm.rank == 0 else ():
-            click.echo(f"Note: {note}.", err=True)
-        return task, run
+        def read(config: Config, resumes: bool) -> TextTask:
+            if resumes and not os.path.exists(data):
+                raise UserError(
+                    f"cannot read {data}: No such file or directory; if the corpus of {folder} is elsewhere "
+                    f"now, name it there, and --out {folder}"
+                )
+            return TextTask.read(config, data, session.placement.local_rank)
 
-    task, run = together(comm, build)
-    with make_reporter(comm.rank) as reporter:
-        ending = run.train(reporter, signals)
-    if comm.rank == 0:
-        unit = loss_unit(task.corpus.symbols)
-        valid = "" if ending.valid is None else f", {ending.valid.loss:.4f} {unit} on validation"
-        click.echo(f"Stopped at step {ending.step:,}: {ending.reason}{valid}.")
-        if not ending.done:
-            click.echo(f"Start again with the same command to go on; the checkpoint is in {folder}.")
-    comm.close()
+        def build() -> Run:
+            return open_run(folder, resume, _merged(config, options, settings), read, session)
+
+        together(comm, build).train()
+        comm.close()
+
+
+def _merged(config: Path | None, options: dict[str, Any], settings: tuple[str, ...]) -> dict[str, Any]:
+    """Return the options of the configuration file and of the command line, which take precedence."""
+    merged = from_toml(config) if config else {}
+    in_file = merged.pop("settings", {})
+    if not isinstance(in_file, dict):
+        raise UserError("settings in a configuration file must be a table")
+    changes = in_file | parse_settings(settings)
+    merged |= {name: value for name, value in options.items() if value is not None}
+    return merged | ({"settings": changes} if changes else {})

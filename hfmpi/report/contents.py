@@ -21,7 +21,8 @@ from hfmpi.files.writer import CONFIG, DONE, TIMING
 from hfmpi.networks import sampling
 from hfmpi.report.quantities import COSTS
 from hfmpi.report.steps import Steps
-from hfmpi.runs.config import FORMER_NAMES, OPTIONS, from_toml, merge
+from hfmpi.runs.config import FORMER_NAMES, OPTIONS
+from hfmpi.runs.merge import from_toml, merge
 from hfmpi.runs.timing import Times, read_times
 from hfmpi.runs.trained_model import Trained
 

@@ -1,1 +1,1 @@
-"""One training run: configuration, loop, checkpoint, history, stop signals."""
+"""One training run: the way in, the loop, its records and messages, its timing, and what stops it."""

@@ -1,4 +1,4 @@
-"""What must hold while a run goes on; every check raises its UserError on all ranks alike."""
+"""Checks of a run; each raises its UserError on all ranks alike."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from hfmpi.runs.record import Progress
 __all__ = ["enough_memory", "enough_text", "finite", "not_stuck", "same_start", "same_vectors"]
 
 
-def enough_memory(about: Architecture) -> None:
-    """Check that the parameters, in double precision, have a place in memory."""
-    need, free = 8 * about.layout.size / 2**30, free_memory() / 2**30
+def enough_memory(network: Architecture) -> None:
+    """Check that the parameters, in double precision, fit into memory."""
+    need, free = 8 * network.layout.size / 2**30, free_memory() / 2**30
     if need > free:
         raise UserError(
-            f"there is not enough memory: {about.layers:,} x {about.hidden:,} hidden units have "
-            f"{about.layout.size:,} parameters, which take {need:,.1f} GiB of {free:,.1f} GiB"
+            f"there is not enough memory: {network.layers:,} x {network.hidden:,} hidden units have "
+            f"{network.layout.size:,} parameters, which take {need:,.1f} GiB of {free:,.1f} GiB"
         )
 
 
 def enough_text(
     data: Path, train: int, valid: int, length: int, burn_in: int, gradient: int, curvature: int
 ) -> None:
-    """All sequences that batches of these sizes need can be cut from splits of so many characters.
+    """Check that splits of these lengths, in characters, have enough sequences for batches of these sizes.
 
-    If not, one sentence names all options that are too large, each with its largest value once those before
-    it are mended.
+    If not, the error names all options that are too large, each with its largest possible value once those
+    before it are fixed.
     """
     wrong = []
     least, split = min((train, "training"), (valid, "validation"))
@@ -61,9 +61,10 @@ def enough_text(
 
 
 def same_start(communicator: Communicator, compared: Mapping[str, Any]) -> None:
-    """All ranks start with the same, which JSON can hold, by the sentence on ranks {} that do not.
+    """Check that the values, which JSON can represent, are equal on all ranks.
 
-    Nodes that do not share their files would otherwise do different runs, and wait for one another.
+    Nodes that do not share their files would otherwise do different runs, and wait for one another. The keys
+    are the error sentences for ranks {} that differ.
     """
     for sentence, value in compared.items():
         content = json.dumps(value, sort_keys=True).encode()
@@ -73,7 +74,7 @@ def same_start(communicator: Communicator, compared: Mapping[str, Any]) -> None:
 
 
 def same_vectors(communicator: Communicator, values: Iterable[Entry], step: int, last_good: str) -> None:
-    """All ranks hold the same parameters and optimizer state, bit for bit."""
+    """Check that all ranks hold the same parameters and optimizer state, bit for bit."""
     digests = [digest(np.asarray(value)) for value in values]
     strays = communicator.same(digest(np.array(digests, np.uint64)))
     if strays:
@@ -84,7 +85,10 @@ def same_vectors(communicator: Communicator, values: Iterable[Entry], step: int,
 
 
 def not_stuck(progress: Progress, most: int, message: str, last_good: str) -> None:
-    """Fewer than `most` steps in a row were rejected, or `most` is 0; `message` is that of the last one."""
+    """Check that fewer than `most` steps in a row were rejected, unless `most` is 0.
+
+    `message` is that of the last step.
+    """
     if most and progress.rejections >= most:
         raise UserError(
             f"{progress.rejections:,} steps in a row were rejected up to step {progress.step:,}, "
@@ -93,7 +97,7 @@ def not_stuck(progress: Progress, most: int, message: str, last_good: str) -> No
 
 
 def finite(loss: float, step: int, last_good: str) -> None:
-    """Theta has a finite loss, as it has not after an update that went too far."""
+    """Check that the loss is finite; after an update that went too far it is not."""
     if not math.isfinite(loss):
         raise UserError(f"the validation loss is not finite after step {step:,}: {last_good}")
 

@@ -1,4 +1,4 @@
-"""What a terminal shows while a command computes: one live line of a run, and that kernels are compiled."""
+"""Progress on a terminal: the live line of a run, and the message that kernels are compiled."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ __all__ = ["COMPILING", "LiveLine", "Patience", "announced"]
 
 COMPILING = "compiling kernels, once for this machine ..."
 PATIENCE = 1.0
-"""Seconds of compiling of which a log does not speak."""
+"""Seconds of compiling that a log does not mention."""
 
-WINDOW = 60  # records, at least half a second apart, over which the speed is measured
-LEAST_BAR, MOST_BAR = 10, 30  # columns
+WINDOW = 60  # records at least half a second apart, over which the speed is measured
+MIN_BAR, MAX_BAR = 10, 30  # columns
 
 
 class LiveLine:
-    """How far a run is, what remains, how fast it goes and its last losses, in one line of any width.
+    """Progress, remaining time, speed and last losses of a run, in one line of any width.
 
-    It is something that rich can render.
+    rich can render it.
 
     Parameters
     ----------
     step : int
-        From which the run goes on.
+        Step from which the run continues.
     max_steps, max_seconds
         Limits; 0: none.
     clock : callable
-        Gives the time in seconds.
+        Returns the time in seconds.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class LiveLine:
         self.max_steps, self.max_seconds, self.clock = max_steps, max_seconds, clock
         self._step, self._seconds, self._at = step, 0.0, clock()
         self._train = self._valid = self._metric = ""
-        self._more: Sequence[str] = ()
+        self._details: Sequence[str] = ()
         self._recent: deque[tuple[int, float]] = deque(maxlen=WINDOW)
         self._compiling = self._compiled = False
 
     def compiling(self, now: bool) -> None:
-        """Take whether kernels are being compiled."""
+        """Set whether kernels are being compiled."""
         self._compiling = now
         self._compiled |= now
 
@@ -61,25 +61,25 @@ class LiveLine:
         train: float | None,
         valid: float | None,
         metric: float | None = None,
-        more: Sequence[str] = (),
+        details: Sequence[str] = (),
         form: str = ".4f",
     ) -> None:
-        """Take a step: number, training time, losses, the user's metric, what else is said where it fits.
+        """Show a step: number, training time, losses, the user's metric, and details if they fit.
 
-        `form` is that of the losses.
+        `form` is the format of the losses.
         """
         now = self.clock()
-        if not self._recent and not self._compiled:  # a step that compiles tells nothing of the next ones
+        if not self._recent and not self._compiled:  # a step that compiles does not predict the next ones
             self._recent.append((self._step, seconds - (now - self._at)))
         if not self._recent or seconds - self._recent[-1][1] >= 0.5:
             self._recent.append((step, seconds))
-        self._step, self._seconds, self._at, self._more = step, seconds, now, more
+        self._step, self._seconds, self._at, self._details = step, seconds, now, details
         self._train = "" if train is None else f"train {train:{form}}"
         self._valid = self._valid if valid is None else f"valid {valid:{form}}"
         self._metric = self._metric if metric is None else f"metric {metric:{form}}"
 
     def text(self, width: int) -> str:
-        """Give the line: of its parts the most important ones that fit, in their order."""
+        """Return the line: the most important parts that fit, in their order."""
         step = f"step {self._step:,}"
         seconds = _duration(self._seconds + self.clock() - self._at)
         if self._compiling:
@@ -94,7 +94,7 @@ class LiveLine:
                 (1, self._train),
                 (3, self._valid),
                 (6, self._metric),
-                *((7 + place, more) for place, more in enumerate(self._more)),
+                *((7 + i, detail) for i, detail in enumerate(self._details)),
             ]
         room, least = width, 0
         for rank, part in sorted(ranked):
@@ -105,7 +105,7 @@ class LiveLine:
         return "  ".join(part for rank, part in ranked if part and rank <= least)[:width]
 
     def part(self) -> float | None:
-        """Give how much of the run is done, from 0 to 1, or None if it has no limit."""
+        """Return the completed part of the run, from 0 to 1, or None if it has no limit."""
         waited = self.clock() - self._at
         done = [self._step / self.max_steps] if self.max_steps else []
         done += [(self._seconds + waited) / self.max_seconds] if self.max_seconds else []
@@ -116,10 +116,10 @@ class LiveLine:
         from rich.table import Table
         from rich.text import Text
 
-        width = options.max_width - 1  # some terminals begin a new line behind the last column
+        width = options.max_width - 1  # some terminals start a new line after the last column
         line, part = Text(self.text(width), no_wrap=True, overflow="crop"), self.part()
-        room = min(width - len(line) - 2, MOST_BAR)
-        if part is None or room < LEAST_BAR or self._compiling:
+        room = min(width - len(line) - 2, MAX_BAR)
+        if part is None or room < MIN_BAR or self._compiling:
             yield line
             return
         row = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
@@ -127,7 +127,7 @@ class LiveLine:
         yield row
 
     def _per_step(self) -> float:
-        """Give the seconds of the last steps, each; 0 where they are not known."""
+        """Return the mean duration of the last steps in seconds; 0 if it is not known."""
         if len(self._recent) < 2:
             return 0.0
         (first, begin), (last, end) = self._recent[0], self._recent[-1]
@@ -156,7 +156,7 @@ def _duration(seconds: float) -> str:
 
 
 class Patience:
-    """Says once that kernels are compiled, when that has taken a while; a listener of `told`."""
+    """Reports once that kernels are compiled, if that takes a while; a listener of `told`."""
 
     def __init__(self, say: Callable[[str], object]) -> None:
         self._say, self._left = say, PATIENCE
@@ -164,7 +164,7 @@ class Patience:
         self._timer: threading.Timer | None = None
 
     def __call__(self, compiling: bool) -> None:
-        """Begin to wait, or stop."""
+        """Start to wait, or stop."""
         if compiling and self._left > 0:
             self._begun = time.monotonic()
             self._timer = threading.Timer(self._left, self._tell)
@@ -182,7 +182,7 @@ class Patience:
 
 @contextmanager
 def announced(rank: int) -> Iterator[None]:
-    """Say on rank 0 that kernels are compiled, if they are: on standard error, for results on the other."""
+    """Report on rank 0 that kernels are compiled, on standard error: results are on standard output."""
     if rank:
         yield
     elif sys.stderr.isatty():

@@ -1,4 +1,4 @@
-"""A metric of the user's: its mean over the rows of outputs of all cases, on all ranks."""
+"""A user-defined metric: its mean over the scored outputs of all examples, on all ranks."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ Metric = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def mean(metric: Metric, owner: DataParallel, cases: Cases, theta: Array) -> float:
-    """Give the mean of the metric over the scored rows of all cases; collective."""
+    """Return the mean of the metric over the scored rows of all examples; collective."""
     shard, most = owner.shard(cases, np.arange(cases.count)), owner.local.micro_batch
 
-    def share(own: np.ndarray) -> np.ndarray:
+    def share(part: np.ndarray) -> np.ndarray:
         total = np.zeros(2)
-        for indices in np.array_split(own, -(-own.size // most)) if own.size else []:
+        for indices in np.array_split(part, -(-part.size // most)) if part.size else []:
             total += sums(metric, owner.model, cases, indices, theta)
         return total
 
-    message = np.append(pairwise([share(own) for own in shard.slices]), 0.0)
+    message = np.append(pairwise([share(part) for part in shard.slices]), 0.0)
     owner.sum(message, owner.host)
     total, count = message[:2].tolist()
     return total / count
 
 
 def sums(metric: Metric, model: object, cases: Cases, indices: np.ndarray, theta: Array) -> np.ndarray:
-    """Sum the metric over the scored rows of some cases, and count these rows.
+    """Sum the metric over the scored rows of some examples, and count these rows.
 
     Raises
     ------
     UserError
-        If the model does not give its outputs, or the metric not a number for each row.
+        If the model has no method for its outputs, or the metric does not return a number for each row.
     """
     if not isinstance(model, Outputs):
         raise UserError(
@@ -51,10 +51,10 @@ def sums(metric: Metric, model: object, cases: Cases, indices: np.ndarray, theta
     outputs, targets, mask = model.outputs(theta, cases.take(indices))
     values = np.asarray(metric(outputs, targets))
     if values.shape not in ((len(outputs),), (len(outputs), 1)) or values.dtype.kind not in "biuf":
-        found = f"an array of shape {values.shape}" if values.ndim else shown(values.item())
+        returned = f"an array of shape {values.shape}" if values.ndim else shown(values.item())
         raise UserError(
             f"metric(outputs, targets) must give a number for each of the {len(outputs):,} rows, whose mean "
-            f"is taken over all ranks, not {found}"
+            f"is taken over all ranks, not {returned}"
         )
     values = values.reshape(-1).astype(np.float64)
     if mask is None:

@@ -1,4 +1,4 @@
-"""The task of `hfmpi.train`: any model on any cases."""
+"""The task of `hfmpi.train`: any model on any data."""
 
 from __future__ import annotations
 
@@ -32,33 +32,29 @@ from hfmpi.parallel.failure import together
 from hfmpi.runs import metric
 from hfmpi.runs.config import OF_TEXT, Config
 from hfmpi.runs.restore import check_parameters
-from hfmpi.runs.task import Task
+from hfmpi.runs.task import DifferentRun, Task
 
-__all__ = ["AnotherRun", "ModelTask", "config_of"]
+__all__ = ["ModelTask", "checked_options"]
 
 TRIED = 8
-"""Cases on which a model is tried before a run."""
+"""Number of examples on which a model is tried before a run."""
 
 CLOSE = 1e-2
-"""Part by which the loss of a few cases may differ when a run goes on, on another processor perhaps."""
-
-
-class AnotherRun(UserError):
-    """The checkpoint is of another run than this; the sentence lacks the name of its folder."""
+"""Relative difference up to which two losses of one model agree, perhaps on different processors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelTask(Task):
-    """A model and cases of the user's; made by `of`."""
+    """A model and data of the user; made by `of`."""
 
     @classmethod
     def of(cls, model: Any, train: Any, valid: Any, measure: Any, config: Config) -> ModelTask:
-        """Check what a user gave, and settle the options.
+        """Check the arguments of `hfmpi.train`, and fix the batch sizes.
 
         Raises
         ------
         UserError
-            If something cannot be trained.
+            If they cannot be used for training.
         """
         if not isinstance(model, Model) or isinstance(model, type):
             raise UserError(
@@ -74,7 +70,7 @@ class ModelTask(Task):
         train_set = found["train"]
         if train_set is None:
             raise UserError("train must be data, not None")
-        config, notes = _settled(config, train_set.count)
+        config, notes = _with_batches(config, train_set.count)
         _check_optimizer(config, model)
         return cls(
             config=config,
@@ -95,11 +91,11 @@ class ModelTask(Task):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options without those of a text."""
+        """The options without those of a network on a text."""
         return {name: value for name, value in super().options.items() if name not in OF_TEXT}
 
     def compared(self, theta: np.ndarray, step: int) -> dict[str, Any]:
-        """Give what all ranks must have alike, by the sentence on a rank that has not."""
+        """Return what must be equal on all ranks at the start, by the error sentence for ranks {}."""
         seed = "than the other ranks: what is random needs the same seed on all ranks"
         data = {name: value for name, value in self.identity.items() if name != "model"}
         return {
@@ -108,51 +104,45 @@ class ModelTask(Task):
             "rank {} has other options or checkpoint files than the other ranks": [self.options, step],
         }
 
-    def check(self, found: Checkpoint | None) -> None:
-        """Try the model on a few cases; raise a UserError if the checkpoint is of another one."""
-        if found is None:
+    def check(self, checkpoint: Checkpoint | None) -> None:
+        """Try the model on a few examples; raise a UserError if that fails or the checkpoint does not fit."""
+        if checkpoint is None:
             theta = self.model.initial(self.config.seed).astype(self.model.backend.dtype)
             loss = self._loss(self.model.backend.to_device(theta))
             if not math.isfinite(loss):
                 raise UserError(_not_finite(loss))
         else:
-            self._check_form(found)
-            theta = found.theta
+            self._check_form(checkpoint)
+            theta = checkpoint.theta
         self._try_metric(theta)
 
-    def compare(self, found: Checkpoint, own: bool) -> bool:
-        """Say whether the checkpoint's run has the same training cases as this one.
-
-        Raises
-        ------
-        UserError
-            If it is of another model, or where it is this run's own, on other cases.
-        """
-        self._check_form(found)
+    def compare(self, checkpoint: Checkpoint, resumes: bool) -> str:
+        """Return "" if the checkpoint's run has the same training examples; see `Task.compare`."""
+        self._check_form(checkpoint)
         for name, words in (
             ("cases", "on other training cases"),
             ("valid_cases", "with other validation cases"),
         ):
-            if own and found.meta.get(name) != self.identity[name]:
-                raise AnotherRun(f"is a run {words}")
-        same, known = found.meta.get("cases") == self.identity["cases"], found.meta.get("tried")
-        loss = self._loss(self.model.backend.to_device(found.theta))
+            if resumes and checkpoint.meta.get(name) != self.identity[name]:
+                raise DifferentRun(f"is a run {words}")
+        same, known = checkpoint.meta.get("cases") == self.identity["cases"], checkpoint.meta.get("tried")
+        loss = self._loss(self.model.backend.to_device(checkpoint.theta))
         if same and not (isinstance(known, float) and math.isclose(loss, known, rel_tol=CLOSE, abs_tol=1e-6)):
-            raise AnotherRun(
+            raise DifferentRun(
                 f"is a run of another model: on the first cases its parameters have a loss of {loss:.6g} in "
                 f"this one, and had {known}"
             )
         if not math.isfinite(loss):
             raise UserError(_not_finite(loss))
-        return same
+        return "" if same else "was trained on other cases"
 
-    def _check_form(self, found: Checkpoint) -> None:
-        if found.meta.get("model") != self.identity["model"]:
-            raise AnotherRun("is a run of another model")
-        check_parameters(found, self.model.size, self.model.backend.dtype)
+    def _check_form(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.meta.get("model") != self.identity["model"]:
+            raise DifferentRun("is a run of another model")
+        check_parameters(checkpoint, self.model.size, self.model.backend.dtype)
 
     def try_out(self, owner: DataParallel, theta: Array) -> None:
-        """Compute losses before anything is written: alike on all ranks, and finite on the first batch."""
+        """Raise a UserError unless the losses of all ranks agree, and that of the first batch is finite."""
         config, comm = self.config, owner.communicator
         losses = comm.agree(comm.gather(self._loss(theta))) or []
         strays = [
@@ -160,8 +150,8 @@ class ModelTask(Task):
         ]
         if strays:
             raise UserError(
-                f"at the same theta the model of rank {', '.join(map(str, strays))} has another loss than "
-                "that of rank 0: what is random in it needs the same seed on all ranks"
+                f"rank 0 and rank {', '.join(map(str, strays))} compute different losses for the same "
+                "parameters: seed the model identically on all ranks"
             )
         batch = global_indices(config.seed, 0, config.gradient_batch, self.train_set.count)
         risk = owner.on(self.train_set, batch)
@@ -172,11 +162,11 @@ class ModelTask(Task):
             raise UserError(_not_finite(message[0]))
 
     def meta(self, theta: Array) -> dict[str, Any]:
-        """Give the digests, the loss of theta on a few cases, and what the model is called in a report."""
+        """Return the digests, the loss of theta on a few examples, and the title of the model in a report."""
         return {**self.identity, "tried": self._loss(theta), "title": _name(self.model)}
 
     def _loss(self, theta: Array) -> float:
-        """Give the mean loss on the first cases, on this rank alone."""
+        """Return the mean loss on the first examples, on this rank alone."""
         indices = np.arange(min(TRIED, self.train_set.count))
         loss = self.model.loss(theta, self.train_set.take(indices))
         return float(loss) / max(1, self.train_set.scored(indices))
@@ -187,27 +177,27 @@ class ModelTask(Task):
             metric.sums(self.metric, self.model, self.valid_set, indices, self.model.backend.to_device(theta))
 
 
-def config_of(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the options that a user gave, without None.
+def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of `hfmpi.train` that are not None.
 
     Raises
     ------
     UserError
-        For unknown options, and those of a text, which a model has not.
+        For unknown options, and those of a network on a text.
     """
     known = [field.name for field in fields(Config) if field.name not in OF_TEXT]
-    for name in given:
+    for name in options:
         if name in OF_TEXT:
-            raise UserError(f"{name} is no option of hfmpi.train: model and data have it")
+            raise UserError(f"{name} is not an option of hfmpi.train: it belongs to the model or the data")
         if name not in known:
             raise UserError(f"unknown option {name!r}; the options are {', '.join(known)}")
-    optimizer = given.get("optimizer")
+    optimizer = options.get("optimizer")
     if not isinstance(optimizer, str | None):
         raise UserError(
             f"optimizer must be a name such as 'bhf-short', with its settings in settings={{...}}, not "
             f"{shown(optimizer)}"
         )
-    return {name: value for name, value in given.items() if value is not None}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _cases(name: str, given: Any, make: Callable[..., Cases]) -> Cases | None:
@@ -219,8 +209,8 @@ def _cases(name: str, given: Any, make: Callable[..., Cases]) -> Cases | None:
         raise UserError(f"{name}: {error}") from None
 
 
-def _settled(config: Config, count: int) -> tuple[Config, list[str]]:
-    """Give the options with their batches, none larger than the data, and what to say of it."""
+def _with_batches(config: Config, count: int) -> tuple[Config, list[str]]:
+    """Return the options with batches that are no larger than the data, and notes on what was reduced."""
     chosen, notes = config.preset(), list[str]()
     gradient, curvature = chosen.gradient_batch, chosen.curvature_batch
     if config.gradient_batch > count:
@@ -264,8 +254,8 @@ def _check_optimizer(config: Config, model: Model) -> None:
 def _name(model: Model) -> str:
     if not isinstance(model, Network):
         return type(model).__name__
-    about = model.architecture
-    return f"{about.name}, {f'{about.layers} x ' if about.layers > 1 else ''}{about.hidden:,} units"
+    network = model.architecture
+    return f"{network.name}, {f'{network.layers} x ' if network.layers > 1 else ''}{network.hidden:,} units"
 
 
 def _not_finite(loss: float) -> str:
@@ -273,9 +263,9 @@ def _not_finite(loss: float) -> str:
 
 
 def _model_digest(model: Model) -> str:
-    """Give a digest of the form of a model; its parameters are not in it."""
+    """Return a digest of the form of a model, without its parameters."""
     blocks = [list(block) for block in model.blocks] if isinstance(model, Blocks) else []
     loss = type(getattr(model, "output_loss", None)).__name__
-    about = repr(model.architecture) if isinstance(model, Network) else ""
-    form = [type(model).__name__, model.size, model.backend.dtype.name, blocks, loss, about]
+    architecture = repr(model.architecture) if isinstance(model, Network) else ""
+    form = [type(model).__name__, model.size, model.backend.dtype.name, blocks, loss, architecture]
     return hashlib.sha256(json.dumps(form).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What a run writes and tells: rank 0 does it, and all ranks learn what became of it."""
+"""The output of a run, files and messages: rank 0 writes, and all ranks learn whether it succeeded."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from hfmpi.runs.record import Facts, Reporter
 __all__ = ["Output"]
 
 RETRY = 60.0
-"""Seconds after which a checkpoint that could not be written is tried again, if none is due before."""
+"""Seconds after which a checkpoint that could not be written is retried, unless one is due before."""
 
 
 class Output:
-    """What a run writes and tells.
+    """Files and messages of a run.
 
-    A file that cannot be written does not end the training: the user is told once, and it is tried again.
+    A file that cannot be written does not end the training: the user is notified once, and it is retried.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ class Output:
     retry_at : float
         Seconds of the run at which a checkpoint that could not be written is due again.
     failures : dict of str to str
-        By file, what became of the last attempt to write it. Of the checkpoint it is the same on all ranks.
+        Error of the last attempt to write each file, if it failed. For the checkpoint all ranks have it.
     """
 
     def __init__(self, communicator: Communicator, reporter: Reporter, last_saved: int | None) -> None:
@@ -52,7 +52,7 @@ class Output:
         self._writer: Writer | None = None  # on rank 0, once it is open
 
     def open(self, folder: Path | None, config: str, facts: Facts, notes: Sequence[str] = ()) -> None:
-        """Open the folder, if there is one, and tell what is about to be trained.
+        """Open the folder, if there is one, and report what is about to be trained.
 
         Raises
         ------
@@ -71,17 +71,17 @@ class Output:
             self.reporter.start(facts)
             for note in notes:
                 self.reporter.note(note)
-        self._tell()
+        self._report_notes()
 
     def step(self, record: Record) -> None:
-        """Add a line to the history, and tell of it."""
+        """Add a line to the history, and report it."""
         if self._writer is not None:
             self._attempt("the history", partial(self._writer.record, record))
         if self.communicator.rank == 0:
             self.reporter.step(record)
 
     def checkpoint(self, theta: np.ndarray, state: Mapping[str, Entry], meta: Mapping[str, Any]) -> bool:
-        """Write the checkpoint, and say on all ranks alike whether it is written, if one is to be."""
+        """Write the checkpoint if there is a folder; return False on all ranks if that failed."""
         if not self._writes:
             return True
         saved = self._attempt(
@@ -93,23 +93,23 @@ class Output:
 
     @property
     def last_good(self) -> str:
-        """Say which checkpoint stands."""
+        """A clause that names the newest valid checkpoint."""
         if self.last_saved is None:
             return "there is no checkpoint yet"
         return f"the last checkpoint, of step {self.last_saved:,}, is good"
 
     def timing(self, content: str) -> None:
-        """Write timing.json, and tell what the writer of the files found."""
+        """Write timing.json, and report the notes of the writer."""
         if self._writer is not None:
             self._attempt("timing.json", partial(self._writer.timing, content))
-        self._tell()
+        self._report_notes()
 
     def finish(self, done: str) -> None:
-        """Write what waits, and what DONE says, if a limit was reached; UserError on all ranks if not."""
+        """Write what is pending, and `done` into DONE unless it is empty; raise a UserError if that fails."""
         self._write(lambda writer: writer.finish(done))
 
     def close(self) -> None:
-        """Let other jobs write into the folder."""
+        """Release the folder for other jobs."""
         if self._writer is not None:
             self._writer.close()
 
@@ -117,7 +117,7 @@ class Output:
         together(self.communicator, lambda: None if self._writer is None else action(self._writer))
 
     def _attempt(self, what: str, write: Callable[[], object]) -> bool:
-        """Write a file; tell of a failure once, and once when it is over."""
+        """Write a file; report the first of several failures, and the first success after them."""
         try:
             write()
         except UserError as error:
@@ -129,6 +129,6 @@ class Output:
             self.reporter.note(f"{what} is written again")
         return True
 
-    def _tell(self) -> None:
+    def _report_notes(self) -> None:
         while self._writer is not None and self._writer.notes:
             self.reporter.note(self._writer.notes.pop(0))

@@ -1,56 +1,36 @@
-"""What a run says of itself: the facts at its start, how far it has come, and the record of each step."""
+"""What a run reports: the facts at its start, its progress, the record of each step, and how it ended."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from hfmpi.files.history import LossKeys, Record
 from hfmpi.measure import cost
 from hfmpi.measure.cost import Counts
 from hfmpi.optim.base import StepReport
 from hfmpi.parallel.placement import Place
-from hfmpi.runs.config import Config
 
-__all__ = ["Facts", "Progress", "Reporter", "Spent", "Validation", "counted", "step_record"]
+if TYPE_CHECKING:
+    from hfmpi.runs.task import Task
+
+__all__ = ["Ending", "Facts", "Progress", "Reporter", "Spent", "Validation", "counted", "step_record"]
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the first lines of a log say.
+    """What the first lines of a log report.
 
-    Attributes
-    ----------
-    title : str
-        What is trained.
-    config : Config
-    cases : int
-        To train on.
-    noun : str
-        What cases are called.
-    gradient_batch, curvature_batch : int
-    ranks, threads : int
-        `threads` is that of one rank.
-    backend, dtype : str
-    places : sequence of Place
-        Of each rank.
-    linearisation_bytes, memory_budget : float
-        What the linearisation takes on the rank with the most sequences, and what it may.
-    step : int
-        From which the run goes on.
+    `threads` are those of a rank, `linearisation_bytes` those of the largest shard; the run continues from
+    `step`.
     """
 
-    title: str
-    config: Config
-    cases: int
-    noun: str
+    task: Task
     gradient_batch: int
     curvature_batch: int
     ranks: int
     threads: int
-    backend: str
-    dtype: str
     places: Sequence[Place]
     linearisation_bytes: int
     memory_budget: float
@@ -58,10 +38,25 @@ class Facts:
 
 
 class Validation(NamedTuple):
-    """Means over the validation cases: the loss in the unit of the run, and the user's metric."""
+    """Means over the validation examples: the loss in the unit of the run, and the user's metric."""
 
     loss: float
     metric: float | None = None
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended: why, whether at a limit, at which step, and what validation measured there, if it did.
+
+    `unit` is that of the task, and `remedy` is how the user continues the run.
+    """
+
+    reason: str
+    done: bool
+    step: int
+    valid: Validation | None
+    unit: str = ""
+    remedy: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,22 +70,22 @@ class Spent:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come.
+    """Progress of a run.
 
     Attributes
     ----------
     step : int
     seconds : float
-        Of training, since the first start.
+        Training time since the first start.
     rejections : int
-        Steps in a row that were rejected, up to now.
+        Number of consecutive rejected steps up to now.
     counts : Counts
-        On the batches of today: all since the first start, or since the run started from another one with
-        other batches.
+        Work on batches of the current sizes: since the first start, or since the run started from a different
+        one with other batches.
     before : tuple of Spent
-        What was done until then.
+        Work before that.
     origin : str
-        The run or checkpoint that it started from, if it did.
+        Run or checkpoint from which this run started, if it did.
     """
 
     step: int = 0
@@ -116,16 +111,19 @@ MANY = "projections", "candidates", "columns", "directions"
 
 
 class Reporter(Protocol):
-    """What a run tells while it goes on; only rank 0's is asked."""
+    """The one way in which a run speaks to the user; on ranks other than 0 it shows nothing."""
 
     def start(self, facts: Facts) -> None:
-        """Tell what is about to be trained."""
+        """Report what is about to be trained."""
 
     def step(self, record: Record) -> None:
-        """Tell of a step: the object that goes into the history."""
+        """Report a step, by its entry in the history."""
 
     def note(self, sentence: str) -> None:
-        """Tell of something that the user may want to mend while the run goes on."""
+        """Report something that may need attention; the sentence comes without its full stop."""
+
+    def end(self, ending: Ending) -> None:
+        """Report how the run ended."""
 
 
 def step_record(

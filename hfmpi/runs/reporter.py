@@ -1,10 +1,11 @@
-"""What a user sees of a run: a live line on a terminal, plain lines in a log, nothing on other ranks."""
+"""The messages of a run to the user: a live line on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import click
@@ -13,104 +14,117 @@ from hfmpi.backends.compilation import told
 from hfmpi.files.history import BITS, Record, loss_keys
 from hfmpi.parallel.placement import Place
 from hfmpi.runs.live import COMPILING, LiveLine, Patience
-from hfmpi.runs.record import Facts, Reporter
+from hfmpi.runs.record import Ending, Facts, Reporter
 
 __all__ = ["make_reporter"]
 
 
-class Silent:
-    """Of the ranks that say nothing."""
+class _Silent:
+    """Reports nothing; the reporter of all ranks but the first."""
 
-    def start(self, facts: Facts) -> None:
-        """Say nothing."""
-
-    def step(self, record: Record) -> None:
-        """Say nothing."""
-
-    def note(self, sentence: str) -> None:
-        """Say nothing."""
+    def start(self, facts: Facts) -> None: ...
+    def step(self, record: Record) -> None: ...
+    def note(self, sentence: str) -> None: ...
+    def end(self, ending: Ending) -> None: ...
 
 
-class Quiet(Silent):
-    """What needs attention alone."""
+class Quiet(_Silent):
+    """Reports only what needs attention."""
 
     def note(self, sentence: str) -> None:
-        """Say it where errors are said."""
+        """Print a note on standard error."""
         click.echo(f"Note: {sentence}.", err=True)
 
 
 class Log(Quiet):
-    """Plain lines, at most about one a second; the history has every step."""
+    """Prints plain lines, at most about one a second; the history has every step."""
 
     due = 0.0
 
     def start(self, facts: Facts) -> None:
-        """Say what is trained, on what, and what the columns of the lines are."""
+        """Print what is trained, with which optimizer, and where."""
+        task, config, backend = facts.task, facts.task.config, facts.task.model.backend
         batches = f"B_g = {facts.gradient_batch:,}"
         if facts.curvature_batch:
             batches += f", B_c = {facts.curvature_batch:,}"
-        click.echo(facts.title)
-        click.echo(f"{facts.config.optimizer}, {batches} of {facts.cases:,} {facts.noun}")
+        click.echo(task.title)
+        click.echo(f"{config.optimizer}, {batches} of {task.train_set.count:,} {task.noun}")
         click.echo(
-            f"{facts.ranks} rank(s) of {facts.threads} thread(s), {facts.backend}, {facts.dtype}"
+            f"{facts.ranks} rank(s) of {facts.threads} thread(s), {backend.name}, {backend.dtype.name}"
             + (f"; going on from step {facts.step:,}" if facts.step else "")
         )
         if any(place.device_id for place in facts.places):
-            where(facts.places, facts.config.matmul_precision)
+            print_devices(facts.places, config.matmul_precision)
         if facts.linearisation_bytes > facts.memory_budget:
-            whole, kept = facts.linearisation_bytes / 2**30, facts.memory_budget / 2**30
+            size, budget = facts.linearisation_bytes / 2**30, facts.memory_budget / 2**30
             click.echo(
-                f"A rank's linearisation takes {whole:.2f} GiB, its memory budget is {kept:.2f} GiB: "
-                "what does not fit is computed anew for every product."
+                f"A rank's linearisation takes {size:.2f} GiB, its memory budget is {budget:.2f} GiB: "
+                "what does not fit is recomputed for every product."
             )
-        if not facts.config.max_steps and not facts.config.max_seconds:
+        if not config.max_steps and not config.max_seconds:
             click.echo("No limit (max-steps, max-seconds): training goes on until it is stopped (Ctrl-C).")
 
     def step(self, record: Record) -> None:
-        """Say how a step went; of many in a second the first, and all that were evaluated or rejected."""
+        """Print a step if it was evaluated or rejected, or if it is the first in a second."""
         notable = is_evaluated(record) or not record["accepted"]
         if notable or record["seconds"] >= self.due:
             click.echo(line(record))
             self.due = record["seconds"] + 1
 
+    def end(self, ending: Ending) -> None:
+        """Print why the run ended, what was measured, and how to continue."""
+        valid = ""
+        if ending.valid is not None:
+            loss, metric = ending.valid
+            valid = f", {loss:.4f} {ending.unit}" if ending.unit else f", loss {loss:.5g}"
+            valid += f"{'' if metric is None else f', metric {metric:.5g}'} on validation"
+        click.echo(f"Stopped at step {ending.step:,}: {ending.reason}{valid}.")
+        if ending.remedy:
+            click.echo(f"{ending.remedy}.")
+
 
 class Live(Log):
-    """A line that shows how far the run is, and one more for each evaluation."""
+    """Shows the progress in one live line, and prints a line for each evaluation."""
 
     def __init__(self, display: Any) -> None:
         self.display = display
         self.line: LiveLine | None = None
 
     def start(self, facts: Facts) -> None:
-        """Say what is trained, then show the line."""
+        """Print what is trained, then show the live line."""
         super().start(facts)
-        self.line = LiveLine(facts.step, facts.config.max_steps, facts.config.max_seconds)
+        self.line = LiveLine(facts.step, facts.task.config.max_steps, facts.task.config.max_seconds)
         self.display.update(self.line)
 
     def step(self, record: Record) -> None:
-        """Show the step."""
+        """Update the live line; print a step that was evaluated or rejected."""
         if self.line is not None:
             losses = loss_keys(record).of(record)
-            metric, more = record.get("valid_metric"), model_parts(record)
-            self.line.update(record["step"], record["seconds"], *losses, metric, more, form_of(record))
+            metric, details = record.get("valid_metric"), model_parts(record)
+            self.line.update(record["step"], record["seconds"], *losses, metric, details, loss_format(record))
         if is_evaluated(record) or not record["accepted"]:
             self.display.console.print(line(record), highlight=False, markup=False)
 
+    def end(self, ending: Ending) -> None:
+        """Remove the live line, then print how the run ended."""
+        self.display.stop()
+        super().end(ending)
+
     def compiling(self, now: bool) -> None:
-        """Show whether kernels are being compiled; `hfmpi.train` tries a model before there is a line."""
+        """Show whether kernels are being compiled; this can happen before the live line exists."""
         if self.line is not None:
             self.line.compiling(now)
         else:
             self.display.update(COMPILING if now else "", refresh=True)
 
 
-def where(places: Sequence[Place], precision: str) -> None:
-    """Say on which device each rank computes, and warn of devices that ranks share."""
+def print_devices(places: Sequence[Place], precision: str) -> None:
+    """Print the device of each rank, and a warning for devices that ranks share."""
     if precision != "float32":
         click.echo(f"matrix products in {precision}")
     for rank, place in enumerate(places):
-        at = f"{place.host}, local rank {place.local_rank}, {place.device}"
-        click.echo(f"rank {rank}: {at}, transport {place.transport}")
+        location = f"{place.host}, local rank {place.local_rank}, {place.device}"
+        click.echo(f"rank {rank}: {location}, transport {place.transport}")
     for host, device in sorted({(p.host, p.device_id) for p in places if p.device_id}):
         ranks = [str(rank) for rank, p in enumerate(places) if (p.host, p.device_id) == (host, device)]
         if len(ranks) > 1:
@@ -118,18 +132,18 @@ def where(places: Sequence[Place], precision: str) -> None:
 
 
 def is_evaluated(record: Record) -> bool:
-    """Whether a record has a validation loss."""
+    """Return whether a record has a validation loss."""
     return loss_keys(record).of(record)[1] is not None
 
 
-def form_of(record: Record) -> str:
-    """Give how the losses of a record are written: bits per character alike, others are of any size."""
+def loss_format(record: Record) -> str:
+    """Return the format of losses: bits per character have a known size, other losses have any."""
     return ".4f" if loss_keys(record) == BITS else ".5g"
 
 
 def line(record: Record) -> str:
-    """Give one step as text; the numbers are those of the history."""
-    (loss, valid), form = loss_keys(record).of(record), form_of(record)
+    """Return one step as text."""
+    (loss, valid), form = loss_keys(record).of(record), loss_format(record)
     parts = [f"step {record['step']:>6,}", f"{record['seconds']:>8.1f} s", f"train {loss:{form}}"]
     if valid is not None:
         parts.append(f"valid {valid:{form}}")
@@ -142,7 +156,7 @@ def line(record: Record) -> str:
 
 
 def model_parts(record: Record) -> list[str]:
-    """Give what the step of a quadratic model tells of itself."""
+    """Return the parts of the text that describe the step of a quadratic model."""
     if "rho" not in record:
         return []
     rho = "  nan" if record["rho"] is None else f"{record['rho']:5.2f}"
@@ -152,27 +166,48 @@ def model_parts(record: Record) -> list[str]:
     return parts
 
 
+class NoteHandler(logging.Handler):
+    """Passes warnings that hfmpi logs, such as one on memory, on as notes to the user."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self.note = note
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass a warning on, without the words that a note adds."""
+        try:
+            self.note(record.getMessage().removeprefix("Note: ").removesuffix("."))
+        except OSError:  # standard error is broken
+            self.handleError(record)
+
+
 @contextmanager
 def make_reporter(rank: int, quiet: bool = False) -> Iterator[Reporter]:
-    """Give the reporter of a rank for the duration of a run; a quiet one says only what needs attention."""
-    if rank:
-        yield Silent()
-        return
-    if quiet:
-        yield Quiet()
-        return
+    """Make the reporter of a rank for the duration of a run; a quiet one reports only what needs attention.
+
+    Until then, it also reports the warnings that hfmpi logs. A warning of any rank is shown: it may concern
+    that rank alone.
+    """
+    with ExitStack() as stack:
+        reporter = _Silent() if rank else Quiet() if quiet else _make_log(stack)
+        handler, logger = NoteHandler(Quiet().note if rank else reporter.note), logging.getLogger("hfmpi")
+        logger.addHandler(handler)
+        stack.callback(logger.removeHandler, handler)
+        yield reporter
+
+
+def _make_log(stack: ExitStack) -> Log:
+    """Make the reporter for a terminal, or for standard output that cannot move its cursor."""
     console = None
     if sys.stdout.isatty():
         from rich.console import Console
 
         console = Console()
     if console is None or not console.is_terminal or console.is_dumb_terminal:
-        with told(Patience(click.echo)):
-            yield Log()
-        return
+        stack.enter_context(told(Patience(click.echo)))
+        return Log()
     from rich.live import Live as Display
 
-    with Display(console=console, transient=True, vertical_overflow="crop") as display:
-        live = Live(display)
-        with told(live.compiling):
-            yield live
+    live = Live(stack.enter_context(Display(console=console, transient=True, vertical_overflow="crop")))
+    stack.enter_context(told(live.compiling))
+    return live

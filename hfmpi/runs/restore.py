@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run, checked before memory is taken for it: it may come from anyone."""
+"""Reads a run out of a checkpoint, with checks before memory is allocated: the file may come from anyone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from hfmpi.errors import UserError
 from hfmpi.files.checkpoint import NEWEST, PREVIOUS, Checkpoint, Entry, identity, load
 from hfmpi.files.numbers import is_amount
 from hfmpi.measure.cost import Counts
-from hfmpi.runs.config import CHANGEABLE, merge
+from hfmpi.runs.config import CHANGEABLE
+from hfmpi.runs.merge import merge
 from hfmpi.runs.record import Progress, Spent
 
 __all__ = ["Misfit", "check_model", "check_one_run", "check_parameters", "entries", "progress", "restored"]
@@ -23,11 +24,11 @@ StateT = TypeVar("StateT")
 
 
 class Misfit(UserError):
-    """The state in a checkpoint is not one of this optimizer, or not one with these settings."""
+    """The state in a checkpoint does not fit this optimizer or its settings."""
 
 
 def entries(state: Any, backend: Backend) -> dict[str, Entry]:
-    """Give an optimizer's state (a dataclass of numbers and vectors) as the entries of a checkpoint."""
+    """Return an optimizer's state (a dataclass of numbers and vectors) as the entries of a checkpoint."""
     values = {f.name: getattr(state, f.name) for f in fields(state)}
     return {
         name: value if isinstance(value, (int, float, str)) else backend.to_host(value)
@@ -35,75 +36,76 @@ def entries(state: Any, backend: Backend) -> dict[str, Entry]:
     }
 
 
-def restored(found: Checkpoint, fresh: StateT, backend: Backend, optimizer: str) -> StateT:
-    """Give the optimizer's state; its entries must have the names and forms of a fresh state's.
+def restored(checkpoint: Checkpoint, fresh: StateT, backend: Backend, optimizer: str) -> StateT:
+    """Return the optimizer's state; its entries must have the names, types and shapes of a fresh state.
 
     Raises
     ------
     Misfit
-        If they have not.
+        If they do not.
     """
     expected = entries(fresh, backend)
-    # A vector that is empty may be missing: earlier versions knew no averages.
+    # An empty vector may be missing: earlier versions had no averages.
     empty = {name: v for name, v in expected.items() if isinstance(v, np.ndarray) and not v.size}
-    entered = empty | found.state
-    if set(entered) != set(expected):
+    entries_read = empty | checkpoint.state
+    if set(entries_read) != set(expected):
         raise Misfit(f"the checkpoint was not written by optimizer {optimizer}")
     for name, value in expected.items():
-        entry = entered[name]
-        most = math.inf if type(entry) is float else 2**53  # lambda may be as large as the user lets it
+        entry = entries_read[name]
+        most = math.inf if type(entry) is float else 2**53  # lambda has no upper bound
         if _form(entry) != _form(value) or not (isinstance(entry, np.ndarray) or is_amount(entry, most)):
             raise Misfit(f"the checkpoint's {name} does not fit optimizer {optimizer}")
-    values = {k: backend.to_device(v) if isinstance(v, np.ndarray) else v for k, v in entered.items()}
+    values = {k: backend.to_device(v) if isinstance(v, np.ndarray) else v for k, v in entries_read.items()}
     return type(fresh)(**values)
 
 
-def check_model(found: Checkpoint, symbols: bytes, size: int, dtype: np.dtype) -> None:
-    """Raise a UserError unless the parameters are those of a model of this size for this alphabet."""
-    if found.meta.get("vocabulary") != list(symbols):
+def check_model(checkpoint: Checkpoint, symbols: bytes, size: int, dtype: np.dtype) -> None:
+    """Raise a UserError unless the parameters fit a model of this size for these symbols."""
+    if checkpoint.meta.get("vocabulary") != list(symbols):
         raise UserError(
             "the checkpoint was trained on another vocabulary than that of the data: "
             "prepare its text with `hfmpi prepare --vocabulary RUN`"
         )
-    check_parameters(found, size, dtype)
+    check_parameters(checkpoint, size, dtype)
 
 
-def check_parameters(found: Checkpoint, size: int, dtype: np.dtype) -> None:
-    """Raise a UserError unless the parameters are so many of this type."""
-    if found.theta.shape != (size,) or found.theta.dtype != dtype:
+def check_parameters(checkpoint: Checkpoint, size: int, dtype: np.dtype) -> None:
+    """Raise a UserError unless the checkpoint has this number of parameters of this type."""
+    theta = checkpoint.theta
+    if theta.shape != (size,) or theta.dtype != dtype:
         raise UserError(
-            f"the checkpoint holds a model of {found.theta.size:,} parameters ({found.theta.dtype}), "
+            f"the checkpoint holds a model of {theta.size:,} parameters ({theta.dtype}), "
             f"not of {size:,} ({dtype})"
         )
 
 
-def check_one_run(folder: Path, found: Checkpoint) -> None:
-    """Raise a UserError if the previous checkpoint in the folder is another run's than the one found there.
+def check_one_run(folder: Path, checkpoint: Checkpoint) -> None:
+    """Raise a UserError if the previous checkpoint in the folder belongs to a different run than this one.
 
-    Somebody has copied one of them there. What a run computes, and on what data, never changes.
+    Then one of them was copied there: a run never changes what it computes, nor its data.
     """
     try:
         previous = load(folder / PREVIOUS).meta
-        ours, theirs = (asdict(merge(meta["config"])) | identity(meta) for meta in (found.meta, previous))
+        ours, theirs = (asdict(merge(m["config"])) | identity(m) for m in (checkpoint.meta, previous))
     except (UserError, KeyError, TypeError):  # nothing to compare
         return
     for name, value in ours.items():
         if name not in CHANGEABLE and value != theirs.get(name):
             raise UserError(
-                f"{folder / NEWEST} is of another run than {PREVIOUS} beside it, its {name} differs: "
-                "move away the one that does not belong there"
+                f"{folder / NEWEST} and {PREVIOUS} belong to different runs (the {name} differs): "
+                "remove one of them"
             )
 
 
-def progress(found: Checkpoint) -> Progress:
-    """Give how far the run had come, of which `asdict` made a part of the checkpoint's meta.
+def progress(checkpoint: Checkpoint) -> Progress:
+    """Return the progress of the run, which `asdict` made a part of the checkpoint's meta.
 
     Raises
     ------
     UserError
-        If its numbers are none.
+        If an entry is missing or is not a valid number.
     """
-    meta = found.meta
+    meta = checkpoint.meta
     try:
         step, seconds, counts = meta["step"], meta["seconds"], Counts(**meta["counts"])
         rejections, origin = meta.get("rejections", 0), meta.get("origin", "")
@@ -117,12 +119,12 @@ def progress(found: Checkpoint) -> Progress:
     batches = (number for part in before for number in (part.gradient_batch, part.curvature_batch))
     numbers = step, rejections, *batches, *(n for part in spent for n in asdict(part.counts).values())
     if not all(type(n) is int and is_amount(n) for n in numbers) or not is_amount(seconds):
-        raise UserError("the checkpoint describes no run: its step, seconds and counts must be numbers")
+        raise UserError("invalid checkpoint: its step, seconds and counts must be numbers, not negative")
     if not isinstance(origin, str):
-        raise UserError("the checkpoint describes no run: the one that it started from must have a name")
+        raise UserError('invalid checkpoint: "origin" must be a string')
     return Progress(step, seconds, rejections, counts, before, origin)
 
 
 def _form(value: Entry) -> tuple[Any, ...]:
-    """Give what must agree between the entry of a checkpoint and the state that it takes the place of."""
+    """Return what must be equal for an entry of a checkpoint and the state that it replaces."""
     return (value.shape, value.dtype) if isinstance(value, np.ndarray) else (type(value),)

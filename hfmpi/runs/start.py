@@ -1,16 +1,17 @@
-"""A new run that starts from another one, with other options or data: what goes on and what starts anew.
+"""The one way into a run: new, resumed, or started from a different run with other options or data.
 
-Theta, steps, seconds and costs go on, so that no history claims a loss for less than it cost. The optimizer's
-state goes on where it is one of the same kind. Batches and epochs go on only where they are those of the run
-before.
+A run that starts from a different one continues its theta, steps, seconds and costs, so that no history
+claims a loss for less than it cost. It also continues the optimizer's state if that has the same form, and
+batches and epochs if they are the same as before.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -19,130 +20,145 @@ from hfmpi.files.checkpoint import Checkpoint, latest
 from hfmpi.files.run_folder import find_checkpoint
 from hfmpi.measure.cost import Counts
 from hfmpi.optim.subspace import Subspace
-from hfmpi.parallel.communicator import Communicator
-from hfmpi.parallel.placement import Placement
-from hfmpi.runs.config import Config, merge
+from hfmpi.runs.config import Config
+from hfmpi.runs.merge import derive, merge
 from hfmpi.runs.record import Progress
 from hfmpi.runs.restore import Misfit, check_one_run, progress
-from hfmpi.runs.task import Task
+from hfmpi.runs.session import PROGRAM, Names, Session
+from hfmpi.runs.task import DifferentRun, Task
 from hfmpi.runs.train import Run
 
-__all__ = ["COMMAND", "Names", "begin", "find"]
+__all__ = ["open_run"]
 
 BATCHES = "sequence_length", "burn_in", "seed"
 """Options that decide, with the data and the batch sizes, which batches a run takes."""
 
 
-class Names(NamedTuple):
-    """What a user calls the options that a sentence names."""
-
-    out: str
-    go_on: str
-    max_steps: str
-    max_seconds: str
-
-
-COMMAND = Names("--out", "--resume auto", "--max-steps", "--max-seconds")
-
-
-def find(folder: Path | None, resume: str, names: Names) -> tuple[Checkpoint | None, bool]:
-    """Give the checkpoint to go on or to start from, if there is one, and whether it is the folder's own.
-
-    A folder whose run was started from the one that `resume` names goes on where it was itself.
-
-    Raises
-    ------
-    UserError
-        If a checkpoint cannot be read, belongs to another run than the one before it, or a run would be
-        overwritten.
-    """
-    own = resume in ("auto", "never") or (folder is not None and _started_from(folder, resume))
-    found = find_checkpoint(folder, "auto" if own and resume != "never" else resume, names[:2])
-    if own and folder is not None and found is not None:
-        check_one_run(folder, found)
-    return found, own
-
-
-def begin(
+def open_run(
     folder: Path | None,
-    task: Task,
-    communicator: Communicator,
-    placement: Placement,
-    found: Checkpoint,
-    source: str,
-    same_data: bool,
-    names: Names,
-) -> tuple[Run, str]:
-    """Make a new run that starts from another one; say if the optimizer's state of that is not taken over.
+    resume: str,
+    options: Mapping[str, Any],
+    make_task: Callable[[Config, bool], Task],
+    session: Session,
+) -> Run:
+    """Return the run that the user describes, checked and ready to train; nothing is written.
 
     Parameters
     ----------
-    folder, task, communicator, placement
-        Of the new run, as `Run` has them; its options are those of `config.started`.
-    found : Checkpoint
-        Of the run to start from.
-    source : str
-        Its path.
-    same_data : bool
-        Whether that run was trained on the same data.
-    names : Names
+    folder : Path or None
+        Folder of the run; None if nothing is to be written.
+    resume : str
+        'auto', 'never', or the folder or checkpoint of the run to start from.
+    options : mapping
+        User-supplied options by name.
+    make_task : callable
+        Makes the task from the options in effect; its second argument is True if the run in `folder` is
+        resumed.
+    session : Session
+        Its reporter receives what the user should know about the checkpoint.
 
     Raises
     ------
     UserError
-        If the checkpoint does not fit the task, or a limit is reached before the start.
+        On this rank alone, if a checkpoint cannot be read or does not fit the options, the model or the data,
+        if a run would be overwritten, or if a limit is reached before the start.
     """
-    begun, why = _start(found, source, task.config, same_data)
+    names = session.names
+    checkpoint, resumes = _find(folder, resume, names)
+    if checkpoint is None:
+        return Run(folder, make_task(merge(options), False), session)
+    name, remedy = (folder, f"give another {names.out}") if resumes else (resume, names.origin)
+    if ("cases" in checkpoint.meta) != (names is PROGRAM):
+        raise UserError(f"{name} is {names.other_kind}; {remedy}")
+    stored, notes = checkpoint.meta.get("config"), [checkpoint.message]
+    config = merge(options, stored, names.out) if resumes else derive(options, stored)
+    task = make_task(config, resumes)
     try:
-        run = Run(folder, task, communicator, placement, begun)
-    except Misfit as error:
-        why = str(error)
-        run = Run(folder, task, communicator, placement, _anew(begun))
-    _check_limits(task.config, run.progress, source, names)
-    return run, why and f"the optimizer's state of {source} is not taken over: {why}"
+        difference = task.compare(checkpoint, resumes)
+    except DifferentRun as error:
+        raise UserError(f"{name} {error}; {remedy}") from None
+    if resumes:
+        run = Run(folder, task, session, checkpoint)
+    else:
+        run, reset = _begin(folder, task, session, checkpoint, resume, same_data=not difference)
+        notes += [
+            difference and f"{resume} {difference}",
+            reset and f"the optimizer's state of {resume} is not taken over: {reset}",
+        ]
+    for note in filter(None, notes):
+        session.reporter.note(note)
+    return run
+
+
+def _find(folder: Path | None, resume: str, names: Names) -> tuple[Checkpoint | None, bool]:
+    """Return the checkpoint to continue, if there is one, and whether it belongs to the run in the folder.
+
+    A run that was started from the one that `resume` names continues from the checkpoint in its folder.
+    """
+    resumes = resume in ("auto", "never") or (folder is not None and _started_from(folder, resume))
+    source = "auto" if resumes and resume != "never" else resume
+    checkpoint = find_checkpoint(folder, source, (names.out, names.resume))
+    if resumes and folder is not None and checkpoint is not None:
+        check_one_run(folder, checkpoint)
+    return checkpoint, resumes
 
 
 def _started_from(folder: Path, source: str) -> bool:
-    """Whether the folder holds a run that was started from this one."""
     try:
         return latest(folder).meta.get("origin") == os.path.realpath(source)
     except UserError:
         return False
 
 
-def _start(found: Checkpoint, source: str, config: Config, same_data: bool) -> tuple[Checkpoint, str]:
-    """Give the checkpoint that a new run starts from, and why the optimizer's state is not taken over."""
-    had, so_far, why = merge(found.meta["config"]), progress(found), ""
+def _begin(
+    folder: Path | None, task: Task, session: Session, checkpoint: Checkpoint, source: str, same_data: bool
+) -> tuple[Run, str]:
+    """Make a new run from the checkpoint of a different one; return it, and why the optimizer is reset."""
+    begun, why = _starting_point(checkpoint, source, task.config, same_data)
+    try:
+        run = Run(folder, task, session, begun)
+    except Misfit as error:
+        why = str(error)
+        run = Run(folder, task, session, _without_state(begun))
+    _check_limits(task.config, run.progress, source, session.names)
+    return run, why
+
+
+def _starting_point(
+    checkpoint: Checkpoint, source: str, config: Config, same_data: bool
+) -> tuple[Checkpoint, str]:
+    """Return the checkpoint from which a new run starts, and why the optimizer is reset; "" if it is not."""
+    had, so_far, why = merge(checkpoint.meta["config"]), progress(checkpoint), ""
     before, now = had.preset(), config.preset()
     batches = before.gradient_batch, before.curvature_batch
     if type(before.optimizer) is not type(now.optimizer):
         why = f"it was trained with {had.optimizer}, and this is {config.optimizer}"
-        found = _anew(found)
-    state = dict(found.state)
+        checkpoint = _without_state(checkpoint)
+    state = dict(checkpoint.state)
     if state and "damping" in config.settings and config.settings["damping"] != had.in_effect()["damping"]:
-        state["damping"] = float(config.settings["damping"])  # who gives lambda wants it, not the one reached
+        state["damping"] = float(config.settings["damping"])  # the user's lambda replaces the adapted one
     same = same_data and (now.gradient_batch, now.curvature_batch) == batches
     if why or not same or any(getattr(had, name) != getattr(config, name) for name in BATCHES):
         so_far = replace(so_far, counts=Counts(), before=so_far.spent(*batches))
         if isinstance(now.optimizer, Subspace) and state:
             state |= {"loss": 0.0, "descent": 0.0, "curvature": 0.0}  # the last risk was of another batch
     so_far = replace(so_far, rejections=0, origin=os.path.realpath(source))
-    return replace(found, state=state, meta=found.meta | asdict(so_far)), why
+    return replace(checkpoint, state=state, meta=checkpoint.meta | asdict(so_far)), why
 
 
-def _anew(found: Checkpoint) -> Checkpoint:
-    """Give the checkpoint without the optimizer's state, with the parameters that were evaluated.
+def _without_state(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint without the optimizer's state, with the parameters that were evaluated.
 
-    They are the mean of the iterates where the optimizer made one.
+    These are the mean of the iterates if the optimizer computed one.
     """
-    average = found.state.get("average")
-    if isinstance(average, np.ndarray) and average.shape == found.theta.shape:
-        return replace(found, theta=average, state={})
-    return replace(found, state={})
+    average = checkpoint.state.get("average")
+    if isinstance(average, np.ndarray) and average.shape == checkpoint.theta.shape:
+        return replace(checkpoint, theta=average, state={})
+    return replace(checkpoint, state={})
 
 
 def _check_limits(config: Config, so_far: Progress, source: str, names: Names) -> None:
-    """Raise a UserError if a new run has reached a limit before it starts, which counts what went before."""
+    """Raise a UserError if a new run has reached a limit before it starts; limits include the run before."""
     steps, seconds = f"{so_far.step:,} steps", f"{so_far.seconds:,.1f} seconds"
     for option, limit, value, had in (
         (names.max_steps, config.max_steps, so_far.step, steps),

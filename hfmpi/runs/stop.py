@@ -1,4 +1,4 @@
-"""What asks a run to stop before its limit: signals, and the end of the batch job that it runs in."""
+"""Requests to stop before a limit: signals, and the approaching end of the batch job."""
 
 from __future__ import annotations
 
@@ -11,39 +11,38 @@ from typing import Any
 
 __all__ = ["StopSignals", "job_end"]
 
-# SIGUSR1 is the one that the mpirun of MPICH and of Open MPI both forward to the ranks, and that batch
-# systems can be told to send some time before the limit; SIGTERM is what they send at the limit. SIGHUP is
-# that of a dropped connection; submitit, LSF, OAR and Grid Engine (-notify) send SIGUSR2; Grid Engine and
-# the kernel (ulimit -t) send SIGXCPU.
+# The mpirun of both MPICH and Open MPI forwards SIGUSR1 to the ranks, and batch systems can send it some time
+# before the limit; at the limit they send SIGTERM. A dropped connection sends SIGHUP; submitit, LSF, OAR and
+# Grid Engine (-notify) send SIGUSR2; Grid Engine and the kernel (ulimit -t) send SIGXCPU.
 _SIGNALS = tuple(signal.Signals[f"SIG{name}"] for name in ("INT", "TERM", "HUP", "USR1", "USR2", "XCPU"))
-_MARGIN = 30.0  # seconds before the job's end, besides what the run itself needs
+_MARGIN = 30.0  # seconds before the end of the job, in addition to those that the run needs
 
 
 def job_end() -> float | None:
-    """Give the time at which Slurm will end the job (seconds since 1970), or None outside a job.
+    """Return the time at which Slurm will end the job (seconds since 1970), or None outside a job.
 
-    A time that is over is none: the variable was inherited from a job that is gone.
+    A time in the past does not count: the variable was inherited from a job that has ended.
     """
     end = os.environ.get("SLURM_JOB_END_TIME", "")
     return float(end) if end.isdecimal() and float(end) > time.time() else None
 
 
 class StopSignals:
-    """Notes SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU in a `with` block instead of dying of them.
+    """Records SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU in a `with` block; they do not kill.
 
     A second SIGINT raises KeyboardInterrupt at once; a SIGHUP that is ignored (nohup) stays ignored. Only
-    the main thread can enter the block. Each rank notes its own signals; whether to stop is for the ranks
-    to agree.
+    the main thread can enter the block. Each rank records the signals that it receives; the ranks have to
+    agree on whether to stop.
 
     Parameters
     ----------
     end : float, optional
-        When the job ends, as `job_end` gives it. `wanted` says yes early enough to leave in good order.
+        Time at which the job ends, from `job_end`. `wanted` returns True early enough before it.
 
     Attributes
     ----------
     requested : str or None
-        What came first, such as "SIGTERM asked for it".
+        The first request, such as "SIGTERM asked for it".
     """
 
     def __init__(self, end: float | None = None) -> None:
@@ -54,11 +53,11 @@ class StopSignals:
         self._longest = 0.0
 
     def wanted(self) -> bool:
-        """Say whether this rank wants to stop; asked at every sum over the ranks and before every step.
+        """Return whether this rank wants to stop; called at every sum over the ranks and before every step.
 
-        Once it says yes, the run may work up to the next sum and then write its checkpoint. Neither took
-        longer than the longest time between two calls so far, so that time is left twice before the job's
-        end, and half a minute.
+        After that, the run works up to the next sum and then writes its checkpoint. Neither has taken longer
+        than the longest time between two calls so far, so this time is reserved twice before the end of the
+        job, and half a minute.
         """
         now = time.monotonic()
         self._longest = max(self._longest, now - self._asked)

@@ -1,4 +1,4 @@
-"""What a run trains on what: all in which one run differs from another, for the one loop of `Run`."""
+"""The task of a run: what it trains, on which data, with which options; `Run` is the same for all tasks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from hfmpi.backends.base import Array
 from hfmpi.data.batches import Cases
+from hfmpi.errors import UserError
 from hfmpi.files.checkpoint import Checkpoint
 from hfmpi.files.history import LossKeys
 from hfmpi.models.base import Model
@@ -18,17 +19,21 @@ from hfmpi.parallel.communicator import digest
 from hfmpi.runs.config import Config
 from hfmpi.runs.metric import Metric
 
-__all__ = ["Task"]
+__all__ = ["DifferentRun", "Task"]
+
+
+class DifferentRun(UserError):
+    """The checkpoint belongs to a different run; the subject of the sentence is left to the caller."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A model, its cases and the options of its training.
+    """A model, its data and the options of its training.
 
     Attributes
     ----------
     config : Config
-        With nothing open that a resumed run would have to ask for again.
+        All options; a resumed run need not ask for any of them again.
     model : Model
     train_set : Cases
     valid_set : Cases or None
@@ -37,11 +42,13 @@ class Task:
     title : str
         What is trained, for a log.
     noun : str
-        What the cases are called there.
+        What an example is called in a log, in the plural.
+    unit : str
+        Unit of the loss in messages; without it, the loss is called "loss".
     identity : mapping
-        What a checkpoint says of model and data, as JSON has it, besides the options.
+        What a checkpoint stores about the model and the data, as JSON.
     metric : Metric or None
-        What is measured on the validation cases besides the loss.
+        Measured on the validation examples in addition to the loss.
     notes : tuple of str
         What the user should know before the first step.
     """
@@ -54,36 +61,49 @@ class Task:
     title: str
     noun: str
     identity: Mapping[str, Any]
+    unit: str = ""
     metric: Metric | None = None
     notes: tuple[str, ...] = ()
 
-    def check(self, found: Checkpoint | None) -> None:
-        """Raise a UserError unless a run can start anew, or go on from a checkpoint.
+    def check(self, checkpoint: Checkpoint | None) -> None:
+        """Raise a UserError unless a run can start, new or from a checkpoint.
 
-        Before memory is taken for what its options describe.
+        Called before memory is allocated for what the checkpoint describes.
         """
 
+    def compare(self, checkpoint: Checkpoint, resumes: bool) -> str:
+        """Return how the training data of the checkpoint's run differ, as "was trained on ...", or "".
+
+        If this run resumes that one, no difference is allowed.
+
+        Raises
+        ------
+        DifferentRun
+            If the checkpoint does not fit the model or, for a resumed run, the data.
+        """
+        raise NotImplementedError
+
     def compared(self, theta: np.ndarray, step: int) -> dict[str, Any]:
-        """Give what all ranks must have alike at the start, by the sentence on ranks {} that have not."""
+        """Return what must be equal on all ranks at the start, by the error sentence for ranks {}."""
         sentence = "rank {} has other data, options or checkpoint files than the other ranks"
         return {sentence: [digest(theta), asdict(self.config), dict(self.identity), step]}
 
     def try_out(self, owner: DataParallel, theta: Array) -> None:
-        """Raise a UserError on all ranks if the first batch shows that theta is no start; collective."""
+        """Raise a UserError on all ranks if training cannot start from theta; collective."""
 
     def cases(self, step: int) -> Cases:
-        """Give the training cases as step `step`, from 0 on, is to see them."""
+        """Return the training examples as step `step`, counted from 0, uses them."""
         return self.train_set
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options as the files of a run have them."""
+        """The options that the files of a run contain."""
         return asdict(self.config)
 
     def linearisation_bytes(self, cases: int) -> int:
-        """Give what the linearisation of so many cases takes, if that is known; else 0."""
+        """Return the size of a linearisation on this many examples, or 0 if it is not known."""
         return 0
 
     def meta(self, theta: Array) -> dict[str, Any]:
-        """Give what a checkpoint of theta says of model and data."""
+        """Return what a checkpoint of theta stores about the model and the data."""
         return dict(self.identity)

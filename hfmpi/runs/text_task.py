@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hfmpi.data.batches import Cases, Sequences
-from hfmpi.data.corpus import Corpus
+from hfmpi.data.corpus import Corpus, loss_unit
 from hfmpi.data.noise import Noisy
 from hfmpi.files.checkpoint import Checkpoint
 from hfmpi.files.history import BITS
@@ -15,7 +15,7 @@ from hfmpi.optim.hessian_free import HessianFree
 from hfmpi.runs import checks
 from hfmpi.runs.config import Config
 from hfmpi.runs.restore import check_model
-from hfmpi.runs.task import Task
+from hfmpi.runs.task import DifferentRun, Task
 
 __all__ = ["TextTask"]
 
@@ -30,25 +30,26 @@ class TextTask(Task):
     train_set: Sequences
     valid_set: Sequences
     corpus: Corpus
+    data: Path
 
     @classmethod
     def read(cls, config: Config, data: Path, local_rank: int) -> TextTask:
-        """Read the corpus, on every rank, and make the network.
+        """Read the corpus, on every rank, and make the network for it.
 
         Raises
         ------
         UserError
-            If the corpus cannot be read or does not suffice for the options.
+            If the corpus cannot be read, or is too short for the options.
         """
         corpus = Corpus.read(data)
-        about = config.architecture(corpus.vocabulary)
-        # The size is settled now: the budget has served, and a resumed run must not ask again.
-        config = replace(config, hidden=about.hidden, parameters=0)
+        architecture = config.architecture(corpus.vocabulary)
+        # From now on the number of units is the size, so that a resumed run does not derive it again.
+        config = replace(config, hidden=architecture.hidden, parameters=0)
         preset, lengths = config.preset(), (config.sequence_length, config.burn_in)
         batches = preset.gradient_batch, preset.curvature_batch
         checks.enough_text(data, len(corpus.train), len(corpus.valid), *lengths, *batches)
         network = Network(
-            about,
+            architecture,
             config.make_backend(local_rank),
             initialisation=config.initialisation,
             forget_bias=config.forget_bias,
@@ -62,23 +63,35 @@ class TextTask(Task):
             keys=BITS,
             title=f"{config.model}{variant}, {config.hidden:,} units, {network.size:,} parameters",
             noun="sequences",
+            unit=loss_unit(corpus.symbols),
             identity={
                 "vocabulary": list(corpus.symbols),
                 "data": str(data.resolve()),
                 "corpus": corpus.digest,
             },
             corpus=corpus,
+            data=data,
             notes=(NOISED,) if config.input_noise else (),
         )
 
-    def check(self, found: Checkpoint | None) -> None:
-        """Raise a UserError if the checkpoint is of another alphabet or size, or the memory too small."""
-        if found is not None:
-            check_model(found, self.corpus.symbols, self.model.size, self.model.backend.dtype)
+    def check(self, checkpoint: Checkpoint | None) -> None:
+        """Raise a UserError if the checkpoint has other symbols or sizes, or memory does not suffice."""
+        if checkpoint is not None:
+            check_model(checkpoint, self.corpus.symbols, self.model.size, self.model.backend.dtype)
         checks.enough_memory(self.model.architecture)
 
+    def compare(self, checkpoint: Checkpoint, resumes: bool) -> str:
+        """Return "" if the checkpoint's run was trained on the same corpus; see `Task.compare`."""
+        check_model(checkpoint, self.corpus.symbols, self.model.size, self.model.backend.dtype)
+        if checkpoint.meta.get("corpus") == self.corpus.digest:
+            return ""
+        difference = f"was trained on other data than {self.data}"
+        if resumes:
+            raise DifferentRun(difference)
+        return difference
+
     def cases(self, step: int) -> Cases:
-        """Give the training sequences, with the noise of this step where there is to be some."""
+        """Return the training sequences, with the noise of this step if there is any."""
         share = self.config.input_noise
         return Noisy(self.train_set, share, self.config.seed, step) if share else self.train_set
 

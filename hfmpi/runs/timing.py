@@ -1,4 +1,4 @@
-"""timing.json: where the time of each rank went, since the run was last started."""
+"""timing.json: what each rank spent its time on since the run was last started."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MOST_BYTES = 2**26  # a rank has about 1,000
 
 
 class RankTimes(TypedDict):
-    """A rank: beside its `Placement` and device, seconds by name of the whole run and of the timed steps."""
+    """A rank: its `Placement` and device, and seconds by name, of this start and of the timed steps."""
 
     threads: int
     device: str
@@ -35,7 +35,7 @@ class RankTimes(TypedDict):
 
 
 class Times(TypedDict):
-    """What the file holds; all steps of this start but the first are timed."""
+    """Content of the file; all steps of this start except the first are timed."""
 
     first_step: int
     last_step: int
@@ -45,22 +45,22 @@ class Times(TypedDict):
 
 
 class Timing:
-    """Brings the timers of all ranks together.
+    """Combines the timers of all ranks.
 
     Parameters
     ----------
     timer : Timer
-        This rank's.
+        The rank's timer.
     communicator, placement
     first_step : int
-        The step from which this start goes on.
+        The step from which this start continues.
     device : str
-        What this rank computes on.
+        The rank's device.
 
     Attributes
     ----------
     step_seconds : float
-        Of the newest step, without evaluation and files.
+        Duration of the newest step, without evaluation and files.
     """
 
     def __init__(
@@ -74,21 +74,26 @@ class Timing:
         self.step_seconds = 0.0
         self.start()
         self._split_steps = np.zeros((communicator.size, 2))
-        self._steps = 0  # whole steps so far, of which all but the first are in the next two
+        self._steps = 0  # complete steps so far; the next two include all but the first
         self._step_totals: dict[str, float] = {}
-        self._in_step: list[tuple[int, int]] = []  # collectives from and up to, of each step since `collect`
+        self._in_step: list[tuple[int, int]] = []  # range of the collectives of each step since `collect`
         self._split = np.zeros((communicator.size, 2))  # communication and waiting of each rank so far
         self._seen = 0
 
     def start(self) -> None:
-        """Begin to count the seconds."""
+        """Start to count the seconds."""
         self._started = self.timer.clock()
+
+    @property
+    def seconds(self) -> float:
+        """The seconds since `start`."""
+        return self.timer.clock() - self._started
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Time a step; one that ends in an exception does not count.
 
-        The first step of a start does not count either: it compiles, and makes the workspaces.
+        Nor does the first step of a start: it compiles kernels and allocates workspaces.
         """
         before, calls = dict(self.timer.totals), self.timer.calls(ALLREDUCE)
         started = self.timer.clock()
@@ -104,7 +109,7 @@ class Timing:
                     self._step_totals[name] = self._step_totals.get(name, 0.0) + spent
 
     def collect(self, step: int) -> str:
-        """Gather the spans of all ranks; give the content of the file on rank 0, elsewhere nothing."""
+        """Gather the spans of all ranks; return the content of the file on rank 0, on other ranks ""."""
         durations = self.timer.series(ALLREDUCE)
         stepping = np.zeros(len(durations), bool)
         for first, end in self._in_step:
@@ -112,8 +117,8 @@ class Timing:
         self._in_step.clear()
         new = slice(self._seen, None)
         self._seen = len(durations)
-        own = (durations[new], stepping[new], dict(self.timer.totals), self._step_totals)
-        rows = self.communicator.gather((*own, asdict(self.placement) | {"device": self.device}))
+        totals, placement = dict(self.timer.totals), asdict(self.placement) | {"device": self.device}
+        rows = self.communicator.gather((durations[new], stepping[new], totals, self._step_totals, placement))
         if rows is None:
             return ""
         self._split += np.stack(split_waiting([row[0] for row in rows]), axis=1)
@@ -121,9 +126,13 @@ class Timing:
         ranks = [
             cast(
                 RankTimes,
-                {**place, "spans": _parted(totals, whole), "step_spans": _parted(step_totals, steps)},
+                {
+                    **placement,
+                    "spans": _with_waiting(spans, split),
+                    "step_spans": _with_waiting(steps, split_steps),
+                },
             )
-            for (_, _, totals, step_totals, place), whole, steps in zip(
+            for (_, _, spans, steps, placement), split, split_steps in zip(
                 rows, self._split.tolist(), self._split_steps.tolist(), strict=True
             )
         ]
@@ -131,19 +140,19 @@ class Timing:
             "first_step": self.first_step,
             "last_step": step,
             "timed_steps": max(0, self._steps - 1),
-            "seconds": self.timer.clock() - self._started,
+            "seconds": self.seconds,
             "ranks": ranks,
         }
         return json.dumps(times, indent=1)
 
 
-def _parted(totals: dict[str, float], split: list[float]) -> dict[str, float]:
-    """Give spans with the time in collectives parted into communication and waiting."""
+def _with_waiting(totals: dict[str, float], split: list[float]) -> dict[str, float]:
+    """Return the spans with the time in collectives divided into communication and waiting."""
     return totals | {ALLREDUCE: split[0], WAITING: split[1]}
 
 
 def read_times(folder: Path) -> Times:
-    """Read timing.json and check what is used of it."""
+    """Read timing.json, and check the entries that hfmpi uses."""
     path = folder / TIMING
     with open_regular(path) as file:
         content = file.read(MOST_BYTES)

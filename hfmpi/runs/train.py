@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,29 +18,18 @@ from hfmpi.objective.data_parallel import DataParallel, Stopped, step_objectives
 from hfmpi.objective.transport import choose
 from hfmpi.optim.base import StepReport
 from hfmpi.optim.first_order import evaluated
-from hfmpi.parallel.communicator import Communicator
-from hfmpi.parallel.placement import Place, Placement, single_threaded
+from hfmpi.parallel.placement import Place, single_threaded
 from hfmpi.runs import checks, metric
-from hfmpi.runs.config import to_toml
+from hfmpi.runs.merge import to_toml
 from hfmpi.runs.output import Output
-from hfmpi.runs.record import Facts, Progress, Reporter, Validation, step_record
+from hfmpi.runs.record import Ending, Facts, Progress, Validation, step_record
 from hfmpi.runs.restore import entries, progress, restored
-from hfmpi.runs.stop import StopSignals
+from hfmpi.runs.session import Session
 from hfmpi.runs.task import Task
 from hfmpi.runs.timing import Timing
 from hfmpi.version import __version__
 
-__all__ = ["Ending", "Run"]
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a run ended: why, whether at a limit, at which step, and what validation found there."""
-
-    reason: str
-    done: bool
-    step: int
-    valid: Validation | None
+__all__ = ["Run"]
 
 
 class Run:
@@ -52,65 +40,72 @@ class Run:
     folder : Path or None
         None: nothing is written.
     task : Task
-        What is trained on what; the same on every rank.
-    communicator, placement
-    resume : Checkpoint or None
-        Where to go on; None starts anew.
-    clock : callable
-        Gives the time in seconds.
+        What is trained, on which data; equal on all ranks.
+    session : Session
+    checkpoint : Checkpoint or None
+        Where the run continues; None for a new run.
+
+    Raises
+    ------
+    UserError
+        On this rank alone, if the checkpoint does not fit the task, or the task cannot start.
     """
 
     def __init__(
-        self,
-        folder: Path | None,
-        task: Task,
-        communicator: Communicator,
-        placement: Placement,
-        resume: Checkpoint | None = None,
-        clock: Callable[[], float] = time.perf_counter,
+        self, folder: Path | None, task: Task, session: Session, checkpoint: Checkpoint | None = None
     ) -> None:
-        self.folder = folder
-        self.communicator = communicator
-        self.task, self.config, self.model = task, task.config, task.model
-        config, model = self.config, self.model
+        config, model, placement = task.config, task.model, session.placement
+        self.folder, self.task, self.session = folder, task, session
+        self.communicator, self.reporter = session.communicator, session.reporter
+        self.config, self.model, self.backend = config, model, model.backend
         self.placement = single_threaded(placement) if config.slices else placement
         self.preset = preset = config.preset()
         self.batches = preset.gradient_batch, preset.curvature_batch
         self.epoch_steps = max(1, task.train_set.count // preset.gradient_batch)
-        self.backend = model.backend
-        self.timer = Timer(clock)
+        self.timer = Timer(session.clock)
         self.memory_budget = config.memory_budget or (self.backend.free_memory() or placement.memory) // 2
-        self.risk: DataParallel  # from the start of `train` on
 
-        task.check(resume)
+        task.check(checkpoint)
         initial = model.initial(config.seed)
         self.theta: Array = self.backend.to_device(initial.astype(self.backend.dtype))
-        blocks = model.blocks if isinstance(model, Blocks) else ()
         self.progress = Progress()
-        if resume is not None:
-            self.theta, self.progress = self.backend.to_device(resume.theta), progress(resume)
-        self.state = preset.optimizer.init(self.theta, blocks)
-        if resume is not None and resume.state:
-            self.state = restored(resume, self.state, self.backend, config.optimizer)
-        self.first_step = self.step
-        self._resumed = resume is not None
-        self.timing = Timing(self.timer, communicator, placement, self.step, self.backend.device)
+        if checkpoint is not None:
+            self.theta, self.progress = self.backend.to_device(checkpoint.theta), progress(checkpoint)
+        self.state = preset.optimizer.init(self.theta, model.blocks if isinstance(model, Blocks) else ())
+        if checkpoint is not None and checkpoint.state:
+            self.state = restored(checkpoint, self.state, self.backend, config.optimizer)
+        self.valid: Validation | None = None  # of the current step, if it was evaluated
+
+        self._resumed, self._saved = checkpoint is not None, Progress(-1)
+        self.first_step, self._first_second = self.progress.step, self.progress.seconds
+        self.timing = Timing(self.timer, self.communicator, placement, self.first_step, self.backend.device)
+        self.output = Output(self.communicator, self.reporter, self.first_step if self._resumed else None)
+        self._interruptible = False  # whether a wish to stop interrupts the work
+        self.risk = DataParallel(
+            model,
+            self.communicator,
+            self.timer,
+            config.micro_batch,
+            self.memory_budget,
+            slices=config.slices,
+            stop=lambda: self._interruptible and session.signals.wanted(),
+        )
 
     @property
     def step(self) -> int:
-        """The steps that were taken, since the first start."""
+        """Number of steps since the first start."""
         return self.progress.step
 
     @property
     def evaluated(self) -> Array:
-        """The parameters that are evaluated: the mean of the iterates where the optimizer makes one."""
+        """The parameters to evaluate: the mean of the iterates if the optimizer computes one."""
         return evaluated(self.theta, self.state)
 
-    def train(self, reporter: Reporter, signals: StopSignals) -> Ending:
+    def train(self) -> Ending:
         """Train until a limit or a signal; on return the checkpoint is written.
 
         A signal drops the step in progress: theta and the optimizer's state are those before it, and a
-        resumed run takes it anew, bit for bit.
+        resumed run repeats it, bit for bit.
 
         Raises
         ------
@@ -118,82 +113,79 @@ class Run:
             On all ranks alike: a file could not be written at the start or in the end, the ranks no longer
             hold the same theta, or the numbers have gone wrong for good.
         """
-        self.output = Output(self.communicator, reporter, self.first_step if self._resumed else None)
         try:
-            return self._train(signals)
+            self._start()
+            ending = self._train()
         finally:
             self.output.close()
+        self.reporter.end(ending)
+        return ending
 
-    def _train(self, signals: StopSignals) -> Ending:
-        config, comm, output, task = self.config, self.communicator, self.output, self.task
-        theta = self.backend.to_host(self.theta)
-        checks.same_start(comm, task.compared(theta, self.step))
-        transport = choose(config.transport, comm, self.backend, config.slices > 0)
-        self.leaving = True  # what is left to do is done, whoever wants to stop
-        self.risk = DataParallel(
-            self.model,
-            comm,
-            self.timer,
-            config.micro_batch,
-            self.memory_budget,
-            transport,
-            config.slices,
-            stop=lambda: not self.leaving and signals.wanted(),
-        )
-        place, backend = self.placement, self.backend
-        own = Place(place.host, place.local_rank, backend.device, backend.device_id, transport.name)
+    def _start(self) -> None:
+        """Check that all ranks start alike, choose the transport, and open the folder; collective."""
+        config, comm, task, backend = self.config, self.communicator, self.task, self.backend
+        checks.same_start(comm, task.compared(backend.to_host(self.theta), self.step))
+        self.risk.transport = choose(config.transport, comm, backend, config.slices > 0)
         if not self._resumed:
             task.try_out(self.risk, self.theta)
-        self.leaving = False
-        output.open(self.folder, to_toml(task.options), self.facts(comm.gather(own) or ()), task.notes)
+        host, local_rank = self.placement.host, self.placement.local_rank
+        place = Place(host, local_rank, backend.device, backend.device_id, self.risk.transport.name)
+        places = comm.gather(place) or ()
+        self.output.open(self.folder, to_toml(task.options), self.facts(places), task.notes)
         self.timing.start()
-        self._started = self.timer.clock() - self.progress.seconds
-        checkpoint_every = config.checkpoint_every or self.epoch_steps
-        evaluate_every = config.evaluate_every or self.epoch_steps
-        valid, saved, said = None, Progress(-1), set[str]()
+
+    def _train(self) -> Ending:
+        """Take steps, save what is left to save, and return how the run ended."""
+        self._interruptible = True
         try:
-            while True:
-                self._look_at_the_clock()
-                reason = self._limit(self.progress)
-                if reason:
-                    break
-                if comm.any(signals.wanted()):
-                    raise Stopped
-                report, valid = self._one_step(evaluate_every)
-                self._look_at_the_clock()
-                seconds = self.timing.step_seconds
-                if report.accepted and report.message and report.message not in said:
-                    said.add(report.message)
-                    output.reporter.note(f"step {self.step:,}: {report.message}; this is said once")
-                output.step(
-                    step_record(
-                        self.progress, report, valid, task.keys, task.metric is not None, seconds,
-                        self.batches, comm.size,
-                    )
-                )  # fmt: skip
-                if self.step % checkpoint_every == 0 or self.progress.seconds >= output.retry_at:
-                    saved = self.progress if self.save(valid) else saved
-                elif config.check_every and self.step % config.check_every == 0:
-                    self.check_ranks()
-                checks.not_stuck(self.progress, config.max_rejections, report.message, output.last_good)
-            if valid is None:
-                valid = self.validate(self.evaluated)
+            reason = self._take_steps()
+            if self.valid is None:
+                self.valid = self.validate(self.evaluated)
             done = True
         except Stopped:
-            reason, done = self._who_stopped(signals), False
-            self.leaving = True
-        # A limit of seconds that passed while the checkpoint was written must stand in it, too: else the next
+            reason, done = self._who_stopped(), False
+        self._interruptible = False
+        # A limit of seconds that passed while the checkpoint was written must be in it: otherwise the next
         # start would take one more step.
-        stands = saved.step == self.step and (not done or self._limit(saved))
-        if not stands and not self.save(valid):
-            unsaved = self.first_step if output.last_saved is None else output.last_saved
-            failure = output.failures["the checkpoint"]
+        saved = self._saved.step == self.step and (not done or self._limit(self._saved))
+        if not saved and not self.save():
+            unsaved = self.first_step if self.output.last_saved is None else self.output.last_saved
+            failure = self.output.failures["the checkpoint"]
             raise UserError(f"{failure}; the steps after step {unsaved:,} are not saved")
-        output.finish(f"{reason}\n" if done else "")
-        return Ending(reason, done, self.step, valid)
+        self.output.finish(f"{reason}\n" if done else "")
+        again = f"{self.session.names.again} to go on; the checkpoint is in {self.folder}"
+        remedy = "" if done or self.folder is None else again
+        return Ending(reason, done, self.step, self.valid, self.task.unit, remedy)
 
-    def _one_step(self, evaluate_every: int) -> tuple[StepReport, Validation | None]:
-        """Take a step and evaluate where it is due; only when both are there does the run move on."""
+    def _take_steps(self) -> str:
+        """Take steps until a limit is reached, and return it; Stopped is raised if a rank wants to stop."""
+        config, comm, output, task = self.config, self.communicator, self.output, self.task
+        checkpoint_every, reported = config.checkpoint_every or self.epoch_steps, set[str]()
+        while True:
+            self._update_seconds()
+            if reason := self._limit(self.progress):
+                return reason
+            if comm.any(self.session.signals.wanted()):
+                raise Stopped
+            report = self._one_step()
+            self._update_seconds()
+            if report.accepted and report.message and report.message not in reported:
+                reported.add(report.message)
+                self.reporter.note(f"step {self.step:,}: {report.message}; this is said once")
+            seconds, has_metric = self.timing.step_seconds, task.metric is not None
+            output.step(
+                step_record(
+                    self.progress, report, self.valid, task.keys, has_metric, seconds, self.batches, comm.size
+                )
+            )
+            if self.step % checkpoint_every == 0 or self.progress.seconds >= output.retry_at:
+                self.save()
+            elif config.check_every and self.step % config.check_every == 0:
+                self.check_ranks()
+            checks.not_stuck(self.progress, config.max_rejections, report.message, output.last_good)
+
+    def _one_step(self) -> StepReport:
+        """Take a step and evaluate it if that is due; the run advances only when both are complete."""
         with self.timing.step():
             task, steps = self.task, self.progress.counts.steps
             cases = task.cases(steps)
@@ -201,13 +193,15 @@ class Run:
                 self.risk, cases, self.config.seed, steps, *self.batches, redrawn=cases is not task.train_set
             )
             theta, state, report = self.preset.optimizer.step(self.theta, self.state, objectives)
-        due = (self.step + 1) % evaluate_every == 0 or self.step + 1 == self.config.max_steps
+        step, every = self.step + 1, self.config.evaluate_every or self.epoch_steps
+        due = step % every == 0 or step == self.config.max_steps
         valid = self.validate(evaluated(theta, state)) if due else None
-        self.theta, self.state, self.progress = theta, state, self.progress.after(report)
-        return report, valid
+        self.theta, self.state, self.valid = theta, state, valid
+        self.progress = self.progress.after(report)
+        return report
 
     def validate(self, theta: Array) -> Validation | None:
-        """Measure theta on the validation cases, if there are any."""
+        """Measure theta on the validation examples, if there are any."""
         task = self.task
         if task.valid_set is None:
             return None
@@ -217,19 +211,23 @@ class Run:
         with self.timer.span(EVALUATE):
             return Validation(loss, metric.mean(task.metric, self.risk, task.valid_set, theta))
 
-    def evaluate(self, theta: Array, most: int | None = None) -> float:
-        """Give the loss on all validation cases, or so many, in the run's unit; without any, on others."""
+    def evaluate(self, theta: Array, count: int | None = None) -> float:
+        """Return the loss on the validation examples, or the first `count`, in the unit of the run.
+
+        Without validation examples, it is that on training examples.
+        """
         cases = self.task.valid_set or self.task.train_set
         with self.timer.span(EVALUATE):
-            indices = np.arange(cases.count)[:most]
+            indices = np.arange(cases.count)[:count]
             return self.risk.on(cases, indices, span=EVALUATE).loss(theta) * self.task.keys.per_nat
 
-    def save(self, valid: Validation | None) -> bool:
-        """Check that all ranks agree and theta is sound; write the checkpoint, and say if it is written."""
+    def save(self) -> bool:
+        """Write the checkpoint if all ranks agree and theta is finite; return whether it could be written."""
         self.check_ranks()
-        # Where the validation loss of this step is not known, that of a few cases will do.
-        known = valid.loss if valid else self.evaluate(self.theta, self.risk.local.micro_batch)
-        checks.finite(self.communicator.agree(known), self.step, self.output.last_good)
+        valid = self.valid
+        # If the validation loss of this step is not known, that of a few examples suffices.
+        loss = valid.loss if valid else self.evaluate(self.theta, self.risk.local.micro_batch)
+        checks.finite(self.communicator.agree(loss), self.step, self.output.last_good)
         with self.timer.span(FILES):
             meta = {
                 "hfmpi": __version__,
@@ -242,6 +240,7 @@ class Run:
             theta = self.backend.to_host(self.theta)
             saved = self.output.checkpoint(theta, entries(self.state, self.backend), meta)
         self.output.timing(self.timing.collect(self.step))
+        self._saved = self.progress if saved else self._saved
         return saved
 
     def check_ranks(self) -> None:
@@ -250,31 +249,20 @@ class Run:
         checks.same_vectors(self.communicator, values, self.step, self.output.last_good)
 
     def facts(self, places: Sequence[Place]) -> Facts:
-        """Give what the first lines of a log should say, with the places of all ranks."""
-        config, size, (_, curvature) = self.config, self.communicator.size, self.batches
+        """Return what the first lines of a log report, with the locations of all ranks."""
+        ranks, threads, (gradient, curvature) = self.communicator.size, self.placement.threads, self.batches
+        size = self.task.linearisation_bytes(-(-curvature // ranks))
         return Facts(
-            self.task.title,
-            config,
-            self.task.train_set.count,
-            self.task.noun,
-            *self.batches,
-            size,
-            self.placement.threads,
-            self.backend.name,
-            self.backend.dtype.name,
-            places,
-            self.task.linearisation_bytes(-(-curvature // size)),
-            self.memory_budget,
-            self.step,
+            self.task, gradient, curvature, ranks, threads, places, size, self.memory_budget, self.step
         )
 
-    def _look_at_the_clock(self) -> None:
-        """Set the seconds, the same on all ranks."""
-        seconds = self.communicator.agree(self.timer.clock() - self._started)
+    def _update_seconds(self) -> None:
+        """Read the clock, and set the seconds of the progress to the same value on all ranks."""
+        seconds = self.communicator.agree(self._first_second + self.timing.seconds)
         self.progress = replace(self.progress, seconds=seconds)
 
     def _limit(self, progress: Progress) -> str:
-        """Give the limit that is reached, or nothing."""
+        """Return the limit that is reached, or ""."""
         config = self.config
         if config.max_steps and progress.step >= config.max_steps:
             return f"{progress.step:,} steps were taken"
@@ -282,7 +270,7 @@ class Run:
             return f"{config.max_seconds:g} seconds are over"
         return ""
 
-    def _who_stopped(self, signals: StopSignals) -> str:
-        """Give the wish of the lowest rank that has one."""
-        wishes = self.communicator.gather(signals.requested) or []
+    def _who_stopped(self) -> str:
+        """Return the reason of the lowest rank that wants to stop."""
+        wishes = self.communicator.gather(self.session.signals.requested) or []
         return self.communicator.agree(next((wish for wish in wishes if wish), "a rank asked for it"))

@@ -12,7 +12,8 @@ from hfmpi.backends.base import Array
 from hfmpi.errors import UserError
 from hfmpi.files import checkpoint
 from hfmpi.networks.network import Network
-from hfmpi.runs.config import Config, merge
+from hfmpi.runs.config import Config
+from hfmpi.runs.merge import merge
 from hfmpi.runs.restore import check_one_run, progress
 
 __all__ = ["Trained"]
@@ -20,24 +21,24 @@ __all__ = ["Trained"]
 
 @dataclass(frozen=True)
 class Trained:
-    """A network with its parameters and its alphabet.
+    """A network with its parameters and its symbols.
 
     Attributes
     ----------
     network : Network
     theta : (D,)
-        The mean of the iterates where the optimizer made one.
+        The mean of the iterates if the optimizer computed one.
     symbols : bytes
-        The byte of each symbol.
+        Byte of each symbol.
     config : Config
     step : int
-        Steps that it was trained for.
+        Number of training steps.
     data : Path
-        Where the corpus was that it was trained on.
+        Path of the training corpus at the time.
     corpus : str
         Digest of that corpus.
     message : str or None
-        What the user should know of the checkpoint.
+        What the user should know about the checkpoint.
     """
 
     network: Network
@@ -56,35 +57,36 @@ class Trained:
         Raises
         ------
         UserError
-            If there is none, or it cannot be read, or what it says of its run cannot be.
+            If there is none, if it cannot be read, or if its description of the run is invalid.
         """
         if os.path.isfile(run):
-            found = checkpoint.load(run)
+            saved = checkpoint.load(run)
         else:
-            found = checkpoint.latest(run)
-            check_one_run(run, found)
-        if "cases" in found.meta:
+            saved = checkpoint.latest(run)
+            check_one_run(run, saved)
+        meta = saved.meta
+        if "cases" in meta:
             raise UserError(
                 f"{run} holds a model of a Python program (hfmpi.train): evaluate it there, "
                 "with model.loss or model.outputs and the theta of the result"
             )
         try:
-            config = merge(found.meta["config"] | {"backend": backend, "matmul_precision": "float32"})
-            # As a list: of a number, `bytes` would make so many zeros.
-            symbols = bytes(list(found.meta["vocabulary"]))
-            data, corpus = Path(found.meta["data"]), found.meta["corpus"]
+            config = merge(meta["config"] | {"backend": backend, "matmul_precision": "float32"})
+            # As a list: `bytes` of a number would be that many zeros.
+            symbols = bytes(list(meta["vocabulary"]))
+            data, corpus = Path(meta["data"]), meta["corpus"]
             if sorted(set(symbols)) != list(symbols) or not isinstance(corpus, str):
-                raise ValueError("its vocabulary or the digest of its corpus is none")
+                raise ValueError("its vocabulary or the digest of its corpus is invalid")
             network = Network(config.architecture(len(symbols)), config.make_backend(local_rank))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"the checkpoint in {run} describes no run of this version: {error}") from None
-        average = found.state.get("average")
-        theta = average if isinstance(average, np.ndarray) and average.size else found.theta
+        average = saved.state.get("average")
+        theta = average if isinstance(average, np.ndarray) and average.size else saved.theta
         if theta.shape != (network.layout.size,) or theta.dtype != network.backend.dtype:
-            raise UserError(f"the checkpoint in {run} does not hold the parameters of its own model")
+            raise UserError(f"the checkpoint in {run} does not hold the parameters of its model")
         if not np.isfinite(theta).all():
             raise UserError(f"the parameters in the checkpoint in {run} are not finite")
-        step = progress(found).step
+        step = progress(saved).step
         return cls(
-            network, network.backend.to_device(theta), symbols, config, step, data, corpus, found.message
+            network, network.backend.to_device(theta), symbols, config, step, data, corpus, saved.message
         )

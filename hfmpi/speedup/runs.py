@@ -14,7 +14,8 @@ from hfmpi.files.history import History, Record
 from hfmpi.files.numbers import is_amount
 from hfmpi.measure.cost import Counts
 from hfmpi.measure.spans import EVALUATE, FILES
-from hfmpi.runs.config import CHANGEABLE, Config, merge
+from hfmpi.runs.config import CHANGEABLE, Config
+from hfmpi.runs.merge import merge
 from hfmpi.runs.record import counted
 from hfmpi.runs.restore import check_one_run
 from hfmpi.runs.timing import read_times

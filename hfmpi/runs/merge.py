@@ -1,0 +1,121 @@
+"""Which options a run gets: those of the user, of a configuration file, and of a checkpoint."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from hfmpi.errors import UserError
+from hfmpi.files.atomic import open_regular
+from hfmpi.runs.config import CHANGEABLE, FORMER_NAMES, NETWORK, Config
+from hfmpi.settings import converted
+
+__all__ = ["derive", "from_toml", "merge", "to_toml"]
+
+MAX_TOML_BYTES = 2**20
+"""Maximum size of a configuration file; that of a run has about 700 bytes."""
+
+
+def merge(options: Mapping[str, Any], stored: Mapping[str, Any] | None = None, out: str = "--out") -> Config:
+    """Make the configuration of a new run or, with the options stored in its checkpoint, of a resumed run.
+
+    Parameters
+    ----------
+    options : mapping
+        User-supplied options.
+    stored : mapping, optional
+        Options of the run that is resumed.
+    out : str
+        Name of the option for the run's folder, for messages.
+
+    Raises
+    ------
+    UserError
+        For unknown options, wrong types or values, and for an option that would change what the resumed run
+        computes.
+    """
+    values = _checked(options)
+    if stored is None:
+        return Config(**values)
+    base = Config(**_checked(stored))
+    values = _with_one_size(values)
+    changes = {name: value for name, value in values.items() if name in CHANGEABLE | {"hidden", "parameters"}}
+    if values.get("optimizer", base.optimizer) != base.optimizer:
+        raise _different("optimizer", base.optimizer, values["optimizer"], out)
+    settings = base.settings | values.get("settings", {})
+    before, after = base.in_effect(), replace(base, **values | {"settings": settings}).in_effect()
+    for name, value in after.items():
+        if name not in changes and value != before[name]:
+            raise _different(name, before[name], value, out)
+    return replace(base, **changes)
+
+
+def derive(options: Mapping[str, Any], stored: Any) -> Config:
+    """Make the configuration of a new run that starts from a different one.
+
+    The options stored in that run's checkpoint hold where the user supplies none. If the user chooses a
+    different preset, its settings and batch sizes replace the stored ones.
+
+    Raises
+    ------
+    UserError
+        For unknown options, wrong types or values, a different network, and if `stored` is not a mapping of
+        options. The size of the network is not checked here: it must match the parameters.
+    """
+    values, base = _checked(options), Config(**_checked(stored))
+    for name in NETWORK:
+        before, after = getattr(base, name), values.get(name, getattr(base, name))
+        if after != before:
+            raise UserError(
+                f"the run to start from has {name} = {before!r}, not {after!r}: its network cannot be changed"
+            )
+    values = _with_one_size(values)
+    if values.get("optimizer", base.optimizer) != base.optimizer:
+        base = replace(base, settings={}, gradient_batch=0, curvature_batch=0)
+    return replace(base, **values | {"settings": base.settings | values.get("settings", {})})
+
+
+def _with_one_size(values: dict[str, Any]) -> dict[str, Any]:
+    """Let `hidden` or `parameters` replace both stored ones: either may name the size of the network."""
+    return {"hidden": 0, "parameters": 0} | values if {"hidden", "parameters"} & values.keys() else values
+
+
+def _different(name: str, before: Any, after: Any, out: str) -> UserError:
+    return UserError(f"this run has {name} = {before!r}, not {after!r}; give another {out} for a new run")
+
+
+def _checked(options: Any) -> dict[str, Any]:
+    """Return options under their current names, with their declared types, or raise a UserError."""
+    if not isinstance(options, Mapping):
+        raise UserError("the checkpoint holds no options of a run")
+    former = {name: options[old] for old, name in FORMER_NAMES.items() if old in options}
+    current = {name: value for name, value in options.items() if name not in FORMER_NAMES}
+    return converted(Config, former | current, "option {}", "unknown option {}; the options are {}")
+
+
+def from_toml(path: Path) -> dict[str, Any]:
+    """Read options from a TOML file: names with underscores, optimizer settings in the table `settings`.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read or is not TOML. `merge` rejects unknown names.
+    """
+    with open_regular(path) as file:
+        content = file.read(MAX_TOML_BYTES + 1)
+    try:
+        if len(content) > MAX_TOML_BYTES:
+            raise ValueError(f"it is longer than {MAX_TOML_BYTES:,} bytes")
+        return tomllib.loads(content.decode())
+    except (ValueError, RecursionError) as error:  # TOML and UTF-8 errors, and numbers of too many digits
+        raise UserError(f"{path} is not a TOML file: {error}") from None
+
+
+def to_toml(options: Mapping[str, Any]) -> str:
+    """Return options as TOML that `from_toml` reads back."""
+    return tomli_w.dumps(options)
