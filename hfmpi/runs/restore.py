@@ -44,9 +44,10 @@ def restored(found: Checkpoint, fresh: StateT, backend: Backend, optimizer: str)
         If they have not.
     """
     expected = entries(fresh, backend)
-    # A vector that is empty may be missing: earlier versions knew no averages.
-    empty = {name: v for name, v in expected.items() if isinstance(v, np.ndarray) and not v.size}
-    entered = empty | found.state
+    # Earlier versions lack some vectors and have others: where a vector is empty, that makes no difference.
+    missing = {name: value for name, value in expected.items() if _empty(value)}
+    saved = {name: value for name, value in found.state.items() if name in expected or not _empty(value)}
+    entered = missing | saved
     if set(entered) != set(expected):
         raise Misfit(f"the checkpoint was not written by optimizer {optimizer}")
     for name, value in expected.items():
@@ -105,10 +106,10 @@ def progress(found: Checkpoint) -> Progress:
     """
     meta = found.meta
     try:
-        step, seconds, counts = meta["step"], meta["seconds"], Counts(**meta["counts"])
+        step, seconds, counts = meta["step"], meta["seconds"], _counts(meta["counts"])
         rejections, origin = meta.get("rejections", 0), meta.get("origin", "")
         before = tuple(
-            Spent(Counts(**part["counts"]), part["gradient_batch"], part["curvature_batch"])
+            Spent(_counts(part["counts"]), part["gradient_batch"], part["curvature_batch"])
             for part in meta.get("before", ())
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -121,6 +122,18 @@ def progress(found: Checkpoint) -> Progress:
     if not isinstance(origin, str):
         raise UserError("the checkpoint describes no run: the one that it started from must have a name")
     return Progress(step, seconds, rejections, counts, before, origin)
+
+
+def _counts(saved: dict[str, int]) -> Counts:
+    """Return counts that this version or an earlier one saved.
+
+    Until version 0.2.0 they had `columns` too, which no optimizer ever counted.
+    """
+    return Counts(**{name: number for name, number in dict(saved).items() if name != "columns"})
+
+
+def _empty(value: Entry) -> bool:
+    return isinstance(value, np.ndarray) and not value.size
 
 
 def _form(value: Entry) -> tuple[Any, ...]:
