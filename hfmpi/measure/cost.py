@@ -33,17 +33,16 @@ class Pass(NamedTuple):
     Attributes
     ----------
     name : str
-        What one such pass is called.
     cost : int
         In forward passes.
     on_gradient : bool
-        The pass is over the gradient batch, otherwise over the curvature batch.
+        Over the gradient batch, otherwise over the curvature batch.
     spans : tuple of str
-        The spans of the timer that it is booked to.
+        To which a timer books it.
     paper : str
-        The count that the formulas of the paper take in its place; empty if they leave this kind out.
+        The count that the formulas of the paper use in its place; empty: they leave this kind out.
     further : str
-        The count of vectors after the first of each pass; empty if a pass has one vector.
+        The count of the vectors after the first of each pass; empty: a pass has one vector.
     """
 
     name: str
@@ -97,14 +96,10 @@ class Counts:
         return number
 
 
-COUNTS: dict[str, str] = {
-    each.name: each.metadata["words"] for each in fields(Counts) if "words" in each.metadata
-}
+COUNTS: dict[str, str] = {f.name: f.metadata["words"] for f in fields(Counts) if f.metadata}
 """What a step counts, and the words for it in tables."""
 
-PASSES: dict[str, Pass] = {
-    name: kind for name, kind in ((each.name, each.metadata.get("pass")) for each in fields(Counts)) if kind
-}
+PASSES: dict[str, Pass] = {f.name: kind for f in fields(Counts) if (kind := f.metadata.get("pass"))}
 """The kinds of passes, by the name of their count."""
 
 
@@ -119,26 +114,17 @@ def paper(counts: Counts, gradient_batch: int, curvature_batch: int) -> tuple[in
     >>> paper(Counts(steps=10, cg_steps=50), gradient_batch=320, curvature_batch=32)
     (16000, 230)
     """
-    p_d = p_i = 0
-    for kind in filter(lambda kind: kind.paper, PASSES.values()):
-        batch = gradient_batch if kind.on_gradient else curvature_batch
-        p_d += kind.cost * (counts[kind.paper] + counts[kind.further]) * batch
-        p_i += kind.cost * counts[kind.paper]
-    return p_d, p_i
+    return _totals(_passes(counts, gradient_batch, curvature_batch, executed=False))
 
 
 def ranks(counts: Counts, gradient_batch: int, curvature_batch: int, size: int) -> int:
     """Compute P_P, the paper's cost when `size` ranks share each batch.
 
     P_P = 3 I_t ceil(B_g / P) + 4 I_c ceil(B_c / P), which is P_D for P = 1 and P_I once P >= B_g, B_c. The
-    speedup that it predicts is P_D / P_P. Where a pass has C vectors, C B_c takes the place of B_c.
+    speedup that it predicts is P_D / P_P. If a pass has C vectors, C B_c takes the place of B_c.
     """
-    total = 0
-    for kind in filter(lambda kind: counts[kind.paper], PASSES.values()):
-        batch, passes = gradient_batch if kind.on_gradient else curvature_batch, counts[kind.paper]
-        rounds = -(-(passes + counts[kind.further]) * batch // (passes * size))
-        total += kind.cost * passes * rounds
-    return total
+    passes = _passes(counts, gradient_batch, curvature_batch, executed=False)
+    return sum(cost * count * -(-vectors * batch // (count * size)) for cost, count, vectors, batch in passes)
 
 
 def full(counts: Counts, gradient_batch: int, curvature_batch: int) -> tuple[int, int]:
@@ -153,9 +139,26 @@ def full(counts: Counts, gradient_batch: int, curvature_batch: int) -> tuple[int
     >>> full(Counts(gradients=1, products=6, losses=8, linearisations=1), 320, 32)
     (4320, 36)
     """
-    p_d = p_i = 0
-    for name, kind in PASSES.items():
-        batch = gradient_batch if kind.on_gradient else curvature_batch
-        p_d += kind.cost * (counts[name] + counts[kind.further]) * batch
-        p_i += kind.cost * counts[name]
-    return p_d, p_i
+    return _totals(_passes(counts, gradient_batch, curvature_batch, executed=True))
+
+
+def _passes(
+    counts: Counts, gradient_batch: int, curvature_batch: int, executed: bool
+) -> list[tuple[int, int, int, int]]:
+    """Return cost, number, vectors and batch of each kind of pass, as executed or as the paper counts."""
+    return [
+        (
+            kind.cost,
+            count,
+            count + counts[kind.further],
+            gradient_batch if kind.on_gradient else curvature_batch,
+        )
+        for name, kind in PASSES.items()
+        if (count := counts[name if executed else kind.paper])
+    ]
+
+
+def _totals(passes: list[tuple[int, int, int, int]]) -> tuple[int, int]:
+    """Compute (P_D, P_I)."""
+    p_d = sum(cost * vectors * batch for cost, _, vectors, batch in passes)
+    return p_d, sum(cost * count for cost, count, _, _ in passes)

@@ -58,14 +58,14 @@ def check_blocks(method: str, blocks: Sequence[Block]) -> None:
 def check_state(state: object, kind: type, theta: Vector, *vectors: str) -> None:
     """Raise a TypeError or ValueError unless the state is of this type, and its vectors are as theta is."""
     if not isinstance(state, kind):
-        raise TypeError(f"state must be what init(theta) gives, not {shown(state)}")
+        raise TypeError(f"state must be the result of init(theta), not {shown(state)}")
     for name in vectors:
         vector: Vector = getattr(state, name)
         check_vector(f"{name} of the state", vector)
         if vector.shape != theta.shape or vector.dtype != theta.dtype:
             raise ValueError(
                 f"{name} of the state is {_described(vector)}, theta is {_described(theta)}: "
-                "call init(theta) anew"
+                "call init(theta) again"
             )
 
 
@@ -110,7 +110,7 @@ class Checked:
         """Return the scalars that the objective's ranks agree on."""
         agreed: object = self.objective.agree(values)
         if not isinstance(agreed, (tuple, list)) or len(agreed) != len(values):
-            raise TypeError(f"{self.name}.agree must give as many numbers as it was given")
+            raise TypeError(f"{self.name}.agree must return as many numbers as it gets")
         return tuple(agreed)
 
     def _number(self, method: str, value: Vector) -> float:

@@ -207,21 +207,34 @@ class Subspace(Optimizer[SubspaceState]):
         state = replace(state, loss=loss)
         if not candidates:
             return self._taken(theta, state, objective, model.step(state.damping), report)
+        return self._best(theta, state, objective, model, candidates, report)
+
+    def _best(
+        self,
+        theta: Vector,
+        state: SubspaceState,
+        objective: Objective,
+        model: ReducedModel,
+        candidates: int,
+        report: StepReport,
+    ) -> tuple[Vector, SubspaceState, StepReport]:
+        """Take the step of the damping that has the lowest risk, unless none lowers the risk."""
         dampings = [state.damping * 4.0 ** (i - (candidates - 1) // 2) for i in range(candidates)]
         steps = [model.step(damping) for damping in dampings]
         ends = [theta + step.p for step in steps]
         losses = [risk + self._penalty(end) for risk, end in zip(objective.losses(ends), ends, strict=True)]
         losses = list(objective.agree(tuple(losses)))
-        work = replace(work, losses=1, candidates=candidates - 1)
+        work = replace(report.work, losses=1, candidates=candidates - 1)
         best = min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
         promised = steps[best].descent - steps[best].curvature / 2
-        rho = (loss - losses[best]) / promised if promised > 0 else math.nan
-        if not losses[best] < loss:
-            state = replace(state, damping=min(4 * max(dampings), self.damping_maximum))
-            report = replace(report, work=work, details=_details(norm, state.damping, rho))
+        rho = (state.loss - losses[best]) / promised if promised > 0 else math.nan
+        lower = losses[best] < state.loss
+        damping = self._damped(dampings[best], rho) if lower else min(4 * max(dampings), self.damping_maximum)
+        state = replace(state, damping=damping)
+        details = {**report.details, "damping": damping, "rho": rho if math.isfinite(rho) else None}
+        report = replace(report, work=work, details=details)
+        if not lower:
             return theta, state, replace(report, message="no candidate lowers the risk")
-        state = replace(state, damping=self._damped(dampings[best], rho))
-        report = replace(report, work=work, details=_details(norm, state.damping, rho))
         return self._taken(theta, state, objective, steps[best], report)
 
     def _uses(self, kind: str) -> bool:
