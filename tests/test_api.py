@@ -163,11 +163,11 @@ def test_what_is_no_objective_or_state_is_refused(optimizer):
         with pytest.raises(TypeError, match="takes Objectives"):
             optimizer.step(GOOD, state, wrong)
     for wrong in (None, {}, object()):
-        with pytest.raises(TypeError, match="state must be what init"):
+        with pytest.raises(TypeError, match=r"state must be the result of init\(theta\), not "):
             optimizer.step(GOOD, wrong, both)
     if optimizer != GradientDescent("clip"):  # whose state has no vector
         for other in (np.ones(4), GOOD.astype(np.float32)):
-            with pytest.raises(ValueError, match=r"call init\(theta\) anew"):
+            with pytest.raises(ValueError, match=r"call init\(theta\) again"):
                 optimizer.step(GOOD, optimizer.init(other), both)
 
 

@@ -4,9 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
-from small import Recorder
+from small import Recorder, history, same, train, write_corpus
 
 from hfmpi.cli.main import cli
 from hfmpi.data.corpus import Corpus
@@ -117,6 +118,26 @@ def test_a_run_goes_on_on_two_ranks(mpi_ranks, comm, mpi_tmp_path):
         if comm.rank == 0:
             check(name, folder, ranks=2)
     communicator.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_subspace_run_of_version_0_2_goes_on(dtype, tmp_path):
+    """Its state had SOAP's means too, empty without SOAP's direction, and its counts had columns."""
+    data, options = write_corpus(tmp_path / "data.h5"), {"optimizer": "subspace", "dtype": dtype}
+    whole, _ = train(tmp_path / "whole", data, max_steps=6, **options)
+    folder = tmp_path / "old"
+    train(folder, data, max_steps=3, **options)
+    saved = checkpoint.latest(folder)
+    meta = saved.meta | {"counts": saved.meta["counts"] | {"columns": 0}}
+    refused = saved.state | {"soap": np.ones(3, dtype)}
+    checkpoint.save(folder / checkpoint.NEWEST, saved.theta, refused, meta)
+    with pytest.raises(UserError, match=r"^the checkpoint was not written by optimizer subspace$"):
+        train(folder, data, max_steps=6, **options)
+    checkpoint.save(folder / checkpoint.NEWEST, saved.theta, saved.state | {"soap": np.zeros(0, dtype)}, meta)
+    run, result = train(folder, data, max_steps=6, **options)
+    assert (run.first_step, result.step) == (3, 6)
+    same(run, whole)
+    assert history(folder) == history(whole.folder)
 
 
 def test_a_run_with_options_that_are_unknown_is_refused(tmp_path):

@@ -90,7 +90,7 @@ def test_every_cause_by_hand():
 
 def test_more_work_is_a_cause_of_its_own():
     base = measured(1, ALONE)
-    twice = Counts(2, 20, 4, 24, 12, 4)
+    twice = Counts(steps=2, cg_steps=20, gradients=4, products=24, losses=12, linearisations=4)
     two = measured(2, {name: value for name, value in ALONE.items() if name != "optimizer"}, counts=twice)
     found = causes(base, two)
     assert found["other work"] == pytest.approx(4.0)

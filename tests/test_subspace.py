@@ -1,7 +1,6 @@
 """The subspace step against dense algebra, and K-FAC's directions against dense Kronecker products."""
 
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 from hfmpi.errors import UserError
 from hfmpi.optim import Gradient, Objective, Objectives, Subspace, kfac, layout
 from hfmpi.optim.layout import Block
+from hfmpi.optim.presets import preset
 
 BLOCKS = Block("gates", 0, 5, 6, cuts=(2, 4), groups=3), Block("bias", 30, 1, 4), Block("out", 34, 3, 2)
 SIZE = 40
@@ -71,14 +71,14 @@ ON_FIXTURES = [HealthCheck.function_scoped_fixture]  # the same for all examples
 def test_kfac_directions_are_those_of_dense_kronecker_products(longest, seed, gamma):
     bowl, g = Bowl(seed), np.random.default_rng(seed).standard_normal(SIZE)
     flat = bowl.factored_gradient(g)[1]
-    empty = np.zeros(kfac.decomposition_size(BLOCKS))
-    (one, two), kept = kfac.directions(bowl, g, flat, empty, [gamma, 10 * gamma], True)
+    empty = np.zeros(kfac.decomposition_layout(BLOCKS).size)
+    (one, two), kept = kfac.preconditioned_gradients(bowl, g, flat, empty, [gamma, 10 * gamma], True)
     for direction, damping in ((one, gamma), (two, 10 * gamma)):
         for block, (a, b) in zip(BLOCKS, bowl.factors, strict=True):
             dense = product(a, b, longest) + damping * np.eye(block.rows * block.columns)
             expected = np.linalg.solve(dense, block.of(g).reshape(-1))
             np.testing.assert_allclose(block.of(direction).reshape(-1), expected, rtol=1e-8, atol=1e-10)
-    again, same = kfac.directions(bowl, g, flat * 0, kept, [gamma], False)  # the decomposition serves again
+    again, same = kfac.preconditioned_gradients(bowl, g, flat * 0, kept, [gamma], False)  # decomposed before
     np.testing.assert_array_equal(again[0], one)
     np.testing.assert_array_equal(same, kept)
 
@@ -115,7 +115,7 @@ def test_the_step_minimises_the_damped_model_in_the_space_of_its_directions():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("directions", ["kfac", "gradient", "kfac+gradient+rms", "soap"])
+@pytest.mark.parametrize("directions", ["kfac", "gradient", "kfac+gradient+rms"])
 @pytest.mark.parametrize("candidates", [0, 1, 3])
 def test_a_bowl_is_solved(dtype, directions, candidates):
     bowl = Bowl(1)
@@ -231,48 +231,6 @@ def test_candidates_are_not_taken_where_none_lowers_the_risk():
     assert reports[0].work.candidates == 2
 
 
-@given(seed=st.integers(0, 2**31))
-@settings(deadline=None, max_examples=20, suppress_health_check=ON_FIXTURES)
-def test_the_metric_of_kfac_is_that_of_dense_kronecker_products(longest, seed):
-    bowl, v = Bowl(seed), np.random.default_rng(seed).standard_normal((3, SIZE))
-    dense = np.zeros((SIZE, SIZE))
-    for block, (a, b) in zip(BLOCKS, bowl.factors, strict=True):
-        own = slice(block.start, block.start + block.rows * block.columns)
-        dense[own, own] = product(a, b, longest)
-    flat = bowl.factored_gradient(v[0])[1]
-    np.testing.assert_allclose(kfac.products(BLOCKS, flat, v), v @ dense @ v.T, rtol=1e-9)
-
-
-def test_lambda_damps_the_length_in_the_metric_of_kfac():
-    bowl, gamma, damping = Bowl(5), 0.02, 0.3
-    optimizer = Subspace("kfac", memory=0, metric="kfac", damping=damping, kfac_damping=gamma, cut=False)
-    theta, _, _ = steps(optimizer, bowl, 1)
-    g, zero = bowl.gradient(np.zeros(SIZE)).vector, np.zeros(kfac.decomposition_size(BLOCKS))
-    flat = bowl.factored_gradient(g)[1]
-    v = np.array(kfac.directions(bowl, g, flat, zero, [gamma, 10 * gamma, 100 * gamma], True)[0])
-    metric = kfac.products(BLOCKS, flat, v) + gamma * v @ v.T
-    c = -np.linalg.solve(v @ bowl.curvature @ v.T + damping * metric, v @ g)
-    np.testing.assert_allclose(theta, v.T @ c, rtol=1e-5)
-
-
-@pytest.mark.parametrize("directions", ["kfac", "gradient"])
-@pytest.mark.parametrize("decay", [0.0, 0.2])
-def test_blocks_of_krylov_come_closer_to_the_newton_step(directions, decay):
-    bowl = Bowl(4)
-    curvature = bowl.curvature + decay * np.eye(SIZE)
-    newton = np.linalg.solve(curvature, bowl.curvature @ bowl.centre)
-
-    def away(krylov):
-        optimizer = Subspace(directions, memory=0, damping=0.0, krylov=krylov, weight_decay=decay)
-        theta, _, (report,) = steps(optimizer, bowl, 1)
-        assert (report.work.products, report.work.projections) == (krylov, 1 + krylov)
-        assert report.work.linearisations == 1 + (krylov > 0)
-        return (theta - newton) @ curvature @ (theta - newton)
-
-    errors = [away(krylov) for krylov in range(4)]
-    assert all(after < 0.7 * before for before, after in pairwise(errors))
-
-
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_numbers_that_are_not_finite_move_nothing(bad):
     bowl = Bowl()
@@ -311,7 +269,18 @@ def test_what_is_missing_is_one_sentence():
         Subspace().step(theta, state, Objectives(Bare(), Bare()))
     with pytest.raises(UserError, match="second-order steps need a curvature objective"):
         Subspace().step(theta, state, Objectives(Bowl()))
-    with pytest.raises(ValueError, match="metric=kfac needs directions with kfac"):
-        Subspace("gradient", metric="kfac")
-    with pytest.raises(ValueError, match="directions must be some of kfac, gradient, rms, soap joined by"):
-        Subspace("kfac+kfac")
+    for directions in "kfac+kfac", "kfac+soap":
+        with pytest.raises(
+            ValueError, match=r"^directions must be some of kfac, gradient, rms joined by \+$"
+        ):
+            Subspace(directions)
+
+
+@pytest.mark.parametrize(("changes", "sentence"), [
+    ({"krylov": 1}, "optimizer subspace has no setting 'krylov'; it has directions, memory, cut, "),
+    ({"metric": "kfac"}, "optimizer subspace has no setting 'metric'; it has directions, memory, cut, "),
+    ({"directions": "kfac+soap"}, "optimizer subspace: directions must be some of kfac, gradient, rms "),
+])  # fmt: skip
+def test_settings_of_earlier_versions_are_refused_with_a_sentence(changes, sentence):
+    with pytest.raises(UserError, match=f"^{sentence}"):
+        preset("subspace", **changes)

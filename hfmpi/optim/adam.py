@@ -1,4 +1,4 @@
-"""Adam (Kingma and Ba 2015), because it is what people would compare with."""
+"""Adam (Kingma and Ba 2015), the usual baseline of comparisons."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Adam(Adaptive[AdamState]):
     Attributes
     ----------
     rate, beta1, beta2, epsilon : float
-        Learning rate, decays of the two means, and the number that keeps the quotient finite.
+        Learning rate, decays of the two means, and the constant that keeps the quotient finite.
     threshold : float
-        Gradients longer than it are scaled to it first (Pascanu et al. 2013).
+        Longer gradients are first scaled to this length (Pascanu et al. 2013).
     decay, averaging, schedule, schedule_steps, schedule_end, warm_up
         See `Adaptive` and `Schedule`.
     """
@@ -48,14 +48,14 @@ class Adam(Adaptive[AdamState]):
     threshold: Annotated[float, POSITIVE] = 1.0
 
     def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> AdamState:
-        """Give the state before the first update."""
+        """Return the state before the first update."""
         check_vector("theta", theta)
         return AdamState(theta * 0, theta * 0, updates=0, average=self._first(theta))
 
     def direction(
         self, g: Vector, norm: float, state: AdamState, objective: Objective, factor: float
     ) -> tuple[Vector, AdamState]:
-        """Give the step and the means after g (`Adaptive.direction`)."""
+        """Compute the step and the means after g (`Adaptive.direction`)."""
         kind, t = g.dtype.type, state.updates + 1
         g = g * kind(min(1.0, self.threshold / norm)) if norm > 0 else g
         mean = kind(self.beta1) * state.mean + kind(1 - self.beta1) * g

@@ -1,7 +1,7 @@
 """Preconditioned conjugate gradients with the stop rule of Martens (2010).
 
-Minimises phi(x) = x' A x / 2 - b' x for a symmetric positive definite A given by its products. With the
-residual r = b - A x at hand, phi(x) = -(r + b)' x / 2 needs no product of its own.
+Minimises phi(x) = x' A x / 2 - b' x for a symmetric positive definite A, of which only products are needed.
+With the residual r = b - A x, phi(x) = -(r + b)' x / 2 takes no further product.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Stop(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Iterate:
-    """One kept iterate: x (D,), the number of iterations that led to it, and phi(x)."""
+    """A saved iterate: x (D,), the number of iterations that led to it, and phi(x)."""
 
     step: int
     x: Vector
@@ -40,10 +40,10 @@ class Iterate:
 
 @dataclass(frozen=True)
 class CGResult:
-    """Kept iterates in order (the last is the solution), phi after every iteration, and why it stopped.
+    """Saved iterates in order (the last is the solution), phi after every iteration, and why it stopped.
 
-    `products` counts the products with A, the one for a non-zero start and the refreshed residuals
-    included; `steps` counts iterations.
+    `products` counts the products with A, including that for a non-zero start and those for recomputed
+    residuals; `steps` counts iterations.
     """
 
     iterates: list[Iterate]
@@ -54,14 +54,14 @@ class CGResult:
 
 
 def relative_progress(values: list[float], tolerance: float) -> bool:
-    """Martens' stop rule on the model values phi_0 ... phi_i (his section 4.4 and released code).
+    """Check Martens' stop rule on the model values phi_0 ... phi_i (his section 4.4 and released code).
 
     True when i > k, phi_{i-k} < 0 and (phi_i - phi_{i-k}) / phi_i < k * tolerance, with
     k = max(10, ceil(i / 10)).
     """
     i = len(values) - 1
     k = max(10, math.ceil(0.1 * i))
-    if i <= k or not values[i - k] < 0 or values[i] == 0:  # risen to zero: the quotient is +infinity
+    if i <= k or not values[i - k] < 0 or values[i] == 0:  # for a rise to zero the quotient is +infinity
         return False
     return (values[i] - values[i - k]) / values[i] < k * tolerance
 
@@ -75,12 +75,12 @@ class ConjugateGradients:
     max_steps : int
         Martens: 250. Kiros: 5.
     tolerance : float
-        Epsilon of `relative_progress`; 5e-4 is Martens'. 0 switches the test off.
+        Epsilon of `relative_progress`. Martens: 5e-4; 0 switches the test off.
     keep_ratio : float
-        Keep the iterates ceil(5 * ratio^j), j = 0, 1, ... and the last (Martens: 1.3); 1 keeps all.
+        Save the iterates ceil(5 * ratio^j), j = 0, 1, ... and the last (Martens: 1.3); 1 saves all.
     refresh : int
-        Compute the residual afresh every so many iterations (one product more each time); 0: never.
-        Single precision needs it in long solves.
+        Number of iterations after which the residual is recomputed (one more product each time); 0: never.
+        Long solves in single precision need it.
     """
 
     max_steps: int = 250
@@ -100,9 +100,9 @@ class ConjugateGradients:
     ) -> CGResult:
         """Solve A x = b approximately.
 
-        Under MPI all ranks hold the same vectors, bit for bit, and each computes its inner products itself,
-        perhaps with other roundings. An iteration goes ahead on a rank's own numbers, then one message makes
-        them rank 0's. A rank whose own alpha was another one moves x and r again. Every branch is taken from
+        Under MPI all ranks hold the same vectors, bit for bit, and each computes the inner products, perhaps
+        with different rounding. An iteration proceeds with the local numbers, then one message replaces them
+        by rank 0's. A rank whose local alpha was different moves x and r again. Every branch is taken from
         agreed numbers.
 
         Parameters
@@ -114,8 +114,8 @@ class ConjugateGradients:
         inner : callable
             Inner product, as this rank computes it.
         agree : callable
-            Gives rank 0's values of a tuple of scalars; called once an iteration, and twice where the
-            residual is computed afresh: alpha then goes into a product.
+            Returns rank 0's values of a tuple of scalars; called once per iteration, and twice if the
+            residual is recomputed, because alpha is then needed for a product.
         precondition : callable, optional
             r (D,) -> M^-1 r.
         """
@@ -123,11 +123,11 @@ class ConjugateGradients:
         kind = b.dtype.type
 
         def measured(x: Vector, r: Vector, y: Vector) -> tuple[float, float]:
-            """Phi(x) and rho = r' M^-1 r."""
+            """Compute phi(x) and r' y = r' M^-1 r."""
             return -0.5 * (inner(r, x) + inner(b, x)), inner(r, y)
 
         def moved(x: Vector, r: Vector, d: Vector, q: Vector, alpha: float) -> tuple[Vector, Vector, Vector]:
-            """Take a step of this length along d; q = A d. Give x, r and y = M^-1 r after it."""
+            """Return x, r and y = M^-1 r after a step of length alpha along d; q = A d."""
             residual = r - kind(alpha) * q
             return x + kind(alpha) * d, residual, solve(residual)
 
@@ -136,29 +136,29 @@ class ConjugateGradients:
             r = b - apply(x0)
             products += 1
         d = y = solve(r)
-        value, rho = agree(measured(x, r, y))
-        values, kept = [value], list[Iterate]()
+        value, square = agree(measured(x, r, y))
+        values, saved = [value], list[Iterate]()
         due, stop, step = 0, Stop.MAX_STEPS, 0
-        # Below it a residual is nothing but rounding, which the directions would then blow up.
-        least = rho * float(np.finfo(b.dtype).eps) ** 2 if math.isfinite(rho) else 0.0
+        # A smaller residual is nothing but rounding, which the directions would then amplify.
+        least = square * float(np.finfo(b.dtype).eps) ** 2 if math.isfinite(square) else 0.0
         while step < self.max_steps:
-            if not math.isfinite(rho):
+            if not math.isfinite(square):
                 stop = Stop.NOT_FINITE
                 break
-            if rho <= least:
+            if square <= least:
                 stop = Stop.SOLVED
                 break
             q = apply(d)
             products += 1
-            own = inner(d, q)
-            ahead = x, r, y  # what a rank whose own curvature is no good takes into the message
+            local = inner(d, q)
+            ahead = x, r, y  # for the message of a rank whose local curvature is not positive and finite
             fresh = self.refresh > 0 and (step + 1) % self.refresh == 0 and step + 1 < self.max_steps
             if fresh:
-                (curvature,) = agree((own,))
+                (curvature,) = agree((local,))
             else:
-                if 0 < own < math.inf:
-                    ahead = moved(x, r, d, q, rho / own)
-                curvature, value, following = agree((own, *measured(*ahead)))
+                if 0 < local < math.inf:
+                    ahead = moved(x, r, d, q, square / local)
+                curvature, value, following = agree((local, *measured(*ahead)))
             if not math.isfinite(curvature):
                 stop = Stop.NOT_FINITE
                 break
@@ -166,14 +166,14 @@ class ConjugateGradients:
                 stop = Stop.NOT_POSITIVE
                 break
             if fresh:
-                further = x + kind(rho / curvature) * d
+                further = x + kind(square / curvature) * d
                 residual = b - apply(further)
                 products += 1
                 ahead = further, residual, solve(residual)
                 value, following = agree(measured(*ahead))
-            elif curvature != own:
-                ahead = moved(x, r, d, q, rho / curvature)
-            if not math.isfinite(value):  # as it is where x overflowed
+            elif curvature != local:
+                ahead = moved(x, r, d, q, square / curvature)
+            if not math.isfinite(value):  # x overflowed
                 stop = Stop.NOT_FINITE
                 break
             step += 1
@@ -182,12 +182,12 @@ class ConjugateGradients:
             while self.keep_ratio > 1 and math.ceil(5 * self.keep_ratio**due) < step:
                 due += 1
             if self.keep_ratio <= 1 or math.ceil(5 * self.keep_ratio**due) == step:
-                kept.append(Iterate(step, x, value))
+                saved.append(Iterate(step, x, value))
             if self.tolerance > 0 and relative_progress(values, self.tolerance):
                 stop = Stop.PROGRESS
                 break
-            d = y + kind(following / rho) * d
-            rho = following
-        if not kept or kept[-1].step != step:
-            kept.append(Iterate(step, x, values[-1]))
-        return CGResult(kept, values, stop, step, products)
+            d = y + kind(following / square) * d
+            square = following
+        if not saved or saved[-1].step != step:
+            saved.append(Iterate(step, x, values[-1]))
+        return CGResult(saved, values, stop, step, products)

@@ -9,9 +9,9 @@ __all__ = ["LevenbergMarquardt", "reduction_ratio"]
 
 
 def reduction_ratio(loss_before: float, loss_after: float, model_value: float) -> float:
-    """Rho = (f(theta + p) - f(theta)) / (value of the undamped quadratic model at p).
+    """Compute rho = (f(theta + p) - f(theta)) / (value of the undamped quadratic model at p).
 
-    NaN where the model promises nothing (its value is not negative) or anything is not finite.
+    NaN if the model predicts no descent (its value is not negative) or a number is not finite.
     """
     change = loss_after - loss_before
     if not (math.isfinite(change) and math.isfinite(model_value)) or model_value >= 0:
@@ -21,13 +21,13 @@ def reduction_ratio(loss_before: float, loss_after: float, model_value: float) -
 
 @dataclass(frozen=True)
 class LevenbergMarquardt:
-    """Raise lambda where the model was poor, lower it where the model was good.
+    """The rule that raises lambda after a poor prediction of the model and lowers it after a good one.
 
     Attributes
     ----------
     factor : float
-        lambda is divided by it for rho < 1/4 or NaN and multiplied with it for rho > 3/4. Martens: 2/3;
-        Kiros: 0.99; 1 keeps lambda fixed.
+        Divides lambda for rho < 1/4 or NaN and multiplies it for rho > 3/4. Martens: 2/3; Kiros: 0.99; 1:
+        lambda is fixed.
     minimum, maximum : float
         Bounds of lambda.
     """
@@ -37,7 +37,7 @@ class LevenbergMarquardt:
     maximum: float = 1e10
 
     def update(self, damping: float, rho: float) -> float:
-        """Give lambda for the next step."""
+        """Return lambda for the next step."""
         if math.isnan(rho) or rho < 0.25:
             damping /= self.factor
         elif rho > 0.75:

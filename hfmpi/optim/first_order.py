@@ -1,17 +1,18 @@
-"""What all first-order steps have in common: one gradient, and no update from numbers that are not finite.
+"""What first-order steps share: one gradient, and no update from numbers that are not finite.
 
-And what the adaptive methods have in common besides: schedule, decoupled weight decay, averaging.
+The adaptive methods also share schedule, decoupled weight decay and averaging.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Generic, NamedTuple, TypeVar
 
-from hfmpi.optim.base import Objective, Objectives, StepReport, Work, inner_product
+from hfmpi.measure.cost import Counts
+from hfmpi.optim.base import Objective, Objectives, Optimizer, StepReport, inner_product
 from hfmpi.optim.checks import check_state, checked
 from hfmpi.optim.layout import Vector
 from hfmpi.optim.schedule import Schedule
@@ -23,7 +24,7 @@ StateT = TypeVar("StateT")
 
 
 class Update(NamedTuple, Generic[StateT]):
-    """Theta and state after an update, the length of its step, and what is to be said of it."""
+    """Theta and state after an update, the length of its step, and a message for the report."""
 
     theta: Vector
     state: StateT
@@ -32,7 +33,7 @@ class Update(NamedTuple, Generic[StateT]):
 
 
 def agreed_norm(objective: Objective, vector: Vector) -> float:
-    """Give the length of a vector, the same number on every rank."""
+    """Compute the length of a vector, the same number on every rank."""
     (square,) = objective.agree((inner_product(vector, vector),))
     return math.sqrt(square)
 
@@ -46,16 +47,18 @@ def first_order_step(
     longest: float = math.inf,
     too_long: str = "the gradient",
 ) -> tuple[Vector, StateT, StepReport]:
-    """Take the update that a sound gradient gives; reject it where a number is not finite.
+    """Compute the gradient and take the update; reject it if a number is not finite.
 
     Parameters
     ----------
     rate : float
         For the report.
     update : callable
-        g (D,) and its length -> the update, or None where it is not finite.
+        g (D,) and its length -> the update, or None if it is not finite.
     longest : float
-        What the length of g must stay below, and `too_long` what is not finite where it does not.
+        Bound of the length of g.
+    too_long : str
+        What is not finite if the length reaches the bound.
     """
     at = objective.gradient(theta)
     loss, square = objective.agree((at.loss, inner_product(at.vector, at.vector)))
@@ -66,13 +69,13 @@ def first_order_step(
     elif not norm < longest:
         wrong = too_long
     else:
-        found = update(at.vector, norm)
-        after, wrong = (found, "") if found is not None else (after, "the update")
+        updated = update(at.vector, norm)
+        after, wrong = (updated, "") if updated is not None else (after, "the update")
     report = StepReport(
         loss=loss,
         accepted=not wrong,
         message=f"update rejected: {wrong} is not finite" if wrong else after.message,
-        work=Work(gradients=1),
+        work=Counts(gradients=1),
         details={
             "gradient_norm": norm if math.isfinite(norm) else None,
             "step_norm": after.length,
@@ -88,7 +91,7 @@ ETA = 8
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveState:
-    """Number of updates so far, and the mean of the iterates, (D,); (0,) without averaging."""
+    """The number of updates so far, and the mean of the iterates, (D,); (0,) without averaging."""
 
     updates: int
     average: Vector
@@ -98,19 +101,19 @@ AdaptiveT = TypeVar("AdaptiveT", bound=AdaptiveState)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adaptive(Schedule, ABC, Generic[AdaptiveT]):
-    """A method that makes its step p of a gradient and running means: theta <- theta - p.
+class Adaptive(Schedule, Optimizer[AdaptiveT]):
+    """A method that computes its step p from a gradient and running means: theta <- theta - p.
 
     Attributes
     ----------
     rate : float
-        Times the factor of the schedule.
+        Learning rate, before the factor of the schedule.
     decay : float
-        Weight decay, decoupled: p gains rate * decay * theta (Loshchilov and Hutter 2019).
+        Decoupled weight decay: rate * decay * theta is added to p (Loshchilov and Hutter 2019).
     averaging : float
-        Decay of an exponential mean of the iterates, which is what is evaluated in place of theta; the
-        training goes on from theta. While it is young its window grows as the updates do (Shamir and Zhang
-        2013), so that one near 1 is right for any length of a run. 0: none.
+        Decay of an exponential mean of the iterates, which is evaluated in place of theta; training
+        continues from theta. At first the window of the mean grows with the updates (Shamir and Zhang 2013),
+        so that a decay near 1 is right for a run of any length. 0: no mean.
     """
 
     _state: ClassVar[type]
@@ -127,12 +130,12 @@ class Adaptive(Schedule, ABC, Generic[AdaptiveT]):
     def direction(
         self, g: Vector, norm: float, state: AdaptiveT, objective: Objective, factor: float
     ) -> tuple[Vector, AdaptiveT]:
-        """Give p (D,), without decay, and the state of the means after g, of length `norm`."""
+        """Compute p (D,), without decay, and the state of the means after g, of length `norm`."""
 
     def step(
         self, theta: Vector, state: AdaptiveT, objectives: Objectives
     ) -> tuple[Vector, AdaptiveT, StepReport]:
-        """Take one update; one whose numbers are not finite is rejected."""
+        """Take one update; reject it if a number is not finite."""
         objectives = checked(theta, objectives)
         check_state(state, self._state, theta, *self._means)
         objective, kind, t = objectives.gradient, theta.dtype.type, state.updates + 1
@@ -156,12 +159,12 @@ class Adaptive(Schedule, ABC, Generic[AdaptiveT]):
         return first_order_step(theta, state, objective, rate, update)
 
     def _first(self, theta: Vector) -> Vector:
-        """Give the mean of the iterates before the first update."""
+        """Return the mean of the iterates before the first update."""
         return theta * 1 if self.averaging else theta[:0]
 
 
 def evaluated(theta: Vector, state: object) -> Vector:
-    """Give the parameters that are evaluated: the mean of the iterates where the state has one, or theta."""
+    """Return the parameters to evaluate: the mean of the iterates if the state has one, otherwise theta."""
     if isinstance(state, AdaptiveState) and state.average.size > 0:
         return state.average
     return theta

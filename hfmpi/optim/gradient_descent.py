@@ -1,4 +1,4 @@
-"""Gradient descent with a bounded step: clipping, normalising, or normalising an RMSprop direction."""
+"""Gradient descent with a bounded step: a clipped or normalised gradient, or a normalised RMSprop step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import numpy as np
 
-from hfmpi.optim.base import Objectives, StepReport
+from hfmpi.optim.base import Objectives, Optimizer, StepReport
 from hfmpi.optim.checks import check_state, check_vector, checked
 from hfmpi.optim.first_order import Update, agreed_norm, first_order_step
 from hfmpi.optim.layout import Block, Vector
@@ -22,14 +22,14 @@ RULES = ("clip", "normalised", "rms-normalised")
 
 @dataclass(frozen=True)
 class GradientDescentState:
-    """Number of updates so far, and the running mean of squared gradients (rms-normalised only)."""
+    """The number of updates so far, and the running mean of squared gradients (rms-normalised only)."""
 
     updates: int
     mean_square: Vector
 
 
 @dataclass(frozen=True)
-class GradientDescent:
+class GradientDescent(Optimizer[GradientDescentState]):
     """Gradient descent without momentum.
 
     Attributes
@@ -38,13 +38,13 @@ class GradientDescent:
         `clip`: `-rate * g * min(1, threshold / |g|)` (Pascanu et al. 2013).
         `normalised`: a step of length `rate` along -g.
         `rms-normalised`: a step of length `rate` along -g / (sqrt(mean square) + epsilon), as in Krause's
-        released code (2016). Whether his paper of 2015 did so is not known (docs/theory.md).
+        released code (2016). Whether his paper of 2015 did so is unknown (docs/theory.md).
     rate : float
         Learning rate, or length of the step. Krause's code: 10 for mLSTM, 2 for LSTM.
     decay : float
-        The rate is multiplied by it after each update. Krause's code: 0.9999.
+        Factor of the rate after each update. Krause's code: 0.9999.
     floor : float
-        The rate never falls below it; at most `rate`. Krause's code: 0.01.
+        Lower bound of the rate; at most `rate`. Krause's code: 0.01.
     threshold : float
         Of `clip`, in the unit of the gradient's norm.
     mean_square_decay, epsilon : float
@@ -65,14 +65,14 @@ class GradientDescent:
             raise ValueError("floor must lie between 0 and rate")
 
     def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> GradientDescentState:
-        """Give the state before the first update."""
+        """Return the state before the first update."""
         check_vector("theta", theta)
         return GradientDescentState(0, theta * 0 if self.rule == "rms-normalised" else theta[:0])
 
     def step(
         self, theta: Vector, state: GradientDescentState, objectives: Objectives
     ) -> tuple[Vector, GradientDescentState, StepReport]:
-        """Take one update; one whose gradient is not finite is rejected."""
+        """Take one update; reject it if the gradient is not finite."""
         objective = checked(theta, objectives).gradient
         vectors = ("mean_square",) if self.rule == "rms-normalised" else ()
         check_state(state, GradientDescentState, theta, *vectors)
@@ -96,7 +96,7 @@ class GradientDescent:
             later = GradientDescentState(state.updates + 1, mean_square)
             return Update(theta - kind(scale) * g, later, scale * norm)
 
-        # Where the squares are needed, they must be finite too.
+        # If the squares are used, they must be finite too.
         longest = math.sqrt(largest) if self.rule == "rms-normalised" else math.inf
         too_long = "the gradient, or its square,"
         return first_order_step(theta, state, objective, rate, update, longest, too_long)

@@ -1,18 +1,19 @@
 """Hessian-free optimization: one step minimises a damped quadratic model by conjugate gradients.
 
-Martens (2010); Martens and Sutskever (2011); Kiros (2013). The constants of the defaults are Martens';
-`hfmpi.optim.presets` has the paper's two settings.
+Martens (2010); Martens and Sutskever (2011); Kiros (2013). The defaults are Martens' constants;
+`hfmpi.optim.presets` has the two settings of Krause et al. (2015).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
 from hfmpi.errors import UserError
-from hfmpi.optim.base import Objectives, StepReport, Work, inner_product
+from hfmpi.measure.cost import Counts
+from hfmpi.optim.base import Messages, Needs, Objectives, Optimizer, StepReport, inner_product
 from hfmpi.optim.cg import CGResult, ConjugateGradients, Stop
 from hfmpi.optim.checks import check_state, check_vector, checked
 from hfmpi.optim.damping import LevenbergMarquardt, reduction_ratio
@@ -27,15 +28,15 @@ __all__ = ["HessianFree", "HessianFreeState"]
 
 @dataclass(frozen=True)
 class HessianFreeState:
-    """What a step takes from the one before: lambda, and the last CG iterate (zero after a rejection)."""
+    """What a step needs of the one before: lambda, and the last CG iterate (zero after a rejection)."""
 
     damping: float
     direction: Vector
 
 
 @dataclass(frozen=True)
-class HessianFree:
-    """Settings of the Hessian-free step. Every part can be switched off.
+class HessianFree(Optimizer[HessianFreeState]):
+    """Settings of the Hessian-free step; every part can be switched off.
 
     Attributes
     ----------
@@ -43,24 +44,24 @@ class HessianFree:
         lambda at the start; unit of the risk per squared unit of theta (nats per character for the
         models here). Martens: 45.
     damping_factor, damping_minimum, damping_maximum : float
-        The Levenberg-Marquardt rule; factor 1 keeps lambda fixed.
+        The Levenberg-Marquardt rule; with factor 1 lambda is fixed.
     structural_damping : float
-        mu: the curvature gains mu * lambda times that of the hidden pre-activations (Martens and
-        Sutskever 2011). 0: off.
+        mu: adds mu * lambda times the curvature of the hidden pre-activations (Martens and Sutskever 2011).
+        0: off.
     cg_max_steps, cg_tolerance, cg_refresh
-        Limit, Martens' epsilon (0: no test), and how often the residual is computed afresh (0: never).
+        Limit, Martens' epsilon (0: no test), and iterations until the residual is recomputed (0: never).
     keep_ratio : float
         Which CG iterates backtracking may choose; 1: all.
     warm_start, warm_start_growth, warm_start_maximum : float
-        CG starts at warm_start times the last iterate of the step before; the factor grows by
+        CG starts at warm_start times the last iterate of the step before; the factor is multiplied by
         `growth` per epoch up to the maximum. 0: start at zero.
     preconditioner : {'auto', 'diagonal', 'none'}
-        auto: diagonal where the objective has squared gradients.
+        auto: diagonal if the objective has squared gradients.
     preconditioner_exponent : float
     backtracking : bool
-        Off: take the last CG iterate.
+        Off: use the last CG iterate.
     line_search : bool
-        Off: take the step at rate 1 if it lowers the risk at all.
+        Off: take the full step (rate 1) if it lowers the risk at all.
     line_search_sufficient, line_search_shrink, line_search_tries
         Armijo's constant, the factor between rates, and the number of rates.
     step_scale, step_scale_decay : float
@@ -99,14 +100,26 @@ class HessianFree:
             raise ValueError("damping_minimum must not exceed damping_maximum")
 
     def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> HessianFreeState:
-        """Give the state before the first step."""
+        """Return the state before the first step."""
         check_vector("theta", theta)
         return HessianFreeState(self.damping, theta * 0)
+
+    @property
+    def needs(self) -> Needs:
+        """What these settings need of the model."""
+        return Needs(
+            squared_gradients=self.preconditioner == "diagonal",
+            structural_damping=self.structural_damping > 0,
+        )
+
+    def messages(self, parameters: int, state: Mapping[str, int]) -> Messages:
+        """Return what the ranks exchange: the squares, if the objective has them."""
+        return Messages(with_gradient=parameters if self.preconditioner != "none" else 0)
 
     def step(
         self, theta: Vector, state: HessianFreeState, objectives: Objectives
     ) -> tuple[Vector, HessianFreeState, StepReport]:
-        """Take one Hessian-free step: minimise the damped model around theta, and go along the minimiser."""
+        """Take one Hessian-free step: minimise the damped model at theta and move along the result."""
         objectives = checked(theta, objectives)
         check_state(state, HessianFreeState, theta, "direction")
         objective, epoch = objectives.gradient, objectives.epoch
@@ -118,15 +131,15 @@ class HessianFree:
         before, square = objective.agree((at.loss, inner_product(at.vector, at.vector)))
         norm = math.sqrt(square)
 
-        def report(stop: Stop, work: Work, **more: float | int | str | None) -> StepReport:
+        def report(stop: Stop, work: Counts, **more: float | int | str | None) -> StepReport:
             return StepReport(before, True, "", work, _details(state.damping, stop, norm) | more)
 
         if not (math.isfinite(before) and math.isfinite(norm)):
             what = "gradient" if math.isfinite(before) else "risk"
-            nothing = report(Stop.NOT_FINITE, Work(gradients=1))
+            nothing = report(Stop.NOT_FINITE, Counts(gradients=1))
             return self._rejected(theta, state, f"the {what} is not finite", nothing)
         if norm == 0:
-            nothing = report(Stop.SOLVED, Work(gradients=1))
+            nothing = report(Stop.SOLVED, Counts(gradients=1))
             return theta, state, replace(nothing, message="the gradient is zero: nothing to do")
 
         model = QuadraticModel(objectives, theta, at.vector, state.damping, self.structural_damping)
@@ -134,8 +147,8 @@ class HessianFree:
         m = None if at.squares is None else diagonal(at.squares, state.damping, exponent)
         start = self._start(state, epoch)
         solution = self.solver.solve(model.damped, -at.vector, start, agree=objective.agree, precondition=m)
-        if solution.stop is Stop.NOT_FINITE and solution.steps == 0:  # nothing is known but the warm start
-            nothing = report(solution.stop, Work(1, 0, model.linearisations, model.products))
+        if solution.stop is Stop.NOT_FINITE and solution.steps == 0:  # there is only the warm start
+            nothing = report(solution.stop, Counts(gradients=1) + model.work)
             return self._rejected(theta, state, solution.stop.value, nothing)
 
         def risk(p: Vector) -> float:
@@ -146,25 +159,25 @@ class HessianFree:
         p, after = choice.iterate.x, choice.loss
         predicted = model.predict(p, choice.iterate.value)
         rho = reduction_ratio(before, after, predicted.change)
-        found = LineSearch(1.0 if after < before else 0.0, after, 0)
+        search = LineSearch(1.0 if after < before else 0.0, after, 0)
         if self.line_search:
-            found = self.armijo.search(risk, p, before, after, predicted.slope)
-        scale = found.rate * self.step_scale * self.step_scale_decay**epoch
+            search = self.armijo.search(risk, p, before, after, predicted.slope)
+        scale = search.rate * self.step_scale * self.step_scale_decay**epoch
 
-        losses = choice.evaluations + found.evaluations
+        losses = choice.evaluations + search.evaluations
         taken = report(
             solution.stop,
-            Work(1, losses, model.linearisations, model.products, solution.steps),
+            Counts(gradients=1, losses=losses, cg_steps=solution.steps) + model.work,
             rho=rho if math.isfinite(rho) else None,
             cg_steps=solution.steps,
             cg_chosen=choice.iterate.step,
-            line_search_rate=found.rate,
+            line_search_rate=search.rate,
             step_norm=scale * math.sqrt(predicted.square),
         )
-        if not (found.rate > 0 and math.isfinite(found.loss)):
+        if not (search.rate > 0 and math.isfinite(search.loss)):
             return self._rejected(theta, state, _why(solution, choice, predicted.slope), taken)
         later = HessianFreeState(self.rule.update(state.damping, rho), solution.iterates[-1].x)
-        if not found.loss < before:
+        if not search.loss < before:
             why = "the step does not change the risk: theta is at an optimum, or the damping is too large"
             taken = replace(taken, message=f"{why}{self._at(later)}")
         elif later.damping > state.damping:
@@ -193,18 +206,18 @@ class HessianFree:
     def _rejected(
         self, theta: Vector, state: HessianFreeState, cause: str, report: StepReport
     ) -> tuple[Vector, HessianFreeState, StepReport]:
-        """Leave theta as it is, raise lambda, forget the direction, and say why."""
+        """Reject the step for this cause: keep theta, raise lambda and reset the direction."""
         after = HessianFreeState(self.rule.update(state.damping, math.nan), theta * 0)
         message = f"step rejected: {cause}{self._at(after)}"
         return theta, after, replace(report, accepted=False, message=message)
 
     def _at(self, state: HessianFreeState) -> str:
-        """Say where lambda can rise no further."""
+        """Return the end of a message if lambda has reached its maximum."""
         return "; the damping is at its maximum" if state.damping == self.damping_maximum else ""
 
 
 def _details(damping: float, stop: Stop, norm: float) -> dict[str, float | int | str | None]:
-    """Give the scalars of a step that has gone nowhere yet, in the order of the history."""
+    """Return the scalars of a step that has not moved yet, in the order of the history."""
     return {
         "damping": damping,
         "rho": None,
@@ -218,7 +231,7 @@ def _details(damping: float, stop: Stop, norm: float) -> dict[str, float | int |
 
 
 def _why(solution: CGResult, choice: Choice, slope: float) -> str:
-    """Say why nothing along the choice was good enough."""
+    """Return why no step along the choice was accepted."""
     if choice.iterate.step == 0 and solution.stop is Stop.NOT_POSITIVE:
         return solution.stop.value
     if not slope < 0:

@@ -156,4 +156,4 @@ def kronecker_layout(blocks: Sequence[Block]) -> BlockLayout:
 def split_factors(blocks: Sequence[Block], factors: Vector) -> list[tuple[Block, Vector, Vector]]:
     """Return each block with its Kronecker factors A and B, as views of the vector that holds them all."""
     views = kronecker_layout(blocks).views(factors)
-    return [(block, own["A"], own["B"]) for block, own in zip(blocks, views, strict=True)]
+    return [(block, arrays["A"], arrays["B"]) for block, arrays in zip(blocks, views, strict=True)]

@@ -1,4 +1,4 @@
-"""Choosing among the kept iterates (backtracking), and how far to go along the choice (line search)."""
+"""The choice among the saved iterates (backtracking) and of the distance along it (line search)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Armijo", "Choice", "LineSearch", "backtrack"]
 
 
 class Choice(NamedTuple):
-    """An iterate, the risk there, and the number of risks computed to find it."""
+    """An iterate, the risk there, and the number of risks that were computed."""
 
     iterate: Iterate
     loss: float
@@ -22,7 +22,7 @@ class Choice(NamedTuple):
 
 
 class LineSearch(NamedTuple):
-    """Rate (0: no rate will do), the risk there, and the number of risks computed."""
+    """The rate (0: no rate suffices), the risk there, and the number of risks that were computed."""
 
     rate: float
     loss: float
@@ -30,14 +30,14 @@ class LineSearch(NamedTuple):
 
 
 def backtrack(loss: Callable[[Vector], float], iterates: list[Iterate]) -> Choice:
-    """Go from the last kept iterate downward while the risk improves (Martens 2010, section 4.6).
+    """Go back from the last saved iterate while the risk decreases (Martens 2010, section 4.6).
 
     Parameters
     ----------
     loss : callable
         p (D,) -> f(theta + p).
     iterates : list of Iterate
-        In order of their steps, at least one.
+        In the order of their steps, at least one.
     """
     best, lowest, evaluations = iterates[-1], loss(iterates[-1].x), 1
     for candidate in reversed(iterates[:-1]):
@@ -51,12 +51,12 @@ def backtrack(loss: Callable[[Vector], float], iterates: list[Iterate]) -> Choic
 
 @dataclass(frozen=True)
 class Armijo:
-    """How far to go along p, by the rule of Armijo.
+    """Settings of a line search along p by Armijo's rule.
 
     Attributes
     ----------
     sufficient, shrink, tries
-        1e-2, 0.8 and 60 in Martens' released code. tries = 1 tests the full step alone.
+        1e-2, 0.8 and 60 in Martens' released code. tries = 1 tests only the full step.
     """
 
     sufficient: float = 1e-2
@@ -71,21 +71,21 @@ class Armijo:
         loss_at_one: float,
         slope: float,
     ) -> LineSearch:
-        """Largest rate 1, shrink, ... with f(theta + rate p) <= f(theta) + sufficient * rate * slope.
+        """Find the largest rate 1, shrink, ... with f(theta + rate p) <= f(theta) + sufficient rate slope.
 
         Parameters
         ----------
         loss : callable
             p (D,) -> f(theta + p).
         loss_at_one : float
-            f(theta + p), already known.
+            f(theta + p), which is known already.
         slope : float
-            g' p. A p that does not descend (slope >= 0) is refused at once.
+            g' p. A p that does not descend (slope >= 0) is rejected at once.
 
         Returns
         -------
         LineSearch
-            With rate 0 where no rate was found.
+            With rate 0 if there is no such rate.
         """
         rate, value, evaluations = 1.0, loss_at_one, 0
         if not slope < 0:

@@ -3,23 +3,23 @@
     B <- momentum B + G,    step = -rate max(1, m / n)^(1/2) orthogonal(G + momentum B)    for blocks m x n
 
 The orthogonal factor of a matrix is the nearest matrix whose singular values are all one: U V' of U S V'.
-Five steps of a Newton-Schulz iteration come near enough; singular values then lie between 0.7 and 1.2.
-Blocks of one row or column are Adam's business.
+Five steps of a Newton-Schulz iteration come close enough; singular values then lie between 0.7 and 1.2.
+Blocks of one row or column are left to Adam.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Annotated, ClassVar
 
 import numpy as np
 
-from hfmpi.optim.base import Objective
+from hfmpi.optim.base import Messages, Needs, Objective
 from hfmpi.optim.checks import check_blocks, check_vector
 from hfmpi.optim.first_order import Adaptive, AdaptiveState
-from hfmpi.optim.layout import Block, Vector
+from hfmpi.optim.layout import Block, BlockLayout, Vector
+from hfmpi.optim.matrices import Arrays, share_out
 from hfmpi.settings import POSITIVE, at_least, within
 
 __all__ = ["Muon", "MuonState", "orthogonal"]
@@ -29,7 +29,7 @@ COEFFICIENTS = 3.4445, -4.7750, 2.0315
 
 
 def orthogonal(matrix: Vector, steps: int = 5) -> Vector:
-    """Give about the nearest matrix with singular values of one; zero for zero."""
+    """Approximate the nearest matrix whose singular values are one; return zero for zero."""
     kind, (a, b, c) = matrix.dtype.type, COEFFICIENTS
     x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     length = float(np.sqrt(np.einsum("ij,ij->", x, x, dtype=np.float64)))
@@ -44,7 +44,7 @@ def orthogonal(matrix: Vector, steps: int = 5) -> Vector:
 
 @dataclass(frozen=True)
 class MuonState(AdaptiveState):
-    """Momentum (D,), and Adam's mean of squares (D,), used by the vectors alone."""
+    """Momentum (D,), and Adam's mean of squares (D,), which only the vectors use."""
 
     momentum: Vector
     mean_square: Vector
@@ -78,7 +78,7 @@ class Muon(Adaptive[MuonState]):
     epsilon: Annotated[float, POSITIVE] = 1e-8
 
     def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> MuonState:
-        """Give the state before the first update.
+        """Return the state before the first update.
 
         Raises
         ------
@@ -89,29 +89,39 @@ class Muon(Adaptive[MuonState]):
         check_blocks("muon", blocks)
         return MuonState(theta * 0, theta * 0, updates=0, average=self._first(theta))
 
+    @property
+    def needs(self) -> Needs:
+        """What Muon needs of the model."""
+        return Needs(blocks=True)
+
+    def messages(self, parameters: int, state: Mapping[str, int]) -> Messages:
+        """Return what the ranks exchange: the matrices, counted with the vectors, which are few."""
+        return Messages(matrices=parameters)
+
     def direction(
         self, g: Vector, norm: float, state: MuonState, objective: Objective, factor: float
     ) -> tuple[Vector, MuonState]:
-        """Make each matrix orthogonal on one of the ranks."""
+        """Compute the step; making a matrix orthogonal is one rank's work."""
         kind, t, p = g.dtype.type, state.updates + 1, g * 0
         momentum, mean_square = state.momentum * 1, state.mean_square * 1
-        matrices, works = list[Block](), list[Callable[[], Vector]]()
+        matrices, ahead = list[Block](), list[Vector]()
         for block in objective.blocks:
-            own, step, mean, square = (block.of(v) for v in (g, p, momentum, mean_square))
+            gradient, step, mean, square = (block.of(v) for v in (g, p, momentum, mean_square))
             if min(block.rows, block.columns) > 1:
-                mean[...] = kind(self.momentum) * mean + own
+                mean[...] = kind(self.momentum) * mean + gradient
                 matrices.append(block)
-                works.append(partial(self._orthogonal, own + kind(self.momentum) * mean))
+                ahead.append(gradient + kind(self.momentum) * mean)
                 continue
-            mean[...] = kind(self.beta1) * mean + kind(1 - self.beta1) * own
-            square[...] = kind(self.beta2) * square + kind(1 - self.beta2) * own * own
+            mean[...] = kind(self.beta1) * mean + kind(1 - self.beta1) * gradient
+            square[...] = kind(self.beta2) * square + kind(1 - self.beta2) * gradient * gradient
             corrected = np.sqrt(square / kind(1 - self.beta2**t)) + kind(self.epsilon)
             step[...] = kind(factor * self.vector_rate / (1 - self.beta1**t)) * mean / corrected
-        sizes = [block.rows * block.columns for block in matrices]
-        for block, found in zip(matrices, objective.spread(works, sizes), strict=True):
-            scale = factor * self.rate * max(1.0, block.rows / block.columns) ** 0.5
-            block.of(p).reshape(-1)[...] = kind(scale) * found
-        return p, replace(state, momentum=momentum, mean_square=mean_square)
 
-    def _orthogonal(self, matrix: Vector) -> Vector:
-        return orthogonal(matrix, self.newton_schulz_steps).reshape(-1)
+        def fill(i: int, arrays: Arrays) -> None:
+            arrays["step"][...] = orthogonal(ahead[i], self.newton_schulz_steps)
+
+        layout = BlockLayout(matrices, lambda block: {"step": (block.rows, block.columns)})
+        for block, arrays in zip(matrices, share_out(objective, layout, g, fill), strict=True):
+            scale = factor * self.rate * max(1.0, block.rows / block.columns) ** 0.5
+            block.of(p)[...] = kind(scale) * arrays["step"]
+        return p, replace(state, momentum=momentum, mean_square=mean_square)

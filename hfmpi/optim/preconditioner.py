@@ -11,7 +11,7 @@ __all__ = ["diagonal"]
 
 
 def diagonal(squares: Vector, damping: float, exponent: float) -> Operator:
-    """R -> M^-1 r with M = (mean_i g_i^2 + lambda)^exponent, g_i the gradient of case i alone.
+    """Return r -> M^-1 r with M = (mean_i g_i^2 + lambda)^exponent, g_i the gradient of example i.
 
     Parameters
     ----------
@@ -23,7 +23,7 @@ def diagonal(squares: Vector, damping: float, exponent: float) -> Operator:
         0.75 in Martens' paper and code.
     """
     shifted = squares + squares.dtype.type(damping)
-    # Square roots are rounded the same on every processor; general powers are not, and ranks must agree.
+    # Every processor rounds square roots identically, but not general powers, and ranks must agree.
     root = np.sqrt(shifted)
     m = root * np.sqrt(root) if exponent == 0.75 else shifted**exponent
     return lambda r: r / m

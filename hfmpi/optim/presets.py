@@ -1,4 +1,4 @@
-"""Named optimizers with the batch sizes they are meant for; every constant names its source."""
+"""Named optimizers with the batch sizes that they are meant for; every constant names its source."""
 
 from __future__ import annotations
 
@@ -17,25 +17,68 @@ from hfmpi.settings import converted
 
 __all__ = ["PRESETS", "Preset", "preset"]
 
-PRESETS = ("sgd", "bgd", "shf", "bhf", "bhf-short", "adam", "soap", "muon", "muon-small", "subspace")
-
-
-_MUON = Muon(rate=0.3, momentum=0.9, vector_rate=0.03, schedule="inverse-root")
-"""On a large batch; its rates and schedule are those that did best on small recurrent networks, where the
-authors' are for transformers."""
-
 
 @dataclass(frozen=True)
 class Preset:
-    """An optimizer, and sequences in its gradient and curvature batch (0: first order)."""
+    """An optimizer, and the sequences in its gradient and curvature batch (0: first order)."""
 
     optimizer: Optimizer[Any]
     gradient_batch: int
     curvature_batch: int = 0
 
 
+# Rule, and length for LSTM: Krause's released code (2016), which may differ from the paper; its 10 for mLSTM
+# diverges here (docs/results/kjv.md).
+_KRAUSE = GradientDescent("rms-normalised", rate=2.0)
+
+# For a large batch. Its rates and schedule are those that did best on small recurrent networks; the authors'
+# are for transformers.
+_MUON = Muon(rate=0.3, momentum=0.9, vector_rate=0.03, schedule="inverse-root")
+
+PRESETS = {
+    # Batches of sgd, bgd, shf and bhf: Krause et al. (2015).
+    "sgd": Preset(_KRAUSE, 32),
+    "bgd": Preset(_KRAUSE, 3500),
+    # Settings: Kiros (2013), except two: his 5 iterations and factor 0.99 are for feed-forward networks. With
+    # 15 and 0.9 a loss of 2.8 bits/char took 0.6 of the cost that it took with 5 and 0.95
+    # (docs/results/kjv.md).
+    "shf": Preset(
+        HessianFree(
+            damping=0.1,
+            damping_factor=0.9,
+            cg_max_steps=15,
+            cg_tolerance=0.0,
+            keep_ratio=1.0,
+            warm_start=0.5,
+            warm_start_growth=1.01,
+            warm_start_maximum=0.99,
+            step_scale_decay=0.998,
+        ),
+        320,
+        32,
+    ),
+    # Settings: Martens (2010), the defaults of HessianFree.
+    "bhf": Preset(HessianFree(cg_refresh=10), 14_000, 3_500),
+    # 10 iterations where Martens has up to 250: warm starts continue what one step leaves undone. The first
+    # lambda is one with which the first steps count (docs/results/better.md).
+    "bhf-short": Preset(HessianFree(damping=0.01, cg_max_steps=10), 14_000, 3_500),
+    # Kingma and Ba (2015); the batch of sgd.
+    "adam": Preset(Adam(), 32),
+    # SOAP is meant for large batches; rate and schedule as for Muon. With the authors' epsilon of 1e-8 single
+    # precision takes rounding for gradients at first.
+    "soap": Preset(SOAP(rate=0.1, beta1=0.9, epsilon=1e-6, refresh=2, schedule="inverse-root"), 3500),
+    "muon": Preset(_MUON, 3500),
+    # The batch of sgd: the lowest validation loss after minutes on a few cores (docs/results/clock.md).
+    "muon-small": Preset(replace(_MUON, rate=0.2, averaging=0.999), 32),
+    # The gradient is on the whole training set, so that the next gradient comes with the risk after the step.
+    # The curvature batch has to distinguish about a hundred directions, whatever the size of the data.
+    "subspace": Preset(Subspace(), 14_000, 128),
+}
+"""Presets by name."""
+
+
 def preset(name: str, /, **changes: Any) -> Preset:
-    """Give a preset by name, with single settings of its optimizer changed.
+    """Return a preset by name, with single settings of its optimizer changed.
 
     Parameters
     ----------
@@ -51,60 +94,10 @@ def preset(name: str, /, **changes: Any) -> Preset:
     """
     if name not in PRESETS:
         raise UserError(f"there is no optimizer {name!r}; choose one of {', '.join(PRESETS)}")
-    chosen = _preset(name)
+    chosen = PRESETS[name]
     noun, unknown = f"setting {{}} of {name}", f"optimizer {name} has no setting {{}}; it has {{}}"
     changes = converted(type(chosen.optimizer), changes, noun, unknown)
     try:
         return replace(chosen, optimizer=replace(chosen.optimizer, **changes))
     except ValueError as error:
         raise UserError(f"optimizer {name}: {error}") from None
-
-
-def _preset(name: str) -> Preset:
-    if name == "adam":  # Kingma and Ba (2015); batch of sgd
-        return Preset(Adam(), 32)
-    if name == "soap":  # large batches are what it is for; rate and schedule as for Muon
-        # With the authors' epsilon of 1e-8 single precision takes rounding for gradients at first.
-        return Preset(SOAP(rate=0.1, beta1=0.9, epsilon=1e-6, refresh=2, schedule="inverse-root"), 3500)
-    if name == "muon":
-        return Preset(_MUON, 3500)
-    if name == "muon-small":
-        # The batch of sgd: the lowest validation loss after minutes on few cores (docs/results/clock.md).
-        return Preset(replace(_MUON, rate=0.2, averaging=0.999), 32)
-    if name == "subspace":
-        # The gradient on the whole training set, so that its risk is the step's. The curvature batch has to
-        # tell some hundred directions apart, whatever the size of the data.
-        return Preset(Subspace(), 14_000, 128)
-    if name in ("sgd", "bgd"):
-        # Batches: Krause et al. (2015). Rule, and length for LSTM: Krause's released code (2016), which need
-        # not be what the paper did; its 10 for mLSTM diverges here (docs/results/kjv.md).
-        return Preset(
-            GradientDescent("rms-normalised", rate=2.0),
-            32 if name == "sgd" else 3500,
-        )
-    if name == "shf":
-        # Batches: Krause et al. (2015). Everything else: Kiros (2013), but for two: his 5 iterations and
-        # factor 0.99 are for feed-forward networks. With 15 and 0.9 a loss of 2.8 bits/char took 0.6 of the
-        # cost that it took with 5 and 0.95 (docs/results/kjv.md).
-        return Preset(
-            HessianFree(
-                damping=0.1,
-                damping_factor=0.9,
-                cg_max_steps=15,
-                cg_tolerance=0.0,
-                keep_ratio=1.0,
-                warm_start=0.5,
-                warm_start_growth=1.01,
-                warm_start_maximum=0.99,
-                step_scale_decay=0.998,
-            ),
-            320,
-            32,
-        )
-    # Batches: Krause et al. (2015); everything else: Martens (2010), the defaults of HessianFree.
-    batches = 14_000, 3_500
-    if name == "bhf-short":
-        # 10 iterations where Martens has up to 250: warm starts carry on what one step leaves undone. And a
-        # first lambda at which the first steps count (docs/results/better.md).
-        return Preset(HessianFree(damping=0.01, cg_max_steps=10), *batches)
-    return Preset(HessianFree(cg_refresh=10), *batches)

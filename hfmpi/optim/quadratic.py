@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from hfmpi.measure.cost import Counts
 from hfmpi.optim.base import Objectives, Scalars, inner_product
 from hfmpi.optim.layout import Vector
 
@@ -11,7 +12,7 @@ __all__ = ["Prediction", "QuadraticModel"]
 
 
 class Prediction(NamedTuple):
-    """What the model says of a step p: g' p, p' p, and m(p) - f without damping. Agreed numbers."""
+    """The model's prediction for a step p: g' p, p' p, and m(p) - f without damping; agreed numbers."""
 
     slope: float
     square: float
@@ -19,21 +20,21 @@ class Prediction(NamedTuple):
 
 
 class QuadraticModel:
-    """m(p) = f + g' p + p' G p / 2; damped it gains lambda p' p / 2 + mu lambda p' S p / 2.
+    """The model m(p) = f + g' p + p' G p / 2; damping adds lambda p' p / 2 + mu lambda p' S p / 2.
 
     Parameters
     ----------
     objectives : Objectives
         Its curvature objective is linearised at theta.
     theta, gradient : (D,)
-        The gradient just taken, at this very theta.
+        The gradient was computed last, at this theta.
     damping, structural : float
         lambda and mu.
 
     Attributes
     ----------
-    linearisations, products : int
-        How many passes it took so far.
+    work : Counts
+        The passes so far.
     """
 
     def __init__(
@@ -41,28 +42,27 @@ class QuadraticModel:
     ) -> None:
         self.objectives, self.theta, self.gradient = objectives, theta, gradient
         self.damping, self.structural = damping, structural
-        self.linearisations, self.products = 1, 0
+        self.work = Counts(linearisations=1)
         curvature = objectives.second
         if structural * damping == 0:
-            self.linearisations -= objectives.shared
+            self.work = Counts(linearisations=int(not objectives.shared))
             self._product = curvature.gauss_newton(theta)
         else:
             self._product = curvature.structural_gauss_newton(theta, structural * damping)
 
     def damped(self, v: Vector) -> Vector:
-        """(G + mu lambda S + lambda I) v."""
-        self.products += 1
+        """Compute (G + mu lambda S + lambda I) v."""
+        self.work += Counts(products=1)
         return self._product(v) + v.dtype.type(self.damping) * v
 
     def predict(self, p: Vector, damped_change: float) -> Prediction:
-        """Say what p brings; `damped_change` is m(p) - f with the damping, as the solver knows it."""
+        """Predict the effect of p; `damped_change` is m(p) - f with damping, from the solver."""
         agree = self.objectives.gradient.agree
         scalars: Scalars = inner_product(self.gradient, p), inner_product(p, p)
         if self.structural == 0:
             slope, square = agree(scalars)
             return Prediction(slope, square, damped_change - 0.5 * self.damping * square)
-        self.linearisations += 1
-        self.products += 1
+        self.work += Counts(linearisations=1, products=1)
         product = self.objectives.second.gauss_newton(self.theta)(p)
         slope, square, curvature = agree((*scalars, inner_product(p, product)))
         return Prediction(slope, square, slope + 0.5 * curvature)

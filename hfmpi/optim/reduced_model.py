@@ -1,9 +1,9 @@
-"""The quadratic model of a risk on few directions, and the directions cut and brought to length one.
+"""The quadratic model of a risk in the space of few vectors, which are cut into parts and normalised first.
 
-    V     the directions, k x D, rows of length one        g   the gradient, D
-    M     V G V', k x k                                    N   what lambda damps, k x k
+    V     the vectors, k x D, rows of length one           g   the gradient, D
+    M     V G V', k x k
 
-The step of a lambda is V' c with c = -(M + lambda N + 1e-9 diag)^-1 V g.
+The step of a lambda is V' c with c = -(S + 1e-9 diag S)^-1 V g and S = M + lambda V V'.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import numpy as np
 from hfmpi.optim.base import Matrix, Objective
 from hfmpi.optim.layout import Block, Vector
 
-__all__ = ["Directions", "Part", "ReducedModel", "Step", "directions", "parts"]
+__all__ = ["Basis", "Part", "ReducedModel", "Step", "normalised", "parts_of"]
 
 RELATIVE = 1e-9
-"""Of the system's diagonal, added to it: directions may be the same, or parallel, to rounding."""
+"""Part of the system's diagonal that is added to it: vectors may be equal or parallel up to rounding."""
 
 
 class Part(NamedTuple):
-    """The rows from top to bottom and columns from left to right of a block, where a direction is not 0."""
+    """The rows from top to bottom and columns from left to right of a block."""
 
     block: Block
     top: int
@@ -35,90 +35,83 @@ class Part(NamedTuple):
     right: int
 
     def of(self, vector: Vector) -> Vector:
-        """Give the part of a vector (D,), a view (rows, columns)."""
+        """Return the part of a vector (D,) as a view (rows, columns)."""
         return self.block.of(vector)[self.top : self.bottom, self.left : self.right]
 
     def stacked(self, vectors: Sequence[Vector]) -> Vector:
-        """Give the part of several vectors, a row each."""
-        found = [self.of(vector) for vector in vectors]
-        own = np.zeros_like(found[0], shape=(len(found), *found[0].shape))
-        for out, values in zip(own, found, strict=True):
-            out[...] = values
-        return own.reshape(len(found), -1)
+        """Return the part of several vectors, one row each."""
+        parts = [self.of(vector) for vector in vectors]
+        stack = np.zeros_like(parts[0], shape=(len(parts), *parts[0].shape))
+        for row, values in zip(stack, parts, strict=True):
+            row[...] = values
+        return stack.reshape(len(parts), -1)
 
 
-def parts(blocks: Sequence[Block]) -> list[Part]:
-    """Cut blocks into parts: a kind of inputs and a kind of outputs of a block each."""
-    found = []
+def parts_of(blocks: Sequence[Block]) -> list[Part]:
+    """Cut blocks into parts, each with one kind of inputs and one kind of outputs of a block."""
+    parts = []
     for block in blocks:
         edges, width = (0, *block.cuts, block.rows), block.columns // block.groups
         for top, bottom in pairwise(edges):
             starts = range(0, block.groups * width, width)
-            found += [Part(block, top, bottom, left, left + width) for left in starts]
-    return found
+            parts += [Part(block, top, bottom, left, left + width) for left in starts]
+    return parts
 
 
 @dataclass(frozen=True)
-class Directions:
-    """Directions of length one, each 0 outside of one part: what they have in common is found part by part.
+class Basis:
+    """Vectors of length one, each zero outside one part, so that inner products are computed part by part.
 
     Attributes
     ----------
     v : (k, D)
-    places : list of (Part, list of int)
-        Parts, and the rows of v along each.
+    parts : list of (Part, list of int)
+        The parts, and the rows of v that lie in each.
     """
 
     v: Vector
-    places: list[tuple[Part, list[int]]]
-
-    def with_more(self, more: Directions) -> Directions:
-        """Give these and others, cut alike."""
-        known, both = len(self.v), dict(self.places)
-        for part, rows in more.places:
-            both[part] = [*both.get(part, []), *(known + row for row in rows)]
-        return Directions(np.concatenate([self.v, more.v]), [*both.items()])
+    parts: list[tuple[Part, list[int]]]
 
     def inner_products(self, g: Vector) -> tuple[Matrix, Matrix]:
-        """Give V V' (k, k), and V g (k,) accumulated in float64."""
+        """Compute V V' (k, k), and V g (k,) accumulated in float64."""
         count = len(self.v)
         gram, slopes = np.zeros((count, count)), np.zeros(count)
-        for part, rows in self.places:
-            own = part.stacked([self.v[row] for row in rows])
-            gram[np.ix_(rows, rows)] = np.matmul(own, own.T).tolist()
-            slopes[rows] = np.einsum("ij,j->i", own, part.of(g).reshape(-1), dtype=np.float64).tolist()
+        for part, rows in self.parts:
+            stack = part.stacked([self.v[row] for row in rows])
+            gram[np.ix_(rows, rows)] = np.matmul(stack, stack.T).tolist()
+            slopes[rows] = np.einsum("ij,j->i", stack, part.of(g).reshape(-1), dtype=np.float64).tolist()
         return gram, slopes
 
     def combined(self, weights: Sequence[float]) -> Vector:
-        """Give V' c, (D,)."""
+        """Compute V' c, (D,)."""
         p, kind = self.v[0] * 0, self.v.dtype.type
-        for part, rows in self.places:
-            own = part.of(p)
+        for part, rows in self.parts:
+            total = part.of(p)
             for row in rows:
-                own += kind(weights[row]) * part.of(self.v[row])
+                total += kind(weights[row]) * part.of(self.v[row])
         return p
 
 
-def directions(objective: Objective, whole: Sequence[Vector], places: Sequence[Part]) -> Directions | None:
-    """Cut vectors (D,) into parts, without those of length zero; None if one is not finite."""
-    own = [part.stacked(whole) for part in places]
-    squares = [np.einsum("ij,ij->i", rows, rows, dtype=np.float64).tolist() for rows in own]
+def normalised(objective: Objective, vectors: Sequence[Vector], parts: Sequence[Part]) -> Basis | None:
+    """Cut vectors (D,) into parts of length one, without those of length zero; None if one is not finite."""
+    stacks = [part.stacked(vectors) for part in parts]
+    squares = [np.einsum("ij,ij->i", stack, stack, dtype=np.float64).tolist() for stack in stacks]
     agreed = objective.agree(tuple(square for each in squares for square in each))
     if not all(map(math.isfinite, agreed)):
         return None
-    v = np.zeros_like(whole[0], shape=(sum(square > 0 for square in agreed), whole[0].size))
-    left, found, at = iter(agreed), [], 0
-    for part, rows in zip(places, own, strict=True):
-        begin = at
-        for values in rows:
-            square = next(left)
+    v = np.zeros_like(vectors[0], shape=(sum(square > 0 for square in agreed), vectors[0].size))
+    remaining, nonzero, row = iter(agreed), [], 0
+    for part, stack in zip(parts, stacks, strict=True):
+        first = row
+        for values in stack:
+            square = next(remaining)
             if square > 0:
-                out = part.of(v[at])
+                out = part.of(v[row])
                 out[...] = (v.dtype.type(1 / math.sqrt(square)) * values).reshape(out.shape)
-                at += 1
-        if at > begin:
-            found.append((part, [*range(begin, at)]))
-    return Directions(v, found)
+                row += 1
+        if row > first:
+            nonzero.append((part, [*range(first, row)]))
+    return Basis(v, nonzero)
 
 
 class Step(NamedTuple):
@@ -131,25 +124,25 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class ReducedModel:
-    """The model on directions: M and N (k, k), and V g (k,)."""
+    """The model in the space of a basis: M and V V' (k, k), and V g (k,)."""
 
     objective: Objective
-    directions: Directions
+    basis: Basis
     m: Matrix
-    metric: Matrix
+    gram: Matrix
     slopes: Matrix
 
     def step(self, damping: float) -> Step:
-        """Give the step V' c of a damping."""
-        system = self.m + damping * self.metric
+        """Compute the step V' c of a damping."""
+        system = self.m + damping * self.gram
         diagonal = np.diag(system)
         scale = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
         try:
             values, vectors = np.linalg.eigh(scale[:, None] * system * scale)
         except np.linalg.LinAlgError:  # numbers that are not finite
-            return Step(self.directions.v[0] * np.nan, 0.0, 0.0)
+            return Step(self.basis.v[0] * np.nan, 0.0, 0.0)
         along = vectors.T @ (scale * self.slopes) / (np.maximum(values, 0) + RELATIVE)
         c = -scale * (vectors @ along)
-        bound = -float(self.slopes @ c), max(float(c @ self.m @ c), 0.0)
-        *weights, descent, curvature = self.objective.agree((*map(float, c), *bound))
-        return Step(self.directions.combined(weights), max(descent, 0.0), curvature)
+        bounds = -float(self.slopes @ c), max(float(c @ self.m @ c), 0.0)
+        *weights, descent, curvature = self.objective.agree((*map(float, c), *bounds))
+        return Step(self.basis.combined(weights), max(descent, 0.0), curvature)

@@ -1,4 +1,4 @@
-"""How the rate of a first-order method goes with its updates."""
+"""How the rate of a first-order method changes over its updates."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ SCHEDULES = ("constant", "inverse-root", "cosine")
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The factor of the rate at each update, in the settings of a method that has one.
+    """The factor of the rate at each update: settings of a method with a schedule.
 
     Attributes
     ----------
     schedule : {'constant', 'inverse-root', 'cosine'}
         `inverse-root`: 1 / sqrt(1 + t / schedule_steps) after t updates.
-        `cosine`: from 1 to `schedule_end` over so many steps, as half a period of a cosine (Loshchilov and
-        Hutter 2017), and `schedule_end` from then on.
+        `cosine`: from 1 to `schedule_end` over `schedule_steps` updates, as half a period of a cosine
+        (Loshchilov and Hutter 2017), and `schedule_end` from then on.
     schedule_steps : int
     schedule_end : float
     warm_up : int
-        Over so many first updates the factor rises in proportion to their number as well; 0: at once.
+        Number of first updates over which the factor also rises linearly; 0: none.
     """
 
     schedule: Annotated[str, Rule(f"must be one of {', '.join(SCHEDULES)}", SCHEDULES.__contains__)] = (
@@ -37,7 +37,7 @@ class Schedule:
     warm_up: Annotated[int, NOT_NEGATIVE] = 0
 
     def factor(self, updates: int) -> float:
-        """Give the factor of the update after so many."""
+        """Return the factor of the next update, after this number of updates."""
         rising = min(1.0, (updates + 1) / self.warm_up) if self.warm_up else 1.0
         if self.schedule == "inverse-root":
             return rising / math.sqrt(1 + updates / self.schedule_steps)

@@ -4,41 +4,42 @@
     Q_L    eigenvectors of L, columns                       Q_R    eigenvectors of R, columns
     G'     Q_L' G Q_R, the gradient in the eigenbasis       M, V   Adam's means, of G and of the squares of G'
 
-The step is -rate Q_L (M' / (sqrt(V) + epsilon)) Q_R' with M' = Q_L' M Q_R, means corrected for their start. A
-side longer than `longest_side` is not rotated, and a block of one row or column is Adam's. The eigenvectors
-are exact at the first update; every `refresh` updates they follow by one orthogonal iteration, Q <- qr(L Q).
-The authors take no step at the first gradient; here it counts.
+The step is -rate Q_L (M' / (sqrt(V) + epsilon)) Q_R' with M' = Q_L' M Q_R and means corrected for their bias
+at the start. A side longer than `longest_side` is not rotated, and a block of one row or column is left to
+Adam. The eigenvectors are exact at the first update; every `refresh` updates one orthogonal iteration,
+Q <- qr(L Q), makes them follow. The authors take no step at the first gradient; here it counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import numpy as np
 
-from hfmpi.optim.base import Objective
+from hfmpi.optim.base import Messages, Needs, Objective
 from hfmpi.optim.checks import check_blocks, check_vector
 from hfmpi.optim.first_order import Adaptive, AdaptiveState
-from hfmpi.optim.layout import Block, Vector
+from hfmpi.optim.layout import Block, BlockLayout, Shape, Vector
+from hfmpi.optim.matrices import Arrays, rotated, share_out
 from hfmpi.settings import POSITIVE, at_least, within
 
 __all__ = ["SOAP", "SOAPState"]
 
 TIES = 1e-3
-"""Of the mean eigenvalue: what the last number on a diagonal gains, those before it in proportion.
+"""Part of the mean eigenvalue that is added to the last diagonal number, to those before it in proportion.
 
-A factor has many eigenvalues of zero at first. What is added tells them apart, where rounding would, which
+A factor has many eigenvalues of zero at first. The addition separates them; otherwise rounding would, which
 depends on the number of ranks.
 """
 
 
 @dataclass(frozen=True)
 class SOAPState(AdaptiveState):
-    """Means of gradients and of squares in the eigenbasis, factors and bases.
+    """Means of gradients and of squares in the eigenbasis, factors and eigenvectors.
 
-    The means are (D,); `factors` has L and R of all blocks, one after the other, `bases` Q_L and Q_R.
+    The means are (D,); `factors` holds L and R of each block, `bases` Q_L and Q_R.
     """
 
     mean: Vector
@@ -54,13 +55,13 @@ class SOAP(Adaptive[SOAPState]):
     Attributes
     ----------
     rate, beta1, beta2, epsilon : float
-        As of Adam. The authors: 3e-3, 0.95, 0.95, 1e-8, for transformers.
+        As in Adam. The authors: 3e-3, 0.95, 0.95, 1e-8, for transformers.
     factor_decay : float
         Of the running means L and R. The authors: 0.95.
     refresh : int
-        Updates from one eigen-decomposition to the next. The authors: 10.
+        Updates from one eigendecomposition to the next. The authors: 10.
     longest_side : int
-        Rows or columns beyond so many are not rotated. The authors: 10,000.
+        Longer sides (rows or columns) are not rotated. The authors: 10,000.
     decay, averaging, schedule, schedule_steps, schedule_end, warm_up
         See `Adaptive` and `Schedule`.
     """
@@ -76,7 +77,7 @@ class SOAP(Adaptive[SOAPState]):
     longest_side: Annotated[int, at_least(1)] = 10_000
 
     def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> SOAPState:
-        """Give the state before the first update.
+        """Return the state before the first update.
 
         Raises
         ------
@@ -85,90 +86,74 @@ class SOAP(Adaptive[SOAPState]):
         """
         check_vector("theta", theta)
         check_blocks("soap", blocks)
-        count = sum(size * size for block in blocks for size in self._sides(block))
-        factors, bases = np.zeros_like(theta, shape=count), np.zeros_like(theta, shape=count)
-        means = theta * 0, theta * 0
-        return SOAPState(*means, factors, bases, updates=0, average=self._first(theta))
+        size = BlockLayout(blocks, self._factors).size
+        factors, bases = np.zeros_like(theta, shape=size), np.zeros_like(theta, shape=size)
+        return SOAPState(theta * 0, theta * 0, factors, bases, updates=0, average=self._first(theta))
+
+    @property
+    def needs(self) -> Needs:
+        """What SOAP needs of the model."""
+        return Needs(blocks=True)
+
+    def messages(self, parameters: int, state: Mapping[str, int]) -> Messages:
+        """Return what the ranks exchange: the arrays of `_results` of each block."""
+        return Messages(matrices=2 * (parameters + state.get("factors", 0)))
 
     def direction(
         self, g: Vector, norm: float, state: SOAPState, objective: Objective, factor: float
     ) -> tuple[Vector, SOAPState]:
-        """Make the matrix products and decompositions of each block on one of the ranks."""
+        """Compute the step; matrix products and decompositions of each block are one rank's work."""
         kind, t, blocks = g.dtype.type, state.updates + 1, objective.blocks
         mean = kind(self.beta1) * state.mean + kind(1 - self.beta1) * g
-        works, sizes, start = list[Callable[[], Vector]](), list[int](), 0
-        for block in blocks:
-            end = start + sum(size * size for size in self._sides(block))
-            works.append(self._work(block, start, end, g, mean, state))
-            sizes.append(2 * block.rows * block.columns + 2 * (end - start))
-            start = end
+        keep = self.factor_decay if state.updates else 0.0
+        layout = BlockLayout(blocks, self._factors)
+        old_factors, old_bases = layout.views(state.factors), layout.views(state.bases)
+
+        def fill(i: int, new: Arrays) -> None:
+            gradient, momentum, old_square = (blocks[i].of(v) for v in (g, mean, state.mean_square))
+            for side, a in ("L", gradient), ("R", gradient.T):
+                matrix, basis = new[side], new[f"Q_{side}"]
+                if not matrix.size:
+                    continue
+                np.matmul(a, a.T, out=matrix)
+                matrix[...] = kind(keep) * old_factors[i][side] + kind(1 - keep) * matrix
+                basis[...] = old_bases[i][side]
+                if state.updates % self.refresh == 0:
+                    basis[...] = _eigenvectors(matrix, basis if state.updates else None)
+            left, right, square = new["Q_L"], new["Q_R"], new["mean_square"]
+            inside, ahead = (rotated(matrix, left.T, right) for matrix in (gradient, momentum))
+            square[...] = kind(self.beta2) * old_square + kind(1 - self.beta2) * inside * inside
+            corrected = np.sqrt(square / kind(1 - self.beta2**t)) + kind(self.epsilon)
+            new["step"][...] = rotated(ahead / corrected, left, right.T)
+
         mean_square, p, factors, bases = (v * 0 for v in (mean, mean, state.factors, state.bases))
-        start = 0
-        for block, size, found in zip(blocks, sizes, objective.spread(works, sizes), strict=True):
-            own = block.rows * block.columns
-            end = start + size // 2 - own
-            block.of(mean_square).reshape(-1)[...] = found[:own]
-            block.of(p).reshape(-1)[...] = found[own : 2 * own]
-            factors[start:end] = found[2 * own : 2 * own + end - start]
-            bases[start:end] = found[2 * own + end - start :]
-            start = end
+        results = share_out(objective, BlockLayout(blocks, self._results), g, fill)
+        after = layout.views(factors), layout.views(bases)
+        for block, new, new_factors, new_bases in zip(blocks, results, *after, strict=True):
+            block.of(mean_square)[...], block.of(p)[...] = new["mean_square"], new["step"]
+            for side in new_factors:
+                new_factors[side][...], new_bases[side][...] = new[side], new[f"Q_{side}"]
         p = kind(self.rate * factor / (1 - self.beta1**t)) * p
         return p, replace(state, mean=mean, mean_square=mean_square, factors=factors, bases=bases)
 
-    def _sides(self, block: Block) -> tuple[int, ...]:
-        """Give the sizes of the factors of a block: of its rows, of its columns; 0 for one without."""
-        shape = block.rows, block.columns
-        return tuple(size if min(shape) > 1 and size <= self.longest_side else 0 for size in shape)
+    def _factors(self, block: Block) -> dict[str, Shape]:
+        """Return the shapes of L and R, which are those of Q_L and Q_R; (0, 0) for a side without."""
+        sides = block.rows, block.columns
+        left, right = (side if min(sides) > 1 and side <= self.longest_side else 0 for side in sides)
+        return {"L": (left, left), "R": (right, right)}
 
-    def _work(
-        self, block: Block, start: int, end: int, g: Vector, mean: Vector, state: SOAPState
-    ) -> Callable[[], Vector]:
-        """Give the work of a block: V, the direction, L, R, Q_L and Q_R, one after the other."""
-        kind, t, (rows, columns) = g.dtype.type, state.updates + 1, self._sides(block)
-        keep = self.factor_decay if state.updates else 0.0
-
-        def work() -> Vector:
-            size = block.rows * block.columns
-            found = np.zeros_like(g, shape=2 * size + 2 * (end - start))
-            square, p = found[: 2 * size].reshape(2, block.rows, block.columns)
-            factors, bases = found[2 * size :].reshape(2, -1)
-            bases[...] = state.bases[start:end]
-            own, ahead = block.of(g), block.of(mean)
-            left, right = _split(bases, rows, columns)
-            for matrix, a in zip(_split(factors, rows, columns), (own, own.T), strict=True):
-                if matrix.size:
-                    np.matmul(a, a.T, out=matrix)
-            factors[...] = kind(keep) * state.factors[start:end] + kind(1 - keep) * factors
-            if state.updates % self.refresh == 0:
-                for matrix, basis in zip(_split(factors, rows, columns), (left, right), strict=True):
-                    if matrix.size:
-                        basis[...] = _eigenvectors(matrix, basis if state.updates else None)
-            rotated, turned = (_rotated(m, left, right) for m in (own, ahead))
-            before = block.of(state.mean_square)
-            square[...] = kind(self.beta2) * before + kind(1 - self.beta2) * rotated * rotated
-            corrected = np.sqrt(square / kind(1 - self.beta2**t)) + kind(self.epsilon)
-            p[...] = _rotated(turned / corrected, left.T, right.T)
-            return found
-
-        return work
-
-
-def _split(flat: Vector, rows: int, columns: int) -> tuple[Vector, Vector]:
-    """Give the two square matrices that lie in a vector one after the other: views."""
-    return flat[: rows * rows].reshape(rows, rows), flat[rows * rows :].reshape(columns, columns)
-
-
-def _rotated(matrix: Vector, left: Vector, right: Vector) -> Vector:
-    """Give left' matrix right; a side without a basis stays as it is."""
-    matrix = np.matmul(left.T, matrix) if left.size else matrix
-    return np.matmul(matrix, right) if right.size else matrix
+    def _results(self, block: Block) -> dict[str, Shape]:
+        """Return the shapes of the arrays that are computed for a block."""
+        matrix, factors = (block.rows, block.columns), self._factors(block)
+        bases = {f"Q_{side}": shape for side, shape in factors.items()}
+        return {"mean_square": matrix, "step": matrix, **factors, **bases}
 
 
 def _eigenvectors(matrix: Vector, before: Vector | None) -> Vector:
-    """Give the eigenvectors of a symmetric matrix, largest eigenvalue first, NaN where its numbers have none.
+    """Compute the eigenvectors of a symmetric matrix, largest eigenvalue first; NaN if that fails.
 
-    From those of the update before by one orthogonal iteration, which moves each of them only as far as the
-    matrix has changed: V goes with them.
+    With the eigenvectors of the update before by one orthogonal iteration, which moves each of them only as
+    far as the matrix has changed, so that V stays valid.
     """
     size, kind = len(matrix), matrix.dtype.type
     matrix = matrix * 1

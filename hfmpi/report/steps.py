@@ -9,20 +9,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["COUNTS", "Steps"]
+from hfmpi.measure.cost import COUNTS
 
-COUNTS = {
-    "gradients": "gradients",
-    "losses": "losses",
-    "linearisations": "linearisations",
-    "products": "curvature products",
-    "projections": "projections",
-    "candidates": "candidates",
-    "columns": "columns",
-    "directions": "directions",
-    "cg_steps": "CG iterations",
-}
-"""What a step counts, by the keys of its record."""
+__all__ = ["COUNTS", "Steps"]
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class Config:
         str, Option("Initial parameters; krause-lstm is for lstm and mlstm.", choices=INITIALISATIONS)
     ] = "krause"
     forget_bias: Annotated[Number, Option("Initial forget bias of gated cells.", least=None)] = 0.0
-    optimizer: Annotated[str, Option("Preset of settings.", choices=PRESETS)] = "muon-small"
+    optimizer: Annotated[str, Option("Preset of settings.", choices=tuple(PRESETS))] = "muon-small"
     gradient_batch: Annotated[Whole, Option("Sequences per gradient.", "the preset's", least=1)] = 0
     curvature_batch: Annotated[Whole, Option("Sequences per curvature product.", "the preset's", least=1)] = 0
     sequence_length: Annotated[Whole, at_least(1), Option("Scored characters of a sequence.", least=1)] = 200

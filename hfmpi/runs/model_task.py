@@ -20,13 +20,9 @@ from hfmpi.errors import UserError, shown
 from hfmpi.files.checkpoint import Checkpoint
 from hfmpi.files.history import NATS
 from hfmpi.measure.spans import EVALUATE
-from hfmpi.models.base import Blocks, KroneckerFactors, Model, StructuralDamping
+from hfmpi.models.base import Blocks, KroneckerFactors, Model, SquaredGradients, StructuralDamping
 from hfmpi.networks.network import Network
 from hfmpi.objective.data_parallel import DataParallel
-from hfmpi.optim.hessian_free import HessianFree
-from hfmpi.optim.muon import Muon
-from hfmpi.optim.soap import SOAP
-from hfmpi.optim.subspace import Subspace
 from hfmpi.parallel.communicator import digest
 from hfmpi.parallel.failure import together
 from hfmpi.runs import metric
@@ -234,20 +230,20 @@ def _with_batches(config: Config, count: int) -> tuple[Config, list[str]]:
 
 
 def _check_optimizer(config: Config, model: Model) -> None:
-    """Raise a UserError if the optimizer needs what the model has not."""
-    optimizer, kind = config.preset().optimizer, type(model).__name__
-    if isinstance(optimizer, (SOAP, Muon, Subspace)) and not isinstance(model, Blocks):
+    """Raise a UserError if the optimizer needs what the model does not have."""
+    needs, kind = config.preset().optimizer.needs, type(model).__name__
+    if needs.blocks and not isinstance(model, Blocks):
         raise UserError(
             f"{kind} does not name the matrices of theta (blocks): take another optimizer, such as adam"
         )
-    kfac = isinstance(optimizer, Subspace) and "kfac" in optimizer.directions
-    if kfac and not isinstance(model, KroneckerFactors):
+    if needs.kronecker_factors and not isinstance(model, KroneckerFactors):
         raise UserError(
             f"{kind} has no Kronecker factors: give settings={{'directions': 'gradient'}}, or another "
             "optimizer"
         )
-    structural = isinstance(optimizer, HessianFree) and optimizer.structural_damping > 0
-    if structural and not isinstance(model, StructuralDamping):
+    if needs.squared_gradients and not isinstance(model, SquaredGradients):
+        raise UserError(f"{kind} has no squared gradients: give settings={{'preconditioner': 'auto'}}")
+    if needs.structural_damping and not isinstance(model, StructuralDamping):
         raise UserError(f"{kind} has no structural damping: give settings={{'structural_damping': 0}}")
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from hfmpi.files.history import LossKeys, Record
 from hfmpi.measure import cost
-from hfmpi.measure.cost import Counts
+from hfmpi.measure.cost import COUNTS, Counts
 from hfmpi.optim.base import StepReport
 from hfmpi.parallel.placement import Place
 
@@ -97,17 +97,19 @@ class Progress:
 
     def after(self, report: StepReport) -> Progress:
         """Give the progress after one more step."""
-        work = Counts(steps=1, **asdict(report.work))
+        counts = self.counts + replace(report.work, steps=1)
         rejections = 0 if report.accepted else self.rejections + 1
-        return replace(self, step=self.step + 1, rejections=rejections, counts=self.counts + work)
+        return replace(self, step=self.step + 1, rejections=rejections, counts=counts)
 
     def spent(self, gradient_batch: int, curvature_batch: int) -> tuple[Spent, ...]:
         """Give all that was done; the batches are those of today."""
         return *self.before, Spent(self.counts, gradient_batch, curvature_batch)
 
 
-MANY = "projections", "candidates", "columns", "directions"
-"""Counts of methods that take several vectors a pass, as the last of `Counts`; in a record where not 0."""
+ALWAYS = "gradients", "losses", "linearisations", "products", "cg_steps"
+"""Counts that every record has; a record has the others where they are not 0."""
+
+OTHERS = tuple(name for name in COUNTS if name not in ALWAYS)
 
 
 class Reporter(Protocol):
@@ -159,18 +161,15 @@ def step_record(
         "P_D_full": full_d,
         "accepted": report.accepted,
         "message": report.message,
-        "gradients": work.gradients,
-        "losses": work.losses,
-        "linearisations": work.linearisations,
-        "products": work.products,
-        "cg_steps": work.cg_steps,
+        **{name: work[name] for name in ALWAYS},
+        **{name: work[name] for name in OTHERS if work[name]},
+        **report.details,
     }
-    beside = {name: number for name in MANY if (number := getattr(work, name))}
-    return cast(Record, {**record, **beside, **report.details})
+    return cast(Record, record)
 
 
 def counted(record: Record) -> Counts:
-    """Give the counts of one step from its record."""
-    passes = record["gradients"], record["products"], record["losses"], record["linearisations"]
-    many = (cast(int, record.get(name, 0)) for name in MANY)
-    return Counts(1, record["cg_steps"], *passes, *many)
+    """Return the counts of one step from its record."""
+    numbers = cast("dict[str, int]", record)
+    others = {name: numbers.get(name, 0) for name in OTHERS}
+    return Counts(steps=1, **{name: numbers[name] for name in ALWAYS}, **others)

@@ -45,9 +45,10 @@ def restored(checkpoint: Checkpoint, fresh: StateT, backend: Backend, optimizer:
         If they do not.
     """
     expected = entries(fresh, backend)
-    # An empty vector may be missing: earlier versions had no averages.
-    empty = {name: v for name, v in expected.items() if isinstance(v, np.ndarray) and not v.size}
-    entries_read = empty | checkpoint.state
+    # Earlier versions lack some vectors and have others: where a vector is empty, that makes no difference.
+    missing = {name: value for name, value in expected.items() if _empty(value)}
+    saved = {name: v for name, v in checkpoint.state.items() if name in expected or not _empty(v)}
+    entries_read = missing | saved
     if set(entries_read) != set(expected):
         raise Misfit(f"the checkpoint was not written by optimizer {optimizer}")
     for name, value in expected.items():
@@ -107,10 +108,10 @@ def progress(checkpoint: Checkpoint) -> Progress:
     """
     meta = checkpoint.meta
     try:
-        step, seconds, counts = meta["step"], meta["seconds"], Counts(**meta["counts"])
+        step, seconds, counts = meta["step"], meta["seconds"], _counts(meta["counts"])
         rejections, origin = meta.get("rejections", 0), meta.get("origin", "")
         before = tuple(
-            Spent(Counts(**part["counts"]), part["gradient_batch"], part["curvature_batch"])
+            Spent(_counts(part["counts"]), part["gradient_batch"], part["curvature_batch"])
             for part in meta.get("before", ())
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -123,6 +124,18 @@ def progress(checkpoint: Checkpoint) -> Progress:
     if not isinstance(origin, str):
         raise UserError('invalid checkpoint: "origin" must be a string')
     return Progress(step, seconds, rejections, counts, before, origin)
+
+
+def _counts(saved: dict[str, int]) -> Counts:
+    """Return counts that this version or an earlier one saved.
+
+    Until version 0.2.0 they had `columns` too, which no optimizer ever counted.
+    """
+    return Counts(**{name: number for name, number in dict(saved).items() if name != "columns"})
+
+
+def _empty(value: Entry) -> bool:
+    return isinstance(value, np.ndarray) and not value.size
 
 
 def _form(value: Entry) -> tuple[Any, ...]:

@@ -19,7 +19,6 @@ from hfmpi.errors import UserError
 from hfmpi.files.checkpoint import Checkpoint, latest
 from hfmpi.files.run_folder import find_checkpoint
 from hfmpi.measure.cost import Counts
-from hfmpi.optim.subspace import Subspace
 from hfmpi.runs.config import Config
 from hfmpi.runs.merge import derive, merge
 from hfmpi.runs.record import Progress
@@ -140,8 +139,8 @@ def _starting_point(
     same = same_data and (now.gradient_batch, now.curvature_batch) == batches
     if why or not same or any(getattr(had, name) != getattr(config, name) for name in BATCHES):
         so_far = replace(so_far, counts=Counts(), before=so_far.spent(*batches))
-        if isinstance(now.optimizer, Subspace) and state:
-            state |= {"loss": 0.0, "descent": 0.0, "curvature": 0.0}  # the last risk was of another batch
+        if state:
+            state = now.optimizer.on_other_batches(state)
     so_far = replace(so_far, rejections=0, origin=os.path.realpath(source))
     return replace(checkpoint, state=state, meta=checkpoint.meta | asdict(so_far)), why
 

@@ -11,7 +11,6 @@ from hfmpi.data.noise import Noisy
 from hfmpi.files.checkpoint import Checkpoint
 from hfmpi.files.history import BITS
 from hfmpi.networks.network import Network
-from hfmpi.optim.hessian_free import HessianFree
 from hfmpi.runs import checks
 from hfmpi.runs.config import Config
 from hfmpi.runs.restore import check_model
@@ -97,6 +96,5 @@ class TextTask(Task):
 
     def linearisation_bytes(self, cases: int) -> int:
         """Give what the tape of so many sequences takes."""
-        config, optimizer = self.config, self.config.preset().optimizer
-        structural = isinstance(optimizer, HessianFree) and optimizer.structural_damping > 0
-        return self.model.tape_bytes(config.burn_in + config.sequence_length, cases, structural)
+        config, needs = self.config, self.config.preset().optimizer.needs
+        return self.model.tape_bytes(config.burn_in + config.sequence_length, cases, needs.structural_damping)

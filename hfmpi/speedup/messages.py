@@ -1,4 +1,4 @@
-"""What the ranks of a job sum: the bytes after each kind of pass, and those of the work on its matrices."""
+"""The bytes that the ranks of a job sum after each kind of pass, and for the work on matrices."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ from typing import Any
 from hfmpi.measure.cost import Counts
 from hfmpi.objective.messages import message_sizes
 from hfmpi.optim.base import Optimizer
-from hfmpi.optim.hessian_free import HessianFree
-from hfmpi.optim.muon import Muon
-from hfmpi.optim.soap import SOAP
-from hfmpi.optim.subspace import Subspace
 
 __all__ = ["messages"]
 
@@ -19,41 +15,29 @@ __all__ = ["messages"]
 def messages(
     optimizer: Optimizer[Any], counts: Counts, parameters: int, itemsize: int, state: Mapping[str, int]
 ) -> dict[str, float]:
-    """Give the bytes of each message by what it comes after, 0 for none.
+    """Return the bytes of the message that follows each kind of pass, 0 where there is none.
 
     Parameters
     ----------
     optimizer : Optimizer
     counts : Counts
-        Of some steps; how many vectors a pass had is the mean over them.
+        Of some steps; the number of vectors of a pass is the mean over them.
     parameters, itemsize : int
-        D, and bytes of each number of a vector.
+        D, and the bytes of each number of a vector.
     state : mapping of str to int
-        How many numbers each vector of the optimizer's state has: the matrices' sizes are in it.
+        The length of each vector of the optimizer's state, from which the sizes of the matrices follow.
     """
-    beside, matrices = 0, 0
-    factors, decomposition = state.get("factors", 0), state.get("decomposition", 0)
-    if isinstance(optimizer, HessianFree) and optimizer.preconditioner != "none":
-        beside = parameters
-    elif isinstance(optimizer, Subspace):
-        if factors:
-            beside = factors + 1
-            matrices = decomposition + optimizer.kfac_dampings * parameters
-        matrices += state.get("soap", 0)  # a message of its own, taken for one with the other
-    elif isinstance(optimizer, SOAP):
-        matrices = 2 * (parameters + factors)
-    elif isinstance(optimizer, Muon):
-        matrices = parameters  # less its vectors, which are few
+    sent = optimizer.messages(parameters, state)
     directions = 1 + counts.directions // max(1, counts.projections)
     candidates = 1 + counts.candidates // max(1, counts.losses)
-    sizes = message_sizes(parameters, beside)
+    sizes = message_sizes(parameters, sent.with_gradient)
     return {
         "gradient": itemsize * sizes["gradient"],
         "product": itemsize * sizes["product"],
         "projection": 8 * _with_stop(directions**2),  # float64 whatever the vectors, as losses
         "loss": 8 * _with_stop(candidates),
         "linearisation": 0,
-        "matrices": itemsize * _with_stop(matrices) if matrices else 0,
+        "matrices": itemsize * _with_stop(sent.matrices) if sent.matrices else 0,
     }
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
 from hfmpi.measure import cost
-from hfmpi.measure.cost import Counts
-from hfmpi.measure.spans import FORWARD, GRADIENT, LINE_SEARCH, LINEARISE, PRODUCTS
+from hfmpi.measure.cost import PASSES, Counts
 from hfmpi.speedup.scaling import Curve, Job, Link, Pass, best
 from hfmpi.speedup.steps import StepTimes
 
@@ -30,11 +30,8 @@ class Kind:
 
 
 KINDS = {
-    "gradient": Kind((FORWARD, GRADIENT), lambda counts: counts.gradients, True),
-    "loss": Kind((LINE_SEARCH,), lambda counts: counts.losses, True),
-    "product": Kind((PRODUCTS,), lambda counts: counts.products, False),
-    "projection": Kind((PRODUCTS,), lambda counts: counts.projections, False),
-    "linearisation": Kind((LINEARISE,), lambda counts: counts.linearisations, False),
+    **{kind.name: Kind(kind.spans, attrgetter(name), kind.on_gradient) for name, kind in PASSES.items()},
+    # The work on matrices of theta has a message alone: its time is in r.
     "matrices": Kind((), lambda counts: counts.projections or counts.gradients, True),
 }
 

@@ -1,0 +1,49 @@
+"""Work on the matrices of theta, each of which is one rank's; and the rotations of K-FAC and SOAP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from hfmpi.optim.base import Objective
+from hfmpi.optim.layout import BlockLayout, Vector
+
+__all__ = ["Arrays", "rotated", "share_out"]
+
+Arrays = dict[str, Vector]
+"""The arrays of a block by name."""
+
+
+def share_out(
+    objective: Objective, layout: BlockLayout, like: Vector, fill: Callable[[int, Arrays], None]
+) -> list[Arrays]:
+    """Compute the arrays of each block on one of the ranks; return those of all blocks on every rank.
+
+    Parameters
+    ----------
+    objective : Objective
+        Its ranks share the work.
+    layout : BlockLayout
+        The arrays of each block.
+    like : vector
+        Of the type that the arrays have.
+    fill : callable
+        (index of the block, its arrays, which are zero) -> None; writes the result into the arrays.
+    """
+
+    def work(index: int) -> Vector:
+        vector = np.zeros_like(like, shape=layout.layouts[index].size)
+        fill(index, layout.layouts[index].views(vector))
+        return vector
+
+    works = [partial(work, index) for index in range(len(layout.layouts))]
+    results = objective.spread(works, [each.size for each in layout.layouts])
+    return [each.views(result) for each, result in zip(layout.layouts, results, strict=True)]
+
+
+def rotated(matrix: Vector, left: Vector, right: Vector) -> Vector:
+    """Return left @ matrix @ right; a side whose rotation is empty is not rotated."""
+    matrix = np.matmul(left, matrix) if left.size else matrix
+    return np.matmul(matrix, right) if right.size else matrix
