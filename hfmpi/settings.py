@@ -51,14 +51,14 @@ NOT_NEGATIVE = Rule("must not be negative", lambda x: x >= 0)
 POSITIVE = Rule("must be positive", lambda x: x > 0)
 
 
-def at_least(least: int) -> Rule:
+def at_least(minimum: int) -> Rule:
     """Return the rule of numbers with a lower bound."""
-    return Rule(f"must be at least {least}", lambda x: x >= least)
+    return Rule(f"must be at least {minimum}", lambda x: x >= minimum)
 
 
-def at_most(most: int) -> Rule:
+def at_most(maximum: int) -> Rule:
     """Return the rule of numbers with an upper bound."""
-    return Rule(f"must be at most {most:,}", lambda x: x <= most)
+    return Rule(f"must be at most {maximum:,}", lambda x: x <= maximum)
 
 
 def within(interval: str) -> Rule:

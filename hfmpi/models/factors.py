@@ -57,7 +57,7 @@ class FactorSums:
 
     @cached_property
     def layout(self) -> Layout[str]:
-        """The layout of the whole vector."""
+        """The layout of the full vector."""
         counts = 1 if self.shared else len(self.blocks)
         return Layout({"factors": (self.factors.size,), "counts": (counts,)})
 

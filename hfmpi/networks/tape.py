@@ -74,7 +74,7 @@ class Tape:
     nbytes : int
         The bytes that it occupies in the device's memory.
     block_rows : int
-        About how many rows (steps times sequences) the time-batched products take at once.
+        About how many rows (steps times sequences) the time-batched products process at once.
     memory : Workspace
         Where all of it is stored.
     """
@@ -337,9 +337,11 @@ class Tape:
         """
         length, size = self.layers[0].x.shape
         burn_in = length - self.scored // size
-        most = max(self.block_rows, DIRECTION_ROWS * directions) if directions > 1 else self.block_rows
+        block_rows = self.block_rows
+        if directions > 1:
+            block_rows = max(block_rows, DIRECTION_ROWS * directions)
         parts = []
-        for steps in [slice(0, length)] if undivided else blocks(length, size * directions, most):
+        for steps in [slice(0, length)] if undivided else blocks(length, size * directions, block_rows):
             first = min(max(steps.start, burn_in), steps.stop)
             rows = slice(max(first - burn_in, 0) * size, max(steps.stop - burn_in, 0) * size)
             parts.append((steps, slice(first, steps.stop), rows))
