@@ -1,4 +1,4 @@
-"""Settings: dataclasses whose annotations say of which type each value is, and what else it must be."""
+"""Settings: dataclasses whose annotations declare the type of each value and its rules."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ __all__ = [
 
 
 class Rule(NamedTuple):
-    """What a value must be; it stands in the annotation of its field.
+    """A condition on a value, in the annotation of its field.
 
     Attributes
     ----------
     words : str
-        What follows the name of the field in a sentence on a wrong value; {} stands for the value.
+        The message on a wrong value, after the name of the field; {} stands for the value.
     holds : callable
-        value -> whether it is right.
+        value -> bool
     """
 
     words: str
@@ -51,18 +51,18 @@ NOT_NEGATIVE = Rule("must not be negative", lambda x: x >= 0)
 POSITIVE = Rule("must be positive", lambda x: x > 0)
 
 
-def at_least(least: int) -> Rule:
-    """Give the rule for numbers with a lower bound."""
-    return Rule(f"must be at least {least}", lambda x: x >= least)
+def at_least(minimum: int) -> Rule:
+    """Return the rule of numbers with a lower bound."""
+    return Rule(f"must be at least {minimum}", lambda x: x >= minimum)
 
 
-def at_most(most: int) -> Rule:
-    """Give the rule for numbers with an upper bound."""
-    return Rule(f"must be at most {most:,}", lambda x: x <= most)
+def at_most(maximum: int) -> Rule:
+    """Return the rule of numbers with an upper bound."""
+    return Rule(f"must be at most {maximum:,}", lambda x: x <= maximum)
 
 
 def within(interval: str) -> Rule:
-    """Give the rule for numbers of an interval, such as (0, 1]."""
+    """Return the rule of numbers in an interval such as (0, 1]."""
     low, high = map(float, interval[1:-1].split(","))
     above = operator.ge if interval[0] == "[" else operator.gt
     below = operator.le if interval[-1] == "]" else operator.lt
@@ -71,36 +71,38 @@ def within(interval: str) -> Rule:
 
 @cache
 def declared(kind: type[DataclassInstance]) -> dict[str, tuple[type, tuple[object, ...]]]:
-    """Give for each field its type, and what its annotation adds to that."""
-    found = {}
+    """Return the type of each field by name, and the other parts of its annotation."""
+    hints = {}
     for name, hint in get_type_hints(kind, include_extras=True).items():
         base, *more = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        found[name] = (get_origin(base) or base, tuple(more))
-    return {field.name: found[field.name] for field in fields(kind)}
+        hints[name] = (get_origin(base) or base, tuple(more))
+    return {field.name: hints[field.name] for field in fields(kind)}
 
 
 def check(settings: DataclassInstance) -> None:
-    """Give all values the types of their annotations, as Python's own; to be called by `__post_init__`.
+    """Check all values and convert them to the types of their annotations; `__post_init__` calls it.
+
+    Integers are converted to float where the annotation is float, and NumPy numbers to Python numbers.
 
     Raises
     ------
     TypeError
-        If a value is of another type; whole numbers will do for a float, and NumPy's numbers for Python's.
+        If a value has another type.
     ValueError
-        If a value is not as its annotation says.
+        If a value breaks a rule of its annotation.
     """
     for name, (wanted, more) in declared(type(settings)).items():
         value = _typed(getattr(settings, name), wanted)
         if value is None:
             raise TypeError(_wrong(name, wanted, getattr(settings, name)))
-        object.__setattr__(settings, name, value)  # frozen for everyone else
+        object.__setattr__(settings, name, value)  # the dataclass may be frozen
         for rule in more:
             if isinstance(rule, Rule) and not rule.holds(value):
                 raise ValueError(f"{name} {rule.words.format(value)}")
 
 
 def _typed(value: Any, wanted: type) -> Any:
-    """Give a value in a type, or None if it is none of it."""
+    """Return a value converted to a type, or None if it does not have that type."""
     if isinstance(value, (bool, np.bool_)):
         return bool(value) if wanted is bool else None
     if wanted is int and isinstance(value, numbers.Integral):
@@ -118,31 +120,31 @@ def _wrong(name: str, wanted: type, value: object) -> str:
 
 
 def converted(
-    kind: type[DataclassInstance], given: Mapping[str, Any], noun: str, unknown: str
+    kind: type[DataclassInstance], values: Mapping[str, Any], noun: str, unknown: str
 ) -> dict[str, Any]:
-    """Give values for fields in the types of the fields; whole numbers will do for a float.
+    """Return values converted to the types of the fields; integers are accepted for a float.
 
     Parameters
     ----------
     kind : dataclass
-    given : mapping
-        From a file or the command line.
+    values : mapping
+        The values by field, from a file or the command line.
     noun : str
-        What a field is called in sentences; {} stands for its name.
+        The designation of a field in messages; {} stands for its name.
     unknown : str
-        The sentence on a name that no field has; {} stand for it and for the names that there are.
+        The message on a name of no field; the first {} stands for it, the second for the existing names.
 
     Raises
     ------
     UserError
-        For an unknown name or a wrong type.
+        If a name is unknown or a value has the wrong type.
     """
-    known = declared(kind)
-    values = dict(given)
-    for name, value in given.items():
-        if name not in known:
-            raise UserError(unknown.format(repr(name), ", ".join(known)))
-        values[name] = _typed(value, known[name][0])
-        if values[name] is None:
-            raise UserError(_wrong(noun.format(name), known[name][0], value))
-    return values
+    types = {name: wanted for name, (wanted, _) in declared(kind).items()}
+    typed = dict[str, Any]()
+    for name, value in values.items():
+        if name not in types:
+            raise UserError(unknown.format(repr(name), ", ".join(types)))
+        typed[name] = _typed(value, types[name])
+        if typed[name] is None:
+            raise UserError(_wrong(noun.format(name), types[name], value))
+    return typed

@@ -468,7 +468,7 @@ def test_a_run_is_not_evaluated_on_other_data_without_a_word(here, monkeypatch, 
 def test_a_network_is_evaluated_on_a_new_text_in_its_vocabulary(source, here, monkeypatch, capsys, refused):
     (here / "new.txt").write_text("a word, made by him. " * 60)
     prepared = ["prepare", "new.txt", "new.h5", "--test-chars", "200000", "--vocabulary", source]
-    assert "the text has 120 characters of 2 kinds that" in refused(*prepared)
+    assert "the text contains 120 characters (2 distinct) that" in refused(*prepared)
     assert call(monkeypatch, *prepared, "--unknown", " ") == 0
     assert "',' (60), '.' (60)" in capsys.readouterr().out
     corpus = Corpus.read(here / "new.h5")
@@ -630,7 +630,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(here, monkeypatch, c
     (b"xyz" * 9, "prepare book.txt new.h5 --vocabulary book.txt", "book.txt is not an HDF5 file"),
     (b"xyz" * 9, "prepare book.txt new.h5 --vocabulary .", "there is no checkpoint"),
     (b"xyz" * 9, "prepare book.txt small.h5 --vocabulary small.h5", "small.h5 is the corpus of --vocabulary"),
-    (b"xyz" * 9, "prepare book.txt new.h5 --vocabulary run", "18 characters of 2 kinds that the vocabul"),
+    (b"xyz" * 9, "prepare book.txt new.h5 --vocabulary run", "18 characters (2 distinct) that are not in"),
     (b"xyz" * 9, "prepare book.txt new.h5 --vocabulary run --unknown wo", "takes one character, not 'wo'"),
     (b"xyz" * 9, "prepare book.txt new.h5 --vocabulary run --unknown Q", "'Q' is not in the vocabulary of"),
     (b"xyz" * 9, "prepare book.txt new.h5 --unknown w", "--unknown goes with --vocabulary"),

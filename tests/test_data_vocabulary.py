@@ -58,11 +58,13 @@ def test_what_the_vocabulary_has_not_is_named_in_one_sentence():
     with pytest.raises(UserError) as caught:
         put("d é\xa0d d".encode() + b"\xff", replacement=None)
     assert str(caught.value) == (
-        "the text has 6 characters of 4 kinds that the vocabulary of old.h5 has not: 'd' (3), 'é' (1), "
-        r"'\xc2\xa0' (1), '\xff' (1); take them out of it, or give --unknown CHAR to put one of the "
-        "vocabulary in their place"
+        "the text contains 6 characters (4 distinct) that are not in the vocabulary of old.h5: 'd' (3), "
+        r"'é' (1), '\xc2\xa0' (1), '\xff' (1); remove them, or use --unknown CHAR to replace them with a "
+        "character of the vocabulary"
     )
-    with pytest.raises(UserError, match=r"40 characters of 26 kinds .*'Z' \(15\).*\) and 16 more; take"):
+    with pytest.raises(
+        UserError, match=r"40 characters \(26 distinct\) .*'Z' \(15\).*\) and 16 more; remove"
+    ):
         put(bytes(range(65, 91)) + b"Z" * 14, replacement=None)
     with pytest.raises(UserError, match=r"--unknown 'd' is not in the vocabulary of old\.h5 itself"):
         Translation(SYMBOLS, "old.h5", b"d")
@@ -73,7 +75,7 @@ def test_only_what_is_kept_must_be_in_the_vocabulary():
     assert kept.corpus.symbols == SYMBOLS
     assert (kept.size, kept.notes) == (15, [])
     assert kept.corpus.decode(kept.corpus.valid) == b"cabc"
-    with pytest.raises(UserError, match="2 characters of 1 kind "):
+    with pytest.raises(UserError, match=r"2 characters \(1 distinct\) "):
         prepare([b"abx", b"bax", b"yz"], 4, 2, translation=Translation(SYMBOLS, "old.h5"))
 
 
@@ -84,8 +86,8 @@ def test_sizes_are_those_of_the_text_in_its_new_vocabulary():
     assert found.corpus.decode(found.corpus.valid) == b"ccc"
     assert (found.size, found.unit) == (23, "characters")
     assert found.notes == [
-        "the text has 10 characters of 1 kind that the vocabulary of at/old\udcff.h5 has not: 'é' (10); '?' "
-        "takes their place"
+        "the text contains 10 characters (1 distinct) that are not in the vocabulary of at/old\udcff.h5: "
+        "'é' (10); replaced with '?'"
     ]
     assert found.corpus.provenance["vocabulary"] == "old\ufffd.h5"
     assert found.corpus.provenance["replaced_characters"] == "10"

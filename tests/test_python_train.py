@@ -407,7 +407,7 @@ def broken(where):
     ({"train": X}, "train: data must be a tuple (x, y)"),
     ({"train": {"x": X}}, "train: data must be a tuple (x, y)"),
     ({"train": (X,)}, "train: a tuple must be (x, y) or (x, y, mask), not of 1 parts"),
-    ({"train": Random()}, "train: the data set gives another case 0 each time"),
+    ({"train": Random()}, "train: reading case 0 of the data set twice returned"),
     ({"train": Ragged()}, "train: case 1 of the data set is of another shape or type than case 0"),
     ({"train": [(X, "a")]}, "train: case 0 of the data set must be numbers, arrays, or tensors"),
     ({"train": [1, 2]}, "train: a data set must give pairs (x, y), not 1"),

@@ -1,1 +1,1 @@
-"""Text to an HDF5 corpus, and deterministic global batches of it."""
+"""Convert text to an HDF5 corpus, and draw deterministic global batches from it."""

@@ -1,7 +1,7 @@
-"""Fixed-length sequences of a split, and which of them make the global batch of a step.
+"""Fixed-length sequences of a split, and the sequences of the global batch of a step.
 
-The batch is a function of seed and step alone. A rank takes its `shard` of it, so that the number of ranks
-decides who computes what, never what is computed.
+The global batch is a function of seed and step alone. Each rank takes its `shard`, so the number of ranks
+changes which rank computes a sequence, but not the result.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 SPLITS = {"train": "training", "valid": "validation", "test": "test"}
-"""The splits of a text, and what they are called in sentences."""
+"""The splits of a text, and their adjectives in messages."""
 
 
 class Batch(NamedTuple):
@@ -34,12 +34,12 @@ class Batch(NamedTuple):
 
     Attributes
     ----------
-    inputs : ndarray (B, ...), or a tuple of such
-        Of sequences (B, L) int32 symbols or (B, L, I) real numbers, L = burn-in + T.
+    inputs : ndarray (B, ...), or a tuple of such arrays
+        Of sequences: symbols (B, L) int32, or real numbers (B, L, I), with L = burn-in + T.
     targets : ndarray (B, ...) of integers, or (B, ..., O) of real numbers
-        Of sequences (B, T) int32 or (B, T, O): what is to be predicted after each of the last T inputs.
+        Of sequences: (B, T) int32, or (B, T, O), the targets of the last T inputs.
     mask : ndarray (B, ...) or None
-        1 where a target is scored, else 0; None: all are.
+        1 where a target is scored, 0 where it is not; None: all targets are scored.
     """
 
     inputs: Any
@@ -49,34 +49,37 @@ class Batch(NamedTuple):
 
 @runtime_checkable
 class Cases(Protocol):
-    """What a run trains on: numbered cases, of which any can be taken together."""
+    """The data of a run: numbered examples, any of which can be taken together as a batch.
+
+    Reading the same examples twice must return the same values.
+    """
 
     @property
     def count(self) -> int:
-        """The number of cases."""
+        """The number of examples."""
 
     def take(self, indices: np.ndarray) -> Any:
-        """Return the cases `indices` (B,), B >= 1, as a batch of the kind that the model reads."""
+        """Return the examples `indices` (B,), B >= 1, as a batch that the model accepts."""
 
     def scored(self, indices: np.ndarray) -> int:
-        """Return how many outputs of these cases are scored: what the mean over a batch divides by."""
+        """Return the number of scored outputs of the examples `indices` (B,): the divisor of their mean."""
 
 
 class Sequences:
-    """A split cut into sequences that do not overlap in their targets.
+    """The sequences of a split, whose targets do not overlap.
 
-    Sequence k predicts the symbols kT+1 ... kT+T of the split from those one position earlier. The split is
-    read as a ring: the last target may be its first symbol, and the burn-in of sequence 0 is the split's end,
-    so 2,800,000 characters make exactly the 14,000 sequences of 200 of Krause (2015).
+    Sequence k predicts the symbols kT+1 ... kT+T of the split from the symbols one position earlier. The
+    split is a ring: the last target may be its first symbol, and the burn-in of sequence 0 is its end. So
+    2,800,000 characters make exactly the 14,000 sequences of 200 characters of Krause (2015).
 
     Parameters
     ----------
     ids : ndarray (n,), integer
         Symbol ids of the split.
     length : int
-        T, the targets of a sequence.
+        T, the number of targets of a sequence.
     burn_in : int
-        Further inputs before the first target, left out of the loss.
+        The number of additional inputs before the first target, whose outputs are not scored.
 
     Raises
     ------
@@ -99,16 +102,16 @@ class Sequences:
 
     @property
     def count(self) -> int:
-        """The number of sequences; a rest shorter than one is left out."""
+        """The number of complete sequences."""
         return len(self.ids) // self.length
 
     def take(self, indices: np.ndarray) -> Batch:
-        """Return the sequences `indices` (B,), B >= 0, as a batch of C-contiguous arrays.
+        """Return the sequences `indices` (B,), B >= 0, as a batch of C-contiguous int32 arrays.
 
         Raises
         ------
         IndexError
-            If there is no such sequence.
+            If a sequence does not exist.
         """
         starts = checked_indices(indices, self.count, "sequence")
         positions = starts[:, np.newaxis] * self.length + np.arange(-self.burn_in, self.length + 1)
@@ -122,16 +125,24 @@ class Sequences:
 
 
 def checked_indices(indices: np.ndarray, count: int, noun: str) -> np.ndarray:
-    """Give the indices as int64 (B,); raise a TypeError or IndexError unless there are as many things."""
-    given = np.asarray(indices)
-    if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+    """Return the indices as int64 (B,).
+
+    Raises
+    ------
+    TypeError
+        If they are not one-dimensional integers.
+    IndexError
+        If one is not in 0 ... count - 1.
+    """
+    array = np.asarray(indices)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise TypeError(
-            f"{noun} indices must be whole numbers (B,), not {given.dtype} of shape {given.shape}"
+            f"{noun} indices must be whole numbers (B,), not {array.dtype} of shape {array.shape}"
         )
-    found = given.astype(np.int64, copy=False)
-    if found.size and not (found.min() >= 0 and found.max() < count):
+    array = array.astype(np.int64, copy=False)
+    if array.size and not (array.min() >= 0 and array.max() < count):
         raise IndexError(f"{noun} indices must lie in 0 ... {count - 1}")
-    return found
+    return array
 
 
 def check_batch(batch: int, count: int) -> None:
@@ -141,20 +152,20 @@ def check_batch(batch: int, count: int) -> None:
 
 
 def global_indices(seed: int, step: int, batch: int, count: int) -> np.ndarray:
-    """Return the sequences (batch,) int64 of one step's global batch.
+    """Return the indices (batch,) int64 of the sequences in the global batch of a step.
 
-    Every epoch is a permutation of the `count` sequences. The epochs follow one another in an endless stream,
-    of which step s takes the positions s*batch ... (s+1)*batch - 1.
+    Every epoch is a permutation of the `count` sequences. The epochs form an endless stream, and step s takes
+    its positions s*batch ... (s+1)*batch - 1.
 
     Parameters
     ----------
     seed, step : int
-        Not negative; the batch depends on nothing else.
+        Not negative.
     batch, count : int
-        As `check_batch` allows.
+        The sizes of the batch and of the data, which `check_batch` accepts.
     """
     epoch, start = divmod(step * batch, count)
-    # A batch no larger than the data touches this epoch and at most the next.
+    # A batch is not larger than the data, so it contains parts of at most two epochs.
     stream = _permutation(seed, epoch, count)[start : start + batch]
     if len(stream) < batch:
         stream = np.concatenate([stream, _permutation(seed, epoch + 1, count)[: batch - len(stream)]])
@@ -163,8 +174,8 @@ def global_indices(seed: int, step: int, batch: int, count: int) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    # Sorting raw words, because numpy promises the same words from a bit generator in every version (NEP 19)
-    # but not the same `Generator.permutation`: a run must resume into the batches it would have had.
+    # A resumed run must see the batches of the uninterrupted one. In every version of NumPy a bit generator
+    # returns the same raw words (NEP 19), but `Generator.permutation` may change: so sort raw words.
     words = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
     order = np.argsort(words, kind="stable")
     order.setflags(write=False)
@@ -172,10 +183,10 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def curvature_slice(step: int, gradient_batch: int, curvature_batch: int) -> np.ndarray:
-    """Return which members (curvature_batch,) int64 of a gradient batch make its curvature batch.
+    """Return the positions (curvature_batch,) int64 of the curvature batch in the gradient batch.
 
-    The slice advances by its own size each step and wraps around, so that all members of a gradient
-    batch that stays the same take their turn, as the chunks of Martens (2010) do.
+    The slice advances by its size at each step and wraps around, so all members of a fixed gradient batch
+    take their turn, as the chunks of Martens (2010) do.
 
     Raises
     ------
@@ -191,8 +202,9 @@ def curvature_slice(step: int, gradient_batch: int, curvature_batch: int) -> np.
 
 
 def shard(indices: np.ndarray, rank: int, size: int) -> np.ndarray:
-    """Return the contiguous part of `indices` (B,) that is this rank's; sizes differ by at most one.
+    """Return the contiguous part of `indices` (B,) that this rank processes.
 
-    With more ranks than sequences some shards are empty. The shards of all ranks, in order, are `indices`.
+    The sizes of the shards differ by at most one; with more ranks than sequences some shards are empty. The
+    concatenated shards of all ranks are `indices`.
     """
     return indices[len(indices) * rank // size : len(indices) * (rank + 1) // size]

@@ -1,10 +1,10 @@
 """A text as symbol ids of a byte vocabulary, and its HDF5 file.
 
-Version 1: the datasets `/train` and `/valid` hold symbol ids and `/symbols` the byte that each id stands for,
-all uint8, one-dimensional, contiguous and uncompressed, so that what a file claims to hold can be checked
-against its size before anything is read. Version 2 has `/test` besides; only a corpus with a test text is of
-version 2, and all others are as those of the first hfmpi. Beside the header of every HDF5 file the root has
-the attributes `created`, `creator`, and one `provenance_...` for each thing known of the text's origin.
+Version 1: the datasets `/train` and `/valid` hold symbol ids, and `/symbols` the byte of each id. All are
+uint8, one-dimensional, contiguous and uncompressed, so that their sizes can be checked against the size of
+the file before they are read. Version 2 also has `/test`. A corpus without a test text is written as version
+1, which the first hfmpi can read. In addition to the header of every HDF5 file of hfmpi, the root has the
+attributes `created`, `creator`, and `provenance_...` for each fact about the origin of the text.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ __all__ = ["Corpus", "is_corpus", "loss_unit"]
 _FORMATS = {version: Format("corpus", version) for version in (1, 2)}
 _NEWEST = _FORMATS[2]
 _PROVENANCE = "provenance_"
-PART = 2**20  # ids that are read back at a time
+PART = 2**20  # number of ids that are read back at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """A text in two or three parts, as ids of its byte vocabulary.
+    """A text in two or three splits, as ids of a byte vocabulary.
 
     Attributes
     ----------
-    train, valid : ndarray of uint8, 1-D
-        Symbol ids of the two splits, read-only when they come from a file or from `prepare`.
+    train, valid : (n,) uint8
+        Symbol ids of the splits; read-only if they come from a file or from `prepare`.
     symbols : bytes
-        The vocabulary: id k stands for the byte ``symbols[k]``; sorted, no byte twice.
+        The vocabulary: id k is the byte ``symbols[k]``; sorted and distinct.
     provenance : dict of str to str
-        Where the text came from.
-    test : ndarray of uint8, 1-D, or None
+        The origin of the text.
+    test : (n,) uint8, or None
         As `train`.
     """
 
@@ -57,7 +57,7 @@ class Corpus:
 
     @property
     def splits(self) -> dict[str, np.ndarray]:
-        """The splits that there are, by name."""
+        """The existing splits by name."""
         test = {} if self.test is None else {"test": self.test}
         return {"train": self.train, "valid": self.valid} | test
 
@@ -71,12 +71,12 @@ class Corpus:
 
     @property
     def vocabulary(self) -> int:
-        """The number of different symbols."""
+        """The number of symbols."""
         return len(self.symbols)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hexadecimal) of vocabulary and splits; provenance and dates do not enter."""
+        """The hexadecimal SHA-256 digest of vocabulary and splits, without provenance and dates."""
         sha = hashlib.sha256(f"hfmpi corpus {self._version}\n".encode())
         for part in (self._symbols, *self.splits.values()):
             sha.update(len(part).to_bytes(8, "little"))
@@ -106,12 +106,12 @@ class Corpus:
         return self._symbols[ids].tobytes()
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the corpus to an HDF5 file, which is complete or as before whatever happens.
+        """Write the corpus to an HDF5 file atomically.
 
         Raises
         ------
         UserError
-            If the file cannot be written there.
+            If the file cannot be written.
         """
         content = [
             (name, ids, "position", f"symbol ids of the {SPLITS[name]} text")
@@ -129,11 +129,11 @@ class Corpus:
                 set_text(file, _PROVENANCE + key, value)
 
     def _check(self, path: Path) -> None:
-        """Raise a UserError unless the file holds this corpus; it is not read as a whole."""
+        """Raise a UserError unless the file holds this corpus; read it in parts."""
         with opened(path) as (file, _):
             same = _FORMATS[self._version].digest(file) == self.digest
             for name, ids in (*self.splits.items(), ("symbols", self._symbols)):
-                parts = range(0, len(ids) + 1, PART)  # one more than there is must not be there
+                parts = range(0, len(ids) + 1, PART)  # + 1: the file must not have more ids either
                 same = same and all(
                     np.array_equal(file[name][start : start + PART], ids[start : start + PART])
                     for start in parts
@@ -143,19 +143,19 @@ class Corpus:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Corpus:
-        """Read a corpus and check all of it.
+        """Read a corpus, and check all of its contents.
 
         Raises
         ------
         UserError
-            If the file cannot be read, is no corpus of this version, or is damaged.
+            If the file cannot be read, is not a corpus of a known version, or is damaged.
         """
         with opened(Path(path)) as (file, size):
-            return cls._of(file, min(size, free_memory()))
+            return cls._read(file, min(size, free_memory()))
 
     @classmethod
-    def _of(cls, file: h5py.File, most: int) -> Corpus:
-        """Check and take what a file holds, of which at most so many bytes may be read."""
+    def _read(cls, file: h5py.File, limit: int) -> Corpus:
+        """Check and return the corpus in a file, whose splits may have `limit` bytes in total."""
         if not _NEWEST.claimed(file):
             raise Damage("is an HDF5 file but not an hfmpi corpus (make one with `hfmpi prepare`)")
         version = attribute(file, "version", "iu")
@@ -171,12 +171,12 @@ class Corpus:
             raise Damage("is damaged: its symbols are not sorted and different")
         splits = dict[str, np.ndarray]()
         for name in names:
-            splits[name] = ids = _ids(file, name, most)
-            most -= len(ids)
+            splits[name] = ids = _ids(file, name, limit)
+            limit -= len(ids)
             if int(ids.max()) >= len(symbols):
                 raise Damage(f"is damaged: /{name} has ids outside the vocabulary of {len(symbols)} symbols")
-        known = [name for name in attributes(file) if name.startswith(_PROVENANCE)]
-        provenance = {name.removeprefix(_PROVENANCE): str(attribute(file, name, "S")) for name in known}
+        names = [name for name in attributes(file) if name.startswith(_PROVENANCE)]
+        provenance = {name.removeprefix(_PROVENANCE): str(attribute(file, name, "S")) for name in names}
         corpus = cls(symbols=symbols.tobytes(), provenance=provenance, **splits)
         if corpus.digest != digest:
             raise Damage("is damaged: its contents do not match its digest")
@@ -184,12 +184,12 @@ class Corpus:
 
 
 def loss_unit(symbols: bytes) -> str:
-    """Give the unit of a loss on texts of these symbols: a character beyond ASCII may be several bytes."""
+    """Return the unit of a loss on texts of these symbols: a character outside ASCII may be several bytes."""
     return "bits/char" if symbols.isascii() else "bits/byte"
 
 
 def is_corpus(path: Path) -> bool:
-    """Whether the file calls itself a corpus, of any version and in any state; UserError if it is in use."""
+    """Return whether the file claims to be a corpus, even a damaged one; UserError if it is in use."""
     try:
         with opened(path) as (file, _):
             return _NEWEST.claimed(file)
@@ -199,8 +199,8 @@ def is_corpus(path: Path) -> bool:
         return False
 
 
-def _ids(file: h5py.File, name: str, most: int) -> np.ndarray:
-    ids = array(file, name, most)
+def _ids(file: h5py.File, name: str, limit: int) -> np.ndarray:
+    ids = array(file, name, limit)
     if ids.dtype != np.uint8 or ids.ndim != 1 or not ids.size:
         raise Damage(f"is damaged: /{name} is not a one-dimensional dataset of bytes, at least one")
     ids.setflags(write=False)

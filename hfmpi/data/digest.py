@@ -1,4 +1,4 @@
-"""A digest of cases, by which ranks compare their data, and a run that goes on knows its own again."""
+"""A digest of the data: ranks compare it, and a resumed run checks that it has the same data."""
 
 from __future__ import annotations
 
@@ -15,36 +15,38 @@ from hfmpi.errors import UserError
 __all__ = ["digest_of"]
 
 SAMPLED = 64
-"""Cases, evenly spread, that stand for data which do not lie in memory."""
+"""The number of examples, evenly spread, that represent data which are not in memory."""
 
 PART = 1024
-"""Cases that are taken at a time."""
+"""The number of examples that are read at a time."""
 
 
 def digest_of(cases: Cases) -> str:
-    """Give a digest of cases, hexadecimal: of all where they lie in memory, else of some.
+    """Return a hexadecimal digest of all examples in memory, or of some where they are not in memory.
 
     Raises
     ------
     UserError
-        If the same cases are others the second time.
+        If reading the same examples twice returns different values.
     """
-    whole, count = isinstance(cases, Examples), cases.count
-    chosen = np.arange(count) if whole else np.unique(np.linspace(0, count - 1, SAMPLED).astype(np.int64))
-    found = _digest(cases, chosen)
-    if not whole and _digest(cases, chosen) != found:
+    in_memory, count = isinstance(cases, Examples), cases.count
+    indices = (
+        np.arange(count) if in_memory else np.unique(np.linspace(0, count - 1, SAMPLED).astype(np.int64))
+    )
+    digest = _digest(cases, indices)
+    if not in_memory and _digest(cases, indices) != digest:
         raise UserError(
             "the same cases are others each time, as with random augmentation: a step looks at its batch "
             "several times, so they must stay as they are"
         )
-    return found
+    return digest
 
 
 def _digest(cases: Cases, indices: np.ndarray) -> str:
     content = hashlib.blake2b(str(cases.count).encode(), digest_size=32)
     for part in np.array_split(indices, -(-len(indices) // PART)):
         batch = cases.take(part)
-        _enter(content, _as_before(cases, batch) if type(batch) is Batch else batch)
+        _add(content, _as_before(cases, batch) if type(batch) is Batch else batch)
     return content.hexdigest()
 
 
@@ -55,13 +57,13 @@ def _as_before(cases: Cases, batch: Batch) -> tuple[Any, ...]:
     return (*batch, len(batch.targets))
 
 
-def _enter(content: Any, value: Any, depth: int = 4) -> None:
-    """Let arrays enter a digest, however they are packed, but not deeper; of all else the type."""
+def _add(content: Any, value: Any, depth: int = 4) -> None:
+    """Add the arrays in nested containers to a digest, and the types of all other values."""
     if isinstance(value, Mapping):
         value = tuple(value.items())
     if isinstance(value, (tuple, list)) and depth:
-        for own in value:
-            _enter(content, own, depth - 1)
+        for part in value:
+            _add(content, part, depth - 1)
         return
     try:
         array = np.asarray(value)
@@ -71,4 +73,4 @@ def _enter(content: Any, value: Any, depth: int = 4) -> None:
     if array.dtype.kind in "biufcUS":
         content.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     elif hasattr(value, "__dict__") and depth:
-        _enter(content, vars(value), depth - 1)
+        _add(content, vars(value), depth - 1)

@@ -14,21 +14,27 @@ __all__ = ["Arrays", "Examples"]
 
 
 class Examples:
-    """N examples of any shape.
+    """N examples of any shape, in memory.
 
     Parameters
     ----------
-    inputs : array (N, ...), or a tuple of such
-        What the model is called with, one argument each.
+    inputs : array (N, ...), or a tuple of such arrays
+        The arguments of the model.
     targets : array (N, ...) of integers, or (N, ..., O) of real numbers
-        Symbols, each of them scored; or vectors, for one row of outputs each. Numbers (N,) are of one output.
+        Symbols, or vectors of O numbers; real numbers (N,) are the targets of one output.
     mask : array (N, ...), optional
-        1 where a target is scored, else 0. Without it all are.
+        1 where a target is scored, 0 where it is not, without the axis O. Default: all targets are scored.
 
     Raises
     ------
     UserError
-        If the arrays do not fit one another.
+        If the arrays have the wrong kind of numbers, or do not fit one another.
+
+    Examples
+    --------
+    >>> data = hfmpi.Examples(np.zeros((4, 3)), np.array([0, 1, 1, 0]), mask=np.array([1, 1, 0, 1]))
+    >>> data.take(np.array([2, 3])).inputs.shape, data.scored(np.array([2, 3]))
+    ((2, 3), 1)
     """
 
     def __init__(self, inputs: Any, targets: Any, mask: Any = None) -> None:
@@ -63,7 +69,7 @@ class Examples:
         Raises
         ------
         IndexError
-            If there is no such example.
+            If an example does not exist.
         """
         at = checked_indices(indices, self.count, "case")
         several = isinstance(self.inputs, tuple)
@@ -71,28 +77,34 @@ class Examples:
         return Batch(inputs, self.targets[at], None if self.mask is None else self.mask[at])
 
     def scored(self, indices: np.ndarray) -> int:
-        """Return how many targets of the examples `indices` (B,) are scored."""
+        """Return the number of scored targets of the examples `indices` (B,)."""
         if self.mask is None:
             return len(indices) * prod(self._scored[1:])
         return int(self.mask[indices].sum())
 
 
 class Arrays(Examples):
-    """N sequences of equal length, as the built-in networks read them.
+    """N sequences of equal length, for the built-in networks.
 
     Parameters
     ----------
     inputs : array (N, L) of integers, or (N, L, I) of real numbers
-        The symbols or vectors of each sequence, step by step.
+        The symbols or vectors of each sequence, step by step; symbols are stored as int32.
     targets : array (N, T) of integers, or (N, T, O) of real numbers
-        Of the last T <= L steps.
+        The targets of the last T <= L steps.
     mask : array (N, T), optional
-        1 where a target is scored, else 0. Without it all are.
+        1 where a target is scored, 0 where it is not. Default: all targets are scored.
 
     Raises
     ------
     UserError
-        If the arrays do not fit one another.
+        If the arrays have the wrong kind of numbers, or do not fit one another.
+
+    Examples
+    --------
+    >>> x = np.random.default_rng(0).integers(0, 2, (500, 12))
+    >>> hfmpi.Arrays(x, x.cumsum(axis=1) % 2).take(np.array([3, 1])).inputs.shape
+    (2, 12)
     """
 
     def __init__(self, inputs: Any, targets: Any, mask: Any = None) -> None:

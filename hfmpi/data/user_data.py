@@ -1,4 +1,4 @@
-"""Convert data of a user to cases: a tuple of arrays or tensors, a map-style data set, or cases."""
+"""Convert user-supplied data to `Cases`: a tuple of arrays or tensors, a map-style data set, or `Cases`."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ __all__ = ["as_cases"]
 
 
 def as_cases(data: Any, make: Callable[..., Cases] = Examples) -> Cases:
-    """Return data as cases.
+    """Return data as `Cases`.
 
     Parameters
     ----------
     data : tuple, data set or Cases
         (x, y) or (x, y, mask), arrays or tensors whose first axis counts the examples; x may be a tuple of
-        several inputs. A map-style data set, as PyTorch calls what has a length and returns a pair (x, y) for
-        an index, is read into memory.
+        several inputs. A map-style data set, which has a length and returns a pair (x, y) for an index as in
+        PyTorch, is read into memory.
     make : callable
-        Makes cases of x, y and perhaps mask, in the form that the model reads.
+        Converts x, y and optionally mask to `Cases` that the model accepts.
 
     Raises
     ------
     UserError
-        If it is none of these, or its parts do not fit one another.
+        If the data are none of these, or their parts do not fit one another.
     """
     if isinstance(data, Cases) and not isinstance(data, type):
         if data.count < 1:
@@ -60,8 +60,8 @@ def _read(data: Any) -> tuple[Any, np.ndarray]:
         np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in zip(first, again, strict=True)
     ):
         raise UserError(
-            "the data set gives another case 0 each time, as with random augmentation: a step looks at its "
-            "batch several times, so the cases must stay as they are"
+            "reading case 0 of the data set twice returned different values (random augmentation?): the data "
+            "must be deterministic, because a step reads its batch several times"
         )
     need, free = count * sum(part.nbytes for part in first) / 2**30, free_memory() / 2**30
     if need > free:
@@ -69,19 +69,19 @@ def _read(data: Any) -> tuple[Any, np.ndarray]:
             f"the data set takes {need:,.1f} GiB, and {free:,.1f} GiB are free: give cases that read it in "
             "parts (hfmpi.data.batches.Cases)"
         )
-    whole = [np.empty((count, *part.shape), part.dtype) for part in first]
+    arrays = [np.empty((count, *part.shape), part.dtype) for part in first]
     for i in range(count):
         parts = _parts(data, i)
         if [(p.shape, p.dtype) for p in parts] != [(p.shape, p.dtype) for p in first]:
             raise UserError(f"case {i:,} of the data set is of another shape or type than case 0: pad it")
-        for all_of_them, part in zip(whole, parts, strict=True):
-            all_of_them[i] = part
-    *inputs, targets = whole
+        for array, part in zip(arrays, parts, strict=True):
+            array[i] = part
+    *inputs, targets = arrays
     return (tuple(inputs) if isinstance(data[0][0], tuple) else inputs[0]), targets
 
 
 def _parts(data: Any, i: int) -> list[np.ndarray]:
-    """Give the inputs of a pair, and its target, as arrays."""
+    """Return the inputs and the target of pair i as arrays."""
     pair = data[i]
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise UserError(f"a data set must give pairs (x, y), not {shown(pair)}")

@@ -1,4 +1,4 @@
-"""A text in a given vocabulary: what is not in it is counted, and replaced where that is asked for."""
+"""Translate a text to the vocabulary of another text: count unknown characters, or replace them."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from hfmpi.errors import UserError
 
 __all__ = ["Translation"]
 
-MOST_NAMED = 10  # unknown characters that a sentence names
+MOST_NAMED = 10  # maximum number of unknown characters in a message
 
 _SEVERAL = rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}"
 """A character of several bytes in UTF-8."""
 
-_BEGUN = re.compile(rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})\Z")
-"""The end of a text that may be the begin of one."""
+_INCOMPLETE = re.compile(rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})\Z")
+"""An incomplete one at the end of a text."""
 
 
 class Translation:
-    """Brings a text, part by part, into the vocabulary of another text.
+    """The translation of a text, part by part, to the vocabulary of another text.
 
-    A character is unknown if one of its bytes is. What may be UTF-8 is taken for it, so that one replacement
-    stands for one character; all other bytes are characters of their own.
+    A character is unknown if one of its bytes is. Bytes that form a UTF-8 character count as one character,
+    with one replacement; every other byte is one character.
 
     Parameters
     ----------
     symbols : bytes
-        The vocabulary, sorted, no byte twice.
+        The vocabulary, sorted and distinct.
     name : str
-        Whose vocabulary it is, for the user.
+        The source of the vocabulary, for messages.
     replacement : bytes, optional
-        A character of the vocabulary, in place of every unknown one. Without it there must be none.
+        A character of the vocabulary that replaces unknown characters. Default: they are an error.
 
     Attributes
     ----------
     unknown : Counter of bytes
-        How often each unknown character was found so far.
+        The number of occurrences of each unknown character so far.
 
     Raises
     ------
@@ -49,57 +49,63 @@ class Translation:
             raise UserError(f"--unknown {_shown(replacement)} is not in the vocabulary of {name} itself")
         self.symbols, self.name, self.replacement = symbols, name, replacement
         self.unknown: Counter[bytes] = Counter()
-        strange = re.escape(bytes(byte for byte in range(256) if byte not in symbols))
-        self._pattern = re.compile(_SEVERAL + (b"|[" + strange + b"]" if strange else b""))
-        self._begun = b""
+        others = re.escape(bytes(byte for byte in range(256) if byte not in symbols))
+        self._pattern = re.compile(_SEVERAL + (b"|[" + others + b"]" if others else b""))
+        self._incomplete = b""
 
     def add(self, part: bytes) -> bytes:
-        """Give as much of the text up to here as is whole characters, and has not been given."""
-        text = self._begun + part
-        begun = _BEGUN.search(text, max(0, len(text) - 3))
-        self._begun = begun[0] if begun else b""
-        return self._known(text[: len(text) - len(self._begun)])
+        """Translate the next part of the text, up to its last complete character."""
+        text = self._incomplete + part
+        incomplete = _INCOMPLETE.search(text, max(0, len(text) - 3))
+        self._incomplete = incomplete[0] if incomplete else b""
+        return self._translated(text[: len(text) - len(self._incomplete)])
 
     def finish(self) -> bytes:
-        """Give what is left at the end of the text; raise a UserError if unknown characters stay so."""
-        left, self._begun = self._known(self._begun), b""
+        """Translate the end of the text.
+
+        Raises
+        ------
+        UserError
+            If there are unknown characters and no replacement.
+        """
+        end, self._incomplete = self._translated(self._incomplete), b""
         if self.unknown and self.replacement is None:
             raise UserError(
-                f"{self.told()}; take them out of it, or give --unknown CHAR to put one of the vocabulary in "
-                "their place"
+                f"{self.summary()}; remove them, or use --unknown CHAR to replace them with a character of "
+                "the vocabulary"
             )
-        return left
+        return end
 
-    def told(self) -> str:
-        """Name the unknown characters, the most frequent ones first, and what takes their place."""
-        kinds, named = len(self.unknown), self.unknown.most_common(MOST_NAMED)
+    def summary(self) -> str:
+        """Describe the unknown characters, the most frequent ones first, and their replacement."""
+        count, distinct, named = self.unknown.total(), len(self.unknown), self.unknown.most_common(MOST_NAMED)
         listed = ", ".join(f"{_shown(character)} ({times:,})" for character, times in named)
-        more = f" and {kinds - len(named)} more" if kinds > len(named) else ""
-        noun = "character" if self.unknown.total() == 1 else "characters"
-        put = "" if self.replacement is None else f"; {_shown(self.replacement)} takes their place"
+        more = f" and {distinct - len(named)} more" if distinct > len(named) else ""
+        replaced = "" if self.replacement is None else f"; replaced with {_shown(self.replacement)}"
+        characters, are = ("character", "is") if count == 1 else ("characters", "are")
         return (
-            f"the text has {self.unknown.total():,} {noun} of {kinds} kind{'s' * (kinds > 1)} that the "
-            f"vocabulary of {self.name} has not: {listed}{more}{put}"
+            f"the text contains {count:,} {characters} ({distinct} distinct) that {are} not in the "
+            f"vocabulary of {self.name}: {listed}{more}{replaced}"
         )
 
-    def _known(self, text: bytes) -> bytes:
+    def _translated(self, text: bytes) -> bytes:
         if not text.translate(None, self.symbols):
             return text
-        # In a text that will be refused, too, one byte stands for each, so that no more of it is read.
-        put, symbols = self.replacement or self.symbols[:1], frozenset(self.symbols)
+        # Without a replacement a symbol stands for each unknown character, so that no more text is read.
+        replacement, symbols = self.replacement or self.symbols[:1], frozenset(self.symbols)
 
-        def known(found: re.Match[bytes]) -> bytes:
-            character = found[0]
+        def translate(match: re.Match[bytes]) -> bytes:
+            character = match[0]
             if symbols.issuperset(character):
                 return character
             self.unknown[character] += 1
-            return put
+            return replacement
 
-        return self._pattern.sub(known, text)
+        return self._pattern.sub(translate, text)
 
 
 def _shown(character: bytes) -> str:
-    """Give a character as it is if it can be printed, else its bytes."""
+    """Return a character in quotes if it is printable, otherwise its bytes."""
     try:
         text = character.decode()
     except UnicodeDecodeError:

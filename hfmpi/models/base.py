@@ -1,9 +1,9 @@
 """What a model is to the rest of hfmpi: a loss, and its linearisation, on one device; no MPI.
 
 A model sums over the examples of a batch; the objective divides by their number and sums over ranks.
-Everything beyond `Model` and `Linearisation` is an optional capability with a protocol of its own. What a
-linearisation can do is a protocol of the linearisation, and a model states in advance, by
-`Model.linearisation`, of which class its linearisations are.
+Everything beyond `Model` and `Linearisation` is an optional capability with a separate protocol. Capabilities
+belong to the linearisation; the attribute `linearisation` of a model is the class of its linearisations, so
+that they are known in advance.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Model(Protocol):
         Parameters
         ----------
         reuse : Linearisation, optional
-            A linearisation of this model that is no longer needed: its memory may be taken.
+            A linearisation of this model that is no longer needed; its memory may be overwritten.
         """
 
     def release(self) -> None:

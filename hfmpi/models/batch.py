@@ -1,4 +1,4 @@
-"""A batch as every model takes it: examples first, checked, with the outputs that it scores."""
+"""The form of a batch that every model accepts: examples first, checked, with its scored outputs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Batch(Protocol):
 
 
 class ScoredOutputs(NamedTuple):
-    """Which outputs of a batch have targets.
+    """The shape of the outputs of a batch that have targets.
 
     Attributes
     ----------
@@ -88,13 +88,13 @@ class ScoredOutputs(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """A checked batch, as the function of a framework takes it.
+    """A checked batch, the argument of the function of a framework.
 
     Attributes
     ----------
     inputs : tuple of (B, ...)
     scored : ScoredOutputs
-    targets : (N,) int32, or (N, O)
+    targets : (N,) integers, or (N, O)
     mask : (N, 1) or None
     """
 
@@ -134,7 +134,7 @@ def check_batch(batch: Any, loss: Loss, dtype: np.dtype) -> Examples:
     Raises
     ------
     UserError
-        If it is not a batch, or its targets are not of the kind that the loss takes.
+        If it is not a batch, or its targets are not of the kind that the loss requires.
     """
     inputs, targets, mask = parts(batch)
     if (targets.dtype.kind in "iu") != loss.symbols:

@@ -57,7 +57,7 @@ class FactorSums:
 
     @cached_property
     def layout(self) -> Layout[str]:
-        """The layout of the whole vector."""
+        """The layout of the full vector."""
         counts = 1 if self.shared else len(self.blocks)
         return Layout({"factors": (self.factors.size,), "counts": (counts,)})
 
@@ -77,13 +77,13 @@ class FactorSums:
         number = sums.dtype.type
         if self.shared:
             count = float(counts[0])
-            for own in blocks:
-                own["A"] *= number(1 / max(1.0, count))
-                own["B"] *= number(scored)
+            for views in blocks:
+                views["A"] *= number(1 / max(1.0, count))
+                views["B"] *= number(scored)
         else:
-            for own, count in zip(blocks, counts, strict=True):
-                own["A"] *= number(scored)
-                own["B"] /= count if count > 0 else 1
+            for views, count in zip(blocks, counts, strict=True):
+                views["A"] *= number(scored)
+                views["B"] /= count if count > 0 else 1
         return self.layout.views(sums)["factors"]
 
 

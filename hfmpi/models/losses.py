@@ -1,9 +1,9 @@
-"""Losses of a network's outputs: value, gradient and Hessian, each row of outputs by itself.
+"""Losses of the outputs of a model: value, gradient and Hessian for each row of outputs separately.
 
-A loss is a function of the outputs z (N, O) of N scored steps and of their targets. The Gauss-Newton matrix
-is J' H J with the Hessian H of the loss, so H must be positive semidefinite: the loss is convex in z. These
-are the losses that match an output function (softmax, identity, logistic), so that the gradient is the output
-less the target (Schraudolph 2002, Fast curvature matrix-vector products for second-order gradient descent).
+A loss is a function of N scored outputs z (N, O) and their targets. The Gauss-Newton matrix is J' H J with
+the Hessian H of the loss, so H must be positive semidefinite: the loss is convex in z. Each loss here matches
+an output function (softmax, identity, logistic), so its gradient is the value of that function minus the
+target (Schraudolph 2002, Fast curvature matrix-vector products for second-order gradient descent).
 """
 
 from __future__ import annotations
@@ -21,89 +21,124 @@ __all__ = ["LOSSES", "Bernoulli", "Loss", "SoftmaxCrossEntropy", "SquaredError",
 
 @runtime_checkable
 class Loss(Protocol):
-    """A convex loss of each row of outputs z (N, O).
+    """A convex loss of each row of outputs z (N, O), of the backend's dtype.
+
+    All calls pass positional arguments. A mask and weights are applied by the caller.
 
     Attributes
     ----------
     symbols : bool
-        Targets are symbols (N,), int32; else rows of numbers (N, O).
+        Whether targets are symbols (N,), int32; otherwise they are numbers (N, O), of the backend's dtype.
     """
 
     symbols: ClassVar[bool]
 
     def value(self, backend: NumpyBackend, outputs: Array, targets: Array) -> Array:
-        """Give the loss of each row in nats, (N,) float64; outputs become what the others need of them."""
+        """Compute the loss of each row.
 
-    def gradient(self, backend: NumpyBackend, kept: Array, targets: Array, scale: float, out: Array) -> None:
-        """Fill out (N, O) with scale times the gradient; `kept` is what `value` left of the outputs."""
+        Parameters
+        ----------
+        backend : NumpyBackend
+        outputs : (N, O)
+            In: z. Out: a cache for the derivatives, such as probabilities.
+        targets : (N,) int32, or (N, O)
 
-    def hessian(self, backend: NumpyBackend, kept: Array, u: Array, scale: float) -> None:
-        """Overwrite u (N C, O), C rows for each of the outputs, with scale * H u."""
+        Returns
+        -------
+        losses : (N,) float64
+            In nats.
+        """
+
+    def gradient(self, backend: NumpyBackend, cache: Array, targets: Array, scale: float, out: Array) -> None:
+        """Fill out with scale times the gradient in z.
+
+        Parameters
+        ----------
+        backend : NumpyBackend
+        cache : (N, O)
+            As `value` left it.
+        targets : (N,) int32, or (N, O)
+        scale : float
+        out : (N, O)
+        """
+
+    def hessian(self, backend: NumpyBackend, cache: Array, u: Array, scale: float) -> None:
+        """Overwrite u with scale * H u, for C directions at once.
+
+        Parameters
+        ----------
+        backend : NumpyBackend
+        cache : (N, O)
+            As `value` left it, or a part of its rows.
+        u : (N * C, O)
+            The C rows of an output follow one another.
+        scale : float
+        """
 
 
 class SoftmaxCrossEntropy:
-    """-log softmax(z)[target]; H u = p * (u - <p, u>) with p = softmax(z), which is what is kept."""
+    """-log softmax(z)[target]; H u = p * (u - <p, u>). The cache is p = softmax(z)."""
 
     symbols: ClassVar[bool] = True
 
     def value(self, backend: NumpyBackend, outputs: Array, targets: Array) -> Array:
-        """Give the loss of each row; outputs become probabilities."""
+        """Return the loss of each row; overwrite the outputs with p."""
         return backend.softmax_loss(outputs, targets)
 
-    def gradient(self, backend: NumpyBackend, kept: Array, targets: Array, scale: float, out: Array) -> None:
+    def gradient(self, backend: NumpyBackend, cache: Array, targets: Array, scale: float, out: Array) -> None:
         """Fill out with scale * (p - onehot(targets))."""
-        backend.softmax_gradient(kept, targets, scale, out)
+        backend.softmax_gradient(cache, targets, scale, out)
 
-    def hessian(self, backend: NumpyBackend, kept: Array, u: Array, scale: float) -> None:
+    def hessian(self, backend: NumpyBackend, cache: Array, u: Array, scale: float) -> None:
         """Overwrite u with scale * p * (u - <p, u>)."""
-        backend.softmax_hessian(kept, u, scale)
+        backend.softmax_hessian(cache, u, scale)
 
 
 class SquaredError:
-    """Half the squared distance of z and target; H is the identity. The differences are kept."""
+    """Half the squared distance of z and target; H is the identity. The cache is z - target."""
 
     symbols: ClassVar[bool] = False
 
     def value(self, backend: NumpyBackend, outputs: Array, targets: Array) -> Array:
-        """Give the loss of each row; outputs become differences."""
+        """Return the loss of each row; overwrite the outputs with z - target."""
         outputs -= targets
         wide = outputs.astype(np.float64)
         return 0.5 * (wide * wide).sum(axis=1)
 
-    def gradient(self, backend: NumpyBackend, kept: Array, targets: Array, scale: float, out: Array) -> None:
+    def gradient(self, backend: NumpyBackend, cache: Array, targets: Array, scale: float, out: Array) -> None:
         """Fill out with scale * (z - target)."""
-        backend.xp.multiply(kept, kept.dtype.type(scale), out=out)
+        backend.xp.multiply(cache, cache.dtype.type(scale), out=out)
 
-    def hessian(self, backend: NumpyBackend, kept: Array, u: Array, scale: float) -> None:
+    def hessian(self, backend: NumpyBackend, cache: Array, u: Array, scale: float) -> None:
         """Overwrite u with scale * u."""
         u *= u.dtype.type(scale)
 
 
 class Bernoulli:
-    """log(1 + exp(z)) - z * target, summed over outputs; targets in [0, 1]; H u = p (1 - p) u, p kept.
+    """log(1 + exp(z)) - z * target, summed over O outputs, with targets in [0, 1]; H u = p (1 - p) u.
 
-    p = 1 / (1 + exp(-z)) is the probability of a 1.
+    The cache is p = 1 / (1 + exp(-z)), the probability of a 1.
     """
 
     symbols: ClassVar[bool] = False
 
     def value(self, backend: NumpyBackend, outputs: Array, targets: Array) -> Array:
-        """Give the loss of each row; outputs become probabilities."""
+        """Return the loss of each row; overwrite the outputs with p."""
         xp, wide = backend.xp, outputs.astype(np.float64)
-        least = xp.log1p(xp.exp(-abs(wide)))  # log(1 + exp(z)) = max(z, 0) + log(1 + exp(-|z|))
-        losses = (xp.maximum(wide, 0) + least - wide * targets).sum(axis=1)
+        rest = xp.log1p(xp.exp(-abs(wide)))  # log(1 + exp(z)) = max(z, 0) + log(1 + exp(-|z|))
+        losses = (xp.maximum(wide, 0) + rest - wide * targets).sum(axis=1)
         outputs[...] = backend.sigmoid(outputs)
         return losses
 
-    def gradient(self, backend: NumpyBackend, kept: Array, targets: Array, scale: float, out: Array) -> None:
+    def gradient(self, backend: NumpyBackend, cache: Array, targets: Array, scale: float, out: Array) -> None:
         """Fill out with scale * (p - target)."""
-        backend.xp.subtract(kept, targets, out=out)
+        backend.xp.subtract(cache, targets, out=out)
         out *= out.dtype.type(scale)
 
-    def hessian(self, backend: NumpyBackend, kept: Array, u: Array, scale: float) -> None:
+    def hessian(self, backend: NumpyBackend, cache: Array, u: Array, scale: float) -> None:
         """Overwrite u with scale * p (1 - p) u."""
-        apart = by_sequence(u, len(kept))
-        apart *= (kept * (1 - kept) * u.dtype.type(scale))[:, None]
+        by_output = by_sequence(u, len(cache))
+        by_output *= (cache * (1 - cache) * u.dtype.type(scale))[:, None]
 
 
 LOSSES: dict[str, Loss] = {
@@ -115,12 +150,12 @@ LOSSES: dict[str, Loss] = {
 
 
 def choose(loss: str | Loss) -> Loss:
-    """Give a loss by its name, or as it is.
+    """Return the loss of this name; return a `Loss` unchanged.
 
     Raises
     ------
     UserError
-        If there is none of this name, or it is no loss.
+        If no loss has this name, or the object is not a loss.
     """
     if not isinstance(loss, str):
         if isinstance(loss, type) or not isinstance(loss, Loss):

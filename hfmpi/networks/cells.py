@@ -1,4 +1,4 @@
-"""The cells by name: those of Krause et al. (2015), eq. 1-3, and Cho's.
+"""The cells by name: those of Krause et al. (2015), eq. 1-3, and the GRU of Cho et al. (2014).
 
 The `krause` variant is that of Krause's released code (2016).
 """
@@ -21,7 +21,7 @@ __all__ = ["CELLS", "VARIANTS", "Gated", "Plain", "cell"]
 
 @dataclass(frozen=True)
 class Plain(Cell):
-    """h = tanh(W_x x + W_h h' + b); its slope 1 - h^2 needs nothing kept but h."""
+    """h = tanh(W_x x + W_h h' + b), whose derivative 1 - h^2 is computed from h."""
 
     kernels: ClassVar[str] = "plain"
     groups: ClassVar[int] = 1
@@ -29,11 +29,11 @@ class Plain(Cell):
     of_state: ClassVar[int] = 1
 
     def tanh_columns(self, name: str, n: int) -> slice:
-        """Give all columns."""
+        """Return all columns."""
         return slice(None)
 
     def forward(self, backend: NumpyBackend, r: Recurrence, table: Array, a: Array, c: Array) -> Step:
-        """Make the forward step."""
+        """Return the forward step."""
         kernel, x, hidden, w = backend.plain_forward, r.views.x, r.views.hidden, r.views.weights
 
         def step(t: int) -> None:
@@ -41,20 +41,20 @@ class Plain(Cell):
 
         return step
 
-    def tangent(self, backend: NumpyBackend, r: Recurrence, own: Tangent) -> Step:
-        """Make the tangent step."""
+    def tangent(self, backend: NumpyBackend, r: Recurrence, arrays: Tangent) -> Step:
+        """Return the tangent step."""
         kernel, (x, hidden, *_) = backend.plain_tangent, r.views
-        table, pre, dh, _ = own
+        table, pre, dh, _ = arrays
 
         def step(t: int) -> None:
             kernel(pre[t], table, x[t], hidden[t + 1], dh[t + 1])
 
         return step
 
-    def adjoint(self, backend: NumpyBackend, r: Recurrence, own: Adjoint) -> Step:
-        """Make the adjoint step."""
+    def adjoint(self, backend: NumpyBackend, r: Recurrence, arrays: Adjoint) -> Step:
+        """Return the adjoint step."""
         kernel, hidden = backend.plain_adjoint, r.views.hidden
-        dh, back, _, da, inject = own
+        dh, back, _, da, inject = arrays
 
         def step(t: int) -> None:
             kernel(dh[t + 1], back, hidden[t + 1], da[t], inject)
@@ -69,7 +69,7 @@ class Gated(Cell):
     Attributes
     ----------
     krause : bool
-        The variant: u is linear, and the output gate acts inside the tanh with a bias of its own, b_h.
+        In this variant u is linear, and the output gate acts inside the tanh, which has a bias b_h.
     """
 
     krause: bool = False
@@ -77,13 +77,13 @@ class Gated(Cell):
     groups: ClassVar[int] = 4
     of_inputs: ClassVar[int] = 4
     of_state: ClassVar[int] = 4
-    kept: ClassVar[int] = 6
+    coefficients: ClassVar[int] = 6
     forget: ClassVar[int | None] = 1
     recurrent_scale: ClassVar[float | None] = 0.02
 
     @property
     def on_rows(self) -> int:
-        """All groups, but for that of b_h."""
+        """All groups, except that of b_h in the variant `krause`."""
         return 3 if self.krause else 4
 
     @property
@@ -92,11 +92,11 @@ class Gated(Cell):
         return self.krause
 
     def tanh_columns(self, name: str, n: int) -> slice:
-        """Give the columns of u."""
+        """Return the columns of u."""
         return slice(3 * n, None)
 
     def forward(self, backend: NumpyBackend, r: Recurrence, table: Array, a: Array, c: Array) -> Step:
-        """Make the forward step."""
+        """Return the forward step."""
         kernel, bias_h, (x, hidden, k, w, *_) = backend.gated_forward, r.bias_h, r.views
 
         def step(t: int) -> None:
@@ -104,20 +104,20 @@ class Gated(Cell):
 
         return step
 
-    def tangent(self, backend: NumpyBackend, r: Recurrence, own: Tangent) -> Step:
-        """Make the tangent step."""
+    def tangent(self, backend: NumpyBackend, r: Recurrence, arrays: Tangent) -> Step:
+        """Return the tangent step."""
         kernel, x, k, add = backend.gated_tangent, r.views.x, r.views.coefficients, self.krause
-        table, pre, dh, dc = own
+        table, pre, dh, dc = arrays
 
         def step(t: int) -> None:
             kernel(pre[t], table, x[t], k[t], dc, dh[t + 1], add)
 
         return step
 
-    def adjoint(self, backend: NumpyBackend, r: Recurrence, own: Adjoint) -> Step:
-        """Make the adjoint step."""
+    def adjoint(self, backend: NumpyBackend, r: Recurrence, arrays: Adjoint) -> Step:
+        """Return the adjoint step."""
         kernel, k = backend.gated_adjoint, r.views.coefficients
-        dh, back, dc, da, inject = own
+        dh, back, dc, da, inject = arrays
 
         def step(t: int) -> None:
             kernel(dh[t + 1], back, k[t], dc, da[t], inject)
@@ -125,13 +125,13 @@ class Gated(Cell):
         return step
 
     def bias_tangent(self, r: Recurrence, v: Array, pre: Array, dh: Array) -> None:
-        """R h gains g R b_h, g = 1 - h^2."""
+        """Fill R h with g R b_h, g = 1 - h^2."""
         np.multiply(r.hidden[1:], r.hidden[1:], out=dh[1:])
         np.subtract(1, dh[1:], out=dh[1:])
         dh[1:] *= v
 
     def bias_cotangent(self, hidden: Array, dh: Array, da: Array) -> Array:
-        """Give g dh."""
+        """Return g dh, g = 1 - h^2."""
         return (1 - hidden * hidden) * dh
 
 
@@ -148,20 +148,20 @@ VARIANTS = ("standard", "krause")
 
 
 def cell(name: str, variant: str = "standard") -> Cell:
-    """Give a cell.
+    """Return the cell of this name and variant.
 
     Raises
     ------
     UserError
-        If there is none of this name and variant.
+        If there is none.
     """
     if name not in CELLS:
         raise UserError(f"there is no model {name!r}; choose one of {', '.join(CELLS)}")
     if variant not in VARIANTS:
         raise UserError(f"there is no variant {variant!r}; choose one of {', '.join(VARIANTS)}")
-    found = CELLS[name]
+    standard = CELLS[name]
     if variant == "standard":
-        return found
-    if not isinstance(found, Gated):
+        return standard
+    if not isinstance(standard, Gated):
         raise UserError(f"the krause variant is for lstm and mlstm, not for {name}")
-    return Gated(found.multiplicative, krause=True)
+    return Gated(standard.multiplicative, krause=True)

@@ -1,4 +1,4 @@
-"""Recurrent networks: layers of one cell that read symbols or vectors, and a loss of their outputs."""
+"""Recurrent networks: layers of one cell that read symbols or vectors, and a loss of the outputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Network", "State"]
 
 
 class State(NamedTuple):
-    """State of a layer between steps: h (B, n), and c (B, n), which cells without c carry along unused."""
+    """The state of a layer between steps: h (B, n) and c (B, n), which is unused by cells without c."""
 
     h: Array
     c: Array
@@ -34,22 +34,39 @@ class State(NamedTuple):
 class Network:
     """A recurrent network with a loss, on one device; satisfies `hfmpi.models.base.Model`.
 
+    Vectors such as theta are arrays (D,) of the backend, of its dtype (float32 or float64). A batch has
+    inputs (B, L) of symbols or (B, L, I) of numbers, and targets of the last T <= L steps: (B, T) of symbols
+    or (B, T, O) of numbers, as the loss requires.
+
     Parameters
     ----------
     architecture : Architecture, optional
-        In its place cell, inputs, outputs and hidden, and perhaps layers and variant, as it names them.
+        Required unless cell, inputs, outputs and hidden are passed.
     backend : NumpyBackend, optional
-        Without it the fastest that this machine has, for float32.
+        A backend of `hfmpi.backends.create`; default: the fastest one on this machine, with float32.
     loss : {'cross-entropy', 'squares', 'bernoulli'} or Loss
     block_rows : int, optional
-        About how many rows (steps times sequences) the time-batched products take at once; changes the
-        results within rounding. Without it, what suits the backend.
+        About how many rows (steps times sequences) the time-batched products process at once; it changes the
+        results within rounding. Default: the value that suits the backend.
     initialisation, forget_bias
         As in `Architecture.initial`.
+    cell, inputs, outputs, hidden, layers, variant
+        The parts of an `Architecture`, in place of one; `cell` is its name.
+
+    Raises
+    ------
+    UserError
+        If an argument is missing or wrong.
+
+    Examples
+    --------
+    >>> x = np.random.default_rng(0).integers(0, 2, (500, 12))
+    >>> network = hfmpi.Network(cell="lstm", inputs=2, outputs=2, hidden=10)
+    >>> result = hfmpi.train(network, (x, x.cumsum(axis=1) % 2), optimizer="subspace", max_steps=15)
     """
 
     linearisation = NetworkLinearisation
-    examples = Arrays  # what a tuple (x, y) or (x, y, mask) becomes
+    examples = Arrays  # the class of a tuple (x, y) or (x, y, mask)
 
     def __init__(
         self,
@@ -73,13 +90,13 @@ class Network:
             architecture = Architecture(cell, hidden, inputs, outputs, layers, variant)
         elif (cell, inputs, outputs, hidden, layers, variant) != (None, None, None, None, 1, "standard"):
             raise UserError("a network takes an architecture, or cell, inputs, outputs and hidden, not both")
-        for name, given, kind, words in (
+        for name, value, kind, words in (
             ("architecture", architecture, Architecture, "an Architecture"),
             ("backend", backend, NumpyBackend | None, "what hfmpi.backends.create gives"),
             ("block_rows", block_rows, int | None, "a whole number"),
         ):
-            if not isinstance(given, kind):
-                raise UserError(f"{name} must be {words}, not {shown(given)}")
+            if not isinstance(value, kind):
+                raise UserError(f"{name} must be {words}, not {shown(value)}")
         self.architecture = architecture
         self.backend = backend or create()
         self.output_loss = choose(loss)
@@ -95,7 +112,7 @@ class Network:
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """The matrices that theta is made of."""
+        """The matrices of theta."""
         return self.architecture.blocks
 
     @property
@@ -104,79 +121,93 @@ class Network:
         return self.architecture.factor_sums
 
     def initial(self, seed: int) -> np.ndarray:
-        """Draw parameters to start from, (D,) float64, the same for every device and number of ranks."""
+        """Draw initial parameters, (D,) float64, the same for every device and number of ranks."""
         return self.architecture.initial(seed, self.initialisation, self.forget_bias)
 
     def release(self) -> None:
-        """Forget all scratch memory of this network and of its backend."""
+        """Release the scratch memory of the network and of its backend."""
         self._scratch.flat.clear()
         self.backend.release()
 
     # One batch ---------------------------------------------------------------------------------
 
     def loss(self, theta: Array, batch: Batch) -> float:
-        """Return the summed loss in nats, without a linearisation."""
-        inputs, targets, mask = self._place(batch, self._scratch)
-        _, _, outputs = self._forward(theta, inputs, len(targets), False, False, self._scratch)
+        """Return the loss summed over the scored outputs, nats, without a linearisation.
+
+        Raises
+        ------
+        UserError
+            If the batch does not fit the network.
+        """
+        inputs, targets, mask = self._to_device(batch, self._scratch)
+        _, _, outputs = self._forward(theta, inputs, len(targets), self._scratch)
         return self._value(outputs, targets, mask)
 
     def linearise(
         self, theta: Array, batch: Batch, reuse: NetworkLinearisation | None = None
     ) -> NetworkLinearisation:
-        """Run the network and keep what every later product with J and J' needs.
+        """Run the network and store the arrays that products with J and J' need.
 
         Parameters
         ----------
         theta : (D,)
         batch : Batch
         reuse : NetworkLinearisation, optional
-            One whose memory may be overwritten.
+            A linearisation that is no longer needed; its memory is overwritten.
 
         Raises
         ------
         UserError
-            If the batch is not one of this network.
+            If the batch does not fit the network.
         """
-        return self._linearise(theta, batch, False, reuse)
+        return self._linearise(theta, batch, reuse, structural=False)
 
     def linearise_structural(
         self, theta: Array, batch: Batch, reuse: NetworkLinearisation | None = None
     ) -> NetworkLinearisation:
-        """Linearise, and keep the structural-damping weights of the pre-activations too."""
-        return self._linearise(theta, batch, True, reuse)
+        """Linearise as `linearise` does, with the structural-damping weights of the pre-activations."""
+        return self._linearise(theta, batch, reuse, structural=True)
 
     def tape_bytes(self, steps: int, size: int, structural: bool = False, looks_up: bool = True) -> int:
-        """Give the memory that the tape of a batch (steps, size) takes, without running it.
+        """Return the bytes that the tape of `size` sequences of `steps` steps occupies, without a pass.
 
-        Per step and sequence and layer 7n numbers for an LSTM, 6n for a GRU and n for a plain cell,
-        2n more for a multiplicative one (3n where it reads vectors) and K more with structural
-        damping; and the outputs.
+        A layer stores for each step and sequence 7n numbers if it is an LSTM, 6n if a GRU and n if a plain
+        cell; 2n more if it is multiplicative (3n if it reads vectors), and K more with structural damping.
         """
-        about = self.architecture
-        cell, n = about.cell, about.hidden
-        read = about.layers - looks_up  # layers that read vectors
-        numbers = about.layers * n * (1 + cell.kept + 2 * cell.multiplicative + structural * cell.groups)
-        numbers += about.outputs + read * n * cell.multiplicative + (not looks_up) * about.inputs
-        whole = (steps * numbers + about.layers * n) * size * self.backend.dtype.itemsize
-        return whole + 4 * steps * size * (looks_up + (read > 0))
+        architecture = self.architecture
+        cell, n, layers = architecture.cell, architecture.hidden, architecture.layers
+        read = layers - looks_up  # layers that read vectors
+        units = 1 + cell.coefficients + 2 * cell.multiplicative + structural * cell.groups
+        numbers = layers * n * units + read * n * cell.multiplicative
+        numbers += architecture.outputs + (not looks_up) * architecture.inputs
+        reals = (steps * numbers + layers * n) * size * self.backend.dtype.itemsize
+        return reals + 4 * steps * size * (looks_up + (read > 0))
 
     def outputs(self, theta: Array, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Return outputs (N, O), before the loss, their targets (N,) or (N, O), and a mask (N, 1) or None.
 
-        On the host, sorted by step: all sequences at the first step that has targets, then at the next.
+        They are on the host and sorted by step: all sequences at the first step that has targets, then at the
+        next.
+
+        Raises
+        ------
+        UserError
+            If the batch does not fit the network.
         """
-        inputs, targets, mask = self._place(batch, self._scratch)
-        _, _, outputs = self._forward(theta, inputs, len(targets), False, False, self._scratch)
+        inputs, targets, mask = self._to_device(batch, self._scratch)
+        _, _, outputs = self._forward(theta, inputs, len(targets), self._scratch)
         to_host = self.backend.to_host
-        copied = np.array(to_host(outputs))  # the scratch memory is overwritten by the next pass
+        copied = np.array(to_host(outputs))  # the next pass overwrites the scratch memory
         return copied, to_host(targets), None if mask is None else to_host(mask)
 
     def _linearise(
-        self, theta: Array, batch: Batch, structural: bool, reuse: NetworkLinearisation | None
+        self, theta: Array, batch: Batch, reuse: NetworkLinearisation | None, *, structural: bool
     ) -> NetworkLinearisation:
         memory = reuse.passes.memory if reuse else self.backend.new_workspace()
-        inputs, targets, mask = self._place(batch, memory)
-        p, layers, cache = self._forward(theta, inputs, len(targets), True, structural, memory)
+        inputs, targets, mask = self._to_device(batch, memory)
+        p, layers, cache = self._forward(
+            theta, inputs, len(targets), memory, linearise=True, structural=structural
+        )
         loss = self._value(cache, targets, mask)
         steps, size = inputs.shape[:2]
         nbytes = self.tape_bytes(steps, size, structural, inputs.ndim == 2)
@@ -188,16 +219,23 @@ class Network:
         )
 
     def _value(self, outputs: Array, targets: Array, mask: Array | None) -> float:
-        """Return the summed loss; outputs become what the loss computed from them for its derivatives."""
+        """Return the summed loss; it replaces the outputs with its cache for the derivatives."""
         losses = self.output_loss.value(self.backend, outputs, targets)
         if mask is not None:
             losses = losses * mask[:, 0]
         return float(losses.sum())
 
     def _forward(
-        self, theta: Array, inputs: Array, rows: int, linearise: bool, structural: bool, memory: Workspace
+        self,
+        theta: Array,
+        inputs: Array,
+        rows: int,
+        memory: Workspace,
+        *,
+        linearise: bool = False,
+        structural: bool = False,
     ) -> tuple[dict[str, Array], list[Recurrence], Array]:
-        """Give the parameters by name, the layers, and the last so many rows of outputs (rows, O)."""
+        """Return the parameters by name, the layers, and the last `rows` outputs (rows, O)."""
         check_vector("theta", theta, self.size, self.backend.xp.ndarray)
         (steps, size), n, p = inputs.shape[:2], self.architecture.hidden, self.layout.views(theta)
         layers, states = list[Recurrence](), []
@@ -205,16 +243,16 @@ class Network:
             read = layers[-1].hidden[1:] if i else inputs
             hidden = memory(f"hidden.{i}", (steps + 1, size, n))
             hidden[0] = 0
-            layers.append(self._layer(i, p, read, hidden, linearise, structural, memory))
+            layers.append(self._layer(i, p, read, hidden, memory, linearise=linearise, structural=structural))
             states.append(self.backend.workspace(f"forward.c.{i}", (size, n)))
             states[-1][...] = 0
         self._advance(p, layers, states)
-        outputs = memory("kept", (rows, self.architecture.outputs))
+        outputs = memory("outputs", (rows, self.architecture.outputs))
         fill_outputs(self.backend, p, layers[-1].hidden[1 + steps - rows // size :], outputs)
         return p, layers, outputs
 
-    def _place(self, batch: Batch, memory: Workspace) -> tuple[Array, Array, Array | None]:
-        """Check a batch and copy it to the device, time first.
+    def _to_device(self, batch: Batch, memory: Workspace) -> tuple[Array, Array, Array | None]:
+        """Check a batch and copy it to the device, time-major.
 
         Returns
         -------
@@ -223,27 +261,27 @@ class Network:
         mask : (T * B, 1) or None
         """
         (x, *others), y, mask = parts(batch)
-        about, symbols, dtype = self.architecture, self.output_loss.symbols, self.backend.dtype
-        looks_up = x.ndim == 2
-        if others or not (looks_up or (x.ndim == 3 and x.shape[2] == about.inputs)):
+        architecture, symbols, dtype = self.architecture, self.output_loss.symbols, self.backend.dtype
+        looks_up, numbers = x.ndim == 2, architecture.inputs
+        if others or not (looks_up or (x.ndim == 3 and x.shape[2] == numbers)):
             raise UserError(
-                f"inputs must be symbols (sequences, steps) or numbers (sequences, steps, {about.inputs}), "
+                f"inputs must be symbols (sequences, steps) or numbers (sequences, steps, {numbers}), "
                 f"not {f'{1 + len(others)} arrays' if others else f'of shape {x.shape}'}"
             )
-        sequences, steps, width = *x.shape[:2], () if symbols else (about.outputs,)
+        sequences, steps, width = *x.shape[:2], () if symbols else (architecture.outputs,)
         if y.ndim < 2 or (len(y), *y.shape[2:]) != (sequences, *width) or y.shape[1] > steps:
             raise UserError(
                 f"targets must be {'symbols' if symbols else 'numbers'} of shape "
                 f"{(sequences, 'steps', *width)} for at most {steps} steps, not of shape {y.shape}"
             )
         if looks_up:
-            check_symbols("inputs", x, about.inputs)
+            check_symbols("inputs", x, architecture.inputs)
         if symbols:
-            check_symbols("targets", y, about.outputs)
+            check_symbols("targets", y, architecture.outputs)
         check_mask(mask, y.shape[:2])
-        kind = np.dtype(np.int32) if looks_up else dtype
-        inputs = memory("inputs", (steps, sequences, *x.shape[2:]), kind)
-        inputs[...] = self.backend.to_device(_time_first(x.astype(kind, copy=False)))
+        input_dtype = np.dtype(np.int32) if looks_up else dtype
+        inputs = memory("inputs", (steps, sequences, *x.shape[2:]), input_dtype)
+        inputs[...] = self.backend.to_device(_time_first(x.astype(input_dtype, copy=False)))
         targets = self.backend.to_device(_time_first(y.astype(np.int32 if symbols else dtype, copy=False)))
         if mask is not None:
             mask = self.backend.to_device(_time_first(mask.astype(dtype)).reshape(-1, 1))
@@ -255,51 +293,53 @@ class Network:
         p: dict[str, Array],
         inputs: Array,
         hidden: Array,
-        linearise: bool,
-        structural: bool,
         memory: Workspace,
+        *,
+        linearise: bool = False,
+        structural: bool = False,
     ) -> Recurrence:
-        """Make ready layer i, which reads these inputs, from its hidden[0] on."""
+        """Prepare layer i, which reads `inputs` and starts from hidden[0]."""
         backend, cell, n = self.backend, self.architecture.cell, self.architecture.hidden
-        own = self.architecture.of_layer(i, p)
-        (steps, size), kept = inputs.shape[:2], len(inputs) if linearise else 1
+        matrices = self.architecture.of_layer(i, p)
+        (steps, size), stored = inputs.shape[:2], len(inputs) if linearise else 1
         x = inputs
         if inputs.ndim == 3:
             x = memory("x", (steps, size), np.int32)
             x[...] = backend.xp.arange(steps * size, dtype=np.int32).reshape(steps, size)
-        r = Recurrence(cell, inputs, x, hidden, backend.pack(own["W_h"], memory, f"W_h.{i}"))
+        r = Recurrence(cell, inputs, x, hidden, backend.pack(matrices["W_h"], memory, f"W_h.{i}"))
         if linearise:
-            r.recurrent_t = backend.pack(own["W_h"].T, memory, f"W_h.T.{i}")
-            if cell.kept:
-                r.coefficients = memory(f"coefficients.{i}", (steps, cell.kept, size, n))
+            r.recurrent_t = backend.pack(matrices["W_h"].T, memory, f"W_h.T.{i}")
+            if cell.coefficients:
+                r.coefficients = memory(f"coefficients.{i}", (steps, cell.coefficients, size, n))
         if cell.multiplicative:
-            r.factor = backend.pack(own["W_mh"], memory, f"W_mh.{i}")
-            r.factor_t = backend.pack(own["W_mh"].T, memory, f"W_mh.T.{i}") if linearise else None
+            r.factor = backend.pack(matrices["W_mh"], memory, f"W_mh.{i}")
+            if linearise:
+                r.factor_t = backend.pack(matrices["W_mh"].T, memory, f"W_mh.T.{i}")
             rows = self.architecture.inputs if r.looks_up else steps * size
             r.factor_table = memory(f"W_mx.{i}", (rows, n))
-            r.factors = memory(f"factors.{i}", (kept, size, n))
-            r.intermediate = memory(f"intermediate.{i}", (kept, size, n))
+            r.factors = memory(f"factors.{i}", (stored, size, n))
+            r.intermediate = memory(f"intermediate.{i}", (stored, size, n))
         if cell.on_rows < cell.groups:
             r.bias_h = memory(f"b_h.{i}", ((cell.groups - cell.on_rows) * n,))
-            r.bias_h[...] = own["b"][cell.on_rows * n :]
+            r.bias_h[...] = matrices["b"][cell.on_rows * n :]
         if structural:
             r.weights = memory(f"weights.{i}", (steps, size, cell.groups * n))
         return r
 
     def _advance(self, p: dict[str, Array], layers: list[Recurrence], states: list[Array]) -> None:
-        """Run all layers, block by block where a layer reads vectors, from their hidden[0] and states c."""
+        """Run all layers from their hidden[0] and states c, block by block where a layer reads vectors."""
         backend, cell, n = self.backend, self.architecture.cell, self.architecture.hidden
         (steps, size), on_rows = layers[0].x.shape, cell.on_rows * n
         simple = len(layers) == 1 and layers[0].looks_up
         for block in [slice(0, steps)] if simple else blocks(steps, size, self.block_rows):
-            for i, (whole, c) in enumerate(zip(layers, states, strict=True)):
-                r, own = whole.part(block), self.architecture.of_layer(i, p)
+            for i, (layer, c) in enumerate(zip(layers, states, strict=True)):
+                r, matrices = layer.part(block), self.architecture.of_layer(i, p)
                 rows = self.architecture.inputs if r.looks_up else r.x.size
                 table = backend.workspace(f"table.{i}", (rows, cell.of_inputs * n))
-                fill_rows(backend, r.inputs, own["W_x"], table)
-                table[:, :on_rows] += own["b"][:on_rows]
+                fill_rows(backend, r.inputs, matrices["W_x"], table)
+                table[:, :on_rows] += matrices["b"][:on_rows]
                 if r.factor_table is not None:
-                    fill_rows(backend, r.inputs, own["W_mx"], r.factor_table)
+                    fill_rows(backend, r.inputs, matrices["W_mx"], r.factor_table)
                 recurrence.forward(backend, r, table, c)
 
     # Step by step ------------------------------------------------------------------------------
@@ -307,7 +347,22 @@ class Network:
     def advance(
         self, theta: Array, state: tuple[State, ...] | None, inputs: Array
     ) -> tuple[tuple[State, ...], Array]:
-        """Read inputs (L, B) or (L, B, I) from a state (None: zero); give that after and the last outputs."""
+        """Read inputs (L, B) or (L, B, I), which are time-major, from a state of every layer.
+
+        Parameters
+        ----------
+        theta : (D,)
+        state : tuple of State or None
+            None: zero.
+        inputs : (L, B) int32, or (L, B, I)
+
+        Returns
+        -------
+        state : tuple of State
+            The state after the last step.
+        outputs : (B, O)
+            The outputs of the last step.
+        """
         (steps, size), n, xp = inputs.shape[:2], self.architecture.hidden, self.backend.xp
         check_vector("theta", theta, self.size, self.backend.xp.ndarray)
         p, memory = self.layout.views(theta), self._scratch
@@ -318,7 +373,7 @@ class Network:
             if state is not None:
                 hidden[0], c[...] = state[i]
             read = layers[-1].hidden[1:] if i else inputs
-            layers.append(self._layer(i, p, read, hidden, False, False, memory))
+            layers.append(self._layer(i, p, read, hidden, memory))
             states.append(c)
         self._advance(p, layers, states)
         outputs = xp.empty((size, self.architecture.outputs), self.backend.dtype)

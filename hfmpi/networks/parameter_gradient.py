@@ -1,6 +1,6 @@
-"""Parameter cotangents from those of all intermediate values: one formula, over all sequences or of each.
+"""Parameter cotangents from the cotangents of a layer: one formula, for a batch or for each sequence.
 
-What is summed over steps and sequences is a product of a source (L, B, .) and a cotangent (L, B, .).
+They are sums over steps and sequences of products of a source (L, B, .) and a cotangent (L, B, .).
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from hfmpi.backends.base import Array
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.networks.recurrence import Cell
 
-__all__ = ["Cotangents", "Each", "Sums", "Whole", "flat", "layer_gradient"]
+__all__ = ["BatchSums", "Cotangents", "SequenceSums", "Sums", "flat", "layer_gradient"]
 
 
 class Cotangents(NamedTuple):
-    """What the loops over the steps of a layer read and leave, some of its sequences or all, of one column.
+    """The sources and cotangents of a layer, for B sequences and C directions.
 
     Attributes
     ----------
     inputs : (L, B) or (L, B, I)
     hidden : (L + 1, B, n)
     intermediate : (L, B, n) or None
-    dh : (L, B, n)
-    da : (L, B, K)
-    dp, dq : (L, B, n) or None
+    dh : (L, B C, n)
+    da : (L, B C, K)
+    dp, dq : (L, B C, n) or None
     """
 
     inputs: Array
@@ -40,17 +40,17 @@ class Cotangents(NamedTuple):
     dq: Array | None
 
     def of(self, sequences: slice, rows: slice) -> Cotangents:
-        """Give those of some sequences, of which the cotangents have these rows."""
-        kept = (self.inputs, self.hidden, self.intermediate)
-        found = (self.dh, self.da, self.dp, self.dq)
+        """Return the arrays of some sequences, with these rows of their cotangents."""
+        sources = (self.inputs, self.hidden, self.intermediate)
+        cotangents = (self.dh, self.da, self.dp, self.dq)
         return Cotangents(
-            *(None if array is None else array[:, sequences] for array in kept),
-            *(None if array is None else array[:, rows] for array in found),
+            *(None if array is None else array[:, sequences] for array in sources),
+            *(None if array is None else array[:, rows] for array in cotangents),
         )
 
 
 class Sums(Protocol):
-    """How products are summed; the results have a first axis more where each sequence is kept apart."""
+    """A way to sum products; results of `SequenceSums` have a first axis for the sequences."""
 
     def product(self, source: Array, cotangent: Array, out: Array) -> None:
         """Sum source' cotangent, vectors (L, B, .), into out (., .)."""
@@ -63,13 +63,13 @@ class Sums(Protocol):
 
 
 @dataclass(frozen=True)
-class Whole:
-    """Sums over steps and sequences, one large matrix product each."""
+class BatchSums:
+    """Sums over steps and sequences, each as one large matrix product."""
 
     backend: NumpyBackend
 
     def product(self, source: Array, cotangent: Array, out: Array) -> None:
-        """Give out = source' cotangent."""
+        """Fill out with source' cotangent."""
         self.backend.matmul(flat(source).T, flat(cotangent), out)
 
     def rows(self, symbols: Array, cotangent: Array, out: Array) -> None:
@@ -83,13 +83,13 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class Each:
-    """Sums over steps, of each sequence by itself."""
+class SequenceSums:
+    """Sums over the steps of each sequence."""
 
     backend: NumpyBackend
 
     def product(self, source: Array, cotangent: Array, out: Array) -> None:
-        """Give out[b] = source[:, b]' cotangent[:, b]."""
+        """Fill out[b] with source[:, b]' cotangent[:, b]."""
         out[...] = self.backend.xp.matmul(source.transpose(1, 2, 0), cotangent.transpose(1, 0, 2))
 
     def rows(self, symbols: Array, cotangent: Array, out: Array) -> None:
@@ -103,27 +103,27 @@ class Each:
 
 
 def flat(array: Array) -> Array:
-    """Give vectors (L, B, .) as rows; those of one sequence of a batch stay a strided view, fit for BLAS."""
+    """Return vectors (L, B, .) as rows (L B, .); for one sequence as a strided view, which BLAS accepts."""
     return array[:, 0] if array.shape[1] == 1 else array.reshape(-1, array.shape[2])
 
 
-def layer_gradient(cell: Cell, own: Cotangents, g: Mapping[str, Array], sums: Sums) -> None:
-    """Fill g, the parameters of a layer by their names, with their cotangents."""
-    n = own.hidden.shape[2]
-    source, da = own.hidden[:-1], own.da[..., : cell.of_inputs * n]
-    if own.intermediate is not None:
-        sums.product(source, own.dq, g["W_mh"])
-        _of_inputs(own.inputs, own.dp, g["W_mx"], sums)
-        source = own.intermediate
-    sums.product(source, own.da[..., -cell.of_state * n :], g["W_h"])
-    _of_inputs(own.inputs, da, g["W_x"], sums)
+def layer_gradient(cell: Cell, layer: Cotangents, g: Mapping[str, Array], sums: Sums) -> None:
+    """Fill g with the cotangents of the parameters of a layer, by their names in the cell."""
+    n = layer.hidden.shape[2]
+    source, da = layer.hidden[:-1], layer.da[..., : cell.of_inputs * n]
+    if layer.intermediate is not None:
+        sums.product(source, layer.dq, g["W_mh"])
+        _of_inputs(layer.inputs, layer.dp, g["W_mx"], sums)
+        source = layer.intermediate
+    sums.product(source, layer.da[..., -cell.of_state * n :], g["W_h"])
+    _of_inputs(layer.inputs, da, g["W_x"], sums)
     on_rows = cell.on_rows * n
-    if own.inputs.ndim == 2:  # every step has one symbol: what its rows gained is what the bias gains
+    if layer.inputs.ndim == 2:  # every step has one symbol, so the rows of W_x add up to the bias
         g["b"][..., :on_rows] = np.sum(g["W_x"][..., :on_rows], axis=-2)
     else:
         sums.total(da[..., :on_rows], g["b"][..., :on_rows])
     if cell.on_rows < cell.groups:
-        sums.total(cell.bias_cotangent(own.hidden[1:], own.dh, own.da), g["b"][..., on_rows:])
+        sums.total(cell.bias_cotangent(layer.hidden[1:], layer.dh, layer.da), g["b"][..., on_rows:])
 
 
 def _of_inputs(inputs: Array, cotangent: Array | None, out: Array, sums: Sums) -> None:

@@ -1,9 +1,9 @@
-"""The linearised recurrence of one layer, and its three loops over time: what is sequential in a network.
+"""The linearised recurrence of one layer, and its three loops over time: the sequential part of a network.
 
-The loops are written once, for every cell and every device. Shapes: L steps, B sequences, n hidden units; K
-pre-activations in all, K_x of which the inputs contribute to, and K_h the state before. What the inputs
-contribute are rows of a table, gathered by `x`: for symbols the table is W_x + b itself, with a row a symbol;
-for real inputs and for upper layers it has a row for each step and sequence, inputs W_x + b. All arrays are
+The loops are written once, for every cell and every device. Shapes: L steps, B sequences, n hidden units, K
+pre-activations; the inputs contribute to K_x of them, and the previous state to K_h. The contributions of the
+inputs are rows of a table, gathered by `x`. For symbols the table is W_x + b, with one row per symbol; for
+real inputs and in upper layers it is inputs W_x + b, with one row per step and sequence. All arrays are
 time-major.
 """
 
@@ -20,11 +20,11 @@ from hfmpi.backends.numpy import NumpyBackend
 __all__ = ["Adjoint", "Cell", "Recurrence", "Step", "Tangent", "adjoint", "forward", "tangent"]
 
 Step = Callable[[int], None]
-"""Does step t of a loop, before or after its sequential product."""
+"""Executes step t of a loop, before or after its sequential product."""
 
 
 class Tangent(NamedTuple):
-    """What the tangent steps work on, step by step: see `tangent`."""
+    """The arrays of the tangent steps; a list has one array per step. See `tangent`."""
 
     table: Array
     pre: list[Array]
@@ -33,7 +33,7 @@ class Tangent(NamedTuple):
 
 
 class Adjoint(NamedTuple):
-    """What the adjoint steps work on, step by step: see `adjoint`."""
+    """The arrays of the adjoint steps; a list has one array per step. See `adjoint`."""
 
     dh: list[Array]
     back: Array
@@ -44,32 +44,32 @@ class Adjoint(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """One kind of recurrent cell, of any size: its parameters, and the steps of its loops.
+    """A recurrent cell of any size: its parameters, and the steps of its loops.
 
-    The K = groups * n pre-activations of a step are columns, in groups of n. The first `of_inputs` groups
-    get what the inputs contribute, the last `of_state` groups what the state before does; most cells have
-    all of both. A step is plain array code on `backend.xp`, which runs on every device, or a kernel of
+    The K = groups * n pre-activations of a step are columns, in groups of n. The inputs contribute to the
+    first `of_inputs` groups, and the previous state to the last `of_state` groups; for most cells both are
+    all groups. A step is plain array code on `backend.xp`, which runs on every device, or a kernel of
     the backend.
 
     Attributes
     ----------
     multiplicative : bool
-        The state before is replaced by the intermediate state m = W_mx x * W_mh h' (Krause 2015, eq. 3).
+        The intermediate state m = W_mx x * W_mh h' replaces the previous state (Krause 2015, eq. 3).
     kernels : str
-        What its loops are called.
+        The name of its loops.
     groups, of_inputs, of_state : int
     on_rows : int
-        The groups of the bias that act on the rows of inputs; those after, b_h, act inside the unit.
-    kept : int
-        Coefficients of a unit that a linearisation keeps of every step.
+        The groups of the bias that act on the rows of inputs; the remaining ones, b_h, act inside the unit.
+    coefficients : int
+        The number of coefficients per unit that a linearisation stores for every step.
     carries : bool
-        The adjoint step writes itself what it pulls back to the state before, and the product is added.
+        The adjoint step writes a cotangent of the previous state, to which the loop adds its product.
     adds : bool
-        The tangent step adds R h to what b_h did to it.
+        The tangent step adds R h to the contribution of b_h.
     forget : int or None
-        The group whose bias makes the cell keep its state.
+        The group whose bias makes the cell preserve its state.
     recurrent_scale : float or None
-        Deviation of recurrent matrices at the start; None: 1 / sqrt(n).
+        Initial standard deviation of the recurrent matrices; None: 1 / sqrt(n).
     """
 
     multiplicative: bool = False
@@ -77,23 +77,23 @@ class Cell:
     groups: ClassVar[int]
     of_inputs: ClassVar[int]
     of_state: ClassVar[int]
-    kept: ClassVar[int] = 0
+    coefficients: ClassVar[int] = 0
     carries: ClassVar[bool] = False
     forget: ClassVar[int | None] = None
     recurrent_scale: ClassVar[float | None] = None
 
     @property
     def on_rows(self) -> int:
-        """All groups that inputs contribute to."""
+        """The groups of the bias that act on the rows of inputs: all that inputs contribute to."""
         return self.of_inputs
 
     @property
     def adds(self) -> bool:
-        """Whether R h gains something from b_h beforehand."""
+        """Whether b_h contributes to R h before the tangent step."""
         return False
 
     def shapes(self, n: int, inputs: int) -> dict[str, tuple[int, ...]]:
-        """Give names and shapes of the parameters of a layer of n units."""
+        """Return the names and shapes of the parameters of a layer of n units."""
         factors = {"W_mx": (inputs, n), "W_mh": (n, n)} if self.multiplicative else {}
         return {
             **factors,
@@ -103,31 +103,31 @@ class Cell:
         }
 
     def tanh_columns(self, name: str, n: int) -> slice:
-        """Give the columns of W_x or W_h that lead to tanh units."""
+        """Return the columns of W_x or W_h that lead to tanh units."""
         raise NotImplementedError
 
     def forward(self, backend: NumpyBackend, r: Recurrence, table: Array, a: Array, c: Array) -> Step:
-        """Make the forward step: from a = h' W_h (B, K_h), fill h_t, what is kept, and the weights."""
+        """Return the forward step: from a = h' W_h (B, K_h), fill h_t, its coefficients and weights."""
         raise NotImplementedError
 
-    def tangent(self, backend: NumpyBackend, r: Recurrence, own: Tangent) -> Step:
-        """Make the tangent step: complete R a_t in pre, then R h_t in dh[t + 1]."""
+    def tangent(self, backend: NumpyBackend, r: Recurrence, arrays: Tangent) -> Step:
+        """Return the tangent step: complete R a_t in pre[t], then R h_t in dh[t + 1]."""
         raise NotImplementedError
 
-    def adjoint(self, backend: NumpyBackend, r: Recurrence, own: Adjoint) -> Step:
-        """Make the transpose of the tangent step; dh[t + 1] gains back, da[t] is written (or added to)."""
+    def adjoint(self, backend: NumpyBackend, r: Recurrence, arrays: Adjoint) -> Step:
+        """Return the adjoint step: add `back` to dh[t + 1], and fill da[t] (with `inject`, add to it)."""
         raise NotImplementedError
 
     def bias_tangent(self, r: Recurrence, v: Array, pre: Array, dh: Array) -> None:
-        """Put what the direction v of b_h does by itself where the tangent steps will find it."""
+        """Write the direct contribution of the direction v of b_h to pre or dh, before the tangent steps."""
 
     def bias_cotangent(self, hidden: Array, dh: Array, da: Array) -> Array:
-        """Give the cotangents of b_h at every step and sequence, (L, B, .); dh and hidden are (L, B, n)."""
+        """Return the cotangents of b_h at every step and sequence, (L, B, .); dh and hidden are (L, B, n)."""
         raise NotImplementedError
 
 
 class Views(NamedTuple):
-    """Arrays of a recurrence as lists of what a step has of them: None where there is no array."""
+    """The arrays of a recurrence as lists of their views by step: None where there is no array."""
 
     x: list[Array]
     hidden: list[Array]
@@ -139,7 +139,7 @@ class Views(NamedTuple):
 
 @dataclass
 class Recurrence:
-    """The linearised recurrence of one layer on one batch: everything that the loops read.
+    """The linearised recurrence of one layer on one batch: all arrays that the loops read.
 
     Attributes
     ----------
@@ -152,21 +152,21 @@ class Recurrence:
         h_0 (the initial state), h_1, ..., h_L.
     recurrent, recurrent_t : (n, K_h), (K_h, n)
         The matrix applied to the previous hidden (or intermediate) state, and its transpose. Transposes
-        are None where the pass is not to be linearised.
+        are None where the pass is not linearised.
     coefficients : (L, k, B, n) or None
-        What a cell keeps of every step; None where the pass is not to be linearised, or it keeps nothing.
+        The coefficients of the tangent; None where the pass is not linearised, or the cell has none.
     bias_h : (n,) or None
-        The part of the bias that acts inside the unit and not on a row of the table.
+        The part of the bias that acts inside the unit instead of on the rows of the table.
     factor, factor_t : (n, n) or None
         W_mh of the multiplicative cells, and its transpose.
     factor_table : (R, n) or None
-        Rows of W_mx, or inputs W_mx: they scale the factors.
+        W_mx, or inputs W_mx: its rows scale the factors.
     factors : (L, B, n) or None
-        q_t = h_{t-1} W_mh. (1, B, n) where the pass is not to be linearised; so `intermediate`.
+        q_t = h_{t-1} W_mh. As `intermediate`, (1, B, n) where the pass is not linearised.
     intermediate : (L, B, n) or None
         m_t = factor_table[x_t] * q_t.
     weights : (L, B, K) or None
-        Structural-damping weights of the pre-activations, if they were asked for.
+        Structural-damping weights of the pre-activations; None where they are not needed.
     """
 
     cell: Cell
@@ -186,17 +186,17 @@ class Recurrence:
 
     @cached_property
     def views(self) -> Views:
-        """The arrays step by step, made once for all loops: a view costs as much as a small kernel."""
-        own = self.x, self.hidden, self.coefficients, self.weights, self.factors, self.intermediate
-        return Views(*(_by_step(array, len(self.x)) for array in own))
+        """The arrays by step, created once for all loops: a view costs as much as a small kernel."""
+        arrays = self.x, self.hidden, self.coefficients, self.weights, self.factors, self.intermediate
+        return Views(*(_by_step(array, len(self.x)) for array in arrays))
 
     @property
     def looks_up(self) -> bool:
-        """Whether the inputs are symbols, which look up rows."""
+        """Whether the inputs are symbols, which look up rows of the table."""
         return bool(self.inputs.ndim == 2)
 
     def part(self, steps: slice) -> Recurrence:
-        """Give the recurrence of some of the steps: views of the same arrays."""
+        """Return the recurrence of some steps, as views of the same arrays."""
         start, stop, _ = steps.indices(len(self.x))
         if stop - start == len(self.x):
             return self
@@ -228,20 +228,20 @@ def _by_step(array: Array | None, steps: int) -> list[Array]:
 
 
 def forward(backend: NumpyBackend, r: Recurrence, table: Array, c: Array) -> None:
-    """Run the recurrence, filling `r.hidden[1:]`, its coefficients, intermediates and weights.
+    """Run the recurrence: fill `r.hidden[1:]`, its coefficients, intermediates and weights.
 
     Parameters
     ----------
     r : Recurrence
         With `hidden[0]` set to the initial state.
     table : (R, K_x)
-        What the inputs contribute.
+        The contributions of the inputs.
     c : (B, n)
-        c_0 of cells that have it; holds c_L afterwards.
+        In: c_0. Out: c_L. Unused by cells without c.
     """
     steps, batch = r.x.shape
     a = backend.workspace("forward.a", (batch, r.recurrent.matrix.shape[1]))
-    kept = 1 if r.factors is None else len(r.factors)
+    stored = 1 if r.factors is None else len(r.factors)
 
     def run() -> None:
         multiply, recurrent, factor, views = backend.multiply, r.recurrent, r.factor, r.views
@@ -257,15 +257,15 @@ def forward(backend: NumpyBackend, r: Recurrence, table: Array, c: Array) -> Non
             step(t)
 
     arrays = {
-        "kept": kept, "recurrent": r.recurrent, "factor": r.factor, "p_table": r.factor_table, "table": table,
-        "x": r.x, "bias_h": r.bias_h, "c": c, "hidden": r.hidden, "k": r.coefficients, "w": r.weights,
-        "q": r.factors, "m": r.intermediate, "a": a,
+        "kept": stored, "recurrent": r.recurrent, "factor": r.factor, "p_table": r.factor_table,
+        "table": table, "x": r.x, "bias_h": r.bias_h, "c": c, "hidden": r.hidden, "k": r.coefficients,
+        "w": r.weights, "q": r.factors, "m": r.intermediate, "a": a,
     }  # fmt: skip
     backend.loop(f"{r.cell.kernels} forward", run, arrays)
 
 
 def _of_state(cell: Cell, array: Array, by_step: list[Array]) -> list[Array]:
-    """Give the columns of pre-activations (L, B, K) that the state before contributes to, step by step."""
+    """Return the columns of pre-activations (L, B, K) that the previous state contributes to, by step."""
     if cell.of_state == cell.groups:
         return by_step
     width = array.shape[2] // cell.groups * cell.of_state
@@ -284,12 +284,12 @@ def tangent(
 ) -> None:
     """Push a parameter direction through the recurrence (R-forward).
 
-    Called for one part of the steps after the other, from the first.
+    It is called for consecutive parts of the steps, from the first to the last.
 
     Parameters
     ----------
     table : (R, K_x)
-        What inputs contribute along the direction.
+        The contributions of the inputs along the direction.
     pre : (L, B, K)
         In: the time-batched part, h_{t-1} V_h (or m_t V_h). Out: R a_t.
     factor_table : (R, n) or None
@@ -297,9 +297,9 @@ def tangent(
     factors : (L, B, n) or None
         In: the time-batched part h_{t-1} V_mh. Out: R q_t.
     dh : (L + 1, B, n)
-        In: dh[0], that of the step before and, where `bias_h` acts on h, its part g_t v_bh. Out: R h_t.
+        In: dh[0], R h of the previous step, and, where `bias_h` acts on h, its part g_t v_bh. Out: R h_t.
     dc : (B, n)
-        R c of the step before; holds that of the last step afterwards. Unused by cells without c.
+        In: R c of the previous step. Out: R c of the last step. Unused by cells without c.
     """
     dm = backend.workspace("tangent.m", dc.shape)
 
@@ -338,20 +338,24 @@ def adjoint(
 ) -> None:
     """Pull cotangents back through the recurrence: the transpose of `tangent`.
 
-    Called for one part of the steps after the other, from the last.
+    It is called for consecutive parts of the steps, from the last to the first.
 
     Parameters
     ----------
     dh : (L + 1, B, n)
         In: cotangents of h_1 ... h_L in dh[1:]. Out: the total cotangents.
     da : (L, B, K)
-        Out: cotangents of the pre-activations. Where `inject` is set, it holds on entry
-        cotangents that act on the pre-activations themselves (structural damping).
+        Out: cotangents of the pre-activations. In, with `inject`: direct cotangents of the pre-activations
+        (structural damping), which are included.
     dp, dq : (L, B, n) or None
-        Out, multiplicative cells: cotangents of the gathered rows of the factor table and of q_t.
+        Out, for multiplicative cells: cotangents of the gathered rows of the factor table and of q_t.
     back, dc : (B, n)
-        What the steps after pull back to h_L and c_L; hold what these pull back to h_0 and c_0
-        afterwards.
+        In: the cotangents of h_L and c_L from the following steps. Out: those of h_0 and c_0.
+
+    Raises
+    ------
+    ValueError
+        If the pass was not linearised.
     """
     if r.recurrent_t is None:
         raise ValueError("the pass was not linearised")

@@ -25,7 +25,7 @@ from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.models.linearisation import LossLinearisation
 from hfmpi.networks import factors, recurrence
 from hfmpi.networks.architecture import Architecture
-from hfmpi.networks.parameter_gradient import Cotangents, Each, Sums, Whole, layer_gradient
+from hfmpi.networks.parameter_gradient import BatchSums, Cotangents, SequenceSums, Sums, layer_gradient
 from hfmpi.networks.recurrence import Recurrence
 
 __all__ = ["NetworkLinearisation", "Tape", "blocks", "fill_outputs", "fill_rows"]
@@ -74,7 +74,7 @@ class Tape:
     nbytes : int
         The bytes that it occupies in the device's memory.
     block_rows : int
-        About how many rows (steps times sequences) the time-batched products take at once.
+        About how many rows (steps times sequences) the time-batched products process at once.
     memory : Workspace
         Where all of it is stored.
     """
@@ -113,9 +113,8 @@ class Tape:
         ]
         output_cuts = [cut.get("W_o", slice(None)) for cut in _nonzero_columns(backend, stacked, n)]
         symbols = self.layers[0].looks_up
-        table = (
-            self._contributions(0, self.layers[0], by_layer[0], None) if symbols else None
-        )  # for all blocks
+        # Symbols look up the same table in all blocks.
+        table = self._contributions(0, self.layers[0], by_layer[0], None) if symbols else None
         for steps, scored, rows in self._blocks(pre, many):
             inputs, tangents = None, []
             for i, (last, dc) in enumerate(states):
@@ -289,7 +288,8 @@ class Tape:
             for start in range(0, du.shape[1], many):
                 part = slice(start, start + many)
                 each = backend.workspace("each", (du[:, part].shape[1], layout.size))
-                self._gradient([c.of(part, part) for c in cotangents], du[:, part], each, Each(backend))
+                of_part = [c.of(part, part) for c in cotangents]
+                self._gradient(of_part, du[:, part], each, SequenceSums(backend))
                 backend.accumulate_squares(each, out, squares)
             return
         single = backend.workspace("gradient", (layout.size,))
@@ -298,12 +298,12 @@ class Tape:
             for j, row in enumerate(rows):
                 part = slice(j, None, len(rows))
                 of_direction = [c.of(slice(None), part) for c in cotangents]
-                self._gradient(of_direction, du[:, part], single, Whole(backend))
+                self._gradient(of_direction, du[:, part], single, BatchSums(backend))
                 row += single
             return
         for b in range(du.shape[1]):
             part = slice(b, b + 1)
-            self._gradient([c.of(part, part) for c in cotangents], du[:, part], single, Whole(backend))
+            self._gradient([c.of(part, part) for c in cotangents], du[:, part], single, BatchSums(backend))
             backend.accumulate_square(single, out, squares)
 
     def _gradient(self, cotangents: Sequence[Cotangents], du: Array, out: Array, sums: Sums) -> None:
@@ -337,9 +337,11 @@ class Tape:
         """
         length, size = self.layers[0].x.shape
         burn_in = length - self.scored // size
-        most = max(self.block_rows, DIRECTION_ROWS * directions) if directions > 1 else self.block_rows
+        block_rows = self.block_rows
+        if directions > 1:
+            block_rows = max(block_rows, DIRECTION_ROWS * directions)
         parts = []
-        for steps in [slice(0, length)] if undivided else blocks(length, size * directions, most):
+        for steps in [slice(0, length)] if undivided else blocks(length, size * directions, block_rows):
             first = min(max(steps.start, burn_in), steps.stop)
             rows = slice(max(first - burn_in, 0) * size, max(steps.stop - burn_in, 0) * size)
             parts.append((steps, slice(first, steps.stop), rows))

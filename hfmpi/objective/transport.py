@@ -1,6 +1,6 @@
-"""How a vector of a device is summed over the ranks: through the host, by a CUDA-aware MPI, or by NCCL.
+"""Sum vectors of a device over the ranks: through the host, by a CUDA-aware MPI library, or by NCCL.
 
-Scalars and small objects always go through MPI from the host (`Communicator`).
+Scalars and small objects are always sent by MPI from the host (`Communicator`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ TRANSPORTS = ("auto", "host", "cuda", "nccl")
 
 
 class Transport:
-    """One way to sum vectors.
+    """A way to sum vectors over the ranks.
 
     Parameters
     ----------
     communicator : Communicator
     backend : Backend
-        The vectors are on its device.
+        The backend of the device that holds the vectors.
     """
 
     name = ""
@@ -38,7 +38,7 @@ class Transport:
 
 
 class HostTransport(Transport):
-    """MPI on memory of the host: the vector itself on a CPU, else a copy in a pinned buffer."""
+    """MPI on host memory: the vector itself on a CPU, otherwise a copy in a pinned buffer."""
 
     name = "host"
 
@@ -49,7 +49,7 @@ class HostTransport(Transport):
     def sum(self, vector: Array) -> None:
         """Sum a vector over all ranks, in place; see `Transport.sum`."""
         if self.communicator.size == 1:
-            self._sum(vector)  # checks it, and moves nothing
+            self._sum(vector)  # checks the vector and sends nothing
             return
         message = self.backend.stage(vector)
         self._sum(message)
@@ -57,18 +57,18 @@ class HostTransport(Transport):
 
 
 class CudaTransport(Transport):
-    """A CUDA-aware MPI on memory of the device."""
+    """A CUDA-aware MPI library on device memory."""
 
     name = "cuda"
 
     def sum(self, vector: Array) -> None:
         """Sum a vector over all ranks, in place; see `Transport.sum`."""
-        self.backend.synchronize()  # MPI knows nothing of the stream
+        self.backend.synchronize()  # MPI does not wait for the stream
         self.communicator.sum(vector)
 
 
 class NcclTransport(Transport):
-    """NCCL on memory of the device; every rank has a GPU of its own."""
+    """NCCL on device memory; every rank has a separate GPU."""
 
     name = "nccl"
 
@@ -83,14 +83,20 @@ class NcclTransport(Transport):
 
 
 def choose(wanted: str, communicator: Communicator, backend: Backend, in_tree: bool = False) -> Transport:
-    """Make the transport of this name; `auto` is `cuda` where MPI says that it takes GPU memory, else `host`.
+    """Return the transport of this name; collective.
 
-    Collective. Ranks without a GPU go along with `auto` and `host`. Only `host` can sum in a fixed tree.
+    Parameters
+    ----------
+    wanted : {'auto', 'host', 'cuda', 'nccl'}
+        'auto' is 'cuda' if the MPI library reports that it accepts GPU memory on all ranks, otherwise 'host'.
+        'cuda' and 'nccl' need a GPU on every rank.
+    in_tree : bool
+        Sum in a fixed tree, which only 'host' can.
 
     Raises
     ------
     UserError
-        On all ranks alike, if the ranks cannot use it.
+        On all ranks, if the ranks cannot use it.
     """
     if wanted not in TRANSPORTS:
         raise UserError(f"there is no transport {wanted!r}; choose one of {', '.join(TRANSPORTS)}")
@@ -99,19 +105,20 @@ def choose(wanted: str, communicator: Communicator, backend: Backend, in_tree: b
     if in_tree:
         return HostTransport(communicator, backend, in_tree)
     aware = cuda_aware() if communicator.size > 1 else None
-    own = (communicator.host, backend.device_id, aware, wanted == "nccl" and nccl.available(backend))
-    places = communicator.agree(communicator.gather(own)) or []
-    alone = [f"rank {rank}" for rank, place in enumerate(places) if place[1] is None]
-    if wanted in ("cuda", "nccl") and alone:
-        raise UserError(f"transport {wanted} is for GPUs, and there is none for {', '.join(alone)}")
+    local = (communicator.host, backend.device_id, aware, wanted == "nccl" and nccl.available(backend))
+    ranks = communicator.agree(communicator.gather(local)) or []
+    hosts, devices, all_aware, with_nccl = zip(*ranks, strict=True)
+    without_gpu = [f"rank {rank}" for rank, device in enumerate(devices) if device is None]
+    if wanted in ("cuda", "nccl") and without_gpu:
+        raise UserError(f"transport {wanted} is for GPUs, and there is none for {', '.join(without_gpu)}")
     if wanted == "nccl":
-        if not all(place[3] for place in places):
+        if not all(with_nccl):
             raise UserError("transport nccl needs NCCL, which CuPy does not find; choose host or cuda")
-        if len({place[:2] for place in places}) < len(places):
+        if len(set(zip(hosts, devices, strict=True))) < len(ranks):
             raise UserError("transport nccl needs a GPU for every rank; choose host or cuda")
         return NcclTransport(communicator, backend)
-    if wanted == "cuda" and any(place[2] is False for place in places):
+    if wanted == "cuda" and False in all_aware:
         raise UserError("this MPI library does not take GPU memory; choose transport host or nccl")
-    if wanted == "cuda" or (wanted == "auto" and not alone and all(place[2] for place in places)):
+    if wanted == "cuda" or (wanted == "auto" and not without_gpu and all(all_aware)):
         return CudaTransport(communicator, backend)
     return HostTransport(communicator, backend)
