@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
 
@@ -19,9 +20,13 @@ PRECISIONS = ("float32", "tf32")
 
 
 def create(
-    name: str = "auto", dtype: str = "float32", local_rank: int = 0, precision: str = "float32"
+    name: str = "auto",
+    dtype: str = "float32",
+    local_rank: int = 0,
+    precision: str = "float32",
+    mixin: type[NumpyBackend] | None = None,
 ) -> NumpyBackend:
-    """Make the backend of this name; `auto` is the fastest that this machine has.
+    """Return a new backend; `auto` chooses the fastest one of this machine.
 
     Parameters
     ----------
@@ -31,6 +36,8 @@ def create(
         This rank among those of its node, which share out the GPUs.
     precision : {'float32', 'tf32'}
         Of float32 matrix products on a GPU.
+    mixin : class, optional
+        Overrides methods of the backend: the class of the result is derived from it and the backend's class.
 
     Raises
     ------
@@ -54,13 +61,17 @@ def create(
             raise UserError(
                 f"the cupy backend needs CuPy, such as cupy-cuda12x or cupy-cuda13x ({reason})"
             ) from None
-        return CupyBackend(dtype, local_rank, precision)
+        return _extended(CupyBackend, mixin)(dtype, local_rank, precision)
     if name == "numba":
         check_working_folder()  # where it has none, Numba fails
         from hfmpi.backends.numba import NumbaBackend
 
-        return NumbaBackend(dtype)
-    return NumpyBackend(dtype)
+        return _extended(NumbaBackend, mixin)(dtype)
+    return _extended(NumpyBackend, mixin)(dtype)
+
+
+def _extended(kind: type[NumpyBackend], mixin: type[NumpyBackend] | None) -> Callable[..., NumpyBackend]:
+    return kind if mixin is None else type(mixin.__name__ + kind.__name__, (mixin, kind), {})
 
 
 def devices() -> list[str]:

@@ -158,7 +158,7 @@ class Backend:
         """
         run()
 
-    def loop_place(self, name: str, arrays: Mapping[str, Any]) -> Hashable | None:
+    def loop_key(self, name: str, arrays: Mapping[str, Any]) -> Hashable | None:
         """Tell a loop that may be done as a whole from all others, by its arrays; None: step by step."""
         return None
 

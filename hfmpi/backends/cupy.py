@@ -221,13 +221,13 @@ class CupyBackend(NumpyBackend):
 
     def loop(self, name: str, run: Callable[[], None], arrays: Mapping[str, Any]) -> None:
         """Do a loop over time as one kernel, as a graph, or, where a step is plain array code, as it is."""
-        place = self.loop_place(name, arrays)
-        if place is None:
+        key = self.loop_key(name, arrays)
+        if key is None:
             run()
         elif not self._in_one_kernel(name, arrays):
-            self.replay(place, run)
+            self.replay(key, run)
 
-    def loop_place(self, name: str, arrays: Mapping[str, Any]) -> Hashable | None:
+    def loop_key(self, name: str, arrays: Mapping[str, Any]) -> Hashable | None:
         if name.partition(" ")[0] not in FUSED:  # a graph would not know where its temporaries are next time
             return None
         return name, *map(self._place, arrays.values())

@@ -11,13 +11,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from hfmpi.backends import create
-from hfmpi.backends.numpy import NumpyBackend
-from hfmpi.bench.bound import Products
+from hfmpi.bench.bound import Products, Recording
 from hfmpi.bench.contest import Contestant, contest
 from hfmpi.data.batches import Sequences, check_batch
 from hfmpi.measure.machine import cores
@@ -78,13 +77,12 @@ class Bench:
             teams.append((Communicator(), size))
         return teams
 
-    def make_backend(self) -> NumpyBackend:
-        """Make a backend of this rank."""
-        return create(self.backend, self.dtype, self.local_rank, self.precision)
+    def make_backend(self) -> Recording:
+        """Return a new backend for this rank that can record its products."""
+        return cast(Recording, create(self.backend, self.dtype, self.local_rank, self.precision, Recording))
 
-    def mean_risk(self, about: Architecture, comm: Communicator) -> DataParallel:
-        """Make the mean risk of a network on a backend of its own."""
-        backend = self.make_backend()
+    def mean_risk(self, about: Architecture, comm: Communicator, backend: Recording) -> DataParallel:
+        """Return the mean risk of a network on a backend."""
         transport = choose(self.transport, comm, backend, self.slices > 0)
         network = Network(about, backend)
         return DataParallel(network, comm, None, self.micro_batch, transport=transport, slices=self.slices)
@@ -149,20 +147,20 @@ def _passes(
             if comm.size == 1 and bench.comm.rank > 0:  # not in this team, but in step with it
                 contestants += [Contestant(_nothing, 1, threads)] * 2
                 continue
-            owner = bench.mean_risk(about, comm)
-            backend = owner.model.backend
+            backend = bench.make_backend()
+            owner = bench.mean_risk(about, comm, backend)
             theta = backend.to_device(about.initial(0).astype(bench.dtype))
-            run, alone = kind(owner.on(text, np.arange(batch)), theta), Products(backend)
-            with alone.recorded():
+            run = kind(owner.on(text, np.arange(batch)), theta)
+            with backend.recorded() as alone:
                 run()
             contestants += [Contestant(work, comm.size, threads) for work in (run, alone.repeat)]
     return _timed(heads, contest(bench.comm, contestants, bench.repeats))
 
 
 def products(bench: Bench, about: Architecture, batch: int, columns: int = 0) -> list[Row]:
-    """Gauss-Newton products v -> G v, linearised once.
+    """Time Gauss-Newton products v -> G v, linearised once.
 
-    With `columns` C also V -> G V and V -> V G V' for V (C, D), and the latter for one direction.
+    With `columns` C also the projections V -> V G V' of one direction and of C, V (C, D).
     """
 
     def product(risk: Risk, theta: Any) -> Callable[[], Any]:
@@ -170,20 +168,16 @@ def products(bench: Bench, about: Architecture, batch: int, columns: int = 0) ->
         v = theta * 0 + 1
         return lambda: apply(v)
 
-    def many(operator: str, count: int) -> Callable[[Risk, Any], Callable[[], Any]]:
-        def prepare(risk: Risk, theta: Any) -> Callable[[], Any]:
-            apply = getattr(risk, operator)(theta)
-            v = np.random.default_rng(0).standard_normal((count, theta.size))
-            directions = risk.owner.model.backend.to_device(v.astype(bench.dtype))
-            return lambda: apply(directions)
-
-        return prepare
+    def projection(count: int, risk: Risk, theta: Any) -> Callable[[], Any]:
+        apply = risk.project(theta)
+        v = np.random.default_rng(0).standard_normal((count, theta.size))
+        directions = risk.owner.model.backend.to_device(v.astype(bench.dtype))
+        return lambda: apply(directions)
 
     kinds: dict[str, Callable[[Risk, Any], Any]] = {"product": product}
     if columns:
-        kinds |= {"projection": many("project", 1)}
-        kinds |= {f"{columns} columns": many("columns", columns)}
-        kinds |= {f"projection of {columns}": many("project", columns)}
+        kinds["projection"] = partial(projection, 1)
+        kinds[f"projection of {columns}"] = partial(projection, columns)
     return _passes(bench, about, batch, kinds)
 
 
@@ -254,9 +248,9 @@ def step(bench: Bench, about: Architecture, preset: Preset) -> list[Row]:
     for comm, threads in bench.teams():
         heads.append(bench.row(about, preset.gradient_batch, comm.size, threads))
         takes_part = comm.size > 1 or bench.comm.rank == 0
-        run = _Steps(bench.mean_risk(about, comm), about, preset, text) if takes_part else None
+        run = _Steps(bench, comm, about, preset, text) if takes_part else None
         runs.append(run)
-        both = (run.step, run.products.repeat) if run else (_nothing, _nothing)
+        both = (run.step, run.repeat_products) if run else (_nothing, _nothing)
         contestants += [Contestant(work, comm.size, threads) for work in both]
     rows = _timed(heads, contest(bench.comm, contestants, bench.repeats))
     for row, run in zip(rows, runs, strict=True):
@@ -281,22 +275,29 @@ def _nothing() -> None:
 
 
 class _Steps:
-    """A run of steps, each of which can be followed by its matrix products alone."""
+    """The steps of a run; the matrix products of the last step can be repeated alone."""
 
-    def __init__(self, owner: DataParallel, about: Architecture, preset: Preset, text: Sequences) -> None:
-        self.owner, self.preset, self.text = owner, preset, text
-        backend = owner.model.backend
-        self.theta = backend.to_device(about.initial(0).astype(backend.dtype))
+    def __init__(
+        self, bench: Bench, comm: Communicator, about: Architecture, preset: Preset, text: Sequences
+    ) -> None:
+        self.backend, self.preset, self.text = bench.make_backend(), preset, text
+        self.owner = bench.mean_risk(about, comm, self.backend)
+        self.theta = self.backend.to_device(about.initial(0).astype(bench.dtype))
         self.state = preset.optimizer.init(self.theta, about.blocks)
-        self.taken, self.products = 0, Products(backend)
+        self.taken = 0
+        self.products: Products
 
     def step(self) -> None:
-        """Take the next step, recorded."""
-        with self.products.recorded(), self.owner.timer.span(OPTIMIZER):
+        """Take the next step and record its products."""
+        with self.backend.recorded() as self.products, self.owner.timer.span(OPTIMIZER):
             objectives = step_objectives(
                 self.owner, self.text, 0, self.taken, self.preset.gradient_batch, self.preset.curvature_batch
             )
             self.theta, self.state, _ = self.preset.optimizer.step(self.theta, self.state, objectives)
         if self.taken == 0:
-            self.owner.timer.clear()  # the first one made its workspaces and compiled
+            self.owner.timer.clear()  # the first step allocated workspaces and compiled kernels
         self.taken += 1
+
+    def repeat_products(self) -> None:
+        """Repeat the products of the last step."""
+        self.products.repeat()
