@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from hfmpi.backends.compilation import told
+from hfmpi.backends.compilation import listening
 from hfmpi.files.history import BITS, Record, loss_keys
 from hfmpi.parallel.placement import Place
 from hfmpi.runs.live import COMPILING, LiveLine, Patience
@@ -167,12 +167,12 @@ def make_reporter(rank: int, quiet: bool = False) -> Iterator[Reporter]:
 
         console = Console()
     if console is None or not console.is_terminal or console.is_dumb_terminal:
-        with told(Patience(click.echo)):
+        with listening(Patience(click.echo)):
             yield Log()
         return
     from rich.live import Live as Display
 
     with Display(console=console, transient=True, vertical_overflow="crop") as display:
         live = Live(display)
-        with told(live.compiling):
+        with listening(live.compiling):
             yield live
