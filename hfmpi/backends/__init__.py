@@ -75,7 +75,7 @@ def _extended(kind: type[NumpyBackend], mixin: type[NumpyBackend] | None) -> Cal
 
 
 def devices() -> list[str]:
-    """Return the names of the NVIDIA devices that are visible to CUDA in this process, without loading CUDA."""
+    """Return the names of the NVIDIA devices that CUDA would use in this process, without loading CUDA."""
     names = (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
     present = sorted((name for name in names if name.isdecimal()), key=int)
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
