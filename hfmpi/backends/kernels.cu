@@ -347,7 +347,8 @@ static __device__ __forceinline__ void stage(const real* source, int size, real*
     __syncthreads();
 }
 
-// Call then(b, j, sums) for every sequence and unit of the block, with sums[g] = sum over k of source[b, k] * columns[k, j, g].
+// Call then(b, j, sums) for every sequence and unit of the block, with
+// sums[g] = sum over k of source[b, k] * columns[k, j, g].
 template <int GROUPS, typename Then>
 static __device__ __forceinline__ void multiply(
     const Share& s, const real* source, int length, const real* columns, Then then) {

@@ -1,8 +1,9 @@
-"""What `hfmpi bench` measures: Gauss-Newton products, gradients and losses, the Allreduce, whole steps.
+"""The measurements of `hfmpi bench`: Gauss-Newton products, gradients and losses, the Allreduce, whole steps.
 
-Every function is collective and gives rows (dicts) on all ranks. `seconds` is a median over the repetitions,
-`bound_seconds` that of the matrix products alone, both of the slowest rank. On several ranks the same work is
-also done by rank 0 alone, with one BLAS thread and with as many as there are ranks, in turn with the others.
+Every function is collective and returns rows (dicts) on all ranks. `seconds` is a median over the
+repetitions, `bound_seconds` that of the matrix products alone, both of the slowest rank. On several ranks
+rank 0 also does the same work alone, with one BLAS thread and with as many as there are ranks, in turn with
+all ranks.
 """
 
 from __future__ import annotations
@@ -35,23 +36,24 @@ __all__ = ["Bench", "Row", "allreduce", "gradients", "products", "step"]
 Row = dict[str, Any]
 
 NEEDED = (*PASSES, ALLREDUCE, WAITING)
-"""Spans of a step that its optimizer cannot do without."""
+"""Spans of a step that do not belong to the overhead of its optimizer."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What all measurements of a call have in common.
+    """The settings that all measurements of a call share.
 
     Attributes
     ----------
     comm : Communicator
     text : ndarray of uint8, optional
-        Symbols of a text; without it they come in random order.
+        The symbols of a text; by default random symbols.
     length : int
         Characters of a sequence.
     dtype, backend, precision, transport : str
     slices, micro_batch, threads, repeats, local_rank : int
-        `threads` is that of each rank when all work; without `micro_batch` it is the backend's.
+        `threads` is the number of threads of each rank when all ranks work; `micro_batch` defaults to that of
+        the backend.
     """
 
     comm: Communicator
@@ -68,12 +70,12 @@ class Bench:
     local_rank: int = 0
 
     def teams(self) -> list[tuple[Communicator, int]]:
-        """Communicator and threads of those who do the same work in turn; all ranks come first."""
+        """Return communicator and threads of the teams that do the work in turn, first that of all ranks."""
         size = self.comm.size
         teams = [(self.comm, self.threads)]
         if size > 1:
             teams.append((Communicator(), 1))
-        if 1 < size <= cores():  # not where each rank is bound to a core
+        if 1 < size <= cores():  # not if each rank is bound to a core
             teams.append((Communicator(), size))
         return teams
 
@@ -88,17 +90,17 @@ class Bench:
         return DataParallel(network, comm, None, self.micro_batch, transport=transport, slices=self.slices)
 
     def sequences(self, about: Architecture, batch: int) -> Sequences:
-        """Give sequences from which a batch of this size can be drawn."""
+        """Return sequences from which a batch of this size can be drawn."""
         symbols = self.text
         if symbols is None:
             rng = np.random.default_rng(0)
             symbols = rng.integers(0, about.inputs, batch * self.length).astype(np.uint8)
-        found = Sequences(symbols, self.length)
-        check_batch(batch, found.count)
-        return found
+        sequences = Sequences(symbols, self.length)
+        check_batch(batch, sequences.count)
+        return sequences
 
     def row(self, about: Architecture, batch: int | None, ranks: int, threads: int) -> Row:
-        """Give the part of a row that says what was measured."""
+        """Return the part of a row that identifies the measurement."""
         return {
             "model": about.name,
             "hidden": about.hidden,
@@ -113,24 +115,24 @@ class Bench:
 
 
 def _timed(heads: list[Row], seconds: np.ndarray) -> list[Row]:
-    """Complete rows by their times: in `seconds` every work is followed by its matrix products alone.
+    """Add the times to rows: in `seconds` each contestant is followed by its matrix products alone.
 
-    Ratios are medians of the ratios within each repetition: what slows a whole repetition cancels. Speedup
-    and efficiency are against rank 0 alone with one thread, where that was measured.
+    Ratios are medians of the ratios within each repetition, so that a slow repetition cancels. Speedup and
+    efficiency are relative to rank 0 alone with one thread, if that was measured.
     """
     kinds = [(head.get("pass"), head["ranks"], head["threads"]) for head in heads]
     rows = []
-    for head, own, bound in zip(heads, seconds[::2], seconds[1::2], strict=True):
+    for head, times, bound in zip(heads, seconds[::2], seconds[1::2], strict=True):
         row = head | {
-            "seconds": float(np.median(own)),
-            "seconds_least": float(own.min()),
-            "seconds_most": float(own.max()),
+            "seconds": float(np.median(times)),
+            "seconds_least": float(times.min()),
+            "seconds_most": float(times.max()),
             "bound_seconds": float(np.median(bound)),
-            "ratio": float(np.median(own / bound)),
+            "ratio": float(np.median(times / bound)),
         }
         workers, alone = head["ranks"] * head["threads"], (head.get("pass"), 1, 1)
         if workers > 1 and alone in kinds:
-            row["speedup"] = float(np.median(seconds[2 * kinds.index(alone)] / own))
+            row["speedup"] = float(np.median(seconds[2 * kinds.index(alone)] / times))
             row["efficiency"] = row["speedup"] / workers
         rows.append(row)
     return rows
@@ -139,12 +141,12 @@ def _timed(heads: list[Row], seconds: np.ndarray) -> list[Row]:
 def _passes(
     bench: Bench, about: Architecture, batch: int, kinds: dict[str, Callable[[Risk, Any], Any]]
 ) -> list[Row]:
-    """Time passes over one batch; each kind gives, from a risk and theta, a function to call."""
+    """Time passes over one batch; each kind returns, from a risk and theta, the function to call."""
     text, contestants, heads = bench.sequences(about, batch), [], []
     for comm, threads in bench.teams():
         for name, kind in kinds.items():
             heads.append({"pass": name} | bench.row(about, batch, comm.size, threads))
-            if comm.size == 1 and bench.comm.rank > 0:  # not in this team, but in step with it
+            if comm.size == 1 and bench.comm.rank > 0:  # waits for this team
                 contestants += [Contestant(_nothing, 1, threads)] * 2
                 continue
             backend = bench.make_backend()
@@ -182,7 +184,7 @@ def products(bench: Bench, about: Architecture, batch: int, columns: int = 0) ->
 
 
 def gradients(bench: Bench, about: Architecture, batch: int) -> list[Row]:
-    """Loss and gradient, and the loss alone."""
+    """Time the loss with its gradient, and the loss alone."""
     return _passes(
         bench,
         about,
@@ -195,13 +197,13 @@ def gradients(bench: Bench, about: Architecture, batch: int) -> list[Row]:
 
 
 def allreduce(bench: Bench, about: Architecture) -> list[Row]:
-    """Sum the messages of a loss, a product, and a gradient with squares; the bound copies the vector."""
+    """Time sums of the messages of a loss, a product, and a gradient with squares; the bound is a copy."""
     rows, comm = [], bench.comm
     backend = bench.make_backend()
     transport = choose(bench.transport, comm, backend)
     sizes = message_sizes(about.layout.size, about.layout.size)
     for kind, name in (("loss", "loss"), ("product", "product"), ("gradient", "gradient with squares")):
-        loss = kind == "loss"  # it is on the host, whatever the device
+        loss = kind == "loss"  # it is on the host, also with a GPU
         vector = np.zeros(sizes[kind]) if loss else backend.xp.zeros(sizes[kind], backend.dtype)
         copy = vector.copy()
         add = comm.sum if loss else transport.sum
@@ -226,7 +228,7 @@ def allreduce(bench: Bench, about: Architecture) -> list[Row]:
 
 
 def _repeats(comm: Communicator, work: Callable[[], object], seconds: float = 0.05) -> int:
-    """Give how often to repeat a collective so that it takes about so long on the slowest rank."""
+    """Return how often to repeat a collective so that it takes about so long on the slowest rank."""
     many = 1
     while True:
         start = time.perf_counter()
@@ -238,10 +240,10 @@ def _repeats(comm: Communicator, work: Callable[[], object], seconds: float = 0.
 
 
 def step(bench: Bench, about: Architecture, preset: Preset) -> list[Row]:
-    """Take whole steps of an optimizer, the first of a run; the very first does not count.
+    """Time the steps of an optimizer at the start of a run, without the first one.
 
-    `spans` has the seconds that a step spends, on average over steps and ranks; `other` is the share of it
-    outside passes, Allreduce and waiting.
+    `spans` has the seconds of a step by name, the mean over steps and ranks; `other` is the share outside
+    passes, Allreduce and waiting.
     """
     text = bench.sequences(about, preset.gradient_batch)
     contestants, heads, runs = [], [], []
@@ -260,9 +262,9 @@ def step(bench: Bench, about: Architecture, preset: Preset) -> list[Row]:
 
 
 def _spans(comm: Communicator, run: _Steps | None, steps: int) -> dict[str, float]:
-    """Seconds of a step by name, the mean over steps and over the ranks that took part."""
-    own = None if run is None else (run.owner.timer.series(ALLREDUCE), dict(run.owner.timer.totals))
-    timers = [timer for timer in comm.agree(comm.gather(own)) or () if timer is not None]
+    """Return the seconds of a step by name, the mean over steps and over the ranks that took part."""
+    times = None if run is None else (run.owner.timer.series(ALLREDUCE), dict(run.owner.timer.totals))
+    timers = [timer for timer in comm.agree(comm.gather(times)) or () if timer is not None]
     _, waiting = split_waiting([series for series, _ in timers])
     spans = {name: float(np.mean([t.get(name, 0.0) for _, t in timers])) for name in timers[0][1]}
     spans[WAITING] = float(np.mean(waiting))
@@ -271,7 +273,7 @@ def _spans(comm: Communicator, run: _Steps | None, steps: int) -> dict[str, floa
 
 
 def _nothing() -> None:
-    """Stand in for a contestant on a rank that does not take part."""
+    """Replace a contestant on a rank that does not take part."""
 
 
 class _Steps:
