@@ -50,6 +50,11 @@ def shared_corpus(comm, folder):
     return path
 
 
+def decoded(corpus, ids):
+    """Return the text that ids of a corpus stand for."""
+    return np.frombuffer(corpus.symbols, np.uint8)[ids].tobytes()
+
+
 class Recorder:
     """A reporter that collects what it receives, and may do something after each step."""
 

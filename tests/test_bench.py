@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from hfmpi.backends import create
-from hfmpi.bench.bound import Products
+from hfmpi.bench.bound import Recording
 from hfmpi.bench.contest import Contestant, contest
 from hfmpi.cli.bench import bench
 from hfmpi.data.batches import Sequences
@@ -50,6 +50,11 @@ def test_products():
         (model, batch, "product") for model in ("lstm", "mlstm") for batch in (3, 4)
     ]
     assert {(r["hidden"], r["vocabulary"], r["length"], r["ranks"]) for r in found} == {(6, 5, 7, 1)}
+
+
+def test_projections():
+    found = rows("products", "--model", "lstm", "--batch", "3", "--columns", "2")
+    assert [r["pass"] for r in found] == ["product", "projection", "projection of 2"]
 
 
 def test_gradients():
@@ -96,21 +101,20 @@ def test_the_bound_holds_all_products_of_a_pass(name, backend):
     """The number of operations is that of the formulas: nothing is left out, nothing added."""
     n, v, steps, size = 6, 5, 7, 3
     about = Architecture(name, n, v, v)
-    network = Network(about, create(backend.split()[0]), block_rows=6)
+    network = Network(about, create(backend.split()[0], mixin=Recording), block_rows=6)
     if backend == "cupy by graphs":  # instead of one kernel a loop
         network.backend.persistent_batch = 0
-    products = Products(network.backend)
     theta = network.backend.to_device(about.initial(0).astype(np.float32))
     batch = Sequences(np.arange(steps * size, dtype=np.uint8) % v, steps).take(np.arange(size))
     k = 4 * n if (name in ("lstm", "mlstm")) else n
     recurrent = n * k + about.cell.multiplicative * n * n
     tape = None
     for _ in range(3):
-        with products.recorded():
+        with network.backend.recorded() as products:
             tape = network.linearise(theta, batch, tape)
         assert products.operations == 2 * steps * size * (recurrent + n * v)
         out = theta * 0
-        with products.recorded():
+        with network.backend.recorded() as products:
             tape.gauss_newton(theta, 1.0, out)
         assert products.operations == 2 * steps * size * (4 * recurrent + 4 * n * v)
     calls = len(products.calls)

@@ -13,7 +13,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from small import history, text, write_corpus
+from small import decoded, history, text, write_corpus
 from threadpoolctl import threadpool_limits
 
 from hfmpi.cli.main import entry
@@ -473,7 +473,7 @@ def test_a_network_is_evaluated_on_a_new_text_in_its_vocabulary(source, here, mo
     assert "',' (60), '.' (60)" in capsys.readouterr().out
     corpus = Corpus.read(here / "new.h5")
     assert corpus.symbols == Corpus.read(here / "small.h5").symbols
-    assert corpus.decode(corpus.train).startswith(b"a word  made by him  a")
+    assert decoded(corpus, corpus.train).startswith(b"a word  made by him  a")
     found = {}
     for split in corpus.splits:
         assert call(monkeypatch, "evaluate", "run", "--data", "new.h5", "--split", split, "--json") == 0

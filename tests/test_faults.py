@@ -33,7 +33,7 @@ import os, signal, sys, time
 import numpy as np
 from hfmpi.parallel import sockets, watchdog
 from hfmpi.parallel import connect, guard
-watchdog._LOOK = 0.2  # the looks are counted; fewer seconds between them
+watchdog._POLL = 0.2  # the polls are counted; fewer seconds between them
 sockets._PATIENCE = 2.0
 faulty, until = int(sys.argv[1]), float(sys.argv[2])
 with guard():
@@ -133,7 +133,7 @@ def test_a_job_that_sleeps_as_a_whole_goes_on():
     def sleep(ranks):
         for rank in ranks:
             os.kill(rank, signal.SIGSTOP)
-        time.sleep(2.5)  # more than the looks after which one of them alone would be given up
+        time.sleep(2.5)  # more than the polls after which one of them alone would be given up
         for rank in ranks:
             os.kill(rank, signal.SIGCONT)
 
@@ -170,22 +170,22 @@ def test_a_silent_node_is_given_up_and_who_waits_for_whom_is_known(monkeypatch, 
         link.setblocking(False)
     dog = watchdog.Watchdog(SimpleNamespace(rank=0, pulse=7), 5, dict(enumerate(ours, 1)), places)
 
-    def look(times):
+    def poll(times):
         for _ in range(times):
             theirs[0].send(b" 7\nat")  # lines may come in pieces
             dog._hear(1)
-            dog._look(1.0)
+            dog._poll(1.0)
 
     theirs[0].send(b"at 7\nat")
     theirs[1].send(b"at 6\n")
     for rank in (1, 2):
         dog._hear(rank)
     with pytest.raises(Ended):
-        look(20)
+        poll(20)
     assert "has finished for 5 s (--stall-timeout); the others wait for rank 2 (pro" in capfd.readouterr().err
     dog.stall_timeout = 0
     with pytest.raises(Ended):
-        look(watchdog._SILENT)
+        poll(watchdog._SILENT)
     assert (
         capfd.readouterr().err
         == "Error: rank 2 (process 3 on c) has been silent for 30 s, so all ranks end.\n"

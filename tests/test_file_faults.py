@@ -170,7 +170,7 @@ def test_a_folder_that_is_removed_is_made_again(data, tmp_path):
     assert checkpoint.latest(folder).meta["step"] == 6
     assert from_toml(folder / "config.toml")["hidden"] == run.config.hidden
     assert [record["step"] for record in history(folder)] == [4, 5, 6]
-    assert f"{folder} was removed and is made again; its history begins anew" in reporter.notes
+    assert f"{folder} was removed and created again: its earlier history is lost" in reporter.notes
 
 
 @pytest.mark.parametrize("held", [True, False])
@@ -366,7 +366,7 @@ def test_a_history_with_odd_numbers_is_not_drawn(numbers, tmp_path):
     with pytest.raises(UserError, match="line 1"):
         History.read(tmp_path, ["P_I"])
     (tmp_path / "history.jsonl").write_text('{"step": 1, "P_I": 2}\n')
-    with pytest.raises(UserError, match="its P_D is no number"):
+    with pytest.raises(UserError, match="its P_D is not a number"):
         History.read(tmp_path, ["P_I", "P_D"])
 
 

@@ -15,12 +15,12 @@ SCRIPT = """
 import sys
 import numpy as np
 from hfmpi.backends import create
-from hfmpi.backends.compilation import told
+from hfmpi.backends.compilation import listening
 from hfmpi.backends.numba import kernels
 
-told_of = []
-listening = told(told_of.append)
-listening.__enter__()
+events = []
+listener = listening(events.append)
+listener.__enter__()
 backend = create("numba", sys.argv[1])
 u = np.ones((3, 4), backend.dtype)
 p = np.full((3, 4), 0.25, backend.dtype)
@@ -32,7 +32,7 @@ assert np.array_equal(squares, np.arange(5) ** 2), squares
 used = [kernels()[name].stats for name in ("softmax_hessian", "accumulate_square")]
 misses = sum(sum(s.cache_misses.values()) for s in used)
 print(sum(sum(s.cache_hits.values()) for s in used), misses)
-assert told_of == [True, False] * (2 - len(used[0].cache_hits) - len(used[1].cache_hits)), told_of
+assert events == [True, False] * (2 - len(used[0].cache_hits) - len(used[1].cache_hits)), events
 """
 
 

@@ -12,7 +12,7 @@ import click
 import pytest
 from small import train, write_corpus
 
-from hfmpi.backends.compilation import tell, told
+from hfmpi.backends.compilation import listening, notify
 from hfmpi.runs import live
 from hfmpi.runs.live import COMPILING, LiveLine, Patience, announced
 
@@ -128,13 +128,13 @@ PROGRAM = """
 import numpy as np
 import hfmpi
 from hfmpi.backends import create
-from hfmpi.backends.compilation import tell
+from hfmpi.backends.compilation import notify
 
 class Slow(hfmpi.Network):  # a stand-in for kernels that are compiled when the model is tried
     def loss(self, theta, batch):
         if not hasattr(self, "tried"):
-            tell(True)
-            tell(False)
+            notify(True)
+            notify(False)
             self.tried = True
         return super().loss(theta, batch)
 
@@ -184,10 +184,10 @@ def test_a_terminal_that_cannot_go_back_sees_plain_lines(monkeypatch):
 
 def test_who_listens_is_told():
     seen = []
-    with told(seen.append):
-        tell(True)
-        tell(False)
-    tell(True)
+    with listening(seen.append):
+        notify(True)
+        notify(False)
+    notify(True)
     assert seen == [True, False]
 
 
@@ -232,9 +232,9 @@ def test_a_command_that_prints_a_result_says_it_on_standard_error(rank, monkeypa
     monkeypatch.setattr(live.threading, "Timer", Timer)
     with announced(rank):
         click.echo("a result")
-        tell(True)
+        notify(True)
         Timer.wait(2.0)
-        tell(False)
+        notify(False)
     said = capsys.readouterr()
     assert said.out == "a result\n"
     assert said.err == ("" if rank else f"{COMPILING}\n")

@@ -166,7 +166,7 @@ def test_what_is_damaged_is_told_in_its_place(small, run, name):
     ("content", "why"),
     [
         (b"[1]\n", "is damaged in line 1"),
-        (b'{"step": 1}\n', "its P_I is no number"),
+        (b'{"step": 1}\n', "its P_I is not a number"),
         (b'{"step": 1, "seconds": 1, "P_I": 1, "P_D": 1, "P_I_full": 1, "P_D_full": 1}\n', "train_bpc"),
     ],
 )

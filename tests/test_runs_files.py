@@ -360,7 +360,7 @@ def hostile_missing(file, folder):
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
     [
-        ("format", np.bytes_(b"hfmpi corpus"), "is no checkpoint, its format is 'hfmpi corpus'"),
+        ("format", np.bytes_(b"hfmpi corpus"), "is not a checkpoint: its format is 'hfmpi corpus'"),
         ("version", 2, "is a checkpoint of version 2, and this hfmpi reads version 1"),
         ("digest", None, "is damaged: it has no attribute digest"),
     ],

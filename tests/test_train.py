@@ -185,7 +185,7 @@ def test_steps_that_no_checkpoint_holds_are_counted(data, tmp_path):
     reporter = Recorder()
     train(tmp_path / "run", data, max_steps=3, reporter=reporter)
     assert reporter.notes == [
-        f"{tmp_path / 'run' / HISTORY} had 2 step(s) that no checkpoint holds: they are taken anew"
+        f"{tmp_path / 'run' / HISTORY}: 2 step(s) after the last checkpoint will be recomputed"
     ]
     train(tmp_path / "run", data, max_steps=4, reporter=reporter)
     assert len(reporter.notes) == 1

@@ -27,7 +27,7 @@ else:
 import numpy as np  # noqa: E402
 
 from hfmpi.backends import create  # noqa: E402
-from hfmpi.bench.bound import Products  # noqa: E402
+from hfmpi.bench.bound import Recording  # noqa: E402
 from hfmpi.bench.contest import Contestant, contest  # noqa: E402
 from hfmpi.data.batches import Sequences  # noqa: E402
 from hfmpi.measure import machine  # noqa: E402
@@ -80,7 +80,7 @@ def measure(model, batch_size, repeats):
     text = Sequences(rng.integers(0, VOCABULARY, LENGTH * batch_size).astype(np.uint8), LENGTH)
     theta = about.initial(0).astype(np.float32)
     v = rng.standard_normal(theta.size).astype(np.float32)
-    backend = create("cupy" if GPU else "numba")
+    backend = create("cupy" if GPU else "numba", mixin=Recording)
     network, own_theta, own_v = Network(about, backend), backend.to_device(theta), backend.to_device(v)
     micro_batch = batch_size if GPU else None  # the others take the whole batch at once
     risk = DataParallel(network, Communicator(), micro_batch=micro_batch).on(text, np.arange(batch_size))
@@ -90,8 +90,7 @@ def measure(model, batch_size, repeats):
     expected = {kind: backend.to_host(vector) for kind, vector in expected.items()}
     contestants, names = [], []
     for kind, run in passes.items():
-        alone = Products(network.backend)
-        with alone.recorded():
+        with backend.recorded() as alone:
             run()
         contestants += [run, alone.repeat]
         names += [(kind, "hfmpi"), (kind, "products alone")]

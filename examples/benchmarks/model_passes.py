@@ -31,19 +31,20 @@ def passes(model, cases):
     """Give the passes of a model by name, each without arguments, and the linearisation that they share."""
     owner = hfmpi.DataParallel(model, Communicator(), micro_batch=cases.count)
     risk, theta = owner.on(cases, np.arange(cases.count)), model.initial(0).astype(np.float32)
-    v = np.random.default_rng(0).standard_normal((10, theta.size)).astype(np.float32)
+    directions = np.random.default_rng(0).standard_normal((10, theta.size)).astype(np.float32)
+    v = directions[0].copy()
     at = model.linearise(theta, cases.take(np.arange(cases.count)))
     out = np.zeros_like(theta)
-    u = at.jvp(v[0])
+    u = at.jvp(v)
     return {
         "loss": lambda: risk.loss(theta),
         "loss and gradient": lambda: risk.gradient(theta),
         "with squared gradients": lambda: risk.squared_gradients(theta),
         "with factors": lambda: risk.factored_gradient(theta),
-        "J v": lambda: at.jvp(v[0]),
+        "J v": lambda: at.jvp(v),
         "J' u": lambda: at.vjp(u, out),
-        "G v": lambda: at.gauss_newton(v[0], 1.0, out),
-        "V G V', ten directions": lambda: at.project(v, 1.0, np.zeros((10, 10))),
+        "G v": lambda: at.gauss_newton(v, 1.0, out),
+        "V G V', ten directions": lambda: at.project(directions, 1.0, np.zeros((10, 10))),
     }, at
 
 

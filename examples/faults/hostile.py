@@ -393,7 +393,8 @@ def change_corpus(path: Path, good: Path, rng: random.Random) -> tuple[str, str,
     They are those of `evaluate` without --data, and of `train` that goes on; none where both must work.
     """
     corpus = Corpus.read(good)
-    train, valid = corpus.decode(corpus.train), corpus.decode(corpus.valid)
+    symbols = np.frombuffer(corpus.symbols, np.uint8)
+    train, valid = symbols[corpus.train].tobytes(), symbols[corpus.valid].tobytes()
     how = rng.choice(
         ("prepared anew", "another text", "another split", "another vocabulary", "moved", "in use")
     )

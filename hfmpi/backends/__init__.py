@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
 
@@ -19,23 +20,29 @@ PRECISIONS = ("float32", "tf32")
 
 
 def create(
-    name: str = "auto", dtype: str = "float32", local_rank: int = 0, precision: str = "float32"
+    name: str = "auto",
+    dtype: str = "float32",
+    local_rank: int = 0,
+    precision: str = "float32",
+    mixin: type[NumpyBackend] | None = None,
 ) -> NumpyBackend:
-    """Make the backend of this name; `auto` is the fastest that this machine has.
+    """Return a new backend; `auto` chooses the fastest one of this machine.
 
     Parameters
     ----------
     name : {'auto', 'numpy', 'numba', 'cupy'}
     dtype : {'float32', 'float64'}
     local_rank : int
-        This rank among those of its node, which share out the GPUs.
+        The rank among those of its node, which take turns in choosing a GPU.
     precision : {'float32', 'tf32'}
         Of float32 matrix products on a GPU.
+    mixin : class, optional
+        Overrides methods of the backend: the class of the result is derived from it and the backend's class.
 
     Raises
     ------
     UserError
-        If no backend has this name, or this machine cannot offer it.
+        If no backend has this name, or this machine cannot run it.
     """
     if name not in BACKENDS:
         raise UserError(f"there is no backend {name!r}; choose one of {', '.join(BACKENDS)}")
@@ -54,30 +61,34 @@ def create(
             raise UserError(
                 f"the cupy backend needs CuPy, such as cupy-cuda12x or cupy-cuda13x ({reason})"
             ) from None
-        return CupyBackend(dtype, local_rank, precision)
+        return _extended(CupyBackend, mixin)(dtype, local_rank, precision)
     if name == "numba":
-        check_working_folder()  # where it has none, Numba fails
+        check_working_folder()  # Numba fails if the folder is gone
         from hfmpi.backends.numba import NumbaBackend
 
-        return NumbaBackend(dtype)
-    return NumpyBackend(dtype)
+        return _extended(NumbaBackend, mixin)(dtype)
+    return _extended(NumpyBackend, mixin)(dtype)
+
+
+def _extended(kind: type[NumpyBackend], mixin: type[NumpyBackend] | None) -> Callable[..., NumpyBackend]:
+    return kind if mixin is None else type(mixin.__name__ + kind.__name__, (mixin, kind), {})
 
 
 def devices() -> list[str]:
-    """Name the NVIDIA devices that CUDA would show this process, without loading CUDA."""
+    """Return the names of the NVIDIA devices that CUDA would use in this process, without loading CUDA."""
     names = (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
     present = sorted((name for name in names if name.isdecimal()), key=int)
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None or not present:
         return present
-    # CUDA stops at the first name that it cannot use.
+    # CUDA ignores all names after the first invalid one.
     return list(takewhile(lambda name: name not in ("", "-1"), map(str.strip, chosen.split(","))))
 
 
 def gpus() -> list[str]:
-    """Name the NVIDIA GPUs that CuPy can use in this process.
+    """Return the names of the NVIDIA GPUs that CuPy can use in this process.
 
-    Where the system shows this process no device at all, CuPy is not even imported.
+    CuPy is imported only if the system has a device.
     """
     if not (devices() or Path("/dev/dxg").exists()):
         return []

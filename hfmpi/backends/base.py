@@ -1,7 +1,7 @@
-"""What a device offers: arrays, memory, matrix products, and a hook for loops over time.
+"""The interface of a device: arrays, memory, matrix products, and a hook for loops over time.
 
-The kernels that a network's steps are made of are in numpy.py, in plain array code that runs on any device;
-the others replace those that pay (numba.py, cupy.py).
+The kernels of a network's steps are in numpy.py, in plain array code that runs on any device; numba.py and
+cupy.py replace those for which a compiled kernel is worth it.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Array = Any
 
 @dataclass(frozen=True)
 class Packed:
-    """A matrix that is multiplied from the left many times, made ready for it by `Backend.pack`.
+    """A matrix that is multiplied from the left many times, prepared by `Backend.pack`.
 
     Attributes
     ----------
     matrix : (K, N)
     panels : array or None
-        The same numbers in the order in which a backend's own product reads them, if it has one.
+        The same numbers in the order in which the backend's custom product reads them, if it has one.
     """
 
     matrix: Array
@@ -46,9 +46,9 @@ class Workspace:
         self.flat: dict[str, Array] = {}
 
     def __call__(self, name: str, shape: tuple[int, ...], dtype: Any = None) -> Array:
-        """Give an uninitialised array whose content lasts until the next request of its name.
+        """Return an uninitialised array whose content is valid until the next request for the same name.
 
-        `dtype` is the workspace's own unless given, and always the same for one name.
+        `dtype` defaults to that of the workspace and must always be the same for one name.
         """
         size = prod(shape)
         flat = self.flat.get(name)
@@ -68,17 +68,17 @@ class Backend:
     Attributes
     ----------
     micro_batch : int
-        Sequences that a rank had best work on at a time.
+        The recommended number of sequences that a rank processes at a time.
     block_rows : int
-        Steps times sequences that the time-batched products had best take at once: on a CPU a few MB of
+        The recommended number of rows (steps times sequences) in a time-batched product: on a CPU a few MB of
         pre-activations, which stay in the cache, yet enough rows for a fast product.
     each_numbers : int
-        Numbers of the gradients of single sequences that had best be computed at once; 0: one sequence after
-        the other, which suits a CPU.
+        The recommended number of elements in the per-sequence gradients that are computed at once; 0: one
+        sequence at a time, which suits a CPU.
     device : str
-        What it computes on, in words.
+        The name of the device.
     device_id : str or None
-        The same for all ranks of a node that share a GPU; None on a CPU.
+        Identifies the GPU among those of the node; None on a CPU.
     """
 
     name = "base"
@@ -97,87 +97,88 @@ class Backend:
 
     @property
     def device(self) -> str:
-        """What it computes on, in words."""
+        """The name of the device."""
         return "CPU"
 
     @property
     def device_id(self) -> str | None:
-        """Tell one GPU of the node from another; None on a CPU."""
+        """An identifier of the GPU, the same for all ranks that share it; None on a CPU."""
         return None
 
     def to_host(self, array: Array) -> np.ndarray:
-        """Give the array as a NumPy array."""
+        """Return the array as a NumPy array."""
         return array
 
     def to_device(self, array: np.ndarray) -> Array:
-        """Give the NumPy array as an array of this device."""
+        """Return the NumPy array as an array of this device."""
         return array
 
     def stage(self, vector: Array) -> np.ndarray:
-        """Give the content of a vector on the host: the array itself on a CPU, else a reused buffer."""
+        """Return the content of a vector on the host: the array itself on a CPU, else a reused buffer."""
         return vector
 
     def unstage(self, message: np.ndarray, vector: Array) -> None:
-        """Put what `stage` gave, and what has become of it, back into the vector."""
+        """Copy the buffer that `stage` returned, with its current content, back into the vector."""
 
     def address(self, array: Array) -> int:
-        """Say where in the device's memory the array begins."""
+        """Return the address of the array in the device's memory."""
         return int(array.ctypes.data)
 
     @property
     def stream(self) -> int:
-        """The address of the CUDA stream of all its work; 0 on a CPU."""
+        """The address of the CUDA stream on which the backend works; 0 on a CPU."""
         return 0
 
     def synchronize(self) -> None:
-        """Wait until everything asked of the device is done."""
+        """Wait until the device has finished all its work."""
 
     def free_memory(self) -> int | None:
-        """Give the bytes that are free on the device; None where it uses the memory of the node."""
+        """Return the free bytes on the device; None if it uses the memory of the node."""
         return None
 
     def release(self) -> None:
-        """Give unused memory back; all workspaces lose what they hold."""
+        """Free unused memory; the content of all workspaces is lost."""
         self.workspace.flat.clear()
 
     def replay(self, key: Hashable, launch: Callable[[], None]) -> None:
-        """Do what `launch` asks of the device, which is always the same for one key."""
+        """Call `launch`, which must launch the same work each time that it is called with the same key."""
         launch()
 
     def loop(self, name: str, run: Callable[[], None], arrays: Mapping[str, Any]) -> None:
-        """Do a loop over time: here, call `run`.
+        """Run a loop over time: here, call `run`.
 
         Parameters
         ----------
         name : str
-            Of the kernels that its steps call, and of the pass: "gated forward".
+            The kernels that the steps call, and the pass: "gated forward".
         run : callable
-            Does the loop; all that it reads and writes are the arrays, by the names of `kernels.cu`.
+            Runs the loop step by step; it reads and writes nothing but `arrays`.
         arrays : mapping of str to Array, Packed, int or None
-            They lie in tapes and workspaces, so that what was recorded of a loop can be done again.
+            Arrays by their names in `kernels.cu`. They lie in tapes and workspaces, so that a captured loop
+            can be replayed.
         """
         run()
 
-    def loop_place(self, name: str, arrays: Mapping[str, Any]) -> Hashable | None:
-        """Tell a loop that may be done as a whole from all others, by its arrays; None: step by step."""
+    def loop_key(self, name: str, arrays: Mapping[str, Any]) -> Hashable | None:
+        """Return a key that identifies the loop and its arrays; None if it can only run step by step."""
         return None
 
     def new_workspace(self) -> Workspace:
-        """Make an empty workspace on this device."""
+        """Return an empty workspace on this device."""
         return Workspace(self.xp, self.dtype)
 
     def matmul(self, a: Array, b: Array, out: Array) -> None:
-        """Out = a b: every matrix product of a pass goes through here, so that they can be counted."""
+        """Compute out = a b; every matrix product of a pass calls this or `multiply`."""
         self.xp.matmul(a, b, out=out)
 
     def pack(self, matrix: Array, memory: Workspace, name: str) -> Packed:
-        """Make a matrix (K, N) ready for many calls of `multiply`, in memory of this name."""
-        ready = memory(name, matrix.shape)
-        ready[...] = matrix
-        return Packed(ready)
+        """Prepare a matrix (K, N) for many calls of `multiply`, in the memory of this name."""
+        copy = memory(name, matrix.shape)
+        copy[...] = matrix
+        return Packed(copy)
 
     def multiply(self, a: Array, b: Packed, out: Array, add: bool = False) -> None:
-        """Out = a b, or out += a b, for the few rows of a (B, K): the sequential products of a pass."""
+        """Compute out = a b, or out += a b, for few rows of a (B, K): the sequential products of a pass."""
         if add:
             product = self.workspace("multiply", out.shape)
             self.matmul(a, b.matrix, product)

@@ -1,18 +1,18 @@
-"""Tells who asks while kernels are compiled: on a first start on a machine that takes up to half a minute."""
+"""Notifies listeners while kernels are compiled, which takes up to half a minute at the first start."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["tell", "told"]
+__all__ = ["listening", "notify"]
 
 _listeners: list[Callable[[bool], object]] = []
 
 
 @contextmanager
-def told(listener: Callable[[bool], object]) -> Iterator[None]:
-    """Call the listener with True whenever this process begins to compile a kernel, with False at its end."""
+def listening(listener: Callable[[bool], object]) -> Iterator[None]:
+    """Call the listener with True when this process begins to compile a kernel, and with False at the end."""
     _listeners.append(listener)
     try:
         yield
@@ -20,7 +20,7 @@ def told(listener: Callable[[bool], object]) -> Iterator[None]:
         _listeners.remove(listener)
 
 
-def tell(compiling: bool) -> None:
-    """Tell the listeners."""
+def notify(compiling: bool) -> None:
+    """Call all listeners."""
     for listener in _listeners:
         listener(compiling)

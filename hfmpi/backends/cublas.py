@@ -1,6 +1,6 @@
-"""Matrix products through the cuBLAS that CuPy has loaded, also while a CUDA graph is captured.
+"""Matrix products by the cuBLAS library that CuPy has loaded, also while a CUDA graph is captured.
 
-CuPy refuses its own products during a capture, which cuBLAS itself allows once it has a workspace of its own.
+CuPy refuses matrix products during a capture; cuBLAS allows them once it has a user-supplied workspace.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from hfmpi.backends.base import Array
 __all__ = ["WORKSPACE_BYTES", "Cublas", "loaded"]
 
 WORKSPACE_BYTES = 32 * 2**20
-"""What NVIDIA recommends for Hopper; 4 MiB elsewhere (cuBLAS documentation, cublasSetWorkspace)."""
+"""NVIDIA recommends 32 MiB for Hopper and 4 MiB elsewhere (cuBLAS documentation, cublasSetWorkspace)."""
 
 _NORMAL, _TRANSPOSED = 0, 1  # cublasOperation_t
 _DEFAULT_MATH, _TF32_MATH = 0, 3  # cublasMath_t
 
 
 def loaded() -> str:
-    """Give the path of the cuBLAS library that is loaded in this process.
+    """Return the path of the cuBLAS library that is loaded in this process.
 
     Raises
     ------
     RuntimeError
-        If there is none.
+        If none is loaded.
     """
-    found = re.search(r"/\S*libcublas\.so\S*", Path("/proc/self/maps").read_text())
-    if not found:
+    path = re.search(r"/\S*libcublas\.so\S*", Path("/proc/self/maps").read_text())
+    if not path:
         raise RuntimeError("CuPy has not loaded cuBLAS")
-    return found.group()
+    return path.group()
 
 
 def _operand(array: Array) -> tuple[int, int]:
-    """Say how a matrix lies in memory: by rows or transposed, and the distance of its rows or columns.
+    """Return the layout of a matrix, by rows or transposed, and the distance between its rows or columns.
 
     Raises
     ------
@@ -55,7 +55,7 @@ def _operand(array: Array) -> tuple[int, int]:
 
 
 class Cublas:
-    """One cuBLAS handle for one type of numbers, on one stream.
+    """A cuBLAS handle for one type of numbers, on one stream.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ class Cublas:
     workspace : Array
         `WORKSPACE_BYTES` bytes of device memory that nothing else uses.
     tf32 : bool
-        Let float32 products round their factors to 10 bits, for the tensor cores.
+        Whether float32 products may round their factors to 10 bits, for the tensor cores.
     """
 
     def __init__(self, dtype: np.dtype, stream: int, workspace: Array, tf32: bool = False) -> None:
@@ -89,24 +89,24 @@ class Cublas:
         self._zero, self._one = number(0), number(1)
 
     def gemm(self, a: Array, b: Array, out: Array, add: bool = False) -> None:
-        """Out = a b, or out += a b; a (M, K) and b (K, N) by rows or transposed, out (M, N) by rows.
+        """Compute out = a b or out += a b; a (M, K) and b (K, N) by rows or transposed, out (M, N) by rows.
 
         Raises
         ------
         ValueError
-            If a matrix lies in memory otherwise.
+            If a matrix has another layout.
         RuntimeError
             If cuBLAS reports an error.
         """
         (m, k), n = a.shape, b.shape[1]
-        if not (m and n and k):  # the strides of an empty matrix mean nothing, and its sums are zero
+        if not (m and n and k):  # empty matrices have no valid strides, and their product is 0
             if not add:
                 out[...] = 0
             return
         (op_a, step_a), (op_b, step_b), (op_out, step_out) = map(_operand, (a, b, out))
         if op_out != _NORMAL:
             raise ValueError("cuBLAS writes matrices whose rows are contiguous")
-        # cuBLAS counts by columns: it is asked for out' = b' a'.
+        # cuBLAS matrices are column-major: compute out' = b' a'.
         status = self._gemm(
             self._handle, op_b, op_a, n, m, k, self._one, b.data.ptr, step_b, a.data.ptr, step_a,
             self._one if add else self._zero, out.data.ptr, step_out,

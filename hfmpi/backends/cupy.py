@@ -1,8 +1,8 @@
 """NVIDIA GPUs through CuPy: fused CUDA kernels, and loops over time that are replayed as CUDA graphs.
 
-A pass over 200 steps launches some 400 to 800 small kernels. Launched from Python each costs more than it
-computes; a graph launches them all at once. What a graph reads lies where it lay when the graph was captured:
-tapes and workspaces do, and all arrays of a loop are in one of these.
+A pass over 200 steps launches some 400 to 800 small kernels. A launch from Python takes longer than the
+kernel; a graph launches them all at once. Its arrays must stay at the addresses that they had when it was
+captured. They do, because all arrays of a loop lie in tapes or workspaces.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ __all__ = ["CupyBackend", "device_count", "device_names"]
 THREADS = 256
 WARP = 32
 SHARED_BYTES = 48 * 1024
-"""Shared memory that every kernel may have on every card (CUDA programming guide, compute capabilities)."""
+"""Shared memory that a kernel can use on every GPU (CUDA programming guide, compute capabilities)."""
 
 SLICE_ROWS, MOST_SLICES = 256, 128
-"""Rows that a block of a segment sum adds up at least, and the slices that the rows are cut into at most."""
+"""The minimum number of rows in a block of a segment sum, and the maximum number of blocks of rows."""
 
 MOST_GRAPHS = 256
-"""Captured loops that are kept; the longest unused one goes first."""
+"""The maximum number of captured loops; the least recently used one is dropped first."""
 
 PERSISTENT_BATCH = {4: 32, 8: 8}
-"""Sequences up to which persistent kernels were the quicker ones (docs/gpu.md), by the bytes of a number."""
+"""Batches up to this size run faster in persistent kernels (docs/gpu.md); the keys are bytes per number."""
 
 FUSED = ("gated", "plain")
-"""Cells whose steps are kernels of kernels.cu."""
+"""Kinds of cells whose steps are kernels of kernels.cu."""
 
 NULL = np.intp(0)
 KERNELS = Path(__file__).with_name("kernels.cu")
@@ -48,7 +48,7 @@ _CUDA_ERRORS = (cupy.cuda.runtime.CUDARuntimeError, RuntimeError, NotImplemented
 
 
 def device_count() -> int:
-    """Give the number of GPUs that CUDA shows this process."""
+    """Return the number of GPUs that are visible to this process."""
     try:
         return int(cupy.cuda.runtime.getDeviceCount())
     except cupy.cuda.runtime.CUDARuntimeError:
@@ -56,26 +56,26 @@ def device_count() -> int:
 
 
 def device_names() -> list[str]:
-    """Name the GPUs that CUDA shows this process, in its order."""
+    """Return the names of the GPUs that are visible to this process, in CUDA's order."""
     properties = map(cupy.cuda.runtime.getDeviceProperties, range(device_count()))
     return [about["name"].decode() for about in properties]
 
 
 @functools.cache
 def _stream(device: int) -> Any:
-    """Give the stream of all work on a device: the default stream cannot be captured."""
+    """Return the stream for all work on a device: the default stream cannot be captured."""
     with cupy.cuda.Device(device):
         return cupy.cuda.Stream(non_blocking=True)
 
 
 @functools.cache
 def _module(real: str, device: int) -> Any:
-    """Compile the kernels for the current device; CuPy keeps the machine code in its cache folder."""
+    """Compile the kernels for the current device; CuPy caches the machine code on disk."""
     return cupy.RawModule(code=KERNELS.read_text(), options=("-std=c++17", f"-DREAL={real}"))
 
 
 def _columns(rows: Array, sequences: Array) -> np.int32:
-    """Give C of rows (B C, .), for B sequences."""
+    """Return the number of columns C of rows (B C, .) of B sequences."""
     return np.int32(len(rows) // max(1, len(sequences)))
 
 
@@ -86,7 +86,7 @@ class CupyBackend(NumpyBackend):
     ----------
     dtype : str
     local_rank : int
-        Rank among those of the node; ranks take the GPUs that they see in turn.
+        The rank among those of the node; ranks take turns in choosing a visible GPU.
     precision : {'float32', 'tf32'}
         Of float32 matrix products; `tf32` rounds their factors to 10 bits, for the tensor cores.
 
@@ -98,9 +98,10 @@ class CupyBackend(NumpyBackend):
     Attributes
     ----------
     captures : bool
-        Capture the loops over time in graphs; turns off by itself where CUDA refuses it.
+        Whether loops over time are captured in graphs; set to False if CUDA refuses to capture.
     persistent_batch : int
-        Most sequences that a loop of a gated cell does in one kernel; 0: none. Beyond it graphs are quicker.
+        The maximum number of sequences for which a loop of a gated cell is one kernel; 0: never. For more
+        sequences graphs are faster.
     """
 
     name = "cupy"
@@ -133,13 +134,13 @@ class CupyBackend(NumpyBackend):
 
     @property
     def device(self) -> str:
-        """Its name and number."""
+        """The name and number of the GPU."""
         properties = cupy.cuda.runtime.getDeviceProperties(self._device.id)
         return f"{properties['name'].decode()} (GPU {self._device.id})"
 
     @property
     def device_id(self) -> str:
-        """Tell this GPU from all others of the node, however they are numbered."""
+        """The PCI bus id, which identifies the GPU independent of CUDA_VISIBLE_DEVICES."""
         return str(self._device.pci_bus_id)
 
     def to_host(self, array: Array) -> np.ndarray:
@@ -189,9 +190,9 @@ class CupyBackend(NumpyBackend):
     # Loops, captured ---------------------------------------------------------------------------
 
     def replay(self, key: Hashable, launch: Callable[[], None]) -> None:
-        """Do what `launch` launches, always the same for one key; from the second time on as a graph.
+        """Call `launch`, whose work must be the same for one key; from the second call on replay a graph.
 
-        Where a graph cannot be captured the launches are done one by one, with the same numbers.
+        If a graph cannot be captured, `launch` is called each time, with the same results.
         """
         graph = self._graphs.pop(key, None)
         if graph is None or not self.captures:
@@ -202,12 +203,12 @@ class CupyBackend(NumpyBackend):
                 launch()
             else:
                 graph.launch(self._stream)
-        self._graphs[key] = graph or False  # False: seen once, and so everything is loaded and compiled
+        self._graphs[key] = graph or False  # False: ran once, so that everything is loaded and compiled
         if len(self._graphs) > MOST_GRAPHS:
             self._graphs.popitem(last=False)
 
     def _captured(self, launch: Callable[[], None]) -> Any:
-        """Capture what `launch` launches, without doing it; None where that is refused, now and later."""
+        """Capture the work of `launch` without running it; return None if CUDA refuses, now and later."""
         try:
             self._stream.begin_capture()
             try:
@@ -220,20 +221,20 @@ class CupyBackend(NumpyBackend):
         return graph
 
     def loop(self, name: str, run: Callable[[], None], arrays: Mapping[str, Any]) -> None:
-        """Do a loop over time as one kernel, as a graph, or, where a step is plain array code, as it is."""
-        place = self.loop_place(name, arrays)
-        if place is None:
+        """Run a loop over time as one kernel, as a graph, or, if its steps are plain array code, directly."""
+        key = self.loop_key(name, arrays)
+        if key is None:
             run()
         elif not self._in_one_kernel(name, arrays):
-            self.replay(place, run)
+            self.replay(key, run)
 
-    def loop_place(self, name: str, arrays: Mapping[str, Any]) -> Hashable | None:
-        if name.partition(" ")[0] not in FUSED:  # a graph would not know where its temporaries are next time
+    def loop_key(self, name: str, arrays: Mapping[str, Any]) -> Hashable | None:
+        if name.partition(" ")[0] not in FUSED:  # the addresses of its temporaries change
             return None
-        return name, *map(self._place, arrays.values())
+        return name, *map(self._location, arrays.values())
 
-    def _place(self, argument: Any) -> Hashable:
-        """Say where an array of a loop lies, and how large it is."""
+    def _location(self, argument: Any) -> Hashable:
+        """Return the address and shape of an array."""
         if argument is None or isinstance(argument, int):
             return argument
         array = argument.matrix if isinstance(argument, Packed) else argument
@@ -244,7 +245,7 @@ class CupyBackend(NumpyBackend):
         return PersistentLoops(self._device, self._stream, self.dtype, self._kernel)
 
     def _in_one_kernel(self, name: str, arrays: Mapping[str, Any]) -> bool:
-        """Do a loop as a persistent kernel where it is one for it; say so."""
+        """Run a loop as a persistent kernel if that is possible and faster; return whether it was run."""
         if name not in SIGNATURES or arrays["x"].shape[1] > self.persistent_batch:
             return False
         if "dc" in arrays and len(arrays["dc"]) != arrays["x"].shape[1]:  # columns
@@ -261,9 +262,9 @@ class CupyBackend(NumpyBackend):
     # Kernels -----------------------------------------------------------------------------------
 
     def _launch(self, name: str, threads: int, *arguments: Any) -> None:
-        """Launch a kernel whose first two arguments are a shape, on this many threads."""
-        given = tuple(NULL if a is None else a for a in arguments)
-        self._kernel(name)((-(-threads // THREADS),), (THREADS,), given)
+        """Launch a kernel on this many threads; an argument None becomes a null pointer."""
+        arguments = tuple(NULL if a is None else a for a in arguments)
+        self._kernel(name)((-(-threads // THREADS),), (THREADS,), arguments)
 
     def _kernel(self, name: str) -> Any:
         kernel = self._kernels.get(name)
@@ -272,12 +273,12 @@ class CupyBackend(NumpyBackend):
         return kernel
 
     def _step(self, name: str, like: Array, *arguments: Any) -> None:
-        """Launch a step kernel: one thread for every element of `like` (B, n) or (B C, n)."""
+        """Launch a step kernel with one thread per element of `like` (B, n) or (B C, n)."""
         rows, n = like.shape
         self._launch(name, rows * n, np.int32(rows), np.int32(n), *arguments)
 
     def _rows(self, name: str, like: Array, *arguments: Any) -> None:
-        """Launch a kernel of one warp for every row of `like` (N, V) or (N C, V)."""
+        """Launch a kernel with one warp per row of `like` (N, V) or (N C, V)."""
         rows, symbols = like.shape
         if rows:
             self._launch(name, rows * WARP, np.int32(rows), np.int32(symbols), *arguments)
@@ -338,7 +339,7 @@ class CupyBackend(NumpyBackend):
         self._segments(rows.reshape(-1, width), x, out, first=1, step=batch, length=steps)
 
     def _segments(self, rows: Array, x: Array, out: Array, first: int, step: int, length: int) -> None:
-        """Sum up the segments of many parts of the rows (N, K), part y from row y * first on."""
+        """Compute the segment sums of many parts of the rows (N, K); part y starts at row y * first."""
         parts, symbols, width = out.shape
         columns = WARP
         while symbols * columns * self.dtype.itemsize > SHARED_BYTES:

@@ -1,4 +1,4 @@
-"""Where CuPy keeps the kernels that it compiles: on the disk if that takes them, else in memory."""
+"""The place of CuPy's cache of compiled kernels: its folder if that is writable, else memory."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 __all__ = ["choose"]
 
-_BLOCK = 2**20  # bytes, as many as a few modules of kernels
+_BLOCK = 2**20  # bytes, about the size of a few modules of kernels
 
 
 def choose() -> None:
-    """Set CuPy's variables so that it can be imported and compiles, also where its folder takes no files.
+    """Set CuPy's environment variables so that it works also if its cache folder is not writable.
 
-    CuPy makes the folder when it is imported and writes into it whenever it compiles; that either fails is
-    an error there. So this comes before its import.
+    CuPy creates the folder when it is imported and writes to it whenever it compiles, and raises an error if
+    either fails. So this must be called before the import.
     """
     folder = os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))
     try:
@@ -26,5 +26,5 @@ def choose() -> None:
             os.fsync(file.fileno())
         tempfile.gettempdir()
     except OSError:
-        # In memory it writes nothing, but wants a folder that is there all the same.
+        # With the cache in memory CuPy writes nothing, but requires a folder that exists.
         os.environ |= {"CUPY_CACHE_IN_MEMORY": "1", "CUPY_CACHE_DIR": os.sep}

@@ -1,11 +1,11 @@
 """tanh and exp that the compiler can vectorise, for the Numba kernels.
 
-The scalar libm calls that Numba would emit otherwise keep a whole loop scalar; NumPy's own tanh costs
-more per element, and a pass over memory of its own. All are without branches. exp and the float64 tanh
-follow the Cephes library (S. L. Moshier, "Methods and Programs for Mathematical Functions", 1989; expf.c,
-exp.c, tanh.c), whose coefficients they use: at most 2 units in the last place off. The float32 tanh is the
-rational approximation of the Eigen library (degree 13 over 6, which XLA uses too): at most 5 units off, at
-two thirds of the time of Cephes' (tests/test_elementary.py).
+By default Numba emits calls of the scalar libm, which keep the whole loop scalar; NumPy's tanh costs more per
+element and an additional pass over memory. These functions have no branches. exp and the float64 tanh use
+the formulas and coefficients of the Cephes library (S. L. Moshier, "Methods and Programs for Mathematical
+Functions", 1989; expf.c, exp.c, tanh.c), with errors of at most 2 units in the last place. The float32 tanh
+is the rational approximation of the Eigen library (degree 13 over 6, which XLA uses too): its error is at
+most 5 units, and it takes two thirds of the time of Cephes (tests/test_elementary.py).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ __all__ = ["exp", "tanh"]
 
 F = np.float32
 INLINE: Any = {"forceinline": True, "error_model": "numpy", "fastmath": {"contract"}}
-"""Without inlining by the compiler the loops around would not be vectorised. Sums keep their order here:
-otherwise these functions take over the caller's leave to reorder, which spoils exp's two-part logarithm."""
+"""Inlining lets the compiler vectorise the loops around. Sums keep their order: the caller's permission to
+reorder would spoil exp's logarithm in two parts."""
 
 
 @njit(**INLINE)
@@ -57,7 +57,7 @@ def _exp64(value):
 
 @njit(**INLINE)
 def _tanh32(value):
-    # The float nearest to where the quotient reaches 1; tanh rounds to 1 a little further out.
+    # The float nearest to the point where the quotient reaches 1; tanh rounds to 1 for slightly larger x.
     x = min(max(value, F(-7.99881172180175781)), F(7.99881172180175781))
     z = x * x
     p = F(-2.76076847742355e-16) * z + F(2.00018790482477e-13)
@@ -84,12 +84,12 @@ def _tanh64(x):
 
 
 def exp(x):
-    """E to the x, for use inside compiled kernels; NaN stays NaN."""
+    """Compute e to the x inside compiled kernels; NaN stays NaN."""
     return np.exp(x)
 
 
 def tanh(x):
-    """Hyperbolic tangent, for use inside compiled kernels; NaN stays NaN."""
+    """Compute the hyperbolic tangent inside compiled kernels; NaN stays NaN."""
     return np.tanh(x)
 
 

@@ -1,14 +1,14 @@
-"""Compiled kernels from one run to the next: one archive file, only ever replaced as a whole.
+"""A cache of compiled kernels that runs share: one archive file, which is only replaced as a whole.
 
-Numba's own cache folder is not made for ranks that start together on a shared home folder: two processes
-that compile one function for different types number their files alike, and one may then load the other's
-machine code. It also knows a function by its source file alone, not by what it calls, and a folder that
-cannot be written, or no more, is an error. Here every process works in a private folder, filled from the
-archive; what it had to compile goes into a new archive at exit. A cache that is damaged or cannot be read or
-written costs a few seconds of compiling, no more.
+Numba's cache folder is not safe for ranks that start together on a shared home folder: two processes that
+compile one function for different types choose the same file names, and one may then load the machine code of
+the other. Numba also identifies a function by its source file alone, not by the functions that it calls, and
+raises an error if the folder is not writable. Here every process works in a private folder, filled from the
+archive; the kernels that it had to compile go into a new archive at exit. If the cache is damaged, or cannot
+be read or written, the only cost is a few seconds of compiling.
 
-A process locks its folder, and the kernel gives the lock back however the process ends: so a later start
-knows which folders were left by processes that were killed, and removes them.
+A process locks its folder, and the operating system releases the lock however the process ends. So a later
+start recognises the folders of processes that were killed, and removes them.
 """
 
 from __future__ import annotations
@@ -43,14 +43,16 @@ _PREFIX = "hfmpi-cache-"
 
 
 def archive_path(name: str, sources: tuple[str, ...]) -> Path:
-    """Give the archive's place: `$XDG_CACHE_HOME/hfmpi` or `~/.cache/hfmpi`, a file a build and processor.
+    """Return the path of the archive: one file per build and processor, in the user's cache folder.
+
+    The folder is `$XDG_CACHE_HOME/hfmpi` or `~/.cache/hfmpi`.
 
     Parameters
     ----------
     name : str
-        Of the set of kernels.
+        The name of the set of kernels.
     sources : tuple of str
-        Paths of the files that the kernels are compiled from.
+        Paths of the source files of the kernels.
 
     Raises
     ------
@@ -68,13 +70,13 @@ def archive_path(name: str, sources: tuple[str, ...]) -> Path:
 
 @contextlib.contextmanager
 def kernel_cache(name: str, sources: tuple[str, ...]) -> Iterator[Callable[[Any], Any]]:
-    """Lend Numba a cache folder for the functions that are handed over inside the block.
+    """Provide a cache folder for Numba functions inside the `with` block.
 
     Yields
     ------
     callable
-        Gives back the function, decorated without `cache=True`, that it is called with, and lets it use the
-        folder. Where there is none, or it cannot be written at some time, functions are compiled in memory.
+        Makes a function, decorated without `cache=True`, use the folder, and returns it. Without a usable
+        folder functions are compiled in memory.
     """
     try:
         archive = archive_path(name, sources)
@@ -93,7 +95,7 @@ def kernel_cache(name: str, sources: tuple[str, ...]) -> Iterator[Callable[[Any]
 
 
 def _cached(function: Any) -> Any:
-    """Let a function use Numba's cache folder; a write or a read that fails there is no error."""
+    """Make a function use Numba's cache folder; reads and writes that fail there are ignored."""
     with contextlib.suppress(*_UNUSABLE):
         function.enable_caching()
         cache = function._cache
@@ -113,7 +115,7 @@ def _or_none(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _private_folder() -> Path:
-    """Make a folder that stays locked until this process ends."""
+    """Create a folder that stays locked until this process ends."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
         with contextlib.suppress(FileNotFoundError):
@@ -123,13 +125,13 @@ def _private_folder() -> Path:
             if folder.exists():
                 return folder
             os.close(lock)
-        # Gone: before it was locked, another process took it for abandoned.
+        # Another process removed the folder as abandoned before it was locked: try again.
 
 
 def _remove_abandoned(parent: Path) -> None:
-    """Remove this user's folders that nobody has locked: those of processes that were killed.
+    """Remove this user's folders that are not locked: they belong to processes that were killed.
 
-    Whoever starts at the same time finds them locked by the one that removes them, and leaves them alone.
+    The folder is locked while it is removed, so that processes that start at the same time skip it.
     """
     for folder in parent.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
@@ -143,19 +145,19 @@ def _remove_abandoned(parent: Path) -> None:
 
 
 def _fill(folder: Path, archive: Path) -> tuple[set[str], bool]:
-    """Unpack the archive, if it is sound; give the names of the files, and whether it is damaged."""
+    """Unpack the archive, if it is valid; return the names of the files, and whether it is damaged."""
     try:
         with zipfile.ZipFile(archive) as packed:
             packed.extractall(folder)
             return set(packed.namelist()), False
     except _UNUSABLE as error:
-        for half_unpacked in folder.iterdir():  # the folder itself stays, and locked
-            shutil.rmtree(half_unpacked, ignore_errors=True)
+        for incomplete in folder.iterdir():  # the folder itself stays, because it is locked
+            shutil.rmtree(incomplete, ignore_errors=True)
         return set(), isinstance(error, _DAMAGED)
 
 
 def _leave(folder: Path, archive: Path, known: set[str], damaged: bool) -> None:
-    """Put what was compiled into the archive, unless another rank has done so; remove the folder."""
+    """Add newly compiled kernels to the archive, unless another rank has done so; remove the folder."""
     with contextlib.suppress(*_UNUSABLE):
         files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*.nb[ci]"))}
         if files.keys() - known and (damaged or files.keys() - _names(archive)):

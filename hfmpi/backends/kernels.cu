@@ -1,10 +1,10 @@
-// The fused kernels for NVIDIA GPUs. The mathematics, and the meaning of every array, are those of numpy.py
-// and base.py. `real` is float or double (-DREAL=...). All arrays are C-contiguous; a null pointer is an array
-// that is not wanted.
+// The fused kernels for NVIDIA GPUs. The formulas, and the meaning of every array, are those of numpy.py and
+// base.py. `real` is float or double (-DREAL=...). All arrays are C-contiguous; a null pointer stands for an
+// array that is not needed.
 //
-// Step kernels have one thread an element (b, j) of B sequences and n units; in tangents and adjoints (r, j) of
-// the B C rows of C columns, of which r / C is the sequence. Nothing is added up by atomics, so that every sum
-// has one order and the same input gives the same bits.
+// Step kernels have one thread per element (b, j) of B sequences and n units; in tangents and adjoints (r, j) of
+// the B C rows of C columns, where r / C is the sequence. No sum uses atomics, so that the order of additions is
+// fixed and the same input gives the same bits.
 
 typedef REAL real;
 
@@ -185,7 +185,7 @@ extern "C" __global__ void factor_adjoint(
     dq[e] = d * p_table[(size_t)x[b] * n + j];
 }
 
-// Softmax: one warp a row of V symbols -------------------------------------------------------------------------
+// Softmax: one warp per row of V symbols -----------------------------------------------------------------------
 
 template <typename T>
 static __device__ __forceinline__ T sum_over_warp(T value) {
@@ -250,9 +250,9 @@ extern "C" __global__ void softmax_hessian(
 
 // Sums over whole batches --------------------------------------------------------------------------------------
 
-// out[y, v, :] = the sum of those rows of block row y whose symbol is v: the rows y * first, y * first + step, ...,
-// `length` of them, as far as there are so many. A block has as many threads as columns; each adds its own
-// column, in the order of the rows, in memory of its own.
+// out[y, v, :] = the sum of the rows of part y whose symbol is v. Part y has the rows y * first, y * first + step,
+// ..., at most `length` of them. A block has one thread per column; each thread adds its column in the order of
+// the rows, in a separate part of the shared memory.
 extern "C" __global__ void segment_sums(
     int count, int width, int symbols, int first, int step, int length, const real* __restrict__ rows,
     long long stride, const int* __restrict__ x, real* __restrict__ out, long long out_stride) {
@@ -286,9 +286,10 @@ extern "C" __global__ void accumulate_squares(
 
 // Loops over all steps of a gated cell in one launch -----------------------------------------------------------
 //
-// Every block owns `most` of the n units and keeps their columns of the matrices in shared memory. The blocks, all
-// of them on the card at once (a cooperative launch), meet after each product that all of them wrote a part of.
-// What other blocks wrote during the launch is read past the first-level cache, which is a multiprocessor's own.
+// Every block computes at most `most` of the n units and stores their columns of the matrices in shared memory. The
+// blocks, all of them on the GPU at once (a cooperative launch), wait for one another after each product of which
+// every block computes a part. The results of other blocks are read from the second-level cache, because each
+// multiprocessor has a separate first-level cache.
 
 #define THREADS_PERSISTENT 512
 #define SPLIT 8  // threads that share the sums of one unit and sequence
@@ -296,11 +297,11 @@ extern "C" __global__ void accumulate_squares(
 #define PAUSE()
 #endif
 
-template <typename T> struct Wide;  // 16 bytes, the most that a thread loads at once
+template <typename T> struct Wide;  // 16 bytes, the maximum that a thread loads at once
 template <> struct Wide<float> { typedef float4 type; };
 template <> struct Wide<double> { typedef double2 type; };
 
-struct Share {  // the units of this block, and what it needs for its part of the work
+struct Share {  // the units of this block, and its memory
     int batch, n, tile, first, own;
     int* arrived;
     int expected;
@@ -313,7 +314,7 @@ static __device__ __forceinline__ Share share(int batch, int n, int most, int ti
     return {batch, n, tile, first, left < most ? left : most, arrived, 0, rows, columns, columns + 4 * n * most};
 }
 
-// Wait for all blocks; what they wrote before is then to be seen.
+// Wait for all blocks, so that their results are visible.
 static __device__ void meet(Share& s) {
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -326,7 +327,7 @@ static __device__ void meet(Share& s) {
     __syncthreads();
 }
 
-// columns[k, j, g] = matrix[k, g * n + first + j], of a matrix (length, groups * n); to be waited for.
+// columns[k, j, g] = matrix[k, g * n + first + j], of a matrix (length, groups * n). The caller synchronises.
 static __device__ void keep(const Share& s, const real* matrix, int length, int groups, real* columns) {
     const int width = s.own * groups;
     for (int i = threadIdx.x; i < length * width; i += blockDim.x) {
@@ -335,7 +336,7 @@ static __device__ void keep(const Share& s, const real* matrix, int length, int 
     }
 }
 
-// Copy what other blocks may have written to shared memory.
+// Copy to shared memory an array that other blocks may have written.
 static __device__ __forceinline__ void stage(const real* source, int size, real* rows) {
     typedef Wide<real>::type Many;
     const int width = sizeof(Many) / sizeof(real), wide = (size_t)source % sizeof(Many) ? 0 : size / width;
@@ -346,7 +347,8 @@ static __device__ __forceinline__ void stage(const real* source, int size, real*
     __syncthreads();
 }
 
-// then(b, j, sums) for every sequence and own unit: sums[g] = sum over k of source[b, k] * columns[k, j, g].
+// Call then(b, j, sums) for every sequence and unit of the block, with
+// sums[g] = sum over k of source[b, k] * columns[k, j, g].
 template <int GROUPS, typename Then>
 static __device__ __forceinline__ void multiply(
     const Share& s, const real* source, int length, const real* columns, Then then) {

@@ -1,4 +1,4 @@
-"""Sums of vectors among NVIDIA GPUs by NCCL, as far as CuPy brings it."""
+"""Sums of vectors over NVIDIA GPUs by NCCL, if CuPy has it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["available", "new_name", "summing"]
 
 
 def _nccl() -> Any:
-    """Give CuPy's module of NCCL, or None where there is no NCCL."""
+    """Return CuPy's module for NCCL, or None if there is no NCCL."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # CuPy warns of an absent library
+        with warnings.catch_warnings(action="ignore"):  # CuPy warns if the library is absent
             from cupy.cuda import nccl
     except ImportError:
         return None
@@ -22,24 +22,24 @@ def _nccl() -> Any:
 
 
 def available(backend: Backend) -> bool:
-    """Say whether this backend is a GPU that can sum vectors with others."""
+    """Return whether the backend is a GPU that can sum vectors with other GPUs."""
     return backend.device_id is not None and _nccl() is not None
 
 
 def new_name() -> Any:
-    """Give a new name under which ranks can meet."""
+    """Return a new identifier by which ranks form a communicator."""
     return _nccl().get_unique_id()
 
 
 def summing(backend: Backend, size: int, rank: int, name: Any) -> Callable[[Array], None]:
-    """Meet the other ranks under an agreed name; give the function that sums a vector over all, in place."""
+    """Join the communicator of an agreed name and return a function that sums a vector over it, in place."""
     nccl = _nccl()
-    joined = nccl.NcclCommunicator(size, name, rank)
+    communicator = nccl.NcclCommunicator(size, name, rank)
     kind = nccl.NCCL_FLOAT32 if backend.dtype.itemsize == 4 else nccl.NCCL_FLOAT64
 
     def total(vector: Array) -> None:
-        at = backend.address(vector)
-        joined.allReduce(at, at, vector.size, kind, nccl.NCCL_SUM, backend.stream)
+        address = backend.address(vector)
+        communicator.allReduce(address, address, vector.size, kind, nccl.NCCL_SUM, backend.stream)
         backend.synchronize()
 
     return total

@@ -1,4 +1,4 @@
-"""Fused loops for the CPU: each touches every coefficient once. The mathematics is that of `numpy.py`."""
+"""Fused loops for the CPU that read every coefficient once; the formulas are those of `numpy.py`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numba.core import event
 
 from hfmpi.backends import elementary, panels
 from hfmpi.backends.base import Array, Packed, Workspace
-from hfmpi.backends.compilation import tell
+from hfmpi.backends.compilation import notify
 from hfmpi.backends.elementary import exp, tanh
 from hfmpi.backends.kernel_cache import kernel_cache
 from hfmpi.backends.numpy import NumpyBackend
@@ -92,37 +92,37 @@ def gated_tangent(pre, table, x, k, dc, dh, add):
 
 
 def gated_adjoint(dh, back, k, dc, da, inject):
-    # Many short loops: with more arrays in one, the compiler gives up proving that they do not overlap
-    # and emits scalar code. A row stays in the first-level cache from one loop to the next.
+    # Many short loops: with more arrays in a loop the compiler cannot prove that they do not overlap, and
+    # emits scalar code. A row stays in the first-level cache from one loop to the next.
     n = dc.shape[1]
     columns = dc.shape[0] // k.shape[1]
     for r in range(dc.shape[0]):
         b = r // columns
-        total, state, own, pulled = dh[r], dc[r], da[r], back[r]
+        total, state, da_r, pulled = dh[r], dc[r], da[r], back[r]
         f, k_i, k_f, k_o, k_u, k_c = k[0, b], k[1, b], k[2, b], k[3, b], k[4, b], k[5, b]
-        own_i, own_f, own_o, own_u = own[:n], own[n : 2 * n], own[2 * n : 3 * n], own[3 * n :]
+        da_i, da_f, da_o, da_u = da_r[:n], da_r[n : 2 * n], da_r[2 * n : 3 * n], da_r[3 * n :]
         for j in range(n):
             total[j] += pulled[j]
         for j in range(n):
             state[j] += k_c[j] * total[j]
         if inject:
             for j in range(n):
-                own_i[j] += k_i[j] * state[j]
+                da_i[j] += k_i[j] * state[j]
             for j in range(n):
-                own_f[j] += k_f[j] * state[j]
+                da_f[j] += k_f[j] * state[j]
             for j in range(n):
-                own_o[j] += k_o[j] * total[j]
+                da_o[j] += k_o[j] * total[j]
             for j in range(n):
-                own_u[j] += k_u[j] * state[j]
+                da_u[j] += k_u[j] * state[j]
         else:
             for j in range(n):
-                own_i[j] = k_i[j] * state[j]
+                da_i[j] = k_i[j] * state[j]
             for j in range(n):
-                own_f[j] = k_f[j] * state[j]
+                da_f[j] = k_f[j] * state[j]
             for j in range(n):
-                own_o[j] = k_o[j] * total[j]
+                da_o[j] = k_o[j] * total[j]
             for j in range(n):
-                own_u[j] = k_u[j] * state[j]
+                da_u[j] = k_u[j] * state[j]
         for j in range(n):
             state[j] *= f[j]
 
@@ -159,10 +159,10 @@ def plain_adjoint(dh, back, h, da, inject):
         for j in range(h.shape[1]):
             total = dh[r, j] + back[r, j]
             dh[r, j] = total
-            own = (one - h[b, j] * h[b, j]) * total
+            value = (one - h[b, j] * h[b, j]) * total
             if inject:
-                own += da[r, j]
-            da[r, j] = own
+                value += da[r, j]
+            da[r, j] = value
 
 
 def factor_forward(p_table, x, q, m):
@@ -219,12 +219,12 @@ def softmax_gradient(p, targets, scale, out):
 def softmax_hessian(p, u, scale):
     columns = u.shape[0] // max(1, p.shape[0])
     for r in range(u.shape[0]):
-        own = p[r // columns]
+        row = p[r // columns]
         mean = p.dtype.type(0)
         for v in range(p.shape[1]):
-            mean += own[v] * u[r, v]
+            mean += row[v] * u[r, v]
         for v in range(p.shape[1]):
-            u[r, v] = scale * own[v] * (u[r, v] - mean)
+            u[r, v] = scale * row[v] * (u[r, v] - mean)
 
 
 def segment_sum(rows, x, out):
@@ -242,7 +242,7 @@ def accumulate_square(g, total, squares):
 
 
 def compiled(function: Callable) -> Any:
-    """Compile a kernel; sums may be reordered and contracted, NaN and infinity keep their meaning."""
+    """Compile a kernel whose sums may be reordered and contracted; NaN and infinity are honoured."""
     return numba.njit(function, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
 
 
@@ -268,31 +268,31 @@ KERNELS = (
 
 
 class CompileListener(event.Listener):
-    """Tells when Numba compiles one of our kernels, which it does if it is not on disk, and never else."""
+    """Notifies when Numba compiles one of the kernels, which it does only if the kernel is not on disk."""
 
-    def __init__(self, own: Iterable[Any]) -> None:
-        self._own, self._depth = frozenset(own), 0
+    def __init__(self, kernels: Iterable[Any]) -> None:
+        self._kernels, self._depth = frozenset(kernels), 0
 
     def on_start(self, event: Any) -> None:
-        if self._depth or event.data["dispatcher"] in self._own:  # what a kernel calls is compiled within it
+        if self._depth or event.data["dispatcher"] in self._kernels:  # functions that a kernel calls count
             self._depth += 1
             if self._depth == 1:
-                tell(True)
+                notify(True)
 
     def on_end(self, event: Any) -> None:
         if self._depth:
             self._depth -= 1
             if self._depth == 0:
-                tell(False)
+                notify(False)
 
 
 @functools.cache
 def kernels() -> dict[str, Any]:
-    """Give the kernels by name, each to be compiled when it is first called, or taken from disk."""
+    """Return the kernels by name; each is compiled, or loaded from disk, when it is first called."""
     with kernel_cache("kernels", (__file__, elementary.__file__, panels.__file__)) as cached:
-        found = {f.__name__: cached(compiled(f)) for f in KERNELS}
-    event.register("numba:compile", CompileListener(found.values()))
-    return found
+        by_name = {f.__name__: cached(compiled(f)) for f in KERNELS}
+    event.register("numba:compile", CompileListener(by_name.values()))
+    return by_name
 
 
 PLAIN = (
@@ -307,14 +307,14 @@ PLAIN = (
     "segment_sum",
     "accumulate_square",
 )
-"""Kernels whose signature is the backend's own."""
+"""Kernels that have the signature of the backend's method of the same name."""
 
 
 class NumbaBackend(NumpyBackend):
-    """Compiled fused loops over NumPy arrays; compiled on first use and cached.
+    """Fused loops over NumPy arrays, compiled on first use and cached.
 
     The loops and the sequential products run in one thread: starting threads 400 times a pass costs more than
-    it brings (docs/performance.md). The products over many steps at once take the threads of the BLAS.
+    it saves (docs/performance.md). The products over many steps use the threads of the BLAS.
     """
 
     name = "numba"
@@ -327,9 +327,9 @@ class NumbaBackend(NumpyBackend):
             setattr(self, name, self._kernels[name])
 
     def pack(self, matrix: Array, memory: Workspace, name: str) -> Packed:
-        ready = memory(name, panels.panels_shape(matrix.shape[0], matrix.shape[1], self.dtype.itemsize))
-        self._kernels["pack"](matrix, ready)
-        return Packed(matrix, ready)
+        packed = memory(name, panels.panels_shape(matrix.shape[0], matrix.shape[1], self.dtype.itemsize))
+        self._kernels["pack"](matrix, packed)
+        return Packed(matrix, packed)
 
     def multiply(self, a: Array, b: Packed, out: Array, add: bool = False) -> None:
         self._multiply(a, b.panels, out, add)

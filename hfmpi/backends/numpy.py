@@ -1,11 +1,11 @@
-"""Every kernel in plain array code against `xp`: with NumPy the reference, elsewhere the fallback.
+"""Every kernel in plain array code on `xp`: the reference with NumPy, the fallback on other devices.
 
-To be read beside docs/theory.md. Shapes: B sequences, n hidden units, R rows of a table, V symbols; arrays
-are C-contiguous. The rows of a table are what the inputs contribute; x (B,) says which row a sequence reads.
+The formulas are in docs/theory.md. Shapes: B sequences, n hidden units, R rows of a table, V symbols; arrays
+are C-contiguous. A row of a table is what an input contributes; x (B,) selects the row of each sequence.
 
-A tangent or an adjoint step takes one direction or C of them side by side, its columns: B C rows, those of a
-sequence one after the other, and R C rows of the direction's table. What is kept of a sequence serves all of
-its rows.
+A tangent or an adjoint step takes one direction or C directions at once, its columns. Its arrays then have
+B C rows, those of a sequence adjacent, and the table of the direction has R C rows. The stored coefficients
+of a sequence are used for all of its rows.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ __all__ = ["NumpyBackend", "by_sequence"]
 
 
 def by_sequence(rows: Array, sequences: int) -> Array:
-    """Give rows (B C, n) as (B, C, n): the columns of each sequence."""
+    """Return rows (B C, n) as a view (B, C, n): the columns of each sequence."""
     return rows.reshape(sequences, -1, rows.shape[-1])
 
 
 class NumpyBackend(Backend):
-    """Plain NumPy on the host; another `xp` makes it run on another device."""
+    """Plain NumPy on the host; subclasses set `xp` to run on another device."""
 
     name = "numpy"
 
     def sigmoid(self, a: Array) -> Array:
-        """1 / (1 + exp(-a)), through tanh so that nothing overflows."""
+        """Compute 1 / (1 + exp(-a)) by tanh, which cannot overflow."""
         half = a.dtype.type(0.5)
         return half * self.xp.tanh(half * a) + half
 
@@ -37,9 +37,9 @@ class NumpyBackend(Backend):
     def gated_forward(
         self, a: Array, table: Array, x: Array, bias_h: Array, c: Array, h: Array, k: Array, w: Array
     ) -> None:
-        """One step of a gated cell: from a = m W_h (B, 4n), fill h, update c, fill k (6, B, n) and w (B, 4n).
+        """Take a step of a gated cell: from a = m W_h (B, 4n) compute h, c, k (6, B, n) and w (B, 4n).
 
-        Where k or w is None it is not wanted; bias_h (n,) is None but for the `krause` variant.
+        k and w may be None if they are not needed; bias_h (n,) is None except in the `krause` variant.
         """
         n, tanh = c.shape[1], self.xp.tanh
         a += table[x]
@@ -75,9 +75,9 @@ class NumpyBackend(Backend):
     def gated_tangent(
         self, pre: Array, table: Array, x: Array, k: Array, dc: Array, dh: Array, add: bool
     ) -> None:
-        """R a (into pre, from which the table's rows miss), R c (in place) and R h.
+        """Compute R a (in pre, which lacks the table's rows on entry), R c (in place) and R h.
 
-        With `add`, R h is added to what dh holds.
+        With `add`, R h is added to the content of dh.
         """
         n = dc.shape[1]
         f, k_i, k_f, k_o, k_u, k_c = k[:, :, None]
@@ -89,25 +89,25 @@ class NumpyBackend(Backend):
         dh[...] = dh + rh if add else rh
 
     def gated_adjoint(self, dh: Array, back: Array, k: Array, dc: Array, da: Array, inject: bool) -> None:
-        """Apply the transpose of gated_tangent; dh gains `back`, da is written (or added to)."""
+        """Apply the transpose of gated_tangent: add `back` to dh, and write da (or add to it)."""
         f, k_i, k_f, k_o, k_u, k_c = k[:, :, None]
         dh, back, dc, da = (by_sequence(array, k.shape[1]) for array in (dh, back, dc, da))
         dh += back
         dc += k_c * dh
-        own = self.xp.concatenate((k_i * dc, k_f * dc, k_o * dh, k_u * dc), axis=-1)
-        da[...] = da + own if inject else own
+        pulled = self.xp.concatenate((k_i * dc, k_f * dc, k_o * dh, k_u * dc), axis=-1)
+        da[...] = da + pulled if inject else pulled
         dc *= f
 
     # Steps of plain tanh cells -----------------------------------------------------------------------
 
     def plain_forward(self, a: Array, table: Array, x: Array, h: Array, w: Array) -> None:
-        """One step of a tanh cell: from a = m W_h (B, n), fill h and w (B, n), unless it is None."""
+        """Take a step of a tanh cell: from a = m W_h (B, n) compute h and, unless it is None, w (B, n)."""
         h[...] = self.xp.tanh(a + table[x])
         if w is not None:
             w[...] = 0.25 * (1 - h * h)
 
     def plain_tangent(self, pre: Array, table: Array, x: Array, h: Array, dh: Array) -> None:
-        """R a (into pre) and R h = (1 - h^2) R a; h is (B, n)."""
+        """Compute R a (in pre) and R h = (1 - h^2) R a; h is (B, n)."""
         pre, dh = by_sequence(pre, len(x)), by_sequence(dh, len(x))
         pre += table.reshape(-1, *pre.shape[1:])[x]
         dh[...] = (1 - h * h)[:, None] * pre
@@ -116,19 +116,19 @@ class NumpyBackend(Backend):
         """Apply the transpose of plain_tangent."""
         dh, back, da = (by_sequence(array, len(h)) for array in (dh, back, da))
         dh += back
-        own = (1 - h * h)[:, None] * dh
-        da[...] = da + own if inject else own
+        pulled = (1 - h * h)[:, None] * dh
+        da[...] = da + pulled if inject else pulled
 
     # The intermediate state of multiplicative cells --------------------------------------------------
 
     def factor_forward(self, p_table: Array, x: Array, q: Array, m: Array) -> None:
-        """M = p * q, p the rows x of its table; all (B, n)."""
+        """Compute m = p * q with p the rows x of its table; all (B, n)."""
         self.xp.multiply(p_table[x], q, out=m)
 
     def factor_tangent(
         self, p_table: Array, dp_table: Array, x: Array, q: Array, dq: Array, dm: Array
     ) -> None:
-        """R m = R p * q + p * R q; p_table (R, n) and q (B, n) are not along the direction."""
+        """Compute R m = R p * q + p * R q from p_table (R, n) and q (B, n) of the forward pass."""
         dq, dm = by_sequence(dq, len(x)), by_sequence(dm, len(x))
         dm[...] = dp_table.reshape(-1, *dm.shape[1:])[x] * q[:, None] + p_table[x][:, None] * dq
 
@@ -141,7 +141,7 @@ class NumpyBackend(Backend):
     # Whole arrays ------------------------------------------------------------------------------------
 
     def softmax_loss(self, logits: Array, targets: Array) -> Array:
-        """Overwrite logits (N, V) with probabilities; give the loss of each row in nats, (N,) float64."""
+        """Overwrite logits (N, V) with probabilities; return the loss of each row in nats, (N,) float64."""
         xp = self.xp
         logits -= logits.max(axis=1, keepdims=True)
         chosen = logits[xp.arange(len(targets)), targets].astype(np.float64)
@@ -151,35 +151,35 @@ class NumpyBackend(Backend):
         return xp.log(total[:, 0].astype(np.float64)) - chosen
 
     def softmax_gradient(self, p: Array, targets: Array, scale: float, out: Array) -> None:
-        """Out = scale * (p - onehot(targets)), all (N, V)."""
+        """Compute out = scale * (p - onehot(targets)), all (N, V)."""
         self.xp.multiply(p, p.dtype.type(scale), out=out)
         out[self.xp.arange(len(targets)), targets] -= p.dtype.type(scale)
 
     def softmax_hessian(self, p: Array, u: Array, scale: float) -> None:
-        """Overwrite u (N C, V) with scale * p * (u - <p, u>): the loss Hessian of each row (N, V) applied."""
+        """Apply the loss Hessian of each row of p (N, V): u (N C, V) becomes scale * p * (u - <p, u>)."""
         p, u = p[:, None], by_sequence(u, len(p))
         u -= self.xp.sum(p * u, axis=-1, keepdims=True)
         u *= p * p.dtype.type(scale)
 
     def segment_sum(self, rows: Array, x: Array, out: Array) -> None:
-        """out[s] = the sum of the rows (N, K) whose symbol x (N,) is s; out is (V, K)."""
+        """Compute out[s], the sum of the rows (N, K) whose symbol x (N,) is s; out is (V, K)."""
         out[...] = 0
         self.xp.add.at(out, x, rows)
 
     def segment_sum_each(self, rows: Array, x: Array, out: Array) -> None:
-        """out[b, s] = the sum of the rows (L, B, K) of sequence b whose symbol x (L, B) is s.
+        """Compute out[b, s], the sum of the rows (L, B, K) of sequence b whose symbol x (L, B) is s.
 
-        out is (B, V, K), contiguous but for its first axis.
+        out is (B, V, K), contiguous except for its first axis.
         """
         for b in range(rows.shape[1]):
             self.segment_sum(rows[:, b], x[:, b], out[b])
 
     def accumulate_squares(self, each: Array, total: Array, squares: Array) -> None:
-        """Total (D,) gains the sum of the rows of each (B, D), squares that of their element-wise squares."""
+        """Add the sum of the rows of each (B, D) to total (D,), and that of their squares to squares (D,)."""
         for g in each:
             self.accumulate_square(g, total, squares)
 
     def accumulate_square(self, g: Array, total: Array, squares: Array) -> None:
-        """Total += g and squares += g * g, vectors of one length."""
+        """Add g to total and g * g to squares, vectors of the same length."""
         total += g
         squares += g * g

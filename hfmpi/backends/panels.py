@@ -1,10 +1,10 @@
-"""Matrix products a W with few rows and a W that serves many of them, packed once for all.
+"""Matrix products a W with few rows of a, and a W that is packed once for many products.
 
-The sequential products of a pass multiply B rows at a time with one and the same recurrent matrix. A BLAS
-copies the matrix into an order that its innermost loop can read at full speed, and does so at each call:
-for B = 16 rows that costs it a third of its speed (docs/performance.md). Here the copy is made once per
-linearisation. The loop is the usual one (Goto and van de Geijn, "Anatomy of High-Performance Matrix
-Multiplication", 2008): a block of `ROWS` rows times one panel of W, whose sums stay in registers.
+The sequential products of a pass multiply B rows at a time with the same recurrent matrix. A BLAS copies the
+matrix at each call into an order that its innermost loop can read at full speed: for B = 16 rows that costs
+it a third of its speed (docs/performance.md). Here the copy is made once per linearisation. The loop is the
+usual one (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008): a block of
+`ROWS` rows times one panel of W, whose sums stay in registers.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ __all__ = ["multiply", "pack", "panels_shape"]
 
 
 def _registers() -> tuple[int, int, int]:
-    """Bytes of a vector register, and the rows and vectors of the block that fits into the registers."""
-    wanted = numba.config.CPU_FEATURES  # type: ignore[attr-defined]
-    found = [f"+{name}" for name, there in binding.get_host_cpu_features().items() if there]
-    features = found if wanted is None else wanted.split(",")
+    """Return the bytes of a vector register, and the rows and vectors of the block that fits in registers."""
+    selected = numba.config.CPU_FEATURES  # type: ignore[attr-defined]
+    host = [f"+{name}" for name, present in binding.get_host_cpu_features().items() if present]
+    features = host if selected is None else selected.split(",")
     if "+avx512f" in features:
         return 64, 8, 2
     if "+avx" in features:
@@ -34,17 +34,17 @@ def _registers() -> tuple[int, int, int]:
 
 BYTES, ROWS, VECTORS = _registers()
 CHUNK = 16 * ROWS
-"""Rows of a that are multiplied with all of W before the next ones: they stay in the cache meanwhile."""
+"""Rows of a that are multiplied with all of W before the next rows, so that they stay in the cache."""
 
 
 def panels_shape(rows: int, columns: int, itemsize: int) -> tuple[int, int, int]:
-    """Give the shape of a packed matrix (rows, columns): panels of columns, one after the other."""
+    """Return the shape of a packed matrix (rows, columns): a sequence of panels of columns."""
     width = VECTORS * BYTES // itemsize
     return -(-columns // width), rows, width
 
 
 def pack(w, panels):
-    """Fill panels (P, K, width) with w (K, N), zeros where a panel goes beyond N."""
+    """Copy w (K, N) to panels (P, K, width), padded by zeros in the last panel."""
     width = panels.shape[2]
     for p in range(panels.shape[0]):
         first = p * width
@@ -58,10 +58,10 @@ def pack(w, panels):
 
 @intrinsic(prefer_literal=True)
 def block(typing_context, rows, like, a, a_row, a_column, panel, depth, c, c_row, add):
-    """Give c (rows, width) = a (rows, depth) panel (depth, width), added to what c holds where `add` is set.
+    """Compute c = a panel, or c += a panel if `add` is set, with a (rows, depth) and panel (depth, width).
 
-    `a`, `panel` and `c` are addresses, `a_row`, `a_column` and `c_row` distances in bytes; `like` is any
-    number of the type of the elements.
+    `a`, `panel` and `c` are addresses, `a_row`, `a_column` and `c_row` strides in bytes; `like` is a number
+    of the element type.
     """
     number, count = like, rows.literal_value
     lanes = BYTES * 8 // number.bitwidth
@@ -69,7 +69,7 @@ def block(typing_context, rows, like, a, a_row, a_column, panel, depth, c, c_row
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, _, a, a_row, a_column, panel, depth, c, c_row, add = arguments
         element = context.get_data_type(number)
-        vector, whole, size = ir.VectorType(element, lanes), ir.IntType(64), number.bitwidth // 8
+        vector, integer, size = ir.VectorType(element, lanes), ir.IntType(64), number.bitwidth // 8
         fused = ("contract",)  # a multiplication and an addition may become one instruction
 
         def at(address: Any, kind: Any) -> Any:
@@ -85,28 +85,28 @@ def block(typing_context, rows, like, a, a_row, a_column, panel, depth, c, c_row
             mask = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
             return builder.shuffle_vector(lane, ir.Constant(vector, ir.Undefined), mask)
 
-        starts = [builder.add(a, builder.mul(whole(r), a_row)) for r in range(count)]
+        starts = [builder.add(a, builder.mul(integer(r), a_row)) for r in range(count)]
         before = builder.block
         loop, done = (builder.function.append_basic_block(name) for name in ("loop", "done"))
         builder.branch(loop)
         builder.position_at_end(loop)
-        k, offset, place = builder.phi(whole), builder.phi(whole), builder.phi(whole)
+        k, a_offset, panel_row = builder.phi(integer), builder.phi(integer), builder.phi(integer)
         sums = [[builder.phi(vector) for _ in range(VECTORS)] for _ in range(count)]
-        columns = [load(builder.add(place, whole(v * BYTES)), vector) for v in range(VECTORS)]
+        columns = [load(builder.add(panel_row, integer(v * BYTES)), vector) for v in range(VECTORS)]
         totals = []
         for start, row in zip(starts, sums, strict=True):
-            value = broadcast(load(builder.add(start, offset), element))
+            value = broadcast(load(builder.add(start, a_offset), element))
             totals.append(
                 [
                     builder.fadd(total, builder.fmul(value, column, flags=fused), flags=fused)
                     for total, column in zip(row, columns, strict=True)
                 ]
             )
-        following = builder.add(k, whole(1))
+        following = builder.add(k, integer(1))
         for phi, first, step in (
-            (k, whole(0), following),
-            (offset, whole(0), builder.add(offset, a_column)),
-            (place, panel, builder.add(place, whole(VECTORS * BYTES))),
+            (k, integer(0), following),
+            (a_offset, integer(0), builder.add(a_offset, a_column)),
+            (panel_row, panel, builder.add(panel_row, integer(VECTORS * BYTES))),
         ):
             phi.add_incoming(first, before)
             phi.add_incoming(step, loop)
@@ -120,9 +120,9 @@ def block(typing_context, rows, like, a, a_row, a_column, panel, depth, c, c_row
         adding = builder.trunc(add, ir.IntType(1))
         for r, row in enumerate(totals):
             for v, total in enumerate(row):
-                address = builder.add(builder.add(c, builder.mul(whole(r), c_row)), whole(v * BYTES))
-                held = builder.select(adding, load(address, vector), zero)
-                stored = builder.store(builder.fadd(total, held), at(address, vector))
+                address = builder.add(builder.add(c, builder.mul(integer(r), c_row)), integer(v * BYTES))
+                previous = builder.select(adding, load(address, vector), zero)
+                stored = builder.store(builder.fadd(total, previous), at(address, vector))
                 stored.align = size
         return context.get_dummy_value()
 
@@ -130,14 +130,14 @@ def block(typing_context, rows, like, a, a_row, a_column, panel, depth, c, c_row
 
 
 def multiply(a, panels, out, add):
-    """Give out (B, N) = a (B, K) W, with the panels of W (K, N); where `add` is set it is added to out.
+    """Compute out = a W, or out += a W if `add` is set, with a (B, K) and the panels of W (K, N).
 
-    a may have any strides, out any between its rows; K is at least 1.
+    a may have any strides, out any stride between its rows; K is at least 1.
     """
     batch, depth = a.shape
     columns, width = out.shape[1], panels.shape[2]
     like, size = panels.dtype.type(0), panels.itemsize
-    edge = np.empty((ROWS, width), panels.dtype)  # stands in for out where a panel goes beyond it
+    edge = np.empty((ROWS, width), panels.dtype)  # replaces out in the last panel, which may be wider
     a_row, a_column = a.strides
     for chunk in range(0, batch, CHUNK):
         for p in range(panels.shape[0]):
@@ -145,8 +145,8 @@ def multiply(a, panels, out, add):
             inside = min(width, columns - first)
             b, end = chunk, min(chunk + CHUNK, batch)
             while b < end:
-                left = end - b
-                rows = ROWS if left >= ROWS else 4 if left >= 4 else 2 if left >= 2 else 1
+                remaining = end - b
+                rows = ROWS if remaining >= ROWS else 4 if remaining >= 4 else 2 if remaining >= 2 else 1
                 start = a.ctypes.data + b * a_row
                 c, c_row = out.ctypes.data + b * out.strides[0] + first * size, out.strides[0]
                 if inside < width:

@@ -1,4 +1,4 @@
-"""Loops over time that are one kernel each: the matrices stay on the chip.
+"""Loops over time that are one kernel each: the matrices stay in the shared memory of the multiprocessors.
 
 The blocks of a launch wait for one another after each product. So the launch is cooperative: CUDA refuses it
 unless all blocks fit on the GPU at once.
@@ -24,7 +24,7 @@ SIGNATURES = {
     "gated tangent": "recurrent factor p_table dp_table table x k q pre dq dm dh dc add",
     "gated adjoint": "recurrent_t factor_t p_table x k q dh da dp dq back dc inject",
 }
-"""For each loop the arguments of its kernel between the sizes and the counter of arrivals."""
+"""The arguments of the kernel of each loop, between the sizes and the counter of arrivals."""
 
 
 class PersistentLoops:
@@ -36,7 +36,7 @@ class PersistentLoops:
     stream : cupy.cuda.Stream
     dtype : dtype
     kernel : callable
-        Gives a kernel of kernels.cu by name.
+        Returns a kernel of kernels.cu by name.
     """
 
     def __init__(self, device: Any, stream: Any, dtype: np.dtype, kernel: Callable[[str], Any]) -> None:
@@ -47,32 +47,32 @@ class PersistentLoops:
         self._arrived = cupy.empty(1, np.int32)
 
     def fit(self, n: int, multiplicative: bool) -> bool:
-        """Say whether n units can be shared out over the GPU."""
+        """Return whether n units can be distributed over the GPU."""
         return self._processors > 0 and self._tile(n, multiplicative, 4 * n) > 0
 
     def _most(self, n: int) -> int:
-        """Units of a block: as few as the multiprocessors admit."""
+        """Return the units of a block: the minimum with at most one block per multiprocessor."""
         return -(-n // self._processors)
 
     def _matrices(self, n: int, multiplicative: bool) -> int:
-        """Numbers that a block keeps of the matrices."""
+        """Return how many numbers of the matrices a block stores."""
         return (4 + multiplicative) * n * self._most(n)
 
     def _tile(self, n: int, multiplicative: bool, length: int) -> int:
-        """Rows of so many numbers that fit beside the matrices."""
-        left = self._shared_bytes // self._itemsize - self._matrices(n, multiplicative) - 3
-        return left // length
+        """Return how many rows of `length` numbers fit in the shared memory alongside the matrices."""
+        remaining = self._shared_bytes // self._itemsize - self._matrices(n, multiplicative) - 3
+        return remaining // length
 
     def run(self, name: str, arrays: Mapping[str, Any]) -> None:
-        """Do the loop of this name (one of `SIGNATURES`) in one launch; arrays go by their addresses."""
+        """Run the loop of this name (one of `SIGNATURES`) in one launch."""
         (steps, batch), n = arrays["x"].shape, arrays["hidden"].shape[2]
         multiplicative = arrays["p_table"] is not None
         length = 4 * n if name == "gated adjoint" else n  # numbers in a row that its products read
         tile = min(batch, self._tile(n, multiplicative, length))
         shared = (-(-tile * length // 4) * 4 + self._matrices(n, multiplicative)) * self._itemsize
         sizes = (steps, batch, n, self._most(n), tile)
-        own = (arrays[key] for key in SIGNATURES[name].split())
-        values = [np.array(_plain(argument)) for argument in (*sizes, *own, self._arrived)]
+        arguments = (*sizes, *(arrays[key] for key in SIGNATURES[name].split()), self._arrived)
+        values = [np.array(_plain(argument)) for argument in arguments]
         pointers = np.array([value.ctypes.data for value in values], np.uintp)
         kernel = self._kernel(name.replace("gated ", "persistent_"))
         if kernel.max_dynamic_shared_size_bytes < shared:
@@ -85,7 +85,7 @@ class PersistentLoops:
 
 
 def _plain(argument: Array | Packed | int | None) -> Any:
-    """Give a number as the source declares it, and an array as its address; null where it is not wanted."""
+    """Return a number as the int of kernels.cu, an array as its address, and None as a null pointer."""
     if isinstance(argument, int):
         return np.int32(argument)
     array = argument.matrix if isinstance(argument, Packed) else argument

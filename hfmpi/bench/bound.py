@@ -1,105 +1,134 @@
-"""The time of a pass's matrix products alone: recorded as they happen, then repeated with nothing between.
+"""The time of a pass's matrix products alone: recorded during the pass, then repeated without the rest of it.
 
-No implementation that takes all its products from the BLAS can be faster than they are. The repetition calls
-the BLAS with the arrays of the pass, so shapes, strides, alignment and memory are the pass's own. A backend
-that has a faster product for some shapes (`Backend.multiply`) may come out below this bound.
+No implementation that takes all its products from the BLAS can be faster than that. The repetition calls the
+BLAS with the arrays of the pass, so shapes, strides, alignment and memory are the same. A backend that has a
+faster product for some shapes (`Backend.multiply`) may come out below this bound.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-from hfmpi.backends.base import Array, Backend, Packed
+from hfmpi.backends.base import Array, Packed
+from hfmpi.backends.numpy import NumpyBackend
 
-__all__ = ["Products"]
+__all__ = ["Products", "Recording"]
 
 
 class Products:
-    """The matrix products of a pass, in order, however the pass did them.
+    """The matrix products of a pass, in order, whichever kernel of the backend computed them.
 
     Parameters
     ----------
-    backend : Backend
-        Whose products are recorded.
+    backend : NumpyBackend
+        Repeats the products.
+    matmul : callable
+        Computes one product by the BLAS.
 
     Attributes
     ----------
     calls : list of (a, b, out)
         Views of the arrays of the pass. Their content may change, and `repeat` overwrites `out`: tapes that
-        a recorded pass has made are of no use afterwards.
+        the recorded pass has filled are invalid afterwards.
+    """
+
+    def __init__(self, backend: NumpyBackend, matmul: Callable[[Array, Array, Array], None]) -> None:
+        self.backend, self._matmul = backend, matmul
+        self.calls: list[tuple[Array, Array, Array]] = []
+        self._key = object()  # identifies this recording to `Backend.replay`, even when memory is reused
+        self._copies: dict[tuple[int, ...], Array] = {}
+
+    def copied(self, matrix: Array) -> Array:
+        """Return a contiguous copy of a matrix, the same copy for all views of the same numbers.
+
+        The BLAS reads a copy faster than a transposed view; sharing it keeps the cost of recording low.
+        """
+        view = (self.backend.address(matrix), *matrix.strides)
+        if view not in self._copies:
+            self._copies[view] = self.backend.xp.ascontiguousarray(matrix)
+        return self._copies[view]
+
+    def repeat(self) -> None:
+        """Compute all products again, and nothing else."""
+
+        def launch() -> None:
+            matmul = self._matmul
+            for a, b, out in self.calls:
+                matmul(a, b, out)
+
+        self.backend.replay(("products alone", self._key), launch)
+        self.backend.synchronize()
+
+    @property
+    def operations(self) -> int:
+        """The number of additions and multiplications."""
+        return sum(2 * a.shape[0] * a.shape[1] * b.shape[1] for a, b, _ in self.calls)
+
+
+class Recording(NumpyBackend):
+    """A backend that records its matrix products on request: a mixin for any kind of backend.
 
     Examples
     --------
     >>> import numpy as np
     >>> from hfmpi.backends import create
-    >>> backend = create("numpy")
-    >>> products = Products(backend)
-    >>> with products.recorded():
+    >>> backend = create("numpy", mixin=Recording)
+    >>> with backend.recorded() as products:
     ...     backend.matmul(np.ones((2, 3)), np.ones((3, 4)), np.empty((2, 4)))
     >>> products.operations
     48
     """
 
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
-        self.calls: list[tuple[Array, Array, Array]] = []
-        self._recording = object()
-        self._loops: dict[Hashable, list[tuple[Array, Array, Array]]] = {}
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._products: Products | None = None
+        self._calls_of_loops: dict[Hashable, list[tuple[Array, Array, Array]]] = {}
 
     @contextmanager
-    def recorded(self) -> Iterator[None]:
-        """Record, instead of what was recorded before, the products inside the `with` block."""
-        self.calls, backend = [], self.backend
-        self._recording = object()  # another one each time, however the memory is reused
-        calls = self.calls
-        plain, packed, whole = backend.matmul, backend.multiply, backend.loop
-        # A transpose is a view, and the BLAS reads a copy faster: one for all views of the same numbers, so
-        # that recording hardly slows what is recorded.
-        copies: dict[tuple[int, ...], Array] = {}
-
-        def matmul(a: Array, b: Array, out: Array) -> None:
-            calls.append((a, b, out))
-            plain(a, b, out)
-
-        def multiply(a: Array, b: Packed, out: Array, add: bool = False) -> None:
-            known = len(calls)
-            packed(a, b, out, add)
-            view = (backend.address(b.matrix), *b.matrix.strides)
-            if view not in copies:
-                copies[view] = backend.xp.ascontiguousarray(b.matrix)
-            calls[known:] = [(a, copies[view], out)]  # once, however it was done
-
-        def loop(name: str, run: Callable[[], None], arrays: Mapping[str, Any]) -> None:
-            known, place = len(calls), backend.loop_place(name, arrays)
-            if place is None:
-                whole(name, run, arrays)
-            elif place in self._loops:  # as a graph or in one kernel: the products that it was seen to do
-                whole(name, run, arrays)
-                calls[known:] = self._loops[place]
-            else:
-                run()
-                self._loops[place] = calls[known:]
-
-        backend.matmul, backend.multiply, backend.loop = matmul, multiply, loop  # type: ignore[method-assign]
+    def recorded(self) -> Iterator[Products]:
+        """Record the products inside the `with` block."""
+        self._products = products = Products(self, super().matmul)
         try:
-            yield
+            yield products
         finally:
-            del backend.matmul, backend.multiply, backend.loop  # the class's own again
+            self._products = None
 
-    def repeat(self) -> None:
-        """Do all products again, and nothing else."""
-
-        def launch() -> None:
-            matmul = self.backend.matmul
-            for a, b, out in self.calls:
-                matmul(a, b, out)
-
-        self.backend.replay(("products alone", self._recording), launch)
-        self.backend.synchronize()
+    def matmul(self, a: Array, b: Array, out: Array) -> None:
+        """Compute out = a b, and record the product."""
+        if self._products is not None:
+            self._products.calls.append((a, b, out))
+        super().matmul(a, b, out)
 
     @property
-    def operations(self) -> int:
-        """Additions and multiplications in all."""
-        return sum(2 * a.shape[0] * a.shape[1] * b.shape[1] for a, b, _ in self.calls)
+    def multiply(self) -> Callable[..., None]:
+        """The method of the backend, or the one that records: loops look it up once, not for each product."""
+        products = self._products
+        return super().multiply if products is None else partial(self._recorded_multiply, products)
+
+    def _recorded_multiply(
+        self, products: Products, a: Array, b: Packed, out: Array, add: bool = False
+    ) -> None:
+        start = len(products.calls)
+        super().multiply(a, b, out, add)
+        products.calls[start:] = [(a, products.copied(b.matrix), out)]  # once, also where it calls `matmul`
+
+    def loop(self, name: str, run: Callable[[], None], arrays: Mapping[str, Any]) -> None:
+        """Run a loop over time; one that may become a graph or one kernel is recorded at its first run."""
+        products = self._products
+        key = None if products is None else self.loop_key(name, arrays)
+        if products is None or key is None:
+            super().loop(name, run, arrays)
+        elif key in self._calls_of_loops:
+            self._products = None
+            try:
+                super().loop(name, run, arrays)
+            finally:
+                self._products = products
+            products.calls += self._calls_of_loops[key]
+        else:
+            start = len(products.calls)
+            run()
+            self._calls_of_loops[key] = products.calls[start:]

@@ -16,16 +16,16 @@ __all__ = ["Contestant", "contest"]
 
 @dataclass(frozen=True)
 class Contestant:
-    """Something to be timed.
+    """A function to be timed.
 
     Attributes
     ----------
     run : callable
-        Called without arguments; has done its work when it returns.
+        Called without arguments; returns when its work is finished.
     ranks : int
-        1: rank 0 alone runs it while the others sleep; else all ranks do.
+        1: only rank 0 runs it while the others sleep; else all ranks do.
     threads : int
-        Of each rank's BLAS.
+        The number of threads of each rank's BLAS.
     """
 
     run: Callable[[], object]
@@ -34,14 +34,14 @@ class Contestant:
 
 
 def contest(comm: Communicator, contestants: Sequence[Contestant], repeats: int) -> np.ndarray:
-    """Run each contestant in turn, `repeats` times after a first one that does not count; collective.
+    """Run the contestants in turn, once without timing and then `repeats` times; collective.
 
     Returns
     -------
     (contestants, repeats) float64
         Seconds of the slowest rank that took part, the same array on every rank.
     """
-    own = np.zeros((comm.size, len(contestants), 1 + repeats))
+    seconds = np.zeros((comm.size, len(contestants), 1 + repeats))
     for repeat in range(1 + repeats):
         for i, contestant in enumerate(contestants):
             comm.rest()
@@ -52,7 +52,7 @@ def contest(comm: Communicator, contestants: Sequence[Contestant], repeats: int)
                     comm.any(False)  # all start at once
                 start = time.perf_counter()
                 contestant.run()
-                own[comm.rank, i, repeat] = time.perf_counter() - start
+                seconds[comm.rank, i, repeat] = time.perf_counter() - start
     comm.rest()
-    comm.sum(own)  # every slot has one nonzero term
-    return own.max(axis=0)[:, 1:]
+    comm.sum(seconds)  # each entry is nonzero on one rank
+    return seconds.max(axis=0)[:, 1:]

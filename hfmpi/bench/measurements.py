@@ -1,8 +1,9 @@
-"""What `hfmpi bench` measures: Gauss-Newton products, gradients and losses, the Allreduce, whole steps.
+"""The measurements of `hfmpi bench`: Gauss-Newton products, gradients and losses, the Allreduce, whole steps.
 
-Every function is collective and gives rows (dicts) on all ranks. `seconds` is a median over the repetitions,
-`bound_seconds` that of the matrix products alone, both of the slowest rank. On several ranks the same work is
-also done by rank 0 alone, with one BLAS thread and with as many as there are ranks, in turn with the others.
+Every function is collective and returns rows (dicts) on all ranks. `seconds` is a median over the
+repetitions, `bound_seconds` that of the matrix products alone, both of the slowest rank. On several ranks
+rank 0 also does the same work alone, with one BLAS thread and with as many as there are ranks, in turn with
+all ranks.
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from hfmpi.backends import create
-from hfmpi.backends.numpy import NumpyBackend
-from hfmpi.bench.bound import Products
+from hfmpi.bench.bound import Products, Recording
 from hfmpi.bench.contest import Contestant, contest
 from hfmpi.data.batches import Sequences, check_batch
 from hfmpi.measure.machine import cores
@@ -36,23 +36,24 @@ __all__ = ["Bench", "Row", "allreduce", "gradients", "products", "step"]
 Row = dict[str, Any]
 
 NEEDED = (*PASSES, ALLREDUCE, WAITING)
-"""Spans of a step that its optimizer cannot do without."""
+"""Spans of a step that do not belong to the overhead of its optimizer."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What all measurements of a call have in common.
+    """The settings that all measurements of a call share.
 
     Attributes
     ----------
     comm : Communicator
     text : ndarray of uint8, optional
-        Symbols of a text; without it they come in random order.
+        The symbols of a text; by default random symbols.
     length : int
         Characters of a sequence.
     dtype, backend, precision, transport : str
     slices, micro_batch, threads, repeats, local_rank : int
-        `threads` is that of each rank when all work; without `micro_batch` it is the backend's.
+        `threads` is the number of threads of each rank when all ranks work; `micro_batch` defaults to that of
+        the backend.
     """
 
     comm: Communicator
@@ -69,38 +70,37 @@ class Bench:
     local_rank: int = 0
 
     def teams(self) -> list[tuple[Communicator, int]]:
-        """Communicator and threads of those who do the same work in turn; all ranks come first."""
+        """Return communicator and threads of the teams that do the work in turn, first that of all ranks."""
         size = self.comm.size
         teams = [(self.comm, self.threads)]
         if size > 1:
             teams.append((Communicator(), 1))
-        if 1 < size <= cores():  # not where each rank is bound to a core
+        if 1 < size <= cores():  # not if each rank is bound to a core
             teams.append((Communicator(), size))
         return teams
 
-    def make_backend(self) -> NumpyBackend:
-        """Make a backend of this rank."""
-        return create(self.backend, self.dtype, self.local_rank, self.precision)
+    def make_backend(self) -> Recording:
+        """Return a new backend for this rank that can record its products."""
+        return cast(Recording, create(self.backend, self.dtype, self.local_rank, self.precision, Recording))
 
-    def mean_risk(self, about: Architecture, comm: Communicator) -> DataParallel:
-        """Make the mean risk of a network on a backend of its own."""
-        backend = self.make_backend()
+    def mean_risk(self, about: Architecture, comm: Communicator, backend: Recording) -> DataParallel:
+        """Return the mean risk of a network on a backend."""
         transport = choose(self.transport, comm, backend, self.slices > 0)
         network = Network(about, backend)
         return DataParallel(network, comm, None, self.micro_batch, transport=transport, slices=self.slices)
 
     def sequences(self, about: Architecture, batch: int) -> Sequences:
-        """Give sequences from which a batch of this size can be drawn."""
+        """Return sequences from which a batch of this size can be drawn."""
         symbols = self.text
         if symbols is None:
             rng = np.random.default_rng(0)
             symbols = rng.integers(0, about.inputs, batch * self.length).astype(np.uint8)
-        found = Sequences(symbols, self.length)
-        check_batch(batch, found.count)
-        return found
+        sequences = Sequences(symbols, self.length)
+        check_batch(batch, sequences.count)
+        return sequences
 
     def row(self, about: Architecture, batch: int | None, ranks: int, threads: int) -> Row:
-        """Give the part of a row that says what was measured."""
+        """Return the part of a row that identifies the measurement."""
         return {
             "model": about.name,
             "hidden": about.hidden,
@@ -115,24 +115,24 @@ class Bench:
 
 
 def _timed(heads: list[Row], seconds: np.ndarray) -> list[Row]:
-    """Complete rows by their times: in `seconds` every work is followed by its matrix products alone.
+    """Add the times to rows: in `seconds` each contestant is followed by its matrix products alone.
 
-    Ratios are medians of the ratios within each repetition: what slows a whole repetition cancels. Speedup
-    and efficiency are against rank 0 alone with one thread, where that was measured.
+    Ratios are medians of the ratios within each repetition, so that a slow repetition cancels. Speedup and
+    efficiency are relative to rank 0 alone with one thread, if that was measured.
     """
     kinds = [(head.get("pass"), head["ranks"], head["threads"]) for head in heads]
     rows = []
-    for head, own, bound in zip(heads, seconds[::2], seconds[1::2], strict=True):
+    for head, times, bound in zip(heads, seconds[::2], seconds[1::2], strict=True):
         row = head | {
-            "seconds": float(np.median(own)),
-            "seconds_least": float(own.min()),
-            "seconds_most": float(own.max()),
+            "seconds": float(np.median(times)),
+            "seconds_least": float(times.min()),
+            "seconds_most": float(times.max()),
             "bound_seconds": float(np.median(bound)),
-            "ratio": float(np.median(own / bound)),
+            "ratio": float(np.median(times / bound)),
         }
         workers, alone = head["ranks"] * head["threads"], (head.get("pass"), 1, 1)
         if workers > 1 and alone in kinds:
-            row["speedup"] = float(np.median(seconds[2 * kinds.index(alone)] / own))
+            row["speedup"] = float(np.median(seconds[2 * kinds.index(alone)] / times))
             row["efficiency"] = row["speedup"] / workers
         rows.append(row)
     return rows
@@ -141,28 +141,28 @@ def _timed(heads: list[Row], seconds: np.ndarray) -> list[Row]:
 def _passes(
     bench: Bench, about: Architecture, batch: int, kinds: dict[str, Callable[[Risk, Any], Any]]
 ) -> list[Row]:
-    """Time passes over one batch; each kind gives, from a risk and theta, a function to call."""
+    """Time passes over one batch; each kind returns, from a risk and theta, the function to call."""
     text, contestants, heads = bench.sequences(about, batch), [], []
     for comm, threads in bench.teams():
         for name, kind in kinds.items():
             heads.append({"pass": name} | bench.row(about, batch, comm.size, threads))
-            if comm.size == 1 and bench.comm.rank > 0:  # not in this team, but in step with it
+            if comm.size == 1 and bench.comm.rank > 0:  # waits for this team
                 contestants += [Contestant(_nothing, 1, threads)] * 2
                 continue
-            owner = bench.mean_risk(about, comm)
-            backend = owner.model.backend
+            backend = bench.make_backend()
+            owner = bench.mean_risk(about, comm, backend)
             theta = backend.to_device(about.initial(0).astype(bench.dtype))
-            run, alone = kind(owner.on(text, np.arange(batch)), theta), Products(backend)
-            with alone.recorded():
+            run = kind(owner.on(text, np.arange(batch)), theta)
+            with backend.recorded() as alone:
                 run()
             contestants += [Contestant(work, comm.size, threads) for work in (run, alone.repeat)]
     return _timed(heads, contest(bench.comm, contestants, bench.repeats))
 
 
 def products(bench: Bench, about: Architecture, batch: int, columns: int = 0) -> list[Row]:
-    """Gauss-Newton products v -> G v, linearised once.
+    """Time Gauss-Newton products v -> G v, linearised once.
 
-    With `columns` C also V -> G V and V -> V G V' for V (C, D), and the latter for one direction.
+    With `columns` C also the projections V -> V G V' of one direction and of C, V (C, D).
     """
 
     def product(risk: Risk, theta: Any) -> Callable[[], Any]:
@@ -170,25 +170,21 @@ def products(bench: Bench, about: Architecture, batch: int, columns: int = 0) ->
         v = theta * 0 + 1
         return lambda: apply(v)
 
-    def many(operator: str, count: int) -> Callable[[Risk, Any], Callable[[], Any]]:
-        def prepare(risk: Risk, theta: Any) -> Callable[[], Any]:
-            apply = getattr(risk, operator)(theta)
-            v = np.random.default_rng(0).standard_normal((count, theta.size))
-            directions = risk.owner.model.backend.to_device(v.astype(bench.dtype))
-            return lambda: apply(directions)
-
-        return prepare
+    def projection(count: int, risk: Risk, theta: Any) -> Callable[[], Any]:
+        apply = risk.project(theta)
+        v = np.random.default_rng(0).standard_normal((count, theta.size))
+        directions = risk.owner.model.backend.to_device(v.astype(bench.dtype))
+        return lambda: apply(directions)
 
     kinds: dict[str, Callable[[Risk, Any], Any]] = {"product": product}
     if columns:
-        kinds |= {"projection": many("project", 1)}
-        kinds |= {f"{columns} columns": many("columns", columns)}
-        kinds |= {f"projection of {columns}": many("project", columns)}
+        kinds["projection"] = partial(projection, 1)
+        kinds[f"projection of {columns}"] = partial(projection, columns)
     return _passes(bench, about, batch, kinds)
 
 
 def gradients(bench: Bench, about: Architecture, batch: int) -> list[Row]:
-    """Loss and gradient, and the loss alone."""
+    """Time the loss with its gradient, and the loss alone."""
     return _passes(
         bench,
         about,
@@ -201,13 +197,13 @@ def gradients(bench: Bench, about: Architecture, batch: int) -> list[Row]:
 
 
 def allreduce(bench: Bench, about: Architecture) -> list[Row]:
-    """Sum the messages of a loss, a product, and a gradient with squares; the bound copies the vector."""
+    """Time sums of the messages of a loss, a product, and a gradient with squares; the bound is a copy."""
     rows, comm = [], bench.comm
     backend = bench.make_backend()
     transport = choose(bench.transport, comm, backend)
     sizes = message_sizes(about.layout.size, about.layout.size)
     for kind, name in (("loss", "loss"), ("product", "product"), ("gradient", "gradient with squares")):
-        loss = kind == "loss"  # it is on the host, whatever the device
+        loss = kind == "loss"  # it is on the host, also with a GPU
         vector = np.zeros(sizes[kind]) if loss else backend.xp.zeros(sizes[kind], backend.dtype)
         copy = vector.copy()
         add = comm.sum if loss else transport.sum
@@ -232,7 +228,7 @@ def allreduce(bench: Bench, about: Architecture) -> list[Row]:
 
 
 def _repeats(comm: Communicator, work: Callable[[], object], seconds: float = 0.05) -> int:
-    """Give how often to repeat a collective so that it takes about so long on the slowest rank."""
+    """Return how often to repeat a collective so that it takes about so long on the slowest rank."""
     many = 1
     while True:
         start = time.perf_counter()
@@ -244,19 +240,19 @@ def _repeats(comm: Communicator, work: Callable[[], object], seconds: float = 0.
 
 
 def step(bench: Bench, about: Architecture, preset: Preset) -> list[Row]:
-    """Take whole steps of an optimizer, the first of a run; the very first does not count.
+    """Time the steps of an optimizer at the start of a run, without the first one.
 
-    `spans` has the seconds that a step spends, on average over steps and ranks; `other` is the share of it
-    outside passes, Allreduce and waiting.
+    `spans` has the seconds of a step by name, the mean over steps and ranks; `other` is the share outside
+    passes, Allreduce and waiting.
     """
     text = bench.sequences(about, preset.gradient_batch)
     contestants, heads, runs = [], [], []
     for comm, threads in bench.teams():
         heads.append(bench.row(about, preset.gradient_batch, comm.size, threads))
         takes_part = comm.size > 1 or bench.comm.rank == 0
-        run = _Steps(bench.mean_risk(about, comm), about, preset, text) if takes_part else None
+        run = _Steps(bench, comm, about, preset, text) if takes_part else None
         runs.append(run)
-        both = (run.step, run.products.repeat) if run else (_nothing, _nothing)
+        both = (run.step, run.repeat_products) if run else (_nothing, _nothing)
         contestants += [Contestant(work, comm.size, threads) for work in both]
     rows = _timed(heads, contest(bench.comm, contestants, bench.repeats))
     for row, run in zip(rows, runs, strict=True):
@@ -266,9 +262,9 @@ def step(bench: Bench, about: Architecture, preset: Preset) -> list[Row]:
 
 
 def _spans(comm: Communicator, run: _Steps | None, steps: int) -> dict[str, float]:
-    """Seconds of a step by name, the mean over steps and over the ranks that took part."""
-    own = None if run is None else (run.owner.timer.series(ALLREDUCE), dict(run.owner.timer.totals))
-    timers = [timer for timer in comm.agree(comm.gather(own)) or () if timer is not None]
+    """Return the seconds of a step by name, the mean over steps and over the ranks that took part."""
+    times = None if run is None else (run.owner.timer.series(ALLREDUCE), dict(run.owner.timer.totals))
+    timers = [timer for timer in comm.agree(comm.gather(times)) or () if timer is not None]
     _, waiting = split_waiting([series for series, _ in timers])
     spans = {name: float(np.mean([t.get(name, 0.0) for _, t in timers])) for name in timers[0][1]}
     spans[WAITING] = float(np.mean(waiting))
@@ -277,26 +273,33 @@ def _spans(comm: Communicator, run: _Steps | None, steps: int) -> dict[str, floa
 
 
 def _nothing() -> None:
-    """Stand in for a contestant on a rank that does not take part."""
+    """Replace a contestant on a rank that does not take part."""
 
 
 class _Steps:
-    """A run of steps, each of which can be followed by its matrix products alone."""
+    """The steps of a run; the matrix products of the last step can be repeated alone."""
 
-    def __init__(self, owner: DataParallel, about: Architecture, preset: Preset, text: Sequences) -> None:
-        self.owner, self.preset, self.text = owner, preset, text
-        backend = owner.model.backend
-        self.theta = backend.to_device(about.initial(0).astype(backend.dtype))
+    def __init__(
+        self, bench: Bench, comm: Communicator, about: Architecture, preset: Preset, text: Sequences
+    ) -> None:
+        self.backend, self.preset, self.text = bench.make_backend(), preset, text
+        self.owner = bench.mean_risk(about, comm, self.backend)
+        self.theta = self.backend.to_device(about.initial(0).astype(bench.dtype))
         self.state = preset.optimizer.init(self.theta, about.blocks)
-        self.taken, self.products = 0, Products(backend)
+        self.taken = 0
+        self.products: Products
 
     def step(self) -> None:
-        """Take the next step, recorded."""
-        with self.products.recorded(), self.owner.timer.span(OPTIMIZER):
+        """Take the next step and record its products."""
+        with self.backend.recorded() as self.products, self.owner.timer.span(OPTIMIZER):
             objectives = step_objectives(
                 self.owner, self.text, 0, self.taken, self.preset.gradient_batch, self.preset.curvature_batch
             )
             self.theta, self.state, _ = self.preset.optimizer.step(self.theta, self.state, objectives)
         if self.taken == 0:
-            self.owner.timer.clear()  # the first one made its workspaces and compiled
+            self.owner.timer.clear()  # the first step allocated workspaces and compiled kernels
         self.taken += 1
+
+    def repeat_products(self) -> None:
+        """Repeat the products of the last step."""
+        self.products.repeat()

@@ -76,7 +76,7 @@ batches = click.option(
 @click.option(
     "--columns",
     type=Number(int, 2, 1024),
-    help="Time so many directions in one pass too: products G V, and projections V G V' from J V alone.",
+    help="Time projections V G V' too, of one direction and of so many in one pass, from J V alone.",
 )
 @common
 def products(sizes: tuple[int, ...], columns: int | None, **options: Any) -> None:

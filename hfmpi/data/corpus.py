@@ -83,28 +83,6 @@ class Corpus:
             sha.update(np.ascontiguousarray(part, np.uint8).data)
         return sha.hexdigest()
 
-    def encode(self, text: bytes) -> np.ndarray:
-        """Return the ids (len(text),) uint8 of a text.
-
-        Raises
-        ------
-        UserError
-            If a byte of the text is not in the vocabulary.
-        """
-        table = np.full(256, -1, np.int16)
-        table[self._symbols] = np.arange(self.vocabulary)
-        ids = table[np.frombuffer(text, np.uint8)]
-        if ids.size and ids.min() < 0:
-            unknown = text[int(ids.argmin())]
-            raise UserError(
-                f"the byte {bytes([unknown])!r} is not one of the {self.vocabulary} symbols of the corpus"
-            )
-        return ids.astype(np.uint8)
-
-    def decode(self, ids: np.ndarray) -> bytes:
-        """Return the text that ids (n,), any integer type, stand for."""
-        return self._symbols[ids].tobytes()
-
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the corpus to an HDF5 file atomically.
 

@@ -1,1 +1,1 @@
-"""Everything that lies on a disk: written whole or not at all, and read as if it came from a stranger."""
+"""All files on disk: each is written completely or not at all, and none is trusted when it is read."""

@@ -1,4 +1,4 @@
-"""Files are read only if they are regular, and replaced as a whole or not at all."""
+"""Files are read only if they are regular, and are replaced completely or not at all."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["open_regular", "remove_leftovers", "replace", "why"]
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading, unless it is a pipe or device, which could make us wait or read for ever.
+    """Open a regular file for reading; pipes and devices are refused, because they could block for ever.
 
     Raises
     ------
     UserError
-        If it is not there, not readable or not a regular file.
+        If the file does not exist, or is not readable or not regular.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -35,7 +35,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def why(error: OSError | ValueError) -> str:
-    """Give the reason for which a file cannot be opened; a null byte in its name is a ValueError."""
+    """Return the reason why a file cannot be opened; a null byte in its name is a ValueError."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
@@ -45,29 +45,29 @@ def replace(
     keep: Path | None = None,
     check: Callable[[Path], object] | None = None,
 ) -> None:
-    """Write a file so that a crash at any moment leaves the old content or the new.
+    """Write a file so that a crash at any moment leaves either the old or the new content.
 
-    Whoever reads it meanwhile finds one of them too (without hard links and with `keep`: perhaps none).
+    A process that reads the file at the same time also gets the old or the new content (with `keep`, on a
+    file system without hard links, perhaps no file).
 
-    The content goes to a hidden temporary file in the same folder, reaches the disk, is read back from
-    there, and only then takes the name. If any of it fails, the temporary file is removed and everything is
-    as before.
+    The content is written to a hidden temporary file in the same folder, flushed to the disk, and read back;
+    then the file is renamed. If any of this fails, the temporary file is removed and all files are unchanged.
 
     Parameters
     ----------
     path : Path
-        The file to create or replace; where it is a symbolic link, the file that it names.
+        The file to create or replace; if it is a symbolic link, the target of the link.
     content : bytes
-        Its whole new content.
+        The complete new content.
     keep : Path, optional
-        The name under which the old file, if there is one, stays.
+        A new name for the old file, if there is one.
     check : callable, optional
-        Reads the temporary file too, and raises a UserError if it is not good.
+        Also reads the temporary file, and raises a UserError if it is not valid.
 
     Raises
     ------
     UserError
-        If the folder or the disk does not take the file, or it is there and no regular file.
+        If the file cannot be written, or exists and is not a regular file.
     """
     target = Path(os.path.realpath(path))
     temporary, old = (target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp") for _ in range(2))
@@ -78,7 +78,7 @@ def replace(
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            # What is on the disk by now may leave the memory, so that it is the disk that is read.
+            # Drop the pages from the memory, so that the check reads the disk.
             with contextlib.suppress(OSError):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if not _holds(temporary, memoryview(content)):
@@ -88,29 +88,29 @@ def replace(
         if keep is not None and target.exists():
             os.replace(_linked(target, old), keep)
         os.replace(temporary, target)
-        with contextlib.suppress(OSError):  # not every file system can do it
+        with contextlib.suppress(OSError):  # not every file system supports it
             folder = os.open(target.parent, os.O_RDONLY)
             try:
-                os.fsync(folder)  # the new names reach the disk too
+                os.fsync(folder)  # flush the new names too
             finally:
                 os.close(folder)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
         for leftover in temporary, old:
-            with contextlib.suppress(OSError):  # gone after the rename; never there in a bad folder
+            with contextlib.suppress(OSError):  # renamed, or never created
                 leftover.unlink()
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove the temporary files that `replace` left beside a file when it was killed."""
+    """Remove the temporary files that a killed `replace` has left in the folder of a file."""
     with contextlib.suppress(OSError):
         for leftover in path.parent.glob(f".{path.name}.????????.tmp"):
             leftover.unlink()
 
 
 def _linked(path: Path, second: Path) -> Path:
-    """Give a file a second name, and that name; where the file system has no hard links, its own."""
+    """Create a second name for a file and return it; without hard links return the path."""
     try:
         os.link(path, second)
     except OSError:
@@ -120,5 +120,5 @@ def _linked(path: Path, second: Path) -> Path:
 
 def _holds(path: Path, content: memoryview, part: int = 2**20) -> bool:
     with path.open("rb") as file:
-        parts = range(0, len(content) + 1, part)  # one byte more than there is must not be there
+        parts = range(0, len(content) + 1, part)  # the last part detects additional bytes
         return all(file.read(part) == content[start : start + part] for start in parts)

@@ -1,8 +1,8 @@
-"""Checkpoints: everything a run needs to go on, in one HDF5 file that proves itself whole.
+"""Checkpoints: everything that a run needs to continue, in one HDF5 file with a digest of its content.
 
-Beside the header of every HDF5 file the root has the attribute meta (one JSON string), the dataset theta and
-the group state, whose datasets are the arrays of the optimizer's state and whose attributes are its numbers
-and strings. There are no pickles, links or references, and the reader accepts none.
+In addition to the header of every HDF5 file the root has the attribute meta (one JSON string), the dataset
+theta and the group state, whose datasets are the arrays of the optimizer's state and whose attributes are its
+numbers and strings. There are no pickles, links or references, and the reader accepts none.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +33,18 @@ Entry = int | float | str | np.ndarray
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
     Attributes
     ----------
     theta : ndarray
         The parameters, (D,).
     state : dict
-        The optimizer's state by name: bool, int, float, str or ndarray. Empty: it starts anew.
+        The optimizer's state by name: bool, int, float, str or ndarray. Empty: a new state is made.
     meta : dict
-        Whatever else describes the run, as JSON has it.
+        The rest of the run's description, as JSON values.
     message : str or None
-        What the user should know, if `latest` fell back on the previous checkpoint.
+        A note for the user if `latest` fell back on the previous checkpoint.
     """
 
     theta: np.ndarray
@@ -54,25 +54,25 @@ class Checkpoint:
 
 
 def save(path: str | Path, theta: np.ndarray, state: Mapping[str, Entry], meta: Mapping[str, Any]) -> None:
-    """Write a checkpoint as a whole or not at all; the one that was there becomes the previous one.
+    """Write a checkpoint completely or not at all; an existing one becomes the previous checkpoint.
 
     Parameters
     ----------
     path : path
-        Usually the run's folder / `NEWEST`; the previous one goes to `PREVIOUS` beside it.
+        Usually `NEWEST` in the run's folder; the previous checkpoint goes to `PREVIOUS` in the same folder.
     theta : ndarray
         The parameters, (D,).
     state : mapping
-        Names to bool, int, float, str or ndarray of numbers of any shape.
+        Names to bool, int, float, str or numeric ndarray of any shape.
     meta : mapping
-        A small nested dict that JSON can hold.
+        A small nested dict that JSON can represent.
 
     Raises
     ------
     UserError
-        If the folder or the disk does not take the file; the files there are then as before.
+        If the file cannot be written; existing files are then unchanged.
     TypeError
-        If an entry is of another type.
+        If an entry has another type.
     """
     path = Path(path)
     text = json.dumps(meta, sort_keys=True)
@@ -92,7 +92,7 @@ def load(path: str | Path) -> Checkpoint:
     Raises
     ------
     UserError
-        If the file is missing, damaged, or anything but a checkpoint of this version.
+        If the file is missing, damaged, or not a checkpoint of this version.
     """
     path = Path(path)
     if not os.path.lexists(path):
@@ -103,13 +103,13 @@ def load(path: str | Path) -> Checkpoint:
             raise Damage(
                 "is damaged: a checkpoint has the dataset theta and the group state and nothing else"
             )
-        left = min(size, free_memory())
-        theta = array(file, "theta", left)
-        left -= theta.nbytes
+        limit = min(size, free_memory())
+        theta = array(file, "theta", limit)
+        limit -= theta.nbytes
         arrays, state = file["state"], dict[str, Entry]()
         for name in members(arrays):
-            state[name] = found = array(arrays, name, left)
-            left -= found.nbytes
+            state[name] = entry = array(arrays, name, limit)
+            limit -= entry.nbytes
         for name in attributes(arrays):
             state[name] = attribute(arrays, name)
         text = str(attribute(file, "meta", "S"))
@@ -117,7 +117,7 @@ def load(path: str | Path) -> Checkpoint:
             raise Damage("is damaged: its content does not match its digest")
         meta = json.loads(text)
         if not isinstance(meta, dict):
-            raise Damage("is damaged: its meta is no object")
+            raise Damage("is damaged: its meta is not an object")
     return Checkpoint(theta, state, meta)
 
 
@@ -127,43 +127,42 @@ def latest(folder: str | Path) -> Checkpoint:
     Raises
     ------
     UserError
-        If neither can be read, or another program keeps the newest from being read.
+        If neither can be read, or another program has locked the newest.
     """
     newest, previous = Path(folder) / NEWEST, Path(folder) / PREVIOUS
     try:
         return load(newest)
-    except InUse:  # it may be good, and the steps since the previous one with it
+    except InUse:  # the file may be valid: falling back would discard the steps since the previous one
         raise
     except UserError as error:
         if not previous.exists():
             raise
         try:
-            found = load(previous)
+            checkpoint = load(previous)
         except UserError as second:
             raise UserError(f"{error}; {second}") from second
-        message = f"{error}; going on from {previous}"
-        return Checkpoint(found.theta, found.state, found.meta, message)
+        return replace(checkpoint, message=f"{error}; going on from {previous}")
 
 
 def trained_on(folder: str | Path) -> tuple[str | None, bytes]:
-    """Give the digest of a run's data and the symbols of its text: None and nothing if none are told."""
+    """Return the digest of a run's data and the symbols of its text: None and b"" if they are unknown."""
     try:
         meta = latest(folder).meta
-        found = identity(meta)
-        return found.get("corpus") or found["cases"], bytes(list(meta.get("vocabulary", ())))
+        digests = identity(meta)
+        return digests.get("corpus") or digests["cases"], bytes(list(meta.get("vocabulary", ())))
     except (UserError, LookupError, TypeError, ValueError):
         return None, b""
 
 
 def identity(meta: Mapping[str, Any]) -> dict[str, str]:
-    """Give the digests of a run's data, and of its model where that is no option; KeyError without any."""
+    """Return the digests of a run's data and of a user-defined model; raise a KeyError without them."""
     if "corpus" in meta:
         return {"corpus": str(meta["corpus"])}
     return {name: str(meta[name]) for name in ("cases", "valid_cases", "model")}
 
 
 def _is_good(path: Path) -> bool:
-    """Whether a checkpoint may take the place of the previous one, which may be the only good one."""
+    """Return whether a checkpoint is valid: only then may it replace the previous one."""
     try:
         load(path)
     except UserError:
@@ -183,7 +182,7 @@ def _write(group: h5py.Group, name: str, entry: Entry) -> None:
 
 
 def _digest(theta: np.ndarray, state: Mapping[str, Entry], meta: str) -> str:
-    """SHA-256 over name, type, shape and bytes of every entry in sorted order, theta and meta included."""
+    """Return the SHA-256 of name, type, shape and bytes of meta, theta and the sorted state entries."""
     content = hashlib.sha256()
     entries = [("meta", meta), ("theta", theta)] + [(f"state/{name}", state[name]) for name in sorted(state)]
     for name, entry in entries:

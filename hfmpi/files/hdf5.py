@@ -1,8 +1,8 @@
-"""HDF5 files, which may come from anyone: kind, place and size are checked before memory is taken.
+"""HDF5 files from untrusted sources: type, storage and size are checked before memory is allocated.
 
-What is accepted is what hfmpi writes: hard links to groups and to contiguous datasets of plain numbers that
-lie in the file itself, and scalar attributes that are numbers or texts of fixed length. Links, virtual
-datasets, external storage, filters, references and all other types are refused unread.
+Only what hfmpi writes is accepted: hard links to groups and to contiguous datasets of plain numbers that are
+stored in the file itself, and scalar attributes that are numbers or texts of fixed length. Other links,
+virtual datasets, external storage, filters, references and all other types are refused unread.
 
 The root of every file has the attributes `format`, `version` and `digest`.
 """
@@ -28,16 +28,16 @@ __all__ = ["Damage", "Format", "InUse", "array", "attribute", "attributes", "mem
 MOST_MEMBERS = 64  # of a group, and attributes of an object; hfmpi writes about ten
 MOST_TEXT = 2**20  # bytes of an attribute
 
-# What HDF5 raises on damaged files is any of these, in words that only its authors understand.
+# HDF5 raises any of these on damaged files, with messages that do not help a user.
 _HDF5_ERRORS = (OSError, RuntimeError, LookupError, ValueError, TypeError, ArithmeticError)
 
 
 class Damage(Exception):
-    """What is wrong with a file, as the words that follow its name."""
+    """A defect of a file; the message continues the sentence that starts with the file's name."""
 
 
 class InUse(UserError):
-    """Another program holds the file, so that nothing can be said of its content."""
+    """Another program has locked the file, so that its content is unknown."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Format:
     def written(
         self, path: Path, digest: str, check: Callable[[Path], object], keep: Path | None = None
     ) -> Iterator[h5py.File]:
-        """Give a new file, which takes its place when the block ends; the rest is as of `atomic.replace`."""
-        # The file is made in memory, so that a full disk meets one plain write and not the HDF5 library.
-        # From v110 on, HDF5's own structures carry checksums.
+        """Yield a new file, which is written to `path` when the block ends; see `atomic.replace`."""
+        # The file is made in memory, so that a full disk affects one plain write and not the HDF5 library.
+        # From v110 on, the structures of HDF5 have checksums.
         image = io.BytesIO()
         with h5py.File(image, "w", libver=("v110", "v110")) as file:
             set_text(file, "format", self._name)
@@ -63,17 +63,17 @@ class Format:
         replace(path, image.getbuffer(), keep, check)
 
     def claimed(self, file: h5py.File) -> bool:
-        """Whether a file calls itself one of this kind, of any version and in any state."""
+        """Return whether a file claims to be of this kind, whatever its version and state."""
         try:
             return attribute(file, "format", "S") == self._name
         except Damage:
             return False
 
     def digest(self, file: h5py.File) -> str:
-        """Give the digest that a file claims to have; raise a Damage if it is of another kind or version."""
+        """Return the digest that a file claims to have; raise a Damage for another kind or version."""
         name, version = attribute(file, "format", "S"), attribute(file, "version", "iu")
         if name != self._name:
-            raise Damage(f"is no {self.kind}, its format is {name!r:.60}")
+            raise Damage(f"is not a {self.kind}: its format is {name!r:.60}")
         if version != self.version:
             raise Damage(
                 f"is a {self.kind} of version {version!s:.20}, and this hfmpi reads version {self.version}"
@@ -87,20 +87,20 @@ class Format:
 
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[h5py.File, int]]:
-    """Open a file for reading; give it and its size in bytes.
+    """Open a file for reading and yield it with its size in bytes.
 
     Raises
     ------
     UserError
-        Of one sentence, for whatever turns out to be wrong inside the `with` block too; an `InUse` if
-        another program keeps it from being read.
+        In one sentence, also for errors inside the `with` block; an `InUse` if another program has locked
+        the file.
     """
-    with open_regular(path) as file:  # tells "you may not" from "it is damaged"
+    with open_regular(path) as file:  # missing permissions are not damage
         size = file.seek(0, 2)
     if not h5py.is_hdf5(path):
         raise UserError(f"{path} is not an HDF5 file")
     try:
-        # Files are replaced as a whole, so that no lock is needed to read one; some file systems have none.
+        # Files are replaced as a whole, so that reading needs no lock; some file systems have none.
         with h5py.File(path, "r", locking=False) as file:
             yield file, size
     except Damage as damage:
@@ -113,7 +113,7 @@ def opened(path: Path) -> Iterator[tuple[h5py.File, int]]:
                 f"{path} is open for writing in another program: close it there; if that program has died, "
                 f"`h5clear -s {path}` (of the HDF5 tools) makes it readable again"
             ) from None
-        if "unable to lock file" in str(error):  # only where the environment insists on locks
+        if "unable to lock file" in str(error):  # only if the environment requires locks
             raise InUse(
                 f"{path} is locked by another program, or its file system has no locks: close it there, or "
                 "set HDF5_USE_FILE_LOCKING=FALSE"
@@ -122,7 +122,7 @@ def opened(path: Path) -> Iterator[tuple[h5py.File, int]]:
 
 
 def members(group: h5py.Group) -> list[str]:
-    """Give the names in a group, all of which are in this very file: no soft or external links."""
+    """Return the names in a group; soft and external links are refused."""
     if len(group) > MOST_MEMBERS:
         raise Damage(f"is damaged: {group.name} claims {len(group):,} members")
     names = list(group)
@@ -133,14 +133,14 @@ def members(group: h5py.Group) -> list[str]:
 
 
 def array(group: h5py.Group, name: str, most: int) -> np.ndarray:
-    """Read a dataset of plain numbers of at most so many bytes, all stored, as such, in this very file.
+    """Read a dataset of plain numbers, at most `most` bytes, all of them stored in the file itself.
 
-    `name` is one that `members` gave.
+    `name` comes from `members`.
     """
     dataset = group[name]
     if not isinstance(dataset, h5py.Dataset) or dataset.shape is None or not _plain(dataset.id, "biuf"):
         raise Damage(f"is damaged: {_short(name)} is not a dataset of plain numbers")
-    size = math.prod(dataset.shape) * dataset.dtype.itemsize  # in h5py's own product numbers wrap around
+    size = math.prod(dataset.shape) * dataset.dtype.itemsize  # the product that h5py computes wraps around
     if size > most:
         raise Damage(f"is damaged: {_short(name)} claims {size:,} bytes, more than there can be")
     settings = dataset.id.get_create_plist()
@@ -151,7 +151,7 @@ def array(group: h5py.Group, name: str, most: int) -> np.ndarray:
 
 
 def attribute(holder: Any, name: str, kinds: str = "biufS") -> bool | int | float | str:
-    """Read a scalar attribute: a number, or a text of fixed length; `kinds` are NumPy's letters."""
+    """Read a scalar attribute, a number or a text of fixed length; `kinds` are NumPy's type letters."""
     if name not in holder.attrs:
         raise Damage(f"is damaged: it has no attribute {_short(name)}")
     about = holder.attrs.get_id(name)
@@ -164,27 +164,27 @@ def attribute(holder: Any, name: str, kinds: str = "biufS") -> bool | int | floa
 
 
 def attributes(holder: Any) -> list[str]:
-    """Give the names of the attributes of an object."""
+    """Return the names of the attributes of an object."""
     if len(holder.attrs) > MOST_MEMBERS:
         raise Damage(f"is damaged: {holder.name} claims {len(holder.attrs):,} attributes")
     return list(holder.attrs)
 
 
 def set_text(holder: Any, name: str, value: str) -> None:
-    """Give an object a text attribute of fixed length, UTF-8.
+    """Set a text attribute of fixed length, UTF-8.
 
-    HDF5 keeps texts of variable length in a heap, and a damaged heap can make it loop for ever.
+    HDF5 stores texts of variable length in a heap, and a damaged heap can make it loop for ever.
     """
     content = value.encode()
     holder.attrs.create(name, np.bytes_(content), dtype=h5py.string_dtype("utf-8", max(1, len(content))))
 
 
 def _plain(stored: Any, kinds: str) -> bool:
-    """Whether the stored type is one of NumPy's own: little-endian, no enumeration, no odd width."""
+    """Return whether the stored type is a NumPy type: little-endian, not an enumeration, of usual width."""
     kind = stored.dtype
     if kind.kind not in kinds or kind.str[0] == ">":
         return False
-    # By its name alone: h5py notes in the metadata of a NumPy type that it stands for an enumeration.
+    # Compare the type made from its name: h5py marks enumerations in the metadata of the NumPy type.
     return kind.kind == "S" or stored.get_type().equal(h5py.h5t.py_create(np.dtype(kind.str), logical=True))
 
 

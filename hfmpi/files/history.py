@@ -1,4 +1,4 @@
-"""The history of a run: one JSON object a line and a line a step."""
+"""The history of a run: a file with one JSON object per line and one line per step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOST_LINE = 2**16  # bytes; hfmpi writes about 500
 
 
 class Record(TypedDict):
-    """A line: the keys of a step (docs/file-formats.md), those of single methods at the end."""
+    """A line: the keys of a step (docs/file-formats.md), those of particular optimizers at the end."""
 
     step: int
     seconds: float
@@ -60,13 +60,13 @@ class Record(TypedDict):
 
 
 class LossKeys(NamedTuple):
-    """Under which keys the records of a run have its loss, and in which unit.
+    """The keys of the losses in the records of a run, and their unit.
 
     Attributes
     ----------
     train, valid : str
     per_nat : float
-        Units in a nat.
+        Units per nat.
     """
 
     train: str
@@ -74,27 +74,27 @@ class LossKeys(NamedTuple):
     per_nat: float
 
     def of(self, record: Record) -> tuple[float | None, float | None]:
-        """Give the loss of the training batch and of the validation set, if known."""
+        """Return the loss of the training batch and of the validation set, if known."""
         values = cast("dict[str, Any]", record)
         return values[self.train], values[self.valid]
 
 
 BITS = LossKeys("train_bpc", "valid_bpc", 1 / math.log(2))
-"""Of `hfmpi train`: bits a character."""
+"""Of `hfmpi train`: bits per character."""
 
 NATS = LossKeys("loss", "valid_loss", 1.0)
-"""Of `hfmpi.train`: the loss as the model has it."""
+"""Of `hfmpi.train`: the loss in the unit of the model."""
 
 
 def loss_keys(record: Record) -> LossKeys:
-    """Give those of a record."""
+    """Return the keys that a record has."""
     return NATS if NATS.train in record else BITS
 
 
 class History:
     """The file history.jsonl in the folder of a run.
 
-    Lines that cannot be written are kept, and written in their order as soon as that is possible.
+    Lines that cannot be written are buffered, and written in order as soon as that is possible.
 
     Parameters
     ----------
@@ -105,17 +105,17 @@ class History:
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / HISTORY
         self._waiting: list[bytes] = []
-        self._whole = self._size()  # bytes that end in a whole line; what follows is the torn rest of a write
+        self._whole = self._size()  # bytes up to the last complete line; the rest is an incomplete write
 
     def add(self, record: Record) -> None:
-        """Add one line to those that wait for `flush`.
+        """Append a line to the buffer that `flush` writes.
 
-        Numbers that are not finite, which JSON does not know, are written as null.
+        Numbers that are not finite, which JSON cannot represent, are written as null.
         """
         self._waiting.append((json.dumps(plain(record), allow_nan=False) + "\n").encode())
 
     def flush(self, sync: bool = False) -> None:
-        """Write the lines that wait; with `sync` all lines reach the disk.
+        """Write the buffered lines; with `sync` flush all lines to the disk.
 
         Raises
         ------
@@ -126,31 +126,31 @@ class History:
             return
         content = b"".join(self._waiting)
         try:
-            # Not "a": what an earlier attempt left half-written is overwritten.
+            # Not in mode "a": an incomplete write of an earlier attempt is overwritten.
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o666)
             with os.fdopen(descriptor, "wb") as file:
-                self._whole = min(self._whole, os.fstat(descriptor).st_size)  # less if it was removed
+                self._whole = min(self._whole, os.fstat(descriptor).st_size)  # smaller if it was removed
                 file.truncate(self._whole)
                 file.seek(self._whole)
                 file.write(content)
                 if sync:
                     file.flush()
                     os.fsync(descriptor)
-        except OSError as error:  # a quota may be told of by `close` alone
+        except OSError as error:  # `close` may be the first to report a quota
             raise UserError(f"cannot write {self.path}: {error.strerror or error}") from None
         self._whole += len(content)
         self._waiting.clear()
 
     def truncate(self, step: int) -> list[str]:
-        """Drop what comes after a step, and a torn last line; without a file there is nothing to do.
+        """Remove the lines after a step, and an incomplete last line; do nothing if there is no file.
 
-        A run that goes on from a checkpoint repeats the steps after it. Lines that are no steps are dropped
-        too, and the file as it was is then kept beside the new one.
+        A run that continues from a checkpoint repeats the steps after it. Lines that are not steps are
+        removed too; the original file is then renamed to `DAMAGED`.
 
         Returns
         -------
         list of str
-            What the user should know: that steps are dropped, that the file was damaged.
+            Notes for the user: that steps are removed, that the file was damaged.
 
         Raises
         ------
@@ -159,51 +159,51 @@ class History:
         """
         if not os.path.lexists(self.path):
             return []
-        kept, foreign, last, later = [], 0, 0, 0
+        lines, foreign, last, later = [], 0, 0, 0
         for _, line, record in _lines(self.path):
             if record is None or not last < record["step"]:
                 foreign += 1
                 if len(line) == MOST_LINE:
-                    break  # no history, and perhaps without end
+                    break  # not a history, and perhaps endless
             elif record["step"] <= step:
-                kept.append(line.rstrip(b"\n") + b"\n")
+                lines.append(line.rstrip(b"\n") + b"\n")
                 last = record["step"]
             else:
                 later += 1
         aside = self.path.with_name(DAMAGED) if foreign else None
-        replace(self.path, b"".join(kept), keep=aside)
+        replace(self.path, b"".join(lines), keep=aside)
         self._whole = self._size()
         notes = []
         if later:
-            notes.append(f"{self.path} had {later:,} step(s) that no checkpoint holds: they are taken anew")
+            notes.append(f"{self.path}: {later:,} step(s) after the last checkpoint will be recomputed")
         if foreign:
-            lines = f"{foreign:,} damaged or foreign line(s)"
-            notes.append(f"{self.path} had {lines}, left out now; as it was it is {aside}")
+            removed = f"{foreign:,} damaged or foreign line(s), which were removed"
+            notes.append(f"{self.path} had {removed}; the original file is now {aside}")
         return notes
 
     @staticmethod
     def read(folder: str | Path, numbers: Iterable[str] = ()) -> list[Record]:
-        """Read the history in the folder of a run; a last line that was torn by a crash is left out.
+        """Read the history in the folder of a run, without a last line that is incomplete after a crash.
 
         Parameters
         ----------
         folder : path
         numbers : iterable of str
-            Keys whose values must be there: numbers or None.
+            Keys that every record must have, with numbers or None as values.
 
         Raises
         ------
         UserError
-            If there is no history or a line is not one of a history.
+            If there is no history, or a line is not a step of a history.
         """
         path = Path(folder) / HISTORY
         records = []
         for number, _, record in _lines(path):
             if record is None:
-                raise UserError(f"{path} is damaged in line {number}: it is no step of a history")
+                raise UserError(f"{path} is damaged in line {number}: it is not a step of a history")
             bad = [key for key in numbers if not is_drawable(record.get(key, ""))]
             if bad:
-                raise UserError(f"{path} is damaged in line {number}: its {bad[0]} is no number")
+                raise UserError(f"{path} is damaged in line {number}: its {bad[0]} is not a number")
             records.append(cast(Record, record))
         return records
 
@@ -215,10 +215,13 @@ class History:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
-    """Give number, content and record of each line: None if it is no step; not a last one that is torn."""
+    """Yield number, content and record of each line, without an incomplete last line.
+
+    The record is None if the line is not a step.
+    """
     with open_regular(path) as file:
         number = 0
-        # A line at a time and none without end: the file may be larger than the memory.
+        # Read one line of limited length at a time: the file may be larger than the memory.
         while line := file.readline(MOST_LINE):
             number += 1
             try:
@@ -236,7 +239,7 @@ def _refuse(constant: str) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Give a record as the file has it: numbers of Python's own, and None for those that are not finite."""
+    """Return a record as JSON values: Python numbers, and None for numbers that are not finite."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""One job to a run's folder: a lock on a file in it, which the kernel gives back when the process dies."""
+"""A lock that allows one job per run folder; the operating system releases it when the process dies."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ NAME = ".lock"
 class Lock:
     """A lock on a folder, held until `release` or the end of the process, however it ends.
 
-    The file stays when the lock is gone and says who held it last. On NFS the lock is one of the server and
-    so holds between nodes.
+    The lock file remains afterwards and names the last holder. On NFS the server manages the lock, so that it
+    works between nodes.
 
     Attributes
     ----------
     note : str or None
-        What a user should know, if the file system has no locks and none is held.
+        A note for the user if the file system has no locks, so that none is held.
 
     Raises
     ------
     UserError
-        If another process holds the lock, or the file cannot be made.
+        If another process holds the lock, or the file cannot be created.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -50,19 +50,19 @@ class Lock:
             self.note = (
                 f"{folder} cannot be locked ({error.strerror}): take care that no other job writes into it"
             )
-        with contextlib.suppress(OSError):  # a full disk: the words are missing, the lock is there
+        with contextlib.suppress(OSError):  # on a full disk the lock works without its text
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def stands(self) -> bool:
-        """Whether the file that is locked is still the one in the folder."""
+        """Return whether the locked file is still the one in the folder."""
         try:
             return os.path.samestat(os.stat(self.path, follow_symlinks=False), os.fstat(self._file))
         except OSError:
             return False
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         os.close(self._file)
 
     def _holder(self) -> str:

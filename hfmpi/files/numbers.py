@@ -1,4 +1,4 @@
-"""What a number in a file may be: another program, or another person, may have written it."""
+"""Checks of numbers in files that may have been written by another program or person."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ __all__ = ["is_amount", "is_drawable"]
 
 
 def is_amount(value: Any, most: float = 2**53) -> bool:
-    """Whether it counts or measures something: a number, not negative, and below `most`.
+    """Return whether a value is a number that is at least 0 and less than `most`.
 
-    Below 2^53 whole numbers are exact as floats, and what is computed from several stays finite.
+    Integers below 2^53 are exact as floats, and results computed from several of them stay finite.
     """
     return type(value) in (int, float) and 0 <= value < most
 
 
 def is_drawable(value: Any) -> bool:
-    """Whether it is a number that can be drawn, or None, which leaves a gap."""
-    # Large ones are refused because sums over a plot's lines may not overflow.
+    """Return whether a value is a number that can be drawn, or None, which leaves a gap."""
+    # Larger numbers are refused so that sums over the lines of a plot cannot overflow.
     return value is None or (type(value) in (int, float) and abs(value) < 1e100)

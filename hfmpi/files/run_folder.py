@@ -1,4 +1,4 @@
-"""The folder of a run: made, or found with something to go on from."""
+"""The folder of a run: create it, or find the checkpoint from which the run continues."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ __all__ = ["find_checkpoint", "make"]
 def find_checkpoint(
     folder: Path | None, resume: str, names: tuple[str, str] = ("--out", "--resume auto")
 ) -> Checkpoint | None:
-    """Give the checkpoint to go on from, or None for a new run; nothing is written.
+    """Return the checkpoint from which to continue, or None for a new run; nothing is written.
 
     Parameters
     ----------
     folder : Path or None
-        Of the run; it need not exist. None: nothing is to be written.
+        The folder of the run; it need not exist. None: the run writes no files.
     resume : str
-        'auto': its own checkpoint, if there is one. 'never': None. Else a run's folder or a checkpoint
-        file to start from.
+        'auto': the checkpoint in the folder, if there is one. 'never': None. Else the folder of a run or a
+        checkpoint file to start from.
     names : tuple of str
-        What a user calls the option for the folder, and going on.
+        The names of the option for the folder, and of the option to continue.
 
     Raises
     ------
     UserError
-        If a checkpoint cannot be read, or `never` or a path is asked for where a run would be overwritten.
+        If a checkpoint cannot be read, or if `never` or a path would overwrite a run.
     """
-    # os.path: a name that is too long or lies in a closed folder holds no run; `make` will say why. A link
-    # that leads nowhere is one, whose file is away.
+    # os.path: a name that is too long or in an unreadable folder holds no run, and `make` reports why. A
+    # broken symbolic link counts as a run whose file is temporarily missing.
     has_run = folder is not None and any(
         os.path.lexists(folder / name) for name in (checkpoint.NEWEST, checkpoint.PREVIOUS)
     )
@@ -47,12 +47,12 @@ def find_checkpoint(
 
 
 def make(folder: Path) -> None:
-    """Make the folder of a run, with its parents, if it is not there.
+    """Create the folder of a run, with its parents, if it does not exist.
 
     Raises
     ------
     UserError
-        If it cannot be made or written.
+        If it cannot be created or is not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

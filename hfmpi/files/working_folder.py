@@ -1,4 +1,4 @@
-"""The working folder, which may be removed while a shell stands in it."""
+"""The working folder, which may be removed while a shell uses it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["check_working_folder"]
 
 
 def check_working_folder() -> None:
-    """Raise a UserError if the working folder is gone: no relative path means anything then."""
+    """Raise a UserError if the working folder was removed: relative paths are then meaningless."""
     try:
         os.getcwd()
     except OSError:

@@ -1,4 +1,4 @@
-"""What rank 0 writes into the folder of a run, under a lock, also when the folder vanishes meanwhile."""
+"""The files that rank 0 writes to the folder of a run, under a lock, even if the folder is removed."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ CONFIG, TIMING, DONE = "config.toml", "timing.json", "DONE"
 
 
 class Writer:
-    """The files of a run; every method raises a UserError if the file system does not take them.
+    """The files of a run; every method raises a UserError if a file cannot be written.
 
     Parameters
     ----------
     folder : Path
-        Made if it is not there.
+        Created if it does not exist.
     step : int
-        Where the run goes on; later lines of the history are dropped. Then that of the last checkpoint.
+        The step from which the run continues; later lines of the history are removed. The attribute is the
+        step of the last checkpoint.
     config : str
-        Content of config.toml.
+        The content of config.toml.
 
     Attributes
     ----------
     notes : list of str
-        What the user should know and has not been told.
+        Notes that have not been shown to the user yet.
     """
 
     def __init__(self, folder: Path, step: int, config: str) -> None:
@@ -47,7 +48,7 @@ class Writer:
         try:
             self.notes = [self.lock.note] if self.lock.note else []
             for name in checkpoint.NEWEST, CONFIG, TIMING, DONE, HISTORY:
-                if not self.lock.note:  # else they may be another job's
+                if not self.lock.note:  # without a lock they may belong to another job
                     remove_leftovers(folder / name)
             self.history = History(folder)
             self.notes += self.history.truncate(step)
@@ -61,15 +62,15 @@ class Writer:
             raise
 
     def record(self, record: Record) -> None:
-        """Add a line to the history; if it cannot be written now, it waits there."""
+        """Append a line to the history; if it cannot be written now, it is buffered."""
         self.history.add(record)
         self._keep_folder()
         self.history.flush()
 
     def checkpoint(self, theta: np.ndarray, state: Mapping[str, Entry], meta: Mapping[str, Any]) -> None:
-        """Write the checkpoint, with the lines of the history before it."""
+        """Write the checkpoint after the lines of the history up to it."""
         self._keep_folder()
-        with contextlib.suppress(UserError):  # the lines wait on
+        with contextlib.suppress(UserError):  # the lines stay buffered
             self.history.flush(sync=True)
         checkpoint.save(self.folder / checkpoint.NEWEST, theta, state, meta)
         self.step = meta["step"]
@@ -80,22 +81,22 @@ class Writer:
         replace(self.folder / TIMING, content.encode())
 
     def finish(self, done: str) -> None:
-        """Write the lines of the history that wait, and what DONE says, if a limit was reached."""
+        """Write the buffered lines of the history, and `done` to the file DONE unless it is empty."""
         self._keep_folder()
         self.history.flush()
         if done:
             replace(self.folder / DONE, done.encode())
 
     def close(self) -> None:
-        """Let other jobs write into the folder."""
+        """Allow other jobs to write to the folder."""
         self.lock.release()
 
     def _take(self) -> Lock:
-        """Lock the folder, unless another job has gone on in it since this one read or wrote it."""
+        """Lock the folder, unless another job has written a checkpoint since this one read or wrote it."""
         lock = Lock(self.folder)
         try:
-            found = find_checkpoint(self.folder, "auto")
-            if found is not None and found.meta.get("step") != self.step:
+            newest = find_checkpoint(self.folder, "auto")
+            if newest is not None and newest.meta.get("step") != self.step:
                 raise UserError(
                     f"another job has written into {self.folder} meanwhile; start again to go on from there"
                 )
@@ -105,11 +106,11 @@ class Writer:
         return lock
 
     def _keep_folder(self) -> None:
-        """Make the folder again if somebody has removed it, unless another job has taken its place."""
+        """Create the folder again if it was removed, unless another job uses the new one."""
         if self.lock.stands():
             return
         make(self.folder)
-        taken, self.lock = self.lock, self._take()
-        taken.release()
+        old_lock, self.lock = self.lock, self._take()
+        old_lock.release()
         replace(self.folder / CONFIG, self.config.encode())
-        self.notes.append(f"{self.folder} was removed and is made again; its history begins anew")
+        self.notes.append(f"{self.folder} was removed and created again: its earlier history is lost")

@@ -1,4 +1,4 @@
-"""What this machine is: processor, BLAS, versions, and the cores and the memory that a process may use."""
+"""Facts about this machine: processor, BLAS, versions, and the cores and memory that a process may use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["blas", "cores", "cupy", "free_memory", "processor", "versions"]
 
 
 def processor() -> str:
-    """Name the processor as the system does."""
+    """Return the name of the processor that the system reports."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -26,25 +26,25 @@ def processor() -> str:
 
 
 def blas() -> list[str]:
-    """Name the loaded BLAS libraries: kind, version, and the processor that their kernels are for."""
-    found = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
-    parts = ([pool["internal_api"], pool["version"], pool.get("architecture")] for pool in found)
+    """Return kind, version and processor type of the loaded BLAS libraries."""
+    pools = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
+    parts = ([pool["internal_api"], pool["version"], pool.get("architecture")] for pool in pools)
     return sorted({" ".join(str(part) for part in each if part) for each in parts})
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """Give the versions of Python and of installed packages; None for one that is absent."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    """Return the versions of Python and of packages; None for a package that is not installed."""
+    numbers: dict[str, str | None] = {"python": platform.python_version()}
     for package in packages:
         try:
-            found[package] = version(package)
+            numbers[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    return found
+            numbers[package] = None
+    return numbers
 
 
 def cupy() -> dict[str, str | None]:
-    """Give the version of CuPy by the name of its package, which names its CUDA; empty without it."""
+    """Return the version of CuPy by the name of its package, which contains the version of CUDA."""
     return {
         name: number
         for name, number in versions("cupy", "cupy-cuda12x", "cupy-cuda13x").items()
@@ -53,12 +53,12 @@ def cupy() -> dict[str, str | None]:
 
 
 def cores(root: Path = Path("/")) -> int:
-    """Give the logical cores that this process can keep busy: those it may run on, within its quota of time.
+    """Return the number of logical cores that this process may run on, within its quota of processor time.
 
     Parameters
     ----------
     root : Path
-        The folder that has `proc` and `sys`.
+        The folder that contains `proc` and `sys`.
     """
     bound = len(os.sched_getaffinity(0))
     quota = control_groups.processors(root)
@@ -66,29 +66,29 @@ def cores(root: Path = Path("/")) -> int:
 
 
 def free_memory(ranks: int = 1, root: Path = Path("/")) -> int:
-    """Give the bytes that this process can still take.
+    """Return the bytes that this process can still allocate.
 
-    That is the least of the node's free memory, of what its control groups and its Slurm job leave on this
-    node, and of the process's own limits (`ulimit -v` and `-d`). Where nothing can be found out it is a guess
-    of 4 GiB.
+    That is the minimum of the node's free memory, the limits of the control groups and of the Slurm job on
+    this node, and the limits of the process (`ulimit -v` and `-d`). If none of them is known it is a guess of
+    4 GiB.
 
     Parameters
     ----------
     ranks : int
-        Processes of the node that share all but the last of these.
+        The number of processes on the node that share all of these except the limits of the process.
     root : Path
-        The folder that has `proc` and `sys`.
+        The folder that contains `proc` and `sys`.
     """
     shared = [control_groups.free_memory(root), _slurm_memory()]
     with contextlib.suppress(OSError, ValueError, IndexError):
         available = (root / "proc/meminfo").read_text().partition("MemAvailable:")[2]
         shared.append(1024 * int(available.split()[0]))
     known = [number for number in shared if number is not None]
-    return min([min(known, default=4 * 2**30) // ranks, *_own_limits(root)])
+    return min([min(known, default=4 * 2**30) // ranks, *_process_limits(root)])
 
 
 def _slurm_memory() -> int | None:
-    """Give the memory of this job on this node; 0 stands for all that there is."""
+    """Return the bytes of this job on this node, or None without a limit, which Slurm writes as 0."""
     for name, count in (
         ("SLURM_MEM_PER_NODE", None),
         ("SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"),
@@ -100,12 +100,12 @@ def _slurm_memory() -> int | None:
     return None
 
 
-def _own_limits(root: Path) -> list[int]:
-    found = []
+def _process_limits(root: Path) -> list[int]:
+    free = []
     for kind, name in ((resource.RLIMIT_AS, "VmSize:"), (resource.RLIMIT_DATA, "VmData:")):
         limit = resource.getrlimit(kind)[0]
         with contextlib.suppress(OSError, ValueError, IndexError):
             used = 1024 * int((root / "proc/self/status").read_text().partition(name)[2].split()[0])
             if limit != resource.RLIM_INFINITY:
-                found.append(max(0, limit - used))
-    return found
+                free.append(max(0, limit - used))
+    return free

@@ -1,4 +1,4 @@
-"""The loss of single batches as a curve that can be read."""
+"""A running mean of the losses of single batches, which are noisy."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ __all__ = ["smoothed"]
 
 
 def smoothed(values: ArrayLike) -> np.ndarray:
-    """Give the running mean over the last twentieth of the steps so far, one at least: batches are noisy.
+    """Return the running mean over the last twentieth of the steps so far, at least over one step.
 
-    The oldest step counts for what is left of its width, so that the window grows without jumps or kinks.
+    The oldest step has a fractional weight, so that the window grows without jumps or kinks.
 
     Parameters
     ----------
     values : (n,) float
-        NaN where a step has none: such a step has no mean, and takes no part in others'.
+        NaN at steps without a value: their mean is NaN, and they do not enter other means.
     """
-    given = np.asarray(values, float)
-    means, seen = np.full(len(given), np.nan), ~np.isnan(given)
-    known = given[seen]
+    values = np.asarray(values, float)
+    means, seen = np.full(len(values), np.nan), ~np.isnan(values)
+    known = values[seen]
     count = np.arange(1, len(known) + 1)
     width = np.maximum(1.0, count / 20)
     first = (count - width).astype(int)

@@ -1,4 +1,4 @@
-"""Names of the spans that a timer books a run's time to."""
+"""Names of the spans into which a timer divides the time of a run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ PASSES = FORWARD, GRADIENT, LINEARISE, PRODUCTS, LINE_SEARCH = (
 
 INPUT = "input"
 SHARED = (*PASSES, INPUT)
-"""The work that ranks share."""
+"""The work that is divided among ranks."""
 
 ALLREDUCE = "allreduce"
 WAITING = "waiting"
-"""The part of the time in collectives in which a rank waits for slower ones."""
+"""The time in collectives during which a rank waits for slower ranks."""
 
 OPTIMIZER = "optimizer"
 """The rest of a step."""

@@ -1,4 +1,4 @@
-"""Where the time of a rank goes: named spans, and the waiting inside the collectives."""
+"""The time of a rank by named spans, and the waiting time inside collectives."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ __all__ = ["Timer", "split_waiting"]
 
 
 class Timer:
-    """A clock that books each moment to the innermost open span.
+    """A clock that counts each moment for the innermost open span.
 
     Parameters
     ----------
     clock : callable
-        Gives the time in seconds.
+        Returns the time in seconds.
     kept : sequence of str
-        Names of the spans whose single durations are kept for `series`.
+        Names of the spans whose individual durations are stored for `series`.
 
     Attributes
     ----------
     totals : dict of str to float
         Seconds of each name, without those of the spans nested inside. They add up to the time spent in
-        any span at all, and are up to date whenever a span opens or closes.
+        any span, and are up to date whenever a span opens or closes.
 
     Examples
     --------
@@ -44,62 +44,62 @@ class Timer:
         self.totals: dict[str, float] = {}
         self.clock = clock
         self._series: dict[str, list[float]] = {name: [] for name in kept}
-        self._open: list[tuple[str, float]] = []  # name and own seconds so far, the innermost last
-        self._mark = 0.0  # up to here the time is booked
+        self._open: list[tuple[str, float]] = []  # name and seconds so far, the innermost last
+        self._mark = 0.0  # the time is counted up to here
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """Book the time inside the `with` block to this name."""
+        """Count the time inside the `with` block for this name."""
         self._book()
         self._open.append((name, 0.0))
         try:
             yield
         finally:
             self._book()
-            _, own = self._open.pop()
+            _, seconds = self._open.pop()
             if name in self._series:
-                self._series[name].append(own)
+                self._series[name].append(seconds)
 
     def clear(self) -> None:
-        """Forget what is booked; no span is open."""
+        """Reset all times; no span may be open."""
         self.totals.clear()
         for durations in self._series.values():
             durations.clear()
 
     def series(self, name: str) -> np.ndarray:
-        """Give the durations of the single spans of a kept name, (calls,) float64, in order.
+        """Return the individual durations of a name in `kept`, (calls,) float64, in order.
 
         Raises
         ------
         KeyError
-            If the name is not one of those kept.
+            If the name is not in `kept`.
         """
         return np.array(self._series[name], dtype=np.float64)
 
     def calls(self, name: str) -> int:
-        """Give how many single durations of a kept name there are."""
+        """Return the number of individual durations of a name in `kept`."""
         return len(self._series[name])
 
     def _book(self) -> None:
         now = self.clock()
         if self._open:
-            name, own = self._open[-1]
+            name, seconds = self._open[-1]
             self.totals[name] = self.totals.get(name, 0.0) + now - self._mark
-            self._open[-1] = (name, own + now - self._mark)
+            self._open[-1] = (name, seconds + now - self._mark)
         self._mark = now
 
 
 def split_waiting(durations: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Split the time in collectives into communication and waiting for slower ranks.
 
-    The rank that comes last to a collective does not wait, so its duration, the smallest, is the
-    communication; whatever another rank spent longer was waiting. This needs neither barriers, which
-    would change what is measured, nor clocks that agree.
+    The last rank to enter a collective does not wait, so its duration, the smallest, is the communication;
+    the additional time of the other ranks is waiting. This needs neither barriers, which would change the
+    measurement, nor synchronised clocks.
 
     Parameters
     ----------
     durations : sequence of ndarray
-        For each of the P ranks the durations of its collectives, (calls,) float64, in the same order.
+        The durations of the collectives of each of the P ranks, (calls,) float64, in the same order.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Ranks: the communicator, placement on cores, and the launch."""
+"""Ranks: the communicator, placement on cores, launch, and failure."""
 
 from hfmpi.parallel.communicator import Communicator
 from hfmpi.parallel.failure import guard

@@ -1,4 +1,4 @@
-"""What the ranks say to one another: sums, rank 0's word, and small objects."""
+"""Communication between ranks: sums, values of rank 0, and small objects."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PACKET = 256  # bytes of the one message in which `agree` sends a small value
 
 
 def digest(vector: np.ndarray) -> int:
-    """Give 64 bits that tell two vectors apart, down to the last bit.
+    """Return a digest of 64 bits of a vector's bytes.
 
     Parameters
     ----------
@@ -32,14 +32,14 @@ def digest(vector: np.ndarray) -> int:
     Returns
     -------
     int
-        The 8-byte BLAKE2b digest, at least 0 and below 2**64; see `Communicator.same`.
+        The 8-byte BLAKE2b digest, at least 0 and less than 2**64; see `Communicator.same`.
     """
     content = np.ascontiguousarray(vector).reshape(-1).view(np.uint8)
     return int.from_bytes(hashlib.blake2b(content.data, digest_size=8).digest(), "little")
 
 
 class Communicator:
-    """One rank alone; also the interface of every other communicator.
+    """A single rank; also the interface of all communicators.
 
     Every method is collective: all ranks call it, in the same order.
 
@@ -50,7 +50,7 @@ class Communicator:
     local_rank, local_size : int
         The same among the ranks that share this node's memory.
     host : str
-        Name of this node.
+        The name of this node.
     """
 
     rank = 0
@@ -72,36 +72,36 @@ class Communicator:
         Raises
         ------
         TypeError
-            If the dtype is another or the array is not C-contiguous.
+            If the dtype is not supported or the array is not C-contiguous.
         """
         _check(vector)
 
     def sum_in_tree(self, vector: np.ndarray) -> None:
-        """Sum a vector over all ranks, as many as a power of two, in a binary tree of neighbours, in place.
+        """Sum a vector over all ranks in a binary tree, in place; their number must be a power of two.
 
-        Slower than `sum`, and always in the same order: ((v0 + v1) + (v2 + v3)) + ...
+        Slower than `sum`, but always in the same order: ((v0 + v1) + (v2 + v3)) + ...
 
         Raises
         ------
         TypeError
             As `sum` does.
         ValueError
-            If the number of ranks is no power of two.
+            If the number of ranks is not a power of two.
         """
         _check(vector)
 
     def agree(self, value: T) -> T:
-        """Give rank 0's value on every rank.
+        """Return rank 0's value on every rank.
 
         Parameters
         ----------
         value : object
-            Small and picklable; that of the other ranks is not looked at and may be None.
+            Small and picklable; the value of other ranks is ignored and may be None.
         """
         return value
 
     def any(self, flag: bool) -> bool:
-        """Say whether the flag is set on at least one rank."""
+        """Return whether the flag is set on at least one rank."""
         count = np.array([bool(flag)], dtype=np.int64)
         self.sum(count)
         return bool(count[0])
@@ -116,30 +116,30 @@ class Communicator:
         Parameters
         ----------
         value : int
-            At least 0 and below 2**64.
+            At least 0 and less than 2**64.
 
         Returns
         -------
         list of int
-            The ranks whose value differs from that of most ranks (of rank 0 where there is a draw), the same
-            list on every rank; empty if all agree.
+            The ranks whose value differs from that of most ranks (if there is a draw, from that of rank 0),
+            the same list on every rank; empty if all agree.
         """
         values = np.zeros(self.size, dtype=np.int64)
         values.view(np.uint64)[self.rank] = value
-        self.sum(values)  # every slot has one nonzero term, so the bits arrive as they left
+        self.sum(values)  # each entry is nonzero on one rank, so that the sum is exact
         listed = values.tolist()
         usual = max(listed, key=listed.count)  # the first of the most frequent
-        return [rank for rank, found in enumerate(listed) if found != usual]
+        return [rank for rank, value in enumerate(listed) if value != usual]
 
     def rest(self) -> None:
-        """Wait for all ranks, asleep: the core is free for others meanwhile, unlike in a collective."""
+        """Wait for all ranks asleep, so that the core is free for others, unlike in a collective."""
 
     def close(self) -> None:
-        """Free what the communicator holds; it is of no use afterwards."""
+        """Free the communicator, which cannot be used afterwards."""
 
 
 def _counted(method: Method) -> Method:
-    """Let a collective method move the communicator's pulse."""
+    """Make a collective method count in `MPICommunicator.pulse`, at its start and at its end."""
 
     @functools.wraps(method)
     def counting(self: MPICommunicator, *arguments: Any) -> Any:
@@ -160,13 +160,13 @@ class MPICommunicator(Communicator):
     Parameters
     ----------
     world : mpi4py.MPI.Intracomm
-        Usually COMM_WORLD, as `hfmpi.parallel.launch.connect` does it.
+        Usually COMM_WORLD, as in `hfmpi.parallel.launch.connect`.
 
     Attributes
     ----------
     pulse : int
-        Twice the number of finished collectives of all such communicators, and odd inside one: the same on
-        every rank at the same point of the program. The watchdog reads it.
+        Twice the number of finished collectives of all MPI communicators, plus 1 inside a collective: the
+        same on every rank at the same point of the program. The watchdog reads it.
     """
 
     pulse = 0
@@ -205,7 +205,7 @@ class MPICommunicator(Communicator):
 
     @_counted
     def agree(self, value: T) -> T:
-        """Give rank 0's value on every rank; one message if its pickle is below 248 bytes, else two."""
+        """Return rank 0's value on every rank; one message if its pickle has at most 248 bytes, else two."""
         content = pickle.dumps(value) if self.rank == 0 else b""
         packet = bytearray(_PACKET)
         if self.rank == 0:
@@ -226,7 +226,7 @@ class MPICommunicator(Communicator):
 
     @_counted
     def rest(self) -> None:
-        """Wait for all ranks, asleep; see `Communicator.rest`."""
+        """Wait for all ranks asleep; see `Communicator.rest`."""
         request = self._comm.Ibarrier()
         while not request.Test():
             time.sleep(1e-3)

@@ -1,8 +1,8 @@
-"""How one rank's failure becomes everyone's, and how a program leaves when something goes wrong.
+"""Errors on some of the ranks: they become errors on all ranks, or end all ranks.
 
-A rank that leaves alone would let the others wait for ever: `together` turns a user's mistake on one rank
-into the same error on all, and `guard` ends all ranks when one of them fails. When one of them dies without
-a word, the watchdog does.
+If one rank left alone, the others would wait for ever. `together` turns a user's mistake on one rank into the
+same error on all, and `guard` ends all ranks if one of them fails. If a rank dies without a message, the
+watchdog ends the others.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ __all__ = ["abort_on_exception", "guard", "joint", "speaks", "together"]
 
 T = TypeVar("T")
 
-_PATIENCE = 2.0  # seconds in which ranks that leave with an error wait for the others to leave too
+_PATIENCE = 2.0  # seconds that a rank that fails waits for the others to fail too
 _BROKEN = OSError, ValueError, AttributeError  # a full disk or a pipe without reader; closed; None
-_DRAIN = 0.2  # seconds for the launcher to pass on what was printed, before it is told to kill
+_DRAIN = 0.2  # seconds for the launcher to forward the output before it kills the ranks
 
 
 def together(comm: Communicator, function: Callable[[], T]) -> T:
-    """Run a function on every rank; a `UserError` on any rank becomes one on all.
+    """Run a function on every rank; a `UserError` on any rank is raised on all ranks.
 
     Parameters
     ----------
     comm : Communicator
-        All its ranks call this. The function itself may use it, if it fails before or after the
-        collectives of the other ranks and not between them.
+        All its ranks call this. The function may use it, if it fails before or after the collectives of the
+        other ranks and not between them.
     function : callable
         Called without arguments on every rank.
 
     Returns
     -------
     object
-        What the function returned on this rank.
+        The result of the function on this rank.
 
     Raises
     ------
     UserError
-        With the sentence of the lowest rank that raised one, on every rank.
+        The error of the lowest rank that raised one, on every rank.
     """
     result: Any = None
     failure: UserError | None = None
@@ -58,7 +58,7 @@ def together(comm: Communicator, function: Callable[[], T]) -> T:
         result = function()
     except UserError as error:
         failure = error
-    # One sum tells who failed and how long each sentence is, a second one carries the sentence.
+    # One sum has the lengths of the messages of the ranks that failed, a second one the message.
     sentence = np.array([ord(letter) for letter in str(failure)] if failure else [], dtype=np.int64)
     lengths = np.zeros(comm.size, dtype=np.int64)
     lengths[comm.rank] = 0 if failure is None else 1 + sentence.size
@@ -75,11 +75,11 @@ def together(comm: Communicator, function: Callable[[], T]) -> T:
 
 @contextmanager
 def guard() -> Iterator[None]:
-    """Let a whole program leave in good order; the console entry runs inside it.
+    """End a program cleanly on all ranks; the console entry runs inside this context.
 
-    A `UserError`, or a lack of memory, is printed as one sentence on rank 0 and ends the program with code
-    2. An unexpected exception, or a nonzero `sys.exit`, on some of the ranks aborts all of them. Ranks that
-    leave alike (a `UserError` or a nonzero exit on all) wait for one another, so that MPI ends without noise.
+    A `UserError` or a MemoryError is printed as one sentence on rank 0 and ends the program with code 2. An
+    unexpected exception, or a nonzero `sys.exit`, on some of the ranks aborts all of them. If all ranks raise
+    a `UserError` or exit with a nonzero code, they wait for one another, so that MPI prints no messages.
     """
     try:
         yield
@@ -110,9 +110,9 @@ def guard() -> Iterator[None]:
 
 @contextmanager
 def joint() -> Iterator[None]:
-    """Let an exception pass that all ranks raise soon after one another; one of some ranks ends all ranks.
+    """Re-raise an exception that all ranks raise within the timeout; if only some ranks do, abort all.
 
-    For a part of a program whose caller may catch what it raises.
+    For a part of a program whose caller may catch the exception.
     """
     try:
         yield
@@ -129,9 +129,9 @@ def joint() -> Iterator[None]:
 
 
 def speaks() -> bool:
-    """Whether this process has to say what concerns all that a launcher started, while MPI does not run.
+    """Return whether this process prints the messages for all processes of a launcher before MPI starts.
 
-    That is the first of them, or one in which a user works: a shell that a launcher started as another one.
+    That is the first process, or one that a user works in: a shell may be another process of a launcher.
     """
     rank, _ = library.launched() or (0, 1)
     with contextlib.suppress(*_BROKEN):
@@ -140,13 +140,13 @@ def speaks() -> bool:
 
 
 def abort_on_exception() -> None:
-    """Let an exception that nobody catches end all ranks; for programs without `guard`."""
+    """End all ranks at an uncaught exception; for programs without `guard`."""
     if library.world() is not None and not isinstance(sys.excepthook, _AbortingHook):
         sys.excepthook = _AbortingHook(sys.excepthook)
 
 
 class _AbortingHook:
-    """Does what the hook before it did, and ends all ranks; of a UserError on all of them, rank 0 tells."""
+    """Calls the previous hook and ends all ranks; a UserError on all ranks is printed by rank 0 alone."""
 
     def __init__(self, previous: Callable[..., Any]) -> None:
         self.previous = previous
@@ -164,10 +164,10 @@ class _AbortingHook:
 
 
 def _all_leave(world: Any) -> bool:
-    """Whether all ranks come here soon; hfmpi uses COMM_WORLD itself for nothing else."""
-    arrived = world.Ibarrier()
+    """Return whether all ranks call this within the timeout; hfmpi uses COMM_WORLD for nothing else."""
+    barrier = world.Ibarrier()
     deadline = time.monotonic() + _PATIENCE
-    while not arrived.Test():
+    while not barrier.Test():
         if time.monotonic() > deadline:
             return False
         time.sleep(0.01)
@@ -184,7 +184,7 @@ def _name_rank(what: str) -> None:
 
 
 def _print(text: str) -> None:
-    """Print on standard error, if that can be: who leaves must not fail over it."""
+    """Print on standard error; ignore failures, because the program is about to end."""
     with contextlib.suppress(*_BROKEN):
         print(text, file=sys.stderr, flush=True)
 

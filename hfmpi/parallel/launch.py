@@ -1,6 +1,6 @@
-"""How a program becomes one of several ranks.
+"""The start of MPI: a program becomes one of several ranks.
 
-MPI starts inside `connect`, never at import, and only when a launcher such as mpirun or srun is there.
+MPI starts inside `connect`, never at import, and only if a launcher such as mpirun or srun is present.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from hfmpi.parallel.watchdog import joining, watch
 
 __all__ = ["connect"]
 
-_HEAD_START = 1.0  # seconds for the first process to say what is wrong: launchers kill all when one leaves
+_HEAD_START = 1.0  # seconds for the first process to print the error: launchers kill all when one ends
 
 
 def connect(stall_timeout: float = 0.0) -> Communicator:
-    """Start MPI if a launcher is there, and give the communicator of all ranks.
+    """Start MPI if there is a launcher, and return the communicator of all ranks.
 
-    Without a launcher MPI is not even loaded, unless the program itself has started it. A process that is the
-    only one goes on alone where its launcher and the MPI library do not fit. A program of several
-    ranks gets a watchdog (hfmpi.parallel.watchdog): if one dies, is stopped or leaves alone, all end.
+    Without a launcher MPI is not loaded, unless the program itself has started it. A single process continues
+    alone if its launcher and the MPI library do not match. A program of several ranks gets a watchdog
+    (hfmpi.parallel.watchdog): if a rank dies, is stopped or leaves alone, all ranks end.
 
     Parameters
     ----------
     stall_timeout : float
-        All end, too, when no collective of this communicator has finished for so many seconds; 0: never.
+        All ranks also end if no collective of this communicator has finished for so many seconds; 0: never.
 
     Raises
     ------
@@ -59,7 +59,7 @@ def connect(stall_timeout: float = 0.0) -> Communicator:
             _refuse(rank, f"the launcher started {most} processes, but {obstacle}")
         return Communicator()
     with joining(rank, stall_timeout if size > 1 else 0), warnings.catch_warnings():
-        # mpi4py warns of a launcher that does not fit; the check below makes it an error.
+        # mpi4py warns of a launcher that does not match; the check below makes it an error.
         warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
         if not mpi.Is_initialized():
             library.start(mpi)

@@ -1,6 +1,6 @@
-"""Which MPI library there is, whether a launcher started this process, and whether the two fit.
+"""The MPI library, the launcher that started this process, and whether the two match.
 
-All of it is found out before MPI starts: a library that does not find what it needs ends the process.
+All of this is checked before MPI starts, because a library that does not find what it needs ends the process.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ __all__ = [
     "world",
 ]
 
-# Rank and size as the launchers announce them: Open MPI, MPICH and Intel MPI, MVAPICH, Flux, Slurm, PMIx.
-# mpirun inside a Slurm job inherits the variables of Slurm's own step, so Slurm is asked late; PMIx says
-# no size. SLURM_NTASKS is of no use: a batch script that starts one process carries it too.
+# Variables for rank and size of the launchers Open MPI, MPICH and Intel MPI, MVAPICH, Flux, Slurm, PMIx.
+# mpirun inside a Slurm job inherits the variables of Slurm's step, so that Slurm comes late; PMIx has no
+# variable for the size. SLURM_NTASKS is useless: a batch script that starts one process has it too.
 _LAUNCHERS = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("PMI_RANK", "PMI_SIZE"),
@@ -52,26 +52,26 @@ _OF_LAUNCHERS = (
     "PALS_",
     "SLURM_",
 )
-"""How names of launchers' variables begin."""
+"""Prefixes of the names of launchers' variables."""
 
 
 def launched() -> tuple[int, int] | None:
-    """Give the rank and size that a launcher's environment variables announce, or None without a launcher.
+    """Return the rank and size in a launcher's environment variables, or None without a launcher.
 
-    A launcher that tells only the rank is taken to have started rank + 1 processes.
+    A launcher that sets only the rank is assumed to have started rank + 1 processes.
     """
     return next(iter(announced()), None)
 
 
 def announced() -> list[tuple[int, int]]:
-    """Give what every launcher announces, as `launched` does: one may have been started within another."""
-    found = []
+    """Return rank and size of all launchers, as in `launched`: one may have been started within another."""
+    pairs = []
     for rank_name, size_name in _LAUNCHERS:
         rank = os.environ.get(rank_name, "")
         size = os.environ.get(size_name, "") if size_name else "0"
         if rank.isdecimal() and size.isdecimal():
-            found.append((int(rank), max(int(size), int(rank) + 1)))
-    return found
+            pairs.append((int(rank), max(int(size), int(rank) + 1)))
+    return pairs
 
 
 def load() -> Any:
@@ -92,30 +92,31 @@ def load() -> Any:
 
 
 def name(mpi: Any) -> str:
-    """Give the name and version of the MPI library that `load` found, in one line."""
+    """Return the name and version of a loaded MPI library, in one line."""
     first = mpi.Get_library_version().strip("\0\n").splitlines()[0].partition(", package:")[0]
     return " ".join(first.replace("Version:", "").split()).strip(" ,")
 
 
 def obstacle(mpi: Any) -> str | None:
-    """Say what would keep the processes of the launcher from becoming one run, or None; MPI is not started.
+    """Return why the processes of the launcher cannot become one run, or None if they can.
 
-    Processes find one another through their launcher, by PMI, over a connection that they inherit, or by
-    PMIx. MPICH ends a process that offers it what it was not built for; so does a connection that is gone.
+    Processes find one another through their launcher, by PMI over an inherited connection or by PMIx. MPICH
+    ends the process if the launcher uses an interface that it was not built for, or if the connection is
+    closed.
 
     Parameters
     ----------
     mpi : module
-        What `load` gives, before MPI starts.
+        The result of `load`, before MPI starts.
     """
-    found = name(mpi)
+    library = name(mpi)
     pmix = "PMIX_RANK" in os.environ or "PMIX_NAMESPACE" in os.environ
-    if found.startswith("Open MPI"):
+    if library.startswith("Open MPI"):
         if pmix and not any(variable.startswith("PMIX_SERVER_URI") for variable in os.environ):
             return "its PMIx server is not named in PMIX_SERVER_URI: let the launcher start hfmpi itself"
-        if not pmix and not re.match(r"Open MPI v[1-4]\.", found) and announced():
+        if not pmix and not re.match(r"Open MPI v[1-4]\.", library) and announced():
             return (
-                f"it offers no PMIx, which {found} needs: use the mpirun that belongs to this MPI library, "
+                f"it offers no PMIx, which {library} needs: use the mpirun that belongs to this MPI library, "
                 "or srun --mpi=pmix"
             )
     elif _has_connection():
@@ -124,9 +125,9 @@ def obstacle(mpi: Any) -> str | None:
                 "its connection (PMI_FD) is closed in this one: another program has used it, or one in "
                 "between did not pass it on; let the launcher start hfmpi itself, and once"
             )
-    elif pmix and found.startswith("MPICH") and not hasattr(ctypes.CDLL(mpi.__file__), "PMIx_Init"):
+    elif pmix and library.startswith("MPICH") and not hasattr(ctypes.CDLL(mpi.__file__), "PMIx_Init"):
         return (
-            f"it speaks PMIx, which {found} is not built for: use the mpirun that belongs to this MPI "
+            f"it speaks PMIx, which {library} is not built for: use the mpirun that belongs to this MPI "
             "library, or srun --mpi=pmi2"
         )
     return None
@@ -135,7 +136,7 @@ def obstacle(mpi: Any) -> str | None:
 def start(mpi: Any) -> None:
     """Start MPI in this process."""
     if _has_connection() and name(mpi).startswith("MPICH"):
-        # Of a step of Slurm in which mpirun was called: MPICH refuses to choose between the two.
+        # mpirun inside a Slurm step inherits the step's PMIx: MPICH refuses to choose between the two.
         os.environ.pop("PMIX_NAMESPACE", None)
     mpi.Init_thread(mpi.THREAD_FUNNELED)
 
@@ -145,50 +146,50 @@ def _has_connection() -> bool:
 
 
 def _connected() -> bool:
-    """Whether the connection that PMI_FD names is there, and open at its other end."""
+    """Return whether the connection in PMI_FD exists and is open at its other end."""
     number = os.environ.get("PMI_FD")
     if number is None:
-        return True  # PMI_PORT: made only when MPI starts
+        return True  # PMI_PORT: it is opened when MPI starts
     try:
         if not stat.S_ISSOCK(os.fstat(int(number)).st_mode):
             return False
         poll = select.poll()
-        poll.register(int(number), 0)  # a hang-up is reported all the same
+        poll.register(int(number), 0)  # a hang-up is always reported
         return not poll.poll(0)
     except (OSError, ValueError, OverflowError):
         return False
 
 
 def started() -> bool:
-    """Whether MPI runs in this process."""
+    """Return whether MPI runs in this process."""
     mpi = sys.modules.get("mpi4py.MPI")
     return mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized()
 
 
 def world() -> Any:
-    """COMM_WORLD if MPI runs in this process with more than one rank, else None."""
+    """Return COMM_WORLD if MPI runs in this process with more than one rank, else None."""
     world = sys.modules["mpi4py.MPI"].COMM_WORLD if started() else None
     return None if world is None or world.size == 1 else world
 
 
 def describe() -> tuple[str | None, bool | None]:
-    """Give the MPI library's name and version, and whether it takes GPU memory in its messages.
+    """Return the MPI library's name and version, and whether it accepts GPU memory in messages.
 
     Returns
     -------
     name : str or None
         None if mpi4py is absent or finds no MPI library.
     cuda_aware : bool or None
-        None if the library cannot tell.
+        None if unknown.
     """
     try:
         mpi = load()
     except (ImportError, RuntimeError, OSError):
         return None, None
-    found = name(mpi)
+    library = name(mpi)
     if mpi.Is_initialized():
-        return found, _cuda_support(mpi.__file__)
-    # The query needs a started MPI, and one that cannot start ends its process: ask in a child.
+        return library, _cuda_support(mpi.__file__)
+    # The query needs a running MPI, and an MPI that cannot start ends its process: ask in a child.
     question = (
         f"from mpi4py import MPI; from {__name__} import _cuda_support as ask; print(ask(MPI.__file__))"
     )
@@ -198,12 +199,12 @@ def describe() -> tuple[str | None, bool | None]:
             [sys.executable, "-c", question], capture_output=True, text=True, timeout=30, env=alone
         )
     except (OSError, subprocess.TimeoutExpired):
-        return found, None
-    return found, {"True": True, "False": False}.get(child.stdout.strip())
+        return library, None
+    return library, {"True": True, "False": False}.get(child.stdout.strip())
 
 
 def cuda_aware() -> bool | None:
-    """Say whether the MPI that runs in this process takes GPU memory; None if it cannot tell."""
+    """Return whether the MPI that runs in this process accepts GPU memory; None if unknown."""
     return _cuda_support(load().__file__)
 
 

@@ -1,4 +1,4 @@
-"""Where a rank runs: its node, its cores, and how many threads it may use."""
+"""The placement of a rank: its node, its cores, and the number of its threads."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS
 
 @dataclass(frozen=True)
 class Placement:
-    """One rank's place.
+    """The placement of a rank on a node.
 
     Attributes
     ----------
     host : str
-        Name of the node.
+        The name of the node.
     rank, size, local_rank, local_size : int
         As in `Communicator`.
     cores : int
-        Logical cores that this process may run on, or fewer by the quota of its control groups.
+        Logical cores that this process may run on, or fewer because of the quota of its control groups.
     threads : int
-        Threads that this rank's BLAS uses.
+        Threads of this rank's BLAS.
     memory : int
-        Bytes that fall to this rank of what is free on its node, or in its job.
+        This rank's share, in bytes, of the free memory of its node or job.
     """
 
     host: str
@@ -52,7 +52,7 @@ class Placement:
 
 
 class Place(NamedTuple):
-    """Where a rank computes, and how its vectors reach the others."""
+    """The device of a rank, and the transport of its vectors to other ranks."""
 
     host: str
     local_rank: int
@@ -62,32 +62,32 @@ class Place(NamedTuple):
 
 
 def place(comm: Communicator, threads: int | None = None) -> Placement:
-    """Find this rank's place and set the threads of its BLAS; collective.
+    """Determine this rank's placement and set the threads of its BLAS; collective.
 
-    Ranks that leave their BLAS at one thread per core slow each other down, by 1.7 to 2 times at 2 to 4
-    ranks on 2 cores (measured with OpenBLAS). So the cores of a node are shared out: a rank bound to
-    cores of its own uses these, ranks on common cores an equal part, at least one. A quota of processor time
-    is shared out alike.
+    If every rank's BLAS has one thread per core, the ranks slow each other down, by 1.7 to 2 times with 2 to
+    4 ranks on 2 cores (measured with OpenBLAS). So the cores of a node are divided among its ranks: a rank
+    that is bound to separate cores uses these, ranks on common cores use an equal part, at least one core. A
+    quota of processor time is divided in the same way.
 
     Parameters
     ----------
     comm : Communicator
         All its ranks call this.
     threads : int, optional
-        The user's choice, or as many as the BLAS can have. Next come OPENBLAS_NUM_THREADS, MKL_NUM_THREADS
-        and OMP_NUM_THREADS, then the share described above.
+        The user's choice, limited by the BLAS. The default is OPENBLAS_NUM_THREADS, MKL_NUM_THREADS or
+        OMP_NUM_THREADS, else the share described above.
 
     Raises
     ------
     UserError
-        If fewer than one thread is asked for.
+        If `threads` is less than one.
     """
     if threads is not None and threads < 1:
         raise UserError(f"a rank needs at least one thread, not {threads}")
-    own = sum(1 << core for core in os.sched_getaffinity(0))
-    everyone = comm.agree(comm.gather((comm.host, own)))
+    core_mask = sum(1 << core for core in os.sched_getaffinity(0))
+    everyone = comm.agree(comm.gather((comm.host, core_mask)))
     masks = [mask for host, mask in everyone or () if host == comm.host]
-    chosen = threads or _environment() or _share(own, masks, control_groups.processors())
+    chosen = threads or _environment() or _share(core_mask, masks, control_groups.processors())
     return Placement(
         comm.host,
         comm.rank,
@@ -102,7 +102,7 @@ def place(comm: Communicator, threads: int | None = None) -> Placement:
 
 @contextmanager
 def threads_kept() -> Iterator[None]:
-    """Give the BLAS the threads back that it had before."""
+    """Restore the number of threads of the BLAS at the end of the `with` block."""
     before = [(pool, pool.num_threads) for pool in ThreadpoolController().lib_controllers]
     try:
         yield
@@ -113,29 +113,29 @@ def threads_kept() -> Iterator[None]:
 
 
 def single_threaded(placement: Placement) -> Placement:
-    """Set the BLAS to one thread, so that its sums do not depend on how many cores a rank has."""
+    """Set the BLAS to one thread, so that its sums do not depend on the number of cores."""
     return replace(placement, threads=_set_threads(1))
 
 
 def _set_threads(threads: int) -> int:
-    """Set the threads of the BLAS; give those that it has now: it may be built for fewer, such as 64."""
+    """Set the threads of the BLAS and return their number: a BLAS may be built for at most 64, say."""
     threadpool_limits(limits=min(threads, 2**31 - 1), user_api="blas")  # a C int
-    found = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
-    return max(found, default=threads)
+    counts = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+    return max(counts, default=threads)
 
 
-def _share(own: int, masks: list[int], quota: float | None = None) -> int:
-    """Threads of a rank with core mask `own` on a node whose ranks have these masks and share a quota."""
+def _share(core_mask: int, masks: list[int], quota: float | None = None) -> int:
+    """Return the threads of a rank with a core mask on a node whose ranks have these masks and a quota."""
     union = reduce(or_, masks)
-    threads = own.bit_count()
-    if union.bit_count() != sum(mask.bit_count() for mask in masks):  # not each rank has its own cores
+    threads = core_mask.bit_count()
+    if union.bit_count() != sum(mask.bit_count() for mask in masks):  # some ranks share cores
         threads = union.bit_count() // len(masks)
     return max(1, threads if quota is None else min(threads, int(quota / len(masks))))
 
 
 def _environment() -> int | None:
     for name in _THREAD_VARIABLES:
-        first = os.environ.get(name, "").partition(",")[0].strip()  # OMP takes a list, one a nesting level
+        first = os.environ.get(name, "").partition(",")[0].strip()  # OMP allows a list, by nesting level
         if first.isdecimal() and int(first) > 0:
             return int(first)
     return None

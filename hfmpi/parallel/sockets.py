@@ -1,4 +1,4 @@
-"""One TCP connection from every rank to rank 0, beside MPI: the kernel closes it when a rank dies."""
+"""A TCP connection from every rank to rank 0, in addition to MPI: the kernel closes it when a rank dies."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hfmpi.parallel.communicator import Communicator
 
 __all__ = ["link_up"]
 
-_PATIENCE = 6.0  # seconds in which all ranks reach rank 0, once
-_CONNECT, _ANSWER = 1.0, 3.0  # seconds for one address, and for rank 0's word on it
+_PATIENCE = 6.0  # seconds within which all ranks must connect to rank 0
+_CONNECT, _ANSWER = 1.0, 3.0  # seconds for one address, and for the reply of rank 0
 
 
 def link_up(comm: Communicator, near: bool) -> tuple[dict[int, socket.socket], list[int]]:
-    """Connect all ranks to rank 0; collective, and it raises nothing where a network does not let it.
+    """Connect all ranks to rank 0; collective. Network errors are not raised.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ def link_up(comm: Communicator, near: bool) -> tuple[dict[int, socket.socket], l
     Returns
     -------
     links : dict
-        Sockets by the rank at the other end: on rank 0 those of all others, elsewhere that of rank 0.
+        Sockets by the rank at the other end: on rank 0 those of all others, on other ranks that of rank 0.
     missing : list of int
         Ranks that could not be connected, the same list on every rank.
     """
@@ -40,18 +40,18 @@ def link_up(comm: Communicator, near: bool) -> tuple[dict[int, socket.socket], l
             both = socket.has_dualstack_ipv6()
             family = socket.AF_INET6 if both else socket.AF_INET
             server = socket.create_server(("", 0), family=family, backlog=comm.size, dualstack_ipv6=both)
-            # Whoever else finds the port does not know the words.
-            words = secrets.token_hex(16), secrets.token_hex(16)
-            # The name comes last, because it needs a resolver.
-            offer = [*_addresses(), comm.host], server.getsockname()[1], words
+            # Connections are authenticated by random tokens that are distributed over MPI.
+            tokens = secrets.token_hex(16), secrets.token_hex(16)
+            # The host name comes last, because it needs a resolver.
+            offer = [*_addresses(), comm.host], server.getsockname()[1], tokens
     offer = comm.agree(offer)
     links: dict[int, socket.socket] = {}
     if server is not None and offer is not None:
         with server:
             links = _accept(server, comm.size, offer[2])
     elif offer is not None:
-        addresses, port, words = offer
-        link = _reach(["127.0.0.1"] * near + addresses, port, words, comm.rank)
+        addresses, port, tokens = offer
+        link = _reach(["127.0.0.1"] * near + addresses, port, tokens, comm.rank)
         links = {} if link is None else {0: link}
     missing = comm.agree([rank for rank in range(1, comm.size) if rank not in links])
     if comm.rank in missing and links:
@@ -63,32 +63,32 @@ def link_up(comm: Communicator, near: bool) -> tuple[dict[int, socket.socket], l
 
 
 def _addresses() -> list[str]:
-    """Give this node's IPv4 addresses, without the loopback's."""
+    """Return this node's IPv4 addresses, without those of the loopback device."""
     with contextlib.suppress(OSError):
         table = Path("/proc/net/fib_trie").read_text()
-        found = re.findall(r"\|-- (\S+)\s+/32 host LOCAL", table)
-        return [address for address in dict.fromkeys(found) if not address.startswith("127.")]
+        local = re.findall(r"\|-- (\S+)\s+/32 host LOCAL", table)
+        return [address for address in dict.fromkeys(local) if not address.startswith("127.")]
     return []
 
 
-def _accept(server: socket.socket, size: int, words: tuple[str, str]) -> dict[int, socket.socket]:
+def _accept(server: socket.socket, size: int, tokens: tuple[str, str]) -> dict[int, socket.socket]:
     links: dict[int, socket.socket] = {}
     deadline = time.monotonic() + _PATIENCE
-    while len(links) < size - 1 and (left := deadline - time.monotonic()) > 0:
-        server.settimeout(left)
+    while len(links) < size - 1 and (remaining := deadline - time.monotonic()) > 0:
+        server.settimeout(remaining)
         with contextlib.suppress(OSError, ValueError):
             link, _ = server.accept()
             link.settimeout(_CONNECT)
-            word, _, rank = link.recv(64).partition(b" ")
-            if secrets.compare_digest(word, words[0].encode()) and 0 < int(rank) < size:
-                link.sendall(words[1].encode())
+            token, _, rank = link.recv(64).partition(b" ")
+            if secrets.compare_digest(token, tokens[0].encode()) and 0 < int(rank) < size:
+                link.sendall(tokens[1].encode())
                 links[int(rank)] = link
             else:
                 link.close()
     return links
 
 
-def _reach(addresses: list[str], port: int, words: tuple[str, str], rank: int) -> socket.socket | None:
+def _reach(addresses: list[str], port: int, tokens: tuple[str, str], rank: int) -> socket.socket | None:
     deadline = time.monotonic() + _PATIENCE - 1
     for address in addresses:
         if time.monotonic() > deadline:
@@ -96,9 +96,9 @@ def _reach(addresses: list[str], port: int, words: tuple[str, str], rank: int) -
         with contextlib.suppress(OSError):
             link = socket.create_connection((address, port), timeout=_CONNECT)
             link.settimeout(_ANSWER)
-            link.sendall(f"{words[0]} {rank}".encode())
-            # No byte more: rank 0 may have gone on, and what follows is for the watchdog.
-            if _receive(link, len(words[1])) == words[1].encode():
+            link.sendall(f"{tokens[0]} {rank}".encode())
+            # Read no further byte: rank 0 may have continued, and what follows is for the watchdog.
+            if _receive(link, len(tokens[1])) == tokens[1].encode():
                 return link
             link.close()
     return None

@@ -1,12 +1,13 @@
-"""Ends all ranks when one of them dies, is stopped, or leaves alone, and when nothing moves any more.
+"""A watchdog that ends all ranks if one of them dies, is stopped or leaves alone, or if all of them hang.
 
-MPI would let the others wait for ever, and what a launcher notices differs from one to the next. So a daemon
-thread on every rank, which makes no MPI calls, keeps a TCP connection to rank 0. Nothing is decided by a
-clock that a busy or sleeping machine could bend: a rank is dead when its connection closes, stopped when
-the kernel says so at several looks in a row, and looks are counted, so a job that slept as a whole goes on.
+Under MPI alone the other ranks would wait for ever, and launchers differ in what they notice. So a daemon
+thread on every rank, which makes no MPI calls, holds a TCP connection to rank 0. No decision depends on
+wall-clock time, which a busy or sleeping machine could distort: a rank is dead when its connection closes,
+and stopped when the kernel reports that at several polls in a row. Polls are counted, so that a job that was
+suspended as a whole continues.
 
-Messages are lines: `at PULSE` each look, `bye PULSE` from a rank at its end, `all` from rank 0 when
-everyone has said so, `end CODE` from one that knows of an error and has said it.
+Messages are lines: `at PULSE` at each poll, `bye PULSE` from a rank at its end, `all` from rank 0 after the
+`bye` of every rank, `end CODE` from a rank that has printed an error.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from hfmpi.parallel.sockets import link_up
 
 __all__ = ["Watchdog", "allow", "joining", "quiet_end", "stall_timeout", "watch"]
 
-_LOOK = 1.0  # seconds between looks
-_STOPPED = 6  # looks in a row that find a process of this node stopped
-_SILENT = 30  # looks without a word from another node
-_LATER = 5  # looks that the others leave to rank 0, which knows more, when nothing moves
-_SILENCE = 1.0  # seconds in which another rank may speak
-_CODE = 1  # of ranks that end because of another
+_POLL = 1.0  # seconds between polls
+_STOPPED = 6  # polls in a row at which a process of this node must be stopped
+_SILENT = 30  # polls without a message from a rank of another node
+_LATER = 5  # polls that the others wait for rank 0, which knows more, when all ranks hang
+_SILENCE = 1.0  # seconds within which another rank may print the error
+_CODE = 1  # the exit code of ranks that end because of another rank
 
-_own: Watchdog | None = None  # of this process, from the first `watch` on
+_watchdog: Watchdog | None = None  # of this process, from the first `watch` on
 
 
 class Watchdog:
@@ -45,9 +46,9 @@ class Watchdog:
     Parameters
     ----------
     comm : MPICommunicator
-        Its `pulse` tells how far this rank is.
+        Its `pulse` is the progress of this rank.
     stall_timeout : float
-        Seconds without a collective after which all end; 0: never.
+        Seconds without a collective after which all ranks end; 0: never.
     links : dict
         Sockets by rank, from `link_up`.
     places : list of (str, str, int)
@@ -65,18 +66,18 @@ class Watchdog:
         self.stall_timeout = stall_timeout
         self.links = links
         self.places = places
-        own = places[comm.rank][:2]
-        node = [rank for rank, place in enumerate(places) if place[:2] == own]
-        # Each process of a node is looked at by one other, in a ring.
+        here = places[comm.rank][:2]
+        node = [rank for rank, place in enumerate(places) if place[:2] == here]
+        # Each process of a node is watched by one other, in a ring.
         after = node[(node.index(comm.rank) + 1) % len(node)]
-        self.neighbour = after if after != comm.rank and own[1] and _state(places[after][2]) else None
-        # Rank 0 speaks; where it cannot any more, one rank of each node does.
+        self.neighbour = after if after != comm.rank and here[1] and _state(places[after][2]) else None
+        # Errors are printed by rank 0 and, in case it cannot, by one rank of each node.
         self.speaks = comm.rank in (0, min(rank for rank in node if rank or len(node) == 1))
-        self.far = {rank for rank in links if places[rank][:2] != own}
+        self.far = {rank for rank in links if places[rank][:2] != here}
         self.buffers = dict.fromkeys(links, b"")
         self.silent = dict.fromkeys(links, 0)
         self.pulses = dict.fromkeys(links, 0)
-        self.left: set[int] = set()  # linked ranks that said goodbye
+        self.left: set[int] = set()  # linked ranks that have sent `bye`
         self.leaving = False
         self.finished = threading.Event()
         self.stopped, self.still, self.seen = 0, 0.0, -1
@@ -88,41 +89,41 @@ class Watchdog:
     # For the main thread -----------------------------------------------------------------------
 
     def goodbye(self) -> None:
-        """Wait until all ranks are here: from then on a closed connection means nothing."""
-        if os.getpid() == self.process and self.links:  # a forked child has nothing to say
+        """Wait until all ranks have called this; closed connections are no errors afterwards."""
+        if os.getpid() == self.process and self.links:  # not in a forked child
             self.leaving = True
             self.bell.send(b"!")
             while self.thread.is_alive() and not self.finished.wait(1):
                 pass
 
     def quiet_end(self, code: int) -> None:
-        """Tell all ranks to leave at once, because of an error that has been printed."""
+        """Make all other ranks end at once, because of an error that has been printed."""
         for link in self.links.values():
             _send(link, f"end {code}")
 
     # The thread --------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        """Listen, and look around once a second, until all have said goodbye."""
+        """Receive messages, and poll once a second, until all ranks have sent `bye`."""
         with selectors.DefaultSelector() as selector:
             selector.register(self.ear, selectors.EVENT_READ)
             for rank, link in self.links.items():
                 selector.register(link, selectors.EVENT_READ, rank)
             last = time.monotonic()
             while not self.finished.is_set():
-                for key, _ in selector.select(max(0.0, last + _LOOK - time.monotonic())):
+                for key, _ in selector.select(max(0.0, last + _POLL - time.monotonic())):
                     if key.data is None:
                         self.ear.recv(1)
-                        self._tell()
+                        self._send_pulse()
                     else:
                         self._hear(key.data)
                 now = time.monotonic()
-                if now >= last + _LOOK:
-                    self._look(min(now - last, 2 * _LOOK))  # not the time in which this rank was asleep
+                if now >= last + _POLL:
+                    self._poll(min(now - last, 2 * _POLL))  # not the time of a suspended rank
                     last = now
                 self._all_left()
 
-    def _tell(self) -> None:
+    def _send_pulse(self) -> None:
         word = "bye" if self.leaving else "at"
         for link in self.links.values():
             _send(link, f"{word} {self.comm.pulse}")
@@ -148,8 +149,8 @@ class Watchdog:
                 self.pulses[rank] = int(number)
                 self.left |= {rank} if word == "bye" else set()
 
-    def _look(self, seconds: float) -> None:
-        self._tell()
+    def _poll(self, seconds: float) -> None:
+        self._send_pulse()
         for rank in self.links:
             self.silent[rank] += 1
             if rank in self.far and self.silent[rank] >= _SILENT:
@@ -162,11 +163,11 @@ class Watchdog:
                 what = "is stopped (SIGSTOP)" if state == "T" else "has died"
                 self._end(f"{self._name(self.neighbour)} {what}, so all ranks end")
         if self.comm.rank == 0:
-            self._who_left_early()
+            self._end_if_left_early()
         self._stall(seconds)
 
-    def _who_left_early(self) -> None:
-        """End all if a rank has left that others wait for: they are at a collective that it never entered."""
+    def _end_if_left_early(self) -> None:
+        """End all ranks if one has left and others are in a collective that it never entered."""
         at = self.pulses | {0: self.comm.pulse}
         gone = self.left | ({0} if self.leaving else set())
         early = [rank for rank in sorted(gone) if at[rank] < max(at.values())]
@@ -191,7 +192,7 @@ class Watchdog:
 
     def _all_left(self) -> None:
         if self.comm.rank == 0 and self.leaving and len(self.left) == len(self.links):
-            self._who_left_early()
+            self._end_if_left_early()
             for link in self.links.values():
                 _send(link, "all")
             self.finished.set()
@@ -201,25 +202,25 @@ class Watchdog:
         return f"rank {rank} (process {process} on {host})"
 
     def _end(self, sentence: str, speaks: bool = True) -> NoReturn:
-        """Say why, or leave it to the rank that speaks, and leave; the main thread may hang in MPI."""
+        """Print the error, or wait for the rank that prints it, and exit; the main thread may hang in MPI."""
         if speaks:
             _say(f"Error: {sentence}.")
         else:
-            time.sleep(_SILENCE)  # an exit may make the launcher kill the one that speaks
+            time.sleep(_SILENCE)  # the launcher may kill all ranks as soon as one exits
         self._exit(_CODE)
 
     def _exit(self, code: int) -> NoReturn:
         self.quiet_end(code)
         if self.stopped >= _STOPPED and self.neighbour is not None:
-            with contextlib.suppress(OSError):  # not every launcher would
+            with contextlib.suppress(OSError):  # not every launcher kills stopped processes
                 os.kill(self.places[self.neighbour][2], signal.SIGKILL)
         os._exit(code)
 
 
 def watch(comm: MPICommunicator, stall_timeout: float) -> None:
-    """Start the watchdog of this process, if it has none; collective. It leaves with the program."""
-    global _own
-    if _own is not None:
+    """Start the watchdog of this process unless it has one; collective. It ends with the program."""
+    global _watchdog
+    if _watchdog is not None:
         return
     namespace = ""
     with contextlib.suppress(OSError):
@@ -230,33 +231,33 @@ def watch(comm: MPICommunicator, stall_timeout: float) -> None:
         names = ", ".join(map(str, missing[:8])) + ", ..." * (len(missing) > 8)
         sentence = f"Note: rank 0 has no TCP connection to rank {names}; should one of them die, "
         _say(f"{sentence}the others learn it from the launcher or by --stall-timeout.")
-    _own = Watchdog(comm, stall_timeout, links, places)
-    atexit.register(_own.goodbye)
+    _watchdog = Watchdog(comm, stall_timeout, links, places)
+    atexit.register(_watchdog.goodbye)
 
 
 def quiet_end(code: int) -> None:
-    """Tell all ranks to leave at once, because of an error that has been printed."""
-    if _own is not None:
-        _own.quiet_end(code)
+    """Make all other ranks end at once, because of an error that has been printed."""
+    if _watchdog is not None:
+        _watchdog.quiet_end(code)
 
 
 def stall_timeout() -> float:
-    """Give the seconds without a collective after which the watchdog of this process ends all; 0: never."""
-    return 0.0 if _own is None else _own.stall_timeout
+    """Return the seconds without a collective after which the watchdog ends all ranks; 0: never."""
+    return 0.0 if _watchdog is None else _watchdog.stall_timeout
 
 
 def allow(seconds: float) -> None:
-    """Let so many seconds pass without a collective from now on; 0: any number."""
-    if _own is not None:
-        _own.still, _own.stall_timeout = 0.0, seconds
+    """Allow so many seconds without a collective from now on; 0: any number."""
+    if _watchdog is not None:
+        _watchdog.still, _watchdog.stall_timeout = 0.0, seconds
 
 
 @contextlib.contextmanager
 def joining(rank: int, patience: float) -> Iterator[None]:
-    """End this rank if the block takes longer than so many seconds; 0: never.
+    """End this rank if the block takes longer than `patience` seconds; 0: never.
 
-    While ranks join, none knows of another: one that never comes can only be noticed by the time. A thread
-    that could say so does not run inside MPI_Init, which holds Python's lock; the one of faulthandler does.
+    While ranks join, they are not connected: only a timeout can detect a rank that never arrives. A Python
+    thread does not run inside MPI_Init, which holds the interpreter lock; the thread of faulthandler does.
     """
 
     def give_up() -> None:
@@ -278,17 +279,17 @@ def joining(rank: int, patience: float) -> Iterator[None]:
 
 
 def _say(sentence: str) -> None:
-    with contextlib.suppress(OSError):  # who leaves must not fail over it
+    with contextlib.suppress(OSError):  # the rank ends anyway
         os.write(2, f"{sentence}\n".encode())  # print could wait for a lock of the main thread
 
 
 def _send(link: socket.socket, line: str) -> None:
-    with contextlib.suppress(OSError):  # closed: `_hear` will find it; full: the rank is stopped
+    with contextlib.suppress(OSError):  # closed: `_hear` notices it; full: the rank is stopped
         link.send(f"{line}\n".encode())
 
 
 def _state(process: int) -> str:
-    """Give the kernel's letter for the state of a process of this node; nothing if it is gone."""
+    """Return the kernel's letter for the state of a process on this node; empty if it is gone."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from hfmpi.backends.compilation import told
+from hfmpi.backends.compilation import listening
 
 __all__ = ["COMPILING", "LiveLine", "Patience", "announced"]
 
@@ -156,7 +156,7 @@ def _duration(seconds: float) -> str:
 
 
 class Patience:
-    """Reports once that kernels are compiled, if that takes a while; a listener of `told`."""
+    """Reports once that kernels are compiled, if that takes a while; a listener of `listening`."""
 
     def __init__(self, say: Callable[[str], object]) -> None:
         self._say, self._left = say, PATIENCE
@@ -190,10 +190,10 @@ def announced(rank: int) -> Iterator[None]:
 
         status = Console(stderr=True).status(COMPILING)
         try:
-            with told(lambda compiling: status.start() if compiling else status.stop()):
+            with listening(lambda compiling: status.start() if compiling else status.stop()):
                 yield
         finally:
             status.stop()
     else:
-        with told(Patience(lambda sentence: click.echo(sentence, err=True))):
+        with listening(Patience(lambda sentence: click.echo(sentence, err=True))):
             yield

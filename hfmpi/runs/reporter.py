@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from hfmpi.backends.compilation import told
+from hfmpi.backends.compilation import listening
 from hfmpi.files.history import BITS, Record, loss_keys
 from hfmpi.parallel.placement import Place
 from hfmpi.runs.live import COMPILING, LiveLine, Patience
@@ -204,10 +204,10 @@ def _make_log(stack: ExitStack) -> Log:
 
         console = Console()
     if console is None or not console.is_terminal or console.is_dumb_terminal:
-        stack.enter_context(told(Patience(click.echo)))
+        stack.enter_context(listening(Patience(click.echo)))
         return Log()
     from rich.live import Live as Display
 
     live = Live(stack.enter_context(Display(console=console, transient=True, vertical_overflow="crop")))
-    stack.enter_context(told(live.compiling))
+    stack.enter_context(listening(live.compiling))
     return live
