@@ -110,7 +110,11 @@ class Blocks(Protocol):
 
 @runtime_checkable
 class KroneckerFactors(Protocol):
-    """A model whose linearisations have `FactoredGradient`."""
+    """A model whose linearisations also sum Kronecker factors of the curvature in the pass of the gradient.
+
+    These have a method factored_gradient(scale, out, sums), which adds what `gradient` adds to out (D,) and
+    the sums for the factors to sums (factor_sums.size,).
+    """
 
     @property
     def factor_sums(self) -> FactorSums:
@@ -131,13 +135,6 @@ class SquaredGradients(Protocol):
 
     def squared_gradients(self, scale: float, out: Array, squares: Array) -> None:
         """Add what `gradient` adds to out (D,), and the sum over examples of its squares to squares (D,)."""
-
-
-class FactoredGradient(Protocol):
-    """A linearisation that can also sum Kronecker factors of the curvature in the pass of the gradient."""
-
-    def factored_gradient(self, scale: float, out: Array, sums: Array) -> None:
-        """Add what `gradient` adds to out (D,), and the sums for the factors to sums (factor_sums.size,)."""
 
 
 class StructuralLinearisation(Linearisation, Protocol):
