@@ -422,6 +422,7 @@ def broken(where):
     ({"optimizer": "soap"}, "Line does not name the matrices of theta (blocks): take another optimizer"),
     ({"optimizer": "subspace"}, "Line does not name the matrices of theta (blocks): take another optimizer"),
     ({"model": Named(3), "optimizer": "subspace"}, "Named has no Kronecker factors: give settings="),
+    ({"settings": {"preconditioner": "diagonal"}}, "Line has no squared gradients: give settings="),
     ({"settings": {"structural_damping": 1.0}}, "Line has no structural damping"),
     ({"settings": {"dampin": 1.0}}, "has no setting 'dampin'"),
     ({"max_steps": -1}, "max_steps must not be negative"),

@@ -247,7 +247,7 @@ class Subspace(Optimizer[SubspaceState]):
         self, state: SubspaceState, objective: Objective, g: Vector, factors: Vector
     ) -> tuple[SubspaceState, list[Vector]]:
         """Compute the directions, not yet cut, and the state with the means that they come from."""
-        kind, size = g.dtype.type, g.size
+        kind = g.dtype.type
         first = 1 - 1 / (state.updates + 1)
         directions = [g] if self._uses("gradient") else []
         if self._uses("rms"):
@@ -264,7 +264,7 @@ class Subspace(Optimizer[SubspaceState]):
                 objective, g, mean, state.decomposition, gammas, refresh
             )
             state, directions = replace(state, factors=mean, decomposition=decomposition), directions + more
-        return state, directions + [state.steps[i * size : (i + 1) * size] for i in range(self.memory)]
+        return state, [*directions, *state.steps.reshape(-1, g.size)[: self.memory]]
 
     def _model(
         self, theta: Vector, objectives: Objectives, g: Vector, directions: list[Vector]
@@ -300,8 +300,7 @@ class Subspace(Optimizer[SubspaceState]):
             return theta, state, replace(report, message="the step is not finite")
         report = replace(report, accepted=True, details={**report.details, "step_norm": math.sqrt(square)})
         size, steps = theta.size, state.steps * 1
-        steps[size:] = state.steps[: steps.size - size]
-        steps[:size] = step.p
+        steps[size:], steps[:size] = state.steps[:-size], step.p
         state = replace(
             state, updates=state.updates + 1, steps=steps, descent=step.descent, curvature=step.curvature
         )
