@@ -96,7 +96,7 @@ def test_spans_are_exclusive():
 
 def test_span_of_the_same_name_inside_and_exceptions():
     clock = Clock()
-    timer = Timer(clock, kept=("a",))
+    timer = Timer(clock, recorded=("a",))
     with contextlib.suppress(ZeroDivisionError), timer.span("a"):
         clock.now += 1
         with timer.span("a"):

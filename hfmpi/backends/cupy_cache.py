@@ -1,4 +1,4 @@
-"""The place of CuPy's cache of compiled kernels: its folder if that is writable, else memory."""
+"""The location of CuPy's cache of compiled kernels: its folder if that is writable, else memory."""
 
 from __future__ import annotations
 

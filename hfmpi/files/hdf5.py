@@ -132,8 +132,8 @@ def members(group: h5py.Group) -> list[str]:
     return names
 
 
-def array(group: h5py.Group, name: str, most: int) -> np.ndarray:
-    """Read a dataset of plain numbers, at most `most` bytes, all of them stored in the file itself.
+def array(group: h5py.Group, name: str, limit: int) -> np.ndarray:
+    """Read a dataset of plain numbers, at most `limit` bytes, all of them stored in the file itself.
 
     `name` comes from `members`.
     """
@@ -141,7 +141,7 @@ def array(group: h5py.Group, name: str, most: int) -> np.ndarray:
     if not isinstance(dataset, h5py.Dataset) or dataset.shape is None or not _plain(dataset.id, "biuf"):
         raise Damage(f"is damaged: {_short(name)} is not a dataset of plain numbers")
     size = math.prod(dataset.shape) * dataset.dtype.itemsize  # the product that h5py computes wraps around
-    if size > most:
+    if size > limit:
         raise Damage(f"is damaged: {_short(name)} claims {size:,} bytes, more than there can be")
     settings = dataset.id.get_create_plist()
     plain = settings.get_layout() == h5py.h5d.CONTIGUOUS and not settings.get_external_count()

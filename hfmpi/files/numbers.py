@@ -7,12 +7,12 @@ from typing import Any
 __all__ = ["is_amount", "is_drawable"]
 
 
-def is_amount(value: Any, most: float = 2**53) -> bool:
-    """Return whether a value is a number that is at least 0 and less than `most`.
+def is_amount(value: Any, limit: float = 2**53) -> bool:
+    """Return whether a value is a number that is at least 0 and less than `limit`.
 
     Integers below 2^53 are exact as floats, and results computed from several of them stay finite.
     """
-    return type(value) in (int, float) and 0 <= value < most
+    return type(value) in (int, float) and 0 <= value < limit
 
 
 def is_drawable(value: Any) -> bool:

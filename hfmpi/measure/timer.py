@@ -20,7 +20,7 @@ class Timer:
     ----------
     clock : callable
         Returns the time in seconds.
-    kept : sequence of str
+    recorded : sequence of str
         Names of the spans whose individual durations are stored for `series`.
 
     Attributes
@@ -39,11 +39,11 @@ class Timer:
     """
 
     def __init__(
-        self, clock: Callable[[], float] = time.perf_counter, kept: Sequence[str] = (ALLREDUCE,)
+        self, clock: Callable[[], float] = time.perf_counter, recorded: Sequence[str] = (ALLREDUCE,)
     ) -> None:
         self.totals: dict[str, float] = {}
         self.clock = clock
-        self._series: dict[str, list[float]] = {name: [] for name in kept}
+        self._series: dict[str, list[float]] = {name: [] for name in recorded}
         self._open: list[tuple[str, float]] = []  # name and seconds so far, the innermost last
         self._mark = 0.0  # the time is counted up to here
 
@@ -67,17 +67,17 @@ class Timer:
             durations.clear()
 
     def series(self, name: str) -> np.ndarray:
-        """Return the individual durations of a name in `kept`, (calls,) float64, in order.
+        """Return the individual durations of a name in `recorded`, (calls,) float64, in order.
 
         Raises
         ------
         KeyError
-            If the name is not in `kept`.
+            If the name is not in `recorded`.
         """
         return np.array(self._series[name], dtype=np.float64)
 
     def calls(self, name: str) -> int:
-        """Return the number of individual durations of a name in `kept`."""
+        """Return the number of individual durations of a name in `recorded`."""
         return len(self._series[name])
 
     def _book(self) -> None:

@@ -54,9 +54,9 @@ def connect(stall_timeout: float = 0.0) -> Communicator:
             )
         return Communicator()
     if not mpi.Is_initialized() and (obstacle := library.obstacle(mpi)):
-        most = max(size for _, size in library.announced())
-        if most > 1:
-            _refuse(rank, f"the launcher started {most} processes, but {obstacle}")
+        largest = max(size for _, size in library.announced())
+        if largest > 1:
+            _refuse(rank, f"the launcher started {largest} processes, but {obstacle}")
         return Communicator()
     with joining(rank, stall_timeout if size > 1 else 0), warnings.catch_warnings():
         # mpi4py warns of a launcher that does not match; the check below makes it an error.

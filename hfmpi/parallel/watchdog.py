@@ -89,7 +89,7 @@ class Watchdog:
     # For the main thread -----------------------------------------------------------------------
 
     def goodbye(self) -> None:
-        """Wait until all ranks have called this; closed connections are no errors afterwards."""
+        """Wait until all ranks have called this; closed connections are not errors afterwards."""
         if os.getpid() == self.process and self.links:  # not in a forked child
             self.leaving = True
             self.bell.send(b"!")
