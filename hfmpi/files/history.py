@@ -47,7 +47,6 @@ class Record(TypedDict):
     cg_steps: int
     projections: NotRequired[int]
     candidates: NotRequired[int]
-    columns: NotRequired[int]
     directions: NotRequired[int]
     gradient_norm: NotRequired[float | None]
     step_norm: NotRequired[float]

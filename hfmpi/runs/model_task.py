@@ -20,7 +20,7 @@ from hfmpi.errors import UserError, shown
 from hfmpi.files.checkpoint import Checkpoint
 from hfmpi.files.history import NATS
 from hfmpi.measure.spans import EVALUATE
-from hfmpi.models.base import Blocks, KroneckerFactors, Model, SquaredGradients, StructuralDamping
+from hfmpi.models.base import Blocks, KroneckerFactors, Model, StructuralDamping, has_squared_gradients
 from hfmpi.networks.network import Network
 from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.parallel.communicator import digest
@@ -241,7 +241,7 @@ def _check_optimizer(config: Config, model: Model) -> None:
             f"{kind} has no Kronecker factors: give settings={{'directions': 'gradient'}}, or another "
             "optimizer"
         )
-    if needs.squared_gradients and not isinstance(model, SquaredGradients):
+    if needs.squared_gradients and not has_squared_gradients(model):
         raise UserError(f"{kind} has no squared gradients: give settings={{'preconditioner': 'auto'}}")
     if needs.structural_damping and not isinstance(model, StructuralDamping):
         raise UserError(f"{kind} has no structural damping: give settings={{'structural_damping': 0}}")
