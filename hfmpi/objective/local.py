@@ -224,7 +224,7 @@ class LocalSums:
         add : callable
             (linearisation, v, message): adds the part of a micro-batch.
         """
-        if version != self._version or not bool(self.model.backend.xp.array_equal(self._theta, theta)):
+        if version != self._version or (self._theta != theta).any():
             self._shrinking(shard.count, lambda: self._linearise(linearise, theta, shard))
         mine = self._version
 
