@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from hfmpi.backends.base import Array, Packed
@@ -104,16 +103,18 @@ class Recording(NumpyBackend):
 
     @property
     def multiply(self) -> Callable[..., None]:
-        """The method of the backend, or the one that records: loops look it up once, not for each product."""
-        products = self._products
-        return super().multiply if products is None else partial(self._recorded_multiply, products)
+        """The method of the backend, or one that records: loops look it up once, not for each product."""
+        multiply, products = super().multiply, self._products
+        if products is None:
+            return multiply
+        calls, copied = products.calls, products.copied
 
-    def _recorded_multiply(
-        self, products: Products, a: Array, b: Packed, out: Array, add: bool = False
-    ) -> None:
-        start = len(products.calls)
-        super().multiply(a, b, out, add)
-        products.calls[start:] = [(a, products.copied(b.matrix), out)]  # once, also where it calls `matmul`
+        def recorded(a: Array, b: Packed, out: Array, add: bool = False) -> None:
+            start = len(calls)
+            multiply(a, b, out, add)
+            calls[start:] = [(a, copied(b.matrix), out)]  # once, also where `multiply` calls `matmul`
+
+        return recorded
 
     def loop(self, name: str, run: Callable[[], None], arrays: Mapping[str, Any]) -> None:
         """Run a loop over time; one that may become a graph or one kernel is recorded at its first run."""
