@@ -328,7 +328,7 @@ class Tight(Line):
     """A model whose memory suffices for eight cases."""
 
     def linearise(self, theta, batch, reuse=None):
-        if batch.cases > 8:
+        if len(batch.targets) > 8:
             raise MemoryError
         return super().linearise(theta, batch, reuse)
 

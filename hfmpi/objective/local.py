@@ -224,7 +224,8 @@ class LocalSums:
         add : callable
             (linearisation, v, message): adds the part of a micro-batch.
         """
-        if version != self._version or (self._theta != theta).any():
+        same = self.model.backend.xp.array_equal
+        if version != self._version or not same(self._theta, theta):
             self._shrinking(shard.count, lambda: self._linearise(linearise, theta, shard))
         mine = self._version
 

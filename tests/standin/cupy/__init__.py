@@ -293,6 +293,11 @@ def any(array, axis=None):
     return ndarray(counted(np.asarray(np.any(bare(array), axis=axis))))
 
 
+def array_equal(a, b):
+    forbid_capture("a reduction")
+    return ndarray(counted(np.asarray(np.array_equal(bare(a), bare(b)))))
+
+
 def matmul(a, b):
     return ndarray(counted(np.matmul(bare(a), bare(b))))
 
