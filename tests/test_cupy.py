@@ -639,7 +639,8 @@ CUPY_NAMES = """
 zeros_like linalg.eigh linalg.qr ndarray.reshape
 matmul maximum tanh exp log1p arange ndarray.astype ndarray.__abs__ ndarray.transpose
 RawModule ndarray.data ndarray.get ndarray.set ndarray.strides ndarray.itemsize ndarray.__array_ufunc__
-ndarray.any ndarray.__array_function__ array_equal asarray asnumpy ascontiguousarray empty empty_like zeros sum einsum
+ndarray.any ndarray.__array_function__ array_equal asarray
+asnumpy ascontiguousarray empty empty_like zeros sum einsum
 multiply subtract get_default_memory_pool cuda.runtime.CUDARuntimeError cuda.runtime.getDeviceCount
 cuda.runtime.getDeviceProperties cuda.Device.use cuda.Device.mem_info cuda.Device.pci_bus_id
 cuda.Device.cublas_handle cuda.Stream.use cuda.Stream.synchronize cuda.Stream.begin_capture
