@@ -20,7 +20,7 @@ import numpy as np
 
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.errors import UserError
-from hfmpi.models.batch import Examples, ScoredOutputs, check_batch, check_symbols
+from hfmpi.models.batch import CheckedBatch, ScoredOutputs, check_batch, check_symbols
 from hfmpi.models.factors import FactorSums
 from hfmpi.models.linearisation import LossLinearisation, Passes
 from hfmpi.models.losses import Loss, choose
@@ -244,7 +244,7 @@ class FrameworkModel(ABC):
     ) -> FrameworkPasses:
         """Linearise the scored outputs."""
 
-    def _check(self, theta: np.ndarray, examples: Examples) -> None:
+    def _check(self, theta: np.ndarray, examples: CheckedBatch) -> None:
         """Raise a UserError where the first batch shows that the function cannot be trained like this.
 
         The examples of a batch are divided into micro-batches and over ranks, so none may depend on another.
@@ -272,7 +272,7 @@ class FrameworkModel(ABC):
 
     # -------------------------------------------------------------------------------------------
 
-    def _value(self, outputs: np.ndarray, examples: Examples) -> tuple[float, np.ndarray]:
+    def _value(self, outputs: np.ndarray, examples: CheckedBatch) -> tuple[float, np.ndarray]:
         """Return the summed loss, and what the loss computed from the outputs for its derivatives (N, O)."""
         cache = np.array(outputs, self.backend.dtype, order="C")  # the framework's memory stays as it is
         if self.output_loss.symbols:
@@ -282,7 +282,7 @@ class FrameworkModel(ABC):
             losses = losses * examples.mask[:, 0]
         return float(losses.sum()), cache
 
-    def _place(self, theta: np.ndarray, batch: Any) -> tuple[np.ndarray, Examples]:
+    def _place(self, theta: np.ndarray, batch: Any) -> tuple[np.ndarray, CheckedBatch]:
         """Check theta and a batch; return both in the model's type."""
         check_vector("theta", theta, self.size, np.ndarray)
         theta = theta.astype(self.backend.dtype, copy=False)

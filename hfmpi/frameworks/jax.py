@@ -11,7 +11,7 @@ import numpy as np
 
 from hfmpi.errors import UserError, shown
 from hfmpi.frameworks.framework import FrameworkModel, first_line
-from hfmpi.models.batch import Examples, ScoredOutputs
+from hfmpi.models.batch import CheckedBatch, ScoredOutputs
 from hfmpi.models.losses import Loss
 
 try:
@@ -120,11 +120,11 @@ class JaxModel(FrameworkModel):
                 )
         return self._layers[key]
 
-    def _check(self, theta: np.ndarray, examples: Examples) -> None:
+    def _check(self, theta: np.ndarray, examples: CheckedBatch) -> None:
         """Check the first batch, and fit micro-batches to the residuals that each example keeps."""
         super()._check(theta, examples)
 
-        def residuals(some: Examples) -> int:
+        def residuals(some: CheckedBatch) -> int:
             _, pull = jax.eval_shape(partial(self.function.linearise, scored=some.scored), theta, some.inputs)
             return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(pull))
 

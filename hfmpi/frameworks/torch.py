@@ -13,7 +13,7 @@ import numpy as np
 
 from hfmpi.errors import UserError, shown
 from hfmpi.frameworks.framework import FrameworkModel, Plan, first_line
-from hfmpi.models.batch import Examples, ScoredOutputs
+from hfmpi.models.batch import CheckedBatch, ScoredOutputs
 from hfmpi.models.losses import Loss
 
 try:
@@ -156,7 +156,7 @@ class TorchModel(FrameworkModel):
 
     # The first batch ---------------------------------------------------------------------------
 
-    def _check(self, theta: np.ndarray, examples: Examples) -> None:
+    def _check(self, theta: np.ndarray, examples: CheckedBatch) -> None:
         """Choose the plan; raise a UserError where the module cannot be trained."""
         before = {name: b.detach().clone() for name, b in self.module.named_buffers()}
         once, again = (self._outputs(theta, examples.inputs, examples.scored) for _ in range(2))
@@ -178,7 +178,7 @@ class TorchModel(FrameworkModel):
         super()._check(theta, examples)
         self._choose_products(theta, examples.first)
 
-    def _choose_products(self, theta: np.ndarray, example: Examples) -> None:
+    def _choose_products(self, theta: np.ndarray, example: CheckedBatch) -> None:
         """Plan products with J and J' in the first way that works on one example."""
         log, reason = logging.getLogger(__name__), ""
         for double_backward, kernels in product((True, False), (nullcontext, plain_kernels)):

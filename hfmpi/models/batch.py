@@ -10,7 +10,7 @@ import numpy as np
 from hfmpi.errors import UserError, shown
 from hfmpi.models.losses import Loss
 
-__all__ = ["Batch", "Examples", "ScoredOutputs", "check_batch", "check_mask", "check_symbols", "parts"]
+__all__ = ["Batch", "CheckedBatch", "ScoredOutputs", "check_batch", "check_mask", "check_symbols", "parts"]
 
 
 @runtime_checkable
@@ -87,7 +87,7 @@ class ScoredOutputs(NamedTuple):
         return z.reshape(self.rows, z.shape[-1])
 
 
-class Examples(NamedTuple):
+class CheckedBatch(NamedTuple):
     """A checked batch, the argument of the function of a framework.
 
     Attributes
@@ -104,11 +104,11 @@ class Examples(NamedTuple):
     mask: np.ndarray | None
 
     @property
-    def first(self) -> Examples:
+    def first(self) -> CheckedBatch:
         """The first example as a batch."""
         scored = self.scored.example
         mask = None if self.mask is None else self.mask[: scored.rows]
-        return Examples(tuple(x[:1] for x in self.inputs), scored, self.targets[: scored.rows], mask)
+        return CheckedBatch(tuple(x[:1] for x in self.inputs), scored, self.targets[: scored.rows], mask)
 
 
 def parts(batch: Any) -> tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray | None]:
@@ -128,7 +128,7 @@ def parts(batch: Any) -> tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray | 
     return tuple(map(np.asarray, inputs)), np.asarray(batch.targets), mask
 
 
-def check_batch(batch: Any, loss: Loss, dtype: np.dtype) -> Examples:
+def check_batch(batch: Any, loss: Loss, dtype: np.dtype) -> CheckedBatch:
     """Return a batch with its real numbers in the type `dtype` of the model.
 
     Raises
@@ -149,7 +149,7 @@ def check_batch(batch: Any, loss: Loss, dtype: np.dtype) -> Examples:
     check_mask(mask, scored.shape)
     mask = None if mask is None else mask.astype(dtype).reshape(-1, 1)
     inputs = tuple(x.astype(dtype, copy=False) if x.dtype.kind == "f" else x for x in inputs)
-    return Examples(inputs, scored, targets, mask)
+    return CheckedBatch(inputs, scored, targets, mask)
 
 
 def check_mask(mask: np.ndarray | None, shape: tuple[int, ...]) -> None:
