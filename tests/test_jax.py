@@ -19,7 +19,8 @@ from dense import (
 
 import hfmpi
 from hfmpi.errors import UserError
-from hfmpi.models.base import Blocks, Columns, KroneckerFactors, Model, SquaredGradients
+from hfmpi.models.base import Blocks, KroneckerFactors, Model, Projection, has_squared_gradients
+from hfmpi.models.batch import ScoredOutputs
 from hfmpi.optim import layout
 from hfmpi.optim.layout import split_factors
 from hfmpi.parallel.communicator import Communicator
@@ -106,7 +107,7 @@ def test_a_function_has_the_derivatives_of_its_dense_jacobian(name, caplog):
     assert isinstance(model, Model)
     assert isinstance(model, Blocks)
     assert isinstance(model, KroneckerFactors)
-    assert isinstance(model, SquaredGradients)
+    assert has_squared_gradients(model)
     theta = model.initial(0)
 
     def rows(theta):
@@ -114,7 +115,7 @@ def test_a_function_has_the_derivatives_of_its_dense_jacobian(name, caplog):
 
     dense = jax.jit((jax.jacrev if name == "reverse" else jax.jacfwd)(rows))(theta)
     at = check(model, kind, cases, theta, np.asarray(rows(theta)), np.asarray(dense), None, name == "mlp")
-    assert isinstance(at, Columns)
+    assert isinstance(at, Projection)
     assert not caplog.records
 
 
@@ -178,7 +179,7 @@ def test_a_callback_that_cannot_be_batched_is_called_case_by_case(caplog):
         risk = hfmpi.DataParallel(model, Communicator()).on(cases, np.arange(CASES))
         found.append(risk.squared_gradients(model.initial(0)).squares)
     assert np.allclose(*found)
-    assert "cannot be batched" in caplog.text
+    assert "examples are processed one at a time" in caplog.text
 
 
 # Kronecker factors -------------------------------------------------------------------------------
@@ -336,9 +337,9 @@ def test_factors_of_all_else_are_those_of_the_gradients_of_cases():
     gradient, factors = risk.factored_gradient(theta)
     np.testing.assert_allclose(gradient.vector, each.mean(axis=0), rtol=1e-7, atol=1e-10)
     expected = split_factors(model.blocks, factors_of_cases(model.blocks, each, CASES))
-    (traced,) = model._traced.values()
+    layers = model.layers((x,), ScoredOutputs((CASES,), OUTPUTS))
     names = [block.name.strip("[]'") for block in model.blocks]
-    assert {names[i] for i in traced.loose} == {"deep", "g", "one", "twice", "v"}
+    assert {names[i] for i in layers.unassigned} == {"deep", "g", "one", "twice", "v"}
     for name, (_, *ours), (_, *theirs) in zip(
         names, split_factors(model.blocks, factors), expected, strict=True
     ):
@@ -398,7 +399,7 @@ def linear(params, x):
     (linear, {"n": np.arange(3)}, "params have no array of real numbers"),
     (linear, {}, "params have no array of real numbers"),
     (linear, [WEIGHTS, WEIGHTS.astype(np.float32)], "all be float64, not float32, float64"),
-    (lambda w, x: linear(w, x - x.mean(axis=0)), WEIGHTS, "depend on the other cases of its batch"),
+    (lambda w, x: linear(w, x - x.mean(axis=0)), WEIGHTS, "depend on the other examples of its batch"),
     (lambda w, x: (linear(w, x), x), WEIGHTS, "must give one array of outputs, not tuple"),
     (linear, WEIGHTS * np.inf, "the loss is not finite at the start"),
     (lambda w, x: linear(w, x)[None], WEIGHTS, r"outputs must be of shape \(4, symbols\) for these targets"),

@@ -22,13 +22,13 @@ from dense import (
 
 import hfmpi
 from hfmpi.errors import UserError
-from hfmpi.models.base import Blocks, Columns, KroneckerFactors, Model, SquaredGradients
+from hfmpi.models.base import Blocks, KroneckerFactors, Model, Projection, has_squared_gradients
 from hfmpi.optim import layout
 from hfmpi.optim.layout import split_factors
 from hfmpi.parallel.communicator import Communicator
 
 torch = pytest.importorskip("torch")
-torch_cases = pytest.importorskip("hfmpi.frameworks.torch_layers")
+torch_layers = pytest.importorskip("hfmpi.frameworks.torch_layers")
 nn = torch.nn
 
 
@@ -118,12 +118,12 @@ def test_a_module_has_the_derivatives_of_its_dense_jacobian(name, caplog):
     assert isinstance(model, Model)
     assert isinstance(model, Blocks)
     assert isinstance(model, KroneckerFactors)
-    assert isinstance(model, SquaredGradients)
+    assert has_squared_gradients(model)
     z, jacobian = dense(module, *inputs)
     theta = model.initial(0)
     assert jacobian.shape[2] == theta.size == sum(p.numel() for p in module.parameters() if p.requires_grad)
     at = check(model, kind, cases, theta, z, jacobian)
-    assert isinstance(at, Columns)
+    assert isinstance(at, Projection)
     said = [record.getMessage().partition("(")[0] for record in caplog.records]
     notes = {"attention": ["Note: a fused kernel of the module has no second derivative "]}
     assert said == notes.get(name, [])
@@ -359,16 +359,16 @@ def test_squared_gradients_are_those_of_cases_taken_one_by_one(make, dtype, monk
     risk = hfmpi.DataParallel(model, Communicator()).on(hfmpi.Arrays(x, y), np.arange(CASES))
     theta = model.initial(0).astype(model.backend.dtype)
     found = [risk.squared_gradients(theta)]
-    monkeypatch.setattr("hfmpi.frameworks.torch.EACH_NUMBERS", 1)
-    monkeypatch.setattr("hfmpi.frameworks.torch_layers.CACHED_NUMBERS", 1)
+    monkeypatch.setattr("hfmpi.frameworks.framework.GRADIENT_NUMBERS", 1)
+    monkeypatch.setattr("hfmpi.frameworks.torch_gradients.CACHED_NUMBERS", 1)
     found.append(risk.squared_gradients(theta))  # in parts
-    model._cases_apart = False
+    model.replan(sequential=frozenset({"examples"}))
     found.append(risk.squared_gradients(theta))  # in a loop
     close = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-6}
     for squared in found:
         np.testing.assert_allclose(squared.vector, each.sum(axis=0), **close)
         np.testing.assert_allclose(squared.squares, CASES * (each**2).sum(axis=0), **close)
-    assert ("one case after the other" in caplog.text) == (type(module) in ALONE)
+    assert ("examples are processed one at a time" in caplog.text) == (type(module) in ALONE)
 
 
 def test_squared_gradients_need_nothing_that_is_private_to_pytorch(monkeypatch, caplog):
@@ -382,13 +382,13 @@ def test_squared_gradients_need_nothing_that_is_private_to_pytorch(monkeypatch, 
         return risk.squared_gradients(model.initial(0))
 
     expected = squared()
-    assert "one case after the other" not in caplog.text
+    assert "examples are processed one at a time" not in caplog.text
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "torch._decomp", None)
-        assert torch_cases._recurrent_networks() == {}
-    monkeypatch.setattr(torch_cases, "_RECURRENT", {})
+        assert torch_layers._recurrent_networks() == {}
+    monkeypatch.setattr(torch_layers, "_RECURRENT", {})
     found = squared()
-    assert "one case after the other" in caplog.text
+    assert "examples are processed one at a time" in caplog.text
     np.testing.assert_allclose(found.vector, expected.vector, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(found.squares, expected.squares, rtol=1e-9, atol=1e-12)
 
@@ -499,8 +499,8 @@ def test_factors_of_all_else_are_those_of_the_gradients_of_cases(make, monkeypat
             if not block.name.startswith("top"):
                 for own, matrix in zip(ours, theirs, strict=True):
                     np.testing.assert_allclose(own, matrix, rtol=1e-9, atol=1e-12, err_msg=block.name)
-        monkeypatch.setattr("hfmpi.frameworks.torch.EACH_NUMBERS", 1)  # in parts
-        monkeypatch.setattr("hfmpi.frameworks.torch_layers.CACHED_NUMBERS", 1)
+        monkeypatch.setattr("hfmpi.frameworks.framework.GRADIENT_NUMBERS", 1)  # in parts
+        monkeypatch.setattr("hfmpi.frameworks.torch_gradients.CACHED_NUMBERS", 1)
 
 
 def test_factors_of_tables_count_what_is_looked_up():
@@ -646,14 +646,14 @@ def infinite():
 @pytest.mark.parametrize(("make", "cases", "words"), [
     (lambda: nn.Linear, GOOD, "module must be a torch.nn.Module, not the class Linear"),
     (lambda: module().requires_grad_(False), GOOD, "no parameter that requires a gradient"),
-    (lambda: torch.jit.trace(module(), torch.as_tensor(ROWS)), GOOD, "give what was scripted"),
+    (lambda: torch.jit.trace(module(), torch.as_tensor(ROWS)), GOOD, "pass the module that was scripted"),
     (lambda: nn.Tanh(), GOOD, "no parameter that requires a gradient"),
     (lambda: nn.LazyLinear(OUTPUTS), GOOD, "parameters without a shape: call it once"),
     (lambda: module().bfloat16(), GOOD, "must all be float32 or all be float64, not bfloat16"),
     (lambda: nn.Sequential(module(), nn.Linear(3, 3)), GOOD, "all be float64, not float32, float64"),
     (lambda: nn.Sequential(module(), nn.Dropout()), GOOD, "as with dropout: call module.eval"),
     (lambda: nn.Sequential(module(), nn.BatchNorm1d(3).double()), GOOD, "changes buffers"),
-    (lambda: module(Shift), GOOD, "depend on the other cases of its batch"),
+    (lambda: module(Shift), GOOD, "depend on the other examples of its batch"),
     (lambda: module(Pair), GOOD, "must give one array of outputs, not tuple"),
     (infinite, GOOD, "the loss is not finite at the start"),
     (module, hfmpi.Examples(ROWS, symbols(CASES, 2)), r"outputs must be of shape \(4, 2, symbols\) for"),

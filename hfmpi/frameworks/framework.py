@@ -1,30 +1,35 @@
-"""What a model needs besides a framework that differentiates its function (torch.py, jax.py).
+"""What a model needs in addition to a framework that differentiates its function (torch.py, jax.py).
 
 The framework computes outputs, J v and J' u of a function of theta on one batch, as NumPy arrays on the host.
-Here are theta as one vector, its matrices, and the checks of a function on its first batch.
+This module adds theta as one vector and its matrices, the checks of a function on its first batch, and the
+plan: how the passes of the model are computed.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.errors import UserError
-from hfmpi.models.batch import Examples, ScoredOutputs, check_batch, check_symbols
+from hfmpi.models.batch import Examples, check_batch, check_symbols
 from hfmpi.models.factors import FactorSums
 from hfmpi.models.linearisation import LossLinearisation, Passes
 from hfmpi.models.losses import Loss, choose
 from hfmpi.optim.checks import check_vector
 from hfmpi.optim.layout import Block, Layout
 
-__all__ = ["FrameworkModel", "FrameworkPasses", "matrices"]
+__all__ = ["FrameworkModel", "FrameworkPasses", "Plan", "first_line", "matrices", "split_examples"]
+
+T = TypeVar("T")
 
 MICRO_BATCH_BYTES = 1 << 26
 """What a micro-batch may keep for its linearisation: calls of a framework take long for small examples."""
@@ -32,8 +37,14 @@ MICRO_BATCH_BYTES = 1 << 26
 MOST_MICRO_BATCH = 1024
 """Examples of a micro-batch, where a user does not choose."""
 
+GRADIENT_NUMBERS = 1 << 24
+"""The maximum number of entries of per-example gradients that are computed at once."""
+
 INDEPENDENCE = 1e-2
 """Relative difference of outputs that a different batch may make: far above rounding."""
+
+Batched = Literal["directions", "examples"]
+"""What one call of a framework can process many of."""
 
 
 class FrameworkPasses(Passes, Protocol):
@@ -42,6 +53,22 @@ class FrameworkPasses(Passes, Protocol):
     @property
     def outputs(self) -> np.ndarray:
         """(N, O)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the passes of a model are computed, as its first batch and later failures determine it.
+
+    Attributes
+    ----------
+    checked : bool
+        Whether the first batch has passed all checks.
+    sequential : frozenset of {'directions', 'examples'}
+        What is processed one at a time, because the framework cannot batch an operation over it.
+    """
+
+    checked: bool = False
+    sequential: frozenset[Batched] = frozenset()
 
 
 def matrices(layout: Layout[str], stacked: Mapping[str, int] = MappingProxyType({})) -> tuple[Block, ...]:
@@ -67,6 +94,17 @@ def matrices(layout: Layout[str], stacked: Mapping[str, int] = MappingProxyType(
     return tuple(blocks)
 
 
+def split_examples(count: int, numbers: int) -> list[slice]:
+    """Divide `count` examples into parts whose gradients, of `numbers` entries each, are computed at once."""
+    most = max(1, GRADIENT_NUMBERS // max(1, numbers))
+    return [slice(start, min(start + most, count)) for start in range(0, count, most)]
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error message."""
+    return str(error).partition("\n")[0]
+
+
 class FrameworkModel(ABC):
     """A model of a function that a framework differentiates; satisfies `hfmpi.models.base.Model`.
 
@@ -79,9 +117,21 @@ class FrameworkModel(ABC):
     loss : {'cross-entropy', 'squares', 'bernoulli'} or Loss
     stacked : mapping of str to int
         See `matrices`.
+
+    Attributes
+    ----------
+    plan : Plan
+        Replaced by `replan`.
     """
 
     linearisation = LossLinearisation
+    plan: Plan = Plan()
+
+    batching_error: ClassVar[type[Exception]] = NotImplementedError
+    """What the framework raises if it cannot batch an operation."""
+
+    memory_words: ClassVar[tuple[str, ...]] = ()
+    """What the message of a RuntimeError contains if memory has run out."""
 
     def __init__(
         self,
@@ -95,7 +145,6 @@ class FrameworkModel(ABC):
         self.layout = Layout(dict(shapes))
         self.blocks = matrices(self.layout, stacked)
         self._start = start
-        self._checked = False
 
     @property
     def size(self) -> int:
@@ -115,11 +164,6 @@ class FrameworkModel(ABC):
         """Release scratch memory."""
         self.backend.release()
 
-    def _fit_micro_batch(self, nbytes: float) -> None:
-        """Set the size of micro-batches to what suits examples that keep `nbytes` bytes each."""
-        most = int(MICRO_BATCH_BYTES / max(nbytes, 1))
-        self.backend.micro_batch = min(MOST_MICRO_BATCH, max(NumpyBackend.micro_batch, most))
-
     def threads(self, count: int) -> AbstractContextManager[object]:
         """Limit the framework to `count` threads inside the context, where it has such a setting."""
         return nullcontext()
@@ -127,12 +171,12 @@ class FrameworkModel(ABC):
     def outputs(self, theta: np.ndarray, batch: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Return outputs (N, O), before the loss, their targets (N,) or (N, O), and a mask (N, 1) or None."""
         theta, examples = self._place(theta, batch)
-        return self._outputs(theta, examples.inputs, examples.scored), examples.targets, examples.mask
+        return self._outputs(theta, examples), examples.targets, examples.mask
 
     def loss(self, theta: np.ndarray, batch: Any) -> float:
         """Return the summed loss in nats, without a linearisation."""
         theta, examples = self._place(theta, batch)
-        return self._value(self._outputs(theta, examples.inputs, examples.scored), examples)[0]
+        return self._value(self._outputs(theta, examples), examples)[0]
 
     def linearise(
         self, theta: np.ndarray, batch: Any, reuse: LossLinearisation | None = None
@@ -141,29 +185,47 @@ class FrameworkModel(ABC):
         if reuse is not None:
             del reuse.passes
         theta, examples = self._place(theta, batch)
-        passes = self._linearise(theta, examples.inputs, examples.scored)
-        loss, cache = self._value(passes.outputs, examples)
-        return LossLinearisation(
-            passes,
-            self.output_loss,
-            self.backend,
-            cache,
-            examples.targets,
-            examples.mask,
-            loss,
-            self.backend.block_rows,
-        )
+        passes, loss, backend = self._linearise(theta, examples), self.output_loss, self.backend
+        value, cache = self._value(passes.outputs, examples)
+        targets, mask = examples.targets, examples.mask
+        return LossLinearisation(passes, loss, backend, cache, targets, mask, value, backend.block_rows)
+
+    def replan(self, **changes: Any) -> None:
+        """Change fields of the plan."""
+        self.plan = replace(self.plan, **changes)
+
+    def batched(self, what: Batched, at_once: Callable[[], T], one_by_one: Callable[[], T]) -> T:
+        """Return what `at_once` computes; from the first batching error on, what `one_by_one` computes."""
+        if what not in self.plan.sequential:
+            try:
+                with self.memory_errors():
+                    return at_once()
+            except self.batching_error as failure:
+                self.replan(sequential=self.plan.sequential | {what})
+                logging.getLogger(__name__).warning(
+                    "Note: an operation of the model cannot be batched (%s): %s are processed one at a time.",
+                    first_line(failure),
+                    what,
+                )
+        with self.memory_errors():
+            return one_by_one()
+
+    @contextmanager
+    def memory_errors(self) -> Iterator[None]:
+        """Raise a MemoryError where the framework raises a RuntimeError because memory has run out."""
+        try:
+            yield
+        except RuntimeError as error:
+            if any(words in str(error) for words in self.memory_words):
+                raise MemoryError(first_line(error)) from None
+            raise
 
     @abstractmethod
-    def _outputs(
-        self, theta: np.ndarray, inputs: tuple[np.ndarray, ...], scored: ScoredOutputs
-    ) -> np.ndarray:
+    def _outputs(self, theta: np.ndarray, examples: Examples) -> np.ndarray:
         """Return the scored outputs (N, O)."""
 
     @abstractmethod
-    def _linearise(
-        self, theta: np.ndarray, inputs: tuple[np.ndarray, ...], scored: ScoredOutputs
-    ) -> FrameworkPasses:
+    def _linearise(self, theta: np.ndarray, examples: Examples) -> FrameworkPasses:
         """Linearise the scored outputs."""
 
     def _check(self, theta: np.ndarray, examples: Examples) -> None:
@@ -171,14 +233,12 @@ class FrameworkModel(ABC):
 
         The examples of a batch are divided into micro-batches and over ranks, so none may depend on another.
         """
-        outputs = self._outputs(theta, examples.inputs, examples.scored)
-        first = examples.first
-        alone = self._outputs(theta, first.inputs, first.scored)
-        size = np.abs(alone[np.isfinite(alone)]).max(initial=0)
-        if not np.allclose(outputs[: len(alone)], alone, 0, INDEPENDENCE * size, True):
+        outputs, first = self._outputs(theta, examples), self._outputs(theta, examples.first)
+        size = np.abs(first[np.isfinite(first)]).max(initial=0)
+        if not np.allclose(outputs[: len(first)], first, 0, INDEPENDENCE * size, True):
             raise UserError(
-                "the outputs of a case depend on the other cases of its batch, as with batch statistics: "
-                "train with fixed ones (in PyTorch: module.eval())"
+                "the outputs of an example depend on the other examples of its batch, as with batch "
+                "statistics: train with fixed ones (in PyTorch: module.eval())"
             )
         with np.errstate(all="ignore"):
             loss = self._value(outputs, examples)[0]
@@ -186,6 +246,11 @@ class FrameworkModel(ABC):
             raise UserError(
                 f"the loss is not finite at the start ({loss}): check parameters, inputs and targets"
             )
+
+    def _fit_micro_batch(self, nbytes: float) -> None:
+        """Set the size of micro-batches to what suits examples that keep `nbytes` bytes each."""
+        most = int(MICRO_BATCH_BYTES / max(nbytes, 1))
+        self.backend.micro_batch = min(MOST_MICRO_BATCH, max(NumpyBackend.micro_batch, most))
 
     def _value(self, outputs: np.ndarray, examples: Examples) -> tuple[float, np.ndarray]:
         """Return the summed loss, and what the loss computed from the outputs for its derivatives (N, O)."""
@@ -202,7 +267,7 @@ class FrameworkModel(ABC):
         check_vector("theta", theta, self.size, np.ndarray)
         theta = theta.astype(self.backend.dtype, copy=False)
         examples = check_batch(batch, self.output_loss, self.backend.dtype)
-        if not self._checked:
+        if not self.plan.checked:
             self._check(theta, examples)
-            self._checked = True
+            self.replan(checked=True)
         return theta, examples

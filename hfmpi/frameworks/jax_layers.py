@@ -1,9 +1,9 @@
-"""Kronecker factors of a function of JAX from what its layers do, for about the work of a gradient.
+"""Kronecker factors of a JAX function from its layers, for about the work of a gradient.
 
-The function is traced. Wherever it multiplies with a parameter, adds one, scales by one or looks its rows up,
-a zero is added to the result: the derivative in this zero is that of the result, and what the parameter met
-is kept. Loops (`scan`) and calls of compiled functions are followed. What else a parameter is used for makes
-it loose: its factors are those of the gradients of single cases.
+The function is traced. Wherever it multiplies with a parameter, adds one, scales by one or looks its rows up
+(a layer), a zero is added to the result: the derivative in this perturbation is that in the result, and the
+other operand is recorded. Loops (`scan`) and calls of compiled functions are followed. A parameter that is
+used otherwise is unassigned: its factors are computed from per-example gradients.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ CALLS = {
     "checkpoint": "jaxpr",
     "remat2": "jaxpr",
 }
-"""Operations that call a function, and their parameter that has it."""
+"""Operations that call a function, and the parameter of the operation that is this function."""
 
 
 class _Mark(NamedTuple):
-    """That a value is a parameter: as it is (matrix), transposed, or along the last axis, repeated (row)."""
+    """A value is a parameter: as it is (matrix), transposed, or repeated along the last axis (row)."""
 
     leaf: int
     form: str
@@ -43,8 +43,8 @@ class _Value(NamedTuple):
     mark: _Mark | None = None
 
 
-class _Use(NamedTuple):
-    """What a parameter met.
+class _Layer(NamedTuple):
+    """An operation on one parameter.
 
     Attributes
     ----------
@@ -54,7 +54,7 @@ class _Use(NamedTuple):
     outputs_are_rows : bool
         Of the parameter's matrix, in a product.
     first : tuple of int
-        Axes of a product's outputs in the result, where they are not the last ones.
+        The axes of a product's outputs in the result, where they are not the last ones.
     """
 
     leaf: int
@@ -73,12 +73,14 @@ class Layers:
     blocks : sequence of Block
         Of the leaves.
     leaves, inputs : sequence of arrays
-        Of these only shapes and types matter.
+        Only their shapes and types matter.
 
     Attributes
     ----------
-    loose : frozenset of int
-        Leaves without sums.
+    unassigned : frozenset of int
+        Leaves whose sums remain 0.
+    sums : callable
+        (theta, inputs, u) -> J' u (D,) of u (N, O), and the sums of `hfmpi.models.factors`; compiled.
     """
 
     def __init__(
@@ -91,232 +93,238 @@ class Layers:
         self._blocks, self._shapes = blocks, [leaf.shape for leaf in leaves]
         self._traced = jax.make_jaxpr(function)([*leaves], tuple(inputs))
         walk = _Walk(self._traced, {}, None)
-        jax.eval_shape(lambda *given: self._run(walk, *given)[0], [*leaves], tuple(inputs))
-        self._inner, self._uses, self._zeros = walk.inner, walk.uses, walk.results
-        kinds = {i: {use.kind for use in self._uses if use.leaf == i} for i in range(len(blocks))}
-        several = {i for i, found in kinds.items() if len(found) > 1 and not found <= {"scaled", "added"}}
-        self.loose = frozenset(walk.loose | several)
+        jax.eval_shape(lambda *args: self._run(walk, *args)[0], [*leaves], tuple(inputs))
+        self._counts, self._layers, self._results = walk.counts, walk.layers, walk.results
+        kinds = {i: {layer.kind for layer in self._layers if layer.leaf == i} for i in range(len(blocks))}
+        mixed = {i for i, of in kinds.items() if len(of) > 1 and not of <= {"scaled", "added"}}
+        self.unassigned = frozenset(walk.unassigned | mixed)
         self.sums = jax.jit(self._sums)
 
     def _run(self, walk: _Walk, leaves: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, list[Any]]:
-        """Give the outputs, and what the parameters met."""
+        """Return the outputs and the operands of the layers."""
         marked = [_Value(leaf, _first(i, leaf.shape)) for i, leaf in enumerate(leaves)]
-        (found,) = walk.run(self._traced.jaxpr, self._traced.consts, [*marked, *map(_Value, inputs)])
-        walk.loose |= {found.mark.leaf} if found.mark else set()
-        return found.value, walk.kept
+        args = [*marked, *map(_Value, inputs)]
+        (outputs,) = walk.run(self._traced.jaxpr, self._traced.consts, args)
+        walk.unassigned |= {outputs.mark.leaf} if outputs.mark else set()
+        return outputs.value, walk.operands
 
     def _sums(self, theta: Any, inputs: Sequence[Any], u: Any) -> tuple[Any, Any]:
-        """Give J' u (D,) of u (N, O), and the sums of `hfmpi.models.factors`, 0 for what is loose."""
-        leaves = [block.of(theta).reshape(own) for block, own in zip(self._blocks, self._shapes, strict=True)]
+        both = zip(self._blocks, self._shapes, strict=True)
+        leaves = [block.of(theta).reshape(shape) for block, shape in both]
 
-        def outputs(leaves: Any, zeros: Any) -> tuple[Any, list[Any]]:
-            return self._run(_Walk(self._traced, self._inner, zeros), leaves, inputs)
+        def outputs(leaves: Any, perturbations: Any) -> tuple[Any, list[Any]]:
+            return self._run(_Walk(self._traced, self._counts, perturbations), leaves, inputs)
 
-        zeros = [jnp.zeros(like.shape, like.dtype) for like in self._zeros]
-        _, pull, kept = jax.vjp(outputs, leaves, zeros, has_aux=True)
-        gradients, backs = pull(u)
-        sums, numbers = list[Any](), list[Any]()
+        perturbations = [jnp.zeros(like.shape, like.dtype) for like in self._results]
+        _, pull, operands = jax.vjp(outputs, leaves, perturbations, has_aux=True)
+        gradients, cotangents = pull(u)
+        sums, counts = list[Any](), list[Any]()
         for i, block in enumerate(self._blocks):
             a, b = (jnp.zeros(factor_shape(side), u.dtype) for side in (block.rows, block.columns))
-            number = 0
-            for use, back, met in zip(self._uses, backs, kept, strict=True):
-                if use.leaf == i and i not in self.loose:
-                    *own, count = _squares(use, block, back, met)
-                    a, b, number = a + own[0], b + own[1], number + count
+            count = 0
+            for layer, cotangent, operand in zip(self._layers, cotangents, operands, strict=True):
+                if layer.leaf == i and i not in self.unassigned:
+                    more_a, more_b, more = _squares(layer, block, cotangent, operand)
+                    a, b, count = a + more_a, b + more_b, count + more
             sums += [a.reshape(-1), b.reshape(-1)]
-            numbers.append(jnp.full(1, number, u.dtype))
-        return jnp.concatenate([g.reshape(-1) for g in gradients]), jnp.concatenate(sums + numbers)
+            counts.append(jnp.full(1, count, u.dtype))
+        return jnp.concatenate([g.reshape(-1) for g in gradients]), jnp.concatenate(sums + counts)
 
 
 def _first(leaf: int, shape: tuple[int, ...]) -> _Mark:
     return _Mark(leaf, "row" if shape and math.prod(shape) == shape[-1] else "matrix")
 
 
-def _squares(use: _Use, block: Block, back: Any, met: Any) -> tuple[Any, Any, int]:
-    """Give the sums for the factors of rows and columns, and the products that they are of."""
-    if use.kind == "lookup":
-        u, symbols = back.reshape(-1, block.columns), met.reshape(-1)
+def _squares(layer: _Layer, block: Block, cotangent: Any, operand: Any) -> tuple[Any, Any, int]:
+    """Return a layer's sums for the factors of rows and columns, and their count."""
+    if layer.kind == "lookup":
+        u, symbols = cotangent.reshape(-1, block.columns), operand.reshape(-1)
         counts = jnp.zeros(block.rows, u.dtype).at[symbols].add(1)
         return counts if len(factor_shape(block.rows)) == 1 else jnp.diag(counts), square(u), len(u)
-    if use.kind != "product":
-        u = (back if use.kind == "added" else back * met).reshape(-1, block.columns)
+    if layer.kind != "product":
+        u = (cotangent if layer.kind == "added" else cotangent * operand).reshape(-1, block.columns)
         return jnp.full((1, 1), len(u), u.dtype), square(u), len(u)
-    u = jnp.moveaxis(back, use.first, range(back.ndim - len(use.first), back.ndim))
-    outputs, inputs = (block.rows, block.columns)[:: 1 if use.outputs_are_rows else -1]
-    both = square(u.reshape(-1, outputs)), square(met.reshape(-1, inputs))
-    return *(both if use.outputs_are_rows else both[::-1]), met.size // inputs
+    last = range(cotangent.ndim - len(layer.first), cotangent.ndim)
+    u = jnp.moveaxis(cotangent, layer.first, last)
+    outputs, inputs = (block.rows, block.columns)[:: 1 if layer.outputs_are_rows else -1]
+    both = square(u.reshape(-1, outputs)), square(operand.reshape(-1, inputs))
+    return *(both if layer.outputs_are_rows else both[::-1]), operand.size // inputs
 
 
 class _Walk:
-    """Evaluates a traced function, and keeps what parameters met.
+    """Evaluates a traced function, operation by operation, and records its layers.
 
     Attributes
     ----------
     traced : ClosedJaxpr
-        A function; any, to make others of.
-    inner : dict of int
-        By the identity of an equation that is a loop: the uses in it.
-    zeros : list of arrays, or None
-        What is added to the result of each use.
-    uses, results, kept : list
-        Uses, of what shape and type their results are, and what the parameter met.
-    loose : set of int
+        A function; any, to derive others from.
+    counts : dict of int to int
+        By the identity of an equation that is a loop: the number of layers in it.
+    perturbations : list of arrays, or None
+        What is added to the result of each layer.
+    layers, results, operands : list
+        The layers, the shapes and types of their results, and their other operands.
+    unassigned : set of int
         Leaves that are used otherwise.
     """
 
-    def __init__(self, traced: Any, inner: dict[int, int], zeros: Sequence[Any] | None) -> None:
-        self.traced, self.inner, self.zeros = traced, inner, zeros
-        self.uses, self.results, self.kept = list[_Use](), list[Any](), list[Any]()
-        self.loose = set[int]()
+    def __init__(self, traced: Any, counts: dict[int, int], perturbations: Sequence[Any] | None) -> None:
+        self.traced, self.counts, self.perturbations = traced, counts, perturbations
+        self.layers, self.results, self.operands = list[_Layer](), list[Any](), list[Any]()
+        self.unassigned = set[int]()
 
-    def run(self, jaxpr: Any, consts: Sequence[Any], given: Sequence[_Value]) -> list[_Value]:
-        """Give the outputs of a function."""
-        known: dict[Any, _Value] = dict(zip(jaxpr.constvars, map(_Value, consts), strict=True))
-        known |= zip(jaxpr.invars, given, strict=True)
+    def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[_Value]) -> list[_Value]:
+        """Return the outputs of a function."""
+        values: dict[Any, _Value] = dict(zip(jaxpr.constvars, map(_Value, consts), strict=True))
+        values |= zip(jaxpr.invars, args, strict=True)
 
         def read(atom: Any) -> _Value:
-            return _Value(atom.val) if isinstance(atom, Literal) else known[atom]
+            return _Value(atom.val) if isinstance(atom, Literal) else values[atom]
 
         for equation in jaxpr.eqns:
-            found = self._equation(equation, [read(atom) for atom in equation.invars])
-            known |= zip(equation.outvars, found, strict=True)
+            results = self._equation(equation, [read(atom) for atom in equation.invars])
+            values |= zip(equation.outvars, results, strict=True)
         return [read(atom) for atom in jaxpr.outvars]
 
-    def _equation(self, equation: Any, given: list[_Value]) -> list[_Value]:
-        name, marks = equation.primitive.name, [value.mark for value in given if value.mark]
+    def record(self, layer: _Layer, result: Any, operand: Any) -> _Value:
+        """Record a layer; return its result with the perturbation."""
+        self.layers.append(layer)
+        self.results.append(jax.ShapeDtypeStruct(result.shape, result.dtype))
+        self.operands.append(operand)
+        if self.perturbations is not None:
+            result = result + self.perturbations[len(self.layers) - 1]
+        return _Value(result)
+
+    def _equation(self, equation: Any, args: list[_Value]) -> list[_Value]:
+        name, marks = equation.primitive.name, [value.mark for value in args if value.mark]
         if name in CALLS and marks:
             called = equation.params[CALLS[name]]
-            return self.run(getattr(called, "jaxpr", called), getattr(called, "consts", ()), given)
+            return self.run(getattr(called, "jaxpr", called), getattr(called, "consts", ()), args)
         if name == "scan" and marks:
-            return self._loop(equation, given)
-        results = self._evaluated(equation, [value.value for value in given])
-        if len(marks) == 1 and name in KNOWN:
-            found = KNOWN[name](self, equation.params, given, marks[0], results[0])
-            if found is not None:
-                return [found]
-        self.loose |= {mark.leaf for mark in marks}
+            return self._loop(equation, args)
+        results = self._evaluate(equation, [value.value for value in args])
+        if len(marks) == 1 and name in RULES:
+            value = RULES[name](self, equation.params, args, marks[0], results[0])
+            if value is not None:
+                return [value]
+        self.unassigned |= {mark.leaf for mark in marks}
         return [*map(_Value, results)]
 
-    def used(self, use: _Use, result: Any, met: Any) -> _Value:
-        """Keep what a parameter met, and give the result with its zero."""
-        self.uses.append(use)
-        self.results.append(jax.ShapeDtypeStruct(result.shape, result.dtype))
-        self.kept.append(met)
-        return _Value(result if self.zeros is None else result + self.zeros[len(self.uses) - 1])
+    def _loop(self, equation: Any, args: list[_Value]) -> list[_Value]:
+        options, inner = equation.params, list[_Walk]()
+        first, last = options["num_consts"], options["num_consts"] + options["num_carry"]
+        consts, state, steps = args[:first], args[first:last], args[last:]
+        self.unassigned |= {value.mark.leaf for value in state + steps if value.mark}
+        perturbations, count = None, self.counts.get(id(equation), 0)
+        if self.perturbations is not None:
+            perturbations = [*self.perturbations[len(self.layers) : len(self.layers) + count]]
 
-    def _loop(self, equation: Any, given: list[_Value]) -> list[_Value]:
-        about, inner = equation.params, list[_Walk]()
-        first, last = about["num_consts"], about["num_consts"] + about["num_carry"]
-        consts, state, each = given[:first], given[first:last], given[last:]
-        self.loose |= {value.mark.leaf for value in state + each if value.mark}
-        zeros, count = None, self.inner.get(id(equation), 0)
-        if self.zeros is not None:
-            zeros = [*self.zeros[len(self.uses) : len(self.uses) + count]]
-
-        def body(state: Any, at: Any) -> Any:
-            each, zeros = at
-            walk = _Walk(self.traced, self.inner, zeros)
+        def body(state: Any, step: Any) -> Any:
+            values, perturbations = step
+            walk = _Walk(self.traced, self.counts, perturbations)
             inner[:] = [walk]
-            found = walk.run(
-                about["jaxpr"].jaxpr, about["jaxpr"].consts, [*consts, *map(_Value, state + each)]
-            )
-            walk.loose |= {value.mark.leaf for value in found if value.mark}
-            values = [value.value for value in found]
-            return values[: last - first], (values[last - first :], walk.kept)
+            function = options["jaxpr"]
+            results = walk.run(function.jaxpr, function.consts, [*consts, *map(_Value, state + values)])
+            walk.unassigned |= {value.mark.leaf for value in results if value.mark}
+            values = [value.value for value in results]
+            return values[: last - first], (values[last - first :], walk.operands)
 
-        state, (each, kept) = jax.lax.scan(
+        state, (steps, operands) = jax.lax.scan(
             body,
             [value.value for value in state],
-            ([value.value for value in each], zeros),
-            length=about["length"],
-            reverse=about["reverse"],
-            unroll=about["unroll"],
+            ([value.value for value in steps], perturbations),
+            length=options["length"],
+            reverse=options["reverse"],
+            unroll=options["unroll"],
         )
         (walk,) = inner
-        self.inner[id(equation)] = len(walk.uses)
-        self.uses += [use._replace(first=tuple(axis + 1 for axis in use.first)) for use in walk.uses]
-        self.results += [jax.ShapeDtypeStruct((about["length"], *x.shape), x.dtype) for x in walk.results]
-        self.kept += kept
-        self.loose |= walk.loose
-        return [*map(_Value, state + each)]
+        self.counts[id(equation)] = len(walk.layers)
+        self.layers += [
+            layer._replace(first=tuple(axis + 1 for axis in layer.first)) for layer in walk.layers
+        ]
+        length = options["length"]
+        self.results += [jax.ShapeDtypeStruct((length, *x.shape), x.dtype) for x in walk.results]
+        self.operands += operands
+        self.unassigned |= walk.unassigned
+        return [*map(_Value, state + steps)]
 
-    def _evaluated(self, equation: Any, values: list[Any]) -> list[Any]:
-        """Evaluate an operation, whatever it is."""
+    def _evaluate(self, equation: Any, values: list[Any]) -> list[Any]:
+        """Return the results of any operation."""
         atoms = zip(equation.invars, values, strict=True)
-        given = {atom: value for atom, value in atoms if not isinstance(atom, Literal)}
-        alone = self.traced.jaxpr.replace(
+        args = {atom: value for atom, value in atoms if not isinstance(atom, Literal)}
+        function = self.traced.jaxpr.replace(
             constvars=[],
-            invars=[*given],
+            invars=[*args],
             outvars=equation.outvars,
             eqns=[equation],
             effects=equation.effects,
         )
-        return [*jaxpr_as_fun(ClosedJaxpr(alone, ()))(*given.values())]
+        return [*jaxpr_as_fun(ClosedJaxpr(function, ()))(*args.values())]
 
 
-# Operations on one parameter: what is known of their result, None where they make it loose --------
+# Operations on one parameter: their result, or None where they leave the parameter unassigned ------
 
 
-def _transpose(_: _Walk, about: Any, given: list[_Value], mark: _Mark, result: Any) -> _Value | None:
-    if mark.form == "row" or about["permutation"] != (1, 0):
+def _transpose(_: Any, options: Any, args: list[_Value], mark: _Mark, result: Any) -> _Value | None:
+    if mark.form == "row" or options["permutation"] != (1, 0):
         return None
     return _Value(result, _Mark(mark.leaf, {"matrix": "transposed", "transposed": "matrix"}[mark.form]))
 
 
-def _convert(_: _Walk, about: Any, given: list[_Value], mark: _Mark, result: Any) -> _Value | None:
-    return _Value(result, mark) if given[0].value.dtype == about["new_dtype"] else None
+def _convert(_: Any, options: Any, args: list[_Value], mark: _Mark, result: Any) -> _Value | None:
+    return _Value(result, mark) if args[0].value.dtype == options["new_dtype"] else None
 
 
-def _broadcast(_: _Walk, about: Any, given: list[_Value], mark: _Mark, result: Any) -> _Value | None:
-    last = mark.form == "row" and about["broadcast_dimensions"][-1] == result.ndim - 1
-    return _Value(result, mark) if last and result.shape[-1] == given[0].value.shape[-1] else None
+def _broadcast(_: Any, options: Any, args: list[_Value], mark: _Mark, result: Any) -> _Value | None:
+    last = mark.form == "row" and options["broadcast_dimensions"][-1] == result.ndim - 1
+    return _Value(result, mark) if last and result.shape[-1] == args[0].value.shape[-1] else None
 
 
-def _reshape(_: _Walk, about: Any, given: list[_Value], mark: _Mark, result: Any) -> _Value | None:
-    row = mark.form == "row" and result.size == given[0].value.size == result.shape[-1]
+def _reshape(_: Any, options: Any, args: list[_Value], mark: _Mark, result: Any) -> _Value | None:
+    row = mark.form == "row" and result.size == args[0].value.size == result.shape[-1]
     return _Value(result, mark) if row else None
 
 
-def _add(walk: _Walk, about: Any, given: list[_Value], mark: _Mark, result: Any) -> _Value | None:
-    return walk.used(_Use(mark.leaf, "added"), result, None) if mark.form == "row" else None
+def _add(walk: _Walk, options: Any, args: list[_Value], mark: _Mark, result: Any) -> _Value | None:
+    return walk.record(_Layer(mark.leaf, "added"), result, None) if mark.form == "row" else None
 
 
-def _mul(walk: _Walk, about: Any, given: list[_Value], mark: _Mark, result: Any) -> _Value | None:
-    (other,) = (one.value for one in given if not one.mark)
-    return walk.used(_Use(mark.leaf, "scaled"), result, other) if mark.form == "row" else None
+def _mul(walk: _Walk, options: Any, args: list[_Value], mark: _Mark, result: Any) -> _Value | None:
+    (other,) = (one.value for one in args if not one.mark)
+    return walk.record(_Layer(mark.leaf, "scaled"), result, other) if mark.form == "row" else None
 
 
-def _dot_general(walk: _Walk, about: Any, given: list[_Value], mark: _Mark, result: Any) -> _Value | None:
-    contracted, batched = about["dimension_numbers"]
-    at = 0 if given[0].mark else 1  # the parameter's place
-    w, x = given[at].value, given[1 - at].value
-    own, others = contracted[at], contracted[1 - at]
-    rows = tuple(own) == (0,)
-    if mark.form == "row" or any(batched) or not (rows or tuple(own) == tuple(range(1, w.ndim))):
+def _dot_general(walk: _Walk, options: Any, args: list[_Value], mark: _Mark, result: Any) -> _Value | None:
+    contracted, batched = options["dimension_numbers"]
+    side = 0 if args[0].mark else 1  # of the parameter
+    w, x = args[side].value, args[1 - side].value
+    axes_w, axes_x = contracted[side], contracted[1 - side]
+    rows = tuple(axes_w) == (0,)
+    if mark.form == "row" or any(batched) or not (rows or tuple(axes_w) == tuple(range(1, w.ndim))):
         return None
-    met = jnp.moveaxis(x, others, range(x.ndim - len(others), x.ndim))
-    met = met.reshape(*met.shape[: x.ndim - len(others)], -1)
+    x = jnp.moveaxis(x, axes_x, range(x.ndim - len(axes_x), x.ndim))
+    x = x.reshape(*x.shape[: x.ndim - len(axes_x)], -1)
     outputs_are_rows = rows == (mark.form == "transposed")
-    first = tuple(range(w.ndim - len(own))) if at == 0 else ()
-    return walk.used(_Use(mark.leaf, "product", outputs_are_rows, first), result, met)
+    first = tuple(range(w.ndim - len(axes_w))) if side == 0 else ()
+    return walk.record(_Layer(mark.leaf, "product", outputs_are_rows, first), result, x)
 
 
-def _gather(walk: _Walk, about: Any, given: list[_Value], mark: _Mark, result: Any) -> _Value | None:
-    w, indices, numbers = given[0].value, given[1].value, about["dimension_numbers"]
+def _gather(walk: _Walk, options: Any, args: list[_Value], mark: _Mark, result: Any) -> _Value | None:
+    w, indices, numbers = args[0].value, args[1].value, options["dimension_numbers"]
     if (
         mark.form != "matrix"
-        or given[1].mark
+        or args[1].mark
         or w.ndim != 2
-        or tuple(about["slice_sizes"]) != (1, w.shape[1])
+        or tuple(options["slice_sizes"]) != (1, w.shape[1])
         or tuple(numbers.offset_dims) != (indices.ndim - 1,)
         or tuple(numbers.collapsed_slice_dims) != (0,)
         or tuple(numbers.start_index_map) != (0,)
     ):
         return None
-    return walk.used(_Use(mark.leaf, "lookup"), result, indices[..., 0])
+    return walk.record(_Layer(mark.leaf, "lookup"), result, indices[..., 0])
 
 
-KNOWN = {
+RULES = {
     "transpose": _transpose,
     "convert_element_type": _convert,
     "broadcast_in_dim": _broadcast,

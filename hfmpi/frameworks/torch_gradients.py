@@ -1,0 +1,151 @@
+"""Per-example gradients of a parameter, by what its layers show of them: their sum, squares and factors.
+
+A linear layer with inputs x and gradients u of its outputs has the gradient u' x, one product of matrices
+over all steps of an example. It is squared part by part in the cache, and never kept for all examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from hfmpi.models.factors import square
+from hfmpi.optim.layout import Block, factor_shape
+
+__all__ = ["ExampleGradients", "factors", "squares"]
+
+CACHED_NUMBERS = 1 << 17
+"""Entries of per-example gradients of a matrix that are squared at once on a CPU."""
+
+
+class ExampleGradients(NamedTuple):
+    """The gradients of B examples in the parameter p: the sum of four kinds of terms.
+
+    Attributes
+    ----------
+    p : tensor
+    products : list of ((B, n, O), (B, n, I))
+        Of a layer, u of its output and its input x: u' x.
+    lookups : list of ((B, n, O), (B, n))
+        Of a table, u of the rows that were looked up and the indices of these rows.
+    added : list of (B, n, O)
+        Of a layer that adds p, u of its output: the sum over n.
+    rest : list of (B, ...)
+        Of other operations, the gradients themselves.
+    """
+
+    p: Any
+    products: list[tuple[Any, Any]]
+    lookups: list[tuple[Any, Any]]
+    added: list[Any]
+    rest: list[Any]
+
+    @property
+    def _only_kind(self) -> str:
+        """The only kind of terms; empty if there are several, or none."""
+        kinds = [kind for kind in ("products", "lookups", "added", "rest") if getattr(self, kind)]
+        return kinds[0] if len(kinds) == 1 else ""
+
+    def sum(self) -> Any:
+        """Return the sum over the examples."""
+        total = torch.zeros_like(self.p)
+        for u, x in self.products:
+            total += u.flatten(0, 1).T @ x.flatten(0, 1)
+        for u, indices in self.lookups:
+            total.index_add_(0, indices.flatten(), u.flatten(0, 1))
+        for u in self.added:
+            total += u.sum((0, 1))
+        for gradients in self.rest:
+            total += gradients.sum(0)
+        return total
+
+    def squares(self) -> tuple[Any, Any]:
+        """Return the sums over the examples of the gradients and of their squares."""
+        if self._only_kind == "products" and len(self.products) == 1 and self.products[0][0].shape[1] == 1:
+            u, x = (tensor[:, 0] for tensor in self.products[0])
+            return u.T @ x, u.square().T @ x.square()
+        if self._only_kind == "lookups":
+            return self.sum(), self._squared_lookups()
+        total, squares = torch.zeros_like(self.p), torch.zeros_like(self.p)
+        for part in self._parts():
+            rows, ones = part.reshape(len(part), -1), part.new_ones(len(part))  # their product sums fastest
+            total += (ones @ rows).view(total.shape)
+            squares += (ones @ rows.square()).view(total.shape)
+        return total, squares
+
+    def _squared_lookups(self) -> Any:
+        u, indices = _joined(self.lookups)
+        count = len(self.p)
+        keys = (indices + count * torch.arange(len(indices), device=indices.device)[:, None]).flatten()
+        keys, inverse = keys.unique(return_inverse=True)  # an example may look up a row twice
+        sums = u.new_zeros(len(keys), u.shape[2]).index_add_(0, inverse, u.flatten(0, 1))
+        return torch.zeros_like(self.p).index_add_(0, keys % count, sums.square())
+
+    def _parts(self) -> Iterator[Any]:
+        """Yield the gradients (b, ...) of parts of the examples."""
+        direct = self.rest + [u.sum(1) for u in self.added]
+        if not self.products and not self.lookups:
+            if direct:
+                yield sum(direct[1:], direct[0])
+            return
+        examples = len((self.products + self.lookups)[0][0])
+        most = max(1, CACHED_NUMBERS // self.p.numel()) if self.p.device.type == "cpu" else examples
+        for start in range(0, examples, most):
+            part = slice(start, start + most)
+            if self.products:
+                u, x = _joined([(u[part], x[part]) for u, x in self.products])
+                gradients = torch.bmm(u.mT, x)
+            else:
+                gradients = self.p.new_zeros(len(self.lookups[0][0][part]), *self.p.shape)
+            for u, indices in self.lookups:
+                gradients.scatter_add_(1, indices[part].unsqueeze(-1).expand(u[part].shape), u[part])
+            for term in direct:
+                gradients += term[part]
+            yield gradients
+
+    def factors(self, block: Block) -> tuple[Any, Any, Any]:
+        """Return the sums for the factors of rows and columns, and the count that they are divided by."""
+        if self._only_kind == "products":
+            u, x = (tensor.flatten(0, 1) for tensor in _joined(self.products))
+            return square(u), square(x), u.new_tensor(len(u))
+        if self._only_kind == "lookups":
+            u, indices = (tensor.flatten(0, 1) for tensor in _joined(self.lookups))
+            counts = indices.bincount(minlength=block.rows).to(u)
+            diagonal = len(factor_shape(block.rows)) == 1
+            return counts if diagonal else counts.diag(), square(u), u.new_tensor(len(u))
+        if self._only_kind == "added":
+            u = torch.cat(self.added, 1).flatten(0, 1)
+            return u.new_full((1, 1), len(u)), square(u), u.new_tensor(len(u))
+        a, b = (self.p.new_zeros(factor_shape(side)) for side in (block.rows, block.columns))
+        count = self.p.new_zeros(())
+        for part in self._parts():
+            g = part.reshape(-1, block.rows, block.columns)
+            a += square(g.transpose(1, 2).flatten(0, 1))
+            b += square(g.flatten(0, 1))
+            count += g.square().sum()
+        return a, b, count
+
+
+def squares(parameters: Iterable[ExampleGradients]) -> tuple[Any, Any]:
+    """Return the sums over the examples of their gradients and of the squares of these, (D,) both."""
+    pairs = zip(*(gradients.squares() for gradients in parameters), strict=True)
+    total, squared = (torch.cat([part.reshape(-1) for part in parts]) for parts in pairs)
+    return total, squared
+
+
+def factors(parameters: Iterable[ExampleGradients], blocks: Sequence[Block]) -> tuple[Any, Any]:
+    """Return the sum over the examples of their gradients (D,), and the sums of `hfmpi.models.factors`."""
+    total, sums, counts = list[Any](), list[Any](), list[Any]()
+    for block, gradients in zip(blocks, parameters, strict=True):
+        a, b, count = gradients.factors(block)
+        total.append(gradients.sum().reshape(-1))
+        sums += [a.reshape(-1), b.reshape(-1)]
+        counts.append(count.reshape(1))
+    return torch.cat(total), torch.cat(sums + counts)
+
+
+def _joined(pairs: list[tuple[Any, Any]]) -> Any:
+    """Concatenate pairs of tensors (B, n, .) along n."""
+    return (torch.cat(parts, 1) if len(parts) > 1 else parts[0] for parts in zip(*pairs, strict=True))

@@ -1,0 +1,263 @@
+"""The passes J v and J' u of a PyTorch module, and sums over per-example gradients.
+
+Forward runs once for each linearisation, and its graph stays in memory. J' u goes back through it. J v goes
+back twice: J' u is linear in u, and the derivative of a linear function is its transpose, so the gradient of
+<J' u, v> in u is J v (the double backward). Unlike dual numbers (forward mode) it needs no further forward
+pass, and more operations support it; forward mode replaces it where an operation has no second derivative.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hfmpi.errors import UserError
+from hfmpi.frameworks import torch_gradients
+from hfmpi.frameworks.framework import split_examples
+from hfmpi.frameworks.torch_layers import example_gradients
+from hfmpi.models.batch import Examples
+from hfmpi.models.factors import add_examples
+
+if TYPE_CHECKING:
+    from hfmpi.frameworks.torch import TorchModel
+
+__all__ = ["TorchPasses", "plain_kernels", "to_array"]
+
+TOLERANCE = 1e-3
+"""Relative difference at which a trial counts as wrong: far above rounding in float32."""
+
+
+class TorchPasses:
+    """The outputs of a module linearised at theta; satisfies `hfmpi.models.linearisation.Passes`.
+
+    Parameters
+    ----------
+    model : TorchModel
+        Its plan decides how each pass is computed.
+    theta : (D,)
+    examples : Examples
+
+    Attributes
+    ----------
+    outputs : (N, O)
+    """
+
+    def __init__(self, model: TorchModel, theta: np.ndarray, examples: Examples) -> None:
+        self.model, self.scored, self.count = model, examples.scored, examples.scored.shape[0]
+        self.inputs = model.tensors(examples.inputs)
+        self.theta = model.tensor(theta).detach().requires_grad_()
+        self._record()
+
+    def _record(self) -> None:
+        """Run forward and keep the graph."""
+        with self._running(), torch.enable_grad():
+            self.graph = self._outputs(self.theta)
+        if not self.graph.requires_grad:
+            raise UserError("the outputs of the module do not depend on its parameters")
+        self.outputs = to_array(self.graph)
+        self._transposed: tuple[Any, Any] | None = None
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        with self.model.memory_errors(), self.model.plan.kernels():
+            yield
+
+    def _outputs(self, theta: Any) -> Any:
+        return self.model.call(self.model.named(theta), self.inputs, self.scored)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that the graphs and outputs occupy, estimated from those of one example."""
+        return self.model.plan.bytes_per_example * self.count + self.outputs.nbytes
+
+    # Products ----------------------------------------------------------------------------------
+
+    def jvp(self, v: np.ndarray) -> np.ndarray:
+        """Return J v (N, O) of v (D,), or (N * C, O) of (C, D)."""
+        plan = self.model.plan
+        if plan.obstacle is not None:
+            raise UserError(
+                "an operation of the module has neither a second derivative nor a forward mode "
+                f"({plan.obstacle}): use a first-order optimizer"
+            )
+        v = v.astype(self.outputs.dtype, copy=False)
+        push = self._double_backward if plan.double_backward else self._forward_mode
+        tangents = self._pass(push, v, v.ndim == 2)
+        if v.ndim == 2:
+            tangents = tangents.swapaxes(0, 1).reshape(-1, tangents.shape[-1])
+        return tangents.copy() if np.may_share_memory(tangents, v) else tangents
+
+    def vjp(self, u: np.ndarray, out: np.ndarray) -> None:
+        """Add J' u of u (N * C, O) to out (D,) or (C, D)."""
+        u = u.astype(self.outputs.dtype, copy=False)
+        if out.ndim == 2:
+            u = np.ascontiguousarray(u.reshape(-1, len(out), u.shape[-1]).swapaxes(0, 1))
+        out += self._pass(self._backward, u, out.ndim == 2)
+
+    def _pass(self, linear: Callable[[Any, bool], Any], vectors: np.ndarray, many: bool) -> np.ndarray:
+        """Apply a linear function (tensor, whether it is a batch of vectors) to one or `many` vectors."""
+        tensor = self.model.tensor(vectors)
+
+        def at_once() -> np.ndarray:
+            with self._running(), _quiet():
+                return to_array(linear(tensor, True))
+
+        def one_by_one() -> np.ndarray:
+            with self._running():
+                return np.stack([to_array(linear(one, False)) for one in tensor])
+
+        if many:
+            return self.model.batched("directions", at_once, one_by_one)
+        with self._running():
+            return to_array(linear(tensor, False))
+
+    def _backward(self, u: Any, many: bool) -> Any:
+        return torch.autograd.grad(self.graph, self.theta, u, retain_graph=True, is_grads_batched=many)[0]
+
+    def _transpose(self) -> tuple[Any, Any]:
+        """Return J' u with its graph, and the u that it is a function of; computed once."""
+        if self._transposed is None:
+            with torch.enable_grad():
+                u = torch.zeros_like(self.graph, requires_grad=True)
+                self._transposed = torch.autograd.grad(self.graph, self.theta, u, create_graph=True)[0], u
+        return self._transposed
+
+    def _double_backward(self, v: Any, many: bool) -> Any:
+        transposed, u = self._transpose()
+        return torch.autograd.grad(transposed, u, v, retain_graph=True, is_grads_batched=many)[0]
+
+    def _forward_mode(self, v: Any, many: bool) -> Any:
+        theta = self.theta.detach()
+
+        def push(v: Any) -> Any:
+            return unpack_dual(self._outputs(make_dual(theta, v))).tangent
+
+        with torch.no_grad(), dual_level(), _quiet():
+            return torch.func.vmap(push)(v) if many else push(v)
+
+    def try_products(self) -> int:
+        """Return the bytes that the graphs keep; raise a RuntimeError where products do not work."""
+        stored, theta = dict[int, int](), self.theta.untyped_storage().data_ptr()
+
+        def pack(tensor: Any) -> Any:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() != theta:
+                stored[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            self._record()
+            if self.model.plan.double_backward:
+                self._transpose()
+        rng = np.random.default_rng(0)
+        v = rng.standard_normal(self.model.size).astype(self.outputs.dtype)
+        u = rng.standard_normal(self.outputs.shape).astype(self.outputs.dtype)
+        tangent, gradient = self.jvp(v), np.zeros_like(v)
+        self.vjp(u, gradient)
+        difference = abs(float(np.vdot(tangent, u)) - float(np.vdot(v, gradient)))
+        if not difference <= TOLERANCE * float(np.linalg.norm(tangent) * np.linalg.norm(u)):
+            raise RuntimeError("an operation's derivatives do not fit one another")
+        return sum(stored.values())
+
+    # Per-example gradients ---------------------------------------------------------------------
+
+    def squares(self, u: np.ndarray, out: np.ndarray, squares: np.ndarray) -> None:
+        """Add J' u of u (N, O) to out (D,), and its squares, summed over examples, to squares (D,)."""
+        self._add_over_examples(u, torch_gradients.squares, lambda g: g.square(), out, squares)
+
+    def factors(self, u: np.ndarray, out: np.ndarray, sums: np.ndarray) -> None:
+        """Add J' u of u (N, O) to out (D,), and the sums of `hfmpi.models.factors` to sums."""
+        blocks = self.model.blocks
+
+        def of_gradient(g: Any) -> Any:
+            sums = np.zeros(self.model.factor_sums.size, self.outputs.dtype)
+            add_examples(blocks, to_array(g)[None], sums)
+            return torch.from_numpy(sums).to(g)
+
+        self._add_over_examples(u, partial(torch_gradients.factors, blocks=blocks), of_gradient, out, sums)
+
+    def _add_over_examples(
+        self,
+        u: np.ndarray,
+        of_layers: Callable[..., Any],
+        of_gradient: Callable[[Any], Any],
+        out: np.ndarray,
+        sums: np.ndarray,
+    ) -> None:
+        """Add J' u to out, and a sum over examples to sums: of many at once, or of each one's gradient."""
+        by_example = self.model.tensor(u).view(self.count, -1, u.shape[-1])
+
+        def at_once() -> tuple[Any, Any]:
+            if self.model.plan.unassigned is None:
+                self.model.replan(unassigned=self._try_examples(by_example[:2]))
+            parts = split_examples(self.count, self.model.plan.unassigned or 0)
+            pairs = [of_layers(self._gradients(part, by_example[part])[0]) for part in parts]
+            return sum(total for total, _ in pairs), sum(more for _, more in pairs)
+
+        both = self.model.batched("examples", at_once, lambda: self._one_by_one(by_example, of_gradient))
+        for array, tensor in zip((out, sums), both, strict=True):
+            array += to_array(tensor)
+
+    def _example_outputs(self, parameters: dict[str, Any], *inputs: Any) -> Any:
+        """Return the outputs (N, O) of one example."""
+        return self.model.call(parameters, tuple(x[None] for x in inputs), self.scored.example)
+
+    def _gradients(self, part: slice, u: Any) -> tuple[list[torch_gradients.ExampleGradients], int]:
+        """Return what `example_gradients` does for some of the examples and their u (B, N, O)."""
+        inputs = [x[part] for x in self.inputs]
+        with self._running(), _quiet():
+            named = self.model.named(self.theta.detach())
+            return example_gradients(self._example_outputs, named, self.model.frozen, inputs, u)
+
+    def _one_by_one(self, u: Any, of_gradient: Callable[[Any], Any]) -> tuple[Any, Any]:
+        """Sum the gradients of the first examples, and what is computed of each of them."""
+        sums = list[Any]()
+        for one, *inputs in zip(u, *(x[: len(u)] for x in self.inputs), strict=True):
+            theta = self.theta.detach().requires_grad_()
+            with self._running(), torch.enable_grad():
+                outputs = self._example_outputs(self.model.named(theta), *inputs)
+                g = torch.autograd.grad(outputs, theta, one)[0]
+            sums = [total + more for total, more in zip(sums or (0, 0), (g, of_gradient(g)), strict=True)]
+        return sums[0], sums[1]
+
+    def _try_examples(self, like: Any) -> int:
+        """Return how many unassigned numbers there are; raise a RuntimeError where the sums are wrong.
+
+        They are, for example, if the module changes gradients during the backward pass (`register_hook`).
+        """
+        u = torch.from_numpy(np.random.default_rng(0).standard_normal(like.shape)).to(like)
+        gradients, unassigned = self._gradients(slice(len(u)), u)
+        expected = self._one_by_one(u, lambda g: g.square())
+        for ours, right in zip(torch_gradients.squares(gradients), expected, strict=True):
+            if not torch.linalg.vector_norm(ours - right) <= TOLERANCE * torch.linalg.vector_norm(right):
+                raise RuntimeError("the gradients of examples cannot be separated")
+        return unassigned
+
+
+def to_array(tensor: Any) -> np.ndarray:
+    """Return a tensor as an array; on a CPU it shares the memory."""
+    return np.ascontiguousarray(tensor.detach().cpu().numpy())
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Exclude fused kernels that have no second derivative."""
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+        yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Suppress warnings that PyTorch's transformations address to its developers."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")  # an operation runs one by one
+        warnings.filterwarnings("ignore", ".*torch.jit.script")  # PyTorch calls it itself
+        yield
