@@ -105,6 +105,9 @@ def check(model, kind, cases, theta, outputs, jacobian, mask=None, apart=True, b
     at.vjp(u, back)
     assert np.allclose(along, np.einsum("nod,d->no", jacobian, v))
     assert np.isclose(np.vdot(along, u), back @ v)
+    many, backs = rng.standard_normal((len(outputs), 2, outputs.shape[1])), np.zeros((2, theta.size))
+    at.vjp(many.reshape(-1, outputs.shape[1]), backs)
+    assert np.allclose(backs, np.einsum("nod,nco->cd", jacobian, many))
     assert v @ dense @ v >= -1e-12
 
     owner = hfmpi.DataParallel(model, Communicator(), micro_batch=count // 2 if apart else count)

@@ -25,17 +25,18 @@ class Tanh(FrameworkModel):
     def __init__(self, loss, start):
         super().__init__(SHAPES, start, loss)
 
-    def _outputs(self, theta, inputs, rows):
+    def _outputs(self, theta, examples):
         W, b = theta[:-OUTPUTS].reshape(INPUTS, OUTPUTS), theta[-OUTPUTS:]
-        return rows.of(np.tanh(inputs[0] @ W + b))
+        return examples.scored.of(np.tanh(examples.inputs[0] @ W + b))
 
-    def _linearise(self, theta, inputs, rows):
-        return Passes(self._outputs(theta, inputs, rows), rows._replace(width=INPUTS).of(inputs[0]), rows)
+    def _linearise(self, theta, examples):
+        x = examples.scored._replace(width=INPUTS).of(examples.inputs[0])
+        return Passes(self._outputs(theta, examples), x, examples.scored)
 
 
 class Passes:
-    def __init__(self, outputs, x, rows):
-        self.outputs, self.cases = outputs, rows.shape[0]
+    def __init__(self, outputs, x, scored):
+        self.outputs, self.cases = outputs, scored.shape[0]
         kernel = np.concatenate([x, np.ones((len(x), 1), x.dtype)], axis=1)  # of W and b
         eye = np.eye(OUTPUTS, dtype=x.dtype)
         self.jacobian = np.einsum("no,ni,op->noip", 1 - outputs**2, kernel, eye).reshape(*outputs.shape, -1)

@@ -20,7 +20,7 @@ import numpy as np
 
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.errors import UserError
-from hfmpi.models.batch import CheckedBatch, ScoredOutputs, check_batch, check_symbols
+from hfmpi.models.batch import CheckedBatch, check_batch, check_symbols
 from hfmpi.models.factors import FactorSums
 from hfmpi.models.linearisation import LossLinearisation, Passes
 from hfmpi.models.losses import Loss, choose
@@ -171,12 +171,12 @@ class FrameworkModel(ABC):
     def outputs(self, theta: np.ndarray, batch: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Return outputs (N, O), before the loss, their targets (N,) or (N, O), and a mask (N, 1) or None."""
         theta, examples = self._place(theta, batch)
-        return self._outputs(theta, examples.inputs, examples.scored), examples.targets, examples.mask
+        return self._outputs(theta, examples), examples.targets, examples.mask
 
     def loss(self, theta: np.ndarray, batch: Any) -> float:
         """Return the summed loss in nats, without a linearisation."""
         theta, examples = self._place(theta, batch)
-        return self._value(self._outputs(theta, examples.inputs, examples.scored), examples)[0]
+        return self._value(self._outputs(theta, examples), examples)[0]
 
     def linearise(
         self, theta: np.ndarray, batch: Any, reuse: LossLinearisation | None = None
@@ -185,20 +185,10 @@ class FrameworkModel(ABC):
         if reuse is not None:
             del reuse.passes
         theta, examples = self._place(theta, batch)
-        passes = self._linearise(theta, examples.inputs, examples.scored)
-        loss, cache = self._value(passes.outputs, examples)
-        return LossLinearisation(
-            passes,
-            self.output_loss,
-            self.backend,
-            cache,
-            examples.targets,
-            examples.mask,
-            loss,
-            self.backend.block_rows,
-        )
-
-    # For passes --------------------------------------------------------------------------------
+        passes, loss, backend = self._linearise(theta, examples), self.output_loss, self.backend
+        value, cache = self._value(passes.outputs, examples)
+        targets, mask = examples.targets, examples.mask
+        return LossLinearisation(passes, loss, backend, cache, targets, mask, value, backend.block_rows)
 
     def replan(self, **changes: Any) -> None:
         """Change fields of the plan."""
@@ -230,18 +220,12 @@ class FrameworkModel(ABC):
                 raise MemoryError(first_line(error)) from None
             raise
 
-    # For subclasses ----------------------------------------------------------------------------
-
     @abstractmethod
-    def _outputs(
-        self, theta: np.ndarray, inputs: tuple[np.ndarray, ...], scored: ScoredOutputs
-    ) -> np.ndarray:
+    def _outputs(self, theta: np.ndarray, examples: CheckedBatch) -> np.ndarray:
         """Return the scored outputs (N, O)."""
 
     @abstractmethod
-    def _linearise(
-        self, theta: np.ndarray, inputs: tuple[np.ndarray, ...], scored: ScoredOutputs
-    ) -> FrameworkPasses:
+    def _linearise(self, theta: np.ndarray, examples: CheckedBatch) -> FrameworkPasses:
         """Linearise the scored outputs."""
 
     def _check(self, theta: np.ndarray, examples: CheckedBatch) -> None:
@@ -249,11 +233,9 @@ class FrameworkModel(ABC):
 
         The examples of a batch are divided into micro-batches and over ranks, so none may depend on another.
         """
-        outputs = self._outputs(theta, examples.inputs, examples.scored)
-        first = examples.first
-        alone = self._outputs(theta, first.inputs, first.scored)
-        size = np.abs(alone[np.isfinite(alone)]).max(initial=0)
-        if not np.allclose(outputs[: len(alone)], alone, 0, INDEPENDENCE * size, True):
+        outputs, first = self._outputs(theta, examples), self._outputs(theta, examples.first)
+        size = np.abs(first[np.isfinite(first)]).max(initial=0)
+        if not np.allclose(outputs[: len(first)], first, 0, INDEPENDENCE * size, True):
             raise UserError(
                 "the outputs of an example depend on the other examples of its batch, as with batch "
                 "statistics: train with fixed ones (in PyTorch: module.eval())"
@@ -269,8 +251,6 @@ class FrameworkModel(ABC):
         """Set the size of micro-batches to what suits examples that keep `nbytes` bytes each."""
         most = int(MICRO_BATCH_BYTES / max(nbytes, 1))
         self.backend.micro_batch = min(MOST_MICRO_BATCH, max(NumpyBackend.micro_batch, most))
-
-    # -------------------------------------------------------------------------------------------
 
     def _value(self, outputs: np.ndarray, examples: CheckedBatch) -> tuple[float, np.ndarray]:
         """Return the summed loss, and what the loss computed from the outputs for its derivatives (N, O)."""

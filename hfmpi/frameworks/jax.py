@@ -1,4 +1,10 @@
-"""A JAX function as a model: apply(params, x) -> outputs."""
+"""A JAX function as a model: apply(params, x) -> outputs.
+
+Each batch is linearised once, by `jax.vjp` under `jax.jit`: the result, J' u as a function with its
+residuals, can be passed to another compiled function. J v is its transpose (`jax.linear_transpose`), so that
+both need the same residuals and neither needs the function itself, and functions that only have a rule for
+the reverse pass (`jax.custom_vjp`) have both.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +23,8 @@ from hfmpi.models.losses import Loss
 try:
     import jax
 
-    from hfmpi.frameworks.jax_function import JaxFunction
     from hfmpi.frameworks.jax_layers import Layers
-    from hfmpi.frameworks.jax_passes import JaxPasses
+    from hfmpi.frameworks.jax_passes import JaxPasses, nbytes
 except ImportError:
     jax = None
 
@@ -75,13 +80,13 @@ class JaxModel(FrameworkModel):
             raise UserError(
                 "params are float64, and JAX computes in float32: jax.config.update('jax_enable_x64', True)"
             )
-        self.function = JaxFunction(apply, leaves, tree, trained)
+        self.apply, self._leaves, self._tree, self._trained = apply, leaves, tree, trained
+        self._ends = np.cumsum([leaves[i].size for i in trained])[:-1]
         self._layers = dict[Any, "Layers | None"]()
         start = np.concatenate([np.asarray(leaves[i]).reshape(-1) for i in trained])
-        names = [jax.tree_util.keystr(paths[i][0]).strip(".") for i in trained]
-        super().__init__(
-            [(name, tuple(leaves[i].shape)) for name, i in zip(names, trained, strict=True)], start, loss
-        )
+        names = [jax.tree_util.keystr(path).strip(".") for path, _ in paths]
+        super().__init__([(names[i], tuple(leaves[i].shape)) for i in trained], start, loss)
+        self._compile()
 
     def params(self, theta: Any) -> Any:
         """Return theta (D,), an array of NumPy or JAX, as a pytree like the params.
@@ -95,7 +100,61 @@ class JaxModel(FrameworkModel):
             raise UserError(
                 f"theta must be a vector of {self.size:,} numbers, not of shape {np.shape(theta)}"
             )
-        return self.function.params(jax.numpy.array(theta, self.backend.dtype))
+        return self._unravel(jax.numpy.array(theta, self.backend.dtype))
+
+    # The function of theta, compiled -----------------------------------------------------------
+
+    def _unravel(self, theta: Any) -> Any:
+        """Return theta (D,) as the pytree that `apply` takes."""
+        parts = zip(jax.numpy.split(theta, self._ends), self.layout.shapes.values(), strict=True)
+        return self._joined([part.reshape(shape) for part, shape in parts])
+
+    def _joined(self, arrays: Sequence[Any]) -> Any:
+        """Return the arrays of theta, together with the other leaves, as the pytree that `apply` takes."""
+        leaves = list(self._leaves)
+        for i, array in zip(self._trained, arrays, strict=True):
+            leaves[i] = array
+        return jax.tree_util.tree_unflatten(self._tree, leaves)
+
+    def _compile(self) -> None:
+        """Make the compiled functions; each compiles itself again when a shape is new.
+
+        The `transpose` that `linear` returns has the residuals of one batch, and computes J' u.
+        """
+
+        def outputs(theta: Any, inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:
+            return scored.of(self.apply(self._unravel(theta), *inputs)).astype(theta.dtype)
+
+        def linear(theta: Any, inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:
+            return jax.vjp(lambda theta: outputs(theta, inputs, scored), theta)
+
+        def vjp(transpose: Any, u: Any) -> Any:
+            return transpose(u)[0]
+
+        def jvp(transpose: Any, v: Any, shape: tuple[int, int]) -> Any:
+            like = jax.ShapeDtypeStruct(shape, v.dtype)
+            return jax.linear_transpose(lambda u: transpose(u)[0], like)(v)[0]
+
+        def gradient(theta: Any, u: Any, inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:
+            inputs = tuple(x[None] for x in inputs)
+            return jax.grad(lambda theta: (outputs(theta, inputs, scored) * u).sum())(theta)
+
+        def vjps(transpose: Any, u: Any) -> Any:
+            return jax.vmap(lambda one: vjp(transpose, one))(u)
+
+        def jvps(transpose: Any, v: Any, shape: tuple[int, int]) -> Any:
+            return jax.vmap(lambda one: jvp(transpose, one, shape), out_axes=1)(v)
+
+        def gradients(theta: Any, u: Any, inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:
+            return jax.vmap(partial(gradient, scored=scored), (None, 0, 0))(theta, u, inputs)
+
+        self.run = jax.jit(outputs, static_argnames="scored")
+        self.linear = jax.jit(linear, static_argnames="scored")
+        self.vjp, self.vjps = jax.jit(vjp), jax.jit(vjps)
+        self.jvp = jax.jit(jvp, static_argnames="shape")
+        self.jvps = jax.jit(jvps, static_argnames="shape")
+        self.gradient = jax.jit(gradient, static_argnames="scored")
+        self.gradients = jax.jit(gradients, static_argnames="scored")
 
     def layers(self, inputs: tuple[Any, ...], scored: ScoredOutputs) -> Layers | None:
         """Return the layers of the function on inputs like these, or None if they cannot be determined."""
@@ -103,8 +162,8 @@ class JaxModel(FrameworkModel):
         if key not in self._layers:
 
             def outputs(leaves: Sequence[Any], inputs: tuple[Any, ...]) -> Any:
-                params = self.function.joined(leaves)
-                return scored.of(self.function.apply(params, *inputs)).astype(self.backend.dtype)
+                params = self._joined(leaves)
+                return scored.of(self.apply(params, *inputs)).astype(self.backend.dtype)
 
             leaves = [
                 jax.ShapeDtypeStruct(shape, self.backend.dtype) for shape in self.layout.shapes.values()
@@ -120,24 +179,20 @@ class JaxModel(FrameworkModel):
                 )
         return self._layers[key]
 
+    def _outputs(self, theta: np.ndarray, examples: CheckedBatch) -> np.ndarray:
+        with self.memory_errors():
+            return np.asarray(self.run(theta, examples.inputs, scored=examples.scored))
+
+    def _linearise(self, theta: np.ndarray, examples: CheckedBatch) -> JaxPasses:
+        return JaxPasses(self, theta, examples)
+
     def _check(self, theta: np.ndarray, examples: CheckedBatch) -> None:
         """Check the first batch, and fit micro-batches to the residuals that each example keeps."""
         super()._check(theta, examples)
 
         def residuals(some: CheckedBatch) -> int:
-            _, pull = jax.eval_shape(partial(self.function.linearise, scored=some.scored), theta, some.inputs)
-            return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(pull))
+            linear = partial(self.linear, scored=some.scored)
+            return nbytes(jax.eval_shape(linear, theta, some.inputs)[1])
 
-        others = examples.scored.shape[0] - 1
-        self._fit_micro_batch((residuals(examples) - residuals(examples.first)) / max(1, others))
-
-    def _outputs(
-        self, theta: np.ndarray, inputs: tuple[np.ndarray, ...], scored: ScoredOutputs
-    ) -> np.ndarray:
-        with self.memory_errors():
-            return np.asarray(self.function.outputs(theta, inputs, scored=scored))
-
-    def _linearise(
-        self, theta: np.ndarray, inputs: tuple[np.ndarray, ...], scored: ScoredOutputs
-    ) -> JaxPasses:
-        return JaxPasses(self, theta, inputs, scored)
+        more = examples.scored.shape[0] - 1
+        self._fit_micro_batch((residuals(examples) - residuals(examples.first)) / max(1, more))

@@ -92,30 +92,28 @@ class Layers:
     ) -> None:
         self._blocks, self._shapes = blocks, [leaf.shape for leaf in leaves]
         self._traced = jax.make_jaxpr(function)([*leaves], tuple(inputs))
-        evaluation = _Evaluation(self._traced, {}, None)
-        jax.eval_shape(lambda *args: self._run(evaluation, *args)[0], [*leaves], tuple(inputs))
-        self._counts, self._layers, self._results = evaluation.counts, evaluation.layers, evaluation.results
+        walk = _Walk(self._traced, {}, None)
+        jax.eval_shape(lambda *args: self._run(walk, *args)[0], [*leaves], tuple(inputs))
+        self._counts, self._layers, self._results = walk.counts, walk.layers, walk.results
         kinds = {i: {layer.kind for layer in self._layers if layer.leaf == i} for i in range(len(blocks))}
         mixed = {i for i, of in kinds.items() if len(of) > 1 and not of <= {"scaled", "added"}}
-        self.unassigned = frozenset(evaluation.unassigned | mixed)
+        self.unassigned = frozenset(walk.unassigned | mixed)
         self.sums = jax.jit(self._sums)
 
-    def _run(
-        self, evaluation: _Evaluation, leaves: Sequence[Any], inputs: Sequence[Any]
-    ) -> tuple[Any, list[Any]]:
+    def _run(self, walk: _Walk, leaves: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, list[Any]]:
         """Return the outputs and the operands of the layers."""
         marked = [_Value(leaf, _first(i, leaf.shape)) for i, leaf in enumerate(leaves)]
-        arguments = [*marked, *map(_Value, inputs)]
-        (outputs,) = evaluation.run(self._traced.jaxpr, self._traced.consts, arguments)
-        evaluation.unassigned |= {outputs.mark.leaf} if outputs.mark else set()
-        return outputs.value, evaluation.operands
+        args = [*marked, *map(_Value, inputs)]
+        (outputs,) = walk.run(self._traced.jaxpr, self._traced.consts, args)
+        walk.unassigned |= {outputs.mark.leaf} if outputs.mark else set()
+        return outputs.value, walk.operands
 
     def _sums(self, theta: Any, inputs: Sequence[Any], u: Any) -> tuple[Any, Any]:
         both = zip(self._blocks, self._shapes, strict=True)
         leaves = [block.of(theta).reshape(shape) for block, shape in both]
 
         def outputs(leaves: Any, perturbations: Any) -> tuple[Any, list[Any]]:
-            return self._run(_Evaluation(self._traced, self._counts, perturbations), leaves, inputs)
+            return self._run(_Walk(self._traced, self._counts, perturbations), leaves, inputs)
 
         perturbations = [jnp.zeros(like.shape, like.dtype) for like in self._results]
         _, pull, operands = jax.vjp(outputs, leaves, perturbations, has_aux=True)
@@ -153,8 +151,8 @@ def _squares(layer: _Layer, block: Block, cotangent: Any, operand: Any) -> tuple
     return *(both if layer.outputs_are_rows else both[::-1]), operand.size // inputs
 
 
-class _Evaluation:
-    """An evaluation of a traced function that records its layers.
+class _Walk:
+    """Evaluates a traced function, operation by operation, and records its layers.
 
     Attributes
     ----------
@@ -175,10 +173,10 @@ class _Evaluation:
         self.layers, self.results, self.operands = list[_Layer](), list[Any](), list[Any]()
         self.unassigned = set[int]()
 
-    def run(self, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[_Value]) -> list[_Value]:
+    def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[_Value]) -> list[_Value]:
         """Return the outputs of a function."""
         values: dict[Any, _Value] = dict(zip(jaxpr.constvars, map(_Value, consts), strict=True))
-        values |= zip(jaxpr.invars, arguments, strict=True)
+        values |= zip(jaxpr.invars, args, strict=True)
 
         def read(atom: Any) -> _Value:
             return _Value(atom.val) if isinstance(atom, Literal) else values[atom]
@@ -197,25 +195,25 @@ class _Evaluation:
             result = result + self.perturbations[len(self.layers) - 1]
         return _Value(result)
 
-    def _equation(self, equation: Any, arguments: list[_Value]) -> list[_Value]:
-        name, marks = equation.primitive.name, [value.mark for value in arguments if value.mark]
+    def _equation(self, equation: Any, args: list[_Value]) -> list[_Value]:
+        name, marks = equation.primitive.name, [value.mark for value in args if value.mark]
         if name in CALLS and marks:
             called = equation.params[CALLS[name]]
-            return self.run(getattr(called, "jaxpr", called), getattr(called, "consts", ()), arguments)
+            return self.run(getattr(called, "jaxpr", called), getattr(called, "consts", ()), args)
         if name == "scan" and marks:
-            return self._loop(equation, arguments)
-        results = self._evaluate(equation, [value.value for value in arguments])
+            return self._loop(equation, args)
+        results = self._evaluate(equation, [value.value for value in args])
         if len(marks) == 1 and name in RULES:
-            value = RULES[name](self, equation.params, arguments, marks[0], results[0])
+            value = RULES[name](self, equation.params, args, marks[0], results[0])
             if value is not None:
                 return [value]
         self.unassigned |= {mark.leaf for mark in marks}
         return [*map(_Value, results)]
 
-    def _loop(self, equation: Any, arguments: list[_Value]) -> list[_Value]:
-        options, inner = equation.params, list[_Evaluation]()
+    def _loop(self, equation: Any, args: list[_Value]) -> list[_Value]:
+        options, inner = equation.params, list[_Walk]()
         first, last = options["num_consts"], options["num_consts"] + options["num_carry"]
-        consts, state, steps = arguments[:first], arguments[first:last], arguments[last:]
+        consts, state, steps = args[:first], args[first:last], args[last:]
         self.unassigned |= {value.mark.leaf for value in state + steps if value.mark}
         perturbations, count = None, self.counts.get(id(equation), 0)
         if self.perturbations is not None:
@@ -223,13 +221,13 @@ class _Evaluation:
 
         def body(state: Any, step: Any) -> Any:
             values, perturbations = step
-            evaluation = _Evaluation(self.traced, self.counts, perturbations)
-            inner[:] = [evaluation]
+            walk = _Walk(self.traced, self.counts, perturbations)
+            inner[:] = [walk]
             function = options["jaxpr"]
-            results = evaluation.run(function.jaxpr, function.consts, [*consts, *map(_Value, state + values)])
-            evaluation.unassigned |= {value.mark.leaf for value in results if value.mark}
+            results = walk.run(function.jaxpr, function.consts, [*consts, *map(_Value, state + values)])
+            walk.unassigned |= {value.mark.leaf for value in results if value.mark}
             values = [value.value for value in results]
-            return values[: last - first], (values[last - first :], evaluation.operands)
+            return values[: last - first], (values[last - first :], walk.operands)
 
         state, (steps, operands) = jax.lax.scan(
             body,
@@ -239,73 +237,67 @@ class _Evaluation:
             reverse=options["reverse"],
             unroll=options["unroll"],
         )
-        (evaluation,) = inner
-        self.counts[id(equation)] = len(evaluation.layers)
+        (walk,) = inner
+        self.counts[id(equation)] = len(walk.layers)
         self.layers += [
-            layer._replace(first=tuple(axis + 1 for axis in layer.first)) for layer in evaluation.layers
+            layer._replace(first=tuple(axis + 1 for axis in layer.first)) for layer in walk.layers
         ]
         length = options["length"]
-        self.results += [jax.ShapeDtypeStruct((length, *x.shape), x.dtype) for x in evaluation.results]
+        self.results += [jax.ShapeDtypeStruct((length, *x.shape), x.dtype) for x in walk.results]
         self.operands += operands
-        self.unassigned |= evaluation.unassigned
+        self.unassigned |= walk.unassigned
         return [*map(_Value, state + steps)]
 
     def _evaluate(self, equation: Any, values: list[Any]) -> list[Any]:
         """Return the results of any operation."""
         atoms = zip(equation.invars, values, strict=True)
-        arguments = {atom: value for atom, value in atoms if not isinstance(atom, Literal)}
+        args = {atom: value for atom, value in atoms if not isinstance(atom, Literal)}
         function = self.traced.jaxpr.replace(
             constvars=[],
-            invars=[*arguments],
+            invars=[*args],
             outvars=equation.outvars,
             eqns=[equation],
             effects=equation.effects,
         )
-        return [*jaxpr_as_fun(ClosedJaxpr(function, ()))(*arguments.values())]
+        return [*jaxpr_as_fun(ClosedJaxpr(function, ()))(*args.values())]
 
 
 # Operations on one parameter: their result, or None where they leave the parameter unassigned ------
 
 
-def _transpose(_: Any, options: Any, arguments: list[_Value], mark: _Mark, result: Any) -> _Value | None:
+def _transpose(_: Any, options: Any, args: list[_Value], mark: _Mark, result: Any) -> _Value | None:
     if mark.form == "row" or options["permutation"] != (1, 0):
         return None
     return _Value(result, _Mark(mark.leaf, {"matrix": "transposed", "transposed": "matrix"}[mark.form]))
 
 
-def _convert(_: Any, options: Any, arguments: list[_Value], mark: _Mark, result: Any) -> _Value | None:
-    return _Value(result, mark) if arguments[0].value.dtype == options["new_dtype"] else None
+def _convert(_: Any, options: Any, args: list[_Value], mark: _Mark, result: Any) -> _Value | None:
+    return _Value(result, mark) if args[0].value.dtype == options["new_dtype"] else None
 
 
-def _broadcast(_: Any, options: Any, arguments: list[_Value], mark: _Mark, result: Any) -> _Value | None:
+def _broadcast(_: Any, options: Any, args: list[_Value], mark: _Mark, result: Any) -> _Value | None:
     last = mark.form == "row" and options["broadcast_dimensions"][-1] == result.ndim - 1
-    return _Value(result, mark) if last and result.shape[-1] == arguments[0].value.shape[-1] else None
+    return _Value(result, mark) if last and result.shape[-1] == args[0].value.shape[-1] else None
 
 
-def _reshape(_: Any, options: Any, arguments: list[_Value], mark: _Mark, result: Any) -> _Value | None:
-    row = mark.form == "row" and result.size == arguments[0].value.size == result.shape[-1]
+def _reshape(_: Any, options: Any, args: list[_Value], mark: _Mark, result: Any) -> _Value | None:
+    row = mark.form == "row" and result.size == args[0].value.size == result.shape[-1]
     return _Value(result, mark) if row else None
 
 
-def _add(
-    evaluation: _Evaluation, options: Any, arguments: list[_Value], mark: _Mark, result: Any
-) -> _Value | None:
-    return evaluation.record(_Layer(mark.leaf, "added"), result, None) if mark.form == "row" else None
+def _add(walk: _Walk, options: Any, args: list[_Value], mark: _Mark, result: Any) -> _Value | None:
+    return walk.record(_Layer(mark.leaf, "added"), result, None) if mark.form == "row" else None
 
 
-def _mul(
-    evaluation: _Evaluation, options: Any, arguments: list[_Value], mark: _Mark, result: Any
-) -> _Value | None:
-    (other,) = (one.value for one in arguments if not one.mark)
-    return evaluation.record(_Layer(mark.leaf, "scaled"), result, other) if mark.form == "row" else None
+def _mul(walk: _Walk, options: Any, args: list[_Value], mark: _Mark, result: Any) -> _Value | None:
+    (other,) = (one.value for one in args if not one.mark)
+    return walk.record(_Layer(mark.leaf, "scaled"), result, other) if mark.form == "row" else None
 
 
-def _dot_general(
-    evaluation: _Evaluation, options: Any, arguments: list[_Value], mark: _Mark, result: Any
-) -> _Value | None:
+def _dot_general(walk: _Walk, options: Any, args: list[_Value], mark: _Mark, result: Any) -> _Value | None:
     contracted, batched = options["dimension_numbers"]
-    side = 0 if arguments[0].mark else 1  # of the parameter
-    w, x = arguments[side].value, arguments[1 - side].value
+    side = 0 if args[0].mark else 1  # of the parameter
+    w, x = args[side].value, args[1 - side].value
     axes_w, axes_x = contracted[side], contracted[1 - side]
     rows = tuple(axes_w) == (0,)
     if mark.form == "row" or any(batched) or not (rows or tuple(axes_w) == tuple(range(1, w.ndim))):
@@ -314,16 +306,14 @@ def _dot_general(
     x = x.reshape(*x.shape[: x.ndim - len(axes_x)], -1)
     outputs_are_rows = rows == (mark.form == "transposed")
     first = tuple(range(w.ndim - len(axes_w))) if side == 0 else ()
-    return evaluation.record(_Layer(mark.leaf, "product", outputs_are_rows, first), result, x)
+    return walk.record(_Layer(mark.leaf, "product", outputs_are_rows, first), result, x)
 
 
-def _gather(
-    evaluation: _Evaluation, options: Any, arguments: list[_Value], mark: _Mark, result: Any
-) -> _Value | None:
-    w, indices, numbers = arguments[0].value, arguments[1].value, options["dimension_numbers"]
+def _gather(walk: _Walk, options: Any, args: list[_Value], mark: _Mark, result: Any) -> _Value | None:
+    w, indices, numbers = args[0].value, args[1].value, options["dimension_numbers"]
     if (
         mark.form != "matrix"
-        or arguments[1].mark
+        or args[1].mark
         or w.ndim != 2
         or tuple(options["slice_sizes"]) != (1, w.shape[1])
         or tuple(numbers.offset_dims) != (indices.ndim - 1,)
@@ -331,7 +321,7 @@ def _gather(
         or tuple(numbers.start_index_map) != (0,)
     ):
         return None
-    return evaluation.record(_Layer(mark.leaf, "lookup"), result, indices[..., 0])
+    return walk.record(_Layer(mark.leaf, "lookup"), result, indices[..., 0])
 
 
 RULES = {

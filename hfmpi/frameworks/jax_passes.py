@@ -9,13 +9,13 @@ import jax
 import numpy as np
 
 from hfmpi.frameworks.framework import split_examples
-from hfmpi.models.batch import ScoredOutputs
+from hfmpi.models.batch import CheckedBatch
 from hfmpi.models.factors import add_examples
 
 if TYPE_CHECKING:
     from hfmpi.frameworks.jax import JaxModel
 
-__all__ = ["JaxPasses"]
+__all__ = ["JaxPasses", "nbytes"]
 
 
 class JaxPasses:
@@ -25,51 +25,47 @@ class JaxPasses:
     ----------
     model : JaxModel
     theta : (D,)
-    inputs : tuple of (B, ...)
-    scored : ScoredOutputs
+    examples : CheckedBatch
 
     Attributes
     ----------
     outputs : (N, O)
     """
 
-    def __init__(
-        self, model: JaxModel, theta: np.ndarray, inputs: tuple[np.ndarray, ...], scored: ScoredOutputs
-    ) -> None:
-        self.model, self.function = model, model.function
-        self.theta, self.inputs, self.scored = theta, inputs, scored
+    def __init__(self, model: JaxModel, theta: np.ndarray, examples: CheckedBatch) -> None:
+        self.model, self.theta, self.inputs, self.scored = model, theta, examples.inputs, examples.scored
         with model.memory_errors():
-            outputs, self.pull = self.function.linearise(theta, inputs, scored=scored)
+            outputs, self.transpose = model.linear(theta, self.inputs, scored=self.scored)
             self.outputs = np.asarray(outputs)
-        self.nbytes = sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(self.pull)) + self.outputs.nbytes
+        self.nbytes = nbytes(self.transpose) + self.outputs.nbytes
 
     def jvp(self, v: np.ndarray) -> np.ndarray:
         """Return J v (N, O) of v (D,), or (N * C, O) of (C, D)."""
-        function, shape = self.function, self.outputs.shape
+        model, transpose, shape = self.model, self.transpose, self.outputs.shape
         v = v.astype(self.outputs.dtype, copy=False)
         if v.ndim == 1:
-            with self.model.memory_errors():
-                return np.array(function.jvp(self.pull, v, shape=shape))
-        tangents = self.model.batched(
+            with model.memory_errors():
+                return np.array(model.jvp(transpose, v, shape=shape))
+        tangents = model.batched(
             "directions",
-            lambda: np.array(function.jvps(self.pull, v, shape=shape)),
-            lambda: np.stack([function.jvp(self.pull, one, shape=shape) for one in v], axis=1),
+            lambda: np.array(model.jvps(transpose, v, shape=shape)),
+            lambda: np.stack([model.jvp(transpose, one, shape=shape) for one in v], axis=1),
         )
         return tangents.reshape(-1, tangents.shape[-1])
 
     def vjp(self, u: np.ndarray, out: np.ndarray) -> None:
         """Add J' u of u (N * C, O) to out (D,) or (C, D)."""
-        function = self.function
+        model, transpose = self.model, self.transpose
         u = u.astype(self.outputs.dtype, copy=False)
         if out.ndim == 1:
-            with self.model.memory_errors():
-                out += np.asarray(function.vjp(self.pull, u))
+            with model.memory_errors():
+                out += np.asarray(model.vjp(transpose, u))
             return
         u = u.reshape(-1, len(out), u.shape[-1]).swapaxes(0, 1)
-        out += self.model.batched(
+        out += model.batched(
             "directions",
-            lambda: np.asarray(function.vjps(self.pull, u)),
-            lambda: np.stack([function.vjp(self.pull, one) for one in u]),
+            lambda: np.asarray(model.vjps(transpose, u)),
+            lambda: np.stack([model.vjp(transpose, one) for one in u]),
         )
 
     def squares(self, u: np.ndarray, out: np.ndarray, squares: np.ndarray) -> None:
@@ -100,19 +96,23 @@ class JaxPasses:
 
     def _gradients(self, u: np.ndarray) -> Iterator[np.ndarray]:
         """Yield the gradients (b, D) of parts of the examples."""
-        model, function, theta, scored = self.model, self.function, self.theta, self.scored.example
+        model, theta, scored = self.model, self.theta, self.scored.example
         by_example = u.reshape(self.scored.shape[0], -1, u.shape[-1])
+
+        def one(u: np.ndarray, *inputs: np.ndarray) -> Any:
+            return model.gradient(theta, u, inputs, scored=scored)
 
         def gradients(part: slice) -> np.ndarray:
             cotangents, inputs = by_example[part], tuple(x[part] for x in self.inputs)
-
-            def one(u: np.ndarray, *x: np.ndarray) -> Any:
-                return function.gradient(theta, u, x, scored=scored)
-
             return model.batched(
                 "examples",
-                lambda: np.asarray(function.gradients(theta, cotangents, inputs, scored=scored)),
+                lambda: np.asarray(model.gradients(theta, cotangents, inputs, scored=scored)),
                 lambda: np.stack([*map(one, cotangents, *inputs)]),
             )
 
         return map(gradients, split_examples(len(by_example), model.size))
+
+
+def nbytes(tree: Any) -> int:
+    """Return the bytes of all arrays of a pytree, or of their shapes and types."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(tree))

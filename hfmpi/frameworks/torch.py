@@ -19,8 +19,7 @@ from hfmpi.models.losses import Loss
 try:
     import torch
 
-    from hfmpi.frameworks.torch_function import ModuleFunction, to_array
-    from hfmpi.frameworks.torch_passes import TorchPasses, plain_kernels
+    from hfmpi.frameworks.torch_passes import TorchPasses, plain_kernels, to_array
 except ImportError:
     torch = None
 
@@ -112,8 +111,10 @@ class TorchModel(FrameworkModel):
             raise UserError(
                 f"parameters and buffers of the module must be on one device, not on {names}: module.to(...)"
             )
-        self.module = module
-        self.function = ModuleFunction(module, trained, devices.pop())
+        self.module, self.device = module, devices.pop()
+        self.parameters = trained
+        self.frozen = [p for name, p in named.items() if name not in trained]
+        self._sizes = [p.numel() for p in trained.values()]
         start = torch.cat([p.detach().reshape(-1) for p in trained.values()]).cpu().numpy()
         shapes = [(name, tuple(p.shape)) for name, p in trained.items()]
         super().__init__(shapes, start, loss, _stacked(module, trained))
@@ -129,11 +130,14 @@ class TorchModel(FrameworkModel):
         theta = np.asarray(theta)
         if theta.shape != (self.size,):
             raise UserError(f"theta must be a vector of {self.size:,} numbers, not of shape {theta.shape}")
-        self.function.write(theta.astype(self.backend.dtype))
+        parts = self.named(torch.from_numpy(theta.astype(self.backend.dtype)))
+        with torch.no_grad():
+            for name, part in parts.items():
+                self.parameters[name].copy_(part)
 
     @contextmanager
     def threads(self, count: int) -> Iterator[None]:
-        """Let PyTorch compute with `count` threads inside the context."""
+        """Limit PyTorch to `count` threads inside the context."""
         before = torch.get_num_threads()
         torch.set_num_threads(count)
         try:
@@ -141,25 +145,41 @@ class TorchModel(FrameworkModel):
         finally:
             torch.set_num_threads(before)
 
-    def _outputs(
-        self, theta: np.ndarray, inputs: tuple[np.ndarray, ...], scored: ScoredOutputs
-    ) -> np.ndarray:
-        function = self.function
-        with self.memory_errors(), torch.no_grad(), self.plan.kernels():
-            parameters = function.named(function.tensor(theta))
-            return to_array(function.outputs(parameters, function.tensors(inputs), scored))
+    # The module as a function of theta, on tensors -----------------------------------------------
 
-    def _linearise(
-        self, theta: np.ndarray, inputs: tuple[np.ndarray, ...], scored: ScoredOutputs
-    ) -> TorchPasses:
-        return TorchPasses(self, theta, inputs, scored)
+    def named(self, theta: Any) -> dict[str, Any]:
+        """Return the parameters in theta (D,) by name, as views."""
+        parts = zip(self.parameters.items(), theta.split(self._sizes), strict=True)
+        return {name: part.view(p.shape) for (name, p), part in parts}
+
+    def call(self, parameters: dict[str, Any], inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:
+        """Return the scored outputs (N, O) of the module with these parameters."""
+        return scored.of(torch.func.functional_call(self.module, parameters, inputs))
+
+    def tensor(self, array: np.ndarray) -> Any:
+        """Return an array as a tensor on the module's device; on a CPU it shares the memory if possible."""
+        if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+            array = array.copy()
+        return torch.from_numpy(array).to(self.device)
+
+    def tensors(self, inputs: tuple[np.ndarray, ...]) -> tuple[Any, ...]:
+        """Return inputs as tensors; whole numbers become int64, which every module accepts."""
+        return tuple(self.tensor(x.astype(np.int64) if x.dtype.kind in "iu" else x) for x in inputs)
+
+    def _outputs(self, theta: np.ndarray, examples: CheckedBatch) -> np.ndarray:
+        with self.memory_errors(), torch.no_grad(), self.plan.kernels():
+            parameters = self.named(self.tensor(theta))
+            return to_array(self.call(parameters, self.tensors(examples.inputs), examples.scored))
+
+    def _linearise(self, theta: np.ndarray, examples: CheckedBatch) -> TorchPasses:
+        return TorchPasses(self, theta, examples)
 
     # The first batch ---------------------------------------------------------------------------
 
     def _check(self, theta: np.ndarray, examples: CheckedBatch) -> None:
         """Choose the plan; raise a UserError where the module cannot be trained."""
         before = {name: b.detach().clone() for name, b in self.module.named_buffers()}
-        once, again = (self._outputs(theta, examples.inputs, examples.scored) for _ in range(2))
+        once, again = (self._outputs(theta, examples) for _ in range(2))
         changed = False
         with torch.no_grad():
             for name, b in self.module.named_buffers():
@@ -184,7 +204,7 @@ class TorchModel(FrameworkModel):
         for double_backward, kernels in product((True, False), (nullcontext, plain_kernels)):
             self.replan(double_backward=double_backward, kernels=kernels)
             try:
-                nbytes = self._linearise(theta, example.inputs, example.scored).try_products()
+                nbytes = self._linearise(theta, example).try_products()
             except RuntimeError as failure:
                 reason = reason or first_line(failure)
                 continue

@@ -1,7 +1,7 @@
 """The passes J v and J' u of a PyTorch module, and sums over per-example gradients.
 
-Forward runs once for each linearisation, and its graph is kept. J' u goes back through it. J v goes back
-twice: J' u is linear in u, and the derivative of a linear function is its transpose, so the gradient of
+Forward runs once for each linearisation, and its graph stays in memory. J' u goes back through it. J v goes
+back twice: J' u is linear in u, and the derivative of a linear function is its transpose, so the gradient of
 <J' u, v> in u is J v (the double backward). Unlike dual numbers (forward mode) it needs no further forward
 pass, and more operations support it; forward mode replaces it where an operation has no second derivative.
 """
@@ -22,15 +22,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hfmpi.errors import UserError
 from hfmpi.frameworks import torch_gradients
 from hfmpi.frameworks.framework import split_examples
-from hfmpi.frameworks.torch_function import to_array
 from hfmpi.frameworks.torch_layers import example_gradients
-from hfmpi.models.batch import ScoredOutputs
+from hfmpi.models.batch import CheckedBatch
 from hfmpi.models.factors import add_examples
 
 if TYPE_CHECKING:
     from hfmpi.frameworks.torch import TorchModel
 
-__all__ = ["TorchPasses", "plain_kernels"]
+__all__ = ["TorchPasses", "plain_kernels", "to_array"]
 
 TOLERANCE = 1e-3
 """Relative difference at which a trial counts as wrong: far above rounding in float32."""
@@ -44,21 +43,17 @@ class TorchPasses:
     model : TorchModel
         Its plan decides how each pass is computed.
     theta : (D,)
-    inputs : tuple of (B, ...)
-    scored : ScoredOutputs
+    examples : CheckedBatch
 
     Attributes
     ----------
     outputs : (N, O)
     """
 
-    def __init__(
-        self, model: TorchModel, theta: np.ndarray, inputs: tuple[np.ndarray, ...], scored: ScoredOutputs
-    ) -> None:
-        self.model, self.function, self.scored = model, model.function, scored
-        self.inputs = self.function.tensors(inputs)
-        self.theta = self.function.tensor(theta).detach().requires_grad_()
-        self.examples = scored.shape[0]
+    def __init__(self, model: TorchModel, theta: np.ndarray, examples: CheckedBatch) -> None:
+        self.model, self.scored, self.count = model, examples.scored, examples.scored.shape[0]
+        self.inputs = model.tensors(examples.inputs)
+        self.theta = model.tensor(theta).detach().requires_grad_()
         self._record()
 
     def _record(self) -> None:
@@ -76,12 +71,12 @@ class TorchPasses:
             yield
 
     def _outputs(self, theta: Any) -> Any:
-        return self.function.outputs(self.function.named(theta), self.inputs, self.scored)
+        return self.model.call(self.model.named(theta), self.inputs, self.scored)
 
     @property
     def nbytes(self) -> int:
         """The bytes that the graphs and outputs occupy, estimated from those of one example."""
-        return self.model.plan.bytes_per_example * self.examples + self.outputs.nbytes
+        return self.model.plan.bytes_per_example * self.count + self.outputs.nbytes
 
     # Products ----------------------------------------------------------------------------------
 
@@ -109,7 +104,7 @@ class TorchPasses:
 
     def _pass(self, linear: Callable[[Any, bool], Any], vectors: np.ndarray, many: bool) -> np.ndarray:
         """Apply a linear function (tensor, whether it is a batch of vectors) to one or `many` vectors."""
-        tensor = self.function.tensor(vectors)
+        tensor = self.model.tensor(vectors)
 
         def at_once() -> np.ndarray:
             with self._running(), _quiet():
@@ -198,12 +193,12 @@ class TorchPasses:
         sums: np.ndarray,
     ) -> None:
         """Add J' u to out, and a sum over examples to sums: of many at once, or of each one's gradient."""
-        by_example = self.function.tensor(u).view(self.examples, -1, u.shape[-1])
+        by_example = self.model.tensor(u).view(self.count, -1, u.shape[-1])
 
         def at_once() -> tuple[Any, Any]:
             if self.model.plan.unassigned is None:
                 self.model.replan(unassigned=self._try_examples(by_example[:2]))
-            parts = split_examples(self.examples, self.model.plan.unassigned or 0)
+            parts = split_examples(self.count, self.model.plan.unassigned or 0)
             pairs = [of_layers(self._gradients(part, by_example[part])[0]) for part in parts]
             return sum(total for total, _ in pairs), sum(more for _, more in pairs)
 
@@ -213,14 +208,14 @@ class TorchPasses:
 
     def _example_outputs(self, parameters: dict[str, Any], *inputs: Any) -> Any:
         """Return the outputs (N, O) of one example."""
-        return self.function.outputs(parameters, tuple(x[None] for x in inputs), self.scored.example)
+        return self.model.call(parameters, tuple(x[None] for x in inputs), self.scored.example)
 
     def _gradients(self, part: slice, u: Any) -> tuple[list[torch_gradients.ExampleGradients], int]:
         """Return what `example_gradients` does for some of the examples and their u (B, N, O)."""
         inputs = [x[part] for x in self.inputs]
         with self._running(), _quiet():
-            named = self.function.named(self.theta.detach())
-            return example_gradients(self._example_outputs, named, self.function.frozen, inputs, u)
+            named = self.model.named(self.theta.detach())
+            return example_gradients(self._example_outputs, named, self.model.frozen, inputs, u)
 
     def _one_by_one(self, u: Any, of_gradient: Callable[[Any], Any]) -> tuple[Any, Any]:
         """Sum the gradients of the first examples, and what is computed of each of them."""
@@ -228,7 +223,7 @@ class TorchPasses:
         for one, *inputs in zip(u, *(x[: len(u)] for x in self.inputs), strict=True):
             theta = self.theta.detach().requires_grad_()
             with self._running(), torch.enable_grad():
-                outputs = self._example_outputs(self.function.named(theta), *inputs)
+                outputs = self._example_outputs(self.model.named(theta), *inputs)
                 g = torch.autograd.grad(outputs, theta, one)[0]
             sums = [total + more for total, more in zip(sums or (0, 0), (g, of_gradient(g)), strict=True)]
         return sums[0], sums[1]
@@ -247,6 +242,11 @@ class TorchPasses:
         return unassigned
 
 
+def to_array(tensor: Any) -> np.ndarray:
+    """Return a tensor as an array; on a CPU it shares the memory."""
+    return np.ascontiguousarray(tensor.detach().cpu().numpy())
+
+
 @contextmanager
 def plain_kernels() -> Iterator[None]:
     """Exclude fused kernels that have no second derivative."""
@@ -259,5 +259,5 @@ def _quiet() -> Iterator[None]:
     """Suppress warnings that PyTorch's transformations address to its developers."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")  # an operation runs one by one
-        warnings.filterwarnings("ignore", ".*torch.jit.script")  # PyTorch's own use
+        warnings.filterwarnings("ignore", ".*torch.jit.script")  # PyTorch calls it itself
         yield
