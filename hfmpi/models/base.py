@@ -1,7 +1,7 @@
 """What a model is to the rest of hfmpi: a loss, and its linearisation, on one device; no MPI.
 
 A model sums over the examples of a batch; the objective divides by their number and sums over ranks.
-Everything beyond `Model` and `Linearisation` is an optional capability with a protocol of its own. What a
+Everything beyond `Model` and `Linearisation` is an optional capability with a separate protocol. What a
 linearisation can do is a protocol of the linearisation, and a model states in advance, by
 `Model.linearisation`, of which class its linearisations are.
 """

@@ -77,13 +77,13 @@ class FactorSums:
         number = sums.dtype.type
         if self.shared:
             count = float(counts[0])
-            for own in blocks:
-                own["A"] *= number(1 / max(1.0, count))
-                own["B"] *= number(scored)
+            for factors in blocks:
+                factors["A"] *= number(1 / max(1.0, count))
+                factors["B"] *= number(scored)
         else:
-            for own, count in zip(blocks, counts, strict=True):
-                own["A"] *= number(scored)
-                own["B"] /= count if count > 0 else 1
+            for factors, count in zip(blocks, counts, strict=True):
+                factors["A"] *= number(scored)
+                factors["B"] /= count if count > 0 else 1
         return self.layout.views(sums)["factors"]
 
 

@@ -1,4 +1,4 @@
-"""Losses of a network's outputs: value, gradient and Hessian, each row of outputs by itself.
+"""Losses of a model's outputs: value, gradient and Hessian, separately for each row of outputs.
 
 A loss is a function of the outputs z (N, O) of N scored steps and of their targets. The Gauss-Newton matrix
 is J' H J with the Hessian H of the loss, so H must be positive semidefinite: the loss is convex in z. These
@@ -32,78 +32,78 @@ class Loss(Protocol):
     symbols: ClassVar[bool]
 
     def value(self, backend: NumpyBackend, outputs: Array, targets: Array) -> Array:
-        """Give the loss of each row in nats, (N,) float64; outputs become what the others need of them."""
+        """Return the loss of each row in nats, (N,) float64; overwrite outputs with what the others need."""
 
-    def gradient(self, backend: NumpyBackend, kept: Array, targets: Array, scale: float, out: Array) -> None:
-        """Fill out (N, O) with scale times the gradient; `kept` is what `value` left of the outputs."""
+    def gradient(self, backend: NumpyBackend, cache: Array, targets: Array, scale: float, out: Array) -> None:
+        """Fill out (N, O) with scale times the gradient; `cache` is what `value` wrote to the outputs."""
 
-    def hessian(self, backend: NumpyBackend, kept: Array, u: Array, scale: float) -> None:
+    def hessian(self, backend: NumpyBackend, cache: Array, u: Array, scale: float) -> None:
         """Overwrite u (N C, O), C rows for each of the outputs, with scale * H u."""
 
 
 class SoftmaxCrossEntropy:
-    """-log softmax(z)[target]; H u = p * (u - <p, u>) with p = softmax(z), which is what is kept."""
+    """-log softmax(z)[target]; H u = p * (u - <p, u>) with p = softmax(z), which is the cache."""
 
     symbols: ClassVar[bool] = True
 
     def value(self, backend: NumpyBackend, outputs: Array, targets: Array) -> Array:
-        """Give the loss of each row; outputs become probabilities."""
+        """Return the loss of each row; outputs become probabilities."""
         return backend.softmax_loss(outputs, targets)
 
-    def gradient(self, backend: NumpyBackend, kept: Array, targets: Array, scale: float, out: Array) -> None:
+    def gradient(self, backend: NumpyBackend, cache: Array, targets: Array, scale: float, out: Array) -> None:
         """Fill out with scale * (p - onehot(targets))."""
-        backend.softmax_gradient(kept, targets, scale, out)
+        backend.softmax_gradient(cache, targets, scale, out)
 
-    def hessian(self, backend: NumpyBackend, kept: Array, u: Array, scale: float) -> None:
+    def hessian(self, backend: NumpyBackend, cache: Array, u: Array, scale: float) -> None:
         """Overwrite u with scale * p * (u - <p, u>)."""
-        backend.softmax_hessian(kept, u, scale)
+        backend.softmax_hessian(cache, u, scale)
 
 
 class SquaredError:
-    """Half the squared distance of z and target; H is the identity. The differences are kept."""
+    """Half the squared distance of z and target; H is the identity. The cache has the differences."""
 
     symbols: ClassVar[bool] = False
 
     def value(self, backend: NumpyBackend, outputs: Array, targets: Array) -> Array:
-        """Give the loss of each row; outputs become differences."""
+        """Return the loss of each row; outputs become differences."""
         outputs -= targets
         wide = outputs.astype(np.float64)
         return 0.5 * (wide * wide).sum(axis=1)
 
-    def gradient(self, backend: NumpyBackend, kept: Array, targets: Array, scale: float, out: Array) -> None:
+    def gradient(self, backend: NumpyBackend, cache: Array, targets: Array, scale: float, out: Array) -> None:
         """Fill out with scale * (z - target)."""
-        backend.xp.multiply(kept, kept.dtype.type(scale), out=out)
+        backend.xp.multiply(cache, cache.dtype.type(scale), out=out)
 
-    def hessian(self, backend: NumpyBackend, kept: Array, u: Array, scale: float) -> None:
+    def hessian(self, backend: NumpyBackend, cache: Array, u: Array, scale: float) -> None:
         """Overwrite u with scale * u."""
         u *= u.dtype.type(scale)
 
 
 class Bernoulli:
-    """log(1 + exp(z)) - z * target, summed over outputs; targets in [0, 1]; H u = p (1 - p) u, p kept.
+    """log(1 + exp(z)) - z * target, summed over outputs; targets in [0, 1]; H u = p (1 - p) u.
 
-    p = 1 / (1 + exp(-z)) is the probability of a 1.
+    p = 1 / (1 + exp(-z)), the cache, is the probability of a 1.
     """
 
     symbols: ClassVar[bool] = False
 
     def value(self, backend: NumpyBackend, outputs: Array, targets: Array) -> Array:
-        """Give the loss of each row; outputs become probabilities."""
+        """Return the loss of each row; outputs become probabilities."""
         xp, wide = backend.xp, outputs.astype(np.float64)
         least = xp.log1p(xp.exp(-abs(wide)))  # log(1 + exp(z)) = max(z, 0) + log(1 + exp(-|z|))
         losses = (xp.maximum(wide, 0) + least - wide * targets).sum(axis=1)
         outputs[...] = backend.sigmoid(outputs)
         return losses
 
-    def gradient(self, backend: NumpyBackend, kept: Array, targets: Array, scale: float, out: Array) -> None:
+    def gradient(self, backend: NumpyBackend, cache: Array, targets: Array, scale: float, out: Array) -> None:
         """Fill out with scale * (p - target)."""
-        backend.xp.subtract(kept, targets, out=out)
+        backend.xp.subtract(cache, targets, out=out)
         out *= out.dtype.type(scale)
 
-    def hessian(self, backend: NumpyBackend, kept: Array, u: Array, scale: float) -> None:
+    def hessian(self, backend: NumpyBackend, cache: Array, u: Array, scale: float) -> None:
         """Overwrite u with scale * p (1 - p) u."""
-        apart = by_sequence(u, len(kept))
-        apart *= (kept * (1 - kept) * u.dtype.type(scale))[:, None]
+        by_output = by_sequence(u, len(cache))
+        by_output *= (cache * (1 - cache) * u.dtype.type(scale))[:, None]
 
 
 LOSSES: dict[str, Loss] = {
@@ -115,12 +115,12 @@ LOSSES: dict[str, Loss] = {
 
 
 def choose(loss: str | Loss) -> Loss:
-    """Give a loss by its name, or as it is.
+    """Return the loss with this name, or a loss object as it is.
 
     Raises
     ------
     UserError
-        If there is none of this name, or it is no loss.
+        If no loss has this name, or the object is not a loss.
     """
     if not isinstance(loss, str):
         if isinstance(loss, type) or not isinstance(loss, Loss):
