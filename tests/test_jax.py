@@ -173,13 +173,19 @@ def test_a_callback_that_cannot_be_batched_is_called_case_by_case(caplog):
     double.defvjp(lambda x: (double(x), None), back)
     x = numbers(CASES, INPUTS)
     cases = hfmpi.Examples(x, numbers(CASES, OUTPUTS))
-    found = []
+    squares, gradients = [], []
     for apply in (lambda w, x: double(x @ w), lambda w, x: 2 * (x @ w)):
         model = hfmpi.JaxModel(apply, numbers(INPUTS, OUTPUTS), "squares")
         risk = hfmpi.DataParallel(model, Communicator()).on(cases, np.arange(CASES))
-        found.append(risk.squared_gradients(model.initial(0)).squares)
-    assert np.allclose(*found)
-    assert "examples are processed one at a time" in caplog.text
+        squares.append(risk.squared_gradients(model.initial(0)).squares)
+        gradients.append(np.zeros((2, model.size)))
+        at = model.linearise(model.initial(0), cases.take(np.arange(CASES)))
+        for _ in range(2):
+            at.vjp(numbers(2 * CASES, OUTPUTS), gradients[-1])
+    assert np.allclose(*squares)
+    assert np.allclose(*gradients)
+    for what in "examples", "directions":
+        assert caplog.text.count(f"{what} are processed one at a time") == 1
 
 
 # Kronecker factors -------------------------------------------------------------------------------
@@ -400,7 +406,7 @@ def linear(params, x):
     (linear, {}, "params have no array of real numbers"),
     (linear, [WEIGHTS, WEIGHTS.astype(np.float32)], "all be float64, not float32, float64"),
     (lambda w, x: linear(w, x - x.mean(axis=0)), WEIGHTS, "depend on the other examples of its batch"),
-    (lambda w, x: (linear(w, x), x), WEIGHTS, "must give one array of outputs, not tuple"),
+    (lambda w, x: (linear(w, x), x), WEIGHTS, "must return one array of outputs, not tuple: wrap it"),
     (linear, WEIGHTS * np.inf, "the loss is not finite at the start"),
     (lambda w, x: linear(w, x)[None], WEIGHTS, r"outputs must be of shape \(4, symbols\) for these targets"),
 ])  # fmt: skip

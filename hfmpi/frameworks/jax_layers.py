@@ -157,7 +157,7 @@ class _Walk:
     Attributes
     ----------
     traced : ClosedJaxpr
-        A function; any, to derive others from.
+        A template of the functions that consist of one equation.
     counts : dict of int to int
         By the identity of an equation that is a loop: the number of layers in it.
     perturbations : list of arrays, or None

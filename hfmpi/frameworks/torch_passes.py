@@ -164,7 +164,7 @@ class TorchPasses:
         self.vjp(u, gradient)
         difference = abs(float(np.vdot(tangent, u)) - float(np.vdot(v, gradient)))
         if not difference <= TOLERANCE * float(np.linalg.norm(tangent) * np.linalg.norm(u)):
-            raise RuntimeError("an operation's derivatives do not fit one another")
+            raise RuntimeError("J v and J' u do not agree")
         return sum(stored.values())
 
     # Per-example gradients ---------------------------------------------------------------------

@@ -67,8 +67,8 @@ class ScoredOutputs(NamedTuple):
         """
         if not hasattr(outputs, "reshape"):
             raise UserError(
-                f"a model must give one array of outputs, not {shown(outputs)}: "
-                "wrap it in one that gives what the loss is of"
+                f"a model must return one array of outputs, not {shown(outputs)}: "
+                "wrap it so that it returns the outputs alone"
             )
         z, shape = outputs, self.shape
         if z.ndim == 1:
