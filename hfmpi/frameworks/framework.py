@@ -40,6 +40,9 @@ MOST_MICRO_BATCH = 1024
 GRADIENT_NUMBERS = 1 << 24
 """The maximum number of entries of per-example gradients that are computed at once."""
 
+BLOCK_FACTOR = 8
+"""Larger blocks of outputs than the networks' in V G V': most models here have fewer outputs than a text."""
+
 INDEPENDENCE = 1e-2
 """Relative difference of outputs that a different batch may make: far above rounding."""
 
@@ -188,7 +191,9 @@ class FrameworkModel(ABC):
         passes, loss, backend = self._linearise(theta, examples), self.output_loss, self.backend
         value, cache = self._value(passes.outputs, examples)
         targets, mask = examples.targets, examples.mask
-        return LossLinearisation(passes, loss, backend, cache, targets, mask, value, backend.block_rows)
+        return LossLinearisation(
+            passes, loss, backend, cache, targets, mask, value, BLOCK_FACTOR * backend.block_rows
+        )
 
     def replan(self, **changes: Any) -> None:
         """Change fields of the plan."""
