@@ -290,8 +290,8 @@ def test_both_figures_are_drawn(study, curves, tmp_path):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     by_counts = figure.draw(runs, "train_bpc", "bits/char", clock=False)
     assert {axes.get_xlabel() for axes in by_counts.axes if axes.get_xlabel()} == {
-        figure.AXES["P_I"],
-        figure.AXES["P_D"],
+        figure.COSTS["P_I"].label,
+        figure.COSTS["P_D"].label,
     }
 
 

@@ -23,6 +23,7 @@ from study import BATCHES, METHODS, MODELS, PAPER, SEQUENCES, arguments
 from hfmpi.display import need_matplotlib
 from hfmpi.parallel import guard
 from hfmpi.report.figure import AXES
+from hfmpi.report.quantities import COSTS
 
 
 class Look(NamedTuple):
@@ -106,7 +107,7 @@ def draw(runs: Curves, key: str, label: str, clock: bool = True) -> Any:
     need_matplotlib()
     from matplotlib.figure import Figure
 
-    axes = [*AXES.items()] if clock else [each for each in AXES.items() if each[0] != "seconds"]
+    axes = [(key, COSTS[key].label) for key in AXES if clock or key != "seconds"]
     figure = Figure(figsize=(11, 7.4), layout="constrained")
     panels = figure.subplots(2, len(axes), sharey=True, sharex="col")
     lines = {}

@@ -15,8 +15,8 @@ from hfmpi.report.quantities import COSTS, INTERNALS
 
 __all__ = ["AXES", "Runs", "charts", "draw", "draw_internals"]
 
-AXES = {key: COSTS[key].label for key in ("P_I", "P_D", "seconds")}
-"""Labels of the panels of a figure of losses by their costs, in the order of the paper's Figure 1."""
+AXES = "P_I", "P_D", "seconds"
+"""The costs of the panels of a figure of losses, in the order of the paper's Figure 1."""
 
 LOSSES = "train_bpc", "valid_bpc", "loss", "valid_loss", "valid_metric"
 """Keys of losses, and of the metric; a run has some of them."""
@@ -70,8 +70,8 @@ def draw(runs: Runs, unit: str) -> Any:
                 columns = zip(*points, strict=True)
                 marks = axis.plot(*columns, marker, color=f"C{i}", markersize=4, markevery=0.03)
         handles[label(name)] = (line, *marks)
-    for axis, (key, meaning) in zip(axes, AXES.items(), strict=True):
-        axis.set_xlabel(meaning)
+    for axis, key in zip(axes, AXES, strict=True):
+        axis.set_xlabel(COSTS[key].label)
         axis.set_xscale("log" if COSTS[key].log else "linear")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"{unit} (line: training, marks: validation)")
