@@ -216,7 +216,7 @@ class Risk(Objective):
         self._version = 0  # of the linearisations that a gradient made on this shard
 
     def keep(self, part: Risk, rest: np.ndarray) -> None:
-        """Let gradients linearise `part`, the risk on some of the examples; `rest` has the other examples."""
+        """Linearise `part`, the risk on some of the examples, with each gradient; `rest` has the others."""
         self._rest, self._part = self.owner.shard(self.cases, rest), part
 
     @property

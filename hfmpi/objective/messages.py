@@ -51,6 +51,6 @@ def unpack(parts: np.ndarray) -> float:
     return float(np.sum(parts[::-1].astype(np.float64)))  # the smallest first
 
 
-def message_sizes(parameters: int, beside: int = 0) -> dict[str, int]:
-    """Return the numbers in the message of a gradient (with `beside` extra ones), a product and a loss."""
-    return {"gradient": gradient_message(parameters, beside).size, "product": parameters + 1, "loss": 2}
+def message_sizes(parameters: int, extra: int = 0) -> dict[str, int]:
+    """Return the numbers in the message of a gradient (with `extra` further ones), a product and a loss."""
+    return {"gradient": gradient_message(parameters, extra).size, "product": parameters + 1, "loss": 2}

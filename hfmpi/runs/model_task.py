@@ -62,8 +62,8 @@ class ModelTask(Task):
         if measure is not None and valid is None:
             raise UserError("a metric is measured on validation cases: give valid too")
         make = getattr(model, "examples", Examples)
-        found = {name: _cases(name, given, make) for name, given in (("train", train), ("valid", valid))}
-        train_set = found["train"]
+        sets = {name: _cases(name, given, make) for name, given in (("train", train), ("valid", valid))}
+        train_set = sets["train"]
         if train_set is None:
             raise UserError("train must be data, not None")
         config, notes = _with_batches(config, train_set.count)
@@ -72,14 +72,14 @@ class ModelTask(Task):
             config=config,
             model=model,
             train_set=train_set,
-            valid_set=found["valid"],
+            valid_set=sets["valid"],
             keys=NATS,
             title=f"{_name(model)}, {model.size:,} parameters",
             noun="cases",
             identity={
                 "model": _model_digest(model),
                 "cases": digest_of(train_set),
-                "valid_cases": "" if found["valid"] is None else digest_of(found["valid"]),
+                "valid_cases": "" if sets["valid"] is None else digest_of(sets["valid"]),
             },
             metric=measure,
             notes=tuple(notes),
