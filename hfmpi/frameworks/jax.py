@@ -195,4 +195,4 @@ class JaxModel(FrameworkModel):
             return nbytes(jax.eval_shape(linear, theta, some.inputs)[1])
 
         more = examples.scored.shape[0] - 1
-        self._fit_micro_batch((residuals(examples) - residuals(examples.first)) / max(1, more))
+        self._fit_micro_batch((residuals(examples) - residuals(examples.take([0]))) / max(1, more))
