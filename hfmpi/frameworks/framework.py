@@ -290,12 +290,9 @@ class FrameworkModel(ABC):
         trial = Trial(self._outputs, theta, few)
         by_example = outputs.reshape(examples.size, -1)
         if not trial.same(range(few.size), by_example[indices]):
-            trial.check_repeats()
             raise UserError(DEPENDS)
-        exact = self._exact(theta, few) or trial
-        exact.check_repeats()
         try:
-            exact.check_independence()
+            (self._exact(theta, few) or trial).check_independence()
         except NotInFloat64:
             trial.check_independence()
         with np.errstate(all="ignore"):

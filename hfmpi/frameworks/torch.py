@@ -211,7 +211,7 @@ class TorchModel(FrameworkModel):
 
     def _called(self, tensors: dict[int, Any], inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:
         """Return the scored outputs (N, O) of the module with other tensors in place of some of its own."""
-        with torch.inference_mode(False), self.places.replaced(tensors):
+        with self.places.replaced(tensors):
             outputs = self.module(*inputs)
         if isinstance(outputs, torch.Tensor):
             if outputs.dtype not in (torch.float32, torch.float64) or outputs.layout != torch.strided:
@@ -261,15 +261,14 @@ class TorchModel(FrameworkModel):
 
     def _mode(self) -> object:
         """Return which parts of the module are in training mode, and which parameters it has."""
-        return (
-            tuple(part.training for part in self.module.modules()),
-            tuple(id(p) for p in self.module.parameters()),
-        )
+        with self.places.lock:  # another thread may have replaced the parameters for a call
+            parts = [*self.module.modules()]
+            ids = [id(p) for part in parts for p in part._parameters.values()]
+        return [part.training for part in parts], ids
 
     def _check(self, theta: np.ndarray, examples: CheckedBatch) -> None:
         """Choose the plan; raise a UserError where the module cannot be trained."""
-        named = {id(p) for p in self.module.parameters()}
-        if not named >= {id(p) for p in self.parameters.values()}:
+        if not self.places.complete():
             raise UserError("parameters of the module were replaced since the model was made: make it again")
         if layer := stochastic(self.module):
             raise UserError(
@@ -277,7 +276,7 @@ class TorchModel(FrameworkModel):
                 "statistics do: call module.eval() first"
             )
         few = examples.take(chosen(examples.size))
-        with self.kept():
+        with torch.inference_mode(False), self.kept():
             self._choose_forward(theta, few)
             super()._check(theta, examples)
             trial = Trial(self._outputs, theta, few)
@@ -295,15 +294,15 @@ class TorchModel(FrameworkModel):
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Restore the module's tensors; raise a UserError if a pass changed them or drew random numbers."""
-        tensors = [*self.module.parameters(), *self.module.buffers()]
-        with torch.inference_mode(False), torch.no_grad():
+        tensors = self.places.tensors
+        with torch.no_grad():
             before = [tensor.detach().clone() for tensor in tensors]
         chance = random_states(self.device)
         try:
             yield
         finally:  # these errors explain any other one
             changed = False
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.no_grad():
                 for tensor, was in zip(tensors, before, strict=True):
                     if not torch.equal(tensor.nan_to_num(), was.nan_to_num()):
                         changed = True
@@ -365,7 +364,8 @@ class TorchModel(FrameworkModel):
 
     def in_float64(self, theta: np.ndarray, examples: CheckedBatch) -> np.ndarray | None:
         """Return the scored outputs (N, O) at theta (D,), with all tensors in float64; None if that fails."""
-        others = [t for t in (*self.frozen, *self.module.buffers()) if t.is_floating_point()]
+        trained = {id(p) for p in self.parameters.values()}
+        others = [t for t in self.places.tensors if t.is_floating_point() and id(t) not in trained]
         nbytes = 8 * (self.size + sum(t.numel() for t in others))
         if self.device.type == "cpu" and nbytes > free_memory() / 4:
             return None
@@ -411,6 +411,9 @@ class TorchModel(FrameworkModel):
                 )
             return
         self.replan(double_backward=True, kernels=nullcontext, obstacle=reason)
+        with self.running(example.inputs):  # gradients alone serve first-order optimizers
+            passes = TorchPasses(self, theta, example)
+            passes.vjp(np.ones_like(passes.outputs), np.zeros_like(theta))
 
 
 def torch_loss(loss: Any) -> tuple[Loss, int]:

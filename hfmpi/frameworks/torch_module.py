@@ -10,7 +10,8 @@ import random
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,16 +56,42 @@ class Substitution:
     module : torch.nn.Module
     aliases : mapping of int to tensor
         By the identity of a tensor, another one that occupies the same memory and stands for both.
+
+    Attributes
+    ----------
+    tensors : list of tensor
+        All parameters and buffers, each once.
     """
 
     def __init__(self, module: Any, aliases: Mapping[int, Any]) -> None:
         self.lock = _lock_of(module)
-        self.slots = list[tuple[dict[str, Any], str, Any]]()
-        for part in module.modules():
-            for store in (part._parameters, part._buffers):
-                for name, tensor in store.items():
-                    if tensor is not None:
-                        self.slots.append((store, name, aliases.get(id(tensor), tensor)))
+        self.module, self.aliases = module, aliases
+        with self.lock:
+            self.slots = self._slots()
+        self.tensors = [*{id(tensor): tensor for _, _, tensor in self.slots}.values()]
+        compiled = [
+            p for p in module.modules() if hasattr(p, "_orig_mod") or p._compiled_call_impl is not None
+        ]
+        self._eager = partial(torch.compiler.set_stance, "force_eager") if compiled else nullcontext
+
+    def _slots(self) -> list[tuple[dict[str, Any], str, Any]]:
+        """Return the place and the name of every tensor, and the tensor, or the one that stands for it."""
+        return [
+            (store, name, self.aliases.get(id(tensor), tensor))
+            for part in self.module.modules()
+            for store in (part._parameters, part._buffers)
+            for name, tensor in store.items()
+            if tensor is not None
+        ]
+
+    def complete(self) -> bool:
+        """Return whether the module still holds the same tensors in the same places."""
+        with self.lock:
+            now = self._slots()
+        return len(now) == len(self.slots) and all(
+            store is other and name == other_name and tensor is other_tensor
+            for (store, name, tensor), (other, other_name, other_tensor) in zip(now, self.slots, strict=True)
+        )
 
     @contextmanager
     def replaced(self, tensors: Mapping[int, Any]) -> Iterator[None]:
@@ -84,10 +111,9 @@ class Substitution:
             try:
                 for store, name, _, tensor in before:
                     store[name] = tensor
-                yield
-                lost = next(
-                    (name for store, name, _, tensor in before if store.get(name) is not tensor), None
-                )
+                with self._eager():  # a compiled part would be compiled again for every kind of pass
+                    yield
+                lost = [name for store, name, _, tensor in before if store.get(name) is not tensor]
             finally:
                 for store, name, original, _ in before:
                     store[name] = original

@@ -148,7 +148,8 @@ class TorchPasses:
 
     def try_products(self) -> int:
         """Return the bytes that the graphs keep; raise a RuntimeError where products do not work."""
-        nbytes = self._record_and_weigh()
+        nbytes = self._weigh()
+        self._record()  # again: PyTorch does not check tensors that hooks return
         rng = np.random.default_rng(0)
         v = rng.standard_normal(self.model.size).astype(self.outputs.dtype)
         u = rng.standard_normal(self.outputs.shape).astype(self.outputs.dtype)
@@ -159,8 +160,8 @@ class TorchPasses:
             raise RuntimeError("J v and J' u do not agree")
         return nbytes
 
-    def _record_and_weigh(self) -> int:
-        """Record the graphs; return their bytes."""
+    def _weigh(self) -> int:
+        """Record the graphs, and return their bytes."""
         stored, theta = dict[int, int](), self.theta.untyped_storage().data_ptr()
 
         def pack(tensor: Any) -> Any:

@@ -48,6 +48,11 @@ class Trial:
     theta : (D,) float32 or float64
         Its type is that of the function's arithmetic.
     examples : CheckedBatch
+
+    Raises
+    ------
+    UserError
+        If the function returns different outputs each time.
     """
 
     outputs: Callable[[np.ndarray, CheckedBatch], np.ndarray]
@@ -55,8 +60,16 @@ class Trial:
     examples: CheckedBatch
 
     def __post_init__(self) -> None:
-        self.first = self.of(range(self.examples.size))
-        self.bound = self._rounding()
+        everything = range(self.examples.size)
+        self.first = self.of(everything)
+        size = np.abs(self.first[np.isfinite(self.first)]).max(initial=0)
+        self.bound = FLOORS[self.theta.dtype.name] * size
+        if not self.same(everything, self.of(everything)):
+            raise UserError(
+                "the model returns different outputs for the same inputs, as with dropout or a state that it "
+                "keeps: it must be a function of parameters and inputs (in PyTorch: module.eval())"
+            )
+        self.bound = max(self.bound, SAFETY * self._rounding())
 
     def of(self, indices: Sequence[int]) -> np.ndarray:
         """Return the outputs of these examples as a batch, by example (B, N / B, O)."""
@@ -66,7 +79,7 @@ class Trial:
         return np.array(self.outputs(theta, batch)).reshape(batch.size, -1)
 
     def _rounding(self) -> float:
-        """Return the largest difference that rounding can make: parameters changed by a rounding change them.
+        """Return the largest difference that a rounding of the parameters makes in the outputs.
 
         The size of a batch decides how a product of matrices is summed, which has an effect of this size.
         """
@@ -75,23 +88,11 @@ class Trial:
         moved = (self.theta * (1 + eps * signs)).astype(self.theta.dtype)
         with np.errstate(invalid="ignore"):
             difference = np.abs(self._by_example(moved, self.examples) - self.first)
-        finite = np.isfinite(self.first)
-        size = np.abs(self.first[finite]).max(initial=0)
-        effect = difference[np.isfinite(difference)].max(initial=0)
-        return float(max(FLOORS[self.theta.dtype.name] * size, SAFETY * effect))
+        return float(difference[np.isfinite(difference)].max(initial=0))
 
     def same(self, indices: Sequence[int], outputs: np.ndarray) -> bool:
         """Return whether these are the outputs of these examples, within rounding."""
         return bool(np.allclose(outputs, self.first[list(indices)], 0, self.bound, equal_nan=True))
-
-    def check_repeats(self) -> None:
-        """Raise a UserError unless the function returns the same outputs again."""
-        everything = range(self.examples.size)
-        if not self.same(everything, self.of(everything)):
-            raise UserError(
-                "the model returns different outputs for the same inputs, as with dropout or a state that it "
-                "keeps: it must be a function of parameters and inputs (in PyTorch: module.eval())"
-            )
 
     def check_independence(self) -> None:
         """Raise a UserError unless every example has the same outputs in any batch.
