@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from textwrap import shorten
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -110,8 +111,8 @@ def split_examples(count: int, numbers: int) -> list[slice]:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error message."""
-    return str(error).partition("\n")[0]
+    """Return the first line of an error message, at most 120 characters."""
+    return shorten(str(error).partition("\n")[0], 120, placeholder=" ...")
 
 
 class FrameworkModel(ABC):
