@@ -214,7 +214,7 @@ CHANGING = {
     "state": (lambda: Custom(carry, state=None), "different outputs for the same inputs"),
     "late": (lambda: Custom(warm_up, calls=0), "depend on calls, which its passes change"),
     "buffer": (Buffered, "changes parameters or buffers of the module"),
-    "data": (lambda: Custom(data_of_another, top=nn.Linear(5, 5)), "changes its parameters"),
+    "data": (lambda: Custom(data_of_another, top=nn.Linear(5, 5)), "changes parameters"),
     "cache": (lambda: Custom(cached, cache=[]), "uses a parameter in another way than by its name"),
     "graph": (Made, "uses a parameter in another way than by its name"),
     "statistics": (lambda: nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)), r"1 \(BatchNorm1d\) makes"),

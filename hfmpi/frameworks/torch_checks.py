@@ -21,7 +21,16 @@ from hfmpi.models.batch import CheckedBatch
 if TYPE_CHECKING:
     from hfmpi.frameworks.torch import TorchModel
 
-__all__ = ["CHANGES", "check_memory", "check_module", "check_types", "fresh_copy", "restored", "stochastic"]
+__all__ = [
+    "CHANGES",
+    "HIDDEN",
+    "check_memory",
+    "check_module",
+    "check_types",
+    "fresh_copy",
+    "restored",
+    "stochastic",
+]
 
 CHANGES = (
     "a pass of the module changes its parameters (a constraint in place, or max_norm of an embedding?): "
@@ -190,7 +199,9 @@ def check_module(
             "the module computes different outputs with and without gradients: it must not depend on "
             "torch.is_grad_enabled()"
         )
-    reached = torch.autograd.grad(passes.graph.sum(), [*model.parameters.values()], allow_unused=True)
+    reached = torch.autograd.grad(
+        passes.graph.sum(), [*model.parameters.values()], retain_graph=True, allow_unused=True
+    )
     if any(gradient is not None for gradient in reached):
         raise UserError(HIDDEN)
     _check_numbers(model, trial)
@@ -250,6 +261,7 @@ def _check_other_parameters(
         if not kept:
             raise UserError(CHANGES)
         if not trial.same(everything, theirs.reshape(few.size, -1)):
+            model.replan(hidden=True)  # a copy of the module that has been called would not show it again
             raise UserError(HIDDEN)
 
 
