@@ -24,7 +24,6 @@ try:
 
     from hfmpi.frameworks.torch_checks import (
         CHANGES,
-        HIDDEN,
         check_memory,
         check_module,
         check_types,
@@ -59,8 +58,6 @@ class TorchPlan(Plan):
         gradients, because other operations than layers use them; None: not known yet.
     differentiates : bool
         Whether the module computes derivatives inside of a forward pass, as physics-informed networks do.
-    hidden : bool
-        Whether the module uses parameters in another way than by their names: it is refused for good.
     """
 
     double_backward: bool = True
@@ -69,7 +66,6 @@ class TorchPlan(Plan):
     bytes_per_example: int = 0
     unassigned: int | None = None
     differentiates: bool = False
-    hidden: bool = False
 
 
 class TorchModel(FrameworkModel):
@@ -268,8 +264,6 @@ class TorchModel(FrameworkModel):
 
     def _check(self, theta: np.ndarray, examples: CheckedBatch) -> None:
         """Choose the plan; raise a UserError where the module cannot be trained."""
-        if self.plan.hidden:
-            raise UserError(HIDDEN)
         if not self.places.complete():
             raise UserError("parameters of the module were replaced since the model was made: make it again")
         if layer := stochastic(self.module):

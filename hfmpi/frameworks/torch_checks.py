@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,9 @@ HIDDEN = (
     "the module uses a parameter in another way than by its name (a list, an attribute, or a tensor made of "
     "it before?): hfmpi cannot replace it; use self.NAME in forward"
 )
+
+_hiding: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Modules that were refused for HIDDEN: a copy of one that has been called need not show it again."""
 
 Outputs = Callable[[np.ndarray, CheckedBatch], np.ndarray]
 
@@ -202,7 +206,7 @@ def check_module(
     reached = torch.autograd.grad(
         passes.graph.sum(), [*model.parameters.values()], retain_graph=True, allow_unused=True
     )
-    if any(gradient is not None for gradient in reached):
+    if model.module in _hiding or any(gradient is not None for gradient in reached):
         raise UserError(HIDDEN)
     _check_numbers(model, trial)
     _check_other_parameters(model, outputs, theta, few, fresh)
@@ -261,7 +265,7 @@ def _check_other_parameters(
         if not kept:
             raise UserError(CHANGES)
         if not trial.same(everything, theirs.reshape(few.size, -1)):
-            model.replan(hidden=True)  # a copy of the module that has been called would not show it again
+            _hiding.add(model.module)
             raise UserError(HIDDEN)
 
 
