@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHANGES",
-    "HIDDEN",
     "check_memory",
     "check_module",
     "check_types",
