@@ -2,7 +2,7 @@
 
     python examples/faults/modules.py [--trials 300] [--seed 0] [--only NUMBER ...] [--family WORD]
 
-A trial draws a module of a few blocks, its data and, except for every ninth one, a defect (defects.py); every
+A trial draws a module of a few blocks, its data and, except for about a tenth, a defect (defects.py); every
 fourth of these has a second one. It trains the module for three steps in small micro-batches. There are two
 right ends. (1) A UserError of one line; not of a healthy module, and with bad data not after a step. (2) A
 result that a dense reference in float64, outside of hfmpi, confirms: the same module, built again in float64,
