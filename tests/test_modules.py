@@ -136,4 +136,4 @@ def test_the_judge_notices(campaign, monkeypatch, owner, name, change, found):
 def test_the_reference_notices_outputs_that_are_no_function_of_the_example(campaign, family, name):
     trial = campaign["Trial"](0, number_of(campaign, family, name))
     campaign["attempt"](trial)
-    assert trial.dependent() > campaign["DEPENDENT"]
+    assert trial.dependent(trial.start) > campaign["DEPENDENT"]

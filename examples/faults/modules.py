@@ -214,8 +214,7 @@ class Trial:
             return "refused"
         assert [module.training for module in self.net.modules()] == modes, "the modes are changed"
         assert self.verdict != "refuse", "trained in silence"
-        dependent = self.dependent()
-        assert dependent <= DEPENDENT, f"trained in silence: outputs differ by {dependent:.1e}"
+        self._independent(self.start)
         self._judge(model, hfmpi.Examples(*data))
         return "trained"
 
@@ -252,9 +251,13 @@ class Trial:
         z = self.rows(net(*self.inputs(indices)))
         return z.reshape(*self.scored[indices].shape, self.outputs)
 
-    def dependent(self):
+    def _independent(self, values):
+        dependent = self.dependent(values)
+        assert dependent <= DEPENDENT, f"trained in silence: outputs differ by {dependent:.1e}"
+
+    def dependent(self, values):
         """Return the largest relative difference of outputs in other batches, orders and modes."""
-        net, every, single = self.reference(self.start), np.arange(self.n), range(self.n)
+        net, every, single = self.reference(values), np.arange(self.n), range(self.n)
         try:
             with torch.no_grad():
                 whole = self.outputs_of(net, every)
@@ -314,7 +317,9 @@ class Trial:
         if self.valid:
             self.close("validation loss", self.result.valid_loss, right)
         near = start + 0.1 * np.random.default_rng(self.number).standard_normal(model.size)
-        self._judge_derivatives(model, examples, near.astype(self.dtype))
+        near = near.astype(self.dtype)
+        self._independent(self.values(near))
+        self._judge_derivatives(model, examples, near)
         self._unchanged("the module is changed by passes: values")
         model.write_back(end)
         now = {name: t.detach().double() for name, t in tensors(self.net)}
