@@ -22,7 +22,7 @@ import numpy as np
 
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.errors import UserError
-from hfmpi.frameworks.trial import DEPENDS, Trial, chosen
+from hfmpi.frameworks.trial import DEPENDS, Trial, chosen, elsewhere
 from hfmpi.models.batch import CheckedBatch, check_batch, check_symbols, check_targets
 from hfmpi.models.factors import FactorSums
 from hfmpi.models.linearisation import LossLinearisation, Passes
@@ -288,14 +288,14 @@ class FrameworkModel(ABC):
         self.replan(width=outputs.shape[1])
         indices = chosen(examples.size)
         few = examples.take(indices)
-        trial = Trial(self._outputs, theta, few)
+        trial, near = Trial(self._outputs, theta, few), elsewhere(theta)
         by_example = outputs.reshape(examples.size, -1)
         if not trial.same(range(few.size), by_example[indices]):
             raise UserError(DEPENDS)
         try:
-            (self._exact(theta, few) or trial).check_independence()
+            self._exact(near, few).check_independence()
         except NotInFloat64:
-            trial.check_independence()
+            Trial(self._outputs, near, few).check_independence()
         with np.errstate(all="ignore"):
             loss = self._value(outputs, examples)[0]
         if not math.isfinite(loss):
@@ -303,8 +303,8 @@ class FrameworkModel(ABC):
                 f"the loss is not finite at the start ({loss}): check parameters, inputs and targets"
             )
 
-    def _exact(self, theta: np.ndarray, few: CheckedBatch) -> Trial | None:
-        """Return a trial in float64, or None for models that do not allow it or are in float64 already."""
+    def _exact(self, theta: np.ndarray, few: CheckedBatch) -> Trial:
+        """Return a trial in float64; it raises NotInFloat64 where the model does not allow it."""
 
         def outputs(theta: np.ndarray, batch: CheckedBatch) -> np.ndarray:
             wide = self.in_float64(theta, batch)
@@ -312,12 +312,7 @@ class FrameworkModel(ABC):
                 raise NotInFloat64
             return wide
 
-        if theta.dtype == np.float64:
-            return None
-        try:
-            return Trial(outputs, theta.astype(np.float64), few)
-        except NotInFloat64:
-            return None
+        return Trial(self._outputs if theta.dtype == np.float64 else outputs, theta.astype(np.float64), few)
 
     @contextmanager
     def running(self, inputs: Sequence[np.ndarray]) -> Iterator[None]:

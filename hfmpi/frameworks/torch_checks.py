@@ -15,7 +15,7 @@ import torch
 from hfmpi.errors import UserError
 from hfmpi.frameworks.torch_module import Substitution
 from hfmpi.frameworks.torch_passes import TorchPasses, to_array
-from hfmpi.frameworks.trial import Trial
+from hfmpi.frameworks.trial import Trial, elsewhere
 from hfmpi.measure.machine import free_memory
 from hfmpi.models.batch import CheckedBatch
 
@@ -189,11 +189,13 @@ def check_module(
     outputs : callable
         (theta, batch) -> the outputs (N, O) of the model.
     theta : (D,)
+        The module is tried near it, since parameters of a start may hide what it does.
     few : CheckedBatch
         A few examples.
     fresh : torch.nn.Module or None
         A copy of the module that has not been called.
     """
+    theta = elsewhere(theta)
     trial, everything = Trial(outputs, theta, few), range(few.size)
     with model.running(few.inputs):
         passes = TorchPasses(model, theta, few)
@@ -208,7 +210,7 @@ def check_module(
     if model.module in _hiding or any(gradient is not None for gradient in reached):
         raise UserError(HIDDEN)
     _check_numbers(model, trial)
-    _check_other_parameters(model, outputs, theta, few, fresh)
+    _check_other_parameters(model, trial, fresh)
 
 
 def _check_numbers(model: TorchModel, trial: Trial) -> None:
@@ -227,25 +229,21 @@ def _check_numbers(model: TorchModel, trial: Trial) -> None:
         )
 
 
-def _check_other_parameters(
-    model: TorchModel, outputs: Outputs, theta: np.ndarray, few: CheckedBatch, fresh: Any
-) -> None:
-    """Raise a UserError unless the module itself, with other parameters, has the same outputs.
+def _check_other_parameters(model: TorchModel, trial: Trial, fresh: Any) -> None:
+    """Raise a UserError unless the module itself, with the parameters of the trial, has the same outputs.
 
     It has not if it reaches a parameter through a list or an attribute, or remembers what it computed of the
     parameters before: then its copy that has not been called differs.
     """
-    rng = np.random.default_rng(0)
-    scale = 1e-2 * (np.abs(theta) + np.abs(theta).mean())
-    other = (theta + scale * rng.standard_normal(theta.size)).astype(theta.dtype)
-    trial, everything = Trial(outputs, other, few), range(few.size)
-    named = model.named(model.tensor(other))
+    everything = range(trial.examples.size)
+    named = model.named(model.tensor(trial.theta))
     values = {id(p): named[name] for name, p in model.parameters.items()}
     paired = [
         (name, values[id(model.aliases.get(id(p), p))])
         for name, p in model.module.named_parameters(remove_duplicate=False)
         if id(model.aliases.get(id(p), p)) in values
     ]
+    few = trial.examples
     for module in (model.module, *([] if fresh is None else [fresh])):
         held = dict(module.named_parameters(remove_duplicate=False))
         with model.places.lock, model.running(few.inputs), model.plan.kernels():

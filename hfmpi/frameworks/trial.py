@@ -15,13 +15,16 @@ import numpy as np
 from hfmpi.errors import UserError
 from hfmpi.models.batch import CheckedBatch
 
-__all__ = ["FEW", "Trial", "chosen"]
+__all__ = ["DEPENDS", "FEW", "Trial", "chosen", "elsewhere"]
 
 FEW = 8
 """The number of examples that are tried."""
 
 FLOORS = {"float64": 1e-10, "float32": 1e-5}
 """Relative difference of outputs that is always allowed: above the rounding of products of matrices."""
+
+NEAR = 1e-2
+"""Relative distance of the parameters beside those of the start."""
 
 SAFETY = 10
 """How much more than the measured effect of rounding is allowed."""
@@ -35,6 +38,13 @@ DEPENDS = (
 def chosen(count: int, most: int = FEW) -> list[int]:
     """Return the indices of at most `most` of `count` examples, the first and the last among them."""
     return [round(i) for i in np.linspace(0, count - 1, min(count, most))]
+
+
+def elsewhere(theta: np.ndarray) -> np.ndarray:
+    """Return parameters near theta (D,), for what the special values of a start hide, such as zero means."""
+    scale = NEAR * (np.abs(theta) + (np.abs(theta).mean() or 1.0))
+    moved: np.ndarray = theta + scale * np.random.default_rng(0).standard_normal(theta.size)
+    return moved.astype(theta.dtype)
 
 
 @dataclass
