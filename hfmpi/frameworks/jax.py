@@ -9,6 +9,8 @@ the reverse pass (`jax.custom_vjp`) have both.
 from __future__ import annotations
 
 import logging
+import pickle
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -45,8 +47,8 @@ class JaxModel(FrameworkModel):
     """A JAX function with a loss.
 
     Theta (D,) consists of the trained arrays of `params`, in JAX's order. Everything else in `params` remains
-    as it is: functions, strings, numbers of Python, keys of random numbers, whole numbers. A note reports which
-    real numbers are not trained.
+    as it is: functions, strings, numbers of Python, keys of random numbers, whole numbers. A note reports
+    which real numbers are not trained.
 
     Parameters
     ----------
@@ -60,9 +62,9 @@ class JaxModel(FrameworkModel):
     trained : callable or pytree of bool, optional
         Which arrays of real numbers are trained: a function (path, array) -> bool, where the path is a string
         such as "['hidden']['bias']" or "layers[0].weight", or a tree of bools like the params or like their
-        first levels. Default: all, except running statistics: of the variables of a flax module the collection
-        "params", of a flax.nnx module its `nnx.Param`, of any other tree all that is not below a name such as
-        "batch_stats".
+        first levels. Default: all, except running statistics: of the variables of a flax module the
+        collection "params", of a flax.nnx module its `nnx.Param`, of any other tree all that is not below a
+        name such as "batch_stats".
 
     Raises
     ------
@@ -85,7 +87,7 @@ class JaxModel(FrameworkModel):
         if not callable(apply):
             raise UserError(f"apply must be a function (params, x) -> outputs, not {shown(apply)}")
         self.apply, self._params = apply, Params(params, trained)
-        self._layers = dict[Any, "Layers | None"]()
+        self._digests = dict[Any, bytes]()
         super().__init__(self._params.shapes, self._params.start, loss)
         self._compile()
 
@@ -95,8 +97,7 @@ class JaxModel(FrameworkModel):
         return {name: value for name, value in state.items() if name not in (*COMPILED, "_layers")}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._layers = {}
+        getattr(super(), "__setstate__", self.__dict__.update)(state)
         self._compile()
 
     def params(self, theta: Any) -> Any:
@@ -182,18 +183,19 @@ class JaxModel(FrameworkModel):
         self.gradient = jax.jit(gradient, static_argnames="scored")
         self.gradients = jax.jit(gradients, static_argnames="scored")
         self.double = jax.jit(double, static_argnames="scored")
+        self._layers = dict[Any, "Layers | None"]()
 
     def _called(
         self,
         arrays: Sequence[Any],
         inputs: Sequence[Any],
         scored: ScoredOutputs,
-        random: Sequence[Any] = (),
+        state: Sequence[Any] = (),
         double: bool = False,
     ) -> Any:
         """Return the scored outputs (N, O) of the function, in the type of its params; see `Params.call`."""
         with self._explained(inputs):
-            z = self._params.call(self.apply, arrays, inputs, random, double)
+            z = self._params.call(self.apply, arrays, inputs, state, double)
             if isinstance(z, jax.Array | np.ndarray) and z.dtype not in (np.float32, np.float64):
                 real = jax.numpy.issubdtype(z.dtype, jax.numpy.floating)
                 advice = ": convert them by .astype(jax.numpy.float32)" if real else ""
@@ -202,7 +204,7 @@ class JaxModel(FrameworkModel):
 
     @contextmanager
     def _explained(self, inputs: Sequence[Any]) -> Iterator[None]:
-        """Raise a UserError for what the user's function raises; operations that cannot be batched are known."""
+        """Raise a UserError for what the user's function raises, unless an operation cannot be batched."""
         try:
             with self.memory_errors():
                 yield
@@ -255,15 +257,15 @@ class JaxModel(FrameworkModel):
                 limits = np.iinfo(x.dtype.kind + "4")
                 if x.min() < limits.min or x.max() > limits.max:
                     raise UserError(
-                        f"inputs are whole numbers from {x.min()} to {x.max()}, and JAX computes with 32 bits: "
-                        "jax.config.update('jax_enable_x64', True)"
+                        f"inputs are whole numbers from {x.min()} to {x.max()}, and JAX computes with 32 "
+                        "bits: jax.config.update('jax_enable_x64', True)"
                     )
 
     def _check(self, theta: np.ndarray, examples: CheckedBatch) -> None:
         """Check the first batch, and fit micro-batches to the residuals that each example keeps."""
         self._check_width(examples)
-        self._check_trace(examples)
         try:
+            self._check_trace(examples)
             super()._check(theta, examples)
         except (jax.errors.JAXTypeError, jax.errors.JaxRuntimeError, FloatingPointError) as error:
             raise UserError(f"the function fails on {_shapes(examples.inputs)}: {_reason(error)}") from error
@@ -272,7 +274,12 @@ class JaxModel(FrameworkModel):
             linear = partial(self.linear, scored=some.scored)
             return nbytes(jax.eval_shape(linear, theta, some.inputs)[1])
 
+        def gradient(theta: Any, inputs: tuple[Any, ...]) -> Any:
+            outputs, transpose = self.linear(theta, inputs, scored=examples.scored)
+            return transpose(outputs)
+
         try:
+            jax.eval_shape(gradient, theta, examples.inputs)
             kept = residuals(examples) - residuals(examples.first)
         except UserError:
             raise
@@ -288,27 +295,37 @@ class JaxModel(FrameworkModel):
         arrays = [jax.ShapeDtypeStruct(shape, self.backend.dtype) for _, shape in params.shapes]
 
         def trace() -> Any:
-            def outputs(arrays: Sequence[Any], random: Sequence[Any], inputs: Sequence[Any]) -> Any:
-                return self._called(arrays, inputs, examples.scored, random)
+            def outputs(arrays: Sequence[Any], state: Sequence[Any], inputs: Sequence[Any]) -> Any:
+                return self._called(arrays, inputs, examples.scored, state)
 
             return jax.make_jaxpr(outputs)(arrays, params.state, examples.inputs)
 
         traced = trace()
-        if fingerprint(traced) != fingerprint(trace()):
+        states = _random_states()
+        digest = fingerprint(trace())
+        if digest != fingerprint(traced) or states != _random_states():
             raise UserError(
-                "the function is another one each time that JAX traces it, as with random numbers of NumPy or "
-                "Python, or a variable that it changes: it must be a pure function of params and inputs"
+                "each trace of the function by JAX is different, as with random numbers of NumPy or Python or a "
+                "variable that it changes: it must be a pure function of params and inputs"
             )
+        key = examples.scored, *((x.shape, x.dtype) for x in examples.inputs)
+        if (
+            self._digests.setdefault(key, digest) != digest
+        ):  # what it closes over was changed between two runs
+            self._compile()
+            self._digests = {key: digest}
         several = range(len(arrays)), params.random, examples.inputs
         names = [*several[0], *("random" for _ in several[1]), *("input" for _ in several[2])]
         (used,) = flow(traced, [frozenset([name]) for name in names]).outputs
         if "random" in used:
             raise UserError(
-                "the outputs depend on the random numbers of the module, as with dropout: call its method eval() "
-                "before you make the model"
+                "the outputs depend on the random numbers of the module, as with dropout: call its method "
+                "eval() before you make the model"
             )
         if used <= {"input"}:
-            raise UserError("the outputs do not depend on params: the function must compute with its argument")
+            raise UserError(
+                "the outputs do not depend on params: the function must compute with its argument"
+            )
         unused = params.unused({i for i in used if isinstance(i, int)})
         if unused:
             logging.getLogger(__name__).warning("Note: the outputs do not depend on %s.", unused)
@@ -327,8 +344,15 @@ def _shapes(inputs: Sequence[Any]) -> str:
     return " and ".join(f"{name} of shape {x.shape}" for name, x in zip(names, inputs, strict=True))
 
 
+def _random_states() -> Any:
+    """Return the states of the random numbers of Python and NumPy that any function can draw from."""
+    return random.getstate(), pickle.dumps(np.random.get_state())  # noqa: NPY002
+
+
 def _reason(error: Exception) -> str:
-    """Return the type and the first line of an exception, the beginning of a long one."""
+    """Return the type and the first line of an exception, or what it reports of another one, in short."""
     line = first_line(error)
+    if "Traceback" in line:
+        line = [line, *filter(None, str(error).splitlines())][-1]
     line = line if len(line) <= LONGEST_REASON else line[:LONGEST_REASON] + "..."
     return f"{type(error).__name__}: {line}" if line else type(error).__name__

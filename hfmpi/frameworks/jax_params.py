@@ -50,12 +50,12 @@ class Params:
     """
 
     def __init__(self, params: Any, trained: Any = None) -> None:
-        nnx = sys.modules.get("flax.nnx")  # not a dependency: who has such a module has imported it
+        nnx: Any = sys.modules.get("flax.nnx")  # not a dependency: who has such a module has imported it
         modules, variables = (nnx.Module, nnx.Variable) if nnx else ((), ())
         self._graph, tree = None, params
-        if any(isinstance(part, modules) for part in _leaves(params, lambda x: isinstance(x, modules))):
-            self._graph, tree = nnx.split(params)
         try:
+            if any(isinstance(part, modules) for part in _leaves(params, lambda x: isinstance(x, modules))):
+                self._graph, tree = nnx.split(params)
             paths, self._tree = jax.tree_util.tree_flatten_with_path(tree)
         except (TypeError, ValueError) as error:  # keys that cannot be sorted
             raise UserError(f"params must be a pytree of JAX: {first_line(error)}") from None
@@ -81,12 +81,12 @@ class Params:
             self._trained = [i for i in inexact if i not in statistics]
         else:
             self._trained = self._chosen(trained, tree, leaves, inexact)
-        numbers = [i for i, a in enumerate(leaves) if type(a) in (float, complex)]
-        self._check_types(leaves, numbers)
+        others = [i for i, a in enumerate(leaves) if _has_numbers(a)]
+        self._check_types(leaves, others)
         self.shapes = [(self._names[i].strip("."), tuple(leaves[i].shape)) for i in self._trained]
         self.start = np.concatenate([np.asarray(leaves[i]).reshape(-1) for i in self._trained])
         self._ends = np.cumsum([leaves[i].size for i in self._trained])[:-1]
-        self.notes = self._made_notes(inexact, numbers, statistics)
+        self.notes = self._made_notes(inexact, others, statistics)
         self._leaves = [None if i in self._trained else _fixed(leaf) for i, leaf in enumerate(leaves)]
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -191,10 +191,10 @@ class Params:
                 raise UserError(f"{wanted}, not {shown(flag)} for params{self._names[i]}")
         return [i for i in inexact if flags[i]]
 
-    def _check_types(self, leaves: Sequence[Any], numbers: Sequence[int]) -> None:
-        """Raise a UserError unless the trained arrays are all float32 or all float64, and JAX has that type."""
+    def _check_types(self, leaves: Sequence[Any], others: Sequence[int]) -> None:
+        """Raise a UserError unless the trained arrays have one type, float32 or float64, that JAX has."""
         if not self._trained:
-            hint = ": numbers of Python are constants, jax.numpy.asarray(2.0) is an array" if numbers else ""
+            hint = f": {self.listed(others)} must be arrays of NumPy or JAX" if others else ""
             raise UserError(f"params have no array of real numbers that is trained{hint}")
         types = dict[str, str]()
         for i in self._trained:
@@ -220,14 +220,14 @@ class Params:
                 "params are float64, and JAX computes in float32: jax.config.update('jax_enable_x64', True)"
             )
 
-    def _made_notes(self, inexact: Sequence[int], numbers: Sequence[int], statistics: set[int]) -> list[str]:
+    def _made_notes(self, inexact: Sequence[int], others: Sequence[int], statistics: set[int]) -> list[str]:
         """Return notes on what is trained, where that is not all that there is."""
-        notes, untrained = list[str](), sorted({*inexact, *numbers}.difference(self._trained))
+        notes, untrained = list[str](), sorted({*inexact, *others}.difference(self._trained))
         if untrained:
-            constants = " (numbers of Python are constants)" if numbers else ""
+            hint = ", where only arrays of NumPy and JAX can be trained" if others else ""
             notes.append(
-                f"Note: {len(self._trained)} arrays of params are trained, {self.start.size:,} numbers. "
-                f"Not trained{constants}: {self.listed(untrained)}."
+                f"Note: theta has the {self.start.size:,} numbers of {self.listed(self._trained)}; "
+                f"not trained: {self.listed(untrained)}{hint}."
             )
         both = sorted(statistics.intersection(self._trained))
         if both:
@@ -254,7 +254,7 @@ def _leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[Any
 
 
 def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path)
+    return str(jax.tree_util.keystr(path))
 
 
 def _key(entry: Any) -> Any:
@@ -265,6 +265,14 @@ def _key(entry: Any) -> Any:
 
 def _has_type(leaf: Any, kind: Any) -> bool:
     return isinstance(leaf, np.ndarray | np.generic | jax.Array) and bool(jnp.issubdtype(leaf.dtype, kind))
+
+
+def _has_numbers(leaf: Any) -> bool:
+    """Return whether a leaf is not an array of NumPy or JAX, but may have been meant as real numbers."""
+    array = isinstance(leaf, np.ndarray | np.generic | jax.Array)
+    return not array and (
+        type(leaf) in (float, complex) or (hasattr(leaf, "dtype") and hasattr(leaf, "shape"))
+    )
 
 
 def _double(array: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What the trace of a JAX function shows: what each output depends on, and whether it is the same each time."""
+"""What the trace of a JAX function shows: what its outputs depend on, and whether it is always the same."""
 
 from __future__ import annotations
 
@@ -72,7 +72,9 @@ class _Walk:
 
             def turn(state: list[Labels]) -> list[Labels]:
                 (more,) = self.run(options["cond_jaxpr"].jaxpr, [*args[:cond], *state])
-                return [one | more for one in self.run(options["body_jaxpr"].jaxpr, [*args[cond:body], *state])]
+                return [
+                    one | more for one in self.run(options["body_jaxpr"].jaxpr, [*args[cond:body], *state])
+                ]
 
             results = self._repeat(turn, args[body:])
         elif name == "cond":
@@ -123,11 +125,15 @@ def _parts(jaxpr: Any, consts: Sequence[Any], numbers: dict[Any, int]) -> Iterat
                 yield name, option
         for value in equation.params.values():
             for function in value if isinstance(value, tuple | list) else (value,):
-                yield from _parts(*_opened(function), numbers) if _opened(function) else ()
+                opened = _opened(function)
+                if opened:
+                    yield from _parts(*opened, numbers)
 
 
 def _bytes(value: Any) -> Iterator[Any]:
-    """Yield the type and the numbers of a constant."""
+    """Yield the type and the numbers of a constant; of one of a different trace nothing is known."""
+    if isinstance(value, jax.core.Tracer):
+        return
     if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         value = jax.random.key_data(value)
     if isinstance(value, np.ndarray | np.generic | jax.Array | bool | int | float | complex):
@@ -153,7 +159,11 @@ def _opened(function: Any) -> tuple[Any, Sequence[Any]] | None:
 
 def _is_low(aval: Any) -> bool:
     dtype = getattr(aval, "dtype", None)
-    return dtype is not None and bool(jnp.issubdtype(dtype, jnp.inexact)) and dtype not in (np.float64, np.complex128)
+    return (
+        dtype is not None
+        and bool(jnp.issubdtype(dtype, jnp.inexact))
+        and dtype not in (np.float64, np.complex128)
+    )
 
 
 def _is_plain(value: Any) -> bool:
