@@ -819,7 +819,7 @@ def broken_callback(params, x):
 
 
 def dynamic_loop(params, x):
-    return jax.lax.while_loop(lambda z: (z < 1).all(), lambda z: z + 1 + params.sum() ** 2, x) @ params
+    return jax.lax.fori_loop(0, 1 + (params.sum() > 0), lambda _, z: z * params.sum(), x) @ params
 
 
 @pytest.mark.parametrize(("apply", "words"), [

@@ -305,13 +305,11 @@ class JaxModel(FrameworkModel):
         digest = fingerprint(trace())
         if digest != fingerprint(traced) or states != _random_states():
             raise UserError(
-                "each trace of the function by JAX is different, as with random numbers of NumPy or Python or a "
-                "variable that it changes: it must be a pure function of params and inputs"
+                "each trace of the function by JAX is different, as with random numbers of NumPy or Python, "
+                "or a variable that it changes: it must be a pure function of params and inputs"
             )
         key = examples.scored, *((x.shape, x.dtype) for x in examples.inputs)
-        if (
-            self._digests.setdefault(key, digest) != digest
-        ):  # what it closes over was changed between two runs
+        if self._digests.setdefault(key, digest) != digest:  # what the function closes over has changed
             self._compile()
             self._digests = {key: digest}
         several = range(len(arrays)), params.random, examples.inputs

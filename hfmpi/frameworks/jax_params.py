@@ -89,8 +89,14 @@ class Params:
         self.notes = self._made_notes(inexact, others, statistics)
         self._leaves = [None if i in self._trained else _fixed(leaf) for i, leaf in enumerate(leaves)]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return all, with a pytree in place of its structure, whose copies are not equal to it."""
+        skeleton = jax.tree_util.tree_unflatten(self._tree, range(self._tree.num_leaves))
+        return {**self.__dict__, "_tree": skeleton}
+
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state)
+        self._tree = jax.tree_util.tree_structure(self._tree)
         self._leaves = [*map(_fixed, self._leaves)]  # a copy of a read-only array can be written to
 
     @property
