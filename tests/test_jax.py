@@ -133,8 +133,16 @@ def test_every_optimizer_takes_a_function():
 
 
 def test_the_page_works(tmp_path):
-    names = check_page("JaxModel", tmp_path)
+    names = check_page('params["top"]', tmp_path)
     assert np.array_equal(np.ravel(names["params"]["top"]), names["result"].theta[-20:])
+
+
+@pytest.mark.parametrize("library", ["equinox", "flax"])
+def test_the_page_works_with_modules(library, tmp_path):
+    pytest.importorskip(library)
+    jax.config.update("jax_enable_x64", False)
+    names = check_page({"equinox": "import equinox", "flax": "from flax import nnx"}[library], tmp_path)
+    assert type(names["module"]) is type(names["model"].params(names["model"].initial(0)))
 
 
 def test_params_are_those_of_theta():
