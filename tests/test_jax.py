@@ -594,6 +594,29 @@ def test_params_and_choices_that_do_not_fit_are_refused(params, trained, words):
     assert "\n" not in str(caught.value)
 
 
+def test_trees_that_only_look_like_variables_of_flax_are_trained():
+    params = {"params": {"w": WEIGHTS}, "scale": numbers(OUTPUTS)}
+    model = hfmpi.JaxModel(lambda p, x: x @ p["params"]["w"] * p["scale"], params, "squares")
+    assert model.size == WEIGHTS.size + OUTPUTS
+    assert not train(model)[1]
+
+
+def test_parts_with_one_key_are_told_apart():
+    key = jax.tree_util.DictKey("w")
+
+    class Pair:
+        def __init__(self, *both):
+            self.both = both
+
+    jax.tree_util.register_pytree_with_keys(
+        Pair, lambda pair: ([(key, part) for part in pair.both], None), lambda _, both: Pair(*both)
+    )
+    pair = Pair(WEIGHTS, numbers(OUTPUTS))
+    model = hfmpi.JaxModel(lambda pair, x: x @ pair.both[0] + pair.both[1], pair, "squares")
+    assert [block.name for block in model.blocks] == ["['w']", "['w']<1>"]
+    train(model)
+
+
 def test_params_without_effect_are_named():
     def apply(params, x):
         return x @ params["w"]
@@ -800,6 +823,14 @@ def test_a_linen_module():
 seen = []
 
 
+@jax.custom_vjp
+def other_outputs(z):
+    return z
+
+
+other_outputs.defvjp(lambda z: (1.01 * z, None), lambda _, u: (u,))
+
+
 def remembers(params, x):
     seen.append(x @ params)
     return seen[0]
@@ -855,6 +886,7 @@ def dynamic_loop(params, x):
     (counts, "each trace of the function by JAX is different"),
     (remembers, "UnexpectedTracerError: Encountered an unexpected tracer"),
     (broken_callback, "JaxRuntimeError: OSError: no such file"),
+    (lambda w, x: other_outputs(x @ w), "the function has other outputs when JAX differentiates it"),
     (dynamic_loop, "JAX cannot differentiate the function: ValueError: Reverse-mode differentiation"),
 ])  # fmt: skip
 def test_what_a_function_must_not_do_is_refused(apply, words):
@@ -864,6 +896,18 @@ def test_what_a_function_must_not_do_is_refused(apply, words):
         model.loss(model.initial(0), GOOD.take(np.arange(CASES)))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 250
+
+
+def test_a_function_with_references_is_trained():
+    if not hasattr(jax, "new_ref"):
+        pytest.skip("this JAX has no references")
+
+    def apply(params, x):
+        sums = jax.new_ref(jnp.zeros((len(x), OUTPUTS)))
+        sums[...] += x @ params
+        return sums[...]
+
+    train(hfmpi.JaxModel(apply, WEIGHTS, "squares"))
 
 
 def test_the_shapes_of_several_inputs_are_named():

@@ -285,9 +285,22 @@ class JaxModel(FrameworkModel):
             raise
         except Exception as error:
             raise UserError(f"JAX cannot differentiate the function: {_reason(error)}") from error
+        self._check_rules(theta, examples)
         self._fit_micro_batch(kept / max(1, examples.scored.shape[0] - 1))
         for note in self._params.notes:
             logging.getLogger(__name__).warning(note)
+
+    def _check_rules(self, theta: np.ndarray, examples: CheckedBatch) -> None:
+        """Raise a UserError where a derivative's rule computes outputs that are not the function's."""
+        with self.memory_errors():
+            outputs = self._outputs(theta, examples)
+            differentiated = np.asarray(self.linear(theta, examples.inputs, scored=examples.scored)[0])
+        bound = np.sqrt(np.finfo(outputs.dtype).eps) * np.abs(outputs).max(initial=0)
+        if not np.allclose(differentiated, outputs, 0, bound, equal_nan=True):
+            raise UserError(
+                "the function has other outputs when JAX differentiates it: in jax.custom_vjp and "
+                "jax.custom_jvp, the rule must compute the outputs as the function does"
+            )
 
     def _check_trace(self, examples: CheckedBatch) -> None:
         """Raise a UserError where the trace shows that the function is random, or does not use the params."""
@@ -300,10 +313,12 @@ class JaxModel(FrameworkModel):
 
             return jax.make_jaxpr(outputs)(arrays, params.state, examples.inputs)
 
-        traced = trace()
-        states = _random_states()
+        states, traced = [_random_states()], trace()
+        states.append(_random_states())
         digest = fingerprint(trace())
-        if digest != fingerprint(traced) or states != _random_states():
+        states.append(_random_states())
+        draws = states[0] != states[1] != states[2]  # once may be a different thread
+        if digest != fingerprint(traced) or draws:
             raise UserError(
                 "each trace of the function by JAX is different, as with random numbers of NumPy or Python, "
                 "or a variable that it changes: it must be a pure function of params and inputs"

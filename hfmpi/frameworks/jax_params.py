@@ -65,11 +65,15 @@ class Params:
             for below, _ in inner:
                 kinds.append(type(part) if isinstance(part, variables) else None)
                 self._names.append(_name(path if len(inner) == 1 else path + below))
+        for i, name in enumerate(self._names):
+            if name in self._names[:i]:  # a pytree of the user has two parts with one key
+                self._names[i] = f"{name}<{i}>"
         self._kinds = ["" if kind is None else kind.__name__ for kind in kinds]
         self.random = [i for i, kind in enumerate(kinds) if kind and issubclass(kind, nnx.RngState)]
         leaves = [leaf for _, leaf in paths]
         inexact = [i for i, leaf in enumerate(leaves) if _has_type(leaf, jnp.inexact) and leaf.size]
-        collections = isinstance(params, Mapping) and "params" in params
+        collections = isinstance(params, Mapping) and "params" in params and len(params) > 1
+        collections = collections and all(isinstance(part, Mapping) for part in params.values())
         statistics = {
             i
             for i in inexact

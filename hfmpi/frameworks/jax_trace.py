@@ -35,12 +35,17 @@ class Flow(NamedTuple):
 def flow(traced: Any, labels: Sequence[Labels]) -> Flow:
     """Follow the labels of the arguments of a ClosedJaxpr to its outputs."""
     walk = _Walk()
-    return Flow(walk.run(traced.jaxpr, labels), walk.low)
+    outputs = walk.run(traced.jaxpr, labels)
+    if walk.has_references:
+        return Flow([frozenset[Any]().union(*labels)] * len(outputs), True)
+    return Flow(outputs, walk.low)
 
 
 class _Walk:
+    """Follows labels; what is written to references (`jax.new_ref`) is not followed, only noticed."""
+
     def __init__(self) -> None:
-        self.low = False
+        self.low = self.has_references = False
 
     def run(self, jaxpr: Any, labels: Sequence[Labels]) -> list[Labels]:
         """Return the labels of the outputs of a function."""
@@ -59,6 +64,8 @@ class _Walk:
         name, options, inner = equation.primitive.name, equation.params, [*_inner(equation)]
         every = frozenset[Any]().union(*args)
         self.low |= bool(every) and ("callback" in name or name == "reduce_precision")
+        kinds = [kind.__name__ for effect in equation.effects for kind in type(effect).__mro__]
+        self.has_references |= "RefEffect" in kinds
         if name == "scan":
             first, last = options["num_consts"], options["num_consts"] + options["num_carry"]
 
@@ -80,7 +87,11 @@ class _Walk:
         elif name == "cond":
             branches = [self.run(branch, args[1:]) for branch in inner]
             results = [args[0].union(*which) for which in zip(*branches, strict=True)]
-        elif len(inner) == 1 and len(inner[0].invars) == len(args):
+        elif (
+            len(inner) == 1
+            and len(inner[0].invars) == len(args)
+            and len(inner[0].outvars) == len(equation.outvars)
+        ):
             results = self.run(inner[0], args)
         else:
             for function in inner:
