@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import pickle
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -38,9 +38,6 @@ __all__ = ["JaxModel"]
 
 COMPILED = "run", "linear", "vjp", "vjps", "jvp", "jvps", "gradient", "gradients", "double"
 """The attributes of a model that are compiled functions."""
-
-LONGEST_REASON = 120
-"""How much of an exception of the user's function is in a message."""
 
 
 class JaxModel(FrameworkModel):
@@ -93,11 +90,14 @@ class JaxModel(FrameworkModel):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return all but the compiled functions."""
-        state = dict(super().__getstate__())  # type: ignore[call-overload]
-        return {name: value for name, value in state.items() if name not in (*COMPILED, "_layers")}
+        return {
+            name: value
+            for name, value in super().__getstate__().items()
+            if name not in (*COMPILED, "_layers")
+        }
 
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        getattr(super(), "__setstate__", self.__dict__.update)(state)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
         self._compile()
 
     def params(self, theta: Any) -> Any:
@@ -194,7 +194,7 @@ class JaxModel(FrameworkModel):
         double: bool = False,
     ) -> Any:
         """Return the scored outputs (N, O) of the function, in the type of its params; see `Params.call`."""
-        with self._explained(inputs):
+        with self._tracing(inputs):
             z = self._params.call(self.apply, arrays, inputs, state, double)
             if isinstance(z, jax.Array | np.ndarray) and z.dtype not in (np.float32, np.float64):
                 real = jax.numpy.issubdtype(z.dtype, jax.numpy.floating)
@@ -203,15 +203,16 @@ class JaxModel(FrameworkModel):
             return scored.of(z).astype(arrays[0].dtype)
 
     @contextmanager
-    def _explained(self, inputs: Sequence[Any]) -> Iterator[None]:
+    def _tracing(self, inputs: Sequence[Any]) -> Iterator[None]:
         """Raise a UserError for what the user's function raises, unless an operation cannot be batched."""
-        try:
-            with self.memory_errors():
+        unbatched = None
+        with self.running(inputs):
+            try:
                 yield
-        except (UserError, MemoryError, NotImplementedError):
-            raise
-        except Exception as error:
-            raise UserError(f"the function fails on {_shapes(inputs)}: {_reason(error)}") from error
+            except NotImplementedError as error:
+                unbatched = error
+        if unbatched is not None:
+            raise unbatched
 
     def layers(self, inputs: tuple[Any, ...], scored: ScoredOutputs) -> Layers | None:
         """Return the layers of the function on inputs like these, or None if they cannot be determined."""
@@ -268,7 +269,8 @@ class JaxModel(FrameworkModel):
             self._check_trace(examples)
             super()._check(theta, examples)
         except (jax.errors.JAXTypeError, jax.errors.JaxRuntimeError, FloatingPointError) as error:
-            raise UserError(f"the function fails on {_shapes(examples.inputs)}: {_reason(error)}") from error
+            with self.running(examples.inputs):
+                raise type(error)(_reason(error)) from error
 
         def residuals(some: CheckedBatch) -> int:
             linear = partial(self.linear, scored=some.scored)
@@ -280,13 +282,15 @@ class JaxModel(FrameworkModel):
 
         try:
             jax.eval_shape(gradient, theta, examples.inputs)
-            kept = residuals(examples) - residuals(examples.first)
+            kept = residuals(examples) - residuals(examples.take([0]))
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"JAX cannot differentiate the function: {_reason(error)}") from error
+            raise UserError(
+                f"JAX cannot differentiate the function: {type(error).__name__}: {first_line(error)}"
+            ) from error
         self._check_rules(theta, examples)
-        self._fit_micro_batch(kept / max(1, examples.scored.shape[0] - 1))
+        self._fit_micro_batch(kept / max(1, examples.size - 1))
         for note in self._params.notes:
             logging.getLogger(__name__).warning(note)
 
@@ -351,21 +355,12 @@ def _enable_x64() -> Any:
     return jax.experimental.enable_x64()  # before JAX 0.8
 
 
-def _shapes(inputs: Sequence[Any]) -> str:
-    """Return the shapes of the inputs for a message."""
-    names = ["x"] if len(inputs) == 1 else [f"x{i + 1}" for i in range(len(inputs))]
-    return " and ".join(f"{name} of shape {x.shape}" for name, x in zip(names, inputs, strict=True))
-
-
 def _random_states() -> Any:
     """Return the states of the random numbers of Python and NumPy that any function can draw from."""
     return random.getstate(), pickle.dumps(np.random.get_state())  # noqa: NPY002
 
 
 def _reason(error: Exception) -> str:
-    """Return the type and the first line of an exception, or what it reports of another one, in short."""
-    line = first_line(error)
-    if "Traceback" in line:
-        line = [line, *filter(None, str(error).splitlines())][-1]
-    line = line if len(line) <= LONGEST_REASON else line[:LONGEST_REASON] + "..."
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+    """Return the message of an exception; of one that reports another exception, the last line."""
+    message = str(error)
+    return message.strip().splitlines()[-1] if "Traceback" in message else message
