@@ -470,7 +470,7 @@ def test_what_is_not_an_array_of_real_numbers_stays_as_it_is():
     model = hfmpi.JaxModel(apply, params, "squares")
     assert [block.name for block in model.blocks] == ["['one']", "['w']"]
     after, notes = train(model)
-    assert notes == [
+    assert notes[1:] == [
         f"Note: theta has the {1 + WEIGHTS.size} numbers of params['one'], params['w']; not trained: "
         "params['scale'], where only arrays of NumPy and JAX can be trained."
     ]
@@ -825,6 +825,23 @@ def test_a_linen_module():
 seen = []
 
 
+def dropped(w, x):
+    """Give a mask by a fixed key that is 1 at nearly every place."""
+    return x @ w * jax.random.bernoulli(jax.random.key(0), 1 - 1e-6, (len(x), OUTPUTS))
+
+
+def dropped_by_example(w, x):
+    def one(key, x):
+        return x @ w * jax.random.bernoulli(key, 1 - 1e-6, (OUTPUTS,))
+
+    return jax.vmap(one)(jax.random.split(jax.random.PRNGKey(0), len(x)), x)
+
+
+def random_features(w, x):
+    """Give features that are random, and the same for all examples."""
+    return jnp.cos(x @ jax.random.normal(jax.random.key(0), (INPUTS, INPUTS))) @ w
+
+
 @jax.custom_vjp
 def other_outputs(z):
     return z
@@ -886,6 +903,8 @@ def dynamic_loop(params, x):
     (lambda w, x: jnp.roll(x @ w, random.randint(0, 9**9) * OUTPUTS, 1), "each trace of the function by JAX"),
     (random_mask, "each trace of the function by JAX is different"),
     (counts, "each trace of the function by JAX is different"),
+    (dropped, "the function draws random numbers for each example of a batch, as dropout does"),
+    (dropped_by_example, "the function draws random numbers for each example of a batch, as dropout does"),
     (remembers, "UnexpectedTracerError: Encountered an unexpected tracer"),
     (broken_callback, "JaxRuntimeError: OSError: no such file"),
     (lambda w, x: other_outputs(x @ w), "the function has other outputs when JAX differentiates it"),
@@ -910,6 +929,31 @@ def test_a_function_with_references_is_trained():
         return sums[...]
 
     train(hfmpi.JaxModel(apply, WEIGHTS, "squares"))
+
+
+@pytest.mark.parametrize("kind", ["f", float])
+@pytest.mark.parametrize("mix", [
+    lambda z: z + 1e-3 * z.cumsum(axis=0),
+    lambda z: z + 0.005 * z.mean(axis=0),
+    lambda z: z + 1e-5 * jnp.arange(len(z))[:, None],
+    lambda z: jnp.sort(z, axis=0),
+    lambda z: z * (1 + 1e-4 * (len(z) == 1)),
+])  # fmt: skip
+def test_examples_that_depend_on_one_another_are_refused(mix, kind):
+    cases = hfmpi.Examples(numbers(40, INPUTS), numbers(40, OUTPUTS))
+    jax.config.update("jax_enable_x64", kind is float)
+
+    def model(mix):
+        return hfmpi.JaxModel(lambda w, x: mix(jnp.tanh(x @ w)), WEIGHTS.astype(kind), "squares")
+
+    check_refused(lambda: model(mix), cases, "outputs of an example depend on the other examples")
+    right = model(lambda z: z)
+    right.loss(right.initial(0), cases.take(np.arange(40)))
+
+
+def test_random_numbers_by_a_fixed_key_are_noted():
+    (note,) = train(hfmpi.JaxModel(random_features, WEIGHTS, "squares"))[1]
+    assert note == "Note: the function draws random numbers by a fixed key: they are always the same."
 
 
 def test_the_shapes_of_several_inputs_are_named():

@@ -29,7 +29,7 @@ try:
     from hfmpi.frameworks.jax_layers import Layers
     from hfmpi.frameworks.jax_params import Params
     from hfmpi.frameworks.jax_passes import JaxPasses, nbytes
-    from hfmpi.frameworks.jax_trace import fingerprint, flow
+    from hfmpi.frameworks.jax_trace import Draw, fingerprint, flow
 except ImportError:
     jax = None
 
@@ -306,20 +306,27 @@ class JaxModel(FrameworkModel):
                 "jax.custom_jvp, the rule must compute the outputs as the function does"
             )
 
+    def _traced(self, examples: CheckedBatch) -> Any:
+        """Trace the function, whether it has been traced before or not; return the ClosedJaxpr."""
+
+        def outputs(arrays: Sequence[Any], state: Sequence[Any], inputs: Sequence[Any]) -> Any:
+            return self._called(arrays, inputs, examples.scored, state)
+
+        arrays = [jax.ShapeDtypeStruct(shape, self.backend.dtype) for shape in self.layout.shapes.values()]
+        return jax.make_jaxpr(outputs)(arrays, self._params.state, examples.inputs)
+
+    def _used(self, traced: Any) -> frozenset[Any]:
+        """Return what the outputs depend on: trained arrays, by number, "state", "input" and random draws."""
+        several = len(traced.jaxpr.invars), len(self.layout.shapes), len(self._params.random)
+        names = [*range(several[1]), *["state"] * several[2], *["input"] * (several[0] - sum(several[1:]))]
+        (used,) = flow(traced, [frozenset([name]) for name in names]).outputs
+        return used
+
     def _check_trace(self, examples: CheckedBatch) -> None:
         """Raise a UserError where the trace shows that the function is random, or does not use the params."""
-        params = self._params
-        arrays = [jax.ShapeDtypeStruct(shape, self.backend.dtype) for _, shape in params.shapes]
-
-        def trace() -> Any:
-            def outputs(arrays: Sequence[Any], state: Sequence[Any], inputs: Sequence[Any]) -> Any:
-                return self._called(arrays, inputs, examples.scored, state)
-
-            return jax.make_jaxpr(outputs)(arrays, params.state, examples.inputs)
-
-        states, traced = [_random_states()], trace()
+        states, traced = [_random_states()], self._traced(examples)
         states.append(_random_states())
-        digest = fingerprint(trace())
+        digest = fingerprint(self._traced(examples))
         states.append(_random_states())
         draws = states[0] != states[1] != states[2]  # once may be a different thread
         if digest != fingerprint(traced) or draws:
@@ -331,28 +338,37 @@ class JaxModel(FrameworkModel):
         if self._digests.setdefault(key, digest) != digest:  # what the function closes over has changed
             self._compile()
             self._digests = {key: digest}
-        several = range(len(arrays)), params.random, examples.inputs
-        names = [*several[0], *("random" for _ in several[1]), *("input" for _ in several[2])]
-        (used,) = flow(traced, [frozenset([name]) for name in names]).outputs
-        if "random" in used:
+        used, log = self._used(traced), logging.getLogger(__name__)
+        if "state" in used:
             raise UserError(
                 "the outputs depend on the random numbers of the module, as with dropout: call its method "
                 "eval() before you make the model"
             )
-        if used <= {"input"}:
+        arrays = {label for label in used if isinstance(label, int)}
+        if not arrays:
             raise UserError(
                 "the outputs do not depend on params: the function must compute with its argument"
             )
-        unused = params.unused({i for i in used if isinstance(i, int)})
-        if unused:
-            logging.getLogger(__name__).warning("Note: the outputs do not depend on %s.", unused)
+        draws = {label for label in used if isinstance(label, Draw)}
+        if draws:
+            other = self._used(self._traced(examples.take([0] * (1 + (examples.size == 1)))))
+            if draws != {label for label in other if isinstance(label, Draw)}:
+                raise UserError(
+                    "the function draws random numbers for each example of a batch, as dropout does, so that "
+                    "they depend on its place: train without them"
+                )
+            log.warning("Note: the function draws random numbers by a fixed key: they are always the same.")
+        if unused := self._params.unused(arrays):
+            log.warning("Note: the outputs do not depend on %s.", unused)
 
 
 def _enable_x64() -> Any:
     """Return a context in which JAX has float64, for this thread."""
     if hasattr(jax, "enable_x64"):
         return jax.enable_x64(True)
-    return jax.experimental.enable_x64()  # before JAX 0.8
+    from jax.experimental import enable_x64  # before JAX 0.8
+
+    return enable_x64()
 
 
 def _random_states() -> Any:

@@ -11,9 +11,15 @@ import numpy as np
 from jax import numpy as jnp
 from jax.extend.core import Literal
 
-__all__ = ["Flow", "fingerprint", "flow"]
+__all__ = ["Draw", "Flow", "fingerprint", "flow"]
 
 Labels = frozenset[Any]
+
+
+class Draw(NamedTuple):
+    """The label of random numbers that the function draws, of this shape."""
+
+    shape: tuple[int, ...]
 
 
 class Flow(NamedTuple):
@@ -22,10 +28,10 @@ class Flow(NamedTuple):
     Attributes
     ----------
     outputs : list of frozenset
-        The labels that each output depends on.
+        The labels that each output depends on, and a `Draw` for all random numbers among them.
     low : bool
-        Whether an operation rounds a number that depends on a label to fewer digits than float64 has, or may
-        do so, as a function that JAX does not know.
+        Whether an operation rounds a number that depends on an argument to fewer digits than float64 has, or
+        may do so, as a function that JAX does not know.
     """
 
     outputs: list[Labels]
@@ -63,7 +69,7 @@ class _Walk:
     def _equation(self, equation: Any, args: list[Labels]) -> list[Labels]:
         name, options, inner = equation.primitive.name, equation.params, [*_inner(equation)]
         every = frozenset[Any]().union(*args)
-        self.low |= bool(every) and ("callback" in name or name == "reduce_precision")
+        self.low |= _of_arguments(every) and ("callback" in name or name == "reduce_precision")
         kinds = [kind.__name__ for effect in equation.effects for kind in type(effect).__mro__]
         self.has_references |= "RefEffect" in kinds
         if name == "scan":
@@ -98,7 +104,10 @@ class _Walk:
                 self.run(function, [every] * len(function.invars))
             results = [every] * len(equation.outvars)
         for var, labels in zip(equation.outvars, results, strict=True):
-            self.low |= bool(labels) and _is_low(var.aval)
+            self.low |= _of_arguments(labels) and _is_low(var.aval)
+        if name in ("random_bits", "rng_bit_generator", "rng_uniform"):
+            shapes = [frozenset([Draw(var.aval.shape)]) for var in equation.outvars]
+            results = [labels | shape for labels, shape in zip(results, shapes, strict=True)]
         return results
 
     def _repeat(self, step: Any, state: list[Labels]) -> list[Labels]:
@@ -166,6 +175,10 @@ def _opened(function: Any) -> tuple[Any, Sequence[Any]] | None:
     """Return the jaxpr and the constants of a function in the options of an operation; None for all else."""
     jaxpr = getattr(function, "jaxpr", function)
     return (jaxpr, getattr(function, "consts", ())) if hasattr(jaxpr, "eqns") else None
+
+
+def _of_arguments(labels: Labels) -> bool:
+    return any(not isinstance(label, Draw) for label in labels)
 
 
 def _is_low(aval: Any) -> bool:
