@@ -742,7 +742,8 @@ def test_a_module_of_nnx(monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "Net", Net, raising=False)  # so that it can be pickled
     Net.__qualname__ = "Net"
     make = functools.partial(hfmpi.JaxModel, all_of, loss="cross-entropy")
-    check_refused(lambda: make(module), GOOD, r"changes \['norm'\]\['mean'\] \(BatchStat\) when it is called")
+    norm = nnx_module(nnx, drop=0.0)
+    check_refused(lambda: make(norm), GOOD, r"changes \['norm'\]\['mean'\] \(BatchStat\) when it is called")
     without = nnx_module(nnx, norm=False, drop=0.01)
     check_refused(
         lambda: make(without), GOOD, "outputs depend on the random numbers of the module, as with dropout"
@@ -763,6 +764,9 @@ def test_a_module_of_nnx(monkeypatch):
         model = hfmpi.JaxModel(apply, params, "squares")
         assert model.size == sum(leaf.size for leaf in before) + (OUTPUTS if params is not state else 0)
         assert "['norm']['mean']" in train(model)[1][0]
+    compiled = hfmpi.JaxModel(nnx.jit(all_of), module, "squares")  # sets all variables, to what they were
+    assert compiled.size == sum(leaf.size for leaf in before)
+    train(compiled)
     top = hfmpi.JaxModel(all_of, module, "squares", trained=lambda path, array: "top" in path)
     assert [block.name for block in top.blocks] == names[-2:]
 

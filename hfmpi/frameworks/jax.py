@@ -192,10 +192,11 @@ class JaxModel(FrameworkModel):
         scored: ScoredOutputs,
         state: Sequence[Any] = (),
         double: bool = False,
+        changes: dict[int, Any] | None = None,
     ) -> Any:
         """Return the scored outputs (N, O) of the function, in the type of its params; see `Params.call`."""
         with self._tracing(inputs):
-            z = self._params.call(self.apply, arrays, inputs, state, double)
+            z = self._params.call(self.apply, arrays, inputs, state, double, changes)
             if isinstance(z, jax.Array | np.ndarray) and z.dtype not in (np.float32, np.float64):
                 real = jax.numpy.issubdtype(z.dtype, jax.numpy.floating)
                 advice = ": convert them by .astype(jax.numpy.float32)" if real else ""
@@ -267,6 +268,7 @@ class JaxModel(FrameworkModel):
         self._check_width(examples)
         try:
             self._check_trace(examples)
+            self._check_state(theta, examples)
             super()._check(theta, examples)
         except (jax.errors.JAXTypeError, jax.errors.JaxRuntimeError, FloatingPointError) as error:
             with self.running(examples.inputs):
@@ -321,6 +323,18 @@ class JaxModel(FrameworkModel):
         names = [*range(several[1]), *["state"] * several[2], *["input"] * (several[0] - sum(several[1:]))]
         (used,) = flow(traced, [frozenset([name]) for name in names]).outputs
         return used
+
+    def _check_state(self, theta: np.ndarray, examples: CheckedBatch) -> None:
+        """Raise a UserError if the function changes the state of a module."""
+
+        def changes(theta: Any, inputs: tuple[Any, ...]) -> dict[int, Any]:
+            found = dict[int, Any]()
+            self._called(self._params.split(theta), inputs, examples.scored, changes=found)
+            return found
+
+        if jax.eval_shape(changes, theta, examples.inputs):  # most modules set nothing, not even to the same
+            found = jax.jit(changes)(theta, examples.inputs)
+            self._params.check_changes(self._params.split(theta), found)
 
     def _check_trace(self, examples: CheckedBatch) -> None:
         """Raise a UserError where the trace shows that the function is random, or does not use the params."""

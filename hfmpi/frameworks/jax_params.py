@@ -124,6 +124,7 @@ class Params:
         inputs: Sequence[Any],
         random: Sequence[Any] = (),
         double: bool = False,
+        changes: dict[int, Any] | None = None,
     ) -> Any:
         """Return what `apply` returns for the trained arrays and inputs.
 
@@ -137,11 +138,9 @@ class Params:
             In place of the leaves `self.random`.
         double : bool
             Whether the other arrays of real numbers are converted to float64.
-
-        Raises
-        ------
-        UserError
-            If the call changes the state of a flax.nnx module, which would be lost.
+        changes : dict, optional
+            Out: by leaf, other than the random ones, what the call made of the state of a flax.nnx module,
+            which is lost.
         """
         leaves = self._filled(arrays)
         if double:
@@ -150,16 +149,22 @@ class Params:
             leaves[i] = leaf
         params = self._merged(leaves)
         outputs = apply(params, *inputs)
-        if self._graph is not None:
-            split = sys.modules["flax.nnx"].split
-            after = {_name(path): leaf for path, leaf in _flat(split(params)[1])}
-            for i, (path, _) in enumerate(_flat(jax.tree_util.tree_unflatten(self._tree, leaves))):
-                if after.get(_name(path)) is not leaves[i] and i not in self.random:
-                    raise UserError(
-                        f"the module changes {self._names[i]} ({self._kinds[i]}) when it is called, as batch "
-                        "statistics do: call its method eval() before you make the model"
-                    )
+        if self._graph is not None and changes is not None:
+            after = {_name(path): leaf for path, leaf in _flat(sys.modules["flax.nnx"].split(params)[1])}
+            for i, (path, before) in enumerate(_flat(jax.tree_util.tree_unflatten(self._tree, leaves))):
+                if after.get(_name(path)) is not before and i not in self.random:
+                    changes[i] = after.get(_name(path))
         return outputs
+
+    def check_changes(self, arrays: Sequence[Any], changes: Mapping[int, Any]) -> None:
+        """Raise a UserError if values that `call` returned as changes are not those before the call."""
+        before = self._filled(arrays)
+        for i, after in changes.items():
+            if not np.array_equal(before[i], after, equal_nan=True):
+                raise UserError(
+                    f"the module changes {self._names[i]} ({self._kinds[i]}) when it is called, as batch "
+                    "statistics do: call its method eval() before you make the model"
+                )
 
     def _filled(self, arrays: Sequence[Any]) -> list[Any]:
         leaves = list(self._leaves)

@@ -69,7 +69,8 @@ class _Walk:
     def _equation(self, equation: Any, args: list[Labels]) -> list[Labels]:
         name, options, inner = equation.primitive.name, equation.params, [*_inner(equation)]
         every = frozenset[Any]().union(*args)
-        self.low |= _of_arguments(every) and ("callback" in name or name == "reduce_precision")
+        unknown = "callback" in name and equation.outvars
+        self.low |= _of_arguments(every) and bool(unknown or name == "reduce_precision")
         kinds = [kind.__name__ for effect in equation.effects for kind in type(effect).__mro__]
         self.has_references |= "RefEffect" in kinds
         if name == "scan":
