@@ -160,6 +160,48 @@ def replace(m, z, x):
     return z
 
 
+def assign(m, z, x):
+    m.mean = 0.9 * m.mean + 0.1 * z.detach().mean()
+    return z + m.mean
+
+
+def warm_up(m, z, x):
+    m.calls += 1
+    return z if m.calls < 500 else 1.1 * z
+
+
+def data_of_another(m, z, x):
+    m.top.weight.data = m.low.weight.data
+    return m.top(z)
+
+
+def cached(m, z, x):
+    if not m.cache:
+        m.cache.append(m.low.weight.detach().clone())
+    return z + x @ m.cache[0]
+
+
+class Made(Custom):
+    """A layer that holds a tensor which was made of a parameter, with its graph."""
+
+    def __init__(self):
+        super().__init__(lambda m, z, x: z + x @ m.twice)
+        self.twice = 2 * self.low.weight
+
+    def double(self):
+        super().double()
+        self.twice = 2 * self.low.weight
+        return self
+
+
+class Buffered(Custom):
+    """A layer that assigns to a buffer in every pass."""
+
+    def __init__(self):
+        super().__init__(assign)
+        self.register_buffer("mean", torch.zeros(()))
+
+
 def drop_path(m, z, x):
     return z * (torch.rand(len(z), 1) > 0.1) if m.training else z
 
@@ -170,6 +212,11 @@ CHANGING = {
     "assign": (lambda: Custom(replace), "assigns to its parameter or buffer weight"),
     "count": (lambda: Custom(count, calls=0), "different outputs for the same inputs"),
     "state": (lambda: Custom(carry, state=None), "different outputs for the same inputs"),
+    "late": (lambda: Custom(warm_up, calls=0), "depend on calls, which its passes change"),
+    "buffer": (Buffered, "changes parameters or buffers of the module"),
+    "data": (lambda: Custom(data_of_another, top=nn.Linear(5, 5)), "changes parameters"),
+    "cache": (lambda: Custom(cached, cache=[]), "uses a parameter in another way than by its name"),
+    "graph": (Made, "uses a parameter in another way than by its name"),
     "statistics": (lambda: nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)), r"1 \(BatchNorm1d\) makes"),
     "no statistics": (
         lambda: nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5, track_running_stats=False)).eval(),
@@ -211,6 +258,16 @@ def test_an_embedding_with_a_largest_norm_is_refused():
     module = nn.Sequential(nn.Embedding(7, 4, max_norm=0.5), nn.Flatten(), nn.Linear(8, 5))
     with pytest.raises(UserError, match="changes its parameters"):
         train(module, (RNG.integers(0, 7, (40, 2)), Y))
+
+
+def test_numbers_that_count_and_do_nothing_else_are_no_reason_to_refuse():
+    def log(m, z, x):
+        m.calls, m.last = m.calls + 1, z.detach()
+        return z
+
+    module = Custom(log, calls=0, last=None)
+    train(module)
+    assert module.calls > 0
 
 
 def test_a_mode_that_is_set_later_is_found():

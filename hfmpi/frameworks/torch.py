@@ -14,7 +14,7 @@ import numpy as np
 from hfmpi.data.examples import Examples
 from hfmpi.errors import UserError, shown
 from hfmpi.frameworks.framework import FrameworkModel, Plan, first_line
-from hfmpi.frameworks.trial import Trial, chosen
+from hfmpi.frameworks.trial import chosen
 from hfmpi.measure.machine import free_memory
 from hfmpi.models.batch import CheckedBatch, ScoredOutputs
 from hfmpi.models.losses import LOSSES, Loss
@@ -22,26 +22,21 @@ from hfmpi.models.losses import LOSSES, Loss
 try:
     import torch
 
-    from hfmpi.frameworks.torch_module import (
-        Narrowing,
-        Substitution,
+    from hfmpi.frameworks.torch_checks import (
+        CHANGES,
         check_memory,
+        check_module,
         check_types,
-        plain_module,
-        random_states,
+        fresh_copy,
+        restored,
         stochastic,
     )
+    from hfmpi.frameworks.torch_module import Narrowing, Substitution, plain_module
     from hfmpi.frameworks.torch_passes import TorchPasses, plain_kernels, to_array
 except ImportError:
     torch = None
 
 __all__ = ["TorchModel", "TorchPlan"]
-
-
-CHANGES = (
-    "a pass of the module changes its parameters (a constraint in place, or max_norm of an embedding?): "
-    "compute with a changed copy instead, such as weight.clamp(...)"
-)
 
 
 @dataclass(frozen=True)
@@ -202,17 +197,18 @@ class TorchModel(FrameworkModel):
         return {name: part.view(p.shape) for (name, p), part in parts}
 
     def call(self, parameters: dict[str, Any], inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:
-        """Return the scored outputs (N, O) of the module with these parameters.
-
-        The module may overwrite its inputs: they are copies.
-        """
+        """Return the scored outputs (N, O) of the module with these parameters."""
         tensors = {id(self.parameters[name]): tensor for name, tensor in parameters.items()}
-        return self._called(tensors, tuple(x.clone() for x in inputs), scored)
+        return self._called(tensors, inputs, scored)
 
     def _called(self, tensors: dict[int, Any], inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:
         """Return the scored outputs (N, O) of the module with other tensors in place of some of its own."""
         with self.places.replaced(tensors):
-            outputs = self.module(*inputs)
+            return self.run(self.module, inputs, scored)
+
+    def run(self, module: Any, inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:
+        """Return the scored outputs (N, O) of a module, which may overwrite its inputs: they are copies."""
+        outputs = module(*(x.clone() for x in inputs))
         if isinstance(outputs, torch.Tensor):
             if outputs.dtype not in (torch.float32, torch.float64) or outputs.layout != torch.strided:
                 kind = str(outputs.dtype).removeprefix("torch.")
@@ -276,46 +272,12 @@ class TorchModel(FrameworkModel):
                 "statistics do: call module.eval() first"
             )
         few = examples.take(chosen(examples.size))
-        with torch.inference_mode(False), self.kept():
+        with torch.inference_mode(False), restored(self.places, self.device):
+            fresh = fresh_copy(self.module)
             self._choose_forward(theta, few)
             super()._check(theta, examples)
-            trial = Trial(self._outputs, theta, few)
-            everything = range(few.size)
-            with self.running(few.inputs):
-                recorded = TorchPasses(self, theta, few).outputs.reshape(few.size, -1)
-            if not trial.same(everything, recorded):
-                raise UserError(
-                    "the module computes different outputs with and without gradients: it must not depend on "
-                    "torch.is_grad_enabled()"
-                )
-            self._check_in_place(theta, few)
+            check_module(self, self._outputs, theta, few, fresh)
             self._choose_products(theta, examples.take([0]))
-
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Restore the module's tensors; raise a UserError if a pass changed them or drew random numbers."""
-        tensors = self.places.tensors
-        with torch.no_grad():
-            before = [tensor.detach().clone() for tensor in tensors]
-        chance = random_states(self.device)
-        try:
-            yield
-        finally:  # these errors explain any other one
-            changed = False
-            with torch.no_grad():
-                for tensor, was in zip(tensors, before, strict=True):
-                    if not torch.equal(tensor.nan_to_num(), was.nan_to_num()):
-                        changed = True
-                        tensor.copy_(was)
-            if changed:
-                raise UserError(
-                    "a pass changes parameters or buffers of the module, as batch statistics do: call "
-                    "module.eval() first"
-                )
-            if random_states(self.device) != chance:
-                raise UserError(
-                    "the module draws random numbers in a pass, as dropout does: call module.eval() first"
-                )
 
     def _choose_forward(self, theta: np.ndarray, few: CheckedBatch) -> None:
         """Plan forward passes with gradients enabled where the module differentiates inside of them."""
@@ -336,32 +298,6 @@ class TorchModel(FrameworkModel):
         if not np.array_equal(to_array(tensor), theta, equal_nan=True):
             raise UserError(CHANGES)
 
-    def _check_in_place(self, theta: np.ndarray, few: CheckedBatch) -> None:
-        """Raise a UserError unless the module itself, with other parameters, has the same outputs.
-
-        It has not if it reaches a parameter in another way than by its name: through a list, or a tensor that
-        was made of it.
-        """
-        rng = np.random.default_rng(0)
-        scale = 1e-2 * (np.abs(theta) + np.abs(theta).mean())
-        other = (theta + scale * rng.standard_normal(theta.size)).astype(theta.dtype)
-        trial, inputs = Trial(self._outputs, other, few), self.tensors(few.inputs)
-        with self.places.lock, self.running(few.inputs), torch.inference_mode(False), self.plan.kernels():
-            before = [p.detach().clone() for p in self.parameters.values()]
-            try:
-                self.write_back(other)
-                with self.forward_mode():
-                    theirs = self._called({}, tuple(x.clone() for x in inputs), few.scored)
-            finally:
-                with torch.no_grad():
-                    for p, was in zip(self.parameters.values(), before, strict=True):
-                        p.copy_(was)
-        if not trial.same(range(few.size), to_array(theirs).reshape(few.size, -1)):
-            raise UserError(
-                "the module uses a parameter in another way than by its name (a list, an attribute, or a "
-                "tensor made of it before?): hfmpi cannot replace it; use self.NAME in forward"
-            )
-
     def in_float64(self, theta: np.ndarray, examples: CheckedBatch) -> np.ndarray | None:
         """Return the scored outputs (N, O) at theta (D,), with all tensors in float64; None if that fails."""
         trained = {id(p) for p in self.parameters.values()}
@@ -372,9 +308,8 @@ class TorchModel(FrameworkModel):
         wide = {id(t): t.detach().double() for t in others}
         for name, p in self.named(self.tensor(theta).double()).items():
             wide[id(self.parameters[name])] = p
-        inputs = tuple(
-            x.double() if x.is_floating_point() else x.clone() for x in self.tensors(examples.inputs)
-        )
+        given = self.tensors(examples.inputs)
+        inputs = tuple(x.double() if x.is_floating_point() else x for x in given)
         narrow = Narrowing()
         try:
             with self.memory_errors(), torch.inference_mode(False), self.forward_mode(), narrow:
@@ -389,7 +324,7 @@ class TorchModel(FrameworkModel):
         """Plan products with J and J' in the first way that works on one example."""
         log, reason = logging.getLogger(__name__), ""
         for double_backward, kernels in product((True, False), (nullcontext, plain_kernels)):
-            self.replan(double_backward=double_backward, kernels=kernels)
+            self.replan(double_backward=double_backward, kernels=kernels, obstacle=None)
             try:
                 nbytes = self._linearise(theta, example).try_products()
             except RuntimeError as failure:

@@ -6,15 +6,13 @@ place that holds a parameter is known in advance, so that each is restored, what
 
 from __future__ import annotations
 
-import random
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,11 +23,7 @@ __all__ = [
     "Allocations",
     "Narrowing",
     "Substitution",
-    "check_memory",
-    "check_types",
     "plain_module",
-    "random_states",
-    "stochastic",
 ]
 
 _locks: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -92,6 +86,17 @@ class Substitution:
             store is other and name == other_name and tensor is other_tensor
             for (store, name, tensor), (other, other_name, other_tensor) in zip(now, self.slots, strict=True)
         )
+
+    def restore(self) -> bool:
+        """Put every tensor back into its place; return whether one was away, with other values."""
+        changed = False
+        with self.lock:
+            for store, name, tensor in self.slots:
+                now = store.get(name)
+                if self.aliases.get(id(now), now) is not tensor:
+                    changed |= not (isinstance(now, torch.Tensor) and torch.equal(now, tensor))
+                    store[name] = tensor
+        return changed
 
     @contextmanager
     def replaced(self, tensors: Mapping[int, Any]) -> Iterator[None]:
@@ -156,118 +161,6 @@ class Allocations(TorchDispatchMode):  # type: ignore[misc]
         results = func(*args, **kwargs or {})
         self.nbytes += sum(x.nbytes for x in tree_leaves(results) if isinstance(x, torch.Tensor))
         return results
-
-
-def random_states(device: Any) -> tuple[Any, ...]:
-    """Return the states of the random generators that a module may use."""
-    name, numbers, *rest = np.random.get_state()  # noqa: NPY002 (users' modules may draw from it)
-    legacy = name, np.asarray(numbers).tobytes(), *rest
-    states = [random.getstate(), torch.get_rng_state().numpy().tobytes(), legacy]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device).numpy().tobytes())
-    return tuple(states)
-
-
-def check_types(module: Any, trained: Mapping[str, Any]) -> None:
-    """Raise a UserError unless the types and devices of a module's tensors can be trained."""
-    types = {p.dtype for p in trained.values()}
-    if types not in ({torch.float32}, {torch.float64}):
-        names = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in types))
-        raise UserError(f"parameters must all be float32 or all be float64, not {names}")
-    tensors = [*module.parameters(), *module.buffers()]
-    devices = {tensor.device for tensor in tensors}
-    if len(devices) > 1:
-        names = ", ".join(sorted(map(str, devices)))
-        raise UserError(
-            f"parameters and buffers of the module must be on one device, not on {names}: module.to(...)"
-        )
-    if any(tensor.is_inference() for tensor in tensors):
-        raise UserError(
-            "the module was made under torch.inference_mode(), which excludes derivatives: make it outside"
-        )
-    for name, layer in module.named_modules():
-        if getattr(layer, "sparse", False) is True and isinstance(
-            layer, (torch.nn.Embedding, torch.nn.EmbeddingBag)
-        ):
-            raise UserError(f"the table {name} has sparse gradients: make it with sparse=False")
-
-
-def check_memory(parameters: Mapping[str, Any], others: Iterable[Any]) -> dict[int, Any]:
-    """Return, by identity, the parameter that stands for others with the same memory and form.
-
-    Parameters
-    ----------
-    parameters : mapping of str to tensor
-        The trained parameters.
-    others : iterable of tensor
-        Frozen parameters and buffers.
-
-    Raises
-    ------
-    UserError
-        If memory is shared in any other way: a step in one parameter would change another tensor.
-    """
-    for name, p in parameters.items():
-        if any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride(), strict=True)):
-            raise UserError(
-                f"entries of the parameter {name} share memory (expand): make it a copy, p.clone()"
-            )
-    named = [*((name, p) for name, p in parameters.items()), *(("", q) for q in others)]
-    named = [(name, p) for name, p in named if p.numel() and p.layout == torch.strided]
-    named.sort(key=lambda pair: (str(pair[1].device), _range(pair[1])[0]))
-    aliases, reaching = dict[int, Any](), list[tuple[str, Any]]()
-    for name, p in named:
-        start = _range(p)[0]
-        reaching = [(other, q) for other, q in reaching if q.device == p.device and _range(q)[1] > start]
-        for other, q in reaching:
-            if p is q or not (name or other) or not _overlap(p, q):
-                continue
-            if not (name and other):
-                raise UserError(
-                    f"the parameter {name or other} shares memory with a buffer or a frozen parameter: make "
-                    "one of them a copy (clone)"
-                )
-            if (p.data_ptr(), p.shape, p.stride()) != (q.data_ptr(), q.shape, q.stride()):
-                raise UserError(
-                    f"the parameters {other} and {name} share memory in different forms: make one of them a "
-                    "copy, or use one parameter in both places"
-                )
-            aliases[id(p)] = aliases.get(id(q), q)
-        reaching.append((name, p))
-    return aliases
-
-
-def stochastic(module: Any) -> str:
-    """Return the first layer in training mode whose outputs depend on chance or on the batch, or ""."""
-    nn = torch.nn
-    for name, layer in module.named_modules():
-        rate = getattr(layer, "p", None) if isinstance(layer, nn.modules.dropout._DropoutNd) else None
-        if isinstance(layer, nn.RNNBase):
-            rate = layer.dropout if layer.num_layers > 1 else 0
-        if isinstance(layer, nn.MultiheadAttention):
-            rate = layer.dropout
-        batch_norm = isinstance(layer, nn.modules.batchnorm._BatchNorm)
-        if layer.training and (rate or batch_norm or isinstance(layer, nn.RReLU)):
-            return f"{name or 'it'} ({type(layer).__name__})"
-        if batch_norm and not layer.track_running_stats:
-            return f"{name or 'it'} ({type(layer).__name__} without running statistics)"
-    return ""
-
-
-def _overlap(p: Any, q: Any) -> bool:
-    """Return whether two tensors on one device whose ranges overlap share memory."""
-    if p.device.type != "cpu" or torch.bfloat16 in (p.dtype, q.dtype):
-        return True
-    try:
-        return np.shares_memory(p.detach().numpy(), q.detach().numpy(), 10**6)  # type: ignore[arg-type]
-    except np.exceptions.TooHardError:
-        return True
-
-
-def _range(p: Any) -> tuple[int, int]:
-    """Return the first address of a tensor, and the one after its last."""
-    last = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
-    return p.data_ptr(), p.data_ptr() + (last + 1) * p.element_size()
 
 
 def _lock_of(module: Any) -> Any:
