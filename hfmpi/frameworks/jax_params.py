@@ -65,9 +65,8 @@ class Params:
             for below, _ in inner:
                 kinds.append(type(part) if isinstance(part, variables) else None)
                 self._names.append(_name(path if len(inner) == 1 else path + below))
-        for i, name in enumerate(self._names):
-            if name in self._names[:i]:  # a pytree of the user has two parts with one key
-                self._names[i] = f"{name}<{i}>"
+        for i in _repeated(self._names):  # a pytree of the user has two parts with one key
+            self._names[i] += f"<{i}>"
         self._kinds = ["" if kind is None else kind.__name__ for kind in kinds]
         self.random = [i for i, kind in enumerate(kinds) if kind and issubclass(kind, nnx.RngState)]
         leaves = [leaf for _, leaf in paths]
@@ -270,6 +269,12 @@ def _leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[Any
 
 def _name(path: Any) -> str:
     return str(jax.tree_util.keystr(path))
+
+
+def _repeated(names: Sequence[str]) -> list[int]:
+    """Return the indices of names that another one before them equals."""
+    first = {name: i for i, name in reversed([*enumerate(names)])}
+    return [i for i, name in enumerate(names) if first[name] != i]
 
 
 def _key(entry: Any) -> Any:
