@@ -132,10 +132,13 @@ class FrameworkModel(ABC):
     ----------
     plan : Plan
         Replaced by `replan`.
+    on_gpu : bool
+        Whether the function runs on a GPU.
     """
 
     linearisation = LossLinearisation
     plan: Plan = Plan()
+    on_gpu = False
 
     batching_error: ClassVar[type[Exception]] = NotImplementedError
     """What the framework raises if it cannot batch an operation."""
@@ -271,6 +274,10 @@ class FrameworkModel(ABC):
     def _linearise(self, theta: np.ndarray, examples: CheckedBatch) -> FrameworkPasses:
         """Linearise the scored outputs."""
 
+    def trial(self, theta: np.ndarray, few: CheckedBatch) -> Trial:
+        """Return the outputs at theta (D,) of a few examples, for comparisons."""
+        return Trial(self._outputs, theta, few, self.on_gpu)
+
     def in_float64(self, theta: np.ndarray, examples: CheckedBatch) -> np.ndarray | None:
         """Return the scored outputs (N, O) computed in float64 at theta (D,) float64.
 
@@ -288,14 +295,14 @@ class FrameworkModel(ABC):
         self.replan(width=outputs.shape[1])
         indices = chosen(examples.size)
         few = examples.take(indices)
-        trial, near = Trial(self._outputs, theta, few), elsewhere(theta)
+        trial, near = self.trial(theta, few), elsewhere(theta)
         by_example = outputs.reshape(examples.size, -1)
         if not trial.same(range(few.size), by_example[indices]):
             raise UserError(DEPENDS)
         try:
             self._exact(near, few).check_independence()
         except NotInFloat64:
-            Trial(self._outputs, near, few).check_independence()
+            self.trial(near, few).check_independence()
         with np.errstate(all="ignore"):
             loss = self._value(outputs, examples)[0]
         if not math.isfinite(loss):

@@ -86,6 +86,7 @@ class JaxModel(FrameworkModel):
         self.apply, self._params = apply, Params(params, trained)
         self._digests = dict[Any, bytes]()
         super().__init__(self._params.shapes, self._params.start, loss)
+        self.on_gpu = jax.default_backend() != "cpu"
         self._compile()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -125,7 +125,7 @@ class TorchModel(FrameworkModel):
         self.aliases = check_memory(trained, [*frozen, *module.buffers()])
         trained = {name: p for name, p in trained.items() if id(p) not in self.aliases}
         self.module, self.device = module, next(iter(trained.values())).device
-        self.parameters, self.frozen = trained, frozen
+        self.parameters, self.frozen, self.on_gpu = trained, frozen, self.device.type != "cpu"
         self.class_axis, self.ignored = False, None
         if isinstance(loss, torch.nn.Module):
             loss, self.ignored = torch_loss(loss)
@@ -276,7 +276,7 @@ class TorchModel(FrameworkModel):
             fresh = fresh_copy(self.module)
             self._choose_forward(theta, few)
             super()._check(theta, examples)
-            check_module(self, self._outputs, theta, few, fresh)
+            check_module(self, theta, few, fresh)
             self._choose_products(theta, examples.take([0]))
 
     def _choose_forward(self, theta: np.ndarray, few: CheckedBatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +44,6 @@ HIDDEN = (
 
 _hiding: weakref.WeakSet[Any] = weakref.WeakSet()
 """Modules that were refused for HIDDEN: a copy of one that has been called need not show it again."""
-
-Outputs = Callable[[np.ndarray, CheckedBatch], np.ndarray]
 
 LATE = 10**6
 """What is added to the numbers that a pass changes, such as counts of calls, to see what depends on them."""
@@ -178,16 +176,12 @@ def restored(places: Substitution, device: Any) -> Iterator[None]:
             )
 
 
-def check_module(
-    model: TorchModel, outputs: Outputs, theta: np.ndarray, few: CheckedBatch, fresh: Any
-) -> None:
+def check_module(model: TorchModel, theta: np.ndarray, few: CheckedBatch, fresh: Any) -> None:
     """Raise a UserError unless a module is a function of its parameters by name, with gradients and without.
 
     Parameters
     ----------
     model : TorchModel
-    outputs : callable
-        (theta, batch) -> the outputs (N, O) of the model.
     theta : (D,)
         The module is tried near it, since parameters of a start may hide what it does.
     few : CheckedBatch
@@ -196,7 +190,7 @@ def check_module(
         A copy of the module that has not been called.
     """
     theta = elsewhere(theta)
-    trial, everything = Trial(outputs, theta, few), range(few.size)
+    trial, everything = model.trial(theta, few), range(few.size)
     with model.running(few.inputs):
         passes = TorchPasses(model, theta, few)
     if not trial.same(everything, passes.outputs.reshape(few.size, -1)):

@@ -23,6 +23,9 @@ FEW = 8
 FLOORS = {"float64": 1e-10, "float32": 1e-5}
 """Relative difference of outputs that is always allowed: above the rounding of products of matrices."""
 
+TF32 = 1e-2
+"""The same for float32 on a GPU, which may round the factors of products to 11 bits."""
+
 NEAR = 1e-2
 """Relative distance of the parameters beside those of the start."""
 
@@ -42,8 +45,9 @@ def chosen(count: int, most: int = FEW) -> list[int]:
 
 def elsewhere(theta: np.ndarray) -> np.ndarray:
     """Return parameters near theta (D,), for what the special values of a start hide, such as zero means."""
-    scale = NEAR * (np.abs(theta) + (np.abs(theta).mean() or 1.0))
-    moved: np.ndarray = theta + scale * np.random.default_rng(0).standard_normal(theta.size)
+    with np.errstate(invalid="ignore"):
+        scale = NEAR * (np.abs(theta) + (np.abs(theta).mean() or 1.0))
+        moved: np.ndarray = theta + scale * np.random.default_rng(0).standard_normal(theta.size)
     return moved.astype(theta.dtype)
 
 
@@ -58,6 +62,7 @@ class Trial:
     theta : (D,) float32 or float64
         Its type is that of the function's arithmetic.
     examples : CheckedBatch
+    on_gpu : bool
 
     Raises
     ------
@@ -68,12 +73,14 @@ class Trial:
     outputs: Callable[[np.ndarray, CheckedBatch], np.ndarray]
     theta: np.ndarray
     examples: CheckedBatch
+    on_gpu: bool = False
 
     def __post_init__(self) -> None:
         everything = range(self.examples.size)
         self.first = self.of(everything)
         size = np.abs(self.first[np.isfinite(self.first)]).max(initial=0)
-        self.bound = FLOORS[self.theta.dtype.name] * size
+        wide = self.theta.dtype == np.float64
+        self.bound = (TF32 if self.on_gpu and not wide else FLOORS[self.theta.dtype.name]) * size
         if not self.same(everything, self.of(everything)):
             raise UserError(
                 "the model returns different outputs for the same inputs, as with dropout or a state that it "
