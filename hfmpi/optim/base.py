@@ -195,6 +195,9 @@ class StepReport:
         What was executed in the step.
     details : dict
         Method-specific scalars for the history (damping, rho, ...).
+    converged : bool
+        The method cannot lower this risk any further: it promises less than the rounding of the risk. Theta
+        and the state did not change, so that a run whose every step has this risk is at its end.
     """
 
     loss: float
@@ -202,6 +205,7 @@ class StepReport:
     message: str
     work: Counts
     details: dict[str, float | int | str | None] = field(default_factory=dict)
+    converged: bool = False
 
 
 class Needs(NamedTuple):
