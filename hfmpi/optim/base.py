@@ -259,6 +259,11 @@ class Optimizer(Protocol[StateT]):
         """What these settings need of the model."""
         return Needs()
 
+    @property
+    def seeks_lowest_risk(self) -> bool:
+        """Whether a lower risk is always better: not with weight decay or a mean of the iterates."""
+        return True
+
     def messages(self, parameters: int, state: Mapping[str, int]) -> Messages:
         """Return what the ranks exchange, from D and the length of each vector of the state."""
         return Messages()

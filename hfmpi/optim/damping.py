@@ -12,9 +12,7 @@ import numpy as np
 
 __all__ = ["UNRESOLVED", "LevenbergMarquardt", "reduction_ratio", "rounding"]
 
-UNRESOLVED = (
-    "the step promises less than the rounding of the risk: theta is at an optimum, or the damping is too large"
-)
+UNRESOLVED = "the step promises less than the rounding of the risk: theta is at an optimum, or the damping is too large"
 """Message of a step that is not taken because of `rounding`."""
 
 GRID = 2.0**-50

@@ -159,7 +159,8 @@ class HessianFree(Optimizer[HessianFreeState]):
         choice = backtrack(risk, solution.iterates if self.backtracking else solution.iterates[-1:])
         p, after = choice.iterate.x, choice.loss
         predicted, least = model.predict(p, choice.iterate.value), rounding(before, theta.dtype)
-        converged = solution.stop is not Stop.NOT_POSITIVE and abs(predicted.change) <= least
+        sound = solution.stop is not Stop.NOT_POSITIVE
+        converged = sound and abs(predicted.change) <= least
         rho = reduction_ratio(before, after, predicted.change)
         search = LineSearch(1.0 if after < before else 0.0, after, 0)
         if self.line_search and not converged:
@@ -176,8 +177,7 @@ class HessianFree(Optimizer[HessianFreeState]):
             line_search_rate=search.rate,
             step_norm=scale * math.sqrt(predicted.square),
         )
-        # Without a lower risk, Armijo's test holds only by rounding.
-        if not search.loss < before:
+        if sound and not search.loss < before:  # then Armijo's test holds only by rounding
             converged = converged or search.rate > 0 or abs(after - before) <= least
         if converged:
             nothing = replace(taken, details=taken.details | {"line_search_rate": 0.0, "step_norm": 0.0})

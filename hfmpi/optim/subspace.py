@@ -161,6 +161,11 @@ class Subspace(Optimizer[SubspaceState]):
         """What these settings need of the model."""
         return Needs(blocks=True, kronecker_factors=self._uses("kfac"))
 
+    @property
+    def seeks_lowest_risk(self) -> bool:
+        """Whether a lower risk is always better: not with weight decay."""
+        return not self.weight_decay
+
     def messages(self, parameters: int, state: Mapping[str, int]) -> Messages:
         """Return what the ranks exchange: the sums of the factors, and the results of K-FAC."""
         factors = state.get("factors", 0)
@@ -202,8 +207,10 @@ class Subspace(Optimizer[SubspaceState]):
         if not math.isfinite(loss) or not math.isfinite(norm):
             return theta, state, replace(report, message="the risk or its gradient is not finite")
         if norm == 0:
-            return theta, state, replace(
-                report, accepted=True, message="the gradient is zero", converged=True
+            return (
+                theta,
+                state,
+                replace(report, accepted=True, message="the gradient is zero", converged=True),
             )
         state, directions = self._directions(state, objective, g, factors)
         model, work = self._model(theta, objectives, g, directions)

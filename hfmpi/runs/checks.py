@@ -17,7 +17,11 @@ from hfmpi.networks.architecture import Architecture
 from hfmpi.parallel.communicator import Communicator, digest
 from hfmpi.runs.record import Progress
 
-__all__ = ["enough_memory", "enough_text", "finite", "not_stuck", "same_start", "same_vectors"]
+__all__ = ["Unsound", "enough_memory", "enough_text", "finite", "not_stuck", "same_start", "same_vectors"]
+
+
+class Unsound(UserError):
+    """The parameters of the run must not be saved."""
 
 
 def enough_memory(network: Architecture) -> None:
@@ -78,7 +82,7 @@ def same_vectors(communicator: Communicator, values: Iterable[Entry], step: int,
     digests = [digest(np.asarray(value)) for value in values]
     strays = communicator.same(digest(np.array(digests, np.uint64)))
     if strays:
-        raise UserError(
+        raise Unsound(
             f"rank {_names(strays)} holds other parameters than the other ranks after step {step:,}: "
             f"{last_good}"
         )
@@ -99,7 +103,7 @@ def not_stuck(progress: Progress, most: int, message: str, last_good: str) -> No
 def finite(loss: float, step: int, last_good: str) -> None:
     """Check that the loss is finite; after an update that went too far it is not."""
     if not math.isfinite(loss):
-        raise UserError(f"the validation loss is not finite after step {step:,}: {last_good}")
+        raise Unsound(f"the validation loss is not finite after step {step:,}: {last_good}")
 
 
 def _names(ranks: list[int]) -> str:

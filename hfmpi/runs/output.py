@@ -91,6 +91,20 @@ class Output:
         self.last_saved = meta["step"] if saved else self.last_saved
         return saved
 
+    def rescue(
+        self, content: Callable[[], tuple[np.ndarray, Mapping[str, Entry], Mapping[str, Any]]]
+    ) -> None:
+        """Write a last checkpoint as far as possible, before an error ends the run; not collective."""
+        if self._writer is None:
+            return
+        try:
+            theta, state, meta = content()
+            self._writer.checkpoint(theta, state, meta)
+        except Exception as error:  # the error that ends the run counts
+            self.reporter.note(f"the steps after the last checkpoint are not saved: {error}")
+        else:
+            self.reporter.note(f"the checkpoint of step {meta['step']:,} is written")
+
     @property
     def last_good(self) -> str:
         """A clause that names the newest valid checkpoint."""
