@@ -287,7 +287,7 @@ def test_an_optimum_is_said():
             return 1.0 + super().loss(theta)
 
     far = GOOD * 1e-12  # its loss is that of the optimum, to rounding
-    why = "the step promises less than the rounding of the risk: theta is at an optimum, or the damping is "
+    why = "the step promises less than the rounding of the risk: theta is at an optimum or the damping "
     for most, end in (1e10, ""), (1e9, "; the damping is at its maximum"):
         optimizer = HessianFree(damping=1e9, damping_maximum=most)
         state = optimizer.init(far)

@@ -108,8 +108,8 @@ class LossLinearisation:
     def project(self, v: Array, scale: float, out: np.ndarray) -> None:
         """Add scale * V J' H J V' of V (C, D) to out (C, C), float64 on the host; one pass J V.
 
-        Outputs are processed in blocks of rows, which stay in the cache. They are multiplied in float64: along
-        directions that are nearly parallel little is left of the sums but their rounding.
+        Outputs are processed in blocks of rows, which stay in the cache. They are multiplied in float64:
+        along directions that are nearly parallel little is left of the sums but their rounding.
         """
         outputs, directions, count = self.passes.jvp(v), len(v), len(self.cache)
         rows = max(1, self.block_rows // directions)

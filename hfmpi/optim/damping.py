@@ -10,18 +10,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hfmpi.optim.layout import Vector
+
 __all__ = ["UNRESOLVED", "LevenbergMarquardt", "reduction_ratio", "rounding"]
 
-UNRESOLVED = "the step promises less than the rounding of the risk: theta is at an optimum, or the damping is too large"
+UNRESOLVED = (
+    "the step promises less than the rounding of the risk: theta is at an optimum or the damping too large"
+)
 """Message of a step that is not taken because of `rounding`."""
 
 GRID = 2.0**-50
 """Absolute rounding of a risk: with a gradient it arrives as a multiple of 2^-52 of each rank."""
 
 
-def rounding(loss: float, dtype: np.dtype) -> float:
-    """Return the smallest change of this risk that a model in this precision resolves."""
-    return float(np.finfo(dtype).eps) * abs(loss) + GRID
+def rounding(loss: float, theta: Vector) -> float:
+    """Return the smallest change of this risk that a model in the precision of theta resolves."""
+    return float(np.finfo(theta.dtype).eps) * abs(loss) + GRID
 
 
 def reduction_ratio(loss_before: float, loss_after: float, model_value: float) -> float:

@@ -158,7 +158,7 @@ class HessianFree(Optimizer[HessianFreeState]):
 
         choice = backtrack(risk, solution.iterates if self.backtracking else solution.iterates[-1:])
         p, after = choice.iterate.x, choice.loss
-        predicted, least = model.predict(p, choice.iterate.value), rounding(before, theta.dtype)
+        predicted, least = model.predict(p, choice.iterate.value), rounding(before, theta)
         sound = solution.stop is not Stop.NOT_POSITIVE
         converged = sound and abs(predicted.change) <= least
         rho = reduction_ratio(before, after, predicted.change)

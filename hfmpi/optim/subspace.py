@@ -7,7 +7,8 @@ matrix). There is no rate to tune and no line search. Lambda follows the reducti
 pass where the next gradient is of the same batch, because that gradient comes with the risk after the step.
 If the risk rose, part of the step is taken back, up to the minimum of the parabola through both risks and
 the slope. Where no step was judged before, as at the start, lambda may not fit the scale of the problem yet:
-there a forward pass checks the risk first, and lambda is raised until the step lowers it. On other batches a forward pass computes the risk of every step.
+there a forward pass checks the risk first, and lambda is raised until the step lowers it. On other batches a
+forward pass computes the risk of every step.
 
 Directions from K-FAC and an exact quadratic model along them are also how K-FAC chooses its rate and
 momentum (Martens and Grosse 2015, section 7), there with two directions.
@@ -197,7 +198,7 @@ class Subspace(Optimizer[SubspaceState]):
         norm, rho, before = math.sqrt(square), None, state
         report = StepReport(plain, False, "", Counts(gradients=1), _details(norm, state.damping))
         last = Step(theta, state.descent, state.curvature)
-        judged = not candidates and last.promise > rounding(state.loss, theta.dtype)
+        judged = not candidates and last.promise > rounding(state.loss, theta)
         if judged:
             rho = (state.loss - loss) / last.promise
             report = replace(report, details=_details(norm, state.damping, rho))
@@ -220,7 +221,7 @@ class Subspace(Optimizer[SubspaceState]):
         state, count = replace(state, loss=loss), max(1, candidates)
         dampings = [state.damping * 4.0 ** (i - (count - 1) // 2) for i in range(count)]
         steps = [model.step(damping) for damping in dampings]
-        if all(0 <= step.promise <= rounding(loss, theta.dtype) for step in steps):
+        if all(0 <= step.promise <= rounding(loss, theta) for step in steps):
             return theta, before, replace(report, accepted=True, message=UNRESOLVED, converged=True)
         if candidates:
             return self._best(theta, state, objective, dampings, steps, report)
@@ -282,7 +283,7 @@ class Subspace(Optimizer[SubspaceState]):
             state = replace(state, damping=damping)
             report = replace(report, details={**report.details, "damping": damping})
             step = model.step(damping)
-            if 0 <= step.promise <= rounding(state.loss, theta.dtype):
+            if 0 <= step.promise <= rounding(state.loss, theta):
                 break
         return theta, state, replace(report, message="no damping lowers the risk")
 

@@ -113,11 +113,11 @@ def lowest(checkpoint: Checkpoint) -> Lowest | None:
     theta, about = checkpoint.state.get(LOWEST), checkpoint.meta.get(LOWEST)
     if theta is None and about is None:
         return None
-    sound = isinstance(theta, np.ndarray) and _form(theta) == _form(checkpoint.theta)
-    sound = sound and isinstance(about, dict) and type(about.get("returned")) is bool
-    if not sound or type(about.get("risk")) is not float or not math.isfinite(about["risk"]):
+    fits = isinstance(theta, np.ndarray) and _form(theta) == _form(checkpoint.theta)
+    risk, returned = (about.get("risk"), about.get("returned")) if isinstance(about, dict) else (None, None)
+    if not fits or not isinstance(risk, float) or not math.isfinite(risk) or not isinstance(returned, bool):
         raise UserError("invalid checkpoint: the parameters of its lowest risk do not fit")
-    return Lowest(theta, about["risk"], about["returned"])
+    return Lowest(theta, risk, returned)
 
 
 def settled(checkpoint: Checkpoint) -> Checkpoint:
@@ -130,7 +130,7 @@ def settled(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def evaluated_parameters(checkpoint: Checkpoint) -> np.ndarray:
-    """Return the parameters to evaluate: the mean of the iterates if there is one, or what the run returned."""
+    """Return the parameters to evaluate: the mean of the iterates, or those that the run returned."""
     average = checkpoint.state.get("average")
     return average if isinstance(average, np.ndarray) and average.size else settled(checkpoint).theta
 

@@ -84,10 +84,8 @@ class Run:
         if checkpoint is not None and self.repeated and preset.optimizer.seeks_lowest_risk:
             self.lowest = self._on_device(lowest(checkpoint))
         self.partial: Array = None  # the parameters to hand out when an error ended the run
-        self._safe, self._finite = (
-            self.theta,
-            True,
-        )  # the last that were saved; whether the last loss is finite
+        self._safe = self.theta  # the last parameters that were saved
+        self._finite = True  # whether the loss of the last step is finite
 
         self._resumed, self._saved = checkpoint is not None, Progress(-1)
         self.first_step, self._first_second = self.progress.step, self.progress.seconds
