@@ -61,7 +61,7 @@ class SOAP(Adaptive[SOAPState]):
     refresh : int
         Updates from one eigendecomposition to the next. The authors: 10.
     longest_side : int
-        Longer sides (rows or columns) are not rotated. The authors: 10,000, whose decomposition takes minutes.
+        Longer sides (rows or columns) are not rotated. The authors: 10,000, which takes minutes.
     decay, averaging, schedule, schedule_steps, schedule_end, warm_up
         See `Adaptive` and `Schedule`.
     """

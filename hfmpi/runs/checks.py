@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hfmpi.data.batches import Cases
 from hfmpi.errors import UserError
 from hfmpi.files.checkpoint import Entry
 from hfmpi.measure.machine import free_memory
@@ -17,7 +18,16 @@ from hfmpi.networks.architecture import Architecture
 from hfmpi.parallel.communicator import Communicator, digest
 from hfmpi.runs.record import Progress
 
-__all__ = ["Unsound", "enough_memory", "enough_text", "finite", "not_stuck", "same_start", "same_vectors"]
+__all__ = [
+    "Unsound",
+    "enough_memory",
+    "enough_text",
+    "finite",
+    "not_stuck",
+    "same_start",
+    "same_vectors",
+    "scored",
+]
 
 
 class Unsound(UserError):
@@ -62,6 +72,12 @@ def enough_text(
         wrong.append(f"--curvature-batch can be at most {most}, not {curvature:,}")
     if wrong:
         raise UserError("; ".join(wrong))
+
+
+def scored(cases: Cases) -> None:
+    """Check that at least one training output is scored."""
+    if not cases.scored(np.arange(cases.count)):
+        raise UserError("the training examples have no output that is scored: check the mask")
 
 
 def same_start(communicator: Communicator, compared: Mapping[str, Any]) -> None:

@@ -91,19 +91,16 @@ class Output:
         self.last_saved = meta["step"] if saved else self.last_saved
         return saved
 
-    def rescue(
-        self, content: Callable[[], tuple[np.ndarray, Mapping[str, Entry], Mapping[str, Any]]]
-    ) -> None:
-        """Write a last checkpoint as far as possible, before an error ends the run; not collective."""
+    def rescue(self, theta: np.ndarray, state: Mapping[str, Entry], meta: Mapping[str, Any]) -> None:
+        """Write a last checkpoint, if possible, before an error ends the run; not collective."""
         if self._writer is None:
             return
         try:
-            theta, state, meta = content()
             self._writer.checkpoint(theta, state, meta)
-        except Exception as error:  # the error that ends the run counts
-            self.reporter.note(f"the steps after the last checkpoint are not saved: {error}")
+        except UserError as error:
+            self.reporter.note(f"{error}; the steps after the last checkpoint are not saved")
         else:
-            self.reporter.note(f"the checkpoint of step {meta['step']:,} is written")
+            self.reporter.note(f"an error ends the run; the checkpoint of step {meta['step']:,} is written")
 
     @property
     def last_good(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -145,7 +146,9 @@ class Run:
         checks.same_start(comm, task.compared(backend.to_host(self.theta), self.step))
         self.risk.transport = choose(config.transport, comm, backend, config.slices > 0)
         if not self._resumed:
-            task.try_out(self.risk, self.theta)
+            checks.scored(task.train_set)
+            with contextlib.suppress(Unscored):  # a batch that is skipped
+                task.try_out(self.risk, self.theta)
         host, local_rank = self.placement.host, self.placement.local_rank
         place = Place(host, local_rank, backend.device, backend.device_id, self.risk.transport.name)
         places = comm.gather(place) or ()
@@ -197,7 +200,7 @@ class Run:
         if self._finite and finite and not isinstance(error, checks.Unsound):
             self._safe = evaluated(self.theta, self.state)
             if self.step > max(self.first_step, self._saved.step):
-                self.output.rescue(lambda: self._content(None))
+                self.output.rescue(*self._content(None, self._identity()))
         self.partial = self._safe if self.lowest is None else self.lowest.theta
 
     def _take_steps(self) -> str:
@@ -228,6 +231,8 @@ class Run:
                 self.save()
             elif config.check_every and self.step % config.check_every == 0:
                 self.check_ranks()
+            if self._finite and 0 < config.max_rejections <= self.progress.rejections:
+                self.save()
             checks.not_stuck(self.progress, config.max_rejections, report.message, output.last_good)
 
     def _one_step(self) -> StepReport:
@@ -245,8 +250,6 @@ class Run:
                     redrawn=cases is not task.train_set,
                 )
             except Unscored as error:
-                if self.repeated:
-                    raise
                 theta, state, report = self.theta, self.state, _empty(error)
             else:
                 theta, state, report = self.preset.optimizer.step(self.theta, self.state, objectives)
@@ -290,19 +293,28 @@ class Run:
         loss = valid.loss if valid else self.evaluate(self.theta, self.risk.local.micro_batch)
         checks.finite(self.communicator.agree(loss), self.step, self.output.last_good)
         with self.timer.span(FILES):
-            saved = self.output.checkpoint(*self._content(valid))
+            saved = self.output.checkpoint(*self._content(valid, self.task.meta(self.theta)))
         self.output.timing(self.timing.collect(self.step))
         self._saved = self.progress if saved else self._saved
         self._safe = evaluated(self.theta, self.state)
         return saved
 
-    def _content(self, valid: Validation | None) -> tuple[np.ndarray, dict[str, Any], dict[str, Any]]:
+    def _identity(self) -> dict[str, Any]:
+        """Return what a checkpoint stores about model and data, also if the model cannot be evaluated now."""
+        try:
+            return self.task.meta(self.theta)
+        except Exception:
+            return {**self.task.identity, "title": self.task.title}
+
+    def _content(
+        self, valid: Validation | None, identity: dict[str, Any]
+    ) -> tuple[np.ndarray, dict[str, Any], dict[str, Any]]:
         """Return theta, the state and the meta of a checkpoint."""
         entry, about = lowest_entries(self.lowest, self.backend)
         meta = {
             "hfmpi": __version__,
             "config": self.task.options,
-            **self.task.meta(self.theta),
+            **identity,
             **asdict(self.progress),
             self.task.keys.valid: valid.loss if valid else None,
             "ranks": self.communicator.size,
