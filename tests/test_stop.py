@@ -247,6 +247,7 @@ def test_one_rank_that_is_told_stops_all_at_the_same_place(name, mpi_ranks, comm
     communicator, data = MPICommunicator(comm), shared_corpus(comm, mpi_tmp_path)
     options = OPTIMIZERS[name] | {"max_steps": STEPS, "dtype": "float32"}
     whole, count = questions(mpi_tmp_path / "whole", data, communicator, **options)
+    count = min(comm.allgather(count))  # a rank with more of soap's blocks is asked more often
     for question in range(1, count + 1, 1 if count < 20 else 7):
         folder = mpi_tmp_path / f"stopped at {question}"
         told = question % comm.size == comm.rank
