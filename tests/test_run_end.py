@@ -14,6 +14,7 @@ from test_python_train import NEXT, SYMBOLS, VALID, Line, X, Y, mpirun, network
 from test_train import Clock
 
 import hfmpi
+from hfmpi.backends import create
 from hfmpi.errors import UserError
 from hfmpi.files import checkpoint
 from hfmpi.objective.data_parallel import DataParallel, Stopped
@@ -143,6 +144,20 @@ def test_on_changing_batches_a_converged_step_is_empty_and_the_run_goes_on(optim
     assert len(empty) > 10
     assert all(record["accepted"] and record["step_norm"] == 0 for record in empty)
     np.testing.assert_allclose(result.theta, [1, -2, 3, 0.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", [1, 3])
+def test_in_float32_the_subspace_step_hardly_depends_on_the_order_of_summation(seed):
+    """Slices are summed as ranks are; with a floor of 1e-9 these losses differed by 3 % and 0.3 %."""
+    runs, about = [], {"cell": "gru", "inputs": 4, "outputs": 4, "hidden": 12}
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 4, (60, 9))
+    y = (x + np.roll(x, 1, 1)) % 4
+    for slices in 1, 2, 4:
+        model = hfmpi.Network(**about, backend=create("numpy", "float32"))
+        options = {"optimizer": "subspace", "slices": slices, "seed": seed, "max_steps": 4, "quiet": True}
+        runs.append([record["loss"] for record in hfmpi.train(model, (x, y), **options).history])
+    np.testing.assert_allclose(runs[1:], [runs[0]] * 2, rtol=1e-4)
 
 
 # Errors ------------------------------------------------------------------------------------------
