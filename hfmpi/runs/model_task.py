@@ -145,7 +145,11 @@ class ModelTask(Task):
                 raise DifferentRun(f"is a run {words}")
         same, known = checkpoint.meta.get("cases") == self.identity["cases"], checkpoint.meta.get("tried")
         loss = self._loss(self.model.backend.to_device(checkpoint.theta))
-        if same and not (isinstance(known, float) and math.isclose(loss, known, rel_tol=CLOSE, abs_tol=1e-6)):
+        if (
+            same
+            and known is not None
+            and not (isinstance(known, float) and math.isclose(loss, known, rel_tol=CLOSE, abs_tol=1e-6))
+        ):
             raise DifferentRun(
                 f"is a run of another model: on the first cases its parameters have a loss of {loss:.6g} in "
                 f"this one, and had {known}"
@@ -171,6 +175,8 @@ class ModelTask(Task):
                 f"rank 0 and rank {', '.join(map(str, strays))} compute different losses for the same "
                 "parameters: seed the model identically on all ranks"
             )
+        if self.valid_set is not None:
+            self._try_valid(owner, self.valid_set, theta)
         batch = global_indices(config.seed, 0, config.gradient_batch, self.train_set.count)
         risk = owner.on(self.train_set, batch)
         local = together(comm, lambda: owner.local.losses([theta], risk.shard, EVALUATE))
@@ -178,8 +184,6 @@ class ModelTask(Task):
         owner.sum(message, owner.host)
         if not math.isfinite(message[0]):
             raise UserError(_not_finite(message[0]))
-        if self.valid_set is not None:
-            self._try_valid(owner, self.valid_set, theta)
 
     def _try_valid(self, owner: DataParallel, cases: Cases, theta: Array) -> None:
         """Raise a UserError on all ranks unless the validation loss and the metric can be computed."""
