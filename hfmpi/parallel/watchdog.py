@@ -305,7 +305,7 @@ def joining(rank: int, patience: float) -> Iterator[None]:
     timer.start()
     last = patience + 2 * _SILENCE + bool(rank)
     alarm = signal.getsignal(signal.SIGALRM) == signal.SIG_DFL  # a program that handles it keeps its timer
-    faulthandler.dump_traceback_later(last, exit=not alarm)
+    faulthandler.dump_traceback_later(last, exit=not alarm, file=2)
     before, _ = signal.setitimer(signal.ITIMER_REAL, last + _DRAIN) if alarm else (0.0, 0.0)
     try:
         yield
