@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from typing import Any
 
 __all__ = ["UserError", "shown"]
 
@@ -12,7 +13,14 @@ class UserError(Exception):
 
     The command line prints the message on one rank, without a traceback, and exits with code 2. Under MPI it
     is raised on all ranks (see `hfmpi.parallel.failure.together`), so that no rank waits for another one.
+
+    Attributes
+    ----------
+    result : hfmpi.Result or None
+        What a run of `hfmpi.train` had when this error ended it; None if it had not started.
     """
+
+    result: Any = None
 
 
 def shown(value: object) -> str:

@@ -426,7 +426,7 @@ def test_one_ranks_bad_numbers_stop_the_run_on_all(mpi_ranks, comm, mpi_tmp_path
 
         monkeypatch.setattr(NetworkLinearisation, method, spoiled)
         sentence = (
-            rf"^3 steps in a row were rejected up to step 5, .*{cause}.*; the last checkpoint, of step 4, is"
+            rf"^3 steps in a row were rejected up to step 5, .*{cause}.*; the last checkpoint, of step 5, is"
         )
         with pytest.raises(UserError, match=sentence):
             run.train()
@@ -437,12 +437,12 @@ def test_one_ranks_bad_numbers_stop_the_run_on_all(mpi_ranks, comm, mpi_tmp_path
             NetworkLinearisation.gauss_newton,
             Network.loss,
         ) == honest
-        assert checkpoint.latest(folder).meta["rejections"] == 2
+        assert checkpoint.latest(folder).meta["rejections"] == 3
         assert [record["accepted"] for record in history(folder)] == [True] * 2 + [False] * 3
         assert all(cause in record["message"] for record in history(folder)[2:])
         comm.Barrier()
         run, result = train(folder, data, communicator, **(options | {"max_steps": 6}))  # mended, it goes on
-        assert (run.first_step, result.step, run.progress.rejections) == (4, 6, 0)
+        assert (run.first_step, result.step, run.progress.rejections) == (5, 6, 0)
         assert history(folder)[-1]["accepted"]
     communicator.close()
 
@@ -458,7 +458,7 @@ def test_rejections_count_across_a_stop_and_may_be_unlimited(tmp_path, monkeypat
     monkeypatch.setattr(NetworkLinearisation, "squared_gradients", spoiled)
     train(tmp_path / "run", data, max_steps=3)
     with pytest.raises(
-        UserError, match=r"^20 steps in a row were rejected up to step 20, .*, of step 3, is good"
+        UserError, match=r"^20 steps in a row were rejected up to step 20, .*, of step 20, is good"
     ):
         train(tmp_path / "run", data)
     _, result = train(tmp_path / "run", data, max_steps=25, max_rejections=0)

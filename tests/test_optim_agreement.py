@@ -178,12 +178,17 @@ def test_ranks_under_mpi_agree_in_every_bit(optimizer, mpi_ranks, comm):
 def test_messages_of_a_step(optimizer, most):
     """One for the gradient, one for the step, one for the blocks where a method looks at them.
 
-    Hessian-free: one a loss and a CG iteration besides.
+    Hessian-free: one a loss and a CG iteration besides. A subspace step that is checked: one a loss, and one
+    a further lambda.
     """
     agreed = []
     _, _, reports = trajectory(optimizer, First(np.ndarray, agreed))
     back = sum("back" in report.message for report in reports)  # the risk is all that it looks at then
     expected = (len(reports) - back) * most + back
+    if isinstance(optimizer, Subspace) and not optimizer.candidates:
+        checked = [report.work.losses for report in reports if report.work.losses]
+        assert checked
+        expected += sum(2 * losses - 1 for losses in checked)
     if not most:
         refresh = optimizer.cg_refresh or 1000
         for report in reports:

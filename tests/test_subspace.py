@@ -107,7 +107,8 @@ def test_the_step_minimises_the_damped_model_in_the_space_of_its_directions():
                 rows.append(part / np.linalg.norm(part))
     v = np.array(rows)
     m = v @ bowl.curvature @ v.T
-    c = -np.linalg.solve(m + 0.3 * v @ v.T, v @ g)
+    system = m + 0.3 * v @ v.T
+    c = -np.linalg.solve(system + 1e-6 * np.diag(np.diag(system)), v @ g)
     np.testing.assert_allclose(theta, v.T @ c, rtol=1e-7)
     assert len(rows) == 9 + 1 + 1
     assert (report.work.directions, report.work.projections, report.work.linearisations) == (10, 1, 1)
@@ -129,12 +130,13 @@ def test_a_bowl_is_solved(dtype, directions, candidates):
 
 
 def test_a_step_whose_next_one_has_another_batch_measures_its_own_risk():
-    bowl, theta = Bowl(2), np.zeros(SIZE)
+    bowl = Bowl(2)
+    theta, state, _ = steps(Subspace(), bowl, 1)
     found = []
     for candidates, repeated in ((0, True), (0, False), (1, True), (3, False)):
         optimizer = Subspace(candidates=candidates)
         objectives = Objectives(bowl, bowl, repeated=repeated)
-        found.append(optimizer.step(theta, optimizer.init(theta, BLOCKS), objectives))
+        found.append(optimizer.step(theta, state, objectives))
     assert [report.work.losses for _, _, report in found] == [0, 1, 1, 1]
     assert [report.work.candidates for _, _, report in found] == [0, 0, 0, 2]
     np.testing.assert_array_equal(found[1][0], found[2][0])
@@ -158,11 +160,24 @@ def test_directions_that_are_parallel_do_not_blow_the_step_up(dtype):
     bowl = Bowl(3)
     bowl.curvature[:, :7] = bowl.curvature[:7] = 0
     slope = np.linspace(1, 2, SIZE)
-    bowl.gradient = lambda theta: Gradient(1.0, (slope + bowl.curvature @ theta).astype(dtype))
+    bowl.loss = lambda theta: 1.0 + slope @ theta + theta @ bowl.curvature @ theta / 2
+    bowl.gradient = lambda theta: Gradient(bowl.loss(theta), (slope + bowl.curvature @ theta).astype(dtype))
     optimizer, theta = Subspace("kfac+gradient+rms", kfac_ratio=1 + 1e-9, damping=0.5), np.zeros(SIZE, dtype)
     after, _, report = optimizer.step(theta, optimizer.init(theta, BLOCKS), Objectives(bowl, bowl))
     assert report.accepted
     assert np.linalg.norm(after) <= np.linalg.norm(slope) / 0.5
+
+
+def bold(optimizer, objective, count, dtype=np.float64):
+    """Take a cautious step, one of the optimizer's lambda that nothing checks, and some more; give all."""
+    cautious = replace(optimizer, damping=100.0)
+    theta = np.zeros(SIZE, dtype)
+    taken = [cautious.step(theta, cautious.init(theta, BLOCKS), Objectives(objective, objective))]
+    state = replace(taken[0][1], damping=optimizer.damping)
+    for _ in range(count):
+        taken.append(optimizer.step(taken[-1][0], state, Objectives(objective, objective)))
+        state = taken[-1][1]
+    return taken
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -170,24 +185,38 @@ def test_directions_that_are_parallel_do_not_blow_the_step_up(dtype):
 def test_where_the_risk_rises_it_goes_back_to_the_minimum_along_the_step(memory, decay):
     bowl = Bowl(2, hard=4.0)  # the curvature that it is told is a quarter of the true one
     optimizer = Subspace("gradient", memory=memory, damping=1e-3, weight_decay=decay)
-    first, _, _ = steps(optimizer, bowl, 1)
-    theta, state, reports = steps(optimizer, bowl, 2)
-    assert [report.accepted for report in reports] == [True, False]
+    taken = bold(optimizer, bowl, 60)
+    (start, _, _), (far, _, _), (theta, state, back) = taken[:3]
+    step = far - start
+    assert [report.accepted for _, _, report in taken[:3]] == [True, True, False]
+    assert [report.work.losses for _, _, report in taken[:3]] == [1, 0, 0]
 
     def risk(part):
-        return bowl.loss(part * first) + decay / 2 * part**2 * (first @ first)
+        at = start + part * step
+        return bowl.loss(at) + decay / 2 * (at @ at)
 
     slope = (risk(1e-6) - risk(-1e-6)) / 2e-6
     part = -slope / (2 * (risk(1) - risk(0) - slope))
     assert 0.1 < part < 0.5
-    np.testing.assert_allclose(theta, part * first, rtol=1e-6)
+    np.testing.assert_allclose(theta, start + part * step, rtol=1e-6)
     assert all(risk(part) < risk(other) for other in (part - 0.02, part + 0.02))
-    assert reports[1].message == f"the risk rose: back to {part:.2g} of the last step"
-    assert reports[1].loss == pytest.approx(bowl.loss(first))  # without the decay
-    assert state.damping == 4e-3
-    np.testing.assert_allclose(state.steps[:SIZE], theta)
-    _, _, reports = steps(optimizer, bowl, 60)
-    assert reports[-1].loss < (0.1 if decay == 0 else 0.5) * reports[0].loss
+    assert back.message == f"the risk rose: back to {part:.2g} of the last step"
+    assert back.loss == pytest.approx(bowl.loss(far))  # without the decay
+    assert state.damping == 4 * taken[1][1].damping
+    np.testing.assert_allclose(state.steps[:SIZE], part * step)
+    assert taken[-1][2].loss < (0.1 if decay == 0 else 0.5) * taken[0][2].loss
+
+
+@given(seed=st.integers(0, 2**31), hard=st.floats(0.1, 1e4), decay=st.sampled_from([0.0, 0.1]))
+@settings(deadline=None, max_examples=30)
+def test_a_step_without_one_before_it_lowers_the_risk_at_any_scale(seed, hard, decay):
+    bowl, optimizer = Bowl(seed, hard), Subspace("gradient", weight_decay=decay)
+    theta, state, (report,) = steps(optimizer, bowl, 1)
+    assert report.accepted
+    assert bowl.loss(theta) + decay / 2 * (theta @ theta) < bowl.loss(np.zeros(SIZE))
+    raised = round(np.log(state.damping / optimizer.damping) / np.log(4))
+    assert (report.work.losses, report.details["damping"]) == (1 + raised, state.damping)
+    assert raised > 0 or hard < 2.5
 
 
 class Cliff(Bowl):
@@ -198,15 +227,41 @@ class Cliff(Bowl):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_at_a_cliff_a_step_is_taken_anew_when_nothing_is_left_of_the_last(dtype):
-    cliff = Cliff()
+@pytest.mark.parametrize("damping", [0.0, 1e-3])
+def test_from_the_edge_of_a_cliff_no_step_is_taken(dtype, damping):
+    optimizer = Subspace("gradient", damping=damping, damping_minimum=damping / 10)
+    theta, state, reports = steps(optimizer, Cliff(), 3, dtype)
+    assert not theta.any()
+    assert [report.accepted for report in reports[:1]] == [False]
+    assert reports[0].message == "no damping lowers the risk"
+    assert 0 < reports[0].work.losses <= 30
+    assert damping == 0 or state.damping > 1e3 * damping
+
+
+class Step(Bowl):
+    """A risk that is 100 higher away from a point."""
+
+    point = None
+
+    def loss(self, theta):
+        off = self.point is not None and bool(np.any(theta != self.point))
+        return super().loss(theta) + 100.0 * off
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_beyond_a_cliff_a_step_is_solved_again_when_nothing_is_left_of_the_last(dtype):
+    """Going back for ever would not end."""
+    bowl = Step()
     optimizer = Subspace("gradient", damping=1e-3)
-    _, _, reports = steps(optimizer, cliff, 30, dtype)
-    taken = [i for i, report in enumerate(reports) if report.accepted]
-    assert taken[0] == 0
-    assert len(taken) > 1  # else it would go back for ever
-    assert taken[1] <= 20
-    assert reports[taken[1]].details["damping"] > 1e3 * 1e-3  # lambda has risen meanwhile
+    theta, state, _ = steps(optimizer, bowl, 1, dtype)
+    bowl.point, reports = theta, []
+    for _ in range(30):
+        theta, state, report = optimizer.step(theta, state, Objectives(bowl, bowl))
+        reports.append(report)
+    back = [i for i, report in enumerate(reports) if report.message.startswith("the risk rose")]
+    assert back == [*range(1, len(back) + 1)]
+    assert 5 < len(back) < 20
+    assert any(report.accepted and not report.converged for report in reports[len(back) + 1 :])
 
 
 def test_weight_decay_is_part_of_the_model():
@@ -253,8 +308,28 @@ def test_at_an_optimum_nothing_moves():
     after, _, report = optimizer.step(
         bowl.centre, optimizer.init(bowl.centre, BLOCKS), Objectives(bowl, bowl)
     )
-    assert (report.accepted, report.message) == (True, "the gradient is zero")
+    assert (report.accepted, report.message, report.converged) == (True, "the gradient is zero", True)
     np.testing.assert_array_equal(after, bowl.centre)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("candidates", [0, 1, 3])
+@pytest.mark.parametrize("repeated", [True, False])
+def test_a_step_that_promises_less_than_rounding_is_not_taken(dtype, candidates, repeated):
+    bowl, optimizer = Bowl(1), Subspace(candidates=candidates)
+    objectives = Objectives(bowl, bowl, repeated=repeated)
+    theta = np.zeros(SIZE, dtype)
+    state, reports = optimizer.init(theta, BLOCKS), []
+    while not (reports and reports[-1].converged):
+        before = theta, state
+        theta, state, report = optimizer.step(theta, state, objectives)
+        reports.append(report)
+        assert len(reports) < 200
+    assert (report.accepted, report.work.losses) == (True, 0)
+    assert report.message.startswith("the step promises less than the rounding of the risk: theta is at ")
+    assert theta is before[0]
+    assert state is before[1]
+    assert bowl.loss(theta) < 1e-5 * reports[0].loss
 
 
 def test_what_is_missing_is_one_sentence():

@@ -108,20 +108,20 @@ class LossLinearisation:
     def project(self, v: Array, scale: float, out: np.ndarray) -> None:
         """Add scale * V J' H J V' of V (C, D) to out (C, C), float64 on the host; one pass J V.
 
-        Outputs are processed in blocks of rows, which stay in the cache.
+        Outputs are processed in blocks of rows, which stay in the cache. They are multiplied in float64:
+        along directions that are nearly parallel little is left of the sums but their rounding.
         """
         outputs, directions, count = self.passes.jvp(v), len(v), len(self.cache)
-        product = self.backend.workspace("projection", (directions, directions))
         rows = max(1, self.block_rows // directions)
         for start in range(0, count, rows):
             block = slice(start, min(start + rows, count))
             u = outputs[block.start * directions : block.stop * directions]
-            before, after = self.backend.workspace("projected", (2, directions, u.size // directions))
+            shape = (2, directions, u.size // directions)
+            before, after = self.backend.workspace("projected", shape, np.float64)
             _by_direction(u, before)
             self.hessian(u, block, scale)
             _by_direction(u, after)
-            self.backend.matmul(before, after.T, product)
-            out += self.backend.to_host(product)
+            out += self.backend.to_host(self.backend.xp.matmul(before, after.T))
 
     def hessian(self, u: Array, rows: slice, scale: float) -> None:
         """Overwrite u (N * C, O) with scale * H u, for the N outputs `rows`."""

@@ -4,8 +4,8 @@ Every rank holds theta and a shard of the global batch, over which it sums (hfmp
 Allreduce per loss, gradient or product makes the sums global. Sums are divided by the number of scored
 outputs in the global batch, never averaged from averages, so shards may be uneven or empty.
 
-Each of these messages has one more number: how many ranks want to stop. So the ranks agree to leave a long
-step without a separate message, and leave it at the same point.
+Each of these messages has one more number: how many ranks want to stop, and how many have failed. So the
+ranks agree to leave a long step without a separate message, and leave it at the same point.
 """
 
 from __future__ import annotations
@@ -29,8 +29,12 @@ from hfmpi.optim.base import Gradient, Objective, Objectives, Operator, Scalars
 from hfmpi.optim.checks import check_vector
 from hfmpi.optim.layout import Block
 from hfmpi.parallel.communicator import Communicator
+from hfmpi.parallel.failure import together
 
-__all__ = ["DataParallel", "Risk", "Stopped", "step_objectives"]
+__all__ = ["DataParallel", "Risk", "Stopped", "Unscored", "step_objectives"]
+
+FAILED = 2.0**12
+"""What a rank that failed adds to the last number of a message; a float32 counts 2^12 of them exactly."""
 
 
 class Stopped(Exception):
@@ -38,6 +42,10 @@ class Stopped(Exception):
 
     Optimizers do not catch it. They change neither theta nor their state, so the step can be repeated later.
     """
+
+
+class Unscored(UserError):
+    """Nothing in a global batch is scored; raised on all ranks alike."""
 
 
 class DataParallel:
@@ -64,8 +72,11 @@ class DataParallel:
         add their sums in one fixed binary tree: the result is then the same bit for bit for any number of
         ranks, on processors of one kind. 0: one slice per rank, summed in the order that MPI chooses.
     stop : callable, optional
-        Returns whether this rank wants to stop; called once per loss, gradient and product. Without it,
-        never.
+        Returns whether this rank wants to stop; called once per loss, gradient and product, and before each
+        work on a matrix. Without it, never.
+    overdue : callable, optional
+        Returns whether time is up for this rank; called before each work on a matrix, which may take minutes.
+        Without it, never.
 
     Raises
     ------
@@ -83,6 +94,7 @@ class DataParallel:
         transport: Transport | None = None,
         slices: int = 0,
         stop: Callable[[], bool] = lambda: False,
+        overdue: Callable[[], bool] = lambda: False,
     ) -> None:
         for name, value, right, words in (
             ("model", model, isinstance(model, Model), "a model such as hfmpi.Network"),
@@ -93,6 +105,7 @@ class DataParallel:
             ("transport", transport, transport is None or isinstance(transport, Transport), "a Transport"),
             ("slices", slices, _whole(slices), "0, 1, 2, ..."),
             ("stop", stop, callable(stop), "a function"),
+            ("overdue", overdue, callable(overdue), "a function"),
         ):
             if not right or isinstance(value, type):
                 raise UserError(f"{name} must be {words}, not {shown(value)}")
@@ -108,7 +121,7 @@ class DataParallel:
         self.transport = transport or HostTransport(communicator, model.backend, slices > 0)
         self.host = HostTransport(communicator, Backend(), slices > 0)  # of messages that are on the host
         self.slices = slices
-        self.stop = stop
+        self.stop, self.overdue = stop, overdue
 
     def on(self, cases: Cases, indices: np.ndarray, span: str = LINE_SEARCH) -> Risk:
         """Return the risk on the examples `indices` (B,), the same on every rank.
@@ -133,13 +146,58 @@ class DataParallel:
         slices = range(count * rank // ranks, count * (rank + 1) // ranks)
         return Shard(cases, [shard(indices, i, count) for i in slices])
 
-    def sum(self, message: Array, transport: Transport) -> None:
-        """Sum over all ranks; the last number counts the ranks that want to stop."""
-        message[-1] = float(self.stop())
+    def total(
+        self, work: Callable[[], Array], size: int, dtype: np.dtype | type, host: bool = False
+    ) -> Array:
+        """Sum over all ranks the message (size,) that `work`, which does not communicate, returns on each.
+
+        Its last number is overwritten. The message is on the device, or with `host` in NumPy.
+
+        Raises
+        ------
+        Stopped
+            On all ranks, if one of them wants to stop, or if its work was stopped.
+        Exception
+            On all ranks, if the work of one fails: its exception there, and a UserError elsewhere.
+        """
+        transport, xp = (self.host, np) if host else (self.transport, self.model.backend.xp)
+        failure: Exception | None = None
+        try:
+            message = work()
+        except Exception as error:
+            failure, message = error, xp.zeros(size, dtype)
+        self.sum(message, transport, failure)
+        return message
+
+    def sum(self, message: Array, transport: Transport, failure: Exception | None = None) -> None:
+        """Sum over all ranks; the last number counts the ranks that want to stop or failed; see `total`."""
+        if failure is None:
+            message[-1] = float(self.stop())
+        else:
+            message[-1] = 1.0 if isinstance(failure, Stopped) else FAILED
         with self.timer.span(ALLREDUCE):
             transport.sum(message)
-        if float(message[-1]) > 0:
+        ended = float(message[-1])
+        if ended >= FAILED:
+            self._fail(failure)
+        if ended > 0:
             raise Stopped
+
+    def _fail(self, failure: Exception | None) -> None:
+        """Raise the failure of this rank, or the sentence of the lowest rank that failed; collective."""
+
+        def say() -> None:
+            if isinstance(failure, UserError):
+                raise failure
+            if failure is not None and not isinstance(failure, Stopped):
+                kind = type(failure).__name__
+                raise UserError(f"rank {self.communicator.rank} failed with {kind}: {failure}")
+
+        try:
+            together(self.communicator, say)
+        except UserError as sentence:
+            error = sentence
+        raise failure if failure is not None and not isinstance(failure, Stopped) else error
 
 
 def _whole(value: object) -> bool:
@@ -198,7 +256,7 @@ class Risk(Objective):
 
     Raises
     ------
-    UserError
+    Unscored
         If nothing in the batch is scored.
     """
 
@@ -208,7 +266,7 @@ class Risk(Objective):
         self.size = len(indices)
         self.scored = cases.scored(indices)
         if self.scored < 1:
-            raise UserError("a batch has no output that is scored: check the mask")
+            raise Unscored("a batch has no output that is scored: check the mask")
         self.cases = cases
         self.shard = owner.shard(cases, indices)
         self._rest: Shard = self.shard
@@ -229,12 +287,21 @@ class Risk(Objective):
     def spread(self, works: Sequence[Callable[[], Array]], sizes: Sequence[int]) -> list[Array]:
         """Do each work on one rank, and send the results to all in one message."""
         owner, backend, ends = self.owner, self.owner.model.backend, np.cumsum(sizes)
-        message = backend.xp.zeros(int(sum(sizes)) + 1, backend.dtype)
-        parts = [message[end - size : end] for end, size in zip(ends, sizes, strict=True)]
-        for i in shares(sizes, owner.communicator.size)[owner.communicator.rank]:
-            parts[i] += works[i]()  # added to zero, as on all other ranks: no -0.0 on one rank alone
-        owner.sum(message, owner.transport)
-        return parts
+        size = int(sum(sizes)) + 1
+
+        def parts(message: Array) -> list[Array]:
+            return [message[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+        def local() -> Array:
+            message = backend.xp.zeros(size, backend.dtype)
+            each = parts(message)
+            for i in shares(sizes, owner.communicator.size)[owner.communicator.rank]:
+                if owner.stop() or owner.overdue():
+                    raise Stopped
+                each[i] += works[i]()  # added to zero, as on all other ranks: no -0.0 on one rank alone
+            return message
+
+        return parts(owner.total(local, size, backend.dtype))
 
     def agree(self, values: Scalars) -> Scalars:
         """Return rank 0's values of scalars that every rank computed."""
@@ -248,8 +315,11 @@ class Risk(Objective):
         """Return the mean losses of several candidates, in one message."""
         for theta in thetas:
             self._check("theta", theta)
-        message = np.append(self.owner.local.losses(thetas, self.shard, self.span), 0.0)
-        self.owner.sum(message, self.owner.host)
+
+        def local() -> np.ndarray:
+            return np.append(self.owner.local.losses(thetas, self.shard, self.span), 0.0)
+
+        message = self.owner.total(local, len(thetas) + 1, np.float64, host=True)
         return [float(loss) / self.scored for loss in message[:-1]]
 
     def gradient(self, theta: Array) -> Gradient:
@@ -280,12 +350,16 @@ class Risk(Objective):
         """Return loss and gradient, and the sums asked for, as views of one message."""
         self._check("theta", theta)
         owner, part = self.owner, self._part
-        message, version = owner.local.gradient(
-            theta, self._rest, self.scored, extra, None if part is None else part.shard
-        )
-        if part is not None:
-            part._version = version
-        owner.sum(message, owner.transport)
+
+        def local() -> Array:
+            message, version = owner.local.gradient(
+                theta, self._rest, self.scored, extra, None if part is None else part.shard
+            )
+            if part is not None:
+                part._version = version
+            return message
+
+        message = owner.total(local, owner.local.gradient_layout(theta, extra).size, theta.dtype)
         layout = gradient_message(theta.size)
         out = gradient_message(theta.size, message.size - layout.size).views(message)
         loss = unpack(owner.model.backend.to_host(out["loss"]))
@@ -310,9 +384,7 @@ class Risk(Objective):
 
         def product(v: Array) -> Array:
             self._check("v", v)
-            message = local(v)
-            owner.sum(message, owner.transport)
-            return message[:-1]
+            return owner.total(lambda: local(v), v.size + 1, v.dtype)[:-1]
 
         return product
 
@@ -324,8 +396,7 @@ class Risk(Objective):
 
         def projection(v: Array) -> np.ndarray:
             self._check("v", v, several=True)
-            message = local(v)
-            owner.sum(message, owner.host)
+            message = owner.total(lambda: local(v), len(v) ** 2 + 1, np.float64, host=True)
             projected = message[:-1].reshape(len(v), len(v))
             symmetric: np.ndarray = (projected + projected.T) / 2
             return symmetric

@@ -21,6 +21,7 @@ from hfmpi.measure.timer import Timer
 from hfmpi.models.base import KroneckerFactors, Linearisation, Model, Projection, StructuralDamping
 from hfmpi.objective.messages import gradient_message, pack
 from hfmpi.optim.base import inner_product
+from hfmpi.optim.layout import Layout
 
 __all__ = ["Extra", "LocalSums", "Shard", "pairwise"]
 
@@ -114,6 +115,13 @@ class LocalSums:
 
         return self._shrinking(shard.count, lambda: pairwise([share(part) for part in shard.slices]))
 
+    def gradient_layout(self, theta: Array, extra: Extra) -> Layout[str]:
+        """Return the layout of the message of `gradient`."""
+        sizes = {"": 0, "squares": theta.size}
+        if extra == "factors":
+            sizes["factors"] = cast(KroneckerFactors, self.model).factor_sums.size
+        return gradient_message(theta.size, sizes[extra])
+
     def gradient(
         self, theta: Array, shard: Shard, scored: int, extra: Extra = "", part: Shard | None = None
     ) -> tuple[Array, int]:
@@ -122,11 +130,7 @@ class LocalSums:
         The linearisations of the model must have these. `part` has further examples, whose linearisations
         stay in memory for products at this theta, as the version that is returned (without `part`: 0).
         """
-        backend, model = self.model.backend, self.model
-        sizes = {"": 0, "squares": theta.size}
-        if extra == "factors":
-            sizes["factors"] = cast(KroneckerFactors, model).factor_sums.size
-        layout = gradient_message(theta.size, sizes[extra])
+        backend, model, layout = self.model.backend, self.model, self.gradient_layout(theta, extra)
 
         def add(at: Any, out: dict[str, Array]) -> float:
             with self.timer.span(GRADIENT):

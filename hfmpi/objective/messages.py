@@ -1,6 +1,6 @@
 """The messages of an objective: one vector per loss, gradient or product.
 
-The last number of each message counts the ranks that want to stop.
+The last number of each message counts the ranks that want to stop or have failed (`DataParallel.total`).
 
 ==================  ====================================================================================
 gradient            g (D,), squares (D,) or sums for factors if asked for, the loss in four parts, stop

@@ -195,6 +195,9 @@ class StepReport:
         What was executed in the step.
     details : dict
         Method-specific scalars for the history (damping, rho, ...).
+    converged : bool
+        The method cannot lower this risk any further: it promises less than the rounding of the risk. Theta
+        and the state did not change, so that a run whose every step has this risk is at its end.
     """
 
     loss: float
@@ -202,6 +205,7 @@ class StepReport:
     message: str
     work: Counts
     details: dict[str, float | int | str | None] = field(default_factory=dict)
+    converged: bool = False
 
 
 class Needs(NamedTuple):
@@ -254,6 +258,11 @@ class Optimizer(Protocol[StateT]):
     def needs(self) -> Needs:
         """What these settings need of the model."""
         return Needs()
+
+    @property
+    def seeks_lowest_risk(self) -> bool:
+        """Whether a lower risk is always better: not with weight decay or a mean of the iterates."""
+        return True
 
     def messages(self, parameters: int, state: Mapping[str, int]) -> Messages:
         """Return what the ranks exchange, from D and the length of each vector of the state."""

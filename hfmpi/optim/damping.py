@@ -1,11 +1,31 @@
-"""The reduction ratio and the Levenberg-Marquardt rule for lambda (Martens 2010, section 4.1)."""
+"""What a step promised and what it brought: the reduction ratio, the rule for lambda, the rounding of a risk.
+
+Ratio and rule are those of Levenberg and Marquardt (Martens 2010, section 4.1).
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-__all__ = ["LevenbergMarquardt", "reduction_ratio"]
+import numpy as np
+
+from hfmpi.optim.layout import Vector
+
+__all__ = ["UNRESOLVED", "LevenbergMarquardt", "reduction_ratio", "rounding"]
+
+UNRESOLVED = (
+    "the step promises less than the rounding of the risk: theta is at an optimum or the damping too large"
+)
+"""Message of a step that is not taken because of `rounding`."""
+
+GRID = 2.0**-50
+"""Absolute rounding of a risk: with a gradient it arrives as a multiple of 2^-52 of each rank."""
+
+
+def rounding(loss: float, theta: Vector) -> float:
+    """Return the smallest change of this risk that a model in the precision of theta resolves."""
+    return float(np.finfo(theta.dtype).eps) * abs(loss) + GRID
 
 
 def reduction_ratio(loss_before: float, loss_after: float, model_value: float) -> float:

@@ -126,6 +126,11 @@ class Adaptive(Schedule, Optimizer[AdaptiveT]):
     def __post_init__(self) -> None:
         check(self)
 
+    @property
+    def seeks_lowest_risk(self) -> bool:
+        """Whether a lower risk is always better: not with weight decay or a mean of the iterates."""
+        return not (self.decay or self.averaging)
+
     @abstractmethod
     def direction(
         self, g: Vector, norm: float, state: AdaptiveT, objective: Objective, factor: float

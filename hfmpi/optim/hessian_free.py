@@ -16,7 +16,7 @@ from hfmpi.measure.cost import Counts
 from hfmpi.optim.base import Messages, Needs, Objectives, Optimizer, StepReport, inner_product
 from hfmpi.optim.cg import CGResult, ConjugateGradients, Stop
 from hfmpi.optim.checks import check_state, check_vector, checked
-from hfmpi.optim.damping import LevenbergMarquardt, reduction_ratio
+from hfmpi.optim.damping import UNRESOLVED, LevenbergMarquardt, reduction_ratio, rounding
 from hfmpi.optim.layout import Block, Vector
 from hfmpi.optim.line_search import Armijo, Choice, LineSearch, backtrack
 from hfmpi.optim.preconditioner import diagonal
@@ -140,7 +140,8 @@ class HessianFree(Optimizer[HessianFreeState]):
             return self._rejected(theta, state, f"the {what} is not finite", nothing)
         if norm == 0:
             nothing = report(Stop.SOLVED, Counts(gradients=1))
-            return theta, state, replace(nothing, message="the gradient is zero: nothing to do")
+            message = "the gradient is zero: nothing to do"
+            return theta, state, replace(nothing, message=message, converged=True)
 
         model = QuadraticModel(objectives, theta, at.vector, state.damping, self.structural_damping)
         exponent = self.preconditioner_exponent
@@ -157,10 +158,12 @@ class HessianFree(Optimizer[HessianFreeState]):
 
         choice = backtrack(risk, solution.iterates if self.backtracking else solution.iterates[-1:])
         p, after = choice.iterate.x, choice.loss
-        predicted = model.predict(p, choice.iterate.value)
+        predicted, least = model.predict(p, choice.iterate.value), rounding(before, theta)
+        sound = solution.stop is not Stop.NOT_POSITIVE
+        converged = sound and abs(predicted.change) <= least
         rho = reduction_ratio(before, after, predicted.change)
         search = LineSearch(1.0 if after < before else 0.0, after, 0)
-        if self.line_search:
+        if self.line_search and not converged:
             search = self.armijo.search(risk, p, before, after, predicted.slope)
         scale = search.rate * self.step_scale * self.step_scale_decay**epoch
 
@@ -174,13 +177,15 @@ class HessianFree(Optimizer[HessianFreeState]):
             line_search_rate=search.rate,
             step_norm=scale * math.sqrt(predicted.square),
         )
+        if sound and not search.loss < before:  # then Armijo's test holds only by rounding
+            converged = converged or search.rate > 0 or abs(after - before) <= least
+        if converged:
+            nothing = replace(taken, details=taken.details | {"line_search_rate": 0.0, "step_norm": 0.0})
+            return theta, state, replace(nothing, message=UNRESOLVED + self._at(state), converged=True)
         if not (search.rate > 0 and math.isfinite(search.loss)):
             return self._rejected(theta, state, _why(solution, choice, predicted.slope), taken)
         later = HessianFreeState(self.rule.update(state.damping, rho), solution.iterates[-1].x)
-        if not search.loss < before:
-            why = "the step does not change the risk: theta is at an optimum, or the damping is too large"
-            taken = replace(taken, message=f"{why}{self._at(later)}")
-        elif later.damping > state.damping:
+        if later.damping > state.damping:
             taken = replace(taken, message=self._at(later).removeprefix("; "))
         return theta + p.dtype.type(scale) * p, later, taken
 

@@ -3,7 +3,7 @@
     V     the vectors, k x D, rows of length one           g   the gradient, D
     M     V G V', k x k
 
-The step of a lambda is V' c with c = -(S + 1e-9 diag S)^-1 V g and S = M + lambda V V'.
+The step of a lambda is V' c with c = -(S + 1e-6 diag S)^-1 V g and S = M + lambda V V'.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from hfmpi.optim.layout import Block, Vector
 
 __all__ = ["Basis", "Part", "ReducedModel", "Step", "normalised", "parts_of"]
 
-RELATIVE = 1e-9
-"""Part of the system's diagonal that is added to it: vectors may be equal or parallel up to rounding."""
+RELATIVE = 1e-6
+"""Part of the system's diagonal that is added to it: vectors may be equal or parallel up to rounding.
+
+Below the rounding of vectors in float32 the step would depend on the order of summation.
+"""
 
 
 class Part(NamedTuple):
@@ -73,13 +76,13 @@ class Basis:
     parts: list[tuple[Part, list[int]]]
 
     def inner_products(self, g: Vector) -> tuple[Matrix, Matrix]:
-        """Compute V V' (k, k), and V g (k,) accumulated in float64."""
+        """Compute V V' (k, k) and V g (k,), in float64."""
         count = len(self.v)
         gram, slopes = np.zeros((count, count)), np.zeros(count)
         for part, rows in self.parts:
-            stack = part.stacked([self.v[row] for row in rows])
+            stack = part.stacked([self.v[row] for row in rows]).astype(np.float64)
             gram[np.ix_(rows, rows)] = np.matmul(stack, stack.T).tolist()
-            slopes[rows] = np.einsum("ij,j->i", stack, part.of(g).reshape(-1), dtype=np.float64).tolist()
+            slopes[rows] = np.matmul(stack, part.of(g).reshape(-1).astype(np.float64)).tolist()
         return gram, slopes
 
     def combined(self, weights: Sequence[float]) -> Vector:
@@ -121,6 +124,11 @@ class Step(NamedTuple):
     descent: float
     curvature: float
 
+    @property
+    def promise(self) -> float:
+        """The decrease that the model predicts."""
+        return self.descent - self.curvature / 2
+
 
 @dataclass(frozen=True)
 class ReducedModel:
@@ -140,7 +148,7 @@ class ReducedModel:
         try:
             values, vectors = np.linalg.eigh(scale[:, None] * system * scale)
         except np.linalg.LinAlgError:  # numbers that are not finite
-            return Step(self.basis.v[0] * np.nan, 0.0, 0.0)
+            return Step(self.basis.v[0] * np.nan, math.nan, math.nan)
         along = vectors.T @ (scale * self.slopes) / (np.maximum(values, 0) + RELATIVE)
         c = -scale * (vectors @ along)
         bounds = -float(self.slopes @ c), max(float(c @ self.m @ c), 0.0)

@@ -21,7 +21,7 @@ import numpy as np
 from hfmpi.optim.base import Messages, Needs, Objective
 from hfmpi.optim.checks import check_blocks, check_vector
 from hfmpi.optim.first_order import Adaptive, AdaptiveState
-from hfmpi.optim.layout import Block, BlockLayout, Shape, Vector
+from hfmpi.optim.layout import LONGEST_SIDE, Block, BlockLayout, Shape, Vector
 from hfmpi.optim.matrices import Arrays, rotated, share_out
 from hfmpi.settings import POSITIVE, at_least, within
 
@@ -61,7 +61,7 @@ class SOAP(Adaptive[SOAPState]):
     refresh : int
         Updates from one eigendecomposition to the next. The authors: 10.
     longest_side : int
-        Longer sides (rows or columns) are not rotated. The authors: 10,000.
+        Longer sides (rows or columns) are not rotated. The authors: 10,000, which takes minutes.
     decay, averaging, schedule, schedule_steps, schedule_end, warm_up
         See `Adaptive` and `Schedule`.
     """
@@ -74,7 +74,7 @@ class SOAP(Adaptive[SOAPState]):
     epsilon: Annotated[float, POSITIVE] = 1e-8
     factor_decay: Annotated[float, within("[0, 1)")] = 0.95
     refresh: Annotated[int, at_least(1)] = 10
-    longest_side: Annotated[int, at_least(1)] = 10_000
+    longest_side: Annotated[int, at_least(1)] = LONGEST_SIDE
 
     def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> SOAPState:
         """Return the state before the first update.

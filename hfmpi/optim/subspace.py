@@ -6,7 +6,9 @@ gradient, the gradient over its root mean square, and the last steps, each cut i
 matrix). There is no rate to tune and no line search. Lambda follows the reduction ratio, which needs no
 pass where the next gradient is of the same batch, because that gradient comes with the risk after the step.
 If the risk rose, part of the step is taken back, up to the minimum of the parabola through both risks and
-the slope. On other batches a forward pass computes the risk.
+the slope. Where no step was judged before, as at the start, lambda may not fit the scale of the problem yet:
+there a forward pass checks the risk first, and lambda is raised until the step lowers it. On other batches a
+forward pass computes the risk of every step.
 
 Directions from K-FAC and an exact quadratic model along them are also how K-FAC chooses its rate and
 momentum (Martens and Grosse 2015, section 7), there with two directions.
@@ -33,6 +35,7 @@ from hfmpi.optim.base import (
     inner_product,
 )
 from hfmpi.optim.checks import check_blocks, check_state, check_vector, checked
+from hfmpi.optim.damping import UNRESOLVED, rounding
 from hfmpi.optim.kfac import decomposition_layout, preconditioned_gradients
 from hfmpi.optim.layout import Block, Vector, kronecker_layout
 from hfmpi.optim.reduced_model import ReducedModel, Step, normalised, parts_of
@@ -44,6 +47,9 @@ KINDS = "kfac", "gradient", "rms"
 
 LEAST, MOST = 0.1, 0.5
 """Bounds of the part of a step that remains after the risk rose: bounds of the parabola's minimum."""
+
+MOST_RAISED = 30
+"""How often a step raises lambda, by 4 each time, before it gives up."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +162,11 @@ class Subspace(Optimizer[SubspaceState]):
         """What these settings need of the model."""
         return Needs(blocks=True, kronecker_factors=self._uses("kfac"))
 
+    @property
+    def seeks_lowest_risk(self) -> bool:
+        """Whether a lower risk is always better: not with weight decay."""
+        return not self.weight_decay
+
     def messages(self, parameters: int, state: Mapping[str, int]) -> Messages:
         """Return what the ranks exchange: the sums of the factors, and the results of K-FAC."""
         factors = state.get("factors", 0)
@@ -184,12 +195,12 @@ class Subspace(Optimizer[SubspaceState]):
         if self.weight_decay:
             g = g + kind(self.weight_decay) * theta
         plain, loss, square = objective.agree((plain, plain + self._penalty(theta), inner_product(g, g)))
-        norm, rho = math.sqrt(square), None
+        norm, rho, before = math.sqrt(square), None, state
         report = StepReport(plain, False, "", Counts(gradients=1), _details(norm, state.damping))
-        promised = state.descent - state.curvature / 2
-        least = float(np.finfo(theta.dtype).eps) * abs(state.loss)  # a smaller promise cannot be judged
-        if not candidates and promised > least:
-            rho = (state.loss - loss) / promised
+        last = Step(theta, state.descent, state.curvature)
+        judged = not candidates and last.promise > rounding(state.loss, theta)
+        if judged:
+            rho = (state.loss - loss) / last.promise
             report = replace(report, details=_details(norm, state.damping, rho))
             if not rho > 0:
                 return self._back(theta, state, loss, report)
@@ -197,37 +208,44 @@ class Subspace(Optimizer[SubspaceState]):
         if not math.isfinite(loss) or not math.isfinite(norm):
             return theta, state, replace(report, message="the risk or its gradient is not finite")
         if norm == 0:
-            return theta, state, replace(report, accepted=True, message="the gradient is zero")
-        before = state
+            return (
+                theta,
+                state,
+                replace(report, accepted=True, message="the gradient is zero", converged=True),
+            )
         state, directions = self._directions(state, objective, g, factors)
         model, work = self._model(theta, objectives, g, directions)
         report = replace(report, work=work, details=_details(norm, state.damping, rho))
         if model is None:
             return theta, before, replace(report, message="a direction is not finite")
-        state = replace(state, loss=loss)
-        if not candidates:
-            return self._taken(theta, state, objective, model.step(state.damping), report)
-        return self._best(theta, state, objective, model, candidates, report)
+        state, count = replace(state, loss=loss), max(1, candidates)
+        dampings = [state.damping * 4.0 ** (i - (count - 1) // 2) for i in range(count)]
+        steps = [model.step(damping) for damping in dampings]
+        if all(0 <= step.promise <= rounding(loss, theta) for step in steps):
+            return theta, before, replace(report, accepted=True, message=UNRESOLVED, converged=True)
+        if candidates:
+            return self._best(theta, state, objective, dampings, steps, report)
+        if judged and steps[0].promise > 0:
+            return self._taken(theta, state, objective, steps[0], report)
+        return self._checked(theta, state, objective, model, steps[0], report)
 
     def _best(
         self,
         theta: Vector,
         state: SubspaceState,
         objective: Objective,
-        model: ReducedModel,
-        candidates: int,
+        dampings: list[float],
+        steps: list[Step],
         report: StepReport,
     ) -> tuple[Vector, SubspaceState, StepReport]:
         """Take the step of the damping that has the lowest risk, unless none lowers the risk."""
-        dampings = [state.damping * 4.0 ** (i - (candidates - 1) // 2) for i in range(candidates)]
-        steps = [model.step(damping) for damping in dampings]
         ends = [theta + step.p for step in steps]
         losses = [risk + self._penalty(end) for risk, end in zip(objective.losses(ends), ends, strict=True)]
         losses = list(objective.agree(tuple(losses)))
-        work = replace(report.work, losses=1, candidates=candidates - 1)
+        work = replace(report.work, losses=1, candidates=len(steps) - 1)
         best = min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
-        promised = steps[best].descent - steps[best].curvature / 2
-        rho = (state.loss - losses[best]) / promised if promised > 0 else math.nan
+        promise = steps[best].promise
+        rho = (state.loss - losses[best]) / promise if promise > 0 else math.nan
         lower = losses[best] < state.loss
         damping = self._damped(dampings[best], rho) if lower else min(4 * max(dampings), self.damping_maximum)
         state = replace(state, damping=damping)
@@ -236,6 +254,38 @@ class Subspace(Optimizer[SubspaceState]):
         if not lower:
             return theta, state, replace(report, message="no candidate lowers the risk")
         return self._taken(theta, state, objective, steps[best], report)
+
+    def _checked(
+        self,
+        theta: Vector,
+        state: SubspaceState,
+        objective: Objective,
+        model: ReducedModel,
+        step: Step,
+        report: StepReport,
+    ) -> tuple[Vector, SubspaceState, StepReport]:
+        """Take this step, or that of the first lambda, by factors of 4, that lowers the risk.
+
+        Each costs a loss.
+        """
+        losses = 0
+        for _ in range(MOST_RAISED):
+            if step.promise > 0:  # otherwise the model has been lost to rounding
+                end = theta + step.p
+                (loss,) = objective.agree((objective.loss(end) + self._penalty(end),))
+                losses += 1
+                report = replace(report, work=replace(report.work, losses=losses))
+                if loss < state.loss:
+                    return self._taken(theta, state, objective, step, report)
+            if state.damping == self.damping_maximum:
+                break
+            damping = min(max(4 * state.damping, self.damping_minimum), self.damping_maximum)
+            state = replace(state, damping=damping)
+            report = replace(report, details={**report.details, "damping": damping})
+            step = model.step(damping)
+            if 0 <= step.promise <= rounding(state.loss, theta):
+                break
+        return theta, state, replace(report, message="no damping lowers the risk")
 
     def _uses(self, kind: str) -> bool:
         return kind in self.directions.split("+")

@@ -36,7 +36,9 @@ class Result:
     Attributes
     ----------
     theta : ndarray (D,)
-        The parameters, on the host; the mean of the iterates if the optimizer computes one.
+        The parameters, on the host; the mean of the iterates if the optimizer computes one. Where every step
+        has the same batch, those of the lowest risk that the run knows, the last ones included, unless
+        weight decay or a mean of the iterates was asked for.
     history : list of dict
         One entry a step since the first start, as in history.jsonl, without those of a different run from
         which it started.
@@ -117,6 +119,11 @@ def train(
     UserError
         On all ranks alike, with a sentence that says what to do. If training did not start, nothing is
         written.
+    Exception
+        Of the model, the data or the metric, on the rank where it occurs; a UserError on the others.
+
+    Once training has started, an exception that ends it has the attribute `result`, a `Result` with the last
+    good parameters and, on rank 0, the history. If there is a folder, the last complete step is saved there.
     """
     with _session(stall_timeout, threads, quiet, model) as session:
         collector = _Collector(session.reporter)
@@ -136,7 +143,14 @@ def train(
             )
 
         run = together(session.communicator, build)
-        ending = run.train()
+        try:
+            ending = run.train()
+        except Exception as error:
+            if run.partial is not None:
+                theta, records = run.backend.to_host(run.partial), _history(run, collector.records)
+                with contextlib.suppress(AttributeError):  # an exception of the user's may refuse it
+                    error.result = Result(theta, records, run.step, False, str(error), None, None)  # type: ignore[attr-defined]
+            raise
         records = session.communicator.agree(_history(run, collector.records))
         return Result(
             run.backend.to_host(run.evaluated),

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hfmpi.data.batches import Cases
 from hfmpi.errors import UserError
 from hfmpi.files.checkpoint import Entry
 from hfmpi.measure.machine import free_memory
@@ -17,7 +18,20 @@ from hfmpi.networks.architecture import Architecture
 from hfmpi.parallel.communicator import Communicator, digest
 from hfmpi.runs.record import Progress
 
-__all__ = ["enough_memory", "enough_text", "finite", "not_stuck", "same_start", "same_vectors"]
+__all__ = [
+    "Unsound",
+    "enough_memory",
+    "enough_text",
+    "finite",
+    "not_stuck",
+    "same_start",
+    "same_vectors",
+    "scored",
+]
+
+
+class Unsound(UserError):
+    """The parameters of the run must not be saved."""
 
 
 def enough_memory(network: Architecture) -> None:
@@ -60,6 +74,12 @@ def enough_text(
         raise UserError("; ".join(wrong))
 
 
+def scored(cases: Cases) -> None:
+    """Check that at least one training output is scored."""
+    if not cases.scored(np.arange(cases.count)):
+        raise UserError("the training examples have no output that is scored: check the mask")
+
+
 def same_start(communicator: Communicator, compared: Mapping[str, Any]) -> None:
     """Check that the values, which JSON can represent, are equal on all ranks.
 
@@ -78,7 +98,7 @@ def same_vectors(communicator: Communicator, values: Iterable[Entry], step: int,
     digests = [digest(np.asarray(value)) for value in values]
     strays = communicator.same(digest(np.array(digests, np.uint64)))
     if strays:
-        raise UserError(
+        raise Unsound(
             f"rank {_names(strays)} holds other parameters than the other ranks after step {step:,}: "
             f"{last_good}"
         )
@@ -99,7 +119,7 @@ def not_stuck(progress: Progress, most: int, message: str, last_good: str) -> No
 def finite(loss: float, step: int, last_good: str) -> None:
     """Check that the loss is finite; after an update that went too far it is not."""
     if not math.isfinite(loss):
-        raise UserError(f"the validation loss is not finite after step {step:,}: {last_good}")
+        raise Unsound(f"the validation loss is not finite after step {step:,}: {last_good}")
 
 
 def _names(ranks: list[int]) -> str:

@@ -29,8 +29,10 @@ def mean(metric: Metric, owner: DataParallel, cases: Cases, theta: Array) -> flo
             total += sums(metric, owner.model, cases, indices, theta)
         return total
 
-    message = np.append(pairwise([share(part) for part in shard.slices]), 0.0)
-    owner.sum(message, owner.host)
+    def local() -> np.ndarray:
+        return np.append(pairwise([share(part) for part in shard.slices]), 0.0)
+
+    message = owner.total(local, 3, np.float64, host=True)
     total, count = message[:2].tolist()
     return total / count
 

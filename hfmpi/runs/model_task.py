@@ -123,7 +123,11 @@ class ModelTask(Task):
                 raise DifferentRun(f"is a run {words}")
         same, known = checkpoint.meta.get("cases") == self.identity["cases"], checkpoint.meta.get("tried")
         loss = self._loss(self.model.backend.to_device(checkpoint.theta))
-        if same and not (isinstance(known, float) and math.isclose(loss, known, rel_tol=CLOSE, abs_tol=1e-6)):
+        if (
+            same
+            and known is not None
+            and not (isinstance(known, float) and math.isclose(loss, known, rel_tol=CLOSE, abs_tol=1e-6))
+        ):
             raise DifferentRun(
                 f"is a run of another model: on the first cases its parameters have a loss of {loss:.6g} in "
                 f"this one, and had {known}"

@@ -91,6 +91,17 @@ class Output:
         self.last_saved = meta["step"] if saved else self.last_saved
         return saved
 
+    def rescue(self, theta: np.ndarray, state: Mapping[str, Entry], meta: Mapping[str, Any]) -> None:
+        """Write a last checkpoint, if possible, before an error ends the run; not collective."""
+        if self._writer is None:
+            return
+        try:
+            self._writer.checkpoint(theta, state, meta)
+        except UserError as error:
+            self.reporter.note(f"{error}; the steps after the last checkpoint are not saved")
+        else:
+            self.reporter.note(f"an error ends the run; the checkpoint of step {meta['step']:,} is written")
+
     @property
     def last_good(self) -> str:
         """A clause that names the newest valid checkpoint."""

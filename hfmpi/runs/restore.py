@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from hfmpi.backends.base import Backend
+from hfmpi.backends.base import Array, Backend
 from hfmpi.errors import UserError
 from hfmpi.files.checkpoint import NEWEST, PREVIOUS, Checkpoint, Entry, identity, load
 from hfmpi.files.numbers import is_amount
@@ -18,9 +18,43 @@ from hfmpi.runs.config import CHANGEABLE
 from hfmpi.runs.merge import merge
 from hfmpi.runs.record import Progress, Spent
 
-__all__ = ["Misfit", "check_model", "check_one_run", "check_parameters", "entries", "progress", "restored"]
+__all__ = [
+    "LOWEST",
+    "Lowest",
+    "Misfit",
+    "check_model",
+    "check_one_run",
+    "check_parameters",
+    "entries",
+    "evaluated_parameters",
+    "lowest",
+    "lowest_entries",
+    "progress",
+    "restored",
+    "settled",
+]
 
 StateT = TypeVar("StateT")
+
+
+class Lowest(NamedTuple):
+    """The parameters with the lowest risk that a run knows, where every step has the same batch.
+
+    Attributes
+    ----------
+    theta : (D,)
+    risk : float
+    returned : bool
+        Whether they are the result of the run: the risk of its last parameters is known to be higher.
+    """
+
+    theta: Array
+    risk: float
+    returned: bool = False
+
+
+LOWEST = "lowest"
+"""Entry of a checkpoint beside the optimizer's state, and of its meta."""
 
 
 class Misfit(UserError):
@@ -45,9 +79,10 @@ def restored(checkpoint: Checkpoint, fresh: StateT, backend: Backend, optimizer:
         If they do not.
     """
     expected = entries(fresh, backend)
+    state = {name: entry for name, entry in checkpoint.state.items() if name != LOWEST}
     # Earlier versions lack some vectors and have others: where a vector is empty, that makes no difference.
     missing = {name: value for name, value in expected.items() if _empty(value)}
-    saved = {name: v for name, v in checkpoint.state.items() if name in expected or not _empty(v)}
+    saved = {name: v for name, v in state.items() if name in expected or not _empty(v)}
     entries_read = missing | saved
     if set(entries_read) != set(expected):
         raise Misfit(f"the checkpoint was not written by optimizer {optimizer}")
@@ -58,6 +93,46 @@ def restored(checkpoint: Checkpoint, fresh: StateT, backend: Backend, optimizer:
             raise Misfit(f"the checkpoint's {name} does not fit optimizer {optimizer}")
     values = {k: backend.to_device(v) if isinstance(v, np.ndarray) else v for k, v in entries_read.items()}
     return type(fresh)(**values)
+
+
+def lowest_entries(found: Lowest | None, backend: Backend) -> tuple[dict[str, Entry], dict[str, Any]]:
+    """Return the entries of a checkpoint for the lowest risk, beside those of the state and in its meta."""
+    if found is None:
+        return {}, {}
+    return {LOWEST: backend.to_host(found.theta)}, {LOWEST: {"risk": found.risk, "returned": found.returned}}
+
+
+def lowest(checkpoint: Checkpoint) -> Lowest | None:
+    """Return the lowest risk that the run of a checkpoint knew, with parameters on the host.
+
+    Raises
+    ------
+    UserError
+        If the entries are not valid.
+    """
+    theta, about = checkpoint.state.get(LOWEST), checkpoint.meta.get(LOWEST)
+    if theta is None and about is None:
+        return None
+    fits = isinstance(theta, np.ndarray) and _form(theta) == _form(checkpoint.theta)
+    risk, returned = (about.get("risk"), about.get("returned")) if isinstance(about, dict) else (None, None)
+    if not fits or not isinstance(risk, float) or not math.isfinite(risk) or not isinstance(returned, bool):
+        raise UserError("invalid checkpoint: the parameters of its lowest risk do not fit")
+    return Lowest(theta, risk, returned)
+
+
+def settled(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint with the parameters that the run returned, for a run that goes on differently."""
+    found = lowest(checkpoint)
+    theta = found.theta if found is not None and found.returned else checkpoint.theta
+    state = {name: entry for name, entry in checkpoint.state.items() if name != LOWEST}
+    meta = {name: value for name, value in checkpoint.meta.items() if name != LOWEST}
+    return replace(checkpoint, theta=theta, state=state, meta=meta)
+
+
+def evaluated_parameters(checkpoint: Checkpoint) -> np.ndarray:
+    """Return the parameters to evaluate: the mean of the iterates, or those that the run returned."""
+    average = checkpoint.state.get("average")
+    return average if isinstance(average, np.ndarray) and average.size else settled(checkpoint).theta
 
 
 def check_model(checkpoint: Checkpoint, symbols: bytes, size: int, dtype: np.dtype) -> None:

@@ -13,8 +13,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hfmpi.errors import UserError
 from hfmpi.files.checkpoint import Checkpoint, latest
 from hfmpi.files.run_folder import find_checkpoint
@@ -22,7 +20,14 @@ from hfmpi.measure.cost import Counts
 from hfmpi.runs.config import Config
 from hfmpi.runs.merge import derive, merge
 from hfmpi.runs.record import Progress
-from hfmpi.runs.restore import Misfit, check_one_run, progress
+from hfmpi.runs.restore import (
+    LOWEST,
+    Misfit,
+    check_one_run,
+    evaluated_parameters,
+    progress,
+    settled,
+)
 from hfmpi.runs.session import PROGRAM, Names, Session
 from hfmpi.runs.task import DifferentRun, Task
 from hfmpi.runs.train import Run
@@ -139,6 +144,8 @@ def _starting_point(
     same = same_data and (now.gradient_batch, now.curvature_batch) == batches
     if why or not same or any(getattr(had, name) != getattr(config, name) for name in BATCHES):
         so_far = replace(so_far, counts=Counts(), before=so_far.spent(*batches))
+        checkpoint = settled(checkpoint)
+        state.pop(LOWEST, None)
         if state:
             state = now.optimizer.on_other_batches(state)
     so_far = replace(so_far, rejections=0, origin=os.path.realpath(source))
@@ -146,14 +153,8 @@ def _starting_point(
 
 
 def _without_state(checkpoint: Checkpoint) -> Checkpoint:
-    """Return the checkpoint without the optimizer's state, with the parameters that were evaluated.
-
-    These are the mean of the iterates if the optimizer computed one.
-    """
-    average = checkpoint.state.get("average")
-    if isinstance(average, np.ndarray) and average.shape == checkpoint.theta.shape:
-        return replace(checkpoint, theta=average, state={})
-    return replace(checkpoint, state={})
+    """Return the checkpoint without the optimizer's state, with the parameters that were evaluated."""
+    return replace(settled(checkpoint), theta=evaluated_parameters(checkpoint), state={})
 
 
 def _check_limits(config: Config, so_far: Progress, source: str, names: Names) -> None:

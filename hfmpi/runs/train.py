@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from hfmpi.backends.base import Array
 from hfmpi.errors import UserError
 from hfmpi.files.checkpoint import Checkpoint
+from hfmpi.measure.cost import Counts
 from hfmpi.measure.spans import EVALUATE, FILES
 from hfmpi.measure.timer import Timer
 from hfmpi.models.base import Blocks
-from hfmpi.objective.data_parallel import DataParallel, Stopped, step_objectives
+from hfmpi.objective.data_parallel import DataParallel, Stopped, Unscored, step_objectives
 from hfmpi.objective.transport import choose
 from hfmpi.optim.base import StepReport
 from hfmpi.optim.first_order import evaluated
@@ -23,7 +27,7 @@ from hfmpi.runs import checks, metric
 from hfmpi.runs.merge import to_toml
 from hfmpi.runs.output import Output
 from hfmpi.runs.record import Ending, Facts, Progress, Validation, step_record
-from hfmpi.runs.restore import entries, progress, restored
+from hfmpi.runs.restore import Lowest, entries, lowest, lowest_entries, progress, restored
 from hfmpi.runs.session import Session
 from hfmpi.runs.task import Task
 from hfmpi.runs.timing import Timing
@@ -75,6 +79,14 @@ class Run:
         if checkpoint is not None and checkpoint.state:
             self.state = restored(checkpoint, self.state, self.backend, config.optimizer)
         self.valid: Validation | None = None  # of the current step, if it was evaluated
+        # Where every step has the same batch, each tells the risk of the parameters before it.
+        self.repeated = preset.gradient_batch == task.train_set.count and task.cases(0) is task.train_set
+        self.lowest: Lowest | None = None
+        if checkpoint is not None and self.repeated and preset.optimizer.seeks_lowest_risk:
+            self.lowest = self._on_device(lowest(checkpoint))
+        self.partial: Array = None  # the parameters to hand out when an error ended the run
+        self._safe = self.theta  # the last parameters that were saved
+        self._finite = True  # whether the loss of the last step is finite
 
         self._resumed, self._saved = checkpoint is not None, Progress(-1)
         self.first_step, self._first_second = self.progress.step, self.progress.seconds
@@ -89,6 +101,7 @@ class Run:
             self.memory_budget,
             slices=config.slices,
             stop=lambda: self._interruptible and session.signals.wanted(),
+            overdue=lambda: self._interruptible and 0 < config.max_seconds <= self._seconds,
         )
 
     @property
@@ -98,14 +111,16 @@ class Run:
 
     @property
     def evaluated(self) -> Array:
-        """The parameters to evaluate: the mean of the iterates if the optimizer computes one."""
+        """The parameters to evaluate: theta, the mean of the iterates, or in the end those of lowest risk."""
+        if self.lowest is not None and self.lowest.returned:
+            return self.lowest.theta
         return evaluated(self.theta, self.state)
 
     def train(self) -> Ending:
         """Train until a limit or a signal; on return the checkpoint is written.
 
         A signal drops the step in progress: theta and the optimizer's state are those before it, and a
-        resumed run repeats it, bit for bit.
+        resumed run repeats it, bit for bit. So does an error, before which the last complete step is saved.
 
         Raises
         ------
@@ -115,7 +130,11 @@ class Run:
         """
         try:
             self._start()
-            ending = self._train()
+            try:
+                ending = self._train()
+            except Exception as error:
+                self._rescue(error)
+                raise
         finally:
             self.output.close()
         self.reporter.end(ending)
@@ -127,7 +146,9 @@ class Run:
         checks.same_start(comm, task.compared(backend.to_host(self.theta), self.step))
         self.risk.transport = choose(config.transport, comm, backend, config.slices > 0)
         if not self._resumed:
-            task.try_out(self.risk, self.theta)
+            checks.scored(task.train_set)
+            with contextlib.suppress(Unscored):  # a batch that is skipped
+                task.try_out(self.risk, self.theta)
         host, local_rank = self.placement.host, self.placement.local_rank
         place = Place(host, local_rank, backend.device, backend.device_id, self.risk.transport.name)
         places = comm.gather(place) or ()
@@ -138,16 +159,17 @@ class Run:
         """Take steps, save what is left to save, and return how the run ended."""
         self._interruptible = True
         try:
-            reason = self._take_steps()
-            if self.valid is None:
-                self.valid = self.validate(self.evaluated)
-            done = True
+            reason, done = self._take_steps(), True
+            self._settle(done)
         except Stopped:
-            reason, done = self._who_stopped(), False
+            reason, done = self._who_stopped()
+            self._interruptible = False
+            self._settle(done)
         self._interruptible = False
         # A limit of seconds that passed while the checkpoint was written must be in it: otherwise the next
         # start would take one more step.
         saved = self._saved.step == self.step and (not done or self._limit(self._saved))
+        saved = saved and not (self.lowest is not None and self.lowest.returned)
         if not saved and not self.save():
             unsaved = self.first_step if self.output.last_saved is None else self.output.last_saved
             failure = self.output.failures["the checkpoint"]
@@ -156,6 +178,30 @@ class Run:
         again = f"{self.session.names.again} to go on; the checkpoint is in {self.folder}"
         remedy = "" if done or self.folder is None else again
         return Ending(reason, done, self.step, self.valid, self.task.unit, remedy)
+
+    def _settle(self, done: bool) -> None:
+        """Decide which parameters are the result, and at the end of the run validate them; collective."""
+        if self.lowest is not None:
+            returned = False
+            if self.lowest.theta is not self.theta:
+                cases = self.task.train_set
+                with self.timer.span(EVALUATE):
+                    risk = self.risk.on(cases, np.arange(cases.count), span=EVALUATE).loss(self.theta)
+                returned = not self.communicator.agree(risk) <= self.lowest.risk
+            self.lowest = self.lowest._replace(returned=returned)
+            self.valid = None if returned else self.valid
+        if done and self.valid is None:
+            self.valid = self.validate(self.evaluated)
+
+    def _rescue(self, error: Exception) -> None:
+        """Save the last complete step without a collective: other ranks may not have failed."""
+        self._interruptible = False
+        finite = bool(np.isfinite(self.backend.to_host(self.theta)).all())
+        if self._finite and finite and not isinstance(error, checks.Unsound):
+            self._safe = evaluated(self.theta, self.state)
+            if self.step > max(self.first_step, self._saved.step):
+                self.output.rescue(*self._content(None, self._identity()))
+        self.partial = self._safe if self.lowest is None else self.lowest.theta
 
     def _take_steps(self) -> str:
         """Take steps until a limit is reached, and return it; Stopped is raised if a rank wants to stop."""
@@ -169,7 +215,8 @@ class Run:
                 raise Stopped
             report = self._one_step()
             self._update_seconds()
-            if report.accepted and report.message and report.message not in reported:
+            converged = report.converged and self.repeated
+            if report.accepted and report.message and not converged and report.message not in reported:
                 reported.add(report.message)
                 self.reporter.note(f"step {self.step:,}: {report.message}; this is said once")
             seconds, has_metric = self.timing.step_seconds, task.metric is not None
@@ -178,10 +225,14 @@ class Run:
                     self.progress, report, self.valid, task.keys, has_metric, seconds, self.batches, comm.size
                 )
             )
+            if converged:
+                return f"converged at step {self.step:,}: {report.message}"
             if self.step % checkpoint_every == 0 or self.progress.seconds >= output.retry_at:
                 self.save()
             elif config.check_every and self.step % config.check_every == 0:
                 self.check_ranks()
+            if self._finite and 0 < config.max_rejections <= self.progress.rejections:
+                self.save()
             checks.not_stuck(self.progress, config.max_rejections, report.message, output.last_good)
 
     def _one_step(self) -> StepReport:
@@ -189,13 +240,26 @@ class Run:
         with self.timing.step():
             task, steps = self.task, self.progress.counts.steps
             cases = task.cases(steps)
-            objectives = step_objectives(
-                self.risk, cases, self.config.seed, steps, *self.batches, redrawn=cases is not task.train_set
-            )
-            theta, state, report = self.preset.optimizer.step(self.theta, self.state, objectives)
+            try:
+                objectives = step_objectives(
+                    self.risk,
+                    cases,
+                    self.config.seed,
+                    steps,
+                    *self.batches,
+                    redrawn=cases is not task.train_set,
+                )
+            except Unscored as error:
+                theta, state, report = self.theta, self.state, _empty(error)
+            else:
+                theta, state, report = self.preset.optimizer.step(self.theta, self.state, objectives)
+                self._finite = math.isfinite(report.loss)
         step, every = self.step + 1, self.config.evaluate_every or self.epoch_steps
         due = step % every == 0 or step == self.config.max_steps
         valid = self.validate(evaluated(theta, state)) if due else None
+        if self.repeated and self.preset.optimizer.seeks_lowest_risk and math.isfinite(report.loss):
+            found = Lowest(self.theta, report.loss)
+            self.lowest = found if self.lowest is None or found.risk < self.lowest.risk else self.lowest
         self.theta, self.state, self.valid = theta, state, valid
         self.progress = self.progress.after(report)
         return report
@@ -229,19 +293,34 @@ class Run:
         loss = valid.loss if valid else self.evaluate(self.theta, self.risk.local.micro_batch)
         checks.finite(self.communicator.agree(loss), self.step, self.output.last_good)
         with self.timer.span(FILES):
-            meta = {
-                "hfmpi": __version__,
-                "config": self.task.options,
-                **self.task.meta(self.theta),
-                **asdict(self.progress),
-                self.task.keys.valid: valid.loss if valid else None,
-                "ranks": self.communicator.size,
-            }
-            theta = self.backend.to_host(self.theta)
-            saved = self.output.checkpoint(theta, entries(self.state, self.backend), meta)
+            saved = self.output.checkpoint(*self._content(valid, self.task.meta(self.theta)))
         self.output.timing(self.timing.collect(self.step))
         self._saved = self.progress if saved else self._saved
+        self._safe = evaluated(self.theta, self.state)
         return saved
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what a checkpoint stores about model and data, also if the model cannot be evaluated now."""
+        try:
+            return self.task.meta(self.theta)
+        except Exception:
+            return {**self.task.identity, "title": self.task.title}
+
+    def _content(
+        self, valid: Validation | None, identity: dict[str, Any]
+    ) -> tuple[np.ndarray, dict[str, Any], dict[str, Any]]:
+        """Return theta, the state and the meta of a checkpoint."""
+        entry, about = lowest_entries(self.lowest, self.backend)
+        meta = {
+            "hfmpi": __version__,
+            "config": self.task.options,
+            **identity,
+            **asdict(self.progress),
+            self.task.keys.valid: valid.loss if valid else None,
+            "ranks": self.communicator.size,
+            **about,
+        }
+        return self.backend.to_host(self.theta), entries(self.state, self.backend) | entry, meta
 
     def check_ranks(self) -> None:
         """Raise a UserError on all ranks unless all hold the same theta and optimizer state, bit for bit."""
@@ -256,10 +335,14 @@ class Run:
             self.task, gradient, curvature, ranks, threads, places, size, self.memory_budget, self.step
         )
 
+    @property
+    def _seconds(self) -> float:
+        """The seconds since the first start by the clock of this rank."""
+        return self._first_second + self.timing.seconds
+
     def _update_seconds(self) -> None:
         """Read the clock, and set the seconds of the progress to the same value on all ranks."""
-        seconds = self.communicator.agree(self._first_second + self.timing.seconds)
-        self.progress = replace(self.progress, seconds=seconds)
+        self.progress = replace(self.progress, seconds=self.communicator.agree(self._seconds))
 
     def _limit(self, progress: Progress) -> str:
         """Return the limit that is reached, or ""."""
@@ -270,7 +353,17 @@ class Run:
             return f"{config.max_seconds:g} seconds are over"
         return ""
 
-    def _who_stopped(self) -> str:
-        """Return the reason of the lowest rank that wants to stop."""
+    def _who_stopped(self) -> tuple[str, bool]:
+        """Return the reason of the lowest rank that wants to stop, and whether it is the limit of seconds."""
+        self._update_seconds()
         wishes = self.communicator.gather(self.session.signals.requested) or []
-        return self.communicator.agree(next((wish for wish in wishes if wish), "a rank asked for it"))
+        wish = self.communicator.agree(next((wish for wish in wishes if wish), ""))
+        return (wish, False) if wish else (f"{self.config.max_seconds:g} seconds are over", True)
+
+    def _on_device(self, found: Lowest | None) -> Lowest | None:
+        return found and found._replace(theta=self.backend.to_device(found.theta), returned=False)
+
+
+def _empty(error: Unscored) -> StepReport:
+    """Return the report of a step without a scored output."""
+    return StepReport(math.nan, True, f"{error}; its step is empty", Counts())

@@ -14,7 +14,7 @@ from hfmpi.files import checkpoint
 from hfmpi.networks.network import Network
 from hfmpi.runs.config import Config
 from hfmpi.runs.merge import merge
-from hfmpi.runs.restore import check_one_run, progress
+from hfmpi.runs.restore import check_one_run, evaluated_parameters, progress
 
 __all__ = ["Trained"]
 
@@ -27,7 +27,8 @@ class Trained:
     ----------
     network : Network
     theta : (D,)
-        The mean of the iterates if the optimizer computed one.
+        The mean of the iterates if the optimizer computed one, or the parameters of the lowest risk if the
+        run returned those.
     symbols : bytes
         Byte of each symbol.
     config : Config
@@ -80,8 +81,7 @@ class Trained:
             network = Network(config.architecture(len(symbols)), config.make_backend(local_rank))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"the checkpoint in {run} describes no run of this version: {error}") from None
-        average = saved.state.get("average")
-        theta = average if isinstance(average, np.ndarray) and average.size else saved.theta
+        theta = evaluated_parameters(saved)
         if theta.shape != (network.layout.size,) or theta.dtype != network.backend.dtype:
             raise UserError(f"the checkpoint in {run} does not hold the parameters of its model")
         if not np.isfinite(theta).all():
