@@ -1,12 +1,19 @@
-"""Where there is no GPU (or no CuPy), the stand-in takes CuPy's place for all tests."""
+"""What holds for all tests: the stand-in for CuPy where there is no GPU (or no CuPy), and default signals."""
 
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 from hfmpi.backends import gpus
+
+# Children inherit ignored signals, as from nohup or a job in the background; tests send them signals.
+for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:  # those are ignored by Python
+    if signal.getsignal(number) == signal.SIG_IGN:
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, default)
 
 STANDIN = Path(__file__).parent / "standin"
 

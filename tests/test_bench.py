@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from hfmpi.backends import create
 from hfmpi.bench.bound import Recording
 from hfmpi.bench.contest import Contestant, contest
+from hfmpi.bench.table import doubts
 from hfmpi.cli.bench import bench
 from hfmpi.data.batches import Sequences
 from hfmpi.networks.architecture import Architecture
@@ -42,6 +43,15 @@ def rows(*arguments):
         assert row["bound_seconds"] > 0
         assert row["seconds_least"] <= row["seconds"] <= row["seconds_most"]
     return found["rows"]
+
+
+@pytest.mark.parametrize(("median", "said"), [(1.4, False), (1.9, True)])
+def test_times_on_a_loaded_machine_are_doubted(median, said):
+    steady = {"seconds": 2e-6, "seconds_least": 1.9e-6, "seconds_most": 9.0}
+    note = doubts([steady, {"seconds": median, "seconds_least": 1.0, "seconds_most": 2.0}, steady])
+    assert (note is not None) == said
+    if note:
+        assert note.startswith("Note: a median is 1.9 times the least time of the same work")
 
 
 def test_products():

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import hashlib
 import lzma
+import re
 import subprocess
 import sys
 import zipfile
@@ -13,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given, settings
@@ -310,6 +312,45 @@ def test_a_compressed_text_is_said_to_be_one(tmp_path: Path) -> None:
     assert "is compressed (zip); for the text in it: unzip -p '" in sentence(packed.read_bytes())
     packed.write_bytes(b"BZh9 is how bzip2 begins, PK\x03\x04 is in the midst of it")
     assert run(packed, tmp_path / "out.h5").exit_code == 0
+
+
+NUMBERS = np.arange(999.0).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (
+            "words ".encode("utf-16") * 100,
+            "text in UTF-16, of which every byte would be a symbol: iconv -f UTF-16 -t",
+        ),
+        ("words ".encode("utf-16-be") * 100, "iconv -f UTF-16BE -t UTF-8 '{}' | hfmpi prepare - OUT.h5"),
+        ("words ".encode("utf-16-le") * 100, "iconv -f UTF-16LE -t UTF-8 '{}' | hfmpi prepare - OUT.h5"),
+        ("words ".encode("utf-32") * 100, "is a text in UTF-32"),
+        (None, "is an HDF5 file and not a text; a corpus needs no preparation: hfmpi train '{}'"),
+        (np.random.default_rng(0).bytes(5000), "5,000 bytes are control characters"),
+        (NUMBERS, f"of its first {len(NUMBERS):,} bytes are control characters"),
+        (Path(sys.executable).read_bytes(), "bytes are control characters"),
+    ],
+)
+def test_what_is_no_text_is_refused(content: bytes | None, sentence: str, tmp_path: Path) -> None:
+    book = tmp_path / "my book"
+    if content is None:
+        prepare(b"words " * 100)[0].write(book)
+    else:
+        book.write_bytes(content)
+    assert sentence.format(book) in refused(book, tmp_path / "out.h5")
+    assert names(tmp_path) == ["my book"]
+
+
+def test_training_on_a_text_says_how_to_prepare_it(tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_bytes(b"words " * 100)
+    way = (
+        f"is not an HDF5 file; if it is a text, first make a corpus: hfmpi prepare {book} {tmp_path}/book.h5"
+    )
+    with pytest.raises(UserError, match=re.escape(way)):
+        Corpus.read(book)
 
 
 def test_the_command_says_bytes_where_characters_have_several(tmp_path: Path) -> None:

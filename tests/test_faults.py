@@ -3,6 +3,7 @@
 examples/faults/ranks.py does the same with whole runs at random moments.
 """
 
+import contextlib
 import math
 import os
 import signal
@@ -10,10 +11,12 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from nodes import nodes
 from small import history, make_run, shared_corpus, train, write_corpus
 from test_parallel import MPIRUN
 
@@ -110,8 +113,94 @@ def test_a_rank_that_the_launcher_does_not_miss_ends_all(command, name, faulty, 
     assert seconds < 40
 
 
+ENDLESS = """
+import os, sys, time
+import numpy as np
+from hfmpi.parallel import connect, guard, watchdog
+watchdog._POLL = 0.1
+with guard():
+    comm = connect(float(sys.argv[1]))
+    os.write(1, b"%d %d\\n" % (comm.rank, os.getpid()))
+    while True:
+        comm.sum(np.ones(10))
+        time.sleep(0.01)
+"""
+
+
+def lives(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stopped", "cut_off", "stall", "sentence"),
+    [
+        ((1, 1), 1, "", 0, "rank 1 (process {1} on nodeb) has been silent for 30 s"),
+        (
+            (1, 1),
+            0,
+            "",
+            0,
+            "rank 0 (process {0} on nodea) has been silent for 30 s, or rank 1 on nodeb is cut",
+        ),
+        ((2, 1, 1), 3, "", 0, "rank 3 (process {3} on nodec) has been silent for 30 s"),
+        ((1, 2), 2, "", 0, "rank 2 (process {2} on nodeb) is stopped (SIGSTOP)"),
+        (
+            (2, 1, 2),
+            None,
+            "nodec",
+            0,
+            "rank 3 (process {3} on nodec), rank 4 (process {4} on nodec) have been si",
+        ),
+        (
+            (1, 1, 1),
+            None,
+            "nodeb",
+            1.5,
+            "(--stall-timeout); nothing has come from rank 1 (process {1} on nodeb)",
+        ),
+        (
+            (1, 1, 1),
+            None,
+            "nodea",
+            0,
+            "rank 0 (process {0} on nodea) is cut off: the ranks of all other nodes",
+        ),
+    ],
+)
+def test_a_rank_alone_on_its_node_ends_all_and_mpirun(ranks, stopped, cut_off, stall, sentence, tmp_path):
+    """After a rank has exited, MPICH's mpirun waits for those of other nodes; after a signal it ends them."""
+    program = tmp_path / "program.py"
+    program.write_text(ENDLESS)
+    with nodes(tmp_path, *ranks) as cluster, (tmp_path / "stderr").open("w+") as said:
+        words = [*cluster.mpirun, sys.executable, str(program), str(stall)]
+        with subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said) as mpirun:
+            try:
+                processes = dict(map(int, mpirun.stdout.readline().split()) for _ in range(sum(ranks)))
+                time.sleep(0.3)
+                if cut_off:
+                    cluster.cut_off(cut_off)
+                else:
+                    os.kill(processes[stopped], signal.SIGSTOP)
+                assert mpirun.wait(30) != 0
+                deadline = time.monotonic() + 10
+                while any(map(lives, processes.values())):
+                    assert time.monotonic() < deadline
+                    time.sleep(0.05)
+            finally:
+                mpirun.kill()
+                for process in filter(lives, processes.values()):
+                    os.kill(process, signal.SIGKILL)
+        said.seek(0)
+        errors = [line for line in said.read().splitlines() if line.startswith("Error: ")]
+    assert sentence.format(*(processes[rank] for rank in range(sum(ranks)))) in errors[0]
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["one node", "two nodes"])
 @pytest.mark.parametrize("where", ["launch._watched", "connect"])
-def test_a_rank_that_never_joins_ends_all(where, tmp_path):
+def test_a_rank_that_never_joins_ends_all(where, apart, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
         "import os, signal\n"
@@ -121,8 +210,9 @@ def test_a_rank_that_never_joins_ends_all(where, tmp_path):
         f"if library.launched()[0] == 1: {where} = stop\n"
         "connect(1.0)\n"
     )
-    words = [MPIRUN, "-n", "2", sys.executable, str(program)]
-    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    with nodes(tmp_path, 1, 1) if apart else contextlib.nullcontext() as cluster:
+        words = [*(cluster.mpirun if cluster else [MPIRUN, "-n", "2"]), sys.executable, str(program)]
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0
     # MPI_Init holds Python's lock: there a thread that could speak does not run, and the stack must do.
     sentence = "Timeout (0:00:03)!" if where == "connect" else "not all ranks have joined within 1 s"
@@ -159,7 +249,7 @@ class Ended(BaseException):
 
 
 def test_a_silent_node_is_given_up_and_who_waits_for_whom_is_known(monkeypatch, capfd):
-    def leave(self, code):
+    def leave(self):
         raise Ended
 
     monkeypatch.setattr(watchdog.Watchdog, "_exit", leave)
@@ -170,22 +260,29 @@ def test_a_silent_node_is_given_up_and_who_waits_for_whom_is_known(monkeypatch, 
         link.setblocking(False)
     dog = watchdog.Watchdog(SimpleNamespace(rank=0, pulse=7), 5, dict(enumerate(ours, 1)), places)
 
-    def poll(times):
+    def poll(times, answers=True):
         for _ in range(times):
             theirs[0].send(b" 7\nat")  # lines may come in pieces
             dog._hear(1)
+            if answers:
+                theirs[1].send(b"at 6\n")
+                dog._hear(2)
             dog._poll(1.0)
 
     theirs[0].send(b"at 7\nat")
-    theirs[1].send(b"at 6\n")
-    for rank in (1, 2):
-        dog._hear(rank)
+    dog._hear(1)
     with pytest.raises(Ended):
         poll(20)
     assert "has finished for 5 s (--stall-timeout); the others wait for rank 2 (pro" in capfd.readouterr().err
+    dog.stall_timeout = 10
+    with pytest.raises(Ended):
+        poll(20, answers=False)
+    assert (
+        "for 10 s (--stall-timeout); nothing has come from rank 2 (process 3 on c)" in capfd.readouterr().err
+    )
     dog.stall_timeout = 0
     with pytest.raises(Ended):
-        poll(watchdog._SILENT)
+        poll(watchdog._SILENT, answers=False)
     assert (
         capfd.readouterr().err
         == "Error: rank 2 (process 3 on c) has been silent for 30 s, so all ranks end.\n"

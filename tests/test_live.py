@@ -89,15 +89,16 @@ def test_a_line_of_any_width(compiling):
 COMMAND = "from hfmpi.cli.main import entry; entry()"
 
 
-def on_terminal(columns, source, *words):
+def on_terminal(columns, source, *words, **options):
     """Run Python on a terminal of so many columns; give what it writes there, without colours."""
     master, terminal = os.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     program = [sys.executable, "-c", source, *map(str, words)]
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"TERM": "xterm"}
+    environment |= options.pop("env", {})
     written = b""
     with subprocess.Popen(
-        program, stdin=terminal, stdout=terminal, stderr=terminal, env=environment
+        program, stdin=terminal, stdout=terminal, stderr=terminal, env=environment, **options
     ) as process:
         os.close(terminal)
         while True:
@@ -167,6 +168,23 @@ def test_what_is_no_terminal_sees_plain_lines(tmp_path, capsys):
     lines = [line[:13] for line in said.out.splitlines()[3:]]
     assert lines == ["step      1  ", "step      2  ", "Stopped at st"]
     assert said.err == ""
+
+
+@pytest.mark.parametrize("controls", [False, True])
+def test_the_terminal_that_open_mpi_gives_a_rank_is_nobodys(controls, tmp_path):
+    """Its mpirun copies what is written there, often to a file; one rank of srun --pty has the user's."""
+    data, run = write_corpus(tmp_path / "small.h5"), tmp_path / "run"
+    options = "--optimizer adam --hidden 8 --sequence-length 20 --gradient-batch 10 --backend numpy"
+    written = on_terminal(
+        70,
+        COMMAND,
+        *["train", data, *options.split(), "--out", run, "--max-steps", 3],
+        env={"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"},
+        start_new_session=True,
+        preexec_fn=lambda: controls and fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    assert "Stopped at step 3" in written
+    assert ("\x1b" in written) == controls
 
 
 def test_a_terminal_that_cannot_go_back_sees_plain_lines(monkeypatch):

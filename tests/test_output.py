@@ -13,8 +13,9 @@ import time
 
 import pytest
 from small import history, train, write_corpus
+from test_parallel import MPIRUN
 
-from hfmpi.cli import streams
+from hfmpi import streams
 from hfmpi.errors import UserError
 from hfmpi.files.history import HISTORY
 from hfmpi.parallel import failure, library, watchdog
@@ -33,7 +34,7 @@ TRAIN = [
     "4",
 ]
 TRAIN += ["--backend", "numpy"]
-LOST = "Note: standard output cannot be written ({}); training goes on, and history.jsonl has every step.\n"
+LOST = "Note: standard output cannot be written ({}); training goes on, and the history has every step.\n"
 FULL = os.strerror(errno.ENOSPC)
 
 
@@ -65,6 +66,47 @@ def test_training_goes_on_without_output(closed, said, made, tmp_path):
     with open("/dev/full", "wb") as log:
         found = call(*words, stdout=log, preexec_fn=lambda: [os.close(number) for number in closed])
     assert found == (0, said)
+    assert len(history(tmp_path / "run")) == 3
+    assert (tmp_path / "run" / "DONE").exists()
+
+
+PROGRAM = """
+import sys
+import numpy as np
+import hfmpi
+from hfmpi.backends import create
+network = hfmpi.Network(cell="rnn", inputs=1, outputs=2, hidden=4, backend=create("numpy"))
+data = np.ones((6, 5, 1), np.float32), np.ones((6, 5), int)
+before = sys.stdout, sys.stderr
+hfmpi.train(network, data, out=sys.argv[1], optimizer="adam", max_steps=3)
+assert (sys.stdout, sys.stderr) == before
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("streams", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "> >(exit)"])
+@pytest.mark.parametrize("program", [True, False], ids=["hfmpi.train", "hfmpi train"])
+def test_ranks_go_on_whatever_their_streams_are(program, streams, ranks, made, tmp_path):
+    if ranks > 1 and MPIRUN is None:
+        pytest.skip("there is no mpirun")
+    run = str(tmp_path / "run")
+    words = [*COMMAND, "train", str(made / "small.h5"), "--out", run, *TRAIN, "--max-steps", "3"]
+    if program:
+        words = [sys.executable, "-c", PROGRAM, run]
+    launcher = [MPIRUN, "-n", str(ranks)] if ranks > 1 else []
+    done = subprocess.run(
+        [*launcher, "bash", "-c", f'exec "$@" {streams}', "bash", *words],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lost = streams in (">&-", ">/dev/full", "> >(exit)")
+    assert done.stderr.count("Note: standard output cannot be written") == lost
+    assert done.stderr.count("\n") == done.stderr.count("Note: ")
     assert len(history(tmp_path / "run")) == 3
     assert (tmp_path / "run" / "DONE").exists()
 

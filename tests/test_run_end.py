@@ -406,3 +406,46 @@ def test_a_step_on_matrices_is_dropped_where_time_is_up(optimizer, name, tmp_pat
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     _, again = train(tmp_path / "run", data, clock=Clock(), **options)
     assert (again.step, again.reason) == (0, "9 seconds are over")
+
+
+# The last validation ---------------------------------------------------------------------------
+
+
+def test_the_last_validation_is_in_the_history(tmp_path):
+    """Where a limit of seconds comes between two evaluations, also if the limit interrupts a step."""
+    data = write_corpus(tmp_path / "small.h5")
+    options = {"optimizer": "adam", "max_seconds": 0.4, "evaluate_every": 1000}
+    _, ending = train(tmp_path / "run", data, **options)
+    lines = history(tmp_path / "run")
+    assert 0 < ending.step == len(lines) < 1000
+    assert [line["valid_bpc"] for line in lines] == [None] * (ending.step - 1) + [ending.valid.loss]
+    # One more start, after a stop that came before the validation.
+    content = (tmp_path / "run" / "history.jsonl").read_text()
+    other = content.replace(f'"valid_bpc": {ending.valid.loss!r}', '"valid_bpc": null')
+    assert other != content
+    (tmp_path / "run" / "history.jsonl").write_text(other)
+    train(tmp_path / "run", data, **options)
+    assert (tmp_path / "run" / "history.jsonl").read_text() == content
+
+
+@pytest.mark.parametrize("folder", [None, "run"])
+def test_the_last_validation_is_in_the_result(folder, tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 4, (30, 9))
+    network = hfmpi.Network(cell="gru", inputs=4, outputs=4, hidden=5, backend=create("numpy"))
+    result = hfmpi.train(
+        network,
+        (x, x),
+        valid=(x[:5], x[:5]),
+        metric=lambda outputs, targets: outputs.argmax(axis=1) == targets,
+        out=folder and tmp_path / folder,
+        optimizer="adam",
+        evaluate_every=1000,
+        max_seconds=0.4,
+        quiet=True,
+    )
+    assert result.valid_loss is not None
+    last = result.history[-1]
+    assert (last["valid_loss"], last["valid_metric"]) == (result.valid_loss, result.valid_metric)
+    assert all(record["valid_loss"] is None for record in result.history[:-1])
+    assert folder is None or history(tmp_path / folder)[-1]["valid_loss"] == result.valid_loss

@@ -23,10 +23,11 @@ from hfmpi.parallel.communicator import Communicator
 from hfmpi.runs.config import Config
 from hfmpi.speedup.bench_file import read_bench
 from hfmpi.speedup.compare import causes, compare
-from hfmpi.speedup.prediction import KINDS, fit
+from hfmpi.speedup.prediction import KINDS, fit, predict
 from hfmpi.speedup.runs import TimedRun, read_runs
 from hfmpi.speedup.scaling import Curve, Job, Link, Pass, best, fit_link
 from hfmpi.speedup.steps import StepTimes
+from hfmpi.speedup.tables import _model
 
 COUNTS = Counts(steps=2, cg_steps=10, gradients=2, products=12, losses=6, linearisations=2)
 
@@ -225,6 +226,15 @@ def test_a_fitted_job_predicts_the_run_it_was_not_shown():
     assert found.slowdown == pytest.approx(1.1)
     assert found.seconds([4])[0] == pytest.approx(four.step_seconds)
     assert fit(few[:1], MESSAGES).link is None
+
+
+@pytest.mark.parametrize(("factor", "said"), [(1.0, False), (1.2, False), (10.0, True), (0.5, True)])
+def test_predictions_whose_check_fails_are_doubted(factor, said):
+    """A run on a loaded machine takes ten times as long: the check is 90 % off."""
+    *few, last = runs_of(1.1, 2e6)
+    spans = {name: factor * seconds for name, seconds in last.mean_spans.items()}
+    lines = _model(predict([*few, measured(last.ranks, spans)], MESSAGES))
+    assert lines[-1].startswith("Note: a check is wrong by more than 30 %") == said
 
 
 # The command -----------------------------------------------------------------------------------

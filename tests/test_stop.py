@@ -61,6 +61,21 @@ def test_a_hangup_that_is_ignored_stays_ignored(monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
+IGNORED = "import signal; print([n.name for n in signal.Signals if signal.getsignal(n) == signal.SIG_IGN])"
+
+
+def test_no_child_of_a_test_ignores_signals():
+    done = subprocess.run([sys.executable, "-c", IGNORED], stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout == "['SIGPIPE', 'SIGXFSZ']\n"  # by Python
+
+
+def test_tests_reset_the_signals_that_they_inherit():
+    words = [sys.executable, "-m", "pytest", f"{__file__}::test_no_child_of_a_test_ignores_signals"]
+    shell = ["bash", "-c", "trap '' INT HUP TERM USR1; exec \"$@\"", "bash"]
+    done = subprocess.run([*shell, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=60)
+    assert done.returncode == 0, done.stdout
+
+
 def test_first_signal_names_the_reason():
     with StopSignals(time.time() + 1) as stop:
         os.kill(os.getpid(), signal.SIGUSR1)

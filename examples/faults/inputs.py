@@ -8,7 +8,9 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import click
 from trial import ENCODINGS, HFMPI, TRAIN, kind
@@ -21,14 +23,16 @@ LETTERS = (
     "привет мир и всем ",
     "日本語の文 ",
 )
-TEXT_ENCODINGS = "utf-8", "utf-16", "latin-1", "cp1251", "koi8-r", "shift_jis", "gb18030", "euc-jp", "cp437"
+TEXT_ENCODINGS = "utf-8", "latin-1", "cp1251", "koi8-r", "shift_jis", "gb18030", "euc-jp", "cp437"
 COMPRESSORS = {"gz": (gzip.compress, "zcat"), "bz2": (bz2.compress, "bzcat"), "xz": (lzma.compress, "xzcat")}
 
 
 def text(trial, least, most):
-    """Give the bytes of a text in a random encoding, or bytes of no encoding at all."""
+    """Give the bytes of a text in a random encoding of bytes, or bytes of no encoding at all."""
     if trial.rng.random() < 0.2:
-        return trial.rng.randbytes(trial.rng.randint(least, most))
+        return bytes(
+            trial.rng.choices([10, *range(32, 127), *range(128, 256)], k=trial.rng.randint(least, most))
+        )
     encoding, letters = trial.rng.choice(TEXT_ENCODINGS), trial.rng.choice(LETTERS)
     size = trial.rng.randint(least, most)
     trial.note = f"{encoding}, {size} characters"
@@ -98,6 +102,25 @@ def compressed(trial):
         ["sh", "-c", shell], cwd=trial.folder, capture_output=True, text=True, check=False, timeout=60
     )
     assert done.stdout.replace("OUT", "plain") == plain, f"{way}: {done.stderr}"
+
+
+@kind("prepare, no text")
+def no_text(trial):
+    size, letters = trial.rng.randint(3000, 50_000), trial.rng.choice(LETTERS)
+    content = {
+        "random": lambda: trial.rng.randbytes(size),
+        "HDF5": trial.bench.data.read_bytes,
+        "program": lambda: Path(sys.executable).read_bytes()[:size],
+        **{
+            name: lambda name=name: "".join(trial.rng.choices(letters, k=size)).encode(name)
+            for name in ("utf-16", "utf-32", "utf-16-le", "utf-16-be")
+        },
+    }
+    trial.note = trial.rng.choice(sorted(content))
+    (trial.folder / "text").write_bytes(content[trial.note]())
+    code, _, said = trial.command("prepare", "text", "OUT.h5")
+    assert trial.refused(code, said), "not refused"
+    assert [path.name for path in trial.folder.iterdir()] == ["text"], "written"
 
 
 @kind("sample of any encoding")

@@ -9,7 +9,10 @@ from hfmpi.display import aligned
 from hfmpi.measure import machine
 from hfmpi.parallel import library
 
-__all__ = ["describe", "table"]
+__all__ = ["describe", "doubts", "table"]
+
+STEADY = 1.5
+"""The largest ratio of the median to the least time on an idle machine."""
 
 COLUMNS = (
     *("pass", "model", "hidden", "batch", "bytes", "ranks", "threads"),
@@ -53,6 +56,19 @@ def table(about: dict[str, Any], rows: list[Row]) -> str:
             shares = ", ".join(f"{name} {100 * seconds / total:.1f} %" for name, seconds in spans)
             lines += ["", f"{row['model']}, {row['ranks']} rank(s) of {row['threads']} thread(s): {shares}"]
     return "\n".join(lines)
+
+
+def doubts(rows: list[Row]) -> str | None:
+    """Return a note if the repetitions of a measurement differ so much that its median means little."""
+    worst = max(
+        (row["seconds"] / row["seconds_least"] for row in rows if row.get("seconds_least")), default=1.0
+    )
+    if worst <= STEADY:
+        return None
+    return (
+        f"Note: a median is {worst:.1f} times the least time of the same work, so do not rely on these times. "
+        "Are other programs running, or more ranks than cores? Repeat it on an idle machine."
+    )
 
 
 def _cell(key: str, value: Any) -> str:

@@ -144,7 +144,7 @@ def run(
     import numpy as np
 
     from hfmpi.bench.measurements import Bench
-    from hfmpi.bench.table import describe, table
+    from hfmpi.bench.table import describe, doubts, table
     from hfmpi.data.corpus import Corpus
     from hfmpi.parallel.failure import together
     from hfmpi.parallel.launch import connect
@@ -188,6 +188,8 @@ def run(
             comm, lambda: [row for one in networks for size in sizes for row in measure(bench, one, size)]
         )
     if comm.rank == 0:
+        if note := doubts(rows):
+            click.echo(note, err=True)
         about = describe(device, comm.size, placement.threads)
         click.echo(json.dumps({"machine": about, "rows": rows}) if as_json else table(about, rows))
     comm.close()

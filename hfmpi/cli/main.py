@@ -73,7 +73,7 @@ def cli(context: click.Context) -> None:
 def entry() -> None:
     """Run the command; a user error prints one sentence and exits with code 2, on any number of ranks."""
     from hfmpi.cli.stand_in import stand_in
-    from hfmpi.cli.streams import protect
+    from hfmpi.streams import protect
 
     if sys.argv[1:2] == ["train"]:
         stand_in()  # before the following imports start threads, as numpy does

@@ -58,7 +58,6 @@ def train(
 
     Options on the command line win over --config. A run that is started again continues from its checkpoint.
     """
-    from hfmpi.cli.streams import go_on
     from hfmpi.parallel.failure import together
     from hfmpi.parallel.launch import connect
     from hfmpi.runs.session import COMMAND, open_session
@@ -66,7 +65,6 @@ def train(
     from hfmpi.runs.text_task import TextTask
     from hfmpi.runs.train import Run
 
-    go_on()
     comm = connect(stall_timeout)
     if not data.name:
         raise UserError(f"{data} is not a corpus file")

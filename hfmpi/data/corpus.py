@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -21,7 +22,18 @@ import numpy as np
 
 from hfmpi.data.batches import SPLITS
 from hfmpi.errors import UserError
-from hfmpi.files.hdf5 import Damage, Format, InUse, array, attribute, attributes, members, opened, set_text
+from hfmpi.files.hdf5 import (
+    Damage,
+    Format,
+    InUse,
+    NotHDF5,
+    array,
+    attribute,
+    attributes,
+    members,
+    opened,
+    set_text,
+)
 from hfmpi.measure.machine import free_memory
 from hfmpi.version import __version__
 
@@ -128,8 +140,15 @@ class Corpus:
         UserError
             If the file cannot be read, is not a corpus of a known version, or is damaged.
         """
-        with opened(Path(path)) as (file, size):
-            return cls._read(file, min(size, free_memory()))
+        try:
+            with opened(Path(path)) as (file, size):
+                return cls._read(file, min(size, free_memory()))
+        except NotHDF5 as error:
+            out = Path(path).with_suffix(".h5")
+            words = shlex.quote(str(path)), shlex.quote("OUT.h5" if out == Path(path) else str(out))
+            raise UserError(
+                f"{error}; if it is a text, first make a corpus: hfmpi prepare {' '.join(words)}"
+            ) from None
 
     @classmethod
     def _read(cls, file: h5py.File, limit: int) -> Corpus:

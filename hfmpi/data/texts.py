@@ -30,6 +30,18 @@ COMPRESSED = (
 )
 """Formats of compressed files, the programs that decompress them, and the first bytes of such a file."""
 
+WIDE = (
+    ("UTF-32", rb"\xff\xfe\0\0|\0\0\xfe\xff"),
+    ("UTF-16", rb"\xff\xfe|\xfe\xff"),
+    ("UTF-16LE", rb"([\t\n\r -~]\0){4}"),
+    ("UTF-16BE", rb"(\0[\t\n\r -~]){4}"),
+)
+"""Encodings of more than one byte a character, and the first bytes of such a text."""
+
+HDF5 = b"\x89HDF\r\n\x1a\n"
+CONTROL = bytes({*range(32), 127} - set(b"\a\b\t\n\v\f\r\x1a\x1b"))  # rare in texts
+FEW, MOST_CONTROL = 8, 0.02  # such bytes that any text may have, and their part of a longer one
+
 
 class Source(NamedTuple):
     """A text, its origin, and its files.
@@ -53,7 +65,7 @@ def read_texts(paths: Iterable[str | os.PathLike[str]]) -> Source:
     Raises
     ------
     UserError
-        If a file does not exist, is compressed or cannot be read, or standard input is named twice.
+        If a file does not exist, is not a text of bytes or cannot be read, or standard input is named twice.
     """
     sources = [Path(path) for path in paths]
     if sources.count(STANDARD_INPUT) > 1:
@@ -127,7 +139,7 @@ def _parts(path: Path) -> Iterator[bytes]:
     try:
         with open(0, "rb", closefd=False) if stdin else path.open("rb") as file:
             part = file.read(PART)
-            _refuse_compressed(part, path, name)
+            _refuse_others(part, path, name)
             while part:
                 yield part
                 part = file.read(PART)
@@ -135,12 +147,26 @@ def _parts(path: Path) -> Iterator[bytes]:
         raise UserError(f"cannot read {name}: {why(error)}") from None
 
 
-def _refuse_compressed(start: bytes, path: Path, name: str) -> None:
+def _refuse_others(start: bytes, path: Path, name: str) -> None:
+    """Raise a UserError if a file that begins so is not a text whose characters are bytes."""
+    file = "FILE" if path == STANDARD_INPUT else shlex.quote(str(path))
     for kind, program, pattern in COMPRESSED:
         if re.match(pattern, start, re.DOTALL):
-            file = "FILE" if path == STANDARD_INPUT else shlex.quote(str(path))
             way = f"{program} {file} | hfmpi prepare - OUT.h5"
             raise UserError(f"{name} is compressed ({kind}); for the text in it: {way}")
+    for encoding, pattern in WIDE:
+        if re.match(pattern, start):
+            way = f"iconv -f {encoding} -t UTF-8 {file} | hfmpi prepare - OUT.h5"
+            raise UserError(f"{name} is a text in {encoding}, of which every byte would be a symbol: {way}")
+    if start.startswith(HDF5):
+        raise UserError(
+            f"{name} is an HDF5 file and not a text; a corpus needs no preparation: hfmpi train {file}"
+        )
+    control = len(start) - len(start.translate(None, CONTROL))
+    if control > max(FEW, MOST_CONTROL * len(start)):
+        raise UserError(
+            f"{name} is not a text: {control:,} of its first {len(start):,} bytes are control characters"
+        )
 
 
 def _refuse(error: OSError) -> None:

@@ -23,7 +23,18 @@ import numpy as np
 from hfmpi.errors import UserError
 from hfmpi.files.atomic import open_regular, replace
 
-__all__ = ["Damage", "Format", "InUse", "array", "attribute", "attributes", "members", "opened", "set_text"]
+__all__ = [
+    "Damage",
+    "Format",
+    "InUse",
+    "NotHDF5",
+    "array",
+    "attribute",
+    "attributes",
+    "members",
+    "opened",
+    "set_text",
+]
 
 MOST_MEMBERS = 64  # of a group, and attributes of an object; hfmpi writes about ten
 MOST_TEXT = 2**20  # bytes of an attribute
@@ -38,6 +49,10 @@ class Damage(Exception):
 
 class InUse(UserError):
     """Another program has locked the file, so that its content is unknown."""
+
+
+class NotHDF5(UserError):
+    """The file is of another kind."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +113,7 @@ def opened(path: Path) -> Iterator[tuple[h5py.File, int]]:
     with open_regular(path) as file:  # missing permissions are not damage
         size = file.seek(0, 2)
     if not h5py.is_hdf5(path):
-        raise UserError(f"{path} is not an HDF5 file")
+        raise NotHDF5(f"{path} is not an HDF5 file")
     try:
         # Files are replaced as a whole, so that reading needs no lock; some file systems have none.
         with h5py.File(path, "r", locking=False) as file:

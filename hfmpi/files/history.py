@@ -140,6 +140,18 @@ class History:
         self._whole += len(content)
         self._waiting.clear()
 
+    def amend(self, step: int, values: dict[str, Any]) -> None:
+        """Replace values in the last line if it is that of a step; raise a UserError if that fails."""
+        self.flush()
+        if not os.path.lexists(self.path):
+            return
+        lines = [(line, record) for _, line, record in _lines(self.path)]
+        record = lines[-1][1] if lines else None
+        if record is not None and record["step"] == step:
+            last = (json.dumps(plain(record | values), allow_nan=False) + "\n").encode()
+            replace(self.path, b"".join([*(line for line, _ in lines[:-1]), last]))
+            self._whole = self._size()
+
     def truncate(self, step: int) -> list[str]:
         """Remove the lines after a step, and an incomplete last line; do nothing if there is no file.
 

@@ -14,6 +14,7 @@ from hfmpi.parallel import library
 from hfmpi.parallel.communicator import Communicator, MPICommunicator
 from hfmpi.parallel.failure import abort_on_exception
 from hfmpi.parallel.watchdog import joining, watch
+from hfmpi.streams import reserve
 
 __all__ = ["connect"]
 
@@ -37,6 +38,7 @@ def connect(stall_timeout: float = 0.0) -> Communicator:
     UserError
         If the launcher started several processes that MPI cannot join to one run.
     """
+    reserve()
     rank_and_size = library.launched()
     if rank_and_size is None:
         world = library.world()

@@ -35,6 +35,7 @@ _STOPPED = 6  # polls in a row at which a process of this node must be stopped
 _SILENT = 30  # polls without a message from a rank of another node
 _LATER = 5  # polls that the others wait for rank 0, which knows more, when all ranks hang
 _SILENCE = 1.0  # seconds within which another rank may print the error
+_DRAIN = 0.2  # seconds for the launcher to forward the error before it kills the ranks
 _CODE = 1  # the exit code of ranks that end because of another rank
 
 _watchdog: Watchdog | None = None  # of this process, from the first `watch` on
@@ -74,6 +75,7 @@ class Watchdog:
         # Errors are printed by rank 0 and, in case it cannot, by one rank of each node.
         self.speaks = comm.rank in (0, min(rank for rank in node if rank or len(node) == 1))
         self.far = {rank for rank in links if places[rank][:2] != here}
+        self.hosts = {place[0] for place in places}
         self.buffers = dict.fromkeys(links, b"")
         self.silent = dict.fromkeys(links, 0)
         self.pulses = dict.fromkeys(links, 0)
@@ -136,13 +138,17 @@ class Watchdog:
         except OSError:
             content = b""
         if not content:
-            self._end(f"{self._name(rank)} has died, so all ranks end", self.speaks)
+            self._end(f"{self._name(rank)} has died", self.speaks)
         self.silent[rank] = 0
         *lines, self.buffers[rank] = (self.buffers[rank] + content).split(b"\n")
         for line in lines:
             word, _, number = line.decode().partition(" ")
             if word == "end":
-                self._exit(int(number))
+                self._pass_on(int(number))
+                # The rank that it came from makes the launcher end all nodes, unless another rank of its node
+                # exits before.
+                time.sleep(_SILENCE if len(self.hosts) > 1 else 0)
+                os._exit(int(number))
             elif word == "all":
                 self.finished.set()
             else:
@@ -153,18 +159,31 @@ class Watchdog:
         self._send_pulse()
         for rank in self.links:
             self.silent[rank] += 1
-            if rank in self.far and self.silent[rank] >= _SILENT:
-                sentence = f"{self._name(rank)} has been silent for {_SILENT} s, so all ranks end"
-                self._end(sentence, self.speaks)
+        if self._silent(_SILENT + (_LATER if self.comm.rank else 0)):
+            self._end(self._cut_off(), self.speaks)
         if self.neighbour is not None:
             state = _state(self.places[self.neighbour][2])
             self.stopped = self.stopped + 1 if state in ("T", "Z", "X", "") else 0
             if self.stopped >= _STOPPED:
                 what = "is stopped (SIGSTOP)" if state == "T" else "has died"
-                self._end(f"{self._name(self.neighbour)} {what}, so all ranks end")
+                self._end(f"{self._name(self.neighbour)} {what}")
         if self.comm.rank == 0:
             self._end_if_left_early()
         self._stall(seconds)
+
+    def _silent(self, polls: int) -> list[int]:
+        """Return the ranks of other nodes that have sent nothing at so many polls."""
+        return [rank for rank in sorted(self.far) if self.silent[rank] >= polls]
+
+    def _cut_off(self) -> str:
+        """Return the sentence on the silent ranks; those of one node are so together."""
+        since = f"been silent for {_SILENT} s"
+        if self.comm.rank:
+            return f"{self._name(0)} has {since}, or rank {self.comm.rank} on {self.comm.host} is cut off"
+        silent = self._silent(_SILENT - _LATER)
+        if len(silent) == len(self.far) and len(self.hosts) > 2:
+            return f"{self._name(0)} is cut off: the ranks of all other nodes have {since}"
+        return f"{self._names(silent)} {'has' if len(silent) == 1 else 'have'} {since}"
 
     def _end_if_left_early(self) -> None:
         """End all ranks if one has left and others are in a collective that it never entered."""
@@ -172,7 +191,7 @@ class Watchdog:
         gone = self.left | ({0} if self.leaving else set())
         early = [rank for rank in sorted(gone) if at[rank] < max(at.values())]
         if early:
-            self._end(f"{self._name(early[0])} has left while others go on, so all ranks end")
+            self._end(f"{self._name(early[0])} has left while others go on")
 
     def _stall(self, seconds: float) -> None:
         if not self.stall_timeout:
@@ -185,10 +204,12 @@ class Watchdog:
         if self.comm.rank == 0:
             at = {rank: (pulse, rank in self.left) for rank, pulse in self.pulses.items()}
             at[0] = self.comm.pulse, self.leaving
-            late = [self._name(rank) for rank in sorted(at) if at[rank] < max(at.values())]
-            if late:
-                sentence += f"; the others wait for {', '.join(late[:3])}" + ", ..." * (len(late) > 3)
-        self._end(f"{sentence}, so all ranks end", self.speaks)
+            late = [rank for rank in sorted(at) if at[rank] < max(at.values())]
+            if silent := self._silent(_STOPPED):  # the late ones may wait for these
+                sentence += f"; nothing has come from {self._names(silent)} for {_STOPPED} s"
+            elif late:
+                sentence += f"; the others wait for {self._names(late)}"
+        self._end(sentence, self.speaks)
 
     def _all_left(self) -> None:
         if self.comm.rank == 0 and self.leaving and len(self.left) == len(self.links):
@@ -201,20 +222,30 @@ class Watchdog:
         host, _, process = self.places[rank]
         return f"rank {rank} (process {process} on {host})"
 
+    def _names(self, ranks: list[int]) -> str:
+        return ", ".join(map(self._name, ranks[:3])) + ", ..." * (len(ranks) > 3)
+
     def _end(self, sentence: str, speaks: bool = True) -> NoReturn:
         """Print the error, or wait for the rank that prints it, and exit; the main thread may hang in MPI."""
         if speaks:
-            _say(f"Error: {sentence}.")
+            _say(f"Error: {sentence}, so all ranks end.")
         else:
             time.sleep(_SILENCE)  # the launcher may kill all ranks as soon as one exits
-        self._exit(_CODE)
+        self._exit()
 
-    def _exit(self, code: int) -> NoReturn:
+    def _exit(self) -> NoReturn:
+        self._pass_on(_CODE)
+        if len(self.hosts) > 1:
+            # After an exit, whatever its code, MPICH's mpirun ends this node alone, and waits for the others:
+            # for ever, if a rank that is alone on its node is stopped.
+            _leave()
+        os._exit(_CODE)
+
+    def _pass_on(self, code: int) -> None:
         self.quiet_end(code)
         if self.stopped >= _STOPPED and self.neighbour is not None:
             with contextlib.suppress(OSError):  # not every launcher kills stopped processes
                 os.kill(self.places[self.neighbour][2], signal.SIGKILL)
-        os._exit(code)
 
 
 def watch(comm: MPICommunicator, stall_timeout: float) -> None:
@@ -257,25 +288,39 @@ def joining(rank: int, patience: float) -> Iterator[None]:
     """End this rank if the block takes longer than `patience` seconds; 0: never.
 
     While ranks join, they are not connected: only a timeout can detect a rank that never arrives. A Python
-    thread does not run inside MPI_Init, which holds the interpreter lock; the thread of faulthandler does.
+    thread does not run inside MPI_Init, which holds the interpreter lock: there the thread of faulthandler
+    prints, and a timer of the kernel ends the process. Both end it by a signal, as `Watchdog._exit` does.
     """
 
     def give_up() -> None:
         time.sleep(_SILENCE if rank else 0)
         _say(f"Error: not all ranks have joined within {patience:g} s (--stall-timeout).")
-        os._exit(_CODE)
+        _leave()
 
+    if not patience:
+        yield
+        return
     timer = threading.Timer(patience, give_up)
     timer.daemon = True
-    if patience:
-        timer.start()
-        faulthandler.dump_traceback_later(patience + 2 * _SILENCE + bool(rank), exit=True)
+    timer.start()
+    last = patience + 2 * _SILENCE + bool(rank)
+    alarm = signal.getsignal(signal.SIGALRM) == signal.SIG_DFL  # a program that handles it keeps its timer
+    faulthandler.dump_traceback_later(last, exit=not alarm, file=2)
+    before, _ = signal.setitimer(signal.ITIMER_REAL, last + _DRAIN) if alarm else (0.0, 0.0)
     try:
         yield
     finally:
         timer.cancel()
-        if patience:
-            faulthandler.cancel_dump_traceback_later()
+        faulthandler.cancel_dump_traceback_later()
+        if alarm:
+            signal.setitimer(signal.ITIMER_REAL, before)
+
+
+def _leave() -> NoReturn:
+    """End this process by a signal, after its error has been forwarded."""
+    time.sleep(_DRAIN)
+    os.kill(os.getpid(), signal.SIGKILL)
+    os._exit(_CODE)  # the first process of a container has no other way
 
 
 def _say(sentence: str) -> None:

@@ -197,8 +197,8 @@ class _Collector:
         self.start, self.note, self.end = reporter.start, reporter.note, reporter.end
 
     def step(self, record: Record) -> None:
-        """Collect a record, and pass it on."""
-        self.records.append(cast(Record, plain(record)))
+        """Collect a record, whose validation may come at the end of the run, and pass it on."""
+        self.records.append(record)
         self.reporter.step(record)
 
 
@@ -207,4 +207,4 @@ def _history(run: Run, records: list[Record]) -> list[Record]:
     if run.communicator.rank == 0 and run.folder is not None and run.first_step:
         with contextlib.suppress(UserError):  # the file could not be written, or was removed
             return History.read(run.folder)
-    return records
+    return [cast(Record, plain(record)) for record in records]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
 from hfmpi.backends.compilation import listening
+from hfmpi.parallel import library
 
-__all__ = ["COMPILING", "LiveLine", "Patience", "announced"]
+__all__ = ["COMPILING", "LiveLine", "Patience", "announced", "interactive"]
 
 COMPILING = "compiling kernels, once for this machine ..."
 PATIENCE = 1.0
@@ -180,12 +182,26 @@ class Patience:
         self._say(COMPILING)
 
 
+def interactive(stream: TextIO | None) -> bool:
+    """Return whether a stream is a terminal that someone may watch.
+
+    Open MPI's mpirun gives each rank a pseudo-terminal and copies its output, often to a file. That terminal
+    does not control the rank's session, as that of a user does.
+    """
+    if stream is None or not stream.isatty():
+        return False
+    try:
+        return library.launched() is None or os.tcgetpgrp(stream.fileno()) >= 0
+    except OSError:
+        return False
+
+
 @contextmanager
 def announced(rank: int) -> Iterator[None]:
     """Report on rank 0 that kernels are compiled, on standard error: results are on standard output."""
     if rank:
         yield
-    elif sys.stderr.isatty():
+    elif interactive(sys.stderr):
         from rich.console import Console
 
         status = Console(stderr=True).status(COMPILING)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -50,6 +50,7 @@ class Output:
         self.failures: dict[str, str] = {}
         self._writes = False  # whether there is a folder
         self._writer: Writer | None = None  # on rank 0, once it is open
+        self._record: Record | None = None  # the last one
 
     def open(self, folder: Path | None, config: str, facts: Facts, notes: Sequence[str] = ()) -> None:
         """Open the folder, if there is one, and report what is about to be trained.
@@ -75,10 +76,18 @@ class Output:
 
     def step(self, record: Record) -> None:
         """Add a line to the history, and report it."""
+        self._record = record
         if self._writer is not None:
             self._attempt("the history", partial(self._writer.record, record))
         if self.communicator.rank == 0:
             self.reporter.step(record)
+
+    def amend(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Set values of the last step in its record, and in the history."""
+        if self._record is not None:
+            cast("dict[str, Any]", self._record).update(values)
+        if self._writer is not None:
+            self._attempt("the history", partial(self._writer.history.amend, step, dict(values)))
 
     def checkpoint(self, theta: np.ndarray, state: Mapping[str, Entry], meta: Mapping[str, Any]) -> bool:
         """Write the checkpoint if there is a folder; return False on all ranks if that failed."""

@@ -13,8 +13,9 @@ import click
 from hfmpi.backends.compilation import listening
 from hfmpi.files.history import BITS, Record, loss_keys
 from hfmpi.parallel.placement import Place
-from hfmpi.runs.live import COMPILING, LiveLine, Patience
+from hfmpi.runs.live import COMPILING, LiveLine, Patience, interactive
 from hfmpi.runs.record import Ending, Facts, Reporter
+from hfmpi.streams import lasting
 
 __all__ = ["make_reporter"]
 
@@ -189,6 +190,7 @@ def make_reporter(rank: int, quiet: bool = False) -> Iterator[Reporter]:
     that rank alone.
     """
     with ExitStack() as stack:
+        stack.enter_context(lasting())
         reporter = _Silent() if rank else Quiet() if quiet else _make_log(stack)
         handler, logger = NoteHandler(Quiet().note if rank else reporter.note), logging.getLogger("hfmpi")
         logger.addHandler(handler)
@@ -199,7 +201,7 @@ def make_reporter(rank: int, quiet: bool = False) -> Iterator[Reporter]:
 def _make_log(stack: ExitStack) -> Log:
     """Make the reporter for a terminal, or for standard output that cannot move its cursor."""
     console = None
-    if sys.stdout.isatty():
+    if interactive(sys.stdout):
         from rich.console import Console
 
         console = Console()

@@ -192,6 +192,11 @@ class Run:
             self.valid = None if returned else self.valid
         if done and self.valid is None:
             self.valid = self.validate(self.evaluated)
+            if self.valid is not None and not (self.lowest is not None and self.lowest.returned):
+                values: dict[str, float | None] = {self.task.keys.valid: self.valid.loss}
+                if self.task.metric is not None:
+                    values["valid_metric"] = self.valid.metric
+                self.output.amend(self.step, values)
 
     def _rescue(self, error: Exception) -> None:
         """Save the last complete step without a collective: other ranks may not have failed."""

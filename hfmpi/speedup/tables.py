@@ -9,6 +9,9 @@ from hfmpi.measure.spans import ALLREDUCE, EVALUATE, FILES, SHARED, WAITING
 
 __all__ = ["tables"]
 
+TRUSTED = 0.3
+"""The largest relative error of a check with which predictions are shown without a note."""
+
 MOST_ROWS = 8
 """Maximum number of ranks of a run that have a row each; of more ranks, the fastest and the slowest have."""
 
@@ -134,5 +137,10 @@ def _model(model: dict[str, Any]) -> list[str]:
         lines.append(
             f"Check: {check['ranks']} ranks from {sources}: predicted {predicted:.4g} s/step, "
             f"measured {measured:.4g}, error {100 * check['error']:+.1f} %"
+        )
+    if any(abs(check["error"]) > TRUSTED for check in model["check"]):
+        lines.append(
+            f"Note: a check is wrong by more than {100 * TRUSTED:.0f} %, so do not rely on these predictions. "
+            "Were other programs running, or more ranks than cores? Repeat the runs on an idle machine."
         )
     return lines

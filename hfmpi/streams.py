@@ -9,11 +9,12 @@ import io
 import os
 import select
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from hfmpi.errors import UserError
 
-__all__ = ["go_on", "protect"]
+__all__ = ["lasting", "protect", "reserve"]
 
 _NAMES = {1: "standard output", 2: "standard error"}
 
@@ -22,9 +23,9 @@ class _Stream(io.FileIO):
     """Standard output or error, whose failure does not break the program.
 
     Data that cannot be written are dropped. The first failure of standard output ends the command: with a
-    BrokenPipeError if the pipe is closed, as by `| head`, otherwise with a UserError. A run that goes on
-    (`go_on`) instead reports the failure on the other stream and tries every later line again, because a disk
-    may have room again.
+    BrokenPipeError if the pipe is closed, as by `| head`, otherwise with a UserError. A run, which goes on
+    (`lasting`), instead reports the failure on the other stream and tries every later line again, because a
+    disk may have room again.
     """
 
     goes_on = lost = False
@@ -50,7 +51,7 @@ class _Stream(io.FileIO):
         if self.goes_on:
             if not self.other.lost:
                 self.other.write(
-                    f"Note: {sentence}; training goes on, and history.jsonl has every step.\n".encode()
+                    f"Note: {sentence}; training goes on, and the history has every step.\n".encode()
                 )
         elif self.fileno() == 1:
             if error.errno == errno.EPIPE:
@@ -58,18 +59,25 @@ class _Stream(io.FileIO):
             raise UserError(sentence) from None
 
 
-def protect() -> None:
-    """Replace sys.stdout and sys.stderr by streams that survive failures, if they are descriptors 1 and 2.
+def reserve() -> None:
+    """Occupy those of the descriptors 0, 1 and 2 that are closed.
 
-    Characters that the encoding lacks are printed as question marks.
+    The next file or socket, such as one of MPI's, would get their numbers, and with them what is written to
+    standard output and error.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # The descriptor is closed. The next file would get its number, and with it MPI's messages on
-            # standard error; a descriptor that is open only for reading fails writers as a closed one does.
-            os.open(os.devnull, os.O_RDONLY)
+            os.open(os.devnull, os.O_RDONLY)  # open only for reading, it fails writers as a closed one does
+
+
+def protect() -> None:
+    """Replace sys.stdout and sys.stderr by streams that survive failures, if they are descriptors 1 and 2.
+
+    Characters that the encoding lacks are printed as question marks.
+    """
+    reserve()
     streams = {}
     for number, name in ((1, "stdout"), (2, "stderr")):
         before = getattr(sys, name)
@@ -95,9 +103,23 @@ def protect() -> None:
         setattr(sys, name, text)
 
 
-def go_on() -> None:
-    """Continue the program when standard output or error can no longer be written."""
-    for stream in (sys.stdout, sys.stderr):
-        raw = getattr(getattr(stream, "buffer", None), "raw", None)
-        if isinstance(raw, _Stream):
+@contextlib.contextmanager
+def lasting() -> Iterator[None]:
+    """Continue the program when standard output or error cannot be written during the block."""
+    before = sys.stdout, sys.stderr
+    if not any(map(_protected, before)):
+        protect()
+    streams = sys.stdout, sys.stderr
+    for stream in streams:
+        if raw := _protected(stream):
             raw.goes_on = True
+    try:
+        yield
+    finally:
+        if (sys.stdout, sys.stderr) == streams:  # nothing in the block has replaced them
+            sys.stdout, sys.stderr = before
+
+
+def _protected(stream: Any) -> _Stream | None:
+    raw = getattr(getattr(stream, "buffer", None), "raw", None)
+    return raw if isinstance(raw, _Stream) else None
