@@ -128,7 +128,16 @@ class Substitution:
             )
 
 
-class Narrowing(TorchDispatchMode):  # type: ignore[misc]
+class _Watch(TorchDispatchMode):  # type: ignore[misc]
+    """Sees every operation of a pass."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Keep PyTorch from importing its compiler for this, which takes seconds."""
+        return False
+
+
+class Narrowing(_Watch):
     """Watches operations for results of lower precision than float64 that are computed from tensors.
 
     Attributes
@@ -147,7 +156,7 @@ class Narrowing(TorchDispatchMode):  # type: ignore[misc]
         return results
 
 
-class Allocations(TorchDispatchMode):  # type: ignore[misc]
+class Allocations(_Watch):
     """Adds up the results of all operations, at least as much as a graph of them keeps.
 
     Attributes
