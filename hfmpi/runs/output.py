@@ -107,7 +107,8 @@ class Output:
         try:
             self._writer.checkpoint(theta, state, meta)
         except UserError as error:
-            self.reporter.note(f"{error}; the steps after the last checkpoint are not saved")
+            if "the checkpoint" not in self.failures:  # else it has been said
+                self.reporter.note(f"{error}; the steps after the last checkpoint are not saved")
         else:
             self.reporter.note(f"an error ends the run; the checkpoint of step {meta['step']:,} is written")
 
