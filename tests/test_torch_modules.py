@@ -170,6 +170,38 @@ def warm_up(m, z, x):
     return z if m.calls < 500 else 1.1 * z
 
 
+def warm_up_in_a_list(m, z, x):
+    m.calls[0] += 1
+    return z if m.calls[0] < 500 else 1.1 * z
+
+
+def own_generator(m, z, x):
+    return z + (torch.rand(len(x), 1, generator=m.numbers) > 0.999)
+
+
+def hooked(change):
+    def forward(m, z, x):
+        h = z.tanh()
+        if h.requires_grad:
+            h.register_hook(change)
+        return h
+
+    return forward
+
+
+class Growing(nn.Module):
+    """A module that makes its layer in the first pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.low = nn.Linear(5, 5)
+
+    def forward(self, x):
+        if not hasattr(self, "top"):
+            self.top = nn.Linear(5, 5).to(x)
+        return self.top(self.low(x))
+
+
 def data_of_another(m, z, x):
     m.top.weight.data = m.low.weight.data
     return m.top(z)
@@ -209,12 +241,37 @@ def drop_path(m, z, x):
 CHANGING = {
     "clamp": (lambda: Custom(clamp), "changes its parameters"),
     "normalise": (lambda: Custom(normalise), "changes its parameters"),
-    "assign": (lambda: Custom(replace), "assigns to its parameter or buffer weight"),
+    "assign": (lambda: Custom(replace), "assigns to its parameter weight"),
     "count": (lambda: Custom(count, calls=0), "different outputs for the same inputs"),
     "state": (lambda: Custom(carry, state=None), "different outputs for the same inputs"),
+    "late in a list": (lambda: Custom(warm_up_in_a_list, calls=[0]), "depend on 0, which its passes change"),
+    "generator": (
+        lambda: Custom(own_generator, numbers=torch.Generator().manual_seed(0)),
+        "draws random numbers in a pass",
+    ),
+    "generator of NumPy": (
+        lambda: Custom(
+            lambda m, z, x: z + m.rng.choice([0, 1], p=[0.999, 0.001]), rng=np.random.default_rng(0)
+        ),
+        "draws random numbers in a pass",
+    ),
+    "layer made later": (Growing, "draws random numbers in a pass"),
+    "hook on the whole batch": (
+        lambda: Custom(hooked(lambda g: g - g.mean(0))),
+        "is not the sum of the gradients of its examples",
+    ),
+    "hook on the length": (
+        lambda: Custom(hooked(lambda g: g / len(g))),
+        "is not the sum of the gradients of its examples",
+    ),
+    "infinite derivative": (
+        lambda: Custom(lambda m, z, x: torch.where(z > 1e9, z.sqrt(), (z * 0).sqrt())),
+        "derivatives of the outputs are not finite",
+    ),
+    "squeeze": (lambda: Custom(lambda m, z, x: z.squeeze()), "a batch of one example fails"),
     "late": (lambda: Custom(warm_up, calls=0), "depend on calls, which its passes change"),
-    "buffer": (Buffered, "changes parameters or buffers of the module"),
-    "data": (lambda: Custom(data_of_another, top=nn.Linear(5, 5)), "changes parameters"),
+    "buffer": (Buffered, "passes change mean, a parameter or buffer"),
+    "data": (lambda: Custom(data_of_another, top=nn.Linear(5, 5)), "passes change low.weight"),
     "cache": (lambda: Custom(cached, cache=[]), "uses a parameter in another way than by its name"),
     "graph": (Made, "uses a parameter in another way than by its name"),
     "statistics": (lambda: nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)), r"1 \(BatchNorm1d\) makes"),
@@ -283,6 +340,102 @@ def test_a_mode_that_is_set_later_is_found():
         model.loss(theta, batch)
     module.eval()
     assert np.isfinite(model.loss(theta, batch))
+
+
+def test_a_refusal_leaves_no_trace_and_a_corrected_module_is_trained():
+    module, states = Custom(cached, cache=[]), [np.random.get_state(), torch.get_rng_state()]  # noqa: NPY002
+    for _ in range(2):
+        with pytest.raises(UserError, match="in another way than by its name"):
+            train(module)
+        assert module.cache == []
+    module.change = drop_path
+    with pytest.raises(UserError, match="draws random numbers"):
+        train(module)
+    assert np.array_equal(np.random.get_state()[1], states[0][1])  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), states[1])
+    module.change = lambda m, z, x: z
+    train(module)
+
+
+class Rotary(nn.Module):
+    """A buffer that grows to the longest sequence so far."""
+
+    def __init__(self):
+        super().__init__()
+        self.low = nn.Linear(5, 5)
+        self.register_buffer("table", torch.zeros(0, 5))
+
+    def forward(self, x):
+        if len(self.table) < x.shape[1]:
+            self.table = torch.arange(x.shape[1]).to(x)[:, None].expand(-1, 5).cos()
+        return self.low(x) * self.table[: x.shape[1]]
+
+
+def test_a_buffer_that_caches_what_does_not_change_is_no_reason_to_refuse():
+    model, result = train(double(Rotary), (STEPS, TAGS))
+    expected = double(Rotary)
+    right = 0.5 * (expected(torch.from_numpy(STEPS)) - torch.from_numpy(TAGS)).square().sum(-1).mean()
+    assert result.history[0]["loss"] == pytest.approx(right.item(), rel=1e-12)
+    hfmpi.train(model, (STEPS, TAGS), optimizer="adam", max_steps=1, quiet=True)
+
+
+@pytest.mark.parametrize(
+    "buffer",
+    [
+        lambda: torch.eye(5).to_sparse(),
+        lambda: torch.randn(2, 4).to(torch.float8_e4m3fn),
+        lambda: torch.full((3,), torch.nan),
+        lambda: torch.ones(2, dtype=torch.bool),
+        lambda: torch.ones(2, dtype=torch.complex64),
+    ],
+)
+def test_buffers_of_all_kinds(buffer):
+    module = layers()
+    module.register_buffer("extra", buffer())
+    train(module)
+
+
+def test_sparse_products_have_curvature():
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.low = nn.Linear(5, 5)
+            self.register_buffer("edges", torch.eye(6).to_sparse())
+
+        def forward(self, x):
+            h = self.low(x).transpose(0, 1).reshape(6, -1)
+            return torch.sparse.mm(self.edges, h).view(6, len(x), 5).transpose(0, 1)
+
+    torch.manual_seed(0)
+    _, result = train(Graph(), (STEPS, TAGS))
+    torch.manual_seed(0)
+    _, expected = train(nn.Sequential(nn.Linear(5, 5)), (STEPS, TAGS))
+    assert np.allclose(result.theta, expected.theta, atol=1e-4)
+
+
+def test_a_parameter_that_is_frozen_later_is_found():
+    for first in (True, False):
+        module = layers()
+        module[0].requires_grad_(first)
+        model = hfmpi.TorchModel(module, "squares")
+        module[0].requires_grad_(not first)
+        with pytest.raises(UserError, match="was frozen or unfrozen since the model was made"):
+            hfmpi.train(model, (X, Y), optimizer="adam", max_steps=1, quiet=True)
+
+
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_on_parameters_are_refused(hook):
+    module = layers()
+    getattr(module[0].weight, hook)(lambda g: None)
+    with pytest.raises(UserError, match=r"the parameter 0\.weight has a hook"):
+        train(module)
+
+
+def test_what_has_no_effect_is_noted(caplog):
+    module = Custom(lambda m, z, x: z + m.others[0](x), spare=nn.Linear(5, 5), others=[nn.Linear(5, 5)])
+    train(module)
+    assert "do not depend on spare.weight, spare.bias" in caplog.text
+    assert "depend on 2 tensors that require gradients and are no parameters" in caplog.text
 
 
 def test_parameters_that_are_replaced_later_are_found():
@@ -455,6 +608,58 @@ def test_the_class_axis_of_pytorch_is_that_of_its_loss(classes):
             train(module, (STEPS, abs(labels) % classes), "cross-entropy")
 
 
+@pytest.mark.parametrize("kind", ["tuple", "Examples", "Arrays"])
+@pytest.mark.parametrize("ignored", [0, -100])
+def test_ignored_targets_are_not_scored_whatever_holds_them(kind, ignored):
+    symbols, labels = RNG.integers(0, 4, (40, 6)), RNG.integers(0, 4, (40, 6))
+    labels[RNG.random((40, 6)) < 0.3] = ignored
+
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Embedding(4, 5), nn.Linear(5, 4))
+
+        def forward(self, x):
+            return self.net(x).transpose(1, 2)
+
+    module, loss = double(Tagger), nn.CrossEntropyLoss(ignore_index=ignored)
+    right = loss(module(torch.from_numpy(symbols)), torch.from_numpy(labels)).item()
+    made = {"tuple": lambda: (symbols, labels), "Examples": lambda: hfmpi.Examples(symbols, labels)}
+    if kind == "Arrays" and ignored < 0:
+        with pytest.raises(UserError, match="targets must be symbols 0, 1, 2"):
+            hfmpi.Arrays(symbols, labels)
+        return
+    data = made.get(kind, lambda: hfmpi.Arrays(symbols, labels))()
+    _, result = train(module, data, loss)
+    assert result.history[0]["loss"] == pytest.approx(right, rel=1e-12)
+
+
+class Pixels(nn.Module):
+    """Bytes are scaled, as modules for images do it; times are shifted in float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.low = nn.Linear(5, 5)
+
+    def forward(self, x):
+        x = x / 255 if x.dtype == torch.uint8 else (x - 1.7e9) / 10
+        return self.low(x.float())
+
+
+@pytest.mark.parametrize("x", [RNG.integers(0, 256, (40, 5)).astype(np.uint8), 1.7e9 + 10 * X])
+def test_inputs_have_the_types_that_they_were_given_with(x):
+    torch.manual_seed(0)
+    module = Pixels()
+    right = 0.5 * (module(torch.from_numpy(x)).double() - torch.from_numpy(Y)).square().sum(1).mean()
+    _, result = train(module, (x, Y))
+    assert result.history[0]["loss"] == pytest.approx(right.item(), rel=1e-6)
+
+
+def test_numbers_that_have_no_place_in_64_bits_are_refused():
+    with pytest.raises(UserError, match="more than 64 bits with a sign hold"):
+        train(Table(), (np.full((40, 2), 2**63 + 5, np.uint64), Y))
+
+
 def test_burn_in_is_asked_for():
     module, x = double(lambda: Custom()), STEPS
     for data in ((x, TAGS[:, 2:]), (x, TAGS[:, :-1])):
@@ -501,7 +706,12 @@ def made_in_inference_mode():
         return nn.Linear(5, 5)
 
 
+def scripted():
+    return nn.Sequential(torch.jit.script(nn.Linear(5, 5)), nn.Linear(5, 5))
+
+
 SENTENCES = {
+    "scripted": (scripted, X, "a part of the module is scripted"),
     "autocast": (lambda: Autocast(5, 5), X, "returns bfloat16 outputs"),
     "complex": (lambda: Custom(lambda m, z, x: torch.fft.fft(z)), X, "returns complex64 outputs"),
     "NumPy": (lambda: Custom(lambda m, z, x: z.detach().numpy()), X, "must return a tensor"),
@@ -511,12 +721,13 @@ SENTENCES = {
         RNG.integers(0, 256, (40, 5)).astype(np.uint8),
         r"uint8 .*astype\('float32'\)",
     ),
-    "width": (layers, X[:, :4], r"fails on inputs float32 \(\d+, 4\): RuntimeError: mat1 and mat2 shapes"),
+    "width": (layers, X[:, :4], r"fails on inputs float64 \(\d+, 4\): RuntimeError: mat1 and mat2 shapes"),
     "index": (Table, RNG.integers(5, 9, (40, 2)), r"fails on inputs int64 \(\d+, 2\): IndexError"),
     "inference": (made_in_inference_mode, X, r"was made under torch.inference_mode\(\)"),
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("name", SENTENCES)
 @pytest.mark.parametrize("optimizer", ["adam", "bhf-short"])
 def test_what_a_module_cannot_do_is_a_sentence(name, optimizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from math import prod
 from typing import Any
 
@@ -75,6 +76,12 @@ class Examples:
     def count(self) -> int:
         """The number of examples."""
         return len(self.targets)
+
+    def masked(self, mask: np.ndarray) -> Examples:
+        """Return the examples with a further mask: what it leaves out is not scored."""
+        other = copy.copy(self)
+        other.mask = mask.astype(int) if self.mask is None else self.mask * mask
+        return other
 
     def take(self, indices: np.ndarray) -> Batch:
         """Return the examples `indices` (B,) as a batch of C-contiguous arrays.

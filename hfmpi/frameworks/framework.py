@@ -43,6 +43,12 @@ MOST_MICRO_BATCH = 1024
 GRADIENT_NUMBERS = 1 << 24
 """The maximum number of entries of per-example gradients that are computed at once."""
 
+SUMMED = 4
+"""The number of examples whose gradients are compared with that of their batch."""
+
+SEPARATE = {False: 1e-3, True: 1e-2}
+"""Relative difference of these gradients that rounding may make, on a CPU and on a GPU."""
+
 BLOCK_FACTOR = 8
 """Larger blocks of outputs than the networks' in V G V': most models here have fewer outputs than a text."""
 
@@ -142,6 +148,9 @@ class FrameworkModel(ABC):
 
     batching_error: ClassVar[type[Exception]] = NotImplementedError
     """What the framework raises if it cannot batch an operation."""
+
+    casts: ClassVar[bool] = True
+    """Whether batches have their real inputs in the type of theta."""
 
     noun: ClassVar[str] = "the function"
     """What messages call the user's function."""
@@ -309,6 +318,33 @@ class FrameworkModel(ABC):
             raise UserError(
                 f"the loss is not finite at the start ({loss}): check parameters, inputs and targets"
             )
+        self._check_gradients(theta, few.take(chosen(few.size, SUMMED)))
+
+    def _check_gradients(self, theta: np.ndarray, few: CheckedBatch) -> np.ndarray:
+        """Return J' u of a random u; raise a UserError unless it is finite, and the sum over the examples."""
+
+        def gradient(batch: CheckedBatch, u: np.ndarray) -> np.ndarray:
+            out = np.zeros_like(theta)
+            with self.running(batch.inputs):
+                self._linearise(theta, batch).vjp(u, out)
+            return out
+
+        rows = few.scored.rows // few.size
+        u = np.random.default_rng(0).standard_normal((few.size, rows, self.plan.width)).astype(theta.dtype)
+        whole = gradient(few, u.reshape(-1, self.plan.width))
+        if not np.isfinite(whole).all():
+            raise UserError(
+                "derivatives of the outputs are not finite at the start: is there a root or a norm of 0, or "
+                "a branch of a `where` that is not finite?"
+            )
+        each = sum(gradient(few.take([i]), u[i]) for i in range(few.size))
+        most = SEPARATE[self.on_gpu] * (np.linalg.norm(whole) + np.linalg.norm(each))
+        if not np.linalg.norm(whole - each) <= most:
+            raise UserError(
+                "the gradient of a batch is not the sum of the gradients of its examples: does a hook or a "
+                "rule of a derivative see the whole batch?"
+            )
+        return whole
 
     def _exact(self, theta: np.ndarray, few: CheckedBatch) -> Trial:
         """Return a trial in float64; it raises NotInFloat64 where the model does not allow it."""
@@ -331,7 +367,7 @@ class FrameworkModel(ABC):
             raise
         except Exception as error:
             shapes = " and ".join(f"{x.dtype} {x.shape}" for x in inputs)
-            whole = any(x.dtype.kind in "iu" for x in inputs)
+            whole = any(x.dtype.kind in "iu" for x in inputs) and "type" in str(error)
             hint = "; whole numbers stay whole numbers: x.astype('float32') makes real ones" if whole else ""
             raise UserError(
                 f"{self.noun} fails on inputs {shapes}: {type(error).__name__}: {first_line(error)}{hint}"
@@ -356,7 +392,7 @@ class FrameworkModel(ABC):
         """Check theta and a batch; return both in the model's type."""
         check_vector("theta", theta, self.size, np.ndarray)
         theta = theta.astype(self.backend.dtype, copy=False)
-        examples = check_batch(batch, self.output_loss, self.backend.dtype)
+        examples = check_batch(batch, self.output_loss, self.backend.dtype, self.casts)
         mode = self._mode()
         if self.plan.checked != mode:
             with self.lock:

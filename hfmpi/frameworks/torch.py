@@ -28,11 +28,11 @@ try:
         check_module,
         check_types,
         fresh_copy,
-        restored,
         stochastic,
     )
     from hfmpi.frameworks.torch_module import Narrowing, Substitution, plain_module
     from hfmpi.frameworks.torch_passes import TorchPasses, plain_kernels, to_array
+    from hfmpi.frameworks.torch_state import Snapshot
 except ImportError:
     torch = None
 
@@ -58,6 +58,8 @@ class TorchPlan(Plan):
         gradients, because other operations than layers use them; None: not known yet.
     differentiates : bool
         Whether the module computes derivatives inside of a forward pass, as physics-informed networks do.
+    as_given : bool
+        Whether inputs have the types that they were given with; else they are converted.
     """
 
     double_backward: bool = True
@@ -66,6 +68,7 @@ class TorchPlan(Plan):
     bytes_per_example: int = 0
     unassigned: int | None = None
     differentiates: bool = False
+    as_given: bool = False
 
 
 class TorchModel(FrameworkModel):
@@ -101,6 +104,7 @@ class TorchModel(FrameworkModel):
 
     plan: TorchPlan = TorchPlan()
     noun = "the module"
+    casts = False
     batching_error = RuntimeError
     memory_words = "out of memory", "allocate memory", "not enough memory"
 
@@ -149,19 +153,14 @@ class TorchModel(FrameworkModel):
         self.aliases = check_memory(trained, [])
         self.places = Substitution(self.module, self.aliases)
 
-    @property
-    def examples(self) -> Callable[..., Examples]:
-        """What makes a data set of (x, y) and perhaps a mask; targets that the loss ignores are masked."""
-        return Examples if self.ignored is None else self._without_ignored
-
-    def _without_ignored(self, inputs: Any, targets: Any, mask: Any = None) -> Examples:
-        data = Examples(inputs, targets, mask)
-        scored = (data.targets != self.ignored).astype(int)
-        return (
-            data
-            if scored.all()
-            else Examples(inputs, targets, scored if mask is None else scored * data.mask)
-        )
+    def scoring(self, data: Examples) -> Examples:
+        """Return examples whose mask leaves out the targets that the loss ignores."""
+        if self.ignored is None or data.targets.dtype.kind not in "iu":
+            return data
+        scored = data.targets != self.ignored
+        if scored.all():
+            return data
+        return data.masked(scored)
 
     def write_back(self, theta: np.ndarray) -> None:
         """Copy theta (D,) into the parameters of the module.
@@ -229,8 +228,17 @@ class TorchModel(FrameworkModel):
         return torch.from_numpy(array).to(self.device)
 
     def tensors(self, inputs: tuple[np.ndarray, ...]) -> tuple[Any, ...]:
-        """Return inputs as tensors; whole numbers become int64, which every module accepts."""
-        return tuple(self.tensor(x.astype(np.int64) if x.dtype.kind in "iu" else x) for x in inputs)
+        """Return inputs as tensors, of the types given or converted, as planned.
+
+        Conversion makes real numbers those of the parameters, and whole numbers int64.
+        """
+        return tuple(self.tensor(x if self.plan.as_given else self._converted(x)) for x in inputs)
+
+    def _converted(self, x: np.ndarray) -> np.ndarray:
+        if x.dtype.kind == "u" and x.dtype.itemsize == 8 and x.size and x.max() > np.iinfo(np.int64).max:
+            raise UserError(f"inputs are whole numbers up to {x.max()}, more than 64 bits with a sign hold")
+        kinds = {"f": self.backend.dtype, "i": np.dtype(np.int64), "u": np.dtype(np.int64)}
+        return x.astype(kinds.get(x.dtype.kind, x.dtype), copy=False)
 
     def forward_mode(self) -> AbstractContextManager[object]:
         """Return the context of a forward pass without derivatives in theta."""
@@ -259,41 +267,81 @@ class TorchModel(FrameworkModel):
         """Return which parts of the module are in training mode, and which parameters it has."""
         with self.places.lock:  # another thread may have replaced the parameters for a call
             parts = [*self.module.modules()]
-            ids = [id(p) for part in parts for p in part._parameters.values()]
-        return [part.training for part in parts], ids
+            held = [p for part in parts for p in part._parameters.values() if p is not None]
+            return [part.training for part in parts], [(id(p), p.requires_grad) for p in held]
 
     def _check(self, theta: np.ndarray, examples: CheckedBatch) -> None:
         """Choose the plan; raise a UserError where the module cannot be trained."""
-        if not self.places.complete():
+        if self.places.refresh():
             raise UserError("parameters of the module were replaced since the model was made: make it again")
+        for name, p in self.module.named_parameters():
+            if p.requires_grad != (name in self.parameters or id(p) in self.aliases) and p.numel():
+                raise UserError(f"{name} was frozen or unfrozen since the model was made: make it again")
+            if p._backward_hooks or p._post_accumulate_grad_hooks:
+                raise UserError(
+                    f"the parameter {name} has a hook, which would not be called: change what forward "
+                    "computes instead, such as mask * w + (1 - mask) * w.detach()"
+                )
         if layer := stochastic(self.module):
             raise UserError(
                 f"{layer} makes the outputs random or dependent on the batch, as dropout and batch "
                 "statistics do: call module.eval() first"
             )
         few = examples.take(chosen(examples.size))
-        with torch.inference_mode(False), restored(self.places, self.device):
-            fresh = fresh_copy(self.module)
-            self._choose_forward(theta, few)
-            super()._check(theta, examples)
-            check_module(self, theta, few, fresh)
-            self._choose_products(theta, examples.take([0]))
+        with torch.inference_mode(False), self.places.lock:
+            start, fresh = Snapshot(self.module, self.device), fresh_copy(self.module)
+            try:
+                self._choose_forward(theta, few)
+                self.places.refresh()  # the first pass may fill caches
+                warm = Snapshot(self.module, self.device)
+                try:
+                    super()._check(theta, examples)
+                    check_module(self, theta, few, fresh)
+                    self._choose_products(theta, examples.take([0]))
+                finally:  # these errors explain any other one
+                    if name := warm.changed():
+                        raise UserError(
+                            f"passes change {name}, a parameter or buffer of the module, as batch statistics "
+                            "do: call module.eval() first"
+                        )
+            finally:
+                drew = start.drew()
+                start.restore()
+                self.places.refresh()
+                if drew:
+                    raise UserError(
+                        "the module draws random numbers in a pass, as dropout does: call module.eval() first"
+                    )
+
+    def _check_gradients(self, theta: np.ndarray, few: CheckedBatch) -> np.ndarray:
+        """Check gradients, and note parameters on which the outputs do not depend."""
+        gradient = super()._check_gradients(theta, few)
+        unused = [name for name, part in self.layout.views(gradient).items() if not part.any()]
+        if unused:
+            logging.getLogger(__name__).warning(
+                "Note: the outputs of the first examples do not depend on %s%s.",
+                ", ".join(unused[:3]),
+                f" and {len(unused) - 3} more parameters" if len(unused) > 3 else "",
+            )
+        return gradient
 
     def _choose_forward(self, theta: np.ndarray, few: CheckedBatch) -> None:
-        """Plan forward passes with gradients enabled where the module differentiates inside of them."""
-        self.replan(differentiates=False)
-        try:
-            self._outputs(theta, few)
-        except UserError:
-            self.replan(differentiates=True)
+        """Plan forward passes: the types of inputs, and gradients where the module itself needs derivatives.
+
+        Inputs have the types that they were given with, if the module takes these.
+        """
+        failures = list[UserError]()
+        for differentiates, as_given in product((False, True), (True, False)):
+            self.replan(differentiates=differentiates, as_given=as_given)
             try:
                 self._outputs(theta, few)
-                return
-            except UserError:
-                self.replan(differentiates=False)
-            raise
+                break
+            except UserError as error:
+                failures.append(error)
+        else:
+            raise failures[1]
         tensor = self.tensor(theta.copy())
-        with torch.no_grad(), self.running(few.inputs):
+        with self.forward_mode(), self.running(few.inputs):
             self.call(self.named(tensor), self.tensors(few.inputs), few.scored)
         if not np.array_equal(to_array(tensor), theta, equal_nan=True):
             raise UserError(CHANGES)

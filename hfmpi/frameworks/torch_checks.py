@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import random
-import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import logging
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from hfmpi.errors import UserError
-from hfmpi.frameworks.torch_module import Substitution
 from hfmpi.frameworks.torch_passes import TorchPasses, to_array
+from hfmpi.frameworks.torch_state import numbers
 from hfmpi.frameworks.trial import Trial, elsewhere
 from hfmpi.measure.machine import free_memory
 from hfmpi.models.batch import CheckedBatch
@@ -28,7 +26,6 @@ __all__ = [
     "check_module",
     "check_types",
     "fresh_copy",
-    "restored",
     "stochastic",
 ]
 
@@ -42,15 +39,17 @@ HIDDEN = (
     "it before?): hfmpi cannot replace it; use self.NAME in forward"
 )
 
-_hiding: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Modules that were refused for HIDDEN: a copy of one that has been called need not show it again."""
-
 LATE = 10**6
 """What is added to the numbers that a pass changes, such as counts of calls, to see what depends on them."""
 
 
 def check_types(module: Any, trained: Mapping[str, Any]) -> None:
     """Raise a UserError unless the types and devices of a module's tensors can be trained."""
+    for name, p in trained.items():
+        if p.layout != torch.strided:
+            raise UserError(f"the parameter {name} is sparse: make it dense (to_dense)")
+    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+        raise UserError("a part of the module is scripted: put the module there that was scripted")
     types = {p.dtype for p in trained.values()}
     if types not in ({torch.float32}, {torch.float64}):
         names = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in types))
@@ -137,43 +136,14 @@ def stochastic(module: Any) -> str:
 
 def fresh_copy(module: Any) -> Any:
     """Return a copy of a module that has not been called, or None where that is not possible."""
-    nbytes = sum(t.nbytes for t in (*module.parameters(), *module.buffers()) if t.device.type == "cpu")
+    tensors = [t for t in (*module.parameters(), *module.buffers()) if t.device.type == "cpu"]
+    nbytes = sum(t.numel() * t.element_size() for t in tensors)
     if nbytes > free_memory() / 4:
         return None
     try:
         return copy.deepcopy(module)
     except Exception:  # of any kind: the module has what cannot be copied
         return None
-
-
-@contextmanager
-def restored(places: Substitution, device: Any) -> Iterator[None]:
-    """Restore what a module holds; raise a UserError if passes changed it or drew random numbers."""
-    tensors = places.tensors
-    with torch.no_grad():
-        before = [(tensor.data, tensor.detach().clone()) for tensor in tensors]
-    numbers, chance = _numbers(places.module), _random_states(device)
-    try:
-        yield
-    finally:  # these errors explain any other one
-        changed = places.restore()
-        with torch.no_grad():
-            for tensor, (data, was) in zip(tensors, before, strict=True):
-                tensor.data = data
-                if not torch.equal(tensor.nan_to_num(), was.nan_to_num()):
-                    changed = True
-                    tensor.copy_(was)
-        for part, name, value in numbers:
-            setattr(part, name, value)
-        if changed:
-            raise UserError(
-                "a pass changes parameters or buffers of the module, as batch statistics do: call "
-                "module.eval() first"
-            )
-        if _random_states(device) != chance:
-            raise UserError(
-                "the module draws random numbers in a pass, as dropout does: call module.eval() first"
-            )
 
 
 def check_module(model: TorchModel, theta: np.ndarray, few: CheckedBatch, fresh: Any) -> None:
@@ -198,29 +168,49 @@ def check_module(model: TorchModel, theta: np.ndarray, few: CheckedBatch, fresh:
             "the module computes different outputs with and without gradients: it must not depend on "
             "torch.is_grad_enabled()"
         )
-    reached = torch.autograd.grad(
-        passes.graph.sum(), [*model.parameters.values()], retain_graph=True, allow_unused=True
-    )
-    if model.module in _hiding or any(gradient is not None for gradient in reached):
+    leaves = _leaves(passes.graph, passes.theta)
+    if any(leaf is p for leaf in leaves for p in model.parameters.values()):
         raise UserError(HIDDEN)
+    if leaves:
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves[:3])
+        logging.getLogger(__name__).warning(
+            "Note: the outputs depend on %d tensors that require gradients and are no parameters of the "
+            "module (shapes %s%s): they stay as they are.",
+            len(leaves),
+            shapes,
+            ", ..." if len(leaves) > 3 else "",
+        )
     _check_numbers(model, trial)
     _check_other_parameters(model, trial, fresh)
 
 
 def _check_numbers(model: TorchModel, trial: Trial) -> None:
     """Raise a UserError if the outputs depend on a number that a pass changes, such as a count of calls."""
-    before = _numbers(model.module)
-    everything = range(trial.examples.size)
+    before, everything = numbers(model.module), range(trial.examples.size)
     trial.of(everything)
-    changed = [(part, name, value) for part, name, value in before if getattr(part, name, value) != value]
-    for part, name, value in changed:
-        setattr(part, name, not value if isinstance(value, bool) else value + LATE)
+    changed = [(store, key, value) for store, key, value in before if store[key] != value]
+    for store, key, value in changed:
+        store[key] = not value if isinstance(value, bool) else value + LATE
     if changed and not trial.same(everything, trial.of(everything)):
-        name = changed[0][1]
         raise UserError(
-            f"the outputs of the module depend on {name}, which its passes change: they must depend on "
-            "parameters and inputs alone"
+            f"the outputs of the module depend on {changed[0][1]}, which its passes change: they must depend "
+            "on parameters and inputs alone"
         )
+
+
+def _leaves(graph: Any, theta: Any) -> list[Any]:
+    """Return the tensors that a graph depends on and that require a gradient, apart from theta."""
+    seen, leaves, functions = set[Any](), list[Any](), [graph.grad_fn]
+    while functions:
+        function = functions.pop()
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        leaf = getattr(function, "variable", None)
+        if leaf is not None and leaf is not theta:
+            leaves.append(leaf)
+        functions += [following for following, _ in function.next_functions]
+    return leaves
 
 
 def _check_other_parameters(model: TorchModel, trial: Trial, fresh: Any) -> None:
@@ -256,28 +246,7 @@ def _check_other_parameters(model: TorchModel, trial: Trial, fresh: Any) -> None
         if not kept:
             raise UserError(CHANGES)
         if not trial.same(everything, theirs.reshape(few.size, -1)):
-            _hiding.add(model.module)
             raise UserError(HIDDEN)
-
-
-def _numbers(module: Any) -> list[tuple[Any, str, Any]]:
-    """Return the attributes of all parts of a module that are numbers: part, name and value."""
-    return [
-        (part, name, value)
-        for part in module.modules()
-        for name, value in vars(part).items()
-        if isinstance(value, (bool, int, float)) and name != "training"
-    ]
-
-
-def _random_states(device: Any) -> tuple[Any, ...]:
-    """Return the states of the random generators that a module may use."""
-    name, numbers, *rest = np.random.get_state()  # noqa: NPY002 (users' modules may draw from it)
-    legacy = name, np.asarray(numbers).tobytes(), *rest
-    states = [random.getstate(), torch.get_rng_state().numpy().tobytes(), legacy]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device).numpy().tobytes())
-    return tuple(states)
 
 
 def _overlap(p: Any, q: Any) -> bool:

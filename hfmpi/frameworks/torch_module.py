@@ -78,25 +78,19 @@ class Substitution:
             if tensor is not None
         ]
 
-    def complete(self) -> bool:
-        """Return whether the module still holds the same tensors in the same places."""
+    def refresh(self) -> bool:
+        """Find buffers again, which a pass may have replaced; return whether parameters were replaced."""
+
+        def parameters(slots: list[tuple[dict[str, Any], str, Any]]) -> list[tuple[int, str, int]]:
+            return [(id(store), name, id(p)) for store, name, p in slots if isinstance(p, torch.nn.Parameter)]
+
         with self.lock:
             now = self._slots()
-        return len(now) == len(self.slots) and all(
-            store is other and name == other_name and tensor is other_tensor
-            for (store, name, tensor), (other, other_name, other_tensor) in zip(now, self.slots, strict=True)
-        )
-
-    def restore(self) -> bool:
-        """Put every tensor back into its place; return whether one was away, with other values."""
-        changed = False
-        with self.lock:
-            for store, name, tensor in self.slots:
-                now = store.get(name)
-                if self.aliases.get(id(now), now) is not tensor:
-                    changed |= not (isinstance(now, torch.Tensor) and torch.equal(now, tensor))
-                    store[name] = tensor
-        return changed
+            if parameters(now) != parameters(self.slots):
+                return True
+            self.slots = now
+        self.tensors = [*{id(tensor): tensor for _, _, tensor in now}.values()]
+        return False
 
     @contextmanager
     def replaced(self, tensors: Mapping[int, Any]) -> Iterator[None]:
@@ -105,7 +99,7 @@ class Substitution:
         Raises
         ------
         UserError
-            If the module assigns another tensor to one of their names.
+            If the module assigns another tensor to the name of a parameter.
         """
         with self.lock:
             before = [
@@ -118,14 +112,16 @@ class Substitution:
                     store[name] = tensor
                 with self._eager():  # a compiled part would be compiled again for every kind of pass
                     yield
-                lost = [name for store, name, _, tensor in before if store.get(name) is not tensor]
+                lost = [
+                    name
+                    for store, name, original, tensor in before
+                    if store.get(name) is not tensor and isinstance(original, torch.nn.Parameter)
+                ]
             finally:
                 for store, name, original, _ in before:
                     store[name] = original
         if lost:
-            raise UserError(
-                f"a pass of the module assigns to its parameter or buffer {lost[0]}: use a local variable"
-            )
+            raise UserError(f"a pass of the module assigns to its parameter {lost[0]}: use a local variable")
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[misc]

@@ -165,6 +165,8 @@ class TorchPasses:
         stored, theta = dict[int, int](), self.theta.untyped_storage().data_ptr()
 
         def pack(tensor: Any) -> Any:
+            if tensor.layout != torch.strided:
+                return tensor
             storage = tensor.untyped_storage()
             if storage.data_ptr() != theta:
                 stored[storage.data_ptr()] = storage.nbytes()

@@ -126,6 +126,9 @@ class Trial:
             except UserError as error:
                 if len(indices) > 1:
                     raise
-                raise UserError(f"{DEPENDS}; a batch of one example fails: {error}") from error
+                raise UserError(
+                    "a batch of one example fails, where one of several does not (does squeeze() remove its "
+                    f"axis?): {error}"
+                ) from error
             if not self.same(indices, outputs):
                 raise UserError(DEPENDS)

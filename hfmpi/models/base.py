@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from hfmpi.backends.base import Array, Backend
+from hfmpi.data.examples import Examples
 from hfmpi.models.factors import FactorSums
 from hfmpi.optim.layout import Block
 
@@ -24,6 +25,7 @@ __all__ = [
     "Model",
     "Outputs",
     "Projection",
+    "Scoring",
     "SquaredGradients",
     "StructuralDamping",
     "StructuralLinearisation",
@@ -104,6 +106,14 @@ class DataChecks(Protocol):
 
     def check_data(self, inputs: Any, targets: np.ndarray, mask: np.ndarray | None) -> None:
         """Raise a UserError if some of the examples do not fit the model or the domain of its loss."""
+
+
+@runtime_checkable
+class Scoring(Protocol):
+    """A model whose loss leaves out some targets, as the `ignore_index` of PyTorch does."""
+
+    def scoring(self, data: Examples) -> Examples:
+        """Return examples with a mask of the targets that are scored."""
 
 
 @runtime_checkable

@@ -94,7 +94,7 @@ class ScoredOutputs(NamedTuple):
                 f"a model must return one array of outputs, not {shown(outputs)}: "
                 "wrap it so that it returns the outputs alone"
             )
-        z = outputs.reshape(-1, 1) if outputs.ndim == 1 else outputs
+        z = outputs.reshape(-1, 1) if outputs.ndim < 2 else outputs
         got, shape, k = tuple(z.shape[:-1]), self.shape, self.burn_in
         if k and len(shape) > 1 and got == (shape[0], shape[1] + k, *shape[2:]):
             z = z[:, k:]
@@ -180,8 +180,8 @@ def parts(batch: Any) -> tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray | 
     return tuple(map(np.asarray, inputs)), np.asarray(batch.targets), mask
 
 
-def check_batch(batch: Any, loss: Loss, dtype: np.dtype) -> CheckedBatch:
-    """Return a batch with its real numbers in the type `dtype` of the model.
+def check_batch(batch: Any, loss: Loss, dtype: np.dtype, cast: bool = True) -> CheckedBatch:
+    """Return a batch with its targets, and with `cast` its real inputs, in the type `dtype` of the model.
 
     Raises
     ------
@@ -202,7 +202,8 @@ def check_batch(batch: Any, loss: Loss, dtype: np.dtype) -> CheckedBatch:
         targets = targets.astype(dtype, copy=False)
     scored = ScoredOutputs(shape, width, burn_in_of(batch))
     mask = None if mask is None else mask.astype(dtype).reshape(-1, 1)
-    inputs = tuple(x.astype(dtype, copy=False) if x.dtype.kind == "f" else x for x in inputs)
+    if cast:
+        inputs = tuple(x.astype(dtype, copy=False) if x.dtype.kind == "f" else x for x in inputs)
     return CheckedBatch(inputs, scored, targets, mask)
 
 

@@ -108,7 +108,7 @@ class Layout(Generic[NameT]):
         if vector.shape[-1:] != (self.size,):
             raise ValueError(f"expected a vector of {self.size} parameters, got shape {vector.shape}")
         return {
-            name: vector[..., offset : offset + prod(shape)].reshape(*vector.shape[:-1], *shape)
+            name: vector[..., offset : offset + prod(shape)].reshape((*vector.shape[:-1], *shape))
             for (name, shape), offset in zip(self.shapes.items(), self.offsets.values(), strict=True)
         }
 

@@ -25,6 +25,7 @@ from hfmpi.models.base import (
     DataChecks,
     KroneckerFactors,
     Model,
+    Scoring,
     StructuralDamping,
     Trials,
     has_squared_gradients,
@@ -74,6 +75,11 @@ class ModelTask(Task):
             raise UserError("a metric is measured on validation cases: give valid too")
         make = getattr(model, "examples", Examples)
         sets = {name: _cases(name, given, make) for name, given in (("train", train), ("valid", valid))}
+        if isinstance(model, Scoring):
+            sets = {
+                name: model.scoring(cases) if isinstance(cases, Examples) else cases
+                for name, cases in sets.items()
+            }
         train_set = sets["train"]
         if train_set is None:
             raise UserError("train must be data, not None")
