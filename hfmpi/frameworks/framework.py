@@ -30,7 +30,16 @@ from hfmpi.models.losses import Loss, choose
 from hfmpi.optim.checks import check_vector
 from hfmpi.optim.layout import Block, Layout
 
-__all__ = ["FrameworkModel", "FrameworkPasses", "Plan", "first_line", "matrices", "split_examples"]
+__all__ = [
+    "SUMMED",
+    "FrameworkModel",
+    "FrameworkPasses",
+    "Plan",
+    "check_finite",
+    "first_line",
+    "matrices",
+    "split_examples",
+]
 
 T = TypeVar("T")
 
@@ -119,6 +128,15 @@ def split_examples(count: int, numbers: int) -> list[slice]:
 def first_line(error: Exception) -> str:
     """Return the first line of an error message, at most 120 characters."""
     return shorten(str(error).partition("\n")[0], 120, placeholder=" ...")
+
+
+def check_finite(gradient: np.ndarray) -> None:
+    """Raise a UserError unless J' u (D,) is finite."""
+    if not np.isfinite(gradient).all():
+        raise UserError(
+            "derivatives of the outputs are not finite at the start: is there a root or a norm of 0, or a "
+            "branch of a `where` that is not finite?"
+        )
 
 
 class FrameworkModel(ABC):
@@ -320,8 +338,8 @@ class FrameworkModel(ABC):
             )
         self._check_gradients(theta, few.take(chosen(few.size, SUMMED)))
 
-    def _check_gradients(self, theta: np.ndarray, few: CheckedBatch) -> np.ndarray:
-        """Return J' u of a random u; raise a UserError unless it is finite, and the sum over the examples."""
+    def _check_gradients(self, theta: np.ndarray, few: CheckedBatch) -> None:
+        """Raise a UserError unless J' u of a few examples is finite, and the sum of that of each."""
 
         def gradient(batch: CheckedBatch, u: np.ndarray) -> np.ndarray:
             out = np.zeros_like(theta)
@@ -332,11 +350,7 @@ class FrameworkModel(ABC):
         rows = few.scored.rows // few.size
         u = np.random.default_rng(0).standard_normal((few.size, rows, self.plan.width)).astype(theta.dtype)
         whole = gradient(few, u.reshape(-1, self.plan.width))
-        if not np.isfinite(whole).all():
-            raise UserError(
-                "derivatives of the outputs are not finite at the start: is there a root or a norm of 0, or "
-                "a branch of a `where` that is not finite?"
-            )
+        check_finite(whole)
         each = sum(gradient(few.take([i]), u[i]) for i in range(few.size))
         most = SEPARATE[self.on_gpu] * (np.linalg.norm(whole) + np.linalg.norm(each))
         if not np.linalg.norm(whole - each) <= most:
@@ -344,7 +358,10 @@ class FrameworkModel(ABC):
                 "the gradient of a batch is not the sum of the gradients of its examples: does a hook or a "
                 "rule of a derivative see the whole batch?"
             )
-        return whole
+        self._note_unused(whole)
+
+    def _note_unused(self, gradient: np.ndarray) -> None:  # noqa: B027 (nothing to note by default)
+        """Note the parameters on which the outputs do not depend: a random J' u (D,) is 0 there."""
 
     def _exact(self, theta: np.ndarray, few: CheckedBatch) -> Trial:
         """Return a trial in float64; it raises NotInFloat64 where the model does not allow it."""

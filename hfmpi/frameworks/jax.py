@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from hfmpi.errors import UserError, shown
-from hfmpi.frameworks.framework import FrameworkModel, first_line
+from hfmpi.frameworks.framework import SUMMED, FrameworkModel, check_finite, first_line
+from hfmpi.frameworks.trial import chosen
 from hfmpi.models.batch import CheckedBatch, ScoredOutputs
 from hfmpi.models.losses import Loss
 
@@ -29,7 +30,7 @@ try:
     from hfmpi.frameworks.jax_layers import Layers
     from hfmpi.frameworks.jax_params import Params
     from hfmpi.frameworks.jax_passes import JaxPasses, nbytes
-    from hfmpi.frameworks.jax_trace import Draw, fingerprint, flow
+    from hfmpi.frameworks.jax_trace import Draw, fingerprint, flow, has_reverse_rules
 except ImportError:
     jax = None
 
@@ -293,9 +294,22 @@ class JaxModel(FrameworkModel):
                 f"JAX cannot differentiate the function: {type(error).__name__}: {first_line(error)}"
             ) from error
         self._check_rules(theta, examples)
+        self._check_derivatives(theta, examples)
         self._fit_micro_batch(kept / max(1, examples.size - 1))
         for note in self._params.notes:
             logging.getLogger(__name__).warning(note)
+
+    def _check_gradients(self, theta: np.ndarray, few: CheckedBatch) -> None:
+        """Wait: whether JAX can differentiate the function is checked first, see `_check_derivatives`."""
+
+    def _check_derivatives(self, theta: np.ndarray, examples: CheckedBatch) -> None:
+        """Check that derivatives are finite, and those of user-defined rules by example: others are."""
+        if has_reverse_rules(self._traced(examples)):
+            super()._check_gradients(theta, examples.take(chosen(examples.size, SUMMED)))
+            return
+        passes, gradient = JaxPasses(self, theta, examples), np.zeros_like(theta)
+        passes.vjp(np.ones_like(passes.outputs), gradient)
+        check_finite(gradient)
 
     def _check_rules(self, theta: np.ndarray, examples: CheckedBatch) -> None:
         """Raise a UserError where a derivative's rule computes outputs that are not the function's."""

@@ -11,7 +11,7 @@ import numpy as np
 from jax import numpy as jnp
 from jax.extend.core import Literal
 
-__all__ = ["Draw", "Flow", "fingerprint", "flow"]
+__all__ = ["Draw", "Flow", "fingerprint", "flow", "has_reverse_rules"]
 
 Labels = frozenset[Any]
 
@@ -161,6 +161,18 @@ def _bytes(value: Any) -> Iterator[Any]:
         array = np.asarray(value)
         yield array.dtype.str, array.shape
         yield array.tobytes()
+
+
+def has_reverse_rules(traced: Any) -> bool:
+    """Return whether a ClosedJaxpr has rules of its user's for the reverse pass: `jax.custom_vjp`."""
+
+    def search(jaxpr: Any) -> bool:
+        return any(
+            equation.primitive.name.startswith("custom_vjp") or any(map(search, _inner(equation)))
+            for equation in jaxpr.eqns
+        )
+
+    return search(traced.jaxpr)
 
 
 def _inner(equation: Any) -> Iterator[Any]:

@@ -313,9 +313,7 @@ class TorchModel(FrameworkModel):
                         "the module draws random numbers in a pass, as dropout does: call module.eval() first"
                     )
 
-    def _check_gradients(self, theta: np.ndarray, few: CheckedBatch) -> np.ndarray:
-        """Check gradients, and note parameters on which the outputs do not depend."""
-        gradient = super()._check_gradients(theta, few)
+    def _note_unused(self, gradient: np.ndarray) -> None:
         unused = [name for name, part in self.layout.views(gradient).items() if not part.any()]
         if unused:
             logging.getLogger(__name__).warning(
@@ -323,7 +321,6 @@ class TorchModel(FrameworkModel):
                 ", ".join(unused[:3]),
                 f" and {len(unused) - 3} more parameters" if len(unused) > 3 else "",
             )
-        return gradient
 
     def _choose_forward(self, theta: np.ndarray, few: CheckedBatch) -> None:
         """Plan forward passes: the types of inputs, and gradients where the module itself needs derivatives.

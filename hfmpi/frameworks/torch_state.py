@@ -53,10 +53,10 @@ class Snapshot:
                 store.update(was)
         with torch.no_grad():
             for _, tensor, data, was in self._tensors:
-                if tensor.data_ptr() != data.data_ptr():
+                if isinstance(was, torch.Tensor):  # others cannot be compared
                     tensor.data = data
-                if isinstance(was, torch.Tensor) and not _same(tensor, was):
-                    tensor.copy_(was)
+                    if not _same(tensor, was):
+                        tensor.copy_(was)
         for generator, state in self._generators:
             if _state(generator) != state:
                 _set_state(generator, state)
