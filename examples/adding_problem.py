@@ -18,7 +18,8 @@ def adding(cases, steps, seed):
     inputs[:, :, 0] = rng.random((cases, steps))
     for marks in inputs[:, :, 1]:
         marks[rng.choice(steps, 2, replace=False)] = 1
-    return hfmpi.Arrays(inputs, (inputs[:, :, :1] * inputs[:, :, 1:]).sum(axis=1, keepdims=True) / 2)
+    targets = (inputs[:, :, :1] * inputs[:, :, 1:]).sum(axis=1, keepdims=True) / 2
+    return hfmpi.Arrays(inputs, targets, burn_in=steps - 1)
 
 
 def main():

@@ -15,7 +15,8 @@ class Outputs(NamedTuple):
 
 def turned(batch):
     """Exchange the first two axes: the independent implementation reads batches with their time first."""
-    return Batch(*(None if part is None else part.swapaxes(0, 1) for part in batch))
+    inputs, targets, mask = (None if part is None else part.swapaxes(0, 1) for part in batch[:3])
+    return Batch(inputs, targets, mask, inputs.shape[1] - targets.shape[1])
 
 
 class OnHost:

@@ -217,7 +217,7 @@ INPUTS = np.linspace(-1, 1, 60, dtype=np.float32).reshape(6, 5, 2)
 TARGETS = np.linspace(0, 1, 12, dtype=np.float32).reshape(6, 2, 1)
 NETWORK = hfmpi.Network(ABOUT, create("numpy"), loss="squares")
 OWNER = hfmpi.DataParallel(NETWORK, Communicator())
-CASES = hfmpi.Arrays(INPUTS, TARGETS)
+CASES = hfmpi.Arrays(INPUTS, TARGETS, burn_in=3)
 RISK = OWNER.on(CASES, range(6))
 THETA = NETWORK.initial(0).astype(np.float32)
 

@@ -33,14 +33,14 @@ def test_a_batch_is_examples_first(cases, steps, data, real_inputs, real_targets
     inputs = vectors(cases, steps, 3).astype(kind) if real_inputs else symbols(cases, steps)
     targets = vectors(cases, scored, 2).astype(kind) if real_targets else symbols(cases, scored)
     mask = data.draw(st.none() | st.just(RNG.integers(0, 2, (cases, scored))))
-    arrays = Arrays(inputs, targets, mask)
+    arrays = Arrays(inputs, targets, mask, burn_in=steps - scored)
     assert arrays.count == cases
     indices = np.array(data.draw(st.lists(st.integers(0, cases - 1), max_size=7)), np.int64)
     batch = arrays.take(indices)
     assert isinstance(batch, Batch)
-    for found, given_ in zip(batch, (inputs, targets, mask), strict=True):
-        if given_ is None:
-            assert found is None
+    for found, given_ in zip(batch, (inputs, targets, mask, steps - scored), strict=True):
+        if given_ is None or isinstance(given_, int):
+            assert found == given_
             continue
         assert found.flags.c_contiguous
         assert found.shape == (len(indices), *given_.shape[1:])
@@ -74,10 +74,14 @@ def test_a_case_that_is_not_there_is_an_error(index):
         ((symbols(5, 3) - 9, symbols(5, 3)), "inputs must be symbols 0, 1, 2"),
         ((symbols(5, 3) + 2**31, symbols(5, 3)), "inputs must be symbols 0, 1, 2"),
         ((symbols(5, 3), symbols(4, 3)), "there are 5 cases of inputs and 4 of targets"),
-        ((symbols(5, 3), symbols(5, 4)), "4 steps have targets, but only 3 have inputs"),
+        (
+            (symbols(5, 3), symbols(5, 4)),
+            r"shape \(5, 3\) need a target .*have shape \(5, 4\)",
+        ),
         ((symbols(5, 3), symbols(5, 2), np.ones((5, 3))), r"the mask has shape \(5, 3\), not \(5, 2\)"),
         ((symbols(5, 3), vectors(5, 2, 4), np.ones((5, 2, 4))), "the mask has shape"),
         ((symbols(5, 3), symbols(5, 3), np.full((5, 3), 0.5)), "the mask must be 0 or 1 everywhere"),
+        ((symbols(5, 3), symbols(5, 2)), r"have shape \(5, 2\); burn_in=1 names the first 1 steps"),
     ],
 )
 def test_arrays_that_do_not_fit_are_one_sentence(arrays, sentence):

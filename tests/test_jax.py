@@ -1,5 +1,13 @@
 """A function of JAX as a model: its derivatives against dense ones, and what is refused."""
 
+import copy
+import functools
+import logging
+import pickle
+import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from dense import (
@@ -20,7 +28,7 @@ from dense import (
 import hfmpi
 from hfmpi.errors import UserError
 from hfmpi.models.base import Blocks, KroneckerFactors, Model, Projection, has_squared_gradients
-from hfmpi.models.batch import ScoredOutputs
+from hfmpi.models.batch import ScoredOutputs, check_batch
 from hfmpi.optim import layout
 from hfmpi.optim.layout import split_factors
 from hfmpi.parallel.communicator import Communicator
@@ -125,8 +133,16 @@ def test_every_optimizer_takes_a_function():
 
 
 def test_the_page_works(tmp_path):
-    names = check_page("JaxModel", tmp_path)
+    names = check_page('params["top"]', tmp_path)
     assert np.array_equal(np.ravel(names["params"]["top"]), names["result"].theta[-20:])
+
+
+@pytest.mark.parametrize("library", ["equinox", "flax"])
+def test_the_page_works_with_modules(library, tmp_path):
+    pytest.importorskip(library)
+    jax.config.update("jax_enable_x64", False)
+    names = check_page({"equinox": "import equinox", "flax": "from flax import nnx"}[library], tmp_path)
+    assert type(names["module"]) is type(names["model"].params(names["model"].initial(0)))
 
 
 def test_params_are_those_of_theta():
@@ -408,7 +424,7 @@ def linear(params, x):
     (lambda w, x: linear(w, x - x.mean(axis=0)), WEIGHTS, "depend on the other examples of its batch"),
     (lambda w, x: (linear(w, x), x), WEIGHTS, "must return one array of outputs, not tuple: wrap it"),
     (linear, WEIGHTS * np.inf, "the loss is not finite at the start"),
-    (lambda w, x: linear(w, x)[None], WEIGHTS, r"outputs must be of shape \(4, symbols\) for these targets"),
+    (lambda w, x: linear(w, x)[None], WEIGHTS, r"outputs of shape \(1, 4, 3\) do not fit"),
 ])  # fmt: skip
 def test_what_cannot_be_trained_is_refused_in_a_sentence(apply, params, words):
     check_refused(lambda: hfmpi.JaxModel(apply, params, "cross-entropy"), GOOD, words)
@@ -419,6 +435,692 @@ def test_double_precision_has_to_be_switched_on():
     with pytest.raises(UserError, match="JAX computes in float32"):
         hfmpi.JaxModel(linear, WEIGHTS, "squares")
     assert hfmpi.JaxModel(linear, WEIGHTS.astype(np.float32), "squares").backend.dtype == np.float32
+
+
+# Which leaves are trained --------------------------------------------------------------------------
+
+
+def train(model, cases=None):
+    """Train for two steps; give the params, and the notes that are not about the sizes of batches."""
+    notes, handler = [], logging.Handler()
+    handler.emit = lambda record: notes.append(record.getMessage())
+    logging.getLogger("hfmpi.frameworks").addHandler(handler)
+    try:
+        cases = cases or hfmpi.Examples(ROWS, numbers(CASES, OUTPUTS))
+        model.replan(checked=None)  # as in a new model
+        result = hfmpi.train(model, cases, optimizer="bhf-short", max_steps=2, quiet=True)
+    finally:
+        logging.getLogger("hfmpi.frameworks").removeHandler(handler)
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+    return model.params(result.theta), notes
+
+
+def test_what_is_not_an_array_of_real_numbers_stays_as_it_is():
+    def apply(params, x):
+        assert params["name"] == "tanh"
+        assert type(params["scale"]) is float
+        z = params["act"](x @ params["w"]) * params["scale"] + params["table"][params["which"]]
+        return z * jax.random.normal(params["key"], (OUTPUTS,)) * params["one"]
+
+    params = {
+        "act": jnp.tanh, "empty": np.zeros(0), "flags": np.array([True, False]), "key": jax.random.key(1),
+        "name": "tanh", "none": None, "object": object(), "one": np.float64(2), "scale": 2.0,
+        "table": np.arange(4), "w": WEIGHTS, "which": 3,
+    }  # fmt: skip
+    model = hfmpi.JaxModel(apply, params, "squares")
+    assert [block.name for block in model.blocks] == ["['one']", "['w']"]
+    after, notes = train(model)
+    assert notes[1:] == [
+        f"Note: theta has the {1 + WEIGHTS.size} numbers of params['one'], params['w']; not trained: "
+        "params['scale'], where only arrays of NumPy and JAX can be trained."
+    ]
+    for name in set(params) - {"one", "w", "flags", "table", "empty"}:
+        assert after[name] is params[name], name
+    for name in "flags", "table", "empty":
+        assert type(after[name]) is np.ndarray
+        assert np.array_equal(after[name], params[name])
+
+
+def test_arrays_of_the_caller_are_never_written_to():
+    def apply(params, x):
+        params["count"] += 1
+        return x @ params["w"]
+
+    count = np.zeros(2, int)
+    params = {"count": count, "w": WEIGHTS}
+    check_refused(
+        lambda: hfmpi.JaxModel(apply, params, "cross-entropy"), GOOD, "fails on inputs .* is read-only"
+    )
+    assert not count.any()
+
+
+def test_arrays_of_the_caller_may_change_after_the_model_is_made():
+    params = {"count": np.zeros(2, int), "w": WEIGHTS.copy()}
+    model = hfmpi.JaxModel(lambda p, x: x @ p["w"] + p["count"].sum(), params, "squares")
+    batch = hfmpi.Examples(ROWS, numbers(CASES, OUTPUTS)).take(np.arange(CASES))
+    for array in params.values():
+        array += 1
+    np.testing.assert_allclose(model.outputs(model.initial(0), batch)[0], ROWS @ WEIGHTS)
+
+
+VARIABLES = {
+    "batch_stats": {"mean": numbers(INPUTS), "var": 1 + numbers(INPUTS) ** 2},
+    "params": {"b": numbers(OUTPUTS), "w": WEIGHTS},
+}
+
+
+def normed(variables, x):
+    statistics, params = variables["batch_stats"], variables["params"]
+    return (x - statistics["mean"]) / jnp.sqrt(statistics["var"]) @ params["w"] + params["b"]
+
+
+def test_running_statistics_are_not_trained():
+    collections = {**VARIABLES, "head": {"scale": np.ones(OUTPUTS)}}
+    nested = {"low": VARIABLES, "scale": np.ones(OUTPUTS)}
+    for apply, params, names, frozen in (
+        (normed, VARIABLES, ["['params']['b']", "['params']['w']"], 2),
+        (lambda p, x: normed(p, x) * p["head"]["scale"], collections,
+         ["['params']['b']", "['params']['w']"], 3),
+        (lambda p, x: normed(p["low"], x) * p["scale"], nested,
+         ["['low']['params']['b']", "['low']['params']['w']", "['scale']"], 2),
+    ):  # fmt: skip
+        model = hfmpi.JaxModel(apply, params, "squares")
+        assert [block.name for block in model.blocks] == names
+        after, (note,) = train(model)
+        assert note.count("params[") == len(names) + frozen, note
+        both = (tree.get("low", tree) for tree in (after, params))
+        for ours, theirs in zip(
+            *(jax.tree_util.tree_leaves(tree["batch_stats"]) for tree in both), strict=True
+        ):
+            assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("trained", [
+    lambda path, array: "batch_stats" not in path and array.ndim == 2,
+    lambda path, array: np.bool_(path == "['params']['w']"),
+    {"batch_stats": False, "params": {"b": False, "w": True}},
+    {"batch_stats": {"mean": False, "var": False}, "params": {"b": False, "w": np.True_}},
+])  # fmt: skip
+def test_the_user_chooses_what_is_trained(trained):
+    model = hfmpi.JaxModel(normed, VARIABLES, "squares", trained=trained)
+    assert [block.name for block in model.blocks] == ["['params']['w']"]
+    theta = model.initial(0)
+    cases = hfmpi.Examples(ROWS, numbers(CASES, OUTPUTS))
+
+    def rows(theta):
+        w = theta.reshape(INPUTS, OUTPUTS)
+        return normed({**VARIABLES, "params": {**VARIABLES["params"], "w": w}}, ROWS)
+
+    check(model, "squares", cases, theta, np.asarray(rows(theta)), np.asarray(jax.jacfwd(rows)(theta)))
+    after, (note,) = train(model)
+    assert (
+        "not trained: params['batch_stats']['mean'], params['batch_stats']['var'], params['params']['b']"
+        in note
+    )
+    assert np.array_equal(after["params"]["b"], VARIABLES["params"]["b"])
+
+
+def test_statistics_that_are_trained_are_named():
+    _, (note,) = train(hfmpi.JaxModel(normed, VARIABLES, "squares", trained=lambda path, array: True))
+    assert (
+        "looks like running statistics: params['batch_stats']['mean'], params['batch_stats']['var']" in note
+    )
+
+
+def test_frozen_arrays_may_be_of_any_type():
+    params = {"c": np.ones(OUTPUTS, complex), "low": jnp.ones(OUTPUTS, jnp.bfloat16), "w": WEIGHTS}
+    choice = {"c": False, "low": False, "w": True}
+    model = hfmpi.JaxModel(lambda p, x: x @ p["w"] * p["low"] + p["c"].real, params, "squares", choice)
+    after, _ = train(model)
+    assert after["low"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(("params", "trained", "words"), [
+    ({"w": WEIGHTS, "c": np.ones(2, complex)}, None, r"params\['c'\] is complex128, and complex numbers"),
+    ({"w": WEIGHTS, "h": jnp.ones(2, jnp.bfloat16)}, None, r"params\['h'\] is bfloat16, but params must be"),
+    ({"w": WEIGHTS, "h": np.ones(2, np.float16)}, None, r"params\['h'\] is float16, but params must be"),
+    ({"w": WEIGHTS, "s": np.float32(2)}, None, r"float64: params\['s'\] is float32, params\['w'\] is"),
+    ({"w": 2.0}, None, r"no array of real numbers that is trained: params\['w'\] must be arrays"),
+    ({1: WEIGHTS, "a": WEIGHTS}, None, "params must be a pytree of JAX"),
+    ({"w": WEIGHTS}, False, "params have no array of real numbers that is trained"),
+    ({"w": WEIGHTS}, "w", r"trained must be a function \(path, array\) -> bool, .* not 'w' for"),
+    ({"w": WEIGHTS}, {"w": 1}, r"or a tree of bools .* not 1 for params\['w'\]"),
+    ({"w": WEIGHTS}, {"b": True}, "or a tree of bools like params or like their first levels: "),
+    ({"w": WEIGHTS}, {"w": [True, True]}, "or a tree of bools like params or like their first levels: "),
+    ({"w": WEIGHTS}, lambda array: True, r"for params\['w'\] it raised TypeError: "),
+    ({"w": WEIGHTS}, lambda path, array: array, r"not ndarray for params\['w'\]"),
+])  # fmt: skip
+def test_params_and_choices_that_do_not_fit_are_refused(params, trained, words):
+    with pytest.raises(UserError, match=words) as caught:
+        hfmpi.JaxModel(lambda p, x: x @ p["w"], params, "squares", trained)
+    assert "\n" not in str(caught.value)
+
+
+def test_trees_that_only_look_like_variables_of_flax_are_trained():
+    params = {"params": {"w": WEIGHTS}, "scale": numbers(OUTPUTS)}
+    model = hfmpi.JaxModel(lambda p, x: x @ p["params"]["w"] * p["scale"], params, "squares")
+    assert model.size == WEIGHTS.size + OUTPUTS
+    assert not train(model)[1]
+
+
+def test_parts_with_one_key_are_told_apart():
+    key = jax.tree_util.DictKey("w")
+
+    class Pair:
+        def __init__(self, *both):
+            self.both = both
+
+    jax.tree_util.register_pytree_with_keys(
+        Pair, lambda pair: ([(key, part) for part in pair.both], None), lambda _, both: Pair(*both)
+    )
+    pair = Pair(WEIGHTS, numbers(OUTPUTS))
+    model = hfmpi.JaxModel(lambda pair, x: x @ pair.both[0] + pair.both[1], pair, "squares")
+    assert [block.name for block in model.blocks] == ["['w']", "['w']<1>"]
+    train(model)
+
+
+def test_params_without_effect_are_named():
+    def apply(params, x):
+        return x @ params["w"]
+
+    model = hfmpi.JaxModel(apply, {"v": WEIGHTS, "w": WEIGHTS}, "squares")
+    assert train(model)[1] == ["Note: the outputs do not depend on params['v']."]
+
+
+# Modules ---------------------------------------------------------------------------------------------
+
+
+def softsign(x):
+    return x / (1 + abs(x))
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Layer:
+    """A module that is a pytree, as those of equinox are: its function is a leaf."""
+
+    def __init__(self, w, b, function):
+        self.w, self.b, self.function = w, b, function
+
+    def tree_flatten_with_keys(self):
+        key = jax.tree_util.GetAttrKey
+        return [(key("w"), self.w), (key("b"), self.b), (key("function"), self.function)], None
+
+    @classmethod
+    def tree_unflatten(cls, _, leaves):
+        return cls(*leaves)
+
+    def __call__(self, x):
+        return self.function(x @ self.w + self.b)
+
+
+def each(module, x):
+    """Call a module of equinox, which takes one example."""
+    return jax.vmap(module)(x)
+
+
+def all_of(module, x):
+    return module(x)
+
+
+def check_module(apply, module, blocks, frozen=(), pickled=True):
+    """Check the derivatives of a model of a module, and that it is trained; give the module that is."""
+    model = hfmpi.JaxModel(apply, module, "squares")
+    assert [block.name for block in model.blocks] == blocks
+    x, y = numbers(CASES, INPUTS), numbers(CASES, OUTPUTS)
+    cases, theta = hfmpi.Examples(x, y), model.initial(0)
+
+    def rows(theta):
+        return apply(model.params(theta), x).reshape(-1, OUTPUTS)
+
+    np.testing.assert_allclose(rows(theta), np.asarray(apply(module, x)).reshape(-1, OUTPUTS))
+    check(model, "squares", cases, theta, np.asarray(rows(theta)), np.asarray(jax.jacfwd(rows)(theta)))
+    after, notes = train(model, cases)
+    assert len(notes) == bool(frozen)
+    for name in frozen:
+        assert f"params{name}" in notes[0].partition("; not trained: ")[2]
+    for again in (copy.deepcopy(model), *([pickle.loads(pickle.dumps(model))] if pickled else [])):
+        np.testing.assert_array_equal(apply(again.params(theta), x), apply(model.params(theta), x))
+        assert again.loss(theta, cases.take(np.arange(CASES))) == model.loss(
+            theta, cases.take(np.arange(CASES))
+        )
+    assert type(after) is type(module)
+    return after
+
+
+def test_a_module_that_is_a_pytree():
+    module = Layer(WEIGHTS, numbers(OUTPUTS), softsign)
+    after = check_module(all_of, module, ["w", "b"])
+    assert after.function is softsign
+    assert np.array_equal(module.w, WEIGHTS)
+
+
+def double(tree):
+    """Give the real arrays of a tree in float64: layers are made in float32."""
+
+    def wide(a):
+        return a.astype(float) if jnp.issubdtype(getattr(a, "dtype", int), jnp.floating) else a
+
+    return jax.tree_util.tree_map(wide, tree)
+
+
+def test_a_module_of_equinox():
+    eqx = pytest.importorskip("equinox")
+    module = double(eqx.nn.MLP(INPUTS, OUTPUTS, 4, 1, key=jax.random.key(0)))
+    names = [f"layers[{i}].{name}" for i in range(2) for name in ("weight", "bias")]
+    after = check_module(each, module, names, pickled=False)  # the function of JAX in it cannot be
+    assert after.activation is module.activation
+    choice = eqx.tree_at(lambda m: m.layers[-1].bias, jax.tree_util.tree_map(lambda _: False, module), True)
+    model = hfmpi.JaxModel(each, module, "squares", trained=choice)
+    assert [block.name for block in model.blocks] == ["layers[1].bias"]
+    drop = eqx.nn.Sequential([module, eqx.nn.Dropout(0.5)])
+    check_refused(lambda: hfmpi.JaxModel(each, drop, "cross-entropy"), GOOD, "Dropout requires a key")
+    model = hfmpi.JaxModel(each, eqx.nn.inference_mode(drop), "squares")
+    (note,) = train(model)[1]
+    assert "not trained: params.layers[1].p, " in note
+
+
+def nnx_module(nnx, norm=True, drop=0.5):
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.low = nnx.Linear(INPUTS, 4, rngs=rngs)
+            self.norm = nnx.BatchNorm(4, rngs=rngs) if norm else jnp.tanh
+            self.drop = nnx.Dropout(drop, broadcast_dims=(0,), rngs=rngs)  # one mask for all examples
+            self.top = nnx.Linear(4, OUTPUTS, rngs=rngs)
+
+        def __call__(self, x):
+            return self.top(self.drop(jnp.tanh(self.norm(self.low(x)))))
+
+    module = Net(nnx.Rngs(0))
+    nnx.update(module, double(nnx.state(module)))
+    return module
+
+
+def test_a_module_of_nnx(monkeypatch):
+    nnx = pytest.importorskip("flax.nnx")
+    module = nnx_module(nnx)
+    Net = type(module)
+    monkeypatch.setattr(sys.modules[__name__], "Net", Net, raising=False)  # so that it can be pickled
+    Net.__qualname__ = "Net"
+    make = functools.partial(hfmpi.JaxModel, all_of, loss="cross-entropy")
+    norm = nnx_module(nnx, drop=0.0)
+    check_refused(lambda: make(norm), GOOD, r"changes \['norm'\]\['mean'\] \(BatchStat\) when it is called")
+    without = nnx_module(nnx, norm=False, drop=0.01)
+    check_refused(
+        lambda: make(without), GOOD, "outputs depend on the random numbers of the module, as with dropout"
+    )
+    module.eval()
+    part = ["['low']['bias']", "['low']['kernel']", "['norm']['bias']", "['norm']['scale']"]
+    names = [*part, "['top']['bias']", "['top']['kernel']"]
+    frozen = "['norm']['mean']", "['norm']['var']"
+    before = jax.tree_util.tree_leaves(nnx.state(module, nnx.Param))
+    check_module(all_of, module, names, frozen)
+    for ours, theirs in zip(before, jax.tree_util.tree_leaves(nnx.state(module, nnx.Param)), strict=True):
+        assert ours is theirs
+    graph, state = nnx.split(module)
+    for apply, params in (
+        (lambda state, x: nnx.merge(graph, state)(x), state),
+        (lambda both, x: both["net"](x) + both["b"], {"b": numbers(OUTPUTS), "net": module}),
+    ):
+        model = hfmpi.JaxModel(apply, params, "squares")
+        assert model.size == sum(leaf.size for leaf in before) + (OUTPUTS if params is not state else 0)
+        assert "['norm']['mean']" in train(model)[1][0]
+    compiled = hfmpi.JaxModel(nnx.jit(all_of), module, "squares")  # sets all variables, to what they were
+    assert compiled.size == sum(leaf.size for leaf in before)
+    train(compiled)
+    top = hfmpi.JaxModel(all_of, module, "squares", trained=lambda path, array: "top" in path)
+    assert [block.name for block in top.blocks] == names[-2:]
+
+
+def test_shared_parts_of_nnx_are_in_theta_once():
+    nnx = pytest.importorskip("flax.nnx")
+
+    class Twice(nnx.Module):
+        def __init__(self):
+            self.one = nnx.Linear(INPUTS, INPUTS, rngs=nnx.Rngs(0))
+            self.two = self.one
+
+        def __call__(self, x):
+            return self.two(jnp.tanh(self.one(x)))
+
+    model = hfmpi.JaxModel(all_of, Twice(), "squares")
+    assert model.size == INPUTS**2 + INPUTS
+    after, _ = train(model, hfmpi.Examples(ROWS.astype("f"), numbers(CASES, INPUTS).astype("f")))
+    assert after.one is after.two
+
+
+def test_random_numbers_of_nnx_that_have_no_effect_are_allowed():
+    nnx = pytest.importorskip("flax.nnx")
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.net = nnx.RNN(nnx.LSTMCell(INPUTS, OUTPUTS, rngs=rngs), rngs=rngs)  # draws a state of zeros
+
+        def __call__(self, x):
+            return self.net(x)
+
+    x, y = numbers(CASES, STEPS, INPUTS).astype("f"), numbers(CASES, STEPS, OUTPUTS).astype("f")
+    train(hfmpi.JaxModel(all_of, Net(nnx.Rngs(0)), "squares"), hfmpi.Examples(x, y))
+
+
+def test_a_linen_module():
+    nn = pytest.importorskip("flax.linen")
+
+    class Net(nn.Module):
+        training: bool = False
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(OUTPUTS)(nn.BatchNorm(use_running_average=not self.training)(nn.Dense(4)(x)))
+
+    x, y = ROWS.astype("f"), numbers(CASES, OUTPUTS).astype("f")
+    variables = Net().init(jax.random.key(0), x)
+    check_refused(
+        lambda: hfmpi.JaxModel(Net(True).apply, variables, "cross-entropy"),
+        GOOD,
+        "collection .batch_stats. is im",
+    )
+    after, notes = train(hfmpi.JaxModel(Net().apply, variables, "squares"), hfmpi.Examples(x, y))
+    assert "not trained: params['batch_stats']['BatchNorm_0']['mean'], params['batch_stats']" in notes[0]
+    assert jax.tree_util.tree_structure(after) == jax.tree_util.tree_structure(variables)
+
+
+# What the user's function does -----------------------------------------------------------------------
+
+seen = []
+
+
+def dropped(w, x):
+    """Give a mask by a fixed key that is 1 at nearly every place."""
+    return x @ w * jax.random.bernoulli(jax.random.key(0), 1 - 1e-6, (len(x), OUTPUTS))
+
+
+def dropped_by_example(w, x):
+    def one(key, x):
+        return x @ w * jax.random.bernoulli(key, 1 - 1e-6, (OUTPUTS,))
+
+    return jax.vmap(one)(jax.random.split(jax.random.PRNGKey(0), len(x)), x)
+
+
+def random_features(w, x):
+    """Give features that are random, and the same for all examples."""
+    return jnp.cos(x @ jax.random.normal(jax.random.key(0), (INPUTS, INPUTS))) @ w
+
+
+@jax.custom_vjp
+def other_outputs(z):
+    return z
+
+
+other_outputs.defvjp(lambda z: (1.01 * z, None), lambda _, u: (u,))
+
+
+def remembers(params, x):
+    seen.append(x @ params)
+    return seen[0]
+
+
+def counts(params, x):
+    seen.append(1)
+    return x @ params * len(seen)
+
+
+def random_mask(params, x):
+    """Give what nearly always has the same constants."""
+    return x * (np.random.rand(INPUTS) > 1e-6) @ params  # noqa: NPY002
+
+
+def random_scale(params, x):
+    return x @ params * np.random.default_rng().random()
+
+
+def broken_callback(params, x):
+    def call(x):
+        raise OSError("no such file")
+
+    return x @ params + jax.pure_callback(call, jax.ShapeDtypeStruct((), x.dtype), x[0, 0])
+
+
+def dynamic_loop(params, x):
+    return jax.lax.fori_loop(0, 1 + (params.sum() > 0), lambda _, z: z * params.sum(), x) @ params
+
+
+@pytest.mark.parametrize(("apply", "words"), [
+    (lambda w, x: x @ w.T, r"the function fails on inputs float64 \(4, 2\): TypeError: dot_general requires"),
+    (lambda w, x: x[:, 7:] @ w, r"fails on inputs float64 \(4, 2\): TypeError"),
+    (lambda w, x: x @ w if x.sum() > 0 else -x @ w, "TracerBoolConversionError: Attempted boolean"),
+    (lambda w, x: np.asarray(x) @ np.asarray(w), "TracerArrayConversionError: The numpy.ndarray conversion"),
+    (lambda w, x: jnp.zeros(int(x[0, 0])) + x @ w, "ConcretizationTypeError: "),
+    (lambda w, x: w["a"], "fails on inputs float64"),
+    (lambda w: w, "takes 1 positional argument but 2 were given"),
+    (lambda w, x: 1 / 0, "ZeroDivisionError: division by zero"),
+    (lambda w, x: {"z": x @ w}, "must return one array of outputs, not dict: wrap it"),
+    (lambda w, x: None, "must return one array of outputs, not None: wrap it"),
+    (lambda w, x: (x @ w) * 1j, "outputs must be real numbers of float32 or float64, not complex128"),
+    (lambda w, x: (x @ w).astype(int), "outputs must be real numbers of float32 or float64, not int64"),
+    (lambda w, x: x @ w > 0, "outputs must be real numbers of float32 or float64, not bool"),
+    (lambda w, x: (x @ w).astype(jnp.bfloat16), r"not bfloat16: convert them by .astype\(jax"),
+    (lambda w, x: (x @ w).astype(jnp.float16), r"not float16: convert them by .astype\(jax"),
+    (lambda w, x: np.zeros((CASES, OUTPUTS)), "outputs do not depend on params: the function must"),
+    (lambda w, x: x @ jnp.asarray(WEIGHTS), "outputs do not depend on params: the function must"),
+    (lambda w, x: x @ w * jnp.nan, "the loss is not finite at the start"),
+    (random_scale, "each trace of the function by JAX is different, as with random numbers of NumPy"),
+    (lambda w, x: jnp.roll(x @ w, random.randint(0, 9**9) * OUTPUTS, 1), "each trace of the function by JAX"),
+    (random_mask, "each trace of the function by JAX is different"),
+    (counts, "each trace of the function by JAX is different"),
+    (dropped, "the function draws random numbers for each example of a batch, as dropout does"),
+    (dropped_by_example, "the function draws random numbers for each example of a batch, as dropout does"),
+    (remembers, "UnexpectedTracerError: Encountered an unexpected tracer"),
+    (broken_callback, "JaxRuntimeError: OSError: no such file"),
+    (lambda w, x: other_outputs(x @ w), "the function has other outputs when JAX differentiates it"),
+    (dynamic_loop, "JAX cannot differentiate the function: ValueError: Reverse-mode differentiation"),
+])  # fmt: skip
+def test_what_a_function_must_not_do_is_refused(apply, words):
+    seen.clear()
+    model = hfmpi.JaxModel(apply, WEIGHTS, "cross-entropy")
+    with pytest.raises(UserError, match=words) as caught:
+        model.loss(model.initial(0), GOOD.take(np.arange(CASES)))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 250
+
+
+def test_a_function_with_references_is_trained():
+    if not hasattr(jax, "new_ref"):
+        pytest.skip("this JAX has no references")
+
+    def apply(params, x):
+        sums = jax.new_ref(jnp.zeros((len(x), OUTPUTS)))
+        sums[...] += x @ params
+        return sums[...]
+
+    train(hfmpi.JaxModel(apply, WEIGHTS, "squares"))
+
+
+@pytest.mark.parametrize("kind", ["f", float])
+@pytest.mark.parametrize("mix", [
+    lambda z: z + 1e-3 * z.cumsum(axis=0),
+    lambda z: z + 0.005 * z.mean(axis=0),
+    lambda z: z + 1e-5 * jnp.arange(len(z))[:, None],
+    lambda z: jnp.sort(z, axis=0),
+    lambda z: z * (1 + 1e-4 * (len(z) == 1)),
+])  # fmt: skip
+def test_examples_that_depend_on_one_another_are_refused(mix, kind):
+    cases = hfmpi.Examples(numbers(40, INPUTS), numbers(40, OUTPUTS))
+    jax.config.update("jax_enable_x64", kind is float)
+
+    def model(mix):
+        return hfmpi.JaxModel(lambda w, x: mix(jnp.tanh(x @ w)), WEIGHTS.astype(kind), "squares")
+
+    check_refused(lambda: model(mix), cases, "outputs of an example depend on the other examples")
+    right = model(lambda z: z)
+    right.loss(right.initial(0), cases.take(np.arange(40)))
+
+
+def test_random_numbers_by_a_fixed_key_are_noted():
+    (note,) = train(hfmpi.JaxModel(random_features, WEIGHTS, "squares"))[1]
+    assert note == "Note: the function draws random numbers by a fixed key: they are always the same."
+
+
+def test_the_shapes_of_several_inputs_are_named():
+    model = hfmpi.JaxModel(lambda w, x, y: x @ w + y, WEIGHTS, "cross-entropy")
+    cases = hfmpi.Examples((ROWS, numbers(CASES, OUTPUTS + 1)), symbols(CASES))
+    words = r"fails on inputs float64 \(4, 2\) and float64 \(4, 4\): TypeError: add got"
+    check_refused(lambda: model, cases, words)
+
+
+def test_a_function_may_call_compiled_ones_that_take_their_arguments():
+    plain, cases = hfmpi.JaxModel(linear, WEIGHTS, "squares"), hfmpi.Examples(ROWS, numbers(CASES, OUTPUTS))
+    donating = hfmpi.JaxModel(jax.jit(linear, donate_argnums=(0, 1)), WEIGHTS, "squares")
+    for _ in range(2):
+        both = [model.loss(model.initial(0), cases.take(np.arange(CASES))) for model in (plain, donating)]
+        assert both[0] == both[1]
+
+
+def test_what_a_function_closes_over_may_change_between_runs():
+    scale = {"of": 1.0}
+    model = hfmpi.JaxModel(lambda w, x: x @ w * scale["of"], WEIGHTS, "squares")
+    batch = hfmpi.Examples(ROWS, numbers(CASES, OUTPUTS)).take(np.arange(CASES))
+    for scale["of"] in (1.0, 3.0):
+        model.replan(checked=None)  # as before each run
+        outputs = model.outputs(model.initial(0), batch)[0]
+        np.testing.assert_allclose(outputs, ROWS @ WEIGHTS * scale["of"])
+
+
+def test_a_function_without_forward_products_trains_by_first_order():
+    @jax.custom_vjp
+    def twice(x):
+        return 2 * x
+
+    def back(_, u):
+        like = jax.ShapeDtypeStruct(u.shape, u.dtype)
+        return (jax.pure_callback(lambda u: 2 * np.asarray(u), like, u, vmap_method="sequential"),)
+
+    twice.defvjp(lambda x: (2 * x, None), back)
+    model = hfmpi.JaxModel(lambda w, x: twice(x @ w), WEIGHTS, "squares")
+    cases = ROWS, numbers(CASES, OUTPUTS)
+    hfmpi.train(model, cases, optimizer="adam", max_steps=2, quiet=True)
+    with pytest.raises(
+        UserError, match=r"JAX cannot compute J v of the function .*: use an optimizer of first order"
+    ):
+        hfmpi.train(model, cases, optimizer="bhf-short", max_steps=2, quiet=True)
+
+
+def test_numbers_of_64_bits_are_not_cut_without_a_word():
+    jax.config.update("jax_enable_x64", False)
+    model = hfmpi.JaxModel(lambda w, x: w[x % INPUTS], WEIGHTS.astype("f"), "cross-entropy")
+    whole = hfmpi.Examples(np.arange(CASES) + 2**31, symbols(CASES))
+    check_refused(
+        lambda: model,
+        whole,
+        "inputs are whole numbers from 2147483648 to 2147483651, and JAX computes with 32",
+    )
+    small = hfmpi.Examples(np.arange(CASES), symbols(CASES)).take(np.arange(CASES))
+    assert np.isfinite(model.loss(model.initial(0), small))
+    jax.config.update("jax_enable_x64", True)
+    model = hfmpi.JaxModel(linear, WEIGHTS, "cross-entropy")
+    jax.config.update("jax_enable_x64", False)
+    check_refused(lambda: model, GOOD, "params are float64, and JAX computes in float32")
+
+
+# In float64 ------------------------------------------------------------------------------------------
+
+
+def in_float64(apply, params, x, targets):
+    """Give what a model of float32 computes in float64, with JAX in float32."""
+    jax.config.update("jax_enable_x64", False)
+    single = jax.tree_util.tree_map(
+        lambda a: np.asarray(a, "f") if np.asarray(a).dtype == float else a, params
+    )
+    model = hfmpi.JaxModel(apply, single, "squares", trained=lambda path, array: "frozen" not in path)
+    examples = check_batch(
+        hfmpi.Examples(x, targets).take(np.arange(len(x))), model.output_loss, np.dtype("f")
+    )
+    theta = model.initial(0) * (1 + 1e-9)  # is not a number of float32
+    found = model.in_float64(theta, examples)
+    assert not jax.config.jax_enable_x64
+    assert jnp.zeros(1).dtype == np.float32
+    assert model._outputs(theta.astype("f"), examples).dtype == np.float32
+    return theta, examples, found
+
+
+def test_a_function_is_computed_in_float64():
+    def apply(params, x):
+        h = jax.jit(jax.nn.relu)(x @ params["a"] + params["frozen"] + jnp.zeros(4))
+        h = jax.lax.scan(lambda h, _: (jnp.tanh(h), None), h, None, length=2)[0]
+        return jax.lax.cond(True, lambda h: h, lambda h: 2 * h, h) @ params["b"] + jnp.float32(0.5)
+
+    params = {"a": numbers(INPUTS, 4), "b": numbers(4, OUTPUTS), "frozen": numbers(4)}
+    theta, examples, found = in_float64(apply, params, ROWS, numbers(CASES, OUTPUTS))
+    a, b = theta[: 4 * INPUTS].reshape(INPUTS, 4), theta[4 * INPUTS :].reshape(4, OUTPUTS)
+    h = np.maximum(examples.inputs[0].astype(float) @ a + params["frozen"].astype("f"), 0)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, np.tanh(np.tanh(h)) @ b + 0.5, rtol=1e-12, atol=1e-13)
+
+
+def rounded(z):
+    return z.astype("f").astype(z.dtype)
+
+
+def callback(w, x):
+    return jax.pure_callback(lambda z: rounded(np.asarray(z)), x @ w, x @ w)
+
+
+@pytest.mark.parametrize("apply", [
+    lambda w, x: (x @ w).astype(jnp.float32),
+    lambda w, x: x @ w.astype(jnp.float32),
+    lambda w, x: x.astype(jnp.float32).cumsum(axis=1) @ w,
+    lambda w, x: jnp.tanh((x @ w).astype(jnp.bfloat16)).astype(x.dtype),
+    lambda w, x: jax.lax.reduce_precision(x @ w, 8, 10),
+    lambda w, x: jax.lax.scan(lambda h, _: (rounded(h), None), x @ w, None, length=2)[0],
+    lambda w, x: jax.jit(lambda z: z.astype(jnp.float32) * 2.0)(x @ w),
+    lambda w, x: jax.lax.cond(x.sum() > 0, lambda z: z, rounded, x @ w),
+    lambda w, x: jax.lax.while_loop(lambda z: (z < 1).all(), lambda z: rounded(z) + 1, x @ w),
+    lambda w, x: jax.lax.scan(lambda h, a: (h + a.sum(), h), jnp.float32(0), x @ w)[1][:, None] + x @ w,
+    callback,
+])  # fmt: skip
+def test_a_function_that_rounds_to_fewer_digits_is_not_computed_in_float64(apply):
+    assert in_float64(apply, WEIGHTS, ROWS, numbers(CASES, OUTPUTS))[2] is None
+
+
+# Copies and threads ----------------------------------------------------------------------------------
+
+
+def copies(model):
+    return pickle.loads(pickle.dumps(model)), copy.deepcopy(model)
+
+
+def test_a_model_can_be_pickled_and_copied():
+    params = {**mlp_params(), "n": np.arange(2)}
+    model, cases = hfmpi.JaxModel(mlp, params, "squares"), setting("mlp")[3]
+    batch, theta = cases.take(np.arange(CASES)), model.initial(0) + 0.1
+    before = copies(model)
+    loss = model.loss(theta, batch)
+    for again in *before, *copies(model):
+        assert again.loss(theta, batch) == loss
+        assert np.array_equal(again.initial(0), model.initial(0))
+        assert again.linearise(theta, batch).loss == loss
+        assert not again.params(theta)["n"].flags.writeable
+    with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
+        pickle.dumps(hfmpi.JaxModel(lambda w, x: x @ w, WEIGHTS, "squares"))
+
+
+def test_threads_may_use_one_model():
+    model, cases = hfmpi.JaxModel(mlp, mlp_params(), "squares"), setting("mlp")[3]
+    start = model.initial(0)
+    thetas = [start + 0.1 * i for i in range(4)]
+
+    def all_passes(theta):
+        risk = hfmpi.DataParallel(model, Communicator()).on(cases, np.arange(CASES))
+        gradient, factors = risk.factored_gradient(theta)
+        squared, product = risk.squared_gradients(theta), risk.gauss_newton(theta)
+        return risk.loss(theta), gradient.vector, factors, squared.squares, product(start)
+
+    with ThreadPoolExecutor(4) as pool:
+        several = [*pool.map(all_passes, 5 * thetas)]
+    for i, theta in enumerate(thetas):
+        alone = all_passes(theta)
+        for found in several[i::4]:
+            for ours, theirs in zip(found, alone, strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=1e-12)
 
 
 # Several ranks -----------------------------------------------------------------------------------

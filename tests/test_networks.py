@@ -216,7 +216,7 @@ def test_bernoulli_is_finite_far_out():
     ({"inputs": np.zeros((5, 3, 9))}, r"inputs must be symbols .* or numbers .*, 4\), not of shape"),
     ({"inputs": np.full((5, 3), 4)}, "inputs must be symbols from 0 to 3, not 4 to 4"),
     ({"inputs": np.zeros((5, 3))}, "inputs must be whole numbers"),
-    ({"targets": np.zeros((6, 3), int)}, "for at most 5 steps"),
+    ({"targets": np.zeros((6, 3), int)}, "need a target for each of their steps"),
     ({"targets": np.full((4, 3), -1)}, "targets must be symbols from 0 to 3, not -1 to -1"),
     ({"targets": np.zeros((4, 3, 4))}, "targets must be symbols of shape"),
 ])  # fmt: skip
@@ -241,7 +241,8 @@ def adding(count, steps, seed=0):
     inputs = np.stack([rng.random((count, steps)), np.zeros((count, steps))], axis=2)
     for row in inputs:
         row[rng.choice(steps, 2, replace=False), 1] = 1
-    return Arrays(inputs, (inputs[..., :1] * inputs[..., 1:]).sum(axis=1, keepdims=True) / 2)
+    targets = (inputs[..., :1] * inputs[..., 1:]).sum(axis=1, keepdims=True) / 2
+    return Arrays(inputs, targets, burn_in=steps - 1)
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru"])
@@ -309,7 +310,7 @@ def test_ranks_share_cases_with_and_without_a_mask(mpi_ranks, comm, masked):
     mask = (rng.random((7, 3)) < 0.5).astype(np.float64) if masked else None
     if mask is not None:
         mask[0, 0] = 1
-    cases = Arrays(rng.standard_normal((7, 5, 2)), rng.random((7, 3, 2)), mask)
+    cases = Arrays(rng.standard_normal((7, 5, 2)), rng.random((7, 3, 2)), mask, burn_in=2)
     about = Architecture("gru", 4, 2, 2, 2)
     communicator = MPICommunicator(comm)
     results = []

@@ -334,6 +334,15 @@ def test_a_batch_without_a_scored_output_makes_an_empty_step(optimizer, tmp_path
     np.testing.assert_array_equal(part.theta, result.theta)
 
 
+def test_a_checkpoint_does_not_need_a_scored_output_among_the_first_examples(tmp_path):
+    mask = np.ones_like(SYMBOLS)
+    mask[:8] = 0
+    options = {"optimizer": "adam", "micro_batch": 4, "max_steps": 2, "quiet": True}
+    result = hfmpi.train(network(), (SYMBOLS, NEXT, mask), out=tmp_path / "run", **options)
+    assert result.done
+    assert checkpoint.latest(tmp_path / "run").meta["step"] == 2
+
+
 def test_a_training_set_without_a_scored_output_is_an_error():
     with pytest.raises(UserError, match="no output that is scored"):
         hfmpi.train(network(), (SYMBOLS, NEXT, np.zeros((60, 9))), max_steps=2, **WILD)

@@ -136,7 +136,7 @@ def test_steps_before_the_first_target_are_burn_in():
     z, jacobian = dense(module, x)
     scored = np.arange(CASES * STEPS).reshape(CASES, STEPS)[:, 1:].reshape(-1)
     model = hfmpi.TorchModel(module, "cross-entropy")
-    cases = hfmpi.Arrays(x, y, mask)
+    cases = hfmpi.Arrays(x, y, mask, burn_in=1)
     check(model, "cross-entropy", cases, model.initial(0), z[scored], jacobian[scored], mask.reshape(-1))
 
 
@@ -652,12 +652,12 @@ def infinite():
     (lambda: nn.LazyLinear(OUTPUTS), GOOD, "parameters without a shape: call it once"),
     (lambda: module().bfloat16(), GOOD, "must all be float32 or all be float64, not bfloat16"),
     (lambda: nn.Sequential(module(), nn.Linear(3, 3)), GOOD, "all be float64, not float32, float64"),
-    (lambda: nn.Sequential(module(), nn.Dropout()), GOOD, "as with dropout: call module.eval"),
-    (lambda: nn.Sequential(module(), nn.BatchNorm1d(3).double()), GOOD, "changes buffers"),
+    (lambda: nn.Sequential(module(), nn.Dropout()), GOOD, "as dropout and batch statistics do: call"),
+    (lambda: nn.Sequential(module(), nn.BatchNorm1d(3).double()), GOOD, r"1 \(BatchNorm1d\) makes"),
     (lambda: module(Shift), GOOD, "depend on the other examples of its batch"),
     (lambda: module(Pair), GOOD, "must return one array of outputs, not tuple: wrap it"),
     (infinite, GOOD, "the loss is not finite at the start"),
-    (module, hfmpi.Examples(ROWS, symbols(CASES, 2)), r"outputs must be of shape \(4, 2, symbols\) for"),
+    (module, hfmpi.Examples(ROWS, symbols(CASES, 2)), r"outputs must be \(4, 2, classes\)"),
     (module, hfmpi.Examples(ROWS, SYMBOLS + 9), "targets must be symbols from 0 to 2, not 1"),
     (module, hfmpi.Examples(ROWS, NUMBERS), "targets of this loss must be whole numbers"),
 ])  # fmt: skip

@@ -134,12 +134,11 @@ class Task:
         blocks, places = np.divmod(checked_indices(indices, self.count, "case"), BLOCK)
         needed, which = np.unique(blocks, return_inverse=True)
         made = [self.kind.make(self._generator(block), self.length) for block in needed.tolist()]
-        return Batch(
-            *(
-                None if parts[0] is None else _chosen(parts, which * BLOCK + places)
-                for parts in zip(*made, strict=True)
-            )
+        inputs, targets, mask = (
+            None if parts[0] is None else _chosen(parts, which * BLOCK + places)
+            for parts in zip(*(batch[:3] for batch in made), strict=True)
         )
+        return Batch(inputs, targets, mask, inputs.shape[1] - targets.shape[1])
 
     def scored(self, indices: np.ndarray) -> int:
         """Give how many outputs of the cases `indices` (B,) are scored."""

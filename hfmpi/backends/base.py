@@ -6,6 +6,7 @@ cupy.py replace those for which a compiled kernel is worth it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Array", "Backend", "Packed", "Workspace"]
+__all__ = ["Array", "Backend", "Packed", "Scratch", "Workspace"]
 
 Array = Any
 """A NumPy array, or an array of the same interface on a device (CuPy)."""
@@ -57,6 +58,10 @@ class Workspace:
         return flat[:size].reshape(shape)
 
 
+class Scratch(threading.local, Workspace):
+    """A workspace whose arrays belong to a thread each, so that several threads can use one model."""
+
+
 class Backend:
     """Arrays and matrix products of one kind of device, here of the host.
 
@@ -91,7 +96,11 @@ class Backend:
         if dtype not in ("float32", "float64"):
             raise ValueError(f"dtype must be float32 or float64, not {dtype}")
         self.dtype = np.dtype(dtype)
-        self.workspace = self.new_workspace()
+        self.workspace: Workspace = self.new_scratch()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what a copy or a pickle of the backend is made of: workspaces are not copied."""
+        return type(self), (self.dtype.name,), {"micro_batch": self.micro_batch}
 
     # Arrays ------------------------------------------------------------------------------------
 
@@ -166,6 +175,10 @@ class Backend:
     def new_workspace(self) -> Workspace:
         """Return an empty workspace on this device."""
         return Workspace(self.xp, self.dtype)
+
+    def new_scratch(self) -> Scratch:
+        """Return an empty workspace on this device whose arrays belong to a thread each."""
+        return Scratch(self.xp, self.dtype)
 
     def matmul(self, a: Array, b: Array, out: Array) -> None:
         """Compute out = a b; every matrix product of a pass calls this or `multiply`."""

@@ -123,12 +123,17 @@ class CupyBackend(NumpyBackend):
         workspace = cupy.empty(WORKSPACE_BYTES, np.uint8)
         self._cublas = Cublas(self.dtype, self._stream.ptr, workspace, precision == "tf32")
         self._module = _module("float" if self.dtype.itemsize == 4 else "double", self._device.id)
+        self._precision = precision
         self._kernels: dict[str, Any] = {}
         self._pinned: Any = None
         self._pinned_bytes = 0
         self._graphs: OrderedDict[Hashable, Any] = OrderedDict()
         self.captures = True
         self.persistent_batch = PERSISTENT_BATCH[self.dtype.itemsize]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what a copy or a pickle of the backend is made of, on the same device."""
+        return type(self), (self.dtype.name, self._device.id, self._precision)
 
     # Arrays ------------------------------------------------------------------------------------
 

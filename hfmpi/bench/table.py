@@ -66,7 +66,7 @@ def doubts(rows: list[Row]) -> str | None:
     if worst <= STEADY:
         return None
     return (
-        f"Note: a median is {worst:.1f} times the least time of the same work, do not rely on these times. "
+        f"Note: a median is {worst:.1f} times the least time of the same work: do not rely on these times. "
         "Are other programs running, or more ranks than cores? Repeat it on an idle machine."
     )
 

@@ -19,9 +19,11 @@ __all__ = [
     "Cases",
     "Sequences",
     "check_batch",
+    "check_steps",
     "checked_indices",
     "curvature_slice",
     "global_indices",
+    "scored_targets",
     "shard",
 ]
 
@@ -40,11 +42,35 @@ class Batch(NamedTuple):
         Of sequences: (B, T) int32, or (B, T, O), the targets of the last T inputs.
     mask : ndarray (B, ...) or None
         1 where a target is scored, 0 where it is not; None: all targets are scored.
+    burn_in : int
+        The number of first outputs (axis 1) of every example that have no target.
     """
 
     inputs: Any
     targets: np.ndarray
     mask: np.ndarray | None = None
+    burn_in: int = 0
+
+
+def scored_targets(targets: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """Return the targets with zeros where they are not scored: whatever stands there is not read."""
+    if mask is None or mask.all():
+        return targets
+    mask = mask.reshape(mask.shape + (1,) * (targets.ndim - mask.ndim))
+    return np.where(mask != 0, targets, targets.dtype.type(0))
+
+
+def check_steps(inputs: tuple[int, ...], targets: tuple[int, ...], burn_in: int) -> None:
+    """Raise a UserError unless sequences of these shapes (B, L, ...) and (B, T, ...) have L = burn_in + T."""
+    rest = inputs[1] - targets[1]
+    if rest == burn_in >= 0:
+        return
+    remedy = f"; burn_in={rest} names the first {rest:,} steps, which have none" if rest > 0 else ""
+    before = f" after a burn-in of {burn_in:,}" if burn_in else ""
+    raise UserError(
+        f"inputs of shape {inputs} need a target for each of their steps{before}, and the targets have shape "
+        f"{targets}{remedy}"
+    )
 
 
 @runtime_checkable
@@ -117,7 +143,8 @@ class Sequences:
         positions = starts[:, np.newaxis] * self.length + np.arange(-self.burn_in, self.length + 1)
         symbols = self.ids[positions % len(self.ids)].astype(np.int32)
         inputs, targets = symbols[:, :-1], symbols[:, self.burn_in + 1 :]
-        return Batch(np.ascontiguousarray(inputs), np.ascontiguousarray(targets))
+        inputs, targets = np.ascontiguousarray(inputs), np.ascontiguousarray(targets)
+        return Batch(inputs, targets, burn_in=self.burn_in)
 
     def scored(self, indices: np.ndarray) -> int:
         """Return the number of targets of the sequences `indices` (B,)."""

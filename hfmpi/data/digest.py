@@ -53,8 +53,9 @@ def _digest(cases: Cases, indices: np.ndarray) -> str:
 def _as_before(cases: Cases, batch: Batch) -> tuple[Any, ...]:
     """Return a batch in the form of version 0.2, so that the digests in its checkpoints are still valid."""
     if isinstance(cases, (Arrays, Sequences)):
-        return tuple(part if part is None else part.swapaxes(0, 1) for part in batch)  # time first
-    return (*batch, len(batch.targets))
+        return tuple(part if part is None else part.swapaxes(0, 1) for part in batch[:3])  # time first
+    burn_in = (batch.burn_in,) if batch.burn_in else ()
+    return (*batch[:3], len(batch.targets), *burn_in)
 
 
 def _add(content: Any, value: Any, depth: int = 4) -> None:

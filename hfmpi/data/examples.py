@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from hfmpi.data.batches import Batch, checked_indices
-from hfmpi.errors import UserError
+from hfmpi.data.batches import Batch, check_steps, checked_indices, scored_targets
+from hfmpi.errors import UserError, shown
 
 __all__ = ["Arrays", "Examples"]
 
@@ -22,8 +22,11 @@ class Examples:
         The arguments of the model.
     targets : array (N, ...) of integers, or (N, ..., O) of real numbers
         Symbols, or vectors of O numbers; real numbers (N,) are the targets of one output.
+        A masked array of NumPy (`numpy.ma`) has a mask already: its masked targets are not scored.
     mask : array (N, ...), optional
         1 where a target is scored, 0 where it is not, without the axis O. Default: all targets are scored.
+    burn_in : int
+        The number of first outputs of every example, along axis 1, that have no target.
 
     Raises
     ------
@@ -37,14 +40,19 @@ class Examples:
     ((2, 3), 1)
     """
 
-    def __init__(self, inputs: Any, targets: Any, mask: Any = None) -> None:
+    def __init__(self, inputs: Any, targets: Any, mask: Any = None, *, burn_in: int = 0) -> None:
         several = isinstance(inputs, tuple)
         arrays = tuple(_array(x, "inputs") for x in (inputs if several else (inputs,)))
         if not arrays:
             raise UserError("inputs must be an array or a tuple of arrays, not an empty tuple")
+        if isinstance(burn_in, bool) or not isinstance(burn_in, int) or burn_in < 0:
+            raise UserError(f"burn_in must be a number of outputs, 0 or more, not {shown(burn_in)}")
+        if isinstance(targets, np.ma.MaskedArray):
+            targets, mask = _unmasked(targets, mask)
         self.inputs = arrays if several else arrays[0]
         self.targets = _array(targets, "targets")
         self.mask = None if mask is None else _converted(mask, "the mask")
+        self.burn_in = burn_in
         for array in arrays:
             if len(array) != len(self.targets):
                 raise UserError(
@@ -52,6 +60,11 @@ class Examples:
                 )
         symbols = self.targets.dtype.kind in "iu"
         self._scored = self.targets.shape if symbols else self.targets.shape[: max(1, self.targets.ndim - 1)]
+        if burn_in and len(self._scored) < 2:
+            raise UserError(
+                f"burn_in needs targets of several steps, (cases, steps, ...), not of shape "
+                f"{self.targets.shape}"
+            )
         if self.mask is not None:
             if self.mask.shape != self._scored:
                 raise UserError(f"the mask has shape {self.mask.shape}, not {self._scored}")
@@ -74,7 +87,7 @@ class Examples:
         at = checked_indices(indices, self.count, "case")
         several = isinstance(self.inputs, tuple)
         inputs = tuple(x[at] for x in self.inputs) if several else self.inputs[at]
-        return Batch(inputs, self.targets[at], None if self.mask is None else self.mask[at])
+        return Batch(inputs, self.targets[at], None if self.mask is None else self.mask[at], self.burn_in)
 
     def scored(self, indices: np.ndarray) -> int:
         """Return the number of scored targets of the examples `indices` (B,)."""
@@ -91,9 +104,11 @@ class Arrays(Examples):
     inputs : array (N, L) of integers, or (N, L, I) of real numbers
         The symbols or vectors of each sequence, step by step; symbols are stored as int32.
     targets : array (N, T) of integers, or (N, T, O) of real numbers
-        The targets of the last T <= L steps.
+        The targets of the T = L - burn_in last steps. A masked array of NumPy has a mask already.
     mask : array (N, T), optional
         1 where a target is scored, 0 where it is not. Default: all targets are scored.
+    burn_in : int
+        The number of first steps that have no target.
 
     Raises
     ------
@@ -105,14 +120,27 @@ class Arrays(Examples):
     >>> x = np.random.default_rng(0).integers(0, 2, (500, 12))
     >>> hfmpi.Arrays(x, x.cumsum(axis=1) % 2).take(np.array([3, 1])).inputs.shape
     (2, 12)
+    >>> hfmpi.Arrays(x, x[:, 10:], burn_in=10).take(np.array([3, 1])).targets.shape
+    (2, 2)
     """
 
-    def __init__(self, inputs: Any, targets: Any, mask: Any = None) -> None:
-        inputs, targets = _steps(inputs, "inputs"), _steps(targets, "targets")
-        super().__init__(inputs, targets, mask)
-        steps, scored = inputs.shape[1], targets.shape[1]
-        if scored > steps:
-            raise UserError(f"{scored:,} steps have targets, but only {steps:,} have inputs")
+    def __init__(self, inputs: Any, targets: Any, mask: Any = None, *, burn_in: int = 0) -> None:
+        if isinstance(targets, np.ma.MaskedArray):
+            targets, mask = _unmasked(targets, mask)
+        inputs, targets = _steps(inputs, "inputs"), _steps(targets, "targets", mask)
+        super().__init__(inputs, targets, mask, burn_in=burn_in)
+        check_steps(inputs.shape, targets.shape, burn_in)
+
+
+def _unmasked(targets: np.ma.MaskedArray, mask: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return the targets of a masked array, zero where they are masked, and the mask of what is scored."""
+    missing = np.ma.getmaskarray(targets)
+    if targets.dtype.kind == "f" and targets.ndim > 1:
+        if (missing.any(axis=-1) != missing.all(axis=-1)).any():
+            raise UserError("the mask of targets must mask all numbers of a target, or none of them")
+        missing = missing[..., 0]
+    scored = (~missing).astype(int)
+    return targets.filled(0), scored if mask is None else scored * _converted(mask, "the mask")
 
 
 def _array(values: Any, name: str) -> np.ndarray:
@@ -125,6 +153,8 @@ def _array(values: Any, name: str) -> np.ndarray:
 
 
 def _converted(values: Any, name: str) -> np.ndarray:
+    if isinstance(values, np.ma.MaskedArray) and np.ma.getmaskarray(values).any():
+        raise UserError(f"{name} are a masked array with missing values: fill them (array.filled(...)) first")
     try:
         return np.asarray(values)
     except (ValueError, TypeError, RuntimeError):  # ragged rows; a tensor on a GPU or with a gradient
@@ -133,8 +163,11 @@ def _converted(values: Any, name: str) -> np.ndarray:
         ) from None
 
 
-def _steps(values: Any, name: str) -> np.ndarray:
-    """Return symbols as int32 and vectors as they are; raise a UserError if the values are neither."""
+def _steps(values: Any, name: str, mask: Any = None) -> np.ndarray:
+    """Return symbols as int32 and vectors as they are; raise a UserError if the values are neither.
+
+    Symbols under a zero of the mask are not checked.
+    """
     array = _converted(values, name)
     symbols = array.ndim == 2 and np.issubdtype(array.dtype, np.integer)
     vectors = array.ndim == 3 and np.issubdtype(array.dtype, np.floating)
@@ -145,6 +178,7 @@ def _steps(values: Any, name: str) -> np.ndarray:
         )
     if not symbols:
         return array
-    if array.min() < 0 or array.max() > np.iinfo(np.int32).max:
-        raise UserError(f"{name} must be symbols 0, 1, 2, ..., not {array.min()} to {array.max()}")
+    read = scored_targets(array, np.asarray(mask)) if np.shape(mask) == array.shape else array
+    if read.min() < 0 or read.max() > np.iinfo(np.int32).max:
+        raise UserError(f"{name} must be symbols 0, 1, 2, ..., not {read.min()} to {read.max()}")
     return array.astype(np.int32)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from textwrap import shorten
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -20,7 +22,8 @@ import numpy as np
 
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.errors import UserError
-from hfmpi.models.batch import CheckedBatch, check_batch, check_symbols
+from hfmpi.frameworks.trial import DEPENDS, Trial, chosen, elsewhere
+from hfmpi.models.batch import CheckedBatch, check_batch, check_symbols, check_targets
 from hfmpi.models.factors import FactorSums
 from hfmpi.models.linearisation import LossLinearisation, Passes
 from hfmpi.models.losses import Loss, choose
@@ -43,11 +46,12 @@ GRADIENT_NUMBERS = 1 << 24
 BLOCK_FACTOR = 8
 """Larger blocks of outputs than the networks' in V G V': most models here have fewer outputs than a text."""
 
-INDEPENDENCE = 1e-2
-"""Relative difference of outputs that a different batch may make: far above rounding."""
-
 Batched = Literal["directions", "examples"]
 """What one call of a framework can process many of."""
+
+
+class NotInFloat64(Exception):
+    """A function does not compute in float64."""
 
 
 class FrameworkPasses(Passes, Protocol):
@@ -64,13 +68,16 @@ class Plan:
 
     Attributes
     ----------
-    checked : bool
-        Whether the first batch has passed all checks.
+    checked : object
+        The mode of the model in which a batch has passed all checks; None: none has.
+    width : int
+        O, the number of outputs, of the batch that was checked.
     sequential : frozenset of {'directions', 'examples'}
         What is processed one at a time, because the framework cannot batch an operation over it.
     """
 
-    checked: bool = False
+    checked: object = None
+    width: int = 0
     sequential: frozenset[Batched] = frozenset()
 
 
@@ -104,8 +111,8 @@ def split_examples(count: int, numbers: int) -> list[slice]:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error message."""
-    return str(error).partition("\n")[0]
+    """Return the first line of an error message, at most 120 characters."""
+    return shorten(str(error).partition("\n")[0], 120, placeholder=" ...")
 
 
 class FrameworkModel(ABC):
@@ -125,13 +132,19 @@ class FrameworkModel(ABC):
     ----------
     plan : Plan
         Replaced by `replan`.
+    on_gpu : bool
+        Whether the function runs on a GPU.
     """
 
     linearisation = LossLinearisation
     plan: Plan = Plan()
+    on_gpu = False
 
     batching_error: ClassVar[type[Exception]] = NotImplementedError
     """What the framework raises if it cannot batch an operation."""
+
+    noun: ClassVar[str] = "the function"
+    """What messages call the user's function."""
 
     memory_words: ClassVar[tuple[str, ...]] = ()
     """What the message of a RuntimeError contains if memory has run out."""
@@ -147,7 +160,16 @@ class FrameworkModel(ABC):
         self.backend = NumpyBackend(start.dtype.name)
         self.layout = Layout(dict(shapes))
         self.blocks = matrices(self.layout, stacked)
+        self.lock = threading.RLock()  # held while a batch is checked, and while the function is not its own
         self._start = start
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle of the model has."""
+        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy of a model."""
+        self.__dict__.update(state, lock=threading.RLock())
 
     @property
     def size(self) -> int:
@@ -175,6 +197,25 @@ class FrameworkModel(ABC):
         """Return outputs (N, O), before the loss, their targets (N,) or (N, O), and a mask (N, 1) or None."""
         theta, examples = self._place(theta, batch)
         return self._outputs(theta, examples), examples.targets, examples.mask
+
+    def check(self, theta: np.ndarray, batch: Any) -> None:
+        """Check the model on a batch, as its first batch is checked: before each run.
+
+        Raises
+        ------
+        UserError
+            If the model cannot be trained on it.
+        """
+        with self.lock:
+            self.replan(checked=None)
+            self._place(theta, batch)
+
+    def check_data(self, inputs: Any, targets: np.ndarray, mask: np.ndarray | None) -> None:
+        """Raise a UserError unless all scored targets are in the domain of the loss.
+
+        A batch has been checked before: it has shown the number of outputs.
+        """
+        check_targets(targets, mask, self.output_loss, self.plan.width)
 
     def loss(self, theta: np.ndarray, batch: Any) -> float:
         """Return the summed loss in nats, without a linearisation."""
@@ -233,24 +274,68 @@ class FrameworkModel(ABC):
     def _linearise(self, theta: np.ndarray, examples: CheckedBatch) -> FrameworkPasses:
         """Linearise the scored outputs."""
 
-    def _check(self, theta: np.ndarray, examples: CheckedBatch) -> None:
-        """Raise a UserError where the first batch shows that the function cannot be trained like this.
+    def trial(self, theta: np.ndarray, few: CheckedBatch) -> Trial:
+        """Return the outputs at theta (D,) of a few examples, for comparisons."""
+        return Trial(self._outputs, theta, few, self.on_gpu)
 
-        The examples of a batch are divided into micro-batches and over ranks, so none may depend on another.
+    def in_float64(self, theta: np.ndarray, examples: CheckedBatch) -> np.ndarray | None:
+        """Return the scored outputs (N, O) computed in float64 at theta (D,) float64.
+
+        None where the function does not compute in float64 throughout. It is called for models in float32.
         """
-        outputs, first = self._outputs(theta, examples), self._outputs(theta, examples.first)
-        size = np.abs(first[np.isfinite(first)]).max(initial=0)
-        if not np.allclose(outputs[: len(first)], first, 0, INDEPENDENCE * size, True):
-            raise UserError(
-                "the outputs of an example depend on the other examples of its batch, as with batch "
-                "statistics: train with fixed ones (in PyTorch: module.eval())"
-            )
+        return None
+
+    def _mode(self) -> object:
+        """Return what the function depends on besides theta and inputs; a change leads to a new check."""
+        return True
+
+    def _check(self, theta: np.ndarray, examples: CheckedBatch) -> None:
+        """Raise a UserError where a batch shows that the function cannot be trained like this."""
+        outputs = self._outputs(theta, examples)
+        self.replan(width=outputs.shape[1])
+        indices = chosen(examples.size)
+        few = examples.take(indices)
+        trial, near = self.trial(theta, few), elsewhere(theta)
+        by_example = outputs.reshape(examples.size, -1)
+        if not trial.same(range(few.size), by_example[indices]):
+            raise UserError(DEPENDS)
+        try:
+            self._exact(near, few).check_independence()
+        except NotInFloat64:
+            self.trial(near, few).check_independence()
         with np.errstate(all="ignore"):
             loss = self._value(outputs, examples)[0]
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss is not finite at the start ({loss}): check parameters, inputs and targets"
             )
+
+    def _exact(self, theta: np.ndarray, few: CheckedBatch) -> Trial:
+        """Return a trial in float64; it raises NotInFloat64 where the model does not allow it."""
+
+        def outputs(theta: np.ndarray, batch: CheckedBatch) -> np.ndarray:
+            wide = self.in_float64(theta, batch)
+            if wide is None:
+                raise NotInFloat64
+            return wide
+
+        return Trial(self._outputs if theta.dtype == np.float64 else outputs, theta.astype(np.float64), few)
+
+    @contextmanager
+    def running(self, inputs: Sequence[np.ndarray]) -> Iterator[None]:
+        """Raise a UserError with the shapes of the inputs where the user's function raises an error."""
+        try:
+            with self.memory_errors():
+                yield
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:
+            shapes = " and ".join(f"{x.dtype} {x.shape}" for x in inputs)
+            whole = any(x.dtype.kind in "iu" for x in inputs)
+            hint = "; whole numbers stay whole numbers: x.astype('float32') makes real ones" if whole else ""
+            raise UserError(
+                f"{self.noun} fails on inputs {shapes}: {type(error).__name__}: {first_line(error)}{hint}"
+            ) from error
 
     def _fit_micro_batch(self, nbytes: float) -> None:
         """Set the size of micro-batches to what suits examples that keep `nbytes` bytes each."""
@@ -272,7 +357,10 @@ class FrameworkModel(ABC):
         check_vector("theta", theta, self.size, np.ndarray)
         theta = theta.astype(self.backend.dtype, copy=False)
         examples = check_batch(batch, self.output_loss, self.backend.dtype)
-        if not self.plan.checked:
-            self._check(theta, examples)
-            self.replan(checked=True)
+        mode = self._mode()
+        if self.plan.checked != mode:
+            with self.lock:
+                if self.plan.checked != mode:
+                    self._check(theta, examples)
+                    self.replan(checked=mode)
         return theta, examples

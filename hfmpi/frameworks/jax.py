@@ -9,7 +9,10 @@ the reverse pass (`jax.custom_vjp`) have both.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import pickle
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -24,34 +27,47 @@ try:
     import jax
 
     from hfmpi.frameworks.jax_layers import Layers
+    from hfmpi.frameworks.jax_params import Params
     from hfmpi.frameworks.jax_passes import JaxPasses, nbytes
+    from hfmpi.frameworks.jax_trace import Draw, fingerprint, flow
 except ImportError:
     jax = None
 
 __all__ = ["JaxModel"]
 
 
+COMPILED = "run", "linear", "vjp", "vjps", "jvp", "jvps", "gradient", "gradients", "double"
+"""The attributes of a model that are compiled functions."""
+
+
 class JaxModel(FrameworkModel):
     """A JAX function with a loss.
 
-    Theta (D,) consists of the arrays of real numbers in `params`, in JAX's order. All other arrays remain as
-    they are.
+    Theta (D,) consists of the trained arrays of `params`, in JAX's order. Everything else in `params` remains
+    as it is: functions, strings, numbers of Python, keys of random numbers, whole numbers. A note reports
+    which real numbers are not trained.
 
     Parameters
     ----------
     apply : callable
         (params, x) -> outputs (B, ..., O), which `jax.jit` can compile, with B examples along the first axis
-        of x; with several inputs, (params, x1, x2, ...).
-    params : pytree of arrays
-        Its arrays of real numbers are all float32 or all float64, which is the type of theta too.
+        of x; with several inputs, (params, x1, x2, ...). It must be a pure function.
+    params : pytree of arrays, or a module of equinox or flax.nnx
+        Its trained arrays are all float32 or all float64, which is the type of theta too.
     loss : {'cross-entropy', 'squares', 'bernoulli'} or Loss
         The loss of each scored output (O,).
+    trained : callable or pytree of bool, optional
+        Which arrays of real numbers are trained: a function (path, array) -> bool, where the path is a string
+        such as "['hidden']['bias']" or "layers[0].weight", or a tree of bools like the params or like their
+        first levels. Default: all, except running statistics: of the variables of a flax module the
+        collection "params", of a flax.nnx module its `nnx.Param`, of any other tree all that is not below a
+        name such as "batch_stats".
 
     Raises
     ------
     UserError
-        If JAX is not installed, or the function cannot be trained: there are no real numbers, or types or a
-        batch that do not fit.
+        If JAX is not installed, or the function cannot be trained: there are no real numbers, or types, a
+        choice of arrays, or a batch that do not fit.
 
     Examples
     --------
@@ -62,34 +78,31 @@ class JaxModel(FrameworkModel):
 
     memory_words = ("RESOURCE_EXHAUSTED",)
 
-    def __init__(self, apply: Any, params: Any, loss: str | Loss) -> None:
+    def __init__(self, apply: Any, params: Any, loss: str | Loss, trained: Any = None) -> None:
         if jax is None:
             raise UserError("JaxModel needs JAX: pip install jax")
         if not callable(apply):
             raise UserError(f"apply must be a function (params, x) -> outputs, not {shown(apply)}")
-        paths, tree = jax.tree_util.tree_flatten_with_path(params)
-        leaves = [leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for _, leaf in paths]
-        real = jax.numpy.floating
-        trained = [i for i, a in enumerate(leaves) if jax.numpy.issubdtype(a.dtype, real) and a.size]
-        if not trained:
-            raise UserError("params have no array of real numbers")
-        types = {str(leaves[i].dtype) for i in trained}
-        if types not in ({"float32"}, {"float64"}):
-            raise UserError(f"params must all be float32 or all be float64, not {', '.join(sorted(types))}")
-        if types == {"float64"} and not jax.config.jax_enable_x64:
-            raise UserError(
-                "params are float64, and JAX computes in float32: jax.config.update('jax_enable_x64', True)"
-            )
-        self.apply, self._leaves, self._tree, self._trained = apply, leaves, tree, trained
-        self._ends = np.cumsum([leaves[i].size for i in trained])[:-1]
-        self._layers = dict[Any, "Layers | None"]()
-        start = np.concatenate([np.asarray(leaves[i]).reshape(-1) for i in trained])
-        names = [jax.tree_util.keystr(path).strip(".") for path, _ in paths]
-        super().__init__([(names[i], tuple(leaves[i].shape)) for i in trained], start, loss)
+        self.apply, self._params = apply, Params(params, trained)
+        self._digests = dict[Any, bytes]()
+        super().__init__(self._params.shapes, self._params.start, loss)
+        self.on_gpu = jax.default_backend() != "cpu"
+        self._compile()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return all but the compiled functions."""
+        return {
+            name: value
+            for name, value in super().__getstate__().items()
+            if name not in (*COMPILED, "_layers")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
         self._compile()
 
     def params(self, theta: Any) -> Any:
-        """Return theta (D,), an array of NumPy or JAX, as a pytree like the params.
+        """Return theta (D,), an array of NumPy or JAX, as a pytree, or a module, like the params.
 
         Raises
         ------
@@ -100,21 +113,33 @@ class JaxModel(FrameworkModel):
             raise UserError(
                 f"theta must be a vector of {self.size:,} numbers, not of shape {np.shape(theta)}"
             )
-        return self._unravel(jax.numpy.array(theta, self.backend.dtype))
+        return self._params.joined(self._params.split(jax.numpy.array(theta, self.backend.dtype)))
+
+    def in_float64(self, theta: np.ndarray, examples: CheckedBatch) -> np.ndarray | None:
+        """Return the scored outputs of the function, computed in float64 whatever the type of the params is.
+
+        Parameters
+        ----------
+        theta : (D,) float64
+        examples : CheckedBatch
+
+        Returns
+        -------
+        outputs : (N, O) float64, or None
+            None if the function rounds what it computes to fewer digits, or does not work in float64.
+        """
+        inputs = tuple(x.astype(float) if x.dtype.kind == "f" else x for x in examples.inputs)
+        try:
+            with _enable_x64():
+                traced = self.double.trace(theta, inputs, scored=examples.scored)
+                labels = [frozenset("x")] * (1 + len(inputs))
+                if flow(traced.jaxpr, labels).low:
+                    return None
+                return np.asarray(self.double(theta, inputs, scored=examples.scored))
+        except Exception:  # of any kind: the function was written for another type
+            return None
 
     # The function of theta, compiled -----------------------------------------------------------
-
-    def _unravel(self, theta: Any) -> Any:
-        """Return theta (D,) as the pytree that `apply` takes."""
-        parts = zip(jax.numpy.split(theta, self._ends), self.layout.shapes.values(), strict=True)
-        return self._joined([part.reshape(shape) for part, shape in parts])
-
-    def _joined(self, arrays: Sequence[Any]) -> Any:
-        """Return the arrays of theta, together with the other leaves, as the pytree that `apply` takes."""
-        leaves = list(self._leaves)
-        for i, array in zip(self._trained, arrays, strict=True):
-            leaves[i] = array
-        return jax.tree_util.tree_unflatten(self._tree, leaves)
 
     def _compile(self) -> None:
         """Make the compiled functions; each compiles itself again when a shape is new.
@@ -123,7 +148,10 @@ class JaxModel(FrameworkModel):
         """
 
         def outputs(theta: Any, inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:
-            return scored.of(self.apply(self._unravel(theta), *inputs)).astype(theta.dtype)
+            return self._called(self._params.split(theta), inputs, scored)
+
+        def double(theta: Any, inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:
+            return self._called(self._params.split(theta), inputs, scored, double=True)
 
         def linear(theta: Any, inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:
             return jax.vjp(lambda theta: outputs(theta, inputs, scored), theta)
@@ -155,6 +183,38 @@ class JaxModel(FrameworkModel):
         self.jvps = jax.jit(jvps, static_argnames="shape")
         self.gradient = jax.jit(gradient, static_argnames="scored")
         self.gradients = jax.jit(gradients, static_argnames="scored")
+        self.double = jax.jit(double, static_argnames="scored")
+        self._layers = dict[Any, "Layers | None"]()
+
+    def _called(
+        self,
+        arrays: Sequence[Any],
+        inputs: Sequence[Any],
+        scored: ScoredOutputs,
+        state: Sequence[Any] = (),
+        double: bool = False,
+        changes: dict[int, Any] | None = None,
+    ) -> Any:
+        """Return the scored outputs (N, O) of the function, in the type of its params; see `Params.call`."""
+        with self._tracing(inputs):
+            z = self._params.call(self.apply, arrays, inputs, state, double, changes)
+            if isinstance(z, jax.Array | np.ndarray) and z.dtype not in (np.float32, np.float64):
+                real = jax.numpy.issubdtype(z.dtype, jax.numpy.floating)
+                advice = ": convert them by .astype(jax.numpy.float32)" if real else ""
+                raise UserError(f"outputs must be real numbers of float32 or float64, not {z.dtype}{advice}")
+            return scored.of(z).astype(arrays[0].dtype)
+
+    @contextmanager
+    def _tracing(self, inputs: Sequence[Any]) -> Iterator[None]:
+        """Raise a UserError for what the user's function raises, unless an operation cannot be batched."""
+        unbatched = None
+        with self.running(inputs):
+            try:
+                yield
+            except NotImplementedError as error:
+                unbatched = error
+        if unbatched is not None:
+            raise unbatched
 
     def layers(self, inputs: tuple[Any, ...], scored: ScoredOutputs) -> Layers | None:
         """Return the layers of the function on inputs like these, or None if they cannot be determined."""
@@ -162,8 +222,7 @@ class JaxModel(FrameworkModel):
         if key not in self._layers:
 
             def outputs(leaves: Sequence[Any], inputs: tuple[Any, ...]) -> Any:
-                params = self._joined(leaves)
-                return scored.of(self.apply(params, *inputs)).astype(self.backend.dtype)
+                return self._called(leaves, inputs, scored)
 
             leaves = [
                 jax.ShapeDtypeStruct(shape, self.backend.dtype) for shape in self.layout.shapes.values()
@@ -180,19 +239,162 @@ class JaxModel(FrameworkModel):
         return self._layers[key]
 
     def _outputs(self, theta: np.ndarray, examples: CheckedBatch) -> np.ndarray:
+        self._check_width(examples)
         with self.memory_errors():
             return np.asarray(self.run(theta, examples.inputs, scored=examples.scored))
 
     def _linearise(self, theta: np.ndarray, examples: CheckedBatch) -> JaxPasses:
+        self._check_width(examples)
         return JaxPasses(self, theta, examples)
+
+    def _check_width(self, examples: CheckedBatch) -> None:
+        """Raise a UserError where JAX would cut 64 bits to 32 without a word."""
+        if jax.config.jax_enable_x64:
+            return
+        if self.backend.dtype == np.float64:
+            raise UserError(
+                "params are float64, and JAX computes in float32: jax.config.update('jax_enable_x64', True)"
+            )
+        for x in examples.inputs:
+            if x.dtype.kind in "iu" and x.dtype.itemsize == 8 and x.size:
+                limits = np.iinfo(x.dtype.kind + "4")
+                if x.min() < limits.min or x.max() > limits.max:
+                    raise UserError(
+                        f"inputs are whole numbers from {x.min()} to {x.max()}, and JAX computes with 32 "
+                        "bits: jax.config.update('jax_enable_x64', True)"
+                    )
 
     def _check(self, theta: np.ndarray, examples: CheckedBatch) -> None:
         """Check the first batch, and fit micro-batches to the residuals that each example keeps."""
-        super()._check(theta, examples)
+        self._check_width(examples)
+        try:
+            self._check_trace(examples)
+            self._check_state(theta, examples)
+            super()._check(theta, examples)
+        except (jax.errors.JAXTypeError, jax.errors.JaxRuntimeError, FloatingPointError) as error:
+            with self.running(examples.inputs):
+                raise type(error)(_reason(error)) from error
 
         def residuals(some: CheckedBatch) -> int:
             linear = partial(self.linear, scored=some.scored)
             return nbytes(jax.eval_shape(linear, theta, some.inputs)[1])
 
-        more = examples.scored.shape[0] - 1
-        self._fit_micro_batch((residuals(examples) - residuals(examples.first)) / max(1, more))
+        def gradient(theta: Any, inputs: tuple[Any, ...]) -> Any:
+            outputs, transpose = self.linear(theta, inputs, scored=examples.scored)
+            return transpose(outputs)
+
+        try:
+            jax.eval_shape(gradient, theta, examples.inputs)
+            kept = residuals(examples) - residuals(examples.take([0]))
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"JAX cannot differentiate the function: {type(error).__name__}: {first_line(error)}"
+            ) from error
+        self._check_rules(theta, examples)
+        self._fit_micro_batch(kept / max(1, examples.size - 1))
+        for note in self._params.notes:
+            logging.getLogger(__name__).warning(note)
+
+    def _check_rules(self, theta: np.ndarray, examples: CheckedBatch) -> None:
+        """Raise a UserError where a derivative's rule computes outputs that are not the function's."""
+        with self.memory_errors():
+            outputs = self._outputs(theta, examples)
+            differentiated = np.asarray(self.linear(theta, examples.inputs, scored=examples.scored)[0])
+        eps = np.finfo(outputs.dtype).eps
+        if eps > 1e-10 and jax.default_backend() != "cpu":
+            eps = 1e-4  # GPUs round factors of float32 products to 10 bits (TF32)
+        bound = np.sqrt(eps) * np.abs(outputs[np.isfinite(outputs)]).max(initial=0)
+        if not np.allclose(differentiated, outputs, 0, bound, equal_nan=True):
+            raise UserError(
+                "the function has other outputs when JAX differentiates it: in jax.custom_vjp and "
+                "jax.custom_jvp, the rule must compute the outputs as the function does"
+            )
+
+    def _traced(self, examples: CheckedBatch) -> Any:
+        """Trace the function, whether it has been traced before or not; return the ClosedJaxpr."""
+
+        def outputs(arrays: Sequence[Any], state: Sequence[Any], inputs: Sequence[Any]) -> Any:
+            return self._called(arrays, inputs, examples.scored, state)
+
+        arrays = [jax.ShapeDtypeStruct(shape, self.backend.dtype) for shape in self.layout.shapes.values()]
+        return jax.make_jaxpr(outputs)(arrays, self._params.state, examples.inputs)
+
+    def _used(self, traced: Any) -> frozenset[Any]:
+        """Return what the outputs depend on: trained arrays, by number, "state", "input" and random draws."""
+        several = len(traced.jaxpr.invars), len(self.layout.shapes), len(self._params.random)
+        names = [*range(several[1]), *["state"] * several[2], *["input"] * (several[0] - sum(several[1:]))]
+        (used,) = flow(traced, [frozenset([name]) for name in names]).outputs
+        return used
+
+    def _check_state(self, theta: np.ndarray, examples: CheckedBatch) -> None:
+        """Raise a UserError if the function changes the state of a module."""
+
+        def changes(theta: Any, inputs: tuple[Any, ...]) -> dict[int, Any]:
+            found = dict[int, Any]()
+            self._called(self._params.split(theta), inputs, examples.scored, changes=found)
+            return found
+
+        if jax.eval_shape(changes, theta, examples.inputs):  # most modules set nothing, not even to the same
+            found = jax.jit(changes)(theta, examples.inputs)
+            self._params.check_changes(self._params.split(theta), found)
+
+    def _check_trace(self, examples: CheckedBatch) -> None:
+        """Raise a UserError where the trace shows that the function is random, or does not use the params."""
+        states, traced = [_random_states()], self._traced(examples)
+        states.append(_random_states())
+        digest = fingerprint(self._traced(examples))
+        states.append(_random_states())
+        draws = states[0] != states[1] != states[2]  # once may be a different thread
+        if digest != fingerprint(traced) or draws:
+            raise UserError(
+                "each trace of the function by JAX is different, as with random numbers of NumPy or Python, "
+                "or a variable that it changes: it must be a pure function of params and inputs"
+            )
+        key = examples.scored, *((x.shape, x.dtype) for x in examples.inputs)
+        if self._digests.setdefault(key, digest) != digest:  # what the function closes over has changed
+            self._compile()
+            self._digests = {key: digest}
+        used, log = self._used(traced), logging.getLogger(__name__)
+        if "state" in used:
+            raise UserError(
+                "the outputs depend on the random numbers of the module, as with dropout: call its method "
+                "eval() before you make the model"
+            )
+        arrays = {label for label in used if isinstance(label, int)}
+        if not arrays:
+            raise UserError(
+                "the outputs do not depend on params: the function must compute with its argument"
+            )
+        draws = {label for label in used if isinstance(label, Draw)}
+        if draws:
+            other = self._used(self._traced(examples.take([0] * (1 + (examples.size == 1)))))
+            if draws != {label for label in other if isinstance(label, Draw)}:
+                raise UserError(
+                    "the function draws random numbers for each example of a batch, as dropout does, so that "
+                    "they depend on its place: train without them"
+                )
+            log.warning("Note: the function draws random numbers by a fixed key: they are always the same.")
+        if unused := self._params.unused(arrays):
+            log.warning("Note: the outputs do not depend on %s.", unused)
+
+
+def _enable_x64() -> Any:
+    """Return a context in which JAX has float64, for this thread."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    from jax.experimental import enable_x64  # before JAX 0.8
+
+    return enable_x64()
+
+
+def _random_states() -> Any:
+    """Return the states of the random numbers of Python and NumPy that any function can draw from."""
+    return random.getstate(), pickle.dumps(np.random.get_state())  # noqa: NPY002
+
+
+def _reason(error: Exception) -> str:
+    """Return the message of an exception; of one that reports another exception, the last line."""
+    message = str(error)
+    return message.strip().splitlines()[-1] if "Traceback" in message else message

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from hfmpi.frameworks.framework import split_examples
+from hfmpi.errors import UserError
+from hfmpi.frameworks.framework import first_line, split_examples
 from hfmpi.models.batch import CheckedBatch
 from hfmpi.models.factors import add_examples
 
@@ -43,14 +44,20 @@ class JaxPasses:
         """Return J v (N, O) of v (D,), or (N * C, O) of (C, D)."""
         model, transpose, shape = self.model, self.transpose, self.outputs.shape
         v = v.astype(self.outputs.dtype, copy=False)
-        if v.ndim == 1:
-            with model.memory_errors():
-                return np.array(model.jvp(transpose, v, shape=shape))
-        tangents = model.batched(
-            "directions",
-            lambda: np.array(model.jvps(transpose, v, shape=shape)),
-            lambda: np.stack([model.jvp(transpose, one, shape=shape) for one in v], axis=1),
-        )
+        try:
+            if v.ndim == 1:
+                with model.memory_errors():
+                    return np.array(model.jvp(transpose, v, shape=shape))
+            tangents = model.batched(
+                "directions",
+                lambda: np.array(model.jvps(transpose, v, shape=shape)),
+                lambda: np.stack([model.jvp(transpose, one, shape=shape) for one in v], axis=1),
+            )
+        except (NotImplementedError, TypeError, ValueError) as error:  # J' u has no transpose
+            raise UserError(
+                f"JAX cannot compute J v of the function ({first_line(error)}): use an optimizer of first "
+                "order, such as adam"
+            ) from error
         return tangents.reshape(-1, tangents.shape[-1])
 
     def vjp(self, u: np.ndarray, out: np.ndarray) -> None:

@@ -11,14 +11,27 @@ from typing import Any
 
 import numpy as np
 
+from hfmpi.data.examples import Examples
 from hfmpi.errors import UserError, shown
 from hfmpi.frameworks.framework import FrameworkModel, Plan, first_line
+from hfmpi.frameworks.trial import chosen
+from hfmpi.measure.machine import free_memory
 from hfmpi.models.batch import CheckedBatch, ScoredOutputs
-from hfmpi.models.losses import Loss
+from hfmpi.models.losses import LOSSES, Loss
 
 try:
     import torch
 
+    from hfmpi.frameworks.torch_checks import (
+        CHANGES,
+        check_memory,
+        check_module,
+        check_types,
+        fresh_copy,
+        restored,
+        stochastic,
+    )
+    from hfmpi.frameworks.torch_module import Narrowing, Substitution, plain_module
     from hfmpi.frameworks.torch_passes import TorchPasses, plain_kernels, to_array
 except ImportError:
     torch = None
@@ -43,6 +56,8 @@ class TorchPlan(Plan):
     unassigned : int or None
         The number of entries of parameters that are expanded per example for squares and factors of
         gradients, because other operations than layers use them; None: not known yet.
+    differentiates : bool
+        Whether the module computes derivatives inside of a forward pass, as physics-informed networks do.
     """
 
     double_backward: bool = True
@@ -50,6 +65,7 @@ class TorchPlan(Plan):
     obstacle: str | None = None
     bytes_per_example: int = 0
     unassigned: int | None = None
+    differentiates: bool = False
 
 
 class TorchModel(FrameworkModel):
@@ -66,8 +82,9 @@ class TorchModel(FrameworkModel):
         Maps inputs (B, ...), of B examples, to outputs (B, ..., O). Its trained parameters are all float32 or
         all float64, which is the type of theta too; parameters and buffers are on one device. Only
         `write_back` changes the module.
-    loss : {'cross-entropy', 'squares', 'bernoulli'} or Loss
-        The loss of each scored output (O,).
+    loss : {'cross-entropy', 'squares', 'bernoulli'}, torch.nn.CrossEntropyLoss() or Loss
+        The loss of each scored output (O,). For the loss of PyTorch the classes are on axis 1 of the outputs,
+        (B, O) or (B, O, ...), and targets equal to its `ignore_index` are not scored.
 
     Raises
     ------
@@ -83,14 +100,16 @@ class TorchModel(FrameworkModel):
     """
 
     plan: TorchPlan = TorchPlan()
+    noun = "the module"
     batching_error = RuntimeError
     memory_words = "out of memory", "allocate memory", "not enough memory"
 
-    def __init__(self, module: Any, loss: str | Loss) -> None:
+    def __init__(self, module: Any, loss: Any) -> None:
         if torch is None:
             raise UserError("TorchModel needs PyTorch: pip install torch")
         if not isinstance(module, torch.nn.Module):
             raise UserError(f"module must be a torch.nn.Module, not {shown(module)}")
+        module = plain_module(module)
         if isinstance(module, torch.jit.ScriptModule):
             raise UserError(
                 "a scripted module cannot be called with other parameters: pass the module that was scripted"
@@ -101,23 +120,48 @@ class TorchModel(FrameworkModel):
         trained = {name: p for name, p in named.items() if p.requires_grad and p.numel()}
         if not trained:
             raise UserError("the module has no parameter that requires a gradient")
-        types = {p.dtype for p in trained.values()}
-        if types not in ({torch.float32}, {torch.float64}):
-            names = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in types))
-            raise UserError(f"parameters must all be float32 or all be float64, not {names}")
-        devices = {tensor.device for tensor in (*named.values(), *module.buffers())}
-        if len(devices) > 1:
-            names = ", ".join(sorted(map(str, devices)))
-            raise UserError(
-                f"parameters and buffers of the module must be on one device, not on {names}: module.to(...)"
-            )
-        self.module, self.device = module, devices.pop()
-        self.parameters = trained
-        self.frozen = [p for name, p in named.items() if name not in trained]
+        check_types(module, trained)
+        frozen = [p for name, p in named.items() if name not in trained]
+        self.aliases = check_memory(trained, [*frozen, *module.buffers()])
+        trained = {name: p for name, p in trained.items() if id(p) not in self.aliases}
+        self.module, self.device = module, next(iter(trained.values())).device
+        self.parameters, self.frozen, self.on_gpu = trained, frozen, self.device.type != "cpu"
+        self.class_axis, self.ignored = False, None
+        if isinstance(loss, torch.nn.Module):
+            loss, self.ignored = torch_loss(loss)
+            self.class_axis = True
         self._sizes = [p.numel() for p in trained.values()]
+        self.places = Substitution(module, self.aliases)
         start = torch.cat([p.detach().reshape(-1) for p in trained.values()]).cpu().numpy()
         shapes = [(name, tuple(p.shape)) for name, p in trained.items()]
         super().__init__(shapes, start, loss, _stacked(module, trained))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle of the model has: the module with it."""
+        state = super().__getstate__()
+        return {name: value for name, value in state.items() if name not in ("places", "aliases")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy of a model."""
+        super().__setstate__(state)
+        everything = dict(self.module.named_parameters())
+        trained = {name: p for name, p in everything.items() if p.requires_grad and p.numel()}
+        self.aliases = check_memory(trained, [])
+        self.places = Substitution(self.module, self.aliases)
+
+    @property
+    def examples(self) -> Callable[..., Examples]:
+        """What makes a data set of (x, y) and perhaps a mask; targets that the loss ignores are masked."""
+        return Examples if self.ignored is None else self._without_ignored
+
+    def _without_ignored(self, inputs: Any, targets: Any, mask: Any = None) -> Examples:
+        data = Examples(inputs, targets, mask)
+        scored = (data.targets != self.ignored).astype(int)
+        return (
+            data
+            if scored.all()
+            else Examples(inputs, targets, scored if mask is None else scored * data.mask)
+        )
 
     def write_back(self, theta: np.ndarray) -> None:
         """Copy theta (D,) into the parameters of the module.
@@ -154,7 +198,29 @@ class TorchModel(FrameworkModel):
 
     def call(self, parameters: dict[str, Any], inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:
         """Return the scored outputs (N, O) of the module with these parameters."""
-        return scored.of(torch.func.functional_call(self.module, parameters, inputs))
+        tensors = {id(self.parameters[name]): tensor for name, tensor in parameters.items()}
+        return self._called(tensors, inputs, scored)
+
+    def _called(self, tensors: dict[int, Any], inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:
+        """Return the scored outputs (N, O) of the module with other tensors in place of some of its own."""
+        with self.places.replaced(tensors):
+            return self.run(self.module, inputs, scored)
+
+    def run(self, module: Any, inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:
+        """Return the scored outputs (N, O) of a module, which may overwrite its inputs: they are copies."""
+        outputs = module(*(x.clone() for x in inputs))
+        if isinstance(outputs, torch.Tensor):
+            if outputs.dtype not in (torch.float32, torch.float64) or outputs.layout != torch.strided:
+                kind = str(outputs.dtype).removeprefix("torch.")
+                raise UserError(
+                    f"the module returns {kind} outputs, and must return float32 or float64 ones (outside of "
+                    "autocast; of complex numbers the real and the imaginary part)"
+                )
+            if self.class_axis and outputs.ndim > 2:
+                outputs = outputs.movedim(1, -1)
+        elif hasattr(outputs, "reshape"):
+            raise UserError(f"the module returns {shown(outputs)}, and must return a tensor")
+        return scored.of(outputs)
 
     def tensor(self, array: np.ndarray) -> Any:
         """Return an array as a tensor on the module's device; on a CPU it shares the memory if possible."""
@@ -166,43 +232,99 @@ class TorchModel(FrameworkModel):
         """Return inputs as tensors; whole numbers become int64, which every module accepts."""
         return tuple(self.tensor(x.astype(np.int64) if x.dtype.kind in "iu" else x) for x in inputs)
 
+    def forward_mode(self) -> AbstractContextManager[object]:
+        """Return the context of a forward pass without derivatives in theta."""
+        context: AbstractContextManager[object] = torch.no_grad()
+        return torch.enable_grad() if self.plan.differentiates else context
+
     def _outputs(self, theta: np.ndarray, examples: CheckedBatch) -> np.ndarray:
-        with self.memory_errors(), torch.no_grad(), self.plan.kernels():
-            parameters = self.named(self.tensor(theta))
-            return to_array(self.call(parameters, self.tensors(examples.inputs), examples.scored))
+        with self.running(examples.inputs), torch.inference_mode(False), self.plan.kernels():
+            tensor, inputs = self.tensor(theta).clone(), self.tensors(examples.inputs)
+            with self.forward_mode():
+                outputs = to_array(self.call(self.named(tensor), inputs, examples.scored))
+            self.check_unchanged(tensor)
+        return outputs
+
+    def check_unchanged(self, theta: Any) -> None:
+        """Raise a UserError if a pass has written into theta, a fresh tensor before it."""
+        if theta._version:
+            raise UserError(CHANGES)
 
     def _linearise(self, theta: np.ndarray, examples: CheckedBatch) -> TorchPasses:
         return TorchPasses(self, theta, examples)
 
     # The first batch ---------------------------------------------------------------------------
 
+    def _mode(self) -> object:
+        """Return which parts of the module are in training mode, and which parameters it has."""
+        with self.places.lock:  # another thread may have replaced the parameters for a call
+            parts = [*self.module.modules()]
+            ids = [id(p) for part in parts for p in part._parameters.values()]
+        return [part.training for part in parts], ids
+
     def _check(self, theta: np.ndarray, examples: CheckedBatch) -> None:
         """Choose the plan; raise a UserError where the module cannot be trained."""
-        before = {name: b.detach().clone() for name, b in self.module.named_buffers()}
-        once, again = (self._outputs(theta, examples) for _ in range(2))
-        changed = False
-        with torch.no_grad():
-            for name, b in self.module.named_buffers():
-                if name in before and not torch.equal(b, before[name]) and not torch.isnan(b).any():
-                    changed = True
-                    b.copy_(before[name])
-        if changed:
+        if not self.places.complete():
+            raise UserError("parameters of the module were replaced since the model was made: make it again")
+        if layer := stochastic(self.module):
             raise UserError(
-                "a pass changes buffers of the module, as batch statistics do: call module.eval() first"
+                f"{layer} makes the outputs random or dependent on the batch, as dropout and batch "
+                "statistics do: call module.eval() first"
             )
-        if not np.allclose(once, again, 1e-3, 1e-6, equal_nan=True):
-            raise UserError(
-                "the module returns different outputs for the same inputs, as with dropout: "
-                "call module.eval() first"
-            )
-        super()._check(theta, examples)
-        self._choose_products(theta, examples.first)
+        few = examples.take(chosen(examples.size))
+        with torch.inference_mode(False), restored(self.places, self.device):
+            fresh = fresh_copy(self.module)
+            self._choose_forward(theta, few)
+            super()._check(theta, examples)
+            check_module(self, theta, few, fresh)
+            self._choose_products(theta, examples.take([0]))
+
+    def _choose_forward(self, theta: np.ndarray, few: CheckedBatch) -> None:
+        """Plan forward passes with gradients enabled where the module differentiates inside of them."""
+        self.replan(differentiates=False)
+        try:
+            self._outputs(theta, few)
+        except UserError:
+            self.replan(differentiates=True)
+            try:
+                self._outputs(theta, few)
+                return
+            except UserError:
+                self.replan(differentiates=False)
+            raise
+        tensor = self.tensor(theta.copy())
+        with torch.no_grad(), self.running(few.inputs):
+            self.call(self.named(tensor), self.tensors(few.inputs), few.scored)
+        if not np.array_equal(to_array(tensor), theta, equal_nan=True):
+            raise UserError(CHANGES)
+
+    def in_float64(self, theta: np.ndarray, examples: CheckedBatch) -> np.ndarray | None:
+        """Return the scored outputs (N, O) at theta (D,), with all tensors in float64; None if that fails."""
+        trained = {id(p) for p in self.parameters.values()}
+        others = [t for t in self.places.tensors if t.is_floating_point() and id(t) not in trained]
+        nbytes = 8 * (self.size + sum(t.numel() for t in others))
+        if self.device.type == "cpu" and nbytes > free_memory() / 4:
+            return None
+        wide = {id(t): t.detach().double() for t in others}
+        for name, p in self.named(self.tensor(theta).double()).items():
+            wide[id(self.parameters[name])] = p
+        given = self.tensors(examples.inputs)
+        inputs = tuple(x.double() if x.is_floating_point() else x for x in given)
+        narrow = Narrowing()
+        try:
+            with self.memory_errors(), torch.inference_mode(False), self.forward_mode(), narrow:
+                outputs = self._called(wide, inputs, examples.scored)
+        except UserError:
+            raise
+        except Exception:
+            return None
+        return None if narrow.found else to_array(outputs)
 
     def _choose_products(self, theta: np.ndarray, example: CheckedBatch) -> None:
         """Plan products with J and J' in the first way that works on one example."""
         log, reason = logging.getLogger(__name__), ""
         for double_backward, kernels in product((True, False), (nullcontext, plain_kernels)):
-            self.replan(double_backward=double_backward, kernels=kernels)
+            self.replan(double_backward=double_backward, kernels=kernels, obstacle=None)
             try:
                 nbytes = self._linearise(theta, example).try_products()
             except RuntimeError as failure:
@@ -224,6 +346,30 @@ class TorchModel(FrameworkModel):
                 )
             return
         self.replan(double_backward=True, kernels=nullcontext, obstacle=reason)
+        with self.running(example.inputs):  # gradients alone serve first-order optimizers
+            passes = TorchPasses(self, theta, example)
+            passes.vjp(np.ones_like(passes.outputs), np.zeros_like(theta))
+
+
+def torch_loss(loss: Any) -> tuple[Loss, int]:
+    """Return the loss of outputs with the classes last, and the target that is ignored, of PyTorch's loss.
+
+    Raises
+    ------
+    UserError
+        If the loss is another one, or has options that hfmpi's losses do not have.
+    """
+    if not isinstance(loss, torch.nn.CrossEntropyLoss):
+        raise UserError(
+            f"there is no loss for PyTorch's {type(loss).__name__}: give {', '.join(map(repr, LOSSES))}, or "
+            "torch.nn.CrossEntropyLoss()"
+        )
+    if loss.weight is not None or loss.label_smoothing or loss.reduction != "mean":
+        raise UserError(
+            "weight, label_smoothing and other reductions than the mean are not supported of "
+            "torch.nn.CrossEntropyLoss: leave them out, or write a loss (hfmpi.models.losses.Loss)"
+        )
+    return LOSSES["cross-entropy"], loss.ignore_index
 
 
 def _stacked(module: Any, trained: dict[str, Any]) -> dict[str, int]:

@@ -23,6 +23,7 @@ from hfmpi.errors import UserError
 from hfmpi.frameworks import torch_gradients
 from hfmpi.frameworks.framework import split_examples
 from hfmpi.frameworks.torch_layers import example_gradients
+from hfmpi.frameworks.torch_module import Allocations
 from hfmpi.models.batch import CheckedBatch
 from hfmpi.models.factors import add_examples
 
@@ -52,9 +53,10 @@ class TorchPasses:
 
     def __init__(self, model: TorchModel, theta: np.ndarray, examples: CheckedBatch) -> None:
         self.model, self.scored, self.count = model, examples.scored, examples.scored.shape[0]
-        self.inputs = model.tensors(examples.inputs)
-        self.theta = model.tensor(theta).detach().requires_grad_()
-        self._record()
+        with torch.inference_mode(False), model.running(examples.inputs):
+            self.inputs = model.tensors(examples.inputs)
+            self.theta = model.tensor(theta).clone().requires_grad_()
+            self._record()
 
     def _record(self) -> None:
         """Run forward and keep the graph."""
@@ -62,12 +64,13 @@ class TorchPasses:
             self.graph = self._outputs(self.theta)
         if not self.graph.requires_grad:
             raise UserError("the outputs of the module do not depend on its parameters")
+        self.model.check_unchanged(self.theta)
         self.outputs = to_array(self.graph)
         self._transposed: tuple[Any, Any] | None = None
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        with self.model.memory_errors(), self.model.plan.kernels():
+        with self.model.memory_errors(), torch.inference_mode(False), self.model.plan.kernels():
             yield
 
     def _outputs(self, theta: Any) -> Any:
@@ -145,18 +148,8 @@ class TorchPasses:
 
     def try_products(self) -> int:
         """Return the bytes that the graphs keep; raise a RuntimeError where products do not work."""
-        stored, theta = dict[int, int](), self.theta.untyped_storage().data_ptr()
-
-        def pack(tensor: Any) -> Any:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() != theta:
-                stored[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            self._record()
-            if self.model.plan.double_backward:
-                self._transpose()
+        nbytes = self._weigh()
+        self._record()  # again: PyTorch does not check tensors that hooks return
         rng = np.random.default_rng(0)
         v = rng.standard_normal(self.model.size).astype(self.outputs.dtype)
         u = rng.standard_normal(self.outputs.shape).astype(self.outputs.dtype)
@@ -165,6 +158,32 @@ class TorchPasses:
         difference = abs(float(np.vdot(tangent, u)) - float(np.vdot(v, gradient)))
         if not difference <= TOLERANCE * float(np.linalg.norm(tangent) * np.linalg.norm(u)):
             raise RuntimeError("J v and J' u do not agree")
+        return nbytes
+
+    def _weigh(self) -> int:
+        """Record the graphs, and return their bytes."""
+        stored, theta = dict[int, int](), self.theta.untyped_storage().data_ptr()
+
+        def pack(tensor: Any) -> Any:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() != theta:
+                stored[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        def record() -> None:
+            self._record()
+            if self.model.plan.double_backward:
+                self._transpose()
+
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                record()
+        except RuntimeError as failure:
+            if "saved tensor hooks" not in str(failure):
+                raise
+            with Allocations() as allocations:  # torch.func in the module allows no hooks
+                record()
+            return int(allocations.nbytes)
         return sum(stored.values())
 
     # Per-example gradients ---------------------------------------------------------------------

@@ -18,6 +18,7 @@ from hfmpi.optim.layout import Block
 
 __all__ = [
     "Blocks",
+    "DataChecks",
     "KroneckerFactors",
     "Linearisation",
     "Model",
@@ -26,6 +27,7 @@ __all__ = [
     "SquaredGradients",
     "StructuralDamping",
     "StructuralLinearisation",
+    "Trials",
     "has_squared_gradients",
 ]
 
@@ -86,6 +88,22 @@ class Model(Protocol):
 
     def release(self) -> None:
         """Release scratch memory."""
+
+
+@runtime_checkable
+class Trials(Protocol):
+    """A model that checks itself on a batch before a run."""
+
+    def check(self, theta: Array, batch: Any) -> None:
+        """Raise a UserError if the model cannot be trained on batches like this one."""
+
+
+@runtime_checkable
+class DataChecks(Protocol):
+    """A model that checks examples in memory before a run."""
+
+    def check_data(self, inputs: Any, targets: np.ndarray, mask: np.ndarray | None) -> None:
+        """Raise a UserError if some of the examples do not fit the model or the domain of its loss."""
 
 
 @runtime_checkable

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from hfmpi.data.batches import scored_targets
 from hfmpi.errors import UserError, shown
 from hfmpi.models.losses import Loss
 
-__all__ = ["Batch", "CheckedBatch", "ScoredOutputs", "check_batch", "check_mask", "check_symbols", "parts"]
+__all__ = [
+    "Batch",
+    "CheckedBatch",
+    "ScoredOutputs",
+    "burn_in_of",
+    "check_batch",
+    "check_bounds",
+    "check_mask",
+    "check_symbols",
+    "check_targets",
+    "parts",
+]
 
 
 @runtime_checkable
@@ -29,6 +42,10 @@ class Batch(Protocol):
     def mask(self) -> Any:
         """(B, ...), 1 where a target is scored and 0 where it is not, or None: all are."""
 
+    @property
+    def burn_in(self) -> int:
+        """The number of first outputs (axis 1) of every example that have no target."""
+
 
 class ScoredOutputs(NamedTuple):
     """The shape of the outputs of a batch that have targets.
@@ -39,10 +56,13 @@ class ScoredOutputs(NamedTuple):
         (B, ...) of the targets, without their last axis where they are vectors.
     width : int or None
         O, where the targets determine it.
+    burn_in : int
+        The number of first outputs (axis 1) of every example that have no target.
     """
 
     shape: tuple[int, ...]
     width: int | None
+    burn_in: int = 0
 
     @property
     def rows(self) -> int:
@@ -52,13 +72,17 @@ class ScoredOutputs(NamedTuple):
     @property
     def example(self) -> ScoredOutputs:
         """The scored outputs of a batch of one example."""
-        return ScoredOutputs((1, *self.shape[1:]), self.width)
+        return self.of_examples(1)
+
+    def of_examples(self, count: int) -> ScoredOutputs:
+        """Return the scored outputs of a batch of `count` examples."""
+        return self._replace(shape=(count, *self.shape[1:]))
 
     def of(self, outputs: Any) -> Any:
         """Return the scored outputs (N, O) of outputs (B, ..., O), an array of any framework.
 
-        Outputs of more steps (axis 1) than there are targets lose the first ones, the burn-in. Outputs (B, O)
-        without steps serve targets of one step.
+        The burn-in, the first outputs along axis 1, is cut off. Outputs (B, O) without steps serve targets of
+        one step.
 
         Raises
         ------
@@ -70,21 +94,39 @@ class ScoredOutputs(NamedTuple):
                 f"a model must return one array of outputs, not {shown(outputs)}: "
                 "wrap it so that it returns the outputs alone"
             )
-        z, shape = outputs, self.shape
-        if z.ndim == 1:
-            z = z.reshape(-1, 1)
-        fits = tuple(z.shape[:-1]) == shape
-        if not fits and z.ndim == len(shape) + 1 > 2:
-            z = z[:, max(0, z.shape[1] - shape[1]) :]
-            fits = tuple(z.shape[:-1]) == shape
-        elif not fits and z.ndim == 2:
-            fits = (z.shape[0], 1) == shape
-        if not fits or self.width not in (None, z.shape[-1]):
-            wanted = ", ".join(map(str, shape)) + f", {self.width or 'symbols'}"
-            raise UserError(
-                f"outputs must be of shape ({wanted}) for these targets, not {tuple(outputs.shape)}"
-            )
+        z = outputs.reshape(-1, 1) if outputs.ndim == 1 else outputs
+        got, shape, k = tuple(z.shape[:-1]), self.shape, self.burn_in
+        if k and len(shape) > 1 and got == (shape[0], shape[1] + k, *shape[2:]):
+            z = z[:, k:]
+        elif k or (got != shape and (*got, 1) != shape):
+            raise UserError(self._misfit(tuple(outputs.shape)))
+        if self.width not in (None, z.shape[-1]):
+            raise UserError(self._misfit(tuple(outputs.shape)))
         return z.reshape(self.rows, z.shape[-1])
+
+    def _misfit(self, outputs: tuple[int, ...]) -> str:
+        """Return the sentence for outputs of this shape."""
+        shape, k = self.shape, self.burn_in
+        targets = shape if self.width is None else (*shape, self.width)
+        steps = (shape[0], *(size + k for size in shape[1:2]), *shape[2:])
+        wanted = ", ".join(map(str, (*steps, "classes" if self.width is None else self.width)))
+        burn_in = f" with a burn-in of {k}" if k else ""
+        said = [
+            f"outputs of shape {outputs} do not fit targets of shape {targets}{burn_in}: outputs must be "
+            f"({wanted})"
+        ]
+        more = outputs[1] - shape[1] if len(outputs) == len(shape) + 1 > 2 else 0
+        if not k and more > 0 and (outputs[0], *outputs[2:-1]) == (shape[0], *shape[2:]):
+            said.append(
+                "leave out outputs without a target in the model, or name the first ones burn-in: "
+                f"hfmpi.Examples(x, y, burn_in={more})"
+            )
+        if self.width is None and len(outputs) > 2 and (outputs[0], *outputs[2:]) == shape:
+            said.append(
+                "if axis 1 has the classes, give the loss as torch.nn.CrossEntropyLoss(), or move the axis: "
+                "outputs.movedim(1, -1)"
+            )
+        return "; ".join(said)
 
 
 class CheckedBatch(NamedTuple):
@@ -104,11 +146,21 @@ class CheckedBatch(NamedTuple):
     mask: np.ndarray | None
 
     @property
-    def first(self) -> CheckedBatch:
-        """The first example as a batch."""
-        scored = self.scored.example
-        mask = None if self.mask is None else self.mask[: scored.rows]
-        return CheckedBatch(tuple(x[:1] for x in self.inputs), scored, self.targets[: scored.rows], mask)
+    def size(self) -> int:
+        """B, the number of examples."""
+        return self.scored.shape[0]
+
+    def take(self, indices: Sequence[int]) -> CheckedBatch:
+        """Return some of the examples as a batch."""
+        at, count = list(indices), self.size
+        scored = self.scored.of_examples(len(at))
+
+        def some(rows: np.ndarray) -> np.ndarray:
+            by_example = rows.reshape(count, -1, *rows.shape[1:])
+            return by_example[at].reshape(scored.rows, *rows.shape[1:])
+
+        mask = None if self.mask is None else some(self.mask)
+        return CheckedBatch(tuple(x[at] for x in self.inputs), scored, some(self.targets), mask)
 
 
 def parts(batch: Any) -> tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray | None]:
@@ -119,7 +171,7 @@ def parts(batch: Any) -> tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray | 
     UserError
         If it does not have them.
     """
-    if not isinstance(batch, Batch):
+    if not all(hasattr(batch, name) for name in ("inputs", "targets", "mask")):
         raise UserError(
             f"a batch must have inputs, targets and mask, as of hfmpi.Examples, not {shown(batch)}"
         )
@@ -137,19 +189,78 @@ def check_batch(batch: Any, loss: Loss, dtype: np.dtype) -> CheckedBatch:
         If it is not a batch, or its targets are not of the kind that the loss requires.
     """
     inputs, targets, mask = parts(batch)
-    if (targets.dtype.kind in "iu") != loss.symbols:
-        wanted = "whole numbers, as symbols are" if loss.symbols else "real numbers, as of astype(float)"
-        raise UserError(f"targets of this loss must be {wanted}, not {targets.dtype}")
+    check_kind(targets, loss)
     if loss.symbols:
-        scored, targets = ScoredOutputs(targets.shape, None), targets.reshape(-1)
+        shape, width = targets.shape, None
     else:
         targets = targets[:, None] if targets.ndim == 1 else targets
-        scored = ScoredOutputs(targets.shape[:-1], targets.shape[-1])
-        targets = targets.reshape(-1, targets.shape[-1]).astype(dtype, copy=False)
-    check_mask(mask, scored.shape)
+        shape, width = targets.shape[:-1], targets.shape[-1]
+    check_mask(mask, shape)
+    targets = scored_targets(targets, mask).reshape(-1, *targets.shape[len(shape) :])
+    if not loss.symbols:
+        check_bounds(targets, loss)
+        targets = targets.astype(dtype, copy=False)
+    scored = ScoredOutputs(shape, width, burn_in_of(batch))
     mask = None if mask is None else mask.astype(dtype).reshape(-1, 1)
     inputs = tuple(x.astype(dtype, copy=False) if x.dtype.kind == "f" else x for x in inputs)
     return CheckedBatch(inputs, scored, targets, mask)
+
+
+def burn_in_of(batch: Any) -> int:
+    """Return the burn-in of a batch: 0 for batches of user-defined `Cases` that do not name one."""
+    return int(getattr(batch, "burn_in", 0))
+
+
+def check_kind(targets: np.ndarray, loss: Loss) -> None:
+    """Raise a UserError unless the targets are symbols or real numbers, as the loss requires."""
+    if (targets.dtype.kind in "iu") != loss.symbols:
+        wanted = "whole numbers, as symbols are" if loss.symbols else "real numbers, as of astype(float)"
+        raise UserError(f"targets of this loss must be {wanted}, not {targets.dtype}")
+
+
+def check_targets(targets: np.ndarray, mask: np.ndarray | None, loss: Loss, width: int) -> None:
+    """Raise a UserError unless every scored target is in the domain of the loss.
+
+    Parameters
+    ----------
+    targets : (B, ...) integers, or (B, ...) or (B, ..., O) real numbers
+        The example that the sentence names is the index along the first axis.
+    mask : (B, ...) or None
+    loss : Loss
+    width : int
+        O, the number of outputs.
+    """
+    check_kind(targets, loss)
+    targets = scored_targets(targets, mask)
+    if loss.symbols:
+        wanted = f"symbols from 0 to {width - 1}, as the model has {width} outputs"
+        bad = (targets < 0) | (targets >= width)
+    else:
+        low, high = bounds_of(loss)
+        wanted = "finite numbers" if math.isinf(high) else f"numbers from {low:g} to {high:g}"
+        bad = ~(np.isfinite(targets) & (targets >= low) & (targets <= high))
+    if bad.any():
+        at = np.unravel_index(int(np.argmax(bad)), bad.shape)
+        raise UserError(
+            f"targets of this loss must be {wanted}, not {targets[at]} as in example {at[0]:,}: correct it, "
+            "or leave it out with a mask (hfmpi.Examples(x, y, mask))"
+        )
+
+
+def bounds_of(loss: Loss) -> tuple[float, float]:
+    """Return the least and the largest target of a loss of numbers."""
+    low, high = getattr(loss, "bounds", (-math.inf, math.inf))
+    return low, high
+
+
+def check_bounds(targets: np.ndarray, loss: Loss) -> None:
+    """Raise a UserError unless the scored targets of a batch are within the bounds of the loss."""
+    low, high = bounds_of(loss)
+    if not math.isinf(high - low) and targets.size and not low <= targets.min() <= targets.max() <= high:
+        raise UserError(
+            f"targets of this loss must be numbers from {low:g} to {high:g}, not {targets.min()} to "
+            f"{targets.max()}"
+        )
 
 
 def check_mask(mask: np.ndarray | None, shape: tuple[int, ...]) -> None:

@@ -29,6 +29,8 @@ class Loss(Protocol):
     ----------
     symbols : bool
         Whether targets are symbols (N,), int32; otherwise they are numbers (N, O), of the backend's dtype.
+    bounds : (float, float), optional
+        The least and the largest target that is a number. Without them, every finite number is a target.
     """
 
     symbols: ClassVar[bool]
@@ -121,6 +123,7 @@ class Bernoulli:
     """
 
     symbols: ClassVar[bool] = False
+    bounds: ClassVar[tuple[float, float]] = 0.0, 1.0
 
     def value(self, backend: NumpyBackend, outputs: Array, targets: Array) -> Array:
         """Return the loss of each row; overwrite the outputs with p."""

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hfmpi.backends import create
 from hfmpi.backends.base import Array, Workspace
 from hfmpi.backends.numpy import NumpyBackend
+from hfmpi.data.batches import check_steps, scored_targets
 from hfmpi.data.examples import Arrays
 from hfmpi.errors import UserError, shown
-from hfmpi.models.batch import Batch, check_mask, check_symbols, parts
+from hfmpi.models.batch import (
+    Batch,
+    burn_in_of,
+    check_bounds,
+    check_mask,
+    check_symbols,
+    check_targets,
+    parts,
+)
 from hfmpi.models.factors import FactorSums
 from hfmpi.models.losses import Loss, choose
 from hfmpi.networks import recurrence
@@ -35,8 +44,8 @@ class Network:
     """A recurrent network with a loss, on one device; satisfies `hfmpi.models.base.Model`.
 
     Vectors such as theta are arrays (D,) of the backend, of its dtype (float32 or float64). A batch has
-    inputs (B, L) of symbols or (B, L, I) of numbers, and targets of the last T <= L steps: (B, T) of symbols
-    or (B, T, O) of numbers, as the loss requires.
+    inputs (B, L) of symbols or (B, L, I) of numbers, and targets of the last T steps, all but its burn-in:
+    (B, T) of symbols or (B, T, O) of numbers, as the loss requires. Several threads may use one network.
 
     Parameters
     ----------
@@ -103,7 +112,7 @@ class Network:
         self.block_rows = block_rows or self.backend.block_rows
         self.layout = architecture.layout
         self.initialisation, self.forget_bias = initialisation, forget_bias
-        self._scratch = self.backend.new_workspace()
+        self._scratch = self.backend.new_scratch()
 
     @property
     def size(self) -> int:
@@ -128,6 +137,21 @@ class Network:
         """Release the scratch memory of the network and of its backend."""
         self._scratch.flat.clear()
         self.backend.release()
+
+    def check_data(self, inputs: np.ndarray, targets: np.ndarray, mask: np.ndarray | None) -> None:
+        """Raise a UserError unless all symbols and targets fit the network and its loss."""
+        if inputs.ndim == 2:
+            check_symbols("inputs", inputs, self.architecture.inputs)
+        check_targets(targets, mask, self.output_loss, self.architecture.outputs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle of the network has."""
+        return {name: value for name, value in self.__dict__.items() if name != "_scratch"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy of a network."""
+        self.__dict__.update(state)
+        self._scratch = self.backend.new_scratch()
 
     # One batch ---------------------------------------------------------------------------------
 
@@ -269,16 +293,20 @@ class Network:
                 f"not {f'{1 + len(others)} arrays' if others else f'of shape {x.shape}'}"
             )
         sequences, steps, width = *x.shape[:2], () if symbols else (architecture.outputs,)
-        if y.ndim < 2 or (len(y), *y.shape[2:]) != (sequences, *width) or y.shape[1] > steps:
+        if y.ndim < 2 or (len(y), *y.shape[2:]) != (sequences, *width):
             raise UserError(
                 f"targets must be {'symbols' if symbols else 'numbers'} of shape "
-                f"{(sequences, 'steps', *width)} for at most {steps} steps, not of shape {y.shape}"
+                f"{(sequences, 'steps', *width)} for inputs of shape {x.shape}, not of shape {y.shape}"
             )
+        check_steps(x.shape, y.shape, burn_in_of(batch))
+        check_mask(mask, y.shape[:2])
         if looks_up:
             check_symbols("inputs", x, architecture.inputs)
+        y = scored_targets(y, mask)
         if symbols:
             check_symbols("targets", y, architecture.outputs)
-        check_mask(mask, y.shape[:2])
+        else:
+            check_bounds(y, self.output_loss)
         input_dtype = np.dtype(np.int32) if looks_up else dtype
         inputs = memory("inputs", (steps, sequences, *x.shape[2:]), input_dtype)
         inputs[...] = self.backend.to_device(_time_first(x.astype(input_dtype, copy=False)))

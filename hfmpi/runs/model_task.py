@@ -20,7 +20,15 @@ from hfmpi.errors import UserError, shown
 from hfmpi.files.checkpoint import Checkpoint
 from hfmpi.files.history import NATS
 from hfmpi.measure.spans import EVALUATE
-from hfmpi.models.base import Blocks, KroneckerFactors, Model, StructuralDamping, has_squared_gradients
+from hfmpi.models.base import (
+    Blocks,
+    DataChecks,
+    KroneckerFactors,
+    Model,
+    StructuralDamping,
+    Trials,
+    has_squared_gradients,
+)
 from hfmpi.networks.network import Network
 from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.parallel.communicator import digest
@@ -34,6 +42,9 @@ __all__ = ["ModelTask", "checked_options"]
 
 TRIED = 8
 """Number of examples on which a model is tried before a run."""
+
+CHECKED = 32
+"""Number of examples, from the first to the last one, on which a model checks itself before a run."""
 
 CLOSE = 1e-2
 """Relative difference up to which two losses of one model agree, perhaps on different processors."""
@@ -102,14 +113,25 @@ class ModelTask(Task):
 
     def check(self, checkpoint: Checkpoint | None) -> None:
         """Try the model on a few examples; raise a UserError if that fails or the checkpoint does not fit."""
+        model, count = self.model, self.train_set.count
         if checkpoint is None:
-            theta = self.model.initial(self.config.seed).astype(self.model.backend.dtype)
-            loss = self._loss(self.model.backend.to_device(theta))
-            if not math.isfinite(loss):
-                raise UserError(_not_finite(loss))
+            theta = model.initial(self.config.seed).astype(model.backend.dtype)
         else:
             self._check_form(checkpoint)
             theta = checkpoint.theta
+        if isinstance(model, Trials):
+            indices = np.unique(np.linspace(0, count - 1, min(count, CHECKED)).round().astype(np.int64))
+            model.check(theta, self.train_set.take(indices))
+        if checkpoint is None:
+            loss = self._loss(model.backend.to_device(theta))
+            if not math.isfinite(loss):
+                raise UserError(_not_finite(loss))
+        for name, cases in (("train", self.train_set), ("valid", self.valid_set)):
+            if isinstance(model, DataChecks) and isinstance(cases, Examples):
+                try:
+                    model.check_data(cases.inputs, cases.targets, cases.mask)
+                except UserError as error:
+                    raise UserError(f"{name}: {error}") from None
         self._try_metric(theta)
 
     def compare(self, checkpoint: Checkpoint, resumes: bool) -> str:
@@ -153,6 +175,8 @@ class ModelTask(Task):
                 f"rank 0 and rank {', '.join(map(str, strays))} compute different losses for the same "
                 "parameters: seed the model identically on all ranks"
             )
+        if self.valid_set is not None:
+            self._try_valid(owner, self.valid_set, theta)
         batch = global_indices(config.seed, 0, config.gradient_batch, self.train_set.count)
         risk = owner.on(self.train_set, batch)
         local = together(comm, lambda: owner.local.losses([theta], risk.shard, EVALUATE))
@@ -160,6 +184,23 @@ class ModelTask(Task):
         owner.sum(message, owner.host)
         if not math.isfinite(message[0]):
             raise UserError(_not_finite(message[0]))
+
+    def _try_valid(self, owner: DataParallel, cases: Cases, theta: Array) -> None:
+        """Raise a UserError on all ranks unless the validation loss and the metric can be computed."""
+        try:
+            scored = cases.scored(np.arange(cases.count))
+            loss = owner.on(cases, np.arange(cases.count), span=EVALUATE).loss(theta) if scored else 0.0
+            mean = metric.mean(self.metric, owner, cases, theta) if scored and self.metric else 0.0
+        except UserError as error:
+            raise UserError(f"valid: {error}") from None
+        if not scored:
+            raise UserError("valid: no output of the validation examples is scored: the mask is 0 everywhere")
+        if not math.isfinite(loss):
+            raise UserError(
+                f"valid: the loss is not finite ({loss}): check inputs and targets of the validation examples"
+            )
+        if not math.isfinite(mean):
+            raise UserError(f"the metric of the validation examples is not finite ({mean})")
 
     def meta(self, theta: Array) -> dict[str, Any]:
         """Return the digests, the loss of theta on a few examples, and the title of the model in a report."""

@@ -288,6 +288,8 @@ class Run:
         cases = self.task.valid_set or self.task.train_set
         with self.timer.span(EVALUATE):
             indices = np.arange(cases.count)[:count]
+            if not cases.scored(indices):  # the first ones may have no target
+                indices = np.arange(cases.count)
             return self.risk.on(cases, indices, span=EVALUATE).loss(theta) * self.task.keys.per_nat
 
     def save(self) -> bool:

@@ -140,7 +140,7 @@ def _model(model: dict[str, Any]) -> list[str]:
         )
     if any(abs(check["error"]) > TRUSTED for check in model["check"]):
         lines.append(
-            f"Note: a check is wrong by more than {100 * TRUSTED:.0f} %, do not rely on these predictions. "
+            f"Note: a check is wrong by more than {100 * TRUSTED:.0f} %: do not rely on these predictions. "
             "Were other programs running, or more ranks than cores? Repeat the runs on an idle machine."
         )
     return lines

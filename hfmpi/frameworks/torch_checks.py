@@ -1,0 +1,296 @@
+"""What a PyTorch module must satisfy: outputs of parameters and inputs, and nothing that a pass changes."""
+
+from __future__ import annotations
+
+import copy
+import random
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from hfmpi.errors import UserError
+from hfmpi.frameworks.torch_module import Substitution
+from hfmpi.frameworks.torch_passes import TorchPasses, to_array
+from hfmpi.frameworks.trial import Trial, elsewhere
+from hfmpi.measure.machine import free_memory
+from hfmpi.models.batch import CheckedBatch
+
+if TYPE_CHECKING:
+    from hfmpi.frameworks.torch import TorchModel
+
+__all__ = [
+    "CHANGES",
+    "check_memory",
+    "check_module",
+    "check_types",
+    "fresh_copy",
+    "restored",
+    "stochastic",
+]
+
+CHANGES = (
+    "a pass of the module changes its parameters (a constraint in place, or max_norm of an embedding?): "
+    "compute with a changed copy instead, such as weight.clamp(...)"
+)
+
+HIDDEN = (
+    "the module uses a parameter in another way than by its name (a list, an attribute, or a tensor made of "
+    "it before?): hfmpi cannot replace it; use self.NAME in forward"
+)
+
+_hiding: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Modules that were refused for HIDDEN: a copy of one that has been called need not show it again."""
+
+LATE = 10**6
+"""What is added to the numbers that a pass changes, such as counts of calls, to see what depends on them."""
+
+
+def check_types(module: Any, trained: Mapping[str, Any]) -> None:
+    """Raise a UserError unless the types and devices of a module's tensors can be trained."""
+    types = {p.dtype for p in trained.values()}
+    if types not in ({torch.float32}, {torch.float64}):
+        names = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in types))
+        raise UserError(f"parameters must all be float32 or all be float64, not {names}")
+    tensors = [*module.parameters(), *module.buffers()]
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise UserError(
+            f"parameters and buffers of the module must be on one device, not on {names}: module.to(...)"
+        )
+    if any(tensor.is_inference() for tensor in tensors):
+        raise UserError(
+            "the module was made under torch.inference_mode(), which excludes derivatives: make it outside"
+        )
+    for name, layer in module.named_modules():
+        if getattr(layer, "sparse", False) is True and isinstance(
+            layer, (torch.nn.Embedding, torch.nn.EmbeddingBag)
+        ):
+            raise UserError(f"the table {name} has sparse gradients: make it with sparse=False")
+
+
+def check_memory(parameters: Mapping[str, Any], others: Iterable[Any]) -> dict[int, Any]:
+    """Return, by identity, the parameter that stands for others with the same memory and form.
+
+    Parameters
+    ----------
+    parameters : mapping of str to tensor
+        The trained parameters.
+    others : iterable of tensor
+        Frozen parameters and buffers.
+
+    Raises
+    ------
+    UserError
+        If memory is shared in any other way: a step in one parameter would change another tensor.
+    """
+    for name, p in parameters.items():
+        if any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride(), strict=True)):
+            raise UserError(
+                f"entries of the parameter {name} share memory (expand): make it a copy, p.clone()"
+            )
+    named = [*((name, p) for name, p in parameters.items()), *(("", q) for q in others)]
+    named = [(name, p) for name, p in named if p.numel() and p.layout == torch.strided]
+    named.sort(key=lambda pair: (str(pair[1].device), _range(pair[1])[0]))
+    aliases, reaching = dict[int, Any](), list[tuple[str, Any]]()
+    for name, p in named:
+        start = _range(p)[0]
+        reaching = [(other, q) for other, q in reaching if q.device == p.device and _range(q)[1] > start]
+        for other, q in reaching:
+            if p is q or not (name or other) or not _overlap(p, q):
+                continue
+            if not (name and other):
+                raise UserError(
+                    f"the parameter {name or other} shares memory with a buffer or a frozen parameter: make "
+                    "one of them a copy (clone)"
+                )
+            if (p.data_ptr(), p.shape, p.stride()) != (q.data_ptr(), q.shape, q.stride()):
+                raise UserError(
+                    f"the parameters {other} and {name} share memory in different forms: make one of them a "
+                    "copy, or use one parameter in both places"
+                )
+            aliases[id(p)] = aliases.get(id(q), q)
+        reaching.append((name, p))
+    return aliases
+
+
+def stochastic(module: Any) -> str:
+    """Return the first layer in training mode whose outputs depend on chance or on the batch, or ""."""
+    nn = torch.nn
+    for name, layer in module.named_modules():
+        rate = getattr(layer, "p", None) if isinstance(layer, nn.modules.dropout._DropoutNd) else None
+        if isinstance(layer, nn.RNNBase):
+            rate = layer.dropout if layer.num_layers > 1 else 0
+        if isinstance(layer, nn.MultiheadAttention):
+            rate = layer.dropout
+        batch_norm = isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        if layer.training and (rate or batch_norm or isinstance(layer, nn.RReLU)):
+            return f"{name or 'it'} ({type(layer).__name__})"
+        if batch_norm and not layer.track_running_stats:
+            return f"{name or 'it'} ({type(layer).__name__} without running statistics)"
+    return ""
+
+
+def fresh_copy(module: Any) -> Any:
+    """Return a copy of a module that has not been called, or None where that is not possible."""
+    nbytes = sum(t.nbytes for t in (*module.parameters(), *module.buffers()) if t.device.type == "cpu")
+    if nbytes > free_memory() / 4:
+        return None
+    try:
+        return copy.deepcopy(module)
+    except Exception:  # of any kind: the module has what cannot be copied
+        return None
+
+
+@contextmanager
+def restored(places: Substitution, device: Any) -> Iterator[None]:
+    """Restore what a module holds; raise a UserError if passes changed it or drew random numbers."""
+    tensors = places.tensors
+    with torch.no_grad():
+        before = [(tensor.data, tensor.detach().clone()) for tensor in tensors]
+    numbers, chance = _numbers(places.module), _random_states(device)
+    try:
+        yield
+    finally:  # these errors explain any other one
+        changed = places.restore()
+        with torch.no_grad():
+            for tensor, (data, was) in zip(tensors, before, strict=True):
+                tensor.data = data
+                if not torch.equal(tensor.nan_to_num(), was.nan_to_num()):
+                    changed = True
+                    tensor.copy_(was)
+        for part, name, value in numbers:
+            setattr(part, name, value)
+        if changed:
+            raise UserError(
+                "a pass changes parameters or buffers of the module, as batch statistics do: call "
+                "module.eval() first"
+            )
+        if _random_states(device) != chance:
+            raise UserError(
+                "the module draws random numbers in a pass, as dropout does: call module.eval() first"
+            )
+
+
+def check_module(model: TorchModel, theta: np.ndarray, few: CheckedBatch, fresh: Any) -> None:
+    """Raise a UserError unless a module is a function of its parameters by name, with gradients and without.
+
+    Parameters
+    ----------
+    model : TorchModel
+    theta : (D,)
+        The module is tried near it, since parameters of a start may hide what it does.
+    few : CheckedBatch
+        A few examples.
+    fresh : torch.nn.Module or None
+        A copy of the module that has not been called.
+    """
+    theta = elsewhere(theta)
+    trial, everything = model.trial(theta, few), range(few.size)
+    with model.running(few.inputs):
+        passes = TorchPasses(model, theta, few)
+    if not trial.same(everything, passes.outputs.reshape(few.size, -1)):
+        raise UserError(
+            "the module computes different outputs with and without gradients: it must not depend on "
+            "torch.is_grad_enabled()"
+        )
+    reached = torch.autograd.grad(
+        passes.graph.sum(), [*model.parameters.values()], retain_graph=True, allow_unused=True
+    )
+    if model.module in _hiding or any(gradient is not None for gradient in reached):
+        raise UserError(HIDDEN)
+    _check_numbers(model, trial)
+    _check_other_parameters(model, trial, fresh)
+
+
+def _check_numbers(model: TorchModel, trial: Trial) -> None:
+    """Raise a UserError if the outputs depend on a number that a pass changes, such as a count of calls."""
+    before = _numbers(model.module)
+    everything = range(trial.examples.size)
+    trial.of(everything)
+    changed = [(part, name, value) for part, name, value in before if getattr(part, name, value) != value]
+    for part, name, value in changed:
+        setattr(part, name, not value if isinstance(value, bool) else value + LATE)
+    if changed and not trial.same(everything, trial.of(everything)):
+        name = changed[0][1]
+        raise UserError(
+            f"the outputs of the module depend on {name}, which its passes change: they must depend on "
+            "parameters and inputs alone"
+        )
+
+
+def _check_other_parameters(model: TorchModel, trial: Trial, fresh: Any) -> None:
+    """Raise a UserError unless the module itself, with the parameters of the trial, has the same outputs.
+
+    It has not if it reaches a parameter through a list or an attribute, or remembers what it computed of the
+    parameters before: then its copy that has not been called differs.
+    """
+    everything = range(trial.examples.size)
+    named = model.named(model.tensor(trial.theta))
+    values = {id(p): named[name] for name, p in model.parameters.items()}
+    paired = [
+        (name, values[id(model.aliases.get(id(p), p))])
+        for name, p in model.module.named_parameters(remove_duplicate=False)
+        if id(model.aliases.get(id(p), p)) in values
+    ]
+    few = trial.examples
+    for module in (model.module, *([] if fresh is None else [fresh])):
+        held = dict(module.named_parameters(remove_duplicate=False))
+        with model.places.lock, model.running(few.inputs), model.plan.kernels():
+            before = [p.detach().clone() for p in held.values()]
+            try:
+                with torch.no_grad():
+                    for name, value in paired:
+                        held[name].copy_(value)
+                with model.forward_mode():
+                    theirs = to_array(model.run(module, model.tensors(few.inputs), few.scored))
+                kept = all(torch.equal(held[name], value) for name, value in paired)
+            finally:
+                with torch.no_grad():
+                    for p, was in zip(held.values(), before, strict=True):
+                        p.copy_(was)
+        if not kept:
+            raise UserError(CHANGES)
+        if not trial.same(everything, theirs.reshape(few.size, -1)):
+            _hiding.add(model.module)
+            raise UserError(HIDDEN)
+
+
+def _numbers(module: Any) -> list[tuple[Any, str, Any]]:
+    """Return the attributes of all parts of a module that are numbers: part, name and value."""
+    return [
+        (part, name, value)
+        for part in module.modules()
+        for name, value in vars(part).items()
+        if isinstance(value, (bool, int, float)) and name != "training"
+    ]
+
+
+def _random_states(device: Any) -> tuple[Any, ...]:
+    """Return the states of the random generators that a module may use."""
+    name, numbers, *rest = np.random.get_state()  # noqa: NPY002 (users' modules may draw from it)
+    legacy = name, np.asarray(numbers).tobytes(), *rest
+    states = [random.getstate(), torch.get_rng_state().numpy().tobytes(), legacy]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device).numpy().tobytes())
+    return tuple(states)
+
+
+def _overlap(p: Any, q: Any) -> bool:
+    """Return whether two tensors on one device whose ranges overlap share memory."""
+    if p.device.type != "cpu" or torch.bfloat16 in (p.dtype, q.dtype):
+        return True
+    try:
+        return np.shares_memory(p.detach().numpy(), q.detach().numpy(), 10**6)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _range(p: Any) -> tuple[int, int]:
+    """Return the first address of a tensor, and the one after its last."""
+    last = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
+    return p.data_ptr(), p.data_ptr() + (last + 1) * p.element_size()

@@ -1,0 +1,177 @@
+"""A PyTorch module as a function of its parameters, which are replaced for the time of a call.
+
+`torch.func.functional_call` does not restore a module object that is registered in two places. Here every
+place that holds a parameter is known in advance, so that each is restored, whatever happens in the call.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hfmpi.errors import UserError
+
+__all__ = [
+    "Allocations",
+    "Narrowing",
+    "Substitution",
+    "plain_module",
+]
+
+_locks: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def plain_module(module: Any) -> Any:
+    """Return the module inside the wrappers of torch.compile and of PyTorch's own data parallelism."""
+    wrappers = torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel
+    while True:
+        if isinstance(module, wrappers):
+            module = module.module
+        elif "_orig_mod" in getattr(module, "_modules", {}):
+            module = module._orig_mod
+        else:
+            return module
+
+
+class Substitution:
+    """The places in which a module holds its parameters and buffers.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+    aliases : mapping of int to tensor
+        By the identity of a tensor, another one that occupies the same memory and stands for both.
+
+    Attributes
+    ----------
+    tensors : list of tensor
+        All parameters and buffers, each once.
+    """
+
+    def __init__(self, module: Any, aliases: Mapping[int, Any]) -> None:
+        self.lock = _lock_of(module)
+        self.module, self.aliases = module, aliases
+        with self.lock:
+            self.slots = self._slots()
+        self.tensors = [*{id(tensor): tensor for _, _, tensor in self.slots}.values()]
+        compiled = [
+            p for p in module.modules() if hasattr(p, "_orig_mod") or p._compiled_call_impl is not None
+        ]
+        self._eager = partial(torch.compiler.set_stance, "force_eager") if compiled else nullcontext
+
+    def _slots(self) -> list[tuple[dict[str, Any], str, Any]]:
+        """Return the place and the name of every tensor, and the tensor, or the one that stands for it."""
+        return [
+            (store, name, self.aliases.get(id(tensor), tensor))
+            for part in self.module.modules()
+            for store in (part._parameters, part._buffers)
+            for name, tensor in store.items()
+            if tensor is not None
+        ]
+
+    def complete(self) -> bool:
+        """Return whether the module still holds the same tensors in the same places."""
+        with self.lock:
+            now = self._slots()
+        return len(now) == len(self.slots) and all(
+            store is other and name == other_name and tensor is other_tensor
+            for (store, name, tensor), (other, other_name, other_tensor) in zip(now, self.slots, strict=True)
+        )
+
+    def restore(self) -> bool:
+        """Put every tensor back into its place; return whether one was away, with other values."""
+        changed = False
+        with self.lock:
+            for store, name, tensor in self.slots:
+                now = store.get(name)
+                if self.aliases.get(id(now), now) is not tensor:
+                    changed |= not (isinstance(now, torch.Tensor) and torch.equal(now, tensor))
+                    store[name] = tensor
+        return changed
+
+    @contextmanager
+    def replaced(self, tensors: Mapping[int, Any]) -> Iterator[None]:
+        """Replace tensors, by their identity, inside the context; no other thread calls the module then.
+
+        Raises
+        ------
+        UserError
+            If the module assigns another tensor to one of their names.
+        """
+        with self.lock:
+            before = [
+                (store, name, store[name], tensors[id(tensor)])
+                for store, name, tensor in self.slots
+                if id(tensor) in tensors
+            ]
+            try:
+                for store, name, _, tensor in before:
+                    store[name] = tensor
+                with self._eager():  # a compiled part would be compiled again for every kind of pass
+                    yield
+                lost = [name for store, name, _, tensor in before if store.get(name) is not tensor]
+            finally:
+                for store, name, original, _ in before:
+                    store[name] = original
+        if lost:
+            raise UserError(
+                f"a pass of the module assigns to its parameter or buffer {lost[0]}: use a local variable"
+            )
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[misc]
+    """Sees every operation of a pass."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Keep PyTorch from importing its compiler for this, which takes seconds."""
+        return False
+
+
+class Narrowing(_Watch):
+    """Watches operations for results of lower precision than float64 that are computed from tensors.
+
+    Attributes
+    ----------
+    found : bool
+    """
+
+    found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **kwargs or {})
+        if any(isinstance(x, torch.Tensor) for x in tree_leaves((args, kwargs))):
+            for x in tree_leaves(results):
+                real = isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex())
+                self.found |= real and x.dtype not in (torch.float64, torch.complex128)
+        return results
+
+
+class Allocations(_Watch):
+    """Adds up the results of all operations, at least as much as a graph of them keeps.
+
+    Attributes
+    ----------
+    nbytes : int
+    """
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **kwargs or {})
+        self.nbytes += sum(x.nbytes for x in tree_leaves(results) if isinstance(x, torch.Tensor))
+        return results
+
+
+def _lock_of(module: Any) -> Any:
+    with _making:
+        return _locks.setdefault(module, threading.RLock())
