@@ -1,12 +1,14 @@
-"""Nodes of a cluster on one machine: namespaces with a host name and a network each (Linux, root)."""
+"""Nodes of a cluster on one machine: namespaces with a host name and a network each (Linux, root).
+
+examples/faults/surroundings.py uses it too.
+"""
 
 import contextlib
 import os
 import shutil
 import subprocess
 import time
-
-import pytest
+from unittest import SkipTest
 
 
 class Nodes:
@@ -69,12 +71,18 @@ class Nodes:
         self.run("switch", f"ip link set {name} nomaster")
 
 
+def obstacle():
+    """Return why there cannot be nodes, or None."""
+    if os.geteuid() or not all(map(shutil.which, ("mpirun", "unshare", "nsenter", "ip"))):
+        return "needs root, mpirun, unshare, nsenter and ip"
+    tried = subprocess.run(["unshare", "-u", "-n", "-m", "true"], check=False, capture_output=True)
+    return "may not make namespaces" if tried.returncode else None
+
+
 @contextlib.contextmanager
 def nodes(folder, *ranks):
     """Make nodes with these numbers of ranks for the duration of a block; skip the test where this fails."""
+    if reason := obstacle():
+        raise SkipTest(reason)
     with contextlib.ExitStack() as stack:
-        if os.geteuid() or not all(map(shutil.which, ("mpirun", "unshare", "nsenter", "ip"))):
-            pytest.skip("needs root, mpirun, unshare, nsenter and ip")
-        if subprocess.run(["unshare", "-u", "-n", "-m", "true"], check=False, capture_output=True).returncode:
-            pytest.skip("may not make namespaces")
         yield Nodes(folder, ranks, stack)

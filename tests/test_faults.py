@@ -159,7 +159,7 @@ def lives(process):
             None,
             "nodeb",
             1.5,
-            "(--stall-timeout); nothing has come from rank 1 (process {1} on nodeb)",
+            "(--stall-timeout); rank 1 (process {1} on nodeb) has been silent for 6 s",
         ),
         (
             (1, 1, 1),
@@ -278,7 +278,8 @@ def test_a_silent_node_is_given_up_and_who_waits_for_whom_is_known(monkeypatch, 
     with pytest.raises(Ended):
         poll(20, answers=False)
     assert (
-        "for 10 s (--stall-timeout); nothing has come from rank 2 (process 3 on c)" in capfd.readouterr().err
+        "for 10 s (--stall-timeout); rank 2 (process 3 on c) has been silent for 6 s"
+        in capfd.readouterr().err
     )
     dog.stall_timeout = 0
     with pytest.raises(Ended):

@@ -17,10 +17,12 @@ import hfmpi
 from hfmpi.backends import create
 from hfmpi.errors import UserError
 from hfmpi.files import checkpoint
+from hfmpi.files.history import History
 from hfmpi.objective.data_parallel import DataParallel, Stopped
 from hfmpi.optim.layout import Block, kronecker_layout
 from hfmpi.parallel.communicator import Communicator
 from hfmpi.runs.start import _starting_point
+from hfmpi.runs.train import Run
 from hfmpi.runs.trained_model import Trained
 
 WILD = {"quiet": True, "gradient_batch": 60, "optimizer": "adam", "settings": {"rate": 0.5}}
@@ -449,3 +451,27 @@ def test_the_last_validation_is_in_the_result(folder, tmp_path):
     assert (last["valid_loss"], last["valid_metric"]) == (result.valid_loss, result.valid_metric)
     assert all(record["valid_loss"] is None for record in result.history[:-1])
     assert folder is None or history(tmp_path / folder)[-1]["valid_loss"] == result.valid_loss
+
+
+@pytest.mark.parametrize("place", ["_update_seconds", "history"])
+def test_an_error_between_a_step_and_its_record_loses_no_record(place, tmp_path, monkeypatch):
+    """A checkpoint of the step would leave a history without it."""
+    data, options = write_corpus(tmp_path / "small.h5"), {"max_steps": 6, "checkpoint_every": 2}
+    whole, _ = train(tmp_path / "whole", data, **options)
+    owner, name = (Run, place) if place == "_update_seconds" else (History, "add")
+    honest = getattr(owner, name)
+
+    def fails(self, *arguments):
+        lines = tmp_path / "run" / "history.jsonl"
+        steps = len(history(tmp_path / "run")) if lines.exists() else 0
+        if steps == 2 and (place == "history" or self.step == 3):
+            raise RuntimeError("planted")
+        return honest(self, *arguments)
+
+    monkeypatch.setattr(owner, name, fails)
+    with pytest.raises(RuntimeError, match="planted"):
+        train(tmp_path / "run", data, **options)
+    monkeypatch.undo()
+    run, _ = train(tmp_path / "run", data, **options)
+    np.testing.assert_array_equal(run.theta, whole.theta)
+    assert history(tmp_path / "run") == history(tmp_path / "whole")

@@ -35,6 +35,9 @@ import limits  # noqa: F401
 from ranks import versions
 from trial import ENCODINGS, KINDS, LIMIT, STEPS, Bench, Trial, kind
 
+sys.path.append(str(Path(__file__).parents[2] / "tests"))
+from nodes import nodes, obstacle
+
 # Standard output and error of a training --------------------------------------------------------
 
 
@@ -83,6 +86,99 @@ def closed(trial):
     if which == (1,):
         lost_once(trial)
     trial.finished()
+
+
+STREAMS = (
+    *("<&-", ">&-", "2>&-", ">&- 2>&-", "<&- >&-", "<&- >&- 2>&-", "</dev/null 1<&0", ">/dev/full"),
+    *("2>/dev/full", ">/dev/full 2>&1", "> >(exit)", "> >(head -1)", "2> >(exit)", "> >(head -1) 2>&1"),
+)
+PROGRAM = """
+import sys
+import numpy as np
+import hfmpi
+from hfmpi.backends import create
+network = hfmpi.Network(cell="gru", inputs=4, outputs=4, hidden=5, backend=create("numpy", "float64"))
+x = np.random.default_rng(0).integers(0, 4, (60, 9))
+hfmpi.train(network, (x, x), (x, x), out=sys.argv[2], optimizer="bhf-short", gradient_batch=30,
+            curvature_batch=10, max_steps=5, evaluate_every=2)
+"""
+
+
+def with_streams(trial):
+    """Draw streams for all ranks or for one; give the words of a shell that has them."""
+    trial.ranks = trial.rng.choice((1, 2, 2, 3))
+    streams, rank = trial.rng.choice(STREAMS), trial.rng.choice(["", *range(trial.ranks)])
+    trial.note = f"{streams} on rank {rank} of {trial.ranks}"
+    chosen = f'[ "${{PMI_RANK:-{rank}}}" = "{rank}" ]' if rank != "" else "true"
+    return ["bash", "-c", f'if {chosen}; then exec "$@" {streams}; else exec "$@"; fi', "bash"]
+
+
+@kind("streams of ranks")
+def streams_of_ranks(trial):
+    process = trial.start(shell=with_streams(trial), stdout=subprocess.DEVNULL)
+    assert trial.end(process) == 0
+    trial.finished()
+
+
+@kind("streams of a program")
+def streams_of_a_program(trial):
+    shell = with_streams(trial)
+    launcher = [*trial.bench.mpirun, "-n", str(trial.ranks)] if trial.ranks > 1 else []
+    words = [*launcher, *shell, sys.executable, "-c", PROGRAM, "--out", str(trial.run), "end"]
+    with (trial.folder / "stderr").open("wb") as said:
+        process = subprocess.Popen(
+            words, cwd=trial.folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said
+        )
+    assert trial.end(process) == 0
+    assert (trial.run / "DONE").exists()
+    assert trial.history() == 5
+
+
+# Several nodes ----------------------------------------------------------------------------------
+
+
+def on_nodes(name):
+    """Register a kind for where there can be nodes."""
+    return kind(name) if obstacle() is None else lambda function: function
+
+
+def lost_node(trial, lose):
+    """Train on nodes, and lose one at some moment; what remains must end, and go on elsewhere."""
+    ranks = trial.rng.choice([(1, 1), (2, 1), (1, 1, 1), (2, 1, 1)])
+    trial.ranks = sum(ranks)
+    folder = trial.bench.folder / trial.folder.name.replace(" ", "")  # mpirun's launcher splits at spaces
+    folder.mkdir()
+    with nodes(folder, *ranks) as cluster:
+        process = trial.start(launcher=cluster.mpirun)
+        trial.moment()
+        name = trial.rng.choice(
+            [name for name, count in zip(cluster.names, ranks, strict=True) if count == 1]
+        )
+        trial.note = f"{name} of {ranks} after {trial.history()} steps"
+        lose(cluster, name)
+        code = trial.end(process)
+    if not (trial.run / "DONE").exists():
+        assert code != 0
+        errors = [line for line in trial.said().splitlines() if line.startswith("Error: ")]
+        # Of two nodes nobody knows which is cut off, and rank 0 is on the first.
+        assert f"on {name})" in errors[0] or (name, len(ranks)) == ("nodea", 2), "not named"
+    trial.resumed(lost=STEPS)
+
+
+@on_nodes("stopped alone on its node")
+def stopped_alone(trial):
+    def stop(cluster, name):
+        space = os.readlink(f"/proc/{cluster.holders[name]}/ns/uts")
+        here = [n for n in trial.processes() if os.readlink(f"/proc/{n}/ns/uts") == space]
+        if here:
+            os.kill(here[-1], signal.SIGSTOP)
+
+    lost_node(trial, stop)
+
+
+@on_nodes("node cut off")
+def cut_off(trial):
+    lost_node(trial, lambda cluster, name: cluster.cut_off(name))
 
 
 def head(trial, ranks):

@@ -86,16 +86,19 @@ class Trial:
         assert code == 0 or (said.startswith("Error: ") and said.count("\n") == 1), said
         return code == 2
 
-    def words(self):
+    def words(self, launcher=(), shell=()):
         """Give the words that train on as many ranks as the trial has."""
-        launcher = [*self.bench.mpirun, "-n", self.ranks] if self.ranks > 1 else []
-        return [str(word) for word in (*launcher, *HFMPI, "train", self.data, "--out", self.run, *TRAIN)]
+        if not launcher and self.ranks > 1:
+            launcher = [*self.bench.mpirun, "-n", self.ranks]
+        return [
+            str(word) for word in (*launcher, *shell, *HFMPI, "train", self.data, "--out", self.run, *TRAIN)
+        ]
 
-    def start(self, **options):
-        """Start to train."""
+    def start(self, launcher=(), shell=(), **options):
+        """Start to train, each rank by a shell, if there is one."""
         with (self.folder / "stderr").open("wb") as said:
             options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": said} | options
-            return subprocess.Popen(self.words(), cwd=self.folder, **options)
+            return subprocess.Popen(self.words(launcher, shell), cwd=self.folder, **options)
 
     def moment(self, begun=True):
         """Sleep until a random step of the run, or a random moment of its start."""

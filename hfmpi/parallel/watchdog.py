@@ -159,8 +159,8 @@ class Watchdog:
         self._send_pulse()
         for rank in self.links:
             self.silent[rank] += 1
-        if self._silent(_SILENT + (_LATER if self.comm.rank else 0)):
-            self._end(self._cut_off(), self.speaks)
+        if any(self.silent[rank] >= _SILENT + (_LATER if self.comm.rank else 0) for rank in self.far):
+            self._end(self._cut_off(_SILENT, _SILENT - _LATER), self.speaks)
         if self.neighbour is not None:
             state = _state(self.places[self.neighbour][2])
             self.stopped = self.stopped + 1 if state in ("T", "Z", "X", "") else 0
@@ -171,16 +171,14 @@ class Watchdog:
             self._end_if_left_early()
         self._stall(seconds)
 
-    def _silent(self, polls: int) -> list[int]:
-        """Return the ranks of other nodes that have sent nothing at so many polls."""
-        return [rank for rank in sorted(self.far) if self.silent[rank] >= polls]
-
-    def _cut_off(self) -> str:
-        """Return the sentence on the silent ranks; those of one node are so together."""
-        since = f"been silent for {_SILENT} s"
+    def _cut_off(self, polls: int, least: int) -> str:
+        """Return who has been silent for so many polls, or at least for `least`; empty if nobody has."""
+        silent = [rank for rank in sorted(self.far) if self.silent[rank] >= least]
+        since = f"been silent for {polls} s"
+        if not silent:
+            return ""
         if self.comm.rank:
             return f"{self._name(0)} has {since}, or rank {self.comm.rank} on {self.comm.host} is cut off"
-        silent = self._silent(_SILENT - _LATER)
         if len(silent) == len(self.far) and len(self.hosts) > 2:
             return f"{self._name(0)} is cut off: the ranks of all other nodes have {since}"
         return f"{self._names(silent)} {'has' if len(silent) == 1 else 'have'} {since}"
@@ -205,8 +203,8 @@ class Watchdog:
             at = {rank: (pulse, rank in self.left) for rank, pulse in self.pulses.items()}
             at[0] = self.comm.pulse, self.leaving
             late = [rank for rank in sorted(at) if at[rank] < max(at.values())]
-            if silent := self._silent(_STOPPED):  # the late ones may wait for these
-                sentence += f"; nothing has come from {self._names(silent)} for {_STOPPED} s"
+            if cut_off := self._cut_off(_STOPPED, _STOPPED):  # the late ones may wait for these
+                sentence += f"; {cut_off}"
             elif late:
                 sentence += f"; the others wait for {self._names(late)}"
         self._end(sentence, self.speaks)

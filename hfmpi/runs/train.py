@@ -87,6 +87,7 @@ class Run:
         self.partial: Array = None  # the parameters to hand out when an error ended the run
         self._safe = self.theta  # the last parameters that were saved
         self._finite = True  # whether the loss of the last step is finite
+        self._recorded = 0  # the last step that is in the history
 
         self._resumed, self._saved = checkpoint is not None, Progress(-1)
         self.first_step, self._first_second = self.progress.step, self.progress.seconds
@@ -204,7 +205,7 @@ class Run:
         finite = bool(np.isfinite(self.backend.to_host(self.theta)).all())
         if self._finite and finite and not isinstance(error, checks.Unsound):
             self._safe = evaluated(self.theta, self.state)
-            if self.step > max(self.first_step, self._saved.step):
+            if self._recorded == self.step > max(self.first_step, self._saved.step):
                 self.output.rescue(*self._content(None, self._identity()))
         self.partial = self._safe if self.lowest is None else self.lowest.theta
 
@@ -230,6 +231,7 @@ class Run:
                     self.progress, report, self.valid, task.keys, has_metric, seconds, self.batches, comm.size
                 )
             )
+            self._recorded = self.step
             if converged:
                 return f"converged at step {self.step:,}: {report.message}"
             if self.step % checkpoint_every == 0 or self.progress.seconds >= output.retry_at:
