@@ -22,7 +22,8 @@ from hfmpi.models.batch import (
     parts,
 )
 from hfmpi.models.factors import FactorSums
-from hfmpi.models.losses import Loss, choose
+from hfmpi.models.loss_check import check_loss
+from hfmpi.models.losses import Loss, choose, total_loss
 from hfmpi.networks import recurrence
 from hfmpi.networks.architecture import Architecture
 from hfmpi.networks.recurrence import Recurrence
@@ -109,6 +110,7 @@ class Network:
         self.architecture = architecture
         self.backend = backend or create()
         self.output_loss = choose(loss)
+        self._loss_checked = False
         self.block_rows = block_rows or self.backend.block_rows
         self.layout = architecture.layout
         self.initialisation, self.forget_bias = initialisation, forget_bias
@@ -244,10 +246,10 @@ class Network:
 
     def _value(self, outputs: Array, targets: Array, mask: Array | None) -> float:
         """Return the summed loss; it replaces the outputs with its cache for the derivatives."""
-        losses = self.output_loss.value(self.backend, outputs, targets)
-        if mask is not None:
-            losses = losses * mask[:, 0]
-        return float(losses.sum())
+        if not self._loss_checked:  # by the first batch; threads that check it twice do no harm
+            check_loss(self.output_loss, self.backend, outputs, targets, mask)
+            self._loss_checked = True
+        return total_loss(self.output_loss, self.backend, outputs, targets, mask)
 
     def _forward(
         self,
