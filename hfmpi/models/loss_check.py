@@ -12,6 +12,7 @@ import numpy as np
 from hfmpi.backends.base import Array
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.errors import UserError
+from hfmpi.models.batch import check_symbols
 from hfmpi.models.losses import LOSSES, Loss, row_losses
 
 __all__ = ["check_loss"]
@@ -68,7 +69,7 @@ def check_loss(
     Raises
     ------
     UserError
-        That names the method which is wrong.
+        That names the method which is wrong; or if a target is not one of O symbols.
     """
     if type(loss) in {type(known) for known in LOSSES.values()}:
         return
@@ -78,6 +79,8 @@ def check_loss(
     rows = scored[np.unique(np.linspace(0, scored.size - 1, ROWS).round().astype(int))]
     z = np.nan_to_num(np.array(backend.to_host(outputs)[rows], np.float64), posinf=0.0, neginf=0.0)
     y = np.array(backend.to_host(targets)[rows])
+    if loss.symbols:
+        check_symbols("targets", y, z.shape[1])
     here = _Calls(loss, backend)
     _, cache = here.value(z, y)
     here.gradient(cache, y, SCALE)

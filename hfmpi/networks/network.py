@@ -10,7 +10,7 @@ from hfmpi.backends import create
 from hfmpi.backends.base import Array, Workspace
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.data.batches import check_steps, scored_targets
-from hfmpi.data.examples import Arrays
+from hfmpi.data.examples import Arrays, one_hot_remedy
 from hfmpi.errors import UserError, shown
 from hfmpi.models.batch import (
     Batch,
@@ -299,6 +299,7 @@ class Network:
             raise UserError(
                 f"targets must be {'symbols' if symbols else 'numbers'} of shape "
                 f"{(sequences, 'steps', *width)} for inputs of shape {x.shape}, not of shape {y.shape}"
+                f"{one_hot_remedy(y) if symbols else ''}"
             )
         check_steps(x.shape, y.shape, burn_in_of(batch))
         check_mask(mask, y.shape[:2])
