@@ -311,7 +311,8 @@ class Network:
         else:
             check_bounds(y, self.output_loss)
         input_dtype = np.dtype(np.int32) if looks_up else dtype
-        inputs = memory("inputs", (steps, sequences, *x.shape[2:]), input_dtype)
+        name = "inputs" if looks_up else "vectors"  # a network may read both, and memory has one type
+        inputs = memory(name, (steps, sequences, *x.shape[2:]), input_dtype)
         inputs[...] = self.backend.to_device(_time_first(x.astype(input_dtype, copy=False)))
         targets = self.backend.to_device(_time_first(y.astype(np.int32 if symbols else dtype, copy=False)))
         if mask is not None:
