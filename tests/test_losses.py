@@ -7,6 +7,7 @@ import pytest
 from dense import OUTPUTS, numbers, symbols
 
 import hfmpi
+from hfmpi.backends import create
 from hfmpi.backends.numpy import NumpyBackend, by_sequence
 from hfmpi.errors import UserError
 from hfmpi.models.loss_check import check_loss
@@ -327,9 +328,9 @@ def test_an_object_that_is_not_a_loss_is_refused(loss, words):
 SEQUENCES, TARGETS = numbers(6, 4, 2), numbers(6, 4, OUTPUTS, seed=4)
 
 
-def network(loss, kind="float32"):
+def network(loss, kind="float32", backend="numpy"):
     return hfmpi.Network(
-        cell="gru", inputs=2, outputs=OUTPUTS, hidden=3, loss=loss, backend=NumpyBackend(kind)
+        cell="gru", inputs=2, outputs=OUTPUTS, hidden=3, loss=loss, backend=create(backend, kind)
     )
 
 
@@ -345,6 +346,30 @@ def test_a_network_refuses_a_wrong_loss(name, mask, tmp_path):
     theta = made.initial(0).astype(made.backend.dtype)
     with pytest.raises(UserError, match=words):
         hfmpi.DataParallel(made, Communicator()).on(cases, np.arange(6)).gradient(theta)
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64"])
+@pytest.mark.parametrize("backend", ["numba", "cupy"])
+def test_a_loss_is_checked_on_its_device(backend, kind):
+    batch = hfmpi.Arrays(SEQUENCES, TARGETS).take(np.arange(6))
+    for loss, words in [(Squares(), ""), MISTAKES["gradient of wrong sign"], MISTAKES["column"]]:
+        made = network(loss, kind, backend)
+        theta = made.backend.to_device(made.initial(0).astype(kind))
+        if words:
+            with pytest.raises(UserError, match=words.replace("6", "8")):
+                made.loss(theta, batch)
+        else:
+            assert made.loss(theta, batch) == pytest.approx(
+                network("squares", kind, backend).loss(theta, batch)
+            )
+
+
+def test_a_batch_without_a_scored_output_does_not_count_as_checked():
+    made = network(MISTAKES["gradient of wrong sign"][0])
+    theta = made.initial(0).astype("f")
+    made.loss(theta, hfmpi.Arrays(SEQUENCES, TARGETS, np.zeros((6, 4))).take(np.arange(6)))
+    with pytest.raises(UserError, match="gives -1 times that"):
+        made.loss(theta, hfmpi.Arrays(SEQUENCES, TARGETS).take(np.arange(6)))
 
 
 def test_a_right_loss_in_a_network_trains_as_the_built_in_one():

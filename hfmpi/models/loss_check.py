@@ -142,19 +142,21 @@ class _Calls:
     def value(self, z: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, Array]:
         """Return the losses (N,) of outputs z (N, O), and the cache on the device."""
         cache, targets = self._device(z), self._targets(y)
+        y = self._host(targets)
         losses = self._call("value", cache, targets)
-        self._unchanged("value", "targets", targets, self._targets(y))
+        self._unchanged("value", "targets", targets, y)
         return self._host(losses), cache
 
     def gradient(self, cache: Array, y: np.ndarray, scale: float) -> np.ndarray:
         """Return what `gradient` fills a buffer (N, O) with, whatever the buffer holds."""
         before, targets = self._host(cache), self._targets(y)
+        y = self._host(targets)
 
         def fill(content: float) -> tuple[np.ndarray, Any]:
             out = self._device(np.full(cache.shape, content))
             returned = self._call("gradient", cache, targets, scale, out)
             self._unchanged("gradient", "the cache", cache, before)
-            self._unchanged("gradient", "targets", targets, self._targets(y))
+            self._unchanged("gradient", "targets", targets, y)
             return self._host(out), returned
 
         (result, returned), (other, _) = fill(7.0), fill(-3.0)
@@ -193,7 +195,7 @@ class _Calls:
             ) from error
 
     def _unchanged(self, method: str, what: str, now: Array, before: np.ndarray) -> None:
-        if not np.array_equal(self._host(now), self._host(before), equal_nan=True):
+        if not np.array_equal(self._host(now), before, equal_nan=True):
             raise self.error(f"{method} must not change {what}, which later calls read again")
 
     def error(self, sentence: str) -> UserError:

@@ -248,7 +248,7 @@ class Network:
         """Return the summed loss; it replaces the outputs with its cache for the derivatives."""
         if not self._loss_checked:  # by the first batch; threads that check it twice do no harm
             check_loss(self.output_loss, self.backend, outputs, targets, mask)
-            self._loss_checked = True
+            self._loss_checked = mask is None or bool(mask.any())
         return total_loss(self.output_loss, self.backend, outputs, targets, mask)
 
     def _forward(
