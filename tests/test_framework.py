@@ -15,6 +15,7 @@ from hfmpi.models.factors import add_examples
 from hfmpi.optim.layout import Layout, split_factors
 from hfmpi.parallel.communicator import Communicator
 
+ONE_HOT = np.eye(OUTPUTS, dtype=int)[symbols(CASES)]
 SHAPES = ("W", (INPUTS, OUTPUTS)), ("b", (OUTPUTS,))
 BLOCKS = matrices(Layout(dict(SHAPES)))
 
@@ -147,6 +148,13 @@ def test_memory_of_a_linearisation_is_given_back_before_the_next():
     ("cross-entropy", hfmpi.Examples(ROWS, numbers(CASES, OUTPUTS)), "must be whole numbers, as symbols are"),
     ("squares", hfmpi.Examples(ROWS, symbols(CASES)), r"must be real numbers, as of astype\(float\)"),
     ("cross-entropy", hfmpi.Examples(ROWS, symbols(CASES) + 1), "must be symbols from 0 to 2, not 2 to 3"),
+    ("cross-entropy", hfmpi.Examples(ROWS, -symbols(CASES)), "must be symbols from 0 to 2, not -2 to -1"),
+    ("cross-entropy", hfmpi.Examples(ROWS, symbols(CASES) > 1), r"not bool; give y.astype\(int\)"),
+    ("cross-entropy", hfmpi.Examples(ROWS, ONE_HOT), r"do not fit .* give the symbols, y.argmax\(-1\)"),
+    ("cross-entropy", hfmpi.Examples(ROWS, ONE_HOT.astype("f")), r"single 1: .* symbols, y.argmax\(-1\)"),
+    ("cross-entropy", hfmpi.Examples(ROWS, ONE_HOT > 0), r"single 1: .* symbols, y.argmax\(-1\)"),
+    ("squares", hfmpi.Examples(ROWS, numbers(CASES, OUTPUTS) * np.nan), "must be finite numbers, not nan"),
+    ("squares", hfmpi.Examples(ROWS, numbers(CASES, OUTPUTS) * np.inf), "finite numbers, not -inf to inf"),
     ("squares", hfmpi.Examples(ROWS, numbers(CASES, 2)), r"shape \(4, 3\) do not fit .* \(4, 2\)"),
     ("squares", hfmpi.Examples(ROWS * np.nan, numbers(CASES, OUTPUTS)), "loss is not finite at the start"),
 ])  # fmt: skip
@@ -174,11 +182,79 @@ def test_examples_that_do_not_fit_one_another_are_refused(given, words):
         hfmpi.Examples(*given)
 
 
+class Unreadable:
+    """A tensor that NumPy cannot convert, as PyTorch's are called."""
+
+    dtype, device, layout, requires_grad = "torch.float32", "cpu", "torch.strided", False
+
+    def __init__(self, **changes):
+        vars(self).update(changes)
+
+    def detach(self):
+        return self
+
+    def __array__(self, *_, **__):
+        raise TypeError("not this one")
+
+
+@pytest.mark.parametrize(("values", "words"), [
+    (Unreadable(requires_grad=True), r"; give tensor.detach\(\)$"),
+    (Unreadable(device="cuda:1"), r"; give tensor.cpu\(\)$"),
+    (Unreadable(layout="torch.sparse_coo"), r"; give tensor.to_dense\(\)$"),
+    (Unreadable(dtype="torch.bfloat16", requires_grad=True),
+     r"; give tensor.detach\(\).float\(\), since NumPy has no bfloat16"),
+    ([Unreadable(dtype="torch.bfloat16")] * CASES, r"; give tensor.float\(\), since NumPy has no bfloat16"),
+    (Unreadable(), "or a tensor on the CPU without a gradient$"),
+    (np.zeros((CASES, 2), "V2"), r"not \|V2: give x.astype\('float32'\)"),
+])  # fmt: skip
+def test_a_tensor_that_numpy_cannot_read_is_refused_with_the_remedy(values, words):
+    for given in ((values, symbols(CASES)), (ROWS, values)):
+        with pytest.raises(UserError, match=words):
+            hfmpi.Examples(*given)
+    with pytest.raises(UserError, match="the parts of case 0 of the data set must be .*" + words):
+        hfmpi.train(model(), [(values[0] if isinstance(values, np.ndarray) else values, 1)], quiet=True)
+
+
 def test_examples_count_what_is_scored():
     assert hfmpi.Examples(ROWS, symbols(CASES, 5)).scored(np.arange(2)) == 10
     assert hfmpi.Examples(ROWS, numbers(CASES, 5)).scored(np.arange(2)) == 2
     assert hfmpi.Examples(ROWS, numbers(CASES)).scored(np.arange(2)) == 2
     assert hfmpi.Examples(ROWS, symbols(CASES, 2), MASK).scored(np.array([1, 3])) == 3
+
+
+class Reversed:
+    """Examples of any `Cases`, in the byte order of another machine."""
+
+    count = CASES
+
+    def __init__(self, cases):
+        self.cases, self.scored = cases, cases.scored
+
+    def take(self, indices):
+        def other(array):
+            return array.astype(array.dtype.newbyteorder("S"))
+
+        batch = self.cases.take(indices)
+        return batch._replace(inputs=other(batch.inputs), targets=other(batch.targets))
+
+
+@pytest.mark.parametrize(("loss", "targets"), [
+    ("cross-entropy", symbols(CASES)), ("cross-entropy", symbols(CASES).astype(np.uint16)),
+    ("squares", numbers(CASES, OUTPUTS)), ("bernoulli", abs(np.sin(numbers(CASES, OUTPUTS)))),
+])  # fmt: skip
+def test_arrays_of_another_byte_order_are_the_same_examples(loss, targets):
+    made, cases = model(loss), hfmpi.Examples(ROWS, targets)
+    there = [array.astype(array.dtype.newbyteorder("S")) for array in (ROWS, targets, np.ones(CASES))]
+    assert np.array_equal(there[1], targets)
+    at, risks = made.initial(0), []
+    for same in (cases, hfmpi.Examples(*there), Reversed(cases)):
+        risk = hfmpi.DataParallel(made, Communicator()).on(same, np.arange(CASES))
+        risks.append((risk.loss(at), *risk.gradient(at).vector))
+        made.check_data(cases.inputs, np.asarray(same.take(np.arange(CASES)).targets), None)
+    assert risks[0] == risks[1] == risks[2]
+    assert all(
+        array.dtype.isnative for array in vars(hfmpi.Examples(*there)).values() if hasattr(array, "dtype")
+    )
 
 
 def test_several_inputs_are_taken_together():

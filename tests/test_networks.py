@@ -286,6 +286,19 @@ def test_a_stacked_network_is_evaluated_and_writes(tmp_path, model):
         merge({"layers": 3}, checkpoint.latest(run).meta["config"])
 
 
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_a_network_may_read_symbols_and_then_fewer_vectors(backend):
+    """Scratch memory of whole numbers would cut off what follows the decimal point."""
+    rng, about = np.random.default_rng(0), Architecture("gru", 3, 4, 4)
+    symbols, vectors = rng.integers(0, 4, (6, 5)), rng.standard_normal((1, 5, 4))
+    both, alone = (Network(about, create(backend, "float64")) for _ in range(2))
+    theta, batch = alone.initial(0), Arrays(vectors, symbols[:1]).take(np.arange(1))
+    at = both.linearise(theta, Arrays(symbols, symbols).take(np.arange(6)))
+    both.loss(theta, Arrays(symbols, symbols).take(np.arange(6)))
+    assert both.loss(theta, batch) == alone.loss(theta, batch)
+    assert both.linearise(theta, batch, at).loss == alone.linearise(theta, batch).loss
+
+
 @pytest.mark.mpi(ranks=2, timeout=100, unit="s")
 @pytest.mark.parametrize("options", [{"layers": 2, "model": "mlstm"}, {"layers": 2, "model": "gru"}])
 def test_two_ranks_equal_one(mpi_ranks, comm, tmp_path, options):

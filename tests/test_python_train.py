@@ -33,6 +33,7 @@ RNG = np.random.default_rng(0)
 SYMBOLS = RNG.integers(0, 4, (60, 9))
 NEXT = (SYMBOLS + np.roll(SYMBOLS, 1, 1)) % 4
 VALID = SYMBOLS[:13], NEXT[:13]
+ONE_HOT = np.eye(4, dtype=int)[NEXT]
 OPTIONS = {
     "optimizer": "bhf-short",
     "gradient_batch": 30,
@@ -378,6 +379,35 @@ class Ragged(Pairs):
         return np.zeros(3 + i % 2), 1.0
 
 
+class Longer(Pairs):
+    def __len__(self):
+        return 81
+
+
+class Failing(Pairs):
+    def __getitem__(self, i):
+        if i == 3:
+            raise KeyError(f"image {i}")
+        return super().__getitem__(i)
+
+
+class Endless(Pairs):
+    def __len__(self):
+        raise TypeError("no\nlength")
+
+
+class Loader:
+    """Batches of a data set, as those of PyTorch."""
+
+    dataset = Pairs()
+
+    def __iter__(self):
+        yield X, Y
+
+    def __len__(self):
+        return 1
+
+
 class Changing(Lazy):
     def take(self, indices):
         return hfmpi.Examples(RNG.standard_normal(X.shape), Y).take(indices)
@@ -396,9 +426,27 @@ def broken(where):
     return x
 
 
+def unknown(where):
+    y = Y.copy()
+    y[where] = np.nan
+    return y
+
+
+def fails(outputs, targets):
+    raise KeyError("class\n3")
+
+
 @pytest.mark.parametrize(("changes", "words"), [
-    ({"train": (broken(0), Y)}, "the loss is not finite at the start (nan)"),
-    ({"train": (broken(slice(10, None)), Y)}, "the loss is not finite at the start (nan)"),
+    ({"train": (broken(0), Y)}, "the loss is not finite at the start (nan): the inputs of example 0 are not"),
+    ({"train": (broken(slice(10, None)), Y)}, "at the start (nan): the inputs of example "),
+    ({"train": (broken(11), Y), "gradient_batch": 80}, "(nan): the inputs of example 11 are not finite"),
+    ({"valid": (broken(77), Y)}, "valid: the loss is not finite (nan): the inputs of example 77 are not"),
+    ({"train": (X, unknown(7))}, "train: targets must be finite numbers, not nan as in example 7: correct"),
+    ({"valid": (X, unknown(79))}, "valid: targets must be finite numbers, not nan as in example 79"),
+    ({"train": (X, 1e30 * Y)}, "and steps are possible up to 3.4e+38: scale inputs and targets to about 1"),
+    ({"train": (1e20 * X, Y)}, "and steps are possible up to 3.4e+38: scale inputs and targets to about 1"),
+    (RUN | {"train": (np.full((60, 9, 4), np.nan), NEXT)},
+     "the loss is not finite at the start (nan): the inputs of example 0 are not finite"),
     ({"train": (X, Y[:-1])}, "train: there are 80 cases of inputs and 79 of targets"),
     ({"valid": (X, Y[:-1])}, "valid: there are 80 cases of inputs and 79 of targets"),
     ({"train": (X[:0], Y[:0])}, "train: inputs must be whole or real numbers, one row or more"),
@@ -409,7 +457,12 @@ def broken(where):
     ({"train": (X,)}, "train: a tuple must be (x, y) or (x, y, mask), not of 1 parts"),
     ({"train": Random()}, "train: reading case 0 of the data set twice returned"),
     ({"train": Ragged()}, "train: case 1 of the data set is of another shape or type than case 0"),
-    ({"train": [(X, "a")]}, "train: case 0 of the data set must be numbers, arrays, or tensors"),
+    ({"train": [(X, "a")]}, "the parts of case 0 of the data set must be whole or real numbers, not <U1"),
+    ({"train": [(X, [[1], [1, 2]])]}, "the parts of case 0 of the data set must be an array with rows"),
+    ({"train": Longer()}, "train: case 80 of the data set, whose length is 81, cannot be read: IndexError"),
+    ({"train": Failing()}, "case 3 of the data set, whose length is 80, cannot be read: KeyError: 'image 3'"),
+    ({"train": Endless()}, "train: the length of the data set cannot be read: TypeError: no length"),
+    ({"train": Loader()}, "cases such as hfmpi.Examples, not Loader; give its data set, loader.dataset"),
     ({"train": [1, 2]}, "train: a data set must give pairs (x, y), not 1"),
     ({"train": Changing()}, "the same cases are others each time"),
     ({"model": "net"}, "model must be a model such as hfmpi.TorchModel, hfmpi.JaxModel or hfmpi.Network"),
@@ -437,8 +490,13 @@ def broken(where):
     ({"metric": 1, "valid": (X, Y)}, "metric must be a function (outputs, targets) -> values, not 1"),
     (RUN | {"valid": VALID, "metric": lambda z, y: right(z, y).mean()},
      "metric(outputs, targets) must give a number for each of the 72 rows"),
+    (RUN | {"valid": VALID, "metric": fails}, "metric(outputs, targets) raises KeyError: 'class"),
+    (RUN | {"valid": VALID, "metric": lambda z: z}, "metric(outputs, targets) raises TypeError: "),
     (RUN | {"train": (SYMBOLS, NEXT + 4)}, "targets must be symbols from 0 to 3"),
     (RUN | {"train": (SYMBOLS, NEXT[:, :, None])}, "train: targets must be symbols (cases, steps)"),
+    (RUN | {"train": (SYMBOLS, ONE_HOT)}, "a single 1: of one-hot targets give the symbols, y.argmax(-1)"),
+    (RUN | {"train": (SYMBOLS, ONE_HOT.astype(float))}, "of one-hot targets give the symbols, y.argmax(-1)"),
+    (RUN | {"train": (SYMBOLS, NEXT > 1)}, "; give the symbols 0 and 1, .astype(int)"),
     ({"out": 3}, "out must be the path of a folder, not 3"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence(changes, words, tmp_path):
@@ -611,6 +669,25 @@ print("this is not reached")
     assert err.count("Traceback") == 1
     assert "not reached" not in out
     assert checkpoint.latest(tmp_path / "run").meta["step"] >= 1
+
+
+def test_a_metric_that_fails_on_one_rank_is_one_sentence(tmp_path):
+    body = """
+def fails(outputs, targets):
+    if rank == 1 and len(outputs) < 72:
+        return {}["label"]
+    return right(outputs, targets)
+
+with hfmpi.guard():
+    hfmpi.train(*given, metric=fails, out="run", optimizer="bhf-short", max_steps=1)
+"""
+    code, _, err = mpirun(2, tmp_path, body)
+    assert code == 2
+    assert (
+        err.count("valid: metric(outputs, targets) raises KeyError: 'label'; it gets arrays of outputs") == 1
+    )
+    assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_signal_stops_a_run_with_a_checkpoint(tmp_path):

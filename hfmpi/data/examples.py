@@ -11,7 +11,7 @@ import numpy as np
 from hfmpi.data.batches import Batch, check_steps, checked_indices, scored_targets
 from hfmpi.errors import UserError, shown
 
-__all__ = ["Arrays", "Examples"]
+__all__ = ["Arrays", "Examples", "converted", "native", "one_hot_remedy"]
 
 
 class Examples:
@@ -52,7 +52,7 @@ class Examples:
             targets, mask = _unmasked(targets, mask)
         self.inputs = arrays if several else arrays[0]
         self.targets = _array(targets, "targets")
-        self.mask = None if mask is None else _converted(mask, "the mask")
+        self.mask = None if mask is None else converted(mask, "the mask")
         self.burn_in = burn_in
         for array in arrays:
             if len(array) != len(self.targets):
@@ -147,11 +147,11 @@ def _unmasked(targets: np.ma.MaskedArray, mask: Any) -> tuple[np.ndarray, np.nda
             raise UserError("the mask of targets must mask all numbers of a target, or none of them")
         missing = missing[..., 0]
     scored = (~missing).astype(int)
-    return targets.filled(0), scored if mask is None else scored * _converted(mask, "the mask")
+    return targets.filled(0), scored if mask is None else scored * converted(mask, "the mask")
 
 
 def _array(values: Any, name: str) -> np.ndarray:
-    array = _converted(values, name)
+    array = converted(values, name)
     if array.dtype.kind not in "iufb" or 0 in array.shape or not array.ndim:
         raise UserError(
             f"{name} must be whole or real numbers, one row or more, not {array.dtype} of shape {array.shape}"
@@ -159,15 +159,64 @@ def _array(values: Any, name: str) -> np.ndarray:
     return array
 
 
-def _converted(values: Any, name: str) -> np.ndarray:
+def native(array: np.ndarray) -> np.ndarray:
+    """Return an array in the byte order of this machine, which frameworks and kernels need."""
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def converted(values: Any, name: str) -> np.ndarray:
+    """Return array-like values or a tensor as an array in the byte order of this machine.
+
+    Raises
+    ------
+    UserError
+        If NumPy cannot convert them; the sentence has the method of a tensor that helps.
+    """
     if isinstance(values, np.ma.MaskedArray) and np.ma.getmaskarray(values).any():
         raise UserError(f"{name} are a masked array with missing values: fill them (array.filled(...)) first")
     try:
-        return np.asarray(values)
+        array = native(np.asarray(values))
     except (ValueError, TypeError, RuntimeError):  # ragged rows; a tensor on a GPU or with a gradient
         raise UserError(
             f"{name} must be an array with rows of one length, or a tensor on the CPU without a gradient"
+            f"{_remedy(values[0] if isinstance(values, (list, tuple)) and values else values)}"
         ) from None
+    if array.dtype.kind == "V" and array.dtype.names is None:  # bfloat16 of JAX, for example
+        raise UserError(f"{name} must be whole or real numbers, not {array.dtype}: give x.astype('float32')")
+    return array
+
+
+def _remedy(values: Any) -> str:
+    """Return what makes a tensor of PyTorch one that NumPy can read."""
+    kind = str(getattr(values, "dtype", "")).removeprefix("torch.")
+    calls = [
+        call
+        for call, wanted in (
+            (".detach()", bool(getattr(values, "requires_grad", False))),
+            (".to_dense()", "sparse" in str(getattr(values, "layout", ""))),
+            (".float()", kind == "bfloat16" or kind.startswith("float8")),
+            (".cpu()", str(getattr(values, "device", "cpu")).partition(":")[0] not in ("cpu", "")),
+        )
+        if wanted
+    ]
+    why = f", since NumPy has no {kind}" if ".float()" in calls else ""
+    return f"; give tensor{''.join(calls)}{why}" if calls and hasattr(values, "detach") else ""
+
+
+def one_hot_remedy(targets: np.ndarray) -> str:
+    """Return what to do with targets that have a single 1 in each row of their last axis, or ""."""
+    rows = targets.ndim > 1 and targets.shape[-1] > 1 and targets.size > 0
+    if rows and bool(((targets == 0) | (targets == 1)).all() and (targets.sum(axis=-1) == 1).all()):
+        return "; each row has a single 1: of one-hot targets give the symbols, y.argmax(-1)"
+    return ""
+
+
+def _steps_remedy(array: np.ndarray) -> str:
+    if array.dtype.kind == "b" and array.ndim == 2:
+        return "; give the symbols 0 and 1, .astype(int)"
+    if array.dtype.kind in "iub" and array.ndim == 3:
+        return one_hot_remedy(array) or "; give vectors as real numbers, .astype(float)"
+    return ""
 
 
 def _steps(values: Any, name: str, mask: Any = None) -> np.ndarray:
@@ -175,13 +224,13 @@ def _steps(values: Any, name: str, mask: Any = None) -> np.ndarray:
 
     Symbols under a zero of the mask are not checked.
     """
-    array = _converted(values, name)
+    array = converted(values, name)
     symbols = array.ndim == 2 and np.issubdtype(array.dtype, np.integer)
     vectors = array.ndim == 3 and np.issubdtype(array.dtype, np.floating)
     if not (symbols or vectors) or 0 in array.shape:
         raise UserError(
             f"{name} must be symbols (cases, steps) or real vectors (cases, steps, numbers), "
-            f"not {array.dtype} of shape {array.shape}"
+            f"not {array.dtype} of shape {array.shape}{_steps_remedy(array)}"
         )
     if not symbols:
         return array

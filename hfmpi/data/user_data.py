@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hfmpi.data.batches import Cases
-from hfmpi.data.examples import Examples
+from hfmpi.data.examples import Examples, converted
 from hfmpi.errors import UserError, shown
 from hfmpi.measure.machine import free_memory
 
@@ -47,13 +47,19 @@ def _read(data: Any) -> tuple[Any, np.ndarray]:
     """Read all pairs of a map-style data set into arrays."""
     map_style = hasattr(data, "__len__") and hasattr(data, "__getitem__")
     if not map_style or isinstance(data, (type, str, bytes, np.ndarray, Mapping)):
+        loader = hasattr(data, "dataset") and hasattr(data, "__iter__")
         raise UserError(
             f"data must be a tuple (x, y) of arrays or tensors, a map-style data set of pairs, "
             f"or cases such as hfmpi.Examples, not {shown(data)}"
+            + ("; give its data set, loader.dataset" if loader else "")
         )
-    count = len(data)
+    try:
+        count = len(data)
+    except Exception as error:
+        raise UserError(f"the length of the data set cannot be read: {_words(error)}") from error
     if count < 1:
         raise UserError("the data set is empty")
+    several = isinstance(_pair(data, 0)[0], tuple)
     first = _parts(data, 0)
     again = _parts(data, 0)
     if not all(
@@ -77,21 +83,36 @@ def _read(data: Any) -> tuple[Any, np.ndarray]:
         for array, part in zip(arrays, parts, strict=True):
             array[i] = part
     *inputs, targets = arrays
-    return (tuple(inputs) if isinstance(data[0][0], tuple) else inputs[0]), targets
+    return (tuple(inputs) if several else inputs[0]), targets
+
+
+def _pair(data: Any, i: int) -> tuple[Any, Any]:
+    """Return pair i."""
+    try:
+        pair = data[i]
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"case {i:,} of the data set, whose length is {len(data):,}, cannot be read: {_words(error)}"
+        ) from error
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise UserError(f"a data set must give pairs (x, y), not {shown(pair)}")
+    x, y = pair
+    return x, y
 
 
 def _parts(data: Any, i: int) -> list[np.ndarray]:
     """Return the inputs and the target of pair i as arrays."""
-    pair = data[i]
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise UserError(f"a data set must give pairs (x, y), not {shown(pair)}")
-    x, y = pair
-    try:
-        parts = [np.asarray(part) for part in (*(x if isinstance(x, tuple) else (x,)), y)]
-    except (ValueError, TypeError, RuntimeError):
-        parts = []
-    if not parts or any(part.dtype.kind not in "iufb" for part in parts):
-        raise UserError(
-            f"case {i:,} of the data set must be numbers, arrays, or tensors on the CPU without a gradient"
-        )
+    x, y = _pair(data, i)
+    name = f"the parts of case {i:,} of the data set"
+    parts = [converted(part, name) for part in (*(x if isinstance(x, tuple) else (x,)), y)]
+    for part in parts:
+        if part.dtype.kind not in "iufb":
+            raise UserError(f"{name} must be whole or real numbers, not {part.dtype}")
     return parts
+
+
+def _words(error: Exception) -> str:
+    """Return an exception as a part of a sentence."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")

@@ -9,21 +9,34 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from hfmpi.data.batches import scored_targets
+from hfmpi.data.examples import native, one_hot_remedy
 from hfmpi.errors import UserError, shown
 from hfmpi.models.losses import Loss
 
 __all__ = [
     "Batch",
     "CheckedBatch",
+    "NotFinite",
     "ScoredOutputs",
     "burn_in_of",
     "check_batch",
     "check_bounds",
+    "check_finite",
     "check_mask",
     "check_symbols",
     "check_targets",
     "parts",
 ]
+
+
+class NotFinite(UserError):
+    """The loss is not finite at the start."""
+
+    def __init__(self, loss: float) -> None:
+        super().__init__(
+            f"the loss is not finite at the start ({loss}): check parameters, inputs and targets"
+        )
+        self.loss = loss
 
 
 @runtime_checkable
@@ -126,6 +139,8 @@ class ScoredOutputs(NamedTuple):
                 "if axis 1 has the classes, give the loss as torch.nn.CrossEntropyLoss(), or move the axis: "
                 "outputs.movedim(1, -1)"
             )
+        if self.width is None and outputs == shape:
+            said.append("of one-hot targets give the symbols, y.argmax(-1)")
         return "; ".join(said)
 
 
@@ -177,7 +192,7 @@ def parts(batch: Any) -> tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray | 
         )
     inputs = batch.inputs if isinstance(batch.inputs, tuple) else (batch.inputs,)
     mask = None if batch.mask is None else np.asarray(batch.mask)
-    return tuple(map(np.asarray, inputs)), np.asarray(batch.targets), mask
+    return tuple(native(np.asarray(x)) for x in inputs), native(np.asarray(batch.targets)), mask
 
 
 def check_batch(batch: Any, loss: Loss, dtype: np.dtype, cast: bool = True) -> CheckedBatch:
@@ -216,7 +231,10 @@ def check_kind(targets: np.ndarray, loss: Loss) -> None:
     """Raise a UserError unless the targets are symbols or real numbers, as the loss requires."""
     if (targets.dtype.kind in "iu") != loss.symbols:
         wanted = "whole numbers, as symbols are" if loss.symbols else "real numbers, as of astype(float)"
-        raise UserError(f"targets of this loss must be {wanted}, not {targets.dtype}")
+        remedy = "; give y.astype(int)" if loss.symbols and targets.dtype == bool else ""
+        if loss.symbols:
+            remedy = one_hot_remedy(targets) or remedy
+        raise UserError(f"targets of this loss must be {wanted}, not {targets.dtype}{remedy}")
 
 
 def check_targets(targets: np.ndarray, mask: np.ndarray | None, loss: Loss, width: int) -> None:
@@ -238,13 +256,25 @@ def check_targets(targets: np.ndarray, mask: np.ndarray | None, loss: Loss, widt
         bad = (targets < 0) | (targets >= width)
     else:
         low, high = bounds_of(loss)
-        wanted = "finite numbers" if math.isinf(high) else f"numbers from {low:g} to {high:g}"
+        wanted = _wanted(low, high)
         bad = ~(np.isfinite(targets) & (targets >= low) & (targets <= high))
+    _refuse(targets, bad, f"targets of this loss must be {wanted}")
+
+
+def check_finite(targets: np.ndarray, mask: np.ndarray | None) -> None:
+    """Raise a UserError unless every scored target (B, ...) that is a real number is finite."""
+    if targets.dtype.kind == "f":
+        targets = scored_targets(targets, mask)
+        _refuse(targets, ~np.isfinite(targets), "targets must be finite numbers")
+
+
+def _refuse(targets: np.ndarray, bad: np.ndarray, sentence: str) -> None:
+    """Raise a UserError that names the first bad target, if there is one."""
     if bad.any():
         at = np.unravel_index(int(np.argmax(bad)), bad.shape)
         raise UserError(
-            f"targets of this loss must be {wanted}, not {targets[at]} as in example {at[0]:,}: correct it, "
-            "or leave it out with a mask (hfmpi.Examples(x, y, mask))"
+            f"{sentence}, not {targets[at]} as in example {at[0]:,}: correct it, or leave it out with a mask "
+            "(hfmpi.Examples(x, y, mask))"
         )
 
 
@@ -255,13 +285,17 @@ def bounds_of(loss: Loss) -> tuple[float, float]:
 
 
 def check_bounds(targets: np.ndarray, loss: Loss) -> None:
-    """Raise a UserError unless the scored targets of a batch are within the bounds of the loss."""
-    low, high = bounds_of(loss)
-    if not math.isinf(high - low) and targets.size and not low <= targets.min() <= targets.max() <= high:
-        raise UserError(
-            f"targets of this loss must be numbers from {low:g} to {high:g}, not {targets.min()} to "
-            f"{targets.max()}"
-        )
+    """Raise a UserError unless the scored targets of a batch are finite and within the bounds of the loss."""
+    if not targets.size:
+        return
+    (low, high), least, most = bounds_of(loss), targets.min(), targets.max()
+    if not (low <= least <= most <= high and math.isfinite(least) and math.isfinite(most)):
+        shown_range = f"{least} to {most}" if least <= most else least
+        raise UserError(f"targets of this loss must be {_wanted(low, high)}, not {shown_range}")
+
+
+def _wanted(low: float, high: float) -> str:
+    return "finite numbers" if math.isinf(low) and math.isinf(high) else f"numbers from {low:g} to {high:g}"
 
 
 def check_mask(mask: np.ndarray | None, shape: tuple[int, ...]) -> None:
@@ -276,7 +310,6 @@ def check_symbols(name: str, symbols: np.ndarray, count: int) -> None:
         return
     if symbols.dtype.kind not in "iu":
         raise UserError(f"{name} must be whole numbers, as symbols are, not {symbols.dtype}")
-    if symbols.view(f"u{symbols.itemsize}").max() >= count:  # negative ones are huge
-        raise UserError(
-            f"{name} must be symbols from 0 to {count - 1}, not {symbols.min()} to {symbols.max()}"
-        )
+    least, most = symbols.min(), symbols.max()
+    if least < 0 or most >= count:
+        raise UserError(f"{name} must be symbols from 0 to {count - 1}, not {least} to {most}")

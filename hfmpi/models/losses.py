@@ -8,6 +8,7 @@ target (Schraudolph 2002, Fast curvature matrix-vector products for second-order
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,7 +17,16 @@ from hfmpi.backends.base import Array
 from hfmpi.backends.numpy import NumpyBackend, by_sequence
 from hfmpi.errors import UserError, shown
 
-__all__ = ["LOSSES", "Bernoulli", "Loss", "SoftmaxCrossEntropy", "SquaredError", "choose"]
+__all__ = [
+    "LOSSES",
+    "Bernoulli",
+    "Loss",
+    "SoftmaxCrossEntropy",
+    "SquaredError",
+    "choose",
+    "row_losses",
+    "total_loss",
+]
 
 
 @runtime_checkable
@@ -151,6 +161,9 @@ LOSSES: dict[str, Loss] = {
 }
 """The losses by name."""
 
+METHODS = "value", "gradient", "hessian"
+"""The methods of a loss."""
+
 
 def choose(loss: str | Loss) -> Loss:
     """Return the loss of this name; return a `Loss` unchanged.
@@ -160,12 +173,71 @@ def choose(loss: str | Loss) -> Loss:
     UserError
         If no loss has this name, or the object is not a loss.
     """
-    if not isinstance(loss, str):
-        if isinstance(loss, type) or not isinstance(loss, Loss):
+    if isinstance(loss, str):
+        if loss not in LOSSES:
+            raise UserError(f"there is no loss {loss!r}; choose one of {', '.join(LOSSES)}")
+        return LOSSES[loss]
+    if isinstance(loss, type) or not isinstance(loss, Loss):
+        raise UserError(
+            f"loss must be one of {', '.join(LOSSES)} or an object like them{_missing(loss)}, not "
+            f"{shown(loss)}"
+        )
+    name = type(loss).__name__
+    if not isinstance(loss.symbols, bool):
+        raise UserError(
+            f"symbols of the loss {name} must be True (targets are whole numbers) or False, not "
+            f"{shown(loss.symbols)}"
+        )
+    for method in METHODS:
+        if not callable(getattr(loss, method)):
             raise UserError(
-                f"loss must be one of {', '.join(LOSSES)} or an object like them, not {shown(loss)}"
+                f"{method} of the loss {name} must be a method, not {shown(getattr(loss, method))}"
             )
-        return loss
-    if loss not in LOSSES:
-        raise UserError(f"there is no loss {loss!r}; choose one of {', '.join(LOSSES)}")
-    return LOSSES[loss]
+    bounds = getattr(loss, "bounds", (-math.inf, math.inf))
+    try:
+        low, high = map(float, bounds)
+    except (TypeError, ValueError):
+        low, high = math.nan, math.nan
+    if not low < high:
+        raise UserError(
+            f"bounds of the loss {name} must be (least target, largest target), not {shown(bounds)}"
+        )
+    return loss
+
+
+def _missing(loss: object) -> str:
+    """Return what an object lacks that has some of the methods of a loss."""
+    lacks = [name for name in ("symbols", *METHODS) if not hasattr(loss, name)]
+    return f", which has {', '.join(lacks)} too" if len(lacks) < 1 + len(METHODS) and lacks else ""
+
+
+def row_losses(loss: Loss, backend: NumpyBackend, outputs: Array, targets: Array) -> Array:
+    """Return the loss of each row of outputs (N, O), (N,) float64; the outputs become its cache.
+
+    Raises
+    ------
+    UserError
+        If the loss returns anything else.
+    """
+    losses = loss.value(backend, outputs, targets)
+    kind = backend.xp.ndarray
+    if not isinstance(losses, kind) or losses.shape != (len(outputs),) or losses.dtype.kind not in "fiu":
+        returned = shown(losses)
+        if hasattr(losses, "shape"):
+            returned = f"{type(losses).__name__} of {losses.dtype} and shape {tuple(losses.shape)}"
+        raise UserError(
+            f"the loss {type(loss).__name__} is wrong: value must return the loss of each of the "
+            f"{len(outputs):,} rows of outputs, a {kind.__module__} array ({len(outputs)},) of float64, not "
+            f"{returned}"
+        )
+    return losses if losses.dtype == np.float64 else losses.astype(np.float64)
+
+
+def total_loss(
+    loss: Loss, backend: NumpyBackend, outputs: Array, targets: Array, mask: Array | None
+) -> float:
+    """Return the loss summed over the scored rows, those where the mask (N, 1) is 1; see `row_losses`."""
+    losses = row_losses(loss, backend, outputs, targets)
+    if mask is not None:
+        losses = losses * mask[:, 0]
+    return float(losses.sum())

@@ -10,7 +10,7 @@ from hfmpi.backends import create
 from hfmpi.backends.base import Array, Workspace
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.data.batches import check_steps, scored_targets
-from hfmpi.data.examples import Arrays
+from hfmpi.data.examples import Arrays, one_hot_remedy
 from hfmpi.errors import UserError, shown
 from hfmpi.models.batch import (
     Batch,
@@ -22,7 +22,8 @@ from hfmpi.models.batch import (
     parts,
 )
 from hfmpi.models.factors import FactorSums
-from hfmpi.models.losses import Loss, choose
+from hfmpi.models.loss_check import check_loss
+from hfmpi.models.losses import Loss, choose, total_loss
 from hfmpi.networks import recurrence
 from hfmpi.networks.architecture import Architecture
 from hfmpi.networks.recurrence import Recurrence
@@ -109,6 +110,7 @@ class Network:
         self.architecture = architecture
         self.backend = backend or create()
         self.output_loss = choose(loss)
+        self._loss_checked = False
         self.block_rows = block_rows or self.backend.block_rows
         self.layout = architecture.layout
         self.initialisation, self.forget_bias = initialisation, forget_bias
@@ -244,10 +246,10 @@ class Network:
 
     def _value(self, outputs: Array, targets: Array, mask: Array | None) -> float:
         """Return the summed loss; it replaces the outputs with its cache for the derivatives."""
-        losses = self.output_loss.value(self.backend, outputs, targets)
-        if mask is not None:
-            losses = losses * mask[:, 0]
-        return float(losses.sum())
+        if not self._loss_checked:  # by the first batch; threads that check it twice do no harm
+            check_loss(self.output_loss, self.backend, outputs, targets, mask)
+            self._loss_checked = mask is None or bool(mask.any())
+        return total_loss(self.output_loss, self.backend, outputs, targets, mask)
 
     def _forward(
         self,
@@ -297,6 +299,7 @@ class Network:
             raise UserError(
                 f"targets must be {'symbols' if symbols else 'numbers'} of shape "
                 f"{(sequences, 'steps', *width)} for inputs of shape {x.shape}, not of shape {y.shape}"
+                f"{one_hot_remedy(y) if symbols else ''}"
             )
         check_steps(x.shape, y.shape, burn_in_of(batch))
         check_mask(mask, y.shape[:2])
@@ -308,7 +311,8 @@ class Network:
         else:
             check_bounds(y, self.output_loss)
         input_dtype = np.dtype(np.int32) if looks_up else dtype
-        inputs = memory("inputs", (steps, sequences, *x.shape[2:]), input_dtype)
+        name = "inputs" if looks_up else "vectors"  # a network may read both, and memory has one type
+        inputs = memory(name, (steps, sequences, *x.shape[2:]), input_dtype)
         inputs[...] = self.backend.to_device(_time_first(x.astype(input_dtype, copy=False)))
         targets = self.backend.to_device(_time_first(y.astype(np.int32 if symbols else dtype, copy=False)))
         if mask is not None:

@@ -43,7 +43,8 @@ def sums(metric: Metric, model: object, cases: Cases, indices: np.ndarray, theta
     Raises
     ------
     UserError
-        If the model has no method for its outputs, or the metric does not return a number for each row.
+        If the model has no method for its outputs, or the metric fails or does not return a number for each
+        row.
     """
     if not isinstance(model, Outputs):
         raise UserError(
@@ -51,7 +52,15 @@ def sums(metric: Metric, model: object, cases: Cases, indices: np.ndarray, theta
             f"{type(model).__name__} has no method outputs(theta, batch)"
         )
     outputs, targets, mask = model.outputs(theta, cases.take(indices))
-    values = np.asarray(metric(outputs, targets))
+    try:
+        values = np.asarray(metric(outputs, targets))
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"metric(outputs, targets) raises {type(error).__name__}: {' '.join(str(error).split())}; it "
+            f"gets arrays of outputs {outputs.shape} and targets {targets.shape}"
+        ) from error
     if values.shape not in ((len(outputs),), (len(outputs), 1)) or values.dtype.kind not in "biuf":
         returned = f"an array of shape {values.shape}" if values.ndim else shown(values.item())
         raise UserError(

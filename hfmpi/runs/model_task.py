@@ -30,6 +30,7 @@ from hfmpi.models.base import (
     Trials,
     has_squared_gradients,
 )
+from hfmpi.models.batch import NotFinite, check_finite
 from hfmpi.networks.network import Network
 from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.parallel.communicator import digest
@@ -46,6 +47,9 @@ TRIED = 8
 
 CHECKED = 32
 """Number of examples, from the first to the last one, on which a model checks itself before a run."""
+
+LARGEST = float(np.finfo(np.float32).max)
+"""The largest loss in the message of a gradient, in every precision."""
 
 CLOSE = 1e-2
 """Relative difference up to which two losses of one model agree, perhaps on different processors."""
@@ -125,20 +129,31 @@ class ModelTask(Task):
         else:
             self._check_form(checkpoint)
             theta = checkpoint.theta
-        if isinstance(model, Trials):
-            indices = np.unique(np.linspace(0, count - 1, min(count, CHECKED)).round().astype(np.int64))
-            model.check(theta, self.train_set.take(indices))
-        if checkpoint is None:
-            loss = self._loss(model.backend.to_device(theta))
-            if not math.isfinite(loss):
-                raise UserError(_not_finite(loss))
+        self._check_data(lambda cases: check_finite(cases.targets, cases.mask))
+        indices = np.unique(np.linspace(0, count - 1, min(count, CHECKED)).round().astype(np.int64))
+        try:
+            if isinstance(model, Trials):
+                model.check(theta, self.train_set.take(indices))
+            if checkpoint is None:
+                loss = self._loss(model.backend.to_device(theta))
+                if not math.isfinite(loss):
+                    raise NotFinite(loss)
+        except NotFinite as error:
+            raise _explained(
+                error, self.train_set, np.union1d(indices, np.arange(min(TRIED, count)))
+            ) from None
+        if isinstance(model, DataChecks):
+            self._check_data(lambda cases: model.check_data(cases.inputs, cases.targets, cases.mask))
+        self._try_metric(theta)
+
+    def _check_data(self, check: Callable[[Examples], None]) -> None:
+        """Check all examples that are in memory; name the set in an error."""
         for name, cases in (("train", self.train_set), ("valid", self.valid_set)):
-            if isinstance(model, DataChecks) and isinstance(cases, Examples):
+            if isinstance(cases, Examples):
                 try:
-                    model.check_data(cases.inputs, cases.targets, cases.mask)
+                    check(cases)
                 except UserError as error:
                     raise UserError(f"{name}: {error}") from None
-        self._try_metric(theta)
 
     def compare(self, checkpoint: Checkpoint, resumes: bool) -> str:
         """Return "" if the checkpoint's run has the same training examples; see `Task.compare`."""
@@ -161,7 +176,7 @@ class ModelTask(Task):
                 f"this one, and had {known}"
             )
         if not math.isfinite(loss):
-            raise UserError(_not_finite(loss))
+            raise _explained(NotFinite(loss), self.train_set, np.arange(min(TRIED, self.train_set.count)))
         return "" if same else "was trained on other cases"
 
     def _check_form(self, checkpoint: Checkpoint) -> None:
@@ -170,7 +185,7 @@ class ModelTask(Task):
         check_parameters(checkpoint, self.model.size, self.model.backend.dtype)
 
     def try_out(self, owner: DataParallel, theta: Array) -> None:
-        """Raise a UserError unless the losses of all ranks agree, and that of the first batch is finite."""
+        """Raise a UserError unless ranks have the same loss, and that of the first batch fits a message."""
         config, comm = self.config, owner.communicator
         losses = comm.agree(comm.gather(self._loss(theta))) or []
         strays = [
@@ -188,8 +203,14 @@ class ModelTask(Task):
         local = together(comm, lambda: owner.local.losses([theta], risk.shard, EVALUATE))
         message = np.append(local, 0.0)
         owner.sum(message, owner.host)
-        if not math.isfinite(message[0]):
-            raise UserError(_not_finite(message[0]))
+        mean = float(message[0]) / risk.scored
+        if not math.isfinite(mean):
+            raise _explained(NotFinite(mean), self.train_set, batch)
+        if mean > LARGEST:
+            raise UserError(
+                f"the loss of the first batch is {mean:.3g}, and steps are possible up to {LARGEST:.3g}: "
+                "scale inputs and targets to about 1"
+            )
 
     def _try_valid(self, owner: DataParallel, cases: Cases, theta: Array) -> None:
         """Raise a UserError on all ranks unless the validation loss and the metric can be computed."""
@@ -202,9 +223,9 @@ class ModelTask(Task):
         if not scored:
             raise UserError("valid: no output of the validation examples is scored: the mask is 0 everywhere")
         if not math.isfinite(loss):
-            raise UserError(
-                f"valid: the loss is not finite ({loss}): check inputs and targets of the validation examples"
-            )
+            at = _not_finite(cases, np.arange(cases.count))
+            cause = "check inputs and targets of the validation examples" if at is None else _cause(at)
+            raise UserError(f"valid: the loss is not finite ({loss}): {cause}")
         if not math.isfinite(mean):
             raise UserError(f"the metric of the validation examples is not finite ({mean})")
 
@@ -305,8 +326,32 @@ def _name(model: Model) -> str:
     return f"{network.name}, {f'{network.layers} x ' if network.layers > 1 else ''}{network.hidden:,} units"
 
 
-def _not_finite(loss: float) -> str:
-    return f"the loss is not finite at the start ({loss}): check parameters, inputs and targets"
+def _explained(error: NotFinite, cases: Cases, indices: np.ndarray) -> UserError:
+    """Return an error that names the example of these whose inputs are the cause, if there is one."""
+    at = _not_finite(cases, indices)
+    return (
+        error
+        if at is None
+        else UserError(f"the loss is not finite at the start ({error.loss}): {_cause(at)}")
+    )
+
+
+def _not_finite(cases: Cases, indices: np.ndarray) -> int | None:
+    """Return the first of these examples with inputs that are not finite, if there is one."""
+    for part in np.array_split(indices, -(-len(indices) // CHECKED)):
+        inputs = getattr(cases.take(part), "inputs", ())
+        arrays = [np.asarray(x) for x in (inputs if isinstance(inputs, tuple) else (inputs,))]
+        for k, index in enumerate(part):
+            if any(x.dtype.kind == "f" and not np.isfinite(x[k]).all() for x in arrays):
+                return int(index)
+    return None
+
+
+def _cause(example: int) -> str:
+    return (
+        f"the inputs of example {example:,} are not finite; correct them or leave the example out, since a "
+        "mask hides targets alone"
+    )
 
 
 def _model_digest(model: Model) -> str:

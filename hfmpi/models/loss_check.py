@@ -1,0 +1,298 @@
+"""Check a user-defined loss: its shapes, and its derivatives against differences of its value.
+
+A mistake in a loss is silent otherwise: a wrong gradient or Hessian still trains, to something else.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hfmpi.backends.base import Array
+from hfmpi.backends.numpy import NumpyBackend
+from hfmpi.errors import UserError
+from hfmpi.models.batch import check_symbols
+from hfmpi.models.losses import LOSSES, Loss, row_losses
+
+__all__ = ["check_loss"]
+
+ROWS = 8
+"""Number of rows of outputs, from the first to the last one, on which a loss is checked."""
+
+SPANNED = 8
+"""Number of outputs up to which derivatives are compared along as many directions, which span them."""
+
+DIRECTIONS = 3
+"""Number of directions in more outputs."""
+
+STEP = 1e-3
+"""Length of the longer step of differences, relative to outputs that are smaller than 1."""
+
+AGREE = 3e-3
+"""Relative difference up to which differences with two steps agree; where they do not, there is a kink."""
+
+TOLERANCE = 2e-2
+"""Relative error up to which a derivative is right: mistakes are larger, and single precision passes."""
+
+SCALE = 0.37
+"""A scale other than 1, and its inverse is not the ratio of usual mistakes."""
+
+ARGUMENTS = {
+    "value": "backend, outputs, targets",
+    "gradient": "backend, cache, targets, scale, out",
+    "hessian": "backend, cache, u, scale",
+}
+"""The positional arguments of the methods of a loss."""
+
+CACHE = "what it needs of the outputs must be in the cache, which value leaves in place of outputs"
+"""The remedy of a derivative that is wrong because it reads something else."""
+
+
+def check_loss(
+    loss: Loss, backend: NumpyBackend, outputs: Array, targets: Array, mask: Array | None = None
+) -> None:
+    """Check a loss that is not built in on a few rows; the arguments are not changed.
+
+    The shapes are checked in the type of the backend, the derivatives in float64, or in the type of the
+    backend where the loss fails in float64. Rows where the loss has a kink, or is not finite, do not count.
+
+    Parameters
+    ----------
+    loss : Loss
+    backend : NumpyBackend
+    outputs : (N, O)
+    targets : (N,) integers, or (N, O)
+    mask : (N, 1) or None
+        1 where an output is scored, 0 where not.
+
+    Raises
+    ------
+    UserError
+        That names the method which is wrong; or if a target is not one of O symbols.
+    """
+    if type(loss) in {type(known) for known in LOSSES.values()}:
+        return
+    scored = np.arange(len(outputs)) if mask is None else np.flatnonzero(backend.to_host(mask)[:, 0])
+    if not scored.size:
+        return
+    rows = scored[np.unique(np.linspace(0, scored.size - 1, ROWS).round().astype(int))]
+    z = np.nan_to_num(np.array(backend.to_host(outputs)[rows], np.float64), posinf=0.0, neginf=0.0)
+    y = np.array(backend.to_host(targets)[rows])
+    if loss.symbols:
+        check_symbols("targets", y, z.shape[1])
+    here = _Calls(loss, backend)
+    _, cache = here.value(z, y)
+    here.gradient(cache, y, SCALE)
+    here.hessian(cache, z, SCALE)
+    rng = np.random.default_rng(0)
+    noise, further = rng.standard_normal((2, *z.shape))
+    size = np.abs(z).max(axis=1, keepdims=True)
+    zeros = 0.1 * np.where(size > 0, size, 1.0) * (z == 0)
+    # Special outputs, such as zeros, hide mistakes and have kinks: near the outputs, and where a run may go.
+    points = np.concatenate([z + (0.05 * z + zeros) * noise, z + 0.5 * further])
+    y = np.concatenate([y, y])
+    with np.errstate(all="ignore"):
+        try:
+            _check_derivatives(_Calls(loss, _wide(backend)), points, y)
+        except _FailsError:
+            _check_derivatives(here, points, y)
+
+
+class _FailsError(UserError):
+    """A method of the loss raises an exception."""
+
+
+class _Differences(NamedTuple):
+    """Derivatives by differences, (K, M, .) along K directions at M rows, and which can be relied on."""
+
+    values: np.ndarray
+    sound: np.ndarray
+    bound: np.ndarray
+
+    def match(self, derivatives: np.ndarray) -> bool:
+        """Return whether the derivatives (K, M, .) are right; NaN is not.
+
+        A single row may be wrong, beside a kink that the differences do not show.
+        """
+        by_row = 0, 2
+        wrong = (self.sound & ~(np.abs(derivatives - self.values) <= self.bound)).any(axis=by_row)
+        return int(wrong.sum()) < min(2, max(1, int(self.sound.any(axis=by_row).sum())))
+
+    def mistake(self, scaled: np.ndarray) -> str:
+        """Return what is wrong with derivatives times SCALE, (K, M, .), or ""."""
+        if self.match(scaled / SCALE):
+            return ""
+        if self.match(scaled):
+            return "ignores scale"
+        wrong = self.sound & ~(np.abs(scaled / SCALE - self.values) <= self.bound)
+        at = np.unravel_index(int(np.argmax(np.where(wrong, np.abs(self.values), -1))), wrong.shape)
+        ratio = scaled[at] / SCALE / self.values[at] if self.values[at] else np.nan
+        if ratio and np.isfinite(ratio) and self.match(scaled / SCALE / ratio):
+            return f"gives {ratio:.3g} times that"
+        return f"gives {scaled[at] / SCALE:.3g} in place of {self.values[at]:.3g} for scale 1"
+
+
+class _Calls:
+    """The methods of a loss, called with copies on the host, and with their shapes checked."""
+
+    def __init__(self, loss: Loss, backend: NumpyBackend) -> None:
+        self.loss, self.backend, self.name = loss, backend, type(loss).__name__
+
+    def value(self, z: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, Array]:
+        """Return the losses (N,) of outputs z (N, O), and the cache on the device."""
+        cache, targets = self._device(z), self._targets(y)
+        y = self._host(targets)
+        losses = self._call("value", cache, targets)
+        self._unchanged("value", "targets", targets, y)
+        return self._host(losses), cache
+
+    def gradient(self, cache: Array, y: np.ndarray, scale: float) -> np.ndarray:
+        """Return what `gradient` fills a buffer (N, O) with, whatever the buffer holds."""
+        before, targets = self._host(cache), self._targets(y)
+        y = self._host(targets)
+
+        def fill(content: float) -> tuple[np.ndarray, Any]:
+            out = self._device(np.full(cache.shape, content))
+            returned = self._call("gradient", cache, targets, scale, out)
+            self._unchanged("gradient", "the cache", cache, before)
+            self._unchanged("gradient", "targets", targets, y)
+            return self._host(out), returned
+
+        (result, returned), (other, _) = fill(7.0), fill(-3.0)
+        if not np.array_equal(result, other, equal_nan=True):
+            wrong = "leaves numbers of out as they were, or adds to them"
+            if returned is not None:
+                wrong = f"returns {type(returned).__name__} and does not fill out"
+            raise self.error(f"gradient must overwrite out with scale times the gradient, but it {wrong}")
+        return result
+
+    def hessian(self, cache: Array, u: np.ndarray, scale: float) -> np.ndarray:
+        """Return what `hessian` makes of directions u (N * C, O)."""
+        before, out = self._host(cache), self._device(u)
+        returned = self._call("hessian", cache, out, scale)
+        self._unchanged("hessian", "the cache", cache, before)
+        result = self._host(out)
+        if returned is not None and u.any() and np.array_equal(result, self._host(self._device(u))):
+            raise self.error(
+                f"hessian must overwrite u with scale * H u, but it returns {type(returned).__name__} and "
+                "leaves u as it was"
+            )
+        return result
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        try:
+            with np.errstate(all="ignore"):
+                if method == "value":
+                    return row_losses(self.loss, self.backend, *arguments)
+                return getattr(self.loss, method)(self.backend, *arguments)
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:
+            raise _FailsError(
+                f"the loss {self.name} fails: {method}({ARGUMENTS[method]}) raises {type(error).__name__}: "
+                f"{' '.join(str(error).split())}"
+            ) from error
+
+    def _unchanged(self, method: str, what: str, now: Array, before: np.ndarray) -> None:
+        if not np.array_equal(self._host(now), before, equal_nan=True):
+            raise self.error(f"{method} must not change {what}, which later calls read again")
+
+    def error(self, sentence: str) -> UserError:
+        """Return the error with a sentence on what is wrong with the loss."""
+        return UserError(f"the loss {self.name} is wrong: {sentence}")
+
+    def _device(self, array: np.ndarray) -> Array:
+        return self.backend.to_device(np.array(array, self.backend.dtype, order="C"))
+
+    def _targets(self, y: np.ndarray) -> Array:
+        return self.backend.to_device(np.array(y, y.dtype if y.dtype.kind in "iu" else self.backend.dtype))
+
+    def _host(self, array: Array) -> np.ndarray:
+        return np.array(self.backend.to_host(array), np.float64)
+
+
+def _check_derivatives(calls: _Calls, z: np.ndarray, y: np.ndarray) -> None:
+    """Check gradient and Hessian at outputs z (M, O), along directions that span few outputs."""
+    (rows, width), rng = z.shape, np.random.default_rng(1)
+    count = width if width <= SPANNED else DIRECTIONS
+    v = np.linalg.qr(rng.standard_normal((width, count)))[0].T
+    size = np.abs(z).max(axis=1, keepdims=True)
+    h = STEP * np.where(size > 0, np.minimum(size, 1.0), 1.0)
+    losses, cache = calls.value(z, y)
+    of_value, of_gradient = [], []
+    for step in (h, h / 2):
+        ends = [[_at(calls, z + sign * step * row, y) for sign in (1, -1)] for row in v]
+        of_value.append(np.array([(a[0] - b[0])[:, None] / (2 * step) for a, b in ends]))
+        of_gradient.append(np.array([(a[1] - b[1]) / (2 * step) for a, b in ends]))
+    calls.value(z[::-1], y)  # a loss that keeps what it needs in itself, not in the cache, is wrong now
+    gradient = calls.gradient(cache, y, SCALE)
+    differences = _differences(of_value, calls, losses[:, None], size, h)
+    along = np.einsum("mo,ko->km", gradient, v)[:, :, None]
+    if mistake := differences.mistake(along):
+        raise calls.error(
+            f"gradient must give scale times the gradient of value, but it {mistake} (by differences of "
+            f"value); {CACHE}"
+        )
+    directions = np.repeat(v[None], rows, axis=0).reshape(-1, width)
+
+    def hessian(part: slice, scale: float) -> np.ndarray:
+        u = calls.hessian(cache[part], directions[: len(cache[part]) * count], scale)
+        return u.reshape(-1, count, width).swapaxes(0, 1)
+
+    scaled = hessian(slice(None), SCALE)
+    curvature = _differences(of_gradient, calls, gradient / SCALE, size, h)
+    if mistake := curvature.mistake(scaled):
+        raise calls.error(
+            f"hessian must give scale * H u, but it {mistake} (by differences of gradient); {CACHE}"
+        )
+    products = scaled / SCALE
+    largest = TOLERANCE * np.abs(products).max(initial=0, where=np.isfinite(products)) + 1e-300
+    for words, other in (
+        ("scale * H u at every scale", hessian(slice(None), 1.0)),
+        ("the same H u where the cache is a part of its rows", hessian(slice(rows // 2, None), 1.0)),
+    ):
+        if not np.allclose(other, products[:, rows - other.shape[1] :], 0, largest, equal_nan=True):
+            raise calls.error(f"hessian must give {words}, but it does not")
+    matrices = np.einsum("jo,kmo->mjk", v, products)
+    matrices = matrices[np.isfinite(matrices).all(axis=(1, 2))]
+    if not np.allclose(matrices, matrices.swapaxes(1, 2), 0, largest):
+        raise calls.error("hessian must be symmetric, but u' H w differs from w' H u")
+    lowest = np.linalg.eigvalsh(matrices).min(initial=0) if len(matrices) else 0.0
+    if lowest < -largest:
+        raise calls.error(
+            f"it must be convex in the outputs, but its hessian has negative curvature ({lowest:.3g}): "
+            "Gauss-Newton products need a positive semidefinite one"
+        )
+
+
+def _at(calls: _Calls, z: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    losses, cache = calls.value(z, y)
+    return losses, calls.gradient(cache, y, 1.0)
+
+
+def _differences(
+    found: list[np.ndarray], calls: _Calls, at: np.ndarray, size: np.ndarray, h: np.ndarray
+) -> _Differences:
+    """Return differences with two steps h and h / 2, (K, M, .), of what has the values `at` (M, .)."""
+    wide, near = found
+    finite = at[np.isfinite(at)]
+    single = calls.backend.dtype == np.float32 or np.array_equal(finite, finite.astype(np.float32))
+    eps = np.finfo(np.float32 if single else np.float64).eps
+    largest = np.nan_to_num(np.abs(at).max(axis=1, keepdims=True), posinf=0.0)
+    rounding = 32 * eps * np.maximum(np.maximum(largest, size), 1.0) / h
+    scale = np.abs(np.where(np.isfinite(near), near, 0)).max(axis=(0, 2), keepdims=True)[0]
+    sound = np.isfinite(near) & (np.abs(wide - near) <= AGREE * scale + rounding)
+    bound = np.broadcast_to(TOLERANCE * scale + rounding, near.shape)
+    return _Differences(near, sound, bound)
+
+
+def _wide(backend: NumpyBackend) -> NumpyBackend:
+    """Return a backend of float64 on the same device."""
+    if backend.dtype == np.float64:
+        return backend
+    if backend.xp is np:
+        return NumpyBackend("float64")
+    kind, (_, *device), *_ = backend.__reduce__()
+    wide: NumpyBackend = kind("float64", *device)
+    return wide
