@@ -23,10 +23,11 @@ import numpy as np
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.errors import UserError
 from hfmpi.frameworks.trial import DEPENDS, Trial, chosen, elsewhere
-from hfmpi.models.batch import CheckedBatch, check_batch, check_symbols, check_targets
+from hfmpi.models.batch import CheckedBatch, NotFinite, check_batch, check_symbols, check_targets
 from hfmpi.models.factors import FactorSums
 from hfmpi.models.linearisation import LossLinearisation, Passes
-from hfmpi.models.losses import Loss, choose
+from hfmpi.models.loss_check import check_loss
+from hfmpi.models.losses import Loss, choose, total_loss
 from hfmpi.optim.checks import check_vector
 from hfmpi.optim.layout import Block, Layout
 
@@ -330,12 +331,11 @@ class FrameworkModel(ABC):
             self._exact(near, few).check_independence()
         except NotInFloat64:
             self.trial(near, few).check_independence()
+        check_loss(self.output_loss, self.backend, outputs, examples.targets, examples.mask)
         with np.errstate(all="ignore"):
             loss = self._value(outputs, examples)[0]
         if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is not finite at the start ({loss}): check parameters, inputs and targets"
-            )
+            raise NotFinite(loss)
         self._check_gradients(theta, few.take(chosen(few.size, SUMMED)))
 
     def _check_gradients(self, theta: np.ndarray, few: CheckedBatch) -> None:
@@ -400,10 +400,7 @@ class FrameworkModel(ABC):
         cache = np.array(outputs, self.backend.dtype, order="C")  # the framework's memory stays as it is
         if self.output_loss.symbols:
             check_symbols("targets", examples.targets, cache.shape[1])
-        losses = self.output_loss.value(self.backend, cache, examples.targets)
-        if examples.mask is not None:
-            losses = losses * examples.mask[:, 0]
-        return float(losses.sum()), cache
+        return total_loss(self.output_loss, self.backend, cache, examples.targets, examples.mask), cache
 
     def _place(self, theta: np.ndarray, batch: Any) -> tuple[np.ndarray, CheckedBatch]:
         """Check theta and a batch; return both in the model's type."""
