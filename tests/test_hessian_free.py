@@ -201,7 +201,7 @@ def test_warm_start_begins_at_the_decayed_direction():
     )  # fmt: skip
     theta, state, _ = take(optimizer, objective, np.ones(6))
     a = objective.matrix(None) + np.eye(6)
-    for epoch, factor in ((0.0, 0.5), (1.0, 0.6), (5.0, 0.7)):
+    for epoch, factor in ((0.0, 0.5), (1.0, 0.6), (5.0, 0.7), (1e12, 0.7)):
         _, after, (report,) = take(optimizer, objective, theta, state=state, epoch=epoch)
         x = factor * state.direction
         r = -objective.slope(theta) - a @ x

@@ -485,6 +485,7 @@ def fails(outputs, targets):
     ({"threads": 0}, "a rank needs at least one thread, not 0"),
     ({"stall_timeout": -1}, "stall_timeout must be a number of seconds"),
     ({"slices": 3}, "slices must be a power of two"),
+    ({"slices": 2**53}, "at most 65,536, not 9007199254740992"),
     ({"metric": right, "valid": (X, Y)}, "Line has no method outputs(theta, batch)"),
     ({"metric": right}, "a metric is measured on validation cases: give valid too"),
     ({"metric": 1, "valid": (X, Y)}, "metric must be a function (outputs, targets) -> values, not 1"),

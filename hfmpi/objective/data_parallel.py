@@ -33,6 +33,9 @@ from hfmpi.parallel.failure import together
 
 __all__ = ["DataParallel", "Risk", "Stopped", "Unscored", "step_objectives"]
 
+MOST_SLICES = 2**16
+"""More slices than examples only cost time, and without a limit also memory."""
+
 FAILED = 2.0**12
 """What a rank that failed adds to the last number of a message; a float32 counts 2^12 of them exactly."""
 
@@ -109,10 +112,10 @@ class DataParallel:
         ):
             if not right or isinstance(value, type):
                 raise UserError(f"{name} must be {words}, not {shown(value)}")
-        if slices and (slices & (slices - 1) or slices % communicator.size):
+        if slices and (slices & (slices - 1) or slices % communicator.size or slices > MOST_SLICES):
             raise UserError(
-                f"slices must be a power of two that the number of ranks divides, not {slices} "
-                f"for {communicator.size} rank(s)"
+                f"slices must be a power of two that the number of ranks divides, at most {MOST_SLICES:,}, "
+                f"not {slices} for {communicator.size} rank(s)"
             )
         self.model = model
         self.communicator = communicator

@@ -205,7 +205,11 @@ class HessianFree(Optimizer[HessianFreeState]):
         return Armijo(self.line_search_sufficient, self.line_search_shrink, self.line_search_tries)
 
     def _start(self, state: HessianFreeState, epoch: float) -> Vector:
-        factor = min(self.warm_start * self.warm_start_growth**epoch, self.warm_start_maximum)
+        try:
+            grown = self.warm_start * self.warm_start_growth**epoch
+        except OverflowError:  # an absurd number of steps in a checkpoint
+            grown = math.inf
+        factor = min(grown, self.warm_start_maximum)
         return state.direction * state.direction.dtype.type(max(factor, 0.0))
 
     def _rejected(
