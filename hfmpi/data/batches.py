@@ -25,6 +25,7 @@ __all__ = [
     "global_indices",
     "scored_targets",
     "shard",
+    "spread",
 ]
 
 SPLITS = {"train": "training", "valid": "validation", "test": "test"}
@@ -50,6 +51,11 @@ class Batch(NamedTuple):
     targets: np.ndarray
     mask: np.ndarray | None = None
     burn_in: int = 0
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Return the indices of at most `most` of `count` examples, the first and the last among them."""
+    return [round(i) for i in np.linspace(0, count - 1, min(count, most))]
 
 
 def scored_targets(targets: np.ndarray, mask: np.ndarray | None) -> np.ndarray:

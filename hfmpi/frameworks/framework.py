@@ -21,8 +21,9 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 import numpy as np
 
 from hfmpi.backends.numpy import NumpyBackend
+from hfmpi.data.batches import spread
 from hfmpi.errors import UserError
-from hfmpi.frameworks.trial import DEPENDS, Trial, chosen, elsewhere
+from hfmpi.frameworks.trial import DEPENDS, FEW, Trial, elsewhere
 from hfmpi.models.batch import CheckedBatch, NotFinite, check_batch, check_symbols, check_targets
 from hfmpi.models.factors import FactorSums
 from hfmpi.models.linearisation import LossLinearisation, Passes
@@ -36,7 +37,7 @@ __all__ = [
     "FrameworkModel",
     "FrameworkPasses",
     "Plan",
-    "check_finite",
+    "check_gradient",
     "first_line",
     "matrices",
     "split_examples",
@@ -131,7 +132,7 @@ def first_line(error: Exception) -> str:
     return shorten(str(error).partition("\n")[0], 120, placeholder=" ...")
 
 
-def check_finite(gradient: np.ndarray) -> None:
+def check_gradient(gradient: np.ndarray) -> None:
     """Raise a UserError unless J' u (D,) is finite."""
     if not np.isfinite(gradient).all():
         raise UserError(
@@ -188,7 +189,7 @@ class FrameworkModel(ABC):
         self.backend = NumpyBackend(start.dtype.name)
         self.layout = Layout(dict(shapes))
         self.blocks = matrices(self.layout, stacked)
-        self.lock = threading.RLock()  # held while a batch is checked, and while the function is not its own
+        self.lock = threading.RLock()  # held while a batch is checked
         self._start = start
 
     def __getstate__(self) -> dict[str, Any]:
@@ -321,7 +322,7 @@ class FrameworkModel(ABC):
         """Raise a UserError where a batch shows that the function cannot be trained like this."""
         outputs = self._outputs(theta, examples)
         self.replan(width=outputs.shape[1])
-        indices = chosen(examples.size)
+        indices = spread(examples.size, FEW)
         few = examples.take(indices)
         trial, near = self.trial(theta, few), elsewhere(theta)
         by_example = outputs.reshape(examples.size, -1)
@@ -336,7 +337,7 @@ class FrameworkModel(ABC):
             loss = self._value(outputs, examples)[0]
         if not math.isfinite(loss):
             raise NotFinite(loss)
-        self._check_gradients(theta, few.take(chosen(few.size, SUMMED)))
+        self._check_gradients(theta, few.take(spread(few.size, SUMMED)))
 
     def _check_gradients(self, theta: np.ndarray, few: CheckedBatch) -> None:
         """Raise a UserError unless J' u of a few examples is finite, and the sum of that of each."""
@@ -350,7 +351,7 @@ class FrameworkModel(ABC):
         rows = few.scored.rows // few.size
         u = np.random.default_rng(0).standard_normal((few.size, rows, self.plan.width)).astype(theta.dtype)
         whole = gradient(few, u.reshape(-1, self.plan.width))
-        check_finite(whole)
+        check_gradient(whole)
         each = sum(gradient(few.take([i]), u[i]) for i in range(few.size))
         most = SEPARATE[self.on_gpu] * (np.linalg.norm(whole) + np.linalg.norm(each))
         if not np.linalg.norm(whole - each) <= most:

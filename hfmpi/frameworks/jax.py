@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from hfmpi.data.batches import spread
 from hfmpi.errors import UserError, shown
-from hfmpi.frameworks.framework import SUMMED, FrameworkModel, check_finite, first_line
-from hfmpi.frameworks.trial import chosen
+from hfmpi.frameworks.framework import SUMMED, FrameworkModel, check_gradient, first_line
 from hfmpi.models.batch import CheckedBatch, ScoredOutputs
 from hfmpi.models.losses import Loss
 
@@ -300,16 +300,16 @@ class JaxModel(FrameworkModel):
             logging.getLogger(__name__).warning(note)
 
     def _check_gradients(self, theta: np.ndarray, few: CheckedBatch) -> None:
-        """Wait: whether JAX can differentiate the function is checked first, see `_check_derivatives`."""
+        """Leave this to `_check_derivatives`, once it is known that JAX can differentiate the function."""
 
     def _check_derivatives(self, theta: np.ndarray, examples: CheckedBatch) -> None:
         """Check that derivatives are finite, and those of user-defined rules by example: others are."""
         if has_reverse_rules(self._traced(examples)):
-            super()._check_gradients(theta, examples.take(chosen(examples.size, SUMMED)))
+            super()._check_gradients(theta, examples.take(spread(examples.size, SUMMED)))
             return
         passes, gradient = JaxPasses(self, theta, examples), np.zeros_like(theta)
         passes.vjp(np.ones_like(passes.outputs), gradient)
-        check_finite(gradient)
+        check_gradient(gradient)
 
     def _check_rules(self, theta: np.ndarray, examples: CheckedBatch) -> None:
         """Raise a UserError where a derivative's rule computes outputs that are not the function's."""

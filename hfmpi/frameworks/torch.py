@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from hfmpi.data.batches import spread
 from hfmpi.data.examples import Examples
 from hfmpi.errors import UserError, shown
 from hfmpi.frameworks.framework import FrameworkModel, Plan, first_line
-from hfmpi.frameworks.trial import chosen
+from hfmpi.frameworks.trial import FEW
 from hfmpi.measure.machine import free_memory
 from hfmpi.models.batch import CheckedBatch, ScoredOutputs
 from hfmpi.models.losses import LOSSES, Loss
@@ -121,7 +122,7 @@ class TorchModel(FrameworkModel):
         named = dict(module.named_parameters())
         if any(torch.nn.parameter.is_lazy(p) for p in named.values()):
             raise UserError("the module has parameters without a shape: call it once with some inputs")
-        trained = {name: p for name, p in named.items() if p.requires_grad and p.numel()}
+        trained = _trained(module)
         if not trained:
             raise UserError("the module has no parameter that requires a gradient")
         check_types(module, trained)
@@ -148,9 +149,7 @@ class TorchModel(FrameworkModel):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy of a model."""
         super().__setstate__(state)
-        everything = dict(self.module.named_parameters())
-        trained = {name: p for name, p in everything.items() if p.requires_grad and p.numel()}
-        self.aliases = check_memory(trained, [])
+        self.aliases = check_memory(_trained(self.module), [])
         self.places = Substitution(self.module, self.aliases)
 
     def scoring(self, data: Examples) -> Examples:
@@ -201,7 +200,7 @@ class TorchModel(FrameworkModel):
         return self._called(tensors, inputs, scored)
 
     def _called(self, tensors: dict[int, Any], inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:
-        """Return the scored outputs (N, O) of the module with other tensors in place of some of its own."""
+        """Return the scored outputs (N, O) of the module with other tensors in place, by identity."""
         with self.places.replaced(tensors):
             return self.run(self.module, inputs, scored)
 
@@ -240,7 +239,7 @@ class TorchModel(FrameworkModel):
         kinds = {"f": self.backend.dtype, "i": np.dtype(np.int64), "u": np.dtype(np.int64)}
         return x.astype(kinds.get(x.dtype.kind, x.dtype), copy=False)
 
-    def forward_mode(self) -> AbstractContextManager[object]:
+    def forward_context(self) -> AbstractContextManager[object]:
         """Return the context of a forward pass without derivatives in theta."""
         context: AbstractContextManager[object] = torch.no_grad()
         return torch.enable_grad() if self.plan.differentiates else context
@@ -248,7 +247,7 @@ class TorchModel(FrameworkModel):
     def _outputs(self, theta: np.ndarray, examples: CheckedBatch) -> np.ndarray:
         with self.running(examples.inputs), torch.inference_mode(False), self.plan.kernels():
             tensor, inputs = self.tensor(theta).clone(), self.tensors(examples.inputs)
-            with self.forward_mode():
+            with self.forward_context():
                 outputs = to_array(self.call(self.named(tensor), inputs, examples.scored))
             self.check_unchanged(tensor)
         return outputs
@@ -287,7 +286,7 @@ class TorchModel(FrameworkModel):
                 f"{layer} makes the outputs random or dependent on the batch, as dropout and batch "
                 "statistics do: call module.eval() first"
             )
-        few = examples.take(chosen(examples.size))
+        few = examples.take(spread(examples.size, FEW))
         with torch.inference_mode(False), self.places.lock:
             start, fresh = Snapshot(self.module, self.device), fresh_copy(self.module)
             try:
@@ -338,7 +337,7 @@ class TorchModel(FrameworkModel):
         else:
             raise failures[1]
         tensor = self.tensor(theta.copy())
-        with self.forward_mode(), self.running(few.inputs):
+        with self.forward_context(), self.running(few.inputs):
             self.call(self.named(tensor), self.tensors(few.inputs), few.scored)
         if not np.array_equal(to_array(tensor), theta, equal_nan=True):
             raise UserError(CHANGES)
@@ -357,7 +356,7 @@ class TorchModel(FrameworkModel):
         inputs = tuple(x.double() if x.is_floating_point() else x for x in given)
         narrow = Narrowing()
         try:
-            with self.memory_errors(), torch.inference_mode(False), self.forward_mode(), narrow:
+            with self.memory_errors(), torch.inference_mode(False), self.forward_context(), narrow:
                 outputs = self._called(wide, inputs, examples.scored)
         except UserError:
             raise
@@ -394,6 +393,11 @@ class TorchModel(FrameworkModel):
         with self.running(example.inputs):  # gradients alone serve first-order optimizers
             passes = TorchPasses(self, theta, example)
             passes.vjp(np.ones_like(passes.outputs), np.zeros_like(theta))
+
+
+def _trained(module: Any) -> dict[str, Any]:
+    """Return the parameters that require a gradient, by name, without empty ones."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad and p.numel()}
 
 
 def torch_loss(loss: Any) -> tuple[Loss, int]:

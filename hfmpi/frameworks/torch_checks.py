@@ -66,9 +66,7 @@ def check_types(module: Any, trained: Mapping[str, Any]) -> None:
             "the module was made under torch.inference_mode(), which excludes derivatives: make it outside"
         )
     for name, layer in module.named_modules():
-        if getattr(layer, "sparse", False) is True and isinstance(
-            layer, (torch.nn.Embedding, torch.nn.EmbeddingBag)
-        ):
+        if isinstance(layer, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and layer.sparse:
             raise UserError(f"the table {name} has sparse gradients: make it with sparse=False")
 
 
@@ -236,7 +234,7 @@ def _check_other_parameters(model: TorchModel, trial: Trial, fresh: Any) -> None
                 with torch.no_grad():
                     for name, value in paired:
                         held[name].copy_(value)
-                with model.forward_mode():
+                with model.forward_context():
                     theirs = to_array(model.run(module, model.tensors(few.inputs), few.scored))
                 kept = all(torch.equal(held[name], value) for name, value in paired)
             finally:

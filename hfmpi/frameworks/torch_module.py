@@ -31,7 +31,7 @@ _making = threading.Lock()
 
 
 def plain_module(module: Any) -> Any:
-    """Return the module inside the wrappers of torch.compile and of PyTorch's own data parallelism."""
+    """Return the module inside the wrappers of torch.compile and of PyTorch's data parallelism."""
     wrappers = torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel
     while True:
         if isinstance(module, wrappers):
@@ -63,9 +63,7 @@ class Substitution:
         with self.lock:
             self.slots = self._slots()
         self.tensors = [*{id(tensor): tensor for _, _, tensor in self.slots}.values()]
-        compiled = [
-            p for p in module.modules() if hasattr(p, "_orig_mod") or p._compiled_call_impl is not None
-        ]
+        compiled = any(hasattr(p, "_orig_mod") or p._compiled_call_impl is not None for p in module.modules())
         self._eager = partial(torch.compiler.set_stance, "force_eager") if compiled else nullcontext
 
     def _slots(self) -> list[tuple[dict[str, Any], str, Any]]:
@@ -164,7 +162,8 @@ class Allocations(_Watch):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **kwargs or {})
-        self.nbytes += sum(x.nbytes for x in tree_leaves(results) if isinstance(x, torch.Tensor))
+        tensors = (x for x in tree_leaves(results) if isinstance(x, torch.Tensor))
+        self.nbytes += sum(x.numel() * x.element_size() for x in tensors)  # sparse ones have no nbytes
         return results
 
 

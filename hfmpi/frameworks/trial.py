@@ -15,7 +15,7 @@ import numpy as np
 from hfmpi.errors import UserError
 from hfmpi.models.batch import CheckedBatch
 
-__all__ = ["DEPENDS", "FEW", "Trial", "chosen", "elsewhere"]
+__all__ = ["DEPENDS", "FEW", "Trial", "elsewhere"]
 
 FEW = 8
 """The number of examples that are tried."""
@@ -36,11 +36,6 @@ DEPENDS = (
     "the outputs of an example depend on the other examples of its batch, or on its place among them, as "
     "with batch statistics or without batch_first=True: they must be the same in any batch"
 )
-
-
-def chosen(count: int, most: int = FEW) -> list[int]:
-    """Return the indices of at most `most` of `count` examples, the first and the last among them."""
-    return [round(i) for i in np.linspace(0, count - 1, min(count, most))]
 
 
 def elsewhere(theta: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from hfmpi.backends.base import Array
-from hfmpi.data.batches import Cases, global_indices
+from hfmpi.data.batches import Cases, global_indices, spread
 from hfmpi.data.digest import digest_of
 from hfmpi.data.examples import Examples
 from hfmpi.data.user_data import as_cases
@@ -130,7 +130,7 @@ class ModelTask(Task):
             self._check_form(checkpoint)
             theta = checkpoint.theta
         self._check_data(lambda cases: check_finite(cases.targets, cases.mask))
-        indices = np.unique(np.linspace(0, count - 1, min(count, CHECKED)).round().astype(np.int64))
+        indices = np.array(spread(count, CHECKED))
         try:
             if isinstance(model, Trials):
                 model.check(theta, self.train_set.take(indices))
