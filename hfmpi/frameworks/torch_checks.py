@@ -13,7 +13,7 @@ import torch
 from hfmpi.errors import UserError
 from hfmpi.frameworks.torch_passes import TorchPasses, to_array
 from hfmpi.frameworks.torch_state import numbers
-from hfmpi.frameworks.trial import Trial, elsewhere
+from hfmpi.frameworks.trial import FLOORS, Trial, elsewhere
 from hfmpi.measure.machine import free_memory
 from hfmpi.models.batch import CheckedBatch
 
@@ -161,7 +161,16 @@ def check_module(model: TorchModel, theta: np.ndarray, few: CheckedBatch, fresh:
     trial, everything = model.trial(theta, few), range(few.size)
     with model.running(few.inputs):
         passes = TorchPasses(model, theta, few)
-    if not trial.same(everything, passes.outputs.reshape(few.size, -1)):
+    same = trial.same(everything, passes.outputs.reshape(few.size, -1))
+    wide = theta.astype(np.float64)
+    exact = model.in_float64(wide, few)
+    if exact is not None and not model.plan.differentiates:
+        model.replan(differentiates=True)  # with gradients, in float64 too
+        again = model.in_float64(wide, few)
+        model.replan(differentiates=False)
+        bound = FLOORS["float64"] * np.abs(exact).max(initial=0)
+        same &= again is None or np.allclose(again, exact, 1e-8, bound, equal_nan=True)
+    if not same:
         raise UserError(
             "the module computes different outputs with and without gradients: it must not depend on "
             "torch.is_grad_enabled()"
