@@ -71,8 +71,9 @@ class Counts:
     linearisations, products, projections : int
         Passes over the curvature batch. A linearisation that the gradient's own forward pass provides
         (`Objectives.shared`) is not counted.
-    candidates, directions : int
-        Vectors after the first of each loss and of each projection.
+    candidates, directions, adjoints : int
+        Vectors after the first of each loss, of each projection, and of each adjoint pass of rows: an example
+        with C rows has C cotangents, which are independent of one another (hfmpi.optim.rows).
     """
 
     steps: int = 0
@@ -85,6 +86,7 @@ class Counts:
     )
     candidates: int = _count("candidates")
     directions: int = _count("directions")
+    adjoints: int = _count("adjoints")
     cg_steps: int = _count("CG iterations")
 
     def __add__(self, other: Counts) -> Counts:

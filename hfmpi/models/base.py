@@ -25,11 +25,13 @@ __all__ = [
     "Model",
     "Outputs",
     "Projection",
+    "Rows",
     "Scoring",
     "SquaredGradients",
     "StructuralDamping",
     "StructuralLinearisation",
     "Trials",
+    "has_rows",
     "has_squared_gradients",
 ]
 
@@ -165,6 +167,35 @@ class SquaredGradients(Protocol):
         """Add what `gradient` adds to out (D,), and the sum over examples of its squares to squares (D,)."""
 
 
+@runtime_checkable
+class Rows(Protocol):
+    """A linearisation that returns rows of single examples; `hfmpi.optim.rows` has the kinds.
+
+    B counts the examples of the batch, T the steps of an example that have outputs, O the outputs of a step.
+    """
+
+    def residual_count(self) -> int:
+        """Return T * O, the rows of residuals of an example."""
+
+    def scores(self, segments: int, out: Array) -> None:
+        """Fill out (B, K, D) with the gradients of the summed loss of K = `segments` segments of examples.
+
+        The segments are consecutive steps; one may be empty, with a row of zeros, if T < K.
+        """
+
+    def sketch(self, signs: Array, segments: int, out: Array) -> None:
+        """Fill out (B, K, D) with J' A e, by segment, for signs e (B, T * O) of 1 and -1; A A' = H."""
+
+    def residual_rows(self, out: Array, residuals: Array) -> bool:
+        """Fill out (B, T * O, D) with the rows of A' J, and residuals (B, T * O) with r.
+
+        Returns
+        -------
+        complete : bool
+            Whether A r is the gradient of the loss in the outputs, of which the Hessian H may miss a part.
+        """
+
+
 class StructuralLinearisation(Linearisation, Protocol):
     """A linearisation with the curvature of the hidden pre-activations."""
 
@@ -186,3 +217,8 @@ def has_squared_gradients(model: Model) -> bool:
     It is known without a linearisation, on ranks with an empty shard too.
     """
     return issubclass(getattr(model, "linearisation", object), SquaredGradients)
+
+
+def has_rows(model: Model) -> bool:
+    """Return whether the linearisations of a model have rows of examples; known without a linearisation."""
+    return issubclass(getattr(model, "linearisation", object), Rows)

@@ -17,8 +17,12 @@ import numpy as np
 from hfmpi.backends.base import Array
 from hfmpi.backends.numpy import NumpyBackend, by_sequence
 from hfmpi.models.losses import Loss
+from hfmpi.models.roots import Root, root_of
 
 __all__ = ["LossLinearisation", "Passes"]
+
+COTANGENTS = 1 << 22
+"""Entries of the cotangents of residuals that go back through a model side by side."""
 
 
 class Passes(Protocol):
@@ -26,7 +30,23 @@ class Passes(Protocol):
 
     A pass takes one direction v (D,) or C of them (C, D). With C directions tangents and cotangents of the
     outputs are (N * C, O): the C rows of an output follow one another.
+
+    Attributes
+    ----------
+    examples : int
+        B.
+    by_step : bool
+        Outputs are sorted by step: those of all examples at the first step, then at the next. Otherwise by
+        example: all steps of the first example, then of the next.
     """
+
+    @property
+    def examples(self) -> int:
+        """B, the number of examples."""
+
+    @property
+    def by_step(self) -> bool:
+        """Whether outputs are sorted by step."""
 
     @property
     def nbytes(self) -> int:
@@ -43,6 +63,12 @@ class Passes(Protocol):
 
     def factors(self, u: Array, out: Array, sums: Array) -> None:
         """Add J' u of u (N, O) to out (D,), and the sums of `hfmpi.models.factors` to sums."""
+
+    def rows(self, u: Array, out: Array) -> None:
+        """Fill out (B, C, D) with J' u of every example separately, for each of C cotangents u (N * C, O).
+
+        Consecutive examples of out may be further apart than C * D numbers; the last axis is contiguous.
+        """
 
 
 @dataclass
@@ -122,6 +148,67 @@ class LossLinearisation:
             self.hessian(u, block, scale)
             _by_direction(u, after)
             out += self.backend.to_host(self.backend.xp.matmul(before, after.T))
+
+    def residual_count(self) -> int:
+        """Return T * O, the rows of residuals of an example."""
+        return int(self.cache.size) // max(1, self.passes.examples)
+
+    def scores(self, segments: int, out: Array) -> None:
+        """Fill out (B, K, D) with the gradients of the summed loss of K = `segments` segments of examples."""
+        self._segment_rows(self._loss_gradient(1.0), segments, out)
+
+    def sketch(self, signs: Array, segments: int, out: Array) -> None:
+        """Fill out (B, K, D) with J' A e, by segment, for signs e (B, T * O) of 1 and -1; A A' = H."""
+        u = self.backend.workspace("outputs", self.cache.shape)
+        self._by_example(u)[...] = signs.reshape(self.passes.examples, -1, u.shape[1])
+        u[...] = self._root().apply(u)
+        if self.mask is not None:
+            u *= self.mask
+        self._segment_rows(u, segments, out)
+
+    def residual_rows(self, out: Array, residuals: Array) -> bool:
+        """Fill out (B, T * O, D) with the rows of A' J, and residuals (B, T * O) with r; see `Rows`."""
+        xp, (count, width), examples = self.backend.xp, self.cache.shape, self.passes.examples
+        root, steps = self._root(), self.residual_count() // width
+        r, complete = root.residuals(self.targets, self._loss_gradient(1.0))
+        each = xp.zeros((count, width, width), self.backend.dtype)
+        each.reshape(count, -1)[:, :: width + 1] = 1  # every output has `width` cotangents: A e_1, A e_2, ...
+        each = root.apply(each.reshape(-1, width)).reshape(count, width, width)
+        if self.mask is not None:
+            r, each = r * self.mask, each * self.mask[:, :, None]
+        residuals[...] = self._by_example(r).reshape(examples, -1)
+        many = steps if steps == 1 else max(1, COTANGENTS // max(1, each.size))
+        for first in range(0, steps, many):
+            last = min(first + many, steps)
+            u = xp.zeros((count, last - first, width, width), self.backend.dtype)
+            by_example, source = self._by_example(u), self._by_example(each)
+            for t in range(first, last):
+                by_example[:, t, t - first] = source[:, t]
+            self.passes.rows(u.reshape(-1, width), out[:, first * width : last * width])
+        return complete
+
+    def _root(self) -> Root:
+        return root_of(self.output_loss, self.backend, self.cache)
+
+    def _segment_rows(self, u: Array, segments: int, out: Array) -> None:
+        """Fill out (B, K, D) with J' u of u (N, O), for the steps of each segment separately."""
+        if segments == 1:
+            self.passes.rows(u, out)
+            return
+        split = self.backend.xp.zeros((len(u), segments, u.shape[1]), u.dtype)
+        by_example, source = self._by_example(split), self._by_example(u)
+        steps = source.shape[1]
+        for k in range(segments):
+            part = slice(steps * k // segments, steps * (k + 1) // segments)
+            by_example[:, part, k] = source[:, part]
+        self.passes.rows(split.reshape(-1, u.shape[1]), out)
+
+    def _by_example(self, array: Array) -> Array:
+        """Return an array (N, ...) of outputs as a view (B, T, ...)."""
+        examples = self.passes.examples
+        if self.passes.by_step:
+            return array.reshape(-1, examples, *array.shape[1:]).swapaxes(0, 1)
+        return array.reshape(examples, -1, *array.shape[1:])
 
     def hessian(self, u: Array, rows: slice, scale: float) -> None:
         """Overwrite u (N * C, O) with scale * H u, for the N outputs `rows`."""

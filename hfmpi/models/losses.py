@@ -20,6 +20,7 @@ from hfmpi.errors import UserError, shown
 __all__ = [
     "LOSSES",
     "Bernoulli",
+    "HasRoot",
     "Loss",
     "SoftmaxCrossEntropy",
     "SquaredError",
@@ -88,6 +89,17 @@ class Loss(Protocol):
         """
 
 
+@runtime_checkable
+class HasRoot(Protocol):
+    """A loss with a square root A of its Hessian H = A A'; `hfmpi.models.roots` decomposes H otherwise."""
+
+    def root(self, backend: NumpyBackend, cache: Array, u: Array) -> None:
+        """Overwrite u (N * C, O) with A u, as `Loss.hessian` does with H u."""
+
+    def residual(self, backend: NumpyBackend, cache: Array, targets: Array, out: Array) -> None:
+        """Fill out (N, O) with r, of which A r is the gradient of the loss in z."""
+
+
 class SoftmaxCrossEntropy:
     """-log softmax(z)[target]; H u = p * (u - <p, u>). The cache is p = softmax(z)."""
 
@@ -104,6 +116,20 @@ class SoftmaxCrossEntropy:
     def hessian(self, backend: NumpyBackend, cache: Array, u: Array, scale: float) -> None:
         """Overwrite u with scale * p * (u - <p, u>)."""
         backend.softmax_hessian(cache, u, scale)
+
+    def root(self, backend: NumpyBackend, cache: Array, u: Array) -> None:
+        """Overwrite u with sqrt(p) * u - p <sqrt(p), u>."""
+        by_output, root = by_sequence(u, len(cache)), backend.xp.sqrt(cache)[:, None]
+        along = (by_output * root).sum(axis=2, keepdims=True)
+        by_output *= root
+        by_output -= cache[:, None] * along
+
+    def residual(self, backend: NumpyBackend, cache: Array, targets: Array, out: Array) -> None:
+        """Fill out with sqrt(p) - onehot(targets) / sqrt(p)."""
+        rows = backend.xp.arange(len(cache))
+        backend.xp.sqrt(cache, out=out)
+        least = np.finfo(cache.dtype).tiny
+        out[rows, targets] -= 1 / backend.xp.sqrt(backend.xp.maximum(cache[rows, targets], least))
 
 
 class SquaredError:
@@ -124,6 +150,13 @@ class SquaredError:
     def hessian(self, backend: NumpyBackend, cache: Array, u: Array, scale: float) -> None:
         """Overwrite u with scale * u."""
         u *= u.dtype.type(scale)
+
+    def root(self, backend: NumpyBackend, cache: Array, u: Array) -> None:
+        """Leave u as it is."""
+
+    def residual(self, backend: NumpyBackend, cache: Array, targets: Array, out: Array) -> None:
+        """Fill out with z - target."""
+        out[...] = cache
 
 
 class Bernoulli:
@@ -152,6 +185,21 @@ class Bernoulli:
         """Overwrite u with scale * p (1 - p) u."""
         by_output = by_sequence(u, len(cache))
         by_output *= (cache * (1 - cache) * u.dtype.type(scale))[:, None]
+
+    def root(self, backend: NumpyBackend, cache: Array, u: Array) -> None:
+        """Overwrite u with sqrt(p (1 - p)) u."""
+        by_output = by_sequence(u, len(cache))
+        by_output *= _deviation(backend, cache)[:, None]
+
+    def residual(self, backend: NumpyBackend, cache: Array, targets: Array, out: Array) -> None:
+        """Fill out with (p - target) / sqrt(p (1 - p))."""
+        backend.xp.subtract(cache, targets, out=out)
+        out /= _deviation(backend, cache)
+
+
+def _deviation(backend: NumpyBackend, p: Array) -> Array:
+    """Return the standard deviation of a bit that is 1 with probability p, with a floor above 0."""
+    return backend.xp.sqrt(backend.xp.maximum(p * (1 - p), np.finfo(p.dtype).tiny))
 
 
 LOSSES: dict[str, Loss] = {

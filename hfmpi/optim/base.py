@@ -12,13 +12,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from hfmpi.errors import UserError, shown
 from hfmpi.measure.cost import Counts
 from hfmpi.optim.layout import Block, Vector
+from hfmpi.optim.rows import Matrix, RowMatrix, RowRequest
 
 __all__ = [
     "Gradient",
@@ -33,9 +34,6 @@ __all__ = [
     "StepReport",
     "inner_product",
 ]
-
-Matrix: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.float64]]"
-"""A small matrix on the host."""
 
 Operator = Callable[[Vector], Vector]
 """v (D,) -> A v, a new vector each time."""
@@ -98,6 +96,14 @@ class Objective(ABC):
         """
         raise UserError("the objective has no Kronecker factors: set directions without kfac")
 
+    def rows(self, theta: Vector, request: RowRequest) -> RowMatrix:
+        """Compute f(theta), its gradient, and rows of a Gauss-Newton or Fisher matrix (hfmpi.optim.rows).
+
+        Rows of residuals are stored only where there are fewer of them than parameters (M < D); otherwise
+        the result has `normal` alone.
+        """
+        raise UserError("the objective has no rows of examples: take another optimizer")
+
     def structural_gauss_newton(self, theta: Vector, structural: float) -> Operator:
         """Linearise at theta; return v -> (G + structural * S) v, S the curvature of the hidden states."""
         raise UserError("the objective has no structural damping: set structural_damping=0")
@@ -122,11 +128,14 @@ class Objective(ABC):
         """The matrices that theta consists of, for methods that work on rows and columns."""
         raise UserError("the objective does not name the matrices of theta (blocks): take another optimizer")
 
-    def spread(self, works: Sequence[Callable[[], Vector]], sizes: Sequence[int]) -> list[Vector]:
+    def spread(
+        self, works: Sequence[Callable[[], Vector]], sizes: Sequence[int], wide: bool = False
+    ) -> list[Vector]:
         """Run each work on one of the ranks; return all results, vectors of these sizes, on all ranks.
 
         For results that processors may round differently, such as matrix products of vectors that all ranks
-        hold, and for works that take long enough to be shared out.
+        hold, and for works that take long enough to be shared out. With `wide` the results are float64 on
+        the host, otherwise of the type and on the device of theta.
         """
         return [work() for work in works]
 
@@ -213,14 +222,18 @@ class Needs(NamedTuple):
 
     Attributes
     ----------
-    blocks, kronecker_factors, squared_gradients, structural_damping : bool
+    blocks, kronecker_factors, rows, squared_gradients, structural_damping : bool
         The part of `Objective` of that name.
+    same_batch : bool
+        Every step must have the same gradient batch (`Objectives.repeated`).
     """
 
     blocks: bool = False
     kronecker_factors: bool = False
+    rows: bool = False
     squared_gradients: bool = False
     structural_damping: bool = False
+    same_batch: bool = False
 
 
 class Messages(NamedTuple):

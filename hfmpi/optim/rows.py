@@ -1,0 +1,139 @@
+"""Rows of a Gauss-Newton matrix at one theta: gradients of examples, or rows of a square root.
+
+Symbols
+
+    S   the rows, M x D         g   the gradient of the risk, (D,)         N   scored outputs of the batch
+
+A Gauss-Newton or Fisher matrix is S'S / N. Three kinds of rows are known (docs/theory.md):
+
+scores      the gradient of the summed loss of each example, or of each of K consecutive time segments of it:
+            S'1 / N = g, and S'S / N is the empirical Fisher matrix.
+sketch      random cotangents in place of the gradient of the loss, one row a segment: the expectation of
+            S'S / N is the Gauss-Newton matrix G.
+residuals   one row for each output of each scored step, A' J with A A' = H, the Hessian of the loss:
+            S'S / N = G exactly. With `residuals` r, which have A r = gradient of the loss, S'r / N = g.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from hfmpi.optim.layout import Vector
+
+__all__ = ["DenseRows", "Matrix", "RowKind", "RowMatrix", "RowRequest"]
+
+RowKind = Literal["scores", "sketch", "residuals"]
+
+Matrix = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+"""A matrix, or the numbers of all rows, on the host."""
+
+
+@dataclass(frozen=True)
+class RowRequest:
+    """Which rows are wanted.
+
+    Attributes
+    ----------
+    kind : {'scores', 'sketch', 'residuals'}
+    segments : int
+        K, the number of time segments of an example, for scores and sketches.
+    seed : int
+        Of a sketch: its signs depend on the seed and on the examples, not on ranks.
+    """
+
+    kind: RowKind = "scores"
+    segments: int = 1
+    seed: int = 0
+
+
+class RowMatrix(ABC):
+    """Rows S (M, D) at one theta, spread over the ranks; every method is collective.
+
+    Attributes
+    ----------
+    loss : float
+        The risk f.
+    gradient : (D,)
+        g.
+    count : int
+        M, over all ranks.
+    scored : int
+        N.
+    cotangents : int
+        Rows of an example: the adjoint passes that ran side by side.
+    residuals : (M,) float64 or None
+        For rows of residuals, r.
+    complete : bool
+        Whether S'r / N is all of g. It is not where the gradient of a loss has a part that its Hessian does
+        not see, such as the linear part of Huber's loss.
+    """
+
+    loss: float
+    gradient: Vector
+    count: int
+    scored: int
+    cotangents: int
+    residuals: Matrix | None
+    complete: bool
+
+    @abstractmethod
+    def times(self, v: Vector) -> Matrix:
+        """Compute S v (M,), float64 on the host, of v (D,)."""
+
+    @abstractmethod
+    def transposed(self, a: Matrix) -> Vector:
+        """Compute S' a (D,), in the type of theta, of a (M,), float64."""
+
+    @abstractmethod
+    def gram(self) -> Matrix:
+        """Compute S S' (M, M), float64 on the host."""
+
+    @abstractmethod
+    def normal(self) -> Matrix:
+        """Compute S'S (D, D), float64 on the host."""
+
+
+@dataclass(frozen=True, eq=False)
+class DenseRows(RowMatrix):
+    """Rows in one array, for objectives of one process that compute their Jacobian themselves.
+
+    Examples
+    --------
+    >>> j, r = np.array([[1.0, 0.0], [1.0, 1.0]]), np.array([3.0, 1.0])
+    >>> rows = DenseRows(0.5 * r @ r, j.T @ r, j, r)
+    """
+
+    loss: float
+    gradient: Vector
+    matrix: Vector
+    residuals: Matrix | None = None
+    scored: int = 1
+    cotangents: int = 1
+    complete: bool = True
+
+    @property
+    def count(self) -> int:  # type: ignore[override]
+        """M."""
+        return len(self.matrix)
+
+    def times(self, v: Vector) -> Matrix:
+        """Compute S v."""
+        return np.asarray(self.matrix, np.float64) @ np.asarray(v, np.float64)
+
+    def transposed(self, a: Matrix) -> Vector:
+        """Compute S' a."""
+        return (np.asarray(self.matrix, np.float64).T @ a).astype(self.matrix.dtype)
+
+    def gram(self) -> Matrix:
+        """Compute S S'."""
+        wide = np.asarray(self.matrix, np.float64)
+        return wide @ wide.T
+
+    def normal(self) -> Matrix:
+        """Compute S'S."""
+        wide = np.asarray(self.matrix, np.float64)
+        return wide.T @ wide
