@@ -21,13 +21,16 @@ from hfmpi.data.batches import Cases, checked_indices, curvature_slice, global_i
 from hfmpi.errors import UserError, shown
 from hfmpi.measure.spans import ALLREDUCE, LINE_SEARCH
 from hfmpi.measure.timer import Timer
-from hfmpi.models.base import Blocks, KroneckerFactors, Model, has_squared_gradients
+from hfmpi.models.base import Blocks, KroneckerFactors, Model, has_rows, has_squared_gradients
 from hfmpi.objective.local import Extra, LocalSums, Shard
-from hfmpi.objective.messages import gradient_message, unpack
+from hfmpi.objective.local_rows import SliceRows
+from hfmpi.objective.messages import gradient_message, row_message, unpack
+from hfmpi.objective.rows import ShardedRows
 from hfmpi.objective.transport import HostTransport, Transport
 from hfmpi.optim.base import Gradient, Objective, Objectives, Operator, Scalars
 from hfmpi.optim.checks import check_vector
 from hfmpi.optim.layout import Block
+from hfmpi.optim.rows import RowMatrix, RowRequest
 from hfmpi.parallel.communicator import Communicator
 from hfmpi.parallel.failure import together
 
@@ -148,6 +151,11 @@ class DataParallel:
         count = self.slices or ranks
         slices = range(count * rank // ranks, count * (rank + 1) // ranks)
         return Shard(cases, [shard(indices, i, count) for i in slices])
+
+    def sizes(self, batch: int) -> list[int]:
+        """Return the number of examples in every slice of a global batch, of all ranks."""
+        count = self.slices or self.communicator.size
+        return [batch * (i + 1) // count - batch * i // count for i in range(count)]
 
     def total(
         self, work: Callable[[], Array], size: int, dtype: np.dtype | type, host: bool = False
@@ -287,16 +295,20 @@ class Risk(Objective):
             return self.owner.model.blocks
         return super().blocks
 
-    def spread(self, works: Sequence[Callable[[], Array]], sizes: Sequence[int]) -> list[Array]:
+    def spread(
+        self, works: Sequence[Callable[[], Array]], sizes: Sequence[int], wide: bool = False
+    ) -> list[Array]:
         """Do each work on one rank, and send the results to all in one message."""
         owner, backend, ends = self.owner, self.owner.model.backend, np.cumsum(sizes)
-        size = int(sum(sizes)) + 1
+        size, kind, xp = int(sum(sizes)) + 1, backend.dtype, backend.xp
+        if wide:
+            kind, xp = np.dtype(np.float64), np
 
         def parts(message: Array) -> list[Array]:
             return [message[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
         def local() -> Array:
-            message = backend.xp.zeros(size, backend.dtype)
+            message = xp.zeros(size, kind)
             each = parts(message)
             for i in shares(sizes, owner.communicator.size)[owner.communicator.rank]:
                 if owner.stop() or owner.overdue():
@@ -304,7 +316,7 @@ class Risk(Objective):
                 each[i] += works[i]()  # added to zero, as on all other ranks: no -0.0 on one rank alone
             return message
 
-        return parts(owner.total(local, size, backend.dtype))
+        return parts(owner.total(local, size, kind, host=wide))
 
     def agree(self, values: Scalars) -> Scalars:
         """Return rank 0's values of scalars that every rank computed."""
@@ -367,6 +379,41 @@ class Risk(Objective):
         out = gradient_message(theta.size, message.size - layout.size).views(message)
         loss = unpack(owner.model.backend.to_host(out["loss"]))
         return Gradient(loss, out["gradient"]), out["extra"]
+
+    def rows(self, theta: Array, request: RowRequest) -> RowMatrix:
+        """Return the mean loss, its gradient and rows of the examples; loss and gradient in one message."""
+        self._check("theta", theta)
+        owner, backend = self.owner, self.owner.model.backend
+        if not has_rows(owner.model):
+            return super().rows(theta, request)
+        kept = list[SliceRows]()
+
+        def local() -> Array:
+            message, slices = owner.local.rows(theta, self.shard, self.scored, request, self.size)
+            kept.extend(slices)
+            return message
+
+        layout = row_message(theta.size)
+        message = owner.total(local, layout.size, theta.dtype)
+        out = layout.views(message)
+        sizes = owner.sizes(self.size)
+        cotangents, incomplete = (float(number) for number in backend.to_host(out["rows"]))
+        cotangents /= sum(size > 0 for size in sizes)
+        if cotangents != int(cotangents):
+            raise UserError(
+                "the examples have different numbers of outputs: rows need the same number of every example"
+            )
+        return ShardedRows(
+            owner,
+            kept,
+            [size * int(cotangents) for size in sizes],
+            loss=unpack(backend.to_host(out["loss"])),
+            gradient=out["gradient"],
+            scored=self.scored,
+            cotangents=int(cotangents),
+            complete=incomplete == 0,
+            with_residuals=request.kind == "residuals",
+        )
 
     def gauss_newton(self, theta: Array) -> Operator:
         """Linearise at theta; return v (D,) -> G v."""

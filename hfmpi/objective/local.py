@@ -19,11 +19,14 @@ from hfmpi.errors import UserError
 from hfmpi.measure.spans import FORWARD, GRADIENT, INPUT, LINEARISE, PRODUCTS
 from hfmpi.measure.timer import Timer
 from hfmpi.models.base import KroneckerFactors, Linearisation, Model, Projection, StructuralDamping
-from hfmpi.objective.messages import gradient_message, pack
+from hfmpi.objective.local_rows import SliceRows, slice_rows
+from hfmpi.objective.messages import gradient_message, pack, row_message
+from hfmpi.objective.sums import pairwise_sum
 from hfmpi.optim.base import inner_product
 from hfmpi.optim.layout import Layout
+from hfmpi.optim.rows import RowRequest
 
-__all__ = ["Extra", "LocalSums", "Shard", "pairwise"]
+__all__ = ["Extra", "LocalSums", "Shard"]
 
 T = TypeVar("T")
 
@@ -61,13 +64,6 @@ class Slice(NamedTuple):
     batches: list[Any]
 
 
-def pairwise(parts: list[Array]) -> Array:
-    """Sum arrays or numbers, as many as a power of two or one, in a binary tree of neighbours."""
-    while len(parts) > 1:
-        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
-    return parts[0]
-
-
 class LocalSums:
     """Sums of a model over shards.
 
@@ -96,6 +92,7 @@ class LocalSums:
         self._passing: Linearisation | None = None  # used at once; the next one takes its memory
         self._slices: list[Slice] = []  # linearised, between products
         self._theta: Array = None  # at which they are linearised: a copy
+        self.rows_at_once = dict[tuple[str, int], int]()  # by request: examples whose rows one pass computes
         self._version = 1  # of these slices; an operator that knows an earlier one linearises again
 
     @property
@@ -113,7 +110,7 @@ class LocalSums:
                     losses += [self.model.loss(theta, batch) for theta in thetas]
             return losses
 
-        return self._shrinking(shard.count, lambda: pairwise([share(part) for part in shard.slices]))
+        return self._shrinking(shard.count, lambda: pairwise_sum([share(part) for part in shard.slices]))
 
     def gradient_layout(self, theta: Array, extra: Extra) -> Layout[str]:
         """Return the layout of the message of `gradient`."""
@@ -149,19 +146,49 @@ class LocalSums:
             loss = sum(add(at, out) for at in first.linearisations)
             for batch in chain(first.batches, self._batches(shard, indices)):
                 with self.timer.span(FORWARD):
-                    at = self._pass(model.linearise, theta, batch)
+                    at = self.linearised(model.linearise, theta, batch)
                 loss += add(at, out)
             out["loss"][...] = backend.to_device(pack(loss).astype(theta.dtype))
             return message
 
         def sums() -> tuple[Array, int]:
             if part is None:
-                return pairwise([share(indices, Slice([], [])) for indices in shard.slices]), 0
+                return pairwise_sum([share(indices, Slice([], [])) for indices in shard.slices]), 0
             self._linearise(model.linearise, theta, part, FORWARD)
             both = zip(shard.slices, self._slices, strict=True)
-            return pairwise([share(indices, first) for indices, first in both]), self._version
+            return pairwise_sum([share(indices, first) for indices, first in both]), self._version
 
         return self._shrinking(shard.count + (part.count if part is not None else 0), sums)
+
+    def rows(
+        self, theta: Array, shard: Shard, scored: int, request: RowRequest, examples: int
+    ) -> tuple[Array, list[SliceRows]]:
+        """Return the message of loss, gradient and row counts, and the rows of every slice.
+
+        Rows of residuals are stored where there are fewer than parameters on the whole global batch of
+        `examples`; where not, S'S of every slice takes their place.
+
+        Raises
+        ------
+        UserError
+            If the memory budget does not suffice.
+        """
+        layout, parts = row_message(theta.size), list[SliceRows]()
+
+        def share(indices: np.ndarray) -> Array:
+            message = self.model.backend.xp.zeros(layout.size, theta.dtype)
+            parts.append(
+                slice_rows(self, theta, shard, indices, scored, request, examples, layout.views(message))
+            )
+            return message
+
+        def sums() -> Array:
+            parts.clear()
+            self._passing, self._slices = None, []  # their memory is needed
+            self._version += 1
+            return pairwise_sum([share(indices) for indices in shard.slices])
+
+        return self._shrinking(shard.count, sums), parts
 
     def products(
         self, theta: Array, shard: Shard, scored: int, structural: float = 0.0, version: int = 0
@@ -240,7 +267,7 @@ class LocalSums:
                     add(at, v, message)
             for batch in part.batches:
                 with self.timer.span(LINEARISE):
-                    at = self._pass(linearise, theta, batch)
+                    at = self.linearised(linearise, theta, batch)
                 with self.timer.span(PRODUCTS):
                     add(at, v, message)
             return message
@@ -250,7 +277,7 @@ class LocalSums:
             if mine != self._version:  # given up for lack of memory, or for another operator
                 self._linearise(linearise, theta, shard)
                 mine = self._version
-            return pairwise([share(part, v) for part in self._slices])
+            return pairwise_sum([share(part, v) for part in self._slices])
 
         return lambda v: self._shrinking(shard.count, lambda: sums(v))
 
@@ -262,8 +289,8 @@ class LocalSums:
         for part in shard.slices:
             current = Slice([], [])
             self._slices.append(current)
-            for indices in self._cut(part):
-                batch = self._take(shard, indices)
+            for indices in self.cut(part):
+                batch = self.take(shard, indices)
                 if size * len(indices) > left * cases:  # if it is, per example, as large as the last one
                     current.batches.append(batch)
                     continue
@@ -281,7 +308,7 @@ class LocalSums:
                     current.linearisations.append(at)
                     count += 1
 
-    def _pass(self, linearise: Linearise, theta: Array, batch: Any) -> Linearisation:
+    def linearised(self, linearise: Linearise, theta: Array, batch: Any) -> Linearisation:
         """Linearise on one micro-batch, in memory that the next call takes over."""
         self._passing = linearise(theta, batch, self._passing)
         return self._passing
@@ -320,18 +347,20 @@ class LocalSums:
         self._version += 1
         self.model.release()
 
-    def _cut(self, part: np.ndarray) -> list[np.ndarray]:
-        """Divide a slice into micro-batches of nearly equal size."""
-        return np.array_split(part, -(-part.size // self.micro_batch)) if part.size else []
+    def cut(self, part: np.ndarray, most: int | None = None) -> list[np.ndarray]:
+        """Divide a slice into micro-batches of nearly equal size, of `most` examples if this is smaller."""
+        most = min(self.micro_batch, most or self.micro_batch)
+        return np.array_split(part, -(-part.size // most)) if part.size else []
 
-    def _take(self, shard: Shard, indices: np.ndarray) -> Any:
+    def take(self, shard: Shard, indices: np.ndarray) -> Any:
+        """Return the batch of some examples."""
         with self.timer.span(INPUT):
             return shard.cases.take(indices)
 
     def _batches(self, shard: Shard, part: np.ndarray) -> Iterator[Any]:
         """Yield the micro-batches of a slice."""
-        for indices in self._cut(part):
-            yield self._take(shard, indices)
+        for indices in self.cut(part):
+            yield self.take(shard, indices)
 
 
 def _project(at: Linearisation, v: Array, scale: float, out: np.ndarray) -> None:

@@ -6,6 +6,10 @@ The last number of each message counts the ranks that want to stop or have faile
 gradient            g (D,), squares (D,) or sums for factors if asked for, the loss in four parts, stop
 product             G v (D,), stop
 projection          V G V' (C, C), stop; float64 on the host
+rows                g (D,), the sum over slices of the rows of an example, the number of micro-batches whose
+                    rows do not determine the gradient, the loss in four parts, stop
+numbers of rows     one number for each row (M,), stop; float64 on the host
+Gram matrix         S S' (M, M), stop; float64 on the host; S'S (D, D) likewise
 loss                the loss, or that of each candidate, stop; float64 on the host
 ==================  ====================================================================================
 """
@@ -18,7 +22,7 @@ import numpy as np
 
 from hfmpi.optim.layout import Layout
 
-__all__ = ["gradient_message", "message_sizes", "pack", "unpack"]
+__all__ = ["gradient_message", "message_sizes", "pack", "row_message", "unpack"]
 
 GRIDS = 2.0**-10, 2.0**-24, 2.0**-38, 2.0**-52
 """Grids of the parts of a packed scalar; see `pack`."""
@@ -27,6 +31,11 @@ GRIDS = 2.0**-10, 2.0**-24, 2.0**-38, 2.0**-52
 def gradient_message(parameters: int, extra: int = 0) -> Layout[str]:
     """Return the layout of the message of a gradient, with `extra` numbers for squares or factors."""
     return Layout({"gradient": (parameters,), "extra": (extra,), "loss": (len(GRIDS),), "stop": (1,)})
+
+
+def row_message(parameters: int) -> Layout[str]:
+    """Return the layout of the message of rows."""
+    return Layout({"gradient": (parameters,), "rows": (2,), "loss": (len(GRIDS),), "stop": (1,)})
 
 
 def pack(value: float) -> np.ndarray:

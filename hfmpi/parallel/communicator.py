@@ -110,6 +110,23 @@ class Communicator:
         """Collect a small picklable object of every rank: a list in rank order on rank 0, else None."""
         return [value]
 
+    def exchange(self, parts: list[np.ndarray], shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
+        """Send one array to every rank, and receive one from every rank.
+
+        Parameters
+        ----------
+        parts : list of ndarray
+            For each rank; all of one dtype, the same on every rank.
+        shapes : list of tuple
+            Of the array that each rank sends to this one.
+
+        Returns
+        -------
+        list of ndarray
+            In the order of the ranks.
+        """
+        return parts
+
     def same(self, value: int) -> list[int]:
         """Compare a number such as `digest(theta)` across the ranks.
 
@@ -223,6 +240,15 @@ class MPICommunicator(Communicator):
     def gather(self, value: T) -> list[T] | None:
         """Collect a small picklable object of every rank on rank 0; see `Communicator.gather`."""
         return self._comm.gather(value, root=0)
+
+    @_counted
+    def exchange(self, parts: list[np.ndarray], shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
+        """Send one array to every rank, and receive one from every rank; see `Communicator.exchange`."""
+        received = [np.empty(shape, parts[0].dtype) for shape in shapes]
+        requests = [self._comm.Irecv(array, rank) for rank, array in enumerate(received)]
+        requests += [self._comm.Isend(np.ascontiguousarray(part), rank) for rank, part in enumerate(parts)]
+        self._mpi.Request.Waitall(requests)
+        return received
 
     @_counted
     def rest(self) -> None:

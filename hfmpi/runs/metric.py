@@ -11,7 +11,7 @@ from hfmpi.data.batches import Cases
 from hfmpi.errors import UserError, shown
 from hfmpi.models.base import Outputs
 from hfmpi.objective.data_parallel import DataParallel
-from hfmpi.objective.local import pairwise
+from hfmpi.objective.sums import pairwise_sum
 
 __all__ = ["Metric", "mean", "sums"]
 
@@ -30,7 +30,7 @@ def mean(metric: Metric, owner: DataParallel, cases: Cases, theta: Array) -> flo
         return total
 
     def local() -> np.ndarray:
-        return np.append(pairwise([share(part) for part in shard.slices]), 0.0)
+        return np.append(pairwise_sum([share(part) for part in shard.slices]), 0.0)
 
     message = owner.total(local, 3, np.float64, host=True)
     total, count = message[:2].tolist()

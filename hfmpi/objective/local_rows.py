@@ -1,0 +1,196 @@
+"""Rows of a model (hfmpi.optim.rows) over one slice of a shard: stored, or summed to S'S."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hfmpi.backends.base import Array, Backend
+from hfmpi.errors import UserError
+from hfmpi.measure.spans import FORWARD, GRADIENT
+from hfmpi.objective.messages import pack
+from hfmpi.optim.rows import RowRequest
+
+if TYPE_CHECKING:
+    from hfmpi.objective.local import LocalSums, Shard
+
+__all__ = ["SliceRows", "signs", "slice_rows"]
+
+AT_ONCE = 1 << 24
+"""Entries of rows that one pass of a model computes: more would take much memory beside its other arrays."""
+
+CONVERTED = 1 << 22
+"""Entries of rows that are converted to float64 at a time."""
+
+
+@dataclass
+class SliceRows:
+    """The rows S (n, D) of the examples of one slice, or S'S.
+
+    Attributes
+    ----------
+    backend : Backend
+    stored : (n, D) or None
+        On the device; None where S'S replaces the rows.
+    normal : (D, D) float64 or None
+        S'S, on the device.
+    residuals : (n,) or None
+        On the device; for rows of residuals.
+    """
+
+    backend: Backend
+    stored: Array = None
+    normal: Array = None
+    residuals: Array = None
+
+    def times(self, v: Array) -> np.ndarray:
+        """Compute S v (n,), float64 on the host."""
+        wide = v.astype(np.float64, copy=False)
+        parts = [self.backend.to_host(self.backend.xp.matmul(part, wide)) for part in self._wide()]
+        return np.concatenate([np.zeros(0), *parts])
+
+    def transposed(self, a: np.ndarray) -> Array:
+        """Compute S' a (D,), float64 on the device."""
+        xp, weights, start = self.backend.xp, self.backend.to_device(a.astype(np.float64)), 0
+        total = xp.zeros(self.stored.shape[1], np.float64)
+        for part in self._wide():
+            total += xp.matmul(weights[start : start + len(part)], part)
+            start += len(part)
+        return total
+
+    def squared(self) -> Array:
+        """Compute S'S (D, D), float64 on the device."""
+        if self.normal is not None:
+            return self.normal
+        total = self.backend.xp.zeros((self.stored.shape[1],) * 2, np.float64)
+        for part in self._wide():
+            total += self.backend.xp.matmul(part.T, part)
+        return total
+
+    def _wide(self) -> Iterator[Array]:
+        """Yield the rows in float64, in parts."""
+        many = max(1, CONVERTED // self.stored.shape[1])
+        if self.stored.dtype == np.float64:
+            many = max(1, len(self.stored))
+        for start in range(0, len(self.stored), many):
+            yield self.stored[start : start + many].astype(np.float64, copy=False)
+
+
+def slice_rows(
+    local: LocalSums,
+    theta: Array,
+    shard: Shard,
+    indices: np.ndarray,
+    scored: int,
+    request: RowRequest,
+    examples: int,
+    out: dict[str, Array],
+) -> SliceRows:
+    """Compute the rows of the examples `indices` (n,), one slice of a shard.
+
+    Parameters
+    ----------
+    local : LocalSums
+    scored, examples : int
+        Of the whole global batch: rows of residuals are stored if they are fewer than the parameters.
+    out : dict
+        The arrays of `row_message`; this adds loss and gradient, divided by `scored`.
+    """
+    backend, model, size = local.model.backend, local.model, theta.size
+    xp, part, key = backend.xp, SliceRows(backend), (request.kind, request.segments)
+    cut, done, loss = local.cut(indices, local.rows_at_once.get(key)), 0, 0.0
+    part.stored, part.residuals = xp.zeros((0, size), theta.dtype), xp.zeros(0, theta.dtype)
+    while cut:
+        some = cut.pop(0)
+        batch = local.take(shard, some)
+        with local.timer.span(FORWARD):
+            at: Any = local.linearised(model.linearise, theta, batch)
+        count = int(at.residual_count()) if request.kind == "residuals" else request.segments
+        if not done:
+            most = max(1, AT_ONCE // max(1, count * size))
+            if len(some) > most:  # only a batch shows how many rows an example has
+                local.rows_at_once[key] = most
+                cut = local.cut(indices, most)
+                continue
+            stored = request.kind != "residuals" or examples * count < size
+            _check_memory(local, len(indices) * count * size if stored else 0, 0 if stored else size)
+            part.residuals = xp.zeros(len(indices) * count, theta.dtype)
+            part.stored = xp.zeros((len(indices) * count, size), theta.dtype) if stored else None
+            part.normal = None if stored else xp.zeros((size, size), np.float64)
+            out["rows"][0] = count
+        place = slice(done * count, (done + len(some)) * count)
+        rows = part.stored[place] if stored else xp.zeros((len(some) * count, size), theta.dtype)
+        with local.timer.span(GRADIENT):
+            _add(at, request, some, scored, rows, part.residuals[place], out)
+            if not stored:
+                wide = rows.astype(np.float64, copy=False)
+                part.normal += xp.matmul(wide.T, wide)
+            backend.synchronize()
+        loss, done = loss + float(at.loss) / scored, done + len(some)
+    out["loss"][...] = backend.to_device(pack(loss).astype(theta.dtype))
+    return part
+
+
+def _add(
+    at: Any,
+    request: RowRequest,
+    indices: np.ndarray,
+    scored: int,
+    rows: Array,
+    residuals: Array,
+    out: dict[str, Array],
+) -> None:
+    """Fill the rows (B * C, D) of a micro-batch and its residuals (B * C,), and add its gradient to `out`."""
+    backend, kind = at.backend, rows.dtype.type
+    by_example, xp = rows.reshape(len(indices), -1, rows.shape[1]), backend.xp
+    if request.kind == "scores":
+        at.scores(request.segments, by_example)
+        out["gradient"] += xp.matmul(xp.zeros(len(rows), rows.dtype) + kind(1 / scored), rows)
+    elif request.kind == "residuals":
+        complete = at.residual_rows(by_example, residuals.reshape(len(indices), -1))
+        if complete:
+            out["gradient"] += xp.matmul(residuals * kind(1 / scored), rows)
+        else:
+            at.gradient(1 / scored, out["gradient"])
+        out["rows"][1] += kind(not complete)
+    else:
+        e = signs(request.seed, indices, at.residual_count()).astype(rows.dtype)
+        at.sketch(backend.to_device(e), request.segments, by_example)
+        at.gradient(1 / scored, out["gradient"])
+
+
+def _check_memory(local: LocalSums, entries: int, side: int) -> None:
+    """Raise a UserError where rows, or a matrix S'S of this side, exceed the memory budget."""
+    nbytes = entries * local.model.backend.dtype.itemsize + 8 * side * side
+    if nbytes > local.memory_budget:
+        what = f"a matrix of {side:,} x {side:,} numbers" if side else "the rows of this rank's examples"
+        remedy = "" if side else "fewer examples (gradient_batch), more ranks, "
+        raise UserError(
+            f"{what} would take {nbytes / 1e9:.3g} GB, and the memory budget is "
+            f"{local.memory_budget / 1e9:.3g} GB: use {remedy}a smaller model or a larger memory_budget"
+        )
+
+
+def signs(seed: int, indices: np.ndarray, count: int) -> np.ndarray:
+    """Return random signs (B, count), int8, that depend on the seed and the index of each example alone.
+
+    They are a bit of the hash of SplitMix64 (Steele, Lea and Flood 2014) of seed, example and position.
+    """
+    state = _mixed(np.uint64(seed) + _mixed(indices.astype(np.uint64))[:, None])
+    bits = _mixed(state + np.arange(1, count + 1, dtype=np.uint64) * GAMMA) >> np.uint64(63)
+    e: np.ndarray = 2 * bits.astype(np.int8) - 1
+    return e
+
+
+GAMMA = np.uint64(0x9E3779B97F4A7C15)
+"""The increment of SplitMix64."""
+
+
+def _mixed(z: Any) -> Any:
+    """Return the output function of SplitMix64 of numbers of 64 bits."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

@@ -1,0 +1,163 @@
+"""Rows over all ranks: each rank stores those of its shard, and sums become global by one message each.
+
+The Gram matrix S S' needs every pair of rows. The ranks exchange rows for columns: each gets a part of the
+columns of all rows, multiplies them, and the products are summed. So every rank has the same work, and a row
+is sent once. With slices there are as many parts of columns as slices, whose products are added in the same
+binary tree whatever the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hfmpi.backends.base import Array
+from hfmpi.errors import UserError
+from hfmpi.objective.local_rows import SliceRows
+from hfmpi.objective.sums import Tree, pairwise_sum
+from hfmpi.optim.layout import Vector
+from hfmpi.optim.rows import Matrix, RowMatrix
+
+if TYPE_CHECKING:
+    from hfmpi.objective.data_parallel import DataParallel
+
+__all__ = ["ShardedRows"]
+
+EXCHANGED = 1 << 23
+"""Entries of rows that a rank receives at a time."""
+
+
+class ShardedRows(RowMatrix):
+    """The rows of a global batch at one theta.
+
+    Parameters
+    ----------
+    owner : DataParallel
+    slices : list of SliceRows
+        Of this rank, in order.
+    counts : list of int
+        The rows of every slice of all ranks, in order.
+    loss, gradient, scored, cotangents, complete
+        As in `RowMatrix`.
+    """
+
+    def __init__(
+        self,
+        owner: DataParallel,
+        slices: list[SliceRows],
+        counts: list[int],
+        *,
+        loss: float,
+        gradient: Vector,
+        scored: int,
+        cotangents: int,
+        complete: bool,
+        with_residuals: bool,
+    ) -> None:
+        self.owner, self.slices, self.counts = owner, slices, counts
+        self.loss, self.gradient, self.scored = loss, gradient, scored
+        self.cotangents, self.complete, self.count = cotangents, complete, sum(counts)
+        comm, ends = owner.communicator, np.cumsum([0, *counts]).tolist()
+        first = len(counts) * comm.rank // comm.size
+        self._places = [slice(*ends[i : i + 2]) for i in range(first, first + len(slices))]
+        self.residuals = None
+        if with_residuals:
+            to_host = owner.model.backend.to_host
+            self.residuals = self._gathered(lambda part: to_host(part.residuals))
+
+    def times(self, v: Vector) -> Matrix:
+        """Compute S v (M,), in one message of M numbers."""
+        self._check_stored()
+        return self._gathered(lambda part: part.times(v))
+
+    def transposed(self, a: Matrix) -> Vector:
+        """Compute S' a (D,), in one message of D numbers."""
+        self._check_stored()
+        kind, xp = self.gradient.dtype, self.owner.model.backend.xp
+
+        def local() -> Array:
+            parts = zip(self.slices, self._places, strict=True)
+            sums = [part.transposed(a[place]).astype(kind, copy=False) for part, place in parts]
+            return xp.append(pairwise_sum(sums), kind.type(0))
+
+        return self.owner.total(local, self.gradient.size + 1, kind)[:-1]
+
+    def normal(self) -> Matrix:
+        """Compute S'S (D, D), in one message of D^2 numbers."""
+        size, backend = self.gradient.size, self.owner.model.backend
+
+        def local() -> np.ndarray:
+            message = np.zeros(size * size + 1)
+            sums = pairwise_sum([part.squared() for part in self.slices])
+            message[:-1] = backend.to_host(sums).reshape(-1)
+            return message
+
+        message: Matrix = self.owner.total(local, size * size + 1, np.float64, host=True)
+        return message[:-1].reshape(size, size)
+
+    def gram(self) -> Matrix:
+        """Compute S S' (M, M): rows are exchanged for columns, and one message of M^2 numbers is summed."""
+        self._check_stored()
+        owner, comm, backend = self.owner, self.owner.communicator, self.owner.model.backend
+        parts = owner.slices or comm.size
+        edges = [self.gradient.size * j // parts for j in range(parts + 1)]
+        width = max(1, EXCHANGED // max(1, self.count))
+        rounds = -(-max(b - a for a, b in pairwise(edges)) // width)
+        # After this message no rank lacks the memory, and none is left behind in an exchange.
+        memory = list[Array]()
+        owner.total(lambda: self._prepared(memory), 1, np.float64, host=True)
+        sums = Tree()
+        for q in range(parts // comm.size):
+            total = backend.xp.zeros((self.count, self.count), np.float64)
+            mine = [parts // comm.size * rank + q for rank in range(comm.size)]
+            for i in range(rounds):
+                block = self._exchanged([_part(edges[j], edges[j + 1], width, i) for j in mine])
+                total += backend.xp.matmul(block, block.T)
+            sums.add(total)
+        message: Matrix = memory.pop()
+        message[:-1] = backend.to_host(sums.total).reshape(-1)
+        owner.sum(message, owner.host)
+        return message[:-1].reshape(self.count, self.count)
+
+    def _prepared(self, memory: list[Array]) -> Array:
+        """Allocate the message of the Gram matrix."""
+        memory.append(np.zeros(self.count * self.count + 1))
+        return np.zeros(1)
+
+    def _exchanged(self, columns: list[slice]) -> Array:
+        """Return the columns (M, w) of all rows that are this rank's, float64; `columns` has those of all."""
+        comm, backend = self.owner.communicator, self.owner.model.backend
+        rows = [part.stored for part in self.slices]
+        if comm.size == 1:
+            return backend.xp.concatenate([part[:, columns[0]].astype(np.float64) for part in rows])
+        to_host, kind = backend.to_host, self.gradient.dtype
+        sent = [np.concatenate([to_host(part[:, each]) for part in rows]).astype(kind) for each in columns]
+        per_rank = [sum(part) for part in np.array_split(self.counts, comm.size)]
+        wide = columns[comm.rank].stop - columns[comm.rank].start
+        received = comm.exchange(sent, [(count, wide) for count in per_rank])
+        return backend.to_device(np.concatenate(received).astype(np.float64))
+
+    def _gathered(self, values: Callable[[SliceRows], np.ndarray]) -> Matrix:
+        """Return a number for every row (M,), of which each rank computes those of its rows."""
+
+        def local() -> np.ndarray:
+            message = np.zeros(self.count + 1)
+            for part, place in zip(self.slices, self._places, strict=True):
+                message[place] = values(part)
+            return message
+
+        message: Matrix = self.owner.total(local, self.count + 1, np.float64, host=True)
+        return message[:-1]
+
+    def _check_stored(self) -> None:
+        """Raise a UserError where S'S replaces the rows."""
+        if self.count >= self.gradient.size and self.residuals is not None:
+            raise UserError("there are as many rows as parameters or more, so that only S'S is computed")
+
+
+def _part(start: int, stop: int, width: int, i: int) -> slice:
+    """Return columns i * width, ... of those from start to stop, perhaps none."""
+    return slice(min(start + i * width, stop), min(start + (i + 1) * width, stop))
