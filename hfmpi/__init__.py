@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hfmpi.optim import SOAP, Adam, GradientDescent, HessianFree, Muon, Objective, Objectives, Subspace
     from hfmpi.parallel import connect, guard
     from hfmpi.runs.call import train
+    from hfmpi.runs.curvature import curvature
 
 __all__ = [
     "SOAP",
@@ -38,6 +39,7 @@ __all__ = [
     "Subspace",
     "TorchModel",
     "connect",
+    "curvature",
     "guard",
     "train",
 ]
@@ -51,6 +53,7 @@ _PLACES = {
     "Network": "hfmpi.networks.network",
     "TorchModel": "hfmpi.frameworks.torch",
     "connect": "hfmpi.parallel",
+    "curvature": "hfmpi.runs.curvature",
     "guard": "hfmpi.parallel",
     "train": "hfmpi.runs.call",
 }

@@ -86,7 +86,12 @@ def make(size, comm=None, loss="squares", dtype="float64", **options):
     return owner.on(data(size), np.arange(EXAMPLES)), model.initial(0).astype(dtype)
 
 
-REQUESTS = [RowRequest("scores"), RowRequest("scores", 2), RowRequest("sketch", 3, 7), RowRequest("residuals")]
+REQUESTS = [
+    RowRequest("scores"),
+    RowRequest("scores", 2),
+    RowRequest("sketch", 3, 7),
+    RowRequest("residuals"),
+]
 WIDE, NARROW = EXAMPLES * STEPS * OUTPUTS + 5, 7
 """More parameters than rows of residuals, and fewer."""
 
@@ -118,7 +123,7 @@ def _in(k, t, segments):
 
 def check(found, size, request, rtol=1e-12):
     s, r, gradient, scored = dense(size, request)
-    close = dict(rtol=rtol, atol=rtol * abs(s).max() ** 2 * len(s))
+    close = {"rtol": rtol, "atol": rtol * abs(s).max() ** 2 * len(s)}
     v, a = np.random.default_rng(1).standard_normal(size), np.random.default_rng(2).standard_normal(len(s))
     assert (found.count, found.scored, found.cotangents) == (len(s), scored, len(s) // EXAMPLES)
     np.testing.assert_allclose(found.gradient, gradient, **close)
@@ -172,7 +177,9 @@ def test_columns_are_exchanged_in_parts(monkeypatch):
     check(risk.rows(theta, RowRequest("scores")), WIDE, RowRequest("scores"))
 
 
-@pytest.mark.parametrize(("size", "words"), [(WIDE, "rows of this rank's examples"), (NARROW, "matrix of 7 x 7")])
+@pytest.mark.parametrize(
+    ("size", "words"), [(WIDE, "rows of this rank's examples"), (NARROW, "matrix of 7 x 7")]
+)
 def test_a_sentence_where_the_memory_budget_does_not_suffice(size, words):
     risk, theta = make(size, memory_budget=300.0)
     with pytest.raises(UserError, match=words):
@@ -212,7 +219,7 @@ def test_masked_outputs_have_rows_of_zeros():
     model, cases = Quadratic(WIDE), data(WIDE, masked=True)
     risk = DataParallel(model, Communicator()).on(cases, np.arange(EXAMPLES))
     found = risk.rows(model.initial(0), RowRequest("residuals"))
-    s, r, gradient, scored = dense(WIDE, RowRequest("residuals"), masked=True)
+    s, _r, gradient, scored = dense(WIDE, RowRequest("residuals"), masked=True)
     assert found.scored == scored < EXAMPLES * STEPS
     np.testing.assert_allclose(found.gram(), s @ s.T, rtol=1e-12)
     np.testing.assert_allclose(found.gradient, gradient, rtol=1e-12)

@@ -18,15 +18,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated
 
 import numpy as np
 
 from hfmpi.optim.layout import Vector
+from hfmpi.settings import NOT_NEGATIVE, Rule, at_least, check
 
-__all__ = ["DenseRows", "Matrix", "RowKind", "RowMatrix", "RowRequest"]
+__all__ = ["DenseRows", "Matrix", "RowMatrix", "RowRequest"]
 
-RowKind = Literal["scores", "sketch", "residuals"]
+KINDS = "scores", "sketch", "residuals"
+
 
 Matrix = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 """A matrix, or the numbers of all rows, on the host."""
@@ -45,9 +47,12 @@ class RowRequest:
         Of a sketch: its signs depend on the seed and on the examples, not on ranks.
     """
 
-    kind: RowKind = "scores"
-    segments: int = 1
-    seed: int = 0
+    kind: Annotated[str, Rule(f"must be one of {', '.join(KINDS)}", KINDS.__contains__)] = "scores"
+    segments: Annotated[int, at_least(1)] = 1
+    seed: Annotated[int, NOT_NEGATIVE] = 0
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 class RowMatrix(ABC):
