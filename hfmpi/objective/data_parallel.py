@@ -413,6 +413,7 @@ class Risk(Objective):
             cotangents=int(cotangents),
             complete=incomplete == 0,
             with_residuals=request.kind == "residuals",
+            stored=request.stored or request.kind != "residuals" or cotangents * self.size < theta.size,
         )
 
     def gauss_newton(self, theta: Array) -> Operator:

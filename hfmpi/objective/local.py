@@ -165,8 +165,8 @@ class LocalSums:
     ) -> tuple[Array, list[SliceRows]]:
         """Return the message of loss, gradient and row counts, and the rows of every slice.
 
-        Rows of residuals are stored where there are fewer than parameters on the whole global batch of
-        `examples`; where not, S'S of every slice takes their place.
+        Where they are not to be stored (`RowRequest.stored`), S'S of every slice takes their place.
+        `examples` counts those of the global batch.
 
         Raises
         ------

@@ -95,7 +95,7 @@ def slice_rows(
     ----------
     local : LocalSums
     scored, examples : int
-        Of the whole global batch: rows of residuals are stored if they are fewer than the parameters.
+        Of the whole global batch: on it depends whether there are fewer rows than parameters.
     out : dict
         The arrays of `row_message`; this adds loss and gradient, divided by `scored`.
     """
@@ -115,7 +115,7 @@ def slice_rows(
                 local.rows_at_once[key] = most
                 cut = local.cut(indices, most)
                 continue
-            stored = request.kind != "residuals" or examples * count < size
+            stored = request.stored or request.kind != "residuals" or examples * count < size
             _check_memory(local, len(indices) * count * size if stored else 0, 0 if stored else size)
             part.residuals = xp.zeros(len(indices) * count, theta.dtype)
             part.stored = xp.zeros((len(indices) * count, size), theta.dtype) if stored else None

@@ -40,6 +40,8 @@ class ShardedRows(RowMatrix):
         Of this rank, in order.
     counts : list of int
         The rows of every slice of all ranks, in order.
+    stored : bool
+        Whether the slices have their rows, and not S'S alone.
     loss, gradient, scored, cotangents, complete
         As in `RowMatrix`.
     """
@@ -56,8 +58,9 @@ class ShardedRows(RowMatrix):
         cotangents: int,
         complete: bool,
         with_residuals: bool,
+        stored: bool,
     ) -> None:
-        self.owner, self.slices, self.counts = owner, slices, counts
+        self.owner, self.slices, self.counts, self.stored = owner, slices, counts, stored
         self.loss, self.gradient, self.scored = loss, gradient, scored
         self.cotangents, self.complete, self.count = cotangents, complete, sum(counts)
         comm, ends = owner.communicator, np.cumsum([0, *counts]).tolist()
@@ -154,8 +157,8 @@ class ShardedRows(RowMatrix):
 
     def _check_stored(self) -> None:
         """Raise a UserError where S'S replaces the rows."""
-        if self.count >= self.gradient.size and self.residuals is not None:
-            raise UserError("there are as many rows as parameters or more, so that only S'S is computed")
+        if not self.stored:
+            raise UserError("the rows are not stored: only S'S was computed")
 
 
 def _part(start: int, stop: int, width: int, i: int) -> slice:

@@ -97,11 +97,7 @@ class Objective(ABC):
         raise UserError("the objective has no Kronecker factors: set directions without kfac")
 
     def rows(self, theta: Vector, request: RowRequest) -> RowMatrix:
-        """Compute f(theta), its gradient, and rows of a Gauss-Newton or Fisher matrix (hfmpi.optim.rows).
-
-        Rows of residuals are stored only where there are fewer of them than parameters (M < D); otherwise
-        the result has `normal` alone.
-        """
+        """Compute f(theta), its gradient, and rows of a Gauss-Newton or Fisher matrix (hfmpi.optim.rows)."""
         raise UserError("the objective has no rows of examples: take another optimizer")
 
     def structural_gauss_newton(self, theta: Vector, structural: float) -> Operator:

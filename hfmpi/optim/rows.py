@@ -45,11 +45,15 @@ class RowRequest:
         K, the number of time segments of an example, for scores and sketches.
     seed : int
         Of a sketch: its signs depend on the seed and on the examples, not on ranks.
+    stored : bool
+        Store all rows. Otherwise rows of residuals are stored only if they are fewer than the parameters (M <
+        D), and the result has `normal` alone if not.
     """
 
     kind: Annotated[str, Rule(f"must be one of {', '.join(KINDS)}", KINDS.__contains__)] = "scores"
     segments: Annotated[int, at_least(1)] = 1
     seed: Annotated[int, NOT_NEGATIVE] = 0
+    stored: bool = True
 
     def __post_init__(self) -> None:
         check(self)
