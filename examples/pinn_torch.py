@@ -1,0 +1,65 @@
+"""A physics-informed network in PyTorch: Burgers' equation u_t + u u_x = nu u_xx, u(x, 0) = -sin(pi x).
+
+    python examples/pinn_torch.py
+    mpirun -n 2 python examples/pinn_torch.py
+
+The module returns one residual for every point; it computes its derivatives itself, by autograd.
+"""
+
+import sys
+from itertools import chain, pairwise
+
+import numpy as np
+import torch
+
+import hfmpi
+
+STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 150
+NU = 0.01 / np.pi
+
+
+class Residual(torch.nn.Module):
+    """The residual of the equation at points (x, t, flag), or 10 (u + sin(pi x)) where the flag is 1."""
+
+    def __init__(self):
+        super().__init__()
+        layers = [(torch.nn.Linear(a, b), torch.nn.Tanh()) for a, b in pairwise((2, 20, 20, 20, 1))]
+        self.network = torch.nn.Sequential(*chain(*layers[:-1]), layers[-1][0]).double()
+
+    def u(self, x, t):
+        """Compute u, with u(-1, t) = u(1, t) = 0 exactly."""
+        return (1 - x**2) * self.network(torch.stack([x, t], dim=1))[:, 0]
+
+    def forward(self, points):
+        x, t, start = points.T
+        with torch.enable_grad():
+            x, t = x.clone().requires_grad_(), t.clone().requires_grad_()
+            u = self.u(x, t)
+            u_x, u_t = torch.autograd.grad(u.sum(), (x, t), create_graph=True)
+            (u_xx,) = torch.autograd.grad(u_x.sum(), x, create_graph=True)
+        residual = u_t + u * u_x - NU * u_xx
+        return torch.where(start == 1, 10 * (u + torch.sin(torch.pi * x)), residual)[:, None]
+
+
+def reference(x, t):
+    """Compute the solution by Gauss-Hermite quadrature of the Cole-Hopf formula (Basdevant et al. 1986)."""
+    nodes, weights = np.polynomial.hermite.hermgauss(100)
+    at = x - nodes * np.sqrt(4 * NU * t)
+    weights = weights * np.exp(-np.cos(np.pi * at) / (2 * np.pi * NU))
+    return -(weights @ np.sin(np.pi * at)) / weights.sum()
+
+
+torch.manual_seed(0)  # the same start on all ranks
+rng = np.random.default_rng(0)
+inside, start = rng.uniform((-1, 0), (1, 1), (2000, 2)), rng.uniform((-1, 0), (1, 0), (200, 2))
+points = np.concatenate([np.c_[inside, np.zeros(2000)], np.c_[start, np.ones(200)]])
+model = hfmpi.TorchModel(Residual(), "squares")
+result = hfmpi.train(model, (points, np.zeros((len(points), 1))), optimizer="lm", max_steps=STEPS)
+model.write_back(result.theta)
+
+xs, ts = np.linspace(-0.98, 0.98, 50), np.linspace(0.05, 0.95, 19)
+exact = np.array([[reference(x, t) for x in xs] for t in ts]).ravel()
+grid = [torch.from_numpy(a.ravel()) for a in np.meshgrid(xs, ts)]
+error = np.linalg.norm(model.module.u(*grid).detach().numpy() - exact) / np.linalg.norm(exact)
+if hfmpi.connect().rank == 0:
+    print(f"relative error of u after {result.step} steps: {error:.1e}")

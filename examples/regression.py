@@ -1,0 +1,28 @@
+"""Regression to the last digits: a small tanh network through 60 points, by Levenberg-Marquardt in float64.
+
+    python examples/regression.py
+    mpirun -n 2 python examples/regression.py
+
+There are more parameters than points, so the step needs a matrix of 60 x 60 numbers alone.
+"""
+
+import sys
+
+import numpy as np
+import torch
+
+import hfmpi
+
+STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 100
+torch.manual_seed(0)  # the same start on all ranks
+module = torch.nn.Sequential(torch.nn.Linear(1, 30), torch.nn.Tanh(), torch.nn.Linear(30, 1)).double()
+model = hfmpi.TorchModel(module, "squares")
+
+x = np.linspace(-2, 2, 60)[:, None]
+y = np.exp(-x) * np.sin(3 * x)
+result = hfmpi.train(model, (x, y), optimizer="lm", max_steps=STEPS)
+model.write_back(result.theta)
+
+error = module(torch.from_numpy(x)).detach().numpy() - y
+if hfmpi.connect().rank == 0:
+    print(f"relative error after {result.step} steps: {np.linalg.norm(error) / np.linalg.norm(y):.1e}")
