@@ -152,6 +152,9 @@ class ndarray:
     def transpose(self, *axes):
         return ndarray(self._a.transpose(*axes))
 
+    def swapaxes(self, one, other):
+        return ndarray(self._a.swapaxes(one, other))
+
     def astype(self, dtype):
         return ndarray(counted(self._a.astype(dtype)))
 
@@ -306,8 +309,16 @@ def einsum(subscripts, *operands, dtype=None):
     return ndarray(counted(np.asarray(np.einsum(subscripts, *map(bare, operands), dtype=dtype))))
 
 
+def repeat(array, count, axis):
+    return ndarray(counted(np.repeat(bare(array), count, axis=axis)))
+
+
+def where(condition, a, b):
+    return ndarray(counted(np.where(bare(condition), bare(a), bare(b))))
+
+
 multiply, subtract, maximum = np.multiply, np.subtract, np.maximum
-tanh, exp, log1p = np.tanh, np.exp, np.log1p
+tanh, exp, log1p, sqrt, isfinite = np.tanh, np.exp, np.log1p, np.sqrt, np.isfinite
 
 
 def arange(stop, dtype=None):
