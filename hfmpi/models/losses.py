@@ -29,6 +29,14 @@ __all__ = [
     "total_loss",
 ]
 
+LEAST = 1e-14
+"""The least probability, or variance of a bit, in roots of Hessians and in residuals.
+
+It changes a Hessian by at most O * 1e-14. Without it the residual of an output that excludes its target would
+be infinite. With it A r is still the gradient, and r is at most about 1e7, so that systems of equations in
+float64 keep the digits of ordinary residuals beside it.
+"""
+
 
 @runtime_checkable
 class Loss(Protocol):
@@ -91,13 +99,20 @@ class Loss(Protocol):
 
 @runtime_checkable
 class HasRoot(Protocol):
-    """A loss with a square root A of its Hessian H = A A'; `hfmpi.models.roots` decomposes H otherwise."""
+    """A loss with a square root A (O, O) of its Hessian H = A A' of each output.
+
+    Both methods are optional, but go together. Without them, or where they are None, `hfmpi.models.roots`
+    decomposes H, which takes longer.
+    """
 
     def root(self, backend: NumpyBackend, cache: Array, u: Array) -> None:
         """Overwrite u (N * C, O) with A u, as `Loss.hessian` does with H u."""
 
     def residual(self, backend: NumpyBackend, cache: Array, targets: Array, out: Array) -> None:
-        """Fill out (N, O) with r, of which A r is the gradient of the loss in z."""
+        """Fill out (N, O) with r, of which A r is the gradient of the loss in z.
+
+        If the gradient has a part that H does not see, as that of Huber's loss has, A r is the remainder.
+        """
 
 
 class SoftmaxCrossEntropy:
@@ -118,18 +133,16 @@ class SoftmaxCrossEntropy:
         backend.softmax_hessian(cache, u, scale)
 
     def root(self, backend: NumpyBackend, cache: Array, u: Array) -> None:
-        """Overwrite u with sqrt(p) * u - p <sqrt(p), u>."""
-        by_output, root = by_sequence(u, len(cache)), backend.xp.sqrt(cache)[:, None]
-        along = (by_output * root).sum(axis=2, keepdims=True)
+        """Overwrite u with sqrt(p) * u - p <sqrt(p), u>; see `LEAST`."""
+        by_output, root = by_sequence(u, len(cache)), _root(backend, cache)[:, None]
         by_output *= root
-        by_output -= cache[:, None] * along
+        by_output -= cache[:, None] * by_output.sum(axis=2)[:, :, None]
 
     def residual(self, backend: NumpyBackend, cache: Array, targets: Array, out: Array) -> None:
-        """Fill out with sqrt(p) - onehot(targets) / sqrt(p)."""
+        """Fill out with sqrt(p) - onehot(targets) / sqrt(p); see `LEAST`."""
         rows = backend.xp.arange(len(cache))
-        backend.xp.sqrt(cache, out=out)
-        least = np.finfo(cache.dtype).tiny
-        out[rows, targets] -= 1 / backend.xp.sqrt(backend.xp.maximum(cache[rows, targets], least))
+        out[...] = _root(backend, cache)
+        out[rows, targets] -= 1 / out[rows, targets]
 
 
 class SquaredError:
@@ -187,19 +200,19 @@ class Bernoulli:
         by_output *= (cache * (1 - cache) * u.dtype.type(scale))[:, None]
 
     def root(self, backend: NumpyBackend, cache: Array, u: Array) -> None:
-        """Overwrite u with sqrt(p (1 - p)) u."""
+        """Overwrite u with sqrt(p (1 - p)) u; see `LEAST`."""
         by_output = by_sequence(u, len(cache))
-        by_output *= _deviation(backend, cache)[:, None]
+        by_output *= _root(backend, cache * (1 - cache))[:, None]
 
     def residual(self, backend: NumpyBackend, cache: Array, targets: Array, out: Array) -> None:
-        """Fill out with (p - target) / sqrt(p (1 - p))."""
+        """Fill out with (p - target) / sqrt(p (1 - p)); see `LEAST`."""
         backend.xp.subtract(cache, targets, out=out)
-        out /= _deviation(backend, cache)
+        out /= _root(backend, cache * (1 - cache))
 
 
-def _deviation(backend: NumpyBackend, p: Array) -> Array:
-    """Return the standard deviation of a bit that is 1 with probability p, with a floor above 0."""
-    return backend.xp.sqrt(backend.xp.maximum(p * (1 - p), np.finfo(p.dtype).tiny))
+def _root(backend: NumpyBackend, curvature: Array) -> Array:
+    """Return the square root of probabilities or variances, of at least `LEAST`."""
+    return backend.xp.sqrt(backend.xp.maximum(curvature, curvature.dtype.type(LEAST)))
 
 
 LOSSES: dict[str, Loss] = {
@@ -211,6 +224,9 @@ LOSSES: dict[str, Loss] = {
 
 METHODS = "value", "gradient", "hessian"
 """The methods of a loss."""
+
+ROOTS = "root", "residual"
+"""The optional methods of a loss, both or none."""
 
 
 def choose(loss: str | Loss) -> Loss:
@@ -236,11 +252,18 @@ def choose(loss: str | Loss) -> Loss:
             f"symbols of the loss {name} must be True (targets are whole numbers) or False, not "
             f"{shown(loss.symbols)}"
         )
-    for method in METHODS:
+    roots = [method for method in ROOTS if getattr(loss, method, None) is not None]
+    for method in (*METHODS, *roots):
         if not callable(getattr(loss, method)):
             raise UserError(
                 f"{method} of the loss {name} must be a method, not {shown(getattr(loss, method))}"
             )
+    if len(roots) == 1:
+        (lacks,) = set(ROOTS) - set(roots)
+        raise UserError(
+            f"the loss {name} has {roots[0]} without {lacks}: define both, or neither (then its hessian is "
+            "decomposed)"
+        )
     bounds = getattr(loss, "bounds", (-math.inf, math.inf))
     try:
         low, high = map(float, bounds)
