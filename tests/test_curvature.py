@@ -1,4 +1,4 @@
-"""`hfmpi.curvature`: G, rows and Kronecker factors of a network against dense matrices, alone and on ranks."""
+"""`hfmpi.curvature`: G, rows and Kronecker factors of a network against dense matrices; on ranks too."""
 
 import numpy as np
 import pytest
@@ -81,7 +81,7 @@ def test_wrong_arguments_are_refused_in_a_sentence(change, words):
 
 @pytest.mark.parametrize("arguments", [("jacobian",), ("scores", 0), ("scores", 1.5), ("sketch", 1, -1)])
 def test_wrong_rows_are_refused(arguments):
-    with pytest.raises(UserError, match="kind|segments|seed"):
+    with pytest.raises(UserError, match=r"kind|segments|seed"):
         hfmpi.curvature(*make()).rows(*arguments)
 
 

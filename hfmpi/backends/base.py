@@ -78,8 +78,8 @@ class Backend:
         The recommended number of rows (steps times sequences) in a time-batched product: on a CPU a few MB of
         pre-activations, which stay in the cache, yet enough rows for a fast product.
     each_numbers : int
-        The recommended number of elements in the per-sequence gradients that are computed at once; 0: one
-        sequence at a time, which suits a CPU.
+        The recommended number of elements in the per-sequence gradients that are computed at once: on a CPU
+        few enough for the cache.
     device : str
         The name of the device.
     device_id : str or None
@@ -90,7 +90,7 @@ class Backend:
     xp: Any = np
     micro_batch = 32
     block_rows = 1024
-    each_numbers = 0
+    each_numbers = 2**18
 
     def __init__(self, dtype: str = "float32") -> None:
         if dtype not in ("float32", "float64"):

@@ -341,7 +341,8 @@ class CupyBackend(NumpyBackend):
 
     def segment_sum_each(self, rows: Array, x: Array, out: Array) -> None:
         steps, batch, width = rows.shape
-        self._segments(rows.reshape(-1, width), x, out, first=1, step=batch, length=steps)
+        flat = cupy.ascontiguousarray(rows).reshape(-1, width)
+        self._segments(flat, cupy.ascontiguousarray(x), out, first=1, step=batch, length=steps)
 
     def _segments(self, rows: Array, x: Array, out: Array, first: int, step: int, length: int) -> None:
         """Compute the segment sums of many parts of the rows (N, K); part y starts at row y * first."""

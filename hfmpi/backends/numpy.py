@@ -169,7 +169,7 @@ class NumpyBackend(Backend):
     def segment_sum_each(self, rows: Array, x: Array, out: Array) -> None:
         """Compute out[b, s], the sum of the rows (L, B, K) of sequence b whose symbol x (L, B) is s.
 
-        out is (B, V, K), contiguous except for its first axis.
+        out is (B, V, K), contiguous except for its first axis; rows are contiguous along their last axis.
         """
         for b in range(rows.shape[1]):
             self.segment_sum(rows[:, b], x[:, b], out[b])

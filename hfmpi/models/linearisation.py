@@ -17,12 +17,15 @@ import numpy as np
 from hfmpi.backends.base import Array
 from hfmpi.backends.numpy import NumpyBackend, by_sequence
 from hfmpi.models.losses import Loss
-from hfmpi.models.roots import Root, root_of
+from hfmpi.models.roots import apply_root, root_of, unit_columns
 
 __all__ = ["LossLinearisation", "Passes"]
 
 COTANGENTS = 1 << 22
 """Entries of the cotangents of residuals that go back through a model side by side."""
+
+COMPLETE = 1000
+"""How much of a gradient A r may miss by rounding, relative to the precision of its numbers."""
 
 
 class Passes(Protocol):
@@ -161,7 +164,7 @@ class LossLinearisation:
         """Fill out (B, K, D) with J' A e, by segment, for signs e (B, T * O) of 1 and -1; A A' = H."""
         u = self.backend.workspace("outputs", self.cache.shape)
         self._by_example(u)[...] = signs.reshape(self.passes.examples, -1, u.shape[1])
-        u[...] = self._root().apply(u)
+        apply_root(self.output_loss, self.backend, self.cache, u)
         if self.mask is not None:
             u *= self.mask
         self._segment_rows(u, segments, out)
@@ -169,14 +172,19 @@ class LossLinearisation:
     def residual_rows(self, out: Array, residuals: Array) -> bool:
         """Fill out (B, T * O, D) with the rows of A' J, and residuals (B, T * O) with r; see `Rows`."""
         xp, (count, width), examples = self.backend.xp, self.cache.shape, self.passes.examples
-        root, steps = self._root(), self.residual_count() // width
-        r, complete = root.residuals(self.targets, self._loss_gradient(1.0))
-        each = xp.zeros((count, width, width), self.backend.dtype)
-        each.reshape(count, -1)[:, :: width + 1] = 1  # every output has `width` cotangents: A e_1, A e_2, ...
+        steps = self.residual_count() // width
+        root = root_of(self.output_loss, self.backend, self.cache)
+        gradient = self._loss_gradient(1.0)
+        r = root.residuals(self.targets, gradient)
+        each = unit_columns(
+            self.backend, count, width
+        )  # every output has `width` cotangents: A e_1, A e_2, ...
         each = root.apply(each.reshape(-1, width)).reshape(count, width, width)
         if self.mask is not None:
             r, each = r * self.mask, each * self.mask[:, :, None]
         residuals[...] = self._by_example(r).reshape(examples, -1)
+        missing = abs(root.apply(r) - gradient).max()
+        complete = bool(missing <= COMPLETE * np.finfo(self.cache.dtype).eps * abs(gradient).max())
         many = steps if steps == 1 else max(1, COTANGENTS // max(1, each.size))
         for first in range(0, steps, many):
             last = min(first + many, steps)
@@ -186,9 +194,6 @@ class LossLinearisation:
                 by_example[:, t, t - first] = source[:, t]
             self.passes.rows(u.reshape(-1, width), out[:, first * width : last * width])
         return complete
-
-    def _root(self) -> Root:
-        return root_of(self.output_loss, self.backend, self.cache)
 
     def _segment_rows(self, u: Array, segments: int, out: Array) -> None:
         """Fill out (B, K, D) with J' u of u (N, O), for the steps of each segment separately."""

@@ -13,7 +13,8 @@ from hfmpi.backends.base import Array
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.errors import UserError
 from hfmpi.models.batch import check_symbols
-from hfmpi.models.losses import LOSSES, Loss, row_losses
+from hfmpi.models.losses import LEAST, LOSSES, HasRoot, Loss, row_losses
+from hfmpi.models.roots import NUMBERS
 
 __all__ = ["check_loss"]
 
@@ -42,11 +43,24 @@ ARGUMENTS = {
     "value": "backend, outputs, targets",
     "gradient": "backend, cache, targets, scale, out",
     "hessian": "backend, cache, u, scale",
+    "root": "backend, cache, u",
+    "residual": "backend, cache, targets, out",
 }
 """The positional arguments of the methods of a loss."""
 
+RESULTS = {
+    "gradient": "scale times the gradient",
+    "hessian": "scale * H u",
+    "root": "A u",
+    "residual": "r",
+}
+"""What the methods write."""
+
 CACHE = "what it needs of the outputs must be in the cache, which value leaves in place of outputs"
 """The remedy of a derivative that is wrong because it reads something else."""
+
+ROOTS = "define root and residual for this hessian and gradient, or set both to None to have H decomposed"
+"""The remedy of a wrong root, which may be inherited."""
 
 
 def check_loss(
@@ -85,6 +99,8 @@ def check_loss(
     _, cache = here.value(z, y)
     here.gradient(cache, y, SCALE)
     here.hessian(cache, z, SCALE)
+    if isinstance(loss, HasRoot):
+        here.root(cache, here.residual(cache, y))
     rng = np.random.default_rng(0)
     noise, further = rng.standard_normal((2, *z.shape))
     size = np.abs(z).max(axis=1, keepdims=True)
@@ -148,15 +164,31 @@ class _Calls:
         return self._host(losses), cache
 
     def gradient(self, cache: Array, y: np.ndarray, scale: float) -> np.ndarray:
-        """Return what `gradient` fills a buffer (N, O) with, whatever the buffer holds."""
+        """Return scale times the gradient (N, O)."""
+        return self._filled("gradient", cache, y, scale)
+
+    def hessian(self, cache: Array, u: np.ndarray, scale: float) -> np.ndarray:
+        """Return scale * H u of directions u (N * C, O)."""
+        return self._overwritten("hessian", cache, u, scale)
+
+    def residual(self, cache: Array, y: np.ndarray) -> np.ndarray:
+        """Return r (N, O)."""
+        return self._filled("residual", cache, y)
+
+    def root(self, cache: Array, u: np.ndarray) -> np.ndarray:
+        """Return A u of directions u (N * C, O)."""
+        return self._overwritten("root", cache, u)
+
+    def _filled(self, method: str, cache: Array, y: np.ndarray, *scale: float) -> np.ndarray:
+        """Return what `method` fills a buffer (N, O) with, whatever the buffer holds."""
         before, targets = self._host(cache), self._targets(y)
         y = self._host(targets)
 
         def fill(content: float) -> tuple[np.ndarray, Any]:
             out = self._device(np.full(cache.shape, content))
-            returned = self._call("gradient", cache, targets, scale, out)
-            self._unchanged("gradient", "the cache", cache, before)
-            self._unchanged("gradient", "targets", targets, y)
+            returned = self._call(method, cache, targets, *scale, out)
+            self._unchanged(method, "the cache", cache, before)
+            self._unchanged(method, "targets", targets, y)
             return self._host(out), returned
 
         (result, returned), (other, _) = fill(7.0), fill(-3.0)
@@ -164,19 +196,19 @@ class _Calls:
             wrong = "leaves numbers of out as they were, or adds to them"
             if returned is not None:
                 wrong = f"returns {type(returned).__name__} and does not fill out"
-            raise self.error(f"gradient must overwrite out with scale times the gradient, but it {wrong}")
+            raise self.error(f"{method} must overwrite out with {RESULTS[method]}, but it {wrong}")
         return result
 
-    def hessian(self, cache: Array, u: np.ndarray, scale: float) -> np.ndarray:
-        """Return what `hessian` makes of directions u (N * C, O)."""
+    def _overwritten(self, method: str, cache: Array, u: np.ndarray, *scale: float) -> np.ndarray:
+        """Return what `method` makes of directions u (N * C, O)."""
         before, out = self._host(cache), self._device(u)
-        returned = self._call("hessian", cache, out, scale)
-        self._unchanged("hessian", "the cache", cache, before)
+        returned = self._call(method, cache, out, *scale)
+        self._unchanged(method, "the cache", cache, before)
         result = self._host(out)
         if returned is not None and u.any() and np.array_equal(result, self._host(self._device(u))):
             raise self.error(
-                f"hessian must overwrite u with scale * H u, but it returns {type(returned).__name__} and "
-                "leaves u as it was"
+                f"{method} must overwrite u with {RESULTS[method]}, but it returns {type(returned).__name__} "
+                "and leaves u as it was"
             )
         return result
 
@@ -264,6 +296,40 @@ def _check_derivatives(calls: _Calls, z: np.ndarray, y: np.ndarray) -> None:
             f"it must be convex in the outputs, but its hessian has negative curvature ({lowest:.3g}): "
             "Gauss-Newton products need a positive semidefinite one"
         )
+    if isinstance(calls.loss, HasRoot):
+        _check_root(calls, y, cache, gradient / SCALE, v, products)
+
+
+def _check_root(
+    calls: _Calls, y: np.ndarray, cache: Array, gradient: np.ndarray, v: np.ndarray, products: np.ndarray
+) -> None:
+    """Check A A' v against H v along directions v (K, O), `products` (K, M, O), and H A r against H gradient.
+
+    A r may lack a part of the gradient that H does not see.
+    """
+    (rows, width), count = gradient.shape, len(v)
+    floor = 10 * width * LEAST
+    some = max(1, min(rows, NUMBERS // width**2))  # rows for which A is built, some columns at a time
+    squared, many = np.zeros((some, count, width)), max(1, NUMBERS // (some * width))
+    for start in range(0, width, many):
+        unit = np.eye(width)[start : start + many]
+        a = calls.root(cache[:some], np.tile(unit, (some, 1))).reshape(some, len(unit), width)
+        squared += np.einsum("mjo,mjk->mko", a, np.einsum("mjo,ko->mjk", a, v))
+    expected = products[:, :some].swapaxes(0, 1)
+    sound = np.isfinite(expected).all(axis=(1, 2))
+    size = np.abs(expected[sound]).max(axis=(1, 2), initial=0, keepdims=True)
+    if not (np.abs(squared - expected)[sound] <= TOLERANCE * size + floor).all():
+        raise calls.error(f"root must give A u with A A' = H, but A A' is not what hessian gives; {ROOTS}")
+    through = calls.root(cache, calls.residual(cache, y))
+    both = np.stack([gradient, through], axis=1)
+    seen = calls.hessian(cache, both.reshape(-1, width), 1.0).reshape(both.shape)
+    sound = np.isfinite(gradient).all(axis=1) & np.isfinite(products).all(axis=(0, 2))
+    seen = seen[sound]
+    curvature = np.abs(products[:, sound]).max(axis=(0, 2), initial=0)
+    rounding = (1e-6 * curvature + floor) * np.abs(gradient[sound]).max(axis=1, initial=0)
+    bound = TOLERANCE * np.abs(seen).max(axis=(1, 2), initial=0) + rounding
+    if not (np.abs(seen[:, 0] - seen[:, 1]) <= bound[:, None]).all():
+        raise calls.error(f"residual must give r with A r = gradient, but it does not; {ROOTS}")
 
 
 def _at(calls: _Calls, z: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -32,9 +32,9 @@ __all__ = [
 LEAST = 1e-14
 """The least probability, or variance of a bit, in roots of Hessians and in residuals.
 
-It changes a Hessian by at most 1e-14. Without it the residual of an output that excludes its target would be
-infinite; with it A r is still the gradient, and |r| < 1e7, so that systems of equations in float64 keep the
-digits of ordinary residuals beside it.
+It changes a Hessian by at most O * 1e-14. Without it the residual of an output that excludes its target would
+be infinite. With it A r is still the gradient, and r is at most about 1e7, so that systems of equations in
+float64 keep the digits of ordinary residuals beside it.
 """
 
 

@@ -14,12 +14,16 @@ import numpy as np
 
 from hfmpi.backends.base import Array
 from hfmpi.backends.numpy import NumpyBackend
+from hfmpi.errors import UserError
 from hfmpi.models.losses import HasRoot, Loss
 
-__all__ = ["Root", "root_of"]
+__all__ = ["Root", "apply_root", "root_of", "unit_columns"]
 
-COMPLETE = 1e-10
-"""Relative part of a gradient that may be missing from A r by rounding, in float64."""
+WIDEST = 256
+"""The maximum number of outputs O for which H is decomposed: a decomposition takes O^3 operations."""
+
+NUMBERS = 1 << 22
+"""About how many numbers of H are decomposed at once where the decompositions are not stored."""
 
 
 class Root(Protocol):
@@ -28,15 +32,30 @@ class Root(Protocol):
     def apply(self, u: Array) -> Array:
         """Return A u of u (N * C, O), which may be overwritten."""
 
-    def residuals(self, targets: Array, gradient: Array) -> tuple[Array, bool]:
-        """Return r (N, O), and whether A r is all of the gradient (N, O) of the loss in the outputs."""
+    def residuals(self, targets: Array, gradient: Array) -> Array:
+        """Return r (N, O); A r is the gradient (N, O) of the loss in the outputs, or what H sees of it."""
 
 
 def root_of(loss: Loss, backend: NumpyBackend, cache: Array) -> Root:
-    """Return the root that a loss brings, or one by decomposition; the cache (N, O) is as `value` left it."""
+    """Return the root that a loss brings, or one by decomposition; the cache (N, O) is as `value` left it.
+
+    Raises
+    ------
+    UserError
+        If there are too many outputs for a decomposition.
+    """
     if isinstance(loss, HasRoot):
         return _Known(loss, backend, cache)
     return _decomposed(loss, backend, cache)
+
+
+def apply_root(loss: Loss, backend: NumpyBackend, cache: Array, u: Array) -> None:
+    """Overwrite u (N, O) with A u; a decomposition takes the memory of some outputs at a time."""
+    count, width = cache.shape
+    many = count if isinstance(loss, HasRoot) else max(1, NUMBERS // width**2)
+    for start in range(0, count, many):
+        part = slice(start, start + many)
+        u[part] = root_of(loss, backend, cache[part]).apply(u[part])
 
 
 @dataclass(frozen=True)
@@ -52,11 +71,11 @@ class _Known:
         self.loss.root(self.backend, self.cache, u)
         return u
 
-    def residuals(self, targets: Array, gradient: Array) -> tuple[Array, bool]:
-        """Return r, of which A r is always the full gradient."""
+    def residuals(self, targets: Array, gradient: Array) -> Array:
+        """Return r."""
         r = self.backend.xp.empty_like(self.cache)
         self.loss.residual(self.backend, self.cache, targets, r)
-        return r, True
+        return r
 
 
 @dataclass(frozen=True)
@@ -69,29 +88,38 @@ class _Decomposed:
 
     def apply(self, u: Array) -> Array:
         """Return V sqrt(w) u."""
-        by_output = u.reshape(len(self.roots), -1, u.shape[-1]) * self.roots[:, None]
+        by_output = u.reshape(len(self.roots), -1, u.shape[1]) * self.roots[:, None]
         return self.backend.xp.matmul(by_output, self.vectors.swapaxes(1, 2)).reshape(u.shape).astype(u.dtype)
 
-    def residuals(self, targets: Array, gradient: Array) -> tuple[Array, bool]:
-        """Return w^(-1/2) V' gradient, and whether it has all of the gradient."""
+    def residuals(self, targets: Array, gradient: Array) -> Array:
+        """Return w^(-1/2) V' gradient, 0 where w is 0."""
         xp, wide = self.backend.xp, gradient.astype(np.float64)[:, :, None]
         along = xp.matmul(self.vectors.swapaxes(1, 2), wide)[:, :, 0]
-        r = xp.where(self.roots > 0, along / xp.where(self.roots > 0, self.roots, 1), 0)
-        missing = xp.where(self.roots > 0, 0, along)
-        bound = COMPLETE if gradient.dtype == np.float64 else np.finfo(np.float32).eps * 10
-        complete = bool(float(abs(missing).max(initial=0)) <= bound * float(abs(along).max(initial=0)))
-        return r.astype(gradient.dtype), complete
+        r = xp.where(self.roots == 0, 0, along / xp.where(self.roots == 0, 1, self.roots))
+        return r.astype(gradient.dtype)
 
 
 def _decomposed(loss: Loss, backend: NumpyBackend, cache: Array) -> _Decomposed:
     xp, (count, width) = backend.xp, cache.shape
-    unit = xp.zeros((count, width, width), cache.dtype)
-    unit.reshape(count, -1)[:, :: width + 1] = 1
-    columns = unit.reshape(-1, width)
+    if width > WIDEST:
+        raise UserError(
+            f"the loss {type(loss).__name__} has no root, and the Hessian of {width:,} outputs is too "
+            f"large to decompose (at most {WIDEST}): define root and residual (hfmpi.models.losses.HasRoot)"
+        )
+    columns = unit_columns(backend, count, width).reshape(-1, width)
     loss.hessian(backend, cache, columns, 1.0)
     h = columns.reshape(count, width, width).astype(np.float64)
-    values, vectors = xp.linalg.eigh((h + h.swapaxes(1, 2)) / 2)
-    largest = values[:, -1:] if width else values
-    floor = np.finfo(cache.dtype).eps * width * largest
+    h = (h + h.swapaxes(1, 2)) / 2
+    known = xp.isfinite(h)
+    values, vectors = xp.linalg.eigh(xp.where(known, h, 0))
+    floor = np.finfo(cache.dtype).eps * width * values[:, -1:]
     roots = xp.sqrt(xp.where(values > floor, values, 0))
-    return _Decomposed(backend, vectors, roots)
+    wrong = xp.any(~known, axis=(1, 2))[:, None]
+    return _Decomposed(backend, vectors, xp.where(wrong, np.nan, roots))
+
+
+def unit_columns(backend: NumpyBackend, count: int, width: int) -> Array:
+    """Return the unit matrix of each of `count` outputs, (count, O, O)."""
+    unit = backend.xp.zeros((count, width, width), backend.dtype)
+    unit.reshape(count, -1)[:, :: width + 1] = 1
+    return unit

@@ -5,7 +5,7 @@ They are sums over steps and sequences of products of a source (L, B, .) and a c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -18,8 +18,13 @@ from hfmpi.networks.recurrence import Cell
 __all__ = ["BatchSums", "Cotangents", "SequenceSums", "Sums", "flat", "layer_gradient"]
 
 
+Change = Callable[[Array], Array]
+
+
 class Cotangents(NamedTuple):
     """The sources and cotangents of a layer, for B sequences and C directions.
+
+    After `by_sequence` the directions have an axis of their own, and vectors of sources one of length 1.
 
     Attributes
     ----------
@@ -39,21 +44,34 @@ class Cotangents(NamedTuple):
     dp: Array | None
     dq: Array | None
 
-    def of(self, sequences: slice, rows: slice) -> Cotangents:
-        """Return the arrays of some sequences, with these rows of their cotangents."""
-        sources = (self.inputs, self.hidden, self.intermediate)
-        cotangents = (self.dh, self.da, self.dp, self.dq)
+    def _map(self, of_source: Change, of_cotangent: Change) -> Cotangents:
         return Cotangents(
-            *(None if array is None else array[:, sequences] for array in sources),
-            *(None if array is None else array[:, rows] for array in cotangents),
+            *(None if array is None else of_source(array) for array in self[:3]),
+            *(None if array is None else of_cotangent(array) for array in self[3:]),
         )
+
+    def of_rows(self, rows: slice) -> Cotangents:
+        """Return the sources with these rows of their cotangents."""
+        return self._map(lambda source: source, lambda cotangent: cotangent[:, rows])
+
+    def by_sequence(self) -> Cotangents:
+        """Return vectors as (L, B, 1, .) and cotangents as (L, B, C, .); symbols are (L, B) still."""
+        sequences = self.inputs.shape[1]
+        return self._map(
+            lambda source: source if source.ndim == 2 else source[:, :, None],
+            lambda cotangent: cotangent.reshape(len(cotangent), sequences, -1, cotangent.shape[2]),
+        )
+
+    def of(self, sequences: slice, columns: slice) -> Cotangents:
+        """Return the arrays of some sequences and directions, of what `by_sequence` returned."""
+        return self._map(lambda source: source[:, sequences], lambda array: array[:, sequences, columns])
 
 
 class Sums(Protocol):
-    """A way to sum products; results of `SequenceSums` have a first axis for the sequences."""
+    """A way to sum products of a source and a cotangent, vectors (L, B, .)."""
 
     def product(self, source: Array, cotangent: Array, out: Array) -> None:
-        """Sum source' cotangent, vectors (L, B, .), into out (., .)."""
+        """Sum source' cotangent into out (., .)."""
 
     def rows(self, symbols: Array, cotangent: Array, out: Array) -> None:
         """Sum the cotangents of each symbol (L, B) into its row of out (V, .)."""
@@ -84,18 +102,27 @@ class BatchSums:
 
 @dataclass(frozen=True)
 class SequenceSums:
-    """Sums over the steps of each sequence."""
+    """Sums over the steps of each sequence and direction.
+
+    Sources are (L, B, 1, .) or symbols (L, B), cotangents (L, B, C, .), and results have the first axes B, C.
+    """
 
     backend: NumpyBackend
 
     def product(self, source: Array, cotangent: Array, out: Array) -> None:
-        """Fill out[b] with source[:, b]' cotangent[:, b]."""
-        out[...] = self.backend.xp.matmul(source.transpose(1, 2, 0), cotangent.transpose(1, 0, 2))
+        """Fill out[b, c] with source[:, b, 0]' cotangent[:, b, c]."""
+        if len(source):
+            pairs = source.transpose(1, 2, 3, 0), cotangent.transpose(1, 2, 0, 3)
+            out[...] = self.backend.xp.matmul(*pairs)
+        else:
+            out[...] = 0
 
     def rows(self, symbols: Array, cotangent: Array, out: Array) -> None:
         """Sum the cotangents of each symbol."""
-        contiguous = self.backend.xp.ascontiguousarray
-        self.backend.segment_sum_each(contiguous(cotangent), contiguous(symbols), out)
+        columns = cotangent.shape[2]
+        x = self.backend.xp.repeat(symbols, columns, axis=1)
+        rows = cotangent.reshape(*x.shape, cotangent.shape[3])
+        self.backend.segment_sum_each(rows, x, out.reshape(-1, *out.shape[2:]))
 
     def total(self, cotangent: Array, out: Array) -> None:
         """Sum cotangents."""
@@ -109,7 +136,7 @@ def flat(array: Array) -> Array:
 
 def layer_gradient(cell: Cell, layer: Cotangents, g: Mapping[str, Array], sums: Sums) -> None:
     """Fill g with the cotangents of the parameters of a layer, by their names in the cell."""
-    n = layer.hidden.shape[2]
+    n = layer.hidden.shape[-1]
     source, da = layer.hidden[:-1], layer.da[..., : cell.of_inputs * n]
     if layer.intermediate is not None:
         sums.product(source, layer.dq, g["W_mh"])

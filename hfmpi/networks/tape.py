@@ -15,13 +15,13 @@ second derivative.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from hfmpi.backends.base import Array, Workspace
-from hfmpi.backends.numpy import NumpyBackend
+from hfmpi.backends.numpy import NumpyBackend, by_sequence
 from hfmpi.models.linearisation import LossLinearisation
 from hfmpi.networks import factors, recurrence
 from hfmpi.networks.architecture import Architecture
@@ -32,6 +32,9 @@ __all__ = ["NetworkLinearisation", "Tape", "blocks", "fill_outputs", "fill_rows"
 
 DIRECTION_ROWS = 128
 """The fewest rows (steps times sequences) in a block for each of many directions."""
+
+ROW_STEPS = 64
+"""The fewest steps in a block of the pass of rows, which adds a gradient of every sequence for each block."""
 
 
 def blocks(steps: int, sequences: int, rows: int) -> list[slice]:
@@ -88,6 +91,16 @@ class Tape:
     block_rows: int
     memory: Workspace
 
+    @property
+    def examples(self) -> int:
+        """B, the number of sequences."""
+        return int(self.layers[0].x.shape[1])
+
+    @property
+    def by_step(self) -> bool:
+        """Whether outputs are sorted by step: they are."""
+        return True
+
     # J v ---------------------------------------------------------------------------------------
 
     def jvp(self, v: Array) -> Array:
@@ -115,7 +128,7 @@ class Tape:
         symbols = self.layers[0].looks_up
         # Symbols look up the same table in all blocks.
         table = self._contributions(0, self.layers[0], by_layer[0], None) if symbols else None
-        for steps, scored, rows in self._blocks(pre, many):
+        for steps, scored, rows in self._blocks(None if pre else self._block_rows(many), many):
             inputs, tangents = None, []
             for i, (last, dc) in enumerate(states):
                 r = self.layers[i].part(steps)
@@ -215,6 +228,25 @@ class Tape:
         """Add J' u to out (D,), and the sums of `hfmpi.networks.factors` to sums."""
         self.cotangents(u, out, sums=sums)
 
+    def rows(self, u: Array, out: Array) -> None:
+        """Fill out (B, C, D) with J' u of every sequence, for each of C cotangents u (N * C, O).
+
+        Unlike squares, J' u is a sum over steps: steps are processed block by block. A block has only those
+        cotangents that are not zero at all of its steps and the following ones, and those between them.
+        """
+        steps, size, many = len(self.layers[0].x), self.examples, out.shape[1]
+        about, backend = self.architecture, self.backend
+        nonzero = backend.xp.any(u.reshape(-1, size, many, about.outputs), axis=(1, 3))
+        nonzero = backend.to_host(nonzero)[::-1]
+        last = np.where(nonzero.any(axis=0), steps - 1 - nonzero.argmax(axis=0), -1)
+        out[...] = 0
+        parts = self._blocks(max(self.block_rows, ROW_STEPS * size * many), many)
+        for columns, cotangents, du in self._adjoint(u, many, parts, last=last):
+            target = out[:, columns]
+            for part, row_part, each in self._each(cotangents, du, target.shape[1]):
+                rows = target[part, row_part]
+                rows += each
+
     def cotangents(
         self,
         u: Array,
@@ -235,27 +267,89 @@ class Tape:
         sums : array, optional
             Gains the sums of `hfmpi.networks.factors`; for one direction only.
         """
-        backend, n = self.backend, self.architecture.hidden
+        backend, size = self.backend, self.architecture.layout.size
         many = len(u) // max(1, self.scored)
-        size, top = self.layers[0].x.shape[1] * many, len(self.layers) - 1
+        parts = self._blocks(None if squares is not None or pre else self._block_rows(many), many)
+        for _, cotangents, du in self._adjoint(u, many, parts, pre):
+            if squares is not None:
+                for _, _, each in self._each(cotangents, du, 1):
+                    backend.accumulate_squares(each.reshape(-1, size), out, squares)
+            else:
+                self._collect(cotangents, du, out)
+            if sums is not None:
+                factors.accumulate(backend, self.architecture, cotangents, du, sums)
+
+    def _adjoint(
+        self,
+        u: Array,
+        many: int,
+        parts: list[tuple[slice, slice, slice]],
+        pre: Sequence[Array] = (),
+        last: np.ndarray | None = None,
+    ) -> Iterator[tuple[slice, list[Cotangents], Array]]:
+        """Pull the output cotangents u (N * C, O) back, block by block from the last to the first.
+
+        Parameters
+        ----------
+        parts : list
+            What `_blocks` returned.
+        pre : sequence of arrays
+            As in `cotangents`.
+        last : (C,) of int, optional
+            The last step at which each cotangent is not zero, -1 if it is zero. Blocks leave out cotangents
+            that are zero in them and later, except for those between others.
+
+        Yields
+        ------
+        columns : slice
+            The cotangents c < C that the block has, C' of them.
+        cotangents : list of Cotangents
+            Of each layer from below, (L, B C', .).
+        du : (T, B C', O)
+            The cotangents of the outputs of the last T steps of the block.
+        """
+        backend, (n, width) = self.backend, (self.architecture.hidden, self.architecture.outputs)
+        sequences, top = self.examples, len(self.layers) - 1
         states = self._zeros("adjoint", many)
-        for steps, scored, rows in reversed(self._blocks(squares is not None or bool(pre), many)):
-            length = steps.stop - steps.start
+        for steps, scored, rows in reversed(parts):
+            columns, length, first = slice(0, many), steps.stop - steps.start, 1 + scored.start - steps.start
+            du, of_columns = u[rows.start * many : rows.stop * many], states
+            if last is not None:
+                present = np.flatnonzero(last >= steps.start)
+                if not present.size:
+                    continue
+                columns = slice(int(present[0]), int(present[-1]) + 1)
+            size = sequences * (columns.stop - columns.start)
+            if size < sequences * many:
+                du = self._of_columns("u", du, many, columns)
+                of_columns = [
+                    (
+                        self._of_columns(f"h.{i}", h, many, columns),
+                        self._of_columns(f"c.{i}", c, many, columns),
+                    )
+                    for i, (h, c) in enumerate(states)
+                ]
             dh = backend.workspace(f"hidden.{top}", (length + 1, size, n))
-            first = 1 + scored.start - steps.start
             dh[1:first] = 0
-            in_block = u[rows.start * many : rows.stop * many]
-            backend.matmul(in_block, self.parameters["W_o"].T, dh[first:].reshape(-1, n))
+            backend.matmul(du, self.parameters["W_o"].T, dh[first:].reshape(-1, n))
             cotangents = []
             for i in range(top, -1, -1):
                 below = backend.workspace(f"hidden.{i - 1}", (length + 1, size, n)) if i else None
-                back, dc = states[i]
+                back, dc = of_columns[i]
                 cotangents.append(self._block_adjoint(i, steps, dh, pre[i] if pre else None, back, dc, below))
                 dh = below
-            du = in_block.reshape(-1, size, self.architecture.outputs)
-            self._collect(cotangents[::-1], du, out, squares)
-            if sums is not None:
-                factors.accumulate(backend, self.architecture, cotangents[::-1], du, sums)
+            if of_columns is not states:
+                for whole, part in zip(states, of_columns, strict=True):
+                    for state, its_part in zip(whole, part, strict=True):
+                        by_sequence(state, sequences)[:, columns] = by_sequence(its_part, sequences)
+            yield columns, cotangents[::-1], du.reshape(-1, size, width)
+
+    def _of_columns(self, name: str, rows: Array, many: int, columns: slice) -> Array:
+        """Return a copy of the rows (., C, .) of some cotangents, as (., .) in the workspace."""
+        part = rows.reshape(-1, many, rows.shape[1])[:, columns]
+        copy = self.backend.workspace(f"adjoint.columns.{name}", part.shape)
+        copy[...] = part
+        return copy.reshape(-1, rows.shape[1])
 
     def _block_adjoint(
         self, i: int, steps: slice, dh: Array, pre: Array | None, back: Array, dc: Array, below: Array | None
@@ -278,36 +372,42 @@ class Tape:
                 flat += more
         return Cotangents(r.inputs, r.hidden, r.intermediate, dh[1:], da, dp, dq)
 
-    def _collect(
-        self, cotangents: Sequence[Cotangents], du: Array, out: Array, squares: Array | None
-    ) -> None:
-        """Add the parameter cotangents of one block to out (D,), and their squares by sequence to squares."""
-        backend, layout = self.backend, self.architecture.layout
-        if squares is not None and backend.each_numbers:
-            many = max(1, backend.each_numbers // layout.size)
-            for start in range(0, du.shape[1], many):
-                part = slice(start, start + many)
-                each = backend.workspace("each", (du[:, part].shape[1], layout.size))
-                of_part = [c.of(part, part) for c in cotangents]
-                self._gradient(of_part, du[:, part], each, SequenceSums(backend))
-                backend.accumulate_squares(each, out, squares)
-            return
-        single = backend.workspace("gradient", (layout.size,))
-        if squares is None:
-            rows = out.reshape(-1, layout.size)
-            for j, row in enumerate(rows):
-                part = slice(j, None, len(rows))
-                of_direction = [c.of(slice(None), part) for c in cotangents]
-                self._gradient(of_direction, du[:, part], single, BatchSums(backend))
-                row += single
-            return
-        for b in range(du.shape[1]):
-            part = slice(b, b + 1)
-            self._gradient([c.of(part, part) for c in cotangents], du[:, part], single, BatchSums(backend))
-            backend.accumulate_square(single, out, squares)
+    def _collect(self, cotangents: Sequence[Cotangents], du: Array, out: Array) -> None:
+        """Add the parameter cotangents of one block to out (D,) or (C, D)."""
+        single = self.backend.workspace("gradient", (self.architecture.layout.size,))
+        rows = out.reshape(-1, single.size)
+        for j, row in enumerate(rows):
+            part = slice(j, None, len(rows))
+            of_direction = [c.of_rows(part) for c in cotangents]
+            self._gradient(of_direction, du[:, part], single, BatchSums(self.backend))
+            row += single
+
+    def _each(
+        self, cotangents: Sequence[Cotangents], du: Array, many: int
+    ) -> Iterator[tuple[slice, slice, Array]]:
+        """Yield the parameter cotangents of each sequence of one block, for each of C = `many` cotangents.
+
+        They come in parts of some sequences and cotangents, (B', C', D) in the workspace, of about
+        `each_numbers` numbers.
+        """
+        backend, size = self.backend, self.architecture.layout.size
+        sequences = self.examples
+        rows = max(1, backend.each_numbers // size)
+        step, column_step = (max(1, rows // many), many) if rows >= many else (1, rows)
+        du = du.reshape(len(du), sequences, many, du.shape[2])
+        split = [c.by_sequence() for c in cotangents]
+        for start in range(0, sequences, step):
+            part = slice(start, min(start + step, sequences))
+            for first in range(0, many, column_step):
+                columns = slice(first, min(first + column_step, many))
+                shape = (part.stop - part.start, columns.stop - columns.start, size)
+                each = backend.workspace("each", shape)
+                of_part = [c.of(part, columns) for c in split]
+                self._gradient(of_part, du[:, part, columns], each, SequenceSums(backend))
+                yield part, columns, each
 
     def _gradient(self, cotangents: Sequence[Cotangents], du: Array, out: Array, sums: Sums) -> None:
-        """Fill out (D,), or (B, D) for each sequence, with the parameter cotangents of some sequences."""
+        """Fill out (D,), or (B, C, D) for each sequence, with the parameter cotangents of some sequences."""
         g = self.architecture.layout.views(out)
         for i, layer in enumerate(cotangents):
             layer_gradient(self.architecture.cell, layer, self.architecture.of_layer(i, g), sums)
@@ -326,8 +426,12 @@ class Tape:
             states.append((both[0], both[1]))
         return states
 
-    def _blocks(self, undivided: bool, directions: int) -> list[tuple[slice, slice, slice]]:
-        """Divide the steps into blocks of nearly equal length, in order, or leave them undivided.
+    def _block_rows(self, directions: int) -> int:
+        """Return about how many rows (steps times sequences times directions) are in a block."""
+        return self.block_rows if directions == 1 else max(self.block_rows, DIRECTION_ROWS * directions)
+
+    def _blocks(self, block_rows: int | None, directions: int) -> list[tuple[slice, slice, slice]]:
+        """Divide the steps into blocks of nearly equal length, in order; None leaves them undivided.
 
         Returns
         -------
@@ -337,11 +441,9 @@ class Tape:
         """
         length, size = self.layers[0].x.shape
         burn_in = length - self.scored // size
-        block_rows = self.block_rows
-        if directions > 1:
-            block_rows = max(block_rows, DIRECTION_ROWS * directions)
         parts = []
-        for steps in [slice(0, length)] if undivided else blocks(length, size * directions, block_rows):
+        divided = [slice(0, length)] if block_rows is None else blocks(length, size * directions, block_rows)
+        for steps in divided:
             first = min(max(steps.start, burn_in), steps.stop)
             rows = slice(max(first - burn_in, 0) * size, max(steps.stop - burn_in, 0) * size)
             parts.append((steps, slice(first, steps.stop), rows))
@@ -364,8 +466,8 @@ class NetworkLinearisation(LossLinearisation):
         self.hessian(u, slice(None), scale)
         for r, a in zip(tape.layers, pre, strict=bool(pre)):
             weights: Array = r.weights
-            by_sequence = a.reshape(*weights.shape[:2], -1, weights.shape[2])
-            by_sequence *= weights[:, :, None]
+            columns = a.reshape(*weights.shape[:2], -1, weights.shape[2])
+            columns *= weights[:, :, None]
             a[...] *= self.backend.dtype.type(scale * structural)
         tape.cotangents(u, out, pre)
 

@@ -93,6 +93,13 @@ def bare(value):
     raise TypeError(f"Unsupported type {type(value)}")
 
 
+def plain(index):
+    """The host's view of an index."""
+    if isinstance(index, tuple):
+        return tuple(map(plain, index))
+    return index._a if isinstance(index, ndarray) else index
+
+
 class ndarray:
     """An array that is not NumPy's."""
 
@@ -136,12 +143,12 @@ class ndarray:
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
 
     def __getitem__(self, index):
-        found = self._a[index._a if isinstance(index, ndarray) else index]
+        found = self._a[plain(index)]
         return ndarray(found if isinstance(found, np.ndarray) else np.asarray(found))
 
     def __setitem__(self, index, value):
         forbid_capture("an assignment")
-        self._a[index] = bare(value)
+        self._a[plain(index)] = bare(value)
 
     def reshape(self, *shape):
         result = self._a.reshape(*shape)
@@ -152,6 +159,9 @@ class ndarray:
     def transpose(self, *axes):
         return ndarray(self._a.transpose(*axes))
 
+    def swapaxes(self, one, other):
+        return ndarray(self._a.swapaxes(one, other))
+
     def astype(self, dtype):
         return ndarray(counted(self._a.astype(dtype)))
 
@@ -160,6 +170,9 @@ class ndarray:
 
     def sum(self, **options):
         return sum(self, **options)
+
+    def max(self):
+        return max(self)
 
     def any(self):
         forbid_capture("any")
@@ -211,6 +224,9 @@ for _name, _ufunc in {
 }.items():  # fmt: skip
     _binary(_name, _ufunc, True)
     _binary(_name, _ufunc)
+ndarray.__eq__ = lambda self, other: np.equal(self, other)
+ndarray.__gt__ = lambda self, other: np.greater(self, other)
+ndarray.__invert__ = lambda self: np.logical_not(self)
 ndarray.__neg__ = lambda self: np.negative(self)
 ndarray.__abs__ = lambda self: np.abs(self)
 
@@ -288,6 +304,11 @@ def sum(array, axis=None, out=None):
     return out
 
 
+def max(array):
+    forbid_capture("a reduction")
+    return ndarray(counted(np.asarray(np.max(bare(array)))))
+
+
 def any(array, axis=None):
     forbid_capture("a reduction")
     return ndarray(counted(np.asarray(np.any(bare(array), axis=axis))))
@@ -306,8 +327,16 @@ def einsum(subscripts, *operands, dtype=None):
     return ndarray(counted(np.asarray(np.einsum(subscripts, *map(bare, operands), dtype=dtype))))
 
 
+def repeat(array, count, axis):
+    return ndarray(counted(np.repeat(bare(array), count, axis=axis)))
+
+
+def where(condition, a, b):
+    return ndarray(counted(np.where(bare(condition), bare(a), bare(b))))
+
+
 multiply, subtract, maximum = np.multiply, np.subtract, np.maximum
-tanh, exp, log1p = np.tanh, np.exp, np.log1p
+tanh, exp, log1p, sqrt, isfinite = np.tanh, np.exp, np.log1p, np.sqrt, np.isfinite
 
 
 def arange(stop, dtype=None):
