@@ -176,15 +176,13 @@ class LossLinearisation:
         root = root_of(self.output_loss, self.backend, self.cache)
         gradient = self._loss_gradient(1.0)
         r = root.residuals(self.targets, gradient)
-        each = unit_columns(
-            self.backend, count, width
-        )  # every output has `width` cotangents: A e_1, A e_2, ...
+        each = unit_columns(self.backend, count, width)  # cotangents of every output: A e_1, A e_2, ...
         each = root.apply(each.reshape(-1, width)).reshape(count, width, width)
         if self.mask is not None:
             r, each = r * self.mask, each * self.mask[:, :, None]
         residuals[...] = self._by_example(r).reshape(examples, -1)
-        missing = abs(root.apply(r) - gradient).max()
-        complete = bool(missing <= COMPLETE * np.finfo(self.cache.dtype).eps * abs(gradient).max())
+        missing = float(abs(root.apply(r) - gradient).max())
+        complete = missing <= COMPLETE * float(np.finfo(self.cache.dtype).eps * abs(gradient).max())
         many = steps if steps == 1 else max(1, COTANGENTS // max(1, each.size))
         for first in range(0, steps, many):
             last = min(first + many, steps)

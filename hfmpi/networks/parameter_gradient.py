@@ -24,7 +24,7 @@ Change = Callable[[Array], Array]
 class Cotangents(NamedTuple):
     """The sources and cotangents of a layer, for B sequences and C directions.
 
-    After `by_sequence` the directions have an axis of their own, and vectors of sources one of length 1.
+    `by_sequence` gives directions a separate axis, of length 1 in vectors of sources.
 
     Attributes
     ----------
