@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -152,3 +153,20 @@ def test_a_run_with_options_that_are_unknown_is_refused(tmp_path):
         assert str(result.exception).startswith("unknown option 'flavour'; the options are ")
         assert "\n" not in str(result.exception)
     assert (folder / "history.jsonl").read_text() == before
+
+
+def test_counts_of_version_0_2_lack_linear_algebra(tmp_path):
+    data, options = write_corpus(tmp_path / "data.h5"), {"optimizer": "subspace"}
+    whole, _ = train(tmp_path / "whole", data, max_steps=5, **options)
+    folder = tmp_path / "old"
+    train(folder, data, max_steps=3, **options)
+    saved = checkpoint.latest(folder)
+    old = {n: v for n, v in saved.meta["counts"].items() if n not in ("adjoints", "operations", "depth")}
+    meta = {name: value for name, value in saved.meta.items() if name != "unit"} | {"counts": old}
+    checkpoint.save(folder / checkpoint.NEWEST, saved.theta, saved.state, meta)
+    run, _ = train(folder, data, max_steps=5, **options)
+    resumed, counts = run.progress.counts, whole.progress.counts
+    since = sum(record["operations"] for record in history(folder)[3:])
+    assert resumed == replace(counts, operations=since, depth=resumed.depth)
+    assert 0 < since < counts.operations
+    np.testing.assert_array_equal(run.theta, whole.theta)

@@ -1,12 +1,12 @@
 """The cost account against numbers worked out by hand, the timer against its own clock, and smooth curves."""
 
 import contextlib
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 
-from hfmpi.measure.cost import Counts, full, paper, ranks
+from hfmpi.measure.cost import Counts, ForwardPass, executed, full, paper, ranks
 from hfmpi.measure.smoothing import smoothed
 from hfmpi.measure.timer import Timer, split_waiting
 
@@ -37,9 +37,9 @@ def test_cost_on_some_ranks():
     assert ranks(counts, 320, 32, 320) == ranks(counts, 320, 32, 10_000) == p_i
 
 
-def test_full_cost_counts_what_was_executed():
+def test_all_passes_that_were_executed():
     counts = Counts(steps=1, cg_steps=5, gradients=1, products=6, losses=4, linearisations=1)
-    assert full(counts, 320, 32) == ((4 + 3) * 320 + (1 + 24) * 32, 32)
+    assert executed(counts, 320, 32) == ((4 + 3) * 320 + (1 + 24) * 32, 32)
 
 
 def test_vectors_of_one_pass_count_once_on_parallel_hardware_and_each_for_itself_elsewhere():
@@ -47,12 +47,34 @@ def test_vectors_of_one_pass_count_once_on_parallel_hardware_and_each_for_itself
         steps=2, gradients=2, losses=2, linearisations=2, projections=2,
         candidates=4, directions=76,
     )  # fmt: skip
-    assert full(counts, 1750, 109) == ((2 + 6 + 4) * 1750 + (2 + 2 * 78) * 109, 2 + 6 + 2 + 4)
+    assert executed(counts, 1750, 109) == ((2 + 6 + 4) * 1750 + (2 + 2 * 78) * 109, 2 + 6 + 2 + 4)
     p_d, p_i = paper(counts, 1750, 109)
     assert (p_d, p_i) == (6 * 1750 + 2 * 78 * 109, 6 + 4)
     assert ranks(counts, 1750, 109, 1) == p_d
     assert ranks(counts, 1750, 109, 109) == 6 * 17 + 2 * 2 * 39
     assert ranks(counts, 1750, 109, 10_000) == p_i
+
+
+def test_adjoints_of_segments_run_beside_that_of_the_gradient():
+    counts = Counts(steps=2, gradients=2, adjoints=2 * 5)  # six segments of each example
+    expected = 2 * (1 + 2 * 6) * 1750
+    assert paper(counts, 1750, 109) == executed(counts, 1750, 109) == (expected, 2 * 3)
+    assert ranks(counts, 1750, 109, 1) == expected
+    assert ranks(counts, 1750, 109, 16) == 2 * (110 + 2 * 657)  # ceil(1750 / 16), ceil(6 * 1750 / 16)
+    assert ranks(counts, 1750, 109, 1750) == 2 * (1 + 2 * 6)
+    assert ranks(counts, 1750, 109, 6 * 1750) == 2 * 3
+    one_row = Counts(steps=2, gradients=2)  # an intermediate of the gradient
+    assert paper(one_row, 1750, 109) == (2 * 3 * 1750, 6)
+
+
+def test_linear_algebra_is_counted_in_forward_passes_and_rounded_up_once():
+    step, unit = Counts(steps=1, gradients=1, operations=1_250, depth=40), ForwardPass(1_000, 100)
+    assert full(step, 10, 0, unit) == (30 + 2, 3 + 1)
+    assert full(sum([step] * 5, Counts()), 10, 0, unit) == (5 * 30 + 7, 5 * 3 + 2)
+    assert full(replace(step, operations=1_000, depth=100), 10, 0, unit) == (31, 4)
+    assert full(replace(step, operations=3 * 10**30, depth=0), 10, 0, unit) == (30 + 3 * 10**27, 3)
+    assert paper(step, 10, 0) == executed(step, 10, 0) == (30, 3)
+    assert ranks(step, 10, 0, 4) == 3 * 3
 
 
 def test_counts_add_up():

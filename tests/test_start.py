@@ -1,5 +1,6 @@
 """New runs that start from another one: what goes on, what starts anew, and what the history says of it."""
 
+import math
 import shutil
 
 import numpy as np
@@ -208,10 +209,29 @@ def test_a_checkpoint_whose_past_is_none(here):
         ({"origin": 3}, 'invalid checkpoint: "origin" must be a string'),
         ({"before": [part | {"counts": {"naps": 1}}]}, other),
         ({"before": [part | {"counts": {"steps": 0.5}}]}, numbers),
+        ({"before": [part | {"unit": [100, 0]}]}, numbers),
+        ({"before": [part | {"counts": {"operations": 2**100}}]}, numbers),
+        ({"unit": [0, 1]}, numbers),
+        ({"unit": [2**100, 1]}, numbers),
+        ({"unit": "ab"}, numbers),
+        ({"unit": 3}, other),
+        ({"unit": [1, 2, 3]}, other),
     ):
         checkpoint.save(path, found.theta, found.state, found.meta | wrong)
         with pytest.raises(UserError, match=sentence):
             run("small.h5 --out new --max-steps 4")
+
+
+def test_linear_algebra_is_counted_in_passes_over_the_sequences_of_its_time(here):
+    run("small.h5 --resume old --out one --optimizer muon --gradient-batch 9 --max-steps 4")
+    run("small.h5 --resume one --out two --sequence-length 5 --max-steps 6")
+    p_d, p_i = (last(here / "old")[key] for key in ("P_D_full", "P_I_full"))
+    size = theta(here / "two").size
+    for name, length in (("one", 20), ("two", 5)):
+        operations, depth = (sum(r[key] for r in history(here / name)) for key in ("operations", "depth"))
+        p_d += 2 * 3 * 9 + math.ceil(operations / (2 * size * length))
+        p_i += 2 * 3 + math.ceil(depth / (2 * length))  # an mLSTM
+        assert (last(here / name)["P_D_full"], last(here / name)["P_I_full"]) == (p_d, p_i)
 
 
 def test_a_checkpoint_without_options(here):

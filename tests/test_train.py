@@ -402,14 +402,22 @@ def test_the_cost_follows_from_the_counted_passes(name, data, tmp_path, monkeypa
     records = history(run.folder)
     second = "hf" in name or "subspace" in name
     batch, curvature = 10, 4 if second else 0
-    check_cost(records, batch, curvature, ranks=1)
+    check_cost(run, records, batch, curvature, ranks=1)
+    assert (
+        ("operations" in records[-1])
+        == ("depth" in records[-1])
+        == name.startswith(("soap", "muon", "subspace"))
+    )
     for key, total in counted.items():
         assert sum(record.get(key, 0) for record in records) == total
     assert (counted["products"] > 0) == ("hf" in name)
 
 
-def check_cost(records, batch, curvature, ranks):
+def check_cost(run, records, batch, curvature, ranks):
     """Compute the costs of Krause et al. (2015) again: P_D = 3 I_t B_g + 4 I_c B_c, P_I = 3 I_t + 4 I_c."""
+    operations = depth = 0
+    forward = 2 * run.model.size * 20  # sequences of 20 steps
+    sequential = 20 * (2 if run.model.architecture.name in ("mrnn", "mlstm") else 1)
     cg = losses = gradients = linearisations = products = projections = directions = candidates = 0
     for steps, record in enumerate(records, start=1):
         cg += record["cg_steps"]
@@ -428,8 +436,11 @@ def check_cost(records, batch, curvature, ranks):
             assert record["P_P"] == expected
         on_batch, on_curvature = losses + 3 * gradients, linearisations + 4 * products
         on_all = on_batch + candidates
-        assert record["P_D_full"] == on_all * batch + (on_curvature + 2 * directions) * curvature
-        assert record["P_I_full"] == on_batch + on_curvature + 2 * projections
+        operations += record.get("operations", 0)
+        depth += record.get("depth", 0)
+        more = math.ceil(operations / forward), math.ceil(depth / sequential)
+        assert record["P_D_full"] == on_all * batch + (on_curvature + 2 * directions) * curvature + more[0]
+        assert record["P_I_full"] == on_batch + on_curvature + 2 * projections + more[1]
 
 
 @pytest.mark.parametrize(
@@ -515,7 +526,7 @@ def test_any_number_of_ranks_does_the_same_run(mpi_ranks, comm, mpi_tmp_path):
                 run, _ = train(mpi_tmp_path / f"{name} {ranks}", data, parts[ranks], max_steps=4, **options)
                 compare(run, *serial)
                 second = "hf" in name or "subspace" in name
-                check_cost(history(run.folder), 10, 4 * second, ranks)
+                check_cost(run, history(run.folder), 10, 4 * second, ranks)
             wait(comm)
         if name in ("sgd normalised", "bgd", "adam"):
             continue  # their states are those of sgd with the other rules, and of adamw

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import hfmpi
-from hfmpi.measure.cost import Counts, full
+from hfmpi.measure.cost import Counts, executed
 from hfmpi.objective.data_parallel import step_objectives
 from hfmpi.optim.presets import preset
 from hfmpi.parallel.communicator import Communicator
@@ -79,7 +79,7 @@ class Hfmpi(Method):
         objectives = step_objectives(self.owner, self.cases, 0, self.number, self.cases.count, self.part)
         self.theta, self.state, report = self.optimizer.step(self.theta, self.state, objectives)
         self.number += 1
-        p_d, p_i = full(Counts(**vars(report.work)), self.cases.count, self.part)
+        p_d, p_i = executed(Counts(**vars(report.work)), self.cases.count, self.part)
         self.count(p_d / self.cases.count, p_i)
 
     def loss(self):

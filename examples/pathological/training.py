@@ -22,7 +22,7 @@ import hfmpi
 from hfmpi.backends.base import Array
 from hfmpi.data.batches import curvature_slice
 from hfmpi.files import checkpoint
-from hfmpi.measure.cost import full, paper
+from hfmpi.measure.cost import executed, paper
 from hfmpi.networks.architecture import SPARSE_FAN_IN
 from hfmpi.optim.base import Optimizer
 from hfmpi.optim.presets import preset
@@ -248,7 +248,7 @@ def train(run: Run, folder: Path, seconds: float, passes: int) -> dict[str, Any]
     def save(solved: bool) -> dict[str, Any]:
         own = error or test(network, theta, exam, tested)
         costs = dict(zip(("P_D", "P_I"), paper(done.counts, *run.batches), strict=True))
-        costs |= dict(zip(("P_D_full", "P_I_full"), full(done.counts, *run.batches), strict=True))
+        costs |= dict(zip(("P_D_full", "P_I_full"), executed(done.counts, *run.batches), strict=True))
         now = {**asdict(run), "solved": solved, "step": done.step, **costs, "seconds": round(done.seconds, 1)}
         now |= {"loss": float(f"{loss:.4g}"), "wrong": own.wrong, "outputs": own.outputs}
         meta = {**asdict(done), "record": now}
@@ -256,10 +256,10 @@ def train(run: Run, folder: Path, seconds: float, passes: int) -> dict[str, Any]
         checkpoint.save(folder / checkpoint.NEWEST, host, entries(state, network.backend), meta)
         return now
 
-    look = full(done.counts, *run.batches)[1] * GROWTH
+    look = executed(done.counts, *run.batches)[1] * GROWTH
     loss = record.get("loss", math.nan)
     while not record.get("solved") and done.seconds < seconds and done.rejections < MOST_REJECTED:
-        if full(done.counts, *run.batches)[1] >= passes:
+        if executed(done.counts, *run.batches)[1] >= passes:
             break
         indices = np.arange(done.step * gradients, (done.step + 1) * gradients) % task.count
         risk, curvature = data.on(task, indices), None
@@ -270,7 +270,7 @@ def train(run: Run, folder: Path, seconds: float, passes: int) -> dict[str, Any]
         objectives = hfmpi.Objectives(risk, curvature, shared=curvature is not None)
         theta, state, report = optimizer.step(theta, state, objectives)
         loss, done, error = report.loss, done.after(report), None
-        cost = full(done.counts, *run.batches)[1]
+        cost = executed(done.counts, *run.batches)[1]
         if cost >= look:
             look = cost * GROWTH
             if test(network, theta, exam, min(PROBED, tested)).wrong < 2 * SOLVED:

@@ -15,6 +15,15 @@ each; a projection V G V' needs J V alone and counts as two.
 
 Independent vectors in one pass count once where the hardware processes all of them at once (P_I), and
 separately where it does not (P_D, P_P). The methods of the paper have one vector per pass.
+
+This holds for adjoints too. The rows of K segments of each example (hfmpi.optim.rows) are K adjoint passes
+side by side after one forward pass. They count 3 in P_I and (1 + 2 K) B_g in P_D, and on P ranks K B_g takes
+the place of B_g in the adjoint part. One row per example is an intermediate of the gradient, K = 1. This
+extends the paper, which runs only sequences in parallel: if the segments ran in turn, P_I would be 1 + 2 K.
+P_D could be (2 + K) B_g if each adjoint started at the end of its segment; hfmpi starts all of them at the
+end of the sequence.
+
+The `full` account also has the linear algebra of the optimizer, in the same unit (`ForwardPass`).
 """
 
 from __future__ import annotations
@@ -24,7 +33,25 @@ from typing import NamedTuple
 
 from hfmpi.measure.spans import FORWARD, GRADIENT, LINE_SEARCH, LINEARISE, PRODUCTS
 
-__all__ = ["COUNTS", "PASSES", "Counts", "Pass", "full", "paper", "ranks"]
+__all__ = ["COUNTS", "PASSES", "Counts", "ForwardPass", "Pass", "executed", "full", "paper", "ranks"]
+
+
+class ForwardPass(NamedTuple):
+    """The unit of linear algebra: what the forward pass of one sequence is worth.
+
+    A parameter counts one multiplication and one addition in each step, so that a pass of L steps has about
+    2 D L operations. Its depth is the number of its matrix products that wait for one another.
+
+    Attributes
+    ----------
+    operations : int
+        Floating point operations, additions and multiplications; at least 1.
+    depth : int
+        At least 1.
+    """
+
+    operations: int
+    depth: int
 
 
 class Pass(NamedTuple):
@@ -43,6 +70,8 @@ class Pass(NamedTuple):
         The count that the formulas of the paper use in its place; empty: they leave this kind out.
     further : str
         The count of the vectors after the first of each pass; empty: a pass has one vector.
+    shared : int
+        The part of the cost that all vectors of a pass share: adjoints have one forward pass.
     """
 
     name: str
@@ -51,6 +80,7 @@ class Pass(NamedTuple):
     spans: tuple[str, ...]
     paper: str = ""
     further: str = ""
+    shared: int = 0
 
 
 def _count(words: str, kind: Pass | None = None) -> int:
@@ -74,10 +104,17 @@ class Counts:
     candidates, directions, adjoints : int
         Vectors after the first of each loss, of each projection, and of each adjoint pass of rows: an example
         with C rows has C cotangents, which are independent of one another (hfmpi.optim.rows).
+    operations : int
+        Floating point operations of the optimizer's linear algebra: products of matrices, Cholesky, QR and
+        eigenvalue decompositions. Element-wise operations and inner products of vectors are left out.
+    depth : int
+        Sequential steps of the linear algebra (hfmpi.measure.linear_algebra).
     """
 
     steps: int = 0
-    gradients: int = _count("gradients", Pass("gradient", 3, True, (FORWARD, GRADIENT), "steps"))
+    gradients: int = _count(
+        "gradients", Pass("gradient", 3, True, (FORWARD, GRADIENT), "steps", "adjoints", shared=1)
+    )
     losses: int = _count("losses", Pass("loss", 1, True, (LINE_SEARCH,), "", "candidates"))
     linearisations: int = _count("linearisations", Pass("linearisation", 1, False, (LINEARISE,)))
     products: int = _count("curvature products", Pass("product", 4, False, (PRODUCTS,), "cg_steps"))
@@ -88,6 +125,8 @@ class Counts:
     directions: int = _count("directions")
     adjoints: int = _count("adjoints")
     cg_steps: int = _count("CG iterations")
+    operations: int = _count("operations of linear algebra")
+    depth: int = _count("sequential steps of linear algebra")
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(**{each.name: self[each.name] + other[each.name] for each in fields(self)})
@@ -109,7 +148,7 @@ def paper(counts: Counts, gradient_batch: int, curvature_batch: int) -> tuple[in
     """Compute (P_D, P_I) by the formulas of Krause et al. 2015.
 
     P_D = 3 I_t B_g + 4 I_c B_c and P_I = 3 I_t + 4 I_c. For methods that are not in the paper the same rule
-    adds 2 for each projection, and to P_D 2 for each further direction.
+    adds 2 for each projection, and to P_D 2 for each further direction and each further adjoint.
 
     Examples
     --------
@@ -123,41 +162,59 @@ def ranks(counts: Counts, gradient_batch: int, curvature_batch: int, size: int) 
     """Compute P_P, the paper's cost when `size` ranks share each batch.
 
     P_P = 3 I_t ceil(B_g / P) + 4 I_c ceil(B_c / P), which is P_D for P = 1 and P_I once P >= B_g, B_c. The
-    speedup that it predicts is P_D / P_P. If a pass has C vectors, C B_c takes the place of B_c.
+    speedup that it predicts is P_D / P_P. If a pass has C vectors, C B_c takes the place of B_c; if it has C
+    adjoints, C B_g takes the place of B_g in two thirds of the gradient.
     """
     passes = _passes(counts, gradient_batch, curvature_batch, executed=False)
     return sum(cost * count * -(-vectors * batch // (count * size)) for cost, count, vectors, batch in passes)
 
 
-def full(counts: Counts, gradient_batch: int, curvature_batch: int) -> tuple[int, int]:
-    """Compute (P_D, P_I) with everything that was executed.
+def executed(counts: Counts, gradient_batch: int, curvature_batch: int) -> tuple[int, int]:
+    """Compute (P_D, P_I) of all passes that were executed.
 
     The paper's formulas leave out the forward passes of backtracking and line search, the product that a
     warm start needs, and the linearisation. Here a loss and a linearisation count 1, a gradient 3, a
-    projection 2 and a product 4; P_D counts every further vector of a pass as much again.
+    projection 2 and a product 4; P_D counts every further vector of a pass as much again, but a further
+    adjoint 2.
 
     Examples
     --------
-    >>> full(Counts(gradients=1, products=6, losses=8, linearisations=1), 320, 32)
+    >>> executed(Counts(gradients=1, products=6, losses=8, linearisations=1), 320, 32)
     (4320, 36)
     """
     return _totals(_passes(counts, gradient_batch, curvature_batch, executed=True))
 
 
+def full(counts: Counts, gradient_batch: int, curvature_batch: int, unit: ForwardPass) -> tuple[int, int]:
+    """Compute (P_D, P_I) of everything that was executed: all passes and the linear algebra.
+
+    P_D has the operations of the linear algebra over those of a forward pass, P_I its depth over that of a
+    forward pass; each is rounded up once.
+
+    Examples
+    --------
+    >>> full(Counts(gradients=1, operations=15_000, depth=250), 320, 32, ForwardPass(2_000, 100))
+    (968, 6)
+    """
+    p_d, p_i = executed(counts, gradient_batch, curvature_batch)
+    return p_d - -counts.operations // unit.operations, p_i - -counts.depth // unit.depth
+
+
 def _passes(
     counts: Counts, gradient_batch: int, curvature_batch: int, executed: bool
 ) -> list[tuple[int, int, int, int]]:
-    """Return cost, number, vectors and batch of each kind of pass, as executed or as the paper counts."""
-    return [
-        (
-            kind.cost,
-            count,
-            count + counts[kind.further],
-            gradient_batch if kind.on_gradient else curvature_batch,
-        )
-        for name, kind in PASSES.items()
-        if (count := counts[name if executed else kind.paper])
-    ]
+    """Return cost, number, vectors and batch of each kind of pass, as executed or as the paper counts.
+
+    A kind with a shared part has two entries.
+    """
+    passes = []
+    for name, kind in PASSES.items():
+        if count := counts[name if executed else kind.paper]:
+            batch = gradient_batch if kind.on_gradient else curvature_batch
+            passes.append((kind.cost - kind.shared, count, count + counts[kind.further], batch))
+            if kind.shared:
+                passes.append((kind.shared, count, count, batch))
+    return passes
 
 
 def _totals(passes: list[tuple[int, int, int, int]]) -> tuple[int, int]:

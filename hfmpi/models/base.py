@@ -14,11 +14,13 @@ import numpy as np
 
 from hfmpi.backends.base import Array, Backend
 from hfmpi.data.examples import Examples
+from hfmpi.measure.cost import ForwardPass
 from hfmpi.models.factors import FactorSums
 from hfmpi.optim.layout import Block
 
 __all__ = [
     "Blocks",
+    "Costed",
     "DataChecks",
     "KroneckerFactors",
     "Linearisation",
@@ -136,6 +138,14 @@ class Blocks(Protocol):
     @property
     def blocks(self) -> tuple[Block, ...]:
         """The matrices, which cover theta."""
+
+
+@runtime_checkable
+class Costed(Protocol):
+    """A model that knows what its forward pass is worth, the unit of the linear algebra of optimizers."""
+
+    def forward_pass(self, steps: int) -> ForwardPass:
+        """Return the unit for examples with so many outputs, those of the burn-in among them."""
 
 
 @runtime_checkable

@@ -12,6 +12,7 @@ from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.data.batches import check_steps, scored_targets
 from hfmpi.data.examples import Arrays, one_hot_remedy
 from hfmpi.errors import UserError, shown
+from hfmpi.measure.cost import ForwardPass
 from hfmpi.models.batch import (
     Batch,
     burn_in_of,
@@ -134,6 +135,15 @@ class Network:
     def initial(self, seed: int) -> np.ndarray:
         """Draw initial parameters, (D,) float64, the same for every device and number of ranks."""
         return self.architecture.initial(seed, self.initialisation, self.forget_bias)
+
+    def forward_pass(self, steps: int) -> ForwardPass:
+        """Return what the forward pass of a sequence of `steps` steps is worth.
+
+        A symbol counts as the product with its one-hot vector, although a pass looks its row up. A step of a
+        layer waits for one product with W_h, and in a multiplicative cell for that with W_mh first.
+        """
+        sequential = self.architecture.layers * (1 + self.architecture.cell.multiplicative)
+        return ForwardPass(2 * self.size * steps, sequential * steps)
 
     def release(self) -> None:
         """Release the scratch memory of the network and of its backend."""

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Generic, NamedTuple, TypeVar
 
 from hfmpi.measure.cost import Counts
 from hfmpi.optim.base import Objective, Objectives, Optimizer, StepReport, inner_product
 from hfmpi.optim.checks import check_state, checked
-from hfmpi.optim.layout import Vector
+from hfmpi.optim.layout import Block, Vector
 from hfmpi.optim.schedule import Schedule
 from hfmpi.settings import NOT_NEGATIVE, POSITIVE, check, within
 
@@ -38,6 +38,9 @@ def agreed_norm(objective: Objective, vector: Vector) -> float:
     return math.sqrt(square)
 
 
+NOTHING = Counts()
+
+
 def first_order_step(
     theta: Vector,
     state: StateT,
@@ -46,6 +49,7 @@ def first_order_step(
     update: Callable[[Vector, float], Update[StateT] | None],
     longest: float = math.inf,
     too_long: str = "the gradient",
+    algebra: Counts = NOTHING,
 ) -> tuple[Vector, StateT, StepReport]:
     """Compute the gradient and take the update; reject it if a number is not finite.
 
@@ -59,23 +63,25 @@ def first_order_step(
         Bound of the length of g.
     too_long : str
         What is not finite if the length reaches the bound.
+    algebra : Counts
+        The linear algebra of `update`.
     """
     at = objective.gradient(theta)
     loss, square = objective.agree((at.loss, inner_product(at.vector, at.vector)))
-    norm, wrong = math.sqrt(square), ""
+    norm, wrong, work = math.sqrt(square), "", Counts(gradients=1)
     after = Update(theta, state, 0.0)
     if not math.isfinite(loss):
         wrong = "the risk"
     elif not norm < longest:
         wrong = too_long
     else:
-        updated = update(at.vector, norm)
+        updated, work = update(at.vector, norm), work + algebra
         after, wrong = (updated, "") if updated is not None else (after, "the update")
     report = StepReport(
         loss=loss,
         accepted=not wrong,
         message=f"update rejected: {wrong} is not finite" if wrong else after.message,
-        work=Counts(gradients=1),
+        work=work,
         details={
             "gradient_norm": norm if math.isfinite(norm) else None,
             "step_norm": after.length,
@@ -137,6 +143,10 @@ class Adaptive(Schedule, Optimizer[AdaptiveT]):
     ) -> tuple[Vector, AdaptiveT]:
         """Compute p (D,), without decay, and the state of the means after g, of length `norm`."""
 
+    def algebra(self, state: AdaptiveT, blocks: Sequence[Block]) -> Counts:
+        """Return the linear algebra of `direction` in this state, if any, for the blocks of theta."""
+        return NOTHING
+
     def step(
         self, theta: Vector, state: AdaptiveT, objectives: Objectives
     ) -> tuple[Vector, AdaptiveT, StepReport]:
@@ -161,7 +171,8 @@ class Adaptive(Schedule, Optimizer[AdaptiveT]):
             message = "" if norm > 0 else "the gradient is zero"
             return Update(after, replace(later, updates=t, average=average), length, message)
 
-        return first_order_step(theta, state, objective, rate, update)
+        algebra = self.algebra(state, objective.blocks) if self.needs.blocks else NOTHING
+        return first_order_step(theta, state, objective, rate, update, algebra=algebra)
 
     def _first(self, theta: Vector) -> Vector:
         """Return the mean of the iterates before the first update."""

@@ -14,11 +14,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hfmpi.measure.cost import Counts
+from hfmpi.measure.linear_algebra import eigh, together
 from hfmpi.optim.base import Objective
 from hfmpi.optim.layout import Block, BlockLayout, Shape, Vector, factor_shape, split_factors
-from hfmpi.optim.matrices import Arrays, rotated, share_out
+from hfmpi.optim.matrices import Arrays, rotated, rotation, share_out
 
-__all__ = ["decomposition_layout", "preconditioned_gradients"]
+__all__ = ["decomposition_layout", "preconditioned_gradients", "preconditioning"]
 
 
 def decomposition_layout(blocks: Sequence[Block]) -> BlockLayout:
@@ -73,6 +75,18 @@ def preconditioned_gradients(
         for name, array in arrays.items():
             array[...] = new[name]
     return preconditioned, after
+
+
+def preconditioning(blocks: Sequence[Block], dampings: int, refresh: bool) -> Counts:
+    """Return the linear algebra of `preconditioned_gradients` for so many dampings."""
+
+    def of(block: Block) -> Counts:
+        left, right = (shape[0] for name, shape in _decomposition(block).items() if name.startswith("Q"))
+        decompositions = together([eigh(side) for side in (left, right) if side and refresh])
+        rotations = [rotation(block.rows, block.columns, left, right)] * dampings
+        return decompositions + rotations[0] + together(rotations)
+
+    return together(map(of, blocks))
 
 
 def _decompose(factor: Vector, values: Vector, vectors: Vector) -> None:

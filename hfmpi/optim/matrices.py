@@ -7,10 +7,12 @@ from functools import partial
 
 import numpy as np
 
+from hfmpi.measure.cost import Counts
+from hfmpi.measure.linear_algebra import product
 from hfmpi.optim.base import Objective
 from hfmpi.optim.layout import BlockLayout, Vector
 
-__all__ = ["Arrays", "rotated", "share_out"]
+__all__ = ["Arrays", "rotated", "rotation", "share_out"]
 
 Arrays = dict[str, Vector]
 """The arrays of a block by name."""
@@ -47,3 +49,9 @@ def rotated(matrix: Vector, left: Vector, right: Vector) -> Vector:
     """Return left @ matrix @ right; a side whose rotation is empty is not rotated."""
     matrix = np.matmul(left, matrix) if left.size else matrix
     return np.matmul(matrix, right) if right.size else matrix
+
+
+def rotation(rows: int, columns: int, left: int, right: int) -> Counts:
+    """Return the cost of `rotated` for a matrix (rows, columns); `left` or `right` is 0 if it is empty."""
+    work = product(rows, rows, columns) if left else Counts()
+    return work + product(rows, columns, columns) if right else work

@@ -15,6 +15,8 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 
+from hfmpi.measure.cost import Counts
+from hfmpi.measure.linear_algebra import gram, product, together
 from hfmpi.optim.base import Messages, Needs, Objective
 from hfmpi.optim.checks import check_blocks, check_vector
 from hfmpi.optim.first_order import Adaptive, AdaptiveState
@@ -40,6 +42,13 @@ def orthogonal(matrix: Vector, steps: int = 5) -> Vector:
         square = np.matmul(x, x.T)
         x = kind(a) * x + np.matmul(kind(b) * square + kind(c) * np.matmul(square, square), x)
     return x if matrix.shape[0] <= matrix.shape[1] else x.T
+
+
+def orthogonalisation(rows: int, columns: int, steps: int) -> Counts:
+    """Return the linear algebra of `orthogonal` for a matrix (rows, columns) that is not zero."""
+    short, long = sorted((rows, columns))
+    each = gram(short, long) + product(short, short, short) + product(short, short, long)
+    return Counts(operations=steps * each.operations, depth=steps * each.depth)
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,14 @@ class Muon(Adaptive[MuonState]):
         """Return what the ranks exchange: the matrices, counted with the vectors, which are few."""
         return Messages(matrices=parameters)
 
+    def algebra(self, state: MuonState, blocks: Sequence[Block]) -> Counts:
+        """Return the linear algebra of `direction`: all matrices side by side."""
+        return together(
+            orthogonalisation(block.rows, block.columns, self.newton_schulz_steps)
+            for block in blocks
+            if _is_matrix(block)
+        )
+
     def direction(
         self, g: Vector, norm: float, state: MuonState, objective: Objective, factor: float
     ) -> tuple[Vector, MuonState]:
@@ -107,7 +124,7 @@ class Muon(Adaptive[MuonState]):
         matrices, ahead = list[Block](), list[Vector]()
         for block in objective.blocks:
             gradient, step, mean, square = (block.of(v) for v in (g, p, momentum, mean_square))
-            if min(block.rows, block.columns) > 1:
+            if _is_matrix(block):
                 mean[...] = kind(self.momentum) * mean + gradient
                 matrices.append(block)
                 ahead.append(gradient + kind(self.momentum) * mean)
@@ -125,3 +142,7 @@ class Muon(Adaptive[MuonState]):
             scale = factor * self.rate * max(1.0, block.rows / block.columns) ** 0.5
             block.of(p)[...] = kind(scale) * arrays["step"]
         return p, replace(state, momentum=momentum, mean_square=mean_square)
+
+
+def _is_matrix(block: Block) -> bool:
+    return min(block.rows, block.columns) > 1

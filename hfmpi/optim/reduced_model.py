@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hfmpi.measure.cost import Counts
+from hfmpi.measure.linear_algebra import eigh, gram, product, together
 from hfmpi.optim.base import Matrix, Objective
 from hfmpi.optim.layout import Block, Vector
 
@@ -40,6 +42,11 @@ class Part(NamedTuple):
     def of(self, vector: Vector) -> Vector:
         """Return the part of a vector (D,) as a view (rows, columns)."""
         return self.block.of(vector)[self.top : self.bottom, self.left : self.right]
+
+    @property
+    def size(self) -> int:
+        """The number of parameters."""
+        return (self.bottom - self.top) * (self.right - self.left)
 
     def stacked(self, vectors: Sequence[Vector]) -> Vector:
         """Return the part of several vectors, one row each."""
@@ -84,6 +91,15 @@ class Basis:
             gram[np.ix_(rows, rows)] = np.matmul(stack, stack.T).tolist()
             slopes[rows] = np.matmul(stack, part.of(g).reshape(-1).astype(np.float64)).tolist()
         return gram, slopes
+
+    @property
+    def work(self) -> Counts:
+        """The linear algebra of `inner_products`."""
+        return together(
+            work
+            for part, rows in self.parts
+            for work in (gram(len(rows), part.size), product(len(rows), part.size))
+        )
 
     def combined(self, weights: Sequence[float]) -> Vector:
         """Compute V' c, (D,)."""
@@ -140,6 +156,12 @@ class ReducedModel:
     gram: Matrix
     slopes: Matrix
 
+    @property
+    def work(self) -> Counts:
+        """The linear algebra of one step: eigenvalues, and three products of a matrix and a vector."""
+        k = len(self.m)
+        return eigh(k) + product(k, k) + product(k, k) + product(k, k)
+
     def step(self, damping: float) -> Step:
         """Compute the step V' c of a damping."""
         system = self.m + damping * self.gram
@@ -149,8 +171,8 @@ class ReducedModel:
             values, vectors = np.linalg.eigh(scale[:, None] * system * scale)
         except np.linalg.LinAlgError:  # numbers that are not finite
             return Step(self.basis.v[0] * np.nan, math.nan, math.nan)
-        along = vectors.T @ (scale * self.slopes) / (np.maximum(values, 0) + RELATIVE)
-        c = -scale * (vectors @ along)
-        bounds = -float(self.slopes @ c), max(float(c @ self.m @ c), 0.0)
+        along = np.matmul(vectors.T, scale * self.slopes) / (np.maximum(values, 0) + RELATIVE)
+        c = -scale * np.matmul(vectors, along)
+        bounds = -float(self.slopes @ c), max(float(np.matmul(c, self.m) @ c), 0.0)
         *weights, descent, curvature = self.objective.agree((*map(float, c), *bounds))
         return Step(self.basis.combined(weights), max(descent, 0.0), curvature)

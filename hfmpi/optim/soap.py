@@ -18,11 +18,13 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 
+from hfmpi.measure.cost import Counts
+from hfmpi.measure.linear_algebra import eigh, gram, product, qr, together
 from hfmpi.optim.base import Messages, Needs, Objective
 from hfmpi.optim.checks import check_blocks, check_vector
 from hfmpi.optim.first_order import Adaptive, AdaptiveState
 from hfmpi.optim.layout import LONGEST_SIDE, Block, BlockLayout, Shape, Vector
-from hfmpi.optim.matrices import Arrays, rotated, share_out
+from hfmpi.optim.matrices import Arrays, rotated, rotation, share_out
 from hfmpi.settings import POSITIVE, at_least, within
 
 __all__ = ["SOAP", "SOAPState"]
@@ -99,6 +101,30 @@ class SOAP(Adaptive[SOAPState]):
         """Return what the ranks exchange: the arrays of `_results` of each block."""
         return Messages(matrices=2 * (parameters + state.get("factors", 0)))
 
+    def algebra(self, state: SOAPState, blocks: Sequence[Block]) -> Counts:
+        """Return the linear algebra of `direction`: blocks, and the two sides of a block, side by side."""
+
+        def of(block: Block) -> Counts:
+            left, right = (shape[0] for shape in self._factors(block).values())
+            turned = rotation(block.rows, block.columns, left, right)
+            sides = together(
+                gram(side, block.size // side) + self._eigenvectors(state, side)
+                for side in (left, right)
+                if side
+            )
+            return sides + together([turned, turned]) + turned
+
+        return together(map(of, blocks))
+
+    def _eigenvectors(self, state: SOAPState, side: int) -> Counts:
+        """Return the cost of the eigenvectors of a side in this state."""
+        if not self._refreshes(state):
+            return Counts()
+        return product(side, side, side) + qr(side) if state.updates else eigh(side)
+
+    def _refreshes(self, state: SOAPState) -> bool:
+        return state.updates % self.refresh == 0
+
     def direction(
         self, g: Vector, norm: float, state: SOAPState, objective: Objective, factor: float
     ) -> tuple[Vector, SOAPState]:
@@ -118,7 +144,7 @@ class SOAP(Adaptive[SOAPState]):
                 np.matmul(a, a.T, out=matrix)
                 matrix[...] = kind(keep) * old_factors[i][side] + kind(1 - keep) * matrix
                 basis[...] = old_bases[i][side]
-                if state.updates % self.refresh == 0:
+                if self._refreshes(state):
                     basis[...] = _eigenvectors(matrix, basis if state.updates else None)
             left, right, square = new["Q_L"], new["Q_R"], new["mean_square"]
             inside, ahead = (rotated(matrix, left.T, right) for matrix in (gradient, momentum))

@@ -24,6 +24,7 @@ from typing import Annotated
 import numpy as np
 
 from hfmpi.measure.cost import Counts
+from hfmpi.measure.linear_algebra import together
 from hfmpi.optim.base import (
     EntryT,
     Messages,
@@ -36,7 +37,7 @@ from hfmpi.optim.base import (
 )
 from hfmpi.optim.checks import check_blocks, check_state, check_vector, checked
 from hfmpi.optim.damping import UNRESOLVED, rounding
-from hfmpi.optim.kfac import decomposition_layout, preconditioned_gradients
+from hfmpi.optim.kfac import decomposition_layout, preconditioned_gradients, preconditioning
 from hfmpi.optim.layout import Block, Vector, kronecker_layout
 from hfmpi.optim.reduced_model import ReducedModel, Step, normalised, parts_of
 from hfmpi.settings import NOT_NEGATIVE, POSITIVE, Rule, at_least, check, within
@@ -213,14 +214,18 @@ class Subspace(Optimizer[SubspaceState]):
                 state,
                 replace(report, accepted=True, message="the gradient is zero", converged=True),
             )
+        algebra = Counts()
+        if self._uses("kfac"):
+            algebra = preconditioning(objective.blocks, self.kfac_dampings, self._refreshes(state))
         state, directions = self._directions(state, objective, g, factors)
         model, work = self._model(theta, objectives, g, directions)
-        report = replace(report, work=work, details=_details(norm, state.damping, rho))
+        report = replace(report, work=work + algebra, details=_details(norm, state.damping, rho))
         if model is None:
             return theta, before, replace(report, message="a direction is not finite")
         state, count = replace(state, loss=loss), max(1, candidates)
         dampings = [state.damping * 4.0 ** (i - (count - 1) // 2) for i in range(count)]
         steps = [model.step(damping) for damping in dampings]
+        report = replace(report, work=report.work + together([model.work] * count))
         if all(0 <= step.promise <= rounding(loss, theta) for step in steps):
             return theta, before, replace(report, accepted=True, message=UNRESOLVED, converged=True)
         if candidates:
@@ -283,6 +288,7 @@ class Subspace(Optimizer[SubspaceState]):
             state = replace(state, damping=damping)
             report = replace(report, details={**report.details, "damping": damping})
             step = model.step(damping)
+            report = replace(report, work=report.work + model.work)
             if 0 <= step.promise <= rounding(state.loss, theta):
                 break
         return theta, state, replace(report, message="no damping lowers the risk")
@@ -309,12 +315,15 @@ class Subspace(Optimizer[SubspaceState]):
             keep = min(first, self.factor_decay)
             mean = kind(keep) * state.factors + kind(1 - keep) * factors
             gammas = [self.kfac_damping * self.kfac_ratio**i for i in range(self.kfac_dampings)]
-            refresh = state.updates % self.refresh == 0
             more, decomposition = preconditioned_gradients(
-                objective, g, mean, state.decomposition, gammas, refresh
+                objective, g, mean, state.decomposition, gammas, self._refreshes(state)
             )
             state, directions = replace(state, factors=mean, decomposition=decomposition), directions + more
         return state, [*directions, *state.steps.reshape(-1, g.size)[: self.memory]]
+
+    def _refreshes(self, state: SubspaceState) -> bool:
+        """Return whether this step decomposes the factors."""
+        return state.updates % self.refresh == 0
 
     def _model(
         self, theta: Vector, objectives: Objectives, g: Vector, directions: list[Vector]
@@ -329,7 +338,8 @@ class Subspace(Optimizer[SubspaceState]):
         gram, slopes = basis.inner_products(g)
         model = ReducedModel(objective, basis, m + self.weight_decay * gram, gram, slopes)
         linearisations, further = int(not objectives.shared), len(basis.v) - 1
-        return model, replace(work, linearisations=linearisations, projections=1, directions=further)
+        work += Counts(linearisations=linearisations, projections=1, directions=further) + basis.work
+        return model, work
 
     def _damped(self, damping: float, rho: float) -> float:
         """Return lambda after a step with this reduction ratio."""

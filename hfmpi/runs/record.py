@@ -8,14 +8,24 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from hfmpi.files.history import LossKeys, Record
 from hfmpi.measure import cost
-from hfmpi.measure.cost import COUNTS, Counts
+from hfmpi.measure.cost import COUNTS, Counts, ForwardPass
 from hfmpi.optim.base import StepReport
 from hfmpi.parallel.placement import Place
 
 if TYPE_CHECKING:
     from hfmpi.runs.task import Task
 
-__all__ = ["Ending", "Facts", "Progress", "Reporter", "Spent", "Validation", "counted", "step_record"]
+__all__ = [
+    "NO_UNIT",
+    "Ending",
+    "Facts",
+    "Progress",
+    "Reporter",
+    "Spent",
+    "Validation",
+    "counted",
+    "step_record",
+]
 
 
 @dataclass(frozen=True)
@@ -59,13 +69,18 @@ class Ending:
     remedy: str = ""
 
 
+NO_UNIT = ForwardPass(1, 1)
+"""Of work without linear algebra."""
+
+
 @dataclass(frozen=True)
 class Spent:
-    """Passes on batches of one size."""
+    """Work on batches of one size, and the unit of its linear algebra."""
 
     counts: Counts
     gradient_batch: int
     curvature_batch: int
+    unit: ForwardPass = NO_UNIT
 
 
 @dataclass(frozen=True)
@@ -82,6 +97,8 @@ class Progress:
     counts : Counts
         Work on batches of the current sizes: since the first start, or since the run started from a different
         one with other batches.
+    unit : ForwardPass
+        What the forward pass of one of today's examples is worth.
     before : tuple of Spent
         Work before that.
     origin : str
@@ -92,6 +109,7 @@ class Progress:
     seconds: float = 0.0
     rejections: int = 0
     counts: Counts = field(default_factory=Counts)
+    unit: ForwardPass = NO_UNIT
     before: tuple[Spent, ...] = ()
     origin: str = ""
 
@@ -103,7 +121,7 @@ class Progress:
 
     def spent(self, gradient_batch: int, curvature_batch: int) -> tuple[Spent, ...]:
         """Give all that was done; the batches are those of today."""
-        return *self.before, Spent(self.counts, gradient_batch, curvature_batch)
+        return *self.before, Spent(self.counts, gradient_batch, curvature_batch, self.unit)
 
 
 ALWAYS = "gradients", "losses", "linearisations", "products", "cg_steps"
@@ -142,9 +160,11 @@ def step_record(
 
     `progress` is that after the step; `metric` says whether the run has one; `batches` are B_g and B_c.
     """
-    spent = [(part.counts, part.gradient_batch, part.curvature_batch) for part in progress.spent(*batches)]
+    parts = progress.spent(*batches)
+    spent = [(part.counts, part.gradient_batch, part.curvature_batch) for part in parts]
     p_d, p_i = map(sum, zip(*(cost.paper(*part) for part in spent), strict=True))
-    full_d, full_i = map(sum, zip(*(cost.full(*part) for part in spent), strict=True))
+    everything = (cost.full(*passes, part.unit) for passes, part in zip(spent, parts, strict=True))
+    full_d, full_i = map(sum, zip(*everything, strict=True))
     work = report.work
     measured = {keys.train: report.loss * keys.per_nat, keys.valid: valid.loss if valid else None}
     if metric:

@@ -13,15 +13,16 @@ from hfmpi.backends.base import Array, Backend
 from hfmpi.errors import UserError
 from hfmpi.files.checkpoint import NEWEST, PREVIOUS, Checkpoint, Entry, identity, load
 from hfmpi.files.numbers import is_amount
-from hfmpi.measure.cost import Counts
+from hfmpi.measure.cost import Counts, ForwardPass
 from hfmpi.runs.config import CHANGEABLE
 from hfmpi.runs.merge import merge
-from hfmpi.runs.record import Progress, Spent
+from hfmpi.runs.record import NO_UNIT, Progress, Spent
 
 __all__ = [
     "LOWEST",
     "Lowest",
     "Misfit",
+    "are_amounts",
     "check_model",
     "check_one_run",
     "check_parameters",
@@ -52,6 +53,9 @@ class Lowest(NamedTuple):
     risk: float
     returned: bool = False
 
+
+MOST_OPERATIONS = 2**100
+"""More operations than there will be; still finite as a float."""
 
 LOWEST = "lowest"
 """Entry of a checkpoint beside the optimizer's state, and of its meta."""
@@ -184,21 +188,36 @@ def progress(checkpoint: Checkpoint) -> Progress:
     meta = checkpoint.meta
     try:
         step, seconds, counts = meta["step"], meta["seconds"], _counts(meta["counts"])
-        rejections, origin = meta.get("rejections", 0), meta.get("origin", "")
+        rejections, origin, unit = meta.get("rejections", 0), meta.get("origin", ""), _unit(meta)
         before = tuple(
-            Spent(_counts(part["counts"]), part["gradient_batch"], part["curvature_batch"])
+            Spent(_counts(part["counts"]), part["gradient_batch"], part["curvature_batch"], _unit(part))
             for part in meta.get("before", ())
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the checkpoint describes no run of this version: {error!r}") from None
-    spent = *before, Spent(counts, 0, 0)
+    spent = *before, Spent(counts, 0, 0, unit)
     batches = (number for part in before for number in (part.gradient_batch, part.curvature_batch))
-    numbers = step, rejections, *batches, *(n for part in spent for n in asdict(part.counts).values())
-    if not all(type(n) is int and is_amount(n) for n in numbers) or not is_amount(seconds):
+    sound = all(type(n) is int and is_amount(n) for n in (step, rejections, *batches)) and is_amount(seconds)
+    units = (number for part in spent for number in part.unit)
+    sound = sound and all(type(n) is int and 0 < n < MOST_OPERATIONS for n in units)
+    if not (sound and all(are_amounts(part.counts) for part in spent)):
         raise UserError("invalid checkpoint: its step, seconds and counts must be numbers, not negative")
     if not isinstance(origin, str):
         raise UserError('invalid checkpoint: "origin" must be a string')
-    return Progress(step, seconds, rejections, counts, before, origin)
+    return Progress(step, seconds, rejections, counts, unit, before, origin)
+
+
+def are_amounts(counts: Counts) -> bool:
+    """Return whether the counts, from a file, are whole numbers of a possible size."""
+    return all(
+        type(number) is int and is_amount(number, MOST_OPERATIONS if name == "operations" else 2**53)
+        for name, number in asdict(counts).items()
+    )
+
+
+def _unit(saved: dict[str, Any]) -> ForwardPass:
+    """Return the unit that was saved with counts; those of versions up to 0.2.0 had no linear algebra."""
+    return ForwardPass(*saved.get("unit", NO_UNIT))
 
 
 def _counts(saved: dict[str, int]) -> Counts:

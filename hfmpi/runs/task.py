@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from hfmpi.data.batches import Cases
 from hfmpi.errors import UserError
 from hfmpi.files.checkpoint import Checkpoint
 from hfmpi.files.history import LossKeys
-from hfmpi.models.base import Model
+from hfmpi.measure.cost import ForwardPass
+from hfmpi.models.base import Blocks, Costed, Model
+from hfmpi.models.batch import burn_in_of
 from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.parallel.communicator import digest
 from hfmpi.runs.config import Config
@@ -94,6 +97,22 @@ class Task:
     def cases(self, step: int) -> Cases:
         """Return the training examples as step `step`, counted from 0, uses them."""
         return self.train_set
+
+    def forward_pass(self) -> ForwardPass:
+        """Return what the forward pass of one example is worth.
+
+        For a model that does not know it, each parameter is used once for each output of the first example,
+        and all matrices one after the other.
+        """
+        model, batch = self.model, self.train_set.take(np.arange(1))
+        targets = np.asarray(getattr(batch, "targets", None))
+        shape = targets.shape[1:] if targets.dtype.kind in "iu" else targets.shape[1:-1]
+        if shape:
+            shape = shape[0] + burn_in_of(batch), *shape[1:]
+        if isinstance(model, Costed):
+            return model.forward_pass(max(1, prod(shape)))
+        matrices = [b for b in model.blocks if b.rows > 1] if isinstance(model, Blocks) else []
+        return ForwardPass(2 * model.size * max(1, prod(shape)), max(1, len(matrices)))
 
     @property
     def options(self) -> dict[str, Any]:

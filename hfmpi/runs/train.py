@@ -75,6 +75,7 @@ class Run:
         self.progress = Progress()
         if checkpoint is not None:
             self.theta, self.progress = self.backend.to_device(checkpoint.theta), progress(checkpoint)
+        self.progress = replace(self.progress, unit=task.forward_pass())
         self.state = preset.optimizer.init(self.theta, model.blocks if isinstance(model, Blocks) else ())
         if checkpoint is not None and checkpoint.state:
             self.state = restored(checkpoint, self.state, self.backend, config.optimizer)

@@ -6,7 +6,7 @@ P_0           ranks of the run with the fewest, to which the others are compared
 S_P           speedup T_{P_0} / T_P, ideally P / P_0
 E_P           efficiency S_P P_0 / P
 c_P           seconds in passes over the network, which are divided among ranks; the mean over ranks
-W_P           executed forward passes (hfmpi.measure.cost.full)
+W_P           executed forward passes, without linear algebra (hfmpi.measure.cost.executed)
 ============  ==========================================================================================
 
 The gap T_P - T_{P_0} P_0 / P is the time by which a step is longer than if its work were divided at no cost.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from hfmpi.measure.spans import EVALUATE, FILES
 from hfmpi.runs.config import CHANGEABLE, Config
 from hfmpi.runs.merge import merge
 from hfmpi.runs.record import counted
-from hfmpi.runs.restore import check_one_run
+from hfmpi.runs.restore import are_amounts, check_one_run
 from hfmpi.runs.timing import read_times
 from hfmpi.speedup.messages import messages
 from hfmpi.speedup.steps import StepTimes, mean_spans
@@ -160,7 +160,6 @@ def _read(folder: Path) -> TimedRun:
 def _is_complete(record: Record) -> bool:
     """Return whether a record has the time and the counts of its step."""
     try:
-        numbers = record["step_seconds"], *astuple(counted(record))
+        return is_amount(record["step_seconds"]) and are_amounts(counted(record))
     except KeyError:
         return False
-    return all(map(is_amount, numbers))

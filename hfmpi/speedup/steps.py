@@ -74,8 +74,8 @@ class StepTimes:
 
     @property
     def work(self) -> float:
-        """W_P, the forward passes that a step executes."""
-        return cost.full(self.counts, *self.batches)[0] / self.counts.steps
+        """W_P, the forward passes that a step executes; linear algebra is no part of their time."""
+        return cost.executed(self.counts, *self.batches)[0] / self.counts.steps
 
 
 def _parts(spans: dict[str, float]) -> dict[str, float]:
