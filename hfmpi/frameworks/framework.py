@@ -255,10 +255,25 @@ class FrameworkModel(ABC):
         self, theta: np.ndarray, batch: Any, reuse: LossLinearisation | None = None
     ) -> LossLinearisation:
         """Linearise at theta (D,) on a batch; the memory of `reuse` is freed first."""
+        return self._linearised(theta, batch, reuse, self._linearise)
+
+    def linearise_rows(
+        self, theta: np.ndarray, batch: Any, reuse: LossLinearisation | None = None
+    ) -> LossLinearisation:
+        """Linearise as `linearise` does, for rows of examples: other passes work too, but may start later."""
+        return self._linearised(theta, batch, reuse, self._linearise_rows)
+
+    def _linearised(
+        self,
+        theta: np.ndarray,
+        batch: Any,
+        reuse: LossLinearisation | None,
+        linearise: Callable[[np.ndarray, CheckedBatch], FrameworkPasses],
+    ) -> LossLinearisation:
         if reuse is not None:
             del reuse.passes
         theta, examples = self._place(theta, batch)
-        passes, loss, backend = self._linearise(theta, examples), self.output_loss, self.backend
+        passes, loss, backend = linearise(theta, examples), self.output_loss, self.backend
         value, cache = self._value(passes.outputs, examples)
         targets, mask = examples.targets, examples.mask
         return LossLinearisation(
@@ -302,6 +317,10 @@ class FrameworkModel(ABC):
     @abstractmethod
     def _linearise(self, theta: np.ndarray, examples: CheckedBatch) -> FrameworkPasses:
         """Linearise the scored outputs."""
+
+    def _linearise_rows(self, theta: np.ndarray, examples: CheckedBatch) -> FrameworkPasses:
+        """Linearise the scored outputs where rows are the first pass."""
+        return self._linearise(theta, examples)
 
     def trial(self, theta: np.ndarray, few: CheckedBatch) -> Trial:
         """Return the outputs at theta (D,) of a few examples, for comparisons."""

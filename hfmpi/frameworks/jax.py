@@ -37,7 +37,7 @@ except ImportError:
 __all__ = ["JaxModel"]
 
 
-COMPILED = "run", "linear", "vjp", "vjps", "jvp", "jvps", "gradient", "gradients", "double"
+COMPILED = "run", "linear", "vjp", "vjps", "jvp", "jvps", "gradient", "gradients", "slopes", "double"
 """The attributes of a model that are compiled functions."""
 
 
@@ -145,7 +145,9 @@ class JaxModel(FrameworkModel):
     def _compile(self) -> None:
         """Make the compiled functions; each compiles itself again when a shape is new.
 
-        The `transpose` that `linear` returns has the residuals of one batch, and computes J' u.
+        The `transpose` that `linear` returns has the residuals of one batch, and computes J' u. Gradients of
+        examples are in the trained arrays, not in theta: XLA writes each of them once. `slopes` returns them
+        with the outputs of the examples, each of which has a single output.
         """
 
         def outputs(theta: Any, inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:
@@ -164,9 +166,19 @@ class JaxModel(FrameworkModel):
             like = jax.ShapeDtypeStruct(shape, v.dtype)
             return jax.linear_transpose(lambda u: transpose(u)[0], like)(v)[0]
 
+        def of_example(theta: Any, inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:
+            inputs, arrays = tuple(x[None] for x in inputs), self._params.split(theta)
+            return jax.vjp(lambda arrays: self._called(arrays, inputs, scored), arrays)
+
         def gradient(theta: Any, u: Any, inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:
-            inputs = tuple(x[None] for x in inputs)
-            return jax.grad(lambda theta: (outputs(theta, inputs, scored) * u).sum())(theta)
+            return of_example(theta, inputs, scored)[1](u)[0]
+
+        def slopes(theta: Any, inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:
+            def one(inputs: tuple[Any, ...]) -> Any:
+                output, transpose = of_example(theta, inputs, scored)
+                return output[0], transpose(jax.numpy.ones_like(output))[0]
+
+            return jax.vmap(one)(inputs)
 
         def vjps(transpose: Any, u: Any) -> Any:
             return jax.vmap(lambda one: vjp(transpose, one))(u)
@@ -175,7 +187,13 @@ class JaxModel(FrameworkModel):
             return jax.vmap(lambda one: jvp(transpose, one, shape), out_axes=1)(v)
 
         def gradients(theta: Any, u: Any, inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:
-            return jax.vmap(partial(gradient, scored=scored), (None, 0, 0))(theta, u, inputs)
+            def one(u: Any, inputs: tuple[Any, ...]) -> Any:
+                transpose = of_example(theta, inputs, scored)[1]
+                if u.shape[1] == 1:
+                    return [g[None] for g in transpose(u[:, 0])[0]]
+                return jax.vmap(lambda u: transpose(u)[0], in_axes=1)(u)
+
+            return jax.vmap(one)(u, inputs)
 
         self.run = jax.jit(outputs, static_argnames="scored")
         self.linear = jax.jit(linear, static_argnames="scored")
@@ -184,6 +202,7 @@ class JaxModel(FrameworkModel):
         self.jvps = jax.jit(jvps, static_argnames="shape")
         self.gradient = jax.jit(gradient, static_argnames="scored")
         self.gradients = jax.jit(gradients, static_argnames="scored")
+        self.slopes = jax.jit(slopes, static_argnames="scored")
         self.double = jax.jit(double, static_argnames="scored")
         self._layers = dict[Any, "Layers | None"]()
 
@@ -247,6 +266,10 @@ class JaxModel(FrameworkModel):
     def _linearise(self, theta: np.ndarray, examples: CheckedBatch) -> JaxPasses:
         self._check_width(examples)
         return JaxPasses(self, theta, examples)
+
+    def _linearise_rows(self, theta: np.ndarray, examples: CheckedBatch) -> JaxPasses:
+        self._check_width(examples)
+        return JaxPasses(self, theta, examples, rows=True)
 
     def _check_width(self, examples: CheckedBatch) -> None:
         """Raise a UserError where JAX would cut 64 bits to 32 without a word."""

@@ -1,8 +1,9 @@
-"""The passes J v and J' u of a JAX function, and sums over per-example gradients."""
+"""The passes J v and J' u of a JAX function, per-example gradients and sums over them."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -27,18 +28,57 @@ class JaxPasses:
     model : JaxModel
     theta : (D,)
     examples : CheckedBatch
+    rows : bool
+        Whether rows are the first pass, which computes its own residuals. The single output of an example
+        is then computed together with its gradient.
 
     Attributes
     ----------
     outputs : (N, O)
+    examples : int
+        B.
     """
 
-    def __init__(self, model: JaxModel, theta: np.ndarray, examples: CheckedBatch) -> None:
+    by_step = False
+
+    def __init__(
+        self, model: JaxModel, theta: np.ndarray, examples: CheckedBatch, rows: bool = False
+    ) -> None:
         self.model, self.theta, self.inputs, self.scored = model, theta, examples.inputs, examples.scored
+        self.examples, self._slopes = examples.size, None
         with model.memory_errors():
-            outputs, self.transpose = model.linear(theta, self.inputs, scored=self.scored)
+            if not rows:
+                outputs, self.transpose = model.linear(theta, self.inputs, scored=self.scored)
+            elif self.scored.rows == self.examples and model.plan.width == 1 and self._differentiate():
+                return
+            else:
+                outputs = model.run(theta, self.inputs, scored=self.scored)
             self.outputs = np.asarray(outputs)
-        self.nbytes = nbytes(self.transpose) + self.outputs.nbytes
+
+    def _differentiate(self) -> bool:
+        """Compute the output of each example together with its gradient; return whether JAX can do so."""
+        model = self.model
+        if len(split_examples(self.examples, model.size)) > 1:
+            return False
+        both = model.batched(
+            "examples",
+            lambda: model.slopes(self.theta, self.inputs, scored=self.scored.example),
+            lambda: None,
+        )
+        if both is not None:
+            self.outputs, self._slopes = np.asarray(both[0]), both[1]
+        return both is not None
+
+    @cached_property
+    def transpose(self) -> Any:
+        """J' u as a function of u, with its residuals."""
+        with self.model.memory_errors():
+            return self.model.linear(self.theta, self.inputs, scored=self.scored)[1]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of outputs, residuals and gradients."""
+        return self.outputs.nbytes + nbytes(self.__dict__.get("transpose")) + nbytes(self._slopes)
 
     def jvp(self, v: np.ndarray) -> np.ndarray:
         """Return J v (N, O) of v (D,), or (N * C, O) of (C, D)."""
@@ -101,23 +141,49 @@ class JaxPasses:
                 add_examples(blocks, gradients, known, unassigned)
         sums += known
 
+    def rows(self, u: np.ndarray, out: np.ndarray) -> None:
+        """Fill out (B, C, D) with J' u of each example, for each of C cotangents u (N * C, O)."""
+        u = u.astype(self.outputs.dtype, copy=False)
+        if self._slopes is not None and out.shape[1] == 1:
+            for into, slopes in self._arrays(out[:, 0], self._slopes):
+                np.multiply(slopes, u, out=into)
+            return
+        u = u.reshape(self.examples, -1, out.shape[1], u.shape[-1])
+        for part in split_examples(self.examples, out.shape[1] * self.model.size):
+            self._fill(part, u[part], out[part])
+
     def _gradients(self, u: np.ndarray) -> Iterator[np.ndarray]:
         """Yield the gradients (b, D) of parts of the examples."""
+        u = u.reshape(self.examples, -1, 1, u.shape[-1])
+        for part in split_examples(self.examples, self.model.size):
+            out = np.empty((len(u[part]), 1, self.model.size), u.dtype)
+            self._fill(part, u[part], out)
+            yield out[:, 0]
+
+    def _fill(self, part: slice, u: np.ndarray, out: np.ndarray) -> None:
+        """Fill out (b, C, D) with the gradients of some of the examples and their u (b, n, C, O)."""
         model, theta, scored = self.model, self.theta, self.scored.example
-        by_example = u.reshape(self.scored.shape[0], -1, u.shape[-1])
+        inputs = tuple(x[part] for x in self.inputs)
 
-        def one(u: np.ndarray, *inputs: np.ndarray) -> Any:
-            return model.gradient(theta, u, inputs, scored=scored)
+        def copy(gradients: Sequence[Any], out: np.ndarray) -> None:
+            for into, array in self._arrays(out, gradients):
+                into[...] = array
 
-        def gradients(part: slice) -> np.ndarray:
-            cotangents, inputs = by_example[part], tuple(x[part] for x in self.inputs)
-            return model.batched(
-                "examples",
-                lambda: np.asarray(model.gradients(theta, cotangents, inputs, scored=scored)),
-                lambda: np.stack([*map(one, cotangents, *inputs)]),
-            )
+        def one_by_one() -> None:
+            for i, c in np.ndindex(out.shape[:2]):
+                one = tuple(x[i] for x in inputs)
+                copy(model.gradient(theta, u[i, :, c], one, scored=scored), out[i, c])
 
-        return map(gradients, split_examples(len(by_example), model.size))
+        model.batched(
+            "examples", lambda: copy(model.gradients(theta, u, inputs, scored=scored), out), one_by_one
+        )
+
+    def _arrays(self, out: np.ndarray, gradients: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield the part of out (..., D) for each trained array, and the gradients (..., d) in that array."""
+        offsets = self.model.layout.offsets.values()
+        for array, start in zip(gradients, offsets, strict=True):
+            part = np.asarray(array).reshape(*out.shape[:-1], -1)
+            yield out[..., start : start + part.shape[-1]], part
 
 
 def nbytes(tree: Any) -> int:

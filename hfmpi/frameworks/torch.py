@@ -54,6 +54,8 @@ class TorchPlan(Plan):
         Why J v works in neither way; None: it works.
     bytes_per_example : int
         Of the graphs that a linearisation keeps.
+    layers : bool
+        Whether layers process all examples in one call for the gradient of each (`ExamplePass`).
     unassigned : int or None
         The number of entries of parameters that are expanded per example for squares and factors of
         gradients, because other operations than layers use them; None: not known yet.
@@ -67,6 +69,7 @@ class TorchPlan(Plan):
     kernels: Callable[[], AbstractContextManager[object]] = nullcontext
     obstacle: str | None = None
     bytes_per_example: int = 0
+    layers: bool = True
     unassigned: int | None = None
     differentiates: bool = False
     as_given: bool = False

@@ -1,4 +1,4 @@
-"""Per-example gradients of a parameter, by what its layers show of them: their sum, squares and factors.
+"""Per-example gradients of a parameter, by what its layers show of them: rows, sum, squares and factors.
 
 A linear layer with inputs x and gradients u of its outputs has the gradient u' x, one product of matrices
 over all steps of an example. It is squared part by part in the cache, and never kept for all examples.
@@ -61,6 +61,22 @@ class ExampleGradients(NamedTuple):
             total += gradients.sum(0)
         return total
 
+    def rows(self, part: slice = slice(None)) -> Any:
+        """Return the gradients (b, ...) of some of the examples; (1, ...) zeros for an unused parameter."""
+        direct = [gradients[part] for gradients in self.rest] + [u[part].sum(1) for u in self.added]
+        if not self.products and not self.lookups:
+            return sum(direct[1:], direct[0]) if direct else torch.zeros_like(self.p)[None]
+        if self.products:
+            u, x = _joined([(u[part], x[part]) for u, x in self.products])
+            gradients = torch.bmm(u.mT, x) if u.shape[1] > 1 else u.mT * x
+        else:
+            gradients = self.p.new_zeros(len(self.lookups[0][0][part]), *self.p.shape)
+        for u, indices in self.lookups:
+            gradients.scatter_add_(1, indices[part].unsqueeze(-1).expand(u[part].shape), u[part])
+        for term in direct:
+            gradients += term
+        return gradients
+
     def squares(self) -> tuple[Any, Any]:
         """Return the sums over the examples of the gradients and of their squares."""
         if self._only_kind == "products" and len(self.products) == 1 and self.products[0][0].shape[1] == 1:
@@ -85,25 +101,13 @@ class ExampleGradients(NamedTuple):
 
     def _parts(self) -> Iterator[Any]:
         """Yield the gradients (b, ...) of parts of the examples."""
-        direct = self.rest + [u.sum(1) for u in self.added]
-        if not self.products and not self.lookups:
-            if direct:
-                yield sum(direct[1:], direct[0])
-            return
-        examples = len((self.products + self.lookups)[0][0])
-        most = max(1, CACHED_NUMBERS // self.p.numel()) if self.p.device.type == "cpu" else examples
-        for start in range(0, examples, most):
-            part = slice(start, start + most)
-            if self.products:
-                u, x = _joined([(u[part], x[part]) for u, x in self.products])
-                gradients = torch.bmm(u.mT, x)
-            else:
-                gradients = self.p.new_zeros(len(self.lookups[0][0][part]), *self.p.shape)
-            for u, indices in self.lookups:
-                gradients.scatter_add_(1, indices[part].unsqueeze(-1).expand(u[part].shape), u[part])
-            for term in direct:
-                gradients += term[part]
-            yield gradients
+        if self.products or self.lookups:
+            examples = len((self.products + self.lookups)[0][0])
+            most = max(1, CACHED_NUMBERS // self.p.numel()) if self.p.device.type == "cpu" else examples
+            for start in range(0, examples, most):
+                yield self.rows(slice(start, start + most))
+        elif self.rest or self.added:
+            yield self.rows()
 
     def factors(self, block: Block) -> tuple[Any, Any, Any]:
         """Return the sums for the factors of rows and columns, and the count that they are divided by."""

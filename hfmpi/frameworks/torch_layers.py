@@ -15,19 +15,14 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from hfmpi.frameworks.torch_derivatives import InnerDerivatives, OnlyBatched
 from hfmpi.frameworks.torch_gradients import ExampleGradients
 
-__all__ = ["example_gradients"]
+__all__ = ["ExamplePass"]
 
 
-def example_gradients(
-    function: Callable[..., Any],
-    parameters: dict[str, Any],
-    frozen: Iterable[Any],
-    inputs: Sequence[Any],
-    u: Any,
-) -> tuple[list[ExampleGradients], int]:
-    """Return the gradients of <outputs, u> of each example, in each parameter.
+class ExamplePass:
+    """One forward pass of B examples, of which each has a gradient in each parameter.
 
     Parameters
     ----------
@@ -38,52 +33,78 @@ def example_gradients(
     frozen : iterable of tensor
         The module's other parameters.
     inputs : sequence of (B, ...)
-    u : (B, N, O)
-
-    Returns
-    -------
-    gradients : list of ExampleGradients
-    unassigned : int
-        The number of entries of the parameters that were expanded per example.
+    layers : bool
+        Whether layers process all examples in one call. Without, all parameters are expanded per example:
+        for modules that compute derivatives of their layers.
 
     Raises
     ------
     RuntimeError
         If PyTorch cannot batch an operation.
     """
-    examples = len(u)
-    shared = {name: p.detach().requires_grad_() for name, p in parameters.items()}
-    expanded = {
-        name: p.detach().expand(examples, *p.shape).requires_grad_() for name, p in parameters.items()
-    }
-    recorder = _Recorder(examples)
 
-    def outputs_of(example: dict[str, Any], *inputs: Any) -> Any:
-        recorder.parameters = {id(p): ("", p) for p in frozen}
-        recorder.parameters |= {id(p): (name, shared[name]) for name, p in example.items()}
-        with recorder:
-            return function(example, *inputs)
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        parameters: dict[str, Any],
+        frozen: Iterable[Any],
+        inputs: Sequence[Any],
+        layers: bool,
+    ) -> None:
+        self.parameters, self.examples = parameters, len(inputs[0])
+        shared = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+        self._expanded = {
+            name: p.detach().expand(self.examples, *p.shape).requires_grad_()
+            for name, p in parameters.items()
+        }
+        recorder = _Recorder(self.examples)
+        self._calls = recorder.calls
 
-    with torch.enable_grad():
-        outputs = torch.func.vmap(outputs_of)(expanded, *inputs)
-    wanted = [*(call.edge for call in recorder.calls), *expanded.values()]
-    cotangents = iter(torch.autograd.grad(outputs, wanted, u, allow_unused=True))
-    gradients = {name: ExampleGradients(p.detach(), [], [], [], []) for name, p in parameters.items()}
-    for call, cotangent in zip(recorder.calls, cotangents, strict=False):
-        if cotangent is not None:
-            back = call.by_example(cotangent)
-            if call.looks_up:
-                gradients[call.weight].lookups.append((back, call.input.reshape(examples, -1)))
-            elif call.weight:
-                gradients[call.weight].products.append((back, call.by_example(call.input)))
-            if call.bias:
-                gradients[call.bias].added.append(back)
-    unassigned = 0
-    for (name, p), gradient in zip(parameters.items(), cotangents, strict=True):
-        if gradient is not None:
-            gradients[name].rest.append(gradient)
-            unassigned += p.numel()
-    return [*gradients.values()], unassigned
+        def outputs_of(example: dict[str, Any], *inputs: Any) -> Any:
+            recorder.parameters = {id(p): ("", p) for p in frozen}
+            recorder.parameters |= {id(p): (name, shared[name]) for name, p in example.items()}
+            with recorder if layers else InnerDerivatives():
+                return function(example, *inputs)
+
+        with torch.enable_grad():
+            self._outputs = torch.func.vmap(outputs_of)(self._expanded, *inputs)
+
+    def gradients(self, u: Any, last: bool = True) -> tuple[list[ExampleGradients], int]:
+        """Return the gradients of <outputs, u> of each example.
+
+        Parameters
+        ----------
+        u : (B, N, O)
+        last : bool
+            Whether this is the last call, after which the graph is freed.
+
+        Returns
+        -------
+        gradients : list of ExampleGradients
+        unassigned : int
+            The number of entries of the parameters that were expanded per example.
+        """
+        wanted = [*(call.edge for call in self._calls), *self._expanded.values()]
+        found = torch.autograd.grad(self._outputs, wanted, u, allow_unused=True, retain_graph=not last)
+        cotangents = iter(found)
+        gradients = {
+            name: ExampleGradients(p.detach(), [], [], [], []) for name, p in self.parameters.items()
+        }
+        for call, cotangent in zip(self._calls, cotangents, strict=False):
+            if cotangent is not None:
+                back = call.by_example(cotangent)
+                if call.looks_up:
+                    gradients[call.weight].lookups.append((back, call.input.reshape(self.examples, -1)))
+                elif call.weight:
+                    gradients[call.weight].products.append((back, call.by_example(call.input)))
+                if call.bias:
+                    gradients[call.bias].added.append(back)
+        unassigned = 0
+        for (name, p), gradient in zip(self.parameters.items(), cotangents, strict=True):
+            if gradient is not None:
+                gradients[name].rest.append(gradient)
+                unassigned += p.numel()
+        return [*gradients.values()], unassigned
 
 
 class _Call(NamedTuple):
@@ -233,16 +254,8 @@ class _StepRecorder(TorchFunctionMode):  # type: ignore[misc]
         return func(*args, **kwargs or {})
 
 
-class _AllExamples(torch.autograd.Function):  # type: ignore[misc]
-    """Inside `vmap`, calls a function with the tensors of all examples (B, ...): only `vmap` is supported."""
-
-    @staticmethod
-    def forward(function: Any, *tensors: Any) -> Any:
-        raise NotImplementedError("a layer inside of another transformation")
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        raise NotImplementedError("a layer inside of another transformation")
+class _AllExamples(OnlyBatched):
+    """Calls a function with the tensors of all examples (B, ...)."""
 
     @staticmethod
     def vmap(info: Any, axes: Any, function: Any, *tensors: Any) -> Any:

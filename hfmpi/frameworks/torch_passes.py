@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hfmpi.errors import UserError
 from hfmpi.frameworks import torch_gradients
 from hfmpi.frameworks.framework import split_examples
-from hfmpi.frameworks.torch_layers import example_gradients
+from hfmpi.frameworks.torch_layers import ExamplePass
 from hfmpi.frameworks.torch_module import Allocations
 from hfmpi.models.batch import CheckedBatch
 from hfmpi.models.factors import add_examples
@@ -49,10 +49,14 @@ class TorchPasses:
     Attributes
     ----------
     outputs : (N, O)
+    examples : int
+        B.
     """
 
+    by_step = False
+
     def __init__(self, model: TorchModel, theta: np.ndarray, examples: CheckedBatch) -> None:
-        self.model, self.scored, self.count = model, examples.scored, examples.scored.shape[0]
+        self.model, self.scored, self.examples = model, examples.scored, examples.size
         with torch.inference_mode(False), model.running(examples.inputs):
             self.inputs = model.tensors(examples.inputs)
             self.theta = model.tensor(theta).clone().requires_grad_()
@@ -79,7 +83,7 @@ class TorchPasses:
     @property
     def nbytes(self) -> int:
         """The bytes that the graphs and outputs occupy, estimated from those of one example."""
-        return self.model.plan.bytes_per_example * self.count + self.outputs.nbytes
+        return self.model.plan.bytes_per_example * self.examples + self.outputs.nbytes
 
     # Products ----------------------------------------------------------------------------------
 
@@ -205,6 +209,31 @@ class TorchPasses:
 
         self._add_over_examples(u, partial(torch_gradients.factors, blocks=blocks), of_gradient, out, sums)
 
+    def rows(self, u: np.ndarray, out: np.ndarray) -> None:
+        """Fill out (B, C, D) with J' u of each example, for each of C cotangents u (N * C, O)."""
+        several, layout = out.shape[1], self.model.layout
+        u = u.astype(self.outputs.dtype, copy=False)
+        cotangents = self.model.tensor(u).view(self.examples, -1, several, u.shape[-1]).movedim(2, 0)
+
+        def at_once() -> None:
+            self._know_examples(cotangents[0])
+            for part in split_examples(self.examples, several * self.model.size):
+                forward = self._forward(part)
+                for c, one in enumerate(cotangents):
+                    with self._running(), _quiet():
+                        gradients, _ = forward.gradients(one[part], last=c == several - 1)
+                        for name, of_parameter in zip(layout.shapes, gradients, strict=True):
+                            start, rows = layout.offsets[name], to_array(of_parameter.rows())
+                            rows = rows.reshape(len(rows), -1)
+                            out[part, c, start : start + rows.shape[1]] = rows
+
+        def one_by_one() -> None:
+            for i, gradients in enumerate(self._one_by_one(cotangents)):
+                for c, gradient in enumerate(gradients):
+                    out[i, c] = to_array(gradient)
+
+        self.model.batched("examples", at_once, one_by_one)
+
     def _add_over_examples(
         self,
         u: np.ndarray,
@@ -214,51 +243,86 @@ class TorchPasses:
         sums: np.ndarray,
     ) -> None:
         """Add J' u to out, and a sum over examples to sums: of many at once, or of each one's gradient."""
-        by_example = self.model.tensor(u).view(self.count, -1, u.shape[-1])
+        by_example = self.model.tensor(u).view(self.examples, -1, u.shape[-1])
 
         def at_once() -> tuple[Any, Any]:
-            if self.model.plan.unassigned is None:
-                self.model.replan(unassigned=self._try_examples(by_example[:2]))
-            parts = split_examples(self.count, self.model.plan.unassigned or 0)
-            pairs = [of_layers(self._gradients(part, by_example[part])[0]) for part in parts]
+            pairs = list[Any]()
+            for part in split_examples(self.examples, self._know_examples(by_example)):
+                forward = self._forward(part)
+                with self._running(), _quiet():
+                    pairs.append(of_layers(forward.gradients(by_example[part])[0]))
             return sum(total for total, _ in pairs), sum(more for _, more in pairs)
 
-        both = self.model.batched("examples", at_once, lambda: self._one_by_one(by_example, of_gradient))
-        for array, tensor in zip((out, sums), both, strict=True):
+        def one_by_one() -> tuple[Any, Any]:
+            sums = list[Any]()
+            for (g,) in self._one_by_one(by_example[None]):
+                sums = [total + more for total, more in zip(sums or (0, 0), (g, of_gradient(g)), strict=True)]
+            return sums[0], sums[1]
+
+        for array, tensor in zip(
+            (out, sums), self.model.batched("examples", at_once, one_by_one), strict=True
+        ):
             array += to_array(tensor)
 
     def _example_outputs(self, parameters: dict[str, Any], *inputs: Any) -> Any:
         """Return the outputs (N, O) of one example."""
         return self.model.call(parameters, tuple(x[None] for x in inputs), self.scored.example)
 
-    def _gradients(self, part: slice, u: Any) -> tuple[list[torch_gradients.ExampleGradients], int]:
-        """Return what `example_gradients` does for some of the examples and their u (B, N, O)."""
+    def _forward(self, part: slice) -> ExamplePass:
+        """Run some of the examples, for the gradient of each."""
         inputs = [x[part] for x in self.inputs]
         with self._running(), _quiet():
             named = self.model.named(self.theta.detach())
-            return example_gradients(self._example_outputs, named, self.model.frozen, inputs, u)
+            layers = self.model.plan.layers
+            return ExamplePass(self._example_outputs, named, self.model.frozen, inputs, layers)
 
-    def _one_by_one(self, u: Any, of_gradient: Callable[[Any], Any]) -> tuple[Any, Any]:
-        """Sum the gradients of the first examples, and what is computed of each of them."""
-        sums = list[Any]()
-        for one, *inputs in zip(u, *(x[: len(u)] for x in self.inputs), strict=True):
+    def _one_by_one(self, u: Any) -> Iterator[list[Any]]:
+        """Yield the gradients (D,) of the first examples, for each of their cotangents u (C, B, N, O)."""
+        for i in range(u.shape[1]):
             theta = self.theta.detach().requires_grad_()
-            with self._running(), torch.enable_grad():
-                outputs = self._example_outputs(self.model.named(theta), *inputs)
-                g = torch.autograd.grad(outputs, theta, one)[0]
-            sums = [total + more for total, more in zip(sums or (0, 0), (g, of_gradient(g)), strict=True)]
-        return sums[0], sums[1]
+            with self._running():
+                with torch.enable_grad():
+                    outputs = self._example_outputs(self.model.named(theta), *(x[i] for x in self.inputs))
+                gradients = [torch.autograd.grad(outputs, theta, one[i], retain_graph=True)[0] for one in u]
+            yield gradients
 
-    def _try_examples(self, like: Any) -> int:
-        """Return how many unassigned numbers there are; raise a RuntimeError where the sums are wrong.
+    def _know_examples(self, like: Any) -> int:
+        """Return the number of unassigned entries of parameters, in the first way that works on two examples.
 
-        They are, for example, if the module changes gradients during the backward pass (`register_hook`).
+        Parameters
+        ----------
+        like : (B, N, O)
+            Its shape and type are those of cotangents.
+
+        Raises
+        ------
+        RuntimeError
+            If the gradients of examples are wrong in all ways, for example because the module changes
+            gradients during the backward pass (`register_hook`).
         """
-        u = torch.from_numpy(np.random.default_rng(0).standard_normal(like.shape)).to(like)
-        gradients, unassigned = self._gradients(slice(len(u)), u)
-        expected = self._one_by_one(u, lambda g: g.square())
-        for ours, right in zip(torch_gradients.squares(gradients), expected, strict=True):
-            if not torch.linalg.vector_norm(ours - right) <= TOLERANCE * torch.linalg.vector_norm(right):
+        if self.model.plan.unassigned is None:
+            like = like[:2]
+            u = torch.from_numpy(np.random.default_rng(0).standard_normal(like.shape)).to(like)
+            failures = list[RuntimeError]()
+            for layers in (True, False):
+                self.model.replan(layers=layers)
+                try:
+                    self.model.replan(unassigned=self._try_examples(u))
+                    break
+                except RuntimeError as failure:
+                    failures.append(failure)
+            else:
+                raise failures[-1]
+        return self.model.plan.unassigned or 0
+
+    def _try_examples(self, u: Any) -> int:
+        """Return the number of unassigned entries; raise a RuntimeError if a gradient is wrong."""
+        forward = self._forward(slice(len(u)))
+        with self._running(), _quiet():
+            gradients, unassigned = forward.gradients(u)
+            ours = torch.cat([one.rows().expand(len(u), *one.p.shape).flatten(1) for one in gradients], 1)
+        for row, (right,) in zip(ours, self._one_by_one(u[None]), strict=True):
+            if not torch.linalg.vector_norm(row - right) <= TOLERANCE * torch.linalg.vector_norm(right):
                 raise RuntimeError("the gradients of examples cannot be separated")
         return unassigned
 
