@@ -28,6 +28,7 @@ __all__ = [
     "Outputs",
     "Projection",
     "Rows",
+    "RowsFirst",
     "Scoring",
     "SquaredGradients",
     "StructuralDamping",
@@ -204,6 +205,14 @@ class Rows(Protocol):
         complete : bool
             Whether A r is the gradient of the loss in the outputs, of which the Hessian H may miss a part.
         """
+
+
+@runtime_checkable
+class RowsFirst(Protocol):
+    """A model with a linearisation that is cheaper where rows are its first pass."""
+
+    def linearise_rows(self, theta: Array, batch: Any, reuse: Any = None) -> Linearisation:
+        """Linearise as `Model.linearise` does."""
 
 
 class StructuralLinearisation(Linearisation, Protocol):

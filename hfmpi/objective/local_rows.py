@@ -11,6 +11,7 @@ import numpy as np
 from hfmpi.backends.base import Array, Backend
 from hfmpi.errors import UserError
 from hfmpi.measure.spans import FORWARD, GRADIENT
+from hfmpi.models.base import RowsFirst
 from hfmpi.objective.messages import pack
 from hfmpi.optim.rows import RowRequest
 
@@ -101,13 +102,14 @@ def slice_rows(
     """
     backend, model, size = local.model.backend, local.model, theta.size
     xp, part, key = backend.xp, SliceRows(backend), (request.kind, request.segments)
+    linearise = model.linearise_rows if isinstance(model, RowsFirst) else model.linearise
     cut, done, loss = local.cut(indices, local.rows_at_once.get(key)), 0, 0.0
     part.stored, part.residuals = xp.zeros((0, size), theta.dtype), xp.zeros(0, theta.dtype)
     while cut:
         some = cut.pop(0)
         batch = local.take(shard, some)
         with local.timer.span(FORWARD):
-            at: Any = local.linearised(model.linearise, theta, batch)
+            at: Any = local.linearised(linearise, theta, batch)
         count = int(at.residual_count()) if request.kind == "residuals" else request.segments
         if not done:
             most = max(1, AT_ONCE // max(1, count * size))
