@@ -12,7 +12,7 @@ import numpy as np
 
 from hfmpi.optim.layout import Vector
 
-__all__ = ["UNRESOLVED", "LevenbergMarquardt", "reduction_ratio", "rounding"]
+__all__ = ["GRID", "UNRESOLVED", "LevenbergMarquardt", "reduction_ratio", "rounding"]
 
 UNRESOLVED = (
     "the step promises less than the rounding of the risk: theta is at an optimum or the damping too large"

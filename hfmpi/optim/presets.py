@@ -10,6 +10,7 @@ from hfmpi.optim.adam import Adam
 from hfmpi.optim.base import Optimizer
 from hfmpi.optim.gradient_descent import GradientDescent
 from hfmpi.optim.hessian_free import HessianFree
+from hfmpi.optim.lm import LM
 from hfmpi.optim.muon import Muon
 from hfmpi.optim.soap import SOAP
 from hfmpi.optim.subspace import Subspace
@@ -73,6 +74,8 @@ PRESETS = {
     # The gradient is on the whole training set, so that the next gradient comes with the risk after the step.
     # The curvature batch has to distinguish about a hundred directions, whatever the size of the data.
     "subspace": Preset(Subspace(), 14_000, 128),
+    # The gradient is on the whole training set. It is for problems with few residuals or few parameters.
+    "lm": Preset(LM(), 14_000),
 }
 """Presets by name."""
 

@@ -28,6 +28,7 @@ from hfmpi.models.base import (
     Scoring,
     StructuralDamping,
     Trials,
+    has_rows,
     has_squared_gradients,
 )
 from hfmpi.models.batch import NotFinite, check_finite
@@ -312,6 +313,11 @@ def _check_optimizer(config: Config, model: Model) -> None:
         raise UserError(
             f"{kind} has no Kronecker factors: give settings={{'directions': 'gradient'}}, or another "
             "optimizer"
+        )
+    if needs.rows and not has_rows(model):
+        raise UserError(
+            f"{kind} has no rows of examples, which {config.optimizer} needs: take another optimizer, such "
+            "as bhf-short"
         )
     if needs.squared_gradients and not has_squared_gradients(model):
         raise UserError(f"{kind} has no squared gradients: give settings={{'preconditioner': 'auto'}}")

@@ -1,0 +1,176 @@
+"""The quadratic model of a risk with its exact damped step, from rows of residuals.
+
+    R   rows of residuals, M x D: R'R / N = G        r   residuals (M,): R'r / N = g, but for `rest`
+    K   R R', M x M                                  N   scored outputs
+
+The step minimises g'p + p'G p / 2 + lambda |p|^2 / 2: p = -(G + lambda)^-1 g. With fewer rows than parameters
+it is computed from K. That is the same step by Woodbury's identity, without the difference of long vectors
+that the identity has in general:
+
+    p = -R' (K + lambda N)^-1 r - (rest - R' (K + lambda N)^-1 R rest) / lambda        rest = g - R'r / N
+
+The rest is zero for a loss whose Hessian sees all of its gradient, such as squares or cross-entropy.
+
+With momentum the damping pulls the step to q = mu times the last step, where it pulls to zero without
+(SPRING, Goldshlager et al. 2024, arXiv 2401.10190): lambda |p - q|^2 / 2 in place of lambda |p|^2 / 2 gives
+
+    p = q - (G + lambda)^-1 (g + G q)                  or r + R q in place of r, and q added to the step.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+
+from hfmpi.errors import UserError
+from hfmpi.optim.base import Objective, inner_product
+from hfmpi.optim.cholesky import Cholesky
+from hfmpi.optim.layout import Vector
+from hfmpi.optim.rows import Matrix, RowMatrix
+
+__all__ = ["DampedStep", "ExactModel", "exact_model"]
+
+
+@dataclass(frozen=True)
+class DampedStep:
+    """A step p (D,), its length, and the decrease of the risk that the model predicts."""
+
+    p: Vector
+    norm: float
+    promise: float
+
+
+class ExactModel(ABC):
+    """The model at one theta; the same on all ranks.
+
+    Parameters
+    ----------
+    objective : Objective
+        Its ranks share the factorizations.
+    rows : RowMatrix
+        Of residuals.
+    momentum : float
+        mu.
+    last : (D,) or (0,)
+        The last step, if there is momentum.
+
+    Attributes
+    ----------
+    trace : float
+        The trace of G.
+    """
+
+    def __init__(self, objective: Objective, rows: RowMatrix, momentum: float, last: Vector) -> None:
+        self.objective, self.rows, self.g = objective, rows, rows.gradient
+        self.kind = self.g.dtype.type
+        self.pull = self.kind(momentum) * last
+        self.matrix = self._matrix()
+        self.right = self._right()
+        (self.trace,) = objective.agree((float(np.trace(self.matrix)) / rows.scored,))
+
+    @property
+    def least_damping(self) -> float:
+        """A lambda that is lost in the rounding of G.
+
+        It is far below the rounding of the largest eigenvalue: Cholesky factors of matrices whose parameters
+        have different units are more accurate than their condition suggests (Demmel 1989).
+        """
+        return max(float(np.finfo(np.float64).eps) ** 2 * self.trace, float(np.finfo(np.float64).tiny))
+
+    def step(self, damping: float, pulled: bool = False) -> DampedStep | None:
+        """Compute the step of a lambda, with momentum or without.
+
+        None if it is not finite, or if G + lambda is not positive definite up to rounding.
+        """
+        solution = Cholesky(self.objective, self.matrix, damping * self.rows.scored).solve(self.right)
+        if solution is None:
+            return None
+        with np.errstate(over="ignore", invalid="ignore"):  # a step that is too long is not taken
+            p = self._step(solution, damping, pulled)
+            bounds = inner_product(p, p), -inner_product(self.g, p), self._curvature(p)
+        square, descent, curvature = self.objective.agree(bounds)
+        if not math.isfinite(square):
+            return None
+        return DampedStep(p, math.sqrt(square), descent - curvature / 2)
+
+    @abstractmethod
+    def _matrix(self) -> Matrix:
+        """Compute the matrix to factor, N G or K."""
+
+    @abstractmethod
+    def _right(self) -> Matrix:
+        """Compute the right-hand sides (n, k), the last one for momentum."""
+
+    @abstractmethod
+    def _step(self, solution: Matrix, damping: float, pulled: bool) -> Vector:
+        """Compute p (D,) from the solutions (n, k)."""
+
+    @abstractmethod
+    def _curvature(self, p: Vector) -> float:
+        """Compute p'G p."""
+
+
+class _ByParameters(ExactModel):
+    """The model by N G, D x D."""
+
+    def _matrix(self) -> Matrix:
+        return self.rows.normal()
+
+    def _right(self) -> Matrix:
+        columns = [self.rows.scored * _on_host(self.g)]
+        if self.pull.size:
+            columns.append(self.matrix @ _on_host(self.pull))
+        return np.stack(columns, 1)
+
+    def _step(self, solution: Matrix, damping: float, pulled: bool) -> Vector:
+        x = np.asarray(-solution[:, : 1 + pulled].sum(axis=1), dtype=self.g.dtype, like=self.g)
+        return x + self.pull if pulled else x
+
+    def _curvature(self, p: Vector) -> float:
+        wide = _on_host(p)
+        return float(wide @ (self.matrix @ wide)) / self.rows.scored
+
+
+class _ByRows(ExactModel):
+    """The model by K, M x M."""
+
+    def _matrix(self) -> Matrix:
+        return self.rows.gram()
+
+    def _right(self) -> Matrix:
+        rows = self.rows
+        if rows.residuals is None:
+            raise UserError("the objective's rows have no residuals, which lm needs: RowMatrix.residuals")
+        columns = [np.asarray(rows.residuals, np.float64)]
+        if not rows.complete:
+            self.rest = self.g - rows.transposed(columns[0] / rows.scored)
+            columns.append(rows.times(self.rest))
+        if self.pull.size:
+            columns.append(rows.times(self.pull))
+        return np.stack(columns, 1)
+
+    def _step(self, solution: Matrix, damping: float, pulled: bool) -> Vector:
+        weights = solution[:, 0] + (solution[:, -1] if pulled else 0.0)
+        if self.rows.complete:
+            p = -self.rows.transposed(weights)
+        else:
+            p = -self.rows.transposed(weights - solution[:, 1] / damping) - self.rest / self.kind(damping)
+        return p + self.pull if pulled else p
+
+    def _curvature(self, p: Vector) -> float:
+        along = self.rows.times(p)
+        return float(along @ along) / self.rows.scored
+
+
+def exact_model(objective: Objective, rows: RowMatrix, momentum: float, last: Vector) -> ExactModel:
+    """Return the model by the smaller of both matrices."""
+    kind = _ByRows if rows.count < rows.gradient.size else _ByParameters
+    return kind(objective, rows, momentum, last)
+
+
+def _on_host(vector: Vector) -> Matrix:
+    """Return a vector of any device in float64 on the host."""
+    return np.array(vector.tolist(), np.float64)

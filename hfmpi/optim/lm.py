@@ -1,0 +1,183 @@
+"""Levenberg-Marquardt: the damped Gauss-Newton step, solved exactly.
+
+The step minimises g'p + p'G p / 2 + lambda |p|^2 / 2; `hfmpi.optim.exact_model` computes it from rows.
+
+Levenberg (1944) and Marquardt (1963) for squares, Schraudolph (2002) for other losses. For networks that
+solve differential equations it is ENGD (Mueller and Zeinhofer 2023), and with fewer rows than parameters ENGD
+with Woodbury's identity (Guzman-Cordero et al. 2025); for wave functions minSR (Chen and Heyl 2024).
+
+Lambda falls by `FALL` after each step that lowers the risk, however poor the model was, and rises by `RISE`
+and more within a step until the risk falls (delayed gratification, Transtrum and Sethna 2012). Nielsen's rule
+(1999), which looks at the reduction ratio, keeps lambda ten to a hundred times larger on such networks and
+needs about twice as many steps. Where the model is good lambda falls by its relative error |1 - rho|, so that
+convergence is quadratic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+from hfmpi.errors import UserError, shown
+from hfmpi.measure.cost import Counts
+from hfmpi.optim.base import Needs, Objectives, Optimizer, StepReport, inner_product
+from hfmpi.optim.checks import check_state, check_vector, checked
+from hfmpi.optim.damping import GRID, UNRESOLVED, rounding
+from hfmpi.optim.exact_model import DampedStep, exact_model
+from hfmpi.optim.layout import Block, Vector
+from hfmpi.optim.rows import RowMatrix, RowRequest
+from hfmpi.settings import POSITIVE, at_least, check, within
+
+__all__ = ["LM", "LMState"]
+
+RISE, FALL, LEAST_FALL = 3.0, 0.1, 1e-3
+"""Factors of lambda; from one group of `PATIENCE` trials to the next the first is multiplied by itself."""
+
+PATIENCE, MOST_RISEN = 4, 40
+"""How often a step raises lambda before it does so faster, and before it gives up."""
+
+COARSE = 1e-6
+"""Risks below this are computed once more: with a gradient they arrive with the absolute rounding `GRID`."""
+
+UNCLEAR = 1e3
+"""A promise of less than this many times the rounding of the risk may be lost in it."""
+
+
+@dataclass(frozen=True)
+class LMState:
+    """What a step needs of the one before.
+
+    Attributes
+    ----------
+    damping : float
+        lambda; 0 before the first step.
+    direction : (D,) or (0,)
+        The last step; empty without momentum.
+    """
+
+    damping: float
+    direction: Vector
+
+
+@dataclass(frozen=True)
+class LM(Optimizer[LMState]):
+    """Settings of the Levenberg-Marquardt step.
+
+    Attributes
+    ----------
+    damping : float
+        lambda before the first step, as a part of the mean eigenvalue of G there.
+    momentum : float
+        mu of SPRING (Goldshlager et al. 2024): the damping pulls the step to mu times the last step, where it
+        pulls to zero without momentum. 0: off.
+    largest_side : int
+        The largest side of the matrix, min(M, D). The matrix and its factor take 16 bytes for each entry on
+        every rank, and a factorization takes side^3 / 3 multiplications.
+
+    Examples
+    --------
+    >>> optimizer = hfmpi.LM()  # doctest: +SKIP
+    >>> state = optimizer.init(theta)  # doctest: +SKIP
+    >>> theta, state, report = optimizer.step(theta, state, hfmpi.Objectives(objective))  # doctest: +SKIP
+    """
+
+    damping: Annotated[float, POSITIVE] = 1e-3
+    momentum: Annotated[float, within("[0, 1)")] = 0.0
+    largest_side: Annotated[int, at_least(1)] = 10_000
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> LMState:
+        """Return the state before the first step."""
+        check_vector("theta", theta)
+        return LMState(0.0, theta * 0 if self.momentum else theta[:0])
+
+    @property
+    def needs(self) -> Needs:
+        """What these settings need of the model."""
+        return Needs(rows=True)
+
+    def step(
+        self, theta: Vector, state: LMState, objectives: Objectives
+    ) -> tuple[Vector, LMState, StepReport]:
+        """Take the step of the first lambda that lowers the risk.
+
+        Raises
+        ------
+        UserError
+            If the matrix would be too large.
+        """
+        objective = checked(theta, objectives).gradient
+        check_state(state, LMState, theta, *("direction",) * (self.momentum > 0))
+        rows = objective.rows(theta, RowRequest("residuals"))
+        self._check_rows(rows, theta)
+        g = rows.gradient
+        loss, square = objective.agree((float(rows.loss), inner_product(g, g)))
+        norm, work = math.sqrt(square), Counts(gradients=1, adjoints=rows.cotangents - 1)
+        report = StepReport(loss, False, "", work, _details(norm, state.damping))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            what = "gradient" if math.isfinite(loss) else "risk"
+            return theta, state, replace(report, message=f"the {what} is not finite")
+        if norm == 0:
+            message = "the gradient is zero: nothing to do"
+            return theta, state, replace(report, accepted=True, message=message, converged=True)
+        model = exact_model(objective, rows, self.momentum, state.direction)
+        if not math.isfinite(model.trace):
+            return theta, state, replace(report, message="the rows of residuals are not finite")
+        damping = state.damping or self.damping * model.trace / theta.size or 1.0
+        losses, least = 0, rounding(loss, theta)
+        if abs(loss) < COARSE:
+            (loss,) = objective.agree((objective.loss(theta),))
+            losses, least = 1, rounding(loss, theta) - GRID
+        for risen in range(MOST_RISEN):
+            damping = max(damping, model.least_damping)
+            trial = model.step(damping, pulled=self.momentum > 0 and risen == 0)
+            if trial is not None and 0 <= trial.promise <= least:
+                break
+            if trial is not None and trial.promise > 0:
+                (after,) = objective.agree((objective.loss(theta + trial.p),))
+                losses += 1
+                report = replace(report, work=replace(work, losses=losses))
+                if after < loss:
+                    return self._taken(theta, trial, damping, loss - after, report)
+                if abs(after - loss) <= least and trial.promise <= UNCLEAR * least:
+                    break
+            damping *= RISE ** (1 + risen // PATIENCE)
+        else:
+            message = "no damping lowers the risk"  # which may be rounding alone
+            return theta, state, replace(report, message=message, converged=abs(loss) <= GRID)
+        return theta, state, replace(report, accepted=True, message=UNRESOLVED, converged=True)
+
+    def _taken(
+        self, theta: Vector, trial: DampedStep, damping: float, decrease: float, report: StepReport
+    ) -> tuple[Vector, LMState, StepReport]:
+        """Take a step that lowers the risk."""
+        rho = decrease / trial.promise
+        details = {**report.details, "damping": damping, "rho": rho, "step_norm": trial.norm}
+        after = damping * min(FALL, max(LEAST_FALL, abs(1 - rho)))
+        later = LMState(after, trial.p if self.momentum else theta[:0])
+        return theta + trial.p, later, replace(report, accepted=True, details=details)
+
+    def _check_rows(self, rows: object, theta: Vector) -> None:
+        if not isinstance(rows, RowMatrix):
+            raise TypeError(f"the objective's rows must give a RowMatrix, not {shown(rows)}")
+        side = min(rows.count, theta.size)
+        if side > self.largest_side:
+            raise UserError(
+                f"lm needs a matrix of {side:,} x {side:,} numbers for {rows.count:,} residuals and "
+                f"{theta.size:,} parameters, which takes {8 * side**2 / 1e9:.3g} GB and as much again for "
+                "its factor: take fewer examples a step or another optimizer, or raise largest_side"
+            )
+
+
+def _details(norm: float, damping: float) -> dict[str, float | int | str | None]:
+    """Return the scalars of a step that has not moved yet, in the order of the history."""
+    return {
+        "damping": damping,
+        "rho": None,
+        "gradient_norm": norm if math.isfinite(norm) else None,
+        "step_norm": 0.0,
+    }
