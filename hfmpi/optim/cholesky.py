@@ -22,7 +22,7 @@ import numpy as np
 
 from hfmpi.optim.base import Matrix, Objective
 
-__all__ = ["Cholesky", "operations"]
+__all__ = ["Cholesky"]
 
 PANEL = 256
 """Columns of a panel, and rows of a block."""
@@ -59,11 +59,6 @@ class Cholesky:
 
         (x,) = self.objective.spread([work], [b.size], True)
         return x.reshape(b.shape) if np.isfinite(x).all() else None
-
-
-def operations(size: int) -> int:
-    """Return the multiplications and additions of one factorization of a matrix (size, size)."""
-    return size**3 // 3
 
 
 def _factored(matrix: Matrix, shift: float) -> Matrix | None:

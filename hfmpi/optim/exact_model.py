@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hfmpi.errors import UserError
+from hfmpi.measure.linear_algebra import cholesky, gram, product, triangular_solve
 from hfmpi.optim.base import Objective, inner_product
 from hfmpi.optim.cholesky import Cholesky
 from hfmpi.optim.layout import Vector
@@ -61,12 +62,15 @@ class ExactModel(ABC):
     ----------
     trace : float
         The trace of G.
+    work : Counts
+        The linear algebra so far.
     """
 
     def __init__(self, objective: Objective, rows: RowMatrix, momentum: float, last: Vector) -> None:
         self.objective, self.rows, self.g = objective, rows, rows.gradient
         self.kind = self.g.dtype.type
         self.pull = self.kind(momentum) * last
+        self.work = gram(*sorted((rows.count, self.g.size)))
         self.matrix = self._matrix()
         self.right = self._right()
         (self.trace,) = objective.agree((float(np.trace(self.matrix)) / rows.scored,))
@@ -85,11 +89,13 @@ class ExactModel(ABC):
 
         None if it is not finite, or if G + lambda is not positive definite up to rounding.
         """
+        size, columns = self.right.shape
+        self.work += cholesky(size) + triangular_solve(size, columns) + triangular_solve(size, columns)
         solution = Cholesky(self.objective, self.matrix, damping * self.rows.scored).solve(self.right)
         if solution is None:
             return None
         with np.errstate(over="ignore", invalid="ignore"):  # a step that is too long is not taken
-            p = self._step(solution, damping, pulled)
+            p = self._step(solution, damping, pulled).astype(self.g.dtype, copy=False)
             bounds = inner_product(p, p), -inner_product(self.g, p), self._curvature(p)
         square, descent, curvature = self.objective.agree(bounds)
         if not math.isfinite(square):
@@ -131,6 +137,7 @@ class _ByParameters(ExactModel):
 
     def _curvature(self, p: Vector) -> float:
         wide = _on_host(p)
+        self.work += product(p.size, p.size)
         return float(wide @ (self.matrix @ wide)) / self.rows.scored
 
 
@@ -153,6 +160,7 @@ class _ByRows(ExactModel):
         return np.stack(columns, 1)
 
     def _step(self, solution: Matrix, damping: float, pulled: bool) -> Vector:
+        self.work += product(self.g.size, len(solution))
         weights = solution[:, 0] + (solution[:, -1] if pulled else 0.0)
         if self.rows.complete:
             p = -self.rows.transposed(weights)
@@ -161,6 +169,7 @@ class _ByRows(ExactModel):
         return p + self.pull if pulled else p
 
     def _curvature(self, p: Vector) -> float:
+        self.work += product(self.rows.count, p.size)
         along = self.rows.times(p)
         return float(along @ along) / self.rows.scored
 

@@ -116,8 +116,8 @@ class LM(Optimizer[LMState]):
         self._check_rows(rows, theta)
         g = rows.gradient
         loss, square = objective.agree((float(rows.loss), inner_product(g, g)))
-        norm, work = math.sqrt(square), Counts(gradients=1, adjoints=rows.cotangents - 1)
-        report = StepReport(loss, False, "", work, _details(norm, state.damping))
+        norm, passes = math.sqrt(square), Counts(gradients=1, adjoints=rows.cotangents - 1)
+        report = StepReport(loss, False, "", passes, _details(norm, state.damping))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = "gradient" if math.isfinite(loss) else "risk"
             return theta, state, replace(report, message=f"the {what} is not finite")
@@ -132,15 +132,17 @@ class LM(Optimizer[LMState]):
         if abs(loss) < COARSE:
             (loss,) = objective.agree((objective.loss(theta),))
             losses, least = 1, rounding(loss, theta) - GRID
+            report = replace(report, loss=loss)
         for risen in range(MOST_RISEN):
             damping = max(damping, model.least_damping)
             trial = model.step(damping, pulled=self.momentum > 0 and risen == 0)
+            report = replace(report, work=replace(passes, losses=losses) + model.work)
             if trial is not None and 0 <= trial.promise <= least:
                 break
             if trial is not None and trial.promise > 0:
                 (after,) = objective.agree((objective.loss(theta + trial.p),))
                 losses += 1
-                report = replace(report, work=replace(work, losses=losses))
+                report = replace(report, work=report.work + Counts(losses=1))
                 if after < loss:
                     return self._taken(theta, trial, damping, loss - after, report)
                 if abs(after - loss) <= least and trial.promise <= UNCLEAR * least:
@@ -164,6 +166,9 @@ class LM(Optimizer[LMState]):
     def _check_rows(self, rows: object, theta: Vector) -> None:
         if not isinstance(rows, RowMatrix):
             raise TypeError(f"the objective's rows must give a RowMatrix, not {shown(rows)}")
+        check_vector("the gradient of the rows", rows.gradient, theta.size)
+        if rows.gradient.dtype != theta.dtype:
+            raise TypeError(f"the gradient of the rows is of {rows.gradient.dtype}, theta of {theta.dtype}")
         side = min(rows.count, theta.size)
         if side > self.largest_side:
             raise UserError(
