@@ -8,8 +8,8 @@ with Woodbury's identity (Guzman-Cordero et al. 2025); for wave functions minSR 
 
 Lambda falls by `FALL` after each step that lowers the risk, however poor the model was, and rises by `RISE`
 and more within a step until the risk falls (delayed gratification, Transtrum and Sethna 2012). Nielsen's rule
-(1999), which looks at the reduction ratio, keeps lambda ten to a hundred times larger on such networks and
-needs about twice as many steps. Where the model is good lambda falls by its relative error |1 - rho|, so that
+(1999), which looks at the reduction ratio, keeps lambda larger on such networks and needs about twice as many
+steps. Where the model is good lambda falls by its relative error |1 - rho|, so that
 convergence is quadratic.
 """
 
@@ -33,7 +33,11 @@ from hfmpi.settings import POSITIVE, at_least, check, within
 __all__ = ["LM", "LMState"]
 
 RISE, FALL, LEAST_FALL = 3.0, 0.1, 1e-3
-"""Factors of lambda; from one group of `PATIENCE` trials to the next the first is multiplied by itself."""
+"""Factors of lambda; `RISE` is multiplied by itself after `PATIENCE` trials, and so on.
+
+Where two rises are needed lambda still falls a little, since RISE^2 FALL < 1. If that product is 1, as with 1/9
+in place of 1/10, lambda stays the same and steps are short.
+"""
 
 PATIENCE, MOST_RISEN = 4, 40
 """How often a step raises lambda before it does so faster, and before it gives up."""
@@ -122,8 +126,7 @@ class LM(Optimizer[LMState]):
             what = "gradient" if math.isfinite(loss) else "risk"
             return theta, state, replace(report, message=f"the {what} is not finite")
         if norm == 0:
-            message = "the gradient is zero: nothing to do"
-            return theta, state, replace(report, accepted=True, message=message, converged=True)
+            return _at_its_end(theta, state, report, "the gradient is zero: nothing to do")
         model = exact_model(objective, rows, self.momentum, state.direction)
         if not math.isfinite(model.trace):
             return theta, state, replace(report, message="the rows of residuals are not finite")
@@ -133,25 +136,29 @@ class LM(Optimizer[LMState]):
             (loss,) = objective.agree((objective.loss(theta),))
             losses, least = 1, rounding(loss, theta) - GRID
             report = replace(report, loss=loss)
+        tried = False
         for risen in range(MOST_RISEN):
             damping = max(damping, model.least_damping)
             trial = model.step(damping, pulled=self.momentum > 0 and risen == 0)
             report = replace(report, work=replace(passes, losses=losses) + model.work)
             if trial is not None and 0 <= trial.promise <= least:
+                if not tried:
+                    return _at_its_end(theta, state, report, UNRESOLVED)
                 break
             if trial is not None and trial.promise > 0:
                 (after,) = objective.agree((objective.loss(theta + trial.p),))
-                losses += 1
+                losses, tried = losses + 1, True
                 report = replace(report, work=report.work + Counts(losses=1))
                 if after < loss:
                     return self._taken(theta, trial, damping, loss - after, report)
                 if abs(after - loss) <= least and trial.promise <= UNCLEAR * least:
-                    break
+                    return _at_its_end(theta, state, report, UNRESOLVED)
             damping *= RISE ** (1 + risen // PATIENCE)
-        else:
-            message = "no damping lowers the risk"  # which may be rounding alone
-            return theta, state, replace(report, message=message, converged=abs(loss) <= GRID)
-        return theta, state, replace(report, accepted=True, message=UNRESOLVED, converged=True)
+        message = "no damping lowers the risk"
+        if abs(loss) <= GRID:  # nothing but rounding is left of the residuals
+            return _at_its_end(theta, state, report, message)
+        report = replace(report, message=message, details={**report.details, "damping": damping})
+        return theta, replace(state, damping=damping), report
 
     def _taken(
         self, theta: Vector, trial: DampedStep, damping: float, decrease: float, report: StepReport
@@ -176,6 +183,13 @@ class LM(Optimizer[LMState]):
                 f"{theta.size:,} parameters, which takes {8 * side**2 / 1e9:.3g} GB and as much again for "
                 "its factor: take fewer examples a step or another optimizer, or raise largest_side"
             )
+
+
+def _at_its_end(
+    theta: Vector, state: LMState, report: StepReport, message: str
+) -> tuple[Vector, LMState, StepReport]:
+    """Return the result of a step that cannot lower the risk any further."""
+    return theta, state, replace(report, accepted=True, message=message, converged=True)
 
 
 def _details(norm: float, damping: float) -> dict[str, float | int | str | None]:

@@ -71,11 +71,11 @@ PRESETS = {
     "muon": Preset(_MUON, 3500),
     # The batch of sgd: the lowest validation loss after minutes on a few cores (docs/results/clock.md).
     "muon-small": Preset(replace(_MUON, rate=0.2, averaging=0.999), 32),
+    # For problems with few residuals or few parameters; the gradient is on the whole training set.
+    "lm": Preset(LM(), 14_000),
     # The gradient is on the whole training set, so that the next gradient comes with the risk after the step.
     # The curvature batch has to distinguish about a hundred directions, whatever the size of the data.
     "subspace": Preset(Subspace(), 14_000, 128),
-    # The gradient is on the whole training set. It is for problems with few residuals or few parameters.
-    "lm": Preset(LM(), 14_000),
 }
 """Presets by name."""
 
