@@ -9,8 +9,7 @@ with Woodbury's identity (Guzman-Cordero et al. 2025); for wave functions minSR 
 Lambda falls by `FALL` after each step that lowers the risk, however poor the model was, and rises by `RISE`
 and more within a step until the risk falls (delayed gratification, Transtrum and Sethna 2012). Nielsen's rule
 (1999), which looks at the reduction ratio, keeps lambda larger on such networks and needs about twice as many
-steps. Where the model is good lambda falls by its relative error |1 - rho|, so that
-convergence is quadratic.
+steps. Where the model is good lambda falls by its relative error |1 - rho|, so that convergence is quadratic.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ __all__ = ["LM", "LMState"]
 RISE, FALL, LEAST_FALL = 3.0, 0.1, 1e-3
 """Factors of lambda; `RISE` is multiplied by itself after `PATIENCE` trials, and so on.
 
-Where two rises are needed lambda still falls a little, since RISE^2 FALL < 1. If that product is 1, as with 1/9
-in place of 1/10, lambda stays the same and steps are short.
+Where two rises are needed lambda still falls a little, since RISE^2 FALL < 1. If that product is 1, as with
+1/9 in place of 1/10, lambda stays the same and steps are short.
 """
 
 PATIENCE, MOST_RISEN = 4, 40
