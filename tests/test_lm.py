@@ -17,7 +17,7 @@ from hfmpi.optim.cholesky import ALONE, PANEL, Cholesky
 from hfmpi.optim.exact_model import exact_model
 from hfmpi.optim.lm import LMState
 from hfmpi.optim.rows import DenseRows
-from hfmpi.parallel.communicator import Communicator
+from hfmpi.parallel.communicator import Communicator, MPICommunicator, digest
 
 
 class LeastSquares(Objective):
@@ -518,3 +518,72 @@ def test_a_network_is_fitted(dtype):
     assert theta.dtype == dtype
     assert losses[-1] < 0.05 * losses[0]
     assert all(b <= a for a, b in pairwise(losses))
+
+
+def network_way(communicator, slices, optimizer):
+    """Give theta after some steps of a network of 97 parameters on 60 residuals, then on 300."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((60, 5, 2))
+    backend = create("numpy", "float64")
+    model = Network(cell="rnn", inputs=2, outputs=1, hidden=8, loss="squares", backend=backend)
+    cases, theta = Arrays(x, np.sin(x.cumsum(axis=1)[:, :, :1])), model.initial(0)
+    state, owner = optimizer.init(theta), DataParallel(model, communicator, slices=slices)
+    for count in (12, 12, 12, 60, 60, 60):
+        objectives = Objectives(owner.on(cases, np.arange(count)))
+        theta, state, report = optimizer.step(theta, state, objectives)
+        assert report.accepted
+    return theta
+
+
+@pytest.mark.mpi(ranks=3, timeout=60, unit="s")
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_ranks_share_the_factorization(momentum, mpi_ranks, comm, panels):
+    assert comm.size == mpi_ranks
+    communicator, optimizer = MPICommunicator(comm), LM(momentum=momentum)
+    theta = network_way(communicator, 0, optimizer)
+    assert communicator.same(digest(theta)) == []
+    np.testing.assert_allclose(theta, network_way(Communicator(), 0, optimizer), rtol=1e-6)
+    communicator.close()
+
+
+@pytest.mark.mpi(ranks=2, timeout=60, unit="s")
+def test_with_slices_theta_does_not_depend_on_the_ranks(mpi_ranks, comm, panels):
+    communicator = MPICommunicator(comm)
+    theta = network_way(communicator, 4, LM())
+    np.testing.assert_array_equal(theta, network_way(Communicator(), 4, LM()))
+    communicator.close()
+
+
+class Replayed(LeastSquares):
+    """A rank other than rank 0, which rounds differently and goes on with the numbers of rank 0."""
+
+    def __init__(self, function, log):
+        super().__init__(function)
+        self.log = log
+
+    def loss(self, theta):
+        return super().loss(theta) * (1 + 1e-9)
+
+    def agree(self, values):
+        agreed = self.log.pop(0)
+        assert len(agreed) == len(values)
+        return agreed
+
+    def spread(self, works, sizes, wide=False):
+        return self.log.pop(0)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_ranks_that_round_differently_take_the_same_steps(momentum):
+    log, first, optimizer = [], LeastSquares(rosenbrock), LM(momentum=momentum)
+
+    def logged(values):
+        log.append(values)
+        return values
+
+    first.agree = logged
+    first.spread = lambda works, sizes, wide: logged([work() for work in works])
+    theta, report, losses = run(first, (-1.2, 1), 12, optimizer)
+    other, same, same_losses = run(Replayed(rosenbrock, log), (-1.2, 1), 12, optimizer)
+    np.testing.assert_array_equal(theta, other)
+    assert (report, losses, log) == (same, same_losses, [])
