@@ -17,11 +17,22 @@ if TYPE_CHECKING:
     from hfmpi.networks.architecture import Architecture
     from hfmpi.networks.network import Network
     from hfmpi.objective.data_parallel import DataParallel
-    from hfmpi.optim import SOAP, Adam, GradientDescent, HessianFree, Muon, Objective, Objectives, Subspace
+    from hfmpi.optim import (
+        LBFGS,
+        SOAP,
+        Adam,
+        GradientDescent,
+        HessianFree,
+        Muon,
+        Objective,
+        Objectives,
+        Subspace,
+    )
     from hfmpi.parallel import connect, guard
     from hfmpi.runs.call import train
 
 __all__ = [
+    "LBFGS",
     "SOAP",
     "Adam",
     "Architecture",

@@ -20,12 +20,13 @@ UNRESOLVED = (
 """Message of a step that is not taken because of `rounding`."""
 
 GRID = 2.0**-50
-"""Absolute rounding of a risk: with a gradient it arrives as a multiple of 2^-52 of each rank."""
+"""Absolute rounding of a risk in float32: with a gradient it arrives as a multiple of 2^-52 of each rank."""
 
 
 def rounding(loss: float, theta: Vector) -> float:
     """Return the smallest change of this risk that a model in the precision of theta resolves."""
-    return float(np.finfo(theta.dtype).eps) * abs(loss) + GRID
+    grid = GRID if theta.dtype == np.float32 else 0.0
+    return float(np.finfo(theta.dtype).eps) * abs(loss) + grid
 
 
 def reduction_ratio(loss_before: float, loss_after: float, model_value: float) -> float:
