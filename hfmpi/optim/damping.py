@@ -12,7 +12,7 @@ import numpy as np
 
 from hfmpi.optim.layout import Vector
 
-__all__ = ["UNRESOLVED", "LevenbergMarquardt", "reduction_ratio", "rounding"]
+__all__ = ["UNRESOLVED", "LevenbergMarquardt", "noise", "reduction_ratio", "rounding"]
 
 UNRESOLVED = (
     "the step promises less than the rounding of the risk: theta is at an optimum or the damping too large"
@@ -27,6 +27,23 @@ def rounding(loss: float, theta: Vector) -> float:
     """Return the smallest change of this risk that a model in the precision of theta resolves."""
     grid = GRID if theta.dtype == np.float32 else 0.0
     return float(np.finfo(theta.dtype).eps) * abs(loss) + grid
+
+
+def noise(loss: float, theta: Vector, curvature: float) -> float:
+    """Estimate the rounding of a risk whose outputs are rounded, where residuals may be as small.
+
+    Outputs z that are rounded by eps z change a mean f of squares r^2 / 2 of residuals by up to
+    sqrt(2 f) eps |z| + (eps |z|)^2 / 2 with the root mean square |z|. This takes sqrt(theta' G theta) for
+    |z|, which is exact for linear outputs. A model can still promise less than this and be right, so that it
+    is no reason to leave out a step, but explains why a step did not lower the risk.
+
+    Parameters
+    ----------
+    curvature : float
+        theta' G theta.
+    """
+    eps, square = float(np.finfo(theta.dtype).eps), max(curvature, 0.0)
+    return rounding(loss, theta) + eps * (math.sqrt(2 * abs(loss) * square) + eps * square)
 
 
 def reduction_ratio(loss_before: float, loss_after: float, model_value: float) -> float:

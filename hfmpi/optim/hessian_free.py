@@ -167,6 +167,9 @@ class HessianFree(Optimizer[HessianFreeState]):
             search = self.armijo.search(risk, p, before, after, predicted.slope)
         scale = search.rate * self.step_scale * self.step_scale_decay**epoch
 
+        if sound and search.rate == 0 and predicted.slope < 0 and math.isfinite(after) and not converged:
+            converged = -predicted.change <= model.noise(before)
+
         losses = choice.evaluations + search.evaluations
         taken = report(
             solution.stop,

@@ -35,7 +35,7 @@ from hfmpi.optim.base import (
     inner_product,
 )
 from hfmpi.optim.checks import check_blocks, check_state, check_vector, checked
-from hfmpi.optim.damping import UNRESOLVED, rounding
+from hfmpi.optim.damping import UNRESOLVED, noise, rounding
 from hfmpi.optim.kfac import decomposition_layout, preconditioned_gradients
 from hfmpi.optim.layout import Block, Vector, kronecker_layout
 from hfmpi.optim.reduced_model import ReducedModel, Step, normalised, parts_of
@@ -127,7 +127,7 @@ class Subspace(Optimizer[SubspaceState]):
     square_decay: Annotated[float, within("[0, 1)")] = 0.9
     refresh: Annotated[int, at_least(1)] = 1
     damping: Annotated[float, NOT_NEGATIVE] = 1e-3
-    damping_minimum: Annotated[float, NOT_NEGATIVE] = 1e-8
+    damping_minimum: Annotated[float, NOT_NEGATIVE] = 1e-12
     damping_maximum: Annotated[float, POSITIVE] = 1e10
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     candidates: Annotated[int, NOT_NEGATIVE] = 0
@@ -223,11 +223,20 @@ class Subspace(Optimizer[SubspaceState]):
         steps = [model.step(damping) for damping in dampings]
         if all(0 <= step.promise <= rounding(loss, theta) for step in steps):
             return theta, before, replace(report, accepted=True, message=UNRESOLVED, converged=True)
-        if candidates:
-            return self._best(theta, state, objective, dampings, steps, report)
         if judged and steps[0].promise > 0:
             return self._taken(theta, state, objective, steps[0], report)
-        return self._checked(theta, state, objective, model, steps[0], report)
+        if candidates:
+            result = self._best(theta, state, objective, dampings, steps, report)
+        else:
+            result = self._checked(theta, state, objective, model, steps[0], report)
+        report = result[2]
+        if report.accepted:
+            return result
+        (curvature,) = objective.agree((float(objectives.second.project(theta)(theta[None])[0, 0]),))
+        report = replace(report, work=report.work + Counts(projections=1))
+        if max(step.promise for step in steps) <= noise(loss, theta, curvature):
+            return theta, before, replace(report, accepted=True, message=UNRESOLVED, converged=True)
+        return *result[:2], report
 
     def _best(
         self,
