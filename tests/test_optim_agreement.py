@@ -195,7 +195,6 @@ def test_messages_of_a_step(optimizer, most):
             steps = report.work.cg_steps
             ends_at_limit = steps == optimizer.cg_max_steps
             expected += 3 + report.work.losses + steps + (steps - ends_at_limit) // refresh
-            expected += not report.accepted  # whether the rounding of the risk explains it
     assert len(agreed) == expected
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from hfmpi.optim.layout import Vector
 
-__all__ = ["UNRESOLVED", "LevenbergMarquardt", "noise", "reduction_ratio", "rounding"]
+__all__ = ["UNRESOLVED", "LevenbergMarquardt", "noise", "reduction_ratio", "rounding", "small"]
 
 UNRESOLVED = (
     "the step promises less than the rounding of the risk: theta is at an optimum or the damping too large"
@@ -44,6 +44,14 @@ def noise(loss: float, theta: Vector, curvature: float) -> float:
     """
     eps, square = float(np.finfo(theta.dtype).eps), max(curvature, 0.0)
     return rounding(loss, theta) + eps * (math.sqrt(2 * abs(loss) * square) + eps * square)
+
+
+def small(promise: float, loss: float, theta: Vector) -> bool:
+    """Return whether a promise is so small that `noise` is worth its pass after a step without success.
+
+    The 1 only saves passes: a risk near rounding is far below it, unless outputs are very large.
+    """
+    return promise <= math.sqrt(float(np.finfo(theta.dtype).eps)) * max(1.0, abs(loss))
 
 
 def reduction_ratio(loss_before: float, loss_after: float, model_value: float) -> float:

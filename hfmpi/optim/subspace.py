@@ -35,7 +35,7 @@ from hfmpi.optim.base import (
     inner_product,
 )
 from hfmpi.optim.checks import check_blocks, check_state, check_vector, checked
-from hfmpi.optim.damping import UNRESOLVED, noise, rounding
+from hfmpi.optim.damping import UNRESOLVED, noise, rounding, small
 from hfmpi.optim.kfac import decomposition_layout, preconditioned_gradients
 from hfmpi.optim.layout import Block, Vector, kronecker_layout
 from hfmpi.optim.reduced_model import ReducedModel, Step, normalised, parts_of
@@ -203,6 +203,12 @@ class Subspace(Optimizer[SubspaceState]):
             rho = (state.loss - loss) / last.promise
             report = replace(report, details=_details(norm, state.damping, rho))
             if not rho > 0:
+                if small(last.promise, state.loss, theta):
+                    least, work = _noise(theta, objectives, state.loss)
+                    report = replace(report, work=report.work + work)
+                    if max(last.promise, loss - state.loss) <= least:
+                        report = replace(report, accepted=True, message=UNRESOLVED, converged=True)
+                        return theta, before, report
                 return self._back(theta, state, loss, report)
             state = replace(state, damping=self._damped(state.damping, rho))
         if not math.isfinite(loss) or not math.isfinite(norm):
@@ -232,10 +238,12 @@ class Subspace(Optimizer[SubspaceState]):
         report = result[2]
         if report.accepted:
             return result
-        (curvature,) = objective.agree((float(objectives.second.project(theta)(theta[None])[0, 0]),))
-        report = replace(report, work=report.work + Counts(projections=1))
-        if max(step.promise for step in steps) <= noise(loss, theta, curvature):
-            return theta, before, replace(report, accepted=True, message=UNRESOLVED, converged=True)
+        promise = max(step.promise for step in steps)
+        if small(promise, loss, theta):
+            least, work = _noise(theta, objectives, loss)
+            report = replace(report, work=report.work + work)
+            if promise <= least:
+                return theta, before, replace(report, accepted=True, message=UNRESOLVED, converged=True)
         return *result[:2], report
 
     def _best(
@@ -380,6 +388,14 @@ class Subspace(Optimizer[SubspaceState]):
         state = replace(state, damping=damping, descent=descent, curvature=curvature, steps=steps)
         message = f"the risk rose: back to {part:.2g} of the last step"
         return theta, state, replace(report, message=message, details={**report.details, "damping": damping})
+
+
+def _noise(theta: Vector, objectives: Objectives, loss: float) -> tuple[float, Counts]:
+    """Estimate the rounding of the risk at theta, an agreed number; return the passes too."""
+    projected = objectives.second.project(theta)(theta[None])
+    (curvature,) = objectives.gradient.agree((float(projected[0, 0]),))
+    work = Counts(linearisations=int(not objectives.shared), projections=1)
+    return noise(loss, theta, curvature), work
 
 
 def _details(norm: float, damping: float, rho: float | None = None) -> dict[str, float | int | str | None]:

@@ -49,7 +49,7 @@ CHECKED = 32
 """Number of examples, from the first to the last one, on which a model checks itself before a run."""
 
 LARGEST = float(np.finfo(np.float32).max)
-"""The largest loss in the message of a gradient, in every precision."""
+"""The largest loss at the start, in every precision: the largest in the message of a float32 gradient."""
 
 CLOSE = 1e-2
 """Relative difference up to which two losses of one model agree, perhaps on different processors."""
