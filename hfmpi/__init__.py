@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hfmpi.networks.network import Network
     from hfmpi.objective.data_parallel import DataParallel
     from hfmpi.optim import (
+        LBFGS,
         LM,
         SOAP,
         Adam,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from hfmpi.runs.curvature import curvature
 
 __all__ = [
+    "LBFGS",
     "LM",
     "SOAP",
     "Adam",

@@ -300,8 +300,9 @@ def test_presets_have_the_batches_of_the_paper():
     sizes = {name: (preset(name).gradient_batch, preset(name).curvature_batch) for name in PRESETS}
     assert sizes == {
         "sgd": (32, 0), "bgd": (3500, 0), "shf": (320, 32), "bhf": (14000, 3500),
-        "bhf-short": (14000, 3500), "adam": (32, 0), "soap": (3500, 0), "muon": (3500, 0),
-        "muon-small": (32, 0), "lm": (14000, 0), "subspace": (14000, 128),
+        "bhf-short": (14000, 3500), "bhf-squares": (14000, 14000), "adam": (32, 0),
+        "soap": (3500, 0), "muon": (3500, 0), "muon-small": (32, 0), "subspace": (14000, 128),
+        "lbfgs": (14000, 0), "lm": (14000, 0),
     }  # fmt: skip
     assert preset("sgd").optimizer.rate == preset("bgd").optimizer.rate == 2
     bhf = preset("bhf").optimizer
@@ -311,7 +312,7 @@ def test_presets_have_the_batches_of_the_paper():
     )
     assert preset("shf", damping=2).optimizer.damping == 2.0
     for arguments, changes in (
-        (("lbfgs",), {}), (("shf",), {"rate": 1.0}), (("shf",), {"damping": "high"}),
+        (("newton",), {}), (("shf",), {"rate": 1.0}), (("shf",), {"damping": "high"}),
         (("shf",), {"cg_max_steps": 1.5}), (("shf",), {"damping": -1.0}), (("shf",), {"backtracking": 1}),
     ):  # fmt: skip
         with pytest.raises(UserError):

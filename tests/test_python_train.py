@@ -471,7 +471,7 @@ def fails(outputs, targets):
     ({"gradient_batch": 9, "curvature_batch": 10}, "curvature_batch can be at most 9, the gradient batch"),
     ({"optimizer": "sgd", "curvature_batch": 10}, "optimizer sgd has no curvature batch"),
     ({"optimizer": hfmpi.Adam()}, "optimizer must be a name such as 'bhf-short', with its settings in"),
-    ({"optimizer": "lbfgs"}, "there is no optimizer 'lbfgs'"),
+    ({"optimizer": "newton"}, "there is no optimizer 'newton'"),
     ({"optimizer": "soap"}, "Line does not name the matrices of theta (blocks): take another optimizer"),
     ({"optimizer": "subspace"}, "Line does not name the matrices of theta (blocks): take another optimizer"),
     ({"model": Named(3), "optimizer": "subspace"}, "Named has no Kronecker factors: give settings="),

@@ -133,8 +133,9 @@ def test_a_run_that_has_converged_ends_with_its_result(optimizer, tmp_path):
     assert (tmp_path / "run" / "DONE").read_text() == f"{result.reason}\n"
     assert checkpoint.latest(tmp_path / "run").meta["step"] == result.step
     again = hfmpi.train(model, (X, Y), **options)
-    assert (again.step, again.done) == (result.step + 1, True)
-    np.testing.assert_array_equal(again.theta, result.theta)
+    assert again.done
+    assert result.step < again.step <= result.step + 3  # other examples for the curvature may still lower it
+    np.testing.assert_allclose(again.theta, result.theta, rtol=1e-14)
 
 
 @pytest.mark.parametrize("optimizer", ["shf", "bhf-short"])

@@ -291,7 +291,7 @@ entry()
     ("hfmpi t", ["train"]),
     ("hfmpi train --mic", ["--micro-batch"]),
     ("hfmpi train small.h5 --model m", ["mrnn", "mlstm"]),
-    ("hfmpi bench step --optimizer b", ["bgd", "bhf", "bhf-short"]),
+    ("hfmpi bench step --optimizer b", ["bgd", "bhf", "bhf-short", "bhf-squares"]),
     ("hfmpi evaluate --backend nu", ["numpy", "numba"]),
 ])  # fmt: skip
 def test_a_shell_completes_commands_options_and_choices(words, expected):

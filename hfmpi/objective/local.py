@@ -148,7 +148,7 @@ class LocalSums:
                 with self.timer.span(FORWARD):
                     at = self.linearised(model.linearise, theta, batch)
                 loss += add(at, out)
-            out["loss"][...] = backend.to_device(pack(loss).astype(theta.dtype))
+            out["loss"][...] = backend.to_device(pack(loss, theta.dtype))
             return message
 
         def sums() -> tuple[Array, int]:

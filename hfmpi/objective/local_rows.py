@@ -132,7 +132,7 @@ def slice_rows(
                 part.normal += xp.matmul(wide.T, wide)
             backend.synchronize()
         loss, done = loss + float(at.loss) / scored, done + len(some)
-    out["loss"][...] = backend.to_device(pack(loss).astype(theta.dtype))
+    out["loss"][...] = backend.to_device(pack(loss, theta.dtype))
     return part
 
 

@@ -38,15 +38,16 @@ def row_message(parameters: int) -> Layout[str]:
     return Layout({"gradient": (parameters,), "rows": (2,), "loss": (len(GRIDS),), "stop": (1,)})
 
 
-def pack(value: float) -> np.ndarray:
-    """Split a float64 into float32 numbers (4,) whose sums over many ranks are exact.
+def pack(value: float, dtype: np.dtype | type = np.float32) -> np.ndarray:
+    """Split a float64 into numbers (4,) of a message of this type, which `unpack` adds up.
 
     A loss is part of the message of its gradient, which may be float32, but must arrive in double precision.
-    The parts are multiples of fixed grids, so that their sums over up to 2,048 ranks (below 2^14 in all) fit
+    In a message of float64 it stays as it is, so that a loss of 1e-18 keeps all of its digits. For float32
+    the parts are multiples of fixed grids, so that their sums over up to 2,048 ranks (below 2^14 in all) fit
     the 24 bits of a float32 without rounding, in whatever order they are added.
     """
-    if not math.isfinite(value):
-        return np.array([value, 0, 0, 0], np.float32)
+    if dtype == np.float64 or not math.isfinite(value):
+        return np.array([value, 0, 0, 0], dtype)
     parts = []
     for grid in GRIDS:
         parts.append(round(value / grid) * grid)

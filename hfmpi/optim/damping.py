@@ -12,7 +12,7 @@ import numpy as np
 
 from hfmpi.optim.layout import Vector
 
-__all__ = ["GRID", "UNRESOLVED", "LevenbergMarquardt", "reduction_ratio", "rounding"]
+__all__ = ["UNRESOLVED", "LevenbergMarquardt", "noise", "reduction_ratio", "rounding", "small"]
 
 UNRESOLVED = (
     "the step promises less than the rounding of the risk: theta is at an optimum or the damping too large"
@@ -20,12 +20,38 @@ UNRESOLVED = (
 """Message of a step that is not taken because of `rounding`."""
 
 GRID = 2.0**-50
-"""Absolute rounding of a risk: with a gradient it arrives as a multiple of 2^-52 of each rank."""
+"""Absolute rounding of a risk in float32: with a gradient it arrives as a multiple of 2^-52 of each rank."""
 
 
 def rounding(loss: float, theta: Vector) -> float:
     """Return the smallest change of this risk that a model in the precision of theta resolves."""
-    return float(np.finfo(theta.dtype).eps) * abs(loss) + GRID
+    grid = GRID if theta.dtype == np.float32 else 0.0
+    return float(np.finfo(theta.dtype).eps) * abs(loss) + grid
+
+
+def noise(loss: float, theta: Vector, curvature: float) -> float:
+    """Estimate the rounding of a risk whose outputs are rounded, where residuals may be as small.
+
+    Outputs z that are rounded by eps z change a mean f of squares r^2 / 2 of residuals by up to
+    sqrt(2 f) eps |z| + (eps |z|)^2 / 2 with the root mean square |z|. This takes sqrt(theta' G theta) for
+    |z|, which is exact for linear outputs. A model can still promise less than this and be right, so that it
+    is no reason to leave out a step, but explains why a step did not lower the risk.
+
+    Parameters
+    ----------
+    curvature : float
+        theta' G theta.
+    """
+    eps, square = float(np.finfo(theta.dtype).eps), max(curvature, 0.0)
+    return rounding(loss, theta) + eps * (math.sqrt(2 * abs(loss) * square) + eps * square)
+
+
+def small(promise: float, loss: float, theta: Vector) -> bool:
+    """Return whether a promise is so small that `noise` is worth its pass after a step without success.
+
+    The 1 only saves passes: a risk near rounding is far below it, unless outputs are very large.
+    """
+    return promise <= math.sqrt(float(np.finfo(theta.dtype).eps)) * max(1.0, abs(loss))
 
 
 def reduction_ratio(loss_before: float, loss_after: float, model_value: float) -> float:

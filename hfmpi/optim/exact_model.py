@@ -96,7 +96,7 @@ class ExactModel(ABC):
             return None
         with np.errstate(over="ignore", invalid="ignore"):  # a step that is too long is not taken
             p = self._step(solution, damping, pulled).astype(self.g.dtype, copy=False)
-            bounds = inner_product(p, p), -inner_product(self.g, p), self._curvature(p)
+            bounds = inner_product(p, p), -inner_product(self.g, p), self.curvature(p)
         square, descent, curvature = self.objective.agree(bounds)
         if not math.isfinite(square):
             return None
@@ -115,7 +115,7 @@ class ExactModel(ABC):
         """Compute p (D,) from the solutions (n, k)."""
 
     @abstractmethod
-    def _curvature(self, p: Vector) -> float:
+    def curvature(self, p: Vector) -> float:
         """Compute p'G p."""
 
 
@@ -135,7 +135,7 @@ class _ByParameters(ExactModel):
         x = np.asarray(-solution[:, : 1 + pulled].sum(axis=1), dtype=self.g.dtype, like=self.g)
         return x + self.pull if pulled else x
 
-    def _curvature(self, p: Vector) -> float:
+    def curvature(self, p: Vector) -> float:
         wide = _on_host(p)
         self.work += product(p.size, p.size)
         return float(wide @ (self.matrix @ wide)) / self.rows.scored
@@ -168,7 +168,7 @@ class _ByRows(ExactModel):
             p = -self.rows.transposed(weights - solution[:, 1] / damping) - self.rest / self.kind(damping)
         return p + self.pull if pulled else p
 
-    def _curvature(self, p: Vector) -> float:
+    def curvature(self, p: Vector) -> float:
         self.work += product(self.rows.count, p.size)
         along = self.rows.times(p)
         return float(along @ along) / self.rows.scored

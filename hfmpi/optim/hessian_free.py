@@ -16,7 +16,7 @@ from hfmpi.measure.cost import Counts
 from hfmpi.optim.base import Messages, Needs, Objectives, Optimizer, StepReport, inner_product
 from hfmpi.optim.cg import CGResult, ConjugateGradients, Stop
 from hfmpi.optim.checks import check_state, check_vector, checked
-from hfmpi.optim.damping import UNRESOLVED, LevenbergMarquardt, reduction_ratio, rounding
+from hfmpi.optim.damping import UNRESOLVED, LevenbergMarquardt, reduction_ratio, rounding, small
 from hfmpi.optim.layout import Block, Vector
 from hfmpi.optim.line_search import Armijo, Choice, LineSearch, backtrack
 from hfmpi.optim.preconditioner import diagonal
@@ -166,6 +166,10 @@ class HessianFree(Optimizer[HessianFreeState]):
         if self.line_search and not converged:
             search = self.armijo.search(risk, p, before, after, predicted.slope)
         scale = search.rate * self.step_scale * self.step_scale_decay**epoch
+
+        failed = sound and not converged and search.rate == 0 and predicted.slope < 0 and math.isfinite(after)
+        if failed and small(-predicted.change, before, theta):
+            converged = -predicted.change <= model.noise(before)
 
         losses = choice.evaluations + search.evaluations
         taken = report(

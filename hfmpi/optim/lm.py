@@ -23,7 +23,7 @@ from hfmpi.errors import UserError, shown
 from hfmpi.measure.cost import Counts
 from hfmpi.optim.base import Needs, Objectives, Optimizer, StepReport, inner_product
 from hfmpi.optim.checks import check_state, check_vector, checked
-from hfmpi.optim.damping import GRID, UNRESOLVED, rounding
+from hfmpi.optim.damping import UNRESOLVED, noise, rounding
 from hfmpi.optim.exact_model import DampedStep, exact_model
 from hfmpi.optim.layout import Block, Vector
 from hfmpi.optim.rows import RowMatrix, RowRequest
@@ -40,12 +40,6 @@ Where two rises are needed lambda still falls a little, since RISE^2 FALL < 1. I
 
 PATIENCE, MOST_RISEN = 4, 40
 """How often a step raises lambda before it does so faster, and before it gives up."""
-
-COARSE = 1e-6
-"""Risks below this are computed once more: with a gradient they arrive with the absolute rounding `GRID`."""
-
-UNCLEAR = 1e3
-"""A promise of less than this many times the rounding of the risk may be lost in it."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +110,7 @@ class LM(Optimizer[LMState]):
         """
         objective = checked(theta, objectives).gradient
         check_state(state, LMState, theta, *("direction",) * (self.momentum > 0))
-        rows = objective.rows(theta, RowRequest("residuals"))
+        rows = objective.rows(theta, RowRequest("residuals", stored=False))
         self._check_rows(rows, theta)
         g = rows.gradient
         loss, square = objective.agree((float(rows.loss), inner_product(g, g)))
@@ -131,12 +125,7 @@ class LM(Optimizer[LMState]):
         if not math.isfinite(model.trace):
             return theta, state, replace(report, message="the rows of residuals are not finite")
         damping = state.damping or self.damping * model.trace / theta.size or 1.0
-        losses, least = 0, rounding(loss, theta)
-        if abs(loss) < COARSE:
-            (loss,) = objective.agree((objective.loss(theta),))
-            losses, least = 1, rounding(loss, theta) - GRID
-            report = replace(report, loss=loss)
-        tried = False
+        losses, least, tried = 0, rounding(loss, theta), False
         for risen in range(MOST_RISEN):
             damping = max(damping, model.least_damping)
             trial = model.step(damping, pulled=self.momentum > 0 and risen == 0)
@@ -151,13 +140,12 @@ class LM(Optimizer[LMState]):
                 report = replace(report, work=report.work + Counts(losses=1))
                 if after < loss:
                     return self._taken(theta, trial, damping, loss - after, report)
-                if abs(after - loss) <= least and trial.promise <= UNCLEAR * least:
+                (curvature,) = objective.agree((model.curvature(theta),))
+                if trial.promise <= noise(loss, theta, curvature):
                     return _at_its_end(theta, state, report, UNRESOLVED)
             damping *= RISE ** (1 + risen // PATIENCE)
-        message = "no damping lowers the risk"
-        if abs(loss) <= GRID:  # nothing but rounding is left of the residuals
-            return _at_its_end(theta, state, report, message)
-        report = replace(report, message=message, details={**report.details, "damping": damping})
+        details = {**report.details, "damping": damping}
+        report = replace(report, message="no damping lowers the risk", details=details)
         return theta, replace(state, damping=damping), report
 
     def _taken(

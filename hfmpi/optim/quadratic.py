@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from hfmpi.measure.cost import Counts
 from hfmpi.optim.base import Objectives, Scalars, inner_product
+from hfmpi.optim.damping import noise
 from hfmpi.optim.layout import Vector
 
 __all__ = ["Prediction", "QuadraticModel"]
@@ -62,7 +63,20 @@ class QuadraticModel:
         if self.structural == 0:
             slope, square = agree(scalars)
             return Prediction(slope, square, damped_change - 0.5 * self.damping * square)
-        self.work += Counts(linearisations=1, products=1)
-        product = self.objectives.second.gauss_newton(self.theta)(p)
-        slope, square, curvature = agree((*scalars, inner_product(p, product)))
+        slope, square, curvature = agree((*scalars, inner_product(p, self._undamped(p))))
         return Prediction(slope, square, slope + 0.5 * curvature)
+
+    def noise(self, loss: float) -> float:
+        """Estimate the rounding of the risk at theta; an agreed number."""
+        (curvature,) = self.objectives.gradient.agree(
+            (inner_product(self.theta, self._undamped(self.theta)),)
+        )
+        return noise(loss, self.theta, curvature)
+
+    def _undamped(self, v: Vector) -> Vector:
+        """Compute G v."""
+        self.work += Counts(products=1)
+        if self.structural * self.damping == 0:
+            return self._product(v)
+        self.work += Counts(linearisations=1)
+        return self.objectives.second.gauss_newton(self.theta)(v)

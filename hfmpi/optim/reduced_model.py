@@ -3,7 +3,7 @@
     V     the vectors, k x D, rows of length one           g   the gradient, D
     M     V G V', k x k
 
-The step of a lambda is V' c with c = -(S + 1e-6 diag S)^-1 V g and S = M + lambda V V'.
+The step of a lambda is V' c with c = -(S + r diag S)^-1 V g and S = M + lambda V V'; r is in RELATIVE.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from hfmpi.optim.layout import Block, Vector
 
 __all__ = ["Basis", "Part", "ReducedModel", "Step", "normalised", "parts_of"]
 
-RELATIVE = 1e-6
+RELATIVE = {"float32": 1e-6, "float64": 1e-12}
 """Part of the system's diagonal that is added to it: vectors may be equal or parallel up to rounding.
 
-Below the rounding of vectors in float32 the step would depend on the order of summation.
+Below the rounding of the vectors the step would depend on the order of summation. What is added also limits
+how fast the step converges, so that float64 has less.
 """
 
 
@@ -171,7 +172,8 @@ class ReducedModel:
             values, vectors = np.linalg.eigh(scale[:, None] * system * scale)
         except np.linalg.LinAlgError:  # numbers that are not finite
             return Step(self.basis.v[0] * np.nan, math.nan, math.nan)
-        along = np.matmul(vectors.T, scale * self.slopes) / (np.maximum(values, 0) + RELATIVE)
+        floor = RELATIVE[self.basis.v.dtype.name]
+        along = np.matmul(vectors.T, scale * self.slopes) / (np.maximum(values, 0) + floor)
         c = -scale * np.matmul(vectors, along)
         bounds = -float(self.slopes @ c), max(float(np.matmul(c, self.m) @ c), 0.0)
         *weights, descent, curvature = self.objective.agree((*map(float, c), *bounds))

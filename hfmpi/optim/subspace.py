@@ -36,7 +36,7 @@ from hfmpi.optim.base import (
     inner_product,
 )
 from hfmpi.optim.checks import check_blocks, check_state, check_vector, checked
-from hfmpi.optim.damping import UNRESOLVED, rounding
+from hfmpi.optim.damping import UNRESOLVED, noise, rounding, small
 from hfmpi.optim.kfac import decomposition_layout, preconditioned_gradients, preconditioning
 from hfmpi.optim.layout import Block, Vector, kronecker_layout
 from hfmpi.optim.reduced_model import ReducedModel, Step, normalised, parts_of
@@ -128,7 +128,7 @@ class Subspace(Optimizer[SubspaceState]):
     square_decay: Annotated[float, within("[0, 1)")] = 0.9
     refresh: Annotated[int, at_least(1)] = 1
     damping: Annotated[float, NOT_NEGATIVE] = 1e-3
-    damping_minimum: Annotated[float, NOT_NEGATIVE] = 1e-8
+    damping_minimum: Annotated[float, NOT_NEGATIVE] = 1e-12
     damping_maximum: Annotated[float, POSITIVE] = 1e10
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     candidates: Annotated[int, NOT_NEGATIVE] = 0
@@ -204,6 +204,12 @@ class Subspace(Optimizer[SubspaceState]):
             rho = (state.loss - loss) / last.promise
             report = replace(report, details=_details(norm, state.damping, rho))
             if not rho > 0:
+                if small(last.promise, state.loss, theta):
+                    least, work = _noise(theta, objectives, state.loss)
+                    report = replace(report, work=report.work + work)
+                    if max(last.promise, loss - state.loss) <= least:
+                        report = replace(report, accepted=True, message=UNRESOLVED, converged=True)
+                        return theta, before, report
                 return self._back(theta, state, loss, report)
             state = replace(state, damping=self._damped(state.damping, rho))
         if not math.isfinite(loss) or not math.isfinite(norm):
@@ -228,11 +234,22 @@ class Subspace(Optimizer[SubspaceState]):
         report = replace(report, work=report.work + together([model.work] * count))
         if all(0 <= step.promise <= rounding(loss, theta) for step in steps):
             return theta, before, replace(report, accepted=True, message=UNRESOLVED, converged=True)
-        if candidates:
-            return self._best(theta, state, objective, dampings, steps, report)
         if judged and steps[0].promise > 0:
             return self._taken(theta, state, objective, steps[0], report)
-        return self._checked(theta, state, objective, model, steps[0], report)
+        if candidates:
+            result = self._best(theta, state, objective, dampings, steps, report)
+        else:
+            result = self._checked(theta, state, objective, model, steps[0], report)
+        report = result[2]
+        if report.accepted:
+            return result
+        promise = max(step.promise for step in steps)
+        if small(promise, loss, theta):
+            least, work = _noise(theta, objectives, loss)
+            report = replace(report, work=report.work + work)
+            if promise <= least:
+                return theta, before, replace(report, accepted=True, message=UNRESOLVED, converged=True)
+        return *result[:2], report
 
     def _best(
         self,
@@ -381,6 +398,14 @@ class Subspace(Optimizer[SubspaceState]):
         state = replace(state, damping=damping, descent=descent, curvature=curvature, steps=steps)
         message = f"the risk rose: back to {part:.2g} of the last step"
         return theta, state, replace(report, message=message, details={**report.details, "damping": damping})
+
+
+def _noise(theta: Vector, objectives: Objectives, loss: float) -> tuple[float, Counts]:
+    """Estimate the rounding of the risk at theta, an agreed number; return the passes too."""
+    projected = objectives.second.project(theta)(theta[None])
+    (curvature,) = objectives.gradient.agree((float(projected[0, 0]),))
+    work = Counts(linearisations=int(not objectives.shared), projections=1)
+    return noise(loss, theta, curvature), work
 
 
 def _details(norm: float, damping: float, rho: float | None = None) -> dict[str, float | int | str | None]:

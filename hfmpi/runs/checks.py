@@ -74,6 +74,28 @@ def enough_text(
         raise UserError("; ".join(wrong))
 
 
+def same_batch(optimizer: str, batch: int, count: int, option: str, redrawn: str = "") -> None:
+    """Check, for an optimizer that needs it, that every step has the same gradient batch.
+
+    Parameters
+    ----------
+    batch, count : int
+        The gradient batch, and all training examples.
+    option : str
+        What the gradient batch is called.
+    redrawn : str
+        The option that changes the examples in every step, if it is set.
+    """
+    need = f"{optimizer} needs the same batch in every step"
+    if batch < count:
+        raise UserError(
+            f"{need}: set {option} to {count:,}, all training examples, not {batch:,}; or take another "
+            "optimizer"
+        )
+    if redrawn:
+        raise UserError(f"{need}, and {redrawn} changes it: leave it out, or take another optimizer")
+
+
 def scored(cases: Cases) -> None:
     """Check that at least one training output is scored."""
     if not cases.scored(np.arange(cases.count)):

@@ -36,7 +36,7 @@ from hfmpi.networks.network import Network
 from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.parallel.communicator import digest
 from hfmpi.parallel.failure import together
-from hfmpi.runs import metric
+from hfmpi.runs import checks, metric
 from hfmpi.runs.config import OF_TEXT, Config
 from hfmpi.runs.restore import check_parameters
 from hfmpi.runs.task import DifferentRun, Task
@@ -50,7 +50,7 @@ CHECKED = 32
 """Number of examples, from the first to the last one, on which a model checks itself before a run."""
 
 LARGEST = float(np.finfo(np.float32).max)
-"""The largest loss in the message of a gradient, in every precision."""
+"""The largest loss at the start, in every precision: the largest in the message of a float32 gradient."""
 
 CLOSE = 1e-2
 """Relative difference up to which two losses of one model agree, perhaps on different processors."""
@@ -89,7 +89,7 @@ class ModelTask(Task):
         if train_set is None:
             raise UserError("train must be data, not None")
         config, notes = _with_batches(config, train_set.count)
-        _check_optimizer(config, model)
+        _check_optimizer(config, model, train_set.count)
         return cls(
             config=config,
             model=model,
@@ -286,7 +286,9 @@ def _with_batches(config: Config, count: int) -> tuple[Config, list[str]]:
         raise UserError(
             f"gradient_batch can be at most {count:,}, the cases of train, not {config.gradient_batch:,}"
         )
-    if gradient > count:
+    if gradient > count or (
+        gradient < count and chosen.optimizer.needs.same_batch and not config.gradient_batch
+    ):
         notes.append(f"gradient_batch is {count:,}, all cases: {config.optimizer} would take {gradient:,}")
         gradient = count
     if config.curvature_batch > gradient:
@@ -302,9 +304,12 @@ def _with_batches(config: Config, count: int) -> tuple[Config, list[str]]:
     return replace(config, gradient_batch=gradient, curvature_batch=curvature), notes
 
 
-def _check_optimizer(config: Config, model: Model) -> None:
-    """Raise a UserError if the optimizer needs what the model does not have."""
-    needs, kind = config.preset().optimizer.needs, type(model).__name__
+def _check_optimizer(config: Config, model: Model, count: int) -> None:
+    """Raise a UserError if the optimizer needs what the model or the batches do not have."""
+    chosen = config.preset()
+    needs, kind = chosen.optimizer.needs, type(model).__name__
+    if needs.same_batch:
+        checks.same_batch(config.optimizer, chosen.gradient_batch, count, "gradient_batch")
     if needs.blocks and not isinstance(model, Blocks):
         raise UserError(
             f"{kind} does not name the matrices of theta (blocks): take another optimizer, such as adam"

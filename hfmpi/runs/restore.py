@@ -93,7 +93,8 @@ def restored(checkpoint: Checkpoint, fresh: StateT, backend: Backend, optimizer:
     for name, value in expected.items():
         entry = entries_read[name]
         most = math.inf if type(entry) is float else 2**53  # lambda has no upper bound
-        if _form(entry) != _form(value) or not (isinstance(entry, np.ndarray) or is_amount(entry, most)):
+        number = abs(entry) if name == "loss" and type(entry) is float else entry  # a loss may be negative
+        if _form(entry) != _form(value) or not (isinstance(entry, np.ndarray) or is_amount(number, most)):
             raise Misfit(f"the checkpoint's {name} does not fit optimizer {optimizer}")
     values = {k: backend.to_device(v) if isinstance(v, np.ndarray) else v for k, v in entries_read.items()}
     return type(fresh)(**values)

@@ -47,6 +47,11 @@ class TextTask(Task):
         preset, lengths = config.preset(), (config.sequence_length, config.burn_in)
         batches = preset.gradient_batch, preset.curvature_batch
         checks.enough_text(data, len(corpus.train), len(corpus.valid), *lengths, *batches)
+        train_set = Sequences(corpus.train, *lengths)
+        if preset.optimizer.needs.same_batch:
+            redrawn = "--input-noise" if config.input_noise else ""
+            count = train_set.count
+            checks.same_batch(config.optimizer, preset.gradient_batch, count, "--gradient-batch", redrawn)
         network = Network(
             architecture,
             config.make_backend(local_rank),
@@ -57,7 +62,7 @@ class TextTask(Task):
         return cls(
             config=config,
             model=network,
-            train_set=Sequences(corpus.train, *lengths),
+            train_set=train_set,
             valid_set=Sequences(corpus.valid, *lengths),
             keys=BITS,
             title=f"{config.model}{variant}, {config.hidden:,} units, {network.size:,} parameters",

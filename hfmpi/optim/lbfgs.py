@@ -1,0 +1,243 @@
+"""L-BFGS: a quasi-Newton method that needs gradients alone, of one batch that stays the same.
+
+The direction is -H g, H the inverse of the curvature that the last steps s and changes of the gradient y show
+(Nocedal 1980; Nocedal and Wright 2006, algorithms 7.4 and 7.5), and a line search for the strong Wolfe
+conditions (`hfmpi.optim.wolfe`) chooses the rate.
+
+The pairs compare gradients at different theta, so that these must be of one risk: with batches that change
+from step to step the pairs would show the noise of the batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import numpy as np
+
+from hfmpi.measure.cost import Counts
+from hfmpi.optim.base import (
+    EntryT,
+    Gradient,
+    Needs,
+    Objective,
+    Objectives,
+    Optimizer,
+    Scalars,
+    StepReport,
+    inner_product,
+)
+from hfmpi.optim.checks import check_state, check_vector, checked
+from hfmpi.optim.damping import rounding
+from hfmpi.optim.layout import Block, Vector
+from hfmpi.optim.wolfe import Evaluate, MoreThuente, Trial
+from hfmpi.settings import at_least, check, within
+
+__all__ = ["LBFGS", "LBFGSState", "two_loop"]
+
+UNRESOLVED = "no step along the gradient lowers the risk by more than its rounding: theta is at an optimum"
+"""Message of a step that is not taken because of `rounding`."""
+
+
+@dataclass(frozen=True)
+class LBFGSState:
+    """What a step needs of the steps before it; it belongs to the theta that the last step returned.
+
+    Attributes
+    ----------
+    pairs : int
+        Number of pairs.
+    known : int
+        1 if `loss` and `gradient` are those at theta on the batch of the next step; otherwise 0.
+    loss : float
+    gradient : (D,)
+    s, y : (memory * D,)
+        Steps and changes of the gradient, the latest first.
+    """
+
+    pairs: int
+    known: int
+    loss: float
+    gradient: Vector
+    s: Vector
+    y: Vector
+
+
+@dataclass(frozen=True)
+class LBFGS(Optimizer[LBFGSState]):
+    """Settings of L-BFGS; a step is one iteration with all gradients of its line search.
+
+    Attributes
+    ----------
+    memory : int
+        Number of pairs; each takes 2 D numbers.
+    line_search_sufficient, line_search_curvature : float
+        Constants of the strong Wolfe conditions; the first is smaller than the second.
+    line_search_tries : int
+        Maximum gradients of a line search.
+    """
+
+    memory: Annotated[int, at_least(1)] = 50
+    line_search_sufficient: Annotated[float, within("(0, 1)")] = MoreThuente.sufficient
+    line_search_curvature: Annotated[float, within("(0, 1)")] = MoreThuente.curvature
+    line_search_tries: Annotated[int, at_least(1)] = MoreThuente.tries
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not self.line_search_sufficient < self.line_search_curvature:
+            raise ValueError("line_search_sufficient must be smaller than line_search_curvature")
+
+    def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> LBFGSState:
+        """Return the state before the first step."""
+        check_vector("theta", theta)
+        s, y = (np.zeros_like(theta, shape=self.memory * theta.size) for _ in range(2))
+        return LBFGSState(0, 0, 0.0, theta * 0, s, y)
+
+    @property
+    def needs(self) -> Needs:
+        """What these settings need of the model and the run."""
+        return Needs(same_batch=True)
+
+    def on_other_batches(self, state: Mapping[str, EntryT]) -> dict[str, EntryT | float]:
+        """Return the state without pairs and gradient, which are those of another risk."""
+        return {**state, "pairs": 0, "known": 0}
+
+    def step(
+        self, theta: Vector, state: LBFGSState, objectives: Objectives
+    ) -> tuple[Vector, LBFGSState, StepReport]:
+        """Take one step: a line search along -H g, or along -g if that does not lower the risk."""
+        objectives = checked(theta, objectives)
+        self._check(state, theta)
+        objective, count = objectives.gradient, int(not state.known)
+        at = Gradient(state.loss, state.gradient) if state.known else objective.gradient(theta)
+        g = at.vector
+        loss, square = objective.agree((at.loss, inner_product(g, g)))
+        norm = math.sqrt(square)
+
+        def report(accepted: bool, message: str = "", **more: float | int | str | None) -> StepReport:
+            return StepReport(loss, accepted, message, Counts(gradients=count), _details(norm) | more)
+
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return theta, state, report(False, "the risk or its gradient is not finite")
+        if norm == 0:
+            return theta, state, replace(report(True, "the gradient is zero: nothing to do"), converged=True)
+
+        cliff = False
+        for pairs in (state.pairs, 0) if state.pairs else (0,):
+            p = _direction(objective, g, *(v.reshape(-1, g.size)[:pairs] for v in (state.s, state.y)))
+            (slope,) = objective.agree((inner_product(g, p),))
+            # A model of this curvature promises -slope / 2. Without pairs it is not known.
+            if not -math.inf < slope < 0 or (pairs and -slope / 2 <= rounding(loss, theta)):
+                continue
+            first = 1.0 if pairs else min(1.0, 1 / norm)
+            search = self.line_search.search(_along(objective, theta, p), Trial(0.0, loss, slope), first)
+            count += search.evaluations
+            best = search.best
+            # At a cliff, only trials that are too short to move theta are finite.
+            moved = search.finite is not None and bool((search.finite.theta != theta).any())
+            cliff = not moved and math.isfinite(search.wall)
+            if loss - best.loss > rounding(loss, theta) or (pairs and search.satisfied):
+                break
+        else:
+            if cliff:
+                return theta, state, report(False, "step rejected: the risk along the gradient is not finite")
+            return theta, state, replace(report(True, UNRESOLVED), converged=True)
+        after, gradient = best.theta, best.gradient
+        later, length = self._later(objective, replace(state, pairs=pairs), after - theta, gradient - g)
+        later = replace(later, known=int(objectives.repeated), loss=best.loss, gradient=gradient)
+        return after, later, report(True, step_norm=length, line_search_rate=best.rate, pairs=pairs)
+
+    @property
+    def line_search(self) -> MoreThuente:
+        """The settings of the line search."""
+        return MoreThuente(self.line_search_sufficient, self.line_search_curvature, self.line_search_tries)
+
+    def _check(self, state: LBFGSState, theta: Vector) -> None:
+        check_state(state, LBFGSState, theta, "gradient")
+        if state.s.shape != (self.memory * theta.size,) or state.y.shape != state.s.shape:
+            raise ValueError("the state has another memory: call init(theta) again")
+
+    def _later(
+        self, objective: Objective, state: LBFGSState, s: Vector, y: Vector
+    ) -> tuple[LBFGSState, float]:
+        """Return the state with a pair, unless the pair has no curvature, and the length of s."""
+        scalars = inner_product(s, y), inner_product(s, s), inner_product(y, y)
+        curvature, *squares = objective.agree(scalars)
+        length, change = map(math.sqrt, squares)
+        # Less is the rounding of the vectors, and H must stay positive definite.
+        if not float(np.finfo(s.dtype).eps) * length * change < curvature < math.inf:
+            return state, length
+        all_s, all_y = (np.concatenate([new, old[: -new.size]]) for new, old in ((s, state.s), (y, state.y)))
+        return replace(state, pairs=min(state.pairs + 1, self.memory), s=all_s, y=all_y), length
+
+
+def two_loop(g: Vector, s: Vector, y: Vector, known: Scalars = ()) -> tuple[Vector, Scalars]:
+    """Compute -H g by the two-loop recursion (Nocedal and Wright 2006, algorithm 7.4).
+
+    H starts as s' y / y' y of the latest pair times the identity (their equation 7.20).
+
+    Parameters
+    ----------
+    g : (D,)
+    s, y : (k, D)
+        Pairs, the latest first.
+    known : tuple of float
+        The coefficients, if they are known; otherwise they are computed.
+
+    Returns
+    -------
+    (D,), tuple of float
+        The direction, and the coefficients: alpha of the first loop, the scale, alpha - beta of the second.
+    """
+    kind, count, given = g.dtype.type, len(s), list(known)
+    curvatures = [] if given else np.einsum("ij,ij->i", s, y, dtype=np.float64).tolist()
+    used, p = list[float](), -g
+    for i in range(count):
+        used.append(given[i] if given else _ratio(inner_product(s[i], p), curvatures[i]))
+        p = p - kind(used[i]) * y[i]
+    if count:
+        used.append(given[count] if given else _ratio(curvatures[0], inner_product(y[0], y[0])))
+        p = kind(used[count]) * p
+    for i in reversed(range(count)):
+        if given:
+            used.append(given[len(used)])
+        else:
+            used.append(used[i] - _ratio(inner_product(y[i], p), curvatures[i]))
+        p = p + kind(used[-1]) * s[i]
+    return p, tuple(used)
+
+
+def _direction(objective: Objective, g: Vector, s: Vector, y: Vector) -> Vector:
+    """Compute -H g, the same on all ranks: a rank whose coefficients are different uses those of rank 0."""
+    p, coefficients = two_loop(g, s, y)
+    if not coefficients:
+        return p
+    agreed = objective.agree(coefficients)
+    return p if agreed == coefficients else two_loop(g, s, y, agreed)[0]
+
+
+def _along(objective: Objective, theta: Vector, p: Vector) -> Evaluate:
+    """Return the function rate -> f, its slope, and theta + rate p with its gradient."""
+
+    def evaluate(rate: float) -> Trial:
+        end = theta + theta.dtype.type(rate) * p
+        at = objective.gradient(end)
+        loss, slope = objective.agree((at.loss, inner_product(at.vector, p)))
+        return Trial(rate, loss, slope, end, at.vector)
+
+    return evaluate
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else math.nan
+
+
+def _details(norm: float) -> dict[str, float | int | str | None]:
+    return {
+        "gradient_norm": norm if math.isfinite(norm) else None,
+        "step_norm": 0.0,
+        "line_search_rate": 0.0,
+        "pairs": 0,
+    }
