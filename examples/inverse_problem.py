@@ -30,11 +30,11 @@ def u(layers, x):
 
 
 def residual(params, point):
-    """Compute u at a measured point, where the flag is 1, and u_t - k u_xx elsewhere."""
+    """Compute 10 u at a measured point, where the flag is 1, and u_t - k u_xx elsewhere."""
     x, measured = point[:2], point[2]
     u_t = jax.grad(u, 1)(params["layers"], x)[1]
     u_xx = jax.hessian(u, 1)(params["layers"], x)[0, 0]
-    return jnp.where(measured == 1, u(params["layers"], x), u_t - params["k"] * u_xx)
+    return jnp.where(measured == 1, 10 * u(params["layers"], x), u_t - jnp.exp(params["log k"]) * u_xx)
 
 
 def apply(params, points):
@@ -43,14 +43,14 @@ def apply(params, points):
 
 rng = np.random.default_rng(0)  # the same on all ranks
 layers = [(rng.standard_normal((m, n)) * (2 / (m + n)) ** 0.5, np.zeros(n)) for m, n in pairwise(SIZES)]
-model = hfmpi.JaxModel(apply, {"layers": layers, "k": np.ones(())}, "squares")
+model = hfmpi.JaxModel(apply, {"layers": layers, "log k": np.zeros(())}, "squares")
 
 measured, inside = rng.random((40, 2)), rng.random((400, 2))
 values = np.exp(-TRUE * np.pi**2 * measured[:, 1]) * np.sin(np.pi * measured[:, 0])
 points = np.concatenate([np.c_[measured, np.ones(40)], np.c_[inside, np.zeros(400)]])
-targets = np.concatenate([values + NOISE * rng.standard_normal(40), np.zeros(400)])[:, None]
+targets = np.concatenate([10 * (values + NOISE * rng.standard_normal(40)), np.zeros(400)])[:, None]
 
 result = hfmpi.train(model, (points, targets), optimizer="lm", max_steps=STEPS)
-k = float(model.params(result.theta)["k"])
+k = float(jnp.exp(model.params(result.theta)["log k"]))
 if hfmpi.connect().rank == 0:
     print(f"k = {k:.4f} after {result.step} steps (true value {TRUE}, measurements with noise {NOISE:g})")

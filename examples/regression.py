@@ -1,9 +1,9 @@
-"""Regression to the last digits: a small tanh network through 60 points, by Levenberg-Marquardt in float64.
+"""Regression to the last digits: a small tanh network through 100 points, by Levenberg-Marquardt in float64.
 
     python examples/regression.py
     mpirun -n 2 python examples/regression.py
 
-There are more parameters than points, so the step needs a matrix of 60 x 60 numbers alone.
+There are more parameters than points, so the step needs a matrix of 100 x 100 numbers alone.
 """
 
 import sys
@@ -13,13 +13,13 @@ import torch
 
 import hfmpi
 
-STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 100
+STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 40
 torch.manual_seed(0)  # the same start on all ranks
-module = torch.nn.Sequential(torch.nn.Linear(1, 30), torch.nn.Tanh(), torch.nn.Linear(30, 1)).double()
+module = torch.nn.Sequential(torch.nn.Linear(6, 40), torch.nn.Tanh(), torch.nn.Linear(40, 1)).double()
 model = hfmpi.TorchModel(module, "squares")
 
-x = np.linspace(-2, 2, 60)[:, None]
-y = np.exp(-x) * np.sin(3 * x)
+x = np.random.default_rng(0).uniform(-1, 1, (100, 6))
+y = np.sin(x.sum(axis=1, keepdims=True)) * np.exp(-x[:, :1])
 result = hfmpi.train(model, (x, y), optimizer="lm", max_steps=STEPS)
 model.write_back(result.theta)
 
