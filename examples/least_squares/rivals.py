@@ -409,22 +409,23 @@ class DeepXde(Rival):
         self.model = dde.Model(data, net)
         self.weights = [1.0, pde.weight]
         self.model.compile("adam", lr=rate, loss_weights=self.weights, verbose=0)
-        self.steps, self.over, self.refining = 0, False, False
+        self.steps, self.over, self.refining, self.iterations = 0, False, False, 0
 
     def advance(self, count: int, used: float) -> None:
-        state = self.model.train_state
         if used < self.share:
             self.model.train(iterations=count, display_every=10**9, verbose=0)
-        else:
-            if not self.refining:
-                self.refining = True
-                self.dde.optimizers.set_LBFGS_options(maxiter=1, ftol=0, gtol=0)
-                self.model.compile("L-BFGS", loss_weights=self.weights, verbose=0)
-            group, before = self.model.opt.param_groups[0], state.step
-            group["max_iter"], group["max_eval"] = count, 2 * count + 50
-            self.model.train(verbose=0)
-            self.over = state.step == before
-        self.steps = state.step
+            self.steps += count
+            return
+        if not self.refining:
+            self.refining = True
+            self.dde.optimizers.set_LBFGS_options(maxiter=1, ftol=0, gtol=0)
+            self.model.compile("L-BFGS", loss_weights=self.weights, verbose=0)
+        optimizer, before = self.model.opt, self.iterations
+        optimizer.param_groups[0] |= {"max_iter": max(2, count), "max_eval": 2 * count + 50}
+        self.model.train(verbose=0)
+        self.iterations = optimizer.state_dict()["state"][0]["n_iter"]
+        self.steps += self.iterations - before
+        self.over = self.iterations - before < 2
 
     @property
     def params(self) -> Any:

@@ -6,7 +6,7 @@ PYTHONPATH=. PYTHON examples/least_squares/run.py FOLDER [--tasks T,...] [--meth
 PYTHON is that of an environment that has the other libraries too (docs/results/least-squares.md); a method
 whose library is not installed is left out. Every run is a process of its own on one core, with one thread.
 The candidates of a method's settings are tried on seed 0, `--tuning` seconds each; the one with the lowest
-error makes the runs of all seeds. A run has a file, FOLDER/TASK-METHOD-SETTING-seedN-SECONDS.json; runs that
+error makes the runs of all seeds. A run has a file, FOLDER/TASK-METHOD-SETTING-SEED-SECONDS.json; runs that
 have one are not made again. Seconds are those of the processor, from the first step after everything is
 compiled, without the evaluations of the error. With `--ranks` hfmpi's methods run under mpirun, by the wall
 clock.
@@ -52,10 +52,11 @@ def installed(method: str) -> str:
     return "" if OWN[method].optimizer in PRESETS else "hfmpi does not have it"
 
 
-def name_of(task: str, method: str, setting: int, seed: int, seconds: float, ranks: int) -> str:
+def name_of(task: str, method: str, setting: int, seed: int, seconds: float, ranks: int, tuning: bool) -> str:
     """Return the name of a run's file."""
+    what = "tuning" if tuning else f"seed{seed}"
     several = f"-{ranks}ranks" if ranks > 1 else ""
-    return f"{task}-{method}-{setting}-seed{seed}-{seconds:g}s{several}.json"
+    return f"{task}-{method}-{setting}-{what}-{seconds:g}s{several}.json"
 
 
 def make(folder: Path, core: int, run: dict[str, Any]) -> dict[str, Any]:
@@ -134,8 +135,8 @@ def main() -> None:
             run = {"task": task, "method": method, "ranks": given.ranks}
             tried = []
             for setting in range(len(candidates(method))):
-                one = run | {"setting": setting, "seed": 0, "seconds": given.tuning, "ranks": 1}
-                tried.append(make(given.folder, given.core, one))
+                one = {"setting": setting, "seed": 0, "seconds": given.tuning, "ranks": 1, "tuning": True}
+                tried.append(make(given.folder, given.core, run | one))
                 if tried[-1]["left_out"]:
                     break
             if tried[-1]["left_out"]:

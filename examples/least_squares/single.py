@@ -26,6 +26,7 @@ import hfmpi
 from hfmpi.errors import UserError
 from hfmpi.measure import machine
 from hfmpi.runs import call
+from hfmpi.runs.train import Run
 
 POINTS = 60
 """Evaluations of the error in a run."""
@@ -61,19 +62,27 @@ def candidates(method: str) -> tuple[dict[str, Any], ...]:
 
 @contextmanager
 def timed_by(clock: Callable[[], float]) -> Iterator[None]:
-    """Let runs of hfmpi read this clock; inside the context."""
-    known = call.open_session
+    """Let runs of hfmpi inside the context read this clock, and stop it while they validate."""
+    opened, validated, stood = call.open_session, Run.validate, 0.0
 
     @contextmanager
-    def opened(*args: Any) -> Iterator[Any]:
-        with known(*args) as session:
-            yield replace(session, clock=clock)
+    def open_session(*args: Any) -> Iterator[Any]:
+        with opened(*args) as session:
+            yield replace(session, clock=lambda: clock() - stood)
 
-    call.open_session = opened
+    def validate(run: Run, theta: Any) -> Any:
+        nonlocal stood
+        began = clock()
+        try:
+            return validated(run, theta)
+        finally:
+            stood += clock() - began
+
+    call.open_session, Run.validate = open_session, validate
     try:
         yield
     finally:
-        call.open_session = known
+        call.open_session, Run.validate = opened, validated
 
 
 Point = tuple[float, int, float, float]
@@ -105,23 +114,13 @@ def own(
     began = clock()
     train(1, max_steps=3)
     compiled = clock() - began
-    first = train(1, max_steps=3).history
-    step = min(record["step_seconds"] for record in first)
-    evaluation = first[-1]["seconds"] - first[-2]["seconds"] - first[-1]["step_seconds"]
-    every = max(1, round(seconds / POINTS / step))
-    allowance = evaluation * (1 + 1.5 * seconds / step / every)
-    result = train(every, max_seconds=seconds + allowance)
-    trace, spent, before = list[Point](), 0.0, 0.0
-    for record in result.history:
-        evaluated = record["valid_loss"] is not None
-        # A step that is followed by an evaluation counts alone, others with all that surrounds them.
-        spent += record["step_seconds"] if evaluated else record["seconds"] - before
-        before = record["seconds"]
-        if evaluated:
-            error = (2 * record["valid_loss"] / per_row) ** 0.5
-            trace.append((spent, record["step"], record["loss"], error))
-        if spent >= seconds:
-            break
+    step = min(record["step_seconds"] for record in train(1, max_steps=3).history)
+    result = train(max(1, round(seconds / POINTS / step)), max_seconds=seconds)
+    trace = [
+        (record["seconds"], record["step"], record["loss"], (2 * record["valid_loss"] / per_row) ** 0.5)
+        for record in result.history
+        if record["valid_loss"] is not None
+    ]
     return compiled, trace, result.reason
 
 

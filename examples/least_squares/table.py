@@ -108,9 +108,9 @@ def write(file: Path) -> None:
     """Print all tables."""
     content = json.loads(file.read_text())
     runs = [run for run in content["runs"] if not run["left_out"]]
-    tuned = min(run["seconds"] for run in runs)
-    for seconds, ranks in sorted({(run["seconds"], run["ranks"]) for run in runs if run["seconds"] > tuned}):
-        same = [run for run in runs if (run["seconds"], run["ranks"]) == (seconds, ranks)]
+    final = [run for run in runs if not run["tuning"]]
+    for ranks, seconds in sorted({(run["ranks"], run["seconds"]) for run in final}):
+        same = [run for run in final if (run["ranks"], run["seconds"]) == (ranks, seconds)]
         on = "one core" if ranks == 1 else f"{ranks} cores"
         print(f"Relative error after {seconds:g} s of {on}, medians over seeds:\n")
         table(same, middle("error"), shown)
@@ -121,7 +121,7 @@ def write(file: Path) -> None:
         print("Steps:\n")
         steps(same)
     print("Settings and seconds to compile:\n")
-    settings(runs, tuned)
+    settings(runs)
     for run in content["runs"]:
         if run["left_out"] and run["setting"] == 0:
             print(f"- {run['method']} on {run['task']}: {run['left_out']}")
@@ -141,7 +141,7 @@ def steps(runs: list[Run]) -> None:
     print()
 
 
-def settings(runs: list[Run], tuned: float) -> None:
+def settings(runs: list[Run]) -> None:
     """Print the candidates of each method, which tasks chose them, and how long it compiles."""
     print("| method | candidates, chosen by | seconds to compile |")
     print("| --- | --- | --- |")
@@ -153,7 +153,7 @@ def settings(runs: list[Run], tuned: float) -> None:
         for setting in sorted({run["setting"] for run in of}):
             same = [run for run in of if run["setting"] == setting]
             values = ", ".join(f"{key} {value}" for key, value in same[0]["values"].items()) or "defaults"
-            tasks = [task for task in TASKS if any(r["task"] == task and r["seconds"] > tuned for r in same)]
+            tasks = [task for task in TASKS if any(r["task"] == task and not r["tuning"] for r in same)]
             parts.append(f"{values}: {', '.join(tasks) or NOTHING}")
         seconds = [run["compile"] for run in of]
         print(f"| {method} | {'; '.join(parts)} | {min(seconds):.1f} to {max(seconds):.1f} |")
