@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 if __name__ == "__main__" and "LEAST_SQUARES_CORE" in os.environ:
@@ -30,6 +31,9 @@ from hfmpi.runs.train import Run
 
 POINTS = 60
 """Evaluations of the error in a run."""
+
+WARM = 8
+"""Steps of hfmpi's methods that are taken before the run: what it compiles may depend on the steps so far."""
 
 ROUNDING = 1e-14
 """A relative error below which a run ends."""
@@ -112,9 +116,9 @@ def own(
         )
 
     began = clock()
-    train(1, max_steps=3)
+    warm = train(1, max_steps=WARM).history
     compiled = clock() - began
-    step = min(record["step_seconds"] for record in train(1, max_steps=3).history)
+    step = median(record["step_seconds"] for record in warm[1:]) if len(warm) > 1 else seconds
     result = train(max(1, round(seconds / POINTS / step)), max_seconds=seconds)
     trace = [
         (record["seconds"], record["step"], record["loss"], (2 * record["valid_loss"] / per_row) ** 0.5)

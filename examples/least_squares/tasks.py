@@ -285,10 +285,15 @@ def neural_ode(seed: int) -> Task:
 
 
 def factorisation(seed: int) -> Task:
-    """Half the entries of a matrix of 60 x 50 and rank 5; an example is an entry, its inputs two indices."""
+    """Complete a matrix of 60 x 50 and rank 5, whose singular values fall from 1 to 0.001, from half of it.
+
+    An example is an entry, and its inputs are two indices. The matrix has a mean square of 1.
+    """
     rows, columns, rank = 60, 50, 5
     rng = np.random.default_rng(1000 + seed)
-    matrix = rng.normal(size=(rows, rank)) @ rng.normal(size=(rank, columns)) / rank**0.5
+    left, right = (np.linalg.qr(rng.normal(size=(n, rank)))[0] for n in (rows, columns))
+    matrix = left * np.logspace(0, -3, rank) @ right.T
+    matrix /= np.sqrt(np.mean(matrix**2))
     x = np.argwhere(np.ones_like(matrix)).astype(np.int32)
     x = x[rng.permutation(len(x))]
     y = matrix[x[:, 0], x[:, 1]][:, None]
