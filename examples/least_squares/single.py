@@ -186,7 +186,8 @@ def main(path: Path, run: dict[str, Any]) -> None:
         left_out = str(error)
     record = run | {"values": setting, "parameters": task.size, "compile": round(compiled, 2), "end": why}
     record |= {"left_out": left_out, "processor": machine.processor()}
-    record |= {"versions": machine.versions("hfmpi", "numpy", "scipy", "jax", "optax", "deepxde", "torch")}
+    versions = machine.versions("numpy", "scipy", "jax", "optax", "deepxde", "torch")
+    record |= {"versions": {"hfmpi": hfmpi.__version__} | versions}
     record["trace"] = [
         [round(at, 4), steps, float(f"{loss:.6g}"), float(f"{error:.6g}")] for at, steps, loss, error in trace
     ]
