@@ -13,7 +13,7 @@ from hfmpi.backends import create
 from hfmpi.errors import UserError
 from hfmpi.measure.linear_algebra import cholesky, gram, product, triangular_solve
 from hfmpi.optim import Gradient
-from hfmpi.optim.cholesky import ALONE, PANEL, Cholesky
+from hfmpi.optim.cholesky import ALONE, PANEL, solutions
 from hfmpi.optim.exact_model import exact_model
 from hfmpi.optim.lm import LMState
 from hfmpi.optim.rows import DenseRows
@@ -52,6 +52,11 @@ def run(objective, theta, steps=200, optimizer=None):
     return theta, report, losses
 
 
+def solved(objective, a, shift, b):
+    (x,) = solutions(objective, a, [shift], b)
+    return x
+
+
 def linear(rows, columns, seed=0, scored=3):
     rng = np.random.default_rng(seed)
     j, y = rng.standard_normal((rows, columns)), rng.standard_normal(rows)
@@ -67,7 +72,7 @@ def test_the_step_is_that_of_the_dense_matrix(shape):
     rows = objective.rows(theta)
     system = rows.normal() / 3 + 0.2 * np.eye(shape[1])
     model = exact_model(objective, rows, 0.0, theta[:0])
-    step = model.step(0.2)
+    (step,) = model.steps([0.2])
     np.testing.assert_allclose(step.p, -np.linalg.solve(system, rows.gradient), rtol=1e-10)
     assert model.trace == pytest.approx(np.trace(rows.normal()) / 3)
     assert step.norm == pytest.approx(np.linalg.norm(step.p))
@@ -107,7 +112,7 @@ def test_in_float32_the_matrix_and_its_factor_are_float64():
     for shape in ((30, 40), (40, 30)):
         objective, theta = linear(*shape), np.linspace(-1, 1, shape[1])
         rows = objective.rows(theta.astype(np.float32))
-        step = exact_model(objective, rows, 0.0, theta[:0]).step(1e-6)
+        step = exact_model(objective, rows, 0.0, theta[:0]).steps([1e-6])[0]
         exact = exact_model(objective, objective.rows(theta), 0.0, theta[:0]).step(1e-6)
         assert step.p.dtype == np.float32
         assert np.linalg.norm(step.p - exact.p) < 1e-4 * exact.norm
@@ -446,7 +451,7 @@ def panels(monkeypatch):
 def test_a_factor_by_panels_solves_as_accurately_as_numpy(panels, size, condition):
     a, b = positive(size, condition), np.cos(np.arange(2.0 * size)).reshape(size, 2)
     before = a.copy()
-    x = Cholesky(linear(1, 1), a, 0.25 / condition).solve(b)
+    x = solved(linear(1, 1), a, 0.25 / condition, b)
     np.testing.assert_array_equal(a, before)
     shifted = a + 0.25 / condition * np.eye(size)
     residual = np.linalg.norm(shifted @ x - b) / (np.linalg.norm(shifted) * np.linalg.norm(x))
@@ -458,13 +463,13 @@ def test_a_factor_by_panels_solves_as_accurately_as_numpy(panels, size, conditio
 def test_a_matrix_that_is_not_positive_definite_has_no_factor(panels, at):
     a = positive(123)
     a[at, at] = -1e-3
-    assert Cholesky(linear(1, 1), a, 0.0).solve(np.ones((123, 1))) is None
-    assert Cholesky(linear(1, 1), a, 2.0).solve(np.ones((123, 1))) is not None
+    assert solved(linear(1, 1), a, 0.0, np.ones((123, 1))) is None
+    assert solved(linear(1, 1), a, 2.0, np.ones((123, 1))) is not None
 
 
 def test_without_panels_such_a_matrix_has_no_factor_either():
-    assert Cholesky(linear(1, 1), np.diag([1.0, -1.0]), 0.0).solve(np.ones((2, 1))) is None
-    assert Cholesky(linear(1, 1), np.diag([1.0, math.nan]), 0.0).solve(np.ones((2, 1))) is None
+    assert solved(linear(1, 1), np.diag([1.0, -1.0]), 0.0, np.ones((2, 1))) is None
+    assert solved(linear(1, 1), np.diag([1.0, math.nan]), 0.0, np.ones((2, 1))) is None
 
 
 class Ranks(Objective):
@@ -490,11 +495,11 @@ class Ranks(Objective):
 def test_a_large_matrix_is_factored_by_panels_with_one_message_each():
     size = ALONE + 1
     a, b, ranks = positive(size), np.ones((size, 1)), Ranks(2)
-    x = Cholesky(ranks, a, 0.0).solve(b)
+    x = solved(ranks, a, 0.0, b)
     assert ranks.messages == -(-size // PANEL) + 1
     np.testing.assert_allclose(a @ x, b, atol=1e-9)
-    np.testing.assert_array_equal(x, Cholesky(linear(1, 1), a, 0.0).solve(b))
-    assert Cholesky(ranks, a[:ALONE, :ALONE], 0.0).solve(b[:ALONE]) is not None
+    np.testing.assert_array_equal(x, solved(linear(1, 1), a, 0.0, b))
+    assert solved(ranks, a[:ALONE, :ALONE], 0.0, b[:ALONE]) is not None
     assert ranks.messages == -(-size // PANEL) + 2
 
 

@@ -114,11 +114,11 @@ class ShardedRows(RowMatrix):
         owner.total(lambda: self._prepared(memory), 1, np.float64, host=True)
         sums = Tree()
         for q in range(parts // comm.size):
-            total = backend.xp.zeros((self.count, self.count), np.float64)
+            total: Array = 0.0
             mine = [parts // comm.size * rank + q for rank in range(comm.size)]
             for i in range(rounds):
                 block = self._exchanged([_part(edges[j], edges[j + 1], width, i) for j in mine])
-                total += backend.xp.matmul(block, block.T)
+                total = backend.xp.matmul(block, block.T) + total
             sums.add(total)
         message: Matrix = memory.pop()
         message[:-1] = backend.to_host(sums.total).reshape(-1)
@@ -134,6 +134,8 @@ class ShardedRows(RowMatrix):
         """Return the columns (M, w) of all rows that are this rank's, float64; `columns` has those of all."""
         comm, backend = self.owner.communicator, self.owner.model.backend
         rows = [part.stored for part in self.slices]
+        if comm.size == 1 and len(rows) == 1:
+            return rows[0][:, columns[0]].astype(np.float64, copy=False)
         if comm.size == 1:
             return backend.xp.concatenate([part[:, columns[0]].astype(np.float64) for part in rows])
         to_host, kind = backend.to_host, self.gradient.dtype

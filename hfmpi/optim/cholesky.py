@@ -1,8 +1,8 @@
 """Solutions of (A + shift I) x = b of a symmetric matrix A by Cholesky factorization, shared by the ranks.
 
-A is positive semidefinite and the same on all ranks. A small matrix is factored by one rank, which sends the
-solutions alone. A larger one is factored from left to right (Golub and Van Loan, Matrix Computations, section
-4.2): a panel of columns is
+A is positive semidefinite and the same on all ranks. A small matrix is factored by one rank for each shift,
+which sends the solution alone. A larger one is factored from left to right (Golub and Van Loan, Matrix
+Computations, section 4.2): a panel of columns is
 
     C = A[k:, k:k+b] + shift I - L[k:, :k] L[k:k+b, :k]'        L[k:k+b, k:k+b] = cholesky(C[:b])
     L[k+b:, k:k+b] = C[b:] L[k:k+b, k:k+b]^-T
@@ -15,61 +15,68 @@ from one rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
 import numpy as np
+from scipy.linalg import cho_solve, solve_triangular
+from scipy.linalg.lapack import dpotrf
 
 from hfmpi.optim.base import Matrix, Objective
 
-__all__ = ["Cholesky"]
+__all__ = ["ALONE", "solutions"]
 
 PANEL = 256
 """Columns of a panel, and rows of a block."""
 
-ALONE = 1_000
-"""Matrices up to this side are factored by one rank: their factor is soon computed, and is not sent."""
+ALONE = 2_000
+"""Matrices up to this side are factored by one rank each: their factor is soon computed, and is not sent."""
 
 
-class Cholesky:
-    """The factor L of A + shift I = L L'.
+def solutions(
+    objective: Objective, matrix: Matrix, shifts: Sequence[float], b: Matrix
+) -> list[Matrix | None]:
+    """Compute (A + shift I)^-1 b for several shifts.
 
     Parameters
     ----------
     objective : Objective
-        Its ranks share the work; all of them call the same methods.
+        Its ranks share the work; all of them make this call.
     matrix : (n, n) float64
         A, the same on all ranks; unchanged.
-    shift : float
+    shifts : sequence of float
+    b : (n, k) float64
+
+    Returns
+    -------
+    list of (n, k) or None
+        None where the matrix is not positive definite up to rounding.
     """
+    if len(matrix) <= ALONE:
+        works = [partial(_alone, matrix, shift, b) for shift in shifts]
+        found = objective.spread(works, [b.size] * len(works), True)
+    else:
+        found = []
+        for shift in shifts:
+            lower = _shared(objective, matrix, shift)
+            found += objective.spread([partial(_substituted, lower, b)], [b.size], True)
+    return [x.reshape(b.shape) if np.isfinite(x).all() else None for x in found]
 
-    def __init__(self, objective: Objective, matrix: Matrix, shift: float) -> None:
-        self.objective, self.matrix, self.shift = objective, matrix, shift
-        self._shared = _shared(objective, matrix, shift) if len(matrix) > ALONE else None
 
-    def solve(self, b: Matrix) -> Matrix | None:
-        """Compute (A + shift I)^-1 b of b (n, k); None if the matrix is not positive definite up to rounding.
-
-        One rank computes it, so that all ranks have the same numbers.
-        """
-
-        def work() -> Matrix:
-            lower = self._shared if len(self.matrix) > ALONE else _factored(self.matrix, self.shift)
-            return np.full(b.size, np.nan) if lower is None else _substituted(lower, b).reshape(-1)
-
-        (x,) = self.objective.spread([work], [b.size], True)
-        return x.reshape(b.shape) if np.isfinite(x).all() else None
+def _alone(matrix: Matrix, shift: float, b: Matrix) -> Matrix:
+    """Return the solution (n * k,), computed on this rank; NaN where there is no factor."""
+    return _substituted(_factored(matrix, shift), b)
 
 
 def _factored(matrix: Matrix, shift: float) -> Matrix | None:
-    """Return the factor, computed on this rank, or None."""
+    """Return the factor L, whose upper triangle is not defined, or None."""
     shifted = matrix.copy()
     shifted.reshape(-1)[:: len(matrix) + 1] += shift
-    try:
-        lower: Matrix = np.asarray(np.linalg.cholesky(shifted), np.float64)
-    except np.linalg.LinAlgError:
-        return None
-    return lower
+    # LAPACK stores by columns: the transpose, which equals the matrix, is factored without a copy.
+    upper, info = dpotrf(shifted.T, lower=False, overwrite_a=True, clean=False)
+    lower: Matrix = upper.T
+    return None if info else lower
 
 
 def _shared(objective: Objective, matrix: Matrix, shift: float) -> Matrix | None:
@@ -101,18 +108,18 @@ class _Panel:
 
     def block(self, rows: slice[int, int, int]) -> Matrix:
         """Compute a block of rows of the panel, one after the other; NaN where there is no factor."""
-        factor, inverse = self._corner
-        block = factor if rows == self.columns else np.matmul(self._updated(rows), inverse.T)
+        factor = self._corner
+        if factor is None:
+            return np.full((rows.stop - rows.start) * (self.columns.stop - self.columns.start), np.nan)
+        if rows == self.columns:
+            return np.tril(factor).reshape(-1)
+        block: Matrix = solve_triangular(factor, self._updated(rows).T, lower=True, check_finite=False).T
         return block.reshape(-1)
 
     @cached_property
-    def _corner(self) -> tuple[Matrix, Matrix]:
-        """The corner of L and its inverse."""
-        updated = self._updated(self.columns)
-        factor = _factored(updated, self.shift)
-        if factor is None:
-            return np.full_like(updated, np.nan), np.full_like(updated, np.nan)
-        return factor, _inverse(factor)
+    def _corner(self) -> Matrix | None:
+        """The corner of L, or None."""
+        return _factored(self._updated(self.columns), self.shift)
 
     def _updated(self, rows: slice[int, int, int]) -> Matrix:
         left = self.columns.start
@@ -120,28 +127,9 @@ class _Panel:
         return self.matrix[rows, self.columns] - done
 
 
-def _inverse(lower: Matrix) -> Matrix:
-    """Return the inverse of a small triangular matrix, by halves.
-
-    [A 0; B C]^-1 = [A^-1 0; -C^-1 B A^-1 C^-1]
-    """
-    half, inverse = len(lower) // 2, np.zeros_like(lower)
-    if half < 16:
-        inverse[...] = np.tril(np.linalg.inv(lower))
-        return inverse
-    top, bottom = _inverse(lower[:half, :half]), _inverse(lower[half:, half:])
-    inverse[:half, :half], inverse[half:, half:] = top, bottom
-    inverse[half:, :half] = -bottom @ (lower[half:, :half] @ top)
-    return inverse
-
-
-def _substituted(lower: Matrix, b: Matrix) -> Matrix:
-    """Return L'^-1 L^-1 b."""
-    x, size = b.copy(), len(lower)
-    parts = [slice(start, min(start + PANEL, size)) for start in range(0, size, PANEL)]
-    for part in parts:
-        x[part] = np.linalg.solve(lower[part, part], x[part] - lower[part, : part.start] @ x[: part.start])
-    for part in reversed(parts):
-        rest = x[part] - lower[part.stop :, part].T @ x[part.stop :]
-        x[part] = np.linalg.solve(lower[part, part].T, rest)
-    return x
+def _substituted(lower: Matrix | None, b: Matrix) -> Matrix:
+    """Return L'^-1 L^-1 b as a vector (n * k,); NaN without a factor."""
+    if lower is None:
+        return np.full(b.size, np.nan)
+    x: Matrix = cho_solve((lower.T, False), b, check_finite=False)  # by columns, so that it is not copied
+    return x.reshape(-1)

@@ -21,14 +21,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from hfmpi.errors import UserError
-from hfmpi.measure.linear_algebra import cholesky, gram, product, triangular_solve
+from hfmpi.measure.linear_algebra import cholesky, gram, product, together, triangular_solve
 from hfmpi.optim.base import Objective, inner_product
-from hfmpi.optim.cholesky import Cholesky
+from hfmpi.optim.cholesky import ALONE, solutions
 from hfmpi.optim.layout import Vector
 from hfmpi.optim.rows import Matrix, RowMatrix
 
@@ -84,23 +85,38 @@ class ExactModel(ABC):
         """
         return max(float(np.finfo(np.float64).eps) ** 2 * self.trace, float(np.finfo(np.float64).tiny))
 
-    def step(self, damping: float, pulled: bool = False) -> DampedStep | None:
-        """Compute the step of a lambda, with momentum or without.
+    @property
+    def at_once(self) -> bool:
+        """Whether the steps of several lambdas are worth computing at once, each by one rank."""
+        return len(self.right) <= ALONE
+
+    def steps(self, dampings: Sequence[float], pulled: bool = False) -> list[DampedStep | None]:
+        """Compute the step of each lambda, with momentum or without.
 
         None if it is not finite, or if G + lambda is not positive definite up to rounding.
         """
         size, columns = self.right.shape
-        self.work += cholesky(size) + triangular_solve(size, columns) + triangular_solve(size, columns)
-        solution = Cholesky(self.objective, self.matrix, damping * self.rows.scored).solve(self.right)
-        if solution is None:
-            return None
+        one = cholesky(size) + triangular_solve(size, columns) + triangular_solve(size, columns)
+        self.work += together([one] * len(dampings))
+        shifts = [damping * self.rows.scored for damping in dampings]
+        found = solutions(self.objective, self.matrix, shifts, self.right)
+        pairs = zip(found, dampings, strict=True)
+        return [None if x is None else self._damped(x, damping, pulled) for x, damping in pairs]
+
+    def _damped(self, solution: Matrix, damping: float, pulled: bool) -> DampedStep | None:
         with np.errstate(over="ignore", invalid="ignore"):  # a step that is too long is not taken
             p = self._step(solution, damping, pulled).astype(self.g.dtype, copy=False)
-            bounds = inner_product(p, p), -inner_product(self.g, p), self.curvature(p)
-        square, descent, curvature = self.objective.agree(bounds)
+            square, slope = inner_product(p, p), inner_product(self.g, p)
+            # (G + lambda) p = -g, but for momentum
+            curvature = self.curvature(p) if pulled else -slope - damping * square
+        square, descent, curvature = self.objective.agree((square, -slope, curvature))
         if not math.isfinite(square):
             return None
         return DampedStep(p, math.sqrt(square), descent - curvature / 2)
+
+    @abstractmethod
+    def curvature(self, p: Vector) -> float:
+        """Compute p'G p."""
 
     @abstractmethod
     def _matrix(self) -> Matrix:
@@ -113,10 +129,6 @@ class ExactModel(ABC):
     @abstractmethod
     def _step(self, solution: Matrix, damping: float, pulled: bool) -> Vector:
         """Compute p (D,) from the solutions (n, k)."""
-
-    @abstractmethod
-    def curvature(self, p: Vector) -> float:
-        """Compute p'G p."""
 
 
 class _ByParameters(ExactModel):

@@ -38,8 +38,8 @@ Where two rises are needed lambda still falls a little, since RISE^2 FALL < 1. I
 1/9 in place of 1/10, lambda stays the same and steps are short.
 """
 
-PATIENCE, MOST_RISEN = 4, 40
-"""How often a step raises lambda before it does so faster, and before it gives up."""
+PATIENCE, MOST_RISEN, AT_ONCE = 4, 42, 3
+"""How often a step raises lambda before it does so faster, before it gives up, and in one group of trials."""
 
 
 @dataclass(frozen=True)
@@ -125,25 +125,31 @@ class LM(Optimizer[LMState]):
         if not math.isfinite(model.trace):
             return theta, state, replace(report, message="the rows of residuals are not finite")
         damping = state.damping or self.damping * model.trace / theta.size or 1.0
-        losses, least, tried = 0, rounding(loss, theta), False
-        for risen in range(MOST_RISEN):
-            damping = max(damping, model.least_damping)
-            trial = model.step(damping, pulled=self.momentum > 0 and risen == 0)
-            report = replace(report, work=replace(passes, losses=losses) + model.work)
-            if trial is not None and 0 <= trial.promise <= least:
+        least, tried = rounding(loss, theta), False
+        for number, group in enumerate(_rising(max(damping, model.least_damping), model.at_once)):
+            damping, trials = group[-1], list[tuple[float, DampedStep]]()
+            steps, ended = model.steps(group, pulled=self.momentum > 0 and number == 0), False
+            for each, step in zip(group, steps, strict=True):
+                if step is not None and 0 <= step.promise <= least:
+                    ended = True
+                    break
+                if step is not None and step.promise > 0:
+                    trials.append((each, step))
+            report = replace(report, work=passes + model.work)
+            if trials:
+                after = objective.agree(tuple(objective.losses([theta + step.p for _, step in trials])))
+                tried, passes = True, passes + Counts(losses=1, candidates=len(trials) - 1)
+                report = replace(report, work=passes + model.work)
+                for (each, step), risk in zip(trials, after, strict=True):
+                    if risk < loss:
+                        return self._taken(theta, step, each, loss - risk, report)
+                (curvature,) = objective.agree((model.curvature(theta),))
+                if trials[-1][1].promise <= noise(loss, theta, curvature):
+                    return _at_its_end(theta, state, report, UNRESOLVED)
+            if ended:
                 if not tried:
                     return _at_its_end(theta, state, report, UNRESOLVED)
                 break
-            if trial is not None and trial.promise > 0:
-                (after,) = objective.agree((objective.loss(theta + trial.p),))
-                losses, tried = losses + 1, True
-                report = replace(report, work=report.work + Counts(losses=1))
-                if after < loss:
-                    return self._taken(theta, trial, damping, loss - after, report)
-                (curvature,) = objective.agree((model.curvature(theta),))
-                if trial.promise <= noise(loss, theta, curvature):
-                    return _at_its_end(theta, state, report, UNRESOLVED)
-            damping *= RISE ** (1 + risen // PATIENCE)
         details = {**report.details, "damping": damping}
         report = replace(report, message="no damping lowers the risk", details=details)
         return theta, replace(state, damping=damping), report
@@ -171,6 +177,14 @@ class LM(Optimizer[LMState]):
                 f"{theta.size:,} parameters, which takes {8 * side**2 / 1e9:.3g} GB and as much again for "
                 "its factor: take fewer examples a step or another optimizer, or raise largest_side"
             )
+
+
+def _rising(damping: float, at_once: bool) -> list[list[float]]:
+    """Return all lambdas of a step in groups, from the first one on."""
+    dampings, most = [damping], AT_ONCE if at_once else 1
+    for risen in range(MOST_RISEN - 1):
+        dampings.append(dampings[-1] * RISE ** (1 + risen // PATIENCE))
+    return [dampings[start : start + most] for start in range(0, MOST_RISEN, most)]
 
 
 def _at_its_end(
