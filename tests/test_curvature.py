@@ -85,6 +85,14 @@ def test_wrong_rows_are_refused(arguments):
         hfmpi.curvature(*make()).rows(*arguments)
 
 
+def test_vectors_of_another_length_are_refused():
+    rows = hfmpi.curvature(*make()).rows("residuals")
+    with pytest.raises(ValueError, match="v must be a vector of shape"):
+        rows.times(np.ones(rows.gradient.size + 1))
+    with pytest.raises(ValueError, match="a must be a vector of shape"):
+        rows.transposed(np.ones(rows.count + 1))
+
+
 @pytest.mark.mpi(ranks=[3])
 def test_ranks_share_the_curvature(comm):
     network, theta, data = make()
@@ -98,5 +106,7 @@ def test_ranks_share_the_curvature(comm):
     np.testing.assert_allclose(
         ours.rows("sketch").gram(), alone.rows("sketch").gram(), rtol=1e-12, atol=1e-12
     )
+    mixed = np.where(comm.rank == 0, v, np.cos(v))  # eigsh starts with a random vector
+    np.testing.assert_allclose(ours.gauss_newton(mixed), alone.gauss_newton(v), rtol=1e-12, atol=1e-14)
     with pytest.raises(UserError, match="rank 1 has other parameters"):
         hfmpi.curvature(network, theta + (comm.rank == 1), data, communicator=MPICommunicator(comm))

@@ -51,7 +51,7 @@ with guard():
         passed = comm.agree(time.monotonic() - begin)
     if comm.rank == faulty:
         exec(sys.argv[4])
-    comm.sum(np.ones(10))
+    connect() if sys.argv[3] == "connect" else comm.sum(np.ones(10))
 """
 
 
@@ -97,6 +97,7 @@ def test_a_rank_that_dies_ends_all(command, faulty):
     ("command", "name", "faulty", "sentence"),
     [
         ("sys.exit(0)", "", 1, "rank 1 (process {}) has left while others go on"),
+        ("sys.exit(0)", "connect", 1, "rank 1 (process {}) has left while others go on"),
         ("os.kill(os.getpid(), signal.SIGSTOP)", "", 1, "rank 1 (process {}) is stopped (SIGSTOP)"),
         ("os.kill(os.getpid(), signal.SIGSTOP)", "", 0, "rank 0 (process {}) is stopped (SIGSTOP)"),
         ("time.sleep(1000)", "hang", 1, "for 2 s (--stall-timeout); the others wait for rank 1 (process {})"),

@@ -72,13 +72,15 @@ class ShardedRows(RowMatrix):
             self.residuals = self._gathered(lambda part: to_host(part.residuals))
 
     def times(self, v: Vector) -> Matrix:
-        """Compute S v (M,), in one message of M numbers."""
+        """Compute S v (M,), in one message of M numbers; v is the same on all ranks."""
         self._check_stored()
+        _check_length("v", v, self.gradient.size)
         return self._gathered(lambda part: part.times(v))
 
     def transposed(self, a: Matrix) -> Vector:
-        """Compute S' a (D,), in one message of D numbers."""
+        """Compute S' a (D,), in one message of D numbers; a is the same on all ranks."""
         self._check_stored()
+        _check_length("a", a, self.count)
         kind, xp = self.gradient.dtype, self.owner.model.backend.xp
 
         def local() -> Array:
@@ -161,6 +163,12 @@ class ShardedRows(RowMatrix):
         """Raise a UserError where S'S replaces the rows."""
         if not self.stored:
             raise UserError("the rows are not stored: only S'S was computed")
+
+
+def _check_length(name: str, vector: Array, length: int) -> None:
+    """Raise a ValueError if a vector has another shape: rows of other examples would be multiplied."""
+    if vector.shape != (length,):
+        raise ValueError(f"{name} must be a vector of shape ({length},), not of shape {vector.shape}")
 
 
 def _part(start: int, stop: int, width: int, i: int) -> slice:

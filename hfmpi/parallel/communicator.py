@@ -182,12 +182,14 @@ class MPICommunicator(Communicator):
     Attributes
     ----------
     pulse : int
-        Twice the number of finished collectives of all MPI communicators, plus 1 inside a collective: the
-        same on every rank at the same point of the program. The watchdog reads it.
+        Twice the number of finished collectives of all MPI communicators, among them the creation of one,
+        plus 1 inside a collective: the same on every rank at the same point of the program. The watchdog
+        reads it.
     """
 
     pulse = 0
 
+    @_counted
     def __init__(self, world: Any) -> None:
         from mpi4py import MPI
 
@@ -257,6 +259,7 @@ class MPICommunicator(Communicator):
         while not request.Test():
             time.sleep(1e-3)
 
+    @_counted
     def close(self) -> None:
         """Free the duplicate; collective."""
         self._comm.Free()

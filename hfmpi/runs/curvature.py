@@ -42,7 +42,7 @@ class Curvature:
 
     def __init__(self, owner: DataParallel, cases: Any, theta: np.ndarray) -> None:
         self._risk = owner.on(cases, np.arange(cases.count))
-        self._model, self._backend = owner.model, owner.model.backend
+        self._model, self._backend, self._comm = owner.model, owner.model.backend, owner.communicator
         self._theta = self._backend.to_device(theta)
         self._products: Operator | None = None
         self.theta, self.scored = theta, self._risk.scored
@@ -58,8 +58,12 @@ class Curvature:
         return Gradient(at.loss, self._backend.to_host(at.vector))
 
     def gauss_newton(self, v: np.ndarray) -> np.ndarray:
-        """Compute G v (D,), the product with the Gauss-Newton matrix of f, of v (D,) of theta's type."""
+        """Compute G v (D,), the product with the Gauss-Newton matrix of f, of v (D,) of theta's type.
+
+        The v of rank 0 counts: ranks may start an iteration with different random vectors.
+        """
         check_vector("v", v, self.theta.size, np.ndarray)
+        v = self._comm.agree(v)
         if self._products is None:
             self._products = self._risk.gauss_newton(self._theta)
         v = self._backend.to_device(v.astype(self.theta.dtype, copy=False))
