@@ -50,8 +50,7 @@ edge[np.arange(120), np.arange(120) % 2] = np.arange(120) // 2 % 2
 points = np.concatenate([np.c_[inside, np.zeros(900)], np.c_[edge, np.ones(120)]])
 
 model = hfmpi.JaxModel(apply, params, "squares")
-data = points, np.zeros((len(points), 1))
-result = hfmpi.train(model, data, optimizer="lm", max_steps=STEPS)
+result = hfmpi.train(model, (points, np.zeros((len(points), 1))), optimizer="lm", max_steps=STEPS)
 
 grid = np.stack(np.meshgrid(*[np.linspace(0, 1, 101)] * 2), axis=-1).reshape(-1, 2)
 values = jax.vmap(u, (None, 0))(model.params(result.theta), grid)

@@ -5,8 +5,7 @@
 
 The network is log psi. Its rows are the scores d log psi / d theta of all walkers, which `hfmpi.curvature`
 computes and multiplies on all ranks; with fewer walkers than parameters the step needs the Gram matrix alone
-(Chen and Heyl 2024, arXiv:2302.01941). The exact energy of H = -laplace/2 + x'Ax/2 is the sum of the square
-roots of the eigenvalues of A, halved.
+(Chen and Heyl 2024, arXiv:2302.01941). H = -laplace/2 + x'Ax/2.
 """
 
 import sys
@@ -20,8 +19,8 @@ import hfmpi
 jax.config.update("jax_enable_x64", True)
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 60
 A = np.array([[1.0, 0.4], [0.4, 2.0]])
-EXACT, WALKERS, MOVES = np.sqrt(np.linalg.eigvalsh(A)).sum() / 2, 300, 40
-DAMPING, RATE = 1e-3, 0.1
+EXACT = np.sqrt(np.linalg.eigvalsh(A)).sum() / 2  # the sum of the frequencies, halved
+WALKERS, MOVES, DAMPING, RATE = 300, 40, 1e-3, 0.1
 
 
 def log_psi(params, x):
@@ -38,18 +37,14 @@ def energy(params, x):
 
 energies, values = (jax.jit(jax.vmap(f, (None, 0))) for f in (energy, log_psi))
 rng = np.random.default_rng(0)  # the same on all ranks, which hold the same walkers and divide the rows
-params = {
-    "hidden": rng.standard_normal((2, 80)) / 2,
-    "bias": rng.standard_normal(80) / 2,
-    "top": rng.standard_normal(80) / 80,
-}
+normal = rng.standard_normal
+params = {"hidden": normal((2, 80)) / 2, "bias": normal(80) / 2, "top": normal(80) / 80}
 model = hfmpi.JaxModel(lambda p, x: jax.vmap(log_psi, (None, 0))(p, x)[:, None], params, "squares")
-theta, x, comm = model.initial(0), rng.standard_normal((WALKERS, 2)), hfmpi.connect()
-history = []
+theta, x, comm, history = model.initial(0), normal((WALKERS, 2)), hfmpi.connect(), []
 for _step in range(STEPS):
     params = model.params(theta)
     for _ in range(MOVES):  # Metropolis
-        moved = x + 0.7 * rng.standard_normal(x.shape)
+        moved = x + 0.7 * normal(x.shape)
         accept = rng.random(WALKERS) < np.exp(2 * np.asarray(values(params, moved) - values(params, x)))
         x = np.where(accept[:, None], moved, x)
     local = np.asarray(energies(params, x))
