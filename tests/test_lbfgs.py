@@ -239,6 +239,17 @@ def test_nothing_moves_where_nothing_can_be_gained(function, dtype):
     np.testing.assert_array_equal(theta, 0)
 
 
+def test_a_large_risk_is_lowered_where_a_short_step_is_lost_in_its_rounding():
+    scale = np.float32(1e8)
+
+    def far(theta):  # a step of length 1 lowers the risk of 5e15 by 1e8, and its rounding is 6e8
+        return float((theta - scale) @ (theta - scale)) / 2, theta - scale
+
+    theta, report, _ = minimised(far, np.zeros(1, np.float32))
+    assert report.converged
+    np.testing.assert_allclose(theta, scale, rtol=1e-3)
+
+
 def test_a_wall_of_nan_is_approached_and_not_crossed():
     def barrier(theta):
         with np.errstate(all="ignore"):

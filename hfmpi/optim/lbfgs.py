@@ -40,6 +40,9 @@ __all__ = ["LBFGS", "LBFGSState", "two_loop"]
 UNRESOLVED = "no step along the gradient lowers the risk by more than its rounding: theta is at an optimum"
 """Message of a step that is not taken because of `rounding`."""
 
+SEEN = 100.0
+"""The first rate without pairs promises so many times the rounding of the risk: less would show its noise."""
+
 
 @dataclass(frozen=True)
 class LBFGSState:
@@ -131,7 +134,7 @@ class LBFGS(Optimizer[LBFGSState]):
             # A model of this curvature promises -slope / 2. Without pairs it is not known.
             if not -math.inf < slope < 0 or (pairs and -slope / 2 <= rounding(loss, theta)):
                 continue
-            first = 1.0 if pairs else min(1.0, 1 / norm)
+            first = 1.0 if pairs else _first(square, rounding(loss, theta), theta)
             search = self.line_search.search(_along(objective, theta, p), Trial(0.0, loss, slope), first)
             count += search.evaluations
             best = search.best
@@ -228,6 +231,12 @@ def _along(objective: Objective, theta: Vector, p: Vector) -> Evaluate:
         return Trial(rate, loss, slope, end, at.vector)
 
     return evaluate
+
+
+def _first(square: float, least: float, theta: Vector) -> float:
+    """Return the first rate along -g without pairs, by |g|^2 and the rounding of the risk."""
+    longest = 1 / float(np.finfo(theta.dtype).eps)
+    return max(min(1.0, 1 / math.sqrt(square)), min(SEEN * least / square, longest))
 
 
 def _ratio(a: float, b: float) -> float:
