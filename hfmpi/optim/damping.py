@@ -34,8 +34,8 @@ def noise(loss: float, theta: Vector, curvature: float) -> float:
 
     Outputs that are rounded by eps change a mean f of squares r^2 / 2 of residuals by up to
     sqrt(2 f) eps z + (eps z)^2 / 2 with z, the root mean square of the outputs. Here z is
-    sqrt(theta' G theta), which is exact for linear outputs. A model can still promise less than this and be right, so that it
-    is no reason to leave out a step, but explains why a step did not lower the risk.
+    sqrt(theta' G theta), which is exact for linear outputs. A model can still promise less than this and be
+    right. So it is not a reason to leave out a step, but explains why a step did not lower the risk.
 
     Parameters
     ----------
