@@ -390,7 +390,7 @@ def test_too_large_a_matrix_is_refused_before_it_is_made():
 
     theta = np.ones(20_000)
     sentence = (
-        r"^lm needs a matrix of 20,000 x 20,000 numbers for 50,000 residuals and 20,000 parameters, which "
+        r"^a matrix of 20,000 x 20,000 numbers is needed for 50,000 residuals and 20,000 parameters, which "
         r"takes 3.2 GB and as much again for its factor: take fewer examples a step or another optimizer, or "
         r"raise largest_side$"
     )
@@ -544,6 +544,31 @@ def network_way(communicator, slices, optimizer):
         theta, state, report = optimizer.step(theta, state, objectives)
         assert report.accepted
     return theta
+
+
+def check_refused_before_its_rows(communicator, monkeypatch):
+    x, backend = np.random.default_rng(0).standard_normal((12, 5, 2)), create("numpy", "float64")
+    model = Network(cell="rnn", inputs=2, outputs=1, hidden=8, loss="squares", backend=backend)
+    risk = DataParallel(model, communicator).on(Arrays(x, x[:, :, :1]), np.arange(12))
+    theta, optimizer = model.initial(0), LM(largest_side=59)
+
+    def computed(*_):
+        raise AssertionError("a row was computed")
+
+    monkeypatch.setattr("hfmpi.objective.local_rows._add", computed)
+    with pytest.raises(UserError, match=r"60 x 60 numbers is needed for 60 residuals and 97 parameters"):
+        optimizer.step(theta, optimizer.init(theta), Objectives(risk))
+
+
+def test_too_large_a_matrix_of_a_model_is_refused_before_its_rows_are_computed(monkeypatch):
+    check_refused_before_its_rows(Communicator(), monkeypatch)
+
+
+@pytest.mark.mpi(ranks=3, timeout=60, unit="s")
+def test_ranks_refuse_too_large_a_matrix_in_one_sentence(mpi_ranks, comm, monkeypatch):
+    communicator = MPICommunicator(comm)
+    check_refused_before_its_rows(communicator, monkeypatch)
+    communicator.close()
 
 
 @pytest.mark.mpi(ranks=3, timeout=60, unit="s")

@@ -13,7 +13,7 @@ from hfmpi.errors import UserError
 from hfmpi.measure.spans import FORWARD, GRADIENT
 from hfmpi.models.base import RowsFirst
 from hfmpi.objective.messages import pack
-from hfmpi.optim.rows import RowRequest
+from hfmpi.optim.rows import RowRequest, check_side
 
 if TYPE_CHECKING:
     from hfmpi.objective.local import LocalSums, Shard
@@ -117,6 +117,8 @@ def slice_rows(
                 local.rows_at_once[key] = most
                 cut = local.cut(indices, most)
                 continue
+            if request.kind == "residuals":
+                check_side(examples * count, size, request.largest_side)
             stored = request.stored or request.kind != "residuals" or examples * count < size
             _check_memory(local, len(indices) * count * size if stored else 0, 0 if stored else size)
             part.residuals = xp.zeros(len(indices) * count, theta.dtype)
