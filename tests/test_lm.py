@@ -405,11 +405,14 @@ def test_wrong_rows_and_settings_are_refused():
             LM(**wrong)
     good = objective.rows(theta)
     for rows, error, words in (
-        (None, TypeError, "must give a RowMatrix"),
+        (None, TypeError, r"LeastSquares.rows must give a RowMatrix, not None"),
+        (DenseRows(None, theta, good.matrix, good.residuals), TypeError, "must give a number as its loss"),
+        (DenseRows(1.0, theta[:1], good.matrix, good.residuals), ValueError, r"theta's shape \(2,\)"),
+        (DenseRows(1.0, theta, good.matrix, theta), ValueError, "a residual for each of its 1 rows"),
         (
             DenseRows(1.0, theta.astype(np.float32), good.matrix, good.residuals),
             TypeError,
-            "float32, theta of",
+            "a gradient as theta is, float64",
         ),
         (DenseRows(1.0, theta, good.matrix), UserError, "no residuals"),
     ):
