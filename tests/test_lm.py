@@ -323,8 +323,8 @@ def test_what_a_step_counts(at_once, monkeypatch):
         _, _, report = LM().step(theta, LM().init(theta), Objectives(linear(m, d)))
         solve = cholesky(side) + triangular_solve(side) + triangular_solve(side)
         algebra = gram(side, max(m, d)) + together([solve] * at_once)
-        for _ in range(at_once if m < d else 0):
-            algebra += product(d, m)  # S'a of each lambda
+        if m < d:
+            algebra += product(d, m, at_once)  # S'a of each lambda
         work = report.work
         assert (work.gradients, work.losses, work.adjoints) == (1, 1, 0)
         assert work.candidates == at_once - 1

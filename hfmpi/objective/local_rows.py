@@ -54,11 +54,11 @@ class SliceRows:
         return np.concatenate([np.zeros(0), *parts])
 
     def transposed(self, a: np.ndarray) -> Array:
-        """Compute S' a (D,), float64 on the device."""
+        """Compute S' a (D,) of a (n,), or (k, D) of (k, n); float64 on the device."""
         xp, weights, start = self.backend.xp, self.backend.to_device(a.astype(np.float64)), 0
-        total = xp.zeros(self.stored.shape[1], np.float64)
+        total = xp.zeros((*a.shape[:-1], self.stored.shape[1]), np.float64)
         for part in self._wide():
-            total += xp.matmul(weights[start : start + len(part)], part)
+            total += xp.matmul(weights[..., start : start + len(part)], part)
             start += len(part)
         return total
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -77,16 +78,17 @@ class ShardedRows(RowMatrix):
         return self._gathered(lambda part: part.times(v))
 
     def transposed(self, a: Matrix) -> Vector:
-        """Compute S' a (D,), in one message of D numbers."""
+        """Compute S' a (D,) or (k, D), in one message of D or k D numbers."""
         self._check_stored()
         kind, xp = self.gradient.dtype, self.owner.model.backend.xp
+        shape = *a.shape[:-1], self.gradient.size
 
         def local() -> Array:
             parts = zip(self.slices, self._places, strict=True)
-            sums = [part.transposed(a[place]).astype(kind, copy=False) for part, place in parts]
+            sums = [part.transposed(a[..., place]).astype(kind, copy=False) for part, place in parts]
             return xp.append(pairwise_sum(sums), kind.type(0))
 
-        return self.owner.total(local, self.gradient.size + 1, kind)[:-1]
+        return self.owner.total(local, prod(shape) + 1, kind)[:-1].reshape(shape)
 
     def normal(self) -> Matrix:
         """Compute S'S (D, D), in one message of D^2 numbers."""

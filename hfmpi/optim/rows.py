@@ -111,7 +111,7 @@ class RowMatrix(ABC):
 
     @abstractmethod
     def transposed(self, a: Matrix) -> Vector:
-        """Compute S' a (D,), in the type of theta, of a (M,), float64."""
+        """Compute S' a (D,) of a (M,), or (k, D) of (k, M); in the type of theta, of float64."""
 
     @abstractmethod
     def gram(self) -> Matrix:
@@ -151,7 +151,7 @@ class DenseRows(RowMatrix):
 
     def transposed(self, a: Matrix) -> Vector:
         """Compute S' a."""
-        return (np.asarray(self.matrix, np.float64).T @ a).astype(self.matrix.dtype)
+        return (a @ np.asarray(self.matrix, np.float64)).astype(self.matrix.dtype)
 
     def gram(self) -> Matrix:
         """Compute S S'."""
