@@ -3,7 +3,7 @@
     R   rows of residuals, M x D: R'R / N = G        r   residuals (M,): R'r / N = g, but for `rest`
     K   R R', M x M                                  N   scored outputs
 
-The step minimises g'p + p'G p / 2 + lambda |p|^2 / 2: p = -(G + lambda)^-1 g. With fewer rows than parameters
+The step minimises g'p + p'G p / 2 + lambda p'p / 2: p = -(G + lambda)^-1 g. With fewer rows than parameters
 it is computed from K. That is the same step by Woodbury's identity, without the difference of long vectors
 that the identity has in general:
 
@@ -12,7 +12,7 @@ that the identity has in general:
 The rest is zero for a loss whose Hessian sees all of its gradient, such as squares or cross-entropy.
 
 With momentum the damping pulls the step to q = mu times the last step, where it pulls to zero without
-(SPRING, Goldshlager et al. 2024, arXiv 2401.10190): lambda |p - q|^2 / 2 in place of lambda |p|^2 / 2 gives
+(SPRING, Goldshlager et al. 2024, arXiv 2401.10190): lambda (p - q)'(p - q) / 2 in place of lambda p'p / 2 gives
 
     p = q - (G + lambda)^-1 (g + G q)                  or r + R q in place of r, and q added to the step.
 """

@@ -1,6 +1,6 @@
 """Levenberg-Marquardt: the damped Gauss-Newton step, solved exactly.
 
-The step minimises g'p + p'G p / 2 + lambda |p|^2 / 2; `hfmpi.optim.exact_model` computes it from rows.
+The step minimises g'p + p'G p / 2 + lambda p'p / 2; `hfmpi.optim.exact_model` computes it from rows.
 
 Levenberg (1944) and Marquardt (1963) for squares, Schraudolph (2002) for other losses. For networks that
 solve differential equations it is ENGD (Mueller and Zeinhofer 2023), and with fewer rows than parameters ENGD
@@ -9,7 +9,7 @@ with Woodbury's identity (Guzman-Cordero et al. 2025); for wave functions minSR 
 Lambda falls by `FALL` after each step that lowers the risk, however poor the model was, and rises by `RISE`
 and more within a step until the risk falls (delayed gratification, Transtrum and Sethna 2012). Nielsen's rule
 (1999), which looks at the reduction ratio, keeps lambda larger on such networks and needs about twice as many
-steps. Where the model is good lambda falls by its relative error |1 - rho|, so that convergence is quadratic.
+steps. Where the model is good lambda falls by its relative error, abs(1 - rho), so that convergence is quadratic.
 """
 
 from __future__ import annotations
