@@ -12,7 +12,7 @@ that the identity has in general:
 The rest is zero for a loss whose Hessian sees all of its gradient, such as squares or cross-entropy.
 
 With momentum the damping pulls the step to q = mu times the last step, where it pulls to zero without
-(SPRING, Goldshlager et al. 2024, arXiv 2401.10190): lambda (p - q)'(p - q) / 2 in place of lambda p'p / 2 gives
+(SPRING, Goldshlager et al. 2024, arXiv 2401.10190): its term is lambda (p - q)'(p - q) / 2, which gives
 
     p = q - (G + lambda)^-1 (g + G q)                  or r + R q in place of r, and q added to the step.
 """

@@ -9,7 +9,7 @@ with Woodbury's identity (Guzman-Cordero et al. 2025); for wave functions minSR 
 Lambda falls by `FALL` after each step that lowers the risk, however poor the model was, and rises by `RISE`
 and more within a step until the risk falls (delayed gratification, Transtrum and Sethna 2012). Nielsen's rule
 (1999), which looks at the reduction ratio, keeps lambda larger on such networks and needs about twice as many
-steps. Where the model is good lambda falls by its relative error, abs(1 - rho), so that convergence is quadratic.
+steps. Where the model is good lambda falls by its relative error, abs(1 - rho), for quadratic convergence.
 """
 
 from __future__ import annotations
