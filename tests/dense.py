@@ -141,6 +141,8 @@ def check_optimizers(model, cases):
         hfmpi.SOAP(),
         hfmpi.Muon(),
         hfmpi.Subspace(),
+        hfmpi.LBFGS(),
+        hfmpi.LM(),
     ):
         theta = model.initial(0).astype(model.backend.dtype)
         state, losses = optimizer.init(theta, risk.blocks), [risk.loss(theta)]

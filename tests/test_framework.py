@@ -36,8 +36,10 @@ class Tanh(FrameworkModel):
 
 
 class Passes:
+    by_step = False
+
     def __init__(self, outputs, x, scored):
-        self.outputs, self.cases = outputs, scored.shape[0]
+        self.outputs, self.examples = outputs, scored.shape[0]
         kernel = np.concatenate([x, np.ones((len(x), 1), x.dtype)], axis=1)  # of W and b
         eye = np.eye(OUTPUTS, dtype=x.dtype)
         self.jacobian = np.einsum("no,ni,op->noip", 1 - outputs**2, kernel, eye).reshape(*outputs.shape, -1)
@@ -60,9 +62,14 @@ class Passes:
         out += each.sum(axis=0)
         add_examples(BLOCKS, each, sums)
 
+    def rows(self, u, out):
+        u = u.reshape(len(self.outputs), -1, OUTPUTS)
+        each = np.einsum("nod,nco->ncd", self.jacobian, u)
+        out[...] = each.reshape(self.examples, -1, *out.shape[1:]).sum(axis=1)
+
     def _each(self, u):
         each = np.einsum("nod,no->nd", self.jacobian, u)
-        return each.reshape(self.cases, -1, each.shape[1]).sum(axis=1)
+        return each.reshape(self.examples, -1, each.shape[1]).sum(axis=1)
 
 
 def model(loss="cross-entropy", kind=np.float64):

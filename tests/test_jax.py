@@ -22,6 +22,7 @@ from dense import (
     check_refused,
     factors_of_cases,
     numbers,
+    run_page,
     symbols,
 )
 
@@ -130,6 +131,11 @@ def test_a_function_has_the_derivatives_of_its_dense_jacobian(name, caplog):
 def test_every_optimizer_takes_a_function():
     params = jax.tree_util.tree_map(lambda a: a.astype(np.float32), mlp_params())
     check_optimizers(hfmpi.JaxModel(mlp, params, "squares"), setting("mlp")[3])
+
+
+def test_the_page_solves_a_differential_equation(tmp_path):
+    names = run_page("u' = -2 u", tmp_path)
+    assert names["result"].history[-1]["loss"] < 1e-9
 
 
 def test_the_page_works(tmp_path):

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import history, make_run, same, shared_corpus, train, write_corpus
-from test_optim_agreement import Elsewhere, First, Rank, Second, trajectory
 from test_python_train import AtLine, Line
 from test_subspace import BLOCKS, SIZE, Bowl
 
@@ -17,7 +16,7 @@ from hfmpi.errors import UserError
 from hfmpi.optim import LBFGS, Gradient, Objective, Objectives, Subspace
 from hfmpi.optim.lbfgs import two_loop
 from hfmpi.optim.wolfe import MoreThuente, Trial
-from hfmpi.parallel.communicator import MPICommunicator, digest
+from hfmpi.parallel.communicator import MPICommunicator
 
 # The line search ------------------------------------------------------------------------------
 
@@ -282,34 +281,6 @@ def test_settings_and_states_that_do_not_fit_are_refused():
 
 
 # Ranks ----------------------------------------------------------------------------------------
-
-SHORT = LBFGS(memory=3)
-
-
-def test_ranks_that_round_differently_agree_in_every_bit():
-    agreed = []
-    theta, state, reports = trajectory(SHORT, First(np.ndarray, agreed))
-    other, other_state, others = trajectory(SHORT, Second(Elsewhere, agreed, 1e-7))
-    assert not agreed
-    assert reports == others
-    np.testing.assert_array_equal(theta, other)
-    for name, value in vars(state).items():
-        np.testing.assert_array_equal(value, vars(other_state)[name])
-    assert trajectory(SHORT, Rank(Elsewhere, None, 1e-7))[2] != reports, "there is nothing to agree about"
-
-
-@pytest.mark.mpi(ranks=2, timeout=60, unit="s")
-def test_ranks_under_mpi_agree_in_every_bit(mpi_ranks, comm):
-    assert comm.size == mpi_ranks
-    communicator = MPICommunicator(comm)
-    objective = Rank(Elsewhere, None, 1e-7) if comm.rank else Rank(np.ndarray)
-    objective.agree = communicator.agree
-    theta, state, reports = trajectory(SHORT, objective)
-    for vector in (theta, *map(np.asarray, vars(state).values())):
-        assert communicator.same(digest(vector)) == []
-    assert comm.allgather(reports) == [reports] * 2
-    communicator.close()
-
 
 TEXT = {"optimizer": "lbfgs", "gradient_batch": 210, "curvature_batch": 0, "max_steps": 6}
 

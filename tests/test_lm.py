@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hfmpi import LM, Arrays, DataParallel, Network, Objective, Objectives
 from hfmpi.backends import create
 from hfmpi.errors import UserError
-from hfmpi.measure.linear_algebra import cholesky, gram, product, triangular_solve
+from hfmpi.measure.linear_algebra import cholesky, gram, product, together, triangular_solve
 from hfmpi.optim import Gradient
 from hfmpi.optim.cholesky import ALONE, PANEL, solutions
 from hfmpi.optim.exact_model import exact_model
@@ -93,7 +93,7 @@ def test_with_momentum_the_damping_pulls_to_part_of_the_last_step(shape):
     # A pull that raises the risk is left out.
     after, _, report = optimizer.step(theta, LMState(0.2, 1e3 * last), Objectives(objective))
     assert report.accepted
-    without = exact_model(objective, rows, 0.0, theta[:0]).step(report.details["damping"])
+    without = exact_model(objective, rows, 0.0, theta[:0]).steps([report.details["damping"]])[0]
     np.testing.assert_allclose(after - theta, without.p, rtol=1e-10)
 
 
@@ -103,7 +103,7 @@ def test_a_part_of_the_gradient_that_the_hessian_does_not_see_is_followed(shape)
     rows, slope = objective.rows(theta), np.cos(np.arange(shape[1]))
     g, hessian = rows.gradient + slope, rows.normal() / 3
     rows = DenseRows(rows.loss, g, rows.matrix, rows.residuals, scored=3, complete=False)
-    step = exact_model(objective, rows, 0.0, theta[:0]).step(0.2)
+    step = exact_model(objective, rows, 0.0, theta[:0]).steps([0.2])[0]
     np.testing.assert_allclose(hessian @ step.p + 0.2 * step.p, -g, rtol=1e-9)
     assert step.promise == pytest.approx(-g @ step.p - step.p @ hessian @ step.p / 2)
 
@@ -113,7 +113,7 @@ def test_in_float32_the_matrix_and_its_factor_are_float64():
         objective, theta = linear(*shape), np.linspace(-1, 1, shape[1])
         rows = objective.rows(theta.astype(np.float32))
         step = exact_model(objective, rows, 0.0, theta[:0]).steps([1e-6])[0]
-        exact = exact_model(objective, objective.rows(theta), 0.0, theta[:0]).step(1e-6)
+        exact = exact_model(objective, objective.rows(theta), 0.0, theta[:0]).steps([1e-6])[0]
         assert step.p.dtype == np.float32
         assert np.linalg.norm(step.p - exact.p) < 1e-4 * exact.norm
 
@@ -126,7 +126,7 @@ def test_both_matrices_give_the_step(seed, count, size, exponent):
     rows = objective.rows(theta)
     padded = np.vstack([rows.matrix, np.zeros((size, size))])  # at least as many rows as parameters
     more = DenseRows(rows.loss, rows.gradient, padded, np.append(rows.residuals, np.zeros(size)), scored=3)
-    steps = [exact_model(objective, each, 0.0, theta[:0]).step(damping) for each in (rows, more)]
+    steps = [exact_model(objective, each, 0.0, theta[:0]).steps([damping])[0] for each in (rows, more)]
     np.testing.assert_allclose(steps[0].p, steps[1].p, rtol=1e-7, atol=1e-10 * steps[1].norm)
     assert steps[0].promise == pytest.approx(steps[1].promise, rel=1e-7)
     assert steps[0].promise >= 0
@@ -307,21 +307,27 @@ def test_lambda_rises_within_a_step_until_the_risk_falls():
     damping = report.details["damping"]
     assert report.accepted
     assert objective.loss(after) < objective.loss(theta)
-    assert report.work.losses > 1
-    lower = exact_model(objective, objective.rows(theta), 0.0, theta[:0]).step(damping / 27)
+    assert report.work.losses > 1  # passes, of three candidates each
+    assert report.work.candidates == 2 * report.work.losses
+    (lower,) = exact_model(objective, objective.rows(theta), 0.0, theta[:0]).steps([damping / 27])
     assert objective.loss(theta + lower.p) > objective.loss(theta)
     assert state.damping < damping
 
 
-def test_what_a_step_counts():
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_what_a_step_counts(at_once, monkeypatch):
+    """Three lambdas are factored side by side, where the matrix is small, and have one loss pass."""
+    monkeypatch.setattr("hfmpi.optim.exact_model.ALONE", 0 if at_once == 1 else ALONE)
     for (m, d), side in (((4, 9), 4), ((9, 4), 4)):
         theta = np.ones(d)
         _, _, report = LM().step(theta, LM().init(theta), Objectives(linear(m, d)))
         solve = cholesky(side) + triangular_solve(side) + triangular_solve(side)
-        products = product(d, m) + product(m, d) if m < d else product(d, d)
-        algebra = gram(side, max(m, d)) + solve + products
+        algebra = gram(side, max(m, d)) + together([solve] * at_once)
+        if m < d:
+            algebra += product(d, m, at_once)  # S'a of each lambda
         work = report.work
         assert (work.gradients, work.losses, work.adjoints) == (1, 1, 0)
+        assert work.candidates == at_once - 1
         assert (work.operations, work.depth) == (algebra.operations, algebra.depth)
 
 
@@ -384,7 +390,7 @@ def test_too_large_a_matrix_is_refused_before_it_is_made():
 
     theta = np.ones(20_000)
     sentence = (
-        r"^lm needs a matrix of 20,000 x 20,000 numbers for 50,000 residuals and 20,000 parameters, which "
+        r"^a matrix of 20,000 x 20,000 numbers is needed for 50,000 residuals and 20,000 parameters, which "
         r"takes 3.2 GB and as much again for its factor: take fewer examples a step or another optimizer, or "
         r"raise largest_side$"
     )
@@ -399,11 +405,14 @@ def test_wrong_rows_and_settings_are_refused():
             LM(**wrong)
     good = objective.rows(theta)
     for rows, error, words in (
-        (None, TypeError, "must give a RowMatrix"),
+        (None, TypeError, r"LeastSquares.rows must give a RowMatrix, not None"),
+        (DenseRows(None, theta, good.matrix, good.residuals), TypeError, "must give a number as its loss"),
+        (DenseRows(1.0, theta[:1], good.matrix, good.residuals), ValueError, r"theta's shape \(2,\)"),
+        (DenseRows(1.0, theta, good.matrix, theta), ValueError, "a residual for each of its 1 rows"),
         (
             DenseRows(1.0, theta.astype(np.float32), good.matrix, good.residuals),
             TypeError,
-            "float32, theta of",
+            "a gradient as theta is, float64",
         ),
         (DenseRows(1.0, theta, good.matrix), UserError, "no residuals"),
     ):
@@ -538,6 +547,31 @@ def network_way(communicator, slices, optimizer):
         theta, state, report = optimizer.step(theta, state, objectives)
         assert report.accepted
     return theta
+
+
+def check_refused_before_its_rows(communicator, monkeypatch):
+    x, backend = np.random.default_rng(0).standard_normal((12, 5, 2)), create("numpy", "float64")
+    model = Network(cell="rnn", inputs=2, outputs=1, hidden=8, loss="squares", backend=backend)
+    risk = DataParallel(model, communicator).on(Arrays(x, x[:, :, :1]), np.arange(12))
+    theta, optimizer = model.initial(0), LM(largest_side=59)
+
+    def computed(*_):
+        raise AssertionError("a row was computed")
+
+    monkeypatch.setattr("hfmpi.objective.local_rows._add", computed)
+    with pytest.raises(UserError, match=r"60 x 60 numbers is needed for 60 residuals and 97 parameters"):
+        optimizer.step(theta, optimizer.init(theta), Objectives(risk))
+
+
+def test_too_large_a_matrix_of_a_model_is_refused_before_its_rows_are_computed(monkeypatch):
+    check_refused_before_its_rows(Communicator(), monkeypatch)
+
+
+@pytest.mark.mpi(ranks=3, timeout=60, unit="s")
+def test_ranks_refuse_too_large_a_matrix_in_one_sentence(mpi_ranks, comm, monkeypatch):
+    communicator = MPICommunicator(comm)
+    check_refused_before_its_rows(communicator, monkeypatch)
+    communicator.close()
 
 
 @pytest.mark.mpi(ranks=3, timeout=60, unit="s")

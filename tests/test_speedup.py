@@ -22,7 +22,7 @@ from hfmpi.measure.cost import Counts
 from hfmpi.parallel.communicator import Communicator
 from hfmpi.runs.config import Config
 from hfmpi.speedup.bench_file import read_bench
-from hfmpi.speedup.compare import causes, compare
+from hfmpi.speedup.compare import causes, compare, study
 from hfmpi.speedup.prediction import KINDS, fit, predict
 from hfmpi.speedup.runs import TimedRun, read_runs
 from hfmpi.speedup.scaling import Curve, Job, Link, Pass, best, fit_link
@@ -497,6 +497,14 @@ def test_the_messages_are_those_that_a_run_sends(optimizer, settings, tmp_path, 
 def test_the_message_of_a_loss_is_two_numbers():
     run = TimedRun(Path("run"), Config(), "mlstm", {}, 1, "CPU", 100, 4, 1, 2, measured(1, ALONE), {})
     assert run.messages["loss"] == 16
+
+
+def test_a_method_whose_matrices_the_model_does_not_know_is_compared_but_not_predicted():
+    runs = [measured(1, ALONE), measured(2, ALONE)]
+    job = TimedRun(Path("run"), Config(optimizer="lm"), "mlstm", {}, 1, "CPU", 100, 4, 1, 2, runs[0], {})
+    assert len(study(job, runs)["runs"]) == 2
+    with pytest.raises(UserError, match=r"^no prediction for lm: the scaling model does not know"):
+        study(job, runs, model=True)
 
 
 def test_what_the_largest_matrix_takes_stays_and_is_no_slowdown():

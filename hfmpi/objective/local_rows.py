@@ -13,7 +13,7 @@ from hfmpi.errors import UserError
 from hfmpi.measure.spans import FORWARD, GRADIENT
 from hfmpi.models.base import RowsFirst
 from hfmpi.objective.messages import pack
-from hfmpi.optim.rows import RowRequest
+from hfmpi.optim.rows import RowRequest, check_side
 
 if TYPE_CHECKING:
     from hfmpi.objective.local import LocalSums, Shard
@@ -54,11 +54,11 @@ class SliceRows:
         return np.concatenate([np.zeros(0), *parts])
 
     def transposed(self, a: np.ndarray) -> Array:
-        """Compute S' a (D,), float64 on the device."""
+        """Compute S' a (D,) of a (n,), or (k, D) of (k, n); float64 on the device."""
         xp, weights, start = self.backend.xp, self.backend.to_device(a.astype(np.float64)), 0
-        total = xp.zeros(self.stored.shape[1], np.float64)
+        total = xp.zeros((*a.shape[:-1], self.stored.shape[1]), np.float64)
         for part in self._wide():
-            total += xp.matmul(weights[start : start + len(part)], part)
+            total += xp.matmul(weights[..., start : start + len(part)], part)
             start += len(part)
         return total
 
@@ -117,6 +117,8 @@ def slice_rows(
                 local.rows_at_once[key] = most
                 cut = local.cut(indices, most)
                 continue
+            if request.kind == "residuals":
+                check_side(examples * count, size, request.largest_side)
             stored = request.stored or request.kind != "residuals" or examples * count < size
             _check_memory(local, len(indices) * count * size if stored else 0, 0 if stored else size)
             part.residuals = xp.zeros(len(indices) * count, theta.dtype)

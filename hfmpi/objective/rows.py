@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -78,17 +79,18 @@ class ShardedRows(RowMatrix):
         return self._gathered(lambda part: part.times(v))
 
     def transposed(self, a: Matrix) -> Vector:
-        """Compute S' a (D,), in one message of D numbers; a is the same on all ranks."""
+        """Compute S' a (D,) or (k, D), in one message of D or k D numbers; a is the same on all ranks."""
         self._check_stored()
         _check_length("a", a, self.count)
         kind, xp = self.gradient.dtype, self.owner.model.backend.xp
+        shape = *a.shape[:-1], self.gradient.size
 
         def local() -> Array:
             parts = zip(self.slices, self._places, strict=True)
-            sums = [part.transposed(a[place]).astype(kind, copy=False) for part, place in parts]
+            sums = [part.transposed(a[..., place]).astype(kind, copy=False) for part, place in parts]
             return xp.append(pairwise_sum(sums), kind.type(0))
 
-        return self.owner.total(local, self.gradient.size + 1, kind)[:-1]
+        return self.owner.total(local, prod(shape) + 1, kind)[:-1].reshape(shape)
 
     def normal(self) -> Matrix:
         """Compute S'S (D, D), in one message of D^2 numbers."""
@@ -116,11 +118,12 @@ class ShardedRows(RowMatrix):
         owner.total(lambda: self._prepared(memory), 1, np.float64, host=True)
         sums = Tree()
         for q in range(parts // comm.size):
-            total: Array = 0.0
+            total: Array = None
             mine = [parts // comm.size * rank + q for rank in range(comm.size)]
             for i in range(rounds):
                 block = self._exchanged([_part(edges[j], edges[j + 1], width, i) for j in mine])
-                total = backend.xp.matmul(block, block.T) + total
+                product = backend.xp.matmul(block, block.T)
+                total = product if total is None else product + total
             sums.add(total)
         message: Matrix = memory.pop()
         message[:-1] = backend.to_host(sums.total).reshape(-1)
@@ -141,11 +144,14 @@ class ShardedRows(RowMatrix):
         if comm.size == 1:
             return backend.xp.concatenate([part[:, columns[0]].astype(np.float64) for part in rows])
         to_host, kind = backend.to_host, self.gradient.dtype
-        sent = [np.concatenate([to_host(part[:, each]) for part in rows]).astype(kind) for each in columns]
+        sent = [
+            np.concatenate([to_host(part[:, each]) for part in rows]).astype(kind, copy=False)
+            for each in columns
+        ]
         per_rank = [sum(part) for part in np.array_split(self.counts, comm.size)]
         wide = columns[comm.rank].stop - columns[comm.rank].start
         received = comm.exchange(sent, [(count, wide) for count in per_rank])
-        return backend.to_device(np.concatenate(received).astype(np.float64))
+        return backend.to_device(np.concatenate(received).astype(np.float64, copy=False))
 
     def _gathered(self, values: Callable[[SliceRows], np.ndarray]) -> Matrix:
         """Return a number for every row (M,), of which each rank computes those of its rows."""
@@ -167,7 +173,7 @@ class ShardedRows(RowMatrix):
 
 def _check_length(name: str, vector: Array, length: int) -> None:
     """Raise a ValueError if a vector has another shape: rows of other examples would be multiplied."""
-    if vector.shape != (length,):
+    if vector.shape[-1:] != (length,):
         raise ValueError(f"{name} must be a vector of shape ({length},), not of shape {vector.shape}")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from hfmpi.errors import UserError, shown
 from hfmpi.optim.base import Gradient, Objective, Objectives, Operator, Scalars
 from hfmpi.optim.layout import Block, Vector, kronecker_layout
+from hfmpi.optim.rows import RowMatrix
 
 __all__ = ["Checked", "check_blocks", "check_state", "check_vector", "checked"]
 
@@ -137,6 +138,23 @@ class Checked:
         factors = self._vector(f"{method} as factors", result[1], like)
         return self._gradient(method, result[0]), factors
 
+    def _rows(self, method: str, rows: object) -> RowMatrix:
+        if not isinstance(rows, RowMatrix):
+            raise TypeError(f"{self.name}.{method} must give a RowMatrix, not {shown(rows)}")
+        self._number(method, rows.loss)
+        g = self._vector(f"{method} as gradient", rows.gradient)
+        if g is not rows.gradient:  # the rows compute with it
+            raise TypeError(
+                f"{self.name}.{method} must give a gradient as theta is, {_described(self.like)}, "
+                f"not {shown(rows.gradient)} of {rows.gradient.dtype}"
+            )
+        if rows.residuals is not None and np.shape(rows.residuals) != (rows.count,):
+            raise ValueError(
+                f"{self.name}.{method} must give a residual for each of its {rows.count:,} rows, not "
+                f"an array of shape {np.shape(rows.residuals)}"
+            )
+        return rows
+
     def _operator(self, method: str, product: object) -> Operator:
         if not callable(product):
             raise TypeError(f"{self.name}.{method} must give a function v -> G v, not {shown(product)}")
@@ -165,6 +183,7 @@ RESULTS: dict[str, Callable[[Checked, str, Vector], object]] = {
     "gradient": Checked._gradient,
     "squared_gradients": Checked._gradient,
     "factored_gradient": Checked._factored,
+    "rows": Checked._rows,
     "gauss_newton": Checked._operator,
     "structural_gauss_newton": Checked._operator,
 }

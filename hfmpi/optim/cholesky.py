@@ -73,9 +73,10 @@ def _factored(matrix: Matrix, shift: float) -> Matrix | None:
     """Return the factor L, whose upper triangle is not defined, or None."""
     shifted = matrix.copy()
     shifted.reshape(-1)[:: len(matrix) + 1] += shift
-    # LAPACK stores by columns: the transpose, which equals the matrix, is factored without a copy.
-    upper, info = dpotrf(shifted.T, lower=False, overwrite_a=True, clean=False)
-    lower: Matrix = upper.T
+    # LAPACK stores by columns: the transpose, which equals the matrix, is factored without a copy. OpenBLAS
+    # needs a tenth more time for the upper triangle.
+    lower: Matrix
+    lower, info = dpotrf(shifted.T, lower=True, overwrite_a=True, clean=False)
     return None if info else lower
 
 
@@ -131,5 +132,6 @@ def _substituted(lower: Matrix | None, b: Matrix) -> Matrix:
     """Return L'^-1 L^-1 b as a vector (n * k,); NaN without a factor."""
     if lower is None:
         return np.full(b.size, np.nan)
-    x: Matrix = cho_solve((lower.T, False), b, check_finite=False)  # by columns, so that it is not copied
+    by_columns = (lower, True) if lower.flags.f_contiguous else (lower.T, False)  # so that it is not copied
+    x: Matrix = cho_solve(by_columns, b, check_finite=False)
     return x.reshape(-1)

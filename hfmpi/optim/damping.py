@@ -32,10 +32,10 @@ def rounding(loss: float, theta: Vector) -> float:
 def noise(loss: float, theta: Vector, curvature: float) -> float:
     """Estimate the rounding of a risk whose outputs are rounded, where residuals may be as small.
 
-    Outputs z that are rounded by eps z change a mean f of squares r^2 / 2 of residuals by up to
-    sqrt(2 f) eps |z| + (eps |z|)^2 / 2 with the root mean square |z|. This takes sqrt(theta' G theta) for
-    |z|, which is exact for linear outputs. A model can still promise less than this and be right, so that it
-    is no reason to leave out a step, but explains why a step did not lower the risk.
+    Outputs that are rounded by eps change a mean f of squares r^2 / 2 of residuals by up to
+    sqrt(2 f) eps z + (eps z)^2 / 2 with z, the root mean square of the outputs. Here z is
+    sqrt(theta' G theta), which is exact for linear outputs. A model can still promise less than this and be
+    right. So it is not a reason to leave out a step, but explains why a step did not lower the risk.
 
     Parameters
     ----------

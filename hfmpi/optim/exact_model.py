@@ -3,7 +3,7 @@
     R   rows of residuals, M x D: R'R / N = G        r   residuals (M,): R'r / N = g, but for `rest`
     K   R R', M x M                                  N   scored outputs
 
-The step minimises g'p + p'G p / 2 + lambda |p|^2 / 2: p = -(G + lambda)^-1 g. With fewer rows than parameters
+The step minimises g'p + p'G p / 2 + lambda p'p / 2: p = -(G + lambda)^-1 g. With fewer rows than parameters
 it is computed from K. That is the same step by Woodbury's identity, without the difference of long vectors
 that the identity has in general:
 
@@ -12,7 +12,7 @@ that the identity has in general:
 The rest is zero for a loss whose Hessian sees all of its gradient, such as squares or cross-entropy.
 
 With momentum the damping pulls the step to q = mu times the last step, where it pulls to zero without
-(SPRING, Goldshlager et al. 2024, arXiv 2401.10190): lambda |p - q|^2 / 2 in place of lambda |p|^2 / 2 gives
+(SPRING, Goldshlager et al. 2024, arXiv 2401.10190): its term is lambda (p - q)'(p - q) / 2, which gives
 
     p = q - (G + lambda)^-1 (g + G q)                  or r + R q in place of r, and q added to the step.
 """
@@ -100,19 +100,29 @@ class ExactModel(ABC):
         self.work += together([one] * len(dampings))
         shifts = [damping * self.rows.scored for damping in dampings]
         found = solutions(self.objective, self.matrix, shifts, self.right)
-        pairs = zip(found, dampings, strict=True)
-        return [None if x is None else self._damped(x, damping, pulled) for x, damping in pairs]
+        both = [(x, damping) for x, damping in zip(found, dampings, strict=True) if x is not None]
+        steps = iter(self._damped([x for x, _ in both], [damping for _, damping in both], pulled))
+        return [None if x is None else next(steps) for x in found]
 
-    def _damped(self, solution: Matrix, damping: float, pulled: bool) -> DampedStep | None:
+    def _damped(
+        self, solutions: Sequence[Matrix], dampings: Sequence[float], pulled: bool
+    ) -> list[DampedStep | None]:
+        """Return the steps that are finite; the ranks exchange a message for all of them together."""
+        if not solutions:
+            return []
+        own = list[float]()
         with np.errstate(over="ignore", invalid="ignore"):  # a step that is too long is not taken
-            p = self._step(solution, damping, pulled).astype(self.g.dtype, copy=False)
-            square, slope = inner_product(p, p), inner_product(self.g, p)
-            # (G + lambda) p = -g, but for momentum
-            curvature = self.curvature(p) if pulled else -slope - damping * square
-        square, descent, curvature = self.objective.agree((square, -slope, curvature))
-        if not math.isfinite(square):
-            return None
-        return DampedStep(p, math.sqrt(square), descent - curvature / 2)
+            steps = self._steps(solutions, dampings, pulled)
+            for p, damping in zip(steps, dampings, strict=True):
+                square, slope = inner_product(p, p), inner_product(self.g, p)
+                # (G + lambda) p = -g, but for momentum
+                own += square, -slope, self.curvature(p) if pulled else -slope - damping * square
+        agreed = self.objective.agree(tuple(own))
+        scalars = list(zip(agreed[::3], agreed[1::3], agreed[2::3], strict=True))
+        return [
+            DampedStep(p, math.sqrt(square), descent - curvature / 2) if math.isfinite(square) else None
+            for p, (square, descent, curvature) in zip(steps, scalars, strict=True)
+        ]
 
     @abstractmethod
     def curvature(self, p: Vector) -> float:
@@ -127,8 +137,8 @@ class ExactModel(ABC):
         """Compute the right-hand sides (n, k), the last one for momentum."""
 
     @abstractmethod
-    def _step(self, solution: Matrix, damping: float, pulled: bool) -> Vector:
-        """Compute p (D,) from the solutions (n, k)."""
+    def _steps(self, solutions: Sequence[Matrix], dampings: Sequence[float], pulled: bool) -> list[Vector]:
+        """Compute p (D,) of each lambda from its solutions (n, k), in the type of theta."""
 
 
 class _ByParameters(ExactModel):
@@ -143,9 +153,10 @@ class _ByParameters(ExactModel):
             columns.append(self.matrix @ _on_host(self.pull))
         return np.stack(columns, 1)
 
-    def _step(self, solution: Matrix, damping: float, pulled: bool) -> Vector:
-        x = np.asarray(-solution[:, : 1 + pulled].sum(axis=1), dtype=self.g.dtype, like=self.g)
-        return x + self.pull if pulled else x
+    def _steps(self, solutions: Sequence[Matrix], dampings: Sequence[float], pulled: bool) -> list[Vector]:
+        sums = [-solution[:, : 1 + pulled].sum(axis=1) for solution in solutions]
+        steps = [np.asarray(x, dtype=self.g.dtype, like=self.g) for x in sums]
+        return [x + self.pull for x in steps] if pulled else steps
 
     def curvature(self, p: Vector) -> float:
         wide = _on_host(p)
@@ -171,14 +182,15 @@ class _ByRows(ExactModel):
             columns.append(rows.times(self.pull))
         return np.stack(columns, 1)
 
-    def _step(self, solution: Matrix, damping: float, pulled: bool) -> Vector:
-        self.work += product(self.g.size, len(solution))
-        weights = solution[:, 0] + (solution[:, -1] if pulled else 0.0)
-        if self.rows.complete:
-            p = -self.rows.transposed(weights)
-        else:
-            p = -self.rows.transposed(weights - solution[:, 1] / damping) - self.rest / self.kind(damping)
-        return p + self.pull if pulled else p
+    def _steps(self, solutions: Sequence[Matrix], dampings: Sequence[float], pulled: bool) -> list[Vector]:
+        self.work += product(self.g.size, self.rows.count, len(solutions))
+        weights = np.stack([x[:, 0] + (x[:, -1] if pulled else 0.0) for x in solutions])
+        if not self.rows.complete:
+            weights -= [x[:, 1] / damping for x, damping in zip(solutions, dampings, strict=True)]
+        steps = [-p for p in self.rows.transposed(weights).astype(self.g.dtype, copy=False)]
+        if not self.rows.complete:
+            steps = [p - self.rest / self.kind(damping) for p, damping in zip(steps, dampings, strict=True)]
+        return [p + self.pull for p in steps] if pulled else steps
 
     def curvature(self, p: Vector) -> float:
         self.work += product(self.rows.count, p.size)

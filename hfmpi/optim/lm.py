@@ -1,6 +1,6 @@
 """Levenberg-Marquardt: the damped Gauss-Newton step, solved exactly.
 
-The step minimises g'p + p'G p / 2 + lambda |p|^2 / 2; `hfmpi.optim.exact_model` computes it from rows.
+The step minimises g'p + p'G p / 2 + lambda p'p / 2; `hfmpi.optim.exact_model` computes it from rows.
 
 Levenberg (1944) and Marquardt (1963) for squares, Schraudolph (2002) for other losses. For networks that
 solve differential equations it is ENGD (Mueller and Zeinhofer 2023), and with fewer rows than parameters ENGD
@@ -9,7 +9,7 @@ with Woodbury's identity (Guzman-Cordero et al. 2025); for wave functions minSR 
 Lambda falls by `FALL` after each step that lowers the risk, however poor the model was, and rises by `RISE`
 and more within a step until the risk falls (delayed gratification, Transtrum and Sethna 2012). Nielsen's rule
 (1999), which looks at the reduction ratio, keeps lambda larger on such networks and needs about twice as many
-steps. Where the model is good lambda falls by its relative error |1 - rho|, so that convergence is quadratic.
+steps. Where the model is good lambda falls by its relative error, abs(1 - rho), for quadratic convergence.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-from hfmpi.errors import UserError, shown
 from hfmpi.measure.cost import Counts
 from hfmpi.optim.base import Needs, Objectives, Optimizer, StepReport, inner_product
 from hfmpi.optim.checks import check_state, check_vector, checked
 from hfmpi.optim.damping import UNRESOLVED, noise, rounding
 from hfmpi.optim.exact_model import DampedStep, exact_model
 from hfmpi.optim.layout import Block, Vector
-from hfmpi.optim.rows import RowMatrix, RowRequest
+from hfmpi.optim.rows import RowRequest, check_side
 from hfmpi.settings import POSITIVE, at_least, check, within
 
 __all__ = ["LM", "LMState"]
@@ -110,8 +109,8 @@ class LM(Optimizer[LMState]):
         """
         objective = checked(theta, objectives).gradient
         check_state(state, LMState, theta, *("direction",) * (self.momentum > 0))
-        rows = objective.rows(theta, RowRequest("residuals", stored=False))
-        self._check_rows(rows, theta)
+        rows = objective.rows(theta, RowRequest("residuals", stored=False, largest_side=self.largest_side))
+        check_side(rows.count, theta.size, self.largest_side)  # of an objective that does not check
         g = rows.gradient
         loss, square = objective.agree((float(rows.loss), inner_product(g, g)))
         norm, passes = math.sqrt(square), Counts(gradients=1, adjoints=rows.cotangents - 1)
@@ -163,20 +162,6 @@ class LM(Optimizer[LMState]):
         after = damping * min(FALL, max(LEAST_FALL, abs(1 - rho)))
         later = LMState(after, trial.p if self.momentum else theta[:0])
         return theta + trial.p, later, replace(report, accepted=True, details=details)
-
-    def _check_rows(self, rows: object, theta: Vector) -> None:
-        if not isinstance(rows, RowMatrix):
-            raise TypeError(f"the objective's rows must give a RowMatrix, not {shown(rows)}")
-        check_vector("the gradient of the rows", rows.gradient, theta.size)
-        if rows.gradient.dtype != theta.dtype:
-            raise TypeError(f"the gradient of the rows is of {rows.gradient.dtype}, theta of {theta.dtype}")
-        side = min(rows.count, theta.size)
-        if side > self.largest_side:
-            raise UserError(
-                f"lm needs a matrix of {side:,} x {side:,} numbers for {rows.count:,} residuals and "
-                f"{theta.size:,} parameters, which takes {8 * side**2 / 1e9:.3g} GB and as much again for "
-                "its factor: take fewer examples a step or another optimizer, or raise largest_side"
-            )
 
 
 def _rising(damping: float, at_once: bool) -> list[list[float]]:

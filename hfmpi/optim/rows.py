@@ -22,10 +22,11 @@ from typing import Annotated
 
 import numpy as np
 
+from hfmpi.errors import UserError
 from hfmpi.optim.layout import Vector
 from hfmpi.settings import NOT_NEGATIVE, Rule, at_least, check
 
-__all__ = ["DenseRows", "Matrix", "RowMatrix", "RowRequest"]
+__all__ = ["DenseRows", "Matrix", "RowMatrix", "RowRequest", "check_side"]
 
 KINDS = "scores", "sketch", "residuals"
 
@@ -48,15 +49,30 @@ class RowRequest:
     stored : bool
         Store all rows. Otherwise rows of residuals are stored only if they are fewer than the parameters (M <
         D), and the result has `normal` alone if not.
+    largest_side : int
+        Refuse rows of residuals, before any are computed, whose smaller matrix, min(M, D), is larger
+        (`check_side`); 0: never.
     """
 
     kind: Annotated[str, Rule(f"must be one of {', '.join(KINDS)}", KINDS.__contains__)] = "scores"
     segments: Annotated[int, at_least(1)] = 1
     seed: Annotated[int, NOT_NEGATIVE] = 0
     stored: bool = True
+    largest_side: Annotated[int, NOT_NEGATIVE] = 0
 
     def __post_init__(self) -> None:
         check(self)
+
+
+def check_side(count: int, parameters: int, largest: int) -> None:
+    """Raise a UserError if the matrix of M residuals and D parameters has a larger side than `largest`."""
+    side = min(count, parameters)
+    if largest and side > largest:
+        raise UserError(
+            f"a matrix of {side:,} x {side:,} numbers is needed for {count:,} residuals and "
+            f"{parameters:,} parameters, which takes {8 * side**2 / 1e9:.3g} GB and as much again for "
+            "its factor: take fewer examples a step or another optimizer, or raise largest_side"
+        )
 
 
 class RowMatrix(ABC):
@@ -95,7 +111,7 @@ class RowMatrix(ABC):
 
     @abstractmethod
     def transposed(self, a: Matrix) -> Vector:
-        """Compute S' a (D,), in the type of theta, of a (M,), float64."""
+        """Compute S' a (D,) of a (M,), or (k, D) of (k, M); in the type of theta, of float64."""
 
     @abstractmethod
     def gram(self) -> Matrix:
@@ -135,7 +151,7 @@ class DenseRows(RowMatrix):
 
     def transposed(self, a: Matrix) -> Vector:
         """Compute S' a."""
-        return (np.asarray(self.matrix, np.float64).T @ a).astype(self.matrix.dtype)
+        return (a @ np.asarray(self.matrix, np.float64)).astype(self.matrix.dtype)
 
     def gram(self) -> Matrix:
         """Compute S S'."""

@@ -1,6 +1,6 @@
 """The line search of More and Thuente for the strong Wolfe conditions.
 
-    f(rate) <= f(0) + sufficient * rate * f'(0)         |f'(rate)| <= curvature * |f'(0)|
+    f(rate) <= f(0) + sufficient * rate * f'(0)         abs(f'(rate)) <= curvature * abs(f'(0))
 
 f(rate) is the risk at theta + rate p. The algorithm keeps an interval that contains such rates, first of the
 auxiliary function f(rate) - f(0) - sufficient * rate * f'(0), and once that is not positive with a rising

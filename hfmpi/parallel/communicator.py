@@ -246,9 +246,11 @@ class MPICommunicator(Communicator):
     @_counted
     def exchange(self, parts: list[np.ndarray], shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
         """Send one array to every rank, and receive one from every rank; see `Communicator.exchange`."""
-        received = [np.empty(shape, parts[0].dtype) for shape in shapes]
-        requests = [self._comm.Irecv(array, rank) for rank, array in enumerate(received)]
-        requests += [self._comm.Isend(np.ascontiguousarray(part), rank) for rank, part in enumerate(parts)]
+        received, requests = [np.empty(shape, parts[0].dtype) for shape in shapes], list[Any]()
+        received[self.rank] = parts[self.rank]
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        requests += [self._comm.Irecv(received[rank], rank) for rank in others]
+        requests += [self._comm.Isend(np.ascontiguousarray(parts[rank]), rank) for rank in others]
         self._mpi.Request.Waitall(requests)
         return received
 

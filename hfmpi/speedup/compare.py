@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from hfmpi.errors import UserError
 from hfmpi.measure import cost
 from hfmpi.speedup.prediction import fit, predict
 from hfmpi.speedup.runs import TimedRun
@@ -113,7 +114,19 @@ def study(
     -------
     dict
         `job`, `base_ranks`, `runs` (see `compare`), and with `model` also `model` (see `predict`).
+
+    Raises
+    ------
+    UserError
+        With `model`, if the method exchanges rows.
     """
+    if model and job.config.preset().optimizer.needs.rows:
+        # Its matrices, of M^2 or D^2 numbers, are no part of the scaling model: neither their messages nor
+        # that the ranks share most of the work on them.
+        raise UserError(
+            f"no prediction for {job.config.optimizer}: the scaling model does not know what its matrices of "
+            "all residuals cost on more ranks (leave --model, --latency and --bandwidth away)"
+        )
     base, rows = runs[0], []
     fitted = fit([base], job.messages, link, shapes)
     for run in runs:
