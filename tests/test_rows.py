@@ -256,7 +256,8 @@ def test_a_decomposed_hessian_gives_what_the_known_root_gives():
         close(projected, found[0][1])
 
 
-@pytest.mark.parametrize("loss", ["cross-entropy", "squares", "bernoulli", Unrooted(), Along()], ids=str)
+@pytest.mark.parametrize("loss", ["cross-entropy", "squares", "bernoulli", Unrooted(), Along()],
+                         ids=["cross-entropy", "squares", "bernoulli", "unrooted", "along"])  # fmt: skip
 @pytest.mark.parametrize("segments", [1, 2])
 def test_a_sketch_has_the_gauss_newton_matrix_as_its_expectation(loss, segments):
     """Exactly: the mean over all signs."""
