@@ -502,6 +502,23 @@ def test_adaptive_methods_do_the_same_on_every_device(tmp_path, optimizer):
         np.testing.assert_allclose(run.backend.to_host(run.theta), reference.theta, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("cell", ["mlstm", "gru"])
+@pytest.mark.parametrize(
+    ("optimizer", "batch", "chosen"),
+    [("lm", 20, {}), ("lm", 1, {"momentum": 0.5}), ("lbfgs", 210, {"memory": 2})],
+    ids=["lm, parameters", "lm, rows", "lbfgs"],
+)
+def test_exact_methods_do_the_same_on_every_device(tmp_path, cell, optimizer, batch, chosen):
+    data = write_corpus(tmp_path / "d.h5")
+    options = {"optimizer": optimizer, "model": cell, "hidden": 3, "max_steps": 4, "settings": chosen}
+    options |= {"gradient_batch": batch, "curvature_batch": 0}
+    reference, _ = train(tmp_path / "numpy", data, backend="numpy", **options)
+    assert reference.step == 4
+    for backend in ("numba", "cupy"):
+        run, _ = train(tmp_path / backend, data, backend=backend, **options)
+        np.testing.assert_allclose(run.backend.to_host(run.theta), reference.theta, rtol=1e-7, atol=1e-8)
+
+
 @standin_only
 @pytest.mark.parametrize("optimizer", ["soap", "muon"])
 def test_gradients_that_overflow_on_the_device_are_rejected(tmp_path, optimizer):
@@ -514,7 +531,7 @@ def test_gradients_that_overflow_on_the_device_are_rejected(tmp_path, optimizer)
     assert report.message == "update rejected: the gradient is not finite"
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "soap", "muon", "shf"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "soap", "muon", "shf", "lm"])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, optimizer):
     data = write_corpus(tmp_path / "d.h5")
     options = {"backend": "cupy", "optimizer": optimizer, "dtype": "float32", "hidden": 5}
