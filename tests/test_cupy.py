@@ -19,6 +19,7 @@ from small import history, make_run, same, train, write_corpus
 from test_first_order import Linear
 from test_models import make_batch
 
+import hfmpi
 from hfmpi.backends import create
 from hfmpi.data.batches import Sequences
 from hfmpi.errors import UserError
@@ -517,6 +518,21 @@ def test_exact_methods_do_the_same_on_every_device(tmp_path, cell, optimizer, ba
     for backend in ("numba", "cupy"):
         run, _ = train(tmp_path / backend, data, backend=backend, **options)
         np.testing.assert_allclose(run.backend.to_host(run.theta), reference.theta, rtol=1e-7, atol=1e-8)
+
+
+def test_curvature_is_the_same_on_every_device():
+    rng = np.random.default_rng(0)
+    data, found = (rng.standard_normal((6, 4, 2)), rng.standard_normal((6, 4, 2))), []
+    for device in ("numpy", "cupy"):
+        backend = create(device, "float64")
+        network = hfmpi.Network(cell="lstm", inputs=2, outputs=2, hidden=3, backend=backend, loss="squares")
+        c = hfmpi.curvature(network, network.initial(3), data)
+        v, rows = np.cos(np.arange(c.theta.size)), c.rows("residuals")
+        host = [c.gradient().vector, c.gauss_newton(v), c.matrix(), rows.times(v), rows.gram()]
+        device_arrays = rows.gradient, rows.transposed(np.cos(np.arange(rows.count)))
+        found.append(host + [backend.to_host(array) for array in device_arrays])
+    for ours, reference in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, reference, rtol=1e-10, atol=1e-12)
 
 
 @standin_only
