@@ -19,6 +19,7 @@ from small import history, make_run, same, train, write_corpus
 from test_first_order import Linear
 from test_models import make_batch
 
+import hfmpi
 from hfmpi.backends import create
 from hfmpi.data.batches import Sequences
 from hfmpi.errors import UserError
@@ -502,6 +503,38 @@ def test_adaptive_methods_do_the_same_on_every_device(tmp_path, optimizer):
         np.testing.assert_allclose(run.backend.to_host(run.theta), reference.theta, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("cell", ["mlstm", "gru"])
+@pytest.mark.parametrize(
+    ("optimizer", "batch", "chosen"),
+    [("lm", 20, {}), ("lm", 1, {"momentum": 0.5}), ("lbfgs", 210, {"memory": 2})],
+    ids=["lm, parameters", "lm, rows", "lbfgs"],
+)
+def test_exact_methods_do_the_same_on_every_device(tmp_path, cell, optimizer, batch, chosen):
+    data = write_corpus(tmp_path / "d.h5")
+    options = {"optimizer": optimizer, "model": cell, "hidden": 3, "max_steps": 4, "settings": chosen}
+    options |= {"gradient_batch": batch, "curvature_batch": 0}
+    reference, _ = train(tmp_path / "numpy", data, backend="numpy", **options)
+    assert reference.step == 4
+    for backend in ("numba", "cupy"):
+        run, _ = train(tmp_path / backend, data, backend=backend, **options)
+        np.testing.assert_allclose(run.backend.to_host(run.theta), reference.theta, rtol=1e-7, atol=1e-8)
+
+
+def test_curvature_is_the_same_on_every_device():
+    rng = np.random.default_rng(0)
+    data, found = (rng.standard_normal((6, 4, 2)), rng.standard_normal((6, 4, 2))), []
+    for device in ("numpy", "cupy"):
+        backend = create(device, "float64")
+        network = hfmpi.Network(cell="lstm", inputs=2, outputs=2, hidden=3, backend=backend, loss="squares")
+        c = hfmpi.curvature(network, network.initial(3), data)
+        v, rows = np.cos(np.arange(c.theta.size)), c.rows("residuals")
+        host = [c.gradient().vector, c.gauss_newton(v), c.matrix(), rows.times(v), rows.gram()]
+        device_arrays = rows.gradient, rows.transposed(np.cos(np.arange(rows.count)))
+        found.append(host + [backend.to_host(array) for array in device_arrays])
+    for ours, reference in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, reference, rtol=1e-10, atol=1e-12)
+
+
 @standin_only
 @pytest.mark.parametrize("optimizer", ["soap", "muon"])
 def test_gradients_that_overflow_on_the_device_are_rejected(tmp_path, optimizer):
@@ -514,7 +547,7 @@ def test_gradients_that_overflow_on_the_device_are_rejected(tmp_path, optimizer)
     assert report.message == "update rejected: the gradient is not finite"
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "soap", "muon", "shf"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "soap", "muon", "shf", "lm"])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, optimizer):
     data = write_corpus(tmp_path / "d.h5")
     options = {"backend": "cupy", "optimizer": optimizer, "dtype": "float32", "hidden": 5}

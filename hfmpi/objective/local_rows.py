@@ -49,7 +49,7 @@ class SliceRows:
 
     def times(self, v: Array) -> np.ndarray:
         """Compute S v (n,), float64 on the host."""
-        wide = v.astype(np.float64, copy=False)
+        wide = self.backend.to_device(v).astype(np.float64, copy=False)
         parts = [self.backend.to_host(self.backend.xp.matmul(part, wide)) for part in self._wide()]
         return np.concatenate([np.zeros(0), *parts])
 

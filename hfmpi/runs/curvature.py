@@ -31,7 +31,8 @@ class Curvature:
 
     The risk f is the mean loss per scored output, in nats. Under MPI every rank holds a shard of the
     examples; every method is collective, so that all ranks must call it, and returns the same on all ranks.
-    Results are NumPy arrays on the host. Made by `hfmpi.curvature`.
+    Results are NumPy arrays on the host, but for `gradient` and S'a of rows on a GPU, which are CuPy arrays.
+    Made by `hfmpi.curvature`.
 
     Attributes
     ----------

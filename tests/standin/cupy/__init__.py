@@ -162,8 +162,12 @@ class ndarray:
     def swapaxes(self, one, other):
         return ndarray(self._a.swapaxes(one, other))
 
-    def astype(self, dtype):
-        return ndarray(counted(self._a.astype(dtype)))
+    def astype(self, dtype, copy=True):
+        same = not copy and self.dtype == dtype
+        return self if same else ndarray(counted(self._a.astype(dtype)))
+
+    def tolist(self):
+        return self.get().tolist()
 
     def copy(self):
         return ndarray(counted(self._a.copy()))
@@ -225,6 +229,7 @@ for _name, _ufunc in {
     _binary(_name, _ufunc, True)
     _binary(_name, _ufunc)
 ndarray.__eq__ = lambda self, other: np.equal(self, other)
+ndarray.__ne__ = lambda self, other: np.not_equal(self, other)
 ndarray.__gt__ = lambda self, other: np.greater(self, other)
 ndarray.__invert__ = lambda self: np.logical_not(self)
 ndarray.__neg__ = lambda self: np.negative(self)
@@ -283,8 +288,18 @@ def decomposition(function):
 linalg = types.SimpleNamespace(eigh=decomposition(np.linalg.eigh), qr=decomposition(np.linalg.qr))
 
 
-def asarray(array):
-    return array if isinstance(array, ndarray) else ndarray(counted(np.array(array)))
+def asarray(array, dtype=None, like=None):
+    if isinstance(array, ndarray):
+        return array if dtype is None else array.astype(dtype, copy=False)
+    return ndarray(counted(np.array(array, dtype)))
+
+
+def concatenate(arrays):
+    return ndarray(counted(np.concatenate(list(map(bare, arrays)))))
+
+
+def append(array, value):
+    return ndarray(counted(np.append(bare(array), bare(value))))
 
 
 def ascontiguousarray(array):
