@@ -626,3 +626,14 @@ def test_ranks_that_round_differently_take_the_same_steps(momentum):
     other, same, same_losses = run(Replayed(rosenbrock, log), (-1.2, 1), 12, optimizer)
     np.testing.assert_array_equal(theta, other)
     assert (report, losses, log) == (same, same_losses, [])
+
+
+def test_on_changing_batches_lambda_has_a_floor():
+    objective, theta = linear(4, 9), np.linspace(-1, 1, 9)
+    optimizer, changing = LM(damping=0.01), Objectives(objective, repeated=False)
+    state, lambdas = optimizer.init(theta), []
+    for _ in range(5):
+        theta, state, report = optimizer.step(theta, state, changing)
+        lambdas.append(report.details["damping"])
+    floor = 0.01 * np.trace(objective.rows(theta).normal()) / 3 / 9
+    np.testing.assert_allclose(lambdas, floor)

@@ -64,7 +64,9 @@ class LM(Optimizer[LMState]):
     Attributes
     ----------
     damping : float
-        lambda before the first step, as a part of the mean eigenvalue of G there.
+        lambda before the first step, as a part of the mean eigenvalue of G there. Where batches change it is
+        also the least lambda: every batch can be fitted better than the others, so that the ratio of a batch
+        does not show when lambda is too small.
     momentum : float
         mu of SPRING (Goldshlager et al. 2024): the damping pulls the step to mu times the last step, where it
         pulls to zero without momentum. 0: off. On networks that solve Poisson's equation 0.5 needs 0.5 to 2.2
@@ -123,9 +125,12 @@ class LM(Optimizer[LMState]):
         model = exact_model(objective, rows, self.momentum, state.direction)
         if not math.isfinite(model.trace):
             return theta, state, replace(report, message="the rows of residuals are not finite")
-        damping = state.damping or self.damping * model.trace / theta.size or 1.0
+        first = self.damping * model.trace / theta.size
+        damping, floor = state.damping or first or 1.0, model.least_damping
+        if not objectives.repeated:
+            floor = max(floor, first)
         least, tried = rounding(loss, theta), False
-        for number, group in enumerate(_rising(max(damping, model.least_damping), model.at_once)):
+        for number, group in enumerate(_rising(max(damping, floor), model.at_once)):
             damping, trials = group[-1], list[tuple[float, DampedStep]]()
             steps, ended = model.steps(group, pulled=self.momentum > 0 and number == 0), False
             for each, step in zip(group, steps, strict=True):
