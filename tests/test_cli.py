@@ -324,7 +324,7 @@ def test_damaged_data(damage, reason, here, refused):
     ("--variant mine", "there is no variant 'mine'"),
     ("--initialisation zeros", "there is no initialisation 'zeros'"),
     ("--forget-bias nan", "is not a finite number"),
-    ("--optimizer lbfgs", "there is no optimizer 'lbfgs'"),
+    ("--optimizer newton", "there is no optimizer 'newton'"),
     ("--backend torch", "there is no backend 'torch'"),
     ("--dtype float16", "dtype must be float32 or float64"),
     ("--hidden 0", "--hidden"),
