@@ -61,8 +61,9 @@ class ExampleGradients(NamedTuple):
             total += gradients.sum(0)
         return total
 
-    def rows(self, part: slice = slice(None)) -> Any:
+    def rows(self, start: int = 0, stop: int | None = None) -> Any:
         """Return the gradients (b, ...) of some of the examples; (1, ...) zeros for an unused parameter."""
+        part = slice(start, stop)
         direct = [gradients[part] for gradients in self.rest] + [u[part].sum(1) for u in self.added]
         if not self.products and not self.lookups:
             return sum(direct[1:], direct[0]) if direct else torch.zeros_like(self.p)[None]
@@ -105,7 +106,7 @@ class ExampleGradients(NamedTuple):
             examples = len((self.products + self.lookups)[0][0])
             most = max(1, CACHED_NUMBERS // self.p.numel()) if self.p.device.type == "cpu" else examples
             for start in range(0, examples, most):
-                yield self.rows(slice(start, start + most))
+                yield self.rows(start, start + most)
         elif self.rest or self.added:
             yield self.rows()
 
