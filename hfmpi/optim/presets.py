@@ -65,8 +65,8 @@ PRESETS = {
     # lambda is one with which the first steps count (docs/results/better.md).
     "bhf-short": Preset(HessianFree(damping=0.01, cg_max_steps=10), 14_000, 3_500),
     # For least squares in float64, such as regression and residuals of differential equations: lambda has to
-    # follow a risk that falls by many orders of magnitude. In one run for Poisson's equation the loss was 1.6
-    # times lower than that of bhf after equal times; more and preciser CG iterations did not help.
+    # follow a risk that falls by many orders of magnitude. More or more precise CG iterations did not help
+    # (docs/results/least-squares.md).
     "bhf-squares": Preset(
         HessianFree(damping=1e-3, damping_factor=0.5, damping_minimum=1e-16, preconditioner="none"),
         14_000,
