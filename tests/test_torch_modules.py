@@ -781,7 +781,7 @@ class Scalars(nn.Module):
         return self.low(x) * self.a.view(()) + self.b.reshape(1) + self.c.squeeze()
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "soap", "bhf-short", "subspace"])
+@pytest.mark.parametrize("optimizer", ["adam", "soap", "bhf-short", "subspace", "lm"])
 def test_parameters_of_one_element(optimizer):
     _, result = train(double(Scalars), optimizer=optimizer, max_steps=4)
     assert optimizer in ("adam", "soap") or result.history[-1]["loss"] < result.history[0]["loss"]
