@@ -42,6 +42,7 @@ def test_figures_of_the_winners_are_on_the_pages_that_are_named():
         "4": "kjv.md",
         "5": "clock.md",
         "6": "peers.md",
+        "7": "least-squares.md",
     }
     text = (RESULTS / "index.md").read_text()
     winners = text[text.index("## Who wins") : text.index("## Method by method")]

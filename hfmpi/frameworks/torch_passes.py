@@ -320,7 +320,8 @@ class TorchPasses:
         forward = self._forward(slice(len(u)))
         with self._running(), _quiet():
             gradients, unassigned = forward.gradients(u)
-            ours = torch.cat([one.rows().expand(len(u), *one.p.shape).reshape(len(u), -1) for one in gradients], 1)
+            each = [one.rows().expand(len(u), *one.p.shape) for one in gradients]
+            ours = torch.cat([rows.reshape(len(u), -1) for rows in each], 1)
         for row, (right,) in zip(ours, self._one_by_one(u[None]), strict=True):
             if not torch.linalg.vector_norm(row - right) <= TOLERANCE * torch.linalg.vector_norm(right):
                 raise RuntimeError("the gradients of examples cannot be separated")
