@@ -55,7 +55,6 @@ def test_kronecker_factors_are_named_by_block():
 
 
 def test_g_is_a_linear_operator_of_scipy():
-    pytest.importorskip("scipy")
     from scipy.sparse.linalg import eigsh
 
     network, theta, data = make()

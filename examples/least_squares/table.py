@@ -61,12 +61,20 @@ def number(value: float | None) -> float:
     return math.inf if value is None or value != value else value
 
 
-def table(runs: list[Run], cell: Callable[[list[Run]], float], write: Callable[[float], str]) -> None:
-    """Print a row for each task and a column for each method; the least number of a row is bold."""
+def headed(
+    runs: list[Run], *before: str, after: str = ""
+) -> tuple[dict[tuple[str, str], list[Run]], list[str]]:
+    """Print the head of a table of all methods with runs; return the runs by task and method, and methods."""
     every = finals(runs)
     methods = [m for m in METHODS if any((t, m) in every for t in TASKS)]
-    print("| task | " + " | ".join(methods) + " | first |")
-    print("| --- " * (2 + len(methods)) + "|")
+    names = [*before, *methods, *([after] if after else [])]
+    print(f"| {' | '.join(names)} |\n" + "| --- " * len(names) + "|")
+    return every, methods
+
+
+def table(runs: list[Run], cell: Callable[[list[Run]], float], write: Callable[[float], str]) -> None:
+    """Print a row for each task and a column for each method; the least number of a row is bold."""
+    every, methods = headed(runs, "task", after="first")
     for task in TASKS:
         row = [cell(every[task, m]) if (task, m) in every else math.nan for m in methods]
         if not any(map(math.isfinite, row)):
@@ -84,10 +92,7 @@ def middle(key: str) -> Callable[[list[Run]], float]:
 
 def levels(runs: list[Run]) -> None:
     """Print the median seconds to the lowest level that at least two methods reach, for each task."""
-    every = finals(runs)
-    methods = [m for m in METHODS if any((t, m) in every for t in TASKS)]
-    print("| task | error | " + " | ".join(methods) + " |")
-    print("| --- " * (2 + len(methods)) + "|")
+    every, methods = headed(runs, "task", "error")
     for task in TASKS:
         for k, level in reversed(list(enumerate(LEVELS))):
             row = [
@@ -129,10 +134,7 @@ def write(file: Path) -> None:
 
 def steps(runs: list[Run]) -> None:
     """Print the median number of steps."""
-    every = finals(runs)
-    methods = [m for m in METHODS if any((t, m) in every for t in TASKS)]
-    print("| task | " + " | ".join(methods) + " |")
-    print("| --- " * (1 + len(methods)) + "|")
+    every, methods = headed(runs, "task")
     for task in TASKS:
         found = [every.get((task, m)) for m in methods]
         if any(found):

@@ -24,7 +24,7 @@ from hfmpi.measure.timer import Timer
 from hfmpi.models.base import Blocks, KroneckerFactors, Model, has_rows, has_squared_gradients
 from hfmpi.objective.local import Extra, LocalSums, Shard
 from hfmpi.objective.local_rows import SliceRows
-from hfmpi.objective.messages import gradient_message, row_message, unpack
+from hfmpi.objective.messages import ROW_NUMBERS, gradient_message, unpack
 from hfmpi.objective.rows import ShardedRows
 from hfmpi.objective.transport import HostTransport, Transport
 from hfmpi.optim.base import Gradient, Objective, Objectives, Operator, Scalars
@@ -393,11 +393,11 @@ class Risk(Objective):
             kept.extend(slices)
             return message
 
-        layout = row_message(theta.size)
+        layout = gradient_message(theta.size, ROW_NUMBERS)
         message = owner.total(local, layout.size, theta.dtype)
         out = layout.views(message)
         sizes = owner.sizes(self.size)
-        cotangents, incomplete = (float(number) for number in backend.to_host(out["rows"]))
+        cotangents, incomplete = (float(number) for number in backend.to_host(out["extra"]))
         cotangents /= sum(size > 0 for size in sizes)
         if cotangents != int(cotangents):
             raise UserError(

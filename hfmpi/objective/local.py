@@ -20,7 +20,7 @@ from hfmpi.measure.spans import FORWARD, GRADIENT, INPUT, LINEARISE, PRODUCTS
 from hfmpi.measure.timer import Timer
 from hfmpi.models.base import KroneckerFactors, Linearisation, Model, Projection, StructuralDamping
 from hfmpi.objective.local_rows import SliceRows, slice_rows
-from hfmpi.objective.messages import gradient_message, pack, row_message
+from hfmpi.objective.messages import ROW_NUMBERS, gradient_message, pack
 from hfmpi.objective.sums import pairwise_sum
 from hfmpi.optim.base import inner_product
 from hfmpi.optim.layout import Layout
@@ -173,7 +173,7 @@ class LocalSums:
         UserError
             If the memory budget does not suffice.
         """
-        layout, parts = row_message(theta.size), list[SliceRows]()
+        layout, parts = gradient_message(theta.size, ROW_NUMBERS), list[SliceRows]()
 
         def share(indices: np.ndarray) -> Array:
             message = self.model.backend.xp.zeros(layout.size, theta.dtype)

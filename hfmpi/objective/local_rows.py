@@ -98,7 +98,7 @@ def slice_rows(
     scored, examples : int
         Of the whole global batch: on it depends whether there are fewer rows than parameters.
     out : dict
-        The arrays of `row_message`; this adds loss and gradient, divided by `scored`.
+        The arrays of the message; this adds loss and gradient, divided by `scored`.
     """
     backend, model, size = local.model.backend, local.model, theta.size
     xp, part, key = backend.xp, SliceRows(backend), (request.kind, request.segments)
@@ -124,7 +124,7 @@ def slice_rows(
             part.residuals = xp.zeros(len(indices) * count, theta.dtype)
             part.stored = xp.zeros((len(indices) * count, size), theta.dtype) if stored else None
             part.normal = None if stored else xp.zeros((size, size), np.float64)
-            out["rows"][0] = count
+            out["extra"][0] = count
         place = slice(done * count, (done + len(some)) * count)
         rows = part.stored[place] if stored else xp.zeros((len(some) * count, size), theta.dtype)
         with local.timer.span(GRADIENT):
@@ -159,7 +159,7 @@ def _add(
             out["gradient"] += xp.matmul(residuals * kind(1 / scored), rows)
         else:
             at.gradient(1 / scored, out["gradient"])
-        out["rows"][1] += kind(not complete)
+        out["extra"][1] += kind(not complete)
     else:
         e = signs(request.seed, indices, at.residual_count()).astype(rows.dtype)
         at.sketch(backend.to_device(e), request.segments, by_example)

@@ -22,20 +22,18 @@ import numpy as np
 
 from hfmpi.optim.layout import Layout
 
-__all__ = ["gradient_message", "message_sizes", "pack", "row_message", "unpack"]
+__all__ = ["ROW_NUMBERS", "gradient_message", "message_sizes", "pack", "unpack"]
+
+ROW_NUMBERS = 2
+"""Further numbers in the message of a gradient with rows."""
 
 GRIDS = 2.0**-10, 2.0**-24, 2.0**-38, 2.0**-52
 """Grids of the parts of a packed scalar; see `pack`."""
 
 
 def gradient_message(parameters: int, extra: int = 0) -> Layout[str]:
-    """Return the layout of the message of a gradient, with `extra` numbers for squares or factors."""
+    """Return the layout of the message of a gradient, with `extra` numbers for squares, factors or rows."""
     return Layout({"gradient": (parameters,), "extra": (extra,), "loss": (len(GRIDS),), "stop": (1,)})
-
-
-def row_message(parameters: int) -> Layout[str]:
-    """Return the layout of the message of rows."""
-    return Layout({"gradient": (parameters,), "rows": (2,), "loss": (len(GRIDS),), "stop": (1,)})
 
 
 def pack(value: float, dtype: np.dtype | type = np.float32) -> np.ndarray:

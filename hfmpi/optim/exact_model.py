@@ -110,18 +110,18 @@ class ExactModel(ABC):
         """Return the steps that are finite; the ranks exchange a message for all of them together."""
         if not solutions:
             return []
-        own = list[float]()
+        scalars = list[float]()
         with np.errstate(over="ignore", invalid="ignore"):  # a step that is too long is not taken
             steps = self._steps(solutions, dampings, pulled)
             for p, damping in zip(steps, dampings, strict=True):
                 square, slope = inner_product(p, p), inner_product(self.g, p)
                 # (G + lambda) p = -g, but for momentum
-                own += square, -slope, self.curvature(p) if pulled else -slope - damping * square
-        agreed = self.objective.agree(tuple(own))
-        scalars = list(zip(agreed[::3], agreed[1::3], agreed[2::3], strict=True))
+                scalars += square, -slope, self.curvature(p) if pulled else -slope - damping * square
+        agreed = self.objective.agree(tuple(scalars))
+        triples = zip(agreed[::3], agreed[1::3], agreed[2::3], strict=True)
         return [
             DampedStep(p, math.sqrt(square), descent - curvature / 2) if math.isfinite(square) else None
-            for p, (square, descent, curvature) in zip(steps, scalars, strict=True)
+            for p, (square, descent, curvature) in zip(steps, triples, strict=True)
         ]
 
     @abstractmethod

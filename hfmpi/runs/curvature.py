@@ -71,17 +71,8 @@ class Curvature:
         return np.array(self._backend.to_host(self._products(v)))
 
     def to_scipy(self) -> Any:
-        """Return G as a `scipy.sparse.linalg.LinearOperator`, symmetric, of theta's type.
-
-        Raises
-        ------
-        UserError
-            If SciPy is not installed.
-        """
-        try:
-            from scipy.sparse.linalg import LinearOperator
-        except ImportError:
-            raise UserError("to_scipy needs SciPy: pip install scipy") from None
+        """Return G as a `scipy.sparse.linalg.LinearOperator`, symmetric, of theta's type."""
+        from scipy.sparse.linalg import LinearOperator  # takes long to import
 
         def product(v: np.ndarray) -> np.ndarray:
             return self.gauss_newton(np.ascontiguousarray(v, self.theta.dtype).reshape(-1))
@@ -96,7 +87,8 @@ class Curvature:
         UserError
             If the model has no rows, or the matrix exceeds the memory budget.
         """
-        return self.rows("residuals").normal() / self.scored
+        rows = self._risk.rows(self._theta, RowRequest("residuals", stored=False))
+        return rows.normal() / self.scored
 
     def rows(self, kind: str = "scores", segments: int = 1, seed: int = 0) -> RowMatrix:
         """Compute f, its gradient, and rows S (M, D) of a Gauss-Newton or Fisher matrix S'S / N.
