@@ -141,6 +141,7 @@ def check_optimizers(model, cases):
         hfmpi.SOAP(),
         hfmpi.Muon(),
         hfmpi.Subspace(),
+        hfmpi.Subspace("kfac+rows"),
         hfmpi.LBFGS(),
         hfmpi.LM(),
     ):

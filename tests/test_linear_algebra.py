@@ -9,6 +9,7 @@ from hfmpi.measure.cost import Counts
 from hfmpi.measure.linear_algebra import cholesky, eigh, gram, product, qr, together, triangular_solve
 from hfmpi.optim import SOAP, Adam, Gradient, Muon, Objective, Objectives, Subspace, layout
 from hfmpi.optim.layout import Block
+from hfmpi.optim.rows import DenseRows
 
 BLOCKS = Block("gates", 0, 5, 6, cuts=(2, 4), groups=3), Block("bias", 30, 1, 4), Block("out", 34, 3, 2)
 SIZE = 40
@@ -63,6 +64,10 @@ class Risk(Objective):
     def gauss_newton(self, theta):
         return lambda v: v
 
+    def rows(self, theta, request):
+        at, factors = self.factored_gradient(theta)
+        return DenseRows(at.loss, at.vector, np.diag(theta - self.centre), factors=factors)
+
 
 @pytest.fixture
 def executed(monkeypatch):
@@ -98,6 +103,7 @@ def executed(monkeypatch):
         (Subspace(refresh=3, kfac_dampings=2, weight_decay=0.1), 0.0),
         (Subspace(directions="gradient+rms", cut=False), 0.0),
         (Subspace(candidates=3, memory=1), 0.0),
+        (Subspace("kfac+rows"), 0.0),
         (Subspace(damping=0.0), 1.0),  # the step is solved again until the risk falls
         (SOAP(refresh=2), 0.0),
         (SOAP(refresh=1, longest_side=5), 0.0),

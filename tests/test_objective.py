@@ -24,14 +24,16 @@ LENGTH, BURN_IN, VOCABULARY, HIDDEN = 5, 2, 4, 3
 KINDS = [("rnn", "standard"), ("mrnn", "standard"), ("lstm", "krause"), ("mlstm", "standard")]
 
 
-def make(name="mlstm", variant="standard", comm=None, micro_batch=64, dtype="float64", backend="numpy"):
+def make(
+    name="mlstm", variant="standard", comm=None, micro_batch=64, dtype="float64", backend="numpy", **options
+):
     """Give a mean risk, 12 sequences for it, and a theta; the same ones whoever asks."""
     rng = np.random.default_rng(1)
     about = Architecture(name, HIDDEN, VOCABULARY, VOCABULARY, variant=variant)
     sequences = Sequences(rng.integers(0, VOCABULARY, 12 * LENGTH).astype(np.uint8), LENGTH, BURN_IN)
     theta = (0.5 * rng.standard_normal(about.layout.size)).astype(dtype)
     network = Network(about, create(backend, dtype))
-    return DataParallel(network, comm or Communicator(), micro_batch=micro_batch), sequences, theta
+    return DataParallel(network, comm or Communicator(), micro_batch=micro_batch, **options), sequences, theta
 
 
 def everything(risk, theta, v):

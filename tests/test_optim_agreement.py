@@ -80,6 +80,10 @@ class Rank(Objective):
         return at, np.concatenate(factors).view(self.kind)
 
     def rows(self, theta, request):
+        if request.kind == "scores":
+            at, factors = self.factored_gradient(theta)
+            scores = np.diag(np.asarray(at.vector)).view(self.kind)
+            return DenseRows(at.loss, at.vector, scores, factors=factors)
         away, at = np.asarray(theta) - self.centre, self.gradient(theta)
         r = np.sqrt(2 * self.scale * np.sqrt(1 + away**2)).astype(theta.dtype)
         return DenseRows(at.loss, at.vector, np.diag(np.asarray(at.vector) / r), r.astype(np.float64))
@@ -138,6 +142,7 @@ ALL = [
     Subspace(kfac_damping=1e-2, refresh=2),
     Subspace("gradient+rms", memory=1, cut=False, damping=1e3, candidates=3),
     Subspace("kfac+rms", kfac_damping=1e-2, damping=1e3, weight_decay=0.1),
+    Subspace("kfac+rows", kfac_damping=1e-2, row_damping=1.0, row_steps=4, row_tolerance=0),
     LBFGS(memory=3),
     LM(),
     LM(momentum=0.5),
@@ -184,7 +189,7 @@ def test_ranks_under_mpi_agree_in_every_bit(optimizer, mpi_ranks, comm):
 @pytest.mark.parametrize(
     ("optimizer", "most"),
     [
-        *zip(ALL[4:-3], (1, 1, 2, 2, 2, 3, 3, 5, 7, 5), strict=True),
+        *zip(ALL[4:-3], (1, 1, 2, 2, 2, 3, 3, 5, 7, 5, 5 + 9), strict=True),
         *((hessian_free, 0) for hessian_free in ALL[:4]),
     ],
 )

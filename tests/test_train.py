@@ -52,6 +52,19 @@ OPTIMIZERS = {
             "weight_decay": 1e-3,
         },
     },
+    "subspace rows": {
+        "optimizer": "subspace",
+        "curvature_batch": 4,
+        "settings": {
+            "directions": "kfac+rows",
+            "segments": 2,
+            "row_kind": "sketch",
+            "kfac_dampings": 1,
+            "row_dampings": 2,
+            "row_damping": 1e-2,
+            "damping": 1.0,
+        },
+    },
     # Few CG iterations: after many, backtracking chooses among iterates that differ by rounding alone.
     "shf": {"optimizer": "shf", "settings": {"cg_max_steps": 5}},
     "bhf": {"optimizer": "bhf", "settings": {"damping": 0.1, "structural_damping": 0.1, "cg_max_steps": 8}},

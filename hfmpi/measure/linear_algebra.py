@@ -30,7 +30,7 @@ from collections.abc import Iterable
 
 from hfmpi.measure.cost import Counts
 
-__all__ = ["cholesky", "eigh", "gram", "product", "qr", "together", "triangular_solve"]
+__all__ = ["cholesky", "eigh", "gram", "product", "qr", "repeated", "together", "triangular_solve"]
 
 
 def product(m: int, k: int, n: int = 1) -> Counts:
@@ -61,6 +61,11 @@ def qr(n: int) -> Counts:
 def eigh(n: int) -> Counts:
     """Return the cost of the eigenvalues and eigenvectors of a symmetric matrix (n, n)."""
     return Counts(operations=9 * n**3, depth=2 * n)
+
+
+def repeated(work: Counts, times: int) -> Counts:
+    """Return the cost of work that is done again and again, each time after the last."""
+    return Counts(operations=times * work.operations, depth=times * work.depth)
 
 
 def together(works: Iterable[Counts]) -> Counts:

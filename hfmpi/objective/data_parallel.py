@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import numpy as np
 
@@ -282,11 +283,14 @@ class Risk(Objective):
         self.shard = owner.shard(cases, indices)
         self._rest: Shard = self.shard
         self._part: Risk | None = None
+        self._sizes = owner.sizes(self.size)
         self._version = 0  # of the linearisations that a gradient made on this shard
 
     def keep(self, part: Risk, rest: np.ndarray) -> None:
         """Linearise `part`, the risk on some of the examples, with each gradient; `rest` has the others."""
         self._rest, self._part = self.owner.shard(self.cases, rest), part
+        both = self.owner.sizes(part.size), self.owner.sizes(len(rest))
+        self._sizes = [a + b for a, b in zip(*both, strict=True)]
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -383,21 +387,33 @@ class Risk(Objective):
     def rows(self, theta: Array, request: RowRequest) -> RowMatrix:
         """Return the mean loss, its gradient and rows of the examples; loss and gradient in one message."""
         self._check("theta", theta)
-        owner, backend = self.owner, self.owner.model.backend
-        if not has_rows(owner.model):
+        owner, backend, model = self.owner, self.owner.model.backend, self.owner.model
+        if not has_rows(model):
             return super().rows(theta, request)
+        if request.factors and not isinstance(model, KroneckerFactors):
+            super().factored_gradient(theta)
+        # Rows of residuals need all of the memory, and their optimizer no products.
+        part = None if request.kind == "residuals" else self._part
+        rest, sizes = (self.shard, owner.sizes(self.size)) if part is None else (self._rest, self._sizes)
         kept = list[SliceRows]()
 
         def local() -> Array:
-            message, slices = owner.local.rows(theta, self.shard, self.scored, request, self.size)
+            message, slices, version = owner.local.rows(
+                theta, rest, self.scored, request, self.size, None if part is None else part.shard
+            )
             kept.extend(slices)
+            if part is not None:
+                part._version = version
             return message
 
-        layout = gradient_message(theta.size, ROW_NUMBERS)
+        layout = owner.local.row_layout(theta, request)
         message = owner.total(local, layout.size, theta.dtype)
         out = layout.views(message)
-        sizes = owner.sizes(self.size)
-        cotangents, incomplete = (float(number) for number in backend.to_host(out["extra"]))
+        cotangents, incomplete = (float(number) for number in backend.to_host(out["extra"][:ROW_NUMBERS]))
+        factors = None
+        if request.factors:
+            sums = out["extra"][ROW_NUMBERS:]
+            factors = cast(KroneckerFactors, model).factor_sums.normalise(sums, self.scored)
         cotangents /= sum(size > 0 for size in sizes)
         if cotangents != int(cotangents):
             raise UserError(
@@ -414,6 +430,7 @@ class Risk(Objective):
             complete=incomplete == 0,
             with_residuals=request.kind == "residuals",
             stored=request.stored or request.kind != "residuals" or cotangents * self.size < theta.size,
+            factors=factors,
         )
 
     def gauss_newton(self, theta: Array) -> Operator:

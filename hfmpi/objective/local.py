@@ -6,7 +6,7 @@ No communication. The shard comes in slices, whose sums are added in a binary tr
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal, NamedTuple, TypeVar, cast
@@ -57,11 +57,22 @@ class Shard:
         return sum(part.size for part in self.slices)
 
 
-class Slice(NamedTuple):
-    """A slice of a shard at one theta: the linearisations that fit the memory, and the other batches."""
+class Piece(NamedTuple):
+    """A micro-batch at one theta.
 
-    linearisations: list[Linearisation]
-    batches: list[Any]
+    Attributes
+    ----------
+    indices : (n,) int64
+        Of its examples.
+    batch : Any
+        The examples; None where there is a linearisation.
+    at : Linearisation or None
+        None where the memory does not suffice.
+    """
+
+    indices: np.ndarray
+    batch: Any
+    at: Linearisation | None = None
 
 
 class LocalSums:
@@ -90,7 +101,7 @@ class LocalSums:
         self.memory_budget = memory_budget
         self.rank = rank
         self._passing: Linearisation | None = None  # used at once; the next one takes its memory
-        self._slices: list[Slice] = []  # linearised, between products
+        self._slices: list[list[Piece]] = []  # linearised, between products
         self._theta: Array = None  # at which they are linearised: a copy
         self.rows_at_once = dict[tuple[str, int], int]()  # by request: examples whose rows one pass computes
         self._version = 1  # of these slices; an operator that knows an earlier one linearises again
@@ -98,16 +109,16 @@ class LocalSums:
     @property
     def linearisations(self) -> list[Linearisation]:
         """The linearisations that are in memory between products."""
-        return [at for part in self._slices for at in part.linearisations]
+        return [piece.at for part in self._slices for piece in part if piece.at is not None]
 
     def losses(self, thetas: Sequence[Array], shard: Shard, span: str) -> np.ndarray:
         """Sum the losses of each theta, (C,) float64; the timer books them under `span`."""
 
         def share(part: np.ndarray) -> np.ndarray:
             losses = np.zeros(len(thetas))
-            for batch in self._batches(shard, part):
+            for piece in self._pieces(shard, part):
                 with self.timer.span(span):
-                    losses += [self.model.loss(theta, batch) for theta in thetas]
+                    losses += [self.model.loss(theta, piece.batch) for theta in thetas]
             return losses
 
         return self._shrinking(shard.count, lambda: pairwise_sum([share(part) for part in shard.slices]))
@@ -118,6 +129,11 @@ class LocalSums:
         if extra == "factors":
             sizes["factors"] = cast(KroneckerFactors, self.model).factor_sums.size
         return gradient_message(theta.size, sizes[extra])
+
+    def row_layout(self, theta: Array, request: RowRequest) -> Layout[str]:
+        """Return the layout of the message of `rows`, whose extra numbers end with those for factors."""
+        factors = cast(KroneckerFactors, self.model).factor_sums.size if request.factors else 0
+        return gradient_message(theta.size, ROW_NUMBERS + factors)
 
     def gradient(
         self, theta: Array, shard: Shard, scored: int, extra: Extra = "", part: Shard | None = None
@@ -140,20 +156,16 @@ class LocalSums:
                 backend.synchronize()
             return float(at.loss) / scored
 
-        def share(indices: np.ndarray, first: Slice) -> Array:
+        def share(indices: np.ndarray, first: list[Piece]) -> Array:
             message = backend.xp.zeros(layout.size, theta.dtype)
-            out = layout.views(message)
-            loss = sum(add(at, out) for at in first.linearisations)
-            for batch in chain(first.batches, self._batches(shard, indices)):
-                with self.timer.span(FORWARD):
-                    at = self.linearised(model.linearise, theta, batch)
-                loss += add(at, out)
+            out, pieces = layout.views(message), chain(first, self._pieces(shard, indices))
+            loss = sum(add(at, out) for _, at in self.linearisations_of(pieces, model.linearise, theta))
             out["loss"][...] = backend.to_device(pack(loss, theta.dtype))
             return message
 
         def sums() -> tuple[Array, int]:
             if part is None:
-                return pairwise_sum([share(indices, Slice([], [])) for indices in shard.slices]), 0
+                return pairwise_sum([share(indices, []) for indices in shard.slices]), 0
             self._linearise(model.linearise, theta, part, FORWARD)
             both = zip(shard.slices, self._slices, strict=True)
             return pairwise_sum([share(indices, first) for indices, first in both]), self._version
@@ -161,34 +173,46 @@ class LocalSums:
         return self._shrinking(shard.count + (part.count if part is not None else 0), sums)
 
     def rows(
-        self, theta: Array, shard: Shard, scored: int, request: RowRequest, examples: int
-    ) -> tuple[Array, list[SliceRows]]:
-        """Return the message of loss, gradient and row counts, and the rows of every slice.
+        self,
+        theta: Array,
+        shard: Shard,
+        scored: int,
+        request: RowRequest,
+        examples: int,
+        part: Shard | None = None,
+    ) -> tuple[Array, list[SliceRows], int]:
+        """Return the message of loss, gradient and row counts, the rows of every slice, and a version.
 
         Where they are not to be stored (`RowRequest.stored`), S'S of every slice takes their place.
-        `examples` counts those of the global batch.
+        `examples` counts those of the global batch; `part` and version are as for `gradient`.
 
         Raises
         ------
         UserError
             If the memory budget does not suffice.
         """
-        layout, parts = gradient_message(theta.size, ROW_NUMBERS), list[SliceRows]()
+        layout, parts = self.row_layout(theta, request), list[SliceRows]()
 
-        def share(indices: np.ndarray) -> Array:
+        def share(indices: np.ndarray, first: list[Piece]) -> Array:
             message = self.model.backend.xp.zeros(layout.size, theta.dtype)
-            parts.append(
-                slice_rows(self, theta, shard, indices, scored, request, examples, layout.views(message))
-            )
+            out = layout.views(message)
+            kept = [(piece.indices, piece.at) for piece in first if piece.at is not None]
+            rest = np.concatenate([*(piece.indices for piece in first if piece.at is None), indices])
+            parts.append(slice_rows(self, theta, shard, rest, scored, request, examples, out, kept))
             return message
 
-        def sums() -> Array:
+        def sums() -> tuple[Array, int]:
             parts.clear()
-            self._passing, self._slices = None, []  # their memory is needed
-            self._version += 1
-            return pairwise_sum([share(indices) for indices in shard.slices])
+            if part is None:
+                self._passing, self._slices = None, []  # their memory is needed
+                self._version += 1
+                return pairwise_sum([share(indices, []) for indices in shard.slices]), 0
+            self._linearise(self.model.linearise, theta, part, FORWARD)
+            both = zip(shard.slices, self._slices, strict=True)
+            return pairwise_sum([share(indices, first) for indices, first in both]), self._version
 
-        return self._shrinking(shard.count, sums), parts
+        message, version = self._shrinking(shard.count + (part.count if part is not None else 0), sums)
+        return message, parts, version
 
     def products(
         self, theta: Array, shard: Shard, scored: int, structural: float = 0.0, version: int = 0
@@ -260,14 +284,9 @@ class LocalSums:
             self._shrinking(shard.count, lambda: self._linearise(linearise, theta, shard))
         mine = self._version
 
-        def share(part: Slice, v: Array) -> Array:
+        def share(part: list[Piece], v: Array) -> Array:
             message = start(v)
-            for at in part.linearisations:
-                with self.timer.span(PRODUCTS):
-                    add(at, v, message)
-            for batch in part.batches:
-                with self.timer.span(LINEARISE):
-                    at = self.linearised(linearise, theta, batch)
+            for _, at in self.linearisations_of(part, linearise, theta, LINEARISE):
                 with self.timer.span(PRODUCTS):
                     add(at, v, message)
             return message
@@ -287,12 +306,12 @@ class LocalSums:
         self._slices, self._theta, count = [], theta.copy(), 0
         self._version += 1
         for part in shard.slices:
-            current = Slice([], [])
+            current: list[Piece] = []
             self._slices.append(current)
             for indices in self.cut(part):
                 batch = self.take(shard, indices)
                 if size * len(indices) > left * cases:  # if it is, per example, as large as the last one
-                    current.batches.append(batch)
+                    current.append(Piece(indices, batch))
                     continue
                 reuse = before[count] if count < len(before) else self._passing
                 with self.timer.span(span):
@@ -302,10 +321,10 @@ class LocalSums:
                 size, cases = at.nbytes, len(indices)
                 if size > left:
                     self._passing = at
-                    current.batches.append(batch)
+                    current.append(Piece(indices, batch))
                 else:
                     left -= size
-                    current.linearisations.append(at)
+                    current.append(Piece(indices, None, at))
                     count += 1
 
     def linearised(self, linearise: Linearise, theta: Array, batch: Any) -> Linearisation:
@@ -357,10 +376,20 @@ class LocalSums:
         with self.timer.span(INPUT):
             return shard.cases.take(indices)
 
-    def _batches(self, shard: Shard, part: np.ndarray) -> Iterator[Any]:
+    def _pieces(self, shard: Shard, part: np.ndarray) -> Iterator[Piece]:
         """Yield the micro-batches of a slice."""
         for indices in self.cut(part):
-            yield self.take(shard, indices)
+            yield Piece(indices, self.take(shard, indices))
+
+    def linearisations_of(
+        self, pieces: Iterable[Piece], linearise: Linearise, theta: Array, span: str = FORWARD
+    ) -> Iterator[tuple[np.ndarray, Any]]:
+        """Yield the indices and the linearisation of each micro-batch, which lasts until the next one."""
+        for indices, batch, at in pieces:
+            if at is None:
+                with self.timer.span(span):
+                    at = self.linearised(linearise, theta, batch)
+            yield indices, at
 
 
 def _project(at: Linearisation, v: Array, scale: float, out: np.ndarray) -> None:

@@ -12,7 +12,7 @@ from hfmpi.backends.base import Array, Backend
 from hfmpi.errors import UserError
 from hfmpi.measure.spans import FORWARD, GRADIENT
 from hfmpi.models.base import RowsFirst
-from hfmpi.objective.messages import pack
+from hfmpi.objective.messages import ROW_NUMBERS, pack
 from hfmpi.optim.rows import RowRequest, check_side
 
 if TYPE_CHECKING:
@@ -62,6 +62,15 @@ class SliceRows:
             start += len(part)
         return total
 
+    def product(self, v: Array) -> Array:
+        """Compute S'S v (D,), in the type of the rows, which are read from memory once."""
+        xp, total = self.backend.xp, self.backend.xp.zeros_like(v)
+        many = max(1, self.backend.each_numbers // v.size)
+        for start in range(0, len(self.stored), many):
+            part = self.stored[start : start + many]
+            total += xp.matmul(xp.matmul(part, v), part)
+        return total
+
     def squared(self) -> Array:
         """Compute S'S (D, D), float64 on the device."""
         if self.normal is not None:
@@ -89,40 +98,50 @@ def slice_rows(
     request: RowRequest,
     examples: int,
     out: dict[str, Array],
+    first: list[tuple[np.ndarray, Any]],
 ) -> SliceRows:
-    """Compute the rows of the examples `indices` (n,), one slice of a shard.
+    """Compute the rows of one slice of a shard: of examples that are linearised, and of others.
 
     Parameters
     ----------
     local : LocalSums
+    indices : (n,) int64
+        Of the examples that are not linearised.
     scored, examples : int
         Of the whole global batch: on it depends whether there are fewer rows than parameters.
     out : dict
         The arrays of the message; this adds loss and gradient, divided by `scored`.
+    first : list
+        The indices and the linearisation of each micro-batch that has one.
     """
     backend, model, size = local.model.backend, local.model, theta.size
     xp, part, key = backend.xp, SliceRows(backend), (request.kind, request.segments)
-    linearise = model.linearise_rows if isinstance(model, RowsFirst) else model.linearise
-    cut, done, loss = local.cut(indices, local.rows_at_once.get(key)), 0, 0.0
+    linearise = model.linearise
+    if isinstance(model, RowsFirst) and not request.factors:
+        linearise = model.linearise_rows
+    pieces = [*first, *((some, None) for some in local.cut(indices, local.rows_at_once.get(key)))]
+    number, done, loss = sum(len(some) for some, _ in first) + len(indices), 0, 0.0
     part.stored, part.residuals = xp.zeros((0, size), theta.dtype), xp.zeros(0, theta.dtype)
-    while cut:
-        some = cut.pop(0)
-        batch = local.take(shard, some)
-        with local.timer.span(FORWARD):
-            at: Any = local.linearised(linearise, theta, batch)
+    while pieces:
+        some, at = pieces.pop(0)
+        linearised = at is not None
+        if not linearised:
+            batch = local.take(shard, some)
+            with local.timer.span(FORWARD):
+                at = local.linearised(linearise, theta, batch)
         count = int(at.residual_count()) if request.kind == "residuals" else request.segments
+        most = max(1, AT_ONCE // max(1, count * size))
+        if len(some) > most and not linearised:  # only a batch shows how many rows an example has
+            local.rows_at_once[key] = most
+            pieces = [(some, None) for some in local.cut(indices, most)]
+            continue
         if not done:
-            most = max(1, AT_ONCE // max(1, count * size))
-            if len(some) > most:  # only a batch shows how many rows an example has
-                local.rows_at_once[key] = most
-                cut = local.cut(indices, most)
-                continue
             if request.kind == "residuals":
                 check_side(examples * count, size, request.largest_side)
             stored = request.stored or request.kind != "residuals" or examples * count < size
-            _check_memory(local, len(indices) * count * size if stored else 0, 0 if stored else size)
-            part.residuals = xp.zeros(len(indices) * count, theta.dtype)
-            part.stored = xp.zeros((len(indices) * count, size), theta.dtype) if stored else None
+            _check_memory(local, number * count * size if stored else 0, 0 if stored else size)
+            part.residuals = xp.zeros(number * count, theta.dtype)
+            part.stored = xp.zeros((number * count, size), theta.dtype) if stored else None
             part.normal = None if stored else xp.zeros((size, size), np.float64)
             out["extra"][0] = count
         place = slice(done * count, (done + len(some)) * count)
@@ -150,8 +169,12 @@ def _add(
     """Fill the rows (B * C, D) of a micro-batch and its residuals (B * C,), and add its gradient to `out`."""
     backend, kind = at.backend, rows.dtype.type
     by_example, xp = rows.reshape(len(indices), -1, rows.shape[1]), backend.xp
+    if request.factors:
+        at.factored_gradient(1 / scored, out["gradient"], out["extra"][ROW_NUMBERS:])
     if request.kind == "scores":
         at.scores(request.segments, by_example)
+        if request.factors:
+            return
         out["gradient"] += xp.matmul(xp.zeros(len(rows), rows.dtype) + kind(1 / scored), rows)
     elif request.kind == "residuals":
         complete = at.residual_rows(by_example, residuals.reshape(len(indices), -1))
@@ -163,7 +186,8 @@ def _add(
     else:
         e = signs(request.seed, indices, at.residual_count()).astype(rows.dtype)
         at.sketch(backend.to_device(e), request.segments, by_example)
-        at.gradient(1 / scored, out["gradient"])
+        if not request.factors:
+            at.gradient(1 / scored, out["gradient"])
 
 
 def _check_memory(local: LocalSums, entries: int, side: int) -> None:

@@ -43,7 +43,7 @@ class ShardedRows(RowMatrix):
         The rows of every slice of all ranks, in order.
     stored : bool
         Whether the slices have their rows, and not S'S alone.
-    loss, gradient, scored, cotangents, complete
+    loss, gradient, scored, cotangents, complete, factors
         As in `RowMatrix`.
     """
 
@@ -60,10 +60,12 @@ class ShardedRows(RowMatrix):
         complete: bool,
         with_residuals: bool,
         stored: bool,
+        factors: Vector | None = None,
     ) -> None:
         self.owner, self.slices, self.counts, self.stored = owner, slices, counts, stored
         self.loss, self.gradient, self.scored = loss, gradient, scored
         self.cotangents, self.complete, self.count = cotangents, complete, sum(counts)
+        self.factors = factors
         comm, ends = owner.communicator, np.cumsum([0, *counts]).tolist()
         first = len(counts) * comm.rank // comm.size
         self._places = [slice(*ends[i : i + 2]) for i in range(first, first + len(slices))]
@@ -91,6 +93,17 @@ class ShardedRows(RowMatrix):
             return xp.append(pairwise_sum(sums), kind.type(0))
 
         return self.owner.total(local, prod(shape) + 1, kind)[:-1].reshape(shape)
+
+    def product(self, v: Vector) -> Vector:
+        """Compute S'S v (D,), in the precision of theta and in one message of D numbers."""
+        self._check_stored()
+        _check_length("v", v, self.gradient.size)
+
+        def local() -> Array:
+            products = pairwise_sum([part.product(v) for part in self.slices])
+            return self.owner.model.backend.xp.append(products, v.dtype.type(0))
+
+        return self.owner.total(local, v.size + 1, v.dtype)[:-1]
 
     def normal(self) -> Matrix:
         """Compute S'S (D, D), in one message of D^2 numbers."""

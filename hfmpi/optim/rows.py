@@ -52,6 +52,8 @@ class RowRequest:
     largest_side : int
         Refuse rows of residuals, before any are computed, whose smaller matrix, min(M, D), is larger
         (`check_side`); 0: never.
+    factors : bool
+        For scores and sketches: compute the Kronecker factors in the same pass (`RowMatrix.factors`).
     """
 
     kind: Annotated[str, Rule(f"must be one of {', '.join(KINDS)}", KINDS.__contains__)] = "scores"
@@ -59,9 +61,12 @@ class RowRequest:
     seed: Annotated[int, NOT_NEGATIVE] = 0
     stored: bool = True
     largest_side: Annotated[int, NOT_NEGATIVE] = 0
+    factors: bool = False
 
     def __post_init__(self) -> None:
         check(self)
+        if self.factors and self.kind == "residuals":
+            raise ValueError("rows of residuals have no Kronecker factors: take scores or a sketch")
 
 
 def check_side(count: int, parameters: int, largest: int) -> None:
@@ -95,6 +100,8 @@ class RowMatrix(ABC):
     complete : bool
         Whether S'r / N is all of g. It is not where the gradient of a loss has a part that its Hessian does
         not see, such as the linear part of Huber's loss.
+    factors : vector or None
+        The Kronecker factors, as of `Objective.factored_gradient`, where they were requested.
     """
 
     loss: float
@@ -104,6 +111,7 @@ class RowMatrix(ABC):
     cotangents: int
     residuals: Matrix | None
     complete: bool
+    factors: Vector | None = None
 
     @abstractmethod
     def times(self, v: Vector) -> Matrix:
@@ -112,6 +120,10 @@ class RowMatrix(ABC):
     @abstractmethod
     def transposed(self, a: Matrix) -> Vector:
         """Compute S' a (D,) of a (M,), or (k, D) of (k, M); in the type of theta, of float64."""
+
+    def product(self, v: Vector) -> Vector:
+        """Compute S'S v (D,) of v (D,), in the type of theta."""
+        return self.transposed(self.times(v))
 
     @abstractmethod
     def gram(self) -> Matrix:
@@ -139,6 +151,7 @@ class DenseRows(RowMatrix):
     scored: int = 1
     cotangents: int = 1
     complete: bool = True
+    factors: Vector | None = None
 
     @property
     def count(self) -> int:  # type: ignore[override]

@@ -24,9 +24,10 @@ from typing import Annotated
 import numpy as np
 
 from hfmpi.measure.cost import Counts
-from hfmpi.measure.linear_algebra import together
+from hfmpi.measure.linear_algebra import product, repeated, together
 from hfmpi.optim.base import (
     EntryT,
+    Gradient,
     Messages,
     Needs,
     Objective,
@@ -40,11 +41,13 @@ from hfmpi.optim.damping import UNRESOLVED, noise, rounding, small
 from hfmpi.optim.kfac import decomposition_layout, preconditioned_gradients, preconditioning
 from hfmpi.optim.layout import Block, Vector, kronecker_layout
 from hfmpi.optim.reduced_model import ReducedModel, Step, normalised, parts_of
+from hfmpi.optim.rows import RowMatrix, RowRequest
+from hfmpi.optim.shifted_cg import shifted_solutions
 from hfmpi.settings import NOT_NEGATIVE, POSITIVE, Rule, at_least, check, within
 
 __all__ = ["Subspace", "SubspaceState"]
 
-KINDS = "kfac", "gradient", "rms"
+KINDS = "kfac", "rows", "gradient", "rms"
 
 LEAST, MOST = 0.1, 0.5
 """Bounds of the part of a step that remains after the risk rose: bounds of the parabola's minimum."""
@@ -106,6 +109,13 @@ class Subspace(Optimizer[SubspaceState]):
     factor_decay, refresh
         Decay of the running mean of K-FAC's factors, and steps between decompositions. With large batches,
         averaging over past factors hurts.
+    segments : int
+        K, the segments of an example that have a row each.
+    row_kind : {'scores', 'sketch'}
+    row_damping, row_dampings, row_ratio
+        As for K-FAC.
+    row_tolerance, row_steps
+        The end of conjugate gradients on the rows: their relative residual, and the most iterations.
     square_decay : float
         Decay of the running mean of squares.
     damping, damping_minimum, damping_maximum : float
@@ -125,6 +135,13 @@ class Subspace(Optimizer[SubspaceState]):
     kfac_dampings: Annotated[int, at_least(1)] = 3
     kfac_ratio: Annotated[float, POSITIVE] = 10.0
     factor_decay: Annotated[float, within("[0, 1)")] = 0.0
+    segments: Annotated[int, at_least(1)] = 1
+    row_kind: Annotated[str, Rule("must be scores or sketch", ("scores", "sketch").__contains__)] = "scores"
+    row_damping: Annotated[float, POSITIVE] = 1e-4
+    row_dampings: Annotated[int, at_least(1)] = 3
+    row_ratio: Annotated[float, POSITIVE] = 10.0
+    row_tolerance: Annotated[float, NOT_NEGATIVE] = 1e-2
+    row_steps: Annotated[int, at_least(1)] = 100
     square_decay: Annotated[float, within("[0, 1)")] = 0.9
     refresh: Annotated[int, at_least(1)] = 1
     damping: Annotated[float, NOT_NEGATIVE] = 1e-3
@@ -161,7 +178,7 @@ class Subspace(Optimizer[SubspaceState]):
     @property
     def needs(self) -> Needs:
         """What these settings need of the model."""
-        return Needs(blocks=True, kronecker_factors=self._uses("kfac"))
+        return Needs(blocks=True, kronecker_factors=self._uses("kfac"), rows=self._uses("rows"))
 
     @property
     def seeks_lowest_risk(self) -> bool:
@@ -187,8 +204,12 @@ class Subspace(Optimizer[SubspaceState]):
         check_state(state, SubspaceState, theta)
         objective, kind = objectives.gradient, theta.dtype.type
         candidates = self.candidates or int(not objectives.repeated)
-        factors = None
-        if self._uses("kfac"):
+        factors = rows = None
+        if self._uses("rows"):
+            request = RowRequest(self.row_kind, self.segments, state.updates, factors=self._uses("kfac"))
+            rows = objective.rows(theta, request)
+            at, factors = Gradient(rows.loss, rows.gradient), rows.factors
+        elif self._uses("kfac"):
             at, factors = objective.factored_gradient(theta)
         else:
             at = objective.gradient(theta)
@@ -197,7 +218,8 @@ class Subspace(Optimizer[SubspaceState]):
             g = g + kind(self.weight_decay) * theta
         plain, loss, square = objective.agree((plain, plain + self._penalty(theta), inner_product(g, g)))
         norm, rho, before = math.sqrt(square), None, state
-        report = StepReport(plain, False, "", Counts(gradients=1), _details(norm, state.damping))
+        passes = Counts(gradients=1, adjoints=self.segments if rows else 0)
+        report = StepReport(plain, False, "", passes, _details(norm, state.damping))
         last = Step(theta, state.descent, state.curvature)
         judged = not candidates and last.promise > rounding(state.loss, theta)
         if judged:
@@ -224,8 +246,12 @@ class Subspace(Optimizer[SubspaceState]):
         if self._uses("kfac"):
             algebra = preconditioning(objective.blocks, self.kfac_dampings, self._refreshes(state))
         state, directions = self._directions(state, objective, g, factors)
+        if rows is not None:
+            further, work = self._row_directions(objective, rows, g)
+            directions, algebra = [*further, *directions], algebra + work
+            del rows  # their memory is large
         model, work = self._model(theta, objectives, g, directions)
-        report = replace(report, work=work + algebra, details=_details(norm, state.damping, rho))
+        report = replace(report, work=passes + work + algebra, details=_details(norm, state.damping, rho))
         if model is None:
             return theta, before, replace(report, message="a direction is not finite")
         state, count = replace(state, loss=loss), max(1, candidates)
@@ -338,6 +364,22 @@ class Subspace(Optimizer[SubspaceState]):
             state, directions = replace(state, factors=mean, decomposition=decomposition), directions + more
         return state, [*directions, *state.steps.reshape(-1, g.size)[: self.memory]]
 
+    def _row_directions(
+        self, objective: Objective, rows: RowMatrix, g: Vector
+    ) -> tuple[list[Vector], Counts]:
+        """Compute (S'S / N + gamma)^-1 g for each gamma of the rows."""
+        scale = g.dtype.type(1 / rows.scored)
+        found, iterations = shifted_solutions(
+            lambda v: scale * rows.product(v),
+            g,
+            [self.row_damping * self.row_ratio**i for i in range(self.row_dampings)],
+            self.row_tolerance,
+            self.row_steps,
+            objective.agree,
+        )
+        one = product(rows.count, g.size)
+        return found, repeated(one + one, iterations)
+
     def _refreshes(self, state: SubspaceState) -> bool:
         """Return whether this step decomposes the factors."""
         return state.updates % self.refresh == 0
@@ -346,7 +388,7 @@ class Subspace(Optimizer[SubspaceState]):
         self, theta: Vector, objectives: Objectives, g: Vector, directions: list[Vector]
     ) -> tuple[ReducedModel | None, Counts]:
         """Compute the model in the space of the directions, None if one is not finite; and the work."""
-        objective, work = objectives.gradient, Counts(gradients=1)
+        objective, work = objectives.gradient, Counts()
         parts = parts_of(objective.blocks if self.cut else [Block("theta", 0, 1, g.size)])
         basis = normalised(objective, directions, parts)
         if basis is None:

@@ -1,0 +1,76 @@
+"""Conjugate gradients for several shifts at once: (A + shift I) x = b for the same A and b.
+
+All shifts share the Krylov space of b, so that an iteration takes one product with A for all of them
+(Jegerlehner 1996, arXiv hep-lat/9612014; van den Eshof and Sleijpen 2004). The residuals of the shifted
+systems are parallel to that of the smallest shift, r_k = zeta_k r, and shorter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from hfmpi.optim.base import Operator, Scalars, inner_product
+from hfmpi.optim.layout import Vector
+
+__all__ = ["shifted_solutions"]
+
+
+def shifted_solutions(
+    apply: Operator,
+    b: Vector,
+    shifts: Sequence[float],
+    tolerance: float,
+    most: int,
+    agree: Callable[[Scalars], Scalars] = lambda values: values,
+) -> tuple[list[Vector], int]:
+    """Solve (A + shift I) x = b approximately for each shift.
+
+    Parameters
+    ----------
+    apply : callable
+        v (D,) -> A v, a new vector; A is symmetric and positive semidefinite.
+    b : (D,)
+    shifts : sequence of float
+        Positive, ascending.
+    tolerance : float
+        The iteration ends when the residual of the smallest shift is at most this part of b.
+    most : int
+        Iterations at most.
+    agree : callable
+        Returns rank 0's values of scalars (`Objective.agree`).
+
+    Returns
+    -------
+    list of (D,), int
+        The solutions, and the iterations, each of them a product. A solution may not be finite.
+    """
+    kind, smallest = b.dtype.type, shifts[0]
+    r, xs, ps = b, [b * 0 for _ in shifts], [b * 1 for _ in shifts]
+    zeta, zeta_before = [1.0] * len(shifts), [1.0] * len(shifts)
+    alpha_before, beta_before = 1.0, 0.0
+    (square,) = agree((inner_product(r, r),))
+    goal = tolerance**2 * square
+    for iteration in range(most):
+        q = apply(ps[0]) + kind(smallest) * ps[0]
+        (bend,) = agree((inner_product(ps[0], q),))
+        if not (bend > 0 and math.isfinite(bend) and math.isfinite(square)):
+            return xs, iteration + 1
+        alpha = square / bend
+        r = r - kind(alpha) * q
+        (after,) = agree((inner_product(r, r),))
+        beta, square = after / square, after
+        for k, shift in enumerate(shifts):
+            before, last = zeta_before[k], zeta[k]
+            new = alpha_before * before * (1 + alpha * (shift - smallest)) + alpha * beta_before * (
+                before - last
+            )
+            new = last * before * alpha_before / new
+            ratio = new / last if last else 0.0
+            xs[k] = xs[k] + kind(alpha * ratio) * ps[k]
+            ps[k] = kind(new) * r + kind(beta * ratio**2) * ps[k]
+            zeta_before[k], zeta[k] = last, new
+        alpha_before, beta_before = alpha, beta
+        if square <= goal:
+            return xs, iteration + 1
+    return xs, most
