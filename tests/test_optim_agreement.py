@@ -82,8 +82,8 @@ class Rank(Objective):
     def rows(self, theta, request):
         if request.kind == "scores":
             at, factors = self.factored_gradient(theta)
-            scores = np.diag(np.asarray(at.vector)).view(self.kind)
-            return DenseRows(at.loss, at.vector, scores, factors=factors)
+            scores = np.diag(np.asarray(at.vector)).astype(theta.dtype).view(self.kind)
+            return DenseRows(at.loss, at.vector, scores, factors=factors.astype(theta.dtype))
         away, at = np.asarray(theta) - self.centre, self.gradient(theta)
         r = np.sqrt(2 * self.scale * np.sqrt(1 + away**2)).astype(theta.dtype)
         return DenseRows(at.loss, at.vector, np.diag(np.asarray(at.vector) / r), r.astype(np.float64))
@@ -142,7 +142,7 @@ ALL = [
     Subspace(kfac_damping=1e-2, refresh=2),
     Subspace("gradient+rms", memory=1, cut=False, damping=1e3, candidates=3),
     Subspace("kfac+rms", kfac_damping=1e-2, damping=1e3, weight_decay=0.1),
-    Subspace("kfac+rows", kfac_damping=1e-2, row_damping=1.0, row_steps=4, row_tolerance=0),
+    Subspace("kfac+rows", kfac_damping=1e-2, row_damping=1.0, row_steps=2),
     LBFGS(memory=3),
     LM(),
     LM(momentum=0.5),
@@ -189,15 +189,14 @@ def test_ranks_under_mpi_agree_in_every_bit(optimizer, mpi_ranks, comm):
 @pytest.mark.parametrize(
     ("optimizer", "most"),
     [
-        *zip(ALL[4:-3], (1, 1, 2, 2, 2, 3, 3, 5, 7, 5, 5 + 9), strict=True),
+        *zip(ALL[4:-4], (1, 1, 2, 2, 2, 3, 3, 5, 7, 5), strict=True),
         *((hessian_free, 0) for hessian_free in ALL[:4]),
     ],
 )
 def test_messages_of_a_step(optimizer, most):
     """One for the gradient, one for the step, one for the blocks where a method looks at them.
 
-    Hessian-free: one a loss and a CG iteration besides. A subspace step that is checked: one a loss, and one
-    a further lambda.
+    Hessian-free: one a loss and a CG iteration besides. A subspace step that is checked: one a loss.
     """
     agreed = []
     _, _, reports = trajectory(optimizer, First(np.ndarray, agreed))
@@ -206,7 +205,7 @@ def test_messages_of_a_step(optimizer, most):
     if isinstance(optimizer, Subspace) and not optimizer.candidates:
         checked = [report.work.losses for report in reports if report.work.losses]
         assert checked
-        expected += sum(2 * losses - 1 for losses in checked)
+        expected += sum(checked)
     if not most:
         refresh = optimizer.cg_refresh or 1000
         for report in reports:

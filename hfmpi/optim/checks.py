@@ -153,6 +153,13 @@ class Checked:
                 f"{self.name}.{method} must give a residual for each of its {rows.count:,} rows, not "
                 f"an array of shape {np.shape(rows.residuals)}"
             )
+        if rows.factors is not None:
+            size = kronecker_layout(self.objective.blocks).size
+            if np.shape(rows.factors) != (size,) or rows.factors.dtype != self.like.dtype:
+                raise TypeError(
+                    f"{self.name}.{method} must give {size:,} numbers of {self.like.dtype} as factors, "
+                    f"not {shown(rows.factors)}"
+                )
         return rows
 
     def _operator(self, method: str, product: object) -> Operator:

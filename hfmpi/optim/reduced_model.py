@@ -146,6 +146,11 @@ class Step(NamedTuple):
         """The decrease that the model predicts."""
         return self.descent - self.curvature / 2
 
+    def shortened(self, part: float) -> Step:
+        """Return this part of the step."""
+        p = self.p.dtype.type(part) * self.p
+        return Step(p, part * self.descent, part * part * self.curvature)
+
 
 @dataclass(frozen=True)
 class ReducedModel:

@@ -160,18 +160,21 @@ class DenseRows(RowMatrix):
 
     def times(self, v: Vector) -> Matrix:
         """Compute S v."""
-        return np.asarray(self.matrix, np.float64) @ np.asarray(v, np.float64)
+        found: Matrix = np.matmul(np.asarray(self.matrix, np.float64), np.asarray(v, np.float64))
+        return found
 
     def transposed(self, a: Matrix) -> Vector:
         """Compute S' a."""
-        return (a @ np.asarray(self.matrix, np.float64)).astype(self.matrix.dtype)
+        return np.matmul(a, np.asarray(self.matrix, np.float64)).astype(self.matrix.dtype)
 
     def gram(self) -> Matrix:
         """Compute S S'."""
         wide = np.asarray(self.matrix, np.float64)
-        return wide @ wide.T
+        found: Matrix = np.matmul(wide, wide.T)
+        return found
 
     def normal(self) -> Matrix:
         """Compute S'S."""
         wide = np.asarray(self.matrix, np.float64)
-        return wide.T @ wide
+        found: Matrix = np.matmul(wide.T, wide)
+        return found

@@ -23,6 +23,7 @@ from typing import Annotated
 
 import numpy as np
 
+from hfmpi.errors import UserError
 from hfmpi.measure.cost import Counts
 from hfmpi.measure.linear_algebra import product, repeated, together
 from hfmpi.optim.base import (
@@ -52,8 +53,14 @@ KINDS = "kfac", "rows", "gradient", "rms"
 LEAST, MOST = 0.1, 0.5
 """Bounds of the part of a step that remains after the risk rose: bounds of the parabola's minimum."""
 
-MOST_RAISED = 30
-"""How often a step raises lambda, by 4 each time, before it gives up."""
+MOST_CHECKED = 30
+"""How often a step is shortened, or lambda raised, before it gives up."""
+
+ROW_TOLERANCE = 1e-5
+"""Relative residual at which conjugate gradients on the rows end.
+
+Directions of small curvature come last: with 1e-2 nearly all of the gain is lost.
+"""
 
 
 @dataclass(frozen=True)
@@ -114,8 +121,8 @@ class Subspace(Optimizer[SubspaceState]):
     row_kind : {'scores', 'sketch'}
     row_damping, row_dampings, row_ratio
         As for K-FAC.
-    row_tolerance, row_steps
-        The end of conjugate gradients on the rows: their relative residual, and the most iterations.
+    row_steps : int
+        Iterations of conjugate gradients on the rows, at most.
     square_decay : float
         Decay of the running mean of squares.
     damping, damping_minimum, damping_maximum : float
@@ -140,7 +147,6 @@ class Subspace(Optimizer[SubspaceState]):
     row_damping: Annotated[float, POSITIVE] = 1e-4
     row_dampings: Annotated[int, at_least(1)] = 3
     row_ratio: Annotated[float, POSITIVE] = 10.0
-    row_tolerance: Annotated[float, NOT_NEGATIVE] = 1e-2
     row_steps: Annotated[int, at_least(1)] = 100
     square_decay: Annotated[float, within("[0, 1)")] = 0.9
     refresh: Annotated[int, at_least(1)] = 1
@@ -209,6 +215,8 @@ class Subspace(Optimizer[SubspaceState]):
             request = RowRequest(self.row_kind, self.segments, state.updates, factors=self._uses("kfac"))
             rows = objective.rows(theta, request)
             at, factors = Gradient(rows.loss, rows.gradient), rows.factors
+            if request.factors and factors is None:
+                raise UserError("the objective's rows lack Kronecker factors (RowMatrix.factors)")
         elif self._uses("kfac"):
             at, factors = objective.factored_gradient(theta)
         else:
@@ -312,29 +320,32 @@ class Subspace(Optimizer[SubspaceState]):
         step: Step,
         report: StepReport,
     ) -> tuple[Vector, SubspaceState, StepReport]:
-        """Take this step, or that of the first lambda, by factors of 4, that lowers the risk.
+        """Take this step, or the first part of it that lowers the risk; each costs a loss.
 
-        Each costs a loss.
+        A shorter step does better than one of a larger lambda, which is far too large for the steps that
+        follow: lambda is raised, by factors of 4, only where the model promises nothing.
         """
         losses = 0
-        for _ in range(MOST_RAISED):
-            if step.promise > 0:  # otherwise the model has been lost to rounding
+        for _ in range(MOST_CHECKED):
+            if step.promise > 0:
                 end = theta + step.p
                 (loss,) = objective.agree((objective.loss(end) + self._penalty(end),))
                 losses += 1
                 report = replace(report, work=replace(report.work, losses=losses))
                 if loss < state.loss:
                     return self._taken(theta, state, objective, step, report)
-            if state.damping == self.damping_maximum:
+                step = step.shortened(_part(loss - state.loss, step.descent))
+            elif state.damping == self.damping_maximum:
                 break
-            damping = min(max(4 * state.damping, self.damping_minimum), self.damping_maximum)
-            state = replace(state, damping=damping)
-            report = replace(report, details={**report.details, "damping": damping})
-            step = model.step(damping)
-            report = replace(report, work=report.work + model.work)
+            else:  # the model has been lost to rounding
+                damping = min(max(4 * state.damping, self.damping_minimum), self.damping_maximum)
+                state = replace(state, damping=damping)
+                report = replace(report, details={**report.details, "damping": damping})
+                step = model.step(damping)
+                report = replace(report, work=report.work + model.work)
             if 0 <= step.promise <= rounding(state.loss, theta):
                 break
-        return theta, state, replace(report, message="no damping lowers the risk")
+        return theta, state, replace(report, message="no part of the step lowers the risk")
 
     def _uses(self, kind: str) -> bool:
         return kind in self.directions.split("+")
@@ -373,7 +384,7 @@ class Subspace(Optimizer[SubspaceState]):
             lambda v: scale * rows.product(v),
             g,
             [self.row_damping * self.row_ratio**i for i in range(self.row_dampings)],
-            self.row_tolerance,
+            ROW_TOLERANCE,
             self.row_steps,
             objective.agree,
         )
@@ -402,7 +413,9 @@ class Subspace(Optimizer[SubspaceState]):
 
     def _damped(self, damping: float, rho: float) -> float:
         """Return lambda after a step with this reduction ratio."""
-        if rho > 0.75:
+        if abs(rho - 1) < 0.1:
+            damping *= 0.25
+        elif rho > 0.75:
             damping *= 0.5
         elif rho < 0.25:
             damping *= 2.25
@@ -429,9 +442,7 @@ class Subspace(Optimizer[SubspaceState]):
         self, theta: Vector, state: SubspaceState, loss: float, report: StepReport
     ) -> tuple[Vector, SubspaceState, StepReport]:
         """Go back to the minimum of the parabola through both risks: to a tenth to half of the step."""
-        part, bend = LEAST, loss - state.loss + state.descent
-        if math.isfinite(loss):
-            part = min(max(state.descent / (2 * bend), LEAST), MOST) if bend > 0 else MOST
+        part = _part(loss - state.loss, state.descent)
         size, steps, kind = theta.size, state.steps * 1, theta.dtype.type
         p = kind(part) * steps[:size]
         theta, steps[:size] = theta - (steps[:size] - p), p
@@ -440,6 +451,14 @@ class Subspace(Optimizer[SubspaceState]):
         state = replace(state, damping=damping, descent=descent, curvature=curvature, steps=steps)
         message = f"the risk rose: back to {part:.2g} of the last step"
         return theta, state, replace(report, message=message, details={**report.details, "damping": damping})
+
+
+def _part(rise: float, descent: float) -> float:
+    """Return the part of a step to keep after which the risk rose; `descent` is -g'p."""
+    if not math.isfinite(rise):
+        return LEAST
+    bend = rise + descent
+    return min(max(descent / (2 * bend), LEAST), MOST) if bend > 0 else MOST
 
 
 def _noise(theta: Vector, objectives: Objectives, loss: float) -> tuple[float, Counts]:
