@@ -470,6 +470,8 @@ def test_small_charts():
     ("shf", {}), ("shf", {"preconditioner": "none"}), ("sgd", {}), ("subspace", {"memory": 1}),
     ("subspace", {"candidates": 3, "kfac_dampings": 2, "memory": 0}),
     ("subspace", {"directions": "rms", "memory": 1}),
+    ("subspace", {"directions": "kfac+rows", "segments": 2, "memory": 0, "row_steps": 7}),
+    ("subspace", {"directions": "rows", "memory": 1}),
     ("soap", {}), ("soap", {"longest_side": 1}), ("muon", {}),
 ])  # fmt: skip
 def test_the_messages_are_those_that_a_run_sends(optimizer, settings, tmp_path, monkeypatch):
@@ -492,6 +494,8 @@ def test_the_messages_are_those_that_a_run_sends(optimizer, settings, tmp_path, 
     expected[16] += 3
     del expected[0], sent[8]
     assert expected == sent
+    rows = "rows" in settings.get("directions", "")
+    assert rows == (counts.row_products > counts.steps) == (run.steps.mean_spans.get("rows", 0.0) > 0)
 
 
 def test_the_message_of_a_loss_is_two_numbers():
@@ -505,6 +509,24 @@ def test_a_method_whose_matrices_the_model_does_not_know_is_compared_but_not_pre
     assert len(study(job, runs)["runs"]) == 2
     with pytest.raises(UserError, match=r"^no prediction for lm: the scaling model does not know"):
         study(job, runs, model=True)
+
+
+def test_products_with_rows_are_shared_and_cost_no_forward_pass():
+    counts = Counts(steps=2, gradients=2, adjoints=4, row_products=100)
+    one = measured(1, {"gradient": 6.0, "rows": 10.0, "optimizer": 0.5}, counts=counts)
+    two = measured(2, {"gradient": 3.0, "rows": 5.0, "optimizer": 0.5, "allreduce": 5.2}, counts=counts)
+    messages = {"gradient": 4e6, "row product": 2e6}
+    alone = fit([one], messages, Link(0.0, 2e7))  # 0.2 s and 50 times 0.1 s
+    np.testing.assert_allclose(alone.compute(np.array([1, 2, 200, 400])), [16, 8, 2 * 0.05, 0.05])
+    assert alone.seconds([2])[0] == pytest.approx(two.step_seconds)
+    assert alone.redundant == pytest.approx(0.5)
+    row = compare(one, two)
+    assert row["loss"]["allreduce"] == pytest.approx(5.2 / two.step_seconds)
+    assert row["loss"]["slower passes"] == row["loss"]["other work"] == pytest.approx(0)
+    config = Config(optimizer="subspace", settings={"directions": "kfac+rows"})
+    job = TimedRun(Path("run"), config, "mlstm", {}, 1, "CPU", 100, 4, 1, 2, one, {})
+    assert len(study(job, [one, two], model=True)["model"]["check"]) == 1
+    assert (job.messages["row product"], job.messages["gradient"]) == (4 * 101, 4 * (100 + 4 + 1 + 2))
 
 
 def test_what_the_largest_matrix_takes_stays_and_is_no_slowdown():

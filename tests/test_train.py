@@ -16,6 +16,7 @@ from hfmpi.files.history import HISTORY
 from hfmpi.measure.spans import FORWARD
 from hfmpi.objective.data_parallel import Risk
 from hfmpi.objective.local import LocalSums
+from hfmpi.objective.rows import ShardedRows
 from hfmpi.parallel.communicator import MPICommunicator, digest
 from hfmpi.runs.config import Config
 from hfmpi.runs.merge import from_toml, merge
@@ -373,6 +374,7 @@ def test_no_done_while_a_run_goes_on(data, tmp_path):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_cost_follows_from_the_counted_passes(name, data, tmp_path, monkeypatch):
     counted = dict.fromkeys(("gradients", "losses", "linearisations", "products", "projections"), 0)
+    counted["row_products"] = 0
 
     def count(method, key):
         original = getattr(Risk, method)
@@ -396,6 +398,7 @@ def test_the_cost_follows_from_the_counted_passes(name, data, tmp_path, monkeypa
         ("gradient", "gradients"),
         ("squared_gradients", "gradients"),
         ("factored_gradient", "gradients"),
+        ("rows", "gradients"),
         ("losses", "losses"),
         ("project", "projections"),
         ("gauss_newton", "products"),
@@ -409,6 +412,13 @@ def test_the_cost_follows_from_the_counted_passes(name, data, tmp_path, monkeypa
         return linearise(self, *arguments)
 
     monkeypatch.setattr(LocalSums, "_linearise", linearised)
+    multiply = ShardedRows.product
+
+    def multiplied(self, v):
+        counted["row_products"] += 1
+        return multiply(self, v)
+
+    monkeypatch.setattr(ShardedRows, "product", multiplied)
     # Stopped once, so that the counts go through the checkpoint.
     for steps in (2, STEPS):
         run, _ = train(tmp_path / "run", data, max_steps=steps, **OPTIMIZERS[name])
@@ -424,6 +434,7 @@ def test_the_cost_follows_from_the_counted_passes(name, data, tmp_path, monkeypa
     for key, total in counted.items():
         assert sum(record.get(key, 0) for record in records) == total
     assert (counted["products"] > 0) == ("hf" in name)
+    assert (counted["row_products"] > 0) == ("rows" in name) == ("row_products" in records[0])
 
 
 def check_cost(run, records, batch, curvature, ranks):
@@ -431,7 +442,7 @@ def check_cost(run, records, batch, curvature, ranks):
     operations = depth = 0
     forward = 2 * run.model.size * 20  # sequences of 20 steps
     sequential = 20 * (2 if run.model.architecture.name in ("mrnn", "mlstm") else 1)
-    cg = losses = gradients = linearisations = products = projections = directions = candidates = 0
+    cg = losses = gradients = linearisations = products = projections = directions = candidates = adjoints = 0
     for steps, record in enumerate(records, start=1):
         cg += record["cg_steps"]
         losses += record["losses"]
@@ -441,14 +452,16 @@ def check_cost(run, records, batch, curvature, ranks):
         projections += record.get("projections", 0)
         directions += record.get("directions", 0) + record.get("projections", 0)
         candidates += record.get("candidates", 0)
+        adjoints += record.get("adjoints", 0)
         assert record["step"] == steps
-        assert record["P_D"] == 3 * steps * batch + (4 * cg + 2 * directions) * curvature
+        on_gradient = (3 * steps + 2 * adjoints) * batch
+        assert record["P_D"] == on_gradient + (4 * cg + 2 * directions) * curvature
         assert record["P_I"] == 3 * steps + 4 * cg + 2 * projections
         if not projections:
             expected = 3 * steps * math.ceil(batch / ranks) + 4 * cg * math.ceil(curvature / ranks)
             assert record["P_P"] == expected
         on_batch, on_curvature = losses + 3 * gradients, linearisations + 4 * products
-        on_all = on_batch + candidates
+        on_all = on_batch + candidates + 2 * adjoints
         operations += record.get("operations", 0)
         depth += record.get("depth", 0)
         more = math.ceil(operations / forward), math.ceil(depth / sequential)

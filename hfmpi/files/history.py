@@ -49,6 +49,7 @@ class Record(TypedDict):
     candidates: NotRequired[int]
     directions: NotRequired[int]
     adjoints: NotRequired[int]
+    row_products: NotRequired[int]
     operations: NotRequired[int]
     depth: NotRequired[int]
     gradient_norm: NotRequired[float | None]

@@ -31,7 +31,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
-from hfmpi.measure.spans import FORWARD, GRADIENT, LINE_SEARCH, LINEARISE, PRODUCTS
+from hfmpi.measure.spans import FORWARD, GRADIENT, LINE_SEARCH, LINEARISE, PRODUCTS, ROWS
 
 __all__ = ["COUNTS", "PASSES", "Counts", "ForwardPass", "Pass", "executed", "full", "paper", "ranks"]
 
@@ -56,6 +56,9 @@ class ForwardPass(NamedTuple):
 
 class Pass(NamedTuple):
     """A kind of pass, declared at the field of `Counts` that counts it.
+
+    Products with rows are a kind too, because the ranks share them and sum a message after each; they cost no
+    forward pass: their work is in `Counts.operations` and `Counts.depth`.
 
     Attributes
     ----------
@@ -104,6 +107,8 @@ class Counts:
     candidates, directions, adjoints : int
         Vectors after the first of each loss, of each projection, and of each adjoint pass of rows: an example
         with C rows has C cotangents, which are independent of one another (hfmpi.optim.rows).
+    row_products : int
+        Products with the rows of the gradient batch, of any kind (`RowMatrix`).
     operations : int
         Floating point operations of the optimizer's linear algebra: products of matrices, Cholesky, QR and
         eigenvalue decompositions. Element-wise operations and inner products of vectors are left out.
@@ -124,6 +129,7 @@ class Counts:
     candidates: int = _count("candidates")
     directions: int = _count("directions")
     adjoints: int = _count("adjoints")
+    row_products: int = _count("products with rows", Pass("row product", 0, True, (ROWS,)))
     cg_steps: int = _count("CG iterations")
     operations: int = _count("operations of linear algebra")
     depth: int = _count("sequential steps of linear algebra")

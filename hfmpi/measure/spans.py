@@ -11,8 +11,11 @@ PASSES = FORWARD, GRADIENT, LINEARISE, PRODUCTS, LINE_SEARCH = (
 )
 """Passes over the network."""
 
+ROWS = "rows"
+"""Products with the rows of examples that are stored (hfmpi.optim.rows)."""
+
 INPUT = "input"
-SHARED = (*PASSES, INPUT)
+SHARED = (*PASSES, ROWS, INPUT)
 """The work that is divided among ranks."""
 
 ALLREDUCE = "allreduce"

@@ -17,6 +17,7 @@ import numpy as np
 
 from hfmpi.backends.base import Array
 from hfmpi.errors import UserError
+from hfmpi.measure.spans import ROWS
 from hfmpi.objective.local_rows import SliceRows
 from hfmpi.objective.sums import Tree, pairwise_sum
 from hfmpi.optim.layout import Vector
@@ -92,7 +93,7 @@ class ShardedRows(RowMatrix):
             sums = [part.transposed(a[..., place]).astype(kind, copy=False) for part, place in parts]
             return xp.append(pairwise_sum(sums), kind.type(0))
 
-        return self.owner.total(local, prod(shape) + 1, kind)[:-1].reshape(shape)
+        return self._summed(local, prod(shape) + 1, kind)[:-1].reshape(shape)
 
     def product(self, v: Vector) -> Vector:
         """Compute S'S v (D,), in the precision of theta and in one message of D numbers."""
@@ -103,7 +104,7 @@ class ShardedRows(RowMatrix):
             products = pairwise_sum([part.product(v) for part in self.slices])
             return self.owner.model.backend.xp.append(products, v.dtype.type(0))
 
-        return self.owner.total(local, v.size + 1, v.dtype)[:-1]
+        return self._summed(local, v.size + 1, v.dtype)[:-1]
 
     def normal(self) -> Matrix:
         """Compute S'S (D, D), in one message of D^2 numbers."""
@@ -115,7 +116,7 @@ class ShardedRows(RowMatrix):
             message[:-1] = backend.to_host(sums).reshape(-1)
             return message
 
-        message: Matrix = self.owner.total(local, size * size + 1, np.float64, host=True)
+        message: Matrix = self._summed(local, size * size + 1, np.float64, host=True)
         return message[:-1].reshape(size, size)
 
     def gram(self) -> Matrix:
@@ -135,8 +136,10 @@ class ShardedRows(RowMatrix):
             mine = [parts // comm.size * rank + q for rank in range(comm.size)]
             for i in range(rounds):
                 block = self._exchanged([_part(edges[j], edges[j + 1], width, i) for j in mine])
-                product = backend.xp.matmul(block, block.T)
-                total = product if total is None else product + total
+                with owner.timer.span(ROWS):
+                    product = backend.xp.matmul(block, block.T)
+                    total = product if total is None else product + total
+                    backend.synchronize()
             sums.add(total)
         message: Matrix = memory.pop()
         message[:-1] = backend.to_host(sums.total).reshape(-1)
@@ -175,8 +178,21 @@ class ShardedRows(RowMatrix):
                 message[place] = values(part)
             return message
 
-        message: Matrix = self.owner.total(local, self.count + 1, np.float64, host=True)
+        message: Matrix = self._summed(local, self.count + 1, np.float64, host=True)
         return message[:-1]
+
+    def _summed(
+        self, work: Callable[[], Array], size: int, dtype: np.dtype | type, host: bool = False
+    ) -> Array:
+        """Return the sum over all ranks of what `work` returns (`DataParallel.total`), and time the work."""
+
+        def timed() -> Array:
+            with self.owner.timer.span(ROWS):
+                message = work()
+                self.owner.model.backend.synchronize()
+            return message
+
+        return self.owner.total(timed, size, dtype, host)
 
     def _check_stored(self) -> None:
         """Raise a UserError where S'S replaces the rows."""

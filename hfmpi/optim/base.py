@@ -235,16 +235,21 @@ class Needs(NamedTuple):
 class Messages(NamedTuple):
     """How many numbers the ranks exchange for an optimizer besides losses, gradients and products.
 
+    Products S'S v with rows are among the products.
+
     Attributes
     ----------
     with_gradient : int
         In the message of each gradient.
     matrices : int
         In the message of a step's work on matrices (`Objective.spread`); 0: there is no such message.
+    others : bool
+        Whether there are other messages too, as of matrices of rows, whose sizes are not known here.
     """
 
     with_gradient: int = 0
     matrices: int = 0
+    others: bool = False
 
 
 class Optimizer(Protocol[StateT]):

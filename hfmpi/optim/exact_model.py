@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hfmpi.errors import UserError
+from hfmpi.measure.cost import Counts
 from hfmpi.measure.linear_algebra import cholesky, gram, product, together, triangular_solve
 from hfmpi.optim.base import Objective, inner_product
 from hfmpi.optim.cholesky import ALONE, solutions
@@ -34,6 +35,8 @@ from hfmpi.optim.layout import Vector
 from hfmpi.optim.rows import Matrix, RowMatrix
 
 __all__ = ["DampedStep", "ExactModel", "exact_model"]
+
+ONE = Counts(row_products=1)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class ExactModel(ABC):
         self.objective, self.rows, self.g = objective, rows, rows.gradient
         self.kind = self.g.dtype.type
         self.pull = self.kind(momentum) * last
-        self.work = gram(*sorted((rows.count, self.g.size)))
+        self.work = gram(*sorted((rows.count, self.g.size))) + ONE
         self.matrix = self._matrix()
         self.right = self._right()
         (self.trace,) = objective.agree((float(np.trace(self.matrix)) / rows.scored,))
@@ -178,12 +181,14 @@ class _ByRows(ExactModel):
         if not rows.complete:
             self.rest = self.g - rows.transposed(columns[0] / rows.scored)
             columns.append(rows.times(self.rest))
+            self.work += ONE + ONE
         if self.pull.size:
             columns.append(rows.times(self.pull))
+            self.work += ONE
         return np.stack(columns, 1)
 
     def _steps(self, solutions: Sequence[Matrix], dampings: Sequence[float], pulled: bool) -> list[Vector]:
-        self.work += product(self.g.size, self.rows.count, len(solutions))
+        self.work += product(self.g.size, self.rows.count, len(solutions)) + ONE
         weights = np.stack([x[:, 0] + (x[:, -1] if pulled else 0.0) for x in solutions])
         if not self.rows.complete:
             weights -= [x[:, 1] / damping for x, damping in zip(solutions, dampings, strict=True)]
@@ -193,7 +198,7 @@ class _ByRows(ExactModel):
         return [p + self.pull for p in steps] if pulled else steps
 
     def curvature(self, p: Vector) -> float:
-        self.work += product(self.rows.count, p.size)
+        self.work += product(self.rows.count, p.size) + ONE
         along = self.rows.times(p)
         return float(along @ along) / self.rows.scored
 

@@ -15,12 +15,12 @@ steps. Where the model is good lambda falls by its relative error, abs(1 - rho),
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
 from hfmpi.measure.cost import Counts
-from hfmpi.optim.base import Needs, Objectives, Optimizer, StepReport, inner_product
+from hfmpi.optim.base import Messages, Needs, Objectives, Optimizer, StepReport, inner_product
 from hfmpi.optim.checks import check_state, check_vector, checked
 from hfmpi.optim.damping import UNRESOLVED, noise, rounding
 from hfmpi.optim.exact_model import DampedStep, exact_model
@@ -98,6 +98,10 @@ class LM(Optimizer[LMState]):
     def needs(self) -> Needs:
         """What these settings need of the model."""
         return Needs(rows=True)
+
+    def messages(self, parameters: int, state: Mapping[str, int]) -> Messages:
+        """Return that there are others: the ranks exchange rows, and a matrix of M^2 or D^2 numbers."""
+        return Messages(others=True)
 
     def step(
         self, theta: Vector, state: LMState, objectives: Objectives

@@ -389,7 +389,7 @@ class Subspace(Optimizer[SubspaceState]):
             objective.agree,
         )
         one = product(rows.count, g.size)
-        return found, repeated(one + one, iterations)
+        return found, repeated(one + one, iterations) + Counts(row_products=iterations)
 
     def _refreshes(self, state: SubspaceState) -> bool:
         """Return whether this step decomposes the factors."""

@@ -87,8 +87,8 @@
   }
 
   // Spans differ by hatches too, so that bars can be read in black and white.
-  const hatches = ["", "/", "x", "\\", ".", "-", "", "|", "+", "", "/", "x"];
-  const colours = ["#56b4e9", "#e69f00", "#f0e442", "#009e73", "#cc79a7", "#0072b2", "#888888", "#d55e00", "#ffffff", "#dddddd", "#ffffff"];
+  const hatches = ["", "/", "x", "\\", ".", "x", "-", "", "|", "+", "", "/", "x"];
+  const colours = ["#56b4e9", "#e69f00", "#f0e442", "#009e73", "#cc79a7", "#8c510a", "#0072b2", "#888888", "#d55e00", "#ffffff", "#dddddd", "#ffffff"];
   function drawTimes(div) {
     const times = data.times[div.dataset.run];
     const traces = times.names.map((name, i) => ({

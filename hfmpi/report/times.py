@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hfmpi.measure.spans import ALLREDUCE, EVALUATE, FILES, INPUT, OPTIMIZER, PASSES, WAITING
+from hfmpi.measure.spans import ALLREDUCE, EVALUATE, FILES, INPUT, OPTIMIZER, PASSES, ROWS, WAITING
 from hfmpi.report.escape import escaped
 from hfmpi.runs.timing import Times
 
@@ -16,7 +16,7 @@ MOST_RANKS = 32
 """Maximum number of ranks that have a bar."""
 
 BETWEEN = (EVALUATE, FILES)
-ORDER = (*PASSES, INPUT, OPTIMIZER, ALLREDUCE, WAITING, *BETWEEN)
+ORDER = (*PASSES, ROWS, INPUT, OPTIMIZER, ALLREDUCE, WAITING, *BETWEEN)
 
 
 class Spans(NamedTuple):

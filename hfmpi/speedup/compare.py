@@ -5,7 +5,8 @@ T_P           seconds of a step on P ranks, the mean over steps and ranks
 P_0           ranks of the run with the fewest, to which the others are compared
 S_P           speedup T_{P_0} / T_P, ideally P / P_0
 E_P           efficiency S_P P_0 / P
-c_P           seconds in passes over the network, which are divided among ranks; the mean over ranks
+c_P           seconds in passes over the network and in products with rows, which are divided among ranks;
+              the mean over ranks
 W_P           executed forward passes, without linear algebra (hfmpi.measure.cost.executed)
 ============  ==========================================================================================
 
@@ -118,11 +119,11 @@ def study(
     Raises
     ------
     UserError
-        With `model`, if the method exchanges rows.
+        With `model`, if the method has other messages than the scaling model knows.
     """
-    if model and job.config.preset().optimizer.needs.rows:
-        # Its matrices, of M^2 or D^2 numbers, are no part of the scaling model: neither their messages nor
-        # that the ranks share most of the work on them.
+    if model and job.config.preset().optimizer.messages(job.parameters, job.state).others:
+        # Matrices of M^2 or D^2 numbers are no part of the scaling model: neither their messages nor that the
+        # ranks share most of the work on them.
         raise UserError(
             f"no prediction for {job.config.optimizer}: the scaling model does not know what its matrices of "
             "all residuals cost on more ranks (leave --model, --latency and --bandwidth away)"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hfmpi.measure.cost import Counts
-from hfmpi.objective.messages import message_sizes
+from hfmpi.objective.messages import ROW_NUMBERS, message_sizes
 from hfmpi.optim.base import Optimizer
 
 __all__ = ["messages"]
@@ -30,10 +30,12 @@ def messages(
     sent = optimizer.messages(parameters, state)
     directions = 1 + counts.directions // max(1, counts.projections)
     candidates = 1 + counts.candidates // max(1, counts.losses)
-    sizes = message_sizes(parameters, sent.with_gradient)
+    with_rows = ROW_NUMBERS if optimizer.needs.rows else 0
+    sizes = message_sizes(parameters, sent.with_gradient + with_rows)
     return {
         "gradient": itemsize * sizes["gradient"],
         "product": itemsize * sizes["product"],
+        "row product": itemsize * sizes["product"],
         "projection": 8 * _with_stop(directions**2),  # float64 whatever the vectors, as losses
         "loss": 8 * _with_stop(candidates),
         "linearisation": 0,
