@@ -45,6 +45,7 @@ LOOKS = {
     "muon": Look("tab:purple", DASHED, "X"),
     "bhf-short": Look("tab:brown", DASHED, "d"),
     "subspace": Look("black", DASHED, "*"),
+    "subspace-rows": Look("black", "-", "p"),
 }
 
 WIDTH = 0.1
@@ -120,7 +121,7 @@ def draw(runs: Curves, key: str, label: str, clock: bool = True) -> Any:
                         *drawn(method, middle([*every.values()], key), key, axis),
                         color=look.colour,
                         linestyle=look.style,
-                        linewidth=2.2 if method == "subspace" else 1.4,
+                        linewidth=2.2 if method.startswith("subspace") else 1.4,
                         marker=look.mark,
                         markersize=8 if look.mark == "*" else 5,
                         markerfacecolor=None if method in PAPER else "white",

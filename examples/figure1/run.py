@@ -6,9 +6,10 @@ python examples/figure1/run.py [--size small|medium|paper] [--seeds N] [--method
 For each cell and method three candidate settings are tried for a fifth of a run's time each, and one further
 as long as the best is the last of them on either side, all with seed 0; the one with the lowest training loss
 at equal cost then goes on to the end, and is run with the other seeds. Runs of BHF have four times the time
-of the others, those of bhf-short and subspace twice. A study that was stopped goes on when it is started
-again, and what is done is not done twice; with --methods and --cells it can be made in parts. OUT/curves.json
-has the chosen runs; with --known the runs of such a file, of another machine perhaps, are taken as done.
+of the others, as those of subspace, and those of bhf-short twice. A study that was stopped goes on when it is
+started again, and what is done is not done twice; with --methods and --cells it can be made in parts.
+OUT/curves.json has the chosen runs; with --known the runs of such a file, of another machine perhaps, are
+taken as done.
 DATA.h5 is made from the King James Bible if it does not exist.
 """
 

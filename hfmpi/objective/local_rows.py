@@ -139,7 +139,8 @@ def slice_rows(
             if request.kind == "residuals":
                 check_side(examples * count, size, request.largest_side)
             stored = request.stored or request.kind != "residuals" or examples * count < size
-            _check_memory(local, number * count * size if stored else 0, 0 if stored else size)
+            segments = request.segments if stored else 1
+            _check_memory(local, number * count * size if stored else 0, 0 if stored else size, segments)
             part.residuals = xp.zeros(number * count, theta.dtype)
             part.stored = xp.zeros((number * count, size), theta.dtype) if stored else None
             part.normal = None if stored else xp.zeros((size, size), np.float64)
@@ -190,12 +191,14 @@ def _add(
             at.gradient(1 / scored, out["gradient"])
 
 
-def _check_memory(local: LocalSums, entries: int, side: int) -> None:
+def _check_memory(local: LocalSums, entries: int, side: int, segments: int) -> None:
     """Raise a UserError where rows, or a matrix S'S of this side, exceed the memory budget."""
     nbytes = entries * local.model.backend.dtype.itemsize + 8 * side * side
     if nbytes > local.memory_budget:
         what = f"a matrix of {side:,} x {side:,} numbers" if side else "the rows of this rank's examples"
         remedy = "" if side else "fewer examples (gradient_batch), more ranks, "
+        if segments > 1:
+            remedy = "fewer segments, " + remedy
         raise UserError(
             f"{what} would take {nbytes / 1e9:.3g} GB, and the memory budget is "
             f"{local.memory_budget / 1e9:.3g} GB: use {remedy}a smaller model or a larger memory_budget"

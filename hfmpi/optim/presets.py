@@ -85,6 +85,11 @@ PRESETS = {
     # The gradient is on the whole training set, so that the next gradient comes with the risk after the step.
     # The curvature batch has to distinguish about a hundred directions, whatever the size of the data.
     "subspace": Preset(Subspace(), 14_000, 128),
+    # For networks whose rows of all sequences fit into memory. The settings are those that needed the fewest
+    # passes on small recurrent networks (docs/results/fewest-passes.md).
+    "subspace-rows": Preset(
+        Subspace("kfac+rows", memory=6, segments=6, row_damping=1e-5, row_dampings=4), 14_000, 128
+    ),
     # The gradient is on the whole training set, because L-BFGS needs the same batch in every step.
     "lbfgs": Preset(LBFGS(), 14_000),
 }

@@ -49,17 +49,20 @@ def shifted_solutions(
     r, xs, ps = b, [b * 0 for _ in shifts], [b * 1 for _ in shifts]
     zeta, zeta_before = [1.0] * len(shifts), [1.0] * len(shifts)
     alpha_before, beta_before = 1.0, 0.0
-    (square,) = agree((inner_product(r, r),))
-    goal = tolerance**2 * square
+    goal = 0.0
     for iteration in range(most):
         q = apply(ps[0]) + kind(smallest) * ps[0]
-        (bend,) = agree((inner_product(ps[0], q),))
+        products = [inner_product(*each) for each in ((r, r), (ps[0], q), (r, q), (q, q))]
+        square, bend, slope, length = agree(tuple(products))
         if not (bend > 0 and math.isfinite(bend) and math.isfinite(square)):
             return xs, iteration + 1
         alpha = square / bend
         r = r - kind(alpha) * q
-        (after,) = agree((inner_product(r, r),))
-        beta, square = after / square, after
+        # The square of the new residual, without a second message; the next iteration computes it again.
+        after = max(square - 2 * alpha * slope + alpha**2 * length, 0.0)
+        beta = after / square
+        if iteration == 0:
+            goal = tolerance**2 * square
         for k, shift in enumerate(shifts):
             before, last = zeta_before[k], zeta[k]
             new = alpha_before * before * (1 + alpha * (shift - smallest)) + alpha * beta_before * (
@@ -71,6 +74,6 @@ def shifted_solutions(
             ps[k] = kind(new) * r + kind(beta * ratio**2) * ps[k]
             zeta_before[k], zeta[k] = last, new
         alpha_before, beta_before = alpha, beta
-        if square <= goal:
+        if after <= goal:
             return xs, iteration + 1
     return xs, most

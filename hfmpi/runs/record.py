@@ -32,8 +32,8 @@ __all__ = [
 class Facts:
     """What the first lines of a log report.
 
-    `threads` are those of a rank, `linearisation_bytes` those of the largest shard; the run continues from
-    `step`.
+    `threads` are those of a rank, `linearisation_bytes` those of the largest shard; `rows` counts the rows of
+    examples that all ranks store in a step, where it is known; the run continues from `step`.
     """
 
     task: Task
@@ -44,6 +44,7 @@ class Facts:
     places: Sequence[Place]
     linearisation_bytes: int
     memory_budget: float
+    rows: int
     step: int
 
 

@@ -54,6 +54,9 @@ class Log(Quiet):
             f"{facts.ranks} rank(s) of {facts.threads} thread(s), {backend.name}, {backend.dtype.name}"
             + (f"; going on from step {facts.step:,}" if facts.step else "")
         )
+        if facts.rows:
+            size = facts.rows * task.model.size * backend.dtype.itemsize / 2**30
+            click.echo(f"{facts.rows:,} rows of per-example gradients a step, {size:.2f} GiB over all ranks")
         if any(place.device_id for place in facts.places):
             print_devices(facts.places, config.matmul_precision)
         if facts.linearisation_bytes > facts.memory_budget:

@@ -341,9 +341,10 @@ class Run:
         """Return what the first lines of a log report, with the locations of all ranks."""
         ranks, threads, (gradient, curvature) = self.communicator.size, self.placement.threads, self.batches
         size = self.task.linearisation_bytes(-(-curvature // ranks))
-        return Facts(
-            self.task, gradient, curvature, ranks, threads, places, size, self.memory_budget, self.step
-        )
+        optimizer = self.preset.optimizer
+        rows = gradient * getattr(optimizer, "segments", 0) if optimizer.needs.rows else 0
+        budget = self.memory_budget
+        return Facts(self.task, gradient, curvature, ranks, threads, places, size, budget, rows, self.step)
 
     @property
     def _seconds(self) -> float:
