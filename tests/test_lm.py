@@ -512,6 +512,41 @@ def test_a_large_matrix_is_factored_by_panels_with_one_message_each():
     assert ranks.messages == -(-size // PANEL) + 2
 
 
+@pytest.fixture
+def halves(monkeypatch):
+    """Share small matrices too."""
+    monkeypatch.setattr("hfmpi.optim.cholesky.HALVED", 0)
+
+
+class Sharers(Ranks):
+    """Ranks that may divide a work as they like."""
+
+    @property
+    def sharers(self):
+        return self.ranks
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 97, 500])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_shifts_that_would_leave_ranks_idle_are_factored_in_halves(halves, size, ranks):
+    a, b = positive(size), np.cos(np.arange(2.0 * size)).reshape(size, 2)
+    before, objective, shifts = a.copy(), Sharers(ranks), [0.1, 0.3, 0.9]
+    found = solutions(objective, a, shifts, b)
+    assert objective.messages == (4 if ranks == 2 else 1)
+    np.testing.assert_array_equal(a, before)
+    for x, shift in zip(found, shifts, strict=True):
+        np.testing.assert_allclose(x, np.linalg.solve(a + shift * np.eye(size), b), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("at", [0, 60, 61, 122])
+@pytest.mark.parametrize("bad", [-1e-3, math.nan])
+def test_halves_of_a_matrix_that_is_not_positive_definite_have_no_factor(halves, at, bad):
+    a = positive(123)
+    a[at, at] = bad
+    found = solutions(Sharers(2), a, [2.0, 2.0, 0.0], np.ones((123, 1)))
+    assert [x is None for x in found] == [math.isnan(bad)] * 2 + [True]
+
+
 # On the objective of a model
 
 
@@ -582,6 +617,24 @@ def test_ranks_share_the_factorization(momentum, mpi_ranks, comm, panels):
     theta = network_way(communicator, 0, optimizer)
     assert communicator.same(digest(theta)) == []
     np.testing.assert_allclose(theta, network_way(Communicator(), 0, optimizer), rtol=1e-6)
+    communicator.close()
+
+
+@pytest.mark.mpi(ranks=[2, 3], timeout=60, unit="s")
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_ranks_share_the_last_of_three_shifts(momentum, mpi_ranks, comm, halves):
+    communicator, optimizer = MPICommunicator(comm), LM(momentum=momentum)
+    theta = network_way(communicator, 0, optimizer)
+    assert communicator.same(digest(theta)) == []
+    np.testing.assert_allclose(theta, network_way(Communicator(), 0, optimizer), rtol=1e-6)
+    communicator.close()
+
+
+@pytest.mark.mpi(ranks=2, timeout=60, unit="s")
+def test_with_slices_no_matrix_is_factored_in_halves(mpi_ranks, comm, halves):
+    communicator = MPICommunicator(comm)
+    theta = network_way(communicator, 4, LM())
+    np.testing.assert_array_equal(theta, network_way(Communicator(), 4, LM()))
     communicator.close()
 
 

@@ -14,7 +14,7 @@ from hfmpi.data.batches import Sequences, global_indices
 from hfmpi.errors import UserError
 from hfmpi.networks.architecture import Architecture
 from hfmpi.networks.network import Network
-from hfmpi.objective.data_parallel import DataParallel, shares, step_objectives
+from hfmpi.objective.data_parallel import DataParallel, Stopped, shares, step_objectives
 from hfmpi.objective.messages import pack, unpack
 from hfmpi.optim import SOAP, Gradient, HessianFree, Muon, Objective, Objectives
 from hfmpi.optim.layout import Block
@@ -273,9 +273,9 @@ def test_an_objective_has_the_blocks_of_its_model():
         _ = DataParallel(Line(), Communicator()).on(Rows(), np.arange(3)).blocks
 
 
-def spread(risk, sizes):
+def spread(risk, sizes, wide=False):
     """Spread works of these sizes; give the results and which works were done here."""
-    done, kind = [], risk.owner.model.backend.dtype
+    done, kind = [], np.dtype(np.float64) if wide else risk.owner.model.backend.dtype
 
     def work(i):
         done.append(i)
@@ -283,15 +283,17 @@ def spread(risk, sizes):
             -0.0 if i == 2 else 1
         )
 
-    return risk.spread([lambda i=i: work(i) for i in range(len(sizes))], sizes), done
+    return risk.spread([lambda i=i: work(i) for i in range(len(sizes))], sizes, wide), done
 
 
 @pytest.mark.parametrize("sizes", [[3, 700, 2, 40, 1, 300, 300], [5], []])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_works_come_back_in_order(sizes, dtype):
+@pytest.mark.parametrize("wide", [False, True])
+def test_works_come_back_in_order(sizes, dtype, wide):
     owner, sequences, _ = make(dtype=dtype)
-    found, done = spread(owner.on(sequences, np.arange(3)), sizes)
+    found, done = spread(owner.on(sequences, np.arange(3)), sizes, wide)
     assert sorted(done) == list(range(len(sizes)))
+    dtype = "float64" if wide else dtype
     for i, own in enumerate(found):
         assert own.dtype == dtype
         expected = np.random.default_rng(i).standard_normal(sizes[i]).astype(dtype)
@@ -616,6 +618,39 @@ def test_works_are_done_once_with_the_same_bits_on_any_number_of_ranks(mpi_ranks
                     communicator.close()
                 part.Free()
             assert len(set().union(*comm.allgather(bits))) == 1
+
+
+@pytest.mark.mpi(ranks=[2, 3], timeout=60, unit="s")
+@pytest.mark.parametrize("sizes", [[3, 700, 2, 40, 1, 300, 300], [5], []])
+def test_wide_works_come_back_in_order_on_all_ranks(mpi_ranks, sizes, comm):
+    communicator = MPICommunicator(comm)
+    owner, sequences, _ = make(comm=communicator)
+    found, done = spread(owner.on(sequences, np.arange(3)), sizes, wide=True)
+    assert sorted(i for each in comm.allgather(done) for i in each) == list(range(len(sizes)))
+    for i, own in enumerate(found):
+        expected = np.random.default_rng(i).standard_normal(sizes[i])
+        np.testing.assert_array_equal(own, 0 * expected if i == 2 else expected)
+    assert communicator.same(digest(np.concatenate([np.zeros(1), *found]))) == []
+    communicator.close()
+
+
+@pytest.mark.mpi(ranks=[2, 3], timeout=60, unit="s")
+@pytest.mark.parametrize("what", [Stopped, MemoryError, UserError])
+def test_a_wide_work_that_fails_on_one_rank_ends_all(mpi_ranks, what, comm):
+    communicator = MPICommunicator(comm)
+    owner, sequences, _ = make(comm=communicator)
+
+    def work():
+        if comm.rank == 1:
+            raise what("no more")
+        return np.ones(3)
+
+    risk = owner.on(sequences, np.arange(3))
+    expected = what if what is Stopped or comm.rank == 1 else UserError
+    with pytest.raises(expected):
+        risk.spread([work] * 4, [3] * 4, True)
+    np.testing.assert_array_equal(np.concatenate(risk.spread([lambda: np.ones(3)] * 4, [3] * 4, True)), 1.0)
+    communicator.close()
 
 
 def sliced(communicator, name, variant, dtype):

@@ -81,6 +81,13 @@ def check_contract(comm):
     assert comm.any(False) is False
     assert comm.gather((rank, "here")) == ([(r, "here") for r in range(size)] if rank == 0 else None)
 
+    received = [np.zeros((2 + sender, 1 + rank)) for sender in range(size)]
+    comm.exchange([np.full((1 + other, 2 + rank), 10.0 * rank + other).T for other in range(size)], received)
+    for sender, array in enumerate(received):
+        np.testing.assert_array_equal(array, np.full((2 + sender, 1 + rank), 10.0 * sender + rank))
+    joined = comm.join(np.full(rank, -float(rank)), list(range(size)))  # nothing from rank 0
+    np.testing.assert_array_equal(joined, [-r for r in range(size) for _ in range(r)])
+
     assert comm.same(2**64 - 1) == []
     assert comm.same(2**63 + rank) == list(range(1, size))
     vector = np.ones(9)

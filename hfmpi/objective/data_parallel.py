@@ -183,13 +183,43 @@ class DataParallel:
 
     def sum(self, message: Array, transport: Transport, failure: Exception | None = None) -> None:
         """Sum over all ranks; the last number counts the ranks that want to stop or failed; see `total`."""
-        if failure is None:
-            message[-1] = float(self.stop())
-        else:
-            message[-1] = 1.0 if isinstance(failure, Stopped) else FAILED
+        message[-1] = self._flag(failure)
         with self.timer.span(ALLREDUCE):
             transport.sum(message)
-        ended = float(message[-1])
+        self._check(float(message[-1]), failure)
+
+    def joined(self, work: Callable[[], np.ndarray], counts: Sequence[int]) -> list[np.ndarray]:
+        """Return the vectors of all ranks that `work`, which does not communicate, returns on each.
+
+        They are float64 on the host, and that of rank r has `counts[r]` numbers and one more, which is
+        overwritten. What results from one rank alone is sent in this way: it is not added to zeros.
+
+        Raises
+        ------
+        Stopped, Exception
+            As `total` does.
+        """
+        failure: Exception | None = None
+        try:
+            part = work()
+        except Exception as error:
+            failure, part = error, np.zeros(counts[self.communicator.rank] + 1)
+        part[-1] = self._flag(failure)
+        lengths = [count + 1 for count in counts]
+        with self.timer.span(ALLREDUCE):
+            message = self.communicator.join(part, lengths)
+        parts = np.split(message, np.cumsum(lengths)[:-1])
+        self._check(sum(float(each[-1]) for each in parts), failure)
+        return [each[:-1] for each in parts]
+
+    def _flag(self, failure: Exception | None) -> float:
+        """Return the last number of this rank's message."""
+        if failure is None:
+            return float(self.stop())
+        return 1.0 if isinstance(failure, Stopped) else FAILED
+
+    def _check(self, ended: float, failure: Exception | None) -> None:
+        """Raise an exception on all ranks if one of them wants to stop or failed; `ended` is their sum."""
         if ended >= FAILED:
             self._fail(failure)
         if ended > 0:
@@ -303,24 +333,45 @@ class Risk(Objective):
         self, works: Sequence[Callable[[], Array]], sizes: Sequence[int], wide: bool = False
     ) -> list[Array]:
         """Do each work on one rank, and send the results to all in one message."""
-        owner, backend, ends = self.owner, self.owner.model.backend, np.cumsum(sizes)
-        size, kind, xp = int(sum(sizes)) + 1, backend.dtype, backend.xp
-        if wide:
-            kind, xp = np.dtype(np.float64), np
+        owner, backend, rank = self.owner, self.owner.model.backend, self.owner.communicator.rank
+        assigned = shares(sizes, owner.communicator.size)
 
-        def parts(message: Array) -> list[Array]:
+        def done(i: int) -> Array:
+            if owner.stop() or owner.overdue():
+                raise Stopped
+            return works[i]()
+
+        if wide:
+            counts = [sum(sizes[i] for i in each) for each in assigned]
+            parts = owner.joined(
+                lambda: np.concatenate([*(done(i) for i in assigned[rank]), np.zeros(1)]), counts
+            )
+            results = dict[int, Array]()
+            for each, part in zip(assigned, parts, strict=True):
+                start = 0
+                for i in each:
+                    results[i] = part[start : start + sizes[i]]
+                    start += sizes[i]
+            return [results[i] for i in range(len(works))]
+
+        size, ends = int(sum(sizes)) + 1, np.cumsum(sizes)
+
+        def views(message: Array) -> list[Array]:
             return [message[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
         def local() -> Array:
-            message = xp.zeros(size, kind)
-            each = parts(message)
-            for i in shares(sizes, owner.communicator.size)[owner.communicator.rank]:
-                if owner.stop() or owner.overdue():
-                    raise Stopped
-                each[i] += works[i]()  # added to zero, as on all other ranks: no -0.0 on one rank alone
+            message = backend.xp.zeros(size, backend.dtype)
+            each = views(message)
+            for i in assigned[rank]:
+                each[i] += done(i)  # added to zero, as on all other ranks: no -0.0 on one rank alone
             return message
 
-        return parts(owner.total(local, size, kind, host=wide))
+        return views(owner.total(local, size, backend.dtype))
+
+    @property
+    def sharers(self) -> int:
+        """The ranks, or with slices 1."""
+        return 1 if self.owner.slices else self.owner.communicator.size
 
     def agree(self, values: Scalars) -> Scalars:
         """Return rank 0's values of scalars that every rank computed."""

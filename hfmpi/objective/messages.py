@@ -10,6 +10,7 @@ rows                g (D,), the sum over slices of the rows of an example, the n
                     rows do not determine the gradient, the loss in four parts, stop
 numbers of rows     one number for each row (M,), stop; float64 on the host
 Gram matrix         S S' (M, M), stop; float64 on the host; S'S (D, D) likewise
+results of works    what each rank computed, stop, sent to all and not added; float64 on the host
 loss                the loss, or that of each candidate, stop; float64 on the host
 ==================  ====================================================================================
 """

@@ -130,21 +130,26 @@ class ShardedRows(RowMatrix):
         # After this message no rank lacks the memory, and none is left behind in an exchange.
         memory = list[Array]()
         owner.total(lambda: self._prepared(memory), 1, np.float64, host=True)
-        sums = Tree()
+        message: Matrix = memory.pop()
+        whole, sums = message[:-1].reshape(self.count, self.count), Tree()
+        out = {"out": whole} if backend.xp is np else {}  # the first product then needs no copy
         for q in range(parts // comm.size):
             total: Array = None
             mine = [parts // comm.size * rank + q for rank in range(comm.size)]
             for i in range(rounds):
                 block = self._exchanged([_part(edges[j], edges[j + 1], width, i) for j in mine])
                 with owner.timer.span(ROWS):
-                    product = backend.xp.matmul(block, block.T)
-                    total = product if total is None else product + total
+                    product, out = backend.xp.matmul(block, block.T, **out), {}
+                    if total is None:
+                        total = product
+                    else:
+                        total += product
                     backend.synchronize()
             sums.add(total)
-        message: Matrix = memory.pop()
-        message[:-1] = backend.to_host(sums.total).reshape(-1)
+        if sums.total is not whole:
+            whole[...] = backend.to_host(sums.total)
         owner.sum(message, owner.host)
-        return message[:-1].reshape(self.count, self.count)
+        return whole
 
     def _prepared(self, memory: list[Array]) -> Array:
         """Allocate the message of the Gram matrix."""
@@ -165,9 +170,10 @@ class ShardedRows(RowMatrix):
             for each in columns
         ]
         per_rank = [sum(part) for part in np.array_split(self.counts, comm.size)]
-        wide = columns[comm.rank].stop - columns[comm.rank].start
-        received = comm.exchange(sent, [(count, wide) for count in per_rank])
-        return backend.to_device(np.concatenate(received).astype(np.float64, copy=False))
+        mine = columns[comm.rank]
+        block = np.empty((self.count, mine.stop - mine.start), kind)
+        comm.exchange(sent, np.split(block, np.cumsum(per_rank)[:-1]))
+        return backend.to_device(block.astype(np.float64, copy=False))
 
     def _gathered(self, values: Callable[[SliceRows], np.ndarray]) -> Matrix:
         """Return a number for every row (M,), of which each rank computes those of its rows."""

@@ -110,22 +110,29 @@ class Communicator:
         """Collect a small picklable object of every rank: a list in rank order on rank 0, else None."""
         return [value]
 
-    def exchange(self, parts: list[np.ndarray], shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
+    def exchange(self, parts: list[np.ndarray], received: list[np.ndarray]) -> None:
         """Send one array to every rank, and receive one from every rank.
 
         Parameters
         ----------
         parts : list of ndarray
             For each rank; all of one dtype, the same on every rank.
-        shapes : list of tuple
-            Of the array that each rank sends to this one.
-
-        Returns
-        -------
-        list of ndarray
-            In the order of the ranks.
+        received : list of ndarray
+            C-contiguous; they are overwritten with the arrays of the ranks, in order.
         """
-        return parts
+        received[0][...] = parts[0]
+
+    def join(self, part: np.ndarray, counts: list[int]) -> np.ndarray:
+        """Concatenate a vector of every rank, in the order of the ranks; the same on all ranks.
+
+        Parameters
+        ----------
+        part : ndarray
+            Of this rank, C-contiguous and of the same dtype on every rank.
+        counts : list of int
+            The length of each rank's vector.
+        """
+        return part
 
     def same(self, value: int) -> list[int]:
         """Compare a number such as `digest(theta)` across the ranks.
@@ -244,15 +251,20 @@ class MPICommunicator(Communicator):
         return self._comm.gather(value, root=0)
 
     @_counted
-    def exchange(self, parts: list[np.ndarray], shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
+    def exchange(self, parts: list[np.ndarray], received: list[np.ndarray]) -> None:
         """Send one array to every rank, and receive one from every rank; see `Communicator.exchange`."""
-        received, requests = [np.empty(shape, parts[0].dtype) for shape in shapes], list[Any]()
-        received[self.rank] = parts[self.rank]
         others = [rank for rank in range(self.size) if rank != self.rank]
-        requests += [self._comm.Irecv(received[rank], rank) for rank in others]
+        requests = [self._comm.Irecv(received[rank], rank) for rank in others]
         requests += [self._comm.Isend(np.ascontiguousarray(parts[rank]), rank) for rank in others]
+        received[self.rank][...] = parts[self.rank]
         self._mpi.Request.Waitall(requests)
-        return received
+
+    @_counted
+    def join(self, part: np.ndarray, counts: list[int]) -> np.ndarray:
+        """Concatenate a vector of every rank; see `Communicator.join`."""
+        joined = np.empty(sum(counts), part.dtype)
+        self._comm.Allgatherv(part, [joined, counts])
+        return joined
 
     @_counted
     def rest(self) -> None:
