@@ -154,6 +154,14 @@ def test_rows_of_float32_are_multiplied_in_float64():
     np.testing.assert_allclose(found.gram(), stored @ stored.T, rtol=1e-14)
 
 
+@pytest.mark.parametrize("kind", ["scores", "sketch"])
+def test_no_example_has_more_segments_than_steps(kind):
+    risk, theta = make(WIDE)
+    found, fewer = (risk.rows(theta, RowRequest(kind, segments)) for segments in (STEPS + 4, STEPS))
+    assert (found.count, found.cotangents) == (EXAMPLES * STEPS, STEPS)
+    np.testing.assert_array_equal(found.gram(), fewer.gram())
+
+
 def test_many_rows_of_residuals_need_not_be_stored():
     risk, theta = make(NARROW)
     check(risk.rows(theta, RowRequest("residuals")), NARROW, RowRequest("residuals"))

@@ -59,7 +59,8 @@ class Scored(Bowl):
         self.request = request
         at, factors = self.factored_gradient(theta)
         scores = np.random.default_rng(3).standard_normal((30, SIZE)).astype(theta.dtype)
-        return DenseRows(at.loss, at.vector, scores, scored=7, factors=factors if request.factors else None)
+        factors = factors if request.factors else None
+        return DenseRows(at.loss, at.vector, scores, None, 7, request.segments, factors=factors)
 
 
 @pytest.mark.parametrize("directions", ["rows", "kfac+rows"])
@@ -144,11 +145,21 @@ def both(owner, sequences, theta, request, part):
     return rows, plain, projected, other, v[0]
 
 
-@pytest.mark.parametrize("backend", ["numpy", "numba", "cupy"])
 @pytest.mark.parametrize("kind", ["scores", "sketch"])
-@pytest.mark.parametrize("part", [0, 2, 6])
-@pytest.mark.parametrize("options", [{}, {"slices": 4}, {"memory_budget": 3e5}], ids=str)
-def test_factors_and_linearisations_come_with_the_rows(backend, kind, part, options):
+@pytest.mark.parametrize(
+    ("backend", "part", "options"),
+    [
+        *(
+            ("numpy", part, options)
+            for part in (0, 2, 6)
+            for options in ({}, {"slices": 4}, {"memory_budget": 3e5})
+        ),
+        ("numba", 2, {}),
+        ("cupy", 2, {}),
+    ],
+    ids=str,
+)
+def test_factors_and_linearisations_come_with_the_rows(kind, backend, part, options):
     owner, sequences, theta = make("mlstm", micro_batch=2, backend=backend, **options)
     backend = owner.model.backend
     theta = backend.to_device(theta)

@@ -188,6 +188,9 @@ class Rows(Protocol):
     def residual_count(self) -> int:
         """Return T * O, the rows of residuals of an example."""
 
+    def segment_count(self, segments: int) -> int:
+        """Return K, the segments of an example where so many are wanted: no more than it has steps."""
+
     def scores(self, segments: int, out: Array) -> None:
         """Fill out (B, K, D) with the gradients of the summed loss of K = `segments` segments of examples.
 

@@ -156,6 +156,10 @@ class LossLinearisation:
         """Return T * O, the rows of residuals of an example."""
         return int(self.cache.size) // max(1, self.passes.examples)
 
+    def segment_count(self, segments: int) -> int:
+        """Return K, the segments of an example where so many are wanted: no more than it has steps."""
+        return max(1, min(segments, self.residual_count() // int(self.cache.shape[1])))
+
     def scores(self, segments: int, out: Array) -> None:
         """Fill out (B, K, D) with the gradients of the summed loss of K = `segments` segments of examples."""
         self._segment_rows(self._loss_gradient(1.0), segments, out)

@@ -129,7 +129,10 @@ def slice_rows(
             batch = local.take(shard, some)
             with local.timer.span(FORWARD):
                 at = local.linearised(linearise, theta, batch)
-        count = int(at.residual_count()) if request.kind == "residuals" else request.segments
+        if request.kind == "residuals":
+            count = int(at.residual_count())
+        else:
+            count = at.segment_count(request.segments)
         most = max(1, AT_ONCE // max(1, count * size))
         if len(some) > most and not linearised:  # only a batch shows how many rows an example has
             local.rows_at_once[key] = most
@@ -173,7 +176,7 @@ def _add(
     if request.factors:
         at.factored_gradient(1 / scored, out["gradient"], out["extra"][ROW_NUMBERS:])
     if request.kind == "scores":
-        at.scores(request.segments, by_example)
+        at.scores(by_example.shape[1], by_example)
         if request.factors:
             return
         out["gradient"] += xp.matmul(xp.zeros(len(rows), rows.dtype) + kind(1 / scored), rows)
@@ -186,7 +189,7 @@ def _add(
         out["extra"][1] += kind(not complete)
     else:
         e = signs(request.seed, indices, at.residual_count()).astype(rows.dtype)
-        at.sketch(backend.to_device(e), request.segments, by_example)
+        at.sketch(backend.to_device(e), by_example.shape[1], by_example)
         if not request.factors:
             at.gradient(1 / scored, out["gradient"])
 

@@ -43,7 +43,7 @@ class RowRequest:
     ----------
     kind : {'scores', 'sketch', 'residuals'}
     segments : int
-        K, the number of time segments of an example, for scores and sketches.
+        K, the number of time segments of an example, for scores and sketches; at most one for each step.
     seed : int
         Of a sketch: its signs depend on the seed and on the examples, not on ranks.
     stored : bool

@@ -117,7 +117,7 @@ class Subspace(Optimizer[SubspaceState]):
         Decay of the running mean of K-FAC's factors, and steps between decompositions. With large batches,
         averaging over past factors hurts.
     segments : int
-        K, the segments of an example that have a row each.
+        K, the segments of an example that have a row each; at most one for each step of it.
     row_kind : {'scores', 'sketch'}
     row_damping, row_dampings, row_ratio
         As for K-FAC.
@@ -226,7 +226,7 @@ class Subspace(Optimizer[SubspaceState]):
             g = g + kind(self.weight_decay) * theta
         plain, loss, square = objective.agree((plain, plain + self._penalty(theta), inner_product(g, g)))
         norm, rho, before = math.sqrt(square), None, state
-        passes = Counts(gradients=1, adjoints=self.segments if rows else 0)
+        passes = Counts(gradients=1, adjoints=rows.cotangents if rows else 0)
         report = StepReport(plain, False, "", passes, _details(norm, state.damping))
         last = Step(theta, state.descent, state.curvature)
         judged = not candidates and last.promise > rounding(state.loss, theta)

@@ -104,11 +104,9 @@ class Task:
         For a model that does not know it, each parameter is used once for each output of the first example,
         and all matrices one after the other.
         """
-        model, batch = self.model, self.train_set.take(np.arange(1))
-        targets = np.asarray(getattr(batch, "targets", None))
-        shape = targets.shape[1:] if targets.dtype.kind in "iu" else targets.shape[1:-1]
+        model, shape = self.model, self._steps()
         if shape:
-            shape = shape[0] + burn_in_of(batch), *shape[1:]
+            shape = shape[0] + burn_in_of(self.train_set.take(np.arange(1))), *shape[1:]
         if isinstance(model, Costed):
             return model.forward_pass(max(1, prod(shape)))
         matrices = [b for b in model.blocks if b.rows > 1] if isinstance(model, Blocks) else []
@@ -118,6 +116,15 @@ class Task:
     def options(self) -> dict[str, Any]:
         """The options that the files of a run contain."""
         return asdict(self.config)
+
+    def segments(self, wanted: int) -> int:
+        """Return the segments that an example is cut into: no more than it has steps with targets."""
+        return min(wanted, max(1, prod(self._steps())))
+
+    def _steps(self) -> tuple[int, ...]:
+        """Return the shape of the steps with targets of the first example, () if it has one target."""
+        targets = np.asarray(getattr(self.train_set.take(np.arange(1)), "targets", None))
+        return targets.shape[1:] if targets.dtype.kind in "iu" else targets.shape[1:-1]
 
     def linearisation_bytes(self, cases: int) -> int:
         """Return the size of a linearisation on this many examples, or 0 if it is not known."""

@@ -342,7 +342,8 @@ class Run:
         ranks, threads, (gradient, curvature) = self.communicator.size, self.placement.threads, self.batches
         size = self.task.linearisation_bytes(-(-curvature // ranks))
         optimizer = self.preset.optimizer
-        rows = gradient * getattr(optimizer, "segments", 0) if optimizer.needs.rows else 0
+        wanted = getattr(optimizer, "segments", 0) if optimizer.needs.rows else 0
+        rows = gradient * self.task.segments(wanted)
         budget = self.memory_budget
         return Facts(self.task, gradient, curvature, ranks, threads, places, size, budget, rows, self.step)
 
