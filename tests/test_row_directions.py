@@ -44,6 +44,14 @@ def test_it_ends_at_the_tolerance_or_after_the_most_iterations():
     assert np.linalg.norm(b - a @ shorter) > np.linalg.norm(b - a @ x)
 
 
+def test_a_shift_that_is_solved_long_before_the_others_is_left_alone():
+    a, b = np.diag(np.geomspace(1e-6, 1.0, 200)), np.ones(200)
+    found, iterations = shifted_solutions(lambda v: a @ v, b, [1e-7, 1e4, 1e12], 0.0, 400)
+    assert iterations > 100
+    for x, shift in zip(found[1:], (1e4, 1e12), strict=True):
+        np.testing.assert_allclose(x, b / (np.diag(a) + shift), rtol=1e-12)
+
+
 def test_numbers_that_are_not_finite_end_it():
     found, iterations = shifted_solutions(lambda v: v * np.nan, np.ones(3), [1.0, 2.0], 1e-3, 50)
     assert iterations == 1

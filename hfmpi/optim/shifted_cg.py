@@ -15,6 +15,9 @@ from hfmpi.optim.layout import Vector
 
 __all__ = ["shifted_solutions"]
 
+SOLVED = 1e-30
+"""A residual, as a part of that of the smallest shift, below which no digit of a solution changes."""
+
 
 def shifted_solutions(
     apply: Operator,
@@ -65,11 +68,11 @@ def shifted_solutions(
             goal = tolerance**2 * square
         for k, shift in enumerate(shifts):
             before, last = zeta_before[k], zeta[k]
-            new = alpha_before * before * (1 + alpha * (shift - smallest)) + alpha * beta_before * (
-                before - last
-            )
-            new = last * before * alpha_before / new
-            ratio = new / last if last else 0.0
+            if last < SOLVED:  # it would underflow
+                continue
+            new = alpha_before * before * (1 + alpha * (shift - smallest))
+            new = last * before * alpha_before / (new + alpha * beta_before * (before - last))
+            ratio = new / last
             xs[k] = xs[k] + kind(alpha * ratio) * ps[k]
             ps[k] = kind(new) * r + kind(beta * ratio**2) * ps[k]
             zeta_before[k], zeta[k] = last, new
