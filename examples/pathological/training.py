@@ -88,9 +88,11 @@ METHODS = {
     "bhf+s": Method("bhf", "damping", DAMPINGS, 500, 125, STRUCTURAL),
     "subspace": Method("subspace", "damping", TRUSTS, 500, 125, {"candidates": 3}),
     "subspace-preset": Method("subspace", "damping", (1e-3,), 500, 125, {"candidates": 3}),
+    "subspace-rows": Method("subspace-rows", "damping", TRUSTS, 500, 125, {"candidates": 3}),
     "soap-large": Method("soap", "rate", ROTATED, 2_000),
     "bhf-short+s-large": Method("bhf-short", "damping", DAMPINGS, 2_000, 1_000, STRUCTURAL),
     "subspace-large": Method("subspace", "damping", TRUSTS, 2_000, 1_000, {"candidates": 3}),
+    "subspace-rows-large": Method("subspace-rows", "damping", TRUSTS, 2_000, 1_000, {"candidates": 3}),
 }
 """By name: +s with structural damping, +p with the preset's preconditioner, -preset with nothing tuned,
 -large with larger batches.
