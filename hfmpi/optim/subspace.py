@@ -1,13 +1,13 @@
 """One Gauss-Newton step in the space of many directions, for the fewest sequential passes.
 
 `hfmpi.optim.reduced_model` has the quadratic model in the space of the directions V; V G V' needs J V alone,
-in one pass for all directions. The directions are K-FAC's preconditioned gradients at several dampings, the
-gradient, the gradient over its root mean square, and the last steps, each cut into parts (a gate of a
-matrix). There is no rate to tune and no line search. Lambda follows the reduction ratio, which needs no
+in one pass for all directions. The directions are K-FAC's preconditioned gradients at several dampings, those
+of rows of examples (S'S / N + gamma)^-1 g, the gradient, the gradient over its root mean square, and the last
+steps, each cut into parts (a gate of a matrix). There is no rate to tune and no line search. Lambda follows the reduction ratio, which needs no
 pass where the next gradient is of the same batch, because that gradient comes with the risk after the step.
 If the risk rose, part of the step is taken back, up to the minimum of the parabola through both risks and
 the slope. Where no step was judged before, as at the start, lambda may not fit the scale of the problem yet:
-there a forward pass checks the risk first, and lambda is raised until the step lowers it. On other batches a
+there a forward pass checks the risk first, and the step is shortened until it lowers it. On other batches a
 forward pass computes the risk of every step.
 
 Directions from K-FAC and an exact quadratic model along them are also how K-FAC chooses its rate and
@@ -106,7 +106,7 @@ class Subspace(Optimizer[SubspaceState]):
     Attributes
     ----------
     directions : str
-        Some of kfac, gradient and rms (the gradient over its root mean square), joined by +.
+        Some of kfac, rows, gradient and rms (the gradient over its root mean square), joined by +.
     memory : int
         Number of last steps among the directions.
     cut : bool
@@ -119,8 +119,9 @@ class Subspace(Optimizer[SubspaceState]):
     segments : int
         K, the segments of an example that have a row each; at most one for each step of it.
     row_kind : {'scores', 'sketch'}
+        Which rows (hfmpi.optim.rows); a sketch is drawn anew in every step.
     row_damping, row_dampings, row_ratio
-        As for K-FAC.
+        The smallest gamma of the rows, the number of them, and the ratio of each to the one before.
     row_steps : int
         Iterations of conjugate gradients on the rows, at most.
     square_decay : float
