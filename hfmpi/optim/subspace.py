@@ -3,12 +3,12 @@
 `hfmpi.optim.reduced_model` has the quadratic model in the space of the directions V; V G V' needs J V alone,
 in one pass for all directions. The directions are K-FAC's preconditioned gradients at several dampings, those
 of rows of examples (S'S / N + gamma)^-1 g, the gradient, the gradient over its root mean square, and the last
-steps, each cut into parts (a gate of a matrix). There is no rate to tune and no line search. Lambda follows the reduction ratio, which needs no
-pass where the next gradient is of the same batch, because that gradient comes with the risk after the step.
-If the risk rose, part of the step is taken back, up to the minimum of the parabola through both risks and
-the slope. Where no step was judged before, as at the start, lambda may not fit the scale of the problem yet:
-there a forward pass checks the risk first, and the step is shortened until it lowers it. On other batches a
-forward pass computes the risk of every step.
+steps, each cut into parts (a gate of a matrix). There is no rate to tune and no line search. Lambda follows
+the reduction ratio, which needs no pass where the next gradient is of the same batch, because that gradient
+comes with the risk after the step. If the risk rose, part of the step is taken back, up to the minimum of the
+parabola through both risks and the slope. Where no step was judged before, as at the start, lambda may not
+fit the scale of the problem yet: there a forward pass checks the risk first, and the step is shortened until
+it lowers it. On other batches a forward pass computes the risk of every step.
 
 Directions from K-FAC and an exact quadratic model along them are also how K-FAC chooses its rate and
 momentum (Martens and Grosse 2015, section 7), there with two directions.
