@@ -470,7 +470,7 @@ def test_small_charts():
     ("shf", {}), ("shf", {"preconditioner": "none"}), ("sgd", {}), ("subspace", {"memory": 1}),
     ("subspace", {"candidates": 3, "kfac_dampings": 2, "memory": 0}),
     ("subspace", {"directions": "rms", "memory": 1}),
-    ("soap", {}), ("soap", {"longest_side": 1}), ("muon", {}),
+    ("soap", {}), ("soap", {"longest_side": 1}), ("muon", {}), ("soap-muon", {}),
 ])  # fmt: skip
 def test_the_messages_are_those_that_a_run_sends(optimizer, settings, tmp_path, monkeypatch):
     sent, summing = Counter(), Communicator.sum

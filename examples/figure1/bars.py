@@ -77,7 +77,8 @@ class Run(NamedTuple):
     def train(self, data: Path, out: Path, steps: int) -> None:
         """Train it to this step, unless it has been there."""
         at, bar = self.folder(out), BARS[self.bar]
-        if len(history(at)) >= steps or at.with_suffix(".failed").exists():
+        log, failed = (at.with_name(f"{at.name}.{ending}") for ending in ("log", "failed"))
+        if len(history(at)) >= steps or failed.exists():
             return
         words = ["hfmpi", "train", str(data), "--out", str(at), "--model", self.model]
         words += ["--parameters", str(round(PAPER_PARAMETERS[self.model] / SIZE.parameters))]
@@ -86,8 +87,8 @@ class Run(NamedTuple):
         for change in (f"rate={self.rate:g}", *bar.changes):
             words += ["--set", change]
         words += ["--max-steps", str(steps), "--checkpoint-every", "1000", "--evaluate-every", "1"]
-        if call(words, at.with_name(f"{at.name}.log"), 2):  # 2: a sentence, such as that steps are rejected
-            at.with_suffix(".failed").touch()
+        if call(words, log, 2):  # 2: a sentence, such as that all steps are rejected
+            failed.touch()
         last = history(at)[-1]
         print(f"{at.name:36} step {last['step']:4}  {last['train_bpc']:.3f} bits/char", flush=True)
 

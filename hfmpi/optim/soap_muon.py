@@ -1,8 +1,8 @@
-"""SOAP-Muon: SOAP with Nesterov's look-ahead, whose step is made orthogonal in the recurrent matrices.
+"""SOAP-Muon: SOAP with Nesterov's look-ahead, whose step is made orthogonal in the hidden matrices.
 
     M  <- beta1 M + (1 - beta1) G,    N = beta1 M + (1 - beta1) G
     P  = Q_L ((Q_L' N Q_R) / (sqrt(V) + epsilon)) Q_R'           (SOAP, hfmpi.optim.soap)
-    P  <- scale orthogonal(P) in every square part of a block    (Muon, hfmpi.optim.muon)
+    P  <- scale orthogonal(P) in the rows of a hidden state      (Muon, hfmpi.optim.muon)
 
 and the step is -rate P. SOAP before Muon is due to Vyas (nikhilvyas.github.io/SOAP_Muon.pdf). It holds the
 records for the fewest steps at a fixed batch since May 2026, with new eigenvectors at every step since June
@@ -15,13 +15,13 @@ are those of this gradient and not of the one before, and the other parameters a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, ClassVar
 
 from hfmpi.measure.cost import Counts
 from hfmpi.measure.linear_algebra import together
 from hfmpi.optim.layout import Block, Vector
 from hfmpi.optim.muon import orthogonal, orthogonalisation
-from hfmpi.optim.reduced_model import Part, parts_of
 from hfmpi.optim.soap import SOAP
 from hfmpi.settings import POSITIVE, at_least
 
@@ -30,11 +30,11 @@ __all__ = ["SOAPMuon"]
 
 @dataclass(frozen=True)
 class SOAPMuon(SOAP):
-    """SOAP on the blocks of theta, with orthogonal steps in their square parts.
+    """SOAP on the blocks of theta, with orthogonal steps in the matrices from hidden state to hidden state.
 
-    A part has one kind of inputs and one of outputs. That of each gate from the hidden state is square, and
-    so is a layer from one hidden state to another one of the same size. A model without such parts has
-    SOAP's steps, with Nesterov's look-ahead.
+    Those are the rows of a block with one kind of inputs, as many as a gate has outputs: W_h of all gates,
+    and a layer from one hidden state to another one of the same size. Without any the steps are SOAP's, with
+    Nesterov's look-ahead.
 
     Attributes
     ----------
@@ -58,18 +58,20 @@ class SOAPMuon(SOAP):
     newton_schulz_steps: Annotated[int, at_least(1)] = 5
 
     def _finished(self, block: Block, step: Vector) -> Vector:
-        for part in _square(block):
-            view = step[part.top : part.bottom, part.left : part.right]
-            view[...] = step.dtype.type(self.scale) * orthogonal(view, self.newton_schulz_steps)
+        for top, bottom in _hidden(block):
+            rows = step[top:bottom]
+            rows[...] = step.dtype.type(self.scale) * orthogonal(rows, self.newton_schulz_steps)
         return step
 
     def _finishing(self, block: Block) -> Counts:
         return together(
-            orthogonalisation(part.bottom - part.top, part.right - part.left, self.newton_schulz_steps)
-            for part in _square(block)
+            orthogonalisation(bottom - top, block.columns, self.newton_schulz_steps)
+            for top, bottom in _hidden(block)
         )
 
 
-def _square(block: Block) -> list[Part]:
-    """Return the parts of a block that are square matrices."""
-    return [part for part in parts_of([block]) if 1 < part.bottom - part.top == part.right - part.left]
+def _hidden(block: Block) -> list[tuple[int, int]]:
+    """Return the rows, from and to, of each kind of inputs of a block that is as wide as its outputs."""
+    width = block.columns // block.groups
+    edges = pairwise((0, *block.cuts, block.rows))
+    return [(top, bottom) for top, bottom in edges if 1 < bottom - top == width]
