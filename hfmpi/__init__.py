@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         Muon,
         Objective,
         Objectives,
+        SOAPMuon,
         Subspace,
     )
     from hfmpi.parallel import connect, guard
@@ -49,6 +50,7 @@ __all__ = [
     "Network",
     "Objective",
     "Objectives",
+    "SOAPMuon",
     "Subspace",
     "TorchModel",
     "connect",

@@ -140,6 +140,7 @@ def check_optimizers(model, cases):
         hfmpi.GradientDescent(),
         hfmpi.SOAP(),
         hfmpi.Muon(),
+        hfmpi.SOAPMuon(),
         hfmpi.Subspace(),
         hfmpi.Subspace("kfac+rows"),
         hfmpi.LBFGS(),

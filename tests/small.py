@@ -82,7 +82,7 @@ def make_run(
 ):
     """Make a run as `hfmpi train` does, new or resumed."""
     comm = comm or Communicator()
-    if options.get("optimizer") in ("sgd", "bgd", "adam", "soap", "muon", "lm", "lbfgs"):
+    if options.get("optimizer") in ("sgd", "bgd", "adam", "soap", "soap-muon", "muon", "lm", "lbfgs"):
         options = {"curvature_batch": 0} | options
     place = Placement("here", comm.rank, comm.size, comm.local_rank, comm.local_size, 1, 1, 2**30)
     found = find_checkpoint(folder, resume)

@@ -82,7 +82,7 @@ def test_allreduce():
 SECOND = "shf", "subspace"
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "shf", "soap", "muon", "subspace"])
+@pytest.mark.parametrize("optimizer", ["sgd", "shf", "soap", "muon", "soap-muon", "subspace"])
 def test_steps(optimizer):
     sizes = ["--gradient-batch", "8"] + (["--curvature-batch", "4"] if optimizer in SECOND else [])
     (found,) = rows("step", "--model", "mlstm", "--optimizer", optimizer, *sizes)

@@ -492,7 +492,7 @@ def test_a_run_goes_on_on_another_device(tmp_path):
     np.testing.assert_allclose(mixed.theta, whole.theta, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "soap", "muon"])
+@pytest.mark.parametrize("optimizer", ["adam", "soap", "muon", "soap-muon"])
 def test_adaptive_methods_do_the_same_on_every_device(tmp_path, optimizer):
     data = write_corpus(tmp_path / "d.h5")
     chosen = {"averaging": 0.5, "decay": 0.01, "epsilon": 1e-4}  # a smaller one would blow rounding up
@@ -536,7 +536,7 @@ def test_curvature_is_the_same_on_every_device():
 
 
 @standin_only
-@pytest.mark.parametrize("optimizer", ["soap", "muon"])
+@pytest.mark.parametrize("optimizer", ["soap", "muon", "soap-muon"])
 def test_gradients_that_overflow_on_the_device_are_rejected(tmp_path, optimizer):
     run = make_run(tmp_path / "run", write_corpus(tmp_path / "d.h5"), backend="cupy", optimizer=optimizer)
     huge = Linear([run.theta * 0 + 1e200], run.model.blocks)
@@ -547,7 +547,7 @@ def test_gradients_that_overflow_on_the_device_are_rejected(tmp_path, optimizer)
     assert report.message == "update rejected: the gradient is not finite"
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "soap", "muon", "shf", "lm"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "soap", "muon", "soap-muon", "shf", "lm"])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, optimizer):
     data = write_corpus(tmp_path / "d.h5")
     options = {"backend": "cupy", "optimizer": optimizer, "dtype": "float32", "hidden": 5}

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfmpi.errors import UserError
-from hfmpi.optim import SOAP, Adam, Gradient, GradientDescent, Muon, Objective, Objectives
+from hfmpi.optim import SOAP, Adam, Gradient, GradientDescent, Muon, Objective, Objectives, SOAPMuon
 from hfmpi.optim.first_order import evaluated
 from hfmpi.optim.layout import Block
 from hfmpi.optim.muon import orthogonal
@@ -114,7 +114,7 @@ def test_adam(threshold):
     assert reports[3].details["gradient_norm"] == pytest.approx(np.linalg.norm(GRADIENTS[3]))
 
 
-ADAPTIVE = Adam(), SOAP(), Muon()
+ADAPTIVE = Adam(), SOAP(), SOAP(nesterov=True), Muon(), SOAPMuon()
 
 
 @pytest.mark.parametrize("optimizer", ADAPTIVE)
@@ -162,8 +162,11 @@ MATRICES = [RNG.standard_normal(100) * scale for scale in (1, 0.1, 3, 0.7, 2, 1,
 START = RNG.standard_normal(100)
 
 
-def soap(gradients, theta, block, settings, ties=0.0):
-    """SOAP on a matrix, with eigenvectors from `eigh` of the factors, then by orthogonal iterations."""
+def soap(gradients, theta, block, settings, ties=0.0, finish=lambda p: p):
+    """SOAP on a matrix, with eigenvectors from `eigh` of the factors, then by orthogonal iterations.
+
+    `finish` is applied to the step without its rate.
+    """
     s, rows, columns = settings, block.rows, block.columns
     turn = [min(rows, columns) > 1 and side <= s["longest_side"] for side in (rows, columns)]
     factors, bases = [np.zeros((side, side)) for side in (rows, columns)], [np.eye(rows), np.eye(columns)]
@@ -182,19 +185,26 @@ def soap(gradients, theta, block, settings, ties=0.0):
         m, turned = s["beta1"] * m + (1 - s["beta1"]) * g, bases[0].T @ g @ bases[1]
         v = s["beta2"] * v + (1 - s["beta2"]) * turned**2
         root = np.sqrt(v / (1 - s["beta2"] ** t)) + s["epsilon"]
-        p = bases[0] @ (bases[0].T @ (m / (1 - s["beta1"] ** t)) @ bases[1] / root) @ bases[1].T
+        mean = m / (1 - s["beta1"] ** t)
+        if s.get("nesterov"):
+            mean = (s["beta1"] * m + (1 - s["beta1"]) * g) / (1 - s["beta1"] ** (t + 1))
+        p = finish(bases[0] @ (bases[0].T @ mean @ bases[1] / root) @ bases[1].T)
         p = s["rate"] * (p.reshape(-1) + s["decay"] * theta[block.start :][: rows * columns])
         theta = theta.copy()
         theta[block.start :][: rows * columns] -= p
         yield -p
 
 
+SETTINGS = {
+    "rate": 0.1, "beta1": 0.8, "beta2": 0.9, "epsilon": 1e-3, "factor_decay": 0.7, "longest_side": 5,
+    "decay": 0.05,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("refresh", [1, 3])
-def test_soap(refresh):
-    chosen = {
-        "rate": 0.1, "beta1": 0.8, "beta2": 0.9, "epsilon": 1e-3, "factor_decay": 0.7, "refresh": refresh,
-        "longest_side": 5, "decay": 0.05,
-    }  # fmt: skip
+def test_soap(refresh, nesterov):
+    chosen = SETTINGS | {"refresh": refresh, "nesterov": nesterov}
     steps, state, _ = updates(SOAP(**chosen), MATRICES, blocks=BLOCKS, theta=START)
     for block in BLOCKS:
         for p, q in zip(steps, soap(MATRICES, START, block, chosen, TIES), strict=True):
@@ -252,6 +262,38 @@ def test_muon(steps):
     assert state.updates == len(MATRICES)
 
 
+@pytest.mark.parametrize("steps", [1, 5])
+def test_soap_muon_makes_hidden_matrices_orthogonal(steps):
+    """The gates of an LSTM with 3 units, 5 inputs and a bias; a square block; a wide one; a vector."""
+    blocks = (
+        Block("gates", 0, 9, 6, cuts=(5, 8), groups=2),
+        Block("hidden", 54, 4, 4),
+        Block("out", 70, 4, 5),
+        Block("bias", 90, 1, 10),
+    )
+    hidden = {"gates": slice(5, 8), "hidden": slice(0, 4)}
+    chosen = SETTINGS | {"refresh": 1, "longest_side": 9, "nesterov": True}
+    optimizer = SOAPMuon(**chosen, scale=2.5, newton_schulz_steps=steps)
+    found, state, _ = updates(optimizer, MATRICES, blocks=blocks, theta=START)
+    for block in blocks:
+
+        def finish(p, name=block.name):
+            if rows := hidden.get(name):
+                p[rows] = 2.5 * newton_schulz(p[rows], steps)
+            return p
+
+        for p, q in zip(found, soap(MATRICES, START, block, chosen, TIES, finish), strict=True):
+            np.testing.assert_allclose(block.of(p).reshape(-1), q, rtol=1e-7, atol=1e-9)
+    assert state.updates == len(MATRICES)
+
+
+def test_soap_muon_without_hidden_matrices_is_soap_with_look_ahead():
+    blocks = Block("a", 0, 4, 5), Block("b", 20, 8, 10, cuts=(4,))
+    ours, _, _ = updates(SOAPMuon(), MATRICES, blocks=blocks)
+    theirs, _, _ = updates(SOAP(nesterov=True, refresh=1), MATRICES, blocks=blocks)
+    assert np.array_equal(ours, theirs)
+
+
 @given(st.integers(2, 30), st.integers(2, 30), st.integers(1, 30), st.integers(0, 2**31), st.floats(-6, 6))
 @settings(deadline=None, max_examples=60)
 def test_singular_values_become_about_one(rows, columns, rank, seed, size):
@@ -273,12 +315,14 @@ def test_nothing_made_orthogonal_is_nothing(dtype):
     assert np.allclose(orthogonal(np.diag([2.0, 2.0])), orthogonal(np.eye(2)))
 
 
-@pytest.mark.parametrize("optimizer", [SOAP(), Muon()])
-def test_without_matrices_there_is_one_sentence(optimizer):
+@pytest.mark.parametrize(
+    ("name", "optimizer"), [("soap", SOAP()), ("muon", Muon()), ("soap-muon", SOAPMuon())]
+)
+def test_without_matrices_there_is_one_sentence(name, optimizer):
     class Bare(Linear):
         blocks = Objective.blocks
 
-    name, theta = type(optimizer).__name__.lower(), np.zeros(6)
+    theta = np.zeros(6)
     with pytest.raises(
         UserError, match=rf"^{name} needs the matrices of theta: init\(theta, objective.blocks\)$"
     ):
@@ -301,7 +345,7 @@ def cosine(t):
     ("constant", lambda t: 1.0), ("inverse-root", lambda t: 1 / math.sqrt(1 + t / 10)), ("cosine", cosine),
 ])  # fmt: skip
 @pytest.mark.parametrize("warm_up", [0, 4])
-@pytest.mark.parametrize("kind", [Adam, SOAP, Muon])
+@pytest.mark.parametrize("kind", [Adam, SOAP, Muon, SOAPMuon])
 def test_schedules(kind, warm_up, name, formula):
     optimizer = kind(rate=0.5, schedule=name, schedule_steps=10, schedule_end=0.2, warm_up=warm_up)
     _, _, reports = updates(optimizer, GRADIENTS * 3)
@@ -310,7 +354,7 @@ def test_schedules(kind, warm_up, name, formula):
         assert report.details["rate"] == pytest.approx(0.5 * rising * formula(t), rel=1e-14)
 
 
-@pytest.mark.parametrize("kind", [Adam, SOAP, Muon])
+@pytest.mark.parametrize("kind", [Adam, SOAP, Muon, SOAPMuon])
 def test_the_rate_is_that_of_the_step(kind):
     blocks = Block("a", 0, 1, 3), Block("b", 3, 2, 2)
     constant, _, _ = updates(kind(), GRADIENTS, blocks=blocks)
@@ -319,7 +363,7 @@ def test_the_rate_is_that_of_the_step(kind):
         np.testing.assert_allclose(p, q * min(1, (t + 1) / 3) / math.sqrt(1 + t / 50), rtol=1e-12)
 
 
-@pytest.mark.parametrize("kind", [Adam, SOAP, Muon])
+@pytest.mark.parametrize("kind", [Adam, SOAP, Muon, SOAPMuon])
 def test_decay_is_decoupled(kind):
     blocks, theta = (Block("a", 0, 1, 3), Block("b", 3, 2, 2)), START[:7]
     plain, _, _ = updates(kind(rate=0.1, schedule="cosine"), GRADIENTS, blocks=blocks, theta=theta)
@@ -332,7 +376,7 @@ def test_decay_is_decoupled(kind):
         theta = theta + p
 
 
-@pytest.mark.parametrize("kind", [Adam, SOAP, Muon])
+@pytest.mark.parametrize("kind", [Adam, SOAP, Muon, SOAPMuon])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("averaging", [0.05, 0.2, 0.999])
 def test_the_average_is_a_mean_of_the_iterates_whose_window_grows(kind, dtype, averaging):

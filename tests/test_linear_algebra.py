@@ -7,7 +7,7 @@ import pytest
 
 from hfmpi.measure.cost import Counts
 from hfmpi.measure.linear_algebra import cholesky, eigh, gram, product, qr, together, triangular_solve
-from hfmpi.optim import SOAP, Adam, Gradient, Muon, Objective, Objectives, Subspace, layout
+from hfmpi.optim import SOAP, Adam, Gradient, Muon, Objective, Objectives, SOAPMuon, Subspace, layout
 from hfmpi.optim.layout import Block
 from hfmpi.optim.rows import DenseRows
 
@@ -109,6 +109,8 @@ def executed(monkeypatch):
         (SOAP(refresh=1, longest_side=5), 0.0),
         (Muon(), 0.0),
         (Muon(newton_schulz_steps=2), 0.0),
+        (SOAPMuon(), 0.0),
+        (SOAPMuon(refresh=2, newton_schulz_steps=2, longest_side=5), 0.0),
         (Adam(), 0.0),
     ],
 )
@@ -133,6 +135,9 @@ def test_blocks_run_side_by_side():
     assert first_steps(Subspace(memory=0), risk)[0] == 2 * 6 + 2 + 2 + solved
     assert first_steps(SOAP(refresh=2), risk) == [1 + 2 * 6 + 4, 1 + 4, 1 + 1 + 2 * 6 + 4]
     assert first_steps(Muon(newton_schulz_steps=2), risk) == [6, 6, 6]
+    # The eigenvectors of the largest block, then its hidden rows, 2 x 6.
+    expected = [1 + 2 * 6 + 4 + 6, *[1 + 1 + 2 * 6 + 4 + 6] * 2]
+    assert first_steps(SOAPMuon(newton_schulz_steps=2), risk) == expected
 
 
 def first_steps(optimizer, risk):

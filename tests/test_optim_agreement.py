@@ -16,6 +16,7 @@ from hfmpi.optim import (
     Muon,
     Objective,
     Objectives,
+    SOAPMuon,
     Subspace,
 )
 from hfmpi.optim.base import inner_product
@@ -139,6 +140,7 @@ ALL = [
     Adam(schedule="inverse-root", decay=0.1, averaging=0.5),
     SOAP(rate=0.1, refresh=2, averaging=0.5),
     Muon(decay=0.1),
+    SOAPMuon(rate=0.1, epsilon=1e-6),
     Subspace(kfac_damping=1e-2, refresh=2),
     Subspace("gradient+rms", memory=1, cut=False, damping=1e3, candidates=3),
     Subspace("kfac+rms", kfac_damping=1e-2, damping=1e3, weight_decay=0.1),
@@ -189,7 +191,7 @@ def test_ranks_under_mpi_agree_in_every_bit(optimizer, mpi_ranks, comm):
 @pytest.mark.parametrize(
     ("optimizer", "most"),
     [
-        *zip(ALL[4:-4], (1, 1, 2, 2, 2, 3, 3, 5, 7, 5), strict=True),
+        *zip(ALL[4:-4], (1, 1, 2, 2, 2, 3, 3, 3, 5, 7, 5), strict=True),
         *((hessian_free, 0) for hessian_free in ALL[:4]),
     ],
 )

@@ -26,6 +26,7 @@ OPTIMIZERS = {
     "sgd": {"optimizer": "sgd"},
     "adam": {"optimizer": "adam", "settings": {"rate": 0.02}},
     "soap": {"optimizer": "soap", "settings": {"averaging": 0.5}},
+    "soap-muon": {"optimizer": "soap-muon"},
 }
 
 
@@ -166,7 +167,7 @@ def test_stopped_anywhere_it_goes_on_as_if_it_had_not_been(name, data, tmp_path)
     whole, count = questions(tmp_path / "whole", data, **options)
     # One question before each step and one at each sum, which the history counts; each step is evaluated.
     # The blocks of soap are one sum more, and each of them a question.
-    spread = (1 + len(whole.model.blocks)) * (name == "soap")
+    spread = (1 + len(whole.model.blocks)) * name.startswith("soap")
     sums = [r["gradients"] + r["losses"] + r["products"] + spread for r in history(whole.folder)]
     assert count == sum(sums) + 2 * STEPS
     boundaries = np.cumsum([0] + [n + 2 for n in sums])

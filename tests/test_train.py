@@ -35,6 +35,7 @@ OPTIMIZERS = {
     # With the usual epsilon rounding is blown up where the gradient has no part: 1e-8 after four steps.
     "soap": {"optimizer": "soap", "settings": {"epsilon": 1e-4, "averaging": 0.7}},
     "muon": {"optimizer": "muon", "settings": {"schedule": "cosine", "schedule_steps": 5}},
+    "soap-muon": {"optimizer": "soap-muon", "settings": {"epsilon": 1e-4}},
     "subspace": {
         "optimizer": "subspace",
         "curvature_batch": 4,
@@ -304,7 +305,7 @@ def test_a_run_whose_next_gradient_judges_the_last_step_goes_on_as_if_it_had_not
         train(run.folder, data, max_steps=STEPS + 1, **options)
 
 
-@pytest.mark.parametrize("name", ["adamw", "soap", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "soap", "muon", "soap-muon"])
 def test_the_history_of_an_adaptive_method(name, data, tmp_path):
     run, _ = train(tmp_path / "run", data, max_steps=3, **OPTIMIZERS[name])
     for record in history(run.folder):
@@ -479,6 +480,7 @@ def check_cost(run, records, batch, curvature, ranks):
         ("sgd clip", 300),
         ("soap", 40),
         ("muon", 40),
+        ("soap-muon", 40),
     ],
 )
 @pytest.mark.parametrize("model", ["rnn", "mlstm"])
@@ -491,7 +493,7 @@ def test_training_learns(name, steps, model, data, tmp_path):
     assert valid[-1] < 0.85 * valid[0]
 
 
-@pytest.mark.parametrize("name", ["adam", "soap", "muon"])
+@pytest.mark.parametrize("name", ["adam", "soap", "muon", "soap-muon"])
 def test_an_update_that_overflows_is_told_and_the_run_goes_on_but_is_not_saved(name, data, tmp_path):
     reporter, options = Recorder(), {"optimizer": name, "dtype": "float32", "settings": {"rate": 1e37}}
     run = make_run(tmp_path / "run", data, reporter=reporter, max_steps=3, **options)
@@ -597,6 +599,7 @@ def test_with_slices_the_bits_do_not_depend_on_the_number_of_ranks(mpi_ranks, co
                 ("shf", "numpy"),
                 ("shf", "numba"),
                 ("soap", "numba"),
+                ("soap-muon", "numba"),
                 ("subspace", "numpy"),
             ):
                 options = {"backend": backend, "dtype": "float32", "slices": 4, "micro_batch": 2}

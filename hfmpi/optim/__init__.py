@@ -8,6 +8,7 @@ from hfmpi.optim.lbfgs import LBFGS
 from hfmpi.optim.lm import LM
 from hfmpi.optim.muon import Muon
 from hfmpi.optim.soap import SOAP
+from hfmpi.optim.soap_muon import SOAPMuon
 from hfmpi.optim.subspace import Subspace
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Objective",
     "Objectives",
     "Optimizer",
+    "SOAPMuon",
     "StepReport",
     "Subspace",
 ]

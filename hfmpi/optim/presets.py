@@ -14,6 +14,7 @@ from hfmpi.optim.lbfgs import LBFGS
 from hfmpi.optim.lm import LM
 from hfmpi.optim.muon import Muon
 from hfmpi.optim.soap import SOAP
+from hfmpi.optim.soap_muon import SOAPMuon
 from hfmpi.optim.subspace import Subspace
 from hfmpi.settings import converted
 
@@ -78,6 +79,8 @@ PRESETS = {
     # precision takes rounding for gradients at first.
     "soap": Preset(SOAP(rate=0.1, beta1=0.9, epsilon=1e-6, refresh=2, schedule="inverse-root"), 3500),
     "muon": Preset(_MUON, 3500),
+    # Settings of soap, with new eigenvectors at every step.
+    "soap-muon": Preset(SOAPMuon(rate=0.15, beta1=0.9, epsilon=1e-6, schedule="inverse-root"), 3500),
     # The batch of sgd: the lowest validation loss after minutes on a few cores (docs/results/clock.md).
     "muon-small": Preset(replace(_MUON, rate=0.2, averaging=0.999), 32),
     # For problems with few residuals or few parameters; the gradient is on the whole training set.

@@ -64,10 +64,13 @@ class SOAP(Adaptive[SOAPState]):
         Updates from one eigendecomposition to the next. The authors: 10.
     longest_side : int
         Longer sides (rows or columns) are not rotated. The authors: 10,000, which takes minutes.
+    nesterov : bool
+        Precondition beta1 M + (1 - beta1) G in place of M, as Muon and Nadam do (Dozat 2016).
     decay, averaging, schedule, schedule_steps, schedule_end, warm_up
         See `Adaptive` and `Schedule`.
     """
 
+    _name: ClassVar[str] = "soap"
     _state: ClassVar[type] = SOAPState
 
     rate: Annotated[float, POSITIVE] = 3e-3
@@ -77,6 +80,7 @@ class SOAP(Adaptive[SOAPState]):
     factor_decay: Annotated[float, within("[0, 1)")] = 0.95
     refresh: Annotated[int, at_least(1)] = 10
     longest_side: Annotated[int, at_least(1)] = LONGEST_SIDE
+    nesterov: bool = False
 
     def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> SOAPState:
         """Return the state before the first update.
@@ -87,7 +91,7 @@ class SOAP(Adaptive[SOAPState]):
             Without blocks.
         """
         check_vector("theta", theta)
-        check_blocks("soap", blocks)
+        check_blocks(self._name, blocks)
         size = BlockLayout(blocks, self._factors).size
         factors, bases = np.zeros_like(theta, shape=size), np.zeros_like(theta, shape=size)
         return SOAPState(theta * 0, theta * 0, factors, bases, updates=0, average=self._first(theta))
@@ -112,7 +116,7 @@ class SOAP(Adaptive[SOAPState]):
                 for side in (left, right)
                 if side
             )
-            return sides + together([turned, turned]) + turned
+            return sides + together([turned, turned]) + turned + self._finishing(block)
 
         return together(map(of, blocks))
 
@@ -131,12 +135,13 @@ class SOAP(Adaptive[SOAPState]):
         """Compute the step; matrix products and decompositions of each block are one rank's work."""
         kind, t, blocks = g.dtype.type, state.updates + 1, objective.blocks
         mean = kind(self.beta1) * state.mean + kind(1 - self.beta1) * g
+        momentum = self._momentum(mean, g, t)
         keep = self.factor_decay if state.updates else 0.0
         layout = BlockLayout(blocks, self._factors)
         old_factors, old_bases = layout.views(state.factors), layout.views(state.bases)
 
         def fill(i: int, new: Arrays) -> None:
-            gradient, momentum, old_square = (blocks[i].of(v) for v in (g, mean, state.mean_square))
+            gradient, ahead, old_square = (blocks[i].of(v) for v in (g, momentum, state.mean_square))
             for side, a in ("L", gradient), ("R", gradient.T):
                 matrix, basis = new[side], new[f"Q_{side}"]
                 if not matrix.size:
@@ -147,10 +152,10 @@ class SOAP(Adaptive[SOAPState]):
                 if self._refreshes(state):
                     basis[...] = _eigenvectors(matrix, basis if state.updates else None)
             left, right, square = new["Q_L"], new["Q_R"], new["mean_square"]
-            inside, ahead = (rotated(matrix, left.T, right) for matrix in (gradient, momentum))
+            inside, ahead = (rotated(matrix, left.T, right) for matrix in (gradient, ahead))
             square[...] = kind(self.beta2) * old_square + kind(1 - self.beta2) * inside * inside
             corrected = np.sqrt(square / kind(1 - self.beta2**t)) + kind(self.epsilon)
-            new["step"][...] = rotated(ahead / corrected, left, right.T)
+            new["step"][...] = self._finished(blocks[i], rotated(ahead / corrected, left, right.T))
 
         mean_square, p, factors, bases = (v * 0 for v in (mean, mean, state.factors, state.bases))
         results = share_out(objective, BlockLayout(blocks, self._results), g, fill)
@@ -159,8 +164,23 @@ class SOAP(Adaptive[SOAPState]):
             block.of(mean_square)[...], block.of(p)[...] = new["mean_square"], new["step"]
             for side in new_factors:
                 new_factors[side][...], new_bases[side][...] = new[side], new[f"Q_{side}"]
-        p = kind(self.rate * factor / (1 - self.beta1**t)) * p
-        return p, replace(state, mean=mean, mean_square=mean_square, factors=factors, bases=bases)
+        later = replace(state, mean=mean, mean_square=mean_square, factors=factors, bases=bases)
+        return kind(self.rate * factor) * p, later
+
+    def _momentum(self, mean: Vector, g: Vector, t: int) -> Vector:
+        """Return the mean of t gradients that is preconditioned, (D,), without its bias."""
+        kind = g.dtype.type
+        if self.nesterov:
+            mean, t = kind(self.beta1) * mean + kind(1 - self.beta1) * g, t + 1
+        return mean / kind(1 - self.beta1**t)
+
+    def _finished(self, block: Block, step: Vector) -> Vector:
+        """Return the step of a block (rows, columns) from the preconditioned mean."""
+        return step
+
+    def _finishing(self, block: Block) -> Counts:
+        """Return the linear algebra of `_finished`."""
+        return Counts()
 
     def _factors(self, block: Block) -> dict[str, Shape]:
         """Return the shapes of L and R, which are those of Q_L and Q_R; (0, 0) for a side without."""

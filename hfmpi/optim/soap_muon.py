@@ -1,0 +1,77 @@
+"""SOAP-Muon: SOAP with Nesterov's look-ahead, whose step is made orthogonal in the hidden matrices.
+
+    M  <- beta1 M + (1 - beta1) G,    N = beta1 M + (1 - beta1) G
+    P  = Q_L ((Q_L' N Q_R) / (sqrt(V) + epsilon)) Q_R'           (SOAP, hfmpi.optim.soap)
+    P  <- scale orthogonal(P) in the rows of a hidden state      (Muon, hfmpi.optim.muon)
+
+and the step is -rate P. SOAP before Muon is due to Vyas (nikhilvyas.github.io/SOAP_Muon.pdf). It holds the
+records for the fewest steps at a fixed batch since May 2026, with new eigenvectors at every step since June
+(github.com/KellerJordan/modded-nanogpt, records/track_3_optimization, results 14 and 44, pull requests 278
+and 321). As there, only hidden matrices are made orthogonal, not what acts on symbols or yields the outputs.
+What differs: V is SOAP's mean of squares of G', where the records have that of Q_L' N Q_R, the eigenvectors
+are those of this gradient and not of the one before, and the other parameters are SOAP's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Annotated, ClassVar
+
+from hfmpi.measure.cost import Counts
+from hfmpi.measure.linear_algebra import together
+from hfmpi.optim.layout import Block, Vector
+from hfmpi.optim.muon import orthogonal, orthogonalisation
+from hfmpi.optim.soap import SOAP
+from hfmpi.settings import POSITIVE, at_least
+
+__all__ = ["SOAPMuon"]
+
+
+@dataclass(frozen=True)
+class SOAPMuon(SOAP):
+    """SOAP on the blocks of theta, with orthogonal steps in the matrices from hidden state to hidden state.
+
+    Those are the rows of a block with one kind of inputs, as many as a gate has outputs: W_h of all gates,
+    and a layer from one hidden state to another one of the same size. Without any the steps are SOAP's, with
+    Nesterov's look-ahead.
+
+    Attributes
+    ----------
+    refresh : int
+        As in SOAP. The records: 1.
+    scale : float
+        Length of the orthogonal steps: their singular values are about `scale` times the rate.
+    newton_schulz_steps : int
+        As in Muon.
+    rate, beta1, beta2, epsilon, factor_decay, longest_side, nesterov
+        See `SOAP`.
+    decay, averaging, schedule, schedule_steps, schedule_end, warm_up
+        See `Adaptive` and `Schedule`.
+    """
+
+    _name: ClassVar[str] = "soap-muon"
+
+    refresh: Annotated[int, at_least(1)] = 1
+    nesterov: bool = True
+    scale: Annotated[float, POSITIVE] = 3.0
+    newton_schulz_steps: Annotated[int, at_least(1)] = 5
+
+    def _finished(self, block: Block, step: Vector) -> Vector:
+        for top, bottom in _hidden(block):
+            rows = step[top:bottom]
+            rows[...] = step.dtype.type(self.scale) * orthogonal(rows, self.newton_schulz_steps)
+        return step
+
+    def _finishing(self, block: Block) -> Counts:
+        return together(
+            orthogonalisation(bottom - top, block.columns, self.newton_schulz_steps)
+            for top, bottom in _hidden(block)
+        )
+
+
+def _hidden(block: Block) -> list[tuple[int, int]]:
+    """Return the rows, from and to, of each kind of inputs of a block that is as wide as its outputs."""
+    width = block.columns // block.groups
+    edges = pairwise((0, *block.cuts, block.rows))
+    return [(top, bottom) for top, bottom in edges if 1 < bottom - top == width]
