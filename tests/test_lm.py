@@ -314,6 +314,21 @@ def test_lambda_rises_within_a_step_until_the_risk_falls():
     assert state.damping < damping
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_lambdas_after_the_first_that_lowers_the_risk_are_left_out_but_count(ranks, monkeypatch):
+    """The step and its account are those of the whole group; the ranks compute one lambda each at a time."""
+    objective, theta, judged = LeastSquares(rosenbrock), np.array([-1.2, 1.0]), []
+    state = LMState(0.3, theta[:0])  # its second lambda lowers the risk
+    expected = LM().step(theta, state, Objectives(objective))
+    monkeypatch.setattr(objective, "ranks", ranks, raising=False)
+    losses = objective.losses
+    monkeypatch.setattr(objective, "losses", lambda thetas: judged.append(len(thetas)) or losses(thetas))
+    after, later, report = LM().step(theta, state, Objectives(objective))
+    np.testing.assert_array_equal(after, expected[0])
+    assert (later.damping, report) == (expected[1].damping, expected[2])
+    assert judged == {1: [1, 1], 2: [2], 3: [3], 7: [3]}[ranks]
+
+
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_what_a_step_counts(at_once, monkeypatch):
     """Three lambdas are factored side by side, where the matrix is small, and have one loss pass."""

@@ -273,6 +273,7 @@ class Risk(Objective):
 
     def __init__(self, owner: DataParallel, cases: Cases, indices: np.ndarray, span: str) -> None:
         self.owner = owner
+        self.ranks = owner.communicator.size
         self.span = span
         self.size = len(indices)
         self.scored = cases.scored(indices)

@@ -70,7 +70,14 @@ class Objective(ABC):
 
     Under MPI every rank calls the same methods in the same order and gets the same vectors. The optimizers
     pass every scalar that steers through `agree`.
+
+    Attributes
+    ----------
+    ranks : int
+        How many ranks share the works of `spread`.
     """
+
+    ranks = 1
 
     @abstractmethod
     def loss(self, theta: Vector) -> float:

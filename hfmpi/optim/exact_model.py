@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hfmpi.errors import UserError
+from hfmpi.measure.cost import Counts
 from hfmpi.measure.linear_algebra import cholesky, gram, product, together, triangular_solve
 from hfmpi.optim.base import Objective, inner_product
 from hfmpi.optim.cholesky import ALONE, solutions
@@ -90,14 +91,24 @@ class ExactModel(ABC):
         """Whether the steps of several lambdas are worth computing at once, each by one rank."""
         return len(self.right) <= ALONE
 
+    def count(self, steps: int, pulled: bool = False) -> None:
+        """Count the work of so many steps side by side."""
+        size, columns = self.right.shape
+        one = cholesky(size) + triangular_solve(size, columns) + triangular_solve(size, columns)
+        self.work += together([one] * steps) + self._transposed(steps)
+        if pulled:
+            self.work += together([self._product] * steps)
+
+    def curvature(self, p: Vector) -> float:
+        """Compute p'G p."""
+        self.work += self._product
+        return self._curvature(p)
+
     def steps(self, dampings: Sequence[float], pulled: bool = False) -> list[DampedStep | None]:
-        """Compute the step of each lambda, with momentum or without.
+        """Compute the step of each lambda, with momentum or without; `count` counts the work.
 
         None if it is not finite, or if G + lambda is not positive definite up to rounding.
         """
-        size, columns = self.right.shape
-        one = cholesky(size) + triangular_solve(size, columns) + triangular_solve(size, columns)
-        self.work += together([one] * len(dampings))
         shifts = [damping * self.rows.scored for damping in dampings]
         found = solutions(self.objective, self.matrix, shifts, self.right)
         both = [(x, damping) for x, damping in zip(found, dampings, strict=True) if x is not None]
@@ -116,7 +127,7 @@ class ExactModel(ABC):
             for p, damping in zip(steps, dampings, strict=True):
                 square, slope = inner_product(p, p), inner_product(self.g, p)
                 # (G + lambda) p = -g, but for momentum
-                scalars += square, -slope, self.curvature(p) if pulled else -slope - damping * square
+                scalars += square, -slope, self._curvature(p) if pulled else -slope - damping * square
         agreed = self.objective.agree(tuple(scalars))
         triples = zip(agreed[::3], agreed[1::3], agreed[2::3], strict=True)
         return [
@@ -124,8 +135,17 @@ class ExactModel(ABC):
             for p, (square, descent, curvature) in zip(steps, triples, strict=True)
         ]
 
+    @property
     @abstractmethod
-    def curvature(self, p: Vector) -> float:
+    def _product(self) -> Counts:
+        """The work of `_curvature`."""
+
+    @abstractmethod
+    def _transposed(self, steps: int) -> Counts:
+        """Return the work of `_steps`."""
+
+    @abstractmethod
+    def _curvature(self, p: Vector) -> float:
         """Compute p'G p."""
 
     @abstractmethod
@@ -158,9 +178,15 @@ class _ByParameters(ExactModel):
         steps = [np.asarray(x, dtype=self.g.dtype, like=self.g) for x in sums]
         return [x + self.pull for x in steps] if pulled else steps
 
-    def curvature(self, p: Vector) -> float:
+    @property
+    def _product(self) -> Counts:
+        return product(self.g.size, self.g.size)
+
+    def _transposed(self, steps: int) -> Counts:
+        return Counts()
+
+    def _curvature(self, p: Vector) -> float:
         wide = _on_host(p)
-        self.work += product(p.size, p.size)
         return float(wide @ (self.matrix @ wide)) / self.rows.scored
 
 
@@ -183,7 +209,6 @@ class _ByRows(ExactModel):
         return np.stack(columns, 1)
 
     def _steps(self, solutions: Sequence[Matrix], dampings: Sequence[float], pulled: bool) -> list[Vector]:
-        self.work += product(self.g.size, self.rows.count, len(solutions))
         weights = np.stack([x[:, 0] + (x[:, -1] if pulled else 0.0) for x in solutions])
         if not self.rows.complete:
             weights -= [x[:, 1] / damping for x, damping in zip(solutions, dampings, strict=True)]
@@ -192,8 +217,14 @@ class _ByRows(ExactModel):
             steps = [p - self.rest / self.kind(damping) for p, damping in zip(steps, dampings, strict=True)]
         return [p + self.pull for p in steps] if pulled else steps
 
-    def curvature(self, p: Vector) -> float:
-        self.work += product(self.rows.count, p.size)
+    @property
+    def _product(self) -> Counts:
+        return product(self.rows.count, self.g.size)
+
+    def _transposed(self, steps: int) -> Counts:
+        return product(self.g.size, self.rows.count, steps)
+
+    def _curvature(self, p: Vector) -> float:
         along = self.rows.times(p)
         return float(along @ along) / self.rows.scored
 

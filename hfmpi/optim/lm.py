@@ -131,24 +131,34 @@ class LM(Optimizer[LMState]):
             floor = max(floor, first)
         least, tried = rounding(loss, theta), False
         for number, group in enumerate(_rising(max(damping, floor), model.at_once)):
-            damping, trials = group[-1], list[tuple[float, DampedStep]]()
-            steps, ended = model.steps(group, pulled=self.momentum > 0 and number == 0), False
-            for each, step in zip(group, steps, strict=True):
-                if step is not None and 0 <= step.promise <= least:
-                    ended = True
-                    break
-                if step is not None and step.promise > 0:
-                    trials.append((each, step))
+            damping, pulled, ended = group[-1], self.momentum > 0 and number == 0, False
+            model.count(len(group), pulled)
+            last = math.inf
             report = replace(report, work=passes + model.work)
-            if trials:
-                after = objective.agree(tuple(objective.losses([theta + step.p for _, step in trials])))
-                tried, passes = True, passes + Counts(losses=1, candidates=len(trials) - 1)
-                report = replace(report, work=passes + model.work)
-                for (each, step), risk in zip(trials, after, strict=True):
-                    if risk < loss:
-                        return self._taken(theta, step, each, loss - risk, report)
+            for some in _cut(group, objective.ranks):
+                trials = list[tuple[float, DampedStep]]()
+                for each, step in zip(some, model.steps(some, pulled), strict=True):
+                    if step is not None and 0 <= step.promise <= least:
+                        ended = True
+                        break
+                    if step is not None and step.promise > 0:
+                        trials.append((each, step))
+                if (
+                    trials and last == math.inf
+                ):  # the account is that of the whole group, on any number of ranks
+                    passes += Counts(losses=1, candidates=len(group) - 1)
+                    report = replace(report, work=passes + model.work)
+                if trials:
+                    tried, last = True, trials[-1][1].promise
+                    after = objective.agree(tuple(objective.losses([theta + step.p for _, step in trials])))
+                    for (each, step), risk in zip(trials, after, strict=True):
+                        if risk < loss:
+                            return self._taken(theta, step, each, loss - risk, report)
+                if ended:
+                    break
+            if last < math.inf:
                 (curvature,) = objective.agree((model.curvature(theta),))
-                if trials[-1][1].promise <= noise(loss, theta, curvature):
+                if last <= noise(loss, theta, curvature):
                     return _at_its_end(theta, state, report, UNRESOLVED)
             if ended:
                 if not tried:
@@ -175,6 +185,11 @@ def _rising(damping: float, at_once: bool) -> list[list[float]]:
     for risen in range(MOST_RISEN - 1):
         dampings.append(dampings[-1] * RISE ** (1 + risen // PATIENCE))
     return [dampings[start : start + most] for start in range(0, MOST_RISEN, most)]
+
+
+def _cut(group: list[float], ranks: int) -> list[list[float]]:
+    """Return the lambdas of a group in parts, of which ranks compute one each."""
+    return [group[start : start + ranks] for start in range(0, len(group), ranks)]
 
 
 def _at_its_end(
