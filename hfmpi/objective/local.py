@@ -33,6 +33,9 @@ T = TypeVar("T")
 Extra = Literal["", "squares", "factors"]
 """What the pass of a gradient computes besides: squares of gradients of examples, or Kronecker factors."""
 
+AHEAD = 0.1
+"""The part of a step after which the second derivative along it is taken (Transtrum and Sethna 2012)."""
+
 Linearise = Callable[[Array, Any, Any], Linearisation]
 """theta (D,), a batch, and a linearisation whose memory may be taken."""
 
@@ -58,10 +61,11 @@ class Shard:
 
 
 class Slice(NamedTuple):
-    """A slice of a shard at one theta: the linearisations that fit the memory, and the other batches."""
+    """A slice of a shard at one theta: the linearisations that fit the memory, other batches, and theirs."""
 
     linearisations: list[Linearisation]
     batches: list[Any]
+    linearised: list[Any]
 
 
 class LocalSums:
@@ -153,7 +157,7 @@ class LocalSums:
 
         def sums() -> tuple[Array, int]:
             if part is None:
-                return pairwise_sum([share(indices, Slice([], [])) for indices in shard.slices]), 0
+                return pairwise_sum([share(indices, Slice([], [], [])) for indices in shard.slices]), 0
             self._linearise(model.linearise, theta, part, FORWARD)
             both = zip(shard.slices, self._slices, strict=True)
             return pairwise_sum([share(indices, first) for indices, first in both]), self._version
@@ -235,6 +239,40 @@ class LocalSums:
 
         return self._operator(theta, shard, self.model.linearise, version, start, add)
 
+    def bends(self, theta: Array, shard: Shard, scored: int) -> Callable[[Array], Array]:
+        """Return p (D,) -> the message of J'H z'' over `scored`, z'' the second derivative along p.
+
+        z'' is the difference of the tangents at theta and at theta + AHEAD p.
+        """
+        mine, linearise, kind = 0, self.model.linearise, theta.dtype.type
+
+        def add(at: Any, batch: Any, p: Array, message: Array) -> None:
+            with self.timer.span(LINEARISE):
+                tangent = self.linearised(linearise, theta + kind(AHEAD) * p, batch).jvp(p).copy()
+                if at is None:
+                    at = self.linearised(linearise, theta, batch)
+            with self.timer.span(PRODUCTS):
+                tangent -= at.jvp(p)
+                at.pulled_back(tangent, 1 / (AHEAD * scored), message[:-1])
+                self.model.backend.synchronize()
+
+        def share(part: Slice, p: Array) -> Array:
+            message = self.model.backend.xp.zeros(p.size + 1, p.dtype)
+            for at, batch in zip(part.linearisations, part.linearised, strict=True):
+                add(at, batch, p, message)
+            for batch in part.batches:
+                add(None, batch, p, message)
+            return message
+
+        def sums(p: Array) -> Array:
+            nonlocal mine
+            if mine != self._version:
+                self._linearise(linearise, theta, shard)
+                mine = self._version
+            return pairwise_sum([share(part, p) for part in self._slices])
+
+        return lambda p: self._shrinking(shard.count, lambda: sums(p))
+
     def _operator(
         self,
         theta: Array,
@@ -287,7 +325,7 @@ class LocalSums:
         self._slices, self._theta, count = [], theta.copy(), 0
         self._version += 1
         for part in shard.slices:
-            current = Slice([], [])
+            current = Slice([], [], [])
             self._slices.append(current)
             for indices in self.cut(part):
                 batch = self.take(shard, indices)
@@ -306,6 +344,7 @@ class LocalSums:
                 else:
                     left -= size
                     current.linearisations.append(at)
+                    current.linearised.append(batch)
                     count += 1
 
     def linearised(self, linearise: Linearise, theta: Array, batch: Any) -> Linearisation:

@@ -111,6 +111,10 @@ class Objective(ABC):
         """Linearise at theta; return v -> (G + structural * S) v, S the curvature of the hidden states."""
         raise UserError("the objective has no structural damping: set structural_damping=0")
 
+    def bends(self, theta: Vector) -> Operator | None:
+        """Return p -> J'H z'' (D,), z'' the second derivative of the outputs along p; None if not known."""
+        return None
+
     def project(self, theta: Vector) -> Callable[[Vector], np.ndarray]:
         """Linearise at theta; return V (k, D) -> V G V' (k, k), float64 on the host, symmetric."""
         product = self.gauss_newton(theta)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,11 +30,18 @@ from hfmpi.errors import UserError
 from hfmpi.measure.cost import Counts
 from hfmpi.measure.linear_algebra import cholesky, gram, product, together, triangular_solve
 from hfmpi.optim.base import Objective, inner_product
-from hfmpi.optim.cholesky import ALONE, solutions
+from hfmpi.optim.cholesky import ALONE, Factors, solutions
 from hfmpi.optim.layout import Vector
 from hfmpi.optim.rows import Matrix, RowMatrix
 
 __all__ = ["DampedStep", "ExactModel", "exact_model"]
+
+
+LONGEST = 1.0
+"""The longest second-order correction a that is made, relative to the step; Transtrum and Sethna allow 0.375.
+
+A longer one, where the model is poor or a is rounding, is left out, and the step is the plain one.
+"""
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,7 @@ class ExactModel(ABC):
         self.work = gram(*sorted((rows.count, self.g.size)))
         self.matrix = self._matrix()
         self.right = self._right()
+        self.factors: Factors = {}
         (self.trace,) = objective.agree((float(np.trace(self.matrix)) / rows.scored,))
 
     @property
@@ -91,11 +99,15 @@ class ExactModel(ABC):
         """Whether the steps of several lambdas are worth computing at once, each by one rank."""
         return len(self.right) <= ALONE
 
-    def count(self, steps: int, pulled: bool = False) -> None:
+    def count(self, steps: int, pulled: bool, bent: bool) -> None:
         """Count the work of so many steps side by side."""
         size, columns = self.right.shape
+        if bent:
+            columns += 1
         one = cholesky(size) + triangular_solve(size, columns) + triangular_solve(size, columns)
         self.work += together([one] * steps) + self._transposed(steps)
+        if bent:
+            self.work += self._transposed(steps) + self._transposed(steps)
         if pulled:
             self.work += together([self._product] * steps)
 
@@ -110,10 +122,35 @@ class ExactModel(ABC):
         None if it is not finite, or if G + lambda is not positive definite up to rounding.
         """
         shifts = [damping * self.rows.scored for damping in dampings]
-        found = solutions(self.objective, self.matrix, shifts, self.right)
+        self.factors.clear()
+        found = solutions(self.objective, self.matrix, shifts, [self.right] * len(shifts), self.factors)
         both = [(x, damping) for x, damping in zip(found, dampings, strict=True) if x is not None]
         steps = iter(self._damped([x for x, _ in both], [damping for _, damping in both], pulled))
         return [None if x is None else next(steps) for x in found]
+
+    def bent(
+        self, steps: Sequence[DampedStep], dampings: Sequence[float], bends: Sequence[Vector]
+    ) -> list[DampedStep]:
+        """Add a / 2 to each of the newest steps, a = -(G + lambda)^-1 b with b = J'H z'' / N along the step.
+
+        Where a is not finite or too long the step stays as it is; norm and promise are those of the model.
+        """
+        shifts = [damping * self.rows.scored for damping in dampings]
+        rights = [self._reduced(b)[:, None] for b in bends]
+        found = solutions(self.objective, self.matrix, shifts, rights, self.factors)
+        with np.errstate(over="ignore", invalid="ignore"):
+            several = [
+                b * 0 if x is None else self._expanded(x[:, 0], b, damping)
+                for x, b, damping in zip(found, bends, dampings, strict=True)
+            ]
+            squares = self.objective.agree(tuple(inner_product(a, a) for a in several))
+            short = [
+                math.sqrt(each) <= LONGEST * step.norm for each, step in zip(squares, steps, strict=True)
+            ]
+            return [
+                replace(step, p=step.p + self.kind(0.5) * a) if follow else step
+                for step, a, follow in zip(steps, several, short, strict=True)
+            ]
 
     def _damped(
         self, solutions: Sequence[Matrix], dampings: Sequence[float], pulled: bool
@@ -157,6 +194,14 @@ class ExactModel(ABC):
         """Compute the right-hand sides (n, k), the last one for momentum."""
 
     @abstractmethod
+    def _reduced(self, b: Vector) -> Matrix:
+        """Return the right-hand side (n,) of the matrix to factor for b (D,)."""
+
+    @abstractmethod
+    def _expanded(self, x: Matrix, b: Vector, damping: float) -> Vector:
+        """Return -(G + lambda)^-1 b (D,) from the solution x (n,), in the type of theta."""
+
+    @abstractmethod
     def _steps(self, solutions: Sequence[Matrix], dampings: Sequence[float], pulled: bool) -> list[Vector]:
         """Compute p (D,) of each lambda from its solutions (n, k), in the type of theta."""
 
@@ -188,6 +233,12 @@ class _ByParameters(ExactModel):
     def _curvature(self, p: Vector) -> float:
         wide = _on_host(p)
         return float(wide @ (self.matrix @ wide)) / self.rows.scored
+
+    def _reduced(self, b: Vector) -> Matrix:
+        return self.rows.scored * _on_host(b)
+
+    def _expanded(self, x: Matrix, b: Vector, damping: float) -> Vector:
+        return np.asarray(-x, dtype=self.g.dtype, like=self.g)
 
 
 class _ByRows(ExactModel):
@@ -227,6 +278,12 @@ class _ByRows(ExactModel):
     def _curvature(self, p: Vector) -> float:
         along = self.rows.times(p)
         return float(along @ along) / self.rows.scored
+
+    def _reduced(self, b: Vector) -> Matrix:
+        return self.rows.times(b)
+
+    def _expanded(self, x: Matrix, b: Vector, damping: float) -> Vector:
+        return (self.rows.transposed(x) - b) / self.kind(damping)  # Woodbury
 
 
 def exact_model(objective: Objective, rows: RowMatrix, momentum: float, last: Vector) -> ExactModel:

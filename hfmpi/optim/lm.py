@@ -10,6 +10,10 @@ Lambda falls by `FALL` after each step that lowers the risk, however poor the mo
 and more within a step until the risk falls (delayed gratification, Transtrum and Sethna 2012). Nielsen's rule
 (1999), which looks at the reduction ratio, keeps lambda larger on such networks and needs about twice as many
 steps. Where the model is good lambda falls by its relative error, abs(1 - rho), for quadratic convergence.
+
+Each step p is bent along the curve of the outputs, p + a / 2 (geodesic acceleration, ibid.), if the objective
+has `bends` and a is no longer than p. In a curved valley such steps are much longer: on Allen-Cahn's equation
+the error after 100 steps is a tenth or less of that without.
 """
 
 from __future__ import annotations
@@ -129,10 +133,11 @@ class LM(Optimizer[LMState]):
         damping, floor = state.damping or first or 1.0, model.least_damping
         if not objectives.repeated:
             floor = max(floor, first)
+        bends = objective.bends(theta)
         least, tried = rounding(loss, theta), False
         for number, group in enumerate(_rising(max(damping, floor), model.at_once)):
             damping, pulled, ended = group[-1], self.momentum > 0 and number == 0, False
-            model.count(len(group), pulled)
+            model.count(len(group), pulled, bends is not None)
             last = math.inf
             report = replace(report, work=passes + model.work)
             for some in _cut(group, objective.ranks):
@@ -143,11 +148,14 @@ class LM(Optimizer[LMState]):
                         break
                     if step is not None and step.promise > 0:
                         trials.append((each, step))
-                if (
-                    trials and last == math.inf
-                ):  # the account is that of the whole group, on any number of ranks
-                    passes += Counts(losses=1, candidates=len(group) - 1)
+                if trials and last == math.inf:  # the whole group counts, on any number of ranks
+                    bent = 0 if bends is None else len(group)
+                    passes += Counts(losses=1, candidates=len(group) - 1, bends=bent)
                     report = replace(report, work=passes + model.work)
+                if trials and bends is not None:
+                    lambdas, plain = [each for each, _ in trials], [step for _, step in trials]
+                    steps = model.bent(plain, lambdas, [bends(step.p) for step in plain])
+                    trials = list(zip(lambdas, steps, strict=True))
                 if trials:
                     tried, last = True, trials[-1][1].promise
                     after = objective.agree(tuple(objective.losses([theta + step.p for _, step in trials])))
