@@ -47,7 +47,7 @@ class Own(NamedTuple):
 
 
 OWN = {
-    "lm": Own("lm", ({}, {"damping": 1e-5}, {"momentum": 0.5})),
+    "lm": Own("lm", ({}, {"damping": 1e-5}, {"damping": 1e-1})),
     "lbfgs": Own("lbfgs", ({}, {"memory": 20}, {"memory": 150})),
     "bhf-squares": Own("bhf-squares", ({}, {"damping": 1e-1}, {"damping": 1e-5})),
     "subspace": Own("subspace", ({"damping": 1e-3}, {"damping": 1e-5}, {"damping": 1e-7})),

@@ -34,7 +34,7 @@ from hfmpi.settings import POSITIVE, at_least, check, within
 
 __all__ = ["LM", "LMState"]
 
-RISE, FALL, LEAST_FALL = 3.0, 0.1, 1e-3
+RISE, FALL, SLOW_FALL, LEAST_FALL = 3.0, 0.1, 0.3, 1e-3
 """Factors of lambda; `RISE` is multiplied by itself after `PATIENCE` trials, and so on.
 
 Where two rises are needed lambda still falls a little, since RISE^2 FALL < 1. If that product is 1, as with
@@ -135,6 +135,7 @@ class LM(Optimizer[LMState]):
             floor = max(floor, first)
         bends = objective.bends(theta)
         least, tried = rounding(loss, theta), False
+        start = max(damping, floor)
         for number, group in enumerate(_rising(max(damping, floor), model.at_once)):
             damping, pulled, ended = group[-1], self.momentum > 0 and number == 0, False
             model.count(len(group), pulled, bends is not None)
@@ -161,7 +162,7 @@ class LM(Optimizer[LMState]):
                     after = objective.agree(tuple(objective.losses([theta + step.p for _, step in trials])))
                     for (each, step), risk in zip(trials, after, strict=True):
                         if risk < loss:
-                            return self._taken(theta, step, each, loss - risk, report)
+                            return self._taken(theta, step, each, loss - risk, report, each > start)
                 if ended:
                     break
             if last < math.inf:
@@ -177,12 +178,16 @@ class LM(Optimizer[LMState]):
         return theta, replace(state, damping=damping), report
 
     def _taken(
-        self, theta: Vector, trial: DampedStep, damping: float, decrease: float, report: StepReport
+        self, theta: Vector, trial: DampedStep, damping: float, decrease: float, report: StepReport, risen: bool
     ) -> tuple[Vector, LMState, StepReport]:
         """Take a step that lowers the risk."""
         rho = decrease / trial.promise
         details = {**report.details, "damping": damping, "rho": rho, "step_norm": trial.norm}
-        after = damping * min(FALL, max(LEAST_FALL, abs(1 - rho)))
+        good = max(LEAST_FALL, abs(1 - rho))
+        if risen:
+            after = damping * min(SLOW_FALL, good if rho > 0.9 else 1.0)
+        else:
+            after = damping * min(FALL, good)
         later = LMState(after, trial.p if self.momentum else theta[:0])
         return theta + trial.p, later, replace(report, accepted=True, details=details)
 
