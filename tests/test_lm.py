@@ -16,7 +16,7 @@ from hfmpi.optim import Gradient
 from hfmpi.optim.cholesky import ALONE, PANEL, solutions
 from hfmpi.optim.exact_model import exact_model
 from hfmpi.optim.lm import LMState
-from hfmpi.optim.rows import DenseRows
+from hfmpi.optim.rows import DenseRows, RowRequest
 from hfmpi.parallel.communicator import Communicator, MPICommunicator, digest
 
 
@@ -53,7 +53,7 @@ def run(objective, theta, steps=200, optimizer=None):
 
 
 def solved(objective, a, shift, b):
-    (x,) = solutions(objective, a, [shift], b)
+    (x,) = solutions(objective, a, [shift], [b])
     return x
 
 
@@ -314,6 +314,21 @@ def test_lambda_rises_within_a_step_until_the_risk_falls():
     assert state.damping < damping
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_lambdas_after_the_first_that_lowers_the_risk_are_left_out_but_count(ranks, monkeypatch):
+    """The step and its account are those of the whole group; the ranks compute one lambda each at a time."""
+    objective, theta, judged = LeastSquares(rosenbrock), np.array([-1.2, 1.0]), []
+    state = LMState(0.3, theta[:0])  # its second lambda lowers the risk
+    expected = LM().step(theta, state, Objectives(objective))
+    monkeypatch.setattr(objective, "ranks", ranks, raising=False)
+    losses = objective.losses
+    monkeypatch.setattr(objective, "losses", lambda thetas: judged.append(len(thetas)) or losses(thetas))
+    after, later, report = LM().step(theta, state, Objectives(objective))
+    np.testing.assert_array_equal(after, expected[0])
+    assert (later.damping, report) == (expected[1].damping, expected[2])
+    assert judged == {1: [1, 1], 2: [2], 3: [3], 7: [3]}[ranks]
+
+
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_what_a_step_counts(at_once, monkeypatch):
     """Three lambdas are factored side by side, where the matrix is small, and have one loss pass."""
@@ -329,6 +344,63 @@ def test_what_a_step_counts(at_once, monkeypatch):
         assert (work.gradients, work.losses, work.adjoints) == (1, 1, 0)
         assert work.candidates == at_once - 1
         assert (work.operations, work.depth) == (algebra.operations, algebra.depth)
+
+
+# The second-order correction
+
+
+class Bending(LeastSquares):
+    """With the second derivative of the residuals along a step, by a difference of J p."""
+
+    def bends(self, theta):
+        j = self.function(theta)[1]
+
+        def bend(p):
+            return j.T @ ((self.function(theta + 0.1 * p)[1] - j) @ p) / 0.1 / self.scored
+
+        return bend
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4)])
+def test_the_correction_is_that_of_the_dense_matrix(shape):
+    objective, theta = linear(*shape), np.linspace(-1, 1, shape[1])
+    rows, b = objective.rows(theta), np.cos(np.arange(shape[1]))
+    model = exact_model(objective, rows, 0.0, theta[:0])
+    steps = model.steps([0.2, 0.7])
+    found = model.bent(steps, [0.2, 0.7], [1e-3 * b, 1e3 * b])
+    a = -np.linalg.solve(rows.normal() / 3 + 0.2 * np.eye(shape[1]), 1e-3 * b)
+    np.testing.assert_allclose(found[0].p, steps[0].p + a / 2, rtol=1e-9)
+    assert (found[0].norm, found[0].promise) == (steps[0].norm, steps[0].promise)
+    np.testing.assert_array_equal(found[1].p, steps[1].p)  # one that is too long is left out
+
+
+def test_the_correction_follows_a_curved_valley_in_fewer_steps():
+    def valley(theta):
+        x, y = theta
+        return np.array([100 * (y - x**3), 1 - x]), np.array([[-300 * x**2, 100.0], [-1.0, 0.0]])
+
+    plain, bent = (run(kind(valley), (-1.2, -1.0)) for kind in (LeastSquares, Bending))
+    for theta, report, _ in (plain, bent):
+        assert report.converged
+        np.testing.assert_allclose(theta, 1, rtol=1e-9)
+    assert len(bent[2]) < 0.8 * len(plain[2])
+
+
+@pytest.mark.parametrize("budget", [math.inf, 0.0])
+def test_a_bend_is_the_second_derivative_of_the_outputs_along_a_step(budget):
+    rng = np.random.default_rng(0)
+    x, backend = rng.standard_normal((7, 5, 2)), create("numpy", "float64")
+    model = Network(cell="rnn", inputs=2, outputs=1, hidden=8, loss="squares", backend=backend)
+    owner = DataParallel(model, Communicator(), memory_budget=budget, micro_batch=3)
+    risk, theta = owner.on(Arrays(x, x[:, :, :1]), np.arange(7)), model.initial(0)
+    p = 0.1 * rng.standard_normal(theta.size)
+    found = risk.bends(theta)(p)
+    owner.memory_budget = owner.local.memory_budget = math.inf
+    request = RowRequest("residuals")
+    near, far = risk.rows(theta, request), risk.rows(theta + 0.1 * p, request)
+    expected = near.transposed(far.times(p) - near.times(p)) / 0.1 / near.scored
+    assert np.linalg.norm(expected) > 1e-4
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
 
 
 # Ends

@@ -46,6 +46,7 @@ class Record(TypedDict):
     products: int
     cg_steps: int
     projections: NotRequired[int]
+    bends: NotRequired[int]
     candidates: NotRequired[int]
     directions: NotRequired[int]
     adjoints: NotRequired[int]

@@ -104,6 +104,8 @@ class Counts:
     linearisations, products, projections : int
         Passes over the curvature batch. A linearisation that the gradient's own forward pass provides
         (`Objectives.shared`) is not counted.
+    bends : int
+        Second derivatives of the outputs along a step, over the gradient batch.
     candidates, directions, adjoints : int
         Vectors after the first of each loss, of each projection, and of each adjoint pass of rows: an example
         with C rows has C cotangents, which are independent of one another (hfmpi.optim.rows).
@@ -126,6 +128,7 @@ class Counts:
     projections: int = _count(
         "projections", Pass("projection", 2, False, (PRODUCTS,), "projections", "directions")
     )
+    bends: int = _count("second derivatives", Pass("bend", 6, True, (LINEARISE, PRODUCTS)))
     candidates: int = _count("candidates")
     directions: int = _count("directions")
     adjoints: int = _count("adjoints")

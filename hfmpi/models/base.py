@@ -34,6 +34,7 @@ __all__ = [
     "StructuralDamping",
     "StructuralLinearisation",
     "Trials",
+    "bends",
     "has_rows",
     "has_squared_gradients",
 ]
@@ -211,6 +212,14 @@ class Rows(Protocol):
 
 
 @runtime_checkable
+class PulledBack(Protocol):
+    """A linearisation that also takes J' H of tangents of another theta."""
+
+    def pulled_back(self, u: Any, scale: float, out: Array) -> None:
+        """Add scale * J' H u to out (D,), for u in the form that `jvp` returns, which is overwritten."""
+
+
+@runtime_checkable
 class RowsFirst(Protocol):
     """A model with a linearisation that is cheaper where rows are its first pass."""
 
@@ -231,6 +240,11 @@ class StructuralDamping(Protocol):
 
     def linearise_structural(self, theta: Array, batch: Any, reuse: Any = None) -> StructuralLinearisation:
         """Linearise as `Model.linearise` does, with the weights W of the pre-activations."""
+
+
+def bends(model: Model) -> bool:
+    """Return whether the linearisations of a model take J' H of tangents of another theta."""
+    return issubclass(getattr(model, "linearisation", object), PulledBack)
 
 
 def has_squared_gradients(model: Model) -> bool:

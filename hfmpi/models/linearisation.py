@@ -134,6 +134,11 @@ class LossLinearisation:
         self.hessian(u, slice(None), scale)
         self.passes.vjp(u, out)
 
+    def pulled_back(self, u: Array, scale: float, out: Array) -> None:
+        """Add scale * J' H u of u (N, O), which is overwritten, to out (D,)."""
+        self.hessian(u, slice(None), scale)
+        self.passes.vjp(u, out)
+
     def project(self, v: Array, scale: float, out: np.ndarray) -> None:
         """Add scale * V J' H J V' of V (C, D) to out (C, C), float64 on the host; one pass J V.
 

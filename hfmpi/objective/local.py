@@ -33,6 +33,9 @@ T = TypeVar("T")
 Extra = Literal["", "squares", "factors"]
 """What the pass of a gradient computes besides: squares of gradients of examples, or Kronecker factors."""
 
+AHEAD = 0.1
+"""The part of a step after which the second derivative along it is taken (Transtrum and Sethna 2012)."""
+
 Linearise = Callable[[Array, Any, Any], Linearisation]
 """theta (D,), a batch, and a linearisation whose memory may be taken."""
 
@@ -65,7 +68,7 @@ class Piece(NamedTuple):
     indices : (n,) int64
         Of its examples.
     batch : Any
-        The examples; None where there is a linearisation.
+        The examples.
     at : Linearisation or None
         None where the memory does not suffice.
     """
@@ -259,6 +262,38 @@ class LocalSums:
 
         return self._operator(theta, shard, self.model.linearise, version, start, add)
 
+    def bends(self, theta: Array, shard: Shard, scored: int) -> Callable[[Array], Array]:
+        """Return p (D,) -> the message of J'H z'' over `scored`, z'' the second derivative along p.
+
+        z'' is the difference of the tangents at theta and at theta + AHEAD p.
+        """
+        mine, linearise, kind = 0, self.model.linearise, theta.dtype.type
+
+        def add(at: Any, batch: Any, p: Array, message: Array) -> None:
+            with self.timer.span(LINEARISE):
+                tangent = self.linearised(linearise, theta + kind(AHEAD) * p, batch).jvp(p).copy()
+                if at is None:
+                    at = self.linearised(linearise, theta, batch)
+            with self.timer.span(PRODUCTS):
+                tangent -= at.jvp(p)
+                at.pulled_back(tangent, 1 / (AHEAD * scored), message[:-1])
+                self.model.backend.synchronize()
+
+        def share(part: list[Piece], p: Array) -> Array:
+            message = self.model.backend.xp.zeros(p.size + 1, p.dtype)
+            for piece in part:
+                add(piece.at, piece.batch, p, message)
+            return message
+
+        def sums(p: Array) -> Array:
+            nonlocal mine
+            if mine != self._version:
+                self._linearise(linearise, theta, shard)
+                mine = self._version
+            return pairwise_sum([share(part, p) for part in self._slices])
+
+        return lambda p: self._shrinking(shard.count, lambda: sums(p))
+
     def _operator(
         self,
         theta: Array,
@@ -324,7 +359,7 @@ class LocalSums:
                     current.append(Piece(indices, batch))
                 else:
                     left -= size
-                    current.append(Piece(indices, None, at))
+                    current.append(Piece(indices, batch, at))
                     count += 1
 
     def linearised(self, linearise: Linearise, theta: Array, batch: Any) -> Linearisation:

@@ -58,7 +58,11 @@ class SliceRows:
         xp, weights, start = self.backend.xp, self.backend.to_device(a.astype(np.float64)), 0
         total = xp.zeros((*a.shape[:-1], self.stored.shape[1]), np.float64)
         for part in self._wide():
-            total += xp.matmul(weights[..., start : start + len(part)], part)
+            some = weights[..., start : start + len(part)]
+            if some.ndim == 1:
+                total += xp.matmul(some, part)
+            else:  # one after the other: the same numbers, however many there are
+                total += xp.stack([xp.matmul(each, part) for each in some])
             start += len(part)
         return total
 

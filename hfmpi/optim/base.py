@@ -70,7 +70,14 @@ class Objective(ABC):
 
     Under MPI every rank calls the same methods in the same order and gets the same vectors. The optimizers
     pass every scalar that steers through `agree`.
+
+    Attributes
+    ----------
+    ranks : int
+        How many ranks share the works of `spread`.
     """
+
+    ranks = 1
 
     @abstractmethod
     def loss(self, theta: Vector) -> float:
@@ -103,6 +110,10 @@ class Objective(ABC):
     def structural_gauss_newton(self, theta: Vector, structural: float) -> Operator:
         """Linearise at theta; return v -> (G + structural * S) v, S the curvature of the hidden states."""
         raise UserError("the objective has no structural damping: set structural_damping=0")
+
+    def bends(self, theta: Vector) -> Operator | None:
+        """Return p -> J'H z'' (D,), z'' the second derivative of the outputs along p; None if not known."""
+        return None
 
     def project(self, theta: Vector) -> Callable[[Vector], np.ndarray]:
         """Linearise at theta; return V (k, D) -> V G V' (k, k), float64 on the host, symmetric."""

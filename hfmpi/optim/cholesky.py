@@ -43,10 +43,18 @@ ALONE = 2_000
 """Matrices up to this side are factored by one rank each: their factor is soon computed, and is not sent."""
 
 
+Factors = dict[float, Matrix | None]
+"""The factors that this rank knows, by shift; None where there is none."""
+
+
 def solutions(
-    objective: Objective, matrix: Matrix, shifts: Sequence[float], b: Matrix
+    objective: Objective,
+    matrix: Matrix,
+    shifts: Sequence[float],
+    bs: Sequence[Matrix],
+    known: Factors | None = None,
 ) -> list[Matrix | None]:
-    """Compute (A + shift I)^-1 b for several shifts.
+    """Compute (A + shift I)^-1 b for several shifts, each with its b.
 
     Parameters
     ----------
@@ -55,30 +63,38 @@ def solutions(
     matrix : (n, n) float64
         A, the same on all ranks; unchanged.
     shifts : sequence of float
-    b : (n, k) float64
+    bs : sequence of (n, k) float64
+    known : dict, optional
+        Factors of this matrix that this rank computed before; gets those that it computes now.
 
     Returns
     -------
     list of (n, k) or None
         None where the matrix is not positive definite up to rounding.
     """
+    several = known is None  # factors that all ranks share are not kept
+    known = {} if known is None else known
     if len(matrix) <= ALONE:
-        several = len(shifts) > objective.sharers and len(matrix) >= HALVED
+        several = several and len(shifts) > objective.sharers and len(matrix) >= HALVED
         many = len(shifts) - several * (len(shifts) % objective.sharers)
-        works = [partial(_alone, matrix, shift, b) for shift in shifts[:many]]
-        found = objective.spread(works, [b.size] * many, True)
-        found += [_halved(objective, matrix, shift, b) for shift in shifts[many:]]
+        pairs = list(zip(shifts, bs, strict=True))
+        works = [partial(_alone, matrix, shift, b, known) for shift, b in pairs[:many]]
+        found = objective.spread(works, [b.size for b in bs[:many]], True)
+        found += [_halved(objective, matrix, shift, b) for shift, b in pairs[many:]]
     else:
         found = []
-        for shift in shifts:
-            lower = _shared(objective, matrix, shift)
-            found += objective.spread([partial(_substituted, lower, b)], [b.size], True)
-    return [x.reshape(b.shape) if np.isfinite(x).all() else None for x in found]
+        for shift, b in zip(shifts, bs, strict=True):
+            if shift not in known:  # on all ranks alike
+                known[shift] = _shared(objective, matrix, shift)
+            found += objective.spread([partial(_substituted, known[shift], b)], [b.size], True)
+    return [x.reshape(b.shape) if np.isfinite(x).all() else None for x, b in zip(found, bs, strict=True)]
 
 
-def _alone(matrix: Matrix, shift: float, b: Matrix) -> Matrix:
+def _alone(matrix: Matrix, shift: float, b: Matrix, known: Factors) -> Matrix:
     """Return the solution (n * k,), computed on this rank; NaN where there is no factor."""
-    return _substituted(_factored(matrix, shift), b)
+    if shift not in known:
+        known[shift] = _factored(matrix, shift)
+    return _substituted(known[shift], b)
 
 
 def _factored(matrix: Matrix, shift: float) -> Matrix | None:

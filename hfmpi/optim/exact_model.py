@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,13 +30,20 @@ from hfmpi.errors import UserError
 from hfmpi.measure.cost import Counts
 from hfmpi.measure.linear_algebra import cholesky, gram, product, together, triangular_solve
 from hfmpi.optim.base import Objective, inner_product
-from hfmpi.optim.cholesky import ALONE, solutions
+from hfmpi.optim.cholesky import ALONE, Factors, solutions
 from hfmpi.optim.layout import Vector
 from hfmpi.optim.rows import Matrix, RowMatrix
 
 __all__ = ["DampedStep", "ExactModel", "exact_model"]
 
 ONE = Counts(row_products=1)
+
+
+LONGEST = 1.0
+"""The longest second-order correction a that is made, relative to the step; Transtrum and Sethna allow 0.375.
+
+A longer one, where the model is poor or a is rounding, is left out, and the step is the plain one.
+"""
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,7 @@ class ExactModel(ABC):
         self.work = gram(*sorted((rows.count, self.g.size))) + ONE
         self.matrix = self._matrix()
         self.right = self._right()
+        self.factors: Factors = {}
         (self.trace,) = objective.agree((float(np.trace(self.matrix)) / rows.scored,))
 
     @property
@@ -93,19 +101,63 @@ class ExactModel(ABC):
         """Whether the steps of several lambdas are worth computing at once, each by one rank."""
         return len(self.right) <= ALONE
 
-    def steps(self, dampings: Sequence[float], pulled: bool = False) -> list[DampedStep | None]:
-        """Compute the step of each lambda, with momentum or without.
+    def count(self, steps: int, pulled: bool, bent: bool) -> None:
+        """Count the work of so many steps side by side."""
+        size, columns = self.right.shape
+        if bent:
+            columns += 1
+        one = cholesky(size) + triangular_solve(size, columns) + triangular_solve(size, columns)
+        self.work += together([one] * steps) + self._transposed(steps)
+        if bent:
+            self.work += self._transposed(steps) + self._transposed(steps)
+        if pulled:
+            self.work += together([self._product] * steps)
+
+    def curvature(self, p: Vector) -> float:
+        """Compute p'G p."""
+        self.work += self._product
+        return self._curvature(p)
+
+    def steps(
+        self, dampings: Sequence[float], pulled: bool = False, keep: bool = False
+    ) -> list[DampedStep | None]:
+        """Compute the step of each lambda, with momentum or without; `count` counts the work.
+
+        With `keep` the ranks keep the factors for `bent`.
 
         None if it is not finite, or if G + lambda is not positive definite up to rounding.
         """
-        size, columns = self.right.shape
-        one = cholesky(size) + triangular_solve(size, columns) + triangular_solve(size, columns)
-        self.work += together([one] * len(dampings))
         shifts = [damping * self.rows.scored for damping in dampings]
-        found = solutions(self.objective, self.matrix, shifts, self.right)
+        self.factors.clear()
+        known = self.factors if keep else None
+        found = solutions(self.objective, self.matrix, shifts, [self.right] * len(shifts), known)
         both = [(x, damping) for x, damping in zip(found, dampings, strict=True) if x is not None]
         steps = iter(self._damped([x for x, _ in both], [damping for _, damping in both], pulled))
         return [None if x is None else next(steps) for x in found]
+
+    def bent(
+        self, steps: Sequence[DampedStep], dampings: Sequence[float], bends: Sequence[Vector]
+    ) -> list[DampedStep]:
+        """Add a / 2 to each of the newest steps, a = -(G + lambda)^-1 b with b = J'H z'' / N along the step.
+
+        Where a is not finite or too long the step stays as it is; norm and promise are those of the model.
+        """
+        shifts = [damping * self.rows.scored for damping in dampings]
+        rights = [self._reduced(b)[:, None] for b in bends]
+        found = solutions(self.objective, self.matrix, shifts, rights, self.factors)
+        with np.errstate(over="ignore", invalid="ignore"):
+            several = [
+                b * 0 if x is None else self._expanded(x[:, 0], b, damping)
+                for x, b, damping in zip(found, bends, dampings, strict=True)
+            ]
+            squares = self.objective.agree(tuple(inner_product(a, a) for a in several))
+            short = [
+                math.sqrt(each) <= LONGEST * step.norm for each, step in zip(squares, steps, strict=True)
+            ]
+            return [
+                replace(step, p=step.p + self.kind(0.5) * a) if follow else step
+                for step, a, follow in zip(steps, several, short, strict=True)
+            ]
 
     def _damped(
         self, solutions: Sequence[Matrix], dampings: Sequence[float], pulled: bool
@@ -119,7 +171,7 @@ class ExactModel(ABC):
             for p, damping in zip(steps, dampings, strict=True):
                 square, slope = inner_product(p, p), inner_product(self.g, p)
                 # (G + lambda) p = -g, but for momentum
-                scalars += square, -slope, self.curvature(p) if pulled else -slope - damping * square
+                scalars += square, -slope, self._curvature(p) if pulled else -slope - damping * square
         agreed = self.objective.agree(tuple(scalars))
         triples = zip(agreed[::3], agreed[1::3], agreed[2::3], strict=True)
         return [
@@ -127,8 +179,17 @@ class ExactModel(ABC):
             for p, (square, descent, curvature) in zip(steps, triples, strict=True)
         ]
 
+    @property
     @abstractmethod
-    def curvature(self, p: Vector) -> float:
+    def _product(self) -> Counts:
+        """The work of `_curvature`."""
+
+    @abstractmethod
+    def _transposed(self, steps: int) -> Counts:
+        """Return the work of `_steps`."""
+
+    @abstractmethod
+    def _curvature(self, p: Vector) -> float:
         """Compute p'G p."""
 
     @abstractmethod
@@ -138,6 +199,14 @@ class ExactModel(ABC):
     @abstractmethod
     def _right(self) -> Matrix:
         """Compute the right-hand sides (n, k), the last one for momentum."""
+
+    @abstractmethod
+    def _reduced(self, b: Vector) -> Matrix:
+        """Return the right-hand side (n,) of the matrix to factor for b (D,)."""
+
+    @abstractmethod
+    def _expanded(self, x: Matrix, b: Vector, damping: float) -> Vector:
+        """Return -(G + lambda)^-1 b (D,) from the solution x (n,), in the type of theta."""
 
     @abstractmethod
     def _steps(self, solutions: Sequence[Matrix], dampings: Sequence[float], pulled: bool) -> list[Vector]:
@@ -161,10 +230,22 @@ class _ByParameters(ExactModel):
         steps = [np.asarray(x, dtype=self.g.dtype, like=self.g) for x in sums]
         return [x + self.pull for x in steps] if pulled else steps
 
-    def curvature(self, p: Vector) -> float:
+    @property
+    def _product(self) -> Counts:
+        return product(self.g.size, self.g.size)
+
+    def _transposed(self, steps: int) -> Counts:
+        return Counts()
+
+    def _curvature(self, p: Vector) -> float:
         wide = _on_host(p)
-        self.work += product(p.size, p.size)
         return float(wide @ (self.matrix @ wide)) / self.rows.scored
+
+    def _reduced(self, b: Vector) -> Matrix:
+        return self.rows.scored * _on_host(b)
+
+    def _expanded(self, x: Matrix, b: Vector, damping: float) -> Vector:
+        return np.asarray(-x, dtype=self.g.dtype, like=self.g)
 
 
 class _ByRows(ExactModel):
@@ -188,7 +269,6 @@ class _ByRows(ExactModel):
         return np.stack(columns, 1)
 
     def _steps(self, solutions: Sequence[Matrix], dampings: Sequence[float], pulled: bool) -> list[Vector]:
-        self.work += product(self.g.size, self.rows.count, len(solutions)) + ONE
         weights = np.stack([x[:, 0] + (x[:, -1] if pulled else 0.0) for x in solutions])
         if not self.rows.complete:
             weights -= [x[:, 1] / damping for x, damping in zip(solutions, dampings, strict=True)]
@@ -197,10 +277,22 @@ class _ByRows(ExactModel):
             steps = [p - self.rest / self.kind(damping) for p, damping in zip(steps, dampings, strict=True)]
         return [p + self.pull for p in steps] if pulled else steps
 
-    def curvature(self, p: Vector) -> float:
-        self.work += product(self.rows.count, p.size) + ONE
+    @property
+    def _product(self) -> Counts:
+        return product(self.rows.count, self.g.size) + ONE
+
+    def _transposed(self, steps: int) -> Counts:
+        return product(self.g.size, self.rows.count, steps) + ONE
+
+    def _curvature(self, p: Vector) -> float:
         along = self.rows.times(p)
         return float(along @ along) / self.rows.scored
+
+    def _reduced(self, b: Vector) -> Matrix:
+        return self.rows.times(b)
+
+    def _expanded(self, x: Matrix, b: Vector, damping: float) -> Vector:
+        return (self.rows.transposed(x) - b) / self.kind(damping)  # Woodbury
 
 
 def exact_model(objective: Objective, rows: RowMatrix, momentum: float, last: Vector) -> ExactModel:

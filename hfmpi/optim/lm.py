@@ -10,6 +10,10 @@ Lambda falls by `FALL` after each step that lowers the risk, however poor the mo
 and more within a step until the risk falls (delayed gratification, Transtrum and Sethna 2012). Nielsen's rule
 (1999), which looks at the reduction ratio, keeps lambda larger on such networks and needs about twice as many
 steps. Where the model is good lambda falls by its relative error, abs(1 - rho), for quadratic convergence.
+
+Each step p is bent along the curve of the outputs, p + a / 2 (geodesic acceleration, ibid.), if the objective
+has `bends` and a is no longer than p. In a curved valley such steps are much longer: on Allen-Cahn's equation
+the error after 100 steps is a tenth or less of that without.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from hfmpi.settings import POSITIVE, at_least, check, within
 
 __all__ = ["LM", "LMState"]
 
-RISE, FALL, LEAST_FALL = 3.0, 0.1, 1e-3
+RISE, FALL, SLOW_FALL, LEAST_FALL = 3.0, 0.1, 0.3, 1e-3
 """Factors of lambda; `RISE` is multiplied by itself after `PATIENCE` trials, and so on.
 
 Where two rises are needed lambda still falls a little, since RISE^2 FALL < 1. If that product is 1, as with
@@ -133,26 +137,41 @@ class LM(Optimizer[LMState]):
         damping, floor = state.damping or first or 1.0, model.least_damping
         if not objectives.repeated:
             floor = max(floor, first)
+        bends = objective.bends(theta)
         least, tried = rounding(loss, theta), False
-        for number, group in enumerate(_rising(max(damping, floor), model.at_once)):
-            damping, trials = group[-1], list[tuple[float, DampedStep]]()
-            steps, ended = model.steps(group, pulled=self.momentum > 0 and number == 0), False
-            for each, step in zip(group, steps, strict=True):
-                if step is not None and 0 <= step.promise <= least:
-                    ended = True
-                    break
-                if step is not None and step.promise > 0:
-                    trials.append((each, step))
+        start = max(damping, floor)
+        for number, group in enumerate(_rising(start, model.at_once)):
+            damping, pulled, ended = group[-1], self.momentum > 0 and number == 0, False
+            model.count(len(group), pulled, bends is not None)
+            last = math.inf
             report = replace(report, work=passes + model.work)
-            if trials:
-                after = objective.agree(tuple(objective.losses([theta + step.p for _, step in trials])))
-                tried, passes = True, passes + Counts(losses=1, candidates=len(trials) - 1)
-                report = replace(report, work=passes + model.work)
-                for (each, step), risk in zip(trials, after, strict=True):
-                    if risk < loss:
-                        return self._taken(theta, step, each, loss - risk, report)
+            for some in _cut(group, len(group) if bends is None else objective.ranks):
+                trials = list[tuple[float, DampedStep]]()
+                for each, step in zip(some, model.steps(some, pulled, bends is not None), strict=True):
+                    if step is not None and 0 <= step.promise <= least:
+                        ended = True
+                        break
+                    if step is not None and step.promise > 0:
+                        trials.append((each, step))
+                if trials and last == math.inf:  # the whole group counts, on any number of ranks
+                    bent = 0 if bends is None else len(group)
+                    passes += Counts(losses=1, candidates=len(group) - 1, bends=bent)
+                    report = replace(report, work=passes + model.work)
+                if trials and bends is not None:
+                    lambdas, plain = [each for each, _ in trials], [step for _, step in trials]
+                    steps = model.bent(plain, lambdas, [bends(step.p) for step in plain])
+                    trials = list(zip(lambdas, steps, strict=True))
+                if trials:
+                    tried, last = True, trials[-1][1].promise
+                    after = objective.agree(tuple(objective.losses([theta + step.p for _, step in trials])))
+                    for (each, step), risk in zip(trials, after, strict=True):
+                        if risk < loss:
+                            return self._taken(theta, step, each, loss - risk, report, each > start)
+                if ended:
+                    break
+            if last < math.inf:
                 (curvature,) = objective.agree((model.curvature(theta),))
-                if trials[-1][1].promise <= noise(loss, theta, curvature):
+                if last <= noise(loss, theta, curvature):
                     return _at_its_end(theta, state, report, UNRESOLVED)
             if ended:
                 if not tried:
@@ -163,13 +182,21 @@ class LM(Optimizer[LMState]):
         return theta, replace(state, damping=damping), report
 
     def _taken(
-        self, theta: Vector, trial: DampedStep, damping: float, decrease: float, report: StepReport
+        self,
+        theta: Vector,
+        trial: DampedStep,
+        damping: float,
+        decrease: float,
+        report: StepReport,
+        risen: bool,
     ) -> tuple[Vector, LMState, StepReport]:
         """Take a step that lowers the risk."""
         rho = decrease / trial.promise
         details = {**report.details, "damping": damping, "rho": rho, "step_norm": trial.norm}
-        after = damping * min(FALL, max(LEAST_FALL, abs(1 - rho)))
-        later = LMState(after, trial.p if self.momentum else theta[:0])
+        good, fall = max(LEAST_FALL, abs(1 - rho)), FALL
+        if risen:  # a fall by FALL was too much
+            good, fall = good if rho > 0.9 else 1.0, SLOW_FALL
+        later = LMState(damping * min(fall, good), trial.p if self.momentum else theta[:0])
         return theta + trial.p, later, replace(report, accepted=True, details=details)
 
 
@@ -179,6 +206,11 @@ def _rising(damping: float, at_once: bool) -> list[list[float]]:
     for risen in range(MOST_RISEN - 1):
         dampings.append(dampings[-1] * RISE ** (1 + risen // PATIENCE))
     return [dampings[start : start + most] for start in range(0, MOST_RISEN, most)]
+
+
+def _cut(group: list[float], ranks: int) -> list[list[float]]:
+    """Return the lambdas of a group in parts of so many, of which ranks compute one each."""
+    return [group[start : start + ranks] for start in range(0, len(group), ranks)]
 
 
 def _at_its_end(

@@ -39,6 +39,7 @@ def messages(
         "projection": 8 * _with_stop(directions**2),  # float64 whatever the vectors, as losses
         "loss": 8 * _with_stop(candidates),
         "linearisation": 0,
+        "bend": itemsize * sizes["product"],
         "matrices": itemsize * _with_stop(sent.matrices) if sent.matrices else 0,
     }
 
