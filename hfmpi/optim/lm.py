@@ -140,12 +140,13 @@ class LM(Optimizer[LMState]):
         bends = objective.bends(theta)
         least, tried = rounding(loss, theta), False
         start = max(damping, floor)
+        together = bends is None and objective.ranks > 1  # ranks share the last matrices of a group
         for number, group in enumerate(_rising(start, model.at_once)):
             damping, pulled, ended = group[-1], self.momentum > 0 and number == 0, False
             model.count(len(group), pulled, bends is not None)
             last = math.inf
             report = replace(report, work=passes + model.work)
-            for some in _cut(group, len(group) if bends is None else objective.ranks):
+            for some in _cut(group, len(group) if together else objective.ranks):
                 trials = list[tuple[float, DampedStep]]()
                 for each, step in zip(some, model.steps(some, pulled, bends is not None), strict=True):
                     if step is not None and 0 <= step.promise <= least:
