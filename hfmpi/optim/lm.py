@@ -7,7 +7,8 @@ solve differential equations it is ENGD (Mueller and Zeinhofer 2023), and with f
 with Woodbury's identity (Guzman-Cordero et al. 2025); for wave functions minSR (Chen and Heyl 2024).
 
 Lambda falls by `FALL` after each step that lowers the risk, however poor the model was, and rises by `RISE`
-and more within a step until the risk falls (delayed gratification, Transtrum and Sethna 2012). Nielsen's rule
+and more within a step until the risk falls (delayed gratification, Transtrum and Sethna 2012). After such a
+step it falls by `SLOW_FALL`, so that it need not rise in every step. Nielsen's rule
 (1999), which looks at the reduction ratio, keeps lambda larger on such networks and needs about twice as many
 steps. Where the model is good lambda falls by its relative error, abs(1 - rho), for quadratic convergence.
 
@@ -35,11 +36,7 @@ from hfmpi.settings import POSITIVE, at_least, check, within
 __all__ = ["LM", "LMState"]
 
 RISE, FALL, SLOW_FALL, LEAST_FALL = 3.0, 0.1, 0.3, 1e-3
-"""Factors of lambda; `RISE` is multiplied by itself after `PATIENCE` trials, and so on.
-
-Where two rises are needed lambda still falls a little, since RISE^2 FALL < 1. If that product is 1, as with
-1/9 in place of 1/10, lambda stays the same and steps are short.
-"""
+"""Factors of lambda; `RISE` is multiplied by itself after `PATIENCE` trials, and so on."""
 
 PATIENCE, MOST_RISEN, AT_ONCE = 4, 42, 3
 """How often a step raises lambda before it does so faster, before it gives up, and in one group of trials."""
