@@ -62,7 +62,8 @@ class SliceRows:
             if some.ndim == 1:
                 total += xp.matmul(some, part)
             else:  # one after the other: the same numbers, however many there are
-                total += xp.stack([xp.matmul(each, part) for each in some])
+                for sums, each in zip(total, some, strict=True):
+                    sums += xp.matmul(each, part)
             start += len(part)
         return total
 

@@ -104,7 +104,7 @@ class Task:
         For a model that does not know it, each parameter is used once for each output of the first example,
         and all matrices one after the other.
         """
-        model, shape = self.model, self._steps()
+        model, shape = self.model, _steps(self.train_set)
         if shape:
             shape = shape[0] + burn_in_of(self.train_set.take(np.arange(1))), *shape[1:]
         if isinstance(model, Costed):
@@ -119,12 +119,7 @@ class Task:
 
     def segments(self, wanted: int) -> int:
         """Return the segments that an example is cut into: no more than it has steps with targets."""
-        return min(wanted, max(1, prod(self._steps())))
-
-    def _steps(self) -> tuple[int, ...]:
-        """Return the shape of the steps with targets of the first example, () if it has one target."""
-        targets = np.asarray(getattr(self.train_set.take(np.arange(1)), "targets", None))
-        return targets.shape[1:] if targets.dtype.kind in "iu" else targets.shape[1:-1]
+        return min(wanted, max(1, prod(_steps(self.train_set))))
 
     def linearisation_bytes(self, cases: int) -> int:
         """Return the size of a linearisation on this many examples, or 0 if it is not known."""
@@ -133,3 +128,9 @@ class Task:
     def meta(self, theta: Array) -> dict[str, Any]:
         """Return what a checkpoint of theta stores about the model and the data."""
         return dict(self.identity)
+
+
+def _steps(cases: Cases) -> tuple[int, ...]:
+    """Return the shape of the steps with targets of the first example, () if it has one target."""
+    targets = np.asarray(getattr(cases.take(np.arange(1)), "targets", None))
+    return targets.shape[1:] if targets.dtype.kind in "iu" else targets.shape[1:-1]
