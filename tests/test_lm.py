@@ -681,25 +681,26 @@ def test_ranks_refuse_too_large_a_matrix_in_one_sentence(mpi_ranks, comm, monkey
     communicator.close()
 
 
+def check_ranks(comm):
+    """Check that the ranks of comm take the steps of one, with momentum and without."""
+    communicator = MPICommunicator(comm)
+    for momentum in (0.0, 0.5):
+        optimizer = LM(momentum=momentum)
+        theta = network_way(communicator, 0, optimizer)
+        assert communicator.same(digest(theta)) == []
+        np.testing.assert_allclose(theta, network_way(Communicator(), 0, optimizer), rtol=1e-6)
+    communicator.close()
+
+
 @pytest.mark.mpi(ranks=3, timeout=60, unit="s")
-@pytest.mark.parametrize("momentum", [0.0, 0.5])
-def test_ranks_share_the_factorization(momentum, mpi_ranks, comm, panels):
+def test_ranks_share_the_factorization(mpi_ranks, comm, panels):
     assert comm.size == mpi_ranks
-    communicator, optimizer = MPICommunicator(comm), LM(momentum=momentum)
-    theta = network_way(communicator, 0, optimizer)
-    assert communicator.same(digest(theta)) == []
-    np.testing.assert_allclose(theta, network_way(Communicator(), 0, optimizer), rtol=1e-6)
-    communicator.close()
+    check_ranks(comm)
 
 
-@pytest.mark.mpi(ranks=[2, 3], timeout=60, unit="s")
-@pytest.mark.parametrize("momentum", [0.0, 0.5])
-def test_ranks_share_the_last_of_three_shifts(momentum, mpi_ranks, comm, halves):
-    communicator, optimizer = MPICommunicator(comm), LM(momentum=momentum)
-    theta = network_way(communicator, 0, optimizer)
-    assert communicator.same(digest(theta)) == []
-    np.testing.assert_allclose(theta, network_way(Communicator(), 0, optimizer), rtol=1e-6)
-    communicator.close()
+@pytest.mark.mpi(ranks=2, timeout=60, unit="s")
+def test_ranks_share_the_last_of_three_shifts(mpi_ranks, comm, halves):
+    check_ranks(comm)
 
 
 @pytest.mark.mpi(ranks=2, timeout=60, unit="s")
