@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import runpy
+import shutil
 import sys
 from itertools import product
 from pathlib import Path
@@ -268,6 +269,49 @@ def test_cost_to_a_level_and_its_ratios_over_seeds(study, tmp_path, monkeypatch)
     ]
     assert better.row(tmp_path, "mlstm", "at most 6", "train_bpc")[2:4] == ["2 of 3 seeds", "–"]
     assert better.row(tmp_path, "mlstm", "6 last steps", "train_bpc")[2:4] == ["33", "2.00 (2.00 to 2.00)"]
+
+
+@pytest.mark.parametrize(("best", "tried"), [(0.15, 3), (0.2, 4), (0.3, 5), (0.1, 4)])
+def test_a_bar_has_its_best_rate_on_all_seeds(study, tmp_path, monkeypatch, capsys, best, tried):
+    """The loss falls fastest at the best rate; one further rate is tried where the best is the last one."""
+    import bars
+
+    made = []
+
+    def called(words, log, *fine):
+        options = dict(zip(words[3::2], words[4::2], strict=True))
+        assert options["--gradient-batch"] == "1750"
+        rate = float(Path(options["--out"]).name.split("-")[-2])
+        made.append((rate, int(options["--seed"]), int(options["--max-steps"])))
+        fall = 0.03 / (1 + 10 * abs(rate - best)) + 0.01 * int(options["--seed"])
+        shutil.rmtree(options["--out"], ignore_errors=True)
+        write_history(Path(options["--out"]), falling(3, 96, fall, steps=made[-1][2]))
+        return 0
+
+    monkeypatch.setattr(bars, "call", called)
+    monkeypatch.setattr(bars, "prepare", lambda *arguments: None)
+    monkeypatch.setattr(
+        sys, "argv", ["bars.py", "--cells", "lstm", "--bars", "soap-all", "d.h5", str(tmp_path)]
+    )
+    bars.main()
+    assert len({rate for rate, *_ in made}) == tried
+    assert [run for run in made if run[2] == 150] == [(best, seed, 150) for seed in (0, 1, 2)]
+    row = capsys.readouterr().out.splitlines()[-1].split(" | ")
+    # From 6 by 0.03, 0.04 and 0.05 a step: 3.0 is the loss after 100, 75 and 60 steps of 3 passes.
+    assert row[:4] == ["| lstm", "soap-all", f"{best:g}", "225 (180 to 300)"]
+    assert row[9] == "1.600"
+    before = len(made)
+    bars.main()  # nothing is done twice
+    assert len(made) == before
+
+
+def test_a_rate_that_failed_is_not_chosen(study, tmp_path):
+    import bars
+
+    run, short = (bars.Run("lstm", "soap-all", rate) for rate in (0.1, 0.2))
+    write_history(run.folder(tmp_path), falling(3, 96, 0.01, steps=60))
+    write_history(short.folder(tmp_path), falling(3, 96, 0.2, steps=30))
+    assert bars.score(run, tmp_path) < bars.score(short, tmp_path) == float("inf")
 
 
 def test_a_curve_with_less_of_a_floor_keeps_its_slope(study):

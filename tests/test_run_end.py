@@ -388,6 +388,7 @@ def test_long_sides_have_no_matrix():
 
 @pytest.mark.parametrize(("optimizer", "name"), [
     ("soap", "soap._eigenvectors"), ("subspace", "kfac._decompose"), ("muon", "muon.orthogonal"),
+    ("soap-muon", "soap._eigenvectors"),
 ])  # fmt: skip
 def test_a_step_on_matrices_is_dropped_where_time_is_up(optimizer, name, tmp_path, monkeypatch):
     data, clock = write_corpus(tmp_path / "c.h5"), Clock()

@@ -3,8 +3,9 @@
 python examples/benchmarks/linear_algebra.py
 
 Each optimizer takes a few steps on a handful of random sequences: its linear algebra depends on the matrices
-of theta alone, not on the machine. SOAP decomposes in every second step, and has the mean of two steps. The
-second table has what the accounts leave out: products within the passes of the subspace step.
+of theta alone, not on the machine. SOAP decomposes in every second step, and has the mean of two steps;
+SOAP-Muon decomposes in every step. The second table has what the accounts leave out: products within the
+passes of the subspace step.
 """
 
 import numpy as np
@@ -35,7 +36,7 @@ def main():
         for cell, parameters in zip(("lstm", "mlstm"), PARAMETERS[name], strict=True):
             network = hfmpi.Network(hfmpi.Architecture(cell, 1, SYMBOLS, SYMBOLS).of_size(parameters))
             unit = network.forward_pass(length)
-            for method, batch in zip(("subspace", "soap", "muon"), (0, 1, 1), strict=True):
+            for method, batch in zip(("subspace", "soap", "soap-muon", "muon"), (0, 1, 1, 1), strict=True):
                 works = usual_steps(network, method)
                 p_d, p_i = executed(works[0], BATCHES[name][batch], CURVATURE_BATCH)
                 operations, depth = (

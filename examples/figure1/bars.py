@@ -129,10 +129,9 @@ def row(out: Path, model: str, name: str, rate: float) -> list[str]:
         else:
             cells.append(f"{number(median(known))} ({number(min(known))} to {number(max(known))})")
     lowest = [min(zip(*reversed(curve(points, "valid_bpc", "P_I")), strict=True)) for points in every]
-    cells.append(f"{median(loss for loss, _ in lowest):.3f}")
-    full = [reached(points, "train_bpc", "P_I_full", 2.0) for points in every]
-    cells.append(number(median(full)) if None not in full else "–")
-    return [*cells, number(median(at for _, at in lowest))]
+    cells += [f"{median(loss for loss, _ in lowest):.3f}", number(median(at for _, at in lowest))]
+    full = [cost for points in every if (cost := reached(points, "train_bpc", "P_I_full", 2.0)) is not None]
+    return [*cells, number(median(full) if len(full) == len(SEEDS) else None)]
 
 
 def main() -> None:
@@ -153,7 +152,7 @@ def main() -> None:
             rows.append(row(given.out, model, name, rate))
     heads = ["cell", "bar", "rate", *(f"P_I to {level:.1f}" for level in LEVELS)]
     print()
-    show([*heads, "lowest validation", "P_I full to 2.0", "lowest at P_I of"], rows)
+    show([*heads, "lowest validation", "at P_I of", "P_I full to 2.0"], rows)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@
     P  = Q_L ((Q_L' N Q_R) / (sqrt(V) + epsilon)) Q_R'           (SOAP, hfmpi.optim.soap)
     P  <- scale orthogonal(P) in the rows of a hidden state      (Muon, hfmpi.optim.muon)
 
-and the step is -rate P. SOAP before Muon is due to Vyas (nikhilvyas.github.io/SOAP_Muon.pdf). It holds the
-records for the fewest steps at a fixed batch since May 2026, with new eigenvectors at every step since June
-(github.com/KellerJordan/modded-nanogpt, records/track_3_optimization, results 14 and 44, pull requests 278
-and 321). As there, only hidden matrices are made orthogonal, not what acts on symbols or yields the outputs.
-What differs: V is SOAP's mean of squares of G', where the records have that of Q_L' N Q_R, the eigenvectors
-are those of this gradient and not of the one before, and the other parameters are SOAP's.
+and the step is -rate P. SOAP before Muon: Vyas et al., Improving SOAP using iterative whitening and Muon
+(2025, nikhilvyas.github.io/SOAP_Muon.pdf). It holds the records for the fewest steps at a fixed batch since
+May 2026, with new eigenvectors at every step since June (github.com/KellerJordan/modded-nanogpt,
+records/track_3_optimization, results 14 and 44, pull requests 278 and 321). As there, only hidden matrices
+are made orthogonal, not what acts on symbols or yields the outputs. What differs: V is SOAP's mean of squares
+of G', where the records have that of Q_L' N Q_R; the eigenvectors are those of this gradient and not of the
+one before; the other parameters are SOAP's, where the records have Adam.
 """
 
 from __future__ import annotations
