@@ -295,7 +295,7 @@ def test_a_bar_has_its_best_rate_on_all_seeds(study, tmp_path, monkeypatch, caps
     )
     bars.main()
     assert len({rate for rate, *_ in made}) == tried
-    assert [run for run in made if run[2] == 150] == [(best, seed, 150) for seed in (0, 1, 2)]
+    assert [run for run in made if run[2] == 210] == [(best, seed, 210) for seed in (0, 1, 2)]
     row = capsys.readouterr().out.splitlines()[-1].split(" | ")
     # From 6 by 0.03, 0.04 and 0.05 a step: 3.0 is the loss after 100, 75 and 60 steps of 3 passes.
     assert row[:4] == ["| lstm", "soap-all", f"{best:g}", "225 (180 to 300)"]

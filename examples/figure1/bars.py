@@ -33,7 +33,7 @@ LAST = 12
 """Steps of tuning, and the last of them, whose mean loss decides."""
 
 ALL, QUARTER = SIZE.sequences, round(SIZE.sequences / 4)
-STEPS = {ALL: 150, QUARTER: 300}
+STEPS = {ALL: 210, QUARTER: 300}
 """Steps of a chosen run by its batch."""
 
 
