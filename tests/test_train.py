@@ -518,8 +518,15 @@ def test_settings_are_finite(settings):
 # Several ranks ---------------------------------------------------------------------------------
 
 
-def close(a, b):
-    assert np.linalg.norm(a - b) <= 1e-10 * np.linalg.norm(b)
+ROUNDING = {"soap-muon": 1e-8}
+"""How far sums in another order may move the parameters, relative; 1e-10 if a method is not named.
+
+SOAP divides by the roots of second moments near zero, and Muon raises small singular values by 3.4445^5.
+"""
+
+
+def close(a, b, most=1e-10):
+    assert np.linalg.norm(a - b) <= most * np.linalg.norm(b)
 
 
 def wait(comm):
@@ -552,7 +559,7 @@ def test_any_number_of_ranks_does_the_same_run(mpi_ranks, comm, mpi_tmp_path):
         for ranks in (1, 2, 3, 4):
             if ranks in parts:
                 run, _ = train(mpi_tmp_path / f"{name} {ranks}", data, parts[ranks], max_steps=4, **options)
-                compare(run, *serial)
+                compare(run, *serial, ROUNDING.get(name, 1e-10))
                 second = "hf" in name or "subspace" in name
                 check_cost(run, history(run.folder), 10, 4 * second, ranks)
             wait(comm)
@@ -563,20 +570,21 @@ def test_any_number_of_ranks_does_the_same_run(mpi_ranks, comm, mpi_tmp_path):
                 run, _ = train(mpi_tmp_path / f"{name} mixed", data, parts[ranks], max_steps=steps, **options)
                 assert run.first_step == steps - 1
             wait(comm)
-        compare(run, *serial)
+        compare(run, *serial, ROUNDING.get(name, 1e-10))
     for communicator in parts.values():
         communicator.close()
 
 
-def compare(run, theta, records):
+def compare(run, theta, records, most):
     """Compare a run on several ranks to the serial one, and its ranks among themselves."""
-    close(run.theta, theta)
+    close(run.theta, theta, most)
     assert run.communicator.same(digest(run.theta)) == []
     for name, value in vars(run.state).items():
         assert run.communicator.same(digest(np.asarray(value))) == [], name
     found = history(run.folder, leave=())
     for key in ("train_bpc", "valid_bpc"):
-        close(np.array([record[key] for record in found]), np.array([record[key] for record in records]))
+        losses = ([record[key] for record in each] for each in (found, records))
+        close(*map(np.array, losses), most)
     for key in ("step", "P_D", "P_I", "P_D_full", "P_I_full", "cg_steps", "accepted"):
         assert [record[key] for record in found] == [record[key] for record in records]
     timing = json.loads((run.folder / "timing.json").read_text())

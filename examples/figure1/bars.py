@@ -71,7 +71,7 @@ class Run(NamedTuple):
     seed: int = 0
 
     def folder(self, out: Path) -> Path:
-        """Give its folder."""
+        """Return its folder."""
         return out / f"{self.model}-{self.bar}-{self.rate:g}-{self.seed}"
 
     def train(self, data: Path, out: Path, steps: int) -> None:
@@ -94,13 +94,13 @@ class Run(NamedTuple):
 
 
 def score(run: Run, out: Path) -> float:
-    """Give the mean loss that decides about a rate; infinity if the run did not come so far."""
+    """Return the mean loss that decides about a rate; infinity if the run did not come so far."""
     losses = [record["train_bpc"] for record in history(run.folder(out))[:TUNING_STEPS]]
     return fmean(losses[-LAST:]) if len(losses) == TUNING_STEPS else float("inf")
 
 
 def tune(data: Path, out: Path, model: str, name: str) -> float:
-    """Give the best rate of a bar."""
+    """Return the best rate of a bar."""
     bar = BARS[name]
     low, high = bar.first, bar.first + 3  # of the rates that are tried
     while True:
@@ -117,7 +117,7 @@ def tune(data: Path, out: Path, model: str, name: str) -> float:
 
 
 def row(out: Path, model: str, name: str, rate: float) -> list[str]:
-    """Give the row of a bar: medians over seeds, and the least and the most of P_I to each level."""
+    """Return the row of a bar: medians over seeds, and the least and the most of P_I to each level."""
     batch = BARS[name].batch
     every = [followed(history(Run(model, name, rate, s).folder(out)), batch / ALL) for s in SEEDS]
     cells = [model, name, f"{rate:g}"]

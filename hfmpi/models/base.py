@@ -27,6 +27,7 @@ __all__ = [
     "Model",
     "Outputs",
     "Projection",
+    "PulledBack",
     "Rows",
     "RowsFirst",
     "Scoring",
@@ -34,7 +35,7 @@ __all__ = [
     "StructuralDamping",
     "StructuralLinearisation",
     "Trials",
-    "bends",
+    "has_bends",
     "has_rows",
     "has_squared_gradients",
 ]
@@ -242,7 +243,7 @@ class StructuralDamping(Protocol):
         """Linearise as `Model.linearise` does, with the weights W of the pre-activations."""
 
 
-def bends(model: Model) -> bool:
+def has_bends(model: Model) -> bool:
     """Return whether the linearisations of a model take J' H of tangents of another theta."""
     return issubclass(getattr(model, "linearisation", object), PulledBack)
 

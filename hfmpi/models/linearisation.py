@@ -130,9 +130,7 @@ class LossLinearisation:
 
     def gauss_newton(self, v: Array, scale: float, out: Array) -> None:
         """Add scale * J' H J v to out (D,)."""
-        u = self.passes.jvp(v)
-        self.hessian(u, slice(None), scale)
-        self.passes.vjp(u, out)
+        self.pulled_back(self.passes.jvp(v), scale, out)
 
     def pulled_back(self, u: Array, scale: float, out: Array) -> None:
         """Add scale * J' H u of u (N, O), which is overwritten, to out (D,)."""

@@ -22,7 +22,7 @@ from hfmpi.data.batches import Cases, checked_indices, curvature_slice, global_i
 from hfmpi.errors import UserError, shown
 from hfmpi.measure.spans import ALLREDUCE, LINE_SEARCH
 from hfmpi.measure.timer import Timer
-from hfmpi.models.base import Blocks, KroneckerFactors, Model, bends, has_rows, has_squared_gradients
+from hfmpi.models.base import Blocks, KroneckerFactors, Model, has_bends, has_rows, has_squared_gradients
 from hfmpi.objective.local import Extra, LocalSums, Shard
 from hfmpi.objective.local_rows import SliceRows
 from hfmpi.objective.messages import ROW_NUMBERS, gradient_message, unpack
@@ -512,7 +512,7 @@ class Risk(Objective):
         """Return p -> J'H z'' (D,), z'' the second derivative of the outputs along p; None if not known."""
         self._check("theta", theta)
         owner = self.owner
-        if not bends(owner.model):
+        if not has_bends(owner.model):
             return None
         local = owner.local.bends(theta, self.shard, self.scored)
         return lambda p: owner.total(lambda: local(p), p.size + 1, p.dtype)[:-1]

@@ -166,10 +166,31 @@ class LocalSums:
             out["loss"][...] = backend.to_device(pack(loss, theta.dtype))
             return message
 
+        return self._with_part(theta, shard, part, share)
+
+    def _with_part(
+        self,
+        theta: Array,
+        shard: Shard,
+        part: Shard | None,
+        share: Callable[[np.ndarray, list[Piece]], Array],
+        start: Callable[[], None] = lambda: None,
+    ) -> tuple[Array, int]:
+        """Return the sum of `share` over the slices, and the version of the linearisations of `part`, or 0.
+
+        Parameters
+        ----------
+        share : callable
+            (indices, pieces of `part`) of a slice -> a message.
+        start : callable
+            Called before the sum, also where it starts again for lack of memory.
+        """
+
         def sums() -> tuple[Array, int]:
+            start()
             if part is None:
                 return pairwise_sum([share(indices, []) for indices in shard.slices]), 0
-            self._linearise(model.linearise, theta, part, FORWARD)
+            self._linearise(self.model.linearise, theta, part, FORWARD)
             both = zip(shard.slices, self._slices, strict=True)
             return pairwise_sum([share(indices, first) for indices, first in both]), self._version
 
@@ -204,17 +225,13 @@ class LocalSums:
             parts.append(slice_rows(self, theta, shard, rest, scored, request, examples, out, kept))
             return message
 
-        def sums() -> tuple[Array, int]:
+        def start() -> None:
             parts.clear()
             if part is None:
                 self._passing, self._slices = None, []  # their memory is needed
                 self._version += 1
-                return pairwise_sum([share(indices, []) for indices in shard.slices]), 0
-            self._linearise(self.model.linearise, theta, part, FORWARD)
-            both = zip(shard.slices, self._slices, strict=True)
-            return pairwise_sum([share(indices, first) for indices, first in both]), self._version
 
-        message, version = self._shrinking(shard.count + (part.count if part is not None else 0), sums)
+        message, version = self._with_part(theta, shard, part, share, start)
         return message, parts, version
 
     def products(
@@ -267,7 +284,7 @@ class LocalSums:
 
         z'' is the difference of the tangents at theta and at theta + AHEAD p.
         """
-        mine, linearise, kind = 0, self.model.linearise, theta.dtype.type
+        linearise, kind = self.model.linearise, theta.dtype.type
 
         def add(at: Any, batch: Any, p: Array, message: Array) -> None:
             with self.timer.span(LINEARISE):
@@ -285,14 +302,7 @@ class LocalSums:
                 add(piece.at, piece.batch, p, message)
             return message
 
-        def sums(p: Array) -> Array:
-            nonlocal mine
-            if mine != self._version:
-                self._linearise(linearise, theta, shard)
-                mine = self._version
-            return pairwise_sum([share(part, p) for part in self._slices])
-
-        return lambda p: self._shrinking(shard.count, lambda: sums(p))
+        return self._linearised_sums(theta, shard, linearise, 0, share)
 
     def _operator(
         self,
@@ -317,7 +327,6 @@ class LocalSums:
         same = self.model.backend.xp.array_equal
         if version != self._version or not same(self._theta, theta):
             self._shrinking(shard.count, lambda: self._linearise(linearise, theta, shard))
-        mine = self._version
 
         def share(part: list[Piece], v: Array) -> Array:
             message = start(v)
@@ -325,6 +334,19 @@ class LocalSums:
                 with self.timer.span(PRODUCTS):
                     add(at, v, message)
             return message
+
+        return self._linearised_sums(theta, shard, linearise, self._version, share)
+
+    def _linearised_sums(
+        self,
+        theta: Array,
+        shard: Shard,
+        linearise: Linearise,
+        version: int,
+        share: Callable[[list[Piece], Array], Array],
+    ) -> Callable[[Array], Array]:
+        """Return v -> the sum of `share` over the slices, linearised where `version` is not in memory."""
+        mine = version
 
         def sums(v: Array) -> Array:
             nonlocal mine

@@ -55,17 +55,15 @@ class SliceRows:
 
     def transposed(self, a: np.ndarray) -> Array:
         """Compute S' a (D,) of a (n,), or (k, D) of (k, n); float64 on the device."""
-        xp, weights, start = self.backend.xp, self.backend.to_device(a.astype(np.float64)), 0
-        total = xp.zeros((*a.shape[:-1], self.stored.shape[1]), np.float64)
+        xp, size, start = self.backend.xp, self.stored.shape[1], 0
+        weights = self.backend.to_device(a.astype(np.float64).reshape(-1, a.shape[-1]))
+        total = xp.zeros((len(weights), size), np.float64)
         for part in self._wide():
-            some = weights[..., start : start + len(part)]
-            if some.ndim == 1:
-                total += xp.matmul(some, part)
-            else:  # one after the other: the same numbers, however many there are
-                for sums, each in zip(total, some, strict=True):
-                    sums += xp.matmul(each, part)
+            # One after the other: the same numbers, however many weights there are.
+            for sums, each in zip(total, weights, strict=True):
+                sums += xp.matmul(each[start : start + len(part)], part)
             start += len(part)
-        return total
+        return total.reshape(*a.shape[:-1], size)
 
     def product(self, v: Array) -> Array:
         """Compute S'S v (D,), in the type of the rows, which are read from memory once."""

@@ -72,15 +72,16 @@ def solutions(
     list of (n, k) or None
         None where the matrix is not positive definite up to rounding.
     """
-    several = known is None  # factors that all ranks share are not kept
-    known = {} if known is None else known
+    alone, sharers = len(shifts), objective.sharers
+    if known is None:  # halves of factors are not kept
+        known = {}
+        if len(shifts) > sharers and len(matrix) >= HALVED:
+            alone -= len(shifts) % sharers
     if len(matrix) <= ALONE:
-        several = several and len(shifts) > objective.sharers and len(matrix) >= HALVED
-        many = len(shifts) - several * (len(shifts) % objective.sharers)
         pairs = list(zip(shifts, bs, strict=True))
-        works = [partial(_alone, matrix, shift, b, known) for shift, b in pairs[:many]]
-        found = objective.spread(works, [b.size for b in bs[:many]], True)
-        found += [_halved(objective, matrix, shift, b) for shift, b in pairs[many:]]
+        works = [partial(_alone, matrix, shift, b, known) for shift, b in pairs[:alone]]
+        found = objective.spread(works, [b.size for b in bs[:alone]], True)
+        found += [_halved(objective, matrix, shift, b) for shift, b in pairs[alone:]]
     else:
         found = []
         for shift, b in zip(shifts, bs, strict=True):
@@ -139,8 +140,6 @@ class _Halves:
 
     def below(self, rows: slice[int, int, int]) -> Matrix:
         """Compute these rows of L21, one after the other; NaN where there is no factor."""
-        if self._corner is None:
-            return np.full((rows.stop - rows.start) * self.half, np.nan)
         return _divided(self._corner, self.matrix[rows, : self.half].copy()).reshape(-1)
 
     def tile(self, below: Matrix, rows: slice[int, int, int], columns: slice[int, int, int]) -> Matrix:
@@ -194,12 +193,9 @@ class _Panel:
 
     def block(self, rows: slice[int, int, int]) -> Matrix:
         """Compute a block of rows of the panel, one after the other; NaN where there is no factor."""
-        factor = self._corner
-        if factor is None:
-            return np.full((rows.stop - rows.start) * (self.columns.stop - self.columns.start), np.nan)
-        if rows == self.columns:
-            return np.tril(factor).reshape(-1)
-        return _divided(factor, self._updated(rows)).reshape(-1)
+        if rows == self.columns and self._corner is not None:
+            return np.tril(self._corner).reshape(-1)
+        return _divided(self._corner, self._updated(rows)).reshape(-1)
 
     @cached_property
     def _corner(self) -> Matrix | None:
@@ -212,8 +208,10 @@ class _Panel:
         return self.matrix[rows, self.columns] - done
 
 
-def _divided(lower: Matrix, block: Matrix) -> Matrix:
-    """Return B L^-T of a C-contiguous block B (m, n), which is overwritten."""
+def _divided(lower: Matrix | None, block: Matrix) -> Matrix:
+    """Return B L^-T of a C-contiguous block B (m, n), which is overwritten; NaN without a factor."""
+    if lower is None:
+        return np.full(block.shape, np.nan)
     by_columns: Matrix = dtrsm(1.0, lower, block.T, lower=True, overwrite_b=True)  # L^-1 B', without a copy
     return by_columns.T
 

@@ -123,9 +123,8 @@ class ExactModel(ABC):
     ) -> list[DampedStep | None]:
         """Compute the step of each lambda, with momentum or without; `count` counts the work.
 
-        With `keep` the ranks keep the factors for `bent`.
-
-        None if it is not finite, or if G + lambda is not positive definite up to rounding.
+        A step is None if it is not finite, or if G + lambda is not positive definite up to rounding. With
+        `keep` the ranks keep the factors for `bent`.
         """
         shifts = [damping * self.rows.scored for damping in dampings]
         self.factors.clear()

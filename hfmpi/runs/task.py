@@ -104,9 +104,10 @@ class Task:
         For a model that does not know it, each parameter is used once for each output of the first example,
         and all matrices one after the other.
         """
-        model, shape = self.model, _steps(self.train_set)
+        model, batch = self.model, self.train_set.take(np.arange(1))
+        shape = _steps(batch)
         if shape:
-            shape = shape[0] + burn_in_of(self.train_set.take(np.arange(1))), *shape[1:]
+            shape = shape[0] + burn_in_of(batch), *shape[1:]
         if isinstance(model, Costed):
             return model.forward_pass(max(1, prod(shape)))
         matrices = [b for b in model.blocks if b.rows > 1] if isinstance(model, Blocks) else []
@@ -119,7 +120,7 @@ class Task:
 
     def segments(self, wanted: int) -> int:
         """Return the segments that an example is cut into: no more than it has steps with targets."""
-        return min(wanted, max(1, prod(_steps(self.train_set))))
+        return min(wanted, max(1, prod(_steps(self.train_set.take(np.arange(1))))))
 
     def linearisation_bytes(self, cases: int) -> int:
         """Return the size of a linearisation on this many examples, or 0 if it is not known."""
@@ -130,7 +131,7 @@ class Task:
         return dict(self.identity)
 
 
-def _steps(cases: Cases) -> tuple[int, ...]:
-    """Return the shape of the steps with targets of the first example, () if it has one target."""
-    targets = np.asarray(getattr(cases.take(np.arange(1)), "targets", None))
+def _steps(batch: Any) -> tuple[int, ...]:
+    """Return the shape of the steps of an example that have targets, () if it has one target."""
+    targets = np.asarray(getattr(batch, "targets", None))
     return targets.shape[1:] if targets.dtype.kind in "iu" else targets.shape[1:-1]

@@ -343,7 +343,7 @@ class Run:
         size = self.task.linearisation_bytes(-(-curvature // ranks))
         optimizer = self.preset.optimizer
         wanted = getattr(optimizer, "segments", 0) if optimizer.needs.rows else 0
-        rows = gradient * self.task.segments(wanted)
+        rows = gradient * self.task.segments(wanted) if wanted else 0
         budget = self.memory_budget
         return Facts(self.task, gradient, curvature, ranks, threads, places, size, budget, rows, self.step)
 
