@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import scipy.linalg.lapack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -53,7 +54,7 @@ def run(objective, theta, steps=200, optimizer=None):
 
 
 def solved(objective, a, shift, b):
-    (x,) = solutions(objective, a, [shift], [b])
+    (x,) = solutions(objective, a, [shift], [b], {})
     return x
 
 
@@ -316,17 +317,21 @@ def test_lambda_rises_within_a_step_until_the_risk_falls():
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
 def test_lambdas_after_the_first_that_lowers_the_risk_are_left_out_but_count(ranks, monkeypatch):
-    """The step and its account are those of the whole group; one rank computes one lambda at a time."""
-    objective, theta, judged = LeastSquares(rosenbrock), np.array([-1.2, 1.0]), []
+    """The step and its account are those of the whole group; the ranks compute one lambda each at a time."""
+    objective, theta, solved, judged = LeastSquares(rosenbrock), np.array([-1.2, 1.0]), [], []
     state = LMState(0.3, theta[:0])  # its second lambda lowers the risk
     expected = LM().step(theta, state, Objectives(objective))
     monkeypatch.setattr(objective, "ranks", ranks, raising=False)
-    losses = objective.losses
-    monkeypatch.setattr(objective, "losses", lambda thetas: judged.append(len(thetas)) or losses(thetas))
+    spread, loss = objective.spread, objective.loss
+    monkeypatch.setattr(
+        objective, "spread", lambda works, *rest: solved.append(len(works)) or spread(works, *rest)
+    )
+    monkeypatch.setattr(objective, "loss", lambda theta: judged.append(theta) or loss(theta))
     after, later, report = LM().step(theta, state, Objectives(objective))
     np.testing.assert_array_equal(after, expected[0])
     assert (later.damping, report) == (expected[1].damping, expected[2])
-    assert judged == {1: [1, 1], 2: [3], 3: [3], 7: [3]}[ranks]
+    assert solved == {1: [1, 1], 2: [2], 3: [3], 7: [3]}[ranks]
+    assert len(judged) == 3  # rows at theta, and two trials
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
@@ -367,7 +372,7 @@ def test_the_correction_is_that_of_the_dense_matrix(shape):
     rows, b = objective.rows(theta), np.cos(np.arange(shape[1]))
     model = exact_model(objective, rows, 0.0, theta[:0])
     steps = model.steps([0.2, 0.7])
-    found = model.bent(steps, [0.2, 0.7], [1e-3 * b, 1e3 * b])
+    found = [model.bent(*each) for each in ((steps[0], 0.2, 1e-3 * b), (steps[1], 0.7, 1e3 * b))]
     a = -np.linalg.solve(rows.normal() / 3 + 0.2 * np.eye(shape[1]), 1e-3 * b)
     np.testing.assert_allclose(found[0].p, steps[0].p + a / 2, rtol=1e-9)
     assert (found[0].norm, found[0].promise) == (steps[0].norm, steps[0].promise)
@@ -584,39 +589,21 @@ def test_a_large_matrix_is_factored_by_panels_with_one_message_each():
     assert ranks.messages == -(-size // PANEL) + 2
 
 
-@pytest.fixture
-def halves(monkeypatch):
-    """Share small matrices too."""
-    monkeypatch.setattr("hfmpi.optim.cholesky.HALVED", 0)
-
-
-class Sharers(Ranks):
-    """Ranks that may divide a work as they like."""
-
-    @property
-    def sharers(self):
-        return self.ranks
-
-
-@pytest.mark.parametrize("size", [2, 3, 4, 5, 97, 500])
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_shifts_that_would_leave_ranks_idle_are_factored_in_halves(halves, size, ranks):
+@pytest.mark.parametrize("size", [1, 4, 97])
+def test_each_shift_is_factored_once_and_a_solution_may_be_left_out(size, monkeypatch):
     a, b = positive(size), np.cos(np.arange(2.0 * size)).reshape(size, 2)
-    before, objective, shifts = a.copy(), Sharers(ranks), [0.1, 0.3, 0.9]
-    found = solutions(objective, a, shifts, [b] * len(shifts))
-    assert objective.messages == (4 if ranks == 2 else 1)
+    before, shifts, known, factored = a.copy(), [0.1, 0.3, 0.9], {}, []
+    whole = np.array([np.linalg.solve(a + shift * np.eye(size), b) for shift in shifts])
+    dpotrf = scipy.linalg.lapack.dpotrf
+    monkeypatch.setattr("hfmpi.optim.cholesky.dpotrf", lambda *x, **y: factored.append(1) or dpotrf(*x, **y))
+    objective = Ranks(3)
+    found = solutions(objective, a, shifts, [b] * 3, known)
+    np.testing.assert_allclose(found, whole, rtol=1e-12, atol=1e-12)
+    nothing, x, none = solutions(objective, a, shifts, [None, b[:, :1], None], known)
+    np.testing.assert_allclose(x, whole[1, :, :1], rtol=1e-12, atol=1e-12)
     np.testing.assert_array_equal(a, before)
-    for x, shift in zip(found, shifts, strict=True):
-        np.testing.assert_allclose(x, np.linalg.solve(a + shift * np.eye(size), b), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("at", [0, 60, 61, 122])
-@pytest.mark.parametrize("bad", [-1e-3, math.nan])
-def test_halves_of_a_matrix_that_is_not_positive_definite_have_no_factor(halves, at, bad):
-    a = positive(123)
-    a[at, at] = bad
-    found = solutions(Sharers(2), a, [2.0, 2.0, 0.0], [np.ones((123, 1))] * 3)
-    assert [x is None for x in found] == [math.isnan(bad)] * 2 + [True]
+    assert nothing is none is None
+    assert (objective.messages, len(factored)) == (2, 3)
 
 
 # On the objective of a model
@@ -699,16 +686,8 @@ def test_ranks_share_the_factorization(mpi_ranks, comm, panels):
 
 
 @pytest.mark.mpi(ranks=2, timeout=60, unit="s")
-def test_ranks_share_the_last_of_three_shifts(mpi_ranks, comm, halves):
+def test_ranks_compute_several_shifts_side_by_side(mpi_ranks, comm):
     check_ranks(comm)
-
-
-@pytest.mark.mpi(ranks=2, timeout=60, unit="s")
-def test_with_slices_no_matrix_is_factored_in_halves(mpi_ranks, comm, halves):
-    communicator = MPICommunicator(comm)
-    theta = network_way(communicator, 4, LM())
-    np.testing.assert_array_equal(theta, network_way(Communicator(), 4, LM()))
-    communicator.close()
 
 
 @pytest.mark.mpi(ranks=2, timeout=60, unit="s")

@@ -369,11 +369,6 @@ class Risk(Objective):
 
         return views(owner.total(local, size, backend.dtype))
 
-    @property
-    def sharers(self) -> int:
-        """The ranks, or with slices 1."""
-        return 1 if self.owner.slices else self.owner.communicator.size
-
     def agree(self, values: Scalars) -> Scalars:
         """Return rank 0's values of scalars that every rank computed."""
         return self.owner.communicator.agree(values)

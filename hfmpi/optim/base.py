@@ -146,11 +146,6 @@ class Objective(ABC):
         """
         return [work() for work in works]
 
-    @property
-    def sharers(self) -> int:
-        """How many ranks may divide a work so that its rounding depends on their number; 1: it must not."""
-        return 1
-
     def agree(self, values: Scalars) -> Scalars:
         """Return rank 0's values of scalars that every rank computed, perhaps with different rounding."""
         return values

@@ -1,13 +1,8 @@
 """Solutions of (A + shift I) x = b of a symmetric matrix A by Cholesky factorization, shared by the ranks.
 
 A is positive semidefinite and the same on all ranks. A small matrix is factored by one rank for each shift,
-which sends the solution alone. Of more shifts than ranks, those that would leave ranks without work, such as
-the last of three on two ranks, are factored by all ranks in two halves of rows,
-
-    A + shift I = [A11 A21'; A21 A22]    L11 = cholesky(A11)    L21 = A21 L11^-T    S = A22 - L21 L21'
-
-where the ranks share L21 and S, and one of them factors S and sends the solution. A larger matrix is factored
-from left to right (Golub and Van Loan, Matrix Computations, section 4.2): a panel of columns is
+which sends the solution alone. A larger matrix is factored from left to right (Golub and Van Loan, Matrix
+Computations, section 4.2): a panel of columns is
 
     C = A[k:, k:k+b] + shift I - L[k:, :k] L[k:k+b, :k]'        L[k:k+b, k:k+b] = cholesky(C[:b])
     L[k+b:, k:k+b] = C[b:] L[k:k+b, k:k+b]^-T
@@ -27,7 +22,7 @@ from functools import cached_property, partial
 import numpy as np
 from scipy.linalg import cho_solve
 from scipy.linalg.blas import dtrsm
-from scipy.linalg.lapack import dpotrf, dtrtrs
+from scipy.linalg.lapack import dpotrf
 
 from hfmpi.optim.base import Matrix, Objective
 
@@ -35,9 +30,6 @@ __all__ = ["ALONE", "solutions"]
 
 PANEL = 256
 """Columns of a panel, and rows of a block."""
-
-HALVED = 500
-"""Matrices from this side on are factored in halves where ranks would have no work."""
 
 ALONE = 2_000
 """Matrices up to this side are factored by one rank each: their factor is soon computed, and is not sent."""
@@ -51,8 +43,8 @@ def solutions(
     objective: Objective,
     matrix: Matrix,
     shifts: Sequence[float],
-    bs: Sequence[Matrix],
-    known: Factors | None = None,
+    bs: Sequence[Matrix | None],
+    known: Factors,
 ) -> list[Matrix | None]:
     """Compute (A + shift I)^-1 b for several shifts, each with its b.
 
@@ -63,36 +55,33 @@ def solutions(
     matrix : (n, n) float64
         A, the same on all ranks; unchanged.
     shifts : sequence of float
-    bs : sequence of (n, k) float64
-    known : dict, optional
+    bs : sequence of (n, k) float64 or None
+        None where no solution is wanted now. Each shift stays with the rank that factored it, as long as all
+        of them are named.
+    known : dict
         Factors of this matrix that this rank computed before; gets those that it computes now.
 
     Returns
     -------
     list of (n, k) or None
-        None where the matrix is not positive definite up to rounding.
+        None where the matrix is not positive definite up to rounding, or where b is None.
     """
-    alone, sharers = len(shifts), objective.sharers
-    if known is None:  # halves of factors are not kept
-        known = {}
-        if len(shifts) > sharers and len(matrix) >= HALVED:
-            alone -= len(shifts) % sharers
-    if len(matrix) <= ALONE:
-        pairs = list(zip(shifts, bs, strict=True))
-        works = [partial(_alone, matrix, shift, b, known) for shift, b in pairs[:alone]]
-        found = objective.spread(works, [b.size for b in bs[:alone]], True)
-        found += [_halved(objective, matrix, shift, b) for shift, b in pairs[alone:]]
-    else:
-        found = []
+    if len(matrix) > ALONE:
         for shift, b in zip(shifts, bs, strict=True):
-            if shift not in known:  # on all ranks alike
+            if b is not None and shift not in known:  # on all ranks alike
                 known[shift] = _shared(objective, matrix, shift)
-            found += objective.spread([partial(_substituted, known[shift], b)], [b.size], True)
-    return [x.reshape(b.shape) if np.isfinite(x).all() else None for x, b in zip(found, bs, strict=True)]
+    works = [partial(_solution, matrix, shift, b, known) for shift, b in zip(shifts, bs, strict=True)]
+    found = objective.spread(works, [len(matrix) if b is None else b.size for b in bs], True)
+    return [
+        None if b is None or not np.isfinite(x).all() else x.reshape(b.shape)
+        for x, b in zip(found, bs, strict=True)
+    ]
 
 
-def _alone(matrix: Matrix, shift: float, b: Matrix, known: Factors) -> Matrix:
-    """Return the solution (n * k,), computed on this rank; NaN where there is no factor."""
+def _solution(matrix: Matrix, shift: float, b: Matrix | None, known: Factors) -> Matrix:
+    """Return the solution (n * k,), computed on this rank; NaN where there is no factor, 0 where no b."""
+    if b is None:
+        return np.zeros(len(matrix))
     if shift not in known:
         known[shift] = _factored(matrix, shift)
     return _substituted(known[shift], b)
@@ -107,61 +96,6 @@ def _factored(matrix: Matrix, shift: float) -> Matrix | None:
     lower: Matrix
     lower, info = dpotrf(shifted.T, lower=True, overwrite_a=True, clean=False)
     return None if info else lower
-
-
-def _halved(objective: Objective, matrix: Matrix, shift: float, b: Matrix) -> Matrix:
-    """Return the solution (n * k,), computed by all ranks; NaN where there is no factor."""
-    half, size = len(matrix) // 2, len(matrix)
-    factored, middle = _Halves(matrix, shift, b, half), (half + size) // 2
-    parts = slice(half, middle), slice(middle, size)
-    works = [partial(factored.below, rows) for rows in parts]
-    sizes = [(rows.stop - rows.start) * half for rows in parts]
-    below = np.concatenate(objective.spread(works, sizes, True)).reshape(size - half, half)
-    # The tile that is not square takes as much work as the two others, and the ranks have equal work.
-    tiles = [(parts[0], parts[0]), (parts[0], parts[1]), (parts[1], parts[1])]
-    works = [partial(factored.tile, below, *tile) for tile in tiles]
-    sizes = [(rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in tiles]
-    found, rest = objective.spread(works, sizes, True), np.zeros((size - half,) * 2)
-    for (rows, columns), part in zip(tiles, found, strict=True):
-        corner = rest[rows.start - half : rows.stop - half, columns.start - half : columns.stop - half]
-        corner[...] = part.reshape(corner.shape)
-    x: Matrix = objective.spread([partial(factored.solution, below, rest)], [b.size], True)[0]
-    return x
-
-
-@dataclass(frozen=True, eq=False)
-class _Halves:
-    """The work on a matrix whose first half of rows is eliminated first."""
-
-    matrix: Matrix
-    shift: float
-    b: Matrix
-    half: int
-
-    def below(self, rows: slice[int, int, int]) -> Matrix:
-        """Compute these rows of L21, one after the other; NaN where there is no factor."""
-        return _divided(self._corner, self.matrix[rows, : self.half].copy()).reshape(-1)
-
-    def tile(self, below: Matrix, rows: slice[int, int, int], columns: slice[int, int, int]) -> Matrix:
-        """Compute a tile of S but for the shift, one row after the other, from L21."""
-        left, right = (below[each.start - self.half : each.stop - self.half] for each in (rows, columns))
-        tile: Matrix = self.matrix[rows, columns] - np.matmul(left, right.T)
-        return tile.reshape(-1)
-
-    def solution(self, below: Matrix, rest: Matrix) -> Matrix:
-        """Compute the solution (n * k,) from L21 and the upper triangle of S; NaN without a factor."""
-        top, lower = self._corner, _factored(rest, self.shift)
-        if top is None or lower is None:
-            return np.full(self.b.size, np.nan)
-        first, _ = dtrtrs(top, self.b[: self.half], lower=True)
-        last: Matrix = cho_solve((lower, True), self.b[self.half :] - below @ first, check_finite=False)
-        first, _ = dtrtrs(top, first - below.T @ last, lower=True, trans=1)
-        return np.concatenate([first, last]).reshape(-1)
-
-    @cached_property
-    def _corner(self) -> Matrix | None:
-        """L11, or None."""
-        return _factored(self.matrix[: self.half, : self.half], self.shift)
 
 
 def _shared(objective: Objective, matrix: Matrix, shift: float) -> Matrix | None:

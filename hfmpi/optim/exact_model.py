@@ -84,7 +84,7 @@ class ExactModel(ABC):
         self.work = gram(*sorted((rows.count, self.g.size))) + ONE
         self.matrix = self._matrix()
         self.right = self._right()
-        self.factors: Factors = {}
+        self.shifts, self.factors = list[float](), Factors()
         (self.trace,) = objective.agree((float(np.trace(self.matrix)) / rows.scored,))
 
     @property
@@ -118,45 +118,36 @@ class ExactModel(ABC):
         self.work += self._product
         return self._curvature(p)
 
-    def steps(
-        self, dampings: Sequence[float], pulled: bool = False, keep: bool = False
-    ) -> list[DampedStep | None]:
+    def steps(self, dampings: Sequence[float], pulled: bool = False) -> list[DampedStep | None]:
         """Compute the step of each lambda, with momentum or without; `count` counts the work.
 
-        A step is None if it is not finite, or if G + lambda is not positive definite up to rounding. With
-        `keep` the ranks keep the factors for `bent`.
+        A step is None if it is not finite, or if G + lambda is not positive definite up to rounding. Each
+        rank keeps its factors for `bent`.
         """
-        shifts = [damping * self.rows.scored for damping in dampings]
+        self.shifts = [damping * self.rows.scored for damping in dampings]
         self.factors.clear()
-        known = self.factors if keep else None
-        found = solutions(self.objective, self.matrix, shifts, [self.right] * len(shifts), known)
+        rights = [self.right] * len(dampings)
+        found = solutions(self.objective, self.matrix, self.shifts, rights, self.factors)
         both = [(x, damping) for x, damping in zip(found, dampings, strict=True) if x is not None]
         steps = iter(self._damped([x for x, _ in both], [damping for _, damping in both], pulled))
         return [None if x is None else next(steps) for x in found]
 
-    def bent(
-        self, steps: Sequence[DampedStep], dampings: Sequence[float], bends: Sequence[Vector]
-    ) -> list[DampedStep]:
-        """Add a / 2 to each of the newest steps, a = -(G + lambda)^-1 b with b = J'H z'' / N along the step.
+    def bent(self, step: DampedStep, damping: float, bend: Vector) -> DampedStep:
+        """Add a / 2 to one of the newest steps, a = -(G + lambda)^-1 b with b = J'H z'' / N along the step.
 
         Where a is not finite or too long the step stays as it is; norm and promise are those of the model.
         """
-        shifts = [damping * self.rows.scored for damping in dampings]
-        rights = [self._reduced(b)[:, None] for b in bends]
-        found = solutions(self.objective, self.matrix, shifts, rights, self.factors)
+        shift = damping * self.rows.scored
+        rights = [self._reduced(bend)[:, None] if each == shift else None for each in self.shifts]
+        found = solutions(self.objective, self.matrix, self.shifts, rights, self.factors)
+        x = found[self.shifts.index(shift)]
+        if x is None:
+            return step
         with np.errstate(over="ignore", invalid="ignore"):
-            several = [
-                b * 0 if x is None else self._expanded(x[:, 0], b, damping)
-                for x, b, damping in zip(found, bends, dampings, strict=True)
-            ]
-            squares = self.objective.agree(tuple(inner_product(a, a) for a in several))
-            short = [
-                math.sqrt(each) <= LONGEST * step.norm for each, step in zip(squares, steps, strict=True)
-            ]
-            return [
-                replace(step, p=step.p + self.kind(0.5) * a) if follow else step
-                for step, a, follow in zip(steps, several, short, strict=True)
-            ]
+            a = self._expanded(x[:, 0], bend, damping)
+            (square,) = self.objective.agree((inner_product(a, a),))
+            follow = math.sqrt(square) <= LONGEST * step.norm
+            return replace(step, p=step.p + self.kind(0.5) * a) if follow else step
 
     def _damped(
         self, solutions: Sequence[Matrix], dampings: Sequence[float], pulled: bool

@@ -137,15 +137,14 @@ class LM(Optimizer[LMState]):
         bends = objective.bends(theta)
         least, tried = rounding(loss, theta), False
         start = max(damping, floor)
-        together = bends is None and objective.ranks > 1  # ranks share the last matrices of a group
         for number, group in enumerate(_rising(start, model.at_once)):
             damping, pulled, ended = group[-1], self.momentum > 0 and number == 0, False
             model.count(len(group), pulled, bends is not None)
             last = math.inf
             report = replace(report, work=passes + model.work)
-            for some in _cut(group, len(group) if together else objective.ranks):
+            for some in _cut(group, objective.ranks):
                 trials = list[tuple[float, DampedStep]]()
-                for each, step in zip(some, model.steps(some, pulled, bends is not None), strict=True):
+                for each, step in zip(some, model.steps(some, pulled), strict=True):
                     if step is not None and 0 <= step.promise <= least:
                         ended = True
                         break
@@ -155,16 +154,12 @@ class LM(Optimizer[LMState]):
                     bent = 0 if bends is None else len(group)
                     passes += Counts(losses=1, candidates=len(group) - 1, bends=bent)
                     report = replace(report, work=passes + model.work)
-                if trials and bends is not None:
-                    lambdas, plain = [each for each, _ in trials], [step for _, step in trials]
-                    steps = model.bent(plain, lambdas, [bends(step.p) for step in plain])
-                    trials = list(zip(lambdas, steps, strict=True))
-                if trials:
-                    tried, last = True, trials[-1][1].promise
-                    after = objective.agree(tuple(objective.losses([theta + step.p for _, step in trials])))
-                    for (each, step), risk in zip(trials, after, strict=True):
-                        if risk < loss:
-                            return self._taken(theta, step, each, loss - risk, report, each > start)
+                for each, step in trials:
+                    tried, last = True, step.promise
+                    trial = step if bends is None else model.bent(step, each, bends(step.p))
+                    (risk,) = objective.agree((objective.loss(theta + trial.p),))
+                    if risk < loss:
+                        return self._taken(theta, trial, each, loss - risk, report, each > start)
                 if ended:
                     break
             if last < math.inf:
