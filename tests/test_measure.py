@@ -67,6 +67,15 @@ def test_adjoints_of_segments_run_beside_that_of_the_gradient():
     assert paper(one_row, 1750, 109) == (2 * 3 * 1750, 6)
 
 
+def test_adjoints_of_a_sketch_run_beside_that_of_the_gradient():
+    counts = Counts(steps=2, gradients=2, sketches=2 * 4, directions=2 * 90)
+    expected = 2 * (3 * 1750 + 2 * 4 * 109)
+    assert paper(counts, 1750, 109) == executed(counts, 1750, 109) == (expected, 2 * 3)
+    assert ranks(counts, 1750, 109, 1) == expected
+    assert ranks(counts, 1750, 109, 16) == 2 * (110 + 2 * 137)  # ceil((1750 + 4 * 109) / 16)
+    assert ranks(counts, 1750, 109, 10_000) == 2 * 3
+
+
 def test_linear_algebra_is_counted_in_forward_passes_and_rounded_up_once():
     step, unit = Counts(steps=1, gradients=1, operations=1_250, depth=40), ForwardPass(1_000, 100)
     assert full(step, 10, 0, unit) == (30 + 2, 3 + 1)

@@ -12,10 +12,21 @@ from hfmpi.objective import local_rows, rows
 from hfmpi.objective.data_parallel import DataParallel, Stopped
 from hfmpi.objective.local_rows import signs
 from hfmpi.objective.sums import Tree, pairwise_sum
+from hfmpi.optim import Objective
 from hfmpi.optim.rows import RowRequest
 from hfmpi.parallel.communicator import Communicator, MPICommunicator
 
 EXAMPLES, STEPS, OUTPUTS = 13, 3, 2
+
+
+class Vectors:
+    """V (2, D), and V S'."""
+
+    def __init__(self, size, dtype=np.float64):
+        self.v = np.random.default_rng(9).standard_normal((2, size)).astype(dtype)
+
+    def along(self, rows):
+        return self.v @ rows.T
 
 
 class Quadratic:
@@ -146,6 +157,37 @@ def test_rows_match_dense_matrices(size, request_, options):
     check(risk.rows(theta, request_), size, request_)
 
 
+def check_sketch(risk, theta, size, rtol=1e-12):
+    """Compare V S'S V' / N with dense rows."""
+    request, basis = RowRequest("sketch", 3, 7), Vectors(size, theta.dtype)
+    (s, _, _, scored), found = dense(size, request), risk.sketch(theta, basis, request)
+    np.testing.assert_allclose(found.projected, basis.v @ s.T @ s @ basis.v.T / scored, rtol=rtol)
+    assert (found.rows, found.cotangents) == (3 * EXAMPLES, 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch": 4}, {"slices": 4}])
+def test_a_model_from_a_sketch_is_that_of_dense_rows(options):
+    risk, theta = make(WIDE, **options)
+    check_sketch(risk, theta, WIDE)
+    arguments = theta, Vectors(WIDE), RowRequest("sketch", 3, 7)
+    own, found = (
+        Objective.sketch(risk, *arguments),
+        risk.sketch(*arguments),
+    )  # from stored rows, and from none
+    np.testing.assert_allclose(own.projected, found.projected, rtol=1e-12)
+    assert own[1:] == found[1:]
+
+
+def test_the_mean_of_models_from_sketches_is_the_model():
+    risk, theta = make(NARROW)
+    basis, many = Vectors(NARROW), 4000
+    found = [risk.sketch(theta, basis, RowRequest("sketch", 2, seed)).projected for seed in range(many)]
+    s, _, _, scored = dense(NARROW, RowRequest("residuals"))
+    exact = basis.v @ s.T @ s @ basis.v.T / scored
+    # A row's square has a relative variance of at most 2: 26 rows, 4000 times.
+    np.testing.assert_allclose(np.mean(found, axis=0), exact, atol=4 * np.sqrt(2 / (26 * many)) * exact.max())
+
+
 def test_rows_of_float32_are_multiplied_in_float64():
     risk, theta = make(WIDE, dtype="float32")
     found = risk.rows(theta, RowRequest("residuals"))
@@ -261,6 +303,7 @@ def every_number(risk, theta, size):
         numbers += [found.loss, found.gradient, found.normal(), found.residuals]
         if request.stored or found.count < size:
             numbers += [found.gram(), found.times(theta), found.transposed(a)]
+    numbers.append(risk.sketch(theta, Vectors(size, theta.dtype), RowRequest("sketch", 2, 5)).projected)
     return numbers
 
 
@@ -270,6 +313,7 @@ def test_ranks_share_rows(comm):
         for request in REQUESTS:
             risk, theta = make(size, MPICommunicator(comm), micro_batch=3)
             check(risk.rows(theta, request), size, request)
+    check_sketch(risk, theta, NARROW)
 
 
 @pytest.mark.mpi(ranks=[2, 4])

@@ -52,6 +52,17 @@ def test_a_shift_that_is_solved_long_before_the_others_is_left_alone():
         np.testing.assert_allclose(x, b / (np.diag(a) + shift), rtol=1e-12)
 
 
+def test_earlier_iterates_are_those_of_fewer_iterations():
+    a, b = np.diag(np.geomspace(1e-3, 1e3, 40)), np.ones(40)
+    *_, early, late, third = shifted_solutions(lambda v: a @ v, b, [1e-3, 0.1], 1e-9, 40, {5, 22, 40})[0]
+    for x, most in ((early, 5), (late, 22), (third, 40)):
+        (alone, _), iterations = shifted_solutions(lambda v: a @ v, b, [1e-3, 0.1], 1e-9, most)
+        assert iterations == most
+        np.testing.assert_array_equal(x, alone)
+    found, iterations = shifted_solutions(lambda v: a @ v, b, [1e-3], 1e-2, 1000, {1, 999})
+    assert (len(found), iterations < 999) == (2, True)  # it ended before
+
+
 def test_numbers_that_are_not_finite_end_it():
     found, iterations = shifted_solutions(lambda v: v * np.nan, np.ones(3), [1.0, 2.0], 1e-3, 50)
     assert iterations == 1
@@ -76,9 +87,9 @@ def test_the_directions_are_those_of_the_dense_matrix(directions, monkeypatch):
     bowl, taken = Scored(), []
     original = Subspace._model
 
-    def model(self, theta, objectives, g, directions):
+    def model(self, theta, state, objectives, g, directions):
         taken.extend(directions)
-        return original(self, theta, objectives, g, directions)
+        return original(self, theta, state, objectives, g, directions)
 
     monkeypatch.setattr(Subspace, "_model", model)
     optimizer = Subspace(directions, memory=0, segments=3, row_damping=0.1, row_dampings=2)
@@ -95,6 +106,20 @@ def test_the_directions_are_those_of_the_dense_matrix(directions, monkeypatch):
     assert state.updates == 1
 
 
+def test_earlier_iterates_are_directions_too(monkeypatch):
+    numbers, original = [], Subspace._model
+
+    def model(self, theta, state, objectives, g, directions):
+        numbers.append(len(directions))
+        return original(self, theta, state, objectives, g, directions)
+
+    monkeypatch.setattr(Subspace, "_model", model)
+    optimizer = Subspace("rows", memory=0, row_damping=1e-3, row_dampings=1, row_steps=9, row_iterates=1)
+    steps(optimizer, Scored(), 1)
+    steps(replace(optimizer, row_damping=1e3), Scored(), 1)  # solved after one or two iterations
+    assert numbers == [2, 1]
+
+
 def test_sketches_are_drawn_anew_in_every_step(monkeypatch):
     bowl, seeds = Scored(), []
     original = Scored.rows
@@ -107,6 +132,32 @@ def test_sketches_are_drawn_anew_in_every_step(monkeypatch):
     monkeypatch.setattr(Scored, "rows", rows)
     steps(Subspace("kfac+rows", row_kind="sketch"), bowl, 3)
     assert seeds == [0, 1, 2]
+
+
+def test_the_model_may_come_from_a_sketch(monkeypatch):
+    """Its rows are others than those of the directions, and it takes no projection."""
+    bowl, requests = Scored(), []
+    original = Scored.rows
+
+    def rows(self, theta, request):
+        requests.append(request)
+        return original(self, theta, request)
+
+    monkeypatch.setattr(Scored, "rows", rows)
+    monkeypatch.setattr(Scored, "project", None)
+    optimizer = Subspace("kfac+rows", row_kind="sketch", curvature_segments=4)
+    _, state, reports = steps(optimizer, bowl, 2)
+    seeds = [request.seed for request in requests]
+    assert len(set(seeds)) == 4
+    assert [(r.kind, r.segments, r.factors) for r in requests[::2]] == [("sketch", 1, True)] * 2
+    assert [(r.kind, r.segments, r.factors) for r in requests[1::2]] == [("sketch", 4, False)] * 2
+    work = reports[1].work
+    assert (work.gradients, work.adjoints, work.sketches, work.projections) == (1, 1, 4, 0)
+    s = np.random.default_rng(3).standard_normal((30, SIZE))  # the same rows whatever the seed
+    p = state.steps[:SIZE]
+    assert state.curvature == pytest.approx(np.square(s @ p).sum() / 7, rel=1e-6)
+    assert Subspace(curvature_segments=1).needs.rows
+    assert not Subspace().needs.rows
 
 
 def test_an_objective_without_rows_gets_a_sentence():

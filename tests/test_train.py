@@ -64,6 +64,18 @@ OPTIMIZERS = {
             "kfac_dampings": 1,
             "row_dampings": 2,
             "row_damping": 1e-2,
+            "row_iterates": 1,
+            "damping": 1.0,
+        },
+    },
+    "subspace sketch": {
+        "optimizer": "subspace",
+        "curvature_batch": 6,
+        "settings": {
+            "curvature_segments": 8,
+            "memory": 1,
+            "kfac_dampings": 1,
+            "candidates": 2,
             "damping": 1.0,
         },
     },
@@ -443,7 +455,8 @@ def check_cost(run, records, batch, curvature, ranks):
     operations = depth = 0
     forward = 2 * run.model.size * 20  # sequences of 20 steps
     sequential = 20 * (2 if run.model.architecture.name in ("mrnn", "mlstm") else 1)
-    cg = losses = gradients = linearisations = products = projections = directions = candidates = adjoints = 0
+    cg = losses = gradients = linearisations = products = 0
+    projections = directions = candidates = adjoints = sketches = 0
     for steps, record in enumerate(records, start=1):
         cg += record["cg_steps"]
         losses += record["losses"]
@@ -451,12 +464,14 @@ def check_cost(run, records, batch, curvature, ranks):
         linearisations += record["linearisations"]
         products += record["products"]
         projections += record.get("projections", 0)
-        directions += record.get("directions", 0) + record.get("projections", 0)
+        if record.get("projections"):
+            directions += record["directions"] + record["projections"]
+        sketches += record.get("sketches", 0)
         candidates += record.get("candidates", 0)
         adjoints += record.get("adjoints", 0)
         assert record["step"] == steps
         on_gradient = (3 * steps + 2 * adjoints) * batch
-        assert record["P_D"] == on_gradient + (4 * cg + 2 * directions) * curvature
+        assert record["P_D"] == on_gradient + (4 * cg + 2 * directions + 2 * sketches) * curvature
         assert record["P_I"] == 3 * steps + 4 * cg + 2 * projections
         if not projections:
             expected = 3 * steps * math.ceil(batch / ranks) + 4 * cg * math.ceil(curvature / ranks)
@@ -466,7 +481,8 @@ def check_cost(run, records, batch, curvature, ranks):
         operations += record.get("operations", 0)
         depth += record.get("depth", 0)
         more = math.ceil(operations / forward), math.ceil(depth / sequential)
-        assert record["P_D_full"] == on_all * batch + (on_curvature + 2 * directions) * curvature + more[0]
+        on_curvature_all = on_curvature + 2 * directions + 2 * sketches
+        assert record["P_D_full"] == on_all * batch + on_curvature_all * curvature + more[0]
         assert record["P_I_full"] == on_batch + on_curvature + 2 * projections + more[1]
 
 

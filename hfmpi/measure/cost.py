@@ -18,7 +18,8 @@ separately where it does not (P_D, P_P). The methods of the paper have one vecto
 
 This holds for adjoints too. The rows of K segments of each example (hfmpi.optim.rows) are K adjoint passes
 side by side after one forward pass. They count 3 in P_I and (1 + 2 K) B_g in P_D, and on P ranks K B_g takes
-the place of B_g in the adjoint part. One row per example is an intermediate of the gradient, K = 1. This
+the place of B_g in the adjoint part. Those of a sketch over the curvature batch run beside them: K' segments
+count 2 K' B_c in P_D and nothing in P_I. One row per example is an intermediate of the gradient, K = 1. This
 extends the paper, which runs only sequences in parallel: if the segments ran in turn, P_I would be 1 + 2 K.
 P_D could be (2 + K) B_g if each adjoint started at the end of its segment; hfmpi starts all of them at the
 end of the sequence.
@@ -75,6 +76,8 @@ class Pass(NamedTuple):
         The count of the vectors after the first of each pass; empty: a pass has one vector.
     shared : int
         The part of the cost that all vectors of a pass share: adjoints have one forward pass.
+    beside : str
+        The count of vectors of passes over the curvature batch that run beside those of this pass.
     """
 
     name: str
@@ -84,6 +87,7 @@ class Pass(NamedTuple):
     paper: str = ""
     further: str = ""
     shared: int = 0
+    beside: str = ""
 
 
 def _count(words: str, kind: Pass | None = None) -> int:
@@ -107,8 +111,11 @@ class Counts:
     bends : int
         Second derivatives of the outputs along a step, over the gradient batch.
     candidates, directions, adjoints : int
-        Vectors after the first of each loss, of each projection, and of each adjoint pass of rows: an example
-        with C rows has C cotangents, which are independent of one another (hfmpi.optim.rows).
+        Vectors after the first of each loss, of each projection or model from a sketch, and of each adjoint
+        pass of rows: an example with C rows has C cotangents, which are independent of one another
+        (hfmpi.optim.rows). A model from a sketch takes no pass for each direction.
+    sketches : int
+        Adjoint passes of a sketch over the curvature batch, one for each segment of an example.
     row_products : int
         Products with the rows of the gradient batch, of any kind (`RowMatrix`).
     operations : int
@@ -120,7 +127,7 @@ class Counts:
 
     steps: int = 0
     gradients: int = _count(
-        "gradients", Pass("gradient", 3, True, (FORWARD, GRADIENT), "steps", "adjoints", shared=1)
+        "gradients", Pass("gradient", 3, True, (FORWARD, GRADIENT), "steps", "adjoints", 1, "sketches")
     )
     losses: int = _count("losses", Pass("loss", 1, True, (LINE_SEARCH,), "", "candidates"))
     linearisations: int = _count("linearisations", Pass("linearisation", 1, False, (LINEARISE,)))
@@ -132,6 +139,7 @@ class Counts:
     candidates: int = _count("candidates")
     directions: int = _count("directions")
     adjoints: int = _count("adjoints")
+    sketches: int = _count("adjoints of a sketch", Pass("sketch", 0, False, (PRODUCTS,)))
     row_products: int = _count("products with rows", Pass("row product", 0, True, (ROWS,)))
     cg_steps: int = _count("CG iterations")
     operations: int = _count("operations of linear algebra")
@@ -157,7 +165,7 @@ def paper(counts: Counts, gradient_batch: int, curvature_batch: int) -> tuple[in
     """Compute (P_D, P_I) by the formulas of Krause et al. 2015.
 
     P_D = 3 I_t B_g + 4 I_c B_c and P_I = 3 I_t + 4 I_c. For methods that are not in the paper the same rule
-    adds 2 for each projection, and to P_D 2 for each further direction and each further adjoint.
+    adds 2 for each projection, and to P_D 2 for each further direction and adjoint, and adjoint of a sketch.
 
     Examples
     --------
@@ -175,7 +183,7 @@ def ranks(counts: Counts, gradient_batch: int, curvature_batch: int, size: int) 
     adjoints, C B_g takes the place of B_g in two thirds of the gradient.
     """
     passes = _passes(counts, gradient_batch, curvature_batch, executed=False)
-    return sum(cost * count * -(-vectors * batch // (count * size)) for cost, count, vectors, batch in passes)
+    return sum(cost * count * -(-sequences // (count * size)) for cost, count, sequences in passes)
 
 
 def executed(counts: Counts, gradient_batch: int, curvature_batch: int) -> tuple[int, int]:
@@ -184,7 +192,7 @@ def executed(counts: Counts, gradient_batch: int, curvature_batch: int) -> tuple
     The paper's formulas leave out the forward passes of backtracking and line search, the product that a
     warm start needs, and the linearisation. Here a loss and a linearisation count 1, a gradient 3, a
     projection 2 and a product 4; P_D counts every further vector of a pass as much again, but a further
-    adjoint 2.
+    adjoint and each adjoint of a sketch 2.
 
     Examples
     --------
@@ -211,8 +219,8 @@ def full(counts: Counts, gradient_batch: int, curvature_batch: int, unit: Forwar
 
 def _passes(
     counts: Counts, gradient_batch: int, curvature_batch: int, executed: bool
-) -> list[tuple[int, int, int, int]]:
-    """Return cost, number, vectors and batch of each kind of pass, as executed or as the paper counts.
+) -> list[tuple[int, int, int]]:
+    """Return cost, number and sequences of each kind of pass, as executed or as the paper counts.
 
     A kind with a shared part has two entries.
     """
@@ -220,13 +228,14 @@ def _passes(
     for name, kind in PASSES.items():
         if count := counts[name if executed else kind.paper]:
             batch = gradient_batch if kind.on_gradient else curvature_batch
-            passes.append((kind.cost - kind.shared, count, count + counts[kind.further], batch))
+            sequences = (count + counts[kind.further]) * batch + counts[kind.beside] * curvature_batch
+            passes.append((kind.cost - kind.shared, count, sequences))
             if kind.shared:
-                passes.append((kind.shared, count, count, batch))
+                passes.append((kind.shared, count, count * batch))
     return passes
 
 
-def _totals(passes: list[tuple[int, int, int, int]]) -> tuple[int, int]:
+def _totals(passes: list[tuple[int, int, int]]) -> tuple[int, int]:
     """Compute (P_D, P_I)."""
-    p_d = sum(cost * vectors * batch for cost, _, vectors, batch in passes)
-    return p_d, sum(cost * count for cost, count, _, _ in passes)
+    p_d = sum(cost * sequences for cost, _, sequences in passes)
+    return p_d, sum(cost * count for cost, count, _ in passes)

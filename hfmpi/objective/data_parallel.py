@@ -28,7 +28,7 @@ from hfmpi.objective.local_rows import SliceRows
 from hfmpi.objective.messages import ROW_NUMBERS, gradient_message, unpack
 from hfmpi.objective.rows import ShardedRows
 from hfmpi.objective.transport import HostTransport, Transport
-from hfmpi.optim.base import Gradient, Objective, Objectives, Operator, Scalars
+from hfmpi.optim.base import Gradient, Objective, Objectives, Operator, RowProducts, Scalars, Sketch
 from hfmpi.optim.checks import check_vector
 from hfmpi.optim.layout import Block
 from hfmpi.optim.rows import RowMatrix, RowRequest
@@ -290,6 +290,9 @@ def shares(sizes: Sequence[int], ranks: int) -> list[list[int]]:
     return assigned
 
 
+UNEQUAL = "the examples have different numbers of outputs: rows need the same number of every example"
+
+
 class Risk(Objective):
     """The mean risk on one global batch.
 
@@ -463,9 +466,7 @@ class Risk(Objective):
             factors = cast(KroneckerFactors, model).factor_sums.normalise(sums, self.scored)
         cotangents /= sum(size > 0 for size in sizes)
         if cotangents != int(cotangents):
-            raise UserError(
-                "the examples have different numbers of outputs: rows need the same number of every example"
-            )
+            raise UserError(UNEQUAL)
         return ShardedRows(
             owner,
             kept,
@@ -521,13 +522,30 @@ class Risk(Objective):
         def projection(v: Array) -> np.ndarray:
             self._check("v", v, several=True)
             message = owner.total(lambda: local(v), len(v) ** 2 + 1, np.float64, host=True)
-            projected = message[:-1].reshape(len(v), len(v))
-            symmetric: np.ndarray = (projected + projected.T) / 2
-            return symmetric
+            return _symmetric(message[:-1].reshape(len(v), len(v)))
 
         return projection
+
+    def sketch(self, theta: Array, basis: RowProducts, request: RowRequest) -> Sketch:
+        """Estimate V G V' (C, C) of V (C, D) from a sketch of G, in one message of C^2 numbers."""
+        if not has_rows(self.owner.model):
+            return super().sketch(theta, basis, request)
+        self._check("theta", theta)
+        owner, count = self.owner, len(basis.v)
+        local = owner.local.sketches(theta, self.shard, self.scored, request, self._version)
+        message = owner.total(lambda: local(basis), count**2 + 2, np.float64, host=True)
+        rows = int(message[-2])
+        if rows % self.size:
+            raise UserError(UNEQUAL)
+        return Sketch(_symmetric(message[:-2].reshape(count, count)), rows, rows // self.size)
 
     def _check(self, name: str, vector: Array, several: bool = False) -> None:
         """Raise a TypeError or ValueError unless it is a vector of the model, or several, on its device."""
         model = self.owner.model
         check_vector(name, vector, model.size, model.backend.xp.ndarray, several)
+
+
+def _symmetric(matrix: np.ndarray) -> np.ndarray:
+    """Return the symmetric part of a matrix."""
+    symmetric: np.ndarray = (matrix + matrix.T) / 2
+    return symmetric

@@ -19,10 +19,10 @@ from hfmpi.errors import UserError
 from hfmpi.measure.spans import FORWARD, GRADIENT, INPUT, LINEARISE, PRODUCTS
 from hfmpi.measure.timer import Timer
 from hfmpi.models.base import KroneckerFactors, Linearisation, Model, Projection, StructuralDamping
-from hfmpi.objective.local_rows import SliceRows, slice_rows
+from hfmpi.objective.local_rows import SliceRows, signs, slice_rows
 from hfmpi.objective.messages import ROW_NUMBERS, gradient_message, pack
 from hfmpi.objective.sums import pairwise_sum
-from hfmpi.optim.base import inner_product
+from hfmpi.optim.base import RowProducts, inner_product
 from hfmpi.optim.layout import Layout
 from hfmpi.optim.rows import RowRequest
 
@@ -256,7 +256,7 @@ class LocalSums:
         def start(v: Array) -> Array:
             return backend.xp.zeros(v.size + 1, v.dtype)
 
-        def add(at: Any, v: Array, message: Array) -> None:
+        def add(_: np.ndarray, at: Any, v: Array, message: Array) -> None:
             if structural > 0:
                 at.structural_gauss_newton(v, 1 / scored, structural, message[:-1])
             else:
@@ -273,9 +273,33 @@ class LocalSums:
         def start(v: Array) -> Array:
             return np.zeros(len(v) ** 2 + 1)
 
-        def add(at: Any, v: Array, message: Array) -> None:
+        def add(_: np.ndarray, at: Any, v: Array, message: Array) -> None:
             _project(at, v, 1 / scored, message[:-1].reshape(len(v), len(v)))
             self.model.backend.synchronize()
+
+        return self._operator(theta, shard, self.model.linearise, version, start, add)
+
+    def sketches(
+        self, theta: Array, shard: Shard, scored: int, request: RowRequest, version: int = 0
+    ) -> Callable[[RowProducts], Array]:
+        """Linearise at theta; return V (C, D) -> the message of V S'S V' (C, C) over `scored` and a number.
+
+        S has the rows of a sketch; none is kept. The number counts all rows.
+        """
+        backend = self.model.backend
+
+        def start(basis: RowProducts) -> Array:
+            return np.zeros(len(basis.v) ** 2 + 2)
+
+        def add(indices: np.ndarray, at: Any, basis: RowProducts, message: Array) -> None:
+            count = at.segment_count(request.segments)
+            rows = backend.workspace("sketch", (len(indices), count, theta.size))
+            e = signs(request.seed, indices, at.residual_count()).astype(theta.dtype)
+            at.sketch(backend.to_device(e), count, rows)
+            along = basis.along(rows.reshape(-1, theta.size)).astype(np.float64)
+            products = backend.to_host(backend.xp.matmul(along, along.T))
+            message[:-2] += products.reshape(-1) / scored
+            message[-2] += along.shape[1]
 
         return self._operator(theta, shard, self.model.linearise, version, start, add)
 
@@ -311,7 +335,7 @@ class LocalSums:
         linearise: Linearise,
         version: int,
         start: Callable[[Array], Array],
-        add: Callable[[Any, Array, Array], None],
+        add: Callable[[np.ndarray, Any, Array, Array], None],
     ) -> Callable[[Array], Array]:
         """Linearise at theta; return the operator v -> the sum over the shard of what `add` adds.
 
@@ -322,7 +346,7 @@ class LocalSums:
         start : callable
             Makes the empty message for v.
         add : callable
-            (linearisation, v, message): adds the part of a micro-batch.
+            (indices, linearisation, v, message): adds the part of a micro-batch.
         """
         same = self.model.backend.xp.array_equal
         if version != self._version or not same(self._theta, theta):
@@ -330,9 +354,9 @@ class LocalSums:
 
         def share(part: list[Piece], v: Array) -> Array:
             message = start(v)
-            for _, at in self.linearisations_of(part, linearise, theta, LINEARISE):
+            for indices, at in self.linearisations_of(part, linearise, theta, LINEARISE):
                 with self.timer.span(PRODUCTS):
-                    add(at, v, message)
+                    add(indices, at, v, message)
             return message
 
         return self._linearised_sums(theta, shard, linearise, self._version, share)

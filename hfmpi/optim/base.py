@@ -30,7 +30,9 @@ __all__ = [
     "Objectives",
     "Operator",
     "Optimizer",
+    "RowProducts",
     "Scalars",
+    "Sketch",
     "StepReport",
     "inner_product",
 ]
@@ -61,6 +63,34 @@ class Gradient(NamedTuple):
     loss: float
     vector: Vector
     squares: Vector | None = None
+
+
+class Sketch(NamedTuple):
+    """V S'S V' / N (k, k), float64 on the host, symmetric, whose expectation is V G V', from random rows S.
+
+    Attributes
+    ----------
+    projected : (k, k)
+    rows : int
+        M, of all examples.
+    cotangents : int
+        The rows of an example.
+    """
+
+    projected: Matrix
+    rows: int
+    cotangents: int
+
+
+class RowProducts(Protocol):
+    """Vectors V (k, D) and their products with rows."""
+
+    @property
+    def v(self) -> Vector:
+        """V (k, D)."""
+
+    def along(self, rows: Vector) -> Vector:
+        """Compute V S' (k, n) of rows S (n, D)."""
 
 
 class Objective(ABC):
@@ -125,6 +155,13 @@ class Objective(ABC):
             return (m + m.T) / 2
 
         return projected
+
+    def sketch(self, theta: Vector, basis: RowProducts, request: RowRequest) -> Sketch:
+        """Estimate V G V' from a sketch of G."""
+        rows = self.rows(theta, request)
+        along = np.stack([rows.times(each) for each in basis.v])
+        m = np.asarray(along @ along.T) / rows.scored
+        return Sketch((m + m.T) / 2, rows.count, rows.cotangents)
 
     def losses(self, thetas: Sequence[Vector]) -> list[float]:
         """Compute f at several candidates theta."""

@@ -93,6 +93,19 @@ class Basis:
             slopes[rows] = np.matmul(stack, part.of(g).reshape(-1).astype(np.float64)).tolist()
         return gram, slopes
 
+    def along(self, rows: Vector) -> Vector:
+        """Compute V S' (k, n) of rows S (n, D), which is left in the type of the rows."""
+        products = np.zeros_like(rows, shape=(len(self.v), len(rows)))
+        for part, indices in self.parts:
+            stack = part.stacked([self.v[row] for row in indices])
+            products[indices[0] : indices[-1] + 1] = np.matmul(stack, part.stacked(rows).T)
+        return products
+
+    def along_work(self, rows: int) -> Counts:
+        """Return the linear algebra of `along` for so many rows, and of the products among them."""
+        each = together(product(len(indices), part.size, rows) for part, indices in self.parts)
+        return each + gram(len(self.v), rows)
+
     @property
     def work(self) -> Counts:
         """The linear algebra of `inner_products`."""

@@ -8,7 +8,7 @@ systems are parallel to that of the smallest shift, r_k = zeta_k r, and shorter.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from hfmpi.optim.base import Operator, Scalars, inner_product
 from hfmpi.optim.layout import Vector
@@ -25,6 +25,7 @@ def shifted_solutions(
     shifts: Sequence[float],
     tolerance: float,
     most: int,
+    kept: Collection[int] = (),
     agree: Callable[[Scalars], Scalars] = lambda values: values,
 ) -> tuple[list[Vector], int]:
     """Solve (A + shift I) x = b approximately for each shift.
@@ -40,25 +41,28 @@ def shifted_solutions(
         The iteration ends when the residual of the smallest shift is at most this part of b.
     most : int
         Iterations at most.
+    kept : collection of int
+        Iterations whose iterate of the smallest shift is returned too.
     agree : callable
         Returns rank 0's values of scalars (`Objective.agree`).
 
     Returns
     -------
     list of (D,), int
-        The solutions, and the iterations, each of them a product. A solution may not be finite.
+        The solutions, then the iterates of `kept` that came before the end; and the iterations, each of them
+        a product. A solution may not be finite.
     """
     kind, smallest = b.dtype.type, shifts[0]
     r, xs, ps = b, [b * 0 for _ in shifts], [b * 1 for _ in shifts]
     zeta, zeta_before = [1.0] * len(shifts), [1.0] * len(shifts)
     alpha_before, beta_before = 1.0, 0.0
-    goal = 0.0
+    goal, iterates = 0.0, list[Vector]()
     for iteration in range(most):
         q = apply(ps[0]) + kind(smallest) * ps[0]
         products = [inner_product(*each) for each in ((r, r), (ps[0], q), (r, q), (q, q))]
         square, bend, slope, length = agree(tuple(products))
         if not (bend > 0 and math.isfinite(bend) and math.isfinite(square)):
-            return xs, iteration + 1
+            return xs + iterates, iteration + 1
         alpha = square / bend
         r = r - kind(alpha) * q
         # The square of the new residual, without a second message; the next iteration computes it again.
@@ -78,5 +82,7 @@ def shifted_solutions(
             zeta_before[k], zeta[k] = last, new
         alpha_before, beta_before = alpha, beta
         if after <= goal:
-            return xs, iteration + 1
-    return xs, most
+            return xs + iterates, iteration + 1
+        if iteration + 1 in kept:
+            iterates.append(xs[0])
+    return xs + iterates, most

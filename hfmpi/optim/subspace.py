@@ -1,8 +1,9 @@
 """One Gauss-Newton step in the space of many directions, for the fewest sequential passes.
 
 `hfmpi.optim.reduced_model` has the quadratic model in the space of the directions V; V G V' needs J V alone,
-in one pass for all directions. The directions are K-FAC's preconditioned gradients at several dampings, those
-of rows of examples (S'S / N + gamma)^-1 g, the gradient, the gradient over its root mean square, and the last
+in one pass for all directions, or rows of a random sketch of G, which do not wait for V: their adjoint passes
+run beside the gradient's. The directions are K-FAC's preconditioned gradients at several dampings, those of
+rows of examples (S'S / N + gamma)^-1 g, the gradient, the gradient over its root mean square, and the last
 steps, each cut into parts (a gate of a matrix). There is no rate to tune and no line search. Lambda follows
 the reduction ratio, which needs no pass where the next gradient is of the same batch, because that gradient
 comes with the risk after the step. If the risk rose, part of the step is taken back, up to the minimum of the
@@ -60,6 +61,13 @@ ROW_TOLERANCE = 1e-5
 """Relative residual at which conjugate gradients on the rows end.
 
 Directions of small curvature come last: with 1e-2 nearly all of the gain is lost.
+"""
+
+
+SEEDS = 1 << 32
+"""Where the seeds of sketches of the model start: those of rows for directions must be others.
+
+The model of directions from its own rows would see too little curvature along them.
 """
 
 
@@ -124,6 +132,13 @@ class Subspace(Optimizer[SubspaceState]):
         The smallest gamma of the rows, the number of them, and the ratio of each to the one before.
     row_steps : int
         Iterations of conjugate gradients on the rows, at most.
+    row_iterates : int
+        Number of earlier iterates for the smallest gamma of the rows that are directions too, at equal ratios
+        of their iterations: those of two are 5 and 22 where `row_steps` is 100.
+    curvature_segments : int
+        The segments of an example of the curvature batch that have a row of a random sketch of G each, from
+        which V G V' is estimated. 0: V G V' is computed from J V, which waits for V. There should be several
+        rows for each direction, of which there are some hundred where they are cut.
     square_decay : float
         Decay of the running mean of squares.
     damping, damping_minimum, damping_maximum : float
@@ -149,6 +164,8 @@ class Subspace(Optimizer[SubspaceState]):
     row_dampings: Annotated[int, at_least(1)] = 3
     row_ratio: Annotated[float, POSITIVE] = 10.0
     row_steps: Annotated[int, at_least(1)] = 100
+    row_iterates: Annotated[int, NOT_NEGATIVE] = 0
+    curvature_segments: Annotated[int, NOT_NEGATIVE] = 0
     square_decay: Annotated[float, within("[0, 1)")] = 0.9
     refresh: Annotated[int, at_least(1)] = 1
     damping: Annotated[float, NOT_NEGATIVE] = 1e-3
@@ -185,7 +202,8 @@ class Subspace(Optimizer[SubspaceState]):
     @property
     def needs(self) -> Needs:
         """What these settings need of the model."""
-        return Needs(blocks=True, kronecker_factors=self._uses("kfac"), rows=self._uses("rows"))
+        rows = self._uses("rows") or self.curvature_segments > 0
+        return Needs(blocks=True, kronecker_factors=self._uses("kfac"), rows=rows)
 
     @property
     def seeks_lowest_risk(self) -> bool:
@@ -259,7 +277,7 @@ class Subspace(Optimizer[SubspaceState]):
             further, work = self._row_directions(objective, rows, g)
             directions, algebra = [*further, *directions], algebra + work
             del rows  # their memory is large
-        model, work = self._model(theta, objectives, g, directions)
+        model, work = self._model(theta, state, objectives, g, directions)
         report = replace(report, work=passes + work + algebra, details=_details(norm, state.damping, rho))
         if model is None:
             return theta, before, replace(report, message="a direction is not finite")
@@ -381,12 +399,14 @@ class Subspace(Optimizer[SubspaceState]):
     ) -> tuple[list[Vector], Counts]:
         """Compute (S'S / N + gamma)^-1 g for each gamma of the rows."""
         scale = g.dtype.type(1 / rows.scored)
+        ratio = self.row_steps ** (1 / (self.row_iterates + 1))
         found, iterations = shifted_solutions(
             lambda v: scale * rows.product(v),
             g,
             [self.row_damping * self.row_ratio**i for i in range(self.row_dampings)],
             ROW_TOLERANCE,
             self.row_steps,
+            {round(ratio**i) for i in range(1, self.row_iterates + 1)},
             objective.agree,
         )
         one = product(rows.count, g.size)
@@ -397,20 +417,26 @@ class Subspace(Optimizer[SubspaceState]):
         return state.updates % self.refresh == 0
 
     def _model(
-        self, theta: Vector, objectives: Objectives, g: Vector, directions: list[Vector]
+        self, theta: Vector, state: SubspaceState, objectives: Objectives, g: Vector, directions: list[Vector]
     ) -> tuple[ReducedModel | None, Counts]:
         """Compute the model in the space of the directions, None if one is not finite; and the work."""
-        objective, work = objectives.gradient, Counts()
+        objective = objectives.gradient
         parts = parts_of(objective.blocks if self.cut else [Block("theta", 0, 1, g.size)])
         basis = normalised(objective, directions, parts)
+        work = Counts()
         if basis is None:
             return None, work
-        m = objectives.second.project(theta)(basis.v)
+        if self.curvature_segments:
+            request = RowRequest("sketch", self.curvature_segments, SEEDS + state.updates)
+            m, rows, segments = objectives.second.sketch(theta, basis, request)
+            work += Counts(sketches=segments) + basis.along_work(rows)
+        else:
+            m = objectives.second.project(theta)(basis.v)
+            work += Counts(projections=1)
         gram, slopes = basis.inner_products(g)
         model = ReducedModel(objective, basis, m + self.weight_decay * gram, gram, slopes)
         linearisations, further = int(not objectives.shared), len(basis.v) - 1
-        work += Counts(linearisations=linearisations, projections=1, directions=further) + basis.work
-        return model, work
+        return model, work + Counts(linearisations=linearisations, directions=further) + basis.work
 
     def _damped(self, damping: float, rho: float) -> float:
         """Return lambda after a step with this reduction ratio."""

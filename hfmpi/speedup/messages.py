@@ -28,7 +28,8 @@ def messages(
         The length of each vector of the optimizer's state, from which the sizes of the matrices follow.
     """
     sent = optimizer.messages(parameters, state)
-    directions = 1 + counts.directions // max(1, counts.projections)
+    steps = max(1, counts.gradients)
+    directions = 1 + counts.directions // (counts.projections or steps)
     candidates = 1 + counts.candidates // max(1, counts.losses)
     with_rows = ROW_NUMBERS if optimizer.needs.rows else 0
     sizes = message_sizes(parameters, sent.with_gradient + with_rows)
@@ -37,6 +38,8 @@ def messages(
         "product": itemsize * sizes["product"],
         "row product": itemsize * sizes["product"],
         "projection": 8 * _with_stop(directions**2),  # float64 whatever the vectors, as losses
+        # After the last adjoint of a step.
+        "sketch": 8 * _with_stop(directions**2 + 1) * steps / max(1, counts.sketches),
         "loss": 8 * _with_stop(candidates),
         "linearisation": 0,
         "bend": itemsize * sizes["product"],
