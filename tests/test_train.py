@@ -70,13 +70,14 @@ OPTIMIZERS = {
     },
     "subspace sketch": {
         "optimizer": "subspace",
-        "curvature_batch": 6,
+        "curvature_batch": 4,
         "settings": {
             "curvature_segments": 8,
             "memory": 1,
             "kfac_dampings": 1,
             "candidates": 2,
             "damping": 1.0,
+            "cut": False,
         },
     },
     # Few CG iterations: after many, backtracking chooses among iterates that differ by rounding alone.
@@ -473,7 +474,7 @@ def check_cost(run, records, batch, curvature, ranks):
         on_gradient = (3 * steps + 2 * adjoints) * batch
         assert record["P_D"] == on_gradient + (4 * cg + 2 * directions + 2 * sketches) * curvature
         assert record["P_I"] == 3 * steps + 4 * cg + 2 * projections
-        if not projections:
+        if not projections and not sketches:
             expected = 3 * steps * math.ceil(batch / ranks) + 4 * cg * math.ceil(curvature / ranks)
             assert record["P_P"] == expected
         on_batch, on_curvature = losses + 3 * gradients, linearisations + 4 * products
@@ -552,7 +553,7 @@ def wait(comm):
         time.sleep(0.005)
 
 
-@pytest.mark.mpi(ranks=4, timeout=110, unit="s")
+@pytest.mark.mpi(ranks=4, timeout=200, unit="s")
 def test_any_number_of_ranks_does_the_same_run(mpi_ranks, comm, mpi_tmp_path):
     """Runs on 1, 2, 3 and 4 of the ranks against a serial one, and resumed on other numbers of them."""
     assert comm.size == mpi_ranks

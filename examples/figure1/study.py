@@ -157,7 +157,7 @@ class Candidate:
             "seed": self.seed,
         }
         if curvature:
-            scale = 1 if self.method.startswith("subspace") else size.batches
+            scale = 1 if self.method == "subspace" else size.batches
             given["curvature-batch"] = round(curvature / scale)
         words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
         return [*words, "--set", self.setting]

@@ -89,9 +89,20 @@ PRESETS = {
     # The curvature batch has to distinguish about a hundred directions, whatever the size of the data.
     "subspace": Preset(Subspace(), 14_000, 128),
     # For networks whose rows of all sequences fit into memory. The settings are those that needed the fewest
-    # passes on small recurrent networks (docs/results/fewest-passes.md).
+    # passes on small recurrent networks (docs/results/fewest-passes.md). With the model from a sketch a step
+    # takes 3 passes in place of 5; its rows are of all sequences, because they have to be many.
     "subspace-rows": Preset(
-        Subspace("kfac+rows", memory=6, segments=6, row_damping=1e-5, row_dampings=4), 14_000, 128
+        Subspace(
+            "kfac+rows",
+            memory=12,
+            segments=6,
+            row_damping=1e-5,
+            row_dampings=4,
+            row_iterates=2,
+            curvature_segments=3,
+        ),
+        14_000,
+        14_000,
     ),
     # The gradient is on the whole training set, because L-BFGS needs the same batch in every step.
     "lbfgs": Preset(LBFGS(), 14_000),
