@@ -16,7 +16,7 @@ from hfmpi.backends.base import Array, Backend
 from hfmpi.data.examples import Examples
 from hfmpi.measure.cost import ForwardPass
 from hfmpi.models.factors import FactorSums
-from hfmpi.optim.layout import Block
+from hfmpi.optim.layout import Block, Directions
 
 __all__ = [
     "Blocks",
@@ -166,10 +166,13 @@ class KroneckerFactors(Protocol):
 
 @runtime_checkable
 class Projection(Protocol):
-    """A linearisation that takes many directions V (C, D) in one pass."""
+    """A linearisation that takes many directions V (C, D) at once."""
 
-    def project(self, v: Array, scale: float, out: np.ndarray) -> None:
-        """Add scale * V G V' to out (C, C), float64 on the host; only J V is needed."""
+    def project(self, v: Array | Directions, scale: float, out: np.ndarray) -> None:
+        """Add scale * V G V' to out (C, C), float64 on the host; only J V is needed.
+
+        `Directions` are made a few at a time, or all by `numpy.asarray`.
+        """
 
 
 @runtime_checkable

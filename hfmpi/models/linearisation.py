@@ -18,6 +18,7 @@ from hfmpi.backends.base import Array
 from hfmpi.backends.numpy import NumpyBackend, by_sequence
 from hfmpi.models.losses import Loss
 from hfmpi.models.roots import apply_root, root_of, unit_columns
+from hfmpi.optim.layout import Directions
 
 __all__ = ["LossLinearisation", "Passes"]
 
@@ -92,6 +93,8 @@ class LossLinearisation:
         Summed over the scored outputs, nats.
     block_rows : int
         How many rows of outputs times directions `project` processes at a time: few enough for the cache.
+    directions : int
+        The most directions that one of the passes takes; more are taken in parts.
     """
 
     passes: Passes
@@ -102,15 +105,27 @@ class LossLinearisation:
     mask: Array | None
     loss: float
     block_rows: int
+    directions: int = 16
 
     @property
     def nbytes(self) -> int:
         """The bytes that the linearisation occupies in the device's memory."""
         return self.passes.nbytes
 
-    def jvp(self, v: Array) -> Array:
-        """Return J v (N, O) of v (D,), or (N * C, O) of (C, D), which lasts until the model's next pass."""
-        return self.passes.jvp(v)
+    def jvp(self, v: Array | Directions) -> Array:
+        """Return J v (N, O) of v (D,), or (N * C, O) of (C, D), which lasts until the model's next pass.
+
+        The rows of C directions are processed in parts whose tangents stay in the cache.
+        """
+        if v.ndim == 1:
+            return self.passes.jvp(v)
+        count, parts = len(v), self._parts(len(v))
+        if len(parts) == 1:
+            return self.passes.jvp(self._rows(v, parts[0]))
+        outputs = self.backend.workspace("tangents", (len(self.cache), count, self.cache.shape[1]))
+        for part in parts:
+            outputs[:, part] = by_sequence(self.passes.jvp(self._rows(v, part)), len(self.cache))
+        return outputs.reshape(-1, self.cache.shape[1])
 
     def vjp(self, u: Array, out: Array) -> None:
         """Add J' u to out: (D,) of u (N, O), or (C, D) of (N * C, O)."""
@@ -137,13 +152,13 @@ class LossLinearisation:
         self.hessian(u, slice(None), scale)
         self.passes.vjp(u, out)
 
-    def project(self, v: Array, scale: float, out: np.ndarray) -> None:
-        """Add scale * V J' H J V' of V (C, D) to out (C, C), float64 on the host; one pass J V.
+    def project(self, v: Array | Directions, scale: float, out: np.ndarray) -> None:
+        """Add scale * V J' H J V' of V (C, D) to out (C, C), float64 on the host; from J V alone.
 
         Outputs are processed in blocks of rows, which stay in the cache. They are multiplied in float64:
         along directions that are nearly parallel little is left of the sums but their rounding.
         """
-        outputs, directions, count = self.passes.jvp(v), len(v), len(self.cache)
+        outputs, directions, count = self.jvp(v), len(v), len(self.cache)
         rows = max(1, self.block_rows // directions)
         for start in range(0, count, rows):
             block = slice(start, min(start + rows, count))
@@ -154,6 +169,19 @@ class LossLinearisation:
             self.hessian(u, block, scale)
             _by_direction(u, after)
             out += self.backend.to_host(self.backend.xp.matmul(before, after.T))
+
+    def _parts(self, count: int) -> list[slice]:
+        """Divide `count` directions into parts of nearly equal size for the passes."""
+        parts = -(-count // self.directions)
+        return [slice(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
+
+    def _rows(self, v: Array | Directions, part: slice) -> Array:
+        """Return some of the directions, (C, D); those that are not stored last until the next ones."""
+        if not isinstance(v, Directions):
+            return v[part]
+        rows = self.backend.workspace("directions", (part.stop - part.start, v.shape[1]))
+        v.fill(part.start, rows)
+        return rows
 
     def residual_count(self) -> int:
         """Return T * O, the rows of residuals of an example."""

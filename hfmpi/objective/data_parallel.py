@@ -30,7 +30,7 @@ from hfmpi.objective.rows import ShardedRows
 from hfmpi.objective.transport import HostTransport, Transport
 from hfmpi.optim.base import Gradient, Objective, Objectives, Operator, Scalars
 from hfmpi.optim.checks import check_vector
-from hfmpi.optim.layout import Block
+from hfmpi.optim.layout import Block, Directions
 from hfmpi.optim.rows import RowMatrix, RowRequest
 from hfmpi.parallel.communicator import Communicator
 from hfmpi.parallel.failure import together
@@ -512,14 +512,15 @@ class Risk(Objective):
         local = owner.local.bends(theta, self.shard, self.scored)
         return lambda p: owner.total(lambda: local(p), p.size + 1, p.dtype)[:-1]
 
-    def project(self, theta: Array) -> Callable[[Array], np.ndarray]:
+    def project(self, theta: Array) -> Callable[[Array | Directions], np.ndarray]:
         """Linearise at theta; return V (C, D) -> V G V' (C, C), in one message of C^2 numbers."""
         self._check("theta", theta)
         owner = self.owner
         local = owner.local.projections(theta, self.shard, self.scored, self._version)
 
-        def projection(v: Array) -> np.ndarray:
-            self._check("v", v, several=True)
+        def projection(v: Array | Directions) -> np.ndarray:
+            if not isinstance(v, Directions):
+                self._check("v", v, several=True)
             message = owner.total(lambda: local(v), len(v) ** 2 + 1, np.float64, host=True)
             projected = message[:-1].reshape(len(v), len(v))
             symmetric: np.ndarray = (projected + projected.T) / 2

@@ -23,7 +23,7 @@ from hfmpi.objective.local_rows import SliceRows, slice_rows
 from hfmpi.objective.messages import ROW_NUMBERS, gradient_message, pack
 from hfmpi.objective.sums import pairwise_sum
 from hfmpi.optim.base import inner_product
-from hfmpi.optim.layout import Layout
+from hfmpi.optim.layout import Directions, Layout
 from hfmpi.optim.rows import RowRequest
 
 __all__ = ["Extra", "LocalSums", "Shard"]
@@ -267,10 +267,10 @@ class LocalSums:
 
     def projections(
         self, theta: Array, shard: Shard, scored: int, version: int = 0
-    ) -> Callable[[Array], Array]:
+    ) -> Callable[[Array | Directions], Array]:
         """Linearise at theta; return V (C, D) -> the message of V G V' (C, C), as `products` does for G v."""
 
-        def start(v: Array) -> Array:
+        def start(v: Array | Directions) -> Array:
             return np.zeros(len(v) ** 2 + 1)
 
         def add(at: Any, v: Array, message: Array) -> None:
@@ -449,11 +449,13 @@ class LocalSums:
             yield indices, at
 
 
-def _project(at: Linearisation, v: Array, scale: float, out: np.ndarray) -> None:
+def _project(at: Linearisation, v: Array | Directions, scale: float, out: np.ndarray) -> None:
     """Add scale * V G V' to out (C, C), for directions v (C, D)."""
     if isinstance(at, Projection):
         at.project(v, scale, out)
         return
+    if isinstance(v, Directions):
+        v = v.dense()
     for row, projected in zip(v, out, strict=True):
         product = v[0] * 0
         at.gauss_newton(row, scale, product)

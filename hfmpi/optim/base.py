@@ -116,7 +116,10 @@ class Objective(ABC):
         return None
 
     def project(self, theta: Vector) -> Callable[[Vector], np.ndarray]:
-        """Linearise at theta; return V (k, D) -> V G V' (k, k), float64 on the host, symmetric."""
+        """Linearise at theta; return V (k, D) -> V G V' (k, k), float64 on the host, symmetric.
+
+        V is an array or `hfmpi.optim.layout.Directions`.
+        """
         product = self.gauss_newton(theta)
 
         def projected(v: Vector) -> np.ndarray:

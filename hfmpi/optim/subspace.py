@@ -405,10 +405,10 @@ class Subspace(Optimizer[SubspaceState]):
         basis = normalised(objective, directions, parts)
         if basis is None:
             return None, work
-        m = objectives.second.project(theta)(basis.v)
+        m = objectives.second.project(theta)(basis)
         gram, slopes = basis.inner_products(g)
         model = ReducedModel(objective, basis, m + self.weight_decay * gram, gram, slopes)
-        linearisations, further = int(not objectives.shared), len(basis.v) - 1
+        linearisations, further = int(not objectives.shared), len(basis) - 1
         work += Counts(linearisations=linearisations, projections=1, directions=further) + basis.work
         return model, work
 
