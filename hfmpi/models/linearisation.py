@@ -9,6 +9,7 @@ the Gauss-Newton product reads
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -119,13 +120,27 @@ class LossLinearisation:
         """
         if v.ndim == 1:
             return self.passes.jvp(v)
-        count, parts = len(v), self._parts(len(v))
+        return self.tangents(v, self.direction_parts(len(v))).reshape(-1, self.cache.shape[1])
+
+    def direction_parts(self, count: int) -> list[slice]:
+        """Divide `count` directions into parts of nearly equal size for the passes."""
+        parts = -(-count // self.directions)
+        return [slice(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
+
+    def tangents(self, v: Array | Directions, parts: Sequence[slice]) -> Array:
+        """Return J v (N, C, O) of the C directions of consecutive parts, perhaps none.
+
+        It lasts until the model's next pass.
+        """
+        count, width = self.cache.shape
         if len(parts) == 1:
-            return self.passes.jvp(self._rows(v, parts[0]))
-        outputs = self.backend.workspace("tangents", (len(self.cache), count, self.cache.shape[1]))
+            return by_sequence(self.passes.jvp(self._rows(v, parts[0])), count)
+        first, last = (parts[0].start, parts[-1].stop) if parts else (0, 0)
+        outputs = self.backend.workspace("tangents", (count, last - first, width))
         for part in parts:
-            outputs[:, part] = by_sequence(self.passes.jvp(self._rows(v, part)), len(self.cache))
-        return outputs.reshape(-1, self.cache.shape[1])
+            along = self.passes.jvp(self._rows(v, part))
+            outputs[:, part.start - first : part.stop - first] = by_sequence(along, count)
+        return outputs
 
     def vjp(self, u: Array, out: Array) -> None:
         """Add J' u to out: (D,) of u (N, O), or (C, D) of (N * C, O)."""
@@ -155,25 +170,34 @@ class LossLinearisation:
     def project(self, v: Array | Directions, scale: float, out: np.ndarray) -> None:
         """Add scale * V J' H J V' of V (C, D) to out (C, C), float64 on the host; from J V alone.
 
+        The products are those of `add_products`.
+        """
+        self.add_products(self.jvp(v), slice(0, len(self.cache)), scale, out)
+
+    def add_products(self, tangents: Array, rows: slice, scale: float, out: np.ndarray) -> None:
+        """Add scale * U' H U to out (C, C), float64 on the host, from the tangents of some outputs.
+
         Outputs are processed in blocks of rows, which stay in the cache. They are multiplied in float64:
         along directions that are nearly parallel little is left of the sums but their rounding.
+
+        Parameters
+        ----------
+        tangents : (n * C, O)
+            U, J v of n outputs and C directions; it is overwritten.
+        rows : slice
+            These outputs among the N.
         """
-        outputs, directions, count = self.jvp(v), len(v), len(self.cache)
-        rows = max(1, self.block_rows // directions)
-        for start in range(0, count, rows):
-            block = slice(start, min(start + rows, count))
-            u = outputs[block.start * directions : block.stop * directions]
+        directions = len(out)
+        step = max(1, self.block_rows // directions)
+        for start in range(rows.start, rows.stop, step):
+            block = slice(start, min(start + step, rows.stop))
+            u = tangents[(start - rows.start) * directions : (block.stop - rows.start) * directions]
             shape = (2, directions, u.size // directions)
             before, after = self.backend.workspace("projected", shape, np.float64)
             _by_direction(u, before)
             self.hessian(u, block, scale)
             _by_direction(u, after)
             out += self.backend.to_host(self.backend.xp.matmul(before, after.T))
-
-    def _parts(self, count: int) -> list[slice]:
-        """Divide `count` directions into parts of nearly equal size for the passes."""
-        parts = -(-count // self.directions)
-        return [slice(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
 
     def _rows(self, v: Array | Directions, part: slice) -> Array:
         """Return some of the directions, (C, D); those that are not stored last until the next ones."""

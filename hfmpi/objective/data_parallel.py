@@ -22,7 +22,16 @@ from hfmpi.data.batches import Cases, checked_indices, curvature_slice, global_i
 from hfmpi.errors import UserError, shown
 from hfmpi.measure.spans import ALLREDUCE, LINE_SEARCH
 from hfmpi.measure.timer import Timer
-from hfmpi.models.base import Blocks, KroneckerFactors, Model, has_bends, has_rows, has_squared_gradients
+from hfmpi.models.base import (
+    Blocks,
+    KroneckerFactors,
+    Model,
+    has_bends,
+    has_rows,
+    has_shared_projection,
+    has_squared_gradients,
+)
+from hfmpi.objective.grid import shared_projection
 from hfmpi.objective.local import Extra, LocalSums, Shard
 from hfmpi.objective.local_rows import SliceRows
 from hfmpi.objective.messages import ROW_NUMBERS, gradient_message, unpack
@@ -310,7 +319,7 @@ class Risk(Objective):
         self.scored = cases.scored(indices)
         if self.scored < 1:
             raise Unscored("a batch has no output that is scored: check the mask")
-        self.cases = cases
+        self.cases, self.indices = cases, indices
         self.shard = owner.shard(cases, indices)
         self._rest: Shard = self.shard
         self._part: Risk | None = None
@@ -513,16 +522,24 @@ class Risk(Objective):
         return lambda p: owner.total(lambda: local(p), p.size + 1, p.dtype)[:-1]
 
     def project(self, theta: Array) -> Callable[[Array | Directions], np.ndarray]:
-        """Linearise at theta; return V (C, D) -> V G V' (C, C), in one message of C^2 numbers."""
+        """Linearise at theta; return V (C, D) -> V G V' (C, C), in one message of C^2 numbers.
+
+        With more slices of the batch than examples, those of an example share it (hfmpi.objective.grid).
+        """
         self._check("theta", theta)
         owner = self.owner
-        local = owner.local.projections(theta, self.shard, self.scored, self._version)
+        if self.size < len(self._sizes) and has_shared_projection(owner.model):
+            summed = shared_projection(owner, theta, self.cases, self.indices, self.scored)
+        else:
+            local = owner.local.projections(theta, self.shard, self.scored, self._version)
+
+            def summed(v: Array | Directions) -> Array:
+                return owner.total(lambda: local(v), len(v) ** 2 + 1, np.float64, host=True)
 
         def projection(v: Array | Directions) -> np.ndarray:
             if not isinstance(v, Directions):
                 self._check("v", v, several=True)
-            message = owner.total(lambda: local(v), len(v) ** 2 + 1, np.float64, host=True)
-            projected = message[:-1].reshape(len(v), len(v))
+            projected = summed(v)[:-1].reshape(len(v), len(v))
             symmetric: np.ndarray = (projected + projected.T) / 2
             return symmetric
 
