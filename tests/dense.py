@@ -119,7 +119,7 @@ def check(model, kind, cases, theta, outputs, jacobian, mask=None, apart=True, b
     assert np.allclose(squared.squares, count * ((each / scored) ** 2).sum(axis=0))
     if apart:
         check_factors(model, cases, theta, each, scored, by_cases)
-    columns = rng.standard_normal((3, theta.size))
+    columns = rng.standard_normal((9, theta.size))
     before = columns.copy()
     product = risk.gauss_newton(theta)
     assert np.allclose([product(column) for column in columns], columns @ dense / scored)

@@ -9,7 +9,7 @@ from dense import CASES, INPUTS, OUTPUTS, STEPS, check, check_optimizers, number
 
 import hfmpi
 from hfmpi.errors import UserError
-from hfmpi.frameworks.framework import FrameworkModel, matrices
+from hfmpi.frameworks.framework import CACHE, FrameworkModel, directions_at_once, matrices
 from hfmpi.models.batch import ScoredOutputs
 from hfmpi.models.factors import add_examples
 from hfmpi.optim.layout import Layout, split_factors
@@ -284,3 +284,17 @@ def test_a_framework_that_is_missing_is_named(monkeypatch):
 def test_frameworks_are_imported_when_they_are_asked_for():
     script = "import sys, hfmpi; hfmpi.Network; hfmpi.Examples; print({'torch', 'jax'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "set()"
+
+
+def test_large_linearisations_take_fewer_directions_at_once():
+    sizes = [directions_at_once(nbytes) for nbytes in (0, CACHE // 8, CACHE // 5, CACHE // 4, CACHE)]
+    assert sizes == [8, 8, 5, 4, 4]
+    tanh, cases = model("squares"), hfmpi.Examples(ROWS, numbers(CASES, OUTPUTS))
+    theta, calls = tanh.initial(0), []
+    at = tanh.linearise(theta, cases.take(np.arange(CASES)))
+    v = np.random.default_rng(0).standard_normal((11, theta.size))
+    expected = at.passes.jvp(v)
+    original = at.passes.jvp
+    at.passes.jvp = lambda v: calls.append(len(v)) or original(v)
+    np.testing.assert_array_equal(at.jvp(v), expected)
+    assert calls == [5, 6]

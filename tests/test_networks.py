@@ -25,6 +25,7 @@ from hfmpi.networks.cells import CELLS
 from hfmpi.networks.network import Network
 from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.optim import HessianFree, Objectives
+from hfmpi.optim.layout import Directions
 from hfmpi.parallel.communicator import Communicator, MPICommunicator
 from hfmpi.runs.merge import merge
 
@@ -338,3 +339,38 @@ def test_ranks_share_cases_with_and_without_a_mask(mpi_ranks, comm, masked):
     for ours, alone in zip(*results, strict=True):
         np.testing.assert_allclose(ours, alone, rtol=1e-10, atol=1e-13)
     communicator.close()
+
+
+class Stored(Directions):
+    """Directions of an array, made a few at a time."""
+
+    def __init__(self, v):
+        self.v, self.shape, self.dtype, self.most = v, v.shape, v.dtype, 0
+
+    def fill(self, start, out):
+        self.most = max(self.most, len(out))
+        out[...] = self.v[start : start + len(out)]
+
+    def dense(self):
+        return self.v.copy()
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize("kind", [("mlstm", "standard"), ("gru", "standard"), ("lstm", "krause")])
+def test_many_directions_go_through_a_network_in_parts(kind, backend, monkeypatch):
+    network, theta, batch, rng = make(kind, 2, "cross-entropy", True, True, backend)
+    v = rng.standard_normal((11, theta.size))
+    v[3:6, : theta.size // 2] = 0
+    found = []
+    for most in (2**16, 4, 1):
+        monkeypatch.setattr(type(network.backend), "directions", most)
+        tape, out = network.forward(theta, batch), np.zeros((2, 11, 11))
+        directions = Stored(network.device(v))
+        tape.project(network.device(v), 0.7, out[0])
+        tape.project(directions, 0.7, out[1])
+        np.testing.assert_array_equal(out[1], out[0])
+        assert directions.most == min(most, 11)
+        found.append((out[0], tape.jvp(network.device(v)).copy()))
+    for projected, tangents in found[1:]:
+        close(projected, found[0][0], 1e-12)
+        close(tangents, found[0][1], 1e-12)

@@ -25,6 +25,12 @@ class Vectors:
     def __init__(self, size, dtype=np.float64):
         self.v = np.random.default_rng(9).standard_normal((2, size)).astype(dtype)
 
+    def __len__(self):
+        return len(self.v)
+
+    def dense(self):
+        return self.v
+
     def along(self, rows):
         return self.v @ rows.T
 

@@ -1,5 +1,6 @@
 """The subspace step against dense algebra, and K-FAC's directions against dense Kronecker products."""
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hfmpi.errors import UserError
-from hfmpi.optim import Gradient, Objective, Objectives, Subspace, kfac, layout
+from hfmpi.optim import Gradient, Objective, Objectives, Subspace, kfac, layout, reduced_model
 from hfmpi.optim.layout import Block
 from hfmpi.optim.presets import preset
 
@@ -363,3 +364,68 @@ def test_what_is_missing_is_one_sentence():
 def test_settings_of_earlier_versions_are_refused_with_a_sentence(changes, sentence):
     with pytest.raises(UserError, match=f"^{sentence}"):
         preset("subspace", **changes)
+
+
+@pytest.mark.parametrize("stacked", [reduced_model.STACKED, 6])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_basis_is_the_dense_matrix_of_its_rows(stacked, dtype, monkeypatch):
+    monkeypatch.setattr(reduced_model, "STACKED", stacked)
+    rng, parts = np.random.default_rng(4), reduced_model.parts_of(BLOCKS)
+    vectors = [*rng.standard_normal((3, SIZE)).astype(dtype)]
+    parts[1].of(vectors[2])[...] = 0  # makes no row
+    dense = []
+    for part in parts:
+        for vector in vectors:
+            row = np.zeros(SIZE)
+            part.of(row)[...] = part.of(vector)
+            dense += [row / np.linalg.norm(row)] if row.any() else []
+    dense, tolerance = np.array(dense), 20 * np.finfo(dtype).eps
+    basis, g = reduced_model.normalised(Bowl(), vectors, parts), rng.standard_normal(SIZE).astype(dtype)
+    assert len(dense) == 3 * len(parts) - 1
+    assert (basis.shape, basis.dtype) == (dense.shape, dtype)
+    np.testing.assert_allclose(np.asarray(basis), dense, rtol=0, atol=tolerance)
+    np.testing.assert_array_equal([*basis], basis.dense())
+    some = np.full((5, SIZE), np.nan, dtype)
+    basis.fill(7, some)
+    np.testing.assert_array_equal(some, basis.dense()[7:12])
+    gram, slopes = basis.inner_products(g)
+    np.testing.assert_allclose(gram, dense @ dense.T, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(slopes, dense @ g, rtol=0, atol=10 * tolerance)
+    weights = rng.standard_normal(len(dense))
+    np.testing.assert_allclose(basis.combined(weights), weights @ dense, rtol=0, atol=10 * tolerance)
+
+
+class Straight(Objective):
+    """A risk with many parameters in 16 parts, whose products G v need no memory."""
+
+    blocks = (Block("a", 0, 1024, 256, cuts=tuple(range(64, 1024, 64))),)
+
+    def loss(self, theta):
+        return float(np.einsum("i,i->", theta, theta, dtype=np.float64)) / 2
+
+    def gradient(self, theta):
+        return Gradient(self.loss(theta), theta + 1)
+
+    def project(self, theta):
+        def projected(v):
+            self.directions, few = len(v), np.empty((1, theta.size), theta.dtype)
+            for start in range(len(v)):
+                v.fill(start, few)
+            return np.eye(len(v))
+
+        return projected
+
+
+def test_the_memory_of_a_step_does_not_grow_with_its_directions():
+    objective = Straight()
+    theta, peaks = np.ones(1024 * 256, np.float32), []
+    for cut in (False, True):
+        optimizer = Subspace("gradient+rms", memory=2, cut=cut)
+        state = optimizer.init(theta, objective.blocks)
+        optimizer.step(theta, state, Objectives(objective, objective))  # imports and first uses
+        tracemalloc.start()
+        optimizer.step(theta, state, Objectives(objective, objective))
+        peaks.append(tracemalloc.get_traced_memory()[1] / theta.nbytes)
+        tracemalloc.stop()
+    assert objective.directions == 2 * 16
+    assert peaks[1] < peaks[0] + 1 < 16, peaks

@@ -80,6 +80,8 @@ class Backend:
     each_numbers : int
         The recommended number of elements in the per-sequence gradients that are computed at once: on a CPU
         few enough for the cache.
+    directions : int
+        The recommended number of directions in one pass J V of a network.
     device : str
         The name of the device.
     device_id : str or None
@@ -91,6 +93,7 @@ class Backend:
     micro_batch = 32
     block_rows = 1024
     each_numbers = 2**18
+    directions = 16
 
     def __init__(self, dtype: str = "float32") -> None:
         if dtype not in ("float32", "float64"):

@@ -109,6 +109,7 @@ class CupyBackend(NumpyBackend):
     micro_batch = 1024
     block_rows = 2**18
     each_numbers = 2**25
+    directions = 2**16  # all at once
 
     def __init__(self, dtype: str = "float32", local_rank: int = 0, precision: str = "float32") -> None:
         count = device_count()

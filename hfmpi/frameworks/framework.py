@@ -63,6 +63,14 @@ SEPARATE = {False: 1e-3, True: 1e-2}
 BLOCK_FACTOR = 8
 """Larger blocks of outputs than the networks' in V G V': most models here have fewer outputs than a text."""
 
+CACHE = 1 << 25
+"""Bytes of tangents that several directions may have at once: what a core finds in its caches."""
+
+ALL_DIRECTIONS = 1 << 16
+
+FEWEST_DIRECTIONS, MOST_DIRECTIONS = 4, 8
+"""How many directions one call takes on a CPU: for fewer the calls cost too much, more are no faster."""
+
 Batched = Literal["directions", "examples"]
 """What one call of a framework can process many of."""
 
@@ -119,6 +127,11 @@ def matrices(layout: Layout[str], stacked: Mapping[str, int] = MappingProxyType(
         else:
             blocks.append(Block(name, start, rows, size, groups=count))
     return tuple(blocks)
+
+
+def directions_at_once(nbytes: int) -> int:
+    """Return how many directions one call takes, whose tangents are about as large as the linearisation."""
+    return max(FEWEST_DIRECTIONS, min(MOST_DIRECTIONS, CACHE // max(1, nbytes)))
 
 
 def split_examples(count: int, numbers: int) -> list[slice]:
@@ -275,10 +288,9 @@ class FrameworkModel(ABC):
         theta, examples = self._place(theta, batch)
         passes, loss, backend = linearise(theta, examples), self.output_loss, self.backend
         value, cache = self._value(passes.outputs, examples)
-        targets, mask = examples.targets, examples.mask
-        return LossLinearisation(
-            passes, loss, backend, cache, targets, mask, value, BLOCK_FACTOR * backend.block_rows
-        )
+        targets, mask, rows = examples.targets, examples.mask, BLOCK_FACTOR * backend.block_rows
+        directions = ALL_DIRECTIONS if self.on_gpu else directions_at_once(passes.nbytes)
+        return LossLinearisation(passes, loss, backend, cache, targets, mask, value, rows, directions)
 
     def replan(self, **changes: Any) -> None:
         """Change fields of the plan."""

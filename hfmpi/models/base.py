@@ -8,6 +8,7 @@ that they are known in advance.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,7 +17,7 @@ from hfmpi.backends.base import Array, Backend
 from hfmpi.data.examples import Examples
 from hfmpi.measure.cost import ForwardPass
 from hfmpi.models.factors import FactorSums
-from hfmpi.optim.layout import Block
+from hfmpi.optim.layout import Block, Directions
 
 __all__ = [
     "Blocks",
@@ -31,12 +32,14 @@ __all__ = [
     "Rows",
     "RowsFirst",
     "Scoring",
+    "SharedProjection",
     "SquaredGradients",
     "StructuralDamping",
     "StructuralLinearisation",
     "Trials",
     "has_bends",
     "has_rows",
+    "has_shared_projection",
     "has_squared_gradients",
 ]
 
@@ -166,10 +169,30 @@ class KroneckerFactors(Protocol):
 
 @runtime_checkable
 class Projection(Protocol):
-    """A linearisation that takes many directions V (C, D) in one pass."""
+    """A linearisation that takes many directions V (C, D) at once."""
 
-    def project(self, v: Array, scale: float, out: np.ndarray) -> None:
-        """Add scale * V G V' to out (C, C), float64 on the host; only J V is needed."""
+    def project(self, v: Array | Directions, scale: float, out: np.ndarray) -> None:
+        """Add scale * V G V' to out (C, C), float64 on the host; only J V is needed.
+
+        `Directions` are made a few at a time, or all by `numpy.asarray`.
+        """
+
+
+@runtime_checkable
+class SharedProjection(Projection, Protocol):
+    """A linearisation whose projections several ranks can share: some directions each, then some outputs."""
+
+    def direction_parts(self, count: int) -> list[slice]:
+        """Divide `count` directions into parts that one pass processes; any number of ranks has the same."""
+
+    def tangents(self, v: Array | Directions, parts: Sequence[slice]) -> Array:
+        """Return J v (N, C, O) of the C directions of consecutive parts, perhaps none.
+
+        It lasts until the model's next pass.
+        """
+
+    def add_products(self, tangents: Array, rows: slice, scale: float, out: np.ndarray) -> None:
+        """Add scale * U' H U to out (C, C), from the tangents U (n * C, O) of some outputs, overwritten."""
 
 
 @runtime_checkable
@@ -246,6 +269,11 @@ class StructuralDamping(Protocol):
 def has_bends(model: Model) -> bool:
     """Return whether the linearisations of a model take J' H of tangents of another theta."""
     return issubclass(getattr(model, "linearisation", object), PulledBack)
+
+
+def has_shared_projection(model: Model) -> bool:
+    """Return whether several ranks can share a projection; known without a linearisation."""
+    return issubclass(getattr(model, "linearisation", object), SharedProjection)
 
 
 def has_squared_gradients(model: Model) -> bool:

@@ -9,6 +9,7 @@ the Gauss-Newton product reads
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from hfmpi.backends.base import Array
 from hfmpi.backends.numpy import NumpyBackend, by_sequence
 from hfmpi.models.losses import Loss
 from hfmpi.models.roots import apply_root, root_of, unit_columns
+from hfmpi.optim.layout import Directions
 
 __all__ = ["LossLinearisation", "Passes"]
 
@@ -92,6 +94,8 @@ class LossLinearisation:
         Summed over the scored outputs, nats.
     block_rows : int
         How many rows of outputs times directions `project` processes at a time: few enough for the cache.
+    directions : int
+        The most directions that one of the passes takes; more are taken in parts.
     """
 
     passes: Passes
@@ -102,15 +106,41 @@ class LossLinearisation:
     mask: Array | None
     loss: float
     block_rows: int
+    directions: int = 16
 
     @property
     def nbytes(self) -> int:
         """The bytes that the linearisation occupies in the device's memory."""
         return self.passes.nbytes
 
-    def jvp(self, v: Array) -> Array:
-        """Return J v (N, O) of v (D,), or (N * C, O) of (C, D), which lasts until the model's next pass."""
-        return self.passes.jvp(v)
+    def jvp(self, v: Array | Directions) -> Array:
+        """Return J v (N, O) of v (D,), or (N * C, O) of (C, D), which lasts until the model's next pass.
+
+        The rows of C directions are processed in parts whose tangents stay in the cache.
+        """
+        if v.ndim == 1:
+            return self.passes.jvp(v)
+        return self.tangents(v, self.direction_parts(len(v))).reshape(-1, self.cache.shape[1])
+
+    def direction_parts(self, count: int) -> list[slice]:
+        """Divide `count` directions into parts of nearly equal size for the passes."""
+        parts = -(-count // self.directions)
+        return [slice(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
+
+    def tangents(self, v: Array | Directions, parts: Sequence[slice]) -> Array:
+        """Return J v (N, C, O) of the C directions of consecutive parts, perhaps none.
+
+        It lasts until the model's next pass.
+        """
+        count, width = self.cache.shape
+        if len(parts) == 1:
+            return by_sequence(self.passes.jvp(self._rows(v, parts[0])), count)
+        first, last = (parts[0].start, parts[-1].stop) if parts else (0, 0)
+        outputs = self.backend.workspace("tangents", (count, last - first, width))
+        for part in parts:
+            along = self.passes.jvp(self._rows(v, part))
+            outputs[:, part.start - first : part.stop - first] = by_sequence(along, count)
+        return outputs
 
     def vjp(self, u: Array, out: Array) -> None:
         """Add J' u to out: (D,) of u (N, O), or (C, D) of (N * C, O)."""
@@ -137,23 +167,45 @@ class LossLinearisation:
         self.hessian(u, slice(None), scale)
         self.passes.vjp(u, out)
 
-    def project(self, v: Array, scale: float, out: np.ndarray) -> None:
-        """Add scale * V J' H J V' of V (C, D) to out (C, C), float64 on the host; one pass J V.
+    def project(self, v: Array | Directions, scale: float, out: np.ndarray) -> None:
+        """Add scale * V J' H J V' of V (C, D) to out (C, C), float64 on the host; from J V alone.
+
+        The products are those of `add_products`.
+        """
+        self.add_products(self.jvp(v), slice(0, len(self.cache)), scale, out)
+
+    def add_products(self, tangents: Array, rows: slice, scale: float, out: np.ndarray) -> None:
+        """Add scale * U' H U to out (C, C), float64 on the host, from the tangents of some outputs.
 
         Outputs are processed in blocks of rows, which stay in the cache. They are multiplied in float64:
         along directions that are nearly parallel little is left of the sums but their rounding.
+
+        Parameters
+        ----------
+        tangents : (n * C, O)
+            U, J v of n outputs and C directions; it is overwritten.
+        rows : slice
+            These outputs among the N.
         """
-        outputs, directions, count = self.passes.jvp(v), len(v), len(self.cache)
-        rows = max(1, self.block_rows // directions)
-        for start in range(0, count, rows):
-            block = slice(start, min(start + rows, count))
-            u = outputs[block.start * directions : block.stop * directions]
+        directions = len(out)
+        step = max(1, self.block_rows // directions)
+        for start in range(rows.start, rows.stop, step):
+            block = slice(start, min(start + step, rows.stop))
+            u = tangents[(start - rows.start) * directions : (block.stop - rows.start) * directions]
             shape = (2, directions, u.size // directions)
             before, after = self.backend.workspace("projected", shape, np.float64)
             _by_direction(u, before)
             self.hessian(u, block, scale)
             _by_direction(u, after)
             out += self.backend.to_host(self.backend.xp.matmul(before, after.T))
+
+    def _rows(self, v: Array | Directions, part: slice) -> Array:
+        """Return some of the directions, (C, D); those that are not stored last until the next ones."""
+        if not isinstance(v, Directions):
+            return v[part]
+        rows = self.backend.workspace("directions", (part.stop - part.start, v.shape[1]))
+        v.fill(part.start, rows)
+        return rows
 
     def residual_count(self) -> int:
         """Return T * O, the rows of residuals of an example."""

@@ -250,8 +250,9 @@ class Network:
         tape = Tape(
             self.architecture, self.backend, tuple(layers), p, len(targets), nbytes, self.block_rows, memory
         )
+        rows, directions = self.block_rows, self.backend.directions
         return NetworkLinearisation(
-            tape, self.output_loss, self.backend, cache, targets, mask, loss, self.block_rows
+            tape, self.output_loss, self.backend, cache, targets, mask, loss, rows, directions
         )
 
     def _value(self, outputs: Array, targets: Array, mask: Array | None) -> float:

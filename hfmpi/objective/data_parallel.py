@@ -22,7 +22,16 @@ from hfmpi.data.batches import Cases, checked_indices, curvature_slice, global_i
 from hfmpi.errors import UserError, shown
 from hfmpi.measure.spans import ALLREDUCE, LINE_SEARCH
 from hfmpi.measure.timer import Timer
-from hfmpi.models.base import Blocks, KroneckerFactors, Model, has_bends, has_rows, has_squared_gradients
+from hfmpi.models.base import (
+    Blocks,
+    KroneckerFactors,
+    Model,
+    has_bends,
+    has_rows,
+    has_shared_projection,
+    has_squared_gradients,
+)
+from hfmpi.objective.grid import shared_projection
 from hfmpi.objective.local import Extra, LocalSums, Shard
 from hfmpi.objective.local_rows import SliceRows
 from hfmpi.objective.messages import ROW_NUMBERS, gradient_message, unpack
@@ -30,7 +39,7 @@ from hfmpi.objective.rows import ShardedRows
 from hfmpi.objective.transport import HostTransport, Transport
 from hfmpi.optim.base import Gradient, Objective, Objectives, Operator, RowProducts, Scalars, Sketch
 from hfmpi.optim.checks import check_vector
-from hfmpi.optim.layout import Block
+from hfmpi.optim.layout import Block, Directions
 from hfmpi.optim.rows import RowMatrix, RowRequest
 from hfmpi.parallel.communicator import Communicator
 from hfmpi.parallel.failure import together
@@ -313,7 +322,7 @@ class Risk(Objective):
         self.scored = cases.scored(indices)
         if self.scored < 1:
             raise Unscored("a batch has no output that is scored: check the mask")
-        self.cases = cases
+        self.cases, self.indices = cases, indices
         self.shard = owner.shard(cases, indices)
         self._rest: Shard = self.shard
         self._part: Risk | None = None
@@ -513,16 +522,25 @@ class Risk(Objective):
         local = owner.local.bends(theta, self.shard, self.scored)
         return lambda p: owner.total(lambda: local(p), p.size + 1, p.dtype)[:-1]
 
-    def project(self, theta: Array) -> Callable[[Array], np.ndarray]:
-        """Linearise at theta; return V (C, D) -> V G V' (C, C), in one message of C^2 numbers."""
+    def project(self, theta: Array) -> Callable[[Array | Directions], np.ndarray]:
+        """Linearise at theta; return V (C, D) -> V G V' (C, C), in one message of C^2 numbers.
+
+        With more slices of the batch than examples, those of an example share it (hfmpi.objective.grid).
+        """
         self._check("theta", theta)
         owner = self.owner
-        local = owner.local.projections(theta, self.shard, self.scored, self._version)
+        if self.size < len(self._sizes) and has_shared_projection(owner.model):
+            summed = shared_projection(owner, theta, self.cases, self.indices, self.scored)
+        else:
+            local = owner.local.projections(theta, self.shard, self.scored, self._version)
 
-        def projection(v: Array) -> np.ndarray:
-            self._check("v", v, several=True)
-            message = owner.total(lambda: local(v), len(v) ** 2 + 1, np.float64, host=True)
-            return _symmetric(message[:-1].reshape(len(v), len(v)))
+            def summed(v: Array | Directions) -> Array:
+                return owner.total(lambda: local(v), len(v) ** 2 + 1, np.float64, host=True)
+
+        def projection(v: Array | Directions) -> np.ndarray:
+            if not isinstance(v, Directions):
+                self._check("v", v, several=True)
+            return _symmetric(summed(v)[:-1].reshape(len(v), len(v)))
 
         return projection
 
@@ -531,7 +549,7 @@ class Risk(Objective):
         if not has_rows(self.owner.model):
             return super().sketch(theta, basis, request)
         self._check("theta", theta)
-        owner, count = self.owner, len(basis.v)
+        owner, count = self.owner, len(basis)
         local = owner.local.sketches(theta, self.shard, self.scored, request, self._version)
         message = owner.total(lambda: local(basis), count**2 + 2, np.float64, host=True)
         rows = int(message[-2])

@@ -23,7 +23,7 @@ from hfmpi.objective.local_rows import SliceRows, signs, slice_rows
 from hfmpi.objective.messages import ROW_NUMBERS, gradient_message, pack
 from hfmpi.objective.sums import pairwise_sum
 from hfmpi.optim.base import RowProducts, inner_product
-from hfmpi.optim.layout import Layout
+from hfmpi.optim.layout import Directions, Layout
 from hfmpi.optim.rows import RowRequest
 
 __all__ = ["Extra", "LocalSums", "Shard"]
@@ -105,6 +105,9 @@ class LocalSums:
         self.rank = rank
         self._passing: Linearisation | None = None  # used at once; the next one takes its memory
         self._slices: list[list[Piece]] = []  # linearised, between products
+        self._shared: list[
+            Linearisation
+        ] = []  # of examples that other ranks share; the next take their memory
         self._theta: Array = None  # at which they are linearised: a copy
         self.rows_at_once = dict[tuple[str, int], int]()  # by request: examples whose rows one pass computes
         self._version = 1  # of these slices; an operator that knows an earlier one linearises again
@@ -267,10 +270,10 @@ class LocalSums:
 
     def projections(
         self, theta: Array, shard: Shard, scored: int, version: int = 0
-    ) -> Callable[[Array], Array]:
+    ) -> Callable[[Array | Directions], Array]:
         """Linearise at theta; return V (C, D) -> the message of V G V' (C, C), as `products` does for G v."""
 
-        def start(v: Array) -> Array:
+        def start(v: Array | Directions) -> Array:
             return np.zeros(len(v) ** 2 + 1)
 
         def add(_: np.ndarray, at: Any, v: Array, message: Array) -> None:
@@ -289,7 +292,7 @@ class LocalSums:
         backend = self.model.backend
 
         def start(basis: RowProducts) -> Array:
-            return np.zeros(len(basis.v) ** 2 + 2)
+            return np.zeros(len(basis) ** 2 + 2)
 
         def add(indices: np.ndarray, at: Any, basis: RowProducts, message: Array) -> None:
             count = at.segment_count(request.segments)
@@ -302,6 +305,20 @@ class LocalSums:
             message[-2] += along.shape[1]
 
         return self._operator(theta, shard, self.model.linearise, version, start, add)
+
+    def of_examples(self, theta: Array, cases: Cases, indices: np.ndarray) -> list[Any]:
+        """Linearise each of some examples separately, until the next call."""
+
+        def linearised() -> list[Any]:
+            for i, index in enumerate(indices):
+                with self.timer.span(INPUT):
+                    batch = cases.take(np.array([index]))
+                reuse = self._shared.pop(i) if i < len(self._shared) else None
+                with self.timer.span(LINEARISE):
+                    self._shared.insert(i, self.model.linearise(theta, batch, reuse))
+            return self._shared[: len(indices)]
+
+        return self._shrinking(1, linearised)
 
     def bends(self, theta: Array, shard: Shard, scored: int) -> Callable[[Array], Array]:
         """Return p (D,) -> the message of J'H z'' over `scored`, z'' the second derivative along p.
@@ -443,7 +460,7 @@ class LocalSums:
         self.micro_batch = most // 2
         if self.linearisations:
             self.memory_budget = min(self.memory_budget, sum(at.nbytes for at in self.linearisations)) / 2
-        self._passing, self._slices = None, []
+        self._passing, self._slices, self._shared = None, [], []
         self._version += 1
         self.model.release()
 
@@ -473,11 +490,13 @@ class LocalSums:
             yield indices, at
 
 
-def _project(at: Linearisation, v: Array, scale: float, out: np.ndarray) -> None:
+def _project(at: Linearisation, v: Array | Directions, scale: float, out: np.ndarray) -> None:
     """Add scale * V G V' to out (C, C), for directions v (C, D)."""
     if isinstance(at, Projection):
         at.project(v, scale, out)
         return
+    if isinstance(v, Directions):
+        v = v.dense()
     for row, projected in zip(v, out, strict=True):
         product = v[0] * 0
         at.gauss_newton(row, scale, product)

@@ -85,9 +85,11 @@ class Sketch(NamedTuple):
 class RowProducts(Protocol):
     """Vectors V (k, D) and their products with rows."""
 
-    @property
-    def v(self) -> Vector:
-        """V (k, D)."""
+    def __len__(self) -> int:
+        """Return k."""
+
+    def dense(self) -> Vector:
+        """Return V (k, D), a new array."""
 
     def along(self, rows: Vector) -> Vector:
         """Compute V S' (k, n) of rows S (n, D)."""
@@ -146,7 +148,10 @@ class Objective(ABC):
         return None
 
     def project(self, theta: Vector) -> Callable[[Vector], np.ndarray]:
-        """Linearise at theta; return V (k, D) -> V G V' (k, k), float64 on the host, symmetric."""
+        """Linearise at theta; return V (k, D) -> V G V' (k, k), float64 on the host, symmetric.
+
+        V is an array or `hfmpi.optim.layout.Directions`.
+        """
         product = self.gauss_newton(theta)
 
         def projected(v: Vector) -> np.ndarray:
@@ -159,7 +164,7 @@ class Objective(ABC):
     def sketch(self, theta: Vector, basis: RowProducts, request: RowRequest) -> Sketch:
         """Estimate V G V' from a sketch of G."""
         rows = self.rows(theta, request)
-        along = np.stack([rows.times(each) for each in basis.v])
+        along = np.stack([rows.times(each) for each in basis.dense()])
         m = np.asarray(along @ along.T) / rows.scored
         return Sketch((m + m.T) / 2, rows.count, rows.cotangents)
 

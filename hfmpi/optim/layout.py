@@ -6,14 +6,18 @@ divided by a `Layout`, or by a `BlockLayout` where every matrix of theta has the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+
+import numpy as np
 
 __all__ = [
     "LONGEST_SIDE",
     "Block",
     "BlockLayout",
+    "Directions",
     "Layout",
     "Shape",
     "Vector",
@@ -62,8 +66,43 @@ class Block(NamedTuple):
         return self.rows * self.columns
 
     def of(self, vector: Vector) -> Vector:
-        """Return the block of a vector (D,) as a view (rows, columns)."""
-        return vector[self.start : self.start + self.size].reshape(self.rows, self.columns)
+        """Return the block of a vector (D,) as a view (rows, columns), or (n, rows, columns) of (n, D)."""
+        part = vector[..., self.start : self.start + self.size]
+        return part.reshape(*vector.shape[:-1], self.rows, self.columns)
+
+
+class Directions(ABC):
+    """Vectors (k, D) that are not stored as such, and are made a few at a time.
+
+    Iteration and `numpy.asarray` make all of them, as if it were an array.
+
+    Attributes
+    ----------
+    shape : (int, int)
+        k and D.
+    dtype : dtype
+    """
+
+    shape: tuple[int, int]
+    dtype: np.dtype
+    ndim = 2
+
+    @abstractmethod
+    def fill(self, start: int, out: Vector) -> None:
+        """Fill out (C, D) with C of the vectors, from `start` on."""
+
+    @abstractmethod
+    def dense(self) -> Vector:
+        """Return all of them, a new array (k, D)."""
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Vector]:
+        return iter(self.dense())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.dense(), dtype)
 
 
 class Layout(Generic[NameT]):

@@ -3,6 +3,8 @@
     V     the vectors, k x D, rows of length one           g   the gradient, D
     M     V G V', k x k
 
+V is not stored: its rows are parts of a few vectors of D numbers, times a scale each.
+
 The step of a lambda is V' c with c = -(S + r diag S)^-1 V g and S = M + lambda V V'; r is in RELATIVE.
 """
 
@@ -11,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +21,7 @@ import numpy as np
 from hfmpi.measure.cost import Counts
 from hfmpi.measure.linear_algebra import eigh, gram, product, together
 from hfmpi.optim.base import Matrix, Objective
-from hfmpi.optim.layout import Block, Vector
+from hfmpi.optim.layout import Block, Directions, Vector
 
 __all__ = ["Basis", "Part", "ReducedModel", "Step", "normalised", "parts_of"]
 
@@ -29,6 +31,9 @@ RELATIVE = {"float32": 1e-6, "float64": 1e-12}
 Below the rounding of the vectors the step would depend on the order of summation. What is added also limits
 how fast the step converges, so that float64 has less.
 """
+
+STACKED = 2**18
+"""Entries of the parts of vectors that are multiplied in float64 at a time: few enough for the cache."""
 
 
 class Part(NamedTuple):
@@ -41,21 +46,19 @@ class Part(NamedTuple):
     right: int
 
     def of(self, vector: Vector) -> Vector:
-        """Return the part of a vector (D,) as a view (rows, columns)."""
-        return self.block.of(vector)[self.top : self.bottom, self.left : self.right]
+        """Return the part of a vector (D,) as a view (rows, columns), or (n, rows, columns) of (n, D)."""
+        return self.block.of(vector)[..., self.top : self.bottom, self.left : self.right]
 
     @property
     def size(self) -> int:
         """The number of parameters."""
         return (self.bottom - self.top) * (self.right - self.left)
 
-    def stacked(self, vectors: Sequence[Vector]) -> Vector:
-        """Return the part of several vectors, one row each."""
-        parts = [self.of(vector) for vector in vectors]
-        stack = np.zeros_like(parts[0], shape=(len(parts), *parts[0].shape))
-        for row, values in zip(stack, parts, strict=True):
-            row[...] = values
-        return stack.reshape(len(parts), -1)
+    def divided(self, most: int) -> list[Part]:
+        """Divide it into parts of some rows each, of at most `most` numbers or one row."""
+        step = max(1, most // (self.right - self.left))
+        tops = range(self.top, self.bottom, step)
+        return [self._replace(top=top, bottom=min(top + step, self.bottom)) for top in tops]
 
 
 def parts_of(blocks: Sequence[Block]) -> list[Part]:
@@ -69,82 +72,121 @@ def parts_of(blocks: Sequence[Block]) -> list[Part]:
     return parts
 
 
-@dataclass(frozen=True)
-class Basis:
+class Row(NamedTuple):
+    """A row of V: the part of a vector, by its index, times a scale."""
+
+    part: Part
+    vector: int
+    scale: float
+
+
+class Basis(Directions):
     """Vectors of length one, each zero outside one part, so that inner products are computed part by part.
 
-    Attributes
+    Parameters
     ----------
-    v : (k, D)
-    parts : list of (Part, list of int)
-        The parts, and the rows of v that lie in each.
+    vectors : sequence of (D,)
+        Of which the rows are parts. They must not change.
+    rows : sequence of Row
+        Those of a part follow one another.
     """
 
-    v: Vector
-    parts: list[tuple[Part, list[int]]]
+    def __init__(self, vectors: Sequence[Vector], rows: Sequence[Row]) -> None:
+        self.vectors, self.rows = vectors, rows
+        self.shape, self.dtype = (len(rows), vectors[0].size), vectors[0].dtype
+
+    def fill(self, start: int, out: Vector) -> None:
+        """Fill out (C, D) with C rows, from `start` on."""
+        out[...] = 0
+        for row, values in zip(self.rows[start : start + len(out)], out, strict=True):
+            self._fill(row, row.part, row.part.of(values))
+
+    def dense(self) -> Vector:
+        """Return V (k, D), a new array."""
+        v = np.zeros_like(self.vectors[0], shape=self.shape)
+        self.fill(0, v)
+        return v
+
+    def _fill(self, row: Row, part: Part, out: Vector) -> None:
+        """Fill out with what a row of V has in a part, which may be some of its own."""
+        np.multiply(part.of(self.vectors[row.vector]), self.dtype.type(row.scale), out=out)
+
+    def _stacked(self, indices: Sequence[int], part: Part) -> Vector:
+        """Return what some rows of V have in a part (n, size), a new array."""
+        stack = np.zeros_like(self.vectors[0], shape=(len(indices), *part.of(self.vectors[0]).shape))
+        for i, out in zip(indices, stack, strict=True):
+            self._fill(self.rows[i], part, out)
+        return stack.reshape(len(indices), -1)
+
+    def _by_part(self) -> list[tuple[Part, list[int]]]:
+        """Return the parts, and the indices of the rows of each."""
+        indices = range(len(self))
+        return [(part, [*each]) for part, each in groupby(indices, lambda i: self.rows[i].part)]
 
     def inner_products(self, g: Vector) -> tuple[Matrix, Matrix]:
         """Compute V V' (k, k) and V g (k,), in float64."""
-        count = len(self.v)
-        gram, slopes = np.zeros((count, count)), np.zeros(count)
-        for part, rows in self.parts:
-            stack = part.stacked([self.v[row] for row in rows]).astype(np.float64)
-            gram[np.ix_(rows, rows)] = np.matmul(stack, stack.T).tolist()
-            slopes[rows] = np.matmul(stack, part.of(g).reshape(-1).astype(np.float64)).tolist()
+        gram, slopes = np.zeros((len(self), len(self))), np.zeros(len(self))
+        for whole, indices in self._by_part():
+            count = len(indices)
+            products, along = (np.zeros_like(g, np.float64, shape=(count, n)) for n in (count, 1))
+            for part in whole.divided(STACKED // count):
+                wide = self._stacked(indices, part).astype(np.float64)
+                products += np.matmul(wide, wide.T)
+                along += np.matmul(wide, part.of(g).reshape(-1, 1).astype(np.float64))
+            gram[np.ix_(indices, indices)] = products.tolist()
+            slopes[indices] = along[:, 0].tolist()
         return gram, slopes
 
     def along(self, rows: Vector) -> Vector:
-        """Compute V S' (k, n) of rows S (n, D), which is left in the type of the rows."""
-        products = np.zeros_like(rows, shape=(len(self.v), len(rows)))
-        for part, indices in self.parts:
-            stack = part.stacked([self.v[row] for row in indices])
-            products[indices[0] : indices[-1] + 1] = np.matmul(stack, part.stacked(rows).T)
+        """Compute V S' (k, n) of rows S (n, D), in the type of the rows."""
+        products = np.zeros_like(rows, shape=(len(self), len(rows)))
+        for whole, indices in self._by_part():
+            along = products[indices[0] : indices[-1] + 1]
+            for part in whole.divided(STACKED // (len(indices) + len(rows))):
+                along += np.matmul(self._stacked(indices, part), part.of(rows).reshape(len(rows), -1).T)
         return products
 
     def along_work(self, rows: int) -> Counts:
         """Return the linear algebra of `along` for so many rows, and of the products among them."""
-        each = together(product(len(indices), part.size, rows) for part, indices in self.parts)
-        return each + gram(len(self.v), rows)
+        each = together(product(len(indices), part.size, rows) for part, indices in self._by_part())
+        return each + gram(len(self), rows)
 
     @property
     def work(self) -> Counts:
         """The linear algebra of `inner_products`."""
         return together(
             work
-            for part, rows in self.parts
-            for work in (gram(len(rows), part.size), product(len(rows), part.size))
+            for part, indices in self._by_part()
+            for work in (gram(len(indices), part.size), product(len(indices), part.size))
         )
 
     def combined(self, weights: Sequence[float]) -> Vector:
         """Compute V' c, (D,)."""
-        p, kind = self.v[0] * 0, self.v.dtype.type
-        for part, rows in self.parts:
-            total = part.of(p)
-            for row in rows:
-                total += kind(weights[row]) * part.of(self.v[row])
+        p, kind = self.vectors[0] * 0, self.dtype.type
+        for row, weight in zip(self.rows, weights, strict=True):
+            for part in row.part.divided(STACKED):
+                total = part.of(p)
+                total += kind(weight) * (kind(row.scale) * part.of(self.vectors[row.vector]))
         return p
 
 
 def normalised(objective: Objective, vectors: Sequence[Vector], parts: Sequence[Part]) -> Basis | None:
     """Cut vectors (D,) into parts of length one, without those of length zero; None if one is not finite."""
-    stacks = [part.stacked(vectors) for part in parts]
-    squares = [np.einsum("ij,ij->i", stack, stack, dtype=np.float64).tolist() for stack in stacks]
-    agreed = objective.agree(tuple(square for each in squares for square in each))
+    every = [(part, i) for part in parts for i in range(len(vectors))]
+    agreed = objective.agree(tuple(_square(part.of(vectors[i])) for part, i in every))
     if not all(map(math.isfinite, agreed)):
         return None
-    v = np.zeros_like(vectors[0], shape=(sum(square > 0 for square in agreed), vectors[0].size))
-    remaining, nonzero, row = iter(agreed), [], 0
-    for part, stack in zip(parts, stacks, strict=True):
-        first = row
-        for values in stack:
-            square = next(remaining)
-            if square > 0:
-                out = part.of(v[row])
-                out[...] = (v.dtype.type(1 / math.sqrt(square)) * values).reshape(out.shape)
-                row += 1
-        if row > first:
-            nonzero.append((part, [*range(first, row)]))
-    return Basis(v, nonzero)
+    rows = [
+        Row(part, i, 1 / math.sqrt(square))
+        for (part, i), square in zip(every, agreed, strict=True)
+        if square > 0
+    ]
+    return Basis(vectors, rows)
+
+
+def _square(values: Vector) -> float:
+    """Compute the sum of the squares, accumulated in float64."""
+    return float(np.einsum("ij,ij->", values, values, dtype=np.float64))
 
 
 class Step(NamedTuple):
@@ -189,8 +231,8 @@ class ReducedModel:
         try:
             values, vectors = np.linalg.eigh(scale[:, None] * system * scale)
         except np.linalg.LinAlgError:  # numbers that are not finite
-            return Step(self.basis.v[0] * np.nan, math.nan, math.nan)
-        floor = RELATIVE[self.basis.v.dtype.name]
+            return Step(self.basis.vectors[0] * np.nan, math.nan, math.nan)
+        floor = RELATIVE[self.basis.dtype.name]
         along = np.matmul(vectors.T, scale * self.slopes) / (np.maximum(values, 0) + floor)
         c = -scale * np.matmul(vectors, along)
         bounds = -float(self.slopes @ c), max(float(np.matmul(c, self.m) @ c), 0.0)

@@ -431,11 +431,11 @@ class Subspace(Optimizer[SubspaceState]):
             m, rows, segments = objectives.second.sketch(theta, basis, request)
             work += Counts(sketches=segments) + basis.along_work(rows)
         else:
-            m = objectives.second.project(theta)(basis.v)
+            m = objectives.second.project(theta)(basis)
             work += Counts(projections=1)
         gram, slopes = basis.inner_products(g)
         model = ReducedModel(objective, basis, m + self.weight_decay * gram, gram, slopes)
-        linearisations, further = int(not objectives.shared), len(basis.v) - 1
+        linearisations, further = int(not objectives.shared), len(basis) - 1
         return model, work + Counts(linearisations=linearisations, directions=further) + basis.work
 
     def _damped(self, damping: float, rho: float) -> float:

@@ -116,7 +116,7 @@ class Communicator:
         Parameters
         ----------
         parts : list of ndarray
-            For each rank; all of one dtype, the same on every rank.
+            For each rank, perhaps empty; all of one dtype, the same on every rank.
         received : list of ndarray
             C-contiguous; they are overwritten with the arrays of the ranks, in order.
         """
@@ -254,8 +254,10 @@ class MPICommunicator(Communicator):
     def exchange(self, parts: list[np.ndarray], received: list[np.ndarray]) -> None:
         """Send one array to every rank, and receive one from every rank; see `Communicator.exchange`."""
         others = [rank for rank in range(self.size) if rank != self.rank]
-        requests = [self._comm.Irecv(received[rank], rank) for rank in others]
-        requests += [self._comm.Isend(np.ascontiguousarray(parts[rank]), rank) for rank in others]
+        requests = [self._comm.Irecv(received[rank], rank) for rank in others if received[rank].size]
+        requests += [
+            self._comm.Isend(np.ascontiguousarray(parts[rank]), rank) for rank in others if parts[rank].size
+        ]
         received[self.rank][...] = parts[self.rank]
         self._mpi.Request.Waitall(requests)
 
