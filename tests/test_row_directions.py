@@ -72,12 +72,12 @@ def test_numbers_that_are_not_finite_end_it():
 class Scored(Bowl):
     """The bowl with rows of scores, which are consistent with nothing else."""
 
-    request = None
+    request, many = None, 30
 
     def rows(self, theta, request):
         self.request = request
         at, factors = self.factored_gradient(theta)
-        scores = np.random.default_rng(3).standard_normal((30, SIZE)).astype(theta.dtype)
+        scores = np.random.default_rng(3).standard_normal((self.many, SIZE)).astype(theta.dtype)
         factors = factors if request.factors else None
         return DenseRows(at.loss, at.vector, scores, None, 7, request.segments, factors=factors)
 
@@ -138,6 +138,7 @@ def test_the_model_may_come_from_a_sketch(monkeypatch):
     """Its rows are others than those of the directions, and it takes no projection."""
     bowl, requests = Scored(), []
     original = Scored.rows
+    monkeypatch.setattr("hfmpi.optim.subspace.LEAST_ROWS", 0)
 
     def rows(self, theta, request):
         requests.append(request)
@@ -158,6 +159,14 @@ def test_the_model_may_come_from_a_sketch(monkeypatch):
     assert state.curvature == pytest.approx(np.square(s @ p).sum() / 7, rel=1e-6)
     assert Subspace(curvature_segments=1).needs.rows
     assert not Subspace().needs.rows
+
+
+def test_a_model_from_few_rows_is_left():
+    optimizer, bowl = Subspace("rows", row_dampings=1, memory=1, cut=False, curvature_segments=1), Scored()
+    for rows, projections in ((8, 0), (7, 1)):  # of two directions from the second step on
+        bowl.many = rows
+        _, _, reports = steps(optimizer, bowl, 2)
+        assert (reports[1].work.sketches, reports[1].work.projections) == (1, projections)
 
 
 def test_an_objective_without_rows_gets_a_sentence():

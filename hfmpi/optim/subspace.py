@@ -71,6 +71,10 @@ The model of directions from its own rows would see too little curvature along t
 """
 
 
+LEAST_ROWS = 4
+"""Rows of a sketch for each direction: with fewer the error of V G V' is about as large as V G V'."""
+
+
 @dataclass(frozen=True)
 class SubspaceState:
     """What a step needs of the steps before it.
@@ -137,8 +141,8 @@ class Subspace(Optimizer[SubspaceState]):
         of their iterations: those of two are 5 and 22 where `row_steps` is 100.
     curvature_segments : int
         The segments of an example of the curvature batch that have a row of a random sketch of G each, from
-        which V G V' is estimated. 0: V G V' is computed from J V, which waits for V. There should be several
-        rows for each direction, of which there are some hundred where they are cut.
+        which V G V' is estimated. V G V' is computed from J V, which waits for V, where this is 0, or where
+        there are fewer than four rows for each direction.
     square_decay : float
         Decay of the running mean of squares.
     damping, damping_minimum, damping_maximum : float
@@ -426,17 +430,19 @@ class Subspace(Optimizer[SubspaceState]):
         work = Counts()
         if basis is None:
             return None, work
+        m, count = None, len(basis)
         if self.curvature_segments:
             request = RowRequest("sketch", self.curvature_segments, SEEDS + state.updates)
-            m, rows, segments = objectives.second.sketch(theta, basis, request)
-            work += Counts(sketches=segments) + basis.along_work(rows)
-        else:
+            sketch = objectives.second.sketch(theta, basis, request)
+            work += Counts(sketches=sketch.cotangents) + basis.along_work(sketch.rows)
+            m = sketch.projected if sketch.rows >= LEAST_ROWS * count else None
+        if m is None:
             m = objectives.second.project(theta)(basis)
             work += Counts(projections=1)
         gram, slopes = basis.inner_products(g)
         model = ReducedModel(objective, basis, m + self.weight_decay * gram, gram, slopes)
-        linearisations, further = int(not objectives.shared), len(basis) - 1
-        return model, work + Counts(linearisations=linearisations, directions=further) + basis.work
+        linearisations = int(not objectives.shared)
+        return model, work + Counts(linearisations=linearisations, directions=count - 1) + basis.work
 
     def _damped(self, damping: float, rho: float) -> float:
         """Return lambda after a step with this reduction ratio."""
