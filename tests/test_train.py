@@ -64,6 +64,7 @@ OPTIMIZERS = {
             "kfac_dampings": 1,
             "row_dampings": 2,
             "row_damping": 1e-2,
+            "row_steps": 4,  # later iterates are parallel up to rounding
             "row_iterates": 1,
             "damping": 1.0,
         },
