@@ -1,0 +1,190 @@
+"""What a step costs as networks grow: seconds over those of one gradient, and memory in copies of theta.
+
+    python examples/benchmarks/growth.py [--methods subspace soap muon] [--networks mlp lstm1 lstm2]
+        [--parameters 1e4 1e5 1e6 1e7] [--examples 1000] [--seconds 600] [--json FILE]
+
+Networks: `mlp` is 64 inputs, three hidden layers of equal width and 10 outputs in PyTorch; `lstm1` and
+`lstm2` are the built-in LSTM of one and two layers on sequences of 50 of 65 symbols. A method has the batches
+of its preset, at most all examples; the gradient is that of its gradient batch.
+
+Each case runs in a child process with one thread. Seconds are process time. The first step is separate
+because it may have more work than any other. Gradients and the steps after the warm-up take turns, whole
+periods of the steps from one refresh of eigenvectors to the next; the ratio is the median over turns of the
+mean step of a period over the gradient before it. Memory is the peak resident set of the child after its last
+step minus the peak after two gradients, over the bytes of theta: state, temporary arrays and all. What a step
+allocates in place of the arrays of a gradient is not seen. A case that fails or takes longer than --seconds
+is a line with the reason.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from statistics import median
+from time import process_time
+
+WARM_UP = 3
+"""Steps after the first one until the subspace step has all of its directions."""
+
+LEAST_TURNS, MOST_TURNS, LEAST_SECONDS = 3, 25, 1.0
+"""How many turns are measured: more where they are short."""
+
+INPUTS, OUTPUTS = 64, 10
+LENGTH, SYMBOLS = 50, 65
+METHODS = "sgd", "adam", "muon", "soap", "soap-muon", "bhf-short", "subspace"
+NETWORKS = "mlp", "lstm1", "lstm2"
+
+
+def mlp(parameters, examples):
+    """Return a model of PyTorch with about so many parameters, and random examples."""
+    import numpy as np
+    import torch
+    from torch import nn
+
+    import hfmpi
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    a, b = 2, INPUTS + OUTPUTS + 3  # a w^2 + b w + OUTPUTS = parameters
+    width = round((-b + (b * b + 4 * a * (parameters - OUTPUTS)) ** 0.5) / (2 * a))
+    layers = [(INPUTS, width), (width, width), (width, width)]
+    modules = [module for sides in layers for module in (nn.Linear(*sides), nn.Tanh())]
+    model = hfmpi.TorchModel(nn.Sequential(*modules, nn.Linear(width, OUTPUTS)), "cross-entropy")
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((examples, INPUTS)).astype(np.float32)
+    return model, hfmpi.Examples(x, rng.integers(0, OUTPUTS, examples))
+
+
+def lstm(layers, parameters, examples):
+    """Return a built-in LSTM with about so many parameters, and random sequences of symbols."""
+    import numpy as np
+
+    import hfmpi
+
+    model = hfmpi.Network(hfmpi.Architecture("lstm", layers, SYMBOLS, SYMBOLS).of_size(parameters))
+    symbols = np.random.default_rng(0).integers(0, SYMBOLS, (examples, LENGTH + 1))
+    return model, hfmpi.Examples(symbols[:, :-1], symbols[:, 1:])
+
+
+def seconds(work):
+    """Return the process time of a call."""
+    start = process_time()
+    work()
+    return process_time() - start
+
+
+def peak():
+    """Return the peak resident set of this process so far, in bytes."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measure(method, network, parameters, examples):
+    """Return the row of one case; for a process that has done nothing else."""
+    import numpy as np
+
+    import hfmpi
+    from hfmpi.objective.data_parallel import step_objectives
+    from hfmpi.optim.presets import preset
+    from hfmpi.parallel.communicator import Communicator
+
+    model, data = (
+        mlp(parameters, examples) if network == "mlp" else lstm(int(network[4:]), parameters, examples)
+    )
+    owner, chosen = hfmpi.DataParallel(model, Communicator()), preset(method)
+    optimizer, batch = chosen.optimizer, min(chosen.gradient_batch, examples)
+    theta = model.initial(0).astype(np.float32)
+    number = 0
+
+    def objectives():
+        return step_objectives(owner, data, 0, number, batch, min(chosen.curvature_batch, batch))
+
+    def gradient():
+        step_objectives(owner, data, 0, 0, batch, 0).gradient.gradient(theta)
+
+    def step():
+        nonlocal theta, state, number
+        theta, state, _ = optimizer.step(theta, state, objectives())
+        number += 1
+
+    for _ in range(2):
+        gradient()
+    before = peak()
+    state = optimizer.init(theta, model.blocks)
+    first = seconds(step)
+    for _ in range(WARM_UP):
+        step()
+    period = getattr(optimizer, "refresh", 1)
+    period = period if isinstance(period, int) else 1
+    turns = []
+    while len(turns) < LEAST_TURNS or (
+        len(turns) < MOST_TURNS and sum(map(sum, turns)) * period < LEAST_SECONDS
+    ):
+        one = seconds(gradient)
+        turns.append((one, sum(seconds(step) for _ in range(period)) / period))
+    return {
+        "method": method,
+        "network": network,
+        "parameters": int(theta.size),
+        "examples": batch,
+        "gradient": median(one for one, _ in turns),
+        "first": first / median(one for one, _ in turns),
+        "step": median(step / one for one, step in turns),
+        "copies": (peak() - before) / theta.nbytes,
+    }
+
+
+def child(case, limit):
+    """Return the row of a case, measured in a process of its own; None and the reason if there is none."""
+    environment = {
+        **os.environ,
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "NUMBA_NUM_THREADS": "1",
+    }
+    command = [sys.executable, __file__, "--case", json.dumps(case)]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return None, f"more than {limit:g} s"
+    if done.returncode:
+        return None, (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return json.loads(done.stdout.splitlines()[-1]), ""
+
+
+def main():
+    """Print a table, a line as soon as a case is done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="names of presets")
+    parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=NETWORKS)
+    parser.add_argument("--parameters", nargs="+", type=float, default=[1e4, 1e5, 1e6, 1e7])
+    parser.add_argument("--examples", nargs="+", type=float, default=[1000])
+    parser.add_argument("--seconds", type=float, default=600.0, help="limit of one case, wall-clock time")
+    parser.add_argument("--json", help="file to which each row is appended")
+    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.case:
+        print(json.dumps(measure(*chosen.case)))
+        return
+    print("| network | parameters | examples | method | gradient, s | first step | step | memory, copies |")
+    print("|" + " --- |" * 8, flush=True)
+    for network in chosen.networks:
+        for parameters in map(int, chosen.parameters):
+            for examples in map(int, chosen.examples):
+                for method in chosen.methods:
+                    row, wrong = child((method, network, parameters, examples), chosen.seconds)
+                    if row is None:
+                        cells = [f"{parameters:,}", f"{examples:,}", method, wrong, "", "", ""]
+                    else:
+                        cells = [f"{row['parameters']:,}", f"{row['examples']:,}", method]
+                        cells += [f"{row['gradient']:.3g}", f"{row['first']:.2f}", f"{row['step']:.2f}"]
+                        cells.append(f"{row['copies']:.1f}")
+                    print(f"| {network} | {' | '.join(cells)} |", flush=True)
+                    if chosen.json and row is not None:
+                        with open(chosen.json, "a") as file:
+                            print(json.dumps(row), file=file)
+
+
+if __name__ == "__main__":
+    main()
