@@ -475,6 +475,14 @@ def fails(outputs, targets):
     ({"optimizer": "soap"}, "Line does not name the matrices of theta (blocks): take another optimizer"),
     ({"optimizer": "subspace"}, "Line does not name the matrices of theta (blocks): take another optimizer"),
     ({"model": Named(3), "optimizer": "subspace"}, "Named has no Kronecker factors: give settings="),
+    (
+        {
+            "model": Named(3),
+            "optimizer": "subspace",
+            "settings": {"directions": "gradient", "curvature_segments": 1},
+        },
+        "Named has no rows of examples, which subspace needs",
+    ),
     ({"settings": {"preconditioner": "diagonal"}}, "Line has no squared gradients: give settings="),
     ({"settings": {"structural_damping": 1.0}}, "Line has no structural damping"),
     ({"settings": {"dampin": 1.0}}, "has no setting 'dampin'"),

@@ -157,8 +157,8 @@ def test_the_model_may_come_from_a_sketch(monkeypatch):
     s = np.random.default_rng(3).standard_normal((30, SIZE))  # the same rows whatever the seed
     p = state.steps[:SIZE]
     assert state.curvature == pytest.approx(np.square(s @ p).sum() / 7, rel=1e-6)
-    assert Subspace(curvature_segments=1).needs.rows
-    assert not Subspace().needs.rows
+    assert Subspace(curvature_segments=1).needs == Subspace().needs._replace(sketch=True)
+    assert not Subspace().needs.sketch
 
 
 def test_a_model_from_few_rows_is_left():

@@ -533,6 +533,16 @@ def test_settings_are_finite(settings):
         Config(optimizer="sgd", settings=settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [({"directions": "kfac+rows", "segments": 3}, 30), ({"curvature_segments": 3}, 0), ({}, 0)],
+)
+def test_the_first_lines_count_the_rows_that_are_stored(data, tmp_path, settings, rows):
+    """Those of a sketch are not."""
+    run = make_run(tmp_path / "run", data, optimizer="subspace", gradient_batch=10, settings=settings)
+    assert run.facts([]).rows == rows
+
+
 # Several ranks ---------------------------------------------------------------------------------
 
 

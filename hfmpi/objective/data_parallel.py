@@ -37,7 +37,7 @@ from hfmpi.objective.local_rows import SliceRows
 from hfmpi.objective.messages import ROW_NUMBERS, gradient_message, unpack
 from hfmpi.objective.rows import ShardedRows
 from hfmpi.objective.transport import HostTransport, Transport
-from hfmpi.optim.base import Gradient, Objective, Objectives, Operator, RowProducts, Scalars, Sketch
+from hfmpi.optim.base import Gradient, Objective, Objectives, Operator, Scalars, Sketch, symmetric
 from hfmpi.optim.checks import check_vector
 from hfmpi.optim.layout import Block, Directions
 from hfmpi.optim.rows import RowMatrix, RowRequest
@@ -540,30 +540,24 @@ class Risk(Objective):
         def projection(v: Array | Directions) -> np.ndarray:
             if not isinstance(v, Directions):
                 self._check("v", v, several=True)
-            return _symmetric(summed(v)[:-1].reshape(len(v), len(v)))
+            return symmetric(summed(v)[:-1].reshape(len(v), len(v)))
 
         return projection
 
-    def sketch(self, theta: Array, basis: RowProducts, request: RowRequest) -> Sketch:
+    def sketch(self, theta: Array, v: Directions, request: RowRequest) -> Sketch:
         """Estimate V G V' (C, C) of V (C, D) from a sketch of G, in one message of C^2 numbers."""
         if not has_rows(self.owner.model):
-            return super().sketch(theta, basis, request)
+            return super().sketch(theta, v, request)
         self._check("theta", theta)
-        owner, count = self.owner, len(basis)
+        owner, count = self.owner, len(v)
         local = owner.local.sketches(theta, self.shard, self.scored, request, self._version)
-        message = owner.total(lambda: local(basis), count**2 + 2, np.float64, host=True)
+        message = owner.total(lambda: local(v), count**2 + 2, np.float64, host=True)
         rows = int(message[-2])
         if rows % self.size:
             raise UserError(UNEQUAL)
-        return Sketch(_symmetric(message[:-2].reshape(count, count)), rows, rows // self.size)
+        return Sketch(symmetric(message[:-2].reshape(count, count)), rows, rows // self.size)
 
     def _check(self, name: str, vector: Array, several: bool = False) -> None:
         """Raise a TypeError or ValueError unless it is a vector of the model, or several, on its device."""
         model = self.owner.model
         check_vector(name, vector, model.size, model.backend.xp.ndarray, several)
-
-
-def _symmetric(matrix: np.ndarray) -> np.ndarray:
-    """Return the symmetric part of a matrix."""
-    symmetric: np.ndarray = (matrix + matrix.T) / 2
-    return symmetric

@@ -22,7 +22,7 @@ from hfmpi.models.base import KroneckerFactors, Linearisation, Model, Projection
 from hfmpi.objective.local_rows import SliceRows, signs, slice_rows
 from hfmpi.objective.messages import ROW_NUMBERS, gradient_message, pack
 from hfmpi.objective.sums import pairwise_sum
-from hfmpi.optim.base import RowProducts, inner_product
+from hfmpi.optim.base import inner_product
 from hfmpi.optim.layout import Directions, Layout
 from hfmpi.optim.rows import RowRequest
 
@@ -105,9 +105,7 @@ class LocalSums:
         self.rank = rank
         self._passing: Linearisation | None = None  # used at once; the next one takes its memory
         self._slices: list[list[Piece]] = []  # linearised, between products
-        self._shared: list[
-            Linearisation
-        ] = []  # of examples that other ranks share; the next take their memory
+        self._shared = list[Linearisation]()  # of examples that ranks share; the next take their memory
         self._theta: Array = None  # at which they are linearised: a copy
         self.rows_at_once = dict[tuple[str, int], int]()  # by request: examples whose rows one pass computes
         self._version = 1  # of these slices; an operator that knows an earlier one linearises again
@@ -284,22 +282,22 @@ class LocalSums:
 
     def sketches(
         self, theta: Array, shard: Shard, scored: int, request: RowRequest, version: int = 0
-    ) -> Callable[[RowProducts], Array]:
+    ) -> Callable[[Directions], Array]:
         """Linearise at theta; return V (C, D) -> the message of V S'S V' (C, C) over `scored` and a number.
 
         S has the rows of a sketch; none is kept. The number counts all rows.
         """
         backend = self.model.backend
 
-        def start(basis: RowProducts) -> Array:
-            return np.zeros(len(basis) ** 2 + 2)
+        def start(v: Directions) -> Array:
+            return np.zeros(len(v) ** 2 + 2)
 
-        def add(indices: np.ndarray, at: Any, basis: RowProducts, message: Array) -> None:
+        def add(indices: np.ndarray, at: Any, v: Directions, message: Array) -> None:
             count = at.segment_count(request.segments)
             rows = backend.workspace("sketch", (len(indices), count, theta.size))
             e = signs(request.seed, indices, at.residual_count()).astype(theta.dtype)
             at.sketch(backend.to_device(e), count, rows)
-            along = basis.along(rows.reshape(-1, theta.size)).astype(np.float64)
+            along = v.along(rows.reshape(-1, theta.size)).astype(np.float64)
             products = backend.to_host(backend.xp.matmul(along, along.T))
             message[:-2] += products.reshape(-1) / scored
             message[-2] += along.shape[1]

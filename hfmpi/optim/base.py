@@ -18,7 +18,7 @@ import numpy as np
 
 from hfmpi.errors import UserError, shown
 from hfmpi.measure.cost import Counts
-from hfmpi.optim.layout import Block, Vector
+from hfmpi.optim.layout import Block, Directions, Vector
 from hfmpi.optim.rows import Matrix, RowMatrix, RowRequest
 
 __all__ = [
@@ -30,11 +30,11 @@ __all__ = [
     "Objectives",
     "Operator",
     "Optimizer",
-    "RowProducts",
     "Scalars",
     "Sketch",
     "StepReport",
     "inner_product",
+    "symmetric",
 ]
 
 Operator = Callable[[Vector], Vector]
@@ -44,6 +44,12 @@ Scalars = tuple[float, ...]
 
 StateT = TypeVar("StateT")
 EntryT = TypeVar("EntryT")
+
+
+def symmetric(matrix: np.ndarray) -> np.ndarray:
+    """Return the symmetric part of a matrix."""
+    part: np.ndarray = (matrix + matrix.T) / 2
+    return part
 
 
 class Gradient(NamedTuple):
@@ -80,19 +86,6 @@ class Sketch(NamedTuple):
     projected: Matrix
     rows: int
     cotangents: int
-
-
-class RowProducts(Protocol):
-    """Vectors V (k, D) and their products with rows."""
-
-    def __len__(self) -> int:
-        """Return k."""
-
-    def dense(self) -> Vector:
-        """Return V (k, D), a new array."""
-
-    def along(self, rows: Vector) -> Vector:
-        """Compute V S' (k, n) of rows S (n, D)."""
 
 
 class Objective(ABC):
@@ -156,17 +149,15 @@ class Objective(ABC):
 
         def projected(v: Vector) -> np.ndarray:
             products = np.stack([product(row) for row in v])
-            m = np.asarray(v, np.float64) @ np.asarray(products, np.float64).T
-            return (m + m.T) / 2
+            return symmetric(np.asarray(v, np.float64) @ np.asarray(products, np.float64).T)
 
         return projected
 
-    def sketch(self, theta: Vector, basis: RowProducts, request: RowRequest) -> Sketch:
-        """Estimate V G V' from a sketch of G."""
+    def sketch(self, theta: Vector, v: Directions, request: RowRequest) -> Sketch:
+        """Estimate V G V' of V (k, D) from a sketch of G."""
         rows = self.rows(theta, request)
-        along = np.stack([rows.times(each) for each in basis.dense()])
-        m = np.asarray(along @ along.T) / rows.scored
-        return Sketch((m + m.T) / 2, rows.count, rows.cotangents)
+        along = np.stack([rows.times(each) for each in v.dense()])
+        return Sketch(symmetric(along @ along.T / rows.scored), rows.count, rows.cotangents)
 
     def losses(self, thetas: Sequence[Vector]) -> list[float]:
         """Compute f at several candidates theta."""
@@ -271,7 +262,7 @@ class Needs(NamedTuple):
 
     Attributes
     ----------
-    blocks, kronecker_factors, rows, squared_gradients, structural_damping : bool
+    blocks, kronecker_factors, rows, sketch, squared_gradients, structural_damping : bool
         The part of `Objective` of that name.
     same_batch : bool
         Every step must have the same gradient batch (`Objectives.repeated`).
@@ -280,6 +271,7 @@ class Needs(NamedTuple):
     blocks: bool = False
     kronecker_factors: bool = False
     rows: bool = False
+    sketch: bool = False
     squared_gradients: bool = False
     structural_damping: bool = False
     same_batch: bool = False

@@ -63,16 +63,14 @@ ROW_TOLERANCE = 1e-5
 Directions of small curvature come last: with 1e-2 nearly all of the gain is lost.
 """
 
-
 SEEDS = 1 << 32
 """Where the seeds of sketches of the model start: those of rows for directions must be others.
 
-The model of directions from its own rows would see too little curvature along them.
+From the rows that the directions came from, the model would see too little curvature along them.
 """
 
-
 LEAST_ROWS = 4
-"""Rows of a sketch for each direction: with fewer the error of V G V' is about as large as V G V'."""
+"""Rows of a sketch for each direction: with fewer the error of V G V' is half of it or more."""
 
 
 @dataclass(frozen=True)
@@ -206,8 +204,8 @@ class Subspace(Optimizer[SubspaceState]):
     @property
     def needs(self) -> Needs:
         """What these settings need of the model."""
-        rows = self._uses("rows") or self.curvature_segments > 0
-        return Needs(blocks=True, kronecker_factors=self._uses("kfac"), rows=rows)
+        sketch, kfac, rows = self.curvature_segments > 0, self._uses("kfac"), self._uses("rows")
+        return Needs(blocks=True, kronecker_factors=kfac, rows=rows, sketch=sketch)
 
     @property
     def seeks_lowest_risk(self) -> bool:
