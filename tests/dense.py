@@ -9,7 +9,7 @@ import pytest
 
 import hfmpi
 from hfmpi.errors import UserError
-from hfmpi.optim import Objectives
+from hfmpi.optim import Objectives, layout
 from hfmpi.optim.layout import split_factors
 from hfmpi.parallel.communicator import Communicator, MPICommunicator
 
@@ -43,6 +43,27 @@ def loss_of_rows(kind, z, y):
     return value, p - y, (p * (1 - p))[:, :, None] * np.eye(z.shape[1])
 
 
+def stored(matrix, groups=1):
+    """Give what is stored of a dense Kronecker factor: all, the part of each group, or the diagonal."""
+    shape = layout.factor_shape(len(matrix), groups)
+    if len(shape) == 1:
+        return np.diag(matrix)
+    n = shape[-1]
+    return (
+        matrix if groups == 1 else np.stack([matrix[i : i + n, i : i + n] for i in range(0, len(matrix), n)])
+    )
+
+
+def restored(factor):
+    """Give the dense factor of what is stored of it."""
+    if factor.ndim < 3:
+        return np.diag(factor) if factor.ndim == 1 else factor
+    groups, n, _ = factor.shape
+    dense = np.zeros((groups, n, groups, n))
+    dense[range(groups), :, range(groups)] = factor
+    return dense.reshape(groups * n, groups * n)
+
+
 def factors_of_cases(blocks, each, scored):
     """Give Kronecker factors by the gradients of single cases (B, D), of the summed loss, by formula."""
     found = []
@@ -50,7 +71,8 @@ def factors_of_cases(blocks, each, scored):
         gradients = [block.of(g) / scored for g in each]
         a = scored * sum(g @ g.T for g in gradients)
         b = sum(g.T @ g for g in gradients)
-        found += [a.reshape(-1), (b / max(np.trace(b), 1e-300)).reshape(-1)]
+        b /= max(np.trace(b), 1e-300)
+        found += [stored(a).reshape(-1), stored(b, block.groups).reshape(-1)]
     return np.concatenate(found)
 
 
@@ -61,6 +83,7 @@ def check_factors(model, cases, theta, each, scored, by_cases):
     assert np.allclose(gradient.vector, each.sum(axis=0) / scored)
     for block, *both in split_factors(model.blocks, factors):
         own = [block.of(g) / scored for g in each]
+        both = [*map(restored, both)]
         for matrix in both:
             assert np.allclose(matrix, matrix.T)
             assert np.linalg.eigvalsh(matrix).min() >= -1e-12 * abs(matrix).max(), block.name

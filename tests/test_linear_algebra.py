@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from dense import stored
 
 from hfmpi.measure.cost import Counts
 from hfmpi.measure.linear_algebra import cholesky, eigh, gram, product, qr, together, triangular_solve
@@ -46,9 +47,8 @@ class Risk(Objective):
         self.centre, self.hard = rng.standard_normal(SIZE), hard
         self.factors = []
         for block in BLOCKS:
-            for side in (block.rows, block.columns):
-                factor = np.eye(side) + 0.1
-                self.factors.append(factor if side <= layout.LONGEST_SIDE else np.diag(factor))
+            for side, groups in (block.rows, 1), (block.columns, block.groups):
+                self.factors.append(stored(np.eye(side) + 0.1, groups))
 
     def loss(self, theta):
         square = float((theta - self.centre) @ (theta - self.centre))
@@ -116,6 +116,7 @@ def executed(monkeypatch):
 )
 def test_a_step_reports_the_operations_that_it_executes(optimizer, hard, longest, executed, monkeypatch):
     monkeypatch.setattr(layout, "LONGEST_SIDE", longest)
+    monkeypatch.setattr(layout, "WHOLE_SIDE", longest)
     risk, theta = Risk(hard), np.zeros(SIZE)
     state, objectives, losses = optimizer.init(theta, BLOCKS), Objectives(risk, risk), 0
     for _ in range(6):

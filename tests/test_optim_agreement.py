@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from dense import stored
 
 from hfmpi.optim import (
     LBFGS,
@@ -77,7 +78,8 @@ class Rank(Objective):
         at, factors = self.gradient(theta), []
         for block in self.blocks:
             own = block.of(np.asarray(at.vector))
-            factors += [(np.eye(len(m)) + m @ m.T / 1e4).reshape(-1) for m in (own, own.T)]
+            for m, groups in (own, 1), (own.T, block.groups):
+                factors.append(stored(np.eye(len(m)) + m @ m.T / 1e4, groups).reshape(-1))
         return at, np.concatenate(factors).view(self.kind)
 
     def rows(self, theta, request):

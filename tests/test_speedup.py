@@ -19,6 +19,7 @@ from hfmpi.cli.main import cli
 from hfmpi.display import aligned, bar, sparkline
 from hfmpi.errors import UserError
 from hfmpi.measure.cost import Counts
+from hfmpi.optim.layout import Block
 from hfmpi.parallel.communicator import Communicator
 from hfmpi.runs.config import Config
 from hfmpi.speedup.bench_file import read_bench
@@ -499,13 +500,13 @@ def test_the_messages_are_those_that_a_run_sends(optimizer, settings, tmp_path, 
 
 
 def test_the_message_of_a_loss_is_two_numbers():
-    run = TimedRun(Path("run"), Config(), "mlstm", {}, 1, "CPU", 100, 4, 1, 2, measured(1, ALONE), {})
+    run = TimedRun(Path("run"), Config(), "mlstm", {}, 1, "CPU", 100, 4, 1, 2, measured(1, ALONE), ())
     assert run.messages["loss"] == 16
 
 
 def test_a_method_whose_matrices_the_model_does_not_know_is_compared_but_not_predicted():
     runs = [measured(1, ALONE), measured(2, ALONE)]
-    job = TimedRun(Path("run"), Config(optimizer="lm"), "mlstm", {}, 1, "CPU", 100, 4, 1, 2, runs[0], {})
+    job = TimedRun(Path("run"), Config(optimizer="lm"), "mlstm", {}, 1, "CPU", 100, 4, 1, 2, runs[0], ())
     assert len(study(job, runs)["runs"]) == 2
     with pytest.raises(UserError, match=r"^no prediction for lm: the scaling model does not know"):
         study(job, runs, model=True)
@@ -524,9 +525,9 @@ def test_products_with_rows_are_shared_and_cost_no_forward_pass():
     assert row["loss"]["allreduce"] == pytest.approx(5.2 / two.step_seconds)
     assert row["loss"]["slower passes"] == row["loss"]["other work"] == pytest.approx(0)
     config = Config(optimizer="subspace", settings={"directions": "kfac+rows"})
-    job = TimedRun(Path("run"), config, "mlstm", {}, 1, "CPU", 100, 4, 1, 2, one, {})
+    job = TimedRun(Path("run"), config, "mlstm", {}, 1, "CPU", 100, 4, 1, 2, one, (Block("W", 0, 10, 10),))
     assert len(study(job, [one, two], model=True)["model"]["check"]) == 1
-    assert (job.messages["row product"], job.messages["gradient"]) == (4 * 101, 4 * (100 + 4 + 1 + 2))
+    assert (job.messages["row product"], job.messages["gradient"]) == (4 * 101, 4 * (100 + 201 + 4 + 1 + 2))
 
 
 def test_what_the_largest_matrix_takes_stays_and_is_no_slowdown():

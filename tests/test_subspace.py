@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from dense import restored, stored
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -42,26 +43,27 @@ class Bowl(Objective):
         return Gradient(self.loss(theta), (self.hard * self.curvature @ away).astype(theta.dtype))
 
     def factored_gradient(self, theta):
-        both = [m for both in self.factors for m in both]
-        flat = np.concatenate(
-            [(m if len(m) <= layout.LONGEST_SIDE else np.diag(m)).reshape(-1) for m in both]
-        )
-        return self.gradient(theta), flat.astype(theta.dtype)
+        flat = [
+            stored(m, groups).reshape(-1)
+            for block, both in zip(BLOCKS, self.factors, strict=True)
+            for m, groups in zip(both, (1, block.groups), strict=True)
+        ]
+        return self.gradient(theta), np.concatenate(flat).astype(theta.dtype)
 
     def gauss_newton(self, theta):
         return lambda v: (self.curvature @ v).astype(theta.dtype)
 
 
-@pytest.fixture(params=[100, 4], ids=["whole", "long sides are diagonal"])
-def longest(request, monkeypatch):
-    """Give the longest side whose factor is a matrix."""
-    monkeypatch.setattr(layout, "LONGEST_SIDE", request.param)
-    return request.param
+@pytest.fixture(params=[(100, 100), (100, 5), (4, 4), (1, 1)], ids=str)
+def _longest(request, monkeypatch):
+    """Set the longest side whose factor is a matrix, and the longest of several groups that have one."""
+    for name, side in zip(("LONGEST_SIDE", "WHOLE_SIDE"), request.param, strict=True):
+        monkeypatch.setattr(layout, name, side)
 
 
-def product(a, b, longest):
-    """Give the Kronecker product of two factors as a dense matrix."""
-    return np.kron(*(m if len(m) <= longest else np.diag(np.diag(m)) for m in (a, b)))
+def product(a, b, groups):
+    """Give the Kronecker product of what is stored of two factors as a dense matrix."""
+    return np.kron(restored(stored(a)), restored(stored(b, groups)))
 
 
 ON_FIXTURES = [HealthCheck.function_scoped_fixture]  # the same for all examples
@@ -69,14 +71,15 @@ ON_FIXTURES = [HealthCheck.function_scoped_fixture]  # the same for all examples
 
 @given(seed=st.integers(0, 2**31), gamma=st.sampled_from([1e-4, 0.1, 3.0]))
 @settings(deadline=None, max_examples=20, suppress_health_check=ON_FIXTURES)
-def test_kfac_directions_are_those_of_dense_kronecker_products(longest, seed, gamma):
+@pytest.mark.usefixtures("_longest")
+def test_kfac_directions_are_those_of_dense_kronecker_products(seed, gamma):
     bowl, g = Bowl(seed), np.random.default_rng(seed).standard_normal(SIZE)
     flat = bowl.factored_gradient(g)[1]
     empty = np.zeros(kfac.decomposition_layout(BLOCKS).size)
     (one, two), kept = kfac.preconditioned_gradients(bowl, g, flat, empty, [gamma, 10 * gamma], True)
     for direction, damping in ((one, gamma), (two, 10 * gamma)):
         for block, (a, b) in zip(BLOCKS, bowl.factors, strict=True):
-            dense = product(a, b, longest) + damping * np.eye(block.rows * block.columns)
+            dense = product(a, b, block.groups) + damping * np.eye(block.rows * block.columns)
             expected = np.linalg.solve(dense, block.of(g).reshape(-1))
             np.testing.assert_allclose(block.of(direction).reshape(-1), expected, rtol=1e-8, atol=1e-10)
     again, same = kfac.preconditioned_gradients(bowl, g, flat * 0, kept, [gamma], False)  # decomposed before

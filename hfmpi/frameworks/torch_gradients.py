@@ -114,21 +114,22 @@ class ExampleGradients(NamedTuple):
         """Return the sums for the factors of rows and columns, and the count that they are divided by."""
         if self._only_kind == "products":
             u, x = (tensor.flatten(0, 1) for tensor in _joined(self.products))
-            return square(u), square(x), u.new_tensor(len(u))
+            return square(u), square(x, block.groups), u.new_tensor(len(u))
         if self._only_kind == "lookups":
             u, indices = (tensor.flatten(0, 1) for tensor in _joined(self.lookups))
             counts = indices.bincount(minlength=block.rows).to(u)
             diagonal = len(factor_shape(block.rows)) == 1
-            return counts if diagonal else counts.diag(), square(u), u.new_tensor(len(u))
+            return counts if diagonal else counts.diag(), square(u, block.groups), u.new_tensor(len(u))
         if self._only_kind == "added":
             u = torch.cat(self.added, 1).flatten(0, 1)
-            return u.new_full((1, 1), len(u)), square(u), u.new_tensor(len(u))
-        a, b = (self.p.new_zeros(factor_shape(side)) for side in (block.rows, block.columns))
+            return u.new_full((1, 1), len(u)), square(u, block.groups), u.new_tensor(len(u))
+        a = self.p.new_zeros(factor_shape(block.rows))
+        b = self.p.new_zeros(factor_shape(block.columns, block.groups))
         count = self.p.new_zeros(())
         for part in self._parts():
             g = part.reshape(-1, block.rows, block.columns)
             a += square(g.transpose(1, 2).flatten(0, 1))
-            b += square(g.flatten(0, 1))
+            b += square(g.flatten(0, 1), block.groups)
             count += g.square().sum()
         return a, b, count
 

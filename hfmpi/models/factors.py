@@ -87,9 +87,13 @@ class FactorSums:
         return self.layout.views(sums)["factors"]
 
 
-def square(rows: Any) -> Any:
-    """Return the sum of z z' over rows z (n, side), an array of any framework: a factor, or its diagonal."""
-    return rows.T @ rows if len(factor_shape(rows.shape[1])) == 2 else (rows * rows).sum(0)
+def square(rows: Any, groups: int = 1) -> Any:
+    """Return the sum of z z' over rows z (n, side), an array of any framework: a factor of a side."""
+    dimensions = len(factor_shape(rows.shape[1], groups))
+    if dimensions == 3:
+        rows = rows.reshape(len(rows), groups, -1).swapaxes(0, 1)
+        return rows.swapaxes(1, 2) @ rows
+    return rows.T @ rows if dimensions == 2 else (rows * rows).sum(0)
 
 
 def add_examples(
@@ -101,6 +105,6 @@ def add_examples(
         if only is not None and i not in only:
             continue
         g = gradients[:, block.start : block.start + block.size].reshape(-1, block.rows, block.columns)
-        for axis, out in (1, views["A"]), (2, views["B"]):
-            out += square(np.moveaxis(g, axis, 0).reshape(len(out), -1).T)
+        for axis, groups, out in (1, 1, views["A"]), (2, block.groups, views["B"]):
+            out += square(np.moveaxis(g, axis, 2).reshape(-1, g.shape[axis]), groups)
         counts[i] += np.vdot(g, g)

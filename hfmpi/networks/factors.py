@@ -46,7 +46,10 @@ def accumulate(
     for block, views, (sources, da) in zip(about.blocks, factors, maps, strict=True):
         if da.shape[0] * da.shape[1]:
             _squares(backend, sources, block.rows, da, views["A"])
-            _squares(backend, [da], block.columns, da, views["B"])
+            groups = views["B"].reshape(-1, *views["B"].shape[-2:]) if views["B"].ndim > 1 else [views["B"]]
+            for i, out in enumerate(groups):
+                of_group = da[:, :, i * len(out) : (i + 1) * len(out)]
+                _squares(backend, [of_group], len(out), of_group, out)
     count += sums.dtype.type(cotangents[0].inputs.shape[0] * cotangents[0].inputs.shape[1])
 
 

@@ -323,8 +323,8 @@ class Optimizer(Protocol[StateT]):
         """Whether a lower risk is always better: not with weight decay or a mean of the iterates."""
         return True
 
-    def messages(self, parameters: int, state: Mapping[str, int]) -> Messages:
-        """Return what the ranks exchange, from D and the length of each vector of the state."""
+    def messages(self, parameters: int, blocks: Sequence[Block]) -> Messages:
+        """Return what the ranks exchange, from D and the matrices of theta, none if they are not known."""
         return Messages()
 
     def on_other_batches(self, state: Mapping[str, EntryT]) -> dict[str, EntryT | float]:

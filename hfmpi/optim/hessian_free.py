@@ -7,7 +7,7 @@ Martens (2010); Martens and Sutskever (2011); Kiros (2013). The defaults are Mar
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -112,7 +112,7 @@ class HessianFree(Optimizer[HessianFreeState]):
             structural_damping=self.structural_damping > 0,
         )
 
-    def messages(self, parameters: int, state: Mapping[str, int]) -> Messages:
+    def messages(self, parameters: int, blocks: Sequence[Block]) -> Messages:
         """Return what the ranks exchange: the squares, if the objective has them."""
         return Messages(with_gradient=parameters if self.preconditioner != "none" else 0)
 

@@ -1,7 +1,8 @@
 """K-FAC: the gradient over a Kronecker-factored curvature (Martens and Grosse 2015).
 
-The curvature of a block of theta is about A x B, A of its rows (inputs) and B of its columns (outputs). With
-A = Q_A diag(a) Q_A' and B = Q_B diag(b) Q_B' the preconditioned gradient of a damping gamma is, exactly,
+The curvature of a block of theta is about A x B, A of its rows (inputs) and B of its columns (outputs), where
+every group of columns has a B of its own. With A = Q_A diag(a) Q_A' and B = Q_B diag(b) Q_B' the
+preconditioned gradient of a damping gamma is, exactly,
 
     (A x B + gamma)^-1 G = Q_A ((Q_A' G Q_B) / (a_i b_j + gamma)) Q_B'
 
@@ -11,6 +12,8 @@ at the cost of two products on each side for every gamma.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,15 +26,59 @@ from hfmpi.optim.matrices import Arrays, rotated, rotation, share_out
 __all__ = ["decomposition_layout", "preconditioned_gradients", "preconditioning"]
 
 
+class _Group(NamedTuple):
+    """The columns of a block that share a factor B: one rank's work.
+
+    Attributes
+    ----------
+    block : Block
+    number : int
+        Of the block.
+    left, columns : int
+        The first of the columns, and their number.
+    """
+
+    block: Block
+    number: int
+    left: int
+    columns: int
+
+    def of(self, vector: Vector) -> Vector:
+        """Return these columns of a vector (D,), as a view (rows, columns)."""
+        return self.block.of(vector)[:, self.left : self.left + self.columns]
+
+    def factor(self, b: Vector) -> Vector:
+        """Return the factor B of these columns, of the factor of the block."""
+        return b[self.left // self.columns] if b.ndim == 3 else b
+
+
+def _groups(blocks: Sequence[Block]) -> list[_Group]:
+    """Return the groups of all blocks; columns whose factor is diagonal are one group."""
+    groups = list[_Group]()
+    for number, block in enumerate(blocks):
+        count = block.groups if len(factor_shape(block.columns, block.groups)) == 3 else 1
+        width = block.columns // count
+        groups += [_Group(block, number, left, width) for left in range(0, block.columns, width)]
+    return groups
+
+
 def decomposition_layout(blocks: Sequence[Block]) -> BlockLayout:
-    """Return the layout of the eigenvalues a, b and the eigenvectors Q_A, Q_B of all blocks."""
-    return BlockLayout(blocks, _decomposition)
+    """Return the layout of the eigenvalues a, b and the eigenvectors Q_A, Q_B of all groups of all blocks.
+
+    Those of A are with the first group of a block.
+    """
+    return BlockLayout(_groups(blocks), _decomposition)
 
 
-def _decomposition(block: Block) -> dict[str, Shape]:
-    """Return the shapes for a block; a diagonal factor has no eigenvectors, (0, 0)."""
-    a, b = ((side, side) if len(factor_shape(side)) == 2 else (0, 0) for side in (block.rows, block.columns))
-    return {"a": (block.rows,), "Q_A": a, "b": (block.columns,), "Q_B": b}
+def _decomposition(group: _Group) -> dict[str, Shape]:
+    """Return the shapes for a group; a diagonal factor has no eigenvectors, (0, 0)."""
+    first = group.left == 0
+    rows, left, right = group.block.rows, _vectors(group.block.rows), _vectors(group.columns)
+    return {"a": (first * rows,), "Q_A": left if first else (0, 0), "b": (group.columns,), "Q_B": right}
+
+
+def _vectors(side: int) -> Shape:
+    return (side, side) if len(factor_shape(side)) == 2 else (0, 0)
 
 
 def preconditioned_gradients(
@@ -44,58 +91,75 @@ def preconditioned_gradients(
 ) -> tuple[list[Vector], Vector]:
     """Compute (A x B + gamma)^-1 g for each gamma, (D,) each, and the decomposition of the factors.
 
-    Each block is one rank's work. With `refresh` its factors are decomposed, otherwise the decomposition is
-    the one that was passed.
+    With `refresh` the factors are decomposed, otherwise the decomposition is the one that was passed. It is
+    not kept where that is empty.
     """
     kind, blocks = gradient.dtype.type, objective.blocks
-    layout, both = decomposition_layout(blocks), split_factors(blocks, factors)
-    before = layout.views(decomposition)
+    groups, both, layout = _groups(blocks), split_factors(blocks, factors), decomposition_layout(blocks)
+    returned = refresh and decomposition.size > 0
+    before = [] if refresh else layout.views(decomposition)
+    of_rows = {group.number: old for group, old in zip(groups, before, strict=False) if not group.left}
+
+    @cache  # on the rank that has several groups of a block
+    def rows_decomposed(number: int) -> tuple[Vector, Vector]:
+        return _decompose(both[number][1])
 
     def fill(i: int, new: Arrays) -> None:
-        block, *matrices = both[i]
-        for matrix, values, vectors in zip(matrices, ("a", "b"), ("Q_A", "Q_B"), strict=True):
-            if refresh:
-                _decompose(matrix, new[values], new[vectors])
-            else:
-                new[values][...], new[vectors][...] = before[i][values], before[i][vectors]
-        q_a, q_b = new["Q_A"], new["Q_B"]
-        inside = rotated(block.of(gradient), q_a.T, q_b)
-        curvature = new["a"].reshape(-1, 1) * new["b"]
+        group = groups[i]
+        if refresh:
+            a, q_a = rows_decomposed(group.number)
+            b, q_b = _decompose(group.factor(both[group.number][2]))
+        else:
+            a, q_a = of_rows[group.number]["a"], of_rows[group.number]["Q_A"]
+            b, q_b = before[i]["b"], before[i]["Q_B"]
+        if returned:
+            new["b"][...], new["Q_B"][...] = b, q_b
+            if not group.left:
+                new["a"][...], new["Q_A"][...] = a, q_a
+        inside = rotated(group.of(gradient), q_a.T, q_b)
+        curvature = a.reshape(-1, 1) * b
         for gamma, out in zip(dampings, new["gradients"], strict=True):
             out[...] = rotated(inside / (curvature + kind(gamma)), q_a, q_b.T)
 
-    def results(block: Block) -> dict[str, Shape]:
-        return {**_decomposition(block), "gradients": (len(dampings), block.rows, block.columns)}
+    def results(group: _Group) -> dict[str, Shape]:
+        gradients: dict[str, Shape] = {"gradients": (len(dampings), group.block.rows, group.columns)}
+        return {**_decomposition(group), **gradients} if returned else gradients
 
-    preconditioned, after = [gradient * 0 for _ in dampings], decomposition * 0
-    new_blocks = share_out(objective, BlockLayout(blocks, results), gradient, fill)
-    for block, new, arrays in zip(blocks, new_blocks, layout.views(after), strict=True):
+    preconditioned = [gradient * 0 for _ in dampings]
+    new_groups = share_out(objective, BlockLayout(groups, results), gradient, fill)
+    for group, new in zip(groups, new_groups, strict=True):
         for vector, matrix in zip(preconditioned, new["gradients"], strict=True):
-            block.of(vector)[...] = matrix
-        for name, array in arrays.items():
-            array[...] = new[name]
-    return preconditioned, after
+            group.of(vector)[...] = matrix
+    if returned:
+        decomposition = decomposition * 0
+        for new, arrays in zip(new_groups, layout.views(decomposition), strict=True):
+            for name, array in arrays.items():
+                array[...] = new[name]
+    return preconditioned, decomposition
 
 
 def preconditioning(blocks: Sequence[Block], dampings: int, refresh: bool) -> Counts:
     """Return the linear algebra of `preconditioned_gradients` for so many dampings."""
 
-    def of(block: Block) -> Counts:
-        left, right = (shape[0] for name, shape in _decomposition(block).items() if name.startswith("Q"))
-        decompositions = together([eigh(side) for side in (left, right) if side and refresh])
-        rotations = [rotation(block.rows, block.columns, left, right)] * dampings
+    def of(group: _Group) -> Counts:
+        left, right = _vectors(group.block.rows)[0], _vectors(group.columns)[0]
+        sides = (left if group.left == 0 else 0, right)  # A is decomposed for all groups of the block
+        decompositions = together([eigh(side) for side in sides if side and refresh])
+        rotations = [rotation(group.block.rows, group.columns, left, right)] * dampings
         return decompositions + rotations[0] + together(rotations)
 
-    return together(map(of, blocks))
+    return together(map(of, _groups(blocks)))
 
 
-def _decompose(factor: Vector, values: Vector, vectors: Vector) -> None:
-    """Write eigenvalues, with negative ones set to zero, and eigenvectors; NaN where that fails."""
-    if factor.ndim == 1:
-        values[...] = factor
-    else:
+def _decompose(factor: Vector) -> tuple[Vector, Vector]:
+    """Return eigenvalues, with negative ones set to zero, and eigenvectors; NaN where that fails.
+
+    A diagonal factor has no eigenvectors, (0, 0).
+    """
+    values, vectors = factor, np.zeros_like(factor, shape=(0, 0))
+    if factor.ndim == 2:
         try:
-            values[...], vectors[...] = np.linalg.eigh(factor)
+            values, vectors = np.linalg.eigh(factor)
         except np.linalg.LinAlgError:
-            values[...] = vectors[...] = factor.dtype.type(np.nan)
-    np.maximum(values, values.dtype.type(0), out=values)
+            values, vectors = factor[0] * np.nan, factor * np.nan
+    return np.maximum(values, values.dtype.type(0)), vectors

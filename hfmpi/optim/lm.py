@@ -20,7 +20,7 @@ the error after 100 steps is a tenth or less of that without.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -100,7 +100,7 @@ class LM(Optimizer[LMState]):
         """What these settings need of the model."""
         return Needs(rows=True)
 
-    def messages(self, parameters: int, state: Mapping[str, int]) -> Messages:
+    def messages(self, parameters: int, blocks: Sequence[Block]) -> Messages:
         """Return that there are others: the ranks exchange rows, and a matrix of M^2 or D^2 numbers."""
         return Messages(others=True)
 

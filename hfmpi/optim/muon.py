@@ -9,7 +9,7 @@ Blocks of one row or column are left to Adam.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
@@ -103,7 +103,7 @@ class Muon(Adaptive[MuonState]):
         """What Muon needs of the model."""
         return Needs(blocks=True)
 
-    def messages(self, parameters: int, state: Mapping[str, int]) -> Messages:
+    def messages(self, parameters: int, blocks: Sequence[Block]) -> Messages:
         """Return what the ranks exchange: the matrices, counted with the vectors, which are few."""
         return Messages(matrices=parameters)
 

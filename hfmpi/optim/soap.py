@@ -12,7 +12,7 @@ Q <- qr(L Q), makes them follow. The authors take no step at the first gradient;
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
@@ -101,9 +101,9 @@ class SOAP(Adaptive[SOAPState]):
         """What SOAP needs of the model."""
         return Needs(blocks=True)
 
-    def messages(self, parameters: int, state: Mapping[str, int]) -> Messages:
+    def messages(self, parameters: int, blocks: Sequence[Block]) -> Messages:
         """Return what the ranks exchange: the arrays of `_results` of each block."""
-        return Messages(matrices=2 * (parameters + state.get("factors", 0)))
+        return Messages(matrices=BlockLayout(blocks, self._results).size)
 
     def algebra(self, state: SOAPState, blocks: Sequence[Block]) -> Counts:
         """Return the linear algebra of `direction`: blocks, and the two sides of a block, side by side."""

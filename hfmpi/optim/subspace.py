@@ -85,8 +85,10 @@ class SubspaceState:
     loss, descent, curvature : float
         The risk f before the last step p, -g' p and p' G p: the model predicts the risk
         f - descent + curvature / 2 after it. 0 if there is no step to judge.
-    factors, decomposition : vector
-        Running means of the Kronecker factors, and their eigenvalues and eigenvectors.
+    factors : vector
+        Running means of the Kronecker factors; empty if the factors are those of this step alone.
+    decomposition : vector
+        Eigenvalues and eigenvectors of the factors; empty if every step decomposes them.
     mean_square : (D,)
         Running mean of squared gradients.
     steps : (max(1, memory) * D,)
@@ -193,8 +195,8 @@ class Subspace(Optimizer[SubspaceState]):
         check_blocks("subspace", blocks)
         kfac, rms = self._uses("kfac"), self._uses("rms")
         sizes = (
-            kfac * kronecker_layout(blocks).size,
-            kfac * decomposition_layout(blocks).size,
+            (kfac and self.factor_decay > 0) * kronecker_layout(blocks).size,
+            (kfac and self.refresh > 1) * decomposition_layout(blocks).size,
             rms * theta.size,
             max(1, self.memory) * theta.size,
         )
@@ -212,12 +214,12 @@ class Subspace(Optimizer[SubspaceState]):
         """Whether a lower risk is always better: not with weight decay."""
         return not self.weight_decay
 
-    def messages(self, parameters: int, state: Mapping[str, int]) -> Messages:
+    def messages(self, parameters: int, blocks: Sequence[Block]) -> Messages:
         """Return what the ranks exchange: the sums of the factors, and the results of K-FAC."""
-        factors = state.get("factors", 0)
-        if not factors:
+        if not self._uses("kfac"):
             return Messages()
-        return Messages(factors + 1, state.get("decomposition", 0) + self.kfac_dampings * parameters)
+        decomposition = (self.refresh > 1) * decomposition_layout(blocks).size // self.refresh
+        return Messages(kronecker_layout(blocks).size + 1, decomposition + self.kfac_dampings * parameters)
 
     def on_other_batches(self, state: Mapping[str, EntryT]) -> dict[str, EntryT | float]:
         """Return the state without a step to judge: its risk was that of another batch."""
@@ -387,13 +389,15 @@ class Subspace(Optimizer[SubspaceState]):
             state = replace(state, mean_square=mean_square)
             directions.append(g / (np.sqrt(mean_square) + kind(1e-8)))
         if self._uses("kfac"):
-            keep = min(first, self.factor_decay)
-            mean = kind(keep) * state.factors + kind(1 - keep) * factors
+            if self.factor_decay:
+                keep = min(first, self.factor_decay)
+                factors = kind(keep) * state.factors + kind(1 - keep) * factors
+                state = replace(state, factors=factors)
             gammas = [self.kfac_damping * self.kfac_ratio**i for i in range(self.kfac_dampings)]
             more, decomposition = preconditioned_gradients(
-                objective, g, mean, state.decomposition, gammas, self._refreshes(state)
+                objective, g, factors, state.decomposition, gammas, self._refreshes(state)
             )
-            state, directions = replace(state, factors=mean, decomposition=decomposition), directions + more
+            state, directions = replace(state, decomposition=decomposition), directions + more
         return state, [*directions, *state.steps.reshape(-1, g.size)[: self.memory]]
 
     def _row_directions(

@@ -120,8 +120,9 @@ class Curvature:
         -------
         dict of str to (A, B)
             The curvature of a block (rows, columns) is about A x B (K-FAC with observed targets): A (rows,
-            rows) of its rows, B (columns, columns) of its columns; the diagonal alone of a side longer than
-            `hfmpi.optim.layout.LONGEST_SIDE`.
+            rows) of its rows, B (columns, columns) of its columns. Of more than
+            `hfmpi.optim.layout.WHOLE_SIDE` columns each gate of n columns has a matrix, (gates, n, n); of a
+            side longer than `LONGEST_SIDE` there is the diagonal alone.
 
         Raises
         ------

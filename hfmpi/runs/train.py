@@ -321,9 +321,11 @@ class Run:
     ) -> tuple[np.ndarray, dict[str, Any], dict[str, Any]]:
         """Return theta, the state and the meta of a checkpoint."""
         entry, about = lowest_entries(self.lowest, self.backend)
+        model = self.task.model
         meta = {
             "hfmpi": __version__,
             "config": self.task.options,
+            "blocks": [list(block) for block in model.blocks] if isinstance(model, Blocks) else [],
             **identity,
             **asdict(self.progress),
             self.task.keys.valid: valid.loss if valid else None,

@@ -121,7 +121,7 @@ def study(
     UserError
         With `model`, if the method has other messages than the scaling model knows.
     """
-    if model and job.config.preset().optimizer.messages(job.parameters, job.state).others:
+    if model and job.config.preset().optimizer.messages(job.parameters, job.blocks).others:
         # Matrices of M^2 or D^2 numbers are no part of the scaling model: neither their messages nor that the
         # ranks share most of the work on them.
         raise UserError(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from hfmpi.measure.cost import Counts
 from hfmpi.objective.messages import ROW_NUMBERS, message_sizes
 from hfmpi.optim.base import Optimizer
+from hfmpi.optim.layout import Block
 
 __all__ = ["messages"]
 
 
 def messages(
-    optimizer: Optimizer[Any], counts: Counts, parameters: int, itemsize: int, state: Mapping[str, int]
+    optimizer: Optimizer[Any], counts: Counts, parameters: int, itemsize: int, blocks: Sequence[Block]
 ) -> dict[str, float]:
     """Return the bytes of the message that follows each kind of pass, 0 where there is none.
 
@@ -24,10 +25,10 @@ def messages(
         Of some steps; the number of vectors of a pass is the mean over them.
     parameters, itemsize : int
         D, and the bytes of each number of a vector.
-    state : mapping of str to int
-        The length of each vector of the optimizer's state, from which the sizes of the matrices follow.
+    blocks : sequence of Block
+        The matrices of theta.
     """
-    sent = optimizer.messages(parameters, state)
+    sent = optimizer.messages(parameters, blocks)
     steps = max(1, counts.gradients)
     directions = 1 + counts.directions // (counts.projections or steps)
     candidates = 1 + counts.candidates // max(1, counts.losses)

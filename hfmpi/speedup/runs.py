@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from hfmpi.files.history import History, Record
 from hfmpi.files.numbers import is_amount
 from hfmpi.measure.cost import Counts
 from hfmpi.measure.spans import EVALUATE, FILES
+from hfmpi.optim.layout import Block
 from hfmpi.runs.config import CHANGEABLE, Config
 from hfmpi.runs.merge import merge
 from hfmpi.runs.record import counted
@@ -45,8 +47,8 @@ class TimedRun:
     first, last : int
         Numbers of the first and last measured steps.
     steps : StepTimes
-    state : mapping of str to int
-        Size of each vector of the optimizer's state.
+    blocks : tuple of Block
+        The matrices of theta.
     """
 
     folder: Path
@@ -60,13 +62,13 @@ class TimedRun:
     first: int
     last: int
     steps: StepTimes
-    state: Mapping[str, int]
+    blocks: tuple[Block, ...]
 
     @property
     def messages(self) -> dict[str, float]:
         """Bytes of the messages that the ranks sum, by the kinds of pass that precede them."""
         optimizer = self.config.preset().optimizer
-        return messages(optimizer, self.steps.counts, self.parameters, self.itemsize, self.state)
+        return messages(optimizer, self.steps.counts, self.parameters, self.itemsize, self.blocks)
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[TimedRun, list[StepTimes]]:
@@ -153,8 +155,28 @@ def _read(folder: Path) -> TimedRun:
         raise UserError(f"the history or timing.json of {folder} is damaged: its steps have no gradients")
     threads, device = ranks[0]["threads"], ranks[0]["device"]
     size = saved.theta.size, saved.theta.itemsize
-    state = {name: np.size(entry) for name, entry in saved.state.items()}
-    return TimedRun(folder, config, model, digests, threads, device, *size, first, last, times, state)
+    blocks = _blocks(folder, saved.meta) if preset.optimizer.needs.blocks else ()
+    return TimedRun(folder, config, model, digests, threads, device, *size, first, last, times, blocks)
+
+
+def _blocks(folder: Path, meta: Mapping[str, Any]) -> tuple[Block, ...]:
+    """Return the matrices of theta that a checkpoint names."""
+    if "blocks" not in meta:
+        raise UserError(
+            f"the checkpoint in {folder} is of an earlier version and does not name the matrices of theta: "
+            "make the run again"
+        )
+    try:
+        blocks = tuple(
+            Block(str(name), start, rows, columns, tuple(cuts), groups)
+            for name, start, rows, columns, cuts, groups in meta["blocks"]
+        )
+        sound = all(type(n) is int and 0 < n < 2**40 for b in blocks for n in (b.rows, b.columns, b.groups))
+    except (TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise UserError(f"the checkpoint in {folder} is damaged: its blocks are not matrices")
+    return blocks
 
 
 def _is_complete(record: Record) -> bool:
