@@ -64,7 +64,7 @@ def test_products():
 
 def test_projections():
     found = rows("products", "--model", "lstm", "--batch", "3", "--columns", "2")
-    assert [r["pass"] for r in found] == ["product", "projection", "projection of 2"]
+    assert [r["pass"] for r in found] == ["product", "projection", "projection of 2", "sketch"]
 
 
 def test_gradients():

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -510,6 +511,21 @@ def test_a_method_whose_matrices_the_model_does_not_know_is_compared_but_not_pre
     assert len(study(job, runs)["runs"]) == 2
     with pytest.raises(UserError, match=r"^no prediction for lm: the scaling model does not know"):
         study(job, runs, model=True)
+
+
+def test_each_matrix_is_the_work_of_one_rank():
+    """Five works of 3, 3, 2, 2 and 2 s: 12 s alone, 7 s on two ranks, the largest first, and 3 s on five."""
+    works = {f"matrix {i}": seconds for i, seconds in enumerate([2.0, 3.0, 2.0, 3.0, 2.0])}
+    one = measured(1, {"gradient": 8.0, "optimizer": 0.5, **works})
+    assert (one.parts["redundant"], one.most_redundant) == (12.5, 0.5)
+    job = fit([one], {}, Link(0.0, 1e9))
+    np.testing.assert_allclose(job.alone(np.array([1, 2, 3, 5, 64])), [12.5, 7.5, 5.5, 3.5, 3.5])
+    np.testing.assert_allclose(job.seconds([1, 2]), [20.5, 4 + 7.5])
+    first, second = ({name: s for name, s in works.items() if int(name[-1]) % 2 == i} for i in (0, 1))
+    spans = [{"gradient": 4.0, "optimizer": 0.5, **first}, {"gradient": 4.0, "optimizer": 0.5, **second}]
+    two = replace(measured(2, spans[0]), spans=tuple(spans))
+    assert sorted(two.matrices) == [2.0, 2.0, 2.0, 3.0, 3.0]
+    assert two.most_redundant == 0.5
 
 
 def test_products_with_rows_are_shared_and_cost_no_forward_pass():

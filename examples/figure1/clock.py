@@ -48,7 +48,9 @@ def whole(folder: Path, done: list[Record], bench: list[Path], link: Link, floor
     job = fit(steps, run.messages, link, shapes)
     counts = sum(map(counted, done), Counts())
     passes = [replace(each, count=kind.count(counts)) for kind, each in zip(kinds, job.passes, strict=True)]
-    return replace(job, passes=tuple(passes), redundant=len(done) * job.redundant)
+    taken = len(done)
+    matrices = tuple(taken * seconds for seconds in job.matrices)
+    return replace(job, passes=tuple(passes), redundant=taken * job.redundant, matrices=matrices)
 
 
 def lowered(shape: Curve, floor: float) -> Curve:

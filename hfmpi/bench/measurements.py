@@ -29,6 +29,8 @@ from hfmpi.objective.data_parallel import DataParallel, Risk, step_objectives
 from hfmpi.objective.messages import message_sizes
 from hfmpi.objective.transport import choose
 from hfmpi.optim.presets import Preset
+from hfmpi.optim.reduced_model import normalised, parts_of
+from hfmpi.optim.rows import RowRequest
 from hfmpi.parallel.communicator import Communicator
 
 __all__ = ["Bench", "Row", "allreduce", "gradients", "products", "step"]
@@ -162,7 +164,8 @@ def _passes(
 def products(bench: Bench, about: Architecture, batch: int, columns: int = 0) -> list[Row]:
     """Time Gauss-Newton products v -> G v, linearised once.
 
-    With `columns` C also the projections V -> V G V' of one direction and of C, V (C, D).
+    With `columns` C also the projections V -> V G V' of one direction and of C, V (C, D), and the model from
+    a sketch of three rows a sequence along about C directions, which are parts of fewer.
     """
 
     def product(risk: Risk, theta: Any) -> Callable[[], Any]:
@@ -176,10 +179,18 @@ def products(bench: Bench, about: Architecture, batch: int, columns: int = 0) ->
         directions = risk.owner.model.backend.to_device(v.astype(bench.dtype))
         return lambda: apply(directions)
 
+    def sketch(risk: Risk, theta: Any) -> Callable[[], Any]:
+        parts = parts_of(about.blocks)
+        v = np.random.default_rng(0).standard_normal((-(-columns // len(parts)), theta.size))
+        basis = normalised(risk, risk.owner.model.backend.to_device(v.astype(bench.dtype)), parts)
+        assert basis is not None  # its numbers are finite
+        return lambda: risk.sketch(theta, basis, RowRequest("sketch", 3))
+
     kinds: dict[str, Callable[[Risk, Any], Any]] = {"product": product}
     if columns:
         kinds["projection"] = partial(projection, 1)
         kinds[f"projection of {columns}"] = partial(projection, columns)
+        kinds["sketch"] = sketch
     return _passes(bench, about, batch, kinds)
 
 

@@ -76,7 +76,7 @@ batches = click.option(
 @click.option(
     "--columns",
     type=Number(int, 2, 1024),
-    help="Time projections V G V' too, of one direction and of so many in one pass, from J V alone.",
+    help="Time V G V' too, along one direction and along so many: from J V alone, and from a sketch.",
 )
 @common
 def products(sizes: tuple[int, ...], columns: int | None, **options: Any) -> None:

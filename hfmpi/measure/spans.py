@@ -22,6 +22,9 @@ ALLREDUCE = "allreduce"
 WAITING = "waiting"
 """The time in collectives during which a rank waits for slower ranks."""
 
+MATRIX = "matrix "
+"""Work on matrices that is one rank's (`Objective.spread`); the name goes on with the number of the work."""
+
 OPTIMIZER = "optimizer"
 """The rest of a step."""
 

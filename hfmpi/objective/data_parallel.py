@@ -20,7 +20,7 @@ import numpy as np
 from hfmpi.backends.base import Array, Backend
 from hfmpi.data.batches import Cases, checked_indices, curvature_slice, global_indices, shard
 from hfmpi.errors import UserError, shown
-from hfmpi.measure.spans import ALLREDUCE, LINE_SEARCH
+from hfmpi.measure.spans import ALLREDUCE, LINE_SEARCH, MATRIX
 from hfmpi.measure.timer import Timer
 from hfmpi.models.base import (
     Blocks,
@@ -289,9 +289,9 @@ def step_objectives(
     return Objectives(whole, curvature, epoch, curvature is not None, repeated)
 
 
-def shares(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+def shares(sizes: Sequence[float], ranks: int) -> list[list[int]]:
     """Distribute works of these sizes over ranks: the largest first, to the rank with the least work."""
-    assigned, work = [list[int]() for _ in range(ranks)], [0] * ranks
+    assigned, work = [list[int]() for _ in range(ranks)], [0.0] * ranks
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         rank = work.index(min(work))
         assigned[rank].append(i)
@@ -352,7 +352,8 @@ class Risk(Objective):
         def done(i: int) -> Array:
             if owner.stop() or owner.overdue():
                 raise Stopped
-            return works[i]()
+            with owner.timer.span(f"{MATRIX}{i}"):
+                return works[i]()
 
         if wide:
             counts = [sum(sizes[i] for i in each) for each in assigned]

@@ -21,7 +21,7 @@ __all__ = ["KINDS", "fit", "predict"]
 class Kind:
     """A kind of pass: its spans, the number of its passes, and whether it is over the gradient batch.
 
-    The work on single matrices of theta has only a message; its time is part of r.
+    The work on single matrices of theta has only a message; its time is w.
     """
 
     spans: tuple[str, ...]
@@ -31,7 +31,7 @@ class Kind:
 
 KINDS = {
     **{kind.name: Kind(kind.spans, attrgetter(name), kind.on_gradient) for name, kind in PASSES.items()},
-    # The work on matrices of theta has a message alone: its time is in r.
+    # The work on matrices of theta has a message alone: its time is w.
     "matrices": Kind((), lambda counts: counts.projections or counts.gradients, True),
 }
 
@@ -47,9 +47,9 @@ def fit(
     Parameters
     ----------
     runs : sequence of StepTimes
-        In order of their ranks. The first determines the level of every t_k; s and r are those of the last.
-        r is the maximum over ranks, because the others wait for that rank: matrices are distributed one by
-        one, so that more ranks do not make the largest one faster.
+        In order of their ranks. The first determines the level of every t_k; s, w and r are those of the
+        last. w and r are the maximum over ranks, because the others wait for that rank: matrices are
+        distributed one by one, so that more ranks do not make the largest one faster.
     messages : mapping of str to float
         For each kind of pass the bytes that the ranks sum after it; 0 or missing for none.
     link : Link, optional
@@ -70,11 +70,11 @@ def fit(
         if shapes and name in shapes:
             curve = shapes[name].scaled(batch / base.ranks, points[batch / base.ranks])
         passes.append(Pass(times, batch, curve, messages.get(name, 0)))
-    job = Job(tuple(passes), last.most_redundant, link)
+    job = Job(tuple(passes), last.most_redundant, link, matrices=last.matrices)
     ranks = np.array([float(last.ranks)])
     if last.ranks > 1:
         passing = last.parts["compute"] + last.parts["waiting"]
-        passing -= last.most_redundant - last.parts["redundant"]  # waiting that r includes
+        passing -= float(job.alone(ranks)[0]) - last.parts["redundant"]  # waiting that w and r include
         job = replace(job, slowdown=passing / float(job.compute(ranks)[0]))
         spent = last.parts["allreduce"]
         if link is None and spent > 0:
@@ -111,7 +111,7 @@ def predict(
     knee, fastest = best(job, most)
     sizes = sorted({2**k for k in range(most.bit_length())} | {knee, fastest})
     ranks = np.array(sizes, np.float64)
-    seconds, allreduce = job.seconds(ranks), job.allreduce(ranks)
+    seconds, allreduce, alone = job.seconds(ranks), job.allreduce(ranks), job.alone(ranks)
     relative = float(job.seconds([base.ranks])[0])
     account = {size: cost.ranks(base.counts, *base.batches, size) for size in (base.ranks, *sizes)}
     check = []
@@ -134,11 +134,11 @@ def predict(
                 "speedup": relative / t,
                 "efficiency": relative / t * base.ranks / size,
                 "predicted": account[base.ranks] / account[size],
-                "compute": t - a - job.redundant,
+                "compute": t - a - r,
                 "allreduce": a,
-                "redundant": job.redundant,
+                "redundant": r,
             }
-            for size, t, a in zip(sizes, seconds.tolist(), allreduce.tolist(), strict=True)
+            for size, t, a, r in zip(sizes, *(x.tolist() for x in (seconds, allreduce, alone)), strict=True)
         ],
         "knee": knee,
         "fastest": fastest,

@@ -1,16 +1,17 @@
 """A model of the time of a step on more ranks than were measured.
 
 A step on P ranks executes n_k passes of kind k over batches of B_k sequences. After each pass the ranks sum a
-message of m_k bytes. (The work on single matrices is a kind that has only a message; its time is part of r.)
+message of m_k bytes. (The work on single matrices is a kind that has only a message; its time is w.)
 
-    T(P) = s sum_k n_k t_k(ceil(B_k / P)) + sum_k n_k a(P, m_k) + r
+    T(P) = s sum_k n_k t_k(ceil(B_k / P)) + sum_k n_k a(P, m_k) + w(P) + r
 
 =========  ============================================================================================
 t_k(b)     seconds of a pass over b sequences on one rank: piecewise linear through measured points. It does
            not vanish with b, because the T steps of a recurrent network are sequential: P_I counts this
            minimum as one pass
 a(P, m)    seconds of the Allreduce, see `Link`
-r          seconds of a rank outside passes: redundant work, or work on the matrices that the rank owns
+w(P)       seconds of work on matrices of the rank that has most of it; each matrix is one rank's
+r          seconds of redundant work, which every rank does
 s          slowdown of the passes of several ranks, compared with one rank alone: memory, caches, waiting
 =========  ============================================================================================
 """
@@ -101,12 +102,13 @@ class Pass:
 
 @dataclass(frozen=True)
 class Job:
-    """The work of a step of a job: passes, r, the network, and s for more than one rank."""
+    """The work of a step of a job: passes, r, the network, s for more than one rank, seconds of matrices."""
 
     passes: tuple[Pass, ...]
     redundant: float
     link: Link | None
     slowdown: float = 1.0
+    matrices: tuple[float, ...] = ()
 
     def compute(self, ranks: np.ndarray, even: bool = False) -> np.ndarray:
         """Return the seconds in passes of the rank with most sequences (`even`: with B / P), without s."""
@@ -123,11 +125,22 @@ class Job:
             [p.count * self.link.allreduce(ranks, p.message) for p in self.passes if p.message], axis=0
         )
 
+    def alone(self, ranks: np.ndarray) -> np.ndarray:
+        """Return w(P) + r: the seconds outside passes and collectives of the rank with most of them."""
+        return self.redundant + np.array([self._most(int(min(p, len(self.matrices)))) for p in ranks])
+
+    def _most(self, ranks: int) -> float:
+        """Return w(P), with the largest work first to the rank that has the least."""
+        loads = [0.0] * max(1, ranks)
+        for seconds in sorted(self.matrices, reverse=True):
+            loads[loads.index(min(loads))] += seconds
+        return max(loads)
+
     def seconds(self, ranks: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return T(P) for each number of ranks."""
         sizes = np.asarray(ranks, np.float64)
         slower = np.where(sizes > 1, self.slowdown, 1.0)
-        return slower * self.compute(sizes) + self.allreduce(sizes) + self.redundant
+        return slower * self.compute(sizes) + self.allreduce(sizes) + self.alone(sizes)
 
 
 def best(job: Job, most: int) -> tuple[int, int]:

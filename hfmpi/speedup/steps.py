@@ -9,7 +9,7 @@ import numpy as np
 
 from hfmpi.measure import cost
 from hfmpi.measure.cost import Counts
-from hfmpi.measure.spans import ALLREDUCE, SHARED, WAITING
+from hfmpi.measure.spans import ALLREDUCE, MATRIX, SHARED, WAITING
 
 __all__ = ["StepTimes", "mean_spans"]
 
@@ -62,9 +62,20 @@ class StepTimes:
         return _parts(self.mean_spans)
 
     @property
+    def matrices(self) -> tuple[float, ...]:
+        """Seconds of each work on matrices, which is one rank's; part of the redundant part."""
+        every: dict[str, float] = {}
+        for spans in self.spans:
+            every |= {name: seconds for name, seconds in spans.items() if name.startswith(MATRIX)}
+        return tuple(every.values())
+
+    @property
     def most_redundant(self) -> float:
-        """The maximum over ranks of the redundant part, which contains the work on distributed matrices."""
-        return max(_parts(spans)["redundant"] for spans in self.spans)
+        """The maximum over ranks of the redundant part without the work on matrices."""
+        return max(
+            _parts(spans)["redundant"] - sum(s for name, s in spans.items() if name.startswith(MATRIX))
+            for spans in self.spans
+        )
 
     @property
     def imbalance(self) -> float:
