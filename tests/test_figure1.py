@@ -50,7 +50,7 @@ def test_sizes_keep_the_ratios_of_the_paper(study):
             words = study.candidates("lstm", method)[0].options(size)
             given = dict(zip(words[::2], words[1::2], strict=True))
             batches = int(given["--gradient-batch"]), int(given.get("--curvature-batch", 0))
-            if method == "subspace":
+            if method in ("subspace", "subspace-whole"):
                 assert batches[1] == curvature
                 curvature, batches = 0, (batches[0], 0)
             for ours, theirs in zip(batches, (gradient, curvature), strict=True):
@@ -314,15 +314,6 @@ def test_a_rate_that_failed_is_not_chosen(study, tmp_path):
     assert bars.score(run, tmp_path) < bars.score(short, tmp_path) == float("inf")
 
 
-def test_a_curve_with_less_of_a_floor_keeps_its_slope(study):
-    import clock
-
-    from hfmpi.speedup.scaling import Curve
-
-    shape = clock.lowered(Curve((1.0, 2.0, 4.0), (10.0, 11.0, 13.0)), 3.0)  # 9 + b
-    assert shape.seconds == pytest.approx((4.0, 5.0, 7.0))
-
-
 def test_both_figures_are_drawn(study, curves, tmp_path):
     import figure
 
@@ -438,29 +429,30 @@ def test_clock_says_from_which_number_of_ranks_on_each_is_the_fastest(study):
     )
 
 
-def test_clock_shows_runs_with_other_options_beside_those_of_the_study(study, tmp_path, monkeypatch, capsys):
+def test_clock_takes_steps_from_curves_and_seconds_from_timed_runs(
+    study, curves, tmp_path, monkeypatch, capsys
+):
     import clock
 
     corpus = write_corpus(tmp_path / "small.h5")
-    common = {
-        "model": "lstm",
-        "curvature_batch": 4,
-        "optimizer": "subspace",
-        "max_steps": 3,
-        "sequence_length": 20,
-    }
-    for folder, cut in ("out", True), ("whole", False):
-        settings = {"damping": 0.001, "cut": cut}
-        train(tmp_path / folder / "lstm-subspace-damping=0.001", corpus, settings=settings, **common)
-    (tmp_path / "whole" / "mlstm-notes").mkdir()
-    options = ["--level", "6", "--beside", str(tmp_path / "whole"), str(tmp_path / "out")]
+    common = {"model": "lstm", "optimizer": "subspace", "max_steps": 3, "sequence_length": 20}
+    train(tmp_path / "timed" / "lstm-subspace", corpus, curvature_batch=4, **common)
+    runs = {("lstm", name, 0): chosen(curves, falling(3, 96, 0.1)) for name in ("subspace", "muon")}
+    curves.write(curves.Study("small", 60.0, None, runs), tmp_path / "curves.json")
+    options = ["--level", "2.55", "--timed", str(tmp_path / "timed"), str(tmp_path / "curves.json")]
     monkeypatch.setattr(sys, "argv", ["clock.py", *options])
     clock.main()
-    head, *rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert head == "| ranks | subspace | whole subspace |"
-    seconds = np.array([[float(x.replace(",", "")) for x in row.split("|")[1:-1]] for row in rows[1:]])
+    lines = capsys.readouterr().out.splitlines()
+    head, _, steps, *rows = [line for line in lines if line.startswith("|")]
+    assert (head, steps) == ("| ranks | subspace |", "| steps | 35 |")
+    assert f"muon has no timed run {tmp_path / 'timed' / 'lstm-muon'}." in lines
+    seconds = np.array([[float(x.replace(",", "")) for x in row.split("|")[1:-1]] for row in rows])
     assert seconds[:, 0].tolist() == [2**i for i in range(15)]
-    assert (seconds > 0).all()
+    assert (np.diff(seconds[:, 1]) <= 0).all()
+    # A pass over 1,750 sequences takes 1,750 / 14 times as long as one over those of the timed run.
+    job = clock.step(tmp_path / "timed" / "lstm-subspace", (1750, 512), [], clock.Link(0.0, np.inf))
+    assert [each.batch for each in job.passes if each.curve.seconds[0] > 0][:1] == [1750]
+    assert seconds[0, 1] == pytest.approx(35 * float(job.seconds([1])[0]), rel=0.01)
 
 
 def test_the_page_of_results_is_what_its_curves_say(curves, table, capsys):

@@ -31,8 +31,8 @@ class Vectors:
     def dense(self):
         return self.v
 
-    def along(self, rows):
-        return self.v @ rows.T
+    def along(self):
+        return lambda rows: self.v @ rows.T
 
 
 class Quadratic:
@@ -88,6 +88,11 @@ class Dense:
     def rows(self, u, out):
         u = u.reshape(*self.j.shape[:2], out.shape[1], OUTPUTS)
         out[...] = np.einsum("btco,btod->bcd", u, self.j)
+
+    def rows_along(self, u, several, along):
+        rows = np.zeros((self.examples, several, self.j.shape[-1]), u.dtype)
+        self.rows(u, rows)
+        return along(rows.reshape(-1, rows.shape[-1])).reshape(-1, self.examples, several)
 
 
 def data(size, masked=False):

@@ -481,7 +481,7 @@ def fails(outputs, targets):
             "optimizer": "subspace",
             "settings": {"directions": "gradient", "curvature_segments": 1},
         },
-        "Named has no rows of examples, which subspace needs",
+        "Named has no rows of examples, from which subspace estimates the curvature: give settings=",
     ),
     ({"settings": {"preconditioner": "diagonal"}}, "Line has no squared gradients: give settings="),
     ({"settings": {"structural_damping": 1.0}}, "Line has no structural damping"),

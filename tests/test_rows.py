@@ -292,6 +292,10 @@ def test_a_sketch_adds_residual_rows_by_their_signs(backend, case):
             steps = len(batch.targets)
             expected = terms[:, steps * k // segments : steps * (k + 1) // segments].sum(axis=1)
             close(sketch[:, k], expected)
+        v = rng.standard_normal((4, theta.size))
+        on_device = network.device(v)
+        along = at.sketch_along(fill, segments, lambda s, v=on_device: at.backend.xp.matmul(v, s.T))
+        close(network.host(along), v @ sketch.reshape(-1, theta.size).T)
 
 
 class ByExample:

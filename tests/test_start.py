@@ -14,6 +14,9 @@ from hfmpi.cli.main import cli
 from hfmpi.data.prepare import prepare
 from hfmpi.errors import UserError
 from hfmpi.files import checkpoint
+from hfmpi.optim.presets import preset
+from hfmpi.runs.choice import preferred
+from hfmpi.runs.config import Config
 
 TINY = "--hidden 6 --sequence-length 20 --gradient-batch 9 --backend numpy --evaluate-every 1"
 
@@ -251,3 +254,40 @@ def test_ranks_start_with_the_same_parameters(here):
     run(words, "one")
     np.testing.assert_allclose(theta(here / "two"), theta(here / "one"), rtol=1e-4, atol=1e-6)
     assert last(here / "two")["P_D"] == last(here / "one")["P_D"]
+
+
+# --prefer ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prefer", "ranks", "memory", "name", "why"),
+    [
+        ("passes", 1, 2**30, "subspace-rows", "the rows of all sequences take 0.000268 GiB a rank"),
+        ("passes", 2, 2**20, "subspace-rows", "the rows of all sequences take 0.000134 GiB a rank"),
+        ("passes", 1, 2**20, "subspace", "without the rows of subspace-rows: rows of all sequences take 0.0"),
+        ("seconds", 1, 2**30, "muon-small", "the quickest on 1 rank(s) in the study of hfmpi"),
+        ("seconds", 1024, 2**30, "subspace-whole", "the quickest on 1,024 rank(s) in the study of hfmpi"),
+    ],
+)
+def test_what_is_preferred_is_an_optimizer_for_these_ranks(prefer, ranks, memory, name, why):
+    """The rows of 120 sequences, six each, of 100 numbers of 4 bytes; a quarter of the memory is for them."""
+    config, note = preferred(Config(prefer=prefer), 100, 120, ranks, memory)
+    assert note.startswith(f"--prefer {prefer} chooses {name}, {why}")
+    chosen = config.preset()
+    assert (config.optimizer, chosen.gradient_batch) == (name, min(120, preset(name).gradient_batch))
+    assert chosen.curvature_batch <= chosen.gradient_batch
+
+
+def test_a_run_keeps_the_optimizer_that_was_preferred(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(made / "small.h5", tmp_path)
+    options = "small.h5 --out new --prefer passes --hidden 3 --sequence-length 20 --backend numpy"
+    said = run(options, "--max-steps 1")
+    assert "--prefer passes chooses subspace-rows, the rows of all sequences take " in said
+    said = run(options, "--max-steps 2")  # a run that goes on does not choose again
+    assert (last(tmp_path / "new")["step"], "chooses" in said) == (2, False)
+    assert checkpoint.latest("new").meta["config"]["optimizer"] == "subspace-rows"
+    with pytest.raises(UserError, match=r"^give --prefer seconds or --optimizer soap, not both$"):
+        run("small.h5 --out other --prefer seconds --optimizer soap --hidden 3")
+    with pytest.raises(UserError, match=r"^prefer must be passes or seconds, not 'speed'$"):
+        run("small.h5 --out other --prefer speed --hidden 3")

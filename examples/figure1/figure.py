@@ -45,6 +45,7 @@ LOOKS = {
     "muon": Look("tab:purple", DASHED, "X"),
     "bhf-short": Look("tab:brown", DASHED, "d"),
     "subspace": Look("black", DASHED, "*"),
+    "subspace-whole": Look("gray", DASHED, "h"),
     "subspace-rows": Look("black", "-", "p"),
 }
 

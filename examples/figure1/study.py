@@ -18,7 +18,7 @@ from hfmpi.optim.presets import preset
 
 MODELS = ("lstm", "mlstm")
 PAPER = ("sgd", "bgd", "shf", "bhf")
-TODAY = ("adam", "soap", "muon", "bhf-short", "subspace", "subspace-rows")
+TODAY = ("adam", "soap", "muon", "bhf-short", "subspace", "subspace-whole", "subspace-rows")
 METHODS = PAPER + TODAY
 
 SEQUENCES = 14_000
@@ -27,7 +27,8 @@ SEQUENCES = 14_000
 BATCHES = {m: (preset(m).gradient_batch, preset(m).curvature_batch) for m in METHODS}
 """Sequences in the batch of the gradient and of the curvature: the presets', which are the paper's.
 
-All are scaled down with the data but the curvature batch of subspace, which has to distinguish directions.
+All are scaled down with the data but the curvature batch of the subspace steps, which has to distinguish
+directions.
 """
 BATCHES["adam"] = BATCHES["bgd"]  # as the others of today: few passes are what is asked for
 
@@ -60,12 +61,13 @@ TUNED = {
     "bhf-short": Tuned("damping", DAMPINGS, 1),
     "subspace": Tuned("damping", (1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0), 1),
 }
-TUNED["subspace-rows"] = TUNED["subspace"]
+TUNED["subspace-whole"] = TUNED["subspace-rows"] = TUNED["subspace"]
 
 TUNING = 0.2
 """Share of a run's time that every candidate gets; the best one then goes on to the end."""
 
-TIMES = dict.fromkeys(METHODS, 1) | {"bhf": 4, "bhf-short": 2, "subspace": 4, "subspace-rows": 4}
+TIMES = dict.fromkeys(METHODS, 1) | {"bhf": 4, "bhf-short": 2}
+TIMES |= {"subspace": 4, "subspace-whole": 4, "subspace-rows": 4}
 """Time of a method's runs in units of the size's seconds: a step of BHF takes that of hundreds of SGD."""
 
 
@@ -157,8 +159,8 @@ class Candidate:
             "seed": self.seed,
         }
         if curvature:
-            scale = 1 if self.method == "subspace" else size.batches
-            given["curvature-batch"] = round(curvature / scale)
+            scale = 1 if self.method.startswith("subspace") else size.batches
+            given["curvature-batch"] = min(round(curvature / scale), given["gradient-batch"])
         words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
         return [*words, "--set", self.setting]
 

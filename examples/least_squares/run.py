@@ -29,7 +29,7 @@ TASKS = (
 )  # fmt: skip
 OURS = "lm", "lbfgs", "bhf-squares", "subspace", "soap"
 OTHERS = "dense-lm", "adam-lbfgs", "adam-bfgs", "deepxde"
-MORE = "adam-optax", "optimistix-lm", "bhf", "bhf-short", "adam"
+MORE = "subspace-whole", "adam-optax", "optimistix-lm", "bhf", "bhf-short", "adam"
 """Known to be behind: not among the defaults."""
 
 THREADS = {

@@ -51,6 +51,7 @@ OWN = {
     "lbfgs": Own("lbfgs", ({}, {"memory": 20}, {"memory": 150})),
     "bhf-squares": Own("bhf-squares", ({}, {"damping": 1e-1}, {"damping": 1e-5})),
     "subspace": Own("subspace", ({"damping": 1e-3}, {"damping": 1e-5}, {"damping": 1e-7})),
+    "subspace-whole": Own("subspace-whole", ({"damping": 1e-3}, {"damping": 1e-5}, {"damping": 1e-7})),
     "bhf": Own("bhf", ({"damping": 1e-1}, {"damping": 1e-3}, {"damping": 1e-5})),
     "bhf-short": Own("bhf-short", ({"damping": 1e-1}, {"damping": 1e-3}, {"damping": 1e-5})),
     "soap": Own("soap", ({"rate": 1e-1}, {"rate": 3e-2}, {"rate": 1e-2})),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def train(
     """
     from hfmpi.parallel.failure import together
     from hfmpi.parallel.launch import connect
+    from hfmpi.runs.choice import preferred
     from hfmpi.runs.session import COMMAND, open_session
     from hfmpi.runs.start import open_run
     from hfmpi.runs.text_task import TextTask
@@ -70,6 +72,7 @@ def train(
         raise UserError(f"{data} is not a corpus file")
     folder = out if out is not None else data.with_suffix(".run")
     with open_session(comm, COMMAND, threads) as session:
+        memory = comm.agree(session.placement.memory)
 
         def read(config: Config, resumes: bool) -> TextTask:
             if resumes and not os.path.exists(data):
@@ -77,7 +80,9 @@ def train(
                     f"cannot read {data}: No such file or directory; if the corpus of {folder} is elsewhere "
                     f"now, name it there, and --out {folder}"
                 )
-            return TextTask.read(config, data, session.placement.local_rank)
+            choose = partial(preferred, ranks=comm.size, memory=memory)
+            chooses = config.prefer and not resumes
+            return TextTask.read(config, data, session.placement.local_rank, choose if chooses else None)
 
         def build() -> Run:
             return open_run(folder, resume, _merged(config, options, settings), read, session)

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hfmpi.errors import UserError
 from hfmpi.frameworks import torch_gradients
-from hfmpi.frameworks.framework import split_examples
+from hfmpi.frameworks.framework import rows_along, split_examples
 from hfmpi.frameworks.torch_layers import ExamplePass
 from hfmpi.frameworks.torch_module import Allocations
 from hfmpi.models.batch import CheckedBatch
@@ -211,26 +211,46 @@ class TorchPasses:
 
     def rows(self, u: np.ndarray, out: np.ndarray) -> None:
         """Fill out (B, C, D) with J' u of each example, for each of C cotangents u (N * C, O)."""
-        several, layout = out.shape[1], self.model.layout
+        self._rows(u, out.shape[1], lambda part: out[part])
+
+    def rows_along(self, u: np.ndarray, several: int, along: Callable[[Any], Any]) -> np.ndarray:
+        """Return V S' (k, B, C) of the rows S that `rows` computes for C cotangents, in parts."""
+        return rows_along(
+            self.examples, several, self.model.size, u.dtype, along, partial(self._rows, u, several)
+        )
+
+    def _rows(
+        self,
+        u: np.ndarray,
+        several: int,
+        into: Callable[[slice], np.ndarray],
+        done: Callable[[slice], None] = lambda part: None,
+    ) -> None:
+        """Fill `into(part)` (b, C, D) with the rows of parts of the examples; call `done` after each."""
+        layout = self.model.layout
         u = u.astype(self.outputs.dtype, copy=False)
         cotangents = self.model.tensor(u).view(self.examples, -1, several, u.shape[-1]).movedim(2, 0)
 
         def at_once() -> None:
             self._know_examples(cotangents[0])
             for part in split_examples(self.examples, several * self.model.size):
-                forward = self._forward(part)
+                forward, out = self._forward(part), into(part)
                 for c, one in enumerate(cotangents):
                     with self._running(), _quiet():
                         gradients, _ = forward.gradients(one[part], last=c == several - 1)
                         for name, of_parameter in zip(layout.shapes, gradients, strict=True):
                             start, rows = layout.offsets[name], to_array(of_parameter.rows())
                             rows = rows.reshape(len(rows), -1)
-                            out[part, c, start : start + rows.shape[1]] = rows
+                            out[:, c, start : start + rows.shape[1]] = rows
+                done(part)
 
         def one_by_one() -> None:
             for i, gradients in enumerate(self._one_by_one(cotangents)):
+                part = slice(i, i + 1)
+                out = into(part)
                 for c, gradient in enumerate(gradients):
-                    out[i, c] = to_array(gradient)
+                    out[0, c] = to_array(gradient)
+                done(part)
 
         self.model.batched("examples", at_once, one_by_one)
 

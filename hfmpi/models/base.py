@@ -8,7 +8,7 @@ that they are known in advance.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -224,6 +224,12 @@ class Rows(Protocol):
 
     def sketch(self, signs: Array, segments: int, out: Array) -> None:
         """Fill out (B, K, D) with J' A e, by segment, for signs e (B, T * O) of 1 and -1; A A' = H."""
+
+    def sketch_along(self, signs: Array, segments: int, along: Callable[[Array], Array]) -> Array:
+        """Return V S' (k, B * K) of the rows S that `sketch` computes, none of which is kept.
+
+        `along` returns V s' (k, n) of rows s (n, D).
+        """
 
     def residual_rows(self, out: Array, residuals: Array) -> bool:
         """Fill out (B, T * O, D) with the rows of A' J, and residuals (B, T * O) with r.

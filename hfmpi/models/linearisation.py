@@ -9,7 +9,7 @@ the Gauss-Newton product reads
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -73,6 +73,12 @@ class Passes(Protocol):
         """Fill out (B, C, D) with J' u of every example separately, for each of C cotangents u (N * C, O).
 
         Consecutive examples of out may be further apart than C * D numbers; the last axis is contiguous.
+        """
+
+    def rows_along(self, u: Array, several: int, along: Callable[[Array], Array]) -> Array:
+        """Return V S' (k, B, C) of the rows S that `rows` computes for C = `several` cotangents.
+
+        They are computed in parts, and not kept. `along` returns V s' (k, n) of rows s (n, D).
         """
 
 
@@ -217,16 +223,26 @@ class LossLinearisation:
 
     def scores(self, segments: int, out: Array) -> None:
         """Fill out (B, K, D) with the gradients of the summed loss of K = `segments` segments of examples."""
-        self._segment_rows(self._loss_gradient(1.0), segments, out)
+        self.passes.rows(self._by_segment(self._loss_gradient(1.0), segments), out)
 
     def sketch(self, signs: Array, segments: int, out: Array) -> None:
         """Fill out (B, K, D) with J' A e, by segment, for signs e (B, T * O) of 1 and -1; A A' = H."""
+        self.passes.rows(self._by_segment(self._random(signs), segments), out)
+
+    def sketch_along(self, signs: Array, segments: int, along: Callable[[Array], Array]) -> Array:
+        """Return V S' (k, B * K) of the rows S that `sketch` computes, none of which is kept."""
+        u = self._by_segment(self._random(signs), segments)
+        found = self.passes.rows_along(u, segments, along)
+        return found.reshape(len(found), -1)
+
+    def _random(self, signs: Array) -> Array:
+        """Return A e (N, O) of signs e (B, T * O)."""
         u = self.backend.workspace("outputs", self.cache.shape)
         self._by_example(u)[...] = signs.reshape(self.passes.examples, -1, u.shape[1])
         apply_root(self.output_loss, self.backend, self.cache, u)
         if self.mask is not None:
             u *= self.mask
-        self._segment_rows(u, segments, out)
+        return u
 
     def residual_rows(self, out: Array, residuals: Array) -> bool:
         """Fill out (B, T * O, D) with the rows of A' J, and residuals (B, T * O) with r; see `Rows`."""
@@ -252,18 +268,17 @@ class LossLinearisation:
             self.passes.rows(u.reshape(-1, width), out[:, first * width : last * width])
         return complete
 
-    def _segment_rows(self, u: Array, segments: int, out: Array) -> None:
-        """Fill out (B, K, D) with J' u of u (N, O), for the steps of each segment separately."""
+    def _by_segment(self, u: Array, segments: int) -> Array:
+        """Return u (N, O) as cotangents (N * K, O), each of which has the steps of one segment."""
         if segments == 1:
-            self.passes.rows(u, out)
-            return
+            return u
         split = self.backend.xp.zeros((len(u), segments, u.shape[1]), u.dtype)
         by_example, source = self._by_example(split), self._by_example(u)
         steps = source.shape[1]
         for k in range(segments):
             part = slice(steps * k // segments, steps * (k + 1) // segments)
             by_example[:, part, k] = source[:, part]
-        self.passes.rows(split.reshape(-1, u.shape[1]), out)
+        return split.reshape(-1, u.shape[1])
 
     def _by_example(self, array: Array) -> Array:
         """Return an array (N, ...) of outputs as a view (B, T, ...)."""

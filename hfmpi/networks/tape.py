@@ -15,7 +15,7 @@ second derivative.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -231,21 +231,42 @@ class Tape:
     def rows(self, u: Array, out: Array) -> None:
         """Fill out (B, C, D) with J' u of every sequence, for each of C cotangents u (N * C, O).
 
-        Unlike squares, J' u is a sum over steps: steps are processed block by block. A block has only those
-        cotangents that are not zero at all of its steps and the following ones, and those between them.
+        J' u is a sum over steps: steps are processed block by block.
         """
-        steps, size, many = len(self.layers[0].x), self.examples, out.shape[1]
+        out[...] = 0
+        for examples, columns, rows in self._row_parts(u, out.shape[1]):
+            target = out[examples, columns]
+            target += rows
+
+    def rows_along(self, u: Array, several: int, along: Callable[[Array], Array]) -> Array:
+        """Return V S' (k, B, C) of the rows S that `rows` computes for C cotangents, in parts."""
+        found: Array = None
+        for examples, columns, rows in self._row_parts(u, several):
+            products = along(rows.reshape(-1, rows.shape[2]))
+            if found is None:
+                found = self.backend.xp.zeros((len(products), self.examples, several), self.backend.dtype)
+            part = found[:, examples, columns]
+            part += products.reshape(part.shape)
+        if found is None:  # all cotangents are zero
+            none = along(self.backend.xp.zeros((1, self.architecture.layout.size), self.backend.dtype))
+            found = self.backend.xp.zeros((len(none), self.examples, several), self.backend.dtype)
+        return found
+
+    def _row_parts(self, u: Array, many: int) -> Iterator[tuple[slice, slice, Array]]:
+        """Yield terms (b, C', D) of the rows of some examples and some of C = `many` cotangents u (N * C, O).
+
+        A block of steps has only those cotangents that are not zero at all of its steps and the following
+        ones, and those between them.
+        """
+        steps, size = len(self.layers[0].x), self.examples
         about, backend = self.architecture, self.backend
         nonzero = backend.xp.any(u.reshape(-1, size, many, about.outputs), axis=(1, 3))
         nonzero = backend.to_host(nonzero)[::-1]
         last = np.where(nonzero.any(axis=0), steps - 1 - nonzero.argmax(axis=0), -1)
-        out[...] = 0
         parts = self._blocks(max(self.block_rows, ROW_STEPS * size * many), many)
         for columns, cotangents, du in self._adjoint(u, many, parts, last=last):
-            target = out[:, columns]
-            for part, row_part, each in self._each(cotangents, du, target.shape[1]):
-                rows = target[part, row_part]
-                rows += each
+            for examples, some, each in self._each(cotangents, du, columns.stop - columns.start):
+                yield examples, slice(columns.start + some.start, columns.start + some.stop), each
 
     def cotangents(
         self,

@@ -289,20 +289,19 @@ class LocalSums:
         """
         backend = self.model.backend
 
-        def start(v: Directions) -> Array:
-            return np.zeros(len(v) ** 2 + 2)
+        def start(v: Any) -> Array:
+            return np.zeros(v[0] ** 2 + 2)
 
-        def add(indices: np.ndarray, at: Any, v: Directions, message: Array) -> None:
-            count = at.segment_count(request.segments)
-            rows = backend.workspace("sketch", (len(indices), count, theta.size))
+        def add(indices: np.ndarray, at: Any, v: Any, message: Array) -> None:
+            segments = at.segment_count(request.segments)
             e = signs(request.seed, indices, at.residual_count()).astype(theta.dtype)
-            at.sketch(backend.to_device(e), count, rows)
-            along = v.along(rows.reshape(-1, theta.size)).astype(np.float64)
-            products = backend.to_host(backend.xp.matmul(along, along.T))
+            found = at.sketch_along(backend.to_device(e), segments, v[1]).astype(np.float64)
+            products = backend.to_host(backend.xp.matmul(found, found.T))
             message[:-2] += products.reshape(-1) / scored
-            message[-2] += along.shape[1]
+            message[-2] += found.shape[1]
 
-        return self._operator(theta, shard, self.model.linearise, version, start, add)
+        operator = self._operator(theta, shard, self.model.linearise, version, start, add)
+        return lambda v: operator((len(v), v.along()))
 
     def of_examples(self, theta: Array, cases: Cases, indices: np.ndarray) -> list[Any]:
         """Linearise each of some examples separately, until the next call."""

@@ -105,9 +105,10 @@ class Directions(ABC):
     def dense(self) -> Vector:
         """Return all of them, a new array (k, D)."""
 
-    def along(self, rows: Vector) -> Vector:
-        """Compute V S' (k, n) of rows S (n, D), in the type of the rows."""
-        return np.matmul(self.dense(), rows.T)
+    def along(self) -> Callable[[Vector], Vector]:
+        """Return the function of rows S (n, D) that computes V S' (k, n), in the type of the rows."""
+        v = self.dense()
+        return lambda rows: np.matmul(v, rows.T)
 
     def __len__(self) -> int:
         return self.shape[0]

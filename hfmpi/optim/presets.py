@@ -86,8 +86,12 @@ PRESETS = {
     # For problems with few residuals or few parameters; the gradient is on the whole training set.
     "lm": Preset(LM(), 14_000),
     # The gradient is on the whole training set, so that the next gradient comes with the risk after the step.
-    # The curvature batch has to distinguish about a hundred directions, whatever the size of the data.
-    "subspace": Preset(Subspace(), 14_000, 128),
+    # The model comes from a sketch: 3,072 rows for some 150 directions do as well as rows of all sequences,
+    # whatever the size of the data (docs/results/fewest-passes.md).
+    "subspace": Preset(Subspace(memory=6, curvature_segments=6), 14_000, 512),
+    # Whole directions, nine in place of 150, for which 768 rows are many: the least work beside the gradient
+    # (docs/results/clock.md).
+    "subspace-whole": Preset(Subspace(memory=6, cut=False, curvature_segments=3), 14_000, 256),
     # For networks whose rows of all sequences fit into memory. The settings are those that needed the fewest
     # passes on small recurrent networks (docs/results/fewest-passes.md). With the model from a sketch a step
     # takes 3 passes in place of 5; its rows are of all sequences, because they have to be many.

@@ -11,7 +11,7 @@ The step of a lambda is V' c with c = -(S + r diag S)^-1 V g and S = M + lambda 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import NamedTuple
@@ -137,13 +137,22 @@ class Basis(Directions):
             slopes[indices] = along[:, 0].tolist()
         return gram, slopes
 
-    def along(self, rows: Vector) -> Vector:
-        """Compute V S' (k, n) of rows S (n, D), in the type of the rows."""
-        products = np.zeros_like(rows, shape=(len(self), len(rows)))
-        for whole, indices in self._by_part():
-            along = products[indices[0] : indices[-1] + 1]
-            for part in whole.divided(STACKED // (len(indices) + len(rows))):
-                along += np.matmul(self._stacked(indices, part), part.of(rows).reshape(len(rows), -1).T)
+    def along(self) -> Callable[[Vector], Vector]:
+        """Return the function of rows S (n, D) that computes V S' (k, n), in the type of the rows.
+
+        It keeps the part of every row of V where it is not zero: as many numbers as the vectors have.
+        """
+        stacks = [(part, self._stacked(indices, part)) for part, indices in self._by_part()]
+
+        def products(rows: Vector) -> Vector:
+            found = np.zeros_like(rows, shape=(len(self), len(rows)))
+            start = 0
+            for part, stack in stacks:
+                stop = start + len(stack)
+                np.matmul(stack, part.of(rows).reshape(len(rows), -1).T, out=found[start:stop])
+                start = stop
+            return found
+
         return products
 
     def along_work(self, rows: int) -> Counts:

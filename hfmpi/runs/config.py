@@ -17,6 +17,9 @@ from hfmpi.settings import Rule, at_least, at_most, check, declared, within
 
 __all__ = ["CHANGEABLE", "FORMER_NAMES", "NETWORK", "OF_TEXT", "OPTIONS", "Config", "Option"]
 
+PREFERENCES = "passes", "seconds"
+"""What `prefer` may be (hfmpi.runs.choice)."""
+
 FORMER_NAMES = {"warmup": "burn_in"}
 """Names of options in files and commands of earlier versions, which are still read."""
 
@@ -73,6 +76,15 @@ class Config:
     ] = "krause"
     forget_bias: Annotated[Number, Option("Initial forget bias of gated cells.", least=None)] = 0.0
     optimizer: Annotated[str, Option("Preset of settings.", choices=tuple(PRESETS))] = "muon-small"
+    prefer: Annotated[
+        str,
+        Rule("must be passes or seconds, not {!r}", ("", *PREFERENCES).__contains__),
+        Option(
+            "Choose the optimizer for the fewest sequential passes, or for the least seconds on these ranks.",
+            "the one that is named",
+            choices=PREFERENCES,
+        ),
+    ] = ""
     gradient_batch: Annotated[Whole, Option("Sequences per gradient.", "the preset's", least=1)] = 0
     curvature_batch: Annotated[Whole, Option("Sequences per curvature product.", "the preset's", least=1)] = 0
     sequence_length: Annotated[Whole, at_least(1), Option("Scored characters of a sequence.", least=1)] = 200
@@ -188,7 +200,7 @@ CHANGEABLE = frozenset(name for name, (_, option) in OPTIONS.items() if option.c
 """Options for which a resumed run accepts new values."""
 
 OF_TEXT = frozenset((
-    "model", "variant", "hidden", "parameters", "layers", "initialisation", "forget_bias",
+    "prefer", "model", "variant", "hidden", "parameters", "layers", "initialisation", "forget_bias",
     "sequence_length", "burn_in", "input_noise", "backend", "dtype", "matmul_precision",
 ))  # fmt: skip
 """Options of a network on a text; `hfmpi.train` lacks them, because its arguments are a model and data."""

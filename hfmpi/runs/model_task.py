@@ -319,7 +319,12 @@ def _check_optimizer(config: Config, model: Model, count: int) -> None:
             f"{kind} has no Kronecker factors: give settings={{'directions': 'gradient'}}, or another "
             "optimizer"
         )
-    if (needs.rows or needs.sketch) and not has_rows(model):
+    if needs.sketch and not needs.rows and not has_rows(model):
+        raise UserError(
+            f"{kind} has no rows of examples, from which {config.optimizer} estimates the curvature: give "
+            "settings={'curvature_segments': 0} and curvature_batch=128, or another optimizer"
+        )
+    if needs.rows and not has_rows(model):
         raise UserError(
             f"{kind} has no rows of examples, which {config.optimizer} needs: take another optimizer, such "
             "as bhf-short"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from hfmpi.runs.task import DifferentRun, Task
 
 __all__ = ["TextTask"]
 
+Choose = Callable[[Config, int, int], tuple[Config, str]]
+"""Options, D and the number of training sequences -> options with an optimizer, and a note that says why."""
+
 NOISED = "training losses are those with input noise, validation losses are without"
 
 
@@ -32,8 +36,10 @@ class TextTask(Task):
     data: Path
 
     @classmethod
-    def read(cls, config: Config, data: Path, local_rank: int) -> TextTask:
+    def read(cls, config: Config, data: Path, local_rank: int, choose: Choose | None = None) -> TextTask:
         """Read the corpus, on every rank, and make the network for it.
+
+        `choose` chooses the optimizer, from the options, the parameters and the training sequences.
 
         Raises
         ------
@@ -44,7 +50,13 @@ class TextTask(Task):
         architecture = config.architecture(corpus.vocabulary)
         # From now on the number of units is the size, so that a resumed run does not derive it again.
         config = replace(config, hidden=architecture.hidden, parameters=0)
-        preset, lengths = config.preset(), (config.sequence_length, config.burn_in)
+        lengths, notes = (config.sequence_length, config.burn_in), [NOISED] * bool(config.input_noise)
+        if choose is not None:
+            checks.enough_text(data, len(corpus.train), len(corpus.valid), *lengths, 1, 0)
+            count = Sequences(corpus.train, *lengths).count
+            config, note = choose(config, architecture.layout.size, count)
+            notes.append(note)
+        preset = config.preset()
         batches = preset.gradient_batch, preset.curvature_batch
         checks.enough_text(data, len(corpus.train), len(corpus.valid), *lengths, *batches)
         train_set = Sequences(corpus.train, *lengths)
@@ -75,7 +87,7 @@ class TextTask(Task):
             },
             corpus=corpus,
             data=data,
-            notes=(NOISED,) if config.input_noise else (),
+            notes=tuple(notes),
         )
 
     def check(self, checkpoint: Checkpoint | None) -> None:
