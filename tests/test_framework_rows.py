@@ -6,8 +6,23 @@ from dense import CASES, INPUTS, OUTPUTS, STEPS, numbers, symbols
 
 import hfmpi
 from hfmpi.models.base import has_rows
+from hfmpi.optim.layout import Block, Directions, parts_of
+from hfmpi.optim.reduced_model import Basis, Row
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+
+
+class Dense(Directions):
+    """Directions that are stored."""
+
+    def __init__(self, v):
+        self.v, self.shape, self.dtype = v, v.shape, v.dtype
+
+    def fill(self, start, out):
+        out[...] = self.v[start : start + len(out)]
+
+    def dense(self):
+        return self.v
 
 
 def check_rows(model, inputs, dense, targets, burn_in=0, loop=False):
@@ -20,6 +35,11 @@ def check_rows(model, inputs, dense, targets, burn_in=0, loop=False):
     wide = np.full((CASES, 4, size), np.nan)  # rows are written into a part of a larger array
     sequential = [model.plan.sequential] + [frozenset({"examples"})] * loop
     assert has_rows(model)
+    # Directions cut into parts, whole ones, and some that are known as functions alone.
+    vectors = [*numbers(2, size, seed=8)]
+    cuts = parts_of(model.blocks), parts_of([Block("theta", 0, 1, size)])
+    bases = [Basis(vectors, [Row(part, i, 0.5 + i) for part in parts for i in (0, 1)]) for parts in cuts]
+    bases.append(Dense(bases[0].dense()))
     for linearise in (model.linearise, model.linearise_rows):
         for how in sequential:
             passes = linearise(theta, batch).passes
@@ -32,7 +52,12 @@ def check_rows(model, inputs, dense, targets, burn_in=0, loop=False):
                 out = wide[:, 1 : 1 + several]
                 passes.rows(u.reshape(-1, width), out)
                 by_example = u.reshape(CASES, -1, several, width)
-                np.testing.assert_allclose(out, np.einsum("bnod,bnco->bcd", expected_z, by_example), **CLOSE)
+                expected = np.einsum("bnod,bnco->bcd", expected_z, by_example)
+                np.testing.assert_allclose(out, expected, **CLOSE)
+                for basis in bases:
+                    found = passes.rows_along(u.reshape(-1, width), several, basis.along())
+                    along = np.einsum("kd,bcd->kbc", basis.dense(), expected)
+                    np.testing.assert_allclose(found, along, **CLOSE)
             back, u = np.zeros(size), numbers(count, width)
             passes.vjp(u, back)
             np.testing.assert_allclose(back, np.einsum("nod,no->d", jacobian, u), **CLOSE)

@@ -373,7 +373,7 @@ def test_settings_of_earlier_versions_are_refused_with_a_sentence(changes, sente
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_basis_is_the_dense_matrix_of_its_rows(stacked, dtype, monkeypatch):
     monkeypatch.setattr(reduced_model, "STACKED", stacked)
-    rng, parts = np.random.default_rng(4), reduced_model.parts_of(BLOCKS)
+    rng, parts = np.random.default_rng(4), layout.parts_of(BLOCKS)
     vectors = [*rng.standard_normal((3, SIZE)).astype(dtype)]
     parts[1].of(vectors[2])[...] = 0  # makes no row
     dense = []

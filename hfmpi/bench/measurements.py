@@ -28,8 +28,9 @@ from hfmpi.networks.network import Network
 from hfmpi.objective.data_parallel import DataParallel, Risk, step_objectives
 from hfmpi.objective.messages import message_sizes
 from hfmpi.objective.transport import choose
+from hfmpi.optim.layout import parts_of
 from hfmpi.optim.presets import Preset
-from hfmpi.optim.reduced_model import normalised, parts_of
+from hfmpi.optim.reduced_model import normalised
 from hfmpi.optim.rows import RowRequest
 from hfmpi.parallel.communicator import Communicator
 

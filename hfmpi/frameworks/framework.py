@@ -51,6 +51,9 @@ MICRO_BATCH_BYTES = 1 << 26
 MOST_MICRO_BATCH = 1024
 """Examples of a micro-batch, where a user does not choose."""
 
+PASSING_NUMBERS = 1 << 20
+"""As many entries of gradients that are used at once and not kept: few beside the other vectors of a step."""
+
 GRADIENT_NUMBERS = 1 << 24
 """The maximum number of entries of per-example gradients that are computed at once."""
 
@@ -134,9 +137,12 @@ def directions_at_once(nbytes: int) -> int:
     return max(FEWEST_DIRECTIONS, min(MOST_DIRECTIONS, CACHE // max(1, nbytes)))
 
 
-def split_examples(count: int, numbers: int) -> list[slice]:
-    """Divide `count` examples into parts whose gradients, of `numbers` entries each, are computed at once."""
-    most = max(1, GRADIENT_NUMBERS // max(1, numbers))
+def split_examples(count: int, numbers: int, entries: int = GRADIENT_NUMBERS) -> list[slice]:
+    """Divide `count` examples into parts whose gradients, of `numbers` entries each, are computed at once.
+
+    A part has about `entries` of them.
+    """
+    most = max(1, entries // max(1, numbers))
     return [slice(start, min(start + most, count)) for start in range(0, count, most)]
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from hfmpi.errors import UserError
-from hfmpi.frameworks.framework import first_line, rows_along, split_examples
+from hfmpi.frameworks.framework import PASSING_NUMBERS, first_line, rows_along, split_examples
 from hfmpi.models.batch import CheckedBatch
 from hfmpi.models.factors import add_examples
 
@@ -157,7 +157,7 @@ class JaxPasses:
         by_example = u.astype(self.outputs.dtype, copy=False).reshape(self.examples, -1, several, u.shape[-1])
 
         def fill(into: Callable[[slice], np.ndarray], done: Callable[[slice], None]) -> None:
-            for part in split_examples(self.examples, several * self.model.size):
+            for part in split_examples(self.examples, several * self.model.size, PASSING_NUMBERS):
                 self._fill(part, by_example[part], into(part))
                 done(part)
 

@@ -12,9 +12,12 @@ from typing import Any, NamedTuple
 import torch
 
 from hfmpi.models.factors import square
-from hfmpi.optim.layout import Block, factor_shape
+from hfmpi.optim.layout import Block, Part, factor_shape
 
 __all__ = ["ExampleGradients", "factors", "squares"]
+
+FEW = 4
+"""How much more arithmetic products of matrices may take than gradients of examples do."""
 
 CACHED_NUMBERS = 1 << 17
 """Entries of per-example gradients of a matrix that are squared at once on a CPU."""
@@ -78,6 +81,19 @@ class ExampleGradients(NamedTuple):
             gradients += term
         return gradients
 
+    def along(self, part: Part, v: Any) -> Any:
+        """Return V G' (c, B) for c directions V (c, size) in a part of the parameter; (c, 1) if it is unused.
+
+        Of few steps the products of inputs and output gradients with V take less than the gradients G.
+        """
+        steps = max((u.shape[1] for u, _ in self.products), default=0)
+        if self._only_kind == "products" and steps * len(v) <= FEW * (steps + len(v)):
+            return sum(_products_along(u, x, part, v) for u, x in self.products)
+        found = [v.new_zeros(len(v), 1)]
+        for g in self._parts():
+            found.append(v @ part.of_block(g.reshape(len(g), *_sides(self.p))).reshape(len(g), -1).T)
+        return torch.cat(found[1:], 1) if len(found) > 1 else found[0]
+
     def squares(self) -> tuple[Any, Any]:
         """Return the sums over the examples of the gradients and of their squares."""
         if self._only_kind == "products" and len(self.products) == 1 and self.products[0][0].shape[1] == 1:
@@ -132,6 +148,20 @@ class ExampleGradients(NamedTuple):
             b += square(g.flatten(0, 1), block.groups)
             count += g.square().sum()
         return a, b, count
+
+
+def _products_along(u: Any, x: Any, part: Part, v: Any) -> Any:
+    """Return V (u' x) (c, B) of u (B, n, O) and x (B, n, I), for V (c, size) in a part of it."""
+    u, x = u[:, :, part.top : part.bottom], x[:, :, part.left : part.right]
+    c, sides = len(v), (u.shape[2], x.shape[2])
+    moved = x.flatten(0, 1) @ v.reshape(c * sides[0], sides[1]).T
+    return torch.einsum("bnco,bno->cb", moved.view(*u.shape[:2], c, sides[0]), u)
+
+
+def _sides(p: Any) -> tuple[int, int]:
+    """Return rows and columns of the block of a parameter, as of `hfmpi.frameworks.framework.matrices`."""
+    rows = p.shape[0] if p.ndim > 1 else 1
+    return rows, p.numel() // max(1, rows)
 
 
 def squares(parameters: Iterable[ExampleGradients]) -> tuple[Any, Any]:

@@ -21,16 +21,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hfmpi.errors import UserError
 from hfmpi.frameworks import torch_gradients
-from hfmpi.frameworks.framework import rows_along, split_examples
+from hfmpi.frameworks.framework import GRADIENT_NUMBERS, PASSING_NUMBERS, rows_along, split_examples
 from hfmpi.frameworks.torch_layers import ExamplePass
 from hfmpi.frameworks.torch_module import Allocations
 from hfmpi.models.batch import CheckedBatch
 from hfmpi.models.factors import add_examples
+from hfmpi.optim.layout import Along
 
 if TYPE_CHECKING:
     from hfmpi.frameworks.torch import TorchModel
 
 __all__ = ["TorchPasses", "plain_kernels", "to_array"]
+
+EXAMPLES = 256
+"""How many examples' products with directions are computed at once."""
 
 TOLERANCE = 1e-3
 """Relative difference at which a trial counts as wrong: far above rounding in float32."""
@@ -211,13 +215,46 @@ class TorchPasses:
 
     def rows(self, u: np.ndarray, out: np.ndarray) -> None:
         """Fill out (B, C, D) with J' u of each example, for each of C cotangents u (N * C, O)."""
-        self._rows(u, out.shape[1], lambda part: out[part])
+        self._rows(u, out.shape[1], lambda part: out[part], entries=GRADIENT_NUMBERS)
 
     def rows_along(self, u: np.ndarray, several: int, along: Callable[[Any], Any]) -> np.ndarray:
         """Return V S' (k, B, C) of the rows S that `rows` computes for C cotangents, in parts."""
-        return rows_along(
-            self.examples, several, self.model.size, u.dtype, along, partial(self._rows, u, several)
-        )
+        if not isinstance(along, Along):
+            fill = partial(self._rows, u, several)
+            return rows_along(self.examples, several, self.model.size, u.dtype, along, fill)
+        by_block = [
+            [(first, part, self.model.tensor(v)) for first, part, v in pieces]
+            for pieces in along.by_block(self.model.blocks)
+        ]
+        cotangents = self._cotangents(u, several)
+
+        def at_once() -> np.ndarray:
+            found = np.zeros((len(along), self.examples, several), u.dtype)
+            self._know_examples(cotangents[0])
+            for start in range(0, self.examples, EXAMPLES):
+                part = slice(start, start + EXAMPLES)
+                forward = self._forward(part)
+                for c, one in enumerate(cotangents):
+                    with self._running(), _quiet():
+                        gradients, _ = forward.gradients(one[part], last=c == several - 1)
+                        for pieces, of_parameter in zip(by_block, gradients, strict=True):
+                            for first, of_block, v in pieces:
+                                into = found[first : first + len(v), part, c]
+                                into += to_array(of_parameter.along(of_block, v))
+            return found
+
+        def one_by_one() -> np.ndarray:
+            found = list[np.ndarray]()
+            for gradients in self._one_by_one(cotangents):
+                found.append(along(np.stack([*map(to_array, gradients)])))
+            return np.stack(found, axis=1)
+
+        return self.model.batched("examples", at_once, one_by_one)
+
+    def _cotangents(self, u: np.ndarray, several: int) -> Any:
+        """Return u (N * C, O) as a tensor (C, B, n, O)."""
+        u = u.astype(self.outputs.dtype, copy=False)
+        return self.model.tensor(u).view(self.examples, -1, several, u.shape[-1]).movedim(2, 0)
 
     def _rows(
         self,
@@ -225,15 +262,14 @@ class TorchPasses:
         several: int,
         into: Callable[[slice], np.ndarray],
         done: Callable[[slice], None] = lambda part: None,
+        entries: int = PASSING_NUMBERS,
     ) -> None:
         """Fill `into(part)` (b, C, D) with the rows of parts of the examples; call `done` after each."""
-        layout = self.model.layout
-        u = u.astype(self.outputs.dtype, copy=False)
-        cotangents = self.model.tensor(u).view(self.examples, -1, several, u.shape[-1]).movedim(2, 0)
+        layout, cotangents = self.model.layout, self._cotangents(u, several)
 
         def at_once() -> None:
             self._know_examples(cotangents[0])
-            for part in split_examples(self.examples, several * self.model.size):
+            for part in split_examples(self.examples, several * self.model.size, entries):
                 forward, out = self._forward(part), into(part)
                 for c, one in enumerate(cotangents):
                     with self._running(), _quiet():

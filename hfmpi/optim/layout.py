@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from math import prod
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
@@ -16,14 +17,17 @@ import numpy as np
 __all__ = [
     "LONGEST_SIDE",
     "WHOLE_SIDE",
+    "Along",
     "Block",
     "BlockLayout",
     "Directions",
     "Layout",
+    "Part",
     "Shape",
     "Vector",
     "factor_shape",
     "kronecker_layout",
+    "parts_of",
     "split_factors",
 ]
 
@@ -79,6 +83,89 @@ class Block(NamedTuple):
         """Return the block of a vector (D,) as a view (rows, columns), or (n, rows, columns) of (n, D)."""
         part = vector[..., self.start : self.start + self.size]
         return part.reshape(*vector.shape[:-1], self.rows, self.columns)
+
+
+class Part(NamedTuple):
+    """The rows from top to bottom and columns from left to right of a block."""
+
+    block: Block
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    def of(self, vector: Vector) -> Vector:
+        """Return the part of a vector (D,) as a view (rows, columns), or (n, rows, columns) of (n, D)."""
+        return self.of_block(self.block.of(vector))
+
+    def of_block(self, matrix: Vector) -> Vector:
+        """Return the part of the block (..., rows, columns) as a view."""
+        return matrix[..., self.top : self.bottom, self.left : self.right]
+
+    @property
+    def size(self) -> int:
+        """The number of parameters."""
+        return (self.bottom - self.top) * (self.right - self.left)
+
+    def divided(self, most: int) -> list[Part]:
+        """Divide it into parts of some rows each, of at most `most` numbers or one row."""
+        step = max(1, most // (self.right - self.left))
+        tops = range(self.top, self.bottom, step)
+        return [self._replace(top=top, bottom=min(top + step, self.bottom)) for top in tops]
+
+
+def parts_of(blocks: Sequence[Block]) -> list[Part]:
+    """Cut blocks into parts, each with one kind of inputs and one kind of outputs of a block."""
+    parts = []
+    for block in blocks:
+        edges, width = (0, *block.cuts, block.rows), block.columns // block.groups
+        for top, bottom in pairwise(edges):
+            starts = range(0, block.groups * width, width)
+            parts += [Part(block, top, bottom, left, left + width) for left in starts]
+    return parts
+
+
+class Along:
+    """The function of rows S (n, D) that computes V S' (k, n), in the type of the rows.
+
+    Parameters
+    ----------
+    stacks : list of (Part, (c, size))
+        Parts of vectors, and what c consecutive rows of V have there; elsewhere they are zero.
+    """
+
+    def __init__(self, stacks: list[tuple[Part, Vector]]) -> None:
+        self.stacks = stacks
+
+    def __len__(self) -> int:
+        return sum(len(stack) for _, stack in self.stacks)
+
+    def by_block(self, blocks: Sequence[Block]) -> list[list[tuple[int, Part, Vector]]]:
+        """Return for each block what V has there: the first row, the part of the block, and (c, size).
+
+        A part that is larger than a block, such as all of theta, is divided.
+        """
+        found, start = [list[tuple[int, Part, Vector]]() for _ in blocks], 0
+        for part, stack in self.stacks:
+            first, last = part.block.start, part.block.start + part.block.size
+            for block, of_block in zip(blocks, found, strict=True):
+                if block.start == first and block.size == part.block.size:
+                    of_block.append((start, part, stack))
+                elif first <= block.start and block.start + block.size <= last:
+                    at = block.start - first
+                    whole = Part(block, 0, block.rows, 0, block.columns)
+                    of_block.append((start, whole, stack[:, at : at + block.size]))
+            start += len(stack)
+        return found
+
+    def __call__(self, rows: Vector) -> Vector:
+        """Compute V S'."""
+        found, start = np.zeros_like(rows, shape=(len(self), len(rows))), 0
+        for part, stack in self.stacks:
+            stop = start + len(stack)
+            found[start:stop] = np.matmul(stack, part.of(rows).reshape(len(rows), -1).T)
+            start = stop
+        return found
 
 
 class Directions(ABC):

@@ -11,9 +11,9 @@ The step of a lambda is V' c with c = -(S + r diag S)^-1 V g and S = M + lambda 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -21,9 +21,9 @@ import numpy as np
 from hfmpi.measure.cost import Counts
 from hfmpi.measure.linear_algebra import eigh, gram, product, together
 from hfmpi.optim.base import Matrix, Objective
-from hfmpi.optim.layout import Block, Directions, Vector
+from hfmpi.optim.layout import Along, Directions, Part, Vector
 
-__all__ = ["Basis", "Part", "ReducedModel", "Step", "normalised", "parts_of"]
+__all__ = ["Basis", "ReducedModel", "Step", "normalised"]
 
 RELATIVE = {"float32": 1e-6, "float64": 1e-12}
 """Part of the system's diagonal that is added to it: vectors may be equal or parallel up to rounding.
@@ -34,42 +34,6 @@ how fast the step converges, so that float64 has less.
 
 STACKED = 2**18
 """Entries of the parts of vectors that are multiplied in float64 at a time: few enough for the cache."""
-
-
-class Part(NamedTuple):
-    """The rows from top to bottom and columns from left to right of a block."""
-
-    block: Block
-    top: int
-    bottom: int
-    left: int
-    right: int
-
-    def of(self, vector: Vector) -> Vector:
-        """Return the part of a vector (D,) as a view (rows, columns), or (n, rows, columns) of (n, D)."""
-        return self.block.of(vector)[..., self.top : self.bottom, self.left : self.right]
-
-    @property
-    def size(self) -> int:
-        """The number of parameters."""
-        return (self.bottom - self.top) * (self.right - self.left)
-
-    def divided(self, most: int) -> list[Part]:
-        """Divide it into parts of some rows each, of at most `most` numbers or one row."""
-        step = max(1, most // (self.right - self.left))
-        tops = range(self.top, self.bottom, step)
-        return [self._replace(top=top, bottom=min(top + step, self.bottom)) for top in tops]
-
-
-def parts_of(blocks: Sequence[Block]) -> list[Part]:
-    """Cut blocks into parts, each with one kind of inputs and one kind of outputs of a block."""
-    parts = []
-    for block in blocks:
-        edges, width = (0, *block.cuts, block.rows), block.columns // block.groups
-        for top, bottom in pairwise(edges):
-            starts = range(0, block.groups * width, width)
-            parts += [Part(block, top, bottom, left, left + width) for left in starts]
-    return parts
 
 
 class Row(NamedTuple):
@@ -137,23 +101,12 @@ class Basis(Directions):
             slopes[indices] = along[:, 0].tolist()
         return gram, slopes
 
-    def along(self) -> Callable[[Vector], Vector]:
+    def along(self) -> Along:
         """Return the function of rows S (n, D) that computes V S' (k, n), in the type of the rows.
 
         It keeps the part of every row of V where it is not zero: as many numbers as the vectors have.
         """
-        stacks = [(part, self._stacked(indices, part)) for part, indices in self._by_part()]
-
-        def products(rows: Vector) -> Vector:
-            found = np.zeros_like(rows, shape=(len(self), len(rows)))
-            start = 0
-            for part, stack in stacks:
-                stop = start + len(stack)
-                np.matmul(stack, part.of(rows).reshape(len(rows), -1).T, out=found[start:stop])
-                start = stop
-            return found
-
-        return products
+        return Along([(part, self._stacked(indices, part)) for part, indices in self._by_part()])
 
     def along_work(self, rows: int) -> Counts:
         """Return the linear algebra of `along` for so many rows, and of the products among them."""

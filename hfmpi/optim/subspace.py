@@ -41,8 +41,8 @@ from hfmpi.optim.base import (
 from hfmpi.optim.checks import check_blocks, check_state, check_vector, checked
 from hfmpi.optim.damping import UNRESOLVED, noise, rounding, small
 from hfmpi.optim.kfac import decomposition_layout, preconditioned_gradients, preconditioning
-from hfmpi.optim.layout import Block, Vector, kronecker_layout
-from hfmpi.optim.reduced_model import ReducedModel, Step, normalised, parts_of
+from hfmpi.optim.layout import Block, Vector, kronecker_layout, parts_of
+from hfmpi.optim.reduced_model import ReducedModel, Step, normalised
 from hfmpi.optim.rows import RowMatrix, RowRequest
 from hfmpi.optim.shifted_cg import shifted_solutions
 from hfmpi.settings import NOT_NEGATIVE, POSITIVE, Rule, at_least, check, within
