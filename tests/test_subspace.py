@@ -369,6 +369,27 @@ def test_settings_of_earlier_versions_are_refused_with_a_sentence(changes, sente
         preset("subspace", **changes)
 
 
+@pytest.mark.parametrize(
+    "blocks", [BLOCKS, (Block("all", 0, 8, 5),), (Block("a", 0, 4, 5), Block("b", 20, 1, 20))]
+)
+@pytest.mark.parametrize("cut", [True, False])
+def test_what_directions_have_in_each_block(blocks, cut):
+    """Also of one block that is as large as theta but of another shape than that of whole directions."""
+    rng = np.random.default_rng(6)
+    vectors, g = rng.standard_normal((3, SIZE)), rng.standard_normal((2, SIZE))
+    parts = layout.parts_of(blocks if cut else [Block("theta", 0, 1, SIZE)])
+    basis = reduced_model.Basis(
+        list(vectors), [reduced_model.Row(p, i, 2.0) for p in parts for i in range(3)]
+    )
+    along = basis.along()
+    np.testing.assert_allclose(along(g), basis.dense() @ g.T)
+    found = np.zeros((len(basis), len(g)))
+    for block, pieces in zip(blocks, along.by_block(blocks), strict=True):
+        for first, part, v in pieces:
+            found[first : first + len(v)] += v @ part.of_block(block.of(g)).reshape(len(g), -1).T
+    np.testing.assert_allclose(found, basis.dense() @ g.T)
+
+
 @pytest.mark.parametrize("stacked", [reduced_model.STACKED, 6])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_basis_is_the_dense_matrix_of_its_rows(stacked, dtype, monkeypatch):

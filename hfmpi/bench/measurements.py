@@ -21,7 +21,7 @@ from hfmpi.bench.bound import Products, Recording
 from hfmpi.bench.contest import Contestant, contest
 from hfmpi.data.batches import Sequences, check_batch
 from hfmpi.measure.machine import cores
-from hfmpi.measure.spans import ALLREDUCE, OPTIMIZER, PASSES, WAITING
+from hfmpi.measure.spans import ALLREDUCE, OPTIMIZER, PASSES, WAITING, together
 from hfmpi.measure.timer import split_waiting
 from hfmpi.networks.architecture import Architecture
 from hfmpi.networks.network import Network
@@ -275,7 +275,7 @@ def step(bench: Bench, about: Architecture, preset: Preset) -> list[Row]:
 
 def _spans(comm: Communicator, run: _Steps | None, steps: int) -> dict[str, float]:
     """Return the seconds of a step by name, the mean over steps and over the ranks that took part."""
-    times = None if run is None else (run.owner.timer.series(ALLREDUCE), dict(run.owner.timer.totals))
+    times = None if run is None else (run.owner.timer.series(ALLREDUCE), together(run.owner.timer.totals))
     timers = [timer for timer in comm.agree(comm.gather(times)) or () if timer is not None]
     _, waiting = split_waiting([series for series, _ in timers])
     spans = {name: float(np.mean([t.get(name, 0.0) for _, t in timers])) for name in timers[0][1]}

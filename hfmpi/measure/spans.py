@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 PASSES = FORWARD, GRADIENT, LINEARISE, PRODUCTS, LINE_SEARCH = (
     "forward",
     "gradient",
@@ -30,3 +32,13 @@ OPTIMIZER = "optimizer"
 
 EVALUATE, FILES = "evaluate", "files"
 """Between steps."""
+
+MATRICES = "matrices"
+"""All works on matrices, where they are shown together."""
+
+
+def together(spans: Mapping[str, float]) -> dict[str, float]:
+    """Return the spans with all works on matrices as one."""
+    merged = {name: seconds for name, seconds in spans.items() if not name.startswith(MATRIX)}
+    works = [seconds for name, seconds in spans.items() if name.startswith(MATRIX)]
+    return merged | ({MATRICES: sum(works)} if works else {})

@@ -45,12 +45,11 @@ LONGEST_SIDE = 2_500
 A decomposition of this size takes 7 seconds on a slow core, and eight times as long with every doubling.
 """
 
-
 WHOLE_SIDE = 512
 """Longer sides of several groups, such as the gates of a cell, have a factor for each group.
 
 That of four gates together takes 16 times as long to decompose; on small networks it saves 4 to 7 % of the
-passes (docs/results/clock.md).
+passes (docs/results/fewest-passes.md).
 """
 
 
@@ -149,7 +148,7 @@ class Along:
         for part, stack in self.stacks:
             first, last = part.block.start, part.block.start + part.block.size
             for block, of_block in zip(blocks, found, strict=True):
-                if block.start == first and block.size == part.block.size:
+                if (block.start, block.rows, block.columns) == (first, part.block.rows, part.block.columns):
                     of_block.append((start, part, stack))
                 elif first <= block.start and block.start + block.size <= last:
                     at = block.start - first

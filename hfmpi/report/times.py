@@ -6,7 +6,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hfmpi.measure.spans import ALLREDUCE, EVALUATE, FILES, INPUT, OPTIMIZER, PASSES, ROWS, WAITING
+from hfmpi.measure.spans import (
+    ALLREDUCE,
+    EVALUATE,
+    FILES,
+    INPUT,
+    MATRICES,
+    OPTIMIZER,
+    PASSES,
+    ROWS,
+    WAITING,
+    together,
+)
 from hfmpi.report.escape import escaped
 from hfmpi.runs.timing import Times
 
@@ -16,7 +27,7 @@ MOST_RANKS = 32
 """Maximum number of ranks that have a bar."""
 
 BETWEEN = (EVALUATE, FILES)
-ORDER = (*PASSES, ROWS, INPUT, OPTIMIZER, ALLREDUCE, WAITING, *BETWEEN)
+ORDER = (*PASSES, ROWS, INPUT, MATRICES, OPTIMIZER, ALLREDUCE, WAITING, *BETWEEN)
 
 
 class Spans(NamedTuple):
@@ -41,7 +52,7 @@ class Spans(NamedTuple):
 def spans(times: Times) -> Spans:
     """Return the spans of a step, or of the whole run if only the first step, which compiles, was done."""
     steps, ranks = times["timed_steps"], times["ranks"]
-    rows = [rank["step_spans"] if steps > 0 else rank["spans"] for rank in ranks]
+    rows = [together(rank["step_spans"] if steps > 0 else rank["spans"]) for rank in ranks]
     names = {name for row in rows for name in row}
     order = [name for name in ORDER if name in names] + sorted(names - set(ORDER))
     seconds = {name: np.array([row.get(name, 0.0) for row in rows]) / max(steps, 1) for name in order}
