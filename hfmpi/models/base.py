@@ -8,7 +8,7 @@ that they are known in advance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -32,14 +32,12 @@ __all__ = [
     "Rows",
     "RowsFirst",
     "Scoring",
-    "SharedProjection",
     "SquaredGradients",
     "StructuralDamping",
     "StructuralLinearisation",
     "Trials",
     "has_bends",
     "has_rows",
-    "has_shared_projection",
     "has_squared_gradients",
 ]
 
@@ -179,23 +177,6 @@ class Projection(Protocol):
 
 
 @runtime_checkable
-class SharedProjection(Projection, Protocol):
-    """A linearisation whose projections several ranks can share: some directions each, then some outputs."""
-
-    def direction_parts(self, count: int) -> list[slice]:
-        """Divide `count` directions into parts that one pass processes; any number of ranks has the same."""
-
-    def tangents(self, v: Array | Directions, parts: Sequence[slice]) -> Array:
-        """Return J v (N, C, O) of the C directions of consecutive parts, perhaps none.
-
-        It lasts until the model's next pass.
-        """
-
-    def add_products(self, tangents: Array, rows: slice, scale: float, out: np.ndarray) -> None:
-        """Add scale * U' H U to out (C, C), from the tangents U (n * C, O) of some outputs, overwritten."""
-
-
-@runtime_checkable
 class SquaredGradients(Protocol):
     """A linearisation that can also square the gradient of each example."""
 
@@ -275,11 +256,6 @@ class StructuralDamping(Protocol):
 def has_bends(model: Model) -> bool:
     """Return whether the linearisations of a model take J' H of tangents of another theta."""
     return issubclass(getattr(model, "linearisation", object), PulledBack)
-
-
-def has_shared_projection(model: Model) -> bool:
-    """Return whether several ranks can share a projection; known without a linearisation."""
-    return issubclass(getattr(model, "linearisation", object), SharedProjection)
 
 
 def has_squared_gradients(model: Model) -> bool:

@@ -9,7 +9,7 @@ the Gauss-Newton product reads
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -126,27 +126,15 @@ class LossLinearisation:
         """
         if v.ndim == 1:
             return self.passes.jvp(v)
-        return self.tangents(v, self.direction_parts(len(v))).reshape(-1, self.cache.shape[1])
-
-    def direction_parts(self, count: int) -> list[slice]:
-        """Divide `count` directions into parts of nearly equal size for the passes."""
-        parts = -(-count // self.directions)
-        return [slice(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
-
-    def tangents(self, v: Array | Directions, parts: Sequence[slice]) -> Array:
-        """Return J v (N, C, O) of the C directions of consecutive parts, perhaps none.
-
-        It lasts until the model's next pass.
-        """
-        count, width = self.cache.shape
+        many, (count, width) = len(v), self.cache.shape
+        number = -(-many // self.directions)
+        parts = [slice(many * i // number, many * (i + 1) // number) for i in range(number)]
         if len(parts) == 1:
-            return by_sequence(self.passes.jvp(self._rows(v, parts[0])), count)
-        first, last = (parts[0].start, parts[-1].stop) if parts else (0, 0)
-        outputs = self.backend.workspace("tangents", (count, last - first, width))
+            return self.passes.jvp(self._rows(v, parts[0]))
+        outputs = self.backend.workspace("tangents", (count, many, width))
         for part in parts:
-            along = self.passes.jvp(self._rows(v, part))
-            outputs[:, part.start - first : part.stop - first] = by_sequence(along, count)
-        return outputs
+            outputs[:, part] = by_sequence(self.passes.jvp(self._rows(v, part)), count)
+        return outputs.reshape(-1, width)
 
     def vjp(self, u: Array, out: Array) -> None:
         """Add J' u to out: (D,) of u (N, O), or (C, D) of (N * C, O)."""
@@ -176,28 +164,14 @@ class LossLinearisation:
     def project(self, v: Array | Directions, scale: float, out: np.ndarray) -> None:
         """Add scale * V J' H J V' of V (C, D) to out (C, C), float64 on the host; from J V alone.
 
-        The products are those of `add_products`.
-        """
-        self.add_products(self.jvp(v), slice(0, len(self.cache)), scale, out)
-
-    def add_products(self, tangents: Array, rows: slice, scale: float, out: np.ndarray) -> None:
-        """Add scale * U' H U to out (C, C), float64 on the host, from the tangents of some outputs.
-
         Outputs are processed in blocks of rows, which stay in the cache. They are multiplied in float64:
         along directions that are nearly parallel little is left of the sums but their rounding.
-
-        Parameters
-        ----------
-        tangents : (n * C, O)
-            U, J v of n outputs and C directions; it is overwritten.
-        rows : slice
-            These outputs among the N.
         """
-        directions = len(out)
+        tangents, count, directions = self.jvp(v), len(self.cache), len(v)
         step = max(1, self.block_rows // directions)
-        for start in range(rows.start, rows.stop, step):
-            block = slice(start, min(start + step, rows.stop))
-            u = tangents[(start - rows.start) * directions : (block.stop - rows.start) * directions]
+        for start in range(0, count, step):
+            block = slice(start, min(start + step, count))
+            u = tangents[start * directions : block.stop * directions]
             shape = (2, directions, u.size // directions)
             before, after = self.backend.workspace("projected", shape, np.float64)
             _by_direction(u, before)

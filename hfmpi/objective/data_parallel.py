@@ -28,10 +28,8 @@ from hfmpi.models.base import (
     Model,
     has_bends,
     has_rows,
-    has_shared_projection,
     has_squared_gradients,
 )
-from hfmpi.objective.grid import shared_projection
 from hfmpi.objective.local import Extra, LocalSums, Shard
 from hfmpi.objective.local_rows import SliceRows
 from hfmpi.objective.messages import ROW_NUMBERS, gradient_message, unpack
@@ -524,24 +522,16 @@ class Risk(Objective):
         return lambda p: owner.total(lambda: local(p), p.size + 1, p.dtype)[:-1]
 
     def project(self, theta: Array) -> Callable[[Array | Directions], np.ndarray]:
-        """Linearise at theta; return V (C, D) -> V G V' (C, C), in one message of C^2 numbers.
-
-        With more slices of the batch than examples, those of an example share it (hfmpi.objective.grid).
-        """
+        """Linearise at theta; return V (C, D) -> V G V' (C, C), in one message of C^2 numbers."""
         self._check("theta", theta)
         owner = self.owner
-        if self.size < len(self._sizes) and has_shared_projection(owner.model):
-            summed = shared_projection(owner, theta, self.cases, self.indices, self.scored)
-        else:
-            local = owner.local.projections(theta, self.shard, self.scored, self._version)
-
-            def summed(v: Array | Directions) -> Array:
-                return owner.total(lambda: local(v), len(v) ** 2 + 1, np.float64, host=True)
+        local = owner.local.projections(theta, self.shard, self.scored, self._version)
 
         def projection(v: Array | Directions) -> np.ndarray:
             if not isinstance(v, Directions):
                 self._check("v", v, several=True)
-            return symmetric(summed(v)[:-1].reshape(len(v), len(v)))
+            message = owner.total(lambda: local(v), len(v) ** 2 + 1, np.float64, host=True)
+            return symmetric(message[:-1].reshape(len(v), len(v)))
 
         return projection
 

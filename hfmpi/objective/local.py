@@ -105,7 +105,6 @@ class LocalSums:
         self.rank = rank
         self._passing: Linearisation | None = None  # used at once; the next one takes its memory
         self._slices: list[list[Piece]] = []  # linearised, between products
-        self._shared = list[Linearisation]()  # of examples that ranks share; the next take their memory
         self._theta: Array = None  # at which they are linearised: a copy
         self.rows_at_once = dict[tuple[str, int], int]()  # by request: examples whose rows one pass computes
         self._version = 1  # of these slices; an operator that knows an earlier one linearises again
@@ -303,20 +302,6 @@ class LocalSums:
         operator = self._operator(theta, shard, self.model.linearise, version, start, add)
         return lambda v: operator((len(v), v.along()))
 
-    def of_examples(self, theta: Array, cases: Cases, indices: np.ndarray) -> list[Any]:
-        """Linearise each of some examples separately, until the next call."""
-
-        def linearised() -> list[Any]:
-            for i, index in enumerate(indices):
-                with self.timer.span(INPUT):
-                    batch = cases.take(np.array([index]))
-                reuse = self._shared.pop(i) if i < len(self._shared) else None
-                with self.timer.span(LINEARISE):
-                    self._shared.insert(i, self.model.linearise(theta, batch, reuse))
-            return self._shared[: len(indices)]
-
-        return self._shrinking(1, linearised)
-
     def bends(self, theta: Array, shard: Shard, scored: int) -> Callable[[Array], Array]:
         """Return p (D,) -> the message of J'H z'' over `scored`, z'' the second derivative along p.
 
@@ -457,7 +442,7 @@ class LocalSums:
         self.micro_batch = most // 2
         if self.linearisations:
             self.memory_budget = min(self.memory_budget, sum(at.nbytes for at in self.linearisations)) / 2
-        self._passing, self._slices, self._shared = None, [], []
+        self._passing, self._slices = None, []
         self._version += 1
         self.model.release()
 
