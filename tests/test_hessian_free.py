@@ -302,7 +302,8 @@ def test_presets_have_the_batches_of_the_paper():
         "sgd": (32, 0), "bgd": (3500, 0), "shf": (320, 32), "bhf": (14000, 3500),
         "bhf-short": (14000, 3500), "bhf-squares": (14000, 14000), "adam": (32, 0),
         "soap": (3500, 0), "muon": (3500, 0), "muon-small": (32, 0), "soap-muon": (3500, 0),
-        "subspace": (14000, 128), "subspace-rows": (14000, 14000), "lbfgs": (14000, 0), "lm": (14000, 0),
+        "subspace": (14000, 512), "subspace-whole": (14000, 256), "subspace-rows": (14000, 14000),
+        "lbfgs": (14000, 0), "lm": (14000, 0),
     }  # fmt: skip
     assert preset("sgd").optimizer.rate == preset("bgd").optimizer.rate == 2
     bhf = preset("bhf").optimizer

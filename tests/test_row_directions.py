@@ -163,10 +163,14 @@ def test_the_model_may_come_from_a_sketch(monkeypatch):
 
 def test_a_model_from_few_rows_is_left():
     optimizer, bowl = Subspace("rows", row_dampings=1, memory=1, cut=False, curvature_segments=1), Scored()
-    for rows, projections in ((8, 0), (7, 1)):  # of two directions from the second step on
+    for rows, projections in ((12, 0), (11, 1)):  # of two directions from the second step on
         bowl.many = rows
         _, _, reports = steps(optimizer, bowl, 2)
         assert (reports[1].work.sketches, reports[1].work.projections) == (1, projections)
+    for examples, sketches in ((128, 0), (129, 1)):  # so few have J V, and no rows at all
+        bowl.many, bowl.size = 12, examples
+        _, _, reports = steps(optimizer, bowl, 2)
+        assert (reports[1].work.sketches, reports[1].work.projections) == (sketches, 1 - sketches)
 
 
 def test_an_objective_without_rows_gets_a_sentence():

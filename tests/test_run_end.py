@@ -123,7 +123,7 @@ def test_a_run_that_has_converged_ends_with_its_result(optimizer, tmp_path):
     options = {"optimizer": optimizer, "quiet": True, "max_steps": 2000, "out": tmp_path / "run"}
     if optimizer == "subspace":
         model.blocks = (Block("w", 0, 4, 1),)
-        options["settings"] = {"directions": "gradient"}
+        options["settings"] = {"directions": "gradient", "curvature_segments": 0}
     result = hfmpi.train(model, (X, Y), **options)
     assert result.done
     assert result.step < 2000

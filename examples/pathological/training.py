@@ -73,6 +73,8 @@ STRUCTURAL = {**PLAIN, "structural_damping": 1 / 30}
 DAMPINGS = 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0
 ROTATED = 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1
 TRUSTS = 1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1
+# The subspace step as the results have it: J V, and three last steps.
+BEFORE = {"candidates": 3, "memory": 3, "curvature_segments": 0}
 
 METHODS = {
     "sgd": Method("sgd", "rate", (0.01, 0.03, 0.1, 0.3, 1.0, 3.0), 100),
@@ -86,12 +88,12 @@ METHODS = {
     "bhf-short+p": Method("bhf-short", "damping", DAMPINGS, 500, 125),
     "bhf": Method("bhf", "damping", DAMPINGS, 500, 125, PLAIN),
     "bhf+s": Method("bhf", "damping", DAMPINGS, 500, 125, STRUCTURAL),
-    "subspace": Method("subspace", "damping", TRUSTS, 500, 125, {"candidates": 3}),
-    "subspace-preset": Method("subspace", "damping", (1e-3,), 500, 125, {"candidates": 3}),
+    "subspace": Method("subspace", "damping", TRUSTS, 500, 125, BEFORE),
+    "subspace-preset": Method("subspace", "damping", (1e-3,), 500, 125, BEFORE),
     "subspace-rows": Method("subspace-rows", "damping", TRUSTS, 500, 125, {"candidates": 3}),
     "soap-large": Method("soap", "rate", ROTATED, 2_000),
     "bhf-short+s-large": Method("bhf-short", "damping", DAMPINGS, 2_000, 1_000, STRUCTURAL),
-    "subspace-large": Method("subspace", "damping", TRUSTS, 2_000, 1_000, {"candidates": 3}),
+    "subspace-large": Method("subspace", "damping", TRUSTS, 2_000, 1_000, BEFORE),
     "subspace-rows-large": Method("subspace-rows", "damping", TRUSTS, 2_000, 1_000, {"candidates": 3}),
 }
 """By name: +s with structural damping, +p with the preset's preconditioner, -preset with nothing tuned,

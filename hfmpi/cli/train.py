@@ -81,7 +81,7 @@ def train(
                     f"now, name it there, and --out {folder}"
                 )
             choose = partial(preferred, ranks=comm.size, memory=memory)
-            chooses = config.prefer and not resumes
+            chooses = config.prefer != "none" and not resumes
             return TextTask.read(config, data, session.placement.local_rank, choose if chooses else None)
 
         def build() -> Run:

@@ -100,9 +100,12 @@ class Objective(ABC):
     ----------
     ranks : int
         How many ranks share the works of `spread`.
+    size : int
+        The number of examples, 0 if it is not known.
     """
 
     ranks = 1
+    size = 0
 
     @abstractmethod
     def loss(self, theta: Vector) -> float:

@@ -17,7 +17,7 @@ from hfmpi.settings import Rule, at_least, at_most, check, declared, within
 
 __all__ = ["CHANGEABLE", "FORMER_NAMES", "NETWORK", "OF_TEXT", "OPTIONS", "Config", "Option"]
 
-PREFERENCES = "passes", "seconds"
+PREFERENCES = "none", "passes", "seconds"
 """What `prefer` may be (hfmpi.runs.choice)."""
 
 FORMER_NAMES = {"warmup": "burn_in"}
@@ -78,13 +78,12 @@ class Config:
     optimizer: Annotated[str, Option("Preset of settings.", choices=tuple(PRESETS))] = "muon-small"
     prefer: Annotated[
         str,
-        Rule("must be passes or seconds, not {!r}", ("", *PREFERENCES).__contains__),
+        Rule("must be passes or seconds, not {!r}", PREFERENCES.__contains__),
         Option(
             "Choose the optimizer for the fewest sequential passes, or for the least seconds on these ranks.",
-            "the one that is named",
             choices=PREFERENCES,
         ),
-    ] = ""
+    ] = "none"
     gradient_batch: Annotated[Whole, Option("Sequences per gradient.", "the preset's", least=1)] = 0
     curvature_batch: Annotated[Whole, Option("Sequences per curvature product.", "the preset's", least=1)] = 0
     sequence_length: Annotated[Whole, at_least(1), Option("Scored characters of a sequence.", least=1)] = 200

@@ -84,9 +84,10 @@ def restored(checkpoint: Checkpoint, fresh: StateT, backend: Backend, optimizer:
     """
     expected = entries(fresh, backend)
     state = {name: entry for name, entry in checkpoint.state.items() if name != LOWEST}
-    # Earlier versions lack some vectors and have others; settings do not use those that are empty.
-    unused = {name: value for name, value in expected.items() if _empty(value)}
-    entries_read = {name: v for name, v in state.items() if name in expected or not _empty(v)} | unused
+    # Earlier versions lack some vectors and have others: where a vector is empty, that makes no difference.
+    missing = {name: value for name, value in expected.items() if _empty(value)}
+    saved = {name: v for name, v in state.items() if name in expected or not _empty(v)}
+    entries_read = missing | saved
     if set(entries_read) != set(expected):
         raise Misfit(f"the checkpoint was not written by optimizer {optimizer}")
     for name, value in expected.items():
