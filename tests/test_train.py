@@ -87,6 +87,12 @@ OPTIMIZERS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _sketches_of_few_sequences(monkeypatch):
+    """Let the few sequences of these batches have sketches, as large batches do."""
+    monkeypatch.setattr("hfmpi.optim.subspace.FEW_EXAMPLES", 0)
+
+
 PAUSE = 0.05
 """Seconds of a run's steps that are in no span at most: a busy machine stops it between two of them."""
 
@@ -467,7 +473,7 @@ def check_cost(run, records, batch, curvature, ranks):
         products += record["products"]
         projections += record.get("projections", 0)
         if record.get("projections"):
-            directions += record["directions"] + record["projections"]
+            directions += record.get("directions", 0) + record["projections"]
         sketches += record.get("sketches", 0)
         candidates += record.get("candidates", 0)
         adjoints += record.get("adjoints", 0)
