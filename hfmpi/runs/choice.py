@@ -12,8 +12,8 @@ from hfmpi.runs.config import Config
 
 __all__ = ["preferred"]
 
-QUICKEST = ((1, "muon-small"), (256, "subspace-whole"))
-"""The quickest method from a number of ranks on, one core each (docs/results/clock.md)."""
+QUICKEST = ((1, "muon-small"), (256, "muon"), (4_096, "subspace-whole"))
+"""The quickest method from a number of ranks on, one core each, by the model of docs/results/clock.md."""
 
 SHARE = 0.25
 """The share of a rank's memory that rows may take: as much again is needed beside them."""
