@@ -455,6 +455,28 @@ def test_clock_takes_steps_from_curves_and_seconds_from_timed_runs(
     assert seconds[0, 1] == pytest.approx(35 * float(job.seconds([1])[0]), rel=0.01)
 
 
+def test_seconds_are_those_of_runs_with_the_settings_of_the_study(
+    study, curves, tmp_path, monkeypatch, capsys
+):
+    import seconds
+
+    made = []
+
+    def run(command, **options):
+        words = dict(zip(command[8::2], command[9::2], strict=False))
+        made.append((command[:3], words["--optimizer"], words["--set"], words["--max-seconds"]))
+        write_history(Path(words["--out"]), [one | {"seconds": one["step"]} for one in falling(3, 96, 0.1)])
+
+    monkeypatch.setattr(seconds.subprocess, "run", run)
+    runs = {("lstm", name, 1): chosen(curves, falling(3, 96, 0.1), "rate=3") for name in ("muon", "soap")}
+    curves.write(curves.Study("small", 60.0, None, runs), tmp_path / "curves.json")
+    words = ["--limit", "7", "--methods", "muon", "--levels", "3", "data.h5", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["seconds.py", *words, str(tmp_path / "curves.json")])
+    seconds.main()
+    assert made == [(["mpirun", "-n", "2"], "muon", "rate=3", "7")]
+    assert capsys.readouterr().out.splitlines()[-1] == "| muon | 30 | 2.100 |"
+
+
 def test_the_page_of_results_is_what_its_curves_say(curves, table, capsys):
     results = FOLDER.parents[1] / "docs" / "results"
     table.write(curves.load([results / "fewest-passes.json"], "small", 60.0))

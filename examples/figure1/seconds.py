@@ -1,6 +1,6 @@
 """Which method is the quickest on this machine? The runs of a study again, by the clock, one after the other.
 
-python examples/figure1/seconds.py [--size small|medium|paper] [--limit S] [--ranks N] [--levels BITS ...]
+python examples/figure1/seconds.py [--size small|medium|paper] [--limit S] [--ranks N] [--levels BITS,...]
        [--methods M,...] DATA.h5 OUT FILE_OR_FOLDER...
 
 FILE_OR_FOLDER are curves (`curves.py`): each method runs with the setting that the study chose for it, with
@@ -29,10 +29,10 @@ def main() -> None:
     parser.add_argument("paths", nargs="+", metavar="FILE_OR_FOLDER")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds of a run [60]")
     parser.add_argument("--ranks", type=int, default=2, help="[2]")
-    parser.add_argument("--levels", type=float, nargs="+", default=[2.0, 1.8], help="bits/char of training")
+    parser.add_argument("--levels", default="2.0,1.8", help="bits/char of training [2.0,1.8]")
     parser.add_argument("--methods", type=part(METHODS), default=METHODS, help="[all that the curves have]")
     given = parser.parse_args()
-    size = SIZES[given.size]
+    size, levels = SIZES[given.size], [*map(float, given.levels.split(","))]
     runs = load([*map(type(given.out), given.paths)], given.size, given.seconds).runs
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     for cell in MODELS:
@@ -52,11 +52,13 @@ def main() -> None:
                 stdout=subprocess.DEVNULL,
             )
             points = followed(history(folder), share(method, size))
-            found = [reached(points, "train_bpc", "seconds", level) for level in given.levels]
+            found = [reached(points, "train_bpc", "seconds", level) for level in levels]
             cells = ["–" if seconds is None else f"{seconds:.3g}" for seconds in found]
             rows.append((shown(method), *cells, f"{points[-2]['train_bpc']:.3f}"))
+        if not rows:
+            continue
         print(f"\n{cell}: seconds on {given.ranks} rank(s)\n")
-        show(("method", *(f"{level:g}" for level in given.levels), f"after {given.limit:g} s"), rows)
+        show(("method", *(f"{level:g}" for level in levels), f"after {given.limit:g} s"), rows)
 
 
 if __name__ == "__main__":
