@@ -164,9 +164,9 @@ def rows_along(
         Returns V s' (k, n) of rows s (n, D).
     fill : callable
         (into, done): fills `into(part)` (b, C, D) with the rows of parts of the examples, and calls
-        `done(part)` after each.
+        `done(part)` after each. It may start again, in other parts.
     """
-    buffer, found = np.zeros((0, several, parameters), dtype), list[np.ndarray]()
+    buffer, found = np.zeros((0, several, parameters), dtype), np.zeros((0, examples, several), dtype)
 
     def into(part: slice) -> np.ndarray:
         nonlocal buffer
@@ -175,11 +175,15 @@ def rows_along(
         return buffer[: part.stop - part.start]
 
     def done(part: slice) -> None:
+        nonlocal found
         rows = into(part)
-        found.append(along(rows.reshape(-1, parameters)).reshape(-1, len(rows), several))
+        products = along(rows.reshape(-1, parameters)).reshape(-1, len(rows), several)
+        if len(found) < len(products):
+            found = np.zeros((len(products), examples, several), dtype)
+        found[:, part] = products
 
     fill(into, done)
-    return np.concatenate(found, axis=1)
+    return found
 
 
 def first_line(error: Exception) -> str:
