@@ -292,3 +292,12 @@ def test_a_run_keeps_the_optimizer_that_was_preferred(made, tmp_path, monkeypatc
         run("small.h5 --out other --prefer seconds --optimizer soap --hidden 3")
     with pytest.raises(UserError, match=r"^prefer must be passes or seconds, not 'speed'$"):
         run("small.h5 --out other --prefer speed --hidden 3")
+
+
+@pytest.mark.parametrize(("batch", "said"), [(200, "from 1,200 random rows a step\n"), (100, "")])
+def test_the_first_lines_say_where_the_curvature_comes_from(batch, said, made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = "--optimizer subspace --gradient-batch 210 --hidden 3 --sequence-length 20 --backend numpy"
+    lines = run(f"{made / 'small.h5'} --out new --max-steps 1 --curvature-batch {batch}", options)
+    assert lines.count("random rows") == bool(said)
+    assert said in lines

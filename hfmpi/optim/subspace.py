@@ -215,6 +215,10 @@ class Subspace(Optimizer[SubspaceState]):
         sketch, kfac, rows = self.curvature_segments > 0, self._uses("kfac"), self._uses("rows")
         return Needs(blocks=True, kronecker_factors=kfac, rows=rows, sketch=sketch)
 
+    def sketch_segments(self, examples: int) -> int:
+        """Return the segments that have rows of a sketch, in a batch of so many examples; 0: there is J V."""
+        return 0 if 0 < examples <= FEW_EXAMPLES else self.curvature_segments
+
     @property
     def seeks_lowest_risk(self) -> bool:
         """Whether a lower risk is always better: not with weight decay."""
@@ -439,8 +443,9 @@ class Subspace(Optimizer[SubspaceState]):
         if basis is None:
             return None, work
         m, count = None, len(basis)
-        if self.curvature_segments and not 0 < objectives.second.size <= FEW_EXAMPLES:
-            request = RowRequest("sketch", self.curvature_segments, SEEDS + state.updates)
+        segments = self.sketch_segments(objectives.second.size)
+        if segments:
+            request = RowRequest("sketch", segments, SEEDS + state.updates)
             sketch = objectives.second.sketch(theta, basis, request)
             work += Counts(sketches=sketch.cotangents) + basis.along_work(sketch.rows)
             m = sketch.projected if sketch.rows >= LEAST_ROWS * count else None

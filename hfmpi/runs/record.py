@@ -33,7 +33,8 @@ class Facts:
     """What the first lines of a log report.
 
     `threads` are those of a rank, `linearisation_bytes` those of the largest shard; `rows` counts the rows of
-    examples that all ranks store in a step, where it is known; the run continues from `step`.
+    examples that all ranks store in a step, where it is known, and `sketch` the rows of a sketch from which a
+    step estimates the curvature, 0 for none; the run continues from `step`.
     """
 
     task: Task
@@ -45,6 +46,7 @@ class Facts:
     linearisation_bytes: int
     memory_budget: float
     rows: int
+    sketch: int
     step: int
 
 

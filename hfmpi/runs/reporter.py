@@ -57,6 +57,8 @@ class Log(Quiet):
         if facts.rows:
             size = facts.rows * task.model.size * backend.dtype.itemsize / 2**30
             click.echo(f"{facts.rows:,} rows of per-example gradients a step, {size:.2f} GiB over all ranks")
+        if facts.sketch:
+            click.echo(f"curvature along the directions from {facts.sketch:,} random rows a step")
         if any(place.device_id for place in facts.places):
             print_devices(facts.places, config.matmul_precision)
         if facts.linearisation_bytes > facts.memory_budget:

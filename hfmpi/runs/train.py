@@ -346,8 +346,10 @@ class Run:
         optimizer = self.preset.optimizer
         wanted = getattr(optimizer, "segments", 0) if optimizer.needs.rows else 0
         rows = gradient * self.task.segments(wanted) if wanted else 0
-        budget = self.memory_budget
-        return Facts(self.task, gradient, curvature, ranks, threads, places, size, budget, rows, self.step)
+        sketched = getattr(optimizer, "sketch_segments", lambda examples: 0)(curvature)
+        sketch = curvature * self.task.segments(sketched) if sketched else 0
+        counts, budget = (ranks, threads, places, size), self.memory_budget
+        return Facts(self.task, gradient, curvature, *counts, budget, rows, sketch, self.step)
 
     @property
     def _seconds(self) -> float:
