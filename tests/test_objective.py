@@ -14,8 +14,9 @@ from hfmpi.data.batches import Sequences, global_indices
 from hfmpi.errors import UserError
 from hfmpi.networks.architecture import Architecture
 from hfmpi.networks.network import Network
-from hfmpi.objective.data_parallel import DataParallel, Stopped, shares, step_objectives
+from hfmpi.objective.data_parallel import DataParallel, Stopped, step_objectives
 from hfmpi.objective.messages import pack, unpack
+from hfmpi.objective.shares import shares
 from hfmpi.optim import SOAP, Gradient, HessianFree, Muon, Objective, Objectives
 from hfmpi.optim.layout import Block
 from hfmpi.parallel.communicator import Communicator, MPICommunicator, digest

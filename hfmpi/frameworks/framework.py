@@ -146,46 +146,6 @@ def split_examples(count: int, numbers: int, entries: int = GRADIENT_NUMBERS) ->
     return [slice(start, min(start + most, count)) for start in range(0, count, most)]
 
 
-def rows_along(
-    examples: int,
-    several: int,
-    parameters: int,
-    dtype: np.dtype,
-    along: Callable[[Any], Any],
-    fill: Callable[[Callable[[slice], np.ndarray], Callable[[slice], None]], None],
-) -> np.ndarray:
-    """Return V S' (k, B, C) of rows S (B * C, D) that are not kept.
-
-    Parameters
-    ----------
-    examples, several, parameters : int
-        B, C and D.
-    along : callable
-        Returns V s' (k, n) of rows s (n, D).
-    fill : callable
-        (into, done): fills `into(part)` (b, C, D) with the rows of parts of the examples, and calls
-        `done(part)` after each. It may start again, in other parts.
-    """
-    buffer, found = np.zeros((0, several, parameters), dtype), np.zeros((0, examples, several), dtype)
-
-    def into(part: slice) -> np.ndarray:
-        nonlocal buffer
-        if len(buffer) < part.stop - part.start:
-            buffer = np.zeros((part.stop - part.start, several, parameters), dtype)
-        return buffer[: part.stop - part.start]
-
-    def done(part: slice) -> None:
-        nonlocal found
-        rows = into(part)
-        products = along(rows.reshape(-1, parameters)).reshape(-1, len(rows), several)
-        if len(found) < len(products):
-            found = np.zeros((len(products), examples, several), dtype)
-        found[:, part] = products
-
-    fill(into, done)
-    return found
-
-
 def first_line(error: Exception) -> str:
     """Return the first line of an error message, at most 120 characters."""
     return shorten(str(error).partition("\n")[0], 120, placeholder=" ...")

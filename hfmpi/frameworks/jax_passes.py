@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +10,10 @@ import jax
 import numpy as np
 
 from hfmpi.errors import UserError
-from hfmpi.frameworks.framework import PASSING_NUMBERS, first_line, rows_along, split_examples
+from hfmpi.frameworks.framework import PASSING_NUMBERS, first_line, split_examples
 from hfmpi.models.batch import CheckedBatch
 from hfmpi.models.factors import add_examples
+from hfmpi.optim.layout import Along
 
 if TYPE_CHECKING:
     from hfmpi.frameworks.jax import JaxModel
@@ -152,16 +153,15 @@ class JaxPasses:
         for part in split_examples(self.examples, out.shape[1] * self.model.size):
             self._fill(part, u[part], out[part])
 
-    def rows_along(self, u: np.ndarray, several: int, along: Callable[[Any], Any]) -> np.ndarray:
+    def rows_along(self, u: np.ndarray, several: int, along: Along) -> np.ndarray:
         """Return V S' (k, B, C) of the rows S that `rows` computes for C cotangents, in parts."""
-        by_example = u.astype(self.outputs.dtype, copy=False).reshape(self.examples, -1, several, u.shape[-1])
-
-        def fill(into: Callable[[slice], np.ndarray], done: Callable[[slice], None]) -> None:
-            for part in split_examples(self.examples, several * self.model.size, PASSING_NUMBERS):
-                self._fill(part, by_example[part], into(part))
-                done(part)
-
-        return rows_along(self.examples, several, self.model.size, u.dtype, along, fill)
+        u = u.astype(self.outputs.dtype, copy=False).reshape(self.examples, -1, several, u.shape[-1])
+        products = np.zeros((len(along), self.examples, several), u.dtype)
+        for part in split_examples(self.examples, several * self.model.size, PASSING_NUMBERS):
+            rows = np.empty((len(u[part]), several, self.model.size), u.dtype)
+            self._fill(part, u[part], rows)
+            products[:, part] = along(rows.reshape(-1, self.model.size)).reshape(-1, *rows.shape[:2])
+        return products
 
     def _gradients(self, u: np.ndarray) -> Iterator[np.ndarray]:
         """Yield the gradients (b, D) of parts of the examples."""

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hfmpi.errors import UserError
 from hfmpi.frameworks import torch_gradients
-from hfmpi.frameworks.framework import GRADIENT_NUMBERS, PASSING_NUMBERS, rows_along, split_examples
+from hfmpi.frameworks.framework import split_examples
 from hfmpi.frameworks.torch_layers import ExamplePass
 from hfmpi.frameworks.torch_module import Allocations
 from hfmpi.models.batch import CheckedBatch
@@ -215,13 +215,30 @@ class TorchPasses:
 
     def rows(self, u: np.ndarray, out: np.ndarray) -> None:
         """Fill out (B, C, D) with J' u of each example, for each of C cotangents u (N * C, O)."""
-        self._rows(u, out.shape[1], lambda part: out[part], entries=GRADIENT_NUMBERS)
+        several, layout = out.shape[1], self.model.layout
+        cotangents = self._cotangents(u, several)
 
-    def rows_along(self, u: np.ndarray, several: int, along: Callable[[Any], Any]) -> np.ndarray:
+        def at_once() -> None:
+            self._know_examples(cotangents[0])
+            for part in split_examples(self.examples, several * self.model.size):
+                forward = self._forward(part)
+                for c, one in enumerate(cotangents):
+                    with self._running(), _quiet():
+                        gradients, _ = forward.gradients(one[part], last=c == several - 1)
+                        for name, of_parameter in zip(layout.shapes, gradients, strict=True):
+                            start, rows = layout.offsets[name], to_array(of_parameter.rows())
+                            rows = rows.reshape(len(rows), -1)
+                            out[part, c, start : start + rows.shape[1]] = rows
+
+        def one_by_one() -> None:
+            for i, gradients in enumerate(self._one_by_one(cotangents)):
+                for c, gradient in enumerate(gradients):
+                    out[i, c] = to_array(gradient)
+
+        self.model.batched("examples", at_once, one_by_one)
+
+    def rows_along(self, u: np.ndarray, several: int, along: Along) -> np.ndarray:
         """Return V S' (k, B, C) of the rows S that `rows` computes for C cotangents, in parts."""
-        if not isinstance(along, Along):
-            fill = partial(self._rows, u, several)
-            return rows_along(self.examples, several, self.model.size, u.dtype, along, fill)
         by_block = [
             [(first, part, self.model.tensor(v)) for first, part, v in pieces]
             for pieces in along.by_block(self.model.blocks)
@@ -229,7 +246,7 @@ class TorchPasses:
         cotangents = self._cotangents(u, several)
 
         def at_once() -> np.ndarray:
-            found = np.zeros((len(along), self.examples, several), u.dtype)
+            products = np.zeros((len(along), self.examples, several), u.dtype)
             self._know_examples(cotangents[0])
             for start in range(0, self.examples, EXAMPLES):
                 part = slice(start, start + EXAMPLES)
@@ -239,15 +256,13 @@ class TorchPasses:
                         gradients, _ = forward.gradients(one[part], last=c == several - 1)
                         for pieces, of_parameter in zip(by_block, gradients, strict=True):
                             for first, of_block, v in pieces:
-                                into = found[first : first + len(v), part, c]
+                                into = products[first : first + len(v), part, c]
                                 into += to_array(of_parameter.along(of_block, v))
-            return found
+            return products
 
         def one_by_one() -> np.ndarray:
-            found = list[np.ndarray]()
-            for gradients in self._one_by_one(cotangents):
-                found.append(along(np.stack([*map(to_array, gradients)])))
-            return np.stack(found, axis=1)
+            rows = (np.stack([*map(to_array, gradients)]) for gradients in self._one_by_one(cotangents))
+            return np.stack([along(each) for each in rows], axis=1)
 
         return self.model.batched("examples", at_once, one_by_one)
 
@@ -255,40 +270,6 @@ class TorchPasses:
         """Return u (N * C, O) as a tensor (C, B, n, O)."""
         u = u.astype(self.outputs.dtype, copy=False)
         return self.model.tensor(u).view(self.examples, -1, several, u.shape[-1]).movedim(2, 0)
-
-    def _rows(
-        self,
-        u: np.ndarray,
-        several: int,
-        into: Callable[[slice], np.ndarray],
-        done: Callable[[slice], None] = lambda part: None,
-        entries: int = PASSING_NUMBERS,
-    ) -> None:
-        """Fill `into(part)` (b, C, D) with the rows of parts of the examples; call `done` after each."""
-        layout, cotangents = self.model.layout, self._cotangents(u, several)
-
-        def at_once() -> None:
-            self._know_examples(cotangents[0])
-            for part in split_examples(self.examples, several * self.model.size, entries):
-                forward, out = self._forward(part), into(part)
-                for c, one in enumerate(cotangents):
-                    with self._running(), _quiet():
-                        gradients, _ = forward.gradients(one[part], last=c == several - 1)
-                        for name, of_parameter in zip(layout.shapes, gradients, strict=True):
-                            start, rows = layout.offsets[name], to_array(of_parameter.rows())
-                            rows = rows.reshape(len(rows), -1)
-                            out[:, c, start : start + rows.shape[1]] = rows
-                done(part)
-
-        def one_by_one() -> None:
-            for i, gradients in enumerate(self._one_by_one(cotangents)):
-                part = slice(i, i + 1)
-                out = into(part)
-                for c, gradient in enumerate(gradients):
-                    out[0, c] = to_array(gradient)
-                done(part)
-
-        self.model.batched("examples", at_once, one_by_one)
 
     def _add_over_examples(
         self,

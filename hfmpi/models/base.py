@@ -8,7 +8,6 @@ that they are known in advance.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -17,7 +16,7 @@ from hfmpi.backends.base import Array, Backend
 from hfmpi.data.examples import Examples
 from hfmpi.measure.cost import ForwardPass
 from hfmpi.models.factors import FactorSums
-from hfmpi.optim.layout import Block, Directions
+from hfmpi.optim.layout import Along, Block, Directions
 
 __all__ = [
     "Blocks",
@@ -206,11 +205,8 @@ class Rows(Protocol):
     def sketch(self, signs: Array, segments: int, out: Array) -> None:
         """Fill out (B, K, D) with J' A e, by segment, for signs e (B, T * O) of 1 and -1; A A' = H."""
 
-    def sketch_along(self, signs: Array, segments: int, along: Callable[[Array], Array]) -> Array:
-        """Return V S' (k, B * K) of the rows S that `sketch` computes, none of which is kept.
-
-        `along` returns V s' (k, n) of rows s (n, D).
-        """
+    def sketch_along(self, signs: Array, segments: int, along: Along) -> Array:
+        """Return V S' (k, B * K) of the rows S that `sketch` computes, none of which is kept."""
 
     def residual_rows(self, out: Array, residuals: Array) -> bool:
         """Fill out (B, T * O, D) with the rows of A' J, and residuals (B, T * O) with r.

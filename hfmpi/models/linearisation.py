@@ -9,7 +9,6 @@ the Gauss-Newton product reads
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +18,7 @@ from hfmpi.backends.base import Array
 from hfmpi.backends.numpy import NumpyBackend, by_sequence
 from hfmpi.models.losses import Loss
 from hfmpi.models.roots import apply_root, root_of, unit_columns
-from hfmpi.optim.layout import Directions
+from hfmpi.optim.layout import Along, Directions
 
 __all__ = ["LossLinearisation", "Passes"]
 
@@ -75,10 +74,10 @@ class Passes(Protocol):
         Consecutive examples of out may be further apart than C * D numbers; the last axis is contiguous.
         """
 
-    def rows_along(self, u: Array, several: int, along: Callable[[Array], Array]) -> Array:
+    def rows_along(self, u: Array, several: int, along: Along) -> Array:
         """Return V S' (k, B, C) of the rows S that `rows` computes for C = `several` cotangents.
 
-        They are computed in parts, and not kept. `along` returns V s' (k, n) of rows s (n, D).
+        They are computed in parts, and not kept.
         """
 
 
@@ -203,11 +202,10 @@ class LossLinearisation:
         """Fill out (B, K, D) with J' A e, by segment, for signs e (B, T * O) of 1 and -1; A A' = H."""
         self.passes.rows(self._by_segment(self._random(signs), segments), out)
 
-    def sketch_along(self, signs: Array, segments: int, along: Callable[[Array], Array]) -> Array:
+    def sketch_along(self, signs: Array, segments: int, along: Along) -> Array:
         """Return V S' (k, B * K) of the rows S that `sketch` computes, none of which is kept."""
         u = self._by_segment(self._random(signs), segments)
-        found = self.passes.rows_along(u, segments, along)
-        return found.reshape(len(found), -1)
+        return self.passes.rows_along(u, segments, along).reshape(len(along), -1)
 
     def _random(self, signs: Array) -> Array:
         """Return A e (N, O) of signs e (B, T * O)."""

@@ -15,7 +15,7 @@ second derivative.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,7 @@ from hfmpi.networks import factors, recurrence
 from hfmpi.networks.architecture import Architecture
 from hfmpi.networks.parameter_gradient import BatchSums, Cotangents, SequenceSums, Sums, layer_gradient
 from hfmpi.networks.recurrence import Recurrence
+from hfmpi.optim.layout import Along
 
 __all__ = ["NetworkLinearisation", "Tape", "blocks", "fill_outputs", "fill_rows"]
 
@@ -238,19 +239,13 @@ class Tape:
             target = out[examples, columns]
             target += rows
 
-    def rows_along(self, u: Array, several: int, along: Callable[[Array], Array]) -> Array:
+    def rows_along(self, u: Array, several: int, along: Along) -> Array:
         """Return V S' (k, B, C) of the rows S that `rows` computes for C cotangents, in parts."""
-        found: Array = None
+        products = self.backend.xp.zeros((len(along), self.examples, several), self.backend.dtype)
         for examples, columns, rows in self._row_parts(u, several):
-            products = along(rows.reshape(-1, rows.shape[2]))
-            if found is None:
-                found = self.backend.xp.zeros((len(products), self.examples, several), self.backend.dtype)
-            part = found[:, examples, columns]
-            part += products.reshape(part.shape)
-        if found is None:  # all cotangents are zero
-            none = along(self.backend.xp.zeros((1, self.architecture.layout.size), self.backend.dtype))
-            found = self.backend.xp.zeros((len(none), self.examples, several), self.backend.dtype)
-        return found
+            part = products[:, examples, columns]
+            part += along(rows.reshape(-1, rows.shape[2])).reshape(part.shape)
+        return products
 
     def _row_parts(self, u: Array, many: int) -> Iterator[tuple[slice, slice, Array]]:
         """Yield terms (b, C', D) of the rows of some examples and some of C = `many` cotangents u (N * C, O).

@@ -34,6 +34,7 @@ from hfmpi.objective.local import Extra, LocalSums, Shard
 from hfmpi.objective.local_rows import SliceRows
 from hfmpi.objective.messages import ROW_NUMBERS, gradient_message, unpack
 from hfmpi.objective.rows import ShardedRows
+from hfmpi.objective.shares import shares
 from hfmpi.objective.transport import HostTransport, Transport
 from hfmpi.optim.base import Gradient, Objective, Objectives, Operator, Scalars, Sketch, symmetric
 from hfmpi.optim.checks import check_vector
@@ -285,16 +286,6 @@ def step_objectives(
         whole.keep(curvature, np.delete(indices, part))
     repeated = gradient_batch == cases.count and not redrawn
     return Objectives(whole, curvature, epoch, curvature is not None, repeated)
-
-
-def shares(sizes: Sequence[float], ranks: int) -> list[list[int]]:
-    """Distribute works of these sizes over ranks: the largest first, to the rank with the least work."""
-    assigned, work = [list[int]() for _ in range(ranks)], [0.0] * ranks
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        rank = work.index(min(work))
-        assigned[rank].append(i)
-        work[rank] += sizes[i]
-    return assigned
 
 
 UNEQUAL = "the examples have different numbers of outputs: rows need the same number of every example"

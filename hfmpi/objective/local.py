@@ -23,7 +23,7 @@ from hfmpi.objective.local_rows import SliceRows, signs, slice_rows
 from hfmpi.objective.messages import ROW_NUMBERS, gradient_message, pack
 from hfmpi.objective.sums import pairwise_sum
 from hfmpi.optim.base import inner_product
-from hfmpi.optim.layout import Directions, Layout
+from hfmpi.optim.layout import Along, Directions, Layout
 from hfmpi.optim.rows import RowRequest
 
 __all__ = ["Extra", "LocalSums", "Shard"]
@@ -288,19 +288,19 @@ class LocalSums:
         """
         backend = self.model.backend
 
-        def start(v: Any) -> Array:
-            return np.zeros(v[0] ** 2 + 2)
+        def start(along: Along) -> Array:
+            return np.zeros(len(along) ** 2 + 2)
 
-        def add(indices: np.ndarray, at: Any, v: Any, message: Array) -> None:
+        def add(indices: np.ndarray, at: Any, along: Along, message: Array) -> None:
             segments = at.segment_count(request.segments)
             e = signs(request.seed, indices, at.residual_count()).astype(theta.dtype)
-            found = at.sketch_along(backend.to_device(e), segments, v[1]).astype(np.float64)
+            found = at.sketch_along(backend.to_device(e), segments, along).astype(np.float64)
             products = backend.to_host(backend.xp.matmul(found, found.T))
             message[:-2] += products.reshape(-1) / scored
             message[-2] += found.shape[1]
 
         operator = self._operator(theta, shard, self.model.linearise, version, start, add)
-        return lambda v: operator((len(v), v.along()))
+        return lambda v: operator(v.along())
 
     def bends(self, theta: Array, shard: Shard, scored: int) -> Callable[[Array], Array]:
         """Return p (D,) -> the message of J'H z'' over `scored`, z'' the second derivative along p.

@@ -144,10 +144,10 @@ class Along:
 
         A part that is larger than a block, such as all of theta, is divided.
         """
-        found, start = [list[tuple[int, Part, Vector]]() for _ in blocks], 0
+        pieces, start = [list[tuple[int, Part, Vector]]() for _ in blocks], 0
         for part, stack in self.stacks:
             first, last = part.block.start, part.block.start + part.block.size
-            for block, of_block in zip(blocks, found, strict=True):
+            for block, of_block in zip(blocks, pieces, strict=True):
                 if (block.start, block.rows, block.columns) == (first, part.block.rows, part.block.columns):
                     of_block.append((start, part, stack))
                 elif first <= block.start and block.start + block.size <= last:
@@ -155,16 +155,16 @@ class Along:
                     whole = Part(block, 0, block.rows, 0, block.columns)
                     of_block.append((start, whole, stack[:, at : at + block.size]))
             start += len(stack)
-        return found
+        return pieces
 
     def __call__(self, rows: Vector) -> Vector:
         """Compute V S'."""
-        found, start = np.zeros_like(rows, shape=(len(self), len(rows))), 0
+        products, start = np.zeros_like(rows, shape=(len(self), len(rows))), 0
         for part, stack in self.stacks:
             stop = start + len(stack)
-            found[start:stop] = np.matmul(stack, part.of(rows).reshape(len(rows), -1).T)
+            products[start:stop] = np.matmul(stack, part.of(rows).reshape(len(rows), -1).T)
             start = stop
-        return found
+        return products
 
 
 class Directions(ABC):
@@ -191,10 +191,10 @@ class Directions(ABC):
     def dense(self) -> Vector:
         """Return all of them, a new array (k, D)."""
 
-    def along(self) -> Callable[[Vector], Vector]:
+    def along(self) -> Along:
         """Return the function of rows S (n, D) that computes V S' (k, n), in the type of the rows."""
-        v = self.dense()
-        return lambda rows: np.matmul(v, rows.T)
+        size = self.shape[1]
+        return Along([(Part(Block("theta", 0, 1, size), 0, 1, 0, size), self.dense())])
 
     def __len__(self) -> int:
         return self.shape[0]

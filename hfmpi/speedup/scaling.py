@@ -23,6 +23,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hfmpi.objective.shares import shares
+
 __all__ = ["Curve", "Job", "Link", "Pass", "best", "fit_link"]
 
 
@@ -130,11 +132,8 @@ class Job:
         return self.redundant + np.array([self._most(int(min(p, len(self.matrices)))) for p in ranks])
 
     def _most(self, ranks: int) -> float:
-        """Return w(P), with the largest work first to the rank that has the least."""
-        loads = [0.0] * max(1, ranks)
-        for seconds in sorted(self.matrices, reverse=True):
-            loads[loads.index(min(loads))] += seconds
-        return max(loads)
+        """Return w(P)."""
+        return max(sum(self.matrices[i] for i in works) for works in shares(self.matrices, max(1, ranks)))
 
     def seconds(self, ranks: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return T(P) for each number of ranks."""
