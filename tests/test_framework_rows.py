@@ -6,7 +6,7 @@ from dense import CASES, INPUTS, OUTPUTS, STEPS, numbers, symbols
 
 import hfmpi
 from hfmpi.models.base import has_rows
-from hfmpi.optim.layout import Block, Directions, parts_of
+from hfmpi.optim.layout import Directions, parts_of, whole
 from hfmpi.optim.reduced_model import Basis, Row
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -37,8 +37,9 @@ def check_rows(model, inputs, dense, targets, burn_in=0, loop=False):
     assert has_rows(model)
     # Directions cut into parts, whole ones, and some that are known as functions alone.
     vectors = [*numbers(2, size, seed=8)]
-    cuts = parts_of(model.blocks), parts_of([Block("theta", 0, 1, size)])
-    bases = [Basis(vectors, [Row(part, i, 0.5 + i) for part in parts for i in (0, 1)]) for parts in cuts]
+    cuts = parts_of(model.blocks), [whole(size)]
+    rows = [[Row(part, i, 0.5 + i) for part in parts for i in (0, 1)] for parts in cuts]
+    bases = [Basis([np.array(vectors)], each) for each in rows]
     bases.append(Dense(bases[0].dense()))
     for linearise in (model.linearise, model.linearise_rows):
         for how in sequential:
@@ -55,7 +56,9 @@ def check_rows(model, inputs, dense, targets, burn_in=0, loop=False):
                 expected = np.einsum("bnod,bnco->bcd", expected_z, by_example)
                 np.testing.assert_allclose(out, expected, **CLOSE)
                 for basis in bases:
-                    found = passes.rows_along(u.reshape(-1, width), several, basis.along())
+                    functions = basis.along()
+                    found = passes.rows_along(u.reshape(-1, width), several, functions)
+                    found *= functions.scales[:, None, None].astype(found.dtype)
                     along = np.einsum("kd,bcd->kbc", basis.dense(), expected)
                     np.testing.assert_allclose(found, along, **CLOSE)
             back, u = np.zeros(size), numbers(count, width)

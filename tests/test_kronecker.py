@@ -9,8 +9,9 @@ from dense import stored
 from test_models import close
 from test_networks import BACKENDS, KINDS, make
 
-from hfmpi.optim import layout
-from hfmpi.optim.layout import split_factors
+from hfmpi.optim import kfac, layout
+from hfmpi.optim.base import Objective
+from hfmpi.optim.layout import Block, split_factors
 
 CASES = [(1, "cross-entropy", True, False), (2, "cross-entropy", True, True), (1, "squares", False, False)]
 SIZES = {"hidden": 2, "steps": 3, "size": 2, "scored": 2}
@@ -124,3 +125,43 @@ def test_long_sides_have_the_diagonals_of_their_factors(kind, case, monkeypatch)
             shapes.add(own.ndim)
             close(own, matrix, 1e-9)
     assert 1 in shapes
+
+
+class Named(Objective):
+    """An objective that is asked for its blocks alone."""
+
+    blocks = (Block("bias", 0, 1, 40, groups=4), Block("scale", 40, 1, 30), Block("W", 70, 3, 5))
+
+    def loss(self, theta):
+        raise NotImplementedError
+
+    gradient = loss
+
+
+@pytest.mark.parametrize("side", [layout.WHOLE_SIDE, 20])
+def test_vectors_are_preconditioned_as_with_the_eigenvectors_of_their_factor(side, monkeypatch):
+    """Systems are solved where no decomposition is kept; a factor may have fewer examples than columns."""
+    monkeypatch.setattr(layout, "WHOLE_SIDE", side)
+    blocks, rng = Named.blocks, np.random.default_rng(0)
+    factors, g = np.zeros(layout.kronecker_layout(blocks).size, np.float32), rng.standard_normal(85)
+    for _, *both in split_factors(blocks, factors):
+        for factor in (np.atleast_3d(each.T).T for each in both):
+            for matrix in factor:
+                x = rng.standard_normal((25, len(matrix)))
+                matrix[...] = x.T @ x / 25
+    gammas, kept = [1e-4, 1e-2, 1.0], np.zeros(kfac.decomposition_layout(blocks).size, np.float32)
+    g = g.astype(np.float32)
+    solved, nothing = kfac.preconditioned_gradients(Named(), g, factors, kept[:0], gammas, True)
+    decomposed, kept = kfac.preconditioned_gradients(Named(), g, factors, kept, gammas, True)
+    assert not nothing.size
+    assert kept.any()
+    np.testing.assert_allclose(solved, decomposed, rtol=0, atol=1e-3 * abs(decomposed).max())
+    of_bias = split_factors(blocks, factors)[0][2]
+    dense = np.zeros((40, 40))
+    for i, matrix in enumerate(np.atleast_3d(of_bias.T).T):
+        n = len(matrix)
+        dense[i * n : (i + 1) * n, i * n : (i + 1) * n] = matrix
+    a = float(split_factors(blocks, factors)[0][1][0, 0])
+    for vector, gamma in zip(solved, gammas, strict=True):
+        expected = np.linalg.solve(a * dense + gamma * np.eye(40), g[:40])
+        np.testing.assert_allclose(vector[:40], expected, rtol=1e-5, atol=1e-5 * abs(expected).max())

@@ -72,7 +72,10 @@ class Risk(Objective):
 @pytest.fixture
 def executed(monkeypatch):
     """Count the operations of NumPy's calls: a list with those of each call."""
-    calls, plain = [], {"matmul": np.matmul, "eigh": np.linalg.eigh, "qr": np.linalg.qr}
+    calls, plain = (
+        [],
+        {"matmul": np.matmul, "eigh": np.linalg.eigh, "qr": np.linalg.qr, "solve": np.linalg.solve},
+    )
 
     def matmul(a, b, **options):
         transposed = a.ndim == b.ndim == 2 and (b.strides, b.shape) == (a.strides[::-1], a.shape[::-1])
@@ -82,16 +85,17 @@ def executed(monkeypatch):
         return result
 
     def decomposition(name, factor):
-        def call(matrix):
+        def call(matrix, *right):
             assert matrix.shape[0] == matrix.shape[1]
             calls.append(math.ceil(factor * len(matrix) ** 3))
-            return plain[name](matrix)
+            return plain[name](matrix, *right)
 
         return call
 
     monkeypatch.setattr(np, "matmul", matmul)
     monkeypatch.setattr(np.linalg, "eigh", decomposition("eigh", 9))
     monkeypatch.setattr(np.linalg, "qr", decomposition("qr", 8 / 3))
+    monkeypatch.setattr(np.linalg, "solve", decomposition("solve", 2 / 3))
     return calls
 
 

@@ -570,7 +570,7 @@ class Ranks(Objective):
     def gradient(self, theta):
         return Gradient(0.0, theta)
 
-    def spread(self, works, sizes, wide=False):
+    def spread(self, works, sizes, wide=False, name=""):
         assert wide
         self.messages += 1
         results = [work() for work in reversed(works)]
@@ -713,7 +713,7 @@ class Replayed(LeastSquares):
         assert len(agreed) == len(values)
         return agreed
 
-    def spread(self, works, sizes, wide=False):
+    def spread(self, works, sizes, wide=False, name=""):
         return self.log.pop(0)
 
 

@@ -103,7 +103,7 @@ class First(Rank):
         self.agreed.append(values)
         return values
 
-    def spread(self, works, sizes, wide=False):
+    def spread(self, works, sizes, wide=False, name=""):
         found = super().spread(works, sizes, wide)
         assert [len(own) for own in found] == sizes
         self.agreed.append(found)
@@ -116,7 +116,7 @@ class Second(Rank):
         assert len(values) == len(self.agreed[0])
         return self.agreed.pop(0)
 
-    def spread(self, works, sizes, wide=False):
+    def spread(self, works, sizes, wide=False, name=""):
         found = self.agreed.pop(0)
         return found if wide else [own.view(self.kind) for own in found]
 

@@ -88,7 +88,7 @@ def test_the_directions_are_those_of_the_dense_matrix(directions, monkeypatch):
     original = Subspace._model
 
     def model(self, theta, state, objectives, g, directions):
-        taken.extend(directions)
+        taken.extend(row for stack in directions for row in stack)
         return original(self, theta, state, objectives, g, directions)
 
     monkeypatch.setattr(Subspace, "_model", model)

@@ -20,6 +20,7 @@ from hfmpi.cli.main import cli
 from hfmpi.display import aligned, bar, sparkline
 from hfmpi.errors import UserError
 from hfmpi.measure.cost import Counts
+from hfmpi.objective.data_parallel import Risk
 from hfmpi.optim.layout import Block
 from hfmpi.parallel.communicator import Communicator
 from hfmpi.runs.config import Config
@@ -483,7 +484,13 @@ def test_the_messages_are_those_that_a_run_sends(optimizer, settings, tmp_path, 
         sent[vector.nbytes] += 1
         summing(comm, vector)
 
+    def spread(risk, works, sizes, wide=False, name=""):
+        sent[(8 if wide else 4) * (sum(sizes) + 1)] += 1  # one rank has no message for these results
+        return spreading(risk, works, sizes, wide, name)
+
+    spreading = Risk.spread
     monkeypatch.setattr(Communicator, "sum", recorded)
+    monkeypatch.setattr(Risk, "spread", spread)
     # What comes before the second step is not timed. Between steps are the losses of three evaluations, and
     # single numbers: who wants to stop.
     recorder = Recorder(lambda record: record["step"] == 1 and sent.clear())
@@ -527,8 +534,17 @@ def test_each_matrix_is_the_work_of_one_rank():
     first, second = ({name: s for name, s in works.items() if int(name[-1]) % 2 == i} for i in (0, 1))
     spans = [{"gradient": 4.0, "optimizer": 0.5, **first}, {"gradient": 4.0, "optimizer": 0.5, **second}]
     two = replace(measured(2, spans[0]), spans=tuple(spans))
-    assert sorted(two.matrices) == [2.0, 2.0, 2.0, 3.0, 3.0]
+    (group,) = two.matrices
+    assert sorted(group) == [2.0, 2.0, 2.0, 3.0, 3.0]
     assert two.most_redundant == 0.5
+
+
+def test_groups_of_works_follow_one_another():
+    """1 s of each group remains where every work has a rank, though no rank has both of them."""
+    works = {"matrix 0": 1.0, "matrix 1": 0.5, "matrix of directions 0": 1.0, "matrix of directions 1": 1.0}
+    one = measured(1, {"gradient": 8.0, **works})
+    assert one.matrices == ((1.0, 0.5), (1.0, 1.0))
+    np.testing.assert_allclose(fit([one], {}, Link(0.0, 1e9)).alone(np.array([1, 2, 9])), [3.5, 2.0, 2.0])
 
 
 def test_products_with_rows_are_shared_and_cost_no_forward_pass():

@@ -373,21 +373,31 @@ def test_settings_of_earlier_versions_are_refused_with_a_sentence(changes, sente
     "blocks", [BLOCKS, (Block("all", 0, 8, 5),), (Block("a", 0, 4, 5), Block("b", 20, 1, 20))]
 )
 @pytest.mark.parametrize("cut", [True, False])
-def test_what_directions_have_in_each_block(blocks, cut):
+@pytest.mark.parametrize(("scale", "some"), [(2.0, (0, 1, 2)), (2.0, (0, 2)), (1e13, (0, 1, 2))])
+def test_what_directions_have_in_each_block(blocks, cut, scale, some):
     """Also of one block that is as large as theta but of another shape than that of whole directions."""
     rng = np.random.default_rng(6)
     vectors, g = rng.standard_normal((3, SIZE)), rng.standard_normal((2, SIZE))
-    parts = layout.parts_of(blocks if cut else [Block("theta", 0, 1, SIZE)])
-    basis = reduced_model.Basis(
-        list(vectors), [reduced_model.Row(p, i, 2.0) for p in parts for i in range(3)]
-    )
+    parts = layout.parts_of(blocks) if cut else [layout.whole(SIZE)]
+    rows = [reduced_model.Row(p, i, scale) for p in parts for i in some]
+    basis = reduced_model.Basis([vectors[:2], vectors[2:]], rows)
     along = basis.along()
-    np.testing.assert_allclose(along(g), basis.dense() @ g.T)
+    scales = along.scales[:, None]
+    np.testing.assert_allclose(scales * along(g), basis.dense() @ g.T)
     found = np.zeros((len(basis), len(g)))
     for block, pieces in zip(blocks, along.by_block(blocks), strict=True):
         for first, part, v in pieces:
             found[first : first + len(v)] += v @ part.of_block(block.of(g)).reshape(len(g), -1).T
-    np.testing.assert_allclose(found, basis.dense() @ g.T)
+    np.testing.assert_allclose(scales * found, basis.dense() @ g.T)
+
+
+@pytest.mark.parametrize(("size", "copied"), [(1.0, False), (1e-25, True), (1e25, True)])
+def test_vectors_are_copied_where_float32_could_not_hold_their_products(size, copied):
+    vectors = np.float32(size) * np.random.default_rng(7).standard_normal((3, SIZE)).astype(np.float32)
+    basis, *_ = reduced_model.normalised(Bowl(), [vectors], [layout.whole(SIZE)], vectors[0])
+    along, g = basis.along(), np.float32(1e-15) * np.ones((1, SIZE), np.float32)
+    assert [np.shares_memory(stack, vectors) for _, stack in along.stacks] == [not copied]
+    np.testing.assert_allclose(along.scales[:, None] * along(g), basis.dense() @ g.T, rtol=1e-5)
 
 
 @pytest.mark.parametrize("stacked", [reduced_model.STACKED, 6])
@@ -395,7 +405,7 @@ def test_what_directions_have_in_each_block(blocks, cut):
 def test_a_basis_is_the_dense_matrix_of_its_rows(stacked, dtype, monkeypatch):
     monkeypatch.setattr(reduced_model, "STACKED", stacked)
     rng, parts = np.random.default_rng(4), layout.parts_of(BLOCKS)
-    vectors = [*rng.standard_normal((3, SIZE)).astype(dtype)]
+    vectors, g = rng.standard_normal((3, SIZE)).astype(dtype), rng.standard_normal(SIZE).astype(dtype)
     parts[1].of(vectors[2])[...] = 0  # makes no row
     dense = []
     for part in parts:
@@ -404,7 +414,7 @@ def test_a_basis_is_the_dense_matrix_of_its_rows(stacked, dtype, monkeypatch):
             part.of(row)[...] = part.of(vector)
             dense += [row / np.linalg.norm(row)] if row.any() else []
     dense, tolerance = np.array(dense), 20 * np.finfo(dtype).eps
-    basis, g = reduced_model.normalised(Bowl(), vectors, parts), rng.standard_normal(SIZE).astype(dtype)
+    basis, gram, slopes = reduced_model.normalised(Bowl(), [vectors], parts, g)
     assert len(dense) == 3 * len(parts) - 1
     assert (basis.shape, basis.dtype) == (dense.shape, dtype)
     np.testing.assert_allclose(np.asarray(basis), dense, rtol=0, atol=tolerance)
@@ -412,7 +422,6 @@ def test_a_basis_is_the_dense_matrix_of_its_rows(stacked, dtype, monkeypatch):
     some = np.full((5, SIZE), np.nan, dtype)
     basis.fill(7, some)
     np.testing.assert_array_equal(some, basis.dense()[7:12])
-    gram, slopes = basis.inner_products(g)
     np.testing.assert_allclose(gram, dense @ dense.T, rtol=0, atol=tolerance)
     np.testing.assert_allclose(slopes, dense @ g, rtol=0, atol=10 * tolerance)
     weights = rng.standard_normal(len(dense))

@@ -183,9 +183,9 @@ def products(bench: Bench, about: Architecture, batch: int, columns: int = 0) ->
     def sketch(risk: Risk, theta: Any) -> Callable[[], Any]:
         parts = parts_of(about.blocks)
         v = np.random.default_rng(0).standard_normal((-(-columns // len(parts)), theta.size))
-        basis = normalised(risk, risk.owner.model.backend.to_device(v.astype(bench.dtype)), parts)
-        assert basis is not None  # its numbers are finite
-        return lambda: risk.sketch(theta, basis, RowRequest("sketch", 3))
+        found = normalised(risk, [risk.owner.model.backend.to_device(v.astype(bench.dtype))], parts, theta)
+        assert found is not None  # its numbers are finite
+        return lambda: risk.sketch(theta, found[0], RowRequest("sketch", 3))
 
     kinds: dict[str, Callable[[Risk, Any], Any]] = {"product": product}
     if columns:

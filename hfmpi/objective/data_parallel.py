@@ -332,7 +332,7 @@ class Risk(Objective):
         return super().blocks
 
     def spread(
-        self, works: Sequence[Callable[[], Array]], sizes: Sequence[int], wide: bool = False
+        self, works: Sequence[Callable[[], Array]], sizes: Sequence[int], wide: bool = False, name: str = ""
     ) -> list[Array]:
         """Do each work on one rank, and send the results to all in one message."""
         owner, backend, rank = self.owner, self.owner.model.backend, self.owner.communicator.rank
@@ -341,7 +341,7 @@ class Risk(Objective):
         def done(i: int) -> Array:
             if owner.stop() or owner.overdue():
                 raise Stopped
-            with owner.timer.span(f"{MATRIX}{i}"):
+            with owner.timer.span(f"{MATRIX}{name}{i}"):
                 return works[i]()
 
         if wide:
@@ -356,6 +356,9 @@ class Risk(Objective):
                     results[i] = part[start : start + sizes[i]]
                     start += sizes[i]
             return [results[i] for i in range(len(works))]
+
+        if owner.communicator.size == 1:
+            return [done(i) + 0 for i in range(len(works))]  # as of several ranks: no -0.0
 
         size, ends = int(sum(sizes)) + 1, np.cumsum(sizes)
 
@@ -412,6 +415,7 @@ class Risk(Objective):
         if not isinstance(model, KroneckerFactors):
             return super().factored_gradient(theta)
         gradient, sums = self._gradient(theta, "factors")
+        gradient = gradient._replace(vector=gradient.vector.copy())  # the message is larger, and is released
         return gradient, model.factor_sums.normalise(sums, self.scored)
 
     def _gradient(self, theta: Array, extra: Extra) -> tuple[Gradient, Array]:

@@ -296,7 +296,7 @@ class LocalSums:
             e = signs(request.seed, indices, at.residual_count()).astype(theta.dtype)
             found = at.sketch_along(backend.to_device(e), segments, along).astype(np.float64)
             products = backend.to_host(backend.xp.matmul(found, found.T))
-            message[:-2] += products.reshape(-1) / scored
+            message[:-2] += (np.outer(along.scales, along.scales) * products).reshape(-1) / scored
             message[-2] += found.shape[1]
 
         operator = self._operator(theta, shard, self.model.linearise, version, start, add)

@@ -172,13 +172,14 @@ class Objective(ABC):
         raise UserError("the objective does not name the matrices of theta (blocks): take another optimizer")
 
     def spread(
-        self, works: Sequence[Callable[[], Vector]], sizes: Sequence[int], wide: bool = False
+        self, works: Sequence[Callable[[], Vector]], sizes: Sequence[int], wide: bool = False, name: str = ""
     ) -> list[Vector]:
         """Run each work on one of the ranks; return all results, vectors of these sizes, on all ranks.
 
         For results that processors may round differently, such as matrix products of vectors that all ranks
         hold, and for works that take long enough to be shared out. With `wide` the results are float64 on
-        the host, otherwise of the type and on the device of theta.
+        the host, otherwise of the type and on the device of theta. The timer's spans of the works start with
+        `name`.
         """
         return [work() for work in works]
 
@@ -291,12 +292,15 @@ class Messages(NamedTuple):
         In the message of each gradient.
     matrices : int
         In the message of a step's work on matrices (`Objective.spread`); 0: there is no such message.
+    inner_products : int
+        In the message of a step's inner products of directions, float64; 0: there is no such message.
     others : bool
         Whether there are other messages too, as of matrices of rows, whose sizes are not known here.
     """
 
     with_gradient: int = 0
     matrices: int = 0
+    inner_products: int = 0
     others: bool = False
 
 

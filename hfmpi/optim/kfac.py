@@ -6,7 +6,8 @@ preconditioned gradient of a damping gamma is, exactly,
 
     (A x B + gamma)^-1 G = Q_A ((Q_A' G Q_B) / (a_i b_j + gamma)) Q_B'
 
-at the cost of two products on each side for every gamma.
+at the cost of two products on each side for every gamma. Where the block is a vector (one row), systems with
+a B + gamma are solved instead, which takes a fraction of the time of eigenvectors.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hfmpi.measure.cost import Counts
-from hfmpi.measure.linear_algebra import eigh, together
+from hfmpi.measure.linear_algebra import eigh, solve, together
 from hfmpi.optim.base import Objective
 from hfmpi.optim.layout import Block, BlockLayout, Shape, Vector, factor_shape, split_factors
 from hfmpi.optim.matrices import Arrays, rotated, rotation, share_out
@@ -88,8 +89,8 @@ def preconditioned_gradients(
     decomposition: Vector,
     dampings: Sequence[float],
     refresh: bool,
-) -> tuple[list[Vector], Vector]:
-    """Compute (A x B + gamma)^-1 g for each gamma, (D,) each, and the decomposition of the factors.
+) -> tuple[Vector, Vector]:
+    """Compute (A x B + gamma)^-1 g for each gamma, (n, D), and the decomposition of the factors.
 
     With `refresh` the factors are decomposed, otherwise the decomposition is the one that was passed. It is
     not kept where that is empty.
@@ -106,6 +107,11 @@ def preconditioned_gradients(
 
     def fill(i: int, new: Arrays) -> None:
         group = groups[i]
+        if refresh and not returned and _is_vector(group):
+            a, b = float(both[group.number][1][0, 0]), group.factor(both[group.number][2])
+            for gamma, out in zip(dampings, new["gradients"], strict=True):
+                out[...] = _solved(max(a, 0.0) * b.astype(np.float64), gamma, group.of(gradient))
+            return
         if refresh:
             a, q_a = rows_decomposed(group.number)
             b, q_b = _decompose(group.factor(both[group.number][2]))
@@ -125,23 +131,29 @@ def preconditioned_gradients(
         gradients: dict[str, Shape] = {"gradients": (len(dampings), group.block.rows, group.columns)}
         return {**_decomposition(group), **gradients} if returned else gradients
 
-    preconditioned = [gradient * 0 for _ in dampings]
+    preconditioned = np.zeros_like(gradient, shape=(len(dampings), gradient.size))
+    if returned:
+        decomposition = np.zeros_like(decomposition)
+    kept = layout.views(decomposition) if returned else [dict[str, Vector]() for _ in groups]
     new_groups = share_out(objective, BlockLayout(groups, results), gradient, fill)
-    for group, new in zip(groups, new_groups, strict=True):
+    for group, arrays in zip(groups, kept, strict=True):
+        new = new_groups.pop(0)  # its memory is released
         for vector, matrix in zip(preconditioned, new["gradients"], strict=True):
             group.of(vector)[...] = matrix
-    if returned:
-        decomposition = decomposition * 0
-        for new, arrays in zip(new_groups, layout.views(decomposition), strict=True):
-            for name, array in arrays.items():
-                array[...] = new[name]
+        for name, array in arrays.items():
+            array[...] = new[name]
     return preconditioned, decomposition
 
 
-def preconditioning(blocks: Sequence[Block], dampings: int, refresh: bool) -> Counts:
-    """Return the linear algebra of `preconditioned_gradients` for so many dampings."""
+def preconditioning(blocks: Sequence[Block], dampings: int, refresh: bool, kept: bool = False) -> Counts:
+    """Return the linear algebra of `preconditioned_gradients` for so many dampings.
+
+    `kept` says whether the decomposition is.
+    """
 
     def of(group: _Group) -> Counts:
+        if refresh and not kept and _is_vector(group):
+            return together([solve(group.columns)] * dampings)
         left, right = _vectors(group.block.rows)[0], _vectors(group.columns)[0]
         sides = (left if group.left == 0 else 0, right)  # A is decomposed for all groups of the block
         decompositions = together([eigh(side) for side in sides if side and refresh])
@@ -149,6 +161,20 @@ def preconditioning(blocks: Sequence[Block], dampings: int, refresh: bool) -> Co
         return decompositions + rotations[0] + together(rotations)
 
     return together(map(of, _groups(blocks)))
+
+
+def _is_vector(group: _Group) -> bool:
+    """Return whether these are entries of a vector that have a matrix as factor."""
+    return group.block.rows == 1 and len(factor_shape(group.columns)) == 2
+
+
+def _solved(matrix: Vector, gamma: float, right: Vector) -> Vector:
+    """Return (matrix + gamma)^-1 right' as a row (1, n); NaN where that fails. The matrix is overwritten."""
+    matrix.reshape(-1)[:: len(matrix) + 1] += gamma
+    try:
+        return np.linalg.solve(matrix, right.astype(np.float64).T).T
+    except np.linalg.LinAlgError:
+        return right * np.nan
 
 
 def _decompose(factor: Vector) -> tuple[Vector, Vector]:

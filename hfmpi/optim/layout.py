@@ -29,6 +29,7 @@ __all__ = [
     "kronecker_layout",
     "parts_of",
     "split_factors",
+    "whole",
 ]
 
 Vector: TypeAlias = Any
@@ -106,11 +107,21 @@ class Part(NamedTuple):
         """The number of parameters."""
         return (self.bottom - self.top) * (self.right - self.left)
 
+    @property
+    def contiguous(self) -> bool:
+        """Whether the rows of the part follow one another in a vector, because they have all columns."""
+        return (self.left, self.right) == (0, self.block.columns)
+
     def divided(self, most: int) -> list[Part]:
         """Divide it into parts of some rows each, of at most `most` numbers or one row."""
         step = max(1, most // (self.right - self.left))
         tops = range(self.top, self.bottom, step)
         return [self._replace(top=top, bottom=min(top + step, self.bottom)) for top in tops]
+
+
+def whole(size: int) -> Part:
+    """Return the part that is all of a vector of this size."""
+    return Part(Block("theta", 0, size, 1), 0, size, 0, 1)
 
 
 def parts_of(blocks: Sequence[Block]) -> list[Part]:
@@ -125,22 +136,24 @@ def parts_of(blocks: Sequence[Block]) -> list[Part]:
 
 
 class Along:
-    """The function of rows S (n, D) that computes V S' (k, n), in the type of the rows.
+    """The function of rows S (n, D) that computes X S' (k, n), in the type of the rows, where V = diag(s) X.
 
     Parameters
     ----------
     stacks : list of (Part, (c, size))
-        Parts of vectors, and what c consecutive rows of V have there; elsewhere they are zero.
+        Parts of vectors, and what c consecutive rows of X have there; elsewhere they are zero.
+    scales : (k,) float64
+        s, on the host.
     """
 
-    def __init__(self, stacks: list[tuple[Part, Vector]]) -> None:
-        self.stacks = stacks
+    def __init__(self, stacks: list[tuple[Part, Vector]], scales: np.ndarray) -> None:
+        self.stacks, self.scales = stacks, scales
 
     def __len__(self) -> int:
         return sum(len(stack) for _, stack in self.stacks)
 
     def by_block(self, blocks: Sequence[Block]) -> list[list[tuple[int, Part, Vector]]]:
-        """Return for each block what V has there: the first row, the part of the block, and (c, size).
+        """Return for each block what X has there: the first row, the part of the block, and (c, size).
 
         A part that is larger than a block, such as all of theta, is divided.
         """
@@ -158,7 +171,7 @@ class Along:
         return pieces
 
     def __call__(self, rows: Vector) -> Vector:
-        """Compute V S'."""
+        """Compute X S'."""
         products, start = np.zeros_like(rows, shape=(len(self), len(rows))), 0
         for part, stack in self.stacks:
             stop = start + len(stack)
@@ -192,9 +205,8 @@ class Directions(ABC):
         """Return all of them, a new array (k, D)."""
 
     def along(self) -> Along:
-        """Return the function of rows S (n, D) that computes V S' (k, n), in the type of the rows."""
-        size = self.shape[1]
-        return Along([(Part(Block("theta", 0, 1, size), 0, 1, 0, size), self.dense())])
+        """Return the function of rows S (n, D) that computes V S' (k, n) up to the scales of V."""
+        return Along([(whole(self.shape[1]), self.dense())], np.ones(len(self)))
 
     def __len__(self) -> int:
         return self.shape[0]

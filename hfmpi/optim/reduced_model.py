@@ -3,7 +3,8 @@
     V     the vectors, k x D, rows of length one           g   the gradient, D
     M     V G V', k x k
 
-V is not stored: its rows are parts of a few vectors of D numbers, times a scale each.
+V is not stored: its rows are parts of a few vectors of D numbers, times a scale each. The lengths of these
+parts, V V' and V g come from one pass over the vectors, which the ranks share.
 
 The step of a lambda is V' c with c = -(S + r diag S)^-1 V g and S = M + lambda V V'; r is in RELATIVE.
 """
@@ -11,8 +12,9 @@ The step of a lambda is V' c with c = -(S + r diag S)^-1 V g and S = M + lambda 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -23,7 +25,7 @@ from hfmpi.measure.linear_algebra import eigh, gram, product, together
 from hfmpi.optim.base import Matrix, Objective
 from hfmpi.optim.layout import Along, Directions, Part, Vector
 
-__all__ = ["Basis", "ReducedModel", "Step", "normalised"]
+__all__ = ["Basis", "ReducedModel", "Step", "normalised", "pieces"]
 
 RELATIVE = {"float32": 1e-6, "float64": 1e-12}
 """Part of the system's diagonal that is added to it: vectors may be equal or parallel up to rounding.
@@ -34,6 +36,12 @@ how fast the step converges, so that float64 has less.
 
 STACKED = 2**18
 """Entries of the parts of vectors that are multiplied in float64 at a time: few enough for the cache."""
+
+SHARES = 64
+"""Into how many pieces the inner products are divided at least: so many ranks can share them."""
+
+SCALES = 1e-12, 1e12
+"""Scales with which products of unscaled vectors neither overflow nor underflow in float32."""
 
 
 class Row(NamedTuple):
@@ -49,15 +57,16 @@ class Basis(Directions):
 
     Parameters
     ----------
-    vectors : sequence of (D,)
-        Of which the rows are parts. They must not change.
+    stacks : sequence of (n, D)
+        The vectors of which the rows are parts. They must not change.
     rows : sequence of Row
-        Those of a part follow one another.
+        Those of a part follow one another, in the order of the vectors.
     """
 
-    def __init__(self, vectors: Sequence[Vector], rows: Sequence[Row]) -> None:
-        self.vectors, self.rows = vectors, rows
-        self.shape, self.dtype = (len(rows), vectors[0].size), vectors[0].dtype
+    def __init__(self, stacks: Sequence[Vector], rows: Sequence[Row]) -> None:
+        self.stacks, self.rows = stacks, rows
+        self.vectors = [vector for stack in stacks for vector in stack]
+        self.shape, self.dtype = (len(rows), stacks[0].shape[1]), stacks[0].dtype
 
     def fill(self, start: int, out: Vector) -> None:
         """Fill out (C, D) with C rows, from `start` on."""
@@ -87,40 +96,36 @@ class Basis(Directions):
         indices = range(len(self))
         return [(part, [*each]) for part, each in groupby(indices, lambda i: self.rows[i].part)]
 
-    def inner_products(self, g: Vector) -> tuple[Matrix, Matrix]:
-        """Compute V V' (k, k) and V g (k,), in float64."""
-        gram, slopes = np.zeros((len(self), len(self))), np.zeros(len(self))
-        for whole, indices in self._by_part():
-            count = len(indices)
-            products, along = (np.zeros_like(g, np.float64, shape=(count, n)) for n in (count, 1))
-            for part in whole.divided(STACKED // count):
-                wide = self._stacked(indices, part).astype(np.float64)
-                products += np.matmul(wide, wide.T)
-                along += np.matmul(wide, part.of(g).reshape(-1, 1).astype(np.float64))
-            gram[np.ix_(indices, indices)] = products.tolist()
-            slopes[indices] = along[:, 0].tolist()
-        return gram, slopes
-
     def along(self) -> Along:
-        """Return the function of rows S (n, D) that computes V S' (k, n), in the type of the rows.
+        """Return the function of rows S (n, D) that computes V S' (k, n) up to the scales of V.
 
-        It keeps the part of every row of V where it is not zero: as many numbers as the vectors have.
+        Where a part is contiguous in the vectors it uses them as they are; other parts are copied.
         """
-        return Along([(part, self._stacked(indices, part)) for part, indices in self._by_part()])
+        stacks, scales = list[tuple[Part, Vector]](), np.array([row.scale for row in self.rows])
+        for part, indices in self._by_part():
+            of_vectors = [self.rows[i].vector for i in indices]
+            least, most = scales[indices].min(), scales[indices].max()
+            if part.contiguous and SCALES[0] < least and most < SCALES[1]:
+                stacks += [(part, part.of(run).reshape(len(run), -1)) for run in self._runs(of_vectors)]
+            else:
+                stacks.append((part, self._stacked(indices, part)))
+                scales[indices] = 1.0
+        return Along(stacks, scales)
+
+    def _runs(self, vectors: Sequence[int]) -> Iterator[Vector]:
+        """Yield these vectors, (c, D) views of those that follow one another in a stack."""
+        start = 0
+        for stack in self.stacks:
+            inside = [i - start for i in vectors if start <= i < start + len(stack)]
+            for _, run in groupby(enumerate(inside), lambda pair: pair[1] - pair[0]):
+                first, *others = (i for _, i in run)
+                yield stack[first : first + 1 + len(others)]
+            start += len(stack)
 
     def along_work(self, rows: int) -> Counts:
         """Return the linear algebra of `along` for so many rows, and of the products among them."""
         each = together(product(len(indices), part.size, rows) for part, indices in self._by_part())
         return each + gram(len(self), rows)
-
-    @property
-    def work(self) -> Counts:
-        """The linear algebra of `inner_products`."""
-        return together(
-            work
-            for part, indices in self._by_part()
-            for work in (gram(len(indices), part.size), product(len(indices), part.size))
-        )
 
     def combined(self, weights: Sequence[float]) -> Vector:
         """Compute V' c, (D,)."""
@@ -132,23 +137,58 @@ class Basis(Directions):
         return p
 
 
-def normalised(objective: Objective, vectors: Sequence[Vector], parts: Sequence[Part]) -> Basis | None:
-    """Cut vectors (D,) into parts of length one, without those of length zero; None if one is not finite."""
-    every = [(part, i) for part in parts for i in range(len(vectors))]
-    agreed = objective.agree(tuple(_square(part.of(vectors[i])) for part, i in every))
-    if not all(map(math.isfinite, agreed)):
+def normalised(
+    objective: Objective, stacks: Sequence[Vector], parts: Sequence[Part], g: Vector
+) -> tuple[Basis, Matrix, Matrix] | None:
+    """Cut vectors (n, D) into parts of length one, without those of length zero; collective.
+
+    Returns
+    -------
+    basis : Basis
+        V.
+    gram : (k, k) float64
+        V V'.
+    slopes : (k,) float64
+        V g.
+
+    None if an entry is not finite.
+    """
+    vectors = [*(vector for stack in stacks for vector in stack), g]
+    count, cut = len(vectors), pieces(parts, len(vectors), g.size)
+    works = [partial(_products, vectors, piece) for _, piece in cut]
+    found = objective.spread(works, [count * count] * len(works), True, "of directions ")
+    products = np.zeros((len(parts), count, count))
+    for (i, _), product_of_piece in zip(cut, found, strict=True):
+        products[i] += product_of_piece.reshape(count, count)
+    if not np.isfinite(products).all():
         return None
-    rows = [
-        Row(part, i, 1 / math.sqrt(square))
-        for (part, i), square in zip(every, agreed, strict=True)
-        if square > 0
-    ]
-    return Basis(vectors, rows)
+    rows, grams, slopes = list[Row](), list[Matrix](), list[float]()
+    for part, matrix in zip(parts, products, strict=True):
+        some = [i for i in range(count - 1) if matrix[i, i] > 0]
+        scales = 1 / np.sqrt(matrix[some, some])
+        rows += [Row(part, i, scale) for i, scale in zip(some, scales.tolist(), strict=True)]
+        grams.append(scales[:, None] * matrix[np.ix_(some, some)] * scales)
+        slopes += (scales * matrix[some, -1]).tolist()
+    gram, start = np.zeros((len(rows), len(rows))), 0
+    for each in grams:
+        gram[start : start + len(each), start : start + len(each)] = each
+        start += len(each)
+    return Basis(stacks, rows), gram, np.array(slopes)
 
 
-def _square(values: Vector) -> float:
-    """Compute the sum of the squares, accumulated in float64."""
-    return float(np.einsum("ij,ij->", values, values, dtype=np.float64))
+def pieces(parts: Sequence[Part], count: int, size: int) -> list[tuple[int, Part]]:
+    """Divide parts of `count` vectors (`size`,) into works, each with the index of its part."""
+    most = max(1, min(STACKED // count, size // SHARES))
+    return [(i, piece) for i, part in enumerate(parts) for piece in part.divided(most)]
+
+
+def _products(vectors: Sequence[Vector], part: Part) -> Matrix:
+    """Compute the inner products of all pairs of vectors in a part, (n * n,) float64 on the host."""
+    wide = np.zeros_like(vectors[0], np.float64, shape=(len(vectors), *part.of(vectors[0]).shape))
+    for vector, out in zip(vectors, wide, strict=True):
+        out[...] = part.of(vector)
+    wide = wide.reshape(len(vectors), -1)
+    return np.array(np.matmul(wide, wide.T).tolist()).reshape(-1)
 
 
 class Step(NamedTuple):

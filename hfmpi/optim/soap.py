@@ -157,10 +157,12 @@ class SOAP(Adaptive[SOAPState]):
             corrected = np.sqrt(square / kind(1 - self.beta2**t)) + kind(self.epsilon)
             new["step"][...] = self._finished(blocks[i], rotated(ahead / corrected, left, right.T))
 
-        mean_square, p, factors, bases = (v * 0 for v in (mean, mean, state.factors, state.bases))
+        vectors = mean, mean, state.factors, state.bases
+        mean_square, p, factors, bases = map(np.zeros_like, vectors)
         results = share_out(objective, BlockLayout(blocks, self._results), g, fill)
         after = layout.views(factors), layout.views(bases)
-        for block, new, new_factors, new_bases in zip(blocks, results, *after, strict=True):
+        for block, new_factors, new_bases in zip(blocks, *after, strict=True):
+            new = results.pop(0)  # its memory is released
             block.of(mean_square)[...], block.of(p)[...] = new["mean_square"], new["step"]
             for side in new_factors:
                 new_factors[side][...], new_bases[side][...] = new[side], new[f"Q_{side}"]

@@ -26,6 +26,7 @@ import numpy as np
 
 from hfmpi.errors import UserError
 from hfmpi.measure.cost import Counts
+from hfmpi.measure.linear_algebra import gram as inner_products
 from hfmpi.measure.linear_algebra import product, repeated, together
 from hfmpi.optim.base import (
     EntryT,
@@ -41,8 +42,8 @@ from hfmpi.optim.base import (
 from hfmpi.optim.checks import check_blocks, check_state, check_vector, checked
 from hfmpi.optim.damping import UNRESOLVED, noise, rounding, small
 from hfmpi.optim.kfac import decomposition_layout, preconditioned_gradients, preconditioning
-from hfmpi.optim.layout import Block, Vector, kronecker_layout, parts_of
-from hfmpi.optim.reduced_model import ReducedModel, Step, normalised
+from hfmpi.optim.layout import Block, Part, Vector, kronecker_layout, parts_of, whole
+from hfmpi.optim.reduced_model import ReducedModel, Step, normalised, pieces
 from hfmpi.optim.rows import RowMatrix, RowRequest
 from hfmpi.optim.shifted_cg import shifted_solutions
 from hfmpi.settings import NOT_NEGATIVE, POSITIVE, Rule, at_least, check, within
@@ -225,11 +226,16 @@ class Subspace(Optimizer[SubspaceState]):
         return not self.weight_decay
 
     def messages(self, parameters: int, blocks: Sequence[Block]) -> Messages:
-        """Return what the ranks exchange: the sums of the factors, and the results of K-FAC."""
-        if not self._uses("kfac"):
-            return Messages()
+        """Return what the ranks exchange: the sums of the factors, the results of K-FAC, inner products."""
+        kfac, rows = self._uses("kfac"), self._uses("rows")
+        count = self.memory + kfac * self.kfac_dampings + rows * (self.row_dampings + self.row_iterates)
+        count += self._uses("gradient") + self._uses("rms") + 1  # the gradient beside the directions
+        products = count**2 * len(pieces(self._parts(parameters, blocks), count, parameters))
+        if not kfac:
+            return Messages(inner_products=products)
         decomposition = (self.refresh > 1) * decomposition_layout(blocks).size // self.refresh
-        return Messages(kronecker_layout(blocks).size + 1, decomposition + self.kfac_dampings * parameters)
+        results = decomposition + self.kfac_dampings * parameters
+        return Messages(kronecker_layout(blocks).size + 1, results, products)
 
     def on_other_batches(self, state: Mapping[str, EntryT]) -> dict[str, EntryT | float]:
         """Return the state without a step to judge: its risk was that of another batch."""
@@ -285,11 +291,13 @@ class Subspace(Optimizer[SubspaceState]):
             )
         algebra = Counts()
         if self._uses("kfac"):
-            algebra = preconditioning(objective.blocks, self.kfac_dampings, self._refreshes(state))
+            refreshes, kept = self._refreshes(state), self.refresh > 1
+            algebra = preconditioning(objective.blocks, self.kfac_dampings, refreshes, kept)
         state, directions = self._directions(state, objective, g, factors)
+        del factors  # they are larger than theta
         if rows is not None:
             further, work = self._row_directions(objective, rows, g)
-            directions, algebra = [*further, *directions], algebra + work
+            directions, algebra = [*(x[None] for x in further), *directions], algebra + work
             del rows  # their memory is large
         model, work = self._model(theta, state, objectives, g, directions)
         report = replace(report, work=passes + work + algebra, details=_details(norm, state.damping, rho))
@@ -380,6 +388,9 @@ class Subspace(Optimizer[SubspaceState]):
                 break
         return theta, state, replace(report, message="no part of the step lowers the risk")
 
+    def _parts(self, parameters: int, blocks: Sequence[Block]) -> list[Part]:
+        return parts_of(blocks) if self.cut else [whole(parameters)]
+
     def _uses(self, kind: str) -> bool:
         return kind in self.directions.split("+")
 
@@ -389,15 +400,15 @@ class Subspace(Optimizer[SubspaceState]):
     def _directions(
         self, state: SubspaceState, objective: Objective, g: Vector, factors: Vector
     ) -> tuple[SubspaceState, list[Vector]]:
-        """Compute the directions, not yet cut, and the state with the means that they come from."""
+        """Compute the directions, (n, D) each, and the state with the means that they come from."""
         kind = g.dtype.type
         first = 1 - 1 / (state.updates + 1)
-        directions = [g] if self._uses("gradient") else []
+        directions = [g[None]] if self._uses("gradient") else []
         if self._uses("rms"):
             keep = min(first, self.square_decay)
             mean_square = kind(keep) * state.mean_square + kind(1 - keep) * g * g
             state = replace(state, mean_square=mean_square)
-            directions.append(g / (np.sqrt(mean_square) + kind(1e-8)))
+            directions.append((g / (np.sqrt(mean_square) + kind(1e-8)))[None])
         if self._uses("kfac"):
             if self.factor_decay:
                 keep = min(first, self.factor_decay)
@@ -407,8 +418,10 @@ class Subspace(Optimizer[SubspaceState]):
             more, decomposition = preconditioned_gradients(
                 objective, g, factors, state.decomposition, gammas, self._refreshes(state)
             )
-            state, directions = replace(state, decomposition=decomposition), directions + more
-        return state, [*directions, *state.steps.reshape(-1, g.size)[: self.memory]]
+            state = replace(state, decomposition=decomposition)
+            directions.append(more)
+        last = state.steps.reshape(-1, g.size)[: self.memory]
+        return state, [*directions, last] if len(last) else directions
 
     def _row_directions(
         self, objective: Objective, rows: RowMatrix, g: Vector
@@ -437,11 +450,12 @@ class Subspace(Optimizer[SubspaceState]):
     ) -> tuple[ReducedModel | None, Counts]:
         """Compute the model in the space of the directions, None if one is not finite; and the work."""
         objective = objectives.gradient
-        parts = parts_of(objective.blocks if self.cut else [Block("theta", 0, 1, g.size)])
-        basis = normalised(objective, directions, parts)
-        work = Counts()
-        if basis is None:
+        parts = self._parts(g.size, objective.blocks)
+        found = normalised(objective, directions, parts, g)
+        work = inner_products(1 + sum(map(len, directions)), g.size)
+        if found is None:
             return None, work
+        basis, gram, slopes = found
         m, count = None, len(basis)
         segments = self.sketch_segments(objectives.second.size)
         if segments:
@@ -452,10 +466,9 @@ class Subspace(Optimizer[SubspaceState]):
         if m is None:
             m = objectives.second.project(theta)(basis)
             work += Counts(projections=1)
-        gram, slopes = basis.inner_products(g)
         model = ReducedModel(objective, basis, m + self.weight_decay * gram, gram, slopes)
         linearisations = int(not objectives.shared)
-        return model, work + Counts(linearisations=linearisations, directions=count - 1) + basis.work
+        return model, work + Counts(linearisations=linearisations, directions=count - 1)
 
     def _damped(self, damping: float, rho: float) -> float:
         """Return lambda after a step with this reduction ratio."""

@@ -45,6 +45,7 @@ def messages(
         "linearisation": 0,
         "bend": itemsize * sizes["product"],
         "matrices": itemsize * _with_stop(sent.matrices) if sent.matrices else 0,
+        "inner products": 8 * _with_stop(sent.inner_products) if sent.inner_products else 0,
     }
 
 

@@ -31,8 +31,9 @@ class Kind:
 
 KINDS = {
     **{kind.name: Kind(kind.spans, attrgetter(name), kind.on_gradient) for name, kind in PASSES.items()},
-    # The work on matrices of theta has a message alone: its time is w.
+    # The work on matrices of theta, and on inner products, has a message alone: its time is w.
     "matrices": Kind((), lambda counts: counts.projections or counts.gradients, True),
+    "inner products": Kind((), lambda counts: counts.projections or counts.gradients, True),
 }
 
 

@@ -10,7 +10,8 @@ t_k(b)     seconds of a pass over b sequences on one rank: piecewise linear thro
            not vanish with b, because the T steps of a recurrent network are sequential: P_I counts this
            minimum as one pass
 a(P, m)    seconds of the Allreduce, see `Link`
-w(P)       seconds of work on matrices of the rank that has most of it; each matrix is one rank's
+w(P)       seconds of work on matrices of the rank that has most of it; each matrix is one rank's, and all
+           works of a group end before the next group begins
 r          seconds of redundant work, which every rank does
 s          slowdown of the passes of several ranks, compared with one rank alone: memory, caches, waiting
 =========  ============================================================================================
@@ -110,7 +111,7 @@ class Job:
     redundant: float
     link: Link | None
     slowdown: float = 1.0
-    matrices: tuple[float, ...] = ()
+    matrices: tuple[tuple[float, ...], ...] = ()
 
     def compute(self, ranks: np.ndarray, even: bool = False) -> np.ndarray:
         """Return the seconds in passes of the rank with most sequences (`even`: with B / P), without s."""
@@ -129,17 +130,19 @@ class Job:
 
     def alone(self, ranks: np.ndarray) -> np.ndarray:
         """Return w(P) + r: the seconds outside passes and collectives of the rank with most of them."""
-        return self.redundant + np.array([self._most(int(min(p, len(self.matrices)))) for p in ranks])
-
-    def _most(self, ranks: int) -> float:
-        """Return w(P)."""
-        return max(sum(self.matrices[i] for i in works) for works in shares(self.matrices, max(1, ranks)))
+        matrices = [[_most(group, int(min(p, len(group)))) for group in self.matrices] for p in ranks]
+        return self.redundant + np.array(matrices).sum(axis=1)
 
     def seconds(self, ranks: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return T(P) for each number of ranks."""
         sizes = np.asarray(ranks, np.float64)
         slower = np.where(sizes > 1, self.slowdown, 1.0)
         return slower * self.compute(sizes) + self.allreduce(sizes) + self.alone(sizes)
+
+
+def _most(works: Sequence[float], ranks: int) -> float:
+    """Return the seconds of the rank that has most of these works."""
+    return max(sum(works[i] for i in each) for each in shares(works, ranks))
 
 
 def best(job: Job, most: int) -> tuple[int, int]:

@@ -62,12 +62,18 @@ class StepTimes:
         return _parts(self.mean_spans)
 
     @property
-    def matrices(self) -> tuple[float, ...]:
-        """Seconds of each work on matrices, which is one rank's; part of the redundant part."""
+    def matrices(self) -> tuple[tuple[float, ...], ...]:
+        """Seconds of each work on matrices, which is one rank's, in groups; part of the redundant part.
+
+        The ranks have all results of a group before they begin with the next one.
+        """
         every: dict[str, float] = {}
         for spans in self.spans:
             every |= {name: seconds for name, seconds in spans.items() if name.startswith(MATRIX)}
-        return tuple(every.values())
+        groups: dict[str, list[float]] = {}
+        for name, seconds in every.items():
+            groups.setdefault(name.rstrip("0123456789"), []).append(seconds)
+        return tuple(map(tuple, groups.values()))
 
     @property
     def most_redundant(self) -> float:
