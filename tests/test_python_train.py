@@ -498,7 +498,7 @@ def fails(outputs, targets):
     ({"metric": right}, "a metric is measured on validation cases: give valid too"),
     ({"metric": 1, "valid": (X, Y)}, "metric must be a function (outputs, targets) -> values, not 1"),
     (RUN | {"valid": VALID, "metric": lambda z, y: right(z, y).mean()},
-     "metric(outputs, targets) must give a number for each of the 72 rows"),
+     "metric(outputs, targets) must return a number for each of the 72 rows"),
     (RUN | {"valid": VALID, "metric": fails}, "metric(outputs, targets) raises KeyError: 'class"),
     (RUN | {"valid": VALID, "metric": lambda z: z}, "metric(outputs, targets) raises TypeError: "),
     (RUN | {"train": (SYMBOLS, NEXT + 4)}, "targets must be symbols from 0 to 3"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,20 +44,19 @@ class Writer:
 
     def __init__(self, folder: Path, step: int, config: str) -> None:
         self.folder, self.config, self.step = folder, config, step
+        self._best: tuple[np.ndarray, Mapping[str, Any]] | None = None
+        self._best_waits = False  # whether best.h5 is still to be written
         make(folder)
         self.lock = self._take()
         try:
             self.notes = [self.lock.note] if self.lock.note else []
-            for name in checkpoint.NEWEST, CONFIG, TIMING, DONE, HISTORY:
+            for name in checkpoint.NEWEST, checkpoint.BEST, CONFIG, TIMING, DONE, HISTORY:
                 if not self.lock.note:  # without a lock they may belong to another job
                     remove_leftovers(folder / name)
             self.history = History(folder)
             self.notes += self.history.truncate(step)
             replace(folder / CONFIG, config.encode())
-            try:
-                (folder / DONE).unlink(missing_ok=True)
-            except OSError as error:
-                raise UserError(f"cannot remove {folder / DONE}: {error.strerror or error}") from None
+            self._remove(DONE)
         except BaseException:
             self.close()
             raise
@@ -75,15 +75,48 @@ class Writer:
         checkpoint.save(self.folder / checkpoint.NEWEST, theta, state, meta)
         self.step = meta["step"]
 
+    def start_best(self, theta: np.ndarray | None, meta: Mapping[str, Any]) -> None:
+        """Make best.h5 what it was at the checkpoint from which the run continues; theta is None without one.
+
+        A job that was killed may have left a later one, whose steps will be recomputed.
+        """
+        if theta is None:
+            self._remove(checkpoint.BEST)
+            return
+        path = self.folder / checkpoint.BEST
+        self._best = theta, meta
+        try:
+            found = checkpoint.load(path)
+            self._best_waits = found.meta["step"] != meta["step"] or not np.array_equal(found.theta, theta)
+        except (UserError, KeyError) as error:
+            self._best_waits = True
+            reason = f"{path} is missing" if not os.path.lexists(path) else str(error)
+            self.notes.append(f"{reason}; it is written again, from the checkpoint")
+        self.flush_best()
+
+    def best(self, theta: np.ndarray, meta: Mapping[str, Any]) -> None:
+        """Write best.h5; if that fails, `flush_best` does it later."""
+        self._best, self._best_waits = (theta, meta), True
+        self.flush_best()
+
+    def flush_best(self) -> None:
+        """Write best.h5 if it is not what it should be."""
+        self._keep_folder()
+        if self._best is not None and self._best_waits:
+            theta, meta = self._best
+            checkpoint.save(self.folder / checkpoint.BEST, theta, {}, meta, previous=None)
+            self._best_waits = False
+
     def timing(self, content: str) -> None:
         """Write timing.json."""
         self._keep_folder()
         replace(self.folder / TIMING, content.encode())
 
     def finish(self, done: str) -> None:
-        """Write the buffered lines of the history, and `done` to the file DONE unless it is empty."""
+        """Write what is pending, and `done` to the file DONE unless it is empty."""
         self._keep_folder()
         self.history.flush()
+        self.flush_best()
         if done:
             replace(self.folder / DONE, done.encode())
 
@@ -113,4 +146,11 @@ class Writer:
         old_lock, self.lock = self.lock, self._take()
         old_lock.release()
         replace(self.folder / CONFIG, self.config.encode())
+        self._best_waits = True
         self.notes.append(f"{self.folder} was removed and created again: its earlier history is lost")
+
+    def _remove(self, name: str) -> None:
+        try:
+            (self.folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot remove {self.folder / name}: {error.strerror or error}") from None

@@ -81,9 +81,11 @@ class Log(Quiet):
         """Print why the run ended, what was measured, and how to continue."""
         valid = ""
         if ending.valid is not None:
-            loss, metric = ending.valid
+            loss, metrics = ending.valid
             valid = f", {loss:.4f} {ending.unit}" if ending.unit else f", loss {loss:.5g}"
-            valid += f"{'' if metric is None else f', metric {metric:.5g}'} on validation"
+            valid += "".join(f", {name} {value:.5g}" for name, value in metrics.items()) + " on validation"
+            if ending.kept_step not in (None, ending.step):
+                valid += f" at step {ending.kept_step:,}, the best one"
         click.echo(f"Stopped at step {ending.step:,}: {ending.reason}{valid}.")
         if ending.remedy:
             click.echo(f"{ending.remedy}.")
@@ -106,8 +108,10 @@ class Live(Log):
         """Update the live line; print a step that was evaluated or rejected."""
         if self.line is not None:
             losses = loss_keys(record).of(record)
-            metric, details = record.get("valid_metric"), model_parts(record)
-            self.line.update(record["step"], record["seconds"], *losses, metric, details, loss_format(record))
+            metrics, details = metric_parts(record), model_parts(record)
+            self.line.update(
+                record["step"], record["seconds"], *losses, metrics, details, loss_format(record)
+            )
         if is_evaluated(record) or not record["accepted"]:
             self.display.console.print(line(record), highlight=False, markup=False)
 
@@ -153,12 +157,21 @@ def line(record: Record) -> str:
     parts = [f"step {record['step']:>6,}", f"{record['seconds']:>8.1f} s", f"train {loss:{form}}"]
     if valid is not None:
         parts.append(f"valid {valid:{form}}")
-    if (metric := record.get("valid_metric")) is not None:
-        parts.append(f"metric {metric:{form}}")
+    parts += metric_parts(record)
     parts += model_parts(record)
     if not record["accepted"]:
         parts.append(record["message"])
     return "  ".join(parts)
+
+
+def metric_parts(record: Record) -> list[str]:
+    """Return the parts of the text for the metrics of a step, if it was evaluated."""
+    form, keys = loss_format(record), loss_keys(record)
+    return [
+        f"{name.removeprefix('valid_')} {value:{form}}"
+        for name, value in record.items()
+        if name.startswith("valid_") and name != keys.valid and isinstance(value, float)
+    ]
 
 
 def model_parts(record: Record) -> list[str]:
