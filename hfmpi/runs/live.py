@@ -16,7 +16,7 @@ import click
 from hfmpi.backends.compilation import listening
 from hfmpi.parallel import library
 
-__all__ = ["COMPILING", "LiveLine", "Patience", "announced", "interactive"]
+__all__ = ["COMPILING", "LiveLine", "Patience", "announced", "in_notebook", "interactive"]
 
 COMPILING = "compiling kernels, once for this machine ..."
 PATIENCE = 1.0
@@ -180,6 +180,12 @@ class Patience:
     def _tell(self) -> None:
         self._left = 0.0
         self._say(COMPILING)
+
+
+def in_notebook() -> bool:
+    """Return whether a notebook shows the output of this process; IPython is not imported."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return getattr(shell, "kernel", None) is not None
 
 
 def interactive(stream: TextIO | None) -> bool:

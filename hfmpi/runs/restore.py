@@ -136,7 +136,7 @@ def lowest(checkpoint: Checkpoint) -> Lowest | None:
 
 
 def best_entries(found: Best | None, theta: Array, watch: Watch) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Return the entries of a checkpoint of theta for the best validation: those of the state and the meta."""
+    """Return what a checkpoint of theta has for the best validation: entries of its state and its meta."""
     if found is None:
         return {}, {}
     about = {

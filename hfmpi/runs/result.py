@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from hfmpi.display import save
 from hfmpi.errors import UserError
 from hfmpi.files.history import NATS, Record
+from hfmpi.runs.live import in_notebook
 
 __all__ = ["Result"]
 
@@ -98,7 +98,7 @@ class Result:
             import matplotlib.figure
         except ImportError:
             raise UserError("result.plot() needs matplotlib: pip install matplotlib") from None
-        if "IPython" in sys.modules:
+        if in_notebook():
             import matplotlib.pyplot  # noqa: F401  (a notebook then knows how to show figures)
         from hfmpi.report.figure import draw
 

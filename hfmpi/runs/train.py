@@ -364,7 +364,7 @@ class Run:
                 self.output.best(theta, meta)
 
     def _asks(self, callback: Callback, record: Record) -> bool:
-        """Call the callback on every rank, with the same arguments; return whether one of them returned True."""
+        """Call the callback on every rank with the same arguments; return whether one of them is to stop."""
         told = self.communicator.agree(plain(record))
         theta = self.backend.to_host(evaluated(self.theta, self.state)).view()
         theta.flags.writeable = False
