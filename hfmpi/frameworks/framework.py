@@ -30,7 +30,7 @@ from hfmpi.models.factors import FactorSums
 from hfmpi.models.linearisation import LossLinearisation, Passes
 from hfmpi.models.loss_check import check_loss
 from hfmpi.models.losses import Loss, choose, total_loss
-from hfmpi.models.micro_batches import EveryOutput, in_parts, inputs_alone, loss_of_examples
+from hfmpi.models.micro_batches import EveryOutput, check_theta, in_parts, inputs_alone, loss_of_examples
 from hfmpi.optim.checks import check_vector
 from hfmpi.optim.layout import Block, Layout
 
@@ -274,7 +274,7 @@ class FrameworkModel(ABC):
         >>> logits = model.predict(result.theta, x_new)
         >>> classes = logits.argmax(axis=-1)
         """
-        check_vector("theta", theta, self.size, np.ndarray)
+        check_theta(theta, self.size)
         theta, inputs = theta.astype(self.backend.dtype, copy=False), inputs_alone(x)
         if self.casts:
             inputs = tuple(x.astype(theta.dtype, copy=False) if x.dtype.kind == "f" else x for x in inputs)

@@ -12,8 +12,9 @@ from hfmpi.data.examples import Examples, converted
 from hfmpi.errors import UserError
 from hfmpi.models.base import Model, Scoring
 from hfmpi.models.batch import ScoredOutputs
+from hfmpi.optim.checks import check_vector
 
-__all__ = ["EveryOutput", "in_parts", "inputs_alone", "loss_of_examples"]
+__all__ = ["EveryOutput", "check_theta", "in_parts", "inputs_alone", "loss_of_examples"]
 
 
 class EveryOutput(ScoredOutputs):
@@ -33,6 +34,14 @@ class EveryOutput(ScoredOutputs):
                 f"along its first axis, not {type(outputs).__name__} of shape {shape and tuple(shape)}"
             )
         return outputs
+
+
+def check_theta(theta: object, size: int) -> None:
+    """Raise a UserError unless theta is an array (D,) of float32 or float64."""
+    try:
+        check_vector("theta", theta, size)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from None
 
 
 def loss_of_examples(model: Model, theta: Array, data: Examples) -> float:

@@ -25,7 +25,7 @@ from hfmpi.models.batch import (
 from hfmpi.models.factors import FactorSums
 from hfmpi.models.loss_check import check_loss
 from hfmpi.models.losses import Loss, choose, total_loss
-from hfmpi.models.micro_batches import in_parts, inputs_alone, loss_of_examples
+from hfmpi.models.micro_batches import check_theta, in_parts, inputs_alone, loss_of_examples
 from hfmpi.networks import recurrence
 from hfmpi.networks.architecture import Architecture
 from hfmpi.networks.recurrence import Recurrence
@@ -264,6 +264,7 @@ class Network:
         --------
         >>> symbols = network.predict(result.theta, x_new)[:, -1].argmax(axis=-1)
         """
+        check_theta(theta, self.size)
         theta = self.backend.to_device(theta).astype(self.backend.dtype, copy=False)
 
         def outputs(arrays: tuple[np.ndarray, ...]) -> np.ndarray:

@@ -13,8 +13,8 @@ from hfmpi.data.examples import Examples
 from hfmpi.data.user_data import as_cases
 from hfmpi.models.base import DataChecks, Model, Scoring
 from hfmpi.models.batch import check_finite
+from hfmpi.models.micro_batches import check_theta
 from hfmpi.objective.data_parallel import DataParallel
-from hfmpi.optim.checks import check_vector
 from hfmpi.parallel.communicator import Communicator, digest
 from hfmpi.parallel.failure import together
 from hfmpi.parallel.launch import connect
@@ -47,7 +47,7 @@ def one_point(
 
     def build() -> Point:
         owner = DataParallel(model, comm, **options)
-        check_vector("theta", theta, model.size, np.ndarray)
+        check_theta(theta, model.size)
         start = theta.astype(model.backend.dtype)
         cases = as_cases(data, getattr(model, "examples", Examples))
         if isinstance(cases, Examples):

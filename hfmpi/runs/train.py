@@ -353,7 +353,7 @@ class Run:
         elif not self._told_stale and (sentence := self.best.stopped(watch, valid)):
             self._told_stale = True
             self.reporter.note(
-                f"{sentence}; {self.session.names.patience} N stops a run after N such validations"
+                f"{sentence}; {self.session.names.patience} stops a run after N such validations"
             )
 
     def _write_best(self) -> None:
