@@ -23,6 +23,7 @@ from hfmpi.objective.data_parallel import DataParallel, Stopped, Unscored, step_
 from hfmpi.objective.transport import choose
 from hfmpi.optim.base import StepReport
 from hfmpi.optim.first_order import evaluated
+from hfmpi.parallel.communicator import digest
 from hfmpi.parallel.placement import Place, single_threaded
 from hfmpi.runs import checks, metric
 from hfmpi.runs.best import Best, judged
@@ -109,7 +110,7 @@ class Run:
         self.lowest: Lowest | None = None
         if checkpoint is not None and self.repeated and preset.optimizer.seeks_lowest_risk:
             self.lowest = self._on_device(lowest(checkpoint))
-        self.best = None if checkpoint is None else self._best_on_device(best(checkpoint, task.watch))
+        self.best = None if checkpoint is None else self._best_of(checkpoint)
         self._told_stale = False  # whether the user knows that the validations have stopped improving
         self.partial: Array = None  # the parameters to hand out when an error ended the run
         self._safe = self.theta  # the last parameters that were saved
@@ -182,6 +183,10 @@ class Run:
         """Check that all ranks start alike, choose the transport, and open the folder; collective."""
         config, comm, task, backend = self.config, self.communicator, self.task, self.backend
         checks.same_start(comm, task.compared(backend.to_host(self.theta), self.step))
+        if self._resumed:
+            kept = None if self.best is None else digest(backend.to_host(self.best.theta))
+            sentence = "rank {} has another best validation in its checkpoint than the other ranks"
+            checks.same_start(comm, {sentence: kept})
         self.risk.transport = choose(config.transport, comm, backend, config.slices > 0)
         if not self._resumed:
             checks.scored(task.train_set)
@@ -484,8 +489,13 @@ class Run:
         wish = self.communicator.agree(next((wish for wish in wishes if wish), ""))
         return (wish, False) if wish else (f"{self.config.max_seconds:g} seconds are over", True)
 
-    def _best_on_device(self, found: Best | None) -> Best | None:
-        return found and replace(found, theta=self.backend.to_device(found.theta))
+    def _best_of(self, checkpoint: Checkpoint) -> Best | None:
+        """Return the best validation that a checkpoint knows, with parameters on the device."""
+        found = best(checkpoint, self.task.watch)
+        if found is None:
+            return None
+        same = found.theta is checkpoint.theta
+        return replace(found, theta=self.theta if same else self.backend.to_device(found.theta))
 
     def _on_device(self, found: Lowest | None) -> Lowest | None:
         return found and found._replace(theta=self.backend.to_device(found.theta), returned=False)
