@@ -36,10 +36,10 @@ class EveryOutput(ScoredOutputs):
         return outputs
 
 
-def check_theta(theta: object, size: int) -> None:
-    """Raise a UserError unless theta is an array (D,) of float32 or float64."""
+def check_theta(theta: object, size: int, kind: type | None = np.ndarray) -> None:
+    """Raise a UserError unless theta is an array (D,) of float32 or float64, of any device if kind is None."""
     try:
-        check_vector("theta", theta, size)
+        check_vector("theta", theta, size, kind)
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from None
 

@@ -264,7 +264,7 @@ class Network:
         --------
         >>> symbols = network.predict(result.theta, x_new)[:, -1].argmax(axis=-1)
         """
-        check_theta(theta, self.size)
+        check_theta(theta, self.size, kind=None)
         theta = self.backend.to_device(theta).astype(self.backend.dtype, copy=False)
 
         def outputs(arrays: tuple[np.ndarray, ...]) -> np.ndarray:
