@@ -46,9 +46,9 @@ def sample(run: Path, length: int, prime: str, temperature: float, keep: str | N
     trained = Trained.read(run, backend="numpy", keep=checked_keep(keep))
     if trained.message:
         click.echo(f"Note: {trained.message}.", err=True)
-    if trained.source:
-        click.echo(f"Note: the parameters are those of step {trained.step:,}, {trained.source}.", err=True)
     network, theta, symbols = trained.network, trained.theta, trained.symbols
     start = os.fsencode(prime)
     text = sampling.sample(network, theta, symbols, length, start, temperature, seed)
+    if trained.source:
+        click.echo(f"Note: the parameters are those of step {trained.step:,}, {trained.source}.", err=True)
     click.echo(start + text)  # as bytes, whatever the encodings of text and terminal

@@ -37,7 +37,7 @@ class EveryOutput(ScoredOutputs):
 
 
 def check_theta(theta: object, size: int, kind: type | None = np.ndarray) -> None:
-    """Raise a UserError unless theta is an array (D,) of float32 or float64, of any device if kind is None."""
+    """Raise a UserError unless theta is an array (D,) of float32 or float64, anywhere if kind is None."""
     try:
         check_vector("theta", theta, size, kind)
     except (TypeError, ValueError) as error:

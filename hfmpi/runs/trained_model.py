@@ -129,8 +129,9 @@ def _of_folder(run: Path, keep: str) -> tuple[Checkpoint, bool, str]:
             raise
         message = f"{error}; the parameters of {checkpoint.NEWEST} are taken instead"
         return replace(saved, message=message), False, ""
-    source = (
-        f"from {BEST}, of the best validation; the last checkpoint is that of step {saved.meta.get('step')}"
-    )
-    same = found.meta.get("step") == saved.meta.get("step")
-    return replace(found, message=saved.message), True, "" if same else source
+    last = progress(saved).step
+    source = f"from {BEST}, of the best validation; the last checkpoint is that of step {last:,}"
+    # The checkpoint describes the run as it is now: the corpus may have been moved since the best validation.
+    meta = saved.meta | {"step": found.meta.get("step")}
+    source = "" if meta["step"] == last else source
+    return replace(found, meta=meta, message=saved.message), True, source
