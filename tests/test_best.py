@@ -15,7 +15,7 @@ from test_python_train import mpirun, network, right
 import hfmpi
 from hfmpi.cli.main import cli
 from hfmpi.errors import UserError
-from hfmpi.files import checkpoint
+from hfmpi.files import checkpoint, writer
 from hfmpi.files.checkpoint import BEST, NEWEST, PREVIOUS
 from hfmpi.runs.best import LOSS, Best, Watch, judged
 from hfmpi.runs.record import Validation
@@ -234,6 +234,12 @@ def test_a_resumed_run_knows_its_best(changes, tmp_path):
     assert newest[0] == newest[1]
 
 
+@pytest.fixture(name="at_once")
+def fixture_at_once(monkeypatch):
+    """Write best.h5 after every improvement, however short a step is."""
+    monkeypatch.setattr(writer, "REST", 0.0)
+
+
 def stopped_after(folder, step, **options):
     """Leave the files of a job that was killed after a step, before its checkpoint if one was due."""
 
@@ -246,6 +252,7 @@ def stopped_after(folder, step, **options):
     os.rename(f"{folder}.killed", folder)
 
 
+@pytest.mark.usefixtures("at_once")
 def test_a_job_that_is_killed_leaves_files_from_which_the_run_is_the_same(tmp_path):
     whole = fit(16, out=tmp_path / "whole", keep="best")
     losses = valid_losses(whole)
@@ -261,6 +268,7 @@ def test_a_job_that_is_killed_leaves_files_from_which_the_run_is_the_same(tmp_pa
         np.testing.assert_array_equal(checkpoint.load(folder / BEST).theta, whole.theta)
 
 
+@pytest.mark.usefixtures("at_once")
 def test_best_follows_the_checkpoint_from_which_a_run_continues(tmp_path):
     stopped_after(tmp_path / "run", 3, checkpoint_every=2)
     late = checkpoint.load(tmp_path / "run" / BEST)
@@ -333,6 +341,38 @@ def test_a_new_run_starts_from_the_best_parameters_of_another(tmp_path):
     assert new.best_step == new.step  # its validations are compared from its start on
     last = fit(17, out=tmp_path / "third", resume=tmp_path / "old", keep="last")
     np.testing.assert_array_equal(last.theta, fit(17).theta)  # from the checkpoint, not from best.h5
+
+
+def test_best_files_take_a_small_part_of_the_time(tmp_path, monkeypatch):
+    real, written, now = checkpoint.save, [], [100.0]
+    monkeypatch.setattr(writer, "monotonic", lambda: now[0])
+
+    def save(path, theta, state, meta, **options):
+        if path.name == BEST:
+            written.append(meta["step"])
+            now[0] += 1.0
+        real(path, theta, state, meta, **options)
+
+    def later(record, theta):
+        now[0] += 6.0
+
+    monkeypatch.setattr(writer.checkpoint, "save", save)
+    options = {"optimizer": "bhf-short", "settings": {}, "evaluate_every": 1, "checkpoint_every": 100}
+    result = hfmpi.train(
+        GIVEN[0], GIVEN[1], GIVEN[1], out=tmp_path / "run", max_steps=9, quiet=True, callback=later, **options
+    )
+    assert result.best_step == 9  # each step lowers this loss
+    assert written == [1, 5, 9]
+    assert checkpoint.load(tmp_path / "run" / BEST).meta["step"] == 9
+
+    def fail(record, theta):
+        if record["step"] == 3:
+            raise ZeroDivisionError
+
+    options |= {"out": tmp_path / "two", "callback": fail, "max_steps": 9, "quiet": True}
+    with pytest.raises(ZeroDivisionError):
+        hfmpi.train(*GIVEN[:2], GIVEN[1], **options)
+    assert checkpoint.load(tmp_path / "two" / BEST).meta["step"] == 3
 
 
 # Files that cannot be written ----------------------------------------------------------------------

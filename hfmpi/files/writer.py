@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,9 @@ from hfmpi.files.run_folder import find_checkpoint, make
 __all__ = ["Writer"]
 
 CONFIG, TIMING, DONE = "config.toml", "timing.json", "DONE"
+
+REST = 20.0
+"""Seconds between two writes of best.h5 per second that one takes; a checkpoint writes it in any case."""
 
 
 class Writer:
@@ -46,6 +50,7 @@ class Writer:
         self.folder, self.config, self.step = folder, config, step
         self._best: tuple[np.ndarray, Mapping[str, Any]] | None = None
         self._best_waits = False  # whether best.h5 is still to be written
+        self._best_due = 0.0  # when it may be written again
         make(folder)
         self.lock = self._take()
         try:
@@ -95,17 +100,20 @@ class Writer:
         self.flush_best()
 
     def best(self, theta: np.ndarray, meta: Mapping[str, Any]) -> None:
-        """Write best.h5; if that fails, `flush_best` does it later."""
+        """Write best.h5, or leave it to `flush_best` if the last time was just now, or if that fails."""
         self._best, self._best_waits = (theta, meta), True
-        self.flush_best()
+        if monotonic() >= self._best_due:
+            self.flush_best()
 
     def flush_best(self) -> None:
         """Write best.h5 if it is not what it should be."""
         self._keep_folder()
         if self._best is not None and self._best_waits:
             theta, meta = self._best
+            begun = monotonic()
             checkpoint.save(self.folder / checkpoint.BEST, theta, {}, meta, previous=None)
-            self._best_waits = False
+            self._best_waits, now = False, monotonic()
+            self._best_due = now + REST * (now - begun)
 
     def timing(self, content: str) -> None:
         """Write timing.json."""
@@ -121,7 +129,10 @@ class Writer:
             replace(self.folder / DONE, done.encode())
 
     def close(self) -> None:
-        """Allow other jobs to write to the folder."""
+        """Write best.h5 if it waits, and allow other jobs to write to the folder."""
+        if self._best_waits and self.lock.stands():
+            with contextlib.suppress(UserError):  # which has been reported, or an error ends the run
+                self.flush_best()
         self.lock.release()
 
     def _take(self) -> Lock:

@@ -60,7 +60,7 @@ def train(
         (x, y) or (x, y, mask): arrays or tensors whose first axis counts the examples; a map-style data set
         of pairs (x, y), which is read into memory; or objects such as `Examples` and `Arrays`.
     out : path, optional
-        The folder of the run: config.toml, history.jsonl, checkpoint.h5, timing.json and DONE
+        The folder of the run: config.toml, history.jsonl, checkpoint.h5, best.h5, timing.json and DONE
         (docs/file-formats.md). By default nothing is written.
     resume : {'auto', 'never'} or path
         'auto': continue if `out` has a checkpoint; 'never': refuse to. The path of a run's folder or of a
