@@ -110,7 +110,7 @@ class Writer:
         self._keep_folder()
         if self._best is not None and self._best_waits:
             theta, meta = self._best
-            begun = monotonic()
+            self._best_due, begun = 0.0, monotonic()  # if it fails, the next one is tried at once
             checkpoint.save(self.folder / checkpoint.BEST, theta, {}, meta, previous=None)
             self._best_waits, now = False, monotonic()
             self._best_due = now + REST * (now - begun)
