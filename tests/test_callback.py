@@ -135,11 +135,11 @@ def test_a_result_has_a_short_repr():
     assert result.rank == 0
     accuracy = result.valid_metric["accuracy"]
     assert repr(result) == (
-        f"Result(16 steps: 16 steps were taken; valid_loss {result.valid_loss:.4g}, valid_accuracy "
+        f"Result(step 16: 16 steps were taken; valid_loss {result.valid_loss:.4g}, valid_accuracy "
         f"{accuracy:.4g} at step {result.best_step}; D = {GIVEN[0].size})"
     )
     bare = hfmpi.train(*GIVEN[:2], max_steps=1, **OVERFITS)
-    assert repr(bare) == f"Result(1 steps: 1 steps were taken; D = {GIVEN[0].size})"
+    assert repr(bare) == f"Result(step 1: 1 steps were taken; D = {GIVEN[0].size})"
 
 
 def test_a_result_is_drawn(tmp_path, monkeypatch):

@@ -53,7 +53,7 @@ class Result:
     --------
     >>> result = hfmpi.train(model, (x, y), valid=(x_valid, y_valid), keep="best", max_steps=50)
     >>> result
-    Result(50 steps: 50 steps were taken; valid_loss 0.2104 at step 7; D = 5,706)
+    Result(step 50: 50 steps were taken; valid_loss 0.2104 at step 7; D = 5,706)
     >>> result.plot("losses.png")
     """
 
@@ -69,7 +69,7 @@ class Result:
     rank: int = 0
 
     def __repr__(self) -> str:
-        parts = [f"{self.step:,} steps: {self.reason}"]
+        parts = [f"step {self.step:,}: {self.reason}"]
         metrics = self.valid_metric if isinstance(self.valid_metric, dict) else {"metric": self.valid_metric}
         values = {"loss": self.valid_loss, **metrics}
         shown = [f"valid_{name} {value:.4g}" for name, value in values.items() if value is not None]
