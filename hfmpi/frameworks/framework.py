@@ -275,9 +275,12 @@ class FrameworkModel(ABC):
         >>> classes = logits.argmax(axis=-1)
         """
         check_theta(theta, self.size)
-        theta, inputs = theta.astype(self.backend.dtype, copy=False), inputs_alone(x)
+        theta = self.backend.to_device(theta.astype(self.backend.dtype, copy=False))
+        inputs = inputs_alone(x)
         if self.casts:
-            inputs = tuple(x.astype(theta.dtype, copy=False) if x.dtype.kind == "f" else x for x in inputs)
+            inputs = tuple(
+                x.astype(self.backend.dtype, copy=False) if x.dtype.kind == "f" else x for x in inputs
+            )
 
         def batch(inputs: tuple[np.ndarray, ...]) -> CheckedBatch:
             count = len(inputs[0])
@@ -286,7 +289,11 @@ class FrameworkModel(ABC):
         if self.plan.checked != self._mode():
             with self.lock:
                 self._plan_outputs(theta, batch(tuple(x[:FEW] for x in inputs)))
-        return in_parts(lambda part: self._outputs(theta, batch(part)), inputs, self.backend.micro_batch)
+
+        def outputs(part: tuple[np.ndarray, ...]) -> np.ndarray:
+            return np.asarray(self.backend.to_host(self._outputs(theta, batch(part))))
+
+        return in_parts(outputs, inputs, self.backend.micro_batch)
 
     def _plan_outputs(self, theta: np.ndarray, few: CheckedBatch) -> None:  # noqa: B027 (no choice by default)
         """Choose how outputs are computed, where no batch with targets has been checked."""

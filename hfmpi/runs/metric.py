@@ -84,7 +84,7 @@ def means(metrics: Mapping[str, Metric], owner: DataParallel, cases: Cases, thet
 def sums(
     metrics: Mapping[str, Metric], model: object, cases: Cases, indices: np.ndarray, theta: Array
 ) -> np.ndarray:
-    """Sum each metric over the scored rows of some examples, and count these rows: (metrics + 1,).
+    """Sum each metric over the scored rows of some examples, by their weights, and these: (metrics + 1,).
 
     Raises
     ------
@@ -98,13 +98,16 @@ def sums(
             f"{type(model).__name__} has no method outputs(theta, batch)"
         )
     outputs, targets, mask = model.outputs(theta, cases.take(indices))
-    scored = np.full(len(outputs), True) if mask is None else mask.reshape(-1) > 0
+    weights = np.ones(len(outputs)) if mask is None else mask.reshape(-1).astype(np.float64)
+    scored = weights > 0  # what a metric returns for others may not be finite
     several = len(metrics) > 1  # one may work in place
     totals = [
-        _values(name, metric, outputs.copy() if several else outputs, targets)[scored].sum()
+        (
+            _values(name, metric, outputs.copy() if several else outputs, targets)[scored] * weights[scored]
+        ).sum()
         for name, metric in metrics.items()
     ]
-    return np.array([*totals, scored.sum()], np.float64)
+    return np.array([*totals, weights.sum()], np.float64)
 
 
 def _values(name: str, metric: Metric, outputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
