@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from hfmpi.parallel import connect, guard
     from hfmpi.runs.call import train
     from hfmpi.runs.curvature import curvature
+    from hfmpi.runs.evaluate import evaluate
 
 __all__ = [
     "LBFGS",
@@ -55,6 +56,7 @@ __all__ = [
     "TorchModel",
     "connect",
     "curvature",
+    "evaluate",
     "guard",
     "train",
 ]
@@ -69,6 +71,7 @@ _PLACES = {
     "TorchModel": "hfmpi.frameworks.torch",
     "connect": "hfmpi.parallel",
     "curvature": "hfmpi.runs.curvature",
+    "evaluate": "hfmpi.runs.evaluate",
     "guard": "hfmpi.parallel",
     "train": "hfmpi.runs.call",
 }

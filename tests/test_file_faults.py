@@ -94,9 +94,9 @@ def test_a_run_goes_on_and_makes_up_for_what_was_not_written(name, data, whole, 
     assert history(folder) == history(whole.folder)
     assert checkpoint.latest(folder).meta["step"] == 8
     failures = [note for note in reporter.notes if "training goes on" in note]
-    assert len(failures) == 3  # history, checkpoint and timing: once each, in three failing rounds
+    assert len(failures) == 4  # history, best.h5, checkpoint and timing: once each, in three failing rounds
     assert all(os.strerror(FAULTS[name]) in note for note in failures)
-    assert sum("is written again" in note for note in reporter.notes) == 3
+    assert sum("is written again" in note for note in reporter.notes) == 4
     assert not list(folder.glob(".*.tmp"))
 
 

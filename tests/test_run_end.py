@@ -81,6 +81,7 @@ def test_the_result_is_the_last_where_the_loss_is_not_what_counts(changes, tmp_p
 def test_evaluation_and_other_runs_use_the_lowest_loss(tmp_path):
     data = write_corpus(tmp_path / "c.h5")
     options = {"optimizer": "adam", "gradient_batch": 210, "settings": {"rate": 1.0}, "dtype": "float64"}
+    options["keep"] = "last"
     for steps in range(2, 9):
         run, ending = train(tmp_path / "run", data, max_steps=steps, **options)
         lowest = run.lowest

@@ -116,7 +116,7 @@ def test_a_field_is_all_that_there_is_to_an_option():
         assert by_name[name].opts == [f"--{name.replace('_', '-')}"]
         assert f"{option.help} [default: {option.without or default}]" in help
         assert not option.choices or f"--{name.replace('_', '-')} [{'|'.join(option.choices)}]" in help
-        assert not option.choices or default in option.choices
+        assert not option.choices or default in option.choices or option.without in option.choices
         if option.least == 1:  # a 0 cannot be given, as it would mean that nothing was
             with pytest.raises(click.BadParameter, match="0 is less than 1"):
                 by_name[name].type.convert("0", None, None)
@@ -127,8 +127,8 @@ SHF = {"optimizer": "shf"}
 
 def test_what_a_resumed_run_may_be_given_anew():
     assert sorted(CHANGEABLE) == [
-        "backend", "check_every", "checkpoint_every", "evaluate_every", "matmul_precision", "max_rejections",
-        "max_seconds", "max_steps", "memory_budget", "micro_batch", "transport",
+        "backend", "check_every", "checkpoint_every", "evaluate_every", "keep", "matmul_precision",
+        "max_rejections", "max_seconds", "max_steps", "memory_budget", "micro_batch", "patience", "transport",
     ]  # fmt: skip
 
 

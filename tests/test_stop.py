@@ -139,7 +139,7 @@ class StopAt(StopSignals):
 def stopped_at(question, folder, data, comm=None, **options):
     """Train until that question; give the result and how many were asked."""
     stop = StopAt(question)
-    run = make_run(folder, data, comm, signals=stop, **options)
+    run = make_run(folder, data, comm, signals=stop, keep="last", **options)
     with stop:
         result = run.train()
     assert not result.done

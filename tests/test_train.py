@@ -259,8 +259,8 @@ def test_the_folder_and_the_history_keep_the_contract(data, tmp_path):
         folder, data, reporter=reporter, evaluate_every=3, checkpoint_every=3, check_every=1, **options
     )
     assert {path.name for path in folder.iterdir()} == {
-        "config.toml", "history.jsonl", "checkpoint.h5", "checkpoint.previous.h5", "timing.json", "DONE",
-        ".lock",
+        "config.toml", "history.jsonl", "checkpoint.h5", "checkpoint.previous.h5", "best.h5", "timing.json",
+        "DONE", ".lock",
     }  # fmt: skip
     records = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     assert records == reporter.records

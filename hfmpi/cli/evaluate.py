@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hfmpi.cli.options import option
+from hfmpi.cli.options import checked_keep, option
 from hfmpi.cli.values import PATH
 from hfmpi.data.batches import SPLITS
 from hfmpi.errors import UserError
@@ -29,12 +29,15 @@ __all__ = ["evaluate"]
 @click.option(
     "--split", type=click.Choice(list(SPLITS)), default="valid", show_default=True, help="Part of the corpus."
 )
+@option("keep", without="as the run was trained")
 @option("backend", default=Config.backend)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def evaluate(run: Path, data: Path | None, split: str, backend: str, as_json: bool) -> None:
+def evaluate(run: Path, data: Path | None, split: str, keep: str | None, backend: str, as_json: bool) -> None:
     """Print the bits per character of RUN on its validation text or another one, also under mpirun.
 
-    For a text with bytes beyond ASCII they are bits per byte.
+    RUN is a folder, of which the parameters with the lowest validation loss are taken (best.h5) unless it was
+    trained with --keep last; or one of its checkpoints. For a text with bytes beyond ASCII it prints bits per
+    byte.
     """
     import numpy as np
 
@@ -51,7 +54,7 @@ def evaluate(run: Path, data: Path | None, split: str, backend: str, as_json: bo
     placement = place(comm)
 
     def build() -> tuple[Trained, str, Sequences]:
-        trained = Trained.read(run, backend, placement.local_rank)
+        trained = Trained.read(run, backend, placement.local_rank, checked_keep(keep))
         corpus = read_corpus(trained, run, data)
         text = corpus.splits.get(split)
         if text is None:
@@ -82,6 +85,7 @@ def evaluate(run: Path, data: Path | None, split: str, backend: str, as_json: bo
             f"{split}_bpc": bits,
             "sequences": sequences.count,
             "corpus": digest,
+            "best": trained.best,
         }
         if as_json:
             click.echo(json.dumps(result))
@@ -89,6 +93,7 @@ def evaluate(run: Path, data: Path | None, split: str, backend: str, as_json: bo
             click.echo(
                 f"step {trained.step:,}: {bits:.4f} {loss_unit(trained.symbols)} "
                 f"on {sequences.count:,} {SPLITS[split]} sequences"
+                + (f" ({trained.source})" if trained.source else "")
             )
     comm.close()
 

@@ -11,7 +11,7 @@ from hfmpi.cli.values import PATH, SIZE, Number
 from hfmpi.runs.config import FORMER_NAMES, OPTIONS, Config
 from hfmpi.runs.merge import merge
 
-__all__ = ["chosen", "current_name", "option", "options", "runs_and_figure", "settings"]
+__all__ = ["checked_keep", "chosen", "current_name", "option", "options", "runs_and_figure", "settings"]
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
@@ -72,6 +72,11 @@ def runs_and_figure(help: str) -> Callable[[CommandT], CommandT]:
 def chosen(values: Mapping[str, Any]) -> Config:
     """Return the configuration with these values; None stands for the default."""
     return merge({name: value for name, value in values.items() if value is not None})
+
+
+def checked_keep(value: str | None) -> str:
+    """Return a value of --keep, "" without one; raise a UserError if it is not one of its choices."""
+    return chosen({"keep": value}).keep
 
 
 def current_name(name: str) -> str:

@@ -2,7 +2,8 @@
 
 In addition to the header of every HDF5 file the root has the attribute meta (one JSON string), the dataset
 theta and the group state, whose datasets are the arrays of the optimizer's state and whose attributes are its
-numbers and strings. There are no pickles, links or references, and the reader accepts none.
+numbers and strings. There are no pickles, links or references, and the reader accepts none. `BEST` has the
+same form, without a state.
 """
 
 from __future__ import annotations
@@ -22,10 +23,22 @@ from hfmpi.errors import UserError
 from hfmpi.files.hdf5 import Damage, Format, InUse, array, attribute, attributes, members, opened, set_text
 from hfmpi.measure.machine import free_memory
 
-__all__ = ["NEWEST", "PREVIOUS", "Checkpoint", "Entry", "identity", "latest", "load", "save", "trained_on"]
+__all__ = [
+    "BEST",
+    "NEWEST",
+    "PREVIOUS",
+    "Checkpoint",
+    "Entry",
+    "identity",
+    "latest",
+    "load",
+    "save",
+    "trained_on",
+]
 
 NEWEST = "checkpoint.h5"
 PREVIOUS = "checkpoint.previous.h5"
+BEST = "best.h5"
 _FORMAT = Format("checkpoint", 1)
 
 Entry = int | float | str | np.ndarray
@@ -53,19 +66,27 @@ class Checkpoint:
     message: str | None = None
 
 
-def save(path: str | Path, theta: np.ndarray, state: Mapping[str, Entry], meta: Mapping[str, Any]) -> None:
+def save(
+    path: str | Path,
+    theta: np.ndarray,
+    state: Mapping[str, Entry],
+    meta: Mapping[str, Any],
+    previous: str | None = PREVIOUS,
+) -> None:
     """Write a checkpoint completely or not at all; an existing one becomes the previous checkpoint.
 
     Parameters
     ----------
     path : path
-        Usually `NEWEST` in the run's folder; the previous checkpoint goes to `PREVIOUS` in the same folder.
+        Usually `NEWEST` in the run's folder.
     theta : ndarray
         The parameters, (D,).
     state : mapping
         Names to bool, int, float, str or numeric ndarray of any shape.
     meta : mapping
         A small nested dict that JSON can represent.
+    previous : str or None
+        New name for an existing checkpoint, in the same folder; None: it is replaced.
 
     Raises
     ------
@@ -76,7 +97,7 @@ def save(path: str | Path, theta: np.ndarray, state: Mapping[str, Entry], meta: 
     """
     path = Path(path)
     text = json.dumps(meta, sort_keys=True)
-    keep = path.with_name(PREVIOUS) if _is_good(path) else None
+    keep = path.with_name(previous) if previous is not None and _is_good(path) else None
     with _FORMAT.written(path, _digest(theta, state, text), load, keep) as file:
         set_text(file, "meta", text)
         _write(file, "theta", theta)

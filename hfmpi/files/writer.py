@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,9 @@ from hfmpi.files.run_folder import find_checkpoint, make
 __all__ = ["Writer"]
 
 CONFIG, TIMING, DONE = "config.toml", "timing.json", "DONE"
+
+REST = 20.0
+"""Seconds between two writes of best.h5 per second that one takes; a checkpoint writes it in any case."""
 
 
 class Writer:
@@ -43,20 +48,20 @@ class Writer:
 
     def __init__(self, folder: Path, step: int, config: str) -> None:
         self.folder, self.config, self.step = folder, config, step
+        self._best: tuple[np.ndarray, Mapping[str, Any]] | None = None
+        self._best_waits = False  # whether best.h5 is still to be written
+        self._best_due = 0.0  # when it may be written again
         make(folder)
         self.lock = self._take()
         try:
             self.notes = [self.lock.note] if self.lock.note else []
-            for name in checkpoint.NEWEST, CONFIG, TIMING, DONE, HISTORY:
+            for name in checkpoint.NEWEST, checkpoint.BEST, CONFIG, TIMING, DONE, HISTORY:
                 if not self.lock.note:  # without a lock they may belong to another job
                     remove_leftovers(folder / name)
             self.history = History(folder)
             self.notes += self.history.truncate(step)
             replace(folder / CONFIG, config.encode())
-            try:
-                (folder / DONE).unlink(missing_ok=True)
-            except OSError as error:
-                raise UserError(f"cannot remove {folder / DONE}: {error.strerror or error}") from None
+            self._remove(DONE)
         except BaseException:
             self.close()
             raise
@@ -75,20 +80,59 @@ class Writer:
         checkpoint.save(self.folder / checkpoint.NEWEST, theta, state, meta)
         self.step = meta["step"]
 
+    def start_best(self, theta: np.ndarray | None, meta: Mapping[str, Any]) -> None:
+        """Make best.h5 what it was at the checkpoint from which the run continues; theta is None without one.
+
+        A job that was killed may have left a later one, whose steps will be recomputed.
+        """
+        if theta is None:
+            self._remove(checkpoint.BEST)
+            return
+        path = self.folder / checkpoint.BEST
+        self._best = theta, meta
+        try:
+            found = checkpoint.load(path)
+            self._best_waits = found.meta["step"] != meta["step"] or not np.array_equal(found.theta, theta)
+        except (UserError, KeyError) as error:
+            self._best_waits = True
+            reason = f"{path} is missing" if not os.path.lexists(path) else str(error)
+            self.notes.append(f"{reason}; it is written again, from the checkpoint")
+        self.flush_best()
+
+    def best(self, theta: np.ndarray, meta: Mapping[str, Any]) -> None:
+        """Write best.h5, or leave it to `flush_best` if the last time was just now, or if that fails."""
+        self._best, self._best_waits = (theta, meta), True
+        if monotonic() >= self._best_due:
+            self.flush_best()
+
+    def flush_best(self) -> None:
+        """Write best.h5 if it is not what it should be."""
+        self._keep_folder()
+        if self._best is not None and self._best_waits:
+            theta, meta = self._best
+            self._best_due, begun = 0.0, monotonic()  # if it fails, the next one is tried at once
+            checkpoint.save(self.folder / checkpoint.BEST, theta, {}, meta, previous=None)
+            self._best_waits, now = False, monotonic()
+            self._best_due = now + REST * (now - begun)
+
     def timing(self, content: str) -> None:
         """Write timing.json."""
         self._keep_folder()
         replace(self.folder / TIMING, content.encode())
 
     def finish(self, done: str) -> None:
-        """Write the buffered lines of the history, and `done` to the file DONE unless it is empty."""
+        """Write what is pending, and `done` to the file DONE unless it is empty."""
         self._keep_folder()
         self.history.flush()
+        self.flush_best()
         if done:
             replace(self.folder / DONE, done.encode())
 
     def close(self) -> None:
-        """Allow other jobs to write to the folder."""
+        """Write best.h5 if it waits, and allow other jobs to write to the folder."""
+        if self._best_waits and self.lock.stands():
+            with contextlib.suppress(UserError):  # which has been reported, or an error ends the run
+                self.flush_best()
         self.lock.release()
 
     def _take(self) -> Lock:
@@ -113,4 +157,11 @@ class Writer:
         old_lock, self.lock = self.lock, self._take()
         old_lock.release()
         replace(self.folder / CONFIG, self.config.encode())
+        self._best_waits = True
         self.notes.append(f"{self.folder} was removed and created again: its earlier history is lost")
+
+    def _remove(self, name: str) -> None:
+        try:
+            (self.folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot remove {self.folder / name}: {error.strerror or error}") from None

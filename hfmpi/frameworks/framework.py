@@ -22,6 +22,7 @@ import numpy as np
 
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.data.batches import spread
+from hfmpi.data.examples import Examples
 from hfmpi.errors import UserError
 from hfmpi.frameworks.trial import DEPENDS, FEW, Trial, elsewhere
 from hfmpi.models.batch import CheckedBatch, NotFinite, check_batch, check_symbols, check_targets
@@ -29,6 +30,7 @@ from hfmpi.models.factors import FactorSums
 from hfmpi.models.linearisation import LossLinearisation, Passes
 from hfmpi.models.loss_check import check_loss
 from hfmpi.models.losses import Loss, choose, total_loss
+from hfmpi.models.micro_batches import EveryOutput, check_theta, in_parts, inputs_alone, loss_of_examples
 from hfmpi.optim.checks import check_vector
 from hfmpi.optim.layout import Block, Layout
 
@@ -246,6 +248,56 @@ class FrameworkModel(ABC):
         theta, examples = self._place(theta, batch)
         return self._outputs(theta, examples), examples.targets, examples.mask
 
+    def predict(self, theta: np.ndarray, x: Any) -> np.ndarray:
+        """Compute the outputs for inputs without targets, on this rank alone, in micro-batches.
+
+        Parameters
+        ----------
+        theta : (D,)
+            Parameters, such as `result.theta` of `hfmpi.train`.
+        x : array or tensor (B, ...), or a tuple of several inputs
+            The first axis counts the examples.
+
+        Returns
+        -------
+        outputs : (B, ..., O)
+            Before the loss, in the shape in which the model returns them, but with the classes along the last
+            axis.
+
+        Raises
+        ------
+        UserError
+            If theta or the inputs do not fit the model.
+
+        Examples
+        --------
+        >>> logits = model.predict(result.theta, x_new)
+        >>> classes = logits.argmax(axis=-1)
+        """
+        check_theta(theta, self.size)
+        theta = self.backend.to_device(theta.astype(self.backend.dtype, copy=False))
+        inputs = inputs_alone(x)
+        if self.casts:
+            inputs = tuple(
+                x.astype(self.backend.dtype, copy=False) if x.dtype.kind == "f" else x for x in inputs
+            )
+
+        def batch(inputs: tuple[np.ndarray, ...]) -> CheckedBatch:
+            count = len(inputs[0])
+            return CheckedBatch(inputs, EveryOutput.of_batch(count), np.zeros((count, 0)), None)
+
+        if self.plan.checked != self._mode():
+            with self.lock:
+                self._plan_outputs(theta, batch(tuple(x[:FEW] for x in inputs)))
+
+        def outputs(part: tuple[np.ndarray, ...]) -> np.ndarray:
+            return np.asarray(self.backend.to_host(self._outputs(theta, batch(part))))
+
+        return in_parts(outputs, inputs, self.backend.micro_batch)
+
+    def _plan_outputs(self, theta: np.ndarray, few: CheckedBatch) -> None:  # noqa: B027 (no choice by default)
+        """Choose how outputs are computed, where no batch with targets has been checked."""
+
     def check(self, theta: np.ndarray, batch: Any) -> None:
         """Check the model on a batch, as its first batch is checked: before each run.
 
@@ -266,7 +318,9 @@ class FrameworkModel(ABC):
         check_targets(targets, mask, self.output_loss, self.plan.width)
 
     def loss(self, theta: np.ndarray, batch: Any) -> float:
-        """Return the summed loss in nats, without a linearisation."""
+        """Return the summed loss in nats, without a linearisation; of `Examples` in micro-batches."""
+        if isinstance(batch, Examples):
+            return loss_of_examples(self, theta, batch)
         theta, examples = self._place(theta, batch)
         return self._value(self._outputs(theta, examples), examples)[0]
 

@@ -345,6 +345,15 @@ class TorchModel(FrameworkModel):
         if not np.array_equal(to_array(tensor), theta, equal_nan=True):
             raise UserError(CHANGES)
 
+    def _plan_outputs(self, theta: np.ndarray, few: CheckedBatch) -> None:
+        if layer := stochastic(self.module):
+            raise UserError(
+                f"{layer} makes the outputs random or dependent on the batch, as dropout and batch "
+                "statistics do: call module.eval() first"
+            )
+        with torch.inference_mode(False), self.places.lock:
+            self._choose_forward(theta, few)
+
     def in_float64(self, theta: np.ndarray, examples: CheckedBatch) -> np.ndarray | None:
         """Return the scored outputs (N, O) at theta (D,), with all tensors in float64; None if that fails."""
         trained = {id(p) for p in self.parameters.values()}

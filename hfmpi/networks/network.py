@@ -10,7 +10,7 @@ from hfmpi.backends import create
 from hfmpi.backends.base import Array, Workspace
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.data.batches import check_steps, scored_targets
-from hfmpi.data.examples import Arrays, one_hot_remedy
+from hfmpi.data.examples import Arrays, Examples, one_hot_remedy
 from hfmpi.errors import UserError, shown
 from hfmpi.measure.cost import ForwardPass
 from hfmpi.models.batch import (
@@ -25,6 +25,7 @@ from hfmpi.models.batch import (
 from hfmpi.models.factors import FactorSums
 from hfmpi.models.loss_check import check_loss
 from hfmpi.models.losses import Loss, choose, total_loss
+from hfmpi.models.micro_batches import check_theta, in_parts, inputs_alone, loss_of_examples
 from hfmpi.networks import recurrence
 from hfmpi.networks.architecture import Architecture
 from hfmpi.networks.recurrence import Recurrence
@@ -167,14 +168,18 @@ class Network:
 
     # One batch ---------------------------------------------------------------------------------
 
-    def loss(self, theta: Array, batch: Batch) -> float:
+    def loss(self, theta: Array, batch: Batch | Examples) -> float:
         """Return the loss summed over the scored outputs, nats, without a linearisation.
+
+        `Examples` of any number are processed in micro-batches.
 
         Raises
         ------
         UserError
             If the batch does not fit the network.
         """
+        if isinstance(batch, Examples):
+            return loss_of_examples(self, theta, batch)
         inputs, targets, mask = self._to_device(batch, self._scratch)
         _, _, outputs = self._forward(theta, inputs, len(targets), self._scratch)
         return self._value(outputs, targets, mask)
@@ -235,6 +240,41 @@ class Network:
         to_host = self.backend.to_host
         copied = np.array(to_host(outputs))  # the next pass overwrites the scratch memory
         return copied, to_host(targets), None if mask is None else to_host(mask)
+
+    def predict(self, theta: Array, x: Any) -> np.ndarray:
+        """Compute the outputs at every step of sequences without targets, on this rank, in micro-batches.
+
+        Parameters
+        ----------
+        theta : (D,)
+            Parameters, on the host or on the device, such as `result.theta` of `hfmpi.train`.
+        x : (B, L) symbols or (B, L, I) numbers
+
+        Returns
+        -------
+        outputs : (B, L, O)
+            Before the loss, on the host.
+
+        Raises
+        ------
+        UserError
+            If theta or the inputs do not fit the network.
+
+        Examples
+        --------
+        >>> symbols = network.predict(result.theta, x_new)[:, -1].argmax(axis=-1)
+        """
+        check_theta(theta, self.size, kind=None)
+        theta = self.backend.to_device(theta).astype(self.backend.dtype, copy=False)
+
+        def outputs(arrays: tuple[np.ndarray, ...]) -> np.ndarray:
+            inputs = self._inputs_to_device(self._checked_inputs(arrays), self._scratch)
+            steps, size = inputs.shape[:2]
+            _, _, z = self._forward(theta, inputs, steps * size, self._scratch)
+            by_step = np.array(self.backend.to_host(z)).reshape(steps, size, -1)
+            return np.ascontiguousarray(by_step.swapaxes(0, 1))
+
+        return in_parts(outputs, inputs_alone(x), self.backend.micro_batch)
 
     def _linearise(
         self, theta: Array, batch: Batch, reuse: NetworkLinearisation | None, *, structural: bool
@@ -297,15 +337,10 @@ class Network:
         targets : (T * B,) int32 or (T * B, O)
         mask : (T * B, 1) or None
         """
-        (x, *others), y, mask = parts(batch)
+        arrays, y, mask = parts(batch)
+        x = self._checked_inputs(arrays)
         architecture, symbols, dtype = self.architecture, self.output_loss.symbols, self.backend.dtype
-        looks_up, numbers = x.ndim == 2, architecture.inputs
-        if others or not (looks_up or (x.ndim == 3 and x.shape[2] == numbers)):
-            raise UserError(
-                f"inputs must be symbols (sequences, steps) or numbers (sequences, steps, {numbers}), "
-                f"not {f'{1 + len(others)} arrays' if others else f'of shape {x.shape}'}"
-            )
-        sequences, steps, width = *x.shape[:2], () if symbols else (architecture.outputs,)
+        sequences, width = len(x), () if symbols else (architecture.outputs,)
         if y.ndim < 2 or (len(y), *y.shape[2:]) != (sequences, *width):
             raise UserError(
                 f"targets must be {'symbols' if symbols else 'numbers'} of shape "
@@ -314,21 +349,37 @@ class Network:
             )
         check_steps(x.shape, y.shape, burn_in_of(batch))
         check_mask(mask, y.shape[:2])
-        if looks_up:
-            check_symbols("inputs", x, architecture.inputs)
         y = scored_targets(y, mask)
         if symbols:
             check_symbols("targets", y, architecture.outputs)
         else:
             check_bounds(y, self.output_loss)
-        input_dtype = np.dtype(np.int32) if looks_up else dtype
-        name = "inputs" if looks_up else "vectors"  # a network may read both, and memory has one type
-        inputs = memory(name, (steps, sequences, *x.shape[2:]), input_dtype)
-        inputs[...] = self.backend.to_device(_time_first(x.astype(input_dtype, copy=False)))
+        inputs = self._inputs_to_device(x, memory)
         targets = self.backend.to_device(_time_first(y.astype(np.int32 if symbols else dtype, copy=False)))
         if mask is not None:
             mask = self.backend.to_device(_time_first(mask.astype(dtype)).reshape(-1, 1))
         return inputs, targets.reshape(-1, *width), mask
+
+    def _checked_inputs(self, arrays: tuple[np.ndarray, ...]) -> np.ndarray:
+        """Return the inputs of a batch, or raise a UserError if the network cannot read them."""
+        (x, *others), numbers = arrays, self.architecture.inputs
+        if others or not (x.ndim == 2 or (x.ndim == 3 and x.shape[2] == numbers)):
+            raise UserError(
+                f"inputs must be symbols (sequences, steps) or numbers (sequences, steps, {numbers}), "
+                f"not {f'{1 + len(others)} arrays' if others else f'of shape {x.shape}'}"
+            )
+        if x.ndim == 2:
+            check_symbols("inputs", x, numbers)
+        return x
+
+    def _inputs_to_device(self, x: np.ndarray, memory: Workspace) -> Array:
+        """Copy checked inputs to the device, time-major: (L, B) int32 or (L, B, I)."""
+        looks_up = x.ndim == 2
+        dtype = np.dtype(np.int32) if looks_up else self.backend.dtype
+        name = "inputs" if looks_up else "vectors"  # a network may read both, and memory has one type
+        inputs = memory(name, (x.shape[1], x.shape[0], *x.shape[2:]), dtype)
+        inputs[...] = self.backend.to_device(_time_first(x.astype(dtype, copy=False)))
+        return inputs
 
     def _layer(
         self,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from hfmpi.data.corpus import loss_unit
 from hfmpi.errors import UserError
 from hfmpi.files.atomic import open_regular
-from hfmpi.files.checkpoint import NEWEST, PREVIOUS, latest, trained_on
+from hfmpi.files.checkpoint import BEST, NEWEST, PREVIOUS, latest, trained_on
 from hfmpi.files.history import BITS, HISTORY, History, LossKeys, loss_keys
 from hfmpi.files.numbers import is_drawable
 from hfmpi.files.writer import CONFIG, DONE, TIMING
@@ -31,14 +31,14 @@ __all__ = ["Contents", "NetworkInfo", "read", "stamp"]
 SAMPLE = 400
 """Characters of a sample."""
 
-FILES = (HISTORY, CONFIG, TIMING, NEWEST, DONE)
+FILES = (HISTORY, CONFIG, TIMING, NEWEST, BEST, DONE)
 
 Stamp = tuple[tuple[int, int] | None, ...]
 """Modification time and size of files, None for a file that is absent."""
 
 
 class NetworkInfo(NamedTuple):
-    """The network in the newest checkpoint of a run.
+    """The network of a run, with its best parameters or those of its newest checkpoint.
 
     Attributes
     ----------
@@ -146,7 +146,7 @@ def _read(folder: Path, name: str) -> Contents:
         times = read_times(folder)
     except UserError as error:
         missing["times"] = str(error)
-    network = _network(folder, stamp(folder, (NEWEST, PREVIOUS)))
+    network = _network(folder, stamp(folder, (NEWEST, PREVIOUS, BEST)))
     if network.error:
         missing["sample"] = network.error if loss == BITS else "the run was not trained on a text"
     changed = None

@@ -18,8 +18,8 @@ __all__ = ["AXES", "Runs", "charts", "draw", "draw_internals"]
 AXES = "P_I", "P_D", "seconds"
 """The costs of the panels of a figure of losses, in the order of the paper's Figure 1."""
 
-LOSSES = "train_bpc", "valid_bpc", "loss", "valid_loss", "valid_metric"
-"""Keys of losses, and of the metric; a run has some of them."""
+LOSSES = "train_bpc", "valid_bpc", "loss", "valid_loss"
+"""Keys of losses; a run has some of them. Those of metrics start with valid_ too."""
 
 Runs = Sequence[tuple[str, Sequence[Record]]]
 """Name and step records of each run."""
@@ -35,7 +35,7 @@ def charts(runs: Runs, internals: bool) -> list[str]:
     """
     rows, lines = [["run", "steps", "", "first", "last"]], []
     for name, records in runs:
-        keys = _internals(name, records) if internals else [key for key in LOSSES if key in records[0]]
+        keys = _internals(name, records) if internals else _losses(records[0])
         for key in keys:
             values = _column(records, key)
             known = [value for value in values if value is not None]
@@ -131,6 +131,12 @@ def draw_internals(runs: Runs) -> Any:
         axis.set_xlabel("step")
     next(iter(axes.values())).legend()
     return figure
+
+
+def _losses(record: Mapping[str, Any]) -> list[str]:
+    """Return the keys of the losses and metrics of a record."""
+    metrics = [key for key in record if key.startswith("valid_") and key not in LOSSES]
+    return [key for key in LOSSES if key in record] + metrics
 
 
 def _internals(name: str, records: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
+from hfmpi.backends.base import Array
 from hfmpi.errors import UserError, shown
 from hfmpi.files.history import History, Record, plain
 from hfmpi.frameworks.framework import FrameworkModel
@@ -19,46 +18,16 @@ from hfmpi.parallel import library, watchdog
 from hfmpi.parallel.failure import joint, together
 from hfmpi.parallel.launch import connect
 from hfmpi.parallel.placement import threads_kept
-from hfmpi.runs.metric import Metric
+from hfmpi.runs.best import LOSS
+from hfmpi.runs.metric import Metric, single_or_all
 from hfmpi.runs.model_task import ModelTask, checked_options
-from hfmpi.runs.record import Reporter
+from hfmpi.runs.record import Reporter, Validation
+from hfmpi.runs.result import Result
 from hfmpi.runs.session import PROGRAM, Session, open_session
 from hfmpi.runs.start import open_run
-from hfmpi.runs.train import Run
+from hfmpi.runs.train import Callback, Run
 
 __all__ = ["Result", "train"]
-
-
-@dataclass(frozen=True)
-class Result:
-    """The result of a run, equal on all ranks.
-
-    Attributes
-    ----------
-    theta : ndarray (D,)
-        The parameters, on the host; the mean of the iterates if the optimizer computes one. Where every step
-        has the same batch, those of the lowest risk that the run knows, the last ones included, unless
-        weight decay or a mean of the iterates was asked for.
-    history : list of dict
-        One entry a step since the first start, as in history.jsonl, without those of a different run from
-        which it started.
-    step : int
-        Number of steps since the first start.
-    done : bool
-        Whether the run reached a limit; otherwise something asked it to stop.
-    reason : str
-        Which of them.
-    valid_loss, valid_metric : float or None
-        On the validation examples, at theta.
-    """
-
-    theta: np.ndarray
-    history: list[Record]
-    step: int
-    done: bool
-    reason: str
-    valid_loss: float | None
-    valid_metric: float | None
 
 
 def train(
@@ -68,7 +37,9 @@ def train(
     *,
     out: str | PathLike[str] | None = None,
     resume: str | PathLike[str] = "auto",
-    metric: Metric | None = None,
+    metric: Metric | dict[str, Metric] | None = None,
+    callback: Callback | None = None,
+    watch: str = LOSS.name,
     quiet: bool = False,
     threads: int | None = None,
     stall_timeout: float = 600.0,
@@ -89,16 +60,26 @@ def train(
         (x, y) or (x, y, mask): arrays or tensors whose first axis counts the examples; a map-style data set
         of pairs (x, y), which is read into memory; or objects such as `Examples` and `Arrays`.
     out : path, optional
-        The folder of the run: config.toml, history.jsonl, checkpoint.h5, timing.json and DONE
+        The folder of the run: config.toml, history.jsonl, checkpoint.h5, best.h5, timing.json and DONE
         (docs/file-formats.md). By default nothing is written.
     resume : {'auto', 'never'} or path
         'auto': continue if `out` has a checkpoint; 'never': refuse to. The path of a run's folder or of a
         checkpoint: start from that run, with its model and its options except those that are passed here, and
         perhaps on other data. Its steps and costs are continued, its files stay unchanged. Called again with
         the same `resume`, the new run continues from the checkpoint in `out`.
-    metric : callable, optional
+    metric : callable or dict of str to callable, optional
         metric(outputs (N, O), targets (N,) or (N, O)) returns a number for each row; the mean over all scored
-        rows of the validation examples is valid_metric in the history.
+        rows of the validation examples is valid_metric in the history. Of a dict {NAME: metric} each mean is
+        valid_NAME.
+    callback : callable, optional
+        callback(record, theta) is called on every rank after each step, with the step's entry of the history
+        and the parameters (D,) that `result.theta` would have as the last ones, read-only. All ranks get the
+        same. If it returns True on any rank, the run ends as at a limit. An exception ends the run with
+        `error.result`.
+    watch : str
+        What makes a validation the best one, for keep="best" and `patience`: "loss", the lowest validation
+        loss; or "max NAME" or "min NAME", the highest or lowest value of a metric, such as "max accuracy"
+        ("max metric" if `metric` is a single function).
     quiet : bool
         Report only what needs attention.
     threads : int, optional
@@ -108,7 +89,9 @@ def train(
     **options
         Those of `hfmpi train`, with underscores: optimizer, gradient_batch, curvature_batch, max_steps,
         max_seconds, checkpoint_every, evaluate_every, check_every, max_rejections, seed, micro_batch,
-        memory_budget, slices, transport; and settings, a dict for the optimizer's.
+        memory_budget, slices, transport; keep="best" to return the parameters of the best validation, by
+        default "last"; patience=N to stop after N validations in a row without a better one; and settings, a
+        dict for the optimizer's.
 
     Returns
     -------
@@ -134,12 +117,15 @@ def train(
                 raise UserError(f"out must be the path of a folder, not {shown(out)}")
             if not isinstance(resume, (str, PathLike)) or not str(resume):
                 raise UserError(f"resume must be 'auto', 'never', or the path of a run, not {shown(resume)}")
+            if callback is not None and not callable(callback):
+                raise UserError(f"callback must be a function (record, theta) -> stop, not {shown(callback)}")
             return open_run(
                 None if out is None else Path(out),
                 str(resume),
                 checked_options(options),
-                lambda config, _: ModelTask.of(model, train, valid, metric, config),
+                lambda config, _: ModelTask.of(model, train, valid, metric, config, watch),
                 session,
+                callback,
             )
 
         run = together(session.communicator, build)
@@ -147,20 +133,21 @@ def train(
             ending = run.train()
         except Exception as error:
             if run.partial is not None:
-                theta, records = run.backend.to_host(run.partial), _history(run, collector.records)
+                records, valid = _history(run, collector.records), run.kept.valid if run.kept else None
                 with contextlib.suppress(AttributeError):  # an exception of the user's may refuse it
-                    error.result = Result(theta, records, run.step, False, str(error), None, None)  # type: ignore[attr-defined]
+                    error.result = _result(run, run.partial, records, False, str(error), valid)  # type: ignore[attr-defined]
             raise
         records = session.communicator.agree(_history(run, collector.records))
-        return Result(
-            run.backend.to_host(run.evaluated),
-            records,
-            ending.step,
-            ending.done,
-            ending.reason,
-            ending.valid.loss if ending.valid else None,
-            ending.valid.metric if ending.valid else None,
-        )
+        return _result(run, run.evaluated, records, ending.done, ending.reason, ending.valid)
+
+
+def _result(
+    run: Run, theta: Array, records: list[Record], done: bool, reason: str, valid: Validation | None
+) -> Result:
+    loss, metric = (valid.loss, single_or_all(valid.metrics)) if valid else (None, None)
+    best_step = run.best.step if run.best else None
+    about = best_step, run.kept is not None, run.communicator.rank
+    return Result(run.backend.to_host(theta), records, run.step, done, reason, loss, metric, *about)
 
 
 @contextlib.contextmanager

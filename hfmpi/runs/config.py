@@ -20,6 +20,9 @@ __all__ = ["CHANGEABLE", "FORMER_NAMES", "NETWORK", "OF_TEXT", "OPTIONS", "Confi
 PREFERENCES = "none", "passes", "seconds"
 """What `prefer` may be (hfmpi.runs.choice)."""
 
+KEPT = "best", "last"
+"""What `keep` may be; empty: the task decides."""
+
 FORMER_NAMES = {"warmup": "burn_in"}
 """Names of options in files and commands of earlier versions, which are still read."""
 
@@ -109,6 +112,26 @@ class Config:
     max_rejections: Annotated[
         Whole, Option("Maximum rejected steps in a row; 0: no limit.", unit="STEPS", changeable=True)
     ] = 20
+    keep: Annotated[
+        str,
+        Rule("must be best or last, not {!r}", ("", *KEPT).__contains__),
+        Option(
+            "Parameters that evaluate and sample use: those of the lowest validation loss, or the last ones.",
+            "best",
+            choices=KEPT,
+            changeable=True,
+        ),
+    ] = ""
+    patience: Annotated[
+        Whole,
+        Option(
+            "Stop after this many validations in a row without a lower validation loss.",
+            "no limit",
+            unit="VALIDATIONS",
+            least=1,
+            changeable=True,
+        ),
+    ] = 0
     seed: Annotated[Whole, Option("Seed of initialisation and batches.")] = 0
     backend: Annotated[str, Option("Array library.", choices=BACKENDS, changeable=True)] = "auto"
     dtype: Annotated[

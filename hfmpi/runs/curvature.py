@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
 
-from hfmpi.data.digest import digest_of
-from hfmpi.data.examples import Examples
-from hfmpi.data.user_data import as_cases
 from hfmpi.errors import UserError
-from hfmpi.models.base import DataChecks, KroneckerFactors, Model, Scoring
-from hfmpi.models.batch import check_finite
+from hfmpi.models.base import KroneckerFactors, Model
 from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.optim.base import Gradient, Operator
 from hfmpi.optim.checks import check_vector
 from hfmpi.optim.layout import split_factors
 from hfmpi.optim.rows import Matrix, RowMatrix, RowRequest
-from hfmpi.parallel.communicator import Communicator, digest
-from hfmpi.parallel.failure import together
-from hfmpi.parallel.launch import connect
-from hfmpi.runs.checks import same_start
+from hfmpi.parallel.communicator import Communicator
+from hfmpi.runs.one_point import one_point
 
 __all__ = ["Curvature", "curvature"]
 
@@ -172,33 +165,5 @@ def curvature(
     >>> values = scipy.sparse.linalg.eigsh(c.to_scipy(), 5)[0]
     >>> s = c.rows("residuals")  # s.gram(), s.times(v), s.transposed(a)
     """
-    comm = communicator or _all_ranks()
-
-    def build() -> Curvature:
-        owner = DataParallel(model, comm, micro_batch=micro_batch, memory_budget=memory_budget, slices=slices)
-        check_vector("theta", theta, model.size, np.ndarray)
-        start = theta.astype(model.backend.dtype)
-        cases = as_cases(data, getattr(model, "examples", Examples))
-        if isinstance(cases, Examples):
-            cases = model.scoring(cases) if isinstance(model, Scoring) else cases
-            check_finite(cases.targets, cases.mask)
-            if isinstance(model, DataChecks):
-                model.loss(owner.model.backend.to_device(start), cases.take(np.arange(1)))  # checks the model
-                model.check_data(cases.inputs, cases.targets, cases.mask)
-        return Curvature(owner, cases, start)
-
-    made = together(comm, build)
-    same_start(
-        comm,
-        {
-            "rank {} has other parameters than the other ranks": digest(made.theta),
-            "rank {} has other data than the other ranks": digest_of(made._risk.cases),
-        },
-    )
-    return made
-
-
-@cache
-def _all_ranks() -> Communicator:
-    """Return one communicator for all calls: MPI libraries have a limited number of them."""
-    return connect()
+    options = {"micro_batch": micro_batch, "memory_budget": memory_budget, "slices": slices}
+    return Curvature(*one_point(model, theta, data, communicator, **options))

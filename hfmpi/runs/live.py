@@ -16,7 +16,7 @@ import click
 from hfmpi.backends.compilation import listening
 from hfmpi.parallel import library
 
-__all__ = ["COMPILING", "LiveLine", "Patience", "announced", "interactive"]
+__all__ = ["COMPILING", "LiveLine", "Patience", "announced", "in_notebook", "interactive"]
 
 COMPILING = "compiling kernels, once for this machine ..."
 PATIENCE = 1.0
@@ -46,7 +46,7 @@ class LiveLine:
     ) -> None:
         self.max_steps, self.max_seconds, self.clock = max_steps, max_seconds, clock
         self._step, self._seconds, self._at = step, 0.0, clock()
-        self._train = self._valid = self._metric = ""
+        self._train = self._valid = self._metrics = ""
         self._details: Sequence[str] = ()
         self._recent: deque[tuple[int, float]] = deque(maxlen=WINDOW)
         self._compiling = self._compiled = False
@@ -62,11 +62,11 @@ class LiveLine:
         seconds: float,
         train: float | None,
         valid: float | None,
-        metric: float | None = None,
+        metrics: Sequence[str] = (),
         details: Sequence[str] = (),
         form: str = ".4f",
     ) -> None:
-        """Show a step: number, training time, losses, the user's metric, and details if they fit.
+        """Show a step: number, training time, losses, the user's metrics, and details if they fit.
 
         `form` is the format of the losses.
         """
@@ -78,7 +78,7 @@ class LiveLine:
         self._step, self._seconds, self._at, self._details = step, seconds, now, details
         self._train = "" if train is None else f"train {train:{form}}"
         self._valid = self._valid if valid is None else f"valid {valid:{form}}"
-        self._metric = self._metric if metric is None else f"metric {metric:{form}}"
+        self._metrics = "  ".join(metrics) or self._metrics
 
     def text(self, width: int) -> str:
         """Return the line: the most important parts that fit, in their order."""
@@ -95,7 +95,7 @@ class LiveLine:
                 (4, self._speed()),
                 (1, self._train),
                 (3, self._valid),
-                (6, self._metric),
+                (6, self._metrics),
                 *((7 + i, detail) for i, detail in enumerate(self._details)),
             ]
         room, least = width, 0
@@ -180,6 +180,12 @@ class Patience:
     def _tell(self) -> None:
         self._left = 0.0
         self._say(COMPILING)
+
+
+def in_notebook() -> bool:
+    """Return whether a notebook shows the output of this process; IPython is not imported."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return getattr(shell, "kernel", None) is not None
 
 
 def interactive(stream: TextIO | None) -> bool:

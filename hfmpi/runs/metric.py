@@ -1,8 +1,9 @@
-"""A user-defined metric: its mean over the scored outputs of all examples, on all ranks."""
+"""User-defined metrics: their means over the scored outputs of all examples, on all ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -13,37 +14,82 @@ from hfmpi.models.base import Outputs
 from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.objective.sums import pairwise_sum
 
-__all__ = ["Metric", "mean", "sums"]
+__all__ = ["SINGLE", "Metric", "checked_metrics", "means", "single_or_all", "sums"]
 
 Metric = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(outputs (N, O), targets (N,) or (N, O)) -> a number for each row (N,)."""
 
+SINGLE = "metric"
+"""The name of a metric that was passed alone."""
 
-def mean(metric: Metric, owner: DataParallel, cases: Cases, theta: Array) -> float:
-    """Return the mean of the metric over the scored rows of all examples; collective."""
+TAKEN = "loss", "bpc", SINGLE
+"""Names that a metric of a dict cannot have: the keys of a record are valid_NAME."""
+
+
+def checked_metrics(metric: Any) -> dict[str, Metric]:
+    """Return the metrics by name: none, a single one, or those of a dict.
+
+    Raises
+    ------
+    UserError
+        If they are not functions, or a name cannot be a key of the history.
+    """
+    if metric is None:
+        return {}
+    if callable(metric):
+        return {SINGLE: metric}
+    if not isinstance(metric, Mapping) or not metric:
+        raise UserError(
+            "metric must be a function (outputs, targets) -> values, or a dict of such functions by name, "
+            f"not {shown(metric)}"
+        )
+    for name, function in metric.items():
+        if not isinstance(name, str) or not name.isidentifier() or name in TAKEN:
+            raise UserError(
+                f"the name of a metric must be a word such as 'accuracy', other than {', '.join(TAKEN)}, "
+                f"not {shown(name)}"
+            )
+        if not callable(function):
+            raise UserError(
+                f"metric {name} must be a function (outputs, targets) -> values, not {shown(function)}"
+            )
+    return dict(metric)
+
+
+def single_or_all(values: Mapping[str, float]) -> float | dict[str, float] | None:
+    """Return the values of metrics in the form in which the user passed the metrics."""
+    return dict(values) if values.keys() - {SINGLE} else values.get(SINGLE)
+
+
+def means(metrics: Mapping[str, Metric], owner: DataParallel, cases: Cases, theta: Array) -> dict[str, float]:
+    """Return the mean of each metric over the scored rows of all examples; collective."""
+    if not metrics:
+        return {}
     shard, most = owner.shard(cases, np.arange(cases.count)), owner.local.micro_batch
 
     def share(part: np.ndarray) -> np.ndarray:
-        total = np.zeros(2)
+        total = np.zeros(len(metrics) + 1)
         for indices in np.array_split(part, -(-part.size // most)) if part.size else []:
-            total += sums(metric, owner.model, cases, indices, theta)
+            total += sums(metrics, owner.model, cases, indices, theta)
         return total
 
     def local() -> np.ndarray:
         return np.append(pairwise_sum([share(part) for part in shard.slices]), 0.0)
 
-    message = owner.total(local, 3, np.float64, host=True)
-    total, count = message[:2].tolist()
-    return total / count
+    message = owner.total(local, len(metrics) + 2, np.float64, host=True)
+    *totals, count = message[:-1].tolist()
+    return {name: total / count for name, total in zip(metrics, totals, strict=True)}
 
 
-def sums(metric: Metric, model: object, cases: Cases, indices: np.ndarray, theta: Array) -> np.ndarray:
-    """Sum the metric over the scored rows of some examples, and count these rows.
+def sums(
+    metrics: Mapping[str, Metric], model: object, cases: Cases, indices: np.ndarray, theta: Array
+) -> np.ndarray:
+    """Sum each metric over the scored rows of some examples, by their weights, and these: (metrics + 1,).
 
     Raises
     ------
     UserError
-        If the model has no method for its outputs, or the metric fails or does not return a number for each
+        If the model has no method for its outputs, or a metric fails or does not return a number for each
         row.
     """
     if not isinstance(model, Outputs):
@@ -52,23 +98,34 @@ def sums(metric: Metric, model: object, cases: Cases, indices: np.ndarray, theta
             f"{type(model).__name__} has no method outputs(theta, batch)"
         )
     outputs, targets, mask = model.outputs(theta, cases.take(indices))
+    weights = np.ones(len(outputs)) if mask is None else mask.reshape(-1).astype(np.float64)
+    scored = weights > 0  # what a metric returns for others may not be finite
+    several = len(metrics) > 1  # one may work in place
+    totals = [
+        (
+            _values(name, metric, outputs.copy() if several else outputs, targets)[scored] * weights[scored]
+        ).sum()
+        for name, metric in metrics.items()
+    ]
+    return np.array([*totals, weights.sum()], np.float64)
+
+
+def _values(name: str, metric: Metric, outputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Return the metric of each row, (N,) float64."""
+    call = f"{name}(outputs, targets)"
     try:
         values = np.asarray(metric(outputs, targets))
     except (UserError, MemoryError):
         raise
     except Exception as error:
         raise UserError(
-            f"metric(outputs, targets) raises {type(error).__name__}: {' '.join(str(error).split())}; it "
+            f"{call} raises {type(error).__name__}: {' '.join(str(error).split())}; it "
             f"gets arrays of outputs {outputs.shape} and targets {targets.shape}"
         ) from error
     if values.shape not in ((len(outputs),), (len(outputs), 1)) or values.dtype.kind not in "biuf":
         returned = f"an array of shape {values.shape}" if values.ndim else shown(values.item())
         raise UserError(
-            f"metric(outputs, targets) must give a number for each of the {len(outputs):,} rows, whose mean "
+            f"{call} must return a number for each of the {len(outputs):,} rows, whose mean "
             f"is taken over all ranks, not {returned}"
         )
-    values = values.reshape(-1).astype(np.float64)
-    if mask is None:
-        return np.array([values.sum(), len(values)])
-    scored = mask.reshape(-1) > 0
-    return np.array([values[scored].sum(), scored.sum()])
+    return values.reshape(-1).astype(np.float64)

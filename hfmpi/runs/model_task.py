@@ -37,6 +37,7 @@ from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.parallel.communicator import digest
 from hfmpi.parallel.failure import together
 from hfmpi.runs import checks, metric
+from hfmpi.runs.best import LOSS, Watch
 from hfmpi.runs.config import OF_TEXT, Config
 from hfmpi.runs.restore import check_parameters
 from hfmpi.runs.task import DifferentRun, Task
@@ -61,8 +62,10 @@ class ModelTask(Task):
     """A model and data of the user; made by `of`."""
 
     @classmethod
-    def of(cls, model: Any, train: Any, valid: Any, measure: Any, config: Config) -> ModelTask:
-        """Check the arguments of `hfmpi.train`, and fix the batch sizes.
+    def of(
+        cls, model: Any, train: Any, valid: Any, measure: Any, config: Config, watch: object = LOSS.name
+    ) -> ModelTask:
+        """Check the arguments of `hfmpi.train`, and fix the batch sizes and what the run returns.
 
         Raises
         ------
@@ -74,10 +77,14 @@ class ModelTask(Task):
                 f"model must be a model such as hfmpi.TorchModel, hfmpi.JaxModel or hfmpi.Network makes, "
                 f"not {shown(model)}"
             )
-        if measure is not None and not callable(measure):
-            raise UserError(f"metric must be a function (outputs, targets) -> values, not {shown(measure)}")
-        if measure is not None and valid is None:
+        metrics = metric.checked_metrics(measure)
+        if metrics and valid is None:
             raise UserError("a metric is measured on validation cases: give valid too")
+        watched = Watch.parse(watch, metrics)
+        config = replace(config, keep=config.keep or "last")
+        if valid is None and (config.keep == "best" or config.patience):
+            option = "patience" if config.patience else "keep='best'"
+            raise UserError(f"{option} needs validation data: give valid too")
         make = getattr(model, "examples", Examples)
         sets = {name: _cases(name, given, make) for name, given in (("train", train), ("valid", valid))}
         if isinstance(model, Scoring):
@@ -103,7 +110,8 @@ class ModelTask(Task):
                 "cases": digest_of(train_set),
                 "valid_cases": "" if sets["valid"] is None else digest_of(sets["valid"]),
             },
-            metric=measure,
+            metrics=metrics,
+            watch=watched,
             notes=tuple(notes),
         )
 
@@ -218,7 +226,7 @@ class ModelTask(Task):
         try:
             scored = cases.scored(np.arange(cases.count))
             loss = owner.on(cases, np.arange(cases.count), span=EVALUATE).loss(theta) if scored else 0.0
-            mean = metric.mean(self.metric, owner, cases, theta) if scored and self.metric else 0.0
+            means = metric.means(self.metrics, owner, cases, theta) if scored else {}
         except UserError as error:
             raise UserError(f"valid: {error}") from None
         if not scored:
@@ -227,8 +235,10 @@ class ModelTask(Task):
             at = _not_finite(cases, np.arange(cases.count))
             cause = "check inputs and targets of the validation examples" if at is None else _cause(at)
             raise UserError(f"valid: the loss is not finite ({loss}): {cause}")
-        if not math.isfinite(mean):
-            raise UserError(f"the metric of the validation examples is not finite ({mean})")
+        for name, mean in means.items():
+            if not math.isfinite(mean):
+                called = "the metric" if name == metric.SINGLE else f"the metric {name}"
+                raise UserError(f"{called} of the validation examples is not finite ({mean})")
 
     def meta(self, theta: Array) -> dict[str, Any]:
         """Return the digests, the loss of theta on a few examples, and the title of the model in a report."""
@@ -241,9 +251,11 @@ class ModelTask(Task):
         return float(loss) / max(1, self.train_set.scored(indices))
 
     def _try_metric(self, theta: np.ndarray) -> None:
-        if self.metric is not None and self.valid_set is not None:
+        if self.metrics and self.valid_set is not None:
             indices = np.arange(min(TRIED, self.valid_set.count))
-            metric.sums(self.metric, self.model, self.valid_set, indices, self.model.backend.to_device(theta))
+            metric.sums(
+                self.metrics, self.model, self.valid_set, indices, self.model.backend.to_device(theta)
+            )
 
 
 def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:

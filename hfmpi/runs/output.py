@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from hfmpi.errors import UserError
-from hfmpi.files.checkpoint import Entry
+from hfmpi.files.checkpoint import BEST, Entry
 from hfmpi.files.history import Record
 from hfmpi.files.writer import Writer
 from hfmpi.parallel.communicator import Communicator
@@ -89,10 +89,23 @@ class Output:
         if self._writer is not None:
             self._attempt("the history", partial(self._writer.history.amend, step, dict(values)))
 
+    def start_best(self, theta: np.ndarray | None, meta: Mapping[str, Any]) -> None:
+        """Make best.h5 what it was where the run continues; see `Writer.start_best`."""
+        if self._writer is not None:
+            self._attempt(BEST, partial(self._writer.start_best, theta, meta))
+        self._report_notes()
+
+    def best(self, theta: np.ndarray | None, meta: Mapping[str, Any]) -> None:
+        """Write best.h5 if there is a folder."""
+        if self._writer is not None and theta is not None:
+            self._attempt(BEST, partial(self._writer.best, theta, meta))
+
     def checkpoint(self, theta: np.ndarray, state: Mapping[str, Entry], meta: Mapping[str, Any]) -> bool:
         """Write the checkpoint if there is a folder; return False on all ranks if that failed."""
         if not self._writes:
             return True
+        if self._writer is not None:
+            self._attempt(BEST, self._writer.flush_best)
         saved = self._attempt(
             "the checkpoint", lambda: self._write(lambda writer: writer.checkpoint(theta, state, meta))
         )

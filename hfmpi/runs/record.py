@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from hfmpi.files.history import LossKeys, Record
@@ -25,6 +26,7 @@ __all__ = [
     "Validation",
     "counted",
     "step_record",
+    "validated",
 ]
 
 
@@ -51,17 +53,18 @@ class Facts:
 
 
 class Validation(NamedTuple):
-    """Means over the validation examples: the loss in the unit of the run, and the user's metric."""
+    """Means over the validation examples: the loss in the unit of the run, and the user's metrics by name."""
 
     loss: float
-    metric: float | None = None
+    metrics: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run ended: why, whether at a limit, at which step, and what validation measured there, if it did.
+    """How a run ended: why, whether at a limit, at which step, and the validation of its result, if any.
 
-    `unit` is that of the task, and `remedy` is how the user continues the run.
+    `unit` is that of the task, `remedy` is how the user continues the run, and `kept_step` is the step whose
+    parameters the run returns if they are those of the best validation.
     """
 
     reason: str
@@ -70,6 +73,7 @@ class Ending:
     valid: Validation | None
     unit: str = ""
     remedy: str = ""
+    kept_step: int | None = None
 
 
 NO_UNIT = ForwardPass(1, 1)
@@ -154,14 +158,15 @@ def step_record(
     report: StepReport,
     valid: Validation | None,
     keys: LossKeys,
-    metric: bool,
+    metrics: Sequence[str],
     step_seconds: float,
     batches: tuple[int, int],
     ranks: int,
 ) -> Record:
-    """Give the object of a step in the history (docs/file-formats.md).
+    """Return the object of a step in the history (docs/file-formats.md).
 
-    `progress` is that after the step; `metric` says whether the run has one; `batches` are B_g and B_c.
+    `progress` is that after the step, `metrics` are the names of the run's metrics, and `batches` are B_g and
+    B_c.
     """
     parts = progress.spent(*batches)
     spent = [(part.counts, part.gradient_batch, part.curvature_batch) for part in parts]
@@ -169,9 +174,7 @@ def step_record(
     everything = (cost.full(*passes, part.unit) for passes, part in zip(spent, parts, strict=True))
     full_d, full_i = map(sum, zip(*everything, strict=True))
     work = report.work
-    measured = {keys.train: report.loss * keys.per_nat, keys.valid: valid.loss if valid else None}
-    if metric:
-        measured["valid_metric"] = valid.metric if valid else None
+    measured = {keys.train: report.loss * keys.per_nat, **validated(valid, keys, metrics)}
     record = {
         "step": progress.step,
         "seconds": round(progress.seconds, 4),
@@ -189,6 +192,12 @@ def step_record(
         **report.details,
     }
     return cast(Record, record)
+
+
+def validated(valid: Validation | None, keys: LossKeys, metrics: Sequence[str]) -> dict[str, float | None]:
+    """Return the entries of a record for a validation: None each if there was none at that step."""
+    values = {f"valid_{name}": valid.metrics[name] if valid else None for name in metrics}
+    return {keys.valid: valid.loss if valid else None, **values}
 
 
 def counted(record: Record) -> Counts:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,11 +15,14 @@ import click
 from hfmpi.backends.compilation import listening
 from hfmpi.files.history import BITS, Record, loss_keys
 from hfmpi.parallel.placement import Place
-from hfmpi.runs.live import COMPILING, LiveLine, Patience, interactive
+from hfmpi.runs.live import COMPILING, LiveLine, Patience, in_notebook, interactive
 from hfmpi.runs.record import Ending, Facts, Reporter
 from hfmpi.streams import lasting
 
 __all__ = ["make_reporter"]
+
+NOTEBOOK_WIDTH = 110  # characters, which the output of a cell shows without a line break
+NOTEBOOK_SECONDS = 0.2  # between two updates of the line
 
 
 class _Silent:
@@ -79,12 +84,7 @@ class Log(Quiet):
 
     def end(self, ending: Ending) -> None:
         """Print why the run ended, what was measured, and how to continue."""
-        valid = ""
-        if ending.valid is not None:
-            loss, metric = ending.valid
-            valid = f", {loss:.4f} {ending.unit}" if ending.unit else f", loss {loss:.5g}"
-            valid += f"{'' if metric is None else f', metric {metric:.5g}'} on validation"
-        click.echo(f"Stopped at step {ending.step:,}: {ending.reason}{valid}.")
+        click.echo(sentence_of(ending))
         if ending.remedy:
             click.echo(f"{ending.remedy}.")
 
@@ -105,9 +105,7 @@ class Live(Log):
     def step(self, record: Record) -> None:
         """Update the live line; print a step that was evaluated or rejected."""
         if self.line is not None:
-            losses = loss_keys(record).of(record)
-            metric, details = record.get("valid_metric"), model_parts(record)
-            self.line.update(record["step"], record["seconds"], *losses, metric, details, loss_format(record))
+            update(self.line, record)
         if is_evaluated(record) or not record["accepted"]:
             self.display.console.print(line(record), highlight=False, markup=False)
 
@@ -124,6 +122,50 @@ class Live(Log):
             self.display.update(COMPILING if now else "", refresh=True)
 
 
+class Notebook(Quiet):
+    """Shows the progress in one line, which is overwritten, and nothing else but notes."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.line: LiveLine | None = None
+        self.due, self.shown = -math.inf, 0  # when to show the next step; length of the text that is shown
+
+    def start(self, facts: Facts) -> None:
+        """Show the line before the first step."""
+        self.line = LiveLine(facts.step, facts.task.config.max_steps, facts.task.config.max_seconds)
+        self.show(self.line.text(NOTEBOOK_WIDTH))
+
+    def step(self, record: Record) -> None:
+        """Update the line, a few times a second at most."""
+        if self.line is None:
+            return
+        update(self.line, record)
+        if self.clock() >= self.due:
+            self.show(self.line.text(NOTEBOOK_WIDTH))
+
+    def note(self, sentence: str) -> None:
+        """Print a note on standard error, after which the line starts again."""
+        super().note(sentence)
+        self.shown = 0
+
+    def end(self, ending: Ending) -> None:
+        """Replace the line with how the run ended."""
+        self.show(sentence_of(ending))
+        click.echo(f"\n{ending.remedy}." if ending.remedy else "")
+
+    def show(self, text: str) -> None:
+        """Overwrite the line."""
+        click.echo(f"\r{text:{self.shown}}" if self.shown else f"\r{text}", nl=False)
+        self.shown, self.due = len(text), self.clock() + NOTEBOOK_SECONDS
+
+    def compiling(self, now: bool) -> None:
+        """Show whether kernels are being compiled."""
+        if self.line is not None:
+            self.line.compiling(now)
+        if now:
+            self.show(COMPILING)
+
+
 def print_devices(places: Sequence[Place], precision: str) -> None:
     """Print the device of each rank, and a warning for devices that ranks share."""
     if precision != "float32":
@@ -135,6 +177,24 @@ def print_devices(places: Sequence[Place], precision: str) -> None:
         ranks = [str(rank) for rank, p in enumerate(places) if (p.host, p.device_id) == (host, device)]
         if len(ranks) > 1:
             click.echo(f"Warning: ranks {', '.join(ranks)} share one GPU of {host} and slow each other down.")
+
+
+def sentence_of(ending: Ending) -> str:
+    """Return why a run ended, and the validation of its result."""
+    valid = ""
+    if ending.valid is not None:
+        loss, metrics = ending.valid
+        valid = f", {loss:.4f} {ending.unit}" if ending.unit else f", loss {loss:.5g}"
+        valid += "".join(f", {name} {value:.5g}" for name, value in metrics.items()) + " on validation"
+        if ending.kept_step is not None and ending.kept_step != ending.step:
+            valid += f" at step {ending.kept_step:,}, the best one"
+    return f"Stopped at step {ending.step:,}: {ending.reason}{valid}."
+
+
+def update(line: LiveLine, record: Record) -> None:
+    """Show a step in a live line."""
+    losses, metrics, details = loss_keys(record).of(record), metric_parts(record), model_parts(record)
+    line.update(record["step"], record["seconds"], *losses, metrics, details, loss_format(record))
 
 
 def is_evaluated(record: Record) -> bool:
@@ -153,12 +213,21 @@ def line(record: Record) -> str:
     parts = [f"step {record['step']:>6,}", f"{record['seconds']:>8.1f} s", f"train {loss:{form}}"]
     if valid is not None:
         parts.append(f"valid {valid:{form}}")
-    if (metric := record.get("valid_metric")) is not None:
-        parts.append(f"metric {metric:{form}}")
+    parts += metric_parts(record)
     parts += model_parts(record)
     if not record["accepted"]:
         parts.append(record["message"])
     return "  ".join(parts)
+
+
+def metric_parts(record: Record) -> list[str]:
+    """Return the parts of the text for the metrics of a step, if it was evaluated."""
+    form, keys = loss_format(record), loss_keys(record)
+    return [
+        f"{name.removeprefix('valid_')} {value:{form}}"
+        for name, value in record.items()
+        if name.startswith("valid_") and name != keys.valid and isinstance(value, float)
+    ]
 
 
 def model_parts(record: Record) -> list[str]:
@@ -203,8 +272,12 @@ def make_reporter(rank: int, quiet: bool = False) -> Iterator[Reporter]:
         yield reporter
 
 
-def _make_log(stack: ExitStack) -> Log:
-    """Make the reporter for a terminal, or for standard output that cannot move its cursor."""
+def _make_log(stack: ExitStack) -> Quiet:
+    """Make the reporter for a notebook, a terminal, or standard output that cannot move its cursor."""
+    if in_notebook():
+        notebook = Notebook()
+        stack.enter_context(listening(notebook.compiling))
+        return notebook
     console = None
     if interactive(sys.stdout):
         from rich.console import Console

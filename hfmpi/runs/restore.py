@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -11,18 +12,23 @@ import numpy as np
 
 from hfmpi.backends.base import Array, Backend
 from hfmpi.errors import UserError
+from hfmpi.files.checkpoint import BEST as BEST_FILE
 from hfmpi.files.checkpoint import NEWEST, PREVIOUS, Checkpoint, Entry, identity, load
 from hfmpi.files.numbers import is_amount
 from hfmpi.measure.cost import Counts, ForwardPass
-from hfmpi.runs.config import CHANGEABLE
+from hfmpi.runs.best import Best, Watch
+from hfmpi.runs.config import CHANGEABLE, Config
 from hfmpi.runs.merge import merge
-from hfmpi.runs.record import NO_UNIT, Progress, Spent
+from hfmpi.runs.record import NO_UNIT, Progress, Spent, Validation
 
 __all__ = [
     "LOWEST",
     "Lowest",
     "Misfit",
     "are_amounts",
+    "best",
+    "best_entries",
+    "check_leftover",
     "check_model",
     "check_one_run",
     "check_parameters",
@@ -33,6 +39,7 @@ __all__ = [
     "progress",
     "restored",
     "settled",
+    "without_best",
 ]
 
 StateT = TypeVar("StateT")
@@ -60,6 +67,9 @@ MOST_OPERATIONS = 2**100
 LOWEST = "lowest"
 """Entry of a checkpoint beside the optimizer's state, and of its meta."""
 
+BEST = "best"
+"""Another one: the parameters of the best validation, if they are not theta, and what was validated."""
+
 
 class Misfit(UserError):
     """The state in a checkpoint does not fit this optimizer or its settings."""
@@ -83,7 +93,7 @@ def restored(checkpoint: Checkpoint, fresh: StateT, backend: Backend, optimizer:
         If they do not.
     """
     expected = entries(fresh, backend)
-    state = {name: entry for name, entry in checkpoint.state.items() if name != LOWEST}
+    state = {name: entry for name, entry in checkpoint.state.items() if name not in (LOWEST, BEST)}
     # Earlier versions lack some vectors and have others: where a vector is empty, that makes no difference.
     missing = {name: value for name, value in expected.items() if _empty(value)}
     saved = {name: v for name, v in state.items() if name in expected or not _empty(v)}
@@ -125,6 +135,61 @@ def lowest(checkpoint: Checkpoint) -> Lowest | None:
     return Lowest(theta, risk, returned)
 
 
+def best_entries(found: Best | None, theta: Array, watch: Watch) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Return what a checkpoint of theta has for the best validation: entries of its state and its meta."""
+    if found is None:
+        return {}, {}
+    about = {
+        "step": found.step,
+        "last": found.last,
+        "stale": found.stale,
+        "loss": found.valid.loss,
+        "metrics": dict(found.valid.metrics),
+        "watch": str(watch),
+    }
+    return {} if found.theta is theta else {BEST: found.theta}, {BEST: about}
+
+
+def best(checkpoint: Checkpoint, watch: Watch) -> Best | None:
+    """Return the best validation that the run of a checkpoint knew, with parameters on the host.
+
+    Raises
+    ------
+    UserError
+        If the entries are not valid, or the run compared its validations by another value.
+    """
+    theta, about = checkpoint.state.get(BEST, checkpoint.theta), checkpoint.meta.get(BEST)
+    if about is None and BEST not in checkpoint.state:
+        return None
+    about = about if isinstance(about, dict) else {}
+    try:
+        valid = Validation(about["loss"], about["metrics"])
+        steps = about["step"], about["last"], about["stale"]
+        sound = isinstance(theta, np.ndarray) and _form(theta) == _form(checkpoint.theta)
+        sound = sound and all(type(n) is int and is_amount(n) for n in steps) and steps[0] <= steps[1]
+        sound = sound and (BEST in checkpoint.state or steps[0] == checkpoint.meta["step"])
+        values = [valid.loss, *valid.metrics.values()]
+        sound = sound and all(isinstance(x, float) for x in values) and math.isfinite(valid.loss)
+        watched = about["watch"]
+    except (KeyError, TypeError, AttributeError):
+        sound, watched = False, ""
+    if not sound:
+        raise UserError("invalid checkpoint: the parameters of its best validation do not fit")
+    if watched != str(watch):
+        raise UserError(
+            f"this run compares its validations by watch={watched!r}, not {str(watch)!r}; give another out "
+            "for a new run"
+        )
+    assert isinstance(theta, np.ndarray)
+    return Best(theta, valid, *steps)
+
+
+def without_best(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint without the best validation, for a run that starts from a different one."""
+    state = {name: entry for name, entry in checkpoint.state.items() if name != BEST}
+    return replace(checkpoint, state=state, meta=checkpoint.meta | {BEST: None})
+
+
 def settled(checkpoint: Checkpoint) -> Checkpoint:
     """Return the checkpoint with the parameters that the run returned, for a run that goes on differently."""
     found = lowest(checkpoint)
@@ -161,21 +226,52 @@ def check_parameters(checkpoint: Checkpoint, size: int, dtype: np.dtype) -> None
 
 
 def check_one_run(folder: Path, checkpoint: Checkpoint) -> None:
-    """Raise a UserError if the previous checkpoint in the folder belongs to a different run than this one.
+    """Raise a UserError if another checkpoint in the folder belongs to a different run than this one.
 
     Then one of them was copied there: a run never changes what it computes, nor its data.
     """
-    try:
-        previous = load(folder / PREVIOUS).meta
-        ours, theirs = (asdict(merge(m["config"])) | identity(m) for m in (checkpoint.meta, previous))
-    except (UserError, KeyError, TypeError):  # nothing to compare
-        return
-    for name, value in ours.items():
-        if name not in CHANGEABLE and value != theirs.get(name):
+    for other in PREVIOUS, BEST_FILE:
+        try:
+            name = _difference(merge(checkpoint.meta["config"]), checkpoint.meta, folder / other)
+        except (UserError, KeyError, TypeError):  # nothing to compare
+            continue
+        if name:
             raise UserError(
-                f"{folder / NEWEST} and {PREVIOUS} belong to different runs (the {name} differs): "
+                f"{folder / NEWEST} and {other} belong to different runs (the {name} differs): "
                 "remove one of them"
             )
+
+
+def check_leftover(folder: Path, config: Config, about: Mapping[str, Any], out: str) -> None:
+    """Raise a UserError if best.h5 in the folder of a new run belongs to a different run.
+
+    The run's own one may be there, if it was stopped before its first checkpoint. `about` has the digests of
+    data and model, and `out` is the name of the option for the folder.
+    """
+    path = folder / BEST_FILE
+    try:
+        name = _difference(config, about, path)
+    except (UserError, KeyError, TypeError):
+        name = ""
+    if name:
+        raise UserError(
+            f"{path} belongs to a different run (the {name} differs): move it elsewhere, or give another "
+            f"{out}"
+        )
+
+
+def _difference(config: Config, about: Mapping[str, Any], path: Path) -> str:
+    """Return the first option or digest in which the run of a checkpoint differs, or "".
+
+    Raises
+    ------
+    UserError, KeyError, TypeError
+        If the checkpoint cannot be read or describes no run.
+    """
+    meta = load(path).meta
+    ours, theirs = asdict(config) | identity(about), asdict(merge(meta["config"])) | identity(meta)
+    changed = (name for name, value in ours.items() if name not in CHANGEABLE and value != theirs.get(name))
+    return next(changed, "")
 
 
 def progress(checkpoint: Checkpoint) -> Progress:

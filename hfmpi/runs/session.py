@@ -27,6 +27,7 @@ class Names(NamedTuple):
     resume: str  # with the value that continues a run
     max_steps: str
     max_seconds: str
+    patience: str
     other_kind: str  # what a run is that was started in the other way
     origin: str  # which runs a new one can start from
     again: str  # what continues a run that was stopped
@@ -37,6 +38,7 @@ COMMAND = Names(
     "--resume auto",
     "--max-steps",
     "--max-seconds",
+    "--patience N",
     "a run of a Python program (hfmpi.train)",
     "a run on a text starts from one on a text",
     "Start again with the same command",
@@ -46,6 +48,7 @@ PROGRAM = Names(
     'resume="auto"',
     "max_steps",
     "max_seconds",
+    "patience=N",
     "a run of `hfmpi train` on a text",
     "a run starts from one of its model",
     "Call it again with the same out",

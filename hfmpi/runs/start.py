@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,16 @@ from hfmpi.runs.record import Progress
 from hfmpi.runs.restore import (
     LOWEST,
     Misfit,
+    check_leftover,
     check_one_run,
     evaluated_parameters,
     progress,
     settled,
+    without_best,
 )
 from hfmpi.runs.session import PROGRAM, Names, Session
 from hfmpi.runs.task import DifferentRun, Task
-from hfmpi.runs.train import Run
+from hfmpi.runs.train import Callback, Run
 
 __all__ = ["open_run"]
 
@@ -44,6 +47,7 @@ def open_run(
     options: Mapping[str, Any],
     make_task: Callable[[Config, bool], Task],
     session: Session,
+    callback: Callback | None = None,
 ) -> Run:
     """Return the run that the user describes, checked and ready to train; nothing is written.
 
@@ -60,6 +64,8 @@ def open_run(
         resumed.
     session : Session
         Its reporter receives what the user should know about the checkpoint.
+    callback : callable, optional
+        Called after each step; see `hfmpi.train`.
 
     Raises
     ------
@@ -68,9 +74,12 @@ def open_run(
         if a run would be overwritten, or if a limit is reached before the start.
     """
     names = session.names
+    make = partial(Run, callback=callback)
     checkpoint, resumes = _find(folder, resume, names)
     if checkpoint is None:
-        return Run(folder, make_task(merge(options), False), session)
+        task = make_task(merge(options), False)
+        _check_leftover(folder, task, names)
+        return make(folder, task, session)
     name, remedy = (folder, f"give another {names.out}") if resumes else (resume, names.origin)
     if ("cases" in checkpoint.meta) != (names is PROGRAM):
         raise UserError(f"{name} is {names.other_kind}; {remedy}")
@@ -82,9 +91,11 @@ def open_run(
     except DifferentRun as error:
         raise UserError(f"{name} {error}; {remedy}") from None
     if resumes:
-        run = Run(folder, task, session, checkpoint)
+        run = make(folder, task, session, checkpoint)
     else:
-        run, reset = _begin(folder, task, session, checkpoint, resume, same_data=not difference)
+        _check_leftover(folder, task, names)
+        begin = partial(make, folder, task, session)
+        run, reset = _begin(begin, task, without_best(checkpoint), resume, names, same_data=not difference)
         notes += [
             difference and f"{resume} {difference}",
             reset and f"the optimizer's state of {resume} is not taken over: {reset}",
@@ -92,6 +103,12 @@ def open_run(
     for note in filter(None, notes):
         session.reporter.note(note)
     return run
+
+
+def _check_leftover(folder: Path | None, task: Task, names: Names) -> None:
+    """Raise a UserError if the folder of a new run has a file of a different run that would be replaced."""
+    if folder is not None:
+        check_leftover(folder, task.config, task.identity, names.out)
 
 
 def _find(folder: Path | None, resume: str, names: Names) -> tuple[Checkpoint | None, bool]:
@@ -115,16 +132,21 @@ def _started_from(folder: Path, source: str) -> bool:
 
 
 def _begin(
-    folder: Path | None, task: Task, session: Session, checkpoint: Checkpoint, source: str, same_data: bool
+    make: Callable[[Checkpoint], Run],
+    task: Task,
+    checkpoint: Checkpoint,
+    source: str,
+    names: Names,
+    same_data: bool,
 ) -> tuple[Run, str]:
     """Make a new run from the checkpoint of a different one; return it, and why the optimizer is reset."""
     begun, why = _starting_point(checkpoint, source, task.config, same_data)
     try:
-        run = Run(folder, task, session, begun)
+        run = make(begun)
     except Misfit as error:
         why = str(error)
-        run = Run(folder, task, session, _without_state(begun))
-    _check_limits(task.config, run.progress, source, session.names)
+        run = make(_without_state(begun))
+    _check_limits(task.config, run.progress, source, names)
     return run, why
 
 

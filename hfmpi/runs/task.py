@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
 
@@ -19,6 +19,7 @@ from hfmpi.models.base import Blocks, Costed, Model
 from hfmpi.models.batch import burn_in_of
 from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.parallel.communicator import digest
+from hfmpi.runs.best import LOSS, Watch
 from hfmpi.runs.config import Config
 from hfmpi.runs.metric import Metric
 
@@ -50,8 +51,10 @@ class Task:
         Unit of the loss in messages; without it, the loss is called "loss".
     identity : mapping
         What a checkpoint stores about the model and the data, as JSON.
-    metric : Metric or None
-        Measured on the validation examples in addition to the loss.
+    metrics : mapping of str to Metric
+        By name; measured on the validation examples in addition to the loss.
+    watch : Watch
+        What makes a validation the best one.
     notes : tuple of str
         What the user should know before the first step.
     """
@@ -65,7 +68,8 @@ class Task:
     noun: str
     identity: Mapping[str, Any]
     unit: str = ""
-    metric: Metric | None = None
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    watch: Watch = LOSS
     notes: tuple[str, ...] = ()
 
     def check(self, checkpoint: Checkpoint | None) -> None:

@@ -49,7 +49,7 @@ class TextTask(Task):
         corpus = Corpus.read(data)
         architecture = config.architecture(corpus.vocabulary)
         # From now on the number of units is the size, so that a resumed run does not derive it again.
-        config = replace(config, hidden=architecture.hidden, parameters=0)
+        config = replace(config, hidden=architecture.hidden, parameters=0, keep=config.keep or "best")
         lengths, notes = (config.sequence_length, config.burn_in), [NOISED] * bool(config.input_noise)
         if choose is not None:
             checks.enough_text(data, len(corpus.train), len(corpus.valid), *lengths, 1, 0)

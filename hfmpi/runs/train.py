@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 from hfmpi.backends.base import Array
 from hfmpi.errors import UserError
 from hfmpi.files.checkpoint import Checkpoint
+from hfmpi.files.history import Record, plain
 from hfmpi.measure.cost import Counts
 from hfmpi.measure.spans import EVALUATE, FILES
 from hfmpi.measure.timer import Timer
@@ -22,18 +23,34 @@ from hfmpi.objective.data_parallel import DataParallel, Stopped, Unscored, step_
 from hfmpi.objective.transport import choose
 from hfmpi.optim.base import StepReport
 from hfmpi.optim.first_order import evaluated
+from hfmpi.parallel.communicator import digest
 from hfmpi.parallel.placement import Place, single_threaded
 from hfmpi.runs import checks, metric
+from hfmpi.runs.best import Best, judged
 from hfmpi.runs.merge import to_toml
 from hfmpi.runs.output import Output
-from hfmpi.runs.record import Ending, Facts, Progress, Validation, step_record
-from hfmpi.runs.restore import Lowest, entries, lowest, lowest_entries, progress, restored
+from hfmpi.runs.record import Ending, Facts, Progress, Validation, step_record, validated
+from hfmpi.runs.restore import (
+    Lowest,
+    best,
+    best_entries,
+    entries,
+    lowest,
+    lowest_entries,
+    progress,
+    restored,
+)
 from hfmpi.runs.session import Session
 from hfmpi.runs.task import Task
 from hfmpi.runs.timing import Timing
 from hfmpi.version import __version__
 
-__all__ = ["Run"]
+__all__ = ["Callback", "Run"]
+
+Callback = Callable[[Record, np.ndarray], object]
+"""(record of a step, parameters (D,) to evaluate after it) -> True to stop."""
+
+ASKED = "the callback asked to stop"
 
 
 class Run:
@@ -48,6 +65,8 @@ class Run:
     session : Session
     checkpoint : Checkpoint or None
         Where the run continues; None for a new run.
+    callback : callable, optional
+        Called on every rank after each step.
 
     Raises
     ------
@@ -56,8 +75,14 @@ class Run:
     """
 
     def __init__(
-        self, folder: Path | None, task: Task, session: Session, checkpoint: Checkpoint | None = None
+        self,
+        folder: Path | None,
+        task: Task,
+        session: Session,
+        checkpoint: Checkpoint | None = None,
+        callback: Callback | None = None,
     ) -> None:
+        self.callback = callback
         config, model, placement = task.config, task.model, session.placement
         self.folder, self.task, self.session = folder, task, session
         self.communicator, self.reporter = session.communicator, session.reporter
@@ -85,6 +110,8 @@ class Run:
         self.lowest: Lowest | None = None
         if checkpoint is not None and self.repeated and preset.optimizer.seeks_lowest_risk:
             self.lowest = self._on_device(lowest(checkpoint))
+        self.best = None if checkpoint is None else self._best_of(checkpoint)
+        self._told_stale = False  # whether the user knows that the validations have stopped improving
         self.partial: Array = None  # the parameters to hand out when an error ended the run
         self._safe = self.theta  # the last parameters that were saved
         self._finite = True  # whether the loss of the last step is finite
@@ -113,10 +140,20 @@ class Run:
 
     @property
     def evaluated(self) -> Array:
-        """The parameters to evaluate: theta, the mean of the iterates, or in the end those of lowest risk."""
+        """The result: the parameters of the best validation or the last ones, as `keep` says.
+
+        The last ones are theta, the mean of the iterates, or in the end those of lowest risk.
+        """
+        if self.kept is not None:
+            return self.kept.theta
         if self.lowest is not None and self.lowest.returned:
             return self.lowest.theta
         return evaluated(self.theta, self.state)
+
+    @property
+    def kept(self) -> Best | None:
+        """The best validation, if the result of the run is its parameters."""
+        return self.best if self.config.keep == "best" else None
 
     def train(self) -> Ending:
         """Train until a limit or a signal; on return the checkpoint is written.
@@ -146,6 +183,10 @@ class Run:
         """Check that all ranks start alike, choose the transport, and open the folder; collective."""
         config, comm, task, backend = self.config, self.communicator, self.task, self.backend
         checks.same_start(comm, task.compared(backend.to_host(self.theta), self.step))
+        if self._resumed:
+            kept = None if self.best is None else digest(backend.to_host(self.best.theta))
+            sentence = "rank {} has another best validation in its checkpoint than the other ranks"
+            checks.same_start(comm, {sentence: kept})
         self.risk.transport = choose(config.transport, comm, backend, config.slices > 0)
         if not self._resumed:
             checks.scored(task.train_set)
@@ -155,6 +196,8 @@ class Run:
         place = Place(host, local_rank, backend.device, backend.device_id, self.risk.transport.name)
         places = comm.gather(place) or ()
         self.output.open(self.folder, to_toml(task.options), self.facts(places), task.notes)
+        if self.folder is not None:
+            self.output.start_best(*self._best_content())
         self.timing.start()
 
     def _train(self) -> Ending:
@@ -179,13 +222,14 @@ class Run:
         self.output.finish(f"{reason}\n" if done else "")
         again = f"{self.session.names.again} to go on; the checkpoint is in {self.folder}"
         remedy = "" if done or self.folder is None else again
-        return Ending(reason, done, self.step, self.valid, self.task.unit, remedy)
+        valid, kept_step = (self.kept.valid, self.kept.step) if self.kept else (self.valid, None)
+        return Ending(reason, done, self.step, valid, self.task.unit, remedy, kept_step)
 
     def _settle(self, done: bool) -> None:
         """Decide which parameters are the result, and at the end of the run validate them; collective."""
         if self.lowest is not None:
             returned = False
-            if self.lowest.theta is not self.theta:
+            if self.config.keep != "best" and self.lowest.theta is not self.theta:
                 cases = self.task.train_set
                 with self.timer.span(EVALUATE):
                     risk = self.risk.on(cases, np.arange(cases.count), span=EVALUATE).loss(self.theta)
@@ -193,12 +237,15 @@ class Run:
             self.lowest = self.lowest._replace(returned=returned)
             self.valid = None if returned else self.valid
         if done and self.valid is None:
-            self.valid = self.validate(self.evaluated)
-            if self.valid is not None and not (self.lowest is not None and self.lowest.returned):
-                values: dict[str, float | None] = {self.task.keys.valid: self.valid.loss}
-                if self.task.metric is not None:
-                    values["valid_metric"] = self.valid.metric
-                self.output.amend(self.step, values)
+            returned = self.lowest is not None and self.lowest.returned
+            theta = self.evaluated if returned else evaluated(self.theta, self.state)
+            self.valid = self.validate(theta)
+            if self.valid is not None and not returned:
+                self.output.amend(self.step, validated(self.valid, self.task.keys, [*self.task.metrics]))
+                before = self.best
+                self._judge(self.valid)
+                self._write_best()
+                self._saved = self._saved if self.best is before else Progress(-1)
 
     def _rescue(self, error: Exception) -> None:
         """Save the last complete step without a collective: other ranks may not have failed."""
@@ -209,6 +256,8 @@ class Run:
             if self._recorded == self.step > max(self.first_step, self._saved.step):
                 self.output.rescue(*self._content(None, self._identity()))
         self.partial = self._safe if self.lowest is None else self.lowest.theta
+        if self.kept is not None:
+            self.partial = self.kept.theta
 
     def _take_steps(self) -> str:
         """Take steps until a limit is reached, and return it; Stopped is raised if a rank wants to stop."""
@@ -226,13 +275,17 @@ class Run:
             if report.accepted and report.message and not converged and report.message not in reported:
                 reported.add(report.message)
                 self.reporter.note(f"step {self.step:,}: {report.message}; this is said once")
-            seconds, has_metric = self.timing.step_seconds, task.metric is not None
-            output.step(
-                step_record(
-                    self.progress, report, self.valid, task.keys, has_metric, seconds, self.batches, comm.size
-                )
+            seconds, metrics = self.timing.step_seconds, [*task.metrics]
+            record = step_record(
+                self.progress, report, self.valid, task.keys, metrics, seconds, self.batches, comm.size
             )
+            output.step(record)
             self._recorded = self.step
+            if self.valid is not None:
+                self._judge(self.valid)
+                self._write_best()
+            if self.callback is not None and self._asks(self.callback, record):
+                return ASKED
             if converged:
                 return f"converged at step {self.step:,}: {report.message}"
             if self.step % checkpoint_every == 0 or self.progress.seconds >= output.retry_at:
@@ -278,10 +331,53 @@ class Run:
         if task.valid_set is None:
             return None
         loss = self.evaluate(theta)
-        if task.metric is None:
-            return Validation(loss)
         with self.timer.span(EVALUATE):
-            return Validation(loss, metric.mean(task.metric, self.risk, task.valid_set, theta))
+            valid = Validation(loss, metric.means(task.metrics, self.risk, task.valid_set, theta))
+        return self.communicator.agree(valid)
+
+    def _judge(self, valid: Validation) -> None:
+        """Compare the validation of this step with the best one; the parameters of a better one are checked.
+
+        Raises
+        ------
+        Unsound
+            On all ranks, unless all hold the same ones, bit for bit.
+        """
+        before, watch = self.best, self.task.watch
+        theta = evaluated(self.theta, self.state)
+        self.best = judged(before, watch, theta, valid, self.step)
+        if self.best is None or self.best is before:
+            return
+        if self.best.step == self.step:
+            host = self.backend.to_host(theta)
+            try:
+                checks.same_vectors(self.communicator, [host], self.step, self.output.last_good)
+            except checks.Unsound:
+                self.best = before
+                raise
+        elif not self._told_stale and (sentence := self.best.stopped(watch, valid)):
+            self._told_stale = True
+            self.reporter.note(
+                f"{sentence}; {self.session.names.patience} stops a run after N such validations"
+            )
+
+    def _write_best(self) -> None:
+        """Write best.h5 if the best validation is that of this step."""
+        if self.folder is not None and self.best is not None and self.best.step == self.step:
+            theta, meta = self._best_content()
+            with self.timer.span(FILES):
+                self.output.best(theta, meta)
+
+    def _asks(self, callback: Callback, record: Record) -> bool:
+        """Call the callback on every rank with the same arguments; return whether one of them is to stop."""
+        told = self.communicator.agree(plain(record))
+        theta = self.backend.to_host(evaluated(self.theta, self.state)).view()
+        theta.flags.writeable = False
+
+        def ask() -> np.ndarray:
+            return np.array([bool(callback(told, theta)), False], np.float64)
+
+        return bool(self.risk.total(ask, 2, np.float64, host=True)[0])
 
     def evaluate(self, theta: Array, count: int | None = None) -> float:
         """Return the loss on the validation examples, or the first `count`, in the unit of the run.
@@ -321,18 +417,32 @@ class Run:
     ) -> tuple[np.ndarray, dict[str, Any], dict[str, Any]]:
         """Return theta, the state and the meta of a checkpoint."""
         entry, about = lowest_entries(self.lowest, self.backend)
+        best_entry, best_about = best_entries(self.best, self.theta, self.task.watch)
+        found = {name: self.backend.to_host(theta) for name, theta in best_entry.items()}
+        meta = self._meta(valid, identity, self.progress) | about | best_about
+        return self.backend.to_host(self.theta), entries(self.state, self.backend) | entry | found, meta
+
+    def _meta(self, valid: Validation | None, identity: dict[str, Any], at: Progress) -> dict[str, Any]:
+        """Return what a checkpoint stores about the run at this progress."""
         model = self.task.model
-        meta = {
+        return {
             "hfmpi": __version__,
             "config": self.task.options,
             "blocks": [list(block) for block in model.blocks] if isinstance(model, Blocks) else [],
             **identity,
-            **asdict(self.progress),
+            **asdict(at),
             self.task.keys.valid: valid.loss if valid else None,
             "ranks": self.communicator.size,
-            **about,
         }
-        return self.backend.to_host(self.theta), entries(self.state, self.backend) | entry, meta
+
+    def _best_content(self) -> tuple[np.ndarray | None, dict[str, Any]]:
+        """Return the parameters and the meta of best.h5: None and {} if there has been no validation."""
+        if self.best is None:
+            return None, {}
+        theta, valid = self.best.theta, self.best.valid
+        about = best_entries(self.best, theta, self.task.watch)[1]
+        at = replace(self.progress, step=self.best.step)
+        return self.backend.to_host(theta), self._meta(valid, self.task.meta(theta), at) | about
 
     def check_ranks(self) -> None:
         """Raise a UserError on all ranks unless all hold the same theta and optimizer state, bit for bit."""
@@ -367,6 +477,9 @@ class Run:
             return f"{progress.step:,} steps were taken"
         if config.max_seconds and progress.seconds >= config.max_seconds:
             return f"{config.max_seconds:g} seconds are over"
+        if self.best is not None and 0 < config.patience <= self.best.stale:
+            noun, step = self.task.watch.noun, self.best.step
+            return f"the {noun} is that of step {step:,}, {self.best.stale:,} validations ago"
         return ""
 
     def _who_stopped(self) -> tuple[str, bool]:
@@ -375,6 +488,14 @@ class Run:
         wishes = self.communicator.gather(self.session.signals.requested) or []
         wish = self.communicator.agree(next((wish for wish in wishes if wish), ""))
         return (wish, False) if wish else (f"{self.config.max_seconds:g} seconds are over", True)
+
+    def _best_of(self, checkpoint: Checkpoint) -> Best | None:
+        """Return the best validation that a checkpoint knows, with parameters on the device."""
+        found = best(checkpoint, self.task.watch)
+        if found is None:
+            return None
+        same = found.theta is checkpoint.theta
+        return replace(found, theta=self.theta if same else self.backend.to_device(found.theta))
 
     def _on_device(self, found: Lowest | None) -> Lowest | None:
         return found and found._replace(theta=self.backend.to_device(found.theta), returned=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from hfmpi.backends.base import Array
 from hfmpi.errors import UserError
 from hfmpi.files import checkpoint
+from hfmpi.files.checkpoint import BEST, Checkpoint
 from hfmpi.networks.network import Network
 from hfmpi.runs.config import Config
 from hfmpi.runs.merge import merge
@@ -27,13 +28,17 @@ class Trained:
     ----------
     network : Network
     theta : (D,)
-        The mean of the iterates if the optimizer computed one, or the parameters of the lowest risk if the
-        run returned those.
+        Those of the best validation, the mean of the iterates if the optimizer computed one, or the
+        parameters of the lowest risk if the run returned those.
     symbols : bytes
         Byte of each symbol.
     config : Config
     step : int
-        Number of training steps.
+        Number of training steps up to theta.
+    best : bool
+        Whether theta comes from best.h5.
+    source : str
+        A clause that tells the user so where these are not the last parameters; otherwise "".
     data : Path
         Path of the training corpus at the time.
     corpus : str
@@ -50,26 +55,27 @@ class Trained:
     data: Path
     corpus: str
     message: str | None
+    best: bool = False
+    source: str = ""
 
     @classmethod
-    def read(cls, run: Path, backend: str = "auto", local_rank: int = 0) -> Trained:
-        """Read the newest checkpoint of a run's folder, or a checkpoint file.
+    def read(cls, run: Path, backend: str = "auto", local_rank: int = 0, keep: str = "") -> Trained:
+        """Read the best parameters in a run's folder, its newest checkpoint, or a checkpoint file.
+
+        `keep` is "best", "last", or empty: what the run itself returns.
 
         Raises
         ------
         UserError
             If there is none, if it cannot be read, or if its description of the run is invalid.
         """
-        if os.path.isfile(run):
-            saved = checkpoint.load(run)
-        else:
-            saved = checkpoint.latest(run)
-            check_one_run(run, saved)
+        is_file = os.path.isfile(run)
+        saved, best, source = (checkpoint.load(run), False, "") if is_file else _of_folder(run, keep)
         meta = saved.meta
         if "cases" in meta:
             raise UserError(
                 f"{run} holds a model of a Python program (hfmpi.train): evaluate it there, "
-                "with model.loss or model.outputs and the theta of the result"
+                "with hfmpi.evaluate(model, theta, data) and the theta of the result"
             )
         try:
             config = merge(meta["config"] | {"backend": backend, "matmul_precision": "float32"})
@@ -87,6 +93,45 @@ class Trained:
         if not np.isfinite(theta).all():
             raise UserError(f"the parameters in the checkpoint in {run} are not finite")
         step = progress(saved).step
-        return cls(
-            network, network.backend.to_device(theta), symbols, config, step, data, corpus, saved.message
-        )
+        theta = network.backend.to_device(theta)
+        return cls(network, theta, symbols, config, step, data, corpus, saved.message, best, source)
+
+
+def _of_folder(run: Path, keep: str) -> tuple[Checkpoint, bool, str]:
+    """Return what `keep` asks for of a run's folder, whether it is best.h5, and `Trained.source`.
+
+    `best.h5` alone serves too: the checkpoint may have been removed to save space.
+    """
+    best = run / BEST
+    has_best = os.path.lexists(best)
+    if (
+        keep != "last"
+        and has_best
+        and not any(os.path.lexists(run / name) for name in (checkpoint.NEWEST, checkpoint.PREVIOUS))
+    ):
+        return checkpoint.load(best), True, ""
+    saved = checkpoint.latest(run)
+    check_one_run(run, saved)
+    stored = saved.meta.get("config")
+    wanted = keep or (stored.get("keep") if isinstance(stored, dict) else "") or "best"
+    if wanted != "best":
+        return saved, False, ""
+    if not has_best:
+        if keep == "best":
+            raise UserError(
+                f"there is no {best}: the run has had no validation yet, or is of an earlier version"
+            )
+        return saved, False, ""
+    try:
+        found = checkpoint.load(best)
+    except UserError as error:
+        if keep == "best":
+            raise
+        message = f"{error}; the parameters of {checkpoint.NEWEST} are taken instead"
+        return replace(saved, message=message), False, ""
+    last = progress(saved).step
+    source = f"from {BEST}, of the best validation; the last checkpoint is that of step {last:,}"
+    # The checkpoint describes the run as it is now: the corpus may have been moved since the best validation.
+    meta = saved.meta | {"step": found.meta.get("step")}
+    source = "" if meta["step"] == last else source
+    return replace(found, meta=meta, message=saved.message), True, source

@@ -1,0 +1,85 @@
+"""What a model computes for a data set of any size on one rank: its loss, and outputs without targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from hfmpi.backends.base import Array
+from hfmpi.data.examples import Examples, converted
+from hfmpi.errors import UserError
+from hfmpi.models.base import Model, Scoring
+from hfmpi.models.batch import ScoredOutputs
+from hfmpi.optim.checks import check_vector
+
+__all__ = ["EveryOutput", "check_theta", "in_parts", "inputs_alone", "loss_of_examples"]
+
+
+class EveryOutput(ScoredOutputs):
+    """In place of scored outputs: all outputs of a batch, in the shape in which the model returns them."""
+
+    @classmethod
+    def of_batch(cls, count: int) -> EveryOutput:
+        """Return that of a batch of `count` examples; the width -1 makes it unequal to all scored outputs."""
+        return cls((count,), -1)
+
+    def of(self, outputs: Any) -> Any:
+        """Return outputs (B, ...), an array of any framework; raise a UserError if they are not."""
+        shape = getattr(outputs, "shape", None)
+        if shape is None or not len(shape) or shape[0] != self.shape[0]:
+            raise UserError(
+                f"a model must return one array of outputs with the {self.shape[0]:,} examples of the batch "
+                f"along its first axis, not {type(outputs).__name__} of shape {shape and tuple(shape)}"
+            )
+        return outputs
+
+
+def check_theta(theta: object, size: int, kind: type | None = np.ndarray) -> None:
+    """Raise a UserError unless theta is an array (D,) of float32 or float64, anywhere if kind is None."""
+    try:
+        check_vector("theta", theta, size, kind)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from None
+
+
+def loss_of_examples(model: Model, theta: Array, data: Examples) -> float:
+    """Sum the loss over all scored outputs of a data set, in micro-batches."""
+    data = model.scoring(data) if isinstance(model, Scoring) else data
+    indices, most = np.arange(data.count), model.backend.micro_batch
+    parts = np.array_split(indices, -(-data.count // most))
+    return sum(model.loss(theta, data.take(part)) for part in parts)
+
+
+def inputs_alone(x: Any) -> tuple[np.ndarray, ...]:
+    """Return inputs without targets, one array-like or a tuple of several, as arrays (B, ...).
+
+    Raises
+    ------
+    UserError
+        If they are not numbers, or do not count the same examples.
+    """
+    arrays = tuple(converted(each, "x") for each in (x if isinstance(x, tuple) else (x,)))
+    for array in arrays:
+        if array.dtype.kind not in "iufb" or not array.ndim or 0 in array.shape:
+            raise UserError(
+                f"x must be whole or real numbers, one example or more, not {array.dtype} of shape "
+                f"{array.shape}"
+            )
+    counts = sorted({len(array) for array in arrays})
+    if len(counts) != 1:
+        words = " and ".join(f"{count:,}" for count in counts)
+        raise UserError(
+            f"x must be an array, or a tuple of arrays of the same examples, not of {words} examples"
+        )
+    return arrays
+
+
+def in_parts(
+    outputs: Callable[[tuple[np.ndarray, ...]], np.ndarray], inputs: tuple[np.ndarray, ...], most: int
+) -> np.ndarray:
+    """Return the outputs (B, ...) of inputs (B, ...), computed for at most `most` examples at a time."""
+    count = len(inputs[0])
+    parts = np.array_split(np.arange(count), -(-count // most))
+    return np.concatenate([outputs(tuple(x[part[0] : part[-1] + 1] for x in inputs)) for part in parts])
