@@ -249,6 +249,8 @@ class JaxModel(FrameworkModel):
             ]
             try:
                 self._layers[key] = Layers(outputs, self.blocks, leaves, inputs)
+            except UserError:
+                raise
             except (AttributeError, KeyError, TypeError, ValueError, NotImplementedError) as failure:
                 self._layers[key] = None
                 logging.getLogger(__name__).warning(

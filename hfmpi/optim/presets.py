@@ -74,7 +74,7 @@ PRESETS = {
         14_000,
     ),
     # Kingma and Ba (2015); the batch of sgd.
-    "adam": Preset(Adam(), 32),
+    "adam": Preset(Adam(threshold=1.0), 32),
     # SOAP is meant for large batches; rate and schedule as for Muon. With the authors' epsilon of 1e-8 single
     # precision takes rounding for gradients at first.
     "soap": Preset(SOAP(rate=0.1, beta1=0.9, epsilon=1e-6, refresh=2, schedule="inverse-root"), 3500),
