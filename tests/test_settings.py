@@ -54,7 +54,7 @@ def test_types_come_from_the_annotations():
     assert found == {"size": 5, "part": 1.0, "name": "b"}
     assert type(found["part"]) is float
     for given, sentence in (
-        ({"sise": 5}, "there is no 'sise'; there are size, part, name"),
+        ({"sise": 5}, "there is no 'sise' (did you mean size?); there are size, part, name"),
         ({"size": 5.0}, "entry size of it must be of type int, not 5.0"),
         ({"size": True}, "entry size of it must be of type int, not True"),
         ({"part": "1"}, "entry part of it must be of type float, not '1'"),

@@ -42,7 +42,12 @@ Rate = Annotated[
 Beta1 = Annotated[
     float,
     within("[0, 1)"),
-    Meaning("Decay of the running mean of gradients, for each update.", torch="betas[0]", optax="b1"),
+    Meaning(
+        "Decay of the running mean of gradients, for each update.",
+        torch="betas[0]",
+        optax="b1",
+        others=("momentum",),
+    ),
 ]
 Beta2 = Annotated[
     float,

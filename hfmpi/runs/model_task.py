@@ -16,7 +16,7 @@ from hfmpi.data.batches import Cases, global_indices, spread
 from hfmpi.data.digest import digest_of
 from hfmpi.data.examples import Examples
 from hfmpi.data.user_data import as_cases
-from hfmpi.errors import UserError, shown
+from hfmpi.errors import UserError, did_you_mean, shown
 from hfmpi.files.checkpoint import Checkpoint
 from hfmpi.files.history import NATS
 from hfmpi.measure.spans import EVALUATE
@@ -34,10 +34,11 @@ from hfmpi.models.base import (
 from hfmpi.models.batch import NotFinite, check_finite
 from hfmpi.networks.network import Network
 from hfmpi.objective.data_parallel import DataParallel
+from hfmpi.optim.presets import named
 from hfmpi.parallel.communicator import digest
 from hfmpi.parallel.failure import together
 from hfmpi.runs import checks, metric
-from hfmpi.runs.config import OF_TEXT, Config
+from hfmpi.runs.config import OF_TEXT, OTHER_WORDS, Config
 from hfmpi.runs.restore import check_parameters
 from hfmpi.runs.task import DifferentRun, Task
 
@@ -48,6 +49,17 @@ TRIED = 8
 
 CHECKED = 32
 """Number of examples, from the first to the last one, on which a model checks itself before a run."""
+
+SETTINGS = {
+    name: f"settings={{{name!r}: ...}}" for name in ("damping", "rate", "decay", "threshold", "schedule")
+} | {
+    "lr": "settings={'rate': ...}",
+    "learning_rate": "settings={'rate': ...}",
+    "weight_decay": "settings={'decay': ...}",
+    "momentum": "settings={'momentum': ...}",
+    "train": "data",
+}
+"""What names that are not options of `hfmpi.train` may mean."""
 
 LARGEST = float(np.finfo(np.float32).max)
 """The largest loss at the start, in every precision: the largest in the message of a float32 gradient."""
@@ -61,7 +73,7 @@ class ModelTask(Task):
     """A model and data of the user; made by `of`."""
 
     @classmethod
-    def of(cls, model: Any, train: Any, valid: Any, measure: Any, config: Config) -> ModelTask:
+    def of(cls, model: Any, data: Any, valid: Any, measure: Any, config: Config) -> ModelTask:
         """Check the arguments of `hfmpi.train`, and fix the batch sizes.
 
         Raises
@@ -79,15 +91,15 @@ class ModelTask(Task):
         if measure is not None and valid is None:
             raise UserError("a metric is measured on validation cases: give valid too")
         make = getattr(model, "examples", Examples)
-        sets = {name: _cases(name, given, make) for name, given in (("train", train), ("valid", valid))}
+        sets = {name: _cases(name, given, make) for name, given in (("data", data), ("valid", valid))}
         if isinstance(model, Scoring):
             sets = {
                 name: model.scoring(cases) if isinstance(cases, Examples) else cases
                 for name, cases in sets.items()
             }
-        train_set = sets["train"]
+        train_set = sets["data"]
         if train_set is None:
-            raise UserError("train must be data, not None")
+            raise UserError("data must be a tuple (x, y), a data set or Cases, not None")
         config, notes = _with_batches(config, train_set.count)
         _check_optimizer(config, model, train_set.count)
         return cls(
@@ -149,7 +161,7 @@ class ModelTask(Task):
 
     def _check_data(self, check: Callable[[Examples], None]) -> None:
         """Check all examples that are in memory; name the set in an error."""
-        for name, cases in (("train", self.train_set), ("valid", self.valid_set)):
+        for name, cases in (("data", self.train_set), ("valid", self.valid_set)):
             if isinstance(cases, Examples):
                 try:
                     check(cases)
@@ -259,13 +271,10 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
         if name in OF_TEXT:
             raise UserError(f"{name} is not an option of hfmpi.train: it belongs to the model or the data")
         if name not in known:
-            raise UserError(f"unknown option {name!r}; the options are {', '.join(known)}")
-    optimizer = options.get("optimizer")
-    if not isinstance(optimizer, str | None):
-        raise UserError(
-            f"optimizer must be a name such as 'bhf-short', with its settings in settings={{...}}, not "
-            f"{shown(optimizer)}"
-        )
+            meant = did_you_mean(name, known, OTHER_WORDS | SETTINGS)
+            raise UserError(f"unknown option {name!r}{meant}; the options are {', '.join(known)}")
+    if not isinstance(options.get("optimizer"), str | None):
+        named(options["optimizer"])  # refuses what is not an optimizer
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -275,7 +284,8 @@ def _cases(name: str, given: Any, make: Callable[..., Cases]) -> Cases | None:
     try:
         return as_cases(given, make)
     except UserError as error:
-        raise UserError(f"{name}: {error}") from None
+        named_already = str(error).startswith(f"{name} ")
+        raise UserError(str(error) if named_already else f"{name}: {error}") from None
 
 
 def _with_batches(config: Config, count: int) -> tuple[Config, list[str]]:
@@ -284,7 +294,7 @@ def _with_batches(config: Config, count: int) -> tuple[Config, list[str]]:
     gradient, curvature = chosen.gradient_batch, chosen.curvature_batch
     if config.gradient_batch > count:
         raise UserError(
-            f"gradient_batch can be at most {count:,}, the cases of train, not {config.gradient_batch:,}"
+            f"gradient_batch can be at most {count:,}, the examples of data, not {config.gradient_batch:,}"
         )
     if gradient > count or (
         gradient < count and chosen.optimizer.needs.same_batch and not config.gradient_batch
