@@ -293,5 +293,8 @@ def test_sentences_of_presets():
             preset("sgd", **changes)
         assert str(caught.value).startswith(words)
         assert not str(caught.value).endswith(".")
-    with pytest.raises(UserError, match=r"^there is no optimizer 'newton' \(did you mean lm\?\); choose one of sgd, .*subspace"):
+    with pytest.raises(
+        UserError,
+        match=r"^there is no optimizer 'newton' \(did you mean lm\?\); choose one of sgd, .*subspace",
+    ):
         preset("newton")

@@ -383,7 +383,9 @@ def _cause(example: int) -> str:
 def _model_digest(model: Model) -> str:
     """Return a digest of the form of a model, without its parameters."""
     blocks = [list(block) for block in model.blocks] if isinstance(model, Blocks) else []
-    loss = type(getattr(model, "output_loss", None)).__name__
+    output_loss = getattr(model, "output_loss", None)
+    parameters = getattr(output_loss, "form", "")
+    loss = type(output_loss).__name__ + (parameters if isinstance(parameters, str) else "")
     architecture = repr(model.architecture) if isinstance(model, Network) else ""
     form = [type(model).__name__, model.size, model.backend.dtype.name, blocks, loss, architecture]
     return hashlib.sha256(json.dumps(form).encode()).hexdigest()
