@@ -116,7 +116,10 @@ class TorchModel(FrameworkModel):
 
     def __init__(self, module: Any, loss: Any) -> None:
         if torch is None:
-            raise UserError("TorchModel needs PyTorch: pip install torch")
+            raise UserError(
+                "TorchModel needs PyTorch: pip install torch (without a GPU, --index-url "
+                "https://download.pytorch.org/whl/cpu saves 6 GB)"
+            )
         if not isinstance(module, torch.nn.Module):
             raise UserError(f"module must be a torch.nn.Module, not {shown(module)}")
         module = plain_module(module)
