@@ -41,8 +41,8 @@ class GradientDescent(Optimizer[GradientDescentState]):
         str,
         one_of(*RULES),
         Meaning(
-            "clip: -rate * g * min(1, threshold / |g|) (Pascanu et al. 2013). normalised: a step of length "
-            "rate along -g. rms-normalised: a step of length rate along -g / (sqrt(mean square) + epsilon), "
+            "clip: -rate * g * min(1, threshold / norm(g)) (Pascanu et al. 2013). normalised: a step of "
+            "length rate along -g. rms-normalised: a step of length rate along -g / (sqrt(mean square) + epsilon), "
             "as in Krause's released code (2016)."
         ),
     ] = "rms-normalised"
