@@ -42,8 +42,8 @@ class GradientDescent(Optimizer[GradientDescentState]):
         one_of(*RULES),
         Meaning(
             "clip: -rate * g * min(1, threshold / norm(g)) (Pascanu et al. 2013). normalised: a step of "
-            "length rate along -g. rms-normalised: a step of length rate along -g / (sqrt(mean square) + epsilon), "
-            "as in Krause's released code (2016)."
+            "length rate along -g. rms-normalised: a step of length rate along -g / (sqrt(mean square) + "
+            "epsilon), as in Krause's released code (2016)."
         ),
     ] = "rms-normalised"
     rate: Annotated[
