@@ -256,24 +256,28 @@ def documented(kind: type[KindT]) -> type[KindT]:
     A decorator of dataclasses whose annotations have a `Meaning`.
     """
     of_settings: Any = kind
-    lines = ["", "", "Attributes", "----------"]
-    for name, type_, default, meaning in table(of_settings):
-        lines += [
-            f"{name} : {type_.__name__}" + ("" if default is None else f", default {default!r}"),
-            *textwrap.wrap(meaning.sentences, 106, initial_indent="    ", subsequent_indent="    "),
-        ]
     head, examples, rest = inspect.cleandoc(kind.__doc__ or "").partition("\n\nExamples\n")
-    kind.__doc__ = "\n".join([head.rstrip(), *lines[1:]]) + examples + rest
-    make = of_settings.__init__
+    kind.__doc__ = f"{head}\n\n{_attributes(of_settings)}{examples}{rest}"
+    initialise = of_settings.__init__
 
-    @wraps(make)
-    def checked(self: Any, *values: Any, **named: Any) -> None:
+    @wraps(initialise)
+    def with_known_names(self: Any, *values: Any, **named: Any) -> None:
         for name in named:
             if name not in declared(of_settings):
-                raise UserError(
-                    unknown_name(of_settings, name, f"{kind.__name__} has no setting {{}}; it has {{}}")
-                )
-        make(self, *values, **named)
+                sentence = f"{kind.__name__} has no setting {{}}; it has {{}}"
+                raise UserError(unknown_name(of_settings, name, sentence))
+        initialise(self, *values, **named)
 
-    of_settings.__init__ = checked
+    of_settings.__init__ = with_known_names
     return kind
+
+
+def _attributes(kind: type[DataclassInstance]) -> str:
+    """Return the section Attributes of a docstring."""
+    lines = ["Attributes", "----------"]
+    for name, of_type, default, meaning in table(kind):
+        lines += [
+            f"{name} : {of_type.__name__}" + ("" if default is None else f", default {default!r}"),
+            *textwrap.wrap(meaning.sentences, 106, initial_indent="    ", subsequent_indent="    "),
+        ]
+    return "\n".join(lines)

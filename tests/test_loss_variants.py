@@ -12,6 +12,7 @@ from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.models.loss_check import check_loss
 from hfmpi.models.loss_variants import SmoothedCrossEntropy, WeightedBernoulli
 from hfmpi.models.losses import LOSSES, Bernoulli, OutputMean, SoftmaxCrossEntropy, SquaredError, choose
+from hfmpi.parallel.communicator import Communicator, MPICommunicator
 
 BITS = (numbers(12, 4, seed=3) > 0) * 1.0
 
@@ -158,3 +159,19 @@ def test_weights_need_their_outputs_and_bits():
     ):
         with pytest.raises(hfmpi.UserError, match=words):
             run(WeightedBernoulli(weights), y)
+
+
+@pytest.mark.mpi(ranks=3, timeout=60, unit="s")
+def test_ranks_compute_what_one_computes(mpi_ranks, comm):
+    assert comm.size == mpi_ranks
+    for loss, targets in (case.values for case in CASES):
+        about = hfmpi.Architecture("rnn", hidden=3, inputs=2, outputs=4)
+        network = hfmpi.Network(about, NumpyBackend("float64"), loss)
+        theta, data = network.initial(0), hfmpi.Arrays(numbers(12, 1, 2), targets[:, None])
+        results = []
+        for communicator in (MPICommunicator(comm), Communicator()):
+            curvature = hfmpi.curvature(network, theta, data, communicator=communicator)
+            g, v = curvature.gradient(), np.linspace(-1, 1, theta.size)
+            results.append((g.loss, g.vector, curvature.gauss_newton(v), curvature.matrix()))
+        for ours, alone in zip(*results, strict=True):
+            np.testing.assert_allclose(ours, alone, rtol=1e-12, atol=1e-14)

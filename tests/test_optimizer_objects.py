@@ -1,9 +1,15 @@
 """Optimizers as objects: the run that a name and settings describe, stored, resumed and compared as that."""
 
 import copy
+import json
+import os
 import pickle
+import shutil
+import subprocess
+import sys
 import tomllib
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -236,3 +242,43 @@ def test_the_data_have_two_names():
 def test_a_user_error_is_a_value_error():
     assert issubclass(hfmpi.UserError, ValueError)
     assert isinstance(hfmpi.train(network(), DATA, optimizer="adam", max_steps=1, quiet=True), hfmpi.Result)
+
+
+# Several ranks -----------------------------------------------------------------------------------
+
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+PROGRAM = """
+import json, os, sys
+sys.path.insert(0, {tests!r})
+import hfmpi
+from test_optimizer_objects import run
+
+rank = int(os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")))
+run(hfmpi.Adam(rate=0.01), 2, out="run", micro_batch=4)
+theta = run(hfmpi.Adam(rate=0.01), 4, out="run", micro_batch=4).theta
+said = []
+for optimizer in (hfmpi.Adam(rate=0.5), hfmpi.Adam(rate=1.0 + rank), hfmpi.Adam, None):
+    try:
+        run(optimizer, 5, out="run" if optimizer == hfmpi.Adam(rate=0.5) else None)
+    except hfmpi.UserError as error:
+        said.append(str(error))
+with open(f"said{{rank}}", "w") as file:
+    json.dump([theta.tolist(), said], file)
+"""
+
+
+@pytest.mark.skipif(MPIRUN is None, reason="needs mpirun")
+def test_ranks_take_one_optimizer(tmp_path):
+    program = PROGRAM.format(tests=str(Path(__file__).parent))
+    done = subprocess.run(
+        [MPIRUN, "-n", "2", sys.executable, "-c", program],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=tmp_path, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ours = [json.loads((tmp_path / f"said{rank}").read_text()) for rank in range(2)]
+    assert ours[0] == ours[1]
+    theta, (of_another_setting, of_ranks, of_class) = ours[0]
+    np.testing.assert_allclose(theta, run(hfmpi.Adam(rate=0.01), 4).theta, rtol=1e-4, atol=1e-5)
+    assert of_another_setting.startswith("this run has rate = 0.01, not 0.5")
+    assert of_ranks == "rank 1 has other options or checkpoint files than the other ranks"
+    assert of_class.endswith("not the class Adam")
