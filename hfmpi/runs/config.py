@@ -34,8 +34,15 @@ OTHER_WORDS = {
     "method": "optimizer",
     "random_state": "seed",
     "precision": "dtype",
+    "train": "data",
+    "lr": "settings={'rate': ...}",
+    "learning_rate": "settings={'rate': ...}",
+    "weight_decay": "settings={'decay': ...}",
+} | {
+    name: f"settings={{{name!r}: ...}}"
+    for name in ("damping", "decay", "momentum", "rate", "schedule", "threshold")
 }
-"""What other words of the field mean among the options."""
+"""What other words mean among the options of `hfmpi.train`."""
 
 
 class Option(NamedTuple):

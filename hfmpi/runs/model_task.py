@@ -50,17 +50,6 @@ TRIED = 8
 CHECKED = 32
 """Number of examples, from the first to the last one, on which a model checks itself before a run."""
 
-SETTINGS = {
-    name: f"settings={{{name!r}: ...}}" for name in ("damping", "rate", "decay", "threshold", "schedule")
-} | {
-    "lr": "settings={'rate': ...}",
-    "learning_rate": "settings={'rate': ...}",
-    "weight_decay": "settings={'decay': ...}",
-    "momentum": "settings={'momentum': ...}",
-    "train": "data",
-}
-"""What names that are not options of `hfmpi.train` may mean."""
-
 LARGEST = float(np.finfo(np.float32).max)
 """The largest loss at the start, in every precision: the largest in the message of a float32 gradient."""
 
@@ -73,7 +62,7 @@ class ModelTask(Task):
     """A model and data of the user; made by `of`."""
 
     @classmethod
-    def of(cls, model: Any, data: Any, valid: Any, measure: Any, config: Config) -> ModelTask:
+    def of(cls, model: Any, train: Any, valid: Any, measure: Any, config: Config) -> ModelTask:
         """Check the arguments of `hfmpi.train`, and fix the batch sizes.
 
         Raises
@@ -91,15 +80,15 @@ class ModelTask(Task):
         if measure is not None and valid is None:
             raise UserError("a metric is measured on validation cases: give valid too")
         make = getattr(model, "examples", Examples)
-        sets = {name: _cases(name, given, make) for name, given in (("data", data), ("valid", valid))}
+        sets = {name: _cases(name, given, make) for name, given in (("train", train), ("valid", valid))}
         if isinstance(model, Scoring):
             sets = {
                 name: model.scoring(cases) if isinstance(cases, Examples) else cases
                 for name, cases in sets.items()
             }
-        train_set = sets["data"]
+        train_set = sets["train"]
         if train_set is None:
-            raise UserError("data must be a tuple (x, y), a data set or Cases, not None")
+            raise UserError("train must be data, not None")
         config, notes = _with_batches(config, train_set.count)
         _check_optimizer(config, model, train_set.count)
         return cls(
@@ -161,7 +150,7 @@ class ModelTask(Task):
 
     def _check_data(self, check: Callable[[Examples], None]) -> None:
         """Check all examples that are in memory; name the set in an error."""
-        for name, cases in (("data", self.train_set), ("valid", self.valid_set)):
+        for name, cases in (("train", self.train_set), ("valid", self.valid_set)):
             if isinstance(cases, Examples):
                 try:
                     check(cases)
@@ -271,7 +260,7 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
         if name in OF_TEXT:
             raise UserError(f"{name} is not an option of hfmpi.train: it belongs to the model or the data")
         if name not in known:
-            meant = did_you_mean(name, known, OTHER_WORDS | SETTINGS)
+            meant = did_you_mean(name, known, OTHER_WORDS)
             raise UserError(f"unknown option {name!r}{meant}; the options are {', '.join(known)}")
     if not isinstance(options.get("optimizer"), str | None):
         named(options["optimizer"])  # refuses what is not an optimizer
@@ -284,8 +273,7 @@ def _cases(name: str, given: Any, make: Callable[..., Cases]) -> Cases | None:
     try:
         return as_cases(given, make)
     except UserError as error:
-        named_already = str(error).startswith(f"{name} ")
-        raise UserError(str(error) if named_already else f"{name}: {error}") from None
+        raise UserError(f"{name}: {error}") from None
 
 
 def _with_batches(config: Config, count: int) -> tuple[Config, list[str]]:
@@ -294,7 +282,7 @@ def _with_batches(config: Config, count: int) -> tuple[Config, list[str]]:
     gradient, curvature = chosen.gradient_batch, chosen.curvature_batch
     if config.gradient_batch > count:
         raise UserError(
-            f"gradient_batch can be at most {count:,}, the examples of data, not {config.gradient_batch:,}"
+            f"gradient_batch can be at most {count:,}, the cases of train, not {config.gradient_batch:,}"
         )
     if gradient > count or (
         gradient < count and chosen.optimizer.needs.same_batch and not config.gradient_batch
