@@ -131,6 +131,21 @@ def test_a_preset_keeps_its_batch_sizes(tmp_path):
     refused("has gradient_batch = 7, not 8", replace(of_her_own, gradient_batch=8), out=tmp_path / "object")
 
 
+def test_a_run_of_a_name_is_continued_by_an_equal_object(tmp_path):
+    whole = run("muon-small", 3)
+    run("muon-small", 1, out=tmp_path / "run")
+    run(hfmpi.preset("muon-small").optimizer, 2, out=tmp_path / "run")
+    parts = run(hfmpi.preset("muon-small"), 3, out=tmp_path / "run")
+    np.testing.assert_array_equal(parts.theta, whole.theta)
+    different = "give another out for a new run"
+    for optimizer, words in (
+        (hfmpi.Muon(), "has schedule = 'inverse-root', not 'constant'"),
+        (hfmpi.preset("muon", rate=0.2, averaging=0.999), "has gradient_batch = 32, not 3500"),
+        (hfmpi.preset("adam"), "has optimizer = 'muon-small', not 'adam'"),
+    ):
+        refused(f"{words}; {different}", optimizer, 4, out=tmp_path / "run")
+
+
 def test_an_object_of_a_class_has_the_batches_of_its_preset():
     for kind, name in BASES.items():
         chosen = merge({"optimizer": kind()}).preset()

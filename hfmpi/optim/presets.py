@@ -250,10 +250,16 @@ class Named(NamedTuple):
     batches: dict[str, int]
 
 
-def named(optimizer: Any) -> Named:
+def named(optimizer: Any, preferred: str = "") -> Named:
     """Return an optimizer or a preset as the name of a preset with what differs from it.
 
     An optimizer has the name and batch sizes of its class (`BASES`). A preset keeps its batch sizes.
+
+    Parameters
+    ----------
+    optimizer : Optimizer or Preset
+    preferred : str
+        The name to return if it is of a preset of the same class.
 
     Raises
     ------
@@ -268,17 +274,16 @@ def named(optimizer: Any) -> Named:
             "optimizer must be a name such as 'bhf-short', an object such as hfmpi.Adam(rate=0.001), or one "
             f"that hfmpi.preset returns, not {shown(chosen)}{f' of {of}' if of else ''}"
         )
-    if not isinstance(optimizer, Preset):
-        name = BASES[kind]
-        return Named(name, _different(chosen, name), {})
-    batches = {name: getattr(optimizer, name) for name in ("gradient_batch", "curvature_batch")}
-    of_class = [name for name, known in PRESETS.items() if type(known.optimizer) is kind]
+    names = [name for name, known in PRESETS.items() if type(known.optimizer) is kind]
+    if preferred in names:
+        names = [preferred]
+    elif not isinstance(optimizer, Preset):
+        names = [BASES[kind]]
 
-    def differences(name: str) -> dict[str, int]:
-        return {batch: size for batch, size in batches.items() if size != getattr(PRESETS[name], batch)}
+    def described(name: str) -> Named:
+        return Named(name, _different(chosen, name), _different_batches(optimizer, name))
 
-    name = min(of_class, key=lambda name: (len(differences(name)), len(_different(chosen, name))))
-    return Named(name, _different(chosen, name), differences(name))
+    return min(map(described, names), key=lambda found: (len(found.batches), len(found.settings)))
 
 
 def _different(optimizer: Optimizer[Any], name: str) -> dict[str, Any]:
@@ -286,3 +291,11 @@ def _different(optimizer: Optimizer[Any], name: str) -> dict[str, Any]:
     base = PRESETS[name].optimizer
     values = {setting.name: getattr(optimizer, setting.name) for setting in fields(optimizer)}
     return {name: value for name, value in values.items() if value != getattr(base, name)}
+
+
+def _different_batches(optimizer: Any, name: str) -> dict[str, int]:
+    """Return the batch sizes that differ from those of a preset, if the object has any."""
+    if not isinstance(optimizer, Preset):
+        return {}
+    sizes = {batch: getattr(optimizer, batch) for batch in ("gradient_batch", "curvature_batch")}
+    return {batch: size for batch, size in sizes.items() if size != getattr(PRESETS[name], batch)}

@@ -41,11 +41,10 @@ def merge(options: Mapping[str, Any], stored: Mapping[str, Any] | None = None, o
         For unknown options, wrong types or values, and for an option that would change what the resumed run
         computes.
     """
-    values = _checked(options)
     if stored is None:
-        return Config(**values)
+        return Config(**_checked(options))
     base = Config(**_checked(stored))
-    values = _with_one_size(values)
+    values = _with_one_size(_checked(options, base.optimizer))
     changes = {name: value for name, value in values.items() if name in CHANGEABLE | {"hidden", "parameters"}}
     if values.get("optimizer", base.optimizer) != base.optimizer:
         raise _different("optimizer", base.optimizer, values["optimizer"], out)
@@ -101,19 +100,22 @@ def _different(name: str, before: Any, after: Any, out: str) -> UserError:
     return UserError(f"this run has {name} = {before!r}, not {after!r}; give another {out} for a new run")
 
 
-def _checked(options: Any) -> dict[str, Any]:
-    """Return options under their current names, with their declared types, or raise a UserError."""
+def _checked(options: Any, optimizer: str = "") -> dict[str, Any]:
+    """Return options under their current names, with their declared types, or raise a UserError.
+
+    `optimizer` is the name that an optimizer object gets if it is of that preset's class.
+    """
     if not isinstance(options, Mapping):
         raise UserError("the checkpoint holds no options of a run")
     if _is_object(options.get("optimizer")):
-        options = _with_name(options)
+        options = _with_name(options, optimizer)
     former = {name: options[old] for old, name in FORMER_NAMES.items() if old in options}
     current = {name: value for name, value in options.items() if name not in FORMER_NAMES}
     return converted(Config, former | current, "option {}", "unknown option {}; the options are {}")
 
 
-def _with_name(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options with an optimizer object replaced by its name and settings."""
+def _with_name(options: Mapping[str, Any], preferred: str) -> dict[str, Any]:
+    """Return options with an optimizer object replaced by its name, which is `preferred` if it can be."""
     optimizer = options["optimizer"]
     if options.get("settings"):
         maker = "preset" if isinstance(optimizer, Preset) else type(optimizer).__name__
@@ -121,7 +123,7 @@ def _with_name(options: Mapping[str, Any]) -> dict[str, Any]:
             "settings belong to the name of an optimizer, and optimizer is an object: pass them to "
             f"hfmpi.{maker}(...)"
         )
-    name, settings, batches = named(optimizer)
+    name, settings, batches = named(optimizer, preferred)
     return batches | dict(options) | {"optimizer": name, "settings": settings}
 
 
