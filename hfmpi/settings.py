@@ -151,7 +151,7 @@ def check(settings: DataclassInstance) -> None:
     ------
     TypeError
         If a value has another type.
-    ValueError
+    UserError
         If a value breaks a rule of its annotation.
     """
     for name, (wanted, more) in declared(type(settings)).items():
@@ -162,7 +162,7 @@ def check(settings: DataclassInstance) -> None:
         for rule in more:
             if isinstance(rule, Rule) and not rule.holds(value):
                 meant = did_you_mean(value, rule.choices)
-                raise ValueError(f"{name} {rule.words.format(value)}{meant}")
+                raise UserError(f"{name} {rule.words.format(value)}{meant}")
 
 
 def _typed(value: Any, wanted: type) -> Any:

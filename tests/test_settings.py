@@ -41,7 +41,7 @@ class Some:
     (Some(part=0.5), "part must not be 0.5, which is too neat"),
 ])  # fmt: skip
 def test_a_value_that_breaks_a_rule_is_named(settings, sentence):
-    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+    with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
         check(settings)
     check(Some())
 
@@ -81,7 +81,7 @@ def test_types_come_from_the_annotations():
     (Adam, {"epsilon": 0.0}, "epsilon must be positive"),
 ])  # fmt: skip
 def test_sentences_of_optimizers(kind, changes, sentence):
-    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+    with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
         kind(**changes)
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import numpy as np
 
+from hfmpi.errors import UserError
 from hfmpi.optim.base import Objectives, Optimizer, StepReport
 from hfmpi.optim.checks import check_state, check_vector, checked
 from hfmpi.optim.first_order import Update, agreed_norm, first_order_step
@@ -108,7 +109,7 @@ class GradientDescent(Optimizer[GradientDescentState]):
     def __post_init__(self) -> None:
         check(self)
         if not 0 <= self.floor <= self.rate:
-            raise ValueError("floor must lie between 0 and rate")
+            raise UserError("floor must lie between 0 and rate")
 
     def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> GradientDescentState:
         """Return the state before the first update."""

@@ -177,7 +177,7 @@ class HessianFree(Optimizer[HessianFreeState]):
     def __post_init__(self) -> None:
         check(self)
         if not self.damping_minimum <= self.damping_maximum:
-            raise ValueError("damping_minimum must not exceed damping_maximum")
+            raise UserError("damping_minimum must not exceed damping_maximum")
 
     def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> HessianFreeState:
         """Return the state before the first step."""

@@ -17,6 +17,7 @@ from typing import Annotated
 
 import numpy as np
 
+from hfmpi.errors import UserError
 from hfmpi.measure.cost import Counts
 from hfmpi.optim.base import (
     EntryT,
@@ -119,7 +120,7 @@ class LBFGS(Optimizer[LBFGSState]):
     def __post_init__(self) -> None:
         check(self)
         if not self.line_search_sufficient < self.line_search_curvature:
-            raise ValueError("line_search_sufficient must be smaller than line_search_curvature")
+            raise UserError("line_search_sufficient must be smaller than line_search_curvature")
 
     def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> LBFGSState:
         """Return the state before the first step."""
