@@ -12,6 +12,7 @@ from hfmpi.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from hfmpi.data.examples import Arrays, Examples
+    from hfmpi.errors import UserError
     from hfmpi.frameworks.jax import JaxModel
     from hfmpi.frameworks.torch import TorchModel
     from hfmpi.networks.architecture import Architecture
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         LM,
         SOAP,
         Adam,
+        Gradient,
         GradientDescent,
         HessianFree,
         Muon,
@@ -30,8 +32,9 @@ if TYPE_CHECKING:
         SOAPMuon,
         Subspace,
     )
+    from hfmpi.optim.presets import preset
     from hfmpi.parallel import connect, guard
-    from hfmpi.runs.call import train
+    from hfmpi.runs.call import Result, train
     from hfmpi.runs.curvature import curvature
     from hfmpi.runs.evaluate import evaluate
 
@@ -44,6 +47,7 @@ __all__ = [
     "Arrays",
     "DataParallel",
     "Examples",
+    "Gradient",
     "GradientDescent",
     "HessianFree",
     "JaxModel",
@@ -51,13 +55,16 @@ __all__ = [
     "Network",
     "Objective",
     "Objectives",
+    "Result",
     "SOAPMuon",
     "Subspace",
     "TorchModel",
+    "UserError",
     "connect",
     "curvature",
     "evaluate",
     "guard",
+    "preset",
     "train",
 ]
 
@@ -68,11 +75,14 @@ _PLACES = {
     "Examples": "hfmpi.data.examples",
     "JaxModel": "hfmpi.frameworks.jax",
     "Network": "hfmpi.networks.network",
+    "Result": "hfmpi.runs.call",
     "TorchModel": "hfmpi.frameworks.torch",
+    "UserError": "hfmpi.errors",
     "connect": "hfmpi.parallel",
     "curvature": "hfmpi.runs.curvature",
     "evaluate": "hfmpi.runs.evaluate",
     "guard": "hfmpi.parallel",
+    "preset": "hfmpi.optim.presets",
     "train": "hfmpi.runs.call",
 }
 """Modules of the names that are not in `hfmpi.optim`."""

@@ -1,18 +1,24 @@
-"""The exception for errors that the user can fix, and how its messages show a wrong value."""
+"""The exception for errors that the user can fix, and how its messages show wrong values and names."""
 
 from __future__ import annotations
 
+import difflib
 import numbers
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
-__all__ = ["UserError", "shown"]
+__all__ = ["UserError", "did_you_mean", "shown"]
+
+NO_WORDS: Mapping[str, str] = MappingProxyType({})
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """An error that the user can fix; the message is one sentence.
 
     The command line prints the message on one rank, without a traceback, and exits with code 2. Under MPI it
     is raised on all ranks (see `hfmpi.parallel.failure.together`), so that no rank waits for another one.
+    It is a ValueError, as Python programs expect of a wrong argument.
 
     Attributes
     ----------
@@ -28,3 +34,27 @@ def shown(value: object) -> str:
     if value is None or isinstance(value, numbers.Number) or (isinstance(value, str) and len(value) < 100):
         return repr(value)
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+def did_you_mean(word: object, names: Iterable[str], words: Mapping[str, str] = NO_WORDS) -> str:
+    """Return " (did you mean ...?)" for a wrong name, or "" if no name is similar.
+
+    Parameters
+    ----------
+    word : object
+        What the user wrote; anything but a string is similar to nothing.
+    names : iterable of str
+        The names that exist.
+    words : mapping of str to str
+        What other words of the field mean here, such as "lr": "rate". Case, hyphens and underscores do not
+        matter.
+    """
+    if not isinstance(word, str):
+        return ""
+    meant = {_plain(other): name for other, name in words.items()} | {_plain(name): name for name in names}
+    similar = difflib.get_close_matches(_plain(word), meant, n=1)  # an equal one is the most similar
+    return f" (did you mean {meant[similar[0]]}?)" if similar else ""
+
+
+def _plain(word: str) -> str:
+    return word.lower().replace("-", "_").replace(" ", "_")

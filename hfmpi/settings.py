@@ -1,17 +1,19 @@
-"""Settings: dataclasses whose annotations declare the type of each value and its rules."""
+"""Settings: dataclasses whose annotations declare the type of each value, its rules and its meaning."""
 
 from __future__ import annotations
 
+import inspect
 import numbers
 import operator
+import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import fields
-from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
+from dataclasses import MISSING, fields
+from functools import cache, wraps
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from hfmpi.errors import UserError, shown
+from hfmpi.errors import UserError, did_you_mean, shown
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -19,14 +21,22 @@ if TYPE_CHECKING:
 __all__ = [
     "NOT_NEGATIVE",
     "POSITIVE",
+    "Meaning",
     "Rule",
+    "Setting",
     "at_least",
     "at_most",
     "check",
     "converted",
     "declared",
+    "documented",
+    "one_of",
+    "table",
+    "unknown_name",
     "within",
 ]
+
+KindT = TypeVar("KindT")
 
 
 class Rule(NamedTuple):
@@ -38,13 +48,61 @@ class Rule(NamedTuple):
         The message on a wrong value, after the name of the field; {} stands for the value.
     holds : callable
         value -> bool
+    choices : tuple of str
+        The words that are accepted, where the rule has a list of them.
     """
 
     words: str
     holds: Callable[[Any], bool]
+    choices: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return self.words
+
+
+class Meaning(NamedTuple):
+    """What a setting is for, in the annotation of its field: documentation and messages come from here.
+
+    Attributes
+    ----------
+    text : str
+        Whole sentences.
+    unit : str
+        The unit of the value; empty for pure numbers and words.
+    torch, optax : str
+        The word for it in torch.optim and in optax, such as "betas[0]"; empty where they have none.
+    others : tuple of str
+        Other words for it, which messages recognise.
+    """
+
+    text: str
+    unit: str = ""
+    torch: str = ""
+    optax: str = ""
+    others: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return self.text
+
+    @property
+    def sentences(self) -> str:
+        """The text, and the unit if there is one."""
+        return f"{self.text} Unit: {self.unit}." if self.unit else self.text
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The words of the field for this setting, without an index or parentheses."""
+        foreign = (word.partition("[")[0].partition("(")[0] for word in (self.torch, self.optax))
+        return tuple(dict.fromkeys([*filter(None, foreign), *self.others]))
+
+
+class Setting(NamedTuple):
+    """One row of the table of settings of a class; `default` is None where a value must be supplied."""
+
+    name: str
+    type: type
+    default: Any
+    meaning: Meaning
 
 
 NOT_NEGATIVE = Rule("must not be negative", lambda x: x >= 0)
@@ -69,6 +127,11 @@ def within(interval: str) -> Rule:
     return Rule(f"must lie in {interval}", lambda x: above(x, low) and below(x, high))
 
 
+def one_of(*choices: str) -> Rule:
+    """Return the rule of words from a list."""
+    return Rule(f"must be one of {', '.join(choices)}", choices.__contains__, choices)
+
+
 @cache
 def declared(kind: type[DataclassInstance]) -> dict[str, tuple[type, tuple[object, ...]]]:
     """Return the type of each field by name, and the other parts of its annotation."""
@@ -88,7 +151,7 @@ def check(settings: DataclassInstance) -> None:
     ------
     TypeError
         If a value has another type.
-    ValueError
+    UserError
         If a value breaks a rule of its annotation.
     """
     for name, (wanted, more) in declared(type(settings)).items():
@@ -98,7 +161,8 @@ def check(settings: DataclassInstance) -> None:
         object.__setattr__(settings, name, value)  # the dataclass may be frozen
         for rule in more:
             if isinstance(rule, Rule) and not rule.holds(value):
-                raise ValueError(f"{name} {rule.words.format(value)}")
+                meant = did_you_mean(value, rule.choices)
+                raise UserError(f"{name} {rule.words.format(value)}{meant}")
 
 
 def _typed(value: Any, wanted: type) -> Any:
@@ -143,8 +207,77 @@ def converted(
     typed = dict[str, Any]()
     for name, value in values.items():
         if name not in types:
-            raise UserError(unknown.format(repr(name), ", ".join(types)))
+            raise UserError(unknown_name(kind, name, unknown))
         typed[name] = _typed(value, types[name])
         if typed[name] is None:
             raise UserError(_wrong(noun.format(name), types[name], value))
     return typed
+
+
+@cache
+def table(kind: type[DataclassInstance]) -> tuple[Setting, ...]:
+    """Return the settings of a class: first those that it declares, then those that it inherits."""
+    types = declared(kind)
+    defaults = {field.name: None if field.default is MISSING else field.default for field in fields(kind)}
+    names = [name for base in kind.__mro__ for name in inspect.get_annotations(base)]
+    return tuple(
+        Setting(
+            name,
+            types[name][0],
+            defaults[name],
+            next((part for part in types[name][1] if isinstance(part, Meaning)), Meaning("")),
+        )
+        for name in dict.fromkeys(names)
+        if name in types
+    )
+
+
+def unknown_name(kind: type[DataclassInstance], name: str, sentence: str) -> str:
+    """Return the message on a name that a class of settings does not have.
+
+    Parameters
+    ----------
+    kind : dataclass
+    name : str
+    sentence : str
+        The message; the first {} stands for the name, the second for the existing names.
+    """
+    settings, words = table(kind), dict[str, str]()
+    for setting in settings:
+        for word in setting.meaning.words:
+            words[word] = f"{words[word]} and {setting.name}" if word in words else setting.name
+    names = [setting.name for setting in settings]
+    return sentence.format(f"{name!r}{did_you_mean(name, names, words)}", ", ".join(names))
+
+
+def documented(kind: type[KindT]) -> type[KindT]:
+    """Add the settings of a class to its docstring, and answer unknown ones by the name that was meant.
+
+    A decorator of dataclasses whose annotations have a `Meaning`.
+    """
+    of_settings: Any = kind
+    head, examples, rest = inspect.cleandoc(kind.__doc__ or "").partition("\n\nExamples\n")
+    kind.__doc__ = f"{head}\n\n{_attributes(of_settings)}{examples}{rest}"
+    initialise = of_settings.__init__
+
+    @wraps(initialise)
+    def with_known_names(self: Any, *values: Any, **named: Any) -> None:
+        for name in named:
+            if name not in declared(of_settings):
+                sentence = f"{kind.__name__} has no setting {{}}; it has {{}}"
+                raise UserError(unknown_name(of_settings, name, sentence))
+        initialise(self, *values, **named)
+
+    of_settings.__init__ = with_known_names
+    return kind
+
+
+def _attributes(kind: type[DataclassInstance]) -> str:
+    """Return the section Attributes of a docstring."""
+    lines = ["Attributes", "----------"]
+    for name, of_type, default, meaning in table(kind):
+        lines += [
+            f"{name} : {of_type.__name__}" + ("" if default is None else f", default {default!r}"),
+            *textwrap.wrap(meaning.sentences, 106, initial_indent="    ", subsequent_indent="    "),
+        ]
+    return "\n".join(lines)

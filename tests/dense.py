@@ -36,6 +36,9 @@ def loss_of_rows(kind, z, y):
             p - hot,
             np.einsum("no,op->nop", p, np.eye(len(p.T))) - (p[:, :, None] * p[:, None]),
         )
+    if kind in ("mse", "binary-cross-entropy"):  # means over outputs
+        base, factor = ("squares", 2) if kind == "mse" else ("bernoulli", 1)
+        return tuple(part * factor / z.shape[1] for part in loss_of_rows(base, z, y))
     if kind == "squares":
         return ((z - y) ** 2).sum() / 2, z - y, np.broadcast_to(np.eye(z.shape[1]), (*z.shape, z.shape[1]))
     p = 1 / (1 + np.exp(-z))

@@ -285,7 +285,7 @@ def test_settings_that_make_no_sense_are_refused(kind, name, value):
 def test_sentences_of_presets():
     for changes, words in (
         ({"rate": 0.001}, "optimizer sgd: floor must"),
-        ({"rates": 1.0}, "optimizer sgd has no setting 'rates'; it has rule, rate"),
+        ({"rates": 1.0}, "optimizer sgd has no setting 'rates' (did you mean rate?); it has rule, rate"),
         ({"rate": True}, "setting rate of sgd must be of type float, not True"),
         ({"rate": "1"}, "setting rate of sgd must be of type float, not '1'"),
     ):
@@ -293,5 +293,8 @@ def test_sentences_of_presets():
             preset("sgd", **changes)
         assert str(caught.value).startswith(words)
         assert not str(caught.value).endswith(".")
-    with pytest.raises(UserError, match=r"^there is no optimizer 'newton'; choose one of sgd, .*subspace"):
+    with pytest.raises(
+        UserError,
+        match=r"^there is no optimizer 'newton' \(did you mean lm\?\); choose one of sgd, .*subspace",
+    ):
         preset("newton")

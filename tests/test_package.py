@@ -57,7 +57,7 @@ def test_the_wheel_has_the_whole_package_and_nothing_else(built, tracked):
     with zipfile.ZipFile(built / f"{NAME}-py3-none-any.whl") as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == {name for name in tracked if name.startswith("hfmpi/")}
-    assert "hfmpi/backends/kernels.cu" in names
+    assert {"hfmpi/backends/kernels.cu", "hfmpi/py.typed"} <= names
 
 
 def test_the_installed_command_trains(built, tmp_path):

@@ -41,7 +41,7 @@ class Some:
     (Some(part=0.5), "part must not be 0.5, which is too neat"),
 ])  # fmt: skip
 def test_a_value_that_breaks_a_rule_is_named(settings, sentence):
-    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+    with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
         check(settings)
     check(Some())
 
@@ -54,7 +54,7 @@ def test_types_come_from_the_annotations():
     assert found == {"size": 5, "part": 1.0, "name": "b"}
     assert type(found["part"]) is float
     for given, sentence in (
-        ({"sise": 5}, "there is no 'sise'; there are size, part, name"),
+        ({"sise": 5}, "there is no 'sise' (did you mean size?); there are size, part, name"),
         ({"size": 5.0}, "entry size of it must be of type int, not 5.0"),
         ({"size": True}, "entry size of it must be of type int, not True"),
         ({"part": "1"}, "entry part of it must be of type float, not '1'"),
@@ -81,7 +81,7 @@ def test_types_come_from_the_annotations():
     (Adam, {"epsilon": 0.0}, "epsilon must be positive"),
 ])  # fmt: skip
 def test_sentences_of_optimizers(kind, changes, sentence):
-    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+    with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
         kind(**changes)
 
 

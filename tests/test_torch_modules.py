@@ -675,10 +675,35 @@ def test_burn_in_is_asked_for():
 @pytest.mark.parametrize(
     ("loss", "words"),
     [
-        (lambda: nn.MSELoss(), "there is no loss for PyTorch's MSELoss"),
-        (lambda: nn.CrossEntropyLoss(label_smoothing=0.1), "weight, label_smoothing and other reductions"),
-        (lambda: nn.CrossEntropyLoss(weight=torch.ones(5)), "weight, label_smoothing and other reductions"),
-        (lambda: nn.CrossEntropyLoss(reduction="sum"), "weight, label_smoothing and other reductions"),
+        (
+            lambda: nn.L1Loss(),
+            r"MSELoss\(\) or BCEWithLogitsLoss\(\), not PyTorch's L1Loss: pass 'cross-entropy'",
+        ),
+        (
+            lambda: nn.NLLLoss(),
+            r"not PyTorch's NLLLoss: torch.nn.CrossEntropyLoss\(\) has the same value on log",
+        ),
+        (lambda: nn.BCELoss(), r"not PyTorch's BCELoss: let the module return the logits"),
+        (lambda: type("Mine", (nn.MSELoss,), {})(), r"not PyTorch's Mine: pass"),
+        (
+            lambda: nn.CrossEntropyLoss(weight=torch.ones(5)),
+            "weight of torch.nn.CrossEntropyLoss is not supported",
+        ),
+        (lambda: nn.BCEWithLogitsLoss(weight=torch.ones(5)), "weight of torch.nn.BCEWithLogitsLoss is not"),
+        (lambda: nn.BCEWithLogitsLoss(pos_weight=torch.ones(2, 5)), r"or one for all, not shape \(2, 5\)"),
+        (
+            lambda: nn.BCEWithLogitsLoss(pos_weight=-torch.ones(5)),
+            "weights of positive targets must be positive",
+        ),
+        (
+            lambda: nn.CrossEntropyLoss(label_smoothing=-0.1),
+            r"label smoothing must lie in \[0, 1\], not -0.1",
+        ),
+        (
+            lambda: nn.CrossEntropyLoss(reduction="sum"),
+            "reduction='sum' of torch.nn.CrossEntropyLoss is not supp",
+        ),
+        (lambda: nn.MSELoss(reduction="none"), "reduction='none' of torch.nn.MSELoss is not supported"),
     ],
 )
 def test_options_of_losses_that_would_be_ignored_are_refused(loss, words):

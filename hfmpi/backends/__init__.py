@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hfmpi.backends import cupy_cache
 from hfmpi.backends.numpy import NumpyBackend
-from hfmpi.errors import UserError
+from hfmpi.errors import UserError, did_you_mean
 from hfmpi.files.working_folder import check_working_folder
 
 __all__ = ["BACKENDS", "DTYPES", "PRECISIONS", "create", "devices", "gpus"]
@@ -45,7 +45,9 @@ def create(
         If no backend has this name, or this machine cannot run it.
     """
     if name not in BACKENDS:
-        raise UserError(f"there is no backend {name!r}; choose one of {', '.join(BACKENDS)}")
+        raise UserError(
+            f"there is no backend {name!r}{did_you_mean(name, BACKENDS)}; choose one of {', '.join(BACKENDS)}"
+        )
     if precision not in PRECISIONS:
         raise UserError(f"there is no matmul precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
     if name == "auto":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import signal
 import sys
 
 import click
 
+from hfmpi.errors import did_you_mean
 from hfmpi.version import __version__
 
 __all__ = ["cli", "entry"]
@@ -45,9 +45,10 @@ class LazyGroup(click.Group):
         """Return the command that `args` begin with; for an unknown one, suggest the most similar."""
         name = args[0]
         if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
-            similar = difflib.get_close_matches(name.lower(), COMMANDS, n=1)
-            hint = f"did you mean {similar[0]}?" if similar else "`hfmpi --help` lists the commands"
-            raise click.UsageError(f"there is no command {name!r}; {hint}", ctx)
+            meant = did_you_mean(name, COMMANDS)
+            raise click.UsageError(
+                f"there is no command {name!r}{meant}; `hfmpi --help` lists the commands", ctx
+            )
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

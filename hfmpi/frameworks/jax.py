@@ -55,7 +55,7 @@ class JaxModel(FrameworkModel):
         of x; with several inputs, (params, x1, x2, ...). It must be a pure function.
     params : pytree of arrays, or a module of equinox or flax.nnx
         Its trained arrays are all float32 or all float64, which is the type of theta too.
-    loss : {'cross-entropy', 'squares', 'bernoulli'} or Loss
+    loss : {'cross-entropy', 'squares', 'mse', 'bernoulli', 'binary-cross-entropy'} or Loss
         The loss of each scored output (O,).
     trained : callable or pytree of bool, optional
         Which arrays of real numbers are trained: a function (path, array) -> bool, where the path is a string
@@ -249,6 +249,8 @@ class JaxModel(FrameworkModel):
             ]
             try:
                 self._layers[key] = Layers(outputs, self.blocks, leaves, inputs)
+            except UserError:
+                raise
             except (AttributeError, KeyError, TypeError, ValueError, NotImplementedError) as failure:
                 self._layers[key] = None
                 logging.getLogger(__name__).warning(

@@ -94,6 +94,8 @@ class JaxPasses:
                 lambda: np.array(model.jvps(transpose, v, shape=shape)),
                 lambda: np.stack([model.jvp(transpose, one, shape=shape) for one in v], axis=1),
             )
+        except UserError:
+            raise
         except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:  # J' u has no transpose
             raise UserError(
                 f"JAX cannot compute J v of the function ({first_line(error)}): use an optimizer of first "

@@ -18,7 +18,6 @@ from hfmpi.frameworks.framework import FrameworkModel, Plan, first_line
 from hfmpi.frameworks.trial import FEW
 from hfmpi.measure.machine import free_memory
 from hfmpi.models.batch import CheckedBatch, ScoredOutputs
-from hfmpi.models.losses import LOSSES, Loss
 
 try:
     import torch
@@ -31,6 +30,7 @@ try:
         fresh_copy,
         stochastic,
     )
+    from hfmpi.frameworks.torch_losses import torch_loss
     from hfmpi.frameworks.torch_module import Narrowing, Substitution, plain_module
     from hfmpi.frameworks.torch_passes import TorchPasses, plain_kernels, to_array
     from hfmpi.frameworks.torch_state import Snapshot
@@ -89,9 +89,11 @@ class TorchModel(FrameworkModel):
         Maps inputs (B, ...), of B examples, to outputs (B, ..., O). Its trained parameters are all float32 or
         all float64, which is the type of theta too; parameters and buffers are on one device. Only
         `write_back` changes the module.
-    loss : {'cross-entropy', 'squares', 'bernoulli'}, torch.nn.CrossEntropyLoss() or Loss
-        The loss of each scored output (O,). For the loss of PyTorch the classes are on axis 1 of the outputs,
-        (B, O) or (B, O, ...), and targets equal to its `ignore_index` are not scored.
+    loss : str, torch.nn.CrossEntropyLoss(), MSELoss(), BCEWithLogitsLoss() or Loss
+        The loss of each scored output (O,): 'cross-entropy', 'squares' (half the squared distance), 'mse'
+        (the mean over outputs), 'bernoulli' or 'binary-cross-entropy' (its mean over outputs). For
+        `CrossEntropyLoss` the classes are on axis 1 of the outputs, (B, O) or (B, O, ...), and targets equal
+        to its `ignore_index` are not scored.
 
     Raises
     ------
@@ -114,7 +116,10 @@ class TorchModel(FrameworkModel):
 
     def __init__(self, module: Any, loss: Any) -> None:
         if torch is None:
-            raise UserError("TorchModel needs PyTorch: pip install torch")
+            raise UserError(
+                "TorchModel needs PyTorch: pip install torch (without a GPU, --index-url "
+                "https://download.pytorch.org/whl/cpu saves 6 GB)"
+            )
         if not isinstance(module, torch.nn.Module):
             raise UserError(f"module must be a torch.nn.Module, not {shown(module)}")
         module = plain_module(module)
@@ -136,8 +141,7 @@ class TorchModel(FrameworkModel):
         self.parameters, self.frozen, self.on_gpu = trained, frozen, self.device.type != "cpu"
         self.class_axis, self.ignored = False, None
         if isinstance(loss, torch.nn.Module):
-            loss, self.ignored = torch_loss(loss)
-            self.class_axis = True
+            loss, self.class_axis, self.ignored = torch_loss(loss)
         self._sizes = [p.numel() for p in trained.values()]
         self.places = Substitution(module, self.aliases)
         start = torch.cat([p.detach().reshape(-1) for p in trained.values()]).cpu().numpy()
@@ -410,27 +414,6 @@ class TorchModel(FrameworkModel):
 def _trained(module: Any) -> dict[str, Any]:
     """Return the parameters that require a gradient, by name, without empty ones."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad and p.numel()}
-
-
-def torch_loss(loss: Any) -> tuple[Loss, int]:
-    """Return the loss of outputs with the classes last, and the target that is ignored, of PyTorch's loss.
-
-    Raises
-    ------
-    UserError
-        If the loss is another one, or has options that hfmpi's losses do not have.
-    """
-    if not isinstance(loss, torch.nn.CrossEntropyLoss):
-        raise UserError(
-            f"there is no loss for PyTorch's {type(loss).__name__}: give {', '.join(map(repr, LOSSES))}, or "
-            "torch.nn.CrossEntropyLoss()"
-        )
-    if loss.weight is not None or loss.label_smoothing or loss.reduction != "mean":
-        raise UserError(
-            "weight, label_smoothing and other reductions than the mean are not supported of "
-            "torch.nn.CrossEntropyLoss: leave them out, or write a loss (hfmpi.models.losses.Loss)"
-        )
-    return LOSSES["cross-entropy"], loss.ignore_index
 
 
 def _stacked(module: Any, trained: dict[str, Any]) -> dict[str, int]:

@@ -9,19 +9,22 @@ target (Schraudolph 2002, Fast curvature matrix-vector products for second-order
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
 from hfmpi.backends.base import Array
 from hfmpi.backends.numpy import NumpyBackend, by_sequence
-from hfmpi.errors import UserError, shown
+from hfmpi.errors import UserError, did_you_mean, shown
 
 __all__ = [
     "LOSSES",
     "Bernoulli",
     "HasRoot",
     "Loss",
+    "OutputMean",
+    "RootedLoss",
     "SoftmaxCrossEntropy",
     "SquaredError",
     "choose",
@@ -50,6 +53,8 @@ class Loss(Protocol):
         Whether targets are symbols (N,), int32; otherwise they are numbers (N, O), of the backend's dtype.
     bounds : (float, float), optional
         The least and the largest target that is a number. Without them, every finite number is a target.
+    form : str, optional
+        The parameters of the loss, if it has any: a run is continued only with the same ones.
     """
 
     symbols: ClassVar[bool]
@@ -113,6 +118,10 @@ class HasRoot(Protocol):
 
         If the gradient has a part that H does not see, as that of Huber's loss has, A r is the remainder.
         """
+
+
+class RootedLoss(Loss, HasRoot, Protocol):
+    """A loss with the square root of its Hessian."""
 
 
 class SoftmaxCrossEntropy:
@@ -210,6 +219,60 @@ class Bernoulli:
         out /= _root(backend, cache * (1 - cache))
 
 
+@dataclass(frozen=True)
+class OutputMean:
+    """A loss of numbers times `factor` / O, which makes its sum over O outputs a mean.
+
+    Attributes
+    ----------
+    loss : RootedLoss
+    factor : float
+
+    Examples
+    --------
+    >>> OutputMean(SquaredError(), 2.0)  # the mean squared error  # doctest: +SKIP
+    """
+
+    loss: RootedLoss
+    factor: float = 1.0
+    symbols: ClassVar[bool] = False
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The least and the largest target."""
+        return getattr(self.loss, "bounds", (-math.inf, math.inf))
+
+    @property
+    def form(self) -> str:
+        """The factor and the loss."""
+        return f"{self.factor} {type(self.loss).__name__} {getattr(self.loss, 'form', '')}"
+
+    def value(self, backend: NumpyBackend, outputs: Array, targets: Array) -> Array:
+        """Return the loss of each row; overwrite the outputs as `loss` does."""
+        return self.loss.value(backend, outputs, targets) * self._scale(outputs)
+
+    def gradient(self, backend: NumpyBackend, cache: Array, targets: Array, scale: float, out: Array) -> None:
+        """Fill out with scale times the gradient."""
+        self.loss.gradient(backend, cache, targets, scale * self._scale(cache), out)
+
+    def hessian(self, backend: NumpyBackend, cache: Array, u: Array, scale: float) -> None:
+        """Overwrite u with scale * H u."""
+        self.loss.hessian(backend, cache, u, scale * self._scale(cache))
+
+    def root(self, backend: NumpyBackend, cache: Array, u: Array) -> None:
+        """Overwrite u with A u, A times the square root of the scale."""
+        self.loss.root(backend, cache, u)
+        u *= u.dtype.type(math.sqrt(self._scale(cache)))
+
+    def residual(self, backend: NumpyBackend, cache: Array, targets: Array, out: Array) -> None:
+        """Fill out with r, times the square root of the scale."""
+        self.loss.residual(backend, cache, targets, out)
+        out *= out.dtype.type(math.sqrt(self._scale(cache)))
+
+    def _scale(self, outputs: Array) -> float:
+        return self.factor / int(outputs.shape[1])
+
+
 def _root(backend: NumpyBackend, curvature: Array) -> Array:
     """Return the square root of probabilities or variances, of at least `LEAST`."""
     return backend.xp.sqrt(backend.xp.maximum(curvature, curvature.dtype.type(LEAST)))
@@ -219,8 +282,29 @@ LOSSES: dict[str, Loss] = {
     "cross-entropy": SoftmaxCrossEntropy(),
     "squares": SquaredError(),
     "bernoulli": Bernoulli(),
+    "mse": OutputMean(SquaredError(), 2.0),
+    "binary-cross-entropy": OutputMean(Bernoulli()),
 }
-"""The losses by name."""
+"""The losses by name; the last two are means over outputs, as in PyTorch and Keras."""
+
+OTHER_NAMES = {
+    "softmax": "cross-entropy",
+    "categorical-cross-entropy": "cross-entropy",
+    "sparse-categorical-crossentropy": "cross-entropy",
+    "CrossEntropyLoss": "cross-entropy",
+    "NLL": "cross-entropy",
+    "NLLLoss": "cross-entropy",
+    "mean-squared-error": "mse",
+    "MSELoss": "mse",
+    "squared-error": "squares",
+    "least-squares": "squares",
+    "L2": "squares",
+    "BCE": "binary-cross-entropy",
+    "BCELoss": "binary-cross-entropy",
+    "BCEWithLogitsLoss": "binary-cross-entropy",
+    "logistic": "binary-cross-entropy",
+}
+"""What other names of losses mean here."""
 
 METHODS = "value", "gradient", "hessian"
 """The methods of a loss."""
@@ -239,7 +323,8 @@ def choose(loss: str | Loss) -> Loss:
     """
     if isinstance(loss, str):
         if loss not in LOSSES:
-            raise UserError(f"there is no loss {loss!r}; choose one of {', '.join(LOSSES)}")
+            meant = did_you_mean(loss, LOSSES, OTHER_NAMES)
+            raise UserError(f"there is no loss {loss!r}{meant}; choose one of {', '.join(LOSSES)}")
         return LOSSES[loss]
     if isinstance(loss, type) or not isinstance(loss, Loss):
         raise UserError(

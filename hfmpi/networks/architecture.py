@@ -24,7 +24,7 @@ from functools import cached_property
 import numpy as np
 
 from hfmpi.backends.base import Array
-from hfmpi.errors import UserError, shown
+from hfmpi.errors import UserError, did_you_mean, shown
 from hfmpi.models.factors import FactorSums
 from hfmpi.networks.cells import Gated, cell
 from hfmpi.networks.recurrence import Cell
@@ -196,7 +196,8 @@ class Architecture:
         """
         if initialisation not in INITIALISATIONS:
             raise UserError(
-                f"there is no initialisation {initialisation!r}; choose one of {', '.join(INITIALISATIONS)}"
+                f"there is no initialisation {initialisation!r}"
+                f"{did_you_mean(initialisation, INITIALISATIONS)}; choose one of {', '.join(INITIALISATIONS)}"
             )
         lstm = initialisation == "krause-lstm"
         if lstm and not isinstance(self.cell, Gated):

@@ -12,7 +12,7 @@ import numpy as np
 
 from hfmpi.backends.base import Array
 from hfmpi.backends.numpy import NumpyBackend
-from hfmpi.errors import UserError
+from hfmpi.errors import UserError, did_you_mean
 from hfmpi.networks.gru import GRU
 from hfmpi.networks.recurrence import Adjoint, Cell, Recurrence, Step, Tangent
 
@@ -156,9 +156,14 @@ def cell(name: str, variant: str = "standard") -> Cell:
         If there is none.
     """
     if name not in CELLS:
-        raise UserError(f"there is no model {name!r}; choose one of {', '.join(CELLS)}")
+        raise UserError(
+            f"there is no model {name!r}{did_you_mean(name, CELLS)}; choose one of {', '.join(CELLS)}"
+        )
     if variant not in VARIANTS:
-        raise UserError(f"there is no variant {variant!r}; choose one of {', '.join(VARIANTS)}")
+        raise UserError(
+            f"there is no variant {variant!r}{did_you_mean(variant, VARIANTS)}; choose one of "
+            f"{', '.join(VARIANTS)}"
+        )
     standard = CELLS[name]
     if variant == "standard":
         return standard

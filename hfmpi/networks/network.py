@@ -56,7 +56,7 @@ class Network:
         Required unless cell, inputs, outputs and hidden are passed.
     backend : NumpyBackend, optional
         A backend of `hfmpi.backends.create`; default: the fastest one on this machine, with float32.
-    loss : {'cross-entropy', 'squares', 'bernoulli'} or Loss
+    loss : {'cross-entropy', 'squares', 'mse', 'bernoulli', 'binary-cross-entropy'} or Loss
     block_rows : int, optional
         About how many rows (steps times sequences) the time-batched products process at once; it changes the
         results within rounding. Default: the value that suits the backend.

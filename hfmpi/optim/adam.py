@@ -10,9 +10,9 @@ import numpy as np
 
 from hfmpi.optim.base import Objective
 from hfmpi.optim.checks import check_vector
-from hfmpi.optim.first_order import Adaptive, AdaptiveState
+from hfmpi.optim.first_order import Adaptive, AdaptiveState, Beta1, Beta2, Epsilon, Rate
 from hfmpi.optim.layout import Block, Vector
-from hfmpi.settings import POSITIVE, within
+from hfmpi.settings import NOT_NEGATIVE, Meaning, documented
 
 __all__ = ["Adam", "AdamState"]
 
@@ -25,27 +25,35 @@ class AdamState(AdaptiveState):
     mean_square: Vector
 
 
+@documented
 @dataclass(frozen=True)
 class Adam(Adaptive[AdamState]):
-    """Adam with the constants of its paper, and clipping by norm; with `decay` it is AdamW.
+    """Adam with the constants of its paper; with `decay` it is AdamW.
 
-    Attributes
-    ----------
-    rate, beta1, beta2, epsilon : float
-        Learning rate, decays of the two means, and the constant that keeps the quotient finite.
-    threshold : float
-        Longer gradients are first scaled to this length (Pascanu et al. 2013).
-    decay, averaging, schedule, schedule_steps, schedule_end, warm_up
-        See `Adaptive` and `Schedule`.
+    Examples
+    --------
+    >>> optimizer = hfmpi.Adam(rate=1e-3, decay=0.01)  # doctest: +SKIP
+    >>> result = hfmpi.train(model, data, optimizer=optimizer, max_steps=1000)  # doctest: +SKIP
     """
 
     _state: ClassVar[type] = AdamState
 
-    rate: Annotated[float, POSITIVE] = 2e-3
-    beta1: Annotated[float, within("[0, 1)")] = 0.9
-    beta2: Annotated[float, within("[0, 1)")] = 0.999
-    epsilon: Annotated[float, POSITIVE] = 1e-8
-    threshold: Annotated[float, POSITIVE] = 1.0
+    rate: Rate = 2e-3
+    beta1: Beta1 = 0.9
+    beta2: Beta2 = 0.999
+    epsilon: Epsilon = 1e-8
+    threshold: Annotated[
+        float,
+        NOT_NEGATIVE,
+        Meaning(
+            "Longer gradients are first scaled to this length (Pascanu et al. 2013); 0: gradients are not "
+            "clipped.",
+            unit="that of the gradient",
+            torch="clip_grad_norm_(max_norm)",
+            optax="clip_by_global_norm(max_norm)",
+            others=("clip", "clip_norm", "max_norm", "clip_grad_norm", "gradient_clip_val"),
+        ),
+    ] = 0.0
 
     def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> AdamState:
         """Return the state before the first update."""
@@ -57,7 +65,8 @@ class Adam(Adaptive[AdamState]):
     ) -> tuple[Vector, AdamState]:
         """Compute the step and the means after g (`Adaptive.direction`)."""
         kind, t = g.dtype.type, state.updates + 1
-        g = g * kind(min(1.0, self.threshold / norm)) if norm > 0 else g
+        if self.threshold and norm > 0:
+            g = g * kind(min(1.0, self.threshold / norm))
         mean = kind(self.beta1) * state.mean + kind(1 - self.beta1) * g
         mean_square = kind(self.beta2) * state.mean_square + kind(1 - self.beta2) * g * g
         corrected = np.sqrt(mean_square / kind(1 - self.beta2**t)) + kind(self.epsilon)

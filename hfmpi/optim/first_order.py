@@ -16,11 +16,54 @@ from hfmpi.optim.base import Objective, Objectives, Optimizer, StepReport, inner
 from hfmpi.optim.checks import check_state, checked
 from hfmpi.optim.layout import Block, Vector
 from hfmpi.optim.schedule import Schedule
-from hfmpi.settings import NOT_NEGATIVE, POSITIVE, check, within
+from hfmpi.settings import NOT_NEGATIVE, POSITIVE, Meaning, check, documented, within
 
-__all__ = ["Adaptive", "AdaptiveState", "Update", "agreed_norm", "evaluated", "first_order_step"]
+__all__ = [
+    "Adaptive",
+    "AdaptiveState",
+    "Beta1",
+    "Beta2",
+    "Epsilon",
+    "Rate",
+    "Update",
+    "agreed_norm",
+    "evaluated",
+    "first_order_step",
+]
 
 StateT = TypeVar("StateT")
+
+# Settings that several methods have, with defaults of their own.
+Rate = Annotated[
+    float,
+    POSITIVE,
+    Meaning("Learning rate, before the factor of the schedule.", torch="lr", optax="learning_rate"),
+]
+Beta1 = Annotated[
+    float,
+    within("[0, 1)"),
+    Meaning(
+        "Decay of the running mean of gradients, for each update.",
+        torch="betas[0]",
+        optax="b1",
+        others=("momentum",),
+    ),
+]
+Beta2 = Annotated[
+    float,
+    within("[0, 1)"),
+    Meaning("Decay of the running mean of squared gradients, for each update.", torch="betas[1]", optax="b2"),
+]
+Epsilon = Annotated[
+    float,
+    POSITIVE,
+    Meaning(
+        "Added to the root of the mean square, which divides the step.",
+        unit="that of the gradient",
+        torch="eps",
+        optax="eps",
+    ),
+]
 
 
 class Update(NamedTuple, Generic[StateT]):
@@ -106,28 +149,37 @@ class AdaptiveState:
 AdaptiveT = TypeVar("AdaptiveT", bound=AdaptiveState)
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class Adaptive(Schedule, Optimizer[AdaptiveT]):
-    """A method that computes its step p from a gradient and running means: theta <- theta - p.
-
-    Attributes
-    ----------
-    rate : float
-        Learning rate, before the factor of the schedule.
-    decay : float
-        Decoupled weight decay: rate * decay * theta is added to p (Loshchilov and Hutter 2019).
-    averaging : float
-        Decay of an exponential mean of the iterates, which is evaluated in place of theta; training
-        continues from theta. At first the window of the mean grows with the updates (Shamir and Zhang 2013),
-        so that a decay near 1 is right for a run of any length. 0: no mean.
-    """
+    """A method that computes its step p from a gradient and running means: theta <- theta - p."""
 
     _state: ClassVar[type]
     _means: ClassVar[tuple[str, ...]] = "mean", "mean_square"
 
-    rate: Annotated[float, POSITIVE]
-    decay: Annotated[float, NOT_NEGATIVE] = 0.0
-    averaging: Annotated[float, within("[0, 1)")] = 0.0
+    rate: Rate
+    decay: Annotated[
+        float,
+        NOT_NEGATIVE,
+        Meaning(
+            "Decoupled weight decay, as in AdamW: rate * decay * theta is added to the step (Loshchilov and "
+            "Hutter 2019). 0: none.",
+            torch="weight_decay",
+            optax="weight_decay",
+            others=("l2", "regularisation"),
+        ),
+    ] = 0.0
+    averaging: Annotated[
+        float,
+        within("[0, 1)"),
+        Meaning(
+            "Decay of an exponential mean of the iterates, which is evaluated in place of theta; training "
+            "continues from theta. At first the window of the mean grows with the updates (Shamir and Zhang "
+            "2013), so that a decay near 1 is right for a run of any length. 0: no mean.",
+            torch="AveragedModel",
+            optax="ema",
+        ),
+    ] = 0.0
 
     def __post_init__(self) -> None:
         check(self)

@@ -9,11 +9,12 @@ from typing import Annotated
 
 import numpy as np
 
+from hfmpi.errors import UserError
 from hfmpi.optim.base import Objectives, Optimizer, StepReport
 from hfmpi.optim.checks import check_state, check_vector, checked
 from hfmpi.optim.first_order import Update, agreed_norm, first_order_step
 from hfmpi.optim.layout import Block, Vector
-from hfmpi.settings import POSITIVE, Rule, check, within
+from hfmpi.settings import POSITIVE, Meaning, check, documented, one_of, within
 
 __all__ = ["RULES", "GradientDescent", "GradientDescentState"]
 
@@ -28,41 +29,87 @@ class GradientDescentState:
     mean_square: Vector
 
 
+@documented
 @dataclass(frozen=True)
 class GradientDescent(Optimizer[GradientDescentState]):
     """Gradient descent without momentum.
 
-    Attributes
-    ----------
-    rule : {'clip', 'normalised', 'rms-normalised'}
-        `clip`: `-rate * g * min(1, threshold / |g|)` (Pascanu et al. 2013).
-        `normalised`: a step of length `rate` along -g.
-        `rms-normalised`: a step of length `rate` along -g / (sqrt(mean square) + epsilon), as in Krause's
-        released code (2016). Whether his paper of 2015 did so is unknown (docs/theory.md).
-    rate : float
-        Learning rate, or length of the step. Krause's code: 10 for mLSTM, 2 for LSTM.
-    decay : float
-        Factor of the rate after each update. Krause's code: 0.9999.
-    floor : float
-        Lower bound of the rate; at most `rate`. Krause's code: 0.01.
-    threshold : float
-        Of `clip`, in the unit of the gradient's norm.
-    mean_square_decay, epsilon : float
-        Of `rms-normalised`. Krause's code: 0.9 (the mean starts at the first square, without bias) and 1e-6.
+    Whether Krause's paper of 2015 normalised its steps, as his released code (2016) does, is unknown
+    (docs/theory.md).
     """
 
-    rule: Annotated[str, Rule(f"must be one of {', '.join(RULES)}", RULES.__contains__)] = "rms-normalised"
-    rate: Annotated[float, POSITIVE] = 2.0
-    decay: Annotated[float, within("(0, 1]")] = 0.9999
-    floor: float = 0.01
-    threshold: Annotated[float, POSITIVE] = 1.0
-    mean_square_decay: Annotated[float, within("[0, 1)")] = 0.9
-    epsilon: Annotated[float, POSITIVE] = 1e-6
+    rule: Annotated[
+        str,
+        one_of(*RULES),
+        Meaning(
+            "clip: -rate * g * min(1, threshold / norm(g)) (Pascanu et al. 2013). normalised: a step of "
+            "length rate along -g. rms-normalised: a step of length rate along -g / (sqrt(mean square) + "
+            "epsilon), as in Krause's released code (2016)."
+        ),
+    ] = "rms-normalised"
+    rate: Annotated[
+        float,
+        POSITIVE,
+        Meaning(
+            "Learning rate, or length of the step. Krause's code: 10 for mLSTM, 2 for LSTM.",
+            unit="length of theta, if normalised",
+            torch="lr",
+            optax="learning_rate",
+        ),
+    ] = 2.0
+    decay: Annotated[
+        float,
+        within("(0, 1]"),
+        Meaning(
+            "Factor of the rate after each update. Krause's code: 0.9999.",
+            torch="ExponentialLR(gamma)",
+            optax="decay_rate",
+        ),
+    ] = 0.9999
+    floor: Annotated[
+        float,
+        Meaning(
+            "Lower bound of the rate; at most the rate. Krause's code: 0.01.",
+            unit="that of the rate",
+            optax="end_value",
+        ),
+    ] = 0.01
+    threshold: Annotated[
+        float,
+        POSITIVE,
+        Meaning(
+            "With clip, longer gradients are scaled to this length.",
+            unit="that of the gradient",
+            torch="clip_grad_norm_(max_norm)",
+            optax="clip_by_global_norm(max_norm)",
+            others=("clip", "clip_norm", "max_norm", "clip_grad_norm", "gradient_clip_val"),
+        ),
+    ] = 1.0
+    mean_square_decay: Annotated[
+        float,
+        within("[0, 1)"),
+        Meaning(
+            "With rms-normalised, the decay of the mean of squared gradients, which starts at the first "
+            "square, without bias. Krause's code: 0.9.",
+            torch="alpha",
+            optax="decay",
+        ),
+    ] = 0.9
+    epsilon: Annotated[
+        float,
+        POSITIVE,
+        Meaning(
+            "With rms-normalised, added to the root of the mean square. Krause's code: 1e-6.",
+            unit="that of the gradient",
+            torch="eps",
+            optax="eps",
+        ),
+    ] = 1e-6
 
     def __post_init__(self) -> None:
         check(self)
         if not 0 <= self.floor <= self.rate:
-            raise ValueError("floor must lie between 0 and rate")
+            raise UserError("floor must lie between 0 and rate")
 
     def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> GradientDescentState:
         """Return the state before the first update."""

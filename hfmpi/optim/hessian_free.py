@@ -21,7 +21,7 @@ from hfmpi.optim.layout import Block, Vector
 from hfmpi.optim.line_search import Armijo, Choice, LineSearch, backtrack
 from hfmpi.optim.preconditioner import diagonal
 from hfmpi.optim.quadratic import QuadraticModel
-from hfmpi.settings import NOT_NEGATIVE, POSITIVE, Rule, at_least, check, within
+from hfmpi.settings import NOT_NEGATIVE, POSITIVE, Meaning, Rule, at_least, check, documented, within
 
 __all__ = ["HessianFree", "HessianFreeState"]
 
@@ -34,70 +34,150 @@ class HessianFreeState:
     direction: Vector
 
 
+PRECONDITIONERS = "auto", "diagonal", "none"
+
+
+@documented
 @dataclass(frozen=True)
 class HessianFree(Optimizer[HessianFreeState]):
     """Settings of the Hessian-free step; every part can be switched off.
 
-    Attributes
-    ----------
-    damping : float
-        lambda at the start; unit of the risk per squared unit of theta (nats per character for the
-        models here). Martens: 45.
-    damping_factor, damping_minimum, damping_maximum : float
-        The Levenberg-Marquardt rule; with factor 1 lambda is fixed.
-    structural_damping : float
-        mu: adds mu * lambda times the curvature of the hidden pre-activations (Martens and Sutskever 2011).
-        0: off.
-    cg_max_steps, cg_tolerance, cg_refresh
-        Limit, Martens' epsilon (0: no test), and iterations until the residual is recomputed (0: never).
-    keep_ratio : float
-        Which CG iterates backtracking may choose; 1: all.
-    warm_start, warm_start_growth, warm_start_maximum : float
-        CG starts at warm_start times the last iterate of the step before; the factor is multiplied by
-        `growth` per epoch up to the maximum. 0: start at zero.
-    preconditioner : {'auto', 'diagonal', 'none'}
-        auto: diagonal if the objective has squared gradients.
-    preconditioner_exponent : float
-    backtracking : bool
-        Off: use the last CG iterate.
-    line_search : bool
-        Off: take the full step (rate 1) if it lowers the risk at all.
-    line_search_sufficient, line_search_shrink, line_search_tries
-        Armijo's constant, the factor between rates, and the number of rates.
-    step_scale, step_scale_decay : float
-        The accepted step is multiplied by step_scale * decay^epoch (Kiros).
+    The defaults are those of Martens (2010).
+
+    Examples
+    --------
+    >>> optimizer = hfmpi.HessianFree(damping=0.01, cg_max_steps=10)  # doctest: +SKIP
+    >>> result = hfmpi.train(model, data, optimizer=optimizer, max_steps=100)  # doctest: +SKIP
     """
 
-    damping: Annotated[float, NOT_NEGATIVE] = 45.0
-    damping_factor: Annotated[float, within("(0, 1]")] = LevenbergMarquardt.factor
-    damping_minimum: float = LevenbergMarquardt.minimum
-    damping_maximum: float = LevenbergMarquardt.maximum
-    structural_damping: Annotated[float, NOT_NEGATIVE] = 0.0
-    cg_max_steps: Annotated[int, at_least(1)] = ConjugateGradients.max_steps
-    cg_tolerance: Annotated[float, NOT_NEGATIVE] = ConjugateGradients.tolerance
-    cg_refresh: Annotated[int, NOT_NEGATIVE] = ConjugateGradients.refresh
-    keep_ratio: Annotated[float, Rule("must be at least 1 and finite", within("[1, inf)").holds)] = (
-        ConjugateGradients.keep_ratio
-    )
-    warm_start: Annotated[float, within("[0, 1]")] = 0.95
-    warm_start_growth: Annotated[float, POSITIVE] = 1.0
-    warm_start_maximum: Annotated[float, within("[0, 1]")] = 0.99
+    damping: Annotated[
+        float,
+        NOT_NEGATIVE,
+        Meaning(
+            "lambda at the start. Martens: 45.",
+            unit="the risk per squared length of theta",
+            others=("lambda", "lambda_"),
+        ),
+    ] = 45.0
+    damping_factor: Annotated[
+        float,
+        within("(0, 1]"),
+        Meaning(
+            "The Levenberg-Marquardt rule multiplies lambda by this factor after a good prediction of the "
+            "model, and divides it after a poor one. 1: lambda is fixed."
+        ),
+    ] = LevenbergMarquardt.factor
+    damping_minimum: Annotated[
+        float, Meaning("Lower bound of lambda.", unit="the risk per squared length of theta")
+    ] = LevenbergMarquardt.minimum
+    damping_maximum: Annotated[
+        float, Meaning("Upper bound of lambda.", unit="the risk per squared length of theta")
+    ] = LevenbergMarquardt.maximum
+    structural_damping: Annotated[
+        float,
+        NOT_NEGATIVE,
+        Meaning(
+            "mu: adds mu * lambda times the curvature of the hidden pre-activations (Martens and Sutskever "
+            "2011). 0: off."
+        ),
+    ] = 0.0
+    cg_max_steps: Annotated[
+        int,
+        at_least(1),
+        Meaning(
+            "Maximum iterations of conjugate gradients in a step.", unit="iterations", others=("cg_max_iter",)
+        ),
+    ] = ConjugateGradients.max_steps
+    cg_tolerance: Annotated[
+        float,
+        NOT_NEGATIVE,
+        Meaning(
+            "Martens' epsilon: conjugate gradients end when the relative progress of the model over the last "
+            "iterations is smaller. 0: no test.",
+            others=("cg_tol",),
+        ),
+    ] = ConjugateGradients.tolerance
+    cg_refresh: Annotated[
+        int,
+        NOT_NEGATIVE,
+        Meaning("Iterations until the residual is recomputed; 0: never.", unit="iterations"),
+    ] = ConjugateGradients.refresh
+    keep_ratio: Annotated[
+        float,
+        Rule("must be at least 1 and finite", within("[1, inf)").holds),
+        Meaning(
+            "Ratio between the numbers of those iterates that are stored, among which backtracking chooses; "
+            "1: all."
+        ),
+    ] = ConjugateGradients.keep_ratio
+    warm_start: Annotated[
+        float,
+        within("[0, 1]"),
+        Meaning(
+            "Conjugate gradients start at this factor times the last iterate of the step before. 0: at zero."
+        ),
+    ] = 0.95
+    warm_start_growth: Annotated[
+        float, POSITIVE, Meaning("Multiplies warm_start in each epoch, up to warm_start_maximum.")
+    ] = 1.0
+    warm_start_maximum: Annotated[
+        float, within("[0, 1]"), Meaning("Upper bound of the factor warm_start.")
+    ] = 0.99
     preconditioner: Annotated[
-        str, Rule("must be 'auto', 'diagonal' or 'none'", ("auto", "diagonal", "none").__contains__)
+        str,
+        Rule("must be 'auto', 'diagonal' or 'none'", PRECONDITIONERS.__contains__, PRECONDITIONERS),
+        Meaning(
+            "Preconditioner of conjugate gradients. auto: diagonal, from squared gradients, if the model has "
+            "them."
+        ),
     ] = "auto"
-    preconditioner_exponent: Annotated[float, NOT_NEGATIVE] = 0.75
-    backtracking: bool = True
-    line_search: bool = True
-    line_search_sufficient: Annotated[float, within("[0, 1)")] = Armijo.sufficient
-    line_search_shrink: Annotated[float, within("(0, 1)")] = Armijo.shrink
-    line_search_tries: Annotated[int, at_least(1)] = Armijo.tries
-    step_scale: Annotated[float, within("(0, 1]")] = 1.0
-    step_scale_decay: Annotated[float, within("(0, 1]")] = 1.0
+    preconditioner_exponent: Annotated[
+        float, NOT_NEGATIVE, Meaning("Exponent of the diagonal. Martens: 3/4.")
+    ] = 0.75
+    backtracking: Annotated[
+        bool,
+        Meaning(
+            "Choose the iterate of conjugate gradients with the lowest risk. Off: take the last iterate."
+        ),
+    ] = True
+    line_search: Annotated[
+        bool,
+        Meaning(
+            "Shorten the step by Armijo's rule. Off: take the full step, rate 1, if it lowers the risk.",
+            torch="line_search_fn",
+            optax="linesearch",
+        ),
+    ] = True
+    line_search_sufficient: Annotated[
+        float,
+        within("[0, 1)"),
+        Meaning("Armijo's constant, the sufficient decrease.", optax="slope_rtol", others=("c1",)),
+    ] = Armijo.sufficient
+    line_search_shrink: Annotated[
+        float, within("(0, 1)"), Meaning("Factor from one rate to the next.", optax="decrease_factor")
+    ] = Armijo.shrink
+    line_search_tries: Annotated[
+        int,
+        at_least(1),
+        Meaning(
+            "Maximum number of rates; 1: the full step alone.",
+            unit="rates",
+            optax="max_backtracking_steps",
+        ),
+    ] = Armijo.tries
+    step_scale: Annotated[
+        float,
+        within("(0, 1]"),
+        Meaning("The accepted step is multiplied by step_scale * step_scale_decay^epoch (Kiros 2013)."),
+    ] = 1.0
+    step_scale_decay: Annotated[
+        float, within("(0, 1]"), Meaning("Factor of the accepted step for each epoch.")
+    ] = 1.0
 
     def __post_init__(self) -> None:
         check(self)
         if not self.damping_minimum <= self.damping_maximum:
-            raise ValueError("damping_minimum must not exceed damping_maximum")
+            raise UserError("damping_minimum must not exceed damping_maximum")
 
     def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> HessianFreeState:
         """Return the state before the first step."""

@@ -17,6 +17,7 @@ from typing import Annotated
 
 import numpy as np
 
+from hfmpi.errors import UserError
 from hfmpi.measure.cost import Counts
 from hfmpi.optim.base import (
     EntryT,
@@ -33,7 +34,7 @@ from hfmpi.optim.checks import check_state, check_vector, checked
 from hfmpi.optim.damping import rounding
 from hfmpi.optim.layout import Block, Vector
 from hfmpi.optim.wolfe import Evaluate, MoreThuente, Trial
-from hfmpi.settings import at_least, check, within
+from hfmpi.settings import Meaning, at_least, check, documented, within
 
 __all__ = ["LBFGS", "LBFGSState", "two_loop"]
 
@@ -68,29 +69,58 @@ class LBFGSState:
     y: Vector
 
 
+@documented
 @dataclass(frozen=True)
 class LBFGS(Optimizer[LBFGSState]):
     """Settings of L-BFGS; a step is one iteration with all gradients of its line search.
 
-    Attributes
-    ----------
-    memory : int
-        Number of pairs; each takes 2 D numbers.
-    line_search_sufficient, line_search_curvature : float
-        Constants of the strong Wolfe conditions; the first is smaller than the second.
-    line_search_tries : int
-        Maximum gradients of a line search.
+    Examples
+    --------
+    >>> optimizer = hfmpi.LBFGS(memory=20)  # doctest: +SKIP
+    >>> result = hfmpi.train(model, data, optimizer=optimizer, max_steps=100)  # doctest: +SKIP
     """
 
-    memory: Annotated[int, at_least(1)] = 50
-    line_search_sufficient: Annotated[float, within("(0, 1)")] = MoreThuente.sufficient
-    line_search_curvature: Annotated[float, within("(0, 1)")] = MoreThuente.curvature
-    line_search_tries: Annotated[int, at_least(1)] = MoreThuente.tries
+    memory: Annotated[
+        int,
+        at_least(1),
+        Meaning(
+            "Number of pairs of a step and the change of its gradient; each takes 2 D numbers.",
+            unit="pairs",
+            torch="history_size",
+            optax="memory_size",
+        ),
+    ] = 50
+    line_search_sufficient: Annotated[
+        float,
+        within("(0, 1)"),
+        Meaning(
+            "Constant of the first Wolfe condition, sufficient decrease.", optax="slope_rtol", others=("c1",)
+        ),
+    ] = MoreThuente.sufficient
+    line_search_curvature: Annotated[
+        float,
+        within("(0, 1)"),
+        Meaning(
+            "Constant of the second, strong Wolfe condition, which is larger than that of the first.",
+            optax="curv_rtol",
+            others=("c2",),
+        ),
+    ] = MoreThuente.curvature
+    line_search_tries: Annotated[
+        int,
+        at_least(1),
+        Meaning(
+            "Maximum number of gradients of a line search.",
+            unit="gradients",
+            torch="max_eval",
+            optax="max_linesearch_steps",
+        ),
+    ] = MoreThuente.tries
 
     def __post_init__(self) -> None:
         check(self)
         if not self.line_search_sufficient < self.line_search_curvature:
-            raise ValueError("line_search_sufficient must be smaller than line_search_curvature")
+            raise UserError("line_search_sufficient must be smaller than line_search_curvature")
 
     def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> LBFGSState:
         """Return the state before the first step."""

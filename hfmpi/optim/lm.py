@@ -31,7 +31,7 @@ from hfmpi.optim.damping import UNRESOLVED, noise, rounding
 from hfmpi.optim.exact_model import DampedStep, exact_model
 from hfmpi.optim.layout import Block, Vector
 from hfmpi.optim.rows import RowRequest, check_side
-from hfmpi.settings import POSITIVE, at_least, check, within
+from hfmpi.settings import POSITIVE, Meaning, at_least, check, documented, within
 
 __all__ = ["LM", "LMState"]
 
@@ -58,23 +58,10 @@ class LMState:
     direction: Vector
 
 
+@documented
 @dataclass(frozen=True)
 class LM(Optimizer[LMState]):
     """Settings of the Levenberg-Marquardt step.
-
-    Attributes
-    ----------
-    damping : float
-        lambda before the first step, as a part of the mean eigenvalue of G there. Where batches change it is
-        also the least lambda: every batch can be fitted better than the others, so that the ratio of a batch
-        does not show when lambda is too small.
-    momentum : float
-        mu of SPRING (Goldshlager et al. 2024): the damping pulls the step to mu times the last step, where it
-        pulls to zero without momentum. 0: off. On networks that solve Poisson's equation 0.5 needs 0.5 to 2.2
-        times as many steps as 0, depending on the seed, and 0.9 needs more.
-    largest_side : int
-        The largest side of the matrix, min(M, D). The matrix and its factor take 16 bytes for each entry on
-        every rank, and a factorization takes side^3 / 3 multiplications.
 
     Examples
     --------
@@ -83,9 +70,35 @@ class LM(Optimizer[LMState]):
     >>> theta, state, report = optimizer.step(theta, state, hfmpi.Objectives(objective))  # doctest: +SKIP
     """
 
-    damping: Annotated[float, POSITIVE] = 1e-3
-    momentum: Annotated[float, within("[0, 1)")] = 0.0
-    largest_side: Annotated[int, at_least(1)] = 10_000
+    damping: Annotated[
+        float,
+        POSITIVE,
+        Meaning(
+            "lambda before the first step. Where batches change it is also the least lambda: every batch can "
+            "be fitted better than the others, so that the ratio of a batch does not show when lambda is too "
+            "small.",
+            unit="the mean eigenvalue of G at the start",
+            others=("lambda", "lambda_"),
+        ),
+    ] = 1e-3
+    momentum: Annotated[
+        float,
+        within("[0, 1)"),
+        Meaning(
+            "mu of SPRING (Goldshlager et al. 2024): the damping pulls the step to mu times the last step, "
+            "where it pulls to zero without momentum. 0: off. On networks that solve Poisson's equation 0.5 "
+            "needs 0.5 to 2.2 times as many steps as 0, depending on the seed, and 0.9 needs more."
+        ),
+    ] = 0.0
+    largest_side: Annotated[
+        int,
+        at_least(1),
+        Meaning(
+            "The largest side of the matrix, min(M, D). The matrix and its factor take 16 bytes for each "
+            "entry on every rank, and a factorization takes side^3 / 3 multiplications.",
+            unit="rows",
+        ),
+    ] = 10_000
 
     def __post_init__(self) -> None:
         check(self)

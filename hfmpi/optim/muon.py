@@ -19,12 +19,12 @@ from hfmpi.measure.cost import Counts
 from hfmpi.measure.linear_algebra import gram, product, together
 from hfmpi.optim.base import Messages, Needs, Objective
 from hfmpi.optim.checks import check_blocks, check_vector
-from hfmpi.optim.first_order import Adaptive, AdaptiveState
+from hfmpi.optim.first_order import Adaptive, AdaptiveState, Beta1, Beta2, Epsilon, Rate
 from hfmpi.optim.layout import Block, BlockLayout, Vector
 from hfmpi.optim.matrices import Arrays, share_out
-from hfmpi.settings import POSITIVE, at_least, within
+from hfmpi.settings import POSITIVE, Meaning, at_least, documented, within
 
-__all__ = ["Muon", "MuonState", "orthogonal"]
+__all__ = ["Muon", "MuonState", "NewtonSchulzSteps", "orthogonal"]
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 """Of the quintic polynomial whose iteration drives singular values to about one; Jordan's."""
@@ -59,32 +59,53 @@ class MuonState(AdaptiveState):
     mean_square: Vector
 
 
+NewtonSchulzSteps = Annotated[
+    int,
+    at_least(1),
+    Meaning(
+        "Iterations that make a matrix nearly orthogonal. Jordan: 5.",
+        unit="iterations",
+        torch="ns_steps",
+        optax="ns_steps",
+    ),
+]
+
+
+@documented
 @dataclass(frozen=True)
 class Muon(Adaptive[MuonState]):
     """Muon on the blocks of theta, Adam on its vectors.
 
-    Attributes
-    ----------
-    rate, momentum : float
-        Jordan: 0.02 and 0.95, with Nesterov's look-ahead.
-    newton_schulz_steps : int
-        Jordan: 5.
-    vector_rate, beta1, beta2, epsilon : float
-        Of Adam, for vectors. The schedule is that of the rate.
-    decay, averaging, schedule, schedule_steps, schedule_end, warm_up
-        See `Adaptive` and `Schedule`.
+    The constants of Jordan are 0.02 and 0.95, with Nesterov's look-ahead.
+
+    Examples
+    --------
+    >>> optimizer = hfmpi.Muon(rate=0.2, averaging=0.999)  # doctest: +SKIP
+    >>> result = hfmpi.train(model, data, optimizer=optimizer, max_steps=1000)  # doctest: +SKIP
     """
 
     _state: ClassVar[type] = MuonState
     _means: ClassVar[tuple[str, ...]] = "momentum", "mean_square"
 
-    rate: Annotated[float, POSITIVE] = 0.02
-    momentum: Annotated[float, within("[0, 1)")] = 0.95
-    newton_schulz_steps: Annotated[int, at_least(1)] = 5
-    vector_rate: Annotated[float, POSITIVE] = 3e-3
-    beta1: Annotated[float, within("[0, 1)")] = 0.9
-    beta2: Annotated[float, within("[0, 1)")] = 0.95
-    epsilon: Annotated[float, POSITIVE] = 1e-8
+    rate: Rate = 0.02
+    momentum: Annotated[
+        float,
+        within("[0, 1)"),
+        Meaning(
+            "Decay of the running sum of gradients, with Nesterov's look-ahead.",
+            torch="momentum",
+            optax="beta",
+        ),
+    ] = 0.95
+    newton_schulz_steps: NewtonSchulzSteps = 5
+    vector_rate: Annotated[
+        float,
+        POSITIVE,
+        Meaning("Learning rate of Adam, which updates the vectors; the schedule is that of the rate."),
+    ] = 3e-3
+    beta1: Beta1 = 0.9
+    beta2: Beta2 = 0.95
+    epsilon: Epsilon = 1e-8
 
     def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> MuonState:
         """Return the state before the first update.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
-from hfmpi.errors import UserError
+from hfmpi.errors import UserError, did_you_mean, shown
 from hfmpi.optim.adam import Adam
 from hfmpi.optim.base import Optimizer
 from hfmpi.optim.gradient_descent import GradientDescent
@@ -18,16 +18,31 @@ from hfmpi.optim.soap_muon import SOAPMuon
 from hfmpi.optim.subspace import Subspace
 from hfmpi.settings import converted
 
-__all__ = ["PRESETS", "Preset", "preset"]
+__all__ = ["BASES", "PRESETS", "Named", "Preset", "named", "preset"]
 
 
 @dataclass(frozen=True)
 class Preset:
-    """An optimizer, and the sequences in its gradient and curvature batch (0: first order)."""
+    """An optimizer with the batch sizes that it is meant for.
+
+    Attributes
+    ----------
+    optimizer : Optimizer
+    gradient_batch, curvature_batch : int
+        Number of examples, or sequences of a text; 0: a first-order method has no curvature batch.
+    purpose : str
+        What it is for, one line.
+
+    Examples
+    --------
+    >>> chosen = hfmpi.preset("bhf-short", damping=0.1)  # doctest: +SKIP
+    >>> result = hfmpi.train(model, data, optimizer=chosen, max_steps=100)  # doctest: +SKIP
+    """
 
     optimizer: Optimizer[Any]
     gradient_batch: int
     curvature_batch: int = 0
+    purpose: str = field(default="", compare=False)
 
 
 # Rule, and length for LSTM: Krause's released code (2016), which may differ from the paper; its 10 for mLSTM
@@ -40,8 +55,8 @@ _MUON = Muon(rate=0.3, momentum=0.9, vector_rate=0.03, schedule="inverse-root")
 
 PRESETS = {
     # Batches of sgd, bgd, shf and bhf: Krause et al. (2015).
-    "sgd": Preset(_KRAUSE, 32),
-    "bgd": Preset(_KRAUSE, 3500),
+    "sgd": Preset(_KRAUSE, 32, purpose="The baseline of the paper: normalised steps on small batches."),
+    "bgd": Preset(_KRAUSE, 3500, purpose="The same steps on large batches, for many ranks."),
     # Settings: Kiros (2013), except two: his 5 iterations and factor 0.99 are for feed-forward networks. With
     # 15 and 0.9 a loss of 2.8 bits/char took 0.6 of the cost that it took with 5 and 0.95
     # (docs/results/kjv.md).
@@ -59,12 +74,23 @@ PRESETS = {
         ),
         320,
         32,
+        "Hessian-free on small batches, as Kiros published it but for two settings.",
     ),
     # Settings: Martens (2010), the defaults of HessianFree.
-    "bhf": Preset(HessianFree(cg_refresh=10), 14_000, 3_500),
+    "bhf": Preset(
+        HessianFree(cg_refresh=10),
+        14_000,
+        3_500,
+        "Hessian-free as Martens published it, on large batches, with up to 250 iterations a step.",
+    ),
     # 10 iterations where Martens has up to 250: warm starts continue what one step leaves undone. The first
     # lambda is one with which the first steps count (docs/results/better.md).
-    "bhf-short": Preset(HessianFree(damping=0.01, cg_max_steps=10), 14_000, 3_500),
+    "bhf-short": Preset(
+        HessianFree(damping=0.01, cg_max_steps=10),
+        14_000,
+        3_500,
+        "Hessian-free with short solves, on large batches: for models without Kronecker factors or rows.",
+    ),
     # For least squares in float64, such as regression and residuals of differential equations: lambda has to
     # follow a risk that falls by many orders of magnitude. More or more precise CG iterations did not help
     # (docs/results/least-squares.md).
@@ -72,26 +98,53 @@ PRESETS = {
         HessianFree(damping=1e-3, damping_factor=0.5, damping_minimum=1e-16, preconditioner="none"),
         14_000,
         14_000,
+        "Hessian-free for least squares in float64, where the matrix of lm would be too large.",
     ),
     # Kingma and Ba (2015); the batch of sgd.
-    "adam": Preset(Adam(), 32),
+    "adam": Preset(Adam(threshold=1.0), 32, purpose="The usual baseline, with clipped gradients."),
     # SOAP is meant for large batches; rate and schedule as for Muon. With the authors' epsilon of 1e-8 single
     # precision takes rounding for gradients at first.
-    "soap": Preset(SOAP(rate=0.1, beta1=0.9, epsilon=1e-6, refresh=2, schedule="inverse-root"), 3500),
-    "muon": Preset(_MUON, 3500),
+    "soap": Preset(
+        SOAP(rate=0.1, beta1=0.9, epsilon=1e-6, refresh=2, schedule="inverse-root"),
+        3500,
+        purpose="First order on large batches, with eigenvectors of the factors of every matrix.",
+    ),
+    "muon": Preset(_MUON, 3500, purpose="First order on large batches, with orthogonal steps for matrices."),
     # Settings of soap, with new eigenvectors at every step.
-    "soap-muon": Preset(SOAPMuon(rate=0.15, beta1=0.9, epsilon=1e-6, schedule="inverse-root"), 3500),
+    "soap-muon": Preset(
+        SOAPMuon(rate=0.15, beta1=0.9, epsilon=1e-6, schedule="inverse-root"),
+        3500,
+        purpose="First order on large batches: soap with orthogonal steps in the hidden matrices.",
+    ),
     # The batch of sgd: the lowest validation loss after minutes on a few cores (docs/results/clock.md).
-    "muon-small": Preset(replace(_MUON, rate=0.2, averaging=0.999), 32),
+    "muon-small": Preset(
+        replace(_MUON, rate=0.2, averaging=0.999),
+        32,
+        purpose="The default: the lowest validation loss after minutes on a few cores.",
+    ),
     # For problems with few residuals or few parameters; the gradient is on the whole training set.
-    "lm": Preset(LM(), 14_000),
+    "lm": Preset(
+        LM(),
+        14_000,
+        purpose="Exact Gauss-Newton steps for few residuals or few parameters, as of scientific networks.",
+    ),
     # The gradient is on the whole training set, so that the next gradient comes with the risk after the step.
     # The model comes from a sketch: 3,072 rows for some 150 directions do as well as rows of all sequences,
     # whatever the size of the data (docs/results/fewest-passes.md).
-    "subspace": Preset(Subspace(memory=6, curvature_segments=6), 14_000, 512),
+    "subspace": Preset(
+        Subspace(memory=6, curvature_segments=6),
+        14_000,
+        512,
+        "The fewest sequential passes on large batches, for many ranks.",
+    ),
     # Whole directions, nine in place of 150, for which 768 rows are many: the least work beside the gradient
     # (docs/results/clock.md).
-    "subspace-whole": Preset(Subspace(memory=6, cut=False, curvature_segments=3), 14_000, 256),
+    "subspace-whole": Preset(
+        Subspace(memory=6, cut=False, curvature_segments=3),
+        14_000,
+        256,
+        "The step of subspace with whole directions: the least work beside the gradient.",
+    ),
     # For networks whose rows of all sequences fit into memory. The settings are those that needed the fewest
     # passes on small recurrent networks (docs/results/fewest-passes.md). With the model from a sketch a step
     # takes 3 passes in place of 5; its rows are of all sequences, because they have to be many.
@@ -107,11 +160,47 @@ PRESETS = {
         ),
         14_000,
         14_000,
+        "The fewest passes of all, where the rows of all examples fit into memory.",
     ),
     # The gradient is on the whole training set, because L-BFGS needs the same batch in every step.
-    "lbfgs": Preset(LBFGS(), 14_000),
+    "lbfgs": Preset(
+        LBFGS(), 14_000, purpose="Gradients alone, on all data: for small and scientific networks."
+    ),
 }
 """Presets by name."""
+
+BASES: dict[type, str] = {
+    Adam: "adam",
+    GradientDescent: "sgd",
+    HessianFree: "bhf",
+    LBFGS: "lbfgs",
+    LM: "lm",
+    Muon: "muon",
+    SOAP: "soap",
+    SOAPMuon: "soap-muon",
+    Subspace: "subspace",
+}
+"""The preset whose name and batch sizes an object of each class has."""
+
+OTHER_NAMES = {
+    "AdamW": "adam with the setting decay",
+    "NAdam": "adam",
+    "RMSprop": "sgd",
+    "GradientDescent": "sgd",
+    "HessianFree": "bhf-short",
+    "HF": "bhf-short",
+    "L-BFGS": "lbfgs",
+    "Levenberg-Marquardt": "lm",
+    "Gauss-Newton": "lm",
+    "ENGD": "lm",
+    "natural gradient": "subspace",
+    "K-FAC": "subspace",
+    "KFAC": "subspace",
+    "Shampoo": "soap",
+}
+"""What other names of optimizers mean here."""
+
+FRAMEWORKS = {"torch": "PyTorch", "optax": "optax", "jax": "JAX", "flax": "flax"}
 
 
 def preset(name: str, /, **changes: Any) -> Preset:
@@ -130,7 +219,10 @@ def preset(name: str, /, **changes: Any) -> Preset:
         For an unknown name or setting, or a value out of range.
     """
     if name not in PRESETS:
-        raise UserError(f"there is no optimizer {name!r}; choose one of {', '.join(PRESETS)}")
+        raise UserError(
+            f"there is no optimizer {name!r}{did_you_mean(name, PRESETS, OTHER_NAMES)}; choose one of "
+            f"{', '.join(PRESETS)}"
+        )
     chosen = PRESETS[name]
     noun, unknown = f"setting {{}} of {name}", f"optimizer {name} has no setting {{}}; it has {{}}"
     changes = converted(type(chosen.optimizer), changes, noun, unknown)
@@ -138,3 +230,72 @@ def preset(name: str, /, **changes: Any) -> Preset:
         return replace(chosen, optimizer=replace(chosen.optimizer, **changes))
     except ValueError as error:
         raise UserError(f"optimizer {name}: {error}") from None
+
+
+class Named(NamedTuple):
+    """An optimizer in the words of a configuration.
+
+    Attributes
+    ----------
+    name : str
+        Of a preset.
+    settings : dict
+        Those that differ from the preset's.
+    batches : dict of str to int
+        gradient_batch and curvature_batch where they differ from the preset's.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    batches: dict[str, int]
+
+
+def named(optimizer: Any, preferred: str = "") -> Named:
+    """Return an optimizer or a preset as the name of a preset with what differs from it.
+
+    An optimizer has the name and batch sizes of its class (`BASES`). A preset keeps its batch sizes.
+
+    Parameters
+    ----------
+    optimizer : Optimizer or Preset
+    preferred : str
+        The name to return if it is of a preset of the same class.
+
+    Raises
+    ------
+    UserError
+        If the object is neither.
+    """
+    chosen = optimizer.optimizer if isinstance(optimizer, Preset) else optimizer
+    kind = type(chosen)
+    if kind not in BASES:
+        of = FRAMEWORKS.get((kind if kind is not type else chosen).__module__.partition(".")[0])
+        raise UserError(
+            "optimizer must be a name such as 'bhf-short', an object such as hfmpi.Adam(rate=0.001), or one "
+            f"that hfmpi.preset returns, not {shown(chosen)}{f' of {of}' if of else ''}"
+        )
+    names = [name for name, known in PRESETS.items() if type(known.optimizer) is kind]
+    if preferred in names:
+        names = [preferred]
+    elif not isinstance(optimizer, Preset):
+        names = [BASES[kind]]
+
+    def described(name: str) -> Named:
+        return Named(name, _different(chosen, name), _different_batches(optimizer, name))
+
+    return min(map(described, names), key=lambda found: (len(found.batches), len(found.settings)))
+
+
+def _different(optimizer: Optimizer[Any], name: str) -> dict[str, Any]:
+    """Return the settings of an optimizer that differ from those of a preset of its class."""
+    base = PRESETS[name].optimizer
+    values = {setting.name: getattr(optimizer, setting.name) for setting in fields(optimizer)}
+    return {name: value for name, value in values.items() if value != getattr(base, name)}
+
+
+def _different_batches(optimizer: Any, name: str) -> dict[str, int]:
+    """Return the batch sizes that differ from those of a preset, if the object has any."""
+    if not isinstance(optimizer, Preset):
+        return {}
+    sizes = {batch: getattr(optimizer, batch) for batch in ("gradient_batch", "curvature_batch")}
+    return {batch: size for batch, size in sizes.items() if size != getattr(PRESETS[name], batch)}

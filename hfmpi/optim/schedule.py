@@ -6,35 +6,54 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from hfmpi.settings import NOT_NEGATIVE, Rule, at_least, within
+from hfmpi.settings import NOT_NEGATIVE, Meaning, at_least, documented, one_of, within
 
 __all__ = ["SCHEDULES", "Schedule"]
 
 SCHEDULES = ("constant", "inverse-root", "cosine")
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The factor of the rate at each update: settings of a method with a schedule.
+    """The factor of the rate at each update: settings of a method with a schedule."""
 
-    Attributes
-    ----------
-    schedule : {'constant', 'inverse-root', 'cosine'}
-        `inverse-root`: 1 / sqrt(1 + t / schedule_steps) after t updates.
-        `cosine`: from 1 to `schedule_end` over `schedule_steps` updates, as half a period of a cosine
-        (Loshchilov and Hutter 2017), and `schedule_end` from then on.
-    schedule_steps : int
-    schedule_end : float
-    warm_up : int
-        Number of first updates over which the factor also rises linearly; 0: none.
-    """
-
-    schedule: Annotated[str, Rule(f"must be one of {', '.join(SCHEDULES)}", SCHEDULES.__contains__)] = (
-        "constant"
-    )
-    schedule_steps: Annotated[int, at_least(1)] = 50
-    schedule_end: Annotated[float, within("[0, 1]")] = 0.1
-    warm_up: Annotated[int, NOT_NEGATIVE] = 0
+    schedule: Annotated[
+        str,
+        one_of(*SCHEDULES),
+        Meaning(
+            "How the rate changes. inverse-root: by 1 / sqrt(1 + t / schedule_steps) after t updates. "
+            "cosine: from 1 to schedule_end over schedule_steps updates, as half a period of a cosine "
+            "(Loshchilov and Hutter 2017), and schedule_end from then on.",
+            torch="lr_scheduler",
+            optax="schedule",
+        ),
+    ] = "constant"
+    schedule_steps: Annotated[
+        int,
+        at_least(1),
+        Meaning(
+            "The time scale of inverse-root, and the length of cosine.",
+            unit="updates",
+            torch="T_max",
+            optax="decay_steps",
+        ),
+    ] = 50
+    schedule_end: Annotated[
+        float,
+        within("[0, 1]"),
+        Meaning("The last factor of cosine, as a fraction of the rate.", optax="alpha", others=("eta_min",)),
+    ] = 0.1
+    warm_up: Annotated[
+        int,
+        NOT_NEGATIVE,
+        Meaning(
+            "Number of first updates over which the rate also rises linearly; 0: none.",
+            unit="updates",
+            torch="LinearLR(total_iters)",
+            optax="warmup_steps",
+        ),
+    ] = 0
 
     def factor(self, updates: int) -> float:
         """Return the factor of the next update, after this number of updates."""

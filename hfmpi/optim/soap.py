@@ -22,12 +22,12 @@ from hfmpi.measure.cost import Counts
 from hfmpi.measure.linear_algebra import eigh, gram, product, qr, together
 from hfmpi.optim.base import Messages, Needs, Objective
 from hfmpi.optim.checks import check_blocks, check_vector
-from hfmpi.optim.first_order import Adaptive, AdaptiveState
+from hfmpi.optim.first_order import Adaptive, AdaptiveState, Beta1, Beta2, Epsilon, Rate
 from hfmpi.optim.layout import LONGEST_SIDE, Block, BlockLayout, Shape, Vector
 from hfmpi.optim.matrices import Arrays, rotated, rotation, share_out
-from hfmpi.settings import POSITIVE, at_least, within
+from hfmpi.settings import Meaning, at_least, documented, within
 
-__all__ = ["SOAP", "SOAPState"]
+__all__ = ["SOAP", "Nesterov", "Refresh", "SOAPState"]
 
 TIES = 1e-3
 """Part of the mean eigenvalue that is added to the last diagonal number, to those before it in proportion.
@@ -35,6 +35,25 @@ TIES = 1e-3
 A factor has many eigenvalues of zero at first. The addition separates them; otherwise rounding would, which
 depends on the number of ranks.
 """
+
+
+Refresh = Annotated[
+    int,
+    at_least(1),
+    Meaning(
+        "Updates from one eigendecomposition to the next. The authors: 10.",
+        unit="updates",
+        others=("precondition_frequency",),
+    ),
+]
+Nesterov = Annotated[
+    bool,
+    Meaning(
+        "Precondition beta1 M + (1 - beta1) G in place of M, as Muon and Nadam do (Dozat 2016).",
+        torch="nesterov",
+        optax="nesterov",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -50,37 +69,45 @@ class SOAPState(AdaptiveState):
     bases: Vector
 
 
+@documented
 @dataclass(frozen=True)
 class SOAP(Adaptive[SOAPState]):
     """SOAP on the blocks of theta.
 
-    Attributes
-    ----------
-    rate, beta1, beta2, epsilon : float
-        As in Adam. The authors: 3e-3, 0.95, 0.95, 1e-8, for transformers.
-    factor_decay : float
-        Of the running means L and R. The authors: 0.95.
-    refresh : int
-        Updates from one eigendecomposition to the next. The authors: 10.
-    longest_side : int
-        Longer sides (rows or columns) are not rotated. The authors: 10,000, which takes minutes.
-    nesterov : bool
-        Precondition beta1 M + (1 - beta1) G in place of M, as Muon and Nadam do (Dozat 2016).
-    decay, averaging, schedule, schedule_steps, schedule_end, warm_up
-        See `Adaptive` and `Schedule`.
+    The defaults are those of its authors, for transformers, but for `longest_side`.
+
+    Examples
+    --------
+    >>> optimizer = hfmpi.SOAP(rate=0.1, beta1=0.9, refresh=2)  # doctest: +SKIP
+    >>> result = hfmpi.train(model, data, optimizer=optimizer, max_steps=1000)  # doctest: +SKIP
     """
 
     _name: ClassVar[str] = "soap"
     _state: ClassVar[type] = SOAPState
 
-    rate: Annotated[float, POSITIVE] = 3e-3
-    beta1: Annotated[float, within("[0, 1)")] = 0.95
-    beta2: Annotated[float, within("[0, 1)")] = 0.95
-    epsilon: Annotated[float, POSITIVE] = 1e-8
-    factor_decay: Annotated[float, within("[0, 1)")] = 0.95
-    refresh: Annotated[int, at_least(1)] = 10
-    longest_side: Annotated[int, at_least(1)] = LONGEST_SIDE
-    nesterov: bool = False
+    rate: Rate = 3e-3
+    beta1: Beta1 = 0.95
+    beta2: Beta2 = 0.95
+    epsilon: Epsilon = 1e-8
+    factor_decay: Annotated[
+        float,
+        within("[0, 1)"),
+        Meaning(
+            "Decay of the running means L and R, for each update. The authors: 0.95.",
+            others=("shampoo_beta",),
+        ),
+    ] = 0.95
+    refresh: Refresh = 10
+    longest_side: Annotated[
+        int,
+        at_least(1),
+        Meaning(
+            "Longer sides (rows or columns) are not rotated. The authors: 10,000, which takes minutes.",
+            unit="rows or columns",
+            others=("max_precond_dim",),
+        ),
+    ] = LONGEST_SIDE
+    nesterov: Nesterov = False
 
     def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> SOAPState:
         """Return the state before the first update.

@@ -22,41 +22,40 @@ from typing import Annotated, ClassVar
 from hfmpi.measure.cost import Counts
 from hfmpi.measure.linear_algebra import together
 from hfmpi.optim.layout import Block, Vector
-from hfmpi.optim.muon import orthogonal, orthogonalisation
-from hfmpi.optim.soap import SOAP
-from hfmpi.settings import POSITIVE, at_least
+from hfmpi.optim.muon import NewtonSchulzSteps, orthogonal, orthogonalisation
+from hfmpi.optim.soap import SOAP, Nesterov, Refresh
+from hfmpi.settings import POSITIVE, Meaning, documented
 
 __all__ = ["SOAPMuon"]
 
 
+@documented
 @dataclass(frozen=True)
 class SOAPMuon(SOAP):
     """SOAP on the blocks of theta, with orthogonal steps in the matrices from hidden state to hidden state.
 
     Those are the rows of a block with one kind of inputs, as many as a gate has outputs: W_h of all gates,
     and a layer from one hidden state to another one of the same size. Without any the steps are SOAP's, with
-    Nesterov's look-ahead.
+    Nesterov's look-ahead. The records have new eigenvectors in every update, `refresh=1`.
 
-    Attributes
-    ----------
-    refresh : int
-        As in SOAP. The records: 1.
-    scale : float
-        Length of the orthogonal steps: their singular values are about `scale` times the rate.
-    newton_schulz_steps : int
-        As in Muon.
-    rate, beta1, beta2, epsilon, factor_decay, longest_side, nesterov
-        See `SOAP`.
-    decay, averaging, schedule, schedule_steps, schedule_end, warm_up
-        See `Adaptive` and `Schedule`.
+    Examples
+    --------
+    >>> optimizer = hfmpi.SOAPMuon(rate=0.15)  # doctest: +SKIP
+    >>> result = hfmpi.train(model, data, optimizer=optimizer, max_steps=1000)  # doctest: +SKIP
     """
 
     _name: ClassVar[str] = "soap-muon"
 
-    refresh: Annotated[int, at_least(1)] = 1
-    nesterov: bool = True
-    scale: Annotated[float, POSITIVE] = 3.0
-    newton_schulz_steps: Annotated[int, at_least(1)] = 5
+    refresh: Refresh = 1
+    nesterov: Nesterov = True
+    scale: Annotated[
+        float,
+        POSITIVE,
+        Meaning(
+            "Length of the orthogonal steps: their singular values are about this number times the rate."
+        ),
+    ] = 3.0
+    newton_schulz_steps: NewtonSchulzSteps = 5
 
     def _finished(self, block: Block, step: Vector) -> Vector:
         for top, bottom in _hidden(block):

@@ -46,7 +46,7 @@ from hfmpi.optim.layout import Block, Part, Vector, kronecker_layout, parts_of, 
 from hfmpi.optim.reduced_model import ReducedModel, Step, normalised, pieces
 from hfmpi.optim.rows import RowMatrix, RowRequest
 from hfmpi.optim.shifted_cg import shifted_solutions
-from hfmpi.settings import NOT_NEGATIVE, POSITIVE, Rule, at_least, check, within
+from hfmpi.settings import NOT_NEGATIVE, POSITIVE, Meaning, Rule, at_least, check, documented, within
 
 __all__ = ["Subspace", "SubspaceState"]
 
@@ -118,77 +118,153 @@ def _are_kinds(directions: str) -> bool:
     return len(set(words)) == len(words) and set(words) <= set(KINDS)
 
 
+ROW_KINDS = "scores", "sketch"
+
+
+@documented
 @dataclass(frozen=True)
 class Subspace(Optimizer[SubspaceState]):
-    """Settings of the step.
+    """Settings of the step in the space of many directions.
 
-    Attributes
-    ----------
-    directions : str
-        Some of kfac, rows, gradient and rms (the gradient over its root mean square), joined by +.
-    memory : int
-        Number of last steps among the directions.
-    cut : bool
-        Cut every direction into the parts of the blocks.
-    kfac_damping, kfac_dampings, kfac_ratio
-        The smallest gamma, the number of them, and the ratio of each to the one before.
-    factor_decay, refresh
-        Decay of the running mean of K-FAC's factors, and steps between decompositions. With large batches,
-        averaging over past factors hurts.
-    segments : int
-        K, the segments of an example that have a row each; at most one for each step of it.
-    row_kind : {'scores', 'sketch'}
-        Which rows (hfmpi.optim.rows); a sketch is drawn anew in every step.
-    row_damping, row_dampings, row_ratio
-        The smallest gamma of the rows, the number of them, and the ratio of each to the one before.
-    row_steps : int
-        Iterations of conjugate gradients on the rows, at most.
-    row_iterates : int
-        Number of earlier iterates for the smallest gamma of the rows that are directions too, at equal ratios
-        of their iterations: those of two are 5 and 22 where `row_steps` is 100.
-    curvature_segments : int
-        The segments of an example of the curvature batch that have a row of a random sketch of G each, from
-        which V G V' is estimated. V G V' is computed from J V, which waits for V, where this is 0, where the
-        batch has at most 128 examples, or where there are fewer than six rows for each direction.
-    square_decay : float
-        Decay of the running mean of squares.
-    damping, damping_minimum, damping_maximum : float
-        lambda at the start, and its bounds.
-    weight_decay : float
-        Adds weight_decay / 2 * theta' theta to the model and to all risks that steer, but not to the risk in
-        the history.
-    candidates : int
-        Number of lambdas, by factors of 4, that are tried on the gradient batch in one pass; the best one is
-        used. 0: the risk after a step comes with the next gradient if that is of the same batch; else as 1.
+    Examples
+    --------
+    >>> optimizer = hfmpi.Subspace(damping=0.01)  # doctest: +SKIP
+    >>> result = hfmpi.train(model, data, optimizer=optimizer, max_steps=50)  # doctest: +SKIP
     """
 
-    directions: Annotated[str, Rule(f"must be some of {', '.join(KINDS)} joined by +", _are_kinds)] = "kfac"
-    memory: Annotated[int, NOT_NEGATIVE] = 3
-    cut: bool = True
-    kfac_damping: Annotated[float, POSITIVE] = 1e-4
-    kfac_dampings: Annotated[int, at_least(1)] = 3
-    kfac_ratio: Annotated[float, POSITIVE] = 10.0
-    factor_decay: Annotated[float, within("[0, 1)")] = 0.0
-    segments: Annotated[int, at_least(1)] = 1
-    row_kind: Annotated[str, Rule("must be scores or sketch", ("scores", "sketch").__contains__)] = "scores"
-    row_damping: Annotated[float, POSITIVE] = 1e-4
-    row_dampings: Annotated[int, at_least(1)] = 3
-    row_ratio: Annotated[float, POSITIVE] = 10.0
-    row_steps: Annotated[int, at_least(1)] = 100
-    row_iterates: Annotated[int, NOT_NEGATIVE] = 0
-    curvature_segments: Annotated[int, NOT_NEGATIVE] = 0
-    square_decay: Annotated[float, within("[0, 1)")] = 0.9
-    refresh: Annotated[int, at_least(1)] = 1
-    damping: Annotated[float, NOT_NEGATIVE] = 1e-3
-    damping_minimum: Annotated[float, NOT_NEGATIVE] = 1e-12
-    damping_maximum: Annotated[float, POSITIVE] = 1e10
-    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
-    candidates: Annotated[int, NOT_NEGATIVE] = 0
+    directions: Annotated[
+        str,
+        Rule(f"must be some of {', '.join(KINDS)} joined by +", _are_kinds),
+        Meaning(
+            "Some of kfac (gradients that K-FAC's factors precondition), rows (gradients that rows of "
+            "examples precondition), gradient and rms (the gradient over its root mean square), joined by +."
+        ),
+    ] = "kfac"
+    memory: Annotated[
+        int,
+        NOT_NEGATIVE,
+        Meaning("Number of last steps among the directions.", unit="steps", others=("history_size",)),
+    ] = 3
+    cut: Annotated[bool, Meaning("Cut every direction into the parts of the blocks.")] = True
+    kfac_damping: Annotated[
+        float, POSITIVE, Meaning("The smallest gamma, the damping of K-FAC's directions.")
+    ] = 1e-4
+    kfac_dampings: Annotated[int, at_least(1), Meaning("Number of values of this gamma.")] = 3
+    kfac_ratio: Annotated[
+        float, POSITIVE, Meaning("Ratio of each value of this gamma to the one before.")
+    ] = 10.0
+    factor_decay: Annotated[
+        float,
+        within("[0, 1)"),
+        Meaning(
+            "Decay of the running mean of K-FAC's factors, for each step. With large batches, averaging over "
+            "past factors hurts."
+        ),
+    ] = 0.0
+    segments: Annotated[
+        int,
+        at_least(1),
+        Meaning(
+            "K, the segments of an example that have a row each; at most one for each time step.",
+            unit="segments",
+        ),
+    ] = 1
+    row_kind: Annotated[
+        str,
+        Rule("must be scores or sketch", ROW_KINDS.__contains__, ROW_KINDS),
+        Meaning(
+            "Which rows: scores, the gradients of segments, or a random sketch of G, which is drawn again in "
+            "every step (hfmpi.optim.rows)."
+        ),
+    ] = "scores"
+    row_damping: Annotated[
+        float,
+        POSITIVE,
+        Meaning(
+            "The smallest gamma, the damping of the rows' directions.",
+            unit="the risk per squared length of theta",
+        ),
+    ] = 1e-4
+    row_dampings: Annotated[int, at_least(1), Meaning("Number of values of this gamma.")] = 3
+    row_ratio: Annotated[float, POSITIVE, Meaning("Ratio of each value of this gamma to the one before.")] = (
+        10.0
+    )
+    row_steps: Annotated[
+        int,
+        at_least(1),
+        Meaning("Maximum iterations of conjugate gradients on the rows.", unit="iterations"),
+    ] = 100
+    row_iterates: Annotated[
+        int,
+        NOT_NEGATIVE,
+        Meaning(
+            "Number of earlier iterates for the smallest gamma of the rows that are directions too, at equal "
+            "ratios of their iterations: those of two are 5 and 22 where row_steps is 100.",
+            unit="iterates",
+        ),
+    ] = 0
+    curvature_segments: Annotated[
+        int,
+        NOT_NEGATIVE,
+        Meaning(
+            "The segments of an example of the curvature batch that have a row of a random sketch of G each, "
+            "from which V G V' is estimated. V G V' is computed from J V, which waits for V, where this is "
+            "0, where the batch has at most 128 examples, or where there are fewer than six rows for each "
+            "direction.",
+            unit="segments",
+        ),
+    ] = 0
+    square_decay: Annotated[
+        float,
+        within("[0, 1)"),
+        Meaning("Decay of the running mean of squared gradients, for each step, with the direction rms."),
+    ] = 0.9
+    refresh: Annotated[
+        int,
+        at_least(1),
+        Meaning("Steps from one decomposition of K-FAC's factors to the next.", unit="steps"),
+    ] = 1
+    damping: Annotated[
+        float,
+        NOT_NEGATIVE,
+        Meaning(
+            "lambda at the start.",
+            unit="the risk per squared length of theta",
+            others=("lambda", "lambda_"),
+        ),
+    ] = 1e-3
+    damping_minimum: Annotated[
+        float, NOT_NEGATIVE, Meaning("Lower bound of lambda.", unit="the risk per squared length of theta")
+    ] = 1e-12
+    damping_maximum: Annotated[
+        float, POSITIVE, Meaning("Upper bound of lambda.", unit="the risk per squared length of theta")
+    ] = 1e10
+    weight_decay: Annotated[
+        float,
+        NOT_NEGATIVE,
+        Meaning(
+            "Adds weight_decay / 2 * theta' theta to the model and to all risks that steer, but not to the "
+            "risk in the history.",
+            unit="the risk per squared length of theta",
+            torch="weight_decay",
+            optax="weight_decay",
+            others=("decay", "l2", "regularisation"),
+        ),
+    ] = 0.0
+    candidates: Annotated[
+        int,
+        NOT_NEGATIVE,
+        Meaning(
+            "Number of lambdas, by factors of 4, that are tried on the gradient batch in one pass; the best "
+            "one is used. 0: the risk after a step comes with the next gradient if that is of the same "
+            "batch; otherwise as 1."
+        ),
+    ] = 0
 
     def __post_init__(self) -> None:
         check(self)
         if not self.damping_minimum <= self.damping_maximum:
-            raise ValueError("damping_minimum must not exceed damping_maximum")
+            raise UserError("damping_minimum must not exceed damping_maximum")
 
     def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> SubspaceState:
         """Return the state before the first step.

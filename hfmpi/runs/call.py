@@ -32,7 +32,7 @@ __all__ = ["Result", "train"]
 
 def train(
     model: Model,
-    train: Any,
+    data: Any = None,
     valid: Any = None,
     *,
     out: str | PathLike[str] | None = None,
@@ -56,7 +56,7 @@ def train(
     ----------
     model : Model
         Made by TorchModel, JaxModel or Network, for example.
-    train, valid : tuple, data set or Cases
+    data, valid : tuple, data set or Cases
         (x, y) or (x, y, mask): arrays or tensors whose first axis counts the examples; a map-style data set
         of pairs (x, y), which is read into memory; or objects such as `Examples` and `Arrays`.
     out : path, optional
@@ -90,8 +90,9 @@ def train(
         Those of `hfmpi train`, with underscores: optimizer, gradient_batch, curvature_batch, max_steps,
         max_seconds, checkpoint_every, evaluate_every, check_every, max_rejections, seed, micro_batch,
         memory_budget, slices, transport; keep="best" to return the parameters of the best validation, by
-        default "last"; patience=N to stop after N validations in a row without a better one; and settings, a
-        dict for the optimizer's.
+        default "last"; patience=N to stop after N validations in a row without a better one. `optimizer` is a
+        name, with a dict of its settings in `settings`, or an object such as `hfmpi.Subspace(damping=0.01)`,
+        which has the batch sizes of the preset of its class. `train` is the former name of `data`.
 
     Returns
     -------
@@ -108,6 +109,8 @@ def train(
     Once training has started, an exception that ends it has the attribute `result`, a `Result` with the last
     good parameters and, on rank 0, the history. If there is a folder, the last complete step is saved there.
     """
+    if data is None:
+        data = options.pop("train", None)
     with _session(stall_timeout, threads, quiet, model) as session:
         collector = _Collector(session.reporter)
         session = replace(session, reporter=collector)
@@ -123,7 +126,7 @@ def train(
                 None if out is None else Path(out),
                 str(resume),
                 checked_options(options),
-                lambda config, _: ModelTask.of(model, train, valid, metric, config, watch),
+                lambda config, _: ModelTask.of(model, data, valid, metric, config, watch),
                 session,
                 callback,
             )

@@ -15,7 +15,7 @@ from hfmpi.objective.transport import TRANSPORTS
 from hfmpi.optim.presets import PRESETS, Preset, preset
 from hfmpi.settings import Rule, at_least, at_most, check, declared, within
 
-__all__ = ["CHANGEABLE", "FORMER_NAMES", "NETWORK", "OF_TEXT", "OPTIONS", "Config", "Option"]
+__all__ = ["CHANGEABLE", "FORMER_NAMES", "NETWORK", "OF_TEXT", "OPTIONS", "OTHER_WORDS", "Config", "Option"]
 
 PREFERENCES = "none", "passes", "seconds"
 """What `prefer` may be (hfmpi.runs.choice)."""
@@ -25,6 +25,27 @@ KEPT = "best", "last"
 
 FORMER_NAMES = {"warmup": "burn_in"}
 """Names of options in files and commands of earlier versions, which are still read."""
+
+OTHER_WORDS = {
+    "batch_size": "gradient_batch",
+    "epochs": "max_steps",
+    "max_epochs": "max_steps",
+    "max_iter": "max_steps",
+    "num_steps": "max_steps",
+    "steps": "max_steps",
+    "time_limit": "max_seconds",
+    "method": "optimizer",
+    "random_state": "seed",
+    "precision": "dtype",
+    "train": "data",
+    "lr": "settings={'rate': ...}",
+    "learning_rate": "settings={'rate': ...}",
+    "weight_decay": "settings={'decay': ...}",
+} | {
+    name: f"settings={{{name!r}: ...}}"
+    for name in ("damping", "decay", "momentum", "rate", "schedule", "threshold")
+}
+"""What other words mean among the options of `hfmpi.train`."""
 
 
 class Option(NamedTuple):

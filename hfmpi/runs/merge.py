@@ -12,6 +12,7 @@ import tomli_w
 
 from hfmpi.errors import UserError
 from hfmpi.files.atomic import open_regular
+from hfmpi.optim.presets import BASES, Preset, named
 from hfmpi.runs.config import CHANGEABLE, FORMER_NAMES, NETWORK, Config
 from hfmpi.settings import converted
 
@@ -27,7 +28,8 @@ def merge(options: Mapping[str, Any], stored: Mapping[str, Any] | None = None, o
     Parameters
     ----------
     options : mapping
-        User-supplied options.
+        User-supplied options. The optimizer may be an object, whose settings are complete: they replace
+        those of the stored optimizer, while single settings leave the others as they are.
     stored : mapping, optional
         Options of the run that is resumed.
     out : str
@@ -39,15 +41,14 @@ def merge(options: Mapping[str, Any], stored: Mapping[str, Any] | None = None, o
         For unknown options, wrong types or values, and for an option that would change what the resumed run
         computes.
     """
-    values = _checked(options)
     if stored is None:
-        return Config(**values)
+        return Config(**_checked(options))
     base = Config(**_checked(stored))
-    values = _with_one_size(values)
+    values = _with_one_size(_checked(options, base.optimizer))
     changes = {name: value for name, value in values.items() if name in CHANGEABLE | {"hidden", "parameters"}}
     if values.get("optimizer", base.optimizer) != base.optimizer:
         raise _different("optimizer", base.optimizer, values["optimizer"], out)
-    settings = base.settings | values.get("settings", {})
+    settings = _settings(base, options, values)
     before, after = base.in_effect(), replace(base, **values | {"settings": settings}).in_effect()
     for name, value in after.items():
         if name not in changes and value != before[name]:
@@ -77,7 +78,17 @@ def derive(options: Mapping[str, Any], stored: Any) -> Config:
     values = _with_one_size(values)
     if values.get("optimizer", base.optimizer) != base.optimizer:
         base = replace(base, settings={}, gradient_batch=0, curvature_batch=0)
-    return replace(base, **values | {"settings": base.settings | values.get("settings", {})})
+    return replace(base, **values | {"settings": _settings(base, options, values)})
+
+
+def _settings(base: Config, options: Mapping[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run that has the configuration `base` but for these values."""
+    supplied: dict[str, Any] = values.get("settings", {})
+    return supplied if _is_object(options.get("optimizer")) else base.settings | supplied
+
+
+def _is_object(optimizer: Any) -> bool:
+    return isinstance(optimizer, (Preset, *BASES))
 
 
 def _with_one_size(values: dict[str, Any]) -> dict[str, Any]:
@@ -89,13 +100,31 @@ def _different(name: str, before: Any, after: Any, out: str) -> UserError:
     return UserError(f"this run has {name} = {before!r}, not {after!r}; give another {out} for a new run")
 
 
-def _checked(options: Any) -> dict[str, Any]:
-    """Return options under their current names, with their declared types, or raise a UserError."""
+def _checked(options: Any, optimizer: str = "") -> dict[str, Any]:
+    """Return options under their current names, with their declared types, or raise a UserError.
+
+    `optimizer` is the name that an optimizer object gets if it is of that preset's class.
+    """
     if not isinstance(options, Mapping):
         raise UserError("the checkpoint holds no options of a run")
+    if _is_object(options.get("optimizer")):
+        options = _with_name(options, optimizer)
     former = {name: options[old] for old, name in FORMER_NAMES.items() if old in options}
     current = {name: value for name, value in options.items() if name not in FORMER_NAMES}
     return converted(Config, former | current, "option {}", "unknown option {}; the options are {}")
+
+
+def _with_name(options: Mapping[str, Any], preferred: str) -> dict[str, Any]:
+    """Return options with an optimizer object replaced by its name, which is `preferred` if it can be."""
+    optimizer = options["optimizer"]
+    if options.get("settings"):
+        maker = "preset" if isinstance(optimizer, Preset) else type(optimizer).__name__
+        raise UserError(
+            "settings belong to the name of an optimizer, and optimizer is an object: pass them to "
+            f"hfmpi.{maker}(...)"
+        )
+    name, settings, batches = named(optimizer, preferred)
+    return batches | dict(options) | {"optimizer": name, "settings": settings}
 
 
 def from_toml(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from hfmpi.data.batches import Cases, global_indices, spread
 from hfmpi.data.digest import digest_of
 from hfmpi.data.examples import Examples
 from hfmpi.data.user_data import as_cases
-from hfmpi.errors import UserError, shown
+from hfmpi.errors import UserError, did_you_mean, shown
 from hfmpi.files.checkpoint import Checkpoint
 from hfmpi.files.history import NATS
 from hfmpi.measure.spans import EVALUATE
@@ -34,11 +34,12 @@ from hfmpi.models.base import (
 from hfmpi.models.batch import NotFinite, check_finite
 from hfmpi.networks.network import Network
 from hfmpi.objective.data_parallel import DataParallel
+from hfmpi.optim.presets import named
 from hfmpi.parallel.communicator import digest
 from hfmpi.parallel.failure import together
 from hfmpi.runs import checks, metric
 from hfmpi.runs.best import LOSS, Watch
-from hfmpi.runs.config import OF_TEXT, Config
+from hfmpi.runs.config import OF_TEXT, OTHER_WORDS, Config
 from hfmpi.runs.restore import check_parameters
 from hfmpi.runs.task import DifferentRun, Task
 
@@ -271,13 +272,10 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
         if name in OF_TEXT:
             raise UserError(f"{name} is not an option of hfmpi.train: it belongs to the model or the data")
         if name not in known:
-            raise UserError(f"unknown option {name!r}; the options are {', '.join(known)}")
-    optimizer = options.get("optimizer")
-    if not isinstance(optimizer, str | None):
-        raise UserError(
-            f"optimizer must be a name such as 'bhf-short', with its settings in settings={{...}}, not "
-            f"{shown(optimizer)}"
-        )
+            meant = did_you_mean(name, known, OTHER_WORDS)
+            raise UserError(f"unknown option {name!r}{meant}; the options are {', '.join(known)}")
+    if not isinstance(options.get("optimizer"), str | None):
+        named(options["optimizer"])  # refuses what is not an optimizer
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -385,7 +383,9 @@ def _cause(example: int) -> str:
 def _model_digest(model: Model) -> str:
     """Return a digest of the form of a model, without its parameters."""
     blocks = [list(block) for block in model.blocks] if isinstance(model, Blocks) else []
-    loss = type(getattr(model, "output_loss", None)).__name__
+    output_loss = getattr(model, "output_loss", None)
+    parameters = getattr(output_loss, "form", "")
+    loss = type(output_loss).__name__ + (parameters if isinstance(parameters, str) else "")
     architecture = repr(model.architecture) if isinstance(model, Network) else ""
     form = [type(model).__name__, model.size, model.backend.dtype.name, blocks, loss, architecture]
     return hashlib.sha256(json.dumps(form).encode()).hexdigest()

@@ -85,6 +85,8 @@ class Trained:
             if sorted(set(symbols)) != list(symbols) or not isinstance(corpus, str):
                 raise ValueError("its vocabulary or the digest of its corpus is invalid")
             network = Network(config.architecture(len(symbols)), config.make_backend(local_rank))
+        except UserError:
+            raise
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"the checkpoint in {run} describes no run of this version: {error}") from None
         theta = evaluated_parameters(saved)

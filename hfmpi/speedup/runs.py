@@ -131,6 +131,8 @@ def _read(folder: Path) -> TimedRun:
     try:
         config, digests = merge(saved.meta["config"]), checkpoint.identity(saved.meta)
         model = str(saved.meta["title"]) if "model" in digests else config.model
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the checkpoint in {folder} is not of a run of this version: {error!r}") from None
     timing = read_times(folder)

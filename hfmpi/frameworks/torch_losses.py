@@ -1,0 +1,80 @@
+"""PyTorch's losses that hfmpi has too: `torch.nn.CrossEntropyLoss`, `MSELoss` and `BCEWithLogitsLoss`."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from hfmpi.errors import UserError
+from hfmpi.models.loss_variants import SmoothedCrossEntropy, WeightedBernoulli
+from hfmpi.models.losses import LOSSES, Loss, OutputMean
+
+__all__ = ["TorchLoss", "torch_loss"]
+
+INSTEAD = {
+    "NLLLoss": "torch.nn.CrossEntropyLoss() has the same value on log-probabilities",
+    "BCELoss": "let the module return the logits and pass torch.nn.BCEWithLogitsLoss()",
+}
+"""What to do about losses of PyTorch that take other outputs."""
+
+
+class TorchLoss(NamedTuple):
+    """A loss of PyTorch in terms of hfmpi.
+
+    Attributes
+    ----------
+    loss : Loss
+        Of the scored outputs, with the classes on the last axis.
+    class_axis : bool
+        Whether axis 1 of the module's outputs has the classes.
+    ignored : int or None
+        The target that is not scored.
+    """
+
+    loss: Loss
+    class_axis: bool = False
+    ignored: int | None = None
+
+
+def torch_loss(loss: Any) -> TorchLoss:
+    """Return the loss of hfmpi that is equal to one of PyTorch.
+
+    Raises
+    ------
+    UserError
+        If it is another one, or has options that cannot be honoured.
+    """
+    name = type(loss).__name__
+    if type(loss) not in (torch.nn.CrossEntropyLoss, torch.nn.MSELoss, torch.nn.BCEWithLogitsLoss):
+        instead = INSTEAD.get(
+            name, f"pass {', '.join(map(repr, LOSSES))}, or write a loss, as hfmpi.models.losses has them"
+        )
+        raise UserError(
+            "loss can be torch.nn.CrossEntropyLoss(), MSELoss() or BCEWithLogitsLoss(), not PyTorch's "
+            f"{name}: {instead}"
+        )
+    if loss.reduction != "mean":
+        raise UserError(
+            f"reduction={loss.reduction!r} of torch.nn.{name} is not supported: hfmpi minimises the mean "
+            "over scored outputs, whatever the size of a batch; use reduction='mean'"
+        )
+    if getattr(loss, "weight", None) is not None:
+        raise UserError(
+            f"weight of torch.nn.{name} is not supported: leave it out, or write a loss, as "
+            "hfmpi.models.losses has them"
+        )
+    if isinstance(loss, torch.nn.CrossEntropyLoss):
+        if loss.label_smoothing:
+            return TorchLoss(SmoothedCrossEntropy(loss.label_smoothing), True, loss.ignore_index)
+        return TorchLoss(LOSSES["cross-entropy"], True, loss.ignore_index)
+    if isinstance(loss, torch.nn.MSELoss):
+        return TorchLoss(LOSSES["mse"])
+    if loss.pos_weight is None:
+        return TorchLoss(LOSSES["binary-cross-entropy"])
+    if loss.pos_weight.ndim > 1:
+        raise UserError(
+            "pos_weight of torch.nn.BCEWithLogitsLoss must have one number for each output, or one for all, "
+            f"not shape {tuple(loss.pos_weight.shape)}"
+        )
+    return TorchLoss(OutputMean(WeightedBernoulli(tuple(loss.pos_weight.double().reshape(-1).tolist()))))
