@@ -310,8 +310,8 @@ class Steps:
         strays = np.flatnonzero((numbers[:, 4:6] != numbers[0, 4:6]).any(axis=1))
         if strays.size:
             raise UserError(
-                f"rank {', '.join(map(str, strays))} has other parameters or another optimizer state than rank "
-                "0: start from the same ones, and change or load them on all ranks alike"
+                f"rank {', '.join(map(str, strays))} has different parameters or a different optimizer state "
+                "than rank 0: start from the same ones, and change or load them on all ranks alike"
             )
         if numbers[:, 6].any():
             raise UserError(

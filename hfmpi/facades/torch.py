@@ -163,7 +163,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         Raises
         ------
         UserError
-            On all ranks, with a sentence, if the batch or the module cannot be used; nothing has changed then.
+            On all ranks, if the batch or the module cannot be used; nothing has changed then.
         """
         theta = self._theta()
         if self._written is not None and not np.array_equal(theta, self._written):
@@ -258,7 +258,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         super().add_param_group(param_group)
 
     def _freeze(self, module: Any) -> None:
-        """Freeze the groups that say so; raise a UserError unless groups are valid and have all parameters."""
+        """Freeze the groups that say so; raise a UserError unless the groups are valid and complete."""
         named = {id(p): name for name, p in module.named_parameters()}
         for i, group in enumerate(self.param_groups):
             scale, frozen = group["scale"], group["frozen"]
