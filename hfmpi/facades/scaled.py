@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hfmpi.backends.base import Array
 from hfmpi.data.examples import Examples
 from hfmpi.frameworks.framework import FrameworkModel
 from hfmpi.models.base import Scoring
@@ -52,7 +53,7 @@ class ScaledModel:
         """The sums of the Kronecker factors of all blocks."""
         return self.model.factor_sums
 
-    def initial(self, seed: int) -> np.ndarray:
+    def initial(self, seed: int) -> Array:
         """Return phi (D,) of the parameters that the user's model had, float64, for any seed."""
         return self.model.initial(seed) / self.scale
 
@@ -107,24 +108,24 @@ class _ScaledPasses:
         """The bytes that the linearisation occupies."""
         return self.passes.nbytes
 
-    def jvp(self, v: np.ndarray) -> np.ndarray:
+    def jvp(self, v: Array) -> Array:
         """Return J v (N * C, O)."""
         return self.passes.jvp(v * self.scale)
 
-    def vjp(self, u: np.ndarray, out: np.ndarray) -> None:
+    def vjp(self, u: Array, out: Array) -> None:
         """Add J' u of u (N * C, O) to out (D,) or (C, D)."""
         part = np.zeros_like(out)
         self.passes.vjp(u, part)
         out += part * self.scale
 
-    def squares(self, u: np.ndarray, out: np.ndarray, squares: np.ndarray) -> None:
+    def squares(self, u: Array, out: Array, squares: np.ndarray) -> None:
         """Add J' u of u (N, O) to out (D,), and its squares, summed over examples, to squares (D,)."""
         part, squared = np.zeros_like(out), np.zeros_like(squares)
         self.passes.squares(u, part, squared)
         out += part * self.scale
         squares += squared * self.scale**2
 
-    def factors(self, u: np.ndarray, out: np.ndarray, sums: np.ndarray) -> None:
+    def factors(self, u: Array, out: Array, sums: np.ndarray) -> None:
         """Add J' u of u (N, O) to out (D,), and the sums of `hfmpi.models.factors` to sums.
 
         The curvature A x B of a block has the factor scale^2, half of which A gets, and half B.
@@ -137,12 +138,12 @@ class _ScaledPasses:
         out += part * self.scale
         sums += more
 
-    def rows(self, u: np.ndarray, out: np.ndarray) -> None:
+    def rows(self, u: Array, out: Array) -> None:
         """Fill out (B, C, D) with J' u of every example separately."""
         self.passes.rows(u, out)
         out *= self.scale
 
-    def rows_along(self, u: np.ndarray, several: int, along: Along) -> np.ndarray:
+    def rows_along(self, u: Array, several: int, along: Along) -> Array:
         """Return V S' (k, B, C) of the rows S that `rows` computes for C = `several` cotangents."""
         stacks = [(part, stack * part.of(self.scale).reshape(-1)) for part, stack in along.stacks]
         return self.passes.rows_along(u, several, Along(stacks))

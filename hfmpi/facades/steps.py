@@ -273,7 +273,7 @@ class Steps:
             return optimizer
         least = float(np.finfo(np.float32).tiny)  # in place of 0, which no setting accepts: theta stays
         changed = {name: max(least, getattr(optimizer, name) * factor) for name in optimizer.rates}
-        return replace(optimizer, **changed)  # type: ignore[type-var]
+        return replace(optimizer, **changed)
 
     def _objectives(
         self,
@@ -365,7 +365,7 @@ class Steps:
             return 0, 0
         values = [getattr(progress.state, field.name) for field in fields(progress.state)]
         numbers = [progress.steps, progress.examples, *(v for v in values if isinstance(v, (int, float)))]
-        return zlib.crc32(np.array(numbers, np.float64)), zlib.crc32(np.ascontiguousarray(phi))
+        return zlib.crc32(np.array(numbers, np.float64).tobytes()), zlib.crc32(phi.data)
 
     def _union(self, examples: Cases, counts: np.ndarray, scored: np.ndarray) -> GlobalBatch:
         edges = (0, *np.cumsum(counts).astype(int).tolist())

@@ -13,6 +13,7 @@ from hfmpi.data.batches import Cases
 from hfmpi.errors import UserError, shown
 from hfmpi.facades.steps import Steps, all_ranks, method_of
 from hfmpi.frameworks.torch import TorchModel
+from hfmpi.optim.base import StepReport
 from hfmpi.optim.first_order import evaluated
 from hfmpi.parallel.communicator import Communicator, digest
 from hfmpi.parallel.failure import together
@@ -109,7 +110,8 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         **settings: Any,
     ) -> None:
         comm = all_ranks() if communicator is None else communicator
-        self._made, self.report = False, None
+        self._made = False
+        self.report: StepReport | None = None
 
         def build() -> TorchModel:
             if not isinstance(module, torch.nn.Module):
@@ -168,7 +170,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         theta = self._theta()
         if self._written is not None and not np.array_equal(theta, self._written):
             self._progress = self._steps.moved(self._progress)
-        theta, self._progress, self.report = self._steps.step(
+        theta, self._progress, report = self._steps.step(
             theta,
             self._progress,
             lambda: self._called(x) if callable(x) and y is None else _batch(x, y),
@@ -176,8 +178,8 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             self._factor(),
         )
         self._model.write_back(theta)
-        self._written = theta
-        return self.report.loss
+        self._written, self.report = theta, report
+        return report.loss
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
