@@ -70,6 +70,8 @@ class Optimizer:
 
     Attributes
     ----------
+    rank, ranks : int
+        This rank and their number, for what reads the data.
     report : StepReport or None
         Of the last step: whether it was accepted, a message, and `details` such as the damping.
 
@@ -95,10 +97,11 @@ class Optimizer:
         communicator: Communicator | None = None,
         **settings: Any,
     ) -> None:
-        self._method = method_of(method, settings)
         self._apply, self._loss, self._trained = apply, loss, trained
         self._options = curvature_fraction, same_batch, epoch_examples, micro_batch
-        self._communicator = communicator
+        self._communicator = all_ranks() if communicator is None else communicator
+        self._method = together(self._communicator, lambda: method_of(method, settings))
+        self.rank, self.ranks = self._communicator.rank, self._communicator.size
         self._steps: Steps | None = None
         self.report: StepReport | None = None
 
@@ -166,16 +169,15 @@ class Optimizer:
 
     def _made(self, params: Any) -> Steps:
         """Make the model of the params; collective."""
-        comm = all_ranks() if self._communicator is None else self._communicator
 
         def build() -> Steps:
             if params is None:
                 raise UserError("update needs the params: update((x, y), state, params)")
             self._model = JaxModel(self._apply, params, self._loss, self._trained)
             self._model.theta(params)
-            return Steps(self._model, self._method, comm, None, *self._options)
+            return Steps(self._model, self._method, self._communicator, None, *self._options)
 
-        self._steps = together(comm, build)
+        self._steps = together(self._communicator, build)
         self._kind = type(self._steps.start().state)
         return self._steps
 

@@ -6,6 +6,7 @@ DistributedDataParallel. The global batch of a step is the union of what the ran
 
 from __future__ import annotations
 
+import logging
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -213,7 +214,7 @@ class Steps:
         progress: Progress,
         batch: Callable[[], Any],
         curvature: Callable[[], Any] | None = None,
-        factor: float = 1.0,
+        factor: Callable[[], float] = lambda: 1.0,
     ) -> tuple[np.ndarray, Progress, StepReport]:
         """Take one step from theta (D,), which is not changed; collective.
 
@@ -225,8 +226,8 @@ class Steps:
         batch, curvature : callable
             Return this rank's examples of the batch, and of a separate curvature batch if there is one, as
             `hfmpi.train` takes data. An error in it is raised on all ranks.
-        factor : float
-            Of the learning rates.
+        factor : callable
+            Returns that of the learning rates.
 
         Raises
         ------
@@ -237,8 +238,7 @@ class Steps:
         """
         with np.errstate(all="ignore"), self._limited():
             phi = theta if self.scale is None else theta / self.scale
-            objectives, count = self._objectives(phi, progress, batch, curvature)
-            optimizer = self._at_rate(factor)
+            objectives, count, optimizer = self._objectives(phi, progress, batch, curvature, factor)
             after, state, report = optimizer.step(phi, progress.state, objectives)
             if self.scale is not None:
                 after = np.where(after == phi, theta, after * self.scale)
@@ -264,7 +264,7 @@ class Steps:
             yield
             return
         self._threads = self._threads or place(self.communicator).threads
-        with self.model.threads(self._threads):
+        with self.model.threads(self._threads), _notes(self.communicator.rank):
             yield
 
     def _at_rate(self, factor: float) -> Optimizer[Any]:
@@ -281,12 +281,14 @@ class Steps:
         progress: Progress,
         batch: Callable[[], Any],
         curvature: Callable[[], Any] | None,
-    ) -> tuple[Objectives, int]:
-        """Return the objectives of a step, and the number of examples in the batch of all ranks."""
-        comm, local = self.communicator, list[Cases]()
+        factor: Callable[[], float],
+    ) -> tuple[Objectives, int, Optimizer[Any]]:
+        """Return the objectives of a step, the examples of all ranks, and the optimizer at its rate."""
+        comm, local, optimizers = self.communicator, list[Cases](), list[Optimizer[Any]]()
 
         def described() -> np.ndarray:
             """Check this rank's part; return its sizes, and what ranks compare, and a number to overwrite."""
+            optimizers.append(self._at_rate(factor()))
             local.append(self._cases("the batch", batch()))
             changed = self.same_batch and self._is_other(local[0])
             sizes = [*_sizes(local[0]), 0, 0]
@@ -335,7 +337,7 @@ class Steps:
             second, shared = self._risk(part, indices), True
             objective.keep(second, np.delete(np.arange(whole.count), indices))
         epoch = progress.examples / self.epoch_examples if self.epoch_examples else 0.0
-        return Objectives(objective, second, epoch, shared, self.same_batch), whole.count
+        return Objectives(objective, second, epoch, shared, self.same_batch), whole.count, optimizers[0]
 
     def _risk(self, cases: GlobalBatch, indices: np.ndarray) -> Risk:
         return self._owner.on(cases, indices)
@@ -380,6 +382,18 @@ class Steps:
         count = np.array([whole.examples.scored(own)], np.int64)
         self.communicator.sum(count)
         return int(count[0])
+
+
+@contextmanager
+def _notes(rank: int) -> Iterator[None]:
+    """Leave the notes of the models to rank 0, unless the program has set up logging."""
+    silent, logger = logging.NullHandler(), logging.getLogger("hfmpi")
+    if rank:
+        logger.addHandler(silent)
+    try:
+        yield
+    finally:
+        logger.removeHandler(silent)
 
 
 def _sizes(cases: Cases) -> tuple[int, int]:

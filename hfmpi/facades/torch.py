@@ -69,6 +69,8 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
 
     Attributes
     ----------
+    rank, ranks : int
+        This rank and their number, for what reads the data.
     report : StepReport or None
         Of the last step: whether it was accepted, a message, and `details` such as the damping.
     param_groups : list of dict
@@ -110,7 +112,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         **settings: Any,
     ) -> None:
         comm = all_ranks() if communicator is None else communicator
-        self._made = False
+        self._made, self.rank, self.ranks = False, comm.rank, comm.size
         self.report: StepReport | None = None
 
         def build() -> TorchModel:
@@ -175,7 +177,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             self._progress,
             lambda: self._called(x) if callable(x) and y is None else _batch(x, y),
             None if curvature is None else lambda: _batch(*_pair(curvature)),
-            self._factor(),
+            self._factor,
         )
         self._model.write_back(theta)
         self._written, self.report = theta, report
