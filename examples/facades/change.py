@@ -1,4 +1,4 @@
-"""Take the steps of hfmpi in a training script that someone else wrote, by five changed lines.
+r"""Take the steps of hfmpi in a training script that someone else wrote, by five changed lines.
 
     git clone https://github.com/karpathy/nanoGPT
     python examples/facades/change.py nanogpt nanoGPT/train.py
@@ -11,7 +11,7 @@ as the original does, alone or under mpirun:
 
     cd nanoGPT
     python data/shakespeare_char/prepare.py
-    mpirun -n 2 python train_hfmpi.py config/train_shakespeare_char.py \\
+    mpirun -n 2 python train_hfmpi.py config/train_shakespeare_char.py \
         --device=cpu --compile=False --dropout=0.0
 
 The steps of hfmpi have no dropout: hence --dropout=0.0. A step takes its whole batch at once, which hfmpi
@@ -59,9 +59,9 @@ SCRIPTS = {
                 'hfmpi.torch.Optimizer(model, "cross-entropy", {}, outputs=lambda result: result[0])\n',
             ),
             (
-                "            logits, loss = model(X, Y)\n            loss",
+                "            logits, loss = model(X, Y)\n            loss =",
                 "            loss = torch.tensor(optimizer.step((X, Y), Y), requires_grad=True)\n"
-                "            loss",
+                "            loss =",
             ),
             ("    scaler.step(optimizer)\n", ""),
         ],
