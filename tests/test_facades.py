@@ -1,14 +1,18 @@
 """hfmpi.torch and hfmpi.jax: the steps of hfmpi.train in loops of others, on ranks, saved and continued."""
 
 import copy
+import difflib
+import importlib.util
 import io
 import itertools
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from dense import run_page
 
 import hfmpi
 from hfmpi.data.batches import global_indices
@@ -602,6 +606,35 @@ def test_two_ranks_take_the_steps_of_one_in_jax(mpi_ranks, comm):
     tree = params(ranks.rank)
     with pytest.raises(UserError, match="rank 1 has different parameters"):
         optimizer.update((x, y), optimizer.init(tree), tree)
+
+
+# Pages and examples ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("framework", "line"), [("torch", "import hfmpi.torch"), ("optax", "import hfmpi.jax")]
+)
+def test_the_loops_of_the_page_lower_the_loss(framework, line, tmp_path):
+    pytest.importorskip(framework)
+    names = run_page(line, tmp_path)
+    assert names["loss" if framework == "torch" else "state"] is not None
+    assert (names["loss"] if framework == "torch" else names["state"].loss) < 0.7  # log 4 at the start
+
+
+def test_the_example_changes_five_lines():
+    file = Path(__file__).parents[1] / "examples" / "facades" / "change.py"
+    spec = importlib.util.spec_from_file_location("change", file)
+    change = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(change)
+    for name, script in change.SCRIPTS.items():
+        before = "\n".join(old for old, _ in script.changes)
+        after = change.changed(name, before)
+        lines = [text.splitlines() for text in (before, after)]
+        edits = difflib.SequenceMatcher(None, *lines, autojunk=False).get_opcodes()
+        assert sum(max(b - a, d - c) for kind, a, b, c, d in edits if kind != "equal") <= 5
+        assert "hfmpi" in after
+        with pytest.raises(SystemExit, match="take the revision"):
+            change.changed(name, after)
 
 
 # Imports -----------------------------------------------------------------------------------------
