@@ -140,7 +140,7 @@ def test_the_curvature_has_a_batch_of_its_own_or_a_part():
 def test_the_parts_of_the_curvature_are_spread_and_take_turns():
     parts = [curvature_part(step, 12, 4) for step in range(3)]
     assert sorted(np.concatenate(parts).tolist()) == list(range(12))
-    batch = GlobalBatch(None, (0, 6, 12), 0, 1)
+    batch = GlobalBatch(None, (0, 6, 12), 0, 1, 12)
     assert [len(part) for part in batch.parts(parts[0])] == [2, 2]
 
 

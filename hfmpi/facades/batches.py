@@ -26,14 +26,18 @@ class GlobalBatch:
     edges : tuple of int
         The index of the first example of each rank, and the number of all examples.
     rank : int
-    outputs : int
-        The number of scored outputs, over all ranks, of the examples whose risk is computed.
+    outputs : float
+        The number of scored outputs, or the sum of their weights, of the examples whose risk is computed,
+        over all ranks.
+    weights : float
+        The sum of the weights of these examples, without weights their number.
     """
 
     examples: Cases
     edges: tuple[int, ...]
     rank: int
-    outputs: int
+    outputs: float
+    weights: float
 
     @property
     def count(self) -> int:
@@ -44,9 +48,13 @@ class GlobalBatch:
         """Return examples of this rank as a batch."""
         return self.examples.take(indices - self.edges[self.rank])
 
-    def scored(self, indices: np.ndarray) -> int:
-        """Return the number of scored outputs, which the ranks have summed before."""
+    def scored(self, indices: np.ndarray) -> Any:
+        """Return the number of scored outputs of all ranks, which have summed it before."""
         return self.outputs
+
+    def weight(self, indices: np.ndarray) -> float:
+        """Return the sum of the weights of the examples of all ranks, which have summed it before."""
+        return self.weights
 
     def parts(self, indices: np.ndarray) -> list[np.ndarray]:
         """Return the indices (B,) that belong to each rank."""

@@ -11,7 +11,6 @@ from hfmpi.errors import UserError, shown
 from hfmpi.facades.steps import Progress, Steps, all_ranks, method_of
 from hfmpi.frameworks.jax import JaxModel
 from hfmpi.optim.base import StepReport
-from hfmpi.optim.first_order import evaluated
 from hfmpi.parallel.communicator import Communicator
 from hfmpi.parallel.failure import together
 
@@ -61,7 +60,7 @@ class Optimizer:
         (params, x) -> outputs, as for `hfmpi.JaxModel`.
     loss : str or Loss
         As for `hfmpi.JaxModel`.
-    method : str or Optimizer
+    method : str, Optimizer or Preset
         The name of a preset such as 'subspace', or an object such as `hfmpi.Subspace(damping=0.01)`.
     trained : callable or pytree of bool, optional
         As for `hfmpi.JaxModel`. What is not trained stays as `init` got it.
@@ -147,14 +146,9 @@ class Optimizer:
         steps = self._steps or self._made(params)
 
         def before() -> tuple[np.ndarray, Progress]:
-            if not isinstance(state, State):
-                raise UserError(f"state must be what init or update returned, not {shown(state)}")
             if params is None:
                 raise UserError("update needs the params: update((x, y), state, params)")
-            theta = self._model.theta(params)
-            values = {name: _host(value) for name, value in state.method.items()}
-            progress = Progress(int(state.steps), int(state.examples), self._kind(**values))
-            return theta, progress
+            return self._model.theta(params), self._progress(state)
 
         theta, progress = together(steps.communicator, before)
         theta, progress, self.report = steps.step(
@@ -164,8 +158,23 @@ class Optimizer:
 
     def averaged(self, params: Any, state: State) -> Any:
         """Return the mean of the iterates as params, or the params where the method computes none."""
-        mean = evaluated(None, self._kind(**{name: _host(value) for name, value in state.method.items()}))
+        steps = self._steps or self._made(params)
+        mean = steps.averaged(self._progress(state))
         return params if mean is None else self._model.params(mean)
+
+    def _progress(self, state: Any) -> Progress:
+        """Return the progress of a state, whose arrays may have become those of JAX."""
+        if not isinstance(state, State):
+            raise UserError(f"state must be what init or update returned, not {shown(state)}")
+        values = {name: self._host(value) for name, value in state.method.items()}
+        return Progress(int(state.steps), int(state.examples), self._kind(**values))
+
+    def _host(self, value: Any) -> Any:
+        """Return an entry of a state as a number, or an array of the backend."""
+        if isinstance(value, (int, float, str)):
+            return value
+        array = np.asarray(value)
+        return self._model.backend.to_device(array) if array.ndim else array.item()
 
     def _made(self, params: Any) -> Steps:
         """Make the model of the params; collective."""
@@ -183,14 +192,6 @@ class Optimizer:
 
     def _state(self, steps: Steps, progress: Progress, loss: float) -> State:
         return State(progress.steps, progress.examples, loss, dict(steps.saved(progress)))
-
-
-def _host(value: Any) -> Any:
-    """Return an entry of a state, perhaps an array of JAX, as a number or an array of NumPy."""
-    if isinstance(value, (int, float, str)):
-        return value
-    array = np.asarray(value)
-    return array if array.ndim else array.item()
 
 
 def _batch(batch: Any) -> Any:

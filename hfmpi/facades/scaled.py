@@ -29,14 +29,15 @@ class ScaledModel:
     ----------
     model : FrameworkModel
     scale : (D,)
-        Positive, constant in every block.
+        On the host; positive, constant in every block.
     """
 
     linearisation = LossLinearisation
 
     def __init__(self, model: FrameworkModel, scale: np.ndarray) -> None:
-        self.model, self.scale = model, scale
+        self.model, self._on_host = model, scale
         self.backend, self.output_loss = model.backend, model.output_loss
+        self.scale = self.backend.to_device(scale)
 
     @property
     def size(self) -> int:
@@ -55,7 +56,7 @@ class ScaledModel:
 
     def initial(self, seed: int) -> Array:
         """Return phi (D,) of the parameters that the user's model had, float64, for any seed."""
-        return self.model.initial(seed) / self.scale
+        return self.model.initial(seed) / self._on_host
 
     def release(self) -> None:
         """Release scratch memory."""
@@ -66,18 +67,18 @@ class ScaledModel:
         return self.model.scoring(data) if isinstance(self.model, Scoring) else data
 
     def check(self, phi: np.ndarray, batch: Any) -> None:
-        """Raise a UserError if the model cannot be trained on batches like this one."""
-        self.model.check(self.scale * phi, batch)
+        """Raise a UserError if the model cannot be trained on batches like this one; phi is on the host."""
+        self.model.check(self._on_host * phi, batch)
 
-    def loss(self, phi: np.ndarray, batch: Any) -> float:
+    def loss(self, phi: Array, batch: Any) -> float:
         """Return the summed loss in nats, without a linearisation."""
         return self.model.loss(self.scale * phi, batch)
 
-    def linearise(self, phi: np.ndarray, batch: Any, reuse: Any = None) -> LossLinearisation:
+    def linearise(self, phi: Array, batch: Any, reuse: Any = None) -> LossLinearisation:
         """Linearise at phi (D,) on a batch; the memory of `reuse` is freed first."""
         return self._scaled(self.model.linearise(self.scale * phi, batch, reuse))
 
-    def linearise_rows(self, phi: np.ndarray, batch: Any, reuse: Any = None) -> LossLinearisation:
+    def linearise_rows(self, phi: Array, batch: Any, reuse: Any = None) -> LossLinearisation:
         """Linearise as `linearise` does, for rows of examples."""
         return self._scaled(self.model.linearise_rows(self.scale * phi, batch, reuse))
 
@@ -90,7 +91,7 @@ class _ScaledPasses:
     """Passes with the Jacobian J diag(scale); satisfies `hfmpi.models.linearisation.Passes`."""
 
     passes: Passes
-    scale: np.ndarray
+    scale: Array
     sums: FactorSums
 
     @property
@@ -118,20 +119,20 @@ class _ScaledPasses:
         self.passes.vjp(u, part)
         out += part * self.scale
 
-    def squares(self, u: Array, out: Array, squares: np.ndarray) -> None:
+    def squares(self, u: Array, out: Array, squares: Array) -> None:
         """Add J' u of u (N, O) to out (D,), and its squares, summed over examples, to squares (D,)."""
         part, squared = np.zeros_like(out), np.zeros_like(squares)
         self.passes.squares(u, part, squared)
         out += part * self.scale
         squares += squared * self.scale**2
 
-    def factors(self, u: Array, out: Array, sums: np.ndarray) -> None:
+    def factors(self, u: Array, out: Array, sums: Array, *weights: Array) -> None:
         """Add J' u of u (N, O) to out (D,), and the sums of `hfmpi.models.factors` to sums.
 
         The curvature A x B of a block has the factor scale^2, half of which A gets, and half B.
         """
         part, more = np.zeros_like(out), np.zeros_like(sums)
-        self.passes.factors(u, part, more)
+        self.passes.factors(u, part, more, *weights)
         for block, views in zip(self.sums.blocks, self.sums.views(more)[0], strict=True):
             for factor in views.values():
                 factor *= self.scale[block.start]

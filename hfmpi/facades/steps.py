@@ -30,7 +30,8 @@ from hfmpi.measure.machine import free_memory
 from hfmpi.models.base import Scoring
 from hfmpi.objective.data_parallel import Risk
 from hfmpi.optim.base import Objectives, Optimizer, StepReport
-from hfmpi.optim.presets import PRESETS, preset
+from hfmpi.optim.first_order import evaluated
+from hfmpi.optim.presets import PRESETS, Preset, preset
 from hfmpi.parallel.communicator import Communicator
 from hfmpi.parallel.launch import connect
 from hfmpi.parallel.placement import place
@@ -94,19 +95,27 @@ def method_of(method: Any, settings: Mapping[str, Any]) -> Method:
     if isinstance(method, str):
         chosen = preset(method, **settings)
         return Method(chosen.optimizer, method, chosen.curvature_batch)
+    if isinstance(method, Preset):
+        _no_settings(method.optimizer, settings)
+        return Method(method.optimizer, type(method.optimizer).__name__, method.curvature_batch)
     kind = type(method)
     if Optimizer not in kind.__mro__:
         raise UserError(
             f"method must be a name such as 'subspace', or an optimizer such as hfmpi.Subspace(), "
             f"not {shown(method)}"
         )
-    if settings:
-        raise UserError(
-            f"{next(iter(settings))} is a setting of the method, which is an object already: "
-            f"hfmpi.{kind.__name__}({next(iter(settings))}=...)"
-        )
+    _no_settings(method, settings)
     known = [each.curvature_batch for each in PRESETS.values() if type(each.optimizer) is kind]
     return Method(method, kind.__name__, math.inf if any(known) or not known else 0)
+
+
+def _no_settings(optimizer: Optimizer[Any], settings: Mapping[str, Any]) -> None:
+    """Raise a UserError if there are settings in addition to those of an object."""
+    for name in settings:
+        raise UserError(
+            f"{name} is a setting of the method, which is an object already: "
+            f"hfmpi.{type(optimizer).__name__}({name}=...)"
+        )
 
 
 class Steps:
@@ -183,7 +192,8 @@ class Steps:
 
     def start(self) -> Progress:
         """Return the progress before the first step."""
-        theta = self._variables.initial(0).astype(self.model.backend.dtype)
+        backend = self.model.backend
+        theta = backend.to_device(self._variables.initial(0).astype(backend.dtype))
         return Progress(0, 0, self.method.optimizer.init(theta, self.model.blocks))
 
     def saved(self, progress: Progress) -> dict[str, Entry]:
@@ -221,7 +231,7 @@ class Steps:
         Parameters
         ----------
         theta : (D,)
-            The same on all ranks.
+            On the host; the same on all ranks.
         progress : Progress
         batch, curvature : callable
             Return this rank's examples of the batch, and of a separate curvature batch if there is one, as
@@ -236,10 +246,12 @@ class Steps:
         Exception
             Of the model, on the rank where it occurs; a UserError elsewhere.
         """
+        backend = self.model.backend
         with np.errstate(all="ignore"), self._limited():
             phi = theta if self.scale is None else theta / self.scale
             objectives, count, optimizer = self._objectives(phi, progress, batch, curvature, factor)
-            after, state, report = optimizer.step(phi, progress.state, objectives)
+            result, state, report = optimizer.step(backend.to_device(phi), progress.state, objectives)
+            after = backend.to_host(result)
             if self.scale is not None:
                 after = np.where(after == phi, theta, after * self.scale)
         return after, Progress(progress.steps + 1, progress.examples + count, state), report
@@ -250,8 +262,12 @@ class Steps:
         values = {field.name: getattr(state, field.name) for field in fields(state)}
         return progress._replace(state=type(state)(**self.method.optimizer.on_other_batches(values)))
 
-    def to_theta(self, phi: np.ndarray) -> np.ndarray:
-        """Return theta of a vector of the optimizer's variables."""
+    def averaged(self, progress: Progress) -> np.ndarray | None:
+        """Return the mean of the iterates (D,), or None if the method computes none."""
+        mean = evaluated(None, progress.state)
+        if mean is None:
+            return None
+        phi = self.model.backend.to_host(mean)
         return phi if self.scale is None else phi * self.scale
 
     @contextmanager
@@ -291,41 +307,41 @@ class Steps:
             optimizers.append(self._at_rate(factor()))
             local.append(self._cases("the batch", batch()))
             changed = self.same_batch and self._is_other(local[0])
-            sizes = [*_sizes(local[0]), 0, 0]
+            sizes = [*_sizes(local[0]), 0, 0, 0]
             if curvature is not None:
                 if not self.method.curvature_batch:
                     raise UserError(
                         f"{self.method.name} has no separate curvature batch: leave curvature out"
                     )
                 local.append(self._cases("the curvature batch", curvature()))
-                sizes[2:] = _sizes(local[1])
+                sizes[3:] = _sizes(local[1])
             if not self._checked:
                 self._check(phi, local[0])
             digest, masked = self._digest(phi, progress), getattr(local[0], "mask", 0) is not None
             return np.array([*sizes, *digest, changed, masked, 0], np.float64)
 
         # All ranks get the same numbers, so that they raise the same errors.
-        ranks = self._owner.joined(described, [8] * comm.size)
+        ranks = self._owner.joined(described, [10] * comm.size)
         numbers = np.array(ranks)
         if not self._checked:
             self._checked, self._owner = True, self._shards()  # the check fits the size of micro-batches
-        strays = np.flatnonzero((numbers[:, 4:6] != numbers[0, 4:6]).any(axis=1))
+        strays = np.flatnonzero((numbers[:, 6:8] != numbers[0, 6:8]).any(axis=1))
         if strays.size:
             raise UserError(
                 f"rank {', '.join(map(str, strays))} has different parameters or a different optimizer state "
                 "than rank 0: start from the same ones, and change or load them on all ranks alike"
             )
-        if numbers[:, 6].any():
+        if numbers[:, 8].any():
             raise UserError(
                 f"step {progress.steps + 1:,} has another batch than the one before, with same_batch=True: "
                 "leave it out, or pass the same batch in every step"
             )
-        if (numbers[:, 2] > 0).any() != (numbers[:, 2] > 0).all():
+        if (numbers[:, 3] > 0).any() != (numbers[:, 3] > 0).all():
             raise UserError("some ranks pass a curvature batch and others do not: pass it on all ranks")
-        whole = self._union(local[0], numbers[:, 0], numbers[:, 1])
+        whole = self._union(local[0], numbers[:, :3])
         objective, second, shared = self._risk(whole, np.arange(whole.count)), None, False
         if curvature is not None:
-            cases = self._union(local[1], numbers[:, 2], numbers[:, 3])
+            cases = self._union(local[1], numbers[:, 3:6])
             second = self._risk(cases, np.arange(cases.count))
         elif self.method.curvature_batch:
             size = round(min(self._most, max(1, whole.count * self.fraction)))
@@ -333,7 +349,7 @@ class Steps:
                 indices, part = np.arange(whole.count), whole
             else:
                 indices = curvature_part(progress.steps, whole.count, size)
-                part = replace(whole, outputs=self._scored(whole, indices, numbers))
+                part = self._part(whole, indices, numbers)
             second, shared = self._risk(part, indices), True
             objective.keep(second, np.delete(np.arange(whole.count), indices))
         epoch = progress.examples / self.epoch_examples if self.epoch_examples else 0.0
@@ -369,19 +385,20 @@ class Steps:
         numbers = [progress.steps, progress.examples, *(v for v in values if isinstance(v, (int, float)))]
         return zlib.crc32(np.array(numbers, np.float64).tobytes()), zlib.crc32(phi.data)
 
-    def _union(self, examples: Cases, counts: np.ndarray, scored: np.ndarray) -> GlobalBatch:
-        edges = (0, *np.cumsum(counts).astype(int).tolist())
-        return GlobalBatch(examples, edges, self.communicator.rank, int(scored.sum()))
+    def _union(self, examples: Cases, sizes: np.ndarray) -> GlobalBatch:
+        """Return the union of the ranks' examples; `sizes` has a row of `_sizes` for each rank."""
+        edges = (0, *np.cumsum(sizes[:, 0]).astype(int).tolist())
+        return GlobalBatch(examples, edges, self.communicator.rank, *map(_whole, sizes[:, 1:].sum(axis=0)))
 
-    def _scored(self, whole: GlobalBatch, indices: np.ndarray, numbers: np.ndarray) -> int:
-        """Return the number of scored outputs of some of the examples, over all ranks."""
+    def _part(self, whole: GlobalBatch, indices: np.ndarray, numbers: np.ndarray) -> GlobalBatch:
+        """Return the global batch for the risk on some of its examples."""
         each = numbers[:, 1] / numbers[:, 0]
-        if not numbers[:, 7].any() and (each == each[0]).all():
-            return len(indices) * int(each[0])
-        own = whole.parts(indices)[whole.rank] - whole.edges[whole.rank]
-        count = np.array([whole.examples.scored(own)], np.int64)
-        self.communicator.sum(count)
-        return int(count[0])
+        if not numbers[:, 9].any() and (each == each[0]).all():  # every example has as many outputs
+            return replace(whole, outputs=len(indices) * int(each[0]), weights=len(indices))
+        at = whole.parts(indices)[whole.rank] - whole.edges[whole.rank]
+        sums = np.array(_sizes(whole.examples, at)[1:], np.float64)
+        self.communicator.sum(sums)
+        return replace(whole, outputs=_whole(sums[0]), weights=_whole(sums[1]))
 
 
 @contextmanager
@@ -396,6 +413,13 @@ def _notes(rank: int) -> Iterator[None]:
         logger.removeHandler(silent)
 
 
-def _sizes(cases: Cases) -> tuple[int, int]:
-    """Return the number of examples, and of their scored outputs."""
-    return cases.count, cases.scored(np.arange(cases.count))
+def _sizes(cases: Cases, indices: np.ndarray | None = None) -> tuple[int, float, float]:
+    """Return the number of some or all examples, of their scored outputs, and the sum of their weights."""
+    at = np.arange(cases.count) if indices is None else indices
+    weight = getattr(cases, "weight", len)
+    return len(at), cases.scored(at), weight(at)
+
+
+def _whole(number: float) -> float:
+    """Return a number as an int, if it is one: without weights counts are whole."""
+    return int(number) if number == int(number) else float(number)

@@ -14,7 +14,6 @@ from hfmpi.errors import UserError, shown
 from hfmpi.facades.steps import Steps, all_ranks, method_of
 from hfmpi.frameworks.torch import TorchModel
 from hfmpi.optim.base import StepReport
-from hfmpi.optim.first_order import evaluated
 from hfmpi.parallel.communicator import Communicator, digest
 from hfmpi.parallel.failure import together
 
@@ -44,7 +43,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
     module : torch.nn.Module
     loss : str, torch.nn.CrossEntropyLoss() or Loss
         As for `hfmpi.TorchModel`.
-    method : str or Optimizer
+    method : str, Optimizer or Preset
         The name of a preset such as 'subspace', or an object such as `hfmpi.Subspace(damping=0.01)`.
     params : iterable of parameters or dicts, optional
         Groups, as torch.optim has them: dicts with the entries "params", "frozen" and "scale". A frozen
@@ -127,6 +126,8 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             try:
                 groups = [*inner.parameters()] if params is None else params
                 super(Optimizer, self).__init__(groups, {"lr": self._rate, "scale": 1.0, "frozen": False})
+            except UserError:
+                raise
             except (TypeError, ValueError, KeyError) as error:
                 raise UserError(f"params: {' '.join(str(error).split())}") from None
             self._freeze(inner)
@@ -186,10 +187,10 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Put the mean of the iterates into the module inside the context, if the method computes one."""
-        theta, mean = self._theta(), evaluated(None, self._progress.state)
+        theta, mean = self._theta(), self._steps.averaged(self._progress)
         try:
             if mean is not None:
-                self._model.write_back(self._steps.to_theta(mean))
+                self._model.write_back(mean)
             yield
         finally:
             self._model.write_back(theta)
