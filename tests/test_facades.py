@@ -20,6 +20,7 @@ from hfmpi.errors import UserError
 from hfmpi.facades.batches import GlobalBatch, curvature_part
 from hfmpi.optim import Adam, GradientDescent, HessianFree
 from hfmpi.optim.layout import split_factors
+from hfmpi.optim.presets import preset
 from hfmpi.optim.rows import RowRequest
 from hfmpi.parallel.communicator import Communicator, MPICommunicator
 
@@ -381,6 +382,7 @@ def test_zero_grad_is_harmless():
     ((mlp(), LOSS, 3), {}, "method must be a name"),
     ((mlp(), LOSS, HessianFree), {}, "method must be a name"),
     ((mlp(), LOSS, "adam"), {"damping": 1.0}, "damping"),
+    ((mlp(), LOSS, preset("adam")), {"rate": 1.0}, "an object already"),
     ((mlp(), LOSS, Adam()), {"rate": 1.0}, r"hfmpi.Adam\(rate=...\)"),
     ((mlp, LOSS, "adam"), {}, "must be a torch.nn.Module"),
     ((mlp(), nn.HingeEmbeddingLoss(), "adam"), {}, "loss"),
@@ -515,10 +517,12 @@ def test_what_does_not_fit_in_jax_is_refused():
     tree, (x, y) = params(), data()
     optimizer = hfmpi.jax.Optimizer(network, "cross-entropy", "bhf-short")
     state = optimizer.init(tree)
+    other = hfmpi.jax.Optimizer(network, "cross-entropy", "adam").init(tree)
     for call, words in [
         (lambda: jax.jit(lambda p: optimizer.update((x, y), state, p))(tree), "cannot be compiled"),
         (lambda: optimizer.update((x, y), state), "needs the params"),
         (lambda: optimizer.update((x, y), None, tree), "what init or update returned"),
+        (lambda: optimizer.update((x, y), other, tree), "belongs to another method than bhf-short"),
         (lambda: optimizer.update({"image": x, "label": y}, state, tree), "the keys x and y, not image"),
         (lambda: optimizer.update((x, y), state, {"a": tree["a"]}), "the form"),
         (lambda: optimizer.update((x, y), state, {**tree, "b": tree["b"][:, :2]}), "has shape"),

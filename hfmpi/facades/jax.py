@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,7 +48,7 @@ class Optimizer:
     """An optimizer of hfmpi for a loop that is written for optax: a batch takes the place of gradients.
 
     `update(batch, state, params)` returns updates for `optax.apply_updates`, and the new state. It computes
-    losses, gradients and curvature itself by compiled functions, but decides on the host between them: call
+    losses, gradients and curvature by compiled functions, but takes decisions on the host between them: call
     it outside of functions that `jax.jit` compiles.
 
     Under mpirun every rank runs the same loop, from the same params, and passes its own part of each batch: a
@@ -70,9 +71,9 @@ class Optimizer:
     Attributes
     ----------
     rank, ranks : int
-        This rank and their number, for what reads the data.
+        This rank and the number of ranks, to divide the data.
     report : StepReport or None
-        Of the last step: whether it was accepted, a message, and `details` such as the damping.
+        The report of the last step: whether it was accepted, a message, and `details` such as the damping.
 
     Examples
     --------
@@ -113,7 +114,7 @@ class Optimizer:
             On all ranks, if the function or the params cannot be trained.
         """
         steps = self._made(params)
-        return self._state(steps, steps.start(), float("nan"))
+        return self._state(steps, steps.start(self._model.theta(params)), float("nan"))
 
     def update(
         self, batch: Any, state: State, params: Any = None, *, curvature: Any = None
@@ -167,6 +168,10 @@ class Optimizer:
         if not isinstance(state, State):
             raise UserError(f"state must be what init or update returned, not {shown(state)}")
         values = {name: self._host(value) for name, value in state.method.items()}
+        if set(values) != {field.name for field in fields(self._kind)}:
+            raise UserError(
+                f"the state belongs to another method than {self._method.name}: call init(params)"
+            )
         return Progress(int(state.steps), int(state.examples), self._kind(**values))
 
     def _host(self, value: Any) -> Any:
@@ -183,11 +188,12 @@ class Optimizer:
             if params is None:
                 raise UserError("update needs the params: update((x, y), state, params)")
             self._model = JaxModel(self._apply, params, self._loss, self._trained)
-            self._model.theta(params)
-            return Steps(self._model, self._method, self._communicator, None, *self._options)
+            theta = self._model.theta(params)
+            steps = Steps(self._model, self._method, self._communicator, None, *self._options)
+            self._kind = type(steps.start(theta).state)
+            return steps
 
         self._steps = together(self._communicator, build)
-        self._kind = type(self._steps.start().state)
         return self._steps
 
     def _state(self, steps: Steps, progress: Progress, loss: float) -> State:

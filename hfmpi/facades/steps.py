@@ -29,6 +29,7 @@ from hfmpi.frameworks.framework import FrameworkModel
 from hfmpi.measure.machine import free_memory
 from hfmpi.models.base import Scoring
 from hfmpi.objective.data_parallel import Risk
+from hfmpi.objective.transport import Transport, choose
 from hfmpi.optim.base import Objectives, Optimizer, StepReport
 from hfmpi.optim.first_order import evaluated
 from hfmpi.optim.presets import PRESETS, Preset, preset
@@ -131,9 +132,9 @@ class Steps:
     curvature_fraction : float, optional
         The part of a batch that is its curvature batch; default: as many examples as the method takes.
     same_batch : bool
-        Every step has the same batch.
+        Whether every step has the same batch.
     epoch_examples : int
-        The examples of an epoch, for settings that change with each epoch; 0: none.
+        The number of examples in an epoch, for settings that change with each epoch; 0: they do not change.
     micro_batch : int, optional
         As in `hfmpi.DataParallel`.
 
@@ -177,8 +178,8 @@ class Steps:
         self.epoch_examples, self._micro_batch = epoch_examples, micro_batch
         self.scale: np.ndarray | None = None
         if scale is not None and (scale != 1).any():
-            # The step of phi = theta / variable depends on the gradients variable * g: so that the step of
-            # theta is `scale` times as long.
+            # With theta = s phi the gradients are s g: the step of phi changes by s^degree, that of theta by
+            # s^(1 + degree), which is to be the scale.
             power = 1 / (1 + method.optimizer.degree)
             self.scale = (scale.astype(np.float64) ** power).astype(model.backend.dtype)
         self._variables = model if self.scale is None else ScaledModel(model, self.scale)
@@ -186,15 +187,17 @@ class Steps:
         self._checked, self._batch = False, ""
         self._threads = 0  # of this rank, once they are known
 
-    def _shards(self) -> Shards:
-        memory = free_memory(self.communicator.local_size) // 2
-        return Shards(self._variables, self.communicator, None, self._micro_batch, memory)
+    def _shards(self, transport: Transport | None = None) -> Shards:
+        free = self.model.backend.free_memory() or free_memory(self.communicator.local_size)
+        return Shards(self._variables, self.communicator, None, self._micro_batch, free // 2, transport)
 
-    def start(self) -> Progress:
-        """Return the progress before the first step."""
-        backend = self.model.backend
-        theta = backend.to_device(self._variables.initial(0).astype(backend.dtype))
-        return Progress(0, 0, self.method.optimizer.init(theta, self.model.blocks))
+    def start(self, theta: np.ndarray) -> Progress:
+        """Return the progress before the first step from theta (D,), on the host."""
+        phi = self.model.backend.to_device(self._phi(theta))
+        return Progress(0, 0, self.method.optimizer.init(phi, self.model.blocks))
+
+    def _phi(self, theta: np.ndarray) -> np.ndarray:
+        return theta if self.scale is None else theta / self.scale
 
     def saved(self, progress: Progress) -> dict[str, Entry]:
         """Return the state of the optimizer as numbers and vectors, by name."""
@@ -208,7 +211,8 @@ class Steps:
         UserError
             If it belongs to another method or model.
         """
-        fresh, backend = self.start(), self.model.backend
+        backend = self.model.backend
+        fresh = self.start(self.model.initial(0).astype(backend.dtype))
         try:
             checkpoint = Checkpoint(np.zeros(0), dict(saved), {})
             return Progress(steps, examples, restored(checkpoint, fresh.state, backend, self.method.name))
@@ -248,7 +252,7 @@ class Steps:
         """
         backend = self.model.backend
         with np.errstate(all="ignore"), self._limited():
-            phi = theta if self.scale is None else theta / self.scale
+            phi = self._phi(theta)
             objectives, count, optimizer = self._objectives(phi, progress, batch, curvature, factor)
             result, state, report = optimizer.step(backend.to_device(phi), progress.state, objectives)
             after = backend.to_host(result)
@@ -324,7 +328,8 @@ class Steps:
         ranks = self._owner.joined(described, [10] * comm.size)
         numbers = np.array(ranks)
         if not self._checked:
-            self._checked, self._owner = True, self._shards()  # the check fits the size of micro-batches
+            transport = choose("auto", comm, self.model.backend)
+            self._checked, self._owner = True, self._shards(transport)  # the check fits micro-batches
         strays = np.flatnonzero((numbers[:, 6:8] != numbers[0, 6:8]).any(axis=1))
         if strays.size:
             raise UserError(

@@ -47,7 +47,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         The name of a preset such as 'subspace', or an object such as `hfmpi.Subspace(damping=0.01)`.
     params : iterable of parameters or dicts, optional
         Groups, as torch.optim has them: dicts with the entries "params", "frozen" and "scale". A frozen
-        parameter is no part of theta: its `requires_grad` is set to False. `scale` is a factor of the step
+        parameter is not part of theta: its `requires_grad` is set to False. `scale` is a factor of the step
         (see below). Every parameter that requires a gradient must be in one of the groups. Default: all.
     outputs : callable, optional
         Selects the outputs of what the module returns: `lambda result: result[0]`.
@@ -55,8 +55,8 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         The part of each batch that is its curvature batch, evenly spaced examples. Default: as many examples
         as the preset takes, at most the batch; for an object the batch.
     same_batch : bool
-        Every step has the same batch, as L-BFGS and Levenberg-Marquardt need it. `subspace` then judges each
-        step by the loss of the next one, which saves a pass.
+        Whether every step has the same batch, which L-BFGS and Levenberg-Marquardt require. `subspace` then
+        judges each step by the loss of the next one, which saves a pass.
     epoch_examples : int
         The number of training examples, for settings that change with each epoch (`shf`).
     micro_batch : int, optional
@@ -64,17 +64,17 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
     communicator : Communicator, optional
         Of `hfmpi.connect()`; by default all ranks of the program.
     **settings
-        Of the preset, such as `damping=0.01`.
+        Settings of the preset, such as `damping=0.01`.
 
     Attributes
     ----------
     rank, ranks : int
-        This rank and their number, for what reads the data.
+        This rank and the number of ranks, to divide the data.
     report : StepReport or None
-        Of the last step: whether it was accepted, a message, and `details` such as the damping.
+        The report of the last step: whether it was accepted, a message, and `details` such as the damping.
     param_groups : list of dict
         The groups. For a first-order method "lr" is its learning rate, which the schedulers of
-        torch.optim.lr_scheduler may change, alike in all groups; other methods have none and ignore it.
+        torch.optim.lr_scheduler may change in all groups alike; other methods have none and ignore it.
 
     Raises
     ------
@@ -84,7 +84,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
     Notes
     -----
     `scale` multiplies the step of the parameters of a group. It is a change of variables, exact in loss,
-    gradient and curvature. Steps of first-order methods are multiplied by it, as if the learning rate were.
+    gradient and curvature. Steps of first-order methods are multiplied by it, but not their weight decay.
     For second-order methods it divides the damping of these parameters: where damping determines the step,
     the step is multiplied by `scale`; an undamped Newton step does not depend on it.
 
@@ -147,7 +147,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         self._module, self._outputs = module, outputs
         self._model = together(comm, build)
         _broadcast(plain_module(module), comm)
-        self._progress = self._steps.start()
+        self._progress = self._steps.start(self._theta())
         self._written: np.ndarray | None = None  # theta after the last step
         self._noted, self._made = False, True
 
