@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from hfmpi.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from hfmpi import jax as jax
+    from hfmpi import torch as torch
     from hfmpi.data.examples import Arrays, Examples
     from hfmpi.errors import UserError
     from hfmpi.frameworks.jax import JaxModel
@@ -88,7 +90,13 @@ _PLACES = {
 """Modules of the names that are not in `hfmpi.optim`."""
 
 
+_FACADES = "jax", "torch"
+"""Modules for loops in these frameworks; not in `__all__`, since a framework may be missing."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _FACADES:
+        return importlib.import_module(f"hfmpi.{name}")
     if name not in __all__:
         raise AttributeError(f"module 'hfmpi' has no attribute {name!r}")
     return getattr(importlib.import_module(_PLACES.get(name, "hfmpi.optim")), name)

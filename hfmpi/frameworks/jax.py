@@ -116,6 +116,14 @@ class JaxModel(FrameworkModel):
             )
         return self._params.joined(self._params.split(jax.numpy.array(theta, self.backend.dtype)))
 
+    def theta(self, params: Any) -> np.ndarray:
+        """Return theta (D,) of a pytree like the params: the inverse of `params`."""
+        return self._params.theta(params)
+
+    def updates(self, params: Any, theta: np.ndarray) -> Any:
+        """Return what has to be added to a pytree like the params to get those of theta (D,)."""
+        return self._params.updates(params, theta)
+
     def in_float64(self, theta: np.ndarray, examples: CheckedBatch) -> np.ndarray | None:
         """Return the scored outputs of the function, computed in float64 whatever the type of the params is.
 

@@ -116,6 +116,52 @@ class Params:
         """Return the trained arrays, together with all that is not trained, in the form of the params."""
         return self._merged(self._filled(arrays))
 
+    def theta(self, params: Any) -> np.ndarray:
+        """Return the trained arrays of a pytree like the params as theta (D,), a new array.
+
+        Raises
+        ------
+        UserError
+            If its form differs, or it is called while JAX compiles a function.
+        """
+        leaves = self._like(params)
+        arrays = [leaves[i] for i in self._trained]
+        if any(isinstance(array, jax.core.Tracer) for array in arrays):
+            raise UserError(
+                "a step is taken on the host and cannot be compiled: call update outside of functions that "
+                "jax.jit compiles"
+            )
+        for array, (name, shape) in zip(arrays, self.shapes, strict=True):
+            if np.shape(array) != shape:
+                raise UserError(f"params{name} has shape {np.shape(array)}, and had {shape} before")
+        found: np.ndarray = np.concatenate([np.asarray(array).reshape(-1) for array in arrays])
+        return found.astype(self.start.dtype, copy=False)
+
+    def updates(self, params: Any, theta: np.ndarray) -> Any:
+        """Return what has to be added to a pytree like the params to get the trained arrays of theta (D,).
+
+        Other arrays get zeros, other leaves None.
+        """
+        before = self._like(params)
+        after = dict(zip(self._trained, self.split(jnp.asarray(theta)), strict=True))
+        changes = [
+            after[i] - leaf
+            if i in after
+            else jnp.zeros_like(leaf)
+            if isinstance(leaf, np.ndarray | jax.Array)
+            else None
+            for i, leaf in enumerate(before)
+        ]
+        return jax.tree_util.tree_unflatten(self._tree, changes)
+
+    def _like(self, params: Any) -> list[Any]:
+        """Return the leaves of a pytree like the params; raise a UserError if its form differs."""
+        tree = params if self._graph is None else sys.modules["flax.nnx"].split(params)[1]
+        leaves, form = jax.tree_util.tree_flatten(tree)
+        if form != self._tree:
+            raise UserError("params must have the form of those that the model was made with")
+        return list(leaves)
+
     def call(
         self,
         apply: Callable[..., Any],

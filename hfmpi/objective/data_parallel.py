@@ -161,9 +161,9 @@ class DataParallel:
         slices = range(count * rank // ranks, count * (rank + 1) // ranks)
         return Shard(cases, [shard(indices, i, count) for i in slices])
 
-    def sizes(self, batch: int) -> list[int]:
+    def sizes(self, cases: Cases, indices: np.ndarray) -> list[int]:
         """Return the number of examples in every slice of a global batch, of all ranks."""
-        count = self.slices or self.communicator.size
+        count, batch = self.slices or self.communicator.size, len(indices)
         return [batch * (i + 1) // count - batch * i // count for i in range(count)]
 
     def total(
@@ -315,13 +315,13 @@ class Risk(Objective):
         self.shard = owner.shard(cases, indices)
         self._rest: Shard = self.shard
         self._part: Risk | None = None
-        self._sizes = owner.sizes(self.size)
+        self._sizes = owner.sizes(cases, indices)
         self._version = 0  # of the linearisations that a gradient made on this shard
 
     def keep(self, part: Risk, rest: np.ndarray) -> None:
         """Linearise `part`, the risk on some of the examples, with each gradient; `rest` has the others."""
         self._rest, self._part = self.owner.shard(self.cases, rest), part
-        both = self.owner.sizes(part.size), self.owner.sizes(len(rest))
+        both = part._sizes, self.owner.sizes(self.cases, rest)
         self._sizes = [a + b for a, b in zip(*both, strict=True)]
 
     @property
@@ -447,7 +447,9 @@ class Risk(Objective):
             super().factored_gradient(theta)
         # Rows of residuals need all of the memory, and their optimizer no products.
         part = None if request.kind == "residuals" else self._part
-        rest, sizes = (self.shard, owner.sizes(self.size)) if part is None else (self._rest, self._sizes)
+        rest, sizes = self._rest, self._sizes
+        if part is None and self._part is not None:
+            rest, sizes = self.shard, owner.sizes(self.cases, self.indices)
         kept = list[SliceRows]()
 
         def local() -> Array:

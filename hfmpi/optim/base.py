@@ -330,6 +330,20 @@ class Optimizer(Protocol[StateT]):
         """Whether a lower risk is always better: not with weight decay or a mean of the iterates."""
         return True
 
+    @property
+    def rates(self) -> tuple[str, ...]:
+        """The settings that a schedule of the learning rate multiplies; empty without a learning rate."""
+        return ()
+
+    @property
+    def degree(self) -> int:
+        """How a parameter's step depends on the size of its gradients.
+
+        1: it is proportional to them, as in gradient descent, or where damping determines the step. 0: it is
+        divided by their running size, as in Adam.
+        """
+        return 1
+
     def messages(self, parameters: int, blocks: Sequence[Block]) -> Messages:
         """Return what the ranks exchange, from D and the matrices of theta, none if they are not known."""
         return Messages()

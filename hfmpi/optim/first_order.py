@@ -189,6 +189,16 @@ class Adaptive(Schedule, Optimizer[AdaptiveT]):
         """Whether a lower risk is always better: not with weight decay or a mean of the iterates."""
         return not (self.decay or self.averaging)
 
+    @property
+    def rates(self) -> tuple[str, ...]:
+        """The settings that a schedule of the learning rate multiplies."""
+        return ("rate",)
+
+    @property
+    def degree(self) -> int:
+        """How a parameter's step depends on the size of its gradients: not at all."""
+        return 0
+
     @abstractmethod
     def direction(
         self, g: Vector, norm: float, state: AdaptiveT, objective: Objective, factor: float

@@ -111,6 +111,16 @@ class GradientDescent(Optimizer[GradientDescentState]):
         if not 0 <= self.floor <= self.rate:
             raise UserError("floor must lie between 0 and rate")
 
+    @property
+    def rates(self) -> tuple[str, ...]:
+        """The settings that a schedule of the learning rate multiplies."""
+        return "rate", "floor"
+
+    @property
+    def degree(self) -> int:
+        """How a parameter's step depends on the size of its gradients."""
+        return 0 if self.rule == "rms-normalised" else 1
+
     def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> GradientDescentState:
         """Return the state before the first update."""
         check_vector("theta", theta)

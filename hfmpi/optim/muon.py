@@ -124,6 +124,11 @@ class Muon(Adaptive[MuonState]):
         """What Muon needs of the model."""
         return Needs(blocks=True)
 
+    @property
+    def rates(self) -> tuple[str, ...]:
+        """The settings that a schedule of the learning rate multiplies."""
+        return "rate", "vector_rate"
+
     def messages(self, parameters: int, blocks: Sequence[Block]) -> Messages:
         """Return what the ranks exchange: the matrices, counted with the vectors, which are few."""
         return Messages(matrices=parameters)
