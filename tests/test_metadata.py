@@ -26,7 +26,7 @@ def test_no_page_installs_hfmpi_from_where_it_is_not():
     assert not [words for words in installs if "hfmpi" in words]  # PyPI has none: a checkout is "."
     checkouts = [words for words in installs if words.startswith(("-e", ".", '"', "'"))]
     assert len(checkouts) > 5
-    assert all(words.startswith(('-e ".[', "-e . ")) for words in checkouts)
+    assert all(words.startswith(("-e .", '-e ".[')) for words in checkouts)
 
 
 def test_the_environment_of_conda_has_the_dependencies():
