@@ -26,6 +26,8 @@ __all__ = [
     "scored_targets",
     "shard",
     "spread",
+    "unread",
+    "weight_of",
 ]
 
 SPLITS = {"train": "training", "valid": "validation", "test": "test"}
@@ -42,15 +44,19 @@ class Batch(NamedTuple):
     targets : ndarray (B, ...) of integers, or (B, ..., O) of real numbers
         Of sequences: (B, T) int32, or (B, T, O), the targets of the last T inputs.
     mask : ndarray (B, ...) or None
-        1 where a target is scored, 0 where it is not; None: all targets are scored.
+        The weight of every target, 0 where it is not scored; None: all are 1.
     burn_in : int
         The number of first outputs (axis 1) of every example that have no target.
+    weighted : bool
+        Whether the mask has weights. Sums that are not linear in the loss of an example, such as squared
+        gradients, then count it by its weight; otherwise every example counts once.
     """
 
     inputs: Any
     targets: np.ndarray
     mask: np.ndarray | None = None
     burn_in: int = 0
+    weighted: bool = False
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -93,8 +99,32 @@ class Cases(Protocol):
     def take(self, indices: np.ndarray) -> Any:
         """Return the examples `indices` (B,), B >= 1, as a batch that the model accepts."""
 
-    def scored(self, indices: np.ndarray) -> int:
-        """Return the number of scored outputs of the examples `indices` (B,): the divisor of their mean."""
+    def scored(self, indices: np.ndarray) -> float:
+        """Return the divisor of the mean of the examples `indices` (B,).
+
+        That is the number of their scored outputs, or the sum of the weights of these outputs.
+        """
+
+
+def unread(cases: Cases) -> bool:
+    """Return whether `scored` has to read the examples; each rank then counts those of its shard."""
+    return bool(getattr(cases, "unread", False))
+
+
+@runtime_checkable
+class Weighted(Protocol):
+    """Cases whose examples may have weights."""
+
+    def weight(self, indices: np.ndarray) -> float:
+        """Return the sum of the weights of the examples `indices` (B,).
+
+        The weight of an example is the mean of those of its scored targets.
+        """
+
+
+def weight_of(cases: Cases, indices: np.ndarray) -> float:
+    """Return the sum of the weights of some examples, without weights their number."""
+    return cases.weight(indices) if isinstance(cases, Weighted) else len(indices)
 
 
 class Sequences:

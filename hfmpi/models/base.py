@@ -46,7 +46,7 @@ class Linearisation(Protocol):
 
     @property
     def loss(self) -> float:
-        """The loss at theta, summed over the scored outputs, nats; float64."""
+        """The loss at theta, summed over the scored outputs times their weights, nats; float64."""
 
     @property
     def nbytes(self) -> int:
@@ -128,9 +128,10 @@ class Outputs(Protocol):
     """A model that returns its outputs, for metrics and predictions."""
 
     def outputs(self, theta: Array, batch: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Return outputs (N, O), before the loss, their targets (N,) or (N, O), and a mask (N, 1) or None.
+        """Return outputs (N, O), before the loss, their targets (N,) or (N, O), and weights (N, 1) or None.
 
-        On the host. N counts the outputs of the whole batch: its examples, times the steps with targets.
+        On the host; an output of weight 0 is not scored. N counts the outputs of the whole batch: its
+        examples, times the steps with targets.
         """
 
 
@@ -180,7 +181,10 @@ class SquaredGradients(Protocol):
     """A linearisation that can also square the gradient of each example."""
 
     def squared_gradients(self, scale: float, out: Array, squares: Array) -> None:
-        """Add what `gradient` adds to out (D,), and the sum over examples of its squares to squares (D,)."""
+        """Add what `gradient` adds to out (D,), and the sum over examples of its squares to squares (D,).
+
+        An example of weight w counts w times.
+        """
 
 
 @runtime_checkable

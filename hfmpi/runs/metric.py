@@ -1,4 +1,4 @@
-"""A user-defined metric: its mean over the scored outputs of all examples, on all ranks."""
+"""A user-defined metric: its weighted mean over the scored outputs of all examples, on all ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Metric = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def mean(metric: Metric, owner: DataParallel, cases: Cases, theta: Array) -> float:
-    """Return the mean of the metric over the scored rows of all examples; collective."""
+    """Return the mean of the metric over the scored rows of all examples, by their weights; collective."""
     shard, most = owner.shard(cases, np.arange(cases.count)), owner.local.micro_batch
 
     def share(part: np.ndarray) -> np.ndarray:
@@ -38,7 +38,7 @@ def mean(metric: Metric, owner: DataParallel, cases: Cases, theta: Array) -> flo
 
 
 def sums(metric: Metric, model: object, cases: Cases, indices: np.ndarray, theta: Array) -> np.ndarray:
-    """Sum the metric over the scored rows of some examples, and count these rows.
+    """Sum the metric over the scored rows of some examples, times their weights, and these weights.
 
     Raises
     ------
@@ -70,5 +70,6 @@ def sums(metric: Metric, model: object, cases: Cases, indices: np.ndarray, theta
     values = values.reshape(-1).astype(np.float64)
     if mask is None:
         return np.array([values.sum(), len(values)])
-    scored = mask.reshape(-1) > 0
-    return np.array([values[scored].sum(), scored.sum()])
+    weights = mask.reshape(-1).astype(np.float64)
+    scored = weights > 0  # what the metric gives for others may not be finite
+    return np.array([(values[scored] * weights[scored]).sum(), weights.sum()])
