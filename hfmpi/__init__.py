@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from hfmpi.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from hfmpi.data.augmented import Augmented
+    from hfmpi.data.by_index import Dataset
     from hfmpi.data.examples import Arrays, Examples
     from hfmpi.frameworks.jax import JaxModel
     from hfmpi.frameworks.torch import TorchModel
@@ -41,7 +43,9 @@ __all__ = [
     "Adam",
     "Architecture",
     "Arrays",
+    "Augmented",
     "DataParallel",
+    "Dataset",
     "Examples",
     "GradientDescent",
     "HessianFree",
@@ -62,7 +66,9 @@ __all__ = [
 _PLACES = {
     "Architecture": "hfmpi.networks.architecture",
     "Arrays": "hfmpi.data.examples",
+    "Augmented": "hfmpi.data.augmented",
     "DataParallel": "hfmpi.objective.data_parallel",
+    "Dataset": "hfmpi.data.by_index",
     "Examples": "hfmpi.data.examples",
     "JaxModel": "hfmpi.frameworks.jax",
     "Network": "hfmpi.networks.network",

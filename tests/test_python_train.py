@@ -464,7 +464,7 @@ def fails(outputs, targets):
     ({"train": Endless()}, "train: the length of the data set cannot be read: TypeError: no length"),
     ({"train": Loader()}, "cases such as hfmpi.Examples, not Loader; give its data set, loader.dataset"),
     ({"train": [1, 2]}, "train: a data set must give pairs (x, y), not 1"),
-    ({"train": Changing()}, "the same cases are others each time"),
+    ({"train": Changing()}, "reading the same examples twice returned different values"),
     ({"model": "net"}, "model must be a model such as hfmpi.TorchModel, hfmpi.JaxModel or hfmpi.Network"),
     ({"model": Line}, "model must be a model such as hfmpi.TorchModel, hfmpi.JaxModel or hfmpi.Network"),
     ({"gradient_batch": 81}, "gradient_batch can be at most 80, the cases of train, not 81"),

@@ -15,6 +15,7 @@ from hfmpi.errors import UserError
 
 __all__ = [
     "SPLITS",
+    "BadExample",
     "Batch",
     "Cases",
     "Sequences",
@@ -32,6 +33,26 @@ __all__ = [
 
 SPLITS = {"train": "training", "valid": "validation", "test": "test"}
 """The splits of a text, and their adjectives in messages."""
+
+
+class BadExample(UserError):
+    """An example that a model cannot be trained on.
+
+    Parameters
+    ----------
+    before, after : str
+        The sentence around "example 3".
+    example : int
+        Its index among the examples that were checked.
+    """
+
+    def __init__(self, before: str, example: int, after: str) -> None:
+        super().__init__(f"{before} example {example:,}{after}")
+        self.before, self.example, self.after = before, example, after
+
+    def renamed(self, example: int, name: str) -> BadExample:
+        """Return the error with the index in a larger data set, called `name`."""
+        return BadExample(f"{name}: {self.before}" if name else self.before, example, self.after)
 
 
 class Batch(NamedTuple):

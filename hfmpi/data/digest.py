@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from hfmpi.data.augmented import Augmented
 from hfmpi.data.batches import Batch, Cases, Sequences
+from hfmpi.data.by_index import Dataset
 from hfmpi.data.examples import Arrays, Examples
 from hfmpi.errors import UserError
 
@@ -29,15 +31,20 @@ def digest_of(cases: Cases) -> str:
     UserError
         If reading the same examples twice returns different values.
     """
+    if isinstance(cases, Augmented):
+        return f"{digest_of(cases.data)} augmented"
     in_memory, count = isinstance(cases, Examples), cases.count
     indices = (
         np.arange(count) if in_memory else np.unique(np.linspace(0, count - 1, SAMPLED).astype(np.int64))
     )
     digest = _digest(cases, indices)
+    if isinstance(cases, Dataset):
+        cases.forget()
     if not in_memory and _digest(cases, indices) != digest:
         raise UserError(
-            "the same cases are others each time, as with random augmentation: a step looks at its batch "
-            "several times, so they must stay as they are"
+            "reading the same examples twice returned different values (random augmentation?): the data must "
+            "be deterministic, because a step reads its batch several times; random changes belong into "
+            "hfmpi.Augmented"
         )
     return digest
 

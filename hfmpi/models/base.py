@@ -13,6 +13,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from hfmpi.backends.base import Array, Backend
+from hfmpi.data.augmented import Augmented
+from hfmpi.data.batches import Cases
+from hfmpi.data.by_index import Dataset
 from hfmpi.data.examples import Examples
 from hfmpi.measure.cost import ForwardPass
 from hfmpi.models.factors import FactorSums
@@ -38,6 +41,7 @@ __all__ = [
     "has_bends",
     "has_rows",
     "has_squared_gradients",
+    "with_scoring",
 ]
 
 
@@ -269,3 +273,14 @@ def has_squared_gradients(model: Model) -> bool:
 def has_rows(model: Model) -> bool:
     """Return whether the linearisations of a model have rows of examples; known without a linearisation."""
     return issubclass(getattr(model, "linearisation", object), Rows)
+
+
+def with_scoring(model: Model, cases: Cases) -> Cases:
+    """Return examples with the mask and the weights of what the loss of the model scores of them."""
+    if not isinstance(model, Scoring):
+        return cases
+    if isinstance(cases, Augmented):
+        return cases.of(with_scoring(model, cases.data))
+    if isinstance(cases, Dataset):
+        return cases.with_scoring(model.scoring)
+    return model.scoring(cases) if isinstance(cases, Examples) else cases

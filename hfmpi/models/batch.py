@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from hfmpi.data.batches import scored_targets
+from hfmpi.data.batches import BadExample, scored_targets
 from hfmpi.data.examples import native, one_hot_remedy
 from hfmpi.errors import UserError, shown
 from hfmpi.models.losses import Loss
@@ -291,10 +291,8 @@ def _refuse(targets: np.ndarray, bad: np.ndarray, sentence: str) -> None:
     """Raise a UserError that names the first bad target, if there is one."""
     if bad.any():
         at = np.unravel_index(int(np.argmax(bad)), bad.shape)
-        raise UserError(
-            f"{sentence}, not {targets[at]} as in example {at[0]:,}: correct it, or leave it out with a mask "
-            "(hfmpi.Examples(x, y, mask))"
-        )
+        remedy = ": correct it, or leave it out with a mask (hfmpi.Examples(x, y, mask))"
+        raise BadExample(f"{sentence}, not {targets[at]} as in", int(at[0]), remedy)
 
 
 def bounds_of(loss: Loss) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from hfmpi.parallel import library, watchdog
 from hfmpi.parallel.failure import joint, together
 from hfmpi.parallel.launch import connect
 from hfmpi.parallel.placement import threads_kept
+from hfmpi.runs.checks import least
 from hfmpi.runs.metric import Metric
 from hfmpi.runs.model_task import ModelTask, checked_options
 from hfmpi.runs.record import Reporter
@@ -86,8 +87,9 @@ def train(
     model : Model
         Made by TorchModel, JaxModel or Network, for example.
     train, valid : tuple, data set or Cases
-        (x, y) or (x, y, mask): arrays or tensors whose first axis counts the examples; a map-style data set
-        of pairs (x, y), which is read into memory; or objects such as `Examples` and `Arrays`.
+        (x, y) or (x, y, mask or weights): arrays or tensors whose first axis counts the examples; a map-style
+        data set of pairs (x, y), or a DataLoader of one; or objects such as `Examples`, `Dataset` and, for
+        train, `Augmented`.
     out : path, optional
         The folder of the run: config.toml, history.jsonl, checkpoint.h5, timing.json and DONE
         (docs/file-formats.md). By default nothing is written.
@@ -129,6 +131,8 @@ def train(
         collector = _Collector(session.reporter)
         session = replace(session, reporter=collector)
 
+        memory = least(session.communicator, session.placement.memory)
+
         def build() -> Run:
             if out is not None and not isinstance(out, (str, PathLike)):
                 raise UserError(f"out must be the path of a folder, not {shown(out)}")
@@ -138,7 +142,7 @@ def train(
                 None if out is None else Path(out),
                 str(resume),
                 checked_options(options),
-                lambda config, _: ModelTask.of(model, train, valid, metric, config),
+                lambda config, _: ModelTask.of(model, train, valid, metric, config, memory),
                 session,
             )
 

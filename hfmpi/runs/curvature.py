@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from hfmpi.data.batches import Cases
+from hfmpi.data.by_index import Dataset
 from hfmpi.data.digest import digest_of
 from hfmpi.data.examples import Examples
 from hfmpi.data.user_data import as_cases
 from hfmpi.errors import UserError
-from hfmpi.models.base import DataChecks, KroneckerFactors, Model, Scoring
+from hfmpi.measure.machine import free_memory
+from hfmpi.models.base import DataChecks, KroneckerFactors, Model, with_scoring
 from hfmpi.models.batch import check_finite
 from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.optim.base import Gradient, Operator
@@ -21,7 +24,7 @@ from hfmpi.optim.rows import Matrix, RowMatrix, RowRequest
 from hfmpi.parallel.communicator import Communicator, digest
 from hfmpi.parallel.failure import together
 from hfmpi.parallel.launch import connect
-from hfmpi.runs.checks import same_start
+from hfmpi.runs import checks
 
 __all__ = ["Curvature", "curvature"]
 
@@ -174,21 +177,23 @@ def curvature(
     """
     comm = communicator or _all_ranks()
 
-    def build() -> Curvature:
+    memory = checks.least(comm, free_memory(comm.local_size))
+
+    def build() -> tuple[DataParallel, Cases, np.ndarray]:
         owner = DataParallel(model, comm, micro_batch=micro_batch, memory_budget=memory_budget, slices=slices)
         check_vector("theta", theta, model.size, np.ndarray)
         start = theta.astype(model.backend.dtype)
-        cases = as_cases(data, getattr(model, "examples", Examples))
-        if isinstance(cases, Examples):
-            cases = model.scoring(cases) if isinstance(model, Scoring) else cases
-            check_finite(cases.targets, cases.mask)
-            if isinstance(model, DataChecks):
+        cases = with_scoring(model, as_cases(data, getattr(model, "examples", Examples), memory))
+        checks.examples(cases, lambda some: check_finite(some.targets, some.mask))
+        if isinstance(model, DataChecks):
+            if isinstance(cases, (Examples, Dataset)):
                 model.loss(owner.model.backend.to_device(start), cases.take(np.arange(1)))  # checks the model
-                model.check_data(cases.inputs, cases.targets, cases.mask)
-        return Curvature(owner, cases, start)
+            checks.examples(cases, lambda some: model.check_data(some.inputs, some.targets, some.mask))
+        return owner, cases, start
 
-    made = together(comm, build)
-    same_start(
+    owner, cases, start = together(comm, build)
+    made = Curvature(owner, cases, start)
+    checks.same_start(
         comm,
         {
             "rank {} has other parameters than the other ranks": digest(made.theta),

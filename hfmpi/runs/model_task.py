@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from hfmpi.backends.base import Array
+from hfmpi.data.augmented import Augmented
 from hfmpi.data.batches import Cases, global_indices, spread
 from hfmpi.data.digest import digest_of
 from hfmpi.data.examples import Examples
@@ -25,15 +26,15 @@ from hfmpi.models.base import (
     DataChecks,
     KroneckerFactors,
     Model,
-    Scoring,
     StructuralDamping,
     Trials,
     has_rows,
     has_squared_gradients,
+    with_scoring,
 )
 from hfmpi.models.batch import NotFinite, check_finite
 from hfmpi.networks.network import Network
-from hfmpi.objective.data_parallel import DataParallel
+from hfmpi.objective.data_parallel import DataParallel, Unscored
 from hfmpi.parallel.communicator import digest
 from hfmpi.parallel.failure import together
 from hfmpi.runs import checks, metric
@@ -61,8 +62,10 @@ class ModelTask(Task):
     """A model and data of the user; made by `of`."""
 
     @classmethod
-    def of(cls, model: Any, train: Any, valid: Any, measure: Any, config: Config) -> ModelTask:
-        """Check the arguments of `hfmpi.train`, and fix the batch sizes.
+    def of(
+        cls, model: Any, train: Any, valid: Any, measure: Any, config: Config, memory: int | None = None
+    ) -> ModelTask:
+        """Check the arguments of `hfmpi.train`, and fix the batch sizes; `memory` as of `as_cases`.
 
         Raises
         ------
@@ -78,34 +81,37 @@ class ModelTask(Task):
             raise UserError(f"metric must be a function (outputs, targets) -> values, not {shown(measure)}")
         if measure is not None and valid is None:
             raise UserError("a metric is measured on validation cases: give valid too")
-        make = getattr(model, "examples", Examples)
-        sets = {name: _cases(name, given, make) for name, given in (("train", train), ("valid", valid))}
-        if isinstance(model, Scoring):
-            sets = {
-                name: model.scoring(cases) if isinstance(cases, Examples) else cases
-                for name, cases in sets.items()
-            }
-        train_set = sets["train"]
-        if train_set is None:
+        if train is None:
             raise UserError("train must be data, not None")
-        config, notes = _with_batches(config, train_set.count)
-        _check_optimizer(config, model, train_set.count)
+        if isinstance(valid, Augmented):
+            raise UserError("valid: validation examples stay as they are: give them without hfmpi.Augmented")
+        notes = list[str]()
+        train_set = _cases("train", train, model, memory, notes)
+        valid_set = None if valid is None else _cases("valid", valid, model, memory, notes)
+        config, reduced = _with_batches(config, train_set.count)
+        notes += reduced
+        _check_optimizer(config, model, train_set)
         return cls(
             config=config,
             model=model,
             train_set=train_set,
-            valid_set=sets["valid"],
+            valid_set=valid_set,
             keys=NATS,
             title=f"{_name(model)}, {model.size:,} parameters",
             noun="cases",
             identity={
                 "model": _model_digest(model),
                 "cases": digest_of(train_set),
-                "valid_cases": "" if sets["valid"] is None else digest_of(sets["valid"]),
+                "valid_cases": "" if valid_set is None else digest_of(valid_set),
             },
             metric=measure,
             notes=tuple(notes),
         )
+
+    def cases(self, step: int) -> Cases:
+        """Return the training examples, with the augmentation of this step if there is any."""
+        cases = self.train_set
+        return cases.at(self.config.seed, step) if isinstance(cases, Augmented) else cases
 
     @property
     def options(self) -> dict[str, Any]:
@@ -131,6 +137,8 @@ class ModelTask(Task):
             self._check_form(checkpoint)
             theta = checkpoint.theta
         self._check_data(lambda cases: check_finite(cases.targets, cases.mask))
+        if isinstance(self.train_set, Augmented):
+            self.train_set.check(np.array(spread(count, TRIED)))
         indices = np.array(spread(count, CHECKED))
         try:
             if isinstance(model, Trials):
@@ -148,13 +156,10 @@ class ModelTask(Task):
         self._try_metric(theta)
 
     def _check_data(self, check: Callable[[Examples], None]) -> None:
-        """Check all examples that are in memory; name the set in an error."""
-        for name, cases in (("train", self.train_set), ("valid", self.valid_set)):
-            if isinstance(cases, Examples):
-                try:
-                    check(cases)
-                except UserError as error:
-                    raise UserError(f"{name}: {error}") from None
+        """Check all examples, those that are read by index when they are read; name the set in an error."""
+        checks.examples(self.train_set, check, "train")
+        if self.valid_set is not None:
+            checks.examples(self.valid_set, check, "valid")
 
     def compare(self, checkpoint: Checkpoint, resumes: bool) -> str:
         """Return "" if the checkpoint's run has the same training examples; see `Task.compare`."""
@@ -216,13 +221,15 @@ class ModelTask(Task):
     def _try_valid(self, owner: DataParallel, cases: Cases, theta: Array) -> None:
         """Raise a UserError on all ranks unless the validation loss and the metric can be computed."""
         try:
-            scored = cases.scored(np.arange(cases.count))
-            loss = owner.on(cases, np.arange(cases.count), span=EVALUATE).loss(theta) if scored else 0.0
-            mean = metric.mean(self.metric, owner, cases, theta) if scored and self.metric else 0.0
+            loss = owner.on(cases, np.arange(cases.count), span=EVALUATE).loss(theta)
+            mean = metric.mean(self.metric, owner, cases, theta) if self.metric else 0.0
+        except Unscored:
+            raise UserError(
+                "valid: no output of the validation examples is scored: the mask is 0 everywhere"
+            ) from None
         except UserError as error:
-            raise UserError(f"valid: {error}") from None
-        if not scored:
-            raise UserError("valid: no output of the validation examples is scored: the mask is 0 everywhere")
+            said = str(error).removeprefix("valid: ")
+            raise UserError(f"valid: {said}") from None
         if not math.isfinite(loss):
             at = _not_finite(cases, np.arange(cases.count))
             cause = "check inputs and targets of the validation examples" if at is None else _cause(at)
@@ -238,7 +245,7 @@ class ModelTask(Task):
         """Return the mean loss on the first examples, on this rank alone."""
         indices = np.arange(min(TRIED, self.train_set.count))
         loss = self.model.loss(theta, self.train_set.take(indices))
-        return float(loss) / max(1, self.train_set.scored(indices))
+        return float(loss) / (self.train_set.scored(indices) or 1)
 
     def _try_metric(self, theta: np.ndarray) -> None:
         if self.metric is not None and self.valid_set is not None:
@@ -269,11 +276,12 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _cases(name: str, given: Any, make: Callable[..., Cases]) -> Cases | None:
-    if given is None:
-        return None
+def _cases(name: str, given: Any, model: Model, memory: int | None, notes: list[str]) -> Cases:
+    """Return a data set as the model takes it, and note how it is read."""
+    make = getattr(model, "examples", Examples)
     try:
-        return as_cases(given, make)
+        cases = as_cases(given, make, memory, lambda sentence: notes.append(f"{name}: {sentence}"))
+        return with_scoring(model, cases)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
 
@@ -304,12 +312,13 @@ def _with_batches(config: Config, count: int) -> tuple[Config, list[str]]:
     return replace(config, gradient_batch=gradient, curvature_batch=curvature), notes
 
 
-def _check_optimizer(config: Config, model: Model, count: int) -> None:
+def _check_optimizer(config: Config, model: Model, cases: Cases) -> None:
     """Raise a UserError if the optimizer needs what the model or the batches do not have."""
     chosen = config.preset()
     needs, kind = chosen.optimizer.needs, type(model).__name__
     if needs.same_batch:
-        checks.same_batch(config.optimizer, chosen.gradient_batch, count, "gradient_batch")
+        redrawn = "hfmpi.Augmented" if isinstance(cases, Augmented) else ""
+        checks.same_batch(config.optimizer, chosen.gradient_batch, cases.count, "gradient_batch", redrawn)
     if needs.blocks and not isinstance(model, Blocks):
         raise UserError(
             f"{kind} does not name the matrices of theta (blocks): take another optimizer, such as adam"
