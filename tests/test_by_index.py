@@ -4,6 +4,7 @@ import importlib.util
 
 import numpy as np
 import pytest
+from dense import check_page
 
 import hfmpi
 from hfmpi.backends import create
@@ -364,3 +365,10 @@ def test_the_memory_decides(monkeypatch):
     assert len(said) == 1
     monkeypatch.setattr(user_data, "free_memory", lambda: 8)
     assert isinstance(as_cases(Items(X, Y)), hfmpi.Dataset)
+
+
+@pytest.mark.parametrize(
+    "name", ["hfmpi.Dataset(", "weights=weights", "hfmpi.Augmented(", "class LabelSmoothing"]
+)
+def test_the_programs_of_the_page_lower_the_loss(name, tmp_path):
+    check_page(name, tmp_path)

@@ -463,7 +463,7 @@ def fails(outputs, targets):
     ({"train": Failing()}, "case 3 of the data set, whose length is 80, cannot be read: KeyError: 'image 3'"),
     ({"train": Endless()}, "train: the length of the data set cannot be read: TypeError: no length"),
     ({"train": Loader()}, "cases such as hfmpi.Examples, not Loader; give its data set, loader.dataset"),
-    ({"train": [1, 2]}, "train: a data set must give pairs (x, y), not 1"),
+    ({"train": [1, 2]}, "train: a data set must give pairs (x, y), or (x, y, weight), not 1"),
     ({"train": Changing()}, "reading the same examples twice returned different values"),
     ({"model": "net"}, "model must be a model such as hfmpi.TorchModel, hfmpi.JaxModel or hfmpi.Network"),
     ({"model": Line}, "model must be a model such as hfmpi.TorchModel, hfmpi.JaxModel or hfmpi.Network"),
