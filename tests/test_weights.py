@@ -4,7 +4,7 @@ import importlib.util
 
 import numpy as np
 import pytest
-from dense import loss_of_rows
+from dense import check_ranks, loss_of_rows
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +15,7 @@ from hfmpi.objective.local_rows import signs
 from hfmpi.optim.layout import Block, parts_of
 from hfmpi.optim.reduced_model import Basis, Row
 from hfmpi.optim.rows import RowRequest
-from hfmpi.parallel.communicator import Communicator
+from hfmpi.parallel.communicator import Communicator, MPICommunicator
 from hfmpi.runs import metric
 
 COUNT, STEPS, INPUTS, OUTPUTS = 5, 3, 2, 3
@@ -172,7 +172,9 @@ def test_whole_weights_are_repeated_examples(framework, kind, seed, counts):
             risk.squared_gradients(theta),
             risk.factored_gradient(theta),
         )
-        product = risk.gauss_newton(theta)
+        product, damped = risk.gauss_newton(theta), np.zeros(1)
+        if framework in ("network", "table"):
+            damped = risk.structural_gauss_newton(theta, 0.3)(v[0])
         residuals = risk.rows(theta, RowRequest("residuals"))
         found.append(
             [
@@ -184,6 +186,7 @@ def test_whole_weights_are_repeated_examples(framework, kind, seed, counts):
                 factors,
                 np.stack([product(row) for row in v]),
                 risk.project(theta)(v),
+                damped,
                 residuals.normal(),
                 risk.rows(theta, RowRequest("scores", 1, 0, factors=True)).factors,
                 np.array(metric.mean(lambda z, y: np.abs(z).sum(axis=1), risk.owner, cases, theta)),
@@ -286,3 +289,41 @@ def test_weights_of_classes():
         cases.with_class_weights([1, -1, 1])
     with pytest.raises(UserError, match="class weights need targets that are whole numbers"):
         hfmpi.Examples(np.zeros((3, 2)), np.zeros(3)).with_class_weights([1, 1])
+
+
+@pytest.mark.parametrize("backend", ["numba", "cupy"])
+@pytest.mark.parametrize("framework", ["network", "table"])
+def test_all_backends_weigh_alike(framework, backend):
+    x, y = data_of(None, "cross-entropy", framework, 0)
+    cases, found = hfmpi.Arrays(x, y, weights=np.array([0.5, 2, 0, 1, 3])), []
+    for name in "numpy", backend:
+        parts = {"cell": "mlstm", "inputs": 4 if framework == "table" else INPUTS, "outputs": OUTPUTS}
+        model = hfmpi.Network(backend=create(name, dtype="float64"), hidden=2, **parts)
+        to_device, to_host = model.backend.to_device, model.backend.to_host
+        theta, risk = to_device(model.initial(1)), risk_of(model, cases)
+        squared, (gradient, factors) = risk.squared_gradients(theta), risk.factored_gradient(theta)
+        rows = risk.rows(theta, RowRequest("residuals"))
+        vectors = gradient.vector, factors, squared.vector, squared.squares, risk.gauss_newton(theta)(theta)
+        found.append([*map(to_host, vectors), rows.normal(), rows.residuals])
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
+def check_weighted_ranks(framework, comm):
+    """Check that ranks with unequal weights compute what one computes, and take the same metric."""
+    model = model_for(framework, "cross-entropy")
+    x, y = data_of(model, "cross-entropy", framework, 0)
+    for weights in np.array([0.2, 3, 1, 0, 2]), np.random.default_rng(0).uniform(0, 2, (COUNT, STEPS)):
+        cases, theta = examples_of(framework, x, y, weights=weights), model.initial(1)
+        check_ranks(model, cases, comm)
+        means = [
+            metric.mean(lambda z, y: np.abs(z).sum(axis=1), hfmpi.DataParallel(model, each), cases, theta)
+            for each in (Communicator(), MPICommunicator(comm))
+        ]
+        assert means[0] == pytest.approx(means[1], rel=1e-12)
+
+
+@pytest.mark.mpi(ranks=[2, 3])
+def test_ranks_with_unequal_weights(comm):
+    check_weighted_ranks("network", comm)
+    check_weighted_ranks("table", comm)

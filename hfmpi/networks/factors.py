@@ -60,7 +60,7 @@ def accumulate(
                 of_group = da[:, :, i * len(out) : (i + 1) * len(out)]
                 _squares(backend, [of_group], len(out), of_group, out)
     steps, size = cotangents[0].inputs.shape[:2]
-    count += sums.dtype.type(steps * (size if weights is None else float(weights.sum(dtype=np.float64))))
+    count += sums.dtype.type(steps * (size if weights is None else float(weights.astype(np.float64).sum())))
 
 
 def _maps(
@@ -162,8 +162,7 @@ def _diagonal(backend: NumpyBackend, one: Array, height: int, weights: Array | N
 
 def _column(backend: NumpyBackend, weights: Array, steps: int) -> Array:
     """Return the weights (B,) of sequences as those of the rows of all steps, (steps * B, 1)."""
-    xp = backend.xp
-    return xp.ascontiguousarray(xp.broadcast_to(weights, (steps, len(weights)))).reshape(-1, 1)
+    return (backend.xp.zeros((steps, len(weights), 1), weights.dtype) + weights[:, None]).reshape(-1, 1)
 
 
 def _contiguous(backend: NumpyBackend, array: Array) -> Array:

@@ -487,6 +487,8 @@ class NetworkLinearisation(LossLinearisation):
             weights: Array = r.weights
             columns = a.reshape(*weights.shape[:2], -1, weights.shape[2])
             columns *= weights[:, :, None]
+            if self.weights is not None:
+                columns *= self.weights[:, None, None]
             a[...] *= self.backend.dtype.type(scale * structural)
         tape.cotangents(u, out, pre)
 
