@@ -12,6 +12,7 @@ from hfmpi.data import user_data
 from hfmpi.data.digest import digest_of
 from hfmpi.data.user_data import as_cases
 from hfmpi.errors import UserError
+from hfmpi.models.base import with_scoring
 from hfmpi.objective.data_parallel import step_objectives
 from hfmpi.optim.presets import preset
 from hfmpi.parallel.communicator import Communicator, MPICommunicator
@@ -354,6 +355,8 @@ class TestLoader:
         data = torch.utils.data.TensorDataset(torch.as_tensor(x), torch.as_tensor(y))
         options = RUN | {"optimizer": "subspace"}
         same([hfmpi.train(model, each, **options) for each in ((x, y), data, hfmpi.Dataset(data))])
+        assert with_scoring(model, hfmpi.Dataset(data)).unread
+        assert not with_scoring(hfmpi.TorchModel(module, "cross-entropy"), hfmpi.Dataset(data)).unread
 
 
 def test_the_memory_decides(monkeypatch):

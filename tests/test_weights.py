@@ -196,6 +196,71 @@ def test_whole_weights_are_repeated_examples(framework, kind, seed, counts):
         np.testing.assert_allclose(ours, repeated, **CLOSE)
 
 
+def table_model(framework):
+    """Return a model of symbols with all kinds of operations on parameters."""
+    if framework == "torch":
+        import torch
+        from torch import nn
+
+        class Module(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.table, self.steps = nn.Embedding(4, 3), nn.LSTM(3, 2, batch_first=True)
+                self.places, self.norm = nn.Parameter(torch.ones(STEPS, 3)), nn.LayerNorm(2)
+                self.shift, self.top = nn.Parameter(torch.zeros(2)), nn.Linear(2, OUTPUTS)
+
+            def forward(self, x):
+                return self.top(self.norm(self.steps(self.table(x) + self.places)[0]) + self.shift)
+
+        torch.manual_seed(0)
+        return hfmpi.TorchModel(Module().double(), "cross-entropy")
+    import jax
+    from jax import numpy as jnp
+
+    jax.config.update("jax_enable_x64", True)
+    rng, shapes = (
+        np.random.default_rng(0),
+        {"table": (4, 3), "w": (3, 3), "b": (3,), "scale": (3,), "top": (3, 3)},
+    )
+    params = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+
+    def apply(p, x):
+        def step(h, e):
+            h = jnp.tanh(e + h @ p["w"] + p["b"])
+            return h, h * p["scale"]
+
+        e = p["table"][x].swapaxes(0, 1)
+        outputs = jax.lax.scan(step, jnp.zeros(e.shape[1:]), e)[1].swapaxes(0, 1)
+        return outputs @ jnp.sin(p["top"])  # which is no layer
+
+    return hfmpi.JaxModel(apply, params, "cross-entropy")
+
+
+@pytest.mark.parametrize(
+    "framework",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=name))
+        for name in ("torch", "jax")
+    ],
+)
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_layers_of_all_kinds_count_repeated_examples(framework, one_by_one):
+    model = table_model(framework)
+    rng, counts, found = np.random.default_rng(5), np.array([2, 0, 1, 3, 1]), []
+    x, y = rng.integers(0, 4, (COUNT, STEPS)), rng.integers(0, OUTPUTS, (COUNT, STEPS))
+    often, theta = np.repeat(np.arange(COUNT), counts), model.initial(0)
+    model.loss(theta, hfmpi.Examples(x, y).take(np.arange(COUNT)))
+    if one_by_one:
+        model.replan(sequential=frozenset({"examples"}))
+    for cases in hfmpi.Examples(x, y, weights=counts), hfmpi.Examples(x[often], y[often]):
+        risk = risk_of(model, cases)
+        squared, (gradient, factors) = risk.squared_gradients(theta), risk.factored_gradient(theta)
+        found.append([gradient.vector, factors, squared.vector, squared.squares])
+    for ours, repeated in zip(*found, strict=True):
+        assert np.abs(repeated).max() > 1e-6
+        np.testing.assert_allclose(ours, repeated, rtol=1e-8, atol=1e-11)
+
+
 @frameworks
 def test_weights_of_a_sketch_are_roots(framework):
     """S'S of random signs is G on average: each row has the root of its weight."""

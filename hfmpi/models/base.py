@@ -121,7 +121,11 @@ class DataChecks(Protocol):
 
 @runtime_checkable
 class Scoring(Protocol):
-    """A model whose loss leaves out some targets, as the `ignore_index` of PyTorch does."""
+    """A model whose loss leaves out some targets, as the `ignore_index` of PyTorch does.
+
+    If an attribute `scores_all` is True, `scoring` changes nothing for any data: examples that are read by index
+    then need not be read to be counted.
+    """
 
     def scoring(self, data: Examples) -> Examples:
         """Return examples with a mask of the targets that are scored."""
@@ -277,7 +281,7 @@ def has_rows(model: Model) -> bool:
 
 def with_scoring(model: Model, cases: Cases) -> Cases:
     """Return examples with the mask and the weights of what the loss of the model scores of them."""
-    if not isinstance(model, Scoring):
+    if not isinstance(model, Scoring) or getattr(model, "scores_all", False):
         return cases
     if isinstance(cases, Augmented):
         return cases.of(with_scoring(model, cases.data))
