@@ -130,11 +130,15 @@ def test_examples_that_were_read_lately_stay_in_memory():
         ),
         (
             Items(X, Y, np.where(np.arange(60) == 8, -1.0, 1)),
-            "examples .* of the data set: weights must be finite",
+            "among examples .* of the data set: weights must be finite",
         ),
         (
             Items(X, Y, np.where(np.arange(60) == 8, 2, 1)),
             "the mask of case 8 of the data set must be 0 or 1",
+        ),
+        (
+            Items(np.where(np.arange(60)[:, None] == 41, 9, X), Y),
+            "train: among examples .*: inputs must be symbols",
         ),
         (Items(X, Y, X, X), r"a data set must give pairs \(x, y\), or \(x, y, weight\)"),
     ],
@@ -285,6 +289,8 @@ def test_what_needs_the_same_batch_takes_no_augmentation():
         hfmpi.train(network(), data, optimizer="lbfgs", max_steps=2)
     with pytest.raises(UserError, match="valid: validation examples stay as they are"):
         hfmpi.train(network(), (X, Y), valid=data, **RUN)
+    with pytest.raises(UserError, match=r"outside of hfmpi\.train, hfmpi\.Augmented takes cases"):
+        hfmpi.DataParallel(network(), Communicator()).on(data, np.arange(3))
     with pytest.raises(UserError, match="the data are augmented already"):
         hfmpi.Augmented(data, rolled)
     model, cases = network(), as_cases(data, hfmpi.Arrays)

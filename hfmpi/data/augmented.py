@@ -63,30 +63,38 @@ class Augmented:
 
     def at(self, seed: int, step: int) -> AugmentedStep:
         """Return the examples as step `step`, counted from 0, sees them."""
-        return AugmentedStep(self.data, self.function, seed, step)
+        return AugmentedStep(self._cases, self.function, seed, step)
+
+    @property
+    def _cases(self) -> Cases:
+        if not isinstance(self.data, Cases):
+            raise UserError(
+                "outside of hfmpi.train, hfmpi.Augmented takes cases such as hfmpi.Examples, not "
+                f"{shown(self.data)}"
+            )
+        return self.data
 
     @property
     def count(self) -> int:
         """The number of examples."""
-        return int(self.data.count)
+        return self._cases.count
 
     @property
     def unread(self) -> bool:
         """Whether only reading examples shows which of their targets are scored."""
-        return unread(self.data)
+        return unread(self._cases)
 
     def take(self, indices: np.ndarray) -> Any:
         """Return the examples `indices` (B,) as they are without augmentation."""
-        return self.data.take(indices)
+        return self._cases.take(indices)
 
     def scored(self, indices: np.ndarray) -> float:
         """Return the number of scored targets of the examples `indices` (B,), or the sum of their weights."""
-        number: float = self.data.scored(indices)
-        return number
+        return self._cases.scored(indices)
 
     def weight(self, indices: np.ndarray) -> float:
         """Return the sum of the weights of the examples `indices` (B,)."""
-        return weight_of(self.data, indices)
+        return weight_of(self._cases, indices)
 
     def check(self, indices: np.ndarray) -> None:
         """Try the function on some examples.

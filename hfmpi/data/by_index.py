@@ -134,7 +134,7 @@ class Dataset:
                 tuple(inputs) if self._items.several else inputs[0], targets, burn_in=self.burn_in, **more
             )
         except UserError as error:
-            raise UserError(f"examples {at.min():,} to {at.max():,} of the data set: {error}") from None
+            raise UserError(f"{_among(at)}: {error}") from None
         if self._scoring is not None:
             examples = self._scoring(examples)
         for check, name in self._checks:
@@ -142,6 +142,8 @@ class Dataset:
                 check(examples)
             except BadExample as error:
                 raise error.renamed(int(at[error.example]), name) from None
+            except UserError as error:
+                raise UserError(f"{name}: {_among(at)}: {error}") from None
         return examples
 
     def _item(self, i: int) -> list[np.ndarray]:
@@ -158,3 +160,8 @@ class Dataset:
             _, oldest = self._read.popitem(last=False)
             self._bytes -= sum(part.nbytes for part in oldest)
         return item
+
+
+def _among(indices: np.ndarray) -> str:
+    """Return which examples a batch has, for a message."""
+    return f"among examples {indices.min():,} to {indices.max():,} of the data set"

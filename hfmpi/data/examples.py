@@ -14,8 +14,8 @@ from hfmpi.errors import UserError, shown
 __all__ = ["Arrays", "Examples", "converted", "native", "one_hot_remedy"]
 
 
-LEAST_LARGEST = 1e-12
-"""The least that the largest weight may be, and the inverse of the most: the loss of float32 holds both."""
+LEAST_LARGEST = 1e-20
+"""The least that the largest weight may be, and the inverse of the most: single precision holds both."""
 
 
 class Examples:
@@ -92,9 +92,12 @@ class Examples:
     def masked(self, mask: np.ndarray) -> Examples:
         """Return the examples with a further mask, or further weights, in the shape of the scored outputs."""
         other = copy.copy(self)
-        other.weighted = self.weighted or mask.dtype != bool
-        mask = mask.astype(int) if mask.dtype == bool else mask
-        other.mask = mask if self.mask is None else self.mask * mask
+        weighted = mask.dtype != bool
+        other.weighted = self.weighted or weighted
+        if self.mask is not None:
+            other.mask = self.mask * mask
+        else:
+            other.mask = mask if weighted else mask.astype(int)
         return other
 
     def with_class_weights(self, weights: Any) -> Examples:

@@ -123,8 +123,8 @@ class DataChecks(Protocol):
 class Scoring(Protocol):
     """A model whose loss leaves out some targets, as the `ignore_index` of PyTorch does.
 
-    If an attribute `scores_all` is True, `scoring` changes nothing for any data: examples that are read by index
-    then need not be read to be counted.
+    If an attribute `scores_all` is True, `scoring` changes nothing for any data: examples that are read by
+    index then need not be read to be counted.
     """
 
     def scoring(self, data: Examples) -> Examples:
