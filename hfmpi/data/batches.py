@@ -110,7 +110,9 @@ def check_steps(inputs: tuple[int, ...], targets: tuple[int, ...], burn_in: int)
 class Cases(Protocol):
     """The data of a run: numbered examples, any of which can be taken together as a batch.
 
-    Reading the same examples twice must return the same values.
+    Reading the same examples twice must return the same values. Every rank calls `take` for the examples of
+    its shard, and `scored` for those of the global batch; with an attribute `unread` that is True, `scored`
+    too is called for the shard alone, and the ranks add up.
     """
 
     @property
