@@ -108,6 +108,22 @@ def test_few_examples_tell_the_identity_of_the_data(tmp_path):
         hfmpi.train(network(), hfmpi.Dataset(Long(X, (Y + 1) % 4)), **options)
 
 
+@pytest.mark.parametrize("third", [(), (np.arange(100) > 0,)])
+def test_a_resumed_run_may_read_the_same_data_otherwise(tmp_path, third):
+    x = RNG.integers(0, 4, (100, 5))
+    third = [np.broadcast_to(mask[:, None], x.shape) for mask in third]
+    data = Items(x, np.roll(x, 1, axis=1), *third)
+    whole, other = hfmpi.train(network(), data, **RUN), Items(x, (x + 1) % 4, *third)
+    for i, (first, second) in enumerate([(data, hfmpi.Dataset(data)), (hfmpi.Dataset(data), data)]):
+        options = RUN | {"out": tmp_path / f"run{i}", "max_steps": 1}
+        hfmpi.train(network(), first, valid=first, **options)
+        for wrong in {"train": other, "valid": data}, {"train": hfmpi.Dataset(other), "valid": data}:
+            with pytest.raises(UserError, match="is a run on other training cases"):
+                hfmpi.train(network(), **wrong, **options | {"max_steps": 3})
+        hfmpi.train(network(), second, valid=second, **options | {"max_steps": 2})
+        same([whole, hfmpi.train(network(), first, valid=second, **options | {"max_steps": 3})])
+
+
 def test_examples_that_were_read_lately_stay_in_memory():
     data = Items(X, Y)
     cases = hfmpi.Dataset(data, kept=3 * 10 * 8)

@@ -73,6 +73,10 @@ class Dataset:
         other.__dict__.update(changes, _checks=[*self._checks], _read=OrderedDict(), _bytes=0, _each=None)
         return other
 
+    def has(self, kind: type) -> bool:
+        """Return whether a batch is one of examples of this class, such as `Arrays`."""
+        return isinstance(self._make, type) and issubclass(self._make, kind)
+
     def add_check(self, check: Callable[[Examples], None], name: str) -> None:
         """Check all examples from now on when they are read; an error starts with the name."""
         self._checks.append((check, name))

@@ -14,7 +14,7 @@ import numpy as np
 from hfmpi.backends.base import Array
 from hfmpi.data.augmented import Augmented
 from hfmpi.data.batches import Cases, global_indices, spread
-from hfmpi.data.digest import digest_of
+from hfmpi.data.digest import digest_of, sample_digest_of
 from hfmpi.data.examples import Examples
 from hfmpi.data.user_data import as_cases
 from hfmpi.errors import UserError, shown
@@ -102,7 +102,9 @@ class ModelTask(Task):
             identity={
                 "model": _model_digest(model),
                 "cases": digest_of(train_set),
+                "cases_sample": sample_digest_of(train_set),
                 "valid_cases": "" if valid_set is None else digest_of(valid_set),
+                "valid_cases_sample": "" if valid_set is None else sample_digest_of(valid_set),
             },
             metric=measure,
             notes=tuple(notes),
@@ -168,9 +170,9 @@ class ModelTask(Task):
             ("cases", "on other training cases"),
             ("valid_cases", "with other validation cases"),
         ):
-            if resumes and checkpoint.meta.get(name) != self.identity[name]:
+            if resumes and not self._has_data(checkpoint.meta, name):
                 raise DifferentRun(f"is a run {words}")
-        same, known = checkpoint.meta.get("cases") == self.identity["cases"], checkpoint.meta.get("tried")
+        same, known = self._has_data(checkpoint.meta, "cases"), checkpoint.meta.get("tried")
         loss = self._loss(self.model.backend.to_device(checkpoint.theta))
         if (
             same
@@ -184,6 +186,19 @@ class ModelTask(Task):
         if not math.isfinite(loss):
             raise _explained(NotFinite(loss), self.train_set, np.arange(min(TRIED, self.train_set.count)))
         return "" if same else "was trained on other cases"
+
+    def continuing(self, checkpoint: Checkpoint) -> ModelTask:
+        """Return the task with the digests of the checkpoint: all checkpoints of a run have the same."""
+        stored = {name: value for name, value in checkpoint.meta.items() if name in self.identity}
+        return replace(self, identity={**self.identity, **stored})
+
+    def _has_data(self, meta: Mapping[str, Any], name: str) -> bool:
+        """Return whether the run of a checkpoint had the same data: all examples, or those that are known."""
+        mine, sample = self.identity, f"{name}_sample"
+        if meta.get(name) == mine[name]:
+            return True
+        sampled = mine[name] == mine[sample] or meta.get(name) == meta.get(sample)
+        return bool(sampled and meta.get(sample) == mine[sample])
 
     def _check_form(self, checkpoint: Checkpoint) -> None:
         if checkpoint.meta.get("model") != self.identity["model"]:

@@ -82,7 +82,7 @@ def open_run(
     except DifferentRun as error:
         raise UserError(f"{name} {error}; {remedy}") from None
     if resumes:
-        run = Run(folder, task, session, checkpoint)
+        run = Run(folder, task.continuing(checkpoint), session, checkpoint)
     else:
         run, reset = _begin(folder, task, session, checkpoint, resume, same_data=not difference)
         notes += [
