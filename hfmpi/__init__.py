@@ -13,6 +13,8 @@ from hfmpi.version import __version__ as __version__
 if TYPE_CHECKING:
     from hfmpi import jax as jax
     from hfmpi import torch as torch
+    from hfmpi.data.augmented import Augmented
+    from hfmpi.data.by_index import Dataset
     from hfmpi.data.examples import Arrays, Examples
     from hfmpi.errors import UserError
     from hfmpi.frameworks.jax import JaxModel
@@ -47,7 +49,9 @@ __all__ = [
     "Adam",
     "Architecture",
     "Arrays",
+    "Augmented",
     "DataParallel",
+    "Dataset",
     "Examples",
     "Gradient",
     "GradientDescent",
@@ -73,7 +77,9 @@ __all__ = [
 _PLACES = {
     "Architecture": "hfmpi.networks.architecture",
     "Arrays": "hfmpi.data.examples",
+    "Augmented": "hfmpi.data.augmented",
     "DataParallel": "hfmpi.objective.data_parallel",
+    "Dataset": "hfmpi.data.by_index",
     "Examples": "hfmpi.data.examples",
     "JaxModel": "hfmpi.frameworks.jax",
     "Network": "hfmpi.networks.network",

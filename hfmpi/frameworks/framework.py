@@ -350,7 +350,9 @@ class FrameworkModel(ABC):
         value, cache = self._value(passes.outputs, examples)
         targets, mask, rows = examples.targets, examples.mask, BLOCK_FACTOR * backend.block_rows
         directions = ALL_DIRECTIONS if self.on_gpu else directions_at_once(passes.nbytes)
-        return LossLinearisation(passes, loss, backend, cache, targets, mask, value, rows, directions)
+        return LossLinearisation(
+            passes, loss, backend, cache, targets, mask, value, rows, directions, examples.weights
+        )
 
     def replan(self, **changes: Any) -> None:
         """Change fields of the plan."""

@@ -17,6 +17,7 @@ from hfmpi.optim.layout import Along
 
 if TYPE_CHECKING:
     from hfmpi.frameworks.jax import JaxModel
+    from hfmpi.frameworks.jax_layers import Layers
 
 __all__ = ["JaxPasses", "nbytes"]
 
@@ -127,22 +128,49 @@ class JaxPasses:
         out += total
         squares += squared
 
-    def factors(self, u: np.ndarray, out: np.ndarray, sums: np.ndarray) -> None:
-        """Add J' u of u (N, O) to out (D,), and the sums of `hfmpi.models.factors` to sums."""
-        blocks, layers = self.model.blocks, self.model.layers(self.inputs, self.scored)
+    def factors(
+        self, u: np.ndarray, out: np.ndarray, sums: np.ndarray, weights: np.ndarray | None = None
+    ) -> None:
+        """Add J' u of u (N, O) to out (D,), and the sums of `hfmpi.models.factors`; see `Passes.factors`."""
+        blocks = self.model.blocks
+        if weights is None:
+            layers = self.model.layers(self.inputs, self.scored)
+        else:
+            layers = self.model.layers(tuple(x[:1] for x in self.inputs), self.scored.example)
         if layers is None:
             self.vjp(u, out)
             known = np.zeros(sums.size, u.dtype)
             unassigned: Container[int] = range(len(blocks))
         else:
             with self.model.memory_errors():
-                total, known = map(np.array, layers.sums(self.theta, self.inputs, u))
+                if weights is None:
+                    total, known = map(np.array, layers.sums(self.theta, self.inputs, u))
+                else:
+                    total, known = self._weighted_sums(layers, u, weights, sums.size)
             out += total
             unassigned = layers.unassigned
         if unassigned:
             for gradients in self._gradients(u):
                 add_examples(blocks, gradients, known, unassigned)
         sums += known
+
+    def _weighted_sums(
+        self, layers: Layers, u: np.ndarray, weights: np.ndarray, size: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return J' u and the sums for factors, where each example counts as often as its weight says.
+
+        The operands of layers do not say which example they belong to: each example is a batch.
+        """
+        u = u.reshape(self.examples, -1, u.shape[-1])
+        roots = np.sqrt(np.where(weights > 0, weights, 1)).astype(u.dtype)
+        total, sums = np.zeros(self.model.size, u.dtype), np.zeros(size, u.dtype)
+        for part in split_examples(self.examples, size + self.model.size, PASSING_NUMBERS):
+            inputs, root = tuple(x[part, None] for x in self.inputs), roots[part]
+            each = layers.sums_of_each(self.theta, inputs, u[part] / root[:, None, None])
+            gradients, of_factors = map(np.asarray, each)
+            total += root @ gradients
+            sums += weights[part] @ of_factors
+        return total, sums
 
     def rows(self, u: np.ndarray, out: np.ndarray) -> None:
         """Fill out (B, C, D) with J' u of each example, for each of C cotangents u (N * C, O)."""

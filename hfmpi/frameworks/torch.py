@@ -159,6 +159,11 @@ class TorchModel(FrameworkModel):
         self.aliases = check_memory(_trained(self.module), [])
         self.places = Substitution(self.module, self.aliases)
 
+    @property
+    def scores_all(self) -> bool:
+        """Whether `scoring` changes nothing for any data."""
+        return self.ignored is None
+
     def scoring(self, data: Examples) -> Examples:
         """Return examples whose mask leaves out the targets that the loss ignores."""
         if self.ignored is None or data.targets.dtype.kind not in "iu":

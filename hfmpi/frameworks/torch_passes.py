@@ -11,7 +11,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -200,18 +199,28 @@ class TorchPasses:
 
     def squares(self, u: np.ndarray, out: np.ndarray, squares: np.ndarray) -> None:
         """Add J' u of u (N, O) to out (D,), and its squares, summed over examples, to squares (D,)."""
-        self._add_over_examples(u, torch_gradients.squares, lambda g: g.square(), out, squares)
+        self._add_over_examples(
+            u, lambda gradients, _: torch_gradients.squares(gradients), lambda g: g.square(), out, squares
+        )
 
-    def factors(self, u: np.ndarray, out: np.ndarray, sums: np.ndarray) -> None:
-        """Add J' u of u (N, O) to out (D,), and the sums of `hfmpi.models.factors` to sums."""
+    def factors(
+        self, u: np.ndarray, out: np.ndarray, sums: np.ndarray, weights: np.ndarray | None = None
+    ) -> None:
+        """Add J' u of u (N, O) to out (D,), and the sums of `hfmpi.models.factors`; see `Passes.factors`."""
         blocks = self.model.blocks
+        of_examples = None if weights is None else self.model.tensor(weights)
 
         def of_gradient(g: Any) -> Any:
             sums = np.zeros(self.model.factor_sums.size, self.outputs.dtype)
             add_examples(blocks, to_array(g)[None], sums)
             return torch.from_numpy(sums).to(g)
 
-        self._add_over_examples(u, partial(torch_gradients.factors, blocks=blocks), of_gradient, out, sums)
+        def of_layers(gradients: Any, part: slice) -> tuple[Any, Any]:
+            return torch_gradients.factors(
+                gradients, blocks, None if of_examples is None else of_examples[part]
+            )
+
+        self._add_over_examples(u, of_layers, of_gradient, out, sums)
 
     def rows(self, u: np.ndarray, out: np.ndarray) -> None:
         """Fill out (B, C, D) with J' u of each example, for each of C cotangents u (N * C, O)."""
@@ -287,7 +296,7 @@ class TorchPasses:
             for part in split_examples(self.examples, self._know_examples(by_example)):
                 forward = self._forward(part)
                 with self._running(), _quiet():
-                    pairs.append(of_layers(forward.gradients(by_example[part])[0]))
+                    pairs.append(of_layers(forward.gradients(by_example[part])[0], part))
             return sum(total for total, _ in pairs), sum(more for _, more in pairs)
 
         def one_by_one() -> tuple[Any, Any]:

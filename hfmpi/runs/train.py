@@ -386,10 +386,11 @@ class Run:
         """
         cases = self.task.valid_set or self.task.train_set
         with self.timer.span(EVALUATE):
-            indices = np.arange(cases.count)[:count]
-            if not cases.scored(indices):  # the first ones may have no target
-                indices = np.arange(cases.count)
-            return self.risk.on(cases, indices, span=EVALUATE).loss(theta) * self.task.keys.per_nat
+            try:
+                risk = self.risk.on(cases, np.arange(cases.count)[:count], span=EVALUATE)
+            except Unscored:  # the first ones may have no target
+                risk = self.risk.on(cases, np.arange(cases.count), span=EVALUATE)
+            return risk.loss(theta) * self.task.keys.per_nat
 
     def save(self) -> bool:
         """Write the checkpoint if all ranks agree and theta is finite; return whether it could be written."""
