@@ -1,0 +1,141 @@
+"""How vectors pass between the optimizers and a framework: through the host, or on the GPU without a copy.
+
+The optimizers compute with arrays of the model's backend: NumPy arrays on the host, or CuPy arrays on the GPU
+of the user's function. A framework computes with tensors of its own. An exchange converts between both. On a
+GPU they share the memory by DLPack (https://dmlc.github.io/dlpack), so that theta, v, J'u and all other
+vectors stay on the device; only batches of data come from the host.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import numpy as np
+
+from hfmpi.backends import create
+from hfmpi.backends.base import Array
+from hfmpi.backends.numpy import NumpyBackend
+from hfmpi.errors import UserError
+from hfmpi.models.linearisation import Passes
+from hfmpi.optim.layout import Along
+
+__all__ = ["Exchange", "FrameworkPasses", "GuardedPasses", "gpu_backend"]
+
+
+class FrameworkPasses(Passes, Protocol):
+    """The passes of a function that a framework differentiates, with the outputs at theta."""
+
+    @property
+    def outputs(self) -> Array:
+        """(N, O)."""
+
+
+class Exchange(ABC):
+    """Conversion between arrays of a backend and tensors of a framework, on the device of the function.
+
+    Parameters
+    ----------
+    backend : NumpyBackend
+        Its arrays are the vectors of the optimizers.
+    """
+
+    def __init__(self, backend: NumpyBackend) -> None:
+        self.backend = backend
+
+    @abstractmethod
+    def tensor(self, array: Array) -> Any:
+        """Return an array of the backend as a tensor, which shares its memory where that is possible."""
+
+    @abstractmethod
+    def array(self, tensor: Any) -> Array:
+        """Return a tensor as a C-contiguous array of the backend; it shares the memory where possible."""
+
+    @abstractmethod
+    def moved(self, array: np.ndarray) -> Any:
+        """Return an array of the host, such as the inputs of a batch, as a tensor on the device."""
+
+    def working(self) -> AbstractContextManager[object]:
+        """Return the context in which all work of the framework on shared memory happens."""
+        return nullcontext()
+
+    def guarded(self, passes: FrameworkPasses) -> FrameworkPasses:
+        """Return passes each of which runs in the context `working`."""
+        return passes
+
+    def release(self) -> None:  # noqa: B027 (nothing to release by default)
+        """Release memory that the framework holds in reserve on the device."""
+
+
+class GuardedPasses:
+    """Passes that run in a context; satisfies `FrameworkPasses`.
+
+    Parameters
+    ----------
+    passes : FrameworkPasses
+    working : callable
+        Makes the context.
+    """
+
+    def __init__(
+        self, passes: FrameworkPasses, working: Callable[[], AbstractContextManager[object]]
+    ) -> None:
+        self.inner, self._working = passes, working
+        self.outputs, self.examples, self.by_step = passes.outputs, passes.examples, passes.by_step
+
+    @property
+    def nbytes(self) -> int:
+        """As of the passes."""
+        return self.inner.nbytes
+
+    def jvp(self, v: Array) -> Array:
+        """Return J v; see `Passes.jvp`."""
+        with self._working():
+            return self.inner.jvp(v)
+
+    def vjp(self, u: Array, out: Array) -> None:
+        """Add J' u to out; see `Passes.vjp`."""
+        with self._working():
+            self.inner.vjp(u, out)
+
+    def squares(self, u: Array, out: Array, squares: Array) -> None:
+        """Add J' u and its squares; see `Passes.squares`."""
+        with self._working():
+            self.inner.squares(u, out, squares)
+
+    def factors(self, u: Array, out: Array, sums: Array) -> None:
+        """Add J' u and the sums for factors; see `Passes.factors`."""
+        with self._working():
+            self.inner.factors(u, out, sums)
+
+    def rows(self, u: Array, out: Array) -> None:
+        """Fill out with J' u of every example; see `Passes.rows`."""
+        with self._working():
+            self.inner.rows(u, out)
+
+    def rows_along(self, u: Array, several: int, along: Along) -> Array:
+        """Return V S' of the rows S; see `Passes.rows_along`."""
+        with self._working():
+            return self.inner.rows_along(u, several, along)
+
+
+def gpu_backend(dtype: str, index: int) -> NumpyBackend | None:
+    """Return the backend of a GPU; without CuPy log a note that says what to install, and return None.
+
+    Parameters
+    ----------
+    dtype : {'float32', 'float64'}
+    index : int
+        The number of the GPU among those that CUDA shows to this process.
+    """
+    try:
+        return create("cupy", dtype, index)
+    except UserError as error:
+        logging.getLogger(__name__).warning(
+            "Note: the model is on a GPU, and all vectors are copied through the host in every pass: %s.",
+            error,
+        )
+        return None
