@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hfmpi.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from hfmpi.backends.rank_device import device, local_rank
     from hfmpi.data.examples import Arrays, Examples
     from hfmpi.frameworks.jax import JaxModel
     from hfmpi.frameworks.torch import TorchModel
@@ -55,7 +56,9 @@ __all__ = [
     "TorchModel",
     "connect",
     "curvature",
+    "device",
     "guard",
+    "local_rank",
     "train",
 ]
 
@@ -69,7 +72,9 @@ _PLACES = {
     "TorchModel": "hfmpi.frameworks.torch",
     "connect": "hfmpi.parallel",
     "curvature": "hfmpi.runs.curvature",
+    "device": "hfmpi.backends.rank_device",
     "guard": "hfmpi.parallel",
+    "local_rank": "hfmpi.backends.rank_device",
     "train": "hfmpi.runs.call",
 }
 """Modules of the names that are not in `hfmpi.optim`."""

@@ -9,7 +9,6 @@ vectors stay on the device; only batches of data come from the host.
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -34,8 +33,10 @@ class FrameworkPasses(Passes, Protocol):
         """(N, O)."""
 
 
-class Exchange(ABC):
+class Exchange:
     """Conversion between arrays of a backend and tensors of a framework, on the device of the function.
+
+    Here the tensors are the arrays themselves; subclasses convert.
 
     Parameters
     ----------
@@ -46,17 +47,17 @@ class Exchange(ABC):
     def __init__(self, backend: NumpyBackend) -> None:
         self.backend = backend
 
-    @abstractmethod
     def tensor(self, array: Array) -> Any:
         """Return an array of the backend as a tensor, which shares its memory where that is possible."""
+        return array
 
-    @abstractmethod
     def array(self, tensor: Any) -> Array:
         """Return a tensor as a C-contiguous array of the backend; it shares the memory where possible."""
+        return tensor
 
-    @abstractmethod
     def moved(self, array: np.ndarray) -> Any:
         """Return an array of the host, such as the inputs of a batch, as a tensor on the device."""
+        return array
 
     def working(self) -> AbstractContextManager[object]:
         """Return the context in which all work of the framework on shared memory happens."""
@@ -66,7 +67,7 @@ class Exchange(ABC):
         """Return passes each of which runs in the context `working`."""
         return passes
 
-    def release(self) -> None:  # noqa: B027 (nothing to release by default)
+    def release(self) -> None:
         """Release memory that the framework holds in reserve on the device."""
 
 

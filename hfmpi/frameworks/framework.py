@@ -163,10 +163,10 @@ class FrameworkModel(ABC):
     start : (D,) float32 or float64
         The parameters of the user's model; their type is that of all vectors.
     loss : {'cross-entropy', 'squares', 'bernoulli'} or Loss
-    exchange : Exchange
-        Of vectors with the framework.
     stacked : mapping of str to int
         See `matrices`.
+    exchange : Exchange, optional
+        Of vectors with the framework. Default: the framework computes with NumPy arrays.
 
     Attributes
     ----------
@@ -199,11 +199,12 @@ class FrameworkModel(ABC):
         shapes: Sequence[tuple[str, tuple[int, ...]]],
         start: np.ndarray,
         loss: str | Loss,
-        exchange: Exchange,
         stacked: Mapping[str, int] = MappingProxyType({}),
+        exchange: Exchange | None = None,
     ) -> None:
         self.output_loss = choose(loss)
-        self.exchange, self.backend = exchange, exchange.backend
+        self.exchange = exchange or Exchange(NumpyBackend(start.dtype.name))
+        self.backend = self.exchange.backend
         self.layout = Layout(dict(shapes))
         self.blocks = matrices(self.layout, stacked)
         self.lock = threading.RLock()  # held while a batch is checked

@@ -90,7 +90,7 @@ class JaxModel(FrameworkModel):
         self.apply, self._params = apply, Params(params, trained)
         self._digests = dict[Any, bytes]()
         exchange = choose_exchange(params, self._params.start.dtype.name)
-        super().__init__(self._params.shapes, self._params.start, loss, exchange)
+        super().__init__(self._params.shapes, self._params.start, loss, exchange=exchange)
         self.on_gpu = jax.default_backend() != "cpu"
         self._compile()
 

@@ -65,10 +65,6 @@ class JaxExchange(Exchange):
 class ThroughHost(JaxExchange):
     """Vectors are NumPy arrays, which compiled functions of JAX accept as they are."""
 
-    def tensor(self, array: Array) -> Any:
-        """Return the array."""
-        return array
-
     def array(self, tensor: Any) -> Array:
         """Return an array of JAX as one of NumPy, which may be read-only."""
         return np.asarray(tensor)
@@ -76,10 +72,6 @@ class ThroughHost(JaxExchange):
     def copied(self, tensor: Any) -> Array:
         """Return a copy of an array of JAX as one of NumPy."""
         return np.array(tensor)
-
-    def moved(self, array: np.ndarray) -> Any:
-        """Return the array."""
-        return array
 
 
 class ThroughDevice(JaxExchange):

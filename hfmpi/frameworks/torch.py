@@ -145,7 +145,7 @@ class TorchModel(FrameworkModel):
         start = torch.cat([p.detach().reshape(-1) for p in trained.values()]).cpu().numpy()
         shapes = [(name, tuple(p.shape)) for name, p in trained.items()]
         exchange = choose_exchange(self.device, start.dtype.name)
-        super().__init__(shapes, start, loss, exchange, _stacked(module, trained))
+        super().__init__(shapes, start, loss, _stacked(module, trained), exchange)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle of the model has: the module with it."""
