@@ -617,7 +617,7 @@ def test_two_ranks_on_devices_compute_what_one_computes(mpi_ranks, comm, wanted,
         pytest.skip("needs a CUDA-aware MPI, or NCCL and two GPUs")
     monkeypatch.setenv("HFMPI_STANDIN_GPUS", "2")
     monkeypatch.setattr(transport, "cuda_aware", lambda: True)  # the stand-in's is the host's
-    torch, found = Torch(monkeypatch), []
+    torch, found, steps = Torch(monkeypatch), [], []
     local = comm.rank % 2
     if not REAL_GPU:
         make = torch.exchange.ThroughDevice
@@ -629,11 +629,12 @@ def test_two_ranks_on_devices_compute_what_one_computes(mpi_ranks, comm, wanted,
         backend = model.backend
         chosen = transport.choose(wanted if communicator.size > 1 else "host", communicator, backend)
         risk = hfmpi.DataParallel(model, communicator, transport=chosen).on(cases, np.arange(cases.count - 1))
-        assert (communicator.size == 1) or risk.transport.name == wanted
+        assert chosen.name == (wanted if communicator.size > 1 else "host")
         theta, v = backend.to_device(model.initial(0)), backend.to_device(numbers(3, model.size))
         squared, (gradient, factors) = risk.squared_gradients(theta), risk.factored_gradient(theta)
         vectors = [squared.vector, squared.squares, gradient.vector, factors, risk.gauss_newton(theta)(v[0])]
         found.append([risk.loss(theta), risk.project(theta)(v), *map(backend.to_host, vectors)])
+        steps.append([])
         for name in ("bhf-short", "subspace", "adam"):
             optimizer = hfmpi.optim.presets.preset(name).optimizer
             at, state = theta, optimizer.init(theta, risk.blocks)
@@ -641,10 +642,12 @@ def test_two_ranks_on_devices_compute_what_one_computes(mpi_ranks, comm, wanted,
                 at, state, _ = optimizer.step(at, state, Objectives(risk, risk))
             host = backend.to_host(at)
             assert communicator.same(digest(host)) == []
-            found[-1].append(host)
+            steps[-1].append(host)
     assert mpi_ranks == comm.size == 2
     for ours, alone in zip(*found, strict=True):
-        np.testing.assert_allclose(ours, alone, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(ours, alone, **CLOSE)
+    for ours, alone in zip(*steps, strict=True):  # rounding grows in a step
+        np.testing.assert_allclose(ours, alone, rtol=1e-4, atol=1e-5)
 
 
 RANKS = """
