@@ -148,6 +148,11 @@ def framework(request, monkeypatch):
     made.jax.config.update("jax_enable_x64", before)
 
 
+def scaled(params, x):
+    """Give what JAX and pickle take."""
+    return params * x
+
+
 def cases_for(sizes, count=8):
     return hfmpi.Examples(numbers(count, sizes[0]), numbers(count, sizes[-1], seed=5))
 
@@ -221,9 +226,14 @@ def everything(model, cases, micro_batch=CASES):
     return found
 
 
+JAX_CASES = (False, 0), (False, 1), (False, 3), (True, 0)
+
+
 @pytest.mark.parametrize("sequential", [False, True], ids=["at once", "one by one"])
 @pytest.mark.parametrize("number", range(5))
 def test_all_passes_compute_the_same_on_the_device(framework, number, sequential):
+    if isinstance(framework, Jax) and (sequential, number) not in JAX_CASES:
+        pytest.skip("compiles for long, and adds no way to exchange arrays")
     found = []
     for shared in (False, True):
         model, cases = framework.setting(framework.names[number], shared)
@@ -236,10 +246,10 @@ def test_all_passes_compute_the_same_on_the_device(framework, number, sequential
         np.testing.assert_allclose(found[1][name], expected, **CLOSE, err_msg=name)
 
 
-def test_masks_and_burn_in_are_on_the_device(framework):
-    name, mask = ("lstm", "scan")[isinstance(framework, Jax)], np.array([[1, 0], [1, 1], [0, 0], [0, 1]])
+def test_masks_and_burn_in_are_on_the_device(monkeypatch):
+    torch, mask = Torch(monkeypatch), np.array([[1, 0], [1, 1], [0, 0], [0, 1]])
     cases = hfmpi.Arrays(numbers(CASES, STEPS, INPUTS), symbols(CASES, STEPS - 1), mask, burn_in=1)
-    ours, expected = (everything(framework.setting(name, shared)[0], cases, 2) for shared in (True, False))
+    ours, expected = (everything(torch.setting("lstm", shared)[0], cases, 2) for shared in (True, False))
     for key, value in expected.items():
         np.testing.assert_allclose(ours[key], value, **CLOSE, err_msg=key)
 
@@ -262,7 +272,7 @@ SIZES = 6, 10, 10, 3
 
 @pytest.mark.parametrize("optimizer", PRESETS)
 def test_every_preset_takes_the_same_steps_on_the_device(framework, optimizer, tmp_path):
-    if isinstance(framework, Jax) and optimizer not in ("adam", "bhf-short", "subspace", "soap", "lm"):
+    if isinstance(framework, Jax) and optimizer not in ("adam", "bhf-short", "subspace"):
         pytest.skip("compiles for long, and PyTorch shows it")
     options = {"optimizer": optimizer, "quiet": True, "valid": (numbers(6, 6), numbers(6, 3, seed=2))}
     options["metric"] = lambda outputs, targets: np.abs(outputs - targets).sum(axis=1)
@@ -277,6 +287,8 @@ def test_every_preset_takes_the_same_steps_on_the_device(framework, optimizer, t
     np.testing.assert_allclose(ours, theirs, rtol=1e-7)
     np.testing.assert_allclose(results[1].theta, results[0].theta, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(results[1].valid_metric, results[0].valid_metric, rtol=1e-6)
+    if isinstance(framework, Jax):  # each model compiles again
+        return
     # A run that is resumed is the same bit for bit.
     out = tmp_path / "run"
     for steps in (2, 4):
@@ -337,7 +349,7 @@ STEPPED = "sgd", "adam", "shf", "bhf-short", "soap", "muon", "subspace", "subspa
 @pytest.mark.parametrize("name", STEPPED)
 def test_no_vector_passes_through_the_host_in_a_step(framework, name, monkeypatch):
     """Only scalars, small matrices and the examples of the batch do."""
-    if isinstance(framework, Jax) and name not in ("adam", "bhf-short", "subspace", "subspace-rows", "lm"):
+    if isinstance(framework, Jax) and name not in ("bhf-short", "subspace-rows"):
         pytest.skip("compiles for long, and PyTorch shows it")
     sizes = 6, 60, 60, 3
     model, cases = framework.network(sizes, True), cases_for(sizes)
@@ -449,7 +461,7 @@ def test_theta_may_be_on_the_host_or_on_the_device(framework):
 
 def test_models_on_the_device_can_be_copied(framework):
     if isinstance(framework, Jax):
-        model, cases = framework.model(np.multiply, numbers(OUTPUTS), "squares", True), None
+        model = framework.model(scaled, numbers(OUTPUTS), "squares", True)
         cases = hfmpi.Examples(numbers(CASES, OUTPUTS), numbers(CASES, OUTPUTS))
     else:
         model, cases = framework.network((INPUTS, OUTPUTS), True), cases_for((INPUTS, OUTPUTS), CASES)
