@@ -139,10 +139,10 @@ class ndarray:
         forbid_capture("a copy to the host")
         return bool(self._a)
 
-    def __dlpack__(self, stream=None, **_):
-        """Share the memory with a framework that computes on the host."""
+    def __dlpack__(self, *, stream=None, max_version=None, dl_device=None, copy=None):
+        """Share the memory with a framework that computes on the host, or with MPI."""
         forbid_capture("an exchange")
-        return self._a.__dlpack__()
+        return self._a.__dlpack__(max_version=max_version)
 
     def __dlpack_device__(self):
         return self._a.__dlpack_device__()
