@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -20,7 +20,6 @@ from hfmpi.backends.base import Array
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.errors import UserError
 from hfmpi.models.linearisation import Passes
-from hfmpi.optim.layout import Along
 
 __all__ = ["Exchange", "FrameworkPasses", "GuardedPasses", "gpu_backend"]
 
@@ -65,14 +64,16 @@ class Exchange:
 
     def guarded(self, passes: FrameworkPasses) -> FrameworkPasses:
         """Return passes each of which runs in the context `working`."""
-        return passes
+        if type(self).working is Exchange.working:
+            return passes
+        return cast(FrameworkPasses, GuardedPasses(passes, self.working))
 
     def release(self) -> None:
         """Release memory that the framework holds in reserve on the device."""
 
 
 class GuardedPasses:
-    """Passes that run in a context; satisfies `FrameworkPasses`.
+    """Passes whose methods run in a context; all else is that of the passes.
 
     Parameters
     ----------
@@ -85,42 +86,17 @@ class GuardedPasses:
         self, passes: FrameworkPasses, working: Callable[[], AbstractContextManager[object]]
     ) -> None:
         self.inner, self._working = passes, working
-        self.outputs, self.examples, self.by_step = passes.outputs, passes.examples, passes.by_step
 
-    @property
-    def nbytes(self) -> int:
-        """As of the passes."""
-        return self.inner.nbytes
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self.inner, name)
+        if not callable(attribute):
+            return attribute
 
-    def jvp(self, v: Array) -> Array:
-        """Return J v; see `Passes.jvp`."""
-        with self._working():
-            return self.inner.jvp(v)
+        def guarded(*args: Any, **options: Any) -> Any:
+            with self._working():
+                return attribute(*args, **options)
 
-    def vjp(self, u: Array, out: Array) -> None:
-        """Add J' u to out; see `Passes.vjp`."""
-        with self._working():
-            self.inner.vjp(u, out)
-
-    def squares(self, u: Array, out: Array, squares: Array) -> None:
-        """Add J' u and its squares; see `Passes.squares`."""
-        with self._working():
-            self.inner.squares(u, out, squares)
-
-    def factors(self, u: Array, out: Array, sums: Array) -> None:
-        """Add J' u and the sums for factors; see `Passes.factors`."""
-        with self._working():
-            self.inner.factors(u, out, sums)
-
-    def rows(self, u: Array, out: Array) -> None:
-        """Fill out with J' u of every example; see `Passes.rows`."""
-        with self._working():
-            self.inner.rows(u, out)
-
-    def rows_along(self, u: Array, several: int, along: Along) -> Array:
-        """Return V S' of the rows S; see `Passes.rows_along`."""
-        with self._working():
-            return self.inner.rows_along(u, several, along)
+        return guarded
 
 
 def gpu_backend(dtype: str, index: int) -> NumpyBackend | None:

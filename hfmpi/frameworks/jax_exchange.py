@@ -19,7 +19,7 @@ import numpy as np
 
 from hfmpi.backends.base import Array
 from hfmpi.backends.numpy import NumpyBackend
-from hfmpi.frameworks.exchange import Exchange, FrameworkPasses, GuardedPasses, gpu_backend
+from hfmpi.frameworks.exchange import Exchange, gpu_backend
 
 __all__ = ["JaxExchange", "ThroughDevice", "ThroughHost", "choose_exchange"]
 
@@ -121,10 +121,6 @@ class ThroughDevice(JaxExchange):
         self._settle()
         with jax.default_device(self.device):
             yield
-
-    def guarded(self, passes: FrameworkPasses) -> FrameworkPasses:
-        """Return passes each of which runs in the context `working`."""
-        return GuardedPasses(passes, self.working)
 
     def release(self) -> None:
         """Free the arrays that are held."""

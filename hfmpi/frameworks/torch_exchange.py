@@ -19,7 +19,7 @@ import torch
 
 from hfmpi.backends.base import Array
 from hfmpi.backends.numpy import NumpyBackend
-from hfmpi.frameworks.exchange import Exchange, FrameworkPasses, GuardedPasses, gpu_backend
+from hfmpi.frameworks.exchange import Exchange, gpu_backend
 
 __all__ = ["ThroughDevice", "ThroughHost", "choose_exchange", "to_array"]
 
@@ -83,10 +83,6 @@ class ThroughDevice(ThroughHost):
     def working(self) -> AbstractContextManager[object]:
         """Return the context in which PyTorch works on the stream of the backend."""
         return on_stream(self.backend, self.device)
-
-    def guarded(self, passes: FrameworkPasses) -> FrameworkPasses:
-        """Return passes each of which runs in the context `working`."""
-        return GuardedPasses(passes, self.working)
 
     def release(self) -> None:
         """Release the memory that PyTorch holds in reserve on all GPUs."""
