@@ -13,6 +13,7 @@ from hfmpi.version import __version__ as __version__
 if TYPE_CHECKING:
     from hfmpi import jax as jax
     from hfmpi import torch as torch
+    from hfmpi.backends.rank_device import device, local_rank
     from hfmpi.data.augmented import Augmented
     from hfmpi.data.by_index import Dataset
     from hfmpi.data.examples import Arrays, Examples
@@ -68,8 +69,10 @@ __all__ = [
     "UserError",
     "connect",
     "curvature",
+    "device",
     "evaluate",
     "guard",
+    "local_rank",
     "preset",
     "train",
 ]
@@ -88,8 +91,10 @@ _PLACES = {
     "UserError": "hfmpi.errors",
     "connect": "hfmpi.parallel",
     "curvature": "hfmpi.runs.curvature",
+    "device": "hfmpi.backends.rank_device",
     "evaluate": "hfmpi.runs.evaluate",
     "guard": "hfmpi.parallel",
+    "local_rank": "hfmpi.backends.rank_device",
     "preset": "hfmpi.optim.presets",
     "train": "hfmpi.runs.call",
 }

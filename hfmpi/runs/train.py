@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hfmpi.backends import gpus
 from hfmpi.backends.base import Array
 from hfmpi.errors import UserError
 from hfmpi.files.checkpoint import Checkpoint
@@ -193,7 +194,8 @@ class Run:
             with contextlib.suppress(Unscored):  # a batch that is skipped
                 task.try_out(self.risk, self.theta)
         host, local_rank = self.placement.host, self.placement.local_rank
-        place = Place(host, local_rank, backend.device, backend.device_id, self.risk.transport.name)
+        transport, visible = self.risk.transport.name, len(gpus()) if backend.device_id else 0
+        place = Place(host, local_rank, backend.device, backend.device_id, transport, visible)
         places = comm.gather(place) or ()
         self.output.open(self.folder, to_toml(task.options), self.facts(places), task.notes)
         if self.folder is not None:
