@@ -13,6 +13,9 @@ from hfmpi.version import __version__ as __version__
 if TYPE_CHECKING:
     from hfmpi import jax as jax
     from hfmpi import torch as torch
+    from hfmpi.backends.rank_device import device, local_rank
+    from hfmpi.data.augmented import Augmented
+    from hfmpi.data.by_index import Dataset
     from hfmpi.data.examples import Arrays, Examples
     from hfmpi.errors import UserError
     from hfmpi.frameworks.jax import JaxModel
@@ -47,7 +50,9 @@ __all__ = [
     "Adam",
     "Architecture",
     "Arrays",
+    "Augmented",
     "DataParallel",
+    "Dataset",
     "Examples",
     "Gradient",
     "GradientDescent",
@@ -64,8 +69,10 @@ __all__ = [
     "UserError",
     "connect",
     "curvature",
+    "device",
     "evaluate",
     "guard",
+    "local_rank",
     "preset",
     "train",
 ]
@@ -73,7 +80,9 @@ __all__ = [
 _PLACES = {
     "Architecture": "hfmpi.networks.architecture",
     "Arrays": "hfmpi.data.examples",
+    "Augmented": "hfmpi.data.augmented",
     "DataParallel": "hfmpi.objective.data_parallel",
+    "Dataset": "hfmpi.data.by_index",
     "Examples": "hfmpi.data.examples",
     "JaxModel": "hfmpi.frameworks.jax",
     "Network": "hfmpi.networks.network",
@@ -82,8 +91,10 @@ _PLACES = {
     "UserError": "hfmpi.errors",
     "connect": "hfmpi.parallel",
     "curvature": "hfmpi.runs.curvature",
+    "device": "hfmpi.backends.rank_device",
     "evaluate": "hfmpi.runs.evaluate",
     "guard": "hfmpi.parallel",
+    "local_rank": "hfmpi.backends.rank_device",
     "preset": "hfmpi.optim.presets",
     "train": "hfmpi.runs.call",
 }

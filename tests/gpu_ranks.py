@@ -1,6 +1,7 @@
 """Two ranks that share a GPU train as one does: `python tests/gpu_ranks.py`, run by bin/test-gpu.
 
-Skipped with a sentence where there is no MPI, or no mpirun of it.
+A built-in network, and a module of PyTorch where its CUDA build is installed. Skipped with a sentence where
+there is no MPI, or no mpirun of it.
 """
 
 import json
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +21,33 @@ TINY = "--optimizer shf --hidden 9 --sequence-length 20 --gradient-batch 10 --cu
 TINY += " --max-steps 4 --check-every 1"
 
 
+MODULE = """
+import sys
+import torch
+import hfmpi
+from hfmpi.frameworks.torch_exchange import ThroughDevice
+
+torch.manual_seed(0)
+torch.set_default_dtype(torch.float64)
+x = torch.randn(40, 3)
+module = torch.nn.Sequential(torch.nn.Linear(3, 9), torch.nn.Tanh(), torch.nn.Linear(9, 2))
+with hfmpi.guard():
+    model = hfmpi.TorchModel(module.to(hfmpi.device()), "squares")
+    assert isinstance(model.exchange, ThroughDevice), model.exchange
+    options = {"gradient_batch": 40, "curvature_batch": 40, "max_steps": 4, "check_every": 1, "quiet": True}
+    folder, transport = sys.argv[1:]
+    options |= {"optimizer": "bhf-short", "out": folder, "transport": transport}
+    hfmpi.train(model, (x, x[:, :2] * x[:, 1:]), **options)
+"""
+
+
+def module(out, transport, ranks):
+    """Train a module of PyTorch with so many ranks; give the losses, or what was said instead."""
+    return started([sys.executable, "-c", MODULE, str(out), transport], out, ranks, "loss")
+
+
 def run(data, out, transport, ranks):
-    """Train with so many ranks; give the losses, or what was said instead."""
-    start = ["mpirun", "-n", str(ranks)] if ranks > 1 else []
+    """Train a network with so many ranks; give the losses, or what was said instead."""
     words = [
         str(data),
         "--out",
@@ -33,10 +59,16 @@ def run(data, out, transport, ranks):
         "--transport",
         transport,
     ]
+    return started([*TRAIN, *words, *TINY.split()], out, ranks, "train_bpc")
+
+
+def started(command, out, ranks, key):
+    """Start a command with so many ranks; give the losses that it writes, or what was said instead."""
+    start = ["mpirun", "-n", str(ranks)] if ranks > 1 else []
     # Open MPI refuses root, as whom a container runs, and more ranks than cores, unless told otherwise.
     more = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "OMPI_MCA_rmaps_base_oversubscribe")
     done = subprocess.run(
-        [*start, *TRAIN, *words, *TINY.split()],
+        [*start, *command],
         capture_output=True,
         text=True,
         timeout=300,
@@ -46,7 +78,7 @@ def run(data, out, transport, ranks):
         said = done.stderr.strip().splitlines()
         return next((line for line in said if line.startswith("Error:")), said[-1])
     history = (out / "history.jsonl").read_text().splitlines()
-    return np.array([json.loads(line)["train_bpc"] for line in history])
+    return np.array([json.loads(line)[key] for line in history])
 
 
 def main():
@@ -61,19 +93,38 @@ def main():
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         data = write_corpus(Path(folder) / "d.h5")
-        alone = run(data, Path(folder) / "alone", "host", 1)
-        assert not isinstance(alone, str), alone
-        for transport in os.environ.get("HFMPI_TRANSPORTS", "host cuda").split():
-            found = run(data, Path(folder) / transport, transport, 2)
-            if isinstance(found, str):
-                refused = "does not take GPU memory" in found
-                failed += not refused
-                print(f"ranks: transport {transport}: {'skipped' if refused else 'FAILED'}, {found}")
-                continue
-            error = np.abs(found / alone - 1).max()
-            failed += not error < 1e-10
-            print(f"ranks: transport {transport}: largest relative difference to one rank {error:.1e}")
+        failed += compared("network", Path(folder), partial(run, data))
+        if has_torch():
+            failed += compared("module", Path(folder), module)
+        else:
+            print("ranks: module: skipped, there is no PyTorch that finds a GPU")
     return int(failed > 0)
+
+
+def has_torch():
+    """Return whether PyTorch computes on a GPU."""
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.cuda.is_available()
+
+
+def compared(name, folder, train):
+    """Compare two ranks with one for every transport; give the number of failures."""
+    failed, alone = 0, train(folder / f"{name} alone", "host", 1)
+    assert not isinstance(alone, str), alone
+    for transport in os.environ.get("HFMPI_TRANSPORTS", "host cuda").split():
+        found = train(folder / f"{name} {transport}", transport, 2)
+        if isinstance(found, str):
+            refused = "does not take GPU memory" in found
+            failed += not refused
+            print(f"ranks: {name}, transport {transport}: {'skipped' if refused else 'FAILED'}, {found}")
+            continue
+        error = np.abs(found / alone - 1).max()
+        failed += not error < 1e-10
+        print(f"ranks: {name}, transport {transport}: largest relative difference to one rank {error:.1e}")
+    return failed
 
 
 if __name__ == "__main__":

@@ -475,8 +475,12 @@ def test_one_gpu_of_a_node_for_two_ranks_is_a_warning(tmp_path, capsys):
     Log().start(replace(told, task=replace(told.task, config=config)))
     said = capsys.readouterr().out
     assert "rank 1: node1, local rank 0, A card (GPU 0), transport host" in said
-    assert "Warning: ranks 0, 1 share one GPU of node1" in said
+    assert "Warning: ranks 0, 1 share one GPU of node1 and slow each other down." in said
     assert "matrix products in tf32" in said
+    other = place._replace(host="node2", gpus=2, device_id="0000:02")
+    Log().start(run.facts([place._replace(gpus=4), place, place._replace(device_id="0000:03"), other]))
+    said = capsys.readouterr().out
+    assert "each other down; 2 of its GPUs are free: move the model to hfmpi.device()." in said
 
 
 # Whole runs ------------------------------------------------------------------------------------
@@ -674,6 +678,8 @@ matmul maximum tanh exp log1p arange ndarray.astype ndarray.__abs__ ndarray.tran
 RawModule ndarray.data ndarray.get ndarray.set ndarray.strides ndarray.itemsize ndarray.__array_ufunc__
 ndarray.any ndarray.__array_function__ array_equal asarray
 asnumpy ascontiguousarray empty empty_like zeros sum einsum
+from_dlpack ndarray.__dlpack__ ndarray.__dlpack_device__ ndarray.__matmul__ may_share_memory
+stack moveaxis vdot shape
 multiply subtract get_default_memory_pool cuda.runtime.CUDARuntimeError cuda.runtime.getDeviceCount
 cuda.runtime.getDeviceProperties cuda.Device.use cuda.Device.mem_info cuda.Device.pci_bus_id
 cuda.Device.cublas_handle cuda.Stream.use cuda.Stream.synchronize cuda.Stream.begin_capture

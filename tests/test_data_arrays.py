@@ -38,7 +38,7 @@ def test_a_batch_is_examples_first(cases, steps, data, real_inputs, real_targets
     indices = np.array(data.draw(st.lists(st.integers(0, cases - 1), max_size=7)), np.int64)
     batch = arrays.take(indices)
     assert isinstance(batch, Batch)
-    for found, given_ in zip(batch, (inputs, targets, mask, steps - scored), strict=True):
+    for found, given_ in zip(batch, (inputs, targets, mask, steps - scored, False), strict=True):
         if given_ is None or isinstance(given_, int):
             assert found == given_
             continue
@@ -80,7 +80,10 @@ def test_a_case_that_is_not_there_is_an_error(index):
         ),
         ((symbols(5, 3), symbols(5, 2), np.ones((5, 3))), r"the mask has shape \(5, 3\), not \(5, 2\)"),
         ((symbols(5, 3), vectors(5, 2, 4), np.ones((5, 2, 4))), "the mask has shape"),
-        ((symbols(5, 3), symbols(5, 3), np.full((5, 3), 0.5)), "the mask must be 0 or 1 everywhere"),
+        (
+            (symbols(5, 3), symbols(5, 3), np.full((5, 3), -0.5)),
+            "the mask must be finite numbers, 0 or more, not -0.5",
+        ),
         ((symbols(5, 3), symbols(5, 2)), r"have shape \(5, 2\); burn_in=1 names the first 1 steps"),
     ],
 )

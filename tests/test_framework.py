@@ -182,7 +182,7 @@ def test_a_batch_that_does_not_fit_is_refused(loss, cases, words):
     ((ROWS[:0], symbols(0)), r"inputs must be whole or real numbers, one row or more, not float64 of shape"),
     ((ROWS.astype(str), symbols(CASES)), "inputs must be whole or real numbers"),
     ((ROWS, symbols(CASES), np.ones(3)), r"the mask has shape \(3,\), not \(4,\)"),
-    ((ROWS, symbols(CASES), np.full(4, 2)), "the mask must be 0 or 1 everywhere"),
+    ((ROWS, symbols(CASES), np.full(4, np.nan)), "the mask must be finite numbers, 0 or more, not nan"),
 ])  # fmt: skip
 def test_examples_that_do_not_fit_one_another_are_refused(given, words):
     with pytest.raises(UserError, match=words):

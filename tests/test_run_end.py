@@ -332,7 +332,10 @@ def test_a_batch_without_a_scored_output_makes_an_empty_step(optimizer, tmp_path
     assert 1 <= len(empty) < 60
     assert result.step == 90
     for record in empty:
-        assert record["message"] == "a batch has no output that is scored: check the mask; its step is empty"
+        assert (
+            record["message"]
+            == "a batch has no output that is scored: check mask and weights; its step is empty"
+        )
         assert (record["accepted"], record["gradients"]) == (True, 0)
     for stop in range(15, 91, 15):
         part = hfmpi.train(

@@ -141,6 +141,9 @@ class Backend:
         """The address of the CUDA stream on which the backend works; 0 on a CPU."""
         return 0
 
+    def use(self) -> None:
+        """Make the device and its stream current in this thread: other libraries change them."""
+
     def synchronize(self) -> None:
         """Wait until the device has finished all its work."""
 

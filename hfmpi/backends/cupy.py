@@ -116,9 +116,8 @@ class CupyBackend(NumpyBackend):
         if count == 0:
             raise UserError("the cupy backend needs an NVIDIA GPU, and CUDA shows none to this process")
         self._device = cupy.cuda.Device(local_rank % count)
-        self._device.use()
         self._stream = _stream(self._device.id)
-        self._stream.use()
+        self.use()
         super().__init__(dtype)
         self._device.cublas_handle  # noqa: B018 (makes CuPy load cuBLAS)
         workspace = cupy.empty(WORKSPACE_BYTES, np.uint8)
@@ -134,7 +133,8 @@ class CupyBackend(NumpyBackend):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return what a copy or a pickle of the backend is made of, on the same device."""
-        return type(self), (self.dtype.name, self._device.id, self._precision)
+        state = {"micro_batch": self.micro_batch}
+        return type(self), (self.dtype.name, self._device.id, self._precision), state
 
     # Arrays ------------------------------------------------------------------------------------
 
@@ -171,6 +171,10 @@ class CupyBackend(NumpyBackend):
     @property
     def stream(self) -> int:
         return int(self._stream.ptr)
+
+    def use(self) -> None:
+        self._device.use()
+        self._stream.use()
 
     def synchronize(self) -> None:
         self._stream.synchronize()

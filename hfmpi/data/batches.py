@@ -15,6 +15,7 @@ from hfmpi.errors import UserError
 
 __all__ = [
     "SPLITS",
+    "BadExample",
     "Batch",
     "Cases",
     "Sequences",
@@ -26,10 +27,32 @@ __all__ = [
     "scored_targets",
     "shard",
     "spread",
+    "unread",
+    "weight_of",
 ]
 
 SPLITS = {"train": "training", "valid": "validation", "test": "test"}
 """The splits of a text, and their adjectives in messages."""
+
+
+class BadExample(UserError):
+    """An example that a model cannot be trained on.
+
+    Parameters
+    ----------
+    before, after : str
+        The sentence around "example 3".
+    example : int
+        Its index among the examples that were checked.
+    """
+
+    def __init__(self, before: str, example: int, after: str) -> None:
+        super().__init__(f"{before} example {example:,}{after}")
+        self.before, self.example, self.after = before, example, after
+
+    def renamed(self, example: int, name: str) -> BadExample:
+        """Return the error with the index in a larger data set, called `name`."""
+        return BadExample(f"{name}: {self.before}" if name else self.before, example, self.after)
 
 
 class Batch(NamedTuple):
@@ -42,15 +65,19 @@ class Batch(NamedTuple):
     targets : ndarray (B, ...) of integers, or (B, ..., O) of real numbers
         Of sequences: (B, T) int32, or (B, T, O), the targets of the last T inputs.
     mask : ndarray (B, ...) or None
-        1 where a target is scored, 0 where it is not; None: all targets are scored.
+        The weight of every target, 0 where it is not scored; None: all are 1.
     burn_in : int
         The number of first outputs (axis 1) of every example that have no target.
+    weighted : bool
+        Whether the mask has weights. Sums that are not linear in the loss of an example, such as squared
+        gradients, then count it by its weight; otherwise every example counts once.
     """
 
     inputs: Any
     targets: np.ndarray
     mask: np.ndarray | None = None
     burn_in: int = 0
+    weighted: bool = False
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -83,7 +110,9 @@ def check_steps(inputs: tuple[int, ...], targets: tuple[int, ...], burn_in: int)
 class Cases(Protocol):
     """The data of a run: numbered examples, any of which can be taken together as a batch.
 
-    Reading the same examples twice must return the same values.
+    Reading the same examples twice must return the same values. Every rank calls `take` for the examples of
+    its shard, and `scored` for those of the global batch; with an attribute `unread` that is True, `scored`
+    too is called for the shard alone, and the ranks add up.
     """
 
     @property
@@ -93,8 +122,32 @@ class Cases(Protocol):
     def take(self, indices: np.ndarray) -> Any:
         """Return the examples `indices` (B,), B >= 1, as a batch that the model accepts."""
 
-    def scored(self, indices: np.ndarray) -> int:
-        """Return the number of scored outputs of the examples `indices` (B,): the divisor of their mean."""
+    def scored(self, indices: np.ndarray) -> float:
+        """Return the divisor of the mean of the examples `indices` (B,).
+
+        That is the number of their scored outputs, or the sum of the weights of these outputs.
+        """
+
+
+def unread(cases: Cases) -> bool:
+    """Return whether `scored` has to read the examples; each rank then counts those of its shard."""
+    return bool(getattr(cases, "unread", False))
+
+
+@runtime_checkable
+class Weighted(Protocol):
+    """Cases whose examples may have weights."""
+
+    def weight(self, indices: np.ndarray) -> float:
+        """Return the sum of the weights of the examples `indices` (B,).
+
+        The weight of an example is the mean of those of its scored targets.
+        """
+
+
+def weight_of(cases: Cases, indices: np.ndarray) -> float:
+    """Return the sum of the weights of some examples, without weights their number."""
+    return cases.weight(indices) if isinstance(cases, Weighted) else len(indices)
 
 
 class Sequences:

@@ -8,14 +8,19 @@ from typing import Any
 
 import numpy as np
 
+from hfmpi.data.augmented import Augmented
 from hfmpi.data.batches import Batch, Cases, Sequences
+from hfmpi.data.by_index import Dataset
 from hfmpi.data.examples import Arrays, Examples
 from hfmpi.errors import UserError
 
-__all__ = ["digest_of"]
+__all__ = ["digest_of", "sample_digest_of"]
 
 SAMPLED = 64
 """The number of examples, evenly spread, that represent data which are not in memory."""
+
+AUGMENTED = " augmented"
+"""What the digest of augmented data ends with."""
 
 PART = 1024
 """The number of examples that are read at a time."""
@@ -29,30 +34,47 @@ def digest_of(cases: Cases) -> str:
     UserError
         If reading the same examples twice returns different values.
     """
-    in_memory, count = isinstance(cases, Examples), cases.count
-    indices = (
-        np.arange(count) if in_memory else np.unique(np.linspace(0, count - 1, SAMPLED).astype(np.int64))
-    )
+    if isinstance(cases, Augmented):
+        return digest_of(cases.data) + AUGMENTED
+    if isinstance(cases, Examples):
+        return _digest(cases, np.arange(cases.count))
+    indices = np.unique(np.linspace(0, cases.count - 1, SAMPLED).astype(np.int64))
     digest = _digest(cases, indices)
-    if not in_memory and _digest(cases, indices) != digest:
+    if isinstance(cases, Dataset):
+        cases.forget()
+    if _digest(cases, indices) != digest:
         raise UserError(
-            "the same cases are others each time, as with random augmentation: a step looks at its batch "
-            "several times, so they must stay as they are"
+            "reading the same examples twice returned different values (random augmentation?): the data must "
+            "be deterministic, because a step reads its batch several times; random changes belong into "
+            "hfmpi.Augmented"
         )
     return digest
 
 
-def _digest(cases: Cases, indices: np.ndarray) -> str:
+def sample_digest_of(cases: Cases) -> str:
+    """Return the digest that the examples have where they are not in memory: how they are read may change."""
+    if isinstance(cases, Augmented):
+        return sample_digest_of(cases.data) + AUGMENTED
+    if not isinstance(cases, Examples):
+        return digest_of(cases)
+    return _digest(cases, np.unique(np.linspace(0, cases.count - 1, SAMPLED).astype(np.int64)), sample=True)
+
+
+def _digest(cases: Cases, indices: np.ndarray, sample: bool = False) -> str:
     content = hashlib.blake2b(str(cases.count).encode(), digest_size=32)
     for part in np.array_split(indices, -(-len(indices) // PART)):
         batch = cases.take(part)
-        _add(content, _as_before(cases, batch) if type(batch) is Batch else batch)
+        if type(batch) is Batch:
+            if (sample or isinstance(cases, Dataset)) and not batch.weighted and np.all(batch.mask):
+                batch = batch._replace(mask=None)  # the other examples decide whether there is a mask
+            batch = _as_before(cases, batch)
+        _add(content, batch)
     return content.hexdigest()
 
 
 def _as_before(cases: Cases, batch: Batch) -> tuple[Any, ...]:
     """Return a batch in the form of version 0.2, so that the digests in its checkpoints are still valid."""
-    if isinstance(cases, (Arrays, Sequences)):
+    if isinstance(cases, (Arrays, Sequences)) or (isinstance(cases, Dataset) and cases.has(Arrays)):
         return tuple(part if part is None else part.swapaxes(0, 1) for part in batch[:3])  # time first
     burn_in = (batch.burn_in,) if batch.burn_in else ()
     return (*batch[:3], len(batch.targets), *burn_in)

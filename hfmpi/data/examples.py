@@ -14,6 +14,10 @@ from hfmpi.errors import UserError, shown
 __all__ = ["Arrays", "Examples", "converted", "native", "one_hot_remedy"]
 
 
+LEAST_LARGEST = 1e-20
+"""The least that the largest weight may be, and the inverse of the most: single precision holds both."""
+
+
 class Examples:
     """N examples of any shape, in memory.
 
@@ -26,6 +30,10 @@ class Examples:
         A masked array of NumPy (`numpy.ma`) has a mask already: its masked targets are not scored.
     mask : array (N, ...), optional
         1 where a target is scored, 0 where it is not, without the axis O. Default: all targets are scored.
+        Other numbers than 0 and 1 are weights.
+    weights : array (N,) or (N, ...), optional
+        Weights of examples, or of targets in the shape of a mask: real numbers, 0 or more. The risk is the
+        mean sum(w l) / sum(w) of the losses l, so that only the ratio of weights matters. Default: all are 1.
     burn_in : int
         The number of first outputs of every example, along axis 1, that have no target.
 
@@ -39,20 +47,22 @@ class Examples:
     >>> data = hfmpi.Examples(np.zeros((4, 3)), np.array([0, 1, 1, 0]), mask=np.array([1, 1, 0, 1]))
     >>> data.take(np.array([2, 3])).inputs.shape, data.scored(np.array([2, 3]))
     ((2, 3), 1)
+    >>> hfmpi.Examples(np.zeros((2, 3)), np.array([0, 1]), weights=np.array([0.5, 2])).scored(np.arange(2))
+    2.5
     """
 
-    def __init__(self, inputs: Any, targets: Any, mask: Any = None, *, burn_in: int = 0) -> None:
+    def __init__(
+        self, inputs: Any, targets: Any, mask: Any = None, weights: Any = None, *, burn_in: int = 0
+    ) -> None:
         several = isinstance(inputs, tuple)
         arrays = tuple(_array(x, "inputs") for x in (inputs if several else (inputs,)))
         if not arrays:
             raise UserError("inputs must be an array or a tuple of arrays, not an empty tuple")
         if isinstance(burn_in, bool) or not isinstance(burn_in, int) or burn_in < 0:
             raise UserError(f"burn_in must be a number of outputs, 0 or more, not {shown(burn_in)}")
-        if isinstance(targets, np.ma.MaskedArray):
-            targets, mask = _unmasked(targets, mask)
+        targets, mask = _unmasked(targets, mask)
         self.inputs = arrays if several else arrays[0]
         self.targets = _array(targets, "targets")
-        self.mask = None if mask is None else converted(mask, "the mask")
         self.burn_in = burn_in
         for array in arrays:
             if len(array) != len(self.targets):
@@ -66,11 +76,13 @@ class Examples:
                 f"burn_in needs targets of several steps, (cases, steps, ...), not of shape "
                 f"{self.targets.shape}"
             )
-        if self.mask is not None:
-            if self.mask.shape != self._scored:
-                raise UserError(f"the mask has shape {self.mask.shape}, not {self._scored}")
-            if not np.isin(self.mask, (0, 1)).all():
-                raise UserError("the mask must be 0 or 1 everywhere")
+        self.mask: np.ndarray | None = None
+        self.weighted = False
+        for name, values in (("the mask", mask), ("weights", weights)):
+            if values is not None:
+                numbers = _weights(name, values, self._scored)
+                self.weighted |= name == "weights" or not _is_mask(numbers)
+                self.mask = numbers if self.mask is None else self.mask * numbers
 
     @property
     def count(self) -> int:
@@ -78,10 +90,37 @@ class Examples:
         return len(self.targets)
 
     def masked(self, mask: np.ndarray) -> Examples:
-        """Return the examples with a further mask: what it leaves out is not scored."""
+        """Return the examples with a further mask, or further weights, in the shape of the scored outputs."""
         other = copy.copy(self)
-        other.mask = mask.astype(int) if self.mask is None else self.mask * mask
+        weighted = mask.dtype != bool
+        other.weighted = self.weighted or weighted
+        if self.mask is not None:
+            other.mask = self.mask * mask
+        else:
+            other.mask = mask if weighted else mask.astype(int)
         return other
+
+    def with_class_weights(self, weights: Any) -> Examples:
+        """Return the examples with every target's weight times that of its class; symbols alone.
+
+        Parameters
+        ----------
+        weights : array (O,)
+            Of each class. Targets outside of 0 ... O - 1 keep their weight: what is scored of them is refused
+            later, with a sentence that names the example.
+
+        Raises
+        ------
+        UserError
+            If the targets are not symbols, or these are not weights.
+        """
+        if self.targets.dtype.kind not in "iu":
+            raise UserError(
+                f"class weights need targets that are whole numbers, as symbols are, not {self.targets.dtype}"
+            )
+        table = _weights("class weights", weights, np.shape(weights)[:1]).astype(np.float64)
+        inside = (self.targets >= 0) & (self.targets < len(table))
+        return self.masked(np.where(inside, table[np.where(inside, self.targets, 0)], 1.0))
 
     def take(self, indices: np.ndarray) -> Batch:
         """Return the examples `indices` (B,) as a batch of C-contiguous arrays.
@@ -94,13 +133,22 @@ class Examples:
         at = checked_indices(indices, self.count, "case")
         several = isinstance(self.inputs, tuple)
         inputs = tuple(x[at] for x in self.inputs) if several else self.inputs[at]
-        return Batch(inputs, self.targets[at], None if self.mask is None else self.mask[at], self.burn_in)
+        mask = None if self.mask is None else self.mask[at]
+        return Batch(inputs, self.targets[at], mask, self.burn_in, self.weighted)
 
-    def scored(self, indices: np.ndarray) -> int:
-        """Return the number of scored targets of the examples `indices` (B,)."""
+    def scored(self, indices: np.ndarray) -> float:
+        """Return the number of scored targets of the examples `indices` (B,), or the sum of their weights."""
         if self.mask is None:
             return len(indices) * prod(self._scored[1:])
-        return int(self.mask[indices].sum())
+        total = self.mask[indices].sum(dtype=np.float64)
+        return float(total) if self.weighted else int(total)
+
+    def weight(self, indices: np.ndarray) -> float:
+        """Return the sum of the weights of the examples `indices` (B,), each the mean over scored targets."""
+        if self.mask is None or not self.weighted:
+            return len(indices)
+        by_example = self.mask[indices].reshape(len(indices), -1).astype(np.float64, copy=False)
+        return float((by_example.sum(axis=1) / np.maximum(1, (by_example > 0).sum(axis=1))).sum())
 
 
 class Arrays(Examples):
@@ -114,6 +162,8 @@ class Arrays(Examples):
         The targets of the T = L - burn_in last steps. A masked array of NumPy has a mask already.
     mask : array (N, T), optional
         1 where a target is scored, 0 where it is not. Default: all targets are scored.
+    weights : array (N,) or (N, T), optional
+        As of `Examples`.
     burn_in : int
         The number of first steps that have no target.
 
@@ -131,23 +181,69 @@ class Arrays(Examples):
     (2, 2)
     """
 
-    def __init__(self, inputs: Any, targets: Any, mask: Any = None, *, burn_in: int = 0) -> None:
-        if isinstance(targets, np.ma.MaskedArray):
-            targets, mask = _unmasked(targets, mask)
-        inputs, targets = _steps(inputs, "inputs"), _steps(targets, "targets", mask)
-        super().__init__(inputs, targets, mask, burn_in=burn_in)
+    def __init__(
+        self, inputs: Any, targets: Any, mask: Any = None, weights: Any = None, *, burn_in: int = 0
+    ) -> None:
+        targets, mask = _unmasked(targets, mask)
+        inputs = _steps(inputs, "inputs")
+        targets = _steps(targets, "targets", weights if mask is None else mask)
+        super().__init__(inputs, targets, mask, weights, burn_in=burn_in)
         check_steps(inputs.shape, targets.shape, burn_in)
 
 
-def _unmasked(targets: np.ma.MaskedArray, mask: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return the targets of a masked array, zero where they are masked, and the mask of what is scored."""
+def _unmasked(targets: Any, mask: Any) -> tuple[Any, Any]:
+    """Return the targets of a masked array, zero where they are masked, and the mask of what is scored.
+
+    Other targets and their mask are returned unchanged.
+    """
+    if not isinstance(targets, np.ma.MaskedArray):
+        return targets, mask
     missing = np.ma.getmaskarray(targets)
     if targets.dtype.kind == "f" and targets.ndim > 1:
         if (missing.any(axis=-1) != missing.all(axis=-1)).any():
             raise UserError("the mask of targets must mask all numbers of a target, or none of them")
         missing = missing[..., 0]
     scored = (~missing).astype(int)
-    return targets.filled(0), scored if mask is None else scored * converted(mask, "the mask")
+    return targets.filled(0), scored if mask is None else scored * _weights("the mask", mask, scored.shape)
+
+
+def _weights(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Return a mask of this shape as it is, and weights in float64, those of examples (N,) as a view.
+
+    Raises
+    ------
+    UserError
+        If the shape does not fit, a weight is negative or not finite, or the largest is far from 1.
+    """
+    array = converted(values, name)
+    have = "has" if name == "the mask" else "have"
+    if array.shape not in (shape, shape[:1]) or not shape:
+        either = f"{shape[:1]} or {shape}" if len(shape) > 1 and name != "the mask" else f"{shape}"
+        raise UserError(f"{name} {have} shape {array.shape}, not {either}")
+    if array.dtype.kind not in "iufb":
+        raise UserError(f"{name} must be numbers, 0 or more, not {array.dtype}")
+    bad = ~(np.isfinite(array) & (array >= 0))
+    if bad.any():
+        at = np.unravel_index(int(np.argmax(bad)), bad.shape)
+        raise UserError(
+            f"{name} must be finite numbers, 0 or more, not {array[at]} as in example {at[0]:,}: give 0 to a "
+            "target that is not to be scored"
+        )
+    if name != "the mask" or not _is_mask(array):
+        array = array.astype(np.float64)
+        if array.any() and not LEAST_LARGEST <= array.max() <= 1 / LEAST_LARGEST:
+            raise UserError(
+                f"the largest of {name} is {array.max():.3g}, too far from 1 for single precision: divide "
+                "all by it, since only the ratio of weights matters"
+            )
+    if array.shape != shape:
+        array = np.broadcast_to(array.reshape(-1, *(1 for _ in shape[1:])), shape)
+    return array
+
+
+def _is_mask(array: np.ndarray) -> bool:
+    """Return whether all numbers are 0 or 1."""
+    return bool(((array == 0) | (array == 1)).all())
 
 
 def _array(values: Any, name: str) -> np.ndarray:
@@ -222,7 +318,7 @@ def _steps_remedy(array: np.ndarray) -> str:
 def _steps(values: Any, name: str, mask: Any = None) -> np.ndarray:
     """Return symbols as int32 and vectors as they are; raise a UserError if the values are neither.
 
-    Symbols under a zero of the mask are not checked.
+    Symbols whose mask or weight is zero are not checked.
     """
     array = converted(values, name)
     symbols = array.ndim == 2 and np.issubdtype(array.dtype, np.integer)
@@ -234,7 +330,11 @@ def _steps(values: Any, name: str, mask: Any = None) -> np.ndarray:
         )
     if not symbols:
         return array
-    read = scored_targets(array, np.asarray(mask)) if np.shape(mask) == array.shape else array
+    read = array
+    if mask is not None:
+        scored = converted(mask, "the mask")
+        scored = scored.reshape(-1, 1) if scored.shape == array.shape[:1] else scored
+        read = scored_targets(array, scored) if scored.shape in (array.shape, (len(array), 1)) else array
     if read.min() < 0 or read.max() > np.iinfo(np.int32).max:
         raise UserError(f"{name} must be symbols 0, 1, 2, ..., not {read.min()} to {read.max()}")
     return array.astype(np.int32)

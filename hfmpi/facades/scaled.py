@@ -147,4 +147,4 @@ class _ScaledPasses:
     def rows_along(self, u: Array, several: int, along: Along) -> Array:
         """Return V S' (k, B, C) of the rows S that `rows` computes for C = `several` cotangents."""
         stacks = [(part, stack * part.of(self.scale).reshape(-1)) for part, stack in along.stacks]
-        return self.passes.rows_along(u, several, Along(stacks))
+        return self.passes.rows_along(u, several, Along(stacks, along.scales))

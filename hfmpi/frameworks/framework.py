@@ -1,8 +1,8 @@
 """What a model needs in addition to a framework that differentiates its function (torch.py, jax.py).
 
-The framework computes outputs, J v and J' u of a function of theta on one batch, as NumPy arrays on the host.
-This module adds theta as one vector and its matrices, the checks of a function on its first batch, and the
-plan: how the passes of the model are computed.
+The framework computes outputs, J v and J' u of a function of theta on one batch; an exchange passes these
+vectors on (exchange.py). This module adds theta as one vector and its matrices, the checks of a function on
+its first batch, and the plan: how the passes of the model are computed.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from textwrap import shorten
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 
+from hfmpi.backends.base import Array
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.data.batches import spread
 from hfmpi.data.examples import Examples
 from hfmpi.errors import UserError
+from hfmpi.frameworks.exchange import Exchange, FrameworkPasses
 from hfmpi.frameworks.trial import DEPENDS, FEW, Trial, elsewhere
 from hfmpi.models.batch import CheckedBatch, NotFinite, check_batch, check_symbols, check_targets
 from hfmpi.models.factors import FactorSums
-from hfmpi.models.linearisation import LossLinearisation, Passes
+from hfmpi.models.linearisation import LossLinearisation
 from hfmpi.models.loss_check import check_loss
 from hfmpi.models.losses import Loss, choose, total_loss
 from hfmpi.models.micro_batches import EveryOutput, check_theta, in_parts, inputs_alone, loss_of_examples
@@ -37,7 +39,6 @@ from hfmpi.optim.layout import Block, Layout
 __all__ = [
     "SUMMED",
     "FrameworkModel",
-    "FrameworkPasses",
     "Plan",
     "check_gradient",
     "first_line",
@@ -82,14 +83,6 @@ Batched = Literal["directions", "examples"]
 
 class NotInFloat64(Exception):
     """A function does not compute in float64."""
-
-
-class FrameworkPasses(Passes, Protocol):
-    """The passes of a function that a framework differentiates, with the outputs at theta."""
-
-    @property
-    def outputs(self) -> np.ndarray:
-        """(N, O)."""
 
 
 @dataclass(frozen=True)
@@ -174,11 +167,15 @@ class FrameworkModel(ABC):
     loss : {'cross-entropy', 'squares', 'mse', 'bernoulli', 'binary-cross-entropy'} or Loss
     stacked : mapping of str to int
         See `matrices`.
+    exchange : Exchange, optional
+        Of vectors with the framework. Default: the framework computes with NumPy arrays.
 
     Attributes
     ----------
     plan : Plan
         Replaced by `replan`.
+    backend : NumpyBackend
+        That of the exchange: the device of all vectors, and their type.
     on_gpu : bool
         Whether the function runs on a GPU.
     """
@@ -205,9 +202,11 @@ class FrameworkModel(ABC):
         start: np.ndarray,
         loss: str | Loss,
         stacked: Mapping[str, int] = MappingProxyType({}),
+        exchange: Exchange | None = None,
     ) -> None:
         self.output_loss = choose(loss)
-        self.backend = NumpyBackend(start.dtype.name)
+        self.exchange = exchange or Exchange(NumpyBackend(start.dtype.name))
+        self.backend = self.exchange.backend
         self.layout = Layout(dict(shapes))
         self.blocks = matrices(self.layout, stacked)
         self.lock = threading.RLock()  # held while a batch is checked
@@ -237,16 +236,19 @@ class FrameworkModel(ABC):
 
     def release(self) -> None:
         """Release scratch memory."""
+        self.exchange.release()
         self.backend.release()
 
     def threads(self, count: int) -> AbstractContextManager[object]:
         """Limit the framework to `count` threads inside the context, where it has such a setting."""
         return nullcontext()
 
-    def outputs(self, theta: np.ndarray, batch: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    def outputs(self, theta: Array, batch: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Return outputs (N, O), before the loss, their targets (N,) or (N, O), and a mask (N, 1) or None."""
-        theta, examples = self._place(theta, batch)
-        return self._outputs(theta, examples), examples.targets, examples.mask
+        with self.exchange.working():
+            theta, examples = self._place(theta, batch)
+            outputs = self.backend.to_host(self._outputs(theta, examples))
+        return outputs, examples.targets, examples.mask
 
     def predict(self, theta: np.ndarray, x: Any) -> np.ndarray:
         """Compute the outputs for inputs without targets, on this rank alone, in micro-batches.
@@ -287,18 +289,19 @@ class FrameworkModel(ABC):
             return CheckedBatch(inputs, EveryOutput.of_batch(count), np.zeros((count, 0)), None)
 
         if self.plan.checked != self._mode():
-            with self.lock:
+            with self.lock, self.exchange.working():
                 self._plan_outputs(theta, batch(tuple(x[:FEW] for x in inputs)))
 
         def outputs(part: tuple[np.ndarray, ...]) -> np.ndarray:
-            return np.asarray(self.backend.to_host(self._outputs(theta, batch(part))))
+            with self.exchange.working():
+                return np.asarray(self.backend.to_host(self._outputs(theta, batch(part))))
 
         return in_parts(outputs, inputs, self.backend.micro_batch)
 
     def _plan_outputs(self, theta: np.ndarray, few: CheckedBatch) -> None:  # noqa: B027 (no choice by default)
         """Choose how outputs are computed, where no batch with targets has been checked."""
 
-    def check(self, theta: np.ndarray, batch: Any) -> None:
+    def check(self, theta: Array, batch: Any) -> None:
         """Check the model on a batch, as its first batch is checked: before each run.
 
         Raises
@@ -306,7 +309,7 @@ class FrameworkModel(ABC):
         UserError
             If the model cannot be trained on it.
         """
-        with self.lock:
+        with self.lock, self.exchange.working():
             self.replan(checked=None)
             self._place(theta, batch)
 
@@ -317,40 +320,45 @@ class FrameworkModel(ABC):
         """
         check_targets(targets, mask, self.output_loss, self.plan.width)
 
-    def loss(self, theta: np.ndarray, batch: Any) -> float:
+    def loss(self, theta: Array, batch: Any) -> float:
         """Return the summed loss in nats, without a linearisation; of `Examples` in micro-batches."""
         if isinstance(batch, Examples):
             return loss_of_examples(self, theta, batch)
-        theta, examples = self._place(theta, batch)
-        return self._value(self._outputs(theta, examples), examples)[0]
+        with self.exchange.working():
+            theta, examples = self._place(theta, batch)
+            return self._value(self._outputs(theta, examples), examples)[0]
 
     def linearise(
-        self, theta: np.ndarray, batch: Any, reuse: LossLinearisation | None = None
+        self, theta: Array, batch: Any, reuse: LossLinearisation | None = None
     ) -> LossLinearisation:
         """Linearise at theta (D,) on a batch; the memory of `reuse` is freed first."""
         return self._linearised(theta, batch, reuse, self._linearise)
 
     def linearise_rows(
-        self, theta: np.ndarray, batch: Any, reuse: LossLinearisation | None = None
+        self, theta: Array, batch: Any, reuse: LossLinearisation | None = None
     ) -> LossLinearisation:
         """Linearise as `linearise` does, for rows of examples: other passes work too, but may start later."""
         return self._linearised(theta, batch, reuse, self._linearise_rows)
 
     def _linearised(
         self,
-        theta: np.ndarray,
+        theta: Array,
         batch: Any,
         reuse: LossLinearisation | None,
-        linearise: Callable[[np.ndarray, CheckedBatch], FrameworkPasses],
+        linearise: Callable[[Array, CheckedBatch], FrameworkPasses],
     ) -> LossLinearisation:
         if reuse is not None:
             del reuse.passes
-        theta, examples = self._place(theta, batch)
-        passes, loss, backend = linearise(theta, examples), self.output_loss, self.backend
-        value, cache = self._value(passes.outputs, examples)
-        targets, mask, rows = examples.targets, examples.mask, BLOCK_FACTOR * backend.block_rows
+        with self.exchange.working():
+            theta, examples = self._place(theta, batch)
+            passes, loss, backend = linearise(theta, examples), self.output_loss, self.backend
+            value, cache, targets, mask = self._value(passes.outputs, examples)
+        passes, rows = self.exchange.guarded(passes), BLOCK_FACTOR * backend.block_rows
         directions = ALL_DIRECTIONS if self.on_gpu else directions_at_once(passes.nbytes)
-        return LossLinearisation(passes, loss, backend, cache, targets, mask, value, rows, directions)
+        weights = None if examples.weights is None else backend.to_device(examples.weights)
+        return LossLinearisation(
+            passes, loss, backend, cache, targets, mask, value, rows, directions, weights
+        )
 
     def replan(self, **changes: Any) -> None:
         """Change fields of the plan."""
@@ -383,20 +391,24 @@ class FrameworkModel(ABC):
             raise
 
     @abstractmethod
-    def _outputs(self, theta: np.ndarray, examples: CheckedBatch) -> np.ndarray:
+    def _outputs(self, theta: Array, examples: CheckedBatch) -> Array:
         """Return the scored outputs (N, O)."""
 
+    def host_outputs(self, theta: np.ndarray, examples: CheckedBatch) -> np.ndarray:
+        """Return the scored outputs (N, O) on the host, at theta (D,) from the host, for checks."""
+        return self.backend.to_host(self._outputs(self.backend.to_device(theta), examples))
+
     @abstractmethod
-    def _linearise(self, theta: np.ndarray, examples: CheckedBatch) -> FrameworkPasses:
+    def _linearise(self, theta: Array, examples: CheckedBatch) -> FrameworkPasses:
         """Linearise the scored outputs."""
 
-    def _linearise_rows(self, theta: np.ndarray, examples: CheckedBatch) -> FrameworkPasses:
+    def _linearise_rows(self, theta: Array, examples: CheckedBatch) -> FrameworkPasses:
         """Linearise the scored outputs where rows are the first pass."""
         return self._linearise(theta, examples)
 
     def trial(self, theta: np.ndarray, few: CheckedBatch) -> Trial:
         """Return the outputs at theta (D,) of a few examples, for comparisons."""
-        return Trial(self._outputs, theta, few, self.on_gpu)
+        return Trial(self.host_outputs, theta, few, self.on_gpu)
 
     def in_float64(self, theta: np.ndarray, examples: CheckedBatch) -> np.ndarray | None:
         """Return the scored outputs (N, O) computed in float64 at theta (D,) float64.
@@ -410,8 +422,11 @@ class FrameworkModel(ABC):
         return True
 
     def _check(self, theta: np.ndarray, examples: CheckedBatch) -> None:
-        """Raise a UserError where a batch shows that the function cannot be trained like this."""
-        outputs = self._outputs(theta, examples)
+        """Raise a UserError where a batch shows that the function cannot be trained like this.
+
+        Theta is on the host, as in all checks.
+        """
+        outputs = self.host_outputs(theta, examples)
         self.replan(width=outputs.shape[1])
         indices = spread(examples.size, FEW)
         few = examples.take(indices)
@@ -423,21 +438,24 @@ class FrameworkModel(ABC):
             self._exact(near, few).check_independence()
         except NotInFloat64:
             self.trial(near, few).check_independence()
-        check_loss(self.output_loss, self.backend, outputs, examples.targets, examples.mask)
+        on_device = self.backend.to_device(outputs)
+        targets, mask = self._scored(examples, self.plan.width)
+        check_loss(self.output_loss, self.backend, on_device, targets, mask)
         with np.errstate(all="ignore"):
-            loss = self._value(outputs, examples)[0]
+            loss = self._value(on_device, examples)[0]
         if not math.isfinite(loss):
             raise NotFinite(loss)
         self._check_gradients(theta, few.take(spread(few.size, SUMMED)))
 
     def _check_gradients(self, theta: np.ndarray, few: CheckedBatch) -> None:
         """Raise a UserError unless J' u of a few examples is finite, and the sum of that of each."""
+        backend = self.backend
 
         def gradient(batch: CheckedBatch, u: np.ndarray) -> np.ndarray:
-            out = np.zeros_like(theta)
+            out = backend.xp.zeros(theta.size, theta.dtype)
             with self.running(batch.inputs):
-                self._linearise(theta, batch).vjp(u, out)
-            return out
+                self._linearise(backend.to_device(theta), batch).vjp(backend.to_device(u), out)
+            return backend.to_host(out)
 
         rows = few.scored.rows // few.size
         u = np.random.default_rng(0).standard_normal((few.size, rows, self.plan.width)).astype(theta.dtype)
@@ -464,7 +482,8 @@ class FrameworkModel(ABC):
                 raise NotInFloat64
             return wide
 
-        return Trial(self._outputs if theta.dtype == np.float64 else outputs, theta.astype(np.float64), few)
+        wide = theta.astype(np.float64)
+        return Trial(self.host_outputs if theta.dtype == np.float64 else outputs, wide, few)
 
     @contextmanager
     def running(self, inputs: Sequence[np.ndarray]) -> Iterator[None]:
@@ -487,22 +506,47 @@ class FrameworkModel(ABC):
         most = int(MICRO_BATCH_BYTES / max(nbytes, 1))
         self.backend.micro_batch = min(MOST_MICRO_BATCH, max(NumpyBackend.micro_batch, most))
 
-    def _value(self, outputs: np.ndarray, examples: CheckedBatch) -> tuple[float, np.ndarray]:
-        """Return the summed loss, and what the loss computed from the outputs for its derivatives (N, O)."""
-        cache = np.array(outputs, self.backend.dtype, order="C")  # the framework's memory stays as it is
-        if self.output_loss.symbols:
-            check_symbols("targets", examples.targets, cache.shape[1])
-        return total_loss(self.output_loss, self.backend, cache, examples.targets, examples.mask), cache
+    def _value(self, outputs: Array, examples: CheckedBatch) -> tuple[float, Array, Array, Array | None]:
+        """Compute the loss.
 
-    def _place(self, theta: np.ndarray, batch: Any) -> tuple[np.ndarray, CheckedBatch]:
-        """Check theta and a batch; return both in the model's type."""
-        check_vector("theta", theta, self.size, np.ndarray)
+        Returns
+        -------
+        value : float
+            The summed loss.
+        cache : (N, O)
+            What the loss computed from the outputs for its derivatives.
+        targets, mask
+            As of `_scored`.
+        """
+        cache = outputs.astype(self.backend.dtype, order="C")  # the framework's memory stays as it is
+        targets, mask = self._scored(examples, cache.shape[1])
+        return total_loss(self.output_loss, self.backend, cache, targets, mask), cache, targets, mask
+
+    def _scored(self, examples: CheckedBatch, width: int) -> tuple[Array, Array | None]:
+        """Return the targets (N,) int32 or (N, O), and the mask (N, 1) or None, on the device.
+
+        Raises
+        ------
+        UserError
+            If symbols are not below `width`.
+        """
+        targets, mask, to_device = examples.targets, examples.mask, self.backend.to_device
+        if self.output_loss.symbols:
+            check_symbols("targets", targets, width)
+            targets = targets.astype(np.int32, copy=False)
+        return to_device(targets), None if mask is None else to_device(mask)
+
+    def _place(self, theta: Array, batch: Any) -> tuple[Array, CheckedBatch]:
+        """Check theta, on the host or the device, and a batch; return both in the model's type."""
+        on_host = isinstance(theta, np.ndarray)
+        check_vector("theta", theta, self.size, np.ndarray if on_host else self.backend.xp.ndarray)
         theta = theta.astype(self.backend.dtype, copy=False)
+        theta = self.backend.to_device(theta) if on_host else theta
         examples = check_batch(batch, self.output_loss, self.backend.dtype, self.casts)
         mode = self._mode()
         if self.plan.checked != mode:
             with self.lock:
                 if self.plan.checked != mode:
-                    self._check(theta, examples)
+                    self._check(self.backend.to_host(theta), examples)
                     self.replan(checked=mode)
         return theta, examples

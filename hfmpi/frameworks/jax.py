@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from hfmpi.backends.base import Array
 from hfmpi.data.batches import spread
 from hfmpi.errors import UserError, shown
 from hfmpi.frameworks.framework import SUMMED, FrameworkModel, check_gradient, first_line
@@ -27,6 +28,7 @@ from hfmpi.models.losses import Loss
 try:
     import jax
 
+    from hfmpi.frameworks.jax_exchange import JaxExchange, choose_exchange
     from hfmpi.frameworks.jax_layers import Layers
     from hfmpi.frameworks.jax_params import Params
     from hfmpi.frameworks.jax_passes import JaxPasses, nbytes
@@ -78,6 +80,7 @@ class JaxModel(FrameworkModel):
     """
 
     memory_words = ("RESOURCE_EXHAUSTED",)
+    exchange: JaxExchange
 
     def __init__(self, apply: Any, params: Any, loss: str | Loss, trained: Any = None) -> None:
         if jax is None:
@@ -86,7 +89,8 @@ class JaxModel(FrameworkModel):
             raise UserError(f"apply must be a function (params, x) -> outputs, not {shown(apply)}")
         self.apply, self._params = apply, Params(params, trained)
         self._digests = dict[Any, bytes]()
-        super().__init__(self._params.shapes, self._params.start, loss)
+        exchange = choose_exchange(params, self._params.start.dtype.name)
+        super().__init__(self._params.shapes, self._params.start, loss, exchange=exchange)
         self.on_gpu = jax.default_backend() != "cpu"
         self._compile()
 
@@ -103,18 +107,20 @@ class JaxModel(FrameworkModel):
         self._compile()
 
     def params(self, theta: Any) -> Any:
-        """Return theta (D,), an array of NumPy or JAX, as a pytree, or a module, like the params.
+        """Return theta (D,), an array of NumPy, JAX or CuPy, as a pytree, or a module, like the params.
 
         Raises
         ------
         UserError
             If theta has a different shape.
         """
-        if np.shape(theta) != (self.size,):
-            raise UserError(
-                f"theta must be a vector of {self.size:,} numbers, not of shape {np.shape(theta)}"
-            )
-        return self._params.joined(self._params.split(jax.numpy.array(theta, self.backend.dtype)))
+        shape = theta.shape if hasattr(theta, "shape") else np.shape(theta)
+        if shape != (self.size,):
+            raise UserError(f"theta must be a vector of {self.size:,} numbers, not of shape {shape}")
+        with self.exchange.working():
+            if isinstance(theta, self.backend.xp.ndarray):
+                theta = self.exchange.tensor(theta)
+            return self._params.joined(self._params.split(jax.numpy.array(theta, self.backend.dtype)))
 
     def theta(self, params: Any) -> np.ndarray:
         """Return theta (D,) of a pytree like the params: the inverse of `params`."""
@@ -268,16 +274,21 @@ class JaxModel(FrameworkModel):
                 )
         return self._layers[key]
 
-    def _outputs(self, theta: np.ndarray, examples: CheckedBatch) -> np.ndarray:
+    def _outputs(self, theta: Array, examples: CheckedBatch) -> Array:
         self._check_width(examples)
+        exchange, inputs = self.exchange, self.inputs(examples)
         with self.memory_errors():
-            return np.asarray(self.run(theta, examples.inputs, scored=examples.scored))
+            return exchange.array(self.run(exchange.tensor(theta), inputs, scored=examples.scored))
 
-    def _linearise(self, theta: np.ndarray, examples: CheckedBatch) -> JaxPasses:
+    def inputs(self, examples: CheckedBatch) -> tuple[Any, ...]:
+        """Return the inputs of a batch for compiled functions."""
+        return tuple(self.exchange.moved(x) for x in examples.inputs)
+
+    def _linearise(self, theta: Array, examples: CheckedBatch) -> JaxPasses:
         self._check_width(examples)
         return JaxPasses(self, theta, examples)
 
-    def _linearise_rows(self, theta: np.ndarray, examples: CheckedBatch) -> JaxPasses:
+    def _linearise_rows(self, theta: Array, examples: CheckedBatch) -> JaxPasses:
         self._check_width(examples)
         return JaxPasses(self, theta, examples, rows=True)
 
@@ -340,14 +351,16 @@ class JaxModel(FrameworkModel):
         if has_reverse_rules(self._traced(examples)):
             super()._check_gradients(theta, examples.take(spread(examples.size, SUMMED)))
             return
-        passes, gradient = JaxPasses(self, theta, examples), np.zeros_like(theta)
-        passes.vjp(np.ones_like(passes.outputs), gradient)
-        check_gradient(gradient)
+        backend = self.backend
+        passes = JaxPasses(self, backend.to_device(theta), examples)
+        gradient = backend.xp.zeros(theta.size, theta.dtype)
+        passes.vjp(backend.xp.zeros_like(passes.outputs) + 1, gradient)
+        check_gradient(backend.to_host(gradient))
 
     def _check_rules(self, theta: np.ndarray, examples: CheckedBatch) -> None:
         """Raise a UserError where a derivative's rule computes outputs that are not the function's."""
         with self.memory_errors():
-            outputs = self._outputs(theta, examples)
+            outputs = self.host_outputs(theta, examples)
             differentiated = np.asarray(self.linear(theta, examples.inputs, scored=examples.scored)[0])
         eps = np.finfo(outputs.dtype).eps
         if eps > 1e-10 and jax.default_backend() != "cpu":

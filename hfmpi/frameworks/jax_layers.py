@@ -81,6 +81,8 @@ class Layers:
         Leaves whose sums remain 0.
     sums : callable
         (theta, inputs, u) -> J' u (D,) of u (N, O), and the sums of `hfmpi.models.factors`; compiled.
+    sums_of_each : callable
+        `sums` of several batches at once: inputs, u and the results have a further first axis.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class Layers:
         mixed = {i for i, of in kinds.items() if len(of) > 1 and not of <= {"scaled", "added"}}
         self.unassigned = frozenset(walk.unassigned | mixed)
         self.sums = jax.jit(self._sums)
+        self.sums_of_each = jax.jit(jax.vmap(self._sums, (None, 0, 0)))
 
     def _run(self, walk: _Walk, leaves: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, list[Any]]:
         """Return the outputs and the operands of the layers."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from hfmpi.backends.base import Array
 from hfmpi.errors import UserError
 from hfmpi.frameworks.framework import PASSING_NUMBERS, first_line, split_examples
 from hfmpi.models.batch import CheckedBatch
@@ -17,6 +18,7 @@ from hfmpi.optim.layout import Along
 
 if TYPE_CHECKING:
     from hfmpi.frameworks.jax import JaxModel
+    from hfmpi.frameworks.jax_layers import Layers
 
 __all__ = ["JaxPasses", "nbytes"]
 
@@ -42,19 +44,18 @@ class JaxPasses:
 
     by_step = False
 
-    def __init__(
-        self, model: JaxModel, theta: np.ndarray, examples: CheckedBatch, rows: bool = False
-    ) -> None:
-        self.model, self.theta, self.inputs, self.scored = model, theta, examples.inputs, examples.scored
+    def __init__(self, model: JaxModel, theta: Array, examples: CheckedBatch, rows: bool = False) -> None:
+        self.model, self.exchange, self.scored = model, model.exchange, examples.scored
+        self.theta, self.inputs = self.exchange.saved(theta), model.inputs(examples)
         self.examples, self._slopes = examples.size, None
         with model.memory_errors():
             if not rows:
-                outputs, self.transpose = model.linear(theta, self.inputs, scored=self.scored)
+                outputs, self.transpose = model.linear(self.theta, self.inputs, scored=self.scored)
             elif self.scored.rows == self.examples and model.plan.width == 1 and self._differentiate():
                 return
             else:
-                outputs = model.run(theta, self.inputs, scored=self.scored)
-            self.outputs = np.asarray(outputs)
+                outputs = model.run(self.theta, self.inputs, scored=self.scored)
+            self.outputs = self.exchange.array(outputs)
 
     def _differentiate(self) -> bool:
         """Compute the output of each example together with its gradient; return whether JAX can do so."""
@@ -67,7 +68,7 @@ class JaxPasses:
             lambda: None,
         )
         if both is not None:
-            self.outputs, self._slopes = np.asarray(both[0]), both[1]
+            self.outputs, self._slopes = self.exchange.array(both[0]), both[1]
         return both is not None
 
     @cached_property
@@ -79,20 +80,22 @@ class JaxPasses:
     @property
     def nbytes(self) -> int:
         """The bytes of outputs, residuals and gradients."""
-        return self.outputs.nbytes + nbytes(self.__dict__.get("transpose")) + nbytes(self._slopes)
+        return int(self.outputs.nbytes) + nbytes(self.__dict__.get("transpose")) + nbytes(self._slopes)
 
-    def jvp(self, v: np.ndarray) -> np.ndarray:
+    def jvp(self, v: Array) -> Array:
         """Return J v (N, O) of v (D,), or (N * C, O) of (C, D)."""
         model, transpose, shape = self.model, self.transpose, self.outputs.shape
-        v = v.astype(self.outputs.dtype, copy=False)
+        tensor = self.exchange.tensor(v.astype(self.outputs.dtype, copy=False))
         try:
             if v.ndim == 1:
                 with model.memory_errors():
-                    return np.array(model.jvp(transpose, v, shape=shape))
+                    return self.exchange.copied(model.jvp(transpose, tensor, shape=shape))
             tangents = model.batched(
                 "directions",
-                lambda: np.array(model.jvps(transpose, v, shape=shape)),
-                lambda: np.stack([model.jvp(transpose, one, shape=shape) for one in v], axis=1),
+                lambda: self.exchange.copied(model.jvps(transpose, tensor, shape=shape)),
+                lambda: self.exchange.copied(
+                    jax.numpy.stack([model.jvp(transpose, one, shape=shape) for one in tensor], axis=1)
+                ),
             )
         except UserError:
             raise
@@ -103,40 +106,49 @@ class JaxPasses:
             ) from error
         return tangents.reshape(-1, tangents.shape[-1])
 
-    def vjp(self, u: np.ndarray, out: np.ndarray) -> None:
+    def vjp(self, u: Array, out: Array) -> None:
         """Add J' u of u (N * C, O) to out (D,) or (C, D)."""
-        model, transpose = self.model, self.transpose
+        model, transpose, array = self.model, self.transpose, self.exchange.array
         u = u.astype(self.outputs.dtype, copy=False)
         if out.ndim == 1:
             with model.memory_errors():
-                out += np.asarray(model.vjp(transpose, u))
+                out += array(model.vjp(transpose, self.exchange.tensor(u)))
             return
-        u = u.reshape(-1, len(out), u.shape[-1]).swapaxes(0, 1)
+        tensor = self.exchange.tensor(u.reshape(-1, len(out), u.shape[-1]).swapaxes(0, 1))
         out += model.batched(
             "directions",
-            lambda: np.asarray(model.vjps(transpose, u)),
-            lambda: np.stack([model.vjp(transpose, one) for one in u]),
+            lambda: array(model.vjps(transpose, tensor)),
+            lambda: array(jax.numpy.stack([model.vjp(transpose, one) for one in tensor])),
         )
 
-    def squares(self, u: np.ndarray, out: np.ndarray, squares: np.ndarray) -> None:
+    def squares(self, u: Array, out: Array, squares: Array) -> None:
         """Add J' u of u (N, O) to out (D,), and its squares, summed over examples, to squares (D,)."""
-        total, squared = np.zeros((2, self.model.size), u.dtype)
+        xp = self.exchange.backend.xp
+        total, squared = xp.zeros((2, self.model.size), u.dtype)
         for gradients in self._gradients(u):
             total += gradients.sum(axis=0)
-            squared += np.einsum("cd,cd->d", gradients, gradients)
+            squared += xp.einsum("cd,cd->d", gradients, gradients)
         out += total
         squares += squared
 
-    def factors(self, u: np.ndarray, out: np.ndarray, sums: np.ndarray) -> None:
-        """Add J' u of u (N, O) to out (D,), and the sums of `hfmpi.models.factors` to sums."""
-        blocks, layers = self.model.blocks, self.model.layers(self.inputs, self.scored)
+    def factors(self, u: Array, out: Array, sums: Array, weights: Array | None = None) -> None:
+        """Add J' u of u (N, O) to out (D,), and the sums of `hfmpi.models.factors`; see `Passes.factors`."""
+        blocks = self.model.blocks
+        if weights is None:
+            layers = self.model.layers(self.inputs, self.scored)
+        else:
+            layers = self.model.layers(tuple(x[:1] for x in self.inputs), self.scored.example)
         if layers is None:
             self.vjp(u, out)
-            known = np.zeros(sums.size, u.dtype)
+            known = self.exchange.backend.xp.zeros(sums.size, u.dtype)
             unassigned: Container[int] = range(len(blocks))
         else:
             with self.model.memory_errors():
-                total, known = map(np.array, layers.sums(self.theta, self.inputs, u))
+                if weights is None:
+                    found = layers.sums(self.theta, self.inputs, self.exchange.tensor(u))
+                    total, known = map(self.exchange.copied, found)
+                else:
+                    total, known = self._weighted_sums(layers, u, weights, sums.size)
             out += total
             unassigned = layers.unassigned
         if unassigned:
@@ -144,7 +156,25 @@ class JaxPasses:
                 add_examples(blocks, gradients, known, unassigned)
         sums += known
 
-    def rows(self, u: np.ndarray, out: np.ndarray) -> None:
+    def _weighted_sums(self, layers: Layers, u: Array, weights: Array, size: int) -> tuple[Array, Array]:
+        """Return J' u and the sums for factors, where each example counts as often as its weight says.
+
+        The operands of layers do not say which example they belong to: each example is a batch.
+        """
+        xp = self.exchange.backend.xp
+        u = u.reshape(self.examples, -1, u.shape[-1])
+        roots = xp.sqrt(xp.where(weights > 0, weights, 1)).astype(u.dtype)
+        total, sums = xp.zeros(self.model.size, u.dtype), xp.zeros(size, u.dtype)
+        for part in split_examples(self.examples, size + self.model.size, PASSING_NUMBERS):
+            inputs, root = tuple(x[part, None] for x in self.inputs), roots[part]
+            cotangents = self.exchange.tensor(u[part] / root[:, None, None])
+            each = layers.sums_of_each(self.theta, inputs, cotangents)
+            gradients, of_factors = map(self.exchange.array, each)
+            total += xp.matmul(root, gradients)
+            sums += xp.matmul(weights[part], of_factors)
+        return total, sums
+
+    def rows(self, u: Array, out: Array) -> None:
         """Fill out (B, C, D) with J' u of each example, for each of C cotangents u (N * C, O)."""
         u = u.astype(self.outputs.dtype, copy=False)
         if self._slopes is not None and out.shape[1] == 1:
@@ -155,47 +185,48 @@ class JaxPasses:
         for part in split_examples(self.examples, out.shape[1] * self.model.size):
             self._fill(part, u[part], out[part])
 
-    def rows_along(self, u: np.ndarray, several: int, along: Along) -> np.ndarray:
+    def rows_along(self, u: Array, several: int, along: Along) -> Array:
         """Return V S' (k, B, C) of the rows S that `rows` computes for C cotangents, in parts."""
+        xp = self.exchange.backend.xp
         u = u.astype(self.outputs.dtype, copy=False).reshape(self.examples, -1, several, u.shape[-1])
-        products = np.zeros((len(along), self.examples, several), u.dtype)
+        products = xp.zeros((len(along), self.examples, several), u.dtype)
         for part in split_examples(self.examples, several * self.model.size, PASSING_NUMBERS):
-            rows = np.empty((len(u[part]), several, self.model.size), u.dtype)
+            rows = xp.empty((len(u[part]), several, self.model.size), u.dtype)
             self._fill(part, u[part], rows)
             products[:, part] = along(rows.reshape(-1, self.model.size)).reshape(-1, *rows.shape[:2])
         return products
 
-    def _gradients(self, u: np.ndarray) -> Iterator[np.ndarray]:
+    def _gradients(self, u: Array) -> Iterator[Array]:
         """Yield the gradients (b, D) of parts of the examples."""
         u = u.reshape(self.examples, -1, 1, u.shape[-1])
         for part in split_examples(self.examples, self.model.size):
-            out = np.empty((len(u[part]), 1, self.model.size), u.dtype)
+            out = self.exchange.backend.xp.empty((len(u[part]), 1, self.model.size), u.dtype)
             self._fill(part, u[part], out)
             yield out[:, 0]
 
-    def _fill(self, part: slice, u: np.ndarray, out: np.ndarray) -> None:
+    def _fill(self, part: slice, u: Array, out: Array) -> None:
         """Fill out (b, C, D) with the gradients of some of the examples and their u (b, n, C, O)."""
-        model, theta, scored = self.model, self.theta, self.scored.example
+        model, theta, scored, tensor = self.model, self.theta, self.scored.example, self.exchange.tensor(u)
         inputs = tuple(x[part] for x in self.inputs)
 
-        def copy(gradients: Sequence[Any], out: np.ndarray) -> None:
+        def copy(gradients: Sequence[Any], out: Array) -> None:
             for into, array in self._arrays(out, gradients):
                 into[...] = array
 
         def one_by_one() -> None:
             for i, c in np.ndindex(out.shape[:2]):
                 one = tuple(x[i] for x in inputs)
-                copy(model.gradient(theta, u[i, :, c], one, scored=scored), out[i, c])
+                copy(model.gradient(theta, tensor[i, :, c], one, scored=scored), out[i, c])
 
         model.batched(
-            "examples", lambda: copy(model.gradients(theta, u, inputs, scored=scored), out), one_by_one
+            "examples", lambda: copy(model.gradients(theta, tensor, inputs, scored=scored), out), one_by_one
         )
 
-    def _arrays(self, out: np.ndarray, gradients: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _arrays(self, out: Array, gradients: Sequence[Any]) -> Iterator[tuple[Array, Array]]:
         """Yield the part of out (..., D) for each trained array, and the gradients (..., d) in that array."""
         offsets = self.model.layout.offsets.values()
         for array, start in zip(gradients, offsets, strict=True):
-            part = np.asarray(array).reshape(*out.shape[:-1], -1)
+            part = self.exchange.array(array).reshape(*out.shape[:-1], -1)
             yield out[..., start : start + part.shape[-1]], part
 
 

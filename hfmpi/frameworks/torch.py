@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hfmpi.backends.base import Array
 from hfmpi.data.batches import spread
 from hfmpi.data.examples import Examples
 from hfmpi.errors import UserError, shown
@@ -30,9 +31,10 @@ try:
         fresh_copy,
         stochastic,
     )
+    from hfmpi.frameworks.torch_exchange import choose_exchange, to_array
     from hfmpi.frameworks.torch_losses import torch_loss
     from hfmpi.frameworks.torch_module import Narrowing, Substitution, plain_module
-    from hfmpi.frameworks.torch_passes import TorchPasses, plain_kernels, to_array
+    from hfmpi.frameworks.torch_passes import TorchPasses, plain_kernels
     from hfmpi.frameworks.torch_state import Snapshot
 except ImportError:
     torch = None
@@ -146,7 +148,8 @@ class TorchModel(FrameworkModel):
         self.places = Substitution(module, self.aliases)
         start = torch.cat([p.detach().reshape(-1) for p in trained.values()]).cpu().numpy()
         shapes = [(name, tuple(p.shape)) for name, p in trained.items()]
-        super().__init__(shapes, start, loss, _stacked(module, trained))
+        exchange = choose_exchange(self.device, start.dtype.name)
+        super().__init__(shapes, start, loss, _stacked(module, trained), exchange)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle of the model has: the module with it."""
@@ -159,6 +162,11 @@ class TorchModel(FrameworkModel):
         self.aliases = check_memory(_trained(self.module), [])
         self.places = Substitution(self.module, self.aliases)
 
+    @property
+    def scores_all(self) -> bool:
+        """Whether `scoring` changes nothing for any data."""
+        return self.ignored is None
+
     def scoring(self, data: Examples) -> Examples:
         """Return examples whose mask leaves out the targets that the loss ignores."""
         if self.ignored is None or data.targets.dtype.kind not in "iu":
@@ -168,19 +176,20 @@ class TorchModel(FrameworkModel):
             return data
         return data.masked(scored)
 
-    def write_back(self, theta: np.ndarray) -> None:
-        """Copy theta (D,) into the parameters of the module.
+    def write_back(self, theta: Array) -> None:
+        """Copy theta (D,), on the host or the device, into the parameters of the module.
 
         Raises
         ------
         UserError
             If theta has a different shape.
         """
-        theta = np.asarray(theta)
+        if not isinstance(theta, self.backend.xp.ndarray):
+            theta = self.backend.to_device(np.asarray(theta))
         if theta.shape != (self.size,):
             raise UserError(f"theta must be a vector of {self.size:,} numbers, not of shape {theta.shape}")
-        parts = self.named(torch.from_numpy(theta.astype(self.backend.dtype)))
-        with torch.no_grad():
+        with torch.no_grad(), self.exchange.working():
+            parts = self.named(self.tensor(theta.astype(self.backend.dtype, copy=False)))
             for name, part in parts.items():
                 self.parameters[name].copy_(part)
 
@@ -227,18 +236,21 @@ class TorchModel(FrameworkModel):
             raise UserError(f"the module returns {shown(outputs)}, and must return a tensor")
         return scored.of(outputs)
 
-    def tensor(self, array: np.ndarray) -> Any:
-        """Return an array as a tensor on the module's device; on a CPU it shares the memory if possible."""
-        if not array.flags.writeable or any(stride < 0 for stride in array.strides):
-            array = array.copy()
-        return torch.from_numpy(array).to(self.device)
+    def tensor(self, array: Array) -> Any:
+        """Return an array of the backend as a tensor on the module's device; see `Exchange`."""
+        return self.exchange.tensor(array)
+
+    def array(self, tensor: Any) -> Array:
+        """Return a tensor as a contiguous array of the backend; see `Exchange`."""
+        return self.exchange.array(tensor)
 
     def tensors(self, inputs: tuple[np.ndarray, ...]) -> tuple[Any, ...]:
         """Return inputs as tensors, of the types given or converted, as planned.
 
         Conversion makes real numbers those of the parameters, and whole numbers int64.
         """
-        return tuple(self.tensor(x if self.plan.as_given else self._converted(x)) for x in inputs)
+        moved = self.exchange.moved
+        return tuple(moved(x if self.plan.as_given else self._converted(x)) for x in inputs)
 
     def _converted(self, x: np.ndarray) -> np.ndarray:
         if x.dtype.kind == "u" and x.dtype.itemsize == 8 and x.size and x.max() > np.iinfo(np.int64).max:
@@ -251,11 +263,11 @@ class TorchModel(FrameworkModel):
         context: AbstractContextManager[object] = torch.no_grad()
         return torch.enable_grad() if self.plan.differentiates else context
 
-    def _outputs(self, theta: np.ndarray, examples: CheckedBatch) -> np.ndarray:
+    def _outputs(self, theta: Array, examples: CheckedBatch) -> Array:
         with self.running(examples.inputs), torch.inference_mode(False), self.plan.kernels():
             tensor, inputs = self.tensor(theta).clone(), self.tensors(examples.inputs)
             with self.forward_context():
-                outputs = to_array(self.call(self.named(tensor), inputs, examples.scored))
+                outputs = self.array(self.call(self.named(tensor), inputs, examples.scored))
             self.check_unchanged(tensor)
         return outputs
 
@@ -264,7 +276,7 @@ class TorchModel(FrameworkModel):
         if theta._version:
             raise UserError(CHANGES)
 
-    def _linearise(self, theta: np.ndarray, examples: CheckedBatch) -> TorchPasses:
+    def _linearise(self, theta: Array, examples: CheckedBatch) -> TorchPasses:
         return TorchPasses(self, theta, examples)
 
     # The first batch ---------------------------------------------------------------------------
@@ -337,13 +349,13 @@ class TorchModel(FrameworkModel):
         for differentiates, as_given in product((False, True), (True, False)):
             self.replan(differentiates=differentiates, as_given=as_given)
             try:
-                self._outputs(theta, few)
+                self.host_outputs(theta, few)
                 break
             except UserError as error:
                 failures.append(error)
         else:
             raise failures[1]
-        tensor = self.tensor(theta.copy())
+        tensor = self.exchange.moved(theta.copy())
         with self.forward_context(), self.running(few.inputs):
             self.call(self.named(tensor), self.tensors(few.inputs), few.scored)
         if not np.array_equal(to_array(tensor), theta, equal_nan=True):
@@ -366,7 +378,7 @@ class TorchModel(FrameworkModel):
         if self.device.type == "cpu" and nbytes > free_memory() / 4:
             return None
         wide = {id(t): t.detach().double() for t in others}
-        for name, p in self.named(self.tensor(theta).double()).items():
+        for name, p in self.named(self.exchange.moved(theta).double()).items():
             wide[id(self.parameters[name])] = p
         given = self.tensors(examples.inputs)
         inputs = tuple(x.double() if x.is_floating_point() else x for x in given)
@@ -382,11 +394,11 @@ class TorchModel(FrameworkModel):
 
     def _choose_products(self, theta: np.ndarray, example: CheckedBatch) -> None:
         """Plan products with J and J' in the first way that works on one example."""
-        log, reason = logging.getLogger(__name__), ""
+        log, reason, at = logging.getLogger(__name__), "", self.backend.to_device(theta)
         for double_backward, kernels in product((True, False), (nullcontext, plain_kernels)):
             self.replan(double_backward=double_backward, kernels=kernels, obstacle=None)
             try:
-                nbytes = self._linearise(theta, example).try_products()
+                nbytes = self._linearise(at, example).try_products()
             except RuntimeError as failure:
                 reason = reason or first_line(failure)
                 continue
@@ -407,8 +419,9 @@ class TorchModel(FrameworkModel):
             return
         self.replan(double_backward=True, kernels=nullcontext, obstacle=reason)
         with self.running(example.inputs):  # gradients alone serve first-order optimizers
-            passes = TorchPasses(self, theta, example)
-            passes.vjp(np.ones_like(passes.outputs), np.zeros_like(theta))
+            passes = TorchPasses(self, at, example)
+            zeros_like = self.backend.xp.zeros_like
+            passes.vjp(zeros_like(passes.outputs) + 1, zeros_like(at))
 
 
 def _trained(module: Any) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from hfmpi.errors import UserError
-from hfmpi.frameworks.torch_passes import TorchPasses, to_array
+from hfmpi.frameworks.torch_exchange import to_array
+from hfmpi.frameworks.torch_passes import TorchPasses
 from hfmpi.frameworks.torch_state import numbers
 from hfmpi.frameworks.trial import FLOORS, Trial, elsewhere
 from hfmpi.measure.machine import free_memory
@@ -160,8 +161,9 @@ def check_module(model: TorchModel, theta: np.ndarray, few: CheckedBatch, fresh:
     theta = elsewhere(theta)
     trial, everything = model.trial(theta, few), range(few.size)
     with model.running(few.inputs):
-        passes = TorchPasses(model, theta, few)
-    same = trial.same(everything, passes.outputs.reshape(few.size, -1))
+        passes = TorchPasses(model, model.backend.to_device(theta), few)
+    outputs = model.backend.to_host(passes.outputs)
+    same = trial.same(everything, outputs.reshape(few.size, -1))
     wide = theta.astype(np.float64)
     exact = model.in_float64(wide, few)
     if exact is not None and not model.plan.differentiates:
@@ -227,7 +229,7 @@ def _check_other_parameters(model: TorchModel, trial: Trial, fresh: Any) -> None
     parameters before: then its copy that has not been called differs.
     """
     everything = range(trial.examples.size)
-    named = model.named(model.tensor(trial.theta))
+    named = model.named(model.exchange.moved(trial.theta))
     values = {id(p): named[name] for name, p in model.parameters.items()}
     paired = [
         (name, values[id(model.aliases.get(id(p), p))])

@@ -126,19 +126,30 @@ class ExampleGradients(NamedTuple):
         elif self.rest or self.added:
             yield self.rows()
 
-    def factors(self, block: Block) -> tuple[Any, Any, Any]:
-        """Return the sums for the factors of rows and columns, and the count that they are divided by."""
+    def factors(self, block: Block, weights: Any = None) -> tuple[Any, Any, Any]:
+        """Return the sums for the factors of rows and columns, and the count that they are divided by.
+
+        With weights (B,) the inputs of an example count that many times; u has been multiplied by their
+        roots.
+        """
         if self._only_kind == "products":
-            u, x = (tensor.flatten(0, 1) for tensor in _joined(self.products))
-            return square(u), square(x, block.groups), u.new_tensor(len(u))
+            u, x = _joined(self.products)
+            of_rows = None if weights is None else weights.repeat_interleave(x.shape[1])
+            x, u = x.flatten(0, 1), u.flatten(0, 1)
+            x, count = (x, len(u)) if of_rows is None else (x * of_rows.sqrt()[:, None], of_rows.sum())
+            return square(u), square(x, block.groups), _number(u, count)
         if self._only_kind == "lookups":
-            u, indices = (tensor.flatten(0, 1) for tensor in _joined(self.lookups))
-            counts = indices.bincount(minlength=block.rows).to(u)
+            u, indices = _joined(self.lookups)
+            of_rows = None if weights is None else weights.repeat_interleave(indices.shape[1])
+            u, indices = u.flatten(0, 1), indices.flatten(0, 1)
+            counts = indices.bincount(of_rows, minlength=block.rows).to(u)
             diagonal = len(factor_shape(block.rows)) == 1
-            return counts if diagonal else counts.diag(), square(u, block.groups), u.new_tensor(len(u))
+            count = len(u) if of_rows is None else of_rows.sum()
+            return counts if diagonal else counts.diag(), square(u, block.groups), _number(u, count)
         if self._only_kind == "added":
-            u = torch.cat(self.added, 1).flatten(0, 1)
-            return u.new_full((1, 1), len(u)), square(u, block.groups), u.new_tensor(len(u))
+            u = torch.cat(self.added, 1)
+            count = len(u.flatten(0, 1)) if weights is None else float(weights.sum()) * u.shape[1]
+            return u.new_full((1, 1), count), square(u.flatten(0, 1), block.groups), _number(u, count)
         a = self.p.new_zeros(factor_shape(block.rows))
         b = self.p.new_zeros(factor_shape(block.columns, block.groups))
         count = self.p.new_zeros(())
@@ -148,6 +159,11 @@ class ExampleGradients(NamedTuple):
             b += square(g.flatten(0, 1), block.groups)
             count += g.square().sum()
         return a, b, count
+
+
+def _number(like: Any, count: Any) -> Any:
+    """Return a number, or a tensor of one, as a tensor like another one."""
+    return torch.as_tensor(count, dtype=like.dtype, device=like.device)
 
 
 def _products_along(u: Any, x: Any, part: Part, v: Any) -> Any:
@@ -171,11 +187,13 @@ def squares(parameters: Iterable[ExampleGradients]) -> tuple[Any, Any]:
     return total, squared
 
 
-def factors(parameters: Iterable[ExampleGradients], blocks: Sequence[Block]) -> tuple[Any, Any]:
+def factors(
+    parameters: Iterable[ExampleGradients], blocks: Sequence[Block], weights: Any = None
+) -> tuple[Any, Any]:
     """Return the sum over the examples of their gradients (D,), and the sums of `hfmpi.models.factors`."""
     total, sums, counts = list[Any](), list[Any](), list[Any]()
     for block, gradients in zip(blocks, parameters, strict=True):
-        a, b, count = gradients.factors(block)
+        a, b, count = gradients.factors(block, weights)
         total.append(gradients.sum().reshape(-1))
         sums += [a.reshape(-1), b.reshape(-1)]
         counts.append(count.reshape(1))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hfmpi.backends.base import Array
 from hfmpi.errors import UserError
 from hfmpi.frameworks import torch_gradients
 from hfmpi.frameworks.framework import split_examples
@@ -31,7 +31,7 @@ from hfmpi.optim.layout import Along
 if TYPE_CHECKING:
     from hfmpi.frameworks.torch import TorchModel
 
-__all__ = ["TorchPasses", "plain_kernels", "to_array"]
+__all__ = ["TorchPasses", "plain_kernels"]
 
 EXAMPLES = 256
 """How many examples' products with directions are computed at once."""
@@ -59,7 +59,7 @@ class TorchPasses:
 
     by_step = False
 
-    def __init__(self, model: TorchModel, theta: np.ndarray, examples: CheckedBatch) -> None:
+    def __init__(self, model: TorchModel, theta: Array, examples: CheckedBatch) -> None:
         self.model, self.scored, self.examples = model, examples.scored, examples.size
         with torch.inference_mode(False), model.running(examples.inputs):
             self.inputs = model.tensors(examples.inputs)
@@ -73,7 +73,7 @@ class TorchPasses:
         if not self.graph.requires_grad:
             raise UserError("the outputs of the module do not depend on its parameters")
         self.model.check_unchanged(self.theta)
-        self.outputs = to_array(self.graph)
+        self.outputs = self.model.array(self.graph)
         self._transposed: tuple[Any, Any] | None = None
 
     @contextmanager
@@ -87,11 +87,11 @@ class TorchPasses:
     @property
     def nbytes(self) -> int:
         """The bytes that the graphs and outputs occupy, estimated from those of one example."""
-        return self.model.plan.bytes_per_example * self.examples + self.outputs.nbytes
+        return self.model.plan.bytes_per_example * self.examples + int(self.outputs.nbytes)
 
     # Products ----------------------------------------------------------------------------------
 
-    def jvp(self, v: np.ndarray) -> np.ndarray:
+    def jvp(self, v: Array) -> Array:
         """Return J v (N, O) of v (D,), or (N * C, O) of (C, D)."""
         plan = self.model.plan
         if plan.obstacle is not None:
@@ -104,31 +104,32 @@ class TorchPasses:
         tangents = self._pass(push, v, v.ndim == 2)
         if v.ndim == 2:
             tangents = tangents.swapaxes(0, 1).reshape(-1, tangents.shape[-1])
-        return tangents.copy() if np.may_share_memory(tangents, v) else tangents
+        return tangents.copy() if self.model.backend.xp.may_share_memory(tangents, v) else tangents
 
-    def vjp(self, u: np.ndarray, out: np.ndarray) -> None:
+    def vjp(self, u: Array, out: Array) -> None:
         """Add J' u of u (N * C, O) to out (D,) or (C, D)."""
         u = u.astype(self.outputs.dtype, copy=False)
         if out.ndim == 2:
-            u = np.ascontiguousarray(u.reshape(-1, len(out), u.shape[-1]).swapaxes(0, 1))
+            columns = u.reshape(-1, len(out), u.shape[-1]).swapaxes(0, 1)
+            u = self.model.backend.xp.ascontiguousarray(columns)
         out += self._pass(self._backward, u, out.ndim == 2)
 
-    def _pass(self, linear: Callable[[Any, bool], Any], vectors: np.ndarray, many: bool) -> np.ndarray:
+    def _pass(self, linear: Callable[[Any, bool], Any], vectors: Array, many: bool) -> Array:
         """Apply a linear function (tensor, whether it is a batch of vectors) to one or `many` vectors."""
         tensor = self.model.tensor(vectors)
 
-        def at_once() -> np.ndarray:
+        def at_once() -> Array:
             with self._running(), _quiet():
-                return to_array(linear(tensor, True))
+                return self.model.array(linear(tensor, True))
 
-        def one_by_one() -> np.ndarray:
+        def one_by_one() -> Array:
             with self._running():
-                return np.stack([to_array(linear(one, False)) for one in tensor])
+                return self.model.array(torch.stack([linear(one, False) for one in tensor]))
 
         if many:
             return self.model.batched("directions", at_once, one_by_one)
         with self._running():
-            return to_array(linear(tensor, False))
+            return self.model.array(linear(tensor, False))
 
     def _backward(self, u: Any, many: bool) -> Any:
         return torch.autograd.grad(self.graph, self.theta, u, retain_graph=True, is_grads_batched=many)[0]
@@ -161,8 +162,11 @@ class TorchPasses:
         rng = np.random.default_rng(0)
         v = rng.standard_normal(self.model.size).astype(self.outputs.dtype)
         u = rng.standard_normal(self.outputs.shape).astype(self.outputs.dtype)
-        tangent, gradient = self.jvp(v), np.zeros_like(v)
-        self.vjp(u, gradient)
+        backend = self.model.backend
+        out = backend.xp.zeros(v.size, v.dtype)
+        tangent = backend.to_host(self.jvp(backend.to_device(v)))
+        self.vjp(backend.to_device(u), out)
+        gradient = backend.to_host(out)
         difference = abs(float(np.vdot(tangent, u)) - float(np.vdot(v, gradient)))
         if not difference <= TOLERANCE * float(np.linalg.norm(tangent) * np.linalg.norm(u)):
             raise RuntimeError("J v and J' u do not agree")
@@ -198,22 +202,30 @@ class TorchPasses:
 
     # Per-example gradients ---------------------------------------------------------------------
 
-    def squares(self, u: np.ndarray, out: np.ndarray, squares: np.ndarray) -> None:
+    def squares(self, u: Array, out: Array, squares: Array) -> None:
         """Add J' u of u (N, O) to out (D,), and its squares, summed over examples, to squares (D,)."""
-        self._add_over_examples(u, torch_gradients.squares, lambda g: g.square(), out, squares)
+        self._add_over_examples(
+            u, lambda gradients, _: torch_gradients.squares(gradients), lambda g: g.square(), out, squares
+        )
 
-    def factors(self, u: np.ndarray, out: np.ndarray, sums: np.ndarray) -> None:
-        """Add J' u of u (N, O) to out (D,), and the sums of `hfmpi.models.factors` to sums."""
+    def factors(self, u: Array, out: Array, sums: Array, weights: Array | None = None) -> None:
+        """Add J' u of u (N, O) to out (D,), and the sums of `hfmpi.models.factors`; see `Passes.factors`."""
         blocks = self.model.blocks
+        of_examples = None if weights is None else self.model.tensor(weights)
 
         def of_gradient(g: Any) -> Any:
-            sums = np.zeros(self.model.factor_sums.size, self.outputs.dtype)
-            add_examples(blocks, to_array(g)[None], sums)
-            return torch.from_numpy(sums).to(g)
+            sums = self.model.backend.xp.zeros(self.model.factor_sums.size, self.outputs.dtype)
+            add_examples(blocks, self.model.array(g)[None], sums)
+            return self.model.tensor(sums)
 
-        self._add_over_examples(u, partial(torch_gradients.factors, blocks=blocks), of_gradient, out, sums)
+        def of_layers(gradients: Any, part: slice) -> tuple[Any, Any]:
+            return torch_gradients.factors(
+                gradients, blocks, None if of_examples is None else of_examples[part]
+            )
 
-    def rows(self, u: np.ndarray, out: np.ndarray) -> None:
+        self._add_over_examples(u, of_layers, of_gradient, out, sums)
+
+    def rows(self, u: Array, out: Array) -> None:
         """Fill out (B, C, D) with J' u of each example, for each of C cotangents u (N * C, O)."""
         several, layout = out.shape[1], self.model.layout
         cotangents = self._cotangents(u, several)
@@ -226,27 +238,28 @@ class TorchPasses:
                     with self._running(), _quiet():
                         gradients, _ = forward.gradients(one[part], last=c == several - 1)
                         for name, of_parameter in zip(layout.shapes, gradients, strict=True):
-                            start, rows = layout.offsets[name], to_array(of_parameter.rows())
+                            start, rows = layout.offsets[name], self.model.array(of_parameter.rows())
                             rows = rows.reshape(len(rows), -1)
                             out[part, c, start : start + rows.shape[1]] = rows
 
         def one_by_one() -> None:
             for i, gradients in enumerate(self._one_by_one(cotangents)):
                 for c, gradient in enumerate(gradients):
-                    out[i, c] = to_array(gradient)
+                    out[i, c] = self.model.array(gradient)
 
         self.model.batched("examples", at_once, one_by_one)
 
-    def rows_along(self, u: np.ndarray, several: int, along: Along) -> np.ndarray:
+    def rows_along(self, u: Array, several: int, along: Along) -> Array:
         """Return V S' (k, B, C) of the rows S that `rows` computes for C cotangents, in parts."""
+        xp, to_array = self.model.backend.xp, self.model.array
         by_block = [
             [(first, part, self.model.tensor(v)) for first, part, v in pieces]
             for pieces in along.by_block(self.model.blocks)
         ]
         cotangents = self._cotangents(u, several)
 
-        def at_once() -> np.ndarray:
-            products = np.zeros((len(along), self.examples, several), u.dtype)
+        def at_once() -> Array:
+            products = xp.zeros((len(along), self.examples, several), u.dtype)
             self._know_examples(cotangents[0])
             for start in range(0, self.examples, EXAMPLES):
                 part = slice(start, start + EXAMPLES)
@@ -260,24 +273,24 @@ class TorchPasses:
                                 into += to_array(of_parameter.along(of_block, v))
             return products
 
-        def one_by_one() -> np.ndarray:
-            rows = (np.stack([*map(to_array, gradients)]) for gradients in self._one_by_one(cotangents))
-            return np.stack([along(each) for each in rows], axis=1)
+        def one_by_one() -> Array:
+            rows = (to_array(torch.stack(gradients)) for gradients in self._one_by_one(cotangents))
+            return xp.stack([along(each) for each in rows], axis=1)
 
         return self.model.batched("examples", at_once, one_by_one)
 
-    def _cotangents(self, u: np.ndarray, several: int) -> Any:
+    def _cotangents(self, u: Array, several: int) -> Any:
         """Return u (N * C, O) as a tensor (C, B, n, O)."""
         u = u.astype(self.outputs.dtype, copy=False)
         return self.model.tensor(u).view(self.examples, -1, several, u.shape[-1]).movedim(2, 0)
 
     def _add_over_examples(
         self,
-        u: np.ndarray,
+        u: Array,
         of_layers: Callable[..., Any],
         of_gradient: Callable[[Any], Any],
-        out: np.ndarray,
-        sums: np.ndarray,
+        out: Array,
+        sums: Array,
     ) -> None:
         """Add J' u to out, and a sum over examples to sums: of many at once, or of each one's gradient."""
         by_example = self.model.tensor(u).view(self.examples, -1, u.shape[-1])
@@ -287,7 +300,7 @@ class TorchPasses:
             for part in split_examples(self.examples, self._know_examples(by_example)):
                 forward = self._forward(part)
                 with self._running(), _quiet():
-                    pairs.append(of_layers(forward.gradients(by_example[part])[0]))
+                    pairs.append(of_layers(forward.gradients(by_example[part])[0], part))
             return sum(total for total, _ in pairs), sum(more for _, more in pairs)
 
         def one_by_one() -> tuple[Any, Any]:
@@ -299,7 +312,7 @@ class TorchPasses:
         for array, tensor in zip(
             (out, sums), self.model.batched("examples", at_once, one_by_one), strict=True
         ):
-            array += to_array(tensor)
+            array += self.model.array(tensor)
 
     def _example_outputs(self, parameters: dict[str, Any], *inputs: Any) -> Any:
         """Return the outputs (N, O) of one example."""
@@ -363,11 +376,6 @@ class TorchPasses:
             if not torch.linalg.vector_norm(row - right) <= TOLERANCE * torch.linalg.vector_norm(right):
                 raise RuntimeError("the gradients of examples cannot be separated")
         return unassigned
-
-
-def to_array(tensor: Any) -> np.ndarray:
-    """Return a tensor as an array; on a CPU it shares the memory."""
-    return np.ascontiguousarray(tensor.detach().cpu().numpy())
 
 
 @contextmanager

@@ -13,6 +13,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from hfmpi.backends.base import Array, Backend
+from hfmpi.data.augmented import Augmented
+from hfmpi.data.batches import Cases
+from hfmpi.data.by_index import Dataset
 from hfmpi.data.examples import Examples
 from hfmpi.measure.cost import ForwardPass
 from hfmpi.models.factors import FactorSums
@@ -38,6 +41,7 @@ __all__ = [
     "has_bends",
     "has_rows",
     "has_squared_gradients",
+    "with_scoring",
 ]
 
 
@@ -46,7 +50,7 @@ class Linearisation(Protocol):
 
     @property
     def loss(self) -> float:
-        """The loss at theta, summed over the scored outputs, nats; float64."""
+        """The loss at theta, summed over the scored outputs times their weights, nats; float64."""
 
     @property
     def nbytes(self) -> int:
@@ -117,7 +121,11 @@ class DataChecks(Protocol):
 
 @runtime_checkable
 class Scoring(Protocol):
-    """A model whose loss leaves out some targets, as the `ignore_index` of PyTorch does."""
+    """A model whose loss leaves out some targets, as the `ignore_index` of PyTorch does.
+
+    If an attribute `scores_all` is True, `scoring` changes nothing for any data: examples that are read by
+    index then need not be read to be counted.
+    """
 
     def scoring(self, data: Examples) -> Examples:
         """Return examples with a mask of the targets that are scored."""
@@ -128,9 +136,10 @@ class Outputs(Protocol):
     """A model that returns its outputs, for metrics and predictions."""
 
     def outputs(self, theta: Array, batch: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Return outputs (N, O), before the loss, their targets (N,) or (N, O), and a mask (N, 1) or None.
+        """Return outputs (N, O), before the loss, their targets (N,) or (N, O), and weights (N, 1) or None.
 
-        On the host. N counts the outputs of the whole batch: its examples, times the steps with targets.
+        On the host; an output of weight 0 is not scored. N counts the outputs of the whole batch: its
+        examples, times the steps with targets.
         """
 
 
@@ -180,7 +189,10 @@ class SquaredGradients(Protocol):
     """A linearisation that can also square the gradient of each example."""
 
     def squared_gradients(self, scale: float, out: Array, squares: Array) -> None:
-        """Add what `gradient` adds to out (D,), and the sum over examples of its squares to squares (D,)."""
+        """Add what `gradient` adds to out (D,), and the sum over examples of its squares to squares (D,).
+
+        An example of weight w counts w times.
+        """
 
 
 @runtime_checkable
@@ -265,3 +277,14 @@ def has_squared_gradients(model: Model) -> bool:
 def has_rows(model: Model) -> bool:
     """Return whether the linearisations of a model have rows of examples; known without a linearisation."""
     return issubclass(getattr(model, "linearisation", object), Rows)
+
+
+def with_scoring(model: Model, cases: Cases) -> Cases:
+    """Return examples with the mask and the weights of what the loss of the model scores of them."""
+    if not isinstance(model, Scoring) or getattr(model, "scores_all", False):
+        return cases
+    if isinstance(cases, Augmented):
+        return cases.of(with_scoring(model, cases.data))
+    if isinstance(cases, Dataset):
+        return cases.with_scoring(model.scoring)
+    return model.scoring(cases) if isinstance(cases, Examples) else cases

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from hfmpi.data.batches import scored_targets
+from hfmpi.data.batches import BadExample, scored_targets
 from hfmpi.data.examples import native, one_hot_remedy
 from hfmpi.errors import UserError, shown
 from hfmpi.models.losses import Loss
@@ -25,6 +25,7 @@ __all__ = [
     "check_mask",
     "check_symbols",
     "check_targets",
+    "example_weights",
     "parts",
 ]
 
@@ -53,7 +54,7 @@ class Batch(Protocol):
 
     @property
     def mask(self) -> Any:
-        """(B, ...), 1 where a target is scored and 0 where it is not, or None: all are."""
+        """(B, ...), the weight of every target, 0 where it is not scored, or None: all are 1."""
 
     @property
     def burn_in(self) -> int:
@@ -153,12 +154,15 @@ class CheckedBatch(NamedTuple):
     scored : ScoredOutputs
     targets : (N,) integers, or (N, O)
     mask : (N, 1) or None
+    weights : (B,) or None
+        See `example_weights`.
     """
 
     inputs: tuple[np.ndarray, ...]
     scored: ScoredOutputs
     targets: np.ndarray
     mask: np.ndarray | None
+    weights: np.ndarray | None = None
 
     @property
     def size(self) -> int:
@@ -175,7 +179,8 @@ class CheckedBatch(NamedTuple):
             return by_example[at].reshape(scored.rows, *rows.shape[1:])
 
         mask = None if self.mask is None else some(self.mask)
-        return CheckedBatch(tuple(x[at] for x in self.inputs), scored, some(self.targets), mask)
+        weights = None if self.weights is None else self.weights[at]
+        return CheckedBatch(tuple(x[at] for x in self.inputs), scored, some(self.targets), mask, weights)
 
 
 def parts(batch: Any) -> tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray | None]:
@@ -216,10 +221,24 @@ def check_batch(batch: Any, loss: Loss, dtype: np.dtype, cast: bool = True) -> C
         check_bounds(targets, loss)
         targets = targets.astype(dtype, copy=False)
     scored = ScoredOutputs(shape, width, burn_in_of(batch))
+    weights = example_weights(batch, dtype)
     mask = None if mask is None else mask.astype(dtype).reshape(-1, 1)
     if cast:
         inputs = tuple(x.astype(dtype, copy=False) if x.dtype.kind == "f" else x for x in inputs)
-    return CheckedBatch(inputs, scored, targets, mask)
+    return CheckedBatch(inputs, scored, targets, mask, weights)
+
+
+def example_weights(batch: Any, dtype: np.dtype) -> np.ndarray | None:
+    """Return the weight of each example (B,), the mean of those of its scored targets; None if all are 1.
+
+    Sums over examples that are not linear in their loss, such as squared gradients, count an example this
+    many times.
+    """
+    if not getattr(batch, "weighted", False):
+        return None
+    by_example = np.asarray(batch.mask, np.float64).reshape(len(batch.mask), -1)
+    weights = by_example.sum(axis=1) / np.maximum(1, (by_example > 0).sum(axis=1))
+    return None if (weights == 1).all() else weights.astype(dtype)
 
 
 def burn_in_of(batch: Any) -> int:
@@ -272,10 +291,8 @@ def _refuse(targets: np.ndarray, bad: np.ndarray, sentence: str) -> None:
     """Raise a UserError that names the first bad target, if there is one."""
     if bad.any():
         at = np.unravel_index(int(np.argmax(bad)), bad.shape)
-        raise UserError(
-            f"{sentence}, not {targets[at]} as in example {at[0]:,}: correct it, or leave it out with a mask "
-            "(hfmpi.Examples(x, y, mask))"
-        )
+        remedy = ": correct it, or leave it out with a mask (hfmpi.Examples(x, y, mask))"
+        raise BadExample(f"{sentence}, not {targets[at]} as in", int(at[0]), remedy)
 
 
 def bounds_of(loss: Loss) -> tuple[float, float]:

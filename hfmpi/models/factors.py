@@ -2,7 +2,8 @@
 
 The Fisher matrix of a block W (rows, columns) of theta, at the targets of the data (the empirical one), is
 approximated by A x B, with A of its rows and B of its columns. N is the number of scored outputs, of whose
-mean loss all gradients are.
+mean loss all gradients are, or the sum of their weights. An example of weight w counts w times in each sum
+and in n.
 
 - Where W maps inputs z to outputs y, as in a linear layer, with da the gradient in y,
 
@@ -71,14 +72,14 @@ class FactorSums:
         parts = self.layout.views(sums)
         return self.factors.views(parts["factors"]), parts["counts"]
 
-    def normalise(self, sums: Vector, scored: int) -> Vector:
-        """Turn sums (size,) over all examples, with `scored` outputs, into A and B; in place, as a view."""
+    def normalise(self, sums: Vector, scored: float) -> Vector:
+        """Turn sums (size,) over all examples, of which N is `scored`, into A and B; in place, as a view."""
         blocks, counts = self.views(sums)
         number = sums.dtype.type
         if self.shared:
             count = float(counts[0])
             for views in blocks:
-                views["A"] *= number(1 / max(1.0, count))
+                views["A"] *= number(1 / count if count > 0 else 1)
                 views["B"] *= number(scored)
         else:
             for views, count in zip(blocks, counts, strict=True):

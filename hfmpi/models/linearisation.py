@@ -65,8 +65,12 @@ class Passes(Protocol):
     def squares(self, u: Array, out: Array, squares: Array) -> None:
         """Add J' u of u (N, O) to out (D,), and its squares, summed over examples, to squares (D,)."""
 
-    def factors(self, u: Array, out: Array, sums: Array) -> None:
-        """Add J' u of u (N, O) to out (D,), and the sums of `hfmpi.models.factors` to sums."""
+    def factors(self, u: Array, out: Array, sums: Array, weights: Array | None = None) -> None:
+        """Add J' u of u (N, O) to out (D,), and the sums of `hfmpi.models.factors` to sums.
+
+        With `weights` (B,) each example counts that many times in the sums. u has been multiplied by the
+        square roots of the weights, so that products of two gradients need no more; products of inputs z do.
+        """
 
     def rows(self, u: Array, out: Array) -> None:
         """Fill out (B, C, D) with J' u of every example separately, for each of C cotangents u (N * C, O).
@@ -94,13 +98,16 @@ class LossLinearisation:
         What the loss computed from the outputs for its derivatives, such as probabilities.
     targets : (N,) int32, or (N, O)
     mask : (N, 1) or None
-        1 where an output is scored, 0 where not.
+        The weight of each output, 0 where it is not scored.
     loss : float
         Summed over the scored outputs, nats.
     block_rows : int
         How many rows of outputs times directions `project` processes at a time: few enough for the cache.
     directions : int
         The most directions that one of the passes takes; more are taken in parts.
+    weights : (B,) or None
+        How many times each example counts in squared gradients and Kronecker factors, on the device; see
+        `hfmpi.models.batch.example_weights`. None: once.
     """
 
     passes: Passes
@@ -112,6 +119,7 @@ class LossLinearisation:
     loss: float
     block_rows: int
     directions: int = 16
+    weights: Array | None = None
 
     @property
     def nbytes(self) -> int:
@@ -145,11 +153,20 @@ class LossLinearisation:
 
     def squared_gradients(self, scale: float, out: Array, squares: Array) -> None:
         """Add what `gradient` adds to out (D,), and the sum over examples of its squares to squares (D,)."""
-        self.passes.squares(self._loss_gradient(scale), out, squares)
+        if self.weights is None:
+            self.passes.squares(self._loss_gradient(scale), out, squares)
+            return
+        self.gradient(scale, out)
+        self.passes.squares(self._weighted_once(scale), self.backend.xp.zeros_like(out), squares)
 
     def factored_gradient(self, scale: float, out: Array, sums: Array) -> None:
         """Add what `gradient` adds to out (D,), and the sums of the Kronecker factors to sums."""
-        self.passes.factors(self._loss_gradient(scale), out, sums)
+        if self.weights is None:
+            self.passes.factors(self._loss_gradient(scale), out, sums)
+            return
+        self.gradient(scale, out)
+        unused = self.backend.xp.zeros_like(out)
+        self.passes.factors(self._weighted_once(scale), unused, sums, self.weights)
 
     def gauss_newton(self, v: Array, scale: float, out: Array) -> None:
         """Add scale * J' H J v to out (D,)."""
@@ -213,7 +230,7 @@ class LossLinearisation:
         self._by_example(u)[...] = signs.reshape(self.passes.examples, -1, u.shape[1])
         apply_root(self.output_loss, self.backend, self.cache, u)
         if self.mask is not None:
-            u *= self.mask
+            u *= self.backend.xp.sqrt(self.mask)
         return u
 
     def residual_rows(self, out: Array, residuals: Array) -> bool:
@@ -221,12 +238,13 @@ class LossLinearisation:
         xp, (count, width), examples = self.backend.xp, self.cache.shape, self.passes.examples
         steps = self.residual_count() // width
         root = root_of(self.output_loss, self.backend, self.cache)
-        gradient = self._loss_gradient(1.0)
+        gradient = self._output_gradient(1.0)
         r = root.residuals(self.targets, gradient)
         each = unit_columns(self.backend, count, width)  # cotangents of every output: A e_1, A e_2, ...
         each = root.apply(each.reshape(-1, width)).reshape(count, width, width)
         if self.mask is not None:
-            r, each = r * self.mask, each * self.mask[:, :, None]
+            weight = xp.sqrt(self.mask)
+            r, each, gradient = r * weight, each * weight[:, :, None], gradient * weight
         residuals[...] = self._by_example(r).reshape(examples, -1)
         missing = float(abs(root.apply(r) - gradient).max())
         complete = missing <= COMPLETE * float(np.finfo(self.cache.dtype).eps * abs(gradient).max())
@@ -267,11 +285,24 @@ class LossLinearisation:
             by_output *= self.mask[rows][:, None]
 
     def _loss_gradient(self, scale: float) -> Array:
-        """Return scale times the gradient of the loss in the outputs, (N, O)."""
-        u = self.backend.workspace("outputs", self.cache.shape)
-        self.output_loss.gradient(self.backend, self.cache, self.targets, scale, u)
+        """Return scale times the gradient of the weighted loss in the outputs, (N, O)."""
+        u = self._output_gradient(scale)
         if self.mask is not None:
             u *= self.mask
+        return u
+
+    def _output_gradient(self, scale: float) -> Array:
+        """Return scale times the gradient of the loss in the outputs, (N, O), without weights."""
+        u = self.backend.workspace("outputs", self.cache.shape)
+        self.output_loss.gradient(self.backend, self.cache, self.targets, scale, u)
+        return u
+
+    def _weighted_once(self, scale: float) -> Array:
+        """Return `_loss_gradient` over the roots of the weights: its squares have each weight once."""
+        u, xp, weights = self._loss_gradient(scale), self.backend.xp, self.weights
+        by_example = self._by_example(u)
+        roots = xp.sqrt(xp.where(weights == 0, 1, weights))
+        by_example /= roots[:, None, None]
         return u
 
 

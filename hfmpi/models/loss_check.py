@@ -78,7 +78,7 @@ def check_loss(
     outputs : (N, O)
     targets : (N,) integers, or (N, O)
     mask : (N, 1) or None
-        1 where an output is scored, 0 where not.
+        The weight of each output, 0 where it is not scored.
 
     Raises
     ------

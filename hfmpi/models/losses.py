@@ -392,7 +392,7 @@ def row_losses(loss: Loss, backend: NumpyBackend, outputs: Array, targets: Array
 def total_loss(
     loss: Loss, backend: NumpyBackend, outputs: Array, targets: Array, mask: Array | None
 ) -> float:
-    """Return the loss summed over the scored rows, those where the mask (N, 1) is 1; see `row_losses`."""
+    """Return the loss summed over the rows, each times its weight in the mask (N, 1); see `row_losses`."""
     losses = row_losses(loss, backend, outputs, targets)
     if mask is not None:
         losses = losses * mask[:, 0]

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from hfmpi.backends.base import Array
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.networks.architecture import Architecture
@@ -26,7 +28,12 @@ Source = Array | None
 
 
 def accumulate(
-    backend: NumpyBackend, about: Architecture, cotangents: Sequence[Cotangents], du: Array, sums: Array
+    backend: NumpyBackend,
+    about: Architecture,
+    cotangents: Sequence[Cotangents],
+    du: Array,
+    sums: Array,
+    weights: Array | None = None,
 ) -> None:
     """Add the contribution of some steps to the sums of z z' and da da' of all blocks.
 
@@ -37,6 +44,8 @@ def accumulate(
     du : (T, B, O)
         Cotangents of the outputs of the last T of these steps.
     sums : (about.factor_sums.size,)
+    weights : (B,), optional
+        How many times z z' of each sequence counts; the cotangents have their roots already.
     """
     maps = [pair for i, layer in enumerate(cotangents) for pair in _maps(backend, about, i, layer)]
     hidden = cotangents[-1].hidden
@@ -45,12 +54,13 @@ def accumulate(
     factors, count = about.factor_sums.views(sums)
     for block, views, (sources, da) in zip(about.blocks, factors, maps, strict=True):
         if da.shape[0] * da.shape[1]:
-            _squares(backend, sources, block.rows, da, views["A"])
+            _squares(backend, sources, block.rows, da, views["A"], weights)
             groups = views["B"].reshape(-1, *views["B"].shape[-2:]) if views["B"].ndim > 1 else [views["B"]]
             for i, out in enumerate(groups):
                 of_group = da[:, :, i * len(out) : (i + 1) * len(out)]
                 _squares(backend, [of_group], len(out), of_group, out)
-    count += sums.dtype.type(cotangents[0].inputs.shape[0] * cotangents[0].inputs.shape[1])
+    steps, size = cotangents[0].inputs.shape[:2]
+    count += sums.dtype.type(steps * (size if weights is None else float(weights.astype(np.float64).sum())))
 
 
 def _maps(
@@ -75,9 +85,17 @@ def _maps(
     return [*maps, ([layer.inputs], of_inputs), ([source], of_state), ([None], bias)]
 
 
-def _squares(backend: NumpyBackend, sources: Sequence[Source], rows: int, da: Array, out: Array) -> None:
+def _squares(
+    backend: NumpyBackend,
+    sources: Sequence[Source],
+    rows: int,
+    da: Array,
+    out: Array,
+    weights: Array | None = None,
+) -> None:
     """Add z z' to out (rows, rows), or its diagonal to out (rows,), where z stacks the sources."""
     count = da.shape[0] * da.shape[1]
+    by_row = None if weights is None else _column(backend, weights, da.shape[0])
     vectors = sum(source.shape[2] for source in sources if source is not None and source.ndim == 3)
     symbols = rows - vectors - sum(source is None for source in sources)  # of the one source that has some
     start, located = 0, []
@@ -87,45 +105,64 @@ def _squares(backend: NumpyBackend, sources: Sequence[Source], rows: int, da: Ar
         start += width
     if out.ndim == 1:
         for one, at in located:
-            out[at] += count if one is None else _diagonal(backend, one, at.stop - at.start)
+            if one is None:
+                out[at] += count if by_row is None else by_row.sum()
+            else:
+                out[at] += _diagonal(backend, one, at.stop - at.start, by_row)
         return
     for i, (one, at) in enumerate(located):
         for other, across in located[i:]:
-            part = _product(backend, one, other, at.stop - at.start, across.stop - across.start, count)
+            height, width = at.stop - at.start, across.stop - across.start
+            part = _product(backend, one, other, height, width, count, by_row)
             out[at, across] += part
             if one is not other:
                 out[across, at] += part.T
 
 
-def _product(backend: NumpyBackend, one: Source, other: Source, height: int, width: int, count: int) -> Array:
-    """Return the sum of z_1 z_2' (height, width) over `count` rows."""
+def _product(
+    backend: NumpyBackend,
+    one: Source,
+    other: Source,
+    height: int,
+    width: int,
+    count: int,
+    weights: Array | None,
+) -> Array:
+    """Return the sum of z_1 z_2' (height, width) over `count` rows, times their weights (count, 1) if any."""
     xp, product = backend.xp, backend.workspace("kronecker", (height, width))
     if one is not None and one.ndim == 2:  # symbols
         x = xp.ascontiguousarray(one).reshape(-1)
         if other is one:
             product[...] = 0
-            product.reshape(-1)[:: width + 1] = _diagonal(backend, one, height)
+            product.reshape(-1)[:: width + 1] = _diagonal(backend, one, height, weights)
         else:
             rows = _ones(backend, count) if other is None else _contiguous(backend, other)
-            backend.segment_sum(rows, x, product)
+            backend.segment_sum(rows if weights is None else rows * weights, x, product)
     elif one is None:
-        product[...] = count
+        product[...] = count if weights is None else weights.sum()
     elif other is None:
-        product[:, 0] = xp.sum(flat(one), axis=0)
+        rows = flat(one)
+        product[:, 0] = xp.sum(rows if weights is None else rows * weights, axis=0)
     else:
-        backend.matmul(flat(one).T, flat(other), product)
+        rows = flat(one)
+        backend.matmul((rows if weights is None else rows * weights).T, flat(other), product)
     return product
 
 
-def _diagonal(backend: NumpyBackend, one: Array, height: int) -> Array:
+def _diagonal(backend: NumpyBackend, one: Array, height: int, weights: Array | None) -> Array:
     """Return the diagonal of the sum of z z', (height,)."""
     if one.ndim == 3:
         rows = flat(one)
-        return backend.xp.einsum("ni,ni->i", rows, rows)
+        return backend.xp.einsum("ni,ni->i", rows if weights is None else rows * weights, rows)
     counts = backend.workspace("kronecker.counts", (height, 1))
     symbols = backend.xp.ascontiguousarray(one).reshape(-1)
-    backend.segment_sum(_ones(backend, len(symbols)), symbols, counts)
+    backend.segment_sum(_ones(backend, len(symbols)) if weights is None else weights, symbols, counts)
     return counts[:, 0]
+
+
+def _column(backend: NumpyBackend, weights: Array, steps: int) -> Array:
+    """Return the weights (B,) of sequences as those of the rows of all steps, (steps * B, 1)."""
+    return (backend.xp.zeros((steps, len(weights), 1), weights.dtype) + weights[:, None]).reshape(-1, 1)
 
 
 def _contiguous(backend: NumpyBackend, array: Array) -> Array:

@@ -20,6 +20,7 @@ from hfmpi.models.batch import (
     check_mask,
     check_symbols,
     check_targets,
+    example_weights,
     parts,
 )
 from hfmpi.models.factors import FactorSums
@@ -291,8 +292,10 @@ class Network:
             self.architecture, self.backend, tuple(layers), p, len(targets), nbytes, self.block_rows, memory
         )
         rows, directions = self.block_rows, self.backend.directions
+        weights = example_weights(batch, self.backend.dtype)
+        weights = None if weights is None else self.backend.to_device(weights)
         return NetworkLinearisation(
-            tape, self.output_loss, self.backend, cache, targets, mask, loss, rows, directions
+            tape, self.output_loss, self.backend, cache, targets, mask, loss, rows, directions, weights
         )
 
     def _value(self, outputs: Array, targets: Array, mask: Array | None) -> float:

@@ -225,9 +225,9 @@ class Tape:
         """Add J' u to out (D,), and the sum over sequences of its squared terms to squares (D,)."""
         self.cotangents(u, out, squares=squares)
 
-    def factors(self, u: Array, out: Array, sums: Array) -> None:
-        """Add J' u to out (D,), and the sums of `hfmpi.networks.factors` to sums."""
-        self.cotangents(u, out, sums=sums)
+    def factors(self, u: Array, out: Array, sums: Array, weights: Array | None = None) -> None:
+        """Add J' u to out (D,), and the sums of `hfmpi.networks.factors` to sums; see `Passes.factors`."""
+        self.cotangents(u, out, sums=sums, weights=weights)
 
     def rows(self, u: Array, out: Array) -> None:
         """Fill out (B, C, D) with J' u of every sequence, for each of C cotangents u (N * C, O).
@@ -270,6 +270,7 @@ class Tape:
         pre: Sequence[Array] = (),
         squares: Array | None = None,
         sums: Array | None = None,
+        weights: Array | None = None,
     ) -> None:
         """Add the parameter cotangent of the output cotangents u (N * C, O) to out (D,) or (C, D).
 
@@ -282,6 +283,8 @@ class Tape:
             one direction only.
         sums : array, optional
             Gains the sums of `hfmpi.networks.factors`; for one direction only.
+        weights : (B,), optional
+            How many times the inputs of each sequence count in these sums.
         """
         backend, size = self.backend, self.architecture.layout.size
         many = len(u) // max(1, self.scored)
@@ -293,7 +296,7 @@ class Tape:
             else:
                 self._collect(cotangents, du, out)
             if sums is not None:
-                factors.accumulate(backend, self.architecture, cotangents, du, sums)
+                factors.accumulate(backend, self.architecture, cotangents, du, sums, weights)
 
     def _adjoint(
         self,
@@ -484,6 +487,8 @@ class NetworkLinearisation(LossLinearisation):
             weights: Array = r.weights
             columns = a.reshape(*weights.shape[:2], -1, weights.shape[2])
             columns *= weights[:, :, None]
+            if self.weights is not None:
+                columns *= self.weights[:, None, None]
             a[...] *= self.backend.dtype.type(scale * structural)
         tape.cotangents(u, out, pre)
 

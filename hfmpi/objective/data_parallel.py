@@ -18,7 +18,15 @@ from typing import cast
 import numpy as np
 
 from hfmpi.backends.base import Array, Backend
-from hfmpi.data.batches import Cases, checked_indices, curvature_slice, global_indices, shard
+from hfmpi.data.batches import (
+    Cases,
+    checked_indices,
+    curvature_slice,
+    global_indices,
+    shard,
+    unread,
+    weight_of,
+)
 from hfmpi.errors import UserError, shown
 from hfmpi.measure.spans import ALLREDUCE, LINE_SEARCH, MATRIX
 from hfmpi.measure.timer import Timer
@@ -35,6 +43,7 @@ from hfmpi.objective.local_rows import SliceRows
 from hfmpi.objective.messages import ROW_NUMBERS, gradient_message, unpack
 from hfmpi.objective.rows import ShardedRows
 from hfmpi.objective.shares import shares
+from hfmpi.objective.sums import pairwise_sum
 from hfmpi.objective.transport import HostTransport, Transport
 from hfmpi.optim.base import Gradient, Objective, Objectives, Operator, Scalars, Sketch, symmetric
 from hfmpi.optim.checks import check_vector
@@ -160,6 +169,26 @@ class DataParallel:
         count = self.slices or ranks
         slices = range(count * rank // ranks, count * (rank + 1) // ranks)
         return Shard(cases, [shard(indices, i, count) for i in slices])
+
+    def weights(self, shard: Shard, indices: np.ndarray) -> tuple[float, float]:
+        """Return the sums over a global batch of the weights of its scored outputs and of its examples.
+
+        Examples that only reading them shows are counted by the ranks that have them, in one message.
+        """
+        cases = shard.cases
+        if not unread(cases):
+            return cases.scored(indices), weight_of(cases, indices)
+
+        def local() -> np.ndarray:
+            none = np.zeros(2)
+            parts = [
+                np.array([cases.scored(part), weight_of(cases, part)]) if part.size else none
+                for part in shard.slices
+            ]
+            return np.append(pairwise_sum(parts), 0.0)
+
+        message = self.total(local, 3, np.float64, host=True)
+        return float(message[0]), float(message[1])
 
     def sizes(self, cases: Cases, indices: np.ndarray) -> list[int]:
         """Return the number of examples in every slice of a global batch, of all ranks."""
@@ -292,7 +321,7 @@ UNEQUAL = "the examples have different numbers of outputs: rows need the same nu
 
 
 class Risk(Objective):
-    """The mean risk on one global batch.
+    """The mean risk on one global batch, or the weighted mean sum(w l) / sum(w) of outputs with weights w.
 
     Linearisations are shared by all risks of one `DataParallel`: an operator of `gauss_newton` that is used
     after a newer one was made linearises again.
@@ -308,11 +337,11 @@ class Risk(Objective):
         self.ranks = owner.communicator.size
         self.span = span
         self.size = len(indices)
-        self.scored = cases.scored(indices)
-        if self.scored < 1:
-            raise Unscored("a batch has no output that is scored: check the mask")
         self.cases, self.indices = cases, indices
         self.shard = owner.shard(cases, indices)
+        self.scored, self.weight = owner.weights(self.shard, indices)
+        if not self.scored > 0:
+            raise Unscored("a batch has no output that is scored: check mask and weights")
         self._rest: Shard = self.shard
         self._part: Risk | None = None
         self._sizes = owner.sizes(cases, indices)
@@ -401,12 +430,12 @@ class Risk(Objective):
         """Return the mean loss, its gradient, and the mean squared gradients of the examples if available.
 
         An example counts with its loss over the mean number of scored outputs of an example, so that
-        `squares` has the unit of the squared gradient whatever the batch.
+        `squares` has the unit of the squared gradient whatever the batch; of weight w it counts w times.
         """
         if not has_squared_gradients(self.owner.model):
             return self.gradient(theta)
         gradient, square_sum = self._gradient(theta, "squares")
-        square_sum *= theta.dtype.type(self.size)  # sum_i (g_i / B)^2 -> mean_i g_i^2
+        square_sum *= theta.dtype.type(self.weight)  # sum_i (g_i / B)^2 -> mean_i g_i^2
         return gradient._replace(squares=square_sum)
 
     def factored_gradient(self, theta: Array) -> tuple[Gradient, Array]:

@@ -139,7 +139,7 @@ class LocalSums:
         return gradient_message(theta.size, ROW_NUMBERS + factors)
 
     def gradient(
-        self, theta: Array, shard: Shard, scored: int, extra: Extra = "", part: Shard | None = None
+        self, theta: Array, shard: Shard, scored: float, extra: Extra = "", part: Shard | None = None
     ) -> tuple[Array, int]:
         """Return the message of loss and gradient over `scored`, with the squares or factors asked for.
 
@@ -200,7 +200,7 @@ class LocalSums:
         self,
         theta: Array,
         shard: Shard,
-        scored: int,
+        scored: float,
         request: RowRequest,
         examples: int,
         part: Shard | None = None,
@@ -235,7 +235,7 @@ class LocalSums:
         return message, parts, version
 
     def products(
-        self, theta: Array, shard: Shard, scored: int, structural: float = 0.0, version: int = 0
+        self, theta: Array, shard: Shard, scored: float, structural: float = 0.0, version: int = 0
     ) -> Callable[[Array], Array]:
         """Linearise at theta; return v (D,) -> the message of (G + structural * S) v over `scored`.
 
@@ -266,7 +266,7 @@ class LocalSums:
         return self._operator(theta, shard, linearise, version, start, add)
 
     def projections(
-        self, theta: Array, shard: Shard, scored: int, version: int = 0
+        self, theta: Array, shard: Shard, scored: float, version: int = 0
     ) -> Callable[[Array | Directions], Array]:
         """Linearise at theta; return V (C, D) -> the message of V G V' (C, C), as `products` does for G v."""
 
@@ -280,7 +280,7 @@ class LocalSums:
         return self._operator(theta, shard, self.model.linearise, version, start, add)
 
     def sketches(
-        self, theta: Array, shard: Shard, scored: int, request: RowRequest, version: int = 0
+        self, theta: Array, shard: Shard, scored: float, request: RowRequest, version: int = 0
     ) -> Callable[[Directions], Array]:
         """Linearise at theta; return V (C, D) -> the message of V S'S V' (C, C) over `scored` and a number.
 
@@ -302,7 +302,7 @@ class LocalSums:
         operator = self._operator(theta, shard, self.model.linearise, version, start, add)
         return lambda v: operator(v.along())
 
-    def bends(self, theta: Array, shard: Shard, scored: int) -> Callable[[Array], Array]:
+    def bends(self, theta: Array, shard: Shard, scored: float) -> Callable[[Array], Array]:
         """Return p (D,) -> the message of J'H z'' over `scored`, z'' the second derivative along p.
 
         z'' is the difference of the tangents at theta and at theta + AHEAD p.

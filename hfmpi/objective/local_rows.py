@@ -97,7 +97,7 @@ def slice_rows(
     theta: Array,
     shard: Shard,
     indices: np.ndarray,
-    scored: int,
+    scored: float,
     request: RowRequest,
     examples: int,
     out: dict[str, Array],
@@ -110,7 +110,9 @@ def slice_rows(
     local : LocalSums
     indices : (n,) int64
         Of the examples that are not linearised.
-    scored, examples : int
+    scored : float
+        N of the whole global batch.
+    examples : int
         Of the whole global batch: on it depends whether there are fewer rows than parameters.
     out : dict
         The arrays of the message; this adds loss and gradient, divided by `scored`.
@@ -168,7 +170,7 @@ def _add(
     at: Any,
     request: RowRequest,
     indices: np.ndarray,
-    scored: int,
+    scored: float,
     rows: Array,
     residuals: Array,
     out: dict[str, Array],

@@ -56,7 +56,7 @@ class ShardedRows(RowMatrix):
         *,
         loss: float,
         gradient: Vector,
-        scored: int,
+        scored: float,
         cotangents: int,
         complete: bool,
         with_residuals: bool,

@@ -91,8 +91,8 @@ class RowMatrix(ABC):
         g.
     count : int
         M, over all ranks.
-    scored : int
-        N.
+    scored : float
+        N, or the sum of the weights.
     cotangents : int
         Rows of an example: the adjoint passes that ran side by side.
     residuals : (M,) float64 or None
@@ -107,7 +107,7 @@ class RowMatrix(ABC):
     loss: float
     gradient: Vector
     count: int
-    scored: int
+    scored: float
     cotangents: int
     residuals: Matrix | None
     complete: bool
@@ -148,7 +148,7 @@ class DenseRows(RowMatrix):
     gradient: Vector
     matrix: Vector
     residuals: Matrix | None = None
-    scored: int = 1
+    scored: float = 1
     cotangents: int = 1
     complete: bool = True
     factors: Vector | None = None

@@ -52,13 +52,14 @@ class Placement:
 
 
 class Place(NamedTuple):
-    """The device of a rank, and the transport of its vectors to other ranks."""
+    """The device of a rank, the transport of its vectors to other ranks, and how many GPUs CUDA shows it."""
 
     host: str
     local_rank: int
     device: str
     device_id: str | None
     transport: str
+    gpus: int = 0
 
 
 def place(comm: Communicator, threads: int | None = None) -> Placement:

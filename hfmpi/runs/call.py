@@ -19,6 +19,7 @@ from hfmpi.parallel.failure import joint, together
 from hfmpi.parallel.launch import connect
 from hfmpi.parallel.placement import threads_kept
 from hfmpi.runs.best import LOSS
+from hfmpi.runs.checks import least
 from hfmpi.runs.metric import Metric, single_or_all
 from hfmpi.runs.model_task import ModelTask, checked_options
 from hfmpi.runs.record import Reporter, Validation
@@ -57,8 +58,9 @@ def train(
     model : Model
         Made by TorchModel, JaxModel or Network, for example.
     data, valid : tuple, data set or Cases
-        (x, y) or (x, y, mask): arrays or tensors whose first axis counts the examples; a map-style data set
-        of pairs (x, y), which is read into memory; or objects such as `Examples` and `Arrays`.
+        (x, y) or (x, y, mask or weights): arrays or tensors whose first axis counts the examples; a map-style
+        data set of pairs (x, y), or a DataLoader of one; or objects such as `Examples`, `Dataset` and, for
+        data, `Augmented`.
     out : path, optional
         The folder of the run: config.toml, history.jsonl, checkpoint.h5, best.h5, timing.json and DONE
         (docs/file-formats.md). By default nothing is written.
@@ -115,6 +117,8 @@ def train(
         collector = _Collector(session.reporter)
         session = replace(session, reporter=collector)
 
+        memory = least(session.communicator, session.placement.memory)
+
         def build() -> Run:
             if out is not None and not isinstance(out, (str, PathLike)):
                 raise UserError(f"out must be the path of a folder, not {shown(out)}")
@@ -126,7 +130,7 @@ def train(
                 None if out is None else Path(out),
                 str(resume),
                 checked_options(options),
-                lambda config, _: ModelTask.of(model, data, valid, metric, config, watch),
+                lambda config, _: ModelTask.of(model, data, valid, metric, config, watch, memory),
                 session,
                 callback,
             )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hfmpi.data.batches import Cases
+from hfmpi.data.augmented import Augmented
+from hfmpi.data.batches import Cases, unread
+from hfmpi.data.by_index import Dataset
+from hfmpi.data.examples import Examples
 from hfmpi.errors import UserError
 from hfmpi.files.checkpoint import Entry
 from hfmpi.measure.machine import free_memory
@@ -22,7 +25,9 @@ __all__ = [
     "Unsound",
     "enough_memory",
     "enough_text",
+    "examples",
     "finite",
+    "least",
     "not_stuck",
     "same_start",
     "same_vectors",
@@ -97,9 +102,28 @@ def same_batch(optimizer: str, batch: int, count: int, option: str, redrawn: str
 
 
 def scored(cases: Cases) -> None:
-    """Check that at least one training output is scored."""
-    if not cases.scored(np.arange(cases.count)):
-        raise UserError("the training examples have no output that is scored: check the mask")
+    """Check that at least one training output is scored, where that is known without reading all examples."""
+    if not unread(cases) and not cases.scored(np.arange(cases.count)):
+        raise UserError("the training examples have no output that is scored: check mask and weights")
+
+
+def examples(cases: Cases, check: Callable[[Examples], None], name: str = "") -> None:
+    """Check examples in memory now, and others when they are read; an error starts with the set's name."""
+    if isinstance(cases, Augmented):
+        examples(cases.data, check, name)
+    elif isinstance(cases, Dataset):
+        cases.add_check(check, name)
+    elif isinstance(cases, Examples):
+        try:
+            check(cases)
+        except UserError as error:
+            raise UserError(f"{name}: {error}" if name else str(error)) from None
+
+
+def least(communicator: Communicator, number: int) -> int:
+    """Return the least number of all ranks; collective."""
+    numbers = communicator.gather(number)
+    return communicator.agree(min(numbers) if numbers else 0)
 
 
 def same_start(communicator: Communicator, compared: Mapping[str, Any]) -> None:

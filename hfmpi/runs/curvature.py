@@ -30,8 +30,8 @@ class Curvature:
     Attributes
     ----------
     theta : (D,)
-    scored : int
-        N, the number of scored outputs, over which f is a mean.
+    scored : float
+        N, the number of scored outputs over which f is a mean, or the sum of their weights.
     """
 
     def __init__(self, owner: DataParallel, cases: Any, theta: np.ndarray) -> None:

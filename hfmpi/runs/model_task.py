@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from hfmpi.backends.base import Array
+from hfmpi.data.augmented import Augmented
 from hfmpi.data.batches import Cases, global_indices, spread
-from hfmpi.data.digest import digest_of
+from hfmpi.data.digest import digest_of, sample_digest_of
 from hfmpi.data.examples import Examples
 from hfmpi.data.user_data import as_cases
 from hfmpi.errors import UserError, did_you_mean, shown
@@ -25,15 +26,15 @@ from hfmpi.models.base import (
     DataChecks,
     KroneckerFactors,
     Model,
-    Scoring,
     StructuralDamping,
     Trials,
     has_rows,
     has_squared_gradients,
+    with_scoring,
 )
 from hfmpi.models.batch import NotFinite, check_finite
 from hfmpi.networks.network import Network
-from hfmpi.objective.data_parallel import DataParallel
+from hfmpi.objective.data_parallel import DataParallel, Unscored
 from hfmpi.optim.presets import named
 from hfmpi.parallel.communicator import digest
 from hfmpi.parallel.failure import together
@@ -64,9 +65,18 @@ class ModelTask(Task):
 
     @classmethod
     def of(
-        cls, model: Any, train: Any, valid: Any, measure: Any, config: Config, watch: object = LOSS.name
+        cls,
+        model: Any,
+        train: Any,
+        valid: Any,
+        measure: Any,
+        config: Config,
+        watch: object = LOSS.name,
+        memory: int | None = None,
     ) -> ModelTask:
         """Check the arguments of `hfmpi.train`, and fix the batch sizes and what the run returns.
+
+        `memory` is that of `as_cases`.
 
         Raises
         ------
@@ -86,35 +96,40 @@ class ModelTask(Task):
         if valid is None and (config.keep == "best" or config.patience):
             option = "patience" if config.patience else "keep='best'"
             raise UserError(f"{option} needs validation data: give valid too")
-        make = getattr(model, "examples", Examples)
-        sets = {name: _cases(name, given, make) for name, given in (("train", train), ("valid", valid))}
-        if isinstance(model, Scoring):
-            sets = {
-                name: model.scoring(cases) if isinstance(cases, Examples) else cases
-                for name, cases in sets.items()
-            }
-        train_set = sets["train"]
-        if train_set is None:
+        if train is None:
             raise UserError("train must be data, not None")
-        config, notes = _with_batches(config, train_set.count)
-        _check_optimizer(config, model, train_set.count)
+        if isinstance(valid, Augmented):
+            raise UserError("valid: validation examples stay as they are: give them without hfmpi.Augmented")
+        notes = list[str]()
+        train_set = _cases("train", train, model, memory, notes)
+        valid_set = None if valid is None else _cases("valid", valid, model, memory, notes)
+        config, reduced = _with_batches(config, train_set.count)
+        notes += reduced
+        _check_optimizer(config, model, train_set)
         return cls(
             config=config,
             model=model,
             train_set=train_set,
-            valid_set=sets["valid"],
+            valid_set=valid_set,
             keys=NATS,
             title=f"{_name(model)}, {model.size:,} parameters",
             noun="cases",
             identity={
                 "model": _model_digest(model),
                 "cases": digest_of(train_set),
-                "valid_cases": "" if sets["valid"] is None else digest_of(sets["valid"]),
+                "cases_sample": sample_digest_of(train_set),
+                "valid_cases": "" if valid_set is None else digest_of(valid_set),
+                "valid_cases_sample": "" if valid_set is None else sample_digest_of(valid_set),
             },
             metrics=metrics,
             watch=watched,
             notes=tuple(notes),
         )
+
+    def cases(self, step: int) -> Cases:
+        """Return the training examples, with the augmentation of this step if there is any."""
+        cases = self.train_set
+        return cases.at(self.config.seed, step) if isinstance(cases, Augmented) else cases
 
     @property
     def options(self) -> dict[str, Any]:
@@ -140,6 +155,8 @@ class ModelTask(Task):
             self._check_form(checkpoint)
             theta = checkpoint.theta
         self._check_data(lambda cases: check_finite(cases.targets, cases.mask))
+        if isinstance(self.train_set, Augmented):
+            self.train_set.check(np.array(spread(count, TRIED)))
         indices = np.array(spread(count, CHECKED))
         try:
             if isinstance(model, Trials):
@@ -157,13 +174,10 @@ class ModelTask(Task):
         self._try_metric(theta)
 
     def _check_data(self, check: Callable[[Examples], None]) -> None:
-        """Check all examples that are in memory; name the set in an error."""
-        for name, cases in (("train", self.train_set), ("valid", self.valid_set)):
-            if isinstance(cases, Examples):
-                try:
-                    check(cases)
-                except UserError as error:
-                    raise UserError(f"{name}: {error}") from None
+        """Check all examples, those that are read by index when they are read; name the set in an error."""
+        checks.examples(self.train_set, check, "train")
+        if self.valid_set is not None:
+            checks.examples(self.valid_set, check, "valid")
 
     def compare(self, checkpoint: Checkpoint, resumes: bool) -> str:
         """Return "" if the checkpoint's run has the same training examples; see `Task.compare`."""
@@ -172,9 +186,9 @@ class ModelTask(Task):
             ("cases", "on other training cases"),
             ("valid_cases", "with other validation cases"),
         ):
-            if resumes and checkpoint.meta.get(name) != self.identity[name]:
+            if resumes and not self._has_data(checkpoint.meta, name):
                 raise DifferentRun(f"is a run {words}")
-        same, known = checkpoint.meta.get("cases") == self.identity["cases"], checkpoint.meta.get("tried")
+        same, known = self._has_data(checkpoint.meta, "cases"), checkpoint.meta.get("tried")
         loss = self._loss(self.model.backend.to_device(checkpoint.theta))
         if (
             same
@@ -188,6 +202,19 @@ class ModelTask(Task):
         if not math.isfinite(loss):
             raise _explained(NotFinite(loss), self.train_set, np.arange(min(TRIED, self.train_set.count)))
         return "" if same else "was trained on other cases"
+
+    def continuing(self, checkpoint: Checkpoint) -> ModelTask:
+        """Return the task with the digests of the checkpoint: all checkpoints of a run have the same."""
+        stored = {name: value for name, value in checkpoint.meta.items() if name in self.identity}
+        return replace(self, identity={**self.identity, **stored})
+
+    def _has_data(self, meta: Mapping[str, Any], name: str) -> bool:
+        """Return whether the run of a checkpoint had the same data: all examples, or those that are known."""
+        mine, sample = self.identity, f"{name}_sample"
+        if meta.get(name) == mine[name]:
+            return True
+        sampled = mine[name] == mine[sample] or meta.get(name) == meta.get(sample)
+        return bool(sampled and meta.get(sample) == mine[sample])
 
     def _check_form(self, checkpoint: Checkpoint) -> None:
         if checkpoint.meta.get("model") != self.identity["model"]:
@@ -225,13 +252,15 @@ class ModelTask(Task):
     def _try_valid(self, owner: DataParallel, cases: Cases, theta: Array) -> None:
         """Raise a UserError on all ranks unless the validation loss and the metric can be computed."""
         try:
-            scored = cases.scored(np.arange(cases.count))
-            loss = owner.on(cases, np.arange(cases.count), span=EVALUATE).loss(theta) if scored else 0.0
-            means = metric.means(self.metrics, owner, cases, theta) if scored else {}
+            loss = owner.on(cases, np.arange(cases.count), span=EVALUATE).loss(theta)
+            means = metric.means(self.metrics, owner, cases, theta)
+        except Unscored:
+            raise UserError(
+                "valid: no output of the validation examples is scored: the mask is 0 everywhere"
+            ) from None
         except UserError as error:
-            raise UserError(f"valid: {error}") from None
-        if not scored:
-            raise UserError("valid: no output of the validation examples is scored: the mask is 0 everywhere")
+            said = str(error).removeprefix("valid: ")
+            raise UserError(f"valid: {said}") from None
         if not math.isfinite(loss):
             at = _not_finite(cases, np.arange(cases.count))
             cause = "check inputs and targets of the validation examples" if at is None else _cause(at)
@@ -249,7 +278,7 @@ class ModelTask(Task):
         """Return the mean loss on the first examples, on this rank alone."""
         indices = np.arange(min(TRIED, self.train_set.count))
         loss = self.model.loss(theta, self.train_set.take(indices))
-        return float(loss) / max(1, self.train_set.scored(indices))
+        return float(loss) / (self.train_set.scored(indices) or 1)
 
     def _try_metric(self, theta: np.ndarray) -> None:
         if self.metrics and self.valid_set is not None:
@@ -279,11 +308,12 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _cases(name: str, given: Any, make: Callable[..., Cases]) -> Cases | None:
-    if given is None:
-        return None
+def _cases(name: str, given: Any, model: Model, memory: int | None, notes: list[str]) -> Cases:
+    """Return a data set as the model takes it, and note how it is read."""
+    make = getattr(model, "examples", Examples)
     try:
-        return as_cases(given, make)
+        cases = as_cases(given, make, memory, lambda sentence: notes.append(f"{name}: {sentence}"))
+        return with_scoring(model, cases)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
 
@@ -314,12 +344,13 @@ def _with_batches(config: Config, count: int) -> tuple[Config, list[str]]:
     return replace(config, gradient_batch=gradient, curvature_batch=curvature), notes
 
 
-def _check_optimizer(config: Config, model: Model, count: int) -> None:
+def _check_optimizer(config: Config, model: Model, cases: Cases) -> None:
     """Raise a UserError if the optimizer needs what the model or the batches do not have."""
     chosen = config.preset()
     needs, kind = chosen.optimizer.needs, type(model).__name__
     if needs.same_batch:
-        checks.same_batch(config.optimizer, chosen.gradient_batch, count, "gradient_batch")
+        redrawn = "hfmpi.Augmented" if isinstance(cases, Augmented) else ""
+        checks.same_batch(config.optimizer, chosen.gradient_batch, cases.count, "gradient_batch", redrawn)
     if needs.blocks and not isinstance(model, Blocks):
         raise UserError(
             f"{kind} does not name the matrices of theta (blocks): take another optimizer, such as adam"

@@ -8,17 +8,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hfmpi.data.batches import Cases
+from hfmpi.data.by_index import Dataset
 from hfmpi.data.digest import digest_of
 from hfmpi.data.examples import Examples
 from hfmpi.data.user_data import as_cases
-from hfmpi.models.base import DataChecks, Model, Scoring
+from hfmpi.measure.machine import free_memory
+from hfmpi.models.base import DataChecks, Model, with_scoring
 from hfmpi.models.batch import check_finite
 from hfmpi.models.micro_batches import check_theta
 from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.parallel.communicator import Communicator, digest
 from hfmpi.parallel.failure import together
 from hfmpi.parallel.launch import connect
-from hfmpi.runs.checks import same_start
+from hfmpi.runs import checks
 
 __all__ = ["Point", "one_point"]
 
@@ -44,22 +46,22 @@ def one_point(
         On all ranks, if the arguments do not fit one another, or differ between ranks.
     """
     comm = communicator or _all_ranks()
+    memory = checks.least(comm, free_memory(comm.local_size))
 
     def build() -> Point:
         owner = DataParallel(model, comm, **options)
         check_theta(theta, model.size)
         start = theta.astype(model.backend.dtype)
-        cases = as_cases(data, getattr(model, "examples", Examples))
-        if isinstance(cases, Examples):
-            cases = model.scoring(cases) if isinstance(model, Scoring) else cases
-            check_finite(cases.targets, cases.mask)
-            if isinstance(model, DataChecks):
+        cases = with_scoring(model, as_cases(data, getattr(model, "examples", Examples), memory))
+        checks.examples(cases, lambda some: check_finite(some.targets, some.mask))
+        if isinstance(model, DataChecks):
+            if isinstance(cases, (Examples, Dataset)):
                 model.loss(owner.model.backend.to_device(start), cases.take(np.arange(1)))  # checks the model
-                model.check_data(cases.inputs, cases.targets, cases.mask)
+            checks.examples(cases, lambda some: model.check_data(some.inputs, some.targets, some.mask))
         return Point(owner, cases, start)
 
     point = together(comm, build)
-    same_start(
+    checks.same_start(
         comm,
         {
             "rank {} has other parameters than the other ranks": digest(point.theta),

@@ -176,7 +176,11 @@ def print_devices(places: Sequence[Place], precision: str) -> None:
     for host, device in sorted({(p.host, p.device_id) for p in places if p.device_id}):
         ranks = [str(rank) for rank, p in enumerate(places) if (p.host, p.device_id) == (host, device)]
         if len(ranks) > 1:
-            click.echo(f"Warning: ranks {', '.join(ranks)} share one GPU of {host} and slow each other down.")
+            on_host = [place for place in places if place.host == host]
+            free = max(place.gpus for place in on_host) - len({place.device_id for place in on_host} - {None})
+            hint = f"; {free} of its GPUs are free: move the model to hfmpi.device()" if free > 0 else ""
+            shared = f"ranks {', '.join(ranks)} share one GPU of {host} and slow each other down"
+            click.echo(f"Warning: {shared}{hint}.")
 
 
 def sentence_of(ending: Ending) -> str:

@@ -91,7 +91,7 @@ def open_run(
     except DifferentRun as error:
         raise UserError(f"{name} {error}; {remedy}") from None
     if resumes:
-        run = make(folder, task, session, checkpoint)
+        run = make(folder, task.continuing(checkpoint), session, checkpoint)
     else:
         _check_leftover(folder, task, names)
         begin = partial(make, folder, task, session)

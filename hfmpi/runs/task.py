@@ -90,6 +90,10 @@ class Task:
         """
         raise NotImplementedError
 
+    def continuing(self, checkpoint: Checkpoint) -> Task:
+        """Return the task of a resumed run, whose checkpoints describe the data as this one does."""
+        return self
+
     def compared(self, theta: np.ndarray, step: int) -> dict[str, Any]:
         """Return what must be equal on all ranks at the start, by the error sentence for ranks {}."""
         sentence = "rank {} has other data, options or checkpoint files than the other ranks"

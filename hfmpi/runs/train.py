@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hfmpi.backends import gpus
 from hfmpi.backends.base import Array
 from hfmpi.errors import UserError
 from hfmpi.files.checkpoint import Checkpoint
@@ -193,7 +194,8 @@ class Run:
             with contextlib.suppress(Unscored):  # a batch that is skipped
                 task.try_out(self.risk, self.theta)
         host, local_rank = self.placement.host, self.placement.local_rank
-        place = Place(host, local_rank, backend.device, backend.device_id, self.risk.transport.name)
+        transport, visible = self.risk.transport.name, len(gpus()) if backend.device_id else 0
+        place = Place(host, local_rank, backend.device, backend.device_id, transport, visible)
         places = comm.gather(place) or ()
         self.output.open(self.folder, to_toml(task.options), self.facts(places), task.notes)
         if self.folder is not None:
@@ -386,10 +388,11 @@ class Run:
         """
         cases = self.task.valid_set or self.task.train_set
         with self.timer.span(EVALUATE):
-            indices = np.arange(cases.count)[:count]
-            if not cases.scored(indices):  # the first ones may have no target
-                indices = np.arange(cases.count)
-            return self.risk.on(cases, indices, span=EVALUATE).loss(theta) * self.task.keys.per_nat
+            try:
+                risk = self.risk.on(cases, np.arange(cases.count)[:count], span=EVALUATE)
+            except Unscored:  # the first ones may have no target
+                risk = self.risk.on(cases, np.arange(cases.count), span=EVALUATE)
+            return risk.loss(theta) * self.task.keys.per_nat
 
     def save(self) -> bool:
         """Write the checkpoint if all ranks agree and theta is finite; return whether it could be written."""

@@ -139,6 +139,17 @@ class ndarray:
         forbid_capture("a copy to the host")
         return bool(self._a)
 
+    def __dlpack__(self, *, stream=None, max_version=None, dl_device=None, copy=None):
+        """Share the memory with a framework that computes on the host, or with MPI."""
+        forbid_capture("an exchange")
+        return self._a.__dlpack__(max_version=max_version)
+
+    def __dlpack_device__(self):
+        return self._a.__dlpack_device__()
+
+    def __matmul__(self, other):
+        return matmul(self, other)
+
     def __array__(self, *_, **__):
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
 
@@ -162,9 +173,9 @@ class ndarray:
     def swapaxes(self, one, other):
         return ndarray(self._a.swapaxes(one, other))
 
-    def astype(self, dtype, copy=True):
+    def astype(self, dtype, order="K", copy=True):
         same = not copy and self.dtype == dtype
-        return self if same else ndarray(counted(self._a.astype(dtype)))
+        return self if same else ndarray(counted(self._a.astype(dtype, order)))
 
     def tolist(self):
         return self.get().tolist()
@@ -266,8 +277,12 @@ def empty_like(array):
     return empty(array.shape, array.dtype)
 
 
-def zeros_like(array, shape=None):
-    return zeros(array.shape if shape is None else shape, array.dtype)
+def zeros_like(array, dtype=None, shape=None):
+    return zeros(array.shape if shape is None else shape, array.dtype if dtype is None else dtype)
+
+
+def shape(array):
+    return array.shape
 
 
 def decomposition(function):
@@ -304,6 +319,26 @@ def append(array, value):
 
 def ascontiguousarray(array):
     return array if array.flags.c_contiguous else ndarray(counted(np.ascontiguousarray(bare(array))))
+
+
+def from_dlpack(array):
+    return ndarray(np.from_dlpack(array))
+
+
+def may_share_memory(a, b):
+    return np.may_share_memory(bare(a), bare(b))
+
+
+def stack(arrays, axis=0):
+    return ndarray(counted(np.stack(list(map(bare, arrays)), axis)))
+
+
+def moveaxis(array, source, destination):
+    return ndarray(np.moveaxis(bare(array), source, destination))
+
+
+def vdot(a, b):
+    return ndarray(counted(np.asarray(np.vdot(bare(a), bare(b)))))
 
 
 def asnumpy(array):

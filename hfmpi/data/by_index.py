@@ -1,0 +1,171 @@
+"""A map-style data set that stays where it is: its examples are read whenever a batch needs them."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from hfmpi.data.batches import BadExample, Batch, checked_indices
+from hfmpi.data.examples import Examples
+from hfmpi.data.items import Items
+from hfmpi.errors import UserError, shown
+
+__all__ = ["Dataset"]
+
+KEPT = 1 << 28
+"""Bytes of examples that are kept after they were read: a step reads its batch several times."""
+
+
+class Dataset:
+    """A map-style data set whose examples are read batch by batch; each rank reads those of its shard.
+
+    `hfmpi.train` makes one of a data set that takes more than a quarter of the free memory, and reads any
+    other one into memory at the start.
+
+    Parameters
+    ----------
+    dataset : map-style data set
+        It has a length, and for an index returns (x, y) or (x, y, weight): arrays, tensors or numbers, of one
+        shape and type for all examples; x may be a tuple of several inputs. Reading an example twice must
+        return the same values. A third part of whole numbers is a mask of 0 and 1, of real numbers weights,
+        as of `Examples`.
+    burn_in : int
+        As of `Examples`.
+    kept : int
+        Bytes of examples that this rank keeps in memory after they were read; 0: none.
+
+    Raises
+    ------
+    UserError
+        If it is not such a data set.
+
+    Examples
+    --------
+    >>> data = hfmpi.Dataset(torch.utils.data.TensorDataset(x, y))
+    >>> result = hfmpi.train(model, data, max_steps=10)
+    """
+
+    def __init__(self, dataset: Any, *, burn_in: int = 0, kept: int = KEPT) -> None:
+        if isinstance(kept, bool) or not isinstance(kept, int) or kept < 0:
+            raise UserError(f"kept must be a number of bytes, 0 or more, not {shown(kept)}")
+        self._items = Items(dataset)
+        self.burn_in, self.kept = burn_in, kept
+        self._make: Callable[..., Examples] = Examples
+        self._scoring: Callable[[Examples], Examples] | None = None
+        self._checks = list[tuple[Callable[[Examples], None], str]]()
+        self._read, self._bytes = OrderedDict[int, list[np.ndarray]](), 0
+        self._each: float | None = None  # scored targets of an example, where all have as many
+
+    def of_model(self, make: Callable[..., Any]) -> Dataset:
+        """Return the data set with batches that `make`, such as `Arrays`, converts."""
+        return self._with(_make=make)
+
+    def with_scoring(self, scoring: Callable[[Examples], Examples]) -> Dataset:
+        """Return the data set with the mask or weights that `scoring` adds to the examples of a batch."""
+        return self._with(_scoring=scoring)
+
+    def _with(self, **changes: Any) -> Dataset:
+        other = copy.copy(self)
+        other.__dict__.update(changes, _checks=[*self._checks], _read=OrderedDict(), _bytes=0, _each=None)
+        return other
+
+    def has(self, kind: type) -> bool:
+        """Return whether a batch is one of examples of this class, such as `Arrays`."""
+        return isinstance(self._make, type) and issubclass(self._make, kind)
+
+    def add_check(self, check: Callable[[Examples], None], name: str) -> None:
+        """Check all examples from now on when they are read; an error starts with the name."""
+        self._checks.append((check, name))
+
+    def forget(self) -> None:
+        """Read all examples again when they are needed next."""
+        self._read.clear()
+        self._bytes = 0
+
+    @property
+    def count(self) -> int:
+        """The number of examples."""
+        return self._items.count
+
+    @property
+    def unread(self) -> bool:
+        """Whether only reading examples shows which of their targets are scored."""
+        return self._items.weighted is not None or self._scoring is not None
+
+    def take(self, indices: np.ndarray) -> Batch:
+        """Read the examples `indices` (B,), B >= 1, as a batch of C-contiguous arrays.
+
+        Raises
+        ------
+        UserError
+            If one cannot be read, or has another shape, or a target that the model does not accept.
+        IndexError
+            If an example does not exist.
+        """
+        return self._examples(indices).take(np.arange(len(indices)))
+
+    def scored(self, indices: np.ndarray) -> float:
+        """Return the number of scored targets of the examples `indices` (B,), or the sum of their weights."""
+        if not self.unread:
+            if self._each is None:
+                first = np.zeros(1, np.int64)
+                self._each = self._examples(first).scored(first)
+            return len(indices) * self._each
+        return self._sum(indices, lambda some, at: some.scored(at))
+
+    def weight(self, indices: np.ndarray) -> float:
+        """Return the sum of the weights of the examples `indices` (B,), each the mean over scored targets."""
+        if not self.unread:
+            return len(indices)
+        return self._sum(indices, lambda some, at: some.weight(at))
+
+    def _sum(self, indices: np.ndarray, number: Callable[[Examples, np.ndarray], float]) -> float:
+        """Sum over examples, of which few are in memory at a time."""
+        parts = np.array_split(indices, -(-len(indices) // 256)) if len(indices) else []
+        return sum(number(self._examples(part), np.arange(len(part))) for part in parts)
+
+    def _examples(self, indices: np.ndarray) -> Examples:
+        at = checked_indices(indices, self.count, "case")
+        columns = [np.stack(column) for column in zip(*map(self._item, at.tolist()), strict=True)]
+        inputs, (targets, *third) = columns[: self._items.inputs], columns[self._items.inputs :]
+        more = dict(zip(("weights",) if self._items.weighted else ("mask",), third, strict=False))
+        try:
+            examples = self._make(
+                tuple(inputs) if self._items.several else inputs[0], targets, burn_in=self.burn_in, **more
+            )
+        except UserError as error:
+            raise UserError(f"{_among(at)}: {error}") from None
+        if self._scoring is not None:
+            examples = self._scoring(examples)
+        for check, name in self._checks:
+            try:
+                check(examples)
+            except BadExample as error:
+                raise error.renamed(int(at[error.example]), name) from None
+            except UserError as error:
+                raise UserError(f"{name}: {_among(at)}: {error}") from None
+        return examples
+
+    def _item(self, i: int) -> list[np.ndarray]:
+        """Return the parts of an example, from memory if it was read lately."""
+        if i in self._read:
+            self._read.move_to_end(i)
+            return self._read[i]
+        item = self._items.read(i)
+        size = sum(part.nbytes for part in item)
+        if size <= self.kept:
+            self._read[i] = item
+            self._bytes += size
+        while self._bytes > self.kept:
+            _, oldest = self._read.popitem(last=False)
+            self._bytes -= sum(part.nbytes for part in oldest)
+        return item
+
+
+def _among(indices: np.ndarray) -> str:
+    """Return which examples a batch has, for a message."""
+    return f"among examples {indices.min():,} to {indices.max():,} of the data set"
