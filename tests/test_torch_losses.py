@@ -40,6 +40,13 @@ CASES = [
     pytest.param(nn.CrossEntropyLoss(label_smoothing=1.0), ByClass, X, LABELS, id="all smoothing"),
     pytest.param(nn.CrossEntropyLoss(label_smoothing=0.2), ByClass, STEPS, TAGS, id="smoothing, ignored"),
     pytest.param(nn.CrossEntropyLoss(ignore_index=2), ByClass, STEPS, abs(TAGS) % 4, id="ignore_index"),
+    pytest.param(nn.CrossEntropyLoss(weight=POSITIVE), ByClass, X, LABELS, id="weight"),
+    pytest.param(
+        nn.CrossEntropyLoss(POSITIVE, ignore_index=-100), ByClass, STEPS, TAGS, id="weight, ignored"
+    ),
+    pytest.param(
+        nn.CrossEntropyLoss(torch.eye(4)[0] + 1, ignore_index=2), ByClass, X, LABELS, id="weight, 2"
+    ),
     pytest.param(nn.MSELoss(), Last, X, NUMBERS, id="mse"),
     pytest.param(nn.MSELoss(), Last, STEPS, RNG.standard_normal((30, 6, 4)), id="mse of steps"),
     pytest.param(nn.BCEWithLogitsLoss(), Last, X, RNG.random((30, 4)), id="bce"),
@@ -134,6 +141,31 @@ def test_soft_targets_have_no_pos_weight():
         hfmpi.train(
             hfmpi.TorchModel(Last(), nn.BCEWithLogitsLoss(pos_weight=POSITIVE)),
             (X, RNG.random((30, 4))),
+            optimizer="adam",
+            max_steps=1,
+            quiet=True,
+        )
+
+
+def test_class_weights_are_those_of_the_run(tmp_path):
+    def run(weights, steps):
+        torch.manual_seed(1)
+        model = hfmpi.TorchModel(ByClass(), nn.CrossEntropyLoss(weight=torch.tensor(weights)))
+        options = {"optimizer": "adam", "gradient_batch": 10, "max_steps": steps, "quiet": True}
+        return hfmpi.train(model, (X, LABELS), (X, LABELS), out=tmp_path / "run", **options), model
+
+    run([1.0, 2.0, 3.0, 4.0], 1)
+    result, model = run([1.0, 2.0, 3.0, 4.0], 2)
+    model.write_back(result.theta)
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    right = loss(model.module(torch.from_numpy(X).float()), torch.from_numpy(LABELS))
+    assert result.valid_loss == pytest.approx(right.item(), rel=1e-5)
+    with pytest.raises(hfmpi.UserError, match="is a run on other training cases"):
+        run([1.0, 2.0, 3.0, 5.0], 3)
+    with pytest.raises(hfmpi.UserError, match="weight of the loss has 3 classes, and the module 4 outputs"):
+        hfmpi.train(
+            hfmpi.TorchModel(ByClass(), nn.CrossEntropyLoss(weight=torch.ones(3))),
+            (X, LABELS),
             optimizer="adam",
             max_steps=1,
             quiet=True,

@@ -686,8 +686,12 @@ def test_burn_in_is_asked_for():
         (lambda: nn.BCELoss(), r"not PyTorch's BCELoss: let the module return the logits"),
         (lambda: type("Mine", (nn.MSELoss,), {})(), r"not PyTorch's Mine: pass"),
         (
-            lambda: nn.CrossEntropyLoss(weight=torch.ones(5)),
-            "weight of torch.nn.CrossEntropyLoss is not supported",
+            lambda: nn.CrossEntropyLoss(weight=-torch.ones(5)),
+            "weight of torch.nn.CrossEntropyLoss must have a finite number for each class",
+        ),
+        (
+            lambda: nn.CrossEntropyLoss(weight=torch.ones(5), label_smoothing=0.1),
+            "weight and label_smoothing of torch.nn.CrossEntropyLoss are not supported together",
         ),
         (lambda: nn.BCEWithLogitsLoss(weight=torch.ones(5)), "weight of torch.nn.BCEWithLogitsLoss is not"),
         (lambda: nn.BCEWithLogitsLoss(pos_weight=torch.ones(2, 5)), r"or one for all, not shape \(2, 5\)"),

@@ -94,8 +94,8 @@ class TorchModel(FrameworkModel):
     loss : str, torch.nn.CrossEntropyLoss(), MSELoss(), BCEWithLogitsLoss() or Loss
         The loss of each scored output (O,): 'cross-entropy', 'squares' (half the squared distance), 'mse'
         (the mean over outputs), 'bernoulli' or 'binary-cross-entropy' (its mean over outputs). For
-        `CrossEntropyLoss` the classes are on axis 1 of the outputs, (B, O) or (B, O, ...), and targets equal
-        to its `ignore_index` are not scored.
+        `CrossEntropyLoss` the classes are on axis 1 of the outputs, (B, O) or (B, O, ...), targets equal to
+        its `ignore_index` are not scored, and its `weight` gives weights to the examples (`scoring`).
 
     Raises
     ------
@@ -141,9 +141,9 @@ class TorchModel(FrameworkModel):
         trained = {name: p for name, p in trained.items() if id(p) not in self.aliases}
         self.module, self.device = module, next(iter(trained.values())).device
         self.parameters, self.frozen, self.on_gpu = trained, frozen, self.device.type != "cpu"
-        self.class_axis, self.ignored = False, None
+        self.class_axis, self.ignored, self.class_weights = False, None, None
         if isinstance(loss, torch.nn.Module):
-            loss, self.class_axis, self.ignored = torch_loss(loss)
+            loss, self.class_axis, self.ignored, self.class_weights = torch_loss(loss)
         self._sizes = [p.numel() for p in trained.values()]
         self.places = Substitution(module, self.aliases)
         start = torch.cat([p.detach().reshape(-1) for p in trained.values()]).cpu().numpy()
@@ -165,16 +165,15 @@ class TorchModel(FrameworkModel):
     @property
     def scores_all(self) -> bool:
         """Whether `scoring` changes nothing for any data."""
-        return self.ignored is None
+        return self.ignored is None and self.class_weights is None
 
     def scoring(self, data: Examples) -> Examples:
-        """Return examples whose mask leaves out the targets that the loss ignores."""
+        """Return examples without the targets that the loss ignores, with the weights of their classes."""
         if self.ignored is None or data.targets.dtype.kind not in "iu":
             return data
         scored = data.targets != self.ignored
-        if scored.all():
-            return data
-        return data.masked(scored)
+        data = data if scored.all() else data.masked(scored)
+        return data if self.class_weights is None else data.with_class_weights(self.class_weights)
 
     def write_back(self, theta: Array) -> None:
         """Copy theta (D,), on the host or the device, into the parameters of the module.
@@ -314,6 +313,11 @@ class TorchModel(FrameworkModel):
                 warm = Snapshot(self.module, self.device)
                 try:
                     super()._check(theta, examples)
+                    if self.class_weights is not None and len(self.class_weights) != self.plan.width:
+                        raise UserError(
+                            f"weight of the loss has {len(self.class_weights)} classes, and the module "
+                            f"{self.plan.width} outputs: give one weight for each class"
+                        )
                     check_module(self, theta, few, fresh)
                     self._choose_products(theta, examples.take([0]))
                 finally:  # these errors explain any other one

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from hfmpi.errors import UserError
@@ -30,11 +31,14 @@ class TorchLoss(NamedTuple):
         Whether axis 1 of the module's outputs has the classes.
     ignored : int or None
         The target that is not scored.
+    class_weights : (O,) or None
+        Weights of the examples, by their target: the mean over a batch is sum(w l) / sum(w).
     """
 
     loss: Loss
     class_axis: bool = False
     ignored: int | None = None
+    class_weights: np.ndarray | None = None
 
 
 def torch_loss(loss: Any) -> TorchLoss:
@@ -59,17 +63,15 @@ def torch_loss(loss: Any) -> TorchLoss:
             f"reduction={loss.reduction!r} of torch.nn.{name} is not supported: hfmpi minimises the mean "
             "over scored outputs, whatever the size of a batch; use reduction='mean'"
         )
-    if getattr(loss, "weight", None) is not None:
-        raise UserError(
-            f"weight of torch.nn.{name} is not supported: leave it out, or write a loss, as "
-            "hfmpi.models.losses has them"
-        )
     if isinstance(loss, torch.nn.CrossEntropyLoss):
-        if loss.label_smoothing:
-            return TorchLoss(SmoothedCrossEntropy(loss.label_smoothing), True, loss.ignore_index)
-        return TorchLoss(LOSSES["cross-entropy"], True, loss.ignore_index)
+        return _cross_entropy(loss)
     if isinstance(loss, torch.nn.MSELoss):
         return TorchLoss(LOSSES["mse"])
+    if loss.weight is not None:
+        raise UserError(
+            "weight of torch.nn.BCEWithLogitsLoss is not supported: leave it out, and give weights to the "
+            "examples, hfmpi.Examples(x, y, weights=w)"
+        )
     if loss.pos_weight is None:
         return TorchLoss(LOSSES["binary-cross-entropy"])
     if loss.pos_weight.ndim > 1:
@@ -78,3 +80,25 @@ def torch_loss(loss: Any) -> TorchLoss:
             f"not shape {tuple(loss.pos_weight.shape)}"
         )
     return TorchLoss(OutputMean(WeightedBernoulli(tuple(loss.pos_weight.double().reshape(-1).tolist()))))
+
+
+def _cross_entropy(loss: Any) -> TorchLoss:
+    weights = None
+    if loss.weight is not None:
+        weights = loss.weight.detach().double().cpu().numpy()
+        if (
+            weights.ndim != 1
+            or not np.isfinite(weights).all()
+            or not (weights >= 0).all()
+            or not weights.any()
+        ):
+            raise UserError(
+                "weight of torch.nn.CrossEntropyLoss must have a finite number for each class, 0 or more"
+            )
+        if loss.label_smoothing:
+            raise UserError(
+                "weight and label_smoothing of torch.nn.CrossEntropyLoss are not supported together: the "
+                "smoothed loss is not a weight times a loss; leave out one of them"
+            )
+    smoothed = SmoothedCrossEntropy(loss.label_smoothing) if loss.label_smoothing else LOSSES["cross-entropy"]
+    return TorchLoss(smoothed, True, loss.ignore_index, weights)
