@@ -157,6 +157,18 @@ def test_ignored_targets_count_for_nothing():
     assert np.allclose(*map(vector, modules), atol=1e-5)
 
 
+def test_weights_count_as_repeated_examples():
+    x, y = data()
+    weights = np.random.default_rng(3).integers(1, 4, COUNT)
+    modules = mlp(), mlp()
+    weighted = make(modules[0], "bhf-short", curvature_fraction=1.0)
+    repeated = make(modules[1], "bhf-short", curvature_fraction=1.0)
+    losses = [weighted.step(hfmpi.Examples(x, y, weights=weights.astype(float)))]
+    losses.append(repeated.step(*tensors(x.repeat(weights, axis=0), y.repeat(weights))))
+    assert np.isclose(*losses, rtol=1e-6)
+    assert np.allclose(*map(vector, modules), atol=1e-4)
+
+
 def test_the_outputs_are_selected_of_what_a_module_returns():
     class Both(nn.Module):
         def __init__(self):
@@ -567,6 +579,20 @@ def test_two_ranks_take_the_steps_of_one(mpi_ranks, comm, method):
     again.load_state_dict(two.state_dict())
     assert two.step(*part_of(x, y, ranks)) == again.step(*part_of(x, y, ranks))
     assert np.array_equal(vector(module), vector(resumed))
+
+
+@pytest.mark.mpi(ranks=2, timeout=100, unit="s")
+def test_weights_of_two_ranks_are_those_of_one(mpi_ranks, comm):
+    ranks, (x, y) = MPICommunicator(comm), data()
+    weights = np.random.default_rng(3).uniform(0.5, 2, COUNT)
+    part = slice(0, 20) if ranks.rank == 0 else slice(20, COUNT)
+    alone, module = mlp(), mlp()
+    one = make(alone, "bhf-short", communicator=ALONE, curvature_fraction=0.5)
+    two = make(module, "bhf-short", communicator=ranks, curvature_fraction=0.5)
+    for _ in range(2):
+        loss = one.step(hfmpi.Examples(x, y, weights=weights))
+        assert np.isclose(loss, two.step(hfmpi.Examples(x[part], y[part], weights=weights[part])), rtol=1e-4)
+    assert np.allclose(vector(alone), vector(module), atol=1e-3)
 
 
 @pytest.mark.mpi(ranks=2, timeout=100, unit="s")
