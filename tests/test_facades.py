@@ -1,5 +1,6 @@
 """hfmpi.torch and hfmpi.jax: the steps of hfmpi.train in loops of others, on ranks, saved and continued."""
 
+import contextlib
 import copy
 import difflib
 import importlib.util
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import REAL_GPU
 from dense import run_page
 
 import hfmpi
+from hfmpi.backends import create
 from hfmpi.data.batches import global_indices
 from hfmpi.errors import UserError
 from hfmpi.facades.batches import GlobalBatch, curvature_part
@@ -338,6 +341,34 @@ def test_groups_that_do_not_fit_are_refused():
             make(module, "adam", params=params)
     with pytest.raises(UserError, match="at construction"):
         make(module, "adam").add_param_group({"params": []})
+
+
+@pytest.mark.parametrize("method", ["bhf-short", "soap"])
+def test_vectors_may_stay_on_a_device(method, monkeypatch):
+    pytest.importorskip("cupy")
+    if REAL_GPU:
+        pytest.skip("the stand-in shares the memory of the CPU")
+    from hfmpi.frameworks import torch as models
+    from hfmpi.frameworks import torch_exchange as exchange
+
+    def loop():
+        module = mlp()
+        optimizer = make(module, method, params=groups_of(module, scale=0.5))
+        losses = run(optimizer, 2, batch=20)
+        other = make(module, method, params=groups_of(module, scale=0.5))
+        other.load_state_dict(optimizer.state_dict())
+        return [*losses, *run(other, 2, batch=20, first=2)], optimizer
+
+    on_host, _ = loop()
+    monkeypatch.setattr(exchange, "on_stream", lambda backend, device: contextlib.nullcontext())
+    monkeypatch.setattr(
+        models,
+        "choose_exchange",
+        lambda device, dtype: exchange.ThroughDevice(create("cupy", dtype, 0), device),
+    )
+    on_device, optimizer = loop()
+    assert optimizer._model.backend.xp is not np
+    assert np.allclose(on_device, on_host, rtol=1e-3)
 
 
 # Learning rates ----------------------------------------------------------------------------------
