@@ -1,5 +1,6 @@
 """hfmpi.torch and hfmpi.jax: the steps of hfmpi.train in loops of others, on ranks, saved and continued."""
 
+import contextlib
 import copy
 import difflib
 import importlib.util
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import REAL_GPU
 from dense import run_page
 
 import hfmpi
+from hfmpi.backends import create
 from hfmpi.data.batches import global_indices
 from hfmpi.errors import UserError
 from hfmpi.facades.batches import GlobalBatch, curvature_part
@@ -155,6 +158,18 @@ def test_ignored_targets_count_for_nothing():
     losses.append(make(modules[1], method).step(*tensors(x[kept], y[kept])))
     assert np.isclose(*losses, rtol=1e-6)
     assert np.allclose(*map(vector, modules), atol=1e-5)
+
+
+def test_weights_count_as_repeated_examples():
+    x, y = data()
+    weights = np.random.default_rng(3).integers(1, 4, COUNT)
+    modules = mlp(), mlp()
+    weighted = make(modules[0], "bhf-short", curvature_fraction=1.0)
+    repeated = make(modules[1], "bhf-short", curvature_fraction=1.0)
+    losses = [weighted.step(hfmpi.Examples(x, y, weights=weights.astype(float)))]
+    losses.append(repeated.step(*tensors(x.repeat(weights, axis=0), y.repeat(weights))))
+    assert np.isclose(*losses, rtol=1e-6)
+    assert np.allclose(*map(vector, modules), atol=1e-4)
 
 
 def test_the_outputs_are_selected_of_what_a_module_returns():
@@ -326,6 +341,34 @@ def test_groups_that_do_not_fit_are_refused():
             make(module, "adam", params=params)
     with pytest.raises(UserError, match="at construction"):
         make(module, "adam").add_param_group({"params": []})
+
+
+@pytest.mark.parametrize("method", ["bhf-short", "soap"])
+def test_vectors_may_stay_on_a_device(method, monkeypatch):
+    pytest.importorskip("cupy")
+    if REAL_GPU:
+        pytest.skip("the stand-in shares the memory of the CPU")
+    from hfmpi.frameworks import torch as models
+    from hfmpi.frameworks import torch_exchange as exchange
+
+    def loop():
+        module = mlp()
+        optimizer = make(module, method, params=groups_of(module, scale=0.5))
+        losses = run(optimizer, 2, batch=20)
+        other = make(module, method, params=groups_of(module, scale=0.5))
+        other.load_state_dict(optimizer.state_dict())
+        return [*losses, *run(other, 2, batch=20, first=2)], optimizer
+
+    on_host, _ = loop()
+    monkeypatch.setattr(exchange, "on_stream", lambda backend, device: contextlib.nullcontext())
+    monkeypatch.setattr(
+        models,
+        "choose_exchange",
+        lambda device, dtype: exchange.ThroughDevice(create("cupy", dtype, 0), device),
+    )
+    on_device, optimizer = loop()
+    assert optimizer._model.backend.xp is not np
+    assert np.allclose(on_device, on_host, rtol=1e-3)
 
 
 # Learning rates ----------------------------------------------------------------------------------
@@ -567,6 +610,20 @@ def test_two_ranks_take_the_steps_of_one(mpi_ranks, comm, method):
     again.load_state_dict(two.state_dict())
     assert two.step(*part_of(x, y, ranks)) == again.step(*part_of(x, y, ranks))
     assert np.array_equal(vector(module), vector(resumed))
+
+
+@pytest.mark.mpi(ranks=2, timeout=100, unit="s")
+def test_weights_of_two_ranks_are_those_of_one(mpi_ranks, comm):
+    ranks, (x, y) = MPICommunicator(comm), data()
+    weights = np.random.default_rng(3).uniform(0.5, 2, COUNT)
+    part = slice(0, 20) if ranks.rank == 0 else slice(20, COUNT)
+    alone, module = mlp(), mlp()
+    one = make(alone, "bhf-short", communicator=ALONE, curvature_fraction=0.5)
+    two = make(module, "bhf-short", communicator=ranks, curvature_fraction=0.5)
+    for _ in range(2):
+        loss = one.step(hfmpi.Examples(x, y, weights=weights))
+        assert np.isclose(loss, two.step(hfmpi.Examples(x[part], y[part], weights=weights[part])), rtol=1e-4)
+    assert np.allclose(vector(alone), vector(module), atol=1e-3)
 
 
 @pytest.mark.mpi(ranks=2, timeout=100, unit="s")
