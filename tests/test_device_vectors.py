@@ -26,7 +26,7 @@ from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.errors import UserError
 from hfmpi.objective import transport
 from hfmpi.optim import Objectives
-from hfmpi.optim.layout import Block, parts_of
+from hfmpi.optim.layout import parts_of, whole
 from hfmpi.optim.presets import PRESETS
 from hfmpi.optim.reduced_model import Basis, Row
 from hfmpi.parallel.communicator import Communicator, MPICommunicator, digest
@@ -205,9 +205,8 @@ def everything(model, cases, micro_batch=CASES):
         at.project(many, 0.5, projected)
         found[f"{words}projected"] = projected
         # Directions cut into parts, and whole ones.
-        vectors = [many[0], many[1]]
-        for cuts in (parts_of(model.blocks), parts_of([Block("theta", 0, 1, size)])):
-            basis = Basis(vectors, [Row(part, i, 0.5 + i) for part in cuts for i in (0, 1)])
+        for cuts in (parts_of(model.blocks), [whole(size)]):
+            basis = Basis([many[:2]], [Row(part, i, 0.5 + i) for part in cuts for i in (0, 1)])
             found[f"{words}sketched {len(cuts)}"] = to_host(at.sketch_along(signs, segments, basis.along()))
 
     owner = hfmpi.DataParallel(model, Communicator(), micro_batch=micro_batch)

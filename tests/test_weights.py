@@ -12,7 +12,7 @@ import hfmpi
 from hfmpi.backends import create
 from hfmpi.errors import UserError
 from hfmpi.objective.local_rows import signs
-from hfmpi.optim.layout import Block, parts_of
+from hfmpi.optim.layout import whole
 from hfmpi.optim.reduced_model import Basis, Row
 from hfmpi.optim.rows import RowRequest
 from hfmpi.parallel.communicator import Communicator, MPICommunicator
@@ -90,9 +90,8 @@ def risk_of(model, cases, micro_batch=2):
 
 def directions_of(model):
     """Return two directions that are made a few at a time."""
-    vectors = [*np.random.default_rng(2).standard_normal((2, model.size))]
-    parts = parts_of([Block("theta", 0, 1, model.size)])
-    return Basis(vectors, [Row(part, i, 1.0) for part in parts for i in (0, 1)])
+    vectors, part = np.random.default_rng(2).standard_normal((2, model.size)), whole(model.size)
+    return Basis([vectors], [Row(part, i, 1.0) for i in (0, 1)])
 
 
 @frameworks
