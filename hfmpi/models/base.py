@@ -22,6 +22,7 @@ __all__ = [
     "Blocks",
     "Costed",
     "DataChecks",
+    "GradientFirst",
     "KroneckerFactors",
     "Linearisation",
     "Model",
@@ -231,6 +232,14 @@ class RowsFirst(Protocol):
     """A model with a linearisation that is cheaper where rows are its first pass."""
 
     def linearise_rows(self, theta: Array, batch: Any, reuse: Any = None) -> Linearisation:
+        """Linearise as `Model.linearise` does."""
+
+
+@runtime_checkable
+class GradientFirst(Protocol):
+    """A model with a linearisation that is cheaper where `gradient` is its first pass, and often its only one."""
+
+    def linearise_gradient(self, theta: Array, batch: Any, reuse: Any = None) -> Linearisation:
         """Linearise as `Model.linearise` does."""
 
 

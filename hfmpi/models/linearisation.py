@@ -101,6 +101,8 @@ class LossLinearisation:
         How many rows of outputs times directions `project` processes at a time: few enough for the cache.
     directions : int
         The most directions that one of the passes takes; more are taken in parts.
+    ready : (D,) or None
+        The gradient of the summed loss, where the model has computed it together with the outputs.
     """
 
     passes: Passes
@@ -112,6 +114,7 @@ class LossLinearisation:
     loss: float
     block_rows: int
     directions: int = 16
+    ready: Array | None = None
 
     @property
     def nbytes(self) -> int:
@@ -141,6 +144,9 @@ class LossLinearisation:
 
     def gradient(self, scale: float, out: Array) -> None:
         """Add scale times the gradient of the summed loss to out (D,)."""
+        if self.ready is not None:
+            out += self.ready * out.dtype.type(scale)
+            return
         self.passes.vjp(self._loss_gradient(scale), out)
 
     def squared_gradients(self, scale: float, out: Array, squares: Array) -> None:
