@@ -29,6 +29,8 @@ from hfmpi.parallel.communicator import Communicator
 
 torch = pytest.importorskip("torch")
 torch_layers = pytest.importorskip("hfmpi.frameworks.torch_layers")
+torch_batch = pytest.importorskip("hfmpi.frameworks.torch_batch")
+torch_recurrent = pytest.importorskip("hfmpi.frameworks.torch_recurrent")
 nn = torch.nn
 
 
@@ -385,8 +387,9 @@ def test_squared_gradients_need_nothing_that_is_private_to_pytorch(monkeypatch, 
     assert "examples are processed one at a time" not in caplog.text
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "torch._decomp", None)
-        assert torch_layers._recurrent_networks() == {}
-    monkeypatch.setattr(torch_layers, "_RECURRENT", {})
+        assert torch_recurrent.recurrent_networks("input") == {}
+    monkeypatch.setattr(torch_layers, "UNPACKED", {})
+    monkeypatch.setattr(torch_batch, "UNPACKED", {})
     found = squared()
     assert "examples are processed one at a time" in caplog.text
     np.testing.assert_allclose(found.vector, expected.vector, rtol=1e-9, atol=1e-12)

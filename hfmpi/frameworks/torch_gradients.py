@@ -37,6 +37,9 @@ class ExampleGradients(NamedTuple):
         Of a layer that adds p, u of its output: the sum over n.
     rest : list of (B, ...)
         Of other operations, the gradients themselves.
+    mixed : bool
+        Whether the products are of layers and of derivatives of layers, whose factors have no common scale:
+        Kronecker factors are then those of the gradients.
     """
 
     p: Any
@@ -44,12 +47,13 @@ class ExampleGradients(NamedTuple):
     lookups: list[tuple[Any, Any]]
     added: list[Any]
     rest: list[Any]
+    mixed: bool = False
 
     @property
     def _only_kind(self) -> str:
         """The only kind of terms; empty if there are several, or none."""
         kinds = [kind for kind in ("products", "lookups", "added", "rest") if getattr(self, kind)]
-        return kinds[0] if len(kinds) == 1 else ""
+        return kinds[0] if len(kinds) == 1 and not self.mixed else ""
 
     def sum(self) -> Any:
         """Return the sum over the examples."""
@@ -139,6 +143,11 @@ class ExampleGradients(NamedTuple):
         if self._only_kind == "added":
             u = torch.cat(self.added, 1).flatten(0, 1)
             return u.new_full((1, 1), len(u)), square(u, block.groups), u.new_tensor(len(u))
+        if self.mixed and not (self.lookups or self.added or self.rest):
+            u, x = _joined(self.products)
+            full = len(factor_shape(block.rows)) == len(factor_shape(block.columns)) == 2
+            if full and u.shape[1] <= min(block.rows, block.columns):
+                return _factors_of_few(u, x)
         a = self.p.new_zeros(factor_shape(block.rows))
         b = self.p.new_zeros(factor_shape(block.columns, block.groups))
         count = self.p.new_zeros(())
@@ -148,6 +157,17 @@ class ExampleGradients(NamedTuple):
             b += square(g.flatten(0, 1), block.groups)
             count += g.square().sum()
         return a, b, count
+
+
+def _factors_of_few(u: Any, x: Any) -> tuple[Any, Any, Any]:
+    """Return the sums of G G' and G' G, and that of the squares of G, for G = u' x of u (B, n, O) and x (B, n, I).
+
+    The products of all pairs of the n terms take less than the gradients G do.
+    """
+    of_u, of_x = torch.bmm(u, u.mT), torch.bmm(x, x.mT)
+    a = torch.bmm(of_x, u).flatten(0, 1).T @ u.flatten(0, 1)
+    b = torch.bmm(of_u, x).flatten(0, 1).T @ x.flatten(0, 1)
+    return a, b, (of_u * of_x).sum()
 
 
 def _products_along(u: Any, x: Any, part: Part, v: Any) -> Any:

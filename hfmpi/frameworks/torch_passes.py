@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hfmpi.errors import UserError
 from hfmpi.frameworks import torch_gradients
-from hfmpi.frameworks.framework import split_examples
+from hfmpi.frameworks.framework import first_line, split_examples
+from hfmpi.frameworks.torch_batch import BatchPass
 from hfmpi.frameworks.torch_layers import ExamplePass
 from hfmpi.frameworks.torch_module import Allocations
 from hfmpi.models.batch import CheckedBatch
@@ -36,8 +37,20 @@ __all__ = ["TorchPasses", "plain_kernels", "to_array"]
 EXAMPLES = 256
 """How many examples' products with directions are computed at once."""
 
+WAYS = "layers", "batch", "derivatives", "expanded"
+"""How the gradients of examples can be separated, as of `TorchPlan.way`, in the order in which they are tried."""
+
 TOLERANCE = 1e-3
 """Relative difference at which a trial counts as wrong: far above rounding in float32."""
+
+ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
+"""The rounding of the gradient in one parameter, relative to the gradient in all of them."""
+
+T = TypeVar("T")
+
+
+class _UndecidedError(RuntimeError):
+    """A single example does not show how the gradients of several can be separated."""
 
 
 class TorchPasses:
@@ -211,7 +224,8 @@ class TorchPasses:
             add_examples(blocks, to_array(g)[None], sums)
             return torch.from_numpy(sums).to(g)
 
-        self._add_over_examples(u, partial(torch_gradients.factors, blocks=blocks), of_gradient, out, sums)
+        of_layers = partial(torch_gradients.factors, blocks=blocks)
+        self._add_over_examples(u, of_layers, of_gradient, out, sums, together=True)
 
     def rows(self, u: np.ndarray, out: np.ndarray) -> None:
         """Fill out (B, C, D) with J' u of each example, for each of C cotangents u (N * C, O)."""
@@ -235,7 +249,7 @@ class TorchPasses:
                 for c, gradient in enumerate(gradients):
                     out[i, c] = to_array(gradient)
 
-        self.model.batched("examples", at_once, one_by_one)
+        self._batched(at_once, one_by_one)
 
     def rows_along(self, u: np.ndarray, several: int, along: Along) -> np.ndarray:
         """Return V S' (k, B, C) of the rows S that `rows` computes for C cotangents, in parts."""
@@ -264,7 +278,17 @@ class TorchPasses:
             rows = (np.stack([*map(to_array, gradients)]) for gradients in self._one_by_one(cotangents))
             return np.stack([along(each) for each in rows], axis=1)
 
-        return self.model.batched("examples", at_once, one_by_one)
+        return self._batched(at_once, one_by_one)
+
+    def _batched(self, at_once: Callable[[], T], one_by_one: Callable[[], T]) -> T:
+        """Return what `at_once` computes, or `one_by_one` where the examples cannot be separated."""
+        def attempt() -> T:
+            try:
+                return at_once()
+            except _UndecidedError:
+                return one_by_one()
+
+        return self.model.batched("examples", attempt, one_by_one)
 
     def _cotangents(self, u: np.ndarray, several: int) -> Any:
         """Return u (N * C, O) as a tensor (C, B, n, O)."""
@@ -278,14 +302,18 @@ class TorchPasses:
         of_gradient: Callable[[Any], Any],
         out: np.ndarray,
         sums: np.ndarray,
+        together: bool = False,
     ) -> None:
-        """Add J' u to out, and a sum over examples to sums: of many at once, or of each one's gradient."""
+        """Add J' u to out, and a sum over examples to sums: of many at once, or of each one's gradient.
+
+        `together` is that of `BatchPass`.
+        """
         by_example = self.model.tensor(u).view(self.examples, -1, u.shape[-1])
 
         def at_once() -> tuple[Any, Any]:
             pairs = list[Any]()
             for part in split_examples(self.examples, self._know_examples(by_example)):
-                forward = self._forward(part)
+                forward = self._forward(part, together)
                 with self._running(), _quiet():
                     pairs.append(of_layers(forward.gradients(by_example[part])[0]))
             return sum(total for total, _ in pairs), sum(more for _, more in pairs)
@@ -296,22 +324,28 @@ class TorchPasses:
                 sums = [total + more for total, more in zip(sums or (0, 0), (g, of_gradient(g)), strict=True)]
             return sums[0], sums[1]
 
-        for array, tensor in zip(
-            (out, sums), self.model.batched("examples", at_once, one_by_one), strict=True
-        ):
+        for array, tensor in zip((out, sums), self._batched(at_once, one_by_one), strict=True):
             array += to_array(tensor)
 
     def _example_outputs(self, parameters: dict[str, Any], *inputs: Any) -> Any:
         """Return the outputs (N, O) of one example."""
         return self.model.call(parameters, tuple(x[None] for x in inputs), self.scored.example)
 
-    def _forward(self, part: slice) -> ExamplePass:
+    def _forward(self, part: slice, together: bool = False) -> ExamplePass | BatchPass:
         """Run some of the examples, for the gradient of each."""
         inputs = [x[part] for x in self.inputs]
         with self._running(), _quiet():
-            named = self.model.named(self.theta.detach())
-            layers = self.model.plan.layers
-            return ExamplePass(self._example_outputs, named, self.model.frozen, inputs, layers)
+            named, plan = self.model.named(self.theta.detach()), self.model.plan
+            if plan.way in ("layers", "expanded"):
+                layers = plan.way == "layers"
+                return ExamplePass(self._example_outputs, named, self.model.frozen, inputs, layers)
+            scored = self.scored.of_examples(len(inputs[0]))
+
+            def outputs(parameters: dict[str, Any], *inputs: Any) -> Any:
+                return self.model.call(parameters, inputs, scored)
+
+            derivatives, shared = plan.way == "derivatives", plan.shared if plan.unassigned == 0 else None
+            return BatchPass(outputs, named, self.model.frozen, inputs, derivatives, shared, together)
 
     def _one_by_one(self, u: Any) -> Iterator[list[Any]]:
         """Yield the gradients (D,) of the first examples, for each of their cotangents u (C, B, N, O)."""
@@ -340,29 +374,56 @@ class TorchPasses:
         if self.model.plan.unassigned is None:
             like = like[:2]
             u = torch.from_numpy(np.random.default_rng(0).standard_normal(like.shape)).to(like)
-            failures = list[RuntimeError]()
-            for layers in (True, False):
-                self.model.replan(layers=layers)
+            failures = list[Exception]()
+            for way in WAYS if len(u) > 1 else ("layers", "expanded"):
+                self.model.replan(way=way)
                 try:
-                    self.model.replan(unassigned=self._try_examples(u))
+                    self._try_examples(u)
                     break
-                except RuntimeError as failure:
+                except MemoryError:
+                    raise
+                except Exception as failure:  # an ordinary pass may fail in the module itself
+                    self.model.replan(unassigned=None)
+                    if way in ("layers", "expanded") and not isinstance(failure, RuntimeError):
+                        raise
                     failures.append(failure)
             else:
-                raise failures[-1]
+                if len(u) < 2:
+                    raise _UndecidedError
+                raise RuntimeError(first_line(failures[0])) from failures[0]
         return self.model.plan.unassigned or 0
 
-    def _try_examples(self, u: Any) -> int:
-        """Return the number of unassigned entries; raise a RuntimeError if a gradient is wrong."""
+    def _try_examples(self, u: Any) -> None:
+        """Plan the separation of examples in the way of the plan; raise a RuntimeError if a gradient is wrong."""
         forward = self._forward(slice(len(u)))
         with self._running(), _quiet():
             gradients, unassigned = forward.gradients(u)
-            each = [one.rows().expand(len(u), *one.p.shape) for one in gradients]
-            ours = torch.cat([rows.reshape(len(u), -1) for rows in each], 1)
-        for row, (right,) in zip(ours, self._one_by_one(u[None]), strict=True):
-            if not torch.linalg.vector_norm(row - right) <= TOLERANCE * torch.linalg.vector_norm(right):
+            each = [one.rows().expand(len(u), *one.p.shape).flatten(1) for one in gradients]
+        for row, (right,) in zip(torch.cat(each, 1), self._one_by_one(u[None]), strict=True):
+            self._compare(row, right, [one.shape[1] for one in each])
+        self.model.replan(unassigned=unassigned)
+        if isinstance(forward, BatchPass):
+            self.model.replan(shared=tuple(forward.shared))
+            self._try_batch(u)
+
+    def _try_batch(self, like: Any) -> None:
+        """Raise a RuntimeError unless the gradients of all examples add up to that of the batch."""
+        numbers = np.random.default_rng(1).standard_normal(self.outputs.shape)
+        u, forward = torch.from_numpy(numbers).to(like), self._forward(slice(None))
+        with self._running(), _quiet():
+            gradients, _ = forward.gradients(u.view(self.examples, -1, u.shape[-1]))
+            total = torch.cat([one.sum().flatten() for one in gradients])
+            right = self._backward(u, False)
+        self._compare(total, right, [one.p.numel() for one in gradients])
+
+    def _compare(self, ours: Any, right: Any, sizes: list[int]) -> None:
+        """Raise a RuntimeError if gradients (D,) differ: in an ordinary pass, those of any of the parameters."""
+        parts, norm = zip(ours.split(sizes), right.split(sizes), strict=True), torch.linalg.vector_norm
+        if self.model.plan.way in ("layers", "expanded"):
+            parts = iter([(ours, right)])
+        for one, other in parts:
+            if not norm(one - other) <= TOLERANCE * norm(other) + ROUNDING[ours.dtype] * norm(right):
                 raise RuntimeError("the gradients of examples cannot be separated")
-        return unassigned
 
 
 def to_array(tensor: Any) -> np.ndarray:
