@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -277,13 +277,18 @@ class JaxModel(FrameworkModel):
         return JaxPasses(self, theta, examples)
 
     def linearise_gradient(
-        self, theta: np.ndarray, batch: Any, reuse: LossLinearisation | None = None
+        self,
+        theta: np.ndarray,
+        batch: Any,
+        reuse: LossLinearisation | None = None,
+        *,
+        extra: Literal["", "squares", "factors"] = "",
     ) -> LossLinearisation:
         """Linearise as `linearise` does; a loss of hfmpi has its gradient computed with the outputs."""
-        if not has_gradient(self.output_loss):
+        if extra or not has_gradient(self.output_loss):
             return self.linearise(theta, batch, reuse)
         at = self._linearised(theta, batch, reuse, self._linearise_gradient)
-        at.ready = at.passes.loss_gradient
+        at.ready = cast("JaxPasses", at.passes).loss_gradient
         return at
 
     def _linearise_gradient(self, theta: np.ndarray, examples: CheckedBatch) -> JaxPasses:

@@ -18,6 +18,7 @@ from hfmpi.frameworks.framework import FrameworkModel, Plan, first_line
 from hfmpi.frameworks.trial import FEW
 from hfmpi.measure.machine import free_memory
 from hfmpi.models.batch import CheckedBatch, ScoredOutputs
+from hfmpi.models.linearisation import LossLinearisation
 from hfmpi.models.losses import LOSSES, Loss
 
 try:
@@ -267,6 +268,23 @@ class TorchModel(FrameworkModel):
 
     def _linearise(self, theta: np.ndarray, examples: CheckedBatch) -> TorchPasses:
         return TorchPasses(self, theta, examples)
+
+    def linearise_gradient(
+        self,
+        theta: np.ndarray,
+        batch: Any,
+        reuse: LossLinearisation | None = None,
+        *,
+        extra: Literal["", "squares", "factors"] = "",
+    ) -> LossLinearisation:
+        """Linearise as `linearise` does; an ordinary pass of a batch has the outputs and separates examples."""
+        if not extra:
+            return self.linearise(theta, batch, reuse)
+
+        def linearise(theta: np.ndarray, examples: CheckedBatch) -> TorchPasses:
+            return TorchPasses(self, theta, examples, extra)
+
+        return self._linearised(theta, batch, reuse, linearise)
 
     # The first batch ---------------------------------------------------------------------------
 

@@ -3,9 +3,9 @@
 The module runs as it is on all examples. A layer (a product with a matrix, a table, a recurrent network, a norm,
 a sum or product with a parameter) is recorded where the module calls it: its inputs, and the gradients of its
 outputs, which one backward pass computes. Rows of these belong to examples wherever the module puts them, sorted
-by length in packed sequences for example. A backward pass of random numbers tells which row belongs to which
-example: the numbers of example b are multiplied by a power of two, so are all rows that belong to it, exactly,
-and a row that mixes examples is noticed.
+by length in packed sequences for example. A second backward pass tells which row belongs to which example: its
+cotangents of every example are multiplied by another number, and so are all rows that belong to the example. A
+row that mixes examples is noticed.
 
 Modules that differentiate their outputs in their inputs, as physics-informed networks do, multiply with the
 matrices again in these derivatives, which are recorded too.
@@ -27,10 +27,10 @@ from hfmpi.frameworks.torch_recurrent import CELLS, PACKED, UNPACKED
 __all__ = ["BatchPass"]
 
 DIGITS = 32
-"""How many examples one backward pass tells apart: their factors are 1, 2, ..., 2^31."""
+"""Exponents of two, and steps between two powers of two, that tell examples apart."""
 
 PURE = 1e-3
-"""Relative difference at which a row counts as one of several examples."""
+"""Relative difference at which a row counts as one of several examples: less than a tenth of a step."""
 
 
 class BatchPass:
@@ -56,6 +56,7 @@ class BatchPass:
 
     Attributes
     ----------
+    outputs : (B, N, O)
     shared : list of bool
         Of this pass. The number of examples must not be a size of such indices where it is determined.
     """
@@ -81,7 +82,7 @@ class BatchPass:
             recorder.mark(x)
         with torch.enable_grad(), recorder:
             outputs = function(self._standing, *inputs)
-        self._outputs = outputs.reshape(self.examples, -1, outputs.shape[-1])
+        self.outputs = outputs.reshape(self.examples, -1, outputs.shape[-1])
         recorder.closed = True
         self.shared, self._calls = recorder.shared, recorder.calls
         kinds = {name: {call.kind for call in self._calls if call.name == name} for name in parameters}
@@ -89,7 +90,7 @@ class BatchPass:
         self._joint = {
             name for name, of in kinds.items() if together and len(of) == 1 and not of & {"rest"}
         }
-        self._index: list[Any] | None = None
+        self._labels: dict[int, Any] | None = None
 
     def gradients(self, u: Any, last: bool = True) -> tuple[list[ExampleGradients], int]:
         """Return the gradients of <outputs, u> of each example.
@@ -111,79 +112,152 @@ class BatchPass:
         RuntimeError
             If the module uses a parameter in another way than by a layer, or a row mixes examples.
         """
-        index = self._rows_of_examples()
         wanted = [*(call.edge for call in self._calls), *self._standing.values()]
-        found = torch.autograd.grad(self._outputs, wanted, u, allow_unused=True, retain_graph=not last)
+        found = torch.autograd.grad(self.outputs, wanted, u, allow_unused=True, retain_graph=True)
         if any(gradient is not None for gradient in found[len(self._calls) :]):
             raise RuntimeError("a parameter is used in another way than by a layer")
+        used = [(call, g) for call, g in zip(self._calls, found, strict=False) if g is not None]
         gradients = {
             name: ExampleGradients(p.detach(), [], [], [], []) for name, p in self.parameters.items()
         }
-        kinds = dict[str, set[str]]()
-        for call, cotangent, where in zip(self._calls, found, index, strict=False):
-            if cotangent is not None:
-                call.add(gradients[call.name], cotangent, where, self.examples)
-                kinds.setdefault(call.name, set()).add(call.kind)
-        for name, of in kinds.items():
-            if {"product", "transposed"} <= of:  # of one scale only within each of them
-                gradients[name] = gradients[name]._replace(mixed=True)
+        separate = dict[tuple[str, str], list[tuple[_Call, Any]]]()
+        for call, cotangent in used:
+            if call.name in self._joint:
+                call.add(gradients[call.name], cotangent.reshape(1, call.rows, -1), call.input)
+            else:
+                separate.setdefault((call.name, call.kind), []).append((call, cotangent))
+        labels = self._labels_of([pair for pairs in separate.values() for pair in pairs], u if last else None)
+        for (name, kind), pairs in separate.items():
+            of_pairs = [labels[id(call.edge)] for call, _ in pairs]
+            if kind == "rest":
+                for (call, cotangent), of in zip(pairs, of_pairs, strict=True):
+                    call.add_rest(gradients[name], cotangent, _grouped(of, self.examples))
+                continue
+            call, index = pairs[0][0], _grouped(torch.cat(of_pairs), self.examples)
+            rows = torch.cat([g.reshape(one.rows, -1) for one, g in pairs])
+            inputs = None if call.input is None else torch.cat([one.input for one, _ in pairs])
+            call.add(gradients[name], _taken(rows, index), None if inputs is None else _taken(inputs, index))
+        for name in {name for name, kind in separate if kind == "transposed"}:
+            mixed = (name, "product") in separate  # of one scale only within each of them
+            gradients[name] = gradients[name]._replace(mixed=mixed)
+        if last:
+            self._labels = None
         return [*gradients.values()], 0
 
-    def _rows_of_examples(self) -> list[Any]:
-        """Return the rows (B, n) of each example in each call, R where it has fewer; or (1, R), all of them."""
-        if self._index is not None:
-            return self._index
-        joint = [call.name in self._joint for call in self._calls]
-        self._index = [torch.arange(call.rows, device=call.device)[None] for call in self._calls]
-        if all(joint) or self.examples == 1:
-            return self._index
-        edges = [call.edge for call, of_all in zip(self._calls, joint, strict=True) if not of_all]
-        calls = [call for call, of_all in zip(self._calls, joint, strict=True) if not of_all]
-        u = torch.from_numpy(np.random.default_rng(0).standard_normal(self._outputs.shape)).to(self._outputs)
-        numbers = torch.arange(self.examples, device=u.device)
-        plain = self._back(edges, u)
-        labels, unit = [torch.zeros(call.rows, dtype=torch.int64, device=u.device) for call in calls], 1
-        while unit < self.examples:
-            factors = torch.pow(2.0, (numbers // unit) % DIGITS).to(u)
-            for i, (call, one, scaled) in enumerate(
-                zip(calls, plain, self._back(edges, u * factors[:, None, None]), strict=True)
-            ):
-                if one is not None:
-                    labels[i] += unit * _digits(call.flat(one), call.flat(scaled))
-            unit *= DIGITS
-        for i, (call, one) in enumerate(zip(calls, plain, strict=True)):
-            used = torch.zeros_like(labels[i], dtype=torch.bool)
-            if one is not None:
-                used = call.flat(one).abs().amax(1) > 0
-            if (labels[i] >= self.examples).any():
-                raise RuntimeError("a row of a layer belongs to several examples")
-            labels[i][~used] = self.examples  # nothing depends on this row
-        grouped = iter([_grouped(one, self.examples) for one in labels])
-        self._index = [
-            every if of_all else next(grouped) for every, of_all in zip(self._index, joint, strict=True)
-        ]
-        return self._index
+    def _labels_of(self, calls: list[tuple[_Call, Any]], u: Any) -> dict[int, Any]:
+        """Return, by the identity of an edge, the example (R,) of each row; B for a row of zeros.
 
-    def _back(self, edges: list[Any], u: Any) -> Any:
-        return torch.autograd.grad(self._outputs, edges, u, allow_unused=True, retain_graph=True)
+        Parameters
+        ----------
+        calls : list of (_Call, tensor)
+            With the gradients at the edges for the cotangents u.
+        u : (B, N, O), or None
+            None: use random cotangents, whose labels serve any other ones.
+        """
+        if self._labels is not None:
+            return self._labels
+        edges = {id(call.edge): (call, g) for call, g in calls}
+        if u is None:
+            numbers = np.random.default_rng(0).standard_normal(self.outputs.shape)
+            u = torch.from_numpy(numbers).to(self.outputs)
+            plain = self._back([call for call, _ in edges.values()], u)
+        else:
+            plain = [g for _, g in edges.values()]
+        calls = [(call, g) for (call, _), g in zip(edges.values(), plain, strict=True)]
+        self._labels = {}
+        widths = dict[int, list[tuple[_Call, Any]]]()
+        for call, g in calls:
+            rows = None if g is None else g.reshape(call.rows, -1)
+            if rows is None or self.examples == 1:
+                label = 0 if self.examples == 1 else self.examples
+                self._labels[id(call.edge)] = torch.full((call.rows,), label, device=call.device)
+            else:
+                widths.setdefault(rows.shape[1], []).append((call, rows))
+        groups = [*widths.values()]
+        every = [call for group in groups for call, _ in group]
+
+        def scaled(factors: Any) -> list[Any]:
+            back = iter(self._back(every, u * factors[:, None, None]))
+            return [torch.cat([g.reshape(len(rows), -1) for (_, rows), g in zip(group, back)]) for group in groups]
+
+        rows = [_Rows(torch.cat([rows for _, rows in group])) for group in groups]
+        for group, labels in zip(groups, _labelled(rows, self.examples, scaled), strict=True):
+            split = labels.split([call.rows for call, _ in group])
+            self._labels |= {id(call.edge): part for (call, _), part in zip(group, split, strict=True)}
+        return self._labels
+
+    def _back(self, calls: list[_Call], u: Any) -> Any:
+        edges = [call.edge for call in calls]
+        return torch.autograd.grad(self.outputs, edges, u, allow_unused=True, retain_graph=True)
 
 
-def _digits(one: Any, scaled: Any) -> Any:
-    """Return the exponents k (R,) of scaled = 2^k one, of rows (R, width), 0 for a row of zeros.
+class _Rows:
+    """Rows (R, width), to compare with the same rows of scaled cotangents."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+        self.size, column = rows.abs().max(1)
+        self.column, self.used = column[:, None], self.size > 0
+        self._largest = rows.gather(1, self.column)[:, 0]
+
+    def ratio(self, changed: Any) -> Any:
+        """Return by what each row is scaled, (R,), 1 for a row of zeros; wrong if its numbers disagree."""
+        quotient = changed.gather(1, self.column)[:, 0] / self._largest
+        return torch.where(self.used & (quotient > 0), quotient, 1)
+
+    def are_scaled(self, changed: Any, factors: Any) -> bool:
+        """Return whether each row is scaled by its factor (R,)."""
+        wrong = (changed - factors[:, None] * self.rows).abs().amax(1)
+        return bool((wrong <= PURE * factors * self.size).all())
+
+
+def _labelled(groups: list[_Rows], examples: int, scaled: Callable[[Any], list[Any]]) -> list[Any]:
+    """Return the example (R,) that each row belongs to, B for a row of zeros, for each group of rows.
+
+    Parameters
+    ----------
+    scaled : callable
+        Numbers (B,) -> the groups where the cotangents of each example are multiplied by its number.
 
     Raises
     ------
     RuntimeError
-        If a row is not scaled by one power of two.
+        If a row belongs to several examples.
     """
-    size, column = one.abs().max(1)
-    ratio = scaled.gather(1, column[:, None])[:, 0] / one.gather(1, column[:, None])[:, 0]
-    used = size > 0
-    exponents = torch.where(used & (ratio > 0), ratio, 1).log2().round().clamp(0, DIGITS - 1)
-    factor = torch.pow(2.0, exponents)
-    if ((scaled - factor[:, None] * one).abs().amax(1) > PURE * factor * size).any():
-        raise RuntimeError("a row of a layer belongs to several examples")
-    return exponents.long()
+    if not groups:
+        return []
+    like, numbers = groups[0].rows, torch.arange(examples, device=groups[0].rows.device)
+
+    def code(labels: Any) -> Any:
+        power = torch.pow(2.0, torch.div(labels, DIGITS, rounding_mode="floor"))
+        return (power * (1 + labels % DIGITS / DIGITS)).to(like)
+
+    def decoded(ratio: Any) -> Any:
+        power = torch.floor(torch.log2(ratio * (1 + 1 / (4 * DIGITS)))).clamp(0, DIGITS - 1)
+        step = ((ratio / torch.pow(2.0, power) - 1) * DIGITS).round().clamp(0, DIGITS - 1)
+        return (DIGITS * power + step).long()
+
+    def checked(labels: list[Any]) -> list[Any]:
+        if any((of >= examples).any() for of in labels):
+            raise RuntimeError("a row of a layer belongs to several examples")
+        return [torch.where(one.used, of, examples) for one, of in zip(groups, labels, strict=True)]
+
+    if examples <= DIGITS**2:
+        changed = scaled(code(numbers))
+        labels = [decoded(one.ratio(other)) for one, other in zip(groups, changed, strict=True)]
+        triples = zip(groups, changed, labels, strict=True)
+        if all(one.are_scaled(other, code(of)) for one, other, of in triples):
+            return checked(labels)
+    labels, unit = [torch.zeros_like(one.column[:, 0]) for one in groups], 1
+    while unit < examples:  # products with powers of two are exact, whatever cancels in a row
+        changed = scaled(torch.pow(2.0, torch.div(numbers, unit, rounding_mode="floor") % DIGITS).to(like))
+        for i, (one, other) in enumerate(zip(groups, changed, strict=True)):
+            digits = one.ratio(other).log2().round().clamp(0, DIGITS - 1)
+            if not one.are_scaled(other, torch.pow(2.0, digits).to(like)):
+                raise RuntimeError("a row of a layer belongs to several examples")
+            labels[i] = labels[i] + unit * digits.long()
+        unit *= DIGITS
+    return checked(labels)
 
 
 def _grouped(labels: Any, examples: int) -> Any:
@@ -195,6 +269,13 @@ def _grouped(labels: Any, examples: int) -> Any:
     index = torch.full((examples, max(1, int(count.max()))), len(labels), device=labels.device)
     index[label, torch.arange(len(order), device=labels.device) - starts[label]] = order
     return index
+
+
+def _taken(rows: Any, index: Any) -> Any:
+    """Return rows (R, ...) by index (B, n), zeros for the index R."""
+    if int(index.max()) < len(rows):  # equally many of each example
+        return rows[index]
+    return torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])[index]
 
 
 class _Call(NamedTuple):
@@ -226,33 +307,26 @@ class _Call(NamedTuple):
     device: Any
     shape: tuple[int, ...] = ()
 
-    def flat(self, cotangent: Any) -> Any:
-        """Return the gradient at the edge as rows (R, width)."""
-        return cotangent.reshape(self.rows, -1)
-
-    def add(self, gradients: ExampleGradients, cotangent: Any, index: Any, examples: int) -> None:
-        """Add the gradients of the examples, whose rows are `index` (B, n), to those of the parameter."""
-        u = _taken(self.flat(cotangent), index)
-        if self.kind == "product":
-            gradients.products.append((u, _taken(self.input, index)))
-        elif self.kind == "transposed":
-            gradients.products.append((_taken(self.input, index), u))
-        elif self.kind == "lookup":
-            gradients.lookups.append((u, _taken(self.input, index)))
-        elif self.kind == "added":
+    def add(self, gradients: ExampleGradients, u: Any, inputs: Any) -> None:
+        """Add the term of rows u (B, n, .), and inputs (B, n, .) or (R, .), to the gradients of the parameter."""
+        if self.kind == "added":
             gradients.added.append(u)
+            return
+        inputs = inputs.reshape(*u.shape[:2], *inputs.shape[inputs.ndim - (self.kind != "lookup") :])
+        if self.kind == "product":
+            gradients.products.append((u, inputs))
+        elif self.kind == "transposed":
+            gradients.products.append((inputs, u))
         else:
-            each = u.sum(1).reshape(len(u), *cotangent.shape[cotangent.ndim - len(self.shape) :])
-            narrow = [1 + i for i, size in enumerate(self.shape) if size == 1]
-            each = each.sum(narrow, keepdim=True) if narrow else each
-            gradients.rest.append(each.reshape(len(u), *gradients.p.shape))
+            gradients.lookups.append((u, inputs))
 
-
-def _taken(rows: Any, index: Any) -> Any:
-    """Return rows (R, ...) by index (B, n), zeros for the index R."""
-    if len(index) == 1 and index.shape[1] == len(rows):
-        return rows[None]
-    return torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])[index]
+    def add_rest(self, gradients: ExampleGradients, cotangent: Any, index: Any) -> None:
+        """Add the gradient at the edge, whose rows `index` (B, n) belong to each example."""
+        u = _taken(cotangent.reshape(self.rows, -1), index)
+        each = u.sum(1).reshape(len(u), *cotangent.shape[cotangent.ndim - len(self.shape) :])
+        narrow = [1 + i for i, size in enumerate(self.shape) if size == 1]
+        each = each.sum(narrow, keepdim=True) if narrow else each
+        gradients.rest.append(each.reshape(len(u), *gradients.p.shape))
 
 
 class _Recorder(TorchFunctionMode):  # type: ignore[misc]

@@ -23,6 +23,27 @@ CACHED_NUMBERS = 1 << 17
 """Entries of per-example gradients of a matrix that are squared at once on a CPU."""
 
 
+class Squares:
+    """Sums of z z' over rows z, each computed once: parameters of one layer have the same rows."""
+
+    def __init__(self) -> None:
+        self._known = dict[Any, Any]()
+
+    def of(self, parts: Sequence[Any], groups: int = 1) -> Any:
+        """Return `hfmpi.models.factors.square` of the rows of tensors (B, n, side), which must stay in memory."""
+        key = tuple((z.data_ptr(), z.shape, z.stride()) for z in parts)
+        if (key, groups) not in self._known:
+            full, shape = self._known.get((key, 1)), factor_shape(parts[0].shape[-1], groups)
+            if full is not None and full.ndim == 2 and len(shape) > 1:
+                width = shape[-1]  # blocks of the same sums
+                blocks = [full[i : i + width, i : i + width] for i in range(0, len(full), width)]
+                self._known[key, groups] = full if len(shape) == 2 else torch.stack(blocks)
+            else:
+                flat = [z.flatten(0, 1) for z in parts]
+                self._known[key, groups] = square(torch.cat(flat) if len(flat) > 1 else flat[0], groups)
+        return self._known[key, groups]
+
+
 class ExampleGradients(NamedTuple):
     """The gradients of B examples in the parameter p: the sum of four kinds of terms.
 
@@ -130,19 +151,22 @@ class ExampleGradients(NamedTuple):
         elif self.rest or self.added:
             yield self.rows()
 
-    def factors(self, block: Block) -> tuple[Any, Any, Any]:
+    def factors(self, block: Block, squares: Squares) -> tuple[Any, Any, Any]:
         """Return the sums for the factors of rows and columns, and the count that they are divided by."""
-        if self._only_kind == "products":
-            u, x = (tensor.flatten(0, 1) for tensor in _joined(self.products))
-            return square(u), square(x, block.groups), u.new_tensor(len(u))
-        if self._only_kind == "lookups":
+        kind = self._only_kind
+        if kind == "products":
+            outputs, inputs = ([*rows] for rows in zip(*self.products, strict=True))
+            count = self.p.new_tensor(sum(u.shape[0] * u.shape[1] for u in outputs))
+            return squares.of(outputs), squares.of(inputs, block.groups), count
+        if kind == "lookups":
             u, indices = (tensor.flatten(0, 1) for tensor in _joined(self.lookups))
             counts = indices.bincount(minlength=block.rows).to(u)
             diagonal = len(factor_shape(block.rows)) == 1
             return counts if diagonal else counts.diag(), square(u, block.groups), u.new_tensor(len(u))
-        if self._only_kind == "added":
-            u = torch.cat(self.added, 1).flatten(0, 1)
-            return u.new_full((1, 1), len(u)), square(u, block.groups), u.new_tensor(len(u))
+        if kind == "added":
+            number = sum(u.shape[0] * u.shape[1] for u in self.added)
+            b = squares.of(self.added, block.groups)
+            return self.p.new_full((1, 1), number), b, self.p.new_tensor(number)
         if self.mixed and not (self.lookups or self.added or self.rest):
             u, x = _joined(self.products)
             full = len(factor_shape(block.rows)) == len(factor_shape(block.columns)) == 2
@@ -194,8 +218,9 @@ def squares(parameters: Iterable[ExampleGradients]) -> tuple[Any, Any]:
 def factors(parameters: Iterable[ExampleGradients], blocks: Sequence[Block]) -> tuple[Any, Any]:
     """Return the sum over the examples of their gradients (D,), and the sums of `hfmpi.models.factors`."""
     total, sums, counts = list[Any](), list[Any](), list[Any]()
+    squares = Squares()
     for block, gradients in zip(blocks, parameters, strict=True):
-        a, b, count = gradients.factors(block)
+        a, b, count = gradients.factors(block, squares)
         total.append(gradients.sum().reshape(-1))
         sums += [a.reshape(-1), b.reshape(-1)]
         counts.append(count.reshape(1))

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -62,6 +62,9 @@ class TorchPasses:
         Its plan decides how each pass is computed.
     theta : (D,)
     examples : CheckedBatch
+    first : {'', 'squares', 'factors'}
+        The first pass. Where one ordinary pass separates the examples (`BatchPass`) it is the forward pass;
+        others, which may never be needed, then run forward again.
 
     Attributes
     ----------
@@ -72,22 +75,53 @@ class TorchPasses:
 
     by_step = False
 
-    def __init__(self, model: TorchModel, theta: np.ndarray, examples: CheckedBatch) -> None:
+    def __init__(
+        self,
+        model: TorchModel,
+        theta: np.ndarray,
+        examples: CheckedBatch,
+        first: Literal["", "squares", "factors"] = "",
+    ) -> None:
         self.model, self.scored, self.examples = model, examples.scored, examples.size
         with torch.inference_mode(False), model.running(examples.inputs):
             self.inputs = model.tensors(examples.inputs)
             self.theta = model.tensor(theta).clone().requires_grad_()
+            self._separated: tuple[str, BatchPass] | None = None
+            self._graph: Any = None
+            self._transposed: tuple[Any, Any] | None = None
+            if first:
+                self._separate(first)
+            if self._separated is None and self._graph is None:
+                self._record()
+
+    def _separate(self, first: str) -> None:
+        """Run forward by a `BatchPass` if that separates the examples, which the first batch decides."""
+        if self.model.plan.unassigned is None and "examples" not in self.model.plan.sequential:
             self._record()
+            like = self._graph.detach().view(self.examples, -1, self.outputs.shape[1])
+            self._batched(lambda: self._know_examples(like), lambda: 0)
+        plan = self.model.plan
+        if plan.unassigned is None or plan.way not in ("batch", "derivatives") or "examples" in plan.sequential:
+            return
+        self._graph = None
+        forward = cast("BatchPass", self._forward(slice(None), together=first == "factors"))
+        self._separated, self.outputs = (first, forward), to_array(forward.outputs.flatten(0, 1))
+
+    @property
+    def graph(self) -> Any:
+        """The outputs (N, O) as a function of theta."""
+        if self._graph is None:
+            self._record()
+        return self._graph
 
     def _record(self) -> None:
         """Run forward and keep the graph."""
         with self._running(), torch.enable_grad():
-            self.graph = self._outputs(self.theta)
-        if not self.graph.requires_grad:
+            self._graph = self._outputs(self.theta)
+        if not self._graph.requires_grad:
             raise UserError("the outputs of the module do not depend on its parameters")
         self.model.check_unchanged(self.theta)
-        self.outputs = to_array(self.graph)
-        self._transposed: tuple[Any, Any] | None = None
+        self.outputs, self._transposed = to_array(self._graph), None
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -312,6 +346,10 @@ class TorchPasses:
 
         def at_once() -> tuple[Any, Any]:
             pairs = list[Any]()
+            if self._separated is not None and self._separated[0] == ("factors" if together else "squares"):
+                (_, forward), self._separated = self._separated, None
+                with self._running(), _quiet():
+                    return of_layers(forward.gradients(by_example)[0])
             for part in split_examples(self.examples, self._know_examples(by_example)):
                 forward = self._forward(part, together)
                 with self._running(), _quiet():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
@@ -157,9 +158,9 @@ class LocalSums:
         stay in memory for products at this theta, as the version that is returned (without `part`: 0).
         """
         backend, model, layout = self.model.backend, self.model, self.gradient_layout(theta, extra)
-        linearise = model.linearise
-        if isinstance(model, GradientFirst) and not extra:
-            linearise = model.linearise_gradient
+        linearise = cast("Linearise", model.linearise)
+        if isinstance(model, GradientFirst):
+            linearise = partial(model.linearise_gradient, extra=extra)
 
         def add(at: Any, out: dict[str, Array]) -> float:
             with self.timer.span(GRADIENT):
@@ -432,9 +433,13 @@ class LocalSums:
         """Take the model's micro-batch where the user chose none: it checks its first examples before."""
         if self._fitted or not thetas or not shard.count:
             return
-        first = next(part for part in shard.slices if part.size)[: self.micro_batch]
-        self.model.loss(thetas[0], self.take(shard, first))
-        self.micro_batch, self._fitted = self.model.backend.micro_batch, True
+        first, before = next(part for part in shard.slices if part.size), self.micro_batch
+        self._shrinking(
+            len(first), lambda: self.model.loss(thetas[0], self.take(shard, first[: self.micro_batch]))
+        )
+        if self.micro_batch == before:
+            self.micro_batch = self.model.backend.micro_batch
+        self._fitted = True
 
     def _shrinking(self, cases: int, work: Callable[[], T]) -> T:
         """Do this rank's share of the work, in smaller micro-batches where the memory does not suffice."""
