@@ -138,7 +138,12 @@ def in_torch():
     except ImportError:
         print("Hugging Face BERT is left out: pip install transformers")
     else:
-        yield of_torch("Hugging Face BERT", bert(BertConfig, BertForSequenceClassification), (tokens, attention), rng.integers(0, 5, 100))
+        yield of_torch(
+            "Hugging Face BERT",
+            bert(BertConfig, BertForSequenceClassification),
+            (tokens, attention),
+            rng.integers(0, 5, 100),
+        )
     points = rng.uniform(-1, 1, (1000, 2)).astype(np.float32)
     yield of_torch("PINN by autograd", Residual(), (points,), np.zeros((1000, 1), np.float32))
 
@@ -212,7 +217,9 @@ def rnn(p, x):
         h = jnp.tanh(a + h @ p["rec"])
         return h, h
 
-    _, states = jax.lax.scan(step, jnp.zeros((len(x), 128), x.dtype), (x @ p["in"] + p["bias"]).swapaxes(0, 1))
+    _, states = jax.lax.scan(
+        step, jnp.zeros((len(x), 128), x.dtype), (x @ p["in"] + p["bias"]).swapaxes(0, 1)
+    )
     return states.swapaxes(0, 1) @ p["out"]
 
 

@@ -3,13 +3,13 @@
     python examples/benchmarks/model_passes.py [--repeats 9] [--table forward|plain]
 
 The first table has the networks of peers.py on 500 images at once, and in PyTorch that of
-torch_transformer.py on 500 lists: ratios to the loss. `first` is the first call of each pass, in all, with what
-is compiled and tried then.
+torch_transformer.py on 500 lists: ratios to the loss. `first` is the first call of each pass, in all, with
+what is compiled and tried then.
 
 The second table has the models of adapter_models.py: ratios to the plain gradient, which is one forward and
 one backward pass of PyTorch, or a jitted `value_and_grad`. `micro-batches` is a gradient by
-`hfmpi.DataParallel` with the default `micro_batch`, whose size follows; the other figures have all examples at
-once.
+`hfmpi.DataParallel` with the default `micro_batch`, whose size follows; the other figures have all examples
+at once.
 
 float32, one thread, CPU seconds. The passes take turns; a figure is the median over the turns of the ratio.
 """
@@ -99,26 +99,31 @@ def forward_table(repeats):
 def plain_table(repeats):
     """Return the rows of the second table."""
     head = ["network", "D", "examples", "plain gradient", "loss and gradient", "with squared gradients"]
-    rows = [[*head, "with factors", "micro-batches", "size"]]
-    for name, data, make, plain in chain(in_torch(), in_jax()):
-        model, everything = make(), np.arange(data.count)
-        theta = model.initial(0).astype(np.float32)
-        whole = hfmpi.DataParallel(model, Communicator(), micro_batch=data.count).on(data, everything)
-        owner = hfmpi.DataParallel(model, Communicator())
-        runs = {
-            "plain": plain,
-            "gradient": lambda risk=whole: risk.gradient(theta),
-            "squares": lambda risk=whole: risk.squared_gradients(theta),
-            "factors": lambda risk=whole: risk.factored_gradient(theta),
-            "micro-batches": lambda risk=owner.on(data, everything): risk.gradient(theta),
-        }
-        for run in runs.values():
-            run()
-        found = turns(runs, repeats)
-        ratios = np.median(found / found[:, :1], axis=0)[1:]
-        row = [name, f"{model.size:,}", str(data.count), f"{1e3 * np.median(found[:, 0]):.2f} ms"]
-        rows.append([*row, *(f"{ratio:.2f}" for ratio in ratios), str(owner.local.micro_batch)])
-    return rows
+    every = [beside_plain(contestant, repeats) for contestant in chain(in_torch(), in_jax())]
+    return [[*head, "with factors", "micro-batches", "size"], *every]
+
+
+def beside_plain(contestant, repeats):
+    """Return a row of the second table."""
+    name, data, make, plain = contestant
+    model, everything = make(), np.arange(data.count)
+    theta = model.initial(0).astype(np.float32)
+    risk = hfmpi.DataParallel(model, Communicator(), micro_batch=data.count).on(data, everything)
+    owner = hfmpi.DataParallel(model, Communicator())
+    in_parts = owner.on(data, everything)
+    runs = {
+        "plain": plain,
+        "gradient": lambda: risk.gradient(theta),
+        "squares": lambda: risk.squared_gradients(theta),
+        "factors": lambda: risk.factored_gradient(theta),
+        "micro-batches": lambda: in_parts.gradient(theta),
+    }
+    for run in runs.values():
+        run()
+    found = turns(runs, repeats)
+    ratios = np.median(found / found[:, :1], axis=0)[1:]
+    row = [name, f"{model.size:,}", str(data.count), f"{1e3 * np.median(found[:, 0]):.2f} ms"]
+    return [*row, *(f"{ratio:.2f}" for ratio in ratios), str(owner.local.micro_batch)]
 
 
 def turns(runs, repeats):

@@ -149,8 +149,8 @@ class JaxModel(FrameworkModel):
 
         The `transpose` that `linear` returns has the residuals of one batch, and computes J' u. Gradients of
         examples are in the trained arrays, not in theta: XLA writes each of them once. `slopes` returns them
-        with the outputs of the examples, each of which has a single output. `whole` returns the outputs and the
-        gradient of the summed loss: XLA fuses both passes, and no residuals leave it.
+        with the outputs of the examples, each of which has a single output. `whole` returns the outputs and
+        the gradient of the summed loss: XLA fuses both passes, and no residuals leave it.
         """
 
         def outputs(theta: Any, inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:

@@ -30,9 +30,9 @@ class JaxPasses:
     theta : (D,)
     examples : CheckedBatch
     first : {'', 'rows', 'gradient'}
-        The first pass, if that computes its own residuals: others may never be needed. Rows: the single output
-        of an example is computed together with its gradient. Gradient: that of the summed loss, which must be
-        one of `hfmpi.frameworks.jax_losses`, is computed with the outputs.
+        The first pass, if that computes its own residuals: others may never be needed. Rows: the single
+        output of an example is computed together with its gradient. Gradient: that of the summed loss, which
+        must be one of `hfmpi.frameworks.jax_losses`, is computed with the outputs.
 
     Attributes
     ----------

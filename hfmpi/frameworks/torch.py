@@ -277,7 +277,7 @@ class TorchModel(FrameworkModel):
         *,
         extra: Literal["", "squares", "factors"] = "",
     ) -> LossLinearisation:
-        """Linearise as `linearise` does; an ordinary pass of a batch has the outputs and separates examples."""
+        """Linearise as `linearise` does; an ordinary pass computes outputs and separates examples."""
         if not extra:
             return self.linearise(theta, batch, reuse)
 

@@ -1,11 +1,11 @@
 """Per-example gradients of a PyTorch module from one ordinary pass of a batch, without `torch.func.vmap`.
 
-The module runs as it is on all examples. A layer (a product with a matrix, a table, a recurrent network, a norm,
-a sum or product with a parameter) is recorded where the module calls it: its inputs, and the gradients of its
-outputs, which one backward pass computes. Rows of these belong to examples wherever the module puts them, sorted
-by length in packed sequences for example. A second backward pass tells which row belongs to which example: its
-cotangents of every example are multiplied by another number, and so are all rows that belong to the example. A
-row that mixes examples is noticed.
+The module runs as it is on all examples. A layer (a product with a matrix, a table, a recurrent network, a
+norm, a sum or product with a parameter) is recorded where the module calls it: its inputs, and the gradients
+of its outputs, which one backward pass computes. Each row of these belongs to one example, wherever the
+module puts it: in packed sequences the rows are sorted by step and length, for example. A second backward
+pass shows which row belongs to which example. The cotangents of each example are multiplied by a different
+number, and so are all rows that belong to the example. A row that mixes examples is detected.
 
 Modules that differentiate their outputs in their inputs, as physics-informed networks do, multiply with the
 matrices again in these derivatives, which are recorded too.
@@ -87,9 +87,7 @@ class BatchPass:
         self.shared, self._calls = recorder.shared, recorder.calls
         kinds = {name: {call.kind for call in self._calls if call.name == name} for name in parameters}
         # The rows of all examples have the factors of layers, where only one kind of layer has the parameter.
-        self._joint = {
-            name for name, of in kinds.items() if together and len(of) == 1 and not of & {"rest"}
-        }
+        self._joint = {name for name, of in kinds.items() if together and len(of) == 1 and not of & {"rest"}}
         self._labels: dict[int, Any] | None = None
 
     def gradients(self, u: Any, last: bool = True) -> tuple[list[ExampleGradients], int]:
@@ -178,7 +176,10 @@ class BatchPass:
 
         def scaled(factors: Any) -> list[Any]:
             back = iter(self._back(every, u * factors[:, None, None]))
-            return [torch.cat([g.reshape(len(rows), -1) for (_, rows), g in zip(group, back)]) for group in groups]
+            return [
+                torch.cat([g.reshape(len(rows), -1) for (_, rows), g in zip(group, back, strict=False)])
+                for group in groups
+            ]
 
         rows = [_Rows(torch.cat([rows for _, rows in group])) for group in groups]
         for group, labels in zip(groups, _labelled(rows, self.examples, scaled), strict=True):
@@ -308,7 +309,7 @@ class _Call(NamedTuple):
     shape: tuple[int, ...] = ()
 
     def add(self, gradients: ExampleGradients, u: Any, inputs: Any) -> None:
-        """Add the term of rows u (B, n, .), and inputs (B, n, .) or (R, .), to the gradients of the parameter."""
+        """Add the term of rows u (B, n, .), and inputs (B, n, .) or (R, .), to those of the parameter."""
         if self.kind == "added":
             gradients.added.append(u)
             return
@@ -392,14 +393,12 @@ class _Recorder(TorchFunctionMode):  # type: ignore[misc]
         return any(self.known.get(id(p), ("", None))[0] for p in tensors)
 
     def multiply(self, input: Any, weight: Any, bias: Any = None, transposed: bool = False) -> Any:
-        """Return input @ weight', or input @ weight, + bias, recorded; weight and bias are stand-ins or frozen."""
+        """Return input @ weight', or input @ weight, + bias, recorded; of stand-ins, or frozen parameters."""
         (name, p), (added, b) = self.known[id(weight)], self.known.get(id(bias), ("", bias))
         product = self.times(name, p, input.reshape(-1, input.shape[-1]), transposed, added, b)
         return product.view(*input.shape[:-1], product.shape[-1])
 
-    def times(
-        self, name: str, p: Any, rows: Any, transposed: bool, added: str = "", b: Any = None
-    ) -> Any:
+    def times(self, name: str, p: Any, rows: Any, transposed: bool, added: str = "", b: Any = None) -> Any:
         """Return rows (R, .) times the matrix p, recorded under its name."""
         if self.derivatives:
             product = _Times.apply(rows, p, b, self, name, transposed)
@@ -409,7 +408,9 @@ class _Recorder(TorchFunctionMode):  # type: ignore[misc]
             edge = get_gradient_edge(product)
             about = edge, len(rows), rows.device
             if name:
-                self.calls.append(_Call("transposed" if transposed else "product", name, rows.detach(), *about))
+                self.calls.append(
+                    _Call("transposed" if transposed else "product", name, rows.detach(), *about)
+                )
             if added:
                 self.calls.append(_Call("added", added, None, *about))
         return product
@@ -524,7 +525,7 @@ class _Steps(TorchFunctionMode):  # type: ignore[misc]
 
 
 class _Times(torch.autograd.Function):  # type: ignore[misc]
-    """A product with a matrix whose derivative in the rows is a recorded product with the transposed matrix."""
+    """A product with a matrix, whose derivative in the rows is a recorded product too."""
 
     @staticmethod
     def forward(ctx: Any, rows: Any, p: Any, b: Any, recorder: _Recorder, name: str, transposed: bool) -> Any:

@@ -19,6 +19,9 @@ __all__ = ["ExampleGradients", "factors", "squares"]
 FEW = 4
 """How much more arithmetic products of matrices may take than gradients of examples do."""
 
+FEW_TERMS = 1
+"""So many terms of a gradient, relative to the shorter side of its matrix, are multiplied in pairs."""
+
 CACHED_NUMBERS = 1 << 17
 """Entries of per-example gradients of a matrix that are squared at once on a CPU."""
 
@@ -30,7 +33,10 @@ class Squares:
         self._known = dict[Any, Any]()
 
     def of(self, parts: Sequence[Any], groups: int = 1) -> Any:
-        """Return `hfmpi.models.factors.square` of the rows of tensors (B, n, side), which must stay in memory."""
+        """Return `hfmpi.models.factors.square` of the rows of tensors (B, n, side).
+
+        The tensors must stay in memory: their addresses identify them.
+        """
         key = tuple((z.data_ptr(), z.shape, z.stride()) for z in parts)
         if (key, groups) not in self._known:
             full, shape = self._known.get((key, 1)), factor_shape(parts[0].shape[-1], groups)
@@ -170,7 +176,7 @@ class ExampleGradients(NamedTuple):
         if self.mixed and not (self.lookups or self.added or self.rest):
             u, x = _joined(self.products)
             full = len(factor_shape(block.rows)) == len(factor_shape(block.columns)) == 2
-            if full and u.shape[1] <= min(block.rows, block.columns):
+            if full and u.shape[1] <= FEW_TERMS * min(block.rows, block.columns):
                 return _factors_of_few(u, x)
         a = self.p.new_zeros(factor_shape(block.rows))
         b = self.p.new_zeros(factor_shape(block.columns, block.groups))
@@ -184,7 +190,7 @@ class ExampleGradients(NamedTuple):
 
 
 def _factors_of_few(u: Any, x: Any) -> tuple[Any, Any, Any]:
-    """Return the sums of G G' and G' G, and that of the squares of G, for G = u' x of u (B, n, O) and x (B, n, I).
+    """Return the sums of G G', G' G and the squares of G, for gradients G = u' x of u (B, n, O), x (B, n, I).
 
     The products of all pairs of the n terms take less than the gradients G do.
     """

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from hfmpi.frameworks.torch_derivatives import InnerDerivatives, OnlyBatched
 from hfmpi.frameworks.torch_gradients import ExampleGradients
-from hfmpi.frameworks.torch_recurrent import UNPACKED
+from hfmpi.frameworks.torch_recurrent import CELLS, UNPACKED
 
 __all__ = ["ExamplePass"]
 
@@ -159,6 +159,8 @@ class _Recorder(TorchFunctionMode):  # type: ignore[misc]
             return self._linear(*args, **kwargs or {})
         if func is torch.nn.functional.embedding:
             return self._embedding(*args, **kwargs or {})
+        if func in CELLS and self._trained(*args[2:]):
+            raise RuntimeError("matrices of cells would be expanded per example: an ordinary pass is faster")
         unpacked = func in UNPACKED and len(args) == 9 and isinstance(args[3], bool)
         if unpacked and self._trained(*args[2]):
             return self._recurrent(UNPACKED[func], *args)

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ EXAMPLES = 256
 """How many examples' products with directions are computed at once."""
 
 WAYS = "layers", "batch", "derivatives", "expanded"
-"""How the gradients of examples can be separated, as of `TorchPlan.way`, in the order in which they are tried."""
+"""How the gradients of examples can be separated (`TorchPlan.way`), in the order of the trials."""
 
 TOLERANCE = 1e-3
 """Relative difference at which a trial counts as wrong: far above rounding in float32."""
@@ -74,6 +74,7 @@ class TorchPasses:
     """
 
     by_step = False
+    outputs: np.ndarray
 
     def __init__(
         self,
@@ -101,11 +102,13 @@ class TorchPasses:
             like = self._graph.detach().view(self.examples, -1, self.outputs.shape[1])
             self._batched(lambda: self._know_examples(like), lambda: 0)
         plan = self.model.plan
-        if plan.unassigned is None or plan.way not in ("batch", "derivatives") or "examples" in plan.sequential:
+        decided = plan.unassigned is not None and "examples" not in plan.sequential
+        if not decided or plan.way not in ("batch", "derivatives"):
             return
         self._graph = None
-        forward = cast("BatchPass", self._forward(slice(None), together=first == "factors"))
-        self._separated, self.outputs = (first, forward), to_array(forward.outputs.flatten(0, 1))
+        forward = self._batched(lambda: self._forward(slice(None), together=first == "factors"), lambda: None)
+        if isinstance(forward, BatchPass):
+            self._separated, self.outputs = (first, forward), to_array(forward.outputs.flatten(0, 1))
 
     @property
     def graph(self) -> Any:
@@ -315,7 +318,11 @@ class TorchPasses:
         return self._batched(at_once, one_by_one)
 
     def _batched(self, at_once: Callable[[], T], one_by_one: Callable[[], T]) -> T:
-        """Return what `at_once` computes, or `one_by_one` where the examples cannot be separated."""
+        """Return what `at_once` computes, or `one_by_one` where the examples cannot be separated.
+
+        A batch of a single example decides nothing for later batches.
+        """
+
         def attempt() -> T:
             try:
                 return at_once()
@@ -345,11 +352,12 @@ class TorchPasses:
         by_example = self.model.tensor(u).view(self.examples, -1, u.shape[-1])
 
         def at_once() -> tuple[Any, Any]:
-            pairs = list[Any]()
-            if self._separated is not None and self._separated[0] == ("factors" if together else "squares"):
-                (_, forward), self._separated = self._separated, None
+            pairs, ready = list[Any](), self._separated
+            if ready is not None and ready[0] == ("factors" if together else "squares"):
+                self._separated = None
                 with self._running(), _quiet():
-                    return of_layers(forward.gradients(by_example)[0])
+                    pair: tuple[Any, Any] = of_layers(ready[1].gradients(by_example)[0])
+                return pair
             for part in split_examples(self.examples, self._know_examples(by_example)):
                 forward = self._forward(part, together)
                 with self._running(), _quiet():
@@ -432,11 +440,11 @@ class TorchPasses:
         return self.model.plan.unassigned or 0
 
     def _try_examples(self, u: Any) -> None:
-        """Plan the separation of examples in the way of the plan; raise a RuntimeError if a gradient is wrong."""
+        """Complete the plan for separating examples; raise a RuntimeError if a gradient is wrong."""
         forward = self._forward(slice(len(u)))
         with self._running(), _quiet():
             gradients, unassigned = forward.gradients(u)
-            each = [one.rows().expand(len(u), *one.p.shape).flatten(1) for one in gradients]
+            each = [one.rows().expand(len(u), *one.p.shape).reshape(len(u), -1) for one in gradients]
         for row, (right,) in zip(torch.cat(each, 1), self._one_by_one(u[None]), strict=True):
             self._compare(row, right, [one.shape[1] for one in each])
         self.model.replan(unassigned=unassigned)
@@ -455,10 +463,10 @@ class TorchPasses:
         self._compare(total, right, [one.p.numel() for one in gradients])
 
     def _compare(self, ours: Any, right: Any, sizes: list[int]) -> None:
-        """Raise a RuntimeError if gradients (D,) differ: in an ordinary pass, those of any of the parameters."""
-        parts, norm = zip(ours.split(sizes), right.split(sizes), strict=True), torch.linalg.vector_norm
-        if self.model.plan.way in ("layers", "expanded"):
-            parts = iter([(ours, right)])
+        """Raise a RuntimeError if gradients (D,) differ: of an ordinary pass, in any of the parameters."""
+        parts, norm = [(ours, right)], torch.linalg.vector_norm
+        if self.model.plan.way in ("batch", "derivatives"):
+            parts = [*zip(ours.split(sizes), right.split(sizes), strict=True)]
         for one, other in parts:
             if not norm(one - other) <= TOLERANCE * norm(other) + ROUNDING[ours.dtype] * norm(right):
                 raise RuntimeError("the gradients of examples cannot be separated")

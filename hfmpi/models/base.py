@@ -237,7 +237,7 @@ class RowsFirst(Protocol):
 
 @runtime_checkable
 class GradientFirst(Protocol):
-    """A model with a linearisation that is cheaper where a gradient is its first pass, and often its only one."""
+    """A model with a linearisation that is cheaper where a gradient is its first, often its only, pass."""
 
     def linearise_gradient(
         self, theta: Array, batch: Any, reuse: Any = None, *, extra: Literal["", "squares", "factors"] = ""
