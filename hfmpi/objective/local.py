@@ -110,7 +110,8 @@ class LocalSums:
         self.model = model
         self.timer = timer
         self.micro_batch = micro_batch or model.backend.micro_batch
-        self._fitted = bool(micro_batch) or not isinstance(model, Trials)
+        fitted = model.backend.micro_batch != type(model.backend).micro_batch
+        self._fitted = bool(micro_batch) or fitted or not isinstance(model, Trials)
         self.memory_budget = memory_budget
         self.rank = rank
         self._passing: Linearisation | None = None  # used at once; the next one takes its memory
