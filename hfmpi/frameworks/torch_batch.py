@@ -71,7 +71,7 @@ class BatchPass:
         shared: Sequence[bool] | None = None,
         together: bool = False,
     ) -> None:
-        self.parameters, self.examples, self.together = parameters, len(inputs[0]), together
+        self.parameters, self.examples = parameters, len(inputs[0])
         # What the module does with a parameter other than calling a layer depends on its stand-in.
         self._standing = {name: p.detach().requires_grad_() for name, p in parameters.items()}
         self._recorder = recorder = _Recorder(self.examples, derivatives, shared)
@@ -87,7 +87,7 @@ class BatchPass:
         self.shared, self._calls = recorder.shared, recorder.calls
         kinds = {name: {call.kind for call in self._calls if call.name == name} for name in parameters}
         # The rows of all examples have the factors of layers, where only one kind of layer has the parameter.
-        self._joint = {name for name, of in kinds.items() if together and len(of) == 1 and not of & {"rest"}}
+        self._joint = {name for name, of in kinds.items() if together and len(of) == 1 and "rest" not in of}
         self._labels: dict[int, Any] | None = None
 
     def gradients(self, u: Any, last: bool = True) -> tuple[list[ExampleGradients], int]:
@@ -97,7 +97,7 @@ class BatchPass:
         ----------
         u : (B, N, O)
         last : bool
-            Whether this is the last call, after which the graph is freed.
+            Whether this is the last call: rows that are zero for its u then need no example.
 
         Returns
         -------
@@ -152,8 +152,8 @@ class BatchPass:
         u : (B, N, O), or None
             None: use random cotangents, whose labels serve any other ones.
         """
-        if self._labels is not None:
-            return self._labels
+        if self._labels is not None or not calls:
+            return self._labels or {}
         edges = {id(call.edge): (call, g) for call, g in calls}
         if u is None:
             numbers = np.random.default_rng(0).standard_normal(self.outputs.shape)
