@@ -144,7 +144,7 @@ class TestTorch:
             def forward(self, x):
                 return f.linear(self.mix(f.softplus(self.mix(self.table(x)))), self.table.weight)
 
-        from test_torch import Choosing, Hooked
+        from test_torch import Changed, Choosing, Hooked
 
         steps = numbers(CASES, STEPS, INPUTS)
         if name in ("LSTM", "GRU", "RNN"):
@@ -152,7 +152,7 @@ class TestTorch:
         if name == "convolution":
             layers = nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8, OUTPUTS)
             return nn.Sequential(*layers), (numbers(CASES, 1, 4, 4),)
-        kinds = {"choosing": Choosing, "hooked": Hooked}
+        kinds = {"choosing": Choosing, "hooked": Hooked, "changed": Changed}
         if name in kinds:
             return kinds[name](INPUTS, OUTPUTS), (steps,)
         if name == "two":
@@ -165,7 +165,7 @@ class TestTorch:
 
     @pytest.mark.parametrize(
         "name",
-        ["mlp", "two", "shared", "LSTM", "GRU", "RNN", "convolution", "choosing", "hooked"],
+        ["mlp", "two", "shared", "LSTM", "GRU", "RNN", "convolution", "choosing", "hooked", "changed"],
     )
     def test_rows_are_the_gradients_of_single_examples(self, name, monkeypatch, caplog):
         module, inputs = self.module(name)
@@ -176,7 +176,7 @@ class TestTorch:
         model = hfmpi.TorchModel(module, "cross-entropy")
         given = inputs if len(inputs) > 1 else inputs[0]
         check_rows(model, given, dense, targets, loop=True)
-        assert ("one at a time" in caplog.text) == (name in ("choosing", "hooked"))
+        assert ("one at a time" in caplog.text) == (name == "changed")
         monkeypatch.setattr("hfmpi.frameworks.framework.GRADIENT_NUMBERS", 1)  # each example is a part
         check_rows(hfmpi.TorchModel(module, "cross-entropy"), given, dense, targets)
         check_matrices(model, given, targets, jacobian, softmax_hessian(z))

@@ -30,6 +30,7 @@ import hfmpi
 from hfmpi.errors import UserError
 from hfmpi.models.base import Blocks, KroneckerFactors, Model, Projection, has_squared_gradients
 from hfmpi.models.batch import ScoredOutputs, check_batch
+from hfmpi.models.losses import SquaredError
 from hfmpi.optim import layout
 from hfmpi.optim.layout import split_factors
 from hfmpi.parallel.communicator import Communicator
@@ -182,6 +183,53 @@ def test_passes_are_compiled_once_for_a_shape():
         product = risk.gauss_newton(theta)
         product(theta)
     assert len(traced) == before
+
+
+class Twice(SquaredError):
+    """A loss of a user, which only NumPy computes."""
+
+    root = residual = None
+
+    def gradient(self, backend, cache, targets, scale, out):
+        super().gradient(backend, cache, targets, 2 * scale, out)
+
+    def value(self, backend, outputs, targets):
+        return 2 * super().value(backend, outputs, targets)
+
+    def hessian(self, backend, cache, u, scale):
+        super().hessian(backend, cache, u, 2 * scale)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ["mlp", "scan", "two", "reverse", "own loss"])
+def test_a_gradient_alone_is_one_compiled_function(name, masked):
+    apply, params, kind, cases, _ = setting("mlp" if name == "own loss" else name)
+    model = hfmpi.JaxModel(apply, params, Twice() if name == "own loss" else kind)
+    theta = model.initial(0)
+    if masked:
+        shape = np.shape(cases.targets)[: 2 if name == "scan" else 1]
+        cases = hfmpi.Examples(cases.inputs, cases.targets, np.arange(np.prod(shape)).reshape(shape) % 2)
+    batch = cases.take(np.arange(CASES))
+    at, expected, found = model.linearise(theta, batch), np.ones(model.size), np.ones(model.size)
+    at.gradient(0.5, expected)
+    calls, linear = [], model.linear
+    model.linear = lambda *args, **options: calls.append(args) or linear(*args, **options)
+    alone = model.linearise_gradient(theta, batch)
+    alone.gradient(0.5, found)
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-14)
+    assert alone.loss == at.loss
+    assert len(calls) == (name == "own loss")
+    products = np.zeros((2, model.size))
+    for each, out in zip((alone, at), products, strict=True):  # other passes may follow
+        each.gauss_newton(theta, 1.0, out)
+    np.testing.assert_allclose(*products, rtol=1e-12, atol=1e-14)
+    risk = hfmpi.DataParallel(model, Communicator()).on(cases, np.arange(CASES))
+    del calls[:]
+    gradient = risk.gradient(theta)
+    assert len(calls) == (name == "own loss")
+    wanted = np.zeros(model.size)
+    at.gradient(1 / risk.scored, wanted)
+    np.testing.assert_allclose(gradient.vector, wanted, rtol=1e-12, atol=1e-14)
 
 
 def test_a_callback_that_cannot_be_batched_is_called_case_by_case(caplog):

@@ -29,6 +29,8 @@ from hfmpi.parallel.communicator import Communicator
 
 torch = pytest.importorskip("torch")
 torch_layers = pytest.importorskip("hfmpi.frameworks.torch_layers")
+torch_batch = pytest.importorskip("hfmpi.frameworks.torch_batch")
+torch_recurrent = pytest.importorskip("hfmpi.frameworks.torch_recurrent")
 nn = torch.nn
 
 
@@ -296,7 +298,7 @@ class Tables(nn.Module):
 
 
 class Choosing(nn.Linear):
-    """Looks at its numbers, which PyTorch cannot do for several cases at once."""
+    """Looks at its numbers, which `vmap` cannot do: one ordinary pass separates its cases."""
 
     def forward(self, x):
         return super().forward(x if float(x.detach().square().sum()) >= 0 else 2 * x)
@@ -312,6 +314,14 @@ class Hooked(nn.Linear):
         return z
 
 
+class Changed(nn.Linear):
+    """Looks at its numbers, and multiplies with a changed matrix: its cases are processed one by one."""
+
+    def forward(self, x):
+        x = x if float(x.detach().square().sum()) >= 0 else 2 * x
+        return nn.functional.linear(x, self.weight + 0.0, self.bias + 0.0)
+
+
 class Nested(nn.Linear):
     """Takes its steps by a `vmap` of its own."""
 
@@ -319,7 +329,8 @@ class Nested(nn.Linear):
         return torch.func.vmap(super().forward, 1, 1)(x)
 
 
-ALONE = Choosing, Hooked  # their cases one after the other
+ALONE = (Changed,)  # their cases one after the other
+ORDINARY = Choosing, Hooked
 LOOPS = [
     {"kind": "LSTM"}, {"kind": "GRU"}, {"kind": "RNN"},
     {"kind": "RNN", "nonlinearity": "relu", "bias": False},
@@ -338,13 +349,13 @@ LOOPS = [
         Odd,
         Tables,
         *(partial(Reader, **about) for about in LOOPS),
-        *(partial(kind, INPUTS, OUTPUTS) for kind in (*ALONE, Nested)),
+        *(partial(kind, INPUTS, OUTPUTS) for kind in (*ALONE, *ORDINARY, Nested)),
     ],
     ids=[
         "odd",
         "tables",
         *("-".join(map(str, about.values())) for about in LOOPS),
-        *(kind.__name__ for kind in (*ALONE, Nested)),
+        *(kind.__name__ for kind in (*ALONE, *ORDINARY, Nested)),
     ],
 )
 def test_squared_gradients_are_those_of_cases_taken_one_by_one(make, dtype, monkeypatch, caplog):
@@ -385,8 +396,9 @@ def test_squared_gradients_need_nothing_that_is_private_to_pytorch(monkeypatch, 
     assert "examples are processed one at a time" not in caplog.text
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "torch._decomp", None)
-        assert torch_layers._recurrent_networks() == {}
-    monkeypatch.setattr(torch_layers, "_RECURRENT", {})
+        assert torch_recurrent.recurrent_networks("input") == {}
+    monkeypatch.setattr(torch_layers, "UNPACKED", {})
+    monkeypatch.setattr(torch_batch, "UNPACKED", {})
     found = squared()
     assert "examples are processed one at a time" in caplog.text
     np.testing.assert_allclose(found.vector, expected.vector, rtol=1e-9, atol=1e-12)

@@ -1,16 +1,24 @@
-"""What each pass of a PyTorch or JAX model costs, in forward passes of the same model.
+"""What each pass of a PyTorch or JAX model costs, beside its forward pass and beside a plain gradient.
 
-    python examples/benchmarks/model_passes.py [--repeats 9]
+    python examples/benchmarks/model_passes.py [--repeats 9] [--table forward|plain]
 
-The networks of peers.py on 500 images at once, and in PyTorch that of torch_transformer.py on 500 lists,
-float32, one thread, CPU seconds. The passes take turns; a figure is the median over the turns of the ratio to
-the loss. `first` is the first call of each pass, in all, with what is compiled and tried then.
+The first table has the networks of peers.py on 500 images at once, and in PyTorch that of
+torch_transformer.py on 500 lists: ratios to the loss. `first` is the first call of each pass, in all, with
+what is compiled and tried then.
+
+The second table has the models of adapter_models.py: ratios to the plain gradient, which is one forward and
+one backward pass of PyTorch, or a jitted `value_and_grad`. `micro-batches` is a gradient by
+`hfmpi.DataParallel` with the default `micro_batch`, whose size follows; the other figures have all examples
+at once.
+
+float32, one thread, CPU seconds. The passes take turns; a figure is the median over the turns of the ratio.
 """
 
 import argparse
 import sys
 import time
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from peers import NETS  # before NumPy: it sets the threads
@@ -18,6 +26,7 @@ from peers import NETS  # before NumPy: it sets the threads
 import numpy as np  # isort: skip
 
 sys.path.append(str(Path(__file__).parents[1]))
+from adapter_models import in_jax, in_torch
 from torch_transformer import Sorter, lists
 
 import hfmpi
@@ -68,12 +77,9 @@ def networks():
     )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9)
-    repeats = parser.parse_args().repeats
-    print(machine.processor(), machine.versions("numpy", "torch", "jax"))
-    rows = []
+def forward_table(repeats):
+    """Return the rows of the first table."""
+    rows, names = [], []
     for name, cases, make in networks():
         begun = time.process_time()
         model = make()
@@ -81,14 +87,62 @@ def main():
         for run in runs.values():
             run()
         first = time.process_time() - begun
-        found = np.array([[seconds(run) for run in runs.values()] for _ in range(repeats)])
+        found = turns(runs, repeats)
         ratios = np.median(found / found[:, :1], axis=0)
         forward = f"{1e3 * np.median(found[:, 0]):.1f} ms"
         rows.append([name, f"{model.size:,}", forward, *(f"{ratio:.1f}" for ratio in ratios[1:])])
         rows[-1] += [f"{at.nbytes / cases.count / 1024:.1f} KiB", f"{first:.1f} s"]
-    head = ["network", "D", *runs, "kept a case", "first"]
-    for row in [head, ["---"] * len(head), *rows]:
-        print("|", " | ".join(row), "|")
+        names = [*runs]
+    return [["network", "D", *names, "kept a case", "first"], *rows]
+
+
+def plain_table(repeats):
+    """Return the rows of the second table."""
+    head = ["network", "D", "examples", "plain gradient", "loss and gradient", "with squared gradients"]
+    every = [beside_plain(contestant, repeats) for contestant in chain(in_torch(), in_jax())]
+    return [[*head, "with factors", "micro-batches", "size"], *every]
+
+
+def beside_plain(contestant, repeats):
+    """Return a row of the second table."""
+    name, data, make, plain = contestant
+    model, everything = make(), np.arange(data.count)
+    theta = model.initial(0).astype(np.float32)
+    risk = hfmpi.DataParallel(model, Communicator(), micro_batch=data.count).on(data, everything)
+    owner = hfmpi.DataParallel(model, Communicator())
+    in_parts = owner.on(data, everything)
+    runs = {
+        "plain": plain,
+        "gradient": lambda: risk.gradient(theta),
+        "squares": lambda: risk.squared_gradients(theta),
+        "factors": lambda: risk.factored_gradient(theta),
+        "micro-batches": lambda: in_parts.gradient(theta),
+    }
+    for run in runs.values():
+        run()
+    found = turns(runs, repeats)
+    ratios = np.median(found / found[:, :1], axis=0)[1:]
+    row = [name, f"{model.size:,}", str(data.count), f"{1e3 * np.median(found[:, 0]):.2f} ms"]
+    return [*row, *(f"{ratio:.2f}" for ratio in ratios), str(owner.local.micro_batch)]
+
+
+def turns(runs, repeats):
+    """Return the seconds (repeats, runs) of runs that take turns."""
+    return np.array([[seconds(run) for run in runs.values()] for _ in range(repeats)])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--table", choices=["forward", "plain"])
+    options = parser.parse_args()
+    print(machine.processor(), machine.versions("numpy", "torch", "jax"))
+    for name, table in ("forward", forward_table), ("plain", plain_table):
+        if options.table in (None, name):
+            head, *rows = table(options.repeats)
+            for row in [head, ["---"] * len(head), *rows]:
+                print("|", " | ".join(row), "|")
+            print()
 
 
 if __name__ == "__main__":

@@ -54,6 +54,9 @@ MICRO_BATCH_BYTES = 1 << 26
 MOST_MICRO_BATCH = 1024
 """Examples of a micro-batch, where a user does not choose."""
 
+LARGE_MICRO_BATCH_BYTES = 1 << 30
+"""What a micro-batch of fewer than 32 examples may keep: large examples are processed a few at a time."""
+
 PASSING_NUMBERS = 1 << 20
 """As many entries of gradients that are used at once and not kept: few beside the other vectors of a step."""
 
@@ -503,8 +506,9 @@ class FrameworkModel(ABC):
 
     def _fit_micro_batch(self, nbytes: float) -> None:
         """Set the size of micro-batches to what suits examples that keep `nbytes` bytes each."""
+        least = min(NumpyBackend.micro_batch, max(1, int(LARGE_MICRO_BATCH_BYTES / max(nbytes, 1))))
         most = int(MICRO_BATCH_BYTES / max(nbytes, 1))
-        self.backend.micro_batch = min(MOST_MICRO_BATCH, max(NumpyBackend.micro_batch, most))
+        self.backend.micro_batch = min(MOST_MICRO_BATCH, max(least, most))
 
     def _value(self, outputs: Array, examples: CheckedBatch) -> tuple[float, Array, Array, Array | None]:
         """Compute the loss.

@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from hfmpi.data.batches import spread
 from hfmpi.errors import UserError, shown
 from hfmpi.frameworks.framework import SUMMED, FrameworkModel, check_gradient, first_line
 from hfmpi.models.batch import CheckedBatch, ScoredOutputs
+from hfmpi.models.linearisation import LossLinearisation
 from hfmpi.models.losses import Loss
 
 try:
@@ -30,6 +31,7 @@ try:
 
     from hfmpi.frameworks.jax_exchange import JaxExchange, choose_exchange
     from hfmpi.frameworks.jax_layers import Layers
+    from hfmpi.frameworks.jax_losses import has_gradient, loss_gradient
     from hfmpi.frameworks.jax_params import Params
     from hfmpi.frameworks.jax_passes import JaxPasses, nbytes
     from hfmpi.frameworks.jax_trace import Draw, fingerprint, flow, has_reverse_rules
@@ -39,7 +41,7 @@ except ImportError:
 __all__ = ["JaxModel"]
 
 
-COMPILED = "run", "linear", "vjp", "vjps", "jvp", "jvps", "gradient", "gradients", "slopes", "double"
+COMPILED = "run", "whole", "linear", "vjp", "vjps", "jvp", "jvps", "gradient", "gradients", "slopes", "double"
 """The attributes of a model that are compiled functions."""
 
 
@@ -161,7 +163,8 @@ class JaxModel(FrameworkModel):
 
         The `transpose` that `linear` returns has the residuals of one batch, and computes J' u. Gradients of
         examples are in the trained arrays, not in theta: XLA writes each of them once. `slopes` returns them
-        with the outputs of the examples, each of which has a single output.
+        with the outputs of the examples, each of which has a single output. `whole` returns the outputs and
+        the gradient of the summed loss: XLA fuses both passes, and no residuals leave it.
         """
 
         def outputs(theta: Any, inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:
@@ -209,7 +212,13 @@ class JaxModel(FrameworkModel):
 
             return jax.vmap(one)(u, inputs)
 
+        def whole(theta: Any, inputs: Any, targets: Any, mask: Any, scored: ScoredOutputs) -> Any:
+            z, transpose = linear(theta, inputs, scored)
+            u = loss_gradient(self.output_loss, z, targets)
+            return z, transpose(u if mask is None else u * mask)[0]
+
         self.run = jax.jit(outputs, static_argnames="scored")
+        self.whole = jax.jit(whole, static_argnames="scored")
         self.linear = jax.jit(linear, static_argnames="scored")
         self.vjp, self.vjps = jax.jit(vjp), jax.jit(vjps)
         self.jvp = jax.jit(jvp, static_argnames="shape")
@@ -288,9 +297,34 @@ class JaxModel(FrameworkModel):
         self._check_width(examples)
         return JaxPasses(self, theta, examples)
 
+    def linearise_gradient(
+        self,
+        theta: Array,
+        batch: Any,
+        reuse: LossLinearisation | None = None,
+        *,
+        extra: Literal["", "squares", "factors"] = "",
+    ) -> LossLinearisation:
+        """Linearise as `linearise` does; a loss of hfmpi has its gradient computed with the outputs."""
+        if extra or not has_gradient(self.output_loss):
+            return self.linearise(theta, batch, reuse)
+        passes = list[JaxPasses]()
+
+        def linearise(theta: Array, examples: CheckedBatch) -> JaxPasses:
+            passes.append(self._linearise_gradient(theta, examples))
+            return passes[0]
+
+        at = self._linearised(theta, batch, reuse, linearise)
+        at.ready = passes[0].loss_gradient
+        return at
+
+    def _linearise_gradient(self, theta: Array, examples: CheckedBatch) -> JaxPasses:
+        self._check_width(examples)
+        return JaxPasses(self, theta, examples, first="gradient")
+
     def _linearise_rows(self, theta: Array, examples: CheckedBatch) -> JaxPasses:
         self._check_width(examples)
-        return JaxPasses(self, theta, examples, rows=True)
+        return JaxPasses(self, theta, examples, first="rows")
 
     def _check_width(self, examples: CheckedBatch) -> None:
         """Raise a UserError where JAX would cut 64 bits to 32 without a word."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
@@ -31,25 +31,39 @@ class JaxPasses:
     model : JaxModel
     theta : (D,)
     examples : CheckedBatch
-    rows : bool
-        Whether rows are the first pass, which computes its own residuals. The single output of an example
-        is then computed together with its gradient.
+    first : {'', 'rows', 'gradient'}
+        The first pass, if that computes its own residuals: others may never be needed. Rows: the single
+        output of an example is computed together with its gradient. Gradient: that of the summed loss, which
+        must be one of `hfmpi.frameworks.jax_losses`, is computed with the outputs.
 
     Attributes
     ----------
     outputs : (N, O)
     examples : int
         B.
+    loss_gradient : (D,) or None
+        Of the summed loss, if that is the first pass.
     """
 
     by_step = False
 
-    def __init__(self, model: JaxModel, theta: Array, examples: CheckedBatch, rows: bool = False) -> None:
+    def __init__(
+        self,
+        model: JaxModel,
+        theta: Array,
+        examples: CheckedBatch,
+        first: Literal["", "rows", "gradient"] = "",
+    ) -> None:
         self.model, self.exchange, self.scored = model, model.exchange, examples.scored
         self.theta, self.inputs = self.exchange.saved(theta), model.inputs(examples)
-        self.examples, self._slopes = examples.size, None
+        self.examples, self._slopes, self.loss_gradient = examples.size, None, None
         with model.memory_errors():
-            if not rows:
+            if first == "gradient":
+                outputs, gradient = model.whole(
+                    self.theta, self.inputs, examples.targets, examples.mask, scored=self.scored
+                )
+                self.loss_gradient = self.exchange.array(gradient)
+            elif not first:
                 outputs, self.transpose = model.linear(self.theta, self.inputs, scored=self.scored)
             elif self.scored.rows == self.examples and model.plan.width == 1 and self._differentiate():
                 return

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from hfmpi.frameworks.framework import FrameworkModel, Plan, first_line
 from hfmpi.frameworks.trial import FEW
 from hfmpi.measure.machine import free_memory
 from hfmpi.models.batch import CheckedBatch, ScoredOutputs
+from hfmpi.models.linearisation import LossLinearisation
 
 try:
     import torch
@@ -56,8 +57,12 @@ class TorchPlan(Plan):
         Why J v works in neither way; None: it works.
     bytes_per_example : int
         Of the graphs that a linearisation keeps.
-    layers : bool
-        Whether layers process all examples in one call for the gradient of each (`ExamplePass`).
+    way : {'layers', 'batch', 'derivatives', 'expanded'}
+        How the gradients of examples are separated. Layers: `ExamplePass` with layers that process all
+        examples in one call. Batch: `BatchPass`, one ordinary pass; derivatives: where the module may
+        differentiate its layers. Expanded: `ExamplePass` with parameters that are expanded per example.
+    shared : tuple of bool
+        See `BatchPass`.
     unassigned : int or None
         The number of entries of parameters that are expanded per example for squares and factors of
         gradients, because other operations than layers use them; None: not known yet.
@@ -71,7 +76,8 @@ class TorchPlan(Plan):
     kernels: Callable[[], AbstractContextManager[object]] = nullcontext
     obstacle: str | None = None
     bytes_per_example: int = 0
-    layers: bool = True
+    way: Literal["layers", "batch", "derivatives", "expanded"] = "layers"
+    shared: tuple[bool, ...] = ()
     unassigned: int | None = None
     differentiates: bool = False
     as_given: bool = False
@@ -277,6 +283,23 @@ class TorchModel(FrameworkModel):
 
     def _linearise(self, theta: Array, examples: CheckedBatch) -> TorchPasses:
         return TorchPasses(self, theta, examples)
+
+    def linearise_gradient(
+        self,
+        theta: Array,
+        batch: Any,
+        reuse: LossLinearisation | None = None,
+        *,
+        extra: Literal["", "squares", "factors"] = "",
+    ) -> LossLinearisation:
+        """Linearise as `linearise` does; an ordinary pass computes outputs and separates examples."""
+        if not extra:
+            return self.linearise(theta, batch, reuse)
+
+        def linearise(theta: Array, examples: CheckedBatch) -> TorchPasses:
+            return TorchPasses(self, theta, examples, extra)
+
+        return self._linearised(theta, batch, reuse, linearise)
 
     # The first batch ---------------------------------------------------------------------------
 

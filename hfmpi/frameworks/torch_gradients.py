@@ -19,8 +19,35 @@ __all__ = ["ExampleGradients", "factors", "squares"]
 FEW = 4
 """How much more arithmetic products of matrices may take than gradients of examples do."""
 
+FEW_TERMS = 1
+"""So many terms of a gradient, relative to the shorter side of its matrix, are multiplied in pairs."""
+
 CACHED_NUMBERS = 1 << 17
 """Entries of per-example gradients of a matrix that are squared at once on a CPU."""
+
+
+class Squares:
+    """Sums of z z' over rows z, each computed once: parameters of one layer have the same rows."""
+
+    def __init__(self) -> None:
+        self._known = dict[Any, Any]()
+
+    def of(self, parts: Sequence[Any], groups: int = 1) -> Any:
+        """Return `hfmpi.models.factors.square` of the rows of tensors (B, n, side).
+
+        The tensors must stay in memory: their addresses identify them.
+        """
+        key = tuple((z.data_ptr(), z.shape, z.stride()) for z in parts)
+        if (key, groups) not in self._known:
+            full, shape = self._known.get((key, 1)), factor_shape(parts[0].shape[-1], groups)
+            if full is not None and full.ndim == 2 and len(shape) > 1:
+                width = shape[-1]  # blocks of the same sums
+                blocks = [full[i : i + width, i : i + width] for i in range(0, len(full), width)]
+                self._known[key, groups] = full if len(shape) == 2 else torch.stack(blocks)
+            else:
+                flat = [z.flatten(0, 1) for z in parts]
+                self._known[key, groups] = square(torch.cat(flat) if len(flat) > 1 else flat[0], groups)
+        return self._known[key, groups]
 
 
 class ExampleGradients(NamedTuple):
@@ -37,6 +64,9 @@ class ExampleGradients(NamedTuple):
         Of a layer that adds p, u of its output: the sum over n.
     rest : list of (B, ...)
         Of other operations, the gradients themselves.
+    mixed : bool
+        Whether the products are of layers and of derivatives of layers, whose factors have no common scale:
+        Kronecker factors are then those of the gradients.
     """
 
     p: Any
@@ -44,12 +74,13 @@ class ExampleGradients(NamedTuple):
     lookups: list[tuple[Any, Any]]
     added: list[Any]
     rest: list[Any]
+    mixed: bool = False
 
     @property
     def _only_kind(self) -> str:
         """The only kind of terms; empty if there are several, or none."""
         kinds = [kind for kind in ("products", "lookups", "added", "rest") if getattr(self, kind)]
-        return kinds[0] if len(kinds) == 1 else ""
+        return kinds[0] if len(kinds) == 1 and not self.mixed else ""
 
     def sum(self) -> Any:
         """Return the sum over the examples."""
@@ -126,30 +157,33 @@ class ExampleGradients(NamedTuple):
         elif self.rest or self.added:
             yield self.rows()
 
-    def factors(self, block: Block, weights: Any = None) -> tuple[Any, Any, Any]:
+    def factors(self, block: Block, squares: Squares, weights: Any = None) -> tuple[Any, Any, Any]:
         """Return the sums for the factors of rows and columns, and the count that they are divided by.
 
         With weights (B,) the inputs of an example count that many times; u has been multiplied by their
         roots.
         """
-        if self._only_kind == "products":
-            u, x = _joined(self.products)
-            of_rows = None if weights is None else weights.repeat_interleave(x.shape[1])
-            x, u = x.flatten(0, 1), u.flatten(0, 1)
-            x, count = (x, len(u)) if of_rows is None else (x * of_rows.sqrt()[:, None], of_rows.sum())
-            return square(u), square(x, block.groups), _number(u, count)
-        if self._only_kind == "lookups":
-            u, indices = _joined(self.lookups)
-            of_rows = None if weights is None else weights.repeat_interleave(indices.shape[1])
-            u, indices = u.flatten(0, 1), indices.flatten(0, 1)
-            counts = indices.bincount(of_rows, minlength=block.rows).to(u)
+        kind = self._only_kind
+        if weights is not None and kind in ("products", "lookups", "added"):
+            return self._weighted_factors(block, kind, weights)
+        if kind == "products":
+            outputs, inputs = ([*rows] for rows in zip(*self.products, strict=True))
+            count = self.p.new_tensor(sum(u.shape[0] * u.shape[1] for u in outputs))
+            return squares.of(outputs), squares.of(inputs, block.groups), count
+        if kind == "lookups":
+            u, indices = (tensor.flatten(0, 1) for tensor in _joined(self.lookups))
+            counts = indices.bincount(minlength=block.rows).to(u)
             diagonal = len(factor_shape(block.rows)) == 1
-            count = len(u) if of_rows is None else of_rows.sum()
-            return counts if diagonal else counts.diag(), square(u, block.groups), _number(u, count)
-        if self._only_kind == "added":
-            u = torch.cat(self.added, 1)
-            count = len(u.flatten(0, 1)) if weights is None else float(weights.sum()) * u.shape[1]
-            return u.new_full((1, 1), count), square(u.flatten(0, 1), block.groups), _number(u, count)
+            return counts if diagonal else counts.diag(), square(u, block.groups), u.new_tensor(len(u))
+        if kind == "added":
+            number = sum(u.shape[0] * u.shape[1] for u in self.added)
+            b = squares.of(self.added, block.groups)
+            return self.p.new_full((1, 1), number), b, self.p.new_tensor(number)
+        if self.mixed and not (self.lookups or self.added or self.rest):
+            u, x = _joined(self.products)
+            full = len(factor_shape(block.rows)) == len(factor_shape(block.columns)) == 2
+            if full and u.shape[1] <= FEW_TERMS * min(block.rows, block.columns):
+                return _factors_of_few(u, x)
         a = self.p.new_zeros(factor_shape(block.rows))
         b = self.p.new_zeros(factor_shape(block.columns, block.groups))
         count = self.p.new_zeros(())
@@ -160,10 +194,34 @@ class ExampleGradients(NamedTuple):
             count += g.square().sum()
         return a, b, count
 
+    def _weighted_factors(self, block: Block, kind: str, weights: Any) -> tuple[Any, Any, Any]:
+        """Return what `factors` does, for one kind of terms and weights (B,)."""
+        if kind == "products":
+            u, x = _joined(self.products)
+            of_rows = weights.repeat_interleave(x.shape[1])
+            x, u = x.flatten(0, 1) * of_rows.sqrt()[:, None], u.flatten(0, 1)
+            return square(u), square(x, block.groups), of_rows.sum()
+        if kind == "lookups":
+            u, indices = _joined(self.lookups)
+            of_rows = weights.repeat_interleave(indices.shape[1])
+            u, indices = u.flatten(0, 1), indices.flatten(0, 1)
+            counts = indices.bincount(of_rows, minlength=block.rows).to(u)
+            diagonal = len(factor_shape(block.rows)) == 1
+            return counts if diagonal else counts.diag(), square(u, block.groups), of_rows.sum()
+        u = torch.cat(self.added, 1)
+        count = weights.sum() * u.shape[1]
+        return count.reshape(1, 1), square(u.flatten(0, 1), block.groups), count
 
-def _number(like: Any, count: Any) -> Any:
-    """Return a number, or a tensor of one, as a tensor like another one."""
-    return torch.as_tensor(count, dtype=like.dtype, device=like.device)
+
+def _factors_of_few(u: Any, x: Any) -> tuple[Any, Any, Any]:
+    """Return the sums of G G', G' G and the squares of G, for gradients G = u' x of u (B, n, O), x (B, n, I).
+
+    The products of all pairs of the n terms take less than the gradients G do.
+    """
+    of_u, of_x = torch.bmm(u, u.mT), torch.bmm(x, x.mT)
+    a = torch.bmm(of_x, u).flatten(0, 1).T @ u.flatten(0, 1)
+    b = torch.bmm(of_u, x).flatten(0, 1).T @ x.flatten(0, 1)
+    return a, b, (of_u * of_x).sum()
 
 
 def _products_along(u: Any, x: Any, part: Part, v: Any) -> Any:
@@ -192,8 +250,9 @@ def factors(
 ) -> tuple[Any, Any]:
     """Return the sum over the examples of their gradients (D,), and the sums of `hfmpi.models.factors`."""
     total, sums, counts = list[Any](), list[Any](), list[Any]()
+    squares = Squares()
     for block, gradients in zip(blocks, parameters, strict=True):
-        a, b, count = gradients.factors(block, weights)
+        a, b, count = gradients.factors(block, squares, weights)
         total.append(gradients.sum().reshape(-1))
         sums += [a.reshape(-1), b.reshape(-1)]
         counts.append(count.reshape(1))

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from hfmpi.frameworks.torch_derivatives import InnerDerivatives, OnlyBatched
 from hfmpi.frameworks.torch_gradients import ExampleGradients
+from hfmpi.frameworks.torch_recurrent import CELLS, UNPACKED
 
 __all__ = ["ExamplePass"]
 
@@ -158,9 +159,11 @@ class _Recorder(TorchFunctionMode):  # type: ignore[misc]
             return self._linear(*args, **kwargs or {})
         if func is torch.nn.functional.embedding:
             return self._embedding(*args, **kwargs or {})
-        unpacked = func in _RECURRENT and len(args) == 9 and isinstance(args[3], bool)
+        if func in CELLS and self._trained(*args[2:]):
+            raise RuntimeError("matrices of cells would be expanded per example: an ordinary pass is faster")
+        unpacked = func in UNPACKED and len(args) == 9 and isinstance(args[3], bool)
         if unpacked and self._trained(*args[2]):
-            return self._recurrent(_RECURRENT[func], *args)
+            return self._recurrent(UNPACKED[func], *args)
         return func(*args, **kwargs or {})
 
     def _trained(self, *tensors: Any) -> bool:
@@ -265,22 +268,3 @@ class _AllExamples(OnlyBatched):
         ]
         outputs = function(*batches)
         return outputs, (0,) * len(outputs) if isinstance(outputs, tuple) else 0
-
-
-def _recurrent_networks() -> dict[Any, Any]:
-    """Return PyTorch's recurrent networks, by their function, as single products and element-wise operations.
-
-    PyTorch has them for its compiler, in a module that it may change: without it there are none.
-    """
-    try:
-        from torch._decomp import get_decompositions
-
-        aten = torch.ops.aten
-        kinds = aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu
-        steps = get_decompositions([kind.input for kind in kinds])
-        return {getattr(torch, op._schema.name.removeprefix("aten::")): run for op, run in steps.items()}
-    except (ImportError, AttributeError):
-        return {}
-
-
-_RECURRENT = _recurrent_networks()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hfmpi.backends.base import Array
 from hfmpi.errors import UserError
 from hfmpi.frameworks import torch_gradients
-from hfmpi.frameworks.framework import split_examples
+from hfmpi.frameworks.framework import first_line, split_examples
+from hfmpi.frameworks.torch_batch import BatchPass
 from hfmpi.frameworks.torch_layers import ExamplePass
 from hfmpi.frameworks.torch_module import Allocations
 from hfmpi.models.batch import CheckedBatch
@@ -36,8 +37,20 @@ __all__ = ["TorchPasses", "plain_kernels"]
 EXAMPLES = 256
 """How many examples' products with directions are computed at once."""
 
+WAYS = "layers", "batch", "derivatives", "expanded"
+"""How the gradients of examples can be separated (`TorchPlan.way`), in the order of the trials."""
+
 TOLERANCE = 1e-3
 """Relative difference at which a trial counts as wrong: far above rounding in float32."""
+
+ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
+"""The rounding of the gradient in one parameter, relative to the gradient in all of them."""
+
+T = TypeVar("T")
+
+
+class _UndecidedError(RuntimeError):
+    """A single example does not show how the gradients of several can be separated."""
 
 
 class TorchPasses:
@@ -49,6 +62,9 @@ class TorchPasses:
         Its plan decides how each pass is computed.
     theta : (D,)
     examples : CheckedBatch
+    first : {'', 'squares', 'factors'}
+        The first pass. Where one ordinary pass separates the examples (`BatchPass`) it is the forward pass;
+        others, which may never be needed, then run forward again.
 
     Attributes
     ----------
@@ -58,23 +74,58 @@ class TorchPasses:
     """
 
     by_step = False
+    outputs: Array
 
-    def __init__(self, model: TorchModel, theta: Array, examples: CheckedBatch) -> None:
+    def __init__(
+        self,
+        model: TorchModel,
+        theta: Array,
+        examples: CheckedBatch,
+        first: Literal["", "squares", "factors"] = "",
+    ) -> None:
         self.model, self.scored, self.examples = model, examples.scored, examples.size
         with torch.inference_mode(False), model.running(examples.inputs):
             self.inputs = model.tensors(examples.inputs)
             self.theta = model.tensor(theta).clone().requires_grad_()
+            self._separated: tuple[str, BatchPass] | None = None
+            self._graph: Any = None
+            self._transposed: tuple[Any, Any] | None = None
+            if first:
+                self._separate(first)
+            if self._separated is None and self._graph is None:
+                self._record()
+
+    def _separate(self, first: str) -> None:
+        """Run forward by a `BatchPass` if that separates the examples, which the first batch decides."""
+        if self.model.plan.unassigned is None and "examples" not in self.model.plan.sequential:
             self._record()
+            like = self._graph.detach().view(self.examples, -1, self.outputs.shape[1])
+            self._batched(lambda: self._know_examples(like), lambda: 0)
+        plan = self.model.plan
+        decided = plan.unassigned is not None and "examples" not in plan.sequential
+        if not decided or plan.way not in ("batch", "derivatives"):
+            return
+        self._graph = None
+        forward = self._batched(lambda: self._forward(slice(None), together=first == "factors"), lambda: None)
+        if isinstance(forward, BatchPass):
+            self._separated = first, forward
+            self.outputs = self.model.array(forward.outputs.flatten(0, 1))
+
+    @property
+    def graph(self) -> Any:
+        """The outputs (N, O) as a function of theta."""
+        if self._graph is None:
+            self._record()
+        return self._graph
 
     def _record(self) -> None:
         """Run forward and keep the graph."""
         with self._running(), torch.enable_grad():
-            self.graph = self._outputs(self.theta)
-        if not self.graph.requires_grad:
+            self._graph = self._outputs(self.theta)
+        if not self._graph.requires_grad:
             raise UserError("the outputs of the module do not depend on its parameters")
         self.model.check_unchanged(self.theta)
-        self.outputs = self.model.array(self.graph)
-        self._transposed: tuple[Any, Any] | None = None
+        self.outputs, self._transposed = self.model.array(self._graph), None
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -223,7 +274,7 @@ class TorchPasses:
                 gradients, blocks, None if of_examples is None else of_examples[part]
             )
 
-        self._add_over_examples(u, of_layers, of_gradient, out, sums)
+        self._add_over_examples(u, of_layers, of_gradient, out, sums, together=True)
 
     def rows(self, u: Array, out: Array) -> None:
         """Fill out (B, C, D) with J' u of each example, for each of C cotangents u (N * C, O)."""
@@ -247,7 +298,7 @@ class TorchPasses:
                 for c, gradient in enumerate(gradients):
                     out[i, c] = self.model.array(gradient)
 
-        self.model.batched("examples", at_once, one_by_one)
+        self._batched(at_once, one_by_one)
 
     def rows_along(self, u: Array, several: int, along: Along) -> Array:
         """Return V S' (k, B, C) of the rows S that `rows` computes for C cotangents, in parts."""
@@ -277,7 +328,21 @@ class TorchPasses:
             rows = (to_array(torch.stack(gradients)) for gradients in self._one_by_one(cotangents))
             return xp.stack([along(each) for each in rows], axis=1)
 
-        return self.model.batched("examples", at_once, one_by_one)
+        return self._batched(at_once, one_by_one)
+
+    def _batched(self, at_once: Callable[[], T], one_by_one: Callable[[], T]) -> T:
+        """Return what `at_once` computes, or `one_by_one` where the examples cannot be separated.
+
+        A batch of a single example decides nothing for later batches.
+        """
+
+        def attempt() -> T:
+            try:
+                return at_once()
+            except _UndecidedError:
+                return one_by_one()
+
+        return self.model.batched("examples", attempt, one_by_one)
 
     def _cotangents(self, u: Array, several: int) -> Any:
         """Return u (N * C, O) as a tensor (C, B, n, O)."""
@@ -291,17 +356,29 @@ class TorchPasses:
         of_gradient: Callable[[Any], Any],
         out: Array,
         sums: Array,
+        together: bool = False,
     ) -> None:
-        """Add J' u to out, and a sum over examples to sums: of many at once, or of each one's gradient."""
+        """Add J' u to out, and a sum over examples to sums: of many at once, or of each one's gradient.
+
+        `together` is that of `BatchPass`.
+        """
         by_example = self.model.tensor(u).view(self.examples, -1, u.shape[-1])
 
         def at_once() -> tuple[Any, Any]:
-            pairs = list[Any]()
-            for part in split_examples(self.examples, self._know_examples(by_example)):
-                forward = self._forward(part)
+            ready, found = self._separated, list[Any]()
+            if ready is not None and ready[0] == ("factors" if together else "squares"):
+                self._separated = None
                 with self._running(), _quiet():
-                    pairs.append(of_layers(forward.gradients(by_example[part])[0], part))
-            return sum(total for total, _ in pairs), sum(more for _, more in pairs)
+                    pair: tuple[Any, Any] = of_layers(ready[1].gradients(by_example)[0], slice(None))
+                return pair
+            for part in split_examples(self.examples, self._know_examples(by_example)):
+                forward = self._forward(part, together)
+                with self._running(), _quiet():
+                    pair = of_layers(forward.gradients(by_example[part])[0], part)
+                for total, more in zip(found, pair, strict=False):
+                    total += more  # in place: the sums for factors are larger than theta
+                found = found or [*pair]
+            return found[0], found[1]
 
         def one_by_one() -> tuple[Any, Any]:
             sums = list[Any]()
@@ -309,22 +386,28 @@ class TorchPasses:
                 sums = [total + more for total, more in zip(sums or (0, 0), (g, of_gradient(g)), strict=True)]
             return sums[0], sums[1]
 
-        for array, tensor in zip(
-            (out, sums), self.model.batched("examples", at_once, one_by_one), strict=True
-        ):
+        for array, tensor in zip((out, sums), self._batched(at_once, one_by_one), strict=True):
             array += self.model.array(tensor)
 
     def _example_outputs(self, parameters: dict[str, Any], *inputs: Any) -> Any:
         """Return the outputs (N, O) of one example."""
         return self.model.call(parameters, tuple(x[None] for x in inputs), self.scored.example)
 
-    def _forward(self, part: slice) -> ExamplePass:
+    def _forward(self, part: slice, together: bool = False) -> ExamplePass | BatchPass:
         """Run some of the examples, for the gradient of each."""
         inputs = [x[part] for x in self.inputs]
         with self._running(), _quiet():
-            named = self.model.named(self.theta.detach())
-            layers = self.model.plan.layers
-            return ExamplePass(self._example_outputs, named, self.model.frozen, inputs, layers)
+            named, plan = self.model.named(self.theta.detach()), self.model.plan
+            if plan.way in ("layers", "expanded"):
+                layers = plan.way == "layers"
+                return ExamplePass(self._example_outputs, named, self.model.frozen, inputs, layers)
+            scored = self.scored.of_examples(len(inputs[0]))
+
+            def outputs(parameters: dict[str, Any], *inputs: Any) -> Any:
+                return self.model.call(parameters, inputs, scored)
+
+            derivatives, shared = plan.way == "derivatives", plan.shared if plan.unassigned == 0 else None
+            return BatchPass(outputs, named, self.model.frozen, inputs, derivatives, shared, together)
 
     def _one_by_one(self, u: Any) -> Iterator[list[Any]]:
         """Yield the gradients (D,) of the first examples, for each of their cotangents u (C, B, N, O)."""
@@ -353,29 +436,56 @@ class TorchPasses:
         if self.model.plan.unassigned is None:
             like = like[:2]
             u = torch.from_numpy(np.random.default_rng(0).standard_normal(like.shape)).to(like)
-            failures = list[RuntimeError]()
-            for layers in (True, False):
-                self.model.replan(layers=layers)
+            failures = list[Exception]()
+            for way in WAYS if len(u) > 1 else ("layers", "expanded"):
+                self.model.replan(way=way)
                 try:
-                    self.model.replan(unassigned=self._try_examples(u))
+                    self._try_examples(u)
                     break
-                except RuntimeError as failure:
+                except MemoryError:
+                    raise
+                except Exception as failure:  # an ordinary pass may fail in the module itself
+                    self.model.replan(unassigned=None)
+                    if way in ("layers", "expanded") and not isinstance(failure, RuntimeError):
+                        raise
                     failures.append(failure)
             else:
-                raise failures[-1]
+                if len(u) < 2:
+                    raise _UndecidedError
+                raise RuntimeError(first_line(failures[0])) from failures[0]
         return self.model.plan.unassigned or 0
 
-    def _try_examples(self, u: Any) -> int:
-        """Return the number of unassigned entries; raise a RuntimeError if a gradient is wrong."""
+    def _try_examples(self, u: Any) -> None:
+        """Complete the plan for separating examples; raise a RuntimeError if a gradient is wrong."""
         forward = self._forward(slice(len(u)))
         with self._running(), _quiet():
             gradients, unassigned = forward.gradients(u)
-            each = [one.rows().expand(len(u), *one.p.shape) for one in gradients]
-            ours = torch.cat([rows.reshape(len(u), -1) for rows in each], 1)
-        for row, (right,) in zip(ours, self._one_by_one(u[None]), strict=True):
-            if not torch.linalg.vector_norm(row - right) <= TOLERANCE * torch.linalg.vector_norm(right):
+            each = [one.rows().expand(len(u), *one.p.shape).reshape(len(u), -1) for one in gradients]
+        for row, (right,) in zip(torch.cat(each, 1), self._one_by_one(u[None]), strict=True):
+            self._compare(row, right, [one.shape[1] for one in each])
+        self.model.replan(unassigned=unassigned)
+        if isinstance(forward, BatchPass):
+            self.model.replan(shared=tuple(forward.shared))
+            self._try_batch(u)
+
+    def _try_batch(self, like: Any) -> None:
+        """Raise a RuntimeError unless the gradients of all examples add up to that of the batch."""
+        numbers = np.random.default_rng(1).standard_normal(self.outputs.shape)
+        u, forward = torch.from_numpy(numbers).to(like), self._forward(slice(None))
+        with self._running(), _quiet():
+            gradients, _ = forward.gradients(u.view(self.examples, -1, u.shape[-1]))
+            total = torch.cat([one.sum().flatten() for one in gradients])
+            right = self._backward(u, False)
+        self._compare(total, right, [one.p.numel() for one in gradients])
+
+    def _compare(self, ours: Any, right: Any, sizes: list[int]) -> None:
+        """Raise a RuntimeError if gradients (D,) differ: of an ordinary pass, in any of the parameters."""
+        parts, norm = [(ours, right)], torch.linalg.vector_norm
+        if self.model.plan.way in ("batch", "derivatives"):
+            parts = [*zip(ours.split(sizes), right.split(sizes), strict=True)]
+        for one, other in parts:
+            if not norm(one - other) <= TOLERANCE * norm(other) + ROUNDING[ours.dtype] * norm(right):
                 raise RuntimeError("the gradients of examples cannot be separated")
-        return unassigned
 
 
 @contextmanager

@@ -8,7 +8,7 @@ that they are known in advance.
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -25,6 +25,7 @@ __all__ = [
     "Blocks",
     "Costed",
     "DataChecks",
+    "GradientFirst",
     "KroneckerFactors",
     "Linearisation",
     "Model",
@@ -244,6 +245,22 @@ class RowsFirst(Protocol):
 
     def linearise_rows(self, theta: Array, batch: Any, reuse: Any = None) -> Linearisation:
         """Linearise as `Model.linearise` does."""
+
+
+@runtime_checkable
+class GradientFirst(Protocol):
+    """A model with a linearisation that is cheaper where a gradient is its first, often its only, pass."""
+
+    def linearise_gradient(
+        self, theta: Array, batch: Any, reuse: Any = None, *, extra: Literal["", "squares", "factors"] = ""
+    ) -> Linearisation:
+        """Linearise as `Model.linearise` does.
+
+        Parameters
+        ----------
+        extra : {'', 'squares', 'factors'}
+            The first pass: `gradient`, `squared_gradients` or `factored_gradient`.
+        """
 
 
 class StructuralLinearisation(Linearisation, Protocol):

@@ -108,6 +108,8 @@ class LossLinearisation:
     weights : (B,) or None
         How many times each example counts in squared gradients and Kronecker factors, on the device; see
         `hfmpi.models.batch.example_weights`. None: once.
+    ready : (D,) or None
+        The gradient of the summed loss, where the model has computed it together with the outputs.
     """
 
     passes: Passes
@@ -120,6 +122,7 @@ class LossLinearisation:
     block_rows: int
     directions: int = 16
     weights: Array | None = None
+    ready: Array | None = None
 
     @property
     def nbytes(self) -> int:
@@ -149,6 +152,9 @@ class LossLinearisation:
 
     def gradient(self, scale: float, out: Array) -> None:
         """Add scale times the gradient of the summed loss to out (D,)."""
+        if self.ready is not None:
+            out += self.ready * out.dtype.type(scale)
+            return
         self.passes.vjp(self._loss_gradient(scale), out)
 
     def squared_gradients(self, scale: float, out: Array, squares: Array) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
@@ -18,7 +19,15 @@ from hfmpi.data.batches import Cases
 from hfmpi.errors import UserError
 from hfmpi.measure.spans import FORWARD, GRADIENT, INPUT, LINEARISE, PRODUCTS
 from hfmpi.measure.timer import Timer
-from hfmpi.models.base import KroneckerFactors, Linearisation, Model, Projection, StructuralDamping
+from hfmpi.models.base import (
+    GradientFirst,
+    KroneckerFactors,
+    Linearisation,
+    Model,
+    Projection,
+    StructuralDamping,
+    Trials,
+)
 from hfmpi.objective.local_rows import SliceRows, signs, slice_rows
 from hfmpi.objective.messages import ROW_NUMBERS, gradient_message, pack
 from hfmpi.objective.sums import pairwise_sum
@@ -87,8 +96,8 @@ class LocalSums:
     timer : Timer
         Gets the spans input, forward, gradient, linearise, products and those of losses.
     micro_batch : int, optional
-        The maximum number of examples at a time; without it, what suits the backend. Halved where the memory
-        does not suffice.
+        The maximum number of examples at a time; without it, what suits the backend, which for a model that
+        checks itself is known once the first examples are. Halved where the memory does not suffice.
     memory_budget : float
         Bytes of linearisations that may be kept between products.
     rank : int
@@ -101,6 +110,8 @@ class LocalSums:
         self.model = model
         self.timer = timer
         self.micro_batch = micro_batch or model.backend.micro_batch
+        fitted = model.backend.micro_batch != type(model.backend).micro_batch
+        self._fitted = bool(micro_batch) or fitted or not isinstance(model, Trials)
         self.memory_budget = memory_budget
         self.rank = rank
         self._passing: Linearisation | None = None  # used at once; the next one takes its memory
@@ -116,6 +127,7 @@ class LocalSums:
 
     def losses(self, thetas: Sequence[Array], shard: Shard, span: str) -> np.ndarray:
         """Sum the losses of each theta, (C,) float64; the timer books them under `span`."""
+        self._fit(thetas, shard)
 
         def share(part: np.ndarray) -> np.ndarray:
             losses = np.zeros(len(thetas))
@@ -147,6 +159,9 @@ class LocalSums:
         stay in memory for products at this theta, as the version that is returned (without `part`: 0).
         """
         backend, model, layout = self.model.backend, self.model, self.gradient_layout(theta, extra)
+        linearise = cast("Linearise", model.linearise)
+        if isinstance(model, GradientFirst):
+            linearise = partial(model.linearise_gradient, extra=extra)
 
         def add(at: Any, out: dict[str, Array]) -> float:
             with self.timer.span(GRADIENT):
@@ -162,7 +177,7 @@ class LocalSums:
         def share(indices: np.ndarray, first: list[Piece]) -> Array:
             message = backend.xp.zeros(layout.size, theta.dtype)
             out, pieces = layout.views(message), chain(first, self._pieces(shard, indices))
-            loss = sum(add(at, out) for _, at in self.linearisations_of(pieces, model.linearise, theta))
+            loss = sum(add(at, out) for _, at in self.linearisations_of(pieces, linearise, theta))
             out["loss"][...] = backend.to_device(pack(loss, theta.dtype))
             return message
 
@@ -185,6 +200,7 @@ class LocalSums:
         start : callable
             Called before the sum, also where it starts again for lack of memory.
         """
+        self._fit([theta], shard)
 
         def sums() -> tuple[Array, int]:
             start()
@@ -347,6 +363,7 @@ class LocalSums:
         add : callable
             (indices, linearisation, v, message): adds the part of a micro-batch.
         """
+        self._fit([theta], shard)
         same = self.model.backend.xp.array_equal
         if version != self._version or not same(self._theta, theta):
             self._shrinking(shard.count, lambda: self._linearise(linearise, theta, shard))
@@ -369,6 +386,7 @@ class LocalSums:
         share: Callable[[list[Piece], Array], Array],
     ) -> Callable[[Array], Array]:
         """Return v -> the sum of `share` over the slices, linearised where `version` is not in memory."""
+        self._fit([theta], shard)
         mine = version
 
         def sums(v: Array) -> Array:
@@ -411,6 +429,18 @@ class LocalSums:
         """Linearise on one micro-batch, in memory that the next call takes over."""
         self._passing = linearise(theta, batch, self._passing)
         return self._passing
+
+    def _fit(self, thetas: Sequence[Array], shard: Shard) -> None:
+        """Take the model's micro-batch where the user chose none: it checks its first examples before."""
+        if self._fitted or not thetas or not shard.count:
+            return
+        first, before = next(part for part in shard.slices if part.size), self.micro_batch
+        self._shrinking(
+            len(first), lambda: self.model.loss(thetas[0], self.take(shard, first[: self.micro_batch]))
+        )
+        if self.micro_batch == before:
+            self.micro_batch = self.model.backend.micro_batch
+        self._fitted = True
 
     def _shrinking(self, cases: int, work: Callable[[], T]) -> T:
         """Do this rank's share of the work, in smaller micro-batches where the memory does not suffice."""
