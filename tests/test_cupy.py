@@ -673,7 +673,7 @@ def test_the_source_compiles(arch, real):
 
 
 CUPY_NAMES = """
-zeros_like linalg.eigh linalg.qr ndarray.reshape
+zeros_like linalg.eigh linalg.qr linalg.solve ndarray.reshape
 matmul maximum tanh exp log1p arange ndarray.astype ndarray.__abs__ ndarray.transpose
 RawModule ndarray.data ndarray.get ndarray.set ndarray.strides ndarray.itemsize ndarray.__array_ufunc__
 ndarray.any ndarray.__array_function__ array_equal asarray

@@ -33,6 +33,7 @@ from hfmpi.parallel.communicator import Communicator, MPICommunicator, digest
 
 cupy = pytest.importorskip("cupy")
 ONE = "examples", "directions"
+SIZES = 6, 10, 10, 3
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
 
@@ -56,16 +57,20 @@ class Torch:
         if not REAL_GPU:  # the CPU has no streams
             monkeypatch.setattr(exchange, "on_stream", lambda backend, device: contextlib.nullcontext())
 
-    def model(self, module, loss, shared):
-        """Make a model with one of the two exchanges."""
+    def choose(self, shared):
+        """Give the function that chooses one of the two exchanges."""
 
         def choose(device, dtype):
             if shared:
                 return self.exchange.ThroughDevice(create("cupy", dtype, device.index or 0), device)
             return self.exchange.ThroughHost(NumpyBackend(dtype), device)
 
+        return choose
+
+    def model(self, module, loss, shared):
+        """Make a model with one of the two exchanges."""
         with self.patch.context() as patch:
-            patch.setattr(self.models, "choose_exchange", choose)
+            patch.setattr(self.models, "choose_exchange", self.choose(shared))
             return hfmpi.TorchModel(module.to(self.where), loss)
 
     def setting(self, name, shared):
@@ -74,12 +79,16 @@ class Torch:
         module, loss, cases, _ = setting(name)
         return self.model(module, loss, shared), cases
 
-    def network(self, sizes, shared):
-        """Make a model of linear layers of these sizes."""
+    def module(self, sizes):
+        """Make linear layers of these sizes on the device."""
         nn = self.torch.nn
         self.torch.manual_seed(0)
         layers = [part for i, o in pairwise(sizes) for part in (nn.Linear(i, o), nn.Tanh())]
-        return self.model(nn.Sequential(*layers[:-1]).double(), "squares", shared)
+        return nn.Sequential(*layers[:-1]).double().to(self.where)
+
+    def network(self, sizes, shared):
+        """Make a model of linear layers of these sizes."""
+        return self.model(self.module(sizes), "squares", shared)
 
     def address(self, tensor):
         return tensor.data_ptr()
@@ -253,6 +262,35 @@ def test_masks_and_burn_in_are_on_the_device(monkeypatch):
         np.testing.assert_allclose(ours[key], value, **CLOSE, err_msg=key)
 
 
+def test_weights_of_examples_are_on_the_device(framework):
+    weights, found = np.array([0.5, 2.0, 0.0, 1.5]), []
+    for shared in (True, False):
+        model = framework.setting("mlp", shared)[0]
+        cases = hfmpi.Examples(numbers(CASES, INPUTS), numbers(CASES, OUTPUTS), weights=weights)
+        risk = hfmpi.DataParallel(model, Communicator()).on(cases, np.arange(CASES))
+        theta, to_host = model.backend.to_device(model.initial(0)), model.backend.to_host
+        (gradient, factors), squared = risk.factored_gradient(theta), risk.squared_gradients(theta)
+        vectors = gradient.vector, factors, squared.squares, risk.gauss_newton(theta)(gradient.vector)
+        found.append([risk.loss(theta), *map(to_host, vectors)])
+    for ours, expected in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["bhf-short", "adam"])
+def test_the_facade_of_pytorch_keeps_its_vectors_on_the_device(monkeypatch, name):
+    torch, found = Torch(monkeypatch), []
+    x, y = torch.torch.tensor(numbers(8, 6)), torch.torch.tensor(numbers(8, 3, seed=5))
+    for shared in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.models, "choose_exchange", torch.choose(shared))
+            module = torch.module(SIZES)
+            optimizer = hfmpi.torch.Optimizer(module, "squares", name)
+            found.append([optimizer.step(x, y) for _ in range(3)])
+        found[-1] += [p.detach().cpu().numpy() for p in module.parameters()]
+    for ours, expected in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-8)
+
+
 def test_single_outputs_of_a_jax_function_come_with_their_gradients(monkeypatch):
     jax = Jax(monkeypatch)
     jax.jax.config.update("jax_enable_x64", True)
@@ -264,9 +302,6 @@ def test_single_outputs_of_a_jax_function_come_with_their_gradients(monkeypatch)
         jax.jax.config.update("jax_enable_x64", False)
     for key, value in found[1].items():
         np.testing.assert_allclose(found[0][key], value, **CLOSE, err_msg=key)
-
-
-SIZES = 6, 10, 10, 3
 
 
 @pytest.mark.parametrize("optimizer", PRESETS)

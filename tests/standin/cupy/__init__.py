@@ -300,7 +300,19 @@ def decomposition(function):
     return decompose
 
 
-linalg = types.SimpleNamespace(eigh=decomposition(np.linalg.eigh), qr=decomposition(np.linalg.qr))
+def solve(matrix, right):
+    """Solve with a matrix of the device; a singular one makes NaN, as on the device, and says nothing."""
+    forbid_capture("solve")
+    try:
+        found = np.linalg.solve(bare(matrix), bare(right))
+    except np.linalg.LinAlgError:
+        found = bare(right) * np.nan
+    return ndarray(counted(found))
+
+
+linalg = types.SimpleNamespace(
+    eigh=decomposition(np.linalg.eigh), qr=decomposition(np.linalg.qr), solve=solve
+)
 
 
 def asarray(array, dtype=None, like=None):
