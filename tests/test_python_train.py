@@ -318,8 +318,8 @@ def test_a_batch_of_a_preset_is_no_larger_than_the_data(capfd):
     assert (
         said.err
         == (
-            "Note: gradient_batch is 80, all cases: bhf-short would take 14,000.\n"
-            "Note: curvature_batch is 80, the gradient batch: bhf-short would take 3,500.\n"
+            "Note: the gradient batch is 80, all training examples; the preset bhf-short has 14,000.\n"
+            "Note: the curvature batch is 80, the gradient batch; the preset bhf-short has 3,500.\n"
         )
         or said.err == ""
     )
@@ -467,7 +467,7 @@ def fails(outputs, targets):
     ({"train": Changing()}, "reading the same examples twice returned different values"),
     ({"model": "net"}, "model must be a model such as hfmpi.TorchModel, hfmpi.JaxModel or hfmpi.Network"),
     ({"model": Line}, "model must be a model such as hfmpi.TorchModel, hfmpi.JaxModel or hfmpi.Network"),
-    ({"gradient_batch": 81}, "gradient_batch can be at most 80, the cases of train, not 81"),
+    ({"gradient_batch": 81}, "gradient_batch can be at most 80, the number of training examples, not 81"),
     ({"gradient_batch": 9, "curvature_batch": 10}, "curvature_batch can be at most 9, the gradient batch"),
     ({"optimizer": "sgd", "curvature_batch": 10}, "optimizer sgd has no curvature batch"),
     ({"optimizer": hfmpi.Adam}, "(rate=0.001), or one that hfmpi.preset returns, not the class Adam"),

@@ -301,3 +301,23 @@ def test_the_first_lines_say_where_the_curvature_comes_from(batch, said, made, t
     lines = run(f"{made / 'small.h5'} --out new --max-steps 1 --curvature-batch {batch}", options)
     assert lines.count("random rows") == bool(said)
     assert said in lines
+
+
+@pytest.mark.parametrize("name", ["bgd", "subspace", "muon", "lbfgs"])
+def test_a_small_book_is_one_batch(name, tmp_path):
+    """The preset's batches are larger than the text; a second call continues the run."""
+    data, run = write_corpus(tmp_path / "small.h5"), tmp_path / "run"
+    words = ["train", str(data), "--out", str(run), "--optimizer", name, "--sequence-length", "20"]
+    words += ["--hidden", "5", "--backend", "numpy"]
+    first = CliRunner().invoke(cli, [*words, "--max-steps", "1"])
+    assert first.exit_code == 0, first.output
+    chosen = preset(name)
+    note = (
+        f"the gradient batch is 210, all training sequences; the preset {name} has {chosen.gradient_batch:,}"
+    )
+    assert note in first.output
+    assert ("the curvature batch is 210" in first.output) == (chosen.curvature_batch > 210)
+    again = CliRunner().invoke(cli, [*words, "--max-steps", "2"])
+    assert again.exit_code == 0, again.output
+    assert [record["step"] for record in history(run)] == [1, 2]
+    assert "all training sequences" not in again.output
