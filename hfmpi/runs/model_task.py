@@ -98,11 +98,11 @@ class ModelTask(Task):
             option = "patience" if config.patience else "keep='best'"
             raise UserError(f"{option} needs validation data: give valid too")
         if train is None:
-            raise UserError("train must be data, not None")
+            raise UserError("data must be given, not None")
         if isinstance(valid, Augmented):
             raise UserError("valid: validation examples stay as they are: give them without hfmpi.Augmented")
         notes = list[str]()
-        train_set = _cases("train", train, model, memory, notes)
+        train_set = _cases("data", train, model, memory, notes)
         valid_set = None if valid is None else _cases("valid", valid, model, memory, notes)
         config, reduced = fitted(config, train_set.count, fitting.PROGRAM)
         notes += reduced
@@ -176,7 +176,7 @@ class ModelTask(Task):
 
     def _check_data(self, check: Callable[[Examples], None]) -> None:
         """Check all examples, those that are read by index when they are read; name the set in an error."""
-        checks.examples(self.train_set, check, "train")
+        checks.examples(self.train_set, check, "data")
         if self.valid_set is not None:
             checks.examples(self.valid_set, check, "valid")
 
@@ -316,7 +316,8 @@ def _cases(name: str, given: Any, model: Model, memory: int | None, notes: list[
         cases = as_cases(given, make, memory, lambda sentence: notes.append(f"{name}: {sentence}"))
         return with_scoring(model, cases)
     except UserError as error:
-        raise UserError(f"{name}: {error}") from None
+        said = str(error)
+        raise UserError(said if said.startswith(f"{name} ") else f"{name}: {said}") from None
 
 
 def _check_optimizer(config: Config, model: Model, cases: Cases) -> None:
