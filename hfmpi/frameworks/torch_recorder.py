@@ -1,4 +1,4 @@
-"""The calls of layers in an ordinary pass of a PyTorch module: their inputs, and edges of output gradients."""
+"""The calls of layers in an ordinary pass of a PyTorch module: their inputs, and edges of their outputs."""
 
 from __future__ import annotations
 
