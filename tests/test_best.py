@@ -19,6 +19,7 @@ from hfmpi.files import checkpoint, writer
 from hfmpi.files.checkpoint import BEST, NEWEST, PREVIOUS
 from hfmpi.runs.best import LOSS, Best, Watch, judged
 from hfmpi.runs.record import Validation
+from hfmpi.runs.restore import best, best_entries
 from hfmpi.runs.trained_model import Trained
 
 RNG = np.random.default_rng(5)
@@ -278,9 +279,21 @@ def test_best_follows_the_checkpoint_from_which_a_run_continues(tmp_path):
     assert checkpoint.load(tmp_path / "run" / BEST).meta["step"] == 2
 
 
+def test_a_checkpoint_after_rejected_steps_knows_its_best():
+    """Then the best parameters are those of the checkpoint, and their validation is older."""
+    theta, other = np.ones(3), np.zeros(3)
+    old = Best(theta, Validation(1.0, {"accuracy": 0.5}), 3, 5, 2)
+    for now in theta, other:
+        entries, about = best_entries(old, now, LOSS)
+        assert list(entries) == ([] if now is theta else ["best"])
+        found = best(checkpoint.Checkpoint(now, entries, {"step": 5} | about), LOSS)
+        assert found == old
+        assert found.theta is theta
+
+
 @pytest.mark.parametrize("wrong", [
-    {"step": "1"}, {"step": -1}, {"last": 0}, {"stale": 1.5}, {"loss": np.nan}, {"loss": "1"}, {"metrics": 3},
-    None, [],
+    {"current": True}, {"step": "1"}, {"step": -1}, {"last": 0}, {"stale": 1.5}, {"loss": np.nan}, {"loss": "1"},
+    {"metrics": 3}, None, [],
 ])  # fmt: skip
 def test_a_checkpoint_with_a_wrong_best_is_refused(wrong, tmp_path):
     fit(16, out=tmp_path / "run")
