@@ -496,7 +496,7 @@ def fails(outputs, targets):
     ({"slices": 2**53}, "at most 65,536, not 9007199254740992"),
     ({"metric": right, "valid": (X, Y)}, "Line has no method outputs(theta, batch)"),
     ({"metric": right}, "a metric is measured on validation cases: give valid too"),
-    ({"metric": 1, "valid": (X, Y)}, "metric must be a function (outputs, targets) -> values, or a dict of such"),
+    ({"metric": 1, "valid": (X, Y)}, "metric must be a function (outputs, targets) -> values, or a dict"),
     (RUN | {"valid": VALID, "metric": lambda z, y: right(z, y).mean()},
      "metric(outputs, targets) must return a number for each of the 72 rows"),
     (RUN | {"valid": VALID, "metric": fails}, "metric(outputs, targets) raises KeyError: 'class"),
