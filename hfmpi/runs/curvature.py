@@ -179,7 +179,7 @@ def curvature(
 
     memory = checks.least(comm, free_memory(comm.local_size))
 
-    def build() -> tuple[DataParallel, Cases, np.ndarray]:
+    def build() -> tuple[DataParallel, Cases, np.ndarray, str]:
         owner = DataParallel(model, comm, micro_batch=micro_batch, memory_budget=memory_budget, slices=slices)
         check_vector("theta", theta, model.size, np.ndarray)
         start = theta.astype(model.backend.dtype)
@@ -189,18 +189,17 @@ def curvature(
             if isinstance(cases, (Examples, Dataset)):
                 model.loss(owner.model.backend.to_device(start), cases.take(np.arange(1)))  # checks the model
             checks.examples(cases, lambda some: model.check_data(some.inputs, some.targets, some.mask))
-        return owner, cases, start
+        return owner, cases, start, digest_of(cases)
 
-    owner, cases, start = together(comm, build)
-    made = Curvature(owner, cases, start)
+    owner, cases, start, identity = together(comm, build)
     checks.same_start(
         comm,
         {
-            "rank {} has other parameters than the other ranks": digest(made.theta),
-            "rank {} has other data than the other ranks": digest_of(made._risk.cases),
+            "rank {} has other parameters than the other ranks": digest(start),
+            "rank {} has other data than the other ranks": identity,
         },
     )
-    return made
+    return Curvature(owner, cases, start)
 
 
 @cache
