@@ -1,5 +1,6 @@
 """New runs that start from another one: what goes on, what starts anew, and what the history says of it."""
 
+import json
 import math
 import shutil
 
@@ -321,3 +322,20 @@ def test_a_small_book_is_one_batch(name, tmp_path):
     assert again.exit_code == 0, again.output
     assert [record["step"] for record in history(run)] == [1, 2]
     assert "all training sequences" not in again.output
+
+
+@pytest.mark.parametrize("name", ["bgd", "subspace"])
+def test_the_best_parameters_of_a_run_on_all_sequences_are_evaluated(name, tmp_path):
+    """Its checkpoint also has the parameters of the lowest training loss, which best.h5 has not."""
+    data, run = write_corpus(tmp_path / "small.h5"), tmp_path / "run"
+    words = ["train", str(data), "--out", str(run), "--optimizer", name, "--sequence-length", "20"]
+    words += ["--hidden", "5", "--backend", "numpy", "--max-steps", "6", "--evaluate-every", "2"]
+    assert CliRunner().invoke(cli, words).exit_code == 0
+    lowest = min(record["valid_bpc"] for record in history(run) if record["valid_bpc"] is not None)
+    for keep in ["best"], ["last"], []:
+        found = CliRunner().invoke(
+            cli, ["evaluate", str(run), *(["--keep", *keep] if keep else []), "--json"]
+        )
+        assert found.exit_code == 0, found.output
+        bits = json.loads(found.stdout)["valid_bpc"]
+        assert keep == ["last"] or bits == pytest.approx(lowest, rel=1e-6)
