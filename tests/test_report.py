@@ -35,7 +35,7 @@ def fixture_small(monkeypatch):
 
 @pytest.fixture(name="run")
 def fixture_run(tmp_path):
-    """Give a run that may be changed."""
+    """Return a run that may be changed."""
     return Path(shutil.copytree(RUNS / "lstm-shf", tmp_path / "run"))
 
 
