@@ -179,7 +179,7 @@ def test_ranks_under_mpi_agree_in_every_bit(optimizer, mpi_ranks, comm):
     communicator = MPICommunicator(comm)
     objective = Rank(Elsewhere, None, 1e-7) if comm.rank else Rank(np.ndarray)
     objective.agree = communicator.agree
-    objective.spread = lambda works, sizes, wide=False: [
+    objective.spread = lambda works, sizes, wide=False, name="": [
         own if wide else own.view(objective.kind)
         for own in communicator.agree([np.asarray(work()) for work in works])
     ]
