@@ -160,6 +160,48 @@ def test_ignored_targets_count_for_nothing():
     assert np.allclose(*map(vector, modules), atol=1e-5)
 
 
+@pytest.mark.parametrize("loss", ["ignored", "weighted"])
+def test_every_form_of_examples_is_scored(loss):
+    x, y = data()
+    more = {"ignore_index": 2} if loss == "ignored" else {"weight": torch.tensor([1.0, 5.0, 0.5])}
+    loss = nn.CrossEntropyLoss(**more)
+    right = loss(mlp()(torch.from_numpy(x)), torch.from_numpy(y)).item()
+    examples = hfmpi.Examples(x, y)
+    step = hfmpi.Augmented(examples, lambda x, y, rng: (x, y)).at(0, 0)
+    for batch in examples, hfmpi.Dataset([*zip(x, y, strict=True)]), step:
+        assert np.isclose(hfmpi.torch.Optimizer(mlp(), loss, "adam").step(batch), right, rtol=1e-5)
+        assert np.isclose(hfmpi.evaluate(hfmpi.TorchModel(mlp(), loss), vector(mlp()), batch).loss, right)
+    model = hfmpi.TorchModel(mlp(), loss)
+    for refused in (
+        lambda: hfmpi.torch.Optimizer(mlp(), loss, "adam").step(Bare(examples)),
+        lambda: hfmpi.train(model, Bare(examples), max_steps=1, quiet=True),
+    ):
+        with pytest.raises(
+            UserError, match="ignores targets or gives weights to classes, which Bare does not"
+        ):
+            refused()
+
+
+class Bare:
+    """Examples of a class that hfmpi does not know."""
+
+    def __init__(self, examples):
+        self.count, self.take, self.scored = examples.count, examples.take, examples.scored
+
+
+def test_augmented_examples_belong_to_a_run():
+    x, y = data()
+    augmented = hfmpi.Augmented((x, y), lambda x, y, rng: (x + rng.random(), y))
+    model = hfmpi.TorchModel(mlp(), LOSS)
+    for use in (
+        lambda: make(mlp(), "adam").step(augmented),
+        lambda: hfmpi.evaluate(model, vector(mlp()), augmented),
+        lambda: hfmpi.curvature(model, vector(mlp()), augmented),
+    ):
+        with pytest.raises(UserError, match="changes examples in each step of a run"):
+            use()
+
+
 def test_weights_count_as_repeated_examples():
     x, y = data()
     weights = np.random.default_rng(3).integers(1, 4, COUNT)

@@ -19,7 +19,6 @@ import numpy as np
 
 from hfmpi.data.batches import Cases, spread
 from hfmpi.data.digest import digest_of
-from hfmpi.data.examples import Examples
 from hfmpi.data.user_data import as_cases
 from hfmpi.errors import UserError, shown
 from hfmpi.facades.batches import GlobalBatch, Shards, curvature_part
@@ -27,7 +26,7 @@ from hfmpi.facades.scaled import ScaledModel
 from hfmpi.files.checkpoint import Checkpoint, Entry
 from hfmpi.frameworks.framework import FrameworkModel
 from hfmpi.measure.machine import free_memory
-from hfmpi.models.base import Scoring
+from hfmpi.models.base import with_scoring
 from hfmpi.objective.data_parallel import Risk
 from hfmpi.objective.transport import Transport, choose
 from hfmpi.optim.base import Objectives, Optimizer, StepReport
@@ -36,12 +35,16 @@ from hfmpi.optim.presets import PRESETS, Preset, preset
 from hfmpi.parallel.communicator import Communicator
 from hfmpi.parallel.launch import connect
 from hfmpi.parallel.placement import place
+from hfmpi.runs import checks
 from hfmpi.runs.restore import Misfit, entries, restored
 
 __all__ = ["Method", "Progress", "Steps", "all_ranks", "method_of"]
 
 CHECKED = 32
 """The number of examples, from the first to the last of the first batch, on which the model checks itself."""
+
+REMEDY = "change the examples in your loop, or pass hfmpi.Augmented(cases, function).at(seed, step)"
+"""What to do in a loop instead of passing `hfmpi.Augmented`."""
 
 
 class Method(NamedTuple):
@@ -366,12 +369,9 @@ class Steps:
     def _cases(self, name: str, batch: Any) -> Cases:
         """Return a rank's examples as `Cases`."""
         try:
-            cases = as_cases(batch)
+            return with_scoring(self.model, as_cases(checks.unaugmented(batch, REMEDY)))
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
-        if isinstance(cases, Examples) and isinstance(self.model, Scoring):
-            return self.model.scoring(cases)
-        return cases
 
     def _is_other(self, cases: Cases) -> bool:
         """Return whether the batch is another one than that of the step before."""

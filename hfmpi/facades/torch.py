@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from hfmpi.data.augmented import Augmented
 from hfmpi.data.batches import Cases
 from hfmpi.errors import UserError, shown
 from hfmpi.facades.steps import Steps, all_ranks, method_of
@@ -377,7 +378,7 @@ def _pair(curvature: Any) -> tuple[Any, Any]:
     """Return x and y of a curvature batch; y is None for Examples."""
     if isinstance(curvature, (tuple, list)) and len(curvature) == 2:
         return curvature[0], curvature[1]
-    if isinstance(curvature, Cases):
+    if isinstance(curvature, (Augmented, Cases)):
         return curvature, None
     raise UserError(f"curvature must be a tuple (x, y) or hfmpi.Examples, not {shown(curvature)}")
 
@@ -385,7 +386,7 @@ def _pair(curvature: Any) -> tuple[Any, Any]:
 def _batch(x: Any, y: Any) -> Any:
     """Return a batch of tensors on any device as one on the host."""
     if y is None:
-        if isinstance(x, Cases) and not isinstance(x, type):
+        if isinstance(x, (Augmented, Cases)) and not isinstance(x, type):
             return x
         raise UserError(
             "step takes a batch (x, y), hfmpi.Examples, or a closure that returns (outputs, targets)"
