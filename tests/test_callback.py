@@ -87,6 +87,8 @@ def test_an_exception_in_the_callback_ends_the_run_with_its_result(tmp_path):
     assert caught.value.result.valid_loss == best.valid_loss
     with pytest.raises(UserError, match="callback must be a function"):
         fit(2, callback="print")
+    with pytest.raises(UserError, match="callback must return True to stop, and False or None to continue"):
+        fit(2, callback=lambda record, theta: theta > 0)
 
 
 def test_callbacks_on_ranks_agree(tmp_path):
@@ -125,6 +127,44 @@ except (KeyError, UserError) as error:
         "caught 1 KeyError 2 'label'",
     ]
     assert checkpoint.latest(tmp_path / "failed").meta["step"] == 2
+
+
+def test_ranks_with_other_metrics_or_callbacks_are_refused(tmp_path):
+    body = """
+from test_best import fit
+names = {"right": right} if rank == 0 else {"right": right, "more": right}
+for options in (
+    {"metric": names},
+    {"metric": {"right": right}, "watch": "loss" if rank == 0 else "max right"},
+    {"callback": print if rank == 0 else None},
+):
+    try:
+        fit(2, **options)
+    except UserError as error:
+        print(f"{rank}: {error}", flush=True)
+"""
+    code, out, err = mpirun(2, tmp_path, body)
+    assert code == 0, err
+    metrics = "rank 1 has other metrics or another watch than the other ranks"
+    callback = "rank 1 differs from the other ranks in whether it has a callback: pass one on all ranks"
+    expected = [f"{rank}: {sentence}" for sentence in (metrics, metrics, callback) for rank in range(2)]
+    assert sorted(out.splitlines()) == sorted(expected)
+
+
+def test_a_callback_that_fails_on_one_rank_is_named_while_others_wait(tmp_path):
+    body = """
+from test_best import GIVEN, fit
+def callback(record, theta):
+    if rank == 1:
+        raise KeyError("label")
+    hfmpi.evaluate(GIVEN[0], theta, GIVEN[2])
+
+fit(2, callback=callback, stall_timeout=5)
+"""
+    code, _, err = mpirun(2, tmp_path, body)
+    assert code != 0
+    assert "rank 1: the callback raised KeyError: 'label'" in err
+    assert "no collective has finished for 5 s" in err
 
 
 # The result --------------------------------------------------------------------------------------
@@ -254,6 +294,23 @@ def test_evaluate_is_the_validation_of_a_run():
         found.metric
     )
     assert hfmpi.evaluate(Line(3), np.zeros(4), (X, Y)).loss == pytest.approx(np.square(Y).mean() / 2)
+
+
+@pytest.mark.parametrize(
+    ("theta", "remedy"),
+    [
+        (types.SimpleNamespace(theta=np.zeros(3)), "; pass result.theta"),
+        ({"w": np.zeros(3)}, r"; of a JaxModel pass model.theta\(params\)"),
+        ([0.0, 1.0], r"; pass numpy.asarray\(theta\)"),
+    ],
+)
+def test_parameters_of_another_form_are_refused_with_a_remedy(theta, remedy):
+    for use in (
+        lambda: hfmpi.evaluate(GIVEN[0], theta, GIVEN[2]),
+        lambda: GIVEN[0].predict(theta, GIVEN[2][0]),
+    ):
+        with pytest.raises(UserError, match=remedy):
+            use()
 
 
 def test_evaluate_refuses_what_does_not_fit():

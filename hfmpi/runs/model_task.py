@@ -144,6 +144,10 @@ class ModelTask(Task):
             f"rank {{}} has another model {seed}": [self.identity["model"], digest(theta)],
             f"rank {{}} has other data {seed}": data,
             "rank {} has other options or checkpoint files than the other ranks": [self.options, step],
+            "rank {} has other metrics or another watch than the other ranks": [
+                [*self.metrics],
+                str(self.watch),
+            ],
         }
 
     def check(self, checkpoint: Checkpoint | None) -> None:
@@ -256,7 +260,7 @@ class ModelTask(Task):
             means = metric.means(self.metrics, owner, cases, theta)
         except Unscored:
             raise UserError(
-                "valid: no output of the validation examples is scored: the mask is 0 everywhere"
+                "valid: no output of the validation examples is scored: check mask and weights"
             ) from None
         except UserError as error:
             said = str(error).removeprefix("valid: ")
