@@ -131,24 +131,36 @@ except (KeyError, UserError) as error:
 
 def test_ranks_with_other_metrics_or_callbacks_are_refused(tmp_path):
     body = """
-from test_best import fit
+from test_best import GIVEN, fit
+said = []
 names = {"right": right} if rank == 0 else {"right": right, "more": right}
 for options in (
     {"metric": names},
     {"metric": {"right": right}, "watch": "loss" if rank == 0 else "max right"},
     {"callback": print if rank == 0 else None},
+    {"out": "run" if rank == 0 else None},
 ):
     try:
         fit(2, **options)
     except UserError as error:
-        print(f"{rank}: {error}", flush=True)
+        said.append(str(error))
+for metric in names, None if rank == 0 else right, "right" if rank == 0 else right:
+    try:
+        hfmpi.evaluate(GIVEN[0], GIVEN[0].initial(0), GIVEN[2], metric)
+    except UserError as error:
+        said.append(str(error))
+with open(f"said{rank}", "w") as file:
+    json.dump(said, file)
 """
-    code, out, err = mpirun(2, tmp_path, body)
+    code, _, err = mpirun(2, tmp_path, body)
     assert code == 0, err
     metrics = "rank 1 has other metrics or another watch than the other ranks"
-    callback = "rank 1 differs from the other ranks in whether it has a callback: pass one on all ranks"
-    expected = [f"{rank}: {sentence}" for sentence in (metrics, metrics, callback) for rank in range(2)]
-    assert sorted(out.splitlines()) == sorted(expected)
+    alone = "on all ranks or on none: rank 1 differs from the others"
+    evaluated = "rank 1 has other metrics than the other ranks"
+    wrong = "metric must be a function (outputs, targets) -> values, or a dict of such functions by name"
+    expected = [metrics, metrics, f"pass a callback {alone}", f"pass out {alone}", evaluated, evaluated]
+    for rank in range(2):
+        assert json.loads((tmp_path / f"said{rank}").read_text()) == [*expected, f"{wrong}, not 'right'"]
 
 
 def test_a_callback_that_fails_on_one_rank_is_named_while_others_wait(tmp_path):

@@ -669,6 +669,26 @@ def test_weights_of_two_ranks_are_those_of_one(mpi_ranks, comm):
 
 
 @pytest.mark.mpi(ranks=2, timeout=100, unit="s")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"same_batch": True},
+        {"curvature_fraction": 0.5},
+        {"damping": 1.0},
+        {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)},
+        {"loss": nn.CrossEntropyLoss(weight=torch.ones(OUTPUTS))},
+    ],
+    ids=["same_batch", "fraction", "setting", "smoothing", "weight"],
+)
+def test_ranks_with_other_arguments_are_refused(mpi_ranks, comm, options):
+    ranks = MPICommunicator(comm)
+    options = {"loss": nn.CrossEntropyLoss(), "method": "bhf-short"} | (options if ranks.rank else {})
+    optimizer = hfmpi.torch.Optimizer(mlp(), communicator=ranks, **options)
+    with pytest.raises(UserError, match="rank 1 has another method, loss or options than rank 0"):
+        optimizer.step(*tensors(*data()))
+
+
+@pytest.mark.mpi(ranks=2, timeout=100, unit="s")
 def test_what_one_rank_gets_wrong_is_said_on_all(mpi_ranks, comm):
     ranks = MPICommunicator(comm)
     x, y = tensors(*data())

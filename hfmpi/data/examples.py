@@ -119,7 +119,6 @@ class Examples:
                 f"class weights need targets that are whole numbers, as symbols are, not {self.targets.dtype}"
             )
         table = _weights("class weights", weights, np.shape(weights)[:1]).astype(np.float64)
-        inside = (self.targets >= 0) & (self.targets < len(table))
         scored = True if self.mask is None else self.mask > 0
         without = (self.targets >= len(table)) & scored
         if without.any():
@@ -128,6 +127,11 @@ class Examples:
                 f"class weights have {len(table)} classes, and example {at[0]:,} has target "
                 f"{self.targets[at]}: give one weight for each class, or mask the target"
             )
+        return self.weighted_by_class(table)
+
+    def weighted_by_class(self, table: np.ndarray) -> Examples:
+        """Return the examples with every symbol's weight times its entry in the table; others keep theirs."""
+        inside = (self.targets >= 0) & (self.targets < len(table))
         return self.masked(np.where(inside, table[np.where(inside, self.targets, 0)], 1.0))
 
     def take(self, indices: np.ndarray) -> Batch:

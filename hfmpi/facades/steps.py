@@ -188,6 +188,7 @@ class Steps:
         self._variables = model if self.scale is None else ScaledModel(model, self.scale)
         self._owner = self._shards()
         self._checked, self._batch = False, ""
+        self._form = self._digest_of_form()
         self._threads = 0  # of this rank, once they are known
 
     def _shards(self, transport: Transport | None = None) -> Shards:
@@ -325,11 +326,16 @@ class Steps:
             if not self._checked:
                 self._check(phi, local[0])
             digest, masked = self._digest(phi, progress), getattr(local[0], "mask", 0) is not None
-            return np.array([*sizes, *digest, changed, masked, 0], np.float64)
+            return np.array([*sizes, *digest, changed, masked, self._form, 0], np.float64)
 
         # All ranks get the same numbers, so that they raise the same errors.
-        ranks = self._owner.joined(described, [10] * comm.size)
+        ranks = self._owner.joined(described, [11] * comm.size)
         numbers = np.array(ranks)
+        if (others := np.flatnonzero(numbers[:, 10] != numbers[0, 10])).size:
+            raise UserError(
+                f"rank {', '.join(map(str, others))} has another method, loss or options than rank 0: make "
+                "the optimizer with the same arguments on all ranks"
+            )
         if not self._checked:
             transport = choose("auto", comm, self.model.backend)
             self._checked, self._owner = True, self._shards(transport)  # the check fits micro-batches
@@ -389,6 +395,18 @@ class Steps:
         values = [getattr(progress.state, field.name) for field in fields(progress.state)]
         numbers = [progress.steps, progress.examples, *(v for v in values if isinstance(v, (int, float)))]
         return zlib.crc32(np.array(numbers, np.float64).tobytes()), zlib.crc32(phi.data)
+
+    def _digest_of_form(self) -> int:
+        """Return a digest of 32 bits of what must be equal on all ranks besides numbers that change."""
+        loss, scale = self.model.output_loss, self.scale
+        about = [
+            type(loss).__name__,
+            getattr(loss, "form", ""),
+            *(getattr(self.model, name, None) for name in ("class_axis", "ignored", "class_weights")),
+        ]
+        options = self.method.optimizer, self._most, self.fraction, self.same_batch, self.epoch_examples
+        content = repr([*about, *options, None if scale is None else zlib.crc32(scale.data)])
+        return zlib.crc32(content.encode())
 
     def _union(self, examples: Cases, sizes: np.ndarray) -> GlobalBatch:
         """Return the union of the ranks' examples; `sizes` has a row of `_sizes` for each rank."""

@@ -184,7 +184,7 @@ class TorchModel(FrameworkModel):
             return data
         scored = data.targets != self.ignored
         data = data if scored.all() else data.masked(scored)
-        return data if self.class_weights is None else data.with_class_weights(self.class_weights)
+        return data if self.class_weights is None else data.weighted_by_class(self.class_weights)
 
     def write_back(self, theta: Array) -> None:
         """Copy theta (D,), on the host or the device, into the parameters of the module.

@@ -185,8 +185,9 @@ class Run:
         """Check that all ranks start alike, choose the transport, and open the folder; collective."""
         config, comm, task, backend = self.config, self.communicator, self.task, self.backend
         checks.same_start(comm, task.compared(backend.to_host(self.theta), self.step))
-        alike = "rank {} differs from the other ranks in whether it has a callback: pass one on all ranks"
-        checks.same_start(comm, {alike: self.callback is not None})
+        alike = "{} on all ranks or on none: rank {{}} differs from the others"
+        folder, callback = alike.format(f"pass {self.session.names.out}"), alike.format("pass a callback")
+        checks.same_start(comm, {folder: self.folder is not None, callback: self.callback is not None})
         if self._resumed:
             kept = None if self.best is None else digest(backend.to_host(self.best.theta))
             sentence = "rank {} has another best validation in its checkpoint than the other ranks"
