@@ -19,6 +19,7 @@ from hfmpi.files import checkpoint, writer
 from hfmpi.files.checkpoint import BEST, NEWEST, PREVIOUS
 from hfmpi.runs.best import LOSS, Best, Watch, judged
 from hfmpi.runs.record import Validation
+from hfmpi.runs.restore import best, best_entries
 from hfmpi.runs.trained_model import Trained
 
 RNG = np.random.default_rng(5)
@@ -278,9 +279,21 @@ def test_best_follows_the_checkpoint_from_which_a_run_continues(tmp_path):
     assert checkpoint.load(tmp_path / "run" / BEST).meta["step"] == 2
 
 
+def test_a_checkpoint_after_rejected_steps_knows_its_best():
+    """Then the best parameters are those of the checkpoint, and their validation is older."""
+    theta, other = np.ones(3), np.zeros(3)
+    old = Best(theta, Validation(1.0, {"accuracy": 0.5}), 3, 5, 2)
+    for now in theta, other:
+        entries, about = best_entries(old, now, LOSS)
+        assert list(entries) == ([] if now is theta else ["best"])
+        found = best(checkpoint.Checkpoint(now, entries, {"step": 5} | about), LOSS)
+        assert found == old
+        assert found.theta is theta
+
+
 @pytest.mark.parametrize("wrong", [
-    {"step": "1"}, {"step": -1}, {"last": 0}, {"stale": 1.5}, {"loss": np.nan}, {"loss": "1"}, {"metrics": 3},
-    None, [],
+    {"current": True}, {"step": "1"}, {"step": -1}, {"last": 0}, {"stale": 1.5}, {"loss": np.nan},
+    {"loss": "1"}, {"metrics": 3}, None, [],
 ])  # fmt: skip
 def test_a_checkpoint_with_a_wrong_best_is_refused(wrong, tmp_path):
     fit(16, out=tmp_path / "run")
@@ -531,19 +544,19 @@ def test_ranks_keep_the_same_best(tmp_path):
     body = """
 from test_best import GIVEN, fit, valid_losses
 result = fit(16, out="two", keep="best", patience=20)
-with open(f"said{rank}", "w") as file:
-    json.dump([result.best_step, result.valid_loss, result.theta.tolist(), result.rank], file)
 part = [fit(steps, out="part", keep="best") for steps in (5, 16)][-1]
 assert part.valid_loss == result.valid_loss and (part.theta == result.theta).all()
-print(fit(40, patience=3, keep="best").step)
+stopped = fit(40, patience=3, keep="best").step
+with open(f"said{rank}", "w") as file:
+    json.dump([result.best_step, result.valid_loss, result.theta.tolist(), stopped, result.rank], file)
 """
-    code, out, err = mpirun(2, tmp_path, body)
+    code, _, err = mpirun(2, tmp_path, body)
     assert code == 0, err
     ours = [json.loads((tmp_path / f"said{rank}").read_text()) for rank in range(2)]
     alone = fit(16, keep="best")
-    assert [said[3] for said in ours] == [0, 1]
-    assert ours[0][:3] == ours[1][:3]
+    assert [said[4] for said in ours] == [0, 1]
+    assert ours[0][:4] == ours[1][:4]
     assert ours[0][0] == alone.best_step
     assert ours[0][1] == pytest.approx(alone.valid_loss, rel=1e-6)
     np.testing.assert_allclose(ours[0][2], alone.theta, rtol=1e-4, atol=1e-5)
-    assert out.split() == [str(fit(40, patience=3).step)] * 2
+    assert ours[0][3] == fit(40, patience=3).step

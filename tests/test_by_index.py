@@ -83,7 +83,7 @@ def test_a_data_set_that_does_not_fit_is_read_by_index_with_a_note(monkeypatch, 
     large = hfmpi.train(network(), data, **RUN | {"quiet": False})
     assert len(set(data.read)) == 60
     output = capfd.readouterr()
-    assert "train: the data set takes" in output.out + output.err
+    assert "data: the data set takes" in output.out + output.err
     assert "its examples are read by index, batch by batch" in output.out + output.err
     monkeypatch.setattr("hfmpi.runs.call.least", lambda comm, number: 4 * 60 * 5 * 16)
     same([large, hfmpi.train(network(), Items(X, Y), **RUN)])
@@ -138,7 +138,7 @@ def test_examples_that_were_read_lately_stay_in_memory():
     [
         (
             Items(X, np.where(np.arange(60)[:, None] == 41, 9, Y)),
-            "train: targets .* not 9 as in example 41: ",
+            "data: targets .* not 9 as in example 41: ",
         ),
         (
             Items([*X[:-1], X[:2]], Y),
@@ -154,7 +154,7 @@ def test_examples_that_were_read_lately_stay_in_memory():
         ),
         (
             Items(np.where(np.arange(60)[:, None] == 41, 9, X), Y),
-            "train: among examples .*: inputs must be symbols",
+            "data: among examples .*: inputs must be symbols",
         ),
         (Items(X, Y, X, X), r"a data set must give pairs \(x, y\), or \(x, y, weight\)"),
     ],
@@ -335,7 +335,7 @@ class TestLoader:
             loader = self.loader(X, Y, WEIGHTS, **options)
             found.append(hfmpi.train(network(), loader, **RUN | {"quiet": False}))
             output = capfd.readouterr()
-            note = "train: the DataLoader's data set is used; its batch size, shuffling and sampler are not"
+            note = "data: the DataLoader's data set is used; its batch size, shuffling and sampler are not"
             assert note in output.out + output.err
         same(found)
 
@@ -363,7 +363,7 @@ class TestLoader:
         ):
             with pytest.raises(UserError, match=sentence) as caught:
                 hfmpi.train(network(), loader, **RUN)
-            assert str(caught.value).startswith("train: ")
+            assert str(caught.value).startswith("data: ")
             assert "\n" not in str(caught.value)
 
     def test_ignored_targets_are_counted_by_reading(self):

@@ -201,7 +201,7 @@ def test_a_result_is_drawn(tmp_path, monkeypatch):
     figure = result.plot(tmp_path / "losses.png")
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     lines = figure.axes[0].lines
-    assert [len(line.get_xdata()) for line in lines] == [3, 3]  # training and validation
+    assert [len(line.get_xdata()) for line in lines] == [3, 3, 1]  # training, validation and its last mark
     np.testing.assert_allclose(lines[1].get_ydata(), [record["valid_loss"] for record in result.history])
     assert matplotlib.get_backend() == backend
     with pytest.raises(UserError, match="cannot write"):

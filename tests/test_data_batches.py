@@ -35,7 +35,7 @@ def test_a_sequence_is_the_text_read_as_a_ring(split: tuple[np.ndarray, int, int
     ids, length, burn_in = split
     sequences = Sequences(ids, length, burn_in)
     assert sequences.count == len(ids) // length
-    inputs, targets, _, _ = sequences.take(np.arange(sequences.count))
+    inputs, targets, *_ = sequences.take(np.arange(sequences.count))
     for k in range(sequences.count):
         for t in range(length):
             assert targets[k, t] == ids[(k * length + t + 1) % len(ids)]
@@ -49,7 +49,7 @@ def test_targets_are_the_inputs_one_later_and_every_character_is_one_target(
 ) -> None:
     ids, length, burn_in = split
     sequences = Sequences(np.arange(len(ids)), length, burn_in)  # each character its own position
-    inputs, targets, _, _ = sequences.take(np.arange(sequences.count))
+    inputs, targets, *_ = sequences.take(np.arange(sequences.count))
     assert inputs.shape == (sequences.count, burn_in + length)
     assert targets.shape == (sequences.count, length)
     assert np.array_equal(targets, (inputs[:, burn_in:] + 1) % len(ids))

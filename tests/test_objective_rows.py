@@ -13,7 +13,7 @@ from hfmpi.objective.data_parallel import DataParallel, Stopped
 from hfmpi.objective.local_rows import signs
 from hfmpi.objective.sums import Tree, pairwise_sum
 from hfmpi.optim import Objective
-from hfmpi.optim.layout import Along, Block, Part
+from hfmpi.optim.layout import Along, whole
 from hfmpi.optim.rows import RowRequest
 from hfmpi.parallel.communicator import Communicator, MPICommunicator
 
@@ -33,7 +33,7 @@ class Vectors:
         return self.v
 
     def along(self):
-        return Along([(Part(Block("theta", 0, 1, self.v.shape[1]), 0, 1, 0, self.v.shape[1]), self.v)])
+        return Along([(whole(self.v.shape[1]), self.v)], np.ones(len(self.v)))
 
 
 class Quadratic:

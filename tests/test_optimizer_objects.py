@@ -250,7 +250,7 @@ def test_the_data_have_two_names():
     np.testing.assert_array_equal(now.theta, before.theta)
     with pytest.raises(hfmpi.UserError, match=r"unknown option 'train' \(did you mean data\?\)"):
         hfmpi.train(network(), DATA, train=DATA, **options)
-    with pytest.raises(hfmpi.UserError, match=r"must be data, not None$"):
+    with pytest.raises(hfmpi.UserError, match=r"^data must be given, not None$"):
         hfmpi.train(network(), **options)
 
 

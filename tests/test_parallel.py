@@ -506,7 +506,7 @@ def test_info_under_mpirun(tmp_path):
 )
 def test_the_batch_script_wants_a_limit(tmp_path, options, limited):
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "activate").touch()
+    (tmp_path / "bin" / "hfmpi").touch(mode=0o755)
     (tmp_path / "none.toml").write_text("max_rejections = 3\n[settings]\ncg_max_steps = 3\n")
     (tmp_path / "limit.toml").write_text("max_steps = 3\n")
     script = Path(__file__).parents[1] / "bin" / "train.sbatch"

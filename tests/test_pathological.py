@@ -135,7 +135,7 @@ def test_what_is_drawn_is_uniform(tasks):
         each = len(values) / len(expected)
         assert abs(counts - each).max() < 5 * np.sqrt(each)
 
-    inputs, _, mask, _ = drawn("addition")
+    inputs, _, mask, *_ = drawn("addition")
     length, (first, second) = (
         30 + mask.argmax(axis=0),
         np.sort(np.argsort(inputs[..., 1], axis=0)[-2:], axis=0),
@@ -145,7 +145,7 @@ def test_what_is_drawn_is_uniform(tasks):
     uniform(second[length < 32] + 1, range(4, 16))
     uniform(inputs[:, :100, 0].reshape(-1) * 10 // 1, range(10))
     uniform(drawn("xor").targets.sum(axis=0)[:, 0], range(2))
-    inputs, targets, _, _ = drawn("temporal-3")
+    inputs, targets, *_ = drawn("temporal-3")
     uniform(targets[0], range(8))
     uniform((inputs > 3).argmax(axis=0) + 1, range(3, 7))
     uniform(inputs[0], range(4))

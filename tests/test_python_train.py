@@ -318,8 +318,8 @@ def test_a_batch_of_a_preset_is_no_larger_than_the_data(capfd):
     assert (
         said.err
         == (
-            "Note: gradient_batch is 80, all cases: bhf-short would take 14,000.\n"
-            "Note: curvature_batch is 80, the gradient batch: bhf-short would take 3,500.\n"
+            "Note: the gradient batch is 80, all training examples; the preset bhf-short has 14,000.\n"
+            "Note: the curvature batch is 80, the gradient batch; the preset bhf-short has 3,500.\n"
         )
         or said.err == ""
     )
@@ -441,33 +441,33 @@ def fails(outputs, targets):
     ({"train": (broken(slice(10, None)), Y)}, "at the start (nan): the inputs of example "),
     ({"train": (broken(11), Y), "gradient_batch": 80}, "(nan): the inputs of example 11 are not finite"),
     ({"valid": (broken(77), Y)}, "valid: the loss is not finite (nan): the inputs of example 77 are not"),
-    ({"train": (X, unknown(7))}, "train: targets must be finite numbers, not nan as in example 7: correct"),
+    ({"train": (X, unknown(7))}, "data: targets must be finite numbers, not nan as in example 7: correct"),
     ({"valid": (X, unknown(79))}, "valid: targets must be finite numbers, not nan as in example 79"),
     ({"train": (X, 1e30 * Y)}, "and steps are possible up to 3.4e+38: scale inputs and targets to about 1"),
     ({"train": (1e20 * X, Y)}, "and steps are possible up to 3.4e+38: scale inputs and targets to about 1"),
     (RUN | {"train": (np.full((60, 9, 4), np.nan), NEXT)},
      "the loss is not finite at the start (nan): the inputs of example 0 are not finite"),
-    ({"train": (X, Y[:-1])}, "train: there are 80 cases of inputs and 79 of targets"),
+    ({"train": (X, Y[:-1])}, "data: there are 80 cases of inputs and 79 of targets"),
     ({"valid": (X, Y[:-1])}, "valid: there are 80 cases of inputs and 79 of targets"),
-    ({"train": (X[:0], Y[:0])}, "train: inputs must be whole or real numbers, one row or more"),
-    ({"train": []}, "train: the data set is empty"),
-    ({"train": None}, "train must be data, not None"),
-    ({"train": X}, "train: data must be a tuple (x, y)"),
-    ({"train": {"x": X}}, "train: data must be a tuple (x, y)"),
-    ({"train": (X,)}, "train: a tuple must be (x, y) or (x, y, mask), not of 1 parts"),
-    ({"train": Random()}, "train: reading case 0 of the data set twice returned"),
-    ({"train": Ragged()}, "train: case 1 of the data set is of another shape or type than case 0"),
+    ({"train": (X[:0], Y[:0])}, "data: inputs must be whole or real numbers, one row or more"),
+    ({"train": []}, "data: the data set is empty"),
+    ({"train": None}, "data must be given, not None"),
+    ({"train": X}, "data must be a tuple (x, y)"),
+    ({"train": {"x": X}}, "data must be a tuple (x, y)"),
+    ({"train": (X,)}, "data: a tuple must be (x, y) or (x, y, mask), not of 1 parts"),
+    ({"train": Random()}, "data: reading case 0 of the data set twice returned"),
+    ({"train": Ragged()}, "data: case 1 of the data set is of another shape or type than case 0"),
     ({"train": [(X, "a")]}, "the parts of case 0 of the data set must be whole or real numbers, not <U1"),
     ({"train": [(X, [[1], [1, 2]])]}, "the parts of case 0 of the data set must be an array with rows"),
-    ({"train": Longer()}, "train: case 80 of the data set, whose length is 81, cannot be read: IndexError"),
+    ({"train": Longer()}, "data: case 80 of the data set, whose length is 81, cannot be read: IndexError"),
     ({"train": Failing()}, "case 3 of the data set, whose length is 80, cannot be read: KeyError: 'image 3'"),
-    ({"train": Endless()}, "train: the length of the data set cannot be read: TypeError: no length"),
+    ({"train": Endless()}, "data: the length of the data set cannot be read: TypeError: no length"),
     ({"train": Loader()}, "cases such as hfmpi.Examples, not Loader; give its data set, loader.dataset"),
-    ({"train": [1, 2]}, "train: a data set must give pairs (x, y), or (x, y, weight), not 1"),
+    ({"train": [1, 2]}, "data: a data set must give pairs (x, y), or (x, y, weight), not 1"),
     ({"train": Changing()}, "reading the same examples twice returned different values"),
     ({"model": "net"}, "model must be a model such as hfmpi.TorchModel, hfmpi.JaxModel or hfmpi.Network"),
     ({"model": Line}, "model must be a model such as hfmpi.TorchModel, hfmpi.JaxModel or hfmpi.Network"),
-    ({"gradient_batch": 81}, "gradient_batch can be at most 80, the cases of train, not 81"),
+    ({"gradient_batch": 81}, "gradient_batch can be at most 80, the number of training examples, not 81"),
     ({"gradient_batch": 9, "curvature_batch": 10}, "curvature_batch can be at most 9, the gradient batch"),
     ({"optimizer": "sgd", "curvature_batch": 10}, "optimizer sgd has no curvature batch"),
     ({"optimizer": hfmpi.Adam}, "(rate=0.001), or one that hfmpi.preset returns, not the class Adam"),
@@ -511,7 +511,7 @@ def fails(outputs, targets):
     (RUN | {"valid": VALID, "metric": fails}, "metric(outputs, targets) raises KeyError: 'class"),
     (RUN | {"valid": VALID, "metric": lambda z: z}, "metric(outputs, targets) raises TypeError: "),
     (RUN | {"train": (SYMBOLS, NEXT + 4)}, "targets must be symbols from 0 to 3"),
-    (RUN | {"train": (SYMBOLS, NEXT[:, :, None])}, "train: targets must be symbols (cases, steps)"),
+    (RUN | {"train": (SYMBOLS, NEXT[:, :, None])}, "data: targets must be symbols (cases, steps)"),
     (RUN | {"train": (SYMBOLS, ONE_HOT)}, "a single 1: of one-hot targets give the symbols, y.argmax(-1)"),
     (RUN | {"train": (SYMBOLS, ONE_HOT.astype(float))}, "of one-hot targets give the symbols, y.argmax(-1)"),
     (RUN | {"train": (SYMBOLS, NEXT > 1)}, "; give the symbols 0 and 1, .astype(int)"),
@@ -633,7 +633,7 @@ hfmpi.train(Line(3), (X, Y[1:]), max_steps=1)
     code, _, err = mpirun(2, tmp_path, body)
     assert code != 0
     # What all ranks raise, one of them tells.
-    assert err.count("Traceback") == err.count("UserError: train: there are 80 cases of inputs and 79") == 1
+    assert err.count("Traceback") == err.count("UserError: data: there are 80 cases of inputs and 79") == 1
     ours = [json.loads((tmp_path / f"said{rank}").read_text()) for rank in range(2)]
     assert ours[0] == ours[1]
     first, again, records, third, metric, theta, last, said = ours[0]
@@ -646,7 +646,7 @@ hfmpi.train(Line(3), (X, Y[1:]), max_steps=1)
     assert not (tmp_path / "bad").exists()
     seed = "than the other ranks: what is random needs the same seed on all ranks"
     assert said == [
-        "train: there are 60 cases of inputs and 59 of targets",
+        "data: there are 60 cases of inputs and 59 of targets",
         f"rank 1 has other data {seed}",
         f"rank 1 has another model {seed}",
         "rank 1 has other options or checkpoint files than the other ranks",

@@ -42,5 +42,5 @@ def test_ctrl_c_stops_all_of_it(tmp_path):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130
-    assert "goes on from the last checkpoint" in said
+    assert "continues from the last checkpoint" in said
     assert calls.read_text().split() == ["prepare", "train"]

@@ -20,7 +20,7 @@ def record_of(work, unit=ForwardPass(1_000, 10), ranks=1):  # noqa: B008
     """Return the record of the first step of a run with B_g = 20 and B_c = 5."""
     report = StepReport(1.0, True, "", work)
     progress = Progress(unit=unit).after(report)
-    return step_record(progress, report, None, NATS, False, 0.1, (20, 5), ranks)
+    return step_record(progress, report, None, NATS, (), 0.1, (20, 5), ranks)
 
 
 def test_a_step_with_rows_of_six_segments():

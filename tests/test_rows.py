@@ -296,7 +296,7 @@ def test_a_sketch_adds_residual_rows_by_their_signs(backend, case):
         v = rng.standard_normal((4, theta.size))
         on_device = network.device(v)
         whole = layout.Part(layout.Block("theta", 0, 1, theta.size), 0, 1, 0, theta.size)
-        along = at.sketch_along(fill, segments, layout.Along([(whole, on_device)]))
+        along = at.sketch_along(fill, segments, layout.Along([(whole, on_device)], np.ones(len(on_device))))
         close(network.host(along), v @ sketch.reshape(-1, theta.size).T)
 
 

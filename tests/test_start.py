@@ -1,5 +1,6 @@
 """New runs that start from another one: what goes on, what starts anew, and what the history says of it."""
 
+import json
 import math
 import shutil
 
@@ -301,3 +302,40 @@ def test_the_first_lines_say_where_the_curvature_comes_from(batch, said, made, t
     lines = run(f"{made / 'small.h5'} --out new --max-steps 1 --curvature-batch {batch}", options)
     assert lines.count("random rows") == bool(said)
     assert said in lines
+
+
+@pytest.mark.parametrize("name", ["bgd", "subspace", "muon", "lbfgs"])
+def test_a_small_book_is_one_batch(name, tmp_path):
+    """The preset's batches are larger than the text; a second call continues the run."""
+    data, run = write_corpus(tmp_path / "small.h5"), tmp_path / "run"
+    words = ["train", str(data), "--out", str(run), "--optimizer", name, "--sequence-length", "20"]
+    words += ["--hidden", "5", "--backend", "numpy"]
+    first = CliRunner().invoke(cli, [*words, "--max-steps", "1"])
+    assert first.exit_code == 0, first.output
+    chosen = preset(name)
+    note = (
+        f"the gradient batch is 210, all training sequences; the preset {name} has {chosen.gradient_batch:,}"
+    )
+    assert note in first.output
+    assert ("the curvature batch is 210" in first.output) == (chosen.curvature_batch > 210)
+    again = CliRunner().invoke(cli, [*words, "--max-steps", "2"])
+    assert again.exit_code == 0, again.output
+    assert [record["step"] for record in history(run)] == [1, 2]
+    assert "all training sequences" not in again.output
+
+
+@pytest.mark.parametrize("name", ["bgd", "subspace"])
+def test_the_best_parameters_of_a_run_on_all_sequences_are_evaluated(name, tmp_path):
+    """Its checkpoint also has the parameters of the lowest training loss, which best.h5 has not."""
+    data, run = write_corpus(tmp_path / "small.h5"), tmp_path / "run"
+    words = ["train", str(data), "--out", str(run), "--optimizer", name, "--sequence-length", "20"]
+    words += ["--hidden", "5", "--backend", "numpy", "--max-steps", "6", "--evaluate-every", "2"]
+    assert CliRunner().invoke(cli, words).exit_code == 0
+    lowest = min(record["valid_bpc"] for record in history(run) if record["valid_bpc"] is not None)
+    for keep in ["best"], ["last"], []:
+        found = CliRunner().invoke(
+            cli, ["evaluate", str(run), *(["--keep", *keep] if keep else []), "--json"]
+        )
+        assert found.exit_code == 0, found.output
+        bits = json.loads(found.stdout)["valid_bpc"]
+        assert keep == ["last"] or bits == pytest.approx(lowest, rel=1e-6)

@@ -29,7 +29,7 @@ from hfmpi.parallel.communicator import Communicator
 
 torch = pytest.importorskip("torch")
 torch_layers = pytest.importorskip("hfmpi.frameworks.torch_layers")
-torch_batch = pytest.importorskip("hfmpi.frameworks.torch_batch")
+torch_recorder = pytest.importorskip("hfmpi.frameworks.torch_recorder")
 torch_recurrent = pytest.importorskip("hfmpi.frameworks.torch_recurrent")
 nn = torch.nn
 
@@ -398,7 +398,7 @@ def test_squared_gradients_need_nothing_that_is_private_to_pytorch(monkeypatch, 
         patch.setitem(sys.modules, "torch._decomp", None)
         assert torch_recurrent.recurrent_networks("input") == {}
     monkeypatch.setattr(torch_layers, "UNPACKED", {})
-    monkeypatch.setattr(torch_batch, "UNPACKED", {})
+    monkeypatch.setattr(torch_recorder, "UNPACKED", {})
     found = squared()
     assert "examples are processed one at a time" in caplog.text
     np.testing.assert_allclose(found.vector, expected.vector, rtol=1e-9, atol=1e-12)

@@ -82,6 +82,10 @@ def examples_of(framework, *arrays, **more):
     return (hfmpi.Arrays if framework in ("network", "table") else hfmpi.Examples)(*arrays, **more)
 
 
+def sizes(z, y):
+    return np.abs(z).sum(axis=1)
+
+
 def risk_of(model, cases, micro_batch=2):
     return hfmpi.DataParallel(model, Communicator(), micro_batch=micro_batch).on(
         cases, np.arange(cases.count)
@@ -188,7 +192,7 @@ def test_whole_weights_are_repeated_examples(framework, kind, seed, counts):
                 damped,
                 residuals.normal(),
                 risk.rows(theta, RowRequest("scores", 1, 0, factors=True)).factors,
-                np.array(metric.mean(lambda z, y: np.abs(z).sum(axis=1), risk.owner, cases, theta)),
+                np.array(metric.means({"size": sizes}, risk.owner, cases, theta)["size"]),
             ]
         )
     for ours, repeated in zip(*found, strict=True):
@@ -388,7 +392,7 @@ def check_weighted_ranks(framework, comm):
         cases, theta = examples_of(framework, x, y, weights=weights), model.initial(1)
         check_ranks(model, cases, comm)
         means = [
-            metric.mean(lambda z, y: np.abs(z).sum(axis=1), hfmpi.DataParallel(model, each), cases, theta)
+            metric.means({"size": sizes}, hfmpi.DataParallel(model, each), cases, theta)["size"]
             for each in (Communicator(), MPICommunicator(comm))
         ]
         assert means[0] == pytest.approx(means[1], rel=1e-12)

@@ -22,10 +22,12 @@ __all__ = ["plot"]
 def plot(runs: tuple[Path, ...], out: Path | None, internals: bool) -> None:
     """Draw training (lines) and validation (marks) bits/char of RUN... against P_I, P_D and seconds.
 
-    For a text with bytes beyond ASCII they are bits per byte, for a run of hfmpi.train its loss.
+    For a text with bytes beyond ASCII they are bits per byte, for a run of hfmpi.train its loss. Of several
+    runs print what each of them cost down to the lowest training loss that all of them reached.
     """
     from hfmpi.report.figure import charts, draw, draw_internals
     from hfmpi.report.histories import read
+    from hfmpi.report.levels import comparison
 
     if out is not None:
         need_matplotlib()
@@ -34,6 +36,8 @@ def plot(runs: tuple[Path, ...], out: Path | None, internals: bool) -> None:
         click.echo(f"Note: {note}.", err=True)
     if out is None:
         click.echo("\n".join(charts(histories, internals)))
-        return
-    figure = draw_internals(histories) if internals else draw(histories, unit)
-    click.echo(f"{click.format_filename(save(figure, out))}: {len(runs)} run(s)")
+    else:
+        figure = draw_internals(histories) if internals else draw(histories, unit)
+        click.echo(f"{click.format_filename(save(figure, out))}: {len(runs)} run(s)")
+    for line in [] if internals else comparison(histories, unit):
+        click.echo(line)

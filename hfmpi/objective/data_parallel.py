@@ -387,7 +387,10 @@ class Risk(Objective):
             return [results[i] for i in range(len(works))]
 
         if owner.communicator.size == 1:
-            return [done(i) + 0 for i in range(len(works))]  # as of several ranks: no -0.0
+            found = [done(i) + 0 for i in range(len(works))]  # as of several ranks: no -0.0
+            if owner.stop():  # which a message would ask
+                raise Stopped
+            return found
 
         size, ends = int(sum(sizes)) + 1, np.cumsum(sizes)
 

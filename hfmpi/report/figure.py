@@ -69,16 +69,34 @@ def draw(runs: Runs, unit: str) -> Any:
             if points:  # marked at intervals, so that the line remains visible
                 columns = zip(*points, strict=True)
                 marks = axis.plot(*columns, marker, color=f"C{i}", markersize=4, markevery=0.03)
+                axis.plot(*points[-1], marker, color=f"C{i}", markersize=4)  # the last one always
+        valid = [value for _, value in losses if value is not None]
+        if valid:  # a validation loss that rises stays in the figure
+            top = max(top, *valid[valid.index(min(valid)) :])
         handles[label(name)] = (line, *marks)
     for axis, key in zip(axes, AXES, strict=True):
         axis.set_xlabel(COSTS[key].label)
         axis.set_xscale("log" if COSTS[key].log else "linear")
+        _readable(axis.xaxis)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"{unit} (line: training, marks: validation)")
     lowest = min(y for line in axes[0].lines for y in line.get_ydata())
     axes[0].set_ylim(lowest - 0.03 * (top - lowest or 1.0), top)
     axes[-1].legend(handles.values(), handles.keys())
     return figure
+
+
+def _readable(axis: Any) -> None:
+    """Label the ticks of a logarithmic axis so that labels do not overlap: 1, 2, 5, 10 or powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    if axis.get_scale() != "log":
+        return
+    low, high = axis.get_view_interval()
+    subs = (1.0, 2.0, 5.0) if high < 100 * low else (1.0,)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if 1 <= x < 1e7 else f"{x:.0e}"))
 
 
 def draw_internals(runs: Runs) -> Any:

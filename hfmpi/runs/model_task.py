@@ -38,9 +38,10 @@ from hfmpi.objective.data_parallel import DataParallel, Unscored
 from hfmpi.optim.presets import named
 from hfmpi.parallel.communicator import digest
 from hfmpi.parallel.failure import together
-from hfmpi.runs import checks, metric
+from hfmpi.runs import checks, fitting, metric
 from hfmpi.runs.best import LOSS, Watch
 from hfmpi.runs.config import OF_TEXT, OTHER_WORDS, Config
+from hfmpi.runs.fitting import fitted
 from hfmpi.runs.restore import check_parameters
 from hfmpi.runs.task import DifferentRun, Task
 
@@ -97,13 +98,13 @@ class ModelTask(Task):
             option = "patience" if config.patience else "keep='best'"
             raise UserError(f"{option} needs validation data: give valid too")
         if train is None:
-            raise UserError("train must be data, not None")
+            raise UserError("data must be given, not None")
         if isinstance(valid, Augmented):
             raise UserError("valid: validation examples stay as they are: give them without hfmpi.Augmented")
         notes = list[str]()
-        train_set = _cases("train", train, model, memory, notes)
+        train_set = _cases("data", train, model, memory, notes)
         valid_set = None if valid is None else _cases("valid", valid, model, memory, notes)
-        config, reduced = _with_batches(config, train_set.count)
+        config, reduced = fitted(config, train_set.count, fitting.PROGRAM)
         notes += reduced
         _check_optimizer(config, model, train_set)
         return cls(
@@ -179,7 +180,7 @@ class ModelTask(Task):
 
     def _check_data(self, check: Callable[[Examples], None]) -> None:
         """Check all examples, those that are read by index when they are read; name the set in an error."""
-        checks.examples(self.train_set, check, "train")
+        checks.examples(self.train_set, check, "data")
         if self.valid_set is not None:
             checks.examples(self.valid_set, check, "valid")
 
@@ -319,33 +320,8 @@ def _cases(name: str, given: Any, model: Model, memory: int | None, notes: list[
         cases = as_cases(given, make, memory, lambda sentence: notes.append(f"{name}: {sentence}"))
         return with_scoring(model, cases)
     except UserError as error:
-        raise UserError(f"{name}: {error}") from None
-
-
-def _with_batches(config: Config, count: int) -> tuple[Config, list[str]]:
-    """Return the options with batches that are no larger than the data, and notes on what was reduced."""
-    chosen, notes = config.preset(), list[str]()
-    gradient, curvature = chosen.gradient_batch, chosen.curvature_batch
-    if config.gradient_batch > count:
-        raise UserError(
-            f"gradient_batch can be at most {count:,}, the cases of train, not {config.gradient_batch:,}"
-        )
-    if gradient > count or (
-        gradient < count and chosen.optimizer.needs.same_batch and not config.gradient_batch
-    ):
-        notes.append(f"gradient_batch is {count:,}, all cases: {config.optimizer} would take {gradient:,}")
-        gradient = count
-    if config.curvature_batch > gradient:
-        raise UserError(
-            f"curvature_batch can be at most {gradient:,}, the gradient batch, not {config.curvature_batch:,}"
-        )
-    if curvature > gradient:
-        notes.append(
-            f"curvature_batch is {gradient:,}, the gradient batch: {config.optimizer} would take "
-            f"{curvature:,}"
-        )
-        curvature = gradient
-    return replace(config, gradient_batch=gradient, curvature_batch=curvature), notes
+        said = str(error)
+        raise UserError(said if said.startswith(f"{name} ") else f"{name}: {said}") from None
 
 
 def _check_optimizer(config: Config, model: Model, cases: Cases) -> None:

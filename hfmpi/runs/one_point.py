@@ -48,7 +48,7 @@ def one_point(
     comm = communicator or _all_ranks()
     memory = checks.least(comm, free_memory(comm.local_size))
 
-    def build() -> Point:
+    def build() -> tuple[Point, str]:
         owner = DataParallel(model, comm, **options)
         check_theta(theta, model.size)
         start = theta.astype(model.backend.dtype)
@@ -59,14 +59,14 @@ def one_point(
             if isinstance(cases, (Examples, Dataset)):
                 model.loss(owner.model.backend.to_device(start), cases.take(np.arange(1)))  # checks the model
             checks.examples(cases, lambda some: model.check_data(some.inputs, some.targets, some.mask))
-        return Point(owner, cases, start)
+        return Point(owner, cases, start), digest_of(cases)
 
-    point = together(comm, build)
+    point, identity = together(comm, build)
     checks.same_start(
         comm,
         {
             "rank {} has other parameters than the other ranks": digest(point.theta),
-            "rank {} has other data than the other ranks": digest_of(point.cases),
+            "rank {} has other data than the other ranks": identity,
         },
     )
     return point

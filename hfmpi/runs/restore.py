@@ -146,8 +146,9 @@ def best_entries(found: Best | None, theta: Array, watch: Watch) -> tuple[dict[s
         "loss": found.valid.loss,
         "metrics": dict(found.valid.metrics),
         "watch": str(watch),
+        "current": found.theta is theta,
     }
-    return {} if found.theta is theta else {BEST: found.theta}, {BEST: about}
+    return {} if about["current"] else {BEST: found.theta}, {BEST: about}
 
 
 def best(checkpoint: Checkpoint, watch: Watch) -> Best | None:
@@ -167,7 +168,7 @@ def best(checkpoint: Checkpoint, watch: Watch) -> Best | None:
         steps = about["step"], about["last"], about["stale"]
         sound = isinstance(theta, np.ndarray) and _form(theta) == _form(checkpoint.theta)
         sound = sound and all(type(n) is int and is_amount(n) for n in steps) and steps[0] <= steps[1]
-        sound = sound and (BEST in checkpoint.state or steps[0] == checkpoint.meta["step"])
+        sound = sound and about["current"] is (BEST not in checkpoint.state)
         values = [valid.loss, *valid.metrics.values()]
         sound = sound and all(isinstance(x, float) for x in values) and math.isfinite(valid.loss)
         watched = about["watch"]

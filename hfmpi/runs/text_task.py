@@ -12,8 +12,9 @@ from hfmpi.data.noise import Noisy
 from hfmpi.files.checkpoint import Checkpoint
 from hfmpi.files.history import BITS
 from hfmpi.networks.network import Network
-from hfmpi.runs import checks
+from hfmpi.runs import checks, fitting
 from hfmpi.runs.config import Config
+from hfmpi.runs.fitting import fitted
 from hfmpi.runs.restore import check_model
 from hfmpi.runs.task import DifferentRun, Task
 
@@ -56,14 +57,17 @@ class TextTask(Task):
             count = Sequences(corpus.train, *lengths).count
             config, note = choose(config, architecture.layout.size, count)
             notes.append(note)
-        preset = config.preset()
-        batches = preset.gradient_batch, preset.curvature_batch
+        most = len(corpus.train) // config.sequence_length
+        batches = config.gradient_batch or min(config.preset().gradient_batch, most), config.curvature_batch
         checks.enough_text(data, len(corpus.train), len(corpus.valid), *lengths, *batches)
         train_set = Sequences(corpus.train, *lengths)
-        if preset.optimizer.needs.same_batch:
+        smaller, reduced = fitted(config, train_set.count, fitting.COMMAND)
+        if reduced:
+            config, notes = smaller, notes + reduced
+        if config.preset().optimizer.needs.same_batch:
             redrawn = "--input-noise" if config.input_noise else ""
-            count = train_set.count
-            checks.same_batch(config.optimizer, preset.gradient_batch, count, "--gradient-batch", redrawn)
+            gradient, count = config.preset().gradient_batch, train_set.count
+            checks.same_batch(config.optimizer, gradient, count, fitting.COMMAND.gradient, redrawn)
         network = Network(
             architecture,
             config.make_backend(local_rank),

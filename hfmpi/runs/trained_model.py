@@ -15,7 +15,7 @@ from hfmpi.files.checkpoint import BEST, Checkpoint
 from hfmpi.networks.network import Network
 from hfmpi.runs.config import Config
 from hfmpi.runs.merge import merge
-from hfmpi.runs.restore import check_one_run, evaluated_parameters, progress
+from hfmpi.runs.restore import check_one_run, evaluated_parameters, progress, settled
 
 __all__ = ["Trained"]
 
@@ -134,6 +134,6 @@ def _of_folder(run: Path, keep: str) -> tuple[Checkpoint, bool, str]:
     last = progress(saved).step
     source = f"from {BEST}, of the best validation; the last checkpoint is that of step {last:,}"
     # The checkpoint describes the run as it is now: the corpus may have been moved since the best validation.
-    meta = saved.meta | {"step": found.meta.get("step")}
+    meta = settled(saved).meta | {"step": found.meta.get("step")}  # without its entry of the lowest risk
     source = "" if meta["step"] == last else source
     return replace(found, meta=meta, message=saved.message), True, source

@@ -1,0 +1,62 @@
+"""Batches that are no larger than the data."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from hfmpi.errors import UserError
+from hfmpi.runs.config import Config
+
+__all__ = ["COMMAND", "PROGRAM", "Words", "fitted"]
+
+
+class Words(NamedTuple):
+    """What messages call the batch sizes and the training examples."""
+
+    gradient: str
+    curvature: str
+    noun: str
+
+
+COMMAND = Words("--gradient-batch", "--curvature-batch", "training sequences")
+PROGRAM = Words("gradient_batch", "curvature_batch", "training examples")
+
+
+def fitted(config: Config, count: int, words: Words) -> tuple[Config, list[str]]:
+    """Return the options with batches of at most `count` examples, and notes on what was reduced.
+
+    The batch sizes of a preset are reduced, and its gradient batch is all examples if the optimizer needs the
+    same batch in every step.
+
+    Raises
+    ------
+    UserError
+        If an option of the user is too large.
+    """
+    chosen, notes = config.preset(), list[str]()
+    gradient, curvature = chosen.gradient_batch, chosen.curvature_batch
+    if config.gradient_batch > count:
+        raise UserError(
+            f"{words.gradient} can be at most {count:,}, the number of {words.noun}, not "
+            f"{config.gradient_batch:,}"
+        )
+    whole = chosen.optimizer.needs.same_batch and not config.gradient_batch
+    if gradient > count or (gradient < count and whole):
+        notes.append(
+            f"the gradient batch is {count:,}, all {words.noun}; the preset {config.optimizer} has "
+            f"{gradient:,}"
+        )
+        gradient = count
+    if config.curvature_batch > gradient:
+        raise UserError(
+            f"{words.curvature} can be at most {gradient:,}, the gradient batch, not "
+            f"{config.curvature_batch:,}"
+        )
+    if curvature > gradient:
+        notes.append(
+            f"the curvature batch is {gradient:,}, the gradient batch; the preset {config.optimizer} has "
+            f"{curvature:,}"
+        )
+        curvature = gradient
+    return replace(config, gradient_batch=gradient, curvature_batch=curvature), notes
