@@ -239,7 +239,21 @@ def test_the_mean_of_the_iterates_is_in_the_module_for_a_while():
     with optimizer.averaged():
         assert np.array_equal(vector(module), optimizer._progress.state.average)
         assert not np.array_equal(vector(module), theta)
+        with pytest.raises(UserError, match=r"a step inside of averaged\(\) would be lost"):
+            run(optimizer, 1)
     assert np.array_equal(vector(module), theta)
+    run(optimizer, 1)
+
+
+def test_parameters_of_another_type_need_another_optimizer():
+    module, (x, y) = mlp(), tensors(*data())
+    optimizer = make(module, "adam")
+    optimizer.step(x, y)
+    module.double()
+    with pytest.raises(
+        UserError, match="the parameters are float64, and were float32 when the optimizer was"
+    ):
+        optimizer.step(x.double(), y)
 
 
 def test_parameters_that_something_else_changed_are_where_the_next_step_starts():

@@ -312,6 +312,11 @@ class Steps:
 
         def described() -> np.ndarray:
             """Check this rank's part; return its sizes, and what ranks compare, and a number to overwrite."""
+            if phi.dtype != self.model.backend.dtype:
+                raise UserError(
+                    f"the parameters are {phi.dtype}, and were {self.model.backend.dtype} when the optimizer "
+                    "was made: make the optimizer after a change of their type"
+                )
             optimizers.append(self._at_rate(factor()))
             local.append(self._cases("the batch", batch()))
             changed = self.same_batch and self._is_other(local[0])

@@ -150,7 +150,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         _broadcast(plain_module(module), comm)
         self._progress = self._steps.start(self._theta())
         self._written: np.ndarray | None = None  # theta after the last step
-        self._noted, self._made = False, True
+        self._noted, self._made, self._inside = False, True, False
 
     def step(self, x: Any, y: Any = None, *, curvature: Any = None) -> float:
         """Take one step on a batch; return the loss before it, the mean over the batch of all ranks.
@@ -171,6 +171,8 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         UserError
             On all ranks, if the batch or the module cannot be used; nothing has changed then.
         """
+        if self._inside:
+            raise UserError("a step inside of averaged() would be lost: leave the context first")
         theta = self._theta()
         if self._written is not None and not np.array_equal(theta, self._written):
             self._progress = self._steps.moved(self._progress)
@@ -187,13 +189,18 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Put the mean of the iterates into the module inside the context, if the method computes one."""
+        """Put the mean of the iterates into the module inside the context, if the method computes one.
+
+        Steps inside of the context are refused: the parameters from before it are restored at its end.
+        """
         theta, mean = self._theta(), self._steps.averaged(self._progress)
+        before, self._inside = self._inside, True
         try:
             if mean is not None:
                 self._model.write_back(mean)
             yield
         finally:
+            self._inside = before
             self._model.write_back(theta)
 
     def state_dict(self) -> dict[str, Any]:
