@@ -491,8 +491,9 @@ class Run:
         if config.max_seconds and progress.seconds >= config.max_seconds:
             return f"{config.max_seconds:g} seconds are over"
         if self.best is not None and 0 < config.patience <= self.best.stale:
-            noun, step = self.task.watch.noun, self.best.step
-            return f"the {noun} is that of step {step:,}, {self.best.stale:,} validations ago"
+            noun, step, stale = self.task.watch.noun, self.best.step, self.best.stale
+            ago = f"{stale:,} validation{'s' * (stale != 1)} ago"
+            return f"the {noun} is that of step {step:,}, {ago}"
         return ""
 
     def _who_stopped(self) -> tuple[str, bool]:
