@@ -12,7 +12,7 @@ import hfmpi
 
 
 def adding(cases, steps, seed):
-    """Give the cases as arrays: inputs (N, L, 2), targets (N, 1, 1), of the last step alone."""
+    """Return the cases as arrays: inputs (N, L, 2), targets (N, 1, 1), of the last step alone."""
     rng = np.random.default_rng(seed)
     inputs = np.zeros((cases, steps, 2))
     inputs[:, :, 0] = rng.random((cases, steps))

@@ -17,7 +17,7 @@ SIZES = 2, 24, 24, 1
 
 
 def apply(params, x):
-    """Give outputs (cases, 1) of points x (cases, 2): above 0 for the second spiral."""
+    """Return outputs (cases, 1) of points x (cases, 2): above 0 for the second spiral."""
     for w, b in params[:-1]:
         x = jnp.tanh(x @ w + b)
     w, b = params[-1]
@@ -25,13 +25,13 @@ def apply(params, x):
 
 
 def start(seed):
-    """Give matrices and biases whose outputs have the size of their inputs."""
+    """Return matrices and biases whose outputs have the size of their inputs."""
     rng = np.random.default_rng(seed)
     return [(rng.normal(0, n**-0.5, (n, m)).astype("f"), np.zeros(m, "f")) for n, m in pairwise(SIZES)]
 
 
 def spirals(cases, seed):
-    """Give points (cases, 2) with some noise, and which spiral each is of (cases, 1)."""
+    """Return points (cases, 2) with some noise, and which spiral each is of (cases, 1)."""
     rng = np.random.default_rng(seed)
     which, along = rng.integers(0, 2, cases), np.sqrt(rng.uniform(0.02, 1, cases))
     angle = 3 * np.pi * along + np.pi * which

@@ -28,7 +28,7 @@ class Tagger(torch.nn.Module):
 
 
 def sums(cases, seed):
-    """Give the bits of pairs of numbers (cases, BITS, 2), and those of their sums (cases, BITS)."""
+    """Return the bits of pairs of numbers (cases, BITS, 2), and those of their sums (cases, BITS)."""
     numbers = np.random.default_rng(seed).integers(0, 2 ** (BITS - 1), (cases, 3))
     numbers[:, 2] = numbers[:, 0] + numbers[:, 1]
     bits = numbers[:, None, :] >> np.arange(BITS)[:, None] & 1

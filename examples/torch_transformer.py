@@ -29,7 +29,7 @@ class Sorter(torch.nn.Module):
 
 
 def lists(cases, seed):
-    """Give lists of symbols (cases, LENGTH), and the same sorted."""
+    """Return lists of symbols (cases, LENGTH), and the same sorted."""
     x = np.random.default_rng(seed).integers(0, SYMBOLS, (cases, LENGTH))
     return x, np.sort(x, axis=1)
 

@@ -17,17 +17,17 @@ CASES, STEPS, INPUTS, OUTPUTS = 4, 3, 2, 3
 
 
 def numbers(*shape, seed=3):
-    """Give inputs, weights, or targets of a loss of numbers."""
+    """Return inputs, weights, or targets of a loss of numbers."""
     return np.random.default_rng(seed).standard_normal(shape)
 
 
 def symbols(*shape):
-    """Give targets of a loss of symbols."""
+    """Return targets of a loss of symbols."""
     return np.random.default_rng(4).integers(0, OUTPUTS, shape)
 
 
 def loss_of_rows(kind, z, y):
-    """Give loss, gradient (N, O) and Hessian (N, O, O) of rows z (N, O) by formula."""
+    """Return loss, gradient (N, O) and Hessian (N, O, O) of rows z (N, O) by formula."""
     if kind == "cross-entropy":
         p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
         hot = np.eye(z.shape[1])[y]
@@ -47,7 +47,7 @@ def loss_of_rows(kind, z, y):
 
 
 def stored(matrix, groups=1):
-    """Give what is stored of a dense Kronecker factor: all, the part of each group, or the diagonal."""
+    """Return what is stored of a dense Kronecker factor: all, the part of each group, or the diagonal."""
     shape = layout.factor_shape(len(matrix), groups)
     if len(shape) == 1:
         return np.diag(matrix)
@@ -58,7 +58,7 @@ def stored(matrix, groups=1):
 
 
 def restored(factor):
-    """Give the dense factor of what is stored of it."""
+    """Return the dense factor of what is stored of it."""
     if factor.ndim < 3:
         return np.diag(factor) if factor.ndim == 1 else factor
     groups, n, _ = factor.shape
@@ -68,7 +68,7 @@ def restored(factor):
 
 
 def factors_of_cases(blocks, each, scored):
-    """Give Kronecker factors by the gradients of single cases (B, D), of the summed loss, by formula."""
+    """Return Kronecker factors by the gradients of single cases (B, D), of the summed loss, by formula."""
     found = []
     for block in blocks:
         gradients = [block.of(g) / scored for g in each]

@@ -16,7 +16,7 @@ def sigmoid(a):
 
 
 def split(theta, about):
-    """Give a dict of matrices for each layer, and that of the outputs."""
+    """Return a dict of matrices for each layer, and that of the outputs."""
     n, out, at = about.hidden, [], 0
 
     def take(shape):
@@ -59,7 +59,7 @@ def step(p, about, x, h, c, q=0):
 
 
 def run(theta, about, batch, at=None, other=None, q=()):
-    """Give outputs (T, B, O) and pre-activations, a list of (L, B, K) a layer.
+    """Return outputs (T, B, O) and pre-activations, a list of (L, B, K) a layer.
 
     At step and sequence `at` the parameters are `other`, and q, for each layer, is added to h W_mh.
     """
@@ -90,7 +90,7 @@ def weight(batch, t, b):
 
 
 def loss(theta, about, batch, kind="cross-entropy", *elsewhere):
-    """Give the summed loss in nats; for the rest see `run`."""
+    """Return the summed loss in nats; for the rest see `run`."""
     outputs, _ = run(theta, about, batch, *elsewhere)
     total = 0
     for t, b in np.ndindex(*batch.targets.shape[:2]):

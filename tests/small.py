@@ -30,7 +30,7 @@ SMALL = {
 
 
 def text(size=4500):
-    """Give words in random order, the same ones whoever asks."""
+    """Return words in random order, the same ones in every call."""
     rng = np.random.default_rng(0)
     return b" ".join(WORDS[k] for k in rng.integers(len(WORDS), size=size))[:size]
 
@@ -99,12 +99,12 @@ def train(folder, data, comm=None, resume="auto", reporter=None, clock=time.perf
 
 
 def history(folder, leave=("seconds", "step_seconds")):
-    """Give the history without what two equal runs may differ in."""
+    """Return the history without what two equal runs may differ in."""
     return [{k: v for k, v in record.items() if k not in leave} for record in History.read(folder)]
 
 
 def state_of(run):
-    """Give all that the next step depends on, as a dict of arrays."""
+    """Return all that the next step depends on, as a dict of arrays."""
     return {"theta": run.theta} | {k: np.asarray(v) for k, v in vars(run.state).items()}
 
 

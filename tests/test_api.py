@@ -29,7 +29,7 @@ GOOD = np.array([1.0, -2.0, 0.5])
 
 
 def sentence(error):
-    """Give the message, which is one of ours: a line, and no word of NumPy's own."""
+    """Return the message, which is one of ours: a line, and no word of NumPy's own."""
     said = str(error.value)
     assert "\n" not in said
     assert len(said) < 200
@@ -314,7 +314,7 @@ def test_a_run_says_once_what_is_not_in_its_lines(tmp_path):
 
 
 def surroundings():
-    """Give what belongs to the whole process."""
+    """Return what belongs to the whole process."""
     return {
         "floating point": np.geterr(),
         "warnings": list(warnings.filters),

@@ -61,7 +61,7 @@ def call(monkeypatch, *words):
 
 
 def content(folder):
-    """Give all there is below a folder, to compare later."""
+    """Return all there is below a folder, to compare later."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
@@ -70,7 +70,7 @@ def content(folder):
 
 @pytest.fixture(name="refused")
 def fixture_refused(here, monkeypatch, capsys):
-    """Give a function that runs a command which has to fail, and returns its sentence."""
+    """Return a function that runs a command which has to fail, and returns its sentence."""
 
     def refused(*words):
         before = content(here)
@@ -149,7 +149,7 @@ def test_a_text_of_any_encoding(encoding, unit, here, monkeypatch, capsys):
     assert f" bits/{unit} on " in capsys.readouterr().out
 
     def sample(*words):
-        """Give the bytes, on a terminal of which none of them is part."""
+        """Return the bytes, on a terminal of which none of them is part."""
         with io.TextIOWrapper(io.BytesIO(), "ascii") as out, monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", out)
             assert call(monkeypatch, "sample", "book.run", "--length", "42", *words) == 0

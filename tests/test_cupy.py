@@ -43,7 +43,7 @@ standin_only = pytest.mark.skipif(REAL_GPU, reason="needs the stand-in: the GPU 
 
 @pytest.fixture(scope="module", params=DTYPES)
 def pair(request):
-    """Give a backend of the GPU and the reference."""
+    """Return a backend of the GPU and the reference."""
     return create("cupy", request.param), create("numpy", request.param)
 
 
@@ -198,7 +198,7 @@ def passes(backend, theta, batch, repeats, about=MLSTM):
 
 
 def by_graphs(dtype="float64"):
-    """Give a backend that takes no persistent kernel."""
+    """Return a backend that takes no persistent kernel."""
     backend = create("cupy", dtype)
     backend.persistent_batch = 0
     return backend
@@ -259,7 +259,7 @@ def test_a_refused_capture_falls_back_to_plain_launches(problem, monkeypatch):
 
 
 def persistent(dtype, about, rows=None):
-    """Give a backend whose loops are one kernel each, and one whose are not.
+    """Return a backend whose loops are one kernel each, and one whose are not.
 
     The longest rows have room on the chip for so many.
     """

@@ -58,7 +58,7 @@ class Torch:
             monkeypatch.setattr(exchange, "on_stream", lambda backend, device: contextlib.nullcontext())
 
     def choose(self, shared):
-        """Give the function that chooses one of the two exchanges."""
+        """Return the function that chooses one of the two exchanges."""
 
         def choose(device, dtype):
             if shared:
@@ -146,7 +146,7 @@ class Jax:
 
 @pytest.fixture(params=[Torch, Jax], ids=["torch", "jax"])
 def framework(request, monkeypatch):
-    """Give a framework on the device; JAX with float64."""
+    """Return a framework on the device; JAX with float64."""
     made = request.param(monkeypatch)
     if request.param is Torch:
         yield made
@@ -158,7 +158,7 @@ def framework(request, monkeypatch):
 
 
 def scaled(params, x):
-    """Give what JAX and pickle take."""
+    """Return what JAX and pickle take."""
     return params * x
 
 
@@ -460,7 +460,7 @@ def test_the_theta_of_a_linearisation_stays_as_it_was(framework):
     at, sums = model.linearise(theta, batch), []
     for _ in range(2):
         out = model.backend.xp.zeros((CASES, 1, model.size), model.backend.dtype)
-        at.scores(1, out)  # computed anew from theta
+        at.scores(1, out)  # computed again from theta
         sums.append(model.backend.to_host(out))
         theta += 1
     assert np.array_equal(*sums)

@@ -36,7 +36,7 @@ def invoke(*words):
 
 
 def close(name, value):
-    """Give what another processor may differ in: the run of `adam` has single precision."""
+    """Return what another processor may differ in: the run of `adam` has single precision."""
     return pytest.approx(value, rel=1e-4 if name == "mlstm-adam" else 1e-9)
 
 

@@ -639,7 +639,7 @@ def test_what_does_not_fit_in_jax_is_refused():
 
 
 def part_of(x, y, comm):
-    """Give an uneven part of a batch to each of two ranks."""
+    """Return an uneven part of a batch to each of two ranks."""
     edges = [0, len(y) // 3, len(y)]
     part = slice(edges[comm.rank], edges[comm.rank + 1])
     return torch.from_numpy(x[part]), torch.from_numpy(y[part])

@@ -443,7 +443,9 @@ def test_one_ranks_bad_numbers_stop_the_run_on_all(mpi_ranks, comm, mpi_tmp_path
         assert [record["accepted"] for record in history(folder)] == [True] * 2 + [False] * 3
         assert all(cause in record["message"] for record in history(folder)[2:])
         comm.Barrier()
-        run, result = train(folder, data, communicator, **(options | {"max_steps": 6}))  # mended, it goes on
+        run, result = train(
+            folder, data, communicator, **(options | {"max_steps": 6})
+        )  # repaired, it continues
         assert (run.first_step, result.step, run.progress.rejections) == (5, 6, 0)
         assert history(folder)[-1]["accepted"]
     communicator.close()

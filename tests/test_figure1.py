@@ -114,7 +114,7 @@ def test_candidates_have_the_presets_value_among_the_first_three(study):
 
 
 def falling(step_p_i, step_p_d, per_step, floor=1.5, steps=40):
-    """Give a run whose loss falls by `per_step` each step from 6 down to a floor; valid 0.1 above."""
+    """Return a run whose loss falls by `per_step` each step from 6 down to a floor; valid 0.1 above."""
     losses = [max(6 - per_step * k, floor) for k in range(steps)]
     return [
         line(k + 1, loss, k, (k + 1) * step_p_i, (k + 1) * step_p_d, loss + 0.1)

@@ -33,7 +33,7 @@ class Linear(Objective):
 
 
 def updates(optimizer, gradients, dtype=np.float64, blocks=(), theta=None):
-    """Give the changes of theta, the last state and the reports over these gradients."""
+    """Return the changes of theta, the last state and the reports over these gradients."""
     gradients = [np.asarray(g, dtype) for g in gradients]
     theta = np.zeros(len(gradients[0]), dtype) if theta is None else theta
     objective = Linear(gradients, blocks)

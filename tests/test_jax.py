@@ -88,12 +88,12 @@ cube.defvjp(lambda x: (x**3, x), lambda x, u: (3 * x**2 * u,))
 
 
 def reverse(params, x):
-    """Give what has a rule for the reverse pass alone."""
+    """Return what has a rule for the reverse pass alone."""
     return cube(x @ params)
 
 
 def setting(name):
-    """Give a function, its params, a loss, cases and the inputs that it is called with."""
+    """Return a function, its params, a loss, cases and the inputs that it is called with."""
     x, sequences = numbers(CASES, INPUTS), numbers(CASES, STEPS, INPUTS)
     if name == "mlp":
         return mlp, mlp_params(), "squares", hfmpi.Examples(x, numbers(CASES, OUTPUTS)), [x]
@@ -749,7 +749,7 @@ def test_a_module_that_is_a_pytree():
 
 
 def double(tree):
-    """Give the real arrays of a tree in float64: layers are made in float32."""
+    """Return the real arrays of a tree in float64: layers are made in float32."""
 
     def wide(a):
         return a.astype(float) if jnp.issubdtype(getattr(a, "dtype", int), jnp.floating) else a
@@ -884,7 +884,7 @@ seen = []
 
 
 def dropped(w, x):
-    """Give a mask by a fixed key that is 1 at nearly every place."""
+    """Return a mask by a fixed key that is 1 at nearly every place."""
     return x @ w * jax.random.bernoulli(jax.random.key(0), 1 - 1e-6, (len(x), OUTPUTS))
 
 
@@ -896,7 +896,7 @@ def dropped_by_example(w, x):
 
 
 def random_features(w, x):
-    """Give features that are random, and the same for all examples."""
+    """Return features that are random, and the same for all examples."""
     return jnp.cos(x @ jax.random.normal(jax.random.key(0), (INPUTS, INPUTS))) @ w
 
 
@@ -919,7 +919,7 @@ def counts(params, x):
 
 
 def random_mask(params, x):
-    """Give what nearly always has the same constants."""
+    """Return what nearly always has the same constants."""
     return x * (np.random.rand(INPUTS) > 1e-6) @ params  # noqa: NPY002
 
 
@@ -1079,7 +1079,7 @@ def test_numbers_of_64_bits_are_not_cut_without_a_word():
 
 
 def in_float64(apply, params, x, targets):
-    """Give what a model of float32 computes in float64, with JAX in float32."""
+    """Return what a model of float32 computes in float64, with JAX in float32."""
     jax.config.update("jax_enable_x64", False)
     single = jax.tree_util.tree_map(
         lambda a: np.asarray(a, "f") if np.asarray(a).dtype == float else a, params

@@ -61,7 +61,7 @@ def finish(process):
 
 @pytest.fixture
 def temporary(tmp_path):
-    """Give a folder for temporary files, empty again at the end."""
+    """Return a folder for temporary files, empty again at the end."""
     folder = tmp_path / "tmp"
     folder.mkdir()
     yield folder

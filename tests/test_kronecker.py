@@ -18,7 +18,7 @@ SIZES = {"hidden": 2, "steps": 3, "size": 2, "scored": 2}
 
 
 def inputs_of(about, tape, at):
-    """Give the inputs z of each block at a step and sequence, from the states of the network."""
+    """Return the inputs z of each block at a step and sequence, from the states of the network."""
     t, b = at
     found, one = [], np.ones(1)
     for layer in tape.layers:
@@ -50,7 +50,7 @@ def cotangent_of_q(theta, about, batch, loss, at, layer):
 
 @functools.cache
 def expected_factors(kind, case):
-    """Give dense A and B of all blocks, computed once for all backends."""
+    """Return dense A and B of all blocks, computed once for all backends."""
     network, theta, batch, _ = make(kind, *case, "numpy", **SIZES)
     loss = case[1]
     about, scale = network.about, 1 / (batch.targets.shape[0] * batch.targets.shape[1])
@@ -80,7 +80,7 @@ def expected_factors(kind, case):
 
 
 def as_stored(kind, case):
-    """Give what is stored of these factors as one vector."""
+    """Return what is stored of these factors as one vector."""
     of_block = [(stored(a), stored(b, block.groups)) for block, a, b in expected_factors(kind, case)]
     return np.concatenate([m.reshape(-1) for both in of_block for m in both])
 

@@ -25,7 +25,7 @@ class Clock:
 
 
 def shown(steps, max_steps=0, max_seconds=0.0, compiled=False, each=0.1, **more):
-    """Give the line after so many steps from step 100 on, 0.4 seconds after the last one, and its clock."""
+    """Return the line after so many steps from step 100 on, 0.4 seconds after the last one, and its clock."""
     clock = Clock()
     line = LiveLine(100, max_steps, max_seconds, clock)
     if compiled:

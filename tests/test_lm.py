@@ -527,7 +527,7 @@ def positive(size, condition=1e3, seed=0):
 
 @pytest.fixture
 def panels(monkeypatch):
-    """Give narrow panels to small matrices too."""
+    """Return narrow panels to small matrices too."""
     monkeypatch.setattr("hfmpi.optim.cholesky.ALONE", 0)
     monkeypatch.setattr("hfmpi.optim.cholesky.PANEL", 40)
 
@@ -629,7 +629,7 @@ def test_a_network_is_fitted(dtype):
 
 
 def network_way(communicator, slices, optimizer):
-    """Give theta after some steps of a network of 97 parameters on 60 residuals, then on 300."""
+    """Return theta after some steps of a network of 97 parameters on 60 residuals, then on 300."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((60, 5, 2))
     backend = create("numpy", "float64")

@@ -73,7 +73,7 @@ CASES = [(layers, loss, symbols, masked) for layers, loss, symbols, masked in (
 
 @functools.cache
 def dense(kind, case):
-    """Give the independent implementation's loss, gradient, Jacobian and Gauss-Newton matrices."""
+    """Return the independent implementation's loss, gradient, Jacobian and Gauss-Newton matrices."""
     network, theta, batch, _ = make(kind, *case, hidden=2 if case[0] == 3 else 3)
     about, loss = network.about, case[1]
     return (
@@ -237,7 +237,7 @@ def test_unknown_losses_and_layers_are_one_sentence():
 
 
 def adding(count, steps, seed=0):
-    """Give the adding problem (Hochreiter and Schmidhuber 1997): the sum of two marked numbers at the end."""
+    """Return the adding problem (Hochreiter and Schmidhuber 1997): the sum of two marked numbers."""
     rng = np.random.default_rng(seed)
     inputs = np.stack([rng.random((count, steps)), np.zeros((count, steps))], axis=2)
     for row in inputs:

@@ -28,7 +28,7 @@ KINDS = [("rnn", "standard"), ("mrnn", "standard"), ("lstm", "krause"), ("mlstm"
 def make(
     name="mlstm", variant="standard", comm=None, micro_batch=64, dtype="float64", backend="numpy", **options
 ):
-    """Give a mean risk, 12 sequences for it, and a theta; the same ones whoever asks."""
+    """Return a mean risk, 12 sequences for it, and a theta; the same ones in every call."""
     rng = np.random.default_rng(1)
     about = Architecture(name, HIDDEN, VOCABULARY, VOCABULARY, variant=variant)
     sequences = Sequences(rng.integers(0, VOCABULARY, 12 * LENGTH).astype(np.uint8), LENGTH, BURN_IN)
@@ -38,7 +38,7 @@ def make(
 
 
 def everything(risk, theta, v):
-    """Give all that an objective computes, as vectors on the host."""
+    """Return all that an objective computes, as vectors on the host."""
     backend = risk.owner.model.backend
     columns = backend.to_device(np.array([v, theta, v - theta]))
     theta, v = backend.to_device(theta), backend.to_device(v)
@@ -208,7 +208,7 @@ def test_the_pass_of_the_gradient_linearises_the_curvature_batch(beside, budget)
     np.testing.assert_array_equal(given.second.project(theta)(v), own)
     if budget == math.inf:
         assert not made
-    # Elsewhere, and for products of another kind, it is linearised anew.
+    # Elsewhere, and for products of another kind, it is linearised again.
     away = theta + 1e-3
     np.testing.assert_array_equal(
         given.second.project(away)(v), step_objectives(owner, sequences, 0, 1, 9, 4).second.project(away)(v)
@@ -656,7 +656,7 @@ def test_a_wide_work_that_fails_on_one_rank_ends_all(mpi_ranks, comm):
 
 
 def sliced(communicator, name, variant, dtype):
-    """Give everything for batches that make slices of many, of unequal and of no sequences."""
+    """Return everything for batches that make slices of many, of unequal and of no sequences."""
     owner, sequences, theta = make(name, variant, communicator, micro_batch=2, dtype=dtype)
     owner = DataParallel(owner.model, communicator, micro_batch=2, slices=8)
     v = np.cos(np.arange(theta.size)).astype(dtype)

@@ -231,7 +231,7 @@ SETTINGS = [
 
 
 def wrong(at, bad):
-    """Give an inner product that is wrong from its call `at` on; never, where `at` is None."""
+    """Return an inner product that is wrong from its call `at` on; never, where `at` is None."""
     calls = []
 
     def inner(a, b):

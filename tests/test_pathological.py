@@ -34,7 +34,7 @@ def training(tasks):
 
 
 def sequences(batch):
-    """Give each case as plain lists: inputs, and the scored steps, counted from 1, with their targets."""
+    """Return each case as plain lists: inputs, and the scored steps, counted from 1, with their targets."""
     batch = turned(batch)
     first = len(batch.inputs) - len(batch.targets) + 1
     for case in range(batch.inputs.shape[1]):
@@ -47,7 +47,7 @@ def sequences(batch):
 
 
 def marks(inputs):
-    """Give the marked steps, counted from 1, and their numbers."""
+    """Return the marked steps, counted from 1, and their numbers."""
     return [(t, number) for t, (number, mark) in enumerate(inputs, 1) if mark == 1]
 
 

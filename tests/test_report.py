@@ -35,7 +35,7 @@ def fixture_small(monkeypatch):
 
 @pytest.fixture(name="run")
 def fixture_run(tmp_path):
-    """Give a run that may be changed."""
+    """Return a run that may be changed."""
     return Path(shutil.copytree(RUNS / "lstm-shf", tmp_path / "run"))
 
 
@@ -327,3 +327,20 @@ def test_ctrl_c_ends_the_following(run, tmp_path):
     assert process.returncode == 0, said
     assert "stays as it is now" in said
     assert b'"every":null' in out.read_bytes()
+
+
+@pytest.mark.parametrize(("last", "said"), [(1.5, False), (1.53, False), (2.0, True)])
+def test_a_run_that_overfits_is_named(last, said, run, tmp_path):
+    path = run / "history.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        record["valid_bpc"] = None
+    records[0]["valid_bpc"], records[1]["valid_bpc"], records[-1]["valid_bpc"] = 3.0, 1.5, last
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    out = tmp_path / "page.html"
+    result = CliRunner().invoke(report, [str(run), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    text = out.read_text("utf-8")
+    assert "Losses against what they cost" in text
+    steps = f"at step {records[1]['step']}, and is 2 at step {records[-1]['step']}."
+    assert (f"overfits: its validation loss was lowest, 1.5, {steps}" in text) == said

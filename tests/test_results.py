@@ -8,7 +8,7 @@ METHODS = "SGD", "BGD", "SHF", "BHF", "Adam", "SOAP", "Muon", "bhf-short", "subs
 
 
 def rows(page, first, section=""):
-    """Give the cells of all rows that begin with a cell, without bold type and what stands in brackets."""
+    """Return the cells of all rows that begin with a cell, without bold type and what stands in brackets."""
     text = (RESULTS / page).read_text()
     text = re.sub(r"\*\*| \([^)]*\)", "", text[text.index(section) :])
     found = re.findall(rf"^\| {re.escape(first)} \|(.*)\|$", text, re.MULTILINE)
@@ -29,7 +29,7 @@ def test_methods_are_compared_by_what_the_study_found():
 
 
 def large(cell, method):
-    """Give the row of a run at the paper's size, or nothing."""
+    """Return the row of a run at the paper's size, or nothing."""
     name = f"`{method}`" if method == "subspace" else method
     return next(iter(rows("fewest-passes.md", f"{cell} {name}", "## The paper's size")), [])
 

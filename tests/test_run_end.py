@@ -168,7 +168,7 @@ def test_in_float32_the_subspace_step_hardly_depends_on_the_order_of_summation(s
 
 
 class Faulty:
-    """Cases, a model and a metric of which one fails from a certain call on, unless it is mended."""
+    """Cases, a model and a metric of which one fails from a certain call on, unless it is repaired."""
 
     def __init__(self, where, call):
         self.where, self.left, self.count = where, call, len(Y)

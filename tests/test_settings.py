@@ -196,7 +196,7 @@ def test_the_former_name_of_an_option_is_read():
 
 
 def parameters(command, words=()):
-    """Give every parameter of a command and of those below it, with the words that call its command."""
+    """Return every parameter of a command and of those below it, with the words that call its command."""
     yield from ((words, command, param) for param in command.params)
     if isinstance(command, click.Group):
         for name in command.list_commands(click.Context(command)):

@@ -36,7 +36,7 @@ COUNTS = Counts(steps=2, cg_steps=10, gradients=2, products=12, losses=6, linear
 
 
 def measured(ranks, *spans, counts=COUNTS, seconds=None):
-    """Give what a job with batches of 320 and 32 measured; all ranks alike for one dict."""
+    """Return what a job with batches of 320 and 32 measured; all ranks alike for one dict."""
     spans = spans * ranks if len(spans) == 1 else spans
     seconds = np.full((1, 2), sum(spans[0].values())) if seconds is None else np.array(seconds)
     return StepTimes(ranks, seconds, spans, ({},) * ranks, counts, 320, 32)
@@ -197,7 +197,7 @@ MESSAGES = {"gradient": 8e6, "product": 4e6, "loss": 16, "linearisation": 0}
 
 
 def runs_of(slowdown, bandwidth, sizes=(1, 2, 4)):
-    """Give runs that behave as the model says, with passes of 1 and 0.25 seconds a sequence."""
+    """Return runs that behave as the model says, with passes of 1 and 0.25 seconds a sequence."""
     made = []
     for ranks in sizes:
         slow = slowdown if ranks > 1 else 1.0
@@ -245,7 +245,7 @@ def test_predictions_whose_check_fails_are_doubted(factor, said):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Give runs on one rank, and what could be one on two that halve nothing."""
+    """Return runs on one rank, and what could be one on two that halve nothing."""
     base = tmp_path_factory.mktemp("speedup")
     data = write_corpus(base / "data.h5")
     train(base / "one", data, max_steps=4)

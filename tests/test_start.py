@@ -1,4 +1,4 @@
-"""New runs that start from another one: what goes on, what starts anew, and what the history says of it."""
+"""New runs that start from another one: what continues, what starts again, and what the history reports."""
 
 import json
 import math

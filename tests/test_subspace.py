@@ -62,7 +62,7 @@ def _longest(request, monkeypatch):
 
 
 def product(a, b, groups):
-    """Give the Kronecker product of what is stored of two factors as a dense matrix."""
+    """Return the Kronecker product of what is stored of two factors as a dense matrix."""
     return np.kron(restored(stored(a)), restored(stored(b, groups)))
 
 

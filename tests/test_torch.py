@@ -79,7 +79,7 @@ def mlp(kind=torch.float64):
 
 
 def dense(module, *inputs):
-    """Give outputs (N, O) and their Jacobian (N, O, D), by PyTorch's own reverse pass for each output."""
+    """Return outputs (N, O) and their Jacobian (N, O, D), by PyTorch's own reverse pass for each output."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     z = module(*map(torch.as_tensor, inputs))
     z = z.reshape(-1, z.shape[-1])
@@ -89,7 +89,7 @@ def dense(module, *inputs):
 
 
 def setting(name):
-    """Give a module, a loss, cases and the inputs that it is called with."""
+    """Return a module, a loss, cases and the inputs that it is called with."""
     torch.manual_seed(1)
     if name == "mlp":
         x = numbers(CASES, INPUTS)

@@ -22,7 +22,7 @@ VOCABULARY = 50
 
 
 def sweep(model, most, repeats, backend, precision):
-    """Give a row for every batch 1, 2, 4, ... up to the largest, each taken as one micro-batch."""
+    """Return a row for every batch 1, 2, 4, ... up to the largest, each taken as one micro-batch."""
     about = Config(model=model).architecture(VOCABULARY)
     batch, rows = 1, []
     while batch <= most:
@@ -35,7 +35,7 @@ def sweep(model, most, repeats, backend, precision):
 
 
 def knee(rows):
-    """Give the batch at which the flat and the linear part meet."""
+    """Return the batch at which the flat and the linear part meet."""
     a, b = rows[-2:]
     return rows[0]["seconds"] / ((b["seconds"] - a["seconds"]) / (b["batch"] - a["batch"]))
 

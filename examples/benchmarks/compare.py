@@ -74,7 +74,7 @@ def same(name, found, expected, tolerance):
 
 
 def measure(model, batch_size, repeats):
-    """Give one row a contestant and pass."""
+    """Return one row a contestant and pass."""
     about = Config(model=model).architecture(VOCABULARY)
     rng = np.random.default_rng(0)
     text = Sequences(rng.integers(0, VOCABULARY, LENGTH * batch_size).astype(np.uint8), LENGTH)

@@ -26,7 +26,7 @@ LOOPS = ("launches", "graph", "persistent")
 
 
 def passes(loops, about, text, batch, dtype):
-    """Give a backend, and a product and a gradient over a batch on it."""
+    """Return a backend, and a product and a gradient over a batch on it."""
     backend = create("cupy", dtype)
     backend.captures = loops != "launches"
     backend.persistent_batch = batch if loops == "persistent" else 0
@@ -38,7 +38,7 @@ def passes(loops, about, text, batch, dtype):
 
 
 def measure(about, length, batch, repeats, dtype):
-    """Give the seconds of every pass in every kind of loop."""
+    """Return the seconds of every pass in every kind of loop."""
     text = np.random.default_rng(0).integers(0, VOCABULARY, length * batch).astype(np.uint8)
     found, expected = {}, {}
     for loops in LOOPS:

@@ -50,7 +50,7 @@ class Method:
         self.sequential += passes if sequential is None else sequential
 
     def loss(self):
-        """Give the mean training loss, which is not counted."""
+        """Return the mean training loss, which is not counted."""
         raise NotImplementedError
 
 
@@ -294,7 +294,7 @@ class SubspaceWhole(Subspace):
 
 
 class SubspaceJax(Subspace, HfmpiJax):
-    """The preset on a function of JAX, which is compiled anew while the last steps become more."""
+    """The preset on a function of JAX, which is compiled again while the last steps become more."""
 
     warm_up = 5
 

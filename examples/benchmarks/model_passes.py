@@ -37,7 +37,7 @@ LOSS = "cross-entropy"
 
 
 def passes(model, cases):
-    """Give the passes of a model by name, each without arguments, and the linearisation that they share."""
+    """Return the passes of a model by name, each without arguments, and the linearisation that they share."""
     owner = hfmpi.DataParallel(model, Communicator(), micro_batch=cases.count)
     risk, theta = owner.on(cases, np.arange(cases.count)), model.initial(0).astype(np.float32)
     directions = np.random.default_rng(0).standard_normal((10, theta.size)).astype(np.float32)
@@ -64,7 +64,7 @@ def seconds(run):
 
 
 def networks():
-    """Give name and framework, cases, and what makes the model, of each."""
+    """Return name and framework, cases, and what makes the model, of each."""
     for name, net in NETS.items():
         problem = net()
         cases, weights = hfmpi.Examples(problem.x[:500], problem.y[:500]), problem.weights(0)

@@ -55,7 +55,7 @@ class MLP:
         return nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
 
     def weights(self, seed):
-        """Give the start that PyTorch draws, by name."""
+        """Return the start that PyTorch draws, by name."""
         torch.manual_seed(seed)
         return {name: p.detach().numpy().copy() for name, p in self.new().named_parameters()}
 
@@ -66,7 +66,7 @@ class MLP:
 
     @staticmethod
     def function(p, x):
-        """Give what the module gives, in JAX."""
+        """Return what the module gives, in JAX."""
         from jax import numpy as jnp
 
         for layer in "0", "2":
@@ -117,7 +117,7 @@ NETS = {"MLP": MLP, "LSTM": LSTM}
 
 
 def run(method, problem, seed, value, passes):
-    """Give UNITS to each level of the training loss, None where it is not reached."""
+    """Return UNITS to each level of the training loss, None where it is not reached."""
     made = method(problem, problem.weights(seed), value)
     made.start()
     for _ in range(made.warm_up):
@@ -180,7 +180,7 @@ def table(rows):
 
 
 def reached(row, unit, level):
-    """Give one of UNITS to a level, of each seed; nothing if one did not reach it."""
+    """Return one of UNITS to a level, of each seed; nothing if one did not reach it."""
     found = [run[LEVELS.index(level)] for run in row["runs"]]
     return [at[unit] for at in found] if all(found) else []
 

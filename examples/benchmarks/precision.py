@@ -54,7 +54,7 @@ class RoundedFactors(NumbaBackend):
 
 
 def make_backend(name, precision):
-    """Give the backend of this name that computes in float64, float32 or tf32."""
+    """Return the backend of this name that computes in float64, float32 or tf32."""
     if precision == "tf32" and create(name).name != "cupy":
         return RoundedFactors("float32")
     dtype, products = ("float64", "float32") if precision == "float64" else ("float32", precision)
@@ -103,7 +103,7 @@ class Contestant:
 
 
 def median(values):
-    """Give the median of those that are numbers."""
+    """Return the median of those that are numbers."""
     values = [v for v in values if v is not None and math.isfinite(v)]
     return float(np.median(values)) if values else math.nan
 

@@ -25,7 +25,7 @@ LENGTH, VOCABULARY = 200, 50
 
 
 def passes(comm, about, batch, slices):
-    """Give a product and a gradient over a batch in so many slices."""
+    """Return a product and a gradient over a batch in so many slices."""
     text = np.random.default_rng(0).integers(0, VOCABULARY, LENGTH * batch).astype(np.uint8)
     owner = DataParallel(Network(about, create("auto", local_rank=comm.local_rank)), comm, slices=slices)
     backend = owner.model.backend

@@ -62,18 +62,18 @@ class Contestant:
         self._product = jax.jit(product)
 
     def gradient(self):
-        """Give loss and gradient."""
+        """Return loss and gradient."""
         loss, vector = self._gradient(self.theta)
         return float(loss), vector.block_until_ready()
 
     def product(self, v):
-        """Give G v."""
+        """Return G v."""
         return self._product(self._push, self._probabilities, v).block_until_ready()
 
     def vector(self, v):
-        """Give a vector as this library wants it."""
+        """Return a vector as this library wants it."""
         return jnp.asarray(v)
 
     def flat(self, vector):
-        """Give hfmpi's flat vector for what was computed."""
+        """Return hfmpi's flat vector for what was computed."""
         return np.asarray(vector)

@@ -1,7 +1,7 @@
 """The same LSTM in PyTorch: `nn.LSTM`, and Gauss-Newton products by double backward.
 
 J v is the derivative of J' u along v (the "double backward trick"), as curvlinops and PyTorchHessianFree
-take it: they run the network and build the graph of J' u anew for every product. `product_on_kept_graph` does
+do: they run the network and build the graph of J' u again for every product. `product_on_kept_graph` does
 that once, at the price of holding it in memory, which no library offers.
 """
 
@@ -54,16 +54,16 @@ class Contestant:
         return self.output(hidden).reshape(-1, self.output.out_features)
 
     def gradient(self):
-        """Give loss and gradient."""
+        """Return loss and gradient."""
         loss = nn.functional.cross_entropy(self._logits(), self.targets)
         return loss.item(), self._done(torch.autograd.grad(loss, self.parameters))
 
     def product(self, v):
-        """Give G v."""
+        """Return G v."""
         return self._product(v, *self._graph())
 
     def product_on_kept_graph(self, v):
-        """Give G v by the graph of the first call."""
+        """Return G v by the graph of the first call."""
         self._kept = self._kept or self._graph()
         return self._product(v, *self._kept)
 
@@ -80,13 +80,13 @@ class Contestant:
         return result
 
     def vector(self, v):
-        """Give a vector as this library wants it: one tensor a parameter."""
+        """Return a vector as this library wants it: one tensor a parameter."""
         p = {name: torch.from_numpy(view.copy()) for name, view in self.layout.views(v).items()}
         turned = [p["W_x"].T[self.order], p["W_h"].T[self.order], p["b"][self.order], p["W_o"].T, p["b_o"]]
         return [tensor.contiguous().to(self.device) for tensor in turned]
 
     def flat(self, tensors):
-        """Give hfmpi's flat vector for what was computed; the order of the gates is its own inverse."""
+        """Return hfmpi's flat vector for what was computed; the order of the gates is its own inverse."""
         w_x, w_h, b, w_o, b_o = (np.asarray(tensor.cpu()) for tensor in tensors)
         named = {"W_x": w_x[self.order].T, "W_h": w_h[self.order].T, "b": b[self.order]}
         named |= {"W_o": w_o.T, "b_o": b_o}

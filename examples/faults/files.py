@@ -230,7 +230,7 @@ class Bench:
 
 
 def memory(key: str) -> int:
-    """Give a line of /proc/self/status in bytes."""
+    """Return a line of /proc/self/status in bytes."""
     return 1024 * int(Path("/proc/self/status").read_text().partition(f"{key}:")[2].split()[0])
 
 

@@ -349,7 +349,7 @@ def change_structure(path: Path, names: tuple[str, ...], rng: random.Random, goo
 
 
 def odd_values(rng: random.Random) -> Any:
-    """Give a value that JSON can hold and few readers expect."""
+    """Return a value that JSON can hold and few readers expect."""
     deep: Any = []
     for _ in range(rng.choice((5, 400))):
         deep = [deep]
@@ -396,9 +396,9 @@ def change_corpus(path: Path, good: Path, rng: random.Random) -> tuple[str, str,
     symbols = np.frombuffer(corpus.symbols, np.uint8)
     train, valid = symbols[corpus.train].tobytes(), symbols[corpus.valid].tobytes()
     how = rng.choice(
-        ("prepared anew", "another text", "another split", "another vocabulary", "moved", "in use")
+        ("prepared again", "another text", "another split", "another vocabulary", "moved", "in use")
     )
-    if how == "prepared anew":
+    if how == "prepared again":
         prepare(train + valid, len(train), len(valid), {"source": f"{rng.random()}"})[0].write(path)
         return how, "", ""
     if how == "another text":

@@ -28,7 +28,7 @@ COMPRESSORS = {"gz": (gzip.compress, "zcat"), "bz2": (bz2.compress, "bzcat"), "x
 
 
 def text(trial, least, most):
-    """Give the bytes of a text in a random encoding of bytes, or bytes of no encoding at all."""
+    """Return the bytes of a text in a random encoding of bytes, or bytes of no encoding at all."""
     if trial.rng.random() < 0.2:
         return bytes(
             trial.rng.choices([10, *range(32, 127), *range(128, 256)], k=trial.rng.randint(least, most))
@@ -172,7 +172,7 @@ ALLOWED = "1e30", "1e300", "1e-300", "999999999", "9223372036854775807", "429496
 
 
 def parameters(command):
-    """Give the parameters of a command that take a path or a number."""
+    """Return the parameters of a command that take a path or a number."""
     import importlib
 
     name, _, below = command.partition(" ")
@@ -183,7 +183,7 @@ def parameters(command):
 
 
 def spoil(trial, words, param, value):
-    """Give a parameter a value."""
+    """Return a parameter a value."""
     if isinstance(param, click.Option):
         words += [trial.rng.choice(param.opts), value]
     else:
@@ -191,7 +191,7 @@ def spoil(trial, words, param, value):
 
 
 def words_of(trial, command):
-    """Give the words of a command, its arguments first."""
+    """Return the words of a command, its arguments first."""
     places = {"RUN": trial.good, "DATA": trial.data, "TEXT": trial.bench.text}
     return [str(places.get(word, word)) for word in GOOD[command].split()]
 

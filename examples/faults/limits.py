@@ -14,7 +14,7 @@ from hfmpi.runs.live import COMPILING
 
 
 def limit(which, most):
-    """Give a function that sets a limit of the process that is to be started."""
+    """Return a function that sets a limit of the process that is to be started."""
     return lambda: resource.setrlimit(which, (most, most))
 
 
@@ -147,7 +147,7 @@ VALUES = "", "0", "0", "0", "1", "1", "2", "7", "-1", "x", "99999999999999999999
 
 
 def variables(trial):
-    """Give an environment with what launchers might have left in it."""
+    """Return an environment with what launchers might have left in it."""
     names = trial.rng.sample(VARIABLES, trial.rng.randint(1, 5))
     if trial.rng.random() < 0.5:  # as a whole
         names += [

@@ -161,7 +161,7 @@ def struck(folder):
 
 
 def alive(folder):
-    """Give the processes of a run that are still there."""
+    """Return the processes of a run that are still there."""
     numbers = [int(path.read_text() or 0) for path in folder.glob("process.*")]
     found = []
     for number in filter(None, numbers):
@@ -175,7 +175,7 @@ def alive(folder):
 
 
 def outcome(run):
-    """Give all that a run must repeat, bit for bit."""
+    """Return all that a run must repeat, bit for bit."""
     from hfmpi.files import checkpoint
     from hfmpi.files.history import History
 

@@ -71,7 +71,7 @@ class Trial:
         return done.returncode, done.stdout or "", done.stderr or ""
 
     def another(self):
-        """Give the words of a command that prints."""
+        """Return the words of a command that prints."""
         words = self.rng.choice(
             ["evaluate RUN", "evaluate RUN --json", "plot RUN", "sample RUN --length 20", "info", "--help",
              "train --help", "speedup RUN", "prepare TEXT OUT"]
@@ -87,7 +87,7 @@ class Trial:
         return code == 2
 
     def words(self, launcher=(), shell=()):
-        """Give the words that train on as many ranks as the trial has."""
+        """Return the words that train on as many ranks as the trial has."""
         if not launcher and self.ranks > 1:
             launcher = [*self.bench.mpirun, "-n", self.ranks]
         return [
@@ -110,13 +110,13 @@ class Trial:
             time.sleep(0.002)
 
     def history(self):
-        """Give the number of lines of the history."""
+        """Return the number of lines of the history."""
         with contextlib.suppress(OSError):
             return (self.run / "history.jsonl").read_bytes().count(b"\n")
         return 0
 
     def processes(self):
-        """Give the processes of the run, its launcher included, the oldest first."""
+        """Return the processes of the run, its launcher included, the oldest first."""
         found = []
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
@@ -143,7 +143,7 @@ class Trial:
         return code
 
     def said(self):
-        """Give what the training said on standard error."""
+        """Return what the training said on standard error."""
         return (self.folder / "stderr").read_text(errors="replace")
 
     def finished(self):
@@ -185,7 +185,7 @@ class Bench:
         return json.loads(subprocess.run(words, check=True, capture_output=True).stdout)
 
     def good(self, ranks):
-        """Give the run on so many ranks that was never disturbed."""
+        """Return the run on so many ranks that was never disturbed."""
         if ranks not in self.runs:
             self.runs[ranks] = self.folder / f"good {ranks}"  # before the trial that makes it asks
             trial = Trial(self, self.folder / f"good {ranks} log", random.Random(0))

@@ -38,7 +38,7 @@ class Variant(NamedTuple):
 
 
 def settings(*changes: str) -> tuple[str, ...]:
-    """Give the options of changed settings."""
+    """Return the options of changed settings."""
     return tuple(word for change in changes for word in ("--set", change))
 
 
@@ -71,7 +71,7 @@ VARIANTS = {
 
 
 def folder(out: Path, model: str, name: str, seed: int) -> Path:
-    """Give the folder of a run."""
+    """Return the folder of a run."""
     return out / f"{model}-{list(VARIANTS).index(name)}-{seed}"
 
 
@@ -89,7 +89,7 @@ def train(data: Path, out: Path, model: str, name: str, seed: int) -> None:
 
 
 def row(out: Path, model: str, name: str, key: str) -> list[str]:
-    """Give the medians over seeds of a variant's costs, and by how much its base needs more."""
+    """Return the medians over seeds of a variant's costs, and by how much its base needs more."""
     cells = [model, name]
     pair = name, VARIANTS[name].base  # not smoothed: so few steps are too few for a mean
     both = [[followed(history(folder(out, model, which, seed))) for seed in SEEDS] for which in pair]

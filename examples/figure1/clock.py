@@ -35,7 +35,7 @@ SHOWN = 2 ** np.arange(15) - 1
 
 
 def batches(method: str, run: Chosen, size: Size) -> tuple[int, int]:
-    """Give the sequences of a method in the study: those of its setting, else those of its preset."""
+    """Return the sequences of a method in the study: those of its setting, else those of its preset."""
     named = re.search(r"gradient_batch=(\d+)", run.setting)
     gradient, curvature = BATCHES[method]
     if not method.startswith("subspace"):  # whose rows have to be many, whatever the data
@@ -45,7 +45,7 @@ def batches(method: str, run: Chosen, size: Size) -> tuple[int, int]:
 
 
 def step(folder: Path, sizes: tuple[int, int], bench: list[Path], link: Link) -> Job:
-    """Give the model of a step on batches of these sizes from a run on others."""
+    """Return the model of a step on batches of these sizes from a run on others."""
     run, steps = read_runs([folder])
     shapes = read_bench(bench, run)[0] if bench else {}
     kinds = [kind for kind in KINDS.values() if kind.count(steps[0].counts)]
@@ -57,7 +57,7 @@ def step(folder: Path, sizes: tuple[int, int], bench: list[Path], link: Link) ->
 
 
 def clock(value: float) -> str:
-    """Give three digits of seconds."""
+    """Return three digits of seconds."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

@@ -60,7 +60,7 @@ class Study(NamedTuple):
 
 
 def followed(records: Sequence[Point], share: float = 1.0) -> list[Point]:
-    """Give the points of a history; `share` is that of the gradient batch in the training set."""
+    """Return the points of a history; `share` is that of the gradient batch in the training set."""
     losses = smoothed([r["train_bpc"] for r in records[1:]], share)
     return [
         {key: r[key] for key in COSTS}
@@ -70,7 +70,7 @@ def followed(records: Sequence[Point], share: float = 1.0) -> list[Point]:
 
 
 def smoothed(losses: Sequence[float], share: float) -> list[float]:
-    """Give running means of what the gradient batches measured, see above."""
+    """Return running means of what the gradient batches measured, see above."""
     if share >= 1:
         return list(losses)
     least = math.ceil(1 / (32 * share))
@@ -80,17 +80,17 @@ def smoothed(losses: Sequence[float], share: float) -> list[float]:
 
 
 def rounded(loss: float | None) -> float | None:
-    """Give a loss as it is kept: levels are reached by what is kept."""
+    """Return a loss as it is kept: levels are reached by what is kept."""
     return None if loss is None else round(loss, 4)
 
 
 def share(method: str, size: Size) -> float:
-    """Give the share of a method's gradient batch in the training set."""
+    """Return the share of a method's gradient batch in the training set."""
     return round(BATCHES[method][0] / size.batches) / size.sequences
 
 
 def evenly(points: Sequence[Point]) -> set[int]:
-    """Give the places of points that are evenly spread, whatever their losses, and of the last one."""
+    """Return the places of points that are evenly spread, whatever their losses, and of the last one."""
     kept, before = {len(points) - 1}, -1
     for i, point in enumerate(points):
         slot = i if point["step"] <= WHOLE else WHOLE + int(LATER * math.log(point["step"] / WHOLE))
@@ -117,24 +117,24 @@ def thinned(points: Sequence[Point]) -> list[Point]:
 
 
 def curve(points: Iterable[Point], key: str, axis: str) -> tuple[list[float], list[float]]:
-    """Give costs and bits/char where these are known."""
+    """Return costs and bits/char where these are known."""
     known = [point for point in points if point[key] is not None]
     return [point[axis] for point in known], [point[key] for point in known]
 
 
 def reached(points: Iterable[Point], key: str, axis: str, level: float) -> float | None:
-    """Give the cost at which a curve first is at most `level`; None if it never is."""
+    """Return the cost at which a curve first is at most `level`; None if it never is."""
     xs, ys = curve(points, key, axis)
     return next((x for x, y in zip(xs, ys, strict=True) if y <= level), None)
 
 
 def seeds(runs: Curves, model: str, method: str) -> dict[int, list[Point]]:
-    """Give the points of a method's runs by seed."""
+    """Return the points of a method's runs by seed."""
     return {seed: run.points for (cell, name, seed), run in runs.items() if (cell, name) == (model, method)}
 
 
 def folders(out: Path, size: str, seconds: float) -> Study:
-    """Give the study in the folders of runs, as far as it has come."""
+    """Return the study in the folders of runs, as far as it has come."""
     found, corpus = Curves(), None
     for c in chosen(out, seconds):
         corpus = corpus or trained_on(out / c.name)[0]
@@ -154,7 +154,7 @@ def elsewhere(out: Path, study: Study, files: Sequence[Path] = ()) -> Study:
 
 
 def together(studies: Sequence[Study]) -> Study:
-    """Give several studies as one; of what more than one of them has, the first counts.
+    """Return several studies as one; of what more than one of them has, the first counts.
 
     Raises
     ------

@@ -64,14 +64,14 @@ def write(runs: Curves, out: Path, clock: bool = True) -> None:
 
 
 def common(every: Iterable[Sequence[Point]], key: str = "train_bpc") -> float | None:
-    """Give the lowest multiple of 0.1 bits/char that all curves reach; None if one has no point."""
+    """Return the lowest multiple of 0.1 bits/char that all curves reach; None if one has no point."""
     lowest = [min(curve(points, key, "P_I")[1], default=math.inf) for points in every]
     worst = max(lowest, default=math.inf)
     return math.ceil(worst * 10 - 1e-9) / 10 if math.isfinite(worst) else None
 
 
 def middle(every: Sequence[list[Point]], key: str) -> list[Point]:
-    """Give the curve of the median seed, the lower one of two."""
+    """Return the curve of the median seed, the lower one of two."""
     level = common(every, key)
     if level is None:
         return every[0]
@@ -80,7 +80,7 @@ def middle(every: Sequence[list[Point]], key: str) -> list[Point]:
 
 
 def smooth(steps: Sequence[float], losses: Sequence[float]) -> list[float]:
-    """Give the lines that fit best around each step, there: near ones count, by the logarithm of their step.
+    """Return the lines that fit best around each step: near ones count, by the logarithm of their step.
 
     A window that grows with the steps has no length that it could reach, and a line does not lag.
     """
@@ -95,7 +95,7 @@ def smooth(steps: Sequence[float], losses: Sequence[float]) -> list[float]:
 
 
 def drawn(method: str, points: list[Point], key: str, axis: str) -> tuple[list[float], list[float]]:
-    """Give what is drawn of a curve: that of the whole training set, or in validation, as it is."""
+    """Return what is drawn of a curve: that of the whole training set, or in validation, as it is."""
     if key != "train_bpc" or BATCHES[method][0] == SEQUENCES:
         return curve(points, key, axis)
     known = [point for point in points if point[key] is not None]
@@ -142,7 +142,7 @@ def draw(runs: Curves, key: str, label: str, clock: bool = True) -> Any:
 
 
 def shown(method: str) -> str:
-    """Give a method's name as the paper, or the command, has it."""
+    """Return a method's name as the paper, or the command, has it."""
     return method.upper() if method in PAPER else method
 
 

@@ -1,4 +1,4 @@
-"""Which method is the quickest on this machine? The runs of a study again, by the clock, one after the other.
+"""Which method is the quickest on this machine? Repeat the runs of a study sequentially, in wall-clock time.
 
 python examples/figure1/seconds.py [--size small|medium|paper] [--limit S] [--ranks N] [--levels BITS,...]
        [--methods M,...] DATA.h5 OUT FILE_OR_FOLDER...

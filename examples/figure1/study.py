@@ -140,15 +140,15 @@ class Candidate:
         return "-".join((self.model, self.method, self.setting, *seed))
 
     def seconds(self, unit: float) -> float:
-        """Give its training time, on the ranks that it is started with."""
+        """Return its training time, on the ranks that it is started with."""
         return TIMES[self.method] * unit
 
     def epoch(self, size: Size) -> int:
-        """Give the steps of an epoch."""
+        """Return the steps of an epoch."""
         return size.sequences // round(BATCHES[self.method][0] / size.batches)
 
     def options(self, size: Size) -> list[str]:
-        """Give its options of `hfmpi train`, but for data, folder and time."""
+        """Return its options of `hfmpi train`, but for data, folder and time."""
         gradient, curvature = BATCHES[self.method]
         given = {
             "model": self.model,
@@ -166,13 +166,13 @@ class Candidate:
 
 
 def candidates(model: str, method: str) -> list[Candidate]:
-    """Give all candidates in order: lengths of a step, or for second order the first lambda."""
+    """Return all candidates in order: lengths of a step, or for second order the first lambda."""
     tuned = TUNED[method]
     return [Candidate(model, method, f"{tuned.setting}={value:g}") for value in tuned.values]
 
 
 def untried(out: Path, unit: float, model: str, method: str) -> list[Candidate]:
-    """Give the candidates to try next: the first three, then one beyond a best one at the edge, else none."""
+    """Return the candidates to try next: the first three, then one outside of a best one at the edge."""
     known, first = candidates(model, method), TUNED[method].first
     left = [c for c in known if not tuned(out, unit, c)]
     missing = [c for c in known[first : first + 3] if c in left]
@@ -183,7 +183,7 @@ def untried(out: Path, unit: float, model: str, method: str) -> list[Candidate]:
 
 
 def part(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
-    """Give the reader of an option that names some of what is known, with commas between."""
+    """Return the reader of an option that names some of what is known, with commas between."""
 
     def read(words: str) -> tuple[str, ...]:
         found = words.split(",")
@@ -205,14 +205,14 @@ def read_corpus(data: Path, out: Path) -> Corpus:
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
-    """Give the steps of a run that have a training loss; none if it has not begun."""
+    """Return the steps of a run that have a training loss; none if it has not begun."""
     if not (folder / "history.jsonl").exists():
         return []
     return [r for r in History.read(folder) if r["train_bpc"] is not None]
 
 
 def tuned(out: Path, unit: float, c: Candidate) -> list[dict[str, Any]]:
-    """Give the steps of a candidate within the time for tuning, or the first one; none if not tried."""
+    """Return the steps of a candidate within the time for tuning, or the first one; none if not tried."""
     records = history(out / c.name)
     return [r for r in records if r["seconds"] <= TUNING * c.seconds(unit) * 1.01] or records[:1]
 
@@ -232,14 +232,14 @@ def best(out: Path, unit: float, model: str, method: str) -> Candidate:
 
 
 def score(records: list[dict[str, Any]], cost: float) -> float:
-    """Give the mean training bits/char over the last fifth of a cost, or of the last step within it."""
+    """Return the mean training bits/char over the last fifth of a cost, or of the last step within it."""
     within = [r for r in records if r["P_D_full"] <= cost] or records[:1]
     late = [r["train_bpc"] for r in within if r["P_D_full"] >= 0.8 * cost] or [within[-1]["train_bpc"]]
     return sum(late) / len(late)
 
 
 def chosen(out: Path, unit: float) -> list[Candidate]:
-    """Give the chosen candidate of each cell and method that has begun, with every seed that has."""
+    """Return the chosen candidate of each cell and method that has begun, with every seed that has."""
     found = []
     for model, method in product(MODELS, METHODS):
         known = candidates(model, method)

@@ -33,24 +33,24 @@ LOWER = {"small": (), "medium": (1.6, 1.5, 1.4), "paper": (1.6, 1.5, 1.4)}
 
 
 def costs(runs: Curves, model: str, method: str, key: str, axis: str, level: float) -> dict[int, float]:
-    """Give the cost to a level of each seed that reached it."""
+    """Return the cost to a level of each seed that reached it."""
     found = {seed: reached(points, key, axis, level) for seed, points in seeds(runs, model, method).items()}
     return {seed: cost for seed, cost in found.items() if cost is not None}
 
 
 def typical(runs: Curves, model: str, method: str, key: str, axis: str, level: float) -> float | None:
-    """Give the median cost to a level; None unless every seed reached it."""
+    """Return the median cost to a level; None unless every seed reached it."""
     found = costs(runs, model, method, key, axis, level)
     return median(found.values()) if found and len(found) == len(seeds(runs, model, method)) else None
 
 
 def number(value: float | None) -> str:
-    """Give a cost, or a dash."""
+    """Return a cost, or a dash."""
     return "–" if value is None else f"{round(value):,}"
 
 
 def spread(ratios: Sequence[float]) -> str:
-    """Give the median of ratios, with the least and the most."""
+    """Return the median of ratios, with the least and the most."""
     middle, least, most = (
         f"{x:.2g}" if x < 99.5 else f"{x:.0f}" for x in (median(ratios), min(ratios), max(ratios))
     )
@@ -58,7 +58,7 @@ def spread(ratios: Sequence[float]) -> str:
 
 
 def ratios(runs: Curves, model: str, slow: str, quick: str, key: str, axis: str, level: float) -> list[float]:
-    """Give by how much `quick` needs less than `slow` to a level by seed; none unless all reached it."""
+    """Return by how much `quick` needs less than `slow` to a level by seed; none unless all reached it."""
     shared = seeds(runs, model, quick).keys() & seeds(runs, model, slow).keys()
     ours, theirs = (costs(runs, model, m, key, axis, level) for m in (quick, slow))
     if not shared <= ours.keys() & theirs.keys():
@@ -67,7 +67,7 @@ def ratios(runs: Curves, model: str, slow: str, quick: str, key: str, axis: str,
 
 
 def ratio(runs: Curves, model: str, slow: str, quick: str) -> tuple[float, str] | None:
-    """Give by how much `quick` needs less P_I than `slow` to their common level, and a sentence of it.
+    """Return by how much `quick` needs less P_I than `slow` to their common level, and a sentence of it.
 
     The sentence has the ratios to levels 0.5 and 1 bits/char above too: a ratio depends on where it is read.
     """
@@ -85,13 +85,13 @@ def ratio(runs: Curves, model: str, slow: str, quick: str) -> tuple[float, str] 
 
 
 def final(points: Sequence[Point], key: str) -> float:
-    """Give the last training loss, or the lowest validation loss."""
+    """Return the last training loss, or the lowest validation loss."""
     values = curve(points, key, "P_I")[1]
     return values[-1] if key == "train_bpc" else min(values)
 
 
 def after(points: Sequence[Point], p_i: float) -> float:
-    """Give the training loss at a cost P_I."""
+    """Return the training loss at a cost P_I."""
     xs, ys = curve(points, "train_bpc", "P_I")
     return [y for x, y in zip(xs, ys, strict=True) if x <= p_i][-1]
 
@@ -102,7 +102,7 @@ def verdict(agrees: bool, partly: bool = False) -> str:
 
 
 def claims(runs: Curves) -> list[Row]:
-    """Give a row for each claim: what, the paper, here, verdict."""
+    """Return a row for each claim: what, the paper, here, verdict."""
     rows: list[Row] = []
 
     def compared(model: str, slow: str, quick: str, paper: str, *judged: tuple[float, float]) -> None:
@@ -128,7 +128,7 @@ def claims(runs: Curves) -> list[Row]:
 
 
 def stalling(runs: Curves) -> Row:
-    """Give the row of SHF with the LSTM."""
+    """Return the row of SHF with the LSTM."""
     both = [[*seeds(runs, model, "shf").values()] for model in MODELS]
     if not all(both):
         return "SHF with LSTM", "stalls", "–", "–"
@@ -139,7 +139,7 @@ def stalling(runs: Curves) -> Row:
 
 
 def best_of_all(runs: Curves) -> Iterable[Row]:
-    """Give the two rows of SHF with the mLSTM, against the paper's other runs."""
+    """Return the two rows of SHF with the mLSTM, against the paper's other runs."""
     every = {(model, m): seeds(runs, model, m).values() for model in MODELS for m in PAPER}
     for key, name in (("train_bpc", "trains"), ("valid_bpc", "generalises")):
         paper = "best of all" + (": 1.82 against 1.89 to 1.93" if key == "valid_bpc" else "")
@@ -155,7 +155,7 @@ def best_of_all(runs: Curves) -> Iterable[Row]:
 
 
 def all_of_them(runs: Curves, model: str, axis: str) -> Row:
-    """Give the row of a cost of the paper's methods to their common level."""
+    """Return the row of a cost of the paper's methods to their common level."""
     there = [m for m in PAPER if seeds(runs, model, m)]
     level = common(points for m in there for points in seeds(runs, model, m).values())
     if level is None:
@@ -166,7 +166,7 @@ def all_of_them(runs: Curves, model: str, axis: str) -> Row:
 
 
 def ends(runs: Curves) -> list[tuple[str, ...]]:
-    """Give a row for each method: its setting, how far it came, and the losses there; medians of each."""
+    """Return a row for each method: its setting, how far it came, and the losses there; medians of each."""
     rows = []
     for model in MODELS:
         for method in METHODS:
@@ -185,7 +185,7 @@ def ends(runs: Curves) -> list[tuple[str, ...]]:
 
 
 def today(runs: Curves, model: str, key: str, level: float) -> list[str]:
-    """Give the row of a level: P_I of everything executed, and by the paper's formulas where it differs."""
+    """Return the row of a level: P_I of everything executed, and by the paper's formulas where it differs."""
     there = [m for m in METHODS if seeds(runs, model, m)]
     full, paper = ([typical(runs, model, m, key, axis, level) for m in there] for axis in ("P_I_full", "P_I"))
     least, paper_least = (min((v for v in each if v is not None), default=None) for each in (full, paper))
@@ -197,12 +197,12 @@ def today(runs: Curves, model: str, key: str, level: float) -> list[str]:
 
 
 def marked(value: float | None, least: float | None) -> str:
-    """Give a cost, bold if it is the least."""
+    """Return a cost, bold if it is the least."""
     return f"**{number(value)}**" if value is not None and value == least else number(value)
 
 
 def dependent(runs: Curves, model: str, key: str, level: float) -> list[str]:
-    """Give the row of a level: P_D of everything executed."""
+    """Return the row of a level: P_D of everything executed."""
     there = [m for m in METHODS if seeds(runs, model, m)]
     found = [typical(runs, model, m, key, "P_D_full", level) for m in there]
     least = min((v for v in found if v is not None), default=None)
@@ -210,7 +210,7 @@ def dependent(runs: Curves, model: str, key: str, level: float) -> list[str]:
 
 
 def against(runs: Curves, model: str, key: str, level: float) -> list[str]:
-    """Give the row of a level: P_I of others, all of it, over that of subspace."""
+    """Return the row of a level: P_I of others, all of it, over that of subspace."""
     known = {m: typical(runs, model, m, key, "P_I_full", level) for m in FIRST_ORDER}
     reaching = {m: value for m, value in known.items() if value is not None}
     best = min(reaching, key=lambda m: reaching[m], default=None)

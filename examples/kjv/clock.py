@@ -70,13 +70,13 @@ def train(launch: str, data: Path, out: Path, name: str, seconds: float) -> None
 
 
 def lowest(records: list[dict[str, Any]], seconds: float) -> str:
-    """Give the lowest validation loss up to so many seconds."""
+    """Return the lowest validation loss up to so many seconds."""
     known = [r["valid_bpc"] for r in records if r["valid_bpc"] is not None and r["seconds"] <= seconds]
     return f"{min(known):.3f}" if known else "–"
 
 
 def first(records: list[dict[str, Any]], level: float) -> str:
-    """Give the seconds after which the validation loss first was at a level."""
+    """Return the seconds after which the validation loss first was at a level."""
     found = (r["seconds"] for r in records if r["valid_bpc"] is not None and r["valid_bpc"] <= level)
     seconds = next(found, None)
     return "–" if seconds is None else f"{seconds:.0f}"

@@ -15,7 +15,7 @@ from typing import Any
 
 
 def model(delay: str, *link: str) -> dict[str, Any]:
-    """Give what `hfmpi speedup --model` says of a run."""
+    """Return what `hfmpi speedup --model` says of a run."""
     words = ["hfmpi", "speedup", "alone", f"wire-{delay}", "--model", "--json"]
     words += ["--bench", "products.json", "--bench", "gradients.json", *link]
     found: dict[str, Any] = json.loads(subprocess.run(words, capture_output=True, check=True).stdout)["model"]

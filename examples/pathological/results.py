@@ -24,7 +24,7 @@ Record = dict[str, Any]
 
 
 def collect(out: Path) -> list[Record]:
-    """Give what the checkpoints in the folders of a study say, in the order of their names."""
+    """Return what the checkpoints in the folders of a study say, in the order of their names."""
     every = sorted(path.parent for path in out.glob(f"*/{checkpoint.NEWEST}"))
     return [checkpoint.latest(folder).meta["record"] for folder in every]
 

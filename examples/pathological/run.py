@@ -28,7 +28,7 @@ from hfmpi.parallel import guard
 
 
 def part(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
-    """Give the reader of an option that names some of what is known, with commas between."""
+    """Return the reader of an option that names some of what is known, with commas between."""
     every = tuple(known)
 
     def read(words: str) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ NOTHING = "–"
 
 
 def passes(runs: Sequence[Record]) -> str:
-    """Give the median P_I (full) to success where most seeds succeeded, else where the others ended."""
+    """Return the median P_I (full) to success where most seeds succeeded, else where the others ended."""
     good = [run["P_I_full"] for run in runs if run["solved"]]
     share = "" if len(good) == results.SEEDS else f" ({len(good)} of {len(runs)})"
     if 2 * len(good) > len(runs):
@@ -34,12 +34,12 @@ def passes(runs: Sequence[Record]) -> str:
 
 
 def errors(runs: Sequence[Record]) -> str:
-    """Give the median of wrong outputs a sequence, in the test at the end."""
+    """Return the median of wrong outputs a sequence, in the test at the end."""
     return f"{median(run['outputs'] for run in runs):.2g}"
 
 
 def rows(records: Sequence[Record], show: Callable[[Sequence[Record]], str]) -> list[list[str]]:
-    """Give a row for each task, with a column for each method, of the runs of one network and length."""
+    """Return a row for each task, with a column for each method, of the runs of one network and length."""
     methods = [method for method in METHODS if any(r["method"] == method for r in records)]
     found = [["task", *methods]]
     for task in KINDS:
@@ -50,7 +50,7 @@ def rows(records: Sequence[Record], show: Callable[[Sequence[Record]], str]) -> 
 
 
 def chosen(records: Sequence[Record], task: str, cell: str, method: str) -> float | None:
-    """Give the value that the tuning chose for a task, None where it has not begun."""
+    """Return the value that the tuning chose for a task, None where it has not begun."""
     runs = tuning_runs(task, cell, method, results.SEEDS)
     tried = [record for record in records if any(is_of(record, run) for run in runs)]
     return best(tried) if tried else None
@@ -62,7 +62,7 @@ def is_of(record: Record, run: Run) -> bool:
 
 
 def settings(records: Sequence[Record]) -> list[list[str]]:
-    """Give a row for each method: what it is, its candidates, and which the runs have."""
+    """Return a row for each method: what it is, its candidates, and which the runs have."""
     found = [["method", "preset", "batches", "changed", "candidates", "for numbers", "for symbols"]]
     for name, method in METHODS.items():
         own = [record for record in records if record["method"] == name]

@@ -141,7 +141,7 @@ class Task:
         return Batch(inputs, targets, mask, inputs.shape[1] - targets.shape[1])
 
     def scored(self, indices: np.ndarray) -> int:
-        """Give how many outputs of the cases `indices` (B,) are scored."""
+        """Return how many outputs of the cases `indices` (B,) are scored."""
         more = {"permutation": 0, "memory-5": 10, "memory-20": 20}
         return len(indices) * (self.length + more[self.name] if self.name in more else 1)
 

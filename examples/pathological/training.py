@@ -166,13 +166,13 @@ def initial(network: hfmpi.Network, seed: int) -> np.ndarray:
 
 
 def tuning_runs(task: str, cell: str, method: str, seed: int) -> list[Run]:
-    """Give the runs among which a task's setting is chosen."""
+    """Return the runs among which a task's setting is chosen."""
     on = "addition" if task in NUMBERS else "memory-5"
     return [Run(on, TUNED_ON, cell, method, value, seed) for value in METHODS[method].values]
 
 
 def untried(runs: Sequence[Run], tried: Mapping[Run, Mapping[str, Any]]) -> list[Run]:
-    """Give the tuning runs to make next, none where the choice is made."""
+    """Return the tuning runs to make next, none where the choice is made."""
     missing = [run for run in runs[FIRST] or runs if run not in tried]
     if missing:
         return missing

@@ -1,4 +1,4 @@
-"""Random changes of training examples, drawn anew for each step as a function of (seed, step, example)."""
+"""Random changes of training examples, drawn for each step as a function of (seed, step, example)."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@
   const axisStyle = { gridcolor: "#ddd", linecolor: "#666", showline: true, ticks: "outside", automargin: true, zeroline: false };
   const layout = (xaxis, yaxis, more) => ({
     xaxis: { ...axisStyle, ...xaxis }, yaxis: { ...axisStyle, ...yaxis },
-    margin: { l: 46, r: 10, t: 10, b: 40 }, showlegend: false, hovermode: "closest", dragmode: touch ? false : "zoom",
+    margin: { l: 46, r: 10, t: 34, b: 40 }, showlegend: false, hovermode: "closest", dragmode: touch ? false : "zoom",
     font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: "#111" }, ...more,
   });
 

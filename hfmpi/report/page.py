@@ -10,6 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
+import numpy as np
+
 from hfmpi.errors import UserError
 from hfmpi.files.atomic import open_regular
 from hfmpi.report import tables
@@ -25,6 +27,15 @@ __all__ = ["is_page", "page", "plotly_js"]
 
 FIRST_BYTES = b"<!DOCTYPE html>\n<!-- a page of hfmpi report -->"
 """The start of every page, which distinguishes a page from other files."""
+
+INTRODUCTION = (
+    "Losses against what they cost: sequential passes (P_I, the time on hardware without limits), passes "
+    "over single examples (P_D, the time on one core), steps and seconds; then what the optimizer did in "
+    "each step, where the time of a step went, and the settings."
+)
+
+WORSE = 0.02
+"""A run overfits if its last validation loss is this much above its lowest one."""
 
 DIFFERENT = "The runs were trained on different data: their losses cannot be compared."
 
@@ -92,7 +103,8 @@ def page(runs: Sequence[Contents], every: float | None = None) -> bytes:
         "now": f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %Z}",
         "version": __version__,
         "follows": f", and again every {every:g} s" if every else "",
-        "note": _note(DIFFERENT) if len({run.network.corpus for run in runs} - {None}) > 1 else "",
+        "intro": escaped(INTRODUCTION, 1000),
+        "note": "\n".join(map(_note, _remarks(runs))),
         "legend": "\n".join(_entry(i, run) for i, run in enumerate(runs)),
         "loss_axes": _axes("loss"),
         "internal_axes": _axes("internal"),
@@ -117,6 +129,25 @@ def page(runs: Sequence[Contents], every: float | None = None) -> bytes:
         "script": script,
     }
     return FIRST_BYTES + Template(skeleton).substitute(parts).encode()
+
+
+def _remarks(runs: Sequence[Contents]) -> list[str]:
+    """Return sentences about the runs that a reader should know before the curves."""
+    found = [DIFFERENT] if len({run.network.corpus for run in runs} - {None}) > 1 else []
+    for run in runs:
+        if not len(run.steps):
+            continue
+        valid, steps = run.steps.column(run.loss.valid), run.steps.column("step")
+        known = np.flatnonzero(~np.isnan(valid))
+        if not known.size:
+            continue
+        lowest, last = known[np.argmin(valid[known])], known[-1]
+        if valid[last] - valid[lowest] > WORSE * abs(valid[lowest]):
+            found.append(
+                f"{run.name} overfits: its validation loss was lowest, {valid[lowest]:.4g}, at step "
+                f"{steps[lowest]:,.0f}, and is {valid[last]:.4g} at step {steps[last]:,.0f}."
+            )
+    return found
 
 
 def _note(sentence: str) -> str:

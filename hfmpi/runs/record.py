@@ -121,13 +121,13 @@ class Progress:
     origin: str = ""
 
     def after(self, report: StepReport) -> Progress:
-        """Give the progress after one more step."""
+        """Return the progress after one more step."""
         counts = self.counts + replace(report.work, steps=1)
         rejections = 0 if report.accepted else self.rejections + 1
         return replace(self, step=self.step + 1, rejections=rejections, counts=counts)
 
     def spent(self, gradient_batch: int, curvature_batch: int) -> tuple[Spent, ...]:
-        """Give all that was done; the batches are those of today."""
+        """Return all that was done; the batches are those of today."""
         return *self.before, Spent(self.counts, gradient_batch, curvature_batch, self.unit)
 
 

@@ -116,6 +116,6 @@ class TextTask(Task):
         return Noisy(self.train_set, share, self.config.seed, step) if share else self.train_set
 
     def linearisation_bytes(self, cases: int) -> int:
-        """Give what the tape of so many sequences takes."""
+        """Return what the tape of so many sequences takes."""
         config, needs = self.config, self.config.preset().optimizer.needs
         return self.model.tape_bytes(config.burn_in + config.sequence_length, cases, needs.structural_damping)

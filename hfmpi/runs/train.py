@@ -476,7 +476,7 @@ class Run:
 
     @property
     def _seconds(self) -> float:
-        """The seconds since the first start by the clock of this rank."""
+        """The seconds since the first start, measured on this rank."""
         return self._first_second + self.timing.seconds
 
     def _update_seconds(self) -> None:

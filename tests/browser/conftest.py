@@ -29,15 +29,15 @@ class Visit:
     abroad: list[str] = field(default_factory=list)
 
     def text(self) -> str:
-        """Give the text of the page without code."""
+        """Return the text of the page without code."""
         return str(self.page.evaluate(TEXT))
 
     def broken_figures(self) -> list[str]:
-        """Give the sources of the figures that cannot be seen."""
+        """Return the sources of the figures that cannot be seen."""
         return list(self.page.evaluate(BROKEN))
 
     def too_wide(self, width: int) -> list[str]:
-        """Give what sticks out of a window of a width, but for what scrolls in a box of its own."""
+        """Return what sticks out of a window of a width, but for what scrolls in a box of its own."""
         self.page.set_viewport_size({"width": width, "height": HEIGHT})
         return list(self.page.evaluate(TOO_WIDE))
 
@@ -74,7 +74,7 @@ def window() -> Iterator[Page]:
 
 @pytest.fixture
 def visit(window: Page) -> Iterator[Callable[[Path], Visit]]:
-    """Give a function that opens a file and returns when its formulas are set."""
+    """Return a function that opens a file and returns when its formulas are set."""
     seen = Visit(window)
 
     def requested(request: Request) -> None:

@@ -286,7 +286,7 @@ def shape(array):
 
 
 def decomposition(function):
-    """Give a decomposition of a square matrix of the device, which says nothing when there is none."""
+    """Return a decomposition of a square matrix of the device, which says nothing when there is none."""
 
     def decompose(matrix):
         forbid_capture(function.__name__)
