@@ -11,7 +11,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -409,7 +409,9 @@ class Steps:
             getattr(loss, "form", ""),
             *(getattr(self.model, name, None) for name in ("class_axis", "ignored", "class_weights")),
         ]
-        options = self.method.optimizer, self._most, self.fraction, self.same_batch, self.epoch_examples
+        optimizer = self.method.optimizer
+        method = optimizer if is_dataclass(optimizer) else type(optimizer).__name__  # others show an address
+        options = method, self._most, self.fraction, self.same_batch, self.epoch_examples
         content = repr([*about, *options, None if scale is None else zlib.crc32(scale.data)])
         return zlib.crc32(content.encode())
 
