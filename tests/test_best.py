@@ -185,6 +185,7 @@ def test_a_run_without_a_better_validation_stops(tmp_path):
     again = fit(30, patience=3, keep="best", out=tmp_path / "run")  # nothing is left to do, however often
     assert (again.step, again.reason) == (stop, result.reason)
     assert checkpoint.latest(tmp_path / "run").meta["best"]["stale"] == 3
+    assert fit(30, patience=1).reason.endswith(", 1 validation ago")
     more = fit(30, patience=5, out=tmp_path / "run")
     assert more.step > stop
     assert valid_losses(more) == losses[: more.step]

@@ -87,6 +87,8 @@ def test_an_exception_in_the_callback_ends_the_run_with_its_result(tmp_path):
     assert caught.value.result.valid_loss == best.valid_loss
     with pytest.raises(UserError, match="callback must be a function"):
         fit(2, callback="print")
+    with pytest.raises(UserError, match="callback must return True to stop, and False or None to continue"):
+        fit(2, callback=lambda record, theta: theta > 0)
 
 
 def test_callbacks_on_ranks_agree(tmp_path):
@@ -125,6 +127,56 @@ except (KeyError, UserError) as error:
         "caught 1 KeyError 2 'label'",
     ]
     assert checkpoint.latest(tmp_path / "failed").meta["step"] == 2
+
+
+def test_ranks_with_other_metrics_or_callbacks_are_refused(tmp_path):
+    body = """
+from test_best import GIVEN, fit
+said = []
+names = {"right": right} if rank == 0 else {"right": right, "more": right}
+for options in (
+    {"metric": names},
+    {"metric": {"right": right}, "watch": "loss" if rank == 0 else "max right"},
+    {"callback": print if rank == 0 else None},
+    {"out": "run" if rank == 0 else None},
+):
+    try:
+        fit(2, **options)
+    except UserError as error:
+        said.append(str(error))
+for metric in names, None if rank == 0 else right, "right" if rank == 0 else right:
+    try:
+        hfmpi.evaluate(GIVEN[0], GIVEN[0].initial(0), GIVEN[2], metric)
+    except UserError as error:
+        said.append(str(error))
+with open(f"said{rank}", "w") as file:
+    json.dump(said, file)
+"""
+    code, _, err = mpirun(2, tmp_path, body)
+    assert code == 0, err
+    metrics = "rank 1 has other metrics or another watch than the other ranks"
+    alone = "on all ranks or on none: rank 1 differs from the others"
+    evaluated = "rank 1 has other metrics than the other ranks"
+    wrong = "metric must be a function (outputs, targets) -> values, or a dict of such functions by name"
+    expected = [metrics, metrics, f"pass a callback {alone}", f"pass out {alone}", evaluated, evaluated]
+    for rank in range(2):
+        assert json.loads((tmp_path / f"said{rank}").read_text()) == [*expected, f"{wrong}, not 'right'"]
+
+
+def test_a_callback_that_fails_on_one_rank_is_named_while_others_wait(tmp_path):
+    body = """
+from test_best import GIVEN, fit
+def callback(record, theta):
+    if rank == 1:
+        raise KeyError("label")
+    hfmpi.evaluate(GIVEN[0], theta, GIVEN[2])
+
+fit(2, callback=callback, stall_timeout=5)
+"""
+    code, _, err = mpirun(2, tmp_path, body)
+    assert code != 0
+    assert "rank 1: the callback raised KeyError: 'label'" in err
+    assert "no collective has finished for 5 s" in err
 
 
 # The result --------------------------------------------------------------------------------------
@@ -254,6 +306,23 @@ def test_evaluate_is_the_validation_of_a_run():
         found.metric
     )
     assert hfmpi.evaluate(Line(3), np.zeros(4), (X, Y)).loss == pytest.approx(np.square(Y).mean() / 2)
+
+
+@pytest.mark.parametrize(
+    ("theta", "remedy"),
+    [
+        (types.SimpleNamespace(theta=np.zeros(3)), "; pass result.theta"),
+        ({"w": np.zeros(3)}, r"; of a JaxModel pass model.theta\(params\)"),
+        ([0.0, 1.0], r"; pass numpy.asarray\(theta\)"),
+    ],
+)
+def test_parameters_of_another_form_are_refused_with_a_remedy(theta, remedy):
+    for use in (
+        lambda: hfmpi.evaluate(GIVEN[0], theta, GIVEN[2]),
+        lambda: GIVEN[0].predict(theta, GIVEN[2][0]),
+    ):
+        with pytest.raises(UserError, match=remedy):
+            use()
 
 
 def test_evaluate_refuses_what_does_not_fit():

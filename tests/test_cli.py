@@ -342,6 +342,7 @@ def test_damaged_data(damage, reason, here, refused):
     ("--set damping=strong", "setting damping of shf must be of type float"),
     ("--set damping=-1", "damping must not be negative"),
     ("--set damping=inf", "setting damping must be a finite number"),
+    ("--patience -1", "-1 is less than 0"),
     ("--set cg_max_steps=5.5", "must be of type int"),
     ("--set damping", "--set needs NAME=VALUE"),
     ("--config absent.toml", "cannot read absent.toml"),

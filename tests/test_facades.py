@@ -160,6 +160,48 @@ def test_ignored_targets_count_for_nothing():
     assert np.allclose(*map(vector, modules), atol=1e-5)
 
 
+@pytest.mark.parametrize("loss", ["ignored", "weighted"])
+def test_every_form_of_examples_is_scored(loss):
+    x, y = data()
+    more = {"ignore_index": 2} if loss == "ignored" else {"weight": torch.tensor([1.0, 5.0, 0.5])}
+    loss = nn.CrossEntropyLoss(**more)
+    right = loss(mlp()(torch.from_numpy(x)), torch.from_numpy(y)).item()
+    examples = hfmpi.Examples(x, y)
+    step = hfmpi.Augmented(examples, lambda x, y, rng: (x, y)).at(0, 0)
+    for batch in examples, hfmpi.Dataset([*zip(x, y, strict=True)]), step:
+        assert np.isclose(hfmpi.torch.Optimizer(mlp(), loss, "adam").step(batch), right, rtol=1e-5)
+        assert np.isclose(hfmpi.evaluate(hfmpi.TorchModel(mlp(), loss), vector(mlp()), batch).loss, right)
+    model = hfmpi.TorchModel(mlp(), loss)
+    for refused in (
+        lambda: hfmpi.torch.Optimizer(mlp(), loss, "adam").step(Bare(examples)),
+        lambda: hfmpi.train(model, Bare(examples), max_steps=1, quiet=True),
+    ):
+        with pytest.raises(
+            UserError, match="ignores targets or gives weights to classes, which Bare does not"
+        ):
+            refused()
+
+
+class Bare:
+    """Examples of a class that hfmpi does not know."""
+
+    def __init__(self, examples):
+        self.count, self.take, self.scored = examples.count, examples.take, examples.scored
+
+
+def test_augmented_examples_belong_to_a_run():
+    x, y = data()
+    augmented = hfmpi.Augmented((x, y), lambda x, y, rng: (x + rng.random(), y))
+    model = hfmpi.TorchModel(mlp(), LOSS)
+    for use in (
+        lambda: make(mlp(), "adam").step(augmented),
+        lambda: hfmpi.evaluate(model, vector(mlp()), augmented),
+        lambda: hfmpi.curvature(model, vector(mlp()), augmented),
+    ):
+        with pytest.raises(UserError, match="changes examples in each step of a run"):
+            use()
+
+
 def test_weights_count_as_repeated_examples():
     x, y = data()
     weights = np.random.default_rng(3).integers(1, 4, COUNT)
@@ -197,7 +239,21 @@ def test_the_mean_of_the_iterates_is_in_the_module_for_a_while():
     with optimizer.averaged():
         assert np.array_equal(vector(module), optimizer._progress.state.average)
         assert not np.array_equal(vector(module), theta)
+        with pytest.raises(UserError, match=r"a step inside of averaged\(\) would be lost"):
+            run(optimizer, 1)
     assert np.array_equal(vector(module), theta)
+    run(optimizer, 1)
+
+
+def test_parameters_of_another_type_need_another_optimizer():
+    module, (x, y) = mlp(), tensors(*data())
+    optimizer = make(module, "adam")
+    optimizer.step(x, y)
+    module.double()
+    with pytest.raises(
+        UserError, match="the parameters are float64, and were float32 when the optimizer was"
+    ):
+        optimizer.step(x.double(), y)
 
 
 def test_parameters_that_something_else_changed_are_where_the_next_step_starts():
@@ -624,6 +680,26 @@ def test_weights_of_two_ranks_are_those_of_one(mpi_ranks, comm):
         loss = one.step(hfmpi.Examples(x, y, weights=weights))
         assert np.isclose(loss, two.step(hfmpi.Examples(x[part], y[part], weights=weights[part])), rtol=1e-4)
     assert np.allclose(vector(alone), vector(module), atol=1e-3)
+
+
+@pytest.mark.mpi(ranks=2, timeout=100, unit="s")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"same_batch": True},
+        {"curvature_fraction": 0.5},
+        {"damping": 1.0},
+        {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)},
+        {"loss": nn.CrossEntropyLoss(weight=torch.ones(OUTPUTS))},
+    ],
+    ids=["same_batch", "fraction", "setting", "smoothing", "weight"],
+)
+def test_ranks_with_other_arguments_are_refused(mpi_ranks, comm, options):
+    ranks = MPICommunicator(comm)
+    options = {"loss": nn.CrossEntropyLoss(), "method": "bhf-short"} | (options if ranks.rank else {})
+    optimizer = hfmpi.torch.Optimizer(mlp(), communicator=ranks, **options)
+    with pytest.raises(UserError, match="rank 1 has another method, loss or options than rank 0"):
+        optimizer.step(*tensors(*data()))
 
 
 @pytest.mark.mpi(ranks=2, timeout=100, unit="s")

@@ -355,6 +355,13 @@ def test_weights_of_classes():
     assert (ignored.masked(ignored.targets != -100).mask == [2, 0, 3]).all()
     with pytest.raises(UserError, match="class weights must be finite numbers, 0 or more"):
         cases.with_class_weights([1, -1, 1])
+    for inputs in cases, cases.masked(cases.targets > 0):
+        with pytest.raises(
+            UserError, match="have 2 classes, and example 1 has target 2: give one weight for"
+        ):
+            inputs.with_class_weights([1, 10])
+    masked = cases.masked(cases.targets < 2).with_class_weights([1, 10])
+    assert (masked.mask == [[1, 10], [20, 0], [0, 0], [0, 0]]).all()
     with pytest.raises(UserError, match="class weights need targets that are whole numbers"):
         hfmpi.Examples(np.zeros((3, 2)), np.zeros(3)).with_class_weights([1, 1])
 

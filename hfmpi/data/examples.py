@@ -106,19 +106,31 @@ class Examples:
         Parameters
         ----------
         weights : array (O,)
-            Of each class. Targets outside of 0 ... O - 1 keep their weight: what is scored of them is refused
-            later, with a sentence that names the example.
+            Of each class, 0 ... O - 1. Negative targets, such as -100, keep their weight: a loss either
+            ignores them or refuses them.
 
         Raises
         ------
         UserError
-            If the targets are not symbols, or these are not weights.
+            If the targets are not symbols, a scored one has no weight, or these are not weights.
         """
         if self.targets.dtype.kind not in "iu":
             raise UserError(
                 f"class weights need targets that are whole numbers, as symbols are, not {self.targets.dtype}"
             )
         table = _weights("class weights", weights, np.shape(weights)[:1]).astype(np.float64)
+        scored = True if self.mask is None else self.mask > 0
+        without = (self.targets >= len(table)) & scored
+        if without.any():
+            at = np.unravel_index(int(np.argmax(without)), without.shape)
+            raise UserError(
+                f"class weights have {len(table)} classes, and example {at[0]:,} has target "
+                f"{self.targets[at]}: give one weight for each class, or mask the target"
+            )
+        return self.weighted_by_class(table)
+
+    def weighted_by_class(self, table: np.ndarray) -> Examples:
+        """Return the examples with every symbol's weight times its entry in the table; others keep theirs."""
         inside = (self.targets >= 0) & (self.targets < len(table))
         return self.masked(np.where(inside, table[np.where(inside, self.targets, 0)], 1.0))
 

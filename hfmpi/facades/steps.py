@@ -11,7 +11,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -19,7 +19,6 @@ import numpy as np
 
 from hfmpi.data.batches import Cases, spread
 from hfmpi.data.digest import digest_of
-from hfmpi.data.examples import Examples
 from hfmpi.data.user_data import as_cases
 from hfmpi.errors import UserError, shown
 from hfmpi.facades.batches import GlobalBatch, Shards, curvature_part
@@ -27,7 +26,7 @@ from hfmpi.facades.scaled import ScaledModel
 from hfmpi.files.checkpoint import Checkpoint, Entry
 from hfmpi.frameworks.framework import FrameworkModel
 from hfmpi.measure.machine import free_memory
-from hfmpi.models.base import Scoring
+from hfmpi.models.base import with_scoring
 from hfmpi.objective.data_parallel import Risk
 from hfmpi.objective.transport import Transport, choose
 from hfmpi.optim.base import Objectives, Optimizer, StepReport
@@ -36,12 +35,16 @@ from hfmpi.optim.presets import PRESETS, Preset, preset
 from hfmpi.parallel.communicator import Communicator
 from hfmpi.parallel.launch import connect
 from hfmpi.parallel.placement import place
+from hfmpi.runs import checks
 from hfmpi.runs.restore import Misfit, entries, restored
 
 __all__ = ["Method", "Progress", "Steps", "all_ranks", "method_of"]
 
 CHECKED = 32
 """The number of examples, from the first to the last of the first batch, on which the model checks itself."""
+
+REMEDY = "change the examples in your loop, or pass hfmpi.Augmented(cases, function).at(seed, step)"
+"""What to do in a loop instead of passing `hfmpi.Augmented`."""
 
 
 class Method(NamedTuple):
@@ -185,6 +188,7 @@ class Steps:
         self._variables = model if self.scale is None else ScaledModel(model, self.scale)
         self._owner = self._shards()
         self._checked, self._batch = False, ""
+        self._form = self._digest_of_form()
         self._threads = 0  # of this rank, once they are known
 
     def _shards(self, transport: Transport | None = None) -> Shards:
@@ -308,6 +312,11 @@ class Steps:
 
         def described() -> np.ndarray:
             """Check this rank's part; return its sizes, and what ranks compare, and a number to overwrite."""
+            if phi.dtype != self.model.backend.dtype:
+                raise UserError(
+                    f"the parameters are {phi.dtype}, and were {self.model.backend.dtype} when the optimizer "
+                    "was made: make the optimizer after a change of their type"
+                )
             optimizers.append(self._at_rate(factor()))
             local.append(self._cases("the batch", batch()))
             changed = self.same_batch and self._is_other(local[0])
@@ -322,11 +331,16 @@ class Steps:
             if not self._checked:
                 self._check(phi, local[0])
             digest, masked = self._digest(phi, progress), getattr(local[0], "mask", 0) is not None
-            return np.array([*sizes, *digest, changed, masked, 0], np.float64)
+            return np.array([*sizes, *digest, changed, masked, self._form, 0], np.float64)
 
         # All ranks get the same numbers, so that they raise the same errors.
-        ranks = self._owner.joined(described, [10] * comm.size)
+        ranks = self._owner.joined(described, [11] * comm.size)
         numbers = np.array(ranks)
+        if (others := np.flatnonzero(numbers[:, 10] != numbers[0, 10])).size:
+            raise UserError(
+                f"rank {', '.join(map(str, others))} has another method, loss or options than rank 0: make "
+                "the optimizer with the same arguments on all ranks"
+            )
         if not self._checked:
             transport = choose("auto", comm, self.model.backend)
             self._checked, self._owner = True, self._shards(transport)  # the check fits micro-batches
@@ -366,12 +380,9 @@ class Steps:
     def _cases(self, name: str, batch: Any) -> Cases:
         """Return a rank's examples as `Cases`."""
         try:
-            cases = as_cases(batch)
+            return with_scoring(self.model, as_cases(checks.unaugmented(batch, REMEDY)))
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
-        if isinstance(cases, Examples) and isinstance(self.model, Scoring):
-            return self.model.scoring(cases)
-        return cases
 
     def _is_other(self, cases: Cases) -> bool:
         """Return whether the batch is another one than that of the step before."""
@@ -389,6 +400,20 @@ class Steps:
         values = [getattr(progress.state, field.name) for field in fields(progress.state)]
         numbers = [progress.steps, progress.examples, *(v for v in values if isinstance(v, (int, float)))]
         return zlib.crc32(np.array(numbers, np.float64).tobytes()), zlib.crc32(phi.data)
+
+    def _digest_of_form(self) -> int:
+        """Return a digest of 32 bits of what must be equal on all ranks besides numbers that change."""
+        loss, scale = self.model.output_loss, self.scale
+        about = [
+            type(loss).__name__,
+            getattr(loss, "form", ""),
+            *(getattr(self.model, name, None) for name in ("class_axis", "ignored", "class_weights")),
+        ]
+        optimizer = self.method.optimizer
+        method = optimizer if is_dataclass(optimizer) else type(optimizer).__name__  # others show an address
+        options = method, self._most, self.fraction, self.same_batch, self.epoch_examples
+        content = repr([*about, *options, None if scale is None else zlib.crc32(scale.data)])
+        return zlib.crc32(content.encode())
 
     def _union(self, examples: Cases, sizes: np.ndarray) -> GlobalBatch:
         """Return the union of the ranks' examples; `sizes` has a row of `_sizes` for each rank."""

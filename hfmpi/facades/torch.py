@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from hfmpi.data.augmented import Augmented
 from hfmpi.data.batches import Cases
 from hfmpi.errors import UserError, shown
 from hfmpi.facades.steps import Steps, all_ranks, method_of
@@ -149,7 +150,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         _broadcast(plain_module(module), comm)
         self._progress = self._steps.start(self._theta())
         self._written: np.ndarray | None = None  # theta after the last step
-        self._noted, self._made = False, True
+        self._noted, self._made, self._inside = False, True, False
 
     def step(self, x: Any, y: Any = None, *, curvature: Any = None) -> float:
         """Take one step on a batch; return the loss before it, the mean over the batch of all ranks.
@@ -170,6 +171,8 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         UserError
             On all ranks, if the batch or the module cannot be used; nothing has changed then.
         """
+        if self._inside:
+            raise UserError("a step inside of averaged() would be lost: leave the context first")
         theta = self._theta()
         if self._written is not None and not np.array_equal(theta, self._written):
             self._progress = self._steps.moved(self._progress)
@@ -186,13 +189,18 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Put the mean of the iterates into the module inside the context, if the method computes one."""
+        """Put the mean of the iterates into the module inside the context, if the method computes one.
+
+        Steps inside of the context are refused: the parameters from before it are restored at its end.
+        """
         theta, mean = self._theta(), self._steps.averaged(self._progress)
+        before, self._inside = self._inside, True
         try:
             if mean is not None:
                 self._model.write_back(mean)
             yield
         finally:
+            self._inside = before
             self._model.write_back(theta)
 
     def state_dict(self) -> dict[str, Any]:
@@ -377,7 +385,7 @@ def _pair(curvature: Any) -> tuple[Any, Any]:
     """Return x and y of a curvature batch; y is None for Examples."""
     if isinstance(curvature, (tuple, list)) and len(curvature) == 2:
         return curvature[0], curvature[1]
-    if isinstance(curvature, Cases):
+    if isinstance(curvature, (Augmented, Cases)):
         return curvature, None
     raise UserError(f"curvature must be a tuple (x, y) or hfmpi.Examples, not {shown(curvature)}")
 
@@ -385,7 +393,7 @@ def _pair(curvature: Any) -> tuple[Any, Any]:
 def _batch(x: Any, y: Any) -> Any:
     """Return a batch of tensors on any device as one on the host."""
     if y is None:
-        if isinstance(x, Cases) and not isinstance(x, type):
+        if isinstance(x, (Augmented, Cases)) and not isinstance(x, type):
             return x
         raise UserError(
             "step takes a batch (x, y), hfmpi.Examples, or a closure that returns (outputs, targets)"

@@ -469,7 +469,7 @@ class FrameworkModel(ABC):
         if not np.linalg.norm(whole - each) <= most:
             raise UserError(
                 "the gradient of a batch is not the sum of the gradients of its examples: does a hook or a "
-                "rule of a derivative see the whole batch?"
+                "rule of a derivative see the whole batch, or does the model compute in half precision?"
             )
         self._note_unused(whole)
 

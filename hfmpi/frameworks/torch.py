@@ -173,13 +173,18 @@ class TorchModel(FrameworkModel):
         """Whether `scoring` changes nothing for any data."""
         return self.ignored is None and self.class_weights is None
 
+    @property
+    def needs_scoring(self) -> bool:
+        """Whether the loss would be wrong, without an error, on examples that `scoring` did not return."""
+        return self.class_weights is not None or (self.ignored is not None and self.ignored >= 0)
+
     def scoring(self, data: Examples) -> Examples:
         """Return examples without the targets that the loss ignores, with the weights of their classes."""
         if self.ignored is None or data.targets.dtype.kind not in "iu":
             return data
         scored = data.targets != self.ignored
         data = data if scored.all() else data.masked(scored)
-        return data if self.class_weights is None else data.with_class_weights(self.class_weights)
+        return data if self.class_weights is None else data.weighted_by_class(self.class_weights)
 
     def write_back(self, theta: Array) -> None:
         """Copy theta (D,), on the host or the device, into the parameters of the module.

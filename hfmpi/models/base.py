@@ -8,15 +8,17 @@ that they are known in advance.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from hfmpi.backends.base import Array, Backend
-from hfmpi.data.augmented import Augmented
+from hfmpi.data.augmented import Augmented, AugmentedStep
 from hfmpi.data.batches import Cases
 from hfmpi.data.by_index import Dataset
 from hfmpi.data.examples import Examples
+from hfmpi.errors import UserError
 from hfmpi.measure.cost import ForwardPass
 from hfmpi.models.factors import FactorSums
 from hfmpi.optim.layout import Along, Block, Directions
@@ -122,14 +124,15 @@ class DataChecks(Protocol):
 
 @runtime_checkable
 class Scoring(Protocol):
-    """A model whose loss leaves out some targets, as the `ignore_index` of PyTorch does.
+    """A model whose loss leaves out or weights some targets, as `ignore_index` and `weight` of PyTorch do.
 
     If an attribute `scores_all` is True, `scoring` changes nothing for any data: examples that are read by
-    index then need not be read to be counted.
+    index then need not be read to be counted. If an attribute `needs_scoring` is False, targets that are not
+    scored lie outside of the domain of the loss, so that they are refused where `scoring` was not called.
     """
 
     def scoring(self, data: Examples) -> Examples:
-        """Return examples with a mask of the targets that are scored."""
+        """Return examples with a mask of the targets that are scored, and their weights."""
 
 
 @runtime_checkable
@@ -297,11 +300,26 @@ def has_rows(model: Model) -> bool:
 
 
 def with_scoring(model: Model, cases: Cases) -> Cases:
-    """Return examples with the mask and the weights of what the loss of the model scores of them."""
+    """Return examples with the mask and the weights of what the loss of the model scores of them.
+
+    Raises
+    ------
+    UserError
+        If the loss ignores or weights targets, and the examples are of a class that cannot have weights.
+    """
     if not isinstance(model, Scoring) or getattr(model, "scores_all", False):
         return cases
     if isinstance(cases, Augmented):
         return cases.of(with_scoring(model, cases.data))
+    if isinstance(cases, AugmentedStep):
+        return replace(cases, data=with_scoring(model, cases.data))
     if isinstance(cases, Dataset):
         return cases.with_scoring(model.scoring)
-    return model.scoring(cases) if isinstance(cases, Examples) else cases
+    if isinstance(cases, Examples):
+        return model.scoring(cases)
+    if not getattr(model, "needs_scoring", True):
+        return cases
+    raise UserError(
+        f"the loss ignores targets or gives weights to classes, which {type(cases).__name__} does not "
+        "support: pass hfmpi.Examples or hfmpi.Dataset"
+    )

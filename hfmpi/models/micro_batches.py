@@ -41,7 +41,18 @@ def check_theta(theta: object, size: int, kind: type | None = np.ndarray) -> Non
     try:
         check_vector("theta", theta, size, kind)
     except (TypeError, ValueError) as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"{error}{_remedy(theta)}") from None
+
+
+def _remedy(theta: object) -> str:
+    """Return what to pass instead of something that is not an array of NumPy, or ""."""
+    if isinstance(theta, np.ndarray):
+        return ""
+    if hasattr(theta, "theta"):
+        return "; pass result.theta"
+    if isinstance(theta, dict):
+        return "; of a JaxModel pass model.theta(params)"
+    return "; pass numpy.asarray(theta)" if isinstance(theta, list) or hasattr(theta, "__array__") else ""
 
 
 def loss_of_examples(model: Model, theta: Array, data: Examples) -> float:

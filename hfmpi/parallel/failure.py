@@ -22,7 +22,7 @@ from hfmpi.errors import UserError
 from hfmpi.parallel import library, watchdog
 from hfmpi.parallel.communicator import Communicator
 
-__all__ = ["abort_on_exception", "guard", "joint", "speaks", "together"]
+__all__ = ["abort_on_exception", "announce", "guard", "joint", "speaks", "together"]
 
 T = TypeVar("T")
 
@@ -161,6 +161,11 @@ class _AbortingHook:
         if library.world() is not None:
             _name_rank("failed with this exception")
             _abort(1)
+
+
+def announce(sentence: str) -> None:
+    """Print a sentence about this rank on standard error at once, before any other rank is waited for."""
+    _print(f"Note: {sentence}")
 
 
 def _all_leave(world: Any) -> bool:

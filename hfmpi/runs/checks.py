@@ -32,6 +32,7 @@ __all__ = [
     "same_start",
     "same_vectors",
     "scored",
+    "unaugmented",
 ]
 
 
@@ -118,6 +119,19 @@ def examples(cases: Cases, check: Callable[[Examples], None], name: str = "") ->
             check(cases)
         except UserError as error:
             raise UserError(f"{name}: {error}" if name else str(error)) from None
+
+
+def unaugmented(data: Any, remedy: str) -> Any:
+    """Return data that are used as they are; refuse `hfmpi.Augmented`, which changes them in each step.
+
+    Raises
+    ------
+    UserError
+        With the remedy, if they are augmented.
+    """
+    if isinstance(data, Augmented):
+        raise UserError(f"hfmpi.Augmented changes examples in each step of a run of hfmpi.train: {remedy}")
+    return data
 
 
 def least(communicator: Communicator, number: int) -> int:

@@ -146,10 +146,9 @@ class Config:
     patience: Annotated[
         Whole,
         Option(
-            "Stop after this many validations in a row without a lower validation loss.",
+            "Stop after this many validations in a row without a lower validation loss; 0: no limit.",
             "no limit",
             unit="VALIDATIONS",
-            least=1,
             changeable=True,
         ),
     ] = 0

@@ -9,6 +9,8 @@ import numpy as np
 from hfmpi.measure.spans import EVALUATE
 from hfmpi.models.base import Model
 from hfmpi.parallel.communicator import Communicator
+from hfmpi.parallel.failure import together
+from hfmpi.runs import checks
 from hfmpi.runs.metric import Metric, checked_metrics, means, single_or_all
 from hfmpi.runs.one_point import one_point
 
@@ -73,9 +75,10 @@ def evaluate(
     >>> loss, accuracy = hfmpi.evaluate(model, result.theta, (x, y), lambda z, y: z.argmax(axis=1) == y)
     >>> hfmpi.evaluate(model, result.theta, (x, y)).loss
     """
-    metrics = checked_metrics(metric)
     point = one_point(model, theta, data, communicator, micro_batch=micro_batch)
     owner, cases = point.owner, point.cases
+    metrics = together(owner.communicator, lambda: checked_metrics(metric))
+    checks.same_start(owner.communicator, {"rank {} has other metrics than the other ranks": [*metrics]})
     device = model.backend.to_device(point.theta)
     with np.errstate(all="ignore"):  # an overflow shows in the loss
         loss = owner.on(cases, np.arange(cases.count), span=EVALUATE).loss(device)

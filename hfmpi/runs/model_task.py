@@ -56,6 +56,35 @@ CHECKED = 32
 LARGEST = float(np.finfo(np.float32).max)
 """The largest loss at the start, in every precision: the largest in the message of a float32 gradient."""
 
+ARGUMENTS = (
+    "data",
+    "valid",
+    "out",
+    "resume",
+    "metric",
+    "callback",
+    "watch",
+    "quiet",
+    "threads",
+    "stall_timeout",
+)
+"""The arguments of `hfmpi.train` that are not options, for a misspelled name."""
+
+WORDS_OF_ARGUMENTS = {
+    "validation": "valid",
+    "validation_data": "valid",
+    "valid_data": "valid",
+    "val_data": "valid",
+    "metrics": "metric",
+    "callbacks": "callback",
+    "monitor": "watch",
+    "verbose": "quiet",
+    "early_stopping": "patience",
+    "early_stopping_patience": "patience",
+    "ckpt_path": "resume",
+}
+"""Words of other libraries for these arguments, and for `patience`."""
+
 CLOSE = 1e-2
 """Relative difference up to which two losses of one model agree, perhaps on different processors."""
 
@@ -145,6 +174,10 @@ class ModelTask(Task):
             f"rank {{}} has another model {seed}": [self.identity["model"], digest(theta)],
             f"rank {{}} has other data {seed}": data,
             "rank {} has other options or checkpoint files than the other ranks": [self.options, step],
+            "rank {} has other metrics or another watch than the other ranks": [
+                [*self.metrics],
+                str(self.watch),
+            ],
         }
 
     def check(self, checkpoint: Checkpoint | None) -> None:
@@ -257,7 +290,7 @@ class ModelTask(Task):
             means = metric.means(self.metrics, owner, cases, theta)
         except Unscored:
             raise UserError(
-                "valid: no output of the validation examples is scored: the mask is 0 everywhere"
+                "valid: no output of the validation examples is scored: check mask and weights"
             ) from None
         except UserError as error:
             said = str(error).removeprefix("valid: ")
@@ -302,7 +335,7 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
         if name in OF_TEXT:
             raise UserError(f"{name} is not an option of hfmpi.train: it belongs to the model or the data")
         if name not in known:
-            meant = did_you_mean(name, known, OTHER_WORDS)
+            meant = did_you_mean(name, [*known, *ARGUMENTS], OTHER_WORDS | WORDS_OF_ARGUMENTS)
             raise UserError(f"unknown option {name!r}{meant}; the options are {', '.join(known)}")
     if not isinstance(options.get("optimizer"), str | None):
         named(options["optimizer"])  # refuses what is not an optimizer

@@ -52,7 +52,8 @@ def one_point(
         owner = DataParallel(model, comm, **options)
         check_theta(theta, model.size)
         start = theta.astype(model.backend.dtype)
-        cases = with_scoring(model, as_cases(data, getattr(model, "examples", Examples), memory))
+        plain = checks.unaugmented(data, "pass its data, or hfmpi.Augmented(cases, function).at(seed, step)")
+        cases = with_scoring(model, as_cases(plain, getattr(model, "examples", Examples), memory))
         checks.examples(cases, lambda some: check_finite(some.targets, some.mask))
         if isinstance(model, DataChecks):
             if isinstance(cases, (Examples, Dataset)):

@@ -13,7 +13,7 @@ import numpy as np
 
 from hfmpi.backends import gpus
 from hfmpi.backends.base import Array
-from hfmpi.errors import UserError
+from hfmpi.errors import UserError, shown
 from hfmpi.files.checkpoint import Checkpoint
 from hfmpi.files.history import Record, plain
 from hfmpi.measure.cost import Counts
@@ -25,6 +25,7 @@ from hfmpi.objective.transport import choose
 from hfmpi.optim.base import StepReport
 from hfmpi.optim.first_order import evaluated
 from hfmpi.parallel.communicator import digest
+from hfmpi.parallel.failure import announce
 from hfmpi.parallel.placement import Place, single_threaded
 from hfmpi.runs import checks, metric
 from hfmpi.runs.best import Best, judged
@@ -184,6 +185,9 @@ class Run:
         """Check that all ranks start alike, choose the transport, and open the folder; collective."""
         config, comm, task, backend = self.config, self.communicator, self.task, self.backend
         checks.same_start(comm, task.compared(backend.to_host(self.theta), self.step))
+        alike = "{} on all ranks or on none: rank {{}} differs from the others"
+        folder, callback = alike.format(f"pass {self.session.names.out}"), alike.format("pass a callback")
+        checks.same_start(comm, {folder: self.folder is not None, callback: self.callback is not None})
         if self._resumed:
             kept = None if self.best is None else digest(backend.to_host(self.best.theta))
             sentence = "rank {} has another best validation in its checkpoint than the other ranks"
@@ -377,7 +381,13 @@ class Run:
         theta.flags.writeable = False
 
         def ask() -> np.ndarray:
-            return np.array([bool(callback(told, theta)), False], np.float64)
+            try:
+                return np.array([_wish(callback(told, theta)), False], np.float64)
+            except Exception as error:
+                rank, size = self.communicator.rank, self.communicator.size
+                if size > 1:  # the other ranks may wait for this one in a collective of their callback
+                    announce(f"rank {rank}: the callback raised {type(error).__name__}: {error}")
+                raise
 
         return bool(self.risk.total(ask, 2, np.float64, host=True)[0])
 
@@ -481,8 +491,9 @@ class Run:
         if config.max_seconds and progress.seconds >= config.max_seconds:
             return f"{config.max_seconds:g} seconds are over"
         if self.best is not None and 0 < config.patience <= self.best.stale:
-            noun, step = self.task.watch.noun, self.best.step
-            return f"the {noun} is that of step {step:,}, {self.best.stale:,} validations ago"
+            noun, step, stale = self.task.watch.noun, self.best.step, self.best.stale
+            ago = f"{stale:,} validation{'s' * (stale != 1)} ago"
+            return f"the {noun} is that of step {step:,}, {ago}"
         return ""
 
     def _who_stopped(self) -> tuple[str, bool]:
@@ -502,6 +513,15 @@ class Run:
 
     def _on_device(self, found: Lowest | None) -> Lowest | None:
         return found and found._replace(theta=self.backend.to_device(found.theta), returned=False)
+
+
+def _wish(answer: object) -> bool:
+    """Return whether the answer of a callback asks to stop; raise a UserError if it is not clear."""
+    if isinstance(answer, np.ndarray) and answer.size != 1:
+        raise UserError(
+            f"the callback must return True to stop, and False or None to continue, not {shown(answer)}"
+        )
+    return bool(answer)
 
 
 def _empty(error: Unscored) -> StepReport:
