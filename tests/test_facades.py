@@ -9,6 +9,7 @@ import itertools
 import pickle
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -751,8 +752,12 @@ def test_two_ranks_take_the_steps_of_one_in_jax(mpi_ranks, comm):
 @pytest.mark.parametrize(
     ("framework", "line"), [("torch", "import hfmpi.torch"), ("optax", "import hfmpi.jax")]
 )
-def test_the_loops_of_the_page_lower_the_loss(framework, line, tmp_path):
+def test_the_loops_of_the_page_lower_the_loss(framework, line, tmp_path, request):
     pytest.importorskip(framework)
+    if framework == "optax":  # a program of its own has JAX's default precision
+        config = pytest.importorskip("jax").config
+        request.addfinalizer(partial(config.update, "jax_enable_x64", config.jax_enable_x64))
+        config.update("jax_enable_x64", False)
     names = run_page(line, tmp_path)
     assert names["loss" if framework == "torch" else "state"] is not None
     assert (names["loss"] if framework == "torch" else names["state"].loss) < 0.7  # log 4 at the start
