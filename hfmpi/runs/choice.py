@@ -12,7 +12,7 @@ from hfmpi.runs.config import Config
 
 __all__ = ["preferred"]
 
-QUICKEST = ((1, "muon-small"), (256, "muon"), (4_096, "subspace-whole"))
+QUICKEST = ((1, "muon-small"), (256, "muon"), (1_300, "subspace"))
 """The quickest method from a number of ranks on, one core each, by the model of docs/results/clock.md."""
 
 SHARE = 0.25
