@@ -20,6 +20,7 @@ from hfmpi.report import page as pages
 from hfmpi.report.contents import read
 from hfmpi.report.curves import MOST, thinned
 from hfmpi.report.follow import follow
+from hfmpi.report.levels import comparison
 from hfmpi.report.styles import style
 from hfmpi.report.times import MOST_RANKS, bars, spans
 
@@ -344,3 +345,21 @@ def test_a_run_that_overfits_is_named(last, said, run, tmp_path):
     assert "Losses against what they cost" in text
     steps = f"at step {records[1]['step']}, and is 2 at step {records[-1]['step']}."
     assert (f"overfits: its validation loss was lowest, 1.5, {steps}" in text) == said
+
+
+def test_costs_of_several_runs_to_a_level_that_all_reached():
+    def records(losses, each):
+        return [
+            {"train_bpc": loss, "valid_bpc": None, "P_I": 3 * i, "P_D": each * i, "seconds": 0.5 * i}
+            for i, loss in enumerate(losses, 1)
+        ]
+
+    runs = [("few", records([3.0, 2.0, 1.5], 3000)), ("many", records([4.0, 2.5, 1.991, 1.991], 10))]
+    _, head, *table = comparison(runs, "bits/char")
+    assert head == "Costs to a training loss of 2.00 bits/char, which all runs reached:"
+    assert [line.split() for line in table[:3]] == [
+        ["run", "P_I", "P_D", "seconds"],
+        ["few", "6", "6,000", "1.0"],
+        ["many", "9", "30", "1.5"],
+    ]
+    assert comparison(runs[:1], "bits/char") == []

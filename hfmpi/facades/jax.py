@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hfmpi.errors import UserError, shown
-from hfmpi.facades.steps import Progress, Steps, all_ranks, method_of
+from hfmpi.facades.steps import Progress, Steps, method_of
 from hfmpi.frameworks.jax import JaxModel
 from hfmpi.optim.base import StepReport
 from hfmpi.parallel.communicator import Communicator
 from hfmpi.parallel.failure import together
+from hfmpi.parallel.launch import all_ranks
 
 try:
     import jax

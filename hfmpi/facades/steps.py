@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,12 +32,11 @@ from hfmpi.optim.base import Objectives, Optimizer, StepReport
 from hfmpi.optim.first_order import evaluated
 from hfmpi.optim.presets import PRESETS, Preset, preset
 from hfmpi.parallel.communicator import Communicator
-from hfmpi.parallel.launch import connect
 from hfmpi.parallel.placement import place
 from hfmpi.runs import checks
 from hfmpi.runs.restore import Misfit, entries, restored
 
-__all__ = ["Method", "Progress", "Steps", "all_ranks", "method_of"]
+__all__ = ["Method", "Progress", "Steps", "method_of"]
 
 CHECKED = 32
 """The number of examples, from the first to the last of the first batch, on which the model checks itself."""
@@ -80,12 +78,6 @@ class Progress(NamedTuple):
     steps: int
     examples: int
     state: Any
-
-
-@cache
-def all_ranks() -> Communicator:
-    """Return one communicator for all optimizers of a program."""
-    return connect()
 
 
 def method_of(method: Any, settings: Mapping[str, Any]) -> Method:

@@ -12,11 +12,12 @@ import numpy as np
 from hfmpi.data.augmented import Augmented
 from hfmpi.data.batches import Cases
 from hfmpi.errors import UserError, shown
-from hfmpi.facades.steps import Steps, all_ranks, method_of
+from hfmpi.facades.steps import Steps, method_of
 from hfmpi.frameworks.torch import TorchModel
 from hfmpi.optim.base import StepReport
 from hfmpi.parallel.communicator import Communicator, digest
 from hfmpi.parallel.failure import together
+from hfmpi.parallel.launch import all_ranks
 
 try:
     import torch

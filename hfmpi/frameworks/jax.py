@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -308,14 +308,8 @@ class JaxModel(FrameworkModel):
         """Linearise as `linearise` does; a loss of hfmpi has its gradient computed with the outputs."""
         if extra or not has_gradient(self.output_loss):
             return self.linearise(theta, batch, reuse)
-        passes = list[JaxPasses]()
-
-        def linearise(theta: Array, examples: CheckedBatch) -> JaxPasses:
-            passes.append(self._linearise_gradient(theta, examples))
-            return passes[0]
-
-        at = self._linearised(theta, batch, reuse, linearise)
-        at.ready = passes[0].loss_gradient
+        at = self._linearised(theta, batch, reuse, self._linearise_gradient)
+        at.ready = cast("JaxPasses", at.passes).loss_gradient
         return at
 
     def _linearise_gradient(self, theta: Array, examples: CheckedBatch) -> JaxPasses:

@@ -62,7 +62,7 @@ class JaxPasses:
                 outputs, gradient = model.whole(
                     self.theta, self.inputs, examples.targets, examples.mask, scored=self.scored
                 )
-                self.loss_gradient = self.exchange.array(gradient)
+                self.loss_gradient = self.exchange.copied(gradient)
             elif not first:
                 outputs, self.transpose = model.linear(self.theta, self.inputs, scored=self.scored)
             elif self.scored.rows == self.examples and model.plan.width == 1 and self._differentiate():

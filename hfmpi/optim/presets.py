@@ -143,7 +143,7 @@ PRESETS = {
         Subspace(memory=6, cut=False, curvature_segments=3),
         14_000,
         256,
-        "The step of subspace with whole directions: the least work beside the gradient.",
+        "The step of subspace with whole directions: the least work in addition to the gradient.",
     ),
     # For networks whose rows of all sequences fit into memory. The settings are those that needed the fewest
     # passes on small recurrent networks (docs/results/fewest-passes.md). With the model from a sketch a step

@@ -26,8 +26,7 @@ import numpy as np
 
 from hfmpi.errors import UserError
 from hfmpi.measure.cost import Counts
-from hfmpi.measure.linear_algebra import gram as inner_products
-from hfmpi.measure.linear_algebra import product, repeated, together
+from hfmpi.measure.linear_algebra import gram, product, repeated, together
 from hfmpi.optim.base import (
     EntryT,
     Gradient,
@@ -305,7 +304,7 @@ class Subspace(Optimizer[SubspaceState]):
         """Return what the ranks exchange: the sums of the factors, the results of K-FAC, inner products."""
         kfac, rows = self._uses("kfac"), self._uses("rows")
         count = self.memory + kfac * self.kfac_dampings + rows * (self.row_dampings + self.row_iterates)
-        count += self._uses("gradient") + self._uses("rms") + 1  # the gradient beside the directions
+        count += self._uses("gradient") + self._uses("rms") + 1  # and the gradient
         products = count**2 * len(pieces(self._parts(parameters, blocks), count, parameters))
         if not kfac:
             return Messages(inner_products=products)
@@ -528,10 +527,10 @@ class Subspace(Optimizer[SubspaceState]):
         objective = objectives.gradient
         parts = self._parts(g.size, objective.blocks)
         found = normalised(objective, directions, parts, g)
-        work = inner_products(1 + sum(map(len, directions)), g.size)
+        work = gram(1 + sum(map(len, directions)), g.size)
         if found is None:
             return None, work
-        basis, gram, slopes = found
+        basis, inner, slopes = found
         m, count = None, len(basis)
         segments = self.sketch_segments(objectives.second.size)
         if segments:
@@ -542,7 +541,7 @@ class Subspace(Optimizer[SubspaceState]):
         if m is None:
             m = objectives.second.project(theta)(basis)
             work += Counts(projections=1)
-        model = ReducedModel(objective, basis, m + self.weight_decay * gram, gram, slopes)
+        model = ReducedModel(objective, basis, m + self.weight_decay * inner, inner, slopes)
         linearisations = int(not objectives.shared)
         return model, work + Counts(linearisations=linearisations, directions=count - 1)
 

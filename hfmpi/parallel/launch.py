@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from functools import cache
 from typing import Any, NoReturn
 
 from hfmpi.errors import UserError
@@ -16,9 +17,15 @@ from hfmpi.parallel.failure import abort_on_exception
 from hfmpi.parallel.watchdog import joining, watch
 from hfmpi.streams import reserve
 
-__all__ = ["connect"]
+__all__ = ["all_ranks", "connect"]
 
 _HEAD_START = 1.0  # seconds for the first process to print the error: launchers kill all when one ends
+
+
+@cache
+def all_ranks() -> Communicator:
+    """Return one communicator of all ranks for all calls: MPI libraries have a limited number of them."""
+    return connect()
 
 
 def connect(stall_timeout: float = 0.0) -> Communicator:

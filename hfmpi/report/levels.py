@@ -27,14 +27,9 @@ def comparison(runs: Runs, unit: str) -> list[str]:
 
     The level is the lowest one that the smoothed losses of all runs reached (`hfmpi.measure.smoothing`).
     """
-    losses = [
-        smoothed(
-            [math.nan if (loss := loss_keys(record).of(record)[0]) is None else loss for record in records]
-        )
-        for _, records in runs
-    ]
-    if len(runs) < 2 or any(np.isnan(each).all() for each in losses):
+    if len(runs) < 2:
         return []
+    losses = [smoothed(np.array([loss_keys(r).of(r)[0] for r in records], float)) for _, records in runs]
     scale = 10**DIGITS
     level = math.ceil(max(float(np.nanmin(each)) for each in losses) * scale) / scale
     rows = [["run", *AXES]]

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 from hfmpi.errors import UserError
 from hfmpi.runs.config import Config
+from hfmpi.runs.session import Names
 
-__all__ = ["COMMAND", "PROGRAM", "Words", "fitted"]
-
-
-class Words(NamedTuple):
-    """What messages call the batch sizes and the training examples."""
-
-    gradient: str
-    curvature: str
-    noun: str
+__all__ = ["fitted"]
 
 
-COMMAND = Words("--gradient-batch", "--curvature-batch", "training sequences")
-PROGRAM = Words("gradient_batch", "curvature_batch", "training examples")
-
-
-def fitted(config: Config, count: int, words: Words) -> tuple[Config, list[str]]:
+def fitted(config: Config, count: int, names: Names) -> tuple[Config, list[str]]:
     """Return the options with batches of at most `count` examples, and notes on what was reduced.
 
     The batch sizes of a preset are reduced, and its gradient batch is all examples if the optimizer needs the
@@ -38,19 +26,19 @@ def fitted(config: Config, count: int, words: Words) -> tuple[Config, list[str]]
     gradient, curvature = chosen.gradient_batch, chosen.curvature_batch
     if config.gradient_batch > count:
         raise UserError(
-            f"{words.gradient} can be at most {count:,}, the number of {words.noun}, not "
+            f"{names.gradient_batch} can be at most {count:,}, the number of {names.examples}, not "
             f"{config.gradient_batch:,}"
         )
     whole = chosen.optimizer.needs.same_batch and not config.gradient_batch
     if gradient > count or (gradient < count and whole):
         notes.append(
-            f"the gradient batch is {count:,}, all {words.noun}; the preset {config.optimizer} has "
+            f"the gradient batch is {count:,}, all {names.examples}; the preset {config.optimizer} has "
             f"{gradient:,}"
         )
         gradient = count
     if config.curvature_batch > gradient:
         raise UserError(
-            f"{words.curvature} can be at most {gradient:,}, the gradient batch, not "
+            f"{names.curvature_batch} can be at most {gradient:,}, the gradient batch, not "
             f"{config.curvature_batch:,}"
         )
     if curvature > gradient:

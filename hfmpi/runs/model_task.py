@@ -38,11 +38,12 @@ from hfmpi.objective.data_parallel import DataParallel, Unscored
 from hfmpi.optim.presets import named
 from hfmpi.parallel.communicator import digest
 from hfmpi.parallel.failure import together
-from hfmpi.runs import checks, fitting, metric
+from hfmpi.runs import checks, metric
 from hfmpi.runs.best import LOSS, Watch
 from hfmpi.runs.config import OF_TEXT, OTHER_WORDS, Config
 from hfmpi.runs.fitting import fitted
 from hfmpi.runs.restore import check_parameters
+from hfmpi.runs.session import PROGRAM
 from hfmpi.runs.task import DifferentRun, Task
 
 __all__ = ["ModelTask", "checked_options"]
@@ -133,7 +134,7 @@ class ModelTask(Task):
         notes = list[str]()
         train_set = _cases("data", train, model, memory, notes)
         valid_set = None if valid is None else _cases("valid", valid, model, memory, notes)
-        config, reduced = fitted(config, train_set.count, fitting.PROGRAM)
+        config, reduced = fitted(config, train_set.count, PROGRAM)
         notes += reduced
         _check_optimizer(config, model, train_set)
         return cls(

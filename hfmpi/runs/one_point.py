@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ from hfmpi.models.micro_batches import check_theta
 from hfmpi.objective.data_parallel import DataParallel
 from hfmpi.parallel.communicator import Communicator, digest
 from hfmpi.parallel.failure import together
-from hfmpi.parallel.launch import connect
+from hfmpi.parallel.launch import all_ranks
 from hfmpi.runs import checks
 
 __all__ = ["Point", "one_point"]
@@ -45,7 +44,7 @@ def one_point(
     UserError
         On all ranks, if the arguments do not fit one another, or differ between ranks.
     """
-    comm = communicator or _all_ranks()
+    comm = communicator or all_ranks()
     memory = checks.least(comm, free_memory(comm.local_size))
 
     def build() -> tuple[Point, str]:
@@ -70,9 +69,3 @@ def one_point(
         },
     )
     return point
-
-
-@cache
-def _all_ranks() -> Communicator:
-    """Return one communicator for all calls: MPI libraries have a limited number of them."""
-    return connect()

@@ -28,6 +28,9 @@ class Names(NamedTuple):
     max_steps: str
     max_seconds: str
     patience: str
+    gradient_batch: str
+    curvature_batch: str
+    examples: str  # of training
     other_kind: str  # what a run is that was started in the other way
     origin: str  # which runs a new one can start from
     again: str  # what continues a run that was stopped
@@ -39,6 +42,9 @@ COMMAND = Names(
     "--max-steps",
     "--max-seconds",
     "--patience N",
+    "--gradient-batch",
+    "--curvature-batch",
+    "training sequences",
     "a run of a Python program (hfmpi.train)",
     "a run on a text starts from one on a text",
     "Start again with the same command",
@@ -49,6 +55,9 @@ PROGRAM = Names(
     "max_steps",
     "max_seconds",
     "patience=N",
+    "gradient_batch",
+    "curvature_batch",
+    "training examples",
     "a run of `hfmpi train` on a text",
     "a run starts from one of its model",
     "Call it again with the same out",

@@ -12,10 +12,11 @@ from hfmpi.data.noise import Noisy
 from hfmpi.files.checkpoint import Checkpoint
 from hfmpi.files.history import BITS
 from hfmpi.networks.network import Network
-from hfmpi.runs import checks, fitting
+from hfmpi.runs import checks
 from hfmpi.runs.config import Config
 from hfmpi.runs.fitting import fitted
 from hfmpi.runs.restore import check_model
+from hfmpi.runs.session import COMMAND
 from hfmpi.runs.task import DifferentRun, Task
 
 __all__ = ["TextTask"]
@@ -61,13 +62,13 @@ class TextTask(Task):
         batches = config.gradient_batch or min(config.preset().gradient_batch, most), config.curvature_batch
         checks.enough_text(data, len(corpus.train), len(corpus.valid), *lengths, *batches)
         train_set = Sequences(corpus.train, *lengths)
-        smaller, reduced = fitted(config, train_set.count, fitting.COMMAND)
+        smaller, reduced = fitted(config, train_set.count, COMMAND)
         if reduced:
             config, notes = smaller, notes + reduced
         if config.preset().optimizer.needs.same_batch:
             redrawn = "--input-noise" if config.input_noise else ""
             gradient, count = config.preset().gradient_batch, train_set.count
-            checks.same_batch(config.optimizer, gradient, count, fitting.COMMAND.gradient, redrawn)
+            checks.same_batch(config.optimizer, gradient, count, COMMAND.gradient_batch, redrawn)
         network = Network(
             architecture,
             config.make_backend(local_rank),
