@@ -1,1 +1,1 @@
-"""The seam between a model and the rest of hfmpi: protocols, losses, one linearisation, one batch."""
+"""The interface between models and the rest of hfmpi: protocols, losses, linearisation and batch."""

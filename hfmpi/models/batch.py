@@ -1,4 +1,4 @@
-"""The form of a batch that every model accepts: examples first, checked, with its scored outputs."""
+"""Checks of a batch and of its scored outputs; the first axis of every array counts the examples."""
 
 from __future__ import annotations
 
@@ -31,34 +31,34 @@ __all__ = [
 
 
 class NotFinite(UserError):
-    """The loss is not finite at the start."""
+    """The error that the loss is not finite at the start of a run."""
 
     def __init__(self, loss: float) -> None:
         super().__init__(
-            f"the loss is not finite at the start ({loss}): check parameters, inputs and targets"
+            f"the loss is not finite at the start ({loss}): check the parameters, inputs and targets"
         )
         self.loss = loss
 
 
 @runtime_checkable
 class Batch(Protocol):
-    """B examples: the first axis of every array counts them."""
+    """A batch of B examples: the first axis of every array counts them."""
 
     @property
     def inputs(self) -> Any:
-        """(B, ...), or a tuple of such."""
+        """An array (B, ...), or a tuple of such arrays."""
 
     @property
     def targets(self) -> Any:
-        """(B, ...) symbols, or (B, ..., O) numbers."""
+        """Symbols (B, ...), or real numbers (B, ..., O)."""
 
     @property
     def mask(self) -> Any:
-        """(B, ...), the weight of every target, 0 where it is not scored, or None: all are 1."""
+        """The weight of every target (B, ...), 0 where it is not scored; None: all are 1."""
 
     @property
     def burn_in(self) -> int:
-        """The number of first outputs (axis 1) of every example that have no target."""
+        """The number of outputs at the start of every example (axis 1) that have no target."""
 
 
 class ScoredOutputs(NamedTuple):
@@ -67,11 +67,11 @@ class ScoredOutputs(NamedTuple):
     Attributes
     ----------
     shape : tuple of int
-        (B, ...) of the targets, without their last axis where they are vectors.
+        (B, ...), the shape of the targets, without their last axis if they are vectors.
     width : int or None
-        O, where the targets determine it.
+        O, if the targets determine it.
     burn_in : int
-        The number of first outputs (axis 1) of every example that have no target.
+        The number of outputs at the start of every example (axis 1) that have no target.
     """
 
     shape: tuple[int, ...]
@@ -95,8 +95,8 @@ class ScoredOutputs(NamedTuple):
     def of(self, outputs: Any) -> Any:
         """Return the scored outputs (N, O) of outputs (B, ..., O), an array of any framework.
 
-        The burn-in, the first outputs along axis 1, is cut off. Outputs (B, O) without steps serve targets of
-        one step.
+        The burn-in, which is at the start of axis 1, is removed. Outputs (B, O) without a time axis fit
+        targets of one step.
 
         Raises
         ------
@@ -106,7 +106,7 @@ class ScoredOutputs(NamedTuple):
         if not hasattr(outputs, "reshape"):
             raise UserError(
                 f"a model must return one array of outputs, not {shown(outputs)}: "
-                "wrap it so that it returns the outputs alone"
+                "wrap it in a function that returns only the outputs"
             )
         z = outputs.reshape(-1, 1) if outputs.ndim < 2 else outputs
         got, shape, k = tuple(z.shape[:-1]), self.shape, self.burn_in
@@ -119,7 +119,7 @@ class ScoredOutputs(NamedTuple):
         return z.reshape(self.rows, z.shape[-1])
 
     def _misfit(self, outputs: tuple[int, ...]) -> str:
-        """Return the sentence for outputs of this shape."""
+        """Return an error message for outputs of a shape that does not fit the targets."""
         shape, k = self.shape, self.burn_in
         targets = shape if self.width is None else (*shape, self.width)
         steps = (shape[0], *(size + k for size in shape[1:2]), *shape[2:])
@@ -132,21 +132,21 @@ class ScoredOutputs(NamedTuple):
         more = outputs[1] - shape[1] if len(outputs) == len(shape) + 1 > 2 else 0
         if not k and more > 0 and (outputs[0], *outputs[2:-1]) == (shape[0], *shape[2:]):
             said.append(
-                "leave out outputs without a target in the model, or name the first ones burn-in: "
+                "remove the outputs without a target from the model, or declare the first ones as burn-in: "
                 f"hfmpi.Examples(x, y, burn_in={more})"
             )
         if self.width is None and len(outputs) > 2 and (outputs[0], *outputs[2:]) == shape:
             said.append(
-                "if axis 1 has the classes, give the loss as torch.nn.CrossEntropyLoss(), or move the axis: "
-                "outputs.movedim(1, -1)"
+                "if axis 1 contains the classes, pass the loss as torch.nn.CrossEntropyLoss(), or move the "
+                "axis: outputs.movedim(1, -1)"
             )
         if self.width is None and outputs == shape:
-            said.append("of one-hot targets give the symbols, y.argmax(-1)")
+            said.append("if the targets are one-hot vectors, pass their symbols: y.argmax(-1)")
         return "; ".join(said)
 
 
 class CheckedBatch(NamedTuple):
-    """A checked batch, the argument of the function of a framework.
+    """A checked batch, in the form in which a framework model processes it.
 
     Attributes
     ----------
@@ -189,11 +189,11 @@ def parts(batch: Any) -> tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray | 
     Raises
     ------
     UserError
-        If it does not have them.
+        If the batch does not have them.
     """
     if not all(hasattr(batch, name) for name in ("inputs", "targets", "mask")):
         raise UserError(
-            f"a batch must have inputs, targets and mask, as of hfmpi.Examples, not {shown(batch)}"
+            f"a batch must have inputs, targets and mask, as hfmpi.Examples has, not be {shown(batch)}"
         )
     inputs = batch.inputs if isinstance(batch.inputs, tuple) else (batch.inputs,)
     mask = None if batch.mask is None else np.asarray(batch.mask)
@@ -201,7 +201,17 @@ def parts(batch: Any) -> tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray | 
 
 
 def check_batch(batch: Any, loss: Loss, dtype: np.dtype, cast: bool = True) -> CheckedBatch:
-    """Return a batch with its targets, and with `cast` its real inputs, in the type `dtype` of the model.
+    """Check a batch and convert it to the form in which a framework model processes it.
+
+    Parameters
+    ----------
+    batch : object
+        With attributes inputs, targets and mask.
+    loss : Loss
+    dtype : dtype
+        The type of the model, to which real targets and the mask are converted.
+    cast : bool
+        Whether real inputs are also converted to `dtype`.
 
     Raises
     ------
@@ -229,10 +239,10 @@ def check_batch(batch: Any, loss: Loss, dtype: np.dtype, cast: bool = True) -> C
 
 
 def example_weights(batch: Any, dtype: np.dtype) -> np.ndarray | None:
-    """Return the weight of each example (B,), the mean of those of its scored targets; None if all are 1.
+    """Return the weight of each example (B,), the mean weight of its scored targets; None if all are 1.
 
-    Sums over examples that are not linear in their loss, such as squared gradients, count an example this
-    many times.
+    Sums over examples that are not linear in their loss, such as that of squared gradients, count each
+    example as many times as its weight.
     """
     if not getattr(batch, "weighted", False):
         return None
@@ -242,15 +252,15 @@ def example_weights(batch: Any, dtype: np.dtype) -> np.ndarray | None:
 
 
 def burn_in_of(batch: Any) -> int:
-    """Return the burn-in of a batch: 0 for batches of user-defined `Cases` that do not name one."""
+    """Return the burn-in of a batch: 0 for batches of user-defined `Cases` without this attribute."""
     return int(getattr(batch, "burn_in", 0))
 
 
 def check_kind(targets: np.ndarray, loss: Loss) -> None:
     """Raise a UserError unless the targets are symbols or real numbers, as the loss requires."""
     if (targets.dtype.kind in "iu") != loss.symbols:
-        wanted = "whole numbers, as symbols are" if loss.symbols else "real numbers, as of astype(float)"
-        remedy = "; give y.astype(int)" if loss.symbols and targets.dtype == bool else ""
+        wanted = "whole numbers (symbols)" if loss.symbols else "real numbers (y.astype(float))"
+        remedy = "; pass y.astype(int)" if loss.symbols and targets.dtype == bool else ""
         if loss.symbols:
             remedy = one_hot_remedy(targets) or remedy
         raise UserError(f"targets of this loss must be {wanted}, not {targets.dtype}{remedy}")
@@ -262,7 +272,7 @@ def check_targets(targets: np.ndarray, mask: np.ndarray | None, loss: Loss, widt
     Parameters
     ----------
     targets : (B, ...) integers, or (B, ...) or (B, ..., O) real numbers
-        The example that the sentence names is the index along the first axis.
+        The index along the first axis is the number of the example in the message.
     mask : (B, ...) or None
     loss : Loss
     width : int
@@ -271,7 +281,7 @@ def check_targets(targets: np.ndarray, mask: np.ndarray | None, loss: Loss, widt
     check_kind(targets, loss)
     targets = scored_targets(targets, mask)
     if loss.symbols:
-        wanted = f"symbols from 0 to {width - 1}, as the model has {width} outputs"
+        wanted = f"symbols from 0 to {width - 1} (the model has {width} outputs)"
         bad = (targets < 0) | (targets >= width)
     else:
         low, high = bounds_of(loss)
@@ -281,22 +291,22 @@ def check_targets(targets: np.ndarray, mask: np.ndarray | None, loss: Loss, widt
 
 
 def check_finite(targets: np.ndarray, mask: np.ndarray | None) -> None:
-    """Raise a UserError unless every scored target (B, ...) that is a real number is finite."""
+    """Raise a UserError unless all scored targets (B, ...) are finite; integers always are."""
     if targets.dtype.kind == "f":
         targets = scored_targets(targets, mask)
         _refuse(targets, ~np.isfinite(targets), "targets must be finite numbers")
 
 
 def _refuse(targets: np.ndarray, bad: np.ndarray, sentence: str) -> None:
-    """Raise a UserError that names the first bad target, if there is one."""
+    """Raise a UserError that names the first target for which `bad` is true, if there is one."""
     if bad.any():
         at = np.unravel_index(int(np.argmax(bad)), bad.shape)
-        remedy = ": correct it, or leave it out with a mask (hfmpi.Examples(x, y, mask))"
+        remedy = ": correct it, or exclude it with a mask (hfmpi.Examples(x, y, mask))"
         raise BadExample(f"{sentence}, not {targets[at]} as in", int(at[0]), remedy)
 
 
 def bounds_of(loss: Loss) -> tuple[float, float]:
-    """Return the least and the largest target of a loss of numbers."""
+    """Return the smallest and the largest target that a loss of real numbers accepts."""
     low, high = getattr(loss, "bounds", (-math.inf, math.inf))
     return low, high
 
@@ -316,17 +326,17 @@ def _wanted(low: float, high: float) -> str:
 
 
 def check_mask(mask: np.ndarray | None, shape: tuple[int, ...]) -> None:
-    """Raise a UserError unless the mask, if there is one, has the shape of the scored outputs."""
+    """Raise a UserError if there is a mask and its shape is not that of the scored outputs."""
     if mask is not None and mask.shape != shape:
-        raise UserError(f"the mask must be of shape {shape}, not {mask.shape}")
+        raise UserError(f"the mask must have shape {shape}, not {mask.shape}")
 
 
 def check_symbols(name: str, symbols: np.ndarray, count: int) -> None:
-    """Raise a UserError unless all are symbols 0 ... count - 1: kernels read tables with them."""
+    """Raise a UserError unless all are symbols 0 ... count - 1, with which kernels index tables."""
     if not symbols.size:
         return
     if symbols.dtype.kind not in "iu":
-        raise UserError(f"{name} must be whole numbers, as symbols are, not {symbols.dtype}")
+        raise UserError(f"{name} must be whole numbers (symbols), not {symbols.dtype}")
     least, most = symbols.min(), symbols.max()
     if least < 0 or most >= count:
         raise UserError(f"{name} must be symbols from 0 to {count - 1}, not {least} to {most}")

@@ -1,24 +1,23 @@
-"""Sums over examples that become the Kronecker factors A and B of each matrix of theta.
+"""Sums over examples from which the Kronecker factors A and B of each matrix of theta are computed.
 
-The Fisher matrix of a block W (rows, columns) of theta, at the targets of the data (the empirical one), is
-approximated by A x B, with A of its rows and B of its columns. N is the number of scored outputs, of whose
-mean loss all gradients are, or the sum of their weights. An example of weight w counts w times in each sum
-and in n.
+The empirical Fisher matrix (at the targets of the data) of a block W (rows, columns) of theta is approximated
+by A x B, where A belongs to the rows and B to the columns of W. N is the number of scored outputs, or the sum
+of their weights; all gradients are gradients of their mean loss. An example of weight w counts w times in
+each sum and in n.
 
-- Where W maps inputs z to outputs y, as in a linear layer, with da the gradient in y,
+- If W maps inputs z to outputs y, as in a linear layer, and da is the gradient with respect to y, A x B is
 
       N sum of da da'  x  sum of z z' / n
 
   over all n such products, as if they were independent (Martens and Grosse 2015; for the steps of recurrent
   networks Martens, Ba and Johnson 2018). A bias has z = 1.
-- Otherwise, with the gradients G of single examples and s, the sum of the squares of all their entries,
+- Otherwise G is the gradient of a single example, s is the sum of the squared entries of all G, and A x B is
 
       N sum of G G'  x  sum of G' G / s
 
-  which has the trace of the Fisher matrix, and equals that matrix where all G are multiples of one of rank
-  one.
+  It has the same trace as the Fisher matrix, and equals it if all G are multiples of one matrix of rank one.
 
-Only the product of N, 1 / n and 1 / s matters, not the factor that it is applied to.
+N, 1 / n and 1 / s may be applied to either factor, because only their product matters.
 """
 
 from __future__ import annotations
@@ -37,15 +36,16 @@ __all__ = ["FactorSums", "add_examples", "square"]
 
 @dataclass(frozen=True)
 class FactorSums:
-    """The vector of the sums for the factors of some blocks.
+    """The layout of the vector of sums from which the factors of some blocks are computed.
 
-    It holds the sums for A and B, block after block, and then the counts n (or s) that they are divided by.
+    The vector contains the sums for A and B of every block, followed by the divisors n (or s).
 
     Attributes
     ----------
     blocks : tuple of Block
     shared : bool
-        One count n for all blocks, as where every product has the same number of steps and sequences.
+        Whether all blocks have the same n, which is then stored once. That is so if every product is summed
+        over the same steps and sequences.
     """
 
     blocks: tuple[Block, ...]
@@ -68,12 +68,15 @@ class FactorSums:
         return self.layout.size
 
     def views(self, sums: Vector) -> tuple[list[dict[str, Vector]], Vector]:
-        """Return the arrays "A" and "B" of each block, and the counts, as views of sums (size,)."""
+        """Return the sums "A" and "B" of each block, and the divisors, as views of sums (size,)."""
         parts = self.layout.views(sums)
         return self.factors.views(parts["factors"]), parts["counts"]
 
     def normalise(self, sums: Vector, scored: float) -> Vector:
-        """Turn sums (size,) over all examples, of which N is `scored`, into A and B; in place, as a view."""
+        """Convert the sums (size,) over all examples to A and B in place, and return a view of these.
+
+        `scored` is N.
+        """
         blocks, counts = self.views(sums)
         number = sums.dtype.type
         if self.shared:
@@ -89,7 +92,11 @@ class FactorSums:
 
 
 def square(rows: Any, groups: int = 1) -> Any:
-    """Return the sum of z z' over rows z (n, side), an array of any framework: a factor of a side."""
+    """Return the sum of z z' over rows z (n, side), as the factor of this side of a block.
+
+    The rows are an array of any framework. For a long side the result has one matrix per group, or is only
+    the diagonal; see `hfmpi.optim.layout.factor_shape`.
+    """
     dimensions = len(factor_shape(rows.shape[1], groups))
     if dimensions == 3:
         rows = rows.reshape(len(rows), groups, -1).swapaxes(0, 1)
@@ -100,7 +107,10 @@ def square(rows: Any, groups: int = 1) -> Any:
 def add_examples(
     blocks: Sequence[Block], gradients: np.ndarray, sums: np.ndarray, only: Container[int] | None = None
 ) -> None:
-    """Add to the sums, of all or `only` some blocks, what gradients (B, D) of single examples contribute."""
+    """Add the contributions of the gradients (B, D) of single examples to the sums.
+
+    With `only`, the sums of the other blocks do not change.
+    """
     factors, counts = FactorSums(tuple(blocks)).views(sums)
     for i, (block, views) in enumerate(zip(blocks, factors, strict=True)):
         if only is not None and i not in only:

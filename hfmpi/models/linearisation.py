@@ -1,8 +1,8 @@
-"""A loss over the passes J v and J' u of a model: gradient, squares, factors, G v and V G V', written once.
+"""A loss over the passes J v and J' u of a model: gradient, squares, factors, G v and V G V'.
 
-What a model supplies are `Passes`: its outputs z as a function of theta, linearised at one theta on one
-batch. Everything that the loss adds, its gradient and Hessian H on the outputs, mask and weights, is here. So
-the Gauss-Newton product reads
+A model supplies `Passes`: its outputs z as a function of theta, linearised at one theta on one batch. This
+module adds the loss, with its gradient and Hessian H with respect to the outputs, mask and weights, once for
+all models. The Gauss-Newton product is
 
     v -> J v -> H (J v) -> J' (H (J v)).
 """
@@ -23,25 +23,25 @@ from hfmpi.optim.layout import Along, Directions
 __all__ = ["LossLinearisation", "Passes"]
 
 COTANGENTS = 1 << 22
-"""Entries of the cotangents of residuals that go back through a model side by side."""
+"""The maximum number of elements in the cotangents of residuals that one adjoint pass processes."""
 
 COMPLETE = 1000
-"""How much of a gradient A r may miss by rounding, relative to the precision of its numbers."""
+"""The largest rounding error of A r as a gradient, in units of the machine epsilon of its dtype."""
 
 
 class Passes(Protocol):
     """The outputs z (N, O) of a model, linearised at one theta on one batch.
 
-    A pass takes one direction v (D,) or C of them (C, D). With C directions tangents and cotangents of the
-    outputs are (N * C, O): the C rows of an output follow one another.
+    A pass processes one direction v (D,) or C of them (C, D). With C directions the tangents and cotangents
+    of the outputs are (N * C, O), where the C rows of an output are adjacent.
 
     Attributes
     ----------
     examples : int
-        B.
+        B, the number of examples.
     by_step : bool
-        Outputs are sorted by step: those of all examples at the first step, then at the next. Otherwise by
-        example: all steps of the first example, then of the next.
+        Whether outputs are sorted by step: the outputs of all examples at the first step, then at the next
+        one. Otherwise they are sorted by example: all steps of the first example, then of the next one.
     """
 
     @property
@@ -54,40 +54,41 @@ class Passes(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the linearisation occupies in the device's memory."""
+        """The number of bytes that the linearisation occupies in the device's memory."""
 
     def jvp(self, v: Array) -> Array:
-        """Return J v (N * C, O), which may be overwritten and lasts until the next pass of the model."""
+        """Return J v (N * C, O), which callers may overwrite; the next pass of the model overwrites it."""
 
     def vjp(self, u: Array, out: Array) -> None:
-        """Add J' u of u (N * C, O) to out (D,) or (C, D)."""
+        """Add J' u to out, (D,) or (C, D), for cotangents u (N * C, O)."""
 
     def squares(self, u: Array, out: Array, squares: Array) -> None:
-        """Add J' u of u (N, O) to out (D,), and its squares, summed over examples, to squares (D,)."""
+        """Add J' u of u (N, O) to out (D,), and the sum of the squares of each example's part to squares."""
 
     def factors(self, u: Array, out: Array, sums: Array, weights: Array | None = None) -> None:
         """Add J' u of u (N, O) to out (D,), and the sums of `hfmpi.models.factors` to sums.
 
-        With `weights` (B,) each example counts that many times in the sums. u has been multiplied by the
-        square roots of the weights, so that products of two gradients need no more; products of inputs z do.
+        With `weights` (B,) each example counts that many times in the sums. The caller has multiplied u by
+        the square roots of the weights. So products of two gradients include the weights already, but
+        products of inputs z must be multiplied by them.
         """
 
     def rows(self, u: Array, out: Array) -> None:
         """Fill out (B, C, D) with J' u of every example separately, for each of C cotangents u (N * C, O).
 
-        Consecutive examples of out may be further apart than C * D numbers; the last axis is contiguous.
+        The stride between examples of out may exceed C * D elements; the last axis is contiguous.
         """
 
     def rows_along(self, u: Array, several: int, along: Along) -> Array:
-        """Return V S' (k, B, C) of the rows S that `rows` computes for C = `several` cotangents.
+        """Return V S' (k, B, C) for the rows S that `rows` computes for C = `several` cotangents.
 
-        They are computed in parts, and not kept.
+        S is computed in parts and not stored.
         """
 
 
 @dataclass
 class LossLinearisation:
-    """A loss of the outputs of `Passes`; satisfies `hfmpi.models.base.Linearisation` and its capabilities.
+    """A loss of the outputs of `Passes`, which satisfies `hfmpi.models.base.Linearisation` and capabilities.
 
     Attributes
     ----------
@@ -95,21 +96,22 @@ class LossLinearisation:
     output_loss : Loss
     backend : NumpyBackend
     cache : (N, O)
-        What the loss computed from the outputs for its derivatives, such as probabilities.
+        The cache that the loss computed from the outputs for its derivatives, such as probabilities.
     targets : (N,) int32, or (N, O)
     mask : (N, 1) or None
         The weight of each output, 0 where it is not scored.
     loss : float
-        Summed over the scored outputs, nats.
+        The loss summed over the scored outputs, in nats.
     block_rows : int
-        How many rows of outputs times directions `project` processes at a time: few enough for the cache.
+        The number of rows (outputs times directions) that `project` processes at a time, few enough for the
+        processor's cache.
     directions : int
-        The most directions that one of the passes takes; more are taken in parts.
+        The maximum number of directions in one pass; more directions take several passes.
     weights : (B,) or None
-        How many times each example counts in squared gradients and Kronecker factors, on the device; see
-        `hfmpi.models.batch.example_weights`. None: once.
+        The weights of the examples in squared gradients and Kronecker factors, on the device; see
+        `hfmpi.models.batch.example_weights`. None: all are 1.
     ready : (D,) or None
-        The gradient of the summed loss, where the model has computed it together with the outputs.
+        The gradient of the summed loss, if the model has computed it together with the outputs.
     """
 
     passes: Passes
@@ -126,13 +128,14 @@ class LossLinearisation:
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the linearisation occupies in the device's memory."""
+        """The number of bytes that the linearisation occupies in the device's memory."""
         return self.passes.nbytes
 
     def jvp(self, v: Array | Directions) -> Array:
-        """Return J v (N, O) of v (D,), or (N * C, O) of (C, D), which lasts until the model's next pass.
+        """Return J v: (N, O) for v (D,), or (N * C, O) for v (C, D).
 
-        The rows of C directions are processed in parts whose tangents stay in the cache.
+        The result is valid until the next pass of the model. C directions are processed in parts whose
+        tangents fit in the processor's cache.
         """
         if v.ndim == 1:
             return self.passes.jvp(v)
@@ -147,7 +150,7 @@ class LossLinearisation:
         return outputs.reshape(-1, width)
 
     def vjp(self, u: Array, out: Array) -> None:
-        """Add J' u to out: (D,) of u (N, O), or (C, D) of (N * C, O)."""
+        """Add J' u to out: (D,) for u (N, O), or (C, D) for u (N * C, O)."""
         self.passes.vjp(u, out)
 
     def gradient(self, scale: float, out: Array) -> None:
@@ -158,7 +161,7 @@ class LossLinearisation:
         self.passes.vjp(self._loss_gradient(scale), out)
 
     def squared_gradients(self, scale: float, out: Array, squares: Array) -> None:
-        """Add what `gradient` adds to out (D,), and the sum over examples of its squares to squares (D,)."""
+        """Add the scaled gradient to out (D,), and the sum of the examples' squared gradients to squares."""
         if self.weights is None:
             self.passes.squares(self._loss_gradient(scale), out, squares)
             return
@@ -166,7 +169,7 @@ class LossLinearisation:
         self.passes.squares(self._weighted_once(scale), self.backend.xp.zeros_like(out), squares)
 
     def factored_gradient(self, scale: float, out: Array, sums: Array) -> None:
-        """Add what `gradient` adds to out (D,), and the sums of the Kronecker factors to sums."""
+        """Add the scaled gradient to out (D,), and the sums of the Kronecker factors to sums."""
         if self.weights is None:
             self.passes.factors(self._loss_gradient(scale), out, sums)
             return
@@ -179,15 +182,15 @@ class LossLinearisation:
         self.pulled_back(self.passes.jvp(v), scale, out)
 
     def pulled_back(self, u: Array, scale: float, out: Array) -> None:
-        """Add scale * J' H u of u (N, O), which is overwritten, to out (D,)."""
+        """Add scale * J' H u to out (D,); u (N, O) is overwritten."""
         self.hessian(u, slice(None), scale)
         self.passes.vjp(u, out)
 
     def project(self, v: Array | Directions, scale: float, out: np.ndarray) -> None:
-        """Add scale * V J' H J V' of V (C, D) to out (C, C), float64 on the host; from J V alone.
+        """Add scale * V J' H J V' for V (C, D) to out (C, C), float64 on the host; this takes J V but no J'.
 
-        Outputs are processed in blocks of rows, which stay in the cache. They are multiplied in float64:
-        along directions that are nearly parallel little is left of the sums but their rounding.
+        Outputs are processed in blocks of rows that fit in the processor's cache. They are multiplied in
+        float64, because for nearly parallel directions the sums cancel down to their rounding errors.
         """
         tangents, count, directions = self.jvp(v), len(self.cache), len(v)
         step = max(1, self.block_rows // directions)
@@ -202,7 +205,7 @@ class LossLinearisation:
             out += self.backend.to_host(self.backend.xp.matmul(before, after.T))
 
     def _rows(self, v: Array | Directions, part: slice) -> Array:
-        """Return some of the directions, (C, D); those that are not stored last until the next ones."""
+        """Return some of the directions, (C, D); `Directions` are overwritten by the next call."""
         if not isinstance(v, Directions):
             return v[part]
         rows = self.backend.workspace("directions", (part.stop - part.start, v.shape[1]))
@@ -210,28 +213,28 @@ class LossLinearisation:
         return rows
 
     def residual_count(self) -> int:
-        """Return T * O, the rows of residuals of an example."""
+        """Return T * O, the number of rows of residuals per example."""
         return int(self.cache.size) // max(1, self.passes.examples)
 
     def segment_count(self, segments: int) -> int:
-        """Return K, the segments of an example where so many are wanted: no more than it has steps."""
+        """Return K, the number of segments per example: `segments`, but at most the number of its steps."""
         return max(1, min(segments, self.residual_count() // int(self.cache.shape[1])))
 
     def scores(self, segments: int, out: Array) -> None:
-        """Fill out (B, K, D) with the gradients of the summed loss of K = `segments` segments of examples."""
+        """Fill out (B, K, D) with the gradient of the summed loss of each of K = `segments` segments."""
         self.passes.rows(self._by_segment(self._loss_gradient(1.0), segments), out)
 
     def sketch(self, signs: Array, segments: int, out: Array) -> None:
-        """Fill out (B, K, D) with J' A e, by segment, for signs e (B, T * O) of 1 and -1; A A' = H."""
+        """Fill out (B, K, D) with J' A e of each segment, for signs e (B, T * O) of 1 and -1; A A' = H."""
         self.passes.rows(self._by_segment(self._random(signs), segments), out)
 
     def sketch_along(self, signs: Array, segments: int, along: Along) -> Array:
-        """Return V S' (k, B * K) of the rows S that `sketch` computes, none of which is kept."""
+        """Return V S' (k, B * K) for the rows S that `sketch` computes, without storing S."""
         u = self._by_segment(self._random(signs), segments)
         return self.passes.rows_along(u, segments, along).reshape(len(along), -1)
 
     def _random(self, signs: Array) -> Array:
-        """Return A e (N, O) of signs e (B, T * O)."""
+        """Return A e (N, O) for signs e (B, T * O)."""
         u = self.backend.workspace("outputs", self.cache.shape)
         self._by_example(u)[...] = signs.reshape(self.passes.examples, -1, u.shape[1])
         apply_root(self.output_loss, self.backend, self.cache, u)
@@ -246,7 +249,7 @@ class LossLinearisation:
         root = root_of(self.output_loss, self.backend, self.cache)
         gradient = self._output_gradient(1.0)
         r = root.residuals(self.targets, gradient)
-        each = unit_columns(self.backend, count, width)  # cotangents of every output: A e_1, A e_2, ...
+        each = unit_columns(self.backend, count, width)  # becomes the cotangents A e_1, A e_2, ... per output
         each = root.apply(each.reshape(-1, width)).reshape(count, width, width)
         if self.mask is not None:
             weight = xp.sqrt(self.mask)
@@ -265,7 +268,7 @@ class LossLinearisation:
         return complete
 
     def _by_segment(self, u: Array, segments: int) -> Array:
-        """Return u (N, O) as cotangents (N * K, O), each of which has the steps of one segment."""
+        """Split u (N, O) into cotangents (N * K, O), each of which is zero outside the steps of a segment."""
         if segments == 1:
             return u
         split = self.backend.xp.zeros((len(u), segments, u.shape[1]), u.dtype)
@@ -291,20 +294,20 @@ class LossLinearisation:
             by_output *= self.mask[rows][:, None]
 
     def _loss_gradient(self, scale: float) -> Array:
-        """Return scale times the gradient of the weighted loss in the outputs, (N, O)."""
+        """Return scale times the gradient (N, O) of the weighted loss with respect to the outputs."""
         u = self._output_gradient(scale)
         if self.mask is not None:
             u *= self.mask
         return u
 
     def _output_gradient(self, scale: float) -> Array:
-        """Return scale times the gradient of the loss in the outputs, (N, O), without weights."""
+        """Return scale times the gradient (N, O) of the unweighted loss with respect to the outputs."""
         u = self.backend.workspace("outputs", self.cache.shape)
         self.output_loss.gradient(self.backend, self.cache, self.targets, scale, u)
         return u
 
     def _weighted_once(self, scale: float) -> Array:
-        """Return `_loss_gradient` over the roots of the weights: its squares have each weight once."""
+        """Return `_loss_gradient` divided by sqrt(weight), so that its squares contain each weight once."""
         u, xp, weights = self._loss_gradient(scale), self.backend.xp, self.weights
         by_example = self._by_example(u)
         roots = xp.sqrt(xp.where(weights == 0, 1, weights))

@@ -1,6 +1,7 @@
-"""Check a user-defined loss: its shapes, and its derivatives against differences of its value.
+"""Check a user-defined loss: its shapes, and its derivatives against finite differences of its value.
 
-A mistake in a loss is silent otherwise: a wrong gradient or Hessian still trains, to something else.
+Without this check a mistake would remain unnoticed: with a wrong gradient or Hessian a run still trains, but
+minimises a different function.
 """
 
 from __future__ import annotations
@@ -19,25 +20,25 @@ from hfmpi.models.roots import NUMBERS
 __all__ = ["check_loss"]
 
 ROWS = 8
-"""Number of rows of outputs, from the first to the last one, on which a loss is checked."""
+"""The number of rows of outputs, evenly spread from the first to the last, on which a loss is checked."""
 
 SPANNED = 8
-"""Number of outputs up to which derivatives are compared along as many directions, which span them."""
+"""The maximum number of outputs for which derivatives are compared along directions that span all of them."""
 
 DIRECTIONS = 3
-"""Number of directions in more outputs."""
+"""The number of directions if there are more than `SPANNED` outputs."""
 
 STEP = 1e-3
-"""Length of the longer step of differences, relative to outputs that are smaller than 1."""
+"""The longer step of the finite differences, relative to outputs that are smaller than 1."""
 
 AGREE = 3e-3
-"""Relative difference up to which differences with two steps agree; where they do not, there is a kink."""
+"""The largest relative deviation between differences with two steps; it is larger only at a kink."""
 
 TOLERANCE = 2e-2
-"""Relative error up to which a derivative is right: mistakes are larger, and single precision passes."""
+"""The largest relative error of a correct derivative: rounding in float32 is smaller, mistakes are larger."""
 
 SCALE = 0.37
-"""A scale other than 1, and its inverse is not the ratio of usual mistakes."""
+"""A scale other than 1 whose inverse is not a factor that common mistakes cause."""
 
 ARGUMENTS = {
     "value": "backend, outputs, targets",
@@ -46,7 +47,7 @@ ARGUMENTS = {
     "root": "backend, cache, u",
     "residual": "backend, cache, targets, out",
 }
-"""The positional arguments of the methods of a loss."""
+"""The positional arguments of each method of a loss."""
 
 RESULTS = {
     "gradient": "scale times the gradient",
@@ -54,22 +55,22 @@ RESULTS = {
     "root": "A u",
     "residual": "r",
 }
-"""What the methods write."""
+"""The result of each method that overwrites an argument."""
 
-CACHE = "what it needs of the outputs must be in the cache, which value leaves in place of outputs"
-"""The remedy of a derivative that is wrong because it reads something else."""
+CACHE = "all that it needs from the outputs must be in the cache, with which value overwrites the outputs"
+"""The remedy for a derivative that is wrong because it depends on something other than the cache."""
 
-ROOTS = "define root and residual for this hessian and gradient, or set both to None to have H decomposed"
-"""The remedy of a wrong root, which may be inherited."""
+ROOTS = "define root and residual to match hessian and gradient, or set both to None (H is then decomposed)"
+"""The remedy for a wrong root, which may be inherited."""
 
 
 def check_loss(
     loss: Loss, backend: NumpyBackend, outputs: Array, targets: Array, mask: Array | None = None
 ) -> None:
-    """Check a loss that is not built in on a few rows; the arguments are not changed.
+    """Check a user-defined loss on a few rows, without changing the arguments; built-in losses pass.
 
-    The shapes are checked in the type of the backend, the derivatives in float64, or in the type of the
-    backend where the loss fails in float64. Rows where the loss has a kink, or is not finite, do not count.
+    The shapes are checked in the type of the backend. The derivatives are checked in float64, or in the type
+    of the backend if the loss fails in float64. Rows where the loss has a kink or is not finite are ignored.
 
     Parameters
     ----------
@@ -83,7 +84,7 @@ def check_loss(
     Raises
     ------
     UserError
-        That names the method which is wrong; or if a target is not one of O symbols.
+        If a method is wrong, with the name of the method, or if a target is not one of O symbols.
     """
     if type(loss) in {type(known) for known in LOSSES.values()}:
         return
@@ -105,7 +106,8 @@ def check_loss(
     noise, further = rng.standard_normal((2, *z.shape))
     size = np.abs(z).max(axis=1, keepdims=True)
     zeros = 0.1 * np.where(size > 0, size, 1.0) * (z == 0)
-    # Special outputs, such as zeros, hide mistakes and have kinks: near the outputs, and where a run may go.
+    # Special outputs, such as zeros, hide mistakes and have kinks. So the check uses perturbed outputs: near
+    # the actual ones, and at a distance that a run may reach.
     points = np.concatenate([z + (0.05 * z + zeros) * noise, z + 0.5 * further])
     y = np.concatenate([y, y])
     with np.errstate(all="ignore"):
@@ -120,23 +122,32 @@ class _FailsError(UserError):
 
 
 class _Differences(NamedTuple):
-    """Derivatives by differences, (K, M, .) along K directions at M rows, and which can be relied on."""
+    """Derivatives by finite differences, (K, M, .) along K directions at M rows.
+
+    Attributes
+    ----------
+    values : (K, M, .)
+    sound : (K, M, .) of bool
+        Whether a value is reliable.
+    bound : (K, M, .)
+        The largest error of a correct derivative.
+    """
 
     values: np.ndarray
     sound: np.ndarray
     bound: np.ndarray
 
     def match(self, derivatives: np.ndarray) -> bool:
-        """Return whether the derivatives (K, M, .) are right; NaN is not.
+        """Return whether the derivatives (K, M, .) are correct; NaN is wrong.
 
-        A single row may be wrong, beside a kink that the differences do not show.
+        One wrong row is tolerated, because it may be next to a kink that the differences do not detect.
         """
         by_row = 0, 2
         wrong = (self.sound & ~(np.abs(derivatives - self.values) <= self.bound)).any(axis=by_row)
         return int(wrong.sum()) < min(2, max(1, int(self.sound.any(axis=by_row).sum())))
 
     def mistake(self, scaled: np.ndarray) -> str:
-        """Return what is wrong with derivatives times SCALE, (K, M, .), or ""."""
+        """Describe the mistake in derivatives times SCALE, (K, M, .); return "" if they are correct."""
         if self.match(scaled / SCALE):
             return ""
         if self.match(scaled):
@@ -145,12 +156,12 @@ class _Differences(NamedTuple):
         at = np.unravel_index(int(np.argmax(np.where(wrong, np.abs(self.values), -1))), wrong.shape)
         ratio = scaled[at] / SCALE / self.values[at] if self.values[at] else np.nan
         if ratio and np.isfinite(ratio) and self.match(scaled / SCALE / ratio):
-            return f"gives {ratio:.3g} times that"
-        return f"gives {scaled[at] / SCALE:.3g} in place of {self.values[at]:.3g} for scale 1"
+            return f"computes {ratio:.3g} times that"
+        return f"computes {scaled[at] / SCALE:.3g} instead of {self.values[at]:.3g} for scale 1"
 
 
 class _Calls:
-    """The methods of a loss, called with copies on the host, and with their shapes checked."""
+    """Calls the methods of a loss with copies of arrays on the host, and checks the shapes of the results."""
 
     def __init__(self, loss: Loss, backend: NumpyBackend) -> None:
         self.loss, self.backend, self.name = loss, backend, type(loss).__name__
@@ -164,7 +175,7 @@ class _Calls:
         return self._host(losses), cache
 
     def gradient(self, cache: Array, y: np.ndarray, scale: float) -> np.ndarray:
-        """Return scale times the gradient (N, O)."""
+        """Return scale times the gradient (N, O) at targets y."""
         return self._filled("gradient", cache, y, scale)
 
     def hessian(self, cache: Array, u: np.ndarray, scale: float) -> np.ndarray:
@@ -172,7 +183,7 @@ class _Calls:
         return self._overwritten("hessian", cache, u, scale)
 
     def residual(self, cache: Array, y: np.ndarray) -> np.ndarray:
-        """Return r (N, O)."""
+        """Return the residuals r (N, O) at targets y."""
         return self._filled("residual", cache, y)
 
     def root(self, cache: Array, u: np.ndarray) -> np.ndarray:
@@ -180,7 +191,7 @@ class _Calls:
         return self._overwritten("root", cache, u)
 
     def _filled(self, method: str, cache: Array, y: np.ndarray, *scale: float) -> np.ndarray:
-        """Return what `method` fills a buffer (N, O) with, whatever the buffer holds."""
+        """Return the result (N, O) of a method that fills a buffer, whatever the buffer contains before."""
         before, targets = self._host(cache), self._targets(y)
         y = self._host(targets)
 
@@ -193,14 +204,14 @@ class _Calls:
 
         (result, returned), (other, _) = fill(7.0), fill(-3.0)
         if not np.array_equal(result, other, equal_nan=True):
-            wrong = "leaves numbers of out as they were, or adds to them"
+            wrong = "leaves elements of out unchanged or adds to them"
             if returned is not None:
                 wrong = f"returns {type(returned).__name__} and does not fill out"
             raise self.error(f"{method} must overwrite out with {RESULTS[method]}, but it {wrong}")
         return result
 
     def _overwritten(self, method: str, cache: Array, u: np.ndarray, *scale: float) -> np.ndarray:
-        """Return what `method` makes of directions u (N * C, O)."""
+        """Return the result of a method that overwrites directions u (N * C, O)."""
         before, out = self._host(cache), self._device(u)
         returned = self._call(method, cache, out, *scale)
         self._unchanged(method, "the cache", cache, before)
@@ -208,7 +219,7 @@ class _Calls:
         if returned is not None and u.any() and np.array_equal(result, self._host(self._device(u))):
             raise self.error(
                 f"{method} must overwrite u with {RESULTS[method]}, but it returns {type(returned).__name__} "
-                "and leaves u as it was"
+                "and leaves u unchanged"
             )
         return result
 
@@ -231,7 +242,7 @@ class _Calls:
             raise self.error(f"{method} must not change {what}, which later calls read again")
 
     def error(self, sentence: str) -> UserError:
-        """Return the error with a sentence on what is wrong with the loss."""
+        """Return an error that names the loss and describes what is wrong with it."""
         return UserError(f"the loss {self.name} is wrong: {sentence}")
 
     def _device(self, array: np.ndarray) -> Array:
@@ -245,7 +256,7 @@ class _Calls:
 
 
 def _check_derivatives(calls: _Calls, z: np.ndarray, y: np.ndarray) -> None:
-    """Check gradient and Hessian at outputs z (M, O), along directions that span few outputs."""
+    """Check gradient and Hessian at outputs z (M, O), along directions that span O if O is small."""
     (rows, width), rng = z.shape, np.random.default_rng(1)
     count = width if width <= SPANNED else DIRECTIONS
     v = np.linalg.qr(rng.standard_normal((width, count)))[0].T
@@ -257,14 +268,14 @@ def _check_derivatives(calls: _Calls, z: np.ndarray, y: np.ndarray) -> None:
         ends = [[_at(calls, z + sign * step * row, y) for sign in (1, -1)] for row in v]
         of_value.append(np.array([(a[0] - b[0])[:, None] / (2 * step) for a, b in ends]))
         of_gradient.append(np.array([(a[1] - b[1]) / (2 * step) for a, b in ends]))
-    calls.value(z[::-1], y)  # a loss that keeps what it needs in itself, not in the cache, is wrong now
+    calls.value(z[::-1], y)  # reveals a loss that stores what it needs in attributes and not in the cache
     gradient = calls.gradient(cache, y, SCALE)
     differences = _differences(of_value, calls, losses[:, None], size, h)
     along = np.einsum("mo,ko->km", gradient, v)[:, :, None]
     if mistake := differences.mistake(along):
         raise calls.error(
-            f"gradient must give scale times the gradient of value, but it {mistake} (by differences of "
-            f"value); {CACHE}"
+            f"gradient must compute scale times the gradient of value, but it {mistake} (according to finite "
+            f"differences of value); {CACHE}"
         )
     directions = np.repeat(v[None], rows, axis=0).reshape(-1, width)
 
@@ -276,17 +287,18 @@ def _check_derivatives(calls: _Calls, z: np.ndarray, y: np.ndarray) -> None:
     curvature = _differences(of_gradient, calls, gradient / SCALE, size, h)
     if mistake := curvature.mistake(scaled):
         raise calls.error(
-            f"hessian must give scale * H u, but it {mistake} (by differences of gradient); {CACHE}"
+            f"hessian must compute scale * H u, but it {mistake} (according to finite differences of "
+            f"gradient); {CACHE}"
         )
     products = scaled / SCALE
     largest = TOLERANCE * np.abs(products).max(initial=0, where=np.isfinite(products))
-    largest += 16 * np.finfo(calls.backend.dtype).eps  # saturated outputs have nothing but rounding
+    largest += 16 * np.finfo(calls.backend.dtype).eps  # products of saturated outputs are only rounding
     for words, other in (
-        ("scale * H u at every scale", hessian(slice(None), 1.0)),
-        ("the same H u where the cache is a part of its rows", hessian(slice(rows // 2, None), 1.0)),
+        ("scale * H u for every scale", hessian(slice(None), 1.0)),
+        ("the same H u if the cache has only some of its rows", hessian(slice(rows // 2, None), 1.0)),
     ):
         if not np.allclose(other, products[:, rows - other.shape[1] :], 0, largest, equal_nan=True):
-            raise calls.error(f"hessian must give {words}, but it does not")
+            raise calls.error(f"hessian must compute {words}, but it does not")
     matrices = np.einsum("jo,kmo->mjk", v, products)
     matrices = matrices[np.isfinite(matrices).all(axis=(1, 2))]
     if not np.allclose(matrices, matrices.swapaxes(1, 2), 0, largest):
@@ -295,7 +307,7 @@ def _check_derivatives(calls: _Calls, z: np.ndarray, y: np.ndarray) -> None:
     if lowest < -largest:
         raise calls.error(
             f"it must be convex in the outputs, but its hessian has negative curvature ({lowest:.3g}): "
-            "Gauss-Newton products need a positive semidefinite one"
+            "Gauss-Newton products require a positive semidefinite Hessian"
         )
     if isinstance(calls.loss, HasRoot):
         _check_root(calls, y, cache, gradient / SCALE, v, products)
@@ -304,13 +316,13 @@ def _check_derivatives(calls: _Calls, z: np.ndarray, y: np.ndarray) -> None:
 def _check_root(
     calls: _Calls, y: np.ndarray, cache: Array, gradient: np.ndarray, v: np.ndarray, products: np.ndarray
 ) -> None:
-    """Check A A' v against H v along directions v (K, O), `products` (K, M, O), and H A r against H gradient.
+    """Compare A A' v with H v = `products` (K, M, O) for directions v (K, O), and H A r with H gradient.
 
-    A r may lack a part of the gradient that H does not see.
+    A r itself may lack a part of the gradient that is in the null space of H.
     """
     (rows, width), count = gradient.shape, len(v)
     floor = 10 * width * LEAST
-    some = max(1, min(rows, NUMBERS // width**2))  # rows for which A is built, some columns at a time
+    some = max(1, min(rows, NUMBERS // width**2))  # rows for which A is computed, some columns at a time
     squared, many = np.zeros((some, count, width)), max(1, NUMBERS // (some * width))
     for start in range(0, width, many):
         unit = np.eye(width)[start : start + many]
@@ -320,7 +332,7 @@ def _check_root(
     sound = np.isfinite(expected).all(axis=(1, 2))
     size = np.abs(expected[sound]).max(axis=(1, 2), initial=0, keepdims=True)
     if not (np.abs(squared - expected)[sound] <= TOLERANCE * size + floor).all():
-        raise calls.error(f"root must give A u with A A' = H, but A A' is not what hessian gives; {ROOTS}")
+        raise calls.error(f"root must compute A u with A A' = H, but A A' differs from H of hessian; {ROOTS}")
     through = calls.root(cache, calls.residual(cache, y))
     both = np.stack([gradient, through], axis=1)
     seen = calls.hessian(cache, both.reshape(-1, width), 1.0).reshape(both.shape)
@@ -330,7 +342,7 @@ def _check_root(
     rounding = (1e-6 * curvature + floor) * np.abs(gradient[sound]).max(axis=1, initial=0)
     bound = TOLERANCE * np.abs(seen).max(axis=(1, 2), initial=0) + rounding
     if not (np.abs(seen[:, 0] - seen[:, 1]) <= bound[:, None]).all():
-        raise calls.error(f"residual must give r with A r = gradient, but it does not; {ROOTS}")
+        raise calls.error(f"residual must compute r with A r = gradient, but it does not; {ROOTS}")
 
 
 def _at(calls: _Calls, z: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -341,7 +353,7 @@ def _at(calls: _Calls, z: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.nda
 def _differences(
     found: list[np.ndarray], calls: _Calls, at: np.ndarray, size: np.ndarray, h: np.ndarray
 ) -> _Differences:
-    """Return differences with two steps h and h / 2, (K, M, .), of what has the values `at` (M, .)."""
+    """Assess differences with two steps h and h / 2, (K, M, .), of a function with values `at` (M, .)."""
     wide, near = found
     finite = at[np.isfinite(at)]
     single = calls.backend.dtype == np.float32 or np.array_equal(finite, finite.astype(np.float32))

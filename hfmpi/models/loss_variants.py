@@ -1,4 +1,4 @@
-"""Losses with parameters: smoothed labels, and weights of positive targets."""
+"""Losses with parameters: label smoothing, and weights of positive targets."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ __all__ = ["SmoothedCrossEntropy", "WeightedBernoulli"]
 
 @dataclass(frozen=True)
 class SmoothedCrossEntropy(SoftmaxCrossEntropy):
-    """-sum_k q_k log softmax(z)_k with q = (1 - s) onehot(target) + s / O (Szegedy et al. 2016, section 7).
+    """Cross-entropy with label smoothing (Szegedy et al. 2016, section 7).
 
-    The gradient is p - q, and the Hessian that of the cross-entropy. The cache is p = softmax(z).
+    The loss is -sum_k q_k log softmax(z)_k with q = (1 - s) onehot(target) + s / O. Its gradient is p - q,
+    and its Hessian is that of the cross-entropy. The cache is p = softmax(z).
 
     Attributes
     ----------
@@ -36,18 +37,19 @@ class SmoothedCrossEntropy(SoftmaxCrossEntropy):
 
     def __post_init__(self) -> None:
         if not 0 <= self.smoothing <= 1:
-            raise UserError(f"label smoothing must lie in [0, 1], not {self.smoothing}")
+            raise UserError(f"label smoothing must be in [0, 1], not {self.smoothing}")
 
     @property
     def form(self) -> str:
-        """The smoothing."""
+        """The value of s, as text."""
         return f"smoothing {self.smoothing}"
 
     def value(self, backend: NumpyBackend, outputs: Array, targets: Array) -> Array:
         """Return the loss of each row; overwrite the outputs with p."""
         chosen = outputs[backend.xp.arange(len(targets)), targets].astype(np.float64)
         mean = outputs.astype(np.float64).sum(axis=1) / outputs.shape[1]
-        # Both cross-entropies have one log-sum-exp: that of 1 / O is larger by z[target] - mean(z).
+        # Both cross-entropies have the same log-sum-exp, so that the one with the uniform distribution 1 / O
+        # is larger by z[target] - mean(z).
         return super().value(backend, outputs, targets) + self.smoothing * (chosen - mean)
 
     def gradient(self, backend: NumpyBackend, cache: Array, targets: Array, scale: float, out: Array) -> None:
@@ -68,9 +70,10 @@ class SmoothedCrossEntropy(SoftmaxCrossEntropy):
 
 @dataclass(frozen=True)
 class WeightedBernoulli:
-    """w y log(1 + exp(-z)) + (1 - y) log(1 + exp(z)), summed over O outputs, with targets y of 0 or 1.
+    """Binary cross-entropy with weights of the positive targets.
 
-    The cache is the gradient: its sign is that of 1 - 2 y, so that the Hessian needs no targets.
+    The loss is w y log(1 + exp(-z)) + (1 - y) log(1 + exp(z)), summed over O outputs, with targets y of 0 or
+    1. The cache is the gradient: its sign is that of 1 - 2 y, so that the Hessian needs no targets.
 
     Attributes
     ----------
@@ -93,7 +96,7 @@ class WeightedBernoulli:
 
     @property
     def form(self) -> str:
-        """The weights."""
+        """The weights, as text."""
         return f"weights {self.weights}"
 
     def value(self, backend: NumpyBackend, outputs: Array, targets: Array) -> Array:
@@ -101,15 +104,15 @@ class WeightedBernoulli:
         xp, width = backend.xp, outputs.shape[1]
         if len(self.weights) not in (1, width):
             raise UserError(
-                f"the loss has weights of {len(self.weights)} outputs, and the model has {width}: give one "
-                "weight for each output, or one for all"
+                f"the loss has weights for {len(self.weights)} outputs, but the model has {width} outputs: "
+                "pass one weight for each output, or one for all"
             )
         positive = targets == 1
         if bool(xp.any(targets * (targets - 1) != 0)):
-            raise UserError("targets of a loss with weights of positive targets must be 0 or 1")
+            raise UserError("the targets must be 0 or 1, because the loss has weights for positive targets")
         w = self._weights(backend, np.dtype(np.float64))
         wide = outputs.astype(np.float64)
-        signed = xp.where(positive, -wide, wide)  # the loss is log(1 + exp(.)) of it, times w if positive
+        signed = xp.where(positive, -wide, wide)  # the loss is log(1 + exp(signed)), times w if positive
         losses = xp.maximum(signed, 0) + xp.log1p(xp.exp(-abs(signed)))
         losses = xp.where(positive, w * losses, losses).sum(axis=1)
         p = backend.sigmoid(xp.where(positive, -outputs, outputs))
@@ -117,7 +120,7 @@ class WeightedBernoulli:
         return losses
 
     def gradient(self, backend: NumpyBackend, cache: Array, targets: Array, scale: float, out: Array) -> None:
-        """Fill out with scale times the cache."""
+        """Fill out with scale times the gradient, which is the cache."""
         backend.xp.multiply(cache, cache.dtype.type(scale), out=out)
 
     def hessian(self, backend: NumpyBackend, cache: Array, u: Array, scale: float) -> None:
@@ -126,19 +129,19 @@ class WeightedBernoulli:
         by_output *= (self._curvature(backend, cache) * u.dtype.type(scale))[:, None]
 
     def root(self, backend: NumpyBackend, cache: Array, u: Array) -> None:
-        """Overwrite u with the square root of H times u; see `hfmpi.models.losses.LEAST`."""
+        """Overwrite u with sqrt(H) u; see `hfmpi.models.losses.LEAST`."""
         by_output = by_sequence(u, len(cache))
         by_output *= self._root(backend, cache)[:, None]
 
     def residual(self, backend: NumpyBackend, cache: Array, targets: Array, out: Array) -> None:
-        """Fill out with the gradient over the square root of H."""
+        """Fill out with the gradient divided by sqrt(H)."""
         out[...] = cache / self._root(backend, cache)
 
     def _curvature(self, backend: NumpyBackend, cache: Array) -> Array:
         """Return the diagonal of H, (N, O): p (1 - p), times w if the target is 1."""
         xp, w = backend.xp, self._weights(backend, cache.dtype)
         p = xp.where(cache > 0, cache, -cache / w)
-        return p * xp.maximum(1 - p, 0) * xp.where(cache > 0, 1, w)  # w / w may be larger than 1
+        return p * xp.maximum(1 - p, 0) * xp.where(cache > 0, 1, w)  # rounding may leave p larger than 1
 
     def _root(self, backend: NumpyBackend, cache: Array) -> Array:
         curvature = self._curvature(backend, cache)

@@ -1,9 +1,10 @@
 """Losses of the outputs of a model: value, gradient and Hessian for each row of outputs separately.
 
 A loss is a function of N scored outputs z (N, O) and their targets. The Gauss-Newton matrix is J' H J with
-the Hessian H of the loss, so H must be positive semidefinite: the loss is convex in z. Each loss here matches
-an output function (softmax, identity, logistic), so its gradient is the value of that function minus the
-target (Schraudolph 2002, Fast curvature matrix-vector products for second-order gradient descent).
+the Hessian H of the loss with respect to z. H must be positive semidefinite, so the loss must be convex in z.
+Each loss here matches an output function (softmax, identity, logistic): its gradient is the value of that
+function minus the target (Schraudolph 2002, Fast curvature matrix-vector products for second-order gradient
+descent).
 """
 
 from __future__ import annotations
@@ -33,40 +34,40 @@ __all__ = [
 ]
 
 LEAST = 1e-14
-"""The least probability, or variance of a bit, in roots of Hessians and in residuals.
+"""The minimum of a probability, or of the variance of a bit, in roots of Hessians and in residuals.
 
-It changes a Hessian by at most O * 1e-14. Without it the residual of an output that excludes its target would
-be infinite. With it A r is still the gradient, and r is at most about 1e7, so that systems of equations in
-float64 keep the digits of ordinary residuals beside it.
+It changes a Hessian by at most O * 1e-14. Without it the residual of an output whose target has probability 0
+would be infinite. With it A r is still the gradient, and r is at most about 1e7, so that linear systems in
+float64 do not lose the precision of the ordinary residuals in the same system.
 """
 
 
 @runtime_checkable
 class Loss(Protocol):
-    """A convex loss of each row of outputs z (N, O), of the backend's dtype.
+    """A convex loss of each row of outputs z (N, O), which have the backend's dtype.
 
-    All calls pass positional arguments. A mask and weights are applied by the caller.
+    The methods are called with positional arguments. The caller applies a mask and weights.
 
     Attributes
     ----------
     symbols : bool
         Whether targets are symbols (N,), int32; otherwise they are numbers (N, O), of the backend's dtype.
     bounds : (float, float), optional
-        The least and the largest target that is a number. Without them, every finite number is a target.
+        The smallest and the largest target, if targets are numbers. Default: every finite number is accepted.
     form : str, optional
-        The parameters of the loss, if it has any: a run is continued only with the same ones.
+        A description of the loss's parameters, if it has any: a run can be continued only if it is unchanged.
     """
 
     symbols: ClassVar[bool]
 
     def value(self, backend: NumpyBackend, outputs: Array, targets: Array) -> Array:
-        """Compute the loss of each row.
+        """Compute the loss of each row, and overwrite the outputs with a cache for the derivatives.
 
         Parameters
         ----------
         backend : NumpyBackend
         outputs : (N, O)
-            In: z. Out: a cache for the derivatives, such as probabilities.
+            On entry z; on return the cache, such as probabilities.
         targets : (N,) int32, or (N, O)
 
         Returns
@@ -76,13 +77,13 @@ class Loss(Protocol):
         """
 
     def gradient(self, backend: NumpyBackend, cache: Array, targets: Array, scale: float, out: Array) -> None:
-        """Fill out with scale times the gradient in z.
+        """Fill out with scale times the gradient with respect to z.
 
         Parameters
         ----------
         backend : NumpyBackend
         cache : (N, O)
-            As `value` left it.
+            As written by `value`.
         targets : (N,) int32, or (N, O)
         scale : float
         out : (N, O)
@@ -95,18 +96,18 @@ class Loss(Protocol):
         ----------
         backend : NumpyBackend
         cache : (N, O)
-            As `value` left it, or a part of its rows.
+            As written by `value`, or some of its rows.
         u : (N * C, O)
-            The C rows of an output follow one another.
+            The C rows of an output are adjacent.
         scale : float
         """
 
 
 @runtime_checkable
 class HasRoot(Protocol):
-    """A loss with a square root A (O, O) of its Hessian H = A A' of each output.
+    """A loss that also provides a square root A (O, O) of the Hessian H = A A' of each output.
 
-    Both methods are optional, but go together. Without them, or where they are None, `hfmpi.models.roots`
+    A loss may define both methods or neither. Without them, or if they are None, `hfmpi.models.roots`
     decomposes H, which takes longer.
     """
 
@@ -114,9 +115,10 @@ class HasRoot(Protocol):
         """Overwrite u (N * C, O) with A u, as `Loss.hessian` does with H u."""
 
     def residual(self, backend: NumpyBackend, cache: Array, targets: Array, out: Array) -> None:
-        """Fill out (N, O) with r, of which A r is the gradient of the loss in z.
+        """Fill out (N, O) with r, where A r is the gradient of the loss with respect to z.
 
-        If the gradient has a part that H does not see, as that of Huber's loss has, A r is the remainder.
+        If a part of the gradient is in the null space of H, as in Huber's loss, A r is the gradient without
+        that part.
         """
 
 
@@ -125,7 +127,7 @@ class RootedLoss(Loss, HasRoot, Protocol):
 
 
 class SoftmaxCrossEntropy:
-    """-log softmax(z)[target]; H u = p * (u - <p, u>). The cache is p = softmax(z)."""
+    """The loss -log softmax(z)[target]; H u = p * (u - <p, u>). The cache is p = softmax(z)."""
 
     symbols: ClassVar[bool] = True
 
@@ -155,7 +157,7 @@ class SoftmaxCrossEntropy:
 
 
 class SquaredError:
-    """Half the squared distance of z and target; H is the identity. The cache is z - target."""
+    """Half the squared distance between z and target; H is the identity. The cache is z - target."""
 
     symbols: ClassVar[bool] = False
 
@@ -174,7 +176,7 @@ class SquaredError:
         u *= u.dtype.type(scale)
 
     def root(self, backend: NumpyBackend, cache: Array, u: Array) -> None:
-        """Leave u as it is."""
+        """Leave u unchanged, because A is the identity."""
 
     def residual(self, backend: NumpyBackend, cache: Array, targets: Array, out: Array) -> None:
         """Fill out with z - target."""
@@ -182,9 +184,9 @@ class SquaredError:
 
 
 class Bernoulli:
-    """log(1 + exp(z)) - z * target, summed over O outputs, with targets in [0, 1]; H u = p (1 - p) u.
+    """The loss log(1 + exp(z)) - z * target, summed over O outputs; H u = p (1 - p) u.
 
-    The cache is p = 1 / (1 + exp(-z)), the probability of a 1.
+    Targets are in [0, 1]. The cache is p = 1 / (1 + exp(-z)), the probability of a 1.
     """
 
     symbols: ClassVar[bool] = False
@@ -221,7 +223,7 @@ class Bernoulli:
 
 @dataclass(frozen=True)
 class OutputMean:
-    """A loss of numbers times `factor` / O, which makes its sum over O outputs a mean.
+    """A loss with numbers as targets, times `factor` / O, which turns its sum over O outputs into a mean.
 
     Attributes
     ----------
@@ -239,7 +241,7 @@ class OutputMean:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The least and the largest target."""
+        """The smallest and the largest target."""
         return getattr(self.loss, "bounds", (-math.inf, math.inf))
 
     @property
@@ -248,24 +250,24 @@ class OutputMean:
         return f"{self.factor} {type(self.loss).__name__} {getattr(self.loss, 'form', '')}"
 
     def value(self, backend: NumpyBackend, outputs: Array, targets: Array) -> Array:
-        """Return the loss of each row; overwrite the outputs as `loss` does."""
+        """Return the loss of each row; overwrite the outputs with the cache of `loss`."""
         return self.loss.value(backend, outputs, targets) * self._scale(outputs)
 
     def gradient(self, backend: NumpyBackend, cache: Array, targets: Array, scale: float, out: Array) -> None:
-        """Fill out with scale times the gradient."""
+        """Fill out with scale times the gradient of the mean."""
         self.loss.gradient(backend, cache, targets, scale * self._scale(cache), out)
 
     def hessian(self, backend: NumpyBackend, cache: Array, u: Array, scale: float) -> None:
-        """Overwrite u with scale * H u."""
+        """Overwrite u with scale * H u, where H is the Hessian of the mean."""
         self.loss.hessian(backend, cache, u, scale * self._scale(cache))
 
     def root(self, backend: NumpyBackend, cache: Array, u: Array) -> None:
-        """Overwrite u with A u, A times the square root of the scale."""
+        """Overwrite u with A u, where A is the root of `loss` times sqrt(factor / O)."""
         self.loss.root(backend, cache, u)
         u *= u.dtype.type(math.sqrt(self._scale(cache)))
 
     def residual(self, backend: NumpyBackend, cache: Array, targets: Array, out: Array) -> None:
-        """Fill out with r, times the square root of the scale."""
+        """Fill out with r, the residual of `loss` times sqrt(factor / O)."""
         self.loss.residual(backend, cache, targets, out)
         out *= out.dtype.type(math.sqrt(self._scale(cache)))
 
@@ -285,7 +287,7 @@ LOSSES: dict[str, Loss] = {
     "mse": OutputMean(SquaredError(), 2.0),
     "binary-cross-entropy": OutputMean(Bernoulli()),
 }
-"""The losses by name; the last two are means over outputs, as in PyTorch and Keras."""
+"""The built-in losses by name; the last two are means over outputs, as in PyTorch and Keras."""
 
 OTHER_NAMES = {
     "softmax": "cross-entropy",
@@ -304,13 +306,13 @@ OTHER_NAMES = {
     "BCEWithLogitsLoss": "binary-cross-entropy",
     "logistic": "binary-cross-entropy",
 }
-"""What other names of losses mean here."""
+"""Names that other libraries use, and the names of the same losses here."""
 
 METHODS = "value", "gradient", "hessian"
-"""The methods of a loss."""
+"""The required methods of a loss."""
 
 ROOTS = "root", "residual"
-"""The optional methods of a loss, both or none."""
+"""The optional methods of a loss; a loss defines both or neither."""
 
 
 def choose(loss: str | Loss) -> Loss:
@@ -328,14 +330,14 @@ def choose(loss: str | Loss) -> Loss:
         return LOSSES[loss]
     if isinstance(loss, type) or not isinstance(loss, Loss):
         raise UserError(
-            f"loss must be one of {', '.join(LOSSES)} or an object like them{_missing(loss)}, not "
-            f"{shown(loss)}"
+            f"loss must be one of {', '.join(LOSSES)} or an object with the methods of "
+            f"hfmpi.models.losses.Loss, not {shown(loss)}{_missing(loss)}"
         )
     name = type(loss).__name__
     if not isinstance(loss.symbols, bool):
         raise UserError(
-            f"symbols of the loss {name} must be True (targets are whole numbers) or False, not "
-            f"{shown(loss.symbols)}"
+            f"the attribute symbols of the loss {name} must be True (targets are whole numbers) or False, "
+            f"not {shown(loss.symbols)}"
         )
     roots = [method for method in ROOTS if getattr(loss, method, None) is not None]
     for method in (*METHODS, *roots):
@@ -346,7 +348,7 @@ def choose(loss: str | Loss) -> Loss:
     if len(roots) == 1:
         (lacks,) = set(ROOTS) - set(roots)
         raise UserError(
-            f"the loss {name} has {roots[0]} without {lacks}: define both, or neither (then its hessian is "
+            f"the loss {name} has {roots[0]} without {lacks}: define both, or neither (its hessian is then "
             "decomposed)"
         )
     bounds = getattr(loss, "bounds", (-math.inf, math.inf))
@@ -356,15 +358,15 @@ def choose(loss: str | Loss) -> Loss:
         low, high = math.nan, math.nan
     if not low < high:
         raise UserError(
-            f"bounds of the loss {name} must be (least target, largest target), not {shown(bounds)}"
+            f"bounds of the loss {name} must be (smallest target, largest target), not {shown(bounds)}"
         )
     return loss
 
 
 def _missing(loss: object) -> str:
-    """Return what an object lacks that has some of the methods of a loss."""
+    """Return a clause with the missing attributes of an object that has some of those of a loss, or ""."""
     lacks = [name for name in ("symbols", *METHODS) if not hasattr(loss, name)]
-    return f", which has {', '.join(lacks)} too" if len(lacks) < 1 + len(METHODS) and lacks else ""
+    return f", which lacks {', '.join(lacks)}" if len(lacks) < 1 + len(METHODS) and lacks else ""
 
 
 def row_losses(loss: Loss, backend: NumpyBackend, outputs: Array, targets: Array) -> Array:
@@ -373,7 +375,7 @@ def row_losses(loss: Loss, backend: NumpyBackend, outputs: Array, targets: Array
     Raises
     ------
     UserError
-        If the loss returns anything else.
+        If the result of `value` does not have this form.
     """
     losses = loss.value(backend, outputs, targets)
     kind = backend.xp.ndarray

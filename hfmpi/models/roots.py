@@ -1,8 +1,8 @@
-"""Square roots A of the Hessian H of a loss on the outputs, A A' = H, and residuals r with A r = gradient.
+"""Square roots A of the Hessian H of a loss in its outputs, A A' = H, and residuals r with A r = gradient.
 
-A loss may bring both (`hfmpi.models.losses.HasRoot`); otherwise H, which is small, is built column by column
-and decomposed for every output: A = V sqrt(w), r = w^(-1/2) V' gradient for the eigenvalues w that are not
-zero up to rounding.
+A loss may define both (`hfmpi.models.losses.HasRoot`). Otherwise H, which is small, is computed column by
+column and decomposed for every output: A = V sqrt(w), r = w^(-1/2) V' gradient for the eigenvalues w that are
+not zero up to rounding.
 """
 
 from __future__ import annotations
@@ -23,21 +23,31 @@ WIDEST = 256
 """The maximum number of outputs O for which H is decomposed: a decomposition takes O^3 operations."""
 
 NUMBERS = 1 << 22
-"""About how many numbers of H are decomposed at once where the decompositions are not stored."""
+"""The approximate number of elements of H that are decomposed at once if decompositions are not stored."""
 
 
 class Root(Protocol):
-    """A for N outputs."""
+    """The square roots A of the Hessians of N outputs."""
 
     def apply(self, u: Array) -> Array:
-        """Return A u of u (N * C, O), which may be overwritten."""
+        """Return A u for u (N * C, O), which may be overwritten."""
 
     def residuals(self, targets: Array, gradient: Array) -> Array:
-        """Return r (N, O); A r is the gradient (N, O) of the loss in the outputs, or what H sees of it."""
+        """Return r (N, O), where A r is the gradient (N, O) of the loss with respect to the outputs.
+
+        If a part of the gradient is in the null space of H, A r is the gradient without that part.
+        """
 
 
 def root_of(loss: Loss, backend: NumpyBackend, cache: Array) -> Root:
-    """Return the root that a loss brings, or one by decomposition; the cache (N, O) is as `value` left it.
+    """Return the root that a loss defines, or else compute one by decomposition.
+
+    Parameters
+    ----------
+    loss : Loss
+    backend : NumpyBackend
+    cache : (N, O)
+        As written by `Loss.value`.
 
     Raises
     ------
@@ -50,7 +60,7 @@ def root_of(loss: Loss, backend: NumpyBackend, cache: Array) -> Root:
 
 
 def apply_root(loss: Loss, backend: NumpyBackend, cache: Array, u: Array) -> None:
-    """Overwrite u (N, O) with A u; a decomposition takes the memory of some outputs at a time."""
+    """Overwrite u (N, O) with A u; decompositions are computed in parts, which limits their memory."""
     count, width = cache.shape
     many = count if isinstance(loss, HasRoot) else max(1, NUMBERS // width**2)
     for start in range(0, count, many):
@@ -60,19 +70,19 @@ def apply_root(loss: Loss, backend: NumpyBackend, cache: Array, u: Array) -> Non
 
 @dataclass(frozen=True)
 class _Known:
-    """The root of a loss that brings it."""
+    """The root that a loss defines."""
 
     loss: HasRoot
     backend: NumpyBackend
     cache: Array
 
     def apply(self, u: Array) -> Array:
-        """Return A u."""
+        """Return A u by the method `root` of the loss."""
         self.loss.root(self.backend, self.cache, u)
         return u
 
     def residuals(self, targets: Array, gradient: Array) -> Array:
-        """Return r."""
+        """Return r by the method `residual` of the loss."""
         r = self.backend.xp.empty_like(self.cache)
         self.loss.residual(self.backend, self.cache, targets, r)
         return r
@@ -80,7 +90,7 @@ class _Known:
 
 @dataclass(frozen=True)
 class _Decomposed:
-    """Eigenvectors V (N, O, O) and the roots of eigenvalues w (N, O), both float64."""
+    """Eigenvectors V (N, O, O) of H and the square roots of the eigenvalues w (N, O), both float64."""
 
     backend: NumpyBackend
     vectors: Array
@@ -92,7 +102,7 @@ class _Decomposed:
         return self.backend.xp.matmul(by_output, self.vectors.swapaxes(1, 2)).reshape(u.shape).astype(u.dtype)
 
     def residuals(self, targets: Array, gradient: Array) -> Array:
-        """Return w^(-1/2) V' gradient, 0 where w is 0."""
+        """Return w^(-1/2) V' gradient, with 0 where w is 0."""
         xp, wide = self.backend.xp, gradient.astype(np.float64)[:, :, None]
         along = xp.matmul(self.vectors.swapaxes(1, 2), wide)[:, :, 0]
         r = xp.where(self.roots == 0, 0, along / xp.where(self.roots == 0, 1, self.roots))
@@ -103,8 +113,9 @@ def _decomposed(loss: Loss, backend: NumpyBackend, cache: Array) -> _Decomposed:
     xp, (count, width) = backend.xp, cache.shape
     if width > WIDEST:
         raise UserError(
-            f"the loss {type(loss).__name__} has no root, and the Hessian of {width:,} outputs is too "
-            f"large to decompose (at most {WIDEST}): define root and residual (hfmpi.models.losses.HasRoot)"
+            f"the loss {type(loss).__name__} has no method root, and the Hessian of {width:,} outputs is too "
+            f"large to decompose (at most {WIDEST} outputs): define root and residual "
+            "(hfmpi.models.losses.HasRoot)"
         )
     columns = unit_columns(backend, count, width).reshape(-1, width)
     loss.hessian(backend, cache, columns, 1.0)
@@ -119,7 +130,7 @@ def _decomposed(loss: Loss, backend: NumpyBackend, cache: Array) -> _Decomposed:
 
 
 def unit_columns(backend: NumpyBackend, count: int, width: int) -> Array:
-    """Return the unit matrix of each of `count` outputs, (count, O, O)."""
+    """Return a unit matrix for each of `count` outputs, (count, O, O)."""
     unit = backend.xp.zeros((count, width, width), backend.dtype)
     unit.reshape(count, -1)[:, :: width + 1] = 1
     return unit
