@@ -1,1 +1,1 @@
-"""The built-in recurrent networks: cells, the loops over time, and their linearisation."""
+"""The built-in recurrent networks: cells, loops over time, and linearisation."""

@@ -1,6 +1,7 @@
-"""The architecture of a network: which parameters it has, how many, and how they are drawn.
+"""The architecture of a network: the names, shapes and number of its parameters, and their initial values.
 
-With n hidden units, I inputs and O outputs (both V symbols for a text) a network of one layer has
+With n hidden units, I inputs and O outputs (for a text I = O = V, the number of symbols) a network of one
+layer has
 
     rnn     n^2 + n I + n + n O + O
     mrnn    2 n^2 + 2 n I + n + n O + O
@@ -9,7 +10,7 @@ With n hidden units, I inputs and O outputs (both V symbols for a text) a networ
     gru     3 n^2 + 3 n I + 4 n + n O + O
 
 parameters; the `krause` variant has no output bias (O fewer). An upper layer reads the n units of the layer
-below it.
+below, so that I = n.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ __all__ = ["INITIALISATIONS", "PAPER_PARAMETERS", "Architecture"]
 
 INITIALISATIONS = ("krause", "krause-lstm", "sparse")
 PAPER_PARAMETERS = {"rnn": 220_000, "mrnn": 215_000, "lstm": 220_000, "mlstm": 215_000, "gru": 220_000}
-"""Parameters of the LSTM and mLSTM in section 3 of the paper, and equal ones for the other cells."""
+"""The number of parameters of the LSTM and mLSTM in section 3 of the paper, here of all cells."""
 
 SPARSE_FAN_IN = 15
-"""Incoming weights per unit of the sparse initialisation (Martens 2010, section 5)."""
+"""The number of incoming weights per unit in the sparse initialisation (Martens 2010, section 5)."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,11 @@ class Architecture:
     name : {'rnn', 'mrnn', 'lstm', 'mlstm', 'gru'}
         The cell.
     hidden : int
-        n, the units of a layer.
+        n, the number of units per layer.
     inputs : int
         The number of input symbols, or the length of an input vector.
     outputs : int
-        The length of an output vector: the number of symbols where the targets are symbols.
+        The length of an output vector: the number of symbols if the targets are symbols.
     layers : int
     variant : {'standard', 'krause'}
         The variant of lstm and mlstm; other cells are always 'standard'.
@@ -97,9 +98,9 @@ class Architecture:
 
     @cached_property
     def names(self) -> tuple[dict[str, str], ...]:
-        """For each layer, the names of its parameters in the layout by their names in the cell.
+        """The names of the parameters in the layout by their names in the cell, for each layer.
 
-        W_h of the first layer is W_h in the layout, and that of the second is W_h.2.
+        For example, the layout calls W_h of the first layer W_h, and W_h of the second layer W_h.2.
         """
         shapes = self.cell.shapes(1, 1)
         return tuple(
@@ -108,7 +109,7 @@ class Architecture:
 
     @cached_property
     def layout(self) -> Layout[str]:
-        """The names and shapes of the parameters: layer by layer from below, then W_o and b_o."""
+        """The names and shapes of the parameters: of each layer, from the lowest, then W_o and b_o."""
         shapes: dict[str, tuple[int, ...]] = {}
         for i, names in enumerate(self.names):
             of_layer = self.cell.shapes(self.hidden, self.hidden if i else self.inputs)
@@ -120,10 +121,10 @@ class Architecture:
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """The matrices of theta. Adjacent matrices that form one affine map are one block.
+        """The matrices of theta, where adjacent matrices that form one affine map are one block.
 
-        [W_x; W_h; b] is one block where inputs, state and bias act on the same pre-activations; otherwise the
-        bias is a block of one row. [W_o; b_o] is one block.
+        [W_x; W_h; b] is one block if inputs, state and bias contribute to the same pre-activations; otherwise
+        the bias is a block of one row. [W_o; b_o] is one block.
         """
         blocks = list[Block]()
         cell, layout = self.cell, self.layout
@@ -145,15 +146,15 @@ class Architecture:
 
     @cached_property
     def factor_sums(self) -> FactorSums:
-        """The sums of the Kronecker factors of all blocks, which share one count: steps times sequences."""
+        """The sums for the Kronecker factors of all blocks; they share one divisor, steps times sequences."""
         return FactorSums(self.blocks, shared=True)
 
     def of_layer(self, i: int, views: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the parameters of layer i, counted from below, by their names in the cell."""
+        """Return the parameters of layer i by their names in the cell; layer 0 is the lowest."""
         return {name: views[in_layout] for name, in_layout in self.names[i].items()}
 
     def of_size(self, parameters: int) -> Architecture:
-        """Return the architecture with the number of hidden units whose size is nearest to `parameters`.
+        """Return the architecture whose number of hidden units gives the size nearest to `parameters`.
 
         Raises
         ------
@@ -174,25 +175,25 @@ class Architecture:
         return replace(self, hidden=nearest)
 
     def initial(self, seed: int, initialisation: str = "krause", forget_bias: float = 0.0) -> np.ndarray:
-        """Draw initial parameters (D,), float64; they depend on the arguments alone.
+        """Draw initial parameters (D,), float64; they depend only on the arguments and the architecture.
 
         Parameters
         ----------
         seed : int
-            Not negative.
+            At least 0.
         initialisation : {'krause', 'krause-lstm', 'sparse'}
             `krause` (Krause's released mLSTM code, 2016): input and output matrices 0.1 N(0, 1), recurrent
             matrices 0.02 N(0, 1). `krause-lstm` (his LSTM code; lstm and mlstm): recurrent matrices 1e-4
             N(0, 1), bias of the output gate -2. `sparse` (Martens 2010): 15 incoming N(0, 1) weights per
-            unit, halved for tanh units, the rest 0. Other biases 0.
+            unit, halved for tanh units; the remaining weights are 0. All other biases are 0.
         forget_bias : float
-            Initial bias of the gate that preserves the state of gated cells. Krause's code has 3, which
-            makes Hessian-free slower (docs/results/figure1.md).
+            The initial bias of the gate of a gated cell that preserves the state. Krause's code uses 3, with
+            which Hessian-free optimisation is slower (docs/results/figure1.md).
 
         Raises
         ------
         UserError
-            If the initialisation does not exist or does not suit the cell, or a number is out of range.
+            If the initialisation does not exist or is not for this cell, or a number is out of range.
         """
         if initialisation not in INITIALISATIONS:
             raise UserError(
@@ -203,12 +204,12 @@ class Architecture:
         if lstm and not isinstance(self.cell, Gated):
             raise UserError(f"the initialisation krause-lstm is for lstm and mlstm, not for {self.name}")
         if not isinstance(seed, (int, np.integer)) or seed < 0:
-            raise UserError(f"a seed must be a whole number that is not negative, not {shown(seed)}")
+            raise UserError(f"a seed must be a whole number, 0 or more, not {shown(seed)}")
         if not isinstance(forget_bias, numbers.Real) or not math.isfinite(forget_bias):
             raise UserError(f"forget_bias must be a finite number, not {shown(forget_bias)}")
         rng = np.random.Generator(np.random.PCG64(seed))
         theta, n = np.zeros(self.layout.size), self.hidden
-        # Krause has no scale for rnn and mrnn. With 0.02 they would forget their state within a few steps.
+        # Krause gives no scale for rnn and mrnn. With 0.02 they would forget their state within a few steps.
         recurrent = 1e-4 if lstm else self.cell.recurrent_scale or 1 / np.sqrt(n)
         for name, view in self.layout.views(theta).items():
             kind = name.partition(".")[0]

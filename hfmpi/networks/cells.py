@@ -1,6 +1,6 @@
-"""The cells by name: those of Krause et al. (2015), eq. 1-3, and the GRU of Cho et al. (2014).
+"""The cells by name: the cells of Krause et al. (2015), eq. 1-3, and the GRU of Cho et al. (2014).
 
-The `krause` variant is that of Krause's released code (2016).
+The `krause` variant of the gated cells follows Krause's released code (2016).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["CELLS", "VARIANTS", "Gated", "Plain", "cell"]
 
 @dataclass(frozen=True)
 class Plain(Cell):
-    """h = tanh(W_x x + W_h h' + b), whose derivative 1 - h^2 is computed from h."""
+    """The tanh cell h = tanh(W_x x + W_h h' + b), whose derivative 1 - h^2 is computed from h."""
 
     kernels: ClassVar[str] = "plain"
     groups: ClassVar[int] = 1
@@ -29,11 +29,11 @@ class Plain(Cell):
     of_state: ClassVar[int] = 1
 
     def tanh_columns(self, name: str, n: int) -> slice:
-        """Return all columns."""
+        """Return the slice of all columns, because every unit is a tanh unit."""
         return slice(None)
 
     def forward(self, backend: NumpyBackend, r: Recurrence, table: Array, a: Array, c: Array) -> Step:
-        """Return the forward step."""
+        """Return a function that runs step t of the forward loop by a kernel of the backend."""
         kernel, x, hidden, w = backend.plain_forward, r.views.x, r.views.hidden, r.views.weights
 
         def step(t: int) -> None:
@@ -42,7 +42,7 @@ class Plain(Cell):
         return step
 
     def tangent(self, backend: NumpyBackend, r: Recurrence, arrays: Tangent) -> Step:
-        """Return the tangent step."""
+        """Return a function that runs step t of the tangent loop by a kernel of the backend."""
         kernel, (x, hidden, *_) = backend.plain_tangent, r.views
         table, pre, dh, _ = arrays
 
@@ -52,7 +52,7 @@ class Plain(Cell):
         return step
 
     def adjoint(self, backend: NumpyBackend, r: Recurrence, arrays: Adjoint) -> Step:
-        """Return the adjoint step."""
+        """Return a function that runs step t of the adjoint loop by a kernel of the backend."""
         kernel, hidden = backend.plain_adjoint, r.views.hidden
         dh, back, _, da, inject = arrays
 
@@ -69,7 +69,7 @@ class Gated(Cell):
     Attributes
     ----------
     krause : bool
-        In this variant u is linear, and the output gate acts inside the tanh, which has a bias b_h.
+        Whether u is linear and the output gate is inside the tanh, which has a bias b_h.
     """
 
     krause: bool = False
@@ -83,20 +83,20 @@ class Gated(Cell):
 
     @property
     def on_rows(self) -> int:
-        """All groups, except that of b_h in the variant `krause`."""
+        """The number of groups of the bias that are added to the rows of inputs: all but b_h (`krause`)."""
         return 3 if self.krause else 4
 
     @property
     def adds(self) -> bool:
-        """Whether there is a b_h."""
+        """Whether the cell has a bias b_h."""
         return self.krause
 
     def tanh_columns(self, name: str, n: int) -> slice:
-        """Return the columns of u."""
+        """Return the columns of u, the only group with a tanh."""
         return slice(3 * n, None)
 
     def forward(self, backend: NumpyBackend, r: Recurrence, table: Array, a: Array, c: Array) -> Step:
-        """Return the forward step."""
+        """Return a function that runs step t of the forward loop by a kernel of the backend."""
         kernel, bias_h, (x, hidden, k, w, *_) = backend.gated_forward, r.bias_h, r.views
 
         def step(t: int) -> None:
@@ -105,7 +105,7 @@ class Gated(Cell):
         return step
 
     def tangent(self, backend: NumpyBackend, r: Recurrence, arrays: Tangent) -> Step:
-        """Return the tangent step."""
+        """Return a function that runs step t of the tangent loop by a kernel of the backend."""
         kernel, x, k, add = backend.gated_tangent, r.views.x, r.views.coefficients, self.krause
         table, pre, dh, dc = arrays
 
@@ -115,7 +115,7 @@ class Gated(Cell):
         return step
 
     def adjoint(self, backend: NumpyBackend, r: Recurrence, arrays: Adjoint) -> Step:
-        """Return the adjoint step."""
+        """Return a function that runs step t of the adjoint loop by a kernel of the backend."""
         kernel, k = backend.gated_adjoint, r.views.coefficients
         dh, back, dc, da, inject = arrays
 
@@ -125,13 +125,13 @@ class Gated(Cell):
         return step
 
     def bias_tangent(self, r: Recurrence, v: Array, pre: Array, dh: Array) -> None:
-        """Fill R h with g R b_h, g = 1 - h^2."""
+        """Fill R h with g R b_h, where g = 1 - h^2."""
         np.multiply(r.hidden[1:], r.hidden[1:], out=dh[1:])
         np.subtract(1, dh[1:], out=dh[1:])
         dh[1:] *= v
 
     def bias_cotangent(self, hidden: Array, dh: Array, da: Array) -> Array:
-        """Return g dh, g = 1 - h^2."""
+        """Return g dh, the cotangents of b_h, where g = 1 - h^2."""
         return (1 - hidden * hidden) * dh
 
 
@@ -153,7 +153,7 @@ def cell(name: str, variant: str = "standard") -> Cell:
     Raises
     ------
     UserError
-        If there is none.
+        If it does not exist.
     """
     if name not in CELLS:
         raise UserError(

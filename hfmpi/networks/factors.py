@@ -1,13 +1,13 @@
-"""Kronecker factors of the curvature of each matrix of a network, from the pass of the gradient.
+"""Kronecker factors of the curvature of each matrix of a network, computed in the gradient pass.
 
 A block of theta (`Architecture.blocks`) maps its inputs z, one per row, to pre-activations a, one per column.
-Its part of the Fisher matrix is approximated by A x B (Martens and Grosse 2015; for recurrent networks, with
-steps as if they were independent, Martens, Ba and Johnson 2018):
+Its part of the Fisher matrix is approximated by A x B (Martens and Grosse 2015; for recurrent networks, whose
+steps are treated as independent, Martens, Ba and Johnson 2018):
 
     A = mean of z z' over steps and sequences           B = N sum of da da'
 
-da is the gradient of the mean loss over N scored outputs with respect to a, at the targets of the data: the
-empirical Fisher matrix. One-hot inputs are never expanded.
+da is the gradient of the mean loss over N scored outputs with respect to a. It is taken at the targets of the
+data, so that the matrix is the empirical Fisher matrix. One-hot inputs are never expanded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hfmpi.networks.parameter_gradient import Cotangents, flat
 __all__ = ["accumulate"]
 
 Source = Array | None
-"""Inputs of some rows of a block: symbols (L, B), vectors (L, B, I), or None for the constant of a bias."""
+"""Inputs of some rows of a block: symbols (L, B), vectors (L, B, I), or None for the constant 1 of a bias."""
 
 
 def accumulate(
@@ -39,13 +39,15 @@ def accumulate(
 
     Parameters
     ----------
+    backend : NumpyBackend
+    about : Architecture
     cotangents : sequence of Cotangents
-        Of each layer from below.
+        The cotangents of each layer, from the lowest.
     du : (T, B, O)
-        Cotangents of the outputs of the last T of these steps.
+        The cotangents of the outputs of the last T of these steps.
     sums : (about.factor_sums.size,)
     weights : (B,), optional
-        How many times z z' of each sequence counts; the cotangents have their roots already.
+        The weight of z z' of each sequence; the cotangents already contain the square roots of the weights.
     """
     maps = [pair for i, layer in enumerate(cotangents) for pair in _maps(backend, about, i, layer)]
     hidden = cotangents[-1].hidden
@@ -66,7 +68,7 @@ def accumulate(
 def _maps(
     backend: NumpyBackend, about: Architecture, i: int, layer: Cotangents
 ) -> list[tuple[list[Source], Array]]:
-    """Return inputs and cotangents of the blocks of layer i, in order."""
+    """Return the inputs and cotangents of each block of layer i, in the order of the blocks."""
     cell, n = about.cell, about.hidden
     before, maps = layer.hidden[:-1], list[tuple[list[Source], Array]]()
     source = before
@@ -93,11 +95,11 @@ def _squares(
     out: Array,
     weights: Array | None = None,
 ) -> None:
-    """Add z z' to out (rows, rows), or its diagonal to out (rows,), where z stacks the sources."""
+    """Add the sum of z z' to out (rows, rows), or its diagonal to out (rows,); z concatenates the sources."""
     count = da.shape[0] * da.shape[1]
     by_row = None if weights is None else _column(backend, weights, da.shape[0])
     vectors = sum(source.shape[2] for source in sources if source is not None and source.ndim == 3)
-    symbols = rows - vectors - sum(source is None for source in sources)  # of the one source that has some
+    symbols = rows - vectors - sum(source is None for source in sources)  # at most one source has symbols
     start, located = 0, []
     for source in sources:
         width = 1 if source is None else symbols if source.ndim == 2 else source.shape[2]
@@ -128,7 +130,7 @@ def _product(
     count: int,
     weights: Array | None,
 ) -> Array:
-    """Return the sum of z_1 z_2' (height, width) over `count` rows, times their weights (count, 1) if any."""
+    """Return the sum of z_1 z_2' (height, width) over `count` rows, with weights (count, 1) if not None."""
     xp, product = backend.xp, backend.workspace("kronecker", (height, width))
     if one is not None and one.ndim == 2:  # symbols
         x = xp.ascontiguousarray(one).reshape(-1)
@@ -150,7 +152,7 @@ def _product(
 
 
 def _diagonal(backend: NumpyBackend, one: Array, height: int, weights: Array | None) -> Array:
-    """Return the diagonal of the sum of z z', (height,)."""
+    """Return the diagonal (height,) of the sum of z z'."""
     if one.ndim == 3:
         rows = flat(one)
         return backend.xp.einsum("ni,ni->i", rows if weights is None else rows * weights, rows)
@@ -161,7 +163,7 @@ def _diagonal(backend: NumpyBackend, one: Array, height: int, weights: Array | N
 
 
 def _column(backend: NumpyBackend, weights: Array, steps: int) -> Array:
-    """Return the weights (B,) of sequences as those of the rows of all steps, (steps * B, 1)."""
+    """Repeat the weights (B,) of sequences for every step, as the weights (steps * B, 1) of rows."""
     return (backend.xp.zeros((steps, len(weights), 1), weights.dtype) + weights[:, None]).reshape(-1, 1)
 
 

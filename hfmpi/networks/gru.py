@@ -3,9 +3,9 @@
     r = sigmoid(x W_r + h' U_r + b_r)        u  = tanh(x W_u + b_u + r * s),  s = h' U_u + b_h
     z = sigmoid(x W_z + h' U_z + b_z)        h  = u + z * (h' - u)
 
-The pre-activations are u, r, z, s, so that inputs contribute to the first three groups and the state before
-to the last three. W_x has the columns of u, r, z; W_h those of r, z, s; b is (b_u, b_r, b_z, b_h). A
-linearisation stores the coefficients k of the tangent of every step:
+The pre-activations are u, r, z, s, so that inputs contribute to the first three groups and the previous state
+to the last three. W_x has the columns of u, r, z; W_h has the columns of r, z, s; b is (b_u, b_r, b_z, b_h).
+A linearisation stores the coefficients k of the tangent of every step:
 
     R a_u = R(x W_u) + k_1 R a_r + k_2 R s,    R h = k_0 R h' + k_3 R a_z + k_4 R a_u
 
@@ -26,7 +26,7 @@ __all__ = ["GRU"]
 
 @dataclass(frozen=True)
 class GRU(Cell):
-    """The gated recurrent unit, in plain array code."""
+    """The gated recurrent unit, whose steps are plain array code."""
 
     kernels: ClassVar[str] = "gru"
     groups: ClassVar[int] = 4
@@ -38,11 +38,14 @@ class GRU(Cell):
     recurrent_scale: ClassVar[float | None] = 0.02
 
     def tanh_columns(self, name: str, n: int) -> slice:
-        """Return the columns of u in W_x, or those of s in W_h."""
+        """Return the columns of u in W_x, or the columns of s in W_h."""
         return slice(0, n) if name == "W_x" else slice(2 * n, None)
 
     def forward(self, backend: NumpyBackend, r: Recurrence, table: Array, a: Array, c: Array) -> Step:
-        """Return the forward step; a (B, 3n) has the products for r, z and s."""
+        """Return a function that runs step t of the forward loop.
+
+        a (B, 3n) contains the products of r, z and s.
+        """
         n, tanh, (x, hidden, coefficients, weights, *_) = c.shape[1], backend.xp.tanh, r.views
 
         def step(t: int) -> None:
@@ -67,7 +70,10 @@ class GRU(Cell):
         return step
 
     def tangent(self, backend: NumpyBackend, r: Recurrence, arrays: Tangent) -> Step:
-        """Return the tangent step; the state contributes to the group of u through s and r."""
+        """Return a function that runs step t of the tangent loop.
+
+        The state contributes to the group of u through s and r.
+        """
         table, pre, dh, dc = arrays
         n, x, coefficients = dc.shape[1], r.views.x, r.views.coefficients
 
@@ -82,7 +88,7 @@ class GRU(Cell):
         return step
 
     def adjoint(self, backend: NumpyBackend, r: Recurrence, arrays: Adjoint) -> Step:
-        """Return the adjoint step."""
+        """Return a function that runs step t of the adjoint loop, the transpose of the tangent step."""
         dh, back, dc, da, inject = arrays
         n, coefficients = dc.shape[1], r.views.coefficients
 
@@ -106,5 +112,5 @@ class GRU(Cell):
         pre[..., -len(v) :] += v
 
     def bias_cotangent(self, hidden: Array, dh: Array, da: Array) -> Array:
-        """Return the cotangents of s."""
+        """Return the cotangents of s, which are those of b_h."""
         return da[..., 3 * hidden.shape[-1] :]

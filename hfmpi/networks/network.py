@@ -1,4 +1,4 @@
-"""Recurrent networks: layers of one cell that read symbols or vectors, and a loss of the outputs."""
+"""Recurrent networks: layers of one kind of cell that read symbols or vectors, and a loss of the outputs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ __all__ = ["Network", "State"]
 
 
 class State(NamedTuple):
-    """The state of a layer between steps: h (B, n) and c (B, n), which is unused by cells without c."""
+    """The state of a layer between steps: h (B, n) and c (B, n); cells without c do not use it."""
 
     h: Array
     c: Array
@@ -47,24 +47,24 @@ class State(NamedTuple):
 class Network:
     """A recurrent network with a loss, on one device; satisfies `hfmpi.models.base.Model`.
 
-    Vectors such as theta are arrays (D,) of the backend, of its dtype (float32 or float64). A batch has
-    inputs (B, L) of symbols or (B, L, I) of numbers, and targets of the last T steps, all but its burn-in:
-    (B, T) of symbols or (B, T, O) of numbers, as the loss requires. Several threads may use one network.
+    Vectors such as theta are arrays (D,) of the backend, with its dtype (float32 or float64). The inputs of a
+    batch are symbols (B, L) or numbers (B, L, I). Its targets belong to the last T steps, the steps after the
+    burn-in: symbols (B, T) or numbers (B, T, O), as the loss requires. Several threads may use one network.
 
     Parameters
     ----------
     architecture : Architecture, optional
         Required unless cell, inputs, outputs and hidden are passed.
     backend : NumpyBackend, optional
-        A backend of `hfmpi.backends.create`; default: the fastest one on this machine, with float32.
+        A result of `hfmpi.backends.create`. Default: the fastest backend on this machine, with float32.
     loss : {'cross-entropy', 'squares', 'mse', 'bernoulli', 'binary-cross-entropy'} or Loss
     block_rows : int, optional
-        About how many rows (steps times sequences) the time-batched products process at once; it changes the
-        results within rounding. Default: the value that suits the backend.
+        The approximate number of rows (steps times sequences) that the time-batched products process at once.
+        It changes the results only by rounding. Default: the recommended value of the backend.
     initialisation, forget_bias
         As in `Architecture.initial`.
     cell, inputs, outputs, hidden, layers, variant
-        The parts of an `Architecture`, in place of one; `cell` is its name.
+        The arguments of `Architecture`, instead of an object; `cell` is its name.
 
     Raises
     ------
@@ -79,7 +79,7 @@ class Network:
     """
 
     linearisation = NetworkLinearisation
-    examples = Arrays  # the class of a tuple (x, y) or (x, y, mask)
+    examples = Arrays  # the class to which a tuple (x, y) or (x, y, mask) is converted
 
     def __init__(
         self,
@@ -102,10 +102,12 @@ class Network:
                 raise UserError("a network needs an architecture, or cell, inputs, outputs and hidden")
             architecture = Architecture(cell, hidden, inputs, outputs, layers, variant)
         elif (cell, inputs, outputs, hidden, layers, variant) != (None, None, None, None, 1, "standard"):
-            raise UserError("a network takes an architecture, or cell, inputs, outputs and hidden, not both")
+            raise UserError(
+                "a network takes an architecture, or cell, inputs, outputs and hidden, but not both"
+            )
         for name, value, kind, words in (
             ("architecture", architecture, Architecture, "an Architecture"),
-            ("backend", backend, NumpyBackend | None, "what hfmpi.backends.create gives"),
+            ("backend", backend, NumpyBackend | None, "a result of hfmpi.backends.create"),
             ("block_rows", block_rows, int | None, "a whole number"),
         ):
             if not isinstance(value, kind):
@@ -126,23 +128,23 @@ class Network:
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """The matrices of theta."""
+        """The matrices of theta; see `Architecture.blocks`."""
         return self.architecture.blocks
 
     @property
     def factor_sums(self) -> FactorSums:
-        """The sums of the Kronecker factors of all blocks."""
+        """The sums for the Kronecker factors of all blocks; see `Architecture.factor_sums`."""
         return self.architecture.factor_sums
 
     def initial(self, seed: int) -> np.ndarray:
-        """Draw initial parameters, (D,) float64, the same for every device and number of ranks."""
+        """Draw initial parameters (D,), float64, which do not depend on the device or the number of ranks."""
         return self.architecture.initial(seed, self.initialisation, self.forget_bias)
 
     def forward_pass(self, steps: int) -> ForwardPass:
-        """Return what the forward pass of a sequence of `steps` steps is worth.
+        """Return the cost of the forward pass of a sequence of `steps` steps.
 
-        A symbol counts as the product with its one-hot vector, although a pass looks its row up. A step of a
-        layer waits for one product with W_h, and in a multiplicative cell for that with W_mh first.
+        A symbol counts as the product with its one-hot vector, although a pass only looks up a row. Each step
+        of a layer adds one product with W_h to the depth, and a multiplicative cell adds one with W_mh.
         """
         sequential = self.architecture.layers * (1 + self.architecture.cell.multiplicative)
         return ForwardPass(2 * self.size * steps, sequential * steps)
@@ -159,18 +161,18 @@ class Network:
         check_targets(targets, mask, self.output_loss, self.architecture.outputs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy or a pickle of the network has."""
+        """Return the attributes that a copy or a pickle of the network contains."""
         return {name: value for name, value in self.__dict__.items() if name != "_scratch"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy of a network."""
+        """Restore a copy or a pickle of a network, with new scratch memory."""
         self.__dict__.update(state)
         self._scratch = self.backend.new_scratch()
 
     # One batch ---------------------------------------------------------------------------------
 
     def loss(self, theta: Array, batch: Batch | Examples) -> float:
-        """Return the loss summed over the scored outputs, nats, without a linearisation.
+        """Return the loss summed over the scored outputs, in nats, without a linearisation.
 
         `Examples` of any number are processed in micro-batches.
 
@@ -188,7 +190,7 @@ class Network:
     def linearise(
         self, theta: Array, batch: Batch, reuse: NetworkLinearisation | None = None
     ) -> NetworkLinearisation:
-        """Run the network and store the arrays that products with J and J' need.
+        """Run the network and store the arrays that are needed for products with J and J'.
 
         Parameters
         ----------
@@ -207,14 +209,15 @@ class Network:
     def linearise_structural(
         self, theta: Array, batch: Batch, reuse: NetworkLinearisation | None = None
     ) -> NetworkLinearisation:
-        """Linearise as `linearise` does, with the structural-damping weights of the pre-activations."""
+        """Linearise as `linearise` does, and compute the structural-damping weights of pre-activations."""
         return self._linearise(theta, batch, reuse, structural=True)
 
     def tape_bytes(self, steps: int, size: int, structural: bool = False, looks_up: bool = True) -> int:
-        """Return the bytes that the tape of `size` sequences of `steps` steps occupies, without a pass.
+        """Compute the bytes that the tape of `size` sequences of `steps` steps occupies, without a pass.
 
-        A layer stores for each step and sequence 7n numbers if it is an LSTM, 6n if a GRU and n if a plain
-        cell; 2n more if it is multiplicative (3n if it reads vectors), and K more with structural damping.
+        For each step and sequence, a layer stores 7n numbers if it is an LSTM, 6n if it is a GRU, and n if it
+        is a plain cell. It stores 2n more if it is multiplicative (3n if it reads vectors), and K more with
+        structural damping.
         """
         architecture = self.architecture
         cell, n, layers = architecture.cell, architecture.hidden, architecture.layers
@@ -229,7 +232,7 @@ class Network:
         """Return outputs (N, O), before the loss, their targets (N,) or (N, O), and a mask (N, 1) or None.
 
         They are on the host and sorted by step: all sequences at the first step that has targets, then at the
-        next.
+        next one.
 
         Raises
         ------
@@ -243,7 +246,7 @@ class Network:
         return copied, to_host(targets), None if mask is None else to_host(mask)
 
     def predict(self, theta: Array, x: Any) -> np.ndarray:
-        """Compute the outputs at every step of sequences without targets, on this rank, in micro-batches.
+        """Compute the outputs of sequences without targets at every step, on this rank, in micro-batches.
 
         Parameters
         ----------
@@ -299,8 +302,8 @@ class Network:
         )
 
     def _value(self, outputs: Array, targets: Array, mask: Array | None) -> float:
-        """Return the summed loss; it replaces the outputs with its cache for the derivatives."""
-        if not self._loss_checked:  # by the first batch; threads that check it twice do no harm
+        """Return the summed loss, and overwrite the outputs with the cache for the derivatives."""
+        if not self._loss_checked:  # it is harmless if two threads check the first batch
             check_loss(self.output_loss, self.backend, outputs, targets, mask)
             self._loss_checked = mask is None or bool(mask.any())
         return total_loss(self.output_loss, self.backend, outputs, targets, mask)
@@ -315,7 +318,7 @@ class Network:
         linearise: bool = False,
         structural: bool = False,
     ) -> tuple[dict[str, Array], list[Recurrence], Array]:
-        """Return the parameters by name, the layers, and the last `rows` outputs (rows, O)."""
+        """Run the network; return parameters by name, layers, and the last `rows` outputs (rows, O)."""
         check_vector("theta", theta, self.size, self.backend.xp.ndarray)
         (steps, size), n, p = inputs.shape[:2], self.architecture.hidden, self.layout.views(theta)
         layers, states = list[Recurrence](), []
@@ -369,7 +372,7 @@ class Network:
         if others or not (x.ndim == 2 or (x.ndim == 3 and x.shape[2] == numbers)):
             raise UserError(
                 f"inputs must be symbols (sequences, steps) or numbers (sequences, steps, {numbers}), "
-                f"not {f'{1 + len(others)} arrays' if others else f'of shape {x.shape}'}"
+                f"not {f'{1 + len(others)} arrays' if others else f'an array of shape {x.shape}'}"
             )
         if x.ndim == 2:
             check_symbols("inputs", x, numbers)
@@ -379,7 +382,7 @@ class Network:
         """Copy checked inputs to the device, time-major: (L, B) int32 or (L, B, I)."""
         looks_up = x.ndim == 2
         dtype = np.dtype(np.int32) if looks_up else self.backend.dtype
-        name = "inputs" if looks_up else "vectors"  # a network may read both, and memory has one type
+        name = "inputs" if looks_up else "vectors"  # a network may read both; a named array has one dtype
         inputs = memory(name, (x.shape[1], x.shape[0], *x.shape[2:]), dtype)
         inputs[...] = self.backend.to_device(_time_first(x.astype(dtype, copy=False)))
         return inputs
@@ -395,7 +398,7 @@ class Network:
         linearise: bool = False,
         structural: bool = False,
     ) -> Recurrence:
-        """Prepare layer i, which reads `inputs` and starts from hidden[0]."""
+        """Create the recurrence of layer i, which reads `inputs` and starts from hidden[0]."""
         backend, cell, n = self.backend, self.architecture.cell, self.architecture.hidden
         matrices = self.architecture.of_layer(i, p)
         (steps, size), stored = inputs.shape[:2], len(inputs) if linearise else 1
@@ -424,7 +427,7 @@ class Network:
         return r
 
     def _advance(self, p: dict[str, Array], layers: list[Recurrence], states: list[Array]) -> None:
-        """Run all layers from their hidden[0] and states c, block by block where a layer reads vectors."""
+        """Run all layers from their hidden[0] and states c, block by block if a layer reads vectors."""
         backend, cell, n = self.backend, self.architecture.cell, self.architecture.hidden
         (steps, size), on_rows = layers[0].x.shape, cell.on_rows * n
         simple = len(layers) == 1 and layers[0].looks_up
@@ -444,13 +447,13 @@ class Network:
     def advance(
         self, theta: Array, state: tuple[State, ...] | None, inputs: Array
     ) -> tuple[tuple[State, ...], Array]:
-        """Read inputs (L, B) or (L, B, I), which are time-major, from a state of every layer.
+        """Process time-major inputs, starting from a state of every layer.
 
         Parameters
         ----------
         theta : (D,)
         state : tuple of State or None
-            None: zero.
+            None: all states are zero.
         inputs : (L, B) int32, or (L, B, I)
 
         Returns

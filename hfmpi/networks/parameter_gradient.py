@@ -1,4 +1,4 @@
-"""Parameter cotangents from the cotangents of a layer: one formula, for a batch or for each sequence.
+"""Parameter cotangents from the cotangents of a layer, by the same formula for a batch and for each sequence.
 
 They are sums over steps and sequences of products of a source (L, B, .) and a cotangent (L, B, .).
 """
@@ -24,7 +24,7 @@ Change = Callable[[Array], Array]
 class Cotangents(NamedTuple):
     """The sources and cotangents of a layer, for B sequences and C directions.
 
-    `by_sequence` gives directions a separate axis, of length 1 in vectors of sources.
+    `by_sequence` adds a separate axis for directions, which has length 1 in the vectors of sources.
 
     Attributes
     ----------
@@ -51,11 +51,11 @@ class Cotangents(NamedTuple):
         )
 
     def of_rows(self, rows: slice) -> Cotangents:
-        """Return the sources with these rows of their cotangents."""
+        """Return the sources with some rows of the cotangents."""
         return self._map(lambda source: source, lambda cotangent: cotangent[:, rows])
 
     def by_sequence(self) -> Cotangents:
-        """Return vectors as (L, B, 1, .) and cotangents as (L, B, C, .); symbols are (L, B) still."""
+        """Return vectors as (L, B, 1, .) and cotangents as (L, B, C, .); symbols remain (L, B)."""
         sequences = self.inputs.shape[1]
         return self._map(
             lambda source: source if source.ndim == 2 else source[:, :, None],
@@ -63,12 +63,12 @@ class Cotangents(NamedTuple):
         )
 
     def of(self, sequences: slice, columns: slice) -> Cotangents:
-        """Return the arrays of some sequences and directions, of what `by_sequence` returned."""
+        """Select some sequences and directions from a result of `by_sequence`."""
         return self._map(lambda source: source[:, sequences], lambda array: array[:, sequences, columns])
 
 
 class Sums(Protocol):
-    """A way to sum products of a source and a cotangent, vectors (L, B, .)."""
+    """A method to sum products of a source and a cotangent, vectors (L, B, .)."""
 
     def product(self, source: Array, cotangent: Array, out: Array) -> None:
         """Sum source' cotangent into out (., .)."""
@@ -77,7 +77,7 @@ class Sums(Protocol):
         """Sum the cotangents of each symbol (L, B) into its row of out (V, .)."""
 
     def total(self, cotangent: Array, out: Array) -> None:
-        """Sum cotangents into out (.,)."""
+        """Sum the cotangents of all steps into out (.,)."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,12 @@ class BatchSums:
         self.backend.matmul(flat(source).T, flat(cotangent), out)
 
     def rows(self, symbols: Array, cotangent: Array, out: Array) -> None:
-        """Sum the cotangents of each symbol."""
+        """Sum the cotangents of each symbol over all steps and sequences into its row of out (V, .)."""
         x = self.backend.xp.ascontiguousarray(symbols).reshape(-1)
         self.backend.segment_sum(flat(cotangent), x, out)
 
     def total(self, cotangent: Array, out: Array) -> None:
-        """Sum cotangents."""
+        """Sum the cotangents over all steps and sequences into out (.,)."""
         out[...] = self.backend.xp.sum(cotangent, axis=(0, 1))
 
 
@@ -118,24 +118,24 @@ class SequenceSums:
             out[...] = 0
 
     def rows(self, symbols: Array, cotangent: Array, out: Array) -> None:
-        """Sum the cotangents of each symbol."""
+        """Sum the cotangents of each symbol over the steps into its row of out[b, c]."""
         columns = cotangent.shape[2]
         x = self.backend.xp.repeat(symbols, columns, axis=1)
         rows = cotangent.reshape(*x.shape, cotangent.shape[3])
         self.backend.segment_sum_each(rows, x, out.reshape(-1, *out.shape[2:]))
 
     def total(self, cotangent: Array, out: Array) -> None:
-        """Sum cotangents."""
+        """Sum the cotangents over the steps into out[b, c]."""
         out[...] = self.backend.xp.sum(cotangent, axis=0)
 
 
 def flat(array: Array) -> Array:
-    """Return vectors (L, B, .) as rows (L B, .); for one sequence as a strided view, which BLAS accepts."""
+    """Return vectors (L, B, .) as rows (L B, .); a single sequence as a strided view, which BLAS accepts."""
     return array[:, 0] if array.shape[1] == 1 else array.reshape(-1, array.shape[2])
 
 
 def layer_gradient(cell: Cell, layer: Cotangents, g: Mapping[str, Array], sums: Sums) -> None:
-    """Fill g with the cotangents of the parameters of a layer, by their names in the cell."""
+    """Fill g with the parameter cotangents of a layer; its keys are the names of parameters in the cell."""
     n = layer.hidden.shape[-1]
     source, da = layer.hidden[:-1], layer.da[..., : cell.of_inputs * n]
     if layer.intermediate is not None:
@@ -145,7 +145,7 @@ def layer_gradient(cell: Cell, layer: Cotangents, g: Mapping[str, Array], sums: 
     sums.product(source, layer.da[..., -cell.of_state * n :], g["W_h"])
     _of_inputs(layer.inputs, da, g["W_x"], sums)
     on_rows = cell.on_rows * n
-    if layer.inputs.ndim == 2:  # every step has one symbol, so the rows of W_x add up to the bias
+    if layer.inputs.ndim == 2:  # every step has one symbol, so that the rows of W_x add up to the bias
         g["b"][..., :on_rows] = np.sum(g["W_x"][..., :on_rows], axis=-2)
     else:
         sums.total(da[..., :on_rows], g["b"][..., :on_rows])

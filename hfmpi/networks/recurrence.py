@@ -1,10 +1,10 @@
-"""The linearised recurrence of one layer, and its three loops over time: the sequential part of a network.
+"""The linearised recurrence of one layer and its three loops over time, the sequential part of a network.
 
-The loops are written once, for every cell and every device. Shapes: L steps, B sequences, n hidden units, K
+The same loops serve every cell and every device. Shapes: L steps, B sequences, n hidden units, K
 pre-activations; the inputs contribute to K_x of them, and the previous state to K_h. The contributions of the
-inputs are rows of a table, gathered by `x`. For symbols the table is W_x + b, with one row per symbol; for
-real inputs and in upper layers it is inputs W_x + b, with one row per step and sequence. All arrays are
-time-major.
+inputs are rows of a table, which are selected by `x`. For symbols the table is W_x + b, with one row per
+symbol; for real inputs and in upper layers it is inputs W_x + b, with one row per step and sequence. All
+arrays are time-major.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hfmpi.backends.numpy import NumpyBackend
 __all__ = ["Adjoint", "Cell", "Recurrence", "Step", "Tangent", "adjoint", "forward", "tangent"]
 
 Step = Callable[[int], None]
-"""Executes step t of a loop, before or after its sequential product."""
+"""A function that runs step t of a loop, before or after its sequential product."""
 
 
 class Tangent(NamedTuple):
@@ -47,29 +47,31 @@ class Cell:
     """A recurrent cell of any size: its parameters, and the steps of its loops.
 
     The K = groups * n pre-activations of a step are columns, in groups of n. The inputs contribute to the
-    first `of_inputs` groups, and the previous state to the last `of_state` groups; for most cells both are
-    all groups. A step is plain array code on `backend.xp`, which runs on every device, or a kernel of
-    the backend.
+    first `of_inputs` groups, and the previous state to the last `of_state` groups; in most cells both
+    contribute to all groups. A step is plain array code on `backend.xp`, which runs on every device, or a
+    kernel of the backend.
 
     Attributes
     ----------
     multiplicative : bool
-        The intermediate state m = W_mx x * W_mh h' replaces the previous state (Krause 2015, eq. 3).
+        Whether the intermediate state m = W_mx x * W_mh h' replaces the previous state (Krause 2015, eq. 3).
     kernels : str
-        The name of its loops.
+        The name by which the backend knows the loops.
     groups, of_inputs, of_state : int
+        Numbers of groups of pre-activations.
     on_rows : int
-        The groups of the bias that act on the rows of inputs; the remaining ones, b_h, act inside the unit.
+        The number of groups of the bias that are added to the rows of inputs. The remaining groups, b_h, act
+        inside the unit.
     coefficients : int
         The number of coefficients per unit that a linearisation stores for every step.
     carries : bool
-        The adjoint step writes a cotangent of the previous state, to which the loop adds its product.
+        Whether the adjoint step writes a cotangent of the previous state, to which the loop adds its product.
     adds : bool
-        The tangent step adds R h to the contribution of b_h.
+        Whether the tangent step adds R h to the contribution of b_h.
     forget : int or None
         The group whose bias makes the cell preserve its state.
     recurrent_scale : float or None
-        Initial standard deviation of the recurrent matrices; None: 1 / sqrt(n).
+        The initial standard deviation of the recurrent matrices; None: 1 / sqrt(n).
     """
 
     multiplicative: bool = False
@@ -84,7 +86,7 @@ class Cell:
 
     @property
     def on_rows(self) -> int:
-        """The groups of the bias that act on the rows of inputs: all that inputs contribute to."""
+        """The number of groups of the bias that are added to the rows of inputs."""
         return self.of_inputs
 
     @property
@@ -103,19 +105,28 @@ class Cell:
         }
 
     def tanh_columns(self, name: str, n: int) -> slice:
-        """Return the columns of W_x or W_h that lead to tanh units."""
+        """Return the columns of the matrix `name`, W_x or W_h, that lead to tanh units."""
         raise NotImplementedError
 
     def forward(self, backend: NumpyBackend, r: Recurrence, table: Array, a: Array, c: Array) -> Step:
-        """Return the forward step: from a = h' W_h (B, K_h), fill h_t, its coefficients and weights."""
+        """Return a function that runs step t of the forward loop.
+
+        From a = h' W_h (B, K_h) the step fills h_t, its coefficients and its weights.
+        """
         raise NotImplementedError
 
     def tangent(self, backend: NumpyBackend, r: Recurrence, arrays: Tangent) -> Step:
-        """Return the tangent step: complete R a_t in pre[t], then R h_t in dh[t + 1]."""
+        """Return a function that runs step t of the tangent loop.
+
+        The step completes R a_t in pre[t], and then R h_t in dh[t + 1].
+        """
         raise NotImplementedError
 
     def adjoint(self, backend: NumpyBackend, r: Recurrence, arrays: Adjoint) -> Step:
-        """Return the adjoint step: add `back` to dh[t + 1], and fill da[t] (with `inject`, add to it)."""
+        """Return a function that runs step t of the adjoint loop.
+
+        The step adds `back` to dh[t + 1], and fills da[t] (with `inject`, adds to it).
+        """
         raise NotImplementedError
 
     def bias_tangent(self, r: Recurrence, v: Array, pre: Array, dh: Array) -> None:
@@ -127,7 +138,7 @@ class Cell:
 
 
 class Views(NamedTuple):
-    """The arrays of a recurrence as lists of their views by step: None where there is no array."""
+    """Lists of views of a recurrence's arrays, one per step; the views of an absent array are None."""
 
     x: list[Array]
     hidden: list[Array]
@@ -139,7 +150,7 @@ class Views(NamedTuple):
 
 @dataclass
 class Recurrence:
-    """The linearised recurrence of one layer on one batch: all arrays that the loops read.
+    """The linearised recurrence of one layer on one batch, with all arrays that the loops read.
 
     Attributes
     ----------
@@ -147,26 +158,26 @@ class Recurrence:
     inputs : (L, B) int32, or (L, B, I)
         Symbols, or the vectors that the layer reads.
     x : (L, B) int32
-        Rows of the tables: the symbols, or 0, 1, 2, ...
+        Indices of rows of the tables: the symbols, or 0, 1, 2, ...
     hidden : (L + 1, B, n)
         h_0 (the initial state), h_1, ..., h_L.
     recurrent, recurrent_t : (n, K_h), (K_h, n)
-        The matrix applied to the previous hidden (or intermediate) state, and its transpose. Transposes
-        are None where the pass is not linearised.
+        The matrix that is applied to the previous hidden (or intermediate) state, and its transpose.
+        Transposes are None if the pass is not linearised.
     coefficients : (L, k, B, n) or None
-        The coefficients of the tangent; None where the pass is not linearised, or the cell has none.
+        The coefficients of the tangent; None if the pass is not linearised or the cell has none.
     bias_h : (n,) or None
-        The part of the bias that acts inside the unit instead of on the rows of the table.
+        The part of the bias that acts inside the unit, and is not added to the rows of the table.
     factor, factor_t : (n, n) or None
         W_mh of the multiplicative cells, and its transpose.
     factor_table : (R, n) or None
-        W_mx, or inputs W_mx: its rows scale the factors.
+        W_mx, or inputs W_mx, whose rows scale the factors.
     factors : (L, B, n) or None
-        q_t = h_{t-1} W_mh. As `intermediate`, (1, B, n) where the pass is not linearised.
+        q_t = h_{t-1} W_mh; (1, B, n) if the pass is not linearised.
     intermediate : (L, B, n) or None
-        m_t = factor_table[x_t] * q_t.
+        m_t = factor_table[x_t] * q_t; (1, B, n) if the pass is not linearised.
     weights : (L, B, K) or None
-        Structural-damping weights of the pre-activations; None where they are not needed.
+        Structural-damping weights of the pre-activations; None if they are not needed.
     """
 
     cell: Cell
@@ -186,13 +197,13 @@ class Recurrence:
 
     @cached_property
     def views(self) -> Views:
-        """The arrays by step, created once for all loops: a view costs as much as a small kernel."""
+        """The views by step, created once for all loops because creating one costs as much as a kernel."""
         arrays = self.x, self.hidden, self.coefficients, self.weights, self.factors, self.intermediate
         return Views(*(_by_step(array, len(self.x)) for array in arrays))
 
     @property
     def looks_up(self) -> bool:
-        """Whether the inputs are symbols, which look up rows of the table."""
+        """Whether the inputs are symbols, which select rows of the table."""
         return bool(self.inputs.ndim == 2)
 
     def part(self, steps: slice) -> Recurrence:
@@ -228,16 +239,16 @@ def _by_step(array: Array | None, steps: int) -> list[Array]:
 
 
 def forward(backend: NumpyBackend, r: Recurrence, table: Array, c: Array) -> None:
-    """Run the recurrence: fill `r.hidden[1:]`, its coefficients, intermediates and weights.
+    """Run the recurrence: fill `r.hidden[1:]`, its coefficients, intermediate states and weights.
 
     Parameters
     ----------
     r : Recurrence
-        With `hidden[0]` set to the initial state.
+        `hidden[0]` is the initial state.
     table : (R, K_x)
         The contributions of the inputs.
     c : (B, n)
-        In: c_0. Out: c_L. Unused by cells without c.
+        On entry c_0, on return c_L. Cells without c do not use it.
     """
     steps, batch = r.x.shape
     a = backend.workspace("forward.a", (batch, r.recurrent.matrix.shape[1]))
@@ -282,24 +293,27 @@ def tangent(
     dh: Array,
     dc: Array,
 ) -> None:
-    """Push a parameter direction through the recurrence (R-forward).
+    """Propagate a parameter direction through the recurrence (R-forward).
 
-    It is called for consecutive parts of the steps, from the first to the last.
+    Callers process consecutive parts of the steps, from the first to the last.
 
     Parameters
     ----------
+    backend : NumpyBackend
+    r : Recurrence
     table : (R, K_x)
         The contributions of the inputs along the direction.
     pre : (L, B, K)
-        In: the time-batched part, h_{t-1} V_h (or m_t V_h). Out: R a_t.
+        On entry the time-batched part, h_{t-1} V_h (or m_t V_h); on return R a_t.
     factor_table : (R, n) or None
-        The direction of r.factor_table.
+        The tangent of r.factor_table.
     factors : (L, B, n) or None
-        In: the time-batched part h_{t-1} V_mh. Out: R q_t.
+        On entry the time-batched part h_{t-1} V_mh; on return R q_t.
     dh : (L + 1, B, n)
-        In: dh[0], R h of the previous step, and, where `bias_h` acts on h, its part g_t v_bh. Out: R h_t.
+        On entry dh[0] is R h of the previous step, and dh[1:] is g_t v_bh if `bias_h` acts on h. On return
+        R h_t.
     dc : (B, n)
-        In: R c of the previous step. Out: R c of the last step. Unused by cells without c.
+        On entry R c of the previous step; on return R c of the last step. Cells without c do not use it.
     """
     dm = backend.workspace("tangent.m", dc.shape)
 
@@ -336,21 +350,26 @@ def adjoint(
     dc: Array,
     inject: bool,
 ) -> None:
-    """Pull cotangents back through the recurrence: the transpose of `tangent`.
+    """Propagate cotangents back through the recurrence: the transpose of `tangent`.
 
-    It is called for consecutive parts of the steps, from the last to the first.
+    Callers process consecutive parts of the steps, from the last to the first.
 
     Parameters
     ----------
+    backend : NumpyBackend
+    r : Recurrence
     dh : (L + 1, B, n)
-        In: cotangents of h_1 ... h_L in dh[1:]. Out: the total cotangents.
+        On entry dh[1:] contains cotangents of h_1 ... h_L; on return their total cotangents.
     da : (L, B, K)
-        Out: cotangents of the pre-activations. In, with `inject`: direct cotangents of the pre-activations
-        (structural damping), which are included.
+        On return the cotangents of the pre-activations. With `inject` it contains on entry direct cotangents
+        of the pre-activations (structural damping), to which the others are added.
     dp, dq : (L, B, n) or None
-        Out, for multiplicative cells: cotangents of the gathered rows of the factor table and of q_t.
+        On return, for multiplicative cells, the cotangents of the selected rows of the factor table and of
+        q_t.
     back, dc : (B, n)
-        In: the cotangents of h_L and c_L from the following steps. Out: those of h_0 and c_0.
+        On entry the cotangents of h_L and c_L from the following steps; on return those of h_0 and c_0.
+    inject : bool
+        Whether da contains direct cotangents on entry.
 
     Raises
     ------

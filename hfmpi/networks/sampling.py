@@ -17,7 +17,7 @@ __all__ = ["sample"]
 def sample(
     network: Network, theta: Array, symbols: bytes, length: int, prime: bytes, temperature: float, seed: int
 ) -> bytes:
-    """Generate a text of `length` symbols.
+    """Generate a text of `length` symbols that continues a prime.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ def sample(
     length : int
         The number of symbols to draw, one byte each.
     prime : bytes
-        The text that the network reads first; may be empty.
+        The text that the network reads first; it may be empty.
     temperature : float
         Divides the logits; 0 selects the most probable symbol.
     seed : int
@@ -41,29 +41,29 @@ def sample(
     Raises
     ------
     UserError
-        If the prime has a character (in the locale's encoding) that is not in the vocabulary, or the logits
-        are not finite.
+        If the prime contains a character (in the locale's encoding) that is not in the vocabulary, or the
+        logits are not finite.
     """
     ids = {byte: i for i, byte in enumerate(symbols)}
     unknown = sorted({c for c in os.fsdecode(prime) if not ids.keys() >= set(os.fsencode(c))})
     if unknown:
-        # A byte that is not a character in the locale's encoding is shown as \x.., which shells accept too.
+        # A byte that is not a character in the locale's encoding is shown as \x.., which shells accept.
         names = (repr(c if c.isprintable() else os.fsencode(c)).removeprefix("b") for c in unknown)
-        hint = "" if "".join(unknown).isascii() else f", at least not in {sys.getfilesystemencoding()}"
+        hint = "" if "".join(unknown).isascii() else f" in the encoding {sys.getfilesystemencoding()}"
         raise UserError(f"the network does not know the character(s) {' '.join(names)}{hint}")
     rng = np.random.Generator(np.random.PCG64(seed))
     backend = network.backend
-    # Without a prime it starts like a training sequence: from a zero state and a random first symbol.
+    # Without a prime the text starts like a training sequence: from a zero state and a random first symbol.
     read = [ids[b] for b in prime] or [int(rng.integers(len(symbols)))]
     state: tuple[State, ...] | None = None
     written = bytearray()
     for _ in range(length):
         inputs = backend.to_device(np.array(read, np.int32)[:, np.newaxis])
-        with np.errstate(all="ignore"):  # an overflow shows in the logits, which are checked
+        with np.errstate(all="ignore"):  # an overflow makes the logits infinite, which is checked
             state, outputs = network.advance(theta, state, inputs)
         logits = backend.to_host(outputs)[0].astype(np.float64)
         if not np.isfinite(logits).all():
-            raise UserError("the parameters are so large that what the network predicts is not finite")
+            raise UserError("the predictions are not finite: the parameters of the network are too large")
         symbol = draw(logits, temperature, rng)
         written.append(symbols[symbol])
         read = [symbol]

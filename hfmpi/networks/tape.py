@@ -1,16 +1,16 @@
 """A network linearised at theta on one batch: J v (jvp) and J' u (vjp) without exponentials.
 
-All matrices multiply from the right; rows are sequences, time-major. Products that involve no recurrence are
-taken over many steps at once; only h W_h (and h W_mh) and their transposes are sequential. The steps are
-processed in blocks, through all layers, so that what one pass over a block computes is still in the cache for
-the next. Derivation: docs/theory.md.
+All matrices multiply from the right; rows are sequences, time-major. Products without recurrence are computed
+over many steps at once; only h W_h (and h W_mh) and their transposes are sequential. The steps are processed
+in blocks, each through all layers, so that the results of one layer are still in the processor's cache when
+the next layer reads them. Derivation: docs/theory.md.
 
-A pass takes one direction (D,) or C of them at once, (C, D). In the loops over time a sequence then has C
-rows, one per direction, that follow one another: one sequential product serves all of them.
+A pass processes one direction (D,) or C of them at once, (C, D). In the loops over time a sequence then has C
+adjacent rows, one per direction, so that one sequential product serves all of them.
 
-The output of the network, as structural damping sees it, is the pair (outputs, pre-activations): the loss is
-a function of the outputs, and structural damping is a second loss, of the pre-activations, that has only a
-second derivative.
+For structural damping, the output of the network is the pair (outputs, pre-activations). The loss is a
+function of the outputs. Structural damping is a second loss, of the pre-activations, that has only a second
+derivative.
 """
 
 from __future__ import annotations
@@ -32,10 +32,13 @@ from hfmpi.optim.layout import Along
 __all__ = ["NetworkLinearisation", "Tape", "blocks", "fill_outputs", "fill_rows"]
 
 DIRECTION_ROWS = 128
-"""The fewest rows (steps times sequences) in a block for each of many directions."""
+"""The minimum number of rows (steps times sequences) in a block for each of many directions."""
 
 ROW_STEPS = 64
-"""The fewest steps in a block of the pass of rows, which adds a gradient of every sequence for each block."""
+"""The minimum number of steps in a block of a pass that computes rows.
+
+For each block such a pass adds a gradient of every sequence.
+"""
 
 
 def blocks(steps: int, sequences: int, rows: int) -> list[slice]:
@@ -45,7 +48,7 @@ def blocks(steps: int, sequences: int, rows: int) -> list[slice]:
 
 
 def fill_rows(backend: NumpyBackend, inputs: Array, matrix: Array, out: Array) -> None:
-    """Fill a table with what inputs contribute: symbols (L, B) look rows up, vectors (L, B, I) multiply."""
+    """Fill a table with the contributions of inputs: all rows of the matrix, or the products of vectors."""
     if inputs.ndim == 2:
         out[...] = matrix
     else:
@@ -63,24 +66,24 @@ def fill_outputs(backend: NumpyBackend, p: dict[str, Array], hidden: Array, out:
 class Tape:
     """A network linearised at theta on one batch; satisfies `hfmpi.models.linearisation.Passes`.
 
-    The outputs are sorted by step: all sequences at the first step that has targets, then at the next.
+    The outputs are sorted by step: all sequences at the first step that has targets, then at the next one.
 
     Attributes
     ----------
     architecture : Architecture
     backend : NumpyBackend
     layers : tuple of Recurrence
-        From below.
+        From the lowest.
     parameters : dict of str to Array
         Views of theta.
     scored : int
         N, the number of outputs with targets: steps times sequences.
     nbytes : int
-        The bytes that it occupies in the device's memory.
+        The number of bytes that the tape occupies in the device's memory.
     block_rows : int
-        About how many rows (steps times sequences) the time-batched products process at once.
+        The approximate number of rows (steps times sequences) that the time-batched products process at once.
     memory : Workspace
-        Where all of it is stored.
+        The memory that holds the tape.
     """
 
     architecture: Architecture
@@ -99,19 +102,19 @@ class Tape:
 
     @property
     def by_step(self) -> bool:
-        """Whether outputs are sorted by step: they are."""
+        """Whether outputs are sorted by step; always True."""
         return True
 
     # J v ---------------------------------------------------------------------------------------
 
     def jvp(self, v: Array) -> Array:
-        """Return J v (N * C, O) in the backend's workspace, until the next pass."""
+        """Return J v (N * C, O) in the backend's workspace, valid until the next pass."""
         return self.tangents(v, pre=False)[0]
 
     def tangents(self, v: Array, pre: bool) -> tuple[Array, tuple[Array, ...]]:
         """Return J v (N * C, O) and, with `pre`, the tangents (L, B * C, K) of each layer's pre-activations.
 
-        They are stored in the backend's workspace, until the next pass.
+        They are in the backend's workspace and valid until the next pass.
         """
         backend, about = self.backend, self.architecture
         n, width = about.hidden, about.outputs
@@ -127,7 +130,7 @@ class Tape:
         ]
         output_cuts = [cut.get("W_o", slice(None)) for cut in _nonzero_columns(backend, stacked, n)]
         symbols = self.layers[0].looks_up
-        # Symbols look up the same table in all blocks.
+        # Symbols select rows of the same table in all blocks.
         table = self._contributions(0, self.layers[0], by_layer[0], None) if symbols else None
         for steps, scored, rows in self._blocks(None if pre else self._block_rows(many), many):
             inputs, tangents = None, []
@@ -160,7 +163,7 @@ class Tape:
         last: Array,
         dc: Array,
     ) -> tuple[Array, Array]:
-        """R a (L, B C, K) and R h (L + 1, B C, n) of layer i in one block, from the state before it."""
+        """Compute R a (L, B C, K) and R h (L + 1, B C, n) of layer i in a block, from the state before it."""
         cell, n, (length, size) = self.architecture.cell, self.architecture.hidden, r.x.shape
         backend, (table, factor_table), many = self.backend, tables, len(directions)
         before, factors = r.hidden[:-1].reshape(-1, n), None
@@ -180,7 +183,7 @@ class Tape:
         return a, dh
 
     def _direct(self, rows: Array, matrix: Array, cut: slice, out: Array) -> None:
-        """Fill out with the product of rows and a matrix that is 0 outside of the columns `cut`."""
+        """Fill out with the product of rows and a matrix that is 0 outside the columns `cut`."""
         if matrix[:, cut].shape != matrix.shape:
             out[...] = 0
         if matrix[:, cut].size:
@@ -189,9 +192,9 @@ class Tape:
     def _contributions(
         self, i: int, r: Recurrence, directions: list[dict[str, Array]], inputs: Array | None
     ) -> tuple[Array, Array | None]:
-        """Return what inputs contribute to layer i along each direction, through W_x with the bias and W_mx.
+        """Return the contributions of inputs to layer i along each direction, by W_x (with bias) and W_mx.
 
-        `inputs` (L, B C, I) are the tangents of the layer's inputs along the directions, None where zero.
+        `inputs` (L, B C, I) are the tangents of the layer's inputs along the directions; None: zero.
         """
         on_rows = self.architecture.cell.on_rows * self.architecture.hidden
         table = self._rows(i, "W_x", r, directions, inputs)
@@ -203,7 +206,7 @@ class Tape:
     def _rows(
         self, i: int, name: str, r: Recurrence, directions: list[dict[str, Array]], inputs: Array | None
     ) -> Array:
-        """Return what inputs contribute through W_x or W_mx along each direction, (R C, .)."""
+        """Return the contributions (R C, .) of inputs by W_x or W_mx (`name`) along each direction."""
         count = len(directions[0][name]) if r.looks_up else r.x.size
         shape = (count * len(directions), directions[0][name].shape[1])
         table = self.backend.workspace(f"direction.{name}.{i}", shape)
@@ -218,7 +221,7 @@ class Tape:
     # J' u --------------------------------------------------------------------------------------
 
     def vjp(self, u: Array, out: Array) -> None:
-        """Add J' u of u (N * C, O) to out (D,) or (C, D)."""
+        """Add J' u to out, (D,) or (C, D), for cotangents u (N * C, O)."""
         self.cotangents(u, out)
 
     def squares(self, u: Array, out: Array, squares: Array) -> None:
@@ -232,7 +235,7 @@ class Tape:
     def rows(self, u: Array, out: Array) -> None:
         """Fill out (B, C, D) with J' u of every sequence, for each of C cotangents u (N * C, O).
 
-        J' u is a sum over steps: steps are processed block by block.
+        J' u is a sum over steps, which is accumulated block by block.
         """
         out[...] = 0
         for examples, columns, rows in self._row_parts(u, out.shape[1]):
@@ -240,7 +243,7 @@ class Tape:
             target += rows
 
     def rows_along(self, u: Array, several: int, along: Along) -> Array:
-        """Return V S' (k, B, C) of the rows S that `rows` computes for C cotangents, in parts."""
+        """Return V S' (k, B, C) for the rows S that `rows` computes for C cotangents, without storing S."""
         products = self.backend.xp.zeros((len(along), self.examples, several), self.backend.dtype)
         for examples, columns, rows in self._row_parts(u, several):
             part = products[:, examples, columns]
@@ -250,8 +253,8 @@ class Tape:
     def _row_parts(self, u: Array, many: int) -> Iterator[tuple[slice, slice, Array]]:
         """Yield terms (b, C', D) of the rows of some examples and some of C = `many` cotangents u (N * C, O).
 
-        A block of steps has only those cotangents that are not zero at all of its steps and the following
-        ones, and those between them.
+        A block of steps skips the cotangents that are zero at all of its steps and at all later steps, except
+        for those between two others.
         """
         steps, size = len(self.layers[0].x), self.examples
         about, backend = self.architecture, self.backend
@@ -276,15 +279,16 @@ class Tape:
 
         Parameters
         ----------
+        u : (N * C, O)
+        out : (D,) or (C, D)
         pre : sequence of arrays
             Cotangents of the pre-activations, in the arrays that `tangents` returned, which are overwritten.
         squares : (D,), optional
-            Gains, for every sequence of the batch, the element-wise square of that sequence's cotangent; for
-            one direction only.
+            The element-wise square of the cotangent of every sequence is added to it; for one direction only.
         sums : array, optional
-            Gains the sums of `hfmpi.networks.factors`; for one direction only.
+            The sums of `hfmpi.networks.factors` are added to it; for one direction only.
         weights : (B,), optional
-            How many times the inputs of each sequence count in these sums.
+            The weights of the inputs of each sequence in `sums`.
         """
         backend, size = self.backend, self.architecture.layout.size
         many = len(u) // max(1, self.scored)
@@ -306,24 +310,27 @@ class Tape:
         pre: Sequence[Array] = (),
         last: np.ndarray | None = None,
     ) -> Iterator[tuple[slice, list[Cotangents], Array]]:
-        """Pull the output cotangents u (N * C, O) back, block by block from the last to the first.
+        """Propagate the output cotangents u (N * C, O) back, block by block from the last to the first.
 
         Parameters
         ----------
+        u : (N * C, O)
+        many : int
+            C, the number of cotangents.
         parts : list
-            What `_blocks` returned.
+            The result of `_blocks`.
         pre : sequence of arrays
             As in `cotangents`.
         last : (C,) of int, optional
-            The last step at which each cotangent is not zero, -1 if it is zero. Blocks leave out cotangents
-            that are zero in them and later, except for those between others.
+            The last step at which each cotangent is not zero, -1 if it is zero at all steps. A block skips
+            the cotangents that are zero in it and at all later steps, except for those between two others.
 
         Yields
         ------
         columns : slice
-            The cotangents c < C that the block has, C' of them.
+            The C' cotangents that the block processes.
         cotangents : list of Cotangents
-            Of each layer from below, (L, B C', .).
+            The cotangents (L, B C', .) of each layer, from the lowest.
         du : (T, B C', O)
             The cotangents of the outputs of the last T steps of the block.
         """
@@ -364,7 +371,7 @@ class Tape:
             yield columns, cotangents[::-1], du.reshape(-1, size, width)
 
     def _of_columns(self, name: str, rows: Array, many: int, columns: slice) -> Array:
-        """Return a copy of the rows (., C, .) of some cotangents, as (., .) in the workspace."""
+        """Copy the rows (., C, .) of some cotangents to the workspace, and return them as (., .)."""
         part = rows.reshape(-1, many, rows.shape[1])[:, columns]
         copy = self.backend.workspace(f"adjoint.columns.{name}", part.shape)
         copy[...] = part
@@ -373,7 +380,7 @@ class Tape:
     def _block_adjoint(
         self, i: int, steps: slice, dh: Array, pre: Array | None, back: Array, dc: Array, below: Array | None
     ) -> Cotangents:
-        """Pull the cotangents dh (L + 1, B C, n) back through layer i in one block, into `below` if any."""
+        """Propagate cotangents dh (L + 1, B C, n) back through layer i in a block, to `below` if not None."""
         r, names, cell = self.layers[i].part(steps), self.architecture.names[i], self.architecture.cell
         backend, (length, size), n = self.backend, (len(r.x), dh.shape[1]), self.architecture.hidden
         da = backend.workspace(f"pre.{i}", (length, size, cell.groups * n)) if pre is None else pre
@@ -406,8 +413,8 @@ class Tape:
     ) -> Iterator[tuple[slice, slice, Array]]:
         """Yield the parameter cotangents of each sequence of one block, for each of C = `many` cotangents.
 
-        They come in parts of some sequences and cotangents, (B', C', D) in the workspace, of about
-        `each_numbers` numbers.
+        Each part (B', C', D) in the workspace has some sequences and cotangents, about `each_numbers`
+        elements.
         """
         backend, size = self.backend, self.architecture.layout.size
         sequences = self.examples
@@ -436,7 +443,7 @@ class Tape:
             sums.total(du, g["b_o"])
 
     def _zeros(self, name: str, directions: int) -> list[tuple[Array, Array]]:
-        """Return two arrays (B C, n) of zeros for each layer."""
+        """Return two zero arrays (B C, n) in the workspace for each layer."""
         shape, states = (self.layers[0].x.shape[1] * directions, self.architecture.hidden), []
         for i in range(len(self.layers)):
             both = [self.backend.workspace(f"{name}.{part}.{i}", shape) for part in "hc"]
@@ -446,7 +453,7 @@ class Tape:
         return states
 
     def _block_rows(self, directions: int) -> int:
-        """Return about how many rows (steps times sequences times directions) are in a block."""
+        """Return the approximate number of rows (steps times sequences times directions) in a block."""
         return self.block_rows if directions == 1 else max(self.block_rows, DIRECTION_ROWS * directions)
 
     def _blocks(self, block_rows: int | None, directions: int) -> list[tuple[slice, slice, slice]]:
@@ -455,8 +462,8 @@ class Tape:
         Returns
         -------
         list of (steps, scored, rows)
-            Steps of the recurrence, those among them that have outputs (perhaps none), and the rows of
-            the outputs (N, O) that belong to these.
+            The steps of the recurrence, the steps among them that have outputs (possibly none), and the rows
+            of the outputs (N, O) at these.
         """
         length, size = self.layers[0].x.shape
         burn_in = length - self.scored // size
@@ -476,9 +483,9 @@ class NetworkLinearisation(LossLinearisation):
     passes: Tape
 
     def structural_gauss_newton(self, v: Array, scale: float, structural: float, out: Array) -> None:
-        """Add scale * (J' H J + structural * J_a' W J_a) v to out (D,), J_a the pre-activations' part.
+        """Add scale * (J' H J + structural * J_a' W J_a) v to out; both are (D,) or (C, D).
 
-        v is (D,), or (C, D) with out (C, D).
+        J_a is the Jacobian of the pre-activations, and W their weights.
         """
         tape = self.passes
         u, pre = tape.tangents(v, pre=structural != 0)
@@ -494,16 +501,16 @@ class NetworkLinearisation(LossLinearisation):
 
 
 def _by_direction(rows: Array, directions: int) -> list[Array]:
-    """Return the rows (..., N C, .) of each direction, (N, .), as views."""
+    """Split rows (..., N C, .) into those of each direction (N, .), as views."""
     split = rows.reshape(-1, directions, rows.shape[-1])
     return [split[:, j] for j in range(directions)]
 
 
 def _nonzero_columns(backend: NumpyBackend, stacked: dict[str, Array], n: int) -> list[dict[str, slice]]:
-    """Return the columns of each matrix outside of which each direction is 0, in groups of n.
+    """Return the columns of each matrix that contain the nonzero entries of each direction, in groups of n.
 
-    A direction that is one of many is often a part of a larger one, and nonzero only in some gates of one
-    matrix. `stacked` has the parameters of all directions by name, (C, ...) each; it is empty for one
+    One of many directions is often a part of a larger vector, and nonzero only in some gates of one matrix.
+    `stacked` contains the parameters of all directions by name, (C, ...) each; it is empty for a single
     direction.
     """
     cuts: list[dict[str, slice]] = []
