@@ -1,1 +1,1 @@
-"""Convert text to an HDF5 corpus, and draw deterministic global batches from it."""
+"""Data sets in memory and on disk, corpora of texts, and deterministic global batches."""

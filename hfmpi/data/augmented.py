@@ -1,4 +1,4 @@
-"""Random changes of training examples, drawn for each step as a function of (seed, step, example)."""
+"""Random changes of training examples, drawn in each step as a function of (seed, step, example)."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from hfmpi.errors import UserError, shown
 __all__ = ["Augmented", "AugmentedStep"]
 
 STREAM = 2
-"""Separates these random words from other streams of the same seed and step."""
+"""Distinguishes these random numbers from other streams with the same seed and step."""
 
 Function = Callable[[Any, Any, np.random.Generator], tuple[Any, Any]]
-"""(x, y, rng) of one example -> (x, y)."""
+"""A function that maps (x, y, rng) of one example to a changed (x, y)."""
 
 
 class Augmented:
     """Training data whose examples a function changes at random in each step.
 
-    The random numbers are a function of the run's seed, the step and the example: a step that reads its batch
-    several times sees the same examples, whatever the number of ranks, and a resumed run goes on with the
-    examples of the uninterrupted one (with the same version of NumPy).
+    The random numbers are a function of the run's seed, the step and the example. So a step that reads its
+    batch several times sees the same examples, with any number of ranks, and a resumed run continues with the
+    same examples as an uninterrupted run (with the same version of NumPy).
 
     Parameters
     ----------
     data : tuple, data set or Cases
-        The training data of `hfmpi.train`, as without augmentation.
+        Training data in any form that `hfmpi.train` accepts.
     function : callable
-        function(x, y, rng) -> (x, y): inputs and target of one example, copies that it may overwrite, and a
-        `numpy.random.Generator`. The results must have the shapes of the arguments. x is a tuple where the
-        model has several inputs.
+        function(x, y, rng) -> (x, y): x and y are copies of the inputs and the target of one example, which
+        the function may overwrite; rng is a `numpy.random.Generator`. The results must have the shapes of the
+        arguments. x is a tuple if the model has several inputs.
 
     Raises
     ------
@@ -54,22 +54,22 @@ class Augmented:
                 f"the augmentation must be a function (x, y, rng) -> (x, y), not {shown(function)}"
             )
         if isinstance(data, (Augmented, AugmentedStep)):
-            raise UserError("the data are augmented already: call both functions in one")
+            raise UserError("the data are already augmented: combine both functions in one function")
         self.data, self.function = data, function
 
     def of(self, cases: Cases) -> Augmented:
-        """Return the augmentation of other data."""
+        """Return other data with the same augmentation."""
         return Augmented(cases, self.function)
 
     def at(self, seed: int, step: int) -> AugmentedStep:
-        """Return the examples as step `step`, counted from 0, sees them."""
+        """Return the examples as they are changed in step `step`, counted from 0."""
         return AugmentedStep(self._cases, self.function, seed, step)
 
     @property
     def _cases(self) -> Cases:
         if not isinstance(self.data, Cases):
             raise UserError(
-                "outside of hfmpi.train, hfmpi.Augmented takes cases such as hfmpi.Examples, not "
+                "outside hfmpi.train, hfmpi.Augmented requires data of a class such as hfmpi.Examples, not "
                 f"{shown(self.data)}"
             )
         return self.data
@@ -81,11 +81,11 @@ class Augmented:
 
     @property
     def unread(self) -> bool:
-        """Whether only reading examples shows which of their targets are scored."""
+        """Whether examples must be read to determine which of their targets are scored."""
         return unread(self._cases)
 
     def take(self, indices: np.ndarray) -> Any:
-        """Return the examples `indices` (B,) as they are without augmentation."""
+        """Return the examples `indices` (B,) without augmentation."""
         return self._cases.take(indices)
 
     def scored(self, indices: np.ndarray) -> float:
@@ -97,33 +97,33 @@ class Augmented:
         return weight_of(self._cases, indices)
 
     def check(self, indices: np.ndarray) -> None:
-        """Try the function on some examples.
+        """Call the function twice for some examples, and compare the results.
 
         Raises
         ------
         UserError
-            If it fails, or returns something else at the second call with the same arguments.
+            If it fails, or returns different values for the same arguments.
         """
         first, again = (self.at(0, 0).take(indices) for _ in range(2))
         for one, other in zip(_arrays(first), _arrays(again), strict=True):
             if not np.array_equal(one, other, equal_nan=one.dtype.kind == "f"):
                 raise UserError(
                     "the augmentation returned different examples for the same arguments: draw random "
-                    "numbers from rng alone, because a step reads its batch several times"
+                    "numbers only from rng, because a step reads its batch several times"
                 )
 
 
 @dataclass(frozen=True)
 class AugmentedStep:
-    """The examples of one step, as `Cases`: the same on every rank and at every reading.
+    """The examples of one step, as `Cases`; every rank and every call of `take` returns the same values.
 
     Attributes
     ----------
     data : Cases
     function : callable
-        As of `Augmented`.
+        As in `Augmented`.
     seed, step : int
-        Not negative.
+        At least 0.
     """
 
     data: Cases
@@ -138,7 +138,7 @@ class AugmentedStep:
 
     @property
     def unread(self) -> bool:
-        """Whether only reading examples shows which of their targets are scored."""
+        """Whether examples must be read to determine which of their targets are scored."""
         return unread(self.data)
 
     def scored(self, indices: np.ndarray) -> float:
@@ -160,8 +160,8 @@ class AugmentedStep:
         batch = self.data.take(indices)
         if not isinstance(batch, Batch):
             raise UserError(
-                f"hfmpi.Augmented changes batches of hfmpi.data.batches.Batch, as of hfmpi.Examples, not "
-                f"{shown(batch)}"
+                f"hfmpi.Augmented requires data whose batches are hfmpi.data.batches.Batch, such as "
+                f"hfmpi.Examples, not {shown(batch)}"
             )
         several = isinstance(batch.inputs, tuple)
         inputs = tuple(np.array(x) for x in (batch.inputs if several else (batch.inputs,)))
@@ -177,8 +177,8 @@ class AugmentedStep:
         return batch._replace(inputs=inputs if several else inputs[0], targets=targets)
 
     def _called(self, x: Any, y: Any, k: int) -> tuple[Any, Any]:
-        """Return what the function makes of example k."""
-        # NumPy guarantees the same raw words in every version (NEP 19).
+        """Return the result of the function for example k."""
+        # NumPy guarantees that the raw output of a bit generator is the same in every version (NEP 19).
         bits = np.random.PCG64(np.random.SeedSequence([self.seed, self.step, k, STREAM]))
         try:
             pair = self.function(x, y, np.random.Generator(bits))
@@ -187,7 +187,7 @@ class AugmentedStep:
         except Exception as error:
             raise UserError(
                 f"the augmentation of example {k:,} raises {type(error).__name__}: "
-                f"{' '.join(str(error).split())}; it gets (x, y, rng) of one example"
+                f"{' '.join(str(error).split())}; it is called with (x, y, rng) of one example"
             ) from error
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise UserError(f"the augmentation must return (x, y), not {shown(pair)}")
@@ -195,11 +195,11 @@ class AugmentedStep:
 
 
 def _fitting(name: str, value: Any, before: Any) -> np.ndarray:
-    """Return a result of the function as an array of the form that the argument had."""
+    """Return a result of the function as an array; raise a UserError unless its form is unchanged."""
     array = np.asarray(value)
     if array.shape != before.shape or not np.can_cast(array.dtype, before.dtype, "same_kind"):
         raise UserError(
-            f"the augmentation must return {name} of {before.dtype} and shape {before.shape} as it gets it, "
+            f"the augmentation must return {name} with its dtype {before.dtype} and shape {before.shape}, "
             f"not {array.dtype} of shape {array.shape}"
         )
     return array

@@ -1,7 +1,7 @@
 """Fixed-length sequences of a split, and the sequences of the global batch of a step.
 
-The global batch is a function of seed and step alone. Each rank takes its `shard`, so the number of ranks
-changes which rank computes a sequence, but not the result.
+The global batch depends only on the seed and the step. Each rank processes its `shard`, so that the number of
+ranks determines which rank processes a sequence, but does not change the result.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ __all__ = [
 ]
 
 SPLITS = {"train": "training", "valid": "validation", "test": "test"}
-"""The splits of a text, and their adjectives in messages."""
+"""The splits of a text, and the words for them in messages."""
 
 
 class BadExample(UserError):
-    """An example that a model cannot be trained on.
+    """The error that a model cannot be trained on an example.
 
     Parameters
     ----------
     before, after : str
-        The sentence around "example 3".
+        The parts of the message before and after "example 3".
     example : int
-        Its index among the examples that were checked.
+        The index of the example among those that were checked.
     """
 
     def __init__(self, before: str, example: int, after: str) -> None:
@@ -51,26 +51,26 @@ class BadExample(UserError):
         self.before, self.example, self.after = before, example, after
 
     def renamed(self, example: int, name: str) -> BadExample:
-        """Return the error with the index in a larger data set, called `name`."""
+        """Return the error with the index of the example in the data set `name`."""
         return BadExample(f"{name}: {self.before}" if name else self.before, example, self.after)
 
 
 class Batch(NamedTuple):
-    """B examples: the first axis of every array counts them.
+    """A batch of B examples: the first axis of every array counts the examples.
 
     Attributes
     ----------
     inputs : ndarray (B, ...), or a tuple of such arrays
-        Of sequences: symbols (B, L) int32, or real numbers (B, L, I), with L = burn-in + T.
+        For sequences: symbols (B, L) int32, or real numbers (B, L, I), with L = burn-in + T.
     targets : ndarray (B, ...) of integers, or (B, ..., O) of real numbers
-        Of sequences: (B, T) int32, or (B, T, O), the targets of the last T inputs.
+        For sequences: the targets of the last T inputs, (B, T) int32 or (B, T, O).
     mask : ndarray (B, ...) or None
         The weight of every target, 0 where it is not scored; None: all are 1.
     burn_in : int
-        The number of first outputs (axis 1) of every example that have no target.
+        The number of outputs at the start of every example (axis 1) that have no target.
     weighted : bool
-        Whether the mask has weights. Sums that are not linear in the loss of an example, such as squared
-        gradients, then count it by its weight; otherwise every example counts once.
+        Whether the mask contains weights. Sums that are not linear in the loss of an example, such as the sum
+        of squared gradients, then weight the examples; otherwise every example counts once.
     """
 
     inputs: Any
@@ -81,12 +81,12 @@ class Batch(NamedTuple):
 
 
 def spread(count: int, most: int) -> list[int]:
-    """Return the indices of at most `most` of `count` examples, the first and the last among them."""
+    """Return the indices of at most `most` of `count` examples, including the first and the last."""
     return [round(i) for i in np.linspace(0, count - 1, min(count, most))]
 
 
 def scored_targets(targets: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """Return the targets with zeros where they are not scored: whatever stands there is not read."""
+    """Return the targets with zeros where they are not scored, so that their values there are never read."""
     if mask is None or mask.all():
         return targets
     mask = mask.reshape(mask.shape + (1,) * (targets.ndim - mask.ndim))
@@ -98,21 +98,21 @@ def check_steps(inputs: tuple[int, ...], targets: tuple[int, ...], burn_in: int)
     rest = inputs[1] - targets[1]
     if rest == burn_in >= 0:
         return
-    remedy = f"; burn_in={rest} names the first {rest:,} steps, which have none" if rest > 0 else ""
+    remedy = f"; pass burn_in={rest} if the first {rest:,} steps have no targets" if rest > 0 else ""
     before = f" after a burn-in of {burn_in:,}" if burn_in else ""
     raise UserError(
-        f"inputs of shape {inputs} need a target for each of their steps{before}, and the targets have shape "
+        f"inputs of shape {inputs} need a target for each step{before}, but the targets have shape "
         f"{targets}{remedy}"
     )
 
 
 @runtime_checkable
 class Cases(Protocol):
-    """The data of a run: numbered examples, any of which can be taken together as a batch.
+    """The data of a run: numbered examples, any of which can be combined to a batch.
 
     Reading the same examples twice must return the same values. Every rank calls `take` for the examples of
-    its shard, and `scored` for those of the global batch; with an attribute `unread` that is True, `scored`
-    too is called for the shard alone, and the ranks add up.
+    its shard, and `scored` for those of the global batch. If an optional attribute `unread` is True, `scored`
+    is called only for the shard, and the results are summed over ranks.
     """
 
     @property
@@ -123,14 +123,14 @@ class Cases(Protocol):
         """Return the examples `indices` (B,), B >= 1, as a batch that the model accepts."""
 
     def scored(self, indices: np.ndarray) -> float:
-        """Return the divisor of the mean of the examples `indices` (B,).
+        """Return the divisor of the mean loss of the examples `indices` (B,).
 
-        That is the number of their scored outputs, or the sum of the weights of these outputs.
+        It is the number of their scored outputs, or the sum of the weights of these outputs.
         """
 
 
 def unread(cases: Cases) -> bool:
-    """Return whether `scored` has to read the examples; each rank then counts those of its shard."""
+    """Return whether `scored` must read the examples, so that each rank counts only those of its shard."""
     return bool(getattr(cases, "unread", False))
 
 
@@ -146,7 +146,7 @@ class Weighted(Protocol):
 
 
 def weight_of(cases: Cases, indices: np.ndarray) -> float:
-    """Return the sum of the weights of some examples, without weights their number."""
+    """Return the sum of the weights of some examples, or their number if they have no weights."""
     return cases.weight(indices) if isinstance(cases, Weighted) else len(indices)
 
 
@@ -154,8 +154,8 @@ class Sequences:
     """The sequences of a split, whose targets do not overlap.
 
     Sequence k predicts the symbols kT+1 ... kT+T of the split from the symbols one position earlier. The
-    split is a ring: the last target may be its first symbol, and the burn-in of sequence 0 is its end. So
-    2,800,000 characters make exactly the 14,000 sequences of 200 characters of Krause (2015).
+    split is periodic: the last target may be its first symbol, and the burn-in of sequence 0 is its end. So
+    2,800,000 characters yield exactly the 14,000 sequences of 200 characters of Krause (2015).
 
     Parameters
     ----------
@@ -175,13 +175,14 @@ class Sequences:
     def __init__(self, ids: np.ndarray, length: int = 200, burn_in: int = 0) -> None:
         if length < 1 or burn_in < 0:
             raise UserError(
-                f"a sequence length of {length} with a burn-in of {burn_in} cannot be: the least are 1 and 0"
+                f"the sequence length {length} and the burn-in {burn_in} are out of range: they must be at "
+                "least 1 and 0"
             )
         if len(ids) < length + burn_in:
             raise UserError(
                 f"a text of {len(ids):,} characters is too short for a sequence of {length:,}"
                 + (f" with a burn-in of {burn_in:,}" if burn_in else "")
-                + f": it takes at least {length + burn_in:,}"
+                + f": use a longer text, of at least {length + burn_in:,} characters"
             )
         self.ids, self.length, self.burn_in = ids, length, burn_in
 
@@ -211,14 +212,14 @@ class Sequences:
 
 
 def checked_indices(indices: np.ndarray, count: int, noun: str) -> np.ndarray:
-    """Return the indices as int64 (B,).
+    """Check indices of examples and return them as int64 (B,).
 
     Raises
     ------
     TypeError
         If they are not one-dimensional integers.
     IndexError
-        If one is not in 0 ... count - 1.
+        If an index is not in 0 ... count - 1.
     """
     array = np.asarray(indices)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
@@ -234,24 +235,26 @@ def checked_indices(indices: np.ndarray, count: int, noun: str) -> np.ndarray:
 def check_batch(batch: int, count: int) -> None:
     """Raise a UserError unless a batch of this size can be drawn from `count` sequences."""
     if not 1 <= batch <= count:
-        raise UserError(f"a batch of {batch:,} sequences cannot be drawn: the text makes {count:,} of them")
+        raise UserError(
+            f"batch size {batch:,} is out of range: use 1 to {count:,}, the number of sequences of the text"
+        )
 
 
 def global_indices(seed: int, step: int, batch: int, count: int) -> np.ndarray:
     """Return the indices (batch,) int64 of the sequences in the global batch of a step.
 
-    Every epoch is a permutation of the `count` sequences. The epochs form an endless stream, and step s takes
-    its positions s*batch ... (s+1)*batch - 1.
+    Every epoch is a permutation of the `count` sequences. The concatenated epochs form an endless stream, and
+    step s uses its positions s*batch ... (s+1)*batch - 1.
 
     Parameters
     ----------
     seed, step : int
-        Not negative.
+        At least 0.
     batch, count : int
-        The sizes of the batch and of the data, which `check_batch` accepts.
+        The sizes of the batch and of the data, which `check_batch` has accepted.
     """
     epoch, start = divmod(step * batch, count)
-    # A batch is not larger than the data, so it contains parts of at most two epochs.
+    # A batch is not larger than the data, so that it contains parts of at most two epochs.
     stream = _permutation(seed, epoch, count)[start : start + batch]
     if len(stream) < batch:
         stream = np.concatenate([stream, _permutation(seed, epoch + 1, count)[: batch - len(stream)]])
@@ -260,8 +263,9 @@ def global_indices(seed: int, step: int, batch: int, count: int) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    # A resumed run must see the batches of the uninterrupted one. In every version of NumPy a bit generator
-    # returns the same raw words (NEP 19), but `Generator.permutation` may change: so sort raw words.
+    # A resumed run must see the same batches as an uninterrupted run. NumPy guarantees that the raw output of
+    # a bit generator is the same in every version (NEP 19), but `Generator.permutation` may change. So the
+    # permutation is the order of sorted raw output.
     words = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
     order = np.argsort(words, kind="stable")
     order.setflags(write=False)
@@ -271,8 +275,8 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 def curvature_slice(step: int, gradient_batch: int, curvature_batch: int) -> np.ndarray:
     """Return the positions (curvature_batch,) int64 of the curvature batch in the gradient batch.
 
-    The slice advances by its size at each step and wraps around, so all members of a fixed gradient batch
-    take their turn, as the chunks of Martens (2010) do.
+    The slice advances by its size at each step and wraps around. So all members of a fixed gradient batch are
+    used in turn, like the chunks of Martens (2010).
 
     Raises
     ------
@@ -281,8 +285,8 @@ def curvature_slice(step: int, gradient_batch: int, curvature_batch: int) -> np.
     """
     if not 1 <= curvature_batch <= gradient_batch:
         raise UserError(
-            f"a curvature batch of {curvature_batch:,} sequences cannot be drawn "
-            f"from a gradient batch of {gradient_batch:,}"
+            f"curvature batch size {curvature_batch:,} is out of range: use 1 to {gradient_batch:,}, the "
+            "gradient batch size"
         )
     return (step * curvature_batch + np.arange(curvature_batch, dtype=np.int64)) % gradient_batch
 

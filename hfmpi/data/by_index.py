@@ -1,4 +1,4 @@
-"""A map-style data set that stays where it is: its examples are read whenever a batch needs them."""
+"""A map-style data set that is not copied to memory: examples are read when a batch needs them."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from hfmpi.errors import UserError, shown
 __all__ = ["Dataset"]
 
 KEPT = 1 << 28
-"""Bytes of examples that are kept after they were read: a step reads its batch several times."""
+"""The number of bytes of examples that are cached, because a step reads its batch several times."""
 
 
 class Dataset:
-    """A map-style data set whose examples are read batch by batch; each rank reads those of its shard.
+    """A map-style data set whose examples are read batch by batch; each rank reads the examples of its shard.
 
-    `hfmpi.train` makes one of a data set that takes more than a quarter of the free memory, and reads any
-    other one into memory at the start.
+    `hfmpi.train` uses this class for a data set that takes more than a quarter of the free memory, and reads
+    any other data set into memory at the start.
 
     Parameters
     ----------
     dataset : map-style data set
-        It has a length, and for an index returns (x, y) or (x, y, weight): arrays, tensors or numbers, of one
-        shape and type for all examples; x may be a tuple of several inputs. Reading an example twice must
-        return the same values. A third part of whole numbers is a mask of 0 and 1, of real numbers weights,
-        as of `Examples`.
+        An object with a length that returns (x, y) or (x, y, weight) for an index: arrays, tensors or
+        numbers, with the same shape and type for all examples; x may be a tuple of several inputs. Reading an
+        example twice must return the same values. If the third part is of whole numbers, it is a mask of 0
+        and 1; if it is of real numbers, it contains weights, as in `Examples`.
     burn_in : int
-        As of `Examples`.
+        As in `Examples`.
     kept : int
-        Bytes of examples that this rank keeps in memory after they were read; 0: none.
+        The maximum number of bytes of examples that this rank caches after reading; 0: no cache.
 
     Raises
     ------
     UserError
-        If it is not such a data set.
+        If `dataset` is not such a data set.
 
     Examples
     --------
@@ -58,10 +58,10 @@ class Dataset:
         self._scoring: Callable[[Examples], Examples] | None = None
         self._checks = list[tuple[Callable[[Examples], None], str]]()
         self._read, self._bytes = OrderedDict[int, list[np.ndarray]](), 0
-        self._each: float | None = None  # scored targets of an example, where all have as many
+        self._each: float | None = None  # scored targets per example, if it is the same for all
 
     def of_model(self, make: Callable[..., Any]) -> Dataset:
-        """Return the data set with batches that `make`, such as `Arrays`, converts."""
+        """Return the data set with batches that are converted by `make`, such as `Arrays`."""
         return self._with(_make=make)
 
     def with_scoring(self, scoring: Callable[[Examples], Examples]) -> Dataset:
@@ -74,15 +74,15 @@ class Dataset:
         return other
 
     def has(self, kind: type) -> bool:
-        """Return whether a batch is one of examples of this class, such as `Arrays`."""
+        """Return whether batches are made of examples of a class, such as `Arrays`."""
         return isinstance(self._make, type) and issubclass(self._make, kind)
 
     def add_check(self, check: Callable[[Examples], None], name: str) -> None:
-        """Check all examples from now on when they are read; an error starts with the name."""
+        """Add a check of all examples that are read from now on; its errors start with the name."""
         self._checks.append((check, name))
 
     def forget(self) -> None:
-        """Read all examples again when they are needed next."""
+        """Clear the cache, so that all examples are read again."""
         self._read.clear()
         self._bytes = 0
 
@@ -93,7 +93,7 @@ class Dataset:
 
     @property
     def unread(self) -> bool:
-        """Whether only reading examples shows which of their targets are scored."""
+        """Whether examples must be read to determine which of their targets are scored."""
         return self._items.weighted is not None or self._scoring is not None
 
     def take(self, indices: np.ndarray) -> Batch:
@@ -102,7 +102,7 @@ class Dataset:
         Raises
         ------
         UserError
-            If one cannot be read, or has another shape, or a target that the model does not accept.
+            If an example cannot be read, or has a different shape or a target that the model does not accept.
         IndexError
             If an example does not exist.
         """
@@ -118,18 +118,18 @@ class Dataset:
         return self._sum(indices, lambda some, at: some.scored(at))
 
     def weight(self, indices: np.ndarray) -> float:
-        """Return the sum of the weights of the examples `indices` (B,), each the mean over scored targets."""
+        """Return the sum of the weights of the examples `indices` (B,), each the mean of its scored ones."""
         if not self.unread:
             return len(indices)
         return self._sum(indices, lambda some, at: some.weight(at))
 
     def _sum(self, indices: np.ndarray, number: Callable[[Examples, np.ndarray], float]) -> float:
-        """Sum over examples, of which few are in memory at a time."""
+        """Sum a number over examples, with only a few of them in memory at a time."""
         parts = np.array_split(indices, -(-len(indices) // 256)) if len(indices) else []
         return sum(number(self._examples(part), np.arange(len(part))) for part in parts)
 
     def _examples(self, indices: np.ndarray) -> Examples:
-        at = checked_indices(indices, self.count, "case")
+        at = checked_indices(indices, self.count, "example")
         columns = [np.stack(column) for column in zip(*map(self._item, at.tolist()), strict=True)]
         inputs, (targets, *third) = columns[: self._items.inputs], columns[self._items.inputs :]
         more = dict(zip(("weights",) if self._items.weighted else ("mask",), third, strict=False))
@@ -151,7 +151,7 @@ class Dataset:
         return examples
 
     def _item(self, i: int) -> list[np.ndarray]:
-        """Return the parts of an example, from memory if it was read lately."""
+        """Return the parts of an example, from the cache if possible."""
         if i in self._read:
             self._read.move_to_end(i)
             return self._read[i]
@@ -167,5 +167,5 @@ class Dataset:
 
 
 def _among(indices: np.ndarray) -> str:
-    """Return which examples a batch has, for a message."""
+    """Return a phrase that names the range of the examples of a batch."""
     return f"among examples {indices.min():,} to {indices.max():,} of the data set"

@@ -1,10 +1,11 @@
 """A text as symbol ids of a byte vocabulary, and its HDF5 file.
 
-Version 1: the datasets `/train` and `/valid` hold symbol ids, and `/symbols` the byte of each id. All are
-uint8, one-dimensional, contiguous and uncompressed, so that their sizes can be checked against the size of
-the file before they are read. Version 2 also has `/test`. A corpus without a test text is written as version
-1, which the first hfmpi can read. In addition to the header of every HDF5 file of hfmpi, the root has the
-attributes `created`, `creator`, and `provenance_...` for each fact about the origin of the text.
+In version 1 the datasets `/train` and `/valid` contain symbol ids, and `/symbols` the byte of each id. All
+are uint8, one-dimensional, contiguous and uncompressed, so that their sizes can be checked against the size
+of the file before they are read. Version 2 also has `/test`. A corpus without a test text is written as
+version 1, which the first release of hfmpi can read. In addition to the header of every HDF5 file of hfmpi,
+the root has the attributes `created`, `creator`, and `provenance_...` for each fact about the origin of the
+text.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ __all__ = ["Corpus", "is_corpus", "loss_unit"]
 _FORMATS = {version: Format("corpus", version) for version in (1, 2)}
 _NEWEST = _FORMATS[2]
 _PROVENANCE = "provenance_"
-PART = 2**20  # number of ids that are read back at a time
+PART = 2**20  # number of ids that are read at a time to verify a file
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +55,11 @@ class Corpus:
     train, valid : (n,) uint8
         Symbol ids of the splits; read-only if they come from a file or from `prepare`.
     symbols : bytes
-        The vocabulary: id k is the byte ``symbols[k]``; sorted and distinct.
+        The vocabulary, sorted and distinct: id k is the byte ``symbols[k]``.
     provenance : dict of str to str
         The origin of the text.
     test : (n,) uint8, or None
-        As `train`.
+        Like `train`.
     """
 
     train: np.ndarray
@@ -88,7 +89,7 @@ class Corpus:
 
     @cached_property
     def digest(self) -> str:
-        """The hexadecimal SHA-256 digest of vocabulary and splits, without provenance and dates."""
+        """The hexadecimal SHA-256 digest of the vocabulary and the splits, without provenance and dates."""
         sha = hashlib.sha256(f"hfmpi corpus {self._version}\n".encode())
         for part in (self._symbols, *self.splits.values()):
             sha.update(len(part).to_bytes(8, "little"))
@@ -119,21 +120,21 @@ class Corpus:
                 set_text(file, _PROVENANCE + key, value)
 
     def _check(self, path: Path) -> None:
-        """Raise a UserError unless the file holds this corpus; read it in parts."""
+        """Raise a UserError unless the file contains this corpus; the file is read in parts."""
         with opened(path) as (file, _):
             same = _FORMATS[self._version].digest(file) == self.digest
             for name, ids in (*self.splits.items(), ("symbols", self._symbols)):
-                parts = range(0, len(ids) + 1, PART)  # + 1: the file must not have more ids either
+                parts = range(0, len(ids) + 1, PART)  # + 1 detects additional ids in the file
                 same = same and all(
                     np.array_equal(file[name][start : start + PART], ids[start : start + PART])
                     for start in parts
                 )
             if not same:
-                raise Damage("does not hold what was written")
+                raise Damage("is damaged: its content is not what was written")
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Corpus:
-        """Read a corpus, and check all of its contents.
+        """Read a corpus, and check its complete content.
 
         Raises
         ------
@@ -147,14 +148,14 @@ class Corpus:
             out = Path(path).with_suffix(".h5")
             words = shlex.quote(str(path)), shlex.quote("OUT.h5" if out == Path(path) else str(out))
             raise UserError(
-                f"{error}; if it is a text, first make a corpus: hfmpi prepare {' '.join(words)}"
+                f"{error}; if it is a text, first convert it to a corpus: hfmpi prepare {' '.join(words)}"
             ) from None
 
     @classmethod
     def _read(cls, file: h5py.File, limit: int) -> Corpus:
-        """Check and return the corpus in a file, whose splits may have `limit` bytes in total."""
+        """Read and check the corpus in a file, whose splits may have at most `limit` bytes in total."""
         if not _NEWEST.claimed(file):
-            raise Damage("is an HDF5 file but not an hfmpi corpus (make one with `hfmpi prepare`)")
+            raise Damage("is an HDF5 file but not an hfmpi corpus: create a corpus with `hfmpi prepare`")
         version = attribute(file, "version", "iu")
         digest = _FORMATS.get(int(version), _NEWEST).digest(file)
         names = ["train", "valid", "test"][: 1 + int(version)]
@@ -165,7 +166,7 @@ class Corpus:
             )
         symbols = _ids(file, "symbols", 256)
         if np.any(symbols[1:] <= symbols[:-1]):
-            raise Damage("is damaged: its symbols are not sorted and different")
+            raise Damage("is damaged: its symbols are not sorted and distinct")
         splits = dict[str, np.ndarray]()
         for name in names:
             splits[name] = ids = _ids(file, name, limit)
@@ -181,12 +182,13 @@ class Corpus:
 
 
 def loss_unit(symbols: bytes) -> str:
-    """Return the unit of a loss on texts of these symbols: a character outside ASCII may be several bytes."""
+    """Return the unit of the loss on texts of these symbols, bits/char or bits/byte."""
+    # A character outside ASCII may consist of several bytes, each of which is a symbol.
     return "bits/char" if symbols.isascii() else "bits/byte"
 
 
 def is_corpus(path: Path) -> bool:
-    """Return whether the file claims to be a corpus, even a damaged one; UserError if it is in use."""
+    """Return whether a file claims to be a corpus, valid or damaged; raise a UserError if it is in use."""
     try:
         with opened(path) as (file, _):
             return _NEWEST.claimed(file)
@@ -199,6 +201,6 @@ def is_corpus(path: Path) -> bool:
 def _ids(file: h5py.File, name: str, limit: int) -> np.ndarray:
     ids = array(file, name, limit)
     if ids.dtype != np.uint8 or ids.ndim != 1 or not ids.size:
-        raise Damage(f"is damaged: /{name} is not a one-dimensional dataset of bytes, at least one")
+        raise Damage(f"is damaged: /{name} is not a one-dimensional dataset of at least one byte")
     ids.setflags(write=False)
     return ids

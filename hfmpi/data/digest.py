@@ -1,4 +1,4 @@
-"""A digest of the data: ranks compare it, and a resumed run checks that it has the same data."""
+"""A digest of the data, by which ranks and resumed runs check that they use the same data."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from hfmpi.errors import UserError
 __all__ = ["digest_of", "sample_digest_of"]
 
 SAMPLED = 64
-"""The number of examples, evenly spread, that represent data which are not in memory."""
+"""The number of evenly spread examples from which the digest of data that are not in memory is computed."""
 
 AUGMENTED = " augmented"
-"""What the digest of augmented data ends with."""
+"""The suffix of the digest of augmented data."""
 
 PART = 1024
 """The number of examples that are read at a time."""
 
 
 def digest_of(cases: Cases) -> str:
-    """Return a hexadecimal digest of all examples in memory, or of some where they are not in memory.
+    """Return a hexadecimal digest of all examples, or of some of them if they are not in memory.
 
     Raises
     ------
@@ -45,14 +45,14 @@ def digest_of(cases: Cases) -> str:
     if _digest(cases, indices) != digest:
         raise UserError(
             "reading the same examples twice returned different values (random augmentation?): the data must "
-            "be deterministic, because a step reads its batch several times; random changes belong into "
-            "hfmpi.Augmented"
+            "be deterministic, because a step reads its batch several times; use hfmpi.Augmented for random "
+            "changes"
         )
     return digest
 
 
 def sample_digest_of(cases: Cases) -> str:
-    """Return the digest that the examples have where they are not in memory: how they are read may change."""
+    """Return the digest of the same examples if they are not in memory, as they may be in a resumed run."""
     if isinstance(cases, Augmented):
         return sample_digest_of(cases.data) + AUGMENTED
     if not isinstance(cases, Examples):
@@ -66,14 +66,14 @@ def _digest(cases: Cases, indices: np.ndarray, sample: bool = False) -> str:
         batch = cases.take(part)
         if type(batch) is Batch:
             if (sample or isinstance(cases, Dataset)) and not batch.weighted and np.all(batch.mask):
-                batch = batch._replace(mask=None)  # the other examples decide whether there is a mask
+                batch = batch._replace(mask=None)  # examples outside this part decide whether there is a mask
             batch = _as_before(cases, batch)
         _add(content, batch)
     return content.hexdigest()
 
 
 def _as_before(cases: Cases, batch: Batch) -> tuple[Any, ...]:
-    """Return a batch in the form of version 0.2, so that the digests in its checkpoints are still valid."""
+    """Return a batch in the form of version 0.2, so that digests in checkpoints of 0.2 remain valid."""
     if isinstance(cases, (Arrays, Sequences)) or (isinstance(cases, Dataset) and cases.has(Arrays)):
         return tuple(part if part is None else part.swapaxes(0, 1) for part in batch[:3])  # time first
     burn_in = (batch.burn_in,) if batch.burn_in else ()

@@ -15,7 +15,10 @@ __all__ = ["Arrays", "Examples", "converted", "native", "one_hot_remedy"]
 
 
 LEAST_LARGEST = 1e-20
-"""The least that the largest weight may be, and the inverse of the most: single precision holds both."""
+"""The smallest allowed value of the largest weight; its inverse is the largest allowed value.
+
+Both are well inside the range of float32.
+"""
 
 
 class Examples:
@@ -26,21 +29,21 @@ class Examples:
     inputs : array (N, ...), or a tuple of such arrays
         The arguments of the model.
     targets : array (N, ...) of integers, or (N, ..., O) of real numbers
-        Symbols, or vectors of O numbers; real numbers (N,) are the targets of one output.
-        A masked array of NumPy (`numpy.ma`) has a mask already: its masked targets are not scored.
+        Symbols, or vectors of O numbers. Real numbers (N,) are the targets of a single output.
+        In a masked array of NumPy (`numpy.ma`), masked targets are not scored.
     mask : array (N, ...), optional
         1 where a target is scored, 0 where it is not, without the axis O. Default: all targets are scored.
-        Other numbers than 0 and 1 are weights.
+        Numbers other than 0 and 1 are weights.
     weights : array (N,) or (N, ...), optional
         Weights of examples, or of targets in the shape of a mask: real numbers, 0 or more. The risk is the
         mean sum(w l) / sum(w) of the losses l, so that only the ratio of weights matters. Default: all are 1.
     burn_in : int
-        The number of first outputs of every example, along axis 1, that have no target.
+        The number of outputs at the start of every example (axis 1) that have no target.
 
     Raises
     ------
     UserError
-        If the arrays have the wrong kind of numbers, or do not fit one another.
+        If the arrays have the wrong kind of numbers, or their shapes do not match.
 
     Examples
     --------
@@ -67,13 +70,13 @@ class Examples:
         for array in arrays:
             if len(array) != len(self.targets):
                 raise UserError(
-                    f"there are {len(array):,} cases of inputs and {len(self.targets):,} of targets"
+                    f"inputs have {len(array):,} examples, but targets have {len(self.targets):,}"
                 )
         symbols = self.targets.dtype.kind in "iu"
         self._scored = self.targets.shape if symbols else self.targets.shape[: max(1, self.targets.ndim - 1)]
         if burn_in and len(self._scored) < 2:
             raise UserError(
-                f"burn_in needs targets of several steps, (cases, steps, ...), not of shape "
+                f"burn_in requires targets of several steps, (examples, steps, ...), not of shape "
                 f"{self.targets.shape}"
             )
         self.mask: np.ndarray | None = None
@@ -90,7 +93,7 @@ class Examples:
         return len(self.targets)
 
     def masked(self, mask: np.ndarray) -> Examples:
-        """Return the examples with a further mask, or further weights, in the shape of the scored outputs."""
+        """Return the examples with an additional mask or weights, in the shape of the scored outputs."""
         other = copy.copy(self)
         weighted = mask.dtype != bool
         other.weighted = self.weighted or weighted
@@ -101,22 +104,23 @@ class Examples:
         return other
 
     def with_class_weights(self, weights: Any) -> Examples:
-        """Return the examples with every target's weight times that of its class; symbols alone.
+        """Return the examples with the weight of every target multiplied by the weight of its class.
 
         Parameters
         ----------
         weights : array (O,)
-            Of each class, 0 ... O - 1. Negative targets, such as -100, keep their weight: a loss either
-            ignores them or refuses them.
+            The weight of each class, 0 ... O - 1. The weights of negative targets, such as -100, do not
+            change, because a loss either ignores or refuses these targets.
 
         Raises
         ------
         UserError
-            If the targets are not symbols, a scored one has no weight, or these are not weights.
+            If the targets are not symbols, the class of a scored target has no weight, or `weights` are not
+            valid weights.
         """
         if self.targets.dtype.kind not in "iu":
             raise UserError(
-                f"class weights need targets that are whole numbers, as symbols are, not {self.targets.dtype}"
+                f"class weights require targets that are whole numbers (symbols), not {self.targets.dtype}"
             )
         table = _weights("class weights", weights, np.shape(weights)[:1]).astype(np.float64)
         scored = True if self.mask is None else self.mask > 0
@@ -124,13 +128,13 @@ class Examples:
         if without.any():
             at = np.unravel_index(int(np.argmax(without)), without.shape)
             raise UserError(
-                f"class weights have {len(table)} classes, and example {at[0]:,} has target "
-                f"{self.targets[at]}: give one weight for each class, or mask the target"
+                f"class weights have {len(table)} classes, but example {at[0]:,} has target "
+                f"{self.targets[at]}: pass one weight for each class, or mask the target"
             )
         return self.weighted_by_class(table)
 
     def weighted_by_class(self, table: np.ndarray) -> Examples:
-        """Return the examples with every symbol's weight times its entry in the table; others keep theirs."""
+        """Return the examples with the weight of each symbol in the table multiplied by its entry there."""
         inside = (self.targets >= 0) & (self.targets < len(table))
         return self.masked(np.where(inside, table[np.where(inside, self.targets, 0)], 1.0))
 
@@ -142,7 +146,7 @@ class Examples:
         IndexError
             If an example does not exist.
         """
-        at = checked_indices(indices, self.count, "case")
+        at = checked_indices(indices, self.count, "example")
         several = isinstance(self.inputs, tuple)
         inputs = tuple(x[at] for x in self.inputs) if several else self.inputs[at]
         mask = None if self.mask is None else self.mask[at]
@@ -156,7 +160,7 @@ class Examples:
         return float(total) if self.weighted else int(total)
 
     def weight(self, indices: np.ndarray) -> float:
-        """Return the sum of the weights of the examples `indices` (B,), each the mean over scored targets."""
+        """Return the sum of the weights of the examples `indices` (B,), each the mean of its scored ones."""
         if self.mask is None or not self.weighted:
             return len(indices)
         by_example = self.mask[indices].reshape(len(indices), -1).astype(np.float64, copy=False)
@@ -171,18 +175,18 @@ class Arrays(Examples):
     inputs : array (N, L) of integers, or (N, L, I) of real numbers
         The symbols or vectors of each sequence, step by step; symbols are stored as int32.
     targets : array (N, T) of integers, or (N, T, O) of real numbers
-        The targets of the T = L - burn_in last steps. A masked array of NumPy has a mask already.
+        The targets of the T = L - burn_in last steps. Masked targets of a NumPy masked array are not scored.
     mask : array (N, T), optional
         1 where a target is scored, 0 where it is not. Default: all targets are scored.
     weights : array (N,) or (N, T), optional
-        As of `Examples`.
+        As in `Examples`.
     burn_in : int
-        The number of first steps that have no target.
+        The number of steps at the start that have no target.
 
     Raises
     ------
     UserError
-        If the arrays have the wrong kind of numbers, or do not fit one another.
+        If the arrays have the wrong kind of numbers, or their shapes do not match.
 
     Examples
     --------
@@ -204,28 +208,30 @@ class Arrays(Examples):
 
 
 def _unmasked(targets: Any, mask: Any) -> tuple[Any, Any]:
-    """Return the targets of a masked array, zero where they are masked, and the mask of what is scored.
+    """Split a masked array into targets, which are zero where masked, and a mask of the scored targets.
 
-    Other targets and their mask are returned unchanged.
+    The targets are returned unchanged, with `mask`, if they are not a masked array.
     """
     if not isinstance(targets, np.ma.MaskedArray):
         return targets, mask
     missing = np.ma.getmaskarray(targets)
     if targets.dtype.kind == "f" and targets.ndim > 1:
         if (missing.any(axis=-1) != missing.all(axis=-1)).any():
-            raise UserError("the mask of targets must mask all numbers of a target, or none of them")
+            raise UserError("the masked array of targets must mask all numbers of a target, or none of them")
         missing = missing[..., 0]
     scored = (~missing).astype(int)
     return targets.filled(0), scored if mask is None else scored * _weights("the mask", mask, scored.shape)
 
 
 def _weights(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Return a mask of this shape as it is, and weights in float64, those of examples (N,) as a view.
+    """Check a mask or weights, and return a mask unchanged and weights in float64.
+
+    Weights (N,) of examples are expanded to `shape`, as a view.
 
     Raises
     ------
     UserError
-        If the shape does not fit, a weight is negative or not finite, or the largest is far from 1.
+        If the shape is wrong, a weight is negative or not finite, or the largest is too far from 1.
     """
     array = converted(values, name)
     have = "has" if name == "the mask" else "have"
@@ -238,15 +244,15 @@ def _weights(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:
     if bad.any():
         at = np.unravel_index(int(np.argmax(bad)), bad.shape)
         raise UserError(
-            f"{name} must be finite numbers, 0 or more, not {array[at]} as in example {at[0]:,}: give 0 to a "
-            "target that is not to be scored"
+            f"{name} must be finite numbers, 0 or more, not {array[at]} as in example {at[0]:,}: use 0 for a "
+            "target that should not be scored"
         )
     if name != "the mask" or not _is_mask(array):
         array = array.astype(np.float64)
         if array.any() and not LEAST_LARGEST <= array.max() <= 1 / LEAST_LARGEST:
             raise UserError(
-                f"the largest of {name} is {array.max():.3g}, too far from 1 for single precision: divide "
-                "all by it, since only the ratio of weights matters"
+                f"the largest of {name} is {array.max():.3g}, which is too far from 1 for single precision: "
+                "divide all weights by it, because only their ratio matters"
             )
     if array.shape != shape:
         array = np.broadcast_to(array.reshape(-1, *(1 for _ in shape[1:])), shape)
@@ -262,40 +268,41 @@ def _array(values: Any, name: str) -> np.ndarray:
     array = converted(values, name)
     if array.dtype.kind not in "iufb" or 0 in array.shape or not array.ndim:
         raise UserError(
-            f"{name} must be whole or real numbers, one row or more, not {array.dtype} of shape {array.shape}"
+            f"{name} must be whole or real numbers with at least one row, not {array.dtype} of shape "
+            f"{array.shape}"
         )
     return array
 
 
 def native(array: np.ndarray) -> np.ndarray:
-    """Return an array in the byte order of this machine, which frameworks and kernels need."""
+    """Convert an array to the byte order of this machine, which frameworks and kernels require."""
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def converted(values: Any, name: str) -> np.ndarray:
-    """Return array-like values or a tensor as an array in the byte order of this machine.
+    """Convert array-like values or a tensor to an array in the byte order of this machine.
 
     Raises
     ------
     UserError
-        If NumPy cannot convert them; the sentence has the method of a tensor that helps.
+        If NumPy cannot convert them; for a tensor the message names the methods to call first.
     """
     if isinstance(values, np.ma.MaskedArray) and np.ma.getmaskarray(values).any():
-        raise UserError(f"{name} are a masked array with missing values: fill them (array.filled(...)) first")
+        raise UserError(f"{name} are a masked array with masked values: fill them first (array.filled(...))")
     try:
         array = native(np.asarray(values))
     except (ValueError, TypeError, RuntimeError):  # ragged rows; a tensor on a GPU or with a gradient
         raise UserError(
-            f"{name} must be an array with rows of one length, or a tensor on the CPU without a gradient"
+            f"{name} must be an array with rows of equal length, or a tensor on the CPU without a gradient"
             f"{_remedy(values[0] if isinstance(values, (list, tuple)) and values else values)}"
         ) from None
     if array.dtype.kind == "V" and array.dtype.names is None:  # bfloat16 of JAX, for example
-        raise UserError(f"{name} must be whole or real numbers, not {array.dtype}: give x.astype('float32')")
+        raise UserError(f"{name} must be whole or real numbers, not {array.dtype}: pass x.astype('float32')")
     return array
 
 
 def _remedy(values: Any) -> str:
-    """Return what makes a tensor of PyTorch one that NumPy can read."""
+    """Return a clause with the calls that make a PyTorch tensor readable by NumPy, or ""."""
     kind = str(getattr(values, "dtype", "")).removeprefix("torch.")
     calls = [
         call
@@ -307,28 +314,28 @@ def _remedy(values: Any) -> str:
         )
         if wanted
     ]
-    why = f", since NumPy has no {kind}" if ".float()" in calls else ""
-    return f"; give tensor{''.join(calls)}{why}" if calls and hasattr(values, "detach") else ""
+    why = f", because NumPy has no {kind}" if ".float()" in calls else ""
+    return f"; pass tensor{''.join(calls)}{why}" if calls and hasattr(values, "detach") else ""
 
 
 def one_hot_remedy(targets: np.ndarray) -> str:
-    """Return what to do with targets that have a single 1 in each row of their last axis, or ""."""
+    """Return a clause with advice if each row of the targets has a single 1 (one-hot), or ""."""
     rows = targets.ndim > 1 and targets.shape[-1] > 1 and targets.size > 0
     if rows and bool(((targets == 0) | (targets == 1)).all() and (targets.sum(axis=-1) == 1).all()):
-        return "; each row has a single 1: of one-hot targets give the symbols, y.argmax(-1)"
+        return "; each row has a single 1: if these are one-hot vectors, pass their symbols, y.argmax(-1)"
     return ""
 
 
 def _steps_remedy(array: np.ndarray) -> str:
     if array.dtype.kind == "b" and array.ndim == 2:
-        return "; give the symbols 0 and 1, .astype(int)"
+        return "; pass the symbols 0 and 1, .astype(int)"
     if array.dtype.kind in "iub" and array.ndim == 3:
-        return one_hot_remedy(array) or "; give vectors as real numbers, .astype(float)"
+        return one_hot_remedy(array) or "; pass vectors as real numbers, .astype(float)"
     return ""
 
 
 def _steps(values: Any, name: str, mask: Any = None) -> np.ndarray:
-    """Return symbols as int32 and vectors as they are; raise a UserError if the values are neither.
+    """Check sequences and return symbols as int32 and vectors unchanged; raise a UserError for other values.
 
     Symbols whose mask or weight is zero are not checked.
     """
@@ -337,7 +344,7 @@ def _steps(values: Any, name: str, mask: Any = None) -> np.ndarray:
     vectors = array.ndim == 3 and np.issubdtype(array.dtype, np.floating)
     if not (symbols or vectors) or 0 in array.shape:
         raise UserError(
-            f"{name} must be symbols (cases, steps) or real vectors (cases, steps, numbers), "
+            f"{name} must be symbols (examples, steps) or real vectors (examples, steps, numbers), "
             f"not {array.dtype} of shape {array.shape}{_steps_remedy(array)}"
         )
     if not symbols:

@@ -1,4 +1,4 @@
-"""The examples of a map-style data set as arrays, checked one by one."""
+"""Conversion of the examples of a map-style data set to arrays; each example is checked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Items:
     Parameters
     ----------
     dataset : object
-        It has a length and returns an example for an index.
+        An object with a length that returns an example for an index.
 
     Attributes
     ----------
@@ -28,16 +28,16 @@ class Items:
     several : bool
         Whether x is a tuple of inputs.
     inputs : int
-        How many they are.
+        The number of inputs.
     weighted : bool or None
-        Whether the third part of an example has weights; False: a mask; None: there is none.
+        True if the third part of an example contains weights, False if it is a mask, None if there is none.
     nbytes : int
-        The bytes of all examples in memory.
+        The number of bytes that all examples would occupy in memory.
 
     Raises
     ------
     UserError
-        If it is not such a data set, or reading the first example twice returns different values.
+        If `dataset` is not such a data set, or reading the first example twice returns different values.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -46,8 +46,8 @@ class Items:
             loader = hasattr(dataset, "dataset") and hasattr(dataset, "__iter__")
             raise UserError(
                 f"data must be a tuple (x, y) of arrays or tensors, a map-style data set of pairs, "
-                f"or cases such as hfmpi.Examples, not {shown(dataset)}"
-                + ("; give its data set, loader.dataset" if loader else "")
+                f"or an object such as hfmpi.Examples, not {shown(dataset)}"
+                + ("; pass its data set, loader.dataset" if loader else "")
             )
         self._dataset = dataset
         try:
@@ -63,28 +63,31 @@ class Items:
             np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in zip(first, again, strict=True)
         ):
             raise UserError(
-                "reading case 0 of the data set twice returned different values (random augmentation?): the "
-                "data must be deterministic, because a step reads its batch several times; random changes "
-                "belong into hfmpi.Augmented"
+                "reading example 0 of the data set twice returned different values (random augmentation?): "
+                "the data must be deterministic, because a step reads its batch several times; use "
+                "hfmpi.Augmented for random changes"
             )
         self.weighted = first[-1].dtype.kind == "f" if len(rest) == 2 else None
         self._forms = [(part.shape, part.dtype) for part in first]
         self.nbytes = self.count * sum(part.nbytes for part in first)
 
     def read(self, i: int) -> list[np.ndarray]:
-        """Return the inputs, the target and the weight, if there is one, of example i.
+        """Return the inputs, the target and, if there is one, the weight of example i.
 
         Raises
         ------
         UserError
-            If it cannot be read, or has another form than the first one.
+            If the example cannot be read, or its shapes or types differ from those of the first example.
         """
         parts = self._parts(i)
         if [(part.shape, part.dtype) for part in parts] != self._forms:
-            raise UserError(f"case {i:,} of the data set is of another shape or type than case 0: pad it")
+            raise UserError(
+                f"example {i:,} of the data set has a different shape or type than example 0: pad the examples "
+                "to one shape"
+            )
         if self.weighted is False and not np.isin(parts[-1], (0, 1)).all():
             raise UserError(
-                f"the mask of case {i:,} of the data set must be 0 or 1: give weights as real numbers"
+                f"the mask of example {i:,} of the data set must be 0 or 1: return weights as real numbers"
             )
         return parts
 
@@ -103,15 +106,18 @@ class Items:
             raise
         except Exception as error:
             raise UserError(
-                f"case {i:,} of the data set, whose length is {self.count:,}, cannot be read: {_words(error)}"
+                f"example {i:,} of the data set, which has length {self.count:,}, cannot be read: "
+                f"{_words(error)}"
             ) from error
         if not isinstance(item, (tuple, list)) or len(item) not in (2, 3):
-            raise UserError(f"a data set must give pairs (x, y), or (x, y, weight), not {shown(item)}")
+            raise UserError(
+                f"a data set must return (x, y) or (x, y, weight) for each index, not {shown(item)}"
+            )
         return tuple(item)
 
     def _parts(self, i: int) -> list[np.ndarray]:
         x, *rest = self._raw(i)
-        name = f"the parts of case {i:,} of the data set"
+        name = f"the parts of example {i:,} of the data set"
         parts = [converted(part, name) for part in (*(x if isinstance(x, tuple) else (x,)), *rest)]
         for part in parts:
             if part.dtype.kind not in "iufb":
@@ -120,5 +126,5 @@ class Items:
 
 
 def _words(error: Exception) -> str:
-    """Return an exception as a part of a sentence."""
+    """Return the type and the message of an exception in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")

@@ -1,4 +1,4 @@
-"""The data set of a DataLoader of PyTorch, unless the loader changes what its examples are."""
+"""The data set of a PyTorch DataLoader; a loader that would change the examples is refused."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from hfmpi.errors import UserError
 __all__ = ["LOADER_NOTE", "dataset_of", "is_loader"]
 
 LOADER_NOTE = (
-    "the DataLoader's data set is used; its batch size, shuffling and sampler are not: hfmpi draws batches "
-    "itself"
+    "only the DataLoader's data set is used, not its batch size, shuffling and sampler, because hfmpi draws "
+    "the batches"
 )
 
-REMEDY = "give the data set itself, loader.dataset, if that is what you want"
+REMEDY = "pass only its data set, loader.dataset, so that hfmpi draws the batches"
 
 
 def is_loader(data: Any) -> bool:
-    """Return whether data is a DataLoader of PyTorch, or a class of its kind."""
+    """Return whether data is a PyTorch DataLoader or has the same attributes."""
     return all(hasattr(data, name) for name in ("dataset", "collate_fn", "sampler", "__iter__"))
 
 
@@ -27,22 +27,22 @@ def dataset_of(loader: Any) -> Any:
     Raises
     ------
     UserError
-        If the loader would change the data, by a function that collates examples, a sampler or a batch
-        sampler that is not the default; or if its data set has no indices.
+        If the loader would change the data by a user-defined collate_fn, sampler or batch sampler, or if its
+        data set cannot be indexed.
     """
     if is_iterable(loader.dataset):
         raise UserError(f"the DataLoader's data set is an IterableDataset: {ITERABLE}")
     if getattr(loader, "batch_size", None) is None:
         raise UserError(
-            f"the DataLoader has no batch size: its batch sampler, or the data set, makes the batches, and "
-            f"hfmpi draws batches itself; {REMEDY}"
+            f"the DataLoader has no batch size, so that its batch sampler or its data set would form the "
+            f"batches: {REMEDY}"
         )
     collate = loader.collate_fn
     if getattr(collate, "__name__", "") != "default_collate" or not _of_torch(collate):
         name = getattr(collate, "__name__", type(collate).__name__)
         raise UserError(
-            f"the DataLoader's collate_fn ({name}) would change the examples, and hfmpi does not call it: do "
-            "what it does in the data set"
+            f"the DataLoader's collate_fn ({name}) may change the examples, but hfmpi does not call it: "
+            "apply its changes in the data set"
         )
     sampler = loader.sampler
     default = type(sampler).__name__ in ("SequentialSampler", "RandomSampler") and _of_torch(type(sampler))
@@ -52,23 +52,22 @@ def dataset_of(loader: Any) -> Any:
     )
     if not default or drawn:
         raise UserError(
-            f"the DataLoader's sampler ({type(sampler).__name__}) chooses examples, and hfmpi draws batches "
-            f"itself: {REMEDY}, with weights of examples in place of a sampler"
+            f"the DataLoader's sampler ({type(sampler).__name__}) would select the examples: {REMEDY}, and "
+            "use weights of examples instead of a sampler"
         )
     batches = getattr(loader, "batch_sampler", None)
     if batches is not None and not (type(batches).__name__ == "BatchSampler" and _of_torch(type(batches))):
         raise UserError(
-            f"the DataLoader's batch sampler ({type(batches).__name__}) chooses batches, and hfmpi draws "
-            f"them itself: {REMEDY}"
+            f"the DataLoader's batch sampler ({type(batches).__name__}) would form the batches: {REMEDY}"
         )
     return loader.dataset
 
 
-ITERABLE = "it has no indices, and hfmpi draws batches by index; make it a map-style data set"
+ITERABLE = "it cannot be indexed, but hfmpi draws batches by index; convert it to a map-style data set"
 
 
 def is_iterable(dataset: Any) -> bool:
-    """Return whether a data set is an IterableDataset of PyTorch."""
+    """Return whether a data set is a PyTorch IterableDataset."""
     return any(kind.__name__ == "IterableDataset" and _of_torch(kind) for kind in type(dataset).__mro__)
 
 

@@ -1,4 +1,4 @@
-"""Sequences with random replacements of inputs, drawn for each step, against overfitting; they cost no pass.
+"""Random replacements of input symbols, drawn in each step, against overfitting; they cost no pass.
 
 Unigram noise (Xie et al. 2017, Data noising as smoothing in neural network language models): an input symbol
 is replaced, with a fixed probability, by a symbol drawn from the text. Targets do not change.
@@ -15,20 +15,20 @@ from hfmpi.data.batches import Batch, Sequences
 __all__ = ["Noisy"]
 
 STREAM = 1
-"""Separates these random words from other streams of the same seed and step."""
+"""Distinguishes these random numbers from other streams with the same seed and step."""
 
 
 @dataclass(frozen=True)
 class Noisy:
-    """The sequences of one step, as `Cases`: the same on every rank and at every reading.
+    """The sequences of one step, as `Cases`; every rank and every call of `take` returns the same values.
 
     Attributes
     ----------
     sequences : Sequences
     share : float
-        The probability, in [0, 1), that an input symbol is replaced, including those of the burn-in.
+        The probability, in [0, 1), with which each input symbol is replaced, including the burn-in.
     seed, step : int
-        Not negative.
+        At least 0.
     """
 
     sequences: Sequences
@@ -46,7 +46,7 @@ class Noisy:
         return self.sequences.scored(indices)
 
     def take(self, indices: np.ndarray) -> Batch:
-        """Return the sequences `indices` (B,), B >= 0, with their noise.
+        """Return the sequences `indices` (B,), B >= 0, with noise.
 
         Raises
         ------
@@ -56,7 +56,7 @@ class Noisy:
         batch, ids = self.sequences.take(indices), self.sequences.ids
         words = np.empty((len(indices), 2, batch.inputs.shape[1]), np.uint64)
         for row, k in zip(words, indices, strict=True):
-            # NumPy guarantees the same raw words in every version (NEP 19).
+            # NumPy guarantees that the raw output of a bit generator is the same in every version (NEP 19).
             bits = np.random.PCG64(np.random.SeedSequence([self.seed, self.step, int(k), STREAM]))
             row.reshape(-1)[:] = bits.random_raw(row.size)
         drawn, chosen = words.swapaxes(0, 1)

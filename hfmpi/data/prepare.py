@@ -1,4 +1,4 @@
-"""Split a text, which is read once from start to end, into a corpus."""
+"""Split a text into a corpus; the text is read once from start to end."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ TRAIN_CHARS, VALID_CHARS = 2_800_000, 200_000
 """The sizes of Krause (2015): 14,000 and 1,000 sequences of 200 characters."""
 
 ALL: Final = "all"
-"""As a number of training characters: all that are not used for validation and test."""
+"""The value of `train_chars` for all characters that are not used for validation and test."""
 
 PART = 2**20  # number of bytes that are processed at a time
 
 
 class Prepared(NamedTuple):
-    """A corpus, and facts about its text.
+    """A corpus, and information about its text.
 
     Attributes
     ----------
@@ -40,7 +40,7 @@ class Prepared(NamedTuple):
     unit : {'characters', 'bytes'}
         The unit of a symbol.
     notes : list of str
-        Sentences about facts that the user may not expect.
+        Sentences for the user about unexpected properties of the text.
     """
 
     corpus: Corpus
@@ -59,23 +59,24 @@ def prepare(
 ) -> Prepared:
     """Split a text into its first `train_chars` bytes, the next `valid_chars`, and the next `test_chars`.
 
-    A text that is shorter than their sum is split in proportion. If `train_chars` is `ALL`, validation and
-    test have the last bytes of the text, and training all bytes before them. The vocabulary is that of the
-    complete text, including bytes after the splits, which are not stored in memory.
+    A text that is shorter than their sum is split in proportion. If `train_chars` is `ALL`, the last bytes of
+    the text are used for validation and test, and all bytes before them for training. The vocabulary is that
+    of the complete text, including the bytes after the splits, which are not stored in memory.
 
     Parameters
     ----------
     text : bytes, or iterable of bytes
-        The text, or its parts from the start; every byte is a symbol.
+        The text, or its consecutive parts; every byte is a symbol.
     train_chars : int or 'all'
+        At least 1.
     valid_chars : int
-        At least 1 each.
+        At least 1.
     provenance : dict of str to str, optional
-        Saved with the corpus, together with the size and SHA-256 of the complete text.
+        Facts that are saved with the corpus, together with the size and SHA-256 of the complete text.
     test_chars : int
         0: no test split.
     translation : Translation, optional
-        To the vocabulary of the corpus. Default: the vocabulary is that of the text.
+        Translates the text to an existing vocabulary. Default: the vocabulary is that of the text.
 
     Returns
     -------
@@ -88,7 +89,7 @@ def prepare(
         vocabulary.
     """
     if valid_chars < 1 or test_chars < 0 or (train_chars != ALL and train_chars < 1):
-        raise UserError("the training and the validation text need at least one character each")
+        raise UserError("the training and the validation text must each have at least one character")
     wanted = sys.maxsize if train_chars == ALL else train_chars + valid_chars + test_chars
     size, symbols, selected = 0, b"", bytearray()
     sha, characters = hashlib.sha256(), _Characters()
@@ -97,10 +98,10 @@ def prepare(
         characters.add(part)
         size += len(part)
         if translation is None:
-            symbols += bytes(set(part.translate(None, symbols)))  # adds the new ones
+            symbols += bytes(set(part.translate(None, symbols)))  # the bytes that are not in it yet
             selected += part[: wanted - len(selected)]
             continue
-        while part and len(selected) < wanted:  # the text after the splits may have any characters
+        while part and len(selected) < wanted:  # text after the splits is not checked for unknown characters
             missing = wanted - len(selected)
             selected += translation.add(part[:missing])
             part = part[missing:]
@@ -114,14 +115,14 @@ def prepare(
             origin["replaced_characters"] = str(translation.unknown.total())
             notes.append(translation.summary())
     if not size:
-        raise UserError("the text is empty: name a file that has text in it")
+        raise UserError("the text is empty: name a file that contains text")
     if translation is not None and symbols.isascii():
         size = characters.count or size  # after the replacement every character is one byte
     elif characters.count not in (None, size):
         unit = "bytes"
         notes.append(
-            f"the text has {size:,} bytes, which are {characters.count:,} characters of UTF-8: every byte is "
-            "a symbol, the sizes of the splits are in bytes, and bits/char are bits/byte"
+            f"the text has {size:,} bytes, which are {characters.count:,} characters in UTF-8: every byte is "
+            "a symbol, the sizes of the splits are in bytes, and losses in bits/char are bits/byte"
         )
     sizes, note = _sizes(len(selected), train_chars, valid_chars, test_chars, unit)
     notes += [note] if note else []
@@ -136,7 +137,7 @@ def prepare(
 def _sizes(
     length: int, train: int | Literal["all"], valid: int, test: int, unit: str
 ) -> tuple[tuple[int, int, int], str]:
-    """Return the sizes of the splits of a text of this length, and a note on them or an empty string."""
+    """Return the sizes of the splits of a text of this length, and a note for the user or ""."""
     names = [*SPLITS.values()][: 2 + (test > 0)]
     options = [f"--{name}-chars" for name in SPLITS][: len(names)]
     if train == ALL:
@@ -144,8 +145,8 @@ def _sizes(
         if train < 1:
             others = [f"{n:,} for {name}" for n, name in zip((valid, test), names[1:], strict=False)]
             raise UserError(
-                f"a text of {length:,} {unit} leaves none for training beside {' and '.join(others)}: "
-                f"give a longer one, or fewer {' and '.join(options[1:])}"
+                f"a text of {length:,} {unit} has none left for training after {' and '.join(others)}: "
+                f"use a longer text, or reduce {' and '.join(options[1:])}"
             )
         return (train, valid, test), ""
     wanted = train + valid + test
@@ -158,7 +159,7 @@ def _sizes(
     if not all(sizes):
         raise UserError(
             f"a text of {length:,} {unit} is too short to split "
-            f"{' to '.join(f'{n:,}' for n in requested[: len(names)])}: give a longer one, or other "
+            f"{' to '.join(f'{n:,}' for n in requested[: len(names)])}: use a longer text, or change "
             f"{' and '.join(options)}"
         )
     *parts, last = (f"{n:,} for {name}" for n, name in zip(sizes, names, strict=True))
@@ -169,7 +170,7 @@ def _sizes(
 
 
 def _ids(text: bytearray, symbols: bytes) -> np.ndarray:
-    """Convert a text to ids of its symbols, in place."""
+    """Convert a text in place to the ids of its symbols, and return these as a read-only array."""
     table = bytes(max(symbols.find(byte), 0) for byte in range(256))
     for start in range(0, len(text), PART):
         text[start : start + PART] = text[start : start + PART].translate(table)

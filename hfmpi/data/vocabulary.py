@@ -15,23 +15,24 @@ _SEVERAL = rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-
 """A character of several bytes in UTF-8."""
 
 _INCOMPLETE = re.compile(rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})\Z")
-"""An incomplete one at the end of a text."""
+"""An incomplete character at the end of a text."""
 
 
 class Translation:
     """The translation of a text, part by part, to the vocabulary of another text.
 
-    A character is unknown if one of its bytes is. Bytes that form a UTF-8 character count as one character,
-    with one replacement; every other byte is one character.
+    A character is unknown if one of its bytes is not in the vocabulary. Bytes that form a UTF-8 character
+    count as one character and are replaced together; every other byte is a character.
 
     Parameters
     ----------
     symbols : bytes
         The vocabulary, sorted and distinct.
     name : str
-        The source of the vocabulary, for messages.
+        The file of the vocabulary, for messages.
     replacement : bytes, optional
-        A character of the vocabulary that replaces unknown characters. Default: they are an error.
+        A character of the vocabulary that replaces unknown characters. Default: unknown characters are an
+        error.
 
     Attributes
     ----------
@@ -46,7 +47,7 @@ class Translation:
 
     def __init__(self, symbols: bytes, name: str, replacement: bytes | None = None) -> None:
         if replacement is not None and set(replacement) - set(symbols):
-            raise UserError(f"--unknown {_shown(replacement)} is not in the vocabulary of {name} itself")
+            raise UserError(f"--unknown {_shown(replacement)} is not in the vocabulary of {name}")
         self.symbols, self.name, self.replacement = symbols, name, replacement
         self.unknown: Counter[bytes] = Counter()
         others = re.escape(bytes(byte for byte in range(256) if byte not in symbols))
@@ -61,7 +62,7 @@ class Translation:
         return self._translated(text[: len(text) - len(self._incomplete)])
 
     def finish(self) -> bytes:
-        """Translate the end of the text.
+        """Translate the remaining bytes at the end of the text.
 
         Raises
         ------
@@ -77,7 +78,7 @@ class Translation:
         return end
 
     def summary(self) -> str:
-        """Describe the unknown characters, the most frequent ones first, and their replacement."""
+        """Return a sentence on the unknown characters, sorted by frequency, and their replacement."""
         count, distinct, named = self.unknown.total(), len(self.unknown), self.unknown.most_common(MOST_NAMED)
         listed = ", ".join(f"{_shown(character)} ({times:,})" for character, times in named)
         more = f" and {distinct - len(named)} more" if distinct > len(named) else ""
@@ -91,7 +92,8 @@ class Translation:
     def _translated(self, text: bytes) -> bytes:
         if not text.translate(None, self.symbols):
             return text
-        # Without a replacement a symbol stands for each unknown character, so that no more text is read.
+        # Without a replacement each unknown character becomes an arbitrary symbol, so that the splits do not
+        # extend further into the text.
         replacement, symbols = self.replacement or self.symbols[:1], frozenset(self.symbols)
 
         def translate(match: re.Match[bytes]) -> bytes:
@@ -105,7 +107,7 @@ class Translation:
 
 
 def _shown(character: bytes) -> str:
-    """Return a character in quotes if it is printable, otherwise its bytes."""
+    """Return a character in quotes if it is printable, and otherwise its bytes."""
     try:
         text = character.decode()
     except UnicodeDecodeError:
