@@ -82,8 +82,8 @@ class Items:
         parts = self._parts(i)
         if [(part.shape, part.dtype) for part in parts] != self._forms:
             raise UserError(
-                f"example {i:,} of the data set has a different shape or type than example 0: pad the examples "
-                "to one shape"
+                f"example {i:,} of the data set has a different shape or type than example 0: pad them to "
+                "one shape"
             )
         if self.weighted is False and not np.isin(parts[-1], (0, 1)).all():
             raise UserError(

@@ -1,1 +1,1 @@
-"""All files on disk: each is written completely or not at all, and none is trusted when it is read."""
+"""All files on disk: each file is written completely or not at all, and is validated when it is read."""

@@ -1,4 +1,4 @@
-"""Files are read only if they are regular, and are replaced completely or not at all."""
+"""Safe access to files: only regular files are read, and files are replaced completely or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["open_regular", "remove_leftovers", "replace", "why"]
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading; pipes and devices are refused, because they could block for ever.
+    """Open a regular file for reading; pipes and devices are refused, because they could block forever.
 
     Raises
     ------
@@ -35,7 +35,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def why(error: OSError | ValueError) -> str:
-    """Return the reason why a file cannot be opened; a null byte in its name is a ValueError."""
+    """Return the reason why a file cannot be opened; a ValueError is due to a null byte in its name."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
@@ -47,11 +47,11 @@ def replace(
 ) -> None:
     """Write a file so that a crash at any moment leaves either the old or the new content.
 
-    A process that reads the file at the same time also gets the old or the new content (with `keep`, on a
-    file system without hard links, perhaps no file).
+    A process that reads the file at the same time also reads either the old or the new content. (With `keep`,
+    on a file system without hard links, there may be no file for a moment.)
 
     The content is written to a hidden temporary file in the same folder, flushed to the disk, and read back;
-    then the file is renamed. If any of this fails, the temporary file is removed and all files are unchanged.
+    then the file is renamed. If any of this fails, the temporary file is removed and no other file changes.
 
     Parameters
     ----------
@@ -60,9 +60,9 @@ def replace(
     content : bytes
         The complete new content.
     keep : Path, optional
-        A new name for the old file, if there is one.
+        The new name of the old file, if there is one.
     check : callable, optional
-        Also reads the temporary file, and raises a UserError if it is not valid.
+        Called with the path of the temporary file; raises a UserError if the file is not valid.
 
     Raises
     ------
@@ -73,44 +73,46 @@ def replace(
     temporary, old = (target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp") for _ in range(2))
     try:
         if target.exists() and not target.is_file():
-            raise UserError(f"cannot write {path}: it is there and is not a regular file")
+            raise UserError(f"cannot write {path}: it exists and is not a regular file")
         with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            # Drop the pages from the memory, so that the check reads the disk.
+            # Drop the pages from the page cache, so that the check reads the disk.
             with contextlib.suppress(OSError):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if not _holds(temporary, memoryview(content)):
-            raise UserError(f"cannot write {path}: what was read back is not what was written")
+            raise UserError(
+                f"cannot write {path}: the content that was read back differs from what was written"
+            )
         if check is not None:
             check(temporary)
         if keep is not None and target.exists():
             os.replace(_linked(target, old), keep)
         os.replace(temporary, target)
-        with contextlib.suppress(OSError):  # not every file system supports it
+        with contextlib.suppress(OSError):  # some file systems do not support this
             folder = os.open(target.parent, os.O_RDONLY)
             try:
-                os.fsync(folder)  # flush the new names too
+                os.fsync(folder)  # flushes the new names
             finally:
                 os.close(folder)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
         for leftover in temporary, old:
-            with contextlib.suppress(OSError):  # renamed, or never created
+            with contextlib.suppress(OSError):  # the file was renamed or never created
                 leftover.unlink()
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove the temporary files that a killed `replace` has left in the folder of a file."""
+    """Remove the temporary files of calls of `replace` for this path that were killed."""
     with contextlib.suppress(OSError):
         for leftover in path.parent.glob(f".{path.name}.????????.tmp"):
             leftover.unlink()
 
 
 def _linked(path: Path, second: Path) -> Path:
-    """Create a second name for a file and return it; without hard links return the path."""
+    """Create a second name for a file and return it; return the path if that is not possible."""
     try:
         os.link(path, second)
     except OSError:

@@ -1,9 +1,9 @@
-"""Checkpoints: everything that a run needs to continue, in one HDF5 file with a digest of its content.
+"""Checkpoints: all data that a run needs to continue, in one HDF5 file with a digest of its content.
 
-In addition to the header of every HDF5 file the root has the attribute meta (one JSON string), the dataset
-theta and the group state, whose datasets are the arrays of the optimizer's state and whose attributes are its
-numbers and strings. There are no pickles, links or references, and the reader accepts none. `BEST` has the
-same form, without a state.
+In addition to the header of every HDF5 file of hfmpi, the root has the attribute meta (one JSON string), the
+dataset theta and the group state, whose datasets are the arrays of the optimizer's state and whose attributes
+are its numbers and strings. There are no pickles, links or references, and the reader accepts none. The file
+`BEST` has the same format, with an empty state.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class Checkpoint:
     theta : ndarray
         The parameters, (D,).
     state : dict
-        The optimizer's state by name: bool, int, float, str or ndarray. Empty: a new state is made.
+        The optimizer's state by name: bool, int, float, str or ndarray. Empty: a run creates a new state.
     meta : dict
-        The rest of the run's description, as JSON values.
+        The remaining description of the run, as JSON values.
     message : str or None
-        A note for the user if `latest` fell back on the previous checkpoint.
+        A note for the user if `latest` returned the previous checkpoint, because the newest is damaged.
     """
 
     theta: np.ndarray
@@ -78,22 +78,22 @@ def save(
     Parameters
     ----------
     path : path
-        Usually `NEWEST` in the run's folder.
+        Usually the file `NEWEST` in the run's folder.
     theta : ndarray
         The parameters, (D,).
     state : mapping
-        Names to bool, int, float, str or numeric ndarray of any shape.
+        Maps names to bool, int, float, str or numeric ndarray of any shape.
     meta : mapping
         A small nested dict that JSON can represent.
     previous : str or None
-        New name for an existing checkpoint, in the same folder; None: it is replaced.
+        The new name of an existing checkpoint, in the same folder. None: the existing checkpoint is replaced.
 
     Raises
     ------
     UserError
         If the file cannot be written; existing files are then unchanged.
     TypeError
-        If an entry has another type.
+        If an entry of the state has a different type.
     """
     path = Path(path)
     text = json.dumps(meta, sort_keys=True)
@@ -121,9 +121,7 @@ def load(path: str | Path) -> Checkpoint:
     with opened(path) as (file, size):
         digest = _FORMAT.digest(file)
         if set(members(file)) != {"theta", "state"} or not isinstance(file["state"], h5py.Group):
-            raise Damage(
-                "is damaged: a checkpoint has the dataset theta and the group state and nothing else"
-            )
+            raise Damage("is damaged: a checkpoint contains exactly the dataset theta and the group state")
         limit = min(size, free_memory())
         theta = array(file, "theta", limit)
         limit -= theta.nbytes
@@ -138,17 +136,17 @@ def load(path: str | Path) -> Checkpoint:
             raise Damage("is damaged: its content does not match its digest")
         meta = json.loads(text)
         if not isinstance(meta, dict):
-            raise Damage("is damaged: its meta is not an object")
+            raise Damage("is damaged: its attribute meta is not a JSON object")
     return Checkpoint(theta, state, meta)
 
 
 def latest(folder: str | Path) -> Checkpoint:
-    """Read a run's newest checkpoint, or the previous one with a message if the newest is damaged.
+    """Read a run's newest checkpoint, or the previous one, with a message, if the newest is damaged.
 
     Raises
     ------
     UserError
-        If neither can be read, or another program has locked the newest.
+        If neither can be read, or another program has locked the newest one.
     """
     newest, previous = Path(folder) / NEWEST, Path(folder) / PREVIOUS
     try:
@@ -162,11 +160,11 @@ def latest(folder: str | Path) -> Checkpoint:
             checkpoint = load(previous)
         except UserError as second:
             raise UserError(f"{error}; {second}") from second
-        return replace(checkpoint, message=f"{error}; going on from {previous}")
+        return replace(checkpoint, message=f"{error}; continuing from {previous}")
 
 
 def trained_on(folder: str | Path) -> tuple[str | None, bytes]:
-    """Return the digest of a run's data and the symbols of its text: None and b"" if they are unknown."""
+    """Return the digest of a run's data and the symbols of its text, or None and b"" if they are unknown."""
     try:
         meta = latest(folder).meta
         digests = identity(meta)
@@ -176,14 +174,14 @@ def trained_on(folder: str | Path) -> tuple[str | None, bytes]:
 
 
 def identity(meta: Mapping[str, Any]) -> dict[str, str]:
-    """Return the digests of a run's data and of a user-defined model; raise a KeyError without them."""
+    """Return the digests of a run's data and of a user-defined model; raise a KeyError if one is missing."""
     if "corpus" in meta:
         return {"corpus": str(meta["corpus"])}
     return {name: str(meta[name]) for name in ("cases", "valid_cases", "model")}
 
 
 def _is_good(path: Path) -> bool:
-    """Return whether a checkpoint is valid: only then may it replace the previous one."""
+    """Return whether a checkpoint is valid, so that it may replace the previous one."""
     try:
         load(path)
     except UserError:
@@ -199,11 +197,11 @@ def _write(group: h5py.Group, name: str, entry: Entry) -> None:
     elif isinstance(entry, (bool, int, float)):
         group.attrs[name] = entry
     else:
-        raise TypeError(f"a checkpoint cannot hold {name}: {type(entry).__name__}")
+        raise TypeError(f"a checkpoint cannot contain {name} of type {type(entry).__name__}")
 
 
 def _digest(theta: np.ndarray, state: Mapping[str, Entry], meta: str) -> str:
-    """Return the SHA-256 of name, type, shape and bytes of meta, theta and the sorted state entries."""
+    """Return the SHA-256 of the names, types, shapes and bytes of meta, theta and the sorted state."""
     content = hashlib.sha256()
     entries = [("meta", meta), ("theta", theta)] + [(f"state/{name}", state[name]) for name in sorted(state)]
     for name, entry in entries:

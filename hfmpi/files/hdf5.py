@@ -1,8 +1,9 @@
 """HDF5 files from untrusted sources: type, storage and size are checked before memory is allocated.
 
-Only what hfmpi writes is accepted: hard links to groups and to contiguous datasets of plain numbers that are
-stored in the file itself, and scalar attributes that are numbers or texts of fixed length. Other links,
-virtual datasets, external storage, filters, references and all other types are refused unread.
+Only the features that hfmpi uses are accepted: hard links to groups and to contiguous datasets of plain
+numbers that are stored in the file itself, and scalar attributes that are numbers or texts of fixed length.
+Other links, virtual datasets, external storage, filters, references and all other types are refused without
+being read.
 
 The root of every file has the attributes `format`, `version` and `digest`.
 """
@@ -36,28 +37,28 @@ __all__ = [
     "set_text",
 ]
 
-MOST_MEMBERS = 64  # of a group, and attributes of an object; hfmpi writes about ten
-MOST_TEXT = 2**20  # bytes of an attribute
+MOST_MEMBERS = 64  # the limit for members of a group and attributes of an object; hfmpi writes about 10
+MOST_TEXT = 2**20  # the limit for the bytes of an attribute
 
-# HDF5 raises any of these on damaged files, with messages that do not help a user.
+# h5py raises these exceptions for damaged files, with messages that do not help a user.
 _HDF5_ERRORS = (OSError, RuntimeError, LookupError, ValueError, TypeError, ArithmeticError)
 
 
 class Damage(Exception):
-    """A defect of a file; the message continues the sentence that starts with the file's name."""
+    """A defect of a file; the message continues a sentence that starts with the file's name."""
 
 
 class InUse(UserError):
-    """Another program has locked the file, so that its content is unknown."""
+    """The error that another program has locked a file, so that its content is unknown."""
 
 
 class NotHDF5(UserError):
-    """The file is of another kind."""
+    """The error that a file is not an HDF5 file."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of file, such as "corpus", and the version of it that is written and read."""
+    """A kind of file, such as "corpus", and the version of its format that is written and read."""
 
     kind: str
     version: int
@@ -67,8 +68,8 @@ class Format:
         self, path: Path, digest: str, check: Callable[[Path], object], keep: Path | None = None
     ) -> Iterator[h5py.File]:
         """Yield a new file, which is written to `path` when the block ends; see `atomic.replace`."""
-        # The file is made in memory, so that a full disk affects one plain write and not the HDF5 library.
-        # From v110 on, the structures of HDF5 have checksums.
+        # The file is created in memory, so that a full disk affects one plain write and not the HDF5 library.
+        # From version v110 on, the structures of HDF5 have checksums.
         image = io.BytesIO()
         with h5py.File(image, "w", libver=("v110", "v110")) as file:
             set_text(file, "format", self._name)
@@ -78,20 +79,20 @@ class Format:
         replace(path, image.getbuffer(), keep, check)
 
     def claimed(self, file: h5py.File) -> bool:
-        """Return whether a file claims to be of this kind, whatever its version and state."""
+        """Return whether a file claims to be of this kind, in any version and state."""
         try:
             return attribute(file, "format", "S") == self._name
         except Damage:
             return False
 
     def digest(self, file: h5py.File) -> str:
-        """Return the digest that a file claims to have; raise a Damage for another kind or version."""
+        """Return the digest that is stored in a file; raise a Damage if its kind or version is different."""
         name, version = attribute(file, "format", "S"), attribute(file, "version", "iu")
         if name != self._name:
             raise Damage(f"is not a {self.kind}: its format is {name!r:.60}")
         if version != self.version:
             raise Damage(
-                f"is a {self.kind} of version {version!s:.20}, and this hfmpi reads version {self.version}"
+                f"is a {self.kind} of version {version!s:.20}, but this hfmpi reads version {self.version}"
             )
         return str(attribute(file, "digest", "S"))
 
@@ -107,15 +108,15 @@ def opened(path: Path) -> Iterator[tuple[h5py.File, int]]:
     Raises
     ------
     UserError
-        In one sentence, also for errors inside the `with` block; an `InUse` if another program has locked
-        the file.
+        If the file cannot be read or is damaged, also for errors inside the `with` block; an `InUse` if
+        another program has locked the file.
     """
-    with open_regular(path) as file:  # missing permissions are not damage
+    with open_regular(path) as file:  # reports missing permissions, which are not damage
         size = file.seek(0, 2)
     if not h5py.is_hdf5(path):
         raise NotHDF5(f"{path} is not an HDF5 file")
     try:
-        # Files are replaced as a whole, so that reading needs no lock; some file systems have none.
+        # Files are replaced atomically, so that reading needs no lock; some file systems have no locks.
         with h5py.File(path, "r", locking=False) as file:
             yield file, size
     except Damage as damage:
@@ -123,14 +124,14 @@ def opened(path: Path) -> Iterator[tuple[h5py.File, int]]:
     except UserError:
         raise
     except MemoryError:
-        raise UserError(f"{path} needs more memory than there is") from None
+        raise UserError(f"{path} needs more memory than is available") from None
     except _HDF5_ERRORS as error:
         if "already open for write" in str(error):
             raise InUse(
                 f"{path} is open for writing in another program: close it there; if that program has died, "
-                f"`h5clear -s {path}` (of the HDF5 tools) makes it readable again"
+                f"run `h5clear -s {path}` (of the HDF5 tools) to make the file readable again"
             ) from None
-        if "unable to lock file" in str(error):  # only if the environment requires locks
+        if "unable to lock file" in str(error):  # occurs only if the environment requires locks
             raise InUse(
                 f"{path} is locked by another program, or its file system has no locks: close it there, or "
                 "set HDF5_USE_FILE_LOCKING=FALSE"
@@ -139,9 +140,9 @@ def opened(path: Path) -> Iterator[tuple[h5py.File, int]]:
 
 
 def members(group: h5py.Group) -> list[str]:
-    """Return the names in a group; soft and external links are refused."""
+    """Return the names of the members of a group; soft and external links are refused."""
     if len(group) > MOST_MEMBERS:
-        raise Damage(f"is damaged: {group.name} claims {len(group):,} members")
+        raise Damage(f"is damaged: {group.name} claims to have {len(group):,} members")
     names = list(group)
     for name in names:
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
@@ -150,16 +151,16 @@ def members(group: h5py.Group) -> list[str]:
 
 
 def array(group: h5py.Group, name: str, limit: int) -> np.ndarray:
-    """Read a dataset of plain numbers, at most `limit` bytes, all of them stored in the file itself.
+    """Read a dataset of plain numbers with at most `limit` bytes, all of them stored in the file itself.
 
-    `name` comes from `members`.
+    `name` must be a result of `members`.
     """
     dataset = group[name]
     if not isinstance(dataset, h5py.Dataset) or dataset.shape is None or not _plain(dataset.id, "biuf"):
         raise Damage(f"is damaged: {_short(name)} is not a dataset of plain numbers")
-    size = math.prod(dataset.shape) * dataset.dtype.itemsize  # the product that h5py computes wraps around
+    size = math.prod(dataset.shape) * dataset.dtype.itemsize  # dataset.nbytes may overflow
     if size > limit:
-        raise Damage(f"is damaged: {_short(name)} claims {size:,} bytes, more than there can be")
+        raise Damage(f"is damaged: {_short(name)} claims to have {size:,} bytes, more than is possible")
     settings = dataset.id.get_create_plist()
     plain = settings.get_layout() == h5py.h5d.CONTIGUOUS and not settings.get_external_count()
     if not plain or (size and (dataset.id.get_storage_size() != size or dataset.id.get_offset() is None)):
@@ -183,25 +184,25 @@ def attribute(holder: Any, name: str, kinds: str = "biufS") -> bool | int | floa
 def attributes(holder: Any) -> list[str]:
     """Return the names of the attributes of an object."""
     if len(holder.attrs) > MOST_MEMBERS:
-        raise Damage(f"is damaged: {holder.name} claims {len(holder.attrs):,} attributes")
+        raise Damage(f"is damaged: {holder.name} claims to have {len(holder.attrs):,} attributes")
     return list(holder.attrs)
 
 
 def set_text(holder: Any, name: str, value: str) -> None:
-    """Set a text attribute of fixed length, UTF-8.
+    """Set a text attribute of fixed length, in UTF-8.
 
-    HDF5 stores texts of variable length in a heap, and a damaged heap can make it loop for ever.
+    HDF5 stores texts of variable length in a heap, and a damaged heap can make it loop forever.
     """
     content = value.encode()
     holder.attrs.create(name, np.bytes_(content), dtype=h5py.string_dtype("utf-8", max(1, len(content))))
 
 
 def _plain(stored: Any, kinds: str) -> bool:
-    """Return whether the stored type is a NumPy type: little-endian, not an enumeration, of usual width."""
+    """Return whether a stored type is a plain NumPy type: little-endian, of standard width, not an enum."""
     kind = stored.dtype
     if kind.kind not in kinds or kind.str[0] == ">":
         return False
-    # Compare the type made from its name: h5py marks enumerations in the metadata of the NumPy type.
+    # The type is created again from its name, because h5py marks enumerations in the NumPy type's metadata.
     return kind.kind == "S" or stored.get_type().equal(h5py.h5t.py_create(np.dtype(kind.str), logical=True))
 
 

@@ -19,11 +19,11 @@ __all__ = ["BITS", "HISTORY", "NATS", "History", "LossKeys", "Record", "loss_key
 
 HISTORY = "history.jsonl"
 DAMAGED = "history.damaged.jsonl"
-MOST_LINE = 2**16  # bytes; hfmpi writes about 500
+MOST_LINE = 2**16  # maximum number of bytes of a line; hfmpi writes about 500
 
 
 class Record(TypedDict):
-    """A line: the keys of a step (docs/file-formats.md), those of particular optimizers at the end."""
+    """A line: the keys of a step (docs/file-formats.md), with those of particular optimizers at the end."""
 
     step: int
     seconds: float
@@ -78,27 +78,27 @@ class LossKeys(NamedTuple):
     per_nat: float
 
     def of(self, record: Record) -> tuple[float | None, float | None]:
-        """Return the loss of the training batch and of the validation set, if known."""
+        """Return the losses of the training batch and of the validation set; None: unknown."""
         values = cast("dict[str, Any]", record)
         return values[self.train], values[self.valid]
 
 
 BITS = LossKeys("train_bpc", "valid_bpc", 1 / math.log(2))
-"""Of `hfmpi train`: bits per character."""
+"""The keys of `hfmpi train`: bits per character."""
 
 NATS = LossKeys("loss", "valid_loss", 1.0)
-"""Of `hfmpi.train`: the loss in the unit of the model."""
+"""The keys of `hfmpi.train`: the loss in the unit of the model."""
 
 
 def loss_keys(record: Record) -> LossKeys:
-    """Return the keys that a record has."""
+    """Return the keys of the losses in a record."""
     return NATS if NATS.train in record else BITS
 
 
 class History:
     """The file history.jsonl in the folder of a run.
 
-    Lines that cannot be written are buffered, and written in order as soon as that is possible.
+    Lines that cannot be written are buffered, and written in order as soon as possible.
 
     Parameters
     ----------
@@ -109,7 +109,7 @@ class History:
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / HISTORY
         self._waiting: list[bytes] = []
-        self._whole = self._size()  # bytes up to the last complete line; the rest is an incomplete write
+        self._whole = self._size()  # bytes up to the end of the last complete line
 
     def add(self, record: Record) -> None:
         """Append a line to the buffer that `flush` writes.
@@ -130,10 +130,10 @@ class History:
             return
         content = b"".join(self._waiting)
         try:
-            # Not in mode "a": an incomplete write of an earlier attempt is overwritten.
+            # Not in append mode, so that an incomplete write of an earlier attempt is overwritten.
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o666)
             with os.fdopen(descriptor, "wb") as file:
-                self._whole = min(self._whole, os.fstat(descriptor).st_size)  # smaller if it was removed
+                self._whole = min(self._whole, os.fstat(descriptor).st_size)  # 0 if the file was removed
                 file.truncate(self._whole)
                 file.seek(self._whole)
                 file.write(content)
@@ -146,7 +146,7 @@ class History:
         self._waiting.clear()
 
     def amend(self, step: int, values: dict[str, Any]) -> None:
-        """Replace values in the last line if it is that of a step; raise a UserError if that fails."""
+        """Replace values in the last line if it belongs to this step; raise a UserError if writing fails."""
         self.flush()
         if not os.path.lexists(self.path):
             return
@@ -158,15 +158,15 @@ class History:
             self._whole = self._size()
 
     def truncate(self, step: int) -> list[str]:
-        """Remove the lines after a step, and an incomplete last line; do nothing if there is no file.
+        """Remove the lines after a step and an incomplete last line; do nothing if there is no file.
 
-        A run that continues from a checkpoint repeats the steps after it. Lines that are not steps are
-        removed too; the original file is then renamed to `DAMAGED`.
+        A run that continues from a checkpoint repeats the steps after it. Lines that are not steps are also
+        removed; the original file is then renamed to `DAMAGED`.
 
         Returns
         -------
         list of str
-            Notes for the user: that steps are removed, that the file was damaged.
+            Notes for the user on removed steps and on damage to the file.
 
         Raises
         ------
@@ -180,7 +180,7 @@ class History:
             if record is None or not last < record["step"]:
                 foreign += 1
                 if len(line) == MOST_LINE:
-                    break  # not a history, and perhaps endless
+                    break  # the file is not a history and may be endless
             elif record["step"] <= step:
                 lines.append(line.rstrip(b"\n") + b"\n")
                 last = record["step"]
@@ -193,19 +193,21 @@ class History:
         if later:
             notes.append(f"{self.path}: {later:,} step(s) after the last checkpoint will be recomputed")
         if foreign:
-            removed = f"{foreign:,} damaged or foreign line(s), which were removed"
-            notes.append(f"{self.path} had {removed}; the original file is now {aside}")
+            notes.append(
+                f"{self.path}: {foreign:,} damaged or foreign line(s) were removed; the original file is now "
+                f"{aside}"
+            )
         return notes
 
     @staticmethod
     def read(folder: str | Path, numbers: Iterable[str] = ()) -> list[Record]:
-        """Read the history in the folder of a run, without a last line that is incomplete after a crash.
+        """Read the history in the folder of a run, without a last line that a crash left incomplete.
 
         Parameters
         ----------
         folder : path
         numbers : iterable of str
-            Keys that every record must have, with numbers or None as values.
+            Keys that every record must have; their values must be numbers or None.
 
         Raises
         ------
@@ -237,12 +239,12 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
     """
     with open_regular(path) as file:
         number = 0
-        # Read one line of limited length at a time: the file may be larger than the memory.
+        # Read one line of limited length at a time, because the file may be larger than the memory.
         while line := file.readline(MOST_LINE):
             number += 1
             try:
                 record = json.loads(line, parse_constant=_refuse)
-            except (ValueError, RecursionError):  # undecodable bytes are a ValueError too
+            except (ValueError, RecursionError):  # ValueError includes undecodable bytes
                 if not line.endswith(b"\n") and len(line) < MOST_LINE:
                     return
                 record = None
@@ -255,7 +257,7 @@ def _refuse(constant: str) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Return a record as JSON values: Python numbers, and None for numbers that are not finite."""
+    """Convert a record to JSON values: Python numbers, and None for numbers that are not finite."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, dict):

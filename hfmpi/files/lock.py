@@ -1,4 +1,4 @@
-"""A lock that allows one job per run folder; the operating system releases it when the process dies."""
+"""A lock that allows one job per run folder; the operating system releases it when the process ends."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ NAME = ".lock"
 
 
 class Lock:
-    """A lock on a folder, held until `release` or the end of the process, however it ends.
+    """A lock on a folder, held until `release` or the end of the process, even if the process is killed.
 
-    The lock file remains afterwards and names the last holder. On NFS the server manages the lock, so that it
-    works between nodes.
+    The lock file remains afterwards and names the last process that held the lock. On NFS the server manages
+    the lock, so that it works between nodes.
 
     Attributes
     ----------
     note : str or None
-        A note for the user if the file system has no locks, so that none is held.
+        A note for the user if the file system has no locks, so that the folder is not locked.
 
     Raises
     ------
@@ -45,24 +45,24 @@ class Lock:
         except BlockingIOError:
             holder = self._holder()
             self.release()
-            raise UserError(f"another job is writing into {folder}{holder}; wait for it or stop it") from None
+            raise UserError(f"another job is writing to {folder}{holder}: wait for it or stop it") from None
         except OSError as error:
             self.note = (
-                f"{folder} cannot be locked ({error.strerror}): take care that no other job writes into it"
+                f"{folder} cannot be locked ({error.strerror}): make sure that no other job writes to it"
             )
-        with contextlib.suppress(OSError):  # on a full disk the lock works without its text
+        with contextlib.suppress(OSError):  # on a full disk the lock works without the name of its holder
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def stands(self) -> bool:
-        """Return whether the locked file is still the one in the folder."""
+        """Return whether the locked file is still in the folder, which may have been removed."""
         try:
             return os.path.samestat(os.stat(self.path, follow_symlinks=False), os.fstat(self._file))
         except OSError:
             return False
 
     def release(self) -> None:
-        """Release the lock."""
+        """Close the lock file, so that another job can lock the folder."""
         os.close(self._file)
 
     def _holder(self) -> str:

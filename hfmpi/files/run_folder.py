@@ -1,4 +1,4 @@
-"""The folder of a run: create it, or find the checkpoint from which the run continues."""
+"""The folder of a run: its creation, and the checkpoint in it from which the run continues."""
 
 from __future__ import annotations
 
@@ -22,24 +22,26 @@ def find_checkpoint(
     folder : Path or None
         The folder of the run; it need not exist. None: the run writes no files.
     resume : str
-        'auto': the checkpoint in the folder, if there is one. 'never': None. Else the folder of a run or a
-        checkpoint file to start from.
+        'auto': continue from the checkpoint in the folder, if there is one. 'never': start a new run.
+        Otherwise the folder of a run, or a checkpoint file, from which to continue.
     names : tuple of str
-        The names of the option for the folder, and of the option to continue.
+        The options that select a folder and that continue a run, for messages.
 
     Raises
     ------
     UserError
-        If a checkpoint cannot be read, or if `never` or a path would overwrite a run.
+        If a checkpoint cannot be read, or if 'never' or a path would overwrite a run.
     """
-    # os.path: a name that is too long or in an unreadable folder holds no run, and `make` reports why. A
-    # broken symbolic link counts as a run whose file is temporarily missing.
+    # os.path.lexists does not raise an error for a name that is too long or in an unreadable folder; `make`
+    # reports these. A broken symbolic link counts as a run whose file is temporarily missing.
     has_run = folder is not None and any(
         os.path.lexists(folder / name) for name in (checkpoint.NEWEST, checkpoint.PREVIOUS)
     )
     if resume != "auto" and has_run:
         another, go_on = names
-        raise UserError(f"{folder} holds a run already; give another {another}, or {go_on} to go on with it")
+        raise UserError(
+            f"{folder} already contains a run: use a different {another}, or {go_on} to continue the run"
+        )
     if resume == "never" or (resume == "auto" and not has_run):
         return None
     source = folder if folder is not None and resume == "auto" else Path(resume)
@@ -57,6 +59,6 @@ def make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror or error}") from None
+        raise UserError(f"cannot create the folder {folder}: {error.strerror or error}") from None
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write into the folder {folder}")
+        raise UserError(f"cannot write to the folder {folder}")

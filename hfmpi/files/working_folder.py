@@ -1,4 +1,4 @@
-"""The working folder, which may be removed while a shell uses it."""
+"""A check of the working folder, which may be removed while a shell uses it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ __all__ = ["check_working_folder"]
 
 
 def check_working_folder() -> None:
-    """Raise a UserError if the working folder was removed: relative paths are then meaningless."""
+    """Raise a UserError if the working folder was removed, because relative paths are then meaningless."""
     try:
         os.getcwd()
     except OSError:
         raise UserError(
-            "the working folder has been removed: change into another one, as with cd ~"
+            "the working folder has been removed: change to another folder, for example by cd ~"
         ) from None

@@ -1,4 +1,4 @@
-"""The files that rank 0 writes to the folder of a run, under a lock, even if the folder is removed."""
+"""The files that rank 0 writes to the folder of a run, under a lock; a removed folder is created again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ __all__ = ["Writer"]
 CONFIG, TIMING, DONE = "config.toml", "timing.json", "DONE"
 
 REST = 20.0
-"""Seconds between two writes of best.h5 per second that one takes; a checkpoint writes it in any case."""
+"""The minimum time between two writes of best.h5, in units of the time that a write takes.
+
+A checkpoint writes best.h5 in any case.
+"""
 
 
 class Writer:
@@ -33,7 +36,7 @@ class Writer:
     Parameters
     ----------
     folder : Path
-        Created if it does not exist.
+        The folder, which is created if it does not exist.
     step : int
         The step from which the run continues; later lines of the history are removed. The attribute is the
         step of the last checkpoint.
@@ -49,14 +52,14 @@ class Writer:
     def __init__(self, folder: Path, step: int, config: str) -> None:
         self.folder, self.config, self.step = folder, config, step
         self._best: tuple[np.ndarray, Mapping[str, Any]] | None = None
-        self._best_waits = False  # whether best.h5 is still to be written
-        self._best_due = 0.0  # when it may be written again
+        self._best_waits = False  # whether best.h5 has not been written yet
+        self._best_due = 0.0  # the earliest time of its next write
         make(folder)
         self.lock = self._take()
         try:
             self.notes = [self.lock.note] if self.lock.note else []
             for name in checkpoint.NEWEST, checkpoint.BEST, CONFIG, TIMING, DONE, HISTORY:
-                if not self.lock.note:  # without a lock they may belong to another job
+                if not self.lock.note:  # without a lock the leftovers may belong to another job
                     remove_leftovers(folder / name)
             self.history = History(folder)
             self.notes += self.history.truncate(step)
@@ -67,23 +70,23 @@ class Writer:
             raise
 
     def record(self, record: Record) -> None:
-        """Append a line to the history; if it cannot be written now, it is buffered."""
+        """Append a line to the history; a line that cannot be written is buffered."""
         self.history.add(record)
         self._keep_folder()
         self.history.flush()
 
     def checkpoint(self, theta: np.ndarray, state: Mapping[str, Entry], meta: Mapping[str, Any]) -> None:
-        """Write the checkpoint after the lines of the history up to it."""
+        """Write the history up to this step, and then the checkpoint."""
         self._keep_folder()
-        with contextlib.suppress(UserError):  # the lines stay buffered
+        with contextlib.suppress(UserError):  # the lines remain buffered
             self.history.flush(sync=True)
         checkpoint.save(self.folder / checkpoint.NEWEST, theta, state, meta)
         self.step = meta["step"]
 
     def start_best(self, theta: np.ndarray | None, meta: Mapping[str, Any]) -> None:
-        """Make best.h5 what it was at the checkpoint from which the run continues; theta is None without one.
+        """Restore best.h5 as of the checkpoint from which the run continues; if theta is None, remove it.
 
-        A job that was killed may have left a later one, whose steps will be recomputed.
+        A job that was killed may have written a later best.h5, whose steps will be recomputed.
         """
         if theta is None:
             self._remove(checkpoint.BEST)
@@ -96,32 +99,32 @@ class Writer:
         except (UserError, KeyError) as error:
             self._best_waits = True
             reason = f"{path} is missing" if not os.path.lexists(path) else str(error)
-            self.notes.append(f"{reason}; it is written again, from the checkpoint")
+            self.notes.append(f"{reason}; it is restored from the checkpoint")
         self.flush_best()
 
     def best(self, theta: np.ndarray, meta: Mapping[str, Any]) -> None:
-        """Write best.h5, or leave it to `flush_best` if the last time was just now, or if that fails."""
+        """Write best.h5, unless the last write was too recent; `flush_best` then writes it later."""
         self._best, self._best_waits = (theta, meta), True
         if monotonic() >= self._best_due:
             self.flush_best()
 
     def flush_best(self) -> None:
-        """Write best.h5 if it is not what it should be."""
+        """Write best.h5 if its content is out of date."""
         self._keep_folder()
         if self._best is not None and self._best_waits:
             theta, meta = self._best
-            self._best_due, begun = 0.0, monotonic()  # if it fails, the next one is tried at once
+            self._best_due, begun = 0.0, monotonic()  # after a failure the next write is tried at once
             checkpoint.save(self.folder / checkpoint.BEST, theta, {}, meta, previous=None)
             self._best_waits, now = False, monotonic()
             self._best_due = now + REST * (now - begun)
 
     def timing(self, content: str) -> None:
-        """Write timing.json."""
+        """Replace the content of timing.json."""
         self._keep_folder()
         replace(self.folder / TIMING, content.encode())
 
     def finish(self, done: str) -> None:
-        """Write what is pending, and `done` to the file DONE unless it is empty."""
+        """Write all pending files, and write `done` to the file DONE unless it is empty."""
         self._keep_folder()
         self.history.flush()
         self.flush_best()
@@ -129,9 +132,9 @@ class Writer:
             replace(self.folder / DONE, done.encode())
 
     def close(self) -> None:
-        """Write best.h5 if it waits, and allow other jobs to write to the folder."""
+        """Write best.h5 if it is pending, and allow other jobs to write to the folder."""
         if self._best_waits and self.lock.stands():
-            with contextlib.suppress(UserError):  # which has been reported, or an error ends the run
+            with contextlib.suppress(UserError):  # it has been reported, or another error ends the run
                 self.flush_best()
         self.lock.release()
 
@@ -142,7 +145,7 @@ class Writer:
             newest = find_checkpoint(self.folder, "auto")
             if newest is not None and newest.meta.get("step") != self.step:
                 raise UserError(
-                    f"another job has written into {self.folder} meanwhile; start again to go on from there"
+                    f"another job has written to {self.folder} meanwhile: start again to continue from there"
                 )
         except UserError:
             lock.release()
@@ -158,7 +161,9 @@ class Writer:
         old_lock.release()
         replace(self.folder / CONFIG, self.config.encode())
         self._best_waits = True
-        self.notes.append(f"{self.folder} was removed and created again: its earlier history is lost")
+        self.notes.append(
+            f"{self.folder} was removed and has been created again: its earlier history is lost"
+        )
 
     def _remove(self, name: str) -> None:
         try:
