@@ -161,9 +161,7 @@ class Writer:
         old_lock.release()
         replace(self.folder / CONFIG, self.config.encode())
         self._best_waits = True
-        self.notes.append(
-            f"{self.folder} was removed and has been created again: its earlier history is lost"
-        )
+        self.notes.append(f"{self.folder} was removed and created again: its earlier history is lost")
 
     def _remove(self, name: str) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Communication between ranks: sums, values of rank 0, and small objects."""
+"""Communication between ranks: sums of vectors, broadcasts from rank 0, and gathering of small objects."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ T = TypeVar("T")
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 _SUMMABLE = ("float32", "float64", "int64")
-_PACKET = 256  # bytes of the one message in which `agree` sends a small value
+_PACKET = 256  # bytes of the single message in which `agree` sends a small value
 
 
 def digest(vector: np.ndarray) -> int:
-    """Return a digest of 64 bits of a vector's bytes.
+    """Return a 64-bit digest of the bytes of a vector.
 
     Parameters
     ----------
     vector : ndarray
-        Any shape and any numeric dtype; only its bytes in C order are read.
+        An array of any shape and numeric dtype; the digest depends only on its bytes in C order.
 
     Returns
     -------
@@ -39,16 +39,16 @@ def digest(vector: np.ndarray) -> int:
 
 
 class Communicator:
-    """A single rank; also the interface of all communicators.
+    """The communicator of a single rank, and the interface of all communicators.
 
     Every method is collective: all ranks call it, in the same order.
 
     Attributes
     ----------
     rank, size : int
-        This rank and the number of ranks.
+        The index of this rank and the number of ranks.
     local_rank, local_size : int
-        The same among the ranks that share this node's memory.
+        The same, among the ranks that share this node's memory.
     host : str
         The name of this node.
     """
@@ -77,14 +77,14 @@ class Communicator:
         _check(vector)
 
     def sum_in_tree(self, vector: np.ndarray) -> None:
-        """Sum a vector over all ranks in a binary tree, in place; their number must be a power of two.
+        """Sum a vector over all ranks in a binary tree, in place; the number of ranks is a power of two.
 
-        Slower than `sum`, but always in the same order: ((v0 + v1) + (v2 + v3)) + ...
+        This is slower than `sum`, but the order of additions is fixed: ((v0 + v1) + (v2 + v3)) + ...
 
         Raises
         ------
         TypeError
-            As `sum` does.
+            As in `sum`.
         ValueError
             If the number of ranks is not a power of two.
         """
@@ -96,7 +96,7 @@ class Communicator:
         Parameters
         ----------
         value : object
-            Small and picklable; the value of other ranks is ignored and may be None.
+            Small and picklable; the values of other ranks are ignored and may be None.
         """
         return value
 
@@ -107,7 +107,7 @@ class Communicator:
         return bool(count[0])
 
     def gather(self, value: T) -> list[T] | None:
-        """Collect a small picklable object of every rank: a list in rank order on rank 0, else None."""
+        """Gather a small picklable object of every rank: return a list in rank order on rank 0, else None."""
         return [value]
 
     def exchange(self, parts: list[np.ndarray], received: list[np.ndarray]) -> None:
@@ -116,19 +116,19 @@ class Communicator:
         Parameters
         ----------
         parts : list of ndarray
-            For each rank, perhaps empty; all of one dtype, the same on every rank.
+            The array for each rank, which may be empty; all of them have the same dtype, on all ranks.
         received : list of ndarray
-            C-contiguous; they are overwritten with the arrays of the ranks, in order.
+            C-contiguous arrays, which are overwritten with the arrays from the ranks, in rank order.
         """
         received[0][...] = parts[0]
 
     def join(self, part: np.ndarray, counts: list[int]) -> np.ndarray:
-        """Concatenate a vector of every rank, in the order of the ranks; the same on all ranks.
+        """Concatenate a vector of every rank, in rank order, and return the result on all ranks.
 
         Parameters
         ----------
         part : ndarray
-            Of this rank, C-contiguous and of the same dtype on every rank.
+            The vector of this rank, C-contiguous, with the same dtype on every rank.
         counts : list of int
             The length of each rank's vector.
         """
@@ -145,25 +145,25 @@ class Communicator:
         Returns
         -------
         list of int
-            The ranks whose value differs from that of most ranks (if there is a draw, from that of rank 0),
-            the same list on every rank; empty if all agree.
+            The ranks whose value differs from the most frequent value (in case of a tie, from the one that
+            occurs on the lowest rank). Every rank returns the same list; it is empty if all values are equal.
         """
         values = np.zeros(self.size, dtype=np.int64)
         values.view(np.uint64)[self.rank] = value
-        self.sum(values)  # each entry is nonzero on one rank, so that the sum is exact
+        self.sum(values)  # exact, because each entry is nonzero on only one rank
         listed = values.tolist()
-        usual = max(listed, key=listed.count)  # the first of the most frequent
+        usual = max(listed, key=listed.count)  # the first one of the most frequent values
         return [rank for rank, value in enumerate(listed) if value != usual]
 
     def rest(self) -> None:
-        """Wait for all ranks asleep, so that the core is free for others, unlike in a collective."""
+        """Wait for all ranks while sleeping, so that, unlike in an MPI collective, the core remains free."""
 
     def close(self) -> None:
         """Free the communicator, which cannot be used afterwards."""
 
 
 def _counted(method: Method) -> Method:
-    """Make a collective method count in `MPICommunicator.pulse`, at its start and at its end."""
+    """Wrap a collective method so that it increments `MPICommunicator.pulse` at its start and at its end."""
 
     @functools.wraps(method)
     def counting(self: MPICommunicator, *arguments: Any) -> Any:
@@ -177,9 +177,10 @@ def _counted(method: Method) -> Method:
 
 
 class MPICommunicator(Communicator):
-    """The ranks of an MPI communicator, on a duplicate of it.
+    """The ranks of an MPI communicator.
 
-    The duplicate keeps hfmpi's messages apart from those of any other code in the program.
+    All messages use a duplicate of that communicator, which separates them from those of other code in the
+    program.
 
     Parameters
     ----------
@@ -189,9 +190,9 @@ class MPICommunicator(Communicator):
     Attributes
     ----------
     pulse : int
-        Twice the number of finished collectives of all MPI communicators, among them the creation of one,
-        plus 1 inside a collective: the same on every rank at the same point of the program. The watchdog
-        reads it.
+        Twice the number of finished collectives of all MPI communicators, including the creation of a
+        communicator, plus 1 inside a collective. It is the same on every rank at the same point of the
+        program, and is read by the watchdog.
     """
 
     pulse = 0
@@ -221,7 +222,7 @@ class MPICommunicator(Communicator):
         """Sum a vector over all ranks in a fixed order, in place; see `Communicator.sum_in_tree`."""
         _check(vector)
         if self.size & (self.size - 1):
-            raise ValueError(f"a binary tree needs a power of two of ranks, not {self.size}")
+            raise ValueError(f"the number of ranks of a binary tree must be a power of two, not {self.size}")
         other, distance = np.empty_like(vector), 1
         while distance < self.size:  # both partners add the same two numbers: a + b = b + a bit for bit
             partner = self.rank ^ distance
@@ -247,7 +248,7 @@ class MPICommunicator(Communicator):
 
     @_counted
     def gather(self, value: T) -> list[T] | None:
-        """Collect a small picklable object of every rank on rank 0; see `Communicator.gather`."""
+        """Gather a small picklable object of every rank on rank 0; see `Communicator.gather`."""
         return self._comm.gather(value, root=0)
 
     @_counted
@@ -270,14 +271,14 @@ class MPICommunicator(Communicator):
 
     @_counted
     def rest(self) -> None:
-        """Wait for all ranks asleep; see `Communicator.rest`."""
+        """Wait for all ranks while sleeping; see `Communicator.rest`."""
         request = self._comm.Ibarrier()
         while not request.Test():
             time.sleep(1e-3)
 
     @_counted
     def close(self) -> None:
-        """Free the duplicate; collective."""
+        """Free the duplicate of the MPI communicator; collective."""
         self._comm.Free()
 
 

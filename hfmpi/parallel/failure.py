@@ -1,8 +1,8 @@
-"""Errors on some of the ranks: they become errors on all ranks, or end all ranks.
+"""Errors on some of the ranks: they are raised on all ranks, or end all ranks.
 
-If one rank left alone, the others would wait for ever. `together` turns a user's mistake on one rank into the
-same error on all, and `guard` ends all ranks if one of them fails. If a rank dies without a message, the
-watchdog ends the others.
+If only one rank exited, the others would wait forever. `together` turns a user error on one rank into the
+same error on all ranks, and `guard` ends all ranks if one of them fails. If a rank dies without a message,
+the watchdog ends the others.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ __all__ = ["abort_on_exception", "announce", "guard", "joint", "speaks", "togeth
 
 T = TypeVar("T")
 
-_PATIENCE = 2.0  # seconds that a rank that fails waits for the others to fail too
-_BROKEN = OSError, ValueError, AttributeError  # a full disk or a pipe without reader; closed; None
+_PATIENCE = 2.0  # seconds that a failing rank waits for the others to fail as well
+_BROKEN = OSError, ValueError, AttributeError  # raised by a full disk or broken pipe, a closed stream, None
 _DRAIN = 0.2  # seconds for the launcher to forward the output before it kills the ranks
 
 
@@ -37,8 +37,8 @@ def together(comm: Communicator, function: Callable[[], T]) -> T:
     Parameters
     ----------
     comm : Communicator
-        All its ranks call this. The function may use it, if it fails before or after the collectives of the
-        other ranks and not between them.
+        All its ranks call this. The function may use the communicator, provided that it does not fail between
+        collectives of the other ranks.
     function : callable
         Called without arguments on every rank.
 
@@ -58,7 +58,7 @@ def together(comm: Communicator, function: Callable[[], T]) -> T:
         result = function()
     except UserError as error:
         failure = error
-    # One sum has the lengths of the messages of the ranks that failed, a second one the message.
+    # The first sum collects the lengths of the messages of the failed ranks, the second one the message.
     sentence = np.array([ord(letter) for letter in str(failure)] if failure else [], dtype=np.int64)
     lengths = np.zeros(comm.size, dtype=np.int64)
     lengths[comm.rank] = 0 if failure is None else 1 + sentence.size
@@ -75,7 +75,7 @@ def together(comm: Communicator, function: Callable[[], T]) -> T:
 
 @contextmanager
 def guard() -> Iterator[None]:
-    """End a program cleanly on all ranks; the console entry runs inside this context.
+    """End a program cleanly on all ranks; the console entry point runs inside this context.
 
     A `UserError` or a MemoryError is printed as one sentence on rank 0 and ends the program with code 2. An
     unexpected exception, or a nonzero `sys.exit`, on some of the ranks aborts all of them. If all ranks raise
@@ -97,7 +97,7 @@ def guard() -> Iterator[None]:
         if code and world is not None and not _all_leave(world):
             if isinstance(leaving.code, str):
                 _print(leaving.code)
-            _name_rank(f"left alone with code {code}")
+            _name_rank(f"exited with code {code} without the other ranks")
             _abort(code)
         raise
     except BaseException as error:
@@ -110,9 +110,9 @@ def guard() -> Iterator[None]:
 
 @contextmanager
 def joint() -> Iterator[None]:
-    """Re-raise an exception that all ranks raise within the timeout; if only some ranks do, abort all.
+    """Re-raise an exception that all ranks raise within the timeout; if only some do, abort all ranks.
 
-    For a part of a program whose caller may catch the exception.
+    It is for parts of a program whose caller may catch the exception.
     """
     try:
         yield
@@ -129,9 +129,10 @@ def joint() -> Iterator[None]:
 
 
 def speaks() -> bool:
-    """Return whether this process prints the messages for all processes of a launcher before MPI starts.
+    """Return whether this process prints messages for all processes of a launcher before MPI starts.
 
-    That is the first process, or one that a user works in: a shell may be another process of a launcher.
+    That is true of the first process and of an interactive one, because a user may work in a shell that is
+    one of several processes of a launcher.
     """
     rank, _ = library.launched() or (0, 1)
     with contextlib.suppress(*_BROKEN):
@@ -140,13 +141,13 @@ def speaks() -> bool:
 
 
 def abort_on_exception() -> None:
-    """End all ranks at an uncaught exception; for programs without `guard`."""
+    """Install a hook that ends all ranks at an uncaught exception, for programs without `guard`."""
     if library.world() is not None and not isinstance(sys.excepthook, _AbortingHook):
         sys.excepthook = _AbortingHook(sys.excepthook)
 
 
 class _AbortingHook:
-    """Calls the previous hook and ends all ranks; a UserError on all ranks is printed by rank 0 alone."""
+    """Calls the previous hook and ends all ranks; a UserError on all ranks is printed only by rank 0."""
 
     def __init__(self, previous: Callable[..., Any]) -> None:
         self.previous = previous
@@ -164,12 +165,12 @@ class _AbortingHook:
 
 
 def announce(sentence: str) -> None:
-    """Print a sentence about this rank on standard error at once, before any other rank is waited for."""
+    """Print a note about this rank on standard error at once, without waiting for other ranks."""
     _print(f"Note: {sentence}")
 
 
 def _all_leave(world: Any) -> bool:
-    """Return whether all ranks call this within the timeout; hfmpi uses COMM_WORLD for nothing else."""
+    """Return whether all ranks call this within the timeout; hfmpi uses COMM_WORLD only for this."""
     barrier = world.Ibarrier()
     deadline = time.monotonic() + _PATIENCE
     while not barrier.Test():
@@ -189,7 +190,7 @@ def _name_rank(what: str) -> None:
 
 
 def _print(text: str) -> None:
-    """Print on standard error; ignore failures, because the program is about to end."""
+    """Print on standard error, and ignore failures, because the program is about to end."""
     with contextlib.suppress(*_BROKEN):
         print(text, file=sys.stderr, flush=True)
 
@@ -201,4 +202,4 @@ def _abort(code: int) -> NoReturn:
     time.sleep(_DRAIN)
     watchdog.quiet_end(code)
     sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(code)
-    os._exit(code)  # not reached: MPI_Abort does not return
+    os._exit(code)  # not reached, because MPI_Abort does not return

@@ -1,4 +1,4 @@
-"""The start of MPI: a program becomes one of several ranks.
+"""The start of MPI, by which a program becomes one of several ranks.
 
 MPI starts inside `connect`, never at import, and only if a launcher such as mpirun or srun is present.
 """
@@ -19,12 +19,12 @@ from hfmpi.streams import reserve
 
 __all__ = ["all_ranks", "connect"]
 
-_HEAD_START = 1.0  # seconds for the first process to print the error: launchers kill all when one ends
+_HEAD_START = 1.0  # seconds for the first process to print the error; launchers kill all when one ends
 
 
 @cache
 def all_ranks() -> Communicator:
-    """Return one communicator of all ranks for all calls: MPI libraries have a limited number of them."""
+    """Return the same communicator of all ranks at every call, because MPI libraries limit their number."""
     return connect()
 
 
@@ -32,18 +32,19 @@ def connect(stall_timeout: float = 0.0) -> Communicator:
     """Start MPI if there is a launcher, and return the communicator of all ranks.
 
     Without a launcher MPI is not loaded, unless the program itself has started it. A single process continues
-    alone if its launcher and the MPI library do not match. A program of several ranks gets a watchdog
-    (hfmpi.parallel.watchdog): if a rank dies, is stopped or leaves alone, all ranks end.
+    without MPI if its launcher and the MPI library do not match. A program of several ranks starts a watchdog
+    (hfmpi.parallel.watchdog): if a rank dies, is stopped or exits before the others, all ranks end.
 
     Parameters
     ----------
     stall_timeout : float
-        All ranks also end if no collective of this communicator has finished for so many seconds; 0: never.
+        All ranks also end if no collective of this communicator has finished for this time, in seconds; 0:
+        never.
 
     Raises
     ------
     UserError
-        If the launcher started several processes that MPI cannot join to one run.
+        If the launcher started several processes that MPI cannot connect.
     """
     reserve()
     rank_and_size = library.launched()
@@ -68,15 +69,15 @@ def connect(stall_timeout: float = 0.0) -> Communicator:
             _refuse(rank, f"the launcher started {largest} processes, but {obstacle}")
         return Communicator()
     with joining(rank, stall_timeout if size > 1 else 0), warnings.catch_warnings():
-        # mpi4py warns of a launcher that does not match; the check below makes it an error.
+        # mpi4py only warns of a launcher that does not match; the check below raises an error.
         warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
         if not mpi.Is_initialized():
             library.start(mpi)
     if size > 1 and mpi.COMM_WORLD.size == 1:
         _refuse(
             rank,
-            f"the launcher started {size} processes, but each of them is alone in {library.name(mpi)}: "
-            "use the mpirun that belongs to this MPI library",
+            f"the launcher started {size} processes, but {library.name(mpi)} does not connect them: use the "
+            "mpirun that belongs to this MPI library",
         )
     abort_on_exception()
     return _watched(mpi.COMM_WORLD, stall_timeout)

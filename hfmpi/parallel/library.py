@@ -1,6 +1,6 @@
 """The MPI library, the launcher that started this process, and whether the two match.
 
-All of this is checked before MPI starts, because a library that does not find what it needs ends the process.
+All of this is checked before MPI starts, because an MPI library that cannot start ends the process.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ __all__ = [
     "world",
 ]
 
-# Variables for rank and size of the launchers Open MPI, MPICH and Intel MPI, MVAPICH, Flux, Slurm, PMIx.
-# mpirun inside a Slurm job inherits the variables of Slurm's step, so that Slurm comes late; PMIx has no
-# variable for the size. SLURM_NTASKS is useless: a batch script that starts one process has it too.
+# The variables for rank and size of the launchers Open MPI, MPICH and Intel MPI, MVAPICH, Flux, Slurm, PMIx.
+# mpirun inside a Slurm job inherits the variables of the Slurm step, so these come after those of mpirun.
+# PMIx has no variable for the size. SLURM_NTASKS is not used, because it is also set in a batch script that
+# starts only one process.
 _LAUNCHERS = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("PMI_RANK", "PMI_SIZE"),
@@ -52,7 +53,7 @@ _OF_LAUNCHERS = (
     "PALS_",
     "SLURM_",
 )
-"""Prefixes of the names of launchers' variables."""
+"""Prefixes of the names of environment variables that launchers set."""
 
 
 def launched() -> tuple[int, int] | None:
@@ -64,7 +65,7 @@ def launched() -> tuple[int, int] | None:
 
 
 def announced() -> list[tuple[int, int]]:
-    """Return rank and size of all launchers, as in `launched`: one may have been started within another."""
+    """Return the rank and size of each launcher, as in `launched`; a launcher may start another one."""
     pairs = []
     for rank_name, size_name in _LAUNCHERS:
         rank = os.environ.get(rank_name, "")
@@ -92,16 +93,16 @@ def load() -> Any:
 
 
 def name(mpi: Any) -> str:
-    """Return the name and version of a loaded MPI library, in one line."""
+    """Return the name and version of a loaded MPI library in one line."""
     first = mpi.Get_library_version().strip("\0\n").splitlines()[0].partition(", package:")[0]
     return " ".join(first.replace("Version:", "").split()).strip(" ,")
 
 
 def obstacle(mpi: Any) -> str | None:
-    """Return why the processes of the launcher cannot become one run, or None if they can.
+    """Return the reason why MPI cannot connect the processes of the launcher, or None if it can.
 
-    Processes find one another through their launcher, by PMI over an inherited connection or by PMIx. MPICH
-    ends the process if the launcher uses an interface that it was not built for, or if the connection is
+    Processes are connected by their launcher, through PMI over an inherited connection or through PMIx. MPICH
+    ends the process if the launcher uses an interface for which MPICH was not built, or if the connection is
     closed.
 
     Parameters
@@ -113,30 +114,30 @@ def obstacle(mpi: Any) -> str | None:
     pmix = "PMIX_RANK" in os.environ or "PMIX_NAMESPACE" in os.environ
     if library.startswith("Open MPI"):
         if pmix and not any(variable.startswith("PMIX_SERVER_URI") for variable in os.environ):
-            return "its PMIx server is not named in PMIX_SERVER_URI: let the launcher start hfmpi itself"
+            return "PMIX_SERVER_URI does not name its PMIx server: start hfmpi directly with the launcher"
         if not pmix and not re.match(r"Open MPI v[1-4]\.", library) and announced():
             return (
-                f"it offers no PMIx, which {library} needs: use the mpirun that belongs to this MPI library, "
-                "or srun --mpi=pmix"
+                f"it does not offer PMIx, which {library} requires: use the mpirun that belongs to this MPI "
+                "library, or srun --mpi=pmix"
             )
     elif _has_connection():
         if not _connected():
             return (
-                "its connection (PMI_FD) is closed in this one: another program has used it, or one in "
-                "between did not pass it on; let the launcher start hfmpi itself, and once"
+                "its connection (PMI_FD) is closed in this process, because another program has used it or a "
+                "program in between did not pass it on: start hfmpi directly with the launcher, and only once"
             )
     elif pmix and library.startswith("MPICH") and not hasattr(ctypes.CDLL(mpi.__file__), "PMIx_Init"):
         return (
-            f"it speaks PMIx, which {library} is not built for: use the mpirun that belongs to this MPI "
+            f"it uses PMIx, which {library} was not built for: use the mpirun that belongs to this MPI "
             "library, or srun --mpi=pmi2"
         )
     return None
 
 
 def start(mpi: Any) -> None:
-    """Start MPI in this process."""
+    """Start MPI in this process, with thread level MPI_THREAD_FUNNELED."""
     if _has_connection() and name(mpi).startswith("MPICH"):
-        # mpirun inside a Slurm step inherits the step's PMIx: MPICH refuses to choose between the two.
+        # mpirun inside a Slurm step inherits the PMIx of the step, and MPICH does not start if it has both.
         os.environ.pop("PMIX_NAMESPACE", None)
     mpi.Init_thread(mpi.THREAD_FUNNELED)
 
@@ -149,7 +150,7 @@ def _connected() -> bool:
     """Return whether the connection in PMI_FD exists and is open at its other end."""
     number = os.environ.get("PMI_FD")
     if number is None:
-        return True  # PMI_PORT: it is opened when MPI starts
+        return True  # PMI_PORT is set: the connection is opened when MPI starts
     try:
         if not stat.S_ISSOCK(os.fstat(int(number)).st_mode):
             return False
@@ -189,7 +190,7 @@ def describe() -> tuple[str | None, bool | None]:
     library = name(mpi)
     if mpi.Is_initialized():
         return library, _cuda_support(mpi.__file__)
-    # The query needs a running MPI, and an MPI that cannot start ends its process: ask in a child.
+    # The query requires a running MPI, and an MPI that cannot start ends its process. So ask a child process.
     question = (
         f"from mpi4py import MPI; from {__name__} import _cuda_support as ask; print(ask(MPI.__file__))"
     )
@@ -209,7 +210,7 @@ def cuda_aware() -> bool | None:
 
 
 def _cuda_support(module: str) -> bool | None:
-    """Ask MPIX_Query_cuda_support, an extension that MPICH, Open MPI and Intel MPI share."""
+    """Call MPIX_Query_cuda_support, an extension of MPICH, Open MPI and Intel MPI; None: it is missing."""
     try:
         return bool(ctypes.CDLL(module).MPIX_Query_cuda_support())
     except (AttributeError, OSError):

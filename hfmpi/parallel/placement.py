@@ -1,4 +1,4 @@
-"""The placement of a rank: its node, its cores, and the number of its threads."""
+"""The placement of a rank: its node, its cores and its number of threads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hfmpi.parallel.communicator import Communicator
 
 __all__ = ["Place", "Placement", "place", "single_threaded", "threads_kept"]
 
-# The first that is set to a number is the user's choice.
+# The first of these variables that is set to a number is the user's choice.
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 
 
@@ -34,9 +34,9 @@ class Placement:
     rank, size, local_rank, local_size : int
         As in `Communicator`.
     cores : int
-        Logical cores that this process may run on, or fewer because of the quota of its control groups.
+        The number of logical cores that this process may use, limited by the quota of its control groups.
     threads : int
-        Threads of this rank's BLAS.
+        The number of threads of this rank's BLAS.
     memory : int
         This rank's share, in bytes, of the free memory of its node or job.
     """
@@ -52,7 +52,7 @@ class Placement:
 
 
 class Place(NamedTuple):
-    """The device of a rank, the transport of its vectors to other ranks, and how many GPUs CUDA shows it."""
+    """The device of a rank, the transport of its vectors to other ranks, and its number of visible GPUs."""
 
     host: str
     local_rank: int
@@ -65,18 +65,18 @@ class Place(NamedTuple):
 def place(comm: Communicator, threads: int | None = None) -> Placement:
     """Determine this rank's placement and set the threads of its BLAS; collective.
 
-    If every rank's BLAS has one thread per core, the ranks slow each other down, by 1.7 to 2 times with 2 to
-    4 ranks on 2 cores (measured with OpenBLAS). So the cores of a node are divided among its ranks: a rank
-    that is bound to separate cores uses these, ranks on common cores use an equal part, at least one core. A
-    quota of processor time is divided in the same way.
+    If every rank's BLAS has one thread per core, the ranks slow each other down, by a factor of 1.7 to 2 with
+    2 to 4 ranks on 2 cores (measured with OpenBLAS). So the cores of a node are divided among its ranks: a
+    rank that is bound to separate cores uses these cores; ranks on shared cores use equal parts of them, at
+    least one core each. A quota of processor time is divided in the same way.
 
     Parameters
     ----------
     comm : Communicator
         All its ranks call this.
     threads : int, optional
-        The user's choice, limited by the BLAS. The default is OPENBLAS_NUM_THREADS, MKL_NUM_THREADS or
-        OMP_NUM_THREADS, else the share described above.
+        The user's choice, limited by the BLAS. Default: the value of OPENBLAS_NUM_THREADS, MKL_NUM_THREADS or
+        OMP_NUM_THREADS, or else the share described above.
 
     Raises
     ------
@@ -84,7 +84,7 @@ def place(comm: Communicator, threads: int | None = None) -> Placement:
         If `threads` is less than one.
     """
     if threads is not None and threads < 1:
-        raise UserError(f"a rank needs at least one thread, not {threads}")
+        raise UserError(f"the number of threads of a rank must be at least 1, not {threads}")
     core_mask = sum(1 << core for core in os.sched_getaffinity(0))
     everyone = comm.agree(comm.gather((comm.host, core_mask)))
     masks = [mask for host, mask in everyone or () if host == comm.host]
@@ -119,14 +119,14 @@ def single_threaded(placement: Placement) -> Placement:
 
 
 def _set_threads(threads: int) -> int:
-    """Set the threads of the BLAS and return their number: a BLAS may be built for at most 64, say."""
-    threadpool_limits(limits=min(threads, 2**31 - 1), user_api="blas")  # a C int
+    """Set the number of threads of the BLAS, and return the actual number, which the BLAS may limit."""
+    threadpool_limits(limits=min(threads, 2**31 - 1), user_api="blas")  # the largest C int
     counts = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
     return max(counts, default=threads)
 
 
 def _share(core_mask: int, masks: list[int], quota: float | None = None) -> int:
-    """Return the threads of a rank with a core mask on a node whose ranks have these masks and a quota."""
+    """Return the number of threads of a rank from its core mask, the masks of its node, and a quota."""
     union = reduce(or_, masks)
     threads = core_mask.bit_count()
     if union.bit_count() != sum(mask.bit_count() for mask in masks):  # some ranks share cores
@@ -136,7 +136,7 @@ def _share(core_mask: int, masks: list[int], quota: float | None = None) -> int:
 
 def _environment() -> int | None:
     for name in _THREAD_VARIABLES:
-        first = os.environ.get(name, "").partition(",")[0].strip()  # OMP allows a list, by nesting level
+        first = os.environ.get(name, "").partition(",")[0].strip()  # OpenMP allows a list, one per level
         if first.isdecimal() and int(first) > 0:
             return int(first)
     return None

@@ -1,4 +1,4 @@
-"""A TCP connection from every rank to rank 0, in addition to MPI: the kernel closes it when a rank dies."""
+"""A TCP connection from every rank to rank 0, which the kernel closes when a rank dies, unlike MPI."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hfmpi.parallel.communicator import Communicator
 __all__ = ["link_up"]
 
 _PATIENCE = 6.0  # seconds within which all ranks must connect to rank 0
-_CONNECT, _ANSWER = 1.0, 3.0  # seconds for one address, and for the reply of rank 0
+_CONNECT, _ANSWER = 1.0, 3.0  # seconds for a connection to one address, and for the reply of rank 0
 
 
 def link_up(comm: Communicator, near: bool) -> tuple[dict[int, socket.socket], list[int]]:
-    """Connect all ranks to rank 0; collective. Network errors are not raised.
+    """Connect all ranks to rank 0 by TCP, without raising network errors; collective.
 
     Parameters
     ----------
@@ -30,7 +30,8 @@ def link_up(comm: Communicator, near: bool) -> tuple[dict[int, socket.socket], l
     Returns
     -------
     links : dict
-        Sockets by the rank at the other end: on rank 0 those of all others, on other ranks that of rank 0.
+        Sockets by the rank at the other end: on rank 0 the sockets of all other ranks, on other ranks the
+        socket of rank 0.
     missing : list of int
         Ranks that could not be connected, the same list on every rank.
     """
@@ -97,7 +98,7 @@ def _reach(addresses: list[str], port: int, tokens: tuple[str, str], rank: int) 
             link = socket.create_connection((address, port), timeout=_CONNECT)
             link.settimeout(_ANSWER)
             link.sendall(f"{tokens[0]} {rank}".encode())
-            # Read no further byte: rank 0 may have continued, and what follows is for the watchdog.
+            # Read only the token, because rank 0 may have sent messages for the watchdog after it.
             if _receive(link, len(tokens[1])) == tokens[1].encode():
                 return link
             link.close()

@@ -1,10 +1,10 @@
-"""A watchdog that ends all ranks if one of them dies, is stopped or leaves alone, or if all of them hang.
+"""A watchdog that ends all ranks if one of them dies, is stopped or exits early, or if all of them hang.
 
-Under MPI alone the other ranks would wait for ever, and launchers differ in what they notice. So a daemon
-thread on every rank, which makes no MPI calls, holds a TCP connection to rank 0. No decision depends on
-wall-clock time, which a busy or sleeping machine could distort: a rank is dead when its connection closes,
-and stopped when the kernel reports that at several polls in a row. Polls are counted, so that a job that was
-suspended as a whole continues.
+With MPI alone the other ranks would wait forever, and launchers differ in the failures that they detect. So a
+daemon thread on every rank, which makes no MPI calls, holds a TCP connection to rank 0. No decision depends
+on wall-clock time, which a busy or sleeping machine could distort: a rank is dead when its connection closes,
+and stopped when the kernel reports so at several consecutive polls. Polls are counted, so that a job
+continues after all of its processes were suspended.
 
 Messages are lines: `at PULSE` at each poll, `bye PULSE` from a rank at its end, `all` from rank 0 after the
 `bye` of every rank, `end CODE` from a rank that has printed an error.
@@ -31,14 +31,14 @@ from hfmpi.parallel.sockets import link_up
 __all__ = ["Watchdog", "allow", "joining", "quiet_end", "stall_timeout", "watch"]
 
 _POLL = 1.0  # seconds between polls
-_STOPPED = 6  # polls in a row at which a process of this node must be stopped
-_SILENT = 30  # polls without a message from a rank of another node
-_LATER = 5  # polls that the others wait for rank 0, which knows more, when all ranks hang
+_STOPPED = 6  # consecutive polls after which a stopped process of this node is an error
+_SILENT = 30  # polls without a message from a rank of another node after which this is an error
+_LATER = 5  # polls for which the others wait for rank 0, which has more information, if all ranks hang
 _SILENCE = 1.0  # seconds within which another rank may print the error
 _DRAIN = 0.2  # seconds for the launcher to forward the error before it kills the ranks
 _CODE = 1  # the exit code of ranks that end because of another rank
 
-_watchdog: Watchdog | None = None  # of this process, from the first `watch` on
+_watchdog: Watchdog | None = None  # the watchdog of this process, once `watch` has been called
 
 
 class Watchdog:
@@ -47,7 +47,7 @@ class Watchdog:
     Parameters
     ----------
     comm : MPICommunicator
-        Its `pulse` is the progress of this rank.
+        The communicator whose `pulse` shows the progress of this rank.
     stall_timeout : float
         Seconds without a collective after which all ranks end; 0: never.
     links : dict
@@ -69,10 +69,10 @@ class Watchdog:
         self.places = places
         here = places[comm.rank][:2]
         node = [rank for rank, place in enumerate(places) if place[:2] == here]
-        # Each process of a node is watched by one other, in a ring.
+        # Each process of a node watches the next one, in a ring.
         after = node[(node.index(comm.rank) + 1) % len(node)]
         self.neighbour = after if after != comm.rank and here[1] and _state(places[after][2]) else None
-        # Errors are printed by rank 0 and, in case it cannot, by one rank of each node.
+        # Rank 0 prints errors and, in case it cannot, so does one rank of each node.
         self.speaks = comm.rank in (0, min(rank for rank in node if rank or len(node) == 1))
         self.far = {rank for rank in links if places[rank][:2] != here}
         self.hosts = {place[0] for place in places}
@@ -91,7 +91,7 @@ class Watchdog:
     # For the main thread -----------------------------------------------------------------------
 
     def goodbye(self) -> None:
-        """Wait until all ranks have called this; closed connections are not errors afterwards."""
+        """Wait until all ranks have called this method; afterwards closed connections are not errors."""
         if os.getpid() == self.process and self.links:  # not in a forked child
             self.leaving = True
             self.bell.send(b"!")
@@ -99,7 +99,7 @@ class Watchdog:
                 pass
 
     def quiet_end(self, code: int) -> None:
-        """Make all other ranks end at once, because of an error that has been printed."""
+        """End all other ranks at once, because of an error that has been printed."""
         for link in self.links.values():
             _send(link, f"end {code}")
 
@@ -121,7 +121,7 @@ class Watchdog:
                         self._hear(key.data)
                 now = time.monotonic()
                 if now >= last + _POLL:
-                    self._poll(min(now - last, 2 * _POLL))  # not the time of a suspended rank
+                    self._poll(min(now - last, 2 * _POLL))  # excludes the time for which a rank was suspended
                     last = now
                 self._all_left()
 
@@ -145,8 +145,8 @@ class Watchdog:
             word, _, number = line.decode().partition(" ")
             if word == "end":
                 self._pass_on(int(number))
-                # The rank that it came from makes the launcher end all nodes, unless another rank of its node
-                # exits before.
+                # The rank that sent the message causes the launcher to end all nodes, but only if no other
+                # rank of its node exits before it.
                 time.sleep(_SILENCE if len(self.hosts) > 1 else 0)
                 os._exit(int(number))
             elif word == "all":
@@ -172,24 +172,26 @@ class Watchdog:
         self._stall(seconds)
 
     def _cut_off(self, polls: int, least: int) -> str:
-        """Return who has been silent for so many polls, or at least for `least`; empty if nobody has."""
+        """Return a clause that names the ranks that were silent for at least `least` polls, or ""."""
         silent = [rank for rank in sorted(self.far) if self.silent[rank] >= least]
         since = f"been silent for {polls} s"
         if not silent:
             return ""
         if self.comm.rank:
-            return f"{self._name(0)} has {since}, or rank {self.comm.rank} on {self.comm.host} is cut off"
+            return (
+                f"{self._name(0)} has {since}, or rank {self.comm.rank} on {self.comm.host} is disconnected"
+            )
         if len(silent) == len(self.far) and len(self.hosts) > 2:
-            return f"{self._name(0)} is cut off: the ranks of all other nodes have {since}"
+            return f"{self._name(0)} is disconnected: the ranks of all other nodes have {since}"
         return f"{self._names(silent)} {'has' if len(silent) == 1 else 'have'} {since}"
 
     def _end_if_left_early(self) -> None:
-        """End all ranks if one has left and others are in a collective that it never entered."""
+        """End all ranks if one of them has exited while others are in a collective that it never entered."""
         at = self.pulses | {0: self.comm.pulse}
         gone = self.left | ({0} if self.leaving else set())
         early = [rank for rank in sorted(gone) if at[rank] < max(at.values())]
         if early:
-            self._end(f"{self._name(early[0])} has left while others go on")
+            self._end(f"{self._name(early[0])} has exited while other ranks continue")
 
     def _stall(self, seconds: float) -> None:
         if not self.stall_timeout:
@@ -203,7 +205,7 @@ class Watchdog:
             at = {rank: (pulse, rank in self.left) for rank, pulse in self.pulses.items()}
             at[0] = self.comm.pulse, self.leaving
             late = [rank for rank in sorted(at) if at[rank] < max(at.values())]
-            if cut_off := self._cut_off(_STOPPED, _STOPPED):  # the late ones may wait for these
+            if cut_off := self._cut_off(_STOPPED, _STOPPED):  # late ranks may be waiting for these
                 sentence += f"; {cut_off}"
             elif late:
                 sentence += f"; the others wait for {self._names(late)}"
@@ -224,7 +226,7 @@ class Watchdog:
         return ", ".join(map(self._name, ranks[:3])) + ", ..." * (len(ranks) > 3)
 
     def _end(self, sentence: str, speaks: bool = True) -> NoReturn:
-        """Print the error, or wait for the rank that prints it, and exit; the main thread may hang in MPI."""
+        """Print the error or wait until another rank has printed it, and exit, even if MPI hangs."""
         if speaks:
             _say(f"Error: {sentence}, so all ranks end.")
         else:
@@ -234,20 +236,20 @@ class Watchdog:
     def _exit(self) -> NoReturn:
         self._pass_on(_CODE)
         if len(self.hosts) > 1:
-            # After an exit, whatever its code, MPICH's mpirun ends this node alone, and waits for the others:
-            # for ever, if a rank that is alone on its node is stopped.
+            # After an exit with any code, MPICH's mpirun ends only this node and waits for the others. It
+            # would wait forever for a stopped rank that is the only one on its node.
             _leave()
         os._exit(_CODE)
 
     def _pass_on(self, code: int) -> None:
         self.quiet_end(code)
         if self.stopped >= _STOPPED and self.neighbour is not None:
-            with contextlib.suppress(OSError):  # not every launcher kills stopped processes
+            with contextlib.suppress(OSError):  # some launchers do not kill stopped processes
                 os.kill(self.places[self.neighbour][2], signal.SIGKILL)
 
 
 def watch(comm: MPICommunicator, stall_timeout: float) -> None:
-    """Start the watchdog of this process unless it has one; collective. It ends with the program."""
+    """Start the watchdog of this process, unless it is running; collective. It ends with the program."""
     global _watchdog
     if _watchdog is not None:
         return
@@ -258,36 +260,37 @@ def watch(comm: MPICommunicator, stall_timeout: float) -> None:
     links, missing = link_up(comm, places[comm.rank][:2] == places[0][:2])
     if missing and comm.rank == 0:
         names = ", ".join(map(str, missing[:8])) + ", ..." * (len(missing) > 8)
-        sentence = f"Note: rank 0 has no TCP connection to rank {names}; should one of them die, "
-        _say(f"{sentence}the others learn it from the launcher or by --stall-timeout.")
+        sentence = f"Note: rank 0 has no TCP connection to rank {names}; if one of them dies, "
+        _say(f"{sentence}only the launcher or --stall-timeout can end the other ranks.")
     _watchdog = Watchdog(comm, stall_timeout, links, places)
     atexit.register(_watchdog.goodbye)
 
 
 def quiet_end(code: int) -> None:
-    """Make all other ranks end at once, because of an error that has been printed."""
+    """End all other ranks at once, because of an error that has been printed."""
     if _watchdog is not None:
         _watchdog.quiet_end(code)
 
 
 def stall_timeout() -> float:
-    """Return the seconds without a collective after which the watchdog ends all ranks; 0: never."""
+    """Return the time in seconds without a collective after which the watchdog ends all ranks; 0: never."""
     return 0.0 if _watchdog is None else _watchdog.stall_timeout
 
 
 def allow(seconds: float) -> None:
-    """Allow so many seconds without a collective from now on; 0: any number."""
+    """Set the time in seconds without a collective that is allowed from now on; 0: no limit."""
     if _watchdog is not None:
         _watchdog.still, _watchdog.stall_timeout = 0.0, seconds
 
 
 @contextlib.contextmanager
 def joining(rank: int, patience: float) -> Iterator[None]:
-    """End this rank if the block takes longer than `patience` seconds; 0: never.
+    """End this rank if the `with` block takes longer than `patience` seconds; 0: never.
 
-    While ranks join, they are not connected: only a timeout can detect a rank that never arrives. A Python
-    thread does not run inside MPI_Init, which holds the interpreter lock: there the thread of faulthandler
-    prints, and a timer of the kernel ends the process. Both end it by a signal, as `Watchdog._exit` does.
+    While ranks join, they are not connected, so that only a timeout can detect a rank that never arrives. A
+    Python thread does not run inside MPI_Init, which holds the interpreter lock. There the thread of
+    faulthandler prints, and a timer of the kernel ends the process. Both end it by a signal, as
+    `Watchdog._exit` does.
     """
 
     def give_up() -> None:
@@ -302,7 +305,7 @@ def joining(rank: int, patience: float) -> Iterator[None]:
     timer.daemon = True
     timer.start()
     last = patience + 2 * _SILENCE + bool(rank)
-    alarm = signal.getsignal(signal.SIGALRM) == signal.SIG_DFL  # a program that handles it keeps its timer
+    alarm = signal.getsignal(signal.SIGALRM) == signal.SIG_DFL  # do not replace the timer of a program
     faulthandler.dump_traceback_later(last, exit=not alarm, file=2)
     before, _ = signal.setitimer(signal.ITIMER_REAL, last + _DRAIN) if alarm else (0.0, 0.0)
     try:
@@ -318,21 +321,21 @@ def _leave() -> NoReturn:
     """End this process by a signal, after its error has been forwarded."""
     time.sleep(_DRAIN)
     os.kill(os.getpid(), signal.SIGKILL)
-    os._exit(_CODE)  # the first process of a container has no other way
+    os._exit(_CODE)  # the first process of a container ignores the signal
 
 
 def _say(sentence: str) -> None:
-    with contextlib.suppress(OSError):  # the rank ends anyway
+    with contextlib.suppress(OSError):  # the rank ends in any case
         os.write(2, f"{sentence}\n".encode())  # print could wait for a lock of the main thread
 
 
 def _send(link: socket.socket, line: str) -> None:
-    with contextlib.suppress(OSError):  # closed: `_hear` notices it; full: the rank is stopped
+    with contextlib.suppress(OSError):  # `_hear` detects a closed connection; a full one: a stopped rank
         link.send(f"{line}\n".encode())
 
 
 def _state(process: int) -> str:
-    """Return the kernel's letter for the state of a process on this node; empty if it is gone."""
+    """Return the kernel's letter for the state of a process on this node, or "" if it does not exist."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
