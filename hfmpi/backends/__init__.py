@@ -1,4 +1,4 @@
-"""Arrays and the few fused recurrent kernels, for NumPy, Numba and CuPy."""
+"""Arrays and a few fused recurrent kernels, for NumPy, Numba and CuPy."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ def create(
     precision: str = "float32",
     mixin: type[NumpyBackend] | None = None,
 ) -> NumpyBackend:
-    """Return a new backend; `auto` chooses the fastest one of this machine.
+    """Create a backend; 'auto' selects the fastest one for this machine.
 
     Parameters
     ----------
     name : {'auto', 'numpy', 'numba', 'cupy'}
     dtype : {'float32', 'float64'}
     local_rank : int
-        The rank among those of its node, which take turns in choosing a GPU.
+        The index of this rank among the ranks of its node, to which the GPUs are assigned in turn.
     precision : {'float32', 'tf32'}
-        Of float32 matrix products on a GPU.
+        The precision of float32 matrix products on a GPU.
     mixin : class, optional
-        Overrides methods of the backend: the class of the result is derived from it and the backend's class.
+        A class that overrides methods of the backend: the class of the result is derived from it and from the
+        class of the backend.
 
     Raises
     ------
@@ -53,7 +54,7 @@ def create(
     if name == "auto":
         name = "cupy" if gpus() else "numba"
     if precision == "tf32" and (name != "cupy" or dtype != "float32"):
-        raise UserError("tf32 products are for the cupy backend with float32")
+        raise UserError("matmul precision tf32 requires the cupy backend with float32")
     if name == "cupy":
         cupy_cache.choose()
         try:
@@ -61,11 +62,11 @@ def create(
         except ImportError as error:
             reason = " ".join(str(error).split())
             raise UserError(
-                f"the cupy backend needs CuPy, such as cupy-cuda12x or cupy-cuda13x ({reason})"
+                f"the cupy backend requires CuPy ({reason}): install cupy-cuda12x or cupy-cuda13x"
             ) from None
         return _extended(CupyBackend, mixin)(dtype, local_rank, precision)
     if name == "numba":
-        check_working_folder()  # Numba fails if the folder is gone
+        check_working_folder()  # Numba fails if the working folder has been removed
         from hfmpi.backends.numba import NumbaBackend
 
         return _extended(NumbaBackend, mixin)(dtype)
@@ -77,7 +78,7 @@ def _extended(kind: type[NumpyBackend], mixin: type[NumpyBackend] | None) -> Cal
 
 
 def devices() -> list[str]:
-    """Return the names of the NVIDIA devices that CUDA would use in this process, without loading CUDA."""
+    """Return the names of the NVIDIA devices that CUDA would show this process, without loading CUDA."""
     names = (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
     present = sorted((name for name in names if name.isdecimal()), key=int)
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -90,7 +91,7 @@ def devices() -> list[str]:
 def gpus() -> list[str]:
     """Return the names of the NVIDIA GPUs that CuPy can use in this process.
 
-    CuPy is imported only if the system has a device.
+    CuPy is imported only if the system has an NVIDIA device.
     """
     if not (devices() or Path("/dev/dxg").exists()):
         return []
@@ -99,5 +100,5 @@ def gpus() -> list[str]:
         from hfmpi.backends.cupy import device_names
 
         return device_names()
-    except (ImportError, RuntimeError):  # no CuPy, or a driver that it cannot use
+    except (ImportError, RuntimeError):  # there is no CuPy, or no driver that it can use
         return []

@@ -1,7 +1,7 @@
 """The interface of a device: arrays, memory, matrix products, and a hook for loops over time.
 
-The kernels of a network's steps are in numpy.py, in plain array code that runs on any device; numba.py and
-cupy.py replace those for which a compiled kernel is worth it.
+numpy.py contains the kernels of a network's steps in plain array code, which runs on any device. numba.py and
+cupy.py replace the kernels that are considerably faster when compiled.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import numpy as np
 __all__ = ["Array", "Backend", "Packed", "Scratch", "Workspace"]
 
 Array = Any
-"""A NumPy array, or an array of the same interface on a device (CuPy)."""
+"""A NumPy array, or an array with the same interface on a device (CuPy)."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A matrix that is multiplied from the left many times, prepared by `Backend.pack`.
+    """A matrix that is the right factor of many products, prepared by `Backend.pack`.
 
     Attributes
     ----------
     matrix : (K, N)
     panels : array or None
-        The same numbers in the order in which the backend's custom product reads them, if it has one.
+        The same numbers in the order in which the backend's custom product reads them; None: it has none.
     """
 
     matrix: Array
@@ -36,9 +36,9 @@ class Packed:
 
 
 class Workspace:
-    """Named scratch arrays: the same memory for the same name, growing and never shrinking.
+    """Named scratch arrays: each name has one block of memory, which grows and never shrinks.
 
-    Fresh pages cost as much as the arithmetic on them, so temporaries and tapes live in workspaces.
+    New memory pages cost as much as the arithmetic on them, so temporary arrays and tapes use workspaces.
     """
 
     def __init__(self, xp: Any, dtype: np.dtype) -> None:
@@ -49,7 +49,7 @@ class Workspace:
     def __call__(self, name: str, shape: tuple[int, ...], dtype: Any = None) -> Array:
         """Return an uninitialised array whose content is valid until the next request for the same name.
 
-        `dtype` defaults to that of the workspace and must always be the same for one name.
+        `dtype` defaults to that of the workspace, and must be the same in all requests for a name.
         """
         size = prod(shape)
         flat = self.flat.get(name)
@@ -59,11 +59,11 @@ class Workspace:
 
 
 class Scratch(threading.local, Workspace):
-    """A workspace whose arrays belong to a thread each, so that several threads can use one model."""
+    """A workspace with separate arrays for each thread, so that several threads can use one model."""
 
 
 class Backend:
-    """Arrays and matrix products of one kind of device, here of the host.
+    """Arrays and matrix products of one kind of device; this base class uses the host.
 
     Parameters
     ----------
@@ -75,17 +75,17 @@ class Backend:
     micro_batch : int
         The recommended number of sequences that a rank processes at a time.
     block_rows : int
-        The recommended number of rows (steps times sequences) in a time-batched product: on a CPU a few MB of
-        pre-activations, which stay in the cache, yet enough rows for a fast product.
+        The recommended number of rows (steps times sequences) in a time-batched product. On a CPU the
+        pre-activations then have a few MB, so that they fit in the cache, and the product is still fast.
     each_numbers : int
-        The recommended number of elements in the per-sequence gradients that are computed at once: on a CPU
-        few enough for the cache.
+        The recommended number of elements in the per-sequence gradients that are computed at once. On a CPU
+        they fit in the cache.
     directions : int
         The recommended number of directions in one pass J V of a network.
     device : str
         The name of the device.
     device_id : str or None
-        Identifies the GPU among those of the node; None on a CPU.
+        An identifier of the GPU that is unique on the node; None on a CPU.
     """
 
     name = "base"
@@ -102,7 +102,7 @@ class Backend:
         self.workspace: Workspace = self.new_scratch()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return what a copy or a pickle of the backend is made of: workspaces are not copied."""
+        """Return the class, arguments and state of a copy or a pickle, which has empty workspaces."""
         return type(self), (self.dtype.name,), {"micro_batch": self.micro_batch}
 
     # Arrays ------------------------------------------------------------------------------------
@@ -118,19 +118,19 @@ class Backend:
         return None
 
     def to_host(self, array: Array) -> np.ndarray:
-        """Return the array as a NumPy array."""
+        """Return an array of this device as a NumPy array."""
         return array
 
     def to_device(self, array: np.ndarray) -> Array:
-        """Return the NumPy array as an array of this device."""
+        """Return a NumPy array as an array of this device."""
         return array
 
     def stage(self, vector: Array) -> np.ndarray:
-        """Return the content of a vector on the host: the array itself on a CPU, else a reused buffer."""
+        """Return the content of a vector on the host: the vector itself on a CPU, else a reused buffer."""
         return vector
 
     def unstage(self, message: np.ndarray, vector: Array) -> None:
-        """Copy the buffer that `stage` returned, with its current content, back into the vector."""
+        """Copy the current content of the buffer that `stage` returned back to the vector."""
 
     def address(self, array: Array) -> int:
         """Return the address of the array in the device's memory."""
@@ -142,34 +142,34 @@ class Backend:
         return 0
 
     def use(self) -> None:
-        """Make the device and its stream current in this thread: other libraries change them."""
+        """Make the device and its stream current in this thread, because other libraries change them."""
 
     def synchronize(self) -> None:
         """Wait until the device has finished all its work."""
 
     def free_memory(self) -> int | None:
-        """Return the free bytes on the device; None if it uses the memory of the node."""
+        """Return the number of free bytes on the device; None if it uses the memory of the node."""
         return None
 
     def release(self) -> None:
-        """Free unused memory; the content of all workspaces is lost."""
+        """Free the memory of all workspaces, whose content is lost, and unused memory of the device."""
         self.workspace.flat.clear()
 
     def replay(self, key: Hashable, launch: Callable[[], None]) -> None:
-        """Call `launch`, which must launch the same work each time that it is called with the same key."""
+        """Call `launch`, or replay its work; it must launch the same work each time for the same key."""
         launch()
 
     def loop(self, name: str, run: Callable[[], None], arrays: Mapping[str, Any]) -> None:
-        """Run a loop over time: here, call `run`.
+        """Run a loop over time; this base class calls `run`.
 
         Parameters
         ----------
         name : str
-            The kernels that the steps call, and the pass: "gated forward".
+            The kernels that the steps call, and the pass, such as "gated forward".
         run : callable
-            Runs the loop step by step; it reads and writes nothing but `arrays`.
+            Runs the loop step by step; it reads and writes only `arrays`.
         arrays : mapping of str to Array, Packed, int or None
-            Arrays by their names in `kernels.cu`. They lie in tapes and workspaces, so that a captured loop
+            Arrays by their names in `kernels.cu`. They are in tapes and workspaces, so that a captured loop
             can be replayed.
         """
         run()
@@ -183,21 +183,21 @@ class Backend:
         return Workspace(self.xp, self.dtype)
 
     def new_scratch(self) -> Scratch:
-        """Return an empty workspace on this device whose arrays belong to a thread each."""
+        """Return an empty workspace on this device with separate arrays for each thread."""
         return Scratch(self.xp, self.dtype)
 
     def matmul(self, a: Array, b: Array, out: Array) -> None:
-        """Compute out = a b; every matrix product of a pass calls this or `multiply`."""
+        """Compute out = a b; every matrix product of a pass calls this method or `multiply`."""
         self.xp.matmul(a, b, out=out)
 
     def pack(self, matrix: Array, memory: Workspace, name: str) -> Packed:
-        """Prepare a matrix (K, N) for many calls of `multiply`, in the memory of this name."""
+        """Prepare a matrix (K, N) for many calls of `multiply`; copies use the memory called `name`."""
         copy = memory(name, matrix.shape)
         copy[...] = matrix
         return Packed(copy)
 
     def multiply(self, a: Array, b: Packed, out: Array, add: bool = False) -> None:
-        """Compute out = a b, or out += a b, for few rows of a (B, K): the sequential products of a pass."""
+        """Compute out = a b, or out += a b, for few rows of a (B, K), as in sequential products of a pass."""
         if add:
             product = self.workspace("multiply", out.shape)
             self.matmul(a, b.matrix, product)

@@ -1,4 +1,4 @@
-"""Notifies listeners while kernels are compiled, which takes up to half a minute at the first start."""
+"""Notification of listeners while kernels are compiled, which takes up to 30 seconds at the first start."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _listeners: list[Callable[[bool], object]] = []
 
 @contextmanager
 def listening(listener: Callable[[bool], object]) -> Iterator[None]:
-    """Call the listener with True when this process begins to compile a kernel, and with False at the end."""
+    """Call a listener with True when this process begins to compile a kernel, and with False at the end."""
     _listeners.append(listener)
     try:
         yield
@@ -21,6 +21,6 @@ def listening(listener: Callable[[bool], object]) -> Iterator[None]:
 
 
 def notify(compiling: bool) -> None:
-    """Call all listeners."""
+    """Call all listeners with the state of the compilation."""
     for listener in _listeners:
         listener(compiling)

@@ -1,6 +1,6 @@
 """Matrix products by the cuBLAS library that CuPy has loaded, also while a CUDA graph is captured.
 
-CuPy refuses matrix products during a capture; cuBLAS allows them once it has a user-supplied workspace.
+CuPy does not allow matrix products during a capture; cuBLAS allows them with a user-supplied workspace.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def loaded() -> str:
     Raises
     ------
     RuntimeError
-        If none is loaded.
+        If cuBLAS is not loaded.
     """
     path = re.search(r"/\S*libcublas\.so\S*", Path("/proc/self/maps").read_text())
     if not path:
@@ -51,7 +51,10 @@ def _operand(array: Array) -> tuple[int, int]:
         return _NORMAL, down if rows > 1 else columns
     if (rows == 1 or down == 1) and (columns == 1 or across >= rows):
         return _TRANSPOSED, across if columns > 1 else rows
-    raise ValueError(f"cuBLAS takes no matrix of shape {array.shape} with strides {array.strides}")
+    raise ValueError(
+        f"cuBLAS does not accept a matrix of shape {array.shape} with strides {array.strides}: its rows or "
+        "columns must be contiguous"
+    )
 
 
 class Cublas:
@@ -64,9 +67,9 @@ class Cublas:
     stream : int
         The CUDA stream of all products.
     workspace : Array
-        `WORKSPACE_BYTES` bytes of device memory that nothing else uses.
+        `WORKSPACE_BYTES` bytes of device memory for exclusive use.
     tf32 : bool
-        Whether float32 products may round their factors to 10 bits, for the tensor cores.
+        Whether float32 products may round their factors to 10 bits, in order to use tensor cores.
     """
 
     def __init__(self, dtype: np.dtype, stream: int, workspace: Array, tf32: bool = False) -> None:
@@ -89,23 +92,31 @@ class Cublas:
         self._zero, self._one = number(0), number(1)
 
     def gemm(self, a: Array, b: Array, out: Array, add: bool = False) -> None:
-        """Compute out = a b or out += a b; a (M, K) and b (K, N) by rows or transposed, out (M, N) by rows.
+        """Compute out = a b, or out += a b if `add` is set.
+
+        Parameters
+        ----------
+        a, b : (M, K), (K, N)
+            Matrices with contiguous rows or contiguous columns.
+        out : (M, N)
+            A matrix with contiguous rows.
+        add : bool
 
         Raises
         ------
         ValueError
-            If a matrix has another layout.
+            If a matrix has a different layout.
         RuntimeError
             If cuBLAS reports an error.
         """
         (m, k), n = a.shape, b.shape[1]
-        if not (m and n and k):  # empty matrices have no valid strides, and their product is 0
+        if not (m and n and k):  # empty matrices have no valid strides; their product is empty or 0
             if not add:
                 out[...] = 0
             return
         (op_a, step_a), (op_b, step_b), (op_out, step_out) = map(_operand, (a, b, out))
         if op_out != _NORMAL:
-            raise ValueError("cuBLAS writes matrices whose rows are contiguous")
+            raise ValueError("the rows of the result of a cuBLAS product must be contiguous")
         # cuBLAS matrices are column-major: compute out' = b' a'.
         status = self._gemm(
             self._handle, op_b, op_a, n, m, k, self._one, b.data.ptr, step_b, a.data.ptr, step_a,

@@ -1,8 +1,8 @@
 """NVIDIA GPUs through CuPy: fused CUDA kernels, and loops over time that are replayed as CUDA graphs.
 
-A pass over 200 steps launches some 400 to 800 small kernels. A launch from Python takes longer than the
-kernel; a graph launches them all at once. Its arrays must stay at the addresses that they had when it was
-captured. They do, because all arrays of a loop lie in tapes or workspaces.
+A pass over 200 steps launches about 400 to 800 small kernels. A launch from Python takes longer than the
+kernel, but a graph launches all of them at once. A graph requires that its arrays have the same addresses as
+when it was captured. They do, because all arrays of a loop are in tapes or workspaces.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["CupyBackend", "device_count", "device_names"]
 THREADS = 256
 WARP = 32
 SHARED_BYTES = 48 * 1024
-"""Shared memory that a kernel can use on every GPU (CUDA programming guide, compute capabilities)."""
+"""The shared memory that a kernel can use on every GPU (CUDA programming guide, compute capabilities)."""
 
 SLICE_ROWS, MOST_SLICES = 256, 128
 """The minimum number of rows in a block of a segment sum, and the maximum number of blocks of rows."""
@@ -36,10 +36,10 @@ MOST_GRAPHS = 256
 """The maximum number of captured loops; the least recently used one is dropped first."""
 
 PERSISTENT_BATCH = {4: 32, 8: 8}
-"""Batches up to this size run faster in persistent kernels (docs/gpu.md); the keys are bytes per number."""
+"""The largest batches that run faster in persistent kernels (docs/gpu.md), by the bytes per number."""
 
 FUSED = ("gated", "plain")
-"""Kinds of cells whose steps are kernels of kernels.cu."""
+"""The kinds of cells whose steps are kernels of kernels.cu."""
 
 NULL = np.intp(0)
 KERNELS = Path(__file__).with_name("kernels.cu")
@@ -63,7 +63,7 @@ def device_names() -> list[str]:
 
 @functools.cache
 def _stream(device: int) -> Any:
-    """Return the stream for all work on a device: the default stream cannot be captured."""
+    """Return the stream for all work on a device; the default stream cannot be captured."""
     with cupy.cuda.Device(device):
         return cupy.cuda.Stream(non_blocking=True)
 
@@ -75,20 +75,20 @@ def _module(real: str, device: int) -> Any:
 
 
 def _columns(rows: Array, sequences: Array) -> np.int32:
-    """Return the number of columns C of rows (B C, .) of B sequences."""
+    """Return C, the number of columns, from rows (B C, .) of B sequences."""
     return np.int32(len(rows) // max(1, len(sequences)))
 
 
 class CupyBackend(NumpyBackend):
-    """One GPU.
+    """Arrays, products and kernels on one GPU.
 
     Parameters
     ----------
     dtype : str
     local_rank : int
-        The rank among those of the node; ranks take turns in choosing a visible GPU.
+        The index of this rank among the ranks of its node, to which the visible GPUs are assigned in turn.
     precision : {'float32', 'tf32'}
-        Of float32 matrix products; `tf32` rounds their factors to 10 bits, for the tensor cores.
+        The precision of float32 matrix products; `tf32` rounds their factors to 10 bits, for tensor cores.
 
     Raises
     ------
@@ -98,7 +98,7 @@ class CupyBackend(NumpyBackend):
     Attributes
     ----------
     captures : bool
-        Whether loops over time are captured in graphs; set to False if CUDA refuses to capture.
+        Whether loops over time are captured in graphs; becomes False if CUDA cannot capture a loop.
     persistent_batch : int
         The maximum number of sequences for which a loop of a gated cell is one kernel; 0: never. For more
         sequences graphs are faster.
@@ -132,7 +132,7 @@ class CupyBackend(NumpyBackend):
         self.persistent_batch = PERSISTENT_BATCH[self.dtype.itemsize]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return what a copy or a pickle of the backend is made of, on the same device."""
+        """Return the class, arguments and state of a copy or a pickle, which uses the same device."""
         state = {"micro_batch": self.micro_batch}
         return type(self), (self.dtype.name, self._device.id, self._precision), state
 
@@ -146,7 +146,7 @@ class CupyBackend(NumpyBackend):
 
     @property
     def device_id(self) -> str:
-        """The PCI bus id, which identifies the GPU independent of CUDA_VISIBLE_DEVICES."""
+        """The PCI bus id, which identifies the GPU independently of CUDA_VISIBLE_DEVICES."""
         return str(self._device.pci_bus_id)
 
     def to_host(self, array: Array) -> np.ndarray:
@@ -200,9 +200,9 @@ class CupyBackend(NumpyBackend):
     # Loops, captured ---------------------------------------------------------------------------
 
     def replay(self, key: Hashable, launch: Callable[[], None]) -> None:
-        """Call `launch`, whose work must be the same for one key; from the second call on replay a graph.
+        """Call `launch`, whose work must be the same for one key; replay a graph from the second call on.
 
-        If a graph cannot be captured, `launch` is called each time, with the same results.
+        If the graph cannot be captured, `launch` is called each time, with the same results.
         """
         graph = self._graphs.pop(key, None)
         if graph is None or not self.captures:
@@ -218,7 +218,7 @@ class CupyBackend(NumpyBackend):
             self._graphs.popitem(last=False)
 
     def _captured(self, launch: Callable[[], None]) -> Any:
-        """Capture the work of `launch` without running it; return None if CUDA refuses, now and later."""
+        """Capture the work of `launch` without running it; return None, now and later, if CUDA refuses."""
         try:
             self._stream.begin_capture()
             try:
@@ -231,7 +231,7 @@ class CupyBackend(NumpyBackend):
         return graph
 
     def loop(self, name: str, run: Callable[[], None], arrays: Mapping[str, Any]) -> None:
-        """Run a loop over time as one kernel, as a graph, or, if its steps are plain array code, directly."""
+        """Run a loop over time as one kernel or as a graph, or directly if its steps are plain array code."""
         key = self.loop_key(name, arrays)
         if key is None:
             run()
@@ -272,7 +272,7 @@ class CupyBackend(NumpyBackend):
     # Kernels -----------------------------------------------------------------------------------
 
     def _launch(self, name: str, threads: int, *arguments: Any) -> None:
-        """Launch a kernel on this many threads; an argument None becomes a null pointer."""
+        """Launch a kernel with at least `threads` threads; an argument None becomes a null pointer."""
         arguments = tuple(NULL if a is None else a for a in arguments)
         self._kernel(name)((-(-threads // THREADS),), (THREADS,), arguments)
 

@@ -1,11 +1,12 @@
 """tanh and exp that the compiler can vectorise, for the Numba kernels.
 
-By default Numba emits calls of the scalar libm, which keep the whole loop scalar; NumPy's tanh costs more per
-element and an additional pass over memory. These functions have no branches. exp and the float64 tanh use
-the formulas and coefficients of the Cephes library (S. L. Moshier, "Methods and Programs for Mathematical
-Functions", 1989; expf.c, exp.c, tanh.c), with errors of at most 2 units in the last place. The float32 tanh
-is the rational approximation of the Eigen library (degree 13 over 6, which XLA uses too): its error is at
-most 5 units, and it takes two thirds of the time of Cephes (tests/test_elementary.py).
+By default Numba emits calls of the scalar libm, which prevent the vectorisation of the complete loop. NumPy's
+tanh takes more time per element and an additional pass over memory. The functions here have no branches. exp
+and the float64 tanh use the formulas and coefficients of the Cephes library (S. L. Moshier, "Methods and
+Programs for Mathematical Functions", 1989; expf.c, exp.c, tanh.c), with errors of at most 2 units in the last
+place. The float32 tanh is the rational approximation of the Eigen library (degree 13 over 6), which XLA also
+uses. Its error is at most 5 units in the last place, and it takes two thirds of the time of the function of
+Cephes (tests/test_elementary.py).
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ __all__ = ["exp", "tanh"]
 
 F = np.float32
 INLINE: Any = {"forceinline": True, "error_model": "numpy", "fastmath": {"contract"}}
-"""Inlining lets the compiler vectorise the loops around. Sums keep their order: the caller's permission to
-reorder would spoil exp's logarithm in two parts."""
+"""Options of the functions: inlining allows the compiler to vectorise the surrounding loops.
+
+Unlike in the callers, the compiler must not reorder sums, because exp subtracts the logarithm of 2 in two
+parts.
+"""
 
 
 @njit(**INLINE)
@@ -57,7 +61,8 @@ def _exp64(value):
 
 @njit(**INLINE)
 def _tanh32(value):
-    # The float nearest to the point where the quotient reaches 1; tanh rounds to 1 for slightly larger x.
+    # The bound is the float nearest to the x at which the quotient reaches 1. For slightly larger x, tanh(x)
+    # rounds to 1.
     x = min(max(value, F(-7.99881172180175781)), F(7.99881172180175781))
     z = x * x
     p = F(-2.76076847742355e-16) * z + F(2.00018790482477e-13)
@@ -84,12 +89,12 @@ def _tanh64(x):
 
 
 def exp(x):
-    """Compute e to the x inside compiled kernels; NaN stays NaN."""
+    """Compute exp(x) inside compiled kernels; the result for NaN is NaN."""
     return np.exp(x)
 
 
 def tanh(x):
-    """Compute the hyperbolic tangent inside compiled kernels; NaN stays NaN."""
+    """Compute tanh(x) inside compiled kernels; the result for NaN is NaN."""
     return np.tanh(x)
 
 

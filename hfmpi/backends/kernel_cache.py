@@ -1,14 +1,14 @@
-"""A cache of compiled kernels that runs share: one archive file, which is only replaced as a whole.
+"""A cache of compiled kernels that runs share: a single archive file, which is replaced atomically.
 
-Numba's cache folder is not safe for ranks that start together on a shared home folder: two processes that
-compile one function for different types choose the same file names, and one may then load the machine code of
-the other. Numba also identifies a function by its source file alone, not by the functions that it calls, and
-raises an error if the folder is not writable. Here every process works in a private folder, filled from the
-archive; the kernels that it had to compile go into a new archive at exit. If the cache is damaged, or cannot
-be read or written, the only cost is a few seconds of compiling.
+Numba's cache folder is not safe for ranks that start at the same time with a shared home folder: two
+processes that compile one function for different types choose the same file names, so that one may load the
+machine code of the other. Numba also identifies a function only by its source file, and not by the functions
+that it calls, and raises an error if the folder is not writable. So each process uses a private folder, into
+which the archive is unpacked. At exit, a process that has compiled kernels writes a new archive. If the cache
+is damaged, or cannot be read or written, the only consequence is that compiling takes a few seconds.
 
-A process locks its folder, and the operating system releases the lock however the process ends. So a later
-start recognises the folders of processes that were killed, and removes them.
+A process locks its folder, and the operating system releases the lock when the process ends in any way. So a
+later process recognises the folders of processes that were killed, and removes them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _PREFIX = "hfmpi-cache-"
 
 
 def archive_path(name: str, sources: tuple[str, ...]) -> Path:
-    """Return the path of the archive: one file per build and processor, in the user's cache folder.
+    """Return the path of the archive in the user's cache folder; there is one per build and processor.
 
     The folder is `$XDG_CACHE_HOME/hfmpi` or `~/.cache/hfmpi`.
 
@@ -75,8 +75,8 @@ def kernel_cache(name: str, sources: tuple[str, ...]) -> Iterator[Callable[[Any]
     Yields
     ------
     callable
-        Makes a function, decorated without `cache=True`, use the folder, and returns it. Without a usable
-        folder functions are compiled in memory.
+        A function that makes a Numba function, decorated without `cache=True`, use the folder, and returns
+        it. Without a usable folder, functions are compiled in memory.
     """
     try:
         archive = archive_path(name, sources)
@@ -95,7 +95,7 @@ def kernel_cache(name: str, sources: tuple[str, ...]) -> Iterator[Callable[[Any]
 
 
 def _cached(function: Any) -> Any:
-    """Make a function use Numba's cache folder; reads and writes that fail there are ignored."""
+    """Enable the cache folder for a Numba function, and ignore errors when it is read or written."""
     with contextlib.suppress(*_UNUSABLE):
         function.enable_caching()
         cache = function._cache
@@ -120,18 +120,18 @@ def _private_folder() -> Path:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
         with contextlib.suppress(FileNotFoundError):
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            with contextlib.suppress(OSError):  # not every file system has locks
+            with contextlib.suppress(OSError):  # some file systems have no locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if folder.exists():
                 return folder
             os.close(lock)
-        # Another process removed the folder as abandoned before it was locked: try again.
+        # Another process removed the folder as abandoned before it was locked, so try again.
 
 
 def _remove_abandoned(parent: Path) -> None:
-    """Remove this user's folders that are not locked: they belong to processes that were killed.
+    """Remove the folders of this user that are not locked, because their processes were killed.
 
-    The folder is locked while it is removed, so that processes that start at the same time skip it.
+    A folder is locked while it is removed, so that processes that start at the same time skip it.
     """
     for folder in parent.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
@@ -145,19 +145,19 @@ def _remove_abandoned(parent: Path) -> None:
 
 
 def _fill(folder: Path, archive: Path) -> tuple[set[str], bool]:
-    """Unpack the archive, if it is valid; return the names of the files, and whether it is damaged."""
+    """Unpack the archive if it is valid; return the names of its files, and whether it is damaged."""
     try:
         with zipfile.ZipFile(archive) as packed:
             packed.extractall(folder)
             return set(packed.namelist()), False
     except _UNUSABLE as error:
-        for incomplete in folder.iterdir():  # the folder itself stays, because it is locked
+        for incomplete in folder.iterdir():  # the folder itself is not removed, because it is locked
             shutil.rmtree(incomplete, ignore_errors=True)
         return set(), isinstance(error, _DAMAGED)
 
 
 def _leave(folder: Path, archive: Path, known: set[str], damaged: bool) -> None:
-    """Add newly compiled kernels to the archive, unless another rank has done so; remove the folder."""
+    """Add newly compiled kernels to the archive, unless another rank has done so, and remove the folder."""
     with contextlib.suppress(*_UNUSABLE):
         files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*.nb[ci]"))}
         if files.keys() - known and (damaged or files.keys() - _names(archive)):

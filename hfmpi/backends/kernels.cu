@@ -1,10 +1,10 @@
 // The fused kernels for NVIDIA GPUs. The formulas, and the meaning of every array, are those of numpy.py and
-// base.py. `real` is float or double (-DREAL=...). All arrays are C-contiguous; a null pointer stands for an
+// base.py. `real` is float or double (-DREAL=...). All arrays are C-contiguous; a null pointer represents an
 // array that is not needed.
 //
-// Step kernels have one thread per element (b, j) of B sequences and n units; in tangents and adjoints (r, j) of
-// the B C rows of C columns, where r / C is the sequence. No sum uses atomics, so that the order of additions is
-// fixed and the same input gives the same bits.
+// Step kernels have one thread per element (b, j) of B sequences and n units. Tangents and adjoints of C columns
+// have one thread per element (r, j) of B C rows and n units, where r / C is the sequence. Sums do not use atomics,
+// so that the order of additions is fixed and results are reproducible bit for bit.
 
 typedef REAL real;
 
@@ -47,7 +47,7 @@ static __device__ __forceinline__ void forward_unit(
         k[4 * next] = bias_h ? i : i * (1 - u * u);
         k[5 * next] = o * slope;
     }
-    if (w) {  // structural damping: the matching-loss curvature of each unit
+    if (w) {  // for structural damping: the curvature of each unit's matching loss
         real* weight = w + (size_t)b * 4 * n;
         weight[j] = i * (1 - i);
         weight[n + j] = f * (1 - f);
@@ -204,7 +204,7 @@ static __device__ __forceinline__ real most_in_warp(real value) {
 extern "C" __global__ void softmax_loss(
     int rows, int symbols, real* logits, const int* targets, double* losses) {
     const int r = element() / WARP, lane = threadIdx.x % WARP;
-    if (r >= rows) return;  // a whole warp
+    if (r >= rows) return;  // all threads of a warp return together
     real* row = logits + (size_t)r * symbols;
     const int target = targets[r];
     real top = row[0], chosen = 0;
@@ -250,15 +250,15 @@ extern "C" __global__ void softmax_hessian(
 
 // Sums over whole batches --------------------------------------------------------------------------------------
 
-// out[y, v, :] = the sum of the rows of part y whose symbol is v. Part y has the rows y * first, y * first + step,
-// ..., at most `length` of them. A block has one thread per column; each thread adds its column in the order of
-// the rows, in a separate part of the shared memory.
+// out[y, v, :] = the sum of the rows of part y whose symbol is v. Part y consists of the rows y * first,
+// y * first + step, ..., at most `length` of them. A block has one thread per column; each thread adds its column
+// in the order of the rows, in a separate part of the shared memory.
 extern "C" __global__ void segment_sums(
     int count, int width, int symbols, int first, int step, int length, const real* __restrict__ rows,
     long long stride, const int* __restrict__ x, real* __restrict__ out, long long out_stride) {
     real* sums = (real*)shared + threadIdx.x;
     const int columns = blockDim.x, j = blockIdx.x * columns + threadIdx.x;
-    if (j >= width) return;  // no thread waits for another
+    if (j >= width) return;  // allowed, because the threads do not synchronise
     for (int v = 0; v < symbols; v++) sums[v * columns] = 0;
     const int start = blockIdx.y * first, left = (count - start + step - 1) / step;
     const int own = length < left ? length : left;
@@ -286,9 +286,9 @@ extern "C" __global__ void accumulate_squares(
 
 // Loops over all steps of a gated cell in one launch -----------------------------------------------------------
 //
-// Every block computes at most `most` of the n units and stores their columns of the matrices in shared memory. The
-// blocks, all of them on the GPU at once (a cooperative launch), wait for one another after each product of which
-// every block computes a part. The results of other blocks are read from the second-level cache, because each
+// Every block computes at most `most` of the n units and stores their columns of the matrices in shared memory. All
+// blocks are on the GPU at once (a cooperative launch). Each block computes a part of every product, and all blocks
+// wait for one another after it. Results of other blocks are read from the second-level cache, because each
 // multiprocessor has a separate first-level cache.
 
 #define THREADS_PERSISTENT 512
@@ -327,7 +327,7 @@ static __device__ void meet(Share& s) {
     __syncthreads();
 }
 
-// columns[k, j, g] = matrix[k, g * n + first + j], of a matrix (length, groups * n). The caller synchronises.
+// Set columns[k, j, g] = matrix[k, g * n + first + j] of a matrix (length, groups * n). The caller synchronises.
 static __device__ void keep(const Share& s, const real* matrix, int length, int groups, real* columns) {
     const int width = s.own * groups;
     for (int i = threadIdx.x; i < length * width; i += blockDim.x) {
@@ -356,7 +356,7 @@ static __device__ __forceinline__ void multiply(
     for (int start = 0; start < s.batch; start += s.tile) {
         const int count = s.batch - start < s.tile ? s.batch - start : s.tile;
         stage(source + (size_t)start * length, count * length, s.rows);
-        for (int base = 0; base < count * s.own; base += at_once) {  // whole warps: the sums are shuffled
+        for (int base = 0; base < count * s.own; base += at_once) {  // in complete warps, whose lanes share sums
             const int item = base + threadIdx.x / SPLIT;
             const bool valid = item < count * s.own;
             const int b = item / s.own, j = item % s.own;

@@ -1,4 +1,4 @@
-"""Sums of vectors over NVIDIA GPUs by NCCL, if CuPy has it."""
+"""Sums of vectors over NVIDIA GPUs by NCCL, if CuPy provides it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["available", "new_name", "summing"]
 
 
 def _nccl() -> Any:
-    """Return CuPy's module for NCCL, or None if there is no NCCL."""
+    """Return CuPy's module for NCCL, or None if NCCL is not available."""
     try:
         with warnings.catch_warnings(action="ignore"):  # CuPy warns if the library is absent
             from cupy.cuda import nccl
@@ -27,12 +27,12 @@ def available(backend: Backend) -> bool:
 
 
 def new_name() -> Any:
-    """Return a new identifier by which ranks form a communicator."""
+    """Create an identifier, by which the ranks join one communicator."""
     return _nccl().get_unique_id()
 
 
 def summing(backend: Backend, size: int, rank: int, name: Any) -> Callable[[Array], None]:
-    """Join the communicator of an agreed name and return a function that sums a vector over it, in place."""
+    """Join the communicator `name`, and return a function that sums a vector over it in place."""
     nccl = _nccl()
     communicator = nccl.NcclCommunicator(size, name, rank)
     kind = nccl.NCCL_FLOAT32 if backend.dtype.itemsize == 4 else nccl.NCCL_FLOAT64

@@ -1,4 +1,4 @@
-"""Fused loops for the CPU that read every coefficient once; the formulas are those of `numpy.py`."""
+"""Fused loops for the CPU that read every coefficient only once; the formulas are those of `numpy.py`."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def gated_tangent(pre, table, x, k, dc, dh, add):
 
 
 def gated_adjoint(dh, back, k, dc, da, inject):
-    # Many short loops: with more arrays in a loop the compiler cannot prove that they do not overlap, and
-    # emits scalar code. A row stays in the first-level cache from one loop to the next.
+    # These are many short loops, because with more arrays in a loop the compiler cannot prove that they do
+    # not overlap, and emits scalar code. A row remains in the first-level cache from one loop to the next.
     n = dc.shape[1]
     columns = dc.shape[0] // k.shape[1]
     for r in range(dc.shape[0]):
@@ -242,7 +242,7 @@ def accumulate_square(g, total, squares):
 
 
 def compiled(function: Callable) -> Any:
-    """Compile a kernel whose sums may be reordered and contracted; NaN and infinity are honoured."""
+    """Compile a kernel whose sums may be reordered and contracted; NaN and infinity are handled correctly."""
     return numba.njit(function, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
 
 
@@ -268,13 +268,13 @@ KERNELS = (
 
 
 class CompileListener(event.Listener):
-    """Notifies when Numba compiles one of the kernels, which it does only if the kernel is not on disk."""
+    """Notifies listeners when Numba compiles one of the kernels, because it is not in the cache on disk."""
 
     def __init__(self, kernels: Iterable[Any]) -> None:
         self._kernels, self._depth = frozenset(kernels), 0
 
     def on_start(self, event: Any) -> None:
-        if self._depth or event.data["dispatcher"] in self._kernels:  # functions that a kernel calls count
+        if self._depth or event.data["dispatcher"] in self._kernels:  # includes functions that a kernel calls
             self._depth += 1
             if self._depth == 1:
                 notify(True)
@@ -288,7 +288,7 @@ class CompileListener(event.Listener):
 
 @functools.cache
 def kernels() -> dict[str, Any]:
-    """Return the kernels by name; each is compiled, or loaded from disk, when it is first called."""
+    """Return the kernels by name; each one is compiled or loaded from disk when it is first called."""
     with kernel_cache("kernels", (__file__, elementary.__file__, panels.__file__)) as cached:
         by_name = {f.__name__: cached(compiled(f)) for f in KERNELS}
     event.register("numba:compile", CompileListener(by_name.values()))
@@ -307,14 +307,14 @@ PLAIN = (
     "segment_sum",
     "accumulate_square",
 )
-"""Kernels that have the signature of the backend's method of the same name."""
+"""The kernels that have the signature of the backend's method of the same name."""
 
 
 class NumbaBackend(NumpyBackend):
-    """Fused loops over NumPy arrays, compiled on first use and cached.
+    """Fused loops over NumPy arrays, compiled at the first use and cached.
 
-    The loops and the sequential products run in one thread: starting threads 400 times a pass costs more than
-    it saves (docs/performance.md). The products over many steps use the threads of the BLAS.
+    The loops and the sequential products run in one thread, because starting threads 400 times per pass costs
+    more than it saves (docs/performance.md). The products over many steps use the threads of the BLAS.
     """
 
     name = "numba"

@@ -1,11 +1,11 @@
 """Every kernel in plain array code on `xp`: the reference with NumPy, the fallback on other devices.
 
 The formulas are in docs/theory.md. Shapes: B sequences, n hidden units, R rows of a table, V symbols; arrays
-are C-contiguous. A row of a table is what an input contributes; x (B,) selects the row of each sequence.
+are C-contiguous. A row of a table is the contribution of an input; x (B,) selects the row of each sequence.
 
-A tangent or an adjoint step takes one direction or C directions at once, its columns. Its arrays then have
-B C rows, those of a sequence adjacent, and the table of the direction has R C rows. The stored coefficients
-of a sequence are used for all of its rows.
+A tangent or adjoint step processes one direction or C directions at once, which are called its columns. Its
+arrays then have B C rows, where the C rows of a sequence are adjacent, and the table of the directions has
+R C rows. The stored coefficients of a sequence are used for all of its rows.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def by_sequence(rows: Array, sequences: int) -> Array:
 
 
 class NumpyBackend(Backend):
-    """Plain NumPy on the host; subclasses set `xp` to run on another device."""
+    """Plain NumPy on the host; subclasses set `xp` to run on a different device."""
 
     name = "numpy"
 
     def sigmoid(self, a: Array) -> Array:
-        """Compute 1 / (1 + exp(-a)) by tanh, which cannot overflow."""
+        """Compute 1 / (1 + exp(-a)) from tanh, which cannot overflow."""
         half = a.dtype.type(0.5)
         return half * self.xp.tanh(half * a) + half
 
@@ -37,7 +37,7 @@ class NumpyBackend(Backend):
     def gated_forward(
         self, a: Array, table: Array, x: Array, bias_h: Array, c: Array, h: Array, k: Array, w: Array
     ) -> None:
-        """Take a step of a gated cell: from a = m W_h (B, 4n) compute h, c, k (6, B, n) and w (B, 4n).
+        """Compute a step of a gated cell: h, c, k (6, B, n) and w (B, 4n) from a = m W_h (B, 4n).
 
         k and w may be None if they are not needed; bias_h (n,) is None except in the `krause` variant.
         """
@@ -51,7 +51,7 @@ class NumpyBackend(Backend):
         if bias_h is None:
             s = tanh(new_c)
             h[...] = o * s
-        else:  # Krause (2016): linear update, output gate inside the tanh
+        else:  # as in Krause (2016), the update is linear, and the output gate is inside the tanh
             s = tanh(o * new_c + bias_h)
             h[...] = s
         if k is not None:
@@ -67,7 +67,7 @@ class NumpyBackend(Backend):
                 k[4] = i
             k[5] = o * slope
         c[...] = new_c
-        if w is not None:  # structural damping: the matching-loss curvature of each unit
+        if w is not None:  # for structural damping: the curvature of each unit's matching loss
             for j, gate in enumerate((i, f, o)):
                 w[:, j * n : (j + 1) * n] = gate * (1 - gate)
             w[:, 3 * n :] = 0.25 * (1 - u * u) if bias_h is None else 0.25
@@ -75,9 +75,10 @@ class NumpyBackend(Backend):
     def gated_tangent(
         self, pre: Array, table: Array, x: Array, k: Array, dc: Array, dh: Array, add: bool
     ) -> None:
-        """Compute R a (in pre, which lacks the table's rows on entry), R c (in place) and R h.
+        """Compute R a, R c and R h of a step of a gated cell.
 
-        With `add`, R h is added to the content of dh.
+        On entry pre is R a without the rows of the table, and dc is R c of the previous step; both are
+        overwritten. R h overwrites dh, or is added to it if `add` is set.
         """
         n = dc.shape[1]
         f, k_i, k_f, k_o, k_u, k_c = k[:, :, None]
@@ -89,7 +90,7 @@ class NumpyBackend(Backend):
         dh[...] = dh + rh if add else rh
 
     def gated_adjoint(self, dh: Array, back: Array, k: Array, dc: Array, da: Array, inject: bool) -> None:
-        """Apply the transpose of gated_tangent: add `back` to dh, and write da (or add to it)."""
+        """Apply the transpose of gated_tangent: add `back` to dh, and write da (with `inject`, add to it)."""
         f, k_i, k_f, k_o, k_u, k_c = k[:, :, None]
         dh, back, dc, da = (by_sequence(array, k.shape[1]) for array in (dh, back, dc, da))
         dh += back
@@ -101,19 +102,19 @@ class NumpyBackend(Backend):
     # Steps of plain tanh cells -----------------------------------------------------------------------
 
     def plain_forward(self, a: Array, table: Array, x: Array, h: Array, w: Array) -> None:
-        """Take a step of a tanh cell: from a = m W_h (B, n) compute h and, unless it is None, w (B, n)."""
+        """Compute a step of a tanh cell: h and, unless it is None, w (B, n) from a = m W_h (B, n)."""
         h[...] = self.xp.tanh(a + table[x])
         if w is not None:
             w[...] = 0.25 * (1 - h * h)
 
     def plain_tangent(self, pre: Array, table: Array, x: Array, h: Array, dh: Array) -> None:
-        """Compute R a (in pre) and R h = (1 - h^2) R a; h is (B, n)."""
+        """Complete R a in pre, and compute R h = (1 - h^2) R a; h is (B, n)."""
         pre, dh = by_sequence(pre, len(x)), by_sequence(dh, len(x))
         pre += table.reshape(-1, *pre.shape[1:])[x]
         dh[...] = (1 - h * h)[:, None] * pre
 
     def plain_adjoint(self, dh: Array, back: Array, h: Array, da: Array, inject: bool) -> None:
-        """Apply the transpose of plain_tangent."""
+        """Apply the transpose of plain_tangent: add `back` to dh, and write da (with `inject`, add to it)."""
         dh, back, da = (by_sequence(array, len(h)) for array in (dh, back, da))
         dh += back
         pulled = (1 - h * h)[:, None] * dh
@@ -122,13 +123,13 @@ class NumpyBackend(Backend):
     # The intermediate state of multiplicative cells --------------------------------------------------
 
     def factor_forward(self, p_table: Array, x: Array, q: Array, m: Array) -> None:
-        """Compute m = p * q with p the rows x of its table; all (B, n)."""
+        """Compute m = p * q, where p are the rows x of p_table; all are (B, n)."""
         self.xp.multiply(p_table[x], q, out=m)
 
     def factor_tangent(
         self, p_table: Array, dp_table: Array, x: Array, q: Array, dq: Array, dm: Array
     ) -> None:
-        """Compute R m = R p * q + p * R q from p_table (R, n) and q (B, n) of the forward pass."""
+        """Compute R m = R p * q + p * R q, with p_table (R, n) and q (B, n) from the forward pass."""
         dq, dm = by_sequence(dq, len(x)), by_sequence(dm, len(x))
         dm[...] = dp_table.reshape(-1, *dm.shape[1:])[x] * q[:, None] + p_table[x][:, None] * dq
 
@@ -138,7 +139,7 @@ class NumpyBackend(Backend):
         self.xp.multiply(dm, q[:, None], out=dp)
         self.xp.multiply(dm, p_table[x][:, None], out=dq)
 
-    # Whole arrays ------------------------------------------------------------------------------------
+    # Complete batches --------------------------------------------------------------------------------
 
     def softmax_loss(self, logits: Array, targets: Array) -> Array:
         """Overwrite logits (N, V) with probabilities; return the loss of each row in nats, (N,) float64."""
@@ -151,12 +152,12 @@ class NumpyBackend(Backend):
         return xp.log(total[:, 0].astype(np.float64)) - chosen
 
     def softmax_gradient(self, p: Array, targets: Array, scale: float, out: Array) -> None:
-        """Compute out = scale * (p - onehot(targets)), all (N, V)."""
+        """Compute out = scale * (p - onehot(targets)); p and out are (N, V)."""
         self.xp.multiply(p, p.dtype.type(scale), out=out)
         out[self.xp.arange(len(targets)), targets] -= p.dtype.type(scale)
 
     def softmax_hessian(self, p: Array, u: Array, scale: float) -> None:
-        """Apply the loss Hessian of each row of p (N, V): u (N C, V) becomes scale * p * (u - <p, u>)."""
+        """Overwrite u (N C, V) with scale * p * (u - <p, u>), the Hessian of each row of p (N, V) times u."""
         p, u = p[:, None], by_sequence(u, len(p))
         u -= self.xp.sum(p * u, axis=-1, keepdims=True)
         u *= p * p.dtype.type(scale)
@@ -175,11 +176,11 @@ class NumpyBackend(Backend):
             self.segment_sum(rows[:, b], x[:, b], out[b])
 
     def accumulate_squares(self, each: Array, total: Array, squares: Array) -> None:
-        """Add the sum of the rows of each (B, D) to total (D,), and that of their squares to squares (D,)."""
+        """Add the sum of the rows of each (B, D) to total (D,), and the sum of their squares to squares."""
         for g in each:
             self.accumulate_square(g, total, squares)
 
     def accumulate_square(self, g: Array, total: Array, squares: Array) -> None:
-        """Add g to total and g * g to squares, vectors of the same length."""
+        """Add g to total, and g * g to squares; all are vectors of the same length."""
         total += g
         squares += g * g

@@ -1,10 +1,10 @@
-"""Matrix products a W with few rows of a, and a W that is packed once for many products.
+"""Matrix products a W with few rows of a, where W is packed once for many products.
 
-The sequential products of a pass multiply B rows at a time with the same recurrent matrix. A BLAS copies the
-matrix at each call into an order that its innermost loop can read at full speed: for B = 16 rows that costs
-it a third of its speed (docs/performance.md). Here the copy is made once per linearisation. The loop is the
-usual one (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008): a block of
-`ROWS` rows times one panel of W, whose sums stay in registers.
+The sequential products of a pass multiply B rows at a time by the same recurrent matrix. A BLAS copies the
+matrix at each call to an order that its innermost loop can read at full speed; for B = 16 rows this copy
+reduces the speed by a third (docs/performance.md). Here the copy is made once per linearisation. The loop
+follows Goto and van de Geijn ("Anatomy of High-Performance Matrix Multiplication", 2008): it multiplies a
+block of `ROWS` rows by one panel of W, and keeps the sums in registers.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ __all__ = ["multiply", "pack", "panels_shape"]
 
 
 def _registers() -> tuple[int, int, int]:
-    """Return the bytes of a vector register, and the rows and vectors of the block that fits in registers."""
+    """Return the bytes of a vector register, and the rows and vectors of a block that fits in registers."""
     selected = numba.config.CPU_FEATURES  # type: ignore[attr-defined]
     host = [f"+{name}" for name, present in binding.get_host_cpu_features().items() if present]
     features = host if selected is None else selected.split(",")
     if "+avx512f" in features:
         return 64, 8, 2
     if "+avx" in features:
-        return 32, 4, 3  # 16 registers: 12 sums, 3 vectors of W, 1 number of a
+        return 32, 4, 3  # 16 registers contain 12 sums, 3 vectors of W and 1 number of a
     return 16, 4, 3
 
 
 BYTES, ROWS, VECTORS = _registers()
 CHUNK = 16 * ROWS
-"""Rows of a that are multiplied with all of W before the next rows, so that they stay in the cache."""
+"""The number of rows of a that are multiplied by all of W at a time, so that they remain in the cache."""
 
 
 def panels_shape(rows: int, columns: int, itemsize: int) -> tuple[int, int, int]:
@@ -44,7 +44,7 @@ def panels_shape(rows: int, columns: int, itemsize: int) -> tuple[int, int, int]
 
 
 def pack(w, panels):
-    """Copy w (K, N) to panels (P, K, width), padded by zeros in the last panel."""
+    """Copy w (K, N) to panels (P, K, width), and pad the last panel with zeros."""
     width = panels.shape[2]
     for p in range(panels.shape[0]):
         first = p * width
@@ -70,7 +70,7 @@ def block(typing_context, rows, like, a, a_row, a_column, panel, depth, c, c_row
         _, _, a, a_row, a_column, panel, depth, c, c_row, add = arguments
         element = context.get_data_type(number)
         vector, integer, size = ir.VectorType(element, lanes), ir.IntType(64), number.bitwidth // 8
-        fused = ("contract",)  # a multiplication and an addition may become one instruction
+        fused = ("contract",)  # a multiplication and an addition may be combined to one instruction
 
         def at(address: Any, kind: Any) -> Any:
             return builder.inttoptr(address, kind.as_pointer())
@@ -137,7 +137,7 @@ def multiply(a, panels, out, add):
     batch, depth = a.shape
     columns, width = out.shape[1], panels.shape[2]
     like, size = panels.dtype.type(0), panels.itemsize
-    edge = np.empty((ROWS, width), panels.dtype)  # replaces out in the last panel, which may be wider
+    edge = np.empty((ROWS, width), panels.dtype)  # receives the last panel, which may be wider than out
     a_row, a_column = a.strides
     for chunk in range(0, batch, CHUNK):
         for p in range(panels.shape[0]):

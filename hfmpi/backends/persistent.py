@@ -1,4 +1,4 @@
-"""Loops over time that are one kernel each: the matrices stay in the shared memory of the multiprocessors.
+"""Loops over time as single kernels, which store the matrices in the shared memory of the multiprocessors.
 
 The blocks of a launch wait for one another after each product. So the launch is cooperative: CUDA refuses it
 unless all blocks fit on the GPU at once.
@@ -17,7 +17,7 @@ from hfmpi.backends.base import Array, Packed
 __all__ = ["SIGNATURES", "PersistentLoops"]
 
 THREADS = 512
-"""THREADS_PERSISTENT of kernels.cu."""
+"""The number of threads per block, THREADS_PERSISTENT of kernels.cu."""
 
 SIGNATURES = {
     "gated forward": "kept recurrent factor p_table table x bias_h c hidden k w q m",
@@ -51,23 +51,23 @@ class PersistentLoops:
         return self._processors > 0 and self._tile(n, multiplicative, 4 * n) > 0
 
     def _most(self, n: int) -> int:
-        """Return the units of a block: the minimum with at most one block per multiprocessor."""
+        """Return the number of units per block, the minimum for one block per multiprocessor."""
         return -(-n // self._processors)
 
     def _matrices(self, n: int, multiplicative: bool) -> int:
-        """Return how many numbers of the matrices a block stores."""
+        """Return the number of matrix elements that a block stores."""
         return (4 + multiplicative) * n * self._most(n)
 
     def _tile(self, n: int, multiplicative: bool, length: int) -> int:
-        """Return how many rows of `length` numbers fit in the shared memory alongside the matrices."""
+        """Return the number of rows of `length` elements that fit in shared memory alongside the matrices."""
         remaining = self._shared_bytes // self._itemsize - self._matrices(n, multiplicative) - 3
         return remaining // length
 
     def run(self, name: str, arrays: Mapping[str, Any]) -> None:
-        """Run the loop of this name (one of `SIGNATURES`) in one launch."""
+        """Run the loop `name` of `SIGNATURES` in one launch."""
         (steps, batch), n = arrays["x"].shape, arrays["hidden"].shape[2]
         multiplicative = arrays["p_table"] is not None
-        length = 4 * n if name == "gated adjoint" else n  # numbers in a row that its products read
+        length = 4 * n if name == "gated adjoint" else n  # elements in a row that its products read
         tile = min(batch, self._tile(n, multiplicative, length))
         shared = (-(-tile * length // 4) * 4 + self._matrices(n, multiplicative)) * self._itemsize
         sizes = (steps, batch, n, self._most(n), tile)
@@ -85,7 +85,7 @@ class PersistentLoops:
 
 
 def _plain(argument: Array | Packed | int | None) -> Any:
-    """Return a number as the int of kernels.cu, an array as its address, and None as a null pointer."""
+    """Convert a kernel argument: a number to an int, an array to its address, None to a null pointer."""
     if isinstance(argument, int):
         return np.int32(argument)
     array = argument.matrix if isinstance(argument, Packed) else argument

@@ -12,9 +12,9 @@ __all__ = ["device", "local_rank"]
 
 @cache
 def local_rank() -> int:
-    """Return the number of this rank among the ranks on its node, from 0 on; collective.
+    """Return the index of this rank among the ranks on its node, starting from 0; collective.
 
-    All ranks of a program under mpirun call it, before or after a run. In one process it is 0.
+    All ranks of a program under mpirun must call it, before or after a run. In a single process it returns 0.
 
     Examples
     --------
@@ -28,16 +28,16 @@ def local_rank() -> int:
 
 
 def device() -> str:
-    """Return the device of this rank, such as "cuda:1", or "cpu" where CUDA shows no GPU; collective.
+    """Return the device of this rank, such as "cuda:1", or "cpu" if CUDA shows no GPU; collective.
 
-    The ranks of a node take turns in choosing one of the GPUs that CUDA shows to this process, as with the
-    built-in networks. All ranks of a program under mpirun call it.
+    The GPUs that CUDA shows this process are assigned to the ranks of a node in turn, as for the built-in
+    networks. All ranks of a program under mpirun must call it.
 
     Examples
     --------
     >>> module = torch.nn.Linear(2, 4).to(hfmpi.device())
     >>> model = hfmpi.TorchModel(module, "cross-entropy")
     """
-    number = local_rank()  # on all ranks, even without a GPU
-    count = len(gpus()) or len(devices())  # without CuPy the system's list
+    number = local_rank()  # collective, so that ranks without a GPU call it too
+    count = len(gpus()) or len(devices())  # without CuPy the list of the operating system is used
     return f"cuda:{number % count}" if count else "cpu"
