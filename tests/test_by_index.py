@@ -83,7 +83,7 @@ def test_a_data_set_that_does_not_fit_is_read_by_index_with_a_note(monkeypatch, 
     large = hfmpi.train(network(), data, **RUN | {"quiet": False})
     assert len(set(data.read)) == 60
     output = capfd.readouterr()
-    assert "data: the data set takes" in output.out + output.err
+    assert "data: the data set would take" in output.out + output.err
     assert "its examples are read by index, batch by batch" in output.out + output.err
     monkeypatch.setattr("hfmpi.runs.call.least", lambda comm, number: 4 * 60 * 5 * 16)
     same([large, hfmpi.train(network(), Items(X, Y), **RUN)])
@@ -142,7 +142,7 @@ def test_examples_that_were_read_lately_stay_in_memory():
         ),
         (
             Items([*X[:-1], X[:2]], Y),
-            "case 59 of the data set is of another shape or type than case 0: pad it",
+            "example 59 of the data set has a different shape or type than example 0: pad them",
         ),
         (
             Items(X, Y, np.where(np.arange(60) == 8, -1.0, 1)),
@@ -150,13 +150,13 @@ def test_examples_that_were_read_lately_stay_in_memory():
         ),
         (
             Items(X, Y, np.where(np.arange(60) == 8, 2, 1)),
-            "the mask of case 8 of the data set must be 0 or 1",
+            "the mask of example 8 of the data set must be 0 or 1",
         ),
         (
             Items(np.where(np.arange(60)[:, None] == 41, 9, X), Y),
             "data: among examples .*: inputs must be symbols",
         ),
-        (Items(X, Y, X, X), r"a data set must give pairs \(x, y\), or \(x, y, weight\)"),
+        (Items(X, Y, X, X), r"a data set must return \(x, y\) or \(x, y, weight\) for each index"),
     ],
 )
 def test_a_bad_example_is_named_when_it_is_read(data, sentence):
@@ -283,9 +283,9 @@ def test_a_model_of_real_inputs_and_several_of_them():
         ),
         (
             lambda x, y, rng: (x[:2], y),
-            r"must return x of int32 and shape \(5,\) as it gets it, not int32 of shape",
+            r"must return x with its dtype int32 and shape \(5,\), not int32 of shape",
         ),
-        (lambda x, y, rng: (x + 0.5, y), "as it gets it, not float64"),
+        (lambda x, y, rng: (x + 0.5, y), "must return x with its dtype int32 .*, not float64"),
         (lambda x, y, rng: 1 / 0, "the augmentation of example 0 raises ZeroDivisionError: division by zero"),
         (lambda x, y, rng: (RNG.permutation(x), y), "returned different examples for the same arguments"),
     ],
@@ -307,7 +307,7 @@ def test_what_needs_the_same_batch_takes_no_augmentation():
         hfmpi.train(network(), (X, Y), valid=data, **RUN)
     with pytest.raises(UserError, match=r"outside of hfmpi\.train, hfmpi\.Augmented takes cases"):
         hfmpi.DataParallel(network(), Communicator()).on(data, np.arange(3))
-    with pytest.raises(UserError, match="the data are augmented already"):
+    with pytest.raises(UserError, match="the data are already augmented"):
         hfmpi.Augmented(data, rolled)
     model, cases = network(), as_cases(data, hfmpi.Arrays)
     assert hfmpi.train(model, data, optimizer="adam", gradient_batch=60, max_steps=2, quiet=True).done
@@ -335,7 +335,7 @@ class TestLoader:
             loader = self.loader(X, Y, WEIGHTS, **options)
             found.append(hfmpi.train(network(), loader, **RUN | {"quiet": False}))
             output = capfd.readouterr()
-            note = "data: the DataLoader's data set is used; its batch size, shuffling and sampler are not"
+            note = "data: only the DataLoader's data set is used, not its batch size, shuffling and sampler"
             assert note in output.out + output.err
         same(found)
 
@@ -351,15 +351,18 @@ class TestLoader:
         for loader, sentence in (
             (
                 self.loader(collate_fn=lambda items: items),
-                r"collate_fn \(<lambda>\) would change the examples",
+                r"collate_fn \(<lambda>\) may change the examples",
             ),
-            (self.loader(sampler=weighted), r"sampler \(WeightedRandomSampler\) chooses examples"),
-            (self.loader(sampler=range(5)), r"sampler \(range\) chooses examples"),
+            (self.loader(sampler=weighted), r"sampler \(WeightedRandomSampler\) would select the examples"),
+            (self.loader(sampler=range(5)), r"sampler \(range\) would select the examples"),
             (self.loader(sampler=sets.RandomSampler(X, replacement=True)), "RandomSampler"),
             (self.loader(batch_sampler=[[0, 1], [2]]), "the DataLoader has no batch size"),
             (self.loader(batch_size=None), "the DataLoader has no batch size"),
-            (sets.DataLoader(Stream()), "the DataLoader's data set is an IterableDataset: it has no indices"),
-            (Stream(), "the data set is an IterableDataset: it has no indices"),
+            (
+                sets.DataLoader(Stream()),
+                "the DataLoader's data set is an IterableDataset: it cannot be indexed",
+            ),
+            (Stream(), "the data set is an IterableDataset: it cannot be indexed"),
         ):
             with pytest.raises(UserError, match=sentence) as caught:
                 hfmpi.train(network(), loader, **RUN)

@@ -312,7 +312,7 @@ def test_evaluate_is_the_validation_of_a_run():
     ("theta", "remedy"),
     [
         (types.SimpleNamespace(theta=np.zeros(3)), "; pass result.theta"),
-        ({"w": np.zeros(3)}, r"; of a JaxModel pass model.theta\(params\)"),
+        ({"w": np.zeros(3)}, r"; for a JaxModel, pass model.theta\(params\)"),
         ([0.0, 1.0], r"; pass numpy.asarray\(theta\)"),
     ],
 )
@@ -350,7 +350,9 @@ def test_a_network_predicts_every_step(reads):
     np.testing.assert_array_equal(model.predict(theta.astype(np.float32), x[:1]).shape, (1, 9, 4))
     with pytest.raises(UserError, match="inputs must be"):
         model.predict(theta, x[:, 0])
-    with pytest.raises(UserError, match="x must be an array, or a tuple of arrays of the same examples"):
+    with pytest.raises(
+        UserError, match="x must be an array, or a tuple of arrays with the same number of examples"
+    ):
         model.predict(theta, (x, x[1:]))
     with pytest.raises(UserError, match="x must be whole or real numbers"):
         model.predict(theta, x[:0])

@@ -165,7 +165,7 @@ def test_a_text_of_any_encoding(encoding, unit, here, monkeypatch, capsys):
 
 
 def test_an_unknown_character_is_named_as_it_was_typed(refused):
-    hint = f", at least not in {sys.getfilesystemencoding()}\n"
+    hint = f" in the encoding {sys.getfilesystemencoding()}\n"
     begin = "the network does not know the character(s) "
     assert refused("sample", "run", "--prime", "thé ñ日") == f"{begin}'é' 'ñ' '日'{hint}"
     assert refused("sample", "run", "--prime", os.fsdecode(b"\xe9\n")) == f"{begin}'\\n' '\\xe9'{hint}"
@@ -348,13 +348,13 @@ def test_damaged_data(damage, reason, here, refused):
     ("--config absent.toml", "cannot read absent.toml"),
     ("--config run", "cannot read run"),
     ("--config run/checkpoint.h5", "is not a TOML file"),
-    ("--out small.h5", "cannot make the folder small.h5"),
-    ("--out small.h5/run", "cannot make the folder small.h5/run"),
-    (f"--out {'x' * 300}", "cannot make the folder xxx"),
+    ("--out small.h5", "cannot create the folder small.h5"),
+    ("--out small.h5/run", "cannot create the folder small.h5/run"),
+    (f"--out {'x' * 300}", "cannot create the folder xxx"),
     ("--resume absent", "there is no checkpoint absent"),
     ("--resume small.h5", "small.h5"),
-    ("--out run --resume never", "run holds a run already"),
-    ("--out run --resume run", "run holds a run already"),
+    ("--out run --resume never", "run already contains a run"),
+    ("--out run --resume run", "run already contains a run"),
 ])  # fmt: skip
 def test_options_that_cannot_be(words, reason, refused):
     assert reason in refused("train", "small.h5", *TINY, *words.split())
@@ -549,7 +549,7 @@ def test_a_working_folder_that_is_gone(here, monkeypatch, refused, capsys):
     gone.mkdir()
     monkeypatch.chdir(gone)
     gone.rmdir()
-    sentence = "the working folder has been removed: change into another one, as with cd ~\n"
+    sentence = "the working folder has been removed: change to another folder, for example by cd ~\n"
     for words in ("prepare a.txt a.h5", "train small.h5", "evaluate run", "sample run", "plot run"):
         assert refused(*words.split()) == sentence
     for words in (f"evaluate {here}/run --backend numba", "bench products --backend numba"):
@@ -631,7 +631,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(here, monkeypatch, c
         "'alle' is neither a whole number nor the word all",
     ),
     (b"xyz" * 9, "prepare book.txt new.h5 --valid-chars all", "'all' is not a whole number"),
-    (b"xyz" * 9, "prepare book.txt new.h5 --train-chars all", "leaves none for training beside 200,000"),
+    (b"xyz" * 9, "prepare book.txt new.h5 --train-chars all", "has none left for training after 200,000"),
     (b"xyz" * 9, "prepare book.txt new.h5 --test-chars -1", "--test-chars"),
     (b"xyz" * 9, "prepare book.txt new.h5 --vocabulary absent", "there is no corpus or run absent"),
     (b"xyz" * 9, "prepare book.txt new.h5 --vocabulary book.txt", "book.txt is not an HDF5 file"),
@@ -642,7 +642,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(here, monkeypatch, c
     (b"xyz" * 9, "prepare book.txt new.h5 --vocabulary run --unknown Q", "'Q' is not in the vocabulary of"),
     (b"xyz" * 9, "prepare book.txt new.h5 --unknown w", "--unknown goes with --vocabulary"),
     (b"", "evaluate run --split all", "'all' is not one of 'train', 'valid', 'test'"),
-    (b"xyz" * 9, "prepare new.h5 --ptb-raw run", "has no Penn Treebank raw files"),
+    (b"xyz" * 9, "prepare new.h5 --ptb-raw run", "contains no raw Penn Treebank files"),
     (b"", "train", "Missing argument"),
     (b"", "train .", "is not a corpus file"),
     (b"", "trian small.h5", "there is no command 'trian' (did you mean train?); `hfmpi --help` lists"),
@@ -738,7 +738,7 @@ def test_no_disk_space_for_the_checkpoint(ranks, here):
 def test_bad_input_under_three_ranks(here):
     before = content(here)
     is_one_sentence(
-        outside(3, here, "train", "small.h5", *TINY, "--out", "small.h5/run"), "cannot make the folder"
+        outside(3, here, "train", "small.h5", *TINY, "--out", "small.h5/run"), "cannot create the folder"
     )  # which rank 0 alone finds out
     is_one_sentence(
         outside(3, here, "train", "small.h5", "--out", "run", "--hidden", "7"), "holds a model of"
@@ -774,6 +774,8 @@ def test_a_memory_budget_that_is_no_size(refused):
 def test_a_wrong_bench_is_one_sentence(refused):
     assert "no model 'elman'" in refused("bench", "products", "--model", "elman")
     assert "cannot read nothing.h5" in refused("bench", "step", "--data", "nothing.h5")
-    assert "the text makes 21 of" in refused("bench", "products", "--data", "small.h5", "--batch", "100000")
+    assert "use 1 to 21, the number of sequences" in refused(
+        "bench", "products", "--data", "small.h5", "--batch", "100000"
+    )
     assert "has no setting" in refused("bench", "step", "--set", "x=1")
     assert refused("bench", "products", "--dtype", "half") == "dtype must be float32 or float64, not 'half'\n"

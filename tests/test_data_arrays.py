@@ -64,7 +64,7 @@ def test_a_case_that_is_not_there_is_an_error(index):
     [
         (
             (symbols(5), symbols(5, 1)),
-            r"inputs must be symbols \(cases, steps\) or real vectors .*, not int64",
+            r"inputs must be symbols \(examples, steps\) or real vectors .*, not int64",
         ),
         ((vectors(5, 3), symbols(5, 3)), r"inputs must be .* not float64 of shape \(5, 3\)"),
         ((symbols(5, 3, 2), symbols(5, 3)), r"inputs must be .* not int64 of shape \(5, 3, 2\)"),
@@ -73,7 +73,7 @@ def test_a_case_that_is_not_there_is_an_error(index):
         ((symbols(5, 3), symbols(5, 0)), "targets must be"),
         ((symbols(5, 3) - 9, symbols(5, 3)), "inputs must be symbols 0, 1, 2"),
         ((symbols(5, 3) + 2**31, symbols(5, 3)), "inputs must be symbols 0, 1, 2"),
-        ((symbols(5, 3), symbols(4, 3)), "there are 5 cases of inputs and 4 of targets"),
+        ((symbols(5, 3), symbols(4, 3)), "inputs have 5 examples, but targets have 4"),
         (
             (symbols(5, 3), symbols(5, 4)),
             r"shape \(5, 3\) need a target .*have shape \(5, 4\)",
@@ -84,7 +84,7 @@ def test_a_case_that_is_not_there_is_an_error(index):
             (symbols(5, 3), symbols(5, 3), np.full((5, 3), -0.5)),
             "the mask must be finite numbers, 0 or more, not -0.5",
         ),
-        ((symbols(5, 3), symbols(5, 2)), r"have shape \(5, 2\); burn_in=1 names the first 1 steps"),
+        ((symbols(5, 3), symbols(5, 2)), r"have shape \(5, 2\); pass burn_in=1 if the first 1 steps"),
     ],
 )
 def test_arrays_that_do_not_fit_are_one_sentence(arrays, sentence):

@@ -133,8 +133,13 @@ def test_a_sequence_that_is_not_there_is_an_error(index: int) -> None:
 @pytest.mark.parametrize(
     ("size", "length", "burn_in", "words"),
     [
-        (199, 200, 0, "199 characters is too short for a sequence of 200: it takes at least 200"),
-        (200, 200, 1, "with a burn-in of 1: it takes at least 201"),
+        (
+            199,
+            200,
+            0,
+            "199 characters is too short for a sequence of 200: use a longer text, of at least 200",
+        ),
+        (200, 200, 1, "with a burn-in of 1: use a longer text, of at least 201"),
         (0, 1, 0, "too short"),
         (10, 0, 0, "cannot be"),
         (10, 5, -1, "cannot be"),
@@ -206,9 +211,9 @@ def test_the_curvature_slice_gives_every_place_its_turn(
 def test_a_batch_larger_than_the_data_is_one_sentence(batch: int) -> None:
     check_batch(1, 10)
     check_batch(10, 10)
-    with pytest.raises(UserError, match="cannot be drawn: the text makes 10 of them"):
+    with pytest.raises(UserError, match="out of range: use 1 to 10, the number of sequences"):
         check_batch(batch, 10)
-    with pytest.raises(UserError, match="from a gradient batch of 10"):
+    with pytest.raises(UserError, match="use 1 to 10, the gradient batch size"):
         curvature_slice(0, 10, batch)
 
 

@@ -113,7 +113,7 @@ def no_format(file: h5py.File) -> None:
     del file.attrs["format"]
 
 
-@spoils("version 3, and this hfmpi reads version 2")
+@spoils("version 3, but this hfmpi reads version 2")
 def other_version(file: h5py.File) -> None:
     file.attrs["version"] = 3
 
@@ -173,7 +173,7 @@ def no_train(file: h5py.File) -> None:
     del file["train"]
 
 
-@spoils("/valid is not a one-dimensional dataset of bytes, at least one")
+@spoils("/valid is not a one-dimensional dataset of at least one byte")
 def valid_empty(file: h5py.File) -> None:
     replace(file, "valid", shape=(0,), dtype=np.uint8)
 
@@ -183,12 +183,12 @@ def valid_null(file: h5py.File) -> None:
     replace(file, "valid", data=h5py.Empty("u1"))
 
 
-@spoils("/train is not a one-dimensional dataset of bytes")
+@spoils("/train is not a one-dimensional dataset of at least one byte")
 def train_int64(file: h5py.File) -> None:
     replace(file, "train", data=np.zeros(10, np.int64))
 
 
-@spoils("/train is not a one-dimensional dataset of bytes")
+@spoils("/train is not a one-dimensional dataset of at least one byte")
 def train_signed(file: h5py.File) -> None:
     replace(file, "train", data=np.zeros(10, np.int8))
 
@@ -208,12 +208,12 @@ def train_references(file: h5py.File) -> None:
     replace(file, "train", data=[file["valid"].ref], dtype=h5py.ref_dtype)
 
 
-@spoils("/train is not a one-dimensional dataset of bytes")
+@spoils("/train is not a one-dimensional dataset of at least one byte")
 def train_matrix(file: h5py.File) -> None:
     replace(file, "train", data=np.zeros((4, 4), np.uint8))
 
 
-@spoils("/train is not a one-dimensional dataset of bytes")
+@spoils("/train is not a one-dimensional dataset of at least one byte")
 def train_scalar(file: h5py.File) -> None:
     replace(file, "train", data=np.uint8(3))
 
@@ -309,7 +309,7 @@ def too_many_symbols(file: h5py.File) -> None:
     replace(file, "symbols", data=np.zeros(300, np.uint8))
 
 
-@spoils("not sorted and different")
+@spoils("not sorted and distinct")
 def symbols_twice(file: h5py.File) -> None:
     file["symbols"][1] = file["symbols"][0]
 

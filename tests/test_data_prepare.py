@@ -76,7 +76,7 @@ def test_all_is_what_validation_leaves() -> None:
     assert decoded(corpus, corpus.train) == b"abcdefg"
     assert decoded(corpus, corpus.valid) == b"hij"
     assert len(prepare(b"abcd", "all", 3).corpus.train) == 1
-    with pytest.raises(UserError, match="3 characters leaves none for training beside 3 for validation"):
+    with pytest.raises(UserError, match="3 characters has none left for training after 3 for validation"):
         prepare(b"abc", "all", 3)
 
 
@@ -202,7 +202,7 @@ def test_no_penn_treebank_is_one_sentence(tmp_path: Path, ptb: Path) -> None:
     with pytest.raises(UserError, match="is not a folder"):
         read_ptb_raw(ptb / "wsj" / "00" / "wsj_0001")
     (tmp_path / "other").mkdir()
-    with pytest.raises(UserError, match="has no Penn Treebank raw files"):
+    with pytest.raises(UserError, match="contains no raw Penn Treebank files"):
         read_ptb_raw(tmp_path / "other")
 
 
@@ -284,9 +284,12 @@ def test_the_command_reads_standard_input(tmp_path: Path) -> None:
     done = piped(gzip.compress(b"words"), "-", "new.h5")
     assert done.returncode == 2
     assert done.stderr == (
-        "Error: standard input is compressed (gzip); for the text in it: zcat FILE | hfmpi prepare - OUT.h5\n"
+        "Error: standard input is compressed (gzip); to prepare the text in it: "
+        "zcat FILE | hfmpi prepare - OUT.h5\n"
     )
-    assert "standard input, which can be read only once" in refused("-", "-", tmp_path / "new.h5")
+    assert "- (standard input) is named more than once, but can be read only once" in refused(
+        "-", "-", tmp_path / "new.h5"
+    )
     assert "must be that of a file and not -" in refused(tmp_path / "one.txt", "-")
     assert names(tmp_path) == ["one.txt", "out.h5"]
 
@@ -306,10 +309,10 @@ def test_a_compressed_text_is_said_to_be_one(tmp_path: Path) -> None:
         ("zstd", "zstdcat", b"\x28\xb5\x2f\xfd\x24\x05words"),
     ):
         way_out = f"{program} '{packed}' | hfmpi prepare - OUT.h5"
-        assert sentence(content) == f"{packed} is compressed ({kind}); for the text in it: {way_out}"
+        assert sentence(content) == f"{packed} is compressed ({kind}); to prepare the text in it: {way_out}"
     with zipfile.ZipFile(packed, "w") as file:
         file.writestr("book.txt", text)
-    assert "is compressed (zip); for the text in it: unzip -p '" in sentence(packed.read_bytes())
+    assert "is compressed (zip); to prepare the text in it: unzip -p '" in sentence(packed.read_bytes())
     packed.write_bytes(b"BZh9 is how bzip2 begins, PK\x03\x04 is in the midst of it")
     assert run(packed, tmp_path / "out.h5").exit_code == 0
 
@@ -322,14 +325,14 @@ NUMBERS = np.arange(999.0).tobytes()
     [
         (
             "words ".encode("utf-16") * 100,
-            "text in UTF-16, of which every byte would be a symbol: iconv -f UTF-16 -t",
+            "text in UTF-16, with several bytes per character; to convert it: iconv -f UTF-16 -t",
         ),
         ("words ".encode("utf-16-be") * 100, "iconv -f UTF-16BE -t UTF-8 '{}' | hfmpi prepare - OUT.h5"),
         ("words ".encode("utf-16-le") * 100, "iconv -f UTF-16LE -t UTF-8 '{}' | hfmpi prepare - OUT.h5"),
         ("words ".encode("utf-32") * 100, "is a text in UTF-32"),
-        (None, "is an HDF5 file and not a text; a corpus needs no preparation: hfmpi train '{}'"),
+        (None, "is an HDF5 file and not a text; if it is a corpus, train on it: hfmpi train '{}'"),
         (np.random.default_rng(0).bytes(5000), "5,000 bytes are control characters"),
-        (NUMBERS, f"of its first {len(NUMBERS):,} bytes are control characters"),
+        (NUMBERS, f"of the first {len(NUMBERS):,} bytes are control characters"),
         (Path(sys.executable).read_bytes(), "bytes are control characters"),
     ],
 )
@@ -346,9 +349,7 @@ def test_what_is_no_text_is_refused(content: bytes | None, sentence: str, tmp_pa
 def test_training_on_a_text_says_how_to_prepare_it(tmp_path: Path) -> None:
     book = tmp_path / "book.txt"
     book.write_bytes(b"words " * 100)
-    way = (
-        f"is not an HDF5 file; if it is a text, first make a corpus: hfmpi prepare {book} {tmp_path}/book.h5"
-    )
+    way = f"if it is a text, first convert it to a corpus: hfmpi prepare {book} {tmp_path}/book.h5"
     with pytest.raises(UserError, match=re.escape(way)):
         Corpus.read(book)
 
@@ -356,7 +357,7 @@ def test_training_on_a_text_says_how_to_prepare_it(tmp_path: Path) -> None:
 def test_the_command_says_bytes_where_characters_have_several(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("für über " * 100, encoding="utf-8")
     said = run(tmp_path / "text.txt", tmp_path / "out.h5").output
-    assert "Note: the text has 1,100 bytes, which are 900 characters of UTF-8" in said
+    assert "Note: the text has 1,100 bytes, which are 900 characters in UTF-8" in said
     assert "bits/char are bits/byte." in said
     assert "1,100 of 1,100 bytes" in said
 

@@ -120,9 +120,9 @@ def test_a_test_text_follows_the_validation_text(sizes, splits, tmp_path: Path):
 
 def test_a_test_text_that_cannot_be():
     for text, sizes, sentence in (
-        (b"abcd", ("all", 2, 2), "none for training beside 2 for validation and 2 for test: give a longer "
-         "one, or fewer --valid-chars and --test-chars"),
-        (b"abcd", (100, 10, 10), "too short to split 100 to 10 to 10: give a longer one, or other "
+        (b"abcd", ("all", 2, 2), "none left for training after 2 for validation and 2 for test: use a longer "
+         "text, or reduce --valid-chars and --test-chars"),
+        (b"abcd", (100, 10, 10), "too short to split 100 to 10 to 10: use a longer text, or change "
          "--train-chars and --valid-chars and --test-chars"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=sentence):

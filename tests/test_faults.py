@@ -96,8 +96,8 @@ def test_a_rank_that_dies_ends_all(command, faulty):
 @pytest.mark.parametrize(
     ("command", "name", "faulty", "sentence"),
     [
-        ("sys.exit(0)", "", 1, "rank 1 (process {}) has left while others go on"),
-        ("sys.exit(0)", "connect", 1, "rank 1 (process {}) has left while others go on"),
+        ("sys.exit(0)", "", 1, "rank 1 (process {}) has exited while other ranks continue"),
+        ("sys.exit(0)", "connect", 1, "rank 1 (process {}) has exited while other ranks continue"),
         ("os.kill(os.getpid(), signal.SIGSTOP)", "", 1, "rank 1 (process {}) is stopped (SIGSTOP)"),
         ("os.kill(os.getpid(), signal.SIGSTOP)", "", 0, "rank 0 (process {}) is stopped (SIGSTOP)"),
         ("time.sleep(1000)", "hang", 1, "for 2 s (--stall-timeout); the others wait for rank 1 (process {})"),

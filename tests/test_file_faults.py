@@ -185,7 +185,7 @@ def test_a_folder_that_another_job_took_over_is_left_to_it(held, data, tmp_path)
         if not held:  # it has come to its end already
             others[0].release()
 
-    reason = "is writing into" if held else "has written into"
+    reason = "is writing to" if held else "has written to"
     with pytest.raises(UserError, match=rf"another job {reason} .*; the steps after step 2 are not saved"):
         train(folder, data, max_steps=6, checkpoint_every=2, reporter=During(step_3=replaced))
     if held:
@@ -251,7 +251,7 @@ def test_what_the_disk_changes_is_noticed_before_it_takes_the_name(tmp_path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(atomic.os, "fsync", lying_disk)
-        with pytest.raises(UserError, match="what was read back is not what was written"):
+        with pytest.raises(UserError, match="the content that was read back differs from what was written"):
             checkpoint.save(tmp_path / NEWEST, theta, {}, {"step": 2})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {NEWEST: before}
 
@@ -272,7 +272,7 @@ def test_a_damaged_checkpoint_does_not_push_out_the_good_one(tmp_path):
 
 def test_a_second_job_is_refused(data, tmp_path):
     def second():
-        with pytest.raises(UserError, match=rf"another job is writing into .*\(process {os.getpid()} on "):
+        with pytest.raises(UserError, match=rf"another job is writing to .*\(process {os.getpid()} on "):
             train(tmp_path / "run", data, max_steps=2)
 
     train(tmp_path / "run", data, max_steps=1, reporter=During(step_1=second))
@@ -283,7 +283,7 @@ def test_a_job_that_read_the_checkpoint_too_early_starts_again(data, tmp_path):
     train(tmp_path / "run", data, max_steps=1)
     late = make_run(tmp_path / "run", data, max_steps=3)
     train(tmp_path / "run", data, max_steps=2)
-    with pytest.raises(UserError, match="start again to go on from there"):
+    with pytest.raises(UserError, match="start again to continue from there"):
         late.train()
     train(tmp_path / "run", data, max_steps=3)
 
@@ -312,7 +312,7 @@ def test_a_lock_does_not_outlive_a_killed_job(data, tmp_path):
             time.sleep(0.02)
         second = subprocess.run([*program, "--max-steps", "1"], capture_output=True, text=True, timeout=60)
         assert second.returncode == 2
-        assert "another job is writing into" in second.stderr
+        assert "another job is writing to" in second.stderr
         assert second.stderr.count("\n") == 1
     finally:
         job.send_signal(signal.SIGKILL)
@@ -473,5 +473,7 @@ def test_a_sparse_file_larger_than_memory_is_refused(tmp_path):
         space = h5py.h5s.create_simple((2**37,))
         h5py.h5d.create(file.id, b"theta", h5py.h5t.IEEE_F64LE, space, settings)
     assert (tmp_path / NEWEST).stat().st_size > 2**40
-    with pytest.raises(UserError, match="theta claims 1,099,511,627,776 bytes, more than there can be"):
+    with pytest.raises(
+        UserError, match="theta claims to have 1,099,511,627,776 bytes, more than is possible"
+    ):
         checkpoint.load(tmp_path / NEWEST)

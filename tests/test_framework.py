@@ -152,12 +152,12 @@ def test_memory_of_a_linearisation_is_given_back_before_the_next():
 
 
 @pytest.mark.parametrize(("loss", "cases", "words"), [
-    ("cross-entropy", hfmpi.Examples(ROWS, numbers(CASES, OUTPUTS)), "must be whole numbers, as symbols are"),
-    ("squares", hfmpi.Examples(ROWS, symbols(CASES)), r"must be real numbers, as of astype\(float\)"),
+    ("cross-entropy", hfmpi.Examples(ROWS, numbers(CASES, OUTPUTS)), "must be whole numbers \\(symbols\\)"),
+    ("squares", hfmpi.Examples(ROWS, symbols(CASES)), r"must be real numbers \(y.astype\(float\)\)"),
     ("cross-entropy", hfmpi.Examples(ROWS, symbols(CASES) + 1), "must be symbols from 0 to 2, not 2 to 3"),
     ("cross-entropy", hfmpi.Examples(ROWS, -symbols(CASES)), "must be symbols from 0 to 2, not -2 to -1"),
     ("cross-entropy", hfmpi.Examples(ROWS, symbols(CASES) > 1), r"not bool; give y.astype\(int\)"),
-    ("cross-entropy", hfmpi.Examples(ROWS, ONE_HOT), r"do not fit .* give the symbols, y.argmax\(-1\)"),
+    ("cross-entropy", hfmpi.Examples(ROWS, ONE_HOT), r"do not fit .* pass their symbols: y.argmax\(-1\)"),
     ("cross-entropy", hfmpi.Examples(ROWS, ONE_HOT.astype("f")), r"single 1: .* symbols, y.argmax\(-1\)"),
     ("cross-entropy", hfmpi.Examples(ROWS, ONE_HOT > 0), r"single 1: .* symbols, y.argmax\(-1\)"),
     ("squares", hfmpi.Examples(ROWS, numbers(CASES, OUTPUTS) * np.nan), "must be finite numbers, not nan"),
@@ -175,11 +175,11 @@ def test_a_batch_that_does_not_fit_is_refused(loss, cases, words):
 
 
 @pytest.mark.parametrize(("given", "words"), [
-    ((ROWS, symbols(CASES + 1)), "there are 4 cases of inputs and 5 of targets"),
-    (((ROWS, ROWS[1:]), symbols(CASES)), "there are 3 cases of inputs and 4 of targets"),
+    ((ROWS, symbols(CASES + 1)), "inputs have 4 examples, but targets have 5"),
+    (((ROWS, ROWS[1:]), symbols(CASES)), "inputs have 3 examples, but targets have 4"),
     (((), symbols(CASES)), "not an empty tuple"),
-    ((ROWS, [[1, 2], [3]]), "targets must be an array with rows of one length, or a tensor on the CPU"),
-    ((ROWS[:0], symbols(0)), r"inputs must be whole or real numbers, one row or more, not float64 of shape"),
+    ((ROWS, [[1, 2], [3]]), "targets must be an array with rows of equal length, or a tensor on the CPU"),
+    ((ROWS[:0], symbols(0)), r"inputs must be whole or real numbers with at least one row, not float64 of"),
     ((ROWS.astype(str), symbols(CASES)), "inputs must be whole or real numbers"),
     ((ROWS, symbols(CASES), np.ones(3)), r"the mask has shape \(3,\), not \(4,\)"),
     ((ROWS, symbols(CASES), np.full(4, np.nan)), "the mask must be finite numbers, 0 or more, not nan"),
@@ -205,12 +205,12 @@ class Unreadable:
 
 
 @pytest.mark.parametrize(("values", "words"), [
-    (Unreadable(requires_grad=True), r"; give tensor.detach\(\)$"),
-    (Unreadable(device="cuda:1"), r"; give tensor.cpu\(\)$"),
-    (Unreadable(layout="torch.sparse_coo"), r"; give tensor.to_dense\(\)$"),
+    (Unreadable(requires_grad=True), r"; pass tensor.detach\(\)$"),
+    (Unreadable(device="cuda:1"), r"; pass tensor.cpu\(\)$"),
+    (Unreadable(layout="torch.sparse_coo"), r"; pass tensor.to_dense\(\)$"),
     (Unreadable(dtype="torch.bfloat16", requires_grad=True),
-     r"; give tensor.detach\(\).float\(\), since NumPy has no bfloat16"),
-    ([Unreadable(dtype="torch.bfloat16")] * CASES, r"; give tensor.float\(\), since NumPy has no bfloat16"),
+     r"; pass tensor.detach\(\).float\(\), because NumPy has no bfloat16"),
+    ([Unreadable(dtype="torch.bfloat16")] * CASES, r"; pass tensor.float\(\), because NumPy has no bfloat16"),
     (Unreadable(), "or a tensor on the CPU without a gradient$"),
     (np.zeros((CASES, 2), "V2"), r"not \|V2: give x.astype\('float32'\)"),
 ])  # fmt: skip
@@ -218,7 +218,7 @@ def test_a_tensor_that_numpy_cannot_read_is_refused_with_the_remedy(values, word
     for given in ((values, symbols(CASES)), (ROWS, values)):
         with pytest.raises(UserError, match=words):
             hfmpi.Examples(*given)
-    with pytest.raises(UserError, match="the parts of case 0 of the data set must be .*" + words):
+    with pytest.raises(UserError, match="the parts of example 0 of the data set must be .*" + words):
         hfmpi.train(model(), [(values[0] if isinstance(values, np.ndarray) else values, 1)], quiet=True)
 
 

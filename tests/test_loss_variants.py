@@ -107,8 +107,8 @@ def test_no_smoothing_and_no_weight_are_the_plain_losses():
 
 
 @pytest.mark.parametrize(("make", "words"), [
-    (lambda: SmoothedCrossEntropy(1.5), r"label smoothing must lie in \[0, 1\], not 1.5"),
-    (lambda: SmoothedCrossEntropy(math.nan), r"label smoothing must lie in \[0, 1\], not nan"),
+    (lambda: SmoothedCrossEntropy(1.5), r"label smoothing must be in \[0, 1\], not 1.5"),
+    (lambda: SmoothedCrossEntropy(math.nan), r"label smoothing must be in \[0, 1\], not nan"),
     (lambda: WeightedBernoulli((1.0, 0.0)), r"weights of positive targets must be positive numbers"),
     (lambda: WeightedBernoulli(()), r"weights of positive targets must be positive numbers"),
     (lambda: choose("MSELoss"), r"no loss 'MSELoss' \(did you mean mse\?\); choose one of cross-entropy"),
@@ -154,8 +154,8 @@ def test_weights_need_their_outputs_and_bits():
     bits = (numbers(30, 6, 3) > 0) * 1.0
     assert math.isfinite(run(WeightedBernoulli((1.0, 2.0, 3.0)), bits).history[-1]["loss"])
     for weights, y, words in (
-        ((1.0, 2.0), bits, "the loss has weights of 2 outputs, and the model has 3"),
-        ((2.0,), 0.5 * bits, "targets of a loss with weights of positive targets must be 0 or 1"),
+        ((1.0, 2.0), bits, "the loss has weights for 2 outputs, but the model has 3"),
+        ((2.0,), 0.5 * bits, "the targets must be 0 or 1, because the loss has weights for positive targets"),
     ):
         with pytest.raises(hfmpi.UserError, match=words):
             run(WeightedBernoulli(weights), y)

@@ -240,55 +240,55 @@ MISTAKES = {
     "list": (wrong(value=value(lambda x: x.tolist())), "value must return .* not list"),
     "nothing": (wrong(value=lambda self, b, z, y: None), "value must return .* not None"),
     "complex": (wrong(value=value(lambda x: x + 0j)), "value must return .* of complex128"),
-    "repeated mean": (wrong(value=value(lambda x: np.full(len(x), x.mean()))), "gradient must give"),
-    "mean over outputs": (wrong(value=value(lambda x: x / 3)), "gradient must give .* gives 3 times that"),
-    "no cache": (wrong(value=not_left), "gradient must give .* gives .* in place of .* cache"),
+    "repeated mean": (wrong(value=value(lambda x: np.full(len(x), x.mean()))), "gradient must compute"),
+    "mean over outputs": (wrong(value=value(lambda x: x / 3)), "gradient must .* computes 3 times that"),
+    "no cache": (wrong(value=not_left), "gradient must compute .* computes .* instead of .* cache"),
     "cache in the loss": (
         wrong(value=in_the_loss, gradient=lambda s, b, c, y, scale, out: np.multiply(s.e, scale, out=out)),
-        "gradient must give .* cache",
+        "gradient must compute .* cache",
     ),
     "arguments": (wrong(value=lambda self, z, y: z), "value.backend, outputs, targets. raises TypeError"),
     "gradient returned": (
         wrong(gradient=lambda s, b, cache, y, scale, out: scale * cache),
         "gradient must overwrite out with .*, but it returns ndarray and does not fill out",
     ),
-    "gradient partly": (wrong(gradient=partly), "gradient must overwrite out .* leaves numbers of out as"),
+    "gradient partly": (wrong(gradient=partly), "gradient must overwrite out .* leaves elements of out"),
     "gradient added": (wrong(gradient=adds), "gradient must overwrite out .* or adds to them"),
-    "gradient without scale": (wrong(gradient=writes(lambda s, e: e)), "gradient must give .* ignores scale"),
+    "gradient without scale": (wrong(gradient=writes(lambda s, e: e)), "gradient must .* ignores scale"),
     "gradient of wrong sign": (
-        wrong(gradient=writes(lambda s, e: -s * e)), "gradient must give .* gives -1 times that"
+        wrong(gradient=writes(lambda s, e: -s * e)), "gradient must compute .* computes -1 times that"
     ),
-    "gradient of a mean": (wrong(gradient=writes(lambda s, e: s * e / len(e))), "gradient must give"),
-    "gradient nan": (wrong(gradient=writes(lambda s, e: s * e * np.nan)), "gradient must give .* gives nan"),
+    "gradient of a mean": (wrong(gradient=writes(lambda s, e: s * e / len(e))), "gradient must compute"),
+    "gradient nan": (wrong(gradient=writes(lambda s, e: s * e * np.nan)), "gradient must .* computes nan"),
     "gradient of one output": (
-        wrong(gradient=writes(lambda s, e: s * e * [1, 1, 2])), "gradient must give .* in place of"
+        wrong(gradient=writes(lambda s, e: s * e * [1, 1, 2])), "gradient must compute .* instead of"
     ),
     "gradient changes the cache": (wrong(gradient=in_place), "gradient must not change the cache"),
     "gradient raises": (wrong(gradient=missing_key), "gradient.* raises KeyError: 'weights.*classes'$"),
     "gradient without out": (wrong(gradient=lambda s, b, c, y, scale: c), "gradient.*out. raises TypeError"),
     "hessian returned": (
-        wrong(hessian=lambda s, b, cache, u, scale: scale * u), "hessian must overwrite u .* leaves u as it"
+        wrong(hessian=lambda s, b, cache, u, scale: scale * u), "hessian must overwrite u .* leaves u"
     ),
     "hessian without scale": (
-        wrong(hessian=lambda s, b, c, u, scale: None), "hessian must give .* ignores scale"
+        wrong(hessian=lambda s, b, c, u, scale: None), "hessian must compute .* ignores scale"
     ),
     "hessian of wrong size": (
         wrong(hessian=lambda s, b, c, u, scale: np.multiply(u, 2 * scale, out=u)),
-        "hessian must give .* gives 2 times that",
+        "hessian must compute .* computes 2 times that",
     ),
     "hessian squares scale": (
         wrong(hessian=lambda s, b, c, u, scale: np.multiply(u, scale**2, out=u)),
-        "hessian must give .* gives 0.37 times that",
+        "hessian must compute .* computes 0.37 times that",
     ),
-    "hessian not symmetric": (wrong(hessian=turns), "hessian must give"),
+    "hessian not symmetric": (wrong(hessian=turns), "hessian must compute"),
     "hessian of one direction": (wrong(hessian=one_direction), "hessian.* raises ValueError"),
     "not convex": (Falling(), "it must be convex in the outputs, .* negative curvature"),
     "symbols": (
         wrong(Symbols, gradient=lambda s, b, p, y, scale, out: np.multiply(p, scale, out=out)),
-        "gradient must give",
+        "gradient must compute",
     ),
     "no hessian of symbols": (
-        wrong(Symbols, hessian=lambda s, b, p, u, scale: np.multiply(u, scale, out=u)), "hessian must give"
+        wrong(Symbols, hessian=lambda s, b, p, u, scale: np.multiply(u, scale, out=u)), "hessian must compute"
     ),
     "targets": (
         wrong(value=lambda s, b, z, y: squares(b, z, np.multiply(y, 2, out=y))),
@@ -310,13 +310,13 @@ def test_a_mistake_in_a_loss_is_one_sentence(name, kind):
 
 @pytest.mark.parametrize(("loss", "words"), [
     (Squares, "loss must be one of cross-entropy, .*, not the class Squares"),
-    (object(), "an object like them, not object"),
-    (type("Half", (), {"value": squares, "symbols": False})(), "which has gradient, hessian too, not Half"),
-    (type("Kind", (), dict.fromkeys(["value", "gradient", "hessian"], squares))(), "which has symbols too"),
+    (object(), "hfmpi.models.losses.Loss, not object"),
+    (type("Half", (), {"value": squares, "symbols": False})(), "not Half, which lacks gradient, hessian"),
+    (type("Kind", (), dict.fromkeys(["value", "gradient", "hessian"], squares))(), "which lacks symbols"),
     (wrong(symbols="no"), "symbols of the loss Wrong must be True .* or False, not 'no'"),
     (wrong(hessian=1.0), "hessian of the loss Wrong must be a method, not 1.0"),
-    (wrong(bounds=(1, 0)), r"bounds of the loss Wrong must be \(least target, largest target\)"),
-    (wrong(bounds=3), r"bounds of the loss Wrong must be \(least target, largest target\), not 3"),
+    (wrong(bounds=(1, 0)), r"bounds of the loss Wrong must be \(smallest target, largest target\)"),
+    (wrong(bounds=3), r"bounds of the loss Wrong must be \(smallest target, largest target\), not 3"),
 ])  # fmt: skip
 def test_an_object_that_is_not_a_loss_is_refused(loss, words):
     with pytest.raises(UserError, match=words):
@@ -368,7 +368,7 @@ def test_a_batch_without_a_scored_output_does_not_count_as_checked():
     made = network(MISTAKES["gradient of wrong sign"][0])
     theta = made.initial(0).astype("f")
     made.loss(theta, hfmpi.Arrays(SEQUENCES, TARGETS, np.zeros((6, 4))).take(np.arange(6)))
-    with pytest.raises(UserError, match="gives -1 times that"):
+    with pytest.raises(UserError, match="computes -1 times that"):
         made.loss(theta, hfmpi.Arrays(SEQUENCES, TARGETS).take(np.arange(6)))
 
 

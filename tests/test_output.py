@@ -201,7 +201,7 @@ PMIX = {"PMIX_RANK": "7", "PMIX_NAMESPACE": "slurm.pmix.1.0"}
 
 @pytest.mark.parametrize(("words", "said"), [
     (["sample", "absent"], "Error: there is no checkpoint"),
-    (["train", "absent", "--out", "run"], "Error: the launcher started 8 processes, but it speaks PMIx"),
+    (["train", "absent", "--out", "run"], "Error: the launcher started 8 processes, but it uses PMIx"),
 ])  # fmt: skip
 def test_a_shell_that_a_launcher_started_as_another_rank_than_0(words, said, tmp_path):
     try:

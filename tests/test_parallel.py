@@ -197,7 +197,7 @@ def test_launcher_of_another_mpi_is_an_error():
             [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60
         )
         assert done.returncode == 2
-        assert done.stderr.count("the launcher started 2 processes, but each of them is alone") == lines
+        assert done.stderr.count("the launcher started 2 processes, but they are not connected") == lines
         assert len(done.stderr.splitlines()) == lines
 
 
@@ -219,8 +219,8 @@ def library_named(text):
 @pytest.mark.parametrize(
     ("found", "variables", "said"),
     [
-        (MPICH, PMIX, "it speaks PMIx, which MPICH 5.0.2 is not built for: use .* srun --mpi=pmi2"),
-        (MPICH, OPEN_MPIRUN, "it speaks PMIx"),
+        (MPICH, PMIX, "it uses PMIx, which MPICH 5.0.2 was not built for: use .* srun --mpi=pmi2"),
+        (MPICH, OPEN_MPIRUN, "it uses PMIx"),
         (MPICH, PMI | {"PMI_FD": "closed"}, r"its connection \(PMI_FD\) is closed"),
         (MPICH, PMI | {"PMI_FD": "left"}, r"its connection \(PMI_FD\) is closed"),
         (MPICH, PMI | {"PMI_FD": "open"}, None),
@@ -229,9 +229,13 @@ def library_named(text):
         (MPICH, SLURM, None),  # MPICH starts, and says that each is alone
         ("Intel(R) MPI Library 2021.13", PMIX, None),
         (OPEN_MPI, OPEN_MPIRUN, None),
-        (OPEN_MPI, PMIX, "its PMIx server is not named"),
-        (OPEN_MPI, PMI | {"PMI_FD": "open"}, "it offers no PMIx, which Open MPI v5.0.11 needs: use .*pmix"),
-        (OPEN_MPI, SLURM, "it offers no PMIx"),
+        (OPEN_MPI, PMIX, "PMIX_SERVER_URI does not name its PMIx server"),
+        (
+            OPEN_MPI,
+            PMI | {"PMI_FD": "open"},
+            "it does not offer PMIx, which Open MPI v5.0.11 requires: use .*pmix",
+        ),
+        (OPEN_MPI, SLURM, "it does not offer PMIx"),
         ("Open MPI v4.1.6, package: x", SLURM, None),  # which may be built for Slurm's PMI
         (OPEN_MPI, {}, None),
     ],
@@ -347,7 +351,7 @@ with guard():
     ("leaving", "code", "said"),
     [
         ("1 / 0", 1, "ZeroDivisionError: division by zero\nError: rank 1 failed with this exception"),
-        ("sys.exit(3)", 3, "Error: rank 1 left alone with code 3"),
+        ("sys.exit(3)", 3, "Error: rank 1 exited with code 3 without the other ranks"),
         ("sys.exit('no way')", 1, "no way"),
         ("raise UserError('this rank alone')", 2, "Error: this rank alone"),
     ],
@@ -449,7 +453,7 @@ def test_place_sets_the_threads(monkeypatch, blas_threads):
     assert blas_threads() == {2}
     assert placement.place(Communicator(), threads=1).threads == 1
     assert blas_threads() == {1}
-    with pytest.raises(UserError, match="at least one thread"):
+    with pytest.raises(UserError, match="must be at least 1, not"):
         placement.place(Communicator(), threads=0)
 
 

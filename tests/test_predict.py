@@ -95,7 +95,7 @@ def test_random_modules_and_wrong_inputs_are_refused(torch):
     for theta, x, words in (
         (model.initial(0)[1:], X, "theta must be a vector"),
         (model.initial(0), X[:, :2], "the module fails on inputs"),
-        (model.initial(0), (X, X[1:]), "of the same examples, not of 49 and 50 examples"),
+        (model.initial(0), (X, X[1:]), "with the same number of examples, not 49 and 50 examples"),
         (model.initial(0), "text", "x must be whole or real numbers"),
     ):
         with pytest.raises(UserError, match=words):

@@ -266,8 +266,8 @@ def test_a_run_that_starts_from_another_one_may_have_other_options_and_data(tmp_
     ({"max_steps": None}, "old has 2 steps already"),
     ({"settings": {"rat": 1}}, "has no setting 'rat'"),
     ({"gradient_batch": 61}, "gradient_batch can be at most 60"),
-    ({"out": "old"}, 'old holds a run already; give another out, or resume="auto" to go on with it'),
-    ({"resume": "never", "out": "old"}, 'old holds a run already; give another out, or resume="auto" to'),
+    ({"out": "old"}, 'old already contains a run: use a different out, or resume="auto" to continue the run'),
+    ({"resume": "never", "out": "old"}, 'old already contains a run: use a different out, or resume="auto"'),
     ({"resume": ""}, "resume must be 'auto', 'never', or the path of a run, not ''"),
     ({"resume": None}, "resume must be 'auto', 'never', or the path of a run, not None"),
 ])  # fmt: skip
@@ -447,23 +447,23 @@ def fails(outputs, targets):
     ({"train": (1e20 * X, Y)}, "and steps are possible up to 3.4e+38: scale inputs and targets to about 1"),
     (RUN | {"train": (np.full((60, 9, 4), np.nan), NEXT)},
      "the loss is not finite at the start (nan): the inputs of example 0 are not finite"),
-    ({"train": (X, Y[:-1])}, "data: there are 80 cases of inputs and 79 of targets"),
-    ({"valid": (X, Y[:-1])}, "valid: there are 80 cases of inputs and 79 of targets"),
-    ({"train": (X[:0], Y[:0])}, "data: inputs must be whole or real numbers, one row or more"),
+    ({"train": (X, Y[:-1])}, "data: inputs have 80 examples, but targets have 79"),
+    ({"valid": (X, Y[:-1])}, "valid: inputs have 80 examples, but targets have 79"),
+    ({"train": (X[:0], Y[:0])}, "data: inputs must be whole or real numbers with at least one row"),
     ({"train": []}, "data: the data set is empty"),
     ({"train": None}, "data must be given, not None"),
     ({"train": X}, "data must be a tuple (x, y)"),
     ({"train": {"x": X}}, "data must be a tuple (x, y)"),
-    ({"train": (X,)}, "data: a tuple must be (x, y) or (x, y, mask), not of 1 parts"),
-    ({"train": Random()}, "data: reading case 0 of the data set twice returned"),
-    ({"train": Ragged()}, "data: case 1 of the data set is of another shape or type than case 0"),
-    ({"train": [(X, "a")]}, "the parts of case 0 of the data set must be whole or real numbers, not <U1"),
-    ({"train": [(X, [[1], [1, 2]])]}, "the parts of case 0 of the data set must be an array with rows"),
-    ({"train": Longer()}, "data: case 80 of the data set, whose length is 81, cannot be read: IndexError"),
-    ({"train": Failing()}, "case 3 of the data set, whose length is 80, cannot be read: KeyError: 'image 3'"),
+    ({"train": (X,)}, "data: a tuple of data must be (x, y) or (x, y, mask), but it has 1 parts"),
+    ({"train": Random()}, "data: reading example 0 of the data set twice returned"),
+    ({"train": Ragged()}, "data: example 1 of the data set has a different shape or type than example 0"),
+    ({"train": [(X, "a")]}, "the parts of example 0 of the data set must be whole or real numbers, not <U1"),
+    ({"train": [(X, [[1], [1, 2]])]}, "the parts of example 0 of the data set must be an array with rows"),
+    ({"train": Longer()}, "example 80 of the data set, which has length 81, cannot be read: IndexError"),
+    ({"train": Failing()}, "of the data set, which has length 80, cannot be read: KeyError: 'image 3'"),
     ({"train": Endless()}, "data: the length of the data set cannot be read: TypeError: no length"),
-    ({"train": Loader()}, "cases such as hfmpi.Examples, not Loader; give its data set, loader.dataset"),
-    ({"train": [1, 2]}, "data: a data set must give pairs (x, y), or (x, y, weight), not 1"),
+    ({"train": Loader()}, "an object such as hfmpi.Examples, not Loader; pass its data set, loader.dataset"),
+    ({"train": [1, 2]}, "data: a data set must return (x, y) or (x, y, weight) for each index, not 1"),
     ({"train": Changing()}, "reading the same examples twice returned different values"),
     ({"model": "net"}, "model must be a model such as hfmpi.TorchModel, hfmpi.JaxModel or hfmpi.Network"),
     ({"model": Line}, "model must be a model such as hfmpi.TorchModel, hfmpi.JaxModel or hfmpi.Network"),
@@ -504,7 +504,7 @@ def fails(outputs, targets):
     ({"early_stopping": 3}, "unknown option 'early_stopping' (did you mean patience?); the options are"),
     ({"monitor": "loss"}, "unknown option 'monitor' (did you mean watch?); the options are"),
     ({"dtype": "float64"}, "dtype is not an option of hfmpi.train"),
-    ({"threads": 0}, "a rank needs at least one thread, not 0"),
+    ({"threads": 0}, "the number of threads of a rank must be at least 1, not 0"),
     ({"stall_timeout": -1}, "stall_timeout must be a number of seconds"),
     ({"slices": 3}, "slices must be a power of two"),
     ({"slices": 2**53}, "at most 65,536, not 9007199254740992"),
@@ -516,10 +516,10 @@ def fails(outputs, targets):
     (RUN | {"valid": VALID, "metric": fails}, "metric(outputs, targets) raises KeyError: 'class"),
     (RUN | {"valid": VALID, "metric": lambda z: z}, "metric(outputs, targets) raises TypeError: "),
     (RUN | {"train": (SYMBOLS, NEXT + 4)}, "targets must be symbols from 0 to 3"),
-    (RUN | {"train": (SYMBOLS, NEXT[:, :, None])}, "data: targets must be symbols (cases, steps)"),
-    (RUN | {"train": (SYMBOLS, ONE_HOT)}, "a single 1: of one-hot targets give the symbols, y.argmax(-1)"),
-    (RUN | {"train": (SYMBOLS, ONE_HOT.astype(float))}, "of one-hot targets give the symbols, y.argmax(-1)"),
-    (RUN | {"train": (SYMBOLS, NEXT > 1)}, "; give the symbols 0 and 1, .astype(int)"),
+    (RUN | {"train": (SYMBOLS, NEXT[:, :, None])}, "data: targets must be symbols (examples, steps)"),
+    (RUN | {"train": (SYMBOLS, ONE_HOT)}, "if these are one-hot vectors, pass their symbols, y.argmax(-1)"),
+    (RUN | {"train": (SYMBOLS, ONE_HOT.astype(float))}, "one-hot vectors, pass their symbols, y.argmax(-1)"),
+    (RUN | {"train": (SYMBOLS, NEXT > 1)}, "; pass the symbols 0 and 1, .astype(int)"),
     ({"out": 3}, "out must be the path of a folder, not 3"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence(changes, words, tmp_path):
@@ -638,7 +638,11 @@ hfmpi.train(Line(3), (X, Y[1:]), max_steps=1)
     code, _, err = mpirun(2, tmp_path, body)
     assert code != 0
     # What all ranks raise, one of them tells.
-    assert err.count("Traceback") == err.count("UserError: data: there are 80 cases of inputs and 79") == 1
+    assert (
+        err.count("Traceback")
+        == err.count("UserError: data: inputs have 80 examples, but targets have 79")
+        == 1
+    )
     ours = [json.loads((tmp_path / f"said{rank}").read_text()) for rank in range(2)]
     assert ours[0] == ours[1]
     first, again, records, third, metric, theta, last, said = ours[0]
@@ -651,7 +655,7 @@ hfmpi.train(Line(3), (X, Y[1:]), max_steps=1)
     assert not (tmp_path / "bad").exists()
     seed = "than the other ranks: what is random needs the same seed on all ranks"
     assert said == [
-        "data: there are 60 cases of inputs and 59 of targets",
+        "data: inputs have 60 examples, but targets have 59",
         f"rank 1 has other data {seed}",
         f"rank 1 has another model {seed}",
         "rank 1 has other options or checkpoint files than the other ranks",

@@ -412,7 +412,9 @@ def test_a_decomposed_hessian_that_is_not_finite_gives_rows_that_are_not():
 
 def test_a_hessian_too_large_to_decompose_is_one_sentence():
     backend = NumpyBackend("float64")
-    with pytest.raises(UserError, match=r"Poisson has no root, .* 257 outputs .* define root and residual"):
+    with pytest.raises(
+        UserError, match=r"Poisson has no method root, .* 257 outputs .* define root and residual"
+    ):
         roots.root_of(Poisson(), backend, np.zeros((1, 257)))
     u = np.ones((2, 257))
     roots.apply_root(LOSSES["squares"], backend, np.zeros((2, 257)), u)
@@ -431,7 +433,7 @@ def returns(self, backend, cache, u):
 
 
 WRONG_ROOTS = {
-    "of another H": (wrong(root=lambda s, b, c, u: np.multiply(u, 2, out=u)), "root must give .* A A' = H"),
+    "of another H": (wrong(root=lambda s, b, c, u: np.multiply(u, 2, out=u)), "root must .* A A' = H"),
     "returned": (wrong(root=returns), "root must overwrite u with A u, but it returns ndarray and leaves"),
     "inherited": (
         wrong(
@@ -439,11 +441,11 @@ WRONG_ROOTS = {
             gradient=lambda s, b, c, y, scale, out: np.multiply(c, 4 * scale, out=out),
             hessian=lambda s, b, c, u, scale: np.multiply(u, 4 * scale, out=u),
         ),
-        "root must give .* set both to None",
+        "root must compute .* set both to None",
     ),
-    "residual": (wrong(residual=shifts), "residual must give r with A r = gradient"),
+    "residual": (wrong(residual=shifts), "residual must compute r with A r = gradient"),
     "residual of symbols": (
-        wrong(Symbols, residual=lambda s, b, p, y, out: np.sqrt(p, out=out)), "residual must give r with A r"
+        wrong(Symbols, residual=lambda s, b, p, y, out: np.sqrt(p, out=out)), "residual must compute r with A"
     ),
     "residual partly": (
         wrong(residual=lambda s, b, c, y, out: np.copyto(out[:, 1:], c[:, 1:])), "residual must overwrite out"

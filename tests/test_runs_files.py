@@ -122,7 +122,7 @@ def test_damaged_newest_falls_back_on_the_previous(damage, two):
     assert found.meta == {"step": 1}
     same(found.theta, theta(1))
     assert NEWEST in found.message
-    assert f"going on from {two / PREVIOUS}" in found.message
+    assert f"continuing from {two / PREVIOUS}" in found.message
 
 
 def test_a_reader_finds_the_newest_at_any_moment(two, monkeypatch):
@@ -361,7 +361,7 @@ def hostile_missing(file, folder):
     ("name", "value", "sentence"),
     [
         ("format", np.bytes_(b"hfmpi corpus"), "is not a checkpoint: its format is 'hfmpi corpus'"),
-        ("version", 2, "is a checkpoint of version 2, and this hfmpi reads version 1"),
+        ("version", 2, "is a checkpoint of version 2, but this hfmpi reads version 1"),
         ("digest", None, "is damaged: it has no attribute digest"),
     ],
 )

@@ -190,7 +190,7 @@ def test_the_subspace_step_does_not_judge_the_last_step_by_other_data(here):
     ("--max-steps 9 --max-seconds 1e-9", "and --max-seconds counts from its first start"),
     ("--optimizer sgd --set damping=1", "optimizer sgd has no setting 'damping'"),
     ("--optimizer adam --curvature-batch 4", "optimizer adam has no curvature batch"),
-    ("--max-steps 3 --resume adam --out old", "old holds a run already"),
+    ("--max-steps 3 --resume adam --out old", "old already contains a run"),
 ])  # fmt: skip
 def test_what_cannot_start(words, sentence, here):
     before = content(here)

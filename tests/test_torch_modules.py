@@ -604,7 +604,7 @@ def test_the_class_axis_of_pytorch_is_that_of_its_loss(classes):
     _, result = train(module, (STEPS, labels), nn.CrossEntropyLoss())
     assert result.history[0]["loss"] == pytest.approx(right, rel=1e-12)
     if classes != 6:  # as many classes as steps fit in both ways
-        with pytest.raises(UserError, match=r"give the loss as torch\.nn\.CrossEntropyLoss"):
+        with pytest.raises(UserError, match=r"pass the loss as torch\.nn\.CrossEntropyLoss"):
             train(module, (STEPS, abs(labels) % classes), "cross-entropy")
 
 
@@ -701,7 +701,7 @@ def test_burn_in_is_asked_for():
         ),
         (
             lambda: nn.CrossEntropyLoss(label_smoothing=-0.1),
-            r"label smoothing must lie in \[0, 1\], not -0.1",
+            r"label smoothing must be in \[0, 1\], not -0.1",
         ),
         (
             lambda: nn.CrossEntropyLoss(reduction="sum"),

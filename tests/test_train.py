@@ -189,7 +189,7 @@ def test_a_run_may_start_from_another_ones_checkpoint(data, tmp_path):
         same(run, whole)
         assert [record["step"] for record in history(folder)] == [3, 4]
     assert sorted(path.stat().st_mtime_ns for path in (tmp_path / "first").iterdir()) == before
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already contains a run"):
         train(tmp_path / "whole", data, max_steps=4, resume="never")
 
 

@@ -357,12 +357,12 @@ def test_weights_of_classes():
         cases.with_class_weights([1, -1, 1])
     for inputs in cases, cases.masked(cases.targets > 0):
         with pytest.raises(
-            UserError, match="have 2 classes, and example 1 has target 2: give one weight for"
+            UserError, match="have 2 classes, but example 1 has target 2: pass one weight for"
         ):
             inputs.with_class_weights([1, 10])
     masked = cases.masked(cases.targets < 2).with_class_weights([1, 10])
     assert (masked.mask == [[1, 10], [20, 0], [0, 0], [0, 0]]).all()
-    with pytest.raises(UserError, match="class weights need targets that are whole numbers"):
+    with pytest.raises(UserError, match="class weights require targets that are whole numbers"):
         hfmpi.Examples(np.zeros((3, 2)), np.zeros(3)).with_class_weights([1, 1])
 
 

@@ -93,7 +93,7 @@ def compressed(trial):
     assert code == 0, said
     code, _, said = trial.command("prepare", path, "OUT.h5")
     assert trial.refused(code, said), "not refused"
-    way = said.partition("for the text in it: ")[2].strip()
+    way = said.partition("to prepare the text in it: ")[2].strip()
     assert way.startswith(program), said
     code, _, said = trial.command("prepare", "-", "OUT.h5", input=path.read_bytes(), errors=None)
     assert trial.refused(code, said.decode()), "not refused from a pipe"

@@ -217,5 +217,5 @@ def working_folder(trial):
     )
     code, out, said = trial.command(*relative.split(), preexec_fn=remove)
     assert (code, said) == (
-        2, "Error: the working folder has been removed: change into another one, as with cd ~\n"
+        2, "Error: the working folder has been removed: change to another folder, for example by cd ~\n"
     ), f"{relative}: {said}"  # fmt: skip

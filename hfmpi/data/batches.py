@@ -36,7 +36,7 @@ SPLITS = {"train": "training", "valid": "validation", "test": "test"}
 
 
 class BadExample(UserError):
-    """The error that a model cannot be trained on an example.
+    """Raised when a model cannot be trained on an example.
 
     Parameters
     ----------

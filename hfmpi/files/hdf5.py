@@ -45,15 +45,15 @@ _HDF5_ERRORS = (OSError, RuntimeError, LookupError, ValueError, TypeError, Arith
 
 
 class Damage(Exception):
-    """A defect of a file; the message continues a sentence that starts with the file's name."""
+    """Raised when a file is defective; the message continues a sentence that starts with the file's name."""
 
 
 class InUse(UserError):
-    """The error that another program has locked a file, so that its content is unknown."""
+    """Raised when another program has locked a file, so that its content is unknown."""
 
 
 class NotHDF5(UserError):
-    """The error that a file is not an HDF5 file."""
+    """Raised when a file is not an HDF5 file."""
 
 
 @dataclass(frozen=True)

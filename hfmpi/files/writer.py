@@ -99,7 +99,7 @@ class Writer:
         except (UserError, KeyError) as error:
             self._best_waits = True
             reason = f"{path} is missing" if not os.path.lexists(path) else str(error)
-            self.notes.append(f"{reason}; it is restored from the checkpoint")
+            self.notes.append(f"{reason}; it is written again from the checkpoint")
         self.flush_best()
 
     def best(self, theta: np.ndarray, meta: Mapping[str, Any]) -> None:

@@ -31,7 +31,7 @@ __all__ = [
 
 
 class NotFinite(UserError):
-    """The error that the loss is not finite at the start of a run."""
+    """Raised when the loss is not finite at the start of a run."""
 
     def __init__(self, loss: float) -> None:
         super().__init__(

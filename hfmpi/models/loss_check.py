@@ -118,7 +118,7 @@ def check_loss(
 
 
 class _FailsError(UserError):
-    """A method of the loss raises an exception."""
+    """Raised when a method of the loss fails with an exception."""
 
 
 class _Differences(NamedTuple):

@@ -76,8 +76,8 @@ def connect(stall_timeout: float = 0.0) -> Communicator:
     if size > 1 and mpi.COMM_WORLD.size == 1:
         _refuse(
             rank,
-            f"the launcher started {size} processes, but {library.name(mpi)} does not connect them: use the "
-            "mpirun that belongs to this MPI library",
+            f"the launcher started {size} processes, but they are not connected by {library.name(mpi)}: use "
+            "the mpirun that belongs to this MPI library",
         )
     abort_on_exception()
     return _watched(mpi.COMM_WORLD, stall_timeout)

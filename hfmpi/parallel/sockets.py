@@ -1,4 +1,4 @@
-"""A TCP connection from every rank to rank 0, which the kernel closes when a rank dies, unlike MPI."""
+"""TCP connections from every rank to rank 0, in addition to MPI; the kernel closes them when a rank dies."""
 
 from __future__ import annotations
 

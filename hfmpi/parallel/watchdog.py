@@ -178,11 +178,9 @@ class Watchdog:
         if not silent:
             return ""
         if self.comm.rank:
-            return (
-                f"{self._name(0)} has {since}, or rank {self.comm.rank} on {self.comm.host} is disconnected"
-            )
+            return f"{self._name(0)} has {since}, or rank {self.comm.rank} on {self.comm.host} is cut off"
         if len(silent) == len(self.far) and len(self.hosts) > 2:
-            return f"{self._name(0)} is disconnected: the ranks of all other nodes have {since}"
+            return f"{self._name(0)} is cut off: the ranks of all other nodes have {since}"
         return f"{self._names(silent)} {'has' if len(silent) == 1 else 'have'} {since}"
 
     def _end_if_left_early(self) -> None:
