@@ -232,7 +232,7 @@ def test_unknown_losses_and_layers_are_one_sentence():
         UserError, match="there is no loss 'hinge'; choose one of cross-entropy, squares, bern"
     ):
         choose("hinge")
-    with pytest.raises(UserError, match="at least one layer, not 0"):
+    with pytest.raises(UserError, match="layers must be at least 1, not 0"):
         Architecture("lstm", 3, 4, 4, 0)
 
 

@@ -114,7 +114,7 @@ class CupyBackend(NumpyBackend):
     def __init__(self, dtype: str = "float32", local_rank: int = 0, precision: str = "float32") -> None:
         count = device_count()
         if count == 0:
-            raise UserError("the cupy backend needs an NVIDIA GPU, and CUDA shows none to this process")
+            raise UserError("the cupy backend requires an NVIDIA GPU, but CUDA shows none to this process")
         self._device = cupy.cuda.Device(local_rank % count)
         self._stream = _stream(self._device.id)
         self.use()

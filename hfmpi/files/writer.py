@@ -145,7 +145,8 @@ class Writer:
             newest = find_checkpoint(self.folder, "auto")
             if newest is not None and newest.meta.get("step") != self.step:
                 raise UserError(
-                    f"another job has written to {self.folder} meanwhile: start again to continue from there"
+                    f"another job has written to {self.folder} since this run read it: start again to "
+                    "continue from there"
                 )
         except UserError:
             lock.release()

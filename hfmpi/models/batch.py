@@ -193,7 +193,7 @@ def parts(batch: Any) -> tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray | 
     """
     if not all(hasattr(batch, name) for name in ("inputs", "targets", "mask")):
         raise UserError(
-            f"a batch must have inputs, targets and mask, as hfmpi.Examples has, not be {shown(batch)}"
+            f"a batch must have inputs, targets and mask, as in hfmpi.Examples, but it is {shown(batch)}"
         )
     inputs = batch.inputs if isinstance(batch.inputs, tuple) else (batch.inputs,)
     mask = None if batch.mask is None else np.asarray(batch.mask)

@@ -332,7 +332,7 @@ def _check_root(
     sound = np.isfinite(expected).all(axis=(1, 2))
     size = np.abs(expected[sound]).max(axis=(1, 2), initial=0, keepdims=True)
     if not (np.abs(squared - expected)[sound] <= TOLERANCE * size + floor).all():
-        raise calls.error(f"root must compute A u with A A' = H, but A A' differs from H of hessian; {ROOTS}")
+        raise calls.error(f"root must compute A u with A A' = H, but its A A' is not H; {ROOTS}")
     through = calls.root(cache, calls.residual(cache, y))
     both = np.stack([gradient, through], axis=1)
     seen = calls.hessian(cache, both.reshape(-1, width), 1.0).reshape(both.shape)

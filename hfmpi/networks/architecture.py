@@ -87,9 +87,12 @@ class Architecture:
         check(self)
         cell(self.name, self.variant)
         if self.hidden < 1 or self.inputs < 1 or self.outputs < 1:
-            raise UserError("a model needs at least one hidden unit and one symbol")
+            raise UserError(
+                f"hidden, inputs and outputs must be at least 1, not {self.hidden}, {self.inputs} and "
+                f"{self.outputs}"
+            )
         if self.layers < 1:
-            raise UserError(f"a model needs at least one layer, not {self.layers}")
+            raise UserError(f"layers must be at least 1, not {self.layers}")
 
     @cached_property
     def cell(self) -> Cell:
