@@ -305,7 +305,7 @@ def test_what_needs_the_same_batch_takes_no_augmentation():
         hfmpi.train(network(), data, optimizer="lbfgs", max_steps=2)
     with pytest.raises(UserError, match="valid: validation examples stay as they are"):
         hfmpi.train(network(), (X, Y), valid=data, **RUN)
-    with pytest.raises(UserError, match=r"outside of hfmpi\.train, hfmpi\.Augmented takes cases"):
+    with pytest.raises(UserError, match=r"outside hfmpi\.train, hfmpi\.Augmented requires data"):
         hfmpi.DataParallel(network(), Communicator()).on(data, np.arange(3))
     with pytest.raises(UserError, match="the data are already augmented"):
         hfmpi.Augmented(data, rolled)

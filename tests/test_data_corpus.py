@@ -259,7 +259,7 @@ def train_never_written(file: h5py.File) -> None:
     replace(file, "train", shape=(1000,), dtype=np.uint8)
 
 
-@spoils("train claims 1,000,000,000,000,000 bytes")
+@spoils("train claims to have 1,000,000,000,000,000 bytes")
 def train_gigantic(file: h5py.File) -> None:
     replace(file, "train", shape=(10**15,), dtype=np.uint8)
 
@@ -282,7 +282,7 @@ def hard_link_cycle(file: h5py.File) -> None:
     file["loop"] = file["/"]
 
 
-@spoils("claims 101 members")
+@spoils("claims to have 101 members")
 def many_members(file: h5py.File) -> None:
     for k in range(98):
         file.create_group(str(k))
@@ -304,7 +304,7 @@ def text_of_variable_length(file: h5py.File) -> None:
     file.attrs["digest"] = "0" * 64
 
 
-@spoils("symbols claims 300 bytes")
+@spoils("symbols claims to have 300 bytes")
 def too_many_symbols(file: h5py.File) -> None:
     replace(file, "symbols", data=np.zeros(300, np.uint8))
 

@@ -156,7 +156,7 @@ def test_memory_of_a_linearisation_is_given_back_before_the_next():
     ("squares", hfmpi.Examples(ROWS, symbols(CASES)), r"must be real numbers \(y.astype\(float\)\)"),
     ("cross-entropy", hfmpi.Examples(ROWS, symbols(CASES) + 1), "must be symbols from 0 to 2, not 2 to 3"),
     ("cross-entropy", hfmpi.Examples(ROWS, -symbols(CASES)), "must be symbols from 0 to 2, not -2 to -1"),
-    ("cross-entropy", hfmpi.Examples(ROWS, symbols(CASES) > 1), r"not bool; give y.astype\(int\)"),
+    ("cross-entropy", hfmpi.Examples(ROWS, symbols(CASES) > 1), r"not bool; pass y.astype\(int\)"),
     ("cross-entropy", hfmpi.Examples(ROWS, ONE_HOT), r"do not fit .* pass their symbols: y.argmax\(-1\)"),
     ("cross-entropy", hfmpi.Examples(ROWS, ONE_HOT.astype("f")), r"single 1: .* symbols, y.argmax\(-1\)"),
     ("cross-entropy", hfmpi.Examples(ROWS, ONE_HOT > 0), r"single 1: .* symbols, y.argmax\(-1\)"),
@@ -212,7 +212,7 @@ class Unreadable:
      r"; pass tensor.detach\(\).float\(\), because NumPy has no bfloat16"),
     ([Unreadable(dtype="torch.bfloat16")] * CASES, r"; pass tensor.float\(\), because NumPy has no bfloat16"),
     (Unreadable(), "or a tensor on the CPU without a gradient$"),
-    (np.zeros((CASES, 2), "V2"), r"not \|V2: give x.astype\('float32'\)"),
+    (np.zeros((CASES, 2), "V2"), r"not \|V2: pass x.astype\('float32'\)"),
 ])  # fmt: skip
 def test_a_tensor_that_numpy_cannot_read_is_refused_with_the_remedy(values, words):
     for given in ((values, symbols(CASES)), (ROWS, values)):

@@ -79,7 +79,7 @@ def test_no_state_and_float64_theta(tmp_path):
 @pytest.mark.parametrize("entry", [None, [1, 2], np.array(["a"]), np.array([None]), b"bytes"])
 def test_other_types_are_refused_before_anything_is_written(entry, two):
     before = contents(two)
-    with pytest.raises(TypeError, match="cannot hold odd"):
+    with pytest.raises(TypeError, match="cannot contain odd"):
         save(two / NEWEST, theta(), {"odd": entry}, {})
     assert contents(two) == before
 
