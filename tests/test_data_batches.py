@@ -141,8 +141,8 @@ def test_a_sequence_that_is_not_there_is_an_error(index: int) -> None:
         ),
         (200, 200, 1, "with a burn-in of 1: use a longer text, of at least 201"),
         (0, 1, 0, "too short"),
-        (10, 0, 0, "cannot be"),
-        (10, 5, -1, "cannot be"),
+        (10, 0, 0, "out of range"),
+        (10, 5, -1, "out of range"),
     ],
 )
 def test_a_split_without_a_sequence_is_one_sentence(size: int, length: int, burn_in: int, words: str) -> None:
