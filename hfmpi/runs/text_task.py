@@ -6,8 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from hfmpi.data.batches import Cases, Sequences
 from hfmpi.data.corpus import Corpus, loss_unit
+from hfmpi.data.dropout import Dropout
 from hfmpi.data.noise import Noisy
 from hfmpi.files.checkpoint import Checkpoint
 from hfmpi.files.history import BITS
@@ -113,10 +116,18 @@ class TextTask(Task):
 
     def cases(self, step: int) -> Cases:
         """Return the training sequences, with the noise of this step if there is any."""
-        share = self.config.input_noise
-        return Noisy(self.train_set, share, self.config.seed, step) if share else self.train_set
+        config, cases = self.config, self.train_set
+        if config.shift:
+            o = int(np.random.PCG64(np.random.SeedSequence([config.seed, step, 4])).random_raw() % np.uint64(config.sequence_length))
+            cases = Sequences(np.roll(cases.ids, -o), cases.length, cases.burn_in)
+        if config.input_noise:
+            cases = Noisy(cases, config.input_noise, config.seed, step)
+        if config.dropout:
+            cases = Dropout(cases, config.dropout, config.layers, config.hidden, config.seed, step)
+        return cases
 
     def linearisation_bytes(self, cases: int) -> int:
         """Return what the tape of so many sequences takes."""
         config, needs = self.config, self.config.preset().optimizer.needs
-        return self.model.tape_bytes(config.burn_in + config.sequence_length, cases, needs.structural_damping)
+        steps = config.burn_in + config.sequence_length
+        return self.model.tape_bytes(steps, cases, needs.structural_damping, dropout=config.dropout > 0)
