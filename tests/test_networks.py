@@ -223,6 +223,7 @@ def test_bernoulli_is_finite_far_out():
     ({"targets": np.zeros((6, 3), int)}, "need a target for each of their steps"),
     ({"targets": np.full((4, 3), -1)}, "targets must be symbols from 0 to 3, not -1 to -1"),
     ({"targets": np.zeros((4, 3, 4))}, "targets must be symbols of shape"),
+    ({"scales": np.ones((1, 3, 4))}, r"unit_scales must have the shape \(3, 1, 3\), not \(3, 1, 4\)"),
 ])  # fmt: skip
 def test_a_batch_of_another_network_is_one_sentence(change, sentence):
     network, theta, batch, _ = make(("lstm", "standard"), 1, "cross-entropy", True, False)

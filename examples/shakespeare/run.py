@@ -83,7 +83,12 @@ def nanogpt(folder: Path, out: Path, name: str, seed: int) -> None:
     script.write_text(source)
     count = NANOGPT[name]
     words = f"{README} --max_iters={count} --lr_decay_iters={count} --out_dir={out / f'{name}.{seed}'}"
-    call([sys.executable, "-u", script.name, *shlex.split(words)], out / f"{name}.{seed}.log", folder, threads=2)
+    call(
+        [sys.executable, "-u", script.name, *shlex.split(words)],
+        out / f"{name}.{seed}.log",
+        folder,
+        threads=2,
+    )
 
 
 def prepare(text: Path, out: Path, folder: Path | None) -> Path:
@@ -100,7 +105,9 @@ def prepare(text: Path, out: Path, folder: Path | None) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("text", type=Path, metavar="TEXT")
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--nanogpt", type=Path, help="checkout of nanoGPT")

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from hfmpi.data.batches import Cases, Sequences
 from hfmpi.data.corpus import Corpus, loss_unit
 from hfmpi.data.dropout import Dropout
@@ -27,7 +25,7 @@ __all__ = ["TextTask"]
 Choose = Callable[[Config, int, int], tuple[Config, str]]
 """Options, D and the number of training sequences -> options with an optimizer, and a note that says why."""
 
-NOISED = "training losses are those with input noise, validation losses are without"
+NOISED = "training losses include {}, validation losses do not"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +53,10 @@ class TextTask(Task):
         architecture = config.architecture(corpus.vocabulary)
         # From now on the number of units is the size, so that a resumed run does not derive it again.
         config = replace(config, hidden=architecture.hidden, parameters=0, keep=config.keep or "best")
-        lengths, notes = (config.sequence_length, config.burn_in), [NOISED] * bool(config.input_noise)
+        lengths = config.sequence_length, config.burn_in
+        changes = {"input noise": config.input_noise, "dropout": config.dropout}
+        changed = [name for name, share in changes.items() if share]
+        notes = [NOISED.format(" and ".join(changed))] * bool(changed)
         if choose is not None:
             checks.enough_text(data, len(corpus.train), len(corpus.valid), *lengths, 1, 0)
             count = Sequences(corpus.train, *lengths).count
@@ -69,7 +70,7 @@ class TextTask(Task):
         if reduced:
             config, notes = smaller, notes + reduced
         if config.preset().optimizer.needs.same_batch:
-            redrawn = "--input-noise" if config.input_noise else ""
+            redrawn = "--input-noise" if config.input_noise else "--dropout" if config.dropout else ""
             gradient, count = config.preset().gradient_batch, train_set.count
             checks.same_batch(config.optimizer, gradient, count, COMMAND.gradient_batch, redrawn)
         network = Network(
@@ -115,13 +116,11 @@ class TextTask(Task):
         return difference
 
     def cases(self, step: int) -> Cases:
-        """Return the training sequences, with the noise of this step if there is any."""
-        config, cases = self.config, self.train_set
-        if config.shift:
-            o = int(np.random.PCG64(np.random.SeedSequence([config.seed, step, 4])).random_raw() % np.uint64(config.sequence_length))
-            cases = Sequences(np.roll(cases.ids, -o), cases.length, cases.burn_in)
+        """Return the training sequences, with the noise and the dropout of this step if there is any."""
+        config = self.config
+        cases: Cases = self.train_set
         if config.input_noise:
-            cases = Noisy(cases, config.input_noise, config.seed, step)
+            cases = Noisy(self.train_set, config.input_noise, config.seed, step)
         if config.dropout:
             cases = Dropout(cases, config.dropout, config.layers, config.hidden, config.seed, step)
         return cases
