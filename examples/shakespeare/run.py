@@ -8,10 +8,10 @@ TEXT is tinyshakespeare.txt, with 1,115,394 characters, from
 https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt. The first
 1,003,854 characters are for training and the last 111,540 for validation, as nanoGPT splits them.
 
-Runs alternate: each seed has one run of each kind. A run of hfmpi is `mpirun -n 2 hfmpi train` with the options
-in HFMPI. A run of nanoGPT is its `train.py` with the options that its README recommends for a CPU and the
-numbers of iterations in NANOGPT. Finished runs are not repeated. nanoGPT needs PyTorch in the environment of
-this Python; without --nanogpt only hfmpi runs.
+Runs alternate: each seed has one run of each kind. A run of hfmpi is `mpirun -n 2 hfmpi train` with the
+options in HFMPI. A run of nanoGPT is its `train.py` with the options that its README recommends for a CPU and
+the numbers of iterations in NANOGPT. Finished runs are not repeated. nanoGPT needs PyTorch in the environment
+of this Python; without --nanogpt only hfmpi runs.
 """
 
 import argparse
@@ -29,10 +29,10 @@ BLOCKS = "--sequence-length 256 --evaluate-every 50"
 """Validation is on nanoGPT's blocks of 256 characters, each from a zero state."""
 
 HFMPI = {
+    "60s": f"{BLOCKS} --layers 2 --input-noise 0.02 --max-seconds 60",
+    "180s": f"{BLOCKS} --layers 2 --parameters 350000 --input-noise 0.03 --max-seconds 180",
+    "600s": f"{BLOCKS} --layers 2 --parameters 600000 --input-noise 0.05 --dropout 0.15 --max-seconds 600",
     "default": "--evaluate-every 50 --max-seconds 180",
-    "60s": f"{BLOCKS} --max-seconds 60",
-    "180s": f"{BLOCKS} --max-seconds 180",
-    "600s": f"{BLOCKS} --max-seconds 600",
 }
 """Options of `hfmpi train`."""
 
@@ -81,14 +81,10 @@ def nanogpt(folder: Path, out: Path, name: str, seed: int) -> None:
     source = (folder / "train.py").read_text().replace("manual_seed(1337", f"manual_seed({1337 + seed}")
     script = folder / f"train_seed{seed}.py"
     script.write_text(source)
-    count = NANOGPT[name]
-    words = f"{README} --max_iters={count} --lr_decay_iters={count} --out_dir={out / f'{name}.{seed}'}"
-    call(
-        [sys.executable, "-u", script.name, *shlex.split(words)],
-        out / f"{name}.{seed}.log",
-        folder,
-        threads=2,
-    )
+    count, run = NANOGPT[name], out / f"{name}.{seed}"
+    words = f"{README} --max_iters={count} --lr_decay_iters={count} --out_dir={run}"
+    command = [sys.executable, "-u", script.name, *shlex.split(words)]
+    call(command, out / f"{name}.{seed}.log", folder, threads=2)
 
 
 def prepare(text: Path, out: Path, folder: Path | None) -> Path:

@@ -4,10 +4,10 @@
 
 Losses are in nats a character; `bits` is the last column in bits/char. The seconds of hfmpi count from the
 start of training, those of nanoGPT from its first evaluation, before the first iteration; both include
-validations. hfmpi is validated on all blocks of its sequence length (256; the default: 200), each from a zero
-state. nanoGPT prints an estimate on 240 random blocks of 64 characters. With --nanogpt the table also has
-`all blocks`, the loss of nanoGPT's best checkpoint on all blocks of the validation text; for hfmpi that is the
-lowest loss.
+validations. hfmpi is validated on all blocks of its sequence length (256; the default: 200), each from a
+zero state. nanoGPT prints an estimate on 240 random blocks of 64 characters. With --nanogpt the table also
+has `all blocks`, the loss of nanoGPT's best checkpoint on all blocks of the validation text; for hfmpi that
+is the lowest loss.
 """
 
 import argparse
