@@ -121,8 +121,8 @@ class Config:
         Number,
         within("[0, 1)"),
         Option(
-            "Probability that a hidden unit is dropped, for a sequence in a step, where the next layer or the "
-            "output layer reads it."
+            "Probability that a hidden unit is dropped, for a sequence in a step, where the next layer or "
+            "the output layer reads it."
         ),
     ] = 0.0
     max_steps: Annotated[Whole, Option("Maximum steps in total.", "no limit", changeable=True)] = 0
