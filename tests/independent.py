@@ -80,7 +80,7 @@ def run(theta, about, batch, at=None, other=None, q=()):
             for i, p in enumerate(layers):
                 more = q[i] if len(q) and (t, b) == at else 0
                 h[i], c[i], pre[i][t][b] = step(p, about, x, h[i], c[i], more)
-                x = h[i]
+                x = h[i] if getattr(batch, "scales", None) is None else h[i] * batch.scales[i, b]
             outputs[t, b] = x @ top["W_o"] + top.get("b_o", 0)
     return outputs[steps - len(batch.targets) :], [np.array(layer) for layer in pre]
 

@@ -315,6 +315,7 @@ def test_damaged_data(damage, reason, here, refused):
      "makes 14 sequences of 300 characters: --gradient-batch can be at most 14, not 20\n"),
     ("--layers 0", "--layers"),
     ("--input-noise 1", "input_noise must lie in [0, 1)"),
+    ("--dropout 1", "dropout must lie in [0, 1)"),
     ("--burn-in 290", "--burn-in together can be at most 300, not 310"),
     ("--gradient-batch 211", "--gradient-batch can be at most 210, not 211"),
     ("--curvature-batch 10", "--curvature-batch can be at most 9, the gradient batch, not 10"),

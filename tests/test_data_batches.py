@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hfmpi.data.batches import Sequences, check_batch, curvature_slice, global_indices, shard
+from hfmpi.data.dropout import Dropout
 from hfmpi.data.noise import Noisy
 from hfmpi.errors import UserError
 from hfmpi.runs.checks import enough_text
@@ -101,6 +102,43 @@ def test_noise_replaces_its_share_by_what_the_text_has() -> None:
     # Pinned: a run must resume into the noise that it would have had, whatever the version of NumPy.
     changed = Noisy(sequences, 0.2, 0, 0).take(np.array([7])).inputs != sequences.take(np.array([7])).inputs
     assert np.flatnonzero(changed)[:8].tolist() == [23, 25, 47, 65, 67, 73, 83, 85]
+
+
+@given(splits(), st.floats(0, 0.99), seeds, counts)
+def test_dropout_is_that_of_seed_step_and_sequence(
+    split: tuple[np.ndarray, int, int], rate: float, seed: int, step: int
+) -> None:
+    ids, length, burn_in = split
+    noisy = Noisy(Sequences(ids, length, burn_in), 0.3, seed, step)
+    dropped = Dropout(noisy, rate, 2, 3, seed, step)
+    everything = np.arange(noisy.count)
+    batch, plain = dropped.take(everything), noisy.take(everything)
+    assert dropped.count == noisy.count
+    assert dropped.scored(everything) == noisy.scored(everything)
+    assert np.array_equal(batch.inputs, plain.inputs)
+    assert np.array_equal(batch.targets, plain.targets)
+    assert batch.burn_in == burn_in
+    assert batch.unit_scales.shape == (noisy.count, 2, 3)
+    assert set(batch.unit_scales.reshape(-1)) <= {0, 1 / (1 - rate)}
+    some = everything[::-2]
+    assert np.array_equal(dropped.take(some).unit_scales, batch.unit_scales[some])
+    with pytest.raises(IndexError):
+        dropped.take(np.array([noisy.count]))
+
+
+def test_dropout_drops_its_share_of_units_independently() -> None:
+    sequences = Sequences(np.zeros(1000, np.uint8), 10)
+    seen = list[np.ndarray]()
+    for seed, step in ((0, 0), (0, 1), (1, 0)):
+        seen.append(Dropout(sequences, 0.2, 2, 200, seed, step).take(np.arange(100)).unit_scales)
+        assert (seen[-1] == 0).mean() == pytest.approx(0.2, abs=0.01)
+        assert seen[-1].mean() == pytest.approx(1, abs=0.01)
+    layers = [each[:, i] == 0 for each in seen for i in (0, 1)]
+    for i, one in enumerate(layers):
+        for other in layers[i + 1 :]:
+            assert (one & other).mean() == pytest.approx(0.04, abs=0.01)
+    # Pinned, as for the noise.
+    assert np.flatnonzero(seen[0][7, 1] == 0)[:8].tolist() == [5, 6, 15, 18, 36, 40, 42, 56]
 
 
 def test_a_batch_is_int32_examples_first_and_contiguous() -> None:

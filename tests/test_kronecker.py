@@ -35,7 +35,7 @@ def inputs_of(about, tape, at):
             found += [np.concatenate([x, source]), one]
         else:
             found += [np.concatenate([x, source, one])]
-    after = tape.layers[-1].hidden[t + 1, b]
+    after = tape.layers[-1].read[t, b]
     return [*found, np.concatenate([after, one]) if about.variant == "standard" else after]
 
 

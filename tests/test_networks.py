@@ -37,6 +37,7 @@ class Steps(NamedTuple):
     inputs: np.ndarray
     targets: np.ndarray
     mask: np.ndarray | None = None
+    scales: np.ndarray | None = None
 
 
 def make_batch(rng, about, loss, symbols, masked, steps=5, size=3, scored=4):
@@ -48,11 +49,13 @@ def make_batch(rng, about, loss, symbols, masked, steps=5, size=3, scored=4):
         targets = rng.integers(0, about.outputs, (scored, size)).astype(np.int32)
     else:
         targets = rng.random((scored, size, about.outputs))
-    mask = None
+    mask = scales = None
     if masked:
         mask = (rng.random((scored, size)) < 0.6).astype(np.float64)
         mask[0, 0], mask[-1, -1] = 0, 1
-    return Steps(inputs, targets, mask)
+    if masked and symbols:  # and with dropout
+        scales = rng.choice([0.0, 1.5], (about.layers, size, about.hidden), p=[0.3, 0.7])
+    return Steps(inputs, targets, mask, scales)
 
 
 def make(kind, layers, loss, symbols, masked, backend="numpy", seed=0, hidden=3, block_rows=7, **sizes):
@@ -220,6 +223,7 @@ def test_bernoulli_is_finite_far_out():
     ({"targets": np.zeros((6, 3), int)}, "need a target for each step"),
     ({"targets": np.full((4, 3), -1)}, "targets must be symbols from 0 to 3, not -1 to -1"),
     ({"targets": np.zeros((4, 3, 4))}, "targets must be symbols of shape"),
+    ({"scales": np.ones((1, 3, 4))}, r"unit_scales must have the shape \(3, 1, 3\), not \(3, 1, 4\)"),
 ])  # fmt: skip
 def test_a_batch_of_another_network_is_one_sentence(change, sentence):
     network, theta, batch, _ = make(("lstm", "standard"), 1, "cross-entropy", True, False)

@@ -11,6 +11,7 @@ from on_host import turned
 
 from hfmpi.backends import create
 from hfmpi.data.batches import Sequences, global_indices
+from hfmpi.data.dropout import Dropout
 from hfmpi.errors import UserError
 from hfmpi.networks.architecture import Architecture
 from hfmpi.networks.network import Network
@@ -148,14 +149,18 @@ def test_a_memory_budget_changes_no_bit(name, variant):
 
 @pytest.mark.parametrize(("name", "variant"), KINDS)
 @pytest.mark.parametrize("structural", [False, True])
-def test_tape_bytes_are_what_a_tape_takes(name, variant, structural):
+@pytest.mark.parametrize("dropout", [False, True])
+def test_tape_bytes_are_what_a_tape_takes(name, variant, structural, dropout):
     owner, sequences, theta = make(name, variant)
     batch = sequences.take(np.arange(5))
+    if dropout:
+        about = owner.model.architecture
+        batch = Dropout(sequences, 0.2, about.layers, about.hidden, 0, 0).take(np.arange(5))
     tape = (owner.model.linearise_structural if structural else owner.model.linearise)(theta, batch)
     # Besides, a tape has copies of matrices and biases, a few MB whatever the batch.
     taken = sum(flat.nbytes for name, flat in tape.passes.memory.flat.items() if name[:2] not in ("W_", "b_"))
     unscored = BURN_IN * 5 * VOCABULARY * 8  # logits of the warm-up, counted though not kept
-    assert owner.model.tape_bytes(LENGTH + BURN_IN, 5, structural) == taken + unscored
+    assert owner.model.tape_bytes(LENGTH + BURN_IN, 5, structural, dropout=dropout) == taken + unscored
 
 
 def test_a_linearisation_that_turns_out_too_large_is_not_kept_and_the_next_ones_not_tried():

@@ -26,7 +26,13 @@ from hfmpi.runs.trained_model import Trained
 
 STEPS = 6
 OPTIMIZERS = {
-    "sgd clip": {"optimizer": "sgd", "settings": {"rule": "clip", "rate": 1.0}, "input_noise": 0.1},
+    "sgd clip": {
+        "optimizer": "sgd",
+        "settings": {"rule": "clip", "rate": 1.0},
+        "input_noise": 0.1,
+        "layers": 2,
+        "dropout": 0.2,
+    },
     "sgd normalised": {"optimizer": "sgd", "settings": {"rule": "normalised", "rate": 0.3}},
     "sgd rms-normalised": {"optimizer": "sgd", "settings": {"rule": "rms-normalised", "rate": 1.5}},
     "bgd": {"optimizer": "bgd"},
@@ -40,6 +46,7 @@ OPTIMIZERS = {
         "optimizer": "subspace",
         "curvature_batch": 4,
         "input_noise": 0.2,
+        "dropout": 0.3,
         "settings": {"kfac_dampings": 1, "candidates": 2, "refresh": 2, "damping": 1.0},
     },
     "subspace decay": {
@@ -137,17 +144,19 @@ def test_the_steps_of_a_run_do_something(data, tmp_path):
     assert len(seen) == len(OPTIMIZERS)
 
 
-def test_input_noise_is_drawn_anew_for_every_step_and_spares_validation(data, tmp_path):
+@pytest.mark.parametrize("option", ["input_noise", "dropout"])
+def test_noise_and_dropout_are_drawn_for_every_step_and_spare_validation(data, tmp_path, option):
     options = {"optimizer": "adam", "gradient_batch": 210, "settings": {"rate": 1e-30}, "evaluate_every": 1}
     plain, _ = train(tmp_path / "plain", data, max_steps=3, **options)
-    noisy, _ = train(tmp_path / "noisy", data, max_steps=3, input_noise=0.3, **options)
+    noisy, _ = train(tmp_path / "noisy", data, max_steps=3, **{option: 0.3}, **options)
     without, found = history(plain.folder), history(noisy.folder)  # theta hardly moves
     losses = [{round(record["train_bpc"], 9) for record in records} for records in (without, found)]
     assert [len(each) for each in losses] == [1, 3]  # a batch is all of the training set
     for record, other in zip(found, without, strict=True):
         assert record["train_bpc"] != other["train_bpc"]
         assert record["valid_bpc"] == other["valid_bpc"]
-    assert "input_noise = 0.3" in (noisy.folder / "config.toml").read_text()
+    assert f"{option} = 0.3" in (noisy.folder / "config.toml").read_text()
+    assert any(option.replace("_", " ") in note for note in noisy.task.notes)
 
 
 class PowerCut(BaseException):

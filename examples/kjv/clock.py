@@ -25,7 +25,7 @@ RUNS = {
     "lstm-sgd": ("--model lstm --optimizer sgd", 100),
     "mlstm-sgd": ("--model mlstm --optimizer sgd --set rate=4", 100),
     "mlstm-adam": (
-        "--model mlstm --optimizer adam --set rate=0.03 --set schedule=inverse-root --set schedule_steps=200 "
+        "--model mlstm --optimizer adam --set rate=0.01 --set schedule=inverse-root --set schedule_steps=200 "
         "--set averaging=0.999",
         100,
     ),

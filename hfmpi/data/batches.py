@@ -71,6 +71,9 @@ class Batch(NamedTuple):
     weighted : bool
         Whether the mask contains weights. Sums that are not linear in the loss of an example, such as the sum
         of squared gradients, then weight the examples; otherwise every example counts once.
+    unit_scales : ndarray (B, layers, n) or None
+        Dropout of a recurrent network: the factor of each hidden unit of each layer at all steps, where the
+        next layer or the output layer reads it. None: all factors are 1.
     """
 
     inputs: Any
@@ -78,6 +81,7 @@ class Batch(NamedTuple):
     mask: np.ndarray | None = None
     burn_in: int = 0
     weighted: bool = False
+    unit_scales: np.ndarray | None = None
 
 
 def spread(count: int, most: int) -> list[int]:

@@ -50,9 +50,9 @@ def accumulate(
         The weight of z z' of each sequence; the cotangents already contain the square roots of the weights.
     """
     maps = [pair for i, layer in enumerate(cotangents) for pair in _maps(backend, about, i, layer)]
-    hidden = cotangents[-1].hidden
+    read = cotangents[-1].read
     bias = [None] * ("b_o" in about.layout.shapes)
-    maps.append(([hidden[len(hidden) - len(du) :], *bias], du))
+    maps.append(([read[len(read) - len(du) :], *bias], du))
     factors, count = about.factor_sums.views(sums)
     for block, views, (sources, da) in zip(about.blocks, factors, maps, strict=True):
         if da.shape[0] * da.shape[1]:

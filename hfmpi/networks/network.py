@@ -184,7 +184,8 @@ class Network:
         if isinstance(batch, Examples):
             return loss_of_examples(self, theta, batch)
         inputs, targets, mask = self._to_device(batch, self._scratch)
-        _, _, outputs = self._forward(theta, inputs, len(targets), self._scratch)
+        scales = self._scales(batch, self._scratch)
+        _, _, outputs = self._forward(theta, inputs, len(targets), self._scratch, scales)
         return self._value(outputs, targets, mask)
 
     def linearise(
@@ -212,20 +213,22 @@ class Network:
         """Linearise as `linearise` does, and compute the structural-damping weights of pre-activations."""
         return self._linearise(theta, batch, reuse, structural=True)
 
-    def tape_bytes(self, steps: int, size: int, structural: bool = False, looks_up: bool = True) -> int:
+    def tape_bytes(
+        self, steps: int, size: int, structural: bool = False, looks_up: bool = True, dropout: bool = False
+    ) -> int:
         """Compute the bytes that the tape of `size` sequences of `steps` steps occupies, without a pass.
 
         For each step and sequence, a layer stores 7n numbers if it is an LSTM, 6n if it is a GRU, and n if it
-        is a plain cell. It stores 2n more if it is multiplicative (3n if it reads vectors), and K more with
-        structural damping.
+        is a plain cell. It stores 2n more if it is multiplicative (3n if it reads vectors), K more with
+        structural damping, and n more with dropout.
         """
         architecture = self.architecture
         cell, n, layers = architecture.cell, architecture.hidden, architecture.layers
         read = layers - looks_up  # layers that read vectors
-        units = 1 + cell.coefficients + 2 * cell.multiplicative + structural * cell.groups
+        units = 1 + cell.coefficients + 2 * cell.multiplicative + structural * cell.groups + dropout
         numbers = layers * n * units + read * n * cell.multiplicative
         numbers += architecture.outputs + (not looks_up) * architecture.inputs
-        reals = (steps * numbers + layers * n) * size * self.backend.dtype.itemsize
+        reals = (steps * numbers + (1 + dropout) * layers * n) * size * self.backend.dtype.itemsize
         return reals + 4 * steps * size * (looks_up + (read > 0))
 
     def outputs(self, theta: Array, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -240,7 +243,8 @@ class Network:
             If the batch does not fit the network.
         """
         inputs, targets, mask = self._to_device(batch, self._scratch)
-        _, _, outputs = self._forward(theta, inputs, len(targets), self._scratch)
+        scales = self._scales(batch, self._scratch)
+        _, _, outputs = self._forward(theta, inputs, len(targets), self._scratch, scales)
         to_host = self.backend.to_host
         copied = np.array(to_host(outputs))  # the next pass overwrites the scratch memory
         return copied, to_host(targets), None if mask is None else to_host(mask)
@@ -285,12 +289,13 @@ class Network:
     ) -> NetworkLinearisation:
         memory = reuse.passes.memory if reuse else self.backend.new_workspace()
         inputs, targets, mask = self._to_device(batch, memory)
+        scales = self._scales(batch, memory)
         p, layers, cache = self._forward(
-            theta, inputs, len(targets), memory, linearise=True, structural=structural
+            theta, inputs, len(targets), memory, scales, linearise=True, structural=structural
         )
         loss = self._value(cache, targets, mask)
         steps, size = inputs.shape[:2]
-        nbytes = self.tape_bytes(steps, size, structural, inputs.ndim == 2)
+        nbytes = self.tape_bytes(steps, size, structural, inputs.ndim == 2, scales is not None)
         tape = Tape(
             self.architecture, self.backend, tuple(layers), p, len(targets), nbytes, self.block_rows, memory
         )
@@ -314,25 +319,44 @@ class Network:
         inputs: Array,
         rows: int,
         memory: Workspace,
+        scales: Array | None = None,
         *,
         linearise: bool = False,
         structural: bool = False,
     ) -> tuple[dict[str, Array], list[Recurrence], Array]:
-        """Run the network; return parameters by name, layers, and the last `rows` outputs (rows, O)."""
+        """Run the network; return parameters by name, layers, and the last `rows` outputs (rows, O).
+
+        `scales` (layers, B, n) are the factors of the units of each layer where they are read.
+        """
         check_vector("theta", theta, self.size, self.backend.xp.ndarray)
         (steps, size), n, p = inputs.shape[:2], self.architecture.hidden, self.layout.views(theta)
         layers, states = list[Recurrence](), []
         for i in range(self.architecture.layers):
-            read = layers[-1].hidden[1:] if i else inputs
+            read = layers[-1].read if i else inputs
             hidden = memory(f"hidden.{i}", (steps + 1, size, n))
             hidden[0] = 0
             layers.append(self._layer(i, p, read, hidden, memory, linearise=linearise, structural=structural))
+            if scales is not None:
+                layers[-1].scales, layers[-1].scaled = scales[i], memory(f"scaled.{i}", (steps, size, n))
             states.append(self.backend.workspace(f"forward.c.{i}", (size, n)))
             states[-1][...] = 0
         self._advance(p, layers, states)
         outputs = memory("outputs", (rows, self.architecture.outputs))
-        fill_outputs(self.backend, p, layers[-1].hidden[1 + steps - rows // size :], outputs)
+        fill_outputs(self.backend, p, layers[-1].read[steps - rows // size :], outputs)
         return p, layers, outputs
+
+    def _scales(self, batch: Batch, memory: Workspace) -> Array | None:
+        """Copy the factors of the units of a batch to the device, (layers, B, n); None without dropout."""
+        given = getattr(batch, "unit_scales", None)
+        if given is None:
+            return None
+        about = self.architecture
+        shape = (len(batch.targets), about.layers, about.hidden)
+        if given.shape != shape:
+            raise UserError(f"unit_scales must have the shape {shape}, not {given.shape}")
+        scales = memory("scales", (shape[1], shape[0], shape[2]))
+        scales[...] = self.backend.to_device(_time_first(given.astype(self.backend.dtype, copy=False)))
+        return scales
 
     def _to_device(self, batch: Batch, memory: Workspace) -> tuple[Array, Array, Array | None]:
         """Check a batch and copy it to the device, time-major.
@@ -441,6 +465,8 @@ class Network:
                 if r.factor_table is not None:
                     fill_rows(backend, r.inputs, matrices["W_mx"], r.factor_table)
                 recurrence.forward(backend, r, table, c)
+                if r.scaled is not None:
+                    backend.xp.multiply(r.hidden[1:], r.scales, out=r.scaled)
 
     # Step by step ------------------------------------------------------------------------------
 

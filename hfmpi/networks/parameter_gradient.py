@@ -31,6 +31,8 @@ class Cotangents(NamedTuple):
     inputs : (L, B) or (L, B, I)
     hidden : (L + 1, B, n)
     intermediate : (L, B, n) or None
+    read : (L, B, n)
+        The states that the next layer or the output layer reads.
     dh : (L, B C, n)
     da : (L, B C, K)
     dp, dq : (L, B C, n) or None
@@ -39,6 +41,7 @@ class Cotangents(NamedTuple):
     inputs: Array
     hidden: Array
     intermediate: Array | None
+    read: Array
     dh: Array
     da: Array
     dp: Array | None
@@ -46,8 +49,8 @@ class Cotangents(NamedTuple):
 
     def _map(self, of_source: Change, of_cotangent: Change) -> Cotangents:
         return Cotangents(
-            *(None if array is None else of_source(array) for array in self[:3]),
-            *(None if array is None else of_cotangent(array) for array in self[3:]),
+            *(None if array is None else of_source(array) for array in self[:4]),
+            *(None if array is None else of_cotangent(array) for array in self[4:]),
         )
 
     def of_rows(self, rows: slice) -> Cotangents:

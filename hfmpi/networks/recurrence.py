@@ -178,6 +178,10 @@ class Recurrence:
         m_t = factor_table[x_t] * q_t; (1, B, n) if the pass is not linearised.
     weights : (L, B, K) or None
         Structural-damping weights of the pre-activations; None if they are not needed.
+    scales : (B, n) or None
+        Dropout: the factor of each unit where the next layer or the output layer reads it; None: 1.
+    scaled : (L, B, n) or None
+        h_1, ..., h_L times the scales; None without them.
     """
 
     cell: Cell
@@ -194,6 +198,8 @@ class Recurrence:
     factors: Array | None = None
     intermediate: Array | None = None
     weights: Array | None = None
+    scales: Array | None = None
+    scaled: Array | None = None
 
     @cached_property
     def views(self) -> Views:
@@ -205,6 +211,18 @@ class Recurrence:
     def looks_up(self) -> bool:
         """Whether the inputs are symbols, which select rows of the table."""
         return bool(self.inputs.ndim == 2)
+
+    @property
+    def read(self) -> Array:
+        """The states that the next layer or the output layer reads, (L, B, n)."""
+        return self.hidden[1:] if self.scaled is None else self.scaled
+
+    def scale(self, rows: Array) -> None:
+        """Multiply rows (L, B C, n), C of them for each sequence, by the scales, in place."""
+        if self.scales is not None:
+            steps, size, n = rows.shape
+            split = rows.reshape(steps, len(self.scales), size // len(self.scales), n)
+            split *= self.scales[:, None]
 
     def part(self, steps: slice) -> Recurrence:
         """Return the recurrence of some steps, as views of the same arrays."""
@@ -229,6 +247,7 @@ class Recurrence:
             factors=cut(self.factors),
             intermediate=cut(self.intermediate),
             weights=cut(self.weights),
+            scaled=cut(self.scaled),
         )
 
 

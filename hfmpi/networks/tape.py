@@ -140,8 +140,9 @@ class Tape:
                 a, dh = self._block_tangent(i, r, by_layer[i], cuts[i], tables, last, dc)
                 last[...] = dh[-1]
                 inputs = dh[1:]
+                r.scale(inputs)
                 tangents.append(a)
-            hidden = self.layers[-1].hidden[1 + scored.start : 1 + scored.stop]
+            hidden = self.layers[-1].read[scored]
             in_block = slice(1 + scored.start - steps.start, 1 + scored.stop - steps.start)
             direct = backend.workspace("outputs.direct", outputs[rows].shape)
             for j, q in enumerate(directions):
@@ -358,6 +359,7 @@ class Tape:
             dh = backend.workspace(f"hidden.{top}", (length + 1, size, n))
             dh[1:first] = 0
             backend.matmul(du, self.parameters["W_o"].T, dh[first:].reshape(-1, n))
+            self.layers[top].scale(dh[first:])
             cotangents = []
             for i in range(top, -1, -1):
                 below = backend.workspace(f"hidden.{i - 1}", (length + 1, size, n)) if i else None
@@ -396,7 +398,8 @@ class Tape:
                 more = backend.workspace("below.more", flat.shape)
                 backend.matmul(dp.reshape(-1, n), self.parameters[names["W_mx"]].T, more)
                 flat += more
-        return Cotangents(r.inputs, r.hidden, r.intermediate, dh[1:], da, dp, dq)
+            self.layers[i - 1].scale(below[1:])
+        return Cotangents(r.inputs, r.hidden, r.intermediate, r.read, dh[1:], da, dp, dq)
 
     def _collect(self, cotangents: Sequence[Cotangents], du: Array, out: Array) -> None:
         """Add the parameter cotangents of one block to out (D,) or (C, D)."""
@@ -437,8 +440,8 @@ class Tape:
         g = self.architecture.layout.views(out)
         for i, layer in enumerate(cotangents):
             layer_gradient(self.architecture.cell, layer, self.architecture.of_layer(i, g), sums)
-        hidden = cotangents[-1].hidden
-        sums.product(hidden[len(hidden) - len(du) :], du, g["W_o"])
+        read = cotangents[-1].read
+        sums.product(read[len(read) - len(du) :], du, g["W_o"])
         if "b_o" in g:
             sums.total(du, g["b_o"])
 

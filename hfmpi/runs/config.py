@@ -117,6 +117,14 @@ class Config:
         within("[0, 1)"),
         Option("Share of the training characters that random characters of the text replace in every step."),
     ] = 0.0
+    dropout: Annotated[
+        Number,
+        within("[0, 1)"),
+        Option(
+            "Probability that a hidden unit is dropped, for a sequence in a step, where the next layer or "
+            "the output layer reads it."
+        ),
+    ] = 0.0
     max_steps: Annotated[Whole, Option("Maximum steps in total.", "no limit", changeable=True)] = 0
     max_seconds: Annotated[
         Number, NOT_NEGATIVE, Option("Maximum training time in total.", "no limit", changeable=True)
@@ -243,7 +251,7 @@ CHANGEABLE = frozenset(name for name, (_, option) in OPTIONS.items() if option.c
 
 OF_TEXT = frozenset((
     "prefer", "model", "variant", "hidden", "parameters", "layers", "initialisation", "forget_bias",
-    "sequence_length", "burn_in", "input_noise", "backend", "dtype", "matmul_precision",
+    "sequence_length", "burn_in", "input_noise", "dropout", "backend", "dtype", "matmul_precision",
 ))  # fmt: skip
 """Options of a network on a text; `hfmpi.train` lacks them, because its arguments are a model and data."""
 

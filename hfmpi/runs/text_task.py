@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hfmpi.data.batches import Cases, Sequences
 from hfmpi.data.corpus import Corpus, loss_unit
+from hfmpi.data.dropout import Dropout
 from hfmpi.data.noise import Noisy
 from hfmpi.files.checkpoint import Checkpoint
 from hfmpi.files.history import BITS
@@ -24,7 +25,7 @@ __all__ = ["TextTask"]
 Choose = Callable[[Config, int, int], tuple[Config, str]]
 """Options, D and the number of training sequences -> options with an optimizer, and a note that says why."""
 
-NOISED = "training losses are those with input noise, validation losses are without"
+NOISED = "training losses include {}, validation losses do not"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,10 @@ class TextTask(Task):
         architecture = config.architecture(corpus.vocabulary)
         # From now on the number of units is the size, so that a resumed run does not derive it again.
         config = replace(config, hidden=architecture.hidden, parameters=0, keep=config.keep or "best")
-        lengths, notes = (config.sequence_length, config.burn_in), [NOISED] * bool(config.input_noise)
+        lengths = config.sequence_length, config.burn_in
+        changes = {"input noise": config.input_noise, "dropout": config.dropout}
+        changed = [name for name, share in changes.items() if share]
+        notes = [NOISED.format(" and ".join(changed))] * bool(changed)
         if choose is not None:
             checks.enough_text(data, len(corpus.train), len(corpus.valid), *lengths, 1, 0)
             count = Sequences(corpus.train, *lengths).count
@@ -66,7 +70,7 @@ class TextTask(Task):
         if reduced:
             config, notes = smaller, notes + reduced
         if config.preset().optimizer.needs.same_batch:
-            redrawn = "--input-noise" if config.input_noise else ""
+            redrawn = "--input-noise" if config.input_noise else "--dropout" if config.dropout else ""
             gradient, count = config.preset().gradient_batch, train_set.count
             checks.same_batch(config.optimizer, gradient, count, COMMAND.gradient_batch, redrawn)
         network = Network(
@@ -112,11 +116,17 @@ class TextTask(Task):
         return difference
 
     def cases(self, step: int) -> Cases:
-        """Return the training sequences, with the noise of this step if there is any."""
-        share = self.config.input_noise
-        return Noisy(self.train_set, share, self.config.seed, step) if share else self.train_set
+        """Return the training sequences, with the noise and the dropout of this step if there is any."""
+        config = self.config
+        cases: Cases = self.train_set
+        if config.input_noise:
+            cases = Noisy(self.train_set, config.input_noise, config.seed, step)
+        if config.dropout:
+            cases = Dropout(cases, config.dropout, config.layers, config.hidden, config.seed, step)
+        return cases
 
     def linearisation_bytes(self, cases: int) -> int:
         """Return what the tape of so many sequences takes."""
         config, needs = self.config, self.config.preset().optimizer.needs
-        return self.model.tape_bytes(config.burn_in + config.sequence_length, cases, needs.structural_damping)
+        steps = config.burn_in + config.sequence_length
+        return self.model.tape_bytes(steps, cases, needs.structural_damping, dropout=config.dropout > 0)
