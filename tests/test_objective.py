@@ -500,7 +500,7 @@ def test_the_mean_is_over_what_is_scored():
         assert risk.loss(theta) == pytest.approx(total / count, rel=1e-14)
         assert risk.gradient(theta).loss == pytest.approx(total / count, rel=1e-13)
         assert relative(risk.gauss_newton(theta)(theta), x.T @ (x @ theta) / count) < 1e-13
-    with pytest.raises(UserError, match="no output that is scored"):
+    with pytest.raises(UserError, match="a batch has no scored outputs"):
         owner.on(rows, np.array([2, 5]))
 
 
