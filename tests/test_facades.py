@@ -240,7 +240,7 @@ def test_the_mean_of_the_iterates_is_in_the_module_for_a_while():
     with optimizer.averaged():
         assert np.array_equal(vector(module), optimizer._progress.state.average)
         assert not np.array_equal(vector(module), theta)
-        with pytest.raises(UserError, match=r"a step inside of averaged\(\) would be lost"):
+        with pytest.raises(UserError, match=r"a step inside averaged\(\) would be lost"):
             run(optimizer, 1)
     assert np.array_equal(vector(module), theta)
     run(optimizer, 1)
@@ -623,7 +623,7 @@ def test_what_does_not_fit_in_jax_is_refused():
         (lambda: optimizer.update((x, y), state), "needs the params"),
         (lambda: optimizer.update((x, y), None, tree), "a State from init or update"),
         (lambda: optimizer.update((x, y), other, tree), "belongs to a different method than bhf-short"),
-        (lambda: optimizer.update({"image": x, "label": y}, state, tree), "must have the keys x and y, not image"),
+        (lambda: optimizer.update({"image": x, "label": y}, state, tree), "the keys x and y, not image"),
         (lambda: optimizer.update((x, y), state, {"a": tree["a"]}), "the form"),
         (lambda: optimizer.update((x, y), state, {**tree, "b": tree["b"][:, :2]}), "has shape"),
         (lambda: hfmpi.jax.Optimizer(network, "cross-entropy", "nothing"), "no optimizer"),

@@ -485,13 +485,13 @@ def test_wrong_rows_and_settings_are_refused():
         (None, TypeError, r"LeastSquares.rows must return a RowMatrix, not None"),
         (DenseRows(None, theta, good.matrix, good.residuals), TypeError, "must return a number as the loss"),
         (DenseRows(1.0, theta[:1], good.matrix, good.residuals), ValueError, r"theta's shape \(2,\)"),
-        (DenseRows(1.0, theta, good.matrix, theta), ValueError, "a residual for each of its 1 rows"),
+        (DenseRows(1.0, theta, good.matrix, theta), ValueError, "one residual for each of its 1 rows"),
         (
             DenseRows(1.0, theta.astype(np.float32), good.matrix, good.residuals),
             TypeError,
-            "a gradient as theta is, float64",
+            "a gradient of theta's type, float64",
         ),
-        (DenseRows(1.0, theta, good.matrix), UserError, "no residuals"),
+        (DenseRows(1.0, theta, good.matrix), UserError, "needs the residuals of the objective"),
     ):
         objective.rows = lambda theta, request, rows=rows: rows
         with pytest.raises(error, match=words):

@@ -354,7 +354,7 @@ def test_what_is_missing_is_one_sentence():
         Subspace().step(theta, state, Objectives(Bowl()))
     for directions in "kfac+kfac", "kfac+soap":
         with pytest.raises(
-            ValueError, match=r"^directions must be some of kfac, rows, gradient, rms joined by \+$"
+            ValueError, match=r"^directions must be one or more of kfac, rows, gradient, rms joined by \+$"
         ):
             Subspace(directions)
 
@@ -362,7 +362,7 @@ def test_what_is_missing_is_one_sentence():
 @pytest.mark.parametrize(("changes", "sentence"), [
     ({"krylov": 1}, "optimizer subspace has no setting 'krylov'; it has directions, memory, cut, "),
     ({"metric": "kfac"}, "optimizer subspace has no setting 'metric'; it has directions, memory, cut, "),
-    ({"directions": "kfac+soap"}, "optimizer subspace: directions must be some of kfac, rows, "),
+    ({"directions": "kfac+soap"}, "optimizer subspace: directions must be one or more of kfac, rows, "),
 ])  # fmt: skip
 def test_settings_of_earlier_versions_are_refused_with_a_sentence(changes, sentence):
     with pytest.raises(UserError, match=f"^{sentence}"):

@@ -240,7 +240,10 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             raise UserError("load_state_dict needs a state from state_dict() of an hfmpi.torch.Optimizer")
         kind, groups = type(self._steps.method.optimizer).__name__, state_dict["param_groups"]
         if about["method"] != kind:
-            raise UserError(f"the state belongs to {about['method']}, but this optimizer is {kind}")
+            raise UserError(
+                f"the state belongs to {about['method']}, but this optimizer is {kind}: create the optimizer "
+                "with the saved method"
+            )
         for i, (ours, saved) in enumerate(zip(self.param_groups, groups, strict=False)):
             same = all(ours[name] == saved[name] for name in ("scale", "frozen"))
             if (

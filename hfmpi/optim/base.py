@@ -161,7 +161,7 @@ class Objective(ABC):
         return projected
 
     def sketch(self, theta: Vector, v: Directions, request: RowRequest) -> Sketch:
-        """Estimate V G V' of V (k, D) from a sketch of G."""
+        """Estimate V G V' for V (k, D) from a sketch of G."""
         rows = self.rows(theta, request)
         along = np.stack([rows.times(each) for each in v.dense()])
         return Sketch(symmetric(along @ along.T / rows.scored), rows.count, rows.cotangents)
@@ -231,7 +231,7 @@ class Objectives:
 
     @property
     def second(self) -> Objective:
-        """The objective of the curvature, for a method that requires one."""
+        """The curvature objective; a UserError is raised if there is none."""
         if self.curvature is None:
             raise UserError(
                 "a second-order step needs a curvature objective: pass Objectives(gradient, curvature)"

@@ -20,7 +20,7 @@ __all__ = ["CGResult", "ConjugateGradients", "Iterate", "Stop", "relative_progre
 
 
 class Stop(enum.StrEnum):
-    """Why conjugate gradients stopped."""
+    """The reason why conjugate gradients stopped."""
 
     PROGRESS = "the model value no longer improves enough per iteration"
     MAX_STEPS = "the limit of iterations was reached"

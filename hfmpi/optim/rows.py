@@ -156,7 +156,7 @@ class DenseRows(RowMatrix):
 
     @property
     def count(self) -> int:  # type: ignore[override]
-        """M."""
+        """M, the number of rows."""
         return len(self.matrix)
 
     def times(self, v: Vector) -> Matrix:

@@ -135,7 +135,7 @@ class Subspace(Optimizer[SubspaceState]):
 
     directions: Annotated[
         str,
-        Rule(f"must be some of {', '.join(KINDS)} joined by +", _are_kinds),
+        Rule(f"must be one or more of {', '.join(KINDS)} joined by +", _are_kinds),
         Meaning(
             "One or more of kfac (gradients preconditioned by K-FAC's factors), rows (preconditioned by rows "
             "of examples), gradient and rms (the gradient divided by its root mean square), joined by +."
