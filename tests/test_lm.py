@@ -451,7 +451,7 @@ def test_a_risk_that_is_not_finite_after_every_step_ends_without_an_error():
     assert report.message == "step rejected: no damping lowers the risk"
     _, _, report = LM().step(theta, state, Objectives(objective))
     assert (report.converged, report.work.losses) == (True, 0)
-    assert report.message.endswith("the damping too large")
+    assert report.message.endswith("the damping is too large")
 
 
 def test_too_large_a_matrix_is_refused_before_it_is_made():
