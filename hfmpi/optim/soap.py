@@ -42,7 +42,7 @@ Refresh = Annotated[
     int,
     at_least(1),
     Meaning(
-        "The eigenvectors are recomputed after this number of updates. The authors: 10.",
+        "Number of updates after which the eigenvectors are recomputed. The authors: 10.",
         unit="updates",
         others=("precondition_frequency",),
     ),

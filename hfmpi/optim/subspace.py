@@ -222,7 +222,7 @@ class Subspace(Optimizer[SubspaceState]):
     refresh: Annotated[
         int,
         at_least(1),
-        Meaning("K-FAC's factors are decomposed again after this number of steps.", unit="steps"),
+        Meaning("Number of steps after which K-FAC's factors are decomposed again.", unit="steps"),
     ] = 1
     damping: Annotated[
         float,
