@@ -160,7 +160,7 @@ def test_what_is_no_objective_or_state_is_refused(optimizer):
             Objectives(wrong)
     state, both = optimizer.init(GOOD), Objectives(Bowl(), Bowl())
     for wrong in (Bowl(), (Bowl(), Bowl()), None):
-        with pytest.raises(TypeError, match="takes Objectives"):
+        with pytest.raises(TypeError, match="needs Objectives"):
             optimizer.step(GOOD, state, wrong)
     for wrong in (None, {}, object()):
         with pytest.raises(TypeError, match=r"state must be the result of init\(theta\), not "):
