@@ -310,7 +310,7 @@ def test_a_state_of_another_optimizer_is_refused():
     ]:
         with pytest.raises(UserError, match=words):
             optimizer.load_state_dict(saved)
-    with pytest.raises(UserError, match="what state_dict"):
+    with pytest.raises(UserError, match="needs a state from state_dict"):
         make(mlp(), "adam").load_state_dict(torch.optim.Adam(mlp().parameters()).state_dict())
 
 
