@@ -1,4 +1,4 @@
-"""`hfmpi.jax`: the optimizers of hfmpi in the shape of optax."""
+"""`hfmpi.jax`: the optimizers of hfmpi with the interface of optax."""
 
 from hfmpi.facades.jax import Optimizer, State
 

@@ -1,4 +1,4 @@
-"""`hfmpi.torch`: the optimizers of hfmpi in the shape of torch.optim."""
+"""`hfmpi.torch`: the optimizers of hfmpi with the interface of torch.optim."""
 
 from hfmpi.facades.torch import Optimizer
 

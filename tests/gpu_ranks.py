@@ -117,7 +117,7 @@ def compared(name, folder, train):
     for transport in os.environ.get("HFMPI_TRANSPORTS", "host cuda").split():
         found = train(folder / f"{name} {transport}", transport, 2)
         if isinstance(found, str):
-            refused = "does not take GPU memory" in found
+            refused = "does not accept GPU memory" in found
             failed += not refused
             print(f"ranks: {name}, transport {transport}: {'skipped' if refused else 'FAILED'}, {found}")
             continue

@@ -119,10 +119,10 @@ def test_theta_keeps_its_type_whatever_the_objective_gives(optimizer, kind, give
 # Objectives --------------------------------------------------------------------------------------
 
 NO_LOSS, NO_ARRAY = (
-    "gradient must give a number as its loss, not ",
-    " must give an array of real numbers, not ",
+    "gradient must return a number as the loss, not ",
+    " must return an array of real numbers, not ",
 )
-SHAPE = " must give a vector of theta's shape (3,), not "
+SHAPE = " must return a vector of theta's shape (3,), not "
 
 
 @pytest.mark.parametrize(("answers", "words"), [
@@ -130,8 +130,8 @@ SHAPE = " must give a vector of theta's shape (3,), not "
     ({"loss": lambda loss: None}, NO_LOSS + "None"),
     ({"loss": str}, NO_LOSS + "'"),
     ({"loss": complex}, NO_LOSS + "("),
-    ({"gradient": lambda loss, g: (loss, g)}, "gradient must give a Gradient(loss, vector), not tuple"),
-    ({"gradient": lambda loss, g: g}, "gradient must give a Gradient(loss, vector), not ndarray"),
+    ({"gradient": lambda loss, g: (loss, g)}, "gradient must return a Gradient(loss, vector), not tuple"),
+    ({"gradient": lambda loss, g: g}, "gradient must return a Gradient(loss, vector), not ndarray"),
     ({"gradient": lambda loss, g: Gradient(loss, list(g))}, "gradient" + NO_ARRAY + "list"),
     ({"gradient": lambda loss, g: Gradient(loss, None)}, "gradient" + NO_ARRAY + "None"),
     ({"gradient": lambda loss, g: Gradient(loss, g + 0j)}, "gradient" + NO_ARRAY + "ndarray of complex128"),
@@ -140,7 +140,7 @@ SHAPE = " must give a vector of theta's shape (3,), not "
     ({"gradient": lambda loss, g: Gradient(loss, g, g[:2])}, "gradient as squares" + SHAPE + "(2,)"),
     ({"product": list}, "gauss_newton(theta)" + NO_ARRAY + "list"),
     ({"product": lambda v: v[:1]}, "gauss_newton(theta)" + SHAPE + "(1,)"),
-    ({"operator": np.eye(3)}, "gauss_newton must give a function v -> G v, not ndarray"),
+    ({"operator": np.eye(3)}, "gauss_newton must return a function v -> G v, not ndarray"),
 ])  # fmt: skip
 def test_what_is_no_answer_of_an_objective_is_refused(answers, words):
     for optimizer in SECOND_ORDER if words.startswith("gauss_newton") else OPTIMIZERS:
@@ -156,11 +156,11 @@ class Duck:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_what_is_no_objective_or_state_is_refused(optimizer):
     for wrong in (Duck(), Bowl, None, (Bowl(), Bowl())):
-        with pytest.raises(TypeError, match=r"must be of a subclass of hfmpi.Objective, not \S"):
+        with pytest.raises(TypeError, match=r"must be an instance of hfmpi.Objective, not \S"):
             Objectives(wrong)
     state, both = optimizer.init(GOOD), Objectives(Bowl(), Bowl())
     for wrong in (Bowl(), (Bowl(), Bowl()), None):
-        with pytest.raises(TypeError, match="takes Objectives"):
+        with pytest.raises(TypeError, match="needs Objectives"):
             optimizer.step(GOOD, state, wrong)
     for wrong in (None, {}, object()):
         with pytest.raises(TypeError, match=r"state must be the result of init\(theta\), not "):
@@ -244,12 +244,12 @@ def owner(**changes):
     (lambda: hfmpi.Arrays([[1, 2], [3]], TARGETS), "inputs must be an array with rows of equal length"),
     (lambda: owner(model="net"), "model must be a model such as hfmpi.Network, not 'net'"),
     (lambda: owner(model=hfmpi.Network), "model must be a model such as hfmpi.Network, not the class"),
-    (lambda: owner(communicator=None), "communicator must be what connect() gives, not None"),
+    (lambda: owner(communicator=None), "communicator must be a result of connect(), not None"),
     (lambda: owner(micro_batch=-1), "micro_batch must be 0, 1, 2, ..., not -1"),
     (lambda: owner(memory_budget="1GiB"), "memory_budget must be a number of bytes, not '1GiB'"),
     (lambda: owner(slices=2.0), "slices must be 0, 1, 2, ..., not 2.0"),
     (lambda: owner(stop=True), "stop must be a function, not True"),
-    (lambda: OWNER.on((INPUTS, TARGETS), [0]), "cases must be such as hfmpi.Arrays makes, not tuple"),
+    (lambda: OWNER.on((INPUTS, TARGETS), [0]), "cases must be an object such as hfmpi.Arrays, not tuple"),
     (lambda: OWNER.on(CASES, [0.5]), "case indices must be whole numbers (B,), not float64 of shape (1,)"),
     (lambda: OWNER.on(CASES, np.zeros((2, 2), int)), "not int64 of shape (2, 2)"),
     (lambda: OWNER.on(CASES, 3), "case indices must be whole numbers (B,), not int64 of shape ()"),
@@ -287,14 +287,14 @@ def test_an_optimum_is_said():
             return 1.0 + super().loss(theta)
 
     far = GOOD * 1e-12  # its loss is that of the optimum, to rounding
-    why = "the step promises less than the rounding of the risk: theta is at an optimum or the damping "
+    why = "the predicted decrease is smaller than the rounding of the risk: theta is at an optimum, or the "
     for most, end in (1e10, ""), (1e9, "; the damping is at its maximum"):
         optimizer = HessianFree(damping=1e9, damping_maximum=most)
         state = optimizer.init(far)
         after, later, report = optimizer.step(far, state, Objectives(At(), At()))
         assert (after is far, later is state) == (True, True)
         assert (report.accepted, report.converged, report.details["step_norm"]) == (True, True, 0.0)
-        assert report.message == f"{why}too large{end}"
+        assert report.message == f"{why}damping is too large{end}"
     for each in OPTIMIZERS:
         _, _, report = each.step(GOOD * 0, each.init(GOOD), Objectives(Bowl(), Bowl()))
         assert report.message.startswith("the gradient is zero")
@@ -306,7 +306,7 @@ def test_a_run_says_once_what_is_not_in_its_lines(tmp_path):
     train(tmp_path / "run", write_corpus(tmp_path / "c.h5"), reporter=reporter, max_steps=3, settings=huge)
     assert len(reporter.records) == 3
     (said,) = reporter.notes
-    assert said.startswith("step 1: the step promises less than the rounding of the risk")
+    assert said.startswith("step 1: the predicted decrease is smaller than the rounding of the risk")
     assert "the damping is at its maximum" in said
 
 

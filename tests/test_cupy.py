@@ -362,7 +362,7 @@ def test_micro_batches_shrink_when_the_memory_runs_out(monkeypatch, caplog):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14)
     sentences = [record.getMessage() for record in caplog.records]
     assert 1 <= len(sentences) <= 3  # one for each pass that had to shrink
-    assert f"rank 0 went out of memory ({backend.device})" in sentences[-1]
+    assert f"rank 0 ran out of memory ({backend.device})" in sentences[-1]
     assert sentences[-1].endswith(f"micro-batches of {owner.local.micro_batch} sequences.")
     again = everything(risk, theta)  # it has learned
     assert len(caplog.records) == len(sentences)
@@ -386,7 +386,7 @@ def test_a_product_survives_memory_that_runs_out_between_products(monkeypatch):
 def test_a_sequence_that_does_not_fit_is_one_sentence(monkeypatch):
     _, risk, theta = risk_on(create("cupy", "float64"))
     monkeypatch.setattr(cupy.Memory, "total", cupy.Memory.used + 10_000)
-    with pytest.raises(UserError, match=r"rank 0 has not enough memory for a single sequence \(Stand-in"):
+    with pytest.raises(UserError, match=r"rank 0 does not have enough memory for a single sequence \(Stand"):
         risk.loss(theta)
 
 
@@ -454,10 +454,10 @@ def test_transports_are_chosen_for_all_ranks(wanted, places, name, monkeypatch):
 
 
 @pytest.mark.parametrize(("wanted", "places", "reason"), [
-    ("cuda", [rank(), rank("b")], "does not take GPU memory"),
-    ("cuda", [rank(aware=True), rank(None, aware=True)], "none for rank 1"),
-    ("nccl", [rank(None), rank(None)], "none for rank 0, rank 1"),
-    ("nccl", [rank(), rank()], "needs a GPU for every rank"),
+    ("cuda", [rank(), rank("b")], "does not accept GPU memory"),
+    ("cuda", [rank(aware=True), rank(None, aware=True)], "none on rank 1: choose"),
+    ("nccl", [rank(None), rank(None)], "none on rank 0, rank 1: choose"),
+    ("nccl", [rank(), rank()], "needs a separate GPU for every rank"),
     ("nccl", [rank(), rank("b", nccl=False)], "CuPy does not find"),
     ("pigeon", [rank()], "no transport 'pigeon'"),
 ])  # fmt: skip

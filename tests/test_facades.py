@@ -238,7 +238,7 @@ def test_the_mean_of_the_iterates_is_in_the_module_for_a_while():
     with optimizer.averaged():
         assert np.array_equal(vector(module), optimizer._progress.state.average)
         assert not np.array_equal(vector(module), theta)
-        with pytest.raises(UserError, match=r"a step inside of averaged\(\) would be lost"):
+        with pytest.raises(UserError, match=r"a step inside averaged\(\) would be lost"):
             run(optimizer, 1)
     assert np.array_equal(vector(module), theta)
     run(optimizer, 1)
@@ -250,7 +250,7 @@ def test_parameters_of_another_type_need_another_optimizer():
     optimizer.step(x, y)
     module.double()
     with pytest.raises(
-        UserError, match="the parameters are float64, and were float32 when the optimizer was"
+        UserError, match="the parameters are float64, but were float32 when the optimizer was"
     ):
         optimizer.step(x.double(), y)
 
@@ -308,7 +308,7 @@ def test_a_state_of_another_optimizer_is_refused():
     ]:
         with pytest.raises(UserError, match=words):
             optimizer.load_state_dict(saved)
-    with pytest.raises(UserError, match="what state_dict"):
+    with pytest.raises(UserError, match="needs a state from state_dict"):
         make(mlp(), "adam").load_state_dict(torch.optim.Adam(mlp().parameters()).state_dict())
 
 
@@ -382,19 +382,19 @@ def test_scaled_variables_have_the_scaled_derivatives():
 def test_groups_that_do_not_fit_are_refused():
     module = mlp()
     for params, words in [
-        (module[0].parameters(), "none of the groups"),
+        (module[0].parameters(), "is not in any group"),
         (groups_of(module, scale=0.0), "positive number"),
         (groups_of(module, frozen="yes"), "True or False"),
         (groups_of(module, weight_decay=0.1), "'weight_decay'"),
         (groups_of(module, lr=0.1), "factor of the step"),
-        ([{"params": mlp().parameters()}], "not one of the module"),
+        ([{"params": mlp().parameters()}], "does not belong to the module"),
         ([*groups_of(module), {"params": module[0].parameters()}], "more than one"),
         ([], "empty"),
         ([{"scale": 1.0}], "params"),
     ]:
         with pytest.raises(UserError, match=words):
             make(module, "adam", params=params)
-    with pytest.raises(UserError, match="at construction"):
+    with pytest.raises(UserError, match="after construction"):
         make(module, "adam").add_param_group({"params": []})
 
 
@@ -480,12 +480,12 @@ def test_zero_grad_is_harmless():
     ((mlp(), LOSS, 3), {}, "method must be a name"),
     ((mlp(), LOSS, HessianFree), {}, "method must be a name"),
     ((mlp(), LOSS, "adam"), {"damping": 1.0}, "damping"),
-    ((mlp(), LOSS, preset("adam")), {"rate": 1.0}, "an object already"),
+    ((mlp(), LOSS, preset("adam")), {"rate": 1.0}, "because the method is an object"),
     ((mlp(), LOSS, Adam()), {"rate": 1.0}, r"hfmpi.Adam\(rate=...\)"),
     ((mlp, LOSS, "adam"), {}, "must be a torch.nn.Module"),
     ((mlp(), nn.HingeEmbeddingLoss(), "adam"), {}, "loss"),
     ((mlp(), LOSS, "lbfgs"), {}, "same_batch=True"),
-    ((mlp(), LOSS, "bhf"), {"curvature_fraction": 2}, "above 0, at most 1"),
+    ((mlp(), LOSS, "bhf"), {"curvature_fraction": 2}, "larger than 0 and at most 1"),
     ((mlp(), LOSS, "bhf"), {"same_batch": 1}, "same_batch must be"),
     ((mlp(), LOSS, "bhf"), {"epoch_examples": -1}, "epoch_examples must be"),
     ((mlp(), LOSS, "bhf"), {"outputs": 0}, "outputs must be a function"),
@@ -506,25 +506,25 @@ def test_batches_and_closures_that_do_not_fit_are_refused():
         return loss
 
     for given, words in [
-        ((x,), "step takes a batch"),
+        ((x,), "step needs a batch"),
         ((x, y[:3]), "the batch: there are 60"),
         ((x, y.float()), "whole numbers"),
         ((classic,), "must return .outputs, targets., not Tensor"),
-        ((lambda: (2 * module(x), y),), "as the module returned them"),
+        ((lambda: (2 * module(x), y),), "of the module unchanged"),
         ((lambda: (module(x), module(x), y)[1:],), "once, not 2 times"),
         ((lambda: (x, y),), "once, not 0 times"),
-        ((lambda: (module(input=x), y),), "without keywords, not with input="),
+        ((lambda: (module(input=x), y),), "without keyword arguments, not with input="),
     ]:
         with pytest.raises(UserError, match=words):
             optimizer.step(*given)
     with pytest.raises(UserError, match=r"a tuple \(x, y\)"):
         optimizer.step(x, y, curvature=x)
-    with pytest.raises(UserError, match="no separate curvature batch"):
+    with pytest.raises(UserError, match="does not use a curvature batch"):
         make(mlp(), "adam").step(x, y, curvature=(x, y))
     assert np.array_equal(vector(module), before)
     steady = make(mlp(), "bhf-short", same_batch=True)
     steady.step(x, y)
-    with pytest.raises(UserError, match="another batch than the one before"):
+    with pytest.raises(UserError, match="a different batch than the previous step"):
         steady.step(x + 1, y)
 
 
@@ -619,8 +619,8 @@ def test_what_does_not_fit_in_jax_is_refused():
     for call, words in [
         (lambda: jax.jit(lambda p: optimizer.update((x, y), state, p))(tree), "cannot be compiled"),
         (lambda: optimizer.update((x, y), state), "needs the params"),
-        (lambda: optimizer.update((x, y), None, tree), "what init or update returned"),
-        (lambda: optimizer.update((x, y), other, tree), "belongs to another method than bhf-short"),
+        (lambda: optimizer.update((x, y), None, tree), "a State from init or update"),
+        (lambda: optimizer.update((x, y), other, tree), "belongs to a different method than bhf-short"),
         (lambda: optimizer.update({"image": x, "label": y}, state, tree), "the keys x and y, not image"),
         (lambda: optimizer.update((x, y), state, {"a": tree["a"]}), "the form"),
         (lambda: optimizer.update((x, y), state, {**tree, "b": tree["b"][:, :2]}), "has shape"),
@@ -697,7 +697,7 @@ def test_ranks_with_other_arguments_are_refused(mpi_ranks, comm, options):
     ranks = MPICommunicator(comm)
     options = {"loss": nn.CrossEntropyLoss(), "method": "bhf-short"} | (options if ranks.rank else {})
     optimizer = hfmpi.torch.Optimizer(mlp(), communicator=ranks, **options)
-    with pytest.raises(UserError, match="rank 1 has another method, loss or options than rank 0"):
+    with pytest.raises(UserError, match="rank 1 has a different method, loss or options than rank 0"):
         optimizer.step(*tensors(*data()))
 
 
@@ -717,7 +717,7 @@ def test_what_one_rank_gets_wrong_is_said_on_all(mpi_ranks, comm):
         module[0].bias += float(second)
     with pytest.raises(UserError, match="rank 1 has different parameters"):
         optimizer.step(x, y)
-    with pytest.raises(UserError, match="rank 1 has a module with other parameters"):
+    with pytest.raises(UserError, match="rank 1 has a module with different parameters"):
         make(nn.Linear(INPUTS, OUTPUTS, bias=second), "adam", communicator=ranks)
     with pytest.raises(UserError, match="no optimizer"):
         make(mlp(), "nothing" if second else "adam", communicator=ranks)

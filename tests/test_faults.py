@@ -334,13 +334,13 @@ def full(value):
         ({"gradient": full(math.inf)}, "the gradient is not finite", "NOT_FINITE"),
         ({"risk": math.nan}, "the risk is not finite", "NOT_FINITE"),
         ({"risk": -math.inf}, "the risk is not finite", "NOT_FINITE"),
-        ({"product": full(math.nan)}, "a gradient, product or residual was not finite", "NOT_FINITE"),
-        ({"product": full(math.inf)}, "a gradient, product or residual was not finite", "NOT_FINITE"),
-        ({"squares": full(math.nan)}, "a gradient, product or residual was not finite", "NOT_FINITE"),
+        ({"product": full(math.nan)}, "a gradient, product or residual is not finite", "NOT_FINITE"),
+        ({"product": full(math.inf)}, "a gradient, product or residual is not finite", "NOT_FINITE"),
+        ({"squares": full(math.nan)}, "a gradient, product or residual is not finite", "NOT_FINITE"),
         ({"product": full(-1e3)}, "the curvature along the search direction is not positive", "NOT_POSITIVE"),
-        ({"loss": math.nan}, "the risk along it is not finite", None),
-        ({"loss": -math.inf}, "the risk along it is not finite", None),
-        ({"loss": 99.0}, "no rate along it lowers the risk enough", None),
+        ({"loss": math.nan}, "along the direction from conjugate gradients the risk is not finite", None),
+        ({"loss": -math.inf}, "along the direction from conjugate gradients the risk is not finite", None),
+        ({"loss": 99.0}, "no rate along the direction from conjugate gradients lowers the risk enough", None),
     ],
 )
 @pytest.mark.parametrize("damping", [1.0, 1e10])
@@ -412,7 +412,7 @@ def test_one_ranks_bad_numbers_stop_the_run_on_all(mpi_ranks, comm, mpi_tmp_path
     honest = linearised.squared_gradients, linearised.gauss_newton, Network.loss
     methods = (
         ("squared_gradients", 1, "gradient is not finite"),
-        ("gauss_newton", 2, "product or residual was not finite"),
+        ("gauss_newton", 2, "product or residual is not finite"),
     )
     for method, place, cause in methods:
         folder = mpi_tmp_path / method

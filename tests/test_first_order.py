@@ -324,12 +324,12 @@ def test_without_matrices_there_is_one_sentence(name, optimizer):
 
     theta = np.zeros(6)
     with pytest.raises(
-        UserError, match=rf"^{name} needs the matrices of theta: init\(theta, objective.blocks\)$"
+        UserError, match=rf"^{name} needs the matrices of theta: call init\(theta, objective.blocks\)$"
     ):
         optimizer.init(theta)
     state = optimizer.init(theta, (Block("all", 0, 2, 3),))
     with pytest.raises(
-        UserError, match=r"^the objective does not name the matrices of theta \(blocks\): take"
+        UserError, match=r"^the objective does not define the matrices of theta \(blocks\): use"
     ):
         optimizer.step(theta, state, Objectives(Bare([np.ones(6)])))
 

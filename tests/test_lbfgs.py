@@ -276,7 +276,7 @@ def test_settings_and_states_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="must be smaller"):
         LBFGS(line_search_sufficient=0.5, line_search_curvature=0.1)
     theta, objective = np.zeros(2), Function(rosenbrock)
-    with pytest.raises(ValueError, match="another memory"):
+    with pytest.raises(ValueError, match="does not fit memory="):
         LBFGS(memory=3).step(theta, LBFGS(memory=2).init(theta), Objectives(objective))
 
 

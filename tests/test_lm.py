@@ -448,10 +448,10 @@ def test_a_risk_that_is_not_finite_after_every_step_ends_without_an_error():
     objective.loss = lambda at: 1.0 if at is theta else math.inf
     after, state, report = LM().step(theta, LM().init(theta), Objectives(objective))
     assert (after is theta, report.accepted, report.converged) == (True, False, False)
-    assert report.message == "no damping lowers the risk"
+    assert report.message == "step rejected: no damping lowers the risk"
     _, _, report = LM().step(theta, state, Objectives(objective))
     assert (report.converged, report.work.losses) == (True, 0)
-    assert report.message.endswith("the damping too large")
+    assert report.message.endswith("the damping is too large")
 
 
 def test_too_large_a_matrix_is_refused_before_it_is_made():
@@ -467,9 +467,9 @@ def test_too_large_a_matrix_is_refused_before_it_is_made():
 
     theta = np.ones(20_000)
     sentence = (
-        r"^a matrix of 20,000 x 20,000 numbers is needed for 50,000 residuals and 20,000 parameters, which "
-        r"takes 3.2 GB and as much again for its factor: take fewer examples a step or another optimizer, or "
-        r"raise largest_side$"
+        r"^50,000 residuals and 20,000 parameters need a matrix of 20,000 x 20,000 numbers, which takes "
+        r"3.2 GB, and the same amount for its factor: use fewer examples per step or a different optimizer, "
+        r"or raise largest_side$"
     )
     with pytest.raises(UserError, match=sentence):
         LM().step(theta, LM().init(theta), Objectives(Large()))
@@ -482,16 +482,16 @@ def test_wrong_rows_and_settings_are_refused():
             LM(**wrong)
     good = objective.rows(theta)
     for rows, error, words in (
-        (None, TypeError, r"LeastSquares.rows must give a RowMatrix, not None"),
-        (DenseRows(None, theta, good.matrix, good.residuals), TypeError, "must give a number as its loss"),
+        (None, TypeError, r"LeastSquares.rows must return a RowMatrix, not None"),
+        (DenseRows(None, theta, good.matrix, good.residuals), TypeError, "must return a number as the loss"),
         (DenseRows(1.0, theta[:1], good.matrix, good.residuals), ValueError, r"theta's shape \(2,\)"),
-        (DenseRows(1.0, theta, good.matrix, theta), ValueError, "a residual for each of its 1 rows"),
+        (DenseRows(1.0, theta, good.matrix, theta), ValueError, "one residual for each of its 1 rows"),
         (
             DenseRows(1.0, theta.astype(np.float32), good.matrix, good.residuals),
             TypeError,
-            "a gradient as theta is, float64",
+            "a gradient of theta's type, float64",
         ),
-        (DenseRows(1.0, theta, good.matrix), UserError, "no residuals"),
+        (DenseRows(1.0, theta, good.matrix), UserError, "needs the residuals of the objective"),
     ):
         objective.rows = lambda theta, request, rows=rows: rows
         with pytest.raises(error, match=words):
@@ -653,7 +653,7 @@ def check_refused_before_its_rows(communicator, monkeypatch):
         raise AssertionError("a row was computed")
 
     monkeypatch.setattr("hfmpi.objective.local_rows._add", computed)
-    with pytest.raises(UserError, match=r"60 x 60 numbers is needed for 60 residuals and 97 parameters"):
+    with pytest.raises(UserError, match=r"60 residuals and 97 parameters need a matrix of 60 x 60 numbers"):
         optimizer.step(theta, optimizer.init(theta), Objectives(risk))
 
 

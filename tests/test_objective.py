@@ -274,7 +274,7 @@ def test_an_objective_has_the_blocks_of_its_model():
     owner, sequences, _ = make()
     assert owner.on(sequences, np.arange(3)).blocks == owner.model.blocks == owner.model.architecture.blocks
     with pytest.raises(
-        UserError, match=r"does not name the matrices of theta \(blocks\): take another optimizer"
+        UserError, match=r"does not define the matrices of theta \(blocks\): use another optimizer"
     ):
         _ = DataParallel(Line(), Communicator()).on(Rows(), np.arange(3)).blocks
 
@@ -396,7 +396,8 @@ def check_line(communicator, slices=0):
         for changes, sentence in (
             (
                 {"preconditioner": "diagonal"},
-                "the objective has no squared gradients: set preconditioner=auto or none",
+                "the objective has no squared gradients, which preconditioner=diagonal needs: set "
+                "preconditioner=auto or none",
             ),
             (
                 {"preconditioner": "none", "structural_damping": 0.5},
@@ -437,8 +438,8 @@ def test_an_objective_of_ones_own_says_what_it_lacks():
 
     theta = np.ones(3)
     for objectives, changes, words in (
-        (Objectives(Bare()), {"preconditioner": "diagonal"}, "no squared gradients: set preconditioner=auto"),
-        (Objectives(Bare()), {"preconditioner": "none"}, "need a curvature objective"),
+        (Objectives(Bare()), {"preconditioner": "diagonal"}, "needs: set preconditioner=auto or none"),
+        (Objectives(Bare()), {"preconditioner": "none"}, "needs a curvature objective"),
         (Objectives(Bare(), Bare()), {"preconditioner": "none"}, "no Gauss-Newton products"),
         (
             Objectives(Curved(), Curved()),
@@ -451,7 +452,7 @@ def test_an_objective_of_ones_own_says_what_it_lacks():
             optimizer.step(theta, optimizer.init(theta), objectives)
     for optimizer in (SOAP(), Muon()):
         state = optimizer.init(theta, (Block("all", 0, 1, 3),))
-        with pytest.raises(UserError, match=r"does not name the matrices of theta \(blocks\)"):
+        with pytest.raises(UserError, match=r"does not define the matrices of theta \(blocks\)"):
             optimizer.step(theta, state, Objectives(Bare()))
     optimizer = HessianFree(damping=1.0, preconditioner="none")
     _, _, report = optimizer.step(theta, optimizer.init(theta), Objectives(Curved(), Curved()))
@@ -504,7 +505,7 @@ def test_the_mean_is_over_what_is_scored():
         assert risk.loss(theta) == pytest.approx(total / count, rel=1e-14)
         assert risk.gradient(theta).loss == pytest.approx(total / count, rel=1e-13)
         assert relative(risk.gauss_newton(theta)(theta), x.T @ (x @ theta) / count) < 1e-13
-    with pytest.raises(UserError, match="no output that is scored"):
+    with pytest.raises(UserError, match="a batch has no scored outputs"):
         owner.on(rows, np.array([2, 5]))
 
 

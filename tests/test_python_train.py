@@ -339,7 +339,7 @@ def test_a_warning_of_a_lower_room_is_one_note(capfd):
     hfmpi.train(Tight(3), (X, Y), optimizer="adam", gradient_batch=80, max_steps=2, quiet=True)
     said = capfd.readouterr()
     assert said.out == ""
-    assert re.fullmatch(r"Note: rank 0 went out of memory \(.*\).* 8 sequences\.\n", said.err)
+    assert re.fullmatch(r"Note: rank 0 ran out of memory \(.*\).* 8 sequences\.\n", said.err)
     assert logging.getLogger("hfmpi").handlers == handlers
 
 
@@ -674,7 +674,7 @@ hfmpi.train((Line, Tight)[rank](3), (X, Y), optimizer="adam", gradient_batch=80,
 """
     code, out, err = mpirun(2, tmp_path, body)
     assert (code, out) == (0, "")
-    assert re.fullmatch(r"Note: rank 1 went out of memory \(.*\).* 8 sequences\.\n", err)
+    assert re.fullmatch(r"Note: rank 1 ran out of memory \(.*\).* 8 sequences\.\n", err)
 
 
 def test_the_failure_of_one_rank_is_that_of_all(tmp_path):

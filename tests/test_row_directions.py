@@ -185,9 +185,9 @@ def test_an_objective_without_rows_gets_a_sentence():
 @pytest.mark.parametrize(
     ("factors", "error", "words"),
     [
-        (None, UserError, r"^the objective's rows lack Kronecker factors \(RowMatrix.factors\)$"),
-        (np.zeros(3), TypeError, r"^Scored.rows must give 91 numbers of float64 as factors, not "),
-        (np.zeros(91, np.float32), TypeError, r"^Scored.rows must give 91 numbers of float64 as factors"),
+        (None, UserError, r"^the objective's rows have no Kronecker factors: set RowMatrix.factors$"),
+        (np.zeros(3), TypeError, r"^Scored.rows must return 91 numbers of float64 as factors, not "),
+        (np.zeros(91, np.float32), TypeError, r"^Scored.rows must return 91 numbers of float64 as factors"),
     ],
 )
 def test_rows_must_have_the_factors_that_were_requested(factors, error, words, monkeypatch):

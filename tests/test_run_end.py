@@ -144,7 +144,7 @@ def test_on_changing_batches_a_converged_step_is_empty_and_the_run_goes_on(optim
     options = {"optimizer": optimizer, "gradient_batch": 20, "curvature_batch": 20, "quiet": True}
     result = hfmpi.train(Line(3), (X, Y), max_steps=200, **options)
     assert result.step == 200
-    empty = [record for record in result.history if record["message"].startswith("the step promises less")]
+    empty = [record for record in result.history if record["message"].startswith("the predicted decrease is")]
     assert len(empty) > 10
     assert all(record["accepted"] and record["step_norm"] == 0 for record in empty)
     np.testing.assert_allclose(result.theta, [1, -2, 3, 0.5], rtol=1e-6)
@@ -334,7 +334,7 @@ def test_a_batch_without_a_scored_output_makes_an_empty_step(optimizer, tmp_path
     for record in empty:
         assert (
             record["message"]
-            == "a batch has no output that is scored: check mask and weights; its step is empty"
+            == "a batch has no scored outputs: check the mask and the weights; its step is empty"
         )
         assert (record["accepted"], record["gradients"]) == (True, 0)
     for stop in range(15, 91, 15):

@@ -69,14 +69,18 @@ def test_types_come_from_the_annotations():
 @pytest.mark.parametrize(("kind", "changes", "sentence"), [
     (HessianFree, {"damping": -1.0}, "damping must not be negative"),
     (HessianFree, {"damping_factor": 0.0}, "damping_factor must lie in (0, 1]"),
-    (HessianFree, {"damping_minimum": 1e11}, "damping_minimum must not exceed damping_maximum"),
+    (
+        HessianFree,
+        {"damping_minimum": 1e11},
+        "damping_minimum, 1e+11, must not exceed damping_maximum, 1e+10",
+    ),
     (HessianFree, {"cg_max_steps": 0}, "cg_max_steps must be at least 1"),
     (HessianFree, {"keep_ratio": math.inf}, "keep_ratio must be at least 1 and finite"),
     (HessianFree, {"warm_start_growth": 0.0}, "warm_start_growth must be positive"),
     (HessianFree, {"preconditioner": "full"}, "preconditioner must be 'auto', 'diagonal' or 'none'"),
     (HessianFree, {"line_search_sufficient": 1.0}, "line_search_sufficient must lie in [0, 1)"),
     (GradientDescent, {"rule": "fast"}, "rule must be one of clip, normalised, rms-normalised"),
-    (GradientDescent, {"floor": 3.0}, "floor must lie between 0 and rate"),
+    (GradientDescent, {"floor": 3.0}, "floor must lie between 0 and rate, 2, not 3"),
     (Adam, {"beta2": 1.0}, "beta2 must lie in [0, 1)"),
     (Adam, {"epsilon": 0.0}, "epsilon must be positive"),
 ])  # fmt: skip

@@ -154,7 +154,7 @@ def test_a_step_whose_next_one_has_another_batch_measures_its_own_risk():
     assert report.accepted
     worse.losses = lambda every: [1e10 for _ in every]
     after, later, report = Subspace().step(theta, state, Objectives(worse, bowl, repeated=False))
-    assert (report.accepted, report.message) == (False, "no candidate lowers the risk")
+    assert (report.accepted, report.message) == (False, "step rejected: no candidate lowers the risk")
     assert (after is theta, later.damping) == (True, 4 * state.damping)
 
 
@@ -204,7 +204,7 @@ def test_where_the_risk_rises_it_goes_back_to_the_minimum_along_the_step(memory,
     assert 0.1 < part < 0.5
     np.testing.assert_allclose(theta, start + part * step, rtol=1e-6)
     assert all(risk(part) < risk(other) for other in (part - 0.02, part + 0.02))
-    assert back.message == f"the risk rose: back to {part:.2g} of the last step"
+    assert back.message == f"the risk rose: the last step was shortened to {part:.2g} of its length"
     assert back.loss == pytest.approx(bowl.loss(far))  # without the decay
     assert state.damping == 4 * taken[1][1].damping
     np.testing.assert_allclose(state.steps[:SIZE], part * step)
@@ -241,7 +241,7 @@ def test_from_the_edge_of_a_cliff_no_step_is_taken(dtype, damping):
     theta, state, reports = steps(optimizer, Cliff(), 3, dtype)
     assert not theta.any()
     assert [report.accepted for report in reports[:1]] == [False]
-    assert reports[0].message == "no part of the step lowers the risk"
+    assert reports[0].message == "step rejected: no part of it lowers the risk"
     assert 0 < reports[0].work.losses <= 30
     assert state.damping == damping
 
@@ -285,7 +285,7 @@ def test_candidates_are_not_taken_where_none_lowers_the_risk():
     bowl = Bowl(2, hard=8.0)
     optimizer = Subspace("gradient", damping=1e-3, candidates=1)
     theta, state, (report,) = steps(optimizer, bowl, 1)
-    assert (report.accepted, report.message) == (False, "no candidate lowers the risk")
+    assert (report.accepted, report.message) == (False, "step rejected: no candidate lowers the risk")
     assert not theta.any()
     assert state.damping == 4e-3
     assert (report.work.losses, report.work.candidates) == (1, 0)
@@ -334,7 +334,7 @@ def test_a_step_that_promises_less_than_rounding_is_not_taken(dtype, candidates,
         reports.append(report)
         assert len(reports) < 200
     assert (report.accepted, report.work.losses) == (True, 0)
-    assert report.message.startswith("the step promises less than the rounding of the risk: theta is at ")
+    assert report.message.startswith("the predicted decrease is smaller than the rounding of the risk: theta")
     assert theta is before[0]
     assert state is before[1]
     assert bowl.loss(theta) - 1 < 1e-5 * reports[0].loss
@@ -345,16 +345,16 @@ def test_what_is_missing_is_one_sentence():
         factored_gradient = Objective.factored_gradient
 
     theta = np.zeros(SIZE)
-    with pytest.raises(UserError, match=r"^subspace needs the matrices of theta: init\(theta, objective"):
+    with pytest.raises(UserError, match=r"^subspace needs the matrices of theta: call init\(theta, obj"):
         Subspace().init(theta)
     state = Subspace().init(theta, BLOCKS)
-    with pytest.raises(UserError, match=r"^the objective has no Kronecker factors: set directions without"):
+    with pytest.raises(UserError, match=r"^the objective has no Kronecker factors: remove kfac from"):
         Subspace().step(theta, state, Objectives(Bare(), Bare()))
-    with pytest.raises(UserError, match="second-order steps need a curvature objective"):
+    with pytest.raises(UserError, match="a second-order step needs a curvature objective"):
         Subspace().step(theta, state, Objectives(Bowl()))
     for directions in "kfac+kfac", "kfac+soap":
         with pytest.raises(
-            ValueError, match=r"^directions must be some of kfac, rows, gradient, rms joined by \+$"
+            ValueError, match=r"^directions must be one or more of kfac, rows, gradient, rms joined by \+$"
         ):
             Subspace(directions)
 
@@ -362,7 +362,7 @@ def test_what_is_missing_is_one_sentence():
 @pytest.mark.parametrize(("changes", "sentence"), [
     ({"krylov": 1}, "optimizer subspace has no setting 'krylov'; it has directions, memory, cut, "),
     ({"metric": "kfac"}, "optimizer subspace has no setting 'metric'; it has directions, memory, cut, "),
-    ({"directions": "kfac+soap"}, "optimizer subspace: directions must be some of kfac, rows, "),
+    ({"directions": "kfac+soap"}, "optimizer subspace: directions must be one or more of kfac, rows, "),
 ])  # fmt: skip
 def test_settings_of_earlier_versions_are_refused_with_a_sentence(changes, sentence):
     with pytest.raises(UserError, match=f"^{sentence}"):

@@ -1,1 +1,1 @@
-"""The optimizers in the shape of torch.optim (`hfmpi.torch`) and optax (`hfmpi.jax`), for existing loops."""
+"""The optimizers with the interfaces of torch.optim (`hfmpi.torch`) and optax (`hfmpi.jax`)."""

@@ -1,4 +1,4 @@
-"""One global batch that the ranks bring in parts: each rank has the examples that its program read."""
+"""A global batch that is distributed over the ranks: each rank has the examples that its program read."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class GlobalBatch:
     examples : Cases
         The examples of this rank.
     edges : tuple of int
-        The index of the first example of each rank, and the number of all examples.
+        The index of the first example of each rank, and the total number of examples.
     rank : int
     outputs : float
-        The number of scored outputs, or the sum of their weights, of the examples whose risk is computed,
-        over all ranks.
+        The number of scored outputs, or the sum of their weights, over all ranks, for the examples whose risk
+        is computed.
     weights : float
-        The sum of the weights of these examples, without weights their number.
+        The sum of the weights of these examples; without weights, the number of examples.
     """
 
     examples: Cases
@@ -41,30 +41,30 @@ class GlobalBatch:
 
     @property
     def count(self) -> int:
-        """The number of examples of all ranks."""
+        """The number of examples over all ranks."""
         return self.edges[-1]
 
     def take(self, indices: np.ndarray) -> Any:
-        """Return examples of this rank as a batch."""
+        """Return examples of this rank, with these indices in the global batch, as a batch."""
         return self.examples.take(indices - self.edges[self.rank])
 
     def scored(self, indices: np.ndarray) -> Any:
-        """Return the number of scored outputs of all ranks, which have summed it before."""
+        """Return the number of scored outputs over all ranks, which was summed before."""
         return self.outputs
 
     def weight(self, indices: np.ndarray) -> float:
-        """Return the sum of the weights of the examples of all ranks, which have summed it before."""
+        """Return the sum of the weights of the examples over all ranks, which was computed before."""
         return self.weights
 
     def parts(self, indices: np.ndarray) -> list[np.ndarray]:
-        """Return the indices (B,) that belong to each rank."""
+        """Divide indices (B,) into those of the examples of each rank."""
         return [
             indices[(indices >= first) & (indices < following)] for first, following in pairwise(self.edges)
         ]
 
 
 class Shards(DataParallel):
-    """The objectives of a `GlobalBatch`: a shard is what the rank has of it."""
+    """A factory of objectives on a `GlobalBatch`: the shard of a rank has the rank's examples."""
 
     def shard(self, cases: Cases, indices: np.ndarray) -> Shard:
         """Return this rank's part of a global batch."""
@@ -76,9 +76,9 @@ class Shards(DataParallel):
 
 
 def curvature_part(step: int, batch: int, count: int) -> np.ndarray:
-    """Return the indices (count,) of a curvature batch in a global batch of this many examples.
+    """Return the indices (count,) of the curvature batch in a global batch of `batch` examples.
 
-    They are evenly spaced, so that every rank has its share, and move on by one with each step, so that all
-    examples of a batch that stays the same take their turn.
+    They are evenly spaced, so that every rank has its share. They shift by one with each step, so that all
+    examples are used in turn if the batch stays the same.
     """
     return np.sort((np.arange(count) * batch // count + step) % batch)

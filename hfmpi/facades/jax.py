@@ -1,4 +1,4 @@
-"""The optimizers in the shape of optax: `hfmpi.jax.Optimizer` has `init` and `update`."""
+"""The optimizers with the interface of optax: `hfmpi.jax.Optimizer` has `init` and `update`."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ __all__ = ["Optimizer", "State"]
 
 
 class State(NamedTuple):
-    """What `update` needs besides the params: a pytree of numbers and arrays.
+    """The state that `update` needs in addition to the params: a pytree of numbers and arrays.
 
     Attributes
     ----------
     steps : int
         The number of steps so far.
     examples : int
-        The examples of their batches, over all ranks.
+        The number of examples in the batches of these steps, over all ranks.
     loss : float
-        The loss before the last step, the mean over the batch of all ranks; not a number before the first.
+        The loss before the last step, a mean over the batch of all ranks; NaN before the first step.
     method : dict
-        The state of the method, by name.
+        The fields of the method's state, by name.
     """
 
     steps: int
@@ -46,15 +46,15 @@ class State(NamedTuple):
 
 
 class Optimizer:
-    """An optimizer of hfmpi for a loop that is written for optax: a batch takes the place of gradients.
+    """An optimizer of hfmpi for a loop written for optax: `update` takes a batch instead of gradients.
 
     `update(batch, state, params)` returns updates for `optax.apply_updates`, and the new state. It computes
-    losses, gradients and curvature by compiled functions, but takes decisions on the host between them: call
+    losses, gradients and curvature by compiled functions, but makes decisions on the host between them: call
     it outside of functions that `jax.jit` compiles.
 
-    Under mpirun every rank runs the same loop, from the same params, and passes its own part of each batch: a
-    step is that of the union of the parts, which may be uneven, and the params stay equal on all ranks. Ranks
-    with different params are refused.
+    Under mpirun every rank runs the same loop from the same params and passes a part of each batch. A step
+    uses the union of the parts, which may have different sizes, and the params remain equal on all ranks. If
+    the ranks have different params, an error is raised.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ class Optimizer:
     method : str, Optimizer or Preset
         The name of a preset such as 'subspace', or an object such as `hfmpi.Subspace(damping=0.01)`.
     trained : callable or pytree of bool, optional
-        As for `hfmpi.JaxModel`. What is not trained stays as `init` got it.
+        As for `hfmpi.JaxModel`. Arrays that are not trained remain as they were passed to `init`.
     curvature_fraction, same_batch, epoch_examples, micro_batch, communicator, **settings
         As for `hfmpi.torch.Optimizer`.
 
@@ -112,7 +112,7 @@ class Optimizer:
         Raises
         ------
         UserError
-            On all ranks, if the function or the params cannot be trained.
+            On all ranks, if the function cannot be trained with these params.
         """
         steps = self._made(params)
         return self._state(steps, steps.start(self._model.theta(params)), float("nan"))
@@ -120,9 +120,9 @@ class Optimizer:
     def update(
         self, batch: Any, state: State, params: Any = None, *, curvature: Any = None
     ) -> tuple[Any, State]:
-        """Take one step from the params; return what has to be added to them, and the new state; collective.
+        """Compute one step from the params; return the updates to add to them, and the new state; collective.
 
-        The state may come from a checkpoint: the next steps are then those of the loop that was saved.
+        The state may come from a checkpoint: the next steps are then the same as those of the saved loop.
 
         Parameters
         ----------
@@ -130,26 +130,26 @@ class Optimizer:
             This rank's examples; a dict has the keys "x" and "y". x may be a tuple of several inputs.
         state : State
         params : pytree
-            As `init` got them.
+            The current params, with the structure that was passed to `init`.
         curvature : as batch, optional
-            A separate batch for the curvature, on all ranks or on none.
+            A separate batch for the curvature, either on all ranks or on none.
 
         Returns
         -------
         updates : pytree
-            Like the params; zeros for arrays that are not trained.
+            With the structure of the params; zeros for arrays that are not trained.
         state : State
 
         Raises
         ------
         UserError
-            On all ranks, if the batch or the params cannot be used.
+            On all ranks, if the batch or the params are not valid.
         """
         steps = self._steps or self._made(params)
 
         def before() -> tuple[np.ndarray, Progress]:
             if params is None:
-                raise UserError("update needs the params: update((x, y), state, params)")
+                raise UserError("update needs the params: call update((x, y), state, params)")
             return self._model.theta(params), self._progress(state)
 
         theta, progress = together(steps.communicator, before)
@@ -159,35 +159,35 @@ class Optimizer:
         return self._model.updates(params, theta), self._state(steps, progress, self.report.loss)
 
     def averaged(self, params: Any, state: State) -> Any:
-        """Return the mean of the iterates as params, or the params where the method computes none."""
+        """Return the mean of the iterates as params, or `params` if the method does not compute a mean."""
         steps = self._steps or self._made(params)
         mean = steps.averaged(self._progress(state))
         return params if mean is None else self._model.params(mean)
 
     def _progress(self, state: Any) -> Progress:
-        """Return the progress of a state, whose arrays may have become those of JAX."""
+        """Convert a state, whose arrays may have become JAX arrays, to a `Progress`."""
         if not isinstance(state, State):
-            raise UserError(f"state must be what init or update returned, not {shown(state)}")
+            raise UserError(f"state must be a State from init or update, not {shown(state)}")
         values = {name: self._host(value) for name, value in state.method.items()}
         if set(values) != {field.name for field in fields(self._kind)}:
             raise UserError(
-                f"the state belongs to another method than {self._method.name}: call init(params)"
+                f"the state belongs to a different method than {self._method.name}: call init(params) again"
             )
         return Progress(int(state.steps), int(state.examples), self._kind(**values))
 
     def _host(self, value: Any) -> Any:
-        """Return an entry of a state as a number, or an array of the backend."""
+        """Convert an entry of a state to a number or an array of the backend."""
         if isinstance(value, (int, float, str)):
             return value
         array = np.asarray(value)
         return self._model.backend.to_device(array) if array.ndim else array.item()
 
     def _made(self, params: Any) -> Steps:
-        """Make the model of the params; collective."""
+        """Create the model and the steps from the params; collective."""
 
         def build() -> Steps:
             if params is None:
-                raise UserError("update needs the params: update((x, y), state, params)")
+                raise UserError("update needs the params: call update((x, y), state, params)")
             self._model = JaxModel(self._apply, params, self._loss, self._trained)
             theta = self._model.theta(params)
             steps = Steps(self._model, self._method, self._communicator, None, *self._options)
@@ -202,10 +202,12 @@ class Optimizer:
 
 
 def _batch(batch: Any) -> Any:
-    """Return a batch with arrays of NumPy."""
+    """Convert the arrays of a batch to NumPy."""
     if isinstance(batch, Mapping):
         if set(batch) != {"x", "y"}:
-            raise UserError(f"a batch that is a dict has the keys x and y, not {', '.join(map(str, batch))}")
+            raise UserError(
+                f"a batch that is a dict must have the keys x and y, not {', '.join(map(str, batch))}"
+            )
         batch = batch["x"], batch["y"]
     if not isinstance(batch, tuple):
         return batch

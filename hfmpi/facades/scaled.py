@@ -1,7 +1,7 @@
 """A model in scaled variables: theta = scale * phi, with one scale for each array of theta.
 
-The optimizer sees phi alone. Every pass is that of the model with the Jacobian J diag(scale), so that loss,
-gradient and curvature are exact, whatever the method.
+The optimizer works only with phi. Every pass is that of the model with the Jacobian J diag(scale), so that
+loss, gradient and curvature are exact for every method.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ __all__ = ["ScaledModel"]
 
 
 class ScaledModel:
-    """A model of a framework as a function of phi = theta / scale; satisfies `hfmpi.models.base.Model`.
+    """A framework's model as a function of phi = theta / scale; satisfies `hfmpi.models.base.Model`.
 
     Parameters
     ----------
     model : FrameworkModel
     scale : (D,)
-        On the host; positive, constant in every block.
+        The scales, on the host: positive, and constant in every block.
     """
 
     linearisation = LossLinearisation
@@ -55,7 +55,7 @@ class ScaledModel:
         return self.model.factor_sums
 
     def initial(self, seed: int) -> Array:
-        """Return phi (D,) of the parameters that the user's model had, float64, for any seed."""
+        """Return phi (D,), float64, for the initial parameters of the user's model; the seed is ignored."""
         return self.model.initial(seed) / self._on_host
 
     def release(self) -> None:
@@ -63,7 +63,7 @@ class ScaledModel:
         self.model.release()
 
     def scoring(self, data: Examples) -> Examples:
-        """Return examples with a mask of the targets that are scored."""
+        """Return the examples with a mask that marks the scored targets."""
         return self.model.scoring(data) if isinstance(self.model, Scoring) else data
 
     def check(self, phi: np.ndarray, batch: Any) -> None:
@@ -71,7 +71,7 @@ class ScaledModel:
         self.model.check(self._on_host * phi, batch)
 
     def loss(self, phi: Array, batch: Any) -> float:
-        """Return the summed loss in nats, without a linearisation."""
+        """Compute the summed loss in nats, without a linearisation."""
         return self.model.loss(self.scale * phi, batch)
 
     def linearise(self, phi: Array, batch: Any, reuse: Any = None) -> LossLinearisation:
@@ -79,7 +79,7 @@ class ScaledModel:
         return self._scaled(self.model.linearise(self.scale * phi, batch, reuse))
 
     def linearise_rows(self, phi: Array, batch: Any, reuse: Any = None) -> LossLinearisation:
-        """Linearise as `linearise` does, for rows of examples."""
+        """Linearise at phi (D,) as `linearise` does, for rows of examples."""
         return self._scaled(self.model.linearise_rows(self.scale * phi, batch, reuse))
 
     def _scaled(self, at: LossLinearisation) -> LossLinearisation:
@@ -101,7 +101,7 @@ class _ScaledPasses:
 
     @property
     def by_step(self) -> bool:
-        """Whether outputs are sorted by step."""
+        """Whether the outputs are sorted by time step."""
         return self.passes.by_step
 
     @property
@@ -110,26 +110,26 @@ class _ScaledPasses:
         return self.passes.nbytes
 
     def jvp(self, v: Array) -> Array:
-        """Return J v (N * C, O)."""
+        """Compute J v (N * C, O)."""
         return self.passes.jvp(v * self.scale)
 
     def vjp(self, u: Array, out: Array) -> None:
-        """Add J' u of u (N * C, O) to out (D,) or (C, D)."""
+        """Add J' u for u (N * C, O) to out (D,) or (C, D)."""
         part = np.zeros_like(out)
         self.passes.vjp(u, part)
         out += part * self.scale
 
     def squares(self, u: Array, out: Array, squares: Array) -> None:
-        """Add J' u of u (N, O) to out (D,), and its squares, summed over examples, to squares (D,)."""
+        """Add J' u for u (N, O) to out (D,), and its squares, summed over examples, to squares (D,)."""
         part, squared = np.zeros_like(out), np.zeros_like(squares)
         self.passes.squares(u, part, squared)
         out += part * self.scale
         squares += squared * self.scale**2
 
     def factors(self, u: Array, out: Array, sums: Array, *weights: Array) -> None:
-        """Add J' u of u (N, O) to out (D,), and the sums of `hfmpi.models.factors` to sums.
+        """Add J' u for u (N, O) to out (D,), and the sums of `hfmpi.models.factors` to sums.
 
-        The curvature A x B of a block has the factor scale^2, half of which A gets, and half B.
+        The curvature A x B of a block is multiplied by scale^2: A and B are both multiplied by scale.
         """
         part, more = np.zeros_like(out), np.zeros_like(sums)
         self.passes.factors(u, part, more, *weights)
@@ -140,11 +140,11 @@ class _ScaledPasses:
         sums += more
 
     def rows(self, u: Array, out: Array) -> None:
-        """Fill out (B, C, D) with J' u of every example separately."""
+        """Write J' u of each example separately to out (B, C, D)."""
         self.passes.rows(u, out)
         out *= self.scale
 
     def rows_along(self, u: Array, several: int, along: Along) -> Array:
-        """Return V S' (k, B, C) of the rows S that `rows` computes for C = `several` cotangents."""
+        """Compute V S' (k, B, C) for the rows S that `rows` computes from C = `several` cotangents."""
         stacks = [(part, stack * part.of(self.scale).reshape(-1)) for part, stack in along.stacks]
         return self.passes.rows_along(u, several, Along(stacks, along.scales))

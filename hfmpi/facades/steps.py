@@ -1,7 +1,7 @@
-"""Steps of an optimizer on batches that the loop of a user supplies, alone or on all ranks of mpirun.
+"""Steps of an optimizer on batches from a user's loop, in one process or on all ranks of mpirun.
 
 The user's program runs on every rank and reads a different part of the data there, as with
-DistributedDataParallel. The global batch of a step is the union of what the ranks pass.
+DistributedDataParallel. The global batch of a step is the union of the parts that the ranks pass.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ from hfmpi.runs.restore import Misfit, entries, restored
 __all__ = ["Method", "Progress", "Steps", "method_of"]
 
 CHECKED = 32
-"""The number of examples, from the first to the last of the first batch, on which the model checks itself."""
+"""The number of examples, spread over the first batch, on which the model checks itself."""
 
 REMEDY = "change the examples in your loop, or pass hfmpi.Augmented(cases, function).at(seed, step)"
-"""What to do in a loop instead of passing `hfmpi.Augmented`."""
+"""The advice in the error message for a loop that passes `hfmpi.Augmented`."""
 
 
 class Method(NamedTuple):
-    """An optimizer, and the most examples in its curvature batch.
+    """An optimizer, and the maximum number of examples in its curvature batch.
 
     Attributes
     ----------
     optimizer : Optimizer
     name : str
-        As the user wrote it, or the name of the class.
+        The name that the user passed, or the name of the class.
     curvature_batch : float
-        0: the method needs none; inf: all examples of the batch.
+        0: the method needs no curvature batch; inf: all examples of the batch.
     """
 
     optimizer: Optimizer[Any]
@@ -63,14 +63,14 @@ class Method(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What a loop saves besides theta.
+    """The state of a loop that is saved in addition to theta.
 
     Attributes
     ----------
     steps : int
         The number of steps so far.
     examples : int
-        The examples of their batches, over all ranks.
+        The number of examples in the batches of these steps, over all ranks.
     state : object
         The state of the optimizer.
     """
@@ -81,12 +81,12 @@ class Progress(NamedTuple):
 
 
 def method_of(method: Any, settings: Mapping[str, Any]) -> Method:
-    """Return the method that the user names, or passes as an object.
+    """Return the method from the name or the object that the user passed.
 
     Raises
     ------
     UserError
-        If there is no such method or setting.
+        If the method or a setting is unknown.
     """
     if isinstance(method, str):
         chosen = preset(method, **settings)
@@ -106,16 +106,16 @@ def method_of(method: Any, settings: Mapping[str, Any]) -> Method:
 
 
 def _no_settings(optimizer: Optimizer[Any], settings: Mapping[str, Any]) -> None:
-    """Raise a UserError if there are settings in addition to those of an object."""
+    """Raise a UserError if settings are passed in addition to an optimizer object, which has its settings."""
     for name in settings:
         raise UserError(
-            f"{name} is a setting of the method, which is an object already: "
+            f"{name} cannot be passed here, because the method is an object: set it in the object, "
             f"hfmpi.{type(optimizer).__name__}({name}=...)"
         )
 
 
 class Steps:
-    """Takes the steps of one optimizer; the same calls on all ranks.
+    """Takes the steps of one optimizer; all ranks must make the same calls.
 
     Parameters
     ----------
@@ -123,20 +123,20 @@ class Steps:
     method : Method
     communicator : Communicator
     scale : (D,), optional
-        Of each parameter's step, constant in every block; default: 1.
+        The factor of each parameter's step, constant in every block. Default: 1.
     curvature_fraction : float, optional
-        The part of a batch that is its curvature batch; default: as many examples as the method takes.
+        The fraction of a batch that is its curvature batch. Default: the method's number of examples.
     same_batch : bool
         Whether every step has the same batch.
     epoch_examples : int
-        The number of examples in an epoch, for settings that change with each epoch; 0: they do not change.
+        The number of examples in an epoch, for settings that change per epoch; 0: they do not change.
     micro_batch : int, optional
         As in `hfmpi.DataParallel`.
 
     Raises
     ------
     UserError
-        If the method does not fit, or an argument is wrong.
+        If the method cannot be used in a loop, or an argument is invalid.
     """
 
     def __init__(
@@ -152,43 +152,43 @@ class Steps:
     ) -> None:
         needs = method.optimizer.needs
         if needs.structural_damping:
-            raise UserError("structural damping needs a network of hfmpi.Network: set structural_damping=0")
+            raise UserError("structural damping works only with hfmpi.Network: set structural_damping=0")
         if not isinstance(same_batch, bool):
             raise UserError(f"same_batch must be True or False, not {shown(same_batch)}")
         if needs.same_batch and not same_batch:
             raise UserError(
-                f"{method.name} needs the same batch in every step: pass same_batch=True if your loop does "
-                "that, or take another method"
+                f"{method.name} needs the same batch in every step: pass same_batch=True if your loop passes "
+                "the same batch, or use a different method"
             )
         fraction = 1.0 if curvature_fraction is None else curvature_fraction
         if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
             raise UserError(
-                f"curvature_fraction must be a number above 0, at most 1, not {shown(curvature_fraction)}"
+                f"curvature_fraction must be larger than 0 and at most 1, not {shown(curvature_fraction)}"
             )
         if isinstance(epoch_examples, bool) or not isinstance(epoch_examples, int) or epoch_examples < 0:
-            raise UserError(f"epoch_examples must be a whole number, not {shown(epoch_examples)}")
+            raise UserError(f"epoch_examples must be 0 or a positive integer, not {shown(epoch_examples)}")
         self.model, self.method, self.communicator = model, method, communicator
         self.same_batch, self.fraction = same_batch, fraction
         self._most = math.inf if curvature_fraction is not None else method.curvature_batch
         self.epoch_examples, self._micro_batch = epoch_examples, micro_batch
         self.scale: np.ndarray | None = None
         if scale is not None and (scale != 1).any():
-            # With theta = s phi the gradients are s g: the step of phi changes by s^degree, that of theta by
-            # s^(1 + degree), which is to be the scale.
+            # With theta = s phi the gradient of phi is s g. So the step of phi is multiplied by s^degree and
+            # the step of theta by s^(1 + degree), which must be equal to the scale.
             power = 1 / (1 + method.optimizer.degree)
             self.scale = (scale.astype(np.float64) ** power).astype(model.backend.dtype)
         self._variables = model if self.scale is None else ScaledModel(model, self.scale)
         self._owner = self._shards()
         self._checked, self._batch = False, ""
         self._form = self._digest_of_form()
-        self._threads = 0  # of this rank, once they are known
+        self._threads = 0  # this rank's number of threads; 0: not known yet
 
     def _shards(self, transport: Transport | None = None) -> Shards:
         free = self.model.backend.free_memory() or free_memory(self.communicator.local_size)
         return Shards(self._variables, self.communicator, None, self._micro_batch, free // 2, transport)
 
     def start(self, theta: np.ndarray) -> Progress:
-        """Return the progress before the first step from theta (D,), on the host."""
+        """Return the progress before the first step from theta (D,), which is on the host."""
         phi = self.model.backend.to_device(self._phi(theta))
         return Progress(0, 0, self.method.optimizer.init(phi, self.model.blocks))
 
@@ -196,16 +196,16 @@ class Steps:
         return theta if self.scale is None else theta / self.scale
 
     def saved(self, progress: Progress) -> dict[str, Entry]:
-        """Return the state of the optimizer as numbers and vectors, by name."""
+        """Return the fields of the optimizer's state, numbers and vectors, by name."""
         return entries(progress.state, self.model.backend)
 
     def restored(self, steps: int, examples: int, saved: Mapping[str, Entry]) -> Progress:
-        """Return the progress with a state that `saved` returned.
+        """Return the progress with an optimizer state that `saved` returned.
 
         Raises
         ------
         UserError
-            If it belongs to another method or model.
+            If the state belongs to a different method or model.
         """
         backend = self.model.backend
         fresh = self.start(self.model.initial(0).astype(backend.dtype))
@@ -215,7 +215,7 @@ class Steps:
         except Misfit:
             raise UserError(
                 f"the saved state does not fit {self.method.name} with these settings and "
-                f"{self.model.size:,} parameters"
+                f"{self.model.size:,} parameters: use the settings and the model that were saved"
             ) from None
 
     def step(
@@ -226,7 +226,7 @@ class Steps:
         curvature: Callable[[], Any] | None = None,
         factor: Callable[[], float] = lambda: 1.0,
     ) -> tuple[np.ndarray, Progress, StepReport]:
-        """Take one step from theta (D,), which is not changed; collective.
+        """Compute one step from theta (D,), which is not changed; collective.
 
         Parameters
         ----------
@@ -234,17 +234,17 @@ class Steps:
             On the host; the same on all ranks.
         progress : Progress
         batch, curvature : callable
-            Return this rank's examples of the batch, and of a separate curvature batch if there is one, as
-            `hfmpi.train` takes data. An error in it is raised on all ranks.
+            Return this rank's examples of the batch, and of a separate curvature batch if there is one, in a
+            form that `hfmpi.train` accepts. An error in them is raised on all ranks.
         factor : callable
-            Returns that of the learning rates.
+            Returns the factor of the learning rates.
 
         Raises
         ------
         UserError
-            On all ranks, if a batch of one rank does not fit, or the ranks hold different parameters.
+            On all ranks, if the batch of one rank is invalid, or the ranks hold different parameters.
         Exception
-            Of the model, on the rank where it occurs; a UserError elsewhere.
+            An exception of the model, on the rank where it occurs; a UserError on the other ranks.
         """
         backend = self.model.backend
         with np.errstate(all="ignore"), self._limited():
@@ -257,13 +257,13 @@ class Steps:
         return after, Progress(progress.steps + 1, progress.examples + count, state), report
 
     def moved(self, progress: Progress) -> Progress:
-        """Return the progress for parameters that something else has changed since the last step."""
+        """Return the progress after the parameters were changed by something other than the last step."""
         state = progress.state
         values = {field.name: getattr(state, field.name) for field in fields(state)}
         return progress._replace(state=type(state)(**self.method.optimizer.on_other_batches(values)))
 
     def averaged(self, progress: Progress) -> np.ndarray | None:
-        """Return the mean of the iterates (D,), or None if the method computes none."""
+        """Return the mean of the iterates (D,), or None if the method does not compute a mean."""
         mean = evaluated(None, progress.state)
         if mean is None:
             return None
@@ -272,9 +272,9 @@ class Steps:
 
     @contextmanager
     def _limited(self) -> Iterator[None]:
-        """Limit BLAS and framework to this rank's share of the cores, if there are several ranks; collective.
+        """Limit BLAS and the framework to this rank's share of the cores; collective.
 
-        Only the framework gets its threads back.
+        With one rank nothing is limited. At the end only the framework's number of threads is restored.
         """
         if self.communicator.size == 1:
             yield
@@ -287,7 +287,7 @@ class Steps:
         optimizer = self.method.optimizer
         if factor == 1 or not optimizer.rates:
             return optimizer
-        least = float(np.finfo(np.float32).tiny)  # in place of 0, which no setting accepts: theta stays
+        least = float(np.finfo(np.float32).tiny)  # instead of 0, which settings refuse: theta does not change
         changed = {name: max(least, getattr(optimizer, name) * factor) for name in optimizer.rates}
         return replace(optimizer, **changed)
 
@@ -299,15 +299,15 @@ class Steps:
         curvature: Callable[[], Any] | None,
         factor: Callable[[], float],
     ) -> tuple[Objectives, int, Optimizer[Any]]:
-        """Return the objectives of a step, the examples of all ranks, and the optimizer at its rate."""
+        """Return a step's objectives, the number of examples of all ranks, and the optimizer at its rate."""
         comm, local, optimizers = self.communicator, list[Cases](), list[Optimizer[Any]]()
 
         def described() -> np.ndarray:
-            """Check this rank's part; return its sizes, and what ranks compare, and a number to overwrite."""
+            """Check this rank's part; return its sizes, values that ranks compare, and one unused number."""
             if phi.dtype != self.model.backend.dtype:
                 raise UserError(
-                    f"the parameters are {phi.dtype}, and were {self.model.backend.dtype} when the optimizer "
-                    "was made: make the optimizer after a change of their type"
+                    f"the parameters are {phi.dtype}, but were {self.model.backend.dtype} when the optimizer "
+                    "was created: create the optimizer after changing their type"
                 )
             optimizers.append(self._at_rate(factor()))
             local.append(self._cases("the batch", batch()))
@@ -316,7 +316,7 @@ class Steps:
             if curvature is not None:
                 if not self.method.curvature_batch:
                     raise UserError(
-                        f"{self.method.name} has no separate curvature batch: leave curvature out"
+                        f"{self.method.name} does not use a curvature batch: do not pass curvature"
                     )
                 local.append(self._cases("the curvature batch", curvature()))
                 sizes[3:] = _sizes(local[1])
@@ -325,30 +325,30 @@ class Steps:
             digest, masked = self._digest(phi, progress), getattr(local[0], "mask", 0) is not None
             return np.array([*sizes, *digest, changed, masked, self._form, 0], np.float64)
 
-        # All ranks get the same numbers, so that they raise the same errors.
+        # All ranks receive the same numbers, so that they raise the same errors.
         ranks = self._owner.joined(described, [11] * comm.size)
         numbers = np.array(ranks)
         if (others := np.flatnonzero(numbers[:, 10] != numbers[0, 10])).size:
             raise UserError(
-                f"rank {', '.join(map(str, others))} has another method, loss or options than rank 0: make "
-                "the optimizer with the same arguments on all ranks"
+                f"rank {', '.join(map(str, others))} has a different method, loss or options than rank 0: "
+                "create the optimizer with the same arguments on all ranks"
             )
         if not self._checked:
             transport = choose("auto", comm, self.model.backend)
-            self._checked, self._owner = True, self._shards(transport)  # the check fits micro-batches
+            self._checked, self._owner = True, self._shards(transport)  # the check chose the micro-batches
         strays = np.flatnonzero((numbers[:, 6:8] != numbers[0, 6:8]).any(axis=1))
         if strays.size:
             raise UserError(
                 f"rank {', '.join(map(str, strays))} has different parameters or a different optimizer state "
-                "than rank 0: start from the same ones, and change or load them on all ranks alike"
+                "than rank 0: start from the same ones, and make every change on all ranks"
             )
         if numbers[:, 8].any():
             raise UserError(
-                f"step {progress.steps + 1:,} has another batch than the one before, with same_batch=True: "
-                "leave it out, or pass the same batch in every step"
+                f"step {progress.steps + 1:,} has a different batch than the previous step, but same_batch "
+                "is True: pass the same batch in every step, or do not set same_batch"
             )
         if (numbers[:, 3] > 0).any() != (numbers[:, 3] > 0).all():
-            raise UserError("some ranks pass a curvature batch and others do not: pass it on all ranks")
+            raise UserError("only some ranks pass a curvature batch: pass it on all ranks or on none")
         whole = self._union(local[0], numbers[:, :3])
         objective, second, shared = self._risk(whole, np.arange(whole.count)), None, False
         if curvature is not None:
@@ -377,7 +377,7 @@ class Steps:
             raise UserError(f"{name}: {error}") from None
 
     def _is_other(self, cases: Cases) -> bool:
-        """Return whether the batch is another one than that of the step before."""
+        """Return whether the batch differs from that of the previous step."""
         before, self._batch = self._batch, digest_of(cases)
         return before not in ("", self._batch)
 
@@ -386,7 +386,7 @@ class Steps:
         self._variables.check(phi, cases.take(np.array(spread(cases.count, CHECKED))))
 
     def _digest(self, phi: np.ndarray, progress: Progress) -> tuple[int, int]:
-        """Return a digest of the parameters and of the numbers of the state, in two parts of 32 bits."""
+        """Return digests of 32 bits, one of the numbers of the state and one of the parameters."""
         if self.communicator.size == 1:
             return 0, 0
         values = [getattr(progress.state, field.name) for field in fields(progress.state)]
@@ -394,7 +394,7 @@ class Steps:
         return zlib.crc32(np.array(numbers, np.float64).tobytes()), zlib.crc32(phi.data)
 
     def _digest_of_form(self) -> int:
-        """Return a digest of 32 bits of what must be equal on all ranks besides numbers that change."""
+        """Return a 32-bit digest of the loss, the method and the options, which must agree on all ranks."""
         loss, scale = self.model.output_loss, self.scale
         about = [
             type(loss).__name__,
@@ -402,7 +402,8 @@ class Steps:
             *(getattr(self.model, name, None) for name in ("class_axis", "ignored", "class_weights")),
         ]
         optimizer = self.method.optimizer
-        method = optimizer if is_dataclass(optimizer) else type(optimizer).__name__  # others show an address
+        # The repr of an object that is not a dataclass contains its address.
+        method = optimizer if is_dataclass(optimizer) else type(optimizer).__name__
         options = method, self._most, self.fraction, self.same_batch, self.epoch_examples
         content = repr([*about, *options, None if scale is None else zlib.crc32(scale.data)])
         return zlib.crc32(content.encode())
@@ -413,9 +414,9 @@ class Steps:
         return GlobalBatch(examples, edges, self.communicator.rank, *map(_whole, sizes[:, 1:].sum(axis=0)))
 
     def _part(self, whole: GlobalBatch, indices: np.ndarray, numbers: np.ndarray) -> GlobalBatch:
-        """Return the global batch for the risk on some of its examples."""
+        """Return the global batch with the sums for the risk on some of its examples."""
         each = numbers[:, 1] / numbers[:, 0]
-        if not numbers[:, 9].any() and (each == each[0]).all():  # every example has as many outputs
+        if not numbers[:, 9].any() and (each == each[0]).all():  # the same number of outputs everywhere
             return replace(whole, outputs=len(indices) * int(each[0]), weights=len(indices))
         at = whole.parts(indices)[whole.rank] - whole.edges[whole.rank]
         sums = np.array(_sizes(whole.examples, at)[1:], np.float64)
@@ -425,7 +426,7 @@ class Steps:
 
 @contextmanager
 def _notes(rank: int) -> Iterator[None]:
-    """Leave the notes of the models to rank 0, unless the program has set up logging."""
+    """Silence the notes of the models on all ranks but rank 0, unless the program has set up logging."""
     silent, logger = logging.NullHandler(), logging.getLogger("hfmpi")
     if rank:
         logger.addHandler(silent)
@@ -436,12 +437,12 @@ def _notes(rank: int) -> Iterator[None]:
 
 
 def _sizes(cases: Cases, indices: np.ndarray | None = None) -> tuple[int, float, float]:
-    """Return the number of some or all examples, of their scored outputs, and the sum of their weights."""
+    """Return the number of (selected) examples and of their scored outputs, and the sum of their weights."""
     at = np.arange(cases.count) if indices is None else indices
     weight = getattr(cases, "weight", len)
     return len(at), cases.scored(at), weight(at)
 
 
 def _whole(number: float) -> float:
-    """Return a number as an int, if it is one: without weights counts are whole."""
+    """Convert a number to an int if it is whole, as counts without weights are."""
     return int(number) if number == int(number) else float(number)

@@ -1,4 +1,4 @@
-"""The optimizers in the shape of torch.optim: `hfmpi.torch.Optimizer`."""
+"""The optimizers with the interface of torch.optim: `hfmpi.torch.Optimizer`."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ __all__ = ["Optimizer"]
 class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
     """An optimizer of hfmpi for the training loop of a PyTorch module.
 
-    A step takes a batch in place of gradients: hfmpi calls the module itself, as often as the method needs
-    it, and writes the new parameters into the module. The module is called in the mode that it is in, and
-    must return the same outputs each time (`hfmpi.TorchModel`); this is checked in the first step.
+    A step takes a batch instead of gradients: hfmpi calls the module as often as the method needs, and writes
+    the new parameters into the module. The module is called in its current mode (training or evaluation), and
+    must return the same outputs each time (`hfmpi.TorchModel`); the first step checks this.
 
-    Under mpirun every rank runs the same loop and passes its own part of each batch, as with
-    DistributedDataParallel: a step is that of the union of the parts, which may be uneven. The parameters and
-    buffers of rank 0 are copied to all ranks at construction, and are equal on all ranks after every step.
+    Under mpirun every rank runs the same loop and passes a part of each batch, as with
+    DistributedDataParallel. A step uses the union of the parts, which may have different sizes. The
+    parameters and buffers of rank 0 are copied to all ranks at construction, and are equal on all ranks after
+    every step.
 
     Parameters
     ----------
@@ -48,23 +49,24 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
     method : str, Optimizer or Preset
         The name of a preset such as 'subspace', or an object such as `hfmpi.Subspace(damping=0.01)`.
     params : iterable of parameters or dicts, optional
-        Groups, as torch.optim has them: dicts with the entries "params", "frozen" and "scale". A frozen
+        Parameter groups as in torch.optim: dicts with the entries "params", "frozen" and "scale". A frozen
         parameter is not part of theta: its `requires_grad` is set to False. `scale` is a factor of the step
-        (see below). Every parameter that requires a gradient must be in one of the groups. Default: all.
+        (see below). Every parameter that requires a gradient must be in one of the groups. Default: one group
+        with all parameters.
     outputs : callable, optional
-        Selects the outputs of what the module returns: `lambda result: result[0]`.
+        Selects the outputs from the module's result, for example `lambda result: result[0]`.
     curvature_fraction : float, optional
-        The part of each batch that is its curvature batch, evenly spaced examples. Default: as many examples
-        as the preset takes, at most the batch; for an object the batch.
+        The fraction of each batch that is its curvature batch, which has evenly spaced examples. Default: the
+        preset's number of examples, at most the full batch; for an optimizer object, the full batch.
     same_batch : bool
         Whether every step has the same batch, which L-BFGS and Levenberg-Marquardt require. `subspace` then
         judges each step by the loss of the next one, which saves a pass.
     epoch_examples : int
-        The number of training examples, for settings that change with each epoch (`shf`).
+        The number of training examples, for settings that change per epoch (`shf`).
     micro_batch : int, optional
-        The number of examples that a rank processes at a time; default: what fits into memory.
+        The number of examples that a rank processes at a time. Default: as many as fit into memory.
     communicator : Communicator, optional
-        Of `hfmpi.connect()`; by default all ranks of the program.
+        A communicator from `hfmpi.connect()`. Default: all ranks of the program.
     **settings
         Settings of the preset, such as `damping=0.01`.
 
@@ -75,20 +77,21 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
     report : StepReport or None
         The report of the last step: whether it was accepted, a message, and `details` such as the damping.
     param_groups : list of dict
-        The groups. For a first-order method "lr" is its learning rate, which the schedulers of
-        torch.optim.lr_scheduler may change in all groups alike; other methods have none and ignore it.
+        The parameter groups. For a first-order method "lr" is its learning rate, which the schedulers of
+        torch.optim.lr_scheduler may change to the same value in all groups. Other methods have no learning
+        rate and ignore "lr".
 
     Raises
     ------
     UserError
-        On all ranks, if an argument does not fit.
+        On all ranks, if an argument is invalid.
 
     Notes
     -----
-    `scale` multiplies the step of the parameters of a group. It is a change of variables, exact in loss,
-    gradient and curvature. Steps of first-order methods are multiplied by it, but not their weight decay.
-    For second-order methods it divides the damping of these parameters: where damping determines the step,
-    the step is multiplied by `scale`; an undamped Newton step does not depend on it.
+    `scale` multiplies the step of the parameters of a group. It is a change of variables, in which loss,
+    gradient and curvature are exact. It multiplies the steps of first-order methods, but not their weight
+    decay. For second-order methods it divides the damping of these parameters: if damping determines the
+    step, the step is multiplied by `scale`; an undamped Newton step does not depend on it.
 
     Examples
     --------
@@ -120,9 +123,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             if not isinstance(module, torch.nn.Module):
                 raise UserError(f"module must be a torch.nn.Module, not {shown(module)}")
             if outputs is not None and not callable(outputs):
-                raise UserError(
-                    f"outputs must be a function of what the module returns, not {shown(outputs)}"
-                )
+                raise UserError(f"outputs must be a function of the module's result, not {shown(outputs)}")
             chosen, inner = method_of(method, settings), plain_module(module)
             self._rate = getattr(chosen.optimizer, "rate", 1.0) if chosen.optimizer.rates else 1.0
             try:
@@ -154,26 +155,26 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         self._noted, self._made, self._inside = False, True, False
 
     def step(self, x: Any, y: Any = None, *, curvature: Any = None) -> float:
-        """Take one step on a batch; return the loss before it, the mean over the batch of all ranks.
+        """Take one step on a batch; return the loss before the step, a mean over the batch of all ranks.
 
         Parameters
         ----------
         x : tensor (B, ...), tuple of tensors, hfmpi.Examples, or callable
-            The inputs of the module; or a batch with a mask, without y; or a closure that calls the module
-            once and returns (outputs, targets): the outputs as the module returned them. A closure costs a
-            further forward pass.
+            One of: the inputs of the module; an `hfmpi.Examples` batch with a mask, without y; or a closure
+            that calls the module once and returns (outputs, targets) with the unmodified outputs of the
+            module. A closure costs one additional forward pass.
         y : tensor
             The targets.
         curvature : tuple (x, y) or hfmpi.Examples, optional
-            A separate batch for the curvature, on all ranks or on none.
+            A separate batch for the curvature, either on all ranks or on none.
 
         Raises
         ------
         UserError
-            On all ranks, if the batch or the module cannot be used; nothing has changed then.
+            On all ranks, if the batch or the module is not valid; module and optimizer are then unchanged.
         """
         if self._inside:
-            raise UserError("a step inside of averaged() would be lost: leave the context first")
+            raise UserError("a step inside averaged() would be lost: leave the context first")
         theta = self._theta()
         if self._written is not None and not np.array_equal(theta, self._written):
             self._progress = self._steps.moved(self._progress)
@@ -190,9 +191,9 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Put the mean of the iterates into the module inside the context, if the method computes one.
+        """Replace the module's parameters by the mean of the iterates, if there is one, inside the context.
 
-        Steps inside of the context are refused: the parameters from before it are restored at its end.
+        A step inside the context raises an error, because the previous parameters are restored at its end.
         """
         theta, mean = self._theta(), self._steps.averaged(self._progress)
         before, self._inside = self._inside, True
@@ -205,7 +206,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             self._model.write_back(theta)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a loop saves besides the module: tensors and numbers, which torch.load accepts."""
+        """Return the optimizer's state to save alongside the module: tensors and numbers for torch.save."""
         state = {
             name: torch.from_numpy(entry.copy()) if isinstance(entry, np.ndarray) else entry
             for name, entry in self._steps.saved(self._progress).items()
@@ -223,22 +224,26 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         return {"state": state, "param_groups": groups, "hfmpi": about}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` returned; the module's parameters are loaded separately.
+        """Restore a state that `state_dict` returned; load the module's parameters separately.
 
-        With them and the same batches the next steps are those of the loop that was saved, bit for bit. The
-        settings of the method are those of this object, the entries of the groups those that were saved.
+        With these parameters and the same batches, the next steps are bit-identical to those of the saved
+        loop. The settings of the method are those of this object; the entries of the groups are the saved
+        ones.
 
         Raises
         ------
         UserError
-            On this rank, if the state belongs to another method, other groups or another model.
+            On this rank, if the state belongs to a different method, different groups or a different model.
         """
         about = state_dict.get("hfmpi") if isinstance(state_dict, Mapping) else None
         if not isinstance(about, Mapping):
-            raise UserError("load_state_dict takes what state_dict of an hfmpi.torch.Optimizer returned")
+            raise UserError("load_state_dict needs a state from state_dict() of an hfmpi.torch.Optimizer")
         kind, groups = type(self._steps.method.optimizer).__name__, state_dict["param_groups"]
         if about["method"] != kind:
-            raise UserError(f"the state belongs to {about['method']}, and this optimizer is {kind}")
+            raise UserError(
+                f"the state belongs to {about['method']}, but this optimizer is {kind}: create the optimizer "
+                "with the saved method"
+            )
         for i, (ours, saved) in enumerate(zip(self.param_groups, groups, strict=False)):
             same = all(ours[name] == saved[name] for name in ("scale", "frozen"))
             if (
@@ -247,8 +252,8 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
                 or not same
             ):
                 raise UserError(
-                    f"group {i} of the state has other parameters, another scale or is frozen: "
-                    "make the optimizer with the groups that were saved"
+                    f'group {i} of the state has different parameters, or a different "scale" or "frozen", '
+                    "than this optimizer's group: create the optimizer with the saved groups"
                 )
         entries = {
             name: entry.detach().cpu().numpy().copy() if isinstance(entry, torch.Tensor) else entry
@@ -260,7 +265,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         self._written = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse a group after construction: theta and the optimizer's state have their sizes by then.
+        """Raise a UserError after construction, when the sizes of theta and the state are fixed.
 
         Raises
         ------
@@ -268,11 +273,11 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             Always, except during construction.
         """
         if self._made:
-            raise UserError("groups cannot be added later: pass all of them as params=[...] at construction")
+            raise UserError("groups cannot be added after construction: pass all groups as params=[...]")
         super().add_param_group(param_group)
 
     def _freeze(self, module: Any) -> None:
-        """Freeze the groups that say so; raise a UserError unless the groups are valid and complete."""
+        """Freeze the groups with "frozen": True; raise a UserError unless they are valid and complete."""
         named = {id(p): name for name, p in module.named_parameters()}
         for i, group in enumerate(self.param_groups):
             scale, frozen = group["scale"], group["frozen"]
@@ -281,34 +286,35 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
             if not number or not 0 < scale < float("inf"):
                 raise UserError(
-                    f'group {i}: "scale" must be a positive number, not {shown(scale)}; "frozen": True '
-                    "leaves parameters as they are"
+                    f'group {i}: "scale" must be a positive number, not {shown(scale)}; set "frozen": True '
+                    "for parameters that must not change"
                 )
             unknown = set(group) - {"params", "lr", "scale", "frozen", "param_names"}
             if unknown:
                 raise UserError(
-                    f"group {i} has the entry {min(unknown)!r}: the entries are params, scale and frozen; "
-                    "settings of the method are those of all groups"
+                    f"group {i} has the unknown entry {min(unknown)!r}: the entries are params, scale and "
+                    "frozen; settings of the method apply to all groups"
                 )
             if group["lr"] != self._rate:
                 raise UserError(
-                    f'group {i}: "lr" is that of the method; set "scale" for a factor of the step'
+                    f'group {i}: "lr" must be the learning rate of the method, {self._rate:g}, not '
+                    f'{group["lr"]}; set "scale" for a factor of the step'
                 )
             for p in group["params"]:
                 if id(p) not in named:
-                    raise UserError(f"group {i} has a parameter that is not one of the module")
+                    raise UserError(f"group {i} has a parameter that does not belong to the module")
                 if frozen:
                     p.requires_grad_(False)
         grouped = {id(p) for group in self.param_groups for p in group["params"]}
         missing = [named[id(p)] for p in module.parameters() if p.requires_grad and id(p) not in grouped]
         if missing:
             raise UserError(
-                f'{missing[0]} is in none of the groups: put it into one, with "frozen": True if it is not '
-                "to be trained"
+                f'parameter {missing[0]} is not in any group: add it to a group, with "frozen": True if it '
+                "must not be trained"
             )
 
     def _scales(self, model: TorchModel) -> np.ndarray:
-        """Return the scale of every parameter in theta (D,)."""
+        """Return the scale of each entry of theta (D,)."""
         of = {id(p): float(group["scale"]) for group in self.param_groups for p in group["params"]}
         parts = [np.full(p.numel(), of[id(p)]) for p in model.parameters.values()]
         return np.concatenate(parts)
@@ -328,21 +334,22 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             return 1.0
         if len(rates) > 1 or not 0 <= min(rates) < float("inf"):
             raise UserError(
-                '"lr" must be the same number in all groups, 0 or more: set "scale" for a factor of the step'
+                '"lr" must be the same number, 0 or more, in all groups: set "scale" for a factor of the step'
             )
         return rates.pop() / self._rate
 
     def _theta(self) -> np.ndarray:
-        """Return the parameters of the module as theta (D,), a new array."""
+        """Copy the parameters of the module to theta (D,), a new array on the host."""
         parts = [p.detach().reshape(-1) for p in self._model.parameters.values()]
         theta: np.ndarray = torch.cat(parts).cpu().numpy()
         return theta
 
     def _called(self, closure: Any) -> Any:
-        """Return the batch on which a closure called the module.
+        """Call a closure; return the batch on which it called the module.
 
-        A step needs the outputs as a function of the parameters, on parts of the batch and at several
-        parameters: so the closure is called once, for the inputs and targets, and the module by hfmpi.
+        A step needs the outputs as a function of the parameters, on parts of the batch and for several values
+        of the parameters. So the closure is called only once, for the inputs and targets; afterwards hfmpi
+        calls the module.
         """
         calls = list[tuple[Any, Any, Any]]()
         handle = self._module.register_forward_hook(
@@ -354,36 +361,38 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             handle.remove()
         if not isinstance(returned, tuple) or len(returned) != 2:
             raise UserError(
-                f"the closure must return (outputs, targets), not {shown(returned)}: the loss and its "
-                "derivatives are computed by hfmpi"
+                f"the closure must return (outputs, targets), not {shown(returned)}: hfmpi computes the loss "
+                "and its derivatives"
             )
         if len(calls) != 1:
             raise UserError(f"the closure must call the module once, not {len(calls)} times")
         (args, kwargs, result), (given, targets) = calls[0], returned
         if kwargs:
-            raise UserError(f"the closure must call the module without keywords, not with {min(kwargs)}=")
+            raise UserError(
+                f"the closure must call the module without keyword arguments, not with {min(kwargs)}="
+            )
         if given is not result and (self._outputs is None or given is not self._outputs(result)):
             raise UserError(
-                "the closure must return the outputs as the module returned them: what it computes from them "
-                "belongs into the module, whose derivatives a step needs"
+                "the closure must return the outputs of the module unchanged, because a step differentiates "
+                "the module only: move computations on the outputs into the module"
             )
         return _batch(args, targets)
 
 
 class _Outputs(torch.nn.Module):  # type: ignore[misc]
-    """A module that returns a part of what another one returns."""
+    """A module that returns the outputs selected from the result of another module."""
 
     def __init__(self, module: Any, select: Any) -> None:
         super().__init__()
         self.module, self.select = module, select
 
     def forward(self, *inputs: Any) -> Any:
-        """Return the outputs."""
+        """Call the module and return the selected outputs."""
         return self.select(self.module(*inputs))
 
 
 def _pair(curvature: Any) -> tuple[Any, Any]:
-    """Return x and y of a curvature batch; y is None for Examples."""
+    """Split a curvature batch into x and y; y is None for Examples."""
     if isinstance(curvature, (tuple, list)) and len(curvature) == 2:
         return curvature[0], curvature[1]
     if isinstance(curvature, (Augmented, Cases)):
@@ -392,12 +401,13 @@ def _pair(curvature: Any) -> tuple[Any, Any]:
 
 
 def _batch(x: Any, y: Any) -> Any:
-    """Return a batch of tensors on any device as one on the host."""
+    """Copy a batch of tensors from any device to the host."""
     if y is None:
         if isinstance(x, (Augmented, Cases)) and not isinstance(x, type):
             return x
         raise UserError(
-            "step takes a batch (x, y), hfmpi.Examples, or a closure that returns (outputs, targets)"
+            "step needs a batch (x, y), hfmpi.Examples, or a closure that returns (outputs, targets), "
+            f"not {shown(x)}"
         )
     x = tuple(map(_host, x)) if isinstance(x, (tuple, list)) else _host(x)
     return x[0] if isinstance(x, tuple) and len(x) == 1 else x, _host(y)
@@ -421,7 +431,8 @@ def _broadcast(module: Any, comm: Communicator) -> None:
     form = repr([(name, tuple(t.shape), str(t.dtype)) for name, t in tensors])
     if strays := comm.same(digest(np.frombuffer(form.encode(), np.uint8))):
         raise UserError(
-            f"rank {', '.join(map(str, strays))} has a module with other parameters than the other ranks"
+            f"rank {', '.join(map(str, strays))} has a module with different parameters (names, shapes or "
+            "types) than the other ranks: build the same module on all ranks"
         )
     parts = [t.detach().reshape(-1).contiguous().view(torch.uint8) for _, t in tensors if t.numel()]
     content = torch.cat([part.cpu() for part in parts]).numpy()

@@ -1,1 +1,1 @@
-"""The hinge between a model on one device and an optimizer that knows none: the mean risk over all ranks."""
+"""The mean risk over all ranks: it connects a model on one device with an optimizer that knows no devices."""

@@ -1,11 +1,12 @@
-"""The objective of an optimizer from a model on one device: the mean risk over all ranks.
+"""The objective for an optimizer, from a model on one device: the mean risk over all ranks.
 
-Every rank holds theta and a shard of the global batch, over which it sums (hfmpi.objective.local). One
+Every rank holds theta and a shard of the global batch, and sums over this shard (hfmpi.objective.local). One
 Allreduce per loss, gradient or product makes the sums global. Sums are divided by the number of scored
-outputs in the global batch, never averaged from averages, so shards may be uneven or empty.
+outputs in the global batch, instead of averaging the means of the ranks, so that shards may be uneven or
+empty.
 
-Each of these messages has one more number: how many ranks want to stop, and how many have failed. So the
-ranks agree to leave a long step without a separate message, and leave it at the same point.
+Each of these messages has one additional number, which counts the ranks that want to stop and those that
+failed. So the ranks agree to end a long step, all at the same point, without a separate message.
 """
 
 from __future__ import annotations
@@ -55,25 +56,25 @@ from hfmpi.parallel.failure import together
 __all__ = ["DataParallel", "Risk", "Stopped", "Unscored", "step_objectives"]
 
 MOST_SLICES = 2**16
-"""More slices than examples only cost time, and without a limit also memory."""
+"""Limit of `slices`: more slices than examples only cost time and memory."""
 
 FAILED = 2.0**12
-"""What a rank that failed adds to the last number of a message; a float32 counts 2^12 of them exactly."""
+"""A failed rank adds this to the last number of a message; a float32 counts 2^12 of them exactly."""
 
 
 class Stopped(Exception):
-    """Raised on all ranks by the same loss, gradient or product: at least one of them wants to stop.
+    """Raised on all ranks by the same loss, gradient or product if at least one rank wants to stop.
 
     Optimizers do not catch it. They change neither theta nor their state, so the step can be repeated later.
     """
 
 
 class Unscored(UserError):
-    """Nothing in a global batch is scored; raised on all ranks alike."""
+    """Raised on all ranks if a global batch has no scored outputs."""
 
 
 class DataParallel:
-    """Makes the objective of any global batch: the mean loss per scored output, in nats.
+    """A factory of objectives: the mean loss per scored output, in nats, on any global batch.
 
     Parameters
     ----------
@@ -81,31 +82,31 @@ class DataParallel:
         On this rank's device.
     communicator : Communicator
     timer : Timer
-        Gets the spans of `LocalSums`, line search and allreduce.
+        Records the spans of `LocalSums`, line search and allreduce.
     micro_batch : int, optional
-        The maximum number of examples that a rank processes at a time; bounds memory, and does not change the
-        result beyond rounding. Without it, or 0, what suits the backend. Halved where the memory does not
-        suffice.
+        The maximum number of examples that a rank processes at a time. It bounds the memory and changes the
+        result only by rounding. Default, or 0: the backend's value. It is halved if the memory is not
+        sufficient.
     memory_budget : float
-        Bytes of linearisations that this rank may keep between products. What does not fit is recomputed for
-        every product, which takes longer and gives the same numbers, bit for bit.
+        Bytes of linearisations that this rank may store between products. Linearisations that do not fit are
+        recomputed for every product, which takes longer and returns bit-identical numbers.
     transport : Transport, optional
-        How vectors of the model's device are summed over the ranks. Without it, through the host.
+        How vectors on the model's device are summed over the ranks. Default: through the host.
     slices : int
         Divide every global batch into this many slices, a power of two that the number of ranks divides, and
-        add their sums in one fixed binary tree: the result is then the same bit for bit for any number of
-        ranks, on processors of one kind. 0: one slice per rank, summed in the order that MPI chooses.
+        add their sums in one fixed binary tree. The result is then bit-identical for any number of ranks, on
+        processors of the same kind. 0: one slice per rank, summed in the order that MPI chooses.
     stop : callable, optional
-        Returns whether this rank wants to stop; called once per loss, gradient and product, and before each
-        work on a matrix. Without it, never.
+        Returns whether this rank wants to stop. It is called once per loss, gradient and product, and before
+        each task on a matrix. Default: never stop.
     overdue : callable, optional
-        Returns whether time is up for this rank; called before each work on a matrix, which may take minutes.
-        Without it, never.
+        Returns whether the time limit of this rank has been reached. It is called before each task on a
+        matrix, which may take minutes. Default: no limit.
 
     Raises
     ------
     UserError
-        If an argument is of the wrong type, or the slices do not fit the ranks.
+        If an argument has the wrong type, or `slices` does not fit the number of ranks.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class DataParallel:
     ) -> None:
         for name, value, right, words in (
             ("model", model, isinstance(model, Model), "a model such as hfmpi.Network"),
-            ("communicator", communicator, isinstance(communicator, Communicator), "what connect() gives"),
+            ("communicator", communicator, isinstance(communicator, Communicator), "a result of connect()"),
             ("timer", timer, timer is None or isinstance(timer, Timer), "a Timer"),
             ("micro_batch", micro_batch, micro_batch is None or _whole(micro_batch), "0, 1, 2, ..."),
             ("memory_budget", memory_budget, _bytes(memory_budget), "a number of bytes"),
@@ -143,24 +144,24 @@ class DataParallel:
         self.timer = timer or Timer()
         self.local = LocalSums(model, self.timer, micro_batch, memory_budget, communicator.rank)
         self.transport = transport or HostTransport(communicator, model.backend, slices > 0)
-        self.host = HostTransport(communicator, Backend(), slices > 0)  # of messages that are on the host
+        self.host = HostTransport(communicator, Backend(), slices > 0)  # for messages on the host
         self.slices = slices
         self.stop, self.overdue = stop, overdue
 
     def on(self, cases: Cases, indices: np.ndarray, span: str = LINE_SEARCH) -> Risk:
-        """Return the risk on the examples `indices` (B,), the same on every rank.
+        """Return the risk on the examples `indices` (B,), which must be the same on every rank.
 
-        `span` is the name under which the timer books its losses.
+        `span` is the name under which the timer records the losses of this risk.
 
         Raises
         ------
         TypeError
-            If `cases` are not cases, or the indices not whole numbers.
+            If `cases` is not a `Cases` object, or the indices are not whole numbers.
         IndexError
-            If there are no such examples.
+            If an index is out of range.
         """
         if not isinstance(cases, Cases):
-            raise TypeError(f"cases must be such as hfmpi.Arrays makes, not {shown(cases)}")
+            raise TypeError(f"cases must be an object such as hfmpi.Arrays, not {shown(cases)}")
         return Risk(self, cases, checked_indices(indices, cases.count, "case"), span)
 
     def shard(self, cases: Cases, indices: np.ndarray) -> Shard:
@@ -173,7 +174,8 @@ class DataParallel:
     def weights(self, shard: Shard, indices: np.ndarray) -> tuple[float, float]:
         """Return the sums over a global batch of the weights of its scored outputs and of its examples.
 
-        Examples that only reading them shows are counted by the ranks that have them, in one message.
+        If the weights are known only after reading the examples, each rank counts those of its examples, and
+        one message adds the counts.
         """
         cases = shard.cases
         if not unread(cases):
@@ -191,23 +193,25 @@ class DataParallel:
         return float(message[0]), float(message[1])
 
     def sizes(self, cases: Cases, indices: np.ndarray) -> list[int]:
-        """Return the number of examples in every slice of a global batch, of all ranks."""
+        """Return the number of examples in every slice of a global batch, for all ranks."""
         count, batch = self.slices or self.communicator.size, len(indices)
         return [batch * (i + 1) // count - batch * i // count for i in range(count)]
 
     def total(
         self, work: Callable[[], Array], size: int, dtype: np.dtype | type, host: bool = False
     ) -> Array:
-        """Sum over all ranks the message (size,) that `work`, which does not communicate, returns on each.
+        """Sum over all ranks the messages (size,) that `work` returns on each; `work` must not communicate.
 
-        Its last number is overwritten. The message is on the device, or with `host` in NumPy.
+        The last number of a message is overwritten. The message is on the device, or with `host` a NumPy
+        array.
 
         Raises
         ------
         Stopped
             On all ranks, if one of them wants to stop, or if its work was stopped.
         Exception
-            On all ranks, if the work of one fails: its exception there, and a UserError elsewhere.
+            On all ranks, if the work fails on one of them: the original exception there, a UserError
+            elsewhere.
         """
         transport, xp = (self.host, np) if host else (self.transport, self.model.backend.xp)
         failure: Exception | None = None
@@ -219,22 +223,22 @@ class DataParallel:
         return message
 
     def sum(self, message: Array, transport: Transport, failure: Exception | None = None) -> None:
-        """Sum over all ranks; the last number counts the ranks that want to stop or failed; see `total`."""
+        """Sum a message over all ranks, in place, and raise the exceptions of `total`."""
         message[-1] = self._flag(failure)
         with self.timer.span(ALLREDUCE):
             transport.sum(message)
         self._check(float(message[-1]), failure)
 
     def joined(self, work: Callable[[], np.ndarray], counts: Sequence[int]) -> list[np.ndarray]:
-        """Return the vectors of all ranks that `work`, which does not communicate, returns on each.
+        """Return the vectors that `work` returns on each rank, for all ranks; `work` must not communicate.
 
-        They are float64 on the host, and that of rank r has `counts[r]` numbers and one more, which is
-        overwritten. What results from one rank alone is sent in this way: it is not added to zeros.
+        They are float64 on the host. The vector of rank r has `counts[r]` numbers and one more, which is
+        overwritten. Results that only one rank computes are sent in this way, so that no zeros are added.
 
         Raises
         ------
         Stopped, Exception
-            As `total` does.
+            Under the same conditions as in `total`.
         """
         failure: Exception | None = None
         try:
@@ -256,14 +260,14 @@ class DataParallel:
         return 1.0 if isinstance(failure, Stopped) else FAILED
 
     def _check(self, ended: float, failure: Exception | None) -> None:
-        """Raise an exception on all ranks if one of them wants to stop or failed; `ended` is their sum."""
+        """Raise an exception on all ranks if one wants to stop or failed; `ended` is the sum of the flags."""
         if ended >= FAILED:
             self._fail(failure)
         if ended > 0:
             raise Stopped
 
     def _fail(self, failure: Exception | None) -> None:
-        """Raise the failure of this rank, or the sentence of the lowest rank that failed; collective."""
+        """Raise the failure of this rank, or the message of the lowest rank that failed; collective."""
 
         def say() -> None:
             if isinstance(failure, UserError):
@@ -296,16 +300,16 @@ def step_objectives(
     curvature_batch: int,
     redrawn: bool = False,
 ) -> Objectives:
-    """Return the objectives of one step: global batches that depend on seed and step alone.
+    """Return the objectives of one step, on global batches that depend only on the seed and the step.
 
     Parameters
     ----------
     cases : Cases
-        As this step sees them.
+        The examples as this step reads them.
     gradient_batch, curvature_batch : int
-        Examples; 0 for a method without curvature.
+        Number of examples; `curvature_batch` is 0 for a method without curvature.
     redrawn : bool
-        The next step sees different examples under the same indices.
+        Whether the next step reads different examples under the same indices.
     """
     indices = global_indices(seed, step, gradient_batch, cases.count)
     whole, curvature, epoch = owner.on(cases, indices), None, step * gradient_batch / cases.count
@@ -317,19 +321,19 @@ def step_objectives(
     return Objectives(whole, curvature, epoch, curvature is not None, repeated)
 
 
-UNEQUAL = "the examples have different numbers of outputs: rows need the same number of every example"
+UNEQUAL = "the examples have different numbers of outputs: rows need the same number for every example"
 
 
 class Risk(Objective):
     """The mean risk on one global batch, or the weighted mean sum(w l) / sum(w) of outputs with weights w.
 
-    Linearisations are shared by all risks of one `DataParallel`: an operator of `gauss_newton` that is used
-    after a newer one was made linearises again.
+    All risks of one `DataParallel` share the memory of linearisations: an operator of `gauss_newton` that is
+    used after a newer one has been created linearises again.
 
     Raises
     ------
     Unscored
-        If nothing in the batch is scored.
+        If the batch has no scored outputs.
     """
 
     def __init__(self, owner: DataParallel, cases: Cases, indices: np.ndarray, span: str) -> None:
@@ -341,21 +345,21 @@ class Risk(Objective):
         self.shard = owner.shard(cases, indices)
         self.scored, self.weight = owner.weights(self.shard, indices)
         if not self.scored > 0:
-            raise Unscored("a batch has no output that is scored: check mask and weights")
+            raise Unscored("a batch has no scored outputs: check the mask and the weights")
         self._rest: Shard = self.shard
         self._part: Risk | None = None
         self._sizes = owner.sizes(cases, indices)
-        self._version = 0  # of the linearisations that a gradient made on this shard
+        self._version = 0  # of the linearisations that a gradient computed on this shard
 
     def keep(self, part: Risk, rest: np.ndarray) -> None:
-        """Linearise `part`, the risk on some of the examples, with each gradient; `rest` has the others."""
+        """Linearise `part`, the risk on some examples, with each gradient; `rest` are the other indices."""
         self._rest, self._part = self.owner.shard(self.cases, rest), part
         both = part._sizes, self.owner.sizes(self.cases, rest)
         self._sizes = [a + b for a, b in zip(*both, strict=True)]
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """The blocks of the model."""
+        """The matrices of the model's parameters."""
         if isinstance(self.owner.model, Blocks):
             return self.owner.model.blocks
         return super().blocks
@@ -363,7 +367,7 @@ class Risk(Objective):
     def spread(
         self, works: Sequence[Callable[[], Array]], sizes: Sequence[int], wide: bool = False, name: str = ""
     ) -> list[Array]:
-        """Do each work on one rank, and send the results to all in one message."""
+        """Run each task on one rank, and send the results to all ranks in one message."""
         owner, backend, rank = self.owner, self.owner.model.backend, self.owner.communicator.rank
         assigned = shares(sizes, owner.communicator.size)
 
@@ -387,8 +391,8 @@ class Risk(Objective):
             return [results[i] for i in range(len(works))]
 
         if owner.communicator.size == 1:
-            found = [done(i) + 0 for i in range(len(works))]  # as of several ranks: no -0.0
-            if owner.stop():  # which a message would ask
+            found = [done(i) + 0 for i in range(len(works))]  # no -0.0, as with several ranks
+            if owner.stop():  # there is no message that would ask for it
                 raise Stopped
             return found
 
@@ -401,7 +405,7 @@ class Risk(Objective):
             message = backend.xp.zeros(size, backend.dtype)
             each = views(message)
             for i in assigned[rank]:
-                each[i] += done(i)  # added to zero, as on all other ranks: no -0.0 on one rank alone
+                each[i] += done(i)  # the sum with zero is never -0.0, as on all other ranks
             return message
 
         return views(owner.total(local, size, backend.dtype))
@@ -411,11 +415,11 @@ class Risk(Objective):
         return self.owner.communicator.agree(values)
 
     def loss(self, theta: Array) -> float:
-        """Return the mean loss in nats per scored output, float64."""
+        """Compute the mean loss in nats per scored output, float64."""
         return self.losses([theta])[0]
 
     def losses(self, thetas: Sequence[Array]) -> list[float]:
-        """Return the mean losses of several candidates, in one message."""
+        """Compute the mean losses of several candidates with one message."""
         for theta in thetas:
             self._check("theta", theta)
 
@@ -426,14 +430,14 @@ class Risk(Objective):
         return [float(loss) / self.scored for loss in message[:-1]]
 
     def gradient(self, theta: Array) -> Gradient:
-        """Return the mean loss and its gradient (D,), in one message."""
+        """Compute the mean loss and its gradient (D,) with one message."""
         return self._gradient(theta, "")[0]
 
     def squared_gradients(self, theta: Array) -> Gradient:
-        """Return the mean loss, its gradient, and the mean squared gradients of the examples if available.
+        """Compute the mean loss, its gradient, and the mean squared gradients of the examples if available.
 
-        An example counts with its loss over the mean number of scored outputs of an example, so that
-        `squares` has the unit of the squared gradient whatever the batch; of weight w it counts w times.
+        The loss of an example is divided by the mean number of scored outputs per example, so that `squares`
+        has the unit of the squared gradient for any batch. An example with weight w counts w times.
         """
         if not has_squared_gradients(self.owner.model):
             return self.gradient(theta)
@@ -442,16 +446,16 @@ class Risk(Objective):
         return gradient._replace(squares=square_sum)
 
     def factored_gradient(self, theta: Array) -> tuple[Gradient, Array]:
-        """Return the mean loss, its gradient, and the Kronecker factors of all blocks, in one message."""
+        """Compute the mean loss, its gradient, and the Kronecker factors of all blocks with one message."""
         model = self.owner.model
         if not isinstance(model, KroneckerFactors):
             return super().factored_gradient(theta)
         gradient, sums = self._gradient(theta, "factors")
-        gradient = gradient._replace(vector=gradient.vector.copy())  # the message is larger, and is released
+        gradient = gradient._replace(vector=gradient.vector.copy())  # so that the larger message is released
         return gradient, model.factor_sums.normalise(sums, self.scored)
 
     def _gradient(self, theta: Array, extra: Extra) -> tuple[Gradient, Array]:
-        """Return loss and gradient, and the sums asked for, as views of one message."""
+        """Compute loss and gradient, and the requested sums, as views of one message."""
         self._check("theta", theta)
         owner, part = self.owner, self._part
 
@@ -470,14 +474,14 @@ class Risk(Objective):
         return Gradient(loss, out["gradient"]), out["extra"]
 
     def rows(self, theta: Array, request: RowRequest) -> RowMatrix:
-        """Return the mean loss, its gradient and rows of the examples; loss and gradient in one message."""
+        """Compute the mean loss and its gradient, with one message, and the rows of the examples."""
         self._check("theta", theta)
         owner, backend, model = self.owner, self.owner.model.backend, self.owner.model
         if not has_rows(model):
             return super().rows(theta, request)
         if request.factors and not isinstance(model, KroneckerFactors):
             super().factored_gradient(theta)
-        # Rows of residuals need all of the memory, and their optimizer no products.
+        # Rows of residuals need all of the memory, and the optimizer that uses them needs no products.
         part = None if request.kind == "residuals" else self._part
         rest, sizes = self._rest, self._sizes
         if part is None and self._part is not None:
@@ -525,8 +529,8 @@ class Risk(Objective):
     def structural_gauss_newton(self, theta: Array, structural: float) -> Operator:
         """Linearise at theta; return v (D,) -> (G + structural * S) v.
 
-        S is the curvature of the structural-damping loss, likewise a mean per scored output: its products
-        with the pre-activations' Jacobian are divided by the same number (docs/theory.md).
+        S is the curvature of the structural-damping loss. It is also a mean per scored output: its products
+        with the Jacobian of the pre-activations are divided by the same number (docs/theory.md).
         """
         return self._products(theta, structural)
 
@@ -542,7 +546,7 @@ class Risk(Objective):
         return product
 
     def bends(self, theta: Array) -> Operator | None:
-        """Return p -> J'H z'' (D,), z'' the second derivative of the outputs along p; None if not known."""
+        """Return p -> J'H z'' (D,), or None if the model has no bends; see `Objective.bends`."""
         self._check("theta", theta)
         owner = self.owner
         if not has_bends(owner.model):
@@ -551,7 +555,7 @@ class Risk(Objective):
         return lambda p: owner.total(lambda: local(p), p.size + 1, p.dtype)[:-1]
 
     def project(self, theta: Array) -> Callable[[Array | Directions], np.ndarray]:
-        """Linearise at theta; return V (C, D) -> V G V' (C, C), in one message of C^2 numbers."""
+        """Linearise at theta; return V (C, D) -> V G V' (C, C), which takes one message of C^2 numbers."""
         self._check("theta", theta)
         owner = self.owner
         local = owner.local.projections(theta, self.shard, self.scored, self._version)
@@ -565,7 +569,7 @@ class Risk(Objective):
         return projection
 
     def sketch(self, theta: Array, v: Directions, request: RowRequest) -> Sketch:
-        """Estimate V G V' (C, C) of V (C, D) from a sketch of G, in one message of C^2 numbers."""
+        """Estimate V G V' (C, C) for V (C, D) from a sketch of G, with one message of C^2 numbers."""
         if not has_rows(self.owner.model):
             return super().sketch(theta, v, request)
         self._check("theta", theta)
@@ -578,6 +582,6 @@ class Risk(Objective):
         return Sketch(symmetric(message[:-2].reshape(count, count)), rows, rows // self.size)
 
     def _check(self, name: str, vector: Array, several: bool = False) -> None:
-        """Raise a TypeError or ValueError unless it is a vector of the model, or several, on its device."""
+        """Raise a TypeError or ValueError unless this is one vector (or several) on the model's device."""
         model = self.owner.model
         check_vector(name, vector, model.size, model.backend.xp.ndarray, several)

@@ -1,6 +1,6 @@
-"""One rank's sums over its shard of a global batch: micro-batches, linearisations, and memory that runs out.
+"""One rank's sums over its shard of a global batch: micro-batches, linearisations, and running out of memory.
 
-No communication. The shard comes in slices, whose sums are added in a binary tree.
+This module does not communicate. A shard consists of slices, whose sums are added in a binary tree.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ __all__ = ["Extra", "LocalSums", "Shard"]
 T = TypeVar("T")
 
 Extra = Literal["", "squares", "factors"]
-"""What the pass of a gradient computes besides: squares of gradients of examples, or Kronecker factors."""
+"""What a gradient pass also computes: squared gradients of examples, Kronecker factors, or nothing."""
 
 AHEAD = 0.1
-"""The part of a step after which the second derivative along it is taken (Transtrum and Sethna 2012)."""
+"""Step fraction of the finite difference for the second derivative (Transtrum and Sethna 2012)."""
 
 Linearise = Callable[[Array, Any, Any], Linearisation]
-"""theta (D,), a batch, and a linearisation whose memory may be taken."""
+"""(theta (D,), a batch, a linearisation whose memory may be reused) -> linearisation."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Shard:
     ----------
     cases : Cases
     slices : list of (n,) int64
-        Indices of the examples of each slice, perhaps none.
+        Indices of the examples of each slice; a slice may be empty.
     """
 
     cases: Cases
@@ -75,11 +75,11 @@ class Piece(NamedTuple):
     Attributes
     ----------
     indices : (n,) int64
-        Of its examples.
+        The indices of its examples.
     batch : Any
         The examples.
     at : Linearisation or None
-        None where the memory does not suffice.
+        None if there is not enough memory to store it.
     """
 
     indices: np.ndarray
@@ -88,20 +88,20 @@ class Piece(NamedTuple):
 
 
 class LocalSums:
-    """Sums of a model over shards.
+    """Computes the sums of a model over shards.
 
     Parameters
     ----------
     model : Model
     timer : Timer
-        Gets the spans input, forward, gradient, linearise, products and those of losses.
+        Records the spans input, forward, gradient, linearise, products and those of losses.
     micro_batch : int, optional
-        The maximum number of examples at a time; without it, what suits the backend, which for a model that
-        checks itself is known once the first examples are. Halved where the memory does not suffice.
+        The maximum number of examples at a time. Default: the backend's value, which a model that checks
+        itself sets after it has read its first examples. It is halved if the memory is not sufficient.
     memory_budget : float
-        Bytes of linearisations that may be kept between products.
+        Bytes of linearisations that may be stored between products.
     rank : int
-        For messages.
+        The rank, for error messages.
     """
 
     def __init__(
@@ -114,19 +114,19 @@ class LocalSums:
         self._fitted = bool(micro_batch) or fitted or not isinstance(model, Trials)
         self.memory_budget = memory_budget
         self.rank = rank
-        self._passing: Linearisation | None = None  # used at once; the next one takes its memory
-        self._slices: list[list[Piece]] = []  # linearised, between products
-        self._theta: Array = None  # at which they are linearised: a copy
-        self.rows_at_once = dict[tuple[str, int], int]()  # by request: examples whose rows one pass computes
-        self._version = 1  # of these slices; an operator that knows an earlier one linearises again
+        self._passing: Linearisation | None = None  # a temporary one; the next one reuses its memory
+        self._slices: list[list[Piece]] = []  # the linearisations that are stored between products
+        self._theta: Array = None  # a copy of the theta at which they were computed
+        self.rows_at_once = dict[tuple[str, int], int]()  # by request: number of examples per pass for rows
+        self._version = 1  # of `_slices`; an operator created for an earlier version linearises again
 
     @property
     def linearisations(self) -> list[Linearisation]:
-        """The linearisations that are in memory between products."""
+        """The linearisations that are stored between products."""
         return [piece.at for part in self._slices for piece in part if piece.at is not None]
 
     def losses(self, thetas: Sequence[Array], shard: Shard, span: str) -> np.ndarray:
-        """Sum the losses of each theta, (C,) float64; the timer books them under `span`."""
+        """Compute the summed loss of each theta, (C,) float64; the timer records them under `span`."""
         self._fit(thetas, shard)
 
         def share(part: np.ndarray) -> np.ndarray:
@@ -146,17 +146,17 @@ class LocalSums:
         return gradient_message(theta.size, sizes[extra])
 
     def row_layout(self, theta: Array, request: RowRequest) -> Layout[str]:
-        """Return the layout of the message of `rows`, whose extra numbers end with those for factors."""
+        """Return the layout of the message of `rows`; the sums for factors are the last extra numbers."""
         factors = cast(KroneckerFactors, self.model).factor_sums.size if request.factors else 0
         return gradient_message(theta.size, ROW_NUMBERS + factors)
 
     def gradient(
         self, theta: Array, shard: Shard, scored: float, extra: Extra = "", part: Shard | None = None
     ) -> tuple[Array, int]:
-        """Return the message of loss and gradient over `scored`, with the squares or factors asked for.
+        """Return the message of loss and gradient, divided by `scored`, and the requested squares or factors.
 
-        The linearisations of the model must have these. `part` has further examples, whose linearisations
-        stay in memory for products at this theta, as the version that is returned (without `part`: 0).
+        The linearisations of the model must provide these. `part` has further examples, whose linearisations
+        are stored for products at this theta. The returned version identifies them; it is 0 without `part`.
         """
         backend, model, layout = self.model.backend, self.model, self.gradient_layout(theta, extra)
         linearise = cast("Linearise", model.linearise)
@@ -191,14 +191,14 @@ class LocalSums:
         share: Callable[[np.ndarray, list[Piece]], Array],
         start: Callable[[], None] = lambda: None,
     ) -> tuple[Array, int]:
-        """Return the sum of `share` over the slices, and the version of the linearisations of `part`, or 0.
+        """Sum `share` over the slices; return the sum and the version of the linearisations of `part`, or 0.
 
         Parameters
         ----------
         share : callable
             (indices, pieces of `part`) of a slice -> a message.
         start : callable
-            Called before the sum, also where it starts again for lack of memory.
+            Called before the sum, and again whenever the sum is restarted with smaller micro-batches.
         """
         self._fit([theta], shard)
 
@@ -223,13 +223,14 @@ class LocalSums:
     ) -> tuple[Array, list[SliceRows], int]:
         """Return the message of loss, gradient and row counts, the rows of every slice, and a version.
 
-        Where they are not to be stored (`RowRequest.stored`), S'S of every slice takes their place.
-        `examples` counts those of the global batch; `part` and version are as for `gradient`.
+        If the rows are not to be stored (`RowRequest.stored`), S'S of every slice replaces them. `examples`
+        is the number of examples in the global batch; `part` and the version have the same meaning as in
+        `gradient`.
 
         Raises
         ------
         UserError
-            If the memory budget does not suffice.
+            If the rows do not fit into the memory budget.
         """
         layout, parts = self.row_layout(theta, request), list[SliceRows]()
 
@@ -244,7 +245,7 @@ class LocalSums:
         def start() -> None:
             parts.clear()
             if part is None:
-                self._passing, self._slices = None, []  # their memory is needed
+                self._passing, self._slices = None, []  # the rows need their memory
                 self._version += 1
 
         message, version = self._with_part(theta, shard, part, share, start)
@@ -253,15 +254,15 @@ class LocalSums:
     def products(
         self, theta: Array, shard: Shard, scored: float, structural: float = 0.0, version: int = 0
     ) -> Callable[[Array], Array]:
-        """Linearise at theta; return v (D,) -> the message of (G + structural * S) v over `scored`.
+        """Linearise at theta; return v (D,) -> the message of (G + structural * S) v, divided by `scored`.
 
-        Linearisations are kept for the newest operator alone; an older one linearises again. Those that a
-        gradient made on this shard, of this version, serve if they are in memory and at this theta.
+        Linearisations are stored only for the latest operator; an older operator linearises again. If a
+        gradient on this shard stored linearisations of this version at this theta, they are reused.
 
         Raises
         ------
         UserError
-            On all ranks alike, if the model has no structural damping and this is asked for.
+            On all ranks, if structural damping is requested and the model does not provide it.
         """
         backend, linearise = self.model.backend, cast("Linearise", self.model.linearise)
         if structural > 0:
@@ -284,7 +285,7 @@ class LocalSums:
     def projections(
         self, theta: Array, shard: Shard, scored: float, version: int = 0
     ) -> Callable[[Array | Directions], Array]:
-        """Linearise at theta; return V (C, D) -> the message of V G V' (C, C), as `products` does for G v."""
+        """Linearise at theta; return V (C, D) -> the message of V G V' (C, C); see `products`."""
 
         def start(v: Array | Directions) -> Array:
             return np.zeros(len(v) ** 2 + 1)
@@ -298,9 +299,9 @@ class LocalSums:
     def sketches(
         self, theta: Array, shard: Shard, scored: float, request: RowRequest, version: int = 0
     ) -> Callable[[Directions], Array]:
-        """Linearise at theta; return V (C, D) -> the message of V S'S V' (C, C) over `scored` and a number.
+        """Linearise at theta; return V (C, D) -> the message of V S'S V' (C, C), divided by `scored`.
 
-        S has the rows of a sketch; none is kept. The number counts all rows.
+        S has the rows of a sketch, which are not stored. The message also has the number of rows.
         """
         backend = self.model.backend
 
@@ -319,9 +320,9 @@ class LocalSums:
         return lambda v: operator(v.along())
 
     def bends(self, theta: Array, shard: Shard, scored: float) -> Callable[[Array], Array]:
-        """Return p (D,) -> the message of J'H z'' over `scored`, z'' the second derivative along p.
+        """Return p (D,) -> the message of J'H z'', divided by `scored`; z'' is the second derivative along p.
 
-        z'' is the difference of the tangents at theta and at theta + AHEAD p.
+        z'' is the difference of the tangents at theta + AHEAD p and at theta, divided by AHEAD.
         """
         linearise, kind = self.model.linearise, theta.dtype.type
 
@@ -352,16 +353,16 @@ class LocalSums:
         start: Callable[[Array], Array],
         add: Callable[[np.ndarray, Any, Array, Array], None],
     ) -> Callable[[Array], Array]:
-        """Linearise at theta; return the operator v -> the sum over the shard of what `add` adds.
+        """Linearise at theta; return the operator v -> the message summed over the shard.
 
         Parameters
         ----------
         version : int
-            Of linearisations that serve if they are in memory and at this theta.
+            The version of linearisations that are reused if they are stored and belong to this theta.
         start : callable
-            Makes the empty message for v.
+            v -> a message of zeros.
         add : callable
-            (indices, linearisation, v, message): adds the part of a micro-batch.
+            (indices, linearisation, v, message) -> None; adds the contribution of a micro-batch.
         """
         self._fit([theta], shard)
         same = self.model.backend.xp.array_equal
@@ -385,13 +386,13 @@ class LocalSums:
         version: int,
         share: Callable[[list[Piece], Array], Array],
     ) -> Callable[[Array], Array]:
-        """Return v -> the sum of `share` over the slices, linearised where `version` is not in memory."""
+        """Return v -> the sum of `share` over the slices; it linearises again if `version` is not stored."""
         self._fit([theta], shard)
         mine = version
 
         def sums(v: Array) -> Array:
             nonlocal mine
-            if mine != self._version:  # given up for lack of memory, or for another operator
+            if mine != self._version:  # released for lack of memory, or replaced by another operator
                 self._linearise(linearise, theta, shard)
                 mine = self._version
             return pairwise_sum([share(part, v) for part in self._slices])
@@ -399,7 +400,7 @@ class LocalSums:
         return lambda v: self._shrinking(shard.count, lambda: sums(v))
 
     def _linearise(self, linearise: Linearise, theta: Array, shard: Shard, span: str = LINEARISE) -> None:
-        """Linearise every slice as far as the memory budget allows."""
+        """Linearise every slice and store the linearisations as far as the memory budget allows."""
         before, left, size, cases = self.linearisations, self.memory_budget, 0, 1
         self._slices, self._theta, count = [], theta.copy(), 0
         self._version += 1
@@ -408,7 +409,7 @@ class LocalSums:
             self._slices.append(current)
             for indices in self.cut(part):
                 batch = self.take(shard, indices)
-                if size * len(indices) > left * cases:  # if it is, per example, as large as the last one
+                if size * len(indices) > left * cases:  # estimated from the last one's size per example
                     current.append(Piece(indices, batch))
                     continue
                 reuse = before[count] if count < len(before) else self._passing
@@ -426,12 +427,12 @@ class LocalSums:
                     count += 1
 
     def linearised(self, linearise: Linearise, theta: Array, batch: Any) -> Linearisation:
-        """Linearise on one micro-batch, in memory that the next call takes over."""
+        """Linearise on one micro-batch; the next call reuses the memory of the result."""
         self._passing = linearise(theta, batch, self._passing)
         return self._passing
 
     def _fit(self, thetas: Sequence[Array], shard: Shard) -> None:
-        """Take the model's micro-batch where the user chose none: it checks its first examples before."""
+        """Unless the user chose a micro-batch, adopt the one that the model finds when it checks itself."""
         if self._fitted or not thetas or not shard.count:
             return
         first, before = next(part for part in shard.slices if part.size), self.micro_batch
@@ -443,18 +444,18 @@ class LocalSums:
         self._fitted = True
 
     def _shrinking(self, cases: int, work: Callable[[], T]) -> T:
-        """Do this rank's share of the work, in smaller micro-batches where the memory does not suffice."""
+        """Run this rank's work, and repeat it with smaller micro-batches if it runs out of memory."""
         before = self.micro_batch
         while True:
             try:
                 result = work()
                 break
             except MemoryError:
-                pass  # leave the handler first: its traceback holds arrays
+                pass  # leave the handler first, because its traceback refers to arrays
             self._shrink(cases)
         if self.micro_batch < before:
             logging.getLogger(__name__).warning(
-                "Note: rank %d went out of memory (%s) and goes on with micro-batches of %d sequences.",
+                "Note: rank %d ran out of memory (%s) and continues with micro-batches of %d sequences.",
                 self.rank,
                 self.model.backend.device,
                 self.micro_batch,
@@ -462,12 +463,12 @@ class LocalSums:
         return result
 
     def _shrink(self, count: int) -> None:
-        """Release all memory; halve what may be kept, and the micro-batches of `count` examples."""
+        """Release all memory; halve the memory budget, and the micro-batches of `count` examples."""
         most = min(self.micro_batch, count)
         if most <= 1:
             raise UserError(
-                f"rank {self.rank} has not enough memory for a single sequence "
-                f"({self.model.backend.device}): take shorter sequences or fewer units"
+                f"rank {self.rank} does not have enough memory for a single sequence "
+                f"({self.model.backend.device}): use shorter sequences or fewer units"
             )
         self.micro_batch = most // 2
         if self.linearisations:
@@ -477,12 +478,12 @@ class LocalSums:
         self.model.release()
 
     def cut(self, part: np.ndarray, most: int | None = None) -> list[np.ndarray]:
-        """Divide a slice into micro-batches of nearly equal size, of `most` examples if this is smaller."""
+        """Divide a slice into micro-batches of nearly equal size, with at most `most` examples if passed."""
         most = min(self.micro_batch, most or self.micro_batch)
         return np.array_split(part, -(-part.size // most)) if part.size else []
 
     def take(self, shard: Shard, indices: np.ndarray) -> Any:
-        """Return the batch of some examples."""
+        """Read the examples with these indices as a batch."""
         with self.timer.span(INPUT):
             return shard.cases.take(indices)
 
@@ -494,7 +495,7 @@ class LocalSums:
     def linearisations_of(
         self, pieces: Iterable[Piece], linearise: Linearise, theta: Array, span: str = FORWARD
     ) -> Iterator[tuple[np.ndarray, Any]]:
-        """Yield the indices and the linearisation of each micro-batch, which lasts until the next one."""
+        """Yield the indices and the linearisation of each micro-batch; the next one may reuse its memory."""
         for indices, batch, at in pieces:
             if at is None:
                 with self.timer.span(span):

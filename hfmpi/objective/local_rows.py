@@ -1,4 +1,4 @@
-"""Rows of a model (hfmpi.optim.rows) over one slice of a shard: stored, or summed to S'S."""
+"""Rows of a model (hfmpi.optim.rows) for one slice of a shard, which are stored, or summed to S'S."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 __all__ = ["SliceRows", "signs", "slice_rows"]
 
 AT_ONCE = 1 << 24
-"""Entries of rows that one pass of a model computes: more would take much memory beside its other arrays."""
+"""Maximum number of entries of rows per pass: more would take much memory besides the model's arrays."""
 
 CONVERTED = 1 << 22
-"""Entries of rows that are converted to float64 at a time."""
+"""Number of entries of rows that are converted to float64 at a time."""
 
 
 @dataclass
@@ -35,11 +35,11 @@ class SliceRows:
     ----------
     backend : Backend
     stored : (n, D) or None
-        On the device; None where S'S replaces the rows.
+        S, on the device; None if S'S replaces the rows.
     normal : (D, D) float64 or None
-        S'S, on the device.
+        S'S, on the device; None if the rows are stored.
     residuals : (n,) or None
-        On the device; for rows of residuals.
+        The residuals r, on the device, for rows of residuals; zeros for other kinds.
     """
 
     backend: Backend
@@ -54,19 +54,19 @@ class SliceRows:
         return np.concatenate([np.zeros(0), *parts])
 
     def transposed(self, a: np.ndarray) -> Array:
-        """Compute S' a (D,) of a (n,), or (k, D) of (k, n); float64 on the device."""
+        """Compute S' a (D,) for a (n,), or (k, D) for (k, n); float64 on the device."""
         xp, size, start = self.backend.xp, self.stored.shape[1], 0
         weights = self.backend.to_device(a.astype(np.float64).reshape(-1, a.shape[-1]))
         total = xp.zeros((len(weights), size), np.float64)
         for part in self._wide():
-            # One after the other: the same numbers, however many weights there are.
+            # Sequentially, so that the result for one vector does not depend on the number of vectors.
             for sums, each in zip(total, weights, strict=True):
                 sums += xp.matmul(each[start : start + len(part)], part)
             start += len(part)
         return total.reshape(*a.shape[:-1], size)
 
     def product(self, v: Array) -> Array:
-        """Compute S'S v (D,), in the type of the rows, which are read from memory once."""
+        """Compute S'S v (D,), in the dtype of the rows, which are read from memory only once."""
         xp, total = self.backend.xp, self.backend.xp.zeros_like(v)
         many = max(1, self.backend.each_numbers // v.size)
         for start in range(0, len(self.stored), many):
@@ -103,19 +103,20 @@ def slice_rows(
     out: dict[str, Array],
     first: list[tuple[np.ndarray, Any]],
 ) -> SliceRows:
-    """Compute the rows of one slice of a shard: of examples that are linearised, and of others.
+    """Compute the rows of one slice of a shard, for examples with and without a stored linearisation.
 
     Parameters
     ----------
     local : LocalSums
     indices : (n,) int64
-        Of the examples that are not linearised.
+        Indices of the examples without a linearisation.
     scored : float
-        N of the whole global batch.
+        N of the full global batch.
     examples : int
-        Of the whole global batch: on it depends whether there are fewer rows than parameters.
+        Number of examples in the full global batch, which decides whether there are fewer rows than
+        parameters.
     out : dict
-        The arrays of the message; this adds loss and gradient, divided by `scored`.
+        The arrays of the message, to which loss and gradient, divided by `scored`, are added.
     first : list
         The indices and the linearisation of each micro-batch that has one.
     """
@@ -139,7 +140,7 @@ def slice_rows(
         else:
             count = at.segment_count(request.segments)
         most = max(1, AT_ONCE // max(1, count * size))
-        if len(some) > most and not linearised:  # only a batch shows how many rows an example has
+        if len(some) > most and not linearised:  # the number of rows per example was not known before
             local.rows_at_once[key] = most
             pieces = [(some, None) for some in local.cut(indices, most)]
             continue
@@ -175,7 +176,7 @@ def _add(
     residuals: Array,
     out: dict[str, Array],
 ) -> None:
-    """Fill the rows (B * C, D) of a micro-batch and its residuals (B * C,), and add its gradient to `out`."""
+    """Compute the rows (B * C, D) and residuals (B * C,) of a micro-batch; add its gradient to `out`."""
     backend, kind = at.backend, rows.dtype.type
     by_example, xp = rows.reshape(len(indices), -1, rows.shape[1]), backend.xp
     if request.factors:
@@ -200,7 +201,7 @@ def _add(
 
 
 def _check_memory(local: LocalSums, entries: int, side: int, segments: int) -> None:
-    """Raise a UserError where rows, or a matrix S'S of this side, exceed the memory budget."""
+    """Raise a UserError if the rows, or a matrix S'S of this side, exceed the memory budget."""
     nbytes = entries * local.model.backend.dtype.itemsize + 8 * side * side
     if nbytes > local.memory_budget:
         what = f"a matrix of {side:,} x {side:,} numbers" if side else "the rows of this rank's examples"
@@ -208,15 +209,15 @@ def _check_memory(local: LocalSums, entries: int, side: int, segments: int) -> N
         if segments > 1:
             remedy = "fewer segments, " + remedy
         raise UserError(
-            f"{what} would take {nbytes / 1e9:.3g} GB, and the memory budget is "
+            f"{what} would take {nbytes / 1e9:.3g} GB, but the memory budget is "
             f"{local.memory_budget / 1e9:.3g} GB: use {remedy}a smaller model or a larger memory_budget"
         )
 
 
 def signs(seed: int, indices: np.ndarray, count: int) -> np.ndarray:
-    """Return random signs (B, count), int8, that depend on the seed and the index of each example alone.
+    """Return random signs (B, count), int8, that depend only on the seed and the index of each example.
 
-    They are a bit of the hash of SplitMix64 (Steele, Lea and Flood 2014) of seed, example and position.
+    A sign is one bit of the SplitMix64 hash (Steele, Lea and Flood 2014) of seed, example and position.
     """
     state = _mixed(np.uint64(seed) + _mixed(indices.astype(np.uint64))[:, None])
     bits = _mixed(state + np.arange(1, count + 1, dtype=np.uint64) * GAMMA) >> np.uint64(63)
@@ -229,7 +230,7 @@ GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _mixed(z: Any) -> Any:
-    """Return the output function of SplitMix64 of numbers of 64 bits."""
+    """Compute the output function of SplitMix64 for 64-bit numbers."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))

@@ -1,9 +1,9 @@
-"""Rows over all ranks: each rank stores those of its shard, and sums become global by one message each.
+"""Rows over all ranks: each rank stores the rows of its shard, and one message makes each sum global.
 
-The Gram matrix S S' needs every pair of rows. The ranks exchange rows for columns: each gets a part of the
-columns of all rows, multiplies them, and the products are summed. So every rank has the same work, and a row
-is sent once. With slices there are as many parts of columns as slices, whose products are added in the same
-binary tree whatever the number of ranks.
+The Gram matrix S S' needs every pair of rows. The ranks exchange rows for columns: each rank receives a part
+of the columns of all rows and multiplies them, and the products are summed. So every rank does the same
+amount of work, and a row is sent once. With slices there are as many parts of columns as slices, and their
+products are added in the same binary tree for any number of ranks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["ShardedRows"]
 
 EXCHANGED = 1 << 23
-"""Entries of rows that a rank receives at a time."""
+"""Number of entries of rows that a rank receives at a time."""
 
 
 class ShardedRows(RowMatrix):
@@ -39,11 +39,11 @@ class ShardedRows(RowMatrix):
     ----------
     owner : DataParallel
     slices : list of SliceRows
-        Of this rank, in order.
+        The slices of this rank, in order.
     counts : list of int
-        The rows of every slice of all ranks, in order.
+        The number of rows of every slice of all ranks, in order.
     stored : bool
-        Whether the slices have their rows, and not S'S alone.
+        Whether the slices store their rows, not only S'S.
     loss, gradient, scored, cotangents, complete, factors
         As in `RowMatrix`.
     """
@@ -76,13 +76,13 @@ class ShardedRows(RowMatrix):
             self.residuals = self._gathered(lambda part: to_host(part.residuals))
 
     def times(self, v: Vector) -> Matrix:
-        """Compute S v (M,), in one message of M numbers; v is the same on all ranks."""
+        """Compute S v (M,) with one message of M numbers; v must be the same on all ranks."""
         self._check_stored()
         _check_length("v", v, self.gradient.size)
         return self._gathered(lambda part: part.times(v))
 
     def transposed(self, a: Matrix) -> Vector:
-        """Compute S' a (D,) or (k, D), in one message of D or k D numbers; a is the same on all ranks."""
+        """Compute S' a (D,) or (k, D) with one message of D or k D numbers; `a` is the same on all ranks."""
         self._check_stored()
         _check_length("a", a, self.count)
         kind, xp = self.gradient.dtype, self.owner.model.backend.xp
@@ -96,7 +96,7 @@ class ShardedRows(RowMatrix):
         return self._summed(local, prod(shape) + 1, kind)[:-1].reshape(shape)
 
     def product(self, v: Vector) -> Vector:
-        """Compute S'S v (D,), in the precision of theta and in one message of D numbers."""
+        """Compute S'S v (D,), in the precision of theta, with one message of D numbers."""
         self._check_stored()
         _check_length("v", v, self.gradient.size)
 
@@ -107,7 +107,7 @@ class ShardedRows(RowMatrix):
         return self._summed(local, v.size + 1, v.dtype)[:-1]
 
     def normal(self) -> Matrix:
-        """Compute S'S (D, D), in one message of D^2 numbers."""
+        """Compute S'S (D, D) with one message of D^2 numbers."""
         size, backend = self.gradient.size, self.owner.model.backend
 
         def local() -> np.ndarray:
@@ -120,14 +120,14 @@ class ShardedRows(RowMatrix):
         return message[:-1].reshape(size, size)
 
     def gram(self) -> Matrix:
-        """Compute S S' (M, M): rows are exchanged for columns, and one message of M^2 numbers is summed."""
+        """Compute S S' (M, M): exchange rows for columns, and sum one message of M^2 numbers."""
         self._check_stored()
         owner, comm, backend = self.owner, self.owner.communicator, self.owner.model.backend
         parts = owner.slices or comm.size
         edges = [self.gradient.size * j // parts for j in range(parts + 1)]
         width = max(1, EXCHANGED // max(1, self.count))
         rounds = -(-max(b - a for a, b in pairwise(edges)) // width)
-        # After this message no rank lacks the memory, and none is left behind in an exchange.
+        # If a rank lacks the memory, all ranks fail here, instead of waiting for it in an exchange.
         memory = list[Array]()
         owner.total(lambda: self._prepared(memory), 1, np.float64, host=True)
         message: Matrix = memory.pop()
@@ -157,7 +157,10 @@ class ShardedRows(RowMatrix):
         return np.zeros(1)
 
     def _exchanged(self, columns: list[slice]) -> Array:
-        """Return the columns (M, w) of all rows that are this rank's, float64; `columns` has those of all."""
+        """Exchange rows for columns; return this rank's columns of all rows, (M, w) float64.
+
+        `columns` has the columns of each rank.
+        """
         comm, backend = self.owner.communicator, self.owner.model.backend
         rows = [part.stored for part in self.slices]
         if comm.size == 1 and len(rows) == 1:
@@ -176,7 +179,7 @@ class ShardedRows(RowMatrix):
         return backend.to_device(block.astype(np.float64, copy=False))
 
     def _gathered(self, values: Callable[[SliceRows], np.ndarray]) -> Matrix:
-        """Return a number for every row (M,), of which each rank computes those of its rows."""
+        """Return one number for every row (M,); each rank computes the numbers of its rows."""
 
         def local() -> np.ndarray:
             message = np.zeros(self.count + 1)
@@ -190,7 +193,7 @@ class ShardedRows(RowMatrix):
     def _summed(
         self, work: Callable[[], Array], size: int, dtype: np.dtype | type, host: bool = False
     ) -> Array:
-        """Return the sum over all ranks of what `work` returns (`DataParallel.total`), and time the work."""
+        """Time the work of each rank, and return the sum of the results (`DataParallel.total`)."""
 
         def timed() -> Array:
             with self.owner.timer.span(ROWS):
@@ -201,17 +204,17 @@ class ShardedRows(RowMatrix):
         return self.owner.total(timed, size, dtype, host)
 
     def _check_stored(self) -> None:
-        """Raise a UserError where S'S replaces the rows."""
+        """Raise a UserError if S'S replaces the rows."""
         if not self.stored:
-            raise UserError("the rows are not stored: only S'S was computed")
+            raise UserError("the rows are not stored: only S'S was computed (RowRequest.stored)")
 
 
 def _check_length(name: str, vector: Array, length: int) -> None:
-    """Raise a ValueError if a vector has another shape: rows of other examples would be multiplied."""
+    """Raise a ValueError if a vector has a wrong shape, which would multiply rows of other examples."""
     if vector.shape[-1:] != (length,):
         raise ValueError(f"{name} must be a vector of shape ({length},), not of shape {vector.shape}")
 
 
 def _part(start: int, stop: int, width: int, i: int) -> slice:
-    """Return columns i * width, ... of those from start to stop, perhaps none."""
+    """Return the i-th group of `width` columns between `start` and `stop`; it may be empty."""
     return slice(min(start + i * width, stop), min(start + (i + 1) * width, stop))

@@ -1,4 +1,4 @@
-"""Which rank does which work on a matrix."""
+"""The assignment of tasks on matrices to ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ __all__ = ["shares"]
 
 
 def shares(sizes: Sequence[float], ranks: int) -> list[list[int]]:
-    """Distribute works of these sizes over ranks: the largest first, to the rank with the least work."""
+    """Assign tasks of these sizes to ranks: the largest first, each to the rank with the least work.
+
+    Returns the indices of the tasks of each rank.
+    """
     assigned, work = [list[int]() for _ in range(ranks)], [0.0] * ranks
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         rank = work.index(min(work))

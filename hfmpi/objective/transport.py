@@ -1,6 +1,6 @@
-"""Sum vectors of a device over the ranks: through the host, by a CUDA-aware MPI library, or by NCCL.
+"""Sums of device vectors over the ranks: through the host, by a CUDA-aware MPI library, or by NCCL.
 
-Scalars and small objects are always sent by MPI from the host (`Communicator`).
+MPI always sends scalars and small objects from the host (`Communicator`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Transport:
 
 
 class HostTransport(Transport):
-    """MPI on host memory: the vector itself on a CPU, otherwise a copy in a pinned buffer."""
+    """MPI on host memory: on a CPU it sends the vector, otherwise a copy in a pinned buffer."""
 
     name = "host"
 
@@ -49,7 +49,7 @@ class HostTransport(Transport):
     def sum(self, vector: Array) -> None:
         """Sum a vector over all ranks, in place; see `Transport.sum`."""
         if self.communicator.size == 1:
-            self._sum(vector)  # checks the vector and sends nothing
+            self._sum(vector)  # only checks the vector
             return
         message = self.backend.stage(vector)
         self._sum(message)
@@ -91,17 +91,19 @@ def choose(wanted: str, communicator: Communicator, backend: Backend, in_tree: b
         'auto' is 'cuda' if the MPI library reports that it accepts GPU memory on all ranks, otherwise 'host'.
         'cuda' and 'nccl' need a GPU on every rank.
     in_tree : bool
-        Sum in a fixed tree, which only 'host' can.
+        Sum in a fixed tree, which only 'host' supports.
 
     Raises
     ------
     UserError
-        On all ranks, if the ranks cannot use it.
+        On all ranks, if the ranks cannot use the transport.
     """
     if wanted not in TRANSPORTS:
         raise UserError(f"there is no transport {wanted!r}; choose one of {', '.join(TRANSPORTS)}")
     if in_tree and wanted not in ("auto", "host"):
-        raise UserError(f"slices are summed in a fixed order through the host, not by transport {wanted}")
+        raise UserError(
+            f"transport {wanted} cannot sum slices in a fixed order: choose transport host, or no slices"
+        )
     if in_tree:
         return HostTransport(communicator, backend, in_tree)
     aware = cuda_aware() if communicator.size > 1 else None
@@ -110,15 +112,18 @@ def choose(wanted: str, communicator: Communicator, backend: Backend, in_tree: b
     hosts, devices, all_aware, with_nccl = zip(*ranks, strict=True)
     without_gpu = [f"rank {rank}" for rank, device in enumerate(devices) if device is None]
     if wanted in ("cuda", "nccl") and without_gpu:
-        raise UserError(f"transport {wanted} is for GPUs, and there is none for {', '.join(without_gpu)}")
+        raise UserError(
+            f"transport {wanted} needs a GPU on every rank, but there is none on {', '.join(without_gpu)}: "
+            "choose transport host"
+        )
     if wanted == "nccl":
         if not all(with_nccl):
-            raise UserError("transport nccl needs NCCL, which CuPy does not find; choose host or cuda")
+            raise UserError("transport nccl needs NCCL, which CuPy does not find: choose host or cuda")
         if len(set(zip(hosts, devices, strict=True))) < len(ranks):
-            raise UserError("transport nccl needs a GPU for every rank; choose host or cuda")
+            raise UserError("transport nccl needs a separate GPU for every rank: choose host or cuda")
         return NcclTransport(communicator, backend)
     if wanted == "cuda" and False in all_aware:
-        raise UserError("this MPI library does not take GPU memory; choose transport host or nccl")
+        raise UserError("this MPI library does not accept GPU memory: choose transport host or nccl")
     if wanted == "cuda" or (wanted == "auto" and not without_gpu and all(all_aware)):
         return CudaTransport(communicator, backend)
     return HostTransport(communicator, backend)

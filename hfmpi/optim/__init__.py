@@ -1,4 +1,4 @@
-"""Optimizers on vectors and objectives alone."""
+"""Optimizers, which depend only on vectors and objectives."""
 
 from hfmpi.optim.adam import Adam
 from hfmpi.optim.base import Gradient, Objective, Objectives, Optimizer, StepReport

@@ -1,4 +1,4 @@
-"""Adam (Kingma and Ba 2015), the usual baseline of comparisons."""
+"""Adam (Kingma and Ba 2015), the usual baseline for comparisons."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Adam", "AdamState"]
 
 @dataclass(frozen=True)
 class AdamState(AdaptiveState):
-    """The running means of gradients and of their squares, (D,) each."""
+    """The running means of the gradients and of their squares, (D,) each."""
 
     mean: Vector
     mean_square: Vector
@@ -28,7 +28,7 @@ class AdamState(AdaptiveState):
 @documented
 @dataclass(frozen=True)
 class Adam(Adaptive[AdamState]):
-    """Adam with the constants of its paper; with `decay` it is AdamW.
+    """Adam with the constants of its paper; a nonzero `decay` makes it AdamW.
 
     Examples
     --------
@@ -46,8 +46,8 @@ class Adam(Adaptive[AdamState]):
         float,
         NOT_NEGATIVE,
         Meaning(
-            "Longer gradients are first scaled to this length (Pascanu et al. 2013); 0: gradients are not "
-            "clipped.",
+            "Gradients longer than this are first scaled to this length (Pascanu et al. 2013). 0: gradients "
+            "are not clipped.",
             unit="that of the gradient",
             torch="clip_grad_norm_(max_norm)",
             optax="clip_by_global_norm(max_norm)",
@@ -63,7 +63,7 @@ class Adam(Adaptive[AdamState]):
     def direction(
         self, g: Vector, norm: float, state: AdamState, objective: Objective, factor: float
     ) -> tuple[Vector, AdamState]:
-        """Compute the step and the means after g (`Adaptive.direction`)."""
+        """Compute the step and the means updated by g (`Adaptive.direction`)."""
         kind, t = g.dtype.type, state.updates + 1
         if self.threshold and norm > 0:
             g = g * kind(min(1.0, self.threshold / norm))

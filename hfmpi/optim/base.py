@@ -1,10 +1,10 @@
-"""The seam of an optimizer: it sees objectives, and knows vectors and float64 scalars alone.
+"""The interface between optimizers and objectives: an optimizer works on vectors and float64 scalars only.
 
-Symbols used throughout this room
+Symbols used throughout this package
 
     theta   parameters, (D,)                     f(theta)  the risk: a mean over examples, nats
     g       gradient of f, (D,)                  G         Gauss-Newton matrix of f, never formed
-    p       proposed step, (D,)                  lambda    damping; unit of f per squared unit of theta
+    p       proposed step, (D,)                  lambda    damping, in units of f per squared unit of theta
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 Operator = Callable[[Vector], Vector]
-"""v (D,) -> A v, a new vector each time."""
+"""v (D,) -> A v; every call returns a new vector."""
 
 Scalars = tuple[float, ...]
 
@@ -62,8 +62,8 @@ class Gradient(NamedTuple):
     vector : (D,)
         g.
     squares : (D,) or None
-        The mean over examples of the squared gradients (element-wise) of each example's loss, where they
-        were requested and the objective has them.
+        The mean over examples of the element-wise squares of the gradient of each example's loss, if they
+        were requested and the objective provides them.
     """
 
     loss: float
@@ -72,15 +72,16 @@ class Gradient(NamedTuple):
 
 
 class Sketch(NamedTuple):
-    """V S'S V' / N (k, k), float64 on the host, symmetric, whose expectation is V G V', from random rows S.
+    """An unbiased estimate of V G V' from random rows S.
 
     Attributes
     ----------
-    projected : (k, k)
+    projected : (k, k) float64
+        V S'S V' / N, on the host, symmetric; its expectation is V G V'.
     rows : int
-        M, of all examples.
+        M, the number of rows of all examples.
     cotangents : int
-        The rows of an example.
+        The number of rows per example.
     """
 
     projected: Matrix
@@ -89,19 +90,19 @@ class Sketch(NamedTuple):
 
 
 class Objective(ABC):
-    """A risk that can be minimised; a user-defined objective is a subclass.
+    """A risk to minimise; a user-defined objective is a subclass.
 
     Every optimizer needs `loss` and `gradient`; Hessian-free optimization also needs `gauss_newton`.
 
-    Under MPI every rank calls the same methods in the same order and gets the same vectors. The optimizers
-    pass every scalar that steers through `agree`.
+    Under MPI all ranks call the same methods in the same order and receive the same vectors. The optimizers
+    pass every scalar that a decision depends on through `agree`.
 
     Attributes
     ----------
     ranks : int
-        How many ranks share the works of `spread`.
+        The number of ranks that share the tasks of `spread`.
     size : int
-        The number of examples, 0 if it is not known.
+        The number of examples; 0 if it is not known.
     """
 
     ranks = 1
@@ -117,30 +118,33 @@ class Objective(ABC):
 
     def gauss_newton(self, theta: Vector) -> Operator:
         """Linearise at theta; return the operator v -> G v."""
-        raise UserError("the objective has no Gauss-Newton products: take a first-order optimizer")
+        raise UserError("the objective has no Gauss-Newton products: use a first-order optimizer")
 
     def squared_gradients(self, theta: Vector) -> Gradient:
-        """Compute f(theta), its gradient and the squares; by default without squares."""
+        """Compute f(theta), its gradient and the squared gradients; the default omits the squares."""
         return self.gradient(theta)
 
     def factored_gradient(self, theta: Vector) -> tuple[Gradient, Vector]:
-        """Compute f(theta), its gradient, and the Kronecker factors A and B of each block in one vector.
+        """Compute f(theta), its gradient, and the Kronecker factors A and B of all blocks as one vector.
 
-        The curvature of a block is about A x B, A (rows, rows) and B (columns, columns); the vector is
-        divided by `hfmpi.optim.layout.kronecker_layout`.
+        The curvature of a block is approximated by A x B with A (rows, rows) and B (columns, columns).
+        `hfmpi.optim.layout.kronecker_layout` describes the layout of the vector.
         """
-        raise UserError("the objective has no Kronecker factors: set directions without kfac")
+        raise UserError("the objective has no Kronecker factors: remove kfac from the setting directions")
 
     def rows(self, theta: Vector, request: RowRequest) -> RowMatrix:
         """Compute f(theta), its gradient, and rows of a Gauss-Newton or Fisher matrix (hfmpi.optim.rows)."""
-        raise UserError("the objective has no rows of examples: take another optimizer")
+        raise UserError("the objective has no rows of examples: use a different optimizer")
 
     def structural_gauss_newton(self, theta: Vector, structural: float) -> Operator:
-        """Linearise at theta; return v -> (G + structural * S) v, S the curvature of the hidden states."""
+        """Linearise at theta; return v -> (G + structural * S) v, where S is the hidden states' curvature."""
         raise UserError("the objective has no structural damping: set structural_damping=0")
 
     def bends(self, theta: Vector) -> Operator | None:
-        """Return p -> J'H z'' (D,), z'' the second derivative of the outputs along p; None if not known."""
+        """Return p -> J'H z'' (D,), or None if the objective does not provide it.
+
+        z'' is the second derivative of the outputs along p.
+        """
         return None
 
     def project(self, theta: Vector) -> Callable[[Vector], np.ndarray]:
@@ -157,7 +161,7 @@ class Objective(ABC):
         return projected
 
     def sketch(self, theta: Vector, v: Directions, request: RowRequest) -> Sketch:
-        """Estimate V G V' of V (k, D) from a sketch of G."""
+        """Estimate V G V' for V (k, D) from a sketch of G."""
         rows = self.rows(theta, request)
         along = np.stack([rows.times(each) for each in v.dense()])
         return Sketch(symmetric(along @ along.T / rows.scored), rows.count, rows.cotangents)
@@ -169,22 +173,22 @@ class Objective(ABC):
     @property
     def blocks(self) -> tuple[Block, ...]:
         """The matrices that theta consists of, for methods that work on rows and columns."""
-        raise UserError("the objective does not name the matrices of theta (blocks): take another optimizer")
+        raise UserError("the objective does not define the matrices of theta (blocks): use another optimizer")
 
     def spread(
         self, works: Sequence[Callable[[], Vector]], sizes: Sequence[int], wide: bool = False, name: str = ""
     ) -> list[Vector]:
-        """Run each work on one of the ranks; return all results, vectors of these sizes, on all ranks.
+        """Run each task on one of the ranks; return all results, vectors of these sizes, on all ranks.
 
-        For results that processors may round differently, such as matrix products of vectors that all ranks
-        hold, and for works that take long enough to be shared out. With `wide` the results are float64 on
-        the host, otherwise of the type and on the device of theta. The timer's spans of the works start with
-        `name`.
+        Use it for results that processors may round differently, such as matrix products of vectors that
+        all ranks hold, and for tasks that take long enough to be shared. With `wide` the results are float64
+        on the host; otherwise they have the type and device of theta. The timer's spans of the tasks start
+        with `name`.
         """
         return [work() for work in works]
 
     def agree(self, values: Scalars) -> Scalars:
-        """Return rank 0's values of scalars that every rank computed, perhaps with different rounding."""
+        """Return rank 0's values of scalars that every rank computed, possibly with different rounding."""
         return values
 
 
@@ -195,21 +199,21 @@ class Objectives:
     Attributes
     ----------
     gradient : Objective
-        Gradient, backtracking, reduction ratio and line search (batch B_g).
+        For the gradient, backtracking, the reduction ratio and the line search (batch B_g).
     curvature : Objective
-        Gauss-Newton products (batch B_c); unused by first-order methods.
+        For Gauss-Newton products (batch B_c); first-order methods do not use it.
     epoch : float
-        Passes over the data so far, for settings that change per epoch.
+        The number of passes over the data so far, for settings that change per epoch.
     shared : bool
-        The curvature batch is part of the gradient batch and the gradient's forward pass linearises it: a
-        linearisation where the gradient was just computed takes no further pass.
+        Whether the curvature batch is part of the gradient batch and is linearised by the gradient's forward
+        pass. Then linearising at the theta of the latest gradient takes no additional pass.
     repeated : bool
-        The next step has the same gradient objective, so that its risk is the risk after this step.
+        Whether the next step has the same gradient objective, so that its risk is the risk after this step.
 
     Raises
     ------
     TypeError
-        If one of them is not an Objective.
+        If one of the objectives is not an Objective.
     """
 
     gradient: Objective
@@ -222,35 +226,39 @@ class Objectives:
         for objective in (self.gradient, self.curvature):
             if not isinstance(objective, Objective) and (objective is not None or self.gradient is None):
                 raise TypeError(
-                    f"an objective must be of a subclass of hfmpi.Objective, not {shown(objective)}"
+                    f"an objective must be an instance of hfmpi.Objective, not {shown(objective)}"
                 )
 
     @property
     def second(self) -> Objective:
-        """The objective of the curvature, for a method that requires one."""
+        """The curvature objective; a UserError is raised if there is none."""
         if self.curvature is None:
-            raise UserError("second-order steps need a curvature objective: Objectives(gradient, curvature)")
+            raise UserError(
+                "a second-order step needs a curvature objective: pass Objectives(gradient, curvature)"
+            )
         return self.curvature
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What happened in one step.
+    """A summary of one step.
 
     Attributes
     ----------
     loss : float
         f before the step, on the gradient batch.
     accepted : bool
+        Whether the step was taken.
     message : str
-        Why the step was rejected, or what else the user should know; empty if there is nothing to report.
+        Why the step was rejected, or other information for the user; empty if there is nothing to report.
     work : Counts
-        What was executed in the step.
+        The passes and the linear algebra that the step executed.
     details : dict
         Method-specific scalars for the history (damping, rho, ...).
     converged : bool
-        The method cannot lower this risk any further: it promises less than the rounding of the risk. Theta
-        and the state did not change, so that a run whose every step has this risk is at its end.
+        Whether the method cannot lower this risk any further because the predicted decrease is smaller than
+        the rounding of the risk. Theta and the state are unchanged, so that a run that has the same risk in
+        every step can end.
     """
 
     loss: float
@@ -262,14 +270,14 @@ class StepReport:
 
 
 class Needs(NamedTuple):
-    """What an optimizer needs of the model beyond loss, gradient and products.
+    """What an optimizer requires in addition to the loss, gradients and Gauss-Newton products.
 
     Attributes
     ----------
     blocks, kronecker_factors, rows, sketch, squared_gradients, structural_damping : bool
-        The part of `Objective` of that name.
+        Whether the optimizer uses that capability of an `Objective`.
     same_batch : bool
-        Every step must have the same gradient batch (`Objectives.repeated`).
+        Whether every step must have the same gradient batch (`Objectives.repeated`).
     """
 
     blocks: bool = False
@@ -282,20 +290,21 @@ class Needs(NamedTuple):
 
 
 class Messages(NamedTuple):
-    """How many numbers the ranks exchange for an optimizer besides losses, gradients and products.
+    """The sizes of an optimizer's messages in addition to losses, gradients and Gauss-Newton products.
 
-    Products S'S v with rows are among the products.
+    Products S'S v with rows count as Gauss-Newton products.
 
     Attributes
     ----------
     with_gradient : int
-        In the message of each gradient.
+        Additional numbers in the message of each gradient.
     matrices : int
-        In the message of a step's work on matrices (`Objective.spread`); 0: there is no such message.
+        Numbers in the message of a step's work on matrices (`Objective.spread`); 0: there is no such message.
     inner_products : int
-        In the message of a step's inner products of directions, float64; 0: there is no such message.
+        Numbers, float64, in the message of a step's inner products of directions; 0: there is no such
+        message.
     others : bool
-        Whether there are other messages too, as of matrices of rows, whose sizes are not known here.
+        Whether there are further messages whose sizes are not known here, such as matrices of rows.
     """
 
     with_gradient: int = 0
@@ -305,29 +314,29 @@ class Messages(NamedTuple):
 
 
 class Optimizer(Protocol[StateT]):
-    """A frozen dataclass of settings with a functional step; an optimizer inherits from it.
+    """The base class of optimizers: a frozen dataclass of settings with a functional step.
 
-    The state is a frozen dataclass too: exactly what a checkpoint needs besides theta.
+    The state is also a frozen dataclass. It holds exactly what a checkpoint needs in addition to theta.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     @abstractmethod
     def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> StateT:
-        """Return the state before the first step; `blocks` are those of the objectives, if they have any."""
+        """Return the state before the first step; `blocks` are the blocks of the objectives, if any."""
 
     @abstractmethod
     def step(self, theta: Vector, state: StateT, objectives: Objectives) -> tuple[Vector, StateT, StepReport]:
-        """Take one step; theta and state are not changed, the returned ones are new."""
+        """Take one step; return new theta and state and leave the arguments unchanged."""
 
     @property
     def needs(self) -> Needs:
-        """What these settings need of the model."""
+        """The capabilities that the optimizer requires with these settings."""
         return Needs()
 
     @property
     def seeks_lowest_risk(self) -> bool:
-        """Whether a lower risk is always better: not with weight decay or a mean of the iterates."""
+        """Whether a lower risk is always better; False with weight decay or a mean of the iterates."""
         return True
 
     @property
@@ -337,23 +346,24 @@ class Optimizer(Protocol[StateT]):
 
     @property
     def degree(self) -> int:
-        """How a parameter's step depends on the size of its gradients.
+        """The power of the size of its gradients to which the step of a parameter is proportional.
 
-        1: it is proportional to them, as in gradient descent, or where damping determines the step. 0: it is
-        divided by their running size, as in Adam.
+        1: proportional, as in gradient descent or where damping determines the step. 0: independent, because
+        the step is divided by the running size of the gradients, as in Adam.
         """
         return 1
 
     def messages(self, parameters: int, blocks: Sequence[Block]) -> Messages:
-        """Return what the ranks exchange, from D and the matrices of theta, none if they are not known."""
+        """Return the sizes of the messages from D and the matrices of theta (empty if they are not known)."""
         return Messages()
 
     def on_other_batches(self, state: Mapping[str, EntryT]) -> dict[str, EntryT | float]:
-        """Return the fields of a state for a run that goes on with other batches."""
+        """Return the fields of a state for a run that continues with different batches."""
         return {**state}
 
 
 def inner_product(a: Vector, b: Vector) -> float:
     """Compute a' b, accumulated in float64; processors may round it differently (`Objective.agree`)."""
-    # Products and sum in float64 without float64 copies of the vectors, which cost ten times as much.
+    # einsum multiplies and adds in float64 without float64 copies of the vectors, which take ten times as
+    # long.
     return float(np.einsum("i,i->", a, b, dtype=np.float64))

@@ -1,7 +1,7 @@
 """Preconditioned conjugate gradients with the stop rule of Martens (2010).
 
-Minimises phi(x) = x' A x / 2 - b' x for a symmetric positive definite A, of which only products are needed.
-With the residual r = b - A x, phi(x) = -(r + b)' x / 2 takes no further product.
+Minimises phi(x) = x' A x / 2 - b' x for a symmetric positive definite A, using only products with A. With the
+residual r = b - A x, phi(x) = -(r + b)' x / 2 needs no additional product.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ __all__ = ["CGResult", "ConjugateGradients", "Iterate", "Stop", "relative_progre
 
 
 class Stop(enum.StrEnum):
-    """Why conjugate gradients stopped."""
+    """The reason why conjugate gradients stopped."""
 
     PROGRESS = "the model value no longer improves enough per iteration"
     MAX_STEPS = "the limit of iterations was reached"
     SOLVED = "the residual is zero to rounding"
     NOT_POSITIVE = "the curvature along the search direction is not positive"
-    NOT_FINITE = "a gradient, product or residual was not finite"
+    NOT_FINITE = "a gradient, product or residual is not finite"
 
 
 @dataclass(frozen=True)
 class Iterate:
-    """A saved iterate: x (D,), the number of iterations that led to it, and phi(x)."""
+    """A saved iterate: the number of iterations that led to it, x (D,), and phi(x)."""
 
     step: int
     x: Vector
@@ -40,10 +40,20 @@ class Iterate:
 
 @dataclass(frozen=True)
 class CGResult:
-    """Saved iterates in order (the last is the solution), phi after every iteration, and why it stopped.
+    """The result of a solve.
 
-    `products` counts the products with A, including that for a non-zero start and those for recomputed
-    residuals; `steps` counts iterations.
+    Attributes
+    ----------
+    iterates : list of Iterate
+        The saved iterates in order; the last one is the solution.
+    model_values : list of float
+        phi at the start and after every iteration.
+    stop : Stop
+        Why the solver stopped.
+    steps : int
+        The number of iterations.
+    products : int
+        The number of products with A, including one for a nonzero start and one for each recomputed residual.
     """
 
     iterates: list[Iterate]
@@ -54,14 +64,14 @@ class CGResult:
 
 
 def relative_progress(values: list[float], tolerance: float) -> bool:
-    """Check Martens' stop rule on the model values phi_0 ... phi_i (his section 4.4 and released code).
+    """Return whether the model values phi_0 ... phi_i meet Martens' stop rule.
 
-    True when i > k, phi_{i-k} < 0 and (phi_i - phi_{i-k}) / phi_i < k * tolerance, with
-    k = max(10, ceil(i / 10)).
+    The rule (Martens 2010, section 4.4, and his released code) is met if i > k, phi_{i-k} < 0 and
+    (phi_i - phi_{i-k}) / phi_i < k * tolerance, with k = max(10, ceil(i / 10)).
     """
     i = len(values) - 1
     k = max(10, math.ceil(0.1 * i))
-    if i <= k or not values[i - k] < 0 or values[i] == 0:  # for a rise to zero the quotient is +infinity
+    if i <= k or not values[i - k] < 0 or values[i] == 0:  # the quotient is +infinity if phi rose to zero
         return False
     return (values[i] - values[i - k]) / values[i] < k * tolerance
 
@@ -73,14 +83,15 @@ class ConjugateGradients:
     Attributes
     ----------
     max_steps : int
-        Martens: 250. Kiros: 5.
+        Maximum number of iterations. Martens: 250. Kiros: 5.
     tolerance : float
-        Epsilon of `relative_progress`. Martens: 5e-4; 0 switches the test off.
+        The tolerance of `relative_progress`. Martens: 5e-4. 0 switches the test off.
     keep_ratio : float
-        Save the iterates ceil(5 * ratio^j), j = 0, 1, ... and the last (Martens: 1.3); 1 saves all.
+        The solver saves the iterates ceil(5 * ratio^j), j = 0, 1, ... and the last one. Martens: 1.3. 1 saves
+        all iterates.
     refresh : int
-        Number of iterations after which the residual is recomputed (one more product each time); 0: never.
-        Long solves in single precision need it.
+        Number of iterations after which the residual is recomputed, which takes one more product each time;
+        0: never. Long solves in float32 need it.
     """
 
     max_steps: int = 250
@@ -100,22 +111,22 @@ class ConjugateGradients:
     ) -> CGResult:
         """Solve A x = b approximately.
 
-        Under MPI all ranks hold the same vectors, bit for bit, and each computes the inner products, perhaps
-        with different rounding. An iteration proceeds with the local numbers, then one message replaces them
-        by rank 0's. A rank whose local alpha was different moves x and r again. Every branch is taken from
-        agreed numbers.
+        Under MPI all ranks hold bit-identical vectors, and each rank computes the inner products, possibly
+        with different rounding. An iteration proceeds with the local numbers; then one message replaces them
+        by those of rank 0. A rank whose local alpha was different recomputes x and r. Every branch depends on
+        agreed numbers only.
 
         Parameters
         ----------
         apply : callable
             v (D,) -> A v, a new vector.
         b, x0 : (D,)
-            Right-hand side and start.
+            The right-hand side and the initial x.
         inner : callable
-            Inner product, as this rank computes it.
+            The inner product, as this rank computes it.
         agree : callable
-            Returns rank 0's values of a tuple of scalars; called once per iteration, and twice if the
-            residual is recomputed, because alpha is then needed for a product.
+            Returns rank 0's values of a tuple of scalars. It is called once per iteration, and twice in an
+            iteration that recomputes the residual, because the product then needs an agreed alpha.
         precondition : callable, optional
             r (D,) -> M^-1 r.
         """
@@ -139,7 +150,7 @@ class ConjugateGradients:
         value, square = agree(measured(x, r, y))
         values, saved = [value], list[Iterate]()
         due, stop, step = 0, Stop.MAX_STEPS, 0
-        # A smaller residual is nothing but rounding, which the directions would then amplify.
+        # A smaller residual consists of rounding errors only, which further directions would amplify.
         least = square * float(np.finfo(b.dtype).eps) ** 2 if math.isfinite(square) else 0.0
         while step < self.max_steps:
             if not math.isfinite(square):
@@ -151,7 +162,7 @@ class ConjugateGradients:
             q = apply(d)
             products += 1
             local = inner(d, q)
-            ahead = x, r, y  # for the message of a rank whose local curvature is not positive and finite
+            ahead = x, r, y  # a rank whose local curvature is not positive and finite still sends a message
             fresh = self.refresh > 0 and (step + 1) % self.refresh == 0 and step + 1 < self.max_steps
             if fresh:
                 (curvature,) = agree((local,))

@@ -1,4 +1,4 @@
-"""Checks of vectors, states and user-defined objectives; each mistake is refused in one sentence."""
+"""Checks of vectors, states and user-defined objectives; each error is reported in one sentence."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def check_vector(
     kind: type | None = None,
     columns: bool = False,
 ) -> None:
-    """Raise a TypeError or ValueError unless it is an array (D,) of float32 or float64.
+    """Raise a TypeError or ValueError unless `vector` is an array (D,) of float32 or float64.
 
     Parameters
     ----------
     name : str
-        For the sentence.
+        The name of the vector in the error message.
     vector : object
     size : int, optional
         D.
     kind : type, optional
         The type of arrays on the device.
     columns : bool
-        The array is (C, D).
+        Whether the array must have the shape (C, D).
     """
-    dtype = getattr(vector, "dtype", None)  # arrays of CuPy and JAX have NumPy's types too
+    dtype = getattr(vector, "dtype", None)  # CuPy and JAX use NumPy's dtypes
     if not isinstance(dtype, np.dtype) or (kind is not None and not isinstance(vector, kind)):
         device = "an" if kind in (None, np.ndarray) else f"a {kind.__module__.partition('.')[0]}"
         actual = f"one of {type(vector).__module__.partition('.')[0]}" if dtype is not None else shown(vector)
@@ -51,13 +51,18 @@ def check_vector(
 
 
 def check_blocks(method: str, blocks: Sequence[Block]) -> None:
-    """Raise a UserError if a method that works on the matrices of theta gets none."""
+    """Raise a UserError if a method that works on the matrices of theta gets no blocks."""
     if not blocks:
-        raise UserError(f"{method} needs the matrices of theta: init(theta, objective.blocks)")
+        raise UserError(f"{method} needs the matrices of theta: call init(theta, objective.blocks)")
 
 
 def check_state(state: object, kind: type, theta: Vector, *vectors: str) -> None:
-    """Raise a TypeError or ValueError unless the state is of this type, and its vectors are as theta is."""
+    """Raise an error unless the state has this type and its vectors have the shape and dtype of theta.
+
+    Raises
+    ------
+    TypeError, ValueError
+    """
     if not isinstance(state, kind):
         raise TypeError(f"state must be the result of init(theta), not {shown(state)}")
     for name in vectors:
@@ -65,16 +70,16 @@ def check_state(state: object, kind: type, theta: Vector, *vectors: str) -> None
         check_vector(f"{name} of the state", vector)
         if vector.shape != theta.shape or vector.dtype != theta.dtype:
             raise ValueError(
-                f"{name} of the state is {_described(vector)}, theta is {_described(theta)}: "
+                f"{name} of the state is {_described(vector)}, but theta is {_described(theta)}: "
                 "call init(theta) again"
             )
 
 
 def checked(theta: Vector, objectives: Objectives) -> Objectives:
-    """Check the arguments of a step; return objectives whose results are checked too."""
+    """Check the arguments of a step; return objectives that also check their results."""
     check_vector("theta", theta)
     if not isinstance(objectives, Objectives):
-        raise TypeError(f"a step takes Objectives(gradient, curvature), not {shown(objectives)}")
+        raise TypeError(f"step needs Objectives(gradient, curvature), not {shown(objectives)}")
     curvature = None if objectives.curvature is None else _checked(objectives.curvature, theta)
     return replace(objectives, gradient=_checked(objectives.gradient, theta), curvature=curvature)
 
@@ -84,9 +89,9 @@ def _checked(objective: Objective, theta: Vector) -> Objective:
 
 
 class Checked:
-    """An objective whose losses are Python numbers and whose vectors have theta's shape and type.
+    """A wrapper that checks an objective's results and converts them to theta's dtype and Python numbers.
 
-    Its methods are those of the objective; `RESULTS` has the checks of their results.
+    It has all methods of the objective; `RESULTS` lists the checks of their results.
 
     Parameters
     ----------
@@ -96,7 +101,7 @@ class Checked:
     Raises
     ------
     TypeError, ValueError
-        By each method, if the objective returns something else.
+        Raised by a method whose result has a wrong type or shape.
     """
 
     def __init__(self, objective: Objective, theta: Vector) -> None:
@@ -108,10 +113,10 @@ class Checked:
         return attribute if check is None else lambda *args: check(self, method, attribute(*args))
 
     def agree(self, values: Scalars) -> Scalars:
-        """Return the scalars that the objective's ranks agree on."""
+        """Return the objective's agreed scalars, after checking their number."""
         agreed: object = self.objective.agree(values)
         if not isinstance(agreed, (tuple, list)) or len(agreed) != len(values):
-            raise TypeError(f"{self.name}.agree must return as many numbers as it gets")
+            raise TypeError(f"{self.name}.agree must return as many numbers as it receives, {len(values)}")
         return tuple(agreed)
 
     def _number(self, method: str, value: Vector) -> float:
@@ -120,62 +125,62 @@ class Checked:
             with contextlib.suppress(TypeError):
                 return float(value)
         actual = f"an array of shape {shape}" if shape else shown(value)
-        raise TypeError(f"{self.name}.{method} must give a number as its loss, not {actual}")
+        raise TypeError(f"{self.name}.{method} must return a number as the loss, not {actual}")
 
     def _numbers(self, method: str, values: Vector) -> list[float]:
         return [self._number(method, value) for value in values]
 
     def _gradient(self, method: str, at: object) -> Gradient:
         if not isinstance(at, Gradient):
-            raise TypeError(f"{self.name}.{method} must give a Gradient(loss, vector), not {shown(at)}")
+            raise TypeError(f"{self.name}.{method} must return a Gradient(loss, vector), not {shown(at)}")
         squares = None if at.squares is None else self._vector(f"{method} as squares", at.squares)
         return Gradient(self._number(method, at.loss), self._vector(method, at.vector), squares)
 
     def _factored(self, method: str, result: object) -> tuple[Gradient, Vector]:
         if not isinstance(result, tuple) or len(result) != 2:
-            raise TypeError(f"{self.name}.{method} must give a Gradient and factors")
+            raise TypeError(f"{self.name}.{method} must return a Gradient and a vector of factors")
         like = np.empty(kronecker_layout(self.objective.blocks).size, self.like.dtype)
         factors = self._vector(f"{method} as factors", result[1], like)
         return self._gradient(method, result[0]), factors
 
     def _rows(self, method: str, rows: object) -> RowMatrix:
         if not isinstance(rows, RowMatrix):
-            raise TypeError(f"{self.name}.{method} must give a RowMatrix, not {shown(rows)}")
+            raise TypeError(f"{self.name}.{method} must return a RowMatrix, not {shown(rows)}")
         self._number(method, rows.loss)
         g = self._vector(f"{method} as gradient", rows.gradient)
-        if g is not rows.gradient:  # the rows compute with it
+        if g is not rows.gradient:  # methods of the rows use it, so that a converted copy would not help
             raise TypeError(
-                f"{self.name}.{method} must give a gradient as theta is, {_described(self.like)}, "
+                f"{self.name}.{method} must return a gradient of theta's type, {_described(self.like)}, "
                 f"not {shown(rows.gradient)} of {rows.gradient.dtype}"
             )
         if rows.residuals is not None and np.shape(rows.residuals) != (rows.count,):
             raise ValueError(
-                f"{self.name}.{method} must give a residual for each of its {rows.count:,} rows, not "
+                f"{self.name}.{method} must return one residual for each of its {rows.count:,} rows, not "
                 f"an array of shape {np.shape(rows.residuals)}"
             )
         if rows.factors is not None:
             size = kronecker_layout(self.objective.blocks).size
             if np.shape(rows.factors) != (size,) or rows.factors.dtype != self.like.dtype:
                 raise TypeError(
-                    f"{self.name}.{method} must give {size:,} numbers of {self.like.dtype} as factors, "
+                    f"{self.name}.{method} must return {size:,} numbers of {self.like.dtype} as factors, "
                     f"not {shown(rows.factors)}"
                 )
         return rows
 
     def _operator(self, method: str, product: object) -> Operator:
         if not callable(product):
-            raise TypeError(f"{self.name}.{method} must give a function v -> G v, not {shown(product)}")
+            raise TypeError(f"{self.name}.{method} must return a function v -> G v, not {shown(product)}")
         return lambda v: self._vector(f"{method}(theta)", product(v), v)
 
     def _vector(self, method: str, vector: Vector, like: Vector = None) -> Vector:
-        """Return a vector in the type of theta or `like`, as an array of NumPy if theta is one."""
+        """Return the vector in the dtype of theta or `like`, as a NumPy array if theta is one."""
         dtype, like = getattr(vector, "dtype", None), self.like if like is None else like
         if not isinstance(dtype, np.dtype) or dtype.kind not in "fiu":
             of = shown(vector) if dtype is None else f"{shown(vector)} of {dtype}"
-            raise TypeError(f"{self.name}.{method} must give an array of real numbers, not {of}")
+            raise TypeError(f"{self.name}.{method} must return an array of real numbers, not {of}")
         if vector.shape != like.shape:
             raise ValueError(
-                f"{self.name}.{method} must give a vector of theta's shape {like.shape}, not {vector.shape}"
+                f"{self.name}.{method} must return a vector of theta's shape {like.shape}, not {vector.shape}"
             )
         if isinstance(self.like, np.ndarray) and not isinstance(vector, np.ndarray):
             vector = np.asarray(vector)
@@ -194,7 +199,7 @@ RESULTS: dict[str, Callable[[Checked, str, Vector], object]] = {
     "gauss_newton": Checked._operator,
     "structural_gauss_newton": Checked._operator,
 }
-"""The check of the result of each method; those of blocks, project and spread are not checked."""
+"""The check of each method's result; the results of blocks, project and spread are not checked."""
 
 
 def _described(vector: Vector) -> str:

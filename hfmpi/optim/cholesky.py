@@ -1,16 +1,16 @@
-"""Solutions of (A + shift I) x = b of a symmetric matrix A by Cholesky factorization, shared by the ranks.
+"""Solutions of (A + shift I) x = b for a symmetric matrix A by Cholesky factorization, shared by the ranks.
 
-A is positive semidefinite and the same on all ranks. A small matrix is factored by one rank for each shift,
-which sends the solution alone. A larger matrix is factored from left to right (Golub and Van Loan, Matrix
+A is positive semidefinite and the same on all ranks. If A is small, one rank per shift factors the matrix and
+sends only the solution. A larger matrix is factored from left to right (Golub and Van Loan, Matrix
 Computations, section 4.2): a panel of columns is
 
     C = A[k:, k:k+b] + shift I - L[k:, :k] L[k:k+b, :k]'        L[k:k+b, k:k+b] = cholesky(C[:b])
     L[k+b:, k:k+b] = C[b:] L[k:k+b, k:k+b]^-T
 
-whose rows are divided among the ranks in blocks of fixed height, with one message a panel
-(`Objective.spread`). Every rank that has a block computes the small corner itself. Whichever rank computes a
-block, the numbers are the same on processors of one kind; and every number that all ranks go on with comes
-from one rank.
+The rows of a panel are divided among the ranks in blocks of fixed height, with one message per panel
+(`Objective.spread`). Every rank that has a block also computes the small corner. On processors of the same
+kind the result of a block does not depend on the rank that computes it, and every number that all ranks use
+comes from one rank.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ PANEL = 256
 """Columns of a panel, and rows of a block."""
 
 ALONE = 2_000
-"""Matrices up to this side are factored by one rank each: their factor is soon computed, and is not sent."""
+"""Matrices up to this side are factored by one rank each, because that is fast and the factor is not sent."""
 
 
 Factors = dict[float, Matrix | None]
-"""The factors that this rank knows, by shift; None where there is none."""
+"""The factors that this rank has computed, by shift; None if the matrix has no Cholesky factor."""
 
 
 def solutions(
@@ -46,29 +46,29 @@ def solutions(
     bs: Sequence[Matrix | None],
     known: Factors,
 ) -> list[Matrix | None]:
-    """Compute (A + shift I)^-1 b for several shifts, each with its b.
+    """Compute (A + shift I)^-1 b for several shifts, each with a separate b; collective.
 
     Parameters
     ----------
     objective : Objective
-        Its ranks share the work; all of them make this call.
+        Its ranks share the work.
     matrix : (n, n) float64
-        A, the same on all ranks; unchanged.
+        A, the same on all ranks; it is not changed.
     shifts : sequence of float
     bs : sequence of (n, k) float64 or None
-        None where no solution is wanted now. Each shift stays with the rank that factored it, as long as all
-        of them are named.
+        b of each shift; None if the solution of a shift is not needed now. A shift is assigned to the same
+        rank in every call that lists the same shifts, so that the rank can reuse its factor.
     known : dict
-        Factors of this matrix that this rank computed before; gets those that it computes now.
+        Factors of this matrix that this rank computed before; the new ones are added.
 
     Returns
     -------
     list of (n, k) or None
-        None where the matrix is not positive definite up to rounding, or where b is None.
+        None if the matrix is not positive definite up to rounding, or if b is None.
     """
     if len(matrix) > ALONE:
         for shift, b in zip(shifts, bs, strict=True):
-            if b is not None and shift not in known:  # on all ranks alike
+            if b is not None and shift not in known:  # the same decision on all ranks
                 known[shift] = _shared(objective, matrix, shift)
     works = [partial(_solution, matrix, shift, b, known) for shift, b in zip(shifts, bs, strict=True)]
     found = objective.spread(works, [len(matrix) if b is None else b.size for b in bs], True)
@@ -79,7 +79,7 @@ def solutions(
 
 
 def _solution(matrix: Matrix, shift: float, b: Matrix | None, known: Factors) -> Matrix:
-    """Return the solution (n * k,), computed on this rank; NaN where there is no factor, 0 where no b."""
+    """Compute the solution (n * k,) on this rank; return NaN if there is no factor and 0 if b is None."""
     if b is None:
         return np.zeros(len(matrix))
     if shift not in known:
@@ -88,18 +88,18 @@ def _solution(matrix: Matrix, shift: float, b: Matrix | None, known: Factors) ->
 
 
 def _factored(matrix: Matrix, shift: float) -> Matrix | None:
-    """Return the factor L, whose upper triangle is not defined, or None."""
+    """Return the factor L, whose upper triangle is undefined, or None if there is no factor."""
     shifted = matrix.copy()
     shifted.reshape(-1)[:: len(matrix) + 1] += shift
-    # LAPACK stores by columns: the transpose, which equals the matrix, is factored without a copy. OpenBLAS
-    # needs a tenth more time for the upper triangle.
+    # LAPACK stores matrices by columns: the transpose, which equals the matrix, is factored without a copy.
+    # OpenBLAS needs 10 % more time for the upper triangle.
     lower: Matrix
     lower, info = dpotrf(shifted.T, lower=True, overwrite_a=True, clean=False)
     return None if info else lower
 
 
 def _shared(objective: Objective, matrix: Matrix, shift: float) -> Matrix | None:
-    """Return the factor, computed by all ranks, or None."""
+    """Compute the factor L on all ranks together; return None if there is no factor."""
     size = len(matrix)
     lower = np.zeros((size, size))
     for left in range(0, size, PANEL):
@@ -118,7 +118,7 @@ def _shared(objective: Objective, matrix: Matrix, shift: float) -> Matrix | None
 
 @dataclass(frozen=True, eq=False)
 class _Panel:
-    """The work on a panel of columns, where all columns to its left in `lower` are known."""
+    """The work on a panel of columns; all columns to its left in `lower` have been computed."""
 
     matrix: Matrix
     shift: float
@@ -126,14 +126,14 @@ class _Panel:
     columns: slice[int, int, int]
 
     def block(self, rows: slice[int, int, int]) -> Matrix:
-        """Compute a block of rows of the panel, one after the other; NaN where there is no factor."""
+        """Compute a block of rows of the panel, (m * n,) in C order; return NaN if there is no factor."""
         if rows == self.columns and self._corner is not None:
             return np.tril(self._corner).reshape(-1)
         return _divided(self._corner, self._updated(rows)).reshape(-1)
 
     @cached_property
     def _corner(self) -> Matrix | None:
-        """The corner of L, or None."""
+        """The diagonal block of L, or None if there is no factor."""
         return _factored(self._updated(self.columns), self.shift)
 
     def _updated(self, rows: slice[int, int, int]) -> Matrix:
@@ -143,10 +143,10 @@ class _Panel:
 
 
 def _divided(lower: Matrix | None, block: Matrix) -> Matrix:
-    """Return B L^-T of a C-contiguous block B (m, n), which is overwritten; NaN without a factor."""
+    """Return B L^-T for a C-contiguous block B (m, n), which is overwritten; NaN without a factor."""
     if lower is None:
         return np.full(block.shape, np.nan)
-    by_columns: Matrix = dtrsm(1.0, lower, block.T, lower=True, overwrite_b=True)  # L^-1 B', without a copy
+    by_columns: Matrix = dtrsm(1.0, lower, block.T, lower=True, overwrite_b=True)  # L^-1 B' without a copy
     return by_columns.T
 
 
@@ -154,6 +154,6 @@ def _substituted(lower: Matrix | None, b: Matrix) -> Matrix:
     """Return L'^-1 L^-1 b as a vector (n * k,); NaN without a factor."""
     if lower is None:
         return np.full(b.size, np.nan)
-    by_columns = (lower, True) if lower.flags.f_contiguous else (lower.T, False)  # so that it is not copied
+    by_columns = (lower, True) if lower.flags.f_contiguous else (lower.T, False)  # avoids a copy
     x: Matrix = cho_solve(by_columns, b, check_finite=False)
     return x.reshape(-1)

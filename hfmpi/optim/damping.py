@@ -1,6 +1,6 @@
-"""What a step promised and what it brought: the reduction ratio, the rule for lambda, the rounding of a risk.
+"""Predicted and actual decrease of the risk: the reduction ratio, the rule for lambda, and rounding.
 
-Ratio and rule are those of Levenberg and Marquardt (Martens 2010, section 4.1).
+The ratio and the rule are those of Levenberg and Marquardt (Martens 2010, section 4.1).
 """
 
 from __future__ import annotations
@@ -15,27 +15,29 @@ from hfmpi.optim.layout import Vector
 __all__ = ["UNRESOLVED", "LevenbergMarquardt", "noise", "reduction_ratio", "rounding", "small"]
 
 UNRESOLVED = (
-    "the step promises less than the rounding of the risk: theta is at an optimum or the damping too large"
+    "the predicted decrease is smaller than the rounding of the risk: theta is at an optimum, or the damping "
+    "is too large"
 )
-"""Message of a step that is not taken because of `rounding`."""
+"""The message of a step that is not taken because of `rounding`."""
 
 GRID = 2.0**-50
-"""Absolute rounding of a risk in float32: with a gradient it arrives as a multiple of 2^-52 of each rank."""
+"""Absolute rounding of a risk in float32: the message of a gradient has multiples of 2^-52 from each rank."""
 
 
 def rounding(loss: float, theta: Vector) -> float:
-    """Return the smallest change of this risk that a model in the precision of theta resolves."""
+    """Return the smallest change of this risk that a model in the precision of theta can resolve."""
     grid = GRID if theta.dtype == np.float32 else 0.0
     return float(np.finfo(theta.dtype).eps) * abs(loss) + grid
 
 
 def noise(loss: float, theta: Vector, curvature: float) -> float:
-    """Estimate the rounding of a risk whose outputs are rounded, where residuals may be as small.
+    """Estimate the rounding of a risk from the rounding of the outputs, which matters for small residuals.
 
     Outputs that are rounded by eps change a mean f of squares r^2 / 2 of residuals by up to
-    sqrt(2 f) eps z + (eps z)^2 / 2 with z, the root mean square of the outputs. Here z is
-    sqrt(theta' G theta), which is exact for linear outputs. A model can still promise less than this and be
-    right. So it is not a reason to leave out a step, but explains why a step did not lower the risk.
+    sqrt(2 f) eps z + (eps z)^2 / 2, where z is the root mean square of the outputs. z is estimated by
+    sqrt(theta' G theta), which is exact for linear outputs. A model can predict a smaller decrease than this
+    and still be right. So this estimate is not a reason to skip a step, but it explains why a step did not
+    lower the risk.
 
     Parameters
     ----------
@@ -47,9 +49,10 @@ def noise(loss: float, theta: Vector, curvature: float) -> float:
 
 
 def small(promise: float, loss: float, theta: Vector) -> bool:
-    """Return whether a promise is so small that `noise` is worth its pass after a step without success.
+    """Return whether the predicted decrease of a failed step is so small that `noise` is worth its pass.
 
-    The 1 only saves passes: a risk near rounding is far below it, unless outputs are very large.
+    The bound only saves passes. Its term 1 is large enough because a risk that is close to its rounding is
+    far below 1, unless the outputs are very large.
     """
     return promise <= math.sqrt(float(np.finfo(theta.dtype).eps)) * max(1.0, abs(loss))
 
@@ -57,7 +60,8 @@ def small(promise: float, loss: float, theta: Vector) -> bool:
 def reduction_ratio(loss_before: float, loss_after: float, model_value: float) -> float:
     """Compute rho = (f(theta + p) - f(theta)) / (value of the undamped quadratic model at p).
 
-    NaN if the model predicts no descent (its value is not negative) or a number is not finite.
+    Returns NaN if the model does not predict a decrease (its value is not negative) or a number is not
+    finite.
     """
     change = loss_after - loss_before
     if not (math.isfinite(change) and math.isfinite(model_value)) or model_value >= 0:
@@ -72,8 +76,8 @@ class LevenbergMarquardt:
     Attributes
     ----------
     factor : float
-        Divides lambda for rho < 1/4 or NaN and multiplies it for rho > 3/4. Martens: 2/3; Kiros: 0.99; 1:
-        lambda is fixed.
+        Lambda is divided by it if rho < 1/4 or rho is NaN, and multiplied by it if rho > 3/4. Martens: 2/3.
+        Kiros: 0.99. 1: lambda is fixed.
     minimum, maximum : float
         Bounds of lambda.
     """

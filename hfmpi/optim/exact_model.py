@@ -1,20 +1,23 @@
-"""The quadratic model of a risk with its exact damped step, from rows of residuals.
+"""The quadratic model of a risk and its exact damped step, computed from rows of residuals.
 
-    R   rows of residuals, M x D: R'R / N = G        r   residuals (M,): R'r / N = g, but for `rest`
-    K   R R', M x M                                  N   scored outputs
+    R   rows of residuals, M x D: R'R / N = G        r   residuals (M,): R'r / N = g - rest
+    K   R R', M x M                                  N   number of scored outputs
 
-The step minimises g'p + p'G p / 2 + lambda p'p / 2: p = -(G + lambda)^-1 g. With fewer rows than parameters
-it is computed from K. That is the same step by Woodbury's identity, without the difference of long vectors
-that the identity has in general:
+The step minimises g'p + p'G p / 2 + lambda p'p / 2: p = -(G + lambda)^-1 g. If there are fewer rows than
+parameters, it is computed from K. By Woodbury's identity this is the same step; in this form it does not need
+the difference of long vectors that the identity has in general:
 
     p = -R' (K + lambda N)^-1 r - (rest - R' (K + lambda N)^-1 R rest) / lambda        rest = g - R'r / N
 
-The rest is zero for a loss whose Hessian sees all of its gradient, such as squares or cross-entropy.
+The rest is zero for a loss whose gradient lies in the range of its Hessian, such as squares or cross-entropy.
 
-With momentum the damping pulls the step to q = mu times the last step, where it pulls to zero without
-(SPRING, Goldshlager et al. 2024, arXiv 2401.10190): its term is lambda (p - q)'(p - q) / 2, which gives
+Without momentum the damping pulls the step towards zero. With momentum it pulls the step towards q, which is
+mu times the last step (SPRING, Goldshlager et al. 2024, arXiv 2401.10190): the damping term is
+lambda (p - q)'(p - q) / 2, so that
 
-    p = q - (G + lambda)^-1 (g + G q)                  or r + R q in place of r, and q added to the step.
+    p = q - (G + lambda)^-1 (g + G q)
+
+which from K is the step of r + R q instead of r, with q added.
 """
 
 from __future__ import annotations
@@ -40,9 +43,9 @@ ONE = Counts(row_products=1)
 
 
 LONGEST = 1.0
-"""The longest second-order correction a that is made, relative to the step; Transtrum and Sethna allow 0.375.
+"""Maximum length of the second-order correction a, relative to the step; Transtrum and Sethna allow 0.375.
 
-A longer one, where the model is poor or a is rounding, is left out, and the step is the plain one.
+If a is longer, because the model is poor or a consists of rounding errors, the step is not corrected.
 """
 
 
@@ -56,25 +59,25 @@ class DampedStep:
 
 
 class ExactModel(ABC):
-    """The model at one theta; the same on all ranks.
+    """The model at one theta, identical on all ranks.
 
     Parameters
     ----------
     objective : Objective
         Its ranks share the factorizations.
     rows : RowMatrix
-        Of residuals.
+        Rows of residuals.
     momentum : float
         mu.
     last : (D,) or (0,)
-        The last step, if there is momentum.
+        The last step; empty without momentum.
 
     Attributes
     ----------
     trace : float
         The trace of G.
     work : Counts
-        The linear algebra so far.
+        The linear algebra executed so far.
     """
 
     def __init__(self, objective: Objective, rows: RowMatrix, momentum: float, last: Vector) -> None:
@@ -89,20 +92,20 @@ class ExactModel(ABC):
 
     @property
     def least_damping(self) -> float:
-        """A lambda that is lost in the rounding of G.
+        """A lambda so small that it is lost in the rounding of G.
 
-        It is far below the rounding of the largest eigenvalue: Cholesky factors of matrices whose parameters
-        have different units are more accurate than their condition suggests (Demmel 1989).
+        It is far below the rounding of the largest eigenvalue, because Cholesky factors of matrices whose
+        parameters have different units are more accurate than their condition number suggests (Demmel 1989).
         """
         return max(float(np.finfo(np.float64).eps) ** 2 * self.trace, float(np.finfo(np.float64).tiny))
 
     @property
     def at_once(self) -> bool:
-        """Whether the steps of several lambdas are worth computing at once, each by one rank."""
+        """Whether the steps of several lambdas should be computed at the same time, each by one rank."""
         return len(self.right) <= ALONE
 
     def count(self, steps: int, pulled: bool, bent: bool) -> None:
-        """Count the work of so many steps side by side."""
+        """Add the work of this number of concurrent steps to `work`."""
         size, columns = self.right.shape
         if bent:
             columns += 1
@@ -119,10 +122,10 @@ class ExactModel(ABC):
         return self._curvature(p)
 
     def steps(self, dampings: Sequence[float], pulled: bool = False) -> list[DampedStep | None]:
-        """Compute the step of each lambda, with momentum or without; `count` counts the work.
+        """Compute the step of each lambda, with momentum if `pulled`; `count` counts the work.
 
         A step is None if it is not finite, or if G + lambda is not positive definite up to rounding. Each
-        rank keeps its factors for `bent`.
+        rank stores its factors for `bent`.
         """
         self.shifts = [damping * self.rows.scored for damping in dampings]
         self.factors.clear()
@@ -133,9 +136,10 @@ class ExactModel(ABC):
         return [None if x is None else next(steps) for x in found]
 
     def bent(self, step: DampedStep, damping: float, bend: Vector) -> DampedStep:
-        """Add a / 2 to one of the newest steps, a = -(G + lambda)^-1 b with b = J'H z'' / N along the step.
+        """Add a / 2 to one of the latest steps, where a = -(G + lambda)^-1 b and b = J'H z'' / N along it.
 
-        Where a is not finite or too long the step stays as it is; norm and promise are those of the model.
+        If a is not finite or too long, the step is returned unchanged. `norm` and `promise` remain those of
+        the uncorrected step.
         """
         shift = damping * self.rows.scored
         rights = [self._reduced(bend)[:, None] if each == shift else None for each in self.shifts]
@@ -152,15 +156,15 @@ class ExactModel(ABC):
     def _damped(
         self, solutions: Sequence[Matrix], dampings: Sequence[float], pulled: bool
     ) -> list[DampedStep | None]:
-        """Return the steps that are finite; the ranks exchange a message for all of them together."""
+        """Return the step of each lambda, or None if it is not finite; the ranks exchange one message."""
         if not solutions:
             return []
         scalars = list[float]()
-        with np.errstate(over="ignore", invalid="ignore"):  # a step that is too long is not taken
+        with np.errstate(over="ignore", invalid="ignore"):  # a step that overflows is not taken
             steps = self._steps(solutions, dampings, pulled)
             for p, damping in zip(steps, dampings, strict=True):
                 square, slope = inner_product(p, p), inner_product(self.g, p)
-                # (G + lambda) p = -g, but for momentum
+                # Without momentum (G + lambda) p = -g, so that p'G p needs no product.
                 scalars += square, -slope, self._curvature(p) if pulled else -slope - damping * square
         agreed = self.objective.agree(tuple(scalars))
         triples = zip(agreed[::3], agreed[1::3], agreed[2::3], strict=True)
@@ -172,11 +176,11 @@ class ExactModel(ABC):
     @property
     @abstractmethod
     def _product(self) -> Counts:
-        """The work of `_curvature`."""
+        """The linear algebra of `_curvature`."""
 
     @abstractmethod
     def _transposed(self, steps: int) -> Counts:
-        """Return the work of `_steps`."""
+        """Return the linear algebra of `_steps`."""
 
     @abstractmethod
     def _curvature(self, p: Vector) -> float:
@@ -184,27 +188,27 @@ class ExactModel(ABC):
 
     @abstractmethod
     def _matrix(self) -> Matrix:
-        """Compute the matrix to factor, N G or K."""
+        """Compute the matrix to factor: N G or K."""
 
     @abstractmethod
     def _right(self) -> Matrix:
-        """Compute the right-hand sides (n, k), the last one for momentum."""
+        """Compute the right-hand sides (n, k); with momentum the last column is the one for q."""
 
     @abstractmethod
     def _reduced(self, b: Vector) -> Matrix:
-        """Return the right-hand side (n,) of the matrix to factor for b (D,)."""
+        """Return the right-hand side (n,) of the factored system that belongs to b (D,)."""
 
     @abstractmethod
     def _expanded(self, x: Matrix, b: Vector, damping: float) -> Vector:
-        """Return -(G + lambda)^-1 b (D,) from the solution x (n,), in the type of theta."""
+        """Compute -(G + lambda)^-1 b (D,) from the solution x (n,), in the dtype of theta."""
 
     @abstractmethod
     def _steps(self, solutions: Sequence[Matrix], dampings: Sequence[float], pulled: bool) -> list[Vector]:
-        """Compute p (D,) of each lambda from its solutions (n, k), in the type of theta."""
+        """Compute p (D,) for each lambda from its solutions (n, k), in the dtype of theta."""
 
 
 class _ByParameters(ExactModel):
-    """The model by N G, D x D."""
+    """The model computed from N G, D x D."""
 
     def _matrix(self) -> Matrix:
         return self.rows.normal()
@@ -239,7 +243,7 @@ class _ByParameters(ExactModel):
 
 
 class _ByRows(ExactModel):
-    """The model by K, M x M."""
+    """The model computed from K, M x M."""
 
     def _matrix(self) -> Matrix:
         return self.rows.gram()
@@ -247,7 +251,7 @@ class _ByRows(ExactModel):
     def _right(self) -> Matrix:
         rows = self.rows
         if rows.residuals is None:
-            raise UserError("the objective's rows have no residuals, which lm needs: RowMatrix.residuals")
+            raise UserError("lm needs the residuals of the objective's rows: set RowMatrix.residuals")
         columns = [np.asarray(rows.residuals, np.float64)]
         if not rows.complete:
             self.rest = self.g - rows.transposed(columns[0] / rows.scored)
@@ -282,15 +286,15 @@ class _ByRows(ExactModel):
         return self.rows.times(b)
 
     def _expanded(self, x: Matrix, b: Vector, damping: float) -> Vector:
-        return (self.rows.transposed(x) - b) / self.kind(damping)  # Woodbury
+        return (self.rows.transposed(x) - b) / self.kind(damping)  # Woodbury's identity
 
 
 def exact_model(objective: Objective, rows: RowMatrix, momentum: float, last: Vector) -> ExactModel:
-    """Return the model by the smaller of both matrices."""
+    """Return the model that factors the smaller of the two matrices, N G and K."""
     kind = _ByRows if rows.count < rows.gradient.size else _ByParameters
     return kind(objective, rows, momentum, last)
 
 
 def _on_host(vector: Vector) -> Matrix:
-    """Return a vector of any device in float64 on the host."""
+    """Copy a vector from any device to the host, in float64."""
     return np.array(vector.tolist(), np.float64)

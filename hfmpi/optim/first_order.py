@@ -1,6 +1,6 @@
-"""What first-order steps share: one gradient, and no update from numbers that are not finite.
+"""The common part of first-order steps: compute one gradient and reject an update that is not finite.
 
-The adaptive methods also share schedule, decoupled weight decay and averaging.
+The adaptive methods also share the schedule, decoupled weight decay and averaging of the iterates.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ __all__ = [
 
 StateT = TypeVar("StateT")
 
-# Settings that several methods have, with defaults of their own.
+# Settings that several methods have, with different defaults.
 Rate = Annotated[
     float,
     POSITIVE,
-    Meaning("Learning rate, before the factor of the schedule.", torch="lr", optax="learning_rate"),
+    Meaning("Learning rate, which the factor of the schedule multiplies.", torch="lr", optax="learning_rate"),
 ]
 Beta1 = Annotated[
     float,
     within("[0, 1)"),
     Meaning(
-        "Decay of the running mean of gradients, for each update.",
+        "Decay of the running mean of the gradients, per update.",
         torch="betas[0]",
         optax="b1",
         others=("momentum",),
@@ -52,13 +52,13 @@ Beta1 = Annotated[
 Beta2 = Annotated[
     float,
     within("[0, 1)"),
-    Meaning("Decay of the running mean of squared gradients, for each update.", torch="betas[1]", optax="b2"),
+    Meaning("Decay of the running mean of squared gradients, per update.", torch="betas[1]", optax="b2"),
 ]
 Epsilon = Annotated[
     float,
     POSITIVE,
     Meaning(
-        "Added to the root of the mean square, which divides the step.",
+        "Added to the root mean square of the gradients, by which the step is divided.",
         unit="that of the gradient",
         torch="eps",
         optax="eps",
@@ -67,7 +67,7 @@ Epsilon = Annotated[
 
 
 class Update(NamedTuple, Generic[StateT]):
-    """Theta and state after an update, the length of its step, and a message for the report."""
+    """Theta and the state after an update, the length of the step, and a message for the report."""
 
     theta: Vector
     state: StateT
@@ -76,7 +76,7 @@ class Update(NamedTuple, Generic[StateT]):
 
 
 def agreed_norm(objective: Objective, vector: Vector) -> float:
-    """Compute the length of a vector, the same number on every rank."""
+    """Compute the Euclidean norm of a vector; all ranks get the same number."""
     (square,) = objective.agree((inner_product(vector, vector),))
     return math.sqrt(square)
 
@@ -94,18 +94,18 @@ def first_order_step(
     too_long: str = "the gradient",
     algebra: Counts = NOTHING,
 ) -> tuple[Vector, StateT, StepReport]:
-    """Compute the gradient and take the update; reject it if a number is not finite.
+    """Compute the gradient and the update, and take the update unless a number is not finite.
 
     Parameters
     ----------
     rate : float
-        For the report.
+        The learning rate, for the report.
     update : callable
-        g (D,) and its length -> the update, or None if it is not finite.
+        (g (D,), its norm) -> the update, or None if it is not finite.
     longest : float
-        Bound of the length of g.
+        The update is rejected if the norm of g is not below this bound.
     too_long : str
-        What is not finite if the length reaches the bound.
+        The subject of the message "... is not finite" in that case.
     algebra : Counts
         The linear algebra of `update`.
     """
@@ -135,12 +135,12 @@ def first_order_step(
 
 
 ETA = 8
-"""Of polynomial-decay averaging (Shamir and Zhang 2013, section 4): a window of a ninth of the updates."""
+"""Parameter of polynomial-decay averaging (Shamir and Zhang 2013, section 4): the window is t / 9 updates."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveState:
-    """The number of updates so far, and the mean of the iterates, (D,); (0,) without averaging."""
+    """The number of updates so far, and the mean of the iterates, (D,), or (0,) without averaging."""
 
     updates: int
     average: Vector
@@ -152,7 +152,7 @@ AdaptiveT = TypeVar("AdaptiveT", bound=AdaptiveState)
 @documented
 @dataclass(frozen=True, kw_only=True)
 class Adaptive(Schedule, Optimizer[AdaptiveT]):
-    """A method that computes its step p from a gradient and running means: theta <- theta - p."""
+    """A method that computes a step p from the gradient and running means: theta <- theta - p."""
 
     _state: ClassVar[type]
     _means: ClassVar[tuple[str, ...]] = "mean", "mean_square"
@@ -163,7 +163,7 @@ class Adaptive(Schedule, Optimizer[AdaptiveT]):
         NOT_NEGATIVE,
         Meaning(
             "Decoupled weight decay, as in AdamW: rate * decay * theta is added to the step (Loshchilov and "
-            "Hutter 2019). 0: none.",
+            "Hutter 2019). 0: no decay.",
             torch="weight_decay",
             optax="weight_decay",
             others=("l2", "regularisation"),
@@ -173,9 +173,10 @@ class Adaptive(Schedule, Optimizer[AdaptiveT]):
         float,
         within("[0, 1)"),
         Meaning(
-            "Decay of an exponential mean of the iterates, which is evaluated in place of theta; training "
-            "continues from theta. At first the window of the mean grows with the updates (Shamir and Zhang "
-            "2013), so that a decay near 1 is right for a run of any length. 0: no mean.",
+            "Decay of an exponential moving average of the iterates, which is evaluated in place of theta; "
+            "training continues from theta. At first the window of the average grows with the number of "
+            "updates (Shamir and Zhang 2013), so that a decay near 1 suits a run of any length. 0: no "
+            "average.",
             torch="AveragedModel",
             optax="ema",
         ),
@@ -186,7 +187,7 @@ class Adaptive(Schedule, Optimizer[AdaptiveT]):
 
     @property
     def seeks_lowest_risk(self) -> bool:
-        """Whether a lower risk is always better: not with weight decay or a mean of the iterates."""
+        """Whether a lower risk is always better; False with weight decay or a mean of the iterates."""
         return not (self.decay or self.averaging)
 
     @property
@@ -196,23 +197,23 @@ class Adaptive(Schedule, Optimizer[AdaptiveT]):
 
     @property
     def degree(self) -> int:
-        """How a parameter's step depends on the size of its gradients: not at all."""
+        """0: the step of a parameter does not depend on the size of its gradients (`Optimizer.degree`)."""
         return 0
 
     @abstractmethod
     def direction(
         self, g: Vector, norm: float, state: AdaptiveT, objective: Objective, factor: float
     ) -> tuple[Vector, AdaptiveT]:
-        """Compute p (D,), without decay, and the state of the means after g, of length `norm`."""
+        """Compute p (D,), without weight decay, and the state with means updated by g; `norm` is |g|."""
 
     def algebra(self, state: AdaptiveT, blocks: Sequence[Block]) -> Counts:
-        """Return the linear algebra of `direction` in this state, if any, for the blocks of theta."""
+        """Return the linear algebra that `direction` executes in this state for these blocks of theta."""
         return NOTHING
 
     def step(
         self, theta: Vector, state: AdaptiveT, objectives: Objectives
     ) -> tuple[Vector, AdaptiveT, StepReport]:
-        """Take one update; reject it if a number is not finite."""
+        """Compute one update and take it unless a number is not finite."""
         objectives = checked(theta, objectives)
         check_state(state, self._state, theta, *self._means)
         objective, kind, t = objectives.gradient, theta.dtype.type, state.updates + 1

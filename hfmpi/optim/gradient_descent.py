@@ -1,4 +1,4 @@
-"""Gradient descent with a bounded step: a clipped or normalised gradient, or a normalised RMSprop step."""
+"""Gradient descent with steps of bounded length: clipped, normalised, or normalised after RMSprop."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class GradientDescentState:
 class GradientDescent(Optimizer[GradientDescentState]):
     """Gradient descent without momentum.
 
-    Whether Krause's paper of 2015 normalised its steps, as his released code (2016) does, is unknown
+    It is not known whether Krause et al. (2015) normalised the steps, as Krause's released code (2016) does
     (docs/theory.md).
     """
 
@@ -42,16 +42,17 @@ class GradientDescent(Optimizer[GradientDescentState]):
         str,
         one_of(*RULES),
         Meaning(
-            "clip: -rate * g * min(1, threshold / norm(g)) (Pascanu et al. 2013). normalised: a step of "
-            "length rate along -g. rms-normalised: a step of length rate along -g / (sqrt(mean square) + "
-            "epsilon), as in Krause's released code (2016)."
+            "clip: the step is -rate * g * min(1, threshold / norm(g)) (Pascanu et al. 2013). normalised: a "
+            "step of length rate along -g. rms-normalised: a step of length rate along -g / (sqrt(mean "
+            "square) + epsilon), as in Krause's released code (2016)."
         ),
     ] = "rms-normalised"
     rate: Annotated[
         float,
         POSITIVE,
         Meaning(
-            "Learning rate, or length of the step. Krause's code: 10 for mLSTM, 2 for LSTM.",
+            "Learning rate; with the normalised rules it is the length of the step. Krause's code: 10 for "
+            "mLSTM, 2 for LSTM.",
             unit="length of theta, if normalised",
             torch="lr",
             optax="learning_rate",
@@ -61,7 +62,7 @@ class GradientDescent(Optimizer[GradientDescentState]):
         float,
         within("(0, 1]"),
         Meaning(
-            "Factor of the rate after each update. Krause's code: 0.9999.",
+            "The rate is multiplied by this factor after each update. Krause's code: 0.9999.",
             torch="ExponentialLR(gamma)",
             optax="decay_rate",
         ),
@@ -69,7 +70,7 @@ class GradientDescent(Optimizer[GradientDescentState]):
     floor: Annotated[
         float,
         Meaning(
-            "Lower bound of the rate; at most the rate. Krause's code: 0.01.",
+            "Lower bound of the decaying rate; it must not exceed rate. Krause's code: 0.01.",
             unit="that of the rate",
             optax="end_value",
         ),
@@ -78,7 +79,7 @@ class GradientDescent(Optimizer[GradientDescentState]):
         float,
         POSITIVE,
         Meaning(
-            "With clip, longer gradients are scaled to this length.",
+            "With clip, gradients longer than this are scaled to this length.",
             unit="that of the gradient",
             torch="clip_grad_norm_(max_norm)",
             optax="clip_by_global_norm(max_norm)",
@@ -89,8 +90,8 @@ class GradientDescent(Optimizer[GradientDescentState]):
         float,
         within("[0, 1)"),
         Meaning(
-            "With rms-normalised, the decay of the mean of squared gradients, which starts at the first "
-            "square, without bias. Krause's code: 0.9.",
+            "With rms-normalised, the decay of the running mean of squared gradients. The mean starts at the "
+            "first squared gradient, so that it has no bias. Krause's code: 0.9.",
             torch="alpha",
             optax="decay",
         ),
@@ -99,7 +100,7 @@ class GradientDescent(Optimizer[GradientDescentState]):
         float,
         POSITIVE,
         Meaning(
-            "With rms-normalised, added to the root of the mean square. Krause's code: 1e-6.",
+            "With rms-normalised, added to the root mean square. Krause's code: 1e-6.",
             unit="that of the gradient",
             torch="eps",
             optax="eps",
@@ -109,7 +110,7 @@ class GradientDescent(Optimizer[GradientDescentState]):
     def __post_init__(self) -> None:
         check(self)
         if not 0 <= self.floor <= self.rate:
-            raise UserError("floor must lie between 0 and rate")
+            raise UserError(f"floor must lie between 0 and rate, {self.rate:g}, not {self.floor:g}")
 
     @property
     def rates(self) -> tuple[str, ...]:
@@ -118,7 +119,7 @@ class GradientDescent(Optimizer[GradientDescentState]):
 
     @property
     def degree(self) -> int:
-        """How a parameter's step depends on the size of its gradients."""
+        """0 for rms-normalised, otherwise 1 (`Optimizer.degree`)."""
         return 0 if self.rule == "rms-normalised" else 1
 
     def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> GradientDescentState:
@@ -129,7 +130,7 @@ class GradientDescent(Optimizer[GradientDescentState]):
     def step(
         self, theta: Vector, state: GradientDescentState, objectives: Objectives
     ) -> tuple[Vector, GradientDescentState, StepReport]:
-        """Take one update; reject it if the gradient is not finite."""
+        """Compute one update and take it unless the gradient is not finite."""
         objective = checked(theta, objectives).gradient
         vectors = ("mean_square",) if self.rule == "rms-normalised" else ()
         check_state(state, GradientDescentState, theta, *vectors)
@@ -153,7 +154,7 @@ class GradientDescent(Optimizer[GradientDescentState]):
             later = GradientDescentState(state.updates + 1, mean_square)
             return Update(theta - kind(scale) * g, later, scale * norm)
 
-        # If the squares are used, they must be finite too.
+        # rms-normalised squares the gradient, so that the squares must be finite too.
         longest = math.sqrt(largest) if self.rule == "rms-normalised" else math.inf
         too_long = "the gradient, or its square,"
         return first_order_step(theta, state, objective, rate, update, longest, too_long)

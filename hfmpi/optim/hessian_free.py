@@ -1,7 +1,7 @@
 """Hessian-free optimization: one step minimises a damped quadratic model by conjugate gradients.
 
-Martens (2010); Martens and Sutskever (2011); Kiros (2013). The defaults are Martens' constants;
-`hfmpi.optim.presets` has the two settings of Krause et al. (2015).
+The method is that of Martens (2010), Martens and Sutskever (2011) and Kiros (2013). The defaults are Martens'
+constants; `hfmpi.optim.presets` has the two sets of settings of Krause et al. (2015).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["HessianFree", "HessianFreeState"]
 
 @dataclass(frozen=True)
 class HessianFreeState:
-    """What a step needs of the one before: lambda, and the last CG iterate (zero after a rejection)."""
+    """The state after a step: lambda, and the last CG iterate, which is zero after a rejected step."""
 
     damping: float
     direction: Vector
@@ -40,7 +40,7 @@ PRECONDITIONERS = "auto", "diagonal", "none"
 @documented
 @dataclass(frozen=True)
 class HessianFree(Optimizer[HessianFreeState]):
-    """Settings of the Hessian-free step; every part can be switched off.
+    """Settings of Hessian-free optimization; every part of the step can be switched off.
 
     The defaults are those of Martens (2010).
 
@@ -54,7 +54,7 @@ class HessianFree(Optimizer[HessianFreeState]):
         float,
         NOT_NEGATIVE,
         Meaning(
-            "lambda at the start. Martens: 45.",
+            "Initial value of lambda. Martens: 45.",
             unit="the risk per squared length of theta",
             others=("lambda", "lambda_"),
         ),
@@ -64,7 +64,7 @@ class HessianFree(Optimizer[HessianFreeState]):
         within("(0, 1]"),
         Meaning(
             "The Levenberg-Marquardt rule multiplies lambda by this factor after a good prediction of the "
-            "model, and divides it after a poor one. 1: lambda is fixed."
+            "model, and divides lambda by it after a poor one. 1: lambda is fixed."
         ),
     ] = LevenbergMarquardt.factor
     damping_minimum: Annotated[
@@ -77,73 +77,72 @@ class HessianFree(Optimizer[HessianFreeState]):
         float,
         NOT_NEGATIVE,
         Meaning(
-            "mu: adds mu * lambda times the curvature of the hidden pre-activations (Martens and Sutskever "
-            "2011). 0: off."
+            "mu: the model is also damped by mu * lambda times the curvature of the hidden pre-activations "
+            "(Martens and Sutskever 2011). 0: off."
         ),
     ] = 0.0
     cg_max_steps: Annotated[
         int,
         at_least(1),
-        Meaning(
-            "Maximum iterations of conjugate gradients in a step.", unit="iterations", others=("cg_max_iter",)
-        ),
+        Meaning("Maximum number of CG iterations per step.", unit="iterations", others=("cg_max_iter",)),
     ] = ConjugateGradients.max_steps
     cg_tolerance: Annotated[
         float,
         NOT_NEGATIVE,
         Meaning(
-            "Martens' epsilon: conjugate gradients end when the relative progress of the model over the last "
-            "iterations is smaller. 0: no test.",
+            "Martens' epsilon: conjugate gradients stop when the model's relative progress per iteration, "
+            "over the last iterations, is smaller than this. 0: no test.",
             others=("cg_tol",),
         ),
     ] = ConjugateGradients.tolerance
     cg_refresh: Annotated[
         int,
         NOT_NEGATIVE,
-        Meaning("Iterations until the residual is recomputed; 0: never.", unit="iterations"),
+        Meaning("The residual is recomputed after this number of iterations. 0: never.", unit="iterations"),
     ] = ConjugateGradients.refresh
     keep_ratio: Annotated[
         float,
         Rule("must be at least 1 and finite", within("[1, inf)").holds),
         Meaning(
-            "Ratio between the numbers of those iterates that are stored, among which backtracking chooses; "
-            "1: all."
+            "Backtracking chooses among stored iterates, whose iteration numbers grow by this ratio. 1: all "
+            "iterates are stored."
         ),
     ] = ConjugateGradients.keep_ratio
     warm_start: Annotated[
         float,
         within("[0, 1]"),
         Meaning(
-            "Conjugate gradients start at this factor times the last iterate of the step before. 0: at zero."
+            "Conjugate gradients start at this factor times the last iterate of the previous step. 0: they "
+            "start at zero."
         ),
     ] = 0.95
     warm_start_growth: Annotated[
-        float, POSITIVE, Meaning("Multiplies warm_start in each epoch, up to warm_start_maximum.")
+        float,
+        POSITIVE,
+        Meaning("warm_start is multiplied by this factor in each epoch, up to warm_start_maximum."),
     ] = 1.0
     warm_start_maximum: Annotated[
-        float, within("[0, 1]"), Meaning("Upper bound of the factor warm_start.")
+        float, within("[0, 1]"), Meaning("Upper bound of warm_start, including its growth.")
     ] = 0.99
     preconditioner: Annotated[
         str,
         Rule("must be 'auto', 'diagonal' or 'none'", PRECONDITIONERS.__contains__, PRECONDITIONERS),
         Meaning(
-            "Preconditioner of conjugate gradients. auto: diagonal, from squared gradients, if the model has "
-            "them."
+            "Preconditioner of conjugate gradients. diagonal: computed from squared gradients. auto: "
+            "diagonal if the model provides squared gradients, otherwise none."
         ),
     ] = "auto"
     preconditioner_exponent: Annotated[
-        float, NOT_NEGATIVE, Meaning("Exponent of the diagonal. Martens: 3/4.")
+        float, NOT_NEGATIVE, Meaning("Exponent of the diagonal preconditioner. Martens: 3/4.")
     ] = 0.75
     backtracking: Annotated[
         bool,
-        Meaning(
-            "Choose the iterate of conjugate gradients with the lowest risk. Off: take the last iterate."
-        ),
+        Meaning("Go back through the stored iterates while the risk decreases. Off: take the last iterate."),
     ] = True
     line_search: Annotated[
         bool,
         Meaning(
-            "Shorten the step by Armijo's rule. Off: take the full step, rate 1, if it lowers the risk.",
+            "Shorten the step by Armijo's rule. Off: take the full step (rate 1) if it lowers the risk.",
             torch="line_search_fn",
             optax="linesearch",
         ),
@@ -151,16 +150,18 @@ class HessianFree(Optimizer[HessianFreeState]):
     line_search_sufficient: Annotated[
         float,
         within("[0, 1)"),
-        Meaning("Armijo's constant, the sufficient decrease.", optax="slope_rtol", others=("c1",)),
+        Meaning("Constant of Armijo's condition of sufficient decrease.", optax="slope_rtol", others=("c1",)),
     ] = Armijo.sufficient
     line_search_shrink: Annotated[
-        float, within("(0, 1)"), Meaning("Factor from one rate to the next.", optax="decrease_factor")
+        float,
+        within("(0, 1)"),
+        Meaning("Ratio of each rate of the line search to the previous one.", optax="decrease_factor"),
     ] = Armijo.shrink
     line_search_tries: Annotated[
         int,
         at_least(1),
         Meaning(
-            "Maximum number of rates; 1: the full step alone.",
+            "Maximum number of rates that the line search tests. 1: only the full step.",
             unit="rates",
             optax="max_backtracking_steps",
         ),
@@ -168,16 +169,19 @@ class HessianFree(Optimizer[HessianFreeState]):
     step_scale: Annotated[
         float,
         within("(0, 1]"),
-        Meaning("The accepted step is multiplied by step_scale * step_scale_decay^epoch (Kiros 2013)."),
+        Meaning("Accepted steps are multiplied by step_scale * step_scale_decay^epoch (Kiros 2013)."),
     ] = 1.0
     step_scale_decay: Annotated[
-        float, within("(0, 1]"), Meaning("Factor of the accepted step for each epoch.")
+        float, within("(0, 1]"), Meaning("Factor by which accepted steps shrink per epoch; see step_scale.")
     ] = 1.0
 
     def __post_init__(self) -> None:
         check(self)
         if not self.damping_minimum <= self.damping_maximum:
-            raise UserError("damping_minimum must not exceed damping_maximum")
+            raise UserError(
+                f"damping_minimum, {self.damping_minimum:g}, must not exceed damping_maximum, "
+                f"{self.damping_maximum:g}"
+            )
 
     def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> HessianFreeState:
         """Return the state before the first step."""
@@ -186,20 +190,20 @@ class HessianFree(Optimizer[HessianFreeState]):
 
     @property
     def needs(self) -> Needs:
-        """What these settings need of the model."""
+        """The capabilities that the step requires with these settings."""
         return Needs(
             squared_gradients=self.preconditioner == "diagonal",
             structural_damping=self.structural_damping > 0,
         )
 
     def messages(self, parameters: int, blocks: Sequence[Block]) -> Messages:
-        """Return what the ranks exchange: the squares, if the objective has them."""
+        """Return the sizes of the messages: a gradient's message includes the squares, if they are used."""
         return Messages(with_gradient=parameters if self.preconditioner != "none" else 0)
 
     def step(
         self, theta: Vector, state: HessianFreeState, objectives: Objectives
     ) -> tuple[Vector, HessianFreeState, StepReport]:
-        """Take one Hessian-free step: minimise the damped model at theta and move along the result."""
+        """Take one Hessian-free step: minimise the damped model at theta and move along the solution."""
         objectives = checked(theta, objectives)
         check_state(state, HessianFreeState, theta, "direction")
         objective, epoch = objectives.gradient, objectives.epoch
@@ -207,7 +211,10 @@ class HessianFree(Optimizer[HessianFreeState]):
             objective.gradient(theta) if self.preconditioner == "none" else objective.squared_gradients(theta)
         )
         if at.squares is None and self.preconditioner == "diagonal":
-            raise UserError("the objective has no squared gradients: set preconditioner=auto or none")
+            raise UserError(
+                "the objective has no squared gradients, which preconditioner=diagonal needs: set "
+                "preconditioner=auto or none"
+            )
         before, square = objective.agree((at.loss, inner_product(at.vector, at.vector)))
         norm = math.sqrt(square)
 
@@ -228,7 +235,7 @@ class HessianFree(Optimizer[HessianFreeState]):
         m = None if at.squares is None else diagonal(at.squares, state.damping, exponent)
         start = self._start(state, epoch)
         solution = self.solver.solve(model.damped, -at.vector, start, agree=objective.agree, precondition=m)
-        if solution.stop is Stop.NOT_FINITE and solution.steps == 0:  # there is only the warm start
+        if solution.stop is Stop.NOT_FINITE and solution.steps == 0:  # the only iterate is the initial one
             nothing = report(solution.stop, Counts(gradients=1) + model.work)
             return self._rejected(theta, state, solution.stop.value, nothing)
 
@@ -261,7 +268,7 @@ class HessianFree(Optimizer[HessianFreeState]):
             line_search_rate=search.rate,
             step_norm=scale * math.sqrt(predicted.square),
         )
-        if sound and not search.loss < before:  # then Armijo's test holds only by rounding
+        if sound and not search.loss < before:  # if Armijo's condition holds, it does so only by rounding
             converged = converged or search.rate > 0 or abs(after - before) <= least
         if converged:
             nothing = replace(taken, details=taken.details | {"line_search_rate": 0.0, "step_norm": 0.0})
@@ -291,7 +298,7 @@ class HessianFree(Optimizer[HessianFreeState]):
     def _start(self, state: HessianFreeState, epoch: float) -> Vector:
         try:
             grown = self.warm_start * self.warm_start_growth**epoch
-        except OverflowError:  # an absurd number of steps in a checkpoint
+        except OverflowError:  # a corrupt checkpoint with an absurd number of steps
             grown = math.inf
         factor = min(grown, self.warm_start_maximum)
         return state.direction * state.direction.dtype.type(max(factor, 0.0))
@@ -299,18 +306,18 @@ class HessianFree(Optimizer[HessianFreeState]):
     def _rejected(
         self, theta: Vector, state: HessianFreeState, cause: str, report: StepReport
     ) -> tuple[Vector, HessianFreeState, StepReport]:
-        """Reject the step for this cause: keep theta, raise lambda and reset the direction."""
+        """Return the result of a step rejected for this cause: same theta, larger lambda, zero direction."""
         after = HessianFreeState(self.rule.update(state.damping, math.nan), theta * 0)
         message = f"step rejected: {cause}{self._at(after)}"
         return theta, after, replace(report, accepted=False, message=message)
 
     def _at(self, state: HessianFreeState) -> str:
-        """Return the end of a message if lambda has reached its maximum."""
+        """Return an addition to a message if lambda has reached its maximum, otherwise an empty string."""
         return "; the damping is at its maximum" if state.damping == self.damping_maximum else ""
 
 
 def _details(damping: float, stop: Stop, norm: float) -> dict[str, float | int | str | None]:
-    """Return the scalars of a step that has not moved yet, in the order of the history."""
+    """Return the history's scalars for a step that has not moved theta, in the order of the history."""
     return {
         "damping": damping,
         "rho": None,
@@ -324,11 +331,11 @@ def _details(damping: float, stop: Stop, norm: float) -> dict[str, float | int |
 
 
 def _why(solution: CGResult, choice: Choice, slope: float) -> str:
-    """Return why no step along the choice was accepted."""
+    """Return the reason why no step along the chosen iterate was accepted."""
     if choice.iterate.step == 0 and solution.stop is Stop.NOT_POSITIVE:
         return solution.stop.value
     if not slope < 0:
-        return "the direction of conjugate gradients does not descend"
+        return "the risk does not decrease along the direction from conjugate gradients"
     if not math.isfinite(choice.loss):
-        return "the risk along it is not finite, or not lower at any rate"
-    return "no rate along it lowers the risk enough"
+        return "along the direction from conjugate gradients the risk is not finite, or not lower at any rate"
+    return "no rate along the direction from conjugate gradients lowers the risk enough"

@@ -1,13 +1,14 @@
-"""K-FAC: the gradient over a Kronecker-factored curvature (Martens and Grosse 2015).
+"""K-FAC: the gradient preconditioned by a Kronecker-factored curvature (Martens and Grosse 2015).
 
-The curvature of a block of theta is about A x B, A of its rows (inputs) and B of its columns (outputs), where
-every group of columns has a B of its own. With A = Q_A diag(a) Q_A' and B = Q_B diag(b) Q_B' the
-preconditioned gradient of a damping gamma is, exactly,
+The curvature of a block of theta is approximated by A x B, A for its rows (inputs) and B for its columns
+(outputs); every group of columns has a separate B. With A = Q_A diag(a) Q_A' and B = Q_B diag(b) Q_B' the
+preconditioned gradient for a damping gamma is, exactly,
 
     (A x B + gamma)^-1 G = Q_A ((Q_A' G Q_B) / (a_i b_j + gamma)) Q_B'
 
-at the cost of two products on each side for every gamma. Where the block is a vector (one row), systems with
-a B + gamma are solved instead, which takes a fraction of the time of eigenvectors.
+Each gamma costs one product with the eigenvectors of each side, in addition to one per side that all gammas
+share. If the block is a vector (one row), systems with a B + gamma are solved instead, which takes a fraction
+of the time of computing eigenvectors.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ __all__ = ["decomposition_layout", "preconditioned_gradients", "preconditioning"
 
 
 class _Group(NamedTuple):
-    """The columns of a block that share a factor B: one rank's work.
+    """The columns of a block that share a factor B; one rank computes each group.
 
     Attributes
     ----------
     block : Block
     number : int
-        Of the block.
+        The index of the block.
     left, columns : int
-        The first of the columns, and their number.
+        The index of the first column, and the number of columns.
     """
 
     block: Block
@@ -49,12 +50,12 @@ class _Group(NamedTuple):
         return self.block.of(vector)[:, self.left : self.left + self.columns]
 
     def factor(self, b: Vector) -> Vector:
-        """Return the factor B of these columns, of the factor of the block."""
+        """Return the factor B of these columns, from the factor of the block."""
         return b[self.left // self.columns] if b.ndim == 3 else b
 
 
 def _groups(blocks: Sequence[Block]) -> list[_Group]:
-    """Return the groups of all blocks; columns whose factor is diagonal are one group."""
+    """Return the groups of all blocks; the columns of a block whose factor B is diagonal form one group."""
     groups = list[_Group]()
     for number, block in enumerate(blocks):
         count = block.groups if len(factor_shape(block.columns, block.groups)) == 3 else 1
@@ -66,13 +67,13 @@ def _groups(blocks: Sequence[Block]) -> list[_Group]:
 def decomposition_layout(blocks: Sequence[Block]) -> BlockLayout:
     """Return the layout of the eigenvalues a, b and the eigenvectors Q_A, Q_B of all groups of all blocks.
 
-    Those of A are with the first group of a block.
+    The first group of a block also holds a and Q_A.
     """
     return BlockLayout(_groups(blocks), _decomposition)
 
 
 def _decomposition(group: _Group) -> dict[str, Shape]:
-    """Return the shapes for a group; a diagonal factor has no eigenvectors, (0, 0)."""
+    """Return the shapes of the arrays of a group; (0, 0) for a diagonal factor, which has no eigenvectors."""
     first = group.left == 0
     rows, left, right = group.block.rows, _vectors(group.block.rows), _vectors(group.columns)
     return {"a": (first * rows,), "Q_A": left if first else (0, 0), "b": (group.columns,), "Q_B": right}
@@ -92,8 +93,8 @@ def preconditioned_gradients(
 ) -> tuple[Vector, Vector]:
     """Compute (A x B + gamma)^-1 g for each gamma, (n, D), and the decomposition of the factors.
 
-    With `refresh` the factors are decomposed, otherwise the decomposition is the one that was passed. It is
-    not kept where that is empty.
+    With `refresh` the factors are decomposed; otherwise `decomposition` is used and returned. If
+    `decomposition` is empty, the new one is not stored, and the returned one is empty too.
     """
     kind, blocks = gradient.dtype.type, objective.blocks
     groups, both, layout = _groups(blocks), split_factors(blocks, factors), decomposition_layout(blocks)
@@ -101,7 +102,7 @@ def preconditioned_gradients(
     before = [] if refresh else layout.views(decomposition)
     of_rows = {group.number: old for group, old in zip(groups, before, strict=False) if not group.left}
 
-    @cache  # on the rank that has several groups of a block
+    @cache  # a rank may have several groups of the same block
     def rows_decomposed(number: int) -> tuple[Vector, Vector]:
         return _decompose(both[number][1])
 
@@ -137,7 +138,7 @@ def preconditioned_gradients(
     kept = layout.views(decomposition) if returned else [dict[str, Vector]() for _ in groups]
     new_groups = share_out(objective, BlockLayout(groups, results), gradient, fill)
     for group, arrays in zip(groups, kept, strict=True):
-        new = new_groups.pop(0)  # its memory is released
+        new = new_groups.pop(0)  # popped so that its memory is released
         for vector, matrix in zip(preconditioned, new["gradients"], strict=True):
             group.of(vector)[...] = matrix
         for name, array in arrays.items():
@@ -146,9 +147,9 @@ def preconditioned_gradients(
 
 
 def preconditioning(blocks: Sequence[Block], dampings: int, refresh: bool, kept: bool = False) -> Counts:
-    """Return the linear algebra of `preconditioned_gradients` for so many dampings.
+    """Return the linear algebra of `preconditioned_gradients` for this number of dampings.
 
-    `kept` says whether the decomposition is.
+    `kept` is True if the decomposition is stored.
     """
 
     def of(group: _Group) -> Counts:
@@ -164,12 +165,12 @@ def preconditioning(blocks: Sequence[Block], dampings: int, refresh: bool, kept:
 
 
 def _is_vector(group: _Group) -> bool:
-    """Return whether these are entries of a vector that have a matrix as factor."""
+    """Return whether the block is a vector and the factor B of the group is a full matrix."""
     return group.block.rows == 1 and len(factor_shape(group.columns)) == 2
 
 
 def _solved(matrix: Vector, gamma: float, right: Vector) -> Vector:
-    """Return (matrix + gamma)^-1 right' as a row (1, n); NaN where that fails. The matrix is overwritten."""
+    """Compute (matrix + gamma)^-1 right' as a row (1, n), NaN if that fails; overwrite the matrix."""
     matrix.reshape(-1)[:: len(matrix) + 1] += gamma
     try:
         return np.linalg.solve(matrix, right.astype(np.float64).T).T
@@ -178,9 +179,9 @@ def _solved(matrix: Vector, gamma: float, right: Vector) -> Vector:
 
 
 def _decompose(factor: Vector) -> tuple[Vector, Vector]:
-    """Return eigenvalues, with negative ones set to zero, and eigenvectors; NaN where that fails.
+    """Compute the eigenvalues, with negative ones set to zero, and the eigenvectors; NaN if that fails.
 
-    A diagonal factor has no eigenvectors, (0, 0).
+    For a diagonal factor the array of eigenvectors is empty, (0, 0).
     """
     values, vectors = factor, np.zeros_like(factor, shape=(0, 0))
     if factor.ndim == 2:

@@ -1,7 +1,8 @@
 """The layout of vectors: named arrays in one vector, the matrices of theta, the shapes of their factors.
 
-A vector that holds several arrays (theta, the state of an optimizer, sums of Kronecker factors, a message) is
-divided by a `Layout`, or by a `BlockLayout` where every matrix of theta has the same named arrays.
+A `Layout` describes a vector that holds several arrays: theta, the state of an optimizer, sums of Kronecker
+factors, or a message. A `BlockLayout` describes a vector with the same named arrays for every matrix of
+theta.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 Vector: TypeAlias = Any
-"""A NumPy array (D,), or one of the same interface on a device: there is no type that both of them have."""
+"""A NumPy array (D,), or an array with the same interface on a device; the two have no common type."""
 
 Shape = tuple[int, ...]
 
@@ -43,28 +44,29 @@ PartT = TypeVar("PartT")
 LONGEST_SIDE = 2_500
 """Sides (rows or columns) longer than this have a diagonal factor, which is exact for one-hot inputs.
 
-A decomposition of this size takes 7 seconds on a slow core, and eight times as long with every doubling.
+A decomposition of this size takes 7 seconds on a slow core, and eight times as long for twice the size.
 """
 
 WHOLE_SIDE = 512
-"""Longer sides of several groups, such as the gates of a cell, have a factor for each group.
+"""Sides longer than this that have several groups, such as the gates of a cell, have one factor per group.
 
-That of four gates together takes 16 times as long to decompose; on small networks it saves 4 to 7 % of the
-passes (docs/results/fewest-passes.md).
+One factor for four gates together takes 16 times as long to decompose; on small networks it saves 4 to 7 % of
+the passes (docs/results/fewest-passes.md).
 """
 
 
 class Block(NamedTuple):
-    """A matrix among the parameters, stored row by row from `start` on; a vector is a matrix of one row.
+    """A matrix among the parameters, stored row by row from `start` on; a vector is a matrix with one row.
 
     Attributes
     ----------
     name : str
     start, rows, columns : int
     cuts : tuple of int
-        Rows at which a different kind of input begins: the state after the symbols, the constant of a bias.
+        Rows at which a different kind of input begins, such as the state after the symbols, or the constant
+        input of a bias.
     groups : int
-        Kinds of outputs, with equally many columns each: the gates of a cell.
+        Number of kinds of outputs with the same number of columns each, such as the gates of a cell.
     """
 
     name: str
@@ -86,7 +88,7 @@ class Block(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The rows from top to bottom and columns from left to right of a block."""
+    """A part of a block: the rows from `top` to `bottom` and the columns from `left` to `right`."""
 
     block: Block
     top: int
@@ -99,7 +101,7 @@ class Part(NamedTuple):
         return self.of_block(self.block.of(vector))
 
     def of_block(self, matrix: Vector) -> Vector:
-        """Return the part of the block (..., rows, columns) as a view."""
+        """Return the part of a block (..., rows, columns) as a view."""
         return matrix[..., self.top : self.bottom, self.left : self.right]
 
     @property
@@ -109,23 +111,23 @@ class Part(NamedTuple):
 
     @property
     def contiguous(self) -> bool:
-        """Whether the rows of the part follow one another in a vector, because they have all columns."""
+        """Whether the part is contiguous in a vector, because it has all columns of the block."""
         return (self.left, self.right) == (0, self.block.columns)
 
     def divided(self, most: int) -> list[Part]:
-        """Divide it into parts of some rows each, of at most `most` numbers or one row."""
+        """Divide the part into groups of rows with at most `most` numbers, but at least one row."""
         step = max(1, most // (self.right - self.left))
         tops = range(self.top, self.bottom, step)
         return [self._replace(top=top, bottom=min(top + step, self.bottom)) for top in tops]
 
 
 def whole(size: int) -> Part:
-    """Return the part that is all of a vector of this size."""
+    """Return the part that covers a vector of this size."""
     return Part(Block("theta", 0, size, 1), 0, size, 0, 1)
 
 
 def parts_of(blocks: Sequence[Block]) -> list[Part]:
-    """Cut blocks into parts, each with one kind of inputs and one kind of outputs of a block."""
+    """Cut blocks into parts, each with one kind of inputs and one kind of outputs."""
     parts = []
     for block in blocks:
         edges, width = (0, *block.cuts, block.rows), block.columns // block.groups
@@ -136,12 +138,12 @@ def parts_of(blocks: Sequence[Block]) -> list[Part]:
 
 
 class Along:
-    """The function of rows S (n, D) that computes X S' (k, n), in the type of the rows, where V = diag(s) X.
+    """The function S (n, D) -> X S' (k, n), in the dtype of S, for directions V = diag(s) X.
 
     Parameters
     ----------
     stacks : list of (Part, (c, size))
-        Parts of vectors, and what c consecutive rows of X have there; elsewhere they are zero.
+        A part of a vector, and the values of c consecutive rows of X there; these rows are zero elsewhere.
     scales : (k,) float64
         s, on the host.
     """
@@ -153,9 +155,9 @@ class Along:
         return sum(len(stack) for _, stack in self.stacks)
 
     def by_block(self, blocks: Sequence[Block]) -> list[list[tuple[int, Part, Vector]]]:
-        """Return for each block what X has there: the first row, the part of the block, and (c, size).
+        """Return the entries of X for each block: (index of the first row, part of the block, (c, size)).
 
-        A part that is larger than a block, such as all of theta, is divided.
+        A part that is larger than a block, such as all of theta, is divided into blocks.
         """
         pieces, start = [list[tuple[int, Part, Vector]]() for _ in blocks], 0
         for part, stack in self.stacks:
@@ -181,9 +183,9 @@ class Along:
 
 
 class Directions(ABC):
-    """Vectors (k, D) that are not stored as such, and are made a few at a time.
+    """Vectors (k, D) that are not stored, but computed a few at a time.
 
-    Iteration and `numpy.asarray` make all of them, as if it were an array.
+    Iteration and `numpy.asarray` compute all of them, as if this were an array.
 
     Attributes
     ----------
@@ -198,14 +200,14 @@ class Directions(ABC):
 
     @abstractmethod
     def fill(self, start: int, out: Vector) -> None:
-        """Fill out (C, D) with C of the vectors, from `start` on."""
+        """Write C consecutive vectors, from index `start` on, to `out` (C, D)."""
 
     @abstractmethod
     def dense(self) -> Vector:
-        """Return all of them, a new array (k, D)."""
+        """Return all vectors in a new array (k, D)."""
 
     def along(self) -> Along:
-        """Return the function of rows S (n, D) that computes V S' (k, n) up to the scales of V."""
+        """Return the function S (n, D) -> V S' (k, n), up to the scales of V."""
         return Along([(whole(self.shape[1]), self.dense())], np.ones(len(self)))
 
     def __len__(self) -> int:
@@ -224,7 +226,7 @@ class Layout(Generic[NameT]):
     Parameters
     ----------
     shapes : mapping of name to tuple of int
-        In order; arrays are stored in C order.
+        The shapes in the order of storage; each array is stored in C order.
 
     Attributes
     ----------
@@ -250,7 +252,7 @@ class Layout(Generic[NameT]):
             self.size += prod(shape)
 
     def views(self, vector: Vector) -> dict[NameT, Vector]:
-        """Return each array as a view of the vector (size,), or of rows (N, size): writing writes there.
+        """Return each array as a view of a vector (size,), or of several vectors (N, size).
 
         Raises
         ------
@@ -266,19 +268,19 @@ class Layout(Generic[NameT]):
 
 
 class BlockLayout:
-    """A vector that holds, block after block, the same named arrays for each matrix of theta.
+    """The layout of a vector that holds, block by block, the same named arrays for each matrix of theta.
 
     Parameters
     ----------
     blocks : sequence
-        Of blocks, or of parts of them.
+        Blocks, or parts of blocks.
     arrays : callable
-        Returns the names and shapes of the arrays of a block, in order.
+        block -> the names and shapes of its arrays, in order.
 
     Attributes
     ----------
     layouts : list of Layout
-        The arrays of each block.
+        The layout of the arrays of each block.
     size : int
         The length of the vector.
     """
@@ -289,7 +291,7 @@ class BlockLayout:
         self.size = self._parts.size
 
     def parts(self, vector: Vector) -> list[Vector]:
-        """Return the part of a vector (size,) that belongs to each block, as views."""
+        """Return views of the parts of a vector (size,) that belong to the blocks."""
         return list(self._parts.views(vector).values())
 
     def views(self, vector: Vector) -> list[dict[str, Vector]]:
@@ -298,10 +300,10 @@ class BlockLayout:
 
 
 def factor_shape(side: int, groups: int = 1) -> Shape:
-    """Return the shape of the Kronecker factor of a side: a square matrix, or less if it is too long.
+    """Return the shape of the Kronecker factor of a side: a square matrix, or fewer numbers if it is long.
 
-    A long side of several groups has a matrix for each of them, (groups, n, n), as if they were independent.
-    The diagonal alone, (side,), remains where that too is long.
+    A long side with several groups has one matrix per group, (groups, n, n), as if the groups were
+    independent. If these matrices would also be too large, only the diagonal is stored, (side,).
     """
     width = side // groups
     if side <= (LONGEST_SIDE if groups == 1 else WHOLE_SIDE):
@@ -319,6 +321,6 @@ def kronecker_layout(blocks: Sequence[Block]) -> BlockLayout:
 
 
 def split_factors(blocks: Sequence[Block], factors: Vector) -> list[tuple[Block, Vector, Vector]]:
-    """Return each block with its Kronecker factors A and B, as views of the vector that holds them all."""
+    """Return each block with its Kronecker factors A and B, as views of the vector of all factors."""
     views = kronecker_layout(blocks).views(factors)
     return [(block, arrays["A"], arrays["B"]) for block, arrays in zip(blocks, views, strict=True)]

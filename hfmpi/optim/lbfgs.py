@@ -1,11 +1,11 @@
-"""L-BFGS: a quasi-Newton method that needs gradients alone, of one batch that stays the same.
+"""L-BFGS: a quasi-Newton method that needs only gradients, on the same batch in every step.
 
-The direction is -H g, H the inverse of the curvature that the last steps s and changes of the gradient y show
-(Nocedal 1980; Nocedal and Wright 2006, algorithms 7.4 and 7.5), and a line search for the strong Wolfe
-conditions (`hfmpi.optim.wolfe`) chooses the rate.
+The direction is -H g, where H approximates the inverse of the curvature from pairs of a step s and the change
+of the gradient y (Nocedal 1980; Nocedal and Wright 2006, algorithms 7.4 and 7.5). A line search for the
+strong Wolfe conditions (`hfmpi.optim.wolfe`) chooses the rate.
 
-The pairs compare gradients at different theta, so that these must be of one risk: with batches that change
-from step to step the pairs would show the noise of the batches.
+A pair compares gradients at different theta, so that both must belong to the same risk: if the batch changed
+from step to step, the pairs would contain the noise of the batches.
 """
 
 from __future__ import annotations
@@ -39,15 +39,18 @@ from hfmpi.settings import Meaning, at_least, check, documented, within
 __all__ = ["LBFGS", "LBFGSState", "two_loop"]
 
 UNRESOLVED = "no step along the gradient lowers the risk by more than its rounding: theta is at an optimum"
-"""Message of a step that is not taken because of `rounding`."""
+"""The message of a step that is not taken because of `rounding`."""
 
 SEEN = 100.0
-"""The first rate without pairs promises so many times the rounding of the risk: less would show its noise."""
+"""Without pairs, the decrease predicted for the first rate is at least this multiple of the risk's rounding.
+
+A smaller decrease would be hidden by rounding errors.
+"""
 
 
 @dataclass(frozen=True)
 class LBFGSState:
-    """What a step needs of the steps before it; it belongs to the theta that the last step returned.
+    """The state after a step; it is valid only with the theta that the same step returned.
 
     Attributes
     ----------
@@ -58,7 +61,7 @@ class LBFGSState:
     loss : float
     gradient : (D,)
     s, y : (memory * D,)
-        Steps and changes of the gradient, the latest first.
+        The steps and the changes of the gradient, latest first.
     """
 
     pairs: int
@@ -72,7 +75,7 @@ class LBFGSState:
 @documented
 @dataclass(frozen=True)
 class LBFGS(Optimizer[LBFGSState]):
-    """Settings of L-BFGS; a step is one iteration with all gradients of its line search.
+    """Settings of L-BFGS; a step is one iteration including all gradients of its line search.
 
     Examples
     --------
@@ -84,7 +87,7 @@ class LBFGS(Optimizer[LBFGSState]):
         int,
         at_least(1),
         Meaning(
-            "Number of pairs of a step and the change of its gradient; each takes 2 D numbers.",
+            "Number of stored pairs of a step and the change of the gradient; a pair takes 2 D numbers.",
             unit="pairs",
             torch="history_size",
             optax="memory_size",
@@ -101,7 +104,8 @@ class LBFGS(Optimizer[LBFGSState]):
         float,
         within("(0, 1)"),
         Meaning(
-            "Constant of the second, strong Wolfe condition, which is larger than that of the first.",
+            "Constant of the second Wolfe condition, curvature, in its strong form; it must be larger than "
+            "line_search_sufficient.",
             optax="curv_rtol",
             others=("c2",),
         ),
@@ -110,7 +114,7 @@ class LBFGS(Optimizer[LBFGSState]):
         int,
         at_least(1),
         Meaning(
-            "Maximum number of gradients of a line search.",
+            "Maximum number of gradients in a line search.",
             unit="gradients",
             torch="max_eval",
             optax="max_linesearch_steps",
@@ -120,7 +124,10 @@ class LBFGS(Optimizer[LBFGSState]):
     def __post_init__(self) -> None:
         check(self)
         if not self.line_search_sufficient < self.line_search_curvature:
-            raise UserError("line_search_sufficient must be smaller than line_search_curvature")
+            raise UserError(
+                f"line_search_sufficient, {self.line_search_sufficient:g}, must be smaller than "
+                f"line_search_curvature, {self.line_search_curvature:g}"
+            )
 
     def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> LBFGSState:
         """Return the state before the first step."""
@@ -130,17 +137,17 @@ class LBFGS(Optimizer[LBFGSState]):
 
     @property
     def needs(self) -> Needs:
-        """What these settings need of the model and the run."""
+        """L-BFGS needs the same batch in every step."""
         return Needs(same_batch=True)
 
     def on_other_batches(self, state: Mapping[str, EntryT]) -> dict[str, EntryT | float]:
-        """Return the state without pairs and gradient, which are those of another risk."""
+        """Return the state without pairs and gradient, because they belong to a different risk."""
         return {**state, "pairs": 0, "known": 0}
 
     def step(
         self, theta: Vector, state: LBFGSState, objectives: Objectives
     ) -> tuple[Vector, LBFGSState, StepReport]:
-        """Take one step: a line search along -H g, or along -g if that does not lower the risk."""
+        """Take one step by a line search along -H g, or along -g if that does not lower the risk."""
         objectives = checked(theta, objectives)
         self._check(state, theta)
         objective, count = objectives.gradient, int(not state.known)
@@ -161,14 +168,15 @@ class LBFGS(Optimizer[LBFGSState]):
         for pairs in (state.pairs, 0) if state.pairs else (0,):
             p = _direction(objective, g, *(v.reshape(-1, g.size)[:pairs] for v in (state.s, state.y)))
             (slope,) = objective.agree((inner_product(g, p),))
-            # A model of this curvature promises -slope / 2. Without pairs it is not known.
+            # The model with inverse curvature H predicts a decrease of -slope / 2. Without pairs H is
+            # unknown.
             if not -math.inf < slope < 0 or (pairs and -slope / 2 <= rounding(loss, theta)):
                 continue
             first = 1.0 if pairs else _first(square, rounding(loss, theta), theta)
             search = self.line_search.search(_along(objective, theta, p), Trial(0.0, loss, slope), first)
             count += search.evaluations
             best = search.best
-            # At a cliff, only trials that are too short to move theta are finite.
+            # At a cliff the risk is finite only for trials that are too short to change theta.
             moved = search.finite is not None and bool((search.finite.theta != theta).any())
             cliff = not moved and math.isfinite(search.wall)
             if loss - best.loss > rounding(loss, theta) or (pairs and search.satisfied):
@@ -190,16 +198,19 @@ class LBFGS(Optimizer[LBFGSState]):
     def _check(self, state: LBFGSState, theta: Vector) -> None:
         check_state(state, LBFGSState, theta, "gradient")
         if state.s.shape != (self.memory * theta.size,) or state.y.shape != state.s.shape:
-            raise ValueError("the state has another memory: call init(theta) again")
+            raise ValueError(
+                f"the state does not fit memory={self.memory} and {theta.size:,} parameters: call "
+                "init(theta) again"
+            )
 
     def _later(
         self, objective: Objective, state: LBFGSState, s: Vector, y: Vector
     ) -> tuple[LBFGSState, float]:
-        """Return the state with a pair, unless the pair has no curvature, and the length of s."""
+        """Return the state with a new pair, unless its curvature is not positive, and the length of s."""
         scalars = inner_product(s, y), inner_product(s, s), inner_product(y, y)
         curvature, *squares = objective.agree(scalars)
         length, change = map(math.sqrt, squares)
-        # Less is the rounding of the vectors, and H must stay positive definite.
+        # A smaller curvature consists of rounding errors, and H must remain positive definite.
         if not float(np.finfo(s.dtype).eps) * length * change < curvature < math.inf:
             return state, length
         all_s, all_y = (np.concatenate([new, old[: -new.size]]) for new, old in ((s, state.s), (y, state.y)))
@@ -209,20 +220,21 @@ class LBFGS(Optimizer[LBFGSState]):
 def two_loop(g: Vector, s: Vector, y: Vector, known: Scalars = ()) -> tuple[Vector, Scalars]:
     """Compute -H g by the two-loop recursion (Nocedal and Wright 2006, algorithm 7.4).
 
-    H starts as s' y / y' y of the latest pair times the identity (their equation 7.20).
+    The initial H is s' y / y' y of the latest pair times the identity (their equation 7.20).
 
     Parameters
     ----------
     g : (D,)
     s, y : (k, D)
-        Pairs, the latest first.
+        The pairs, latest first.
     known : tuple of float
-        The coefficients, if they are known; otherwise they are computed.
+        Coefficients to use; if empty, they are computed.
 
     Returns
     -------
     (D,), tuple of float
-        The direction, and the coefficients: alpha of the first loop, the scale, alpha - beta of the second.
+        The direction, and the coefficients: alpha of the first loop, the scale, alpha - beta of the second
+        loop.
     """
     kind, count, given = g.dtype.type, len(s), list(known)
     curvatures = [] if given else np.einsum("ij,ij->i", s, y, dtype=np.float64).tolist()
@@ -243,7 +255,7 @@ def two_loop(g: Vector, s: Vector, y: Vector, known: Scalars = ()) -> tuple[Vect
 
 
 def _direction(objective: Objective, g: Vector, s: Vector, y: Vector) -> Vector:
-    """Compute -H g, the same on all ranks: a rank whose coefficients are different uses those of rank 0."""
+    """Compute -H g, identical on all ranks: a rank whose coefficients differ uses those of rank 0."""
     p, coefficients = two_loop(g, s, y)
     if not coefficients:
         return p
@@ -252,7 +264,7 @@ def _direction(objective: Objective, g: Vector, s: Vector, y: Vector) -> Vector:
 
 
 def _along(objective: Objective, theta: Vector, p: Vector) -> Evaluate:
-    """Return the function rate -> f, its slope, and theta + rate p with its gradient."""
+    """Return the function rate -> `Trial`: f, its slope, and theta + rate p with its gradient."""
 
     def evaluate(rate: float) -> Trial:
         end = theta + theta.dtype.type(rate) * p
@@ -264,7 +276,7 @@ def _along(objective: Objective, theta: Vector, p: Vector) -> Evaluate:
 
 
 def _first(square: float, least: float, theta: Vector) -> float:
-    """Return the first rate along -g without pairs, by |g|^2 and the rounding of the risk."""
+    """Return the first rate along -g without pairs; `square` is |g|^2, `least` the rounding of the risk."""
     longest = 1 / float(np.finfo(theta.dtype).eps)
     return max(min(1.0, 1 / math.sqrt(square)), min(SEEN * least / square, longest))
 

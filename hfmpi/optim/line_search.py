@@ -1,4 +1,4 @@
-"""The choice among the saved iterates (backtracking) and of the distance along it (line search)."""
+"""Backtracking, which chooses one of the saved iterates, and the line search along it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Armijo", "Choice", "LineSearch", "backtrack"]
 
 
 class Choice(NamedTuple):
-    """An iterate, the risk there, and the number of risks that were computed."""
+    """The chosen iterate, its risk, and the number of evaluations of the risk."""
 
     iterate: Iterate
     loss: float
@@ -22,7 +22,7 @@ class Choice(NamedTuple):
 
 
 class LineSearch(NamedTuple):
-    """The rate (0: no rate suffices), the risk there, and the number of risks that were computed."""
+    """The rate (0 if no rate is accepted), the risk there, and the number of evaluations of the risk."""
 
     rate: float
     loss: float
@@ -30,14 +30,14 @@ class LineSearch(NamedTuple):
 
 
 def backtrack(loss: Callable[[Vector], float], iterates: list[Iterate]) -> Choice:
-    """Go back from the last saved iterate while the risk decreases (Martens 2010, section 4.6).
+    """Choose an iterate: go back from the last one while the risk decreases (Martens 2010, section 4.6).
 
     Parameters
     ----------
     loss : callable
         p (D,) -> f(theta + p).
     iterates : list of Iterate
-        In the order of their steps, at least one.
+        At least one iterate, in the order of their steps.
     """
     best, lowest, evaluations = iterates[-1], loss(iterates[-1].x), 1
     for candidate in reversed(iterates[:-1]):
@@ -55,8 +55,10 @@ class Armijo:
 
     Attributes
     ----------
-    sufficient, shrink, tries
-        1e-2, 0.8 and 60 in Martens' released code. tries = 1 tests only the full step.
+    sufficient, shrink : float
+    tries : int
+        The values in Martens' released code are 1e-2, 0.8 and 60. With tries = 1 only the full step is
+        tested.
     """
 
     sufficient: float = 1e-2
@@ -71,21 +73,23 @@ class Armijo:
         loss_at_one: float,
         slope: float,
     ) -> LineSearch:
-        """Find the largest rate 1, shrink, ... with f(theta + rate p) <= f(theta) + sufficient rate slope.
+        """Search for the largest rate among 1, shrink, shrink^2, ... that meets Armijo's condition.
+
+        The condition is f(theta + rate p) <= f(theta) + sufficient * rate * slope.
 
         Parameters
         ----------
         loss : callable
             p (D,) -> f(theta + p).
         loss_at_one : float
-            f(theta + p), which is known already.
+            f(theta + p), from backtracking.
         slope : float
-            g' p. A p that does not descend (slope >= 0) is rejected at once.
+            g' p. If it is not negative, p is rejected without evaluating the risk.
 
         Returns
         -------
         LineSearch
-            With rate 0 if there is no such rate.
+            Its rate is 0 if no rate meets the condition.
         """
         rate, value, evaluations = 1.0, loss_at_one, 0
         if not slope < 0:

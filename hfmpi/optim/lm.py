@@ -2,19 +2,21 @@
 
 The step minimises g'p + p'G p / 2 + lambda p'p / 2; `hfmpi.optim.exact_model` computes it from rows.
 
-Levenberg (1944) and Marquardt (1963) for squares, Schraudolph (2002) for other losses. For networks that
-solve differential equations it is ENGD (Mueller and Zeinhofer 2023), and with fewer rows than parameters ENGD
-with Woodbury's identity (Guzman-Cordero et al. 2025); for wave functions minSR (Chen and Heyl 2024).
+The method is that of Levenberg (1944) and Marquardt (1963) for least squares, and of Schraudolph (2002) for
+other losses. For networks that solve differential equations it is called ENGD (Mueller and Zeinhofer 2023),
+with fewer rows than parameters ENGD with Woodbury's identity (Guzman-Cordero et al. 2025), and for wave
+functions minSR (Chen and Heyl 2024).
 
-Lambda falls by `FALL` after each step that lowers the risk, however poor the model was, and rises by `RISE`
-and more within a step until the risk falls (delayed gratification, Transtrum and Sethna 2012). After such a
-step it falls by `SLOW_FALL`, so that it need not rise in every step. Nielsen's rule
-(1999), which looks at the reduction ratio, keeps lambda larger on such networks and needs about twice as many
-steps. Where the model is good lambda falls by its relative error, abs(1 - rho), for quadratic convergence.
+Within a step lambda is multiplied by `RISE`, and by more after several trials, until the risk decreases.
+After a step that lowers the risk lambda is multiplied by `FALL`, even if the model was poor (delayed
+gratification, Transtrum and Sethna 2012), or by `SLOW_FALL` if lambda rose within the step, so that it does
+not rise again in every step. Nielsen's rule (1999), which uses the reduction ratio, results in a larger
+lambda on networks that solve differential equations and needs about twice as many steps. If the model is
+good, lambda is multiplied by the model's relative error, abs(1 - rho), for quadratic convergence.
 
-Each step p is bent along the curve of the outputs, p + a / 2 (geodesic acceleration, ibid.), if the objective
-has `bends` and a is no longer than p. In a curved valley such steps are much longer: on Allen-Cahn's equation
-the error after 100 steps is a tenth or less of that without.
+If the objective provides `bends`, each step p is corrected for the curvature of the outputs to p + a / 2
+(geodesic acceleration, ibid.), unless a is longer than p. In a curved valley such steps are much longer: on
+Allen-Cahn's equation the error after 100 steps is at most a tenth of the error without the correction.
 """
 
 from __future__ import annotations
@@ -36,15 +38,18 @@ from hfmpi.settings import POSITIVE, Meaning, at_least, check, documented, withi
 __all__ = ["LM", "LMState"]
 
 RISE, FALL, SLOW_FALL, LEAST_FALL = 3.0, 0.1, 0.3, 1e-3
-"""Factors of lambda; `RISE` is multiplied by itself after `PATIENCE` trials, and so on."""
+"""Factors of lambda. The exponent of `RISE` increases by one after every `PATIENCE` trials.
+
+`LEAST_FALL` is the smallest factor for a good model.
+"""
 
 PATIENCE, MOST_RISEN, AT_ONCE = 4, 42, 3
-"""How often a step raises lambda before it does so faster, before it gives up, and in one group of trials."""
+"""Numbers of trials: until lambda rises faster, until the step gives up, and in one group of trials."""
 
 
 @dataclass(frozen=True)
 class LMState:
-    """What a step needs of the one before.
+    """The state after a step.
 
     Attributes
     ----------
@@ -74,9 +79,9 @@ class LM(Optimizer[LMState]):
         float,
         POSITIVE,
         Meaning(
-            "lambda before the first step. Where batches change it is also the least lambda: every batch can "
-            "be fitted better than the others, so that the ratio of a batch does not show when lambda is too "
-            "small.",
+            "Initial value of lambda. If the batch changes from step to step, it is also the lower bound of "
+            "lambda: a step can fit the current batch better than the others, so that the reduction ratio on "
+            "this batch does not show that lambda is too small.",
             unit="the mean eigenvalue of G at the start",
             others=("lambda", "lambda_"),
         ),
@@ -85,17 +90,17 @@ class LM(Optimizer[LMState]):
         float,
         within("[0, 1)"),
         Meaning(
-            "mu of SPRING (Goldshlager et al. 2024): the damping pulls the step to mu times the last step, "
-            "where it pulls to zero without momentum. 0: off. On networks that solve Poisson's equation 0.5 "
-            "needs 0.5 to 2.2 times as many steps as 0, depending on the seed, and 0.9 needs more."
+            "mu of SPRING (Goldshlager et al. 2024): the damping pulls the step towards mu times the last "
+            "step instead of zero. 0: off. On networks that solve Poisson's equation, 0.5 needs 0.5 to 2.2 "
+            "times as many steps as 0, depending on the seed, and 0.9 needs more."
         ),
     ] = 0.0
     largest_side: Annotated[
         int,
         at_least(1),
         Meaning(
-            "The largest side of the matrix, min(M, D). The matrix and its factor take 16 bytes for each "
-            "entry on every rank, and a factorization takes side^3 / 3 multiplications.",
+            "Maximum side of the matrix, min(M, D). On every rank the matrix and its factor take 16 bytes "
+            "per entry, and a factorization takes side^3 / 3 multiplications.",
             unit="rows",
         ),
     ] = 10_000
@@ -110,17 +115,17 @@ class LM(Optimizer[LMState]):
 
     @property
     def needs(self) -> Needs:
-        """What these settings need of the model."""
+        """LM needs rows of residuals."""
         return Needs(rows=True)
 
     def messages(self, parameters: int, blocks: Sequence[Block]) -> Messages:
-        """Return that there are others: the ranks exchange rows, and a matrix of M^2 or D^2 numbers."""
+        """Return `others`: the ranks exchange rows, and a matrix of M^2 or D^2 numbers."""
         return Messages(others=True)
 
     def step(
         self, theta: Vector, state: LMState, objectives: Objectives
     ) -> tuple[Vector, LMState, StepReport]:
-        """Take the step of the first lambda that lowers the risk.
+        """Take the step of the smallest tested lambda that lowers the risk.
 
         Raises
         ------
@@ -130,7 +135,7 @@ class LM(Optimizer[LMState]):
         objective = checked(theta, objectives).gradient
         check_state(state, LMState, theta, *("direction",) * (self.momentum > 0))
         rows = objective.rows(theta, RowRequest("residuals", stored=False, largest_side=self.largest_side))
-        check_side(rows.count, theta.size, self.largest_side)  # of an objective that does not check
+        check_side(rows.count, theta.size, self.largest_side)  # custom objectives may not check it
         g = rows.gradient
         loss, square = objective.agree((float(rows.loss), inner_product(g, g)))
         norm, passes = math.sqrt(square), Counts(gradients=1, adjoints=rows.cotangents - 1)
@@ -163,7 +168,7 @@ class LM(Optimizer[LMState]):
                         break
                     if step is not None and step.promise > 0:
                         trials.append((each, step))
-                if trials and last == math.inf:  # the whole group counts, on any number of ranks
+                if trials and last == math.inf:  # count the full group: counts must not depend on the ranks
                     bent = 0 if bends is None else len(group)
                     passes += Counts(losses=1, candidates=len(group) - 1, bends=bent)
                     report = replace(report, work=passes + model.work)
@@ -184,7 +189,7 @@ class LM(Optimizer[LMState]):
                     return _at_its_end(theta, state, report, UNRESOLVED)
                 break
         details = {**report.details, "damping": damping}
-        report = replace(report, message="no damping lowers the risk", details=details)
+        report = replace(report, message="step rejected: no damping lowers the risk", details=details)
         return theta, replace(state, damping=damping), report
 
     def _taken(
@@ -196,18 +201,18 @@ class LM(Optimizer[LMState]):
         report: StepReport,
         risen: bool,
     ) -> tuple[Vector, LMState, StepReport]:
-        """Take a step that lowers the risk."""
+        """Return the result of a step that lowers the risk."""
         rho = decrease / trial.promise
         details = {**report.details, "damping": damping, "rho": rho, "step_norm": trial.norm}
         good, fall = max(LEAST_FALL, abs(1 - rho)), FALL
-        if risen:  # a fall by FALL was too much
+        if risen:  # the previous decrease of lambda was too large
             good, fall = good if rho > 0.9 else 1.0, SLOW_FALL
         later = LMState(damping * min(fall, good), trial.p if self.momentum else theta[:0])
         return theta + trial.p, later, replace(report, accepted=True, details=details)
 
 
 def _rising(damping: float, at_once: bool) -> list[list[float]]:
-    """Return all lambdas of a step in groups, from the first one on."""
+    """Return the increasing lambdas of a step, starting with `damping`, in groups of trials."""
     dampings, most = [damping], AT_ONCE if at_once else 1
     for risen in range(MOST_RISEN - 1):
         dampings.append(dampings[-1] * RISE ** (1 + risen // PATIENCE))
@@ -215,7 +220,7 @@ def _rising(damping: float, at_once: bool) -> list[list[float]]:
 
 
 def _cut(group: list[float], ranks: int) -> list[list[float]]:
-    """Return the lambdas of a group in parts of so many, of which ranks compute one each."""
+    """Divide the lambdas of a group into parts of which each rank computes one."""
     return [group[start : start + ranks] for start in range(0, len(group), ranks)]
 
 
@@ -227,7 +232,7 @@ def _at_its_end(
 
 
 def _details(norm: float, damping: float) -> dict[str, float | int | str | None]:
-    """Return the scalars of a step that has not moved yet, in the order of the history."""
+    """Return the history's scalars for a step that has not moved theta, in the order of the history."""
     return {
         "damping": damping,
         "rho": None,

@@ -1,4 +1,4 @@
-"""Work on the matrices of theta, each of which is one rank's; and the rotations of K-FAC and SOAP."""
+"""Sharing of work on the matrices of theta, one matrix per rank; and the rotations of K-FAC and SOAP."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def share_out(
     layout : BlockLayout
         The arrays of each block.
     like : vector
-        Of the type that the arrays have.
+        A vector with the dtype and device of the arrays.
     fill : callable
-        (index of the block, its arrays, which are zero) -> None; writes the result into the arrays.
+        (index of the block, its arrays) -> None; writes the result into the arrays, which are zero before.
     """
 
     def work(index: int) -> Vector:
@@ -46,12 +46,12 @@ def share_out(
 
 
 def rotated(matrix: Vector, left: Vector, right: Vector) -> Vector:
-    """Return left @ matrix @ right; a side whose rotation is empty is not rotated."""
+    """Compute left @ matrix @ right; an empty array as rotation stands for the identity."""
     matrix = np.matmul(left, matrix) if left.size else matrix
     return np.matmul(matrix, right) if right.size else matrix
 
 
 def rotation(rows: int, columns: int, left: int, right: int) -> Counts:
-    """Return the cost of `rotated` for a matrix (rows, columns); `left` or `right` is 0 if it is empty."""
+    """Return the cost of `rotated` for a matrix (rows, columns); `left` or `right` is 0 for no rotation."""
     work = product(rows, rows, columns) if left else Counts()
     return work + product(rows, columns, columns) if right else work

@@ -1,10 +1,10 @@
-"""Muon: momentum whose matrices are made orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+"""Muon: momentum with orthogonalised matrices (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
     B <- momentum B + G,    step = -rate max(1, m / n)^(1/2) orthogonal(G + momentum B)    for blocks m x n
 
-The orthogonal factor of a matrix is the nearest matrix whose singular values are all one: U V' of U S V'.
-Five steps of a Newton-Schulz iteration come close enough; singular values then lie between 0.7 and 1.2.
-Blocks of one row or column are left to Adam.
+The orthogonal factor of a matrix U S V' is U V', the nearest matrix whose singular values are all one. Five
+Newton-Schulz iterations approximate it well enough: the singular values then lie between 0.7 and 1.2. Adam
+updates the blocks that have only one row or column.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from hfmpi.settings import POSITIVE, Meaning, at_least, documented, within
 __all__ = ["Muon", "MuonState", "NewtonSchulzSteps", "orthogonal"]
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
-"""Of the quintic polynomial whose iteration drives singular values to about one; Jordan's."""
+"""Jordan's coefficients of the quintic polynomial whose iteration drives singular values to about one."""
 
 
 def orthogonal(matrix: Vector, steps: int = 5) -> Vector:
-    """Approximate the nearest matrix whose singular values are one; return zero for zero."""
+    """Approximate the nearest matrix whose singular values are one; return zero for a zero matrix."""
     kind, (a, b, c) = matrix.dtype.type, COEFFICIENTS
     x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     length = float(np.sqrt(np.einsum("ij,ij->", x, x, dtype=np.float64)))
@@ -53,7 +53,7 @@ def orthogonalisation(rows: int, columns: int, steps: int) -> Counts:
 
 @dataclass(frozen=True)
 class MuonState(AdaptiveState):
-    """Momentum (D,), and Adam's mean of squares (D,), which only the vectors use."""
+    """The momentum (D,), and Adam's running mean of squared gradients (D,), used only for vectors."""
 
     momentum: Vector
     mean_square: Vector
@@ -63,7 +63,7 @@ NewtonSchulzSteps = Annotated[
     int,
     at_least(1),
     Meaning(
-        "Iterations that make a matrix nearly orthogonal. Jordan: 5.",
+        "Number of Newton-Schulz iterations, which make a matrix nearly orthogonal. Jordan: 5.",
         unit="iterations",
         torch="ns_steps",
         optax="ns_steps",
@@ -74,9 +74,9 @@ NewtonSchulzSteps = Annotated[
 @documented
 @dataclass(frozen=True)
 class Muon(Adaptive[MuonState]):
-    """Muon on the blocks of theta, Adam on its vectors.
+    """Muon for the matrices of theta, Adam for its vectors.
 
-    The constants of Jordan are 0.02 and 0.95, with Nesterov's look-ahead.
+    Jordan's constants are rate 0.02 and momentum 0.95, with Nesterov's look-ahead.
 
     Examples
     --------
@@ -92,7 +92,7 @@ class Muon(Adaptive[MuonState]):
         float,
         within("[0, 1)"),
         Meaning(
-            "Decay of the running sum of gradients, with Nesterov's look-ahead.",
+            "Decay of the running sum of gradients, which is used with Nesterov's look-ahead.",
             torch="momentum",
             optax="beta",
         ),
@@ -101,7 +101,9 @@ class Muon(Adaptive[MuonState]):
     vector_rate: Annotated[
         float,
         POSITIVE,
-        Meaning("Learning rate of Adam, which updates the vectors; the schedule is that of the rate."),
+        Meaning(
+            "Learning rate of Adam, which updates the vectors; the schedule multiplies it as it does rate."
+        ),
     ] = 3e-3
     beta1: Beta1 = 0.9
     beta2: Beta2 = 0.95
@@ -113,7 +115,7 @@ class Muon(Adaptive[MuonState]):
         Raises
         ------
         UserError
-            Without blocks.
+            If there are no blocks.
         """
         check_vector("theta", theta)
         check_blocks("muon", blocks)
@@ -121,7 +123,7 @@ class Muon(Adaptive[MuonState]):
 
     @property
     def needs(self) -> Needs:
-        """What Muon needs of the model."""
+        """Muon needs the matrices of theta."""
         return Needs(blocks=True)
 
     @property
@@ -130,11 +132,11 @@ class Muon(Adaptive[MuonState]):
         return "rate", "vector_rate"
 
     def messages(self, parameters: int, blocks: Sequence[Block]) -> Messages:
-        """Return what the ranks exchange: the matrices, counted with the vectors, which are few."""
+        """Return the sizes of the messages: the matrices; the few vectors are counted too."""
         return Messages(matrices=parameters)
 
     def algebra(self, state: MuonState, blocks: Sequence[Block]) -> Counts:
-        """Return the linear algebra of `direction`: all matrices side by side."""
+        """Return the linear algebra of `direction`; all matrices are processed concurrently."""
         return together(
             orthogonalisation(block.rows, block.columns, self.newton_schulz_steps)
             for block in blocks
@@ -144,7 +146,7 @@ class Muon(Adaptive[MuonState]):
     def direction(
         self, g: Vector, norm: float, state: MuonState, objective: Objective, factor: float
     ) -> tuple[Vector, MuonState]:
-        """Compute the step; making a matrix orthogonal is one rank's work."""
+        """Compute the step; each matrix is orthogonalised by one rank."""
         kind, t, p = g.dtype.type, state.updates + 1, g * 0
         momentum, mean_square = state.momentum * 1, state.mean_square * 1
         matrices, ahead = list[Block](), list[Vector]()

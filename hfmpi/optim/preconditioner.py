@@ -23,7 +23,7 @@ def diagonal(squares: Vector, damping: float, exponent: float) -> Operator:
         0.75 in Martens' paper and code.
     """
     shifted = squares + squares.dtype.type(damping)
-    # Every processor rounds square roots identically, but not general powers, and ranks must agree.
+    # All ranks must get the same result: all processors round square roots alike, but not general powers.
     root = np.sqrt(shifted)
     m = root * np.sqrt(root) if exponent == 0.75 else shifted**exponent
     return lambda r: r / m

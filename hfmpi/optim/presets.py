@@ -1,4 +1,4 @@
-"""Named optimizers with the batch sizes that they are meant for; every constant names its source."""
+"""Presets: named optimizers with the batch sizes that they are meant for, and the sources of constants."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Preset:
     ----------
     optimizer : Optimizer
     gradient_batch, curvature_batch : int
-        Number of examples, or sequences of a text; 0: a first-order method has no curvature batch.
+        Number of examples, or of sequences of a text. The curvature batch of a first-order method is 0.
     purpose : str
-        What it is for, one line.
+        One sentence that describes the use of the preset.
 
     Examples
     --------
@@ -45,20 +45,20 @@ class Preset:
     purpose: str = field(default="", compare=False)
 
 
-# Rule, and length for LSTM: Krause's released code (2016), which may differ from the paper; its 10 for mLSTM
-# diverges here (docs/results/kjv.md).
+# The rule, and the step length for LSTM, are from Krause's released code (2016), which may differ from the
+# paper. The code's step length for mLSTM, 10, diverges here (docs/results/kjv.md).
 _KRAUSE = GradientDescent("rms-normalised", rate=2.0)
 
-# For a large batch. Its rates and schedule are those that did best on small recurrent networks; the authors'
-# are for transformers.
+# For a large batch. The rates and the schedule performed best on small recurrent networks; those of the
+# author are for transformers.
 _MUON = Muon(rate=0.3, momentum=0.9, vector_rate=0.03, schedule="inverse-root")
 
 PRESETS = {
-    # Batches of sgd, bgd, shf and bhf: Krause et al. (2015).
+    # The batch sizes of sgd, bgd, shf and bhf are from Krause et al. (2015).
     "sgd": Preset(_KRAUSE, 32, purpose="The baseline of the paper: normalised steps on small batches."),
-    "bgd": Preset(_KRAUSE, 3500, purpose="The same steps on large batches, for many ranks."),
-    # Settings: Kiros (2013), except two: his 5 iterations and factor 0.99 are for feed-forward networks. With
-    # 15 and 0.9 a loss of 2.8 bits/char took 0.6 of the cost that it took with 5 and 0.95
+    "bgd": Preset(_KRAUSE, 3500, purpose="The same steps as sgd on large batches, for many ranks."),
+    # Settings of Kiros (2013) except two: his 5 iterations and his factor 0.99 are for feed-forward networks.
+    # 15 iterations with the factor 0.9 reached 2.8 bits/char at 0.6 times the cost of 5 iterations with 0.95
     # (docs/results/kjv.md).
     "shf": Preset(
         HessianFree(
@@ -74,80 +74,81 @@ PRESETS = {
         ),
         320,
         32,
-        "Hessian-free on small batches, as Kiros published it but for two settings.",
+        "Hessian-free on small batches with the settings of Kiros (2013), except two.",
     ),
-    # Settings: Martens (2010), the defaults of HessianFree.
+    # Settings of Martens (2010), the defaults of HessianFree.
     "bhf": Preset(
         HessianFree(cg_refresh=10),
         14_000,
         3_500,
-        "Hessian-free as Martens published it, on large batches, with up to 250 iterations a step.",
+        "Hessian-free on large batches with the settings of Martens (2010): up to 250 iterations per step.",
     ),
-    # 10 iterations where Martens has up to 250: warm starts continue what one step leaves undone. The first
-    # lambda is one with which the first steps count (docs/results/better.md).
+    # 10 iterations, where Martens allows 250: with warm starts the next step continues the solve. The initial
+    # lambda is small enough that the first steps already make progress (docs/results/better.md).
     "bhf-short": Preset(
         HessianFree(damping=0.01, cg_max_steps=10),
         14_000,
         3_500,
         "Hessian-free with short solves, on large batches: for models without Kronecker factors or rows.",
     ),
-    # For least squares in float64, such as regression and residuals of differential equations: lambda has to
-    # follow a risk that falls by many orders of magnitude. More or more precise CG iterations did not help
-    # (docs/results/least-squares.md).
+    # For least squares in float64, such as regression and residuals of differential equations: lambda must be
+    # able to follow a risk that falls by many orders of magnitude. Neither more CG iterations nor more
+    # precise ones helped (docs/results/least-squares.md).
     "bhf-squares": Preset(
         HessianFree(damping=1e-3, damping_factor=0.5, damping_minimum=1e-16, preconditioner="none"),
         14_000,
         14_000,
-        "Hessian-free for least squares in float64, where the matrix of lm would be too large.",
+        "Hessian-free for least squares in float64, if the matrix of lm would be too large.",
     ),
-    # Kingma and Ba (2015); the batch of sgd.
+    # Settings of Kingma and Ba (2015); the batch size of sgd.
     "adam": Preset(Adam(threshold=1.0), 32, purpose="The usual baseline, with clipped gradients."),
-    # SOAP is meant for large batches; rate and schedule as for Muon. With the authors' epsilon of 1e-8 single
-    # precision takes rounding for gradients at first.
+    # SOAP is meant for large batches; the rate and the schedule were chosen as for Muon. With the authors'
+    # epsilon of 1e-8, rounding errors of float32 count as gradients in the first updates.
     "soap": Preset(
         SOAP(rate=0.1, beta1=0.9, epsilon=1e-6, refresh=2, schedule="inverse-root"),
         3500,
-        purpose="First order on large batches, with eigenvectors of the factors of every matrix.",
+        purpose="First-order steps on large batches, with Adam in the eigenbasis of every matrix's factors.",
     ),
-    "muon": Preset(_MUON, 3500, purpose="First order on large batches, with orthogonal steps for matrices."),
-    # Settings of soap, with new eigenvectors at every step.
+    "muon": Preset(_MUON, 3500, purpose="First-order steps on large batches, orthogonalised for matrices."),
+    # The settings of soap, but the eigenvectors are recomputed in every step.
     "soap-muon": Preset(
         SOAPMuon(rate=0.15, beta1=0.9, epsilon=1e-6, schedule="inverse-root"),
         3500,
-        purpose="First order on large batches: soap with orthogonal steps in the hidden matrices.",
+        purpose="First-order steps on large batches: soap, orthogonalised for the hidden matrices.",
     ),
-    # The batch of sgd: the lowest validation loss after minutes on a few cores (docs/results/clock.md).
+    # With the batch size of sgd it has the lowest validation loss after a few minutes on a few cores
+    # (docs/results/clock.md).
     "muon-small": Preset(
         replace(_MUON, rate=0.2, averaging=0.999),
         32,
-        purpose="The default: the lowest validation loss after minutes on a few cores.",
+        purpose="The default: the lowest validation loss after a few minutes on a few cores.",
     ),
-    # For problems with few residuals or few parameters; the gradient is on the whole training set.
+    # For problems with few residuals or few parameters; the gradient uses the full training set.
     "lm": Preset(
         LM(),
         14_000,
-        purpose="Exact Gauss-Newton steps for few residuals or few parameters, as of scientific networks.",
+        purpose="Exact Gauss-Newton steps for few residuals or few parameters, as in scientific networks.",
     ),
-    # The gradient is on the whole training set, so that the next gradient comes with the risk after the step.
-    # The model comes from a sketch: 3,072 rows for some 150 directions do as well as rows of all sequences,
-    # whatever the size of the data (docs/results/fewest-passes.md).
+    # The gradient uses the full training set, so that the next gradient also returns the risk after the step.
+    # The model is estimated from a sketch: 3,072 rows for about 150 directions do as well as rows of all
+    # sequences, for any size of the data (docs/results/fewest-passes.md).
     "subspace": Preset(
         Subspace(memory=6, curvature_segments=6),
         14_000,
         512,
         "The fewest sequential passes on large batches, for many ranks.",
     ),
-    # Whole directions, nine in place of 150, for which 768 rows are many: the least work beside the gradient
-    # (docs/results/clock.md).
+    # The directions are not cut into parts: nine instead of 150, for which 768 rows are many. Of all presets
+    # of Subspace this one takes the least work in addition to the gradient (docs/results/clock.md).
     "subspace-whole": Preset(
         Subspace(memory=6, cut=False, curvature_segments=3),
         14_000,
         256,
-        "The step of subspace with whole directions: the least work in addition to the gradient.",
+        "subspace with directions that are not cut into parts: the least work in addition to the gradient.",
     ),
-    # For networks whose rows of all sequences fit into memory. The settings are those that needed the fewest
-    # passes on small recurrent networks (docs/results/fewest-passes.md). With the model from a sketch a step
-    # takes 3 passes in place of 5; its rows are of all sequences, because they have to be many.
+    # For networks whose rows of all sequences fit into memory. These settings needed the fewest passes on
+    # small recurrent networks (docs/results/fewest-passes.md). With a model from a sketch a step takes 3
+    # passes instead of 5; the sketch has rows of all sequences, because it needs many rows.
     "subspace-rows": Preset(
         Subspace(
             "kfac+rows",
@@ -160,11 +161,11 @@ PRESETS = {
         ),
         14_000,
         14_000,
-        "The fewest passes of all, where the rows of all examples fit into memory.",
+        "The fewest passes of all presets, if the rows of all examples fit into memory.",
     ),
-    # The gradient is on the whole training set, because L-BFGS needs the same batch in every step.
+    # The gradient uses the full training set, because L-BFGS needs the same batch in every step.
     "lbfgs": Preset(
-        LBFGS(), 14_000, purpose="Gradients alone, on all data: for small and scientific networks."
+        LBFGS(), 14_000, purpose="Needs only gradients, on the full data: for small and scientific networks."
     ),
 }
 """Presets by name."""
@@ -180,7 +181,7 @@ BASES: dict[type, str] = {
     SOAPMuon: "soap-muon",
     Subspace: "subspace",
 }
-"""The preset whose name and batch sizes an object of each class has."""
+"""The preset from which an optimizer object of each class takes its name and batch sizes."""
 
 OTHER_NAMES = {
     "AdamW": "adam with the setting decay",
@@ -198,25 +199,25 @@ OTHER_NAMES = {
     "KFAC": "subspace",
     "Shampoo": "soap",
 }
-"""What other names of optimizers mean here."""
+"""The closest preset for names that other libraries use; error messages suggest it."""
 
 FRAMEWORKS = {"torch": "PyTorch", "optax": "optax", "jax": "JAX", "flax": "flax"}
 
 
 def preset(name: str, /, **changes: Any) -> Preset:
-    """Return a preset by name, with single settings of its optimizer changed.
+    """Return the preset of this name, with some settings of its optimizer changed.
 
     Parameters
     ----------
     name : str
         One of PRESETS.
     **changes
-        Settings of the optimizer, by the names of its dataclass.
+        Settings of the optimizer: fields of its dataclass.
 
     Raises
     ------
     UserError
-        For an unknown name or setting, or a value out of range.
+        If the name or a setting is unknown, or a value is out of range.
     """
     if name not in PRESETS:
         raise UserError(
@@ -233,16 +234,16 @@ def preset(name: str, /, **changes: Any) -> Preset:
 
 
 class Named(NamedTuple):
-    """An optimizer in the words of a configuration.
+    """An optimizer as a configuration describes it.
 
     Attributes
     ----------
     name : str
-        Of a preset.
+        The name of a preset.
     settings : dict
-        Those that differ from the preset's.
+        The settings that differ from those of the preset.
     batches : dict of str to int
-        gradient_batch and curvature_batch where they differ from the preset's.
+        gradient_batch and curvature_batch, if they differ from those of the preset.
     """
 
     name: str
@@ -251,20 +252,20 @@ class Named(NamedTuple):
 
 
 def named(optimizer: Any, preferred: str = "") -> Named:
-    """Return an optimizer or a preset as the name of a preset with what differs from it.
+    """Return the name of a preset for an optimizer or a preset, and the settings that differ from it.
 
-    An optimizer has the name and batch sizes of its class (`BASES`). A preset keeps its batch sizes.
+    An optimizer takes the name and batch sizes of its class from `BASES`. A preset keeps its batch sizes.
 
     Parameters
     ----------
     optimizer : Optimizer or Preset
     preferred : str
-        The name to return if it is of a preset of the same class.
+        The name to return if it belongs to a preset of the same class.
 
     Raises
     ------
     UserError
-        If the object is neither.
+        If the object is neither an optimizer nor a preset.
     """
     chosen = optimizer.optimizer if isinstance(optimizer, Preset) else optimizer
     kind = type(chosen)
@@ -294,7 +295,7 @@ def _different(optimizer: Optimizer[Any], name: str) -> dict[str, Any]:
 
 
 def _different_batches(optimizer: Any, name: str) -> dict[str, int]:
-    """Return the batch sizes that differ from those of a preset, if the object has any."""
+    """Return the batch sizes that differ from those of a preset; an optimizer has no batch sizes."""
     if not isinstance(optimizer, Preset):
         return {}
     sizes = {batch: getattr(optimizer, batch) for batch in ("gradient_batch", "curvature_batch")}

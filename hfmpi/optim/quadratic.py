@@ -13,7 +13,7 @@ __all__ = ["Prediction", "QuadraticModel"]
 
 
 class Prediction(NamedTuple):
-    """The model's prediction for a step p: g' p, p' p, and m(p) - f without damping; agreed numbers."""
+    """The prediction for a step p: g' p, p' p, and m(p) - f without damping; the same on all ranks."""
 
     slope: float
     square: float
@@ -26,16 +26,16 @@ class QuadraticModel:
     Parameters
     ----------
     objectives : Objectives
-        Its curvature objective is linearised at theta.
+        The curvature objective is linearised at theta.
     theta, gradient : (D,)
-        The gradient was computed last, at this theta.
+        The latest gradient, and the theta where it was computed.
     damping, structural : float
         lambda and mu.
 
     Attributes
     ----------
     work : Counts
-        The passes so far.
+        The passes executed so far.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class QuadraticModel:
         return Prediction(slope, square, slope + 0.5 * curvature)
 
     def noise(self, loss: float) -> float:
-        """Estimate the rounding of the risk at theta; an agreed number."""
+        """Estimate the rounding of the risk at theta; all ranks get the same number."""
         (curvature,) = self.objectives.gradient.agree(
             (inner_product(self.theta, self._undamped(self.theta)),)
         )

@@ -1,12 +1,12 @@
-"""The quadratic model of a risk in the space of few vectors, which are cut into parts and normalised first.
+"""The quadratic model of a risk in the space of a few vectors, which are first cut into parts and normalised.
 
-    V     the vectors, k x D, rows of length one           g   the gradient, D
+    V     the vectors, k x D, rows of length one           g   the gradient, (D,)
     M     V G V', k x k
 
-V is not stored: its rows are parts of a few vectors of D numbers, times a scale each. The lengths of these
-parts, V V' and V g come from one pass over the vectors, which the ranks share.
+V is not stored: each of its rows is a part of one of a few vectors (D,), times a scale. The lengths of these
+parts, V V' and V g are computed in one pass over the vectors, which the ranks share.
 
-The step of a lambda is V' c with c = -(S + r diag S)^-1 V g and S = M + lambda V V'; r is in RELATIVE.
+The step for a lambda is V' c with c = -(S + r diag S)^-1 V g and S = M + lambda V V'; RELATIVE has r.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from hfmpi.optim.layout import Along, Directions, Part, Vector
 __all__ = ["Basis", "ReducedModel", "Step", "normalised", "pieces"]
 
 RELATIVE = {"float32": 1e-6, "float64": 1e-12}
-"""Part of the system's diagonal that is added to it: vectors may be equal or parallel up to rounding.
+"""Fraction of the system's diagonal that is added to it, because vectors may be parallel up to rounding.
 
-Below the rounding of the vectors the step would depend on the order of summation. What is added also limits
-how fast the step converges, so that float64 has less.
+With a smaller fraction than the rounding of the vectors, the step would depend on the order of summation. The
+addition also limits how fast the method converges, so that the fraction is smaller in float64.
 """
 
 STACKED = 2**18
-"""Entries of the parts of vectors that are multiplied in float64 at a time: few enough for the cache."""
+"""Number of vector entries that are multiplied in float64 at a time: few enough for the cache."""
 
 SHARES = 64
-"""Into how many pieces the inner products are divided at least: so many ranks can share them."""
+"""Minimum number of pieces into which the inner products are divided: this many ranks can share them."""
 
 SCALES = 1e-12, 1e12
-"""Scales with which products of unscaled vectors neither overflow nor underflow in float32."""
+"""Bounds of the scales for which products of unscaled vectors neither overflow nor underflow in float32."""
 
 
 class Row(NamedTuple):
-    """A row of V: the part of a vector, by its index, times a scale."""
+    """A row of V: a part of the vector with this index, times a scale."""
 
     part: Part
     vector: int
@@ -58,9 +58,9 @@ class Basis(Directions):
     Parameters
     ----------
     stacks : sequence of (n, D)
-        The vectors of which the rows are parts. They must not change.
+        The vectors of which the rows are parts. They must not be modified.
     rows : sequence of Row
-        Those of a part follow one another, in the order of the vectors.
+        Rows with the same part are consecutive, in the order of the vectors.
     """
 
     def __init__(self, stacks: Sequence[Vector], rows: Sequence[Row]) -> None:
@@ -69,7 +69,7 @@ class Basis(Directions):
         self.shape, self.dtype = (len(rows), stacks[0].shape[1]), stacks[0].dtype
 
     def fill(self, start: int, out: Vector) -> None:
-        """Fill out (C, D) with C rows, from `start` on."""
+        """Write C consecutive rows, from index `start` on, to `out` (C, D)."""
         out[...] = 0
         for row, values in zip(self.rows[start : start + len(out)], out, strict=True):
             self._fill(row, row.part, row.part.of(values))
@@ -81,11 +81,11 @@ class Basis(Directions):
         return v
 
     def _fill(self, row: Row, part: Part, out: Vector) -> None:
-        """Fill out with what a row of V has in a part, which may be some of its own."""
+        """Write the entries of a row of V in `part`, which may be smaller than the row's part, to `out`."""
         np.multiply(part.of(self.vectors[row.vector]), self.dtype.type(row.scale), out=out)
 
     def _stacked(self, indices: Sequence[int], part: Part) -> Vector:
-        """Return what some rows of V have in a part (n, size), a new array."""
+        """Return the entries of some rows of V in a part, a new array (n, size)."""
         stack = np.zeros_like(self.vectors[0], shape=(len(indices), *part.of(self.vectors[0]).shape))
         for i, out in zip(indices, stack, strict=True):
             self._fill(self.rows[i], part, out)
@@ -97,9 +97,9 @@ class Basis(Directions):
         return [(part, [*each]) for part, each in groupby(indices, lambda i: self.rows[i].part)]
 
     def along(self) -> Along:
-        """Return the function of rows S (n, D) that computes V S' (k, n) up to the scales of V.
+        """Return the function S (n, D) -> V S' (k, n), up to the scales of V.
 
-        Where a part is contiguous in the vectors it uses them as they are; other parts are copied.
+        It uses views of the vectors for parts that are contiguous in them, and copies the other parts.
         """
         stacks, scales = list[tuple[Part, Vector]](), np.array([row.scale for row in self.rows])
         for part, indices in self._by_part():
@@ -113,7 +113,7 @@ class Basis(Directions):
         return Along(stacks, scales)
 
     def _runs(self, vectors: Sequence[int]) -> Iterator[Vector]:
-        """Yield these vectors, (c, D) views of those that follow one another in a stack."""
+        """Yield these vectors as views (c, D) of consecutive vectors in a stack."""
         start = 0
         for stack in self.stacks:
             inside = [i - start for i in vectors if start <= i < start + len(stack)]
@@ -123,7 +123,7 @@ class Basis(Directions):
             start += len(stack)
 
     def along_work(self, rows: int) -> Counts:
-        """Return the linear algebra of `along` for so many rows, and of the products among them."""
+        """Return the linear algebra of `along` for this number of rows, and of the product of its results."""
         each = together(product(len(indices), part.size, rows) for part, indices in self._by_part())
         return each + gram(len(self), rows)
 
@@ -140,7 +140,7 @@ class Basis(Directions):
 def normalised(
     objective: Objective, stacks: Sequence[Vector], parts: Sequence[Part], g: Vector
 ) -> tuple[Basis, Matrix, Matrix] | None:
-    """Cut vectors (n, D) into parts of length one, without those of length zero; collective.
+    """Cut vectors (n, D) into parts and scale them to length one, omitting zero parts; collective.
 
     Returns
     -------
@@ -151,7 +151,7 @@ def normalised(
     slopes : (k,) float64
         V g.
 
-    None if an entry is not finite.
+    The result is None if an entry is not finite.
     """
     vectors = [*(vector for stack in stacks for vector in stack), g]
     count, cut = len(vectors), pieces(parts, len(vectors), g.size)
@@ -177,7 +177,7 @@ def normalised(
 
 
 def pieces(parts: Sequence[Part], count: int, size: int) -> list[tuple[int, Part]]:
-    """Divide parts of `count` vectors (`size`,) into works, each with the index of its part."""
+    """Divide parts of `count` vectors (`size`,) into pieces for the ranks; return (index of part, piece)."""
     most = max(1, min(STACKED // count, size // SHARES))
     return [(i, piece) for i, part in enumerate(parts) for piece in part.divided(most)]
 
@@ -192,7 +192,7 @@ def _products(vectors: Sequence[Vector], part: Part) -> Matrix:
 
 
 class Step(NamedTuple):
-    """A step p (D,), -g' p and p' G p."""
+    """A step: p (D,), -g' p and p' G p."""
 
     p: Vector
     descent: float
@@ -200,18 +200,18 @@ class Step(NamedTuple):
 
     @property
     def promise(self) -> float:
-        """The decrease that the model predicts."""
+        """The decrease of the risk that the model predicts."""
         return self.descent - self.curvature / 2
 
     def shortened(self, part: float) -> Step:
-        """Return this part of the step."""
+        """Return the step multiplied by `part`."""
         p = self.p.dtype.type(part) * self.p
         return Step(p, part * self.descent, part * part * self.curvature)
 
 
 @dataclass(frozen=True)
 class ReducedModel:
-    """The model in the space of a basis: M and V V' (k, k), and V g (k,)."""
+    """The quadratic model in the space of a basis: M and V V' (k, k), and V g (k,)."""
 
     objective: Objective
     basis: Basis
@@ -221,18 +221,18 @@ class ReducedModel:
 
     @property
     def work(self) -> Counts:
-        """The linear algebra of one step: eigenvalues, and three products of a matrix and a vector."""
+        """The linear algebra of one step: an eigendecomposition and three matrix-vector products."""
         k = len(self.m)
         return eigh(k) + product(k, k) + product(k, k) + product(k, k)
 
     def step(self, damping: float) -> Step:
-        """Compute the step V' c of a damping."""
+        """Compute the step V' c for this damping."""
         system = self.m + damping * self.gram
         diagonal = np.diag(system)
         scale = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
         try:
             values, vectors = np.linalg.eigh(scale[:, None] * system * scale)
-        except np.linalg.LinAlgError:  # numbers that are not finite
+        except np.linalg.LinAlgError:  # the system contains numbers that are not finite
             return Step(self.basis.vectors[0] * np.nan, math.nan, math.nan)
         floor = RELATIVE[self.basis.dtype.name]
         along = np.matmul(vectors.T, scale * self.slopes) / (np.maximum(values, 0) + floor)

@@ -1,17 +1,17 @@
-"""Rows of a Gauss-Newton matrix at one theta: gradients of examples, or rows of a square root.
+"""Rows of a Gauss-Newton matrix at one theta: gradients of examples, or rows of a square root of the matrix.
 
 Symbols
 
-    S   the rows, M x D         g   the gradient of the risk, (D,)         N   scored outputs of the batch
+    S   the rows, M x D         g   the gradient of the risk, (D,)         N   number of scored outputs
 
-A Gauss-Newton or Fisher matrix is S'S / N. Three kinds of rows are known (docs/theory.md):
+A Gauss-Newton or Fisher matrix is S'S / N. There are three kinds of rows (docs/theory.md):
 
-scores      the gradient of the summed loss of each example, or of each of K consecutive time segments of it:
+scores      the gradient of the summed loss of each example, or of each of its K consecutive time segments:
             S'1 / N = g, and S'S / N is the empirical Fisher matrix.
-sketch      random cotangents in place of the gradient of the loss, one row a segment: the expectation of
+sketch      random cotangents replace the gradient of the loss, with one row per segment: the expectation of
             S'S / N is the Gauss-Newton matrix G.
 residuals   one row for each output of each scored step, A' J with A A' = H, the Hessian of the loss:
-            S'S / N = G exactly. With `residuals` r, which have A r = gradient of the loss, S'r / N = g.
+            S'S / N = G exactly. With the `residuals` r, defined by A r = gradient of the loss, S'r / N = g.
 """
 
 from __future__ import annotations
@@ -32,28 +32,29 @@ KINDS = "scores", "sketch", "residuals"
 
 
 Matrix = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
-"""A matrix, or the numbers of all rows, on the host."""
+"""A matrix, or a vector with one number per row, in float64 on the host."""
 
 
 @dataclass(frozen=True)
 class RowRequest:
-    """Which rows are wanted.
+    """A request for rows.
 
     Attributes
     ----------
     kind : {'scores', 'sketch', 'residuals'}
     segments : int
-        K, the number of time segments of an example, for scores and sketches; at most one for each step.
+        K, the number of time segments of an example, for scores and sketches; at most the number of time
+        steps.
     seed : int
-        Of a sketch: its signs depend on the seed and on the examples, not on ranks.
+        The seed of a sketch. Its random signs depend on the seed and on the examples, not on the ranks.
     stored : bool
-        Store all rows. Otherwise rows of residuals are stored only if they are fewer than the parameters (M <
-        D), and the result has `normal` alone if not.
+        Whether to store all rows. Otherwise rows of residuals are stored only if there are fewer rows than
+        parameters (M < D); if there are not, the result has only `normal`.
     largest_side : int
-        Refuse rows of residuals, before any are computed, whose smaller matrix, min(M, D), is larger
-        (`check_side`); 0: never.
+        Raise an error before rows of residuals are computed if the side of the smaller matrix, min(M, D), is
+        larger than this (`check_side`). 0: no limit.
     factors : bool
-        For scores and sketches: compute the Kronecker factors in the same pass (`RowMatrix.factors`).
+        For scores and sketches: also compute the Kronecker factors in the same pass (`RowMatrix.factors`).
     """
 
     kind: Annotated[str, Rule(f"must be one of {', '.join(KINDS)}", KINDS.__contains__)] = "scores"
@@ -66,22 +67,22 @@ class RowRequest:
     def __post_init__(self) -> None:
         check(self)
         if self.factors and self.kind == "residuals":
-            raise ValueError("rows of residuals have no Kronecker factors: take scores or a sketch")
+            raise ValueError("rows of residuals have no Kronecker factors: request scores or a sketch")
 
 
 def check_side(count: int, parameters: int, largest: int) -> None:
-    """Raise a UserError if the matrix of M residuals and D parameters has a larger side than `largest`."""
+    """Raise a UserError if the matrix for M residuals and D parameters has a side larger than `largest`."""
     side = min(count, parameters)
     if largest and side > largest:
         raise UserError(
-            f"a matrix of {side:,} x {side:,} numbers is needed for {count:,} residuals and "
-            f"{parameters:,} parameters, which takes {8 * side**2 / 1e9:.3g} GB and as much again for "
-            "its factor: take fewer examples a step or another optimizer, or raise largest_side"
+            f"{count:,} residuals and {parameters:,} parameters need a matrix of {side:,} x {side:,} "
+            f"numbers, which takes {8 * side**2 / 1e9:.3g} GB, and the same amount for its factor: use fewer "
+            "examples per step or a different optimizer, or raise largest_side"
         )
 
 
 class RowMatrix(ABC):
-    """Rows S (M, D) at one theta, spread over the ranks; every method is collective.
+    """Rows S (M, D) at one theta, distributed over the ranks; every method is collective.
 
     Attributes
     ----------
@@ -94,14 +95,14 @@ class RowMatrix(ABC):
     scored : float
         N, or the sum of the weights.
     cotangents : int
-        Rows of an example: the adjoint passes that ran side by side.
+        Rows per example: the number of adjoint passes that ran concurrently.
     residuals : (M,) float64 or None
-        For rows of residuals, r.
+        r, for rows of residuals.
     complete : bool
-        Whether S'r / N is all of g. It is not where the gradient of a loss has a part that its Hessian does
-        not see, such as the linear part of Huber's loss.
+        Whether S'r / N equals g. It does not if the gradient of the loss has a part outside the range of its
+        Hessian, as in the linear part of Huber's loss.
     factors : vector or None
-        The Kronecker factors, as of `Objective.factored_gradient`, where they were requested.
+        The Kronecker factors as `Objective.factored_gradient` returns them, if they were requested.
     """
 
     loss: float
@@ -115,14 +116,14 @@ class RowMatrix(ABC):
 
     @abstractmethod
     def times(self, v: Vector) -> Matrix:
-        """Compute S v (M,), float64 on the host, of v (D,)."""
+        """Compute S v (M,), float64 on the host, for v (D,)."""
 
     @abstractmethod
     def transposed(self, a: Matrix) -> Vector:
-        """Compute S' a (D,) of a (M,), or (k, D) of (k, M); in the type of theta, of float64."""
+        """Compute S' a (D,) for a (M,), or (k, D) for (k, M); `a` is float64, the result of theta's dtype."""
 
     def product(self, v: Vector) -> Vector:
-        """Compute S'S v (D,) of v (D,), in the type of theta."""
+        """Compute S'S v (D,) for v (D,), in the dtype of theta."""
         return self.transposed(self.times(v))
 
     @abstractmethod
@@ -136,7 +137,7 @@ class RowMatrix(ABC):
 
 @dataclass(frozen=True, eq=False)
 class DenseRows(RowMatrix):
-    """Rows in one array, for objectives of one process that compute their Jacobian themselves.
+    """Rows in one array, for user-defined objectives in one process that compute the Jacobian themselves.
 
     Examples
     --------
@@ -155,7 +156,7 @@ class DenseRows(RowMatrix):
 
     @property
     def count(self) -> int:  # type: ignore[override]
-        """M."""
+        """M, the number of rows."""
         return len(self.matrix)
 
     def times(self, v: Vector) -> Matrix:

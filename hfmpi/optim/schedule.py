@@ -1,4 +1,4 @@
-"""How the rate of a first-order method changes over its updates."""
+"""Schedules of the learning rate of first-order methods."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ SCHEDULES = ("constant", "inverse-root", "cosine")
 @documented
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The factor of the rate at each update: settings of a method with a schedule."""
+    """Settings of a method whose learning rate follows a schedule."""
 
     schedule: Annotated[
         str,
         one_of(*SCHEDULES),
         Meaning(
-            "How the rate changes. inverse-root: by 1 / sqrt(1 + t / schedule_steps) after t updates. "
-            "cosine: from 1 to schedule_end over schedule_steps updates, as half a period of a cosine "
-            "(Loshchilov and Hutter 2017), and schedule_end from then on.",
+            "The factor that multiplies the rate. inverse-root: 1 / sqrt(1 + t / schedule_steps) after t "
+            "updates. cosine: it decreases from 1 to schedule_end over schedule_steps updates, as half a "
+            "period of a cosine (Loshchilov and Hutter 2017), and then remains schedule_end.",
             torch="lr_scheduler",
             optax="schedule",
         ),
@@ -33,7 +33,7 @@ class Schedule:
         int,
         at_least(1),
         Meaning(
-            "The time scale of inverse-root, and the length of cosine.",
+            "The time scale of inverse-root, or the length of cosine.",
             unit="updates",
             torch="T_max",
             optax="decay_steps",
@@ -42,13 +42,14 @@ class Schedule:
     schedule_end: Annotated[
         float,
         within("[0, 1]"),
-        Meaning("The last factor of cosine, as a fraction of the rate.", optax="alpha", others=("eta_min",)),
+        Meaning("The final factor of cosine, as a fraction of the rate.", optax="alpha", others=("eta_min",)),
     ] = 0.1
     warm_up: Annotated[
         int,
         NOT_NEGATIVE,
         Meaning(
-            "Number of first updates over which the rate also rises linearly; 0: none.",
+            "Number of initial updates over which the rate rises linearly, in addition to the schedule. 0: "
+            "no warm-up.",
             unit="updates",
             torch="LinearLR(total_iters)",
             optax="warmup_steps",
@@ -56,7 +57,7 @@ class Schedule:
     ] = 0
 
     def factor(self, updates: int) -> float:
-        """Return the factor of the next update, after this number of updates."""
+        """Return the factor of the rate for the update that follows this number of updates."""
         rising = min(1.0, (updates + 1) / self.warm_up) if self.warm_up else 1.0
         if self.schedule == "inverse-root":
             return rising / math.sqrt(1 + updates / self.schedule_steps)

@@ -1,8 +1,8 @@
-"""Conjugate gradients for several shifts at once: (A + shift I) x = b for the same A and b.
+"""Conjugate gradients for several shifts together: (A + shift I) x = b for the same A and b.
 
-All shifts share the Krylov space of b, so that an iteration takes one product with A for all of them
+All shifts share the Krylov space of b, so that an iteration needs one product with A for all of them
 (Jegerlehner 1996, arXiv hep-lat/9612014; van den Eshof and Sleijpen 2004). The residuals of the shifted
-systems are parallel to that of the smallest shift, r_k = zeta_k r, and shorter.
+systems are parallel to the residual of the smallest shift, r_k = zeta_k r, and shorter.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hfmpi.optim.layout import Vector
 __all__ = ["shifted_solutions"]
 
 SOLVED = 1e-30
-"""A residual, as a part of that of the smallest shift, below which no digit of a solution changes."""
+"""A shift whose residual is below this fraction of the smallest shift's is solved in all digits."""
 
 
 def shifted_solutions(
@@ -38,19 +38,19 @@ def shifted_solutions(
     shifts : sequence of float
         Positive, ascending.
     tolerance : float
-        The iteration ends when the residual of the smallest shift is at most this part of b.
+        The iteration ends when the residual of the smallest shift is at most this fraction of b, in norm.
     most : int
-        Iterations at most.
+        Maximum number of iterations.
     kept : collection of int
-        Iterations whose iterate of the smallest shift is returned too.
+        Iterations after which the iterate of the smallest shift is also returned.
     agree : callable
         Returns rank 0's values of scalars (`Objective.agree`).
 
     Returns
     -------
     list of (D,), int
-        The solutions, then the iterates of `kept` that came before the end; and the iterations, each of them
-        a product. A solution may not be finite.
+        The solutions, followed by the iterates of `kept` that were reached before the end; and the number of
+        iterations, each of which takes one product. A solution may contain numbers that are not finite.
     """
     kind, smallest = b.dtype.type, shifts[0]
     r, xs, ps = b, [b * 0 for _ in shifts], [b * 1 for _ in shifts]
@@ -65,14 +65,14 @@ def shifted_solutions(
             return xs + iterates, iteration + 1
         alpha = square / bend
         r = r - kind(alpha) * q
-        # The square of the new residual, without a second message; the next iteration computes it again.
+        # The squared norm of the new residual without a second message; the next iteration recomputes it.
         after = max(square - 2 * alpha * slope + alpha**2 * length, 0.0)
         beta = after / square
         if iteration == 0:
             goal = tolerance**2 * square
         for k, shift in enumerate(shifts):
             before, last = zeta_before[k], zeta[k]
-            if last < SOLVED:  # it would underflow
+            if last < SOLVED:  # zeta would underflow
                 continue
             new = alpha_before * before * (1 + alpha * (shift - smallest))
             new = last * before * alpha_before / (new + alpha * beta_before * (before - last))

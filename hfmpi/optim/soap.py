@@ -4,10 +4,11 @@
     Q_L    eigenvectors of L, columns                       Q_R    eigenvectors of R, columns
     G'     Q_L' G Q_R, the gradient in the eigenbasis       M, V   Adam's means, of G and of the squares of G'
 
-The step is -rate Q_L (M' / (sqrt(V) + epsilon)) Q_R' with M' = Q_L' M Q_R and means corrected for their bias
-at the start. A side longer than `longest_side` is not rotated, and a block of one row or column is left to
-Adam. The eigenvectors are exact at the first update; every `refresh` updates one orthogonal iteration,
-Q <- qr(L Q), makes them follow. The authors take no step at the first gradient; here it counts.
+The step is -rate Q_L (M' / (sqrt(V) + epsilon)) Q_R' with M' = Q_L' M Q_R and means corrected for their
+initial bias. A side longer than `longest_side` is not rotated, and Adam updates a block that has only one row
+or column. The eigenvectors are exact at the first update; afterwards one orthogonal iteration, Q <- qr(L Q),
+updates them every `refresh` updates. The authors take no step at the first gradient; this implementation
+does.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from hfmpi.settings import Meaning, at_least, documented, within
 __all__ = ["SOAP", "Nesterov", "Refresh", "SOAPState"]
 
 TIES = 1e-3
-"""Part of the mean eigenvalue that is added to the last diagonal number, to those before it in proportion.
+"""The addition to a factor's diagonal rises linearly from zero to this fraction of the mean eigenvalue.
 
-A factor has many eigenvalues of zero at first. The addition separates them; otherwise rounding would, which
-depends on the number of ranks.
+At first a factor has many eigenvalues of zero. The addition separates them; otherwise rounding errors would,
+and these depend on the number of ranks.
 """
 
 
@@ -41,7 +42,7 @@ Refresh = Annotated[
     int,
     at_least(1),
     Meaning(
-        "Updates from one eigendecomposition to the next. The authors: 10.",
+        "Number of updates after which the eigenvectors are recomputed. The authors: 10.",
         unit="updates",
         others=("precondition_frequency",),
     ),
@@ -49,7 +50,7 @@ Refresh = Annotated[
 Nesterov = Annotated[
     bool,
     Meaning(
-        "Precondition beta1 M + (1 - beta1) G in place of M, as Muon and Nadam do (Dozat 2016).",
+        "Precondition beta1 M + (1 - beta1) G instead of M, as Muon and Nadam do (Dozat 2016).",
         torch="nesterov",
         optax="nesterov",
     ),
@@ -58,9 +59,9 @@ Nesterov = Annotated[
 
 @dataclass(frozen=True)
 class SOAPState(AdaptiveState):
-    """Means of gradients and of squares in the eigenbasis, factors and eigenvectors.
+    """Running means of gradients and of squares in the eigenbasis, factors and eigenvectors.
 
-    The means are (D,); `factors` holds L and R of each block, `bases` Q_L and Q_R.
+    The means are (D,); `factors` holds L and R of each block, `bases` holds Q_L and Q_R.
     """
 
     mean: Vector
@@ -72,9 +73,9 @@ class SOAPState(AdaptiveState):
 @documented
 @dataclass(frozen=True)
 class SOAP(Adaptive[SOAPState]):
-    """SOAP on the blocks of theta.
+    """SOAP for the matrices of theta, Adam for its vectors.
 
-    The defaults are those of its authors, for transformers, but for `longest_side`.
+    Except for `longest_side` the defaults are those of the authors, which are for transformers.
 
     Examples
     --------
@@ -93,7 +94,7 @@ class SOAP(Adaptive[SOAPState]):
         float,
         within("[0, 1)"),
         Meaning(
-            "Decay of the running means L and R, for each update. The authors: 0.95.",
+            "Decay of the running means L and R, per update. The authors: 0.95.",
             others=("shampoo_beta",),
         ),
     ] = 0.95
@@ -102,7 +103,8 @@ class SOAP(Adaptive[SOAPState]):
         int,
         at_least(1),
         Meaning(
-            "Longer sides (rows or columns) are not rotated. The authors: 10,000, which takes minutes.",
+            "Sides (rows or columns) longer than this are not rotated. The authors: 10,000, for which an "
+            "eigendecomposition takes minutes.",
             unit="rows or columns",
             others=("max_precond_dim",),
         ),
@@ -115,7 +117,7 @@ class SOAP(Adaptive[SOAPState]):
         Raises
         ------
         UserError
-            Without blocks.
+            If there are no blocks.
         """
         check_vector("theta", theta)
         check_blocks(self._name, blocks)
@@ -125,15 +127,15 @@ class SOAP(Adaptive[SOAPState]):
 
     @property
     def needs(self) -> Needs:
-        """What SOAP needs of the model."""
+        """SOAP needs the matrices of theta."""
         return Needs(blocks=True)
 
     def messages(self, parameters: int, blocks: Sequence[Block]) -> Messages:
-        """Return what the ranks exchange: the arrays of `_results` of each block."""
+        """Return the sizes of the messages: the arrays of `_results` for all blocks."""
         return Messages(matrices=BlockLayout(blocks, self._results).size)
 
     def algebra(self, state: SOAPState, blocks: Sequence[Block]) -> Counts:
-        """Return the linear algebra of `direction`: blocks, and the two sides of a block, side by side."""
+        """Return the linear algebra of `direction`; blocks and the two sides of a block run concurrently."""
 
         def of(block: Block) -> Counts:
             left, right = (shape[0] for shape in self._factors(block).values())
@@ -148,7 +150,7 @@ class SOAP(Adaptive[SOAPState]):
         return together(map(of, blocks))
 
     def _eigenvectors(self, state: SOAPState, side: int) -> Counts:
-        """Return the cost of the eigenvectors of a side in this state."""
+        """Return the cost of computing the eigenvectors of a side in this state."""
         if not self._refreshes(state):
             return Counts()
         return product(side, side, side) + qr(side) if state.updates else eigh(side)
@@ -159,7 +161,7 @@ class SOAP(Adaptive[SOAPState]):
     def direction(
         self, g: Vector, norm: float, state: SOAPState, objective: Objective, factor: float
     ) -> tuple[Vector, SOAPState]:
-        """Compute the step; matrix products and decompositions of each block are one rank's work."""
+        """Compute the step; one rank computes the matrix products and decompositions of each block."""
         kind, t, blocks = g.dtype.type, state.updates + 1, objective.blocks
         mean = kind(self.beta1) * state.mean + kind(1 - self.beta1) * g
         momentum = self._momentum(mean, g, t)
@@ -189,7 +191,7 @@ class SOAP(Adaptive[SOAPState]):
         results = share_out(objective, BlockLayout(blocks, self._results), g, fill)
         after = layout.views(factors), layout.views(bases)
         for block, new_factors, new_bases in zip(blocks, *after, strict=True):
-            new = results.pop(0)  # its memory is released
+            new = results.pop(0)  # popped so that its memory is released
             block.of(mean_square)[...], block.of(p)[...] = new["mean_square"], new["step"]
             for side in new_factors:
                 new_factors[side][...], new_bases[side][...] = new[side], new[f"Q_{side}"]
@@ -197,14 +199,14 @@ class SOAP(Adaptive[SOAPState]):
         return kind(self.rate * factor) * p, later
 
     def _momentum(self, mean: Vector, g: Vector, t: int) -> Vector:
-        """Return the mean of t gradients that is preconditioned, (D,), without its bias."""
+        """Return the bias-corrected mean of t gradients, (D,), which is to be preconditioned."""
         kind = g.dtype.type
         if self.nesterov:
             mean, t = kind(self.beta1) * mean + kind(1 - self.beta1) * g, t + 1
         return mean / kind(1 - self.beta1**t)
 
     def _finished(self, block: Block, step: Vector) -> Vector:
-        """Return the step of a block (rows, columns) from the preconditioned mean."""
+        """Return the step of a block (rows, columns) from its preconditioned mean; subclasses override it."""
         return step
 
     def _finishing(self, block: Block) -> Counts:
@@ -212,13 +214,13 @@ class SOAP(Adaptive[SOAPState]):
         return Counts()
 
     def _factors(self, block: Block) -> dict[str, Shape]:
-        """Return the shapes of L and R, which are those of Q_L and Q_R; (0, 0) for a side without."""
+        """Return the shapes of L and R, which Q_L and Q_R share; (0, 0) for a side that is not rotated."""
         sides = block.rows, block.columns
         left, right = (side if min(sides) > 1 and side <= self.longest_side else 0 for side in sides)
         return {"L": (left, left), "R": (right, right)}
 
     def _results(self, block: Block) -> dict[str, Shape]:
-        """Return the shapes of the arrays that are computed for a block."""
+        """Return the shapes of the arrays that one rank computes for a block."""
         matrix, factors = (block.rows, block.columns), self._factors(block)
         bases = {f"Q_{side}": shape for side, shape in factors.items()}
         return {"mean_square": matrix, "step": matrix, **factors, **bases}
@@ -227,8 +229,8 @@ class SOAP(Adaptive[SOAPState]):
 def _eigenvectors(matrix: Vector, before: Vector | None) -> Vector:
     """Compute the eigenvectors of a symmetric matrix, largest eigenvalue first; NaN if that fails.
 
-    With the eigenvectors of the update before by one orthogonal iteration, which moves each of them only as
-    far as the matrix has changed, so that V stays valid.
+    If the eigenvectors of an earlier update are passed, one orthogonal iteration updates them. It changes
+    them only as much as the matrix has changed, so that V remains valid.
     """
     size, kind = len(matrix), matrix.dtype.type
     matrix = matrix * 1

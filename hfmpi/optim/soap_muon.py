@@ -1,16 +1,17 @@
-"""SOAP-Muon: SOAP with Nesterov's look-ahead, whose step is made orthogonal in the hidden matrices.
+"""SOAP-Muon: SOAP with Nesterov's look-ahead and steps that are orthogonalised for the hidden matrices.
 
     M  <- beta1 M + (1 - beta1) G,    N = beta1 M + (1 - beta1) G
     P  = Q_L ((Q_L' N Q_R) / (sqrt(V) + epsilon)) Q_R'           (SOAP, hfmpi.optim.soap)
     P  <- scale orthogonal(P) in the rows of a hidden state      (Muon, hfmpi.optim.muon)
 
-and the step is -rate P. SOAP before Muon: Vyas et al., Improving SOAP using iterative whitening and Muon
-(2025, nikhilvyas.github.io/SOAP_Muon.pdf). It holds the records for the fewest steps at a fixed batch since
-May 2026, with new eigenvectors at every step since June (github.com/KellerJordan/modded-nanogpt,
-records/track_3_optimization, results 14 and 44, pull requests 278 and 321). As there, only hidden matrices
-are made orthogonal, not what acts on symbols or yields the outputs. What differs: V is SOAP's mean of squares
-of G', where the records have that of Q_L' N Q_R; the eigenvectors are those of this gradient and not of the
-one before; the other parameters are SOAP's, where the records have Adam.
+The step is -rate P. Applying Muon to the step of SOAP is from Vyas et al., Improving SOAP using iterative
+whitening and Muon (2025, nikhilvyas.github.io/SOAP_Muon.pdf). The method has held the records for the fewest
+steps at a fixed batch since May 2026, with new eigenvectors in every step since June
+(github.com/KellerJordan/modded-nanogpt, records/track_3_optimization, results 14 and 44, pull requests 278
+and 321). As in the records, only hidden matrices are orthogonalised, not the matrices that act on symbols or
+compute the outputs. There are three differences from the records: V is SOAP's running mean of the squares of
+G', not of those of Q_L' N Q_R; the eigenvectors include the current gradient, not only the previous ones; and
+the other parameters are updated by SOAP, not by Adam.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ __all__ = ["SOAPMuon"]
 class SOAPMuon(SOAP):
     """SOAP on the blocks of theta, with orthogonal steps in the matrices from hidden state to hidden state.
 
-    Those are the rows of a block with one kind of inputs, as many as a gate has outputs: W_h of all gates,
-    and a layer from one hidden state to another one of the same size. Without any the steps are SOAP's, with
-    Nesterov's look-ahead. The records have new eigenvectors in every update, `refresh=1`.
+    These are the rows of a block with one kind of inputs, if there are as many inputs as a gate has outputs:
+    W_h of all gates, and a layer from one hidden state to another one of the same size. Without such matrices
+    the steps are those of SOAP with Nesterov's look-ahead. The default `refresh=1` recomputes the
+    eigenvectors in every update, as in the records (see the module's docstring).
 
     Examples
     --------
@@ -51,9 +53,7 @@ class SOAPMuon(SOAP):
     scale: Annotated[
         float,
         POSITIVE,
-        Meaning(
-            "Length of the orthogonal steps: their singular values are about this number times the rate."
-        ),
+        Meaning("Scale of the orthogonal steps: their singular values are about this number times the rate."),
     ] = 3.0
     newton_schulz_steps: NewtonSchulzSteps = 5
 
@@ -71,7 +71,7 @@ class SOAPMuon(SOAP):
 
 
 def _hidden(block: Block) -> list[tuple[int, int]]:
-    """Return the rows, from and to, of each kind of inputs of a block that is as wide as its outputs."""
+    """Return the row ranges (from, to) of a block with one kind of inputs, as many as a gate has outputs."""
     width = block.columns // block.groups
     edges = pairwise((0, *block.cuts, block.rows))
     return [(top, bottom) for top, bottom in edges if 1 < bottom - top == width]

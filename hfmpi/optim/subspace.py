@@ -1,18 +1,19 @@
-"""One Gauss-Newton step in the space of many directions, for the fewest sequential passes.
+"""Gauss-Newton steps in the space of many directions, for the fewest sequential passes.
 
-`hfmpi.optim.reduced_model` has the quadratic model in the space of the directions V; V G V' needs J V alone,
-in one pass for all directions, or rows of a random sketch of G, which do not wait for V: their adjoint passes
-run beside the gradient's. The directions are K-FAC's preconditioned gradients at several dampings, those of
-rows of examples (S'S / N + gamma)^-1 g, the gradient, the gradient over its root mean square, and the last
-steps, each cut into parts (a gate of a matrix). There is no rate to tune and no line search. Lambda follows
-the reduction ratio, which needs no pass where the next gradient is of the same batch, because that gradient
-comes with the risk after the step. If the risk rose, part of the step is taken back, up to the minimum of the
-parabola through both risks and the slope. Where no step was judged before, as at the start, lambda may not
-fit the scale of the problem yet: there a forward pass checks the risk first, and the step is shortened until
-it lowers it. On other batches a forward pass computes the risk of every step.
+`hfmpi.optim.reduced_model` has the quadratic model in the space of the directions V. V G V' needs only J V,
+computed in one pass for all directions, or rows of a random sketch of G. The rows do not depend on V, so that
+their adjoint passes run at the same time as that of the gradient. The directions are K-FAC's preconditioned
+gradients at several dampings, those of rows of examples (S'S / N + gamma)^-1 g, the gradient, the gradient
+divided by its root mean square, and the last steps. Each direction is cut into parts (a gate of a matrix).
+There is no learning rate to tune and no line search. Lambda follows the reduction ratio. If the next gradient
+is on the same batch, the ratio needs no additional pass, because that gradient also returns the risk after
+the step. If the risk rose, part of the step is undone: it is shortened to the minimum of the parabola through
+both risks and the slope. If no step has been judged yet, as at the start, lambda may not fit the scale of the
+problem: then a forward pass first checks the risk, and the step is shortened until it lowers the risk. If the
+batch changes, a forward pass computes the risk of every step.
 
-Directions from K-FAC and an exact quadratic model along them are also how K-FAC chooses its rate and
-momentum (Martens and Grosse 2015, section 7), there with two directions.
+K-FAC also uses its directions and an exact quadratic model along them to choose its rate and momentum
+(Martens and Grosse 2015, section 7), with two directions.
 """
 
 from __future__ import annotations
@@ -52,53 +53,54 @@ __all__ = ["Subspace", "SubspaceState"]
 KINDS = "kfac", "rows", "gradient", "rms"
 
 LEAST, MOST = 0.1, 0.5
-"""Bounds of the part of a step that remains after the risk rose: bounds of the parabola's minimum."""
+"""Bounds of the fraction of a step that remains after the risk rose; they bound the parabola's minimum."""
 
 MOST_CHECKED = 30
-"""How often a step is shortened, or lambda raised, before it gives up."""
+"""How often a step is shortened, or lambda raised, before the step is rejected."""
 
 ROW_TOLERANCE = 1e-5
-"""Relative residual at which conjugate gradients on the rows end.
+"""Relative residual at which conjugate gradients on the rows stop.
 
-Directions of small curvature come last: with 1e-2 nearly all of the gain is lost.
+Directions of small curvature converge last: with a tolerance of 1e-2 nearly all of their benefit is lost.
 """
 
 SEEDS = 1 << 32
-"""Where the seeds of sketches of the model start: those of rows for directions must be others.
+"""First seed of the sketches for the model, which must differ from the seeds of the rows for directions.
 
-From the rows that the directions came from, the model would see too little curvature along them.
+A model from the same rows as the directions would underestimate the curvature along them.
 """
 
 LEAST_ROWS = 6
-"""Rows of a sketch for each direction: with fewer the error of V G V' is two fifths of it or more."""
+"""Minimum number of sketch rows per direction: with fewer the relative error of V G V' is 0.4 or more."""
 
 FEW_EXAMPLES = 128
-"""A curvature batch of so few examples has J V, which is exact and affordable there.
+"""For curvature batches of at most this size J V is used, because it is exact and affordable there.
 
-On the memory of 5 bits, with 32 sequences, the model from a sketch took 4 to 20 times as many passes.
+On the 5-bit memory task with 32 sequences, the model from a sketch took 4 to 20 times as many passes.
 """
 
 
 @dataclass(frozen=True)
 class SubspaceState:
-    """What a step needs of the steps before it.
+    """The state after a step.
 
     Attributes
     ----------
     updates : int
+        The number of steps taken so far.
     damping : float
         lambda.
     loss, descent, curvature : float
         The risk f before the last step p, -g' p and p' G p: the model predicts the risk
-        f - descent + curvature / 2 after it. 0 if there is no step to judge.
+        f - descent + curvature / 2 after it. All are 0 if there is no step to judge.
     factors : vector
-        Running means of the Kronecker factors; empty if the factors are those of this step alone.
+        Running means of the Kronecker factors; empty if only the factors of the current step are used.
     decomposition : vector
         Eigenvalues and eigenvectors of the factors; empty if every step decomposes them.
     mean_square : (D,)
         Running mean of squared gradients.
     steps : (max(1, memory) * D,)
-        The last steps, the latest first; at least one, which may have to be taken back.
+        The last steps, latest first; at least one is stored, because it may have to be undone.
     """
 
     updates: int
@@ -123,7 +125,7 @@ ROW_KINDS = "scores", "sketch"
 @documented
 @dataclass(frozen=True)
 class Subspace(Optimizer[SubspaceState]):
-    """Settings of the step in the space of many directions.
+    """Settings of Gauss-Newton steps in the space of many directions.
 
     Examples
     --------
@@ -133,38 +135,38 @@ class Subspace(Optimizer[SubspaceState]):
 
     directions: Annotated[
         str,
-        Rule(f"must be some of {', '.join(KINDS)} joined by +", _are_kinds),
+        Rule(f"must be one or more of {', '.join(KINDS)} joined by +", _are_kinds),
         Meaning(
-            "Some of kfac (gradients that K-FAC's factors precondition), rows (gradients that rows of "
-            "examples precondition), gradient and rms (the gradient over its root mean square), joined by +."
+            "One or more of kfac (gradients preconditioned by K-FAC's factors), rows (preconditioned by rows "
+            "of examples), gradient and rms (the gradient divided by its root mean square), joined by +."
         ),
     ] = "kfac"
     memory: Annotated[
         int,
         NOT_NEGATIVE,
-        Meaning("Number of last steps among the directions.", unit="steps", others=("history_size",)),
+        Meaning("Number of last steps used as directions.", unit="steps", others=("history_size",)),
     ] = 3
-    cut: Annotated[bool, Meaning("Cut every direction into the parts of the blocks.")] = True
+    cut: Annotated[bool, Meaning("Cut every direction into parts, such as a gate of a matrix.")] = True
     kfac_damping: Annotated[
-        float, POSITIVE, Meaning("The smallest gamma, the damping of K-FAC's directions.")
+        float, POSITIVE, Meaning("The smallest gamma: the damping of K-FAC's directions.")
     ] = 1e-4
-    kfac_dampings: Annotated[int, at_least(1), Meaning("Number of values of this gamma.")] = 3
-    kfac_ratio: Annotated[
-        float, POSITIVE, Meaning("Ratio of each value of this gamma to the one before.")
-    ] = 10.0
+    kfac_dampings: Annotated[int, at_least(1), Meaning("Number of values of gamma for K-FAC.")] = 3
+    kfac_ratio: Annotated[float, POSITIVE, Meaning("Ratio of each gamma for K-FAC to the previous one.")] = (
+        10.0
+    )
     factor_decay: Annotated[
         float,
         within("[0, 1)"),
         Meaning(
-            "Decay of the running mean of K-FAC's factors, for each step. With large batches, averaging over "
-            "past factors hurts."
+            "Decay of the running mean of K-FAC's factors, per step. With large batches, averaging over past "
+            "factors hurts."
         ),
     ] = 0.0
     segments: Annotated[
         int,
         at_least(1),
         Meaning(
-            "K, the segments of an example that have a row each; at most one for each time step.",
+            "K: the number of time segments of an example, each with one row; at most one per time step.",
             unit="segments",
         ),
     ] = 1
@@ -172,33 +174,32 @@ class Subspace(Optimizer[SubspaceState]):
         str,
         Rule("must be scores or sketch", ROW_KINDS.__contains__, ROW_KINDS),
         Meaning(
-            "Which rows: scores, the gradients of segments, or a random sketch of G, which is drawn again in "
-            "every step (hfmpi.optim.rows)."
+            "The kind of rows: scores, the gradients of segments, or a random sketch of G, which is drawn "
+            "again in every step (hfmpi.optim.rows)."
         ),
     ] = "scores"
     row_damping: Annotated[
         float,
         POSITIVE,
         Meaning(
-            "The smallest gamma, the damping of the rows' directions.",
+            "The smallest gamma: the damping of the directions from rows.",
             unit="the risk per squared length of theta",
         ),
     ] = 1e-4
-    row_dampings: Annotated[int, at_least(1), Meaning("Number of values of this gamma.")] = 3
-    row_ratio: Annotated[float, POSITIVE, Meaning("Ratio of each value of this gamma to the one before.")] = (
-        10.0
-    )
+    row_dampings: Annotated[int, at_least(1), Meaning("Number of values of gamma for rows.")] = 3
+    row_ratio: Annotated[float, POSITIVE, Meaning("Ratio of each gamma for rows to the previous one.")] = 10.0
     row_steps: Annotated[
         int,
         at_least(1),
-        Meaning("Maximum iterations of conjugate gradients on the rows.", unit="iterations"),
+        Meaning("Maximum number of CG iterations on the rows.", unit="iterations"),
     ] = 100
     row_iterates: Annotated[
         int,
         NOT_NEGATIVE,
         Meaning(
-            "Number of earlier iterates for the smallest gamma of the rows that are directions too, at equal "
-            "ratios of their iterations: those of two are 5 and 22 where row_steps is 100.",
+            "Number of earlier CG iterates, for the smallest gamma of the rows, that are also used as "
+            "directions. Their iteration numbers have equal ratios: two iterates are those after 5 and 22 "
+            "iterations if row_steps is 100.",
             unit="iterates",
         ),
     ] = 0
@@ -206,28 +207,28 @@ class Subspace(Optimizer[SubspaceState]):
         int,
         NOT_NEGATIVE,
         Meaning(
-            "The segments of an example of the curvature batch that have a row of a random sketch of G each, "
-            "from which V G V' is estimated. V G V' is computed from J V, which waits for V, where this is "
-            "0, where the batch has at most 128 examples, or where there are fewer than six rows for each "
-            "direction.",
+            "V G V' is estimated from a random sketch of G that has one row for each of this number of "
+            "segments of each example in the curvature batch. V G V' is instead computed from J V, which "
+            "cannot start before V is known, if this is 0, if the batch has at most 128 examples, or if "
+            "there are fewer than six rows per direction.",
             unit="segments",
         ),
     ] = 0
     square_decay: Annotated[
         float,
         within("[0, 1)"),
-        Meaning("Decay of the running mean of squared gradients, for each step, with the direction rms."),
+        Meaning("Decay of the running mean of squared gradients, per step, for the direction rms."),
     ] = 0.9
     refresh: Annotated[
         int,
         at_least(1),
-        Meaning("Steps from one decomposition of K-FAC's factors to the next.", unit="steps"),
+        Meaning("Number of steps after which K-FAC's factors are decomposed again.", unit="steps"),
     ] = 1
     damping: Annotated[
         float,
         NOT_NEGATIVE,
         Meaning(
-            "lambda at the start.",
+            "Initial value of lambda.",
             unit="the risk per squared length of theta",
             others=("lambda", "lambda_"),
         ),
@@ -242,8 +243,8 @@ class Subspace(Optimizer[SubspaceState]):
         float,
         NOT_NEGATIVE,
         Meaning(
-            "Adds weight_decay / 2 * theta' theta to the model and to all risks that steer, but not to the "
-            "risk in the history.",
+            "weight_decay / 2 * theta' theta is added to the model and to all risks that decisions are based "
+            "on, but not to the risk in the history.",
             unit="the risk per squared length of theta",
             torch="weight_decay",
             optax="weight_decay",
@@ -254,16 +255,19 @@ class Subspace(Optimizer[SubspaceState]):
         int,
         NOT_NEGATIVE,
         Meaning(
-            "Number of lambdas, by factors of 4, that are tried on the gradient batch in one pass; the best "
-            "one is used. 0: the risk after a step comes with the next gradient if that is of the same "
-            "batch; otherwise as 1."
+            "Number of values of lambda, with ratio 4, that are tried on the gradient batch in one pass; the "
+            "best one is used. 0: the risk after a step comes with the next gradient if that is on the same "
+            "batch; otherwise 0 has the effect of 1."
         ),
     ] = 0
 
     def __post_init__(self) -> None:
         check(self)
         if not self.damping_minimum <= self.damping_maximum:
-            raise UserError("damping_minimum must not exceed damping_maximum")
+            raise UserError(
+                f"damping_minimum, {self.damping_minimum:g}, must not exceed damping_maximum, "
+                f"{self.damping_maximum:g}"
+            )
 
     def init(self, theta: Vector, blocks: Sequence[Block] = ()) -> SubspaceState:
         """Return the state before the first step.
@@ -271,7 +275,7 @@ class Subspace(Optimizer[SubspaceState]):
         Raises
         ------
         UserError
-            Without blocks.
+            If there are no blocks.
         """
         check_vector("theta", theta)
         check_blocks("subspace", blocks)
@@ -287,21 +291,21 @@ class Subspace(Optimizer[SubspaceState]):
 
     @property
     def needs(self) -> Needs:
-        """What these settings need of the model."""
+        """The capabilities that the step requires with these settings."""
         sketch, kfac, rows = self.curvature_segments > 0, self._uses("kfac"), self._uses("rows")
         return Needs(blocks=True, kronecker_factors=kfac, rows=rows, sketch=sketch)
 
     def sketch_segments(self, examples: int) -> int:
-        """Return the segments that have rows of a sketch, in a batch of so many examples; 0: there is J V."""
+        """Return the number of segments in the sketch of a curvature batch of this size; 0: J V is used."""
         return 0 if 0 < examples <= FEW_EXAMPLES else self.curvature_segments
 
     @property
     def seeks_lowest_risk(self) -> bool:
-        """Whether a lower risk is always better: not with weight decay."""
+        """Whether a lower risk is always better; False with weight decay."""
         return not self.weight_decay
 
     def messages(self, parameters: int, blocks: Sequence[Block]) -> Messages:
-        """Return what the ranks exchange: the sums of the factors, the results of K-FAC, inner products."""
+        """Return the sizes of the messages: sums of the factors, results of K-FAC, and inner products."""
         kfac, rows = self._uses("kfac"), self._uses("rows")
         count = self.memory + kfac * self.kfac_dampings + rows * (self.row_dampings + self.row_iterates)
         count += self._uses("gradient") + self._uses("rms") + 1  # and the gradient
@@ -313,13 +317,13 @@ class Subspace(Optimizer[SubspaceState]):
         return Messages(kronecker_layout(blocks).size + 1, results, products)
 
     def on_other_batches(self, state: Mapping[str, EntryT]) -> dict[str, EntryT | float]:
-        """Return the state without a step to judge: its risk was that of another batch."""
+        """Return the state without a step to judge, because its risk belongs to a different batch."""
         return {**state, "loss": 0.0, "descent": 0.0, "curvature": 0.0}
 
     def step(
         self, theta: Vector, state: SubspaceState, objectives: Objectives
     ) -> tuple[Vector, SubspaceState, StepReport]:
-        """Take one step, or take part of the last one back if the risk rose."""
+        """Take one step, or undo part of the last one if the risk rose."""
         objectives = checked(theta, objectives)
         check_state(state, SubspaceState, theta)
         objective, kind = objectives.gradient, theta.dtype.type
@@ -330,7 +334,7 @@ class Subspace(Optimizer[SubspaceState]):
             rows = objective.rows(theta, request)
             at, factors = Gradient(rows.loss, rows.gradient), rows.factors
             if request.factors and factors is None:
-                raise UserError("the objective's rows lack Kronecker factors (RowMatrix.factors)")
+                raise UserError("the objective's rows have no Kronecker factors: set RowMatrix.factors")
         elif self._uses("kfac"):
             at, factors = objective.factored_gradient(theta)
         else:
@@ -369,11 +373,11 @@ class Subspace(Optimizer[SubspaceState]):
             refreshes, kept = self._refreshes(state), self.refresh > 1
             algebra = preconditioning(objective.blocks, self.kfac_dampings, refreshes, kept)
         state, directions = self._directions(state, objective, g, factors)
-        del factors  # they are larger than theta
+        del factors  # free their memory: they are larger than theta
         if rows is not None:
             further, work = self._row_directions(objective, rows, g)
             directions, algebra = [*(x[None] for x in further), *directions], algebra + work
-            del rows  # their memory is large
+            del rows  # free their memory, which is large
         model, work = self._model(theta, state, objectives, g, directions)
         report = replace(report, work=passes + work + algebra, details=_details(norm, state.damping, rho))
         if model is None:
@@ -410,7 +414,7 @@ class Subspace(Optimizer[SubspaceState]):
         steps: list[Step],
         report: StepReport,
     ) -> tuple[Vector, SubspaceState, StepReport]:
-        """Take the step of the damping that has the lowest risk, unless none lowers the risk."""
+        """Take the step of the damping with the lowest risk, unless no damping lowers the risk."""
         ends = [theta + step.p for step in steps]
         losses = [risk + self._penalty(end) for risk, end in zip(objective.losses(ends), ends, strict=True)]
         losses = list(objective.agree(tuple(losses)))
@@ -424,7 +428,7 @@ class Subspace(Optimizer[SubspaceState]):
         details = {**report.details, "damping": damping, "rho": rho if math.isfinite(rho) else None}
         report = replace(report, work=work, details=details)
         if not lower:
-            return theta, state, replace(report, message="no candidate lowers the risk")
+            return theta, state, replace(report, message="step rejected: no candidate lowers the risk")
         return self._taken(theta, state, objective, steps[best], report)
 
     def _checked(
@@ -436,10 +440,10 @@ class Subspace(Optimizer[SubspaceState]):
         step: Step,
         report: StepReport,
     ) -> tuple[Vector, SubspaceState, StepReport]:
-        """Take this step, or the first part of it that lowers the risk; each costs a loss.
+        """Take this step, shortened until it lowers the risk; each attempt costs one forward pass.
 
-        A shorter step does better than one of a larger lambda, which is far too large for the steps that
-        follow: lambda is raised, by factors of 4, only where the model promises nothing.
+        Shortening the step works better than raising lambda, which would be far too large for the following
+        steps. Lambda is raised, by factors of 4, only if the model does not predict a decrease.
         """
         losses = 0
         for _ in range(MOST_CHECKED):
@@ -453,7 +457,7 @@ class Subspace(Optimizer[SubspaceState]):
                 step = step.shortened(_part(loss - state.loss, step.descent))
             elif state.damping == self.damping_maximum:
                 break
-            else:  # the model has been lost to rounding
+            else:  # rounding errors dominate the model
                 damping = min(max(4 * state.damping, self.damping_minimum), self.damping_maximum)
                 state = replace(state, damping=damping)
                 report = replace(report, details={**report.details, "damping": damping})
@@ -461,7 +465,7 @@ class Subspace(Optimizer[SubspaceState]):
                 report = replace(report, work=report.work + model.work)
             if 0 <= step.promise <= rounding(state.loss, theta):
                 break
-        return theta, state, replace(report, message="no part of the step lowers the risk")
+        return theta, state, replace(report, message="step rejected: no part of it lowers the risk")
 
     def _parts(self, parameters: int, blocks: Sequence[Block]) -> list[Part]:
         return parts_of(blocks) if self.cut else [whole(parameters)]
@@ -475,7 +479,7 @@ class Subspace(Optimizer[SubspaceState]):
     def _directions(
         self, state: SubspaceState, objective: Objective, g: Vector, factors: Vector
     ) -> tuple[SubspaceState, list[Vector]]:
-        """Compute the directions, (n, D) each, and the state with the means that they come from."""
+        """Compute the directions, in arrays (n, D), and the state with updated running means."""
         kind = g.dtype.type
         first = 1 - 1 / (state.updates + 1)
         directions = [g[None]] if self._uses("gradient") else []
@@ -501,7 +505,7 @@ class Subspace(Optimizer[SubspaceState]):
     def _row_directions(
         self, objective: Objective, rows: RowMatrix, g: Vector
     ) -> tuple[list[Vector], Counts]:
-        """Compute (S'S / N + gamma)^-1 g for each gamma of the rows."""
+        """Compute (S'S / N + gamma)^-1 g for each gamma of the rows; return the work too."""
         scale = g.dtype.type(1 / rows.scored)
         ratio = self.row_steps ** (1 / (self.row_iterates + 1))
         found, iterations = shifted_solutions(
@@ -523,7 +527,7 @@ class Subspace(Optimizer[SubspaceState]):
     def _model(
         self, theta: Vector, state: SubspaceState, objectives: Objectives, g: Vector, directions: list[Vector]
     ) -> tuple[ReducedModel | None, Counts]:
-        """Compute the model in the space of the directions, None if one is not finite; and the work."""
+        """Compute the model in the space of the directions (None if one is not finite), and the work."""
         objective = objectives.gradient
         parts = self._parts(g.size, objective.blocks)
         found = normalised(objective, directions, parts, g)
@@ -546,7 +550,7 @@ class Subspace(Optimizer[SubspaceState]):
         return model, work + Counts(linearisations=linearisations, directions=count - 1)
 
     def _damped(self, damping: float, rho: float) -> float:
-        """Return lambda after a step with this reduction ratio."""
+        """Return lambda for the step after one with this reduction ratio."""
         if abs(rho - 1) < 0.1:
             damping *= 0.25
         elif rho > 0.75:
@@ -560,7 +564,7 @@ class Subspace(Optimizer[SubspaceState]):
     def _taken(
         self, theta: Vector, state: SubspaceState, objective: Objective, step: Step, report: StepReport
     ) -> tuple[Vector, SubspaceState, StepReport]:
-        """Take a step, unless it is not finite."""
+        """Return the result of taking this step, or of rejecting it if it is not finite."""
         (square,) = objective.agree((inner_product(step.p, step.p),))
         if not math.isfinite(square):
             return theta, state, replace(report, message="the step is not finite")
@@ -575,7 +579,7 @@ class Subspace(Optimizer[SubspaceState]):
     def _back(
         self, theta: Vector, state: SubspaceState, loss: float, report: StepReport
     ) -> tuple[Vector, SubspaceState, StepReport]:
-        """Go back to the minimum of the parabola through both risks: to a tenth to half of the step."""
+        """Shorten the last step to the minimum of the parabola through both risks, 0.1 to 0.5 of the step."""
         part = _part(loss - state.loss, state.descent)
         size, steps, kind = theta.size, state.steps * 1, theta.dtype.type
         p = kind(part) * steps[:size]
@@ -583,12 +587,12 @@ class Subspace(Optimizer[SubspaceState]):
         descent, curvature = part * state.descent, part * part * state.curvature
         damping = min(4 * state.damping, self.damping_maximum)
         state = replace(state, damping=damping, descent=descent, curvature=curvature, steps=steps)
-        message = f"the risk rose: back to {part:.2g} of the last step"
+        message = f"the risk rose: the last step was shortened to {part:.2g} of its length"
         return theta, state, replace(report, message=message, details={**report.details, "damping": damping})
 
 
 def _part(rise: float, descent: float) -> float:
-    """Return the part of a step to keep after which the risk rose; `descent` is -g'p."""
+    """Return the fraction of a step that remains if it raised the risk by `rise`; `descent` is -g'p."""
     if not math.isfinite(rise):
         return LEAST
     bend = rise + descent
@@ -596,7 +600,7 @@ def _part(rise: float, descent: float) -> float:
 
 
 def _noise(theta: Vector, objectives: Objectives, loss: float) -> tuple[float, Counts]:
-    """Estimate the rounding of the risk at theta, an agreed number; return the passes too."""
+    """Estimate the rounding of the risk at theta, the same number on all ranks; return the passes too."""
     projected = objectives.second.project(theta)(theta[None])
     (curvature,) = objectives.gradient.agree((float(projected[0, 0]),))
     work = Counts(linearisations=int(not objectives.shared), projections=1)

@@ -2,11 +2,12 @@
 
     f(rate) <= f(0) + sufficient * rate * f'(0)         abs(f'(rate)) <= curvature * abs(f'(0))
 
-f(rate) is the risk at theta + rate p. The algorithm keeps an interval that contains such rates, first of the
-auxiliary function f(rate) - f(0) - sufficient * rate * f'(0), and once that is not positive with a rising
-slope, of f itself. A safeguarded cubic or quadratic interpolation chooses each trial (More and Thuente 1994,
-Line search algorithms with guaranteed sufficient decrease, sections 2 to 4; MINPACK-2, dcsrch and dcstep).
-A trial where the risk is not finite is a wall: no later trial reaches it.
+f(rate) is the risk at theta + rate p. The algorithm maintains an interval that contains rates which meet the
+conditions. It uses the auxiliary function f(rate) - f(0) - sufficient * rate * f'(0) until the value of that
+function at a trial is not positive and the slope of f is not negative, and f itself afterwards. A safeguarded
+cubic or quadratic interpolation chooses each trial (More and Thuente 1994, Line search algorithms with
+guaranteed sufficient decrease, sections 2 to 4; MINPACK-2, dcsrch and dcstep). A trial where the risk is not
+finite is a wall: all later trials are shorter.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from hfmpi.optim.layout import Vector
 __all__ = ["Evaluate", "MoreThuente", "Trial", "WolfeSearch"]
 
 SHRINK = 0.66
-"""The interval must shrink to this part in two trials (More and Thuente, section 4; dcsrch, dcstep)."""
+"""The interval must shrink to this fraction in two trials (More and Thuente, section 4; dcsrch, dcstep)."""
 
 NEAREST, FARTHEST = 1.1, 4.0
-"""Bounds of an extrapolation, over the last move of the trial (dcsrch: xtrapl, xtrapu)."""
+"""Bounds of an extrapolation, relative to the last change of the rate (dcsrch: xtrapl, xtrapu)."""
 
 BEFORE_WALL = 0.1
-"""Part of the way to a wall at which the next trial lies if no trial was finite yet; otherwise a half."""
+"""Fraction of the distance to a wall at which the next trial lies until one is finite; afterwards 0.5."""
 
 
 class Trial(NamedTuple):
-    """A rate, f and f' there, theta + rate p, and the gradient there."""
+    """A trial: the rate, f and f' at that rate, theta + rate p, and the gradient at that theta."""
 
     rate: float
     loss: float
@@ -45,12 +46,12 @@ class Trial(NamedTuple):
         return math.isfinite(self.loss) and math.isfinite(self.slope)
 
     def tilted(self, slope: float) -> Trial:
-        """Return the trial of the function f(rate) - slope * rate."""
+        """Return the trial for the function f(rate) - slope * rate."""
         return Trial(self.rate, self.loss - slope * self.rate, self.slope - slope)
 
 
 Evaluate = Callable[[float], Trial]
-"""rate -> Trial; the same numbers on all ranks."""
+"""rate -> Trial, with the same numbers on all ranks."""
 
 
 class WolfeSearch(NamedTuple):
@@ -59,15 +60,16 @@ class WolfeSearch(NamedTuple):
     Attributes
     ----------
     best : Trial
-        The trial that meets the strong Wolfe conditions, which ends the search; otherwise that with the
-        lowest risk, or the start if none lowers the risk.
+        The trial that meets the strong Wolfe conditions, if there is one; otherwise the trial with the lowest
+        risk, or the start if no trial lowers the risk.
     satisfied : bool
-        Whether it meets them.
+        Whether `best` meets the conditions.
     evaluations : int
+        The number of trials.
     finite : Trial or None
-        The first trial that was finite.
+        The first trial with finite numbers.
     wall : float
-        The smallest rate of a trial that was not finite, or infinity.
+        The smallest rate of a trial whose numbers are not finite, or infinity.
     """
 
     best: Trial
@@ -86,9 +88,10 @@ class MoreThuente:
     sufficient, curvature : float
         1e-4 and 0.9 for quasi-Newton directions (Nocedal and Wright 2006, section 3.1).
     tries : int
-        Maximum evaluations; 20 in L-BFGS-B.
+        Maximum number of trials; 20 in L-BFGS-B.
     narrow : float
-        The search ends if the interval is shorter than this part of its upper end; xtol = 0.1 in L-BFGS-B.
+        The search ends when the interval is shorter than this fraction of its upper end; xtol = 0.1 in
+        L-BFGS-B.
     """
 
     sufficient: float = 1e-4
@@ -97,18 +100,19 @@ class MoreThuente:
     narrow: float = 0.1
 
     def search(self, evaluate: Evaluate, start: Trial, first: float) -> WolfeSearch:
-        """Find a rate that meets the strong Wolfe conditions.
+        """Search for a rate that meets the strong Wolfe conditions.
 
         Parameters
         ----------
         evaluate : callable
+            rate -> Trial.
         start : Trial
-            At rate 0, with a negative slope.
+            The trial at rate 0, whose slope is negative.
         first : float
             The first rate to try.
         """
         least = self.sufficient * start.slope
-        low = high = best = start  # low: the end of the interval with the lowest value
+        low = high = best = start  # low: the end of the interval where the function is lower
         bracketed, auxiliary, wall = False, True, math.inf
         width = before = math.inf
         rate, evaluations = first, 0
@@ -129,7 +133,7 @@ class MoreThuente:
             if enough and abs(trial.slope) <= -self.curvature * start.slope:
                 return WolfeSearch(trial, True, evaluations, finite, wall)
             auxiliary = auxiliary and not (enough and trial.slope >= 0)
-            # The auxiliary function helps only where f itself falls, but not enough.
+            # The auxiliary function is useful only if f itself decreases, but not sufficiently.
             tilt = least if auxiliary and trial.loss <= low.loss and not enough else 0.0
             low, high, bracketed, rate = _next(low, high, trial, bracketed, tilt)
             if bracketed:
@@ -151,23 +155,24 @@ def _next(
 ) -> tuple[Trial, Trial, bool, float]:
     """Return the interval after a trial, whether it brackets a minimum, and the next rate (dcstep).
 
-    The interpolation is that of f(rate) - tilt * rate. Without a bracket the trial lies right of `low`.
+    The function f(rate) - tilt * rate is interpolated. Without a bracket the trial's rate is larger than that
+    of `low`.
     """
     x, y, p = low.tilted(tilt), high.tilted(tilt), trial.tilted(tilt)
-    if p.loss > x.loss:  # case 1: higher, so that there is a minimum between
+    if p.loss > x.loss:  # case 1: the value is higher, so that there is a minimum in between
         cubic, quadratic = _along(x, _cubic(x, p), p), _along(x, _parabola(x, p), p)
         near = abs(cubic - x.rate) < abs(quadratic - x.rate)
         return low, trial, True, cubic if near else (cubic + quadratic) / 2
-    if p.slope * math.copysign(1.0, x.slope) < 0:  # case 2: lower, and the slope has changed its sign
+    if p.slope * math.copysign(1.0, x.slope) < 0:  # case 2: the value is lower, and the slope changed sign
         cubic, secant = _along(p, _cubic(p, x), x), _along(p, _secant(p, x), x)
         far = abs(cubic - p.rate) > abs(secant - p.rate)
         return trial, low, True, cubic if far else secant
     move = p.rate - x.rate
     nearest = p.rate + NEAREST * move if x.rate else 0.0
     farthest = p.rate + FARTHEST * move
-    if abs(p.slope) < abs(x.slope):  # case 3: lower, and the slope has become flatter
+    if abs(p.slope) < abs(x.slope):  # case 3: the value is lower, and the slope is flatter
         ratio, secant = _cubic(p, x), _along(p, _secant(p, x), x)
-        # The cubic may have no minimum beyond the trial.
+        # The cubic may not have a minimum farther away than the trial.
         cubic = _along(p, ratio, x) if ratio < 0 else math.copysign(math.inf, move)
         if not bracketed:
             far = abs(cubic - p.rate) > abs(secant - p.rate)
@@ -175,7 +180,7 @@ def _next(
         rate = cubic if abs(cubic - p.rate) < abs(secant - p.rate) else secant
         limit = p.rate + SHRINK * (y.rate - p.rate)
         return trial, high, True, min(limit, rate) if move > 0 else max(limit, rate)
-    # case 4: lower, and the slope has not become flatter
+    # case 4: the value is lower, and the slope is not flatter
     return trial, high, bracketed, _along(p, _cubic(p, y), y) if bracketed else farthest
 
 
@@ -184,7 +189,7 @@ def _along(a: Trial, ratio: float, b: Trial) -> float:
 
 
 def _cubic(a: Trial, b: Trial) -> float:
-    """Return where the cubic through both, with their slopes, has its minimum: 0 at a, 1 at b; or NaN."""
+    """Return the minimum of the cubic with the values and slopes of a and b (0: at a, 1: at b), or NaN."""
     theta = 3 * (a.loss - b.loss) / (b.rate - a.rate) + a.slope + b.slope
     scale = max(abs(theta), abs(a.slope), abs(b.slope))
     if not 0 < scale < math.inf:
@@ -198,10 +203,10 @@ def _cubic(a: Trial, b: Trial) -> float:
 
 
 def _parabola(a: Trial, b: Trial) -> float:
-    """Return where the parabola through a and b with the slope of a has its minimum."""
+    """Return the minimum of the parabola through a and b with the slope of a (0: at a, 1: at b)."""
     return a.slope / ((a.loss - b.loss) / (b.rate - a.rate) + a.slope) / 2
 
 
 def _secant(a: Trial, b: Trial) -> float:
-    """Return where the line through both slopes is zero."""
+    """Return the zero of the line through the slopes of a and b (0: at a, 1: at b)."""
     return a.slope / (a.slope - b.slope)
