@@ -454,9 +454,7 @@ class JaxModel(FrameworkModel):
             )
         arrays = {label for label in used if isinstance(label, int)}
         if not arrays:
-            raise UserError(
-                "the outputs do not depend on params: the function must use its first argument"
-            )
+            raise UserError("the outputs do not depend on params: the function must use its first argument")
         draws = {label for label in used if isinstance(label, Draw)}
         if draws:
             other = self._used(self._traced(examples.take([0] * (1 + (examples.size == 1)))))
