@@ -659,7 +659,7 @@ def infinite():
 @pytest.mark.parametrize(("make", "cases", "words"), [
     (lambda: nn.Linear, GOOD, "module must be a torch.nn.Module, not the class Linear"),
     (lambda: module().requires_grad_(False), GOOD, "no parameter that requires a gradient"),
-    (lambda: torch.jit.trace(module(), torch.as_tensor(ROWS)), GOOD, "pass the module that was scripted"),
+    (lambda: torch.jit.trace(module(), torch.as_tensor(ROWS)), GOOD, "pass the original module"),
     (lambda: nn.Tanh(), GOOD, "no parameter that requires a gradient"),
     (lambda: nn.LazyLinear(OUTPUTS), GOOD, "parameters without a shape: call it once"),
     (lambda: module().bfloat16(), GOOD, "must all be float32 or all be float64, not bfloat16"),

@@ -162,7 +162,9 @@ def test_class_weights_are_those_of_the_run(tmp_path):
     assert result.valid_loss == pytest.approx(right.item(), rel=1e-5)
     with pytest.raises(hfmpi.UserError, match="is a run on other training cases"):
         run([1.0, 2.0, 3.0, 5.0], 3)
-    with pytest.raises(hfmpi.UserError, match="weight of the loss has 3 classes, and the module 4 outputs"):
+    with pytest.raises(
+        hfmpi.UserError, match="weight of the loss has 3 classes, but the module has 4 outputs"
+    ):
         hfmpi.train(
             hfmpi.TorchModel(ByClass(), nn.CrossEntropyLoss(weight=torch.ones(3))),
             (X, LABELS),

@@ -292,7 +292,9 @@ class Params:
             )
         both = sorted(statistics.intersection(self._trained))
         if both:
-            notes.append(f"Note: `trained` includes likely running statistics: {self.listed(both)}.")
+            notes.append(
+                f"Note: `trained` includes arrays that look like running statistics: {self.listed(both)}."
+            )
         return notes
 
     def listed(self, which: Sequence[int]) -> str:
