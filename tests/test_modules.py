@@ -109,8 +109,8 @@ def into_the_module(function):
         (LossLinearisation, "gauss_newton", scaled, "wrong Gauss-Newton product"),
         (LossLinearisation, "project", scaled, "wrong V G V'"),
         (hfmpi.TorchModel, "loss", more, "wrong loss"),
-        (hfmpi.TorchModel, "loss", into_the_module, "the module is changed: values"),
-        (ModelTask, "check", refuse, "refused without reason: no"),
+        (hfmpi.TorchModel, "loss", into_the_module, "the module was changed: values"),
+        (ModelTask, "check", refuse, "refused a correct module: no"),
         (ModelTask, "check", fail, "ValueError: shapes do not fit"),
     ],
 )
