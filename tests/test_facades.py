@@ -775,7 +775,7 @@ def test_the_example_changes_five_lines():
         edits = difflib.SequenceMatcher(None, *lines, autojunk=False).get_opcodes()
         assert sum(max(b - a, d - c) for kind, a, b, c, d in edits if kind != "equal") <= 5
         assert "hfmpi" in after
-        with pytest.raises(SystemExit, match="take the revision"):
+        with pytest.raises(SystemExit, match="use the revision"):
             change.changed(name, after)
 
 

@@ -241,10 +241,10 @@ def test_runs_of_a_file_join_those_of_a_folder(study, curves, tmp_path):
     curves.write(curves.Study("small", 80.0, None, filed), tmp_path / "known.json")
     known = curves.elsewhere(tmp_path, curves.Study("small", 80.0, None, {}), [tmp_path / "known.json"])
     assert known.runs == filed
-    with pytest.raises(UserError, match="is of the size small: say --size small"):
+    with pytest.raises(UserError, match="has the size small: use --size small"):
         curves.load([tmp_path / "known.json"], "medium", None)
     (tmp_path / "known.json").write_text("{}")
-    with pytest.raises(UserError, match="is no file of curves"):
+    with pytest.raises(UserError, match="is not a file of curves"):
         curves.read(tmp_path / "known.json")
 
 
@@ -333,8 +333,8 @@ def test_both_figures_are_drawn(study, curves, tmp_path):
 @pytest.mark.parametrize(
     ("script", "sentence"),
     [
-        ("run.py", r".*other.h5 has 4,200 training characters; this size wants --train-chars 175000 .*"),
-        ("table.py", r".*other.h5 is no file of curves of this study"),
+        ("run.py", r".*other.h5 has 4,200 training characters, but this size needs --train-chars 175000 .*"),
+        ("table.py", r".*other.h5 is not a file of curves of this study"),
     ],
 )
 def test_data_of_another_size_and_a_study_without_runs_are_refused(
@@ -359,7 +359,7 @@ def test_runs_of_other_data_are_not_mixed(study, tmp_path):
     prepare(tmp_path / "own.h5", tmp_path / "out", size)
     data.prepare(text()[::-1])[0].write(tmp_path / "other.h5")
     with pytest.raises(
-        UserError, match=r"rate=2 was trained on other data than .*other.h5: name another OUT"
+        UserError, match=r"rate=2 was trained on data that differ from .*other.h5: choose a different OUT"
     ):
         prepare(tmp_path / "other.h5", tmp_path / "out", size)
 

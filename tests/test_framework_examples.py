@@ -29,7 +29,9 @@ def test_an_example_learns_its_task(framework, name, right, loss, ranks):
         command = [launcher, "-n", str(ranks), *command]
     done = subprocess.run(command, capture_output=True, text=True, timeout=260)
     assert done.returncode == 0, done.stdout + done.stderr
-    (found,) = re.findall(r"^(\d) rank\(s\): accuracy .*: ([\d.]+), loss ([\d.]+)$", done.stdout, re.MULTILINE)
+    (found,) = re.findall(
+        r"^(\d) rank\(s\): accuracy .*: ([\d.]+), loss ([\d.]+)$", done.stdout, re.MULTILINE
+    )
     assert int(found[0]) == ranks
     assert float(found[1]) > right
     assert float(found[2]) < loss
