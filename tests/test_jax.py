@@ -638,7 +638,7 @@ def test_frozen_arrays_may_be_of_any_type():
     ({"w": WEIGHTS}, "w", r"trained must be a function \(path, array\) -> bool, .* not 'w' for"),
     ({"w": WEIGHTS}, {"w": 1}, r"or a tree of bools .* not 1 for params\['w'\]"),
     ({"w": WEIGHTS}, {"b": True}, "tree of bools with the structure of params or of their upper levels: "),
-    ({"w": WEIGHTS}, {"w": [True, True]}, "tree of bools with the structure of params or of their upper levels: "),
+    ({"w": WEIGHTS}, {"w": [True, True]}, "the structure of params or of their upper levels: "),
     ({"w": WEIGHTS}, lambda array: True, r"for params\['w'\] it raised TypeError: "),
     ({"w": WEIGHTS}, lambda path, array: array, r"not ndarray for params\['w'\]"),
 ])  # fmt: skip
@@ -956,7 +956,7 @@ def dynamic_loop(params, x):
     (lambda w, x: x @ jnp.asarray(WEIGHTS), "outputs do not depend on params: the function must"),
     (lambda w, x: x @ w * jnp.nan, "the loss is not finite at the start"),
     (random_scale, r"JAX obtains a different trace each time \(random numbers of NumPy"),
-    (lambda w, x: jnp.roll(x @ w, random.randint(0, 9**9) * OUTPUTS, 1), "JAX obtains a different trace each time"),
+    (lambda w, x: jnp.roll(x @ w, random.randint(0, 9**9) * OUTPUTS, 1), "JAX obtains a different trace"),
     (random_mask, "JAX obtains a different trace each time"),
     (counts, "JAX obtains a different trace each time"),
     (dropped, "the function draws random numbers for each example of a batch, as dropout does"),

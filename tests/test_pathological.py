@@ -156,7 +156,7 @@ def test_what_is_drawn_is_uniform(tasks):
 
 
 def test_there_is_no_such_task(tasks):
-    with pytest.raises(UserError, match="there is no task 'sorting'; choose one of addition, "):
+    with pytest.raises(UserError, match="unknown task 'sorting': choose one of addition, "):
         tasks.Task("sorting", 30, 0)
     with pytest.raises(UserError, match="the length 9 is too short for xor: use at least 10"):
         tasks.Task("xor", 9, 0)

@@ -63,7 +63,7 @@ def marked(rng: np.random.Generator, length: int, operation: Callable, bits: boo
 
 
 def temporal(rng: np.random.Generator, length: int, tenths: tuple[int, ...]) -> Batch:
-    """Generate examples of temporal order, with a special symbol from each of these tenths of T to the next."""
+    """Generate examples of temporal order, with a special symbol in each of these tenths of T."""
     inputs = rng.integers(0, 4, (length, BLOCK), np.int32)
     target = np.zeros(BLOCK, np.int32)
     for tenth in tenths:
