@@ -72,7 +72,7 @@ def test_without_an_array_arguments_are_not_changed(submit, tmp_path):
     [
         (("text.h5", "run", "--max-steps", "5"), ARRAY, "write %a in its name, such as run-%a"),
         (("text.h5", "run", "--max-steps", "5"), {"VENV": "absent"}, "absent/bin/hfmpi does not exist"),
-        (("text.h5", "run"), {}, "Give --max-steps or --max-seconds"),
+        (("text.h5", "run"), {}, "Set --max-steps or --max-seconds"),
         (("text.h5", "--max-steps", "5"), {}, "Give the corpus and the folder of the run"),
     ],
 )

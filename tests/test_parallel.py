@@ -524,7 +524,7 @@ def test_the_batch_script_wants_a_limit(tmp_path, options, limited):
         assert done.stdout == f"hfmpi train text.h5 --out run {options}\n"
     else:
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith("Give --max-steps or --max-seconds")
+        assert done.stderr.startswith("Set --max-steps or --max-seconds")
 
 
 def test_the_batch_script_enters_a_container_in_place_of_an_environment(tmp_path):
