@@ -1,4 +1,4 @@
-"""Networks that take and give NumPy arrays, whatever their device."""
+"""Networks with NumPy arrays as arguments and results, on any device."""
 
 from typing import Any, NamedTuple
 
@@ -14,13 +14,13 @@ class Outputs(NamedTuple):
 
 
 def turned(batch):
-    """Exchange the first two axes: the independent implementation reads batches with their time first."""
+    """Exchange the first two axes: the independent implementation expects batches with time first."""
     inputs, targets, mask = (None if part is None else part.swapaxes(0, 1) for part in batch[:3])
     return Batch(inputs, targets, mask, inputs.shape[1] - targets.shape[1])
 
 
 class OnHost:
-    """A network; every array is carried to its device and back."""
+    """A network whose arguments are copied to its device, and whose results are copied back."""
 
     def __init__(self, *arguments, **options):
         self.network = Network(*arguments, **options)

@@ -1,4 +1,4 @@
-"""A function of JAX as a model: its derivatives against dense ones, and what is refused."""
+"""A JAX function as a model: its derivatives compared with dense ones, and refused functions."""
 
 import copy
 import functools
@@ -68,7 +68,7 @@ def tagger(params, x):
 
 
 def attention(params, x):
-    """Let symbols x (B, L) attend to one another; params a list, the last one a whole number."""
+    """Apply attention to symbols x (B, L); params are a list that ends with an integer."""
     table, query, key, shift = params
     z = table[(x + shift) % OUTPUTS]
     weights = jax.nn.softmax((z @ query) @ (z @ key).swapaxes(1, 2))
@@ -88,12 +88,12 @@ cube.defvjp(lambda x: (x**3, x), lambda x, u: (3 * x**2 * u,))
 
 
 def reverse(params, x):
-    """Return what has a rule for the reverse pass alone."""
+    """Return a function that only has a rule for the reverse pass."""
     return cube(x @ params)
 
 
 def setting(name):
-    """Return a function, its params, a loss, cases and the inputs that it is called with."""
+    """Return a function, its params, a loss, examples and the inputs of its calls."""
     x, sequences = numbers(CASES, INPUTS), numbers(CASES, STEPS, INPUTS)
     if name == "mlp":
         return mlp, mlp_params(), "squares", hfmpi.Examples(x, numbers(CASES, OUTPUTS)), [x]
@@ -186,7 +186,7 @@ def test_passes_are_compiled_once_for_a_shape():
 
 
 class Twice(SquaredError):
-    """A loss of a user, which only NumPy computes."""
+    """A user-defined loss that only computes with NumPy."""
 
     root = residual = None
 
@@ -220,7 +220,7 @@ def test_a_gradient_alone_is_one_compiled_function(name, masked):
     assert alone.loss == at.loss
     assert len(calls) == (name == "own loss")
     products = np.zeros((2, model.size))
-    for each, out in zip((alone, at), products, strict=True):  # other passes may follow
+    for each, out in zip((alone, at), products, strict=True):  # other passes can follow
         each.gauss_newton(theta, 1.0, out)
     np.testing.assert_allclose(*products, rtol=1e-12, atol=1e-14)
     risk = hfmpi.DataParallel(model, Communicator()).on(cases, np.arange(CASES))
@@ -262,7 +262,7 @@ def test_a_callback_that_cannot_be_batched_is_called_case_by_case(caplog):
 
 
 class Taps:
-    """Adds zeros to what parameters give, and keeps what they met; without zeros it does nothing."""
+    """Adds zeros to the results of layers, and records their operands; without zeros it does nothing."""
 
     def __init__(self, zeros=None):
         self.zeros, self.met = zeros, []
@@ -272,7 +272,7 @@ class Taps:
         return result if self.zeros is None else result + self.zeros[len(self.met) - 1]
 
     def loop(self, step, state, each):
-        """Do what `jax.lax.scan` does; with zeros step by step, so that each step has its own."""
+        """Compute `jax.lax.scan`; with zeros in a Python loop, so that each step has separate zeros."""
         if self.zeros is None and not self.counting:
             return jax.lax.scan(step, state, each)
         found = []
@@ -344,7 +344,7 @@ def test_factors_of_layers_are_means_over_their_products(name, longest, monkeypa
 
 
 def check_layers(apply, params, x, y):
-    """Check the factors of a function with taps against what these met and their derivatives."""
+    """Check the factors of a function with taps by the recorded operands and their derivatives."""
     model = hfmpi.JaxModel(lambda params, x: apply(params, x, Taps()), params, "cross-entropy")
     risk = hfmpi.DataParallel(model, Communicator(), micro_batch=2).on(hfmpi.Arrays(x, y), np.arange(len(x)))
     gradient, factors = risk.factored_gradient(model.initial(0))
@@ -495,7 +495,7 @@ def test_double_precision_has_to_be_switched_on():
 
 
 def train(model, cases=None):
-    """Train for two steps; give the params, and the notes that are not about the sizes of batches."""
+    """Train for two steps; return the params, and the notes except those on the sizes of batches."""
     notes, handler = [], logging.Handler()
     handler.emit = lambda record: notes.append(record.getMessage())
     logging.getLogger("hfmpi.frameworks").addHandler(handler)
@@ -688,7 +688,7 @@ def softsign(x):
 
 @jax.tree_util.register_pytree_with_keys_class
 class Layer:
-    """A module that is a pytree, as those of equinox are: its function is a leaf."""
+    """A module that is a pytree, as in equinox: its function is a leaf."""
 
     def __init__(self, w, b, function):
         self.w, self.b, self.function = w, b, function
@@ -706,7 +706,7 @@ class Layer:
 
 
 def each(module, x):
-    """Call a module of equinox, which takes one example."""
+    """Call an equinox module, which takes one example."""
     return jax.vmap(module)(x)
 
 
@@ -715,7 +715,7 @@ def all_of(module, x):
 
 
 def check_module(apply, module, blocks, frozen=(), pickled=True):
-    """Check the derivatives of a model of a module, and that it is trained; give the module that is."""
+    """Check the derivatives of a model of a module and its training; return the trained module."""
     model = hfmpi.JaxModel(apply, module, "squares")
     assert [block.name for block in model.blocks] == blocks
     x, y = numbers(CASES, INPUTS), numbers(CASES, OUTPUTS)
@@ -747,7 +747,7 @@ def test_a_module_that_is_a_pytree():
 
 
 def double(tree):
-    """Return the real arrays of a tree in float64: layers are made in float32."""
+    """Return the real arrays of a tree in float64, because layers are created in float32."""
 
     def wide(a):
         return a.astype(float) if jnp.issubdtype(getattr(a, "dtype", int), jnp.floating) else a
@@ -759,7 +759,7 @@ def test_a_module_of_equinox():
     eqx = pytest.importorskip("equinox")
     module = double(eqx.nn.MLP(INPUTS, OUTPUTS, 4, 1, key=jax.random.key(0)))
     names = [f"layers[{i}].{name}" for i in range(2) for name in ("weight", "bias")]
-    after = check_module(each, module, names, pickled=False)  # the function of JAX in it cannot be
+    after = check_module(each, module, names, pickled=False)  # the JAX function in it cannot be pickled
     assert after.activation is module.activation
     choice = eqx.tree_at(lambda m: m.layers[-1].bias, jax.tree_util.tree_map(lambda _: False, module), True)
     model = hfmpi.JaxModel(each, module, "squares", trained=choice)
@@ -816,7 +816,7 @@ def test_a_module_of_nnx(monkeypatch):
         model = hfmpi.JaxModel(apply, params, "squares")
         assert model.size == sum(leaf.size for leaf in before) + (OUTPUTS if params is not state else 0)
         assert "['norm']['mean']" in train(model)[1][0]
-    compiled = hfmpi.JaxModel(nnx.jit(all_of), module, "squares")  # sets all variables, to what they were
+    compiled = hfmpi.JaxModel(nnx.jit(all_of), module, "squares")  # sets all variables to their old values
     assert compiled.size == sum(leaf.size for leaf in before)
     train(compiled)
     top = hfmpi.JaxModel(all_of, module, "squares", trained=lambda path, array: "top" in path)
@@ -882,7 +882,7 @@ seen = []
 
 
 def dropped(w, x):
-    """Return a mask by a fixed key that is 1 at nearly every place."""
+    """Return a mask from a fixed key that is 1 at nearly every position."""
     return x @ w * jax.random.bernoulli(jax.random.key(0), 1 - 1e-6, (len(x), OUTPUTS))
 
 
@@ -917,7 +917,7 @@ def counts(params, x):
 
 
 def random_mask(params, x):
-    """Return what nearly always has the same constants."""
+    """Return a mask that nearly always has the same constants."""
     return x * (np.random.rand(INPUTS) > 1e-6) @ params  # noqa: NPY002
 
 
@@ -1077,7 +1077,7 @@ def test_numbers_of_64_bits_are_not_cut_without_a_word():
 
 
 def in_float64(apply, params, x, targets):
-    """Return what a model of float32 computes in float64, with JAX in float32."""
+    """Return what a float32 model computes in float64, with JAX in float32."""
     jax.config.update("jax_enable_x64", False)
     single = jax.tree_util.tree_map(
         lambda a: np.asarray(a, "f") if np.asarray(a).dtype == float else a, params
@@ -1086,7 +1086,7 @@ def in_float64(apply, params, x, targets):
     examples = check_batch(
         hfmpi.Examples(x, targets).take(np.arange(len(x))), model.output_loss, np.dtype("f")
     )
-    theta = model.initial(0) * (1 + 1e-9)  # is not a number of float32
+    theta = model.initial(0) * (1 + 1e-9)  # cannot be represented in float32
     found = model.in_float64(theta, examples)
     assert not jax.config.jax_enable_x64
     assert jnp.zeros(1).dtype == np.float32

@@ -1,4 +1,4 @@
-"""Modules of users: what is refused, what is right, and that nothing of theirs is changed."""
+"""Modules of users: refused modules, correct results, and that the modules are not changed."""
 
 import contextlib
 import copy
@@ -34,7 +34,7 @@ class Custom(nn.Module):
 
 
 def layers(*changes):
-    """Return a network of three layers, changed."""
+    """Return a network of three layers with a change."""
     torch.manual_seed(0)
     made = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
     for change in changes:
@@ -43,7 +43,7 @@ def layers(*changes):
 
 
 def double(make):
-    """Return the module in float64, made from a fixed seed."""
+    """Return the module in float64, created from a fixed seed."""
     torch.manual_seed(0)
     return make().double()
 
@@ -64,7 +64,7 @@ def snapshot(module):
 
 
 class Recurrent(nn.Module):
-    """A recurrent network that takes examples for steps."""
+    """A recurrent network that uses the axis of examples as steps."""
 
     def __init__(self, kind):
         super().__init__()
@@ -190,7 +190,7 @@ def hooked(change):
 
 
 class Growing(nn.Module):
-    """A module that makes its layer in the first pass."""
+    """A module that creates its layer in the first pass."""
 
     def __init__(self):
         super().__init__()
@@ -214,7 +214,7 @@ def cached(m, z, x):
 
 
 class Made(Custom):
-    """A layer that holds a tensor which was made of a parameter, with its graph."""
+    """A layer that stores a tensor computed from a parameter, with its graph."""
 
     def __init__(self):
         super().__init__(lambda m, z, x: z + x @ m.twice)
@@ -258,17 +258,17 @@ CHANGING = {
     "layer made later": (Growing, "draws random numbers in a pass"),
     "hook on the whole batch": (
         lambda: Custom(hooked(lambda g: g - g.mean(0))),
-        "is not the sum of the gradients of its examples",
+        "is not the sum of its per-example gradients",
     ),
     "hook on the length": (
         lambda: Custom(hooked(lambda g: g / len(g))),
-        "is not the sum of the gradients of its examples",
+        "is not the sum of its per-example gradients",
     ),
     "infinite derivative": (
         lambda: Custom(lambda m, z, x: torch.where(z > 1e9, z.sqrt(), (z * 0).sqrt())),
         "derivatives of the outputs are not finite",
     ),
-    "squeeze": (lambda: Custom(lambda m, z, x: z.squeeze()), "a batch of one example fails"),
+    "squeeze": (lambda: Custom(lambda m, z, x: z.squeeze()), "fails on a batch of one example"),
     "late": (lambda: Custom(warm_up, calls=0), "depend on calls, which its passes change"),
     "buffer": (Buffered, "passes change mean, a parameter or buffer"),
     "data": (lambda: Custom(data_of_another, top=nn.Linear(5, 5)), "passes change low.weight"),
@@ -358,7 +358,7 @@ def test_a_refusal_leaves_no_trace_and_a_corrected_module_is_trained():
 
 
 class Rotary(nn.Module):
-    """A buffer that grows to the longest sequence so far."""
+    """A buffer that grows to the length of the longest sequence so far."""
 
     def __init__(self):
         super().__init__()
@@ -501,7 +501,7 @@ def test_what_is_used_twice_is_one(make, optimizer):
     parameters = [*module.parameters()]
     assert all(isinstance(p, nn.Parameter) and p.requires_grad for p in parameters)
     assert all(torch.equal(p, q) for p, q in zip(parameters, kept.parameters(), strict=True))
-    if optimizer != "adam":  # a step takes all examples
+    if optimizer != "adam":  # a step uses all examples
         right = 0.5 * (kept(whole) - torch.from_numpy(Y)).square().sum(1).mean()
         assert result.history[0]["loss"] == pytest.approx(right.item(), rel=1e-12)
     model.write_back(result.theta)
@@ -513,7 +513,7 @@ def test_what_is_used_twice_is_one(make, optimizer):
     gradient = np.zeros(model.size)
     model.linearise(result.theta, batch).gradient(1.0, gradient)
     total = sum(abs(np.concatenate([p.grad.reshape(-1) for p in unique])))
-    if make is not same_memory:  # PyTorch gives each of the two names its part
+    if make is not same_memory:  # each name has a part of PyTorch's gradient
         assert abs(gradient).sum() == pytest.approx(total, rel=1e-10)
 
 
@@ -603,7 +603,7 @@ def test_the_class_axis_of_pytorch_is_that_of_its_loss(classes):
     right = F.cross_entropy(module(torch.from_numpy(STEPS)), torch.from_numpy(labels)).item()
     _, result = train(module, (STEPS, labels), nn.CrossEntropyLoss())
     assert result.history[0]["loss"] == pytest.approx(right, rel=1e-12)
-    if classes != 6:  # as many classes as steps fit in both ways
+    if classes != 6:  # with as many classes as steps both axes fit
         with pytest.raises(UserError, match=r"give the loss as torch\.nn\.CrossEntropyLoss"):
             train(module, (STEPS, abs(labels) % classes), "cross-entropy")
 
@@ -635,7 +635,7 @@ def test_ignored_targets_are_not_scored_whatever_holds_them(kind, ignored):
 
 
 class Pixels(nn.Module):
-    """Bytes are scaled, as modules for images do it; times are shifted in float64."""
+    """Bytes are scaled, as in modules for images; times are shifted in float64."""
 
     def __init__(self):
         super().__init__()
