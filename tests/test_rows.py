@@ -46,7 +46,7 @@ def scores_of(network, at, segments=1):
 
 
 def residuals_of(network, at):
-    """Return the rows (B, T O, D), r (B, T O), and whether the decomposition is complete."""
+    """Return the rows (B, T O, D), r (B, T O), and whether the residuals are complete."""
     examples, count, found = at.passes.examples, at.residual_count(), []
     r = network.device(np.empty((examples, count), network.backend.dtype))
     rows = rows_of(network, lambda out: found.append(at.residual_rows(out, r)), examples, count)

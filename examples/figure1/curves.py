@@ -145,7 +145,7 @@ def folders(out: Path, size: str, seconds: float) -> Study:
 
 
 def elsewhere(out: Path, study: Study, files: Sequence[Path] = ()) -> Study:
-    """Add the runs of files to a study, and those of the folder's file that have no folder in it."""
+    """Add the runs of files to a study, and the runs of the folder's file that are not in the folder."""
     studies = [study, *map(read, files)]
     if (out / NAME).exists():
         filed, begun = read(out / NAME), folders(out, study.size, study.seconds).runs

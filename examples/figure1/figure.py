@@ -99,7 +99,7 @@ def drawn(method: str, points: list[Point], key: str, axis: str) -> tuple[list[f
     if key != "train_bpc" or BATCHES[method][0] == SEQUENCES:
         return curve(points, key, axis)
     known = [point for point in points if point[key] is not None]
-    even = [known[i] for i in sorted(curves.evenly(known))]  # others were kept for a low loss
+    even = [known[i] for i in sorted(curves.evenly(known))]  # others were selected for a low loss
     xs, ys = curve(even, key, axis)
     return xs, smooth([point["step"] for point in even], ys)
 

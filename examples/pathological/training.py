@@ -202,7 +202,7 @@ class Error(NamedTuple):
 
 
 def test(network: hfmpi.Network, theta: Array, task: Task, count: int) -> Error:
-    """Test the network on the first `count` cases of a task."""
+    """Test the network on the first `count` examples of a task."""
     wrong, outputs, tape = 0, 0, None
     for part in np.array_split(np.arange(count), -(-count // 250)):
         batch = task.take(part)

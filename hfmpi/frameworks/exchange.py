@@ -35,7 +35,7 @@ class FrameworkPasses(Passes, Protocol):
 class Exchange:
     """Conversion between arrays of a backend and tensors of a framework, on the device of the function.
 
-    The arrays of this class are their own tensors; subclasses convert.
+    In this class arrays are used as tensors without conversion; subclasses convert.
 
     Parameters
     ----------

@@ -257,7 +257,7 @@ class FrameworkModel(ABC):
         return outputs, examples.targets, examples.mask
 
     def predict(self, theta: np.ndarray, x: Any) -> np.ndarray:
-        """Compute the outputs for inputs without targets, on this rank alone, in micro-batches.
+        """Compute the outputs for inputs without targets, on this rank only, in micro-batches.
 
         Parameters
         ----------

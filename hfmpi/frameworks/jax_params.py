@@ -93,7 +93,7 @@ class Params:
         self._leaves = [None if i in self._trained else _fixed(leaf) for i, leaf in enumerate(leaves)]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state, with a pytree in place of its structure, whose copies are not equal."""
+        """Return the state with a pytree instead of a treedef, because copies of treedefs are not equal."""
         skeleton = jax.tree_util.tree_unflatten(self._tree, range(self._tree.num_leaves))
         return {**self.__dict__, "_tree": skeleton}
 
@@ -185,7 +185,7 @@ class Params:
             Whether the other arrays of real numbers are converted to float64.
         changes : dict, optional
             Receives the new value of each leaf that the call changed in a flax.nnx module, except random
-            state. These changes are not kept.
+            state. The module itself does not keep these changes.
         """
         leaves = self._filled(arrays)
         if double:
