@@ -51,7 +51,7 @@ for _step in range(STEPS):
     history.append(local.mean())
     rows = hfmpi.curvature(model, theta, (x, np.zeros((WALKERS, 1))), communicator=comm).rows("residuals")
     gram = rows.gram()
-    gram = gram - gram.mean(axis=0) - gram.mean(axis=1)[:, None] + gram.mean()  # rows are centred
+    gram = gram - gram.mean(axis=0) - gram.mean(axis=1)[:, None] + gram.mean()  # for centred rows
     a = np.linalg.solve(gram + DAMPING * WALKERS * np.eye(WALKERS), 2 * (local - local.mean()))
     theta = comm.agree(theta - RATE * rows.transposed(a - a.mean()))
 last = np.array(history[-20:])

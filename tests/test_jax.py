@@ -525,7 +525,7 @@ def test_what_is_not_an_array_of_real_numbers_stays_as_it_is():
     assert [block.name for block in model.blocks] == ["['one']", "['w']"]
     after, notes = train(model)
     assert notes[1:] == [
-        f"Note: theta has the {1 + WEIGHTS.size} numbers of params['one'], params['w']; not trained: "
+        f"Note: theta consists of the {1 + WEIGHTS.size} numbers in params['one'], params['w']; not trained: "
         "params['scale'] (only NumPy and JAX arrays can be trained)."
     ]
     for name in set(params) - {"one", "w", "flags", "table", "empty"}:
@@ -633,7 +633,7 @@ def test_frozen_arrays_may_be_of_any_type():
     ({"w": WEIGHTS, "h": np.ones(2, np.float16)}, None, r"params\['h'\] is float16, but params must be"),
     ({"w": WEIGHTS, "s": np.float32(2)}, None, r"float64: params\['s'\] is float32, params\['w'\] is"),
     ({"w": 2.0}, None, r"no array of real numbers to train: params\['w'\] must be arrays"),
-    ({1: WEIGHTS, "a": WEIGHTS}, None, "params must be a pytree of JAX"),
+    ({1: WEIGHTS, "a": WEIGHTS}, None, "params must be a JAX pytree"),
     ({"w": WEIGHTS}, False, "params contain no array of real numbers to train"),
     ({"w": WEIGHTS}, "w", r"trained must be a function \(path, array\) -> bool, .* not 'w' for"),
     ({"w": WEIGHTS}, {"w": 1}, r"or a tree of bools .* not 1 for params\['w'\]"),

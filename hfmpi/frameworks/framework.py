@@ -90,7 +90,7 @@ class NotInFloat64(Exception):
 
 @dataclass(frozen=True)
 class Plan:
-    """How the passes of a model are computed, as its first batch and later failures determine it.
+    """The way in which the passes of a model are computed, determined by its first batch and later failures.
 
     Attributes
     ----------

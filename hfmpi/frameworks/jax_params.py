@@ -58,7 +58,7 @@ class Params:
                 self._graph, tree = nnx.split(params)
             paths, self._tree = jax.tree_util.tree_flatten_with_path(tree)
         except (TypeError, ValueError) as error:  # keys that cannot be sorted
-            raise UserError(f"params must be a pytree of JAX: {first_line(error)}") from None
+            raise UserError(f"params must be a JAX pytree: {first_line(error)}") from None
         kinds, self._names = list[Any](), list[str]()
         for path, part in _flat(tree, lambda x: isinstance(x, variables)):
             inner = _flat(part) if isinstance(part, variables) else [((), part)]
@@ -287,7 +287,7 @@ class Params:
         if untrained:
             hint = " (only NumPy and JAX arrays can be trained)" if others else ""
             notes.append(
-                f"Note: theta has the {self.start.size:,} numbers of {self.listed(self._trained)}; "
+                f"Note: theta consists of the {self.start.size:,} numbers in {self.listed(self._trained)}; "
                 f"not trained: {self.listed(untrained)}{hint}."
             )
         both = sorted(statistics.intersection(self._trained))
