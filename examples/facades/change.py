@@ -107,7 +107,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("name", choices=SCRIPTS)
     parser.add_argument("script", type=Path)
-    parser.add_argument("--method", help="as Python arguments, such as '\"soap\", rate=3e-3'")
+    parser.add_argument(
+        "--method", help="method and settings as Python arguments, such as '\"soap\", rate=3e-3'"
+    )
     options = parser.parse_args()
     before = options.script.read_text()
     after = changed(options.name, before, options.method)

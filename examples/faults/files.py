@@ -302,7 +302,7 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=8000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--only", default="", help="kinds with this word in their name")
+    parser.add_argument("--only", default="", help="run kinds whose name contains this word")
     asked = parser.parse_args()
     kinds = {kind: share for kind, share in SHARES.items() if asked.only in kind}
     whole = sum(kinds.values())

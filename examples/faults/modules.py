@@ -441,7 +441,7 @@ def main():
     parser.add_argument("--trials", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, nargs="*", default=[], metavar="NUMBER")
-    parser.add_argument("--family", default="", help="trials with this word among their defects")
+    parser.add_argument("--family", default="", help="run trials with this word in the name of a defect")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     signal.signal(signal.SIGALRM, timeout)

@@ -190,7 +190,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--mpirun", default="mpirun", help="with options, such as 'mpirun --oversubscribe'")
+    parser.add_argument("--mpirun", default="mpirun", help="command, such as 'mpirun --oversubscribe'")
     parser.add_argument("--faults", nargs="*", choices=FAULTS, default=list(FAULTS))
     options = parser.parse_args()
     mpirun, rng = shlex.split(options.mpirun), random.Random(options.seed)

@@ -377,8 +377,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--mpirun", default="mpirun", help="with options, such as 'mpirun --oversubscribe'")
-    parser.add_argument("--kinds", nargs="*", default=[""], help="words of which a kind has one in its name")
+    parser.add_argument("--mpirun", default="mpirun", help="command, such as 'mpirun --oversubscribe'")
+    parser.add_argument(
+        "--kinds", nargs="*", default=[""], help="run kinds whose name contains one of these words"
+    )
     options = parser.parse_args()
     names = [name for name in KINDS if any(word in name for word in options.kinds)]
     rows, failed, begin = {name: Counter() for name in names}, 0, time.monotonic()

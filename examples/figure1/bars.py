@@ -136,9 +136,9 @@ def row(out: Path, model: str, name: str, rate: float) -> list[str]:
 
 def main() -> None:
     parser = arguments(__doc__, "DATA.h5", "OUT")
-    parser.add_argument("--cells", type=part(MODELS), default=MODELS, help="with commas between [all]")
+    parser.add_argument("--cells", type=part(MODELS), default=MODELS, help="separated by commas [all]")
     parser.add_argument(
-        "--bars", type=part(tuple(BARS)), default=tuple(BARS), help="with commas between [all]"
+        "--bars", type=part(tuple(BARS)), default=tuple(BARS), help="separated by commas [all]"
     )
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)

@@ -100,8 +100,8 @@ def side_by_side(jobs: int, work: Callable[..., None], each: Iterable[tuple]) ->
 def main() -> None:
     parser = arguments(__doc__, "DATA.h5", "OUT", sized=True)
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each chosen run, from 0 on [3]")
-    parser.add_argument("--methods", type=part(METHODS), default=METHODS, help="with commas between [all]")
-    parser.add_argument("--cells", type=part(MODELS), default=MODELS, help="with commas between [all]")
+    parser.add_argument("--methods", type=part(METHODS), default=METHODS, help="separated by commas [all]")
+    parser.add_argument("--cells", type=part(MODELS), default=MODELS, help="separated by commas [all]")
     parser.add_argument("--launch", default="mpirun -n 2", help="command that starts the ranks [mpirun -n 2]")
     parser.add_argument("--jobs", type=int, default=1, help="number of simultaneous runs [1]")
     parser.add_argument("--known", type=Path, action="append", default=[], metavar="FILE")

@@ -28,9 +28,11 @@ def main() -> None:
     parser.formatter_class = argparse.RawTextHelpFormatter
     parser.add_argument("paths", nargs="+", metavar="FILE_OR_FOLDER")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds per run [60]")
-    parser.add_argument("--ranks", type=int, default=2, help="[2]")
-    parser.add_argument("--levels", default="2.0,1.8", help="bits/char of training [2.0,1.8]")
-    parser.add_argument("--methods", type=part(METHODS), default=METHODS, help="[all that the curves have]")
+    parser.add_argument("--ranks", type=int, default=2, help="number of ranks [2]")
+    parser.add_argument("--levels", default="2.0,1.8", help="training levels in bits/char [2.0,1.8]")
+    parser.add_argument(
+        "--methods", type=part(METHODS), default=METHODS, help="separated by commas [all in the curves]"
+    )
     given = parser.parse_args()
     size, levels = SIZES[given.size], [*map(float, given.levels.split(","))]
     runs = load([*map(type(given.out), given.paths)], given.size, given.seconds).runs

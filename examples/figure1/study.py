@@ -120,7 +120,7 @@ def arguments(doc: str | None, *paths: str, sized: bool = False) -> argparse.Arg
         parser.add_argument(path.lower().removesuffix(".h5"), type=Path, metavar=path)
     if sized:
         parser.add_argument("--size", choices=SIZES, default="small")
-        parser.add_argument("--seconds", type=float, help="unit of the training times [that of the size]")
+        parser.add_argument("--seconds", type=float, help="unit of the training times [the unit of the size]")
     return parser
 
 

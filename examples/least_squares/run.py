@@ -115,10 +115,10 @@ def listed(known: tuple[str, ...]) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="FOLDER")
-    parser.add_argument("--tasks", type=listed(TASKS), default=TASKS, help="with commas between [all]")
+    parser.add_argument("--tasks", type=listed(TASKS), default=TASKS, help="separated by commas [all]")
     parser.add_argument(
         "--methods", type=listed(OURS + OTHERS + MORE), default=OURS + OTHERS,
-        help=f"with commas between [all but {', '.join(MORE)}]",
+        help=f"separated by commas [all but {', '.join(MORE)}]",
     )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=15.0, help="seconds per run [15]")
     parser.add_argument("--tuning", type=float, default=4.0, help="seconds per candidate [4]")

@@ -62,14 +62,16 @@ def one(run: Run, out: Path, seconds: float, passes: int) -> results.Record:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--tasks", type=part(KINDS), default=tuple(KINDS), help="with commas between [all]")
-    parser.add_argument("--lengths", type=lengths, default=(30,), help="T, with commas between [30]")
+    parser.add_argument("--tasks", type=part(KINDS), default=tuple(KINDS), help="separated by commas [all]")
+    parser.add_argument("--lengths", type=lengths, default=(30,), help="T, separated by commas [30]")
     parser.add_argument("--cells", type=part(CELLS), default=("rnn",), help="rnn, lstm [rnn]")
     parser.add_argument("--methods", type=part(METHODS), default=tuple(METHODS), help="[all]")
     parser.add_argument("--hidden", type=int, default=50, help="units; the tuning uses 50 [50]")
-    parser.add_argument("--seeds", type=int, default=results.SEEDS, help="of each run, from 0 on [4]")
-    parser.add_argument("--seconds", type=float, default=10.0, help="processor time of a run [10]")
-    parser.add_argument("--tuning", type=float, default=5.0, help="processor time of a candidate [5]")
+    parser.add_argument("--seeds", type=int, default=results.SEEDS, help="seeds per run, from 0 on [4]")
+    parser.add_argument("--seconds", type=float, default=10.0, help="seconds of processor time per run [10]")
+    parser.add_argument(
+        "--tuning", type=float, default=5.0, help="seconds of processor time per candidate [5]"
+    )
     parser.add_argument("--passes", type=int, default=150_000, help="maximum P_I of a run [150000]")
     parser.add_argument("--jobs", type=int, default=1, help="number of simultaneous runs [1]")
     given = parser.parse_args()
