@@ -86,7 +86,7 @@ class Contestant:
         return report, self._moved(before, self.theta)
 
     def instead_of(self, other, step):
-        """Compute the next step of another run; return the report and the change of theta."""
+        """Compute the step that `other` takes next; return the report and the change of theta."""
         theta, state = self._own(other, other.theta), other.state
         state = dataclasses.replace(state, direction=self._own(other, state.direction))
         after, _, report = self.take(step, theta, state)
