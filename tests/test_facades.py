@@ -624,7 +624,7 @@ def test_what_does_not_fit_in_jax_is_refused():
         (lambda: optimizer.update((x, y), None, tree), "what init or update returned"),
         (lambda: optimizer.update((x, y), other, tree), "belongs to another method than bhf-short"),
         (lambda: optimizer.update({"image": x, "label": y}, state, tree), "the keys x and y, not image"),
-        (lambda: optimizer.update((x, y), state, {"a": tree["a"]}), "the form"),
+        (lambda: optimizer.update((x, y), state, {"a": tree["a"]}), "the structure"),
         (lambda: optimizer.update((x, y), state, {**tree, "b": tree["b"][:, :2]}), "has shape"),
         (lambda: hfmpi.jax.Optimizer(network, "cross-entropy", "nothing"), "no optimizer"),
     ]:
