@@ -1,20 +1,20 @@
-# Sourced by bin/test, bin/test-bounds and bin/quickstart: makes .venv beside pyproject.toml, or reuses it.
-# Afterwards the shell stands in the repository and finds hfmpi and mpirun on PATH.
+# Sourced by bin/test, bin/test-bounds and bin/quickstart: creates .venv next to pyproject.toml, or reuses it.
+# Afterwards the repository is the current folder, and hfmpi and mpirun are on PATH.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 cd "$root"
-exec </dev/null  # CI may close stdin, and mpirun and pip want one that can be read
+exec </dev/null  # CI may close stdin, and mpirun and pip need a readable one
 
 die() {
     echo "$(basename "$0"): $1" >&2
     exit 2
 }
 
-# make_environment EXTRA...   one stamp an extra: what bin/test installed serves bin/quickstart too
+# make_environment EXTRA...   one stamp per extra, so that bin/quickstart reuses what bin/test installed
 make_environment() {
     local key extra missing=
     command -v python3 >/dev/null || die "python3 is not on PATH; hfmpi needs Python 3.11 or newer."
-    if [[ ! -x .venv/bin/python ]] || ! grep -qsF "$root/.venv" .venv/bin/pip; then  # none, or moved here
+    if [[ ! -x .venv/bin/python ]] || ! grep -qsF "$root/.venv" .venv/bin/pip; then  # absent or moved
         python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
             die "python3 is $(python3 -V 2>&1), hfmpi needs Python 3.11 or newer."
         python3 -c 'import venv, ensurepip' 2>/dev/null ||

@@ -1,9 +1,9 @@
-"""A network of two GRU layers that reads real numbers, trained on data of one's own, on any number of ranks.
+"""A network of two GRU layers for real-valued sequences, trained on user data on any number of ranks.
 
     mpirun -n 2 python examples/adding_problem.py
 
-The adding problem (Hochreiter and Schmidhuber 1997): each step has a number and a mark; two steps are marked,
-and the mean of their numbers is the target of the last step. Always answering 0.5 costs 1/48 = 0.021 a case.
+The adding problem (Hochreiter and Schmidhuber 1997): each step has a number and a mark. Two steps are marked,
+and the mean of their numbers is the target of the last step. Always answering 0.5 has a loss of 1/48 = 0.021.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ import hfmpi
 
 
 def adding(cases, steps, seed):
-    """Return the cases as arrays: inputs (N, L, 2), targets (N, 1, 1), of the last step alone."""
+    """Return examples as arrays: inputs (N, L, 2), and targets (N, 1, 1) of the last step only."""
     rng = np.random.default_rng(seed)
     inputs = np.zeros((cases, steps, 2))
     inputs[:, :, 0] = rng.random((cases, steps))
@@ -23,7 +23,7 @@ def adding(cases, steps, seed):
 
 
 def main():
-    """Train with the Hessian-free method on the whole set, and test on other cases."""
+    """Train on the full training set with the Hessian-free method, and test on other examples."""
     comm = hfmpi.connect()
     about = hfmpi.Architecture("gru", hidden=16, inputs=2, outputs=1, layers=2)
     network = hfmpi.Network(about, loss="squares")

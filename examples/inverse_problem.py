@@ -3,7 +3,7 @@
     python examples/inverse_problem.py
     mpirun -n 2 python examples/inverse_problem.py
 
-The coefficient is one more parameter of the model. An example is a point (x, t) with a flag: a residual
+The coefficient is an additional parameter of the model. An example is a point (x, t) with a flag: a residual
 of the equation, or the difference from a measurement.
 """
 
@@ -30,7 +30,7 @@ def u(layers, x):
 
 
 def residual(params, point):
-    """Compute 10 u at a measured point, where the flag is 1, and u_t - k u_xx elsewhere."""
+    """Compute 10 u at measured points, where the flag is 1, and u_t - k u_xx at other points."""
     x, measured = point[:2], point[2]
     u_t = jax.grad(u, 1)(params["layers"], x)[1]
     u_xx = jax.hessian(u, 1)(params["layers"], x)[0, 0]

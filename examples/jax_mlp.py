@@ -1,4 +1,4 @@
-"""An MLP in JAX that tells two spirals apart.
+"""An MLP in JAX that classifies the points of two spirals.
 
     python examples/jax_mlp.py
     mpirun -n 2 python examples/jax_mlp.py
@@ -17,7 +17,7 @@ SIZES = 2, 24, 24, 1
 
 
 def apply(params, x):
-    """Return outputs (cases, 1) of points x (cases, 2): above 0 for the second spiral."""
+    """Return outputs (examples, 1) for points x (examples, 2): positive for the second spiral."""
     for w, b in params[:-1]:
         x = jnp.tanh(x @ w + b)
     w, b = params[-1]
@@ -25,13 +25,13 @@ def apply(params, x):
 
 
 def start(seed):
-    """Return matrices and biases whose outputs have the size of their inputs."""
+    """Return weight matrices and biases that preserve the scale of their inputs."""
     rng = np.random.default_rng(seed)
     return [(rng.normal(0, n**-0.5, (n, m)).astype("f"), np.zeros(m, "f")) for n, m in pairwise(SIZES)]
 
 
 def spirals(cases, seed):
-    """Return points (cases, 2) with some noise, and which spiral each is of (cases, 1)."""
+    """Return noisy points (examples, 2), and the spiral that each belongs to (examples, 1)."""
     rng = np.random.default_rng(seed)
     which, along = rng.integers(0, 2, cases), np.sqrt(rng.uniform(0.02, 1, cases))
     angle = 3 * np.pi * along + np.pi * which
@@ -51,7 +51,7 @@ def main():
     )
     comm, right, loss = hfmpi.connect(), result.valid_metric, result.valid_loss
     if comm.rank == 0:
-        print(f"{comm.size} rank(s): right spirals of new points: {right:.4f}, loss {loss:.4f}")
+        print(f"{comm.size} rank(s): accuracy on new points: {right:.4f}, loss {loss:.4f}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Hessian-free on an objective of your own, alone or under mpirun.
+"""Hessian-free optimization of a user-defined objective, on one rank or under mpirun.
 
     python examples/own_objective.py
     mpirun -n 2 python examples/own_objective.py
 
-A small tanh network is fitted to a noisy sine. Each rank holds every P-th point; the three methods of the
-objective sum over these, and one Allreduce makes each sum global. Nothing else is needed: the optimizers
-see only these methods, and all ranks take the same steps.
+A small tanh network is fitted to a noisy sine. Each rank holds every P-th point. The three methods of the
+objective sum over the points of the rank, and one Allreduce makes each sum global. Nothing else is needed:
+the optimizers only call these methods, and all ranks take the same steps.
 """
 
 import numpy as np
@@ -27,7 +27,7 @@ class LeastSquares(Objective):
         self.x, self.y = x[comm.rank :: comm.size], y[comm.rank :: comm.size]
 
     def _run(self, theta):
-        """Predictions at this rank's points, and their Jacobian (points, D)."""
+        """Return the predictions at this rank's points, and their Jacobian (points, D)."""
         a, b, c = theta.reshape(3, HIDDEN)
         h = np.tanh(np.outer(self.x, a) + b)
         slope = (1 - h * h) * c
@@ -56,7 +56,7 @@ class LeastSquares(Objective):
         return product
 
     def agree(self, values):
-        """Rank 0's values of scalars that every rank computed: keeps the ranks in step on any hardware."""
+        """Return rank 0's values of scalars that every rank computed, so that ranks agree on any hardware."""
         return self.comm.agree(values)
 
 

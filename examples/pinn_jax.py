@@ -3,7 +3,7 @@
     python examples/pinn_jax.py
     mpirun -n 2 python examples/pinn_jax.py
 
-Every example is a point with one residual; the Levenberg-Marquardt step has the exact Gauss-Newton matrix.
+Every example is a point with one residual; the Levenberg-Marquardt step uses the exact Gauss-Newton matrix.
 """
 
 import sys
@@ -33,7 +33,7 @@ def exact(x):
 
 
 def residual(params, point):
-    """Compute the residual at a point (x, y, flag): of the boundary condition where the flag is 1."""
+    """Compute the residual at a point (x, y, flag), of the boundary condition if the flag is 1."""
     x, boundary = point[:2], point[2]
     laplacian = jnp.trace(jax.hessian(u, argnums=1)(params, x))
     return jnp.where(boundary == 1, 10 * u(params, x), laplacian + 2 * jnp.pi**2 * exact(x))

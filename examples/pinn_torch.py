@@ -1,6 +1,7 @@
 """A physics-informed network in PyTorch: Burgers' equation u_t + u u_x = nu u_xx, u(x, 0) = -sin(pi x).
 
-Run it by `python examples/pinn_torch.py` or `mpirun -n 2 python examples/pinn_torch.py`. The module computes
+Run it with `python examples/pinn_torch.py` or `mpirun -n 2 python examples/pinn_torch.py`. The module
+computes
 the derivatives that its residual needs.
 """
 
@@ -13,7 +14,7 @@ import torch
 import hfmpi
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 150
-NU = 0.05 / np.pi  # with less, the shock is too thin for 2000 points
+NU = 0.05 / np.pi  # with a lower viscosity, 2000 points do not resolve the shock
 
 
 class Residual(torch.nn.Module):
@@ -44,7 +45,7 @@ def reference(x, t):
     return -(weights * np.sin(np.pi * at)).sum(-1) / weights.sum(-1)
 
 
-torch.manual_seed(0)  # the same start on all ranks
+torch.manual_seed(0)  # the same initial parameters on all ranks
 rng = np.random.default_rng(0)
 inside, start = rng.uniform((-1, 0), (1, 1), (2000, 2)), rng.uniform((-1, 0), (1, 0), (200, 2))
 points = np.concatenate([np.c_[inside, np.zeros(2000)], np.c_[start, np.ones(200)]])

@@ -1,9 +1,9 @@
-"""Regression to the last digits: a small tanh network through 100 points, by Levenberg-Marquardt in float64.
+"""Accurate regression: a small tanh network through 100 points, by Levenberg-Marquardt in float64.
 
     python examples/regression.py
     mpirun -n 2 python examples/regression.py
 
-There are more parameters than points, so the step needs a matrix of 100 x 100 numbers alone.
+There are more parameters than points, so the step only needs a matrix of 100 x 100 numbers.
 """
 
 import sys
@@ -14,7 +14,7 @@ import torch
 import hfmpi
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 40
-torch.manual_seed(0)  # the same start on all ranks
+torch.manual_seed(0)  # the same initial parameters on all ranks
 module = torch.nn.Sequential(torch.nn.Linear(6, 40), torch.nn.Tanh(), torch.nn.Linear(40, 1)).double()
 model = hfmpi.TorchModel(module, "squares")
 

@@ -1,10 +1,10 @@
-"""An LSTM in PyTorch that tags: it adds two binary numbers, bit by bit, and has to carry.
+"""An LSTM tagger in PyTorch that adds two binary numbers bit by bit, which requires a carry.
 
     python examples/torch_tagger.py
     mpirun -n 2 python examples/torch_tagger.py
 
-Step i reads bit i of both numbers, the lowest first, and says bit i of their sum. By guessing half of the
-bits are right.
+Step i reads bit i of both numbers, the lowest bit first, and predicts bit i of their sum. Guessing predicts
+half of the bits correctly.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ BITS = 12
 
 
 class Tagger(torch.nn.Module):
-    """x (cases, steps, 2) -> two outputs a step."""
+    """Maps x (examples, steps, 2) to two outputs per step."""
 
     def __init__(self):
         super().__init__()
@@ -28,7 +28,7 @@ class Tagger(torch.nn.Module):
 
 
 def sums(cases, seed):
-    """Return the bits of pairs of numbers (cases, BITS, 2), and those of their sums (cases, BITS)."""
+    """Return the bits of pairs of numbers (examples, BITS, 2), and of their sums (examples, BITS)."""
     numbers = np.random.default_rng(seed).integers(0, 2 ** (BITS - 1), (cases, 3))
     numbers[:, 2] = numbers[:, 0] + numbers[:, 1]
     bits = numbers[:, None, :] >> np.arange(BITS)[:, None] & 1
@@ -36,7 +36,7 @@ def sums(cases, seed):
 
 
 def main():
-    torch.manual_seed(0)  # the same start on all ranks
+    torch.manual_seed(0)  # the same initial parameters on all ranks
     model = hfmpi.TorchModel(Tagger(), "cross-entropy")
     result = hfmpi.train(
         model,
@@ -49,7 +49,7 @@ def main():
     model.write_back(result.theta)
     comm, right, loss = hfmpi.connect(), result.valid_metric, result.valid_loss
     if comm.rank == 0:
-        print(f"{comm.size} rank(s): right bits of new sums: {right:.4f}, loss {loss:.4f}")
+        print(f"{comm.size} rank(s): accuracy on the bits of new sums: {right:.4f}, loss {loss:.4f}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A transformer of one block in PyTorch that sorts.
+"""A transformer with one block in PyTorch that sorts.
 
     python examples/torch_transformer.py
     mpirun -n 2 python examples/torch_transformer.py
 
-Place i of its outputs has the i-th smallest of its inputs.
+Position i of its outputs is the i-th smallest of its inputs.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ SYMBOLS, LENGTH, WIDTH = 8, 8, 24
 
 
 class Sorter(torch.nn.Module):
-    """x (cases, LENGTH) symbols -> outputs (cases, LENGTH, SYMBOLS)."""
+    """Maps symbols x (examples, LENGTH) to outputs (examples, LENGTH, SYMBOLS)."""
 
     def __init__(self):
         super().__init__()
@@ -29,13 +29,13 @@ class Sorter(torch.nn.Module):
 
 
 def lists(cases, seed):
-    """Return lists of symbols (cases, LENGTH), and the same sorted."""
+    """Return lists of symbols (examples, LENGTH), and the sorted lists."""
     x = np.random.default_rng(seed).integers(0, SYMBOLS, (cases, LENGTH))
     return x, np.sort(x, axis=1)
 
 
 def main():
-    torch.manual_seed(0)  # the same start on all ranks
+    torch.manual_seed(0)  # the same initial parameters on all ranks
     model = hfmpi.TorchModel(Sorter(), "cross-entropy")
     result = hfmpi.train(
         model,
@@ -48,7 +48,7 @@ def main():
     model.write_back(result.theta)
     comm, right, loss = hfmpi.connect(), result.valid_metric, result.valid_loss
     if comm.rank == 0:
-        print(f"{comm.size} rank(s): right places of new lists: {right:.4f}, loss {loss:.4f}")
+        print(f"{comm.size} rank(s): accuracy on the positions of new lists: {right:.4f}, loss {loss:.4f}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     mpirun -n 2 python examples/variational_monte_carlo.py
 
 The network is log psi. Its rows are the scores d log psi / d theta of all walkers, which `hfmpi.curvature`
-computes and multiplies on all ranks; with fewer walkers than parameters the step needs the Gram matrix alone
+computes and multiplies on all ranks; with fewer walkers than parameters the step only needs the Gram matrix
 (Chen and Heyl 2024, arXiv:2302.01941). H = -laplace/2 + x'Ax/2.
 """
 
@@ -19,7 +19,7 @@ import hfmpi
 jax.config.update("jax_enable_x64", True)
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 60
 A = np.array([[1.0, 0.4], [0.4, 2.0]])
-EXACT = np.sqrt(np.linalg.eigvalsh(A)).sum() / 2  # the sum of the frequencies, halved
+EXACT = np.sqrt(np.linalg.eigvalsh(A)).sum() / 2  # half the sum of the frequencies
 WALKERS, MOVES, DAMPING, RATE = 300, 40, 1e-3, 0.1
 
 
@@ -36,7 +36,7 @@ def energy(params, x):
 
 
 energies, values = (jax.jit(jax.vmap(f, (None, 0))) for f in (energy, log_psi))
-rng = np.random.default_rng(0)  # the same on all ranks, which hold the same walkers and divide the rows
+rng = np.random.default_rng(0)  # the same on all ranks, which hold the same walkers and share the rows
 normal = rng.standard_normal
 params = {"hidden": normal((2, 80)) / 2, "bias": normal(80) / 2, "top": normal(80) / 80}
 model = hfmpi.JaxModel(lambda p, x: jax.vmap(log_psi, (None, 0))(p, x)[:, None], params, "squares")
@@ -51,7 +51,7 @@ for _step in range(STEPS):
     history.append(local.mean())
     rows = hfmpi.curvature(model, theta, (x, np.zeros((WALKERS, 1))), communicator=comm).rows("residuals")
     gram = rows.gram()
-    gram = gram - gram.mean(axis=0) - gram.mean(axis=1)[:, None] + gram.mean()  # of centred rows
+    gram = gram - gram.mean(axis=0) - gram.mean(axis=1)[:, None] + gram.mean()  # for centred rows
     a = np.linalg.solve(gram + DAMPING * WALKERS * np.eye(WALKERS), 2 * (local - local.mean()))
     theta = comm.agree(theta - RATE * rows.transposed(a - a.mean()))
 last = np.array(history[-20:])

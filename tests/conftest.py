@@ -1,4 +1,4 @@
-"""What holds for all tests: the stand-in for CuPy where there is no GPU (or no CuPy), and default signals."""
+"""Settings of all tests: the stand-in for CuPy if there is no GPU (or no CuPy), and default signals."""
 
 import shutil
 import signal
@@ -9,8 +9,8 @@ import pytest
 
 from hfmpi.backends import gpus
 
-# Children inherit ignored signals, as from nohup or a job in the background; tests send them signals.
-for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:  # those are ignored by Python
+# Children inherit ignored signals, for example from nohup or a background job, but tests send them signals.
+for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:  # Python ignores these
     if signal.getsignal(number) == signal.SIG_IGN:
         default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, default)
@@ -24,7 +24,7 @@ if not REAL_GPU and shutil.which("g++"):
 
 @pytest.fixture
 def cooperative(monkeypatch):
-    """Let the stand-in launch kernels whose blocks wait for one another, as a GPU does."""
+    """Allow the stand-in to launch kernels whose blocks wait for each other, as a GPU does."""
     if not REAL_GPU:
         cupy = pytest.importorskip("cupy")
         monkeypatch.setitem(cupy.ATTRIBUTES, "CooperativeLaunch", 1)

@@ -1,4 +1,4 @@
-"""What every model promises, against its dense Jacobian; for models of any framework, in float64."""
+"""Checks of models of any framework against their dense Jacobian, in float64."""
 
 import re
 from contextlib import chdir
@@ -17,12 +17,12 @@ CASES, STEPS, INPUTS, OUTPUTS = 4, 3, 2, 3
 
 
 def numbers(*shape, seed=3):
-    """Return inputs, weights, or targets of a loss of numbers."""
+    """Return inputs or weights, or real-valued targets of a loss."""
     return np.random.default_rng(seed).standard_normal(shape)
 
 
 def symbols(*shape):
-    """Return targets of a loss of symbols."""
+    """Return targets of a loss that takes symbols."""
     return np.random.default_rng(4).integers(0, OUTPUTS, shape)
 
 
@@ -47,7 +47,7 @@ def loss_of_rows(kind, z, y):
 
 
 def stored(matrix, groups=1):
-    """Return what is stored of a dense Kronecker factor: all, the part of each group, or the diagonal."""
+    """Return the stored part of a dense Kronecker factor: all, the part of each group, or the diagonal."""
     shape = layout.factor_shape(len(matrix), groups)
     if len(shape) == 1:
         return np.diag(matrix)
@@ -58,7 +58,7 @@ def stored(matrix, groups=1):
 
 
 def restored(factor):
-    """Return the dense factor of what is stored of it."""
+    """Return the dense factor for its stored part."""
     if factor.ndim < 3:
         return np.diag(factor) if factor.ndim == 1 else factor
     groups, n, _ = factor.shape
@@ -68,7 +68,7 @@ def restored(factor):
 
 
 def factors_of_cases(blocks, each, scored):
-    """Return Kronecker factors by the gradients of single cases (B, D), of the summed loss, by formula."""
+    """Return Kronecker factors of the summed loss by their formula, from per-example gradients (B, D)."""
     found = []
     for block in blocks:
         gradients = [block.of(g) / scored for g in each]
@@ -80,7 +80,7 @@ def factors_of_cases(blocks, each, scored):
 
 
 def check_factors(model, cases, theta, each, scored, by_cases):
-    """Check the gradient and the factors that come with it; `by_cases`: those of `factors_of_cases`."""
+    """Check the gradient and its factors; with `by_cases` those of `factors_of_cases`."""
     owner = hfmpi.DataParallel(model, Communicator(), micro_batch=max(1, cases.count // 2))
     gradient, factors = owner.on(cases, np.arange(cases.count)).factored_gradient(theta)
     assert np.allclose(gradient.vector, each.sum(axis=0) / scored)
@@ -91,14 +91,14 @@ def check_factors(model, cases, theta, each, scored, by_cases):
             assert np.allclose(matrix, matrix.T)
             assert np.linalg.eigvalsh(matrix).min() >= -1e-12 * abs(matrix).max(), block.name
         if by_cases:
-            trace = scored * sum((g**2).sum() for g in own)  # that of the empirical Fisher matrix
+            trace = scored * sum((g**2).sum() for g in own)  # the trace of the empirical Fisher matrix
             assert np.isclose(np.trace(both[0]) * np.trace(both[1]), trace), block.name
     if by_cases:
         assert np.allclose(factors, factors_of_cases(model.blocks, each, scored))
 
 
 def check(model, kind, cases, theta, outputs, jacobian, mask=None, apart=True, by_cases=False):
-    """Check a model on all cases, of which each has equally many rows.
+    """Check a model on all examples, each of which has equally many rows.
 
     Parameters
     ----------
@@ -123,7 +123,7 @@ def check(model, kind, cases, theta, outputs, jacobian, mask=None, apart=True, b
 
     at = model.linearise(theta, batch)
     assert np.isclose(at.loss, value, rtol=1e-10)
-    assert np.isclose(model.loss(theta, batch), value, rtol=1e-6)  # kernels without derivatives
+    assert np.isclose(model.loss(theta, batch), value, rtol=1e-6)  # uses kernels without derivatives
     assert at.nbytes > 0
     rng = np.random.default_rng(5)
     v, u = rng.standard_normal(theta.size), rng.standard_normal(outputs.shape)
@@ -182,7 +182,7 @@ def check_optimizers(model, cases):
 
 
 def check_ranks(model, cases, comm):
-    """Check that the ranks of comm compute what one computes."""
+    """Check that the ranks of comm compute the same as one rank."""
     assert comm.size > 1
     v, found = np.random.default_rng(1).standard_normal((2, model.size)), []
     for communicator in (MPICommunicator(comm), Communicator()):
@@ -219,7 +219,7 @@ def check_page(name, folder):
 
 
 def run_page(name, folder):
-    """Run the program with this name on the page "Your own model"; give its names."""
+    """Run the program with this name on the page "Your own model"; return its variables."""
     page = (Path(__file__).parents[1] / "docs" / "own_model.md").read_text()
     (program,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if name in code]
     names = {}

@@ -1,4 +1,4 @@
-"""Two ranks that share a GPU train as one does: `python tests/gpu_ranks.py`, run by bin/test-gpu.
+"""Compare training on two ranks that share a GPU with one rank; run by bin/test-gpu.
 
 A built-in network, and a module of PyTorch where its CUDA build is installed. Skipped with a sentence where
 there is no MPI, or no mpirun of it.
@@ -42,12 +42,12 @@ with hfmpi.guard():
 
 
 def module(out, transport, ranks):
-    """Train a module of PyTorch with so many ranks; give the losses, or what was said instead."""
+    """Train a PyTorch module on this number of ranks; return the losses, or the error output."""
     return started([sys.executable, "-c", MODULE, str(out), transport], out, ranks, "loss")
 
 
 def run(data, out, transport, ranks):
-    """Train a network with so many ranks; give the losses, or what was said instead."""
+    """Train a network on this number of ranks; return the losses, or the error output."""
     words = [
         str(data),
         "--out",
@@ -63,9 +63,9 @@ def run(data, out, transport, ranks):
 
 
 def started(command, out, ranks, key):
-    """Start a command with so many ranks; give the losses that it writes, or what was said instead."""
+    """Start a command on this number of ranks; return the losses that it writes, or the error output."""
     start = ["mpirun", "-n", str(ranks)] if ranks > 1 else []
-    # Open MPI refuses root, as whom a container runs, and more ranks than cores, unless told otherwise.
+    # By default Open MPI does not run as root, as containers do, or more ranks than cores.
     more = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "OMPI_MCA_rmaps_base_oversubscribe")
     done = subprocess.run(
         [*start, *command],
@@ -74,7 +74,7 @@ def started(command, out, ranks, key):
         timeout=300,
         env=os.environ | dict.fromkeys(more, "1"),
     )
-    if done.returncode:  # mpirun has its own words around the program's
+    if done.returncode:  # mpirun adds lines to the output of the program
         said = done.stderr.strip().splitlines()
         return next((line for line in said if line.startswith("Error:")), said[-1])
     history = (out / "history.jsonl").read_text().splitlines()
@@ -82,7 +82,7 @@ def started(command, out, ranks, key):
 
 
 def main():
-    """Compare; exit with 1 if something differs."""
+    """Compare the runs; exit with code 1 if they differ."""
     if not shutil.which("mpirun"):
         print("ranks: skipped, there is no mpirun on PATH")
         return 0
@@ -111,7 +111,7 @@ def has_torch():
 
 
 def compared(name, folder, train):
-    """Compare two ranks with one for every transport; give the number of failures."""
+    """Compare two ranks with one for every transport; return the number of failures."""
     failed, alone = 0, train(folder / f"{name} alone", "host", 1)
     assert not isinstance(alone, str), alone
     for transport in os.environ.get("HFMPI_TRANSPORTS", "host cuda").split():

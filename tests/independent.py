@@ -1,4 +1,4 @@
-"""A plain, slow, independent implementation of all networks and losses, for tests only.
+"""A simple, slow, independent implementation of all networks and losses, for tests only.
 
 One sequence, one step, one formula at a time, straight from the papers; it shares no code with hfmpi and
 accepts complex parameters, so that complex-step differentiation gives derivatives to rounding:
@@ -16,7 +16,7 @@ def sigmoid(a):
 
 
 def split(theta, about):
-    """Return a dict of matrices for each layer, and that of the outputs."""
+    """Return a dict of matrices for each layer, and the matrices of the outputs."""
     n, out, at = about.hidden, [], 0
 
     def take(shape):
@@ -36,7 +36,7 @@ def split(theta, about):
 
 
 def step(p, about, x, h, c, q=0):
-    """One step of a layer: h, c and the pre-activations; q is added to h W_mh."""
+    """Compute one step of a layer: h, c and the pre-activations; q is added to h W_mh."""
     n = about.hidden
     if about.name == "gru":  # columns of W_x: u, r, z; of W_h: r, z, s; biases u, r, z, s
         xu, xr, xz = np.split(x @ p["W_x"], 3)
@@ -90,7 +90,7 @@ def weight(batch, t, b):
 
 
 def loss(theta, about, batch, kind="cross-entropy", *elsewhere):
-    """Return the summed loss in nats; for the rest see `run`."""
+    """Return the summed loss in nats; the parameters are those of `run`."""
     outputs, _ = run(theta, about, batch, *elsewhere)
     total = 0
     for t, b in np.ndindex(*batch.targets.shape[:2]):
@@ -111,7 +111,7 @@ def gradient(theta, about, batch, kind="cross-entropy"):
 
 
 def jacobians(theta, about, batch):
-    """Dense Jacobians of the outputs (T B O, D) and of the pre-activations of all layers (., D)."""
+    """Return dense Jacobians of the outputs (T B O, D) and of the pre-activations of all layers (., D)."""
     columns = []
     for e in np.eye(len(theta)):
         outputs, pre = run(theta + 1j * STEP * e, about, batch)
@@ -122,7 +122,7 @@ def jacobians(theta, about, batch):
 
 
 def structural_weights(theta, about, batch):
-    """Weights of the structural damping term: p (1 - p) of each unit, p its value scaled to (0, 1)."""
+    """Return the weights of structural damping: p (1 - p) of each unit; p is its value scaled to (0, 1)."""
     found = []
     for pre in run(theta, about, batch)[1]:
         n = about.hidden
@@ -140,7 +140,7 @@ def structural_weights(theta, about, batch):
 
 
 def gauss_newton(theta, about, batch, structural=0.0, kind="cross-entropy"):
-    """Dense Gauss-Newton matrix (D, D) of the summed loss."""
+    """Return the dense Gauss-Newton matrix (D, D) of the summed loss."""
     outputs, _ = run(theta, about, batch)
     j, ja = jacobians(theta, about, batch)
     o = about.outputs

@@ -1,4 +1,4 @@
-"""Nodes of a cluster on one machine: namespaces with a host name and a network each (Linux, root).
+"""Simulated nodes of a cluster: namespaces with separate host names and networks (Linux, root).
 
 examples/faults/surroundings.py uses it too.
 """
@@ -22,7 +22,7 @@ class Nodes:
     """
 
     def __init__(self, folder, ranks, stack):
-        """Make a node for each of `ranks`, which are numbers of ranks; mpirun is on the first."""
+        """Create a node for each entry of `ranks`, its number of ranks; mpirun runs on the first."""
         self.names = [f"node{letter}" for letter in "abcdefgh"[: len(ranks)]]
         addresses = {name: f"10.77.0.{number}" for number, name in enumerate(self.names, 1)}
         known, launch, hosts = folder / "known_hosts", folder / "launch", folder / "hosts"
@@ -59,20 +59,20 @@ class Nodes:
         self.mpirun += ["-n", str(sum(ranks))]
 
     def on(self, name):
-        """Return the words before a command that run it on a node."""
+        """Return the command prefix that runs a command on a node."""
         return ["nsenter", "-t", str(self.holders[name]), "-u", "-n", "-m"]
 
     def run(self, name, line, check=True, **options):
-        """Run a line of the shell on a node."""
+        """Run a shell command on a node."""
         return subprocess.run([*self.on(name), "sh", "-c", line], check=check, **options)
 
     def cut_off(self, name):
-        """Lose all that is sent from and to a node from now on."""
+        """Drop all packets from and to a node from now on."""
         self.run("switch", f"ip link set {name} nomaster")
 
 
 def obstacle():
-    """Return why there cannot be nodes, or None."""
+    """Return the reason why nodes cannot be created, or None."""
     if os.geteuid() or not all(map(shutil.which, ("mpirun", "unshare", "nsenter", "ip"))):
         return "needs root, mpirun, unshare, nsenter and ip"
     tried = subprocess.run(["unshare", "-u", "-n", "-m", "true"], check=False, capture_output=True)
@@ -81,7 +81,7 @@ def obstacle():
 
 @contextlib.contextmanager
 def nodes(folder, *ranks):
-    """Make nodes with these numbers of ranks for the duration of a block; skip the test where this fails."""
+    """Create nodes with these numbers of ranks inside the context; skip the test if this fails."""
     if reason := obstacle():
         raise SkipTest(reason)
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Networks that take and give NumPy arrays, whatever their device."""
+"""Networks with NumPy arrays as arguments and results, on any device."""
 
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ def turned(batch):
 
 
 class OnHost:
-    """A network; every array is carried to its device and back."""
+    """A network whose arguments are copied to its device, and whose results are copied back."""
 
     def __init__(self, *arguments, **options):
         self.network = Network(*arguments, **options)

@@ -1,4 +1,4 @@
-"""Small runs for tests: a text that can be learned, its corpus, and a run in one call."""
+"""Small runs for tests: a learnable text, its corpus, and a run in one call."""
 
 import time
 
@@ -42,7 +42,7 @@ def write_corpus(path):
 
 
 def shared_corpus(comm, folder):
-    """Write the corpus on rank 0 of an MPI communicator; give its path on all ranks, when it is there."""
+    """Write the corpus on rank 0 of an MPI communicator; return its path on all ranks when it exists."""
     path = folder / "small.h5"
     if comm.rank == 0:
         write_corpus(path)
@@ -51,12 +51,12 @@ def shared_corpus(comm, folder):
 
 
 def decoded(corpus, ids):
-    """Return the text that ids of a corpus stand for."""
+    """Return the text that corresponds to ids of a corpus."""
     return np.frombuffer(corpus.symbols, np.uint8)[ids].tobytes()
 
 
 class Recorder:
-    """A reporter that collects what it receives, and may do something after each step."""
+    """A reporter that collects its messages, and can call a function after each step."""
 
     def __init__(self, after_step=None):
         self.facts, self.records, self.notes, self.ending = None, [], [], None
@@ -80,7 +80,7 @@ class Recorder:
 def make_run(
     folder, data, comm=None, resume="auto", reporter=None, signals=None, clock=time.perf_counter, **options
 ):
-    """Make a run as `hfmpi train` does, new or resumed."""
+    """Create a run as `hfmpi train` does, new or resumed."""
     comm = comm or Communicator()
     if options.get("optimizer") in ("sgd", "bgd", "adam", "soap", "soap-muon", "muon", "lm", "lbfgs"):
         options = {"curvature_batch": 0} | options
@@ -99,17 +99,17 @@ def train(folder, data, comm=None, resume="auto", reporter=None, clock=time.perf
 
 
 def history(folder, leave=("seconds", "step_seconds")):
-    """Return the history without what two equal runs may differ in."""
+    """Return the history without the fields that may differ between equal runs."""
     return [{k: v for k, v in record.items() if k not in leave} for record in History.read(folder)]
 
 
 def state_of(run):
-    """Return all that the next step depends on, as a dict of arrays."""
+    """Return everything that the next step depends on, as a dict of arrays."""
     return {"theta": run.theta} | {k: np.asarray(v) for k, v in vars(run.state).items()}
 
 
 def same(a, b):
-    """Assert that two runs stand at the same point, to the last bit."""
+    """Assert that two runs have the same state, bit for bit."""
     assert a.step == b.step
     assert a.progress.counts == b.progress.counts
     ours, theirs = state_of(a), state_of(b)

@@ -1,4 +1,4 @@
-"""The API's doors: one sentence on what is wrong; types and the caller's process stay as they are."""
+"""Arguments of the API: errors in one sentence; types and the caller's process are unchanged."""
 
 import os
 import random
@@ -29,7 +29,7 @@ GOOD = np.array([1.0, -2.0, 0.5])
 
 
 def sentence(error):
-    """Return the message, which is one of ours: a line, and no word of NumPy's own."""
+    """Return the message of an error, which must be a single line of hfmpi, not of NumPy."""
     said = str(error.value)
     assert "\n" not in said
     assert len(said) < 200
@@ -39,7 +39,7 @@ def sentence(error):
 
 
 class Bowl(Objective):
-    """theta'theta / 2; each answer goes through a function first."""
+    """theta'theta / 2; a function is applied to each result."""
 
     def __init__(self, loss=float, gradient=Gradient, product=lambda v: v, operator=None):
         self.as_loss, self.as_gradient, self.as_product, self.operator = loss, gradient, product, operator
@@ -87,7 +87,7 @@ LAYOUTS = {
     "as it is": lambda a: a,
     "strided": lambda a: np.repeat(a, 2)[::2],
     "reversed": lambda a: a[::-1].copy()[::-1],
-    "of a file": lambda a: np.frombuffer(a.tobytes(), a.dtype),  # read-only
+    "of a file": lambda a: np.frombuffer(a.tobytes(), a.dtype),  # a read-only array
 }
 
 
@@ -165,7 +165,7 @@ def test_what_is_no_objective_or_state_is_refused(optimizer):
     for wrong in (None, {}, object()):
         with pytest.raises(TypeError, match=r"state must be the result of init\(theta\), not "):
             optimizer.step(GOOD, wrong, both)
-    if optimizer != GradientDescent("clip"):  # whose state has no vector
+    if optimizer != GradientDescent("clip"):  # its state has no vector
         for other in (np.ones(4), GOOD.astype(np.float32)):
             with pytest.raises(ValueError, match=r"call init\(theta\) again"):
                 optimizer.step(GOOD, optimizer.init(other), both)
@@ -314,7 +314,7 @@ def test_a_run_says_once_what_is_not_in_its_lines(tmp_path):
 
 
 def surroundings():
-    """Return what belongs to the whole process."""
+    """Return the state of the process that hfmpi must not change."""
     return {
         "floating point": np.geterr(),
         "warnings": list(warnings.filters),

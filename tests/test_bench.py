@@ -1,4 +1,4 @@
-"""`hfmpi bench`: the bound is made of the products of a pass, contestants take turns, rows are complete."""
+"""`hfmpi bench`: the bound consists of the products of a pass, contestants take turns, rows are complete."""
 
 import json
 import time
@@ -35,7 +35,7 @@ ROW = {
 def rows(*arguments):
     result = CliRunner().invoke(bench, [*arguments, *SMALL], catch_exceptions=False)
     assert result.exit_code == 0
-    found = json.loads(result.output.splitlines()[-1])  # a first run says that it compiles
+    found = json.loads(result.output.splitlines()[-1])  # a first run prints a note on compilation
     assert {"processor", "blas", "versions", "ranks", "threads"} <= found["machine"].keys()
     for row in found["rows"]:
         assert row.keys() >= ROW
@@ -75,7 +75,7 @@ def test_gradients():
 def test_allreduce():
     found = rows("allreduce", "--model", "lstm")
     size = Architecture("lstm", 6, 5, 5).layout.size
-    # Two float64; the product and a flag; gradient, squares, the loss in four parts and a flag.
+    # Two float64; the product and a flag; the gradient, squares, the loss in four parts and a flag.
     assert [r["bytes"] for r in found] == [16, 4 * size + 4, 8 * size + 20]
 
 
@@ -108,11 +108,11 @@ def test_the_table_names_what_was_measured_on():
 @pytest.mark.parametrize("backend", ["numpy", "numba", "cupy", "cupy by graphs"])
 @pytest.mark.usefixtures("cooperative")
 def test_the_bound_holds_all_products_of_a_pass(name, backend):
-    """The number of operations is that of the formulas: nothing is left out, nothing added."""
+    """The number of operations equals that of the formulas."""
     n, v, steps, size = 6, 5, 7, 3
     about = Architecture(name, n, v, v)
     network = Network(about, create(backend.split()[0], mixin=Recording), block_rows=6)
-    if backend == "cupy by graphs":  # instead of one kernel a loop
+    if backend == "cupy by graphs":  # in place of one kernel per loop
         network.backend.persistent_batch = 0
     theta = network.backend.to_device(about.initial(0).astype(np.float32))
     batch = Sequences(np.arange(steps * size, dtype=np.uint8) % v, steps).take(np.arange(size))
@@ -129,9 +129,9 @@ def test_the_bound_holds_all_products_of_a_pass(name, backend):
         assert products.operations == 2 * steps * size * (4 * recurrent + 4 * n * v)
     calls = len(products.calls)
     tape.gauss_newton(theta, 1.0, out)
-    assert len(products.calls) == calls  # the recording is over
+    assert len(products.calls) == calls  # the recording has ended
     products.calls = [(a * 0, b * 0, result * np.nan) for a, b, result in products.calls]
-    for _ in range(3):  # on a GPU: as it is, captured, and replayed
+    for _ in range(3):  # on a GPU: direct, captured and replayed
         products.repeat()
         assert all(np.all(network.backend.to_host(result) == 0) for _, _, result in products.calls)
 
@@ -154,7 +154,7 @@ def test_the_slowest_rank_counts_and_the_others_sleep(mpi_ranks, comm):
     ]
     before = time.process_time()
     seconds = contest(communicator, contestants, 3)
-    assert time.process_time() - before < 0.25  # of at least 0.45 s
+    assert time.process_time() - before < 0.25  # the passes take at least 0.45 s
     assert np.all(seconds[0] >= 0.05)
     assert np.all(seconds[1] >= 0.1)
     assert len(alone) == (4 if communicator.rank == 0 else 0)

@@ -23,7 +23,7 @@ from hfmpi.runs.restore import best, best_entries
 from hfmpi.runs.trained_model import Trained
 
 RNG = np.random.default_rng(5)
-SYMBOLS, TARGETS = RNG.integers(0, 4, (2, 40, 6))  # nothing to learn but the examples themselves
+SYMBOLS, TARGETS = RNG.integers(0, 4, (2, 40, 6))  # random targets, which can only be memorised
 GIVEN = (network(8), (SYMBOLS[:20], TARGETS[:20]), (SYMBOLS[20:], TARGETS[20:]))
 OVERFITS = {
     "optimizer": "adam",
@@ -51,7 +51,7 @@ def test_the_result_is_that_of_the_best_validation(tmp_path):
     best = fit(16, out=tmp_path / "best", keep="best")
     bare = fit(16, keep="best")
     losses = valid_losses(last)
-    assert valid_losses(best) == losses  # training is the same
+    assert valid_losses(best) == losses  # the training is the same
     step = 1 + int(np.argmin(losses))
     assert step < 12  # it overfits
     assert (last.best_step, last.kept_best, last.valid_loss) == (step, False, losses[-1])
@@ -182,7 +182,7 @@ def test_a_run_without_a_better_validation_stops(tmp_path):
     best = stop - 3
     assert result.reason == f"the lowest validation loss is that of step {best}, 3 validations ago"
     assert (tmp_path / "run" / "DONE").read_text() == f"{result.reason}\n"
-    again = fit(30, patience=3, keep="best", out=tmp_path / "run")  # nothing is left to do, however often
+    again = fit(30, patience=3, keep="best", out=tmp_path / "run")  # no step is left, in any repetition
     assert (again.step, again.reason) == (stop, result.reason)
     assert checkpoint.latest(tmp_path / "run").meta["best"]["stale"] == 3
     assert fit(30, patience=1).reason.endswith(", 1 validation ago")
@@ -345,14 +345,14 @@ def test_a_best_file_of_a_different_run_is_refused(tmp_path):
             "give another out"
         )
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [BEST]
-    fit(5, out=tmp_path / "new", seed=1)  # the run that was stopped before its first checkpoint
+    fit(5, out=tmp_path / "new", seed=1)  # a run that was stopped before its first checkpoint
 
 
 def test_a_new_run_starts_from_the_best_parameters_of_another(tmp_path):
     old = fit(16, out=tmp_path / "old", keep="best")
     new = fit(old.best_step + 1, out=tmp_path / "new", resume=tmp_path / "old" / BEST)
     assert new.step == old.best_step + 1
-    assert new.best_step == new.step  # its validations are compared from its start on
+    assert new.best_step == new.step  # only its own validations are compared
     last = fit(17, out=tmp_path / "third", resume=tmp_path / "old", keep="last")
     np.testing.assert_array_equal(last.theta, fit(17).theta)  # from the checkpoint, not from best.h5
 

@@ -1,4 +1,4 @@
-"""Data sets that are read by index, those of DataLoaders, and augmentation: the same runs as in memory."""
+"""Data sets that are read by index, also from DataLoaders and with augmentation: same runs as in memory."""
 
 import importlib.util
 
@@ -28,7 +28,7 @@ needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reas
 
 
 class Items:
-    """A map-style data set that counts what is read of it."""
+    """A map-style data set that counts its reads."""
 
     def __init__(self, *arrays):
         self.arrays, self.read = arrays, []
@@ -177,7 +177,7 @@ def test_curvature_by_index():
 
 
 def check_risks(comm, slices):
-    """Check that the ranks of a communicator compute what one does, each with the examples of its shard."""
+    """Check that the ranks of a communicator compute the same as one, each with the examples of its shard."""
     theta = network().initial(0)
     for third in (), (WEIGHTS,):
         data, found = Items(X, Y, *third), []
@@ -199,7 +199,7 @@ def test_a_rank_reads_the_examples_of_its_shard(comm):
     check_risks(MPICommunicator(comm), 0)
     check_risks(MPICommunicator(comm), 4)
     assert checks.least(MPICommunicator(comm), 7 + comm.rank) == 7
-    # A bad example that one rank reads ends the run on all, with its sentence.
+    # An invalid example that one rank reads ends the run on all ranks, with its error message.
     data = hfmpi.Dataset(Items(X, np.where(np.arange(60)[:, None] == 41, 9, Y)))
     with pytest.raises(UserError, match="not 9 as in example 41"):
         hfmpi.train(network(), data, **RUN | {"max_steps": 40})
@@ -210,7 +210,7 @@ def test_a_rank_reads_the_examples_of_its_shard(comm):
 
 
 def steps_alone(model, data, slices):
-    """Return what the run of `RUN` makes of a model on one rank."""
+    """Return the result of the run `RUN` of a model on one rank."""
     cases = as_cases(data, hfmpi.Arrays)
     owner = hfmpi.DataParallel(model, Communicator(), slices=slices)
     chosen = preset("bhf-short").optimizer
@@ -226,7 +226,7 @@ def steps_alone(model, data, slices):
 
 
 def rolled(x, y, rng):
-    """Roll a sequence, which stays of one kind of numbers."""
+    """Roll a sequence without changing its dtype."""
     k = rng.integers(1, 5)
     return np.roll(x, k), np.roll(y, k)
 
@@ -241,7 +241,7 @@ def test_an_augmentation_depends_on_seed_step_and_example():
     assert (whole.inputs != X).any()
     for other in cases.at(3, 6), cases.at(4, 5):
         assert (other.take(np.arange(60)).inputs != whole.inputs).any()
-    assert (cases.take(np.arange(60)).inputs == X).all()  # validation and checks see the data
+    assert (cases.take(np.arange(60)).inputs == X).all()  # validation and checks use the unchanged data
 
 
 def test_a_resumed_run_sees_the_same_examples(tmp_path):
@@ -321,7 +321,7 @@ def test_what_needs_the_same_batch_takes_no_augmentation():
 
 @needs_torch
 class TestLoader:
-    """A DataLoader of PyTorch is taken for its data set, unless it changes what is in it."""
+    """A PyTorch DataLoader is replaced by its data set, unless it changes the examples."""
 
     def loader(self, *arrays, **options):
         import torch

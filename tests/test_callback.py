@@ -66,7 +66,7 @@ def test_the_callback_stops_the_run_as_a_limit_does(stop, tmp_path):
     assert result.valid_loss == fit(4).valid_loss == result.history[-1]["valid_loss"]
     np.testing.assert_array_equal(
         fit(6, **options).theta, fit(6).theta
-    )  # and goes on when it is called again
+    )  # and resumes when it is called again
 
 
 def test_an_exception_in_the_callback_ends_the_run_with_its_result(tmp_path):
@@ -201,7 +201,7 @@ def test_a_result_is_drawn(tmp_path, monkeypatch):
     figure = result.plot(tmp_path / "losses.png")
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     lines = figure.axes[0].lines
-    assert [len(line.get_xdata()) for line in lines] == [3, 3, 1]  # training, validation and its last mark
+    assert [len(line.get_xdata()) for line in lines] == [3, 3, 1]  # training, validation and its last marker
     np.testing.assert_allclose(lines[1].get_ydata(), [record["valid_loss"] for record in result.history])
     assert matplotlib.get_backend() == backend
     with pytest.raises(UserError, match="cannot write"):
@@ -219,7 +219,7 @@ def test_a_result_is_drawn(tmp_path, monkeypatch):
 
 @pytest.fixture(name="notebook")
 def fixture_notebook(monkeypatch):
-    """Make this process look like the kernel of a notebook."""
+    """Make this process appear as the kernel of a notebook."""
     shell = types.SimpleNamespace(kernel=object())
     monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
     return shell
@@ -375,7 +375,7 @@ def test_the_loss_of_a_data_set_is_summed_in_micro_batches():
 
 
 class Writer:
-    """In place of TensorBoard's writer and the module of Weights & Biases."""
+    """A replacement for TensorBoard's writer and for the module of Weights & Biases."""
 
     def __init__(self, folder=None):
         self.logged, self.closed = [], False

@@ -18,7 +18,7 @@ def inner(a, b):
 
 
 def system(size, seed=0, condition=100.0):
-    """Make a symmetric positive definite A with eigenvalues from 1 to `condition`, and a right-hand side."""
+    """Return a symmetric positive definite A, eigenvalues from 1 to `condition`, and a right-hand side."""
     rng = np.random.default_rng(seed)
     q, _ = np.linalg.qr(rng.standard_normal((size, size)))
     a = q @ np.diag(np.geomspace(1, condition, size)) @ q.T
@@ -72,7 +72,7 @@ def test_martens_keeps_iterates_at_growing_distances_and_the_last():
 
 
 def martens(values, tolerance):
-    """His rule once more: i > k, phi_{i-k} < 0, (phi_i - phi_{i-k}) / phi_i < k eps."""
+    """Return Martens' rule: i > k, phi_{i-k} < 0, (phi_i - phi_{i-k}) / phi_i < k eps."""
     i = len(values) - 1
     k = 10 if i <= 100 else int(np.ceil(i / 10))
     return bool(i > k and values[i - k] < 0 and (values[i] - values[i - k]) / values[i] < k * tolerance)
@@ -220,7 +220,7 @@ def test_backtracking_leaves_what_is_not_finite():
 
 
 def search(function, p=1.0, **options):
-    """Along p from 0, on a function of one number with slope -1 at 0."""
+    """Search along p from 0, on a function of one variable with slope -1 at 0."""
     loss = counted(function)
     result = Armijo(**options).search(loss, np.array([p]), function(0.0), function(p), -p)
     assert result.evaluations == len(loss.calls)

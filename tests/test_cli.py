@@ -1,4 +1,4 @@
-"""The commands: what they do, and bad input: one sentence, exit code 2, no hang, files as before."""
+"""The commands: their results, and invalid input: one sentence, exit code 2, no hang, unchanged files."""
 
 import fcntl
 import io
@@ -29,7 +29,7 @@ TINY += ["--backend", "numpy", "--optimizer", "shf"]
 
 @pytest.fixture(scope="module", name="made")
 def fixture_made(tmp_path_factory):
-    """Make a folder with a corpus and a run of two steps."""
+    """Create a folder with a corpus and a run of two steps."""
     folder = tmp_path_factory.mktemp("made")
     write_corpus(folder / "small.h5")
     with pytest.MonkeyPatch.context() as patch:
@@ -40,14 +40,14 @@ def fixture_made(tmp_path_factory):
 
 @pytest.fixture(name="here")
 def fixture_here(made, tmp_path, monkeypatch):
-    """Make a copy of it, as the current folder."""
+    """Copy it to a new folder, which becomes the current folder."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def call(monkeypatch, *words):
-    """Run the command in this process; give its exit code."""
+    """Run the command in this process; return its exit code."""
     for names in library._LAUNCHERS:
         for name in filter(None, names):
             monkeypatch.delenv(name, raising=False)
@@ -61,7 +61,7 @@ def call(monkeypatch, *words):
 
 
 def content(folder):
-    """Return all there is below a folder, to compare later."""
+    """Return the contents of all files below a folder, for later comparison."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
@@ -70,7 +70,7 @@ def content(folder):
 
 @pytest.fixture(name="refused")
 def fixture_refused(here, monkeypatch, capsys):
-    """Return a function that runs a command which has to fail, and returns its sentence."""
+    """Return a function that runs a command which must fail, and returns its error message."""
 
     def refused(*words):
         before = content(here)
@@ -113,11 +113,11 @@ def test_from_text_to_sample(here, monkeypatch, capsys):
     assert call(monkeypatch, *words) == 0
     assert "Stopped at step 2: 2 steps were taken" in capsys.readouterr().out
     found = checkpoint.latest(here / "book.run").meta["config"]
-    assert (found["model"], found["hidden"], found["seed"]) == ("lstm", 6, 7)  # the command line wins
+    assert (found["model"], found["hidden"], found["seed"]) == ("lstm", 6, 7)  # the command line has priority
     assert (found["settings"], found["forget_bias"]) == ({"cg_max_steps": 3, "damping": 0.5}, -1.5)
     assert [record["cg_steps"] for record in history(here / "book.run")] == [3, 3]
 
-    # The same command goes on; also with fewer words, with defaults by name, and with another limit.
+    # The same command resumes the run, also with fewer options, explicit defaults, or a different limit.
     assert call(monkeypatch, *words[:-1], "3") == 0
     assert "going on from step 2" in capsys.readouterr().out
     assert call(monkeypatch, "train", "book.h5", "--max-steps", "4", "--set", "damping_factor=0.9") == 0
@@ -149,7 +149,7 @@ def test_a_text_of_any_encoding(encoding, unit, here, monkeypatch, capsys):
     assert f" bits/{unit} on " in capsys.readouterr().out
 
     def sample(*words):
-        """Return the bytes, on a terminal of which none of them is part."""
+        """Return the bytes of a sample; standard output is not a terminal."""
         with io.TextIOWrapper(io.BytesIO(), "ascii") as out, monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", out)
             assert call(monkeypatch, "sample", "book.run", "--length", "42", *words) == 0
@@ -431,7 +431,7 @@ def test_a_run_does_not_go_on_with_another_vocabulary(here, refused):
 def test_a_run_does_not_go_on_with_other_data(here, monkeypatch, capsys, refused):
     prepare(text()[::-1])[0].write(here / "other.h5")
     assert "other data" in refused("train", "other.h5", "--out", "run", "--max-steps", "9")
-    # A new run may start from it.
+    # A new run can start from it.
     assert call(monkeypatch, "train", "other.h5", "--out", "new", "--resume", "run", "--max-steps", "3") == 0
     assert capsys.readouterr().err == "Note: run was trained on other data than other.h5.\n"
 
@@ -445,7 +445,7 @@ def test_a_run_is_not_evaluated_on_other_data_without_a_word(here, monkeypatch, 
     own, word = evaluated()
     assert (own["corpus"], word) == (Corpus.read(here / "small.h5").digest, "")
     (here / "small.h5").rename(here / "moved.h5")
-    # The run was made elsewhere; its corpus is there still.
+    # The run was created in a different folder; its corpus is still there.
     path = here / "run" / checkpoint.NEWEST
     found = checkpoint.load(path)
     corpus = here / "small.h5"
@@ -515,7 +515,7 @@ def test_a_checkpoint_of_another_run_in_the_folder(here, monkeypatch, refused):
 
 
 def open_elsewhere(path):
-    """Leave the file as another program has it that writes into it, or that died while it did."""
+    """Leave a file in the state in which a program holds it that writes to it, or that died while writing."""
     program = "import h5py, os, sys; file = h5py.File(sys.argv[1], 'r+'); os._exit(0)"
     subprocess.run([sys.executable, "-c", program, path], check=True, timeout=60)
 
@@ -530,7 +530,7 @@ def test_files_that_are_open_in_another_program_are_not_called_damaged(here, ref
         "bench step --data small.h5",
     ):
         assert refused(*words.split()).startswith("small.h5 is open for writing in another program: close it")
-    # The newest checkpoint may be good: what came after the previous one is not thrown away.
+    # The newest checkpoint may be valid: steps after the previous one are not discarded.
     shutil.copy(here / "run" / checkpoint.NEWEST, here / "run" / checkpoint.PREVIOUS)
     open_elsewhere(here / "run" / checkpoint.NEWEST)
     for words in ("train small.h5 --out run", "evaluate run"):
@@ -554,7 +554,7 @@ def test_a_working_folder_that_is_gone(here, monkeypatch, refused, capsys):
     for words in ("prepare a.txt a.h5", "train small.h5", "evaluate run", "sample run", "plot run"):
         assert refused(*words.split()) == sentence
     for words in (f"evaluate {here}/run --backend numba", "bench products --backend numba"):
-        assert refused(*words.split()) == sentence  # Numba needs one, too
+        assert refused(*words.split()) == sentence  # Numba needs it too
     assert call(monkeypatch, "sample", here / "run", "--length", "3") == 0
     assert call(monkeypatch, "info") == 0
 
@@ -684,7 +684,7 @@ entry()
 
 
 def outside(ranks, here, *words, program="from hfmpi.cli.main import entry; entry()"):
-    """Run the command as processes of their own; give what became of them."""
+    """Run the command in separate processes; return their results."""
     if ranks > 1 and MPIRUN is None:
         pytest.skip("there is no mpirun")
     launcher = [MPIRUN, "-n", str(ranks)] if ranks > 1 else []
@@ -730,7 +730,7 @@ def test_no_disk_space_for_the_checkpoint(ranks, here):
     is_told_once_and_in_the_end(done, reason.replace("new", "run"), "the steps after step 2")
     assert (here / "run" / checkpoint.NEWEST).read_bytes() == before
     assert not [path for path in (here / "run").iterdir() if path.suffix == ".tmp"]
-    done = outside(ranks, here, *words, "run")  # there is space again
+    done = outside(ranks, here, *words, "run")  # there is free space again
     assert done.returncode == 0, done
     assert "going on from step 2" in done.stdout
     assert [record["step"] for record in history(here / "run")] == [1, 2, 3, 4, 5, 6]
@@ -743,7 +743,7 @@ def test_bad_input_under_three_ranks(here):
     )  # which rank 0 alone finds out
     is_one_sentence(
         outside(3, here, "train", "small.h5", "--out", "run", "--hidden", "7"), "holds a model of"
-    )  # which all find out
+    )  # which all ranks detect
     assert content(here) == before
     truncated(here / "small.h5")
     before = content(here)

@@ -43,7 +43,7 @@ standin_only = pytest.mark.skipif(REAL_GPU, reason="needs the stand-in: the GPU 
 
 @pytest.fixture(scope="module", params=DTYPES)
 def pair(request):
-    """Return a backend of the GPU and the reference."""
+    """Return a GPU backend and the reference backend."""
     return create("cupy", request.param), create("numpy", request.param)
 
 
@@ -51,7 +51,7 @@ def pair(request):
 
 
 def both(pair, name, *arrays, out):
-    """Call a kernel of both backends; give the arrays at the positions `out`, and what it returns."""
+    """Call a kernel of both backends; return the arrays at the positions `out`, and the return value."""
     results = []
     for backend in pair:
         own = [backend.to_device(a.copy()) if isinstance(a, np.ndarray) else a for a in arrays]
@@ -68,7 +68,7 @@ def test_softmax_of_any_width(pair, symbols):
     rows = 7
     logits = (10 * rng.standard_normal((rows, symbols))).astype(dtype)
     logits[0] = 0
-    logits[1] = -800  # far below: still a distribution
+    logits[1] = -800  # far below the others: still a distribution
     logits[2, 0] = 900
     targets = rng.integers(0, symbols, rows).astype(np.int32)
     tolerance = 20 * np.finfo(dtype).eps
@@ -106,7 +106,7 @@ def test_segment_sums(pair, symbols, count, width):
 
 
 def test_segment_sum_of_one_sequence_of_a_batch(pair):
-    """The rows are then not contiguous."""
+    """The rows of one sequence are not contiguous."""
     gpu, reference = pair
     rows = np.random.default_rng(0).standard_normal((9, 4, 5)).astype(gpu.dtype)
     x = np.arange(9, dtype=np.int32) % 3
@@ -153,7 +153,7 @@ def test_products_refuse_what_cublas_cannot_take():
 
 
 def test_the_constants_of_cublas_are_as_the_library_has_them():
-    """TF32 only where it was asked for."""
+    """TF32 is only used if it was requested."""
     if REAL_GPU:
         a = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
         errors = []
@@ -181,7 +181,7 @@ MLSTM = Architecture("mlstm", 9, 5, 5)
 
 
 def passes(backend, theta, batch, repeats, about=MLSTM):
-    """Losses, gradients and products with another direction each time, from one network."""
+    """Return losses, gradients and products with a different direction each time, for one network."""
     network, tape, results = Network(about, backend, block_rows=20), None, []
     for repeat in range(repeats):
         v = backend.to_device(np.random.default_rng(repeat).standard_normal(theta.size).astype(theta.dtype))
@@ -198,7 +198,7 @@ def passes(backend, theta, batch, repeats, about=MLSTM):
 
 
 def by_graphs(dtype="float64"):
-    """Return a backend that takes no persistent kernel."""
+    """Return a backend without persistent kernels."""
     backend = create("cupy", dtype)
     backend.persistent_batch = 0
     return backend
@@ -223,7 +223,7 @@ def test_a_replayed_graph_gives_the_numbers_of_plain_launches(problem):
 
 
 def test_graphs_survive_a_workspace_that_grows(problem):
-    """Then the old memory is free, and nothing may go on using it."""
+    """The old memory is freed, and nothing may use it any more."""
     theta, batch = problem
     backend = by_graphs()
     passes(backend, theta, batch, 3)
@@ -317,8 +317,8 @@ def test_other_loops_are_no_persistent_kernels(reason):
 @standin_only
 def test_a_refused_cooperative_launch_falls_back_to_graphs(problem, monkeypatch):
     own, other = persistent("float64", MLSTM)
-    assert own._persistent.fit(MLSTM.hidden, True)  # it has asked what the card has
-    monkeypatch.setitem(cupy.ATTRIBUTES, "MultiProcessorCount", 2)  # as if others held the rest
+    assert own._persistent.fit(MLSTM.hidden, True)  # it has queried the properties of the GPU
+    monkeypatch.setitem(cupy.ATTRIBUTES, "MultiProcessorCount", 2)  # as if other programs used the rest
     for a, b in zip(passes(own, *problem, 1), passes(other, *problem, 1), strict=True):
         np.testing.assert_array_equal(a, b)
     assert own.persistent_batch == 0
@@ -364,7 +364,7 @@ def test_micro_batches_shrink_when_the_memory_runs_out(monkeypatch, caplog):
     assert 1 <= len(sentences) <= 3  # one for each pass that had to shrink
     assert f"rank 0 ran out of memory ({backend.device})" in sentences[-1]
     assert sentences[-1].endswith(f"micro-batches of {owner.local.micro_batch} sequences.")
-    again = everything(risk, theta)  # it has learned
+    again = everything(risk, theta)  # it remembers the smaller size
     assert len(caplog.records) == len(sentences)
     for a, b in zip(again, found, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14)
@@ -426,7 +426,7 @@ def test_precisions_that_cannot_be(arguments, reason):
 
 
 class Ranks(Communicator):
-    """What a communicator of several ranks with these places would gather."""
+    """What a communicator of several ranks with these locations would gather."""
 
     def __init__(self, *places):
         super().__init__()
@@ -499,7 +499,7 @@ def test_a_run_goes_on_on_another_device(tmp_path):
 @pytest.mark.parametrize("optimizer", ["adam", "soap", "muon", "soap-muon"])
 def test_adaptive_methods_do_the_same_on_every_device(tmp_path, optimizer):
     data = write_corpus(tmp_path / "d.h5")
-    chosen = {"averaging": 0.5, "decay": 0.01, "epsilon": 1e-4}  # a smaller one would blow rounding up
+    chosen = {"averaging": 0.5, "decay": 0.01, "epsilon": 1e-4}  # a smaller one would amplify rounding
     options = {"optimizer": optimizer, "max_steps": 3, "settings": chosen}
     reference, _ = train(tmp_path / "numpy", data, backend="numpy", **options)
     for backend in ("numba", "cupy"):
@@ -691,7 +691,7 @@ cuda.memory.MemoryPool.free_bytes cuda.memory.MemoryPool.free_all_blocks
 
 
 def test_the_names_that_are_used_are_those_of_cupy():
-    """In a process without the stand-in; that CuPy imports without a GPU makes this possible."""
+    """Runs in a process without the stand-in, because CuPy can be imported without a GPU."""
     script = f"""
 import operator, sys, warnings
 sys.path = [p for p in sys.path if p != {str(STANDIN)!r}]

@@ -1,4 +1,4 @@
-"""Cases in memory: batches examples first, and sentences where the arrays do not fit."""
+"""Examples in memory: batches with examples first, and error messages if the arrays do not fit."""
 
 import numpy as np
 import pytest

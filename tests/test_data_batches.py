@@ -1,4 +1,4 @@
-"""Sequences and global batches: nothing lost, nothing twice, the same on any number of ranks."""
+"""Sequences and global batches: each character is used once, the same on any number of ranks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_targets_are_the_inputs_one_later_and_every_character_is_one_target(
     split: tuple[np.ndarray, int, int],
 ) -> None:
     ids, length, burn_in = split
-    sequences = Sequences(np.arange(len(ids)), length, burn_in)  # each character its own position
+    sequences = Sequences(np.arange(len(ids)), length, burn_in)  # each character is its position
     inputs, targets, *_ = sequences.take(np.arange(sequences.count))
     assert inputs.shape == (sequences.count, burn_in + length)
     assert targets.shape == (sequences.count, length)
@@ -99,7 +99,7 @@ def test_noise_replaces_its_share_by_what_the_text_has() -> None:
     for i, one in enumerate(seen):
         for other in seen[i + 1 :]:
             assert (one & other).mean() == pytest.approx(one.mean() * other.mean(), abs=0.01)
-    # Pinned: a run must resume into the noise that it would have had, whatever the version of NumPy.
+    # Pinned: a run must resume with the noise of its version, whatever the version of NumPy.
     changed = Noisy(sequences, 0.2, 0, 0).take(np.array([7])).inputs != sequences.take(np.array([7])).inputs
     assert np.flatnonzero(changed)[:8].tolist() == [23, 25, 47, 65, 67, 73, 83, 85]
 
@@ -205,7 +205,7 @@ def test_the_batch_is_a_function_of_seed_and_step(
     first = global_indices(seed, step, batch, count)
     assert first.dtype == np.int64
     assert first.shape == (batch,)
-    global_indices(seed + 1, step + 7, batch, count)  # whatever was asked in between
+    global_indices(seed + 1, step + 7, batch, count)  # independent of other calls in between
     assert np.array_equal(global_indices(seed, step, batch, count), first)
 
 
@@ -216,7 +216,7 @@ def test_seeds_and_epochs_differ() -> None:
 
 
 def test_the_order_is_the_same_for_ever() -> None:
-    # Runs of today are to resume into the same batches with the numpy of tomorrow.
+    # Runs must resume with the same batches under future versions of NumPy.
     assert global_indices(1, 0, 8, 8).tolist() == [2, 4, 7, 5, 0, 6, 3, 1]
     assert global_indices(1, 1, 5, 8).tolist() == [6, 3, 1, *global_indices(1, 1, 8, 8)[:2]]
 
@@ -240,7 +240,7 @@ def test_the_curvature_slice_gives_every_place_its_turn(
     assert places.dtype == np.int64
     assert len(set(places.tolist())) == curvature
     assert places[0] == step * curvature % gradient
-    # `gradient` steps draw `curvature` times the gradient batch, whatever the first of them.
+    # `gradient` steps draw `curvature` times the gradient batch, whichever step is the first.
     drawn = np.concatenate([curvature_slice(step + k, gradient, curvature) for k in range(gradient)])
     assert np.bincount(drawn, minlength=gradient).tolist() == [curvature] * gradient
 
@@ -267,7 +267,7 @@ def test_one_sentence_names_all_options_that_are_too_large(
     except UserError as error:
         found = re.findall(r"(--[a-z-]+)( and --burn-in together)? can be at most (\d+)", str(error))
         most = {option: int(number) for option, _, number in found}
-    # The largest values work, all together, and what is not named works as it is.
+    # The largest values work together, and unnamed options work unchanged.
     if "--sequence-length" in most:
         both = most["--sequence-length"]
         assert both == min(train, valid) < length + burn_in

@@ -1,4 +1,4 @@
-"""The corpus and its file: what is written is read back, and every damage is one sentence."""
+"""The corpus and its file: written data are read back, and each kind of damage has an error message."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_the_digest_covers_contents_and_not_provenance(corpus: Corpus) -> None:
     assert len({corpus.digest, *(Corpus(**{**plain, **other}).digest for other in others)}) == 5
 
 
-# Every way to spoil a file, with words of the sentence it must end in.
+# All ways to damage a file, with words of the resulting error message.
 SPOILERS: dict[str, tuple[Callable[[h5py.File], object], str]] = {}
 
 
@@ -353,7 +353,7 @@ def test_damaged_bytes_never_change_what_is_read(
     try:
         read = Corpus.read(path).digest
     except UserError:
-        read = corpus.digest  # refused, which is as good as right
+        read = corpus.digest  # refused, which is also correct
     assert read == corpus.digest
 
 
@@ -396,8 +396,8 @@ def test_a_bad_place_is_one_sentence_and_leaves_nothing(tmp_path: Path, path: Pa
 
 @contextmanager
 def full_disk() -> Iterator[None]:
-    # A limit on file sizes fails in the middle of a write, as a full disk does. It is lifted before the test
-    # is reported: pytest itself may write to a file.
+    # A limit on file sizes fails in the middle of a write, like a full disk. It is removed before the test is
+    # reported, because pytest may write to a file.
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:

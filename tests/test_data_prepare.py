@@ -53,7 +53,7 @@ def test_a_long_text_is_cut_and_its_rest_left() -> None:
     assert (size, unit, notes) == (10, "characters", [])
     assert decoded(corpus, corpus.train) == b"abcde"
     assert decoded(corpus, corpus.valid) == b"fgh"
-    assert corpus.symbols == b"abcdefghij"  # of the whole text
+    assert corpus.symbols == b"abcdefghij"  # of the complete text
     assert corpus.provenance == {
         "source": "here",
         "text_characters": "10",
@@ -102,7 +102,7 @@ def test_a_text_in_parts_is_the_text(text: str, data: st.DataObject) -> None:
 
 
 def test_the_corpus_of_a_text_is_the_same_for_ever() -> None:
-    # Of the version in which the whole text was in memory.
+    # Results of the version that read the complete text into memory.
     text = b"In the beginning was the Word.\r\n\x00\xff" * 50
     digests = [prepare(text, *sizes).corpus.digest[:16] for sizes in ((1000, 500), (14, 1), (10**6, 10**5))]
     assert digests == ["ddc1f9348d14b738", "b755ffa89a2ff9fd", "eeb8e5d62a6b1109"]
@@ -135,7 +135,7 @@ def test_three_bytes_of_memory_for_a_character_that_is_kept_and_none_for_others(
         [sys.executable, "-c", MEMORY], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
     )
     long, large = map(int, done.stdout.split())
-    assert long < 10_000_000  # of 50,000,000 characters, of which 10,000 are kept
+    assert long < 10_000_000  # of 50,000,000 characters, 10,000 of which are used
     assert large < 3 * 20_000_000
 
 
@@ -167,7 +167,7 @@ def test_texts_are_joined_byte_for_byte(tmp_path: Path) -> None:
 
 @pytest.fixture(name="ptb")
 def fixture_ptb(tmp_path: Path) -> Path:
-    """Make a folder as LDC99T42 has it; NLTK's sample has the files of one such subfolder."""
+    """Create a folder structured like LDC99T42; NLTK's sample has the files of one subfolder."""
     wsj = tmp_path / "raw" / "wsj"
     for name, content in {
         "01/wsj_0101": b".START \n\nThird .START stays.\n",

@@ -20,7 +20,7 @@ SYMBOLS = bytes(sorted(b"abc ?"))
 
 
 def put(text: bytes, symbols: bytes = SYMBOLS, replacement: bytes | None = b"?") -> Translation:
-    """Translate a whole text; give what was found unknown."""
+    """Translate a complete text; return the unknown symbols."""
     translation = Translation(symbols, "old.h5", replacement)
     translation.result = translation.add(text) + translation.finish()  # type: ignore[attr-defined]
     return translation
@@ -114,7 +114,7 @@ def test_a_test_text_follows_the_validation_text(sizes, splits, tmp_path: Path):
     with h5py.File(tmp_path / "new.h5") as file:
         assert (
             file.attrs["version"] == len(splits) - 1
-        )  # an older hfmpi reads the first, and says it of the second
+        )  # older versions read the first format, and report the second
         assert set(file) == {*corpus.splits, "symbols"}
 
 

@@ -1,7 +1,7 @@
-"""Vectors of PyTorch and JAX models that stay on the GPU: the numbers of the host, and no copies.
+"""Vectors of PyTorch and JAX models that stay on the GPU: same results as on the host, and no copies.
 
-On the stand-in for CuPy, where there is no GPU, the frameworks compute on the CPU and share the memory of the
-stand-in's arrays, which are no NumPy arrays. With a GPU everything is on it (bin/test-gpu).
+Without a GPU, on the stand-in for CuPy, the frameworks compute on the CPU and share the memory of the
+stand-in's arrays, which are not NumPy arrays. With a GPU everything is on the GPU (bin/test-gpu).
 """
 
 import contextlib
@@ -68,7 +68,7 @@ class Torch:
         return choose
 
     def model(self, module, loss, shared):
-        """Make a model with one of the two exchanges."""
+        """Create a model with one of the two exchanges."""
         with self.patch.context() as patch:
             patch.setattr(self.models, "choose_exchange", self.choose(shared))
             return hfmpi.TorchModel(module.to(self.where), loss)
@@ -80,14 +80,14 @@ class Torch:
         return self.model(module, loss, shared), cases
 
     def module(self, sizes):
-        """Make linear layers of these sizes on the device."""
+        """Create linear layers of these sizes on the device."""
         nn = self.torch.nn
         self.torch.manual_seed(0)
         layers = [part for i, o in pairwise(sizes) for part in (nn.Linear(i, o), nn.Tanh())]
         return nn.Sequential(*layers[:-1]).double().to(self.where)
 
     def network(self, sizes, shared):
-        """Make a model of linear layers of these sizes."""
+        """Create a model of linear layers of these sizes."""
         return self.model(self.module(sizes), "squares", shared)
 
     def address(self, tensor):
@@ -110,7 +110,7 @@ class Jax:
         self.patch, self.models, self.exchange = monkeypatch, models, exchange
 
     def model(self, apply, params, loss, shared):
-        """Make a model with one of the two exchanges."""
+        """Create a model with one of the two exchanges."""
 
         def choose(params, dtype):
             if shared:
@@ -129,7 +129,7 @@ class Jax:
         return self.model(apply, params, loss, shared), cases
 
     def network(self, sizes, shared):
-        """Make a model of linear layers of these sizes."""
+        """Create a model of linear layers of these sizes."""
         pairs, jnp = list(pairwise(sizes)), self.jax.numpy
         params = [(numbers(i, o) / i, numbers(o) / i) for i, o in pairs]
 
@@ -158,7 +158,7 @@ def framework(request, monkeypatch):
 
 
 def scaled(params, x):
-    """Return what JAX and pickle take."""
+    """Scale an array; a function at module level, which JAX and pickle accept."""
     return params * x
 
 
@@ -170,7 +170,7 @@ def cases_for(sizes, count=8):
 
 
 def everything(model, cases, micro_batch=CASES):
-    """Compute all that a model can, on the host; some examples are masked where there are several steps."""
+    """Return the results of all computations of a model on the host; with several steps some are masked."""
     backend = model.backend
     to_device, to_host, xp = backend.to_device, backend.to_host, backend.xp
     theta, count = to_device(model.initial(0)), cases.count
@@ -180,7 +180,7 @@ def everything(model, cases, micro_batch=CASES):
     assert isinstance(found["outputs"], np.ndarray)
 
     def add(name, write, *shapes):
-        """Compute what `write` adds to vectors of zeros."""
+        """Return what `write` adds to vectors of zeros."""
         out = [xp.zeros(shape, backend.dtype) for shape in shapes]
         write(*out)
         found.update({f"{name} {i}": to_host(each) for i, each in enumerate(out)})
@@ -213,7 +213,7 @@ def everything(model, cases, micro_batch=CASES):
         projected = np.zeros((9, 9))
         at.project(many, 0.5, projected)
         found[f"{words}projected"] = projected
-        # Directions cut into parts, and whole ones.
+        # Directions that are cut into parts, and full directions.
         for cuts in (parts_of(model.blocks), [whole(size)]):
             basis = Basis([many[:2]], [Row(part, i, 0.5 + i) for part in cuts for i in (0, 1)])
             found[f"{words}sketched {len(cuts)}"] = to_host(at.sketch_along(signs, segments, basis.along()))
@@ -352,14 +352,14 @@ def test_float32_and_the_other_losses_train_on_the_device(framework, loss):
 
 
 class Copies:
-    """The sizes of arrays that pass between host and device."""
+    """Records the sizes of arrays that are copied between host and device."""
 
     def __init__(self, monkeypatch, backend, exchange):
         self.sizes = list[tuple[str, int]]()
         kind, moves = type(backend), type(exchange)
         for owner, name in [(kind, n) for n in ("to_host", "to_device", "stage")] + [(moves, "moved")]:
             self._count(monkeypatch, owner, name, 1)
-        if not REAL_GPU:  # the only ways into the stand-in's memory, and out of it
+        if not REAL_GPU:  # the only ways to and from the stand-in's memory
             for name in ("get", "set", "__init__"):
                 if name != "__init__":
                     self._count(monkeypatch, cupy.ndarray, name, 0)
@@ -396,10 +396,10 @@ def test_no_vector_passes_through_the_host_in_a_step(framework, name, monkeypatc
     for _ in range(2):
         theta, state, _ = optimizer.step(theta, state, Objectives(risk, risk))
         assert isinstance(theta, cupy.ndarray)
-    assert copies.sizes  # the targets of the batch at least
+    assert copies.sizes  # at least the targets of the batch
     assert max(size for _, size in copies.sizes) <= 60 * 60 < model.size
     backend.to_host(theta)
-    assert copies.sizes[-1][1] == model.size  # such a copy is seen
+    assert copies.sizes[-1][1] == model.size  # such a copy is detected
 
 
 def test_tensors_and_arrays_share_their_memory(framework):
@@ -407,14 +407,14 @@ def test_tensors_and_arrays_share_their_memory(framework):
     exchange, backend = model.exchange, model.backend
     v = backend.xp.zeros(1 << 12, backend.dtype)
     tensor = exchange.tensor(v)
-    if isinstance(framework, Torch) or REAL_GPU:  # on a CPU, JAX wants memory that is aligned
+    if isinstance(framework, Torch) or REAL_GPU:  # on a CPU, JAX requires aligned memory
         assert framework.address(tensor) == backend.address(v)
     with exchange.working():
         result = tensor + 1
         back = exchange.array(result)
         assert backend.address(back) == framework.address(result)
         np.testing.assert_array_equal(backend.to_host(back), np.ones(1 << 12))
-    # A part of a vector that starts anywhere, and a matrix by columns.
+    # A slice of a vector with any offset, and a matrix in column order.
     odd = backend.to_device(np.arange(101.0))[1:]
     columns = backend.to_device(np.arange(12.0).reshape(3, 4)).swapaxes(0, 1)
     for array in (odd, columns):
@@ -443,13 +443,13 @@ def test_arrays_of_jax_are_held_until_the_stream_has_finished(monkeypatch):
         assert any(one is u or getattr(one, "shape", None) == u.shape for one in given)
         assert any(one.shape == theta.shape for one in given)
         order.clear()
-        at.vjp(u, theta * 0)  # the first thing that the next pass does
+        at.vjp(u, theta * 0)  # the first action of the next pass
         assert [len(one) for one in order] == [len(given)]
         assert all(a is b for a, b in zip(order[0], given, strict=True))
         monkeypatch.setattr(jax.exchange, "HELD_BYTES", 0)
         order.clear()
         at.scores(1, model.backend.xp.zeros((CASES, 1, model.size)))
-        assert len(order) > 2  # within a pass too, where it holds much
+        assert len(order) > 2  # also within a pass, if it holds much memory
     finally:
         jax.jax.config.update("jax_enable_x64", False)
 
@@ -460,7 +460,7 @@ def test_the_theta_of_a_linearisation_stays_as_it_was(framework):
     at, sums = model.linearise(theta, batch), []
     for _ in range(2):
         out = model.backend.xp.zeros((CASES, 1, model.size), model.backend.dtype)
-        at.scores(1, out)  # computed again from theta
+        at.scores(1, out)  # recomputed from theta
         sums.append(model.backend.to_host(out))
         theta += 1
     assert np.array_equal(*sums)
@@ -600,7 +600,7 @@ def test_without_cupy_a_note_says_what_to_install(monkeypatch, caplog):
 
 
 class Streams:
-    """What `on_stream` does with the streams of PyTorch."""
+    """The effect of `on_stream` on the streams of PyTorch."""
 
     def __init__(self, current):
         self.current, self.log = current, []
@@ -693,7 +693,7 @@ def test_two_ranks_on_devices_compute_what_one_computes(mpi_ranks, comm, wanted,
     assert mpi_ranks == comm.size == 2
     for ours, alone in zip(*found, strict=True):
         np.testing.assert_allclose(ours, alone, **CLOSE)
-    for ours, alone in zip(*steps, strict=True):  # rounding grows in a step
+    for ours, alone in zip(*steps, strict=True):  # rounding errors grow in a step
         np.testing.assert_allclose(ours, alone, rtol=1e-4, atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Files that version 0.1.0 wrote are read, and its runs go on, with the numbers that it would have had."""
+"""Files of version 0.1.0 can be read, and its runs resume with the results of that version."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def invoke(*words):
 
 
 def close(name, value):
-    """Return what another processor may differ in: the run of `adam` has single precision."""
+    """Return a value with a tolerance for different processors; the run of `adam` is in single precision."""
     return pytest.approx(value, rel=1e-4 if name == "mlstm-adam" else 1e-9)
 
 
@@ -74,7 +74,7 @@ def go_on(name, folder, comm):
 
 
 def check(name, folder, ranks):
-    """Hold a run that went on against the records that version 0.1.0 wrote.
+    """Compare a resumed run with the records that version 0.1.0 wrote.
 
     It linearised with a pass of its own, which the gradient's now brings.
     """
@@ -83,7 +83,7 @@ def check(name, folder, ranks):
     assert lines[:3] == before
     config, saved = checkpoint.latest(folder).meta["config"], 0
     batch = config["curvature_batch"] or 0
-    own = config["settings"].get("structural_damping", 0) > 0  # what it linearises is another network
+    own = config["settings"].get("structural_damping", 0) > 0  # it linearises a different network
     for line, expected in zip(lines[3:], RUNS[name]["resumed"], strict=True):
         record = json.loads(line)
         assert list(record) == list(expected)
@@ -123,7 +123,7 @@ def test_a_run_goes_on_on_two_ranks(mpi_ranks, comm, mpi_tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_subspace_run_of_version_0_2_goes_on(dtype, tmp_path):
-    """Its state had SOAP's means too, empty without SOAP's direction, and its counts had columns."""
+    """Its state also has SOAP's means, empty without SOAP's direction, and its counts have columns."""
     data, options = write_corpus(tmp_path / "data.h5"), {"optimizer": "subspace", "dtype": dtype}
     whole, _ = train(tmp_path / "whole", data, max_steps=6, **options)
     folder = tmp_path / "old"

@@ -1,4 +1,4 @@
-"""The examples and the README do what they say."""
+"""The examples and the README produce the results that they describe."""
 
 import itertools
 import json
@@ -31,7 +31,7 @@ def test_own_objective_is_minimised_alike_on_any_number_of_ranks():
     found = [re.match(r"f = ([\d.]+) on (\d) rank\(s\); the noise alone is ([\d.]+)", line) for line in lines]
     assert [match[2] for match in found] == ["1", "3"]
     for match in found:
-        assert float(match[1]) <= float(match[3])  # as good a fit as the noise allows
+        assert float(match[1]) <= float(match[3])  # as good a fit as the noise permits
     assert float(found[0][1]) == pytest.approx(float(found[1][1]), rel=1e-2)
 
 
@@ -43,7 +43,7 @@ def test_the_adding_problem_is_solved_alike_on_any_number_of_ranks(tmp_path):
     lines = [last_line(sys.executable, script), last_line(launcher, "-n", "2", sys.executable, script)]
     found = [re.match(r"(\d) rank\(s\): test loss ([\d.]+)", line) for line in lines]
     assert [match[1] for match in found] == ["1", "2"]
-    assert all(float(match[2]) < 0.005 for match in found)  # always answering 0.5: 0.021
+    assert all(float(match[2]) < 0.005 for match in found)  # always answering 0.5 has a loss of 0.021
 
 
 def test_the_program_of_the_readme(capsys):
@@ -56,7 +56,7 @@ def test_the_program_of_the_readme(capsys):
 
 def test_the_table_of_the_study(tmp_path, capsys, monkeypatch):
     data = write_corpus(tmp_path / "small.h5")
-    _, result = train(tmp_path / "some-run", data, max_steps=3, forget_bias=3.0)  # CG never stops by itself
+    _, result = train(tmp_path / "some-run", data, max_steps=3, forget_bias=3.0)  # CG never stops on its own
     monkeypatch.setattr(sys, "argv", ["table.py", str(tmp_path / "some-run")])
     runpy.run_path(str(ROOT / "examples" / "kjv" / "table.py"), run_name="__main__")
     head, _, row = capsys.readouterr().out.splitlines()

@@ -1,4 +1,4 @@
-"""hfmpi.torch and hfmpi.jax: the steps of hfmpi.train in loops of others, on ranks, saved and continued."""
+"""hfmpi.torch and hfmpi.jax: the steps of hfmpi.train in user-written loops, on ranks, saved and resumed."""
 
 import contextlib
 import copy
@@ -60,7 +60,7 @@ def make(module, method, **options):
 
 
 def run(optimizer, steps, batch=COUNT, first=0):
-    """Take steps on the batches of `hfmpi.train`; give the losses."""
+    """Take steps on the batches of `hfmpi.train`; return the losses."""
     x, y = data()
     losses = []
     for step in range(first, first + steps):
@@ -76,7 +76,7 @@ def run(optimizer, steps, batch=COUNT, first=0):
 def test_the_steps_are_those_of_a_run(method):
     module = mlp()
     optimizer = make(module, method, same_batch=method == "lm")
-    if method == "lm":  # whose batch stays, in the order of one step
+    if method == "lm":  # its batch is constant, in the order of one step
         result = hfmpi.train(
             hfmpi.TorchModel(mlp(), LOSS),
             data(),
@@ -182,7 +182,7 @@ def test_every_form_of_examples_is_scored(loss):
 
 
 class Bare:
-    """Examples of a class that hfmpi does not know."""
+    """Examples of a class that is unknown to hfmpi."""
 
     def __init__(self, examples):
         self.count, self.take, self.scored = examples.count, examples.take, examples.scored
@@ -622,7 +622,7 @@ def test_what_does_not_fit_in_jax_is_refused():
         (lambda: optimizer.update((x, y), None, tree), "a State from init or update"),
         (lambda: optimizer.update((x, y), other, tree), "belongs to a different method than bhf-short"),
         (lambda: optimizer.update({"image": x, "label": y}, state, tree), "the keys x and y, not image"),
-        (lambda: optimizer.update((x, y), state, {"a": tree["a"]}), "the form"),
+        (lambda: optimizer.update((x, y), state, {"a": tree["a"]}), "the structure"),
         (lambda: optimizer.update((x, y), state, {**tree, "b": tree["b"][:, :2]}), "has shape"),
         (lambda: hfmpi.jax.Optimizer(network, "cross-entropy", "nothing"), "no optimizer"),
     ]:
@@ -638,7 +638,7 @@ def test_what_does_not_fit_in_jax_is_refused():
 
 
 def part_of(x, y, comm):
-    """Return an uneven part of a batch to each of two ranks."""
+    """Return an unequal part of a batch for each of two ranks."""
     edges = [0, len(y) // 3, len(y)]
     part = slice(edges[comm.rank], edges[comm.rank + 1])
     return torch.from_numpy(x[part]), torch.from_numpy(y[part])
@@ -651,7 +651,7 @@ def test_two_ranks_take_the_steps_of_one(mpi_ranks, comm, method):
     y[5::7] = -1
     same = {"same_batch": method == "lbfgs"}
     more = {} if method in ("adam", "soap", "lbfgs") else {"curvature_fraction": 0.5}
-    alone, module = mlp(), mlp(ranks.rank)  # that of rank 0 is copied
+    alone, module = mlp(), mlp(ranks.rank)  # the module of rank 0 is copied to all ranks
     one = make(alone, method, communicator=ALONE, **same, **more)
     two = make(module, method, communicator=ranks, **same, **more)
     assert np.array_equal(vector(alone), vector(module))
@@ -752,13 +752,13 @@ def test_two_ranks_take_the_steps_of_one_in_jax(mpi_ranks, comm):
 )
 def test_the_loops_of_the_page_lower_the_loss(framework, line, tmp_path, request):
     pytest.importorskip(framework)
-    if framework == "optax":  # a program of its own has JAX's default precision
+    if framework == "optax":  # separate programs use JAX's default precision
         config = pytest.importorskip("jax").config
         request.addfinalizer(partial(config.update, "jax_enable_x64", config.jax_enable_x64))
         config.update("jax_enable_x64", False)
     names = run_page(line, tmp_path)
     assert names["loss" if framework == "torch" else "state"] is not None
-    assert (names["loss"] if framework == "torch" else names["state"].loss) < 0.7  # log 4 at the start
+    assert (names["loss"] if framework == "torch" else names["state"].loss) < 0.7  # initially log 4
 
 
 def test_the_example_changes_five_lines():
@@ -773,7 +773,7 @@ def test_the_example_changes_five_lines():
         edits = difflib.SequenceMatcher(None, *lines, autojunk=False).get_opcodes()
         assert sum(max(b - a, d - c) for kind, a, b, c, d in edits if kind != "equal") <= 5
         assert "hfmpi" in after
-        with pytest.raises(SystemExit, match="take the revision"):
+        with pytest.raises(SystemExit, match="use the revision"):
             change.changed(name, after)
 
 

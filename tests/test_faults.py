@@ -1,6 +1,6 @@
-"""Ranks that die or stray, and numbers that go wrong: each fault by its name.
+"""Ranks that die or diverge, and invalid numbers: each fault is reported by its name.
 
-examples/faults/ranks.py does the same with whole runs at random moments.
+examples/faults/ranks.py does the same with complete runs at random times.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ with guard():
 
 
 def run(faulty, command, name="", until=0.1, meanwhile=None):
-    """Run the program on two ranks, of which one does something; give code, stderr and seconds."""
+    """Run the program on two ranks, one of which fails; return exit code, stderr and seconds."""
     if MPIRUN is None:
         pytest.skip("there is no mpirun")
     begin = time.monotonic()
@@ -69,7 +69,7 @@ def run(faulty, command, name="", until=0.1, meanwhile=None):
             meanwhile(ranks)
         _, said = process.communicate(timeout=60)
     deadline = time.monotonic() + 10
-    while any(os.path.exists(f"/proc/{rank}") for rank in ranks):  # nobody is left behind
+    while any(os.path.exists(f"/proc/{rank}") for rank in ranks):  # no process is left behind
         assert time.monotonic() < deadline
         time.sleep(0.05)
     return process.returncode, said, time.monotonic() - begin
@@ -85,9 +85,9 @@ def run(faulty, command, name="", until=0.1, meanwhile=None):
     ],
 )
 def test_a_rank_that_dies_ends_all(command, faulty):
-    # The launcher, which sees the death as well, often kills the others before they can speak.
+    # The launcher also detects the death, and often kills the other ranks before they can report it.
     code, said, seconds = run(faulty, command)
-    assert code != 0 or command == "os._exit(0)"  # what MPICH's mpirun makes of it
+    assert code != 0 or command == "os._exit(0)"  # the code that MPICH's mpirun returns
     assert said.count("Error:") <= 1
     assert f"rank {faulty} (process " in said or "Error:" not in said
     assert seconds < 30
@@ -172,7 +172,7 @@ def lives(process):
     ],
 )
 def test_a_rank_alone_on_its_node_ends_all_and_mpirun(ranks, stopped, cut_off, stall, sentence, tmp_path):
-    """After a rank has exited, MPICH's mpirun waits for those of other nodes; after a signal it ends them."""
+    """When a rank exits, MPICH's mpirun waits for the ranks of other nodes; after a signal it ends them."""
     program = tmp_path / "program.py"
     program.write_text(ENDLESS)
     with nodes(tmp_path, *ranks) as cluster, (tmp_path / "stderr").open("w+") as said:
@@ -215,7 +215,7 @@ def test_a_rank_that_never_joins_ends_all(where, apart, tmp_path):
         words = [*(cluster.mpirun if cluster else [MPIRUN, "-n", "2"]), sys.executable, str(program)]
         done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0
-    # MPI_Init holds Python's lock: there a thread that could speak does not run, and the stack must do.
+    # MPI_Init holds Python's lock: no Python thread can report there, so the stack must be printed.
     sentence = "Timeout (0:00:03)!" if where == "connect" else "not all ranks have joined within 1 s"
     assert sentence in done.stderr
 
@@ -224,7 +224,7 @@ def test_a_job_that_sleeps_as_a_whole_goes_on():
     def sleep(ranks):
         for rank in ranks:
             os.kill(rank, signal.SIGSTOP)
-        time.sleep(2.5)  # more than the polls after which one of them alone would be given up
+        time.sleep(2.5)  # more than the polls after which a single rank would be given up
         for rank in ranks:
             os.kill(rank, signal.SIGCONT)
 
@@ -263,7 +263,7 @@ def test_a_silent_node_is_given_up_and_who_waits_for_whom_is_known(monkeypatch, 
 
     def poll(times, answers=True):
         for _ in range(times):
-            theirs[0].send(b" 7\nat")  # lines may come in pieces
+            theirs[0].send(b" 7\nat")  # lines may arrive in pieces
             dog._hear(1)
             if answers:
                 theirs[1].send(b"at 6\n")
@@ -297,7 +297,7 @@ def test_a_silent_node_is_given_up_and_who_waits_for_whom_is_known(monkeypatch, 
 
 
 class Quadratic(Objective):
-    """f(x) = |x|^2 / 2 at the point 1; a fault is what a method gives instead."""
+    """f(x) = |x|^2 / 2 at the point 1; a fault replaces the result of a method."""
 
     def __init__(self, **faults):
         self.faults = faults
@@ -384,7 +384,7 @@ def test_a_bad_number_late_in_conjugate_gradients_leaves_what_was_reached():
 
 
 def test_an_iterate_that_overflows_is_not_kept():
-    """A curvature so small that the step along it is no float32."""
+    """A curvature so small that the step along it overflows float32."""
     objective, theta = Quadratic(product=np.full(3, -1e-30, np.float32)), np.full(3, 1e10, np.float32)
     optimizer = HessianFree(damping=0.0, preconditioner="none", backtracking=False)
     with np.errstate(all="ignore"):
@@ -445,7 +445,7 @@ def test_one_ranks_bad_numbers_stop_the_run_on_all(mpi_ranks, comm, mpi_tmp_path
         comm.Barrier()
         run, result = train(
             folder, data, communicator, **(options | {"max_steps": 6})
-        )  # repaired, it continues
+        )  # after the repair it continues
         assert (run.first_step, result.step, run.progress.rejections) == (5, 6, 0)
         assert history(folder)[-1]["accepted"]
     communicator.close()

@@ -56,7 +56,7 @@ def test_sizes_keep_the_ratios_of_the_paper(study):
             for ours, theirs in zip(batches, (gradient, curvature), strict=True):
                 assert abs(ours - theirs * size.sequences / study.SEQUENCES) <= 0.5
             if method in ("bhf", "bhf-short", "subspace", "subspace-rows"):
-                assert batches[0] == size.sequences  # the gradient is that of the whole training set
+                assert batches[0] == size.sequences  # the gradient is that of the full training set
             if method in ("adam", "soap", "muon"):
                 assert study.BATCHES[method] == study.BATCHES["bgd"]
 
@@ -75,16 +75,16 @@ def test_the_choice_is_by_the_tuning_time_alone_and_at_equal_cost(study, tmp_pat
     first, second, third = study.candidates("lstm", "sgd")[2:5]
 
     def choice():
-        return study.best(tmp_path, 100.0, "lstm", "sgd")  # 20 s a candidate
+        return study.best(tmp_path, 100.0, "lstm", "sgd")  # 20 s per candidate
 
-    # Of the costs up to 100, which both came to, those from 80 on count.
+    # Of the costs up to 100, which both reached, those from 80 on count.
     write_history(
         tmp_path / first.name, [line(1, 1.0, 5, 0, 50), line(2, 3.0, 20, 0, 100), line(3, 0.5, 90, 0, 150)]
     )
     write_history(
         tmp_path / second.name, [line(1, 2.8, 2, 0, 90), line(2, 2.9, 4, 0, 100), line(3, 4.0, 20, 0, 900)]
     )
-    assert choice() == second  # the third one has not begun
+    assert choice() == second  # the third one has not started
     write_history(tmp_path / third.name, [line(1, 2.6, 30, 0, 100)])  # its first step took longer
     assert choice() == third
 
@@ -114,7 +114,7 @@ def test_candidates_have_the_presets_value_among_the_first_three(study):
 
 
 def falling(step_p_i, step_p_d, per_step, floor=1.5, steps=40):
-    """Return a run whose loss falls by `per_step` each step from 6 down to a floor; valid 0.1 above."""
+    """Return a run whose loss falls by `per_step` each step from 6 to a floor; validation is 0.1 above."""
     losses = [max(6 - per_step * k, floor) for k in range(steps)]
     return [
         line(k + 1, loss, k, (k + 1) * step_p_i, (k + 1) * step_p_d, loss + 0.1)
@@ -169,7 +169,7 @@ def test_ratios_are_those_of_the_same_seed(table, curves):
         runs["lstm", "sgd", seed] = chosen(curves, falling(3, 12, per_step))
         runs["lstm", "subspace", seed] = chosen(curves, falling(5, 12, 1.0))
     assert table.costs(runs, "lstm", "sgd", "train_bpc", "P_I", 3.0) == {0: 36, 1: 18, 2: 9}
-    # With the P_I of everything executed one more a step: 18 for subspace, and 48, 24 and 12.
+    # The P_I of everything executed is one more per step: 18 for subspace, and 48, 24 and 12.
     row = table.against(runs, "lstm", "train_bpc", 3.0)
     assert row == ["3.0", "1.3 (0.67 to 2.7)", "–", "–", "–", "1.3 (0.67 to 2.7), sgd"]
     assert table.today(runs, "lstm", "train_bpc", 3.0) == ["3.0", "24 (18)", "**18** (**15**)"]
@@ -184,7 +184,7 @@ def test_the_whole_set_is_not_smoothed_and_other_batches_lag_a_fortieth(curves):
     assert curves.smoothed(losses, 1.0) == losses
     quarter, single = (curves.smoothed(losses, share) for share in (0.25, 4 / 1750))
     assert quarter[:39] == pytest.approx(losses[:39])
-    for step in (40, 100, 999, 5000):  # the mean of so many lags by half of them
+    for step in (40, 100, 999, 5000):  # the mean lags by half of its window
         width = min(50, step // 20)
         assert quarter[step - 1] == pytest.approx(losses[step - 1] + 0.001 * (width - 1) / 2)
     assert single[199] == pytest.approx(losses[199] + 0.001 * 13 / 2)  # 14 steps have a 32nd of 1,750
@@ -237,14 +237,14 @@ def test_runs_of_a_file_join_those_of_a_folder(study, curves, tmp_path):
     assert [*found] == [("lstm", "sgd", 0), ("lstm", "sgd", 1), ("mlstm", "muon", 0)]
     assert [run.setting for run in found.values()] == ["rate=2", "rate=2", "rate=8"]  # folders come first
     assert curves.read(tmp_path / curves.NAME).runs == found
-    # A run that is known for done, of a file, comes before what a folder has of it.
+    # A run in a file of known runs has priority over the run in a folder.
     curves.write(curves.Study("small", 80.0, None, filed), tmp_path / "known.json")
     known = curves.elsewhere(tmp_path, curves.Study("small", 80.0, None, {}), [tmp_path / "known.json"])
     assert known.runs == filed
-    with pytest.raises(UserError, match="is of the size small: say --size small"):
+    with pytest.raises(UserError, match="has the size small: use --size small"):
         curves.load([tmp_path / "known.json"], "medium", None)
     (tmp_path / "known.json").write_text("{}")
-    with pytest.raises(UserError, match="is no file of curves"):
+    with pytest.raises(UserError, match="is not a file of curves"):
         curves.read(tmp_path / "known.json")
 
 
@@ -259,7 +259,7 @@ def test_cost_to_a_level_and_its_ratios_over_seeds(study, tmp_path, monkeypatch)
                 records = falling(10 + seed, 100, per_step)
                 short = name == "at most 6" and seed == 2
                 write_history(better.folder(tmp_path, model, name, seed), records[: 2 if short else None])
-    # From 6 by halves: 3 is the loss before the seventh step; in validation, 0.1 above, the eighth is below.
+    # Halving from 6: 3 is the loss before the seventh step; in validation, 0.1 above, the eighth is below.
     assert better.row(tmp_path, "lstm", "BHF", "train_bpc") == [
         "lstm", "BHF", *(word for cost in ("66", "72", "600") for word in (cost, "1.00 (1.00 to 1.00)"))
     ]  # fmt: skip
@@ -273,7 +273,7 @@ def test_cost_to_a_level_and_its_ratios_over_seeds(study, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(("best", "tried"), [(0.15, 3), (0.2, 4), (0.3, 5), (0.1, 4)])
 def test_a_bar_has_its_best_rate_on_all_seeds(study, tmp_path, monkeypatch, capsys, best, tried):
-    """The loss falls fastest at the best rate; one further rate is tried where the best is the last one."""
+    """The loss falls fastest at the best rate; another rate is tried if the best is the last one."""
     import bars
 
     made = []
@@ -301,7 +301,7 @@ def test_a_bar_has_its_best_rate_on_all_seeds(study, tmp_path, monkeypatch, caps
     assert row[:4] == ["| lstm", "soap-all", f"{best:g}", "225 (180 to 300)"]
     assert row[9] == "1.600"
     before = len(made)
-    bars.main()  # nothing is done twice
+    bars.main()  # finished runs are not repeated
     assert len(made) == before
 
 
@@ -333,8 +333,8 @@ def test_both_figures_are_drawn(study, curves, tmp_path):
 @pytest.mark.parametrize(
     ("script", "sentence"),
     [
-        ("run.py", r".*other.h5 has 4,200 training characters; this size wants --train-chars 175000 .*"),
-        ("table.py", r".*other.h5 is no file of curves of this study"),
+        ("run.py", r".*other.h5 has 4,200 training characters, but this size needs --train-chars 175000 .*"),
+        ("table.py", r".*other.h5 is not a file of curves of this study"),
     ],
 )
 def test_data_of_another_size_and_a_study_without_runs_are_refused(
@@ -359,7 +359,7 @@ def test_runs_of_other_data_are_not_mixed(study, tmp_path):
     prepare(tmp_path / "own.h5", tmp_path / "out", size)
     data.prepare(text()[::-1])[0].write(tmp_path / "other.h5")
     with pytest.raises(
-        UserError, match=r"rate=2 was trained on other data than .*other.h5: name another OUT"
+        UserError, match=r"rate=2 was trained on data that differ from .*other.h5: choose a different OUT"
     ):
         prepare(tmp_path / "other.h5", tmp_path / "out", size)
 
@@ -393,7 +393,7 @@ def test_what_is_drawn_of_a_curve(study, curves):
     later = [points[100] | {"step": step, "P_I": -step} for step in range(299, 340)]
     xs, _ = figure.drawn("sgd", [*points, *later], "train_bpc", "P_I")
     assert -299 in xs
-    assert -300 not in xs  # such points are kept for being low
+    assert -300 not in xs  # such points are preserved for their low loss
 
 
 def test_the_tables_say_where_the_chosen_runs_ended(study, curves, table, tmp_path, capsys):
@@ -449,7 +449,7 @@ def test_clock_takes_steps_from_curves_and_seconds_from_timed_runs(
     seconds = np.array([[float(x.replace(",", "")) for x in row.split("|")[1:-1]] for row in rows])
     assert seconds[:, 0].tolist() == [2**i for i in range(15)]
     assert (np.diff(seconds[:, 1]) <= 0).all()
-    # A pass over 1,750 sequences takes 1,750 / 14 times as long as one over those of the timed run.
+    # A pass over 1,750 sequences takes 1,750 / 14 times as long as one over the sequences of the timed run.
     job = clock.step(tmp_path / "timed" / "lstm-subspace", (1750, 512), [], clock.Link(0.0, np.inf))
     assert [each.batch for each in job.passes if each.curve.seconds[0] > 0][:1] == [1750]
     assert seconds[0, 1] == pytest.approx(35 * float(job.seconds([1])[0]), rel=0.01)

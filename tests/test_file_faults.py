@@ -1,4 +1,4 @@
-"""What happens to files while a run goes on, and to the folder between two runs: each fault by name."""
+"""Faults of files during a run, and of the folder between two runs: each is reported by its name."""
 
 import errno
 import fcntl
@@ -38,19 +38,19 @@ def fixture_data(tmp_path_factory):
 
 @pytest.fixture(scope="module", name="whole")
 def fixture_whole(data, tmp_path_factory):
-    """Make a run of eight steps to which nothing happens."""
+    """Train an undisturbed run of eight steps."""
     return train(tmp_path_factory.mktemp("whole") / "run", data, max_steps=8, checkpoint_every=2)[0]
 
 
 class During(Recorder):
-    """A reporter that does something after the steps it is told of."""
+    """A reporter that calls a function after certain steps."""
 
     def __init__(self, **actions):
         super().__init__(lambda record: actions.get(f"step_{record['step']}", lambda: None)())
 
 
 class Disk:
-    """A file system that takes nothing while it is broken: neither new files nor further lines."""
+    """A file system that refuses writes while it is broken: new files as well as further lines."""
 
     def __init__(self, monkeypatch, number):
         self.monkeypatch, self.number = monkeypatch, number
@@ -88,7 +88,7 @@ def test_a_run_goes_on_and_makes_up_for_what_was_not_written(name, data, whole, 
 
     reporter = During(step_3=disk.breaks, step_7=look)
     run, result = train(folder, data, max_steps=8, checkpoint_every=2, reporter=reporter)
-    assert seen == {"step": 2, "lines": 3}  # the last good ones, untouched
+    assert seen == {"step": 2, "lines": 3}  # the last good files, unchanged
     assert result.done
     same(run, whole)
     assert history(folder) == history(whole.folder)
@@ -182,7 +182,7 @@ def test_a_folder_that_another_job_took_over_is_left_to_it(held, data, tmp_path)
         shutil.rmtree(folder)
         shutil.copytree(tmp_path / "other", folder)
         others.append(Lock(folder))
-        if not held:  # it has come to its end already
+        if not held:  # it has already ended
             others[0].release()
 
     reason = "is writing to" if held else "has written to"
@@ -196,7 +196,7 @@ def test_a_folder_that_another_job_took_over_is_left_to_it(held, data, tmp_path)
 
 @pytest.fixture(name="small_disk")
 def fixture_small_disk(tmp_path):
-    """Mount a file system of its own, where that is allowed; give its folder and how to mount on it."""
+    """Mount a separate file system, if that is permitted; return its folder and how to mount on it."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
@@ -227,7 +227,7 @@ def test_a_disk_that_is_really_full(data, whole, small_disk):
 def test_a_disk_that_becomes_read_only(data, whole, small_disk):
     disk, mount = small_disk
 
-    def read_only():  # the same disk once more on top: the kernel makes none read-only that is written to
+    def read_only():  # a second mount on top: a busy file system cannot become read-only
         assert mount("--bind", disk) == 0
         assert mount("-o", "remount,bind,ro") == 0
 
@@ -276,7 +276,7 @@ def test_a_second_job_is_refused(data, tmp_path):
             train(tmp_path / "run", data, max_steps=2)
 
     train(tmp_path / "run", data, max_steps=1, reporter=During(step_1=second))
-    train(tmp_path / "run", data, max_steps=2)  # the lock is gone with the first
+    train(tmp_path / "run", data, max_steps=2)  # the first run's lock is released
 
 
 def test_a_job_that_read_the_checkpoint_too_early_starts_again(data, tmp_path):
@@ -317,7 +317,7 @@ def test_a_lock_does_not_outlive_a_killed_job(data, tmp_path):
     finally:
         job.send_signal(signal.SIGKILL)
         job.wait(20)
-    leftover = tmp_path / "run" / f".{NEWEST}.0123abcd.tmp"  # as if it had been killed while it wrote
+    leftover = tmp_path / "run" / f".{NEWEST}.0123abcd.tmp"  # as if it had been killed during the write
     leftover.write_bytes(b"half")
     step = checkpoint.latest(tmp_path / "run").meta["step"]
     third = subprocess.run(
@@ -406,7 +406,7 @@ def test_what_is_no_file_is_one_sentence(what, name, data, tmp_path):
         ("config.toml", a_loop_of_links),
         (".lock", a_pipe),
     }
-    if (name, what) in harmless:  # removed, replaced, or good enough to be locked
+    if (name, what) in harmless:  # removed, replaced, or valid enough to be locked
         train(tmp_path / "run", data, max_steps=2)
         return
     with pytest.raises(UserError) as caught:

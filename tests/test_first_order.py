@@ -16,7 +16,7 @@ from hfmpi.optim.soap import TIES
 
 
 class Linear(Objective):
-    """A risk whose gradient at update t is the t-th of a list; theta is one row if nothing else is said."""
+    """A risk whose gradient at update t is the t-th in a list; by default theta is one row."""
 
     def __init__(self, gradients, blocks=()):
         self.gradients, self.named = iter(gradients), blocks or (Block("all", 0, 1, len(gradients[0])),)
@@ -33,7 +33,7 @@ class Linear(Objective):
 
 
 def updates(optimizer, gradients, dtype=np.float64, blocks=(), theta=None):
-    """Return the changes of theta, the last state and the reports over these gradients."""
+    """Return the changes of theta, the last state and the reports for these gradients."""
     gradients = [np.asarray(g, dtype) for g in gradients]
     theta = np.zeros(len(gradients[0]), dtype) if theta is None else theta
     objective = Linear(gradients, blocks)
@@ -94,7 +94,7 @@ def test_zero_and_bad_gradients_move_nothing(rule):
 
 
 def adam(gradients, rate, b1, b2, eps, threshold):
-    """Algorithm 1 of Kingma and Ba."""
+    """Return the updates of Algorithm 1 of Kingma and Ba."""
     m = v = np.zeros_like(gradients[0])
     for t, g in enumerate(gradients, 1):
         if np.linalg.norm(g) > threshold:
@@ -150,7 +150,7 @@ def test_single_precision_stays(optimizer):
 
 # Matrices --------------------------------------------------------------------------------------
 
-# One side longer than the other by one at most, where both are rotated: the eigenvectors are unique.
+# If both sides are rotated, they differ by at most one: then the eigenvectors are unique.
 BLOCKS = (
     Block("a", 0, 4, 5),
     Block("b", 20, 1, 6),
@@ -163,7 +163,7 @@ START = RNG.standard_normal(100)
 
 
 def soap(gradients, theta, block, settings, ties=0.0, finish=lambda p: p):
-    """SOAP on a matrix, with eigenvectors from `eigh` of the factors, then by orthogonal iterations.
+    """Return the steps of SOAP on a matrix, with eigenvectors from `eigh`, then by orthogonal iterations.
 
     `finish` is applied to the step without its rate.
     """
@@ -224,7 +224,7 @@ def test_soap_on_vectors_is_adam():
 
 
 def test_rounding_does_not_choose_the_eigenvectors():
-    """A factor of a wide matrix has many eigenvalues of zero at first, and its rounding is that of a rank."""
+    """At first a factor of a wide matrix has many zero eigenvalues, and ranks round it differently."""
     blocks = (Block("a", 0, 4, 25),)
     noise = [g * (1 + 1e-15 * RNG.standard_normal(100)) for g in MATRICES]
     steps, other = (updates(SOAP(refresh=2), g, blocks=blocks)[0] for g in (MATRICES, noise))
@@ -232,7 +232,7 @@ def test_rounding_does_not_choose_the_eigenvectors():
 
 
 def newton_schulz(matrix, steps):
-    """Iterate on the singular values alone."""
+    """Return the result of the iteration on the singular values only."""
     u, s, v = np.linalg.svd(matrix, full_matrices=False)
     s = s / np.linalg.norm(s)
     for _ in range(steps):
@@ -383,12 +383,12 @@ def test_the_average_is_a_mean_of_the_iterates_whose_window_grows(kind, dtype, a
     optimizer, theta = kind(averaging=averaging), START[:7].astype(dtype)
     state = optimizer.init(theta, (Block("a", 0, 1, 7),))
     objectives, iterates = Objectives(Linear([g.astype(dtype) for g in GRADIENTS])), []
-    assert np.array_equal(evaluated(theta, state), theta)  # before there is any
+    assert np.array_equal(evaluated(theta, state), theta)  # before the first iterate
     plain, _, _ = updates(kind(), GRADIENTS, dtype, theta=theta)
     for p in plain:
         before = theta
         theta, state, _ = optimizer.step(theta, state, objectives)
-        assert np.array_equal(theta - before, p)  # the training goes on from theta
+        assert np.array_equal(theta - before, p)  # the training continues from theta
         iterates.append(theta.astype(np.float64))
         expected = average(iterates, averaging)
         np.testing.assert_allclose(evaluated(theta, state), expected, rtol=20 * np.finfo(dtype).eps)
@@ -396,12 +396,12 @@ def test_the_average_is_a_mean_of_the_iterates_whose_window_grows(kind, dtype, a
 
 
 def average(iterates, decay):
-    """Weight them as the formula of docs/theory.md has it, the last with its own share."""
+    """Return the weighted mean by the formula of docs/theory.md; the last iterate has a separate weight."""
     found, left = 0.0, 1.0
     for t in range(len(iterates), 0, -1):
         share = max(1 - decay, 9 / (t + 8))
         found, left = found + left * share * iterates[t - 1], left * (1 - share)
-    assert left == 0  # of the first iterate all that is left
+    assert left == 0  # the first iterate has no weight left
     return found
 
 

@@ -1,4 +1,4 @@
-"""What models of any framework share, with a framework of NumPy alone: rows, losses, cases, refusals."""
+"""Properties shared by models of any framework, tested with NumPy: rows, losses, examples, error messages."""
 
 import subprocess
 import sys
@@ -190,7 +190,7 @@ def test_examples_that_do_not_fit_one_another_are_refused(given, words):
 
 
 class Unreadable:
-    """A tensor that NumPy cannot convert, as PyTorch's are called."""
+    """A tensor that NumPy cannot convert, with the class name of PyTorch's."""
 
     dtype, device, layout, requires_grad = "torch.float32", "cpu", "torch.strided", False
 
@@ -230,7 +230,7 @@ def test_examples_count_what_is_scored():
 
 
 class Reversed:
-    """Examples of any `Cases`, in the byte order of another machine."""
+    """Examples of any `Cases` in the opposite byte order."""
 
     count = CASES
 

@@ -1,4 +1,4 @@
-"""The examples of PyTorch and JAX learn what they are for, alone and on two ranks."""
+"""The PyTorch and JAX examples learn their tasks, on one rank and on two."""
 
 import importlib.util
 import json
@@ -17,9 +17,9 @@ MPIRUN = Path(sys.executable).with_name("mpirun")
 @pytest.mark.timeout(280)
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(("framework", "name", "right", "loss"), [
-    ("torch", "torch_tagger", 0.99, 0.05),  # at the start half are right, and the loss is log 2
-    ("jax", "jax_mlp", 0.97, 0.1),  # as well
-    ("torch", "torch_transformer", 0.98, 0.1),  # at the start an eighth, and log 8
+    ("torch", "torch_tagger", 0.99, 0.05),  # initially half are right, and the loss is log 2
+    ("jax", "jax_mlp", 0.97, 0.1),  # the same
+    ("torch", "torch_transformer", 0.98, 0.1),  # initially an eighth, and log 8
 ])  # fmt: skip
 def test_an_example_learns_its_task(framework, name, right, loss, ranks):
     pytest.importorskip(framework)
@@ -29,7 +29,9 @@ def test_an_example_learns_its_task(framework, name, right, loss, ranks):
         command = [launcher, "-n", str(ranks), *command]
     done = subprocess.run(command, capture_output=True, text=True, timeout=260)
     assert done.returncode == 0, done.stdout + done.stderr
-    (found,) = re.findall(r"^(\d) rank\(s\): right .*: ([\d.]+), loss ([\d.]+)$", done.stdout, re.MULTILINE)
+    (found,) = re.findall(
+        r"^(\d) rank\(s\): accuracy .*: ([\d.]+), loss ([\d.]+)$", done.stdout, re.MULTILINE
+    )
     assert int(found[0]) == ranks
     assert float(found[1]) > right
     assert float(found[2]) < loss

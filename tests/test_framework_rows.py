@@ -1,4 +1,4 @@
-"""Rows of single examples of PyTorch and JAX models, against derivatives that the frameworks compute."""
+"""Per-example rows of PyTorch and JAX models, compared with derivatives that the frameworks compute."""
 
 import numpy as np
 import pytest
@@ -26,16 +26,16 @@ class Dense(Directions):
 
 
 def check_rows(model, inputs, dense, targets, burn_in=0, loop=False):
-    """Check rows for one cotangent and for several against J (N, O, D), in all ways to compute them."""
+    """Check rows for one cotangent and for several against J (N, O, D), with all ways to compute them."""
     outputs, jacobian = dense
     count, width, size = jacobian.shape
     theta = model.initial(0)
     batch = hfmpi.Examples(inputs, targets, burn_in=burn_in).take(np.arange(CASES))
     expected_z = jacobian.reshape(CASES, -1, width, size)
-    wide = np.full((CASES, 4, size), np.nan)  # rows are written into a part of a larger array
+    wide = np.full((CASES, 4, size), np.nan)  # rows are written to a part of a larger array
     sequential = [model.plan.sequential] + [frozenset({"examples"})] * loop
     assert has_rows(model)
-    # Directions cut into parts, whole ones, and some that are known as functions alone.
+    # Directions that are cut into parts, full directions, and directions that are only known as functions.
     vectors = [*numbers(2, size, seed=8)]
     cuts = parts_of(model.blocks), [whole(size)]
     rows = [[Row(part, i, 0.5 + i) for part in parts for i in (0, 1)] for parts in cuts]
@@ -68,7 +68,7 @@ def check_rows(model, inputs, dense, targets, burn_in=0, loop=False):
 
 
 def check_matrices(model, inputs, targets, jacobian, hessian):
-    """Check that rows of residuals have S'S = J' H J and S'r = g, and scores the sum g; H (N, O, O)."""
+    """Check that rows of residuals have S'S = J' H J and S'r = g, and that scores sum to g; H (N, O, O)."""
     count, width, size = jacobian.shape
     at = model.linearise_rows(model.initial(0), hfmpi.Examples(inputs, targets).take(np.arange(CASES)))
     gradient = np.zeros(size)
@@ -222,7 +222,7 @@ class TestTorch:
                     x.requires_grad_()
                 u = self.net(x)
                 g = torch.autograd.grad(u.sum(), x, create_graph=True)[0]
-                if kind == "nowhere":  # a derivative of another kind, which is not computed side by side
+                if kind == "nowhere":  # a derivative that cannot be batched
                     g = torch.autograd.grad(
                         u, x, torch.ones_like(u)[None], create_graph=True, is_grads_batched=True
                     )[0][0]

@@ -1,4 +1,4 @@
-"""The Hessian-free step as a whole: known minima, each switch, and its accounts."""
+"""The complete Hessian-free step: known minima, each setting, and its counts."""
 
 import math
 from dataclasses import FrozenInstanceError, replace
@@ -15,7 +15,7 @@ PLAIN = HessianFree(damping=1.0, preconditioner="none", warm_start=0.0)
 
 
 class Counting(Objective):
-    """An objective from a risk, its gradient and its curvature matrix, which notes every call."""
+    """An objective of a risk, its gradient and its curvature matrix, which records every call."""
 
     def __init__(self, risk, gradient, curvature, structure=None):
         self.risk, self.slope, self.matrix, self.structure = risk, gradient, curvature, structure
@@ -122,7 +122,7 @@ def test_work_counts_what_was_called():
 
 
 def uphill():
-    """Make a risk that is larger everywhere else, though gradient and curvature promise a descent."""
+    """Return a risk that is larger everywhere else, although gradient and curvature promise a descent."""
     return Counting(lambda x: 0.0 if np.all(x == 1) else 1.0, lambda x: np.ones(3), lambda x: np.eye(3))
 
 
@@ -188,7 +188,7 @@ def test_the_damped_system_is_solved():
         p = -np.linalg.solve(a + 2.0 * np.eye(6) + 2.0 * mu * objective.structure, g)
         assert np.allclose(theta - 1, p, rtol=1e-9)
         assert np.allclose(state.direction, p, rtol=1e-9)
-        # rho compares with the undamped model, which is exact here, whatever the damping
+        # rho compares with the undamped model, which is exact here for any damping
         assert report.details["rho"] == pytest.approx(1.0, rel=1e-9)
     assert objective.structural == [0.0, 0.6, 0.0]
 
@@ -222,7 +222,7 @@ def test_the_preconditioner_asks_for_squares_and_changes_the_iterates():
 
 
 def test_backtracking_prefers_an_earlier_iterate():
-    """Curvature of a batch that knows nothing of one direction: the last iterate goes too far."""
+    """The curvature batch has no information on one direction: the last iterate goes too far."""
     rng = np.random.default_rng(0)
     a = np.diag([1.0, 10.0, 100.0])
     true, seen = Counting(lambda x: float(x @ a @ x) / 2, lambda x: a @ x, None), np.diag([0.01, 10.0, 100.0])
@@ -280,7 +280,7 @@ def test_steering_scalars_are_agreed():
     assert len(agreed) > 10
     assert all(type(value) is float for value in agreed)
     assert np.array_equal(with_it, take(PLAIN, quadratic()[0], np.ones(6), steps=2)[0])
-    objective.agree = lambda values: (math.nan,) * len(values)  # what rank 0 says is what counts
+    objective.agree = lambda values: (math.nan,) * len(values)  # the value of rank 0 counts
     assert take(PLAIN, objective, np.ones(6))[2][0].details["cg_stop"] == "NOT_FINITE"
 
 

@@ -1,4 +1,4 @@
-"""A function of JAX as a model: its derivatives against dense ones, and what is refused."""
+"""A JAX function as a model: its derivatives compared with dense ones, and refused functions."""
 
 import copy
 import functools
@@ -68,7 +68,7 @@ def tagger(params, x):
 
 
 def attention(params, x):
-    """Let symbols x (B, L) attend to one another; params a list, the last one a whole number."""
+    """Apply attention to symbols x (B, L); params are a list that ends with an integer."""
     table, query, key, shift = params
     z = table[(x + shift) % OUTPUTS]
     weights = jax.nn.softmax((z @ query) @ (z @ key).swapaxes(1, 2))
@@ -88,12 +88,12 @@ cube.defvjp(lambda x: (x**3, x), lambda x, u: (3 * x**2 * u,))
 
 
 def reverse(params, x):
-    """Return what has a rule for the reverse pass alone."""
+    """Return a function that only has a rule for the reverse pass."""
     return cube(x @ params)
 
 
 def setting(name):
-    """Return a function, its params, a loss, cases and the inputs that it is called with."""
+    """Return a function, its params, a loss, examples and the inputs of its calls."""
     x, sequences = numbers(CASES, INPUTS), numbers(CASES, STEPS, INPUTS)
     if name == "mlp":
         return mlp, mlp_params(), "squares", hfmpi.Examples(x, numbers(CASES, OUTPUTS)), [x]
@@ -186,7 +186,7 @@ def test_passes_are_compiled_once_for_a_shape():
 
 
 class Twice(SquaredError):
-    """A loss of a user, which only NumPy computes."""
+    """A user-defined loss that only computes with NumPy."""
 
     root = residual = None
 
@@ -220,7 +220,7 @@ def test_a_gradient_alone_is_one_compiled_function(name, masked):
     assert alone.loss == at.loss
     assert len(calls) == (name == "own loss")
     products = np.zeros((2, model.size))
-    for each, out in zip((alone, at), products, strict=True):  # other passes may follow
+    for each, out in zip((alone, at), products, strict=True):  # other passes can follow
         each.gauss_newton(theta, 1.0, out)
     np.testing.assert_allclose(*products, rtol=1e-12, atol=1e-14)
     risk = hfmpi.DataParallel(model, Communicator()).on(cases, np.arange(CASES))
@@ -262,7 +262,7 @@ def test_a_callback_that_cannot_be_batched_is_called_case_by_case(caplog):
 
 
 class Taps:
-    """Adds zeros to what parameters give, and keeps what they met; without zeros it does nothing."""
+    """Adds zeros to the results of layers, and records their operands; without zeros it does nothing."""
 
     def __init__(self, zeros=None):
         self.zeros, self.met = zeros, []
@@ -272,7 +272,7 @@ class Taps:
         return result if self.zeros is None else result + self.zeros[len(self.met) - 1]
 
     def loop(self, step, state, each):
-        """Do what `jax.lax.scan` does; with zeros step by step, so that each step has its own."""
+        """Compute `jax.lax.scan`; with zeros in a Python loop, so that each step has separate zeros."""
         if self.zeros is None and not self.counting:
             return jax.lax.scan(step, state, each)
         found = []
@@ -344,7 +344,7 @@ def test_factors_of_layers_are_means_over_their_products(name, longest, monkeypa
 
 
 def check_layers(apply, params, x, y):
-    """Check the factors of a function with taps against what these met and their derivatives."""
+    """Check the factors of a function with taps by the recorded operands and their derivatives."""
     model = hfmpi.JaxModel(lambda params, x: apply(params, x, Taps()), params, "cross-entropy")
     risk = hfmpi.DataParallel(model, Communicator(), micro_batch=2).on(hfmpi.Arrays(x, y), np.arange(len(x)))
     gradient, factors = risk.factored_gradient(model.initial(0))
@@ -456,7 +456,7 @@ def test_where_jax_does_not_tell_the_layers_factors_are_those_of_cases(monkeypat
 
     jacobian = np.asarray(jax.jacfwd(rows)(theta))
     check(model, kind, cases, theta, np.asarray(rows(theta)), jacobian, by_cases=True)
-    assert "layers of the function are not known (no such thing)" in caplog.text
+    assert "layers of the function cannot be determined (no such thing)" in caplog.text
 
 
 # What is refused ---------------------------------------------------------------------------------
@@ -472,8 +472,8 @@ def linear(params, x):
 
 @pytest.mark.parametrize(("apply", "params", "words"), [
     (None, WEIGHTS, r"apply must be a function \(params, x\) -> outputs, not None"),
-    (linear, {"n": np.arange(3)}, "params have no array of real numbers"),
-    (linear, {}, "params have no array of real numbers"),
+    (linear, {"n": np.arange(3)}, "params contain no array of real numbers"),
+    (linear, {}, "params contain no array of real numbers"),
     (linear, [WEIGHTS, WEIGHTS.astype(np.float32)], "all be float64, not float32, float64"),
     (lambda w, x: linear(w, x - x.mean(axis=0)), WEIGHTS, "depend on the other examples of its batch"),
     (lambda w, x: (linear(w, x), x), WEIGHTS, "must return one array of outputs, not tuple: wrap it"),
@@ -495,7 +495,7 @@ def test_double_precision_has_to_be_switched_on():
 
 
 def train(model, cases=None):
-    """Train for two steps; give the params, and the notes that are not about the sizes of batches."""
+    """Train for two steps; return the params, and the notes except those on the sizes of batches."""
     notes, handler = [], logging.Handler()
     handler.emit = lambda record: notes.append(record.getMessage())
     logging.getLogger("hfmpi.frameworks").addHandler(handler)
@@ -525,8 +525,8 @@ def test_what_is_not_an_array_of_real_numbers_stays_as_it_is():
     assert [block.name for block in model.blocks] == ["['one']", "['w']"]
     after, notes = train(model)
     assert notes[1:] == [
-        f"Note: theta has the {1 + WEIGHTS.size} numbers of params['one'], params['w']; not trained: "
-        "params['scale'], where only arrays of NumPy and JAX can be trained."
+        f"Note: theta consists of the {1 + WEIGHTS.size} numbers in params['one'], params['w']; not trained: "
+        "params['scale'] (only NumPy and JAX arrays can be trained)."
     ]
     for name in set(params) - {"one", "w", "flags", "table", "empty"}:
         assert after[name] is params[name], name
@@ -616,9 +616,7 @@ def test_the_user_chooses_what_is_trained(trained):
 
 def test_statistics_that_are_trained_are_named():
     _, (note,) = train(hfmpi.JaxModel(normed, VARIABLES, "squares", trained=lambda path, array: True))
-    assert (
-        "looks like running statistics: params['batch_stats']['mean'], params['batch_stats']['var']" in note
-    )
+    assert "look like running statistics: params['batch_stats']['mean'], params['batch_stats']['var']" in note
 
 
 def test_frozen_arrays_may_be_of_any_type():
@@ -634,13 +632,13 @@ def test_frozen_arrays_may_be_of_any_type():
     ({"w": WEIGHTS, "h": jnp.ones(2, jnp.bfloat16)}, None, r"params\['h'\] is bfloat16, but params must be"),
     ({"w": WEIGHTS, "h": np.ones(2, np.float16)}, None, r"params\['h'\] is float16, but params must be"),
     ({"w": WEIGHTS, "s": np.float32(2)}, None, r"float64: params\['s'\] is float32, params\['w'\] is"),
-    ({"w": 2.0}, None, r"no array of real numbers that is trained: params\['w'\] must be arrays"),
-    ({1: WEIGHTS, "a": WEIGHTS}, None, "params must be a pytree of JAX"),
-    ({"w": WEIGHTS}, False, "params have no array of real numbers that is trained"),
+    ({"w": 2.0}, None, r"no array of real numbers to train: params\['w'\] must be arrays"),
+    ({1: WEIGHTS, "a": WEIGHTS}, None, "params must be a JAX pytree"),
+    ({"w": WEIGHTS}, False, "params contain no array of real numbers to train"),
     ({"w": WEIGHTS}, "w", r"trained must be a function \(path, array\) -> bool, .* not 'w' for"),
     ({"w": WEIGHTS}, {"w": 1}, r"or a tree of bools .* not 1 for params\['w'\]"),
-    ({"w": WEIGHTS}, {"b": True}, "or a tree of bools like params or like their first levels: "),
-    ({"w": WEIGHTS}, {"w": [True, True]}, "or a tree of bools like params or like their first levels: "),
+    ({"w": WEIGHTS}, {"b": True}, "tree of bools with the structure of params or of their upper levels: "),
+    ({"w": WEIGHTS}, {"w": [True, True]}, "the structure of params or of their upper levels: "),
     ({"w": WEIGHTS}, lambda array: True, r"for params\['w'\] it raised TypeError: "),
     ({"w": WEIGHTS}, lambda path, array: array, r"not ndarray for params\['w'\]"),
 ])  # fmt: skip
@@ -690,7 +688,7 @@ def softsign(x):
 
 @jax.tree_util.register_pytree_with_keys_class
 class Layer:
-    """A module that is a pytree, as those of equinox are: its function is a leaf."""
+    """A module that is a pytree, as in equinox: its function is a leaf."""
 
     def __init__(self, w, b, function):
         self.w, self.b, self.function = w, b, function
@@ -708,7 +706,7 @@ class Layer:
 
 
 def each(module, x):
-    """Call a module of equinox, which takes one example."""
+    """Call an equinox module, which takes one example."""
     return jax.vmap(module)(x)
 
 
@@ -717,7 +715,7 @@ def all_of(module, x):
 
 
 def check_module(apply, module, blocks, frozen=(), pickled=True):
-    """Check the derivatives of a model of a module, and that it is trained; give the module that is."""
+    """Check the derivatives of a model of a module and its training; return the trained module."""
     model = hfmpi.JaxModel(apply, module, "squares")
     assert [block.name for block in model.blocks] == blocks
     x, y = numbers(CASES, INPUTS), numbers(CASES, OUTPUTS)
@@ -749,7 +747,7 @@ def test_a_module_that_is_a_pytree():
 
 
 def double(tree):
-    """Return the real arrays of a tree in float64: layers are made in float32."""
+    """Return the real arrays of a tree in float64, because layers are created in float32."""
 
     def wide(a):
         return a.astype(float) if jnp.issubdtype(getattr(a, "dtype", int), jnp.floating) else a
@@ -761,7 +759,7 @@ def test_a_module_of_equinox():
     eqx = pytest.importorskip("equinox")
     module = double(eqx.nn.MLP(INPUTS, OUTPUTS, 4, 1, key=jax.random.key(0)))
     names = [f"layers[{i}].{name}" for i in range(2) for name in ("weight", "bias")]
-    after = check_module(each, module, names, pickled=False)  # the function of JAX in it cannot be
+    after = check_module(each, module, names, pickled=False)  # the JAX function in it cannot be pickled
     assert after.activation is module.activation
     choice = eqx.tree_at(lambda m: m.layers[-1].bias, jax.tree_util.tree_map(lambda _: False, module), True)
     model = hfmpi.JaxModel(each, module, "squares", trained=choice)
@@ -770,7 +768,7 @@ def test_a_module_of_equinox():
     check_refused(lambda: hfmpi.JaxModel(each, drop, "cross-entropy"), GOOD, "Dropout requires a key")
     model = hfmpi.JaxModel(each, eqx.nn.inference_mode(drop), "squares")
     (note,) = train(model)[1]
-    assert "not trained: params.layers[1].p, " in note
+    assert "not trained: params.layers[1].p (only " in note
 
 
 def nnx_module(nnx, norm=True, drop=0.5):
@@ -800,7 +798,7 @@ def test_a_module_of_nnx(monkeypatch):
     check_refused(lambda: make(norm), GOOD, r"changes \['norm'\]\['mean'\] \(BatchStat\) when it is called")
     without = nnx_module(nnx, norm=False, drop=0.01)
     check_refused(
-        lambda: make(without), GOOD, "outputs depend on the random numbers of the module, as with dropout"
+        lambda: make(without), GOOD, r"outputs depend on the random numbers of the module \(dropout\?\)"
     )
     module.eval()
     part = ["['low']['bias']", "['low']['kernel']", "['norm']['bias']", "['norm']['scale']"]
@@ -818,7 +816,7 @@ def test_a_module_of_nnx(monkeypatch):
         model = hfmpi.JaxModel(apply, params, "squares")
         assert model.size == sum(leaf.size for leaf in before) + (OUTPUTS if params is not state else 0)
         assert "['norm']['mean']" in train(model)[1][0]
-    compiled = hfmpi.JaxModel(nnx.jit(all_of), module, "squares")  # sets all variables, to what they were
+    compiled = hfmpi.JaxModel(nnx.jit(all_of), module, "squares")  # sets all variables to their old values
     assert compiled.size == sum(leaf.size for leaf in before)
     train(compiled)
     top = hfmpi.JaxModel(all_of, module, "squares", trained=lambda path, array: "top" in path)
@@ -884,7 +882,7 @@ seen = []
 
 
 def dropped(w, x):
-    """Return a mask by a fixed key that is 1 at nearly every place."""
+    """Return a mask from a fixed key that is 1 at nearly every position."""
     return x @ w * jax.random.bernoulli(jax.random.key(0), 1 - 1e-6, (len(x), OUTPUTS))
 
 
@@ -919,7 +917,7 @@ def counts(params, x):
 
 
 def random_mask(params, x):
-    """Return what nearly always has the same constants."""
+    """Return a mask that nearly always has the same constants."""
     return x * (np.random.rand(INPUTS) > 1e-6) @ params  # noqa: NPY002
 
 
@@ -949,23 +947,23 @@ def dynamic_loop(params, x):
     (lambda w, x: 1 / 0, "ZeroDivisionError: division by zero"),
     (lambda w, x: {"z": x @ w}, "must return one array of outputs, not dict: wrap it"),
     (lambda w, x: None, "must return one array of outputs, not None: wrap it"),
-    (lambda w, x: (x @ w) * 1j, "outputs must be real numbers of float32 or float64, not complex128"),
-    (lambda w, x: (x @ w).astype(int), "outputs must be real numbers of float32 or float64, not int64"),
-    (lambda w, x: x @ w > 0, "outputs must be real numbers of float32 or float64, not bool"),
-    (lambda w, x: (x @ w).astype(jnp.bfloat16), r"not bfloat16: convert them by .astype\(jax"),
-    (lambda w, x: (x @ w).astype(jnp.float16), r"not float16: convert them by .astype\(jax"),
+    (lambda w, x: (x @ w) * 1j, "outputs must be float32 or float64, not complex128"),
+    (lambda w, x: (x @ w).astype(int), "outputs must be float32 or float64, not int64"),
+    (lambda w, x: x @ w > 0, "outputs must be float32 or float64, not bool"),
+    (lambda w, x: (x @ w).astype(jnp.bfloat16), r"not bfloat16: use .astype\(jax"),
+    (lambda w, x: (x @ w).astype(jnp.float16), r"not float16: use .astype\(jax"),
     (lambda w, x: np.zeros((CASES, OUTPUTS)), "outputs do not depend on params: the function must"),
     (lambda w, x: x @ jnp.asarray(WEIGHTS), "outputs do not depend on params: the function must"),
     (lambda w, x: x @ w * jnp.nan, "the loss is not finite at the start"),
-    (random_scale, "each trace of the function by JAX is different, as with random numbers of NumPy"),
-    (lambda w, x: jnp.roll(x @ w, random.randint(0, 9**9) * OUTPUTS, 1), "each trace of the function by JAX"),
-    (random_mask, "each trace of the function by JAX is different"),
-    (counts, "each trace of the function by JAX is different"),
+    (random_scale, r"JAX obtains a different trace each time \(random numbers of NumPy"),
+    (lambda w, x: jnp.roll(x @ w, random.randint(0, 9**9) * OUTPUTS, 1), "JAX obtains a different trace"),
+    (random_mask, "JAX obtains a different trace each time"),
+    (counts, "JAX obtains a different trace each time"),
     (dropped, "the function draws random numbers for each example of a batch, as dropout does"),
     (dropped_by_example, "the function draws random numbers for each example of a batch, as dropout does"),
     (remembers, "UnexpectedTracerError: Encountered an unexpected tracer"),
     (broken_callback, "JaxRuntimeError: OSError: no such file"),
-    (lambda w, x: other_outputs(x @ w), "the function has other outputs when JAX differentiates it"),
+    (lambda w, x: other_outputs(x @ w), "the outputs of the function change when JAX differentiates it"),
     (dynamic_loop, "JAX cannot differentiate the function: ValueError: Reverse-mode differentiation"),
 ])  # fmt: skip
 def test_what_a_function_must_not_do_is_refused(apply, words):
@@ -1011,7 +1009,7 @@ def test_examples_that_depend_on_one_another_are_refused(mix, kind):
 
 def test_random_numbers_by_a_fixed_key_are_noted():
     (note,) = train(hfmpi.JaxModel(random_features, WEIGHTS, "squares"))[1]
-    assert note == "Note: the function draws random numbers by a fixed key: they are always the same."
+    assert note == "Note: the function draws random numbers from a fixed key: they never change."
 
 
 def test_the_shapes_of_several_inputs_are_named():
@@ -1053,7 +1051,7 @@ def test_a_function_without_forward_products_trains_by_first_order():
     cases = ROWS, numbers(CASES, OUTPUTS)
     hfmpi.train(model, cases, optimizer="adam", max_steps=2, quiet=True)
     with pytest.raises(
-        UserError, match=r"JAX cannot compute J v of the function .*: use an optimizer of first order"
+        UserError, match=r"JAX cannot compute J v of the function .*: use a first-order optimizer"
     ):
         hfmpi.train(model, cases, optimizer="bhf-short", max_steps=2, quiet=True)
 
@@ -1065,21 +1063,21 @@ def test_numbers_of_64_bits_are_not_cut_without_a_word():
     check_refused(
         lambda: model,
         whole,
-        "inputs are whole numbers from 2147483648 to 2147483651, and JAX computes with 32",
+        "inputs are integers from 2147483648 to 2147483651, but JAX computes with 32",
     )
     small = hfmpi.Examples(np.arange(CASES), symbols(CASES)).take(np.arange(CASES))
     assert np.isfinite(model.loss(model.initial(0), small))
     jax.config.update("jax_enable_x64", True)
     model = hfmpi.JaxModel(linear, WEIGHTS, "cross-entropy")
     jax.config.update("jax_enable_x64", False)
-    check_refused(lambda: model, GOOD, "params are float64, and JAX computes in float32")
+    check_refused(lambda: model, GOOD, "params are float64, but JAX computes in float32")
 
 
 # In float64 ------------------------------------------------------------------------------------------
 
 
 def in_float64(apply, params, x, targets):
-    """Return what a model of float32 computes in float64, with JAX in float32."""
+    """Return what a float32 model computes in float64, with JAX in float32."""
     jax.config.update("jax_enable_x64", False)
     single = jax.tree_util.tree_map(
         lambda a: np.asarray(a, "f") if np.asarray(a).dtype == float else a, params
@@ -1088,7 +1086,7 @@ def in_float64(apply, params, x, targets):
     examples = check_batch(
         hfmpi.Examples(x, targets).take(np.arange(len(x))), model.output_loss, np.dtype("f")
     )
-    theta = model.initial(0) * (1 + 1e-9)  # is not a number of float32
+    theta = model.initial(0) * (1 + 1e-9)  # cannot be represented in float32
     found = model.in_float64(theta, examples)
     assert not jax.config.jax_enable_x64
     assert jnp.zeros(1).dtype == np.float32

@@ -1,4 +1,4 @@
-"""Compiled kernels between processes: found again, shared by many, and never an error."""
+"""Compiled kernels are shared between processes; faults of the cache are never an error."""
 
 import os
 import resource
@@ -52,7 +52,7 @@ def start(cache, temporary, dtype="float32", **options):
 
 
 def finish(process):
-    """Wait for a process; give the numbers of kernels taken from the cache and compiled."""
+    """Wait for a process; return the numbers of kernels from the cache and of compiled kernels."""
     out, err = process.communicate(timeout=100)
     assert process.returncode == 0, err
     assert err == ""
@@ -61,7 +61,7 @@ def finish(process):
 
 @pytest.fixture
 def temporary(tmp_path):
-    """Return a folder for temporary files, empty again at the end."""
+    """Create a folder for temporary files that must be empty at the end."""
     folder = tmp_path / "tmp"
     folder.mkdir()
     yield folder
@@ -99,7 +99,7 @@ def test_a_damaged_archive_is_replaced(tmp_path, temporary, damage):
         archive.unlink()
         archive.mkdir()
     assert finish(start(tmp_path, temporary)) == (0, 2)
-    if damage != "folder":  # which is not ours to remove
+    if damage != "folder":  # which hfmpi must not remove
         assert finish(start(tmp_path, temporary)) == (2, 0)
 
 
@@ -204,6 +204,6 @@ def test_where_cupy_keeps_its_kernels(tmp_path, monkeypatch, folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     usable = folder in ("taken", "new/folder")
     assert ("CUPY_CACHE_IN_MEMORY" in os.environ) is not usable
-    assert os.path.isdir(os.environ["CUPY_CACHE_DIR"])  # else CuPy makes it, or fails to, at its import
+    assert os.path.isdir(os.environ["CUPY_CACHE_DIR"])  # otherwise CuPy creates it at its import, or fails
     if usable:
         assert list((tmp_path / folder).iterdir()) == []

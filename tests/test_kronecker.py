@@ -68,10 +68,10 @@ def expected_factors(kind, case):
             if i < len(a) - 1 or at[0] >= len(batch.inputs) - len(batch.targets):
                 a[i] += np.outer(z, z) / len(steps)
             da = z @ block.of(g) / (z @ z) if z @ z > 0 else None
-            if block.name.startswith("W_mh"):  # where the state is still zero, so is its gradient
+            if block.name.startswith("W_mh"):  # as long as the state is zero, so is its gradient
                 layer = int(block.name.partition(".")[2] or 1) - 1
                 da = scale * cotangent_of_q(theta, about, batch, loss, at, layer)
-            if about.name == "gru" and block.name.startswith("W_h"):  # likewise; the bias sees it all
+            if about.name == "gru" and block.name.startswith("W_h"):  # likewise, except the bias
                 da = about.blocks[i + 1].of(g)[0, about.hidden :]
             if da is not None:
                 close(np.outer(z, da), block.of(g), 1e-9)
@@ -80,7 +80,7 @@ def expected_factors(kind, case):
 
 
 def as_stored(kind, case):
-    """Return what is stored of these factors as one vector."""
+    """Return the stored parts of these factors as one vector."""
     of_block = [(stored(a), stored(b, block.groups)) for block, a, b in expected_factors(kind, case)]
     return np.concatenate([m.reshape(-1) for both in of_block for m in both])
 
@@ -128,7 +128,7 @@ def test_long_sides_have_the_diagonals_of_their_factors(kind, case, monkeypatch)
 
 
 class Named(Objective):
-    """An objective that is asked for its blocks alone."""
+    """An objective that is only asked for its blocks."""
 
     blocks = (Block("bias", 0, 1, 40, groups=4), Block("scale", 40, 1, 30), Block("W", 70, 3, 5))
 
@@ -140,7 +140,7 @@ class Named(Objective):
 
 @pytest.mark.parametrize("side", [layout.WHOLE_SIDE, 20])
 def test_vectors_are_preconditioned_as_with_the_eigenvectors_of_their_factor(side, monkeypatch):
-    """Systems are solved where no decomposition is kept; a factor may have fewer examples than columns."""
+    """Systems are solved if decompositions are not stored; a factor may have fewer examples than columns."""
     monkeypatch.setattr(layout, "WHOLE_SIDE", side)
     blocks, rng = Named.blocks, np.random.default_rng(0)
     factors, g = np.zeros(layout.kronecker_layout(blocks).size, np.float32), rng.standard_normal(85)

@@ -1,4 +1,4 @@
-"""L-BFGS: the line search on functions of More and Thuente, the direction against the dense matrix, runs."""
+"""L-BFGS: the line search on functions of More and Thuente, directions against a dense matrix, runs."""
 
 import math
 from dataclasses import replace
@@ -51,7 +51,7 @@ def yanai(one, two):
 
 
 def searched(function, first, **changes):
-    """Search from a first rate; return the result and the rates that were tried."""
+    """Search from an initial rate; return the result and the rates that were tried."""
     tried = []
 
     def evaluate(rate):
@@ -129,7 +129,7 @@ def test_the_recursion_is_the_dense_bfgs_matrix(count, seed):
 
 
 class Function(Objective):
-    """A risk from a function theta -> value, gradient; it counts its evaluations."""
+    """A risk from a function theta -> (value, gradient); counts the evaluations."""
 
     def __init__(self, function):
         self.function, self.evaluations = function, 0
@@ -207,7 +207,7 @@ def test_each_gradient_is_computed_once_where_the_batch_stays_the_same():
 
 def test_pairs_without_curvature_are_left_out():
     optimizer, theta = LBFGS(), np.zeros(2)
-    objective = Function(lambda t: (-t.sum(), -np.ones(2)))  # a slope without end
+    objective = Function(lambda t: (-t.sum(), -np.ones(2)))  # an unbounded slope
     _, state, report = optimizer.step(theta, optimizer.init(theta), Objectives(objective))
     assert report.accepted
     assert state.pairs == 0
@@ -263,7 +263,7 @@ def test_a_wall_of_nan_is_approached_and_not_crossed():
 def test_what_is_not_finite_is_rejected(value):
     _, report, _ = minimised(lambda t: (value, t), np.ones(2))
     assert not report.accepted
-    # Finite at the start alone: there is nowhere to go, but that is not an optimum.
+    # Finite at the start only: no step is possible, but the start is not an optimum.
     _, report, _ = minimised(lambda t: (1.0 if t[0] == 1 else value, np.ones(2)), np.ones(2))
     assert (report.accepted, report.converged) == (False, False)
     assert "not finite" in report.message
@@ -332,7 +332,7 @@ def test_all_data_are_the_batch_however_many_they_are():
 
 
 class Negative(Line):
-    """A line whose risk is negative, as a logarithm of a density may be."""
+    """A linear function with a negative risk, as a logarithm of a density can have."""
 
     def linearise(self, theta, batch, reuse=None):
         at = super().linearise(theta, batch)
@@ -374,7 +374,7 @@ def test_least_squares_in_float64_go_down_to_rounding(optimizer):
     result = hfmpi.train(model, (x, y), optimizer=optimizer, max_steps=1000, quiet=True, seed=2)
     lowest = min(record["loss"] for record in result.history)
     assert math.sqrt(2 * lowest) < 1e-9 * math.sqrt(np.mean(y * y))
-    assert "converged" in result.reason  # by itself, without an error
+    assert "converged" in result.reason  # on its own, without an error
 
 
 @pytest.mark.parametrize("candidates", [0, 1])

@@ -38,7 +38,7 @@ def test_formulas(work, operations, depth):
 
 
 class Risk(Objective):
-    """A quadratic risk, plus `hard` times its square, with Kronecker factors; calls nothing that counts."""
+    """A quadratic risk plus `hard` times its square, with Kronecker factors; makes no counted calls."""
 
     blocks = BLOCKS
 
@@ -71,7 +71,7 @@ class Risk(Objective):
 
 @pytest.fixture
 def executed(monkeypatch):
-    """Count the operations of NumPy's calls: a list with those of each call."""
+    """Count the operations in calls of NumPy; return a list with those of each call."""
     calls, plain = (
         [],
         {"matmul": np.matmul, "eigh": np.linalg.eigh, "qr": np.linalg.qr, "solve": np.linalg.solve},
@@ -108,7 +108,7 @@ def executed(monkeypatch):
         (Subspace(directions="gradient+rms", cut=False), 0.0),
         (Subspace(candidates=3, memory=1), 0.0),
         (Subspace("kfac+rows"), 0.0),
-        (Subspace(damping=0.0), 1.0),  # the step is solved again until the risk falls
+        (Subspace(damping=0.0), 1.0),  # the step is solved repeatedly until the risk falls
         (SOAP(refresh=2), 0.0),
         (SOAP(refresh=1, longest_side=5), 0.0),
         (Muon(), 0.0),
@@ -134,7 +134,7 @@ def test_a_step_reports_the_operations_that_it_executes(optimizer, hard, longest
 
 
 def test_blocks_run_side_by_side():
-    """Depth by hand, of the largest block, 5 x 6, in the first and the second step."""
+    """The depth, computed by hand from the largest block, 5 x 6, in the first and the second step."""
     risk, k = Risk(), 3 * (9 + 1 + 1)  # dampings times parts of the blocks
     solved = 1 + 2 * k + 3  # V V' and V g; eigenvalues, three products
     assert first_steps(Subspace(memory=0), risk)[0] == 2 * 6 + 2 + 2 + solved

@@ -1,4 +1,4 @@
-"""The live line of a run on a terminal, and what is said while kernels are compiled."""
+"""The live line of a run on a terminal, and the messages while kernels are compiled."""
 
 import fcntl
 import os
@@ -25,7 +25,7 @@ class Clock:
 
 
 def shown(steps, max_steps=0, max_seconds=0.0, compiled=False, each=0.1, **more):
-    """Return the line after so many steps from step 100 on, 0.4 seconds after the last one, and its clock."""
+    """Return the line and its clock 0.4 seconds after the last of a number of steps from step 100 on."""
     clock = Clock()
     line = LiveLine(100, max_steps, max_seconds, clock)
     if compiled:
@@ -90,7 +90,7 @@ COMMAND = "from hfmpi.cli.main import entry; entry()"
 
 
 def on_terminal(columns, source, *words, **options):
-    """Run Python on a terminal of so many columns; give what it writes there, without colours."""
+    """Run Python on a terminal with a number of columns; return its output without colours."""
     master, terminal = os.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     program = [sys.executable, "-c", source, *map(str, words)]
@@ -116,13 +116,13 @@ def test_a_run_on_a_terminal(tmp_path):
     options = "--optimizer shf --hidden 8 --sequence-length 20 --gradient-batch 10 --curvature-batch 4"
     words = ["train", data, *options.split()]
     written = on_terminal(70, COMMAND, *words, "--backend", "numpy", "--out", run, "--max-seconds", 1.2)
-    # What the live line was, each time that it was drawn: after a return that clears it.
+    # Each state of the live line: it is redrawn after a carriage return that clears it.
     lines = re.findall(r"\r\x1b\[2K(step \d[^\r\n\x1b]*)", written)
     assert max(map(len, lines)) < 70
     part = r"step [\d,]+  (0:0\d  )?0:0\d left  [\d.e+]+ (steps/s|s/step)  train \d"
     assert any(re.match(part, line) for line in lines), lines
     assert re.search(r"Stopped at step [\d,]+: 1.2 seconds are over", written)
-    assert "\x1b[?25h" in written  # the cursor is there again
+    assert "\x1b[?25h" in written  # the cursor is visible again
 
 
 PROGRAM = """
@@ -172,7 +172,7 @@ def test_what_is_no_terminal_sees_plain_lines(tmp_path, capsys):
 
 @pytest.mark.parametrize("controls", [False, True])
 def test_the_terminal_that_open_mpi_gives_a_rank_is_nobodys(controls, tmp_path):
-    """Its mpirun copies what is written there, often to a file; one rank of srun --pty has the user's."""
+    """Open MPI's mpirun copies this output, often to a file; one rank of srun --pty has the user's."""
     data, run = write_corpus(tmp_path / "small.h5"), tmp_path / "run"
     options = "--optimizer adam --hidden 8 --sequence-length 20 --gradient-batch 10 --backend numpy"
     written = on_terminal(
@@ -210,7 +210,7 @@ def test_who_listens_is_told():
 
 
 class Timer:
-    """One that runs on a clock of its own, and on that alone."""
+    """A timer that only uses a simulated clock."""
 
     now, running = 0.0, None
 

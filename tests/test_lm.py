@@ -1,4 +1,4 @@
-"""Levenberg-Marquardt: steps against dense algebra, known solutions, the shared factorization."""
+"""Levenberg-Marquardt: steps against dense algebra, known solutions, the distributed factorization."""
 
 import math
 from itertools import pairwise
@@ -22,7 +22,7 @@ from hfmpi.parallel.communicator import Communicator, MPICommunicator, digest
 
 
 class LeastSquares(Objective):
-    """f = r'r / 2 over N, of a function theta -> residuals (M,), Jacobian (M, D)."""
+    """f = r'r / 2 over N, from a function theta -> residuals (M,), Jacobian (M, D)."""
 
     def __init__(self, function, scored=1):
         self.function, self.scored = function, scored
@@ -42,7 +42,7 @@ class LeastSquares(Objective):
 
 
 def run(objective, theta, steps=200, optimizer=None):
-    """Take steps until the method has converged; give theta, the last report and all losses."""
+    """Take steps until the method has converged; return theta, the last report and all losses."""
     optimizer, theta, losses = optimizer or LM(), np.array(theta, float), []
     state = optimizer.init(theta)
     for _ in range(steps):
@@ -91,7 +91,7 @@ def test_with_momentum_the_damping_pulls_to_part_of_the_last_step(shape):
     p = after - theta
     np.testing.assert_allclose(g + hessian @ p + 0.2 * (p - 0.7 * last), 0, atol=1e-10)
     np.testing.assert_array_equal(theta + state.direction, after)
-    # A pull that raises the risk is left out.
+    # A correction that raises the risk is left out.
     after, _, report = optimizer.step(theta, LMState(0.2, 1e3 * last), Objectives(objective))
     assert report.accepted
     without = exact_model(objective, rows, 0.0, theta[:0]).steps([report.details["damping"]])[0]
@@ -244,7 +244,7 @@ def test_linear_problems_are_solved_whatever_their_scale(seed, count, size, scal
 
 
 class Softmax(Objective):
-    """Multinomial logistic regression; with two classes one weight vector, otherwise one a class."""
+    """Multinomial logistic regression with one weight vector per class, or a single one for two classes."""
 
     def __init__(self, classes, count=300, inputs=8, seed=0):
         rng = np.random.default_rng(seed)
@@ -295,7 +295,7 @@ def test_logistic_regression_converges_quadratically(classes):
 
 
 def test_lambda_rises_within_a_step_until_the_risk_falls():
-    """The model overshoots: f = sqrt(1 + x^2) has a residual r = sqrt(2 f) whose J falls far from 0."""
+    """The model overshoots: f = sqrt(1 + x^2) has a residual r = sqrt(2 f) whose J decreases far from 0."""
 
     def function(theta):
         f = np.sqrt(1 + theta**2)
@@ -317,7 +317,7 @@ def test_lambda_rises_within_a_step_until_the_risk_falls():
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
 def test_lambdas_after_the_first_that_lowers_the_risk_are_left_out_but_count(ranks, monkeypatch):
-    """The step and its account are those of the whole group; the ranks compute one lambda each at a time."""
+    """The step and its counts are those of the full group; each rank computes one lambda at a time."""
     objective, theta, solved, judged = LeastSquares(rosenbrock), np.array([-1.2, 1.0]), [], []
     state = LMState(0.3, theta[:0])  # its second lambda lowers the risk
     expected = LM().step(theta, state, Objectives(objective))
@@ -336,7 +336,7 @@ def test_lambdas_after_the_first_that_lowers_the_risk_are_left_out_but_count(ran
 
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_what_a_step_counts(at_once, monkeypatch):
-    """Three lambdas are factored side by side, where the matrix is small, and have one loss pass."""
+    """Three lambdas are factored in parallel if the matrix is small, and share one loss pass."""
     monkeypatch.setattr("hfmpi.optim.exact_model.ALONE", 0 if at_once == 1 else ALONE)
     for (m, d), side in (((4, 9), 4), ((9, 4), 4)):
         theta = np.ones(d)
@@ -355,7 +355,7 @@ def test_what_a_step_counts(at_once, monkeypatch):
 
 
 class Bending(LeastSquares):
-    """With the second derivative of the residuals along a step, by a difference of J p."""
+    """With the second derivative of the residuals along a step, from a difference of J p."""
 
     def bends(self, theta):
         j = self.function(theta)[1]
@@ -527,7 +527,7 @@ def positive(size, condition=1e3, seed=0):
 
 @pytest.fixture
 def panels(monkeypatch):
-    """Return narrow panels to small matrices too."""
+    """Use narrow panels for small matrices too."""
     monkeypatch.setattr("hfmpi.optim.cholesky.ALONE", 0)
     monkeypatch.setattr("hfmpi.optim.cholesky.PANEL", 40)
 
@@ -559,7 +559,7 @@ def test_without_panels_such_a_matrix_has_no_factor_either():
 
 
 class Ranks(Objective):
-    """Passes works to so many ranks that do not share memory: no work sees what another one computed."""
+    """Passes works to a number of ranks without shared memory: no work sees the results of another one."""
 
     def __init__(self, ranks):
         self.ranks, self.messages = ranks, 0
@@ -629,7 +629,7 @@ def test_a_network_is_fitted(dtype):
 
 
 def network_way(communicator, slices, optimizer):
-    """Return theta after some steps of a network of 97 parameters on 60 residuals, then on 300."""
+    """Return theta after some steps of a network with 97 parameters on 60 residuals, then on 300."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((60, 5, 2))
     backend = create("numpy", "float64")
@@ -669,7 +669,7 @@ def test_ranks_refuse_too_large_a_matrix_in_one_sentence(mpi_ranks, comm, monkey
 
 
 def check_ranks(comm):
-    """Check that the ranks of comm take the steps of one, with momentum and without."""
+    """Check that the ranks of comm take the same steps as one rank, with momentum and without."""
     communicator = MPICommunicator(comm)
     for momentum in (0.0, 0.5):
         optimizer = LM(momentum=momentum)
@@ -699,7 +699,7 @@ def test_with_slices_theta_does_not_depend_on_the_ranks(mpi_ranks, comm, panels)
 
 
 class Replayed(LeastSquares):
-    """A rank other than rank 0, which rounds differently and goes on with the numbers of rank 0."""
+    """A rank other than rank 0, which rounds differently and continues with the values of rank 0."""
 
     def __init__(self, function, log):
         super().__init__(function)

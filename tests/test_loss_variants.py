@@ -18,7 +18,7 @@ BITS = (numbers(12, 4, seed=3) > 0) * 1.0
 
 
 class Mean(OutputMean):
-    """A user's copy, which is checked as every user-defined loss is."""
+    """A user-defined copy of a loss, which is checked like every user-defined loss."""
 
 
 CASES = [

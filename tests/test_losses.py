@@ -1,4 +1,4 @@
-"""A user-defined loss is checked before it is used: a mistake in it is one sentence, a right one passes."""
+"""A user-defined loss is checked before use: an error in it has one message, a correct one is accepted."""
 
 import pickle
 
@@ -18,7 +18,7 @@ from hfmpi.parallel.communicator import Communicator
 
 
 class Elementwise:
-    """A sum over outputs of f(z, y), which has the derivatives f1 and f2; the cache is z."""
+    """A sum over outputs of f(z, y) with the derivatives f1 and f2; the cache is z."""
 
     symbols = False
 
@@ -34,7 +34,7 @@ class Elementwise:
 
 
 class OfError(Elementwise):
-    """A function of the error, which is the cache."""
+    """A function of the error, which is also the cache."""
 
     def value(self, backend, outputs, targets):
         outputs -= targets
@@ -42,7 +42,7 @@ class OfError(Elementwise):
 
 
 class Huber(OfError):
-    """Its gradient has kinks where |z - y| is 1."""
+    """The Huber loss: its gradient has kinks where |z - y| is 1."""
 
     def f(self, e, y):
         return np.where(abs(e) < 1, e**2 / 2, abs(e) - 0.5)
@@ -90,7 +90,7 @@ class Positive(Elementwise):
 
 
 class Single(Poisson):
-    """It computes in single precision whatever it gets."""
+    """Computes in single precision for any dtype."""
 
     def value(self, backend, outputs, targets):
         return super().value(backend, outputs.astype("f"), targets.astype("f"))
@@ -106,11 +106,11 @@ class OnlySingle(Poisson):
 
 
 class Squares(SquaredError):
-    """A user's copy of a built-in loss; the wrong ones change one method."""
+    """A user-defined copy of a built-in loss; the wrong variants change one method."""
 
 
 class Symbols(SoftmaxCrossEntropy):
-    """The same for symbols."""
+    """The same for targets that are symbols."""
 
 
 class Trials(Bernoulli):
@@ -173,7 +173,7 @@ def squares(backend, z, y):
 
 
 def not_left(self, backend, outputs, targets):
-    """Return the right values, and leave z."""
+    """Return the correct values, but do not change z."""
     return squares(backend, outputs.copy(), targets)
 
 
@@ -184,7 +184,7 @@ def in_the_loss(self, backend, outputs, targets):
 
 
 def writes(change):
-    """Return a gradient that writes what `change` makes of the scale and the error."""
+    """Return a gradient that writes the result of `change` for the scale and the error."""
 
     def gradient(self, backend, cache, targets, scale, out):
         out[...] = change(scale, cache)
@@ -220,7 +220,7 @@ def one_direction(self, backend, cache, u, scale):
 
 
 class Falling(Elementwise):
-    """-exp(z), with the right derivatives."""
+    """-exp(z), with the correct derivatives."""
 
     def f(self, z, y):
         return -np.exp(z)

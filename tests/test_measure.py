@@ -1,4 +1,4 @@
-"""The cost account against numbers worked out by hand, the timer against its own clock, and smooth curves."""
+"""The cost account compared with calculations by hand, the timer with a simulated clock, and smoothing."""
 
 import contextlib
 from dataclasses import fields, replace
@@ -93,7 +93,7 @@ def test_counts_add_up():
 
 
 class Clock:
-    """Time that passes when told to."""
+    """A clock that is advanced explicitly."""
 
     now = 1000.0
 
@@ -152,7 +152,7 @@ def test_waiting_is_what_exceeds_the_fastest():
 
 
 def test_the_window_of_a_drawn_loss_grows_without_a_kink():
-    assert smoothed([3.0, 1.0, 2.0]) == pytest.approx([3, 1, 2])  # few steps stay as they are
+    assert smoothed([3.0, 1.0, 2.0]) == pytest.approx([3, 1, 2])  # few steps are not smoothed
     steps = np.arange(1.0, 5001)
     lag = steps - smoothed(steps)
     assert lag == pytest.approx((np.maximum(steps / 20, 1) - 1) / 2, abs=0.13)  # half of the window

@@ -1,4 +1,4 @@
-"""Free memory and processors as a rank finds them, and how a memory budget is written."""
+"""Free memory and processors as a rank detects them, and the notation of memory budgets."""
 
 import resource
 
@@ -31,7 +31,7 @@ def no_job(monkeypatch):
 
 @pytest.fixture
 def system(tmp_path):
-    """Make the files that tell of limits; `files` are those of control groups, by path."""
+    """Create the files that report limits; `files` are those of control groups, by path."""
 
     def make(files=(), meminfo=MEMINFO, cgroup="0::/job/step\n", mountinfo=VERSION_2, status=STATUS):
         given = {
@@ -91,7 +91,7 @@ def test_control_groups_of_version_1(system):
 
 
 @pytest.mark.parametrize(("top", "own"), [
-    ("/docker/abc", "/docker/abc/inner"),  # a container that sees the paths of its host
+    ("/docker/abc", "/docker/abc/inner"),  # a container with the paths of its host
     ("/docker/abc", "/docker/abc"),
     ("/docker/a\\040b", "/docker/a b"),
     ("/docker/abc", "/"),
@@ -119,7 +119,7 @@ def test_quota_of_processor_time(system, limits, processors):
 
 @pytest.mark.parametrize(("variables", "expected"), [
     ({"SLURM_MEM_PER_NODE": "3"}, 3 * 2**20),
-    ({"SLURM_MEM_PER_NODE": "0"}, 10 * 2**30),  # all that there is
+    ({"SLURM_MEM_PER_NODE": "0"}, 10 * 2**30),  # all memory
     ({"SLURM_MEM_PER_CPU": "100", "SLURM_CPUS_ON_NODE": "4"}, 400 * 2**20),
     ({"SLURM_MEM_PER_CPU": "100"}, 10 * 2**30),
     ({"SLURM_MEM_PER_GPU": "100", "SLURM_GPUS_ON_NODE": "2"}, 200 * 2**20),

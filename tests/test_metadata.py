@@ -1,4 +1,4 @@
-"""What several files say of the project is the same in all of them."""
+"""Facts about the project that occur in several files are consistent."""
 
 import re
 import tomllib
@@ -23,7 +23,7 @@ def test_no_page_installs_hfmpi_from_where_it_is_not():
     text = "\n".join(page.read_text() for page in pages)
     installs = re.findall(r"pip install ([^`\n]*)", text)
     assert len(installs) > 5
-    assert not [words for words in installs if "hfmpi" in words]  # PyPI has none: a checkout is "."
+    assert not [words for words in installs if "hfmpi" in words]  # hfmpi is not on PyPI: a checkout is "."
     checkouts = [words for words in installs if words.startswith(("-e", ".", '"', "'"))]
     assert len(checkouts) > 5
     assert all(words.startswith(("-e .", '-e ".[')) for words in checkouts)

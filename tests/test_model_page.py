@@ -1,4 +1,4 @@
-"""The model of the page of the Model protocol trains, and its derivatives are those of its outputs."""
+"""The model on the page of the Model protocol can be trained, and its derivatives are correct."""
 
 import re
 from pathlib import Path

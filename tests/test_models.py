@@ -118,7 +118,7 @@ def test_products_match_the_dense_matrices(name, variant, backend, warmup):
         tangent = network.jvp(tape, v, pre=True)
         close(tangent.outputs.reshape(-1), j @ v)
         whole = tangent.outputs.copy()
-        groups = network.about.hidden * independent.GROUPS[name]  # a GRU carries more along
+        groups = network.about.hidden * independent.GROUPS[name]  # a GRU carries more values
         close(tangent.pre[0][..., :groups].reshape(-1), ja @ v)
         close(network.jvp(tape, v).outputs, whole, 1e-13)
         u = rng.standard_normal(tangent.outputs.shape)
@@ -137,7 +137,7 @@ def test_structural_damping_matches_its_definition(name, variant, backend):
     assert np.linalg.norm(dense - plain) > 1e-2 * np.linalg.norm(plain)
     v = rng.standard_normal(theta.size)
     close(product_of(network, theta, batch, v, 0.7), dense @ v, 1e-9)
-    # A tape with weights still gives the plain product where none is asked for.
+    # A tape with weights still computes the plain product if weights are not requested.
     out = np.zeros_like(theta)
     network.gauss_newton(network.forward(theta, batch, structural=True), v, 1.0, 0.0, out)
     close(out, plain @ v, 1e-9)
@@ -196,7 +196,7 @@ def test_any_split_into_micro_batches_gives_the_same(kind, parts, seed):
     g, s, p, at, tape, total = np.zeros_like(theta), np.zeros_like(theta), np.zeros_like(theta), 0, None, 0.0
     for part in parts:
         piece = Symbols(*(np.ascontiguousarray(z[:, at : at + part]) for z in batch[:2]))
-        tape = network.forward(theta, piece, reuse=tape)  # one memory, reused whatever the shape
+        tape = network.forward(theta, piece, reuse=tape)  # one memory, reused for any shape
         network.gradient(tape, 0.3, g, s)
         network.gauss_newton(tape, v, 1.0, 0.0, p)
         total += tape.loss
@@ -308,7 +308,7 @@ def test_the_initialisation_of_krauses_lstm(variant):
     assert np.array_equal(p["b.2"], biases)
     assert p["W_h"].std() == pytest.approx(1e-4, rel=0.1)
     assert p["W_h.2"].std() == pytest.approx(1e-4, rel=0.1)
-    # All else as the other one has it, draw by draw.
+    # Everything else is equal, draw by draw.
     other = about.layout.views(about.initial(5, "krause"))
     for name in "W_x", "W_x.2", "W_o":
         assert np.array_equal(p[name], other[name])

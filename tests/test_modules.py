@@ -1,4 +1,4 @@
-"""A few trials of examples/faults/modules.py, and that its judge notices wrong numbers."""
+"""A few trials of examples/faults/modules.py, and whether it detects wrong results."""
 
 import runpy
 import sys
@@ -12,7 +12,7 @@ from hfmpi.models.linearisation import LossLinearisation
 from hfmpi.runs.model_task import ModelTask
 
 pytest.importorskip("torch")
-pytestmark = pytest.mark.filterwarnings("ignore")  # of PyTorch, about modules with defects
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of PyTorch on modules with defects
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "faults"
 HEALTHY = 1  # the number of a trial without a defect
 
@@ -27,7 +27,7 @@ def campaign():
 
 
 def number_of(campaign, family, name):
-    """Return the number of the first trial with one defect, this one."""
+    """Return the number of the first trial with only this defect."""
     Trial = campaign["Trial"]
     return next(n for n in range(2000) if Trial(0, n).defects == [(family, name)])
 
@@ -58,7 +58,7 @@ def test_healthy_modules(campaign, number):
 
 
 def scaled(function):
-    """Return a method that finds 1.001 times what the other one does."""
+    """Return a method whose result is 1.001 times that of the original."""
 
     def method(self, vector, scale, out, *rest):
         function(self, vector, 1.001 * scale, out, *rest)
@@ -92,7 +92,7 @@ def fail(_):
 
 
 def into_the_module(function):
-    """Return a `loss` that leaves theta in the module."""
+    """Return a `loss` that writes theta into the module."""
 
     def method(self, theta, batch):
         self.write_back(theta + 1)
@@ -109,8 +109,8 @@ def into_the_module(function):
         (LossLinearisation, "gauss_newton", scaled, "wrong Gauss-Newton product"),
         (LossLinearisation, "project", scaled, "wrong V G V'"),
         (hfmpi.TorchModel, "loss", more, "wrong loss"),
-        (hfmpi.TorchModel, "loss", into_the_module, "the module is changed: values"),
-        (ModelTask, "check", refuse, "refused without reason: no"),
+        (hfmpi.TorchModel, "loss", into_the_module, "the module was changed: values"),
+        (ModelTask, "check", refuse, "refused a correct module: no"),
         (ModelTask, "check", fail, "ValueError: shapes do not fit"),
     ],
 )

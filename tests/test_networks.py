@@ -180,7 +180,7 @@ def test_columns_are_what_each_direction_gives_alone(
         steps=steps, size=size, scored=1 + seed % steps,
     )  # fmt: skip
     v = rng.standard_normal((columns, theta.size))
-    for row in v[1:]:  # a part of a direction, as `cuts` looks for
+    for row in v[1:]:  # one part of a direction, as with `cuts`
         row[: rng.integers(theta.size)] = 0
         row[rng.integers(theta.size) :] = 0
     tape = network.forward(theta, batch, structural > 0)
@@ -293,7 +293,7 @@ def test_a_stacked_network_is_evaluated_and_writes(tmp_path, model):
 
 @pytest.mark.parametrize("backend", ["numpy", "numba"])
 def test_a_network_may_read_symbols_and_then_fewer_vectors(backend):
-    """Scratch memory of whole numbers would cut off what follows the decimal point."""
+    """If integer scratch memory were reused, it would truncate the vectors."""
     rng, about = np.random.default_rng(0), Architecture("gru", 3, 4, 4)
     symbols, vectors = rng.integers(0, 4, (6, 5)), rng.standard_normal((1, 5, 4))
     both, alone = (Network(about, create(backend, "float64")) for _ in range(2))
@@ -346,7 +346,7 @@ def test_ranks_share_cases_with_and_without_a_mask(mpi_ranks, comm, masked):
 
 
 class Stored(Directions):
-    """Directions of an array, made a few at a time."""
+    """Directions in an array, generated a few at a time."""
 
     def __init__(self, v):
         self.v, self.shape, self.dtype, self.most = v, v.shape, v.dtype, 0

@@ -1,4 +1,4 @@
-"""The mean risk over all ranks against the independent implementation, alone and on 1 to 4 ranks."""
+"""The mean risk over all ranks compared with the independent implementation, on 1 to 4 ranks."""
 
 import math
 
@@ -39,7 +39,7 @@ def make(
 
 
 def everything(risk, theta, v):
-    """Return all that an objective computes, as vectors on the host."""
+    """Return the results of all computations of an objective, as vectors on the host."""
     backend = risk.owner.model.backend
     columns = backend.to_device(np.array([v, theta, v - theta]))
     theta, v = backend.to_device(theta), backend.to_device(v)
@@ -157,14 +157,14 @@ def test_tape_bytes_are_what_a_tape_takes(name, variant, structural, dropout):
         about = owner.model.architecture
         batch = Dropout(sequences, 0.2, about.layers, about.hidden, 0, 0).take(np.arange(5))
     tape = (owner.model.linearise_structural if structural else owner.model.linearise)(theta, batch)
-    # Besides, a tape has copies of matrices and biases, a few MB whatever the batch.
+    # In addition, a tape has copies of matrices and biases, a few MB for any batch.
     taken = sum(flat.nbytes for name, flat in tape.passes.memory.flat.items() if name[:2] not in ("W_", "b_"))
     unscored = BURN_IN * 5 * VOCABULARY * 8  # logits of the warm-up, counted though not kept
     assert owner.model.tape_bytes(LENGTH + BURN_IN, 5, structural, dropout=dropout) == taken + unscored
 
 
 def test_a_linearisation_that_turns_out_too_large_is_not_kept_and_the_next_ones_not_tried():
-    """Nothing is known of the first one but that it was made; what it took says what the others would."""
+    """The size of the first one is only known after it was made; the others have the same size."""
     owner, sequences, theta = make(micro_batch=2)
     made, linearise = [], owner.model.linearise
 
@@ -213,7 +213,7 @@ def test_the_pass_of_the_gradient_linearises_the_curvature_batch(beside, budget)
     np.testing.assert_array_equal(given.second.project(theta)(v), own)
     if budget == math.inf:
         assert not made
-    # Elsewhere, and for products of another kind, it is linearised again.
+    # At a different theta, and for different products, it is linearised again.
     away = theta + 1e-3
     np.testing.assert_array_equal(
         given.second.project(away)(v), step_objectives(owner, sequences, 0, 1, 9, 4).second.project(away)(v)
@@ -238,7 +238,7 @@ def architectures(draw):
 @given(architectures())
 @settings(deadline=None, max_examples=80)
 def test_blocks_are_the_affine_maps_and_all_of_theta(about):
-    """Rows are what an output of the map is made of, columns the outputs: W, and b where it adds to them."""
+    """Rows are the inputs of an output of the map, columns the outputs: W, and b if it is added to them."""
     theta = np.arange(about.layout.size)
     views, n = about.layout.views(theta), about.hidden
     at, expected = 0, []
@@ -280,7 +280,7 @@ def test_an_objective_has_the_blocks_of_its_model():
 
 
 def spread(risk, sizes, wide=False):
-    """Spread works of these sizes; give the results and which works were done here."""
+    """Distribute works of these sizes; return the results and the works of this rank."""
     done, kind = [], np.dtype(np.float64) if wide else risk.owner.model.backend.dtype
 
     def work(i):
@@ -332,7 +332,7 @@ class Rows:
 
 
 class Line:
-    """Linear least squares: a model of the barest kind, with neither squares nor structural damping."""
+    """Linear least squares: a minimal model, with neither squares nor structural damping."""
 
     def __init__(self, size=4):
         self.size, self.backend = size, create("numpy", "float64")
@@ -370,7 +370,7 @@ class Residual:
 
 
 def check_line(communicator, slices=0):
-    """Check sums and a step against dense algebra, and what the model lacks, on any number of ranks."""
+    """Check sums and a step against dense algebra, and the missing features, on any number of ranks."""
     rows, model = Rows(), Line()
     owner = DataParallel(model, communicator, micro_batch=2, slices=slices)
     theta, v = model.initial(0), model.initial(1)
@@ -391,7 +391,7 @@ def check_line(communicator, slices=0):
     after, _, _ = optimizer.step(theta, optimizer.init(theta), objectives)
     assert np.allclose(after, np.linalg.lstsq(rows.x, rows.y)[0], rtol=1e-10)
     assert communicator.same(digest(after)) == []
-    one = owner.on(rows, np.arange(1))  # most ranks have nothing of it
+    one = owner.on(rows, np.arange(1))  # most ranks have no example of it
     for objectives in (Objectives(whole, whole), Objectives(one, one)):
         for changes, sentence in (
             (
@@ -462,7 +462,7 @@ def test_an_objective_of_ones_own_says_what_it_lacks():
 
 
 class Listening(Communicator):
-    """One rank that counts what it would send: vectors that are summed, and scalars that are agreed on."""
+    """One rank that counts the messages it would send: summed vectors, and scalars that are agreed on."""
 
     sums = agreements = 0
 
@@ -486,12 +486,12 @@ def test_a_cg_iteration_sends_one_vector_and_one_message_of_scalars(refresh):
     assert report.work.cg_steps == 7
     assert report.work.products == 7 + (3 if refresh else 0)
     assert comm.sums == 1 + report.work.products + report.work.losses
-    # Besides: the gradient, the start of CG and the choice; each loss is agreed on as well.
+    # In addition: the gradient, the start of CG and the choice; each loss is agreed on as well.
     assert comm.agreements == 3 + report.work.products + report.work.losses
 
 
 def test_the_mean_is_over_what_is_scored():
-    """Cases of which 3, 1 and 0 outputs count: sums over sums, never a mean of means."""
+    """Examples with 3, 1 and 0 scored outputs: sums divided by sums, never a mean of means."""
 
     class Some(Rows):
         def scored(self, indices):
@@ -572,7 +572,7 @@ def test_a_diverged_theta_gives_a_loss_that_is_not_finite():
 
 @pytest.mark.mpi(ranks=4, timeout=100, unit="s")
 def test_ranks_compute_what_one_computes(mpi_ranks, comm):
-    """On 1, 2, 3 and 4 of the ranks, with batches that leave shards uneven (5, 12) and empty (1, 3)."""
+    """Ranks 1, 2, 3 and 4, with batches that leave shards uneven (5, 12) and empty (1, 3)."""
     assert comm.size == mpi_ranks
     for ranks in (1, 2, 3, 4):
         part = comm.Split(color=comm.rank < ranks, key=comm.rank)
@@ -621,7 +621,7 @@ def test_works_are_done_once_with_the_same_bits_on_any_number_of_ranks(mpi_ranks
                     bits.add(digest(np.concatenate(found)))
                     everywhere = part.allgather(done)
                     assert sorted(i for own in everywhere for i in own) == list(range(len(sizes)))
-                    assert all(everywhere)  # nobody is idle
+                    assert all(everywhere)  # no rank is idle
                     communicator.close()
                 part.Free()
             assert len(set().union(*comm.allgather(bits))) == 1
@@ -662,7 +662,7 @@ def test_a_wide_work_that_fails_on_one_rank_ends_all(mpi_ranks, comm):
 
 
 def sliced(communicator, name, variant, dtype):
-    """Return everything for batches that make slices of many, of unequal and of no sequences."""
+    """Return all results for batches that give slices of many, of unequal and of no sequences."""
     owner, sequences, theta = make(name, variant, communicator, micro_batch=2, dtype=dtype)
     owner = DataParallel(owner.model, communicator, micro_batch=2, slices=8)
     v = np.cos(np.arange(theta.size)).astype(dtype)

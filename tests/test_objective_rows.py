@@ -1,4 +1,4 @@
-"""Rows over ranks against dense matrices: S v, S'a, S S', S'S, residuals; slices, memory, micro-batches."""
+"""Rows over ranks and dense matrices: S v, S'a, S S', S'S, residuals; slices, memory, micro-batches."""
 
 import numpy as np
 import pytest
@@ -120,7 +120,7 @@ WIDE, NARROW = EXAMPLES * STEPS * OUTPUTS + 5, 7
 
 
 def dense(size, request, masked=False):
-    """Return S by the definition, with the residuals, the gradient and N."""
+    """Return S by its definition, with the residuals, the gradient and N."""
     model, cases = Quadratic(size), data(size, masked)
     theta = model.initial(0)
     at = model.linearise(theta, cases.take(np.arange(EXAMPLES)))
@@ -196,7 +196,7 @@ def test_the_mean_of_models_from_sketches_is_the_model():
     found = [risk.sketch(theta, basis, RowRequest("sketch", 2, seed)).projected for seed in range(many)]
     s, _, _, scored = dense(NARROW, RowRequest("residuals"))
     exact = basis.v @ s.T @ s @ basis.v.T / scored
-    # A row's square has a relative variance of at most 2: 26 rows, 4000 times.
+    # The square of a row has a relative variance of at most 2: 26 rows, 4000 times.
     np.testing.assert_allclose(np.mean(found, axis=0), exact, atol=4 * np.sqrt(2 / (26 * many)) * exact.max())
 
 
@@ -307,7 +307,7 @@ def test_a_tree_adds_as_pairs_do():
 
 
 def every_number(risk, theta, size):
-    """Return all that rows of every kind compute, bit for bit."""
+    """Return all results of rows of every kind, for bitwise comparison."""
     numbers = []
     for request in REQUESTS:
         found = risk.rows(theta, request)
@@ -345,7 +345,7 @@ def test_some_ranks_without_examples(comm):
 
 
 def check_few(comm, size):
-    """Compare ranks of which one has no example with one rank."""
+    """Compare ranks, one of which has no example, with one rank."""
     request, few = RowRequest("residuals"), np.arange(3)
     ours, alone = (
         make(size, communicator)[0].owner.on(data(size), few)

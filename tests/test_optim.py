@@ -1,4 +1,4 @@
-"""Optimizers under strain: optimality against dense algebra, bad products, huge numbers, odd settings."""
+"""Optimizers in difficult cases: dense algebra, invalid products, huge numbers, unusual settings."""
 
 import math
 from fractions import Fraction
@@ -45,7 +45,7 @@ def test_every_iterate_minimises_the_model_over_its_krylov_space(warm, precondit
 
 
 def martens(values, tolerance):
-    """His rule in exact arithmetic; a quotient by zero is infinite, as in his released code."""
+    """Return Martens' rule in exact arithmetic; a quotient by zero is infinite, as in his released code."""
     i = len(values) - 1
     k = max(10, -(-i // 10))
     if not (i > k and values[i - k] < 0):
@@ -63,7 +63,7 @@ def martens(values, tolerance):
 )
 @settings(deadline=None, max_examples=300)
 def test_the_stop_rule_is_exact_even_where_values_stall_or_rise(start, falls, repeats, bits):
-    tolerance = 2.0**-bits  # and whole values: nothing here is rounded up to a tie
+    tolerance = 2.0**-bits  # and integers: rounding creates no tie here
     values = [float(v) for v in start - np.cumsum(falls * repeats)]
     assert relative_progress(values, tolerance) == martens(values, tolerance)
 
@@ -148,7 +148,7 @@ def test_rosenbrock_converges_whatever_is_switched_off(changes, start):
 
 
 class Wrong(Objective):
-    """x'x / 2, and a curvature that is not its own: too small by half, the step goes too far."""
+    """x'x / 2 with a curvature that is too small by half: the step goes too far."""
 
     def __init__(self, curvature=0.502):
         self.curvature = curvature
@@ -196,7 +196,7 @@ def test_a_rejected_step_raises_the_damping_however_good_the_model_was():
 
 
 def test_an_ascent_is_refused_and_the_start_forgotten():
-    """A direction left from elsewhere points uphill, and the product that would correct it is not finite."""
+    """The stored direction points uphill, and the product that would correct it is not finite."""
     objective, theta = Wrong(math.nan), np.ones(1)
     optimizer = HessianFree(damping=2.0, preconditioner="none")
     state = type(optimizer.init(theta))(2.0, np.full(1, 5.0))
@@ -235,7 +235,7 @@ class Given(Objective):
 
 @pytest.mark.parametrize("rule", ["clip", "normalised", "rms-normalised"])
 def test_a_gradient_that_explodes_spoils_nothing(rule):
-    """Finite in float32, though its square is not."""
+    """The gradient is finite in float32, but its square is not."""
     optimizer, theta = GradientDescent(rule), np.zeros(3, np.float32)
     g = np.array([1e25, -1e25, 1.0], np.float32)
     after, state, report = optimizer.step(theta, optimizer.init(theta), Objectives(Given(g)))
@@ -274,7 +274,7 @@ def test_a_loss_that_is_not_finite_moves_nothing(optimizer, loss):
         (HessianFree, "step_scale_decay", 1.1),
         (HessianFree, "damping", math.nan),
         (GradientDescent, "floor", 3.0),
-        (GradientDescent, "rate", 0.001),  # under the default floor, which would silently raise it
+        (GradientDescent, "rate", 0.001),  # below the default floor, which would silently raise it
     ],
 )
 def test_settings_that_make_no_sense_are_refused(kind, name, value):

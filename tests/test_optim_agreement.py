@@ -1,4 +1,4 @@
-"""Ranks that round differently take every step alike, and what a step is given stays as it was."""
+"""Ranks that round differently take the same steps, and the arguments of a step are unchanged."""
 
 import math
 
@@ -28,7 +28,7 @@ from hfmpi.parallel.communicator import MPICommunicator, digest
 
 
 class Elsewhere(np.ndarray):
-    """An array on a processor whose products, inner and of matrices, come out a little different."""
+    """An array on a processor whose inner and matrix products are slightly different."""
 
     def __array_function__(self, function, types, arguments, options):
         result = super().__array_function__(function, types, arguments, options)
@@ -45,7 +45,7 @@ class Elsewhere(np.ndarray):
 
 
 class Rank(Objective):
-    """A bowl seen from one rank: the vectors are everybody's, the scalars are its own or the agreed ones."""
+    """A bowl on one rank: vectors are the same on all ranks, scalars are the rank's or agreed on."""
 
     def __init__(self, kind, agreed=None, error=0.0):
         self.kind, self.agreed, self.error = kind, agreed, error
@@ -198,9 +198,9 @@ def test_ranks_under_mpi_agree_in_every_bit(optimizer, mpi_ranks, comm):
     ],
 )
 def test_messages_of_a_step(optimizer, most):
-    """One for the gradient, one for the step, one for the blocks where a method looks at them.
+    """One for the gradient, one for the step, one for the blocks if a method uses them.
 
-    Hessian-free: one a loss and a CG iteration besides. A subspace step that is checked: one a loss.
+    Hessian-free: also one per loss and per CG iteration. A checked subspace step: one per loss.
     """
     agreed = []
     _, _, reports = trajectory(optimizer, First(np.ndarray, agreed))
@@ -231,7 +231,7 @@ SETTINGS = [
 
 
 def wrong(at, bad):
-    """Return an inner product that is wrong from its call `at` on; never, where `at` is None."""
+    """Return an inner product that is wrong from call `at` on; never if `at` is None."""
     calls = []
 
     def inner(a, b):
@@ -242,7 +242,7 @@ def wrong(at, bad):
 
 
 def solved(inner, agree, dtype, settings, warm):
-    """Solve the same system on one rank; give all that came of it, and the number of products."""
+    """Solve the same system on one rank; return all results, and the number of products."""
     rng = np.random.default_rng(3)
     root = rng.standard_normal((30, 30))
     a = (root @ root.T + 0.1 * np.eye(30)).astype(dtype)

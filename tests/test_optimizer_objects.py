@@ -1,4 +1,4 @@
-"""Optimizers as objects: the run that a name and settings describe, stored, resumed and compared as that."""
+"""Optimizers as objects: a run with a name and settings is stored, resumed and compared like its object."""
 
 import copy
 import json
@@ -95,12 +95,12 @@ def test_a_resumed_run_notices_every_other_setting(tmp_path):
     different = "give another out for a new run"
     refused(f"has damping = 0.01, not 0.02; {different}", hfmpi.Subspace(damping=0.02), out=out)
     refused(f"has damping = 0.01, not 0.001; {different}", hfmpi.Subspace(), out=out)
-    # The preset's memory, which the stored settings do not name in that case, differs from the class's.
+    # The preset's memory, which the stored settings do not contain in that case, differs from the class's.
     assert PRESETS["subspace"].optimizer.memory == 6 != hfmpi.Subspace().memory
     refused(f"has memory = 3, not 6; {different}", hfmpi.Subspace(damping=0.01, memory=6), out=out)
     refused(f"has optimizer = 'subspace', not 'adam'; {different}", hfmpi.Adam(), out=out)
     refused("has damping = 0.01, not 0.5", "subspace", out=out, settings={"damping": 0.5})
-    assert run("subspace", 3, out=out, settings={"damping": 0.01}).step == 3  # one setting leaves the others
+    assert run("subspace", 3, out=out, settings={"damping": 0.01}).step == 3  # others are unchanged
     assert hfmpi.train(network(), DATA, max_steps=4, out=out, quiet=True).step == 4
     assert run(hfmpi.Subspace(damping=0.01), 5, out=out).step == 5
 
@@ -154,7 +154,7 @@ def test_an_object_of_a_class_has_the_batches_of_its_preset():
 
 def test_adam_clips_only_if_it_is_told_to():
     assert (hfmpi.Adam().threshold, hfmpi.preset("adam").optimizer.threshold) == (0.0, 1.0)
-    # Runs of earlier versions, whose checkpoints name the preset alone, continue with its threshold.
+    # Runs of earlier versions, whose checkpoints only contain the preset's name, resume with its threshold.
     assert merge({}, {"optimizer": "adam", "settings": {}}).preset().optimizer.threshold == 1.0
     assert derive({}, {"optimizer": "adam", "settings": {}}).preset().optimizer.threshold == 1.0
     theta = np.zeros(2)
@@ -219,7 +219,7 @@ def test_what_is_not_an_optimizer_of_hfmpi_is_refused():
     (hfmpi.Subspace, "decay", "weight_decay"),
     (hfmpi.HessianFree, "cg_max_iter", "cg_max_steps"),
     (hfmpi.GradientDescent, "lr", "rate"),
-    # Its decay is that of the rate, and it has no momentum.
+    # Its decay is that of the rate, and there is no momentum.
     (hfmpi.GradientDescent, "weight_decay", None),
     (hfmpi.GradientDescent, "momentum", None),
     (hfmpi.LM, "lr", None),

@@ -1,6 +1,6 @@
-"""Standard output and error that cannot be written, or not in the letters that are printed.
+"""Standard output and error that cannot be written, or whose encoding lacks the printed characters.
 
-examples/faults/surroundings.py does the same at random moments, under mpirun and on terminals too.
+examples/faults/surroundings.py does the same at random times, also under mpirun and on terminals.
 """
 
 import errno
@@ -40,14 +40,14 @@ FULL = os.strerror(errno.ENOSPC)
 
 @pytest.fixture(scope="module", name="made")
 def fixture_made(tmp_path_factory):
-    """Make a folder with a corpus and a run of two steps."""
+    """Create a folder with a corpus and a run of two steps."""
     folder = tmp_path_factory.mktemp("made")
     train(folder / "run", write_corpus(folder / "small.h5"), max_steps=2)
     return folder
 
 
 def call(*words, **options):
-    """Run a command in a process; give code and standard error."""
+    """Run a command in a separate process; return exit code and standard error."""
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE} | options
     done = subprocess.run(
         [*COMMAND, *words], stdin=subprocess.DEVNULL, text=True, check=False, timeout=60, **options
@@ -113,7 +113,7 @@ def test_ranks_go_on_whatever_their_streams_are(program, streams, ranks, made, t
 
 @pytest.mark.parametrize(("ignored", "encoding"), [(True, "utf-8"), (False, "latin-1")])
 def test_a_terminal_that_goes_away(ignored, encoding, made, tmp_path):
-    """With nohup the run goes on, without it the same event is a SIGHUP, and stops it."""
+    """Under nohup the run continues, otherwise the same event is a SIGHUP, which stops it."""
     master, terminal = os.openpty()
 
     def nohup():
@@ -144,7 +144,7 @@ def test_a_terminal_that_goes_away(ignored, encoding, made, tmp_path):
 
 
 def test_a_stream_waits_for_its_reader(monkeypatch):
-    """Who shares a pipe or a terminal may have made it non-blocking."""
+    """A process that shares a pipe or a terminal may have made it non-blocking."""
     ear, mouth = os.pipe()
     os.set_blocking(mouth, False)
     content, heard = bytes(10**6), bytearray()
@@ -210,7 +210,7 @@ def test_a_shell_that_a_launcher_started_as_another_rank_than_0(words, said, tmp
         pytest.skip("mpi4py finds no MPI library")
     master, terminal = os.openpty()
     environment = os.environ | PMIX
-    assert call(*words, env=environment, cwd=tmp_path) == (2, "")  # rank 0 says it
+    assert call(*words, env=environment, cwd=tmp_path) == (2, "")  # rank 0 reports it
     assert call(*words, env=environment, cwd=tmp_path, stderr=terminal) == (2, None)
     os.close(terminal)
     told = os.read(master, 10_000).decode()
@@ -221,7 +221,7 @@ def test_a_shell_that_a_launcher_started_as_another_rank_than_0(words, said, tmp
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_an_encoding_without_the_letters(encoding, made, tmp_path):
-    """The small charts are made of blocks; the name of a file may be no text at all."""
+    """The small charts consist of block characters; the name of a file may be no valid text."""
     strange = os.fsencode(tmp_path) + b"/caf\xe9.run"
     os.symlink(made / "run", strange)
     with open(tmp_path / "said", "wb") as log:
@@ -236,7 +236,7 @@ def test_an_encoding_without_the_letters(encoding, made, tmp_path):
 
 
 class Broken:
-    """A standard error that nobody can write."""
+    """A standard error that cannot be written."""
 
     def write(self, text):
         raise OSError(errno.ENOSPC, FULL)

@@ -1,4 +1,4 @@
-"""What a release is made of: source and wheel, and the command as a wheel installs it."""
+"""The contents of a release: source and wheel, and the command as a wheel installs it."""
 
 import os
 import shutil
@@ -35,7 +35,7 @@ def tracked():
 
 @pytest.fixture(scope="module")
 def built(tracked, tmp_path_factory):
-    """Build both from a copy with strangers in it; the wheel is made from the source distribution."""
+    """Build both from a copy with unrelated files; the wheel is built from the source distribution."""
     at = tmp_path_factory.mktemp("release")
     for name in tracked:
         (at / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def test_the_installed_command_trains(built, tmp_path):
     venv.create(tmp_path / "venv", symlinks=True)
     python = tmp_path / "venv" / "bin" / "python"
     places = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path)
-    # What hfmpi needs comes from here; the files that make an editable install are not read there.
+    # The dependencies come from this environment, but not hfmpi, whose editable install is ignored there.
     (Path(places.strip()) / "beside.pth").write_text(sysconfig.get_path("purelib"))
     pip = sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python
     run(*pip, "install", "--no-deps", "--no-index", built / f"{NAME}-py3-none-any.whl", cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""Products with a packed matrix against NumPy's, whatever the sizes, strides and registers."""
+"""Products with a packed matrix compared with NumPy, for all sizes, strides and register widths."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from hfmpi.backends.panels import ROWS, panels_shape
 
 
 def check(backend, rows, depth, columns, add=False, transposed=False, gap=0, seed=0):
-    """Multiply into part of a wider array: nothing beside the part may change."""
+    """Multiply into a part of a wider array: nothing outside of the part may change."""
     rng = np.random.default_rng(seed)
     matrix = rng.standard_normal((depth, columns)).astype(backend.dtype)
     a = rng.standard_normal((depth, rows)).astype(backend.dtype).T if transposed else None
@@ -65,7 +65,7 @@ def test_what_is_not_finite_stays_in_its_row_and_column():
 
 @pytest.mark.parametrize("features", ["", "+avx", "+avx,+avx2,+fma"])
 def test_on_lesser_processors(tmp_path, features):
-    """Compiled as for a processor with narrower registers; runs in a process of its own."""
+    """Compiled for a processor with narrower registers, in a separate process."""
     with open("/proc/cpuinfo") as lines:
         flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
     if not {name for name in features.replace("+", "").split(",") if name} <= flags:

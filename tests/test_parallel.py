@@ -1,4 +1,4 @@
-"""Communicators, launch and placement: alone, under mpirun, and when something goes wrong."""
+"""Communicators, launch and placement: on one rank, under mpirun, and with faults."""
 
 import json
 import os
@@ -29,7 +29,7 @@ LAUNCHER_NAMES += ["PMIX_NAMESPACE", "PMIX_SERVER_URI4", "PMI_FD", "PMI_PORT"]
 
 
 def mpirun(ranks, program, folder):
-    """Run a Python program on some ranks; give the finished process and the seconds it took."""
+    """Run a Python program on several ranks; return the finished process and its seconds."""
     if MPIRUN is None:
         pytest.skip("there is no mpirun")
     script = folder / "program.py"
@@ -48,7 +48,7 @@ def no_launcher(monkeypatch):
 
 
 def check_contract(comm):
-    """Check what every communicator promises, on any number of ranks."""
+    """Check the contract of every communicator, on any number of ranks."""
     rank, size = comm.rank, comm.size
     for dtype in (np.float32, np.float64, np.int64):
         vector = np.arange(5, dtype=dtype) + rank
@@ -161,7 +161,7 @@ def test_serial_without_launcher_and_mpi_not_loaded():
         ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "PMIX_RANK": "0"}, (0, 2)),
         ({"PMI_RANK": "0", "PMI_SIZE": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, (0, 4)),
         ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8"}, (2, 8)),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, None),  # a batch script's own process
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, None),  # the process of a batch script itself
         ({"PMIX_RANK": "1"}, (1, 2)),
     ],
 )
@@ -188,7 +188,7 @@ def test_launcher_but_no_mpi(size, no_launcher, monkeypatch):
 
 
 def test_launcher_of_another_mpi_is_an_error():
-    # Open MPI's variables without its mpirun: what the ranks of a foreign launcher look like.
+    # Open MPI's variables without its mpirun: ranks of a foreign launcher have such an environment.
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_NAMES}
     program = "from hfmpi.parallel import connect, guard\nwith guard(): connect()"
     for rank, lines in ((0, 1), (1, 0)):
@@ -224,9 +224,9 @@ def library_named(text):
         (MPICH, PMI | {"PMI_FD": "closed"}, r"its connection \(PMI_FD\) is closed"),
         (MPICH, PMI | {"PMI_FD": "left"}, r"its connection \(PMI_FD\) is closed"),
         (MPICH, PMI | {"PMI_FD": "open"}, None),
-        (MPICH, PMI | PMIX | {"PMI_FD": "open"}, None),  # mpirun called in a step of Slurm
+        (MPICH, PMI | PMIX | {"PMI_FD": "open"}, None),  # mpirun called in a Slurm step
         (MPICH, PMI | {"PMI_PORT": "here:1"}, None),
-        (MPICH, SLURM, None),  # MPICH starts, and says that each is alone
+        (MPICH, SLURM, None),  # MPICH starts, and reports that each rank is alone
         ("Intel(R) MPI Library 2021.13", PMIX, None),
         (OPEN_MPI, OPEN_MPIRUN, None),
         (OPEN_MPI, PMIX, "PMIX_SERVER_URI does not name its PMIx server"),
@@ -327,7 +327,7 @@ def wait(comm):
     "failing",
     [
         "together(comm, lambda: open_corpus(comm))",  # one rank fails, together
-        "fail(comm)",  # all ranks fail alike, on their own
+        "fail(comm)",  # all ranks fail separately, in the same way
     ],
 )
 def test_user_error_on_all_ranks_is_one_sentence_and_code_2(failing, tmp_path):
@@ -421,7 +421,7 @@ def test_guard_alone(capsys, no_launcher):
         (0b1111, [0b1111] * 2, None, 2),
         (0b1111, [0b1111] * 3, None, 1),
         (0b11, [0b11] * 5, None, 1),
-        (0b0011, [0b0011, 0b1100], None, 2),  # bound to cores of their own
+        (0b0011, [0b0011, 0b1100], None, 2),  # bound to separate cores
         (0b1000, [0b0111, 0b1000], None, 1),
         (0b0111, [0b0111, 0b1110], None, 2),  # bound, but to common cores
         (0b1111, [0b1111], 2.5, 2),
@@ -437,7 +437,7 @@ def test_share_of_the_cores(own, masks, quota, threads):
 
 @pytest.fixture
 def blas_threads():
-    """Undo what `place` sets."""
+    """Undo the settings of `place`."""
     with threadpool_limits(limits=None, user_api="blas"):
         yield lambda: {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
 
@@ -500,7 +500,7 @@ def test_info_under_mpirun(tmp_path):
         ("--config limit.toml", True),
         ("--config=limit.toml --max-steps 0", False),
         ("--config none.toml --max-seconds=2.5", True),
-        ("--config no-such.toml", True),  # which hfmpi says
+        ("--config no-such.toml", True),  # which hfmpi reports
         ("--max-steps 8", True),
         ("--max-steps=8 --seed 1", True),
         ("--max-steps 0", False),
@@ -528,7 +528,7 @@ def test_the_batch_script_wants_a_limit(tmp_path, options, limited):
         assert done.stdout == f"hfmpi train text.h5 --out run {options}\n"
     else:
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith("Give --max-steps or --max-seconds")
+        assert done.stderr.startswith("Set --max-steps or --max-seconds")
 
 
 def test_the_batch_script_enters_a_container_in_place_of_an_environment(tmp_path):

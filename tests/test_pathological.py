@@ -1,4 +1,4 @@
-"""The pathological tasks: cases against their definitions, when one is solved, runs, the page of results."""
+"""The pathological tasks: examples compared with definitions, success, runs, and the page of results."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ def training(tasks):
 
 
 def sequences(batch):
-    """Return each case as plain lists: inputs, and the scored steps, counted from 1, with their targets."""
+    """Return each example as lists: inputs, and the scored steps, counted from 1, with their targets."""
     batch = turned(batch)
     first = len(batch.inputs) - len(batch.targets) + 1
     for case in range(batch.inputs.shape[1]):
@@ -101,7 +101,7 @@ def test_the_targets_of_memory(tasks, name, symbols, values):
         assert answer == [blank] * symbols
         assert scored == list(enumerate([blank] * (symbols + length) + kept, 1))
         seen.add(tuple(kept))
-    assert len(seen) == min(values**symbols, 150)  # of 5 bits all there are
+    assert len(seen) == min(values**symbols, 150)  # all sequences of 5 bits
 
 
 def test_cases_are_a_function_of_seed_and_index(tasks):
@@ -116,7 +116,7 @@ def test_cases_are_a_function_of_seed_and_index(tasks):
             if part is not None:
                 np.testing.assert_array_equal(part, every[order])
                 assert part.flags.c_contiguous
-        assert np.array_equal(some.inputs, other.inputs) == (name == "memory-5")  # which has no chance in it
+        assert np.array_equal(some.inputs, other.inputs) == (name == "memory-5")  # which is not random
         targets = some.targets.shape[1] * 4 if some.mask is None else some.mask.sum()
         assert task.scored(order) == targets
         with pytest.raises(IndexError):
@@ -156,9 +156,9 @@ def test_what_is_drawn_is_uniform(tasks):
 
 
 def test_there_is_no_such_task(tasks):
-    with pytest.raises(UserError, match="there is no task 'sorting'; choose one of addition, "):
+    with pytest.raises(UserError, match="unknown task 'sorting': choose one of addition, "):
         tasks.Task("sorting", 30, 0)
-    with pytest.raises(UserError, match="a length of 9 is too short for xor: the least is 10"):
+    with pytest.raises(UserError, match="the length 9 is too short for xor: use at least 10"):
         tasks.Task("xor", 9, 0)
 
 
@@ -175,7 +175,7 @@ def test_which_answers_are_wrong(tasks, training):
     assert wrong("xor", [[[0.4], [0.6], [0.6]]], [[[0], [0], [1]]], one) == [[False, True, False]]
     likely = [[[0.5, 0.2, 0.3], [0.2, 0.3, 0.5]], [[0.5, 0.2, 0.3], [0.2, 0.3, 0.5]]]
     assert wrong("memory-5", likely, [[0, 1], [1, 2]]) == [[False, True], [True, False]]
-    assert wrong("permutation", likely, [[0, 1], [1, 2]]) == [[True, False]]  # the last step alone
+    assert wrong("permutation", likely, [[0, 1], [1, 2]]) == [[True, False]]  # only the last step counts
 
 
 def test_a_test_counts_what_the_network_gets_wrong(tasks, training):
@@ -220,10 +220,10 @@ def test_a_task_is_solved_and_a_run_goes_on_where_it_was(training, tmp_path):
     assert 0 < first["wrong"] <= 1
     assert first["P_I_full"] < whole["P_I_full"] / 2 + 10
     again = training.train(run, tmp_path / "parts", 30, whole["P_I_full"] // 2)
-    assert again == first  # the limit stands
+    assert again == first  # the limit is unchanged
     rest = training.train(run, tmp_path / "parts", 30, 2000)
     assert rest | {"seconds": 0} == whole | {"seconds": 0}
-    assert training.train(run, tmp_path / "parts", 30, 4000) == rest  # solved is solved
+    assert training.train(run, tmp_path / "parts", 30, 4000) == rest  # a solved run is not continued
 
 
 def test_the_study_tunes_then_runs_and_its_tables_say_so(training, tmp_path, monkeypatch, capsys):
@@ -258,7 +258,7 @@ def test_the_best_candidate_solves_with_the_least_passes_or_has_the_lowest_loss(
     low, high, broken = (record(v, False, 100, loss) for v, loss in ((3, 0.2), (4, 0.4), (5, np.nan)))
     assert training.best([slow, low, quick]) == 2
     assert training.best([broken, high, low]) == 3
-    assert training.best([record(7, False, 100, 0.2), low]) == 3  # alike
+    assert training.best([record(7, False, 100, 0.2), low]) == 3  # equal candidates
 
 
 def test_candidates_are_tried_until_the_best_has_neighbours(training):
@@ -275,7 +275,7 @@ def test_candidates_are_tried_until_the_best_has_neighbours(training):
     assert training.untried(runs, tried(0, 0, 3, 1, 2)) == []
     assert training.untried(runs, tried(0, 0, 1, 2, 3)) == runs[1:2]
     assert training.untried(runs, tried(0, 2, 1, 2, 3)) == []
-    assert training.untried(runs, tried(1, 2, 3, 4, 5)) == []  # there is none beyond
+    assert training.untried(runs, tried(1, 2, 3, 4, 5)) == []  # the last candidate
     assert training.untried(runs, tried(0, 0, 3, 2, 1)) == runs[5:]
 
 

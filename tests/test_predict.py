@@ -1,4 +1,4 @@
-"""model.predict and the loss of a whole data set, of PyTorch and JAX models."""
+"""model.predict and the loss of a complete data set, for PyTorch and JAX models."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""hfmpi.train: runs of any model from Python, alone and under mpirun, stopped, resumed, and refused."""
+"""hfmpi.train: runs of any model from Python, on one rank and under mpirun: stopped, resumed, refused."""
 
 import json
 import logging
@@ -108,7 +108,7 @@ class Pairs:
 
 
 class Lazy:
-    """Cases of a user's own."""
+    """User-defined examples."""
 
     count = len(Y)
 
@@ -145,7 +145,7 @@ def test_a_run_keeps_the_contract_of_the_command(tmp_path, monkeypatch, capfd):
     last = result.history[-1]
     assert (last["valid_loss"], last["valid_metric"]) == (result.valid_loss, result.valid_metric)
     assert not {"train_bpc", "valid_bpc"} & last.keys()
-    # The numbers are what they are called.
+    # The values agree with their names.
     everything = hfmpi.Arrays(*VALID).take(np.arange(13))
     outputs, targets, mask = model.outputs(result.theta, everything)
     assert mask is None
@@ -217,7 +217,7 @@ def test_a_run_that_starts_from_another_one_is_that_which_goes_on(options, tmp_p
     whole = hfmpi.train(*given, max_steps=4, **options)
     hfmpi.train(*given, out="old", max_steps=2, **options)
     before = files("old")
-    new = hfmpi.train(*given, out="new", resume="old", max_steps=4, quiet=True)  # with the options of old
+    new = hfmpi.train(*given, out="new", resume="old", max_steps=4, quiet=True)  # with the old options
     for steps in (3, 4):
         part = hfmpi.train(*given, out="part", resume=Path("old"), max_steps=steps, quiet=True)
     bare = hfmpi.train(*given, resume="old/checkpoint.h5", max_steps=4, quiet=True)
@@ -326,7 +326,7 @@ def test_a_batch_of_a_preset_is_no_larger_than_the_data(capfd):
 
 
 class Tight(Line):
-    """A model whose memory suffices for eight cases."""
+    """A model whose memory is sufficient for eight examples."""
 
     def linearise(self, theta, batch, reuse=None):
         if len(batch.targets) > 8:
@@ -397,7 +397,7 @@ class Endless(Pairs):
 
 
 class Loader:
-    """Batches of a data set, as those of PyTorch."""
+    """Batches of a data set, as in PyTorch."""
 
     dataset = Pairs()
 
@@ -595,7 +595,7 @@ given = (network(), (SYMBOLS, NEXT), VALID)
 
 
 def mpirun(ranks, folder, body, meanwhile=None):
-    """Run a program on ranks; give code, stdout and stderr."""
+    """Run a program on several ranks; return exit code, stdout and stderr."""
     if MPIRUN is None:
         pytest.skip("there is no mpirun")
     program = PROGRAM.format(tests=str(Path(__file__).parent), body=body)

@@ -1,4 +1,4 @@
-"""bin/quickstart: what it does when it is interrupted."""
+"""bin/quickstart: its behaviour after an interruption."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ def program(path, text):
 
 
 def test_ctrl_c_stops_all_of_it(tmp_path):
-    """A run that stops in good order leaves with code 0, and the shell would start the next one."""
+    """A run that stops in an orderly way exits with code 0, so that the shell would start the next one."""
     (tmp_path / "bin").mkdir()
     shutil.copy(BIN / "quickstart", tmp_path / "bin")
     (tmp_path / "bin" / "environment.sh").write_text(f"cd '{tmp_path}'\nmake_environment() {{ :; }}\n")

@@ -1,4 +1,4 @@
-"""The page of runs: what it holds, whatever is in the folders; tests/browser/test_report.py looks at it."""
+"""The page of runs: its contents for all kinds of folders; tests/browser/test_report.py displays it."""
 
 import html
 import json
@@ -30,18 +30,18 @@ KINDS = ["lstm-shf", "mlstm-adam", "mrnn-bhf", "rnn-sgd"]
 
 @pytest.fixture(name="small")
 def fixture_small(monkeypatch):
-    """Leave the library that draws out of the pages: it is long."""
+    """Omit the drawing library from the pages, because it is long."""
     monkeypatch.setattr(pages, "plotly_js", lambda: "const Plotly = {};")
 
 
 @pytest.fixture(name="run")
 def fixture_run(tmp_path):
-    """Return a run that may be changed."""
+    """Return a run that tests may modify."""
     return Path(shutil.copytree(RUNS / "lstm-shf", tmp_path / "run"))
 
 
 class Words(HTMLParser):
-    """The elements of a page by their names, its text, and the data of its curves."""
+    """The elements of a page by name, its text, and the data of its curves."""
 
     def __init__(self, page):
         super().__init__()
@@ -196,7 +196,7 @@ def test_settings_are_those_in_effect(run):
     settings = found.settings
     assert (settings["gradient_batch"], settings["burn_in"], settings["damping"]) == (320, 3, 0.5)
     assert settings["cg_max_steps"] == 15  # the preset's
-    assert "model" not in settings  # a run of hfmpi.train has one of its own
+    assert "model" not in settings  # a run of hfmpi.train has a user's model
     config.write_text("tomorrow = [1, 2]\n")
     assert read([run])[0].settings == {"tomorrow": [1, 2]}
 
@@ -240,7 +240,7 @@ def test_of_many_ranks_some_have_bars(run):
     assert (found["ranks"][0], found["ranks"][-1]) == (
         "rank 999",
         "rank 0",
-    )  # from the least waiting to the most
+    )  # from the shortest to the longest waiting time
     assert found["names"] == ["gradient", "waiting"]
 
 
@@ -251,7 +251,7 @@ def test_runs_of_one_name_are_told_apart(small, run, tmp_path):
 
 def test_the_command_writes_a_page_with_all_in_it(run, tmp_path):
     out = tmp_path / "page.html"
-    for _ in range(2):  # a page takes the place of a page
+    for _ in range(2):  # a page replaces the page
         result = CliRunner().invoke(report, [str(run), "--out", str(out)])
         assert result.exception is None
     assert result.output == f"{out}: 1 run(s), {out.stat().st_size / 1e6:.1f} MB\n"
@@ -299,7 +299,7 @@ def test_following_ends_when_all_runs_are_done(small, run, tmp_path, monkeypatch
     def sleep(seconds):
         every.append(json.loads(Words(out.read_bytes()).data)["every"])
         assert seconds >= 0.5
-        if len(every) == 1:  # damaged for a moment, as on a file system that is away
+        if len(every) == 1:  # damaged temporarily, as on a file system that is unavailable
             (run / "history.jsonl").rename(run / "kept")
             (run / "history.jsonl").write_text("[]\n")
         elif len(every) == 3:
@@ -310,7 +310,7 @@ def test_following_ends_when_all_runs_are_done(small, run, tmp_path, monkeypatch
     monkeypatch.setattr(time, "sleep", sleep)
     assert follow([run], out, 0.5, told.append)
     assert every == [0.5, 0.5, 0.5]
-    assert json.loads(Words(out.read_bytes()).data)["every"] is None  # it stays as it is
+    assert json.loads(Words(out.read_bytes()).data)["every"] is None  # it is unchanged
     assert len(told) == 1
     assert "is damaged in line 1" in told[0]
 

@@ -1,4 +1,4 @@
-"""The page that compares methods says what the page of the study says."""
+"""The page that compares methods agrees with the page of the study."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ METHODS = "SGD", "BGD", "SHF", "BHF", "Adam", "SOAP", "Muon", "bhf-short", "subs
 
 
 def rows(page, first, section=""):
-    """Return the cells of all rows that begin with a cell, without bold type and what stands in brackets."""
+    """Return the cells of all rows that start with a cell, without bold type and brackets."""
     text = (RESULTS / page).read_text()
     text = re.sub(r"\*\*| \([^)]*\)", "", text[text.index(section) :])
     found = re.findall(rf"^\| {re.escape(first)} \|(.*)\|$", text, re.MULTILINE)
@@ -29,7 +29,7 @@ def test_methods_are_compared_by_what_the_study_found():
 
 
 def large(cell, method):
-    """Return the row of a run at the paper's size, or nothing."""
+    """Return the row of a run at the paper's size; empty if there is none."""
     name = f"`{method}`" if method == "subspace" else method
     return next(iter(rows("fewest-passes.md", f"{cell} {name}", "## The paper's size")), [])
 

@@ -70,7 +70,7 @@ def test_numbers_that_are_not_finite_end_it():
 
 
 class Scored(Bowl):
-    """The bowl with rows of scores, which are consistent with nothing else."""
+    """The bowl with rows of scores that are unrelated to its other values."""
 
     request, many = None, 30
 
@@ -135,7 +135,7 @@ def test_sketches_are_drawn_anew_in_every_step(monkeypatch):
 
 
 def test_the_model_may_come_from_a_sketch(monkeypatch):
-    """Its rows are others than those of the directions, and it takes no projection."""
+    """The rows of the sketch differ from those of the directions, and there is no projection."""
     bowl, requests = Scored(), []
     original = Scored.rows
     monkeypatch.setattr("hfmpi.optim.subspace.LEAST_ROWS", 0)
@@ -154,7 +154,7 @@ def test_the_model_may_come_from_a_sketch(monkeypatch):
     assert [(r.kind, r.segments, r.factors) for r in requests[1::2]] == [("sketch", 4, False)] * 2
     work = reports[1].work
     assert (work.gradients, work.adjoints, work.sketches, work.projections) == (1, 1, 4, 0)
-    s = np.random.default_rng(3).standard_normal((30, SIZE))  # the same rows whatever the seed
+    s = np.random.default_rng(3).standard_normal((30, SIZE))  # the same rows for any seed
     p = state.steps[:SIZE]
     assert state.curvature == pytest.approx(np.square(s @ p).sum() / 7, rel=1e-6)
     assert Subspace(curvature_segments=1).needs == Subspace().needs._replace(sketch=True)
@@ -167,7 +167,7 @@ def test_a_model_from_few_rows_is_left():
         bowl.many = rows
         _, _, reports = steps(optimizer, bowl, 2)
         assert (reports[1].work.sketches, reports[1].work.projections) == (1, projections)
-    for examples, sketches in ((128, 0), (129, 1)):  # so few have J V, and no rows at all
+    for examples, sketches in ((128, 0), (129, 1)):  # so few examples have J V, without rows
         bowl.many, bowl.size = 12, examples
         _, _, reports = steps(optimizer, bowl, 2)
         assert (reports[1].work.sketches, reports[1].work.projections) == (sketches, 1 - sketches)
@@ -201,7 +201,7 @@ def test_rows_must_have_the_factors_that_were_requested(factors, error, words, m
 
 
 def both(owner, sequences, theta, request, part):
-    """Return rows of a risk that keeps linearisations of a part, and its gradient with factors."""
+    """Return rows of a risk that stores linearisations of a part, and its gradient with factors."""
     indices = np.array([7, 0, 11, 3, 5, 2])
     whole = owner.on(sequences, indices)
     if part:

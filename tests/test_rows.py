@@ -1,4 +1,4 @@
-"""Rows of single examples: scores, sketches and residuals of built-in networks, against dense matrices."""
+"""Per-example rows: scores, sketches and residuals of built-in networks, compared with dense matrices."""
 
 import copy
 import itertools
@@ -33,7 +33,7 @@ def close(a, b, tolerance=1e-12):
 
 
 def rows_of(network, fill, examples, count):
-    """Return the rows (B, C, D) that `fill` fills, whose examples are further apart than C * D numbers."""
+    """Return the rows (B, C, D) of `fill`, in an array with a stride larger than C * D per example."""
     wide = network.device(np.full((examples, count + 2, network.network.size), 7, network.backend.dtype))
     fill(wide[:, 1:-1])
     wide = network.host(wide)
@@ -46,7 +46,7 @@ def scores_of(network, at, segments=1):
 
 
 def residuals_of(network, at):
-    """Return the rows (B, T O, D), r (B, T O), and whether it is complete."""
+    """Return the rows (B, T O, D), r (B, T O), and whether the residuals are complete."""
     examples, count, found = at.passes.examples, at.residual_count(), []
     r = network.device(np.empty((examples, count), network.backend.dtype))
     rows = rows_of(network, lambda out: found.append(at.residual_rows(out, r)), examples, count)
@@ -60,7 +60,7 @@ def gradient_of(network, at, squares=None):
 
 
 def curvature_of(network, at):
-    """Return G (D, D), by its products."""
+    """Return G (D, D), computed by products."""
     size = network.network.size
     out = np.zeros((size, size))
     for row, unit in zip(out, np.eye(size), strict=True):
@@ -73,7 +73,7 @@ def alone(batch, b):
 
 
 def segment(batch, k, segments):
-    """Return the batch with a mask that scores segment k alone."""
+    """Return the batch with a mask that scores segment k only."""
     steps = len(batch.targets)
     mask = np.zeros(batch.targets.shape[:2])
     mask[steps * k // segments : steps * (k + 1) // segments] = 1
@@ -134,7 +134,7 @@ def test_a_segment_is_the_gradient_of_its_steps(
 def test_rows_are_transposed_products_of_single_examples(
     kind, backend, case, size, steps, columns, seed, block_rows
 ):
-    """Of any cotangents, of which some are zero from some step on, or everywhere."""
+    """For any cotangents, some of which are zero from a step on, or everywhere."""
     network, theta, batch, rng = make(
         kind, *case, backend, seed, block_rows=block_rows, steps=steps, size=size, scored=1 + seed % steps
     )
@@ -183,7 +183,7 @@ class Rooted(Huber):
 
 
 class Along(OfError):
-    """(<a, z - y>)^2 / 2 with a = (1, 2, ...): H = a a' has rank 1, and the gradient lies along a."""
+    """(<a, z - y>)^2 / 2 with a = (1, 2, ...): H = a a' has rank 1, and the gradient is parallel to a."""
 
     @staticmethod
     def direction(width):
@@ -203,7 +203,7 @@ class Along(OfError):
 
 
 class Unrooted(Symbols):
-    """Cross-entropy whose H, which is singular, is decomposed."""
+    """Cross-entropy with a decomposition of H, which is singular."""
 
     root = residual = None
 
@@ -242,7 +242,7 @@ def test_residual_rows_of_a_loss_with_and_without_a_root(loss, masked):
 
 
 def test_a_decomposed_hessian_gives_what_the_known_root_gives():
-    """On a device too: CuPy's arrays have no implicit conversions."""
+    """Also on a device: CuPy's arrays have no implicit conversions."""
     found = []
     for backend, loss in itertools.product(["numpy", "cupy"], [Unrooted(), "cross-entropy"]):
         network, theta, batch, _ = make(("lstm", "standard"), 1, "cross-entropy", True, True, backend)
@@ -301,7 +301,7 @@ def test_a_sketch_adds_residual_rows_by_their_signs(backend, case):
 
 
 class ByExample:
-    """Passes of a dense Jacobian (B, T, O, D), whose outputs are sorted by example or by step."""
+    """Passes of a dense Jacobian (B, T, O, D), with outputs sorted by example or by step."""
 
     nbytes = 0
 
@@ -367,7 +367,7 @@ def test_rows_are_dense_products_in_both_orders_of_outputs(examples, steps, widt
 @pytest.mark.parametrize("loss", ["cross-entropy", "bernoulli"])
 @pytest.mark.parametrize("size", [20.0, 60.0, 2000.0])
 def test_saturated_probabilities_have_finite_rows(dtype, backend, loss, size):
-    """For probabilities that are 0 or 1 after rounding, at right and wrong targets."""
+    """For probabilities that are rounded to 0 or 1, at correct and wrong targets."""
     made = create(backend, dtype)
     z = size * np.array([[1, 0, -1], [0, 0, 0], [-1, 1, 1], [0.5, -1, 1]])
     y = np.array([0, 1, 0, 1], np.int32)

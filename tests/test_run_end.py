@@ -1,4 +1,4 @@
-"""How a run ends: with the lowest known loss, converged, by an error, or because time is up."""
+"""The end of a run: with the lowest loss, converged, by an error, or at the time limit."""
 
 import importlib
 import json
@@ -135,7 +135,7 @@ def test_a_run_that_has_converged_ends_with_its_result(optimizer, tmp_path):
     assert checkpoint.latest(tmp_path / "run").meta["step"] == result.step
     again = hfmpi.train(model, (X, Y), **options)
     assert again.done
-    assert result.step < again.step <= result.step + 3  # other examples for the curvature may still lower it
+    assert result.step < again.step <= result.step + 3  # different curvature examples may still lower it
     np.testing.assert_allclose(again.theta, result.theta, rtol=1e-14)
 
 
@@ -168,7 +168,7 @@ def test_in_float32_the_subspace_step_hardly_depends_on_the_order_of_summation(s
 
 
 class Faulty:
-    """Cases, a model and a metric of which one fails from a certain call on, unless it is repaired."""
+    """Examples, a model and a metric, one of which fails from a certain call on, unless it is repaired."""
 
     def __init__(self, where, call):
         self.where, self.left, self.count = where, call, len(Y)
@@ -247,7 +247,7 @@ def test_an_exception_of_the_users_ends_a_run_with_a_checkpoint_and_a_result(whe
 
 def test_an_error_of_many_rejections_hands_out_the_result(tmp_path):
     class Wrong(Line):
-        """A model whose gradient points uphill after some steps."""
+        """A model whose gradient points uphill after a number of steps."""
 
         steps = 0
 
@@ -255,7 +255,7 @@ def test_an_error_of_many_rejections_hands_out_the_result(tmp_path):
             at = super().linearise(theta, batch)
             self.steps += 1
             if self.steps > 12:
-                at.error = -at.error  # its loss is computed already
+                at.error = -at.error  # its loss is already computed
             return at
 
     options = {"optimizer": "bhf-short", "max_rejections": 3, "quiet": True, "out": tmp_path / "run"}
@@ -373,10 +373,10 @@ def test_work_on_matrices_ends_before_the_next_one(after, how):
         done.append(1)
         return np.zeros(3)
 
-    if after < 5 or (how == "stop" and after == 5):  # which the sum asks too
+    if after < 5 or (how == "stop" and after == 5):  # which the sum also checks
         with pytest.raises(Stopped):
             risk.spread([work] * 5, [3] * 5)
-    else:  # time is up, but nothing is left to do
+    else:  # the time limit is reached, but no step is left
         risk.spread([work] * 5, [3] * 5)
     assert len(done) == min(after, 5)
 
@@ -423,14 +423,14 @@ def test_a_step_on_matrices_is_dropped_where_time_is_up(optimizer, name, tmp_pat
 
 
 def test_the_last_validation_is_in_the_history(tmp_path):
-    """Where a limit of seconds comes between two evaluations, also if the limit interrupts a step."""
+    """Also if a limit of seconds is reached between two evaluations, or interrupts a step."""
     data = write_corpus(tmp_path / "small.h5")
     options = {"optimizer": "adam", "max_seconds": 0.4, "evaluate_every": 1000}
     _, ending = train(tmp_path / "run", data, **options)
     lines = history(tmp_path / "run")
     assert 0 < ending.step == len(lines) < 1000
     assert [line["valid_bpc"] for line in lines] == [None] * (ending.step - 1) + [ending.valid.loss]
-    # One more start, after a stop that came before the validation.
+    # Another start, after a stop that came before the validation.
     content = (tmp_path / "run" / "history.jsonl").read_text()
     other = content.replace(f'"valid_bpc": {ending.valid.loss!r}', '"valid_bpc": null')
     assert other != content

@@ -1,4 +1,4 @@
-"""Checkpoints and history: whole or not at all, whatever happens to the files."""
+"""Checkpoints and history are written completely or not at all, whatever happens to the files."""
 
 import json
 import math
@@ -53,7 +53,7 @@ def same(found, expected):
 
 @pytest.fixture
 def two(tmp_path):
-    """Make a folder with a checkpoint and a previous one."""
+    """Create a folder with a checkpoint and a previous one."""
     save(tmp_path / NEWEST, theta(1), state(1), {"step": 1})
     save(tmp_path / NEWEST, theta(2), state(2), {"step": 2})
     return tmp_path
@@ -141,7 +141,7 @@ def test_a_reader_finds_the_newest_at_any_moment(two, monkeypatch):
 
 
 def test_a_crash_between_the_names_leaves_nothing_for_the_next(two):
-    """Both names may then be of one file, between which a rename does nothing."""
+    """Both names may then refer to one file, and a rename between them does nothing."""
     (two / PREVIOUS).unlink()
     (two / PREVIOUS).hardlink_to(two / NEWEST)
     save(two / NEWEST, theta(3), {}, {"step": 3})
@@ -289,7 +289,7 @@ def hostile_huge(file, folder):
 def hostile_overflowing_shape(file, folder):
     file["state"].create_dataset(
         "product", (2**31, 2**30), np.uint8
-    )  # a product beyond 32 bits, not beyond 64
+    )  # a product that exceeds 32 bits, but not 64
 
 
 def hostile_big_endian(file, folder):
@@ -396,7 +396,7 @@ def test_hostile_files_are_refused(change, tmp_path, monkeypatch):
     save(tmp_path / NEWEST, theta(), state(), META)
     with h5py.File(tmp_path / NEWEST, "r+") as file:
         change(file, tmp_path)
-    # The content is refused for what it is, not only because the digest cannot match.
+    # The content is refused for its values, not only because the digest does not match.
     if change is not hostile_extra_entry:
         monkeypatch.setattr(checkpoint, "_digest", no_digest)
     with pytest.raises(UserError, match=str(tmp_path / NEWEST)):
@@ -425,7 +425,7 @@ def test_history_appends_and_reads(tmp_path):
 
 def test_history_truncate(tmp_path):
     history = History(tmp_path)
-    history.truncate(3)  # nothing there yet
+    history.truncate(3)  # the file does not exist yet
     assert list(tmp_path.iterdir()) == []
     for step in range(1, 6):
         append(history, {"step": step, "loss": 1 / step})

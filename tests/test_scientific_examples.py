@@ -1,4 +1,4 @@
-"""The scientific examples come near their solutions in a few steps, alone and on two ranks."""
+"""The scientific examples approach their solutions in a few steps, on one rank and on two."""
 
 import re
 import shutil
@@ -34,7 +34,7 @@ def test_an_example_comes_near_its_solution(framework, name, steps, figure, solu
         command = [launcher, "-n", str(ranks), *command]
     done = subprocess.run(command, capture_output=True, text=True, timeout=260)
     assert done.returncode == 0, done.stdout + done.stderr
-    (value,) = re.findall(figure, done.stdout)  # of one rank alone
+    (value,) = re.findall(figure, done.stdout)  # printed by one rank only
     assert float(value) == pytest.approx(solution, abs=close)
 
 

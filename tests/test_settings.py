@@ -1,4 +1,4 @@
-"""Settings and options: one declaration each, from which checks, help, completion and files follow."""
+"""Settings and options: each is declared once, and checks, help, completion and files follow from it."""
 
 import math
 import os
@@ -121,7 +121,7 @@ def test_a_field_is_all_that_there_is_to_an_option():
         assert f"{option.help} [default: {option.without or default}]" in help
         assert not option.choices or f"--{name.replace('_', '-')} [{'|'.join(option.choices)}]" in help
         assert not option.choices or default in option.choices or option.without in option.choices
-        if option.least == 1:  # a 0 cannot be given, as it would mean that nothing was
+        if option.least == 1:  # 0 cannot be passed, because it means that the option is not set
             with pytest.raises(click.BadParameter, match="0 is less than 1"):
                 by_name[name].type.convert("0", None, None)
 
@@ -200,7 +200,7 @@ def test_the_former_name_of_an_option_is_read():
 
 
 def parameters(command, words=()):
-    """Return every parameter of a command and of those below it, with the words that call its command."""
+    """Return every parameter of a command and its subcommands, with the words that call the command."""
     yield from ((words, command, param) for param in command.params)
     if isinstance(command, click.Group):
         for name in command.list_commands(click.Context(command)):
@@ -224,7 +224,7 @@ def test_no_parameter_takes_an_empty_path_or_a_number_that_is_none(command, para
             bad = numbers + ["1.5", str(10**30), "9" * 400, "9" * 5000] * (kind is int)
         case Quantity():
             bad = numbers
-        case _:  # free text, or words that are checked where they are used
+        case _:  # free text, or values that are checked at their use
             option = param.opts[0].removeprefix("--").replace("-", "_")
             assert option in ("prime", "set", "unknown") or OPTIONS[option][1].choices
             bad = []

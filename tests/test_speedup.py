@@ -1,4 +1,4 @@
-"""Speedup and its causes by hand, the scaling model in closed form, and the command on runs made here."""
+"""Speedup and its losses by hand, the scaling model in closed form, and the command on new runs."""
 
 import json
 import os
@@ -36,7 +36,7 @@ COUNTS = Counts(steps=2, cg_steps=10, gradients=2, products=12, losses=6, linear
 
 
 def measured(ranks, *spans, counts=COUNTS, seconds=None):
-    """Return what a job with batches of 320 and 32 measured; all ranks alike for one dict."""
+    """Return the measurements of a job with batches of 320 and 32; a single dict is used for all ranks."""
     spans = spans * ranks if len(spans) == 1 else spans
     seconds = np.full((1, 2), sum(spans[0].values())) if seconds is None else np.array(seconds)
     return StepTimes(ranks, seconds, spans, ({},) * ranks, counts, 320, 32)
@@ -58,7 +58,7 @@ def test_a_perfect_run_loses_nothing():
 
 def test_every_cause_by_hand():
     base = measured(1, ALONE)
-    # Passes 4.4 and 4.2 where 4 were ideal; 0.1 in collectives; rank 1 waits 0.2; all repeat 0.5.
+    # Passes 4.4 and 4.2 instead of the ideal 4; 0.1 in collectives; rank 1 waits 0.2; 0.5 is repeated by all.
     two = measured(
         2,
         {
@@ -138,7 +138,7 @@ def test_the_allreduce_in_closed_form():
     link = Link(latency=2e-6, bandwidth=1e9)
     ranks = np.array([1.0, 2.0, 3.0, 8.0])
     np.testing.assert_allclose(link.allreduce(ranks, 0), [0, 2e-6, 4e-6, 6e-6])
-    # 1 MB: on 2 ranks both algorithms send it once; on 8 Rabenseifner's is quicker.
+    # 1 MB: on 2 ranks both algorithms send it once; on 8 Rabenseifner's is faster.
     np.testing.assert_allclose(link.allreduce(ranks[[0, 1, 3]], 1e6), [0, 2e-6 + 1e-3, 12e-6 + 1.75e-3])
 
 
@@ -165,13 +165,13 @@ def test_without_losses_the_speedup_is_ideal_up_to_the_batch():
     seconds = job().seconds([1, 2, 64, 4096, 8192])
     np.testing.assert_allclose(seconds[0] / seconds, [1, 2, 64, 4096, 4096])
     assert best(job(), 8192) == (4096, 4096)
-    # A pass that takes no longer for 8 sequences than for one gains nothing from more ranks than B / 8.
+    # If a pass takes as long for 8 sequences as for one, more ranks than B / 8 are useless.
     flat = Curve.through({1: 1.0, 8: 1.0})
     assert best(job(curve=flat), 8192) == (512, 512)
 
 
 def test_the_knee_of_amdahls_law_has_half_of_the_ranks_to_gain():
-    # T = c / P + r: P T^2 is least at P = c / r, where the efficiency relative to c is 1/2.
+    # T = c / P + r: P T^2 is minimal at P = c / r, where the efficiency relative to c is 1/2.
     c = 3 * 2**12
     one = job(redundant=c / 64)
     knee, fastest = best(one, 8192)
@@ -180,7 +180,7 @@ def test_the_knee_of_amdahls_law_has_half_of_the_ranks_to_gain():
 
 
 def test_latency_gives_a_quickest_number_of_ranks():
-    # Of the powers of two T = 3 * 2^12 / P + 3 L log2 P is least where halving the work saves no more than L.
+    # Of the powers of two, T = 3 * 2^12 / P + 3 L log2 P is minimal where halving the work saves at most L.
     slow = Link(latency=40.0, bandwidth=1e30)
     ranks = 2 ** np.arange(13)
     quickest = ranks[np.argmin(job(link=slow).seconds(ranks))]
@@ -197,7 +197,7 @@ MESSAGES = {"gradient": 8e6, "product": 4e6, "loss": 16, "linearisation": 0}
 
 
 def runs_of(slowdown, bandwidth, sizes=(1, 2, 4)):
-    """Return runs that behave as the model says, with passes of 1 and 0.25 seconds a sequence."""
+    """Return runs that follow the model, with passes of 1 and 0.25 seconds per sequence."""
     made = []
     for ranks in sizes:
         slow = slowdown if ranks > 1 else 1.0
@@ -222,7 +222,7 @@ def test_a_fitted_job_predicts_the_run_it_was_not_shown():
     assert found.link.bandwidth == pytest.approx(2e6)
     assert found.seconds([4])[0] == pytest.approx(four.step_seconds)
     assert found.redundant == pytest.approx(7.0)
-    # With shapes of a benchmark, whatever its unit, the slowdown is told apart.
+    # With the shapes of a benchmark in any unit, the slowdown is identified.
     line = Curve.through({1: 10.0, 320: 3200.0})
     shapes = dict.fromkeys(MESSAGES, line)
     found = fit(few, MESSAGES, Link(0.0, 2e6), shapes)
@@ -245,7 +245,7 @@ def test_predictions_whose_check_fails_are_doubted(factor, said):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Return runs on one rank, and what could be one on two that halve nothing."""
+    """Return runs on one rank, and simulated runs on two that halve nothing."""
     base = tmp_path_factory.mktemp("speedup")
     data = write_corpus(base / "data.h5")
     train(base / "one", data, max_steps=4)
@@ -283,7 +283,7 @@ def test_the_object_of_the_command(folders):
 
 
 def test_uneven_shares_are_told_from_waiting(folders, tmp_path):
-    # A third rank: of 10 and 4 sequences somebody has 4 and 2, not 10/3 and 4/3.
+    # A third rank: one rank has 4 and 2 of the 10 and 4 sequences, not 10/3 and 4/3.
     shutil.copytree(folders / "two", tmp_path / "three")
     change(tmp_path / "three", lambda timing: timing["ranks"].append(timing["ranks"][0]))
     one, three = json.loads(invoke(folders / "one", tmp_path / "three", "--json").output)["runs"]
@@ -424,7 +424,7 @@ def test_the_sweep_makes_runs_that_can_be_compared(tmp_path):
     assert [row["predicted"] for row in rows] == [1, 2]
     assert len(rows[1]["spans"]) == 2
     again = run(*words)
-    assert (again.returncode, again.stdout) == (0, "")  # they are done
+    assert (again.returncode, again.stdout) == (0, "")  # the runs are finished
     (out / "2-1" / "DONE").unlink()
     assert "2-1 was not finished" in run(*words).stderr
 
@@ -445,7 +445,7 @@ def test_plot_says_that_runs_have_different_data(folders, tmp_path):
     one, words = folders / "one", ["plot", folders / "one", folders / "other", tmp_path / "data"]
     found = CliRunner().invoke(cli, list(map(str, words)))
     assert f"Note: {one} and {tmp_path / 'data'} were trained on different data.\n" in found.output
-    (tmp_path / "data" / "checkpoint.h5").unlink()  # nobody knows
+    (tmp_path / "data" / "checkpoint.h5").unlink()  # its data are unknown
     assert "Note" not in CliRunner().invoke(cli, list(map(str, words))).output
 
 
@@ -485,14 +485,14 @@ def test_the_messages_are_those_that_a_run_sends(optimizer, settings, tmp_path, 
         summing(comm, vector)
 
     def spread(risk, works, sizes, wide=False, name=""):
-        sent[(8 if wide else 4) * (sum(sizes) + 1)] += 1  # one rank has no message for these results
+        sent[(8 if wide else 4) * (sum(sizes) + 1)] += 1  # one rank sends no message for these results
         return spreading(risk, works, sizes, wide, name)
 
     spreading = Risk.spread
     monkeypatch.setattr(Communicator, "sum", recorded)
     monkeypatch.setattr(Risk, "spread", spread)
-    # What comes before the second step is not timed. Between steps are the losses of three evaluations, and
-    # single numbers: who wants to stop.
+    # Messages before the second step are not timed. Between steps are the losses of three evaluations, and
+    # scalars that report whether a rank wants to stop.
     recorder = Recorder(lambda record: record["step"] == 1 and sent.clear())
     data, options = write_corpus(tmp_path / "data.h5"), {"dtype": "float32", "max_steps": 4}
     train(tmp_path / "run", data, reporter=recorder, optimizer=optimizer, settings=settings, **options)
@@ -524,7 +524,7 @@ def test_a_method_whose_matrices_the_model_does_not_know_is_compared_but_not_pre
 
 
 def test_each_matrix_is_the_work_of_one_rank():
-    """Five works of 3, 3, 2, 2 and 2 s: 12 s alone, 7 s on two ranks, the largest first, and 3 s on five."""
+    """Five works of 3, 3, 2, 2 and 2 s: 12 s on one rank, 7 s on two, the largest first, and 3 s on five."""
     works = {f"matrix {i}": seconds for i, seconds in enumerate([2.0, 3.0, 2.0, 3.0, 2.0])}
     one = measured(1, {"gradient": 8.0, "optimizer": 0.5, **works})
     assert (one.parts["redundant"], one.most_redundant) == (12.5, 0.5)
@@ -540,7 +540,7 @@ def test_each_matrix_is_the_work_of_one_rank():
 
 
 def test_groups_of_works_follow_one_another():
-    """1 s of each group remains where every work has a rank, though no rank has both of them."""
+    """1 s of each group remains if every work has a rank, although no rank has both of them."""
     works = {"matrix 0": 1.0, "matrix 1": 0.5, "matrix of directions 0": 1.0, "matrix of directions 1": 1.0}
     one = measured(1, {"gradient": 8.0, **works})
     assert one.matrices == ((1.0, 0.5), (1.0, 1.0))
@@ -569,11 +569,11 @@ def test_what_the_largest_matrix_takes_stays_and_is_no_slowdown():
     passes = {"forward": 2.0, "gradient": 2.0}
     base = measured(1, passes | {"optimizer": 1.0})
     half = {name: value / 2 for name, value in passes.items()}
-    # Of the 0.9 seconds for matrices one rank has 0.7.
+    # One rank has 0.7 of the 0.9 seconds for matrices.
     two = measured(2, half | {"optimizer": 0.8, "waiting": 0.0}, half | {"optimizer": 0.3, "waiting": 0.5})
     found = fit([base, two], {"gradient": 0, "matrices": 0})
     assert found.slowdown == pytest.approx(1.0)
     np.testing.assert_allclose(found.seconds([2, 4]), [2.8, 1.8])
-    # Their results cost a message a step.
+    # Their results need one message per step.
     alone = fit([base], {"gradient": 0, "matrices": 4e6}, Link(1.0, 1e6))
     np.testing.assert_allclose(alone.allreduce(np.array([1.0, 2.0])), [0.0, 5.0])

@@ -1,4 +1,4 @@
-"""New runs that start from another one: what continues, what starts again, and what the history reports."""
+"""New runs that start from an existing run: what continues, what restarts, and what the history reports."""
 
 import json
 import math
@@ -23,7 +23,7 @@ TINY = "--hidden 6 --sequence-length 20 --gradient-batch 9 --backend numpy --eva
 
 
 def run(*words):
-    """Run hfmpi train in the working folder; give what it says."""
+    """Run hfmpi train in the working folder; return its output."""
     with np.errstate(), threadpool_limits(limits=None, user_api="blas"):
         done = CliRunner().invoke(cli, ["train", *" ".join(words).split()])
     if done.exception:
@@ -33,7 +33,7 @@ def run(*words):
 
 @pytest.fixture(scope="module", name="made")
 def fixture_made(tmp_path_factory):
-    """Make a folder with a corpus and runs of two steps, with shf and with adam."""
+    """Create a folder with a corpus and runs of two steps, with shf and with adam."""
     folder = tmp_path_factory.mktemp("made")
     write_corpus(folder / "small.h5")
     prepare(text()[::-1])[0].write(folder / "other.h5")
@@ -46,7 +46,7 @@ def fixture_made(tmp_path_factory):
 
 @pytest.fixture(name="here")
 def fixture_here(made, tmp_path, monkeypatch):
-    """Make a copy of it, as the current folder; the runs there must stay as they are."""
+    """Copy it to the current folder; the runs in it must not change."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     before = content(tmp_path / "old")
@@ -71,13 +71,13 @@ def test_a_new_run_goes_on_bit_for_bit_with_the_same_command(changes, here):
     words = "small.h5 --resume old", changes
     run(*words, "--out whole --max-steps 5")
     run(*words, "--out new --max-steps 3")
-    run(*words, "--out new --max-steps 4")  # goes on with the new one, and does not start it again
+    run(*words, "--out new --max-steps 4")  # resumes the new run, and does not start it again
     run("small.h5 --out new --max-steps 5")
     assert history(here / "new") == history(here / "whole")
     np.testing.assert_array_equal(theta(here / "new"), theta(here / "whole"))
     records = history(here / "new")
     assert [record["step"] for record in records] == [3, 4, 5]
-    # The first step is one from the old run's parameters: not far from the loss that it had.
+    # The first step is taken from the old run's parameters: its loss is close to the last loss.
     assert records[0]["train_bpc"] == pytest.approx(last(here / "old")["valid_bpc"], abs=0.1)
     assert (here / "new" / "config.toml").read_bytes() == (here / "whole" / "config.toml").read_bytes()
 
@@ -103,7 +103,7 @@ def test_the_costs_go_on_whatever_the_batches_are(here):
         assert record["P_P"] == record["P_D"]  # one rank
     meta = checkpoint.latest(here / "three").meta
     assert [part["gradient_batch"] for part in meta["before"]] == [9, 30]
-    assert meta["counts"]["steps"] == 3  # of sgd: its batches go on with another rate
+    assert meta["counts"]["steps"] == 3  # of sgd: its batches continue with a different rate
     assert meta["origin"] == str((here / "two").resolve())
 
 
@@ -136,7 +136,7 @@ def test_another_optimizer_starts_anew_and_it_is_said(here):
     found = checkpoint.latest(here / "new")
     assert found.state["updates"] == 1
     assert found.meta["config"]["settings"] == {}
-    assert found.meta["config"]["gradient_batch"] == 0  # the preset's own
+    assert found.meta["config"]["gradient_batch"] == 0  # the preset's value
     assert found.meta["config"]["hidden"] == 6
     assert note not in run("small.h5 --resume old --out new --optimizer adam --max-steps 4")
     back = "--out back --optimizer shf --set damping=3 --gradient-batch 9 --curvature-batch 4"
@@ -286,7 +286,7 @@ def test_a_run_keeps_the_optimizer_that_was_preferred(made, tmp_path, monkeypatc
     options = "small.h5 --out new --prefer passes --hidden 3 --sequence-length 20 --backend numpy"
     said = run(options, "--max-steps 1")
     assert "--prefer passes chooses subspace-rows, the rows of all sequences take " in said
-    said = run(options, "--max-steps 2")  # a run that goes on does not choose again
+    said = run(options, "--max-steps 2")  # a resumed run does not choose again
     assert (last(tmp_path / "new")["step"], "chooses" in said) == (2, False)
     assert checkpoint.latest("new").meta["config"]["optimizer"] == "subspace-rows"
     with pytest.raises(UserError, match=r"^give --prefer seconds or --optimizer soap, not both$"):
@@ -326,7 +326,7 @@ def test_a_small_book_is_one_batch(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["bgd", "subspace"])
 def test_the_best_parameters_of_a_run_on_all_sequences_are_evaluated(name, tmp_path):
-    """Its checkpoint also has the parameters of the lowest training loss, which best.h5 has not."""
+    """Its checkpoint also contains the parameters with the lowest training loss, which best.h5 does not."""
     data, run = write_corpus(tmp_path / "small.h5"), tmp_path / "run"
     words = ["train", str(data), "--out", str(run), "--optimizer", name, "--sequence-length", "20"]
     words += ["--hidden", "5", "--backend", "numpy", "--max-steps", "6", "--evaluate-every", "2"]

@@ -1,4 +1,4 @@
-"""What asks a run to stop, and that a run stopped anywhere goes on as if it had not been."""
+"""Requests to stop a run; a run that is stopped anywhere resumes as if it had not been stopped."""
 
 import os
 import shutil
@@ -103,8 +103,8 @@ def test_second_interrupt_leaves_at_once():
 )
 def test_before_the_job_ends_twice_the_longest_wait_is_left_and_half_a_minute(left, longest, wanted):
     stop = StopSignals(None if left is None else time.time() + left)
-    assert stop.wanted() is (left == 20)  # how long the start took does not count
-    stop._asked -= longest  # as if the run had computed for so long
+    assert stop.wanted() is (left == 20)  # the time of the start does not count
+    stop._asked -= longest  # as if the run had computed for this time
     assert stop.wanted() is wanted
     assert stop.wanted() is wanted  # also after a short time
     assert stop.requested == ("the time of the job is nearly over" if wanted else None)
@@ -123,7 +123,7 @@ def test_the_end_of_the_job(monkeypatch):
 
 
 class StopAt(StopSignals):
-    """Wants to stop from its n-th question on."""
+    """Requests a stop from poll number n on."""
 
     def __init__(self, question):
         super().__init__()
@@ -137,7 +137,7 @@ class StopAt(StopSignals):
 
 
 def stopped_at(question, folder, data, comm=None, **options):
-    """Train until that question; give the result and how many were asked."""
+    """Train until that poll; return the result and the number of polls."""
     stop = StopAt(question)
     run = make_run(folder, data, comm, signals=stop, keep="last", **options)
     with stop:
@@ -154,7 +154,7 @@ def stopped_at(question, folder, data, comm=None, **options):
 
 
 def questions(folder, data, comm=None, **options):
-    """Train to the end; give the run and how often it asks on the way."""
+    """Train to the end; return the run and the number of its polls."""
     stop = StopAt(None)
     run = make_run(folder, data, comm, signals=stop, **options)
     assert run.train().done
@@ -165,8 +165,8 @@ def questions(folder, data, comm=None, **options):
 def test_stopped_anywhere_it_goes_on_as_if_it_had_not_been(name, data, tmp_path):
     options = OPTIMIZERS[name] | {"max_steps": STEPS, "dtype": "float32"}
     whole, count = questions(tmp_path / "whole", data, **options)
-    # One question before each step and one at each sum, which the history counts; each step is evaluated.
-    # The blocks of soap are one sum more, and each of them a question.
+    # One poll before each step and one at each sum, which the history counts; each step is evaluated.
+    # The blocks of soap add one sum, and one poll for each block.
     spread = (1 + len(whole.model.blocks)) * name.startswith("soap")
     sums = [r["gradients"] + r["losses"] + r["products"] + spread for r in history(whole.folder)]
     assert count == sum(sums) + 2 * STEPS
@@ -187,7 +187,7 @@ def test_stopped_again_and_again_it_still_arrives(data, tmp_path):
     folder = tmp_path / "often"
     sizes = [r["gradients"] + r["losses"] + r["products"] + 2 for r in history(whole.folder)]
     for step, size in enumerate(sizes):
-        for question in (1, 3, size):  # before the step, inside, in its evaluation
+        for question in (1, 3, size):  # before the step, during it, in its evaluation
             assert stopped_at(question, folder, data, **options).step == step
         if step + 1 < STEPS:  # before the next step
             assert stopped_at(size + 1, folder, data, **options).step == step + 1
@@ -218,7 +218,7 @@ def test_a_signal_in_the_last_evaluation_is_no_end(data, tmp_path):
 
 
 def test_a_signal_while_the_last_checkpoint_is_written_comes_too_late(data, tmp_path):
-    """Without validation data a training loss is computed for it, with a sum over the ranks."""
+    """Without validation data its training loss is computed, with a sum over the ranks."""
 
     class AfterTheLastStep(StopSignals):
         def wanted(self):
@@ -263,7 +263,7 @@ def test_one_rank_that_is_told_stops_all_at_the_same_place(name, mpi_ranks, comm
     communicator, data = MPICommunicator(comm), shared_corpus(comm, mpi_tmp_path)
     options = OPTIMIZERS[name] | {"max_steps": STEPS, "dtype": "float32"}
     whole, count = questions(mpi_tmp_path / "whole", data, communicator, **options)
-    count = min(comm.allgather(count))  # a rank with more of soap's blocks is asked more often
+    count = min(comm.allgather(count))  # a rank with more blocks of soap polls more often
     for question in range(1, count + 1, 1 if count < 20 else 7):
         folder = mpi_tmp_path / f"stopped at {question}"
         told = question % comm.size == comm.rank

@@ -56,13 +56,13 @@ class Bowl(Objective):
 
 @pytest.fixture(params=[(100, 100), (100, 5), (4, 4), (1, 1)], ids=str)
 def _longest(request, monkeypatch):
-    """Set the longest side whose factor is a matrix, and the longest of several groups that have one."""
+    """Set the longest side with a full factor, and the longest total side of several groups with one."""
     for name, side in zip(("LONGEST_SIDE", "WHOLE_SIDE"), request.param, strict=True):
         monkeypatch.setattr(layout, name, side)
 
 
 def product(a, b, groups):
-    """Return the Kronecker product of what is stored of two factors as a dense matrix."""
+    """Return the Kronecker product of two stored factors as a dense matrix."""
     return np.kron(restored(stored(a)), restored(stored(b, groups)))
 
 
@@ -145,7 +145,7 @@ def test_a_step_whose_next_one_has_another_batch_measures_its_own_risk():
     assert [report.work.candidates for _, _, report in found] == [0, 0, 0, 2]
     np.testing.assert_array_equal(found[1][0], found[2][0])
     assert found[1][2] == found[2][2]
-    # What the next batch says of the last step does not count.
+    # The change of the last step on the next batch does not count.
     theta, state, _ = found[1]
     worse = Bowl(2)
     worse.gradient = lambda theta: bowl.gradient(theta)._replace(loss=1e9)
@@ -160,7 +160,7 @@ def test_a_step_whose_next_one_has_another_batch_measures_its_own_risk():
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_directions_that_are_parallel_do_not_blow_the_step_up(dtype):
-    """Along some of them there is no curvature either, so that nothing but lambda bounds the step."""
+    """Some of them have no curvature either, so that only lambda bounds the step."""
     bowl = Bowl(3)
     bowl.curvature[:, :7] = bowl.curvature[:7] = 0
     slope = np.linspace(1, 2, SIZE)
@@ -173,7 +173,7 @@ def test_directions_that_are_parallel_do_not_blow_the_step_up(dtype):
 
 
 def bold(optimizer, objective, count, dtype=np.float64):
-    """Take a cautious step, one of the optimizer's lambda that nothing checks, and some more; give all."""
+    """Take a cautious step, an unchecked one with the optimizer's lambda, and more; return all of them."""
     cautious = replace(optimizer, damping=100.0)
     theta = np.zeros(SIZE, dtype)
     taken = [cautious.step(theta, cautious.init(theta, BLOCKS), Objectives(objective, objective))]
@@ -187,7 +187,7 @@ def bold(optimizer, objective, count, dtype=np.float64):
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("memory", [0, 1, 3])
 def test_where_the_risk_rises_it_goes_back_to_the_minimum_along_the_step(memory, decay):
-    bowl = Bowl(2, hard=4.0)  # the curvature that it is told is a quarter of the true one
+    bowl = Bowl(2, hard=4.0)  # the model's curvature is a quarter of the true one
     optimizer = Subspace("gradient", memory=memory, damping=1e-3, weight_decay=decay)
     taken = bold(optimizer, bowl, 60)
     (start, _, _), (far, _, _), (theta, state, back) = taken[:3]
@@ -220,7 +220,7 @@ def test_a_step_without_one_before_it_lowers_the_risk_at_any_scale(seed, hard, d
     assert bowl.loss(theta) + decay / 2 * (theta @ theta) < bowl.loss(np.zeros(SIZE))
     assert state.damping == report.details["damping"] == optimizer.damping
     assert report.work.losses > 1 or hard < 2.5
-    g = bowl.gradient(np.zeros(SIZE)).vector  # what the model promises of the part that was taken
+    g = bowl.gradient(np.zeros(SIZE)).vector  # what the model predicts for the accepted part
     np.testing.assert_allclose(state.descent, -(g @ theta), rtol=1e-5)
     np.testing.assert_allclose(
         state.curvature - decay * theta @ theta, theta @ bowl.curvature @ theta, rtol=1e-5
@@ -228,7 +228,7 @@ def test_a_step_without_one_before_it_lowers_the_risk_at_any_scale(seed, hard, d
 
 
 class Cliff(Bowl):
-    """A risk that is higher everywhere but where it starts."""
+    """A risk that is higher everywhere except at the start."""
 
     def loss(self, theta):
         return super().loss(theta) + 100.0 * bool(np.any(theta))
@@ -247,7 +247,7 @@ def test_from_the_edge_of_a_cliff_no_step_is_taken(dtype, damping):
 
 
 class Step(Bowl):
-    """A risk that is 100 higher away from a point."""
+    """A risk that is 100 higher everywhere except at a point."""
 
     point = None
 
@@ -258,7 +258,7 @@ class Step(Bowl):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_beyond_a_cliff_a_step_is_solved_again_when_nothing_is_left_of_the_last(dtype):
-    """Going back for ever would not end."""
+    """Going back forever would not end."""
     bowl = Step()
     optimizer = Subspace("gradient", damping=1e-3)
     theta, state, _ = steps(optimizer, bowl, 1, dtype)
@@ -375,7 +375,7 @@ def test_settings_of_earlier_versions_are_refused_with_a_sentence(changes, sente
 @pytest.mark.parametrize("cut", [True, False])
 @pytest.mark.parametrize(("scale", "some"), [(2.0, (0, 1, 2)), (2.0, (0, 2)), (1e13, (0, 1, 2))])
 def test_what_directions_have_in_each_block(blocks, cut, scale, some):
-    """Also of one block that is as large as theta but of another shape than that of whole directions."""
+    """Also for a block that is as large as theta, but has a different shape than full directions."""
     rng = np.random.default_rng(6)
     vectors, g = rng.standard_normal((3, SIZE)), rng.standard_normal((2, SIZE))
     parts = layout.parts_of(blocks) if cut else [layout.whole(SIZE)]

@@ -1,4 +1,4 @@
-"""A PyTorch module as a model: its derivatives against dense ones, and what is refused."""
+"""A PyTorch module as a model: its derivatives compared with dense ones, and refused modules."""
 
 import sys
 from functools import partial
@@ -47,7 +47,7 @@ class Tagger(nn.Module):
 
 
 class Attention(nn.Module):
-    """Symbols, a table whose transpose gives the outputs (tied), and an encoder block with dropout."""
+    """Symbols, a table whose transpose computes the outputs (tied), and an encoder block with dropout."""
 
     def __init__(self):
         super().__init__()
@@ -79,7 +79,7 @@ def mlp(kind=torch.float64):
 
 
 def dense(module, *inputs):
-    """Return outputs (N, O) and their Jacobian (N, O, D), by PyTorch's own reverse pass for each output."""
+    """Return outputs (N, O) and their Jacobian (N, O, D), by one reverse pass of PyTorch per output."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     z = module(*map(torch.as_tensor, inputs))
     z = z.reshape(-1, z.shape[-1])
@@ -89,7 +89,7 @@ def dense(module, *inputs):
 
 
 def setting(name):
-    """Return a module, a loss, cases and the inputs that it is called with."""
+    """Return a module, a loss, examples and the inputs of its calls."""
     torch.manual_seed(1)
     if name == "mlp":
         x = numbers(CASES, INPUTS)
@@ -158,7 +158,7 @@ def test_the_page_works(tmp_path):
 
 
 def test_all_forms_of_data_make_the_same_run():
-    """Tensors, a data set of PyTorch, and a module that computes with one thread."""
+    """Tensors, a PyTorch data set, and a module that computes with one thread."""
     x, y = torch.randn(40, 5), torch.randint(0, 3, (40,))
     before, thetas = torch.get_num_threads(), []
     for data in (x, y), torch.utils.data.TensorDataset(x, y), hfmpi.Examples(x, y):
@@ -246,7 +246,7 @@ def test_memory_that_runs_out_halves_the_micro_batch(caplog):
 
 
 class Reader(nn.Module):
-    """A recurrent network whose steps are tagged, with the cases where it takes them."""
+    """A recurrent network that tags its steps, with the examples on the axis where it expects them."""
 
     def __init__(self, kind, cases_first=True, frozen=(), start=False, **about):
         super().__init__()
@@ -265,7 +265,7 @@ class Reader(nn.Module):
 
 
 class Odd(nn.Module):
-    """Uses layers in all the ways that a case may meet them."""
+    """Uses layers in all ways in which examples can be arranged."""
 
     def __init__(self):
         super().__init__()
@@ -278,14 +278,14 @@ class Odd(nn.Module):
         self.only.weight.requires_grad_(False)
 
     def forward(self, x):
-        x = torch.relu_(self.a(x.reshape(-1, INPUTS))).reshape(x.shape)  # overwritten; cases beside steps
+        x = torch.relu_(self.a(x.reshape(-1, INPUTS))).reshape(x.shape)  # overwritten; joint axes
         x = self.a(x).transpose(0, 1) + self.a(self.table)[:, None]  # shared; steps first; the same for all
         z = self.b(self.norm(x)) + x @ self.tied + self.only(x) + nn.functional.linear(x, weight=self.tied.T)
         return z.transpose(0, 1) + nn.functional.linear(self.table, self.b.weight)
 
 
 class Tables(nn.Module):
-    """Tables that are looked up: of symbols, places, with a row that stays, and one that is a layer too."""
+    """Tables that are looked up: symbols, positions, one with a constant row, one that is also a layer."""
 
     def __init__(self):
         super().__init__()
@@ -298,14 +298,14 @@ class Tables(nn.Module):
 
 
 class Choosing(nn.Linear):
-    """Looks at its numbers, which `vmap` cannot do: one ordinary pass separates its cases."""
+    """Branches on values, which `vmap` does not support: one ordinary pass separates its examples."""
 
     def forward(self, x):
         return super().forward(x if float(x.detach().square().sum()) >= 0 else 2 * x)
 
 
 class Hooked(nn.Linear):
-    """Changes the gradient on its way back, which what a layer keeps does not see."""
+    """Changes the gradient in the backward pass, which the records of a layer do not contain."""
 
     def forward(self, x):
         z = super().forward(x)
@@ -315,7 +315,7 @@ class Hooked(nn.Linear):
 
 
 class Changed(nn.Linear):
-    """Looks at its numbers, and multiplies with a changed matrix: its cases are processed one by one."""
+    """Branches on values, and multiplies by a changed matrix: its examples are processed one at a time."""
 
     def forward(self, x):
         x = x if float(x.detach().square().sum()) >= 0 else 2 * x
@@ -323,13 +323,13 @@ class Changed(nn.Linear):
 
 
 class Nested(nn.Linear):
-    """Takes its steps by a `vmap` of its own."""
+    """Takes its steps inside a `vmap`."""
 
     def forward(self, x):
         return torch.func.vmap(super().forward, 1, 1)(x)
 
 
-ALONE = (Changed,)  # their cases one after the other
+ALONE = (Changed,)  # modules whose examples are processed one at a time
 ORDINARY = Choosing, Hooked
 LOOPS = [
     {"kind": "LSTM"}, {"kind": "GRU"}, {"kind": "RNN"},
@@ -409,7 +409,7 @@ def test_squared_gradients_need_nothing_that_is_private_to_pytorch(monkeypatch, 
 
 
 class Loop(nn.Module):
-    """A recurrent layer taken apart into the products of its steps, which it keeps."""
+    """A recurrent layer as the products of its steps, which are recorded."""
 
     def __init__(self, kind):
         super().__init__()
@@ -444,7 +444,7 @@ class Loop(nn.Module):
 
 
 class Whole(Loop):
-    """The same with PyTorch's own layer."""
+    """The same with PyTorch's layer."""
 
     def forward(self, x):
         return self.top(self.loop(x)[0])
@@ -478,7 +478,7 @@ def test_factors_of_layers_are_means_over_the_products_of_their_steps(kind, capl
 
 
 class Various(nn.Module):
-    """What is no layer with known inputs: an index, a norm, a convolution, a weight in two roles."""
+    """Operations that are not layers with known inputs: an index, a norm, a convolution, a shared weight."""
 
     def __init__(self):
         super().__init__()
@@ -588,7 +588,7 @@ class Cube(torch.autograd.Function):
 
 
 class ReverseCube(Cube):
-    """x^3 that has the reverse pass alone."""
+    """x^3 with a reverse pass only."""
 
     @staticmethod
     def jvp(ctx, v):
@@ -629,7 +629,7 @@ GOOD = hfmpi.Examples(ROWS, SYMBOLS)
 
 
 class Shift(nn.Linear):
-    """A linear layer that takes the mean of the batch off: what batch statistics do without buffers."""
+    """A linear layer that subtracts the mean of the batch, as batch statistics do, but without buffers."""
 
     def forward(self, x):
         return super().forward(x - x.mean(dim=0))
@@ -659,7 +659,7 @@ def infinite():
 @pytest.mark.parametrize(("make", "cases", "words"), [
     (lambda: nn.Linear, GOOD, "module must be a torch.nn.Module, not the class Linear"),
     (lambda: module().requires_grad_(False), GOOD, "no parameter that requires a gradient"),
-    (lambda: torch.jit.trace(module(), torch.as_tensor(ROWS)), GOOD, "pass the module that was scripted"),
+    (lambda: torch.jit.trace(module(), torch.as_tensor(ROWS)), GOOD, "pass the original module"),
     (lambda: nn.Tanh(), GOOD, "no parameter that requires a gradient"),
     (lambda: nn.LazyLinear(OUTPUTS), GOOD, "parameters without a shape: call it once"),
     (lambda: module().bfloat16(), GOOD, "must all be float32 or all be float64, not bfloat16"),

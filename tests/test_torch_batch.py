@@ -1,4 +1,4 @@
-"""Per-example gradients from one ordinary pass of a batch, against those of single examples."""
+"""Per-example gradients from one ordinary pass of a batch, compared with those of single examples."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ class Cells(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Attention with a mask, which the numbers decide on, and positions that no input determines."""
+    """Attention with a mask that depends on values, and positions that do not depend on inputs."""
 
     def __init__(self, flat_positions=False):
         super().__init__()
@@ -122,7 +122,7 @@ MODULES = {
 
 
 def setting(name):
-    """Return a model in float64, its inputs and targets, and the way that it is expected to take."""
+    """Return a model in float64, its inputs and targets, and the expected way of `TorchPlan`."""
     torch.manual_seed(3)
     make, inputs, way = MODULES[name]
     module, count = make().double(), len(inputs[0])
@@ -170,7 +170,7 @@ def test_gradients_of_examples_are_those_of_single_examples(name, caplog):
 
 
 def factors_in(way, model, inputs, targets):
-    """Return the Kronecker factors by one way to separate examples."""
+    """Return the Kronecker factors, computed with one way to separate examples."""
     model.replan(sequential=frozenset(), way=way, unassigned=0, shared=(False,))
     found = risk_of(model, inputs, targets).factored_gradient(model.initial(0))[1]
     assert model.plan.way == way
@@ -178,7 +178,7 @@ def factors_in(way, model, inputs, targets):
 
 
 class Plain(nn.Module):
-    """What both ways separate by the same layers."""
+    """A module whose layers both ways separate."""
 
     def __init__(self, kind):
         super().__init__()
@@ -294,22 +294,24 @@ def test_rows_of_several_examples_and_other_uses_are_noticed(function, together)
     p = {"weight": torch.randn(2, 3)}
     passed = batch.BatchPass(function, p, [], [torch.randn(6, 3)], derivatives=False, together=together)
     u = torch.randn(6, 1, 2)
-    if together and function is not derived:  # the trial of the first batch separates all rows
+    if together and function is not derived:  # the trial on the first batch separates all rows
         passed.gradients(u)
         return
-    with pytest.raises(RuntimeError, match=r"belongs to several examples|in another way than by a layer"):
+    with pytest.raises(
+        RuntimeError, match=r"belongs to several examples|by an operation that is not a layer"
+    ):
         passed.gradients(u)
 
 
 class Copied(nn.Linear):
-    """Looks at its numbers, and computes with a changed weight, which no way separates."""
+    """Branches on values and computes with a changed weight, which none of the ways can separate."""
 
     def forward(self, x):
         return F.linear(x if float(x.detach().square().sum()) >= 0 else 2 * x, self.weight.clone(), self.bias)
 
 
 class Cached(nn.Module):
-    """Looks tables up in another order in large batches."""
+    """Looks up tables in a different order in large batches."""
 
     def __init__(self):
         super().__init__()
@@ -338,7 +340,7 @@ def test_what_no_way_separates_is_computed_one_by_one(make, caplog):
 
 
 def sizes_of(model, call):
-    """Return the numbers of examples of the passes that `call` makes after the checks of the model."""
+    """Return the numbers of examples in the passes of `call` after the checks of the model."""
     sizes, linearise = [], model._linearise
     model._linearise = lambda theta, examples: sizes.append(examples.size) or linearise(theta, examples)
     call()

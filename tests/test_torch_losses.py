@@ -1,4 +1,4 @@
-"""PyTorch's own losses are the losses of a run: values, gradients and Gauss-Newton products, with options."""
+"""PyTorch's losses in hfmpi: values, gradients and Gauss-Newton products, with options."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ POSITIVE = torch.tensor([0.5, 1.0, 3.0, 20.0])
 
 
 class ByClass(nn.Module):
-    """The classes on axis 1, as PyTorch's cross-entropy has them."""
+    """The classes are on axis 1, as in PyTorch's cross-entropy."""
 
     def __init__(self):
         super().__init__()
@@ -88,7 +88,7 @@ def test_a_loss_is_that_of_pytorch(loss, kind, x, y, size):
     g = (jacobian.T @ hessian @ jacobian).numpy()
     v = np.random.default_rng(1).standard_normal(theta.size)
     np.testing.assert_allclose(curvature.gauss_newton(v), g @ v, rtol=1e-7, atol=1e-10 * abs(g).max())
-    # By rows of the root of H, with which Levenberg-Marquardt works; see `hfmpi.models.losses.LEAST`.
+    # By rows of the root of H, which Levenberg-Marquardt uses; see `hfmpi.models.losses.LEAST`.
     np.testing.assert_allclose(curvature.matrix(), g, rtol=1e-6, atol=1e-9 * abs(g).max() + 1e-12)
 
 
@@ -160,7 +160,9 @@ def test_class_weights_are_those_of_the_run(tmp_path):
     assert result.valid_loss == pytest.approx(right.item(), rel=1e-5)
     with pytest.raises(hfmpi.UserError, match="is a run on other training cases"):
         run([1.0, 2.0, 3.0, 5.0], 3)
-    with pytest.raises(hfmpi.UserError, match="weight of the loss has 3 classes, and the module 4 outputs"):
+    with pytest.raises(
+        hfmpi.UserError, match="weight of the loss has 3 classes, but the module has 4 outputs"
+    ):
         hfmpi.train(
             hfmpi.TorchModel(ByClass(), nn.CrossEntropyLoss(weight=torch.ones(3))),
             (X, LABELS),

@@ -1,4 +1,4 @@
-"""Modules of users: what is refused, what is right, and that nothing of theirs is changed."""
+"""Modules of users: refused modules, correct results, and that the modules are not changed."""
 
 import contextlib
 import copy
@@ -34,7 +34,7 @@ class Custom(nn.Module):
 
 
 def layers(*changes):
-    """Return a network of three layers, changed."""
+    """Return a network of three layers with a change."""
     torch.manual_seed(0)
     made = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
     for change in changes:
@@ -43,7 +43,7 @@ def layers(*changes):
 
 
 def double(make):
-    """Return the module in float64, made from a fixed seed."""
+    """Return the module in float64, created from a fixed seed."""
     torch.manual_seed(0)
     return make().double()
 
@@ -64,7 +64,7 @@ def snapshot(module):
 
 
 class Recurrent(nn.Module):
-    """A recurrent network that takes examples for steps."""
+    """A recurrent network that uses the axis of examples as steps."""
 
     def __init__(self, kind):
         super().__init__()
@@ -190,7 +190,7 @@ def hooked(change):
 
 
 class Growing(nn.Module):
-    """A module that makes its layer in the first pass."""
+    """A module that creates its layer in the first pass."""
 
     def __init__(self):
         super().__init__()
@@ -214,7 +214,7 @@ def cached(m, z, x):
 
 
 class Made(Custom):
-    """A layer that holds a tensor which was made of a parameter, with its graph."""
+    """A layer that stores a tensor computed from a parameter, with its graph."""
 
     def __init__(self):
         super().__init__(lambda m, z, x: z + x @ m.twice)
@@ -258,22 +258,22 @@ CHANGING = {
     "layer made later": (Growing, "draws random numbers in a pass"),
     "hook on the whole batch": (
         lambda: Custom(hooked(lambda g: g - g.mean(0))),
-        "is not the sum of the gradients of its examples",
+        "is not the sum of its per-example gradients",
     ),
     "hook on the length": (
         lambda: Custom(hooked(lambda g: g / len(g))),
-        "is not the sum of the gradients of its examples",
+        "is not the sum of its per-example gradients",
     ),
     "infinite derivative": (
         lambda: Custom(lambda m, z, x: torch.where(z > 1e9, z.sqrt(), (z * 0).sqrt())),
         "derivatives of the outputs are not finite",
     ),
-    "squeeze": (lambda: Custom(lambda m, z, x: z.squeeze()), "a batch of one example fails"),
+    "squeeze": (lambda: Custom(lambda m, z, x: z.squeeze()), "fails on a batch of one example"),
     "late": (lambda: Custom(warm_up, calls=0), "depend on calls, which its passes change"),
     "buffer": (Buffered, "passes change mean, a parameter or buffer"),
     "data": (lambda: Custom(data_of_another, top=nn.Linear(5, 5)), "passes change low.weight"),
-    "cache": (lambda: Custom(cached, cache=[]), "uses a parameter in another way than by its name"),
-    "graph": (Made, "uses a parameter in another way than by its name"),
+    "cache": (lambda: Custom(cached, cache=[]), "accesses a parameter other than by its registered name"),
+    "graph": (Made, "accesses a parameter other than by its registered name"),
     "statistics": (lambda: nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)), r"1 \(BatchNorm1d\) makes"),
     "no statistics": (
         lambda: nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5, track_running_stats=False)).eval(),
@@ -345,7 +345,7 @@ def test_a_mode_that_is_set_later_is_found():
 def test_a_refusal_leaves_no_trace_and_a_corrected_module_is_trained():
     module, states = Custom(cached, cache=[]), [np.random.get_state(), torch.get_rng_state()]  # noqa: NPY002
     for _ in range(2):
-        with pytest.raises(UserError, match="in another way than by its name"):
+        with pytest.raises(UserError, match="other than by its registered name"):
             train(module)
         assert module.cache == []
     module.change = drop_path
@@ -358,7 +358,7 @@ def test_a_refusal_leaves_no_trace_and_a_corrected_module_is_trained():
 
 
 class Rotary(nn.Module):
-    """A buffer that grows to the longest sequence so far."""
+    """A buffer that grows to the length of the longest sequence so far."""
 
     def __init__(self):
         super().__init__()
@@ -419,7 +419,7 @@ def test_a_parameter_that_is_frozen_later_is_found():
         module[0].requires_grad_(first)
         model = hfmpi.TorchModel(module, "squares")
         module[0].requires_grad_(not first)
-        with pytest.raises(UserError, match="was frozen or unfrozen since the model was made"):
+        with pytest.raises(UserError, match="was frozen or unfrozen after creating the model"):
             hfmpi.train(model, (X, Y), optimizer="adam", max_steps=1, quiet=True)
 
 
@@ -435,14 +435,14 @@ def test_what_has_no_effect_is_noted(caplog):
     module = Custom(lambda m, z, x: z + m.others[0](x), spare=nn.Linear(5, 5), others=[nn.Linear(5, 5)])
     train(module)
     assert "do not depend on spare.weight, spare.bias" in caplog.text
-    assert "depend on 2 tensors that require gradients and are no parameters" in caplog.text
+    assert "depend on 2 tensors that require gradients but are not parameters" in caplog.text
 
 
 def test_parameters_that_are_replaced_later_are_found():
     module = layers()
     model, _ = train(module)
     module[2] = nn.Linear(5, 5)
-    with pytest.raises(UserError, match="were replaced since the model was made"):
+    with pytest.raises(UserError, match="were replaced after creating the model"):
         hfmpi.train(model, (X, Y), optimizer="adam", max_steps=1, quiet=True)
 
 
@@ -501,7 +501,7 @@ def test_what_is_used_twice_is_one(make, optimizer):
     parameters = [*module.parameters()]
     assert all(isinstance(p, nn.Parameter) and p.requires_grad for p in parameters)
     assert all(torch.equal(p, q) for p, q in zip(parameters, kept.parameters(), strict=True))
-    if optimizer != "adam":  # a step takes all examples
+    if optimizer != "adam":  # a step uses all examples
         right = 0.5 * (kept(whole) - torch.from_numpy(Y)).square().sum(1).mean()
         assert result.history[0]["loss"] == pytest.approx(right.item(), rel=1e-12)
     model.write_back(result.theta)
@@ -513,7 +513,7 @@ def test_what_is_used_twice_is_one(make, optimizer):
     gradient = np.zeros(model.size)
     model.linearise(result.theta, batch).gradient(1.0, gradient)
     total = sum(abs(np.concatenate([p.grad.reshape(-1) for p in unique])))
-    if make is not same_memory:  # PyTorch gives each of the two names its part
+    if make is not same_memory:  # each name has a part of PyTorch's gradient
         assert abs(gradient).sum() == pytest.approx(total, rel=1e-10)
 
 
@@ -576,7 +576,7 @@ def test_a_parameter_in_a_list_is_refused():
 
     module = Listed()
     before = snapshot(module)
-    with pytest.raises(UserError, match="uses a parameter in another way than by its name"):
+    with pytest.raises(UserError, match="accesses a parameter other than by its registered name"):
         train(module)
     assert all(torch.equal(value, before[name]) for name, value in snapshot(module).items())
 
@@ -635,7 +635,7 @@ def test_ignored_targets_are_not_scored_whatever_holds_them(kind, ignored):
 
 
 class Pixels(nn.Module):
-    """Bytes are scaled, as modules for images do it; times are shifted in float64."""
+    """Bytes are scaled, as in modules for images; times are shifted in float64."""
 
     def __init__(self):
         super().__init__()
@@ -656,7 +656,7 @@ def test_inputs_have_the_types_that_they_were_given_with(x):
 
 
 def test_numbers_that_have_no_place_in_64_bits_are_refused():
-    with pytest.raises(UserError, match="more than 64 bits with a sign hold"):
+    with pytest.raises(UserError, match="which int64 cannot represent"):
         train(Table(), (np.full((40, 2), 2**63 + 5, np.uint64), Y))
 
 
@@ -683,7 +683,7 @@ def test_burn_in_is_asked_for():
             lambda: nn.NLLLoss(),
             r"not PyTorch's NLLLoss: torch.nn.CrossEntropyLoss\(\) has the same value on log",
         ),
-        (lambda: nn.BCELoss(), r"not PyTorch's BCELoss: let the module return the logits"),
+        (lambda: nn.BCELoss(), r"not PyTorch's BCELoss: return the logits"),
         (lambda: type("Mine", (nn.MSELoss,), {})(), r"not PyTorch's Mine: pass"),
         (
             lambda: nn.CrossEntropyLoss(weight=-torch.ones(5)),
@@ -744,7 +744,7 @@ SENTENCES = {
     "autocast": (lambda: Autocast(5, 5), X, "returns bfloat16 outputs"),
     "complex": (lambda: Custom(lambda m, z, x: torch.fft.fft(z)), X, "returns complex64 outputs"),
     "NumPy": (lambda: Custom(lambda m, z, x: z.detach().numpy()), X, "must return a tensor"),
-    "sparse": (lambda: Table(sparse=True), RNG.integers(0, 7, (40, 2)), "make it with sparse=False"),
+    "sparse": (lambda: Table(sparse=True), RNG.integers(0, 7, (40, 2)), "create it with sparse=False"),
     "bytes": (
         layers,
         RNG.integers(0, 256, (40, 5)).astype(np.uint8),
@@ -752,7 +752,7 @@ SENTENCES = {
     ),
     "width": (layers, X[:, :4], r"fails on inputs float64 \(\d+, 4\): RuntimeError: mat1 and mat2 shapes"),
     "index": (Table, RNG.integers(5, 9, (40, 2)), r"fails on inputs int64 \(\d+, 2\): IndexError"),
-    "inference": (made_in_inference_mode, X, r"was made under torch.inference_mode\(\)"),
+    "inference": (made_in_inference_mode, X, r"was created under torch.inference_mode\(\)"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Whole runs on a small text: stopped, resumed, on several ranks, counted and measured."""
+"""Complete runs on a small text: stopped, resumed, on several ranks, counted and measured."""
 
 import json
 import math
@@ -38,7 +38,7 @@ OPTIMIZERS = {
     "bgd": {"optimizer": "bgd"},
     "adam": {"optimizer": "adam", "settings": {"rate": 0.02}},
     "adamw": {"optimizer": "adam", "settings": {"rate": 0.02, "decay": 0.1, "averaging": 0.5, "warm_up": 2}},
-    # With the usual epsilon rounding is blown up where the gradient has no part: 1e-8 after four steps.
+    # With the default epsilon, rounding is amplified where the gradient is zero: 1e-8 after four steps.
     "soap": {"optimizer": "soap", "settings": {"epsilon": 1e-4, "averaging": 0.7}},
     "muon": {"optimizer": "muon", "settings": {"schedule": "cosine", "schedule_steps": 5}},
     "soap-muon": {"optimizer": "soap-muon", "settings": {"epsilon": 1e-4}},
@@ -88,7 +88,7 @@ OPTIMIZERS = {
             "cut": False,
         },
     },
-    # Few CG iterations: after many, backtracking chooses among iterates that differ by rounding alone.
+    # Few CG iterations: after many, backtracking chooses among iterates that only differ by rounding.
     "shf": {"optimizer": "shf", "settings": {"cg_max_steps": 5}},
     "bhf": {"optimizer": "bhf", "settings": {"damping": 0.1, "structural_damping": 0.1, "cg_max_steps": 8}},
 }
@@ -96,7 +96,7 @@ OPTIMIZERS = {
 
 @pytest.fixture(autouse=True)
 def _sketches_of_few_sequences(monkeypatch):
-    """Let the few sequences of these batches have sketches, as large batches do."""
+    """Allow sketches for the few sequences of these batches, as for large batches."""
     monkeypatch.setattr("hfmpi.optim.subspace.FEW_EXAMPLES", 0)
 
 
@@ -151,7 +151,7 @@ def test_noise_and_dropout_are_drawn_for_every_step_and_spare_validation(data, t
     noisy, _ = train(tmp_path / "noisy", data, max_steps=3, **{option: 0.3}, **options)
     without, found = history(plain.folder), history(noisy.folder)  # theta hardly moves
     losses = [{round(record["train_bpc"], 9) for record in records} for records in (without, found)]
-    assert [len(each) for each in losses] == [1, 3]  # a batch is all of the training set
+    assert [len(each) for each in losses] == [1, 3]  # the batch is the full training set
     for record, other in zip(found, without, strict=True):
         assert record["train_bpc"] != other["train_bpc"]
         assert record["valid_bpc"] == other["valid_bpc"]
@@ -160,7 +160,7 @@ def test_noise_and_dropout_are_drawn_for_every_step_and_spare_validation(data, t
 
 
 class PowerCut(BaseException):
-    """Ends a run without a chance to save anything."""
+    """Ends a run without saving anything."""
 
 
 def test_a_run_that_broke_off_repeats_the_steps_after_its_checkpoint(data, tmp_path):
@@ -179,7 +179,7 @@ def test_a_run_that_broke_off_repeats_the_steps_after_its_checkpoint(data, tmp_p
     same(run, whole)
     assert history(run.folder) == history(whole.folder)
 
-    # With the newest checkpoint damaged it goes on from the one before.
+    # If the newest checkpoint is damaged, the run resumes from the previous one.
     torn = tmp_path / "whole" / checkpoint.NEWEST
     torn.write_bytes(torn.read_bytes()[:-500])
     run, _ = train(tmp_path / "whole", data, max_steps=STEPS, checkpoint_every=2)
@@ -203,7 +203,7 @@ def test_a_run_may_start_from_another_ones_checkpoint(data, tmp_path):
 
 
 class Clock:
-    """A clock on which a step takes a sixteenth of a second and nothing else takes any time."""
+    """A clock on which a step takes a sixteenth of a second and everything else takes no time."""
 
     def __init__(self):
         self.seconds = 0.0
@@ -216,7 +216,7 @@ class Clock:
 
 
 def test_a_limit_of_seconds_that_passes_while_a_checkpoint_is_written_stands_in_it(data, tmp_path):
-    """Else the next start would take one more step."""
+    """Otherwise the next start would take one more step."""
     clock = Clock()
     reporter = Recorder(lambda record: setattr(clock, "seconds", 100.0 * (record["step"] >= 2)))
     options = {"max_seconds": 50.0, "checkpoint_every": 1}
@@ -226,7 +226,7 @@ def test_a_limit_of_seconds_that_passes_while_a_checkpoint_is_written_stands_in_
 
 
 def test_steps_that_no_checkpoint_holds_are_counted(data, tmp_path):
-    """A process that was killed leaves them."""
+    """A killed process leaves such steps."""
     train(tmp_path / "run", data, max_steps=2)
     with (tmp_path / "run" / HISTORY).open("a") as file:
         file.write('{"step": 3}\n{"step": 4}\n{"ste')
@@ -294,7 +294,7 @@ def test_the_folder_and_the_history_keep_the_contract(data, tmp_path):
     assert sum(rank["spans"].values()) <= timing["seconds"] * 1.001
     assert rank["spans"]["waiting"] == 0
     assert (timing["first_step"], timing["last_step"]) == (0, 4)
-    # Steps but the first, and without the evaluation after each.
+    # All steps except the first, and without the evaluation after each.
     assert timing["timed_steps"] == 3
     assert not {"files", "evaluate"} & rank["step_spans"].keys()
     stepping = sum(record["step_seconds"] for record in records[1:])
@@ -302,7 +302,7 @@ def test_the_folder_and_the_history_keep_the_contract(data, tmp_path):
     assert all(rank["step_spans"][name] <= rank["spans"][name] for name in rank["step_spans"])
     assert stepping < seconds[-1] - seconds[0]
 
-    # Its config.toml makes the same run again, of which only the clock differs.
+    # Its config.toml reproduces the run; only the times differ.
     config = merge(from_toml(folder / "config.toml"))
     assert config == run.config
     task = TextTask.read(config, data, 0)
@@ -377,7 +377,7 @@ def test_the_average_is_what_is_evaluated_and_used(name, data, tmp_path):
 
 
 def test_a_checkpoint_without_an_average_goes_on(data, tmp_path):
-    """As earlier versions wrote it."""
+    """Earlier versions wrote such checkpoints."""
     whole, _ = train(tmp_path / "whole", data, max_steps=4, **OPTIMIZERS["adam"])
     train(tmp_path / "run", data, max_steps=2, **OPTIMIZERS["adam"])
     found = checkpoint.latest(tmp_path / "run")
@@ -437,7 +437,7 @@ def test_the_cost_follows_from_the_counted_passes(name, data, tmp_path, monkeypa
         count(method, key)
     linearise = LocalSums._linearise
 
-    def linearised(self, *arguments):  # with a pass of its own, not with the gradient's
+    def linearised(self, *arguments):  # in a separate pass, not with the gradient
         counted["linearisations"] += arguments[3:] != (FORWARD,)
         return linearise(self, *arguments)
 
@@ -449,7 +449,7 @@ def test_the_cost_follows_from_the_counted_passes(name, data, tmp_path, monkeypa
         return multiply(self, v)
 
     monkeypatch.setattr(ShardedRows, "product", multiplied)
-    # Stopped once, so that the counts go through the checkpoint.
+    # Stopped once, so that the counts are stored in the checkpoint.
     for steps in (2, STEPS):
         run, _ = train(tmp_path / "run", data, max_steps=steps, **OPTIMIZERS[name])
     records = history(run.folder)
@@ -468,7 +468,7 @@ def test_the_cost_follows_from_the_counted_passes(name, data, tmp_path, monkeypa
 
 
 def check_cost(run, records, batch, curvature, ranks):
-    """Compute the costs of Krause et al. (2015) again: P_D = 3 I_t B_g + 4 I_c B_c, P_I = 3 I_t + 4 I_c."""
+    """Recompute the costs of Krause et al. (2015): P_D = 3 I_t B_g + 4 I_c B_c, P_I = 3 I_t + 4 I_c."""
     operations = depth = 0
     forward = 2 * run.model.size * 20  # sequences of 20 steps
     sequential = 20 * (2 if run.model.architecture.name in ("mrnn", "mlstm") else 1)
@@ -537,7 +537,7 @@ def test_an_update_that_overflows_is_told_and_the_run_goes_on_but_is_not_saved(n
     records = history(run.folder)
     assert [record["accepted"] for record in records] == [True, False, False]
     assert "not finite" in records[1]["message"]
-    assert records[1]["train_bpc"] is None  # in JSON, where the reporter has nan
+    assert records[1]["train_bpc"] is None  # in JSON, while the reporter has nan
     assert not math.isfinite(reporter.records[1]["train_bpc"])
     assert merge(from_toml(run.folder / "config.toml")) == run.config
 
@@ -553,7 +553,7 @@ def test_settings_are_finite(settings):
     [({"directions": "kfac+rows", "segments": 3}, 30), ({"curvature_segments": 3}, 0), ({}, 0)],
 )
 def test_the_first_lines_count_the_rows_that_are_stored(data, tmp_path, settings, rows):
-    """Those of a sketch are not."""
+    """The rows of a sketch are not stored."""
     run = make_run(tmp_path / "run", data, optimizer="subspace", gradient_batch=10, settings=settings)
     assert run.facts([]).rows == rows
 
@@ -573,7 +573,7 @@ def close(a, b, most=1e-10):
 
 
 def wait(comm):
-    """Wait for all ranks without the busy loop of a barrier, which would slow the others down."""
+    """Wait for all ranks without the busy loop of a barrier, which would slow down the others."""
     arrived = comm.Ibarrier()
     while not arrived.Test():
         time.sleep(0.005)
@@ -581,7 +581,7 @@ def wait(comm):
 
 @pytest.mark.mpi(ranks=4, timeout=200, unit="s")
 def test_any_number_of_ranks_does_the_same_run(mpi_ranks, comm, mpi_tmp_path):
-    """Runs on 1, 2, 3 and 4 of the ranks against a serial one, and resumed on other numbers of them."""
+    """Runs on 1, 2, 3 and 4 of the ranks equal a serial one, also resumed on different numbers of ranks."""
     assert comm.size == mpi_ranks
     data = shared_corpus(comm, mpi_tmp_path)
     parts = {}
@@ -619,7 +619,7 @@ def test_any_number_of_ranks_does_the_same_run(mpi_ranks, comm, mpi_tmp_path):
 
 
 def compare(run, theta, records, most):
-    """Compare a run on several ranks to the serial one, and its ranks among themselves."""
+    """Compare a run on several ranks with the serial one, and its ranks with each other."""
     close(run.theta, theta, most)
     assert run.communicator.same(digest(run.theta)) == []
     for name, value in vars(run.state).items():
@@ -699,10 +699,10 @@ def test_a_rank_that_strays_stops_the_run(mpi_ranks, comm, mpi_tmp_path, monkeyp
         np.testing.assert_array_equal(found.theta, thetas[1])
         assert not (folder / "DONE").exists()
         comm.Barrier()
-        run, result = train(folder, data, communicator, max_steps=4, **options)  # goes on from there
+        run, result = train(folder, data, communicator, max_steps=4, **options)  # continues from there
         assert (run.first_step, result.step) == (2, 4)
 
-    # A rank that would start with other options or data stops the run before anything is written.
+    # A rank that starts with different options or data stops the run before anything is written.
     seed = 5 if comm.rank == 2 else 4
     run = make_run(mpi_tmp_path / "new", data, communicator, max_steps=2, seed=seed)
     with pytest.raises(UserError, match=r"^rank 2 has other data, options"):

@@ -1,4 +1,4 @@
-"""Weights of examples: sums against dense matrices in float64; whole weights against repeated examples."""
+"""Weights of examples: sums and dense matrices in float64; integer weights and repeated examples."""
 
 import importlib.util
 
@@ -61,7 +61,7 @@ MODELS = {}
 
 
 def model_for(framework, kind):
-    """Return one model for all examples of a property: JAX compiles it once."""
+    """Return one model for all examples of a property test, because JAX compiles each model."""
     if (framework, kind) not in MODELS:
         MODELS[framework, kind] = model_of(framework, kind)
     return MODELS[framework, kind]
@@ -93,7 +93,7 @@ def risk_of(model, cases, micro_batch=2):
 
 
 def directions_of(model):
-    """Return two directions that are made a few at a time."""
+    """Return two directions that are generated a few at a time."""
     vectors, part = np.random.default_rng(2).standard_normal((2, model.size)), whole(model.size)
     return Basis([vectors], [Row(part, i, 1.0) for i in (0, 1)])
 
@@ -145,7 +145,7 @@ def test_all_sums_are_those_of_dense_matrices(framework, kind, seed, by_target):
     np.testing.assert_allclose(rows.gradient, gradient, **CLOSE)
     assert rows.complete
 
-    # An example counts as often as the mean of the positive weights of its targets.
+    # The weight of an example is the mean of the positive weights of its targets.
     often = w.sum(1) / np.maximum(1, (w > 0).sum(1))
     square = (by_example**2 / np.where(often > 0, often, 1)[:, None]).sum(0) * often.sum() / total**2
     squared = risk.squared_gradients(theta)
@@ -234,7 +234,7 @@ def table_model(framework):
 
         e = p["table"][x].swapaxes(0, 1)
         outputs = jax.lax.scan(step, jnp.zeros(e.shape[1:]), e)[1].swapaxes(0, 1)
-        return outputs @ jnp.sin(p["top"])  # which is no layer
+        return outputs @ jnp.sin(p["top"])  # which is not a layer
 
     return hfmpi.JaxModel(apply, params, "cross-entropy")
 
@@ -266,7 +266,7 @@ def test_layers_of_all_kinds_count_repeated_examples(framework, one_by_one):
 
 @frameworks
 def test_weights_of_a_sketch_are_roots(framework):
-    """S'S of random signs is G on average: each row has the root of its weight."""
+    """S'S of random signs is G on average: each row is multiplied by the root of its weight."""
     model = model_for(framework, "cross-entropy")
     x, y = data_of(model, "cross-entropy", framework, 0)
     weights, theta = np.array([0.5, 2, 0, 1, 3]), model.initial(1)
@@ -286,7 +286,7 @@ def test_weights_of_a_sketch_are_roots(framework):
 
 
 def sketch_row(model, cases, theta, index):
-    """Return the row (D,) of a sketch of a single example, with the signs that it has at this index."""
+    """Return the row (D,) of a sketch of a single example, with the signs for its index."""
     at = model.linearise(theta, cases.take(np.arange(1)))
     out = np.zeros((1, 1, model.size))
     at.sketch(signs(4, np.array([index]), at.residual_count()).astype(float), 1, out)
@@ -294,7 +294,7 @@ def sketch_row(model, cases, theta, index):
 
 
 def test_weights_of_one_are_no_weights():
-    """Numbers of 1 change nothing, bit for bit; without weights a mask counts whole numbers."""
+    """Weights of 1 change nothing, bit for bit; without weights a mask counts integers."""
     model = model_for("network", "cross-entropy")
     x, y = data_of(model, "cross-entropy", "network", 0)
     theta, mask, found = model.initial(1), np.arange(COUNT * STEPS).reshape(COUNT, STEPS) % 4 > 0, []
@@ -385,7 +385,7 @@ def test_all_backends_weigh_alike(framework, backend):
 
 
 def check_weighted_ranks(framework, comm):
-    """Check that ranks with unequal weights compute what one computes, and take the same metric."""
+    """Check that ranks with unequal weights compute the same as one, and use the same metric."""
     model = model_for(framework, "cross-entropy")
     x, y = data_of(model, "cross-entropy", framework, 0)
     for weights in np.array([0.2, 3, 1, 0, 2]), np.random.default_rng(0).uniform(0, 2, (COUNT, STEPS)):

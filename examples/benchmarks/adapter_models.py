@@ -23,7 +23,7 @@ class Contestant(NamedTuple):
     name : str
     data : hfmpi.Examples
     make : callable
-        Makes the model.
+        Creates the model.
     plain : callable
         Computes the plain gradient.
     """
@@ -82,9 +82,9 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """What BERT computes: tables of symbols, positions and types, masked attention, the first state.
+    """The computation of BERT: tables of symbols, positions and types, masked attention, the first state.
 
-    As in Hugging Face's, the mask is left out where no symbol is padding, which the numbers decide.
+    As in Hugging Face's implementation, the mask is omitted if no symbol is padding, which depends on values.
     """
 
     def __init__(self, symbols=200, width=64, layers=2, length=32):
@@ -105,7 +105,7 @@ class Encoder(nn.Module):
 
 
 class Residual(nn.Module):
-    """The residual of Burgers' equation, of whose solution u a network computes the derivatives."""
+    """The residual of Burgers' equation for a network u, whose derivatives it computes."""
 
     def __init__(self):
         super().__init__()
@@ -149,7 +149,7 @@ def in_torch():
 
 
 def bert(config, kind):
-    """Return a small BERT as a module of two inputs and one output."""
+    """Return a small BERT as a module with two inputs and one output."""
 
     class Logits(nn.Module):
         def __init__(self):
@@ -164,7 +164,7 @@ def bert(config, kind):
 
 
 def of_torch(name, module, inputs, targets):
-    """Return the contestant for a module."""
+    """Return the contestant for a PyTorch module."""
     symbols = targets.dtype.kind == "i"
     tensors, goals = [torch.from_numpy(np.ascontiguousarray(x)) for x in inputs], torch.from_numpy(targets)
     parameters = [*module.parameters()]
@@ -240,7 +240,7 @@ def block(p, x):
 
 
 def of_jax(name, function, params, x, y):
-    """Return the contestant for a function."""
+    """Return the contestant for a JAX function."""
     import jax
     from jax import numpy as jnp
 

@@ -1,11 +1,11 @@
-"""The time of a Gauss-Newton product against the batch: flat where the machine is not full, then linear.
+"""The time of a Gauss-Newton product by batch size: flat while the machine is not full, then linear.
 
     python examples/benchmarks/batches.py [--backend cupy] [--most 16384] [--repeats 7] [--out batches.png]
 
-The paper's P_I takes a product to cost the same whatever its batch (the flat part), P_D to cost in proportion
-to it (the linear part). The knee is the batch at which both lines meet: the time of one sequence, divided by
-the time that each sequence adds where the batch is largest. `fraction` is how much of the time the matrix
-products alone would take.
+The paper's P_I assumes that the cost of a product does not depend on its batch (the flat part), P_D that it
+is proportional to the batch (the linear part). The knee is the batch at which both lines meet: the time of
+one sequence, divided by the additional time per sequence at the largest batches. `fraction` is the share of
+the time that the matrix products alone would take.
 """
 
 import argparse
@@ -22,7 +22,7 @@ VOCABULARY = 50
 
 
 def sweep(model, most, repeats, backend, precision):
-    """Return a row for every batch 1, 2, 4, ... up to the largest, each taken as one micro-batch."""
+    """Return a row for every batch 1, 2, 4, ... up to the maximum, each processed as one micro-batch."""
     about = Config(model=model).architecture(VOCABULARY)
     batch, rows = 1, []
     while batch <= most:
@@ -65,14 +65,14 @@ def draw(models, title, path):
 
 
 def main():
-    """Print a table, or one JSON object; draw the figure if it has a name."""
+    """Print a table, or one JSON object; draw the figure if --out is set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", action="append", choices=("lstm", "mlstm"))
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--matmul-precision", default="float32")
     parser.add_argument("--most", type=int, default=16384)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--out", help="name of the figure")
+    parser.add_argument("--out", help="file name of the figure")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     place(Communicator(), 1)

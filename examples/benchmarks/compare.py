@@ -1,14 +1,13 @@
-"""hfmpi beside JAX and PyTorch on one core or one GPU: Gauss-Newton products, and loss with gradient.
+"""Compare hfmpi with JAX and PyTorch on one core or one GPU: Gauss-Newton products, and loss with gradient.
 
     pip install -e ".[peers]"
     python examples/benchmarks/compare.py [--model lstm|mlstm] [--batch 32] [--repeats 7] [--json] [--gpu]
 
-All work on the same network, text and direction, in turn within this one process, bound to one core; that
-they compute the same is checked first. Ratios are medians of the ratios to hfmpi within each repetition.
-`products alone` is the bound: the matrix products of hfmpi's pass and nothing else.
-
-With --gpu all work on the first GPU, in float32 without TF32: hfmpi through CuPy, JAX and PyTorch in their
-CUDA builds (PyTorch with cuDNN off for products: cuDNN's networks have no second derivative).
+All use the same network, text and direction, in turn within this process, which is bound to one core; first
+it is checked that their results agree. Ratios are medians of the ratios to hfmpi within each repetition.
+`products alone` is the bound: only the matrix products of hfmpi's pass. With --gpu all use the first GPU, in
+float32 without TF32: hfmpi through CuPy, JAX and PyTorch in their CUDA builds (PyTorch with cuDNN off for
+products, because cuDNN's networks have no second derivative).
 """
 
 import argparse
@@ -19,7 +18,7 @@ import sys
 GPU = "--gpu" in sys.argv
 CORE = max(os.sched_getaffinity(0))
 if GPU:
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the card is shared with the others
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the GPU is shared with the other libraries
 else:
     os.sched_setaffinity(0, {CORE})  # before the libraries count the cores
     os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
@@ -40,7 +39,7 @@ LENGTH, VOCABULARY = 200, 50
 
 
 def peers(about, theta, batch):
-    """Make the contestants that are installed and have this cell: name -> (object, products, gradient)."""
+    """Create the contestants that are installed and have this cell: name -> (object, products, gradient)."""
     found = {}
     try:
         import with_jax
@@ -67,14 +66,14 @@ def peers(about, theta, batch):
 
 
 def same(name, found, expected, tolerance):
-    """Stop unless two vectors agree: a contestant that computes something else is none."""
+    """Exit unless two vectors agree: a contestant must compute the same."""
     error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
     if not error < tolerance:
-        raise SystemExit(f"{name} computes something else: relative difference {error:.1e}")
+        raise SystemExit(f"{name} computes a different result: relative difference {error:.1e}")
 
 
 def measure(model, batch_size, repeats):
-    """Return one row a contestant and pass."""
+    """Return one row per contestant and pass."""
     about = Config(model=model).architecture(VOCABULARY)
     rng = np.random.default_rng(0)
     text = Sequences(rng.integers(0, VOCABULARY, LENGTH * batch_size).astype(np.uint8), LENGTH)
@@ -82,7 +81,7 @@ def measure(model, batch_size, repeats):
     v = rng.standard_normal(theta.size).astype(np.float32)
     backend = create("cupy" if GPU else "numba", mixin=Recording)
     network, own_theta, own_v = Network(about, backend), backend.to_device(theta), backend.to_device(v)
-    micro_batch = batch_size if GPU else None  # the others take the whole batch at once
+    micro_batch = batch_size if GPU else None  # the others process the full batch at once
     risk = DataParallel(network, Communicator(), micro_batch=micro_batch).on(text, np.arange(batch_size))
     apply = risk.gauss_newton(own_theta)
     passes = {"product": lambda: apply(own_v), "gradient": lambda: risk.gradient(own_theta)}
@@ -100,7 +99,7 @@ def measure(model, batch_size, repeats):
             same(name, peer.flat(product(w)), expected["product"], 1e-3)
             if gradient:
                 same(name, peer.flat(gradient()[1]), expected["gradient"], 1e-3)
-        except RuntimeError as error:  # of both libraries on a GPU
+        except RuntimeError as error:  # raised by both libraries on a GPU
             if "out of memory" not in str(error).lower():
                 raise
             print(f"{name}: out of memory with {batch_size} sequences, left out", file=sys.stderr)
@@ -129,7 +128,7 @@ def main():
     parser.add_argument("--model", action="append", choices=("lstm", "mlstm"))
     parser.add_argument("--batch", action="append", type=int)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--gpu", action="store_true", help="on the first GPU instead of one core")
+    parser.add_argument("--gpu", action="store_true", help="use the first GPU instead of one core")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     about = {"processor": machine.processor(), "blas": machine.blas(), "core": CORE}

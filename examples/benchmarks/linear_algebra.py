@@ -1,11 +1,11 @@
-"""The linear algebra of a step in forward passes, for the networks of docs/results/fewest-passes.md.
+"""The linear algebra of a step in units of forward passes, for the networks of docs/results/fewest-passes.md.
 
 python examples/benchmarks/linear_algebra.py
 
-Each optimizer takes a few steps on a handful of random sequences: its linear algebra depends on the matrices
-of theta alone, not on the machine. SOAP decomposes in every second step, and has the mean of two steps;
-SOAP-Muon decomposes in every step. The second table has what the accounts leave out: products within the
-passes of the subspace step.
+Each optimizer takes a few steps on a handful of random sequences: its linear algebra only depends on the
+matrices of theta, not on the machine. SOAP decomposes in every second step, and has the mean of two steps;
+SOAP-Muon decomposes in every step. The second table contains products that are not counted separately: those
+within the passes of the subspace step.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ from hfmpi.parallel.communicator import Communicator
 
 SYMBOLS = 65  # of the King James Bible
 PARAMETERS = {"small": (13_535, 13_689), "medium": (54_928, 53_244), "paper": (220_000, 215_000)}
-"""Of LSTM and mLSTM."""
+"""Parameters of LSTM and mLSTM."""
 
 LENGTHS = {"small": 100, "medium": 200, "paper": 200}
 BATCHES = {"small": (1_750, 438), "medium": (3_500, 875), "paper": (14_000, 3_500)}
@@ -54,7 +54,7 @@ def main():
 
 
 def products(network, work, name):
-    """Return the forward passes that the products within the passes of a subspace step are worth."""
+    """Return the number of forward passes that equals the products within the passes of a subspace step."""
     batch = BATCHES[name][0]
     factors = sum(block.rows**2 + block.columns**2 for block in network.blocks) / (2 * network.size)
     projection = SYMBOLS * (1 + work.directions) ** 2 / (2 * network.size)
@@ -68,7 +68,7 @@ def products(network, work, name):
 
 
 def usual_steps(network, method):
-    """Return the counts of one step of `subspace` with all its directions, or of the last two of another."""
+    """Return the counts of a step of `subspace` with all directions, or of the last two steps of a method."""
     symbols = np.random.default_rng(0).integers(0, SYMBOLS, (16, 9))
     data, owner = hfmpi.Examples(symbols[:, :-1], symbols[:, 1:]), hfmpi.DataParallel(network, Communicator())
     optimizer, theta, works = preset(method).optimizer, network.initial(0).astype(np.float32), []

@@ -1,10 +1,10 @@
-"""Loops over time on a GPU: single launches, CUDA graphs and persistent kernels, against the batch.
+"""Loops over time on a GPU: single launches, CUDA graphs and persistent kernels, for several batch sizes.
 
     python examples/benchmarks/loops.py [--model lstm] [--batch 1 32 256] [--repeats 7]
 
-Gauss-Newton products and gradients of the gated cells at the paper's size, all in turn within one run; ratios
-are medians of the ratios to the graph within each repetition. All must give the same numbers.
-The batch up to which the persistent kernel is ahead in both is `CupyBackend.persistent_batch`.
+Gauss-Newton products and gradients of the gated cells at the paper's size, all in turn within one run. Ratios
+are medians of the ratios to the graph within each repetition. All loops must return the same values.
+`CupyBackend.persistent_batch` is the largest batch for which the persistent kernel is faster in both.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def measure(about, length, batch, repeats, dtype):
             reference = expected.setdefault(kind, vector)
             error = np.linalg.norm(vector - reference) / np.linalg.norm(reference)
             if not error < 1e-4:
-                raise SystemExit(f"{loops}: another {kind}, relative difference {error:.1e}")
+                raise SystemExit(f"{loops}: different {kind}, relative difference {error:.1e}")
             found[kind, loops] = run
         if loops == "persistent" and not backend.persistent_batch:
             raise SystemExit("CUDA refuses the cooperative launch")
@@ -60,7 +60,7 @@ def main():
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["lstm", "mlstm"], choices=("lstm", "mlstm"))
-    parser.add_argument("--hidden", type=int, default=0, help="units; default: those of the paper's size")
+    parser.add_argument("--hidden", type=int, default=0, help="units; default: the paper's size")
     parser.add_argument("--length", type=int, default=200)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 64, 128, 256])
     parser.add_argument("--repeats", type=int, default=7)

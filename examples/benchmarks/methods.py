@@ -1,8 +1,8 @@
-"""What peers.py compares: methods of hfmpi and of other libraries, each on the same network, start and data.
+"""The methods of peers.py: those of hfmpi and of other libraries, on the same network, start and data.
 
-A method counts its passes over the training set by what they are, whatever its library runs for them: forward
-1, loss with gradient 3, J v 2, G v 4. `sequential` are those that it has to do one after the other, if
-independent vectors go side by side through one pass (hfmpi.measure.cost: P_D over the cases, and P_I).
+A method counts its passes over the training set by their kind, independent of the passes that its library
+executes: forward 1, loss with gradient 3, J v 2, G v 4. `sequential` counts the passes that must be
+sequential if independent vectors share one pass (hfmpi.measure.cost: P_D over the examples, and P_I).
 """
 
 from contextlib import nullcontext
@@ -21,18 +21,18 @@ from hfmpi.parallel.communicator import Communicator
 
 
 class Method:
-    """One method on a problem, from given weights, with one value of its setting.
+    """One method on a problem, with initial weights and one value of its setting.
 
     Attributes
     ----------
     setting, candidates : str, tuple
-        What is tuned, and its values.
+        The tuned setting, and its values.
     warm_up : int
         Steps until everything is compiled.
     recurrent : bool
-        Whether it takes recurrent networks.
+        Whether the method supports recurrent networks.
     passes, sequential : float
-        Since `start`: all, and one after the other.
+        The number of all passes, and of sequential passes, since `start`.
     """
 
     setting, candidates, warm_up, recurrent = "damping", (1.0, 0.1, 0.01), 1, True
@@ -41,21 +41,21 @@ class Method:
         self.problem, self.weights, self.value = problem, weights, value
 
     def start(self):
-        """Go back to the start."""
+        """Return to the initial state."""
         self.passes, self.sequential, self.number = 0.0, 0.0, 0
 
     def count(self, passes, sequential=None):
-        """Add passes, of which all are one after the other unless it is said."""
+        """Add passes; all of them are sequential unless `sequential` is set."""
         self.passes += passes
         self.sequential += passes if sequential is None else sequential
 
     def loss(self):
-        """Return the mean training loss, which is not counted."""
+        """Return the mean training loss, whose evaluation is not counted."""
         raise NotImplementedError
 
 
 class Hfmpi(Method):
-    """A preset with the whole set as its gradient batch, and a fraction `curvature` for products, in turn."""
+    """A preset with the full set as its gradient batch, and fractions `curvature` in turn for products."""
 
     name, curvature, changes = "bhf-short", 1.0, MappingProxyType({})
 
@@ -87,14 +87,14 @@ class Hfmpi(Method):
 
 
 class HfmpiJax(Hfmpi):
-    """The same with a function of JAX."""
+    """The same with a JAX function."""
 
     def made(self):
         return hfmpi.JaxModel(self.problem.function, self.weights, "cross-entropy")
 
 
 class Torch(Method):
-    """A module and its loss."""
+    """A PyTorch module and its loss."""
 
     def __init__(self, problem, weights, value):
         super().__init__(problem, weights, value)
@@ -116,7 +116,7 @@ class Torch(Method):
 
 
 class TorchAdam(Torch):
-    """No curvature at all, for scale."""
+    """Adam, a method without curvature, for reference."""
 
     setting, candidates = "rate", (0.1, 0.03, 0.01)
 
@@ -132,7 +132,7 @@ class TorchAdam(Torch):
 
 
 class PyTorchHessianFree(Torch):
-    """`HessianFree.step(forward)`, as in the library's README."""
+    """`HessianFree.step(forward)`, as in the README of the library."""
 
     iterations = 250  # its default
 
@@ -151,7 +151,7 @@ class PyTorchHessianFree(Torch):
 
     def step(self):
         self.optimizer.step(self._counted)
-        self.count(2)  # it takes the gradient of the first of its forward passes
+        self.count(2)  # it uses the gradient of its first forward pass
 
     def _counted(self):
         self.count(1)
@@ -159,9 +159,9 @@ class PyTorchHessianFree(Torch):
 
 
 class Curvlinops(Torch):
-    """`GGNLinearOperator` with SciPy's CG, in a training loop of our own, since the library has none.
+    """`GGNLinearOperator` with SciPy's CG in a user-written training loop, because the library has none.
 
-    lambda follows the reduction ratio as in the others, and a step that raises the loss is not taken.
+    lambda follows the reduction ratio as in the other methods, and a step that raises the loss is rejected.
     """
 
     iterations = 10
@@ -205,12 +205,12 @@ class Curvlinops(Torch):
         return operator.to_scipy(np.float32)
 
     def _forward_mode(self):
-        """Leave out the fused LSTM, which has no forward mode, for products."""
+        """Disable the fused LSTM for products, because it has no forward mode."""
         return torch.backends.mkldnn.flags(enabled=False) if self.problem.recurrent else nullcontext()
 
 
 class KfacJax(Method):
-    """The optimizer as in the library's README: rate, momentum and damping adapt."""
+    """The optimizer as in the README of the library: learning rate, momentum and damping adapt."""
 
     warm_up, recurrent = 6, False
 
@@ -242,7 +242,7 @@ class KfacJax(Method):
         self.key = self.jax.random.PRNGKey(0)
         self.params = self.jax.tree_util.tree_map(self.jax.numpy.array, self.weights)
         self.state = self.optimizer.init(self.params, self.key, self.batch)
-        self.count(3 * 10, 3)  # its burn-in, which looks at the curvature alone, at one point
+        self.count(3 * 10, 3)  # its burn-in, which evaluates the curvature at one point
 
     def step(self):
         self.key, key = self.jax.random.split(self.key)
@@ -250,7 +250,7 @@ class KfacJax(Method):
             self.params, self.state, key, data_iterator=repeat(self.batch), global_step_int=self.number
         )
         self.number += 1
-        # The gradient, beside it one of sampled targets, J v of two directions; a loss for the damping.
+        # The gradient, that of sampled targets, J v of two directions, and a loss for the damping.
         self.count(3 + 3 + 2 * 2 + (self.number % 5 == 0), 3 + 2 + (self.number % 5 == 0))
 
     def loss(self):
@@ -258,49 +258,49 @@ class KfacJax(Method):
 
 
 class Short(PyTorchHessianFree):
-    """With as few iterations as bhf-short has."""
+    """With the same number of iterations as bhf-short."""
 
     iterations = 10
 
 
 class Plain(Hfmpi):
-    """Without the preconditioner, whose squared gradients of single cases cost many passes' time."""
+    """Without the preconditioner, whose squared per-example gradients take the time of many passes."""
 
     changes = MappingProxyType({"preconditioner": "none"})
 
 
 class Quarter(Plain):
-    """Products on a quarter of the cases, another one at each step."""
+    """With products on a quarter of the examples, a different one in each step."""
 
     curvature = 0.25
 
 
 class Soap(Hfmpi):
-    """No products: one gradient a step, scaled in the eigenbasis of its second moments."""
+    """Without products: one gradient per step, scaled in the eigenbasis of its second moments."""
 
     name, curvature, setting, candidates = "soap", 0, "rate", (0.3, 0.1, 0.03)
 
 
 class Subspace(Hfmpi):
-    """The preset: no products, but J V of some hundred directions side by side."""
+    """The preset: no products, but J V of about a hundred directions in one pass."""
 
     name, candidates = "subspace", (0.01, 1e-3, 1e-4)
 
 
 class SubspaceWhole(Subspace):
-    """With six whole directions, not cut into parts, and their curvature on a quarter: for few cores."""
+    """With six full directions, not cut into parts, and their curvature on a quarter: for few cores."""
 
     curvature, changes = 0.25, MappingProxyType({"cut": False})
 
 
 class SubspaceJax(Subspace, HfmpiJax):
-    """The preset on a function of JAX, which is compiled again while the last steps become more."""
+    """The preset with a JAX function, which is compiled again while the number of last steps grows."""
 
     warm_up = 5
 
 
 class SubspaceWholeJax(SubspaceWhole, HfmpiJax):
-    """The same on a function of JAX."""
+    """The same with a JAX function."""
 
     warm_up = 5
 

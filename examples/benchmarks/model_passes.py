@@ -1,17 +1,17 @@
-"""What each pass of a PyTorch or JAX model costs, beside its forward pass and beside a plain gradient.
+"""The cost of each pass of a PyTorch or JAX model, relative to its forward pass and to a plain gradient.
 
     python examples/benchmarks/model_passes.py [--repeats 9] [--table forward|plain]
 
-The first table has the networks of peers.py on 500 images at once, and in PyTorch that of
-torch_transformer.py on 500 lists: ratios to the loss. `first` is the first call of each pass, in all, with
-what is compiled and tried then.
+The first table contains the networks of peers.py on 500 images at once, and for PyTorch the network of
+torch_transformer.py on 500 lists, as ratios to the loss. `first` is the total time of the first call of each
+pass, which includes compilation and trials.
 
-The second table has the models of adapter_models.py: ratios to the plain gradient, which is one forward and
-one backward pass of PyTorch, or a jitted `value_and_grad`. `micro-batches` is a gradient by
-`hfmpi.DataParallel` with the default `micro_batch`, whose size follows; the other figures have all examples
-at once.
+The second table contains the models of adapter_models.py as ratios to the plain gradient, which is one
+forward and one backward pass of PyTorch, or a jitted `value_and_grad`. `micro-batches` is a gradient by
+`hfmpi.DataParallel` with the default `micro_batch`, whose size is in the next column; the other columns
+process all examples at once.
 
-float32, one thread, CPU seconds. The passes take turns; a figure is the median over the turns of the ratio.
+float32, one thread, CPU seconds. The passes take turns; each value is the median over the turns of the ratio.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from peers import NETS  # before NumPy: it sets the threads
+from peers import NETS  # before NumPy: it sets the number of threads
 
 import numpy as np  # isort: skip
 
@@ -37,7 +37,7 @@ LOSS = "cross-entropy"
 
 
 def passes(model, cases):
-    """Return the passes of a model by name, each without arguments, and the linearisation that they share."""
+    """Return the passes of a model by name, as functions without arguments, and their linearisation."""
     owner = hfmpi.DataParallel(model, Communicator(), micro_batch=cases.count)
     risk, theta = owner.on(cases, np.arange(cases.count)), model.initial(0).astype(np.float32)
     directions = np.random.default_rng(0).standard_normal((10, theta.size)).astype(np.float32)
@@ -64,7 +64,7 @@ def seconds(run):
 
 
 def networks():
-    """Return name and framework, cases, and what makes the model, of each."""
+    """Yield for each network its name with the framework, the examples, and the model's constructor."""
     for name, net in NETS.items():
         problem = net()
         cases, weights = hfmpi.Examples(problem.x[:500], problem.y[:500]), problem.weights(0)
@@ -127,7 +127,7 @@ def beside_plain(contestant, repeats):
 
 
 def turns(runs, repeats):
-    """Return the seconds (repeats, runs) of runs that take turns."""
+    """Return the seconds (repeats, runs) of runs that are executed in turn."""
     return np.array([[seconds(run) for run in runs.values()] for _ in range(repeats)])
 
 

@@ -1,13 +1,13 @@
-"""hfmpi beside what trains PyTorch and JAX models with curvature: loss against passes and seconds.
+"""Compare hfmpi with other curvature methods for PyTorch and JAX models: loss against passes and seconds.
 
     pip install -e ".[peers]" git+https://github.com/ltatzel/PyTorchHessianFree
     python examples/benchmarks/peers.py MLP mlp.json
     python examples/benchmarks/peers.py LSTM lstm.json
 
-Two networks classify scikit-learn's digits; all methods (methods.py) have the same start, the whole training
-set at each step, float32 and one thread. Each has one setting, three candidates of which are tried on the
-first seed; the best, by passes, makes the runs of the other seeds. A method whose library is not installed is
-left out.
+Two networks classify scikit-learn's digits. All methods (methods.py) use the same start, the full training
+set in each step, float32 and one thread. Each method has one setting, of which three candidates are tried
+with the first seed; the best one, by passes, is run with the other seeds. A method whose library is not
+installed is left out.
 """
 
 import argparse
@@ -37,7 +37,7 @@ PASSES, SEEDS = 1000, (0, 1, 2)
 
 
 class MLP:
-    """64 pixels, two layers of 64 tanh units, 10 digits."""
+    """A network with 64 pixels, two layers of 64 tanh units, 10 digits."""
 
     recurrent, images = False, 1000
 
@@ -55,7 +55,7 @@ class MLP:
         return nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
 
     def weights(self, seed):
-        """Return the start that PyTorch draws, by name."""
+        """Return the initial parameters that PyTorch draws, by name."""
         torch.manual_seed(seed)
         return {name: p.detach().numpy().copy() for name, p in self.new().named_parameters()}
 
@@ -66,7 +66,7 @@ class MLP:
 
     @staticmethod
     def function(p, x):
-        """Return what the module gives, in JAX."""
+        """Compute the outputs of the module in JAX."""
         from jax import numpy as jnp
 
         for layer in "0", "2":
@@ -75,7 +75,7 @@ class MLP:
 
 
 class Reader(nn.Module):
-    """Reads an image row by row, and says at the end what it shows."""
+    """Reads an image row by row, and classifies it at the end."""
 
     def __init__(self):
         super().__init__()
@@ -86,7 +86,7 @@ class Reader(nn.Module):
 
 
 class LSTM(MLP):
-    """8 steps of 8 pixels, 32 units, 10 digits after the last step."""
+    """A network with 8 steps of 8 pixels, 32 units, 10 digits after the last step."""
 
     recurrent, images = True, 500
 
@@ -117,7 +117,7 @@ NETS = {"MLP": MLP, "LSTM": LSTM}
 
 
 def run(method, problem, seed, value, passes):
-    """Return UNITS to each level of the training loss, None where it is not reached."""
+    """Return UNITS to each level of the training loss, None for levels that are not reached."""
     made = method(problem, problem.weights(seed), value)
     made.start()
     for _ in range(made.warm_up):
@@ -135,13 +135,13 @@ def run(method, problem, seed, value, passes):
 
 
 def quality(reached):
-    """Order runs: more levels are better, then fewer passes to the last of them."""
+    """Return the sort key of a run: more levels are better, then fewer passes to the last of them."""
     found = [at for at in reached if at]
     return len(found), -found[-1][UNITS.index("passes")] if found else 0
 
 
 def study(problem, methods, passes):
-    """Tune each method on the first seed, then let all take turns on the others."""
+    """Tune each method with the first seed, then run all methods in turn with the others."""
     rows = {}
     for name, method in methods.items():
         if problem.recurrent and not method.recurrent:
@@ -163,7 +163,7 @@ def study(problem, methods, passes):
 
 
 def table(rows):
-    """Print medians over seeds, in brackets the extremes, where every seed reached the level."""
+    """Print medians over seeds, with the extremes in brackets, if every seed reached the level."""
     columns = [(unit, level) for unit in range(len(UNITS)) for level in SHOWN]
     print("| method | setting |", " | ".join(f"{UNITS[unit]} to {level:g}" for unit, level in columns), "|")
     print("| --- " * (2 + len(columns)) + "|")
@@ -180,7 +180,7 @@ def table(rows):
 
 
 def reached(row, unit, level):
-    """Return one of UNITS to a level, of each seed; nothing if one did not reach it."""
+    """Return one of UNITS to a level for each seed; an empty list if a seed did not reach it."""
     found = [run[LEVELS.index(level)] for run in row["runs"]]
     return [at[unit] for at in found] if all(found) else []
 
@@ -188,9 +188,9 @@ def reached(row, unit, level):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("net", choices=NETS)
-    parser.add_argument("file", type=Path, help="what is found; if it is there, its table is printed")
-    parser.add_argument("--method", action="append", choices=METHODS, help="these alone")
-    parser.add_argument("--passes", type=int, default=PASSES, help="of each run at most")
+    parser.add_argument("file", type=Path, help="file of results; if it exists, its table is printed")
+    parser.add_argument("--method", action="append", choices=METHODS, help="run only these methods")
+    parser.add_argument("--passes", type=int, default=PASSES, help="maximum number of passes per run")
     given = parser.parse_args()
     if not given.file.exists():
         warnings.simplefilter("ignore")

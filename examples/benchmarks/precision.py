@@ -1,14 +1,12 @@
-"""What float32 and tf32 products do to Hessian-free steps, beside float64.
+"""Compare Hessian-free steps in float32 and with tf32 products with steps in float64.
 
     python examples/benchmarks/precision.py kjv.h5 [--model mlstm] [--optimizer bhf] [--backend cupy] ...
 
-Three runs from the same start, on the same batches. And at every step of the float32 run the same step is
-taken once more in float64 and in tf32, from the same theta, lambda and start of CG: the second table says how
-far each is from float64 there.
-
-With `--backend cupy` the tf32 products are those of the GPU. Without it they are those of the CPU on factors
-rounded as the tensor cores take them: to 10 bits, sums in float32 (NVIDIA, PTX manual, cvt.rna.tf32). It has
-the rounding of the hardware, not its speed, nor its order of sums.
+Three runs have the same start and batches. In addition, every step of the float32 run is repeated in float64
+and in tf32, from the same theta, lambda and start of CG: the second table shows the difference of each from
+float64. With `--backend cupy` the tf32 products are those of the GPU. Without it they are products on the CPU
+with factors rounded as in the tensor cores: to 10 bits, sums in float32 (NVIDIA, PTX manual, cvt.rna.tf32).
+This reproduces the rounding of the hardware, but not its speed or its order of sums.
 """
 
 import argparse
@@ -34,14 +32,14 @@ DROPPED = 23 - 10  # bits of a float32's mantissa that a factor loses
 
 
 def to_tf32(array):
-    """Round float32 to 10 bits of mantissa, halves away from zero; infinity and NaN stay."""
+    """Round float32 to a mantissa of 10 bits, halves away from zero; infinity and NaN are unchanged."""
     bits = np.ascontiguousarray(array).view(np.uint32)
     rounded = (bits + np.uint32(1 << (DROPPED - 1))) & np.uint32(-1 << DROPPED & 0xFFFFFFFF)
     return np.where(np.isfinite(array), rounded.view(np.float32), array)
 
 
 class RoundedFactors(NumbaBackend):
-    """The CPU, with the factors of all matrix products rounded."""
+    """The Numba backend with the factors of all matrix products rounded."""
 
     def matmul(self, a, b, out):
         super().matmul(to_tf32(a), to_tf32(b), out)
@@ -62,7 +60,7 @@ def make_backend(name, precision):
 
 
 class Contestant:
-    """A run of steps in one precision."""
+    """A run in one precision."""
 
     def __init__(self, precision, given, config, corpus):
         self.seed, self.preset = config.seed, config.preset()
@@ -76,19 +74,19 @@ class Contestant:
         self.state = self.preset.optimizer.init(self.theta)
 
     def take(self, step, theta, state):
-        """Take a step from somewhere, without going there: theta, state and report after it."""
+        """Compute a step without changing the run; return theta, state and report after it."""
         sizes = self.preset.gradient_batch, self.preset.curvature_batch
         objectives = step_objectives(self.risk, self.sequences, self.seed, step, *sizes)
         return self.preset.optimizer.step(theta, state, objectives)
 
     def go(self, step):
-        """Take the next step; give the report, and what it moved theta by, in float64 on the host."""
+        """Take the next step; return its report and the change of theta, in float64 on the host."""
         before = self.theta
         self.theta, self.state, report = self.take(step, before, self.state)
         return report, self._moved(before, self.theta)
 
     def instead_of(self, other, step):
-        """Take the step that another one is about to take; give the report and the movement."""
+        """Compute the step that `other` takes next; return the report and the change of theta."""
         theta, state = self._own(other, other.theta), other.state
         state = dataclasses.replace(state, direction=self._own(other, state.direction))
         after, _, report = self.take(step, theta, state)
@@ -103,13 +101,13 @@ class Contestant:
 
 
 def median(values):
-    """Return the median of those that are numbers."""
+    """Return the median of the values that are numbers."""
     values = [v for v in values if v is not None and math.isfinite(v)]
     return float(np.median(values)) if values else math.nan
 
 
 def compare(reports, moved, references, reference_moved):
-    """Say how far steps are from the same steps in float64: medians over the steps, and the worst angle."""
+    """Compare steps with the same steps in float64: medians over the steps, and the largest angle."""
     both = list(zip(reports, references, strict=True))
     angles = [
         math.degrees(math.acos(min(1.0, a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))))
@@ -123,7 +121,7 @@ def compare(reports, moved, references, reference_moved):
 
 
 def main():
-    """Train, print a line a step, and the two tables."""
+    """Train, and print a line per step and both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("data")
     parser.add_argument("--model", default="mlstm")
@@ -132,7 +130,7 @@ def main():
     parser.add_argument("--gradient-batch", type=int, default=0, help="default: the optimizer's")
     parser.add_argument("--curvature-batch", type=int, default=0, help="default: the optimizer's")
     parser.add_argument("--sequence-length", type=int, default=200)
-    parser.add_argument("--damping", type=float, help="lambda at the start; default: the optimizer's")
+    parser.add_argument("--damping", type=float, help="initial lambda; default: the optimizer's")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--backend", default="auto")
     given = parser.parse_args()

@@ -1,8 +1,8 @@
-"""The sequential product h W, rows by rows: hfmpi's, with W packed once, beside the BLAS on one core.
+"""The sequential product h W for several numbers of rows: hfmpi's, with W packed once, and BLAS, on one core.
 
 python examples/benchmarks/sequential.py [HIDDEN]
 
-Billions of operations a second, medians of 60 calls in turn.
+Billions of operations per second, medians of 60 calls in turn.
 """
 
 import os

@@ -1,10 +1,10 @@
-"""What `--slices` costs: the same bits on any number of ranks, against sums in whatever order.
+"""The cost of `--slices`: the same bits on any number of ranks, compared with sums in any order.
 
     mpirun -n 2 python examples/benchmarks/slices.py [--model mlstm] [--batch 32 320] [--slices 2 8 32]
 
 Gauss-Newton products and gradients, all in turn within one run; the ratio is the median of the ratios to the
-pass without slices within each repetition. Small slices leave fewer rows for each matrix product, and their
-sums are vectors to be added.
+pass without slices within each repetition. Small slices have fewer rows for each matrix product, and their
+sums are vectors that must be added.
 """
 
 import argparse
@@ -25,7 +25,7 @@ LENGTH, VOCABULARY = 200, 50
 
 
 def passes(comm, about, batch, slices):
-    """Return a product and a gradient over a batch in so many slices."""
+    """Return a product and a gradient over a batch that is divided into this number of slices."""
     text = np.random.default_rng(0).integers(0, VOCABULARY, LENGTH * batch).astype(np.uint8)
     owner = DataParallel(Network(about, create("auto", local_rank=comm.local_rank)), comm, slices=slices)
     backend = owner.model.backend
@@ -36,7 +36,7 @@ def passes(comm, about, batch, slices):
 
 
 def main():
-    """Print a table on rank 0."""
+    """Print the table on rank 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="mlstm")
     parser.add_argument("--batch", type=int, nargs="+", default=[32, 320])

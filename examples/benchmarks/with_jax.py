@@ -1,7 +1,7 @@
-"""The same networks in JAX: `jax.linearize` once, jitted, then products with J and its transpose.
+"""The same networks in JAX: jitted `jax.linearize`, then products with J and its transpose.
 
-The form is the one JAX's documentation recommends: a `lax.scan` over the steps, input rows gathered and
-logits computed outside it, everything under `jit`, residuals of the linearisation kept between products.
+The implementation follows JAX's documentation: a `lax.scan` over the steps, input rows gathered and logits
+computed outside of it, everything under `jit`, and residuals of the linearisation stored between products.
 """
 
 import jax
@@ -13,12 +13,12 @@ jax.config.update("jax_default_matmul_precision", "float32")  # no TF32 on a GPU
 
 
 def has_gpu():
-    """Say whether JAX works on a GPU."""
+    """Return whether JAX runs on a GPU."""
     return jax.default_backend() == "gpu"
 
 
 class Contestant:
-    """LSTM or mLSTM; parameters are the views of hfmpi's flat vector, by name."""
+    """LSTM or mLSTM; parameters are named views of hfmpi's flat vector."""
 
     def __init__(self, about, theta, inputs, targets):
         self.layout, n = about.layout, about.hidden
@@ -56,13 +56,13 @@ class Contestant:
             return jax.linear_transpose(push, v)(u / self.targets.size)[0]
 
         self._gradient = jax.jit(jax.value_and_grad(loss))
-        # The linear function that linearize returns is a pytree of its residuals: it passes through jit.
+        # The function that linearize returns is a pytree of its residuals, which jit can pass on.
         outputs, self._push = jax.jit(lambda vector: jax.linearize(logits, vector))(self.theta)
         self._probabilities = jax.nn.softmax(outputs)
         self._product = jax.jit(product)
 
     def gradient(self):
-        """Return loss and gradient."""
+        """Return the loss and its gradient."""
         loss, vector = self._gradient(self.theta)
         return float(loss), vector.block_until_ready()
 
@@ -71,9 +71,9 @@ class Contestant:
         return self._product(self._push, self._probabilities, v).block_until_ready()
 
     def vector(self, v):
-        """Return a vector as this library wants it."""
+        """Return a vector in this library's format."""
         return jnp.asarray(v)
 
     def flat(self, vector):
-        """Return hfmpi's flat vector for what was computed."""
+        """Return the result as hfmpi's flat vector."""
         return np.asarray(vector)

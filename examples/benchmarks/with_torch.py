@@ -1,8 +1,8 @@
 """The same LSTM in PyTorch: `nn.LSTM`, and Gauss-Newton products by double backward.
 
-J v is the derivative of J' u along v (the "double backward trick"), as curvlinops and PyTorchHessianFree
-do: they run the network and build the graph of J' u again for every product. `product_on_kept_graph` does
-that once, at the price of holding it in memory, which no library offers.
+J v is the derivative of J' u along v (the "double backward trick"), as in curvlinops and PyTorchHessianFree,
+which run the network and build the graph of J' u again for every product. `product_on_kept_graph` does that
+once and keeps the graph in memory, which no library offers.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ NAME = f"PyTorch {torch.__version__}"
 
 
 class Contestant:
-    """LSTM only: PyTorch has no mLSTM of its own."""
+    """An LSTM only, because PyTorch has no mLSTM."""
 
     def __init__(self, about, theta, inputs, targets, device="cpu"):
         if about.name != "lstm":
@@ -23,7 +23,7 @@ class Contestant:
         self.device = device
         self.layout, n, v = about.layout, about.hidden, about.outputs
         self.recurrent, self.output = nn.LSTM(v, n), nn.Linear(n, v)
-        # PyTorch's gates lie in the order i, f, u, o, and its matrices act from the left.
+        # PyTorch's gates have the order i, f, u, o, and its matrices multiply from the left.
         self.order = [*range(2 * n), *range(3 * n, 4 * n), *range(2 * n, 3 * n)]
         self.parameters = [
             self.recurrent.weight_ih_l0,
@@ -43,7 +43,7 @@ class Contestant:
         self._kept = None
 
     def _graph(self):
-        """Run the network, and pull a cotangent u back through it with a graph of its own."""
+        """Run the network, and a backward pass of a cotangent u with its graph."""
         with torch.backends.cudnn.flags(enabled=False):
             outputs = self._logits()
             u = torch.zeros_like(outputs, requires_grad=True)
@@ -54,7 +54,7 @@ class Contestant:
         return self.output(hidden).reshape(-1, self.output.out_features)
 
     def gradient(self):
-        """Return loss and gradient."""
+        """Return the loss and its gradient."""
         loss = nn.functional.cross_entropy(self._logits(), self.targets)
         return loss.item(), self._done(torch.autograd.grad(loss, self.parameters))
 
@@ -63,7 +63,7 @@ class Contestant:
         return self._product(v, *self._graph())
 
     def product_on_kept_graph(self, v):
-        """Return G v by the graph of the first call."""
+        """Return G v, using the graph of the first call."""
         self._kept = self._kept or self._graph()
         return self._product(v, *self._kept)
 
@@ -74,19 +74,19 @@ class Contestant:
         return self._done(torch.autograd.grad(outputs, self.parameters, cotangent, retain_graph=True))
 
     def _done(self, result):
-        """Wait for the device."""
+        """Wait for the device and return the result."""
         if self.device != "cpu":
             torch.cuda.synchronize()
         return result
 
     def vector(self, v):
-        """Return a vector as this library wants it: one tensor a parameter."""
+        """Return a vector in this library's format: one tensor per parameter."""
         p = {name: torch.from_numpy(view.copy()) for name, view in self.layout.views(v).items()}
         turned = [p["W_x"].T[self.order], p["W_h"].T[self.order], p["b"][self.order], p["W_o"].T, p["b_o"]]
         return [tensor.contiguous().to(self.device) for tensor in turned]
 
     def flat(self, tensors):
-        """Return hfmpi's flat vector for what was computed; the order of the gates is its own inverse."""
+        """Return the result as hfmpi's flat vector; the order of the gates is its own inverse."""
         w_x, w_h, b, w_o, b_o = (np.asarray(tensor.cpu()) for tensor in tensors)
         named = {"W_x": w_x[self.order].T, "W_h": w_h[self.order].T, "b": b[self.order]}
         named |= {"W_o": w_o.T, "b_o": b_o}

@@ -1,4 +1,4 @@
-r"""Take the steps of hfmpi in a training script that someone else wrote, by five changed lines.
+r"""Replace the optimizer of an existing training script by hfmpi, with five changed lines.
 
     git clone https://github.com/karpathy/nanoGPT
     python examples/facades/change.py nanogpt nanoGPT/train.py
@@ -6,18 +6,18 @@ r"""Take the steps of hfmpi in a training script that someone else wrote, by fiv
     git clone --branch v0.8.4 https://github.com/google/flax
     python examples/facades/change.py flax-mnist flax/examples/mnist/train.py
 
-The changed script is written next to the original, as train_hfmpi.py, and the difference is printed. It runs
-as the original does, alone or under mpirun:
+The changed script is written next to the original as train_hfmpi.py, and the difference is printed. It is
+started like the original, with or without mpirun:
 
     cd nanoGPT
     python data/shakespeare_char/prepare.py
     mpirun -n 2 python train_hfmpi.py config/train_shakespeare_char.py \
         --device=cpu --compile=False --dropout=0.0
 
-The steps of hfmpi have no dropout: hence --dropout=0.0. A step takes its whole batch at once, which hfmpi
-divides if memory requires it: hence gradient_accumulation_steps=1, as in this configuration. Later versions
-of flax have dropout and batch statistics in the MNIST example; that of 0.8.4 also runs with later versions of
-the library.
+The steps of hfmpi do not support dropout: hence --dropout=0.0. A step takes its full batch at once, which
+hfmpi divides if memory requires it: hence gradient_accumulation_steps=1, as in this configuration. In later
+versions of flax the MNIST example uses dropout and batch statistics; the example of 0.8.4 also runs with
+later versions of the library.
 """
 
 import argparse
@@ -27,16 +27,16 @@ from typing import NamedTuple
 
 
 class Script(NamedTuple):
-    """A training script of others.
+    """A third-party training script.
 
     Attributes
     ----------
     revision : str
-        Where the changes were tried.
+        The revision for which the changes were tested.
     method : str
         The method and its settings, as arguments.
     changes : list of (str, str)
-        What stands in the script once, and what takes its place; {} stands for the method.
+        A string that occurs once in the script, and its replacement; {} stands for the method.
     """
 
     revision: str
@@ -91,13 +91,13 @@ SCRIPTS = {
 
 
 def changed(name, text, method=None):
-    """Return the text of a script with its changes; end the program where it is not the one that is known."""
+    """Return the text of a script with its changes; exit if the script is not of the known revision."""
     script = SCRIPTS[name]
     for old, new in script.changes:
         if text.count(old) != 1:
             raise SystemExit(
-                f"the script has {old.strip().splitlines()[0]!r} {text.count(old)} times, and not once: take "
-                f"the revision {script.revision}"
+                f"the script contains {old.strip().splitlines()[0]!r} {text.count(old)} times instead of "
+                f"once: use the revision {script.revision}"
             )
         text = text.replace(old, new.format(method or script.method))
     return text
@@ -107,7 +107,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("name", choices=SCRIPTS)
     parser.add_argument("script", type=Path)
-    parser.add_argument("--method", help="as Python arguments, such as '\"soap\", rate=3e-3'")
+    parser.add_argument(
+        "--method", help="method and settings as Python arguments, such as '\"soap\", rate=3e-3'"
+    )
     options = parser.parse_args()
     before = options.script.read_text()
     after = changed(options.name, before, options.method)

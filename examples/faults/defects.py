@@ -1,6 +1,6 @@
-"""Blocks of small random modules, healthy and defective ones, and defects of data, for modules.py.
+"""Blocks of small random modules, both correct and defective, and defects of data, for modules.py.
 
-A block maps h (B, W) or (B, T, W) to the same shape; a function makes it from a `random.Random`.
+A block maps h (B, W) or (B, T, W) to the same shape; a function creates it from a `random.Random`.
 """
 
 import random
@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 
 WIDTH = 4
 DEFECTS = {}
-"""By (family, name)."""
+"""Defects by (family, name)."""
 
 
 class Defect(NamedTuple):
@@ -24,14 +24,14 @@ class Defect(NamedTuple):
     Attributes
     ----------
     verdict : str
-        What hfmpi has to do with it: "train", "refuse", or "" if either is right, as long as what is trained
-        is what the reference computes.
+        What hfmpi must do: "train", "refuse", or "" if either is correct, as long as the results of training
+        agree with the reference.
     fits : callable
-        Whether a trial can have it.
+        Whether the defect is possible in a trial.
     block : callable or None
-        Makes a block.
+        Creates the block.
     spoil : callable
-        Changes a trial.
+        Changes the trial.
     """
 
     verdict: str
@@ -41,7 +41,7 @@ class Defect(NamedTuple):
 
 
 class Layer(nn.Module):
-    """A function (layer, h) -> h with what it needs; parts whose name starts with buffer are buffers."""
+    """A function (layer, h) -> h with its parts; parts whose names start with "buffer" are buffers."""
 
     def __init__(self, function, **parts):
         super().__init__()
@@ -67,7 +67,7 @@ def constant(r, *shape):
 
 
 def fixed(block, training, later=None):
-    """Fix the mode of a block; `later` is its mode after the model is made."""
+    """Fix the training mode of a block; `later` is its mode after the model is created."""
     block.mode, block.later = training, training if later is None else later
     return block
 
@@ -89,7 +89,7 @@ def flat(s, h):
 
 
 def positions(s, h):
-    """Add what depends on the step, from a cache by length."""
+    """Add a value that depends on the step, from a cache by length."""
     if h.ndim < 3:
         return h
     if h.shape[1] not in s.cache:
@@ -179,7 +179,7 @@ def pair(r, **parts):
 
 
 def changed(change):
-    """Return a function that makes a pair of layers and changes it."""
+    """Return a function that creates a pair of layers and changes it."""
 
     def make(r):
         block = pair(r)
@@ -202,7 +202,7 @@ def again(s):
 
 
 def shared(make):
-    """Return a function that makes a block of one layer in several places."""
+    """Return a function that creates a block with one layer in several places."""
     return lambda r: make(linear())
 
 
@@ -228,7 +228,7 @@ register("shared", "train", {
 
 
 def parameter(of, trained=True):
-    """Return a function that makes a weight of memory of another one."""
+    """Return a function that creates a weight in the memory of another weight."""
 
     def change(s):
         s.b.weight = nn.Parameter(of(s.a.weight.data), requires_grad=trained)
@@ -237,7 +237,7 @@ def parameter(of, trained=True):
 
 
 def halves(one, other):
-    """Return a layer of two Parameters that are views of one tensor."""
+    """Return a function that creates a layer with two Parameters that are views of one tensor."""
 
     def make(r):
         both = torch.randn(20)
@@ -271,7 +271,7 @@ def assigned(s, h):
 
 
 def beside(function, **parts):
-    """Return a function that makes a layer (a, b) with parts that are made of a."""
+    """Return a function that creates a layer (a, b) with parts that are created from a."""
 
     def make(r):
         a = linear()
@@ -307,7 +307,7 @@ register("aliased", "train", {"parts without overlap": halves(slice(0, 12), slic
 
 
 def small(function):
-    """Return a function that makes a layer which adds a part, perhaps a small one, of a function of h."""
+    """Return a function that creates a layer which adds a function of h, scaled by a random factor."""
 
     def make(r):
         part = r.choice([0.5, 0.005, 0.0001])
@@ -480,7 +480,7 @@ register("stochastic", "refuse", {
     "encoder": lambda r: fixed(encoder(r, r.choice([0.1, 0.01])), True),
 }, has_steps)  # fmt: skip
 
-# Data: t.x, t.y, t.mask and t.valid are arrays; t.scored (N, ...) says which targets count -------
+# Data: t.x, t.y, t.mask and t.valid are arrays; t.scored (N, ...) marks the targets that count ---
 
 
 def of_data(verdict, fits=lambda t: True):
@@ -500,7 +500,7 @@ def numbers(t):
 
 
 def late(t):
-    """Return the index of a target of one of the last examples, which is scored."""
+    """Return the index of a scored target in one of the last examples."""
     index = (t.n - 1 - t.r.randrange(3), *(t.r.randrange(size) for size in t.scored.shape[1:]))
     t.mask = None
     t.scored[...] = True

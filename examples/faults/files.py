@@ -1,13 +1,13 @@
-"""Thousands of damaged and hostile files against the commands: one sentence each, or the right content.
+"""Passes thousands of damaged and hostile files to the commands, and checks their messages and results.
 
     python examples/faults/files.py [--files 8000] [--seed 0] [--only WORD]
 
-Each file goes through `hfmpi evaluate`, and a checkpoint that passes there through `hfmpi train` as well,
-which goes on from it; histories go through `hfmpi plot` and `hfmpi train`, configurations through `hfmpi
-train`. A run whose corpus or checkpoint is not its own any more must be refused by `evaluate` and `train`,
-in the words that say so. The commands run in worker processes, each of which does many files, under a limit
-of memory and, for each file, of time. A traceback, a death of the worker, a wrong content or sentence, too
-much memory or time is a failure.
+Each file is passed to `hfmpi evaluate`, and a checkpoint that is accepted is also passed to `hfmpi train`,
+which resumes from it; histories are passed to `hfmpi plot` and `hfmpi train`, configurations to `hfmpi
+train`. A run with a corpus or checkpoint that belongs to a different run must be refused by `evaluate` and
+`train` with a message that names the reason. The commands run in worker processes, each of which processes
+many files, under a limit of memory and, for each file, of time. A traceback, a crash of the worker, a wrong
+content or message, and too much memory or time are failures.
 Linux only.
 """
 
@@ -40,8 +40,8 @@ from hfmpi.data.corpus import Corpus
 from hfmpi.data.prepare import prepare
 from hfmpi.files import checkpoint
 
-LIMIT_MEMORY = 256 * 2**20  # bytes of address space that a worker may take beyond what a good run took
-LIMIT_SECONDS = 20  # for one file
+LIMIT_MEMORY = 256 * 2**20  # bytes of address space that a worker may use in addition to that of a good run
+LIMIT_SECONDS = 20  # per file
 SMALL = (
     "--optimizer shf --hidden 8 --sequence-length 20 --gradient-batch 10 --curvature-batch 4 --backend numpy"
 )
@@ -58,21 +58,21 @@ SHARES = {
     "run: its corpus changed, moved or in use": 4,
     "run: another run's checkpoint": 2,
 }
-"""Kinds of files, and how many of a hundred are of each."""
+"""Kinds of files, with the percentage of each."""
 
 
 class Bench:
-    """Good files, and what is asked of a bad one."""
+    """Valid files, and the checks of damaged files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.data = folder, folder / "good.h5"
-        self.taken = 0  # most bytes that a command took
+        self.taken = 0  # maximum number of bytes that a command used
         words = b"in the beginning was word and with god it all things were made by him".split()
         rng = np.random.default_rng(0)
         prepare(b" ".join(words[k] for k in rng.integers(len(words), size=4500))[:4500])[0].write(self.data)
         code, said = self.call("train", self.data, "--out", folder / "run", *SMALL.split(), "--max-steps", 2)
         assert code == 0, said
-        # A damaged config.toml may choose Numba, whose compiling must not count as a file that hangs.
+        # A damaged config.toml may choose Numba, whose compilation must not count as a hang.
         words = ("train", self.data, "--out", folder / "numba", *SMALL.split(), "--backend", "numba")
         code, said = self.call(*words, "--max-steps", 1)
         assert code == 0, said
@@ -81,7 +81,7 @@ class Bench:
         self.trained = checkpoint.load(self.checkpoint)
         shutil.copy(self.checkpoint, folder / "checkpoint.h5")
         self.good = {"corpus": self.data.read_bytes(), "checkpoint": self.checkpoint.read_bytes()}
-        self.others = {}  # checkpoints of runs that differ in one thing
+        self.others = {}  # checkpoints of runs that differ in one setting
         for other in ("--seed 1", "--layers 2", "--set damping=1", "--optimizer bhf"):
             run = folder / f"other {len(self.others)}"
             words = [*SMALL.split(), *other.split(), "--max-steps", rng.integers(1, 4)]
@@ -95,10 +95,10 @@ class Bench:
             assert code == 0, said
 
     def call(self, *words: object) -> tuple[int, str]:
-        """Run a command here; give its exit code and what it said on stderr, or the traceback's name."""
+        """Run a command in this process; return exit code and stderr, or -1 and an uncaught exception."""
         sys.argv = ["hfmpi", *map(str, words)]
         said = io.StringIO()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak memory
         before = memory("VmRSS")
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
             try:
@@ -112,10 +112,10 @@ class Bench:
         return 0, said.getvalue()
 
     def judge(self, code: int, said: str) -> str:
-        """Say what became of a file; capitals mean a failure."""
+        """Return the verdict on a file; capital letters mean a failure."""
         if code < 0:
             return f"TRACEBACK {said}"
-        counted = "hidden units have" in said  # of a size that was told, before any memory is taken
+        counted = "hidden units have" in said  # a limit of size, checked before allocation
         if "memory" in said and ("not enough" in said or "needs more" in said) and not counted:
             return f"MEMORY {said}"
         if code == 0:
@@ -125,7 +125,7 @@ class Bench:
         return "refused by its digest" if "match its digest" in said else "refused"
 
     def one(self, kind: str, number: int, folder: Path) -> tuple[str, str]:
-        """Make a file, give it to the commands, and say how it was made and what became of it."""
+        """Create a file and pass it to the commands; return how it was created and the verdict."""
         rng = random.Random(f"{kind} {number}")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -163,7 +163,7 @@ class Bench:
         return how, self.judge(*self.call(*words, *options, "--sequence-length", 20))
 
     def make(self, kind: str, what: str, path: Path, rng: random.Random) -> str:
-        """Write a bad file."""
+        """Write a damaged file and return how it was damaged."""
         if "structures" in kind:
             how, content = hostile.damage_structure(self.good[what], self.blocks[what], rng)
         elif "bytes" in kind:
@@ -178,26 +178,26 @@ class Bench:
         return how
 
     def try_corpus(self, path: Path) -> str:
-        """Evaluate on a corpus; what is loaded must be the good one."""
+        """Evaluate on a corpus; if it is loaded, its content must be that of the good corpus."""
         found = self.judge(*self.call("evaluate", self.folder / "run", "--data", path, "--backend", "numpy"))
         if found == "loaded" and Corpus.read(path).digest != self.corpus.digest:
             return "WRONG CONTENT"
         return found
 
     def try_checkpoint(self, path: Path, strict: bool) -> str:
-        """Evaluate a checkpoint and go on from it; what is loaded must be the good one, if `strict`."""
+        """Evaluate a checkpoint and resume from it; if `strict`, its content must be that of the good one."""
         found = self.judge(*self.call("evaluate", path, "--backend", "numpy"))
         if found[0].isupper() or (strict and found != "loaded"):
             return found
         found = self.judge(*self.resume(path.parent))
         if found == "loaded" and strict:
-            before = checkpoint.load(path.parent / checkpoint.PREVIOUS)  # what it went on from
+            before = checkpoint.load(path.parent / checkpoint.PREVIOUS)  # the one from which it resumed
             if before.theta.tobytes() != self.trained.theta.tobytes() or before.meta != self.trained.meta:
                 return "WRONG CONTENT"
         return found
 
     def try_run(self, kind: str, folder: Path, rng: random.Random) -> tuple[str, str]:
-        """Change what belongs to a run; it must be refused in the right words, or go on as if nothing was."""
+        """Change the files of a run; it must be refused for the right reason, or resume correctly."""
         run, data, newest = folder / "run", folder / "corpus.h5", folder / "run" / checkpoint.NEWEST
         run.mkdir()
         checkpoint.save(
@@ -221,7 +221,7 @@ class Bench:
         return how, found
 
     def resume(self, folder: Path, data: Path | None = None) -> tuple[int, str]:
-        """Go on for a step; notes that something was put aside are fine."""
+        """Resume for one step; notes about files that were set aside are allowed."""
         code, said = self.call(
             "train", data or self.data, "--out", folder, "--max-steps", 3, "--backend", "numpy"
         )
@@ -230,12 +230,12 @@ class Bench:
 
 
 def memory(key: str) -> int:
-    """Return a line of /proc/self/status in bytes."""
+    """Return the value of a line of /proc/self/status in bytes."""
     return 1024 * int(Path("/proc/self/status").read_text().partition(f"{key}:")[2].split()[0])
 
 
 def work(bench: Bench, tasks: list[tuple[str, int]], first: int, step: int, pipe: int) -> None:
-    """Do every `step`th task from the first; tell of each that it begins, and how it ended."""
+    """Process every `step`th task from the first; report the start and the result of each."""
     limit = memory("VmSize") + LIMIT_MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     folder = bench.folder / f"work {first % step}"
@@ -248,7 +248,7 @@ def work(bench: Bench, tasks: list[tuple[str, int]], first: int, step: int, pipe
 
 
 def drive(bench: Bench, tasks: list[tuple[str, int]], workers: int):
-    """Keep the workers at work; yield task, way, memory and result."""
+    """Keep the workers busy; yield the task, how it was damaged, its memory and its result."""
     running: dict[int, list] = {}  # by pipe: process, task, time, unread bytes, worker
 
     def start(first: int) -> None:
@@ -296,13 +296,13 @@ def drive(bench: Bench, tasks: list[tuple[str, int]], workers: int):
 
 
 def main() -> None:
-    """Print the table; leave with 1 after a failure."""
-    command = list(sys.argv)  # the tried commands write their own words there
+    """Print the table; exit with code 1 after a failure."""
+    command = list(sys.argv)  # the tested commands overwrite sys.argv
     parser = argparse.ArgumentParser()
     parser.add_argument("--files", type=int, default=8000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--only", default="", help="kinds with this word in their name")
+    parser.add_argument("--only", default="", help="run kinds whose name contains this word")
     asked = parser.parse_args()
     kinds = {kind: share for kind, share in SHARES.items() if asked.only in kind}
     whole = sum(kinds.values())

@@ -1,4 +1,4 @@
-"""Damaged and hostile files, each a function of its kind and number alone (see files.py)."""
+"""Damaged and hostile files, each determined by its kind and number (see files.py)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHANGES: dict[str, Change] = {}
 
 
 def damage_bytes(good: bytes, rng: random.Random) -> tuple[str, bytes]:
-    """Do what disks, networks and copies do; half of it near the ends, where the structure is."""
+    """Damage bytes as disks and networks do; half of the damage is near the ends, with the structure."""
     content, size = bytearray(good), len(good)
 
     def place() -> int:
@@ -59,7 +59,7 @@ def damage_bytes(good: bytes, rng: random.Random) -> tuple[str, bytes]:
 
 @numba.njit
 def lookup3(content: np.ndarray) -> int:  # pragma: no cover
-    """HDF5's checksum of its own structures, Bob Jenkins' lookup3."""
+    """Return the checksum of HDF5's structures, Bob Jenkins' lookup3."""
     mask, length = np.int64(0xFFFFFFFF), len(content)
     a = b = c = np.int64(0xDEADBEEF + length) & mask
     words = np.zeros(3 * max(1, -(-length // 12)), np.int64)
@@ -82,7 +82,7 @@ def lookup3(content: np.ndarray) -> int:  # pragma: no cover
 
 
 def blocks(good: bytes) -> list[tuple[int, int]]:
-    """Find the structures of a file that end in their checksum: where they begin, and where it is."""
+    """Return the offsets of the structures of a file that end in a checksum: the start, and the checksum."""
     content, found = np.frombuffer(good, np.uint8), []
     for match in re.finditer(rb"\x89HDF|OHDR|OCHK|FRHP|FHDB|BTHD|BTLF", good):
         start = match.start()
@@ -94,7 +94,7 @@ def blocks(good: bytes) -> list[tuple[int, int]]:
 
 
 def damage_structure(good: bytes, found: list[tuple[int, int]], rng: random.Random) -> tuple[str, bytes]:
-    """Change HDF5's own structures and make their checksums right again: what only an attacker does."""
+    """Change HDF5's structures and correct their checksums, as only an attacker does."""
     content = bytearray(good)
     start, end = rng.choice(found)
     how = rng.choice(("flip a bit", "flip bits", "odd bytes", "odd numbers"))
@@ -222,7 +222,7 @@ def compact(file, name, rng, folder):
 @change
 def odd_type(file, name, rng, folder):
     size = file[name].size
-    if rng.random() < 0.3:  # types that NumPy does not know
+    if rng.random() < 0.3:  # dtypes that NumPy does not support
         kind = rng.choice((h5py.h5t.STD_U8LE, h5py.h5t.STD_I32LE, h5py.h5t.IEEE_F32LE)).copy()
         if kind.get_class() == h5py.h5t.INTEGER:
             kind.set_precision(kind.get_size() * 8 - 1)
@@ -319,16 +319,16 @@ def odd_name(file, name, rng, folder):
 
 @change
 def other_hdf5_version(file, name, rng, folder):
-    """Nothing here: `change_structure` copies the file with another version of the format."""
+    """Do nothing: `change_structure` copies the file with a different version of the format."""
 
 
 @change
 def user_block(file, name, rng, folder):
-    """Nothing here: `change_structure` puts bytes before the file."""
+    """Do nothing: `change_structure` puts bytes before the file."""
 
 
 def change_structure(path: Path, names: tuple[str, ...], rng: random.Random, good: Path) -> str:
-    """Change a copy of a good file by h5py, as an attacker would; give the name of the change."""
+    """Change a copy of a good file by h5py, as an attacker would; return the name of the change."""
     how = rng.choice(sorted(CHANGES))
     libver = rng.choice(("earliest", "v108", "v110", "latest")) if how == "other_hdf5_version" else "v110"
     block = 512 * 2 ** rng.randrange(3) if how == "user_block" else 0
@@ -349,7 +349,7 @@ def change_structure(path: Path, names: tuple[str, ...], rng: random.Random, goo
 
 
 def odd_values(rng: random.Random) -> Any:
-    """Return a value that JSON can hold and few readers expect."""
+    """Return a value that JSON can represent but few readers expect."""
     deep: Any = []
     for _ in range(rng.choice((5, 400))):
         deep = [deep]
@@ -359,7 +359,7 @@ def odd_values(rng: random.Random) -> Any:
 
 
 def change_meaning(path: Path, good: checkpoint.Checkpoint, rng: random.Random) -> str:
-    """Write a checkpoint that is whole, with the right digest, and says something odd."""
+    """Write a complete checkpoint with the right digest and an unusual value."""
     meta, state, theta = json.loads(json.dumps(good.meta)), dict(good.state), good.theta
     how = rng.choice(("meta", "config", "counts", "no meta", "state", "no state", "more state", "theta"))
     if how in ("config", "counts"):
@@ -384,13 +384,13 @@ def change_meaning(path: Path, good: checkpoint.Checkpoint, rng: random.Random) 
     return how
 
 
-# What becomes of the files of a run ---------------------------------------------------------------
+# Changes of the files of a run -------------------------------------------------------------------
 
 
 def change_corpus(path: Path, good: Path, rng: random.Random) -> tuple[str, str, str]:
-    """Put there what a run may find in place of its corpus; give how, and the words of refusals.
+    """Write a file that may replace the corpus of a run; return how, and phrases of the expected refusals.
 
-    They are those of `evaluate` without --data, and of `train` that goes on; none where both must work.
+    The phrases are those of `evaluate` without --data and of `train` that resumes; empty if both must work.
     """
     corpus = Corpus.read(good)
     symbols = np.frombuffer(corpus.symbols, np.uint8)
@@ -415,7 +415,7 @@ def change_corpus(path: Path, good: Path, rng: random.Random) -> tuple[str, str,
         content = bytearray(good.read_bytes())
         content[11] = rng.choice(
             (1, 5)
-        )  # HDF5's mark that a program has it open for writing, with SWMR or not
+        )  # HDF5's mark that a program has opened it for writing, with SWMR or without
         content[44:48] = int(lookup3(np.frombuffer(content[:44], np.uint8))).to_bytes(4, "little")
         path.write_bytes(content)
         return how, "open for writing in another program", "open for writing in another program"
@@ -425,7 +425,7 @@ def change_corpus(path: Path, good: Path, rng: random.Random) -> tuple[str, str,
 
 
 def change_text(good: bytes, rng: random.Random) -> tuple[str, bytes]:
-    """Damage lines of a text file, and put others between them."""
+    """Damage lines of a text file, and insert other lines."""
     lines = good.splitlines(keepends=True)
     how = rng.choice(("bytes", "foreign line", "order", "odd value", "zeros"))
     at = rng.randrange(len(lines))

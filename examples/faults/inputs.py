@@ -1,4 +1,4 @@
-"""Kinds of faults: texts from pipes and of any encoding, and arguments that cannot be."""
+"""Kinds of faults: texts from pipes and in any encoding, and invalid arguments."""
 
 import bz2
 import contextlib
@@ -28,7 +28,7 @@ COMPRESSORS = {"gz": (gzip.compress, "zcat"), "bz2": (bz2.compress, "bzcat"), "x
 
 
 def text(trial, least, most):
-    """Return the bytes of a text in a random encoding of bytes, or bytes of no encoding at all."""
+    """Return the bytes of a text in a random encoding, or bytes that are not a text in any encoding."""
     if trial.rng.random() < 0.2:
         return bytes(
             trial.rng.choices([10, *range(32, 127), *range(128, 256)], k=trial.rng.randint(least, most))
@@ -37,13 +37,13 @@ def text(trial, least, most):
     size = trial.rng.randint(least, most)
     trial.note = f"{encoding}, {size} characters"
     written = "".join(trial.rng.choices(letters, k=size)).encode(encoding, "ignore")
-    if len(set(written)) < 2:  # an encoding without these letters leaves spaces alone, and nothing to learn
+    if len(set(written)) < 2:  # an encoding without these letters only leaves spaces: nothing to learn
         written = b"ab"
     return (written * (1 + least // len(written)))[:most]
 
 
 def pour(pipe, content, rng):
-    """Write a text in parts of random sizes; the reader may leave."""
+    """Write a text in parts of random sizes; the reader may close the pipe."""
     with contextlib.suppress(BrokenPipeError), pipe:
         while content:
             size = rng.choice([1, 2, 3, 1000, 2**16, 2**20])
@@ -98,7 +98,7 @@ def compressed(trial):
     code, _, said = trial.command("prepare", "-", "OUT.h5", input=path.read_bytes(), errors=None)
     assert trial.refused(code, said.decode()), "not refused from a pipe"
     assert not (trial.folder / "OUT.h5").exists(), "written"
-    # What the sentence says works as it is.
+    # The command that the message recommends works unchanged.
     shell = f'hfmpi() {{ {shlex.join(HFMPI)} "$@"; }}; {way}'
     done = subprocess.run(
         ["sh", "-c", shell], cwd=trial.folder, capture_output=True, text=True, check=False, timeout=60
@@ -134,7 +134,7 @@ def sample(trial):
         code, _, said = trial.command(*words.split())
         assert (code, said) == (0, ""), said
     environment = trial.rng.choice([{}, *ENCODINGS])
-    known = [byte for byte in alphabet if byte]  # no argument has a zero in it
+    known = [byte for byte in alphabet if byte]  # arguments cannot contain a zero byte
     prime = bytes(trial.rng.choices(known, k=trial.rng.randint(0, 5)))
     length = trial.rng.randint(0, 60)
     words = ["--length", str(length), f"--prime={os.fsdecode(prime)}"]
@@ -156,7 +156,7 @@ def sample(trial):
 
 # Arguments --------------------------------------------------------------------------------------
 
-GOOD = {  # words with which a command would work, by its name
+GOOD = {  # arguments with which a command works, by its name
     "prepare": "TEXT OUT.h5",
     "train": f"DATA --out new {' '.join(TRAIN)} --max-steps 2",
     "evaluate": "RUN",
@@ -183,7 +183,7 @@ def parameters(command):
 
 
 def spoil(trial, words, param, value):
-    """Return a parameter a value."""
+    """Set a parameter to a value."""
     if isinstance(param, click.Option):
         words += [trial.rng.choice(param.opts), value]
     else:
@@ -191,7 +191,7 @@ def spoil(trial, words, param, value):
 
 
 def words_of(trial, command):
-    """Return the words of a command, its arguments first."""
+    """Return valid arguments for a command, with the positional arguments first."""
     places = {"RUN": trial.good, "DATA": trial.data, "TEXT": trial.bench.text}
     return [str(places.get(word, word)) for word in GOOD[command].split()]
 
@@ -212,7 +212,7 @@ def arguments(trial):
 
 @kind("numbers that are hardly meant")
 def numbers(trial):
-    # Not of `sample` and `bench`, which do what they are told, for ever.
+    # `sample` and `bench` are excluded: they accept any length, and would run forever.
     command = trial.rng.choice(["prepare", "train", "train", "train", "speedup"])
     words = words_of(trial, command)
     if command == "train" and trial.rng.random() < 0.4:

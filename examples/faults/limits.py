@@ -1,4 +1,4 @@
-"""Kinds of faults: a process that is limited in memory, processors or disk, or told what is not so."""
+"""Kinds of faults: limits of memory, processors or disk, and wrong environment variables."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from hfmpi.runs.live import COMPILING
 
 
 def limit(which, most):
-    """Return a function that sets a limit of the process that is to be started."""
+    """Return a function that sets a limit of the process that will be started."""
     return lambda: resource.setrlimit(which, (most, most))
 
 
@@ -78,7 +78,7 @@ def with_numba(trial, temporary, **options):
     environment = os.environ | {"TMPDIR": str(temporary), "XDG_CACHE_HOME": str(cache / "cache")}
     words = "evaluate", trial.good, "--backend", "numba", "--json"
     code, out, said = trial.command(*words, env=environment, timeout=10 * LIMIT, **options)  # it may compile
-    said = said.replace(f"{COMPILING}\n", "")  # on a slow machine
+    said = said.replace(f"{COMPILING}\n", "")  # only printed on a slow machine
     assert (code, said) == (0, ""), said
     found, good = json.loads(out)["valid_bpc"], trial.bench.with_numpy["valid_bpc"]
     assert abs(found - good) < 1e-6 * good, f"{found} in place of {good}"
@@ -97,7 +97,7 @@ def temporary_folder(trial):
     if how == "file":
         temporary.touch()
     if how == "small":
-        size = max(most, 4096)  # which is the least: a folder and nothing in it
+        size = max(most, 4096)  # the minimum: a folder with nothing in it
         mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(temporary)]
         how = (
             "small"
@@ -147,9 +147,9 @@ VALUES = "", "0", "0", "0", "1", "1", "2", "7", "-1", "x", "99999999999999999999
 
 
 def variables(trial):
-    """Return an environment with what launchers might have left in it."""
+    """Return an environment with variables that launchers might have set."""
     names = trial.rng.sample(VARIABLES, trial.rng.randint(1, 5))
-    if trial.rng.random() < 0.5:  # as a whole
+    if trial.rng.random() < 0.5:  # all variables of a launcher
         names += [
             name for name in VARIABLES if name.startswith(trial.rng.choice(["PMIX_", "OMPI_", "SLURM_"]))
         ]
@@ -165,7 +165,7 @@ def launchers(trial):
     assert code == 0, f"info: {code} {said}"
     assert "Traceback" not in said, said
     code = trial.end(trial.start(env=environment))
-    if code == 2 and not trial.said():  # of what might be another process than the first, which speaks
+    if code == 2 and not trial.said():  # only the first process prints, and this may not be it
         ranks = [environment.get(name, "") for name in VARIABLES if name.endswith(("_RANK", "_PROCID"))]
         assert any(rank.isdecimal() and int(rank) for rank in ranks), "nothing said"
     elif not trial.refused(code, trial.said()):
@@ -190,7 +190,7 @@ def launchers_mpirun(trial):
 def working_folder(trial):
     folder = trial.folder / "gone"
     folder.mkdir()
-    if trial.rng.random() < 0.3:  # of a run that goes on
+    if trial.rng.random() < 0.3:  # of a running training
         process = trial.start(preexec_fn=lambda: os.chdir(folder))
         trial.moment(begun=trial.rng.random() < 0.7)
         folder.rmdir()
@@ -210,7 +210,7 @@ def working_folder(trial):
     code, out, said = trial.command(*words, preexec_fn=remove)
     if trial.refused(code, said):
         assert "the working folder has been removed" in said, said
-    elif words[0] != "info":  # which tells the memory that is free
+    elif words[0] != "info":  # `info` prints the free memory, which varies
         assert out == whole[1], out
     relative = trial.rng.choice(
         ["evaluate run", "train small.h5", "plot run", "prepare - out.h5", "sample run"]

@@ -1,16 +1,16 @@
-"""Small random PyTorch modules with random defects: refused in a sentence, or trained and right.
+"""Small random PyTorch modules with random defects: refused with a message, or trained correctly.
 
     python examples/faults/modules.py [--trials 300] [--seed 0] [--only NUMBER ...] [--family WORD]
 
 A trial draws a module of a few blocks, its data and, except for about a tenth, a defect (defects.py); every
-fourth of these has a second one. It trains the module for three steps in small micro-batches. There are two
-right ends. (1) A UserError of one line; not of a healthy module, and with bad data not after a step. (2) A
-result that a dense reference in float64, outside of hfmpi, confirms: the same module, built again in float64,
-on all examples in one batch, differentiated by PyTorch's autograd in the parameters where `write_back` puts
-theta. The reference itself decides whether the module has a loss at all: its outputs must be the same one by
-one, in another order, at a second call and without gradients. In both cases the module and the caller's
-arrays stay as they were, bit for bit. `--only` runs single trials and prints modules and tracebacks. The exit
-code is 0 if all of this held.
+fourth of these has a second one. It trains the module for three steps in small micro-batches. Two outcomes
+are correct. (1) A UserError of one line, but not for a correct module, and for bad data not after a step. (2)
+A result that a dense reference in float64, outside of hfmpi, confirms: the same module, built again in
+float64, on all examples in one batch, differentiated by PyTorch's autograd in the parameters into which
+`write_back` copies theta. The reference itself decides whether the module has a well-defined loss: its
+outputs must be the same for single examples, in a different order, in a second call and without gradients. In
+both cases the module and the caller's arrays must be unchanged, bit for bit. `--only` runs single trials and
+prints modules and tracebacks. The exit code is 0 if all of this held.
 """
 
 import argparse
@@ -36,13 +36,13 @@ import hfmpi
 from hfmpi.errors import UserError
 from hfmpi.parallel.communicator import Communicator
 
-LIMIT = 60  # seconds of a trial
+LIMIT = 60  # seconds per trial
 TOLERANCE = {"float32": 1e-4, "float64": 1e-8}  # relative difference of numbers that count as equal
-DEPENDENT = 1e-10  # relative difference of the reference's outputs that rounding does not explain
+DEPENDENT = 1e-10  # relative difference of the reference's outputs that is larger than rounding
 KINDS = "vectors", "series", "symbols", "images", "two inputs"
 FIRST_ORDER, SECOND_ORDER = ("adam", "soap", "muon"), ("bhf-short", "subspace", "shf")
 HEALTHY_TRIALS = 12
-ALL = [None] * HEALTHY_TRIALS + list(DEFECTS)  # all of them before one comes again
+ALL = [None] * HEALTHY_TRIALS + list(DEFECTS)  # every defect occurs before one is repeated
 
 
 def product(s, x):
@@ -80,19 +80,19 @@ class Net(nn.Module):
 
 
 class Trial:
-    """A module, data and options, all of them determined by seed and number.
+    """A module, data and options, all determined by seed and number.
 
     Attributes
     ----------
     defects : list of (family, name)
     verdict : str
-        What has to become of it: "train", "refuse", or "", which the reference decides.
+        The expected outcome: "train", "refuse", or "" if the reference decides.
     x, y, mask, valid
         The arguments of `hfmpi.train`.
     scored : (N, ...) bool
         Which targets count.
     end, rows : callable
-        What the module does in the end, and what makes (N, ..., O) of that.
+        The final operation of the module, and the function that converts its result to (N, ..., O).
     """
 
     def __init__(self, seed, number):
@@ -107,7 +107,7 @@ class Trial:
             data = [family == "data" for family, _ in self.defects]
             if sum(data) < 2 and all(DEFECTS[name].fits(self) for name in self.defects):
                 break
-        if any(data):  # bad examples may come late
+        if any(data):  # invalid examples may come late
             self.valid, self.options["gradient_batch"] = None, self.n // 3
             if "curvature_batch" in self.options:
                 self.options["curvature_batch"] = self.n // 3
@@ -159,7 +159,7 @@ class Trial:
         return " + ".join(f"{family}: {name}" for family, name in self.defects) or "healthy"
 
     def build(self, dtype):
-        """Build the module, in the modes that it has when the model is made."""
+        """Build the module, in the modes that it has when the model is created."""
         r, before = random.Random(f"{self.seed} {self.number} module"), torch.get_default_dtype()
         torch.manual_seed(self.number)
         torch.set_default_dtype(getattr(torch, dtype))
@@ -192,7 +192,7 @@ class Trial:
             try:
                 model = hfmpi.TorchModel(self.net, self.loss)
                 if self.r.random() < 0.5 and self._changes(self.net):
-                    with contextlib.suppress(UserError):  # what comes later must be seen all the same
+                    with contextlib.suppress(UserError):  # defects of later calls must be detected too
                         hfmpi.train(model, data, quiet=True, **{**self.options, "max_steps": 1})
                 self._settle(self.net)
                 self.result = hfmpi.train(
@@ -202,29 +202,29 @@ class Trial:
             except UserError as error:
                 self.result, self.said = None, str(error)
             steps = len(history.read_text().splitlines()) if history.exists() else 0
-        assert list(identities(self.net)) == before, "the module is changed: parameters or flags"
-        self._unchanged("the module is changed: values")
-        assert same(copies, copied((data, self.valid))), "the caller's arrays are changed"
+        assert list(identities(self.net)) == before, "the module was changed: parameters or flags"
+        self._unchanged("the module was changed: values")
+        assert same(copies, copied((data, self.valid))), "the caller's arrays were changed"
         if self.result is None:
-            assert 0 < len(self.said) < 500, f"no sentence: {self.said!r}"
-            assert "\n" not in self.said, f"no sentence: {self.said!r}"
-            assert self.verdict != "train", f"refused without reason: {self.said}"
+            assert 0 < len(self.said) < 500, f"not one sentence: {self.said!r}"
+            assert "\n" not in self.said, f"not one sentence: {self.said!r}"
+            assert self.verdict != "train", f"refused a correct module: {self.said}"
             late = steps and self.options["gradient_batch"] < self.n
             assert not late, f"refused after {steps} steps: {self.said}"
             return "refused"
-        assert [module.training for module in self.net.modules()] == modes, "the modes are changed"
-        assert self.verdict != "refuse", "trained in silence"
+        assert [module.training for module in self.net.modules()] == modes, "the training modes were changed"
+        assert self.verdict != "refuse", "trained without an error"
         self._independent(self.start)
         self._judge(model, hfmpi.Examples(*data))
         return "trained"
 
     def _settle(self, net):
-        """Set the modes that come after the model is made."""
+        """Set the training modes that apply after the model is created."""
         for block in self._changes(net):
             block.train(block.later)
 
     def _changes(self, net):
-        """Return the blocks whose mode changes after the model is made."""
+        """Return the blocks whose training mode changes after the model is created."""
         return [block for block in net.blocks if getattr(block, "later", block.training) != block.training]
 
     def _unchanged(self, words):
@@ -253,7 +253,7 @@ class Trial:
 
     def _independent(self, values):
         dependent = self.dependent(values)
-        assert dependent <= DEPENDENT, f"trained in silence: outputs differ by {dependent:.1e}"
+        assert dependent <= DEPENDENT, f"trained without an error: outputs differ by {dependent:.1e}"
 
     def dependent(self, values):
         """Return the largest relative difference of outputs in other batches, orders and modes."""
@@ -273,7 +273,7 @@ class Trial:
         return max(float((whole - other).abs().max() / whole.abs().max()) for other in others)
 
     def losses(self, z):
-        """Return the losses (N,) of the scored outputs of all examples, and these (N, O)."""
+        """Return the losses (N,) and the scored outputs (N, O) of all examples."""
         scored, y = torch.from_numpy(self.scored), np.ma.getdata(self.y)
         if self.loss == "cross-entropy":
             y, z = torch.from_numpy(y.reshape(scored.shape))[scored], z[scored]
@@ -293,7 +293,7 @@ class Trial:
         }
 
     def close(self, name, ours, right, terms=None):
-        """Assert that numbers are equal up to rounding; `terms`: those of a sum that may cancel."""
+        """Assert that numbers are equal up to rounding; `terms` are those of a sum that may cancel."""
         ours, right = np.asarray(ours, float), np.asarray(right, float)
         difference = np.abs(ours - right).max() / (np.abs(right if terms is None else terms).max() + 1e-3)
         assert difference <= TOLERANCE[self.dtype], f"wrong {name}: relative difference {difference:.1e}"
@@ -301,14 +301,14 @@ class Trial:
     def _judge(self, model, examples):
         """Compare all numbers with those of the reference."""
         low, high = ({}, {})
-        for first, found in ((0, low), (model.size, high)):  # where theta goes
+        for first, found in ((0, low), (model.size, high)):  # where theta is copied to
             model.write_back(np.arange(first, first + model.size, dtype=self.dtype))
             found |= {name: t.detach().double().clone() for name, t in tensors(self.net)}
         self.places = {name: (high[name] - low[name] == model.size, low[name].long()) for name in low}
         put(self.net, self.start)
         start, end, every = model.initial(0), self.result.theta, np.arange(self.n)
         same_start = all(torch.equal(t, self.start[name].double()) for name, t in self.values(start).items())
-        assert same_start, "wrong start"
+        assert same_start, "wrong initial parameters"
         history = [record["loss"] for record in self.result.history]
         right = self.risk(self.values(end))
         if self.options["gradient_batch"] == self.n:
@@ -320,7 +320,7 @@ class Trial:
         near = near.astype(self.dtype)
         self._independent(self.values(near))
         self._judge_derivatives(model, examples, near)
-        self._unchanged("the module is changed by passes: values")
+        self._unchanged("passes changed values of the module")
         model.write_back(end)
         now = {name: t.detach().double() for name, t in tensors(self.net)}
         self.close("loss after write_back", right, self.risk(now))
@@ -347,7 +347,7 @@ class Trial:
         product = risk.gauss_newton(theta)(v[0])
         self.close("Gauss-Newton product", product, np.einsum("nod,no->d", jacobian, curved[0]))
         self.close("V G V'", risk.project(theta)(v), np.einsum("cno,dno->cd", along, curved))
-        assert np.array_equal(theta, before), "theta is changed by passes"
+        assert np.array_equal(theta, before), "passes changed theta"
 
     def risk(self, values):
         """Return the mean loss of the scored outputs of all examples."""
@@ -356,7 +356,7 @@ class Trial:
         )
 
     def dense(self, theta):
-        """Return gradient (D,), J (N, O, D) and H (N, O, O) of the mean loss, examples' gradients (B, D)."""
+        """Return gradient (D,), J (N, O, D), H (N, O, O) of the mean loss, and per-example gradients."""
         net = self.reference(self.values(theta))
         leaves = {name: p for name, p in net.named_parameters() if p.requires_grad}
         losses, z = self.losses(self.outputs_of(net, np.arange(self.n)))
@@ -385,7 +385,7 @@ def tensors(net):
 
 
 def put(net, values):
-    """Copy values into a module by name; where an axis is expanded, its first entry."""
+    """Copy values into a module by name; of expanded axes, only the first entry."""
     with torch.no_grad():
         for name, t in tensors(net):
             first = tuple(slice(None) if stride else slice(1) for stride in t.stride())
@@ -393,7 +393,7 @@ def put(net, values):
 
 
 def identities(net):
-    """Iterate over what must stay the same about a module, besides the values."""
+    """Yield the properties of a module, other than values, that must not change."""
     for name, p in net.named_parameters(remove_duplicate=False):
         yield name, id(p), type(p), p.requires_grad, p.grad is None
     yield [name for name, _ in net.named_buffers(remove_duplicate=False)]
@@ -407,7 +407,7 @@ def copied(data):
 
 
 def same(a, b):
-    """Whether two copies are equal."""
+    """Return whether two copies are equal."""
     if isinstance(a, list):
         return all(same(x, y) for x, y in zip(a, b, strict=True))
     return a is None or np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
@@ -430,7 +430,7 @@ def attempt(trial, details=False):
 
 
 def timeout(*_):
-    raise TimeoutError(f"{LIMIT} s are over")
+    raise TimeoutError(f"{LIMIT} s exceeded")
 
 
 SHOWN = "kind", "dtype", "loss", "n", "steps", "pooled", "outputs", "options", "verdict", "tensors"
@@ -441,7 +441,7 @@ def main():
     parser.add_argument("--trials", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, nargs="*", default=[], metavar="NUMBER")
-    parser.add_argument("--family", default="", help="trials with this word among their defects")
+    parser.add_argument("--family", default="", help="run trials with this word in the name of a defect")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     signal.signal(signal.SIGALRM, timeout)

@@ -1,10 +1,10 @@
-"""Random faults on random ranks at random moments of small training runs under mpirun; prints one table.
+"""Random faults on random ranks at random times in small training runs under mpirun; prints one table.
 
     python examples/faults/ranks.py --trials 200 --seed 0
 
-Each trial trains on 2 to 4 ranks, one of which gets a fault. Afterwards every process of the run must be
-gone, the checkpoint must load, and the same command without a fault must end with the theta and the history
-of a run that was never disturbed, bit for bit. The exit code is 0 if all of this held.
+Each trial trains on 2 to 4 ranks, one of which gets a fault. Afterwards every process of the run must have
+ended, the checkpoint must load, and the same command without a fault must end with the theta and the history
+of an undisturbed run, bit for bit. The exit code is 0 if all of this held.
 """
 
 import argparse
@@ -40,11 +40,11 @@ TRAIN = (
 ).split()
 
 
-# In a rank: train, with a fault planted ---------------------------------------------------------
+# In a rank: training with an injected fault -----------------------------------------------------
 
 
 def strike(fault, folder):
-    """Do what is to go wrong, and note when."""
+    """Execute the fault, and record the time."""
     (folder / "struck").write_text(repr(time.time()))
     if fault == "SIGSEGV":
         ctypes.string_at(0)
@@ -61,7 +61,7 @@ def strike(fault, folder):
 
 
 def plant(fault, place, number, folder):
-    """Count what a rank does at every place; at the chosen one, the fault strikes at the given count."""
+    """Count the calls of a rank at each location; at the chosen location and count, inject the fault."""
     from hfmpi.data.batches import Sequences
     from hfmpi.files import atomic
     from hfmpi.files.history import History
@@ -108,12 +108,12 @@ def plant(fault, place, number, folder):
 
 
 def victim(fault, victim_rank, place, number, folder, words):
-    """Be one rank of a run."""
+    """Run one rank of a training."""
     from hfmpi.cli.main import entry
     from hfmpi.cli.stand_in import stand_in
     from hfmpi.parallel.library import launched
 
-    stand_in()  # not as late as in `entry`: the fault must strike the rank
+    stand_in()  # earlier than in `entry`: the fault must hit the rank
     folder, rank = Path(folder), launched()[0]
     (folder / f"process.{rank}").write_text(str(os.getpid()))
     chosen = (fault, place, int(number)) if rank == int(victim_rank) else ("", "", 0)
@@ -129,7 +129,7 @@ def victim(fault, victim_rank, place, number, folder, words):
 
 
 def start(mpirun, ranks, fault, rank, place, number, folder, run, data):
-    """Run under mpirun; give code and stderr, or None for the code of a run that hung."""
+    """Run under mpirun; return the exit code (None for a run that hung) and stderr."""
     folder.mkdir(parents=True, exist_ok=True)
     plan = [fault, rank, place, number, folder]
     words = [*mpirun, "-n", ranks, sys.executable, __file__, "--victim", *plan, data, "--out", run, *TRAIN]
@@ -161,7 +161,7 @@ def struck(folder):
 
 
 def alive(folder):
-    """Return the processes of a run that are still there."""
+    """Return the processes of a run that still exist."""
     numbers = [int(path.read_text() or 0) for path in folder.glob("process.*")]
     found = []
     for number in filter(None, numbers):
@@ -175,7 +175,7 @@ def alive(folder):
 
 
 def outcome(run):
-    """Return all that a run must repeat, bit for bit."""
+    """Return everything that a repeated run must reproduce, bit for bit."""
     from hfmpi.files import checkpoint
     from hfmpi.files.history import History
 
@@ -190,7 +190,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--mpirun", default="mpirun", help="with options, such as 'mpirun --oversubscribe'")
+    parser.add_argument("--mpirun", default="mpirun", help="command, such as 'mpirun --oversubscribe'")
     parser.add_argument("--faults", nargs="*", choices=FAULTS, default=list(FAULTS))
     options = parser.parse_args()
     mpirun, rng = shlex.split(options.mpirun), random.Random(options.seed)
@@ -214,7 +214,7 @@ def main():
             rank = rng.randrange(ranks)
             fault = rng.choices(options.faults, [FAULTS[name] for name in options.faults])[0]
             at = {key: n for key, n in counts[ranks][rank].items() if key in PLACES}
-            if fault in ("exception", "sys.exit(0)", "sys.exit(3)"):  # these belong to the main thread
+            if fault in ("exception", "sys.exit(0)", "sys.exit(3)"):  # these are raised in the main thread
                 del at["any time"]
             place = "bit" if fault == "bit of theta" else rng.choice(sorted(at))
             number = rng.randint(1, STEPS if place == "bit" else at[place])

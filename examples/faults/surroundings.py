@@ -1,14 +1,14 @@
-"""Faults of what surrounds a run, and of what a command is given; prints one table.
+"""Faults of a run's environment and of the inputs of commands; prints one table.
 
     python examples/faults/surroundings.py [--trials 150] [--seed 0] [--kinds WORD ...]
 
-Each trial draws a kind of fault and its moment. A kind is a function of a registry: it disturbs a command
-and asserts what must hold. Here are the kinds that break output or send signals, in limits.py those that
-limit a process or lie to it, in inputs.py those of texts and arguments. After a disturbed training nothing
-of it may be left over, no traceback printed, and no step lost unless the kind allows it; the same command,
-given again, must end with the theta and the history of a run that was never disturbed, bit for bit. Other
-commands must say what they say undisturbed, or refuse in one sentence. The exit code is 0 if all of this
-held. Linux only.
+Each trial draws a kind of fault and its time. A kind is a function in a registry: it disturbs a command and
+asserts the expected behaviour. This file contains the kinds that break output or send signals, limits.py
+those that limit a process or give it wrong information, inputs.py those of texts and arguments. After a
+disturbed training no process or file of it may be left over, no traceback printed, and no step lost unless
+the kind allows it; the same command, run again, must end with the theta and the history of an undisturbed
+run, bit for bit. Other commands must print the same as undisturbed, or refuse in one sentence. The exit code
+is 0 if all of this held. Linux only.
 """
 
 import argparse
@@ -42,8 +42,8 @@ from nodes import nodes, obstacle
 
 
 def lost_once(trial):
-    """Assert that a lost output was said once."""
-    assert trial.said().count("standard output cannot be written") == 1, "not said once"
+    """Assert that a lost output was reported once."""
+    assert trial.said().count("standard output cannot be written") == 1, "not reported once"
 
 
 def full(trial, ranks):
@@ -62,7 +62,7 @@ def full_log(trial):
 
 @kind("full log, mpirun")
 def full_log_mpirun(trial):
-    full(trial, 2)  # MPICH's mpirun ends of it
+    full(trial, 2)  # MPICH's mpirun exits
     trial.resumed()
 
 
@@ -105,7 +105,7 @@ hfmpi.train(network, (x, x), (x, x), out=sys.argv[2], optimizer="bhf-short", gra
 
 
 def with_streams(trial):
-    """Draw streams for all ranks or for one; give the words of a shell that has them."""
+    """Draw streams for all ranks or for one; return the shell command that redirects them."""
     trial.ranks = trial.rng.choice((1, 2, 2, 3))
     streams, rank = trial.rng.choice(STREAMS), trial.rng.choice(["", *range(trial.ranks)])
     trial.note = f"{streams} on rank {rank} of {trial.ranks}"
@@ -138,12 +138,12 @@ def streams_of_a_program(trial):
 
 
 def on_nodes(name):
-    """Register a kind for where there can be nodes."""
+    """Register a kind if nodes can be simulated."""
     return kind(name) if obstacle() is None else lambda function: function
 
 
 def lost_node(trial, lose):
-    """Train on nodes, and lose one at some moment; what remains must end, and go on elsewhere."""
+    """Train on nodes, and lose one at a random time; the others must end, and the run must resume."""
     ranks = trial.rng.choice([(1, 1), (2, 1), (1, 1, 1), (2, 1, 1)])
     trial.ranks = sum(ranks)
     folder = trial.bench.folder / trial.folder.name.replace(" ", "")  # mpirun's launcher splits at spaces
@@ -160,7 +160,7 @@ def lost_node(trial, lose):
     if not (trial.run / "DONE").exists():
         assert code != 0
         errors = [line for line in trial.said().splitlines() if line.startswith("Error: ")]
-        # Of two nodes nobody knows which is cut off, and rank 0 is on the first.
+        # With two nodes it is not known which one is cut off, and rank 0 is on the first.
         assert f"on {name})" in errors[0] or (name, len(ranks)) == ("nodea", 2), "not named"
     trial.resumed(lost=STEPS)
 
@@ -182,7 +182,7 @@ def cut_off(trial):
 
 
 def head(trial, ranks):
-    """Train with a reader that leaves."""
+    """Train with a reader that closes the pipe."""
     trial.ranks = ranks
     process = trial.start(stdout=subprocess.PIPE)
     process.stdout.readline()
@@ -205,7 +205,7 @@ def reader_leaves_mpirun(trial):
 
 
 def on_a_terminal(trial, goes=True, ignored=True, **environment):
-    """Train on a terminal, which goes away at some moment, under nohup if SIGHUP is ignored."""
+    """Train on a terminal that is closed at a random time, under nohup if SIGHUP is ignored."""
     master, terminal = pty.openpty()
     gone = threading.Event()
 
@@ -267,7 +267,7 @@ def terminal_in_another_encoding(trial):
 
 
 def stopped(trial, process, target):
-    """Send a random signal at a random moment; at the start, where nothing is to lose, it may kill."""
+    """Send a random signal at a random time; during the start, with nothing to lose, it may kill."""
     name = trial.rng.choice(["SIGHUP", "SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
     begun = name == "SIGINT" or trial.rng.random() < 0.7
     trial.moment(begun)
@@ -331,7 +331,7 @@ def killed(trial):
     steps, done = trial.history(), (trial.run / "DONE").exists()
     trial.resumed(lost=STEPS)
     note = f": {steps} step(s) after the last checkpoint will be recomputed"
-    assert done or note in trial.said(), "not said"
+    assert done or note in trial.said(), "not reported"
 
 
 # The other commands -----------------------------------------------------------------------------
@@ -370,15 +370,17 @@ def command_in_another_encoding(trial):
     assert (code, said) == (0, ""), f"{encoding} {code} {said}"
 
 
-# All of it --------------------------------------------------------------------------------------
+# The campaign -----------------------------------------------------------------------------------
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--mpirun", default="mpirun", help="with options, such as 'mpirun --oversubscribe'")
-    parser.add_argument("--kinds", nargs="*", default=[""], help="words of which a kind has one in its name")
+    parser.add_argument("--mpirun", default="mpirun", help="command, such as 'mpirun --oversubscribe'")
+    parser.add_argument(
+        "--kinds", nargs="*", default=[""], help="run kinds whose name contains one of these words"
+    )
     options = parser.parse_args()
     names = [name for name in KINDS if any(word in name for word in options.kinds)]
     rows, failed, begin = {name: Counter() for name in names}, 0, time.monotonic()
@@ -386,7 +388,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), shlex.split(options.mpirun))
         for number in range(options.trials):
-            name = names[number % len(names)]  # all of them before one comes again
+            name = names[number % len(names)]  # every kind occurs before one is repeated
             trial = Trial(bench, bench.folder / f"trial {number}", random.Random(f"{options.seed} {number}"))
             row, started = rows[name], time.monotonic()
             row["trials"] += 1

@@ -1,4 +1,4 @@
-"""What the kinds of faults in surroundings.py share: a registry, one disturbed command, and good runs."""
+"""What the kinds of faults share: a registry, one disturbed command, and undisturbed runs."""
 
 import contextlib
 import functools
@@ -30,7 +30,7 @@ KINDS = {}
 
 
 def kind(name):
-    """Register a kind: a function that asserts."""
+    """Register a kind of fault: a function that asserts the expected behaviour."""
 
     def register(function):
         KINDS[name] = function
@@ -40,28 +40,28 @@ def kind(name):
 
 
 class Trial:
-    """One disturbed command in a folder of its own.
+    """One disturbed command in a separate folder.
 
     Attributes
     ----------
     folder, run, data : Path
-        Its own folder, the folder of the run in it, and a small corpus.
+        The trial's folder, the folder of the run in it, and a small corpus.
     rng : random.Random
-        From which all that is random must be drawn.
+        The only source of random numbers.
     good : Path
-        The folder of a finished run; not to be written.
+        The folder of a finished run, which must not be written to.
     ranks : int
-        Of `start`; 1: without a launcher.
+        The number of ranks of `start`; 1: without a launcher.
     """
 
     def __init__(self, bench, folder, rng):
         self.bench, self.folder, self.rng = bench, folder, rng
         self.run, self.data, self.good, self.ranks = folder / "run", bench.data, bench.good(1), 1
-        self.note = ""  # what was drawn
+        self.note = ""  # the random choices
         folder.mkdir()
 
     def command(self, *words, **options):
-        """Run a command; give code, standard output and standard error."""
+        """Run a command; return its exit code, standard output and standard error."""
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": self.folder} | options
         if "input" not in options:
             options["stdin"] = subprocess.DEVNULL
@@ -71,7 +71,7 @@ class Trial:
         return done.returncode, done.stdout or "", done.stderr or ""
 
     def another(self):
-        """Return the words of a command that prints."""
+        """Return the arguments of a command that prints."""
         words = self.rng.choice(
             ["evaluate RUN", "evaluate RUN --json", "plot RUN", "sample RUN --length 20", "info", "--help",
              "train --help", "speedup RUN", "prepare TEXT OUT"]
@@ -81,13 +81,13 @@ class Trial:
         return [places.get(word, word) for word in words]
 
     def refused(self, code, said):
-        """Whether a command has refused something, in one sentence; assert that it has, unless it worked."""
+        """Return whether a command was refused; assert that it either worked or printed one sentence."""
         assert code in (0, 2), f"code {code}: {said}"
         assert code == 0 or (said.startswith("Error: ") and said.count("\n") == 1), said
         return code == 2
 
     def words(self, launcher=(), shell=()):
-        """Return the words that train on as many ranks as the trial has."""
+        """Return the command line that trains on the trial's number of ranks."""
         if not launcher and self.ranks > 1:
             launcher = [*self.bench.mpirun, "-n", self.ranks]
         return [
@@ -95,13 +95,13 @@ class Trial:
         ]
 
     def start(self, launcher=(), shell=(), **options):
-        """Start to train, each rank by a shell, if there is one."""
+        """Start to train; `shell` is put before the command of each rank."""
         with (self.folder / "stderr").open("wb") as said:
             options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": said} | options
             return subprocess.Popen(self.words(launcher, shell), cwd=self.folder, **options)
 
     def moment(self, begun=True):
-        """Sleep until a random step of the run, or a random moment of its start."""
+        """Sleep until a random step of the run, or a random time of its start."""
         if not begun:
             time.sleep(self.rng.uniform(0, 1.5))
             return
@@ -116,7 +116,7 @@ class Trial:
         return 0
 
     def processes(self):
-        """Return the processes of the run, its launcher included, the oldest first."""
+        """Return the processes of the run, including its launcher, the oldest first."""
         found = []
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
@@ -125,7 +125,7 @@ class Trial:
         return sorted(found)
 
     def end(self, process):
-        """Wait for the end of a training; give its code when nothing of it is left over."""
+        """Wait for the end of a training; return its exit code when none of its processes is left."""
         try:
             code = process.wait(LIMIT)
         except subprocess.TimeoutExpired:
@@ -139,20 +139,20 @@ class Trial:
                 os.kill(number, signal.SIGKILL)
         process.wait()
         assert not left, f"{len(left)} processes did not end"
-        assert "Traceback" not in self.said(), "a traceback"
+        assert "Traceback" not in self.said(), "a traceback was printed"
         return code
 
     def said(self):
-        """Return what the training said on standard error."""
+        """Return the standard error of the training."""
         return (self.folder / "stderr").read_text(errors="replace")
 
     def finished(self):
-        """Assert that the run has come to its end in spite of the fault."""
+        """Assert that the run has finished in spite of the fault."""
         assert (self.run / "DONE").exists(), f"stopped after {self.history()} steps"
-        assert outcome(self.run) == outcome(self.bench.good(self.ranks)), "other numbers"
+        assert outcome(self.run) == outcome(self.bench.good(self.ranks)), "different results"
 
     def resumed(self, lost=0):
-        """Assert that at most so many steps are lost, and that the same command makes up for all."""
+        """Assert that at most `lost` steps are lost, and that the same command completes the run."""
         from hfmpi.files import checkpoint
 
         steps, saved = self.history(), 0
@@ -166,7 +166,7 @@ class Trial:
 
 
 class Bench:
-    """What trials share: a text, its corpus, and the runs that were never disturbed, by ranks."""
+    """Shared by the trials: a text, its corpus, and undisturbed runs by number of ranks."""
 
     def __init__(self, folder, mpirun):
         self.folder, self.mpirun = folder, mpirun
@@ -180,14 +180,14 @@ class Bench:
 
     @functools.cached_property
     def with_numpy(self):
-        """What `evaluate` finds of the good run."""
+        """Return the results of `evaluate` for the good run."""
         words = [*HFMPI, "evaluate", self.good(1), "--backend", "numpy", "--json"]
         return json.loads(subprocess.run(words, check=True, capture_output=True).stdout)
 
     def good(self, ranks):
-        """Return the run on so many ranks that was never disturbed."""
+        """Return the undisturbed run on a number of ranks."""
         if ranks not in self.runs:
-            self.runs[ranks] = self.folder / f"good {ranks}"  # before the trial that makes it asks
+            self.runs[ranks] = self.folder / f"good {ranks}"  # before the trial below asks for it
             trial = Trial(self, self.folder / f"good {ranks} log", random.Random(0))
             trial.ranks, trial.run = ranks, self.runs[ranks]
             code = trial.end(trial.start())

@@ -1,14 +1,14 @@
-"""Strong first-order methods, each at its best rate: the passes that `subspace` is compared with.
+"""Strong first-order methods, each at its best rate: the passes with which `subspace` is compared.
 
 python examples/figure1/bars.py [--cells A,B] [--bars NAME,NAME] DATA.h5 OUT
 
 Data and networks are those of the small study. A bar is a method with a gradient batch: all training
-sequences, or a quarter of them. Three rates are tried with seed 0 for 60 steps, and a further one as long as
-the best is the last of them on either side; the one with the lowest mean training loss over the last twelve
-of these steps goes on, and is run with the other seeds. Then the table is printed: medians over the seeds of
-P_I to training levels, where losses on a quarter of the sequences are means over steps, and the lowest
-validation loss. What is done is not done twice. DATA.h5 is made from the King James Bible if it does not
-exist.
+sequences, or a quarter of them. Three rates are tried with seed 0 for 60 steps. While the best rate is at the
+edge of those tried, the next one is tried too. The rate with the lowest mean training loss over the last
+twelve of these steps is continued, and is run with the other seeds. Then the table is printed: medians over
+the seeds of P_I to training levels, where losses on a quarter of the sequences are means over steps, and the
+lowest validation loss. Finished runs are not repeated. DATA.h5 is created from the King James Bible if it
+does not exist.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ SIZE = SIZES["small"]
 LEVELS = (3.0, 2.5, 2.3, 2.0, 1.9, 1.8)
 TUNING_STEPS = 60
 LAST = 12
-"""Steps of tuning, and the last of them, whose mean loss decides."""
+"""Steps of tuning, and the number of last steps whose mean loss is compared."""
 
 ALL, QUARTER = SIZE.sequences, round(SIZE.sequences / 4)
 STEPS = {ALL: 210, QUARTER: 300}
-"""Steps of a chosen run by its batch."""
+"""Steps of a chosen run, by its batch."""
 
 
 class Bar(NamedTuple):
-    """A preset, its gradient batch, the rates and the first of three that is tried, and other settings."""
+    """A preset, its gradient batch, the rates, the index of the first of three to try, and other settings."""
 
     preset: str
     batch: int
@@ -63,7 +63,7 @@ BARS = {
 
 
 class Run(NamedTuple):
-    """A run of a bar."""
+    """One run of a bar."""
 
     model: str
     bar: str
@@ -71,11 +71,11 @@ class Run(NamedTuple):
     seed: int = 0
 
     def folder(self, out: Path) -> Path:
-        """Return its folder."""
+        """Return the folder of the run."""
         return out / f"{self.model}-{self.bar}-{self.rate:g}-{self.seed}"
 
     def train(self, data: Path, out: Path, steps: int) -> None:
-        """Train it to this step, unless it has been there."""
+        """Train to this step, unless the run has reached it."""
         at, bar = self.folder(out), BARS[self.bar]
         log, failed = (at.with_name(f"{at.name}.{ending}") for ending in ("log", "failed"))
         if len(history(at)) >= steps or failed.exists():
@@ -87,14 +87,14 @@ class Run(NamedTuple):
         for change in (f"rate={self.rate:g}", *bar.changes):
             words += ["--set", change]
         words += ["--max-steps", str(steps), "--checkpoint-every", "1000", "--evaluate-every", "1"]
-        if call(words, log, 2):  # 2: a sentence, such as that all steps are rejected
+        if call(words, log, 2):  # exit code 2: an error message, such as that all steps are rejected
             failed.touch()
         last = history(at)[-1]
         print(f"{at.name:36} step {last['step']:4}  {last['train_bpc']:.3f} bits/char", flush=True)
 
 
 def score(run: Run, out: Path) -> float:
-    """Return the mean loss that decides about a rate; infinity if the run did not come so far."""
+    """Return the mean loss by which rates are compared; infinity if the run is too short."""
     losses = [record["train_bpc"] for record in history(run.folder(out))[:TUNING_STEPS]]
     return fmean(losses[-LAST:]) if len(losses) == TUNING_STEPS else float("inf")
 
@@ -102,7 +102,7 @@ def score(run: Run, out: Path) -> float:
 def tune(data: Path, out: Path, model: str, name: str) -> float:
     """Return the best rate of a bar."""
     bar = BARS[name]
-    low, high = bar.first, bar.first + 3  # of the rates that are tried
+    low, high = bar.first, bar.first + 3  # range of the rates that were tried
     while True:
         runs = [Run(model, name, rate) for rate in bar.rates[low:high]]
         for run in runs:
@@ -117,7 +117,7 @@ def tune(data: Path, out: Path, model: str, name: str) -> float:
 
 
 def row(out: Path, model: str, name: str, rate: float) -> list[str]:
-    """Return the row of a bar: medians over seeds, and the least and the most of P_I to each level."""
+    """Return the row of a bar: medians over seeds, with the minimum and maximum of P_I to each level."""
     batch = BARS[name].batch
     every = [followed(history(Run(model, name, rate, s).folder(out)), batch / ALL) for s in SEEDS]
     cells = [model, name, f"{rate:g}"]
@@ -136,9 +136,9 @@ def row(out: Path, model: str, name: str, rate: float) -> list[str]:
 
 def main() -> None:
     parser = arguments(__doc__, "DATA.h5", "OUT")
-    parser.add_argument("--cells", type=part(MODELS), default=MODELS, help="with commas between [all]")
+    parser.add_argument("--cells", type=part(MODELS), default=MODELS, help="separated by commas [all]")
     parser.add_argument(
-        "--bars", type=part(tuple(BARS)), default=tuple(BARS), help="with commas between [all]"
+        "--bars", type=part(tuple(BARS)), default=tuple(BARS), help="separated by commas [all]"
     )
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)

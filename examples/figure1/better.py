@@ -1,10 +1,11 @@
-"""Cheaper than the paper's Hessian-free, or than subspace? Single settings changed, three seeds, one loss.
+"""Single changes of settings that may be cheaper than the paper's Hessian-free, or than subspace.
 
 python examples/figure1/better.py [--group bhf|subspace|all] [--jobs N] DATA.h5 OUT
 
-Data, batches and networks are those of the small study. The cost of a variant is P_I or P_D when the loss is
-first at most a level, on the training set (the gradient is that of the whole set, but for two variants) or in
-validation. What is done is not done twice. DATA.h5 is made from the King James Bible if it does not exist.
+Data, batches and networks are those of the small study. The cost of a variant is the P_I or P_D at which the
+loss first reaches a level, on the training set (the gradient is that of the full set, except for two
+variants) or in validation. Finished runs are not repeated. DATA.h5 is created from the King James Bible if it
+does not exist.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ LEVELS = {"train_bpc": 2.0, "valid_bpc": 2.1}
 SIZE = SIZES["small"]
 
 BASES = {"BHF": ("bhf", "damping=0.01"), "subspace": ("subspace", "damping=0.001")}
-"""What variants are relative to: the method and the setting that the study tunes."""
+"""The presets that variants are compared with: the method and the setting that the study tunes."""
 
 
 class Variant(NamedTuple):
-    """Of what, what is changed, the steps that it may take, and the cells that it is tried with."""
+    """The base, the changed settings, the maximum number of steps, and the cells for which it is run."""
 
     base: str
     options: tuple[str, ...]
@@ -76,7 +77,7 @@ def folder(out: Path, model: str, name: str, seed: int) -> Path:
 
 
 def train(data: Path, out: Path, model: str, name: str, seed: int) -> None:
-    """Make a run, unless it is done."""
+    """Train a run, unless it is finished."""
     at = folder(out, model, name, seed)
     if (at / "DONE").exists():
         return
@@ -89,9 +90,9 @@ def train(data: Path, out: Path, model: str, name: str, seed: int) -> None:
 
 
 def row(out: Path, model: str, name: str, key: str) -> list[str]:
-    """Return the medians over seeds of a variant's costs, and by how much its base needs more."""
+    """Return the medians over seeds of a variant's costs, and the ratios of its base's costs to them."""
     cells = [model, name]
-    pair = name, VARIANTS[name].base  # not smoothed: so few steps are too few for a mean
+    pair = name, VARIANTS[name].base  # not smoothed: there are too few steps for a mean
     both = [[followed(history(folder(out, model, which, seed))) for seed in SEEDS] for which in pair]
     for axis in ("P_I", "P_I_full", "P_D"):
         found, base = ([reached(points, key, axis, LEVELS[key]) for points in each] for each in both)
@@ -108,7 +109,7 @@ def row(out: Path, model: str, name: str, key: str) -> list[str]:
 def main() -> None:
     parser = arguments(__doc__, "DATA.h5", "OUT")
     parser.add_argument("--group", choices=("bhf", "subspace", "all"), default="all", help="[all]")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side [1]")
+    parser.add_argument("--jobs", type=int, default=1, help="number of simultaneous runs [1]")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     prepare(given.data, given.out, SIZE)

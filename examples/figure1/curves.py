@@ -1,13 +1,14 @@
-"""The chosen runs of a study as curves: what figures and tables are made of, and a small file of them.
+"""The chosen runs of a study as curves, from which figures and tables are made, and a small file of them.
 
 A file is a JSON object with `size`, `seconds` (the unit of the training times), `corpus` (digest of the data)
-and `runs`. A run has its cell, method, seed and setting, and lists with one element a point, each of which is
-the state after a step: `step`, the costs and seconds up to it, and bits/char of the network then.
+and `runs`. A run has a cell, method, seed and setting, and lists with one element per point, which is the
+state after a step: `step`, the costs and seconds until then, and bits/char of the network.
 
-`valid_bpc` is null where it is not known. `train_bpc` is what the next steps' gradient batches measured, null
-after the last step: as it is where the batch is the whole training set, else a running mean over the last
-twentieth of the steps so far, so that it lags by no more than a fortieth, at most 50 and at least so many as
-have a thirty-second of the training sequences. The mean comes before points are left out.
+`valid_bpc` is null where it is unknown. `train_bpc` is measured by the gradient batches of the next steps,
+and null after the last step. If the batch is the full training set, it is not changed. Otherwise it is a
+running mean over the last twentieth of the steps so far, so that it lags by at most a fortieth, but over at
+most 50 steps and at least as many as contain a thirty-second of the training sequences. The mean is computed
+before points are removed.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ LOSSES = ("train_bpc", "valid_bpc")
 COLUMNS = (*COSTS, "seconds", *LOSSES)
 
 WHOLE, LATER = 100, 15
-"""A thinned curve has every step up to this one, and so many for every further factor of e."""
+"""A thinned curve has every step up to this one, and this many points for every further factor of e."""
 
 PER_BIT = 20
-"""Levels to one bit/char: where a curve first is at one of them, its point stays."""
+"""Levels per bit/char: the point where a curve first reaches a level is preserved."""
 
 Point = dict[str, Any]
 
@@ -47,11 +48,11 @@ class Chosen(NamedTuple):
 
 
 Curves = dict[tuple[str, str, int], Chosen]
-"""By cell, method and seed."""
+"""Chosen runs by cell, method and seed."""
 
 
 class Study(NamedTuple):
-    """What a file holds: the name of the size, the unit of seconds, the data's digest if known, the runs."""
+    """The contents of a file: the size's name, the unit of seconds, the data's digest if known, the runs."""
 
     size: str
     seconds: float
@@ -60,7 +61,7 @@ class Study(NamedTuple):
 
 
 def followed(records: Sequence[Point], share: float = 1.0) -> list[Point]:
-    """Return the points of a history; `share` is that of the gradient batch in the training set."""
+    """Return the points of a history; `share` is the gradient batch divided by the training set."""
     losses = smoothed([r["train_bpc"] for r in records[1:]], share)
     return [
         {key: r[key] for key in COSTS}
@@ -70,7 +71,7 @@ def followed(records: Sequence[Point], share: float = 1.0) -> list[Point]:
 
 
 def smoothed(losses: Sequence[float], share: float) -> list[float]:
-    """Return running means of what the gradient batches measured, see above."""
+    """Return running means of the losses on gradient batches, as described above."""
     if share >= 1:
         return list(losses)
     least = math.ceil(1 / (32 * share))
@@ -80,17 +81,17 @@ def smoothed(losses: Sequence[float], share: float) -> list[float]:
 
 
 def rounded(loss: float | None) -> float | None:
-    """Return a loss as it is kept: levels are reached by what is kept."""
+    """Return a loss as it is stored, because levels are compared with stored losses."""
     return None if loss is None else round(loss, 4)
 
 
 def share(method: str, size: Size) -> float:
-    """Return the share of a method's gradient batch in the training set."""
+    """Return a method's gradient batch divided by the training set."""
     return round(BATCHES[method][0] / size.batches) / size.sequences
 
 
 def evenly(points: Sequence[Point]) -> set[int]:
-    """Return the places of points that are evenly spread, whatever their losses, and of the last one."""
+    """Return the indices of evenly spread points, which do not depend on losses, and of the last point."""
     kept, before = {len(points) - 1}, -1
     for i, point in enumerate(points):
         slot = i if point["step"] <= WHOLE else WHOLE + int(LATER * math.log(point["step"] / WHOLE))
@@ -101,14 +102,14 @@ def evenly(points: Sequence[Point]) -> set[int]:
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:
-    """Leave points out, but for those where a level is first reached, and the last ones."""
+    """Remove points, except the last ones and those where a level is first reached."""
     kept = evenly(points)
     for key in LOSSES:
         known = [(i, point[key]) for i, point in enumerate(points) if point[key] is not None]
         kept |= {known[-1][0]} if known else set()
         least = math.inf
         for i, loss in known:
-            level = math.ceil(loss * PER_BIT - 1e-6)  # the lowest that this loss is at
+            level = math.ceil(loss * PER_BIT - 1e-6)  # the lowest level that this loss reaches
             if level < least:
                 kept.add(i)
                 least = level
@@ -117,13 +118,13 @@ def thinned(points: Sequence[Point]) -> list[Point]:
 
 
 def curve(points: Iterable[Point], key: str, axis: str) -> tuple[list[float], list[float]]:
-    """Return costs and bits/char where these are known."""
+    """Return costs and bits/char of the points where these are known."""
     known = [point for point in points if point[key] is not None]
     return [point[axis] for point in known], [point[key] for point in known]
 
 
 def reached(points: Iterable[Point], key: str, axis: str, level: float) -> float | None:
-    """Return the cost at which a curve first is at most `level`; None if it never is."""
+    """Return the cost at which a curve first reaches `level`; None if it never does."""
     xs, ys = curve(points, key, axis)
     return next((x for x, y in zip(xs, ys, strict=True) if y <= level), None)
 
@@ -134,7 +135,7 @@ def seeds(runs: Curves, model: str, method: str) -> dict[int, list[Point]]:
 
 
 def folders(out: Path, size: str, seconds: float) -> Study:
-    """Return the study in the folders of runs, as far as it has come."""
+    """Return the study in the folders of runs, including unfinished runs."""
     found, corpus = Curves(), None
     for c in chosen(out, seconds):
         corpus = corpus or trained_on(out / c.name)[0]
@@ -144,7 +145,7 @@ def folders(out: Path, size: str, seconds: float) -> Study:
 
 
 def elsewhere(out: Path, study: Study, files: Sequence[Path] = ()) -> Study:
-    """Add to a study the runs of files, and those of the file in a folder that have no folder there."""
+    """Add the runs of files to a study, and the runs of the folder's file that are not in the folder."""
     studies = [study, *map(read, files)]
     if (out / NAME).exists():
         filed, begun = read(out / NAME), folders(out, study.size, study.seconds).runs
@@ -154,18 +155,18 @@ def elsewhere(out: Path, study: Study, files: Sequence[Path] = ()) -> Study:
 
 
 def together(studies: Sequence[Study]) -> Study:
-    """Return several studies as one; of what more than one of them has, the first counts.
+    """Return several studies as one; if a run is in more than one of them, the first counts.
 
     Raises
     ------
     UserError
-        If they are not of the same size and data.
+        If they have different sizes or data.
     """
     first = studies[0]
     corpora = {study.corpus for study in studies} - {None}
     if len({study.size for study in studies}) > 1 or len(corpora) > 1:
         sizes = ", ".join(study.size for study in studies)
-        raise UserError(f"these studies are of different sizes or data ({sizes}): take those of one size")
+        raise UserError(f"these studies have different sizes or data ({sizes}): use studies of one size")
     runs: Curves = {}
     for study in reversed(studies):
         runs |= study.runs
@@ -174,7 +175,7 @@ def together(studies: Sequence[Study]) -> Study:
 
 
 def write(study: Study, path: Path) -> None:
-    """Write a file, a line a run."""
+    """Write a file, with one line per run."""
     head = {"size": study.size, "seconds": study.seconds, "corpus": study.corpus}
     lines = []
     for (model, method, seed), run in study.runs.items():
@@ -186,12 +187,12 @@ def write(study: Study, path: Path) -> None:
 
 
 def read(path: Path) -> Study:
-    """Read a file.
+    """Read a file of curves.
 
     Raises
     ------
     UserError
-        If it is none.
+        If it is not a file of curves.
     """
     with open_regular(path) as file:
         content = file.read()
@@ -206,16 +207,16 @@ def read(path: Path) -> Study:
             runs[key] = Chosen(str(run["setting"]), points)
         return Study(given["size"], given["seconds"], given["corpus"], runs)
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{path} is no file of curves of this study") from None
+        raise UserError(f"{path} is not a file of curves of this study") from None
 
 
 def load(paths: Sequence[Path], size: str, seconds: float | None) -> Study:
-    """Read the study in files of curves and folders of runs; each folder gets its file.
+    """Read the study in files of curves and folders of runs, and write a file into each folder.
 
     Raises
     ------
     UserError
-        If there are no runs, or those of another size.
+        If there are no runs, or runs of a different size.
     """
     found = []
     for path in paths:
@@ -227,7 +228,7 @@ def load(paths: Sequence[Path], size: str, seconds: float | None) -> Study:
         else:
             found.append(read(path))
         if found[-1].size != size:
-            raise UserError(f"{path} is of the size {found[-1].size}: say --size {found[-1].size}")
+            raise UserError(f"{path} has the size {found[-1].size}: use --size {found[-1].size}")
     study = together(found)
     if not study.runs:
         raise UserError(f"{paths[0]} has no run of the study")

@@ -1,11 +1,11 @@
-"""Draw the study: LSTM above, mLSTM below, against P_I, P_D and the clock, of each method the median seed.
+"""Draw the study: LSTM above, mLSTM below, against P_I, P_D and seconds; of each method the median seed.
 
 python examples/figure1/figure.py [--size small|medium|paper] [--counts] FILE_OR_FOLDER OUT
 
-The paper's methods are solid, today's dashed, and marks tell them apart without colours. The median seed is
-that of the costs P_I to the lowest multiple of 0.1 bits/char that all seeds reach. Training losses of single
-batches are drawn smoother than the points are, from which tables are made. --counts leaves the clock out, for
-runs that did not have the machine alone.
+The paper's methods are solid, current methods dashed; markers distinguish them without colours. The median
+seed is that of the costs P_I to reach the lowest multiple of 0.1 bits/char that all seeds reach. Training
+losses of single batches are smoothed more in the figure than in the points, from which tables are computed.
+--counts omits the panels in seconds, for runs that shared the machine with others.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hfmpi.report.quantities import COSTS
 
 
 class Look(NamedTuple):
-    """How a method is drawn."""
+    """The style of a method's curve."""
 
     colour: str
     style: Any
@@ -80,32 +80,32 @@ def middle(every: Sequence[list[Point]], key: str) -> list[Point]:
 
 
 def smooth(steps: Sequence[float], losses: Sequence[float]) -> list[float]:
-    """Return the lines that fit best around each step: near ones count, by the logarithm of their step.
+    """Return the local linear fit at each step, with weights that depend on the logarithm of the step.
 
-    A window that grows with the steps has no length that it could reach, and a line does not lag.
+    The window grows with the step, so that it suits runs of any length, and a linear fit does not lag.
     """
     at, ys = np.log(steps), np.asarray(losses)
     apart = at - at[:, None]
     weights = np.exp(-((apart / WIDTH) ** 2) / 2)
     total, first, second = (np.sum(weights * apart**k, axis=1) for k in range(3))
     mean, slope = np.sum(weights * ys, axis=1), np.sum(weights * apart * ys, axis=1)
-    alone = total * second - first**2 < 1e-9 * total**2  # no line through one point
+    alone = total * second - first**2 < 1e-9 * total**2  # a single point does not determine a line
     fitted = (second * mean - first * slope) / np.where(alone, 1.0, total * second - first**2)
     return [float(v) for v in np.where(alone, ys, fitted)]
 
 
 def drawn(method: str, points: list[Point], key: str, axis: str) -> tuple[list[float], list[float]]:
-    """Return what is drawn of a curve: that of the whole training set, or in validation, as it is."""
+    """Return the curve to draw: unsmoothed if it is that of the full training set or of the validation."""
     if key != "train_bpc" or BATCHES[method][0] == SEQUENCES:
         return curve(points, key, axis)
     known = [point for point in points if point[key] is not None]
-    even = [known[i] for i in sorted(curves.evenly(known))]  # the others are there because they are low
+    even = [known[i] for i in sorted(curves.evenly(known))]  # others were selected for a low loss
     xs, ys = curve(even, key, axis)
     return xs, smooth([point["step"] for point in even], ys)
 
 
 def draw(runs: Curves, key: str, label: str, clock: bool = True) -> Any:
-    """Make a figure of six panels, or four without the clock; those of the training loss are the paper's."""
+    """Create a figure of six panels, or four without seconds; those of the training loss are the paper's."""
     need_matplotlib()
     from matplotlib.figure import Figure
 
@@ -137,18 +137,18 @@ def draw(runs: Curves, key: str, label: str, clock: bool = True) -> Any:
     names = [name for name in map(shown, METHODS) if name in lines]
     figure.legend([lines[name] for name in names], names, loc="outside upper center", ncols=9, handlelength=3)
     lowest = min(y for panel in panels.flat for line in panel.lines for y in (*line.get_ydata(), 4.0))
-    panels[0, 0].set_ylim(lowest - 0.1, 4.7)  # a first step may go far up
+    panels[0, 0].set_ylim(lowest - 0.1, 4.7)  # a first step may raise the loss a lot
     return figure
 
 
 def shown(method: str) -> str:
-    """Return a method's name as the paper, or the command, has it."""
+    """Return a method's name as in the paper, or as in the command."""
     return method.upper() if method in PAPER else method
 
 
 def main() -> None:
     parser = arguments(__doc__, "FILE_OR_FOLDER", "OUT", sized=True)
-    parser.add_argument("--counts", action="store_true", help="leave the clock out")
+    parser.add_argument("--counts", action="store_true", help="omit the panels in seconds")
     given = parser.parse_args()
     write(curves.load([given.file_or_folder], given.size, given.seconds).runs, given.out, not given.counts)
 

@@ -3,8 +3,9 @@
 python examples/figure1/front.py STUDY SUBSPACE OUT
 
 STUDY is docs/results/fewest-passes.json, SUBSPACE docs/results/fewest-passes-subspace.json. The network is
-the small study's mLSTM. Of each method the curve is that of the median seed. The second file has the preset
-`subspace`; the other methods are those of the first. Linear algebra is not counted.
+the mLSTM of the small study. The curve of each method is that of the median seed. The curve of the preset
+`subspace` is from the second file, those of the other methods are from the first. Linear algebra is not
+counted.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ MODEL, KEY, COST = "mlstm", "train_bpc", "P_I"
 
 
 class Line(NamedTuple):
-    """A method, its name in the figure, and where that stands: at which loss, how far from the curve."""
+    """A method, its name in the figure, the loss where the name is placed, and its offset from the curve."""
 
     method: str
     name: str

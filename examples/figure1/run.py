@@ -1,16 +1,15 @@
-"""The paper's Figure 1 with its four methods and five of today, LSTM and mLSTM; two figures and tables.
+"""The paper's Figure 1 with its four methods and five current ones, LSTM and mLSTM; two figures and tables.
 
 python examples/figure1/run.py [--size small|medium|paper] [--seeds N] [--methods A,B] [--cells A,B]
        [--jobs N] [--launch COMMAND] [--known FILE]... DATA.h5 OUT
 
-For each cell and method three candidate settings are tried for a fifth of a run's time each, and one further
-as long as the best is the last of them on either side, all with seed 0; the one with the lowest training loss
-at equal cost then goes on to the end, and is run with the other seeds. Runs of BHF have four times the time
-of the others, as those of subspace, and those of bhf-short twice. A study that was stopped goes on when it is
-started again, and what is done is not done twice; with --methods and --cells it can be made in parts.
-OUT/curves.json has the chosen runs; with --known the runs of such a file, of another machine perhaps, are
-taken as done.
-DATA.h5 is made from the King James Bible if it does not exist.
+For each cell and method three candidate settings are tried with seed 0, each for a fifth of a run's time.
+While the best candidate is at the edge of those tried, the next one is tried too. The candidate with the
+lowest training loss at equal cost is continued to the end, and is run with the other seeds. Runs of BHF and
+of subspace have four times the time of the others, and runs of bhf-short twice. An interrupted study
+continues when it is started again, and finished runs are not repeated; --methods and --cells run parts of it.
+OUT/curves.json contains the chosen runs. With --known, the runs in such a file, for example from a different
+machine, count as finished. DATA.h5 is created from the King James Bible if it does not exist.
 """
 
 from __future__ import annotations
@@ -48,19 +47,19 @@ from hfmpi.parallel import guard
 
 
 def prepare(data: Path, out: Path, size: Size) -> str:
-    """Make the corpus, or check that it is of this size and that of the runs so far; give its digest."""
+    """Create the corpus, or check that it has this size and is that of existing runs; return its digest."""
     chars = ["--train-chars", str(size.train_chars), "--valid-chars", str(size.valid_chars)]
     if not data.exists():
         subprocess.run(["hfmpi", "prepare", "--corpus", "kjv", *chars, str(data)], check=True)
     corpus = read_corpus(data, out)
     found = len(corpus.train)
     if found != size.train_chars:
-        raise UserError(f"{data} has {found:,} training characters; this size wants {' '.join(chars)}")
+        raise UserError(f"{data} has {found:,} training characters, but this size needs {' '.join(chars)}")
     return corpus.digest
 
 
 def call(words: list[str], log: Path, *fine: int) -> int:
-    """Run a command with its output at the end of a log; give its exit code, 0 or one that is fine too."""
+    """Run a command and append its output to a log; return its exit code, which must be 0 or in `fine`."""
     with log.open("a") as file:
         code = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT).returncode
     if code not in (0, *fine):
@@ -69,15 +68,15 @@ def call(words: list[str], log: Path, *fine: int) -> int:
 
 
 def train(c: Candidate, size: Size, data: Path, out: Path, seconds: float, launch: str) -> None:
-    """Train a candidate until it has had `seconds`, unless it has had them."""
+    """Train a candidate for `seconds`, unless it has been trained for that time."""
     folder, log = out / c.name, out / f"{c.name}.log"
     records = history(folder)
     if (folder / "DONE").exists() and records and records[-1]["seconds"] >= seconds:
         return
     words = [*shlex.split(launch), "hfmpi", "train", str(data), "--out", str(folder), *c.options(size)]
-    # Evaluation is once per epoch, 1/42 of its work. Checkpoints of so small a model would cost more.
+    # Evaluation once per epoch is 1/42 of its work. Checkpoints of such a small model would cost more.
     words += ["--max-seconds", f"{seconds:g}", "--checkpoint-every", str(20 * c.epoch(size))]
-    code = call(words, log, 2)  # 2: a sentence of hfmpi, such as that all steps are rejected
+    code = call(words, log, 2)  # exit code 2: an error message, such as that all steps are rejected
     records = history(folder)
     if not records:
         raise UserError(f"{shlex.join(words)} took no step, see {log}")
@@ -87,7 +86,7 @@ def train(c: Candidate, size: Size, data: Path, out: Path, seconds: float, launc
 
 
 def side_by_side(jobs: int, work: Callable[..., None], each: Iterable[tuple]) -> None:
-    """Do so many works at once; the first error ends all that have not begun."""
+    """Run several tasks at the same time; the first error cancels all that have not started."""
     with ThreadPoolExecutor(jobs) as pool:
         begun = [pool.submit(work, *arguments) for arguments in each]
         try:
@@ -101,10 +100,10 @@ def side_by_side(jobs: int, work: Callable[..., None], each: Iterable[tuple]) ->
 def main() -> None:
     parser = arguments(__doc__, "DATA.h5", "OUT", sized=True)
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each chosen run, from 0 on [3]")
-    parser.add_argument("--methods", type=part(METHODS), default=METHODS, help="with commas between [all]")
-    parser.add_argument("--cells", type=part(MODELS), default=MODELS, help="with commas between [all]")
-    parser.add_argument("--launch", default="mpirun -n 2", help="what starts the ranks [mpirun -n 2]")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side [1]")
+    parser.add_argument("--methods", type=part(METHODS), default=METHODS, help="separated by commas [all]")
+    parser.add_argument("--cells", type=part(MODELS), default=MODELS, help="separated by commas [all]")
+    parser.add_argument("--launch", default="mpirun -n 2", help="command that starts the ranks [mpirun -n 2]")
+    parser.add_argument("--jobs", type=int, default=1, help="number of simultaneous runs [1]")
     parser.add_argument("--known", type=Path, action="append", default=[], metavar="FILE")
     given = parser.parse_args()
     size, out = SIZES[given.size], given.out
@@ -130,7 +129,7 @@ def main() -> None:
             return Candidate(model, method, settings[model, method])
         return best(out, seconds, model, method)
 
-    pairs.sort(key=lambda pair: -TIMES[pair[1]])  # the longest first, so that no job waits long for another
+    pairs.sort(key=lambda pair: -TIMES[pair[1]])  # the longest first, so that no job waits long for others
     side_by_side(given.jobs, tune, [pair for pair in pairs if pair not in settings])
     picked = [replace(chosen(*pair), seed=seed) for seed in range(given.seeds) for pair in pairs]
     left = [(c,) for c in picked if (c.model, c.method, c.seed) not in known.runs]

@@ -1,11 +1,11 @@
-"""Which method is the quickest on this machine? Repeat the runs of a study sequentially, in wall-clock time.
+"""Find the fastest method on this machine: repeat the runs of a study sequentially, in wall-clock time.
 
 python examples/figure1/seconds.py [--size small|medium|paper] [--limit S] [--ranks N] [--levels BITS,...]
        [--methods M,...] DATA.h5 OUT FILE_OR_FOLDER...
 
-FILE_OR_FOLDER are curves (`curves.py`): each method runs with the setting that the study chose for it, with
-its lowest seed, for --limit seconds on --ranks ranks; nothing else should run. There is no validation. A run
-that is there is not made again.
+FILE_OR_FOLDER are curves (`curves.py`). Each method runs with the setting that the study chose for it and its
+lowest seed, for --limit seconds on --ranks ranks; the machine should be otherwise idle. There is no
+validation. Existing runs are not repeated.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ def main() -> None:
     parser = arguments(__doc__, "DATA.h5", "OUT", sized=True)
     parser.formatter_class = argparse.RawTextHelpFormatter
     parser.add_argument("paths", nargs="+", metavar="FILE_OR_FOLDER")
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds of a run [60]")
-    parser.add_argument("--ranks", type=int, default=2, help="[2]")
-    parser.add_argument("--levels", default="2.0,1.8", help="bits/char of training [2.0,1.8]")
-    parser.add_argument("--methods", type=part(METHODS), default=METHODS, help="[all that the curves have]")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds per run [60]")
+    parser.add_argument("--ranks", type=int, default=2, help="number of ranks [2]")
+    parser.add_argument("--levels", default="2.0,1.8", help="training levels in bits/char [2.0,1.8]")
+    parser.add_argument(
+        "--methods", type=part(METHODS), default=METHODS, help="separated by commas [all in the curves]"
+    )
     given = parser.parse_args()
     size, levels = SIZES[given.size], [*map(float, given.levels.split(","))]
     runs = load([*map(type(given.out), given.paths)], given.size, given.seconds).runs

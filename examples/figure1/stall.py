@@ -1,10 +1,10 @@
-"""Why SHF stalls with the LSTM: some steps each with one thing changed, and a table of what they reached.
+"""Why SHF stalls with the LSTM: short runs with one change each, and a table of their losses.
 
 python examples/figure1/stall.py DATA.h5 OUT
 
-DATA.h5 is made from the King James Bible if it does not exist. Runs have the paper's number of parameters and
-sequences of 200, an eighth of its batches (40 sequences for the gradient, 4 for the curvature), and the
-forget bias of 3 of Krause's code, but for three. What is done is not done twice.
+DATA.h5 is created from the King James Bible if it does not exist. Runs have the paper's number of parameters
+and sequences of 200, an eighth of its batches (40 sequences for the gradient, 4 for the curvature), and the
+forget bias of 3 of Krause's code, except for three runs. Finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CHANGES = {
 
 def main() -> None:
     parser = arguments(__doc__, "DATA.h5", "OUT")
-    parser.add_argument("--steps", type=int, default=50, help="steps of a run that is not done [50]")
+    parser.add_argument("--steps", type=int, default=50, help="steps of a new run [50]")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     data = given.data.resolve()
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def rows(data: Path, out: Path, steps: int) -> Iterator[list[str]]:
-    """Make the runs that are not done, and give what each reached."""
+    """Train the runs that are not finished, and yield the row of each."""
     for i, (change, options) in enumerate(CHANGES.items()):
         folder = out / f"{i:02d}"
         if not (folder / "DONE").exists():

@@ -1,4 +1,4 @@
-"""The paper's Figure 1 as data: sizes, cells and methods, their candidate settings, how one is chosen."""
+"""The paper's Figure 1 as data: sizes, cells and methods, their candidate settings, and the choice of one."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ SEQUENCES = 14_000
 """Training sequences of the paper: 2.8 million characters in sequences of 200."""
 
 BATCHES = {m: (preset(m).gradient_batch, preset(m).curvature_batch) for m in METHODS}
-"""Sequences in the batch of the gradient and of the curvature: the presets', which are the paper's.
+"""Sequences in the batches of the gradient and the curvature: those of the presets, as in the paper.
 
-All are scaled down with the data but the curvature batch of the subspace steps, which has to distinguish
+All are scaled down with the data except the curvature batch of the subspace steps, which must distinguish
 directions.
 """
-BATCHES["adam"] = BATCHES["bgd"]  # as the others of today: few passes are what is asked for
+BATCHES["adam"] = BATCHES["bgd"]  # as for other current methods, because the goal is few passes
 
 
 class Tuned(NamedTuple):
-    """The setting of a method that is tuned, its candidates, and which of them is the first of three.
+    """The tuned setting of a method, its candidates, and the index of the first of three to try.
 
-    While the best of those tried is at their edge, the next one is tried too.
+    While the best value is at the edge of those tried, the next one is tried too.
     """
 
     setting: str
@@ -45,10 +45,10 @@ class Tuned(NamedTuple):
 
 
 RATES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-"""Lengths of a step of gradient descent; 2 is the preset's."""
+"""Step lengths of gradient descent; 2 is the preset's."""
 
 DAMPINGS = (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)
-"""The first lambda of Hessian-free, in nats per character; shf has 0.1, bhf-short 0.01."""
+"""Initial lambda of Hessian-free, in nats per character; the preset of shf has 0.1, bhf-short 0.01."""
 
 TUNED = {
     "sgd": Tuned("rate", RATES),
@@ -64,25 +64,25 @@ TUNED = {
 TUNED["subspace-whole"] = TUNED["subspace-rows"] = TUNED["subspace"]
 
 TUNING = 0.2
-"""Share of a run's time that every candidate gets; the best one then goes on to the end."""
+"""Share of a run's time that every candidate gets; the best one is then continued to the end."""
 
 TIMES = dict.fromkeys(METHODS, 1) | {"bhf": 4, "bhf-short": 2}
 TIMES |= {"subspace": 4, "subspace-whole": 4, "subspace-rows": 4}
-"""Time of a method's runs in units of the size's seconds: a step of BHF takes that of hundreds of SGD."""
+"""Time of a method's runs, in units of the size's seconds: a step of BHF takes as long as hundreds of SGD."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """A size of the study: the paper's, or the paper's divided by one factor each.
+    """A size of the study: the paper's size, or the paper's size divided by a factor for each quantity.
 
     Attributes
     ----------
     batches, parameters : int
-        The paper's batches and its sequences, and its parameters, are divided by these.
+        The paper's batches, sequences and parameters are divided by these factors.
     length : int
         Characters of a sequence.
     seconds : float
-        Unit of the training time of a run, see `Candidate.seconds`.
+        The unit of the training time of a run, see `Candidate.seconds`.
     """
 
     batches: int
@@ -92,17 +92,17 @@ class Size:
 
     @property
     def sequences(self) -> int:
-        """Training sequences."""
+        """The number of training sequences."""
         return SEQUENCES // self.batches
 
     @property
     def train_chars(self) -> int:
-        """Training characters."""
+        """The number of training characters."""
         return self.sequences * self.length
 
     @property
     def valid_chars(self) -> int:
-        """Validation characters: a fourteenth, as in the paper, in whole sequences."""
+        """The number of validation characters: a fourteenth, as in the paper, in full sequences."""
         return self.sequences // 14 * self.length
 
 
@@ -114,13 +114,13 @@ SIZES = {
 
 
 def arguments(doc: str | None, *paths: str, sized: bool = False) -> argparse.ArgumentParser:
-    """Make the parser of a script: its paths by the names shown, and whether it is for any size."""
+    """Create the parser of a script, with its paths under these names, and --size if `sized`."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
     for path in paths:
         parser.add_argument(path.lower().removesuffix(".h5"), type=Path, metavar=path)
     if sized:
         parser.add_argument("--size", choices=SIZES, default="small")
-        parser.add_argument("--seconds", type=float, help="unit of the training times [that of the size]")
+        parser.add_argument("--seconds", type=float, help="unit of the training times [the unit of the size]")
     return parser
 
 
@@ -135,20 +135,20 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """Name of its folder."""
+        """The name of the run's folder."""
         seed = (f"seed{self.seed}",) if self.seed else ()
         return "-".join((self.model, self.method, self.setting, *seed))
 
     def seconds(self, unit: float) -> float:
-        """Return its training time, on the ranks that it is started with."""
+        """Return the training time of the run on the ranks with which it is started."""
         return TIMES[self.method] * unit
 
     def epoch(self, size: Size) -> int:
-        """Return the steps of an epoch."""
+        """Return the number of steps of an epoch."""
         return size.sequences // round(BATCHES[self.method][0] / size.batches)
 
     def options(self, size: Size) -> list[str]:
-        """Return its options of `hfmpi train`, but for data, folder and time."""
+        """Return the options of `hfmpi train`, except data, folder and time."""
         gradient, curvature = BATCHES[self.method]
         given = {
             "model": self.model,
@@ -166,13 +166,13 @@ class Candidate:
 
 
 def candidates(model: str, method: str) -> list[Candidate]:
-    """Return all candidates in order: lengths of a step, or for second order the first lambda."""
+    """Return all candidates in order of the step length, or of the initial lambda for second order."""
     tuned = TUNED[method]
     return [Candidate(model, method, f"{tuned.setting}={value:g}") for value in tuned.values]
 
 
 def untried(out: Path, unit: float, model: str, method: str) -> list[Candidate]:
-    """Return the candidates to try next: the first three, then one outside of a best one at the edge."""
+    """Return the candidates to try next: the first three, then the one next to a best one at the edge."""
     known, first = candidates(model, method), TUNED[method].first
     left = [c for c in known if not tuned(out, unit, c)]
     missing = [c for c in known[first : first + 3] if c in left]
@@ -183,46 +183,46 @@ def untried(out: Path, unit: float, model: str, method: str) -> list[Candidate]:
 
 
 def part(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
-    """Return the reader of an option that names some of what is known, with commas between."""
+    """Return the parser of an option that selects some of the `known` names, separated by commas."""
 
     def read(words: str) -> tuple[str, ...]:
         found = words.split(",")
         for word in found:
             if word not in known:
-                raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(known)}")
+                raise argparse.ArgumentTypeError(f"{word!r} is not one of {', '.join(known)}")
         return tuple(one for one in known if one in found)
 
     return read
 
 
 def read_corpus(data: Path, out: Path) -> Corpus:
-    """Read the corpus of a study; raise a UserError if a run that is there was trained on another."""
+    """Read the corpus of a study; raise a UserError if an existing run was trained on a different corpus."""
     corpus = Corpus.read(data)
     for folder in sorted(out.iterdir()):
         if trained_on(folder)[0] not in (None, corpus.digest):
-            raise UserError(f"{folder} was trained on other data than {data}: name another OUT")
+            raise UserError(f"{folder} was trained on data that differ from {data}: choose a different OUT")
     return corpus
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
-    """Return the steps of a run that have a training loss; none if it has not begun."""
+    """Return the steps of a run that have a training loss; an empty list if it has not started."""
     if not (folder / "history.jsonl").exists():
         return []
     return [r for r in History.read(folder) if r["train_bpc"] is not None]
 
 
 def tuned(out: Path, unit: float, c: Candidate) -> list[dict[str, Any]]:
-    """Return the steps of a candidate within the time for tuning, or the first one; none if not tried."""
+    """Return the steps of a candidate in the tuning time, at least one; an empty list if it was not tried."""
     records = history(out / c.name)
     return [r for r in records if r["seconds"] <= TUNING * c.seconds(unit) * 1.01] or records[:1]
 
 
 def best(out: Path, unit: float, model: str, method: str) -> Candidate:
-    """Choose the candidate whose training loss was lowest in the tuning time, at the same cost for all.
+    """Choose the candidate with the lowest training loss in the tuning time, at the same cost for all.
 
-    The cost is the P_D of everything executed, up to the least that a candidate came to in the tuning time,
-    so that a noisy machine does not choose; the loss is the mean over the last fifth of it. What came later
-    does not count, so that a resumed study chooses alike.
+    The cost is the P_D of everything executed, up to the lowest that a candidate reached in the tuning time,
+    so that the choice does not depend on noise of the machine; the loss is the mean over the last fifth of
+    it. Later steps do not count, so that a resumed study makes the same choice.
     """
     tried = {c: records for c in candidates(model, method) if (records := tuned(out, unit, c))}
     if not tried:
@@ -239,12 +239,12 @@ def score(records: list[dict[str, Any]], cost: float) -> float:
 
 
 def chosen(out: Path, unit: float) -> list[Candidate]:
-    """Return the chosen candidate of each cell and method that has begun, with every seed that has."""
+    """Return the chosen candidate of each cell and method that has started, with every seed that has."""
     found = []
     for model, method in product(MODELS, METHODS):
         known = candidates(model, method)
         if any(history(out / c.name) for c in known):
-            known = [best(out, unit, model, method)]  # else it was chosen elsewhere
+            known = [best(out, unit, model, method)]  # otherwise it was chosen elsewhere
         for c in known:
             seeds = (at.name.removeprefix(f"{c.name}-seed") for at in out.glob(f"{c.name}-seed*"))
             every = [replace(c, seed=seed) for seed in (0, *sorted(int(s) for s in seeds if s.isdecimal()))]

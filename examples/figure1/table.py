@@ -1,13 +1,14 @@
-"""Print where the runs of a study ended, what the paper says of its Figure 1, and today's methods beside it.
+"""Print a study's results, the paper's claims about its Figure 1, and a comparison with current methods.
 
 python examples/figure1/table.py [--size small|medium|paper] FILE_OR_FOLDER...
 
-FILE is one of curves, as docs/results has them; a folder of runs gets its own. Numbers are medians over
-seeds, ratios those of the same seed with the least and the most. A dash stands where a run is not there or
-did not come so far.
+FILE is a file of curves as in docs/results; a folder of runs gets such a file. Numbers are medians over
+seeds. Ratios are computed for each seed, and shown with minimum and maximum. A dash stands for a run that
+does not exist or did not get so far.
 
-How the words are judged: `very little difference` is a ratio between 2/3 and 3/2, `far more efficient` one
-above 2, and `stalls` a training loss more than 0.1 bits/char above that of SHF with the mLSTM at equal P_I.
+The paper's words are judged as follows: `very little difference` is a ratio between 2/3 and 3/2, `far more
+efficient` a ratio above 2, and `stalls` a training loss more than 0.1 bits/char above that of SHF with the
+mLSTM at equal P_I.
 """
 
 from __future__ import annotations
@@ -29,28 +30,28 @@ Row = tuple[str, str, str, str]
 FIRST_ORDER = ("sgd", "bgd", "adam", "soap", "muon")
 LEVELS = (3.0, 2.5, 2.3, 2.1, 2.0, 1.9, 1.8, 1.7)
 LOWER = {"small": (), "medium": (1.6, 1.5, 1.4), "paper": (1.6, 1.5, 1.4)}
-"""Levels of the tables of today's methods, in bits/char, and those of larger networks besides."""
+"""Levels in the tables of current methods, in bits/char, and additional levels for larger networks."""
 
 
 def costs(runs: Curves, model: str, method: str, key: str, axis: str, level: float) -> dict[int, float]:
-    """Return the cost to a level of each seed that reached it."""
+    """Return the cost to reach a level, for each seed that reached it."""
     found = {seed: reached(points, key, axis, level) for seed, points in seeds(runs, model, method).items()}
     return {seed: cost for seed, cost in found.items() if cost is not None}
 
 
 def typical(runs: Curves, model: str, method: str, key: str, axis: str, level: float) -> float | None:
-    """Return the median cost to a level; None unless every seed reached it."""
+    """Return the median cost to reach a level; None unless every seed reached it."""
     found = costs(runs, model, method, key, axis, level)
     return median(found.values()) if found and len(found) == len(seeds(runs, model, method)) else None
 
 
 def number(value: float | None) -> str:
-    """Return a cost, or a dash."""
+    """Return a cost as text, or a dash for None."""
     return "–" if value is None else f"{round(value):,}"
 
 
 def spread(ratios: Sequence[float]) -> str:
-    """Return the median of ratios, with the least and the most."""
+    """Return the median of ratios, with minimum and maximum."""
     middle, least, most = (
         f"{x:.2g}" if x < 99.5 else f"{x:.0f}" for x in (median(ratios), min(ratios), max(ratios))
     )
@@ -58,18 +59,18 @@ def spread(ratios: Sequence[float]) -> str:
 
 
 def ratios(runs: Curves, model: str, slow: str, quick: str, key: str, axis: str, level: float) -> list[float]:
-    """Return by how much `quick` needs less than `slow` to a level by seed; none unless all reached it."""
+    """Return the ratios of costs of `slow` to `quick`, by seed; none unless all reached the level."""
     shared = seeds(runs, model, quick).keys() & seeds(runs, model, slow).keys()
     ours, theirs = (costs(runs, model, m, key, axis, level) for m in (quick, slow))
     if not shared <= ours.keys() & theirs.keys():
-        return []  # those of the others would flatter
+        return []  # the seeds that did reach it would be a biased choice
     return [theirs[seed] / ours[seed] for seed in sorted(shared)]
 
 
 def ratio(runs: Curves, model: str, slow: str, quick: str) -> tuple[float, str] | None:
-    """Return by how much `quick` needs less P_I than `slow` to their common level, and a sentence of it.
+    """Return the ratio of P_I of `slow` to that of `quick` at their common level, and a sentence on it.
 
-    The sentence has the ratios to levels 0.5 and 1 bits/char above too: a ratio depends on where it is read.
+    The sentence also states the ratios at 0.5 and 1 bits/char above, because a ratio depends on the level.
     """
     both = [seeds(runs, model, m) for m in (slow, quick)]
     level = common(chain(*(each.values() for each in both)))
@@ -97,12 +98,12 @@ def after(points: Sequence[Point], p_i: float) -> float:
 
 
 def verdict(agrees: bool, partly: bool = False) -> str:
-    """Put it in a word."""
+    """Return the judgement in words."""
     return "agrees" if agrees else "same direction" if partly else "differs"
 
 
 def claims(runs: Curves) -> list[Row]:
-    """Return a row for each claim: what, the paper, here, verdict."""
+    """Return a row for each claim: the subject, the paper, the result here, the judgement."""
     rows: list[Row] = []
 
     def compared(model: str, slow: str, quick: str, paper: str, *judged: tuple[float, float]) -> None:
@@ -128,7 +129,7 @@ def claims(runs: Curves) -> list[Row]:
 
 
 def stalling(runs: Curves) -> Row:
-    """Return the row of SHF with the LSTM."""
+    """Return the row on SHF with the LSTM."""
     both = [[*seeds(runs, model, "shf").values()] for model in MODELS]
     if not all(both):
         return "SHF with LSTM", "stalls", "–", "–"
@@ -139,7 +140,7 @@ def stalling(runs: Curves) -> Row:
 
 
 def best_of_all(runs: Curves) -> Iterable[Row]:
-    """Return the two rows of SHF with the mLSTM, against the paper's other runs."""
+    """Yield the two rows on SHF with the mLSTM, compared with the paper's other runs."""
     every = {(model, m): seeds(runs, model, m).values() for model in MODELS for m in PAPER}
     for key, name in (("train_bpc", "trains"), ("valid_bpc", "generalises")):
         paper = "best of all" + (": 1.82 against 1.89 to 1.93" if key == "valid_bpc" else "")
@@ -155,7 +156,7 @@ def best_of_all(runs: Curves) -> Iterable[Row]:
 
 
 def all_of_them(runs: Curves, model: str, axis: str) -> Row:
-    """Return the row of a cost of the paper's methods to their common level."""
+    """Return the row on a cost of the paper's methods to reach their common level."""
     there = [m for m in PAPER if seeds(runs, model, m)]
     level = common(points for m in there for points in seeds(runs, model, m).values())
     if level is None:
@@ -166,7 +167,7 @@ def all_of_them(runs: Curves, model: str, axis: str) -> Row:
 
 
 def ends(runs: Curves) -> list[tuple[str, ...]]:
-    """Return a row for each method: its setting, how far it came, and the losses there; medians of each."""
+    """Return a row for each method: its setting, the costs at the end, and the losses there; medians."""
     rows = []
     for model in MODELS:
         for method in METHODS:
@@ -185,7 +186,7 @@ def ends(runs: Curves) -> list[tuple[str, ...]]:
 
 
 def today(runs: Curves, model: str, key: str, level: float) -> list[str]:
-    """Return the row of a level: P_I of everything executed, and by the paper's formulas where it differs."""
+    """Return the row of a level: P_I of everything executed, and by the paper's formulas if different."""
     there = [m for m in METHODS if seeds(runs, model, m)]
     full, paper = ([typical(runs, model, m, key, axis, level) for m in there] for axis in ("P_I_full", "P_I"))
     least, paper_least = (min((v for v in each if v is not None), default=None) for each in (full, paper))
@@ -197,7 +198,7 @@ def today(runs: Curves, model: str, key: str, level: float) -> list[str]:
 
 
 def marked(value: float | None, least: float | None) -> str:
-    """Return a cost, bold if it is the least."""
+    """Return a cost as text, in bold if it is the minimum."""
     return f"**{number(value)}**" if value is not None and value == least else number(value)
 
 
@@ -210,7 +211,7 @@ def dependent(runs: Curves, model: str, key: str, level: float) -> list[str]:
 
 
 def against(runs: Curves, model: str, key: str, level: float) -> list[str]:
-    """Return the row of a level: P_I of others, all of it, over that of subspace."""
+    """Return the row of a level: P_I (full) of other methods divided by that of subspace."""
     known = {m: typical(runs, model, m, key, "P_I_full", level) for m in FIRST_ORDER}
     reaching = {m: value for m, value in known.items() if value is not None}
     best = min(reaching, key=lambda m: reaching[m], default=None)
@@ -245,7 +246,7 @@ def write(study: Study) -> None:
 
 
 def show(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table in Markdown, each row as soon as it is there."""
+    """Print a table in Markdown, each row as soon as it is available."""
     for row in chain((heads, ["---"] * len(heads)), rows):
         print("| " + " | ".join(row) + " |", flush=True)
 

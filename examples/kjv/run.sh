@@ -3,8 +3,8 @@
 #
 #   examples/kjv/run.sh FOLDER [SECONDS_LONG SECONDS_SHORT]
 #
-# About 70 minutes on two cores with the default of 1200 and 600 seconds. Leave the machine alone meanwhile.
-# A run that was stopped goes on.
+# About 70 minutes on two cores with the default of 1200 and 600 seconds. The machine should be otherwise idle.
+# An interrupted run resumes when the script is started again.
 set -euo pipefail
 folder="$1" long="${2:-1200}" short="${3:-600}"
 here="$(cd "$(dirname "$0")" && pwd)"

@@ -3,7 +3,7 @@
 #
 #   examples/kjv/speedup.sh FOLDER
 #
-# Some minutes on two cores. Leave the machine alone meanwhile; load.txt says how busy it was. Copy shf.txt,
+# A few minutes on two cores. The machine should be otherwise idle; load.txt records its load. Copy shf.txt,
 # bhf.txt, network.txt, load.txt and speedup.png to docs/results/speedup/.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"

@@ -1,4 +1,4 @@
-"""Print runs as a Markdown table: validation bits/char after equal times, and what they cost.
+"""Print runs as a Markdown table: validation bits/char after equal times, and their costs.
 
 python examples/kjv/table.py RUN...
 """

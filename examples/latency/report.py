@@ -1,9 +1,9 @@
-"""Print measured steps over wires of several delays beside the model's predictions; run.sh calls it.
+"""Print measured times of steps over wires with several delays, and the model's predictions; run.sh calls it.
 
 python examples/latency/report.py 0 DELAY...
 
-The model knows one rank's run and its benchmarks. It is given the link once as `hfmpi bench allreduce`
-measured it, and once as it should be: that of no delay, with the delay added to its latency.
+The model uses the run and the benchmarks of one rank, and the link in two forms: as `hfmpi bench allreduce`
+measured it, and as expected, with the delay added to the latency of the wire without delay.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def model(delay: str, *link: str) -> dict[str, Any]:
-    """Return what `hfmpi speedup --model` says of a run."""
+    """Return the output of `hfmpi speedup --model` for a run."""
     words = ["hfmpi", "speedup", "alone", f"wire-{delay}", "--model", "--json"]
     words += ["--bench", "products.json", "--bench", "gradients.json", *link]
     found: dict[str, Any] = json.loads(subprocess.run(words, capture_output=True, check=True).stdout)["model"]

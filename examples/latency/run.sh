@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Does the model of docs/speedup.md predict what a slow network costs? Two ranks in network namespaces that a wire
-# of a given delay joins, beside one rank; needs root and /dev/net/tun.
+# Tests whether the model of docs/speedup.md predicts the cost of a slow network: two ranks in network namespaces
+# that are joined by a wire with a given delay, compared with one rank; needs root and /dev/net/tun.
 #
 #   examples/latency/run.sh FOLDER
 #
-# Some minutes on two cores. Leave the machine alone meanwhile. report.txt is what docs/speedup.md shows.
+# A few minutes on two cores. The machine should be otherwise idle. docs/speedup.md shows report.txt.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 mkdir -p "$1"
 cd "$1"
 [[ -e kjv.h5 ]] || hfmpi prepare --corpus kjv kjv.h5
 
-# UCX would find out that both ranks share this machine's memory, and not use the wire.
+# UCX would detect that both ranks share this machine's memory, and bypass the wire.
 export UCX_TLS=tcp,self MPIR_CVAR_NOLOCAL=1 OPENBLAS_NUM_THREADS=1
 joined=(ip netns exec hfmpi0 mpirun -localhost 10.77.0.1 -launcher ssh -launcher-exec "$here/in_namespace"
     -hosts "10.77.0.1,10.77.0.2" -n)

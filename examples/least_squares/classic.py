@@ -1,10 +1,11 @@
-"""Classic least squares problems: hfmpi's lm and lbfgs beside SciPy's solvers.
+"""Classic least squares problems: hfmpi's lm and lbfgs, and SciPy's solvers.
 
     python examples/least_squares/classic.py
 
-Each cell has the evaluations of residuals alone and of those with a Jacobian or gradient, and by how much the
-sum of squares exceeds the least one: relative to it, or absolute where it is zero. Problems and certified
-solutions are from NIST StRD (MGH17, BoxBOD, Misra1a) and from More, Garbow and Hillstrom (1981).
+Each cell contains the number of evaluations of residuals only, the number of evaluations with a Jacobian or
+gradient, and the excess of the sum of squares over its minimum: relative, or absolute if the minimum is zero.
+Problems and certified solutions are from NIST StRD (MGH17, BoxBOD, Misra1a) and from More, Garbow and
+Hillstrom (1981).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Function = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 class Problem(NamedTuple):
-    """Residuals and their Jacobian as a function of theta, a start, and the least sum of squares."""
+    """Residuals and their Jacobian as a function of theta, a start, and the minimal sum of squares."""
 
     name: str
     function: Function
@@ -70,7 +71,7 @@ def saturating(x: np.ndarray, y: np.ndarray) -> Function:
 
 
 def deficient(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Compute residuals of which two parameters are not distinguished, and one does nothing."""
+    """Compute residuals that do not distinguish two parameters, and do not depend on a third one."""
     x = np.cos(np.outer(np.arange(20), np.arange(1, 6)))
     x[:, 4], x[:, 3] = x[:, 2], 0
     z = np.tanh(x @ t)
@@ -90,7 +91,7 @@ PROBLEMS = [
 
 
 class Squares(Objective):
-    """Half the sum of squares of a function's residuals; counts the calls."""
+    """Half the sum of squares of a function's residuals; counts the evaluations."""
 
     def __init__(self, function: Function) -> None:
         self.function, self.values, self.jacobians = function, 0, 0
@@ -113,7 +114,7 @@ class Squares(Objective):
 def ours(
     problem: Problem, optimizer: hfmpi.LM | hfmpi.LBFGS, steps: int = 200
 ) -> tuple[np.ndarray, int, int]:
-    """Return the solution of an optimizer of hfmpi, with the values and Jacobians that it needed."""
+    """Return the solution of an hfmpi optimizer, and the numbers of values and Jacobians that it needed."""
     squares, theta = Squares(problem.function), np.array(problem.start, float)
     state = optimizer.init(theta)
     for _ in range(steps):
@@ -124,7 +125,7 @@ def ours(
 
 
 def scipys(problem: Problem, method: str) -> tuple[np.ndarray, int, int]:
-    """Return the same of a solver of SciPy, at its smallest tolerances."""
+    """Return the same for a SciPy solver with its smallest tolerances."""
     start, function = np.array(problem.start, float), problem.function
     if method == "L-BFGS-B":
         squares = Squares(function)

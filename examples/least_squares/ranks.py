@@ -1,10 +1,10 @@
-"""Milliseconds of a step of lm on one rank and on two, in turn.
+"""Print the milliseconds of a step of lm on one rank and on two, measured in turn.
 
-A line of the table has residuals, parameters, both times, and their ratio.
+A row of the table contains residuals, parameters, both times, and their ratio.
 
     python examples/least_squares/ranks.py [PAIRS]
 
-Every run is a process with one thread a rank; a line has the medians of PAIRS runs (3) of ten steps.
+Every run is a process with one thread per rank; a row has the medians of PAIRS runs (3) of ten steps.
 """
 
 import os
@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 SIZES = (1020, 32), (2000, 32), (2000, 64), (4000, 40)
-"""Residuals, and units of each of two hidden layers."""
+"""The number of residuals, and the units of each of two hidden layers."""
 
 
 def measure(residuals: int, units: int) -> None:

@@ -1,4 +1,4 @@
-"""Solutions of the equations that have no simple closed form, (points in x, times), by NumPy alone."""
+"""Solutions (points in x, times) of equations without a simple closed form, computed with NumPy."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import numpy as np
 
 
 def burgers(x: np.ndarray, t: np.ndarray, nu: float, nodes: int = 100) -> np.ndarray:
-    """Solve u_t + u u_x = nu u_xx with u(x, 0) = -sin(pi x), by Cole and Hopf's transformation.
+    """Solve u_t + u u_x = nu u_xx with u(x, 0) = -sin(pi x) by the Cole-Hopf transformation.
 
-    Its two integrals over the line are by Gauss and Hermite's rule (Basdevant et al. 1986, equation 2.4).
+    Both integrals over the real line use Gauss-Hermite quadrature (Basdevant et al. 1986, equation 2.4).
     """
     at, weights = np.polynomial.hermite.hermgauss(nodes)
     found = np.empty((len(x), len(t)))
@@ -26,8 +26,9 @@ def burgers(x: np.ndarray, t: np.ndarray, nu: float, nodes: int = 100) -> np.nda
 def allen_cahn(x: np.ndarray, t: np.ndarray, modes: int = 1000, step: float = 1e-3) -> np.ndarray:
     """Solve u_t = 0.001 u_xx + 5 (u - u^3), u(x, 0) = x^2 cos(pi x), u(-1, t) = u(1, t) = -1.
 
-    A series of sines for v = u + 1, whose even derivatives vanish at both ends, and in t the exponential
-    Runge-Kutta method ETDRK4 (Kassam and Trefethen 2005). The times must be multiples of the step.
+    Space is discretised by a sine series for v = u + 1, whose even derivatives vanish at both ends, and
+    time by the exponential Runge-Kutta method ETDRK4 (Kassam and Trefethen 2005). The times must be multiples
+    of the step.
     """
     k = np.arange(1, modes)
     linear = -0.001 * (np.pi * k / 2) ** 2 * step
@@ -44,7 +45,7 @@ def allen_cahn(x: np.ndarray, t: np.ndarray, modes: int = 1000, step: float = 1e
     decay, decay_half = np.exp(linear), np.exp(linear / 2)
 
     def series(v: np.ndarray) -> np.ndarray:
-        """Return the coefficients of values at the inner nodes."""
+        """Return the sine coefficients of values at the inner nodes."""
         odd = np.concatenate([[0], v, [0], -v[::-1]])
         return -np.fft.rfft(odd).imag[1:modes] / modes
 

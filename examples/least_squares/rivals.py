@@ -1,8 +1,8 @@
-"""What hfmpi is compared with: other libraries in their best form, and plain methods of a few lines.
+"""The methods that hfmpi is compared with: other libraries in their best form, and short plain methods.
 
 Each is a class with candidates for its settings. `Rival(task, **setting)` prepares and compiles it, and `run`
-iterates; it shows its parameters to a `Meter` from time to time, which stops its clock for that. Every rival
-has the task's start, data and loss.
+iterates. It passes its parameters to a `Meter` from time to time, which stops the clock meanwhile. Every
+rival uses the task's start, data and loss.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from tasks import Task
 
 
 class NotForTask(Exception):
-    """A method cannot be used for a task; the message says why."""
+    """Raised if a method cannot be used for a task; the message states the reason."""
 
 
 LARGEST = 10**9
-"""Entries of the largest Jacobian that is formed."""
+"""The maximum number of entries of a Jacobian that is formed."""
 
 
 class Meter(Protocol):
@@ -32,33 +32,33 @@ class Meter(Protocol):
     Attributes
     ----------
     count : int
-        Iterations until the meter wants to be called again.
+        The number of iterations until the next call of the meter.
     used : float
-        The share of the time that has passed.
+        The fraction of the time that has passed.
     """
 
     count: int
     used: float
 
     def __call__(self, params: Any, steps: int) -> bool:
-        """Measure the parameters; return whether the run ends here."""
+        """Measure the parameters; return whether the run must end."""
 
 
 class Rival:
-    """The common part: theta as one vector, the residuals r(theta), and the loss r'r / 2.
+    """The common base: theta as one vector, the residuals r(theta), and the loss r'r / 2.
 
     Attributes
     ----------
     candidates : tuple of dict
-        The settings that are tried.
+        The settings to try.
     needs : tuple of str
         The modules that must be installed.
     dense : bool
-        Whether it forms the Jacobian, or a matrix of D x D.
+        Whether the method forms the Jacobian or a D x D matrix.
     steps : int
-        Iterations so far.
+        The number of iterations so far.
     over : bool
-        Whether there is nothing left to do.
+        Whether the method has converged.
     """
 
     candidates: ClassVar[tuple[dict[str, Any], ...]]
@@ -88,15 +88,15 @@ class Rival:
         self.prepare(**setting)
 
     def prepare(self, **setting: Any) -> None:
-        """Make the state before the first iteration, and the compiled functions."""
+        """Create the initial state and the compiled functions."""
         raise NotImplementedError
 
     def advance(self, count: int, used: float) -> None:
-        """Take `count` iterations, in one compiled loop where the library allows it."""
+        """Run `count` iterations, in one compiled loop if the library allows it."""
         raise NotImplementedError
 
     def run(self, meter: Meter) -> None:
-        """Iterate until the meter or the method says that it is over."""
+        """Iterate until the meter or the method ends the run."""
         while not self.over:
             self.advance(meter.count, meter.used)
             if meter(self.params, self.steps):
@@ -104,17 +104,17 @@ class Rival:
 
     @property
     def params(self) -> Any:
-        """The parameters as a pytree."""
+        """Return the parameters as a pytree."""
         return self.joined(self.theta)
 
 
 def loop(body: Any) -> Any:
-    """Compile `count` calls state -> state; the count is an argument, so it is compiled once."""
+    """Compile `count` calls state -> state; the count is an argument, so that it is compiled once."""
     return jax.jit(lambda state, count: jax.lax.fori_loop(0, count, lambda _, s: body(s), state))
 
 
 class Adam(Rival):
-    """optax.adam for a share of the time, then a quasi-Newton method."""
+    """optax.adam for a fraction of the time, then a quasi-Newton method."""
 
     candidates = (
         {"rate": 1e-2, "share": 0.1},
@@ -155,7 +155,7 @@ class Adam(Rival):
 
 
 class AdamLbfgs(Adam):
-    """optax.adam, then SciPy's L-BFGS-B on JAX's compiled gradient, with 100 pairs, DeepXDE's number."""
+    """optax.adam, then SciPy's L-BFGS-B with JAX's compiled gradient and 100 pairs, as in DeepXDE."""
 
     needs = "optax", "scipy"
 
@@ -173,7 +173,7 @@ class AdamLbfgs(Adam):
 
         most = 10**9
         options = {"maxcor": 100, "maxiter": most, "maxfun": most, "maxls": 50, "ftol": 0.0, "gtol": 0.0}
-        while True:  # where rounding ends a search, it starts again without pairs, as long as that helps
+        while True:  # when rounding ends a search, restart without pairs while that helps
             before = self.steps
             found = optimize.minimize(
                 self.value_and_grad, np.array(self.theta), jac=True, method="L-BFGS-B", callback=after,
@@ -188,13 +188,14 @@ class AdamLbfgs(Adam):
 
 
 STOPPED = 99
-"""SciPy's status of a run that its callback has stopped."""
+"""SciPy's status of a run that its callback stopped."""
 
 
 class AdamBfgs(Adam):
-    """optax.adam, then BFGS with the full matrix, of 20 lines: SciPy's takes D^3 operations an iteration.
+    """optax.adam, then BFGS with the full matrix, in 20 lines: SciPy's takes D^3 operations per iteration.
 
-    Updates as in Nocedal and Wright (2006, 6.17 and 6.20), SciPy's search for the strong Wolfe conditions.
+    The updates are those of Nocedal and Wright (2006, 6.17 and 6.20); the line search is SciPy's for the
+    strong Wolfe conditions.
     """
 
     dense = True
@@ -223,7 +224,7 @@ class AdamBfgs(Adam):
                 meter(self.params, self.steps)
                 return
             if rate is None:
-                inverse = None  # start again with the gradient
+                inverse = None  # restart with the gradient
                 continue
             s, old = rate * p, value
             value, after = at(theta + s)
@@ -243,7 +244,7 @@ class AdamBfgs(Adam):
 
 
 class AdamOptax(Adam):
-    """optax.adam, then optax.lbfgs with its zoom line search and 100 pairs, all compiled."""
+    """optax.adam, then optax.lbfgs with its zoom line search and 100 pairs, fully compiled."""
 
     needs = ("optax",)
 
@@ -268,7 +269,7 @@ class AdamOptax(Adam):
         state, count = (self.theta, self.begin(self.theta)), 1
         while not self.over:
             state = self.second(state, count)
-            self.over = bool(jnp.all(state[0] == self.theta))  # the line search finds nothing lower
+            self.over = bool(jnp.all(state[0] == self.theta))  # the line search has not found a lower loss
             self.theta, self.steps = state[0].block_until_ready(), self.steps + count
             if meter(self.params, self.steps):
                 return
@@ -276,11 +277,11 @@ class AdamOptax(Adam):
 
 
 class DenseLm(Rival):
-    """A plain Levenberg-Marquardt: the normal equations or the Gram matrix, whichever is smaller.
+    """Plain Levenberg-Marquardt with the normal equations or the Gram matrix, whichever is smaller.
 
-    lambda falls by `factor` where the reduction ratio is above 3/4, and rises by it where it is below 1/4.
-    The Jacobian is compiled by JAX; products and Cholesky's factors are NumPy's and SciPy's, whose BLAS takes
-    0.4 of the time of JAX's for J' J.
+    lambda is divided by `factor` if the reduction ratio is above 3/4, and multiplied by it if below 1/4. The
+    Jacobian is compiled by JAX; products and Cholesky factors use NumPy and SciPy, whose BLAS takes 0.4 of
+    the time of JAX's for J' J.
     """
 
     dense = True
@@ -301,7 +302,7 @@ class DenseLm(Rival):
         self.steps += count
 
     def step(self) -> None:
-        """Try a step; it is taken if the loss falls."""
+        """Try a step, and accept it if the loss falls."""
         from scipy.linalg import LinAlgError, cho_factor, cho_solve
 
         if self.matrix is None:
@@ -330,7 +331,7 @@ class DenseLm(Rival):
 
 
 class Optimistix(Rival):
-    """optimistix.LevenbergMarquardt, step by step as its documentation shows; QR is its default."""
+    """optimistix.LevenbergMarquardt, stepped as in its documentation; QR is its default."""
 
     dense = True
     candidates = ({"solver": "qr"}, {"solver": "normal-cholesky"}, {"solver": "lm-dogleg"})
@@ -365,7 +366,8 @@ class Optimistix(Rival):
 class DeepXde(Rival):
     """DeepXDE on PyTorch: its Adam, then its L-BFGS (torch.optim.LBFGS, strong Wolfe), as it recommends.
 
-    The same network, start, points and weights; its own residuals by reverse differentiation.
+    It uses the same network, start, points and weights, but its own residuals by reverse-mode
+    differentiation.
     """
 
     candidates = (
@@ -377,7 +379,7 @@ class DeepXde(Rival):
 
     def __init__(self, task: Task, rate: float, share: float) -> None:
         if task.pde is None:
-            raise NotForTask("DeepXDE is for equations")
+            raise NotForTask("DeepXDE only solves differential equations")
         os.environ["DDE_BACKEND"] = "pytorch"
         dde, torch = map(importlib.import_module, self.needs)
         torch.set_num_threads(1)
@@ -392,7 +394,7 @@ class DeepXde(Rival):
             second = [dde.grad.hessian(u, x, i=k, j=k) for k in pde.second]
             residual = pde.residual(u, first, second)
             f = torch.zeros_like(residual)
-            f[-inside:] = source  # the points of the boundary come first, and do not count
+            f[-inside:] = source  # boundary points come first, and do not count
             return residual - f
 
         low, high = pde.boundary[0].min(axis=0), pde.boundary[0].max(axis=0)

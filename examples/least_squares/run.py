@@ -1,15 +1,15 @@
-"""Least squares: hfmpi beside other libraries, relative error at equal seconds of one core.
+"""Compare hfmpi with other libraries on least squares: relative errors after equal seconds of one core.
 
 PYTHONPATH=. PYTHON examples/least_squares/run.py FOLDER [--tasks T,...] [--methods M,...]
     [--seconds S] [--tuning S] [--seeds N] [--ranks N] [--core N]
 
-PYTHON is that of an environment that has the other libraries too (docs/results/least-squares.md); a method
-whose library is not installed is left out. Every run is a process of its own on one core, with one thread.
-The candidates of a method's settings are tried on seed 0, `--tuning` seconds each; the one with the lowest
-error makes the runs of all seeds. A run has a file, FOLDER/TASK-METHOD-SETTING-SEED-SECONDS.json; runs that
-have one are not made again. Seconds are those of the processor, from the first step after everything is
-compiled, without the evaluations of the error. With `--ranks` hfmpi's methods run under mpirun, by the wall
-clock. What JAX compiles is kept in FOLDER/compiled, so that later runs of a method start sooner.
+PYTHON is the interpreter of an environment with the other libraries (docs/results/least-squares.md); methods
+whose library is not installed are left out. Every run is a separate process on one core, with one thread. The
+candidates of a method's settings are tried with seed 0, `--tuning` seconds each; the one with the lowest
+error is used for the runs of all seeds. A run is stored in FOLDER/TASK-METHOD-SETTING-SEED-SECONDS.json; runs
+that have such a file are not repeated. Seconds are processor time, from the first step after compilation,
+without the evaluations of the error. With `--ranks`, hfmpi's methods run under mpirun, in wall-clock time.
+Functions compiled by JAX are cached in FOLDER/compiled, so that later runs of a method start sooner.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TASKS = (
 OURS = "lm", "lbfgs", "bhf-squares", "subspace", "soap"
 OTHERS = "dense-lm", "adam-lbfgs", "adam-bfgs", "deepxde"
 MORE = "subspace-whole", "adam-optax", "optimistix-lm", "bhf", "bhf-short", "adam"
-"""Known to be behind: not among the defaults."""
+"""Methods that are known to be slower, and not run by default."""
 
 THREADS = {
     "OPENBLAS_NUM_THREADS": "1",
@@ -41,7 +41,7 @@ THREADS = {
 
 
 def installed(method: str) -> str:
-    """Return "" if a method can be run, else what is missing."""
+    """Return an empty string if a method can be run, or the reason why it cannot."""
     from single import OWN, RIVALS
 
     if method in RIVALS:
@@ -49,7 +49,7 @@ def installed(method: str) -> str:
         return f"{', '.join(missing)} not installed" if missing else ""
     from hfmpi.optim.presets import PRESETS
 
-    return "" if OWN[method].optimizer in PRESETS else "hfmpi does not have it"
+    return "" if OWN[method].optimizer in PRESETS else "hfmpi does not have this optimizer"
 
 
 def name_of(task: str, method: str, setting: int, seed: int, seconds: float, ranks: int, tuning: bool) -> str:
@@ -60,7 +60,7 @@ def name_of(task: str, method: str, setting: int, seed: int, seconds: float, ran
 
 
 def make(folder: Path, core: int, run: dict[str, Any]) -> dict[str, Any]:
-    """Make a run in a process of its own unless its file exists; return its record."""
+    """Run in a separate process unless the run's file exists; return the run's record."""
     path = folder / name_of(**run)
     if not path.exists():
         command = [sys.executable, str(Path(__file__).with_name("single.py")), str(path), json.dumps(run)]
@@ -84,7 +84,7 @@ def make(folder: Path, core: int, run: dict[str, Any]) -> dict[str, Any]:
 
 
 def words(record: dict[str, Any]) -> str:
-    """Describe a record."""
+    """Return a sentence that describes a record."""
     if record["left_out"]:
         return f"left out: {record['left_out']}"
     seconds, steps, _, error = record["trace"][-1]
@@ -94,19 +94,19 @@ def words(record: dict[str, Any]) -> str:
 
 
 def final(record: dict[str, Any]) -> float:
-    """Return the error at the end, infinite if it is not finite or the method was left out."""
+    """Return the error at the end, infinity if it is not finite or the method was left out."""
     error = record["trace"][-1][-1] if record["trace"] else None
     return float("inf") if error is None or error != error else float(error)
 
 
 def listed(known: tuple[str, ...]) -> Any:
-    """Return the reader of an option that names some of what is known, with commas between."""
+    """Return the parser of an option that selects some of the `known` names, separated by commas."""
 
     def read(given: str) -> list[str]:
         names = given.split(",")
         for name in names:
             if name not in known:
-                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
         return names
 
     return read
@@ -115,15 +115,15 @@ def listed(known: tuple[str, ...]) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="FOLDER")
-    parser.add_argument("--tasks", type=listed(TASKS), default=TASKS, help="with commas between [all]")
+    parser.add_argument("--tasks", type=listed(TASKS), default=TASKS, help="separated by commas [all]")
     parser.add_argument(
         "--methods", type=listed(OURS + OTHERS + MORE), default=OURS + OTHERS,
-        help=f"with commas between [all but {', '.join(MORE)}]",
+        help=f"separated by commas [all but {', '.join(MORE)}]",
     )  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=15.0, help="of a run [15]")
-    parser.add_argument("--tuning", type=float, default=4.0, help="seconds of a candidate [4]")
-    parser.add_argument("--seeds", type=int, default=3, help="of each method, from 0 on [3]")
-    parser.add_argument("--ranks", type=int, default=1, help="of hfmpi's methods; others are left out [1]")
+    parser.add_argument("--seconds", type=float, default=15.0, help="seconds per run [15]")
+    parser.add_argument("--tuning", type=float, default=4.0, help="seconds per candidate [4]")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds per method, from 0 on [3]")
+    parser.add_argument("--ranks", type=int, default=1, help="ranks; only hfmpi's methods run on several [1]")
     parser.add_argument("--core", type=int, default=0, help="the first core [0]")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""One run in a process of its own: `run.py` starts it with the path of its file and what to run."""
+"""Run one method on one task: `run.py` starts it with the path of the run's file and the run's settings."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from hfmpi.runs import call
 from hfmpi.runs.train import Run
 
 POINTS = 60
-"""Evaluations of the error in a run."""
+"""The number of evaluations of the error in a run."""
 
 WARM = 8
-"""Steps of hfmpi's methods that are taken before the run: what it compiles may depend on the steps so far."""
+"""Steps of hfmpi's methods before the run: what is compiled may depend on the number of steps so far."""
 
 ROUNDING = 1e-14
-"""A relative error below which a run ends."""
+"""A run ends when its relative error is below this."""
 
 
 class Own(NamedTuple):
-    """A method of hfmpi: its optimizer, the candidates of its settings."""
+    """A method of hfmpi: its optimizer, and the candidates of its settings."""
 
     optimizer: str
     candidates: tuple[dict[str, Any], ...]
@@ -67,7 +67,7 @@ def candidates(method: str) -> tuple[dict[str, Any], ...]:
 
 @contextmanager
 def timed_by(clock: Callable[[], float]) -> Iterator[None]:
-    """Let runs of hfmpi inside the context read this clock, and stop it while they validate."""
+    """Use this clock for hfmpi runs inside the context, and stop it during their validation."""
     opened, validated, stood = call.open_session, Run.validate, 0.0
 
     @contextmanager
@@ -91,13 +91,13 @@ def timed_by(clock: Callable[[], float]) -> Iterator[None]:
 
 
 Point = tuple[float, int, float, float]
-"""Seconds, steps, training loss (hfmpi: before the step) and relative error."""
+"""Seconds, steps, training loss (of hfmpi: before the step) and relative error."""
 
 
 def own(
     task: Task, method: str, setting: dict[str, Any], seconds: float, clock: Callable[[], float]
 ) -> tuple[float, list[Point], str]:
-    """Run a method of hfmpi; return the seconds until it was compiled, the trace, and why it ended."""
+    """Run a method of hfmpi; return the seconds of compilation, the trace, and why the run ended."""
     model = hfmpi.JaxModel(task.apply, task.params, "squares")
     per_row = float(np.mean(np.sum(task.test[1] ** 2, axis=-1)))
     count = len(task.train[0])
@@ -130,7 +130,7 @@ def own(
 
 
 class Meter:
-    """The clock of a rival's run, which stands while the error is measured."""
+    """The clock of a rival's run, which is stopped while the error is measured."""
 
     def __init__(self, task: Task, seconds: float, clock: Callable[[], float]) -> None:
         (x, y), (at, targets) = task.train, task.test
@@ -147,7 +147,7 @@ class Meter:
         self.started = clock()
 
     def __call__(self, params: Any, steps: int) -> bool:
-        """Measure the error; return whether the run is over."""
+        """Measure the error; return whether the run must end."""
         took = self.clock() - self.started
         done = steps - (self.trace[-1][1] if self.trace else 0)
         self.spent += took
@@ -163,7 +163,7 @@ class Meter:
 def other(
     task: Task, method: str, setting: dict[str, Any], seconds: float, clock: Callable[[], float]
 ) -> tuple[float, list[Point], str]:
-    """Run a rival, likewise."""
+    """Run a rival; return the same as `own`."""
     began = clock()
     rival: Rival = RIVALS[method](task, **setting)
     compiled = clock() - began
@@ -173,11 +173,11 @@ def other(
 
 
 def main(path: Path, run: dict[str, Any]) -> None:
-    """Make a run and write its record, on rank 0."""
+    """Execute a run and write its record on rank 0."""
     jax.config.update("jax_enable_x64", True)
     task, method = TASKS[run["task"]](run["seed"]), run["method"]
     setting = candidates(method)[run["setting"]]
-    clock = time.process_time if run["ranks"] == 1 else time.perf_counter  # ranks wait for one another
+    clock = time.process_time if run["ranks"] == 1 else time.perf_counter  # ranks wait for each other
     compiled, trace, why, left_out = 0.0, list[Point](), "", ""
     try:
         with timed_by(clock):

@@ -25,7 +25,7 @@ Run = dict[str, Any]
 
 
 def condensed(record: Run) -> Run:
-    """Return a record with what the tables need of its trace: the end, and seconds to each of LEVELS."""
+    """Return a record with what the tables need of its trace: the end, and seconds to each level."""
     trace = record.pop("trace")
     reached = [next((at for at, _, _, error in trace if error <= level), None) for level in LEVELS]
     end = trace[-1] if trace else [None] * 4
@@ -33,23 +33,23 @@ def condensed(record: Run) -> Run:
 
 
 def collect(folder: Path, file: Path) -> None:
-    """Write the runs of a folder into a file of one line a run, the versions once."""
+    """Write the runs of a folder to a file with one line per run, and the versions once."""
     records = [condensed(json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
     about = {key: records[0][key] for key in ("versions", "processor")}
     for record in records:
         if {key: record.pop(key) for key in about} != about:
-            raise SystemExit(f"{folder} has runs of several machines or versions")
+            raise SystemExit(f"{folder} contains runs of several machines or versions: separate them")
     lines = ",\n".join(json.dumps(record) for record in records)
     file.write_text(f'{{"about": {json.dumps(about)},\n"runs": [\n{lines}\n]}}\n')
 
 
 def shown(error: float) -> str:
-    """Write a number in two digits."""
+    """Return a number with two digits as text."""
     return NOTHING if not math.isfinite(error) else f"{error:.1e}".replace("e-0", "e-").replace("e+00", "")
 
 
 def finals(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
-    """Return the runs of all seeds of the setting that was chosen, by task and method."""
+    """Return the runs of all seeds with the chosen setting, by task and method."""
     found = dict[tuple[str, str], list[Run]]()
     for run in runs:
         found.setdefault((run["task"], run["method"]), []).append(run)
@@ -57,14 +57,14 @@ def finals(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
 
 
 def number(value: float | None) -> float:
-    """Return a number that can be ordered."""
+    """Return a value that can be sorted."""
     return math.inf if value is None or value != value else value
 
 
 def headed(
     runs: list[Run], *before: str, after: str = ""
 ) -> tuple[dict[tuple[str, str], list[Run]], list[str]]:
-    """Print the head of a table of all methods with runs; return the runs by task and method, and methods."""
+    """Print the header of a table of all methods with runs; return runs by task and method, and methods."""
     every = finals(runs)
     methods = [m for m in METHODS if any((t, m) in every for t in TASKS)]
     names = [*before, *methods, *([after] if after else [])]
@@ -73,7 +73,7 @@ def headed(
 
 
 def table(runs: list[Run], cell: Callable[[list[Run]], float], write: Callable[[float], str]) -> None:
-    """Print a row for each task and a column for each method; the least number of a row is bold."""
+    """Print a row for each task and a column for each method, with the minimum of a row in bold."""
     every, methods = headed(runs, "task", after="first")
     for task in TASKS:
         row = [cell(every[task, m]) if (task, m) in every else math.nan for m in methods]
@@ -86,7 +86,7 @@ def table(runs: list[Run], cell: Callable[[list[Run]], float], write: Callable[[
 
 
 def middle(key: str) -> Callable[[list[Run]], float]:
-    """Return the function that takes the median of an entry over the seeds."""
+    """Return a function that computes the median of an entry over the seeds."""
     return lambda runs: median(number(run[key]) for run in runs)
 
 
@@ -144,7 +144,7 @@ def steps(runs: list[Run]) -> None:
 
 
 def settings(runs: list[Run]) -> None:
-    """Print the candidates of each method, which tasks chose them, and how long it compiles."""
+    """Print the candidates of each method, the tasks that chose them, and the compilation time."""
     print("| method | candidates, chosen by | seconds to compile |")
     print("| --- | --- | --- |")
     for method in METHODS:
@@ -169,7 +169,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.source.is_dir():
         if given.file is None:
-            raise SystemExit("name the file to collect the runs in")
+            raise SystemExit("name the file for the runs: table.py FOLDER FILE.json")
         collect(given.source, given.file)
     write(given.file or given.source)
 

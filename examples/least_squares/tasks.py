@@ -1,14 +1,14 @@
 """The tasks: models in JAX, training data and test data, all float64.
 
-A task's loss is half the mean squared distance of outputs and targets, and its error is the relative L2
-distance on the test data, |outputs - targets| / |targets|.
+The loss of a task is half the mean squared distance between outputs and targets, and its error is the
+relative L2 distance on the test data, |outputs - targets| / |targets|.
 
 Physics-informed networks have the residual of the equation and the values on the boundary as outputs. An
-example is a point with two numbers a and b beside its coordinates; its output is a R(u) + b u, where R is the
-residual, and its target a f + b g. At interior points b is 0, at points of the boundary and of the start a
-is, in tests a = 0 and b = 1. The weights are such that the loss is half the mean of (R - f)^2 over the
-interior plus `weight` times half the mean of (u - g)^2 over the boundary, but for a factor that gives the
-targets a mean square of 1.
+example is a point with its coordinates and two numbers a and b. Its output is a R(u) + b u, where R is the
+residual, and its target a f + b g. b is 0 at interior points, and a is 0 at points of the boundary and of the
+initial condition; in tests a = 0 and b = 1. The weights are such that the loss is half the mean of (R - f)^2
+over the interior plus `weight` times half the mean of (u - g)^2 over the boundary, up to a factor that scales
+the targets to a mean square of 1.
 
 Sources: poisson, Mueller and Zeinhofer (2023, arXiv 2302.13163): its 900 interior and 120 boundary points,
 whose weights are the measures 1 and 4; a second hidden layer is added. helmholtz, Wang, Teng and Perdikaris
@@ -34,9 +34,9 @@ Data = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Pde:
-    """What DeepXDE needs of an equation: how to write the residual itself, and the loss.
+    """What DeepXDE needs to define an equation: a function for the residual, and the points of the loss.
 
-    `second` are the coordinates of which second derivatives are needed, `residual(u, first, second)` is R(u),
+    `second` are the coordinates in which second derivatives are needed, `residual(u, first, second)` is R(u),
     `interior` and `boundary` the points with their f and g.
     """
 
@@ -49,14 +49,14 @@ class Pde:
 
 @dataclass(frozen=True)
 class Task:
-    """A model, its start and its data.
+    """A model, its initial parameters and its data.
 
     Attributes
     ----------
     apply : callable
         (params, x) -> outputs (B, O) or (B, T, O)
     params : pytree of arrays
-        The start.
+        The initial parameters.
     train, test : (x, y)
     pde : Pde, optional
     """
@@ -69,7 +69,7 @@ class Task:
 
     @property
     def size(self) -> int:
-        """D, the number of parameters."""
+        """The number of parameters, D."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
 
@@ -77,7 +77,7 @@ class Task:
 
 
 def glorot(sizes: tuple[int, ...], rng: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Draw matrices by Glorot and Bengio's normal rule; biases are 0."""
+    """Draw matrices by the normal rule of Glorot and Bengio; biases are 0."""
     return [(rng.normal(0, (2 / (n + m)) ** 0.5, (n, m)), np.zeros(m)) for n, m in pairwise(sizes)]
 
 
@@ -90,11 +90,11 @@ def mlp(params: Any, x: Any) -> Any:
 
 
 def derivatives(params: Any, x: Any, second: tuple[int, ...]) -> tuple[Any, list[Any], list[Any]]:
-    """Compute a tanh network and its derivatives in the coordinates, forwards layer by layer.
+    """Compute a tanh network and its derivatives in the coordinates, forward layer by layer.
 
     Returns
     -------
-    u (B, 1), its first derivatives in all coordinates, and the second ones in the coordinates `second`
+    u (B, 1), its first derivatives in all coordinates, and its second derivatives in the coordinates `second`
     """
     w, b = params[0]
     h = jnp.tanh(x @ w + b)
@@ -111,7 +111,7 @@ def derivatives(params: Any, x: Any, second: tuple[int, ...]) -> tuple[Any, list
 
 
 def equation(pde: Pde, sizes: tuple[int, ...], seed: int, test: Data) -> Task:
-    """Make the task of a physics-informed network."""
+    """Create the task of a physics-informed network."""
 
     def apply(params: Any, x: Any) -> Any:
         d = sizes[0]
@@ -134,7 +134,7 @@ def equation(pde: Pde, sizes: tuple[int, ...], seed: int, test: Data) -> Task:
 
 
 def grid(count: int, low: float, high: float, ends: bool = False) -> np.ndarray:
-    """Return the points (count ** 2, 2) of a square grid: the midpoints of its cells, or with the ends."""
+    """Return the points (count ** 2, 2) of a square grid: midpoints of cells, or with the ends."""
     along = np.linspace(low, high, count) if ends else low + (high - low) * (np.arange(count) + 0.5) / count
     return np.stack(np.meshgrid(along, along, indexing="ij"), axis=-1).reshape(-1, 2)
 
@@ -150,7 +150,7 @@ def edges(count: int, low: float, high: float) -> np.ndarray:
 
 
 def poisson(seed: int) -> Task:
-    """-(u_xx + u_yy) = f on the unit square, u = sin(pi x) sin(pi y)."""
+    """Create the task -(u_xx + u_yy) = f on the unit square, u = sin(pi x) sin(pi y)."""
 
     def exact(x: np.ndarray) -> np.ndarray:
         return np.sin(np.pi * x).prod(axis=1, keepdims=True)
@@ -167,7 +167,7 @@ def poisson(seed: int) -> Task:
 
 
 def helmholtz(seed: int) -> Task:
-    """u_xx + u_yy + u = q on [-1, 1]^2, u = sin(pi x) sin(4 pi y)."""
+    """Create the task u_xx + u_yy + u = q on [-1, 1]^2, u = sin(pi x) sin(4 pi y)."""
 
     def exact(x: np.ndarray) -> np.ndarray:
         return np.sin(np.pi * x[:, :1]) * np.sin(4 * np.pi * x[:, 1:])
@@ -191,7 +191,7 @@ def evolution(
     solution: Callable[[np.ndarray, np.ndarray], np.ndarray],
     seed: int,
 ) -> Task:
-    """Make the task of u(x, t) on [-1, 1] x [0, 1] with a start and fixed values at x = -1 and 1."""
+    """Create a task for u(x, t) on [-1, 1] x [0, 1] with initial values, and fixed values at x = -1 and 1."""
     rng = np.random.default_rng(1000 + seed)
     inside = np.stack([rng.uniform(-1, 1, 2540), rng.uniform(0, 1, 2540)], axis=1)
     sides = np.stack([np.repeat([-1.0, 1.0], 40), rng.uniform(0, 1, 80)], axis=1)
@@ -205,7 +205,7 @@ def evolution(
 
 
 def burgers(seed: int) -> Task:
-    """u_t + u u_x = nu u_xx, nu = 0.01 / pi, u(x, 0) = -sin(pi x), u(-1, t) = u(1, t) = 0."""
+    """Create the task u_t + u u_x = nu u_xx, nu = 0.01 / pi, u(x, 0) = -sin(pi x), u(-1, t) = u(1, t) = 0."""
     nu = 0.01 / np.pi
     return evolution(
         lambda u, first, second: first[1] + u * first[0] - nu * second[0],
@@ -218,7 +218,7 @@ def burgers(seed: int) -> Task:
 
 
 def allen_cahn(seed: int) -> Task:
-    """u_t = 0.001 u_xx + 5 (u - u^3), u(x, 0) = x^2 cos(pi x), u(-1, t) = u(1, t) = -1."""
+    """Create the task u_t = 0.001 u_xx + 5 (u - u^3), u(x, 0) = x^2 cos(pi x), u(-1, t) = u(1, t) = -1."""
     return evolution(
         lambda u, first, second: first[1] - 0.001 * second[0] - 5 * (u - u**3),
         lambda x: x**2 * np.cos(np.pi * x),
@@ -233,7 +233,7 @@ def allen_cahn(seed: int) -> Task:
 
 
 def regression(seed: int) -> Task:
-    """Friedman's function of five variables at 1,000 points, over its standard deviation; no noise."""
+    """Fit Friedman's function of five variables at 1,000 points, over its standard deviation; no noise."""
     rng = np.random.default_rng(1000 + seed)
     x = rng.uniform(0, 1, (3000, 5))
     y = 10 * np.sin(np.pi * x[:, 0] * x[:, 1]) + 20 * (x[:, 2] - 0.5) ** 2 + 10 * x[:, 3] + 5 * x[:, 4]
@@ -246,10 +246,10 @@ STEPS, SPAN = 20, 0.25
 
 
 def neural_ode(seed: int) -> Task:
-    """Predator and prey in logarithms, from 40 initial states, at 20 times; the field is a network.
+    """Predict the logarithms of predator and prey from 40 initial states at 20 times; the field is a network.
 
-    An example is an initial state; its outputs are the states at the following times, by a step of RK4 each.
-    The truth takes 20 steps for each.
+    An example is an initial state. Its outputs are the states at the following times, with one RK4 step for
+    each. The reference solution uses 20 steps for each.
     """
 
     def rk4(field: Callable[[Any], Any], z: Any, h: float) -> Any:
@@ -285,7 +285,7 @@ def neural_ode(seed: int) -> Task:
 
 
 def factorisation(seed: int) -> Task:
-    """Complete a matrix of 60 x 50 and rank 5, whose singular values fall from 1 to 0.001, from half of it.
+    """Complete a matrix of 60 x 50 and rank 5, with singular values from 1 to 0.001, from half of it.
 
     An example is an entry, and its inputs are two indices. The matrix has a mean square of 1.
     """
@@ -312,7 +312,7 @@ PIXELS = 14
 def curves(seed: int) -> Task:
     """Reproduce images of curves: 196-100-50-25-6-25-50-100-196 units, code and output linear.
 
-    A curve is the quadratic one of three random points, drawn with a Gaussian pen.
+    A curve is the quadratic Bezier curve of three random points, drawn with a Gaussian pen.
     """
     rng = np.random.default_rng(1000 + seed)
     points = rng.uniform(0.1, 0.9, (1500, 3, 2))
@@ -344,4 +344,4 @@ TASKS: dict[str, Callable[[int], Task]] = {
     "factorisation": factorisation,
     "curves": curves,
 }
-"""The makers of the tasks by name; they take the seed, which draws the start and, but for grids, the data."""
+"""Functions that create the tasks, by name; their seed draws the start and, except for grids, the data."""

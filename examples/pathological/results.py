@@ -1,4 +1,4 @@
-"""What came of the runs: a file of one line a run, which the tables are made of."""
+"""The results of the runs: a file with one line per run, from which the tables are made."""
 
 from __future__ import annotations
 
@@ -13,35 +13,36 @@ from hfmpi.files.atomic import open_regular, replace
 NAME = "results.json"
 
 SEEDS = 4
-"""Runs of the study have seeds below it; that of the tuning is the next."""
+"""Runs of the study have seeds below this one, which is the seed of the tuning."""
 
 KEYS = ("task", "length", "cell", "hidden", "method", "value", "seed", "solved", "step", "P_I", "P_I_full",
         "P_D", "P_D_full", "seconds", "loss", "wrong", "outputs")  # fmt: skip
-"""Of a run: which it is; whether it solved its task; what it had cost by then, or at its end; its last
-training loss; and of its test the share of sequences that were wrong, and wrong outputs a sequence."""
+"""The fields of a run: its identity; whether it solved its task; its costs until then, or until its end; its
+last training loss; from its test the share of wrong sequences and the number of wrong outputs per
+sequence."""
 
 Record = dict[str, Any]
 
 
 def collect(out: Path) -> list[Record]:
-    """Return what the checkpoints in the folders of a study say, in the order of their names."""
+    """Return the records in the checkpoints of a study's folders, sorted by the names of the folders."""
     every = sorted(path.parent for path in out.glob(f"*/{checkpoint.NEWEST}"))
     return [checkpoint.latest(folder).meta["record"] for folder in every]
 
 
 def write(out: Path) -> None:
-    """Write the file of a study into its folder."""
+    """Write the file of a study to its folder."""
     lines = [json.dumps({key: record[key] for key in KEYS}) for record in collect(out)]
     replace(out / NAME, ("[\n" + ",\n".join(lines) + "\n]\n").encode())
 
 
 def read(path: Path) -> list[Record]:
-    """Read a file.
+    """Read a file of results.
 
     Raises
     ------
     UserError
-        If it is none.
+        If it is not a file of results.
     """
     with open_regular(path) as file:
         content = file.read()
@@ -50,5 +51,5 @@ def read(path: Path) -> list[Record]:
         if not all(set(record) == set(KEYS) for record in records):
             raise ValueError
     except (ValueError, TypeError):
-        raise UserError(f"{path} is no file of results of this study") from None
+        raise UserError(f"{path} is not a file of results of this study") from None
     return records

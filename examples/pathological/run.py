@@ -1,13 +1,14 @@
-"""The pathological tasks: which method solves them, with how many sequential passes.
+"""The pathological tasks: which methods solve them, and with how many sequential passes.
 
 python examples/pathological/run.py [--tasks T,...] [--lengths N,...] [--cells C,...] [--methods M,...]
     [--hidden N] [--seeds N] [--seconds S] [--tuning S] [--passes N] [--jobs N] OUT
 
-Each method has one setting, which is tuned on the first seed after those of the study, on addition (for the
-three tasks with numbers) and on memory-5 (for those with symbols), at T = 30: three candidates, and a further
-one as long as the best is the last of them on one side, `--tuning` seconds each. Best is what solves the task
-with the least P_I, else what has the lowest training loss. Runs that are done are not done twice; one that
-reached a limit goes on if it is given a higher one. OUT/results.json has what came of all runs so far.
+Each method has one setting. It is tuned with the first seed after those of the study at T = 30, on addition
+(for the three tasks with numbers) and on memory-5 (for those with symbols). Three candidates are tried,
+`--tuning` seconds each; while the best is at the edge of those tried, the next one is tried too. The best
+candidate solves the task with the lowest P_I, or, if none does, has the lowest training loss. Finished runs
+are not repeated; a run that reached a limit continues if the limit is raised. OUT/results.json contains the
+results of all runs.
 """
 
 from __future__ import annotations
@@ -28,29 +29,29 @@ from hfmpi.parallel import guard
 
 
 def part(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
-    """Return the reader of an option that names some of what is known, with commas between."""
+    """Return the parser of an option that selects some of the `known` names, separated by commas."""
     every = tuple(known)
 
     def read(words: str) -> tuple[str, ...]:
         found = words.split(",")
         for word in found:
             if word not in every:
-                raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(every)}")
+                raise argparse.ArgumentTypeError(f"{word!r} is not one of {', '.join(every)}")
         return tuple(one for one in every if one in found)
 
     return read
 
 
 def lengths(words: str) -> tuple[int, ...]:
-    """Read lengths with commas between."""
+    """Parse lengths that are separated by commas."""
     found = tuple(int(word) for word in words.split(","))
     if min(found) < 10:
-        raise argparse.ArgumentTypeError("the least length is 10")
+        raise argparse.ArgumentTypeError("lengths must be at least 10")
     return found
 
 
 def one(run: Run, out: Path, seconds: float, passes: int) -> results.Record:
-    """Make a run and say what came of it."""
+    """Train a run, print its result and return its record."""
     record = train(run, out / run.name, seconds, passes)
     words = "solved" if record["solved"] else f"{record['wrong']:.1%} wrong"
     cost = f"P_I {record['P_I_full']:,} in {record['step']:,} steps, {record['seconds']:.0f} s"
@@ -61,16 +62,18 @@ def one(run: Run, out: Path, seconds: float, passes: int) -> results.Record:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--tasks", type=part(KINDS), default=tuple(KINDS), help="with commas between [all]")
-    parser.add_argument("--lengths", type=lengths, default=(30,), help="T, with commas between [30]")
+    parser.add_argument("--tasks", type=part(KINDS), default=tuple(KINDS), help="separated by commas [all]")
+    parser.add_argument("--lengths", type=lengths, default=(30,), help="T, separated by commas [30]")
     parser.add_argument("--cells", type=part(CELLS), default=("rnn",), help="rnn, lstm [rnn]")
     parser.add_argument("--methods", type=part(METHODS), default=tuple(METHODS), help="[all]")
-    parser.add_argument("--hidden", type=int, default=50, help="units; the tuning has 50 [50]")
-    parser.add_argument("--seeds", type=int, default=results.SEEDS, help="of each run, from 0 on [4]")
-    parser.add_argument("--seconds", type=float, default=10.0, help="processor time of a run [10]")
-    parser.add_argument("--tuning", type=float, default=5.0, help="processor time of a candidate [5]")
-    parser.add_argument("--passes", type=int, default=150_000, help="P_I of a run at most [150000]")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side [1]")
+    parser.add_argument("--hidden", type=int, default=50, help="units; the tuning uses 50 [50]")
+    parser.add_argument("--seeds", type=int, default=results.SEEDS, help="seeds per run, from 0 on [4]")
+    parser.add_argument("--seconds", type=float, default=10.0, help="seconds of processor time per run [10]")
+    parser.add_argument(
+        "--tuning", type=float, default=5.0, help="seconds of processor time per candidate [5]"
+    )
+    parser.add_argument("--passes", type=int, default=150_000, help="maximum P_I of a run [150000]")
+    parser.add_argument("--jobs", type=int, default=1, help="number of simultaneous runs [1]")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
 
@@ -88,7 +91,7 @@ def main() -> None:
         while tries := untried(runs, tuned):
             tuned |= zip(tries, all_of(tries, given.tuning), strict=True)
         chosen[key] = best([tuned[run] for run in runs if run in tuned])
-    for length, seed in product(given.lengths, range(given.seeds)):  # short ones first, all alike
+    for length, seed in product(given.lengths, range(given.seeds)):  # short ones first
         each = [Run(t, length, c, m, chosen[t, c, m], seed, given.hidden) for t, c, m in every]
         all_of(each, given.seconds)
         results.write(given.out)

@@ -1,8 +1,8 @@
-"""Print what came of the study: passes to success, errors at the end, and the settings.
+"""Print the results of the study: passes until success, errors at the end, and the settings.
 
 python examples/pathological/table.py OUT
 
-OUT is a folder of run.py, or the file that it writes there; docs/results/pathological.json is one.
+OUT is a folder of run.py, or the file that it writes to the folder; docs/results/pathological.json is one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NOTHING = "–"
 
 
 def passes(runs: Sequence[Record]) -> str:
-    """Return the median P_I (full) to success where most seeds succeeded, else where the others ended."""
+    """Return the median P_I (full) to success if most seeds succeeded, else that of the failed runs."""
     good = [run["P_I_full"] for run in runs if run["solved"]]
     share = "" if len(good) == results.SEEDS else f" ({len(good)} of {len(runs)})"
     if 2 * len(good) > len(runs):
@@ -34,7 +34,7 @@ def passes(runs: Sequence[Record]) -> str:
 
 
 def errors(runs: Sequence[Record]) -> str:
-    """Return the median of wrong outputs a sequence, in the test at the end."""
+    """Return the median number of wrong outputs per sequence in the test at the end."""
     return f"{median(run['outputs'] for run in runs):.2g}"
 
 
@@ -50,19 +50,19 @@ def rows(records: Sequence[Record], show: Callable[[Sequence[Record]], str]) -> 
 
 
 def chosen(records: Sequence[Record], task: str, cell: str, method: str) -> float | None:
-    """Return the value that the tuning chose for a task, None where it has not begun."""
+    """Return the value that the tuning chose for a task; None if the tuning has not started."""
     runs = tuning_runs(task, cell, method, results.SEEDS)
     tried = [record for record in records if any(is_of(record, run) for run in runs)]
     return best(tried) if tried else None
 
 
 def is_of(record: Record, run: Run) -> bool:
-    """Whether a record is that of a run."""
+    """Return whether a record belongs to a run."""
     return all(record[key] == value for key, value in asdict(run).items())
 
 
 def settings(records: Sequence[Record]) -> list[list[str]]:
-    """Return a row for each method: what it is, its candidates, and which the runs have."""
+    """Return a row for each method: its preset, its candidates, and the value that the runs use."""
     found = [["method", "preset", "batches", "changed", "candidates", "for numbers", "for symbols"]]
     for name, method in METHODS.items():
         own = [record for record in records if record["method"] == name]

@@ -1,26 +1,26 @@
-"""The pathological tasks of Martens and Sutskever (2011): what has to be remembered lies far back.
+"""The pathological tasks of Martens and Sutskever (2011), which require a memory over many steps.
 
-A task is a set of cases made on demand, of which each is a function of seed and index alone. With steps
-counted from 1, for a length T:
+A task is a set of examples that are generated on demand, each determined by seed and index. Steps are counted
+from 1. For a length T:
 
 addition, multiplication, xor
-    A step has a number, uniform in [0, 1] (xor: a bit), and a mark, which is 1 at two steps: one of the first
-    tenth, 1 ... T'/10, and one of T'/10 + 1 ... T'/2, 0 elsewhere. The length T' is uniform in T ... 1.1 T.
+    A step has a number, uniform in [0, 1] (xor: a bit), and a mark. The mark is 1 at two steps, one in
+    1 ... T'/10 and one in T'/10 + 1 ... T'/2, and 0 at all others. The length T' is uniform in T ... 1.1 T.
     The last step has a target: half the sum of the marked numbers, their product, or their exclusive or.
 temporal-2, temporal-3
-    T symbols, 0 to 3 at random, but for a 4 or 5 at a step of [0.1 T, 0.2 T] and one of [0.5 T, 0.6 T]; with
-    three of them in [0.1 T, 0.2 T], [0.3 T, 0.4 T] and [0.6 T, 0.7 T]. The last step's target is the number
-    that they make in binary digits, the first one first.
+    T random symbols from 0 to 3. In temporal-2, a 4 or 5 replaces one in [0.1 T, 0.2 T] and one in
+    [0.5 T, 0.6 T]; in temporal-3, one each in [0.1 T, 0.2 T], [0.3 T, 0.4 T] and [0.6 T, 0.7 T]. The target
+    of the last step is the number whose binary digits these symbols determine, the first one first.
 permutation
-    0 or 1, then T - 1 of the symbols 2 to 99 at random. The target of a step is the next symbol, and that of
-    the last step the first symbol: the only one that can be known.
+    0 or 1, then T - 1 random symbols from 2 to 99. The target of a step is the next symbol, and the target of
+    the last step is the first symbol, the only one that can be predicted.
 memory-5, memory-20
-    5 bits, or 10 symbols of 5 values; T - 1 blanks and a trigger; then blanks, while these are to be
-    repeated. At all steps before the target is a blank. So there are T + 10 or T + 20 steps.
+    5 bits, or 10 symbols of 5 values; T - 1 blanks and a trigger; then blanks, while the bits or symbols are
+    to be repeated. Before that the target is a blank at all steps. There are T + 10 or T + 20 steps.
 
 Sources: Martens and Sutskever, Learning recurrent neural networks with Hessian-free optimization (2011,
-section 4), most of it from Hochreiter and Schmidhuber, Long short-term memory (1997). In their released code
-the sequences of the first five tasks also have signs of their begin and end, and ranges differ.
+section 4), most tasks from Hochreiter and Schmidhuber, Long short-term memory (1997). In their released code
+the sequences of the first five tasks also have begin and end symbols, and some ranges differ.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from hfmpi.data.batches import Batch, checked_indices
 from hfmpi.errors import UserError
 
 BLOCK = 100
-"""Cases that are made together: each block of them has a generator of its own."""
+"""Examples that are generated together: each block of them has a separate random generator."""
 
 
 class Kind(NamedTuple):
-    """What a network for a task reads and gives, its loss, and how cases are made: time first."""
+    """The network's inputs and outputs, the loss, and the function that generates examples, time first."""
 
     inputs: int
     outputs: int
@@ -49,7 +49,7 @@ class Kind(NamedTuple):
 
 
 def marked(rng: np.random.Generator, length: int, operation: Callable, bits: bool = False) -> Batch:
-    """Make cases of addition, multiplication or xor; steps before T have no outputs."""
+    """Generate examples of addition, multiplication or xor; steps before T have no outputs."""
     longest, cases = 11 * length // 10, np.arange(BLOCK)
     inputs = np.zeros((longest, BLOCK, 2))
     inputs[..., 0] = rng.integers(0, 2, (longest, BLOCK)) if bits else rng.random((longest, BLOCK))
@@ -63,7 +63,7 @@ def marked(rng: np.random.Generator, length: int, operation: Callable, bits: boo
 
 
 def temporal(rng: np.random.Generator, length: int, tenths: tuple[int, ...]) -> Batch:
-    """Make cases of temporal order, with a special symbol from each of these tenths of T to the next."""
+    """Generate examples of temporal order, with a special symbol in each of these tenths of T."""
     inputs = rng.integers(0, 4, (length, BLOCK), np.int32)
     target = np.zeros(BLOCK, np.int32)
     for tenth in tenths:
@@ -75,14 +75,14 @@ def temporal(rng: np.random.Generator, length: int, tenths: tuple[int, ...]) -> 
 
 
 def permutation(rng: np.random.Generator, length: int) -> Batch:
-    """Make cases of the random permutation."""
+    """Generate examples of the random permutation."""
     inputs = rng.integers(2, 100, (length, BLOCK), np.int32)
     inputs[0] = rng.integers(0, 2, BLOCK)
     return Batch(inputs, np.roll(inputs, -1, axis=0))
 
 
 def memory(rng: np.random.Generator, length: int, symbols: int, values: int) -> Batch:
-    """Make cases of memory; a set of fewer than a block has each of them once."""
+    """Generate examples of memory; if there are fewer than a block, each occurs once."""
     cases, blank = min(BLOCK, values**symbols), values
     kept = rng.integers(0, values, (symbols, cases), np.int32)
     if cases < BLOCK:
@@ -108,7 +108,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Task:
-    """The cases of a task at one length, as `hfmpi.data.batches.Cases` wants them."""
+    """The examples of a task at one length; satisfies `hfmpi.data.batches.Cases`."""
 
     name: str
     length: int
@@ -116,9 +116,9 @@ class Task:
 
     def __post_init__(self) -> None:
         if self.name not in KINDS:
-            raise UserError(f"there is no task {self.name!r}; choose one of {', '.join(KINDS)}")
+            raise UserError(f"unknown task {self.name!r}: choose one of {', '.join(KINDS)}")
         if self.length < 10:
-            raise UserError(f"a length of {self.length} is too short for {self.name}: the least is 10")
+            raise UserError(f"the length {self.length} is too short for {self.name}: use at least 10")
 
     @property
     def kind(self) -> Kind:
@@ -126,11 +126,11 @@ class Task:
 
     @property
     def count(self) -> int:
-        """The number of cases: as many as one likes but for memory-5, which has 32."""
+        """The number of examples: unlimited for most tasks, 32 for memory-5."""
         return self.kind.count
 
     def take(self, indices: np.ndarray) -> Batch:
-        """Return the examples `indices` (B,) as a batch; outputs begin where there may be targets."""
+        """Return the examples `indices` (B,) as a batch; outputs start where there may be targets."""
         blocks, places = np.divmod(checked_indices(indices, self.count, "case"), BLOCK)
         needed, which = np.unique(blocks, return_inverse=True)
         made = [self.kind.make(self._generator(block), self.length) for block in needed.tolist()]
@@ -141,7 +141,7 @@ class Task:
         return Batch(inputs, targets, mask, inputs.shape[1] - targets.shape[1])
 
     def scored(self, indices: np.ndarray) -> int:
-        """Return how many outputs of the cases `indices` (B,) are scored."""
+        """Return the number of scored outputs of the examples `indices` (B,)."""
         more = {"permutation": 0, "memory-5": 10, "memory-20": 20}
         return len(indices) * (self.length + more[self.name] if self.name in more else 1)
 
@@ -150,5 +150,5 @@ class Task:
 
 
 def _chosen(parts: tuple[np.ndarray, ...], at: np.ndarray) -> np.ndarray:
-    """Return the examples `at` (B,) of blocks that are made time first, examples first."""
+    """Return the examples `at` (B,) from blocks with time first, with the examples first."""
     return np.ascontiguousarray(np.concatenate(parts, 1).swapaxes(0, 1)[at])

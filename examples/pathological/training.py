@@ -1,9 +1,9 @@
-"""One run of the study: a method on a task, until it is solved or a limit is reached; it can be gone on with.
+"""One run of the study: a method on a task, until it is solved or a limit is reached; runs can be resumed.
 
-A network reads cases that it has not seen before, step after step (of memory-5 all 32 at every step), and is
-tested on cases of another seed. The network of the papers is the `rnn`, and starts as in the released code of
-Martens and Sutskever: 15 incoming weights a unit, N(0, 1/15), those from the inputs a quarter of that. Its
-largest eigenvalue is then about one: states neither die out nor become chaotic.
+Each step of a network uses new examples (for memory-5, all 32 in every step), and it is tested on examples
+with a different seed. The network of the papers is the `rnn`. Its initial parameters follow the released code
+of Martens and Sutskever: 15 incoming weights per unit, N(0, 1/15), and a quarter of that from the inputs. The
+largest eigenvalue is then about one: states neither vanish nor become chaotic.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ from hfmpi.runs.record import Progress
 from hfmpi.runs.restore import entries, progress, restored
 
 WRONG = 0.04
-"""Real-valued answers are wrong if they are off by more than this."""
+"""Real-valued outputs are wrong if their error is larger than this."""
 
 SOLVED = 0.01
-"""Share of wrong sequences among the tested ones below which a task is solved."""
+"""A task is solved if the share of wrong sequences in the test is below this."""
 
 TESTED, PROBED = 10_000, 200
-"""Sequences of a test, and of the look before whether a test is worth its while."""
+"""Sequences of a test, and of the shorter test that precedes it."""
 
 GROWTH = 1.05
-"""A run looks whether it has solved its task whenever its P_I has grown by this factor."""
+"""A run is tested each time its P_I has grown by this factor."""
 
 TEST_SEED = 10_000
-"""Of the test cases; a run's own cases have its seed."""
+"""Seed of the test examples; the training examples of a run have the run's seed."""
 
 MOST_REJECTED = 50
-"""So many rejected steps in a row end a run."""
+"""Number of consecutive rejected steps that end a run."""
 
 SAVE_EVERY = 60.0
 """Seconds of processor time between checkpoints."""
 
 
 class Method(NamedTuple):
-    """A preset, its setting that is tuned, sequences in the batches, and what else is changed.
+    """A preset, its tuned setting, the sequences in the batches, and other changes.
 
-    Of six values three (`FIRST`) are tried at first, and one further as long as the best is the last on one
-    side. A single value is not tuned.
+    Three (`FIRST`) of six values are tried at first. While the best is at the edge of those tried, the next
+    one is tried too. A single value is not tuned.
     """
 
     preset: str
@@ -73,7 +73,7 @@ STRUCTURAL = {**PLAIN, "structural_damping": 1 / 30}
 DAMPINGS = 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0
 ROTATED = 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1
 TRUSTS = 1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1
-# The subspace step as the results have it: J V, and three last steps.
+# The subspace step as in the results: J V, and three last steps.
 BEFORE = {"candidates": 3, "memory": 3, "curvature_segments": 0}
 
 METHODS = {
@@ -96,10 +96,10 @@ METHODS = {
     "subspace-large": Method("subspace", "damping", TRUSTS, 2_000, 1_000, BEFORE),
     "subspace-rows-large": Method("subspace-rows", "damping", TRUSTS, 2_000, 1_000, {"candidates": 3}),
 }
-"""By name: +s with structural damping, +p with the preset's preconditioner, -preset with nothing tuned,
+"""Methods by name: +s with structural damping, +p with the preset's preconditioner, -preset without tuning,
 -large with larger batches.
 
-On new cases `subspace` has to look itself what its step brought.
+Since batches are new in each step, `subspace` must measure the effect of its own step.
 """
 
 CELLS = "rnn", "lstm"
@@ -108,15 +108,15 @@ NUMBERS = "addition", "multiplication", "xor"
 """Tasks that read numbers; the others read symbols."""
 
 TUNED_ON = 30
-"""T of the tuning."""
+"""T in the tuning."""
 
 FIRST = slice(2, 5)
-"""Values that are tried at first."""
+"""Indices of the values that are tried at first."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run, and all that it depends on."""
+    """One run, and everything that determines it."""
 
     task: str
     length: int
@@ -128,27 +128,27 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of its folder."""
+        """The name of the run's folder."""
         return (
             f"{self.task}-{self.length}-{self.cell}{self.hidden}-{self.method}-{self.value:g}-seed{self.seed}"
         )
 
     @property
     def batches(self) -> tuple[int, int]:
-        """Sequences in the batches of gradient and curvature: all of them where there are fewer."""
+        """Sequences in the batches of gradient and curvature, at most all sequences."""
         method, count = METHODS[self.method], Task(self.task, self.length, 0).count
         return min(method.gradient_batch, count), min(method.curvature_batch, count)
 
     def optimizer(self) -> Optimizer[Any]:
-        """Make the optimizer."""
+        """Create the optimizer."""
         method = METHODS[self.method]
         changes = {**method.changes, method.setting: self.value}
         if self.batches[0] == Task(self.task, self.length, 0).count:
-            changes.pop("candidates", None)  # the next gradient tells
+            changes.pop("candidates", None)  # the next gradient measures it
         return preset(method.preset, **changes).optimizer
 
     def network(self) -> hfmpi.Network:
-        """Make the network."""
+        """Create the network."""
         kind = Task(self.task, self.length, 0).kind
         about = hfmpi.Architecture(self.cell, self.hidden, kind.inputs, kind.outputs)
         start = {"initialisation": "sparse"} if self.cell == "rnn" else {"forget_bias": 1.0}
@@ -156,9 +156,9 @@ class Run:
 
 
 def initial(network: hfmpi.Network, seed: int) -> np.ndarray:
-    """Draw the parameters at the start, (D,) float64."""
+    """Draw the initial parameters, (D,) float64."""
     theta = network.initial(seed)
-    if network.initialisation == "sparse":  # which has N(0, 1), and N(0, 1/4) for what goes into tanh units
+    if network.initialisation == "sparse":  # which has N(0, 1), and N(0, 1/4) for inputs of tanh units
         views = network.layout.views(theta)
         for name, scale in ("W_h", 2.0), ("W_x", 0.5), ("W_o", 1.0):
             views[name] *= scale / math.sqrt(SPARSE_FAN_IN)
@@ -166,13 +166,13 @@ def initial(network: hfmpi.Network, seed: int) -> np.ndarray:
 
 
 def tuning_runs(task: str, cell: str, method: str, seed: int) -> list[Run]:
-    """Return the runs among which a task's setting is chosen."""
+    """Return the runs from which a task's setting is chosen."""
     on = "addition" if task in NUMBERS else "memory-5"
     return [Run(on, TUNED_ON, cell, method, value, seed) for value in METHODS[method].values]
 
 
 def untried(runs: Sequence[Run], tried: Mapping[Run, Mapping[str, Any]]) -> list[Run]:
-    """Return the tuning runs to make next, none where the choice is made."""
+    """Return the tuning runs to do next; none if the choice is made."""
     missing = [run for run in runs[FIRST] or runs if run not in tried]
     if missing:
         return missing
@@ -182,9 +182,9 @@ def untried(runs: Sequence[Run], tried: Mapping[Run, Mapping[str, Any]]) -> list
 
 
 def best(records: Sequence[Mapping[str, Any]]) -> float:
-    """Choose the value that solves the task with the least P_I, else that with the lowest training loss.
+    """Choose the value that solves the task with the lowest P_I, else that with the lowest training loss.
 
-    Of several that are alike it is the smallest.
+    Of equal values the smallest is chosen.
     """
 
     def rank(record: Mapping[str, Any]) -> tuple[bool, float, float]:
@@ -195,14 +195,14 @@ def best(records: Sequence[Mapping[str, Any]]) -> float:
 
 
 class Error(NamedTuple):
-    """Of a test: the share of sequences with anything wrong in them, and wrong outputs a sequence."""
+    """Results of a test: the share of sequences with any error, and wrong outputs per sequence."""
 
     wrong: float
     outputs: float
 
 
 def test(network: hfmpi.Network, theta: Array, task: Task, count: int) -> Error:
-    """Test the network on the first `count` cases of a task."""
+    """Test the network on the first `count` examples of a task."""
     wrong, outputs, tape = 0, 0, None
     for part in np.array_split(np.arange(count), -(-count // 250)):
         batch = task.take(part)
@@ -215,24 +215,24 @@ def test(network: hfmpi.Network, theta: Array, task: Task, count: int) -> Error:
 
 
 def mistakes(task: Task, found: np.ndarray, targets: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """Say which scored outputs are wrong, (T, B).
+    """Return which scored outputs are wrong, (T, B).
 
     Parameters
     ----------
     found : (T, B, O)
-        What the loss keeps of the outputs: probabilities, or differences from the targets.
+        What the loss computes from the outputs: probabilities, or differences from the targets.
     """
     if task.kind.loss == "cross-entropy":
         each = found.argmax(axis=2) != targets
-        return each[-1:] if task.name == "permutation" else each  # the others cannot be known
+        return each[-1:] if task.name == "permutation" else each  # the others cannot be predicted
     off = abs(found) > WRONG if task.kind.loss == "squares" else (found > 0.5) != (targets > 0.5)
     return off[..., 0] & (mask > 0)
 
 
 def train(run: Run, folder: Path, seconds: float, passes: int) -> dict[str, Any]:
-    """Go on with a run until it has solved its task, or has had so many seconds or passes (P_I full).
+    """Train a run until it has solved its task or reached a limit of seconds or passes (P_I full).
 
-    Seconds are of processor time. Gives the record of the run, which is also in its checkpoint.
+    Seconds are of processor time. Returns the record of the run, which is also in its checkpoint.
     """
     task, network = Task(run.task, run.length, run.seed), run.network()
     exam = Task(run.task, run.length, TEST_SEED)

@@ -1,8 +1,8 @@
 """How vectors pass between the optimizers and a framework: through the host, or on the GPU without a copy.
 
 The optimizers compute with arrays of the model's backend: NumPy arrays on the host, or CuPy arrays on the GPU
-of the user's function. A framework computes with tensors of its own. An exchange converts between both. On a
-GPU they share the memory by DLPack (https://dmlc.github.io/dlpack), so that theta, v, J'u and all other
+of the user's function. A framework computes with tensors. An exchange converts between both. On a GPU arrays
+and tensors share memory by DLPack (https://dmlc.github.io/dlpack), so that theta, v, J'u and all other
 vectors stay on the device; only batches of data come from the host.
 """
 
@@ -29,29 +29,29 @@ class FrameworkPasses(Passes, Protocol):
 
     @property
     def outputs(self) -> Array:
-        """(N, O)."""
+        """The outputs (N, O)."""
 
 
 class Exchange:
     """Conversion between arrays of a backend and tensors of a framework, on the device of the function.
 
-    Here the tensors are the arrays themselves; subclasses convert.
+    In this class arrays are used as tensors without conversion; subclasses convert.
 
     Parameters
     ----------
     backend : NumpyBackend
-        Its arrays are the vectors of the optimizers.
+        The backend whose arrays are the vectors of the optimizers.
     """
 
     def __init__(self, backend: NumpyBackend) -> None:
         self.backend = backend
 
     def tensor(self, array: Array) -> Any:
-        """Return an array of the backend as a tensor, which shares its memory where that is possible."""
+        """Return an array of the backend as a tensor that shares its memory where possible."""
         return array
 
     def array(self, tensor: Any) -> Array:
-        """Return a tensor as a C-contiguous array of the backend; it shares the memory where possible."""
+        """Return a tensor as a C-contiguous array of the backend that shares its memory where possible."""
         return tensor
 
     def moved(self, array: np.ndarray) -> Any:
@@ -59,27 +59,27 @@ class Exchange:
         return array
 
     def working(self) -> AbstractContextManager[object]:
-        """Return the context in which all work of the framework on shared memory happens."""
+        """Return the context in which the framework works on shared memory."""
         return nullcontext()
 
     def guarded(self, passes: FrameworkPasses) -> FrameworkPasses:
-        """Return passes each of which runs in the context `working`."""
+        """Return passes whose methods run in the context `working`."""
         if type(self).working is Exchange.working:
             return passes
         return cast(FrameworkPasses, GuardedPasses(passes, self.working))
 
     def release(self) -> None:
-        """Release memory that the framework holds in reserve on the device."""
+        """Release memory that the framework reserves on the device."""
 
 
 class GuardedPasses:
-    """Passes whose methods run in a context; all else is that of the passes.
+    """Passes whose methods run in a context; all other attributes are those of the wrapped passes.
 
     Parameters
     ----------
     passes : FrameworkPasses
     working : callable
-        Makes the context.
+        Returns a new context.
     """
 
     def __init__(
@@ -100,13 +100,13 @@ class GuardedPasses:
 
 
 def gpu_backend(dtype: str, index: int) -> NumpyBackend | None:
-    """Return the backend of a GPU; without CuPy log a note that says what to install, and return None.
+    """Return the backend of a GPU; without CuPy log a note on what to install, and return None.
 
     Parameters
     ----------
     dtype : {'float32', 'float64'}
     index : int
-        The number of the GPU among those that CUDA shows to this process.
+        The index of the GPU among those that CUDA shows to this process.
     """
     try:
         return create("cupy", dtype, index)

@@ -1,8 +1,8 @@
-"""What a model needs in addition to a framework that differentiates its function (torch.py, jax.py).
+"""The base class of models whose function is differentiated by a framework (torch.py, jax.py).
 
-The framework computes outputs, J v and J' u of a function of theta on one batch; an exchange passes these
-vectors on (exchange.py). This module adds theta as one vector and its matrices, the checks of a function on
-its first batch, and the plan: how the passes of the model are computed.
+The framework computes outputs, J v and J' u of a function of theta on one batch; an exchange converts these
+vectors (exchange.py). This module adds theta as one vector and its matrices, the checks of a function on
+its first batch, and the plan, which determines how the passes of the model are computed.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ __all__ = [
 T = TypeVar("T")
 
 MICRO_BATCH_BYTES = 1 << 26
-"""What a micro-batch may keep for its linearisation: calls of a framework take long for small examples."""
+"""Memory in bytes that the linearisation of a micro-batch may occupy: many small examples share one call."""
 
 MOST_MICRO_BATCH = 1024
-"""Examples of a micro-batch, where a user does not choose."""
+"""Maximum number of examples in a micro-batch, unless the user chooses the size."""
 
 LARGE_MICRO_BATCH_BYTES = 1 << 30
-"""What a micro-batch of fewer than 32 examples may keep: large examples are processed a few at a time."""
+"""The same for micro-batches of fewer than 32 examples: large examples are processed a few at a time."""
 
 PASSING_NUMBERS = 1 << 20
-"""As many entries of gradients that are used at once and not kept: few beside the other vectors of a step."""
+"""Entries of gradients that are used at once and then discarded: few compared with the vectors of a step."""
 
 GRADIENT_NUMBERS = 1 << 24
 """The maximum number of entries of per-example gradients that are computed at once."""
@@ -70,36 +70,36 @@ SEPARATE = {False: 1e-3, True: 1e-2}
 """Relative difference of these gradients that rounding may make, on a CPU and on a GPU."""
 
 BLOCK_FACTOR = 8
-"""Larger blocks of outputs than the networks' in V G V': most models here have fewer outputs than a text."""
+"""V G V' uses larger blocks of outputs than in built-in networks: most models here have fewer outputs."""
 
 CACHE = 1 << 25
-"""Bytes of tangents that several directions may have at once: what a core finds in its caches."""
+"""Maximum size in bytes of the tangents of several directions in one call: they should fit a core's cache."""
 
 ALL_DIRECTIONS = 1 << 16
 
 FEWEST_DIRECTIONS, MOST_DIRECTIONS = 4, 8
-"""How many directions one call takes on a CPU: for fewer the calls cost too much, more are no faster."""
+"""Directions per call on a CPU: the overhead of calls dominates below the minimum; more are not faster."""
 
 Batched = Literal["directions", "examples"]
-"""What one call of a framework can process many of."""
+"""The axes over which a framework can batch a call."""
 
 
 class NotInFloat64(Exception):
-    """A function does not compute in float64."""
+    """Raised if a function does not compute in float64."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the passes of a model are computed, as its first batch and later failures determine it.
+    """The way in which the passes of a model are computed, determined by its first batch and later failures.
 
     Attributes
     ----------
     checked : object
-        The mode of the model in which a batch has passed all checks; None: none has.
+        The mode of the model in which a batch has passed all checks; None before the first check.
     width : int
-        O, the number of outputs, of the batch that was checked.
+        O, the number of outputs, in the batch that was checked.
     sequential : frozenset of {'directions', 'examples'}
-        What is processed one at a time, because the framework cannot batch an operation over it.
+        The axes that are processed one at a time, because the framework cannot batch an operation over them.
     """
 
     checked: object = None
@@ -108,15 +108,15 @@ class Plan:
 
 
 def matrices(layout: Layout[str], stacked: Mapping[str, int] = MappingProxyType({})) -> tuple[Block, ...]:
-    """Return the matrices of the arrays that theta holds.
+    """Return the matrix of each array in theta.
 
-    A vector is one row; an array of more than two axes is a matrix of its first axis and the rest.
+    A vector is one row; an array with more than two axes is a matrix of its first axis and the rest.
 
     Parameters
     ----------
     layout : Layout
     stacked : mapping of str to int
-        By name, how many equal matrices are stacked in an array along its first axis.
+        The number of equal matrices that are stacked in an array along its first axis, by its name.
     """
     blocks = []
     for name, shape in layout.shapes.items():
@@ -131,14 +131,17 @@ def matrices(layout: Layout[str], stacked: Mapping[str, int] = MappingProxyType(
 
 
 def directions_at_once(nbytes: int) -> int:
-    """Return how many directions one call takes, whose tangents are about as large as the linearisation."""
+    """Return the number of directions per call if the tangents of each have about `nbytes` bytes.
+
+    These are assumed to be as large as the linearisation.
+    """
     return max(FEWEST_DIRECTIONS, min(MOST_DIRECTIONS, CACHE // max(1, nbytes)))
 
 
 def split_examples(count: int, numbers: int, entries: int = GRADIENT_NUMBERS) -> list[slice]:
     """Divide `count` examples into parts whose gradients, of `numbers` entries each, are computed at once.
 
-    A part has about `entries` of them.
+    The gradients of one part have about `entries` entries in total.
     """
     most = max(1, entries // max(1, numbers))
     return [slice(start, min(start + most, count)) for start in range(0, count, most)]
@@ -153,8 +156,8 @@ def check_gradient(gradient: np.ndarray) -> None:
     """Raise a UserError unless J' u (D,) is finite."""
     if not np.isfinite(gradient).all():
         raise UserError(
-            "derivatives of the outputs are not finite at the start: is there a root or a norm of 0, or a "
-            "branch of a `where` that is not finite?"
+            "the derivatives of the outputs are not finite at the initial parameters: check for a root or a "
+            "norm at 0, and for a `where` with a branch that is not finite"
         )
 
 
@@ -164,21 +167,21 @@ class FrameworkModel(ABC):
     Parameters
     ----------
     shapes : sequence of (name, shape)
-        The arrays that theta is made of, in order.
+        The arrays in theta, in order.
     start : (D,) float32 or float64
-        The parameters of the user's model; their type is that of all vectors.
+        The initial parameters of the user's model; their dtype is that of all vectors.
     loss : {'cross-entropy', 'squares', 'mse', 'bernoulli', 'binary-cross-entropy'} or Loss
     stacked : mapping of str to int
         See `matrices`.
     exchange : Exchange, optional
-        Of vectors with the framework. Default: the framework computes with NumPy arrays.
+        Converts vectors for the framework. Default: the framework computes with NumPy arrays.
 
     Attributes
     ----------
     plan : Plan
-        Replaced by `replan`.
+        How passes are computed; `replan` replaces it.
     backend : NumpyBackend
-        That of the exchange: the device of all vectors, and their type.
+        The backend of the exchange, which determines the device and the dtype of all vectors.
     on_gpu : bool
         Whether the function runs on a GPU.
     """
@@ -191,13 +194,13 @@ class FrameworkModel(ABC):
     """What the framework raises if it cannot batch an operation."""
 
     casts: ClassVar[bool] = True
-    """Whether batches have their real inputs in the type of theta."""
+    """Whether real inputs of batches are converted to the dtype of theta."""
 
     noun: ClassVar[str] = "the function"
-    """What messages call the user's function."""
+    """The name of the user's function in messages."""
 
     memory_words: ClassVar[tuple[str, ...]] = ()
-    """What the message of a RuntimeError contains if memory has run out."""
+    """Phrases that identify a RuntimeError as a lack of memory."""
 
     def __init__(
         self,
@@ -216,25 +219,25 @@ class FrameworkModel(ABC):
         self._start = start
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy or a pickle of the model has."""
+        """Return the state for copying and pickling, without the lock."""
         return {name: value for name, value in self.__dict__.items() if name != "lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy of a model."""
+        """Restore the state of a copy, with a new lock."""
         self.__dict__.update(state, lock=threading.RLock())
 
     @property
     def size(self) -> int:
-        """D, the number of parameters."""
+        """The number of parameters, D."""
         return self._start.size
 
     @property
     def factor_sums(self) -> FactorSums:
-        """The sums of the Kronecker factors of all blocks."""
+        """The layout of the sums of the Kronecker factors of all blocks."""
         return FactorSums(self.blocks)
 
     def initial(self, seed: int) -> np.ndarray:
-        """Return the parameters that the user's model had, (D,) float64, for any seed."""
+        """Return the initial parameters of the user's model, (D,) float64; the seed has no effect."""
         return self._start.astype(np.float64)
 
     def release(self) -> None:
@@ -243,7 +246,7 @@ class FrameworkModel(ABC):
         self.backend.release()
 
     def threads(self, count: int) -> AbstractContextManager[object]:
-        """Limit the framework to `count` threads inside the context, where it has such a setting."""
+        """Limit the framework to `count` threads inside the context, if it has such a setting."""
         return nullcontext()
 
     def outputs(self, theta: Array, batch: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -254,7 +257,7 @@ class FrameworkModel(ABC):
         return outputs, examples.targets, examples.mask
 
     def predict(self, theta: np.ndarray, x: Any) -> np.ndarray:
-        """Compute the outputs for inputs without targets, on this rank alone, in micro-batches.
+        """Compute the outputs for inputs without targets, on this rank only, in micro-batches.
 
         Parameters
         ----------
@@ -302,15 +305,15 @@ class FrameworkModel(ABC):
         return in_parts(outputs, inputs, self.backend.micro_batch)
 
     def _plan_outputs(self, theta: np.ndarray, few: CheckedBatch) -> None:  # noqa: B027 (no choice by default)
-        """Choose how outputs are computed, where no batch with targets has been checked."""
+        """Plan the computation of outputs if no batch with targets has been checked."""
 
     def check(self, theta: Array, batch: Any) -> None:
-        """Check the model on a batch, as its first batch is checked: before each run.
+        """Check the model on a batch before a run, as the first batch is checked.
 
         Raises
         ------
         UserError
-            If the model cannot be trained on it.
+            If the model cannot be trained on the batch.
         """
         with self.lock, self.exchange.working():
             self.replan(checked=None)
@@ -319,12 +322,12 @@ class FrameworkModel(ABC):
     def check_data(self, inputs: Any, targets: np.ndarray, mask: np.ndarray | None) -> None:
         """Raise a UserError unless all scored targets are in the domain of the loss.
 
-        A batch has been checked before: it has shown the number of outputs.
+        A batch must have been checked before, which determines the number of outputs.
         """
         check_targets(targets, mask, self.output_loss, self.plan.width)
 
     def loss(self, theta: Array, batch: Any) -> float:
-        """Return the summed loss in nats, without a linearisation; of `Examples` in micro-batches."""
+        """Return the summed loss in nats without linearising; `Examples` are processed in micro-batches."""
         if isinstance(batch, Examples):
             return loss_of_examples(self, theta, batch)
         with self.exchange.working():
@@ -340,7 +343,7 @@ class FrameworkModel(ABC):
     def linearise_rows(
         self, theta: Array, batch: Any, reuse: LossLinearisation | None = None
     ) -> LossLinearisation:
-        """Linearise as `linearise` does, for rows of examples: other passes work too, but may start later."""
+        """Linearise as `linearise` does, for rows as the first pass: other passes may run forward again."""
         return self._linearised(theta, batch, reuse, self._linearise_rows)
 
     def _linearised(
@@ -368,7 +371,7 @@ class FrameworkModel(ABC):
         self.plan = replace(self.plan, **changes)
 
     def batched(self, what: Batched, at_once: Callable[[], T], one_by_one: Callable[[], T]) -> T:
-        """Return what `at_once` computes; from the first batching error on, what `one_by_one` computes."""
+        """Return the result of `at_once`, or of `one_by_one` from the first batching error on."""
         if what not in self.plan.sequential:
             try:
                 with self.memory_errors():
@@ -385,7 +388,7 @@ class FrameworkModel(ABC):
 
     @contextmanager
     def memory_errors(self) -> Iterator[None]:
-        """Raise a MemoryError where the framework raises a RuntimeError because memory has run out."""
+        """Raise a MemoryError in place of a RuntimeError that reports a lack of memory."""
         try:
             yield
         except RuntimeError as error:
@@ -398,7 +401,7 @@ class FrameworkModel(ABC):
         """Return the scored outputs (N, O)."""
 
     def host_outputs(self, theta: np.ndarray, examples: CheckedBatch) -> np.ndarray:
-        """Return the scored outputs (N, O) on the host, at theta (D,) from the host, for checks."""
+        """Return the scored outputs (N, O) on the host for theta (D,) on the host; used by checks."""
         return self.backend.to_host(self._outputs(self.backend.to_device(theta), examples))
 
     @abstractmethod
@@ -406,7 +409,7 @@ class FrameworkModel(ABC):
         """Linearise the scored outputs."""
 
     def _linearise_rows(self, theta: Array, examples: CheckedBatch) -> FrameworkPasses:
-        """Linearise the scored outputs where rows are the first pass."""
+        """Linearise the scored outputs for rows as the first pass."""
         return self._linearise(theta, examples)
 
     def trial(self, theta: np.ndarray, few: CheckedBatch) -> Trial:
@@ -414,20 +417,20 @@ class FrameworkModel(ABC):
         return Trial(self.host_outputs, theta, few, self.on_gpu)
 
     def in_float64(self, theta: np.ndarray, examples: CheckedBatch) -> np.ndarray | None:
-        """Return the scored outputs (N, O) computed in float64 at theta (D,) float64.
+        """Return the scored outputs (N, O) computed in float64 at theta (D,) float64, or None.
 
-        None where the function does not compute in float64 throughout. It is called for models in float32.
+        None if the function does not compute in float64 throughout. Only used for models in float32.
         """
         return None
 
     def _mode(self) -> object:
-        """Return what the function depends on besides theta and inputs; a change leads to a new check."""
+        """Return what the function depends on besides theta and inputs; a change triggers a new check."""
         return True
 
     def _check(self, theta: np.ndarray, examples: CheckedBatch) -> None:
-        """Raise a UserError where a batch shows that the function cannot be trained like this.
+        """Raise a UserError if a batch shows that the function cannot be trained as it is.
 
-        Theta is on the host, as in all checks.
+        Theta is on the host in all checks.
         """
         outputs = self.host_outputs(theta, examples)
         self.replan(width=outputs.shape[1])
@@ -451,7 +454,7 @@ class FrameworkModel(ABC):
         self._check_gradients(theta, few.take(spread(few.size, SUMMED)))
 
     def _check_gradients(self, theta: np.ndarray, few: CheckedBatch) -> None:
-        """Raise a UserError unless J' u of a few examples is finite, and the sum of that of each."""
+        """Raise a UserError unless J' u of a few examples is finite and the sum of the per-example J' u."""
         backend = self.backend
 
         def gradient(batch: CheckedBatch, u: np.ndarray) -> np.ndarray:
@@ -468,16 +471,16 @@ class FrameworkModel(ABC):
         most = SEPARATE[self.on_gpu] * (np.linalg.norm(whole) + np.linalg.norm(each))
         if not np.linalg.norm(whole - each) <= most:
             raise UserError(
-                "the gradient of a batch is not the sum of the gradients of its examples: does a hook or a "
-                "rule of a derivative see the whole batch, or does the model compute in half precision?"
+                "the gradient of a batch is not the sum of its per-example gradients: check for a hook or a "
+                "derivative rule that depends on the full batch, and for arithmetic in half precision"
             )
         self._note_unused(whole)
 
     def _note_unused(self, gradient: np.ndarray) -> None:  # noqa: B027 (nothing to note by default)
-        """Note the parameters on which the outputs do not depend: a random J' u (D,) is 0 there."""
+        """Log a note on parameters that the outputs do not depend on: a random J' u (D,) is 0 there."""
 
     def _exact(self, theta: np.ndarray, few: CheckedBatch) -> Trial:
-        """Return a trial in float64; it raises NotInFloat64 where the model does not allow it."""
+        """Return a trial in float64; raise NotInFloat64 if the model does not support float64."""
 
         def outputs(theta: np.ndarray, batch: CheckedBatch) -> np.ndarray:
             wide = self.in_float64(theta, batch)
@@ -490,7 +493,7 @@ class FrameworkModel(ABC):
 
     @contextmanager
     def running(self, inputs: Sequence[np.ndarray]) -> Iterator[None]:
-        """Raise a UserError with the shapes of the inputs where the user's function raises an error."""
+        """Raise a UserError with the shapes of the inputs if the user's function raises an error."""
         try:
             with self.memory_errors():
                 yield
@@ -499,30 +502,30 @@ class FrameworkModel(ABC):
         except Exception as error:
             shapes = " and ".join(f"{x.dtype} {x.shape}" for x in inputs)
             whole = any(x.dtype.kind in "iu" for x in inputs) and "type" in str(error)
-            hint = "; whole numbers stay whole numbers: x.astype('float32') makes real ones" if whole else ""
+            hint = "; integers are not converted: use x.astype('float32') for real inputs" if whole else ""
             raise UserError(
                 f"{self.noun} fails on inputs {shapes}: {type(error).__name__}: {first_line(error)}{hint}"
             ) from error
 
     def _fit_micro_batch(self, nbytes: float) -> None:
-        """Set the size of micro-batches to what suits examples that keep `nbytes` bytes each."""
+        """Set the micro-batch size for examples that occupy `nbytes` bytes each."""
         least = min(NumpyBackend.micro_batch, max(1, int(LARGE_MICRO_BATCH_BYTES / max(nbytes, 1))))
         most = int(MICRO_BATCH_BYTES / max(nbytes, 1))
         self.backend.micro_batch = min(MOST_MICRO_BATCH, max(least, most))
 
     def _value(self, outputs: Array, examples: CheckedBatch) -> tuple[float, Array, Array, Array | None]:
-        """Compute the loss.
+        """Compute the loss from the outputs.
 
         Returns
         -------
         value : float
             The summed loss.
         cache : (N, O)
-            What the loss computed from the outputs for its derivatives.
+            Intermediate values that the loss needs for its derivatives.
         targets, mask
-            As of `_scored`.
+            See `_scored`.
         """
-        cache = outputs.astype(self.backend.dtype, order="C")  # the framework's memory stays as it is
+        cache = outputs.astype(self.backend.dtype, order="C")  # a copy: the framework owns the memory
         targets, mask = self._scored(examples, cache.shape[1])
         return total_loss(self.output_loss, self.backend, cache, targets, mask), cache, targets, mask
 
@@ -532,7 +535,7 @@ class FrameworkModel(ABC):
         Raises
         ------
         UserError
-            If symbols are not below `width`.
+            If a target class is not less than `width`.
         """
         targets, mask, to_device = examples.targets, examples.mask, self.backend.to_device
         if self.output_loss.symbols:
@@ -541,7 +544,7 @@ class FrameworkModel(ABC):
         return to_device(targets), None if mask is None else to_device(mask)
 
     def _place(self, theta: Array, batch: Any) -> tuple[Array, CheckedBatch]:
-        """Check theta, on the host or the device, and a batch; return both in the model's type."""
+        """Check theta, on the host or the device, and a batch; return both in the model's dtype."""
         on_host = isinstance(theta, np.ndarray)
         check_vector("theta", theta, self.size, np.ndarray if on_host else self.backend.xp.ndarray)
         theta = theta.astype(self.backend.dtype, copy=False)

@@ -1,9 +1,9 @@
 """A JAX function as a model: apply(params, x) -> outputs.
 
-Each batch is linearised once, by `jax.vjp` under `jax.jit`: the result, J' u as a function with its
-residuals, can be passed to another compiled function. J v is its transpose (`jax.linear_transpose`), so that
-both need the same residuals and neither needs the function itself, and functions that only have a rule for
-the reverse pass (`jax.custom_vjp`) have both.
+Each batch is linearised once, by `jax.vjp` under `jax.jit`. The result, J' u as a function with its
+residuals, can be passed to other compiled functions. J v is the transpose of J' u (`jax.linear_transpose`).
+Both products therefore use the same residuals and do not evaluate the function again, and both also work for
+functions that define a rule for the reverse pass only (`jax.custom_vjp`).
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ __all__ = ["JaxModel"]
 
 
 COMPILED = "run", "whole", "linear", "vjp", "vjps", "jvp", "jvps", "gradient", "gradients", "slopes", "double"
-"""The attributes of a model that are compiled functions."""
+"""The attributes of a model that hold compiled functions."""
 
 
 class JaxModel(FrameworkModel):
     """A JAX function with a loss.
 
-    Theta (D,) consists of the trained arrays of `params`, in JAX's order. Everything else in `params` remains
-    as it is: functions, strings, numbers of Python, keys of random numbers, whole numbers. A note reports
-    which real numbers are not trained.
+    Theta (D,) consists of the trained arrays of `params`, in JAX's order. Everything else in `params` is
+    constant: functions, strings, Python numbers, random keys, integers. A note lists the real numbers that
+    are not trained.
 
     Parameters
     ----------
@@ -58,21 +58,21 @@ class JaxModel(FrameworkModel):
         (params, x) -> outputs (B, ..., O), which `jax.jit` can compile, with B examples along the first axis
         of x; with several inputs, (params, x1, x2, ...). It must be a pure function.
     params : pytree of arrays, or a module of equinox or flax.nnx
-        Its trained arrays are all float32 or all float64, which is the type of theta too.
+        Its trained arrays are all float32 or all float64, which is also the dtype of theta.
     loss : {'cross-entropy', 'squares', 'mse', 'bernoulli', 'binary-cross-entropy'} or Loss
         The loss of each scored output (O,).
     trained : callable or pytree of bool, optional
-        Which arrays of real numbers are trained: a function (path, array) -> bool, where the path is a string
-        such as "['hidden']['bias']" or "layers[0].weight", or a tree of bools like the params or like their
-        first levels. Default: all, except running statistics: of the variables of a flax module the
-        collection "params", of a flax.nnx module its `nnx.Param`, of any other tree all that is not below a
-        name such as "batch_stats".
+        Selects the arrays of real numbers to train: a function (path, array) -> bool, where the path is a
+        string such as "['hidden']['bias']" or "layers[0].weight", or a tree of bools with the structure of
+        params or of their upper levels. Default: all except running statistics. Of the variables of a flax
+        module these are the collection "params", of a flax.nnx module its `nnx.Param`, of any other tree
+        everything that is not below a name such as "batch_stats".
 
     Raises
     ------
     UserError
-        If JAX is not installed, or the function cannot be trained: there are no real numbers, or types, a
-        choice of arrays, or a batch that do not fit.
+        If JAX is not installed, or the function cannot be trained: `params` contain no real numbers, or
+        dtypes, the choice of arrays or a batch do not fit.
 
     Examples
     --------
@@ -97,7 +97,7 @@ class JaxModel(FrameworkModel):
         self._compile()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return all but the compiled functions."""
+        """Return the state without the compiled functions."""
         return {
             name: value
             for name, value in super().__getstate__().items()
@@ -109,7 +109,7 @@ class JaxModel(FrameworkModel):
         self._compile()
 
     def params(self, theta: Any) -> Any:
-        """Return theta (D,), an array of NumPy, JAX or CuPy, as a pytree, or a module, like the params.
+        """Return theta (D,), a NumPy, JAX or CuPy array, as a pytree or module with the structure of params.
 
         Raises
         ------
@@ -125,15 +125,15 @@ class JaxModel(FrameworkModel):
             return self._params.joined(self._params.split(jax.numpy.array(theta, self.backend.dtype)))
 
     def theta(self, params: Any) -> np.ndarray:
-        """Return theta (D,) of a pytree like the params: the inverse of `params`."""
+        """Return theta (D,) for a pytree with the structure of params; the inverse of `params`."""
         return self._params.theta(params)
 
     def updates(self, params: Any, theta: np.ndarray) -> Any:
-        """Return what has to be added to a pytree like the params to get those of theta (D,)."""
+        """Return the update that turns a pytree with the structure of params into that of theta (D,)."""
         return self._params.updates(params, theta)
 
     def in_float64(self, theta: np.ndarray, examples: CheckedBatch) -> np.ndarray | None:
-        """Return the scored outputs of the function, computed in float64 whatever the type of the params is.
+        """Return the scored outputs of the function, computed in float64 for params of any dtype.
 
         Parameters
         ----------
@@ -143,7 +143,7 @@ class JaxModel(FrameworkModel):
         Returns
         -------
         outputs : (N, O) float64, or None
-            None if the function rounds what it computes to fewer digits, or does not work in float64.
+            None if the function rounds to a lower precision, or does not work in float64.
         """
         inputs = tuple(x.astype(float) if x.dtype.kind == "f" else x for x in examples.inputs)
         try:
@@ -153,18 +153,18 @@ class JaxModel(FrameworkModel):
                 if flow(traced.jaxpr, labels).low:
                     return None
                 return np.asarray(self.double(theta, inputs, scored=examples.scored))
-        except Exception:  # of any kind: the function was written for another type
+        except Exception:  # any error: the function may not support float64
             return None
 
     # The function of theta, compiled -----------------------------------------------------------
 
     def _compile(self) -> None:
-        """Make the compiled functions; each compiles itself again when a shape is new.
+        """Create the compiled functions; each is compiled again for new shapes.
 
-        The `transpose` that `linear` returns has the residuals of one batch, and computes J' u. Gradients of
-        examples are in the trained arrays, not in theta: XLA writes each of them once. `slopes` returns them
-        with the outputs of the examples, each of which has a single output. `whole` returns the outputs and
-        the gradient of the summed loss: XLA fuses both passes, and no residuals leave it.
+        The `transpose` that `linear` returns contains the residuals of one batch and computes J' u.
+        Per-example gradients are returned for each trained array, not as theta, so that XLA writes them once.
+        `slopes` returns them with the outputs, for examples with a single output. `whole` returns the outputs
+        and the gradient of the summed loss: XLA fuses both passes, and the residuals are not returned.
         """
 
         def outputs(theta: Any, inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:
@@ -238,18 +238,18 @@ class JaxModel(FrameworkModel):
         double: bool = False,
         changes: dict[int, Any] | None = None,
     ) -> Any:
-        """Return the scored outputs (N, O) of the function, in the type of its params; see `Params.call`."""
+        """Return the scored outputs (N, O) of the function, in the dtype of its params; see `Params.call`."""
         with self._tracing(inputs):
             z = self._params.call(self.apply, arrays, inputs, state, double, changes)
             if isinstance(z, jax.Array | np.ndarray) and z.dtype not in (np.float32, np.float64):
                 real = jax.numpy.issubdtype(z.dtype, jax.numpy.floating)
-                advice = ": convert them by .astype(jax.numpy.float32)" if real else ""
-                raise UserError(f"outputs must be real numbers of float32 or float64, not {z.dtype}{advice}")
+                advice = ": use .astype(jax.numpy.float32)" if real else ""
+                raise UserError(f"outputs must be float32 or float64, not {z.dtype}{advice}")
             return scored.of(z).astype(arrays[0].dtype)
 
     @contextmanager
     def _tracing(self, inputs: Sequence[Any]) -> Iterator[None]:
-        """Raise a UserError for what the user's function raises, unless an operation cannot be batched."""
+        """Raise a UserError for errors of the user's function, except operations that cannot be batched."""
         unbatched = None
         with self.running(inputs):
             try:
@@ -260,7 +260,7 @@ class JaxModel(FrameworkModel):
             raise unbatched
 
     def layers(self, inputs: tuple[Any, ...], scored: ScoredOutputs) -> Layers | None:
-        """Return the layers of the function on inputs like these, or None if they cannot be determined."""
+        """Return the layers of the function for inputs of these shapes, or None if they are unknown."""
         key = scored, *((x.shape, x.dtype) for x in inputs)
         if key not in self._layers:
 
@@ -277,7 +277,8 @@ class JaxModel(FrameworkModel):
             except (AttributeError, KeyError, TypeError, ValueError, NotImplementedError) as failure:
                 self._layers[key] = None
                 logging.getLogger(__name__).warning(
-                    "Note: the layers of the function are not known (%s): Kronecker factors are computed "
+                    "Note: the layers of the function cannot be determined (%s): Kronecker factors are "
+                    "computed "
                     "from per-example gradients.",
                     first_line(failure),
                 )
@@ -290,7 +291,7 @@ class JaxModel(FrameworkModel):
             return exchange.array(self.run(exchange.tensor(theta), inputs, scored=examples.scored))
 
     def inputs(self, examples: CheckedBatch) -> tuple[Any, ...]:
-        """Return the inputs of a batch for compiled functions."""
+        """Return the inputs of a batch in the form that compiled functions take."""
         return tuple(self.exchange.moved(x) for x in examples.inputs)
 
     def _linearise(self, theta: Array, examples: CheckedBatch) -> JaxPasses:
@@ -305,7 +306,7 @@ class JaxModel(FrameworkModel):
         *,
         extra: Literal["", "squares", "factors"] = "",
     ) -> LossLinearisation:
-        """Linearise as `linearise` does; a loss of hfmpi has its gradient computed with the outputs."""
+        """Linearise as `linearise` does; for built-in losses, compute the gradient with the outputs."""
         if extra or not has_gradient(self.output_loss):
             return self.linearise(theta, batch, reuse)
         at = self._linearised(theta, batch, reuse, self._linearise_gradient)
@@ -321,24 +322,25 @@ class JaxModel(FrameworkModel):
         return JaxPasses(self, theta, examples, first="rows")
 
     def _check_width(self, examples: CheckedBatch) -> None:
-        """Raise a UserError where JAX would cut 64 bits to 32 without a word."""
+        """Raise a UserError if JAX would truncate 64-bit numbers to 32 bits without a warning."""
         if jax.config.jax_enable_x64:
             return
         if self.backend.dtype == np.float64:
             raise UserError(
-                "params are float64, and JAX computes in float32: jax.config.update('jax_enable_x64', True)"
+                "params are float64, but JAX computes in float32: call jax.config.update('jax_enable_x64', "
+                "True)"
             )
         for x in examples.inputs:
             if x.dtype.kind in "iu" and x.dtype.itemsize == 8 and x.size:
                 limits = np.iinfo(x.dtype.kind + "4")
                 if x.min() < limits.min or x.max() > limits.max:
                     raise UserError(
-                        f"inputs are whole numbers from {x.min()} to {x.max()}, and JAX computes with 32 "
-                        "bits: jax.config.update('jax_enable_x64', True)"
+                        f"inputs are integers from {x.min()} to {x.max()}, but JAX computes with 32 bits: "
+                        "call jax.config.update('jax_enable_x64', True)"
                     )
 
     def _check(self, theta: np.ndarray, examples: CheckedBatch) -> None:
-        """Check the first batch, and fit micro-batches to the residuals that each example keeps."""
+        """Check the first batch, and set the micro-batch size from the residuals per example."""
         self._check_width(examples)
         try:
             self._check_trace(examples)
@@ -372,10 +374,10 @@ class JaxModel(FrameworkModel):
             logging.getLogger(__name__).warning(note)
 
     def _check_gradients(self, theta: np.ndarray, few: CheckedBatch) -> None:
-        """Leave this to `_check_derivatives`, once it is known that JAX can differentiate the function."""
+        """Do nothing: `_check_derivatives` checks them once JAX is known to differentiate the function."""
 
     def _check_derivatives(self, theta: np.ndarray, examples: CheckedBatch) -> None:
-        """Check that derivatives are finite, and those of user-defined rules by example: others are."""
+        """Check that derivatives are finite, and if they have user-defined rules, also per example."""
         if has_reverse_rules(self._traced(examples)):
             super()._check_gradients(theta, examples.take(spread(examples.size, SUMMED)))
             return
@@ -386,7 +388,7 @@ class JaxModel(FrameworkModel):
         check_gradient(backend.to_host(gradient))
 
     def _check_rules(self, theta: np.ndarray, examples: CheckedBatch) -> None:
-        """Raise a UserError where a derivative's rule computes outputs that are not the function's."""
+        """Raise a UserError if a derivative rule computes outputs that differ from the function's."""
         with self.memory_errors():
             outputs = self.host_outputs(theta, examples)
             differentiated = np.asarray(self.linear(theta, examples.inputs, scored=examples.scored)[0])
@@ -396,12 +398,12 @@ class JaxModel(FrameworkModel):
         bound = np.sqrt(eps) * np.abs(outputs[np.isfinite(outputs)]).max(initial=0)
         if not np.allclose(differentiated, outputs, 0, bound, equal_nan=True):
             raise UserError(
-                "the function has other outputs when JAX differentiates it: in jax.custom_vjp and "
-                "jax.custom_jvp, the rule must compute the outputs as the function does"
+                "the outputs of the function change when JAX differentiates it: the rule of a "
+                "jax.custom_vjp or jax.custom_jvp must compute the same outputs as the function"
             )
 
     def _traced(self, examples: CheckedBatch) -> Any:
-        """Trace the function, whether it has been traced before or not; return the ClosedJaxpr."""
+        """Trace the function again, even if it has been traced before; return the ClosedJaxpr."""
 
         def outputs(arrays: Sequence[Any], state: Sequence[Any], inputs: Sequence[Any]) -> Any:
             return self._called(arrays, inputs, examples.scored, state)
@@ -410,7 +412,7 @@ class JaxModel(FrameworkModel):
         return jax.make_jaxpr(outputs)(arrays, self._params.state, examples.inputs)
 
     def _used(self, traced: Any) -> frozenset[Any]:
-        """Return what the outputs depend on: trained arrays, by number, "state", "input" and random draws."""
+        """Return what the outputs depend on: indices of trained arrays, "state", "input" and random draws."""
         several = len(traced.jaxpr.invars), len(self.layout.shapes), len(self._params.random)
         names = [*range(several[1]), *["state"] * several[2], *["input"] * (several[0] - sum(several[1:]))]
         (used,) = flow(traced, [frozenset([name]) for name in names]).outputs
@@ -424,46 +426,45 @@ class JaxModel(FrameworkModel):
             self._called(self._params.split(theta), inputs, examples.scored, changes=found)
             return found
 
-        if jax.eval_shape(changes, theta, examples.inputs):  # most modules set nothing, not even to the same
+        if jax.eval_shape(changes, theta, examples.inputs):  # most modules assign nothing
             found = jax.jit(changes)(theta, examples.inputs)
             self._params.check_changes(self._params.split(theta), found)
 
     def _check_trace(self, examples: CheckedBatch) -> None:
-        """Raise a UserError where the trace shows that the function is random, or does not use the params."""
+        """Raise a UserError if the trace shows that the function is random, or does not use the params."""
         states, traced = [_random_states()], self._traced(examples)
         states.append(_random_states())
         digest = fingerprint(self._traced(examples))
         states.append(_random_states())
-        draws = states[0] != states[1] != states[2]  # once may be a different thread
+        draws = states[0] != states[1] != states[2]  # a single change may come from another thread
         if digest != fingerprint(traced) or draws:
             raise UserError(
-                "each trace of the function by JAX is different, as with random numbers of NumPy or Python, "
-                "or a variable that it changes: it must be a pure function of params and inputs"
+                "JAX obtains a different trace each time (random numbers of NumPy or Python, or a variable "
+                "that the function changes?): it must be a pure function of params and inputs"
             )
         key = examples.scored, *((x.shape, x.dtype) for x in examples.inputs)
-        if self._digests.setdefault(key, digest) != digest:  # what the function closes over has changed
+        if self._digests.setdefault(key, digest) != digest:  # a closed-over variable has changed
             self._compile()
             self._digests = {key: digest}
         used, log = self._used(traced), logging.getLogger(__name__)
         if "state" in used:
             raise UserError(
-                "the outputs depend on the random numbers of the module, as with dropout: call its method "
-                "eval() before you make the model"
+                "the outputs depend on the random numbers of the module (dropout?): call its method eval() "
+                "before you create the model"
             )
         arrays = {label for label in used if isinstance(label, int)}
         if not arrays:
-            raise UserError(
-                "the outputs do not depend on params: the function must compute with its argument"
-            )
+            raise UserError("the outputs do not depend on params: the function must use its first argument")
         draws = {label for label in used if isinstance(label, Draw)}
         if draws:
             other = self._used(self._traced(examples.take([0] * (1 + (examples.size == 1)))))
             if draws != {label for label in other if isinstance(label, Draw)}:
                 raise UserError(
-                    "the function draws random numbers for each example of a batch, as dropout does, so that "
-                    "they depend on its place: train without them"
+                    "the function draws random numbers for each example of a batch, as dropout does, so "
+                    "that the outputs of an example depend on its position in the batch: train without "
+                    "random numbers"
                 )
-            log.warning("Note: the function draws random numbers by a fixed key: they are always the same.")
+            log.warning("Note: the function draws random numbers from a fixed key: they never change.")
         if unused := self._params.unused(arrays):
             log.warning("Note: the outputs do not depend on %s.", unused)
 
@@ -478,11 +479,11 @@ def _enable_x64() -> Any:
 
 
 def _random_states() -> Any:
-    """Return the states of the random numbers of Python and NumPy that any function can draw from."""
+    """Return the states of the global random generators of Python and NumPy."""
     return random.getstate(), pickle.dumps(np.random.get_state())  # noqa: NPY002
 
 
 def _reason(error: Exception) -> str:
-    """Return the message of an exception; of one that reports another exception, the last line."""
+    """Return the message of an exception, or its last line if it reports another exception."""
     message = str(error)
     return message.strip().splitlines()[-1] if "Traceback" in message else message

@@ -1,10 +1,10 @@
-"""Arrays as JAX arrays and back: through the host, or shared on a GPU.
+"""Conversion between arrays and JAX arrays: through the host, or shared on a GPU.
 
-JAX computes on streams of its own, which it does not show. DLPack orders both sides where an array changes
-hands: JAX waits for the work that CuPy has queued on its stream, and that stream waits until the computation
-of JAX has ended. This does not cover memory that one library frees while the other one still reads it, and
-that is used again. The exchange therefore holds all arrays that have changed hands, and frees them at the
-start of the next pass, when CuPy's stream, which has waited for the results of JAX, has no more work.
+JAX computes on internal streams that it does not expose. DLPack orders both sides when an array is handed
+over: JAX waits for the work that CuPy has queued on its stream, and that stream waits until the computation
+of JAX has ended. DLPack does not protect memory that one library frees and reuses while the other one still
+reads it. The exchange therefore holds all arrays that were handed over, and frees them at the start of the
+next pass, when CuPy's stream, which has waited for the results of JAX, has no more work.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from hfmpi.frameworks.exchange import Exchange, gpu_backend
 __all__ = ["JaxExchange", "ThroughDevice", "ThroughHost", "choose_exchange"]
 
 ALIGNMENT = 256
-"""Bytes: XLA reads arrays that start at multiples of it. Allocations of CuPy do, parts of vectors may not."""
+"""Alignment in bytes that XLA requires: allocations of CuPy have it, slices of vectors may not."""
 
 HELD_BYTES = 1 << 28
-"""The most bytes of arrays that are held within a pass; then it waits for CuPy's stream."""
+"""Maximum size in bytes of the arrays that are held in a pass before it waits for CuPy's stream."""
 
 
 def choose_exchange(params: Any, dtype: str) -> JaxExchange:
-    """Return the exchange for a function of params: without a copy on an NVIDIA GPU if CuPy is installed.
+    """Return the exchange for a function of params: without copies on an NVIDIA GPU if CuPy is installed.
 
-    The device is that of the arrays in params; JAX's default device if there are none of JAX.
+    The device is that of the JAX arrays in params, or JAX's default device if there are none.
     """
     leaves = [leaf for leaf in jax.tree_util.tree_leaves(params) if isinstance(leaf, jax.Array)]
     devices = {device for leaf in leaves or [jax.numpy.zeros(())] for device in leaf.devices()}
@@ -46,36 +46,36 @@ def choose_exchange(params: Any, dtype: str) -> JaxExchange:
 
 
 def is_nvidia(device: Any) -> bool:
-    """Return whether a device of JAX is an NVIDIA GPU."""
+    """Return whether a JAX device is an NVIDIA GPU."""
     return device.platform == "gpu" and "cuda" in device.client.platform_version
 
 
 class JaxExchange(Exchange):
-    """An exchange whose tensors are arrays of JAX, which nothing may write to."""
+    """An exchange whose tensors are JAX arrays, which are immutable."""
 
     def saved(self, array: Array) -> Any:
-        """Return an array of the backend as a tensor that stays as it is when the array changes."""
+        """Return an array of the backend as a tensor that does not change with the array."""
         return self.tensor(array)
 
     def copied(self, tensor: Any) -> Array:
-        """Return a copy of a tensor as an array that may be written to."""
+        """Return a copy of a tensor as a writable array."""
         return self.array(tensor).copy()
 
 
 class ThroughHost(JaxExchange):
-    """Vectors are NumPy arrays, which compiled functions of JAX accept as they are."""
+    """Vectors are NumPy arrays, which compiled JAX functions accept directly."""
 
     def array(self, tensor: Any) -> Array:
-        """Return an array of JAX as one of NumPy, which may be read-only."""
+        """Return a JAX array as a NumPy array, which may be read-only."""
         return np.asarray(tensor)
 
     def copied(self, tensor: Any) -> Array:
-        """Return a copy of an array of JAX as one of NumPy."""
+        """Return a copy of a JAX array as a NumPy array."""
         return np.array(tensor)
 
 
 class ThroughDevice(JaxExchange):
-    """Vectors are CuPy arrays on the GPU of the function, whose memory the arrays of JAX share.
+    """Vectors are CuPy arrays on the GPU of the function; the JAX arrays share their memory.
 
     Parameters
     ----------
@@ -88,27 +88,27 @@ class ThroughDevice(JaxExchange):
         self.device, self._held = device, _Held()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return what a copy or a pickle is made of; devices of JAX cannot be pickled."""
+        """Return the arguments for copying and pickling; JAX devices cannot be pickled."""
         return _restored, (self.backend, self.device.local_hardware_id)
 
     def tensor(self, array: Array) -> Any:
-        """Return an array as one of JAX, which must not change while JAX uses it."""
+        """Return an array as a JAX array; the array must not change while JAX uses it."""
         if not array.flags.c_contiguous or self.backend.address(array) % ALIGNMENT:
             array = array.copy()
         self._hold(array)
         return jax.dlpack.from_dlpack(array)
 
     def saved(self, array: Array) -> Any:
-        """Return a copy of an array as one of JAX."""
+        """Return a copy of an array as a JAX array."""
         return jax.numpy.array(self.tensor(array))
 
     def array(self, tensor: Any) -> Array:
-        """Return an array of JAX as one of the backend, which must not be written to."""
+        """Return a JAX array as an array of the backend, which must not be written to."""
         self._hold(tensor)
         return self.backend.xp.from_dlpack(tensor)
 
     def moved(self, array: np.ndarray) -> Any:
-        """Return an array of the host on the device."""
+        """Copy an array of the host to the device."""
         return jax.device_put(array, self.device)
 
     def working(self) -> AbstractContextManager[object]:
@@ -140,13 +140,13 @@ class ThroughDevice(JaxExchange):
 
 
 class _Held(threading.local):
-    """The arrays that have changed hands in the passes of a thread."""
+    """The arrays that were handed over in the passes of a thread."""
 
     def __init__(self) -> None:
         self.arrays, self.nbytes = list[Any](), 0
 
 
 def _restored(backend: NumpyBackend, number: int) -> ThroughDevice:
-    """Return the exchange of the device with this number among those of the process."""
+    """Return the exchange for the device with this index among those of the process."""
     (device,) = (device for device in jax.local_devices() if device.local_hardware_id == number)
     return ThroughDevice(backend, device)

@@ -1,9 +1,10 @@
-"""Kronecker factors of a JAX function from its layers, for about the work of a gradient.
+"""Kronecker factors of a JAX function from its layers, at about the cost of a gradient.
 
-The function is traced. Wherever it multiplies with a parameter, adds one, scales by one or looks its rows up
-(a layer), a zero is added to the result: the derivative in this perturbation is that in the result, and the
-other operand is recorded. Loops (`scan`) and calls of compiled functions are followed. A parameter that is
-used otherwise is unassigned: its factors are computed from per-example gradients.
+The function is traced. A layer is an operation that multiplies by a parameter, adds one, scales by one or
+looks up its rows. A zero is added to the result of each layer: the derivative with respect to this
+perturbation is the gradient in the result. The other operand of the layer is recorded. Loops (`scan`) and
+calls of compiled functions are followed. A parameter that is used in any other way is unassigned: its factors
+are computed from per-example gradients.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ CALLS = {
     "checkpoint": "jaxpr",
     "remat2": "jaxpr",
 }
-"""Operations that call a function, and the parameter of the operation that is this function."""
+"""Primitives that call a function, and the name of their option that holds this function."""
 
 
 class _Mark(NamedTuple):
-    """A value is a parameter: as it is (matrix), transposed, or repeated along the last axis (row)."""
+    """Marks a value as a parameter: unchanged (matrix), transposed, or repeated along the last axis (row)."""
 
     leaf: int
     form: str
@@ -44,7 +45,7 @@ class _Value(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """An operation on one parameter.
+    """An operation with one parameter.
 
     Attributes
     ----------
@@ -52,9 +53,9 @@ class _Layer(NamedTuple):
     kind : str
         product, added, scaled or lookup.
     outputs_are_rows : bool
-        Of the parameter's matrix, in a product.
+        Whether the rows of the parameter's matrix are the outputs, for a product.
     first : tuple of int
-        The axes of a product's outputs in the result, where they are not the last ones.
+        The axes of the result that are a product's outputs, unless these are the last axes.
     """
 
     leaf: int
@@ -64,14 +65,14 @@ class _Layer(NamedTuple):
 
 
 class Layers:
-    """The gradient of a function and the sums of its factors, on inputs of some shapes.
+    """The gradient of a function and the sums of its Kronecker factors, for inputs of fixed shapes.
 
     Parameters
     ----------
     function : callable
         (leaves, inputs) -> outputs (N, O).
     blocks : sequence of Block
-        Of the leaves.
+        The blocks of theta, one for each leaf.
     leaves, inputs : sequence of arrays
         Only their shapes and types matter.
 
@@ -80,9 +81,9 @@ class Layers:
     unassigned : frozenset of int
         Leaves whose sums remain 0.
     sums : callable
-        (theta, inputs, u) -> J' u (D,) of u (N, O), and the sums of `hfmpi.models.factors`; compiled.
+        (theta, inputs, u) -> J' u (D,) for u (N, O), and the sums of `hfmpi.models.factors`; compiled.
     sums_of_each : callable
-        `sums` of several batches at once: inputs, u and the results have a further first axis.
+        `sums` for several batches at once: inputs, u and the results have an additional first axis.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ def _first(leaf: int, shape: tuple[int, ...]) -> _Mark:
 
 
 def _squares(layer: _Layer, block: Block, cotangent: Any, operand: Any) -> tuple[Any, Any, int]:
-    """Return a layer's sums for the factors of rows and columns, and their count."""
+    """Return the sums of a layer for the factors of rows and columns, and the number of their terms."""
     if layer.kind == "lookup":
         u, symbols = cotangent.reshape(-1, block.columns), operand.reshape(-1)
         counts = jnp.zeros(block.rows, u.dtype).at[symbols].add(1)
@@ -155,20 +156,20 @@ def _squares(layer: _Layer, block: Block, cotangent: Any, operand: Any) -> tuple
 
 
 class _Walk:
-    """Evaluates a traced function, operation by operation, and records its layers.
+    """Evaluates a traced function one operation at a time, and records its layers.
 
     Attributes
     ----------
     traced : ClosedJaxpr
-        A template of the functions that consist of one equation.
+        A template for functions that consist of one equation.
     counts : dict of int to int
-        By the identity of an equation that is a loop: the number of layers in it.
+        The number of layers in each loop, by the identity of the loop's equation.
     perturbations : list of arrays, or None
-        What is added to the result of each layer.
+        Added to the results of the layers.
     layers, results, operands : list
-        The layers, the shapes and types of their results, and their other operands.
+        The layers, the shapes and dtypes of their results, and their other operands.
     unassigned : set of int
-        Leaves that are used otherwise.
+        Leaves that are not only used by layers.
     """
 
     def __init__(self, traced: Any, counts: dict[int, int], perturbations: Sequence[Any] | None) -> None:
@@ -177,7 +178,7 @@ class _Walk:
         self.unassigned = set[int]()
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[_Value]) -> list[_Value]:
-        """Return the outputs of a function."""
+        """Evaluate a function and return its outputs."""
         values: dict[Any, _Value] = dict(zip(jaxpr.constvars, map(_Value, consts), strict=True))
         values |= zip(jaxpr.invars, args, strict=True)
 
@@ -190,7 +191,7 @@ class _Walk:
         return [read(atom) for atom in jaxpr.outvars]
 
     def record(self, layer: _Layer, result: Any, operand: Any) -> _Value:
-        """Record a layer; return its result with the perturbation."""
+        """Record a layer; return its result plus the perturbation."""
         self.layers.append(layer)
         self.results.append(jax.ShapeDtypeStruct(result.shape, result.dtype))
         self.operands.append(operand)
@@ -252,7 +253,7 @@ class _Walk:
         return [*map(_Value, state + steps)]
 
     def _evaluate(self, equation: Any, values: list[Any]) -> list[Any]:
-        """Return the results of any operation."""
+        """Evaluate an operation that is not a layer."""
         atoms = zip(equation.invars, values, strict=True)
         args = {atom: value for atom, value in atoms if not isinstance(atom, Literal)}
         function = self.traced.jaxpr.replace(
@@ -265,7 +266,7 @@ class _Walk:
         return [*jaxpr_as_fun(ClosedJaxpr(function, ()))(*args.values())]
 
 
-# Operations on one parameter: their result, or None where they leave the parameter unassigned ------
+# Rules of operations on one parameter: the result, or None if the parameter becomes unassigned ------
 
 
 def _transpose(_: Any, options: Any, args: list[_Value], mark: _Mark, result: Any) -> _Value | None:
@@ -299,7 +300,7 @@ def _mul(walk: _Walk, options: Any, args: list[_Value], mark: _Mark, result: Any
 
 def _dot_general(walk: _Walk, options: Any, args: list[_Value], mark: _Mark, result: Any) -> _Value | None:
     contracted, batched = options["dimension_numbers"]
-    side = 0 if args[0].mark else 1  # of the parameter
+    side = 0 if args[0].mark else 1  # the operand that is the parameter
     w, x = args[side].value, args[1 - side].value
     axes_w, axes_x = contracted[side], contracted[1 - side]
     rows = tuple(axes_w) == (0,)

@@ -1,4 +1,4 @@
-"""The gradients of hfmpi's losses in JAX, so that one compiled function has outputs and gradient.
+"""The gradients of hfmpi's losses in JAX, so that one compiled function returns outputs and gradient.
 
 A user-defined loss is written for arrays of NumPy: its gradient is computed between two compiled functions.
 """

@@ -1,4 +1,4 @@
-"""The params of a JAX function: which of their arrays are trained, and how a pytree of them is made again."""
+"""The params of a JAX function: which arrays are trained, and how the pytree is rebuilt from theta."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from hfmpi.frameworks.framework import first_line
 __all__ = ["Params"]
 
 STATISTICS = frozenset({"batch_stats", "running_mean", "running_var", "moving_mean", "moving_variance"})
-"""Names of running statistics, which are not trained unless the user asks for it."""
+"""Names of running statistics, which are not trained by default."""
 
 MOST_NAMES = 4
 """The maximum number of arrays that a note names."""
 
 
 class Params:
-    """A pytree, or a module of equinox or flax.nnx, of which some arrays are trained.
+    """A pytree, or a module of equinox or flax.nnx, some arrays of which are trained.
 
     By default these are the arrays of real numbers, except running statistics: of the variables of a flax
     module only the collection "params", of flax.nnx modules only `nnx.Param`.
@@ -37,11 +37,11 @@ class Params:
     Attributes
     ----------
     shapes : list of (name, shape)
-        Of the trained arrays.
+        The names and shapes of the trained arrays.
     start : (D,) float32 or float64
-        Their numbers.
+        The values of the trained arrays.
     random : list of int
-        The leaves that are the state of the random numbers of flax.nnx modules.
+        The leaves that hold the random state of flax.nnx modules.
 
     Raises
     ------
@@ -50,7 +50,7 @@ class Params:
     """
 
     def __init__(self, params: Any, trained: Any = None) -> None:
-        nnx: Any = sys.modules.get("flax.nnx")  # not a dependency: who has such a module has imported it
+        nnx: Any = sys.modules.get("flax.nnx")  # an optional package: users of such a module have imported it
         modules, variables = (nnx.Module, nnx.Variable) if nnx else ((), ())
         self._graph, tree = None, params
         try:
@@ -58,14 +58,14 @@ class Params:
                 self._graph, tree = nnx.split(params)
             paths, self._tree = jax.tree_util.tree_flatten_with_path(tree)
         except (TypeError, ValueError) as error:  # keys that cannot be sorted
-            raise UserError(f"params must be a pytree of JAX: {first_line(error)}") from None
+            raise UserError(f"params must be a JAX pytree: {first_line(error)}") from None
         kinds, self._names = list[Any](), list[str]()
         for path, part in _flat(tree, lambda x: isinstance(x, variables)):
             inner = _flat(part) if isinstance(part, variables) else [((), part)]
             for below, _ in inner:
                 kinds.append(type(part) if isinstance(part, variables) else None)
                 self._names.append(_name(path if len(inner) == 1 else path + below))
-        for i in _repeated(self._names):  # a pytree of the user has two parts with one key
+        for i in _repeated(self._names):  # a user-defined pytree may use a key twice
             self._names[i] += f"<{i}>"
         self._kinds = ["" if kind is None else kind.__name__ for kind in kinds]
         self.random = [i for i, kind in enumerate(kinds) if kind and issubclass(kind, nnx.RngState)]
@@ -93,52 +93,52 @@ class Params:
         self._leaves = [None if i in self._trained else _fixed(leaf) for i, leaf in enumerate(leaves)]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return all, with a pytree in place of its structure, whose copies are not equal to it."""
+        """Return the state with a pytree instead of a treedef, because copies of treedefs are not equal."""
         skeleton = jax.tree_util.tree_unflatten(self._tree, range(self._tree.num_leaves))
         return {**self.__dict__, "_tree": skeleton}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state)
         self._tree = jax.tree_util.tree_structure(self._tree)
-        self._leaves = [*map(_fixed, self._leaves)]  # a copy of a read-only array can be written to
+        self._leaves = [*map(_fixed, self._leaves)]  # copies of read-only arrays are writable
 
     @property
     def state(self) -> list[Any]:
-        """The leaves `random`."""
+        """The values of the leaves `random`."""
         return [self._leaves[i] for i in self.random]
 
     def split(self, theta: Any) -> list[Any]:
-        """Return the trained arrays of theta (D,)."""
+        """Split theta (D,) into the trained arrays."""
         parts = zip(jnp.split(theta, self._ends), self.shapes, strict=True)
         return [part.reshape(shape) for part, (_, shape) in parts]
 
     def joined(self, arrays: Sequence[Any]) -> Any:
-        """Return the trained arrays, together with all that is not trained, in the form of the params."""
+        """Return the params with these trained arrays and with all leaves that are not trained."""
         return self._merged(self._filled(arrays))
 
     def theta(self, params: Any) -> np.ndarray:
-        """Return the trained arrays of a pytree like the params as theta (D,), a new array.
+        """Return theta (D,), a new array, from the trained arrays of a pytree with the structure of params.
 
         Raises
         ------
         UserError
-            If its form differs, or it is called while JAX compiles a function.
+            If the pytree has a different structure, or JAX is compiling a function.
         """
         leaves = self._like(params)
         arrays = [leaves[i] for i in self._trained]
         if any(isinstance(array, jax.core.Tracer) for array in arrays):
             raise UserError(
-                "a step is taken on the host and cannot be compiled: call update outside of functions that "
+                "a step runs on the host and cannot be compiled: call update outside of functions that "
                 "jax.jit compiles"
             )
         for array, (name, shape) in zip(arrays, self.shapes, strict=True):
             if np.shape(array) != shape:
-                raise UserError(f"params{name} has shape {np.shape(array)}, and had {shape} before")
+                raise UserError(f"params{name} has shape {np.shape(array)}, but it had {shape} before")
         found: np.ndarray = np.concatenate([np.asarray(array).reshape(-1) for array in arrays])
         return found.astype(self.start.dtype, copy=False)
 
     def updates(self, params: Any, theta: np.ndarray) -> Any:
-        """Return what has to be added to a pytree like the params to get the trained arrays of theta (D,).
+        """Return the update that changes a pytree with the structure of params to that of theta (D,).
 
         Other arrays get zeros, other leaves None.
         """
@@ -155,11 +155,11 @@ class Params:
         return jax.tree_util.tree_unflatten(self._tree, changes)
 
     def _like(self, params: Any) -> list[Any]:
-        """Return the leaves of a pytree like the params; raise a UserError if its form differs."""
+        """Return the leaves of a pytree; raise a UserError if its structure is not that of params."""
         tree = params if self._graph is None else sys.modules["flax.nnx"].split(params)[1]
         leaves, form = jax.tree_util.tree_flatten(tree)
         if form != self._tree:
-            raise UserError("params must have the form of those that the model was made with")
+            raise UserError("params must have the structure of those from which the model was created")
         return list(leaves)
 
     def call(
@@ -171,21 +171,21 @@ class Params:
         double: bool = False,
         changes: dict[int, Any] | None = None,
     ) -> Any:
-        """Return what `apply` returns for the trained arrays and inputs.
+        """Return the outputs of `apply` for these trained arrays and inputs.
 
         Parameters
         ----------
         apply : callable
         arrays : sequence of arrays
-            The trained ones.
+            The trained arrays.
         inputs : sequence of (B, ...)
         random : sequence of arrays
-            In place of the leaves `self.random`.
+            Values that replace the leaves `self.random`.
         double : bool
             Whether the other arrays of real numbers are converted to float64.
         changes : dict, optional
-            Out: by leaf, other than the random ones, what the call made of the state of a flax.nnx module,
-            which is lost.
+            Receives the new value of each leaf that the call changed in a flax.nnx module, except random
+            state. The module itself does not keep these changes.
         """
         leaves = self._filled(arrays)
         if double:
@@ -202,13 +202,13 @@ class Params:
         return outputs
 
     def check_changes(self, arrays: Sequence[Any], changes: Mapping[int, Any]) -> None:
-        """Raise a UserError if values that `call` returned as changes are not those before the call."""
+        """Raise a UserError if `call` reported changes of values."""
         before = self._filled(arrays)
         for i, after in changes.items():
             if not np.array_equal(before[i], after, equal_nan=True):
                 raise UserError(
                     f"the module changes {self._names[i]} ({self._kinds[i]}) when it is called, as batch "
-                    "statistics do: call its method eval() before you make the model"
+                    "statistics do: call its method eval() before you create the model"
                 )
 
     def _filled(self, arrays: Sequence[Any]) -> list[Any]:
@@ -222,10 +222,10 @@ class Params:
         return tree if self._graph is None else sys.modules["flax.nnx"].merge(self._graph, tree)
 
     def _chosen(self, trained: Any, tree: Any, leaves: Sequence[Any], inexact: Sequence[int]) -> list[int]:
-        """Return the leaves of `inexact` that the user chooses."""
+        """Return the leaves of `inexact` that the user selects for training."""
         wanted = (
-            "trained must be a function (path, array) -> bool, or a tree of bools like params or like their "
-            "first levels"
+            "trained must be a function (path, array) -> bool, or a tree of bools with the structure of "
+            "params or of their upper levels"
         )
         flags = dict[int, Any]()
         if callable(trained) and jax.tree_util.all_leaves([trained]):
@@ -252,18 +252,18 @@ class Params:
         return [i for i in inexact if flags[i]]
 
     def _check_types(self, leaves: Sequence[Any], others: Sequence[int]) -> None:
-        """Raise a UserError unless the trained arrays have one type, float32 or float64, that JAX has."""
+        """Raise a UserError unless the trained arrays are all float32 or all float64, as JAX supports."""
         if not self._trained:
             hint = f": {self.listed(others)} must be arrays of NumPy or JAX" if others else ""
-            raise UserError(f"params have no array of real numbers that is trained{hint}")
+            raise UserError(f"params contain no array of real numbers to train{hint}")
         types = dict[str, str]()
         for i in self._trained:
             types.setdefault(str(leaves[i].dtype), f"params{self._names[i]}")
         for kind, name in types.items():
             if kind.startswith("complex"):
                 raise UserError(
-                    f"{name} is {kind}, and complex numbers cannot be trained: make arrays of their real and "
-                    "imaginary parts, or freeze it with `trained`"
+                    f"{name} is {kind}, and complex numbers cannot be trained: use separate arrays for the "
+                    "real and imaginary parts, or freeze it with `trained`"
                 )
             if kind not in ("float32", "float64"):
                 raise UserError(
@@ -277,31 +277,34 @@ class Params:
             )
         if "float64" in types and not jax.config.jax_enable_x64:
             raise UserError(
-                "params are float64, and JAX computes in float32: jax.config.update('jax_enable_x64', True)"
+                "params are float64, but JAX computes in float32: call jax.config.update('jax_enable_x64', "
+                "True)"
             )
 
     def _made_notes(self, inexact: Sequence[int], others: Sequence[int], statistics: set[int]) -> list[str]:
-        """Return notes on what is trained, where that is not all that there is."""
+        """Return notes on what is trained, unless that is everything."""
         notes, untrained = list[str](), sorted({*inexact, *others}.difference(self._trained))
         if untrained:
-            hint = ", where only arrays of NumPy and JAX can be trained" if others else ""
+            hint = " (only NumPy and JAX arrays can be trained)" if others else ""
             notes.append(
-                f"Note: theta has the {self.start.size:,} numbers of {self.listed(self._trained)}; "
+                f"Note: theta consists of the {self.start.size:,} numbers in {self.listed(self._trained)}; "
                 f"not trained: {self.listed(untrained)}{hint}."
             )
         both = sorted(statistics.intersection(self._trained))
         if both:
-            notes.append(f"Note: `trained` includes what looks like running statistics: {self.listed(both)}.")
+            notes.append(
+                f"Note: `trained` includes arrays that look like running statistics: {self.listed(both)}."
+            )
         return notes
 
     def listed(self, which: Sequence[int]) -> str:
-        """Return the names of leaves for a message, the first ones of many."""
+        """Return the names of leaves for a message, shortened if there are many."""
         names = [f"params{self._names[i]}" for i in which[:MOST_NAMES]]
         more = len(which) - len(names)
         return ", ".join(names) + (f" and {more} more" if more else "")
 
     def unused(self, used: set[int]) -> str:
-        """Return the names of the trained arrays that are not among the `used` ones, counted in theta."""
+        """Return the names of the trained arrays whose indices in theta are not in `used`."""
         return self.listed([i for k, i in enumerate(self._trained) if k not in used])
 
 
@@ -318,7 +321,7 @@ def _name(path: Any) -> str:
 
 
 def _repeated(names: Sequence[str]) -> list[int]:
-    """Return the indices of names that another one before them equals."""
+    """Return the indices of names that occur earlier in the list."""
     first = {name: i for i, name in reversed([*enumerate(names)])}
     return [i for i, name in enumerate(names) if first[name] != i]
 
@@ -334,7 +337,7 @@ def _has_type(leaf: Any, kind: Any) -> bool:
 
 
 def _has_numbers(leaf: Any) -> bool:
-    """Return whether a leaf is not an array of NumPy or JAX, but may have been meant as real numbers."""
+    """Return whether a leaf that is not a NumPy or JAX array may have been meant as real numbers."""
     array = isinstance(leaf, np.ndarray | np.generic | jax.Array)
     return not array and (
         type(leaf) in (float, complex) or (hasattr(leaf, "dtype") and hasattr(leaf, "shape"))
@@ -346,7 +349,7 @@ def _double(array: Any) -> Any:
 
 
 def _fixed(leaf: Any) -> Any:
-    """Return a leaf that the function cannot change, nor its owner after the model was made."""
+    """Return a leaf that neither the function nor the user can change after the model was created."""
     if isinstance(leaf, np.ndarray):
         leaf = leaf.copy()
         leaf.flags.writeable = False

@@ -32,17 +32,17 @@ class JaxPasses:
     theta : (D,)
     examples : CheckedBatch
     first : {'', 'rows', 'gradient'}
-        The first pass, if that computes its own residuals: others may never be needed. Rows: the single
-        output of an example is computed together with its gradient. Gradient: that of the summed loss, which
-        must be one of `hfmpi.frameworks.jax_losses`, is computed with the outputs.
+        The first pass, if it computes separate residuals because other passes may never be needed. 'rows':
+        the single output of each example is computed together with its gradient. 'gradient': the gradient of
+        the summed loss, which must be one of `hfmpi.frameworks.jax_losses`, is computed with the outputs.
 
     Attributes
     ----------
     outputs : (N, O)
     examples : int
-        B.
+        B, the number of examples.
     loss_gradient : (D,) or None
-        Of the summed loss, if that is the first pass.
+        The gradient of the summed loss, if that is the first pass.
     """
 
     by_step = False
@@ -113,10 +113,10 @@ class JaxPasses:
             )
         except UserError:
             raise
-        except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:  # J' u has no transpose
+        except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:  # not transposable
             raise UserError(
-                f"JAX cannot compute J v of the function ({first_line(error)}): use an optimizer of first "
-                "order, such as adam"
+                f"JAX cannot compute J v of the function ({first_line(error)}): use a first-order optimizer, "
+                "such as adam"
             ) from error
         return tangents.reshape(-1, tangents.shape[-1])
 
@@ -136,7 +136,7 @@ class JaxPasses:
         )
 
     def squares(self, u: Array, out: Array, squares: Array) -> None:
-        """Add J' u of u (N, O) to out (D,), and its squares, summed over examples, to squares (D,)."""
+        """Add J' u of u (N, O) to out (D,), and the sum of squared per-example gradients to squares (D,)."""
         xp = self.exchange.backend.xp
         total, squared = xp.zeros((2, self.model.size), u.dtype)
         for gradients in self._gradients(u):
@@ -171,9 +171,9 @@ class JaxPasses:
         sums += known
 
     def _weighted_sums(self, layers: Layers, u: Array, weights: Array, size: int) -> tuple[Array, Array]:
-        """Return J' u and the sums for factors, where each example counts as often as its weight says.
+        """Return J' u and the sums for factors, with weighted examples.
 
-        The operands of layers do not say which example they belong to: each example is a batch.
+        Layers do not record which example an operand belongs to, so each example is processed as a batch.
         """
         xp = self.exchange.backend.xp
         u = u.reshape(self.examples, -1, u.shape[-1])
@@ -200,7 +200,7 @@ class JaxPasses:
             self._fill(part, u[part], out[part])
 
     def rows_along(self, u: Array, several: int, along: Along) -> Array:
-        """Return V S' (k, B, C) of the rows S that `rows` computes for C cotangents, in parts."""
+        """Return V S' (k, B, C) for the rows S that `rows` computes for C cotangents, in parts."""
         xp = self.exchange.backend.xp
         u = u.astype(self.outputs.dtype, copy=False).reshape(self.examples, -1, several, u.shape[-1])
         products = xp.zeros((len(along), self.examples, several), u.dtype)
@@ -219,7 +219,7 @@ class JaxPasses:
             yield out[:, 0]
 
     def _fill(self, part: slice, u: Array, out: Array) -> None:
-        """Fill out (b, C, D) with the gradients of some of the examples and their u (b, n, C, O)."""
+        """Fill out (b, C, D) with the gradients of the examples in `part` for their u (b, n, C, O)."""
         model, theta, scored, tensor = self.model, self.theta, self.scored.example, self.exchange.tensor(u)
         inputs = tuple(x[part] for x in self.inputs)
 
@@ -237,7 +237,7 @@ class JaxPasses:
         )
 
     def _arrays(self, out: Array, gradients: Sequence[Any]) -> Iterator[tuple[Array, Array]]:
-        """Yield the part of out (..., D) for each trained array, and the gradients (..., d) in that array."""
+        """Yield for each trained array its part of out (..., D) and its gradients (..., d)."""
         offsets = self.model.layout.offsets.values()
         for array, start in zip(gradients, offsets, strict=True):
             part = self.exchange.array(array).reshape(*out.shape[:-1], -1)
@@ -245,5 +245,5 @@ class JaxPasses:
 
 
 def nbytes(tree: Any) -> int:
-    """Return the bytes of all arrays of a pytree, or of their shapes and types."""
+    """Return the size in bytes of all arrays of a pytree, or of arrays with these shapes and dtypes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(tree))

@@ -1,4 +1,4 @@
-"""What the trace of a JAX function shows: what its outputs depend on, and whether it is always the same."""
+"""Analysis of the trace of a JAX function: what its outputs depend on, and whether the trace changes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Labels = frozenset[Any]
 
 
 class Draw(NamedTuple):
-    """The label of random numbers that the function draws, of this shape."""
+    """The label of random numbers of this shape that a function draws."""
 
     shape: tuple[int, ...]
 
@@ -28,10 +28,10 @@ class Flow(NamedTuple):
     Attributes
     ----------
     outputs : list of frozenset
-        The labels that each output depends on, and a `Draw` for all random numbers among them.
+        The labels that each output depends on, with a `Draw` for all random numbers among them.
     low : bool
-        Whether an operation rounds a number that depends on an argument to fewer digits than float64 has, or
-        may do so, as a function that JAX does not know.
+        Whether an operation rounds a number that depends on an argument to less than float64 precision, or
+        may do so because JAX does not know its function.
     """
 
     outputs: list[Labels]
@@ -48,7 +48,7 @@ def flow(traced: Any, labels: Sequence[Labels]) -> Flow:
 
 
 class _Walk:
-    """Follows labels; what is written to references (`jax.new_ref`) is not followed, only noticed."""
+    """Follows labels. Values that are written to references (`jax.new_ref`) are noticed, but not followed."""
 
     def __init__(self) -> None:
         self.low = self.has_references = False
@@ -121,7 +121,7 @@ class _Walk:
 
 
 def fingerprint(traced: Any) -> bytes:
-    """Return a digest of the operations and the constants of a ClosedJaxpr, without the names in it."""
+    """Return a digest of the operations and constants of a ClosedJaxpr that ignores variable names."""
     digest = hashlib.blake2b()
     for part in _parts(traced.jaxpr, traced.consts, {}):
         digest.update(part if isinstance(part, bytes) else repr(part).encode())
@@ -152,7 +152,7 @@ def _parts(jaxpr: Any, consts: Sequence[Any], numbers: dict[Any, int]) -> Iterat
 
 
 def _bytes(value: Any) -> Iterator[Any]:
-    """Yield the type and the numbers of a constant; of one of a different trace nothing is known."""
+    """Yield the dtype, the shape and the values of a constant; nothing for one of a different trace."""
     if isinstance(value, jax.core.Tracer):
         return
     if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
@@ -164,7 +164,7 @@ def _bytes(value: Any) -> Iterator[Any]:
 
 
 def has_reverse_rules(traced: Any) -> bool:
-    """Return whether a ClosedJaxpr has rules of its user's for the reverse pass: `jax.custom_vjp`."""
+    """Return whether a ClosedJaxpr contains user-defined rules for the reverse pass (`jax.custom_vjp`)."""
 
     def search(jaxpr: Any) -> bool:
         return any(
@@ -185,7 +185,7 @@ def _inner(equation: Any) -> Iterator[Any]:
 
 
 def _opened(function: Any) -> tuple[Any, Sequence[Any]] | None:
-    """Return the jaxpr and the constants of a function in the options of an operation; None for all else."""
+    """Return the jaxpr and constants of a function among an operation's options; None for other options."""
     jaxpr = getattr(function, "jaxpr", function)
     return (jaxpr, getattr(function, "consts", ())) if hasattr(jaxpr, "eqns") else None
 

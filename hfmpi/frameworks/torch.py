@@ -50,26 +50,26 @@ class TorchPlan(Plan):
     Attributes
     ----------
     double_backward : bool
-        J v by the double backward; else by forward mode.
+        Whether J v is computed by double backward; otherwise by forward mode.
     kernels : callable
-        Makes the context in which the module runs: its effect is that of `plain_kernels`, or none.
+        Returns the context in which the module runs: `plain_kernels`, or a context without effect.
     obstacle : str or None
-        Why J v works in neither way; None: it works.
+        Why J v cannot be computed in either way; None if it can.
     bytes_per_example : int
-        Of the graphs that a linearisation keeps.
+        The size per example of the graphs that a linearisation keeps.
     way : {'layers', 'batch', 'derivatives', 'expanded'}
-        How the gradients of examples are separated. Layers: `ExamplePass` with layers that process all
-        examples in one call. Batch: `BatchPass`, one ordinary pass; derivatives: where the module may
-        differentiate its layers. Expanded: `ExamplePass` with parameters that are expanded per example.
+        How per-example gradients are computed. 'layers': `ExamplePass` with layers that process all examples
+        in one call. 'batch': `BatchPass`, one ordinary pass. 'derivatives': the same for modules that may
+        differentiate their layers. 'expanded': `ExamplePass` with parameters that are expanded per example.
     shared : tuple of bool
         See `BatchPass`.
     unassigned : int or None
         The number of entries of parameters that are expanded per example for squares and factors of
-        gradients, because other operations than layers use them; None: not known yet.
+        gradients, because operations other than layers use them; None before it is known.
     differentiates : bool
-        Whether the module computes derivatives inside of a forward pass, as physics-informed networks do.
+        Whether the module computes derivatives in its forward pass, as physics-informed networks do.
     as_given : bool
-        Whether inputs have the types that they were given with; else they are converted.
+        Whether inputs have the dtypes in which the user passed them; otherwise they are converted.
     """
 
     double_backward: bool = True
@@ -86,16 +86,16 @@ class TorchPlan(Plan):
 class TorchModel(FrameworkModel):
     """A PyTorch module with a loss.
 
-    The module is called in the mode that it is in, and must return the same outputs each time: no dropout,
-    no batch statistics. The first batch is used to check this. Theta (D,) consists of the parameters that
-    require a gradient, in the order of `named_parameters`; a tied parameter occurs once. All other
-    parameters, and the buffers, remain as they are.
+    The module is called in its current mode (training or evaluation), and must return the same outputs each
+    time: no dropout, no batch statistics. This is checked on the first batch. Theta (D,) consists of the
+    parameters that require a gradient, in the order of `named_parameters`; a tied parameter occurs once. All
+    other parameters and the buffers are constant.
 
     Parameters
     ----------
     module : torch.nn.Module
         Maps inputs (B, ...), of B examples, to outputs (B, ..., O). Its trained parameters are all float32 or
-        all float64, which is the type of theta too; parameters and buffers are on one device. Only
+        all float64, which is also the dtype of theta; parameters and buffers are on one device. Only
         `write_back` changes the module.
     loss : str, torch.nn.CrossEntropyLoss(), MSELoss(), BCEWithLogitsLoss() or Loss
         The loss of each scored output (O,): 'cross-entropy', 'squares' (half the squared distance), 'mse'
@@ -106,8 +106,8 @@ class TorchModel(FrameworkModel):
     Raises
     ------
     UserError
-        If PyTorch is not installed, or the module cannot be trained: it has no trained parameter, or types,
-        devices or a batch that do not fit.
+        If PyTorch is not installed, or the module cannot be trained: it has no trained parameter, or its
+        dtypes, devices or a batch do not fit.
 
     Examples
     --------
@@ -133,11 +133,11 @@ class TorchModel(FrameworkModel):
         module = plain_module(module)
         if isinstance(module, torch.jit.ScriptModule):
             raise UserError(
-                "a scripted module cannot be called with other parameters: pass the module that was scripted"
+                "a scripted module cannot be called with other parameters: pass the original module instead"
             )
         named = dict(module.named_parameters())
         if any(torch.nn.parameter.is_lazy(p) for p in named.values()):
-            raise UserError("the module has parameters without a shape: call it once with some inputs")
+            raise UserError("the module has lazy parameters without a shape: call it once with some inputs")
         trained = _trained(module)
         if not trained:
             raise UserError("the module has no parameter that requires a gradient")
@@ -158,28 +158,28 @@ class TorchModel(FrameworkModel):
         super().__init__(shapes, start, loss, _stacked(module, trained), exchange)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy or a pickle of the model has: the module with it."""
+        """Return the state for copying and pickling, which includes the module."""
         state = super().__getstate__()
         return {name: value for name, value in state.items() if name not in ("places", "aliases")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy of a model."""
+        """Restore the state of a copy."""
         super().__setstate__(state)
         self.aliases = check_memory(_trained(self.module), [])
         self.places = Substitution(self.module, self.aliases)
 
     @property
     def scores_all(self) -> bool:
-        """Whether `scoring` changes nothing for any data."""
+        """Whether `scoring` changes no data."""
         return self.ignored is None and self.class_weights is None
 
     @property
     def needs_scoring(self) -> bool:
-        """Whether the loss would be wrong, without an error, on examples that `scoring` did not return."""
+        """Whether the loss would silently be wrong for examples that were not returned by `scoring`."""
         return self.class_weights is not None or (self.ignored is not None and self.ignored >= 0)
 
     def scoring(self, data: Examples) -> Examples:
-        """Return examples without the targets that the loss ignores, with the weights of their classes."""
+        """Return examples with a mask for ignored targets, and with the weights of their classes."""
         if self.ignored is None or data.targets.dtype.kind not in "iu":
             return data
         scored = data.targets != self.ignored
@@ -187,7 +187,7 @@ class TorchModel(FrameworkModel):
         return data if self.class_weights is None else data.weighted_by_class(self.class_weights)
 
     def write_back(self, theta: Array) -> None:
-        """Copy theta (D,), on the host or the device, into the parameters of the module.
+        """Copy theta (D,), on the host or the device, to the parameters of the module.
 
         Raises
         ------
@@ -226,24 +226,24 @@ class TorchModel(FrameworkModel):
         return self._called(tensors, inputs, scored)
 
     def _called(self, tensors: dict[int, Any], inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:
-        """Return the scored outputs (N, O) of the module with other tensors in place, by identity."""
+        """Return the scored outputs (N, O) of the module with tensors replaced, by identity."""
         with self.places.replaced(tensors):
             return self.run(self.module, inputs, scored)
 
     def run(self, module: Any, inputs: tuple[Any, ...], scored: ScoredOutputs) -> Any:
-        """Return the scored outputs (N, O) of a module, which may overwrite its inputs: they are copies."""
+        """Return the scored outputs (N, O) of a module; it gets copies of inputs, which it may overwrite."""
         outputs = module(*(x.clone() for x in inputs))
         if isinstance(outputs, torch.Tensor):
             if outputs.dtype not in (torch.float32, torch.float64) or outputs.layout != torch.strided:
                 kind = str(outputs.dtype).removeprefix("torch.")
                 raise UserError(
-                    f"the module returns {kind} outputs, and must return float32 or float64 ones (outside of "
-                    "autocast; of complex numbers the real and the imaginary part)"
+                    f"the module returns {kind} outputs, but they must be float32 or float64: disable "
+                    "autocast, and return complex numbers as real and imaginary parts"
                 )
             if self.class_axis and outputs.ndim > 2:
                 outputs = outputs.movedim(1, -1)
         elif hasattr(outputs, "reshape"):
-            raise UserError(f"the module returns {shown(outputs)}, and must return a tensor")
+            raise UserError(f"the module must return a tensor, not {shown(outputs)}")
         return scored.of(outputs)
 
     def tensor(self, array: Array) -> Any:
@@ -255,16 +255,16 @@ class TorchModel(FrameworkModel):
         return self.exchange.array(tensor)
 
     def tensors(self, inputs: tuple[np.ndarray, ...]) -> tuple[Any, ...]:
-        """Return inputs as tensors, of the types given or converted, as planned.
+        """Return inputs as tensors, in the user's dtypes or converted, as planned.
 
-        Conversion makes real numbers those of the parameters, and whole numbers int64.
+        Conversion casts real numbers to the dtype of the parameters, and integers to int64.
         """
         moved = self.exchange.moved
         return tuple(moved(x if self.plan.as_given else self._converted(x)) for x in inputs)
 
     def _converted(self, x: np.ndarray) -> np.ndarray:
         if x.dtype.kind == "u" and x.dtype.itemsize == 8 and x.size and x.max() > np.iinfo(np.int64).max:
-            raise UserError(f"inputs are whole numbers up to {x.max()}, more than 64 bits with a sign hold")
+            raise UserError(f"inputs are integers up to {x.max()}, which int64 cannot represent")
         kinds = {"f": self.backend.dtype, "i": np.dtype(np.int64), "u": np.dtype(np.int64)}
         return x.astype(kinds.get(x.dtype.kind, x.dtype), copy=False)
 
@@ -282,7 +282,7 @@ class TorchModel(FrameworkModel):
         return outputs
 
     def check_unchanged(self, theta: Any) -> None:
-        """Raise a UserError if a pass has written into theta, a fresh tensor before it."""
+        """Raise a UserError if a pass has overwritten theta, a new tensor before the pass."""
         if theta._version:
             raise UserError(CHANGES)
 
@@ -297,7 +297,7 @@ class TorchModel(FrameworkModel):
         *,
         extra: Literal["", "squares", "factors"] = "",
     ) -> LossLinearisation:
-        """Linearise as `linearise` does; an ordinary pass computes outputs and separates examples."""
+        """Linearise as `linearise` does, by one ordinary pass for outputs and per-example gradients."""
         if not extra:
             return self.linearise(theta, batch, reuse)
 
@@ -309,23 +309,23 @@ class TorchModel(FrameworkModel):
     # The first batch ---------------------------------------------------------------------------
 
     def _mode(self) -> object:
-        """Return which parts of the module are in training mode, and which parameters it has."""
+        """Return which parts of the module are in training mode and which parameters it has."""
         with self.places.lock:  # another thread may have replaced the parameters for a call
             parts = [*self.module.modules()]
             held = [p for part in parts for p in part._parameters.values() if p is not None]
             return [part.training for part in parts], [(id(p), p.requires_grad) for p in held]
 
     def _check(self, theta: np.ndarray, examples: CheckedBatch) -> None:
-        """Choose the plan; raise a UserError where the module cannot be trained."""
+        """Check the module on a batch and choose the plan."""
         if self.places.refresh():
-            raise UserError("parameters of the module were replaced since the model was made: make it again")
+            raise UserError("parameters of the module were replaced after creating the model: recreate it")
         for name, p in self.module.named_parameters():
             if p.requires_grad != (name in self.parameters or id(p) in self.aliases) and p.numel():
-                raise UserError(f"{name} was frozen or unfrozen since the model was made: make it again")
+                raise UserError(f"{name} was frozen or unfrozen after creating the model: recreate it")
             if p._backward_hooks or p._post_accumulate_grad_hooks:
                 raise UserError(
-                    f"the parameter {name} has a hook, which would not be called: change what forward "
-                    "computes instead, such as mask * w + (1 - mask) * w.detach()"
+                    f"the parameter {name} has a hook, which would not be called: change the computation in "
+                    "forward instead, for example mask * w + (1 - mask) * w.detach()"
                 )
         if layer := stochastic(self.module):
             raise UserError(
@@ -343,12 +343,12 @@ class TorchModel(FrameworkModel):
                     super()._check(theta, examples)
                     if self.class_weights is not None and len(self.class_weights) != self.plan.width:
                         raise UserError(
-                            f"weight of the loss has {len(self.class_weights)} classes, and the module "
-                            f"{self.plan.width} outputs: give one weight for each class"
+                            f"weight of the loss has {len(self.class_weights)} classes, but the module has "
+                            f"{self.plan.width} outputs: pass one weight for each class"
                         )
                     check_module(self, theta, few, fresh)
                     self._choose_products(theta, examples.take([0]))
-                finally:  # these errors explain any other one
+                finally:  # these errors are the cause of others
                     if name := warm.changed():
                         raise UserError(
                             f"passes change {name}, a parameter or buffer of the module, as batch statistics "
@@ -373,9 +373,9 @@ class TorchModel(FrameworkModel):
             )
 
     def _choose_forward(self, theta: np.ndarray, few: CheckedBatch) -> None:
-        """Plan forward passes: the types of inputs, and gradients where the module itself needs derivatives.
+        """Plan forward passes: input dtypes, and gradients if the module computes derivatives.
 
-        Inputs have the types that they were given with, if the module takes these.
+        Inputs keep the user's dtypes if the module accepts them.
         """
         failures = list[UserError]()
         for differentiates, as_given in product((False, True), (True, False)):
@@ -403,7 +403,7 @@ class TorchModel(FrameworkModel):
             self._choose_forward(theta, few)
 
     def in_float64(self, theta: np.ndarray, examples: CheckedBatch) -> np.ndarray | None:
-        """Return the scored outputs (N, O) at theta (D,), with all tensors in float64; None if that fails."""
+        """Return the scored outputs (N, O) at theta (D,) with all tensors in float64; None if that fails."""
         trained = {id(p) for p in self.parameters.values()}
         others = [t for t in self.places.tensors if t.is_floating_point() and id(t) not in trained]
         nbytes = 8 * (self.size + sum(t.numel() for t in others))
@@ -450,19 +450,19 @@ class TorchModel(FrameworkModel):
                 )
             return
         self.replan(double_backward=True, kernels=nullcontext, obstacle=reason)
-        with self.running(example.inputs):  # gradients alone serve first-order optimizers
+        with self.running(example.inputs):  # first-order optimizers only need gradients
             passes = TorchPasses(self, at, example)
             zeros_like = self.backend.xp.zeros_like
             passes.vjp(zeros_like(passes.outputs) + 1, zeros_like(at))
 
 
 def _trained(module: Any) -> dict[str, Any]:
-    """Return the parameters that require a gradient, by name, without empty ones."""
+    """Return the non-empty parameters that require a gradient, by name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad and p.numel()}
 
 
 def _stacked(module: Any, trained: dict[str, Any]) -> dict[str, int]:
-    """Return, by name, how many matrices of a layer PyTorch stacks in one parameter."""
+    """Return the number of matrices that PyTorch stacks in one parameter of a layer, by name."""
     kinds: list[tuple[Any, int, str]] = [
         ((torch.nn.LSTM, torch.nn.LSTMCell), 4, "hidden_size"),
         ((torch.nn.GRU, torch.nn.GRUCell), 3, "hidden_size"),

@@ -1,13 +1,14 @@
 """Per-example gradients of a PyTorch module from one ordinary pass of a batch, without `torch.func.vmap`.
 
-The module runs as it is on all examples. A layer (a product with a matrix, a table, a recurrent network, a
+The module runs unchanged on all examples. A layer (a product with a matrix, a table, a recurrent network, a
 norm, a sum or product with a parameter) is recorded where the module calls it: its inputs, and the gradients
-of its outputs, which one backward pass computes. Each row of these belongs to one example, wherever the
-module puts it: in packed sequences the rows are sorted by step and length, for example. A second backward
-pass shows which row belongs to which example. The cotangents of each example are multiplied by a different
-number, and so are all rows that belong to the example. A row that mixes examples is detected.
+of its outputs, which one backward pass computes. Each row of inputs and gradients belongs to one example,
+wherever the module puts it: in packed sequences, for example, the rows are sorted by step and length. A
+second backward pass determines which row belongs to which example. The cotangents of each example are
+multiplied by a different number, which multiplies all rows of that example. A row that mixes examples is
+detected.
 
-Modules that differentiate their outputs in their inputs, as physics-informed networks do, multiply with the
+Modules that differentiate their outputs in their inputs, as physics-informed networks do, multiply by the
 matrices again in these derivatives, which are recorded too.
 """
 
@@ -27,31 +28,32 @@ __all__ = ["BatchPass"]
 
 
 class BatchPass:
-    """One ordinary forward pass of B examples, of which each has a gradient in each parameter.
+    """One ordinary forward pass of B examples that provides the gradient of each example in each parameter.
 
     Parameters
     ----------
     function : callable
-        (parameters by name, inputs) -> outputs (B * N, O), those of an example one after the other.
+        (parameters by name, inputs) -> outputs (B * N, O), in the order of the examples.
     parameters : dict of str to tensor
         In the order of theta.
     frozen : iterable of tensor
-        The module's other parameters.
+        The other parameters of the module.
     inputs : sequence of (B, ...)
     derivatives : bool
         Whether the module may differentiate its layers.
     shared : list of bool, or None
-        For each table that is looked up, in the order of the calls, whether the indices are the same for all
-        examples, so that each example looks them up. None: determine it. See `shared` below.
+        For each call of a table, in order, whether all examples look up the same indices, which are then
+        repeated for each example. None: determine it. See `shared` below.
     together : bool
-        Whether gradients of examples are only needed where inputs and output gradients do not determine the
-        Kronecker factors of a parameter: all rows of other parameters are then those of one example.
+        Whether per-example gradients are only needed where inputs and output gradients do not determine the
+        Kronecker factors of a parameter. All rows of the other parameters are then assigned to one example.
 
     Attributes
     ----------
     outputs : (B, N, O)
     shared : list of bool
-        Of this pass. The number of examples must not be a size of such indices where it is determined.
+        The values for this pass. To determine them, the number of examples must not equal a size of such
+        indices.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class BatchPass:
         together: bool = False,
     ) -> None:
         self.parameters, self.examples = parameters, len(inputs[0])
-        # What the module does with a parameter other than calling a layer depends on its stand-in.
+        # Operations other than layers depend on the stand-in of a parameter.
         self._standing = {name: p.detach().requires_grad_() for name, p in parameters.items()}
         self._recorder = recorder = Recorder(self.examples, derivatives, shared)
         recorder.known = {id(p): ("", p) for p in frozen}
@@ -79,18 +81,18 @@ class BatchPass:
         recorder.closed = True
         self.shared, self._calls = recorder.shared, recorder.calls
         kinds = {name: {call.kind for call in self._calls if call.name == name} for name in parameters}
-        # The rows of all examples have the factors of layers, where only one kind of layer has the parameter.
+        # The rows of all examples determine the factors of a parameter if only one kind of layer uses it.
         self._joint = {name for name, of in kinds.items() if together and len(of) == 1 and "rest" not in of}
         self._labels: dict[int, Any] | None = None
 
     def gradients(self, u: Any, last: bool = True) -> tuple[list[ExampleGradients], int]:
-        """Return the gradients of <outputs, u> of each example.
+        """Return the per-example gradients of <outputs, u>.
 
         Parameters
         ----------
         u : (B, N, O)
         last : bool
-            Whether this is the last call: rows that are zero for its u then need no example.
+            Whether this is the last call: rows whose gradients are zero for u then need no example.
 
         Returns
         -------
@@ -101,12 +103,12 @@ class BatchPass:
         Raises
         ------
         RuntimeError
-            If the module uses a parameter in another way than by a layer, or a row mixes examples.
+            If the module uses a parameter other than by a layer, or a row mixes examples.
         """
         wanted = [*(call.edge for call in self._calls), *self._standing.values()]
         found = torch.autograd.grad(self.outputs, wanted, u, allow_unused=True, retain_graph=True)
         if any(gradient is not None for gradient in found[len(self._calls) :]):
-            raise RuntimeError("a parameter is used in another way than by a layer")
+            raise RuntimeError("a parameter is used by an operation that is not a layer")
         used = [(call, g) for call, g in zip(self._calls, found, strict=False) if g is not None]
         gradients = {
             name: ExampleGradients(p.detach(), [], [], [], []) for name, p in self.parameters.items()
@@ -129,21 +131,21 @@ class BatchPass:
             inputs = None if call.input is None else torch.cat([one.input for one, _ in pairs])
             call.add(gradients[name], taken(rows, index), None if inputs is None else taken(inputs, index))
         for name in {name for name, kind in separate if kind == "transposed"}:
-            mixed = (name, "product") in separate  # of one scale only within each of them
+            mixed = (name, "product") in separate  # the two kinds have different scales
             gradients[name] = gradients[name]._replace(mixed=mixed)
         if last:
             self._labels = None
         return [*gradients.values()], 0
 
     def _labels_of(self, calls: list[tuple[Call, Any]], u: Any) -> dict[int, Any]:
-        """Return, by the identity of an edge, the example (R,) of each row; B for a row of zeros.
+        """Return the example (R,) of each row, by the identity of an edge; B for a row of zeros.
 
         Parameters
         ----------
         calls : list of (Call, tensor)
-            With the gradients at the edges for the cotangents u.
+            Calls with the gradients at their edges for the cotangents u.
         u : (B, N, O), or None
-            None: use random cotangents, whose labels serve any other ones.
+            None: use random cotangents, whose labels are valid for any cotangents.
         """
         if self._labels is not None or not calls:
             return self._labels or {}

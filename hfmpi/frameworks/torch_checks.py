@@ -1,4 +1,4 @@
-"""What a PyTorch module must satisfy: outputs of parameters and inputs, and nothing that a pass changes."""
+"""Checks that a PyTorch module is a function of parameters and inputs, and that passes change nothing."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ __all__ = [
 ]
 
 CHANGES = (
-    "a pass of the module changes its parameters (a constraint in place, or max_norm of an embedding?): "
+    "a pass of the module changes its parameters in place (a constraint, or max_norm of an embedding?): "
     "compute with a changed copy instead, such as weight.clamp(...)"
 )
 
 HIDDEN = (
-    "the module uses a parameter in another way than by its name (a list, an attribute, or a tensor made of "
-    "it before?): hfmpi cannot replace it; use self.NAME in forward"
+    "the module accesses a parameter other than by its registered name (a list, an attribute, or a tensor "
+    "computed from it earlier?), so that hfmpi cannot replace it: use self.NAME in forward"
 )
 
 LATE = 10**6
-"""What is added to the numbers that a pass changes, such as counts of calls, to see what depends on them."""
+"""Added to numbers that a pass changes, such as counts of calls, to detect outputs that depend on them."""
 
 
 def check_types(module: Any, trained: Mapping[str, Any]) -> None:
-    """Raise a UserError unless the types and devices of a module's tensors can be trained."""
+    """Raise a UserError unless a module's tensors have dtypes and devices that can be trained."""
     for name, p in trained.items():
         if p.layout != torch.strided:
-            raise UserError(f"the parameter {name} is sparse: make it dense (to_dense)")
+            raise UserError(f"the parameter {name} is sparse: convert it with to_dense()")
     if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
-        raise UserError("a part of the module is scripted: put the module there that was scripted")
+        raise UserError("a part of the module is scripted: use the original module in its place")
     types = {p.dtype for p in trained.values()}
     if types not in ({torch.float32}, {torch.float64}):
         names = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in types))
@@ -60,19 +60,20 @@ def check_types(module: Any, trained: Mapping[str, Any]) -> None:
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
         raise UserError(
-            f"parameters and buffers of the module must be on one device, not on {names}: module.to(...)"
+            f"parameters and buffers of the module must be on one device, not on {names}: call module.to(...)"
         )
     if any(tensor.is_inference() for tensor in tensors):
         raise UserError(
-            "the module was made under torch.inference_mode(), which excludes derivatives: make it outside"
+            "the module was created under torch.inference_mode(), which excludes derivatives: create it "
+            "outside"
         )
     for name, layer in module.named_modules():
         if isinstance(layer, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and layer.sparse:
-            raise UserError(f"the table {name} has sparse gradients: make it with sparse=False")
+            raise UserError(f"the table {name} has sparse gradients: create it with sparse=False")
 
 
 def check_memory(parameters: Mapping[str, Any], others: Iterable[Any]) -> dict[int, Any]:
-    """Return, by identity, the parameter that stands for others with the same memory and form.
+    """Return the parameters that represent other tensors with the same memory and shape, by identity.
 
     Parameters
     ----------
@@ -84,12 +85,12 @@ def check_memory(parameters: Mapping[str, Any], others: Iterable[Any]) -> dict[i
     Raises
     ------
     UserError
-        If memory is shared in any other way: a step in one parameter would change another tensor.
+        If memory is shared in any other way, because a step in one parameter would change another tensor.
     """
     for name, p in parameters.items():
         if any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride(), strict=True)):
             raise UserError(
-                f"entries of the parameter {name} share memory (expand): make it a copy, p.clone()"
+                f"entries of the parameter {name} share memory (expand): replace it by a copy, p.clone()"
             )
     named = [*((name, p) for name, p in parameters.items()), *(("", q) for q in others)]
     named = [(name, p) for name, p in named if p.numel() and p.layout == torch.strided]
@@ -103,13 +104,13 @@ def check_memory(parameters: Mapping[str, Any], others: Iterable[Any]) -> dict[i
                 continue
             if not (name and other):
                 raise UserError(
-                    f"the parameter {name or other} shares memory with a buffer or a frozen parameter: make "
-                    "one of them a copy (clone)"
+                    f"the parameter {name or other} shares memory with a buffer or a frozen parameter: "
+                    "replace one of them by a copy (clone)"
                 )
             if (p.data_ptr(), p.shape, p.stride()) != (q.data_ptr(), q.shape, q.stride()):
                 raise UserError(
-                    f"the parameters {other} and {name} share memory in different forms: make one of them a "
-                    "copy, or use one parameter in both places"
+                    f"the parameters {other} and {name} share memory with different shapes or strides: "
+                    "replace one of them by a copy, or use one parameter in both places"
                 )
             aliases[id(p)] = aliases.get(id(q), q)
         reaching.append((name, p))
@@ -117,7 +118,7 @@ def check_memory(parameters: Mapping[str, Any], others: Iterable[Any]) -> dict[i
 
 
 def stochastic(module: Any) -> str:
-    """Return the first layer in training mode whose outputs depend on chance or on the batch, or ""."""
+    """Return the first layer in training mode with outputs that are random or depend on the batch, or ""."""
     nn = torch.nn
     for name, layer in module.named_modules():
         rate = getattr(layer, "p", None) if isinstance(layer, nn.modules.dropout._DropoutNd) else None
@@ -134,29 +135,29 @@ def stochastic(module: Any) -> str:
 
 
 def fresh_copy(module: Any) -> Any:
-    """Return a copy of a module that has not been called, or None where that is not possible."""
+    """Return a copy of a module before its first call, or None if it cannot be copied."""
     tensors = [t for t in (*module.parameters(), *module.buffers()) if t.device.type == "cpu"]
     nbytes = sum(t.numel() * t.element_size() for t in tensors)
     if nbytes > free_memory() / 4:
         return None
     try:
         return copy.deepcopy(module)
-    except Exception:  # of any kind: the module has what cannot be copied
+    except Exception:  # any error: the module contains something that cannot be copied
         return None
 
 
 def check_module(model: TorchModel, theta: np.ndarray, few: CheckedBatch, fresh: Any) -> None:
-    """Raise a UserError unless a module is a function of its parameters by name, with gradients and without.
+    """Raise a UserError unless a module is a function of its named parameters, with and without gradients.
 
     Parameters
     ----------
     model : TorchModel
     theta : (D,)
-        The module is tried near it, since parameters of a start may hide what it does.
+        The module is evaluated near theta, because special initial values may hide dependencies.
     few : CheckedBatch
         A few examples.
     fresh : torch.nn.Module or None
-        A copy of the module that has not been called.
+        A copy of the module before its first call.
     """
     theta = elsewhere(theta)
     trial, everything = model.trial(theta, few), range(few.size)
@@ -167,7 +168,7 @@ def check_module(model: TorchModel, theta: np.ndarray, few: CheckedBatch, fresh:
     wide = theta.astype(np.float64)
     exact = model.in_float64(wide, few)
     if exact is not None and not model.plan.differentiates:
-        model.replan(differentiates=True)  # with gradients, in float64 too
+        model.replan(differentiates=True)  # enables gradients, in float64 too
         again = model.in_float64(wide, few)
         model.replan(differentiates=False)
         bound = FLOORS["float64"] * np.abs(exact).max(initial=0)
@@ -183,8 +184,8 @@ def check_module(model: TorchModel, theta: np.ndarray, few: CheckedBatch, fresh:
     if leaves:
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves[:3])
         logging.getLogger(__name__).warning(
-            "Note: the outputs depend on %d tensors that require gradients and are no parameters of the "
-            "module (shapes %s%s): they stay as they are.",
+            "Note: the outputs depend on %d tensors that require gradients but are not parameters of the "
+            "module (shapes %s%s): they are not trained.",
             len(leaves),
             shapes,
             ", ..." if len(leaves) > 3 else "",
@@ -194,7 +195,7 @@ def check_module(model: TorchModel, theta: np.ndarray, few: CheckedBatch, fresh:
 
 
 def _check_numbers(model: TorchModel, trial: Trial) -> None:
-    """Raise a UserError if the outputs depend on a number that a pass changes, such as a count of calls."""
+    """Raise a UserError if the outputs depend on a number that a pass changes, such as a call counter."""
     before, everything = numbers(model.module), range(trial.examples.size)
     trial.of(everything)
     changed = [(store, key, value) for store, key, value in before if store[key] != value]
@@ -203,12 +204,12 @@ def _check_numbers(model: TorchModel, trial: Trial) -> None:
     if changed and not trial.same(everything, trial.of(everything)):
         raise UserError(
             f"the outputs of the module depend on {changed[0][1]}, which its passes change: they must depend "
-            "on parameters and inputs alone"
+            "only on parameters and inputs"
         )
 
 
 def _leaves(graph: Any, theta: Any) -> list[Any]:
-    """Return the tensors that a graph depends on and that require a gradient, apart from theta."""
+    """Return the tensors that require a gradient and that a graph depends on, except theta."""
     seen, leaves, functions = set[Any](), list[Any](), [graph.grad_fn]
     while functions:
         function = functions.pop()
@@ -223,10 +224,10 @@ def _leaves(graph: Any, theta: Any) -> list[Any]:
 
 
 def _check_other_parameters(model: TorchModel, trial: Trial, fresh: Any) -> None:
-    """Raise a UserError unless the module itself, with the parameters of the trial, has the same outputs.
+    """Raise a UserError unless the module with the values of the trial has the same outputs as the trial.
 
-    It has not if it reaches a parameter through a list or an attribute, or remembers what it computed of the
-    parameters before: then its copy that has not been called differs.
+    The outputs differ if the module accesses a parameter through a list or an attribute. If it caches values
+    that it computed from earlier parameters, the outputs of its copy before the first call differ.
     """
     everything = range(trial.examples.size)
     named = model.named(model.exchange.moved(trial.theta))
@@ -259,7 +260,7 @@ def _check_other_parameters(model: TorchModel, trial: Trial, fresh: Any) -> None
 
 
 def _overlap(p: Any, q: Any) -> bool:
-    """Return whether two tensors on one device whose ranges overlap share memory."""
+    """Return whether two tensors on one device with overlapping address ranges share memory."""
     if p.device.type != "cpu" or torch.bfloat16 in (p.dtype, q.dtype):
         return True
     try:
@@ -269,6 +270,6 @@ def _overlap(p: Any, q: Any) -> bool:
 
 
 def _range(p: Any) -> tuple[int, int]:
-    """Return the first address of a tensor, and the one after its last."""
+    """Return the first address of a tensor's memory and the address after its last byte."""
     last = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
     return p.data_ptr(), p.data_ptr() + (last + 1) * p.element_size()

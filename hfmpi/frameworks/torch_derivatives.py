@@ -18,22 +18,22 @@ __all__ = ["InnerDerivatives", "OnlyBatched"]
 
 
 class InnerDerivatives(TorchFunctionMode):  # type: ignore[misc]
-    """Makes `torch.autograd.grad` and `requires_grad_` work inside of one `torch.func.vmap`."""
+    """Makes `torch.autograd.grad` and `requires_grad_` work inside one `torch.func.vmap`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         replacement, kwargs = _REPLACEMENTS.get(func), kwargs or {}
-        if func == _SETTER:  # PyTorch's own has no effect inside `vmap`, and no error
+        if func == _SETTER:  # PyTorch's setter silently has no effect inside `vmap`
             return _require(*args)
         if replacement is None:
             return func(*args, **kwargs)
         try:
-            return func(*args, **kwargs)  # works in the transformations of torch.func, which use both too
+            return func(*args, **kwargs)  # works in other transformations of torch.func, which call both too
         except RuntimeError:
             return replacement(*args, **kwargs)
 
 
 def _require(tensor: Any, requires_grad: bool = True) -> Any:
-    """Return the tensor, which requires a gradient now."""
+    """Set `requires_grad` of a tensor and return the tensor."""
     _Require.apply(tensor, requires_grad)
     return tensor
 
@@ -41,9 +41,9 @@ def _require(tensor: Any, requires_grad: bool = True) -> Any:
 def _gradients(
     outputs: Any, inputs: Any, *, grad_outputs: Any = None, is_grads_batched: bool = False, **options: Any
 ) -> tuple[Any, ...]:
-    """Return what `torch.autograd.grad` returns, which passes all options on by name."""
+    """Return the gradients as `torch.autograd.grad` does, which passes on all options by name."""
     if is_grads_batched:
-        raise NotImplementedError("a derivative of many cotangents inside of a module")
+        raise NotImplementedError("a derivative of many cotangents inside a module")
     of, at = _several(outputs), _several(inputs)
     along = [None] * len(of) if grad_outputs is None else _several(grad_outputs)
     unused = set[int]()
@@ -51,7 +51,7 @@ def _gradients(
 
     def differentiate(size: int, axes: Sequence[int | None], *tensors: Any) -> tuple[Any, ...]:
         if None in axes[: len(of) + len(at)]:
-            raise NotImplementedError("a derivative of what all examples share")
+            raise NotImplementedError("a derivative of a value that all examples share")
         z, x, u = tensors[: len(of)], tensors[len(of) :][: len(at)], dict[int, Any]()
         for i, one, axis in zip(given, tensors[len(of) + len(at) :], axes[len(of) + len(at) :], strict=True):
             examples = one.expand(size, *one.shape) if axis is None else one.movedim(axis, 0)
@@ -74,17 +74,17 @@ def _several(tensors: Any) -> tuple[Any, ...]:
 
 
 class OnlyBatched(torch.autograd.Function):  # type: ignore[misc]
-    """A function that only `torch.func.vmap` supports."""
+    """A function that only works in `torch.func.vmap`."""
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        """Refuse a call outside of `vmap`."""
-        raise NotImplementedError("a layer or a derivative inside of another transformation")
+        """Raise an error: the function was called outside of `vmap`."""
+        raise NotImplementedError("a layer or a derivative inside another transformation")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Refuse a call in a transformation that differentiates."""
-        raise NotImplementedError("a layer or a derivative inside of another transformation")
+        """Raise an error: the function was called in a transformation that differentiates."""
+        raise NotImplementedError("a layer or a derivative inside another transformation")
 
 
 class _Differentiate(OnlyBatched):

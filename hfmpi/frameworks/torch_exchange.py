@@ -1,11 +1,11 @@
-"""Arrays as PyTorch tensors and back: through the host, or shared on a GPU.
+"""Conversion between arrays and PyTorch tensors: through the host, or shared on a GPU.
 
-On a GPU PyTorch and CuPy each have a current stream, and nothing orders the work of two streams. In a pass
-(`working`) PyTorch's current stream is therefore that of the CuPy backend. All kernels that touch shared
-memory are then on one stream, in the order in which they were launched: a result is complete when the
-optimizer reads it, and memory that either library frees is only reused by work that comes later. At the start
-of a pass this stream waits for the work that PyTorch has queued elsewhere, such as an earlier change of the
-module's buffers, and at its end that stream waits for the pass. Nothing waits on the host.
+On a GPU PyTorch and CuPy each have a current stream, and the work of two streams is not ordered. In a pass
+(`working`), PyTorch therefore uses the stream of the CuPy backend. All kernels that use shared memory then
+run on one stream in the order of their launches: a result is complete when the optimizer reads it, and memory
+that either library frees is only reused by later work. At the start of a pass this stream waits for the work
+that PyTorch has queued on its previous stream, such as an earlier change of the module's buffers, and at the
+end the previous stream waits for the pass. The host never waits.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ __all__ = ["ThroughDevice", "ThroughHost", "choose_exchange", "to_array"]
 
 
 def choose_exchange(device: Any, dtype: str) -> Exchange:
-    """Return the exchange for a module on a device: without a copy on an NVIDIA GPU if CuPy is installed."""
+    """Return the exchange for a module on a device: without copies on an NVIDIA GPU if CuPy is installed."""
     backend = gpu_backend(dtype, device.index or 0) if is_nvidia(device) else None
     return ThroughHost(NumpyBackend(dtype), device) if backend is None else ThroughDevice(backend, device)
 
 
 def is_nvidia(device: Any) -> bool:
-    """Return whether a device of PyTorch is an NVIDIA GPU: those of AMD are called "cuda" too."""
+    """Return whether a PyTorch device is an NVIDIA GPU: devices of AMD are also called "cuda"."""
     return bool(device.type == "cuda" and torch.version.cuda)
 
 
 def to_array(tensor: Any) -> np.ndarray:
-    """Return a tensor as an array on the host; on a CPU it shares the memory."""
+    """Return a tensor as an array on the host, which shares the memory of a tensor on a CPU."""
     return np.ascontiguousarray(tensor.detach().cpu().numpy())
 
 
 class ThroughHost(Exchange):
-    """Vectors are NumPy arrays; on a CPU the tensors share their memory.
+    """Vectors are NumPy arrays; tensors on a CPU share their memory.
 
     Parameters
     ----------
     backend : NumpyBackend
     device : torch.device
-        Of the module.
+        The device of the module.
     """
 
     def __init__(self, backend: NumpyBackend, device: Any) -> None:
@@ -70,7 +70,7 @@ class ThroughHost(Exchange):
 
 
 class ThroughDevice(ThroughHost):
-    """Vectors are CuPy arrays on the module's GPU, whose memory the tensors share."""
+    """Vectors are CuPy arrays on the module's GPU; the tensors share their memory."""
 
     def tensor(self, array: Array) -> Any:
         """Return an array as a tensor; see `Exchange.tensor`."""
@@ -81,20 +81,20 @@ class ThroughDevice(ThroughHost):
         return self.backend.xp.from_dlpack(tensor.detach().contiguous())
 
     def working(self) -> AbstractContextManager[object]:
-        """Return the context in which PyTorch works on the stream of the backend."""
+        """Return the context in which PyTorch uses the stream of the backend."""
         return on_stream(self.backend, self.device)
 
     def release(self) -> None:
-        """Release the memory that PyTorch holds in reserve on all GPUs."""
+        """Release the memory that PyTorch reserves on all GPUs."""
         torch.cuda.empty_cache()
 
 
 @contextmanager
 def on_stream(backend: NumpyBackend, device: Any) -> Iterator[None]:
-    """Let PyTorch work on the stream of the backend inside the context, in order with its current one."""
+    """Run PyTorch on the stream of the backend inside the context, ordered with its current stream."""
     backend.use()
     stream, before = torch.cuda.ExternalStream(backend.stream, device), torch.cuda.current_stream(device)
-    if stream == before:  # in a pass that calls another one
+    if stream == before:  # in a nested pass
         yield
         return
     stream.wait_stream(before)

@@ -1,7 +1,7 @@
-"""Per-example gradients of a parameter, by what its layers show of them: rows, sum, squares and factors.
+"""Per-example gradients of a parameter from its layers' inputs and output gradients.
 
-A linear layer with inputs x and gradients u of its outputs has the gradient u' x, one product of matrices
-over all steps of an example. It is squared part by part in the cache, and never kept for all examples.
+For a linear layer with inputs x and output gradients u, the gradient of an example is u' x, one matrix
+product over all its steps. It is squared in parts that fit the cache, and not stored for all examples.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from hfmpi.optim.layout import Block, Part, factor_shape
 __all__ = ["ExampleGradients", "factors", "squares"]
 
 FEW = 4
-"""How much more arithmetic products of matrices may take than gradients of examples do."""
+"""Maximum ratio of the arithmetic of matrix products to that of per-example gradients."""
 
 FEW_TERMS = 1
-"""So many terms of a gradient, relative to the shorter side of its matrix, are multiplied in pairs."""
+"""Maximum number of terms of a gradient that are multiplied in pairs, per shorter side of its matrix."""
 
 CACHED_NUMBERS = 1 << 17
-"""Entries of per-example gradients of a matrix that are squared at once on a CPU."""
+"""Number of entries of a matrix's per-example gradients that are squared at once on a CPU."""
 
 
 class Squares:
-    """Sums of z z' over rows z, each computed once: parameters of one layer have the same rows."""
+    """Caches sums of z z' over rows z, because parameters of one layer have the same rows."""
 
     def __init__(self) -> None:
         self._known = dict[Any, Any]()
@@ -41,7 +41,7 @@ class Squares:
         if (key, groups) not in self._known:
             full, shape = self._known.get((key, 1)), factor_shape(parts[0].shape[-1], groups)
             if full is not None and full.ndim == 2 and len(shape) > 1:
-                width = shape[-1]  # blocks of the same sums
+                width = shape[-1]  # the blocks are part of the full sums
                 blocks = [full[i : i + width, i : i + width] for i in range(0, len(full), width)]
                 self._known[key, groups] = full if len(shape) == 2 else torch.stack(blocks)
             else:
@@ -57,16 +57,16 @@ class ExampleGradients(NamedTuple):
     ----------
     p : tensor
     products : list of ((B, n, O), (B, n, I))
-        Of a layer, u of its output and its input x: u' x.
+        Pairs of a layer's output gradients u and inputs x: the term is u' x.
     lookups : list of ((B, n, O), (B, n))
-        Of a table, u of the rows that were looked up and the indices of these rows.
+        Pairs of the gradients u of rows that were looked up in a table, and the indices of these rows.
     added : list of (B, n, O)
-        Of a layer that adds p, u of its output: the sum over n.
+        Output gradients u of a layer that adds p: the term is the sum over n.
     rest : list of (B, ...)
-        Of other operations, the gradients themselves.
+        The gradients from other operations.
     mixed : bool
         Whether the products are of layers and of derivatives of layers, whose factors have no common scale:
-        Kronecker factors are then those of the gradients.
+        Kronecker factors are then computed from the gradients.
     """
 
     p: Any
@@ -78,12 +78,12 @@ class ExampleGradients(NamedTuple):
 
     @property
     def _only_kind(self) -> str:
-        """The only kind of terms; empty if there are several, or none."""
+        """The only kind of terms, or an empty string if there are several kinds or none."""
         kinds = [kind for kind in ("products", "lookups", "added", "rest") if getattr(self, kind)]
         return kinds[0] if len(kinds) == 1 and not self.mixed else ""
 
     def sum(self) -> Any:
-        """Return the sum over the examples."""
+        """Return the gradient summed over the examples."""
         total = torch.zeros_like(self.p)
         for u, x in self.products:
             total += u.flatten(0, 1).T @ x.flatten(0, 1)
@@ -96,7 +96,7 @@ class ExampleGradients(NamedTuple):
         return total
 
     def rows(self, start: int = 0, stop: int | None = None) -> Any:
-        """Return the gradients (b, ...) of some of the examples; (1, ...) zeros for an unused parameter."""
+        """Return the gradients (b, ...) of examples start to stop; zeros (1, ...) for an unused parameter."""
         part = slice(start, stop)
         direct = [gradients[part] for gradients in self.rest] + [u[part].sum(1) for u in self.added]
         if not self.products and not self.lookups:
@@ -115,7 +115,8 @@ class ExampleGradients(NamedTuple):
     def along(self, part: Part, v: Any) -> Any:
         """Return V G' (c, B) for c directions V (c, size) in a part of the parameter; (c, 1) if it is unused.
 
-        Of few steps the products of inputs and output gradients with V take less than the gradients G.
+        With few steps, multiplying inputs and output gradients by V is cheaper than computing the gradients
+        G.
         """
         steps = max((u.shape[1] for u, _ in self.products), default=0)
         if self._only_kind == "products" and steps * len(v) <= FEW * (steps + len(v)):
@@ -134,7 +135,7 @@ class ExampleGradients(NamedTuple):
             return self.sum(), self._squared_lookups()
         total, squares = torch.zeros_like(self.p), torch.zeros_like(self.p)
         for part in self._parts():
-            rows, ones = part.reshape(len(part), -1), part.new_ones(len(part))  # their product sums fastest
+            rows, ones = part.reshape(len(part), -1), part.new_ones(len(part))  # products sum fastest
             total += (ones @ rows).view(total.shape)
             squares += (ones @ rows.square()).view(total.shape)
         return total, squares
@@ -158,10 +159,10 @@ class ExampleGradients(NamedTuple):
             yield self.rows()
 
     def factors(self, block: Block, squares: Squares, weights: Any = None) -> tuple[Any, Any, Any]:
-        """Return the sums for the factors of rows and columns, and the count that they are divided by.
+        """Return the sums for the factors of rows and columns, and the count by which they are divided.
 
-        With weights (B,) the inputs of an example count that many times; u has been multiplied by their
-        roots.
+        With weights (B,), the products of an example's inputs are multiplied by its weight; u must already be
+        multiplied by the square roots of the weights.
         """
         kind = self._only_kind
         if weights is not None and kind in ("products", "lookups", "added"):
@@ -195,7 +196,7 @@ class ExampleGradients(NamedTuple):
         return a, b, count
 
     def _weighted_factors(self, block: Block, kind: str, weights: Any) -> tuple[Any, Any, Any]:
-        """Return what `factors` does, for one kind of terms and weights (B,)."""
+        """Return the result of `factors` for one kind of terms and weights (B,)."""
         if kind == "products":
             u, x = _joined(self.products)
             of_rows = weights.repeat_interleave(x.shape[1])
@@ -214,9 +215,9 @@ class ExampleGradients(NamedTuple):
 
 
 def _factors_of_few(u: Any, x: Any) -> tuple[Any, Any, Any]:
-    """Return the sums of G G', G' G and the squares of G, for gradients G = u' x of u (B, n, O), x (B, n, I).
+    """Return the sums of G G', G' G and the squares of G for gradients G = u' x of u (B, n, O), x (B, n, I).
 
-    The products of all pairs of the n terms take less than the gradients G do.
+    The products of all pairs of the n terms are cheaper than the gradients G.
     """
     of_u, of_x = torch.bmm(u, u.mT), torch.bmm(x, x.mT)
     a = torch.bmm(of_x, u).flatten(0, 1).T @ u.flatten(0, 1)
@@ -225,7 +226,7 @@ def _factors_of_few(u: Any, x: Any) -> tuple[Any, Any, Any]:
 
 
 def _products_along(u: Any, x: Any, part: Part, v: Any) -> Any:
-    """Return V (u' x) (c, B) of u (B, n, O) and x (B, n, I), for V (c, size) in a part of it."""
+    """Return V (u' x) (c, B) of u (B, n, O) and x (B, n, I), for V (c, size) in a part of the matrix."""
     u, x = u[:, :, part.top : part.bottom], x[:, :, part.left : part.right]
     c, sides = len(v), (u.shape[2], x.shape[2])
     moved = x.flatten(0, 1) @ v.reshape(c * sides[0], sides[1]).T
@@ -233,13 +234,13 @@ def _products_along(u: Any, x: Any, part: Part, v: Any) -> Any:
 
 
 def _sides(p: Any) -> tuple[int, int]:
-    """Return rows and columns of the block of a parameter, as of `hfmpi.frameworks.framework.matrices`."""
+    """Return the numbers of rows and columns that `hfmpi.frameworks.framework.matrices` gives a parameter."""
     rows = p.shape[0] if p.ndim > 1 else 1
     return rows, p.numel() // max(1, rows)
 
 
 def squares(parameters: Iterable[ExampleGradients]) -> tuple[Any, Any]:
-    """Return the sums over the examples of their gradients and of the squares of these, (D,) both."""
+    """Return the sums over examples of the gradients and of the squared gradients, both (D,)."""
     pairs = zip(*(gradients.squares() for gradients in parameters), strict=True)
     total, squared = (torch.cat([part.reshape(-1) for part in parts]) for parts in pairs)
     return total, squared
@@ -248,7 +249,7 @@ def squares(parameters: Iterable[ExampleGradients]) -> tuple[Any, Any]:
 def factors(
     parameters: Iterable[ExampleGradients], blocks: Sequence[Block], weights: Any = None
 ) -> tuple[Any, Any]:
-    """Return the sum over the examples of their gradients (D,), and the sums of `hfmpi.models.factors`."""
+    """Return the gradient summed over examples (D,), and the sums of `hfmpi.models.factors`."""
     total, sums, counts = list[Any](), list[Any](), list[Any]()
     squares = Squares()
     for block, gradients in zip(blocks, parameters, strict=True):

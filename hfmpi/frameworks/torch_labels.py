@@ -1,4 +1,4 @@
-"""Which row of a layer belongs to which example of a batch.
+"""The assignment of a layer's rows to the examples of a batch.
 
 The cotangents of each example are multiplied by a different number, so that every row of an output gradient
 is multiplied by the number of its example. A row that mixes examples is multiplied by none of these numbers.
@@ -14,10 +14,10 @@ import torch
 __all__ = ["Rows", "grouped", "labelled", "taken"]
 
 DIGITS = 32
-"""Exponents of two, and steps between two powers of two, that tell examples apart."""
+"""Number of exponents of two, and of steps between two powers of two, that identify examples."""
 
 PURE = 1e-3
-"""Relative difference at which a row counts as one of several examples: less than a tenth of a step."""
+"""Relative difference above which a row is a mixture of examples: less than a tenth of a step."""
 
 
 class Rows:
@@ -30,12 +30,12 @@ class Rows:
         self._largest = rows.gather(1, self.column)[:, 0]
 
     def ratio(self, changed: Any) -> Any:
-        """Return by what each row is scaled, (R,), 1 for a row of zeros; wrong if its numbers disagree."""
+        """Return the scale (R,) of each row, 1 for a row of zeros; wrong if the entries of a row disagree."""
         quotient = changed.gather(1, self.column)[:, 0] / self._largest
         return torch.where(self.used & (quotient > 0), quotient, 1)
 
     def are_scaled(self, changed: Any, factors: Any) -> bool:
-        """Return whether each row is scaled by its factor (R,)."""
+        """Return whether each row is scaled by its factor in `factors` (R,)."""
         wrong = (changed - factors[:, None] * self.rows).abs().amax(1)
         return bool((wrong <= PURE * factors * self.size).all())
 
@@ -46,7 +46,7 @@ def labelled(groups: list[Rows], examples: int, scaled: Callable[[Any], list[Any
     Parameters
     ----------
     scaled : callable
-        Numbers (B,) -> the groups where the cotangents of each example are multiplied by its number.
+        Maps numbers (B,) to the groups for which the cotangents of each example are multiplied by its number.
 
     Raises
     ------
@@ -90,7 +90,7 @@ def labelled(groups: list[Rows], examples: int, scaled: Callable[[Any], list[Any
 
 
 def grouped(labels: Any, examples: int) -> Any:
-    """Return the rows (B, n) that have each label (R,) below B, padded by R."""
+    """Return the indices (B, n) of the rows with each label (R,) less than B, padded with R."""
     count = torch.bincount(labels, minlength=examples + 1)[:examples]
     order = torch.argsort(labels, stable=True)[: int(count.sum())]
     starts = torch.cumsum(count, 0) - count
@@ -101,7 +101,7 @@ def grouped(labels: Any, examples: int) -> Any:
 
 
 def taken(rows: Any, index: Any) -> Any:
-    """Return rows (R, ...) by index (B, n), zeros for the index R."""
-    if int(index.max()) < len(rows):  # equally many of each example
+    """Return rows (R, ...) by index (B, n), and zeros for the index R."""
+    if int(index.max()) < len(rows):  # all examples have equally many rows
         return rows[index]
     return torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])[index]

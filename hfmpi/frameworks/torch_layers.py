@@ -1,4 +1,4 @@
-"""Per-example gradients of a PyTorch module, for about the work of one gradient.
+"""Per-example gradients of a PyTorch module, at about the cost of one gradient.
 
 `torch.func.vmap` separates the examples of a batch, wherever a module puts their axis. Linear layers, tables
 and recurrent networks, which have most of the parameters, process all examples in one call: their inputs and
@@ -23,7 +23,7 @@ __all__ = ["ExamplePass"]
 
 
 class ExamplePass:
-    """One forward pass of B examples, of which each has a gradient in each parameter.
+    """One forward pass of B examples that provides the gradient of each example in each parameter.
 
     Parameters
     ----------
@@ -32,10 +32,10 @@ class ExamplePass:
     parameters : dict of str to tensor
         In the order of theta.
     frozen : iterable of tensor
-        The module's other parameters.
+        The other parameters of the module.
     inputs : sequence of (B, ...)
     layers : bool
-        Whether layers process all examples in one call. Without, all parameters are expanded per example:
+        Whether layers process all examples in one call. Otherwise all parameters are expanded per example,
         for modules that compute derivatives of their layers.
 
     Raises
@@ -71,7 +71,7 @@ class ExamplePass:
             self._outputs = torch.func.vmap(outputs_of)(self._expanded, *inputs)
 
     def gradients(self, u: Any, last: bool = True) -> tuple[list[ExampleGradients], int]:
-        """Return the gradients of <outputs, u> of each example.
+        """Return the per-example gradients of <outputs, u>.
 
         Parameters
         ----------
@@ -114,12 +114,12 @@ class _Call(NamedTuple):
     Attributes
     ----------
     weight, bias : str
-        The names of the parameters; empty where there is none, or it is frozen.
+        The names of the parameters; empty if there is none, or it is frozen.
     input : tensor
     edge : GradientEdge
-        Of the result, with the axes before the last one perhaps flattened.
+        The edge of the result, whose axes before the last one may be flattened.
     axis : int
-        Of input and result: the examples, each with equally many rows.
+        The axis of the examples in input and result, with equally many rows for each example.
     examples : int
     looks_up : bool
     """
@@ -140,13 +140,13 @@ class _Call(NamedTuple):
 
 
 class _Recorder(TorchFunctionMode):  # type: ignore[misc]
-    """Calls layers with the inputs of all examples and the parameters themselves, and records the calls.
+    """Calls layers with the inputs of all examples and the actual parameters, and records the calls.
 
     Attributes
     ----------
     parameters : dict of int to (str, tensor)
-        By the identity of a tensor that stands for a parameter: its name, empty if it is frozen, and the
-        parameter itself.
+        By the identity of a tensor that stands for a parameter: the name, empty if it is frozen, and the
+        actual parameter.
     calls : list of _Call
     """
 
@@ -167,7 +167,7 @@ class _Recorder(TorchFunctionMode):  # type: ignore[misc]
         return func(*args, **kwargs or {})
 
     def _trained(self, *tensors: Any) -> bool:
-        """Return whether all of them stand for parameters, and at least one of these is trained."""
+        """Return whether all tensors stand for parameters, at least one of which is trained."""
         entries = [self.parameters.get(id(p)) for p in tensors]
         return None not in entries and any(name for name, _ in filter(None, entries))
 
@@ -202,13 +202,13 @@ class _Recorder(TorchFunctionMode):  # type: ignore[misc]
             self.calls.append(_Call(name, "", input, get_gradient_edge(rows), 0, self.examples, True))
             if padding_idx is None:
                 return rows
-            constant = (input == padding_idx % len(p)).unsqueeze(-1)  # this row gets no gradient
+            constant = (input == padding_idx % len(p)).unsqueeze(-1)  # the padding row has no gradient
             return torch.where(constant, rows.detach(), rows)
 
         return _AllExamples.apply(look_up, input, weight)
 
     def product(self, input: Any, axis: int, *tensors: Any) -> Any:
-        """Multiply the inputs of all examples, along the axis, with the parameters themselves."""
+        """Multiply the inputs of all examples, along the axis, by the actual parameters."""
         names, parameters = zip(*(self.parameters[id(p)] for p in tensors), strict=True)
         # PyTorch itself flattens contiguous inputs and returns a view of the product. The edge of a view no
         # longer belongs to the result once the module overwrites it, so the edge is that of the product.
@@ -221,7 +221,7 @@ class _Recorder(TorchFunctionMode):  # type: ignore[misc]
         return product.view(*input.shape[:-1], product.shape[-1])
 
     def _recurrent(self, loop: Any, input: Any, state: Any, tensors: Any, *options: Any) -> Any:
-        """Run a recurrent network step by step on all examples."""
+        """Run a recurrent network on all examples step by step."""
         batch_first, is_pair = options[-1], isinstance(state, (list, tuple))
 
         def flat(x: Any, axis: int) -> Any:
@@ -233,7 +233,7 @@ class _Recorder(TorchFunctionMode):  # type: ignore[misc]
         def run(input: Any, *others: Any) -> Any:
             axis = 0 if batch_first else 1
             states = [flat(x, 1) for x in others[: len(state) if is_pair else 1]]
-            if not input.requires_grad:  # otherwise a fused kernel runs, without calls of `linear`
+            if not input.requires_grad:  # otherwise a fused kernel runs without calling `linear`
                 input = input.detach().requires_grad_()
             with _StepRecorder(self):
                 first = states if is_pair else states[0]
@@ -244,7 +244,7 @@ class _Recorder(TorchFunctionMode):  # type: ignore[misc]
 
 
 class _StepRecorder(TorchFunctionMode):  # type: ignore[misc]
-    """Records the products in a recurrent network, whose last axis but one is that of the examples."""
+    """Records the products in a recurrent network, where the examples are on the second last axis."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()

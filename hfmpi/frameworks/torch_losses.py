@@ -1,4 +1,4 @@
-"""PyTorch's losses that hfmpi has too: `torch.nn.CrossEntropyLoss`, `MSELoss` and `BCEWithLogitsLoss`."""
+"""The PyTorch losses that hfmpi supports: `torch.nn.CrossEntropyLoss`, `MSELoss`, `BCEWithLogitsLoss`."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ __all__ = ["TorchLoss", "torch_loss"]
 
 INSTEAD = {
     "NLLLoss": "torch.nn.CrossEntropyLoss() has the same value on log-probabilities",
-    "BCELoss": "let the module return the logits and pass torch.nn.BCEWithLogitsLoss()",
+    "BCELoss": "return the logits from the module and pass torch.nn.BCEWithLogitsLoss()",
 }
-"""What to do about losses of PyTorch that take other outputs."""
+"""Advice for PyTorch losses that take other outputs."""
 
 
 class TorchLoss(NamedTuple):
-    """A loss of PyTorch in terms of hfmpi.
+    """A PyTorch loss in terms of hfmpi.
 
     Attributes
     ----------
     loss : Loss
-        Of the scored outputs, with the classes on the last axis.
+        The loss of the scored outputs, with the classes on the last axis.
     class_axis : bool
-        Whether axis 1 of the module's outputs has the classes.
+        Whether the classes are on axis 1 of the module's outputs.
     ignored : int or None
-        The target that is not scored.
+        The target value that is not scored.
     class_weights : (O,) or None
-        Weights of the examples, by their target: the mean over a batch is sum(w l) / sum(w).
+        The weight of an example by its target: the mean over a batch is sum(w l) / sum(w).
     """
 
     loss: Loss
@@ -42,17 +42,17 @@ class TorchLoss(NamedTuple):
 
 
 def torch_loss(loss: Any) -> TorchLoss:
-    """Return the loss of hfmpi that is equal to one of PyTorch.
+    """Return the hfmpi loss that equals a PyTorch loss.
 
     Raises
     ------
     UserError
-        If it is another one, or has options that cannot be honoured.
+        If there is no such loss, or an option is not supported.
     """
     name = type(loss).__name__
     if type(loss) not in (torch.nn.CrossEntropyLoss, torch.nn.MSELoss, torch.nn.BCEWithLogitsLoss):
         instead = INSTEAD.get(
-            name, f"pass {', '.join(map(repr, LOSSES))}, or write a loss, as hfmpi.models.losses has them"
+            name, f"pass {', '.join(map(repr, LOSSES))}, or a user-defined loss as in hfmpi.models.losses"
         )
         raise UserError(
             "loss can be torch.nn.CrossEntropyLoss(), MSELoss() or BCEWithLogitsLoss(), not PyTorch's "
@@ -69,7 +69,7 @@ def torch_loss(loss: Any) -> TorchLoss:
         return TorchLoss(LOSSES["mse"])
     if loss.weight is not None:
         raise UserError(
-            "weight of torch.nn.BCEWithLogitsLoss is not supported: leave it out, and give weights to the "
+            "weight of torch.nn.BCEWithLogitsLoss is not supported: remove it, and give weights to the "
             "examples, hfmpi.Examples(x, y, weights=w)"
         )
     if loss.pos_weight is None:
@@ -98,7 +98,7 @@ def _cross_entropy(loss: Any) -> TorchLoss:
         if loss.label_smoothing:
             raise UserError(
                 "weight and label_smoothing of torch.nn.CrossEntropyLoss are not supported together: the "
-                "smoothed loss is not a weight times a loss; leave out one of them"
+                "smoothed loss is not a weight times a loss; remove one of them"
             )
     smoothed = SmoothedCrossEntropy(loss.label_smoothing) if loss.label_smoothing else LOSSES["cross-entropy"]
     return TorchLoss(smoothed, True, loss.ignore_index, weights)

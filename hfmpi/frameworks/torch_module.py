@@ -1,7 +1,7 @@
-"""A PyTorch module as a function of its parameters, which are replaced for the time of a call.
+"""A PyTorch module as a function of its parameters, which are replaced during a call.
 
-`torch.func.functional_call` does not restore a module object that is registered in two places. Here every
-place that holds a parameter is known in advance, so that each is restored, whatever happens in the call.
+`torch.func.functional_call` does not restore a module object that is registered in two places. Here all
+places that hold a parameter are known in advance, and each is restored, even if the call fails.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _making = threading.Lock()
 
 
 def plain_module(module: Any) -> Any:
-    """Return the module inside the wrappers of torch.compile and of PyTorch's data parallelism."""
+    """Return the module inside the wrappers of torch.compile and PyTorch's data parallelism."""
     wrappers = torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel
     while True:
         if isinstance(module, wrappers):
@@ -43,13 +43,13 @@ def plain_module(module: Any) -> Any:
 
 
 class Substitution:
-    """The places in which a module holds its parameters and buffers.
+    """Replaces the parameters and buffers of a module wherever it holds them.
 
     Parameters
     ----------
     module : torch.nn.Module
     aliases : mapping of int to tensor
-        By the identity of a tensor, another one that occupies the same memory and stands for both.
+        By the identity of a tensor, the tensor with the same memory that represents both.
 
     Attributes
     ----------
@@ -67,7 +67,7 @@ class Substitution:
         self._eager = partial(torch.compiler.set_stance, "force_eager") if compiled else nullcontext
 
     def _slots(self) -> list[tuple[dict[str, Any], str, Any]]:
-        """Return the place and the name of every tensor, and the tensor, or the one that stands for it."""
+        """Return the dict and the key that hold each tensor, and the tensor or the one that represents it."""
         return [
             (store, name, self.aliases.get(id(tensor), tensor))
             for part in self.module.modules()
@@ -77,7 +77,7 @@ class Substitution:
         ]
 
     def refresh(self) -> bool:
-        """Find buffers again, which a pass may have replaced; return whether parameters were replaced."""
+        """Locate buffers again, which a pass may have replaced; return whether parameters were replaced."""
 
         def parameters(slots: list[tuple[dict[str, Any], str, Any]]) -> list[tuple[int, str, int]]:
             return [(id(store), name, id(p)) for store, name, p in slots if isinstance(p, torch.nn.Parameter)]
@@ -92,7 +92,7 @@ class Substitution:
 
     @contextmanager
     def replaced(self, tensors: Mapping[int, Any]) -> Iterator[None]:
-        """Replace tensors, by their identity, inside the context; no other thread calls the module then.
+        """Replace tensors, by identity, inside the context; no other thread can call the module meanwhile.
 
         Raises
         ------
@@ -108,7 +108,7 @@ class Substitution:
             try:
                 for store, name, _, tensor in before:
                     store[name] = tensor
-                with self._eager():  # a compiled part would be compiled again for every kind of pass
+                with self._eager():  # torch.compile would compile again for every kind of pass
                     yield
                 lost = [
                     name
@@ -123,16 +123,16 @@ class Substitution:
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[misc]
-    """Sees every operation of a pass."""
+    """Observes every operation of a pass."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Keep PyTorch from importing its compiler for this, which takes seconds."""
+        """Prevent PyTorch from importing its compiler for this class, which takes seconds."""
         return False
 
 
 class Narrowing(_Watch):
-    """Watches operations for results of lower precision than float64 that are computed from tensors.
+    """Detects results of lower precision than float64 that are computed from tensors.
 
     Attributes
     ----------
@@ -151,7 +151,7 @@ class Narrowing(_Watch):
 
 
 class Allocations(_Watch):
-    """Adds up the results of all operations, at least as much as a graph of them keeps.
+    """Adds up the sizes of the results of all operations, an upper bound of what their graph keeps.
 
     Attributes
     ----------
@@ -163,7 +163,7 @@ class Allocations(_Watch):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **kwargs or {})
         tensors = (x for x in tree_leaves(results) if isinstance(x, torch.Tensor))
-        self.nbytes += sum(x.numel() * x.element_size() for x in tensors)  # sparse ones have no nbytes
+        self.nbytes += sum(x.numel() * x.element_size() for x in tensors)  # sparse tensors have no nbytes
         return results
 
 

@@ -1,9 +1,10 @@
 """The passes J v and J' u of a PyTorch module, and sums over per-example gradients.
 
-Forward runs once for each linearisation, and its graph stays in memory. J' u goes back through it. J v goes
-back twice: J' u is linear in u, and the derivative of a linear function is its transpose, so the gradient of
-<J' u, v> in u is J v (the double backward). Unlike dual numbers (forward mode) it needs no further forward
-pass, and more operations support it; forward mode replaces it where an operation has no second derivative.
+The forward pass runs once per linearisation, and its graph stays in memory. J' u is one backward pass through
+it. J v takes two backward passes: J' u is linear in u, and the gradient of a linear function is its
+transpose, so the gradient of <J' u, v> with respect to u is J v (double backward). Unlike forward mode (dual
+numbers) this needs no further forward pass, and more operations support it; forward mode is used if an
+operation has no second derivative.
 """
 
 from __future__ import annotations
@@ -35,22 +36,22 @@ if TYPE_CHECKING:
 __all__ = ["TorchPasses", "plain_kernels"]
 
 EXAMPLES = 256
-"""How many examples' products with directions are computed at once."""
+"""The number of examples whose products with directions are computed at once."""
 
 WAYS = "layers", "batch", "derivatives", "expanded"
-"""How the gradients of examples can be separated (`TorchPlan.way`), in the order of the trials."""
+"""The ways to compute per-example gradients (`TorchPlan.way`), in the order in which they are tried."""
 
 TOLERANCE = 1e-3
-"""Relative difference at which a trial counts as wrong: far above rounding in float32."""
+"""Relative difference above which a trial has failed: far above rounding in float32."""
 
 ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
-"""The rounding of the gradient in one parameter, relative to the gradient in all of them."""
+"""Rounding of the gradient in one parameter, relative to the gradient in all parameters."""
 
 T = TypeVar("T")
 
 
 class _UndecidedError(RuntimeError):
-    """A single example does not show how the gradients of several can be separated."""
+    """Raised if a single example does not determine how per-example gradients can be computed."""
 
 
 class TorchPasses:
@@ -59,18 +60,18 @@ class TorchPasses:
     Parameters
     ----------
     model : TorchModel
-        Its plan decides how each pass is computed.
+        Its plan determines how each pass is computed.
     theta : (D,)
     examples : CheckedBatch
     first : {'', 'squares', 'factors'}
-        The first pass. Where one ordinary pass separates the examples (`BatchPass`) it is the forward pass;
-        others, which may never be needed, then run forward again.
+        The first pass. If one ordinary pass separates the examples (`BatchPass`), it is the forward pass;
+        other passes, which may never be needed, then run forward again.
 
     Attributes
     ----------
     outputs : (N, O)
     examples : int
-        B.
+        B, the number of examples.
     """
 
     by_step = False
@@ -96,7 +97,7 @@ class TorchPasses:
                 self._record()
 
     def _separate(self, first: str) -> None:
-        """Run forward by a `BatchPass` if that separates the examples, which the first batch decides."""
+        """Run forward by a `BatchPass` if it separates the examples, which the first batch determines."""
         if self.model.plan.unassigned is None and "examples" not in self.model.plan.sequential:
             self._record()
             like = self._graph.detach().view(self.examples, -1, self.outputs.shape[1])
@@ -119,7 +120,7 @@ class TorchPasses:
         return self._graph
 
     def _record(self) -> None:
-        """Run forward and keep the graph."""
+        """Run the forward pass and keep its graph."""
         with self._running(), torch.enable_grad():
             self._graph = self._outputs(self.theta)
         if not self._graph.requires_grad:
@@ -137,7 +138,7 @@ class TorchPasses:
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the graphs and outputs occupy, estimated from those of one example."""
+        """The size in bytes of graphs and outputs, estimated from one example."""
         return self.model.plan.bytes_per_example * self.examples + int(self.outputs.nbytes)
 
     # Products ----------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ class TorchPasses:
         return torch.autograd.grad(self.graph, self.theta, u, retain_graph=True, is_grads_batched=many)[0]
 
     def _transpose(self) -> tuple[Any, Any]:
-        """Return J' u with its graph, and the u that it is a function of; computed once."""
+        """Return J' u with its graph, and the u that it depends on; computed once."""
         if self._transposed is None:
             with torch.enable_grad():
                 u = torch.zeros_like(self.graph, requires_grad=True)
@@ -207,9 +208,9 @@ class TorchPasses:
             return torch.func.vmap(push)(v) if many else push(v)
 
     def try_products(self) -> int:
-        """Return the bytes that the graphs keep; raise a RuntimeError where products do not work."""
+        """Return the size in bytes of the graphs; raise a RuntimeError if products do not work."""
         nbytes = self._weigh()
-        self._record()  # again: PyTorch does not check tensors that hooks return
+        self._record()  # without hooks on saved tensors, whose results PyTorch does not check
         rng = np.random.default_rng(0)
         v = rng.standard_normal(self.model.size).astype(self.outputs.dtype)
         u = rng.standard_normal(self.outputs.shape).astype(self.outputs.dtype)
@@ -224,7 +225,7 @@ class TorchPasses:
         return nbytes
 
     def _weigh(self) -> int:
-        """Record the graphs, and return their bytes."""
+        """Record the graphs and return their size in bytes."""
         stored, theta = dict[int, int](), self.theta.untyped_storage().data_ptr()
 
         def pack(tensor: Any) -> Any:
@@ -246,7 +247,7 @@ class TorchPasses:
         except RuntimeError as failure:
             if "saved tensor hooks" not in str(failure):
                 raise
-            with Allocations() as allocations:  # torch.func in the module allows no hooks
+            with Allocations() as allocations:  # torch.func in the module excludes hooks
                 record()
             return int(allocations.nbytes)
         return sum(stored.values())
@@ -331,9 +332,9 @@ class TorchPasses:
         return self._batched(at_once, one_by_one)
 
     def _batched(self, at_once: Callable[[], T], one_by_one: Callable[[], T]) -> T:
-        """Return what `at_once` computes, or `one_by_one` where the examples cannot be separated.
+        """Return the result of `at_once`, or of `one_by_one` if the examples cannot be separated.
 
-        A batch of a single example decides nothing for later batches.
+        A batch with a single example does not affect how later batches are processed.
         """
 
         def attempt() -> T:
@@ -358,9 +359,9 @@ class TorchPasses:
         sums: Array,
         together: bool = False,
     ) -> None:
-        """Add J' u to out, and a sum over examples to sums: of many at once, or of each one's gradient.
+        """Add J' u to out, and a sum over examples to sums: for many examples at once, or one by one.
 
-        `together` is that of `BatchPass`.
+        See `BatchPass` for `together`.
         """
         by_example = self.model.tensor(u).view(self.examples, -1, u.shape[-1])
 
@@ -394,7 +395,7 @@ class TorchPasses:
         return self.model.call(parameters, tuple(x[None] for x in inputs), self.scored.example)
 
     def _forward(self, part: slice, together: bool = False) -> ExamplePass | BatchPass:
-        """Run some of the examples, for the gradient of each."""
+        """Run forward on a part of the examples, for per-example gradients."""
         inputs = [x[part] for x in self.inputs]
         with self._running(), _quiet():
             named, plan = self.model.named(self.theta.detach()), self.model.plan
@@ -410,7 +411,7 @@ class TorchPasses:
             return BatchPass(outputs, named, self.model.frozen, inputs, derivatives, shared, together)
 
     def _one_by_one(self, u: Any) -> Iterator[list[Any]]:
-        """Yield the gradients (D,) of the first examples, for each of their cotangents u (C, B, N, O)."""
+        """Yield for each example its gradients (D,), one for each cotangent in u (C, B, N, O)."""
         for i in range(u.shape[1]):
             theta = self.theta.detach().requires_grad_()
             with self._running():
@@ -425,12 +426,12 @@ class TorchPasses:
         Parameters
         ----------
         like : (B, N, O)
-            Its shape and type are those of cotangents.
+            A tensor with the shape and dtype of cotangents.
 
         Raises
         ------
         RuntimeError
-            If the gradients of examples are wrong in all ways, for example because the module changes
+            If per-example gradients are wrong in all ways, for example because the module changes
             gradients during the backward pass (`register_hook`).
         """
         if self.model.plan.unassigned is None:
@@ -456,7 +457,7 @@ class TorchPasses:
         return self.model.plan.unassigned or 0
 
     def _try_examples(self, u: Any) -> None:
-        """Complete the plan for separating examples; raise a RuntimeError if a gradient is wrong."""
+        """Complete the plan for per-example gradients; raise a RuntimeError if one of them is wrong."""
         forward = self._forward(slice(len(u)))
         with self._running(), _quiet():
             gradients, unassigned = forward.gradients(u)
@@ -469,7 +470,7 @@ class TorchPasses:
             self._try_batch(u)
 
     def _try_batch(self, like: Any) -> None:
-        """Raise a RuntimeError unless the gradients of all examples add up to that of the batch."""
+        """Raise a RuntimeError unless the per-example gradients add up to the gradient of the batch."""
         numbers = np.random.default_rng(1).standard_normal(self.outputs.shape)
         u, forward = torch.from_numpy(numbers).to(like), self._forward(slice(None))
         with self._running(), _quiet():
@@ -479,7 +480,7 @@ class TorchPasses:
         self._compare(total, right, [one.p.numel() for one in gradients])
 
     def _compare(self, ours: Any, right: Any, sizes: list[int]) -> None:
-        """Raise a RuntimeError if gradients (D,) differ: of an ordinary pass, in any of the parameters."""
+        """Raise a RuntimeError if gradients (D,) differ; for ordinary passes, in any single parameter."""
         parts, norm = [(ours, right)], torch.linalg.vector_norm
         if self.model.plan.way in ("batch", "derivatives"):
             parts = [*zip(ours.split(sizes), right.split(sizes), strict=True)]
@@ -497,8 +498,8 @@ def plain_kernels() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress warnings that PyTorch's transformations address to its developers."""
+    """Suppress warnings of PyTorch's transformations that are addressed to its developers."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "There is a performance drop")  # an operation runs one by one
+        warnings.filterwarnings("ignore", "There is a performance drop")  # an operation runs once per example
         warnings.filterwarnings("ignore", ".*torch.jit.script")  # PyTorch calls it itself
         yield

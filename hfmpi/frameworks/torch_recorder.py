@@ -1,4 +1,4 @@
-"""The calls of layers in an ordinary pass of a PyTorch module: their inputs, and edges of their outputs."""
+"""Records the calls of layers in an ordinary pass of a PyTorch module: inputs, and edges of outputs."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class Call(NamedTuple):
         product: inputs @ p'. transposed: inputs @ p. lookup: p[inputs]. added: p (O,) added to rows, or
         multiplied with them. rest: p of another shape.
     name : str
-        Of the parameter p.
+        The name of the parameter p.
     input : tensor or None
         The rows (R, I), or the indices (R,).
     edge : GradientEdge
-        Of the result; of a parameter that is added or multiplied, of the parameter expanded to the result.
+        The edge of the result; if p is added or multiplied, the edge of p expanded to the result's shape.
     rows : int
         R.
     device : torch.device
     shape : tuple of int
-        Of p without leading axes of size 1, in a call of kind rest.
+        The shape of p without leading axes of size 1, for calls of kind rest.
     """
 
     kind: str
@@ -47,7 +47,7 @@ class Call(NamedTuple):
     shape: tuple[int, ...] = ()
 
     def add(self, gradients: ExampleGradients, u: Any, inputs: Any) -> None:
-        """Add the term of rows u (B, n, .), and inputs (B, n, .) or (R, .), to those of the parameter."""
+        """Add the term of rows u (B, n, .), and inputs (B, n, .) or (R, .), to the parameter's gradients."""
         if self.kind == "added":
             gradients.added.append(u)
             return
@@ -69,18 +69,18 @@ class Call(NamedTuple):
 
 
 class Recorder(TorchFunctionMode):  # type: ignore[misc]
-    """Calls layers with the parameters themselves in place of their stand-ins, and records the calls.
+    """Calls layers with the actual parameters in place of their stand-ins, and records the calls.
 
     Attributes
     ----------
     known : dict of int to (str, tensor)
-        By the identity of a stand-in, or of a frozen parameter: its name, empty if it is frozen, and the
-        parameter itself.
+        By the identity of a stand-in or a frozen parameter: the name, empty if it is frozen, and the
+        actual parameter.
     calls : list of Call
     shared : list of bool
         See `BatchPass`.
     closed : bool
-        Whether the forward pass is over: what later passes multiply is not recorded.
+        Whether the forward pass has ended: products in later passes are not recorded.
     """
 
     def __init__(self, examples: int, derivatives: bool, shared: Sequence[bool] | None) -> None:
@@ -90,7 +90,7 @@ class Recorder(TorchFunctionMode):  # type: ignore[misc]
         self._transposed, self._kept, self.closed = dict[int, Any](), list[Any](), False
 
     def mark(self, results: Any) -> Any:
-        """Mark tensors that are computed from inputs; return them."""
+        """Mark tensors as computed from inputs; return them."""
         for x in _tensors(results):
             x._hfmpi_of_inputs = True
         return results
@@ -131,13 +131,13 @@ class Recorder(TorchFunctionMode):  # type: ignore[misc]
         return any(self.known.get(id(p), ("", None))[0] for p in tensors)
 
     def multiply(self, input: Any, weight: Any, bias: Any = None, transposed: bool = False) -> Any:
-        """Return input @ weight', or input @ weight, + bias, recorded; of stand-ins, or frozen parameters."""
+        """Return input @ weight' or input @ weight, plus bias, and record it; parameters may be stand-ins."""
         (name, p), (added, b) = self.known[id(weight)], self.known.get(id(bias), ("", bias))
         product = self.times(name, p, input.reshape(-1, input.shape[-1]), transposed, added, b)
         return product.view(*input.shape[:-1], product.shape[-1])
 
     def times(self, name: str, p: Any, rows: Any, transposed: bool, added: str = "", b: Any = None) -> Any:
-        """Return rows (R, .) times the matrix p, recorded under its name."""
+        """Return rows (R, .) times the matrix p, and record the product under the parameter's name."""
         if self.derivatives:
             product = _Times.apply(rows, p, b, self, name, transposed)
         else:
@@ -188,11 +188,11 @@ class Recorder(TorchFunctionMode):  # type: ignore[misc]
         self.calls.append(Call("lookup", name, flat, get_gradient_edge(rows), len(flat), flat.device))
         if padding_idx is None:
             return rows
-        constant = (input == padding_idx % len(p)).unsqueeze(-1)  # this row gets no gradient
+        constant = (input == padding_idx % len(p)).unsqueeze(-1)  # the padding row has no gradient
         return torch.where(constant, rows.detach(), rows)
 
     def _by_example(self, indices: Any) -> Any:
-        """Return the indices that are the same for all examples, such as positions, once for each example."""
+        """Return indices that all examples share, such as positions, repeated for each example."""
         fixed = not _is_marked(indices) and indices.ndim > 0
         if self._decided is None:
             shared = fixed and len(indices) != self.examples
@@ -218,7 +218,7 @@ class Recorder(TorchFunctionMode):  # type: ignore[misc]
         return scaled if bias is None else self._elementwise(torch.add, (scaled, bias), {})
 
     def _elementwise(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Add or multiply by a parameter, expanded to the result."""
+        """Add or multiply by a parameter that is expanded to the shape of the result."""
         trained = [i for i, p in enumerate(args) if self._is_trained((p,))]
         if len(args) != 2 or len(trained) != 1 or not isinstance(args[1 - trained[0]], torch.Tensor):
             return func(*args, **kwargs)
@@ -236,12 +236,12 @@ class Recorder(TorchFunctionMode):  # type: ignore[misc]
         return func(*(expanded if k == i else other for k, other in enumerate(args)), **kwargs)
 
     def _recurrent(self, func: Any, packed: bool, args: Any) -> Any:
-        """Run a recurrent network step by step, with recorded products."""
+        """Run a recurrent network step by step and record its products."""
         weights = args[3] if packed else args[2]
         if not self._is_trained(weights) or any(id(p) not in self.known for p in weights):
             return func(*args)
         input, *others = args
-        if not input.requires_grad:  # otherwise a fused kernel runs, without calls of `linear`
+        if not input.requires_grad:  # otherwise a fused kernel runs without calling `linear`
             input = input.detach().requires_grad_()
         if packed:
             others[0] = others[0].tolist()
@@ -263,7 +263,7 @@ class _Steps(TorchFunctionMode):  # type: ignore[misc]
 
 
 class _Times(torch.autograd.Function):  # type: ignore[misc]
-    """A product with a matrix, whose derivative in the rows is a recorded product too."""
+    """A product with a matrix, whose derivative with respect to the rows is recorded too."""
 
     @staticmethod
     def forward(ctx: Any, rows: Any, p: Any, b: Any, recorder: Recorder, name: str, transposed: bool) -> Any:
@@ -273,7 +273,7 @@ class _Times(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def backward(ctx: Any, u: Any) -> Any:
-        """Return the gradient in the rows alone."""
+        """Return the gradient with respect to the rows only."""
         p, recorder, name, transposed = ctx.about
         rows = recorder.times(name, p, u, not transposed) if ctx.needs_input_grad[0] else None
         return rows, None, None, None, None, None

@@ -1,6 +1,7 @@
-"""PyTorch's recurrent networks and cells, as single products and element-wise operations.
+"""PyTorch's recurrent networks and cells as sequences of products and element-wise operations.
 
-PyTorch has the networks for its compiler, in a module that it may change: without it there are none.
+PyTorch defines the networks for its compiler, in a private module that may change. Without it
+no networks are supported.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ Linear = Callable[[Any, Any, Any], Any]
 
 
 def recurrent_networks(form: str) -> dict[Any, Any]:
-    """Return the networks by PyTorch's function; of the form 'input', or 'data' of packed sequences."""
+    """Return networks by PyTorch's function, for plain ('input') or packed ('data') sequences."""
     try:
         from torch._decomp import get_decompositions
 
@@ -59,4 +60,4 @@ CELLS = {
     torch.rnn_tanh_cell: _rnn_cell(torch.tanh),
     torch.rnn_relu_cell: _rnn_cell(torch.relu),
 }
-"""The cells by PyTorch's function: (linear, input, state, matrices, vectors) -> the new state."""
+"""Implementations of cells by PyTorch's function: (linear, input, state, matrices, vectors) -> new state."""

@@ -1,4 +1,4 @@
-"""What a PyTorch module holds at one time, to see what passes change, and to restore it."""
+"""Snapshots of a PyTorch module, to detect what passes change and to restore the module."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Snapshot:
         self._generators = [(generator, _state(generator)) for generator in _generators(module, device)]
 
     def changed(self) -> str:
-        """Return the name of a parameter or buffer whose values have changed since, or ""."""
+        """Return the name of a parameter or buffer that has changed since the snapshot, or ""."""
         held: dict[str, Any] = dict([*self.module.named_parameters(), *self.module.named_buffers()])
         for name, _, _, was in self._tensors:
             if name not in held or not _same(held[name], was):
@@ -40,11 +40,11 @@ class Snapshot:
         return ""
 
     def drew(self) -> bool:
-        """Return whether random numbers were drawn since."""
+        """Return whether random numbers were drawn since the snapshot."""
         return any(_state(generator) != state for generator, state in self._generators)
 
     def restore(self) -> None:
-        """Restore everything."""
+        """Restore the attributes, tensors and random generators of the module."""
         for store, was in self._stores:
             if isinstance(store, list):
                 store[:] = was
@@ -53,7 +53,7 @@ class Snapshot:
                 store.update(was)
         with torch.no_grad():
             for _, tensor, data, was in self._tensors:
-                if isinstance(was, torch.Tensor):  # others cannot be compared
+                if isinstance(was, torch.Tensor):  # tensors that can be compared
                     tensor.data = data
                     if not _same(tensor, was):
                         tensor.copy_(was)
@@ -63,7 +63,7 @@ class Snapshot:
 
 
 def numbers(module: Any) -> list[tuple[Any, Any, Any]]:
-    """Return the numbers that a module holds outside of tensors: the list or dict, the key, and the value."""
+    """Return the numbers that a module holds outside of tensors: the list or dict, the key and the value."""
     return [
         (store, key, value)
         for store in _stores(module)
@@ -73,7 +73,7 @@ def numbers(module: Any) -> list[tuple[Any, Any, Any]]:
 
 
 def _stores(module: Any) -> list[Any]:
-    """Return the attributes of all parts, and the lists and dicts among them."""
+    """Return the attribute dicts of all parts of a module, and the lists and dicts among the attributes."""
     stores = list[Any]()
     for part in module.modules():
         stores.append(vars(part))
@@ -82,7 +82,7 @@ def _stores(module: Any) -> list[Any]:
 
 
 def _copied(tensor: Any) -> Any:
-    """Return a copy of a tensor; of a layout or type that cannot be compared, the count of its changes."""
+    """Return a copy of a tensor, or its version counter if its layout or dtype cannot be compared."""
     plain = tensor.layout == torch.strided and not tensor.is_quantized
     if not plain or (tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < 16):
         return tensor._version
@@ -90,12 +90,12 @@ def _copied(tensor: Any) -> Any:
 
 
 def _same(tensor: Any, was: Any) -> bool:
-    """Return whether a tensor still is as `_copied` found it."""
+    """Return whether a tensor still has the state that `_copied` returned."""
     if not isinstance(was, torch.Tensor):
         return bool(tensor._version == was)
     if tensor.shape != was.shape or tensor.dtype != was.dtype:
         return False
-    same: bool = ((tensor == was) | ((tensor != tensor) & (was != was))).all().item()  # NaN is NaN
+    same: bool = ((tensor == was) | ((tensor != tensor) & (was != was))).all().item()  # NaN equals NaN
     return same
 
 

@@ -1,4 +1,4 @@
-"""A browser that reads pages from the disk and from nowhere else."""
+"""A browser that reads pages from the disk only, without a network."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOCAL = ("file", "data", "blob", "about")
 
 @dataclass
 class Visit:
-    """What a test saw: the page that is open, and what was complained of and asked of others until now."""
+    """The page that is open, and the errors and the requests to other hosts until now."""
 
     page: Page
     complaints: list[str] = field(default_factory=list)
@@ -33,11 +33,11 @@ class Visit:
         return str(self.page.evaluate(TEXT))
 
     def broken_figures(self) -> list[str]:
-        """Return the sources of the figures that cannot be seen."""
+        """Return the sources of the figures that are not displayed."""
         return list(self.page.evaluate(BROKEN))
 
     def too_wide(self, width: int) -> list[str]:
-        """Return what sticks out of a window of a width, but for what scrolls in a box of its own."""
+        """Return the elements that do not fit a window of this width, except those that scroll in a box."""
         self.page.set_viewport_size({"width": width, "height": HEIGHT})
         return list(self.page.evaluate(TOO_WIDE))
 
@@ -63,7 +63,7 @@ TOO_WIDE = """() => {
 
 @pytest.fixture(scope="session")
 def window() -> Iterator[Page]:
-    """Start the browser, once: a tab of its own for each page takes three times as long."""
+    """Start the browser once for all tests: a separate tab for each page takes three times as long."""
     path = shutil.which("chromium")
     assert path is not None, "bin/test-browser installs chromium"
     with sync_playwright() as driver:
@@ -74,7 +74,7 @@ def window() -> Iterator[Page]:
 
 @pytest.fixture
 def visit(window: Page) -> Iterator[Callable[[Path], Visit]]:
-    """Return a function that opens a file and returns when its formulas are set."""
+    """Return a function that opens a file and returns when its formulas are rendered."""
     seen = Visit(window)
 
     def requested(request: Request) -> None:
@@ -98,6 +98,6 @@ def visit(window: Page) -> Iterator[Callable[[Path], Visit]]:
     for event, listener in listeners.items():
         window.on(event, listener)
     yield open_file
-    window.goto("about:blank")  # what the page still waits for fails here, not in the next test
+    window.goto("about:blank")  # pending requests of the page fail here, not in the next test
     for event, listener in listeners.items():
         window.remove_listener(event, listener)

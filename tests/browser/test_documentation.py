@@ -32,7 +32,7 @@ def test_a_page(visit, path):
 
 
 def dead_links(page):
-    """Return the links of a page to files and parts of files that are not there."""
+    """Return the links of a page to missing files, and to missing parts of files."""
     found = set(page.eval_on_selector_all("a[href]", "links => links.map(link => link.href)"))
     return [link for link in found if urlsplit(link).scheme == "file" and not leads_somewhere(link)]
 

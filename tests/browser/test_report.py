@@ -33,13 +33,13 @@ SHOWS = """([steps, type]) => {
 
 @pytest.fixture(name="content", scope="module")
 def fixture_content():
-    """Make the page of four runs."""
+    """Create the page of four runs."""
     return page(read([RUNS / kind for kind in KINDS]))
 
 
 @pytest.fixture(name="seen")
 def fixture_seen(visit, content, tmp_path):
-    """Open it, as another file for each test: what a reader chose of one stays."""
+    """Open the page as a different file in each test, because a reader's choices are stored."""
     path = tmp_path / "page.html"
     path.write_bytes(content)
     return visit(path)
