@@ -420,8 +420,8 @@ def change_corpus(path: Path, good: Path, rng: random.Random) -> tuple[str, str,
         path.write_bytes(content)
         return how, "open for writing in another program", "open for writing in another program"
     else:
-        return how, "name it with --data", "--out"
-    return how, "holds other data now", "other data"
+        return how, "use --data with its new path", "--out"
+    return how, "no longer contains the data", "different data"
 
 
 def change_text(good: bytes, rng: random.Random) -> tuple[str, bytes]:

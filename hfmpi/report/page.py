@@ -1,4 +1,4 @@
-"""The page: one self-contained HTML file, whose policy forbids a browser to load anything else."""
+"""Write the page: one self-contained HTML file, whose policy forbids a browser to load anything else."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def plotly_js() -> str:
 
 
 def is_page(path: Path) -> bool:
-    """Return whether a file is a page, which may be replaced by another one."""
+    """Return whether a file is a page, which a new page may replace."""
     try:
         with open_regular(path) as file:
             return file.read(len(FIRST_BYTES)) == FIRST_BYTES
@@ -123,7 +123,7 @@ def page(runs: Sequence[Contents], every: float | None = None) -> bytes:
         "missing": "\n".join(
             _note(f"{run.name}: {run.missing['settings']}") for run in runs if "settings" in run.missing
         ),
-        # Without <, no text from a file can end the script element that holds the data.
+        # Without <, no text from a file can end the script element that contains the data.
         "data": json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
         "plotly": plotly_js(),
         "script": script,
@@ -132,7 +132,7 @@ def page(runs: Sequence[Contents], every: float | None = None) -> bytes:
 
 
 def _remarks(runs: Sequence[Contents]) -> list[str]:
-    """Return sentences about the runs that a reader should know before the curves."""
+    """Return sentences about the runs that a reader should know before reading the curves."""
     found = [DIFFERENT] if len({run.network.corpus for run in runs} - {None}) > 1 else []
     for run in runs:
         if not len(run.steps):

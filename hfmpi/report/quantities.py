@@ -1,4 +1,4 @@
-"""The quantities of a step that are drawn: costs, which are axes, and internals, which have a panel each."""
+"""The quantities of a step that are drawn: costs, which are axes, and internals, each with a panel."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Cost:
 
     @property
     def label(self) -> str:
-        """The label of an axis for matplotlib."""
+        """Return the label of an axis for matplotlib."""
         name = INDEXED.sub(r"$\g<0>$", self.name)
         return f"{self.passes} forward passes {name}" if self.passes else name
 
     @property
     def html(self) -> str:
-        """The name for a page."""
+        """Return the name for a page."""
         return INDEXED.sub(r"\1<sub>\2</sub>", self.name)
 
 
@@ -65,7 +65,7 @@ class Internal:
     levels : tuple of float
         Values that are marked by a thin line.
     plotted : bool
-        Whether `hfmpi plot --internals` has a panel for it; pages have one for all.
+        Whether `hfmpi plot --internals` has a panel for it; pages have panels for all.
     """
 
     meaning: str

@@ -22,14 +22,14 @@ from hfmpi.runs.task import DifferentRun, Task
 __all__ = ["TextTask"]
 
 Choose = Callable[[Config, int, int], tuple[Config, str]]
-"""Options, D and the number of training sequences -> options with an optimizer, and a note that says why."""
+"""Options, D, number of training sequences -> options with an optimizer, and a note with the reason."""
 
-NOISED = "training losses are those with input noise, validation losses are without"
+NOISED = "training losses are computed with input noise, validation losses without"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTask(Task):
-    """A network on a text; made by `read`."""
+    """A network on a text; created by `read`."""
 
     model: Network
     train_set: Sequences
@@ -39,9 +39,9 @@ class TextTask(Task):
 
     @classmethod
     def read(cls, config: Config, data: Path, local_rank: int, choose: Choose | None = None) -> TextTask:
-        """Read the corpus, on every rank, and make the network for it.
+        """Read the corpus, on every rank, and create the network for it.
 
-        `choose` chooses the optimizer, from the options, the parameters and the training sequences.
+        `choose` chooses the optimizer from the options, and the numbers of parameters and training sequences.
 
         Raises
         ------
@@ -50,7 +50,7 @@ class TextTask(Task):
         """
         corpus = Corpus.read(data)
         architecture = config.architecture(corpus.vocabulary)
-        # From now on the number of units is the size, so that a resumed run does not derive it again.
+        # The number of hidden units replaces --parameters, so that a resumed run does not derive it again.
         config = replace(config, hidden=architecture.hidden, parameters=0, keep=config.keep or "best")
         lengths, notes = (config.sequence_length, config.burn_in), [NOISED] * bool(config.input_noise)
         if choose is not None:
@@ -96,7 +96,7 @@ class TextTask(Task):
         )
 
     def check(self, checkpoint: Checkpoint | None) -> None:
-        """Raise a UserError if the checkpoint has other symbols or sizes, or memory does not suffice."""
+        """Check the symbols and the size of the checkpoint, and that there is enough memory."""
         if checkpoint is not None:
             check_model(checkpoint, self.corpus.symbols, self.model.size, self.model.backend.dtype)
         checks.enough_memory(self.model.architecture)
@@ -106,7 +106,7 @@ class TextTask(Task):
         check_model(checkpoint, self.corpus.symbols, self.model.size, self.model.backend.dtype)
         if checkpoint.meta.get("corpus") == self.corpus.digest:
             return ""
-        difference = f"was trained on other data than {self.data}"
+        difference = f"was trained on different data than {self.data}"
         if resumes:
             raise DifferentRun(difference)
         return difference
@@ -117,6 +117,6 @@ class TextTask(Task):
         return Noisy(self.train_set, share, self.config.seed, step) if share else self.train_set
 
     def linearisation_bytes(self, cases: int) -> int:
-        """Return what the tape of so many sequences takes."""
+        """Return the size of the tape of this many sequences."""
         config, needs = self.config, self.config.preset().optimizer.needs
         return self.model.tape_bytes(config.burn_in + config.sequence_length, cases, needs.structural_damping)
