@@ -428,11 +428,11 @@ def test_a_configuration_that_is_none_is_one_sentence(content, tmp_path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"step": -1}, "invalid checkpoint: its step, seconds and counts must be numbers"),
-        ({"step": True}, "invalid checkpoint: its step, seconds and counts must be numbers"),
-        ({"step": 10**30}, "invalid checkpoint: its step, seconds and counts must be numbers"),
-        ({"seconds": float("nan")}, "invalid checkpoint: its step, seconds and counts must be numbers"),
-        ({"seconds": -1.0}, "invalid checkpoint: its step, seconds and counts must be numbers"),
+        ({"step": -1}, "invalid checkpoint: its step, seconds and counts must be non-negative"),
+        ({"step": True}, "invalid checkpoint: its step, seconds and counts must be non-negative"),
+        ({"step": 10**30}, "invalid checkpoint: its step, seconds and counts must be non-negative"),
+        ({"seconds": float("nan")}, "invalid checkpoint: its step, seconds and counts must be non-negative"),
+        ({"seconds": -1.0}, "invalid checkpoint: its step, seconds and counts must be non-negative"),
         ({"config": {"hidden": 10**7}}, "contains a model of"),  # and not: not enough memory
         ({"config": {"parameters": 10**18, "hidden": 0}}, "contains a model of"),
         ({"config": {"parameters": 10**40, "hidden": 0}}, "below 2"),

@@ -204,7 +204,7 @@ def test_a_checkpoint_whose_past_is_none(here):
     found = checkpoint.load(path)
     part = found.meta["before"][0]
     other = "the checkpoint does not describe a run of this version"
-    numbers = "invalid checkpoint: its step, seconds and counts must be numbers"
+    numbers = "invalid checkpoint: its step, seconds and counts must be non-negative"
     for wrong, sentence in (
         ({"before": 3}, other),
         ({"before": [3]}, other),

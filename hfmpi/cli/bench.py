@@ -67,7 +67,7 @@ batches = click.option(
     multiple=True,
     default=(32, 320),
     show_default=True,
-    help="Sequences of all ranks together; repeatable.",
+    help="Number of sequences of all ranks together; repeatable.",
 )
 
 

@@ -76,9 +76,9 @@ def train(
         each metric is valid_NAME.
     callback : callable, optional
         callback(record, theta) is called on every rank after each step, with the step's entry of the history
-        and the parameters (D,) that `result.theta` would be if the run ended here with keep="last",
-        read-only. All ranks get the same values. If it returns True on any rank, the run ends as at a limit.
-        An exception ends the run with `error.result`.
+        and the current parameters (D,), or the mean of the iterates if the optimizer computes one, read-only.
+        All ranks get the same values. If it returns True on any rank, the run ends as at a limit. An
+        exception ends the run with `error.result`.
     watch : str
         What makes a validation the best one, for keep="best" and `patience`: "loss", the lowest validation
         loss; or "max NAME" or "min NAME", the highest or lowest value of a metric, such as "max accuracy"

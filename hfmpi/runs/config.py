@@ -92,7 +92,7 @@ class Config:
 
     model: Annotated[str, Option("Recurrent cell.", choices=tuple(CELLS))] = "mlstm"
     variant: Annotated[str, Option("Variant of gated cells.", choices=VARIANTS)] = "standard"
-    hidden: Annotated[Whole, Option("Hidden units.", "from --parameters", least=1)] = 0
+    hidden: Annotated[Whole, Option("Number of hidden units.", "from --parameters", least=1)] = 0
     parameters: Annotated[
         Whole, Option("Number of parameters; the nearest possible size is used.", "the paper's", least=1)
     ] = 0
@@ -112,8 +112,8 @@ class Config:
     ] = "none"
     gradient_batch: Annotated[Whole, Option("Sequences per gradient.", "the preset's", least=1)] = 0
     curvature_batch: Annotated[Whole, Option("Sequences per curvature product.", "the preset's", least=1)] = 0
-    sequence_length: Annotated[Whole, at_least(1), Option("Scored characters of a sequence.", least=1)] = 200
-    burn_in: Annotated[Whole, Option("Characters before those, which are read but not scored.")] = 0
+    sequence_length: Annotated[Whole, at_least(1), Option("Scored characters per sequence.", least=1)] = 200
+    burn_in: Annotated[Whole, Option("Characters that are read before the scored ones.")] = 0
     input_noise: Annotated[
         Number,
         within("[0, 1)"),
@@ -121,7 +121,9 @@ class Config:
     ] = 0.0
     max_steps: Annotated[Whole, Option("Maximum number of steps in total.", "no limit", changeable=True)] = 0
     max_seconds: Annotated[
-        Number, NOT_NEGATIVE, Option("Maximum training time in total.", "no limit", changeable=True)
+        Number,
+        NOT_NEGATIVE,
+        Option("Maximum training time in total, in seconds.", "no limit", changeable=True),
     ] = 0.0
     checkpoint_every: Annotated[
         Whole, Option("Steps between checkpoints.", "an epoch", unit="STEPS", changeable=True)
