@@ -421,7 +421,7 @@ def test_a_run_does_not_go_on_with_another_vocabulary(here, refused):
         size = Corpus.read(here / "small.h5").vocabulary
         assert (Corpus.read(here / "other.h5").vocabulary == size) == (name == "same size")
         assert "vocabulary" in refused("train", "other.h5", "--out", "run", "--max-steps", "9")
-        way = "prepare its text with `hfmpi prepare --vocabulary "
+        way = "prepare the text with `hfmpi prepare --vocabulary "
         assert f"{way}RUN`" in refused("train", "other.h5", "--out", "new", "--resume", "run")
         assert f"{way}run`" in refused("evaluate", "run", "--data", "other.h5")
         (here / "other.h5").unlink()

@@ -485,8 +485,8 @@ def fails(outputs, targets):
     ({"optimizer": "adam", "settings": {"lr": 1.0}}, "'lr' (did you mean rate?); it has rate, beta1"),
     ({"data": (X, Y)}, "unknown option 'train' (did you mean data?); the options are optimizer"),
     ({"lr": 0.1}, "unknown option 'lr' (did you mean settings={'rate': ...}?); the options are optimizer"),
-    ({"optimizer": "soap"}, "Line does not name the matrices of theta (blocks): take another optimizer"),
-    ({"optimizer": "subspace"}, "Line does not name the matrices of theta (blocks): take another optimizer"),
+    ({"optimizer": "soap"}, "Line does not define the matrices of theta (blocks): use a different optimizer"),
+    ({"optimizer": "subspace"}, "Line does not define the matrices of theta (blocks): use a different"),
     ({"model": Named(3), "optimizer": "subspace"}, "Named has no Kronecker factors: use settings="),
     (
         {

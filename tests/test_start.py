@@ -273,7 +273,7 @@ def test_ranks_start_with_the_same_parameters(here):
 def test_what_is_preferred_is_an_optimizer_for_these_ranks(prefer, ranks, memory, name, why):
     """The rows of 120 sequences, six each, of 100 numbers of 4 bytes; a quarter of the memory is for them."""
     config, note = preferred(Config(prefer=prefer), 100, 120, ranks, memory)
-    assert note.startswith(f"--prefer {prefer} chooses {name}, {why}")
+    assert note.startswith(f"--prefer {prefer} chooses {name}: {why}")
     chosen = config.preset()
     assert (config.optimizer, chosen.gradient_batch) == (name, min(120, preset(name).gradient_batch))
     assert chosen.curvature_batch <= chosen.gradient_batch
@@ -288,7 +288,7 @@ def test_a_run_keeps_the_optimizer_that_was_preferred(made, tmp_path, monkeypatc
     said = run(options, "--max-steps 2")  # a run that goes on does not choose again
     assert (last(tmp_path / "new")["step"], "chooses" in said) == (2, False)
     assert checkpoint.latest("new").meta["config"]["optimizer"] == "subspace-rows"
-    with pytest.raises(UserError, match=r"^give --prefer seconds or --optimizer soap, not both$"):
+    with pytest.raises(UserError, match=r"^use either --prefer seconds or --optimizer soap, not both$"):
         run("small.h5 --out other --prefer seconds --optimizer soap --hidden 3")
     with pytest.raises(UserError, match=r"^prefer must be passes or seconds, not 'speed'$"):
         run("small.h5 --out other --prefer speed --hidden 3")

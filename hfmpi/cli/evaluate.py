@@ -118,7 +118,7 @@ def read_corpus(trained: Trained, run: Path, data: Path | None) -> Corpus:
         )
     if corpus.symbols != trained.symbols:
         raise UserError(
-            f"{path} has a different vocabulary than {run}: prepare its text with "
+            f"{path} has a different vocabulary than {run}: prepare the text with "
             f"`hfmpi prepare --vocabulary {shlex.quote(str(run))}`"
         )
     return corpus

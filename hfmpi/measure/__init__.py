@@ -1,1 +1,1 @@
-"""Measure the cost of a run: by the paper's counts and by the clock."""
+"""Measure the cost of a run: the counts of the paper, and seconds."""

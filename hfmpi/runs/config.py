@@ -199,7 +199,9 @@ class Config:
     ] = 0
     transport: Annotated[
         str,
-        Option("How GPUs exchange vectors; cuda: by a CUDA-aware MPI.", choices=TRANSPORTS, changeable=True),
+        Option(
+            "How GPUs exchange vectors; cuda needs a CUDA-aware MPI.", choices=TRANSPORTS, changeable=True
+        ),
     ] = "auto"
     matmul_precision: Annotated[
         str, Option("Precision of float32 products on a GPU.", choices=PRECISIONS, changeable=True)
