@@ -356,7 +356,7 @@ def test_a_checkpoint_does_not_need_a_scored_output_among_the_first_examples(tmp
 
 
 def test_a_training_set_without_a_scored_output_is_an_error():
-    with pytest.raises(UserError, match="no output that is scored"):
+    with pytest.raises(UserError, match="no output of the training examples is scored"):
         hfmpi.train(network(), (SYMBOLS, NEXT, np.zeros((60, 9))), max_steps=2, **WILD)
 
 

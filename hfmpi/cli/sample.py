@@ -51,4 +51,4 @@ def sample(run: Path, length: int, prime: str, temperature: float, keep: str | N
     text = sampling.sample(network, theta, symbols, length, start, temperature, seed)
     if trained.source:
         click.echo(f"Note: the parameters are those of step {trained.step:,}, {trained.source}.", err=True)
-    click.echo(start + text)  # as bytes, whatever the encodings of text and terminal
+    click.echo(start + text)  # bytes, independent of the encodings of text and terminal

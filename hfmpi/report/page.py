@@ -188,7 +188,7 @@ def _times(number: int, run: Contents, times: Spans | None) -> str:
         return head + _note(run.missing.get("times", "no time was measured"))
     count, selection = len(times.total), ""
     if count > MOST_RANKS:
-        selection = f'<p class="small">{MOST_RANKS} of {count:,} ranks, by their waiting time.</p>\n'
+        selection = f'<p class="small">{MOST_RANKS} of {count:,} ranks, in order of their waiting time.</p>\n'
     figure = f'<div class="plot times" id="times-{number}" data-run="{number}"></div>'
     between = [f"{name} {seconds:.3g} s" for name, seconds in outside(run.times).items() if seconds]
     note = f'<p class="small">Between the steps: {", ".join(between)}.</p>\n' if between else ""

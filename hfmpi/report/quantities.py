@@ -78,7 +78,7 @@ class Internal:
 INTERNALS = {
     "valid_metric": Internal("metric on the validation set", plotted=False),
     "damping": Internal("damping λ", log=True),
-    # The damping grows below the lower level and shrinks above the upper one.
+    # The damping grows if rho is below the lower level, and shrinks if it is above the upper level.
     "rho": Internal("reduction ratio ρ", range=(-0.5, 1.5), levels=(0.25, 0.75)),
     "cg_steps": Internal("CG iterations"),
     "cg_chosen": Internal("CG iterate that backtracking chose", plotted=False),

@@ -200,7 +200,7 @@ class Config:
     transport: Annotated[
         str,
         Option(
-            "How GPUs exchange vectors; cuda needs a CUDA-aware MPI.", choices=TRANSPORTS, changeable=True
+            "How GPUs exchange vectors; cuda: through a CUDA-aware MPI.", choices=TRANSPORTS, changeable=True
         ),
     ] = "auto"
     matmul_precision: Annotated[

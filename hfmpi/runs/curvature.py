@@ -65,7 +65,7 @@ class Curvature:
 
     def to_scipy(self) -> Any:
         """Return G as a `scipy.sparse.linalg.LinearOperator`, symmetric, of theta's type."""
-        from scipy.sparse.linalg import LinearOperator  # takes long to import
+        from scipy.sparse.linalg import LinearOperator  # slow to import
 
         def product(v: np.ndarray) -> np.ndarray:
             return self.gauss_newton(np.ascontiguousarray(v, self.theta.dtype).reshape(-1))

@@ -269,9 +269,10 @@ class ModelTask(Task):
             rank for rank, loss in enumerate(losses) if not math.isclose(loss, losses[0], rel_tol=CLOSE)
         ]
         if strays:
+            *others, last = "0", *map(str, strays)
             raise UserError(
-                f"rank 0 and rank {', '.join(map(str, strays))} compute different losses for the same "
-                "parameters: seed the model identically on all ranks"
+                f"ranks {', '.join(others)} and {last} compute different losses for the same parameters: "
+                "seed the model identically on all ranks"
             )
         if self.valid_set is not None:
             self._try_valid(owner, self.valid_set, theta)

@@ -76,7 +76,7 @@ class Timing:
         self._split_steps = np.zeros((communicator.size, 2))
         self._steps = 0  # complete steps so far; the next two attributes do not include the first one
         self._step_totals: dict[str, float] = {}
-        self._in_step: list[tuple[int, int]] = []  # range of the collectives of each step since `collect`
+        self._in_step: list[tuple[int, int]] = []  # (first, end) of each step's collectives since `collect`
         self._split = np.zeros((communicator.size, 2))  # communication and waiting of each rank so far
         self._seen = 0
 

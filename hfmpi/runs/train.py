@@ -400,7 +400,7 @@ class Run:
         with self.timer.span(EVALUATE):
             try:
                 risk = self.risk.on(cases, np.arange(cases.count)[:count], span=EVALUATE)
-            except Unscored:  # the first ones may have no target
+            except Unscored:  # the first examples may have no target
                 risk = self.risk.on(cases, np.arange(cases.count), span=EVALUATE)
             return risk.loss(theta) * self.task.keys.per_nat
 
