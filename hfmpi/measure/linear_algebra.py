@@ -6,7 +6,7 @@
 product           2 m k n                         1      (m, k) times (k, n)
 gram              m^2 n                           1      A A' of A (m, n): half of a product, by symmetry
 cholesky          n^3 / 3                         n      section 4.2.5
-solve             2 n^3 / 3                       3 n    LU decomposition and two triangular ones; section 3.2
+solve             2 n^3 / 3                       3 n    LU decomposition, two triangular solves; section 3.2
 triangular_solve  n^2 for each right-hand side    n      section 3.1
 qr                8 n^3 / 3                       2 n    Householder: 4/3 n^3 for R, as many for Q; 5.2.2
 eigh              9 n^3                           2 n    symmetric QR algorithm with vectors; section 8.3

@@ -55,7 +55,7 @@ CHECKED = 32
 """Number of examples, from the first to the last one, on which a model checks itself before a run."""
 
 LARGEST = float(np.finfo(np.float32).max)
-"""The maximum loss at the start, in every precision: a float32 gradient is sent together with its loss."""
+"""The maximum loss at the start, in every precision: the message of a float32 gradient contains the loss."""
 
 ARGUMENTS = (
     "data",
