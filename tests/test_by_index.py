@@ -300,7 +300,7 @@ def test_a_wrong_augmentation_is_one_sentence(function, sentence, tmp_path):
 def test_what_needs_the_same_batch_takes_no_augmentation():
     data = hfmpi.Augmented((X, Y), rolled)
     with pytest.raises(
-        UserError, match=r"lbfgs needs the same batch in every step, and hfmpi\.Augmented changes it"
+        UserError, match=r"lbfgs needs the same batch in every step, but hfmpi\.Augmented changes it"
     ):
         hfmpi.train(network(), data, optimizer="lbfgs", max_steps=2)
     with pytest.raises(UserError, match="valid: validation examples cannot be augmented"):

@@ -93,12 +93,12 @@ def test_a_resumed_run_notices_every_other_setting(tmp_path):
     out = tmp_path / "run"
     run(hfmpi.Subspace(damping=0.01), out=out)
     different = "use a different out for a new run"
-    refused(f"has damping = 0.01, not 0.02; {different}", hfmpi.Subspace(damping=0.02), out=out)
-    refused(f"has damping = 0.01, not 0.001; {different}", hfmpi.Subspace(), out=out)
+    refused(f"has damping = 0.01, not 0.02: {different}", hfmpi.Subspace(damping=0.02), out=out)
+    refused(f"has damping = 0.01, not 0.001: {different}", hfmpi.Subspace(), out=out)
     # The preset's memory, which the stored settings do not name in that case, differs from the class's.
     assert PRESETS["subspace"].optimizer.memory == 6 != hfmpi.Subspace().memory
-    refused(f"has memory = 3, not 6; {different}", hfmpi.Subspace(damping=0.01, memory=6), out=out)
-    refused(f"has optimizer = 'subspace', not 'adam'; {different}", hfmpi.Adam(), out=out)
+    refused(f"has memory = 3, not 6: {different}", hfmpi.Subspace(damping=0.01, memory=6), out=out)
+    refused(f"has optimizer = 'subspace', not 'adam': {different}", hfmpi.Adam(), out=out)
     refused("has damping = 0.01, not 0.5", "subspace", out=out, settings={"damping": 0.5})
     assert run("subspace", 3, out=out, settings={"damping": 0.01}).step == 3  # one setting leaves the others
     assert hfmpi.train(network(), DATA, max_steps=4, out=out, quiet=True).step == 4
@@ -143,7 +143,7 @@ def test_a_run_of_a_name_is_continued_by_an_equal_object(tmp_path):
         (hfmpi.preset("muon", rate=0.2, averaging=0.999), "has gradient_batch = 32, not 3500"),
         (hfmpi.preset("adam"), "has optimizer = 'muon-small', not 'adam'"),
     ):
-        refused(f"{words}; {different}", optimizer, 4, out=tmp_path / "run")
+        refused(f"{words}: {different}", optimizer, 4, out=tmp_path / "run")
 
 
 def test_an_object_of_a_class_has_the_batches_of_its_preset():
