@@ -1,6 +1,6 @@
 """Hessian-free optimization of recurrent networks, data-parallel under MPI.
 
-What a user types after `import hfmpi` is imported when it is first asked for: `hfmpi --help` stays quick.
+Public names are imported when they are first used, so that `hfmpi --help` starts quickly.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ _PLACES = {
 
 
 _FACADES = "jax", "torch"
-"""Modules for loops in these frameworks; not in `__all__`, since a framework may be missing."""
+"""Modules for training loops in these frameworks; not in `__all__`, because a framework may be missing."""
 
 
 def __getattr__(name: str) -> Any:

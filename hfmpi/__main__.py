@@ -1,4 +1,4 @@
-"""`python -m hfmpi` is the command `hfmpi`."""
+"""Run the command `hfmpi` by `python -m hfmpi`."""
 
 from hfmpi.cli.main import entry
 

@@ -27,7 +27,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def bar(value: float, full: float, width: int = 40) -> str:
-    """Return a bar of `width` characters, filled in proportion to `value / full`; the rest are dots."""
+    """Return a bar of `width` characters, filled in proportion to `value / full` and padded with dots."""
     filled = round(width * min(max(value / full, 0.0), 1.0))
     return "█" * filled + "·" * (width - filled)
 
@@ -35,8 +35,8 @@ def bar(value: float, full: float, width: int = 40) -> str:
 def sparkline(values: Sequence[float | None], width: int = 40, log: bool = False) -> str:
     """Return a line of blocks scaled from the smallest to the largest value.
 
-    Each block is the mean of neighbouring values, and a blank where none is known. With `log` the heights are
-    those of logarithms; values that are not positive count as unknown.
+    Each block is the mean of neighbouring values, or a blank if none of them is known. With `log` the heights
+    are logarithmic; values that are not positive count as unknown.
     """
     heights = [None if v is None or (log and v <= 0) else math.log(v) if log else v for v in values]
     width = min(width, len(heights))
@@ -51,10 +51,10 @@ def sparkline(values: Sequence[float | None], width: int = 40, log: bool = False
 
 
 def label(run: Path | str) -> str:
-    """Return the name of a run as a legend of matplotlib can show it.
+    """Return the name of a run in a form that a legend of matplotlib can show.
 
-    Dollar signs are escaped, because they would start a formula; so are bytes that are not UTF-8. A leading
-    underscore is preceded by a space, because a legend hides such labels.
+    Dollar signs, which would start a formula, and bytes that are not UTF-8 are escaped. A space precedes a
+    leading underscore, because a legend hides labels that start with an underscore.
     """
     name = Path(run).name.encode("utf-8", "backslashreplace").decode()
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")

@@ -18,12 +18,12 @@ class UserError(ValueError):
 
     The command line prints the message on one rank, without a traceback, and exits with code 2. Under MPI it
     is raised on all ranks (see `hfmpi.parallel.failure.together`), so that no rank waits for another one.
-    It is a ValueError, as Python programs expect of a wrong argument.
+    It is a ValueError, which Python programs expect for a wrong argument.
 
     Attributes
     ----------
     result : hfmpi.Result or None
-        What a run of `hfmpi.train` had when this error ended it; None if it had not started.
+        The partial result if this error ended a run of `hfmpi.train`; None if the run had not started.
     """
 
     result: Any = None
@@ -42,17 +42,16 @@ def did_you_mean(word: object, names: Iterable[str], words: Mapping[str, str] = 
     Parameters
     ----------
     word : object
-        What the user wrote; anything but a string is similar to nothing.
+        What the user wrote; if it is not a string, there is no suggestion.
     names : iterable of str
         The names that exist.
     words : mapping of str to str
-        What other words of the field mean here, such as "lr": "rate". Case, hyphens and underscores do not
-        matter.
+        The names for synonyms, such as "lr": "rate". Case, hyphens and underscores do not matter.
     """
     if not isinstance(word, str):
         return ""
     meant = {_plain(other): name for other, name in words.items()} | {_plain(name): name for name in names}
-    similar = difflib.get_close_matches(_plain(word), meant, n=1)  # an equal one is the most similar
+    similar = difflib.get_close_matches(_plain(word), meant, n=1)  # an exact match is the most similar
     return f" (did you mean {meant[similar[0]]}?)" if similar else ""
 
 

@@ -40,16 +40,16 @@ KindT = TypeVar("KindT")
 
 
 class Rule(NamedTuple):
-    """A condition on a value, in the annotation of its field.
+    """A condition on the value of a field, as a part of its annotation.
 
     Attributes
     ----------
     words : str
-        The message on a wrong value, after the name of the field; {} stands for the value.
+        The message for a wrong value, after the name of the field; {} stands for the value.
     holds : callable
         value -> bool
     choices : tuple of str
-        The words that are accepted, where the rule has a list of them.
+        The accepted words, if the rule is a list of words.
     """
 
     words: str
@@ -61,18 +61,20 @@ class Rule(NamedTuple):
 
 
 class Meaning(NamedTuple):
-    """What a setting is for, in the annotation of its field: documentation and messages come from here.
+    """The description of a setting, as a part of the annotation of its field.
+
+    Documentation and messages are generated from it.
 
     Attributes
     ----------
     text : str
-        Whole sentences.
+        Complete sentences.
     unit : str
         The unit of the value; empty for pure numbers and words.
     torch, optax : str
-        The word for it in torch.optim and in optax, such as "betas[0]"; empty where they have none.
+        The corresponding name in torch.optim and in optax, such as "betas[0]"; empty if there is none.
     others : tuple of str
-        Other words for it, which messages recognise.
+        Further synonyms that messages recognise.
     """
 
     text: str
@@ -86,18 +88,18 @@ class Meaning(NamedTuple):
 
     @property
     def sentences(self) -> str:
-        """The text, and the unit if there is one."""
+        """Return the text, followed by the unit if there is one."""
         return f"{self.text} Unit: {self.unit}." if self.unit else self.text
 
     @property
     def words(self) -> tuple[str, ...]:
-        """The words of the field for this setting, without an index or parentheses."""
+        """Return the synonyms of the setting, without an index or parentheses."""
         foreign = (word.partition("[")[0].partition("(")[0] for word in (self.torch, self.optax))
         return tuple(dict.fromkeys([*filter(None, foreign), *self.others]))
 
 
 class Setting(NamedTuple):
-    """One row of the table of settings of a class; `default` is None where a value must be supplied."""
+    """One row of the table of settings of a class; `default` is None if a value must be supplied."""
 
     name: str
     type: type
@@ -110,17 +112,17 @@ POSITIVE = Rule("must be positive", lambda x: x > 0)
 
 
 def at_least(minimum: int) -> Rule:
-    """Return the rule of numbers with a lower bound."""
+    """Return a rule for numbers with a lower bound."""
     return Rule(f"must be at least {minimum}", lambda x: x >= minimum)
 
 
 def at_most(maximum: int) -> Rule:
-    """Return the rule of numbers with an upper bound."""
+    """Return a rule for numbers with an upper bound."""
     return Rule(f"must be at most {maximum:,}", lambda x: x <= maximum)
 
 
 def within(interval: str) -> Rule:
-    """Return the rule of numbers in an interval such as (0, 1]."""
+    """Return a rule for numbers in an interval such as (0, 1]."""
     low, high = map(float, interval[1:-1].split(","))
     above = operator.ge if interval[0] == "[" else operator.gt
     below = operator.le if interval[-1] == "]" else operator.lt
@@ -128,7 +130,7 @@ def within(interval: str) -> Rule:
 
 
 def one_of(*choices: str) -> Rule:
-    """Return the rule of words from a list."""
+    """Return a rule for words from a list."""
     return Rule(f"must be one of {', '.join(choices)}", choices.__contains__, choices)
 
 
@@ -150,7 +152,7 @@ def check(settings: DataclassInstance) -> None:
     Raises
     ------
     TypeError
-        If a value has another type.
+        If a value has a different type.
     UserError
         If a value breaks a rule of its annotation.
     """
@@ -196,7 +198,7 @@ def converted(
     noun : str
         The designation of a field in messages; {} stands for its name.
     unknown : str
-        The message on a name of no field; the first {} stands for it, the second for the existing names.
+        The message for an unknown name; the first {} stands for it, the second for the existing names.
 
     Raises
     ------
@@ -233,7 +235,7 @@ def table(kind: type[DataclassInstance]) -> tuple[Setting, ...]:
 
 
 def unknown_name(kind: type[DataclassInstance], name: str, sentence: str) -> str:
-    """Return the message on a name that a class of settings does not have.
+    """Return the message for a name that a class of settings does not have.
 
     Parameters
     ----------
@@ -251,9 +253,9 @@ def unknown_name(kind: type[DataclassInstance], name: str, sentence: str) -> str
 
 
 def documented(kind: type[KindT]) -> type[KindT]:
-    """Add the settings of a class to its docstring, and answer unknown ones by the name that was meant.
+    """Add the settings of a class to its docstring, and suggest the closest name for an unknown setting.
 
-    A decorator of dataclasses whose annotations have a `Meaning`.
+    Use it as a decorator of dataclasses whose annotations have a `Meaning`.
     """
     of_settings: Any = kind
     head, examples, rest = inspect.cleandoc(kind.__doc__ or "").partition("\n\nExamples\n")
@@ -273,7 +275,7 @@ def documented(kind: type[KindT]) -> type[KindT]:
 
 
 def _attributes(kind: type[DataclassInstance]) -> str:
-    """Return the section Attributes of a docstring."""
+    """Return the section "Attributes" of a docstring."""
     lines = ["Attributes", "----------"]
     for name, of_type, default, meaning in table(kind):
         lines += [

@@ -23,16 +23,16 @@ class _Stream(io.FileIO):
     """Standard output or error, whose failure does not break the program.
 
     Data that cannot be written are dropped. The first failure of standard output ends the command: with a
-    BrokenPipeError if the pipe is closed, as by `| head`, otherwise with a UserError. A run, which goes on
-    (`lasting`), instead reports the failure on the other stream and tries every later line again, because a
-    disk may have room again.
+    BrokenPipeError if the pipe is closed, as by `| head`, otherwise with a UserError. A run continues
+    (`lasting`): it reports the failure on the other stream and still tries to write every later line, because
+    space on the disk may become available.
     """
 
     goes_on = lost = False
     other: _Stream
 
     def write(self, data: Any, /) -> int:
-        """Write all of the data, or drop it."""
+        """Write all of the data, or drop the rest."""
         rest = memoryview(data).cast("B")
         try:
             while rest:
@@ -47,11 +47,11 @@ class _Stream(io.FileIO):
         return len(data)
 
     def _report(self, error: OSError) -> None:
-        sentence = f"{_NAMES[self.fileno()]} cannot be written ({error.strerror})"
+        sentence = f"cannot write to {_NAMES[self.fileno()]}: {error.strerror}"
         if self.goes_on:
             if not self.other.lost:
                 self.other.write(
-                    f"Note: {sentence}; training goes on, and the history has every step.\n".encode()
+                    f"Note: {sentence}; training continues, and the history contains every step.\n".encode()
                 )
         elif self.fileno() == 1:
             if error.errno == errno.EPIPE:
@@ -60,22 +60,22 @@ class _Stream(io.FileIO):
 
 
 def reserve() -> None:
-    """Occupy those of the descriptors 0, 1 and 2 that are closed.
+    """Open the null device for every closed descriptor among 0, 1 and 2.
 
-    The next file or socket, such as one of MPI's, would get their numbers, and with them what is written to
-    standard output and error.
+    Otherwise the next file or socket, for example of MPI, would get the number of a closed descriptor and
+    receive what is written to standard output or error.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDONLY)  # open only for reading, it fails writers as a closed one does
+            os.open(os.devnull, os.O_RDONLY)  # for reading only: writing fails as on a closed descriptor
 
 
 def protect() -> None:
     """Replace sys.stdout and sys.stderr by streams that survive failures, if they are descriptors 1 and 2.
 
-    Characters that the encoding lacks are printed as question marks.
+    Characters that the encoding cannot represent are printed as question marks.
     """
     reserve()
     streams = {}
@@ -105,7 +105,7 @@ def protect() -> None:
 
 @contextlib.contextmanager
 def lasting() -> Iterator[None]:
-    """Continue the program when standard output or error cannot be written during the block."""
+    """Keep the program running if standard output or error cannot be written during the block."""
     before = sys.stdout, sys.stderr
     if not any(map(_protected, before)):
         protect()
@@ -116,7 +116,7 @@ def lasting() -> Iterator[None]:
     try:
         yield
     finally:
-        if (sys.stdout, sys.stderr) == streams:  # nothing in the block has replaced them
+        if (sys.stdout, sys.stderr) == streams:  # the block has not replaced them
             sys.stdout, sys.stderr = before
 
 

@@ -51,7 +51,7 @@ def test_times_on_a_loaded_machine_are_doubted(median, said):
     note = doubts([steady, {"seconds": median, "seconds_least": 1.0, "seconds_most": 2.0}, steady])
     assert (note is not None) == said
     if note:
-        assert note.startswith("Note: a median is 1.9 times the least time of the same work")
+        assert note.startswith("Note: a median is 1.9 times the minimum time of the same work")
 
 
 def test_products():

@@ -73,7 +73,7 @@ def test_without_validation_data_there_is_no_best(tmp_path):
     assert (result.best_step, result.valid_loss) == (None, None)
     assert not (tmp_path / "run" / BEST).exists()
     for options, name in (({"keep": "best"}, "keep='best'"), ({"patience": 2}, "patience")):
-        with pytest.raises(UserError, match=f"{name} needs validation data: give valid too"):
+        with pytest.raises(UserError, match=f"{name} needs validation data: pass valid too"):
             hfmpi.train(*GIVEN[:2], max_steps=2, **OVERFITS | options)
     with pytest.raises(UserError, match="keep must be best or last, not 'first'"):
         fit(2, keep="first")
@@ -304,7 +304,7 @@ def test_a_checkpoint_with_a_wrong_best_is_refused(wrong, tmp_path):
     meta = found.meta | {"best": found.meta["best"] | wrong if isinstance(wrong, dict) else wrong}
     checkpoint.save(path, found.theta, found.state, meta)
     with pytest.raises(
-        UserError, match="invalid checkpoint: the parameters of its best validation do not fit"
+        UserError, match="invalid checkpoint: the entries of its best validation do not match the model"
     ):
         fit(17, out=tmp_path / "run")
 
@@ -342,7 +342,7 @@ def test_a_best_file_of_a_different_run_is_refused(tmp_path):
             fit(5, out=tmp_path / "new", resume=resume, seed=2)
         assert str(caught.value) == (
             f"{tmp_path / 'new' / BEST} belongs to a different run (the seed differs): move it elsewhere, or "
-            "give another out"
+            "use a different out"
         )
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [BEST]
     fit(5, out=tmp_path / "new", seed=1)  # a run that was stopped before its first checkpoint
@@ -397,11 +397,12 @@ def test_a_best_file_that_cannot_be_written_is_noted_and_made_up_for(tmp_path, m
     disk = Disk(monkeypatch, errno.ENOSPC)
     reporter = During(step_3=disk.breaks, step_6=disk.heals)
     run, _ = train(folder, data, max_steps=8, checkpoint_every=2, reporter=reporter)
-    failures = [note for note in reporter.notes if "training goes on" in note and BEST in note]
+    failures = [note for note in reporter.notes if "training continues" in note and BEST in note]
     assert failures == [
-        f"cannot write {folder / BEST}: {os.strerror(errno.ENOSPC)}; training goes on, and it is tried again"
+        f"cannot write {folder / BEST}: {os.strerror(errno.ENOSPC)}; "
+        "training continues, and hfmpi will try again"
     ]
-    assert f"{BEST} is written again" in reporter.notes
+    assert f"{BEST} can be written again" in reporter.notes
     np.testing.assert_array_equal(checkpoint.load(folder / BEST).theta, run.best.theta)
 
 
@@ -479,7 +480,7 @@ def test_evaluate_and_sample_take_the_best(overfit, tmp_path):
     for name, expected in ((BEST, step), (NEWEST, 12)):
         assert json.loads(command("evaluate", run / name, "--json").stdout)["step"] == expected
     (run / BEST).write_bytes(b"no")
-    assert f"{run / BEST} is not an HDF5 file; the parameters of checkpoint.h5 are taken instead" in (
+    assert f"{run / BEST} is not an HDF5 file; the parameters of checkpoint.h5 are used instead" in (
         command("evaluate", run).stderr
     )
     assert "is not an HDF5 file" in str(command("evaluate", run, "--keep", "best").exception)

@@ -104,7 +104,7 @@ def test_few_examples_tell_the_identity_of_the_data(tmp_path):
     hfmpi.train(network(), hfmpi.Dataset(data), **options)
     again = hfmpi.train(network(), hfmpi.Dataset(Long(X, Y)), **options | {"max_steps": 3})
     same([again, hfmpi.train(network(), hfmpi.Dataset(Long(X, Y)), **RUN)])
-    with pytest.raises(UserError, match="run is a run on other training cases"):
+    with pytest.raises(UserError, match="run belongs to a run with different training examples"):
         hfmpi.train(network(), hfmpi.Dataset(Long(X, (Y + 1) % 4)), **options)
 
 
@@ -118,7 +118,7 @@ def test_a_resumed_run_may_read_the_same_data_otherwise(tmp_path, third):
         options = RUN | {"out": tmp_path / f"run{i}", "max_steps": 1}
         hfmpi.train(network(), first, valid=first, **options)
         for wrong in {"train": other, "valid": data}, {"train": hfmpi.Dataset(other), "valid": data}:
-            with pytest.raises(UserError, match="is a run on other training cases"):
+            with pytest.raises(UserError, match="belongs to a run with different training examples"):
                 hfmpi.train(network(), **wrong, **options | {"max_steps": 3})
         hfmpi.train(network(), second, valid=second, **options | {"max_steps": 2})
         same([whole, hfmpi.train(network(), first, valid=second, **options | {"max_steps": 3})])
@@ -253,7 +253,7 @@ def test_a_resumed_run_sees_the_same_examples(tmp_path):
     same([resumed, whole, steps_alone(network(), data, 0)])
     plain = hfmpi.train(network(), (X, Y, WEIGHTS), **RUN)
     assert (plain.theta != whole.theta).any()
-    with pytest.raises(UserError, match="run is a run on other training cases"):
+    with pytest.raises(UserError, match="run belongs to a run with different training examples"):
         hfmpi.train(network(), (X, Y, WEIGHTS), **options)
 
 
@@ -300,10 +300,10 @@ def test_a_wrong_augmentation_is_one_sentence(function, sentence, tmp_path):
 def test_what_needs_the_same_batch_takes_no_augmentation():
     data = hfmpi.Augmented((X, Y), rolled)
     with pytest.raises(
-        UserError, match=r"lbfgs needs the same batch in every step, and hfmpi\.Augmented changes it"
+        UserError, match=r"lbfgs needs the same batch in every step, but hfmpi\.Augmented changes it"
     ):
         hfmpi.train(network(), data, optimizer="lbfgs", max_steps=2)
-    with pytest.raises(UserError, match="valid: validation examples stay as they are"):
+    with pytest.raises(UserError, match="valid: validation examples cannot be augmented"):
         hfmpi.train(network(), (X, Y), valid=data, **RUN)
     with pytest.raises(UserError, match=r"outside hfmpi\.train, hfmpi\.Augmented requires data"):
         hfmpi.DataParallel(network(), Communicator()).on(data, np.arange(3))

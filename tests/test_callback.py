@@ -154,9 +154,9 @@ with open(f"said{rank}", "w") as file:
 """
     code, _, err = mpirun(2, tmp_path, body)
     assert code == 0, err
-    metrics = "rank 1 has other metrics or another watch than the other ranks"
+    metrics = "rank 1 has different metrics or a different watch than the other ranks"
     alone = "on all ranks or on none: rank 1 differs from the others"
-    evaluated = "rank 1 has other metrics than the other ranks"
+    evaluated = "rank 1 has different metrics than the other ranks"
     wrong = "metric must be a function (outputs, targets) -> values, or a dict of such functions by name"
     expected = [metrics, metrics, f"pass a callback {alone}", f"pass out {alone}", evaluated, evaluated]
     for rank in range(2):

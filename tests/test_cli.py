@@ -119,7 +119,7 @@ def test_from_text_to_sample(here, monkeypatch, capsys):
 
     # The same command resumes the run, also with fewer options, explicit defaults, or a different limit.
     assert call(monkeypatch, *words[:-1], "3") == 0
-    assert "going on from step 2" in capsys.readouterr().out
+    assert "continuing from step 2" in capsys.readouterr().out
     assert call(monkeypatch, "train", "book.h5", "--max-steps", "4", "--set", "damping_factor=0.9") == 0
     assert [record["step"] for record in history(here / "book.run")] == [1, 2, 3, 4]
     capsys.readouterr()
@@ -398,8 +398,8 @@ def test_a_configuration_file_that_is_not_text(here, refused):
 
 @pytest.mark.parametrize(("words", "reason"), [
     ("--model lstm", "this run has model = 'mlstm', not 'lstm'"),
-    ("--hidden 7", "the checkpoint holds a model of"),
-    ("--parameters 5000", "the checkpoint holds a model of"),
+    ("--hidden 7", "the checkpoint contains a model of"),
+    ("--parameters 5000", "the checkpoint contains a model of"),
     ("--optimizer sgd", "this run has optimizer = 'shf', not 'sgd'"),
     ("--dtype float64", "this run has dtype = 'float32', not 'float64'"),
     ("--seed 1", "this run has seed = 0, not 1"),
@@ -422,7 +422,7 @@ def test_a_run_does_not_go_on_with_another_vocabulary(here, refused):
         size = Corpus.read(here / "small.h5").vocabulary
         assert (Corpus.read(here / "other.h5").vocabulary == size) == (name == "same size")
         assert "vocabulary" in refused("train", "other.h5", "--out", "run", "--max-steps", "9")
-        way = "prepare its text with `hfmpi prepare --vocabulary "
+        way = "prepare the text with `hfmpi prepare --vocabulary "
         assert f"{way}RUN`" in refused("train", "other.h5", "--out", "new", "--resume", "run")
         assert f"{way}run`" in refused("evaluate", "run", "--data", "other.h5")
         (here / "other.h5").unlink()
@@ -430,10 +430,10 @@ def test_a_run_does_not_go_on_with_another_vocabulary(here, refused):
 
 def test_a_run_does_not_go_on_with_other_data(here, monkeypatch, capsys, refused):
     prepare(text()[::-1])[0].write(here / "other.h5")
-    assert "other data" in refused("train", "other.h5", "--out", "run", "--max-steps", "9")
-    # A new run can start from it.
+    assert "different data" in refused("train", "other.h5", "--out", "run", "--max-steps", "9")
+    # A new run may start from it.
     assert call(monkeypatch, "train", "other.h5", "--out", "new", "--resume", "run", "--max-steps", "3") == 0
-    assert capsys.readouterr().err == "Note: run was trained on other data than other.h5.\n"
+    assert capsys.readouterr().err == "Note: run was trained on different data than other.h5.\n"
 
 
 def test_a_run_is_not_evaluated_on_other_data_without_a_word(here, monkeypatch, capsys, refused):
@@ -450,18 +450,18 @@ def test_a_run_is_not_evaluated_on_other_data_without_a_word(here, monkeypatch, 
     found = checkpoint.load(path)
     corpus = here / "small.h5"
     checkpoint.save(path, found.theta, found.state, found.meta | {"data": str(corpus)})
-    sentence = f"cannot read {corpus}: No such file or directory; if the corpus of the run is elsewhere now, "
-    assert refused("evaluate", "run") == sentence + "name it with --data\n"
+    sentence = f"cannot read {corpus}: No such file or directory; if the corpus of the run was moved, "
+    assert refused("evaluate", "run") == sentence + "use --data with its new path\n"
     assert evaluated("--data", "moved.h5") == (own, "")
-    assert "name it there, and --out run" in refused("train", "small.h5", "--out", "run")
+    assert "use its new path and --out run" in refused("train", "small.h5", "--out", "run")
 
     prepare(text()[::-1])[0].write(corpus)
     sentence = (
-        f"{corpus} holds other data now than the run was trained on; to evaluate on it all the same give "
+        f"{corpus} no longer contains the data that the run was trained on; to evaluate on it anyway, use "
     )
     assert refused("evaluate", "run") == sentence + f"--data {corpus}\n"
     other, word = evaluated("--data", "small.h5")
-    assert word == "Note: small.h5 holds other data than run was trained on.\n"
+    assert word == "Note: small.h5 contains different data than run was trained on.\n"
     assert other["corpus"] == Corpus.read(corpus).digest
     assert other["valid_bpc"] != own["valid_bpc"]
 
@@ -624,7 +624,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(here, monkeypatch, c
     (b"xyz" * 9, "prepare book.txt absent/new.h5", "cannot write absent/new.h5"),
     (b"xyz" * 9, "prepare book.txt book.txt", "is one of the texts"),
     (b"xyz" * 9, "prepare absent.txt new.h5", "cannot read absent.txt"),
-    (b"xyz" * 9, "prepare new.h5", "give either TEXT files or"),
+    (b"xyz" * 9, "prepare new.h5", "use one of TEXT files"),
     (b"xyz" * 9, "prepare book.txt new.h5 --train-chars 0", "--train-chars"),
     (
         b"xyz" * 9,
@@ -641,7 +641,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(here, monkeypatch, c
     (b"xyz" * 9, "prepare book.txt new.h5 --vocabulary run", "18 characters (2 distinct) that are not in"),
     (b"xyz" * 9, "prepare book.txt new.h5 --vocabulary run --unknown wo", "takes one character, not 'wo'"),
     (b"xyz" * 9, "prepare book.txt new.h5 --vocabulary run --unknown Q", "'Q' is not in the vocabulary of"),
-    (b"xyz" * 9, "prepare book.txt new.h5 --unknown w", "--unknown goes with --vocabulary"),
+    (b"xyz" * 9, "prepare book.txt new.h5 --unknown w", "--unknown needs --vocabulary"),
     (b"", "evaluate run --split all", "'all' is not one of 'train', 'valid', 'test'"),
     (b"xyz" * 9, "prepare new.h5 --ptb-raw run", "contains no raw Penn Treebank files"),
     (b"", "train", "Missing argument"),
@@ -709,7 +709,7 @@ def is_told_once_and_in_the_end(done, reason, lost):
     *notes, error = done.stderr.splitlines()
     failures = reason, reason.replace(checkpoint.NEWEST, checkpoint.BEST)
     assert sorted(notes) == sorted(
-        f"Note: {failure}; training goes on, and it is tried again." for failure in failures
+        f"Note: {failure}; training continues, and hfmpi will try again." for failure in failures
     )
     assert error == f"Error: {reason}; {lost} are not saved"
 
@@ -732,7 +732,7 @@ def test_no_disk_space_for_the_checkpoint(ranks, here):
     assert not [path for path in (here / "run").iterdir() if path.suffix == ".tmp"]
     done = outside(ranks, here, *words, "run")  # there is free space again
     assert done.returncode == 0, done
-    assert "going on from step 2" in done.stdout
+    assert "continuing from step 2" in done.stdout
     assert [record["step"] for record in history(here / "run")] == [1, 2, 3, 4, 5, 6]
 
 
@@ -742,7 +742,7 @@ def test_bad_input_under_three_ranks(here):
         outside(3, here, "train", "small.h5", *TINY, "--out", "small.h5/run"), "cannot create the folder"
     )  # which rank 0 alone finds out
     is_one_sentence(
-        outside(3, here, "train", "small.h5", "--out", "run", "--hidden", "7"), "holds a model of"
+        outside(3, here, "train", "small.h5", "--out", "run", "--hidden", "7"), "contains a model of"
     )  # which all ranks detect
     assert content(here) == before
     truncated(here / "small.h5")
@@ -762,7 +762,9 @@ def test_a_memory_budget_is_told_of_and_changes_no_number(here, monkeypatch, cap
     assert call(monkeypatch, *asked, "plenty") == 0
     assert "memory budget" not in capsys.readouterr().out
     assert call(monkeypatch, *asked, "little", "--memory-budget", "4KiB") == 0
-    assert "its memory budget is 0.00 GiB: what does not fit is recomputed" in capsys.readouterr().out
+    assert (
+        "its memory budget is 0.00 GiB: the part that does not fit is recomputed" in capsys.readouterr().out
+    )
     plenty, little = (checkpoint.latest(here / name) for name in ("plenty", "little"))
     np.testing.assert_array_equal(plenty.theta, little.theta)
     assert plenty.meta["counts"] == little.meta["counts"]

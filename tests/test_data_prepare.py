@@ -290,7 +290,7 @@ def test_the_command_reads_standard_input(tmp_path: Path) -> None:
     assert "- (standard input) is named more than once, but can be read only once" in refused(
         "-", "-", tmp_path / "new.h5"
     )
-    assert "must be that of a file and not -" in refused(tmp_path / "one.txt", "-")
+    assert "must be the name of a file, not -" in refused(tmp_path / "one.txt", "-")
     assert names(tmp_path) == ["one.txt", "out.h5"]
 
 
@@ -400,7 +400,7 @@ def test_the_command_refuses_in_one_sentence_and_leaves_nothing(tmp_path: Path) 
     assert "cannot read" in refused(tmp_path / "none.txt", out)
     assert "cannot write" in refused(text, tmp_path / "none" / "out.h5")
     for arguments in ([out], [text, "--corpus", "kjv", out], ["--ptb-raw", tmp_path, "--corpus", "kjv", out]):
-        assert "give either TEXT files or --ptb-raw or --corpus" in refused(*arguments)
+        assert "use one of TEXT files, --ptb-raw and --corpus" in refused(*arguments)
     assert names(tmp_path) == ["empty.txt", "text.txt"]
 
 

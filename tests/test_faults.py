@@ -462,7 +462,7 @@ def test_rejections_count_across_a_stop_and_may_be_unlimited(tmp_path, monkeypat
     monkeypatch.setattr(NetworkLinearisation, "squared_gradients", spoiled)
     train(tmp_path / "run", data, max_steps=3)
     with pytest.raises(
-        UserError, match=r"^20 steps in a row were rejected up to step 20, .*, of step 20, is good"
+        UserError, match=r"^20 steps in a row were rejected up to step 20, .*, of step 20, is valid"
     ):
         train(tmp_path / "run", data)
     _, result = train(tmp_path / "run", data, max_steps=25, max_rejections=0)

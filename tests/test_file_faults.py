@@ -93,10 +93,10 @@ def test_a_run_goes_on_and_makes_up_for_what_was_not_written(name, data, whole, 
     same(run, whole)
     assert history(folder) == history(whole.folder)
     assert checkpoint.latest(folder).meta["step"] == 8
-    failures = [note for note in reporter.notes if "training goes on" in note]
+    failures = [note for note in reporter.notes if "training continues" in note]
     assert len(failures) == 4  # history, best.h5, checkpoint and timing: once each, in three failing rounds
     assert all(os.strerror(FAULTS[name]) in note for note in failures)
-    assert sum("is written again" in note for note in reporter.notes) == 4
+    assert sum("can be written again" in note for note in reporter.notes) == 4
     assert not list(folder.glob(".*.tmp"))
 
 
@@ -324,7 +324,7 @@ def test_a_lock_does_not_outlive_a_killed_job(data, tmp_path):
         [*program, "--max-steps", str(step + 1)], capture_output=True, text=True, timeout=60
     )
     assert third.returncode == 0, third.stderr
-    assert f"going on from step {step:,}" in third.stdout
+    assert f"continuing from step {step:,}" in third.stdout
     assert not leftover.exists()
 
 
@@ -428,13 +428,13 @@ def test_a_configuration_that_is_none_is_one_sentence(content, tmp_path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"step": -1}, "invalid checkpoint: its step, seconds and counts must be numbers"),
-        ({"step": True}, "invalid checkpoint: its step, seconds and counts must be numbers"),
-        ({"step": 10**30}, "invalid checkpoint: its step, seconds and counts must be numbers"),
-        ({"seconds": float("nan")}, "invalid checkpoint: its step, seconds and counts must be numbers"),
-        ({"seconds": -1.0}, "invalid checkpoint: its step, seconds and counts must be numbers"),
-        ({"config": {"hidden": 10**7}}, "holds a model of"),  # and not: not enough memory
-        ({"config": {"parameters": 10**18, "hidden": 0}}, "holds a model of"),
+        ({"step": -1}, "invalid checkpoint: its step, seconds and counts must be non-negative"),
+        ({"step": True}, "invalid checkpoint: its step, seconds and counts must be non-negative"),
+        ({"step": 10**30}, "invalid checkpoint: its step, seconds and counts must be non-negative"),
+        ({"seconds": float("nan")}, "invalid checkpoint: its step, seconds and counts must be non-negative"),
+        ({"seconds": -1.0}, "invalid checkpoint: its step, seconds and counts must be non-negative"),
+        ({"config": {"hidden": 10**7}}, "contains a model of"),  # and not: not enough memory
+        ({"config": {"parameters": 10**18, "hidden": 0}}, "contains a model of"),
         ({"config": {"parameters": 10**40, "hidden": 0}}, "below 2"),
         ({"vocabulary": 10**12}, "vocabulary"),
         ({"state": {"direction": np.zeros(3)}}, "direction does not fit"),

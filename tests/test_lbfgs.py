@@ -317,7 +317,7 @@ def test_batches_that_change_are_refused(tmp_path):
     data = write_corpus(tmp_path / "text.h5")
     with pytest.raises(UserError, match="same batch in every step: set --gradient-batch to 210, all"):
         make_run(None, data, **TEXT | {"gradient_batch": 100})
-    with pytest.raises(UserError, match="same batch in every step, and --input-noise changes it"):
+    with pytest.raises(UserError, match="same batch in every step, but --input-noise changes it"):
         make_run(None, data, **TEXT, input_noise=0.1)
     x = np.linspace(-1, 1, 40)[:, None]
     with pytest.raises(UserError, match="same batch in every step: set gradient_batch to 40, all"):

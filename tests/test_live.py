@@ -121,7 +121,7 @@ def test_a_run_on_a_terminal(tmp_path):
     assert max(map(len, lines)) < 70
     part = r"step [\d,]+  (0:0\d  )?0:0\d left  [\d.e+]+ (steps/s|s/step)  train \d"
     assert any(re.match(part, line) for line in lines), lines
-    assert re.search(r"Stopped at step [\d,]+: 1.2 seconds are over", written)
+    assert re.search(r"Stopped at step [\d,]+: 1.2 seconds have passed", written)
     assert "\x1b[?25h" in written  # the cursor is visible again
 
 

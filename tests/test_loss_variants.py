@@ -145,7 +145,7 @@ def test_other_parameters_of_a_loss_are_another_run(tmp_path):
     y = symbols(180).reshape(30, 6) % 3
     run(SmoothedCrossEntropy(0.1), y, tmp_path / "run")
     for other in (SmoothedCrossEntropy(0.2), "cross-entropy"):
-        with pytest.raises(hfmpi.UserError, match="is a run of another model"):
+        with pytest.raises(hfmpi.UserError, match="belongs to a run of a different model"):
             run(other, y, tmp_path / "run", 3)
     assert run(SmoothedCrossEntropy(0.1), y, tmp_path / "run", 3).step == 3
 

@@ -92,13 +92,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(optimizer, tmp_path):
 def test_a_resumed_run_notices_every_other_setting(tmp_path):
     out = tmp_path / "run"
     run(hfmpi.Subspace(damping=0.01), out=out)
-    different = "give another out for a new run"
-    refused(f"has damping = 0.01, not 0.02; {different}", hfmpi.Subspace(damping=0.02), out=out)
-    refused(f"has damping = 0.01, not 0.001; {different}", hfmpi.Subspace(), out=out)
-    # The preset's memory, which the stored settings do not contain in that case, differs from the class's.
+    different = "use a different out for a new run"
+    refused(f"has damping = 0.01, not 0.02: {different}", hfmpi.Subspace(damping=0.02), out=out)
+    refused(f"has damping = 0.01, not 0.001: {different}", hfmpi.Subspace(), out=out)
+    # The preset's memory, which the stored settings do not name in that case, differs from the class's.
     assert PRESETS["subspace"].optimizer.memory == 6 != hfmpi.Subspace().memory
-    refused(f"has memory = 3, not 6; {different}", hfmpi.Subspace(damping=0.01, memory=6), out=out)
-    refused(f"has optimizer = 'subspace', not 'adam'; {different}", hfmpi.Adam(), out=out)
+    refused(f"has memory = 3, not 6: {different}", hfmpi.Subspace(damping=0.01, memory=6), out=out)
+    refused(f"has optimizer = 'subspace', not 'adam': {different}", hfmpi.Adam(), out=out)
     refused("has damping = 0.01, not 0.5", "subspace", out=out, settings={"damping": 0.5})
     assert run("subspace", 3, out=out, settings={"damping": 0.01}).step == 3  # others are unchanged
     assert hfmpi.train(network(), DATA, max_steps=4, out=out, quiet=True).step == 4
@@ -137,13 +137,13 @@ def test_a_run_of_a_name_is_continued_by_an_equal_object(tmp_path):
     run(hfmpi.preset("muon-small").optimizer, 2, out=tmp_path / "run")
     parts = run(hfmpi.preset("muon-small"), 3, out=tmp_path / "run")
     np.testing.assert_array_equal(parts.theta, whole.theta)
-    different = "give another out for a new run"
+    different = "use a different out for a new run"
     for optimizer, words in (
         (hfmpi.Muon(), "has schedule = 'inverse-root', not 'constant'"),
         (hfmpi.preset("muon", rate=0.2, averaging=0.999), "has gradient_batch = 32, not 3500"),
         (hfmpi.preset("adam"), "has optimizer = 'muon-small', not 'adam'"),
     ):
-        refused(f"{words}; {different}", optimizer, 4, out=tmp_path / "run")
+        refused(f"{words}: {different}", optimizer, 4, out=tmp_path / "run")
 
 
 def test_an_object_of_a_class_has_the_batches_of_its_preset():
@@ -250,7 +250,7 @@ def test_the_data_have_two_names():
     np.testing.assert_array_equal(now.theta, before.theta)
     with pytest.raises(hfmpi.UserError, match=r"unknown option 'train' \(did you mean data\?\)"):
         hfmpi.train(network(), DATA, train=DATA, **options)
-    with pytest.raises(hfmpi.UserError, match=r"^data must be given, not None$"):
+    with pytest.raises(hfmpi.UserError, match=r"^data must not be None: pass the training examples$"):
         hfmpi.train(network(), **options)
 
 
@@ -295,5 +295,5 @@ def test_ranks_take_one_optimizer(tmp_path):
     theta, (of_another_setting, of_ranks, of_class) = ours[0]
     np.testing.assert_allclose(theta, run(hfmpi.Adam(rate=0.01), 4).theta, rtol=1e-4, atol=1e-5)
     assert of_another_setting.startswith("this run has rate = 0.01, not 0.5")
-    assert of_ranks == "rank 1 has other options or checkpoint files than the other ranks"
+    assert of_ranks == "rank 1 has different options or checkpoint files than the other ranks"
     assert of_class.endswith("not the class Adam")

@@ -34,7 +34,7 @@ TRAIN = [
     "4",
 ]
 TRAIN += ["--backend", "numpy"]
-LOST = "Note: standard output cannot be written ({}); training goes on, and the history has every step.\n"
+LOST = "Note: cannot write to standard output: {}; training continues, and the history contains every step.\n"
 FULL = os.strerror(errno.ENOSPC)
 
 
@@ -105,7 +105,7 @@ def test_ranks_go_on_whatever_their_streams_are(program, streams, ranks, made, t
     )
     assert done.returncode == 0, done.stderr
     lost = streams in (">&-", ">/dev/full", "> >(exit)")
-    assert done.stderr.count("Note: standard output cannot be written") == lost
+    assert done.stderr.count("Note: cannot write to standard output") == lost
     assert done.stderr.count("\n") == done.stderr.count("Note: ")
     assert len(history(tmp_path / "run")) == 3
     assert (tmp_path / "run" / "DONE").exists()
@@ -179,7 +179,7 @@ def test_a_stream_is_told_of_once_and_tried_again(tmp_path, monkeypatch):
 def test_a_command_that_cannot_print_says_so(closed, why, made):
     with open("/dev/full", "wb") as log:
         found = call("plot", str(made / "run"), stdout=log, preexec_fn=lambda: closed and os.close(1))
-    assert found == (2, f"Error: standard output cannot be written ({why})\n")
+    assert found == (2, f"Error: cannot write to standard output: {why}\n")
 
 
 @pytest.mark.parametrize("words", ["plot RUN", "evaluate RUN --backend numpy", "train --help"])

@@ -129,7 +129,7 @@ def test_a_run_keeps_the_contract_of_the_command(tmp_path, monkeypatch, capfd):
     result = hfmpi.train(model, (SYMBOLS, NEXT), VALID, out="run", metric=right, **given | {"quiet": False})
     said = capfd.readouterr()
     assert said.out.startswith(
-        f"gru, 5 units, {model.size} parameters\nbhf-short, B_g = 30, B_c = 10 of 60 cases\n"
+        f"gru, 5 units, {model.size} parameters\nbhf-short, B_g = 30, B_c = 10 of 60 examples\n"
     )
     measured = f"loss {result.valid_loss:.5g}, metric {result.valid_metric:.5g} on validation"
     assert f"Stopped at step 4: 4 steps were taken, {measured}.\n" in said.out
@@ -162,17 +162,18 @@ def test_a_run_keeps_the_contract_of_the_command(tmp_path, monkeypatch, capfd):
     assert command("plot", "run", "--out", "figure.png").exit_code == 0
     assert "gru, 5 units" in command("speedup", "run").output
     for name in "evaluate", "sample":
-        assert "evaluate it there" in str(command(name, "run").exception)
+        assert "evaluate it in that program" in str(command(name, "run").exception)
     data = write_corpus(tmp_path / "text.h5")
-    assert "run is a run of a Python program (hfmpi.train); give another --out" in str(
+    assert "run is a run of a Python program (hfmpi.train); use a different --out" in str(
         command("train", data, "--out", "run", "--max-steps", 1).exception
     )
-    assert "run is a run of a Python program (hfmpi.train); a run on a text starts from one on a text" in str(
-        command("train", data, "--out", "new", "--resume", "run", "--max-steps", 9).exception
+    assert (
+        "run is a run of a Python program (hfmpi.train); a run on a text can only start from a run on a text"
+        in str(command("train", data, "--out", "new", "--resume", "run", "--max-steps", 9).exception)
     )
     train_text(tmp_path / "text", data, max_steps=2)
     assert "plot them separately" in str(command("plot", "run", "text", "--out", "both.png").exception)
-    with pytest.raises(UserError, match="text is a run of `hfmpi train` on a text; give another out"):
+    with pytest.raises(UserError, match="text is a run of `hfmpi train` on a text; use a different out"):
         hfmpi.train(model, (SYMBOLS, NEXT), out="text", **given)
 
 
@@ -249,21 +250,24 @@ def test_a_run_that_starts_from_another_one_may_have_other_options_and_data(tmp_
     assert said.err == ""
     assert checkpoint.latest("still").state["updates"] == checkpoint.latest("old").state["updates"] + 1
     _, said = new(*given, optimizer="sgd")
-    why = "it was trained with adam, and this is sgd"
-    assert f"Note: the optimizer's state of old is not taken over: {why}.\n" in said.err
+    why = "that run was trained with adam, and this run uses sgd"
+    assert f"Note: the optimizer's state of old is not used: {why}.\n" in said.err
     _, said = new(given[0], (SYMBOLS[:50], NEXT[:50]), (SYMBOLS, NEXT))
-    assert "Note: old was trained on other cases.\n" in said.err
+    assert "Note: old was trained on different examples.\n" in said.err
     assert files("old") == before
+
+
+SAME_MODEL = "a run can only start from a run of the same model"
 
 
 @pytest.mark.parametrize(("changes", "words"), [
     ({"resume": "nowhere"}, "there is no checkpoint nowhere"),
     ({"resume": "old/config.toml"}, "old/config.toml is not an HDF5 file"),
-    ({"resume": "text"}, "text is a run of `hfmpi train` on a text; a run starts from one of its model"),
-    ({"model": network(hidden=6)}, "old is a run of another model; a run starts from one of its model"),
-    ({"model": network(loss="squares"), "train": (SYMBOLS, np.zeros((60, 9, 4)))}, "old is a run of another"),
-    ({"max_steps": 2}, "old has 2 steps already, and max_steps counts from its first start: give more than"),
-    ({"max_steps": None}, "old has 2 steps already"),
+    ({"resume": "text"}, f"text is a run of `hfmpi train` on a text; {SAME_MODEL}"),
+    ({"model": network(hidden=6)}, f"old belongs to a run of a different model; {SAME_MODEL}"),
+    ({"model": network(loss="squares"), "train": (SYMBOLS, np.zeros((60, 9, 4)))}, "old belongs to a run of"),
+    ({"max_steps": 2}, "old already has 2 steps, and max_steps counts from its first start: use a value"),
+    ({"max_steps": None}, "old already has 2 steps"),
     ({"settings": {"rat": 1}}, "has no setting 'rat'"),
     ({"gradient_batch": 61}, "gradient_batch can be at most 60"),
     ({"out": "old"}, 'old already contains a run: use a different out, or resume="auto" to continue the run'),
@@ -443,15 +447,15 @@ def fails(outputs, targets):
     ({"valid": (broken(77), Y)}, "valid: the loss is not finite (nan): the inputs of example 77 are not"),
     ({"train": (X, unknown(7))}, "data: targets must be finite numbers, not nan as in example 7: correct"),
     ({"valid": (X, unknown(79))}, "valid: targets must be finite numbers, not nan as in example 79"),
-    ({"train": (X, 1e30 * Y)}, "and steps are possible up to 3.4e+38: scale inputs and targets to about 1"),
-    ({"train": (1e20 * X, Y)}, "and steps are possible up to 3.4e+38: scale inputs and targets to about 1"),
+    ({"train": (X, 1e30 * Y)}, "larger than the maximum of 3.4e+38: scale inputs and targets to about 1"),
+    ({"train": (1e20 * X, Y)}, "larger than the maximum of 3.4e+38: scale inputs and targets to about 1"),
     (RUN | {"train": (np.full((60, 9, 4), np.nan), NEXT)},
      "the loss is not finite at the start (nan): the inputs of example 0 are not finite"),
     ({"train": (X, Y[:-1])}, "data: inputs have 80 examples, but targets have 79"),
     ({"valid": (X, Y[:-1])}, "valid: inputs have 80 examples, but targets have 79"),
     ({"train": (X[:0], Y[:0])}, "data: inputs must be whole or real numbers with at least one row"),
     ({"train": []}, "data: the data set is empty"),
-    ({"train": None}, "data must be given, not None"),
+    ({"train": None}, "data must not be None: pass the training examples"),
     ({"train": X}, "data must be a tuple (x, y)"),
     ({"train": {"x": X}}, "data must be a tuple (x, y)"),
     ({"train": (X,)}, "data: a tuple of data must be (x, y) or (x, y, mask), but it has 1 parts"),
@@ -465,15 +469,15 @@ def fails(outputs, targets):
     ({"train": Loader()}, "an object such as hfmpi.Examples, not Loader; pass its data set, loader.dataset"),
     ({"train": [1, 2]}, "data: a data set must return (x, y) or (x, y, weight) for each index, not 1"),
     ({"train": Changing()}, "reading the same examples twice returned different values"),
-    ({"model": "net"}, "model must be a model such as hfmpi.TorchModel, hfmpi.JaxModel or hfmpi.Network"),
-    ({"model": Line}, "model must be a model such as hfmpi.TorchModel, hfmpi.JaxModel or hfmpi.Network"),
+    ({"model": "net"}, "model must be a model such as an hfmpi.TorchModel, hfmpi.JaxModel or hfmpi.Network"),
+    ({"model": Line}, "model must be a model such as an hfmpi.TorchModel, hfmpi.JaxModel or hfmpi.Network"),
     ({"gradient_batch": 81}, "gradient_batch can be at most 80, the number of training examples, not 81"),
     ({"gradient_batch": 9, "curvature_batch": 10}, "curvature_batch can be at most 9, the gradient batch"),
     ({"optimizer": "sgd", "curvature_batch": 10}, "optimizer sgd has no curvature batch"),
     ({"optimizer": hfmpi.Adam}, "(rate=0.001), or one that hfmpi.preset returns, not the class Adam"),
     ({"optimizer": 3}, "optimizer must be a name such as 'bhf-short', an object such as"),
-    ({"optimizer": hfmpi.Adam(), "settings": {"rate": 1.0}}, "an object: pass them to hfmpi.Adam("),
-    ({"optimizer": hfmpi.preset("adam"), "settings": {"rate": 1.0}}, "pass them to hfmpi.preset(...)"),
+    ({"optimizer": hfmpi.Adam(), "settings": {"rate": 1.0}}, "pass the settings to hfmpi.Adam("),
+    ({"optimizer": hfmpi.preset("adam"), "settings": {"rate": 1.0}}, "the settings to hfmpi.preset(...)"),
     ({"optimizer": hfmpi.Adam(rate=np.inf)}, "setting rate must be a finite number"),
     ({"optimizer": "newton"}, "there is no optimizer 'newton' (did you mean lm?); choose one of sgd"),
     ({"optimizer": "AdamW"}, "'AdamW' (did you mean adam with the setting decay?); choose"),
@@ -481,18 +485,18 @@ def fails(outputs, targets):
     ({"optimizer": "adam", "settings": {"lr": 1.0}}, "'lr' (did you mean rate?); it has rate, beta1"),
     ({"data": (X, Y)}, "unknown option 'train' (did you mean data?); the options are optimizer"),
     ({"lr": 0.1}, "unknown option 'lr' (did you mean settings={'rate': ...}?); the options are optimizer"),
-    ({"optimizer": "soap"}, "Line does not name the matrices of theta (blocks): take another optimizer"),
-    ({"optimizer": "subspace"}, "Line does not name the matrices of theta (blocks): take another optimizer"),
-    ({"model": Named(3), "optimizer": "subspace"}, "Named has no Kronecker factors: give settings="),
+    ({"optimizer": "soap"}, "Line does not define the matrices of theta (blocks): use a different optimizer"),
+    ({"optimizer": "subspace"}, "Line does not define the matrices of theta (blocks): use a different"),
+    ({"model": Named(3), "optimizer": "subspace"}, "Named has no Kronecker factors: use settings="),
     (
         {
             "model": Named(3),
             "optimizer": "subspace",
             "settings": {"directions": "gradient", "curvature_segments": 1},
         },
-        "Named has no rows of examples, from which subspace estimates the curvature: give settings=",
+        "Named has no rows of examples, from which subspace estimates the curvature: use settings=",
     ),
-    ({"settings": {"preconditioner": "diagonal"}}, "Line has no squared gradients: give settings="),
+    ({"settings": {"preconditioner": "diagonal"}}, "Line has no squared gradients: use settings="),
     ({"settings": {"structural_damping": 1.0}}, "Line has no structural damping"),
     ({"settings": {"dampin": 1.0}}, "has no setting 'dampin' (did you mean damping?); it has damping"),
     ({"max_steps": -1}, "max_steps must not be negative"),
@@ -509,7 +513,7 @@ def fails(outputs, targets):
     ({"slices": 3}, "slices must be a power of two"),
     ({"slices": 2**53}, "at most 65,536, not 9007199254740992"),
     ({"metric": right, "valid": (X, Y)}, "Line has no method outputs(theta, batch)"),
-    ({"metric": right}, "a metric is measured on validation cases: give valid too"),
+    ({"metric": right}, "a metric needs validation data: pass valid too"),
     ({"metric": 1, "valid": (X, Y)}, "metric must be a function (outputs, targets) -> values, or a dict"),
     (RUN | {"valid": VALID, "metric": lambda z, y: right(z, y).mean()},
      "metric(outputs, targets) must return a number for each of the 72 rows"),
@@ -529,11 +533,11 @@ def test_bad_input_is_one_sentence(changes, words, tmp_path):
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    ({"train": (X + 1, Y)}, "is a run on other training cases; give another out"),
-    ({"valid": (X, Y)}, "is a run with other validation cases; give another out"),
-    ({"model": type("Curve", (Line,), {})(3)}, "is a run of another model; give another out"),
-    ({"optimizer": "bhf"}, "this run has optimizer = 'shf', not 'bhf'; give another out for a new run"),
-    ({"gradient_batch": 5}, "this run has gradient_batch = 80, not 5; give another out for a new run"),
+    ({"train": (X + 1, Y)}, "belongs to a run with different training examples; use a different out"),
+    ({"valid": (X, Y)}, "belongs to a run with different validation examples; use a different out"),
+    ({"model": type("Curve", (Line,), {})(3)}, "belongs to a run of a different model; use a different out"),
+    ({"optimizer": "bhf"}, "this run has optimizer = 'shf', not 'bhf': use a different out for a new run"),
+    ({"gradient_batch": 5}, "this run has gradient_batch = 80, not 5: use a different out for a new run"),
 ])  # fmt: skip
 def test_another_run_in_the_folder_stays(changes, words, tmp_path):
     given = {"model": Line(3), "train": (X, Y), "optimizer": "shf", "quiet": True, "out": tmp_path / "run"}
@@ -555,7 +559,10 @@ def test_a_model_that_computes_something_else_does_not_go_on(tmp_path):
     Other.__name__ = Twice.__name__
     given = {"train": (X, Y), "optimizer": "shf", "quiet": True, "out": tmp_path / "run"}
     hfmpi.train(Twice(3), **given, max_steps=1)
-    with pytest.raises(UserError, match="is a run of another model: on the first cases its parameters have"):
+    with pytest.raises(
+        UserError,
+        match="belongs to a run of a different model: the loss of its parameters on the first examples",
+    ):
         hfmpi.train(Other(3), **given, max_steps=2)
 
 
@@ -653,12 +660,12 @@ hfmpi.train(Line(3), (X, Y[1:]), max_steps=1)
     serial = hfmpi.train(network(), (SYMBOLS, NEXT), VALID, max_steps=5, **OPTIONS)
     np.testing.assert_allclose(last, serial.theta, rtol=1e-6, atol=1e-7)
     assert not (tmp_path / "bad").exists()
-    seed = "than the other ranks: what is random needs the same seed on all ranks"
+    seed = "than the other ranks: if it is random, use the same seed on all ranks"
     assert said == [
         "data: inputs have 60 examples, but targets have 59",
-        f"rank 1 has other data {seed}",
-        f"rank 1 has another model {seed}",
-        "rank 1 has other options or checkpoint files than the other ranks",
+        f"rank 1 has different data {seed}",
+        f"rank 1 has a different model {seed}",
+        "rank 1 has different options or checkpoint files than the other ranks",
         "there is no checkpoint nowhere",
     ]
     shown = CliRunner().invoke(cli, ["speedup", str(tmp_path / "two")])
@@ -711,7 +718,10 @@ with hfmpi.guard():
     code, _, err = mpirun(2, tmp_path, body)
     assert code == 2
     assert (
-        err.count("valid: metric(outputs, targets) raises KeyError: 'label'; it gets arrays of outputs") == 1
+        err.count(
+            "valid: metric(outputs, targets) raises KeyError: 'label'; its arguments are arrays of outputs"
+        )
+        == 1
     )
     assert "Traceback" not in err
     assert not (tmp_path / "run").exists()
@@ -732,9 +742,9 @@ print(f"returned {rank} {whole} {result.done} {result.reason}", flush=True)  # i
 
     code, out, _ = mpirun(2, tmp_path, body, stop)
     assert code == 0
-    assert "Call it again with the same out to go on; the checkpoint is in run." in out
+    assert "Call it again with the same out to continue; the checkpoint is in run." in out
     for rank in range(2):
-        assert f"returned {rank} True False SIGUSR1 asked for it" in out
+        assert f"returned {rank} True False received SIGUSR1" in out
     found = checkpoint.latest(tmp_path / "run")
     assert found.meta["step"] >= 1
     assert math.isfinite(found.meta["tried"])

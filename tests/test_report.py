@@ -286,7 +286,7 @@ def test_without_plotly_it_says_what_to_install(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("folder", ["nothing", "empty"])
 def test_what_is_no_run_is_refused(small, tmp_path, folder):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no run"):
+    with pytest.raises(UserError, match="does not contain a run"):
         read([tmp_path / folder])
 
 
@@ -326,7 +326,7 @@ def test_ctrl_c_ends_the_following(run, tmp_path):
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=60)[0]
     assert process.returncode == 0, said
-    assert "stays as it is now" in said
+    assert "is no longer updated" in said
     assert b'"every":null' in out.read_bytes()
 
 

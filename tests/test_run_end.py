@@ -111,7 +111,9 @@ def test_a_checkpoint_with_a_wrong_lowest_loss_is_refused(wrong, tmp_path):
     found = checkpoint.load(path)
     meta = found.meta | {"lowest": found.meta["lowest"] | wrong if isinstance(wrong, dict) else wrong}
     checkpoint.save(path, found.theta, found.state, meta)
-    with pytest.raises(UserError, match="invalid checkpoint: the parameters of its lowest risk do not fit"):
+    with pytest.raises(
+        UserError, match="invalid checkpoint: the entries of its lowest risk do not match the model"
+    ):
         hfmpi.train(network(), (SYMBOLS, NEXT), max_steps=4, **options)
 
 
@@ -263,7 +265,7 @@ def test_an_error_of_many_rejections_hands_out_the_result(tmp_path):
         hfmpi.train(Wrong(3), (X, Y), max_steps=50, **options)
     result = caught.value.result
     assert result.step == len(result.history) == checkpoint.latest(tmp_path / "run").meta["step"]
-    assert f"the last checkpoint, of step {result.step}, is good" in str(caught.value)
+    assert f"the last checkpoint, of step {result.step}, is valid" in str(caught.value)
     assert [record["accepted"] for record in result.history[-4:]] == [True, False, False, False]
     assert np.isfinite(result.theta).all()
 
@@ -354,7 +356,7 @@ def test_a_checkpoint_does_not_need_a_scored_output_among_the_first_examples(tmp
 
 
 def test_a_training_set_without_a_scored_output_is_an_error():
-    with pytest.raises(UserError, match="no output that is scored"):
+    with pytest.raises(UserError, match="no output of the training examples is scored"):
         hfmpi.train(network(), (SYMBOLS, NEXT, np.zeros((60, 9))), max_steps=2, **WILD)
 
 
@@ -408,15 +410,15 @@ def test_a_step_on_matrices_is_dropped_where_time_is_up(optimizer, name, tmp_pat
     reporter = Recorder()
     options = {"optimizer": optimizer, "max_seconds": 9.0, "gradient_batch": 210}
     run, ending = train(tmp_path / "run", data, clock=clock, reporter=reporter, **options)
-    assert (ending.done, ending.reason) == (True, "9 seconds are over")
+    assert (ending.done, ending.reason) == (True, "9 seconds have passed")
     assert ending.step == len(history(tmp_path / "run") if ending.step else []) == 0
     assert 9 <= clock.seconds < 20
     assert ending.valid is not None
-    assert (tmp_path / "run" / "DONE").read_text() == "9 seconds are over\n"
+    assert (tmp_path / "run" / "DONE").read_text() == "9 seconds have passed\n"
     np.testing.assert_array_equal(checkpoint.latest(tmp_path / "run").theta, run.theta)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     _, again = train(tmp_path / "run", data, clock=Clock(), **options)
-    assert (again.step, again.reason) == (0, "9 seconds are over")
+    assert (again.step, again.reason) == (0, "9 seconds have passed")
 
 
 # The last validation ---------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def test_a_run_goes_on_with_the_values_that_it_has_given_by_name(stored, given):
 def test_a_run_does_not_go_on_with_other_values(stored, given, sentence):
     with pytest.raises(UserError) as caught:
         merge(given, stored)
-    assert str(caught.value) == f"this run has {sentence}; give another --out for a new run"
+    assert str(caught.value) == f"this run has {sentence}: use a different --out for a new run"
 
 
 @pytest.mark.parametrize("optimizer", PRESETS)

@@ -237,7 +237,7 @@ def test_predictions_whose_check_fails_are_doubted(factor, said):
     *few, last = runs_of(1.1, 2e6)
     spans = {name: factor * seconds for name, seconds in last.mean_spans.items()}
     lines = _model(predict([*few, measured(last.ranks, spans)], MESSAGES))
-    assert lines[-1].startswith("Note: a check is wrong by more than 30 %") == said
+    assert lines[-1].startswith("Note: a check has an error of more than 30 %") == said
 
 
 # The command -----------------------------------------------------------------------------------
@@ -338,15 +338,15 @@ def test_other_data_threads_and_damage_are_refused(folders, tmp_path):
 
     with pytest.raises(UserError, match="threads of a rank are 1 and 2"):
         read_runs(made("threads", lambda timing: timing["ranks"][0].update(threads=2)))
-    with pytest.raises(UserError, match="damaged, or of an older version"):
+    with pytest.raises(UserError, match="damaged, or was written by an older version"):
         read_runs(made("old", lambda timing: timing.pop("timed_steps")))
-    with pytest.raises(UserError, match="damaged, or of an older version"):
+    with pytest.raises(UserError, match="damaged, or was written by an older version"):
         read_runs(made("hostile", lambda timing: timing["ranks"][0]["step_spans"].update(forward=-1)))
     idle = {"optimizer": 1.0}
     with pytest.raises(UserError, match="have no gradients"):
         read_runs(made("idle", lambda timing: timing["ranks"][0].update(step_spans=idle)))
     train(tmp_path / "data", write_other(tmp_path / "other.h5"), max_steps=4)
-    with pytest.raises(UserError, match="not the same job: they have other data"):
+    with pytest.raises(UserError, match="not the same job: they have different data"):
         read_runs([folders / "one", tmp_path / "data"])
 
 
@@ -519,7 +519,9 @@ def test_a_method_whose_matrices_the_model_does_not_know_is_compared_but_not_pre
     runs = [measured(1, ALONE), measured(2, ALONE)]
     job = TimedRun(Path("run"), Config(optimizer="lm"), "mlstm", {}, 1, "CPU", 100, 4, 1, 2, runs[0], ())
     assert len(study(job, runs)["runs"]) == 2
-    with pytest.raises(UserError, match=r"^no prediction for lm: the scaling model does not know"):
+    with pytest.raises(
+        UserError, match=r"^no prediction is possible for lm: the scaling model does not include"
+    ):
         study(job, runs, model=True)
 
 

@@ -117,7 +117,7 @@ def test_with_the_same_options_it_is_the_run_that_goes_on(here):
 
 def test_the_state_of_an_optimizer_of_the_same_kind_goes_on(here):
     old = checkpoint.latest(here / "old").state
-    assert "not taken over" not in run("small.h5 --resume old --out new --max-steps 3 --set cg_max_steps=3")
+    assert "is not used" not in run("small.h5 --resume old --out new --max-steps 3 --set cg_max_steps=3")
     assert last(here / "new")["damping"] == old["damping"] < 0.1
     run(
         "small.h5 --resume old --out bhf --optimizer bhf --gradient-batch 9 --curvature-batch 4 --max-steps 3"
@@ -129,9 +129,8 @@ def test_the_state_of_an_optimizer_of_the_same_kind_goes_on(here):
 
 def test_another_optimizer_starts_anew_and_it_is_said(here):
     said = run("small.h5 --resume old --out new --optimizer adam --max-steps 3")
-    note = (
-        "Note: the optimizer's state of old is not taken over: it was trained with shf, and this is adam.\n"
-    )
+    why = "that run was trained with shf, and this run uses adam"
+    note = f"Note: the optimizer's state of old is not used: {why}.\n"
     assert note in said
     found = checkpoint.latest(here / "new")
     assert found.state["updates"] == 1
@@ -146,7 +145,7 @@ def test_another_optimizer_starts_anew_and_it_is_said(here):
 
 def test_a_state_of_another_form_starts_anew_and_it_is_said(here):
     said = run("small.h5 --resume adam --out new --max-steps 3 --set averaging=0.9")
-    assert "of adam is not taken over: the checkpoint's average does not fit optimizer adam.\n" in said
+    assert "of adam is not used: the checkpoint's average does not fit optimizer adam.\n" in said
     found = checkpoint.latest(here / "new")
     assert found.state["updates"] == 1
     np.testing.assert_allclose(found.state["average"], found.theta, rtol=1e-5)  # of the iterates from here on
@@ -162,7 +161,7 @@ def test_a_new_optimizer_starts_from_the_parameters_that_were_evaluated(here):
         said = run(
             "small.h5 --resume mean --max-steps 5 --out", name, options.replace(" floor", " --set floor")
         )
-        assert "the optimizer's state of mean is not taken over" in said
+        assert "the optimizer's state of mean is not used" in said
         np.testing.assert_array_equal(theta(here / name), found.state["average"])
         assert last(here / name)["valid_bpc"] == pytest.approx(loss, rel=1e-6)
 
@@ -172,7 +171,7 @@ def test_the_subspace_step_does_not_judge_the_last_step_by_other_data(here):
     run("small.h5 --resume old --out sub --max-steps 3", options)
     assert checkpoint.latest(here / "sub").state["descent"] > 0
     said = run("other.h5 --resume sub --out new --max-steps 5")
-    assert "Note: sub was trained on other data than other.h5.\n" in said
+    assert "Note: sub was trained on different data than other.h5.\n" in said
     assert [record["rho"] is None for record in history(here / "new")] == [True, False]
     run("small.h5 --resume sub --out same --max-steps 4")
     assert last(here / "same")["rho"] is not None
@@ -183,10 +182,10 @@ def test_the_subspace_step_does_not_judge_the_last_step_by_other_data(here):
     ("--layers 2", "has layers = 1, not 2"),
     ("--variant krause", "has variant = 'standard', not 'krause'"),
     ("--dtype float64", "has dtype = 'float32', not 'float64'"),
-    ("--hidden 7", "the checkpoint holds a model of"),
-    ("--max-steps 2", "old has 2 steps already, and --max-steps counts from its first start: give more than "
-     "that, not 2"),
-    ("", "old has 2 steps already"),
+    ("--hidden 7", "the checkpoint contains a model of"),
+    ("--max-steps 2", "old already has 2 steps, and --max-steps counts from its first start: use a value "
+     "larger than that, not 2"),
+    ("", "old already has 2 steps"),
     ("--max-steps 9 --max-seconds 1e-9", "and --max-seconds counts from its first start"),
     ("--optimizer sgd --set damping=1", "optimizer sgd has no setting 'damping'"),
     ("--optimizer adam --curvature-batch 4", "optimizer adam has no curvature batch"),
@@ -204,8 +203,8 @@ def test_a_checkpoint_whose_past_is_none(here):
     path = here / "new" / checkpoint.NEWEST
     found = checkpoint.load(path)
     part = found.meta["before"][0]
-    other = "the checkpoint describes no run of this version"
-    numbers = "invalid checkpoint: its step, seconds and counts must be numbers"
+    other = "the checkpoint does not describe a run of this version"
+    numbers = "invalid checkpoint: its step, seconds and counts must be non-negative"
     for wrong, sentence in (
         ({"before": 3}, other),
         ({"before": [3]}, other),
@@ -243,7 +242,7 @@ def test_a_checkpoint_without_options(here):
     found = checkpoint.latest(here / "old")
     meta = {name: value for name, value in found.meta.items() if name != "config"}
     checkpoint.save(path, found.theta, found.state, meta)
-    with pytest.raises(UserError, match="the checkpoint holds no options of a run"):
+    with pytest.raises(UserError, match="it does not contain the options of a run"):
         run("small.h5 --resume bare.h5 --out new --max-steps 4")
 
 
@@ -251,7 +250,7 @@ def test_ranks_start_with_the_same_parameters(here):
     words = "small.h5 --resume old --optimizer adam --max-steps 4 --out"
     done = outside(2, here, "train", *words.split(), "two")
     assert done.returncode == 0, done
-    assert done.stderr.count("is not taken over") == 1
+    assert done.stderr.count("is not used") == 1
     run(words, "one")
     np.testing.assert_allclose(theta(here / "two"), theta(here / "one"), rtol=1e-4, atol=1e-6)
     assert last(here / "two")["P_D"] == last(here / "one")["P_D"]
@@ -263,18 +262,18 @@ def test_ranks_start_with_the_same_parameters(here):
 @pytest.mark.parametrize(
     ("prefer", "ranks", "memory", "name", "why"),
     [
-        ("passes", 1, 2**30, "subspace-rows", "the rows of all sequences take 0.000268 GiB a rank"),
-        ("passes", 2, 2**20, "subspace-rows", "the rows of all sequences take 0.000134 GiB a rank"),
-        ("passes", 1, 2**20, "subspace", "without the rows of subspace-rows: rows of all sequences take 0.0"),
-        ("seconds", 1, 2**30, "muon-small", "the quickest on 1 rank(s) in the study of hfmpi"),
-        ("seconds", 1024, 2**30, "muon", "the quickest on 1,024 rank(s) in the study of hfmpi"),
-        ("seconds", 1300, 2**30, "subspace", "the quickest on 1,300 rank(s) in the study of hfmpi"),
+        ("passes", 1, 2**30, "subspace-rows", "the rows of all sequences need 0.000268 GiB per rank"),
+        ("passes", 2, 2**20, "subspace-rows", "the rows of all sequences need 0.000134 GiB per rank"),
+        ("passes", 1, 2**20, "subspace", "subspace-rows would need 0.0"),
+        ("seconds", 1, 2**30, "muon-small", "it is the fastest on 1 rank(s) according to"),
+        ("seconds", 1024, 2**30, "muon", "it is the fastest on 1,024 rank(s) according to"),
+        ("seconds", 1300, 2**30, "subspace", "it is the fastest on 1,300 rank(s) according to"),
     ],
 )
 def test_what_is_preferred_is_an_optimizer_for_these_ranks(prefer, ranks, memory, name, why):
     """The rows of 120 sequences, six each, of 100 numbers of 4 bytes; a quarter of the memory is for them."""
     config, note = preferred(Config(prefer=prefer), 100, 120, ranks, memory)
-    assert note.startswith(f"--prefer {prefer} chooses {name}, {why}")
+    assert note.startswith(f"--prefer {prefer} chooses {name}: {why}")
     chosen = config.preset()
     assert (config.optimizer, chosen.gradient_batch) == (name, min(120, preset(name).gradient_batch))
     assert chosen.curvature_batch <= chosen.gradient_batch
@@ -285,17 +284,17 @@ def test_a_run_keeps_the_optimizer_that_was_preferred(made, tmp_path, monkeypatc
     shutil.copy(made / "small.h5", tmp_path)
     options = "small.h5 --out new --prefer passes --hidden 3 --sequence-length 20 --backend numpy"
     said = run(options, "--max-steps 1")
-    assert "--prefer passes chooses subspace-rows, the rows of all sequences take " in said
-    said = run(options, "--max-steps 2")  # a resumed run does not choose again
+    assert "--prefer passes chooses subspace-rows: the rows of all sequences need " in said
+    said = run(options, "--max-steps 2")  # a run that goes on does not choose again
     assert (last(tmp_path / "new")["step"], "chooses" in said) == (2, False)
     assert checkpoint.latest("new").meta["config"]["optimizer"] == "subspace-rows"
-    with pytest.raises(UserError, match=r"^give --prefer seconds or --optimizer soap, not both$"):
+    with pytest.raises(UserError, match=r"^use either --prefer seconds or --optimizer soap, not both$"):
         run("small.h5 --out other --prefer seconds --optimizer soap --hidden 3")
     with pytest.raises(UserError, match=r"^prefer must be passes or seconds, not 'speed'$"):
         run("small.h5 --out other --prefer speed --hidden 3")
 
 
-@pytest.mark.parametrize(("batch", "said"), [(200, "from 1,200 random rows a step\n"), (100, "")])
+@pytest.mark.parametrize(("batch", "said"), [(200, "from 1,200 random rows per step\n"), (100, "")])
 def test_the_first_lines_say_where_the_curvature_comes_from(batch, said, made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = "--optimizer subspace --gradient-batch 210 --hidden 3 --sequence-length 20 --backend numpy"

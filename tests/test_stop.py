@@ -46,7 +46,7 @@ def test_signal_is_noted_and_handlers_come_back(name):
         assert not stop.wanted()
         os.kill(os.getpid(), number)
         assert stop.wanted()
-        assert stop.requested == f"{name} asked for it"
+        assert stop.requested == f"received {name}"
     assert signal.getsignal(number) is before
 
 
@@ -83,7 +83,7 @@ def test_first_signal_names_the_reason():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.wanted()
-        assert stop.requested == "SIGUSR1 asked for it"
+        assert stop.requested == "received SIGUSR1"
 
 
 def test_second_interrupt_leaves_at_once():
@@ -91,7 +91,7 @@ def test_second_interrupt_leaves_at_once():
     with StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.requested == "SIGTERM asked for it"
+        assert stop.requested == "received SIGTERM"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
@@ -107,7 +107,7 @@ def test_before_the_job_ends_twice_the_longest_wait_is_left_and_half_a_minute(le
     stop._asked -= longest  # as if the run had computed for this time
     assert stop.wanted() is wanted
     assert stop.wanted() is wanted  # also after a short time
-    assert stop.requested == ("the time of the job is nearly over" if wanted else None)
+    assert stop.requested == ("the job is about to reach its time limit" if wanted else None)
 
 
 def test_the_end_of_the_job(monkeypatch):
@@ -143,7 +143,7 @@ def stopped_at(question, folder, data, comm=None, **options):
     with stop:
         result = run.train()
     assert not result.done
-    assert result.reason == "SIGTERM asked for it"
+    assert result.reason == "received SIGTERM"
     assert result.step == len(history(folder) if (folder / "history.jsonl").exists() else [])
     evaluated = history(folder)[-1]["valid_bpc"] if result.step > run.first_step else None
     assert (result.valid and result.valid.loss) == evaluated
@@ -249,7 +249,7 @@ def test_a_signal_between_steps_stops_there(during, data, tmp_path, monkeypatch)
         reporter.after_step = lambda record: kill(record["step"])
     with signals:
         result = run.train()
-    assert (result.step, result.done, result.reason) == (1, False, "SIGUSR1 asked for it")
+    assert (result.step, result.done, result.reason) == (1, False, "received SIGUSR1")
     assert checkpoint.latest(tmp_path / "run").meta["step"] == 1
 
 
@@ -335,7 +335,7 @@ def test_the_command_leaves_a_step_of_hours(ranks, name, tmp_path):
             process.kill()
     if ranks == 1 or name == "USR1":
         assert code == 0
-        assert f"Stopped at step 0: SIG{name} asked for it.\nStart again with the same command" in said
+        assert f"Stopped at step 0: received SIG{name}.\nStart again with the same command" in said
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         deadline = time.monotonic() + 20
         while str(folder).encode() in (path.read_bytes() if path.exists() else b""):

@@ -129,7 +129,7 @@ def test_other_options_of_a_loss_are_another_model(tmp_path):
 
     run(nn.CrossEntropyLoss(label_smoothing=0.1), 1)
     for loss in (nn.CrossEntropyLoss(label_smoothing=0.3), nn.CrossEntropyLoss()):
-        with pytest.raises(hfmpi.UserError, match="is a run of another model"):
+        with pytest.raises(hfmpi.UserError, match="belongs to a run of a different model"):
             run(loss, 2)
     assert run(nn.CrossEntropyLoss(label_smoothing=0.1), 2).step == 2
 
@@ -158,7 +158,7 @@ def test_class_weights_are_those_of_the_run(tmp_path):
     loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0, 4.0]))
     right = loss(model.module(torch.from_numpy(X).float()), torch.from_numpy(LABELS))
     assert result.valid_loss == pytest.approx(right.item(), rel=1e-5)
-    with pytest.raises(hfmpi.UserError, match="is a run on other training cases"):
+    with pytest.raises(hfmpi.UserError, match="belongs to a run with different training examples"):
         run([1.0, 2.0, 3.0, 5.0], 3)
     with pytest.raises(
         hfmpi.UserError, match="weight of the loss has 3 classes, but the module has 4 outputs"

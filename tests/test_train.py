@@ -245,7 +245,7 @@ def test_max_seconds_counts_from_the_first_start(data, tmp_path):
     _, result = train(tmp_path / "run", data, max_seconds=0.3, reporter=reporter, clock=clock)
     assert result.step == 5
     assert result.done
-    assert result.reason == "0.3 seconds are over"
+    assert result.reason == "0.3 seconds have passed"
     assert reporter.records[-1]["seconds"] >= 0.2
     assert all(record["seconds"] < 0.3 for record in reporter.records[:-1])
     run, again = train(tmp_path / "run", data, max_seconds=0.3, clock=Clock())
@@ -687,9 +687,8 @@ def test_a_rank_that_strays_stops_the_run(mpi_ranks, comm, mpi_tmp_path, monkeyp
             return report
 
         monkeypatch.setattr(run, "_one_step", one_step)
-        sentence = (
-            rf"^rank {stray} holds other parameters than the other ranks after step {found_at}: .* step 2, is"
-        )
+        differs = f"rank {stray} has different parameters than the other ranks"
+        sentence = f"^{differs} after step {found_at}: .* step 2, is valid"
         with pytest.raises(UserError, match=sentence):
             run.train()
         assert len(thetas) == found_at
@@ -705,7 +704,7 @@ def test_a_rank_that_strays_stops_the_run(mpi_ranks, comm, mpi_tmp_path, monkeyp
     # A rank that starts with different options or data stops the run before anything is written.
     seed = 5 if comm.rank == 2 else 4
     run = make_run(mpi_tmp_path / "new", data, communicator, max_steps=2, seed=seed)
-    with pytest.raises(UserError, match=r"^rank 2 has other data, options"):
+    with pytest.raises(UserError, match=r"^rank 2 has different data, options"):
         run.train()
     assert not (mpi_tmp_path / "new").exists()
 

@@ -410,7 +410,7 @@ def change_corpus(path: Path, good: Path, rng: random.Random) -> tuple[str, str,
         old, new = rng.choice(sorted(set(train))), rng.choice(sorted(set(range(256)) - set(train + valid)))
         table = bytes.maketrans(bytes([old]), bytes([new]))
         prepare((train + valid).translate(table), len(train), len(valid))[0].write(path)
-        return how, "--data", "another vocabulary"
+        return how, "--data", "different vocabulary"
     elif how == "in use":
         content = bytearray(good.read_bytes())
         content[11] = rng.choice(
@@ -420,8 +420,8 @@ def change_corpus(path: Path, good: Path, rng: random.Random) -> tuple[str, str,
         path.write_bytes(content)
         return how, "open for writing in another program", "open for writing in another program"
     else:
-        return how, "name it with --data", "--out"
-    return how, "holds other data now", "other data"
+        return how, "use --data with its new path", "--out"
+    return how, "no longer contains the data", "different data"
 
 
 def change_text(good: bytes, rng: random.Random) -> tuple[str, bytes]:

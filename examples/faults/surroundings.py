@@ -43,7 +43,7 @@ from nodes import nodes, obstacle
 
 def lost_once(trial):
     """Assert that a lost output was reported once."""
-    assert trial.said().count("standard output cannot be written") == 1, "not reported once"
+    assert trial.said().count("cannot write to standard output") == 1, "not reported once"
 
 
 def full(trial, ranks):
@@ -342,7 +342,7 @@ def command_on_a_full_disk(trial):
     with open("/dev/full", "wb") as log:
         code, _, said = trial.command(*trial.another(), stdout=log)
     assert (code, said) == (
-        2, "Error: standard output cannot be written (No space left on device)\n"
+        2, "Error: cannot write to standard output: No space left on device\n"
     ), said  # fmt: skip
 
 

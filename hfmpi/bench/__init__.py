@@ -1,1 +1,1 @@
-"""Measurements on this machine: the time of passes and steps, and that of their matrix products alone."""
+"""Measure the time of passes and steps on this machine, and that of their matrix products alone."""

@@ -1,8 +1,8 @@
-"""The time of a pass's matrix products alone: recorded during the pass, then repeated without the rest of it.
+"""Record the matrix products of a pass, and repeat them alone, without the other work of the pass.
 
-No implementation that takes all its products from the BLAS can be faster than that. The repetition calls the
-BLAS with the arrays of the pass, so shapes, strides, alignment and memory are the same. A backend that has a
-faster product for some shapes (`Backend.multiply`) may come out below this bound.
+The time of the repetition is a bound: no implementation that computes all products by the BLAS can be faster.
+The repetition calls the BLAS with the arrays of the pass, so shapes, strides, alignment and memory are the
+same. A backend that has a faster product for some shapes (`Backend.multiply`) may be faster than this bound.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Products", "Recording"]
 
 
 class Products:
-    """The matrix products of a pass, in order, whichever kernel of the backend computed them.
+    """The matrix products of a pass, in order; any kernel of the backend may have computed them.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ class Products:
         self._copies: dict[tuple[int, ...], Array] = {}
 
     def copied(self, matrix: Array) -> Array:
-        """Return a contiguous copy of a matrix, the same copy for all views of the same numbers.
+        """Return a contiguous copy of a matrix; all views of the same numbers get the same copy.
 
         The BLAS reads a copy faster than a transposed view; sharing it keeps the cost of recording low.
         """
@@ -63,12 +63,12 @@ class Products:
 
     @property
     def operations(self) -> int:
-        """The number of additions and multiplications."""
+        """Return the number of additions and multiplications."""
         return sum(2 * a.shape[0] * a.shape[1] * b.shape[1] for a, b, _ in self.calls)
 
 
 class Recording(NumpyBackend):
-    """A backend that records its matrix products on request: a mixin for any kind of backend.
+    """A mixin for any kind of backend, which records matrix products on request.
 
     Examples
     --------
@@ -103,7 +103,7 @@ class Recording(NumpyBackend):
 
     @property
     def multiply(self) -> Callable[..., None]:
-        """The method of the backend, or one that records: loops look it up once, not for each product."""
+        """Return the method of the backend, or one that records; a loop looks it up only once."""
         multiply, products = super().multiply, self._products
         if products is None:
             return multiply
@@ -112,12 +112,12 @@ class Recording(NumpyBackend):
         def recorded(a: Array, b: Packed, out: Array, add: bool = False) -> None:
             start = len(calls)
             multiply(a, b, out, add)
-            calls[start:] = [(a, copied(b.matrix), out)]  # once, also where `multiply` calls `matmul`
+            calls[start:] = [(a, copied(b.matrix), out)]  # once, even if `multiply` calls `matmul`
 
         return recorded
 
     def loop(self, name: str, run: Callable[[], None], arrays: Mapping[str, Any]) -> None:
-        """Run a loop over time; one that may become a graph or one kernel is recorded at its first run."""
+        """Run a loop over time; a loop that may become a graph or one kernel is recorded in its first run."""
         products = self._products
         key = None if products is None else self.loop_key(name, arrays)
         if products is None or key is None:

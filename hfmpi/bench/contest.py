@@ -1,4 +1,4 @@
-"""Fair timing on a noisy machine: contestants take turns within one run, and medians are compared."""
+"""Time contestants fairly on a noisy machine: they take turns within one run, and medians are compared."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Contestant:
     run : callable
         Called without arguments; returns when its work is finished.
     ranks : int
-        1: only rank 0 runs it while the others sleep; else all ranks do.
+        1: only rank 0 runs it while the others sleep; otherwise all ranks run it.
     threads : int
         The number of threads of each rank's BLAS.
     """

@@ -1,9 +1,9 @@
-"""The measurements of `hfmpi bench`: Gauss-Newton products, gradients and losses, the Allreduce, whole steps.
+"""Measure what `hfmpi bench` prints: Gauss-Newton products, gradients, losses, the Allreduce, complete steps.
 
 Every function is collective and returns rows (dicts) on all ranks. `seconds` is a median over the
-repetitions, `bound_seconds` that of the matrix products alone, both of the slowest rank. On several ranks
-rank 0 also does the same work alone, with one BLAS thread and with as many as there are ranks, in turn with
-all ranks.
+repetitions, `bound_seconds` that of the matrix products alone, both of the slowest rank. On several ranks,
+rank 0 also does the same work alone, with one BLAS thread and with as many threads as there are ranks, in
+turn with all ranks.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ class Bench:
     local_rank: int = 0
 
     def teams(self) -> list[tuple[Communicator, int]]:
-        """Return communicator and threads of the teams that do the work in turn, first that of all ranks."""
+        """Return communicator and threads of the teams that work in turn; the first team is all ranks."""
         size = self.comm.size
         teams = [(self.comm, self.threads)]
         if size > 1:
             teams.append((Communicator(), 1))
-        if 1 < size <= cores():  # not if each rank is bound to a core
+        if 1 < size <= cores():  # this is false if each rank is bound to a core
             teams.append((Communicator(), size))
         return teams
 
@@ -118,7 +118,7 @@ class Bench:
 
 
 def _timed(heads: list[Row], seconds: np.ndarray) -> list[Row]:
-    """Add the times to rows: in `seconds` each contestant is followed by its matrix products alone.
+    """Add the times to rows; in `seconds`, the matrix products alone follow each contestant.
 
     Ratios are medians of the ratios within each repetition, so that a slow repetition cancels. Speedup and
     efficiency are relative to rank 0 alone with one thread, if that was measured.
@@ -144,12 +144,12 @@ def _timed(heads: list[Row], seconds: np.ndarray) -> list[Row]:
 def _passes(
     bench: Bench, about: Architecture, batch: int, kinds: dict[str, Callable[[Risk, Any], Any]]
 ) -> list[Row]:
-    """Time passes over one batch; each kind returns, from a risk and theta, the function to call."""
+    """Time passes over one batch; each kind returns the function to call for a risk and theta."""
     text, contestants, heads = bench.sequences(about, batch), [], []
     for comm, threads in bench.teams():
         for name, kind in kinds.items():
             heads.append({"pass": name} | bench.row(about, batch, comm.size, threads))
-            if comm.size == 1 and bench.comm.rank > 0:  # waits for this team
+            if comm.size == 1 and bench.comm.rank > 0:  # this rank waits for the team
                 contestants += [Contestant(_nothing, 1, threads)] * 2
                 continue
             backend = bench.make_backend()
@@ -165,8 +165,9 @@ def _passes(
 def products(bench: Bench, about: Architecture, batch: int, columns: int = 0) -> list[Row]:
     """Time Gauss-Newton products v -> G v, linearised once.
 
-    With `columns` C also the projections V -> V G V' of one direction and of C, V (C, D), and the model from
-    a sketch of three rows a sequence along about C directions, which are parts of fewer.
+    With `columns` C, also time the projections V -> V G V' of one direction and of C directions, V (C, D),
+    and the model from a sketch of three rows per sequence along about C directions, which are parts of fewer
+    vectors.
     """
 
     def product(risk: Risk, theta: Any) -> Callable[[], Any]:
@@ -215,7 +216,7 @@ def allreduce(bench: Bench, about: Architecture) -> list[Row]:
     transport = choose(bench.transport, comm, backend)
     sizes = message_sizes(about.layout.size, about.layout.size)
     for kind, name in (("loss", "loss"), ("product", "product"), ("gradient", "gradient with squares")):
-        loss = kind == "loss"  # it is on the host, also with a GPU
+        loss = kind == "loss"  # it is on the host, even with a GPU
         vector = np.zeros(sizes[kind]) if loss else backend.xp.zeros(sizes[kind], backend.dtype)
         copy = vector.copy()
         add = comm.sum if loss else transport.sum
@@ -240,7 +241,7 @@ def allreduce(bench: Bench, about: Architecture) -> list[Row]:
 
 
 def _repeats(comm: Communicator, work: Callable[[], object], seconds: float = 0.05) -> int:
-    """Return how often to repeat a collective so that it takes about so long on the slowest rank."""
+    """Return the number of repetitions of a collective that take about `seconds` on the slowest rank."""
     many = 1
     while True:
         start = time.perf_counter()
@@ -254,7 +255,7 @@ def _repeats(comm: Communicator, work: Callable[[], object], seconds: float = 0.
 def step(bench: Bench, about: Architecture, preset: Preset) -> list[Row]:
     """Time the steps of an optimizer at the start of a run, without the first one.
 
-    `spans` has the seconds of a step by name, the mean over steps and ranks; `other` is the share outside
+    `spans` has the seconds of a step by name, averaged over steps and ranks; `other` is the share outside
     passes, Allreduce and waiting.
     """
     text = bench.sequences(about, preset.gradient_batch)
@@ -274,7 +275,7 @@ def step(bench: Bench, about: Architecture, preset: Preset) -> list[Row]:
 
 
 def _spans(comm: Communicator, run: _Steps | None, steps: int) -> dict[str, float]:
-    """Return the seconds of a step by name, the mean over steps and over the ranks that took part."""
+    """Return the seconds of a step by name, averaged over steps and over the ranks that took part."""
     times = None if run is None else (run.owner.timer.series(ALLREDUCE), together(run.owner.timer.totals))
     timers = [timer for timer in comm.agree(comm.gather(times)) or () if timer is not None]
     _, waiting = split_waiting([series for series, _ in timers])

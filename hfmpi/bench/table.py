@@ -1,4 +1,4 @@
-"""The output of `hfmpi bench`: the machine, and a table of the measurements."""
+"""Format the output of `hfmpi bench`: the machine, and a table of the measurements."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hfmpi.parallel import library
 __all__ = ["describe", "doubts", "table"]
 
 STEADY = 1.5
-"""The largest ratio of the median to the least time on an idle machine."""
+"""The largest ratio of the median to the minimum time that is expected on an idle machine."""
 
 COLUMNS = (
     *("pass", "model", "hidden", "batch", "bytes", "ranks", "threads"),
@@ -21,7 +21,7 @@ COLUMNS = (
 """Keys of the rows that have a column."""
 
 HEADS = {"seconds_least": "least", "seconds_most": "most", "bound_seconds": "bound"}
-"""Heads of the columns that are not called by their keys."""
+"""Heads of the columns that differ from their keys."""
 
 
 def describe(device: str, ranks: int, threads: int) -> dict[str, Any]:
@@ -59,15 +59,15 @@ def table(about: dict[str, Any], rows: list[Row]) -> str:
 
 
 def doubts(rows: list[Row]) -> str | None:
-    """Return a note if the repetitions of a measurement differ so much that its median means little."""
+    """Return a note if the repetitions of a measurement differ so much that its median is unreliable."""
     worst = max(
         (row["seconds"] / row["seconds_least"] for row in rows if row.get("seconds_least")), default=1.0
     )
     if worst <= STEADY:
         return None
     return (
-        f"Note: a median is {worst:.1f} times the least time of the same work: do not rely on these times. "
-        "Are other programs running, or more ranks than cores? Repeat it on an idle machine."
+        f"Note: a median is {worst:.1f} times the minimum time of the same work: do not rely on these times. "
+        "Are other programs running, or more ranks than cores? Repeat the measurement on an idle machine."
     )
 
 

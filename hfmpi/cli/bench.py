@@ -1,4 +1,4 @@
-"""`hfmpi bench`: the times of passes and steps on this machine, compared with matrix products alone."""
+"""`hfmpi bench`: measure passes and steps on this machine, and compare them with matrix products alone."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ POSITIVE = Number(int, 1, MOST)
 @click.group(invoke_without_command=True)
 @click.pass_context
 def bench(context: click.Context) -> None:
-    """Time products, gradients, the Allreduce and whole steps on this machine.
+    """Time products, gradients, the Allreduce and complete steps on this machine.
 
-    Each figure is a median over repetitions, in seconds. Its bound is the time of the matrix products alone,
-    by the same BLAS, measured alternately (for the Allreduce: of a copy of the vector). Under mpirun rank 0
-    also does the same work alone, with one thread and with as many threads as there are ranks.
+    Each time is a median over repetitions, in seconds. Its bound is the time of the matrix products alone,
+    computed by the same BLAS and measured alternately (for the Allreduce: of a copy of the vector). Under
+    mpirun, rank 0 also does the same work alone, with one thread and with as many threads as there are ranks.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -48,7 +48,7 @@ def common(command: Callable[..., None]) -> Callable[..., None]:
             "--data",
             type=PATH,
             metavar="DATA.h5",
-            help="Text, whose symbols replace --vocabulary  [default: random symbols]",
+            help="Corpus with the text; its symbols replace --vocabulary  [default: random symbols]",
         ),
         options("dtype", "backend", "matmul_precision", "slices", "transport", "micro_batch"),
         click.option("--threads", type=POSITIVE, default=1, show_default=True, help="Threads per rank."),
@@ -67,7 +67,7 @@ batches = click.option(
     multiple=True,
     default=(32, 320),
     show_default=True,
-    help="Sequences of all ranks together; repeatable.",
+    help="Number of sequences of all ranks together; repeatable.",
 )
 
 
@@ -76,7 +76,7 @@ batches = click.option(
 @click.option(
     "--columns",
     type=Number(int, 2, 1024),
-    help="Time V G V' too, along one direction and along so many: from J V alone, and from a sketch.",
+    help="Also time V G V' along one and along this many directions: from J V alone, and from a sketch.",
 )
 @common
 def products(sizes: tuple[int, ...], columns: int | None, **options: Any) -> None:
@@ -113,7 +113,7 @@ def allreduce(**options: Any) -> None:
 @settings
 @common
 def step(settings: tuple[str, ...], **options: Any) -> None:
-    """Time whole steps of an optimizer, from the start of a run."""
+    """Time complete steps of an optimizer, from the start of a run."""
     from hfmpi.bench import measurements
 
     of_step = {name: options.pop(name) for name in ("optimizer", "gradient_batch", "curvature_batch")}

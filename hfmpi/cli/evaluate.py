@@ -33,11 +33,11 @@ __all__ = ["evaluate"]
 @option("backend", default=Config.backend)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(run: Path, data: Path | None, split: str, keep: str | None, backend: str, as_json: bool) -> None:
-    """Print the bits per character of RUN on its validation text or another one, also under mpirun.
+    """Print the bits per character of RUN on its validation text or a different text, also under mpirun.
 
-    RUN is a folder, of which the parameters with the lowest validation loss are taken (best.h5) unless it was
-    trained with --keep last; or one of its checkpoints. For a text with bytes beyond ASCII it prints bits per
-    byte.
+    RUN is the folder of a run or a checkpoint file. From a folder, the command takes the parameters with the
+    lowest validation loss (best.h5), unless the run was trained with --keep last. For a text with non-ASCII
+    bytes it prints bits per byte.
     """
     import numpy as np
 
@@ -77,7 +77,7 @@ def evaluate(run: Path, data: Path | None, split: str, keep: str | None, backend
         if trained.message:
             click.echo(f"Note: {trained.message}.", err=True)
         if digest != trained.corpus:
-            click.echo(f"Note: {data} holds other data than {run} was trained on.", err=True)
+            click.echo(f"Note: {data} contains different data than {run} was trained on.", err=True)
         result = {
             "run": str(run),
             "step": trained.step,
@@ -108,15 +108,17 @@ def read_corpus(trained: Trained, run: Path, data: Path | None) -> Corpus:
     except UserError as error:
         if data is not None:
             raise
-        raise UserError(f"{error}; if the corpus of the run is elsewhere now, name it with --data") from None
+        raise UserError(
+            f"{error}; if the corpus of the run was moved, use --data with its new path"
+        ) from None
     if data is None and corpus.digest != trained.corpus:
         raise UserError(
-            f"{path} holds other data now than the run was trained on; "
-            f"to evaluate on it all the same give --data {path}"
+            f"{path} no longer contains the data that the run was trained on; "
+            f"to evaluate on it anyway, use --data {path}"
         )
     if corpus.symbols != trained.symbols:
         raise UserError(
-            f"{path} has another vocabulary than {run}: prepare its text with "
+            f"{path} has a different vocabulary than {run}: prepare the text with "
             f"`hfmpi prepare --vocabulary {shlex.quote(str(run))}`"
         )
     return corpus

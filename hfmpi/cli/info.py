@@ -28,7 +28,7 @@ def info(as_json: bool) -> None:
     """Show ranks, hosts, cores, threads, GPUs and the libraries in use.
 
     Start it in the same way as the run, for example with mpirun -n 4 hfmpi info. If the launcher and the MPI
-    library do not match, it reports that, and shows what one process sees.
+    library do not match, the command reports this, and shows what one process sees.
     """
     try:
         comm, problem = connect(), _obstacle()
@@ -63,7 +63,7 @@ def info(as_json: bool) -> None:
 
 
 def _obstacle() -> str | None:
-    """Return why a process that a launcher started alone did not start MPI, or None."""
+    """Return the reason why a process that a launcher started runs without MPI, or None."""
     if library.launched() is None or library.started():
         return None
     try:

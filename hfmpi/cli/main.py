@@ -1,4 +1,4 @@
-"""The `hfmpi` command, which imports a subcommand only when it is called."""
+"""The command `hfmpi`, which imports a subcommand only when it is called."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ __all__ = ["cli", "entry"]
 COMMANDS = {
     "prepare": "Make a corpus file from text.",
     "train": "Train a network, alone or under mpirun.",
-    "evaluate": "Validation loss of a run, bits per character.",
+    "evaluate": "Compute the validation loss of a run in bits per character.",
     "sample": "Generate text with a trained network.",
-    "plot": "Loss against P_I and P_D, as in the paper's Figure 1.",
-    "report": "A page of runs for the browser, also while they are running.",
-    "speedup": "Measured and predicted speedup, and the causes of the difference.",
+    "plot": "Plot the loss against P_I and P_D, as in the paper's Figure 1.",
+    "report": "Write a page of runs for the browser, also while they are running.",
+    "speedup": "Compare measured and predicted speedup, and explain the difference.",
     "bench": "Time products, gradients, the Allreduce and steps on this machine.",
-    "info": "Ranks, cores, threads, GPUs and the MPI library.",
+    "info": "Show ranks, cores, threads, GPUs and the MPI library.",
 }
 
 
 class LazyGroup(click.Group):
-    """Commands by name; listing them imports none of them, so that `--help` is fast."""
+    """A group that lists its commands without importing them, so that `--help` is fast."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names in the order in which users need them."""
@@ -42,7 +42,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the command that `args` begin with; for an unknown one, suggest the most similar."""
+        """Return the command that `args` begin with; for an unknown name, suggest the most similar one."""
         name = args[0]
         if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
             meant = did_you_mean(name, COMMANDS)

@@ -21,8 +21,8 @@ def option(
 ) -> Callable[[CommandT], CommandT]:
     """Return the click option of a field of `Config`; `without` is the default that its help shows.
 
-    Choices are not checked here but where they are used, with the same sentence for the command line, files
-    and Python.
+    Choices are checked where they are used, so that the command line, files and Python produce the same
+    error message.
     """
     kind, field = OPTIONS[name]
     number = SIZE if field.unit == "SIZE" else Number(kind, field.least)
@@ -40,7 +40,7 @@ def option(
 
 
 def options(*names: str) -> Callable[[CommandT], CommandT]:
-    """Return a decorator that adds the options of several fields in this order."""
+    """Return a decorator that adds the options of these fields in this order."""
 
     def decorate(command: CommandT) -> CommandT:
         for name in reversed(names):
@@ -76,7 +76,7 @@ def chosen(values: Mapping[str, Any]) -> Config:
 
 
 def checked_keep(value: str | None) -> str:
-    """Return a value of --keep, "" without one; raise a UserError if it is not one of its choices."""
+    """Return the value of --keep, or "" if it is not set; raise a UserError if it is not a choice."""
     return chosen({"keep": value}).keep
 
 

@@ -1,4 +1,4 @@
-"""`hfmpi plot`: the axes of the paper's Figure 1, and the internals of steps."""
+"""`hfmpi plot`: draw losses on the axes of the paper's Figure 1, or the internals of steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["plot"]
 
 
 @click.command()
-@runs_and_figure("PNG, SVG or PDF, by its extension [default: small charts on the terminal].")
+@runs_and_figure("Figure: PNG, SVG or PDF, by its extension  [default: small charts on the terminal]")
 @click.option(
     "--internals",
     is_flag=True,
@@ -22,8 +22,9 @@ __all__ = ["plot"]
 def plot(runs: tuple[Path, ...], out: Path | None, internals: bool) -> None:
     """Draw training (lines) and validation (marks) bits/char of RUN... against P_I, P_D and seconds.
 
-    For a text with bytes beyond ASCII they are bits per byte, for a run of hfmpi.train its loss. Of several
-    runs print what each of them cost down to the lowest training loss that all of them reached.
+    The unit is bits/byte for a text with non-ASCII bytes, and that of the loss for a run of hfmpi.train. For
+    several runs, the command also prints what each of them cost to reach the lowest training loss that all of
+    them reached.
     """
     from hfmpi.report.figure import charts, draw, draw_internals
     from hfmpi.report.histories import read

@@ -34,7 +34,8 @@ __all__ = ["prepare"]
     show_default=True,
     type=Number(int, least=1, word=ALL),
     metavar=f"INTEGER|{ALL}",
-    help="Characters for training, from the start of the text; all: those that --valid-chars does not need.",
+    help="Characters for training, from the start of the text; all: every character that the other splits "
+    "do not need.",
     shell_complete=lambda ctx, param, prefix: [word for word in [ALL] if word.startswith(prefix)],
 )
 @click.option(
@@ -42,13 +43,13 @@ __all__ = ["prepare"]
     default=VALID_CHARS,
     show_default=True,
     type=Number(int, least=1),
-    help="Characters for validation, after those.",
+    help="Characters for validation, after the training text.",
 )
 @click.option(
     "--test-chars",
     default=0,
     type=Number(int, least=0),
-    help="Characters for a test, after those for validation  [default: none]",
+    help="Characters for a test, after the validation text  [default: none]",
 )
 @click.option(
     "--vocabulary",
@@ -75,11 +76,11 @@ def prepare(
     """Make the corpus OUT.h5 from one or more TEXT files, joined in this order; - is standard input.
 
     Every byte is a symbol; nothing is cleaned or removed. A text that is too short is split in proportion;
-    the rest of a longer one is not used, unless --train-chars is all.
+    the remainder of a longer text is not used, unless --train-chars is all.
     """
     *names, out = paths
     if sum([bool(names), ptb_raw is not None, corpus is not None]) != 1:
-        raise UserError("give either TEXT files or --ptb-raw or --corpus, and OUT.h5 as the last name")
+        raise UserError("use one of TEXT files, --ptb-raw and --corpus, and OUT.h5 as the last argument")
     if ptb_raw is not None:
         source = texts.read_ptb_raw(ptb_raw)
     elif corpus is not None:
@@ -88,15 +89,15 @@ def prepare(
         source = texts.read_texts(names)
 
     if out == texts.STANDARD_INPUT:
-        raise UserError("OUT.h5, the last name, must be that of a file and not -")
+        raise UserError("OUT.h5, the last argument, must be the name of a file, not -")
     if os.path.exists(out):
         if any(os.path.samefile(out, file) for file in source.files):
-            raise UserError(f"{out} is one of the texts: name another file for the corpus")
+            raise UserError(f"{out} is one of the texts: use a different file for the corpus")
         # If OUT.h5 was forgotten, the last text would be overwritten.
         if not is_corpus(out):
-            raise UserError(f"{out} exists and is not a corpus: remove it or name another file")
+            raise UserError(f"{out} exists and is not a corpus: remove it or use a different file")
         if vocabulary is not None and os.path.exists(vocabulary) and os.path.samefile(out, vocabulary):
-            raise UserError(f"{out} is the corpus of --vocabulary: name another file")
+            raise UserError(f"{out} is the corpus of --vocabulary: use a different file")
     elif not out.parent.is_dir():  # checked before a long text is processed
         raise UserError(f"cannot write {out}: there is no folder {out.parent}")
 
@@ -107,7 +108,9 @@ def prepare(
         character = None if unknown is None else os.fsencode(unknown)
         translation = Translation(symbols_of(vocabulary), str(vocabulary), character)
     elif unknown is not None:
-        raise UserError("--unknown goes with --vocabulary: without it every character of the text is in it")
+        raise UserError(
+            "--unknown needs --vocabulary: otherwise the vocabulary contains every character of the text"
+        )
 
     result, size, unit, notes = split(
         source.parts, train_chars, valid_chars, source.provenance, test_chars, translation

@@ -1,4 +1,4 @@
-"""`hfmpi report`: a page of runs for a browser, also while they are running."""
+"""`hfmpi report`: write a page of runs for a browser, also while they are running."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["report"]
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=PATH, metavar="RUN...")
-@click.option("--out", required=True, type=PATH, metavar="PAGE.html", help="The page.")
+@click.option("--out", required=True, type=PATH, metavar="PAGE.html", help="File of the page.")
 @click.option("--follow", is_flag=True, help="Rewrite the page until all runs are done, or until Ctrl-C.")
 @click.option(
     "--every",
@@ -38,11 +38,11 @@ def report(runs: tuple[Path, ...], out: Path, follow: bool, every: float) -> Non
 
     plotly_js()  # fails without plotly, before anything is read
     if os.path.lexists(out) and not is_page(out):
-        raise UserError(f"{out} exists and is not a page of hfmpi report: use another --out")
+        raise UserError(f"{out} exists and is not a page of hfmpi report: use a different --out")
     if follow:
         click.echo(f"{click.format_filename(out)} follows {len(runs)} run(s); Ctrl-C ends it")
         done = following.follow(runs, out, every, lambda sentence: click.echo(f"Note: {sentence}.", err=True))
-        click.echo("All runs are done." if done else "The page stays as it is now.")
+        click.echo("All runs are done." if done else "The page is no longer updated.")
     else:
         replace(out, page(read(runs)))
     click.echo(f"{click.format_filename(out)}: {len(runs)} run(s), {os.path.getsize(out) / 1e6:.1f} MB")

@@ -35,9 +35,9 @@ __all__ = ["sample"]
 def sample(run: Path, length: int, prime: str, temperature: float, keep: str | None, seed: int) -> None:
     """Generate LENGTH characters with the network of RUN, after the prime.
 
-    RUN is a folder, of which the parameters with the lowest validation loss are taken (best.h5) unless it was
-    trained with --keep last; or one of its checkpoints.
-    The output consists of bytes in the encoding of the text that the network was trained on.
+    RUN is the folder of a run or a checkpoint file. From a folder, the command takes the parameters with the
+    lowest validation loss (best.h5), unless the run was trained with --keep last. The output consists of
+    bytes in the encoding of the text that the network was trained on.
     """
     from hfmpi.networks import sampling
     from hfmpi.runs.trained_model import Trained
@@ -51,4 +51,4 @@ def sample(run: Path, length: int, prime: str, temperature: float, keep: str | N
     text = sampling.sample(network, theta, symbols, length, start, temperature, seed)
     if trained.source:
         click.echo(f"Note: the parameters are those of step {trained.step:,}, {trained.source}.", err=True)
-    click.echo(start + text)  # as bytes, whatever the encodings of text and terminal
+    click.echo(start + text)  # bytes, independent of the encodings of text and terminal

@@ -1,4 +1,4 @@
-"""The table that `hfmpi train --set help` prints: the settings of an optimizer."""
+"""The table of an optimizer's settings, which `hfmpi train --set help` prints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WIDEST = 110
 
 
 def settings_help(options: Mapping[str, Any]) -> str:
-    """Return the table of the optimizer that these options choose, with its values in effect."""
+    """Return the table of the optimizer that these options choose, with the values in effect."""
     config = merge(options)
     preset = config.preset()
     optimizer = preset.optimizer
@@ -29,7 +29,7 @@ def settings_help(options: Mapping[str, Any]) -> str:
     formatter.write_text(
         f"Settings of {config.optimizer} ({type(optimizer).__name__}; {batches}). {preset.purpose}"
     )
-    formatter.write_text("Change one by --set NAME=VALUE.")
+    formatter.write_text("Change a setting with --set NAME=VALUE.")
     formatter.write_paragraph()
     rows = [
         (f"{setting.name}={_notation(getattr(optimizer, setting.name))}", _explanation(setting.meaning))
@@ -47,7 +47,7 @@ def _explanation(meaning: Meaning) -> str:
 
 
 def _notation(value: object) -> str:
-    """Return a value as a command line has it."""
+    """Return a value in the notation of the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:.4g}" if isinstance(value, float) else str(value)

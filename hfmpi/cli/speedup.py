@@ -1,4 +1,4 @@
-"""`hfmpi speedup`: measured and predicted speedup, and the causes of the difference."""
+"""`hfmpi speedup`: compare measured and predicted speedup, and explain the difference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["speedup"]
 
 
 @click.command()
-@runs_and_figure("Draw a figure too: PNG, SVG or PDF, by its extension.")
+@runs_and_figure("Also draw a figure: PNG, SVG or PDF, by its extension.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--model", is_flag=True, help="Predict the time of a step on 1 to 16,384 ranks.")
 @click.option(
@@ -25,8 +25,8 @@ __all__ = ["speedup"]
     multiple=True,
     type=PATH,
     metavar="FILE.json",
-    help="Output of `hfmpi bench products|gradients|allreduce --json`: passes over small batches, messages; "
-    "repeatable.",
+    help="Output of `hfmpi bench products|gradients|allreduce --json`, with the times of passes over small "
+    "batches and of messages; repeatable.",
 )
 @click.option("--latency", type=LATENCY, help="Latency of the network to predict for, such as 2us.")
 @click.option("--bandwidth", type=BANDWIDTH, help="Bandwidth of that network, such as 10GB/s.")
@@ -52,7 +52,9 @@ def speedup(
     from hfmpi.speedup.tables import tables
 
     if (latency is None) != (bandwidth is None):
-        raise UserError("a network to predict for needs both --latency and --bandwidth")
+        raise UserError(
+            "a prediction for a network needs both --latency and --bandwidth: add the missing one"
+        )
     if out is not None:
         need_matplotlib()
     job, steps = read_runs(runs)

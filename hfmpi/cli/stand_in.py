@@ -1,4 +1,4 @@
-"""A process between a rank and a launcher that kills without warning.
+"""A process between a rank and a launcher that kills its processes without warning.
 
 The mpirun of MPICH ends on SIGHUP, SIGUSR2 and SIGXCPU, and when its output fails (a full disk, `| head`).
 Its proxies then kill the process group of each rank immediately. Therefore the process that they started

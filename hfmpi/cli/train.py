@@ -1,4 +1,4 @@
-"""`hfmpi train`: one run, on as many ranks as the launcher started."""
+"""`hfmpi train`: train a network on as many ranks as the launcher started."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ __all__ = ["train"]
     default=600.0,
     show_default=True,
     metavar="SECONDS",
-    help="All ranks end if none has finished a collective for this long; 0: never. A pass over a rank's "
-    "share of the batch must take less.",
+    help="End all ranks if none of them has finished a collective for this long; 0: never. A pass over a "
+    "rank's share of the batch must take less time.",
 )
 @settings
-@click.option("--config", type=PATH, metavar="FILE.toml", help="Options from a file.")
+@click.option("--config", type=PATH, metavar="FILE.toml", help="File to read options from.")
 @click.option(
     "--resume",
     type=PathName(str),
     default="auto",
     show_default=True,
     metavar="auto|never|PATH",
-    help="auto: continue if RUN has a checkpoint; never: refuse to; PATH: start RUN from that run or "
-    "checkpoint, with its options except those on this command line.",
+    help="auto: continue if RUN has a checkpoint; never: stop with an error if it has one; PATH: start RUN "
+    "from that run or checkpoint, with its options except those on this command line.",
 )
 @click.pass_context
 def train(
@@ -60,7 +60,8 @@ def train(
 ) -> None:
     """Train on DATA.h5 (from `hfmpi prepare`), by default an mLSTM of the paper's size with muon-small.
 
-    Options on the command line win over --config. A run that is started again continues from its checkpoint.
+    Options on the command line take precedence over --config. A run that is started again continues from its
+    checkpoint.
     """
     if HELP in settings:
         click.echo(settings_help(_merged(config, options, ())), nl=False)
@@ -87,8 +88,8 @@ def train(
         def read(config: Config, resumes: bool) -> TextTask:
             if resumes and not os.path.exists(data):
                 raise UserError(
-                    f"cannot read {data}: No such file or directory; if the corpus of {folder} is elsewhere "
-                    f"now, name it there, and --out {folder}"
+                    f"cannot read {data}: No such file or directory; if the corpus of {folder} was moved, "
+                    f"use its new path and --out {folder}"
                 )
             choose = partial(preferred, ranks=comm.size, memory=memory)
             chooses = config.prefer != "none" and not resumes
@@ -102,7 +103,7 @@ def train(
 
 
 def _merged(config: Path | None, options: dict[str, Any], settings: tuple[str, ...]) -> dict[str, Any]:
-    """Return the options of the configuration file and of the command line, which take precedence."""
+    """Merge the options of the configuration file and of the command line, which take precedence."""
     merged = from_toml(config) if config else {}
     in_file = merged.pop("settings", {})
     if not isinstance(in_file, dict):

@@ -27,14 +27,17 @@ __all__ = [
 ]
 
 HELP = "help"
-"""The word that `hfmpi train --set` takes in place of a setting, to list all of them."""
+"""The word that `hfmpi train --set` accepts instead of a setting, to list all settings."""
 
 MOST = 10**9
-"""Maximum of numbers that memory or time are proportional to; for larger ones the need cannot be computed."""
+"""Maximum of numbers to which memory or time is proportional.
+
+For larger numbers, the required memory or time cannot be computed.
+"""
 
 
 class PathName(click.Path):
-    """The name of a file or folder, which is not opened here."""
+    """The name of a file or folder; the parser does not open it."""
 
     def __init__(self, path_type: type[Path] | type[str] = Path) -> None:
         super().__init__(readable=False, path_type=path_type)
@@ -52,7 +55,7 @@ PATH = PathName()
 
 
 class Number(click.ParamType):
-    """A whole or finite number, optionally from `least` to `most`, or optionally the word `word`."""
+    """An integer or a finite number, optionally from `least` to `most`, or optionally the word `word`."""
 
     def __init__(
         self,
@@ -85,7 +88,7 @@ class Number(click.ParamType):
 
 
 class Quantity(click.ParamType):
-    """A positive number with a unit, or without one in the basic unit.
+    """A positive number with a unit; a number without a unit is in the basic unit.
 
     Parameters
     ----------
@@ -96,7 +99,7 @@ class Quantity(click.ParamType):
     units : mapping of str to float
         The size of each unit in basic units.
     whole : bool
-        Whether to round down to whole basic units.
+        Whether to round down to an integer number of basic units.
     any_case : bool
         Whether units may also be written in capital letters.
     """
@@ -145,7 +148,7 @@ BANDWIDTH = Quantity(
 
 
 def parse_settings(pairs: Iterable[str]) -> dict[str, bool | int | float | str]:
-    """Parse NAME=VALUE pairs, whose values are true or false, whole numbers, numbers or words.
+    """Parse NAME=VALUE pairs, whose values are true or false, integers, other numbers or words.
 
     Raises
     ------
@@ -165,7 +168,7 @@ def parse_settings(pairs: Iterable[str]) -> dict[str, bool | int | float | str]:
 
 
 def _value(text: str) -> bool | int | float | str:
-    """Return a value in the type of its notation."""
+    """Convert a value to the type of its notation."""
     if text in ("true", "false"):
         return text == "true"
     for kind in (int, float):

@@ -1,1 +1,1 @@
-"""What a run costs: the paper's counts and the clock."""
+"""Measure the cost of a run: the counts of the paper, and seconds."""

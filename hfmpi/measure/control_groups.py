@@ -1,7 +1,8 @@
-"""The limits of this process's control groups on memory and processor time (Linux cgroups, versions 1 and 2).
+"""Read the limits of this process's control groups on memory and processor time (Linux cgroups, v1 and v2).
 
-A limit of a group holds for all groups below it. Slurm limits the memory of a job on a parent of the
-process's group, containers and systemd on any group: so the process's group and all its parents are read.
+A limit of a group holds for all groups below it. Slurm sets the memory limit of a job on a parent of the
+process's group; containers and systemd set limits on any group. Therefore the process's group and all its
+parents are read.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def _droppable(group: Path) -> int:
         for line in (group / "memory.stat").read_text().splitlines():
             name, number = line.split()
             numbers[name] = int(number)
-    # Version 1 has two numbers of each kind: of the group alone and, as total, with the groups below it.
+    # Version 1 has two numbers of each kind: for the group alone and, as total, with the groups below it.
     return sum(
         numbers.get(f"total_{name}", numbers.get(name, 0)) for name in ("inactive_file", "active_file")
     )

@@ -1,4 +1,4 @@
-"""What a run costs, in the paper's unit: the forward pass of one sequence.
+"""Count the cost of a run in the paper's unit: the forward pass of one sequence.
 
 ================  ================================================================================
 I_t               optimizer steps
@@ -10,21 +10,21 @@ P_P               cost on P ranks, between the two
 ================  ================================================================================
 
 A gradient counts as three forward passes, a Gauss-Newton product as four (Krause et al. 2015, On the
-Efficiency of Recurrent Neural Network Optimization Algorithms). A product consists of J v and J' u, two
-each; a projection V G V' needs J V alone and counts as two.
+Efficiency of Recurrent Neural Network Optimization Algorithms). A product consists of J v and J' u, each of
+which counts as two; a projection V G V' needs only J V and counts as two.
 
-Independent vectors in one pass count once where the hardware processes all of them at once (P_I), and
-separately where it does not (P_D, P_P). The methods of the paper have one vector per pass.
+Independent vectors in one pass count once if the hardware processes all of them at once (P_I), and
+separately if it does not (P_D, P_P). The methods of the paper have one vector per pass.
 
-This holds for adjoints too. The rows of K segments of each example (hfmpi.optim.rows) are K adjoint passes
-side by side after one forward pass. They count 3 in P_I and (1 + 2 K) B_g in P_D, and on P ranks K B_g takes
-the place of B_g in the adjoint part. Those of a sketch over the curvature batch run beside them: K' segments
-count 2 K' B_c in P_D and nothing in P_I. One row per example is an intermediate of the gradient, K = 1. This
-extends the paper, which runs only sequences in parallel: if the segments ran in turn, P_I would be 1 + 2 K.
-P_D could be (2 + K) B_g if each adjoint started at the end of its segment; hfmpi starts all of them at the
-end of the sequence.
+This applies to adjoints too. The rows of K segments of each example (hfmpi.optim.rows) are K simultaneous
+adjoint passes after one forward pass. They count 3 in P_I and (1 + 2 K) B_g in P_D, and on P ranks K B_g
+replaces B_g in the adjoint part. The adjoint passes of a sketch over the curvature batch run at the same
+time: K' segments count 2 K' B_c in P_D and nothing in P_I. One row per example is an intermediate result of
+the gradient, K = 1. This extends the paper, which runs only sequences in parallel: if the segments were
+sequential, P_I would be 1 + 2 K. P_D could be (2 + K) B_g if each adjoint started at the end of its segment;
+hfmpi starts all of them at the end of the sequence.
 
-The `full` account also has the linear algebra of the optimizer, in the same unit (`ForwardPass`).
+The `full` account also includes the linear algebra of the optimizer, in the same unit (`ForwardPass`).
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ __all__ = ["COUNTS", "PASSES", "Counts", "ForwardPass", "Pass", "executed", "ful
 
 
 class ForwardPass(NamedTuple):
-    """The unit of linear algebra: what the forward pass of one sequence is worth.
+    """The unit of linear algebra: the cost of the forward pass of one sequence.
 
     A parameter counts one multiplication and one addition in each step, so that a pass of L steps has about
-    2 D L operations. Its depth is the number of its matrix products that wait for one another.
+    2 D L operations. Its depth is the number of its sequential matrix products.
 
     Attributes
     ----------
@@ -58,26 +58,26 @@ class ForwardPass(NamedTuple):
 class Pass(NamedTuple):
     """A kind of pass, declared at the field of `Counts` that counts it.
 
-    Products with rows are a kind too, because the ranks share them and sum a message after each; they cost no
-    forward pass: their work is in `Counts.operations` and `Counts.depth`.
+    Products with rows are a kind too, because the ranks share them and sum a message after each of them. They
+    do not count as forward passes: their work is in `Counts.operations` and `Counts.depth`.
 
     Attributes
     ----------
     name : str
     cost : int
-        In forward passes.
+        The cost in forward passes.
     on_gradient : bool
-        Over the gradient batch, otherwise over the curvature batch.
+        Whether it is over the gradient batch; otherwise it is over the curvature batch.
     spans : tuple of str
-        To which a timer books it.
+        The spans of a timer to which its time belongs.
     paper : str
-        The count that the formulas of the paper use in its place; empty: they leave this kind out.
+        The count that the formulas of the paper use instead; empty if they omit this kind.
     further : str
-        The count of the vectors after the first of each pass; empty: a pass has one vector.
+        The count of the vectors after the first of each pass; empty if a pass has one vector.
     shared : int
         The part of the cost that all vectors of a pass share: adjoints have one forward pass.
     beside : str
-        The count of vectors of passes over the curvature batch that run beside those of this pass.
+        The count of vectors of passes over the curvature batch that run at the same time as this pass.
     """
 
     name: str
@@ -91,36 +91,36 @@ class Pass(NamedTuple):
 
 
 def _count(words: str, kind: Pass | None = None) -> int:
-    """Declare a count, the words for it in tables, and the kind of pass that it counts."""
+    """Declare a count, its name in tables, and the kind of pass that it counts."""
     return field(default=0, metadata={"words": words, "pass": kind})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What was executed, in one step or since the start; counts add up with `+`.
+    """The work that was executed, in one step or since the start; `+` adds counts.
 
     Attributes
     ----------
     steps, cg_steps : int
-        I_t and I_c of the paper; I_c stays 0 for first-order methods. An optimizer leaves `steps` at 0.
+        I_t and I_c of the paper; I_c is 0 for first-order methods. An optimizer does not count `steps`.
     gradients, losses : int
         Passes over the gradient batch.
     linearisations, products, projections : int
-        Passes over the curvature batch. A linearisation that the gradient's own forward pass provides
+        Passes over the curvature batch. A linearisation that the forward pass of the gradient provides
         (`Objectives.shared`) is not counted.
     bends : int
         Second derivatives of the outputs along a step, over the gradient batch.
     candidates, directions, adjoints : int
         Vectors after the first of each loss, of each projection or model from a sketch, and of each adjoint
         pass of rows: an example with C rows has C cotangents, which are independent of one another
-        (hfmpi.optim.rows). A model from a sketch takes no pass for each direction.
+        (hfmpi.optim.rows). A model from a sketch needs no separate pass for each direction.
     sketches : int
         Adjoint passes of a sketch over the curvature batch, one for each segment of an example.
     row_products : int
         Products with the rows of the gradient batch, of any kind (`RowMatrix`).
     operations : int
         Floating point operations of the optimizer's linear algebra: products of matrices, Cholesky, QR and
-        eigenvalue decompositions. Element-wise operations and inner products of vectors are left out.
+        eigenvalue decompositions. Element-wise operations and inner products of vectors are not counted.
     depth : int
         Sequential steps of the linear algebra (hfmpi.measure.linear_algebra).
     """
@@ -155,7 +155,7 @@ class Counts:
 
 
 COUNTS: dict[str, str] = {f.name: f.metadata["words"] for f in fields(Counts) if f.metadata}
-"""What a step counts, and the words for it in tables."""
+"""The counts of a step, and their names in tables."""
 
 PASSES: dict[str, Pass] = {f.name: kind for f in fields(Counts) if (kind := f.metadata.get("pass"))}
 """The kinds of passes, by the name of their count."""
@@ -164,8 +164,9 @@ PASSES: dict[str, Pass] = {f.name: kind for f in fields(Counts) if (kind := f.me
 def paper(counts: Counts, gradient_batch: int, curvature_batch: int) -> tuple[int, int]:
     """Compute (P_D, P_I) by the formulas of Krause et al. 2015.
 
-    P_D = 3 I_t B_g + 4 I_c B_c and P_I = 3 I_t + 4 I_c. For methods that are not in the paper the same rule
-    adds 2 for each projection, and to P_D 2 for each further direction and adjoint, and adjoint of a sketch.
+    P_D = 3 I_t B_g + 4 I_c B_c and P_I = 3 I_t + 4 I_c. For methods that are not in the paper, the same rule
+    adds 2 for each projection, and to P_D also 2 for each further direction, for each further adjoint, and
+    for each adjoint of a sketch.
 
     Examples
     --------
@@ -178,9 +179,9 @@ def paper(counts: Counts, gradient_batch: int, curvature_batch: int) -> tuple[in
 def ranks(counts: Counts, gradient_batch: int, curvature_batch: int, size: int) -> int:
     """Compute P_P, the paper's cost when `size` ranks share each batch.
 
-    P_P = 3 I_t ceil(B_g / P) + 4 I_c ceil(B_c / P), which is P_D for P = 1 and P_I once P >= B_g, B_c. The
-    speedup that it predicts is P_D / P_P. If a pass has C vectors, C B_c takes the place of B_c; if it has C
-    adjoints, C B_g takes the place of B_g in two thirds of the gradient.
+    P_P = 3 I_t ceil(B_g / P) + 4 I_c ceil(B_c / P), which is P_D for P = 1 and P_I for P >= B_g, B_c. The
+    predicted speedup is P_D / P_P. If a pass has C vectors, C B_c replaces B_c; if it has C adjoints, C B_g
+    replaces B_g in two thirds of the gradient.
     """
     passes = _passes(counts, gradient_batch, curvature_batch, executed=False)
     return sum(cost * count * -(-sequences // (count * size)) for cost, count, sequences in passes)
@@ -189,10 +190,10 @@ def ranks(counts: Counts, gradient_batch: int, curvature_batch: int, size: int) 
 def executed(counts: Counts, gradient_batch: int, curvature_batch: int) -> tuple[int, int]:
     """Compute (P_D, P_I) of all passes that were executed.
 
-    The paper's formulas leave out the forward passes of backtracking and line search, the product that a
-    warm start needs, and the linearisation. Here a loss and a linearisation count 1, a gradient 3, a
-    projection 2 and a product 4; P_D counts every further vector of a pass as much again, but a further
-    adjoint and each adjoint of a sketch 2.
+    The paper's formulas omit the forward passes of backtracking and line search, the product that a warm
+    start needs, and the linearisation. Here a loss and a linearisation count 1, a gradient 3, a projection 2
+    and a product 4. P_D counts every further vector of a pass like the first, except that a further adjoint
+    and each adjoint of a sketch count 2.
 
     Examples
     --------
@@ -205,8 +206,8 @@ def executed(counts: Counts, gradient_batch: int, curvature_batch: int) -> tuple
 def full(counts: Counts, gradient_batch: int, curvature_batch: int, unit: ForwardPass) -> tuple[int, int]:
     """Compute (P_D, P_I) of everything that was executed: all passes and the linear algebra.
 
-    P_D has the operations of the linear algebra over those of a forward pass, P_I its depth over that of a
-    forward pass; each is rounded up once.
+    P_D includes the operations of the linear algebra divided by those of a forward pass, P_I its depth
+    divided by that of a forward pass; each quotient is rounded up once.
 
     Examples
     --------
@@ -220,7 +221,7 @@ def full(counts: Counts, gradient_batch: int, curvature_batch: int, unit: Forwar
 def _passes(
     counts: Counts, gradient_batch: int, curvature_batch: int, executed: bool
 ) -> list[tuple[int, int, int]]:
-    """Return cost, number and sequences of each kind of pass, as executed or as the paper counts.
+    """Return cost, number and sequences of each kind of pass, as executed or as the paper counts them.
 
     A kind with a shared part has two entries.
     """

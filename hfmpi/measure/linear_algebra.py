@@ -1,4 +1,4 @@
-"""What dense linear algebra costs: floating point operations, and the steps that wait for one another.
+"""Count the cost of dense linear algebra: floating point operations, and sequential steps.
 
 ================  ==============================  =====  ================================================
                   operations                      depth
@@ -6,7 +6,7 @@
 product           2 m k n                         1      (m, k) times (k, n)
 gram              m^2 n                           1      A A' of A (m, n): half of a product, by symmetry
 cholesky          n^3 / 3                         n      section 4.2.5
-solve             2 n^3 / 3                       3 n    LU decomposition and two triangular ones; section 3.2
+solve             2 n^3 / 3                       3 n    LU decomposition, two triangular solves; section 3.2
 triangular_solve  n^2 for each right-hand side    n      section 3.1
 qr                8 n^3 / 3                       2 n    Householder: 4/3 n^3 for R, as many for Q; 5.2.2
 eigh              9 n^3                           2 n    symmetric QR algorithm with vectors; section 8.3
@@ -16,13 +16,12 @@ The sections are those of Golub and Van Loan, Matrix Computations, 4th edition. 
 for real numbers of any precision. NumPy calls LAPACK's divide-and-conquer method for eigenvalues, which needs
 fewer operations than are counted here.
 
-A product of matrices has depth 1, whatever its size, as in the forward pass of a network. Factorisations
-eliminate one column after the other, n steps. The reflections of a QR decomposition are n steps, and n more
-multiply them together to Q. The reduction of a symmetric matrix to a tridiagonal one is n steps; what follows
-it, about two QR sweeps for each eigenvalue, which overlap, is counted as n more.
+A product of matrices of any size has depth 1, as in the forward pass of a network. Factorisations eliminate
+the columns sequentially, in n steps. The reflections of a QR decomposition are n steps, and their product Q
+takes n more steps. The reduction of a symmetric matrix to a tridiagonal one is n steps; the following QR
+sweeps, about two for each eigenvalue, overlap and count as n more steps.
 
-All functions return `Counts`. Work that waits for other work is added with `+`; `together` is for work side
-by side.
+All functions return `Counts`. Sequential work is added with `+`; `together` is for simultaneous work.
 """
 
 from __future__ import annotations
@@ -70,12 +69,12 @@ def eigh(n: int) -> Counts:
 
 
 def repeated(work: Counts, times: int) -> Counts:
-    """Return the cost of work that is done again and again, each time after the last."""
+    """Return the cost of work that is repeated sequentially."""
     return Counts(operations=times * work.operations, depth=times * work.depth)
 
 
 def together(works: Iterable[Counts]) -> Counts:
-    """Return the cost of work side by side: all operations, and the longest depth.
+    """Return the cost of simultaneous work: all operations, and the longest depth.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Facts about this machine: processor, BLAS, versions, and the cores and memory that a process may use."""
+"""Describe this machine: processor, BLAS, versions, and the cores and memory that a process may use."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def free_memory(ranks: int = 1, root: Path = Path("/")) -> int:
     """Return the bytes that this process can still allocate.
 
     That is the minimum of the node's free memory, the limits of the control groups and of the Slurm job on
-    this node, and the limits of the process (`ulimit -v` and `-d`). If none of them is known it is a guess of
-    4 GiB.
+    this node, and the limits of the process (`ulimit -v` and `-d`). If none of them is known, it is assumed
+    to be 4 GiB.
 
     Parameters
     ----------
@@ -88,7 +88,7 @@ def free_memory(ranks: int = 1, root: Path = Path("/")) -> int:
 
 
 def _slurm_memory() -> int | None:
-    """Return the bytes of this job on this node, or None without a limit, which Slurm writes as 0."""
+    """Return the bytes of this job on this node, or None if there is no limit, which Slurm writes as 0."""
     for name, count in (
         ("SLURM_MEM_PER_NODE", None),
         ("SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"),

@@ -1,4 +1,4 @@
-"""A running mean of the losses of single batches, which are noisy."""
+"""Smooth the losses of single batches, which are noisy, by a running mean."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def smoothed(values: ArrayLike) -> np.ndarray:
     Parameters
     ----------
     values : (n,) float
-        NaN at steps without a value: their mean is NaN, and they do not enter other means.
+        NaN at steps without a value: the mean at such a step is NaN, and other means do not include it.
     """
     values = np.asarray(values, float)
     means, seen = np.full(len(values), np.nan), ~np.isnan(values)

@@ -25,20 +25,20 @@ WAITING = "waiting"
 """The time in collectives during which a rank waits for slower ranks."""
 
 MATRIX = "matrix "
-"""Work on matrices that is one rank's (`Objective.spread`); the name goes on with the number of the work."""
+"""Work on a matrix that one rank does (`Objective.spread`); the number of the work follows in the name."""
 
 OPTIMIZER = "optimizer"
-"""The rest of a step."""
+"""The remaining time of a step."""
 
 EVALUATE, FILES = "evaluate", "files"
-"""Between steps."""
+"""Time between steps."""
 
 MATRICES = "matrices"
-"""All works on matrices, where they are shown together."""
+"""All work on matrices, if it is shown as one span."""
 
 
 def together(spans: Mapping[str, float]) -> dict[str, float]:
-    """Return the spans with all works on matrices as one."""
+    """Return the spans with all work on matrices merged into one span."""
     merged = {name: seconds for name, seconds in spans.items() if not name.startswith(MATRIX)}
     works = [seconds for name, seconds in spans.items() if name.startswith(MATRIX)]
     return merged | ({MATRICES: sum(works)} if works else {})

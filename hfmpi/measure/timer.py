@@ -1,4 +1,4 @@
-"""The time of a rank by named spans, and the waiting time inside collectives."""
+"""Measure the time of a rank by named spans, and the waiting time inside collectives."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Timer", "split_waiting"]
 
 
 class Timer:
-    """A clock that counts each moment for the innermost open span.
+    """A clock that assigns the time to the innermost open span.
 
     Parameters
     ----------
@@ -26,8 +26,8 @@ class Timer:
     Attributes
     ----------
     totals : dict of str to float
-        Seconds of each name, without those of the spans nested inside. They add up to the time spent in
-        any span, and are up to date whenever a span opens or closes.
+        Seconds of each name, without the spans nested inside. Their sum is the time spent in any span. They
+        are updated whenever a span opens or closes.
 
     Examples
     --------

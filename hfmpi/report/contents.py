@@ -1,4 +1,4 @@
-"""The contents of a run's folder for its page; for a part that cannot be read, the reason."""
+"""Read the contents of a run's folder for its page, or the reasons why parts cannot be read."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SAMPLE = 400
 FILES = (HISTORY, CONFIG, TIMING, NEWEST, BEST, DONE)
 
 Stamp = tuple[tuple[int, int] | None, ...]
-"""Modification time and size of files, None for a file that is absent."""
+"""Modification time and size of files; None for a file that is missing."""
 
 
 class NetworkInfo(NamedTuple):
@@ -72,7 +72,7 @@ class Contents:
     done : str or None
         The limit that the run has reached.
     changed : datetime or None
-        When the history was last written.
+        The time when the history was last written.
     steps : Steps
     loss : LossKeys
     unit : str
@@ -83,7 +83,7 @@ class Contents:
         Times of each rank.
     network : NetworkInfo
     missing : dict of str to str
-        For each missing part, by its attribute, the reason.
+        The reason for each missing part, by its attribute.
     """
 
     name: str
@@ -117,16 +117,16 @@ def read(folders: Sequence[Path]) -> list[Contents]:
     Raises
     ------
     UserError
-        If one is not the folder of a run, or its history is damaged.
+        If a folder does not contain a run, or its history is damaged.
     """
     runs = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
-    # Their losses share a figure: if the text of one run is not ASCII, all are in bits per byte.
+    # The losses share a figure: if the text of one run is not ASCII, all losses are in bits per byte.
     unit = loss_unit(b"".join(run.network.symbols for run in runs))
     return [replace(run, unit=unit) if run.loss == BITS else run for run in runs]
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Return a name for each run: that of its folder, or its path if two folders have the same name."""
+    """Return a name for each run: the name of its folder, or its path if two folders have the same name."""
     names = [Path(os.path.abspath(folder)).name for folder in folders]
     names = names if len(set(names)) == len(names) else list(map(str, folders))
     return [os.fsencode(name).decode("utf-8", "backslashreplace") for name in names]
@@ -160,7 +160,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     options = from_toml(folder / CONFIG)
     try:
         effective = merge(options).in_effect()
-    except UserError:  # perhaps of a different version: the options as they are in the file
+    except UserError:  # perhaps a different version wrote the file: show its options unchanged
         return options
     named = {FORMER_NAMES.get(name, name) for name in options}
     return {name: value for name, value in effective.items() if name in named or name not in OPTIONS}
@@ -187,16 +187,16 @@ def _done(folder: Path) -> str | None:
     try:
         with open_regular(folder / DONE) as file:
             return file.read(200).decode("utf-8", "backslashreplace").strip()
-    except UserError:  # the run is done, whatever the file holds
+    except UserError:  # the run is done, whatever the file contains
         return ""
 
 
 def _history(folder: Path) -> tuple[Steps, LossKeys]:
-    """Return the steps, which are none before the first one ends, and the keys of their losses."""
+    """Return the steps (none before the first one ends), and the keys of their losses."""
     path = folder / HISTORY
     if not os.path.lexists(path):
         if not any(os.path.lexists(folder / name) for name in FILES):
-            raise UserError(f"{folder} holds no run: it has neither {HISTORY} nor {CONFIG}")
+            raise UserError(f"{folder} does not contain a run: it has neither {HISTORY} nor {CONFIG}")
         return Steps(), BITS
     records = History.read(folder, COSTS)
     loss = loss_keys(records[0]) if records else BITS

@@ -1,4 +1,4 @@
-"""The curves of a run as numbers for its page: losses and the internals of each step."""
+"""Compute the curves of a run for its page: losses and the internals of each step."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ MOST_OTHERS = 12
 """Maximum number of panels for quantities that are not in `INTERNALS`."""
 
 CG = "cg_steps"
-"""Every history has this key, also those of optimizers without CG."""
+"""Every history has this key, even that of an optimizer without CG."""
 
 
 def panels(runs: Sequence[Contents]) -> dict[str, Internal]:
-    """Return the internals that steps of these runs report by their keys, in the order of their panels."""
+    """Return the internals that these runs report, by their keys, in the order of their panels."""
     keys = dict.fromkeys(key for run in runs for key in _internals(run))
     known = {key: about for key, about in INTERNALS.items() if key in keys}
     others = [key for key in keys if key not in known]
@@ -40,7 +40,7 @@ def _internals(run: Contents) -> list[str]:
 
 
 def curves(run: Contents, keys: Sequence[str]) -> dict[str, Any]:
-    """Return the curves of a run as JSON can hold them.
+    """Return the curves of a run in a form that JSON can represent.
 
     Returns
     -------
@@ -64,7 +64,7 @@ def curves(run: Contents, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def thinned(count: int, most: int = MOST) -> np.ndarray:
-    """Return at most `most` indices below `count`: even ones, and early ones for logarithmic axes."""
+    """Return at most `most` indices below `count`: evenly spaced, plus early ones for logarithmic axes."""
     if count <= most:
         return np.arange(count)
     even = np.linspace(0, count - 1, most - most // 4)

@@ -1,4 +1,4 @@
-"""Escaping of text from files, so that a page shows it and never interprets it."""
+"""Escape text from files, so that a page shows it and never interprets it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import html
 __all__ = ["escaped"]
 
 MOST = 200
-"""Maximum number of characters; longer texts are cut."""
+"""Maximum number of characters; longer texts are truncated."""
 
 
 def escaped(text: object, most: int = MOST) -> str:

@@ -1,4 +1,4 @@
-"""Figures of runs: losses against costs, the internals of steps, and small charts of both for a terminal."""
+"""Draw runs: losses against costs, the internals of steps, and small charts of both for a terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AXES = "P_I", "P_D", "seconds"
 """The costs of the panels of a figure of losses, in the order of the paper's Figure 1."""
 
 LOSSES = "train_bpc", "valid_bpc", "loss", "valid_loss"
-"""Keys of losses; a run has some of them. Those of metrics start with valid_ too."""
+"""Keys of losses; a run has some of them. The keys of metrics start with valid_ too."""
 
 Runs = Sequence[tuple[str, Sequence[Record]]]
 """Name and step records of each run."""
@@ -49,7 +49,7 @@ def charts(runs: Runs, internals: bool) -> list[str]:
 def draw(runs: Runs, unit: str) -> Any:
     """Return a figure of training and validation losses, with a panel for each cost of `AXES`.
 
-    Each run has its line style and marker, so that the figure can be read in black and white.
+    The runs differ in line style and marker, so that the figure can be read in black and white.
     """
     from matplotlib.figure import Figure
 
@@ -69,7 +69,7 @@ def draw(runs: Runs, unit: str) -> Any:
             if points:  # marked at intervals, so that the line remains visible
                 columns = zip(*points, strict=True)
                 marks = axis.plot(*columns, marker, color=f"C{i}", markersize=4, markevery=0.03)
-                axis.plot(*points[-1], marker, color=f"C{i}", markersize=4)  # the last one always
+                axis.plot(*points[-1], marker, color=f"C{i}", markersize=4)  # the last one is always marked
         valid = [value for _, value in losses if value is not None]
         if valid:  # a validation loss that rises stays in the figure
             top = max(top, *valid[valid.index(min(valid)) :])
@@ -100,7 +100,7 @@ def _readable(axis: Any) -> None:
 
 
 def draw_internals(runs: Runs) -> Any:
-    """Return a figure of what optimizers report for each step, with a panel for each quantity.
+    """Return a figure of the quantities that optimizers report for each step, with a panel for each.
 
     Raises
     ------
@@ -164,7 +164,7 @@ def _internals(name: str, records: Sequence[Mapping[str, Any]]) -> list[str]:
         for key, about in INTERNALS.items()
         if about.plotted and all(is_drawable(record.get(key, "")) for record in records)
     ]
-    if not any(record["cg_steps"] for record in records):  # which every history has
+    if not any(record["cg_steps"] for record in records):  # every history has this key
         keys.remove("cg_steps")
     if not keys:
         raise UserError(f"the history of {name} has no quantity for --internals that is known at every step")

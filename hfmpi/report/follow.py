@@ -1,4 +1,4 @@
-"""Rewriting a page while its runs continue."""
+"""Rewrite a page while its runs continue."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hfmpi.report.page import page
 __all__ = ["follow"]
 
 REST = 4.0
-"""Seconds of rest for each second that a page took, so that the cores remain available to the runs."""
+"""Seconds of pause for each second that a page took, so that the cores remain available to the runs."""
 
 
 def follow(folders: Sequence[Path], out: Path, every: float, report: Callable[[str], object]) -> bool:
@@ -27,9 +27,9 @@ def follow(folders: Sequence[Path], out: Path, every: float, report: Callable[[s
     folders : sequence of Path
     out : Path
     every : float
-        Seconds between two pages, if anything has changed.
+        Seconds between two pages; a page is rewritten only if a run has changed.
     report : callable
-        Called with the reason if a page cannot be written, once for each reason; the page is tried again.
+        Called with the reason if a page cannot be written, once for each reason; writing is retried.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""The histories of the runs that `hfmpi plot` draws together."""
+"""Read the histories of the runs that `hfmpi plot` draws together."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["read"]
 
 
 def read(runs: Iterable[tuple[str, Path]], internals: bool) -> tuple[Runs, str, str]:
-    """Read the histories of runs, by their names and folders.
+    """Read the histories of runs from their names and folders.
 
-    Steps without a loss, which were rejected, are left out, unless the figure is one of internals.
+    Steps without a loss, which were rejected, are omitted, unless the figure shows internals.
 
     Returns
     -------
@@ -26,7 +26,7 @@ def read(runs: Iterable[tuple[str, Path]], internals: bool) -> tuple[Runs, str, 
     unit : str
         Unit of the losses.
     note : str
-        What the user should know about the runs; empty if nothing.
+        What the user should know about the runs; may be empty.
 
     Raises
     ------
@@ -34,7 +34,7 @@ def read(runs: Iterable[tuple[str, Path]], internals: bool) -> tuple[Runs, str, 
         If a history cannot be read or is empty, or if losses of different units would be drawn.
     """
     histories = []
-    symbols, trained, in_bits = b"", dict[str, str](), dict[bool, str]()  # a run of each kind by name
+    symbols, trained, in_bits = b"", dict[str, str](), dict[bool, str]()  # the name of one run of each kind
     for name, folder in runs:
         records = History.read(folder, AXES)
         keys = loss_keys(records[0]) if records else BITS
@@ -50,7 +50,7 @@ def read(runs: Iterable[tuple[str, Path]], internals: bool) -> tuple[Runs, str, 
             trained.setdefault(digest, name)
     if len(in_bits) > 1 and not internals:
         raise UserError(
-            f"{in_bits[True]} has losses in bits/char and {in_bits[False]} those of a model: "
+            f"{in_bits[True]} has losses in bits/char, but {in_bits[False]} has the losses of a model: "
             "plot them separately"
         )
     note = ""

@@ -1,4 +1,4 @@
-"""What several runs cost down to the lowest loss that all of them reached, as a table for a terminal."""
+"""Compare what several runs cost to reach the lowest loss that all of them reached, on a terminal."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hfmpi.report.figure import AXES, Runs
 __all__ = ["comparison"]
 
 DIGITS = 2
-"""Digits of the level, which is rounded up: to digits that a reader can compare with the figure."""
+"""Digits of the level, which is rounded up so that a reader can compare it with the figure."""
 
 EXPLAINED = (
     "P_I counts sequential passes: it is the time on hardware without limits. P_D counts passes over single",
-    "examples: it is the time on one core. Seconds are those of these runs, with validation left out.",
+    "examples: it is the time on one core. Seconds are those of these runs, without validation.",
 )
 
 

@@ -3,7 +3,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const all = (query) => [...document.querySelectorAll(query)];
 
-  // The reader's choices outlast a reload in this tab, if the browser stores anything for local files.
+  // The reader's choices persist over a reload in this tab, if the browser stores data for local files.
   const choice = {
     loss: { against: "P_I", x: "log", y: "linear" }, internal: { against: "step", x: "linear" },
     train: true, valid: true, hidden: [], zoom: {},
@@ -12,7 +12,7 @@
   try { Object.assign(choice, JSON.parse(sessionStorage.getItem(storageKey))); } catch { /* no storage */ }
   const save = () => { try { sessionStorage.setItem(storageKey, JSON.stringify(choice)); } catch { /* no storage */ } };
 
-  const touch = matchMedia("(pointer: coarse)").matches;  // a finger that drags scrolls the page
+  const touch = matchMedia("(pointer: coarse)").matches;  // on a touch screen, dragging scrolls the page
   const config = {
     responsive: true, displaylogo: false, displayModeBar: touch ? false : "hover",
     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
@@ -47,7 +47,7 @@
 
   const shown = () => data.runs.filter((run) => !choice.hidden.includes(run.name));
   const line = (run, width) => ({ color: run.style.colour, width, dash: run.style.dash ? run.style.dash.replace(/\d+/g, "$&px") : "solid" });
-  const pairs = (xs, ys, steps) => {  // unknown ones are left out: a single point between gaps would be invisible
+  const pairs = (xs, ys, steps) => {  // omits unknown values: a single point between gaps would be invisible
     const known = [...ys.keys()].filter((i) => ys[i] !== null && xs[i] !== null);
     const of = (values) => known.map((i) => values[i]);
     return { x: of(xs), y: of(ys), customdata: of(steps), mode: known.length === 1 ? "lines+markers" : "lines" };
@@ -102,7 +102,7 @@
       },
       hovertemplate: "%{y}, %{fullData.name}: %{x:.4g} s<extra></extra>",
     }));
-    const columns = Math.max(1, Math.floor((div.clientWidth - 60) / 125));  // of the legend
+    const columns = Math.max(1, Math.floor((div.clientWidth - 60) / 125));  // columns of the legend
     div.style.height = 90 + 22 * Math.ceil(times.names.length / columns) + 26 * times.ranks.length + "px";
     const legend = { orientation: "h", y: 1, yanchor: "bottom", x: 0, traceorder: "normal", font: { size: 12 } };
     draw(div, traces, { type: "linear", title: { text: `seconds of a ${times.unit}`, standoff: 8 } }, { type: "category", autorange: "reversed" },

@@ -1,4 +1,4 @@
-"""The page: one self-contained HTML file, whose policy forbids a browser to load anything else."""
+"""Write the page: one self-contained HTML file, whose policy forbids a browser to load anything else."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def plotly_js() -> str:
 
 
 def is_page(path: Path) -> bool:
-    """Return whether a file is a page, which may be replaced by another one."""
+    """Return whether a file is a page, which a new page may replace."""
     try:
         with open_regular(path) as file:
             return file.read(len(FIRST_BYTES)) == FIRST_BYTES
@@ -123,7 +123,7 @@ def page(runs: Sequence[Contents], every: float | None = None) -> bytes:
         "missing": "\n".join(
             _note(f"{run.name}: {run.missing['settings']}") for run in runs if "settings" in run.missing
         ),
-        # Without <, no text from a file can end the script element that holds the data.
+        # Without <, no text from a file can end the script element that contains the data.
         "data": json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
         "plotly": plotly_js(),
         "script": script,
@@ -132,7 +132,7 @@ def page(runs: Sequence[Contents], every: float | None = None) -> bytes:
 
 
 def _remarks(runs: Sequence[Contents]) -> list[str]:
-    """Return sentences about the runs that a reader should know before the curves."""
+    """Return sentences about the runs that a reader should know before reading the curves."""
     found = [DIFFERENT] if len({run.network.corpus for run in runs} - {None}) > 1 else []
     for run in runs:
         if not len(run.steps):
@@ -188,7 +188,7 @@ def _times(number: int, run: Contents, times: Spans | None) -> str:
         return head + _note(run.missing.get("times", "no time was measured"))
     count, selection = len(times.total), ""
     if count > MOST_RANKS:
-        selection = f'<p class="small">{MOST_RANKS} of {count:,} ranks, by their waiting time.</p>\n'
+        selection = f'<p class="small">{MOST_RANKS} of {count:,} ranks, in order of their waiting time.</p>\n'
     figure = f'<div class="plot times" id="times-{number}" data-run="{number}"></div>'
     between = [f"{name} {seconds:.3g} s" for name, seconds in outside(run.times).items() if seconds]
     note = f'<p class="small">Between the steps: {", ".join(between)}.</p>\n' if between else ""

@@ -1,4 +1,4 @@
-"""The quantities of a step that are drawn: costs, which are axes, and internals, which have a panel each."""
+"""The quantities of a step that are drawn: costs, which are axes, and internals, each with a panel."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Cost:
 
     @property
     def label(self) -> str:
-        """The label of an axis for matplotlib."""
+        """Return the label of an axis for matplotlib."""
         name = INDEXED.sub(r"$\g<0>$", self.name)
         return f"{self.passes} forward passes {name}" if self.passes else name
 
     @property
     def html(self) -> str:
-        """The name for a page."""
+        """Return the name for a page."""
         return INDEXED.sub(r"\1<sub>\2</sub>", self.name)
 
 
@@ -65,7 +65,7 @@ class Internal:
     levels : tuple of float
         Values that are marked by a thin line.
     plotted : bool
-        Whether `hfmpi plot --internals` has a panel for it; pages have one for all.
+        Whether `hfmpi plot --internals` has a panel for it; pages have panels for all.
     """
 
     meaning: str
@@ -78,7 +78,7 @@ class Internal:
 INTERNALS = {
     "valid_metric": Internal("metric on the validation set", plotted=False),
     "damping": Internal("damping λ", log=True),
-    # The damping grows below the lower level and shrinks above the upper one.
+    # The damping grows if rho is below the lower level, and shrinks if it is above the upper level.
     "rho": Internal("reduction ratio ρ", range=(-0.5, 1.5), levels=(0.25, 0.75)),
     "cg_steps": Internal("CG iterations"),
     "cg_chosen": Internal("CG iterate that backtracking chose", plotted=False),

@@ -16,14 +16,14 @@ __all__ = ["COUNTS", "Steps"]
 
 @dataclass(frozen=True)
 class Steps:
-    """The numbers in a history of any optimizer.
+    """The numbers in a history, for any optimizer.
 
     Attributes
     ----------
     columns : dict of str to (steps,) float64
-        Values by key; NaN where a step has no number.
+        Values by key; NaN if a step has no number.
     stops : Counter
-        How often conjugate gradients stopped for each reason.
+        The number of times that conjugate gradients stopped for each reason.
     rejected : int
         Number of rejected steps.
     last_rejection : str

@@ -23,7 +23,7 @@ GLYPHS = {
 
 @dataclass(frozen=True)
 class Style:
-    """The style of a line and its marks; `dash` has lengths in pixels, alternately on and off."""
+    """The style of a line and its marks; `dash` lists lengths in pixels, alternately on and off."""
 
     colour: str
     dash: str

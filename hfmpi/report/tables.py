@@ -20,7 +20,7 @@ __all__ = ["accounts", "machine", "settings", "shares", "state", "table"]
 
 
 def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """Return an HTML table whose first column has the names of the rows; a wide table scrolls."""
+    """Return an HTML table whose first column contains the names of the rows; a wide table scrolls."""
     top = "".join(f'<th scope="col">{escaped(cell)}</th>' for cell in head)
     body = "\n".join(
         f'<tr><th scope="row">{escaped(name).replace("_", "_<wbr>")}</th>'
@@ -94,7 +94,7 @@ def state(run: Contents) -> str:
 
 
 def settings(runs: Sequence[Contents]) -> str:
-    """Return a table of the options and settings in which the runs differ, and one of the others."""
+    """Return a table of the options and settings in which the runs differ, and a table of the others."""
     columns = [dict(_flat(run.settings)) for run in runs]
     keys = dict.fromkeys(key for values in columns for key in values)
     rows = [[key, *(values.get(key, "") for values in columns)] for key in keys]
@@ -107,7 +107,7 @@ def settings(runs: Sequence[Contents]) -> str:
 
 
 def _flat(values: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """Yield entries, those of nested tables under joined names."""
+    """Yield entries; the entries of nested tables have joined names."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from ((f"{key}.{inner}", _toml(entry)) for inner, entry in value.items())
@@ -116,7 +116,7 @@ def _flat(values: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 
 
 def _toml(value: object) -> str:
-    """Return a value in the notation of TOML, a number in its shortest exact form."""
+    """Return a value in the notation of TOML; a number in its shortest exact form."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and float(f"{value:g}") == value:
@@ -128,7 +128,7 @@ def _toml(value: object) -> str:
 
 
 def machine(runs: Sequence[Contents]) -> str:
-    """Return a table of the placement of ranks, with one row for neighbouring ranks that are placed alike."""
+    """Return a table of the placement of ranks; neighbouring ranks with the same placement share a row."""
     rows = []
     for run in runs:
         ranks = run.times["ranks"] if run.times else []

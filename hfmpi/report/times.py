@@ -1,4 +1,4 @@
-"""The time of each rank by its spans, as bars and as numbers."""
+"""Prepare the time of each rank by its spans, as bars and as numbers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Spans(NamedTuple):
     Attributes
     ----------
     unit : str
-        "step" for seconds per step, "run" for seconds of the whole run.
+        "step" for seconds per step, "run" for the total seconds of the run.
     seconds : dict of str to (ranks,) float64
     """
 
@@ -45,12 +45,12 @@ class Spans(NamedTuple):
 
     @property
     def total(self) -> np.ndarray:
-        """Seconds of each rank, (ranks,)."""
+        """Return the seconds of each rank, (ranks,)."""
         return np.sum(list(self.seconds.values()), axis=0)
 
 
 def spans(times: Times) -> Spans:
-    """Return the spans of a step, or of the whole run if only the first step, which compiles, was done."""
+    """Return the spans of a step, or of the complete run if it has only the first step, which compiles."""
     steps, ranks = times["timed_steps"], times["ranks"]
     rows = [together(rank["step_spans"] if steps > 0 else rank["spans"]) for rank in ranks]
     names = {name for row in rows for name in row}
@@ -61,13 +61,16 @@ def spans(times: Times) -> Spans:
 
 
 def outside(times: Times) -> dict[str, float]:
-    """Return the seconds between steps of the whole run by name, the mean over ranks."""
+    """Return the total seconds between the steps of the run by name, averaged over ranks."""
     ranks = times["ranks"]
     return {name: float(np.mean([rank["spans"].get(name, 0.0) for rank in ranks])) for name in BETWEEN}
 
 
 def bars(spans: Spans) -> dict[str, Any]:
-    """Return a bar for each rank as JSON can hold it; of many ranks a sample, in order of waiting time."""
+    """Return a bar for each rank in a form that JSON can represent; with many ranks, for a sample of them.
+
+    A sample is in order of waiting time.
+    """
     count = len(spans.total)
     order = np.arange(count)
     if count > MOST_RANKS:

@@ -1,4 +1,4 @@
-"""The best validation of a run: its parameters, and for how many validations there has been no better one."""
+"""The best validation of a run: its parameters, and the number of validations since."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hfmpi.runs.record import Validation
 __all__ = ["LOSS", "Best", "Watch", "judged"]
 
 OLD, WORSE = 10, 0.02
-"""A run has stopped improving if its best validation is this many validations old and this much better."""
+"""A run has stopped improving if its best validation is OLD validations old and better by the share WORSE."""
 
 
 class Watch(NamedTuple):
@@ -33,12 +33,12 @@ class Watch(NamedTuple):
 
     @classmethod
     def parse(cls, words: object, metrics: Collection[str]) -> Watch:
-        """Return what "loss", "max NAME" or "min NAME" describes, with the name of a metric.
+        """Parse "loss", "max NAME" or "min NAME", where NAME is the name of a metric.
 
         Raises
         ------
         UserError
-            If the words are none of these, or there is no such metric.
+            If `words` has a different form, or there is no such metric.
         """
         if words == LOSS.name:
             return LOSS
@@ -53,7 +53,7 @@ class Watch(NamedTuple):
         return valid.loss if self == LOSS else valid.metrics[self.name]
 
     def better(self, new: Validation, old: Validation) -> bool:
-        """Return whether a validation is better than another one."""
+        """Return whether the new validation is better than the old one."""
         a, b = self.value(new), self.value(old)
         return a > b if self.highest else a < b
 
@@ -62,7 +62,7 @@ class Watch(NamedTuple):
 
     @property
     def noun(self) -> str:
-        """What messages call the best value."""
+        """Return the name of the best value for messages."""
         return f"{'highest' if self.highest else 'lowest'} validation {self.name}"
 
 
@@ -79,7 +79,7 @@ class Best:
         The parameters that were validated.
     valid : Validation
     step : int
-        The step after which that was.
+        The step after which theta was validated.
     last : int
         The step of the newest validation.
     stale : int
@@ -104,7 +104,10 @@ class Best:
 
 
 def judged(best: Best | None, watch: Watch, theta: Array, valid: Validation, step: int) -> Best | None:
-    """Return the best validation after that of theta (D,) at a step, which counts once."""
+    """Return the best validation, updated with that of theta (D,) at a step.
+
+    A second validation of the same step does not count.
+    """
     if best is not None and best.last == step:
         return best
     finite = math.isfinite(valid.loss) and math.isfinite(watch.value(valid))

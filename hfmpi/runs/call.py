@@ -49,14 +49,14 @@ def train(
     """Train a model on data, alone or on all ranks of a program that runs under mpirun.
 
     Every rank calls it, with the same model, data and options. A run that is called again with the same
-    `out` continues from its checkpoint. SIGINT, SIGTERM and the other signals that stop `hfmpi train` stop
-    this too: the call returns its result so far. An error that occurs on all ranks is raised on all; an error
-    on some ranks ends all of them.
+    `out` continues from its checkpoint. SIGINT, SIGTERM and the other signals that stop `hfmpi train` also
+    stop this function, which then returns its result so far. An error that occurs on all ranks is raised on
+    all of them; an error that occurs on some ranks ends all ranks.
 
     Parameters
     ----------
     model : Model
-        Made by TorchModel, JaxModel or Network, for example.
+        Such as a TorchModel, JaxModel or Network.
     data, valid : tuple, data set or Cases
         (x, y) or (x, y, mask or weights): arrays or tensors whose first axis counts the examples; a map-style
         data set of pairs (x, y), or a DataLoader of one; or objects such as `Examples`, `Dataset` and, for
@@ -66,18 +66,19 @@ def train(
         (docs/file-formats.md). By default nothing is written.
     resume : {'auto', 'never'} or path
         'auto': continue if `out` has a checkpoint; 'never': refuse to. The path of a run's folder or of a
-        checkpoint: start from that run, with its model and its options except those that are passed here, and
-        perhaps on other data. Its steps and costs are continued, its files stay unchanged. Called again with
-        the same `resume`, the new run continues from the checkpoint in `out`.
+        checkpoint: start from that run, with its model and its options except those that are passed here,
+        possibly on different data. The new run continues the steps and costs of that run, whose files stay
+        unchanged. If the function is called again with the same `resume`, the new run continues from the
+        checkpoint in `out`.
     metric : callable or dict of str to callable, optional
         metric(outputs (N, O), targets (N,) or (N, O)) returns a number for each row; the mean over all scored
-        rows of the validation examples is valid_metric in the history. Of a dict {NAME: metric} each mean is
-        valid_NAME.
+        rows of the validation examples is valid_metric in the history. For a dict {NAME: metric}, the mean of
+        each metric is valid_NAME.
     callback : callable, optional
         callback(record, theta) is called on every rank after each step, with the step's entry of the history
-        and the parameters (D,) that `result.theta` would have as the last ones, read-only. All ranks get the
-        same. If it returns True on any rank, the run ends as at a limit. An exception ends the run with
-        `error.result`.
+        and the current parameters (D,), or the mean of the iterates if the optimizer computes one, read-only.
+        All ranks get the same values. If it returns True on any rank, the run ends as at a limit. An
+        exception ends the run with `error.result`.
     watch : str
         What makes a validation the best one, for keep="best" and `patience`: "loss", the lowest validation
         loss; or "max NAME" or "min NAME", the highest or lowest value of a metric, such as "max accuracy"
@@ -89,12 +90,13 @@ def train(
     stall_timeout : float
         All ranks end if none has finished a collective for this many seconds; 0: never.
     **options
-        Those of `hfmpi train`, with underscores: optimizer, gradient_batch, curvature_batch, max_steps,
+        The options of `hfmpi train`, with underscores: optimizer, gradient_batch, curvature_batch, max_steps,
         max_seconds, checkpoint_every, evaluate_every, check_every, max_rejections, seed, micro_batch,
-        memory_budget, slices, transport; keep="best" to return the parameters of the best validation, by
-        default "last"; patience=N to stop after N validations in a row without a better one. `optimizer` is a
-        name, with a dict of its settings in `settings`, or an object such as `hfmpi.Subspace(damping=0.01)`,
-        which has the batch sizes of the preset of its class. `train` is the former name of `data`.
+        memory_budget, slices, transport; keep="best" to return the parameters of the best validation
+        (default: "last"); patience=N to stop after N validations in a row without a better one. `optimizer`
+        is a name, with a dict of its settings in `settings`, or an object such as
+        `hfmpi.Subspace(damping=0.01)`, which has the batch sizes of the preset of its class. `train` is the
+        former name of `data`.
 
     Returns
     -------
@@ -103,10 +105,10 @@ def train(
     Raises
     ------
     UserError
-        On all ranks alike, with a sentence that says what to do. If training did not start, nothing is
-        written.
+        On all ranks, with a sentence that explains what to do. If training did not start, nothing is written.
     Exception
-        Of the model, the data or the metric, on the rank where it occurs; a UserError on the others.
+        An exception of the model, the data or the metric, on the rank where it occurs; the other ranks raise
+        a UserError.
 
     Once training has started, an exception that ends it has the attribute `result`, a `Result` with the last
     good parameters and, on rank 0, the history. If there is a folder, the last complete step is saved there.
@@ -141,7 +143,7 @@ def train(
         except Exception as error:
             if run.partial is not None:
                 records, valid = _history(run, collector.records), run.kept.valid if run.kept else None
-                with contextlib.suppress(AttributeError):  # an exception of the user's may refuse it
+                with contextlib.suppress(AttributeError):  # a user-defined exception may not allow attributes
                     error.result = _result(run, run.partial, records, False, str(error), valid)  # type: ignore[attr-defined]
             raise
         records = session.communicator.agree(_history(run, collector.records))
@@ -171,10 +173,10 @@ def _session(stall_timeout: float, threads: int | None, quiet: bool, model: Any)
     with contextlib.ExitStack() as stack:
         before = watchdog.stall_timeout()
         stack.callback(watchdog.allow, before)
-        # If MPI runs already, another rank may come late from what the program did before.
+        # If MPI is already running, another rank may arrive late because of earlier work of the program.
         comm = connect(stall_timeout if library.world() is None else 0.0)
         watchdog.allow(stall_timeout)
-        stack.callback(comm.close)  # not if one rank fails: `joint` ends all of them then
+        stack.callback(comm.close)  # not called if one rank fails, because `joint` then ends all ranks
         stack.enter_context(joint())
         stack.enter_context(threads_kept())
         session = stack.enter_context(open_session(comm, PROGRAM, threads, quiet))
@@ -184,20 +186,20 @@ def _session(stall_timeout: float, threads: int | None, quiet: bool, model: Any)
 
 
 class _Collector:
-    """Collects the records of a run, and passes all messages on to a reporter."""
+    """A reporter that collects the records of a run, and forwards all messages to another reporter."""
 
     def __init__(self, reporter: Reporter) -> None:
         self.reporter, self.records = reporter, list[Record]()
         self.start, self.note, self.end = reporter.start, reporter.note, reporter.end
 
     def step(self, record: Record) -> None:
-        """Collect a record, whose validation may come at the end of the run, and pass it on."""
+        """Collect a record, to which the end of the run may add a validation, and forward it."""
         self.records.append(record)
         self.reporter.step(record)
 
 
 def _history(run: Run, records: list[Record]) -> list[Record]:
-    """Return all records since the first start; on rank 0, which has them."""
+    """Return the records of this call; on rank 0 all records since the first start of the run."""
     if run.communicator.rank == 0 and run.folder is not None and run.first_step:
         with contextlib.suppress(UserError):  # the file could not be written, or was removed
             return History.read(run.folder)

@@ -1,4 +1,4 @@
-"""Checks of a run; each raises its UserError on all ranks alike."""
+"""Checks of a run; each of them raises its UserError on all ranks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = [
 
 
 class Unsound(UserError):
-    """The parameters of the run must not be saved."""
+    """An error after which the parameters of the run must not be saved."""
 
 
 def enough_memory(network: Architecture) -> None:
@@ -46,7 +46,7 @@ def enough_memory(network: Architecture) -> None:
     if need > free:
         raise UserError(
             f"there is not enough memory: {network.layers:,} x {network.hidden:,} hidden units have "
-            f"{network.layout.size:,} parameters, which take {need:,.1f} GiB of {free:,.1f} GiB"
+            f"{network.layout.size:,} parameters, which need {need:,.1f} GiB, but {free:,.1f} GiB are free"
         )
 
 
@@ -55,8 +55,8 @@ def enough_text(
 ) -> None:
     """Check that splits of these lengths, in characters, have enough sequences for batches of these sizes.
 
-    If not, the error names all options that are too large, each with its largest possible value once those
-    before it are fixed.
+    The error names all options that are too large. The maximum that it reports for an option assumes that
+    the options before it are corrected.
     """
     wrong = []
     least, split = min((train, "training"), (valid, "validation"))
@@ -88,28 +88,31 @@ def same_batch(optimizer: str, batch: int, count: int, option: str, redrawn: str
     batch, count : int
         The gradient batch, and all training examples.
     option : str
-        What the gradient batch is called.
+        The name of the option for the gradient batch.
     redrawn : str
-        The option that changes the examples in every step, if it is set.
+        The name of the option that changes the examples in every step, if it is set.
     """
     need = f"{optimizer} needs the same batch in every step"
     if batch < count:
         raise UserError(
-            f"{need}: set {option} to {count:,}, all training examples, not {batch:,}; or take another "
-            "optimizer"
+            f"{need}: set {option} to {count:,}, the number of training examples, instead of {batch:,}, or "
+            "use a different optimizer"
         )
     if redrawn:
-        raise UserError(f"{need}, and {redrawn} changes it: leave it out, or take another optimizer")
+        raise UserError(f"{need}, but {redrawn} changes it: omit {redrawn}, or use a different optimizer")
 
 
 def scored(cases: Cases) -> None:
-    """Check that at least one training output is scored, where that is known without reading all examples."""
+    """Check that at least one training output is scored, if this is known without reading all examples."""
     if not unread(cases) and not cases.scored(np.arange(cases.count)):
-        raise UserError("the training examples have no output that is scored: check mask and weights")
+        raise UserError("no output of the training examples is scored: check mask and weights")
 
 
 def examples(cases: Cases, check: Callable[[Examples], None], name: str = "") -> None:
-    """Check examples in memory now, and others when they are read; an error starts with the set's name."""
+    """Check examples in memory now, and other examples when they are read.
+
+    An error message starts with the name of the data set.
+    """
     if isinstance(cases, Augmented):
         examples(cases.data, check, name)
     elif isinstance(cases, Dataset):
@@ -122,20 +125,22 @@ def examples(cases: Cases, check: Callable[[Examples], None], name: str = "") ->
 
 
 def unaugmented(data: Any, remedy: str) -> Any:
-    """Return data that are used as they are; refuse `hfmpi.Augmented`, which changes them in each step.
+    """Return the data unchanged, and refuse `hfmpi.Augmented`, which would change them in each step.
 
     Raises
     ------
     UserError
-        With the remedy, if they are augmented.
+        If the data are augmented; the message ends with the remedy.
     """
     if isinstance(data, Augmented):
-        raise UserError(f"hfmpi.Augmented changes examples in each step of a run of hfmpi.train: {remedy}")
+        raise UserError(
+            f"only hfmpi.train accepts hfmpi.Augmented, which changes the examples in each step: {remedy}"
+        )
     return data
 
 
 def least(communicator: Communicator, number: int) -> int:
-    """Return the least number of all ranks; collective."""
+    """Return the smallest number of all ranks; collective."""
     numbers = communicator.gather(number)
     return communicator.agree(min(numbers) if numbers else 0)
 
@@ -143,8 +148,8 @@ def least(communicator: Communicator, number: int) -> int:
 def same_start(communicator: Communicator, compared: Mapping[str, Any]) -> None:
     """Check that the values, which JSON can represent, are equal on all ranks.
 
-    Nodes that do not share their files would otherwise do different runs, and wait for one another. The keys
-    are the error sentences for ranks {} that differ.
+    Otherwise nodes that do not share their files would execute different runs, and wait for one another.
+    The key of a value is the error sentence, in which {} stands for the ranks that differ.
     """
     for sentence, value in compared.items():
         content = json.dumps(value, sort_keys=True).encode()
@@ -159,7 +164,7 @@ def same_vectors(communicator: Communicator, values: Iterable[Entry], step: int,
     strays = communicator.same(digest(np.array(digests, np.uint64)))
     if strays:
         raise Unsound(
-            f"rank {_names(strays)} holds other parameters than the other ranks after step {step:,}: "
+            f"rank {_names(strays)} has different parameters than the other ranks after step {step:,}: "
             f"{last_good}"
         )
 
@@ -177,7 +182,7 @@ def not_stuck(progress: Progress, most: int, message: str, last_good: str) -> No
 
 
 def finite(loss: float, step: int, last_good: str) -> None:
-    """Check that the loss is finite; after an update that went too far it is not."""
+    """Check that the loss is finite; it is not after an update that was too large."""
     if not math.isfinite(loss):
         raise Unsound(f"the validation loss is not finite after step {step:,}: {last_good}")
 

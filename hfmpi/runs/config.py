@@ -1,4 +1,4 @@
-"""The options of a run, one declaration each: type, rules, default and help."""
+"""The options of a run; one declaration defines the type, rules, default and help of each option."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from hfmpi.settings import Rule, at_least, at_most, check, declared, within
 __all__ = ["CHANGEABLE", "FORMER_NAMES", "NETWORK", "OF_TEXT", "OPTIONS", "OTHER_WORDS", "Config", "Option"]
 
 PREFERENCES = "none", "passes", "seconds"
-"""What `prefer` may be (hfmpi.runs.choice)."""
+"""The values of `prefer` (hfmpi.runs.choice)."""
 
 KEPT = "best", "last"
-"""What `keep` may be; empty: the task decides."""
+"""The values of `keep`; if it is empty, the task decides."""
 
 FORMER_NAMES = {"warmup": "burn_in"}
 """Names of options in files and commands of earlier versions, which are still read."""
@@ -45,7 +45,7 @@ OTHER_WORDS = {
     name: f"settings={{{name!r}: ...}}"
     for name in ("damping", "decay", "momentum", "rate", "schedule", "threshold")
 }
-"""What other words mean among the options of `hfmpi.train`."""
+"""The options of `hfmpi.train` for which other libraries have these names."""
 
 
 class Option(NamedTuple):
@@ -55,15 +55,15 @@ class Option(NamedTuple):
     ----------
     help : str
     without : str
-        The default as help describes it, if the default value is a 0 that leaves the option open.
+        The default that the help shows, if the value 0 means that the option is not set.
     choices : tuple of str
-        Words that the option accepts; the code that uses the option checks them.
+        Words that the option accepts; they are checked by the code that uses the option.
     least : int or None
-        Smallest number on the command line: 1 if 0 stands for an option that is left open.
+        Smallest number on the command line: 1 if 0 means that the option is not set.
     unit : str
-        What a number counts; a SIZE may have a unit such as GiB.
+        The unit of the number; a SIZE may have a unit such as GiB.
     changeable : bool
-        Whether a resumed run accepts a new value; all other options decide what the run computes.
+        Whether a resumed run accepts a new value; all other options determine what the run computes.
     """
 
     help: str
@@ -87,35 +87,37 @@ class Config:
     """Options of a run by their command-line names; `settings` holds those of the optimizer.
 
     A field declares everything about an option: its type, the rules for its value, its default and its help.
-    0 leaves an option open: other options decide, or there is no limit.
+    0 means that an option is not set: other options determine it, or there is no limit.
     """
 
     model: Annotated[str, Option("Recurrent cell.", choices=tuple(CELLS))] = "mlstm"
     variant: Annotated[str, Option("Variant of gated cells.", choices=VARIANTS)] = "standard"
-    hidden: Annotated[Whole, Option("Hidden units.", "from --parameters", least=1)] = 0
-    parameters: Annotated[Whole, Option("Parameters; picks the nearest size.", "the paper's", least=1)] = 0
+    hidden: Annotated[Whole, Option("Number of hidden units.", "from --parameters", least=1)] = 0
+    parameters: Annotated[
+        Whole, Option("Number of parameters; the nearest possible size is used.", "the paper's", least=1)
+    ] = 0
     layers: Annotated[Whole, at_least(1), at_most(1000), Option("Number of stacked cells.", least=1)] = 1
     initialisation: Annotated[
-        str, Option("Initial parameters; krause-lstm is for lstm and mlstm.", choices=INITIALISATIONS)
+        str, Option("Initial parameters; krause-lstm works with lstm and mlstm.", choices=INITIALISATIONS)
     ] = "krause"
     forget_bias: Annotated[Number, Option("Initial forget bias of gated cells.", least=None)] = 0.0
-    optimizer: Annotated[str, Option("Preset of settings.", choices=tuple(PRESETS))] = "muon-small"
+    optimizer: Annotated[str, Option("Preset of an optimizer.", choices=tuple(PRESETS))] = "muon-small"
     prefer: Annotated[
         str,
         Rule("must be passes or seconds, not {!r}", PREFERENCES.__contains__),
         Option(
-            "Choose the optimizer for the fewest sequential passes, or for the least seconds on these ranks.",
+            "Choose the optimizer with the fewest sequential passes, or the fewest seconds on these ranks.",
             choices=PREFERENCES,
         ),
     ] = "none"
     gradient_batch: Annotated[Whole, Option("Sequences per gradient.", "the preset's", least=1)] = 0
     curvature_batch: Annotated[Whole, Option("Sequences per curvature product.", "the preset's", least=1)] = 0
-    sequence_length: Annotated[Whole, at_least(1), Option("Scored characters of a sequence.", least=1)] = 200
-    burn_in: Annotated[Whole, Option("Characters read before those, not scored.")] = 0
+    sequence_length: Annotated[Whole, at_least(1), Option("Scored characters per sequence.", least=1)] = 200
+    burn_in: Annotated[Whole, Option("Characters that are read before the scored ones.")] = 0
     input_noise: Annotated[
         Number,
         within("[0, 1)"),
-        Option("Share of the training characters that random characters of the text replace in every step."),
+        Option("Share of the training characters that every step replaces by random characters of the text."),
     ] = 0.0
     dropout: Annotated[
         Number,
@@ -125,21 +127,30 @@ class Config:
             "the output layer reads it."
         ),
     ] = 0.0
-    max_steps: Annotated[Whole, Option("Maximum steps in total.", "no limit", changeable=True)] = 0
+    max_steps: Annotated[Whole, Option("Maximum number of steps in total.", "no limit", changeable=True)] = 0
     max_seconds: Annotated[
-        Number, NOT_NEGATIVE, Option("Maximum training time in total.", "no limit", changeable=True)
+        Number,
+        NOT_NEGATIVE,
+        Option("Maximum training time in total, in seconds.", "no limit", changeable=True),
     ] = 0.0
     checkpoint_every: Annotated[
-        Whole, Option("Write a checkpoint.", "an epoch", unit="STEPS", changeable=True)
+        Whole, Option("Steps between checkpoints.", "an epoch", unit="STEPS", changeable=True)
     ] = 0
     evaluate_every: Annotated[
-        Whole, Option("Compute the validation loss.", "an epoch", unit="STEPS", changeable=True)
+        Whole, Option("Steps between validations.", "an epoch", unit="STEPS", changeable=True)
     ] = 0
     check_every: Annotated[
-        Whole, Option("Compare theta across ranks.", "at checkpoints", unit="STEPS", changeable=True)
+        Whole,
+        Option(
+            "Steps between comparisons of theta across ranks.",
+            "at checkpoints",
+            unit="STEPS",
+            changeable=True,
+        ),
     ] = 0
     max_rejections: Annotated[
-        Whole, Option("Maximum rejected steps in a row; 0: no limit.", unit="STEPS", changeable=True)
+        Whole,
+        Option("Maximum number of rejected steps in a row; 0: no limit.", unit="STEPS", changeable=True),
     ] = 20
     keep: Annotated[
         str,
@@ -168,13 +179,19 @@ class Config:
         Option("Precision of vectors.", choices=DTYPES),
     ] = "float32"
     micro_batch: Annotated[
-        Whole, Option("Maximum sequences at a time on a rank.", "32; 1024 on a GPU", least=1, changeable=True)
+        Whole,
+        Option(
+            "Maximum number of sequences that a rank processes at a time.",
+            "32; 1024 on a GPU",
+            least=1,
+            changeable=True,
+        ),
     ] = 0
     memory_budget: Annotated[
         Whole,
         Option(
-            "Memory in which a rank keeps a linearisation, such as 2GiB; the rest is recomputed for every "
-            "product.",
+            "Memory in which a rank stores a linearisation, such as 2GiB; the part that does not fit is "
+            "recomputed for every product.",
             "half of its share of the free memory",
             unit="SIZE",
             changeable=True,
@@ -190,7 +207,9 @@ class Config:
     ] = 0
     transport: Annotated[
         str,
-        Option("Vectors between GPUs; cuda: a CUDA-aware MPI.", choices=TRANSPORTS, changeable=True),
+        Option(
+            "How GPUs exchange vectors; cuda: through a CUDA-aware MPI.", choices=TRANSPORTS, changeable=True
+        ),
     ] = "auto"
     matmul_precision: Annotated[
         str, Option("Precision of float32 products on a GPU.", choices=PRECISIONS, changeable=True)
@@ -207,7 +226,7 @@ class Config:
                 raise UserError(f"setting {name} must be a finite number")
 
     def architecture(self, vocabulary: int) -> Architecture:
-        """Return the network for a vocabulary of this size."""
+        """Return the architecture of the network for a vocabulary of this size."""
         network = Architecture(
             self.model, self.hidden or 1, vocabulary, vocabulary, self.layers, self.variant
         )
@@ -218,7 +237,8 @@ class Config:
         chosen = preset(self.optimizer, **self.settings)
         if self.curvature_batch and not chosen.curvature_batch:
             raise UserError(
-                f"optimizer {self.optimizer} has no curvature batch; name one that has, such as shf"
+                f"optimizer {self.optimizer} has no curvature batch: omit the curvature batch, or use an "
+                "optimizer that has one, such as shf"
             )
         return replace(
             chosen,
@@ -227,14 +247,14 @@ class Config:
         )
 
     def in_effect(self) -> dict[str, Any]:
-        """Return all options and settings by name; the preset decides those that are open."""
+        """Return all options and settings by name; the preset determines those that are not set."""
         chosen = self.preset()
         options = {name: getattr(self, name) for name in OPTIONS}
         batches = {"gradient_batch": chosen.gradient_batch, "curvature_batch": chosen.curvature_batch}
         return options | batches | vars(chosen.optimizer)
 
     def make_backend(self, local_rank: int = 0) -> NumpyBackend:
-        """Make the backend of a rank, which is number `local_rank` on its node."""
+        """Create the backend of the rank with number `local_rank` on its node."""
         return create(self.backend, self.dtype, local_rank, self.matmul_precision)
 
 
@@ -256,4 +276,4 @@ OF_TEXT = frozenset((
 """Options of a network on a text; `hfmpi.train` lacks them, because its arguments are a model and data."""
 
 NETWORK = "model", "variant", "layers", "initialisation", "forget_bias", "dtype"
-"""Options other than its size that must match the parameters."""
+"""Options, apart from the size of the network, that must match the parameters."""

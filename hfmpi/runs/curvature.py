@@ -23,9 +23,9 @@ class Curvature:
     """Loss, gradient and curvature of a model at one theta on all examples of a data set.
 
     The risk f is the mean loss per scored output, in nats. Under MPI every rank holds a shard of the
-    examples; every method is collective, so that all ranks must call it, and returns the same on all ranks.
-    Results are NumPy arrays on the host, but for `gradient` and S'a of rows on a GPU, which are CuPy arrays.
-    Made by `hfmpi.curvature`.
+    examples. Every method is collective: all ranks must call it, and it returns the same values on all ranks.
+    Results are NumPy arrays on the host, except the `gradient` and S'a of rows on a GPU, which are CuPy
+    arrays. `hfmpi.curvature` creates it.
 
     Attributes
     ----------
@@ -43,7 +43,7 @@ class Curvature:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(D, D), the shape of G."""
+        """Return (D, D), the shape of G."""
         return self.theta.size, self.theta.size
 
     def gradient(self) -> Gradient:
@@ -52,9 +52,9 @@ class Curvature:
         return Gradient(at.loss, self._backend.to_host(at.vector))
 
     def gauss_newton(self, v: np.ndarray) -> np.ndarray:
-        """Compute G v (D,), the product with the Gauss-Newton matrix of f, of v (D,) of theta's type.
+        """Compute G v (D,), the product of the Gauss-Newton matrix of f and a vector v (D,) of theta's type.
 
-        The v of rank 0 counts: ranks may start an iteration with different random vectors.
+        All ranks use the v of rank 0, because they may start an iteration with different random vectors.
         """
         check_vector("v", v, self.theta.size, np.ndarray)
         v = self._comm.agree(v)
@@ -65,7 +65,7 @@ class Curvature:
 
     def to_scipy(self) -> Any:
         """Return G as a `scipy.sparse.linalg.LinearOperator`, symmetric, of theta's type."""
-        from scipy.sparse.linalg import LinearOperator  # takes long to import
+        from scipy.sparse.linalg import LinearOperator  # slow to import
 
         def product(v: np.ndarray) -> np.ndarray:
             return self.gauss_newton(np.ascontiguousarray(v, self.theta.dtype).reshape(-1))
@@ -73,7 +73,7 @@ class Curvature:
         return LinearOperator(self.shape, matvec=product, rmatvec=product, dtype=self.theta.dtype)
 
     def matrix(self) -> Matrix:
-        """Compute G itself, (D, D) float64.
+        """Compute G as a dense matrix, (D, D) float64.
 
         Raises
         ------
@@ -93,7 +93,7 @@ class Curvature:
         segments : int
             Time segments of an example, each of which has a row; for scores and sketches.
         seed : int
-            Of a sketch.
+            Seed of a sketch.
 
         Raises
         ------
@@ -113,9 +113,9 @@ class Curvature:
         -------
         dict of str to (A, B)
             The curvature of a block (rows, columns) is about A x B (K-FAC with observed targets): A (rows,
-            rows) of its rows, B (columns, columns) of its columns. Of more than
-            `hfmpi.optim.layout.WHOLE_SIDE` columns each gate of n columns has a matrix, (gates, n, n); of a
-            side longer than `LONGEST_SIDE` there is the diagonal alone.
+            rows) of its rows, B (columns, columns) of its columns. If a block has more than
+            `hfmpi.optim.layout.WHOLE_SIDE` columns, each gate of n columns has a separate matrix: B is
+            (gates, n, n). For a side longer than `LONGEST_SIDE`, the factor is only the diagonal.
 
         Raises
         ------
@@ -139,12 +139,12 @@ def curvature(
     slices: int = 0,
     communicator: Communicator | None = None,
 ) -> Curvature:
-    """Return the curvature of a model at theta on data, spread over all ranks of a program under mpirun.
+    """Return the curvature of a model at theta on data, distributed over all ranks of a program under mpirun.
 
     Parameters
     ----------
     model : Model
-        Made by TorchModel, JaxModel or Network, for example.
+        Such as a TorchModel, JaxModel or Network.
     theta : (D,)
         Parameters, such as `result.theta` of `hfmpi.train`, or `model.initial(0)`.
     data : tuple, data set or Cases
@@ -152,12 +152,12 @@ def curvature(
     micro_batch, memory_budget, slices
         As in `hfmpi.DataParallel`.
     communicator : Communicator, optional
-        Of `hfmpi.connect()`; by default all ranks of the program.
+        Returned by `hfmpi.connect()`; by default all ranks of the program.
 
     Raises
     ------
     UserError
-        On all ranks, if the arguments do not fit one another, or differ between ranks.
+        On all ranks, if the arguments do not match one another, or differ between ranks.
 
     Examples
     --------

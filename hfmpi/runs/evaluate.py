@@ -1,4 +1,4 @@
-"""The loss and metrics of a model at one point, on all ranks: `hfmpi.evaluate`."""
+"""Compute the loss and metrics of a model at one point, on all ranks: `hfmpi.evaluate`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Evaluation(NamedTuple):
     loss : float
         In the unit of the model's loss, nats for cross-entropy.
     metric : float, dict of str to float, or None
-        The metric, the metrics by name, or None without one.
+        The metric, the metrics by name, or None if there is none.
     """
 
     loss: float
@@ -43,13 +43,13 @@ def evaluate(
 ) -> Evaluation:
     """Compute the loss and metrics of a model at theta on data.
 
-    The examples are spread over all ranks of a program under mpirun. Every rank calls it, with the same
-    arguments; it is also possible in the callback of `hfmpi.train`.
+    The examples are distributed over all ranks of a program under mpirun. Every rank calls the function with
+    the same arguments. The callback of `hfmpi.train` may call it too.
 
     Parameters
     ----------
     model : Model
-        Made by TorchModel, JaxModel or Network, for example.
+        Such as a TorchModel, JaxModel or Network.
     theta : (D,)
         Parameters, such as `result.theta` of `hfmpi.train`.
     data : tuple, data set or Cases
@@ -57,9 +57,9 @@ def evaluate(
     metric : callable or dict of str to callable, optional
         As for `hfmpi.train`: metric(outputs (N, O), targets (N,) or (N, O)) returns a number for each row.
     micro_batch : int, optional
-        The maximum number of examples that a rank processes at a time; by default what suits the model.
+        The maximum number of examples that a rank processes at a time; by default the model's choice.
     communicator : Communicator, optional
-        Of `hfmpi.connect()`; by default all ranks of the program.
+        Returned by `hfmpi.connect()`; by default all ranks of the program.
 
     Returns
     -------
@@ -68,7 +68,7 @@ def evaluate(
     Raises
     ------
     UserError
-        On all ranks, if the arguments do not fit one another, or differ between ranks.
+        On all ranks, if the arguments do not match one another, or differ between ranks.
 
     Examples
     --------
@@ -78,7 +78,7 @@ def evaluate(
     point = one_point(model, theta, data, communicator, micro_batch=micro_batch)
     owner, cases = point.owner, point.cases
     metrics = together(owner.communicator, lambda: checked_metrics(metric))
-    checks.same_start(owner.communicator, {"rank {} has other metrics than the other ranks": [*metrics]})
+    checks.same_start(owner.communicator, {"rank {} has different metrics than the other ranks": [*metrics]})
     device = model.backend.to_device(point.theta)
     with np.errstate(all="ignore"):  # an overflow shows in the loss
         loss = owner.on(cases, np.arange(cases.count), span=EVALUATE).loss(device)

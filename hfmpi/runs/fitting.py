@@ -1,4 +1,4 @@
-"""Batches that are no larger than the data."""
+"""Reduce batches to the size of the data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["fitted"]
 
 
 def fitted(config: Config, count: int, names: Names) -> tuple[Config, list[str]]:
-    """Return the options with batches of at most `count` examples, and notes on what was reduced.
+    """Return the options with batches of at most `count` examples, and notes on the changes.
 
     The batch sizes of a preset are reduced, and its gradient batch is all examples if the optimizer needs the
     same batch in every step.
@@ -20,7 +20,7 @@ def fitted(config: Config, count: int, names: Names) -> tuple[Config, list[str]]
     Raises
     ------
     UserError
-        If an option of the user is too large.
+        If a batch size that the user has set is too large.
     """
     chosen, notes = config.preset(), list[str]()
     gradient, curvature = chosen.gradient_batch, chosen.curvature_batch

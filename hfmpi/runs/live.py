@@ -1,4 +1,4 @@
-"""Progress on a terminal: the live line of a run, and the message that kernels are compiled."""
+"""Show progress on a terminal: the live line of a run, and the message that kernels are compiled."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["COMPILING", "LiveLine", "Patience", "announced", "in_notebook", "int
 
 COMPILING = "compiling kernels, once for this machine ..."
 PATIENCE = 1.0
-"""Seconds of compiling that a log does not mention."""
+"""Seconds of compilation after which a log mentions it."""
 
 WINDOW = 60  # records at least half a second apart, over which the speed is measured
 MIN_BAR, MAX_BAR = 10, 30  # columns
@@ -29,7 +29,7 @@ MIN_BAR, MAX_BAR = 10, 30  # columns
 class LiveLine:
     """Progress, remaining time, speed and last losses of a run, in one line of any width.
 
-    rich can render it.
+    The package rich can render it.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ class LiveLine:
         `form` is the format of the losses.
         """
         now = self.clock()
-        if not self._recent and not self._compiled:  # a step that compiles does not predict the next ones
+        if not self._recent and not self._compiled:  # a step that compiles takes longer than the next ones
             self._recent.append((self._step, seconds - (now - self._at)))
         if not self._recent or seconds - self._recent[-1][1] >= 0.5:
             self._recent.append((step, seconds))
@@ -158,7 +158,7 @@ def _duration(seconds: float) -> str:
 
 
 class Patience:
-    """Reports once that kernels are compiled, if that takes a while; a listener of `listening`."""
+    """A listener for `listening` that reports once that kernels are compiled, if it takes a while."""
 
     def __init__(self, say: Callable[[str], object]) -> None:
         self._say, self._left = say, PATIENCE
@@ -166,7 +166,7 @@ class Patience:
         self._timer: threading.Timer | None = None
 
     def __call__(self, compiling: bool) -> None:
-        """Start to wait, or stop."""
+        """Start the timer when compilation starts, and stop it when compilation ends."""
         if compiling and self._left > 0:
             self._begun = time.monotonic()
             self._timer = threading.Timer(self._left, self._tell)

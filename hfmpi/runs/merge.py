@@ -1,4 +1,4 @@
-"""Which options a run gets: those of the user, of a configuration file, and of a checkpoint."""
+"""Merge the options of a run: those of the user, of a configuration file, and of a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_TOML_BYTES = 2**20
 
 
 def merge(options: Mapping[str, Any], stored: Mapping[str, Any] | None = None, out: str = "--out") -> Config:
-    """Make the configuration of a new run or, with the options stored in its checkpoint, of a resumed run.
+    """Return the configuration of a new run or, with the options stored in its checkpoint, of a resumed run.
 
     Parameters
     ----------
@@ -38,8 +38,7 @@ def merge(options: Mapping[str, Any], stored: Mapping[str, Any] | None = None, o
     Raises
     ------
     UserError
-        For unknown options, wrong types or values, and for an option that would change what the resumed run
-        computes.
+        If an option is unknown, has a wrong type or value, or would change what the resumed run computes.
     """
     if stored is None:
         return Config(**_checked(options))
@@ -57,16 +56,16 @@ def merge(options: Mapping[str, Any], stored: Mapping[str, Any] | None = None, o
 
 
 def derive(options: Mapping[str, Any], stored: Any) -> Config:
-    """Make the configuration of a new run that starts from a different one.
+    """Return the configuration of a new run that starts from a different one.
 
-    The options stored in that run's checkpoint hold where the user supplies none. If the user chooses a
+    Options that the user does not set are taken from the checkpoint of that run. If the user chooses a
     different preset, its settings and batch sizes replace the stored ones.
 
     Raises
     ------
     UserError
-        For unknown options, wrong types or values, a different network, and if `stored` is not a mapping of
-        options. The size of the network is not checked here: it must match the parameters.
+        If an option is unknown or has a wrong type or value, if the network is different, or if `stored` is
+        not a mapping of options. The size of the network is not checked here; the parameters determine it.
     """
     values, base = _checked(options), Config(**_checked(stored))
     for name in NETWORK:
@@ -82,7 +81,7 @@ def derive(options: Mapping[str, Any], stored: Any) -> Config:
 
 
 def _settings(base: Config, options: Mapping[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a run that has the configuration `base` but for these values."""
+    """Return the settings of a run with the configuration `base`, updated by these values."""
     supplied: dict[str, Any] = values.get("settings", {})
     return supplied if _is_object(options.get("optimizer")) else base.settings | supplied
 
@@ -92,21 +91,21 @@ def _is_object(optimizer: Any) -> bool:
 
 
 def _with_one_size(values: dict[str, Any]) -> dict[str, Any]:
-    """Let `hidden` or `parameters` replace both stored ones: either may name the size of the network."""
+    """Return values in which `hidden` or `parameters` replaces both stored ones, as either sets the size."""
     return {"hidden": 0, "parameters": 0} | values if {"hidden", "parameters"} & values.keys() else values
 
 
 def _different(name: str, before: Any, after: Any, out: str) -> UserError:
-    return UserError(f"this run has {name} = {before!r}, not {after!r}; give another {out} for a new run")
+    return UserError(f"this run has {name} = {before!r}, not {after!r}: use a different {out} for a new run")
 
 
 def _checked(options: Any, optimizer: str = "") -> dict[str, Any]:
     """Return options under their current names, with their declared types, or raise a UserError.
 
-    `optimizer` is the name that an optimizer object gets if it is of that preset's class.
+    An optimizer object gets the name `optimizer` if its class is that of the preset with this name.
     """
     if not isinstance(options, Mapping):
-        raise UserError("the checkpoint holds no options of a run")
+        raise UserError("invalid checkpoint: it does not contain the options of a run")
     if _is_object(options.get("optimizer")):
         options = _with_name(options, optimizer)
     former = {name: options[old] for old, name in FORMER_NAMES.items() if old in options}
@@ -115,12 +114,12 @@ def _checked(options: Any, optimizer: str = "") -> dict[str, Any]:
 
 
 def _with_name(options: Mapping[str, Any], preferred: str) -> dict[str, Any]:
-    """Return options with an optimizer object replaced by its name, which is `preferred` if it can be."""
+    """Return options with an optimizer object replaced by its name, which is `preferred` if possible."""
     optimizer = options["optimizer"]
     if options.get("settings"):
         maker = "preset" if isinstance(optimizer, Preset) else type(optimizer).__name__
         raise UserError(
-            "settings belong to the name of an optimizer, and optimizer is an object: pass them to "
+            "settings needs the name of an optimizer, but optimizer is an object: pass the settings to "
             f"hfmpi.{maker}(...)"
         )
     name, settings, batches = named(optimizer, preferred)

@@ -1,4 +1,4 @@
-"""User-defined metrics: their means over the scored outputs of all examples, on all ranks."""
+"""Compute user-defined metrics: their means over the scored outputs of all examples, on all ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SINGLE = "metric"
 """The name of a metric that was passed alone."""
 
 TAKEN = "loss", "bpc", SINGLE
-"""Names that a metric of a dict cannot have: the keys of a record are valid_NAME."""
+"""Names that a metric of a dict cannot have, because the keys of a record are valid_NAME."""
 
 
 def checked_metrics(metric: Any) -> dict[str, Metric]:
@@ -32,7 +32,7 @@ def checked_metrics(metric: Any) -> dict[str, Metric]:
     Raises
     ------
     UserError
-        If they are not functions, or a name cannot be a key of the history.
+        If a metric is not a function, or its name cannot be a key of the history.
     """
     if metric is None:
         return {}
@@ -84,13 +84,12 @@ def means(metrics: Mapping[str, Metric], owner: DataParallel, cases: Cases, thet
 def sums(
     metrics: Mapping[str, Metric], model: object, cases: Cases, indices: np.ndarray, theta: Array
 ) -> np.ndarray:
-    """Sum each metric over the scored rows of some examples, by their weights, and these: (metrics + 1,).
+    """Return the weighted sums of each metric and of 1 over the scored rows of some examples: (metrics + 1,).
 
     Raises
     ------
     UserError
-        If the model has no method for its outputs, or a metric fails or does not return a number for each
-        row.
+        If the model cannot compute its outputs, or a metric fails or does not return a number for each row.
     """
     if not isinstance(model, Outputs):
         raise UserError(
@@ -99,8 +98,8 @@ def sums(
         )
     outputs, targets, mask = model.outputs(theta, cases.take(indices))
     weights = np.ones(len(outputs)) if mask is None else mask.reshape(-1).astype(np.float64)
-    scored = weights > 0  # what a metric returns for others may not be finite
-    several = len(metrics) > 1  # one may work in place
+    scored = weights > 0  # the metric of other rows may not be finite
+    several = len(metrics) > 1  # a metric may change its arguments
     totals = [
         (
             _values(name, metric, outputs.copy() if several else outputs, targets)[scored] * weights[scored]
@@ -119,8 +118,8 @@ def _values(name: str, metric: Metric, outputs: np.ndarray, targets: np.ndarray)
         raise
     except Exception as error:
         raise UserError(
-            f"{call} raises {type(error).__name__}: {' '.join(str(error).split())}; it "
-            f"gets arrays of outputs {outputs.shape} and targets {targets.shape}"
+            f"{call} raises {type(error).__name__}: {' '.join(str(error).split())}; its "
+            f"arguments are arrays of outputs {outputs.shape} and targets {targets.shape}"
         ) from error
     if values.shape not in ((len(outputs),), (len(outputs), 1)) or values.dtype.kind not in "biuf":
         returned = f"an array of shape {values.shape}" if values.ndim else shown(values.item())

@@ -55,7 +55,7 @@ CHECKED = 32
 """Number of examples, from the first to the last one, on which a model checks itself before a run."""
 
 LARGEST = float(np.finfo(np.float32).max)
-"""The largest loss at the start, in every precision: the largest in the message of a float32 gradient."""
+"""The maximum loss at the start, in every precision: the message of a float32 gradient contains the loss."""
 
 ARGUMENTS = (
     "data",
@@ -69,7 +69,7 @@ ARGUMENTS = (
     "threads",
     "stall_timeout",
 )
-"""The arguments of `hfmpi.train` that are not options, for a misspelled name."""
+"""The arguments of `hfmpi.train` that are not options, as suggestions for a misspelled name."""
 
 WORDS_OF_ARGUMENTS = {
     "validation": "valid",
@@ -84,15 +84,15 @@ WORDS_OF_ARGUMENTS = {
     "early_stopping_patience": "patience",
     "ckpt_path": "resume",
 }
-"""Words of other libraries for these arguments, and for `patience`."""
+"""Names that other libraries have for these arguments, and for `patience`."""
 
 CLOSE = 1e-2
-"""Relative difference up to which two losses of one model agree, perhaps on different processors."""
+"""Relative difference up to which two losses of one model count as equal, also on different processors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelTask(Task):
-    """A model and data of the user; made by `of`."""
+    """A user-supplied model and data; created by `of`."""
 
     @classmethod
     def of(
@@ -105,9 +105,9 @@ class ModelTask(Task):
         watch: object = LOSS.name,
         memory: int | None = None,
     ) -> ModelTask:
-        """Check the arguments of `hfmpi.train`, and fix the batch sizes and what the run returns.
+        """Check the arguments of `hfmpi.train`, and determine the batch sizes and what the run returns.
 
-        `memory` is that of `as_cases`.
+        `memory` is the argument of `as_cases`.
 
         Raises
         ------
@@ -116,21 +116,23 @@ class ModelTask(Task):
         """
         if not isinstance(model, Model) or isinstance(model, type):
             raise UserError(
-                f"model must be a model such as hfmpi.TorchModel, hfmpi.JaxModel or hfmpi.Network makes, "
+                f"model must be a model such as an hfmpi.TorchModel, hfmpi.JaxModel or hfmpi.Network, "
                 f"not {shown(model)}"
             )
         metrics = metric.checked_metrics(measure)
         if metrics and valid is None:
-            raise UserError("a metric is measured on validation cases: give valid too")
+            raise UserError("a metric needs validation data: pass valid too")
         watched = Watch.parse(watch, metrics)
         config = replace(config, keep=config.keep or "last")
         if valid is None and (config.keep == "best" or config.patience):
             option = "patience" if config.patience else "keep='best'"
-            raise UserError(f"{option} needs validation data: give valid too")
+            raise UserError(f"{option} needs validation data: pass valid too")
         if train is None:
-            raise UserError("data must be given, not None")
+            raise UserError("data must not be None: pass the training examples")
         if isinstance(valid, Augmented):
-            raise UserError("valid: validation examples stay as they are: give them without hfmpi.Augmented")
+            raise UserError(
+                "valid: validation examples cannot be augmented: pass them without hfmpi.Augmented"
+            )
         notes = list[str]()
         train_set = _cases("data", train, model, memory, notes)
         valid_set = None if valid is None else _cases("valid", valid, model, memory, notes)
@@ -144,7 +146,7 @@ class ModelTask(Task):
             valid_set=valid_set,
             keys=NATS,
             title=f"{_name(model)}, {model.size:,} parameters",
-            noun="cases",
+            noun="examples",
             identity={
                 "model": _model_digest(model),
                 "cases": digest_of(train_set),
@@ -164,25 +166,25 @@ class ModelTask(Task):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options without those of a network on a text."""
+        """Return the options without those of a network on a text."""
         return {name: value for name, value in super().options.items() if name not in OF_TEXT}
 
     def compared(self, theta: np.ndarray, step: int) -> dict[str, Any]:
         """Return what must be equal on all ranks at the start, by the error sentence for ranks {}."""
-        seed = "than the other ranks: what is random needs the same seed on all ranks"
+        seed = "than the other ranks: if it is random, use the same seed on all ranks"
         data = {name: value for name, value in self.identity.items() if name != "model"}
         return {
-            f"rank {{}} has another model {seed}": [self.identity["model"], digest(theta)],
-            f"rank {{}} has other data {seed}": data,
-            "rank {} has other options or checkpoint files than the other ranks": [self.options, step],
-            "rank {} has other metrics or another watch than the other ranks": [
+            f"rank {{}} has a different model {seed}": [self.identity["model"], digest(theta)],
+            f"rank {{}} has different data {seed}": data,
+            "rank {} has different options or checkpoint files than the other ranks": [self.options, step],
+            "rank {} has different metrics or a different watch than the other ranks": [
                 [*self.metrics],
                 str(self.watch),
             ],
         }
 
     def check(self, checkpoint: Checkpoint | None) -> None:
-        """Try the model on a few examples; raise a UserError if that fails or the checkpoint does not fit."""
+        """Check the data, and that the model works on a few examples and fits the checkpoint."""
         model, count = self.model, self.train_set.count
         if checkpoint is None:
             theta = model.initial(self.config.seed).astype(model.backend.dtype)
@@ -209,7 +211,10 @@ class ModelTask(Task):
         self._try_metric(theta)
 
     def _check_data(self, check: Callable[[Examples], None]) -> None:
-        """Check all examples, those that are read by index when they are read; name the set in an error."""
+        """Check all examples; those that are read by index are checked when they are read.
+
+        An error names the data set.
+        """
         checks.examples(self.train_set, check, "data")
         if self.valid_set is not None:
             checks.examples(self.valid_set, check, "valid")
@@ -218,11 +223,11 @@ class ModelTask(Task):
         """Return "" if the checkpoint's run has the same training examples; see `Task.compare`."""
         self._check_form(checkpoint)
         for name, words in (
-            ("cases", "on other training cases"),
-            ("valid_cases", "with other validation cases"),
+            ("cases", "training"),
+            ("valid_cases", "validation"),
         ):
             if resumes and not self._has_data(checkpoint.meta, name):
-                raise DifferentRun(f"is a run {words}")
+                raise DifferentRun(f"belongs to a run with different {words} examples")
         same, known = self._has_data(checkpoint.meta, "cases"), checkpoint.meta.get("tried")
         loss = self._loss(self.model.backend.to_device(checkpoint.theta))
         if (
@@ -231,20 +236,20 @@ class ModelTask(Task):
             and not (isinstance(known, float) and math.isclose(loss, known, rel_tol=CLOSE, abs_tol=1e-6))
         ):
             raise DifferentRun(
-                f"is a run of another model: on the first cases its parameters have a loss of {loss:.6g} in "
-                f"this one, and had {known}"
+                f"belongs to a run of a different model: the loss of its parameters on the first examples is "
+                f"{loss:.6g} with this model, and was {known} when it was saved"
             )
         if not math.isfinite(loss):
             raise _explained(NotFinite(loss), self.train_set, np.arange(min(TRIED, self.train_set.count)))
-        return "" if same else "was trained on other cases"
+        return "" if same else "was trained on different examples"
 
     def continuing(self, checkpoint: Checkpoint) -> ModelTask:
-        """Return the task with the digests of the checkpoint: all checkpoints of a run have the same."""
+        """Return the task with the digests of the checkpoint: all checkpoints of a run have the same ones."""
         stored = {name: value for name, value in checkpoint.meta.items() if name in self.identity}
         return replace(self, identity={**self.identity, **stored})
 
     def _has_data(self, meta: Mapping[str, Any], name: str) -> bool:
-        """Return whether the run of a checkpoint had the same data: all examples, or those that are known."""
+        """Return whether the run of a checkpoint had the same data, or the same sample of it."""
         mine, sample = self.identity, f"{name}_sample"
         if meta.get(name) == mine[name]:
             return True
@@ -253,20 +258,21 @@ class ModelTask(Task):
 
     def _check_form(self, checkpoint: Checkpoint) -> None:
         if checkpoint.meta.get("model") != self.identity["model"]:
-            raise DifferentRun("is a run of another model")
+            raise DifferentRun("belongs to a run of a different model")
         check_parameters(checkpoint, self.model.size, self.model.backend.dtype)
 
     def try_out(self, owner: DataParallel, theta: Array) -> None:
-        """Raise a UserError unless ranks have the same loss, and that of the first batch fits a message."""
+        """Check that all ranks compute the same loss, and that the loss of the first batch fits a message."""
         config, comm = self.config, owner.communicator
         losses = comm.agree(comm.gather(self._loss(theta))) or []
         strays = [
             rank for rank, loss in enumerate(losses) if not math.isclose(loss, losses[0], rel_tol=CLOSE)
         ]
         if strays:
+            *others, last = "0", *map(str, strays)
             raise UserError(
-                f"rank 0 and rank {', '.join(map(str, strays))} compute different losses for the same "
-                "parameters: seed the model identically on all ranks"
+                f"ranks {', '.join(others)} and {last} compute different losses for the same parameters: "
+                "seed the model identically on all ranks"
             )
         if self.valid_set is not None:
             self._try_valid(owner, self.valid_set, theta)
@@ -280,12 +286,12 @@ class ModelTask(Task):
             raise _explained(NotFinite(mean), self.train_set, batch)
         if mean > LARGEST:
             raise UserError(
-                f"the loss of the first batch is {mean:.3g}, and steps are possible up to {LARGEST:.3g}: "
+                f"the loss of the first batch is {mean:.3g}, larger than the maximum of {LARGEST:.3g}: "
                 "scale inputs and targets to about 1"
             )
 
     def _try_valid(self, owner: DataParallel, cases: Cases, theta: Array) -> None:
-        """Raise a UserError on all ranks unless the validation loss and the metric can be computed."""
+        """Check on all ranks that the validation loss and the metrics can be computed."""
         try:
             loss = owner.on(cases, np.arange(cases.count), span=EVALUATE).loss(theta)
             means = metric.means(self.metrics, owner, cases, theta)
@@ -310,7 +316,7 @@ class ModelTask(Task):
         return {**self.identity, "tried": self._loss(theta), "title": _name(self.model)}
 
     def _loss(self, theta: Array) -> float:
-        """Return the mean loss on the first examples, on this rank alone."""
+        """Return the mean loss on the first examples, computed by this rank alone."""
         indices = np.arange(min(TRIED, self.train_set.count))
         loss = self.model.loss(theta, self.train_set.take(indices))
         return float(loss) / (self.train_set.scored(indices) or 1)
@@ -329,7 +335,7 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
     Raises
     ------
     UserError
-        For unknown options, and those of a network on a text.
+        If an option is unknown, or belongs to a network on a text.
     """
     known = [field.name for field in fields(Config) if field.name not in OF_TEXT]
     for name in options:
@@ -344,7 +350,7 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cases(name: str, given: Any, model: Model, memory: int | None, notes: list[str]) -> Cases:
-    """Return a data set as the model takes it, and note how it is read."""
+    """Return a data set in the form that the model accepts, and add a note on how it is read."""
     make = getattr(model, "examples", Examples)
     try:
         cases = as_cases(given, make, memory, lambda sentence: notes.append(f"{name}: {sentence}"))
@@ -355,7 +361,7 @@ def _cases(name: str, given: Any, model: Model, memory: int | None, notes: list[
 
 
 def _check_optimizer(config: Config, model: Model, cases: Cases) -> None:
-    """Raise a UserError if the optimizer needs what the model or the batches do not have."""
+    """Check that the model and the batches have what the optimizer needs."""
     chosen = config.preset()
     needs, kind = chosen.optimizer.needs, type(model).__name__
     if needs.same_batch:
@@ -363,27 +369,27 @@ def _check_optimizer(config: Config, model: Model, cases: Cases) -> None:
         checks.same_batch(config.optimizer, chosen.gradient_batch, cases.count, "gradient_batch", redrawn)
     if needs.blocks and not isinstance(model, Blocks):
         raise UserError(
-            f"{kind} does not name the matrices of theta (blocks): take another optimizer, such as adam"
+            f"{kind} does not define the matrices of theta (blocks): use a different optimizer, such as adam"
         )
     if needs.kronecker_factors and not isinstance(model, KroneckerFactors):
         raise UserError(
-            f"{kind} has no Kronecker factors: give settings={{'directions': 'gradient'}}, or another "
+            f"{kind} has no Kronecker factors: use settings={{'directions': 'gradient'}}, or a different "
             "optimizer"
         )
     if needs.sketch and not needs.rows and not has_rows(model):
         raise UserError(
-            f"{kind} has no rows of examples, from which {config.optimizer} estimates the curvature: give "
-            "settings={'curvature_segments': 0} and curvature_batch=128, or another optimizer"
+            f"{kind} has no rows of examples, from which {config.optimizer} estimates the curvature: use "
+            "settings={'curvature_segments': 0} and curvature_batch=128, or a different optimizer"
         )
     if needs.rows and not has_rows(model):
         raise UserError(
-            f"{kind} has no rows of examples, which {config.optimizer} needs: take another optimizer, such "
-            "as bhf-short"
+            f"{kind} has no rows of examples, which {config.optimizer} needs: use a different optimizer, "
+            "such as bhf-short"
         )
     if needs.squared_gradients and not has_squared_gradients(model):
-        raise UserError(f"{kind} has no squared gradients: give settings={{'preconditioner': 'auto'}}")
+        raise UserError(f"{kind} has no squared gradients: use settings={{'preconditioner': 'auto'}}")
     if needs.structural_damping and not isinstance(model, StructuralDamping):
-        raise UserError(f"{kind} has no structural damping: give settings={{'structural_damping': 0}}")
+        raise UserError(f"{kind} has no structural damping: use settings={{'structural_damping': 0}}")
 
 
 def _name(model: Model) -> str:
@@ -394,7 +400,7 @@ def _name(model: Model) -> str:
 
 
 def _explained(error: NotFinite, cases: Cases, indices: np.ndarray) -> UserError:
-    """Return an error that names the example of these whose inputs are the cause, if there is one."""
+    """Return an error that names the first of these examples with inputs that are not finite, if any."""
     at = _not_finite(cases, indices)
     return (
         error
@@ -416,13 +422,13 @@ def _not_finite(cases: Cases, indices: np.ndarray) -> int | None:
 
 def _cause(example: int) -> str:
     return (
-        f"the inputs of example {example:,} are not finite; correct them or leave the example out, since a "
-        "mask hides targets alone"
+        f"the inputs of example {example:,} are not finite; correct them or remove the example, because a "
+        "mask hides only targets"
     )
 
 
 def _model_digest(model: Model) -> str:
-    """Return a digest of the form of a model, without its parameters."""
+    """Return a digest of the structure of a model, without its parameters."""
     blocks = [list(block) for block in model.blocks] if isinstance(model, Blocks) else []
     output_loss = getattr(model, "output_loss", None)
     parameters = getattr(output_loss, "form", "")

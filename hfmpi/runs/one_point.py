@@ -1,4 +1,4 @@
-"""A model at one theta on one data set, on all ranks: the start of `hfmpi.curvature` and `hfmpi.evaluate`."""
+"""Prepare a model at one theta on one data set, on all ranks, for `hfmpi.curvature` and `hfmpi.evaluate`."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class Point(NamedTuple):
 def one_point(
     model: Model, theta: np.ndarray, data: Any, communicator: Communicator | None, **options: Any
 ) -> Point:
-    """Check the arguments on every rank, and that they are equal on all; collective.
+    """Check the arguments on every rank, and that they are equal on all ranks; collective.
 
-    `options` are those of `DataParallel`; without a communicator it is that of all ranks.
+    `options` are those of `DataParallel`; the default communicator connects all ranks.
 
     Raises
     ------
     UserError
-        On all ranks, if the arguments do not fit one another, or differ between ranks.
+        On all ranks, if the arguments do not match one another, or differ between ranks.
     """
     comm = communicator or all_ranks()
     memory = checks.least(comm, free_memory(comm.local_size))
@@ -64,8 +64,8 @@ def one_point(
     checks.same_start(
         comm,
         {
-            "rank {} has other parameters than the other ranks": digest(point.theta),
-            "rank {} has other data than the other ranks": identity,
+            "rank {} has different parameters than the other ranks": digest(point.theta),
+            "rank {} has different data than the other ranks": identity,
         },
     )
     return point

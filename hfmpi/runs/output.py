@@ -1,4 +1,4 @@
-"""The output of a run, files and messages: rank 0 writes, and all ranks learn whether it succeeded."""
+"""Write the files and messages of a run on rank 0, and inform all ranks whether that succeeded."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from hfmpi.runs.record import Facts, Reporter
 __all__ = ["Output"]
 
 RETRY = 60.0
-"""Seconds after which a checkpoint that could not be written is retried, unless one is due before."""
+"""Seconds after which a checkpoint that could not be written is retried, unless one is due earlier."""
 
 
 class Output:
     """Files and messages of a run.
 
-    A file that cannot be written does not end the training: the user is notified once, and it is retried.
+    A file that cannot be written does not end the training: the user is notified once, and the file is
+    retried.
 
     Parameters
     ----------
@@ -41,7 +42,7 @@ class Output:
     retry_at : float
         Seconds of the run at which a checkpoint that could not be written is due again.
     failures : dict of str to str
-        Error of the last attempt to write each file, if it failed. For the checkpoint all ranks have it.
+        Error of the last attempt to write each file, if it failed. All ranks have that of the checkpoint.
     """
 
     def __init__(self, communicator: Communicator, reporter: Reporter, last_saved: int | None) -> None:
@@ -53,12 +54,12 @@ class Output:
         self._record: Record | None = None  # the last one
 
     def open(self, folder: Path | None, config: str, facts: Facts, notes: Sequence[str] = ()) -> None:
-        """Open the folder, if there is one, and report what is about to be trained.
+        """Open the folder, if there is one, and report what will be trained.
 
         Raises
         ------
         UserError
-            On all ranks if it cannot be opened.
+            On all ranks, if it cannot be opened.
         """
 
         def make() -> Writer | None:
@@ -83,14 +84,14 @@ class Output:
             self.reporter.step(record)
 
     def amend(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Set values of the last step in its record, and in the history."""
+        """Change values of the last step in its record and in the history."""
         if self._record is not None:
             cast("dict[str, Any]", self._record).update(values)
         if self._writer is not None:
             self._attempt("the history", partial(self._writer.history.amend, step, dict(values)))
 
     def start_best(self, theta: np.ndarray | None, meta: Mapping[str, Any]) -> None:
-        """Make best.h5 what it was where the run continues; see `Writer.start_best`."""
+        """Restore the best.h5 of the step from which the run continues; see `Writer.start_best`."""
         if self._writer is not None:
             self._attempt(BEST, partial(self._writer.start_best, theta, meta))
         self._report_notes()
@@ -120,17 +121,17 @@ class Output:
         try:
             self._writer.checkpoint(theta, state, meta)
         except UserError as error:
-            if "the checkpoint" not in self.failures:  # else it has been said
+            if "the checkpoint" not in self.failures:  # otherwise the user has been notified
                 self.reporter.note(f"{error}; the steps after the last checkpoint are not saved")
         else:
             self.reporter.note(f"an error ends the run; the checkpoint of step {meta['step']:,} is written")
 
     @property
     def last_good(self) -> str:
-        """A clause that names the newest valid checkpoint."""
+        """Return a clause that names the newest valid checkpoint."""
         if self.last_saved is None:
             return "there is no checkpoint yet"
-        return f"the last checkpoint, of step {self.last_saved:,}, is good"
+        return f"the last checkpoint, of step {self.last_saved:,}, is valid"
 
     def timing(self, content: str) -> None:
         """Write timing.json, and report the notes of the writer."""
@@ -139,7 +140,7 @@ class Output:
         self._report_notes()
 
     def finish(self, done: str) -> None:
-        """Write what is pending, and `done` into DONE unless it is empty; raise a UserError if that fails."""
+        """Write pending data, and `done` into DONE unless it is empty; raise a UserError if that fails."""
         self._write(lambda writer: writer.finish(done))
 
     def close(self) -> None:
@@ -156,11 +157,11 @@ class Output:
             write()
         except UserError as error:
             if what not in self.failures:
-                self.reporter.note(f"{error}; training goes on, and it is tried again")
+                self.reporter.note(f"{error}; training continues, and hfmpi will try again")
             self.failures[what] = str(error)
             return False
         if self.failures.pop(what, None):
-            self.reporter.note(f"{what} is written again")
+            self.reporter.note(f"{what} can be written again")
         return True
 
     def _report_notes(self) -> None:

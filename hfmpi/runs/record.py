@@ -1,4 +1,4 @@
-"""What a run reports: the facts at its start, its progress, the record of each step, and how it ended."""
+"""The reports of a run: the facts at its start, its progress, the record of each step, and its end."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Facts:
-    """What the first lines of a log report.
+    """The facts that the first lines of a log report.
 
-    `threads` are those of a rank, `linearisation_bytes` those of the largest shard; `rows` counts the rows of
-    examples that all ranks store in a step, where it is known, and `sketch` the rows of a sketch from which a
-    step estimates the curvature, 0 for none; the run continues from `step`.
+    `threads` is the number of threads of a rank, and `linearisation_bytes` the size of the linearisation of
+    the largest shard. `rows` is the number of rows of examples that all ranks store in a step, and `sketch`
+    the number of rows of a sketch from which a step estimates the curvature; 0 means that there are none. The
+    run continues from `step`.
     """
 
     task: Task
@@ -53,7 +54,7 @@ class Facts:
 
 
 class Validation(NamedTuple):
-    """Means over the validation examples: the loss in the unit of the run, and the user's metrics by name."""
+    """Means over the validation examples: the loss in the unit of the run, and custom metrics by name."""
 
     loss: float
     metrics: Mapping[str, float] = MappingProxyType({})
@@ -61,10 +62,10 @@ class Validation(NamedTuple):
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run ended: why, whether at a limit, at which step, and the validation of its result, if any.
+    """The end of a run: the reason, whether it was a limit, the step, and the validation of the result.
 
-    `unit` is that of the task, `remedy` is how the user continues the run, and `kept_step` is the step whose
-    parameters the run returns if they are those of the best validation.
+    `unit` is that of the task, `remedy` explains how the user continues the run, and `kept_step` is the step
+    of the best validation if the run returns its parameters.
     """
 
     reason: str
@@ -77,7 +78,7 @@ class Ending:
 
 
 NO_UNIT = ForwardPass(1, 1)
-"""Of work without linear algebra."""
+"""The unit of work without linear algebra."""
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,13 @@ class Progress:
         Number of consecutive rejected steps up to now.
     counts : Counts
         Work on batches of the current sizes: since the first start, or since the run started from a different
-        one with other batches.
+        run with different batches.
     unit : ForwardPass
-        What the forward pass of one of today's examples is worth.
+        The cost of the forward pass of one of the current examples.
     before : tuple of Spent
-        Work before that.
+        Work on earlier batches.
     origin : str
-        Run or checkpoint from which this run started, if it did.
+        Run or checkpoint from which this run started; empty if there is none.
     """
 
     step: int = 0
@@ -127,27 +128,27 @@ class Progress:
         return replace(self, step=self.step + 1, rejections=rejections, counts=counts)
 
     def spent(self, gradient_batch: int, curvature_batch: int) -> tuple[Spent, ...]:
-        """Return all that was done; the batches are those of today."""
+        """Return all work so far; the arguments are the current batch sizes."""
         return *self.before, Spent(self.counts, gradient_batch, curvature_batch, self.unit)
 
 
 ALWAYS = "gradients", "losses", "linearisations", "products", "cg_steps"
-"""Counts that every record has; a record has the others where they are not 0."""
+"""Counts that every record contains; a record contains the other counts if they are not 0."""
 
 OTHERS = tuple(name for name in COUNTS if name not in ALWAYS)
 
 
 class Reporter(Protocol):
-    """The one way in which a run speaks to the user; on ranks other than 0 it shows nothing."""
+    """The interface through which a run reports to the user; on ranks other than 0 it shows nothing."""
 
     def start(self, facts: Facts) -> None:
-        """Report what is about to be trained."""
+        """Report what will be trained."""
 
     def step(self, record: Record) -> None:
-        """Report a step, by its entry in the history."""
+        """Report a step; the record is its entry in the history."""
 
     def note(self, sentence: str) -> None:
-        """Report something that may need attention; the sentence comes without its full stop."""
+        """Report something that may need attention; the sentence has no full stop."""
 
     def end(self, ending: Ending) -> None:
         """Report how the run ended."""
@@ -165,8 +166,8 @@ def step_record(
 ) -> Record:
     """Return the object of a step in the history (docs/file-formats.md).
 
-    `progress` is that after the step, `metrics` are the names of the run's metrics, and `batches` are B_g and
-    B_c.
+    `progress` is the progress after the step, `metrics` are the names of the run's metrics, and `batches` are
+    B_g and B_c.
     """
     parts = progress.spent(*batches)
     spent = [(part.counts, part.gradient_batch, part.curvature_batch) for part in parts]
@@ -195,7 +196,7 @@ def step_record(
 
 
 def validated(valid: Validation | None, keys: LossKeys, metrics: Sequence[str]) -> dict[str, float | None]:
-    """Return the entries of a record for a validation: None each if there was none at that step."""
+    """Return the entries of a record for a validation; they are None if the step was not validated."""
     values = {f"valid_{name}": valid.metrics[name] if valid else None for name in metrics}
     return {keys.valid: valid.loss if valid else None, **values}
 

@@ -1,4 +1,4 @@
-"""The messages of a run to the user: a live line on a terminal, plain lines in a log."""
+"""Report a run to the user: by a live line on a terminal, by plain lines in a log."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from hfmpi.streams import lasting
 
 __all__ = ["make_reporter"]
 
-NOTEBOOK_WIDTH = 110  # characters, which the output of a cell shows without a line break
-NOTEBOOK_SECONDS = 0.2  # between two updates of the line
+NOTEBOOK_WIDTH = 110  # characters that the output of a cell shows without a line break
+NOTEBOOK_SECONDS = 0.2  # minimum time between two updates of the line
 
 
 class _Silent:
-    """Reports nothing; the reporter of all ranks but the first."""
+    """A reporter that shows nothing, for all ranks except rank 0."""
 
     def start(self, facts: Facts) -> None: ...
     def step(self, record: Record) -> None: ...
@@ -35,7 +35,7 @@ class _Silent:
 
 
 class Quiet(_Silent):
-    """Reports only what needs attention."""
+    """A reporter that shows only what needs attention."""
 
     def note(self, sentence: str) -> None:
         """Print a note on standard error."""
@@ -43,7 +43,7 @@ class Quiet(_Silent):
 
 
 class Log(Quiet):
-    """Prints plain lines, at most about one a second; the history has every step."""
+    """A reporter that prints plain lines, at most about one per second; the history contains every step."""
 
     due = 0.0
 
@@ -57,23 +57,25 @@ class Log(Quiet):
         click.echo(f"{config.optimizer}, {batches} of {task.train_set.count:,} {task.noun}")
         click.echo(
             f"{facts.ranks} rank(s) of {facts.threads} thread(s), {backend.name}, {backend.dtype.name}"
-            + (f"; going on from step {facts.step:,}" if facts.step else "")
+            + (f"; continuing from step {facts.step:,}" if facts.step else "")
         )
         if facts.rows:
             size = facts.rows * task.model.size * backend.dtype.itemsize / 2**30
-            click.echo(f"{facts.rows:,} rows of per-example gradients a step, {size:.2f} GiB over all ranks")
+            click.echo(
+                f"{facts.rows:,} rows of per-example gradients per step, {size:.2f} GiB on all ranks together"
+            )
         if facts.sketch:
-            click.echo(f"curvature along the directions from {facts.sketch:,} random rows a step")
+            click.echo(f"curvature along the directions estimated from {facts.sketch:,} random rows per step")
         if any(place.device_id for place in facts.places):
             print_devices(facts.places, config.matmul_precision)
         if facts.linearisation_bytes > facts.memory_budget:
             size, budget = facts.linearisation_bytes / 2**30, facts.memory_budget / 2**30
             click.echo(
-                f"A rank's linearisation takes {size:.2f} GiB, its memory budget is {budget:.2f} GiB: "
-                "what does not fit is recomputed for every product."
+                f"A rank's linearisation needs {size:.2f} GiB, but its memory budget is {budget:.2f} GiB: "
+                "the part that does not fit is recomputed for every product."
             )
         if not config.max_steps and not config.max_seconds:
-            click.echo("No limit (max-steps, max-seconds): training goes on until it is stopped (Ctrl-C).")
+            click.echo("No limit (max-steps, max-seconds): training continues until it is stopped (Ctrl-C).")
 
     def step(self, record: Record) -> None:
         """Print a step if it was evaluated or rejected, or if it is the first in a second."""
@@ -90,7 +92,7 @@ class Log(Quiet):
 
 
 class Live(Log):
-    """Shows the progress in one live line, and prints a line for each evaluation."""
+    """A reporter that shows the progress in one live line, and prints a line for each evaluation."""
 
     def __init__(self, display: Any) -> None:
         self.display = display
@@ -123,12 +125,12 @@ class Live(Log):
 
 
 class Notebook(Quiet):
-    """Shows the progress in one line, which is overwritten, and nothing else but notes."""
+    """A reporter that shows the progress in one line, which it overwrites, and otherwise only notes."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self.line: LiveLine | None = None
-        self.due, self.shown = -math.inf, 0  # when to show the next step; length of the text that is shown
+        self.due, self.shown = -math.inf, 0  # time of the next update; length of the text that is shown
 
     def start(self, facts: Facts) -> None:
         """Show the line before the first step."""
@@ -136,7 +138,7 @@ class Notebook(Quiet):
         self.show(self.line.text(NOTEBOOK_WIDTH))
 
     def step(self, record: Record) -> None:
-        """Update the line, a few times a second at most."""
+        """Update the line, at most a few times per second."""
         if self.line is None:
             return
         update(self.line, record)
@@ -207,7 +209,7 @@ def is_evaluated(record: Record) -> bool:
 
 
 def loss_format(record: Record) -> str:
-    """Return the format of losses: bits per character have a known size, other losses have any."""
+    """Return the number format of losses; bits per character have a known magnitude, other losses do not."""
     return ".4f" if loss_keys(record) == BITS else ".5g"
 
 
@@ -246,14 +248,14 @@ def model_parts(record: Record) -> list[str]:
 
 
 class NoteHandler(logging.Handler):
-    """Passes warnings that hfmpi logs, such as one on memory, on as notes to the user."""
+    """A handler that forwards the warnings of hfmpi's logger, such as one on memory, to the user as notes."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
         super().__init__(logging.WARNING)
         self.note = note
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Pass a warning on, without the words that a note adds."""
+        """Forward a warning, without the words that a note adds."""
         try:
             self.note(record.getMessage().removeprefix("Note: ").removesuffix("."))
         except OSError:  # standard error is broken
@@ -262,10 +264,10 @@ class NoteHandler(logging.Handler):
 
 @contextmanager
 def make_reporter(rank: int, quiet: bool = False) -> Iterator[Reporter]:
-    """Make the reporter of a rank for the duration of a run; a quiet one reports only what needs attention.
+    """Create the reporter of a rank for the duration of a run; a quiet one reports only what needs attention.
 
-    Until then, it also reports the warnings that hfmpi logs. A warning of any rank is shown: it may concern
-    that rank alone.
+    During the run, it also reports the warnings that hfmpi logs. The warnings of every rank are shown,
+    because a warning may concern one rank alone.
     """
     with ExitStack() as stack:
         stack.enter_context(lasting())
@@ -277,7 +279,7 @@ def make_reporter(rank: int, quiet: bool = False) -> Iterator[Reporter]:
 
 
 def _make_log(stack: ExitStack) -> Quiet:
-    """Make the reporter for a notebook, a terminal, or standard output that cannot move its cursor."""
+    """Create the reporter for a notebook, a terminal, or an output on which the cursor cannot be moved."""
     if in_notebook():
         notebook = Notebook()
         stack.enter_context(listening(notebook.compiling))

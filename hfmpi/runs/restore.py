@@ -1,4 +1,4 @@
-"""Reads a run out of a checkpoint, with checks before memory is allocated: the file may come from anyone."""
+"""Read a run from a checkpoint, and check it before memory is allocated, as the file may be from anyone."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ StateT = TypeVar("StateT")
 
 
 class Lowest(NamedTuple):
-    """The parameters with the lowest risk that a run knows, where every step has the same batch.
+    """The parameters with the lowest risk that a run knows, if every step has the same batch.
 
     Attributes
     ----------
     theta : (D,)
     risk : float
     returned : bool
-        Whether they are the result of the run: the risk of its last parameters is known to be higher.
+        Whether they are the result of the run, because the risk of its last parameters is higher.
     """
 
     theta: Array
@@ -62,13 +62,13 @@ class Lowest(NamedTuple):
 
 
 MOST_OPERATIONS = 2**100
-"""More operations than there will be; still finite as a float."""
+"""An upper bound on the operations of a run, which is finite as a float."""
 
 LOWEST = "lowest"
-"""Entry of a checkpoint beside the optimizer's state, and of its meta."""
+"""Name of the entries for the lowest risk: alongside the optimizer's state, and in the meta."""
 
 BEST = "best"
-"""Another one: the parameters of the best validation, if they are not theta, and what was validated."""
+"""Name of the entries for the best validation: its parameters, if they are not theta, and its values."""
 
 
 class Misfit(UserError):
@@ -90,11 +90,11 @@ def restored(checkpoint: Checkpoint, fresh: StateT, backend: Backend, optimizer:
     Raises
     ------
     Misfit
-        If they do not.
+        If an entry does not match.
     """
     expected = entries(fresh, backend)
     state = {name: entry for name, entry in checkpoint.state.items() if name not in (LOWEST, BEST)}
-    # Earlier versions lack some vectors and have others: where a vector is empty, that makes no difference.
+    # Checkpoints of earlier versions have different vectors; vectors that are empty need not match.
     missing = {name: value for name, value in expected.items() if _empty(value)}
     saved = {name: v for name, v in state.items() if name in expected or not _empty(v)}
     entries_read = missing | saved
@@ -111,14 +111,14 @@ def restored(checkpoint: Checkpoint, fresh: StateT, backend: Backend, optimizer:
 
 
 def lowest_entries(found: Lowest | None, backend: Backend) -> tuple[dict[str, Entry], dict[str, Any]]:
-    """Return the entries of a checkpoint for the lowest risk, beside those of the state and in its meta."""
+    """Return the entries of a checkpoint for the lowest risk: alongside the state, and in its meta."""
     if found is None:
         return {}, {}
     return {LOWEST: backend.to_host(found.theta)}, {LOWEST: {"risk": found.risk, "returned": found.returned}}
 
 
 def lowest(checkpoint: Checkpoint) -> Lowest | None:
-    """Return the lowest risk that the run of a checkpoint knew, with parameters on the host.
+    """Read the lowest risk that the run of a checkpoint knew, with parameters on the host.
 
     Raises
     ------
@@ -131,12 +131,12 @@ def lowest(checkpoint: Checkpoint) -> Lowest | None:
     fits = isinstance(theta, np.ndarray) and _form(theta) == _form(checkpoint.theta)
     risk, returned = (about.get("risk"), about.get("returned")) if isinstance(about, dict) else (None, None)
     if not fits or not isinstance(risk, float) or not math.isfinite(risk) or not isinstance(returned, bool):
-        raise UserError("invalid checkpoint: the parameters of its lowest risk do not fit")
+        raise UserError("invalid checkpoint: the entries of its lowest risk do not match the model")
     return Lowest(theta, risk, returned)
 
 
 def best_entries(found: Best | None, theta: Array, watch: Watch) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Return what a checkpoint of theta has for the best validation: entries of its state and its meta."""
+    """Return the entries of a checkpoint of theta for the best validation, in its state and its meta."""
     if found is None:
         return {}, {}
     about = {
@@ -152,12 +152,12 @@ def best_entries(found: Best | None, theta: Array, watch: Watch) -> tuple[dict[s
 
 
 def best(checkpoint: Checkpoint, watch: Watch) -> Best | None:
-    """Return the best validation that the run of a checkpoint knew, with parameters on the host.
+    """Read the best validation that the run of a checkpoint knew, with parameters on the host.
 
     Raises
     ------
     UserError
-        If the entries are not valid, or the run compared its validations by another value.
+        If the entries are not valid, or the run compared its validations by a different value.
     """
     theta, about = checkpoint.state.get(BEST, checkpoint.theta), checkpoint.meta.get(BEST)
     if about is None and BEST not in checkpoint.state:
@@ -175,11 +175,11 @@ def best(checkpoint: Checkpoint, watch: Watch) -> Best | None:
     except (KeyError, TypeError, AttributeError):
         sound, watched = False, ""
     if not sound:
-        raise UserError("invalid checkpoint: the parameters of its best validation do not fit")
+        raise UserError("invalid checkpoint: the entries of its best validation do not match the model")
     if watched != str(watch):
         raise UserError(
-            f"this run compares its validations by watch={watched!r}, not {str(watch)!r}; give another out "
-            "for a new run"
+            f"this run compares its validations by watch={watched!r}, not {str(watch)!r}: "
+            "use a different out for a new run"
         )
     assert isinstance(theta, np.ndarray)
     return Best(theta, valid, *steps)
@@ -192,7 +192,7 @@ def without_best(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def settled(checkpoint: Checkpoint) -> Checkpoint:
-    """Return the checkpoint with the parameters that the run returned, for a run that goes on differently."""
+    """Return the checkpoint with the parameters that the run returned, to start a different run from it."""
     found = lowest(checkpoint)
     theta = found.theta if found is not None and found.returned else checkpoint.theta
     state = {name: entry for name, entry in checkpoint.state.items() if name != LOWEST}
@@ -207,29 +207,29 @@ def evaluated_parameters(checkpoint: Checkpoint) -> np.ndarray:
 
 
 def check_model(checkpoint: Checkpoint, symbols: bytes, size: int, dtype: np.dtype) -> None:
-    """Raise a UserError unless the parameters fit a model of this size for these symbols."""
+    """Check that the parameters fit a model of this size for these symbols."""
     if checkpoint.meta.get("vocabulary") != list(symbols):
         raise UserError(
-            "the checkpoint was trained on another vocabulary than that of the data: "
-            "prepare its text with `hfmpi prepare --vocabulary RUN`"
+            "the checkpoint was trained with a different vocabulary than that of the data: "
+            "prepare the text with `hfmpi prepare --vocabulary RUN`"
         )
     check_parameters(checkpoint, size, dtype)
 
 
 def check_parameters(checkpoint: Checkpoint, size: int, dtype: np.dtype) -> None:
-    """Raise a UserError unless the checkpoint has this number of parameters of this type."""
+    """Check that the checkpoint has this number of parameters of this type."""
     theta = checkpoint.theta
     if theta.shape != (size,) or theta.dtype != dtype:
         raise UserError(
-            f"the checkpoint holds a model of {theta.size:,} parameters ({theta.dtype}), "
+            f"the checkpoint contains a model of {theta.size:,} parameters ({theta.dtype}), "
             f"not of {size:,} ({dtype})"
         )
 
 
 def check_one_run(folder: Path, checkpoint: Checkpoint) -> None:
-    """Raise a UserError if another checkpoint in the folder belongs to a different run than this one.
+    """Check that the other checkpoints in the folder belong to the same run as this one.
 
-    Then one of them was copied there: a run never changes what it computes, nor its data.
+    If one of them does not, it was copied there, because a run never changes what it computes, nor its data.
     """
     for other in PREVIOUS, BEST_FILE:
         try:
@@ -244,10 +244,10 @@ def check_one_run(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def check_leftover(folder: Path, config: Config, about: Mapping[str, Any], out: str) -> None:
-    """Raise a UserError if best.h5 in the folder of a new run belongs to a different run.
+    """Check that best.h5 in the folder of a new run does not belong to a different run.
 
-    The run's own one may be there, if it was stopped before its first checkpoint. `about` has the digests of
-    data and model, and `out` is the name of the option for the folder.
+    A best.h5 of the same run exists if the run was stopped before its first checkpoint. `about` has the
+    digests of data and model, and `out` is the name of the option for the folder.
     """
     path = folder / BEST_FILE
     try:
@@ -256,7 +256,7 @@ def check_leftover(folder: Path, config: Config, about: Mapping[str, Any], out: 
         name = ""
     if name:
         raise UserError(
-            f"{path} belongs to a different run (the {name} differs): move it elsewhere, or give another "
+            f"{path} belongs to a different run (the {name} differs): move it elsewhere, or use a different "
             f"{out}"
         )
 
@@ -267,7 +267,7 @@ def _difference(config: Config, about: Mapping[str, Any], path: Path) -> str:
     Raises
     ------
     UserError, KeyError, TypeError
-        If the checkpoint cannot be read or describes no run.
+        If the checkpoint cannot be read or does not describe a run.
     """
     meta = load(path).meta
     ours, theirs = asdict(config) | identity(about), asdict(merge(meta["config"])) | identity(meta)
@@ -276,7 +276,7 @@ def _difference(config: Config, about: Mapping[str, Any], path: Path) -> str:
 
 
 def progress(checkpoint: Checkpoint) -> Progress:
-    """Return the progress of the run, which `asdict` made a part of the checkpoint's meta.
+    """Read the progress of the run from the checkpoint's meta, in which `asdict` stored it.
 
     Raises
     ------
@@ -292,21 +292,21 @@ def progress(checkpoint: Checkpoint) -> Progress:
             for part in meta.get("before", ())
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"the checkpoint describes no run of this version: {error!r}") from None
+        raise UserError(f"the checkpoint does not describe a run of this version: {error!r}") from None
     spent = *before, Spent(counts, 0, 0, unit)
     batches = (number for part in before for number in (part.gradient_batch, part.curvature_batch))
     sound = all(type(n) is int and is_amount(n) for n in (step, rejections, *batches)) and is_amount(seconds)
     units = (number for part in spent for number in part.unit)
     sound = sound and all(type(n) is int and 0 < n < MOST_OPERATIONS for n in units)
     if not (sound and all(are_amounts(part.counts) for part in spent)):
-        raise UserError("invalid checkpoint: its step, seconds and counts must be numbers, not negative")
+        raise UserError("invalid checkpoint: its step, seconds and counts must be non-negative numbers")
     if not isinstance(origin, str):
         raise UserError('invalid checkpoint: "origin" must be a string')
     return Progress(step, seconds, rejections, counts, unit, before, origin)
 
 
 def are_amounts(counts: Counts) -> bool:
-    """Return whether the counts, from a file, are whole numbers of a possible size."""
+    """Return whether the counts, from a file, are integers of a possible size."""
     return all(
         type(number) is int and is_amount(number, MOST_OPERATIONS if name == "operations" else 2**53)
         for name, number in asdict(counts).items()
@@ -314,14 +314,14 @@ def are_amounts(counts: Counts) -> bool:
 
 
 def _unit(saved: dict[str, Any]) -> ForwardPass:
-    """Return the unit that was saved with counts; those of versions up to 0.2.0 had no linear algebra."""
+    """Return the unit that was saved with counts; versions up to 0.2.0 did not count linear algebra."""
     return ForwardPass(*saved.get("unit", NO_UNIT))
 
 
 def _counts(saved: dict[str, int]) -> Counts:
     """Return counts that this version or an earlier one saved.
 
-    Until version 0.2.0 they had `columns` too, which no optimizer ever counted.
+    Up to version 0.2.0 they also contain `columns`, which is always 0.
     """
     return Counts(**{name: number for name, number in dict(saved).items() if name != "columns"})
 
@@ -331,5 +331,5 @@ def _empty(value: Entry) -> bool:
 
 
 def _form(value: Entry) -> tuple[Any, ...]:
-    """Return what must be equal for an entry of a checkpoint and the state that it replaces."""
+    """Return the properties that an entry of a checkpoint must share with the state that it replaces."""
     return (value.shape, value.dtype) if isinstance(value, np.ndarray) else (type(value),)

@@ -24,26 +24,26 @@ class Result:
     Attributes
     ----------
     theta : ndarray (D,)
-        The parameters, on the host. With keep="best" those of the best validation. Otherwise the last ones:
-        the mean of the iterates if the optimizer computes one; where every step has the same batch, those of
-        the lowest risk that the run knows, the last ones included, unless weight decay or a mean of the
-        iterates was asked for.
+        The parameters, on the host. With keep="best", they are those of the best validation. Otherwise, they
+        are the last parameters, or the mean of the iterates if the optimizer computes one. If every step has
+        the same batch, they are instead those of the lowest risk that the run knows, including that of the
+        last parameters, unless weight decay or a mean of the iterates is set.
     history : list of dict
-        One entry a step since the first start, as in history.jsonl, without those of a different run from
-        which it started.
+        One entry per step since the first start, as in history.jsonl, without the entries of a different run
+        from which this run started.
     step : int
         Number of steps since the first start.
     done : bool
         Whether the run reached a limit, ran out of patience, converged, or was stopped by its callback;
         otherwise a signal or an error ended it.
     reason : str
-        Which of them.
+        Why the run ended.
     valid_loss : float or None
         The loss on the validation examples, at theta.
     valid_metric : float, dict of str to float, or None
-        The metric there, or the metrics by name.
+        The metric on the validation examples, at theta, or the metrics by name.
     best_step : int or None
-        The step with the best validation; None without one.
+        The step with the best validation; None if there was no validation.
     kept_best : bool
         Whether theta are the parameters of that step.
     rank : int

@@ -1,4 +1,4 @@
-"""What surrounds a run: its ranks, the reporter, the stop signals, and how the user calls its options."""
+"""The environment of a run: its ranks, the reporter, the stop signals, and the user's names for options."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class Names(NamedTuple):
     """Words of messages that differ between the command `hfmpi train` and the function `hfmpi.train`."""
 
     out: str
-    resume: str  # with the value that continues a run
+    resume: str  # including the value that continues a run
     max_steps: str
     max_seconds: str
     patience: str
     gradient_batch: str
     curvature_batch: str
-    examples: str  # of training
-    other_kind: str  # what a run is that was started in the other way
-    origin: str  # which runs a new one can start from
-    again: str  # what continues a run that was stopped
+    examples: str  # the training examples
+    other_kind: str  # a run that was started in the other way
+    origin: str  # from which runs a new run can start
+    again: str  # how to continue a run that was stopped
 
 
 COMMAND = Names(
@@ -46,7 +46,7 @@ COMMAND = Names(
     "--curvature-batch",
     "training sequences",
     "a run of a Python program (hfmpi.train)",
-    "a run on a text starts from one on a text",
+    "a run on a text can only start from a run on a text",
     "Start again with the same command",
 )
 PROGRAM = Names(
@@ -59,14 +59,14 @@ PROGRAM = Names(
     "curvature_batch",
     "training examples",
     "a run of `hfmpi train` on a text",
-    "a run starts from one of its model",
+    "a run can only start from a run of the same model",
     "Call it again with the same out",
 )
 
 
 @dataclass(frozen=True)
 class Session:
-    """What surrounds a run on this rank; the clock returns seconds."""
+    """The environment of a run on this rank; the clock returns seconds."""
 
     communicator: Communicator
     placement: Placement

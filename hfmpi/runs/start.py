@@ -1,7 +1,7 @@
-"""The one way into a run: new, resumed, or started from a different run with other options or data.
+"""Open a run: a new one, a resumed one, or one that starts from a different run with other options or data.
 
-A run that starts from a different one continues its theta, steps, seconds and costs, so that no history
-claims a loss for less than it cost. It also continues the optimizer's state if that has the same form, and
+A run that starts from a different one continues its theta, steps, seconds and costs, so that the history
+contains the full cost of every loss. It also continues the optimizer's state if that has the same form, and
 batches and epochs if they are the same as before.
 """
 
@@ -38,7 +38,7 @@ from hfmpi.runs.train import Callback, Run
 __all__ = ["open_run"]
 
 BATCHES = "sequence_length", "burn_in", "seed"
-"""Options that decide, with the data and the batch sizes, which batches a run takes."""
+"""Options that determine, with the data and the batch sizes, which batches a run uses."""
 
 
 def open_run(
@@ -49,7 +49,7 @@ def open_run(
     session: Session,
     callback: Callback | None = None,
 ) -> Run:
-    """Return the run that the user describes, checked and ready to train; nothing is written.
+    """Create the run that the user describes, and check that it can train; nothing is written.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ def open_run(
     options : mapping
         User-supplied options by name.
     make_task : callable
-        Makes the task from the options in effect; its second argument is True if the run in `folder` is
+        Creates the task from the options in effect; its second argument is True if the run in `folder` is
         resumed.
     session : Session
         Its reporter receives what the user should know about the checkpoint.
@@ -80,7 +80,7 @@ def open_run(
         task = make_task(merge(options), False)
         _check_leftover(folder, task, names)
         return make(folder, task, session)
-    name, remedy = (folder, f"give another {names.out}") if resumes else (resume, names.origin)
+    name, remedy = (folder, f"use a different {names.out}") if resumes else (resume, names.origin)
     if ("cases" in checkpoint.meta) != (names is PROGRAM):
         raise UserError(f"{name} is {names.other_kind}; {remedy}")
     stored, notes = checkpoint.meta.get("config"), [checkpoint.message]
@@ -98,7 +98,7 @@ def open_run(
         run, reset = _begin(begin, task, without_best(checkpoint), resume, names, same_data=not difference)
         notes += [
             difference and f"{resume} {difference}",
-            reset and f"the optimizer's state of {resume} is not taken over: {reset}",
+            reset and f"the optimizer's state of {resume} is not used: {reset}",
         ]
     for note in filter(None, notes):
         session.reporter.note(note)
@@ -106,7 +106,7 @@ def open_run(
 
 
 def _check_leftover(folder: Path | None, task: Task, names: Names) -> None:
-    """Raise a UserError if the folder of a new run has a file of a different run that would be replaced."""
+    """Check that the folder of a new run has no file of a different run that would be replaced."""
     if folder is not None:
         check_leftover(folder, task.config, task.identity, names.out)
 
@@ -139,7 +139,7 @@ def _begin(
     names: Names,
     same_data: bool,
 ) -> tuple[Run, str]:
-    """Make a new run from the checkpoint of a different one; return it, and why the optimizer is reset."""
+    """Create a new run from the checkpoint of a different one; also return why the optimizer is reset."""
     begun, why = _starting_point(checkpoint, source, task.config, same_data)
     try:
         run = make(begun)
@@ -158,7 +158,7 @@ def _starting_point(
     before, now = had.preset(), config.preset()
     batches = before.gradient_batch, before.curvature_batch
     if type(before.optimizer) is not type(now.optimizer):
-        why = f"it was trained with {had.optimizer}, and this is {config.optimizer}"
+        why = f"that run was trained with {had.optimizer}, and this run uses {config.optimizer}"
         checkpoint = _without_state(checkpoint)
     state = dict(checkpoint.state)
     if state and "damping" in config.settings and config.settings["damping"] != had.in_effect()["damping"]:
@@ -180,7 +180,7 @@ def _without_state(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _check_limits(config: Config, so_far: Progress, source: str, names: Names) -> None:
-    """Raise a UserError if a new run has reached a limit before it starts; limits include the run before."""
+    """Check that a new run has not reached a limit before it starts; limits include the earlier run."""
     steps, seconds = f"{so_far.step:,} steps", f"{so_far.seconds:,.1f} seconds"
     for option, limit, value, had in (
         (names.max_steps, config.max_steps, so_far.step, steps),
@@ -188,6 +188,6 @@ def _check_limits(config: Config, so_far: Progress, source: str, names: Names) -
     ):
         if 0 < limit <= value:
             raise UserError(
-                f"{source} has {had} already, and {option} counts from its first start: give more than that, "
-                f"not {limit:,g}"
+                f"{source} already has {had}, and {option} counts from its first start: use a value larger "
+                f"than that, not {limit:,g}"
             )

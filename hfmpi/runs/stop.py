@@ -28,7 +28,7 @@ def job_end() -> float | None:
 
 
 class StopSignals:
-    """Records SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU in a `with` block; they do not kill.
+    """A context that records SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU, so that they do not kill.
 
     A second SIGINT raises KeyboardInterrupt at once; a SIGHUP that is ignored (nohup) stays ignored. Only
     the main thread can enter the block. Each rank records the signals that it receives; the ranks have to
@@ -42,28 +42,28 @@ class StopSignals:
     Attributes
     ----------
     requested : str or None
-        The first request, such as "SIGTERM asked for it".
+        The first request, such as "received SIGTERM".
     """
 
     def __init__(self, end: float | None = None) -> None:
         self.requested: str | None = None
         self._previous: dict[signal.Signals, Any] = {}
         self._end = None if end is None else time.monotonic() + end - time.time()
-        self._asked = math.inf  # not yet
+        self._asked = math.inf  # `wanted` has not been called yet
         self._longest = 0.0
 
     def wanted(self) -> bool:
         """Return whether this rank wants to stop; called at every sum over the ranks and before every step.
 
         After that, the run works up to the next sum and then writes its checkpoint. Neither has taken longer
-        than the longest time between two calls so far, so this time is reserved twice before the end of the
-        job, and half a minute.
+        than the longest time between two calls so far. Therefore twice this time and half a minute are
+        reserved before the end of the job.
         """
         now = time.monotonic()
         self._longest = max(self._longest, now - self._asked)
         self._asked = now
         if self._end is not None and now > self._end - _MARGIN - 2 * self._longest:
-            self.requested = self.requested or "the time of the job is nearly over"
+            self.requested = self.requested or "the job is about to reach its time limit"
         return self.requested is not None
 
     def __enter__(self) -> StopSignals:
@@ -79,6 +79,6 @@ class StopSignals:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = self.requested or f"{signal.Signals(number).name} asked for it"
+        self.requested = self.requested or f"received {signal.Signals(number).name}"
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""The task of a run: what it trains, on which data, with which options; `Run` is the same for all tasks."""
+"""The task of a run: what it trains, on which data, with which options. `Run` is the same for all tasks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["DifferentRun", "Task"]
 
 
 class DifferentRun(UserError):
-    """The checkpoint belongs to a different run; the subject of the sentence is left to the caller."""
+    """A checkpoint belongs to a different run; the caller adds the subject of the sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,24 +37,24 @@ class Task:
     Attributes
     ----------
     config : Config
-        All options; a resumed run need not ask for any of them again.
+        All options; the user of a resumed run need not repeat them.
     model : Model
     train_set : Cases
     valid_set : Cases or None
     keys : LossKeys
         Names and unit of the loss in a record.
     title : str
-        What is trained, for a log.
+        A description of the model for a log.
     noun : str
-        What an example is called in a log, in the plural.
+        The name of examples in a log, in the plural.
     unit : str
         Unit of the loss in messages; without it, the loss is called "loss".
     identity : mapping
         What a checkpoint stores about the model and the data, as JSON.
     metrics : mapping of str to Metric
-        By name; measured on the validation examples in addition to the loss.
+        User-defined metrics by name; computed on the validation examples in addition to the loss.
     watch : Watch
-        What makes a validation the best one.
+        The value by which validations are compared.
     notes : tuple of str
         What the user should know before the first step.
     """
@@ -73,7 +73,7 @@ class Task:
     notes: tuple[str, ...] = ()
 
     def check(self, checkpoint: Checkpoint | None) -> None:
-        """Raise a UserError unless a run can start, new or from a checkpoint.
+        """Check that a run can start, new or from a checkpoint.
 
         Called before memory is allocated for what the checkpoint describes.
         """
@@ -81,7 +81,7 @@ class Task:
     def compare(self, checkpoint: Checkpoint, resumes: bool) -> str:
         """Return how the training data of the checkpoint's run differ, as "was trained on ...", or "".
 
-        If this run resumes that one, no difference is allowed.
+        If this run resumes that run, no difference is allowed.
 
         Raises
         ------
@@ -91,26 +91,26 @@ class Task:
         raise NotImplementedError
 
     def continuing(self, checkpoint: Checkpoint) -> Task:
-        """Return the task of a resumed run, whose checkpoints describe the data as this one does."""
+        """Return the task of a resumed run, whose checkpoints describe the data as this checkpoint does."""
         return self
 
     def compared(self, theta: np.ndarray, step: int) -> dict[str, Any]:
         """Return what must be equal on all ranks at the start, by the error sentence for ranks {}."""
-        sentence = "rank {} has other data, options or checkpoint files than the other ranks"
+        sentence = "rank {} has different data, options or checkpoint files than the other ranks"
         return {sentence: [digest(theta), asdict(self.config), dict(self.identity), step]}
 
     def try_out(self, owner: DataParallel, theta: Array) -> None:
-        """Raise a UserError on all ranks if training cannot start from theta; collective."""
+        """Check on all ranks that training can start from theta; collective."""
 
     def cases(self, step: int) -> Cases:
-        """Return the training examples as step `step`, counted from 0, uses them."""
+        """Return the training examples that step `step`, counted from 0, uses."""
         return self.train_set
 
     def forward_pass(self) -> ForwardPass:
-        """Return what the forward pass of one example is worth.
+        """Return the cost of the forward pass of one example.
 
-        For a model that does not know it, each parameter is used once for each output of the first example,
-        and all matrices one after the other.
+        If the model does not report it, each parameter is assumed to be used once for each output of the
+        first example, and the matrices sequentially.
         """
         model, batch = self.model, self.train_set.take(np.arange(1))
         shape = _steps(batch)
@@ -123,11 +123,11 @@ class Task:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options that the files of a run contain."""
+        """Return the options that the files of a run contain."""
         return asdict(self.config)
 
     def segments(self, wanted: int) -> int:
-        """Return the segments that an example is cut into: no more than it has steps with targets."""
+        """Return the number of segments of an example, which is at most its number of steps with targets."""
         return min(wanted, max(1, prod(_steps(self.train_set.take(np.arange(1))))))
 
     def linearisation_bytes(self, cases: int) -> int:

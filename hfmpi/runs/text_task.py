@@ -23,14 +23,14 @@ from hfmpi.runs.task import DifferentRun, Task
 __all__ = ["TextTask"]
 
 Choose = Callable[[Config, int, int], tuple[Config, str]]
-"""Options, D and the number of training sequences -> options with an optimizer, and a note that says why."""
+"""Options, D, number of training sequences -> options with an optimizer, and a note with the reason."""
 
-NOISED = "training losses include {}, validation losses do not"
+NOISED = "training losses are computed with {}, validation losses without"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTask(Task):
-    """A network on a text; made by `read`."""
+    """A network on a text; created by `read`."""
 
     model: Network
     train_set: Sequences
@@ -40,9 +40,9 @@ class TextTask(Task):
 
     @classmethod
     def read(cls, config: Config, data: Path, local_rank: int, choose: Choose | None = None) -> TextTask:
-        """Read the corpus, on every rank, and make the network for it.
+        """Read the corpus, on every rank, and create the network for it.
 
-        `choose` chooses the optimizer, from the options, the parameters and the training sequences.
+        `choose` chooses the optimizer from the options, and the numbers of parameters and training sequences.
 
         Raises
         ------
@@ -51,7 +51,7 @@ class TextTask(Task):
         """
         corpus = Corpus.read(data)
         architecture = config.architecture(corpus.vocabulary)
-        # From now on the number of units is the size, so that a resumed run does not derive it again.
+        # The number of hidden units replaces --parameters, so that a resumed run does not derive it again.
         config = replace(config, hidden=architecture.hidden, parameters=0, keep=config.keep or "best")
         lengths = config.sequence_length, config.burn_in
         changes = {"input noise": config.input_noise, "dropout": config.dropout}
@@ -100,7 +100,7 @@ class TextTask(Task):
         )
 
     def check(self, checkpoint: Checkpoint | None) -> None:
-        """Raise a UserError if the checkpoint has other symbols or sizes, or memory does not suffice."""
+        """Check the symbols and the size of the checkpoint, and that there is enough memory."""
         if checkpoint is not None:
             check_model(checkpoint, self.corpus.symbols, self.model.size, self.model.backend.dtype)
         checks.enough_memory(self.model.architecture)
@@ -110,7 +110,7 @@ class TextTask(Task):
         check_model(checkpoint, self.corpus.symbols, self.model.size, self.model.backend.dtype)
         if checkpoint.meta.get("corpus") == self.corpus.digest:
             return ""
-        difference = f"was trained on other data than {self.data}"
+        difference = f"was trained on different data than {self.data}"
         if resumes:
             raise DifferentRun(difference)
         return difference
@@ -126,7 +126,7 @@ class TextTask(Task):
         return cases
 
     def linearisation_bytes(self, cases: int) -> int:
-        """Return what the tape of so many sequences takes."""
+        """Return the size of the tape of this many sequences."""
         config, needs = self.config, self.config.preset().optimizer.needs
         steps = config.burn_in + config.sequence_length
         return self.model.tape_bytes(steps, cases, needs.structural_damping, dropout=config.dropout > 0)

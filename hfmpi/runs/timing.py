@@ -1,4 +1,4 @@
-"""timing.json: what each rank spent its time on since the run was last started."""
+"""timing.json: how each rank has spent its time since the last start of the run."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from hfmpi.parallel.placement import Placement
 
 __all__ = ["RankTimes", "Times", "Timing", "read_times"]
 
-MOST_BYTES = 2**26  # a rank has about 1,000
+MOST_BYTES = 2**26  # the file has about 1,000 bytes per rank
 
 
 class RankTimes(TypedDict):
-    """A rank: its `Placement` and device, and seconds by name, of this start and of the timed steps."""
+    """A rank: its `Placement` and device, and seconds by name, since this start and in the timed steps."""
 
     threads: int
     device: str
@@ -45,7 +45,7 @@ class Times(TypedDict):
 
 
 class Timing:
-    """Combines the timers of all ranks.
+    """The combined timers of all ranks.
 
     Parameters
     ----------
@@ -74,26 +74,26 @@ class Timing:
         self.step_seconds = 0.0
         self.start()
         self._split_steps = np.zeros((communicator.size, 2))
-        self._steps = 0  # complete steps so far; the next two include all but the first
+        self._steps = 0  # complete steps so far; the next two attributes do not include the first one
         self._step_totals: dict[str, float] = {}
-        self._in_step: list[tuple[int, int]] = []  # range of the collectives of each step since `collect`
+        self._in_step: list[tuple[int, int]] = []  # (first, end) of each step's collectives since `collect`
         self._split = np.zeros((communicator.size, 2))  # communication and waiting of each rank so far
         self._seen = 0
 
     def start(self) -> None:
-        """Start to count the seconds."""
+        """Start the clock of `seconds`."""
         self._started = self.timer.clock()
 
     @property
     def seconds(self) -> float:
-        """The seconds since `start`."""
+        """Return the seconds since `start`."""
         return self.timer.clock() - self._started
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Time a step; one that ends in an exception does not count.
+        """Time a step; a step that ends with an exception does not count.
 
-        Nor does the first step of a start: it compiles kernels and allocates workspaces.
+        The first step of a start does not count either, because it compiles kernels and allocates workspaces.
         """
         before, calls = dict(self.timer.totals), self.timer.calls(ALLREDUCE)
         started = self.timer.clock()
@@ -167,5 +167,5 @@ def read_times(folder: Path) -> Times:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
-        raise UserError(f"{path} has no times of steps: it is damaged, or of an older version")
+        raise UserError(f"{path} has no times of steps: it is damaged, or was written by an older version")
     return timing

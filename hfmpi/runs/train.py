@@ -1,4 +1,4 @@
-"""One training run: the same loop on every rank; rank 0 writes the files."""
+"""One training run: all ranks execute the same loop, and rank 0 writes the files."""
 
 from __future__ import annotations
 
@@ -56,17 +56,17 @@ ASKED = "the callback asked to stop"
 
 
 class Run:
-    """A run in its folder.
+    """A training run, which writes its files into a folder.
 
     Parameters
     ----------
     folder : Path or None
-        None: nothing is written.
+        If it is None, nothing is written.
     task : Task
         What is trained, on which data; equal on all ranks.
     session : Session
     checkpoint : Checkpoint or None
-        Where the run continues; None for a new run.
+        The checkpoint from which the run continues; None for a new run.
     callback : callable, optional
         Called on every rank after each step.
 
@@ -107,14 +107,14 @@ class Run:
         if checkpoint is not None and checkpoint.state:
             self.state = restored(checkpoint, self.state, self.backend, config.optimizer)
         self.valid: Validation | None = None  # of the current step, if it was evaluated
-        # Where every step has the same batch, each tells the risk of the parameters before it.
+        # If every step has the same batch, each step computes the risk of the parameters before it.
         self.repeated = preset.gradient_batch == task.train_set.count and task.cases(0) is task.train_set
         self.lowest: Lowest | None = None
         if checkpoint is not None and self.repeated and preset.optimizer.seeks_lowest_risk:
             self.lowest = self._on_device(lowest(checkpoint))
         self.best = None if checkpoint is None else self._best_of(checkpoint)
-        self._told_stale = False  # whether the user knows that the validations have stopped improving
-        self.partial: Array = None  # the parameters to hand out when an error ended the run
+        self._told_stale = False  # whether the user was notified that the validations have stopped improving
+        self.partial: Array = None  # the parameters of the partial result if an error ended the run
         self._safe = self.theta  # the last parameters that were saved
         self._finite = True  # whether the loss of the last step is finite
         self._recorded = 0  # the last step that is in the history
@@ -123,7 +123,7 @@ class Run:
         self.first_step, self._first_second = self.progress.step, self.progress.seconds
         self.timing = Timing(self.timer, self.communicator, placement, self.first_step, self.backend.device)
         self.output = Output(self.communicator, self.reporter, self.first_step if self._resumed else None)
-        self._interruptible = False  # whether a wish to stop interrupts the work
+        self._interruptible = False  # whether a request to stop interrupts the work
         self.risk = DataParallel(
             model,
             self.communicator,
@@ -137,14 +137,14 @@ class Run:
 
     @property
     def step(self) -> int:
-        """Number of steps since the first start."""
+        """Return the number of steps since the first start."""
         return self.progress.step
 
     @property
     def evaluated(self) -> Array:
-        """The result: the parameters of the best validation or the last ones, as `keep` says.
+        """Return the result: the parameters of the best validation or the last ones, as `keep` selects.
 
-        The last ones are theta, the mean of the iterates, or in the end those of lowest risk.
+        The last ones are theta, the mean of the iterates, or, at the end, those of the lowest risk.
         """
         if self.kept is not None:
             return self.kept.theta
@@ -154,20 +154,20 @@ class Run:
 
     @property
     def kept(self) -> Best | None:
-        """The best validation, if the result of the run is its parameters."""
+        """Return the best validation, if the result of the run is its parameters."""
         return self.best if self.config.keep == "best" else None
 
     def train(self) -> Ending:
-        """Train until a limit or a signal; on return the checkpoint is written.
+        """Train until a limit or a signal, and write the checkpoint.
 
-        A signal drops the step in progress: theta and the optimizer's state are those before it, and a
-        resumed run repeats it, bit for bit. So does an error, before which the last complete step is saved.
+        A signal discards the step in progress: theta and the optimizer's state are those before the step, and
+        a resumed run repeats it, bit for bit. An error discards it too, and the last complete step is saved.
 
         Raises
         ------
         UserError
-            On all ranks alike: a file could not be written at the start or in the end, the ranks no longer
-            hold the same theta, or the numbers have gone wrong for good.
+            On all ranks, if a file cannot be written at the start or at the end, if the ranks no longer hold
+            the same theta, if the loss is not finite, or if too many steps in a row were rejected.
         """
         try:
             self._start()
@@ -182,7 +182,7 @@ class Run:
         return ending
 
     def _start(self) -> None:
-        """Check that all ranks start alike, choose the transport, and open the folder; collective."""
+        """Check that all ranks start equally, choose the transport, and open the folder; collective."""
         config, comm, task, backend = self.config, self.communicator, self.task, self.backend
         checks.same_start(comm, task.compared(backend.to_host(self.theta), self.step))
         alike = "{} on all ranks or on none: rank {{}} differs from the others"
@@ -190,12 +190,12 @@ class Run:
         checks.same_start(comm, {folder: self.folder is not None, callback: self.callback is not None})
         if self._resumed:
             kept = None if self.best is None else digest(backend.to_host(self.best.theta))
-            sentence = "rank {} has another best validation in its checkpoint than the other ranks"
+            sentence = "rank {} has a different best validation in its checkpoint than the other ranks"
             checks.same_start(comm, {sentence: kept})
         self.risk.transport = choose(config.transport, comm, backend, config.slices > 0)
         if not self._resumed:
             checks.scored(task.train_set)
-            with contextlib.suppress(Unscored):  # a batch that is skipped
+            with contextlib.suppress(Unscored):  # such a batch is skipped
                 task.try_out(self.risk, self.theta)
         host, local_rank = self.placement.host, self.placement.local_rank
         transport, visible = self.risk.transport.name, len(gpus()) if backend.device_id else 0
@@ -207,7 +207,7 @@ class Run:
         self.timing.start()
 
     def _train(self) -> Ending:
-        """Take steps, save what is left to save, and return how the run ended."""
+        """Take steps, write what has not been written yet, and return how the run ended."""
         self._interruptible = True
         try:
             reason, done = self._take_steps(), True
@@ -217,8 +217,8 @@ class Run:
             self._interruptible = False
             self._settle(done)
         self._interruptible = False
-        # A limit of seconds that passed while the checkpoint was written must be in it: otherwise the next
-        # start would take one more step.
+        # If the limit of seconds was reached while the checkpoint was written, it is written again with these
+        # seconds: otherwise the next start would take one more step.
         saved = self._saved.step == self.step and (not done or self._limit(self._saved))
         saved = saved and not (self.lowest is not None and self.lowest.returned)
         if not saved and not self.save():
@@ -226,13 +226,13 @@ class Run:
             failure = self.output.failures["the checkpoint"]
             raise UserError(f"{failure}; the steps after step {unsaved:,} are not saved")
         self.output.finish(f"{reason}\n" if done else "")
-        again = f"{self.session.names.again} to go on; the checkpoint is in {self.folder}"
+        again = f"{self.session.names.again} to continue; the checkpoint is in {self.folder}"
         remedy = "" if done or self.folder is None else again
         valid, kept_step = (self.kept.valid, self.kept.step) if self.kept else (self.valid, None)
         return Ending(reason, done, self.step, valid, self.task.unit, remedy, kept_step)
 
     def _settle(self, done: bool) -> None:
-        """Decide which parameters are the result, and at the end of the run validate them; collective."""
+        """Determine which parameters are the result, and validate them at the end of the run; collective."""
         if self.lowest is not None:
             returned = False
             if self.config.keep != "best" and self.lowest.theta is not self.theta:
@@ -254,7 +254,7 @@ class Run:
                 self._saved = self._saved if self.best is before else Progress(-1)
 
     def _rescue(self, error: Exception) -> None:
-        """Save the last complete step without a collective: other ranks may not have failed."""
+        """Save the last complete step without a collective, because other ranks may not have failed."""
         self._interruptible = False
         finite = bool(np.isfinite(self.backend.to_host(self.theta)).all())
         if self._finite and finite and not isinstance(error, checks.Unsound):
@@ -280,7 +280,7 @@ class Run:
             converged = report.converged and self.repeated
             if report.accepted and report.message and not converged and report.message not in reported:
                 reported.add(report.message)
-                self.reporter.note(f"step {self.step:,}: {report.message}; this is said once")
+                self.reporter.note(f"step {self.step:,}: {report.message}; this note is not repeated")
             seconds, metrics = self.timing.step_seconds, [*task.metrics]
             record = step_record(
                 self.progress, report, self.valid, task.keys, metrics, seconds, self.batches, comm.size
@@ -332,7 +332,7 @@ class Run:
         return report
 
     def validate(self, theta: Array) -> Validation | None:
-        """Measure theta on the validation examples, if there are any."""
+        """Compute the loss and the metrics of theta on the validation examples, if there are any."""
         task = self.task
         if task.valid_set is None:
             return None
@@ -342,12 +342,12 @@ class Run:
         return self.communicator.agree(valid)
 
     def _judge(self, valid: Validation) -> None:
-        """Compare the validation of this step with the best one; the parameters of a better one are checked.
+        """Compare the validation of this step with the best one, and check the parameters of a better one.
 
         Raises
         ------
         Unsound
-            On all ranks, unless all hold the same ones, bit for bit.
+            On all ranks, unless all of them hold the same parameters, bit for bit.
         """
         before, watch = self.best, self.task.watch
         theta = evaluated(self.theta, self.state)
@@ -375,7 +375,7 @@ class Run:
                 self.output.best(theta, meta)
 
     def _asks(self, callback: Callback, record: Record) -> bool:
-        """Call the callback on every rank with the same arguments; return whether one of them is to stop."""
+        """Call the callback on every rank with the same arguments; return whether any rank asks to stop."""
         told = self.communicator.agree(plain(record))
         theta = self.backend.to_host(evaluated(self.theta, self.state)).view()
         theta.flags.writeable = False
@@ -394,13 +394,13 @@ class Run:
     def evaluate(self, theta: Array, count: int | None = None) -> float:
         """Return the loss on the validation examples, or the first `count`, in the unit of the run.
 
-        Without validation examples, it is that on training examples.
+        Without validation examples, it is the loss on training examples.
         """
         cases = self.task.valid_set or self.task.train_set
         with self.timer.span(EVALUATE):
             try:
                 risk = self.risk.on(cases, np.arange(cases.count)[:count], span=EVALUATE)
-            except Unscored:  # the first ones may have no target
+            except Unscored:  # the first examples may have no target
                 risk = self.risk.on(cases, np.arange(cases.count), span=EVALUATE)
             return risk.loss(theta) * self.task.keys.per_nat
 
@@ -419,7 +419,7 @@ class Run:
         return saved
 
     def _identity(self) -> dict[str, Any]:
-        """Return what a checkpoint stores about model and data, also if the model cannot be evaluated now."""
+        """Return what a checkpoint stores about model and data, even if the model cannot be evaluated."""
         try:
             return self.task.meta(self.theta)
         except Exception:
@@ -458,12 +458,12 @@ class Run:
         return self.backend.to_host(theta), self._meta(valid, self.task.meta(theta), at) | about
 
     def check_ranks(self) -> None:
-        """Raise a UserError on all ranks unless all hold the same theta and optimizer state, bit for bit."""
+        """Check on all ranks that all of them hold the same theta and optimizer state, bit for bit."""
         values = [self.backend.to_host(self.theta), *entries(self.state, self.backend).values()]
         checks.same_vectors(self.communicator, values, self.step, self.output.last_good)
 
     def facts(self, places: Sequence[Place]) -> Facts:
-        """Return what the first lines of a log report, with the locations of all ranks."""
+        """Return the facts for the first lines of a log, with the locations of all ranks."""
         ranks, threads, (gradient, curvature) = self.communicator.size, self.placement.threads, self.batches
         size = self.task.linearisation_bytes(-(-curvature // ranks))
         optimizer = self.preset.optimizer
@@ -476,11 +476,11 @@ class Run:
 
     @property
     def _seconds(self) -> float:
-        """The seconds since the first start, measured on this rank."""
+        """Return the seconds since the first start, measured on this rank."""
         return self._first_second + self.timing.seconds
 
     def _update_seconds(self) -> None:
-        """Read the clock, and set the seconds of the progress to the same value on all ranks."""
+        """Set the seconds of the progress from the clock, to the same value on all ranks."""
         self.progress = replace(self.progress, seconds=self.communicator.agree(self._seconds))
 
     def _limit(self, progress: Progress) -> str:
@@ -489,7 +489,7 @@ class Run:
         if config.max_steps and progress.step >= config.max_steps:
             return f"{progress.step:,} steps were taken"
         if config.max_seconds and progress.seconds >= config.max_seconds:
-            return f"{config.max_seconds:g} seconds are over"
+            return f"{config.max_seconds:g} seconds have passed"
         if self.best is not None and 0 < config.patience <= self.best.stale:
             noun, step, stale = self.task.watch.noun, self.best.step, self.best.stale
             ago = f"{stale:,} validation{'s' * (stale != 1)} ago"
@@ -501,7 +501,7 @@ class Run:
         self._update_seconds()
         wishes = self.communicator.gather(self.session.signals.requested) or []
         wish = self.communicator.agree(next((wish for wish in wishes if wish), ""))
-        return (wish, False) if wish else (f"{self.config.max_seconds:g} seconds are over", True)
+        return (wish, False) if wish else (f"{self.config.max_seconds:g} seconds have passed", True)
 
     def _best_of(self, checkpoint: Checkpoint) -> Best | None:
         """Return the best validation that a checkpoint knows, with parameters on the device."""
@@ -516,7 +516,7 @@ class Run:
 
 
 def _wish(answer: object) -> bool:
-    """Return whether the answer of a callback asks to stop; raise a UserError if it is not clear."""
+    """Return whether the answer of a callback asks to stop; raise a UserError if it is ambiguous."""
     if isinstance(answer, np.ndarray) and answer.size != 1:
         raise UserError(
             f"the callback must return True to stop, and False or None to continue, not {shown(answer)}"
@@ -526,4 +526,4 @@ def _wish(answer: object) -> bool:
 
 def _empty(error: Unscored) -> StepReport:
     """Return the report of a step without a scored output."""
-    return StepReport(math.nan, True, f"{error}; its step is empty", Counts())
+    return StepReport(math.nan, True, f"{error}; its step changes nothing", Counts())

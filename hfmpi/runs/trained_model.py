@@ -28,7 +28,7 @@ class Trained:
     ----------
     network : Network
     theta : (D,)
-        Those of the best validation, the mean of the iterates if the optimizer computed one, or the
+        The parameters of the best validation, the mean of the iterates if the optimizer computed one, or the
         parameters of the lowest risk if the run returned those.
     symbols : bytes
         Byte of each symbol.
@@ -38,9 +38,9 @@ class Trained:
     best : bool
         Whether theta comes from best.h5.
     source : str
-        A clause that tells the user so where these are not the last parameters; otherwise "".
+        A clause for the user if theta comes from best.h5 and is not that of the last step; otherwise "".
     data : Path
-        Path of the training corpus at the time.
+        Path of the training corpus when the run was trained.
     corpus : str
         Digest of that corpus.
     message : str or None
@@ -62,24 +62,24 @@ class Trained:
     def read(cls, run: Path, backend: str = "auto", local_rank: int = 0, keep: str = "") -> Trained:
         """Read the best parameters in a run's folder, its newest checkpoint, or a checkpoint file.
 
-        `keep` is "best", "last", or empty: what the run itself returns.
+        `keep` is "best", "last", or empty for the parameters that the run returns.
 
         Raises
         ------
         UserError
-            If there is none, if it cannot be read, or if its description of the run is invalid.
+            If there is no checkpoint, if it cannot be read, or if its description of the run is invalid.
         """
         is_file = os.path.isfile(run)
         saved, best, source = (checkpoint.load(run), False, "") if is_file else _of_folder(run, keep)
         meta = saved.meta
         if "cases" in meta:
             raise UserError(
-                f"{run} holds a model of a Python program (hfmpi.train): evaluate it there, "
+                f"{run} contains a model of a Python program (hfmpi.train): evaluate it in that program, "
                 "with hfmpi.evaluate(model, theta, data) and the theta of the result"
             )
         try:
             config = merge(meta["config"] | {"backend": backend, "matmul_precision": "float32"})
-            # As a list: `bytes` of a number would be that many zeros.
+            # First convert it to a list, because `bytes` of a number would return that many zeros.
             symbols = bytes(list(meta["vocabulary"]))
             data, corpus = Path(meta["data"]), meta["corpus"]
             if sorted(set(symbols)) != list(symbols) or not isinstance(corpus, str):
@@ -88,10 +88,12 @@ class Trained:
         except UserError:
             raise
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"the checkpoint in {run} describes no run of this version: {error}") from None
+            raise UserError(
+                f"the checkpoint in {run} does not describe a run of this version: {error}"
+            ) from None
         theta = evaluated_parameters(saved)
         if theta.shape != (network.layout.size,) or theta.dtype != network.backend.dtype:
-            raise UserError(f"the checkpoint in {run} does not hold the parameters of its model")
+            raise UserError(f"the checkpoint in {run} does not contain the parameters of its model")
         if not np.isfinite(theta).all():
             raise UserError(f"the parameters in the checkpoint in {run} are not finite")
         step = progress(saved).step
@@ -100,9 +102,9 @@ class Trained:
 
 
 def _of_folder(run: Path, keep: str) -> tuple[Checkpoint, bool, str]:
-    """Return what `keep` asks for of a run's folder, whether it is best.h5, and `Trained.source`.
+    """Return the checkpoint in a folder that `keep` selects, whether it is best.h5, and `Trained.source`.
 
-    `best.h5` alone serves too: the checkpoint may have been removed to save space.
+    `best.h5` alone is sufficient, because the checkpoint may have been removed to save space.
     """
     best = run / BEST
     has_best = os.path.lexists(best)
@@ -121,7 +123,7 @@ def _of_folder(run: Path, keep: str) -> tuple[Checkpoint, bool, str]:
     if not has_best:
         if keep == "best":
             raise UserError(
-                f"there is no {best}: the run has had no validation yet, or is of an earlier version"
+                f"there is no {best}: the run has had no validation yet, or was written by an earlier version"
             )
         return saved, False, ""
     try:
@@ -129,7 +131,7 @@ def _of_folder(run: Path, keep: str) -> tuple[Checkpoint, bool, str]:
     except UserError as error:
         if keep == "best":
             raise
-        message = f"{error}; the parameters of {checkpoint.NEWEST} are taken instead"
+        message = f"{error}; the parameters of {checkpoint.NEWEST} are used instead"
         return replace(saved, message=message), False, ""
     last = progress(saved).step
     source = f"from {BEST}, of the best validation; the last checkpoint is that of step {last:,}"

@@ -1,1 +1,1 @@
-"""The study of runs of one job on several numbers of ranks: measured and predicted speedup."""
+"""Study runs of one job on several numbers of ranks: measured and predicted speedup."""

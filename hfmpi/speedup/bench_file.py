@@ -1,4 +1,4 @@
-"""The output of `hfmpi bench --json`, as far as the scaling model uses it."""
+"""Read the parts of the output of `hfmpi bench --json` that the scaling model uses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_BYTES = 2**24
 
 @dataclass(frozen=True)
 class BenchRow:
-    """The part of a row that is used: `kind` of pass (None: a whole step), and its sequences or bytes."""
+    """The part of a row that is used: `kind` of pass (None: a complete step), and its sequences or bytes."""
 
     model: str
     ranks: int
@@ -33,7 +33,7 @@ class BenchRow:
     hidden: float | None
 
     def sound(self) -> bool:
-        """Return whether all numbers are numbers and positive."""
+        """Return whether all values are positive numbers."""
         numbers = [self.ranks, self.threads, self.seconds_least]
         numbers += [number for number in (self.batch, self.bytes, self.hidden) if number is not None]
         return all(is_amount(number) and number > 0 for number in numbers) and isinstance(self.model, str)
@@ -43,14 +43,14 @@ def read_bench(paths: Sequence[Path], run: TimedRun) -> tuple[dict[str, Curve], 
     """Read the output of `hfmpi bench ... --json` on the machine of a run.
 
     The shortest time of each pass is used, because disturbances only add time, and the runs determine the
-    level of the curves anyway.
+    level of the curves in any case.
 
     Returns
     -------
     shapes : dict of str to Curve
         Seconds for each kind of pass of the run's model at its size, on one rank with the threads of a rank.
     link : Link or None
-        Link of the Allreduce on the smallest number of ranks that it was timed on.
+        Link of the Allreduce on the smallest number of ranks on which it was timed.
 
     Raises
     ------

@@ -1,8 +1,8 @@
-"""Measured and predicted speedup, and the causes of the difference.
+"""Compare measured and predicted speedup, and attribute the difference to its causes.
 
 ============  ==========================================================================================
 T_P           seconds of a step on P ranks, the mean over steps and ranks
-P_0           ranks of the run with the fewest, to which the others are compared
+P_0           ranks of the run with the fewest ranks, with which the others are compared
 S_P           speedup T_{P_0} / T_P, ideally P / P_0
 E_P           efficiency S_P P_0 / P
 c_P           seconds in passes over the network and in products with rows, which are divided among ranks;
@@ -41,12 +41,12 @@ def causes(
     - allreduce: the seconds in collectives minus their share, without waiting;
     - uneven shares: `uneven`, the predicted time by which ceil(B / P) sequences take longer than B / P; the
       other ranks wait for it, and P_P counts it;
-    - waiting: the rest of the waiting for slower ranks, which were delayed;
-    - redundant: what every rank computes itself, minus its share;
-    - other work: passes that this run executed and the other did not (rounding may change a line search),
+    - waiting: the remaining time of waiting for slower ranks, which were delayed;
+    - redundant: the work that every rank computes itself, minus its share;
+    - other work: passes that this run executed and the base run did not (rounding may change a line search),
       c_{P_0} (W_P / W_{P_0} - 1);
-    - slower passes: the rest of c_P. With `batch_seconds`, the predicted time of the passes of a step on a
-      single rank with its smaller batch, this is split into smaller batch and shared memory (all other ways
+    - slower passes: the remainder of c_P. With `batch_seconds`, the predicted time of the passes of a step on
+      a single rank with its smaller batch, this is split into smaller batch and shared memory (all other ways
       in which the ranks of a machine slow each other down).
     """
     share = base.ranks / run.ranks
@@ -65,14 +65,14 @@ def causes(
 def compare(
     base: StepTimes, run: StepTimes, uneven: float = 0.0, batch_seconds: float | None = None
 ) -> dict[str, Any]:
-    """Compare a run with the one on the fewest ranks.
+    """Compare a run with the run on the fewest ranks.
 
     Returns
     -------
     dict
         `speedup` and `efficiency` with their 10 % and 90 % quantiles over steps; `predicted`, P_{P_0} / P_P,
-        and `limit`, P_{P_0} / P_I, by the paper's account of the run's counts; `loss`, the causes of 1 - E_P,
-        whose sum it is.
+        and `limit`, P_{P_0} / P_I, by the paper's account of the run's counts; `loss`, the parts of 1 - E_P
+        by their causes.
     """
     share = base.ranks / run.ranks
     speedup = base.step_seconds / run.step_seconds
@@ -107,7 +107,7 @@ def study(
     shapes: Mapping[str, Curve] | None = None,
     model: bool = False,
 ) -> dict[str, Any]:
-    """Compare all runs of a job, in order of their ranks, with the first.
+    """Compare all runs of a job, in order of their ranks, with the first run.
 
     `job` is any of the runs; `link` and `shapes` are arguments of `hfmpi.speedup.prediction.fit`.
 
@@ -119,14 +119,14 @@ def study(
     Raises
     ------
     UserError
-        With `model`, if the method has other messages than the scaling model knows.
+        With `model`, if the optimizer sends messages that are not part of the scaling model.
     """
     if model and job.config.preset().optimizer.messages(job.parameters, job.blocks).others:
-        # Matrices of M^2 or D^2 numbers are no part of the scaling model: neither their messages nor that the
-        # ranks share most of the work on them.
+        # Matrices of M^2 or D^2 numbers are not part of the scaling model: it includes neither their messages
+        # nor the work on them, most of which the ranks share.
         raise UserError(
-            f"no prediction for {job.config.optimizer}: the scaling model does not know what its matrices of "
-            "all residuals cost on more ranks (leave --model, --latency and --bandwidth away)"
+            f"no prediction is possible for {job.config.optimizer}: the scaling model does not include the "
+            "cost of its matrices of all residuals on more ranks; omit --model, --latency and --bandwidth"
         )
     base, rows = runs[0], []
     fitted = fit([base], job.messages, link, shapes)

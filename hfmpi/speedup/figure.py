@@ -1,4 +1,4 @@
-"""The figure of `hfmpi speedup`: speedup against ranks, and where the time of each rank goes."""
+"""Draw the figure of `hfmpi speedup`: speedup against ranks, and the time of each rank by spans."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bytes that the ranks of a job sum after each kind of pass, and for the work on matrices."""
+"""Compute the bytes that the ranks of a job sum after each kind of pass, and for the work on matrices."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["messages"]
 def messages(
     optimizer: Optimizer[Any], counts: Counts, parameters: int, itemsize: int, blocks: Sequence[Block]
 ) -> dict[str, float]:
-    """Return the bytes of the message that follows each kind of pass, 0 where there is none.
+    """Return the bytes of the message that follows each kind of pass; 0 if there is none.
 
     Parameters
     ----------
     optimizer : Optimizer
     counts : Counts
-        Of some steps; the number of vectors of a pass is the mean over them.
+        Counts of some steps; the number of vectors of a pass is the mean over these steps.
     parameters, itemsize : int
         D, and the bytes of each number of a vector.
     blocks : sequence of Block
@@ -38,8 +38,8 @@ def messages(
         "gradient": itemsize * sizes["gradient"],
         "product": itemsize * sizes["product"],
         "row product": itemsize * sizes["product"],
-        "projection": 8 * _with_stop(directions**2),  # float64 whatever the vectors, as losses
-        # After the last adjoint of a step.
+        "projection": 8 * _with_stop(directions**2),  # float64 for any type of vectors, as losses are
+        # This message follows the last adjoint of a step.
         "sketch": 8 * _with_stop(directions**2 + 1) * steps / max(1, counts.sketches),
         "loss": 8 * _with_stop(candidates),
         "linearisation": 0,

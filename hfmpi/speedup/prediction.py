@@ -1,4 +1,4 @@
-"""Fitting the scaling model to the runs of a job, and predictions that the runs can check."""
+"""Fit the scaling model to the runs of a job, and make predictions that the runs can check."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["KINDS", "fit", "predict"]
 class Kind:
     """A kind of pass: its spans, the number of its passes, and whether it is over the gradient batch.
 
-    The work on single matrices of theta has only a message; its time is w.
+    The work on single matrices of theta is a kind that has only a message; its time is w.
     """
 
     spans: tuple[str, ...]
@@ -31,7 +31,7 @@ class Kind:
 
 KINDS = {
     **{kind.name: Kind(kind.spans, attrgetter(name), kind.on_gradient) for name, kind in PASSES.items()},
-    # The work on matrices of theta, and on inner products, has a message alone: its time is w.
+    # The work on matrices of theta, and on inner products, has only a message: its time is w.
     "matrices": Kind((), lambda counts: counts.projections or counts.gradients, True),
     "inner products": Kind((), lambda counts: counts.projections or counts.gradients, True),
 }
@@ -48,16 +48,16 @@ def fit(
     Parameters
     ----------
     runs : sequence of StepTimes
-        In order of their ranks. The first determines the level of every t_k; s, w and r are those of the
-        last. w and r are the maximum over ranks, because the others wait for that rank: matrices are
-        distributed one by one, so that more ranks do not make the largest one faster.
+        In order of their ranks. The first run determines the level of every t_k; s, w and r are those of the
+        last run. w and r are the maximum over ranks, because the other ranks wait for the slowest one: each
+        matrix is assigned to one rank, so that more ranks do not make the largest matrix faster.
     messages : mapping of str to float
-        For each kind of pass the bytes that the ranks sum after it; 0 or missing for none.
+        The bytes that the ranks sum after each kind of pass; 0 or missing if there is no message.
     link : Link, optional
         By default a link without latency on which the collectives of the last run take their measured time,
         or None if the last run has one rank.
     shapes : mapping of str to Curve, optional
-        How t_k depends on b; by default as measured by the runs.
+        The dependence of t_k on b; by default as measured by the runs.
     """
     base, last = runs[0], runs[-1]
     passes = []
@@ -85,7 +85,7 @@ def fit(
 
 
 def _pass_seconds(run: StepTimes, kind: Kind) -> float:
-    """Return the seconds of one pass including its share of the input, the mean over ranks."""
+    """Return the seconds of one pass including its share of the input, averaged over ranks."""
     mean = run.mean_spans
     all_kinds = sum(mean.get(name, 0.0) for name in {name for each in KINDS.values() for name in each.spans})
     this_kind = sum(mean.get(name, 0.0) for name in kind.spans) * run.parts["compute"] / all_kinds
@@ -99,7 +99,7 @@ def predict(
     shapes: Mapping[str, Curve] | None = None,
     most: int = 16_384,
 ) -> dict[str, Any]:
-    """Predict steps on 1 to `most` ranks, and each run from those on fewer ranks; see `fit` for arguments.
+    """Predict steps on 1 to `most` ranks, and each run from runs on fewer ranks; see `fit` for arguments.
 
     Returns
     -------

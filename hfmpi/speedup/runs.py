@@ -1,4 +1,4 @@
-"""The times of runs of one job on several numbers of ranks, read from their folders."""
+"""Read the times of runs of one job on several numbers of ranks from their folders."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class TimedRun:
     folder : Path
     config : Config
     model : str
-        The cell, or the name of a user's model.
+        The cell, or the name of a user-defined model.
     digests : mapping of str to str
-        Digests of the data, and of a user's model.
+        Digests of the data, and of a user-defined model.
     threads : int
         Threads per rank.
     device : str
@@ -66,7 +66,7 @@ class TimedRun:
 
     @property
     def messages(self) -> dict[str, float]:
-        """Bytes of the messages that the ranks sum, by the kinds of pass that precede them."""
+        """Return the bytes of the messages that the ranks sum, by the kinds of pass that precede them."""
         optimizer = self.config.preset().optimizer
         return messages(optimizer, self.steps.counts, self.parameters, self.itemsize, self.blocks)
 
@@ -79,7 +79,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[TimedRun, list[StepTimes]]:
     Raises
     ------
     UserError
-        If a run cannot be read, or is not of the same job as the first.
+        If a run cannot be read, or belongs to a different job than the first.
     """
     runs = [_read(folder) for folder in folders]
     first = runs[0]
@@ -90,10 +90,10 @@ def read_runs(folders: Sequence[Path]) -> tuple[TimedRun, list[StepTimes]]:
 
 
 def _check_same(one: TimedRun, other: TimedRun) -> None:
-    """Raise a UserError unless both runs did the same steps on ranks of the same kind."""
+    """Check that both runs executed the same steps on ranks of the same kind."""
     if one.digests != other.digests:
-        what = "another model" if one.digests.get("model") != other.digests.get("model") else "other data"
-        raise UserError(f"{one.folder} and {other.folder} are not the same job: they have {what}")
+        what = "models" if one.digests.get("model") != other.digests.get("model") else "data"
+        raise UserError(f"{one.folder} and {other.folder} are not the same job: they have different {what}")
     theirs = other.config.in_effect()
     for name, value in one.config.in_effect().items():
         if name not in CHANGEABLE - {"matmul_precision"} and value != theirs[name]:
@@ -134,7 +134,9 @@ def _read(folder: Path) -> TimedRun:
     except UserError:
         raise
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"the checkpoint in {folder} is not of a run of this version: {error!r}") from None
+        raise UserError(
+            f"the checkpoint in {folder} does not describe a run of this version: {error!r}"
+        ) from None
     timing = read_times(folder)
     steps, ranks = timing["timed_steps"], timing["ranks"]
     if steps < 1:
@@ -162,11 +164,11 @@ def _read(folder: Path) -> TimedRun:
 
 
 def _blocks(folder: Path, meta: Mapping[str, Any]) -> tuple[Block, ...]:
-    """Return the matrices of theta that a checkpoint names."""
+    """Return the matrices of theta that a checkpoint lists."""
     if "blocks" not in meta:
         raise UserError(
-            f"the checkpoint in {folder} is of an earlier version and does not name the matrices of theta: "
-            "make the run again"
+            f"the checkpoint in {folder} was written by an earlier version and does not name the matrices of "
+            "theta: repeat the run"
         )
     try:
         blocks = tuple(

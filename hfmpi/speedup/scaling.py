@@ -1,4 +1,4 @@
-"""A model of the time of a step on more ranks than were measured.
+"""Model the time of a step on more ranks than were measured.
 
 A step on P ranks executes n_k passes of kind k over batches of B_k sequences. After each pass the ranks sum a
 message of m_k bytes. (The work on single matrices is a kind that has only a message; its time is w.)
@@ -10,8 +10,8 @@ t_k(b)     seconds of a pass over b sequences on one rank: piecewise linear thro
            not vanish with b, because the T steps of a recurrent network are sequential: P_I counts this
            minimum as one pass
 a(P, m)    seconds of the Allreduce, see `Link`
-w(P)       seconds of work on matrices of the rank that has most of it; each matrix is one rank's, and all
-           works of a group end before the next group begins
+w(P)       seconds of work on matrices of the rank that has most of it; each matrix is assigned to one rank,
+           and all work of a group ends before the next group begins
 r          seconds of redundant work, which every rank does
 s          slowdown of the passes of several ranks, compared with one rank alone: memory, caches, waiting
 =========  ============================================================================================
@@ -33,11 +33,11 @@ __all__ = ["Curve", "Job", "Link", "Pass", "best", "fit_link"]
 class Link:
     """The network between ranks: latency in seconds, bandwidth in bytes per second.
 
-    MPI libraries have two algorithms, of which the faster one counts (Thakur, Rabenseifner and Gropp 2005,
+    MPI libraries have two algorithms; the model takes the faster one (Thakur, Rabenseifner and Gropp 2005,
     Optimization of collective communication operations in MPICH), with L = ceil(log2 P):
 
     - recursive doubling, for short messages: L (latency + m / bandwidth);
-    - Rabenseifner's, for long ones: 2 L latency + 2 (P - 1) / P m / bandwidth.
+    - Rabenseifner's algorithm, for long messages: 2 L latency + 2 (P - 1) / P m / bandwidth.
 
     The time of additions is part of the bandwidth.
     """
@@ -69,7 +69,7 @@ def fit_link(ranks: int, short: tuple[float, float], long: tuple[float, float]) 
 class Curve:
     """Seconds of a pass over b sequences: linear between the points, proportional to b outside their range.
 
-    Above the largest b this is accurate, because ranks process micro-batches. Below the smallest it is a
+    Above the largest b this is accurate, because ranks process micro-batches. Below the smallest b it is a
     lower bound, because nothing was measured there.
     """
 
@@ -95,7 +95,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Pass:
-    """One kind of pass: its number in a step, its sequences, its time, and the bytes of its message or 0."""
+    """One kind of pass: its count in a step, its sequences, its time, and the bytes of its message or 0."""
 
     count: float
     batch: int
@@ -105,7 +105,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Job:
-    """The work of a step of a job: passes, r, the network, s for more than one rank, seconds of matrices."""
+    """The work of a step of a job: passes, r, the link, s for more than one rank, and seconds of matrices."""
 
     passes: tuple[Pass, ...]
     redundant: float
@@ -114,14 +114,14 @@ class Job:
     matrices: tuple[tuple[float, ...], ...] = ()
 
     def compute(self, ranks: np.ndarray, even: bool = False) -> np.ndarray:
-        """Return the seconds in passes of the rank with most sequences (`even`: with B / P), without s."""
+        """Return the seconds in passes, without s, of the rank with most sequences (`even`: with B / P)."""
         return np.sum(
             [p.count * p.curve(p.batch / ranks if even else np.ceil(p.batch / ranks)) for p in self.passes],
             axis=0,
         )
 
     def allreduce(self, ranks: np.ndarray) -> np.ndarray:
-        """Return the seconds in collectives, 0 without a link."""
+        """Return the seconds in collectives; 0 if there is no link."""
         if self.link is None:
             return np.zeros(len(ranks))
         return np.sum(
@@ -129,7 +129,7 @@ class Job:
         )
 
     def alone(self, ranks: np.ndarray) -> np.ndarray:
-        """Return w(P) + r: the seconds outside passes and collectives of the rank with most of them."""
+        """Return w(P) + r: the maximum over ranks of the seconds outside passes and collectives."""
         matrices = [[_most(group, int(min(p, len(group)))) for group in self.matrices] for p in ranks]
         return self.redundant + np.array(matrices).sum(axis=1)
 
@@ -141,15 +141,16 @@ class Job:
 
 
 def _most(works: Sequence[float], ranks: int) -> float:
-    """Return the seconds of the rank that has most of these works."""
+    """Return the seconds of the rank that has most of this work."""
     return max(sum(works[i] for i in each) for each in shares(works, ranks))
 
 
 def best(job: Job, most: int) -> tuple[int, int]:
     """Return the knee, and the fewest ranks within 1 % of the shortest step, among 1 to `most`.
 
-    The knee is where S^2 / P, speedup times efficiency, is largest (Eager, Zahorjan and Lazowska 1989,
-    Speedup versus efficiency in parallel systems): after it, the cost of more ranks exceeds their gain.
+    The knee is the number of ranks at which S^2 / P, speedup times efficiency, is largest (Eager, Zahorjan
+    and Lazowska 1989, Speedup versus efficiency in parallel systems): above it, the cost of more ranks
+    exceeds their gain.
     """
     ranks = np.arange(1, most + 1)
     seconds = job.seconds(ranks)

@@ -24,9 +24,10 @@ class StepTimes:
     seconds : (repeats, steps) float64
         Duration of each step.
     spans : tuple of dict of str to float
-        For each rank, seconds per step by name, `allreduce` without `waiting`; their sum is the step.
+        For each rank, seconds per step by name, `allreduce` without `waiting`; their sum is the duration of
+        the step.
     outside : tuple of dict of str to float
-        For each rank, seconds of the whole run between steps by name: evaluation, files.
+        For each rank, total seconds between the steps of the run by name: evaluation, files.
     counts : Counts
         Counts of these steps in all repeats.
     gradient_batch, curvature_batch : int
@@ -43,29 +44,29 @@ class StepTimes:
 
     @property
     def batches(self) -> tuple[int, int]:
-        """B_g and B_c."""
+        """Return B_g and B_c."""
         return self.gradient_batch, self.curvature_batch
 
     @property
     def step_seconds(self) -> float:
-        """T_P, from the spans."""
+        """Return T_P, computed from the spans."""
         return sum(self.mean_spans.values())
 
     @property
     def mean_spans(self) -> dict[str, float]:
-        """Seconds per step by name, the mean over ranks."""
+        """Return the seconds per step by name, averaged over ranks."""
         return mean_spans(self.spans)
 
     @property
     def parts(self) -> dict[str, float]:
-        """Mean seconds per step in four parts: passes, Allreduce, waiting, and redundant work, the rest."""
+        """Return mean seconds per step in four parts: passes, Allreduce, waiting, and redundant work."""
         return _parts(self.mean_spans)
 
     @property
     def matrices(self) -> tuple[tuple[float, ...], ...]:
-        """Seconds of each work on matrices, which is one rank's, in groups; part of the redundant part.
+        """Return the seconds of each work on a matrix, which one rank does, in groups.
 
-        The ranks have all results of a group before they begin with the next one.
+        They belong to the redundant part. The ranks have all results of a group before they begin the next.
         """
         every: dict[str, float] = {}
         for spans in self.spans:
@@ -77,7 +78,7 @@ class StepTimes:
 
     @property
     def most_redundant(self) -> float:
-        """The maximum over ranks of the redundant part without the work on matrices."""
+        """Return the maximum over ranks of the redundant part without the work on matrices."""
         return max(
             _parts(spans)["redundant"] - sum(s for name, s in spans.items() if name.startswith(MATRIX))
             for spans in self.spans
@@ -85,13 +86,13 @@ class StepTimes:
 
     @property
     def imbalance(self) -> float:
-        """Seconds in passes of the slowest rank, divided by the mean."""
+        """Return the seconds in passes of the slowest rank, divided by the mean."""
         compute = [sum(spans.get(name, 0.0) for name in SHARED) for spans in self.spans]
         return float(max(compute) / np.mean(compute)) if any(compute) else 1.0
 
     @property
     def work(self) -> float:
-        """W_P, the forward passes that a step executes; linear algebra is no part of their time."""
+        """Return W_P, the forward passes that a step executes; their time does not include linear algebra."""
         return cost.executed(self.counts, *self.batches)[0] / self.counts.steps
 
 

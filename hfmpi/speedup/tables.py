@@ -1,4 +1,4 @@
-"""The tables that `hfmpi speedup` prints."""
+"""Format the tables that `hfmpi speedup` prints."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from hfmpi.measure.spans import ALLREDUCE, EVALUATE, FILES, SHARED, WAITING
 __all__ = ["tables"]
 
 TRUSTED = 0.3
-"""The largest relative error of a check with which predictions are shown without a note."""
+"""The largest relative error of a check for which predictions are shown without a note."""
 
 MOST_ROWS = 8
-"""Maximum number of ranks of a run that have a row each; of more ranks, the fastest and the slowest have."""
+"""Maximum number of ranks with a row each; of a run on more ranks, only the fastest and the slowest."""
 
 
 def tables(study: dict[str, Any]) -> list[str]:
@@ -24,7 +24,7 @@ def tables(study: dict[str, Any]) -> list[str]:
         f"B_g = {job['gradient_batch']:,}"
         + (f", B_c = {job['curvature_batch']:,}" if job["curvature_batch"] else "")
         + f"; steps {job['first_step']:,} to {job['last_step']:,}; "
-        + f"{job['device']}, {job['threads']} thread(s) a rank",
+        + f"{job['device']}, {job['threads']} thread(s) per rank",
     ]
     if base > 1:
         lines.append(f"There is no run on 1 rank: speedup and efficiency are relative to {base} ranks.")
@@ -44,14 +44,14 @@ def tables(study: dict[str, Any]) -> list[str]:
                 f"{run['limit']:.1f}",
             ]
         )
-    lines += ["", *aligned(table), "", "Speedup; dots to the ideal"]
+    lines += ["", *aligned(table), "", "Speedup; the dots extend to the ideal speedup"]
     largest = max(run["ranks"] for run in runs) / base
     for run in runs:
         ideal = run["ranks"] / base
         lines.append(f"{run['ranks']:>6,}  {bar(run['speedup'], ideal, max(1, round(40 * ideal / largest)))}")
     lines += [
         "",
-        "Seconds per step of each rank; evaluate and files: of the whole run",
+        "Seconds per step of each rank; evaluate and files: total seconds of the run",
         *aligned(_ranks(runs)),
     ]
     if len(runs) > 1:
@@ -60,7 +60,7 @@ def tables(study: dict[str, Any]) -> list[str]:
         for run in runs[1:]:
             parts = [f"{100 * run['loss'][cause]:.1f} %" for cause in causes]
             table.append([f"{run['ranks']:,}", f"{100 * (1 - run['efficiency']):.1f} %", *parts])
-        lines += ["", "Efficiency lost, in parts of the step", *aligned(table)]
+        lines += ["", "Lost efficiency, as parts of the step", *aligned(table)]
     if "model" in study:
         lines += ["", *_model(study["model"])]
     return lines
@@ -79,7 +79,7 @@ def _ranks(runs: list[dict[str, Any]]) -> list[list[str]]:
         chosen = [(str(i), spans[i], outside[i]) for i in range(len(spans))]
         if len(spans) > MOST_ROWS:
             order = sorted(chosen, key=lambda row: sum(row[1].get(name, 0.0) for name in SHARED))
-            chosen = [("quickest " + order[0][0], *order[0][1:]), ("slowest " + order[-1][0], *order[-1][1:])]
+            chosen = [("fastest " + order[0][0], *order[0][1:]), ("slowest " + order[-1][0], *order[-1][1:])]
         for name, inside, between in chosen:
             rest = sum(value for key, value in inside.items() if key not in head)
             table.append(
@@ -99,19 +99,19 @@ def _ranks(runs: list[dict[str, Any]]) -> list[list[str]]:
 def _model(model: dict[str, Any]) -> list[str]:
     """Return the parameters of the scaling model, and its predictions."""
     if model["bandwidth"] is None:
-        link = "no Allreduce was measured and no network is specified: communication is free"
+        link = "no Allreduce was measured and no network is specified: communication is assumed to be free"
     else:
         link = f"latency {model['latency'] * 1e6:.3g} us, bandwidth {model['bandwidth'] / 1e9:.3g} GB/s"
     least = model["least_batch"].values()
     batches = (
         f"passes measured down to {max(least):g} sequence(s)"
         if least
-        else "no --bench: passes over fewer sequences than in the runs are taken as proportional to them, "
-        "which promises too much"
+        else "no --bench: for fewer sequences than in the runs, the time of a pass is assumed to be "
+        "proportional to the sequences, which is too optimistic"
     )
     lines = [
         f"Model: {link};",
-        f"ranks beside one another take {model['slowdown']:.3f} times as long as one alone;",
+        f"simultaneous passes of several ranks take {model['slowdown']:.3f} times as long as those of one;",
         batches,
     ]
     table = [["ranks", "s/step", "speedup", "efficiency", "P_D/P_P", "compute", "allreduce", "redundant", ""]]
@@ -140,7 +140,8 @@ def _model(model: dict[str, Any]) -> list[str]:
         )
     if any(abs(check["error"]) > TRUSTED for check in model["check"]):
         lines.append(
-            f"Note: a check is wrong by more than {100 * TRUSTED:.0f} %: do not rely on these predictions. "
-            "Were other programs running, or more ranks than cores? Repeat the runs on an idle machine."
+            f"Note: a check has an error of more than {100 * TRUSTED:.0f} %: do not rely on these "
+            "predictions. Were other programs running, or more ranks than cores? Repeat the runs on an idle "
+            "machine."
         )
     return lines
