@@ -107,5 +107,5 @@ def test_ranks_share_the_curvature(comm):
     )
     mixed = np.where(comm.rank == 0, v, np.cos(v))  # eigsh starts with a random vector
     np.testing.assert_allclose(ours.gauss_newton(mixed), alone.gauss_newton(v), rtol=1e-12, atol=1e-14)
-    with pytest.raises(UserError, match="rank 1 has other parameters"):
+    with pytest.raises(UserError, match="rank 1 has different parameters"):
         hfmpi.curvature(network, theta + (comm.rank == 1), data, communicator=MPICommunicator(comm))

@@ -315,12 +315,12 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path):
 
 def test_batches_that_change_are_refused(tmp_path):
     data = write_corpus(tmp_path / "text.h5")
-    with pytest.raises(UserError, match="same batch in every step: set --gradient-batch to 210, all"):
+    with pytest.raises(UserError, match="same batch in every step: set --gradient-batch to 210, the number"):
         make_run(None, data, **TEXT | {"gradient_batch": 100})
     with pytest.raises(UserError, match="same batch in every step, but --input-noise changes it"):
         make_run(None, data, **TEXT, input_noise=0.1)
     x = np.linspace(-1, 1, 40)[:, None]
-    with pytest.raises(UserError, match="same batch in every step: set gradient_batch to 40, all"):
+    with pytest.raises(UserError, match="same batch in every step: set gradient_batch to 40, the number"):
         hfmpi.train(Line(1), (x, x[:, 0]), optimizer="lbfgs", gradient_batch=30, max_steps=1, quiet=True)
 
 
