@@ -40,7 +40,7 @@ make_environment() {
         [[ "$(cat ".venv/extra-$extra" 2>/dev/null)" == "$key" ]] || missing=yes
     done
     if [[ -n $missing ]]; then
-        echo "Installing hfmpi and what it needs from PyPI, about 300 MB (a minute or two the first time)"
+        echo "Installing hfmpi and what it needs from PyPI (a minute or two the first time)"
         patiently .venv/bin/python -m pip install -qq --no-input --disable-pip-version-check \
             --editable ".[$(IFS=,; echo "$*")]" ||
             die "pip could not install hfmpi; its message is above."

@@ -236,8 +236,8 @@ def test_a_log_hears_of_it_after_a_while_and_then_every_few_seconds(monkeypatch)
     monkeypatch.setattr(live.time, "monotonic", lambda: Timer.now)
     said = []
     patience = Patience(said.append)
-    expected = [COMPILING, "compiling kernels: 5 s so far ...", "compiling kernels: 9 s so far ..."]
-    for seconds, lines in ((0.4, 0), (0.5, 0), (0.2, 1), (3.7, 1), (0.3, 2), (3.8, 2), (0.2, 3)):
+    expected = [COMPILING, "compiling kernels: 4 s so far ...", "compiling kernels: 7 s so far ..."]
+    for seconds, lines in ((0.4, 0), (0.5, 0), (0.2, 1), (2.7, 1), (0.3, 2), (2.8, 2), (0.2, 3)):
         patience(True)
         Timer.wait(seconds)
         patience(False)

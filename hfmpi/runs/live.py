@@ -21,7 +21,7 @@ __all__ = ["COMPILING", "LiveLine", "Patience", "announced", "in_notebook", "int
 COMPILING = "compiling kernels, once for this machine ..."
 PATIENCE = 1.0
 """Seconds of compilation after which a log mentions it."""
-REPEAT = 4.0
+REPEAT = 3.0
 """Seconds of compilation from one message to the next."""
 
 WINDOW = 60  # records at least half a second apart, over which the speed is measured
