@@ -10,6 +10,18 @@ die() {
     exit 2
 }
 
+# patiently COMMAND...   prints a dot every three seconds while the command runs
+patiently() {
+    local dots code=0
+    while sleep 3 &>/dev/null && kill -0 $$ 2>/dev/null; do printf .; done &
+    dots=$!
+    "$@" || code=$?
+    kill "$dots" 2>/dev/null || true
+    wait "$dots" 2>/dev/null || true
+    echo
+    return "$code"
+}
+
 # make_environment EXTRA...   one stamp per extra, so that bin/quickstart reuses what bin/test installed
 make_environment() {
     local key extra missing=
@@ -19,8 +31,8 @@ make_environment() {
             die "python3 is $(python3 -V 2>&1), hfmpi needs Python 3.11 or newer."
         python3 -c 'import venv, ensurepip' 2>/dev/null ||
             die "python3 cannot make virtual environments (on Debian and Ubuntu: apt install python3-venv)."
-        echo "Making the environment .venv"
-        python3 -m venv --clear .venv || die "python3 could not make .venv; its message is above."
+        echo "Making the environment .venv (some seconds)"
+        patiently python3 -m venv --clear .venv || die "python3 could not make .venv; its message is above."
     fi
     key="$(.venv/bin/python -c 'import hashlib; print(hashlib.sha256(open("pyproject.toml", "rb").read()).hexdigest())')" ||
         die "pyproject.toml cannot be read."
@@ -29,7 +41,7 @@ make_environment() {
     done
     if [[ -n $missing ]]; then
         echo "Installing hfmpi and what it needs from PyPI (a minute or two the first time)"
-        .venv/bin/python -m pip install -qq --no-input --disable-pip-version-check \
+        patiently .venv/bin/python -m pip install -qq --no-input --disable-pip-version-check \
             --editable ".[$(IFS=,; echo "$*")]" ||
             die "pip could not install hfmpi; its message is above."
         for extra in "$@"; do echo "$key" >".venv/extra-$extra"; done

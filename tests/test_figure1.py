@@ -445,7 +445,7 @@ def test_clock_takes_steps_from_curves_and_seconds_from_timed_runs(
     lines = capsys.readouterr().out.splitlines()
     head, _, steps, *rows = [line for line in lines if line.startswith("|")]
     assert (head, steps) == ("| ranks | subspace |", "| steps | 35 |")
-    assert f"muon has no timed run {tmp_path / 'timed' / 'lstm-muon'}." in lines
+    assert f"Muon has no timed run {tmp_path / 'timed' / 'lstm-muon'}." in lines
     seconds = np.array([[float(x.replace(",", "")) for x in row.split("|")[1:-1]] for row in rows])
     assert seconds[:, 0].tolist() == [2**i for i in range(15)]
     assert (np.diff(seconds[:, 1]) <= 0).all()
@@ -474,7 +474,7 @@ def test_seconds_are_those_of_runs_with_the_settings_of_the_study(
     monkeypatch.setattr(sys, "argv", ["seconds.py", *words, str(tmp_path / "curves.json")])
     seconds.main()
     assert made == [(["mpirun", "-n", "2"], "muon", "rate=3", "7")]
-    assert capsys.readouterr().out.splitlines()[-1] == "| muon | 30 | 2.100 |"
+    assert capsys.readouterr().out.splitlines()[-1] == "| Muon | 30 | 2.100 |"
 
 
 def test_the_page_of_results_is_what_its_curves_say(curves, table, capsys):

@@ -231,18 +231,19 @@ class Timer:
             timer.function()
 
 
-def test_a_log_hears_of_it_once_and_only_after_a_while(monkeypatch):
+def test_a_log_hears_of_it_after_a_while_and_then_every_few_seconds(monkeypatch):
     monkeypatch.setattr(live.threading, "Timer", Timer)
     monkeypatch.setattr(live.time, "monotonic", lambda: Timer.now)
     said = []
     patience = Patience(said.append)
-    for seconds, lines in ((0.4, 0), (0.5, 0), (0.2, 1), (5.0, 1)):
+    expected = [COMPILING, "compiling kernels: 4 s so far ...", "compiling kernels: 7 s so far ..."]
+    for seconds, lines in ((0.4, 0), (0.5, 0), (0.2, 1), (2.7, 1), (0.3, 2), (2.8, 2), (0.2, 3)):
         patience(True)
         Timer.wait(seconds)
         patience(False)
-        assert said == [COMPILING] * lines
+        assert said == expected[:lines]
         Timer.wait(5.0)  # without compiling
-        assert said == [COMPILING] * lines
+        assert said == expected[:lines]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

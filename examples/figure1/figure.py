@@ -49,6 +49,8 @@ LOOKS = {
     "subspace-rows": Look("black", "-", "p"),
 }
 
+NAMES = {"adam": "Adam", "soap": "SOAP", "muon": "Muon"}
+
 WIDTH = 0.1
 """Standard deviation of the smoothing of drawn curves, in the logarithm of the step."""
 
@@ -59,7 +61,7 @@ def write(runs: Curves, out: Path, clock: bool = True) -> None:
         ("figure1.png", "train_bpc", "training bits/char"),
         ("figure1-validation.png", "valid_bpc", "validation bits/char"),
     ):
-        draw(runs, key, label, clock).savefig(out / name, dpi=130)
+        draw(runs, key, label, clock).savefig(out / name, dpi=160)
         print(out / name)
 
 
@@ -110,7 +112,7 @@ def draw(runs: Curves, key: str, label: str, clock: bool = True) -> Any:
     from matplotlib.figure import Figure
 
     axes = [(key, COSTS[key].label) for key in AXES if clock or key != "seconds"]
-    figure = Figure(figsize=(11, 7.4), layout="constrained")
+    figure = Figure(figsize=(8.8, 7.0), layout="constrained")
     panels = figure.subplots(2, len(axes), sharey=True, sharex="col")
     lines = {}
     for row, model in zip(panels, MODELS, strict=True):
@@ -135,15 +137,15 @@ def draw(runs: Curves, key: str, label: str, clock: bool = True) -> Any:
                 panel.set_xlabel(name)
         row[0].set_ylabel(label)
     names = [name for name in map(shown, METHODS) if name in lines]
-    figure.legend([lines[name] for name in names], names, loc="outside upper center", ncols=9, handlelength=3)
+    figure.legend([lines[name] for name in names], names, loc="outside upper center", ncols=5, handlelength=3)
     lowest = min(y for panel in panels.flat for line in panel.lines for y in (*line.get_ydata(), 4.0))
     panels[0, 0].set_ylim(lowest - 0.1, 4.7)  # a first step may raise the loss a lot
     return figure
 
 
 def shown(method: str) -> str:
-    """Return a method's name as in the paper, or as in the command."""
-    return method.upper() if method in PAPER else method
+    """Return a method's name: the paper's, that of its authors, or that of the preset."""
+    return method.upper() if method in PAPER else NAMES.get(method, method)
 
 
 def main() -> None:

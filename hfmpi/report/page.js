@@ -54,7 +54,10 @@
   };
 
   const point = (view) => `%{fullData.name}<br>step %{customdata:,}<br>${data.costs[view.against][0]} %{x:,}<br>`;
-  const abscissa = (view) => ({ type: view.x, title: { text: data.costs[view.against].filter(Boolean).join(", ") }, exponentformat: "power", minexponent: 5 });
+  const abscissa = (view) => ({  // on logarithmic axes too every tick has its whole number: 20, 50, 100, 2k
+    type: view.x, title: { text: data.costs[view.against].filter(Boolean).join(", ") },
+    tickformat: view.against === "seconds" ? ",~g" : "~s",
+  });
 
   function drawLoss(div) {
     const view = choice.loss, unit = div.dataset.unit, traces = [];
@@ -83,7 +86,7 @@
     const shapes = panel.levels.map((level) => (
       { type: "line", xref: "paper", x0: 0, x1: 1, y0: level, y1: level, line: { color: "#777", width: 1, dash: "dot" } }));
     const range = panel.range ?? undefined;
-    draw(div, traces, abscissa(view), { type: panel.log ? "log" : "linear", range, exponentformat: "power", nticks: panel.log ? 4 : 5 }, { shapes });
+    draw(div, traces, abscissa(view), { type: panel.log ? "log" : "linear", range, tickformat: panel.log ? "~g" : "", nticks: panel.log ? 4 : 5 }, { shapes });
   }
 
   // Spans differ by hatches too, so that bars can be read in black and white.

@@ -21,6 +21,8 @@ __all__ = ["COMPILING", "LiveLine", "Patience", "announced", "in_notebook", "int
 COMPILING = "compiling kernels, once for this machine ..."
 PATIENCE = 1.0
 """Seconds of compilation after which a log mentions it."""
+REPEAT = 3.0
+"""Seconds of compilation from one message to the next."""
 
 WINDOW = 60  # records at least half a second apart, over which the speed is measured
 MIN_BAR, MAX_BAR = 10, 30  # columns
@@ -158,28 +160,38 @@ def _duration(seconds: float) -> str:
 
 
 class Patience:
-    """A listener for `listening` that reports once that kernels are compiled, if it takes a while."""
+    """A listener for `listening` that reports compilation if it takes a while, and then every few seconds."""
 
     def __init__(self, say: Callable[[str], object]) -> None:
-        self._say, self._left = say, PATIENCE
+        self._say, self._spent, self._due = say, 0.0, PATIENCE  # seconds of compilation: so far; next message
         self._begun = 0.0
+        self._lock = threading.Lock()  # of the timer, which a message renews in a thread
         self._timer: threading.Timer | None = None
 
     def __call__(self, compiling: bool) -> None:
         """Start the timer when compilation starts, and stop it when compilation ends."""
-        if compiling and self._left > 0:
-            self._begun = time.monotonic()
-            self._timer = threading.Timer(self._left, self._tell)
-            self._timer.daemon = True
-            self._timer.start()
-        elif self._timer is not None:
-            self._timer.cancel()
-            self._left -= time.monotonic() - self._begun
-            self._timer = None
+        with self._lock:
+            if compiling:
+                self._begun = time.monotonic()
+                self._wait(self._due - self._spent)
+            elif self._timer is not None:
+                self._timer.cancel()
+                self._spent += time.monotonic() - self._begun
+                self._timer = None
+
+    def _wait(self, seconds: float) -> None:
+        self._timer = threading.Timer(max(seconds, 0.0), self._tell)
+        self._timer.daemon = True
+        self._timer.start()
 
     def _tell(self) -> None:
-        self._left = 0.0
-        self._say(COMPILING)
+        with self._lock:
+            if self._timer is None:  # compilation has just ended
+                return
+            first = self._due == PATIENCE
+            self._say(COMPILING if first else f"compiling kernels: {self._due:.0f} s so far ...")
+            self._due += REPEAT
+            self._wait(REPEAT)
 
 
 def in_notebook() -> bool:
