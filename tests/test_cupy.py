@@ -347,14 +347,6 @@ def on_clusters(dtype, about, blocks, per=None):
     return backend
 
 
-@pytest.fixture
-def small_clusters(monkeypatch):
-    """Make the clusters of the stand-in quick: few threads and little memory."""
-    if not REAL_GPU:
-        monkeypatch.setattr(clusters, "THREADS", 64)
-        monkeypatch.setitem(cupy.ATTRIBUTES, "MaxSharedMemoryPerBlockOptin", 16 * 1024)
-
-
 @pytest.mark.usefixtures("small_clusters")
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -776,7 +768,7 @@ def test_the_source_of_the_clusters_compiles(blocks, real):
 
 
 CUPY_NAMES = """
-zeros_like linalg.eigh linalg.qr linalg.solve ndarray.reshape
+zeros_like linalg.cholesky linalg.eigh linalg.qr linalg.solve ndarray.reshape
 matmul maximum tanh exp log1p arange ndarray.astype ndarray.__abs__ ndarray.transpose
 RawModule ndarray.data ndarray.get ndarray.set ndarray.strides ndarray.itemsize ndarray.__array_ufunc__
 ndarray.any ndarray.__array_function__ array_equal asarray

@@ -105,7 +105,7 @@ def test_the_measurements_on_a_gpu_are_commands_that_exist():
     assert not Path("out").exists()
 
 
-@pytest.mark.usefixtures("cooperative")
+@pytest.mark.usefixtures("cooperative", "small_clusters")
 def test_the_comparison_of_loops(monkeypatch, capsys):
     pytest.importorskip("cupy")
     given = "loops.py --model lstm --hidden 5 --length 4 --batch 1 3 --repeats 1"

@@ -311,8 +311,14 @@ def solve(matrix, right):
     return ndarray(counted(found))
 
 
+def cholesky(matrix):
+    """Factor a positive definite matrix of the device, or several."""
+    forbid_capture("cholesky")
+    return ndarray(counted(np.linalg.cholesky(bare(matrix))))
+
+
 linalg = types.SimpleNamespace(
-    eigh=decomposition(np.linalg.eigh), qr=decomposition(np.linalg.qr), solve=solve
+    eigh=decomposition(np.linalg.eigh), qr=decomposition(np.linalg.qr), solve=solve, cholesky=cholesky
 )
 
 
