@@ -28,3 +28,12 @@ def cooperative(monkeypatch):
     if not REAL_GPU:
         cupy = pytest.importorskip("cupy")
         monkeypatch.setitem(cupy.ATTRIBUTES, "CooperativeLaunch", 1)
+
+
+@pytest.fixture
+def small_clusters(monkeypatch):
+    """Make the clusters of the stand-in quick: few threads and little memory."""
+    if not REAL_GPU:
+        cupy = pytest.importorskip("cupy")
+        monkeypatch.setattr("hfmpi.backends.clusters.THREADS", 64)
+        monkeypatch.setitem(cupy.ATTRIBUTES, "MaxSharedMemoryPerBlockOptin", 16 * 1024)

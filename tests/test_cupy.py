@@ -3,6 +3,7 @@
 Agreement of whole passes with NumPy is in test_models.py and test_objective.py.
 """
 
+import ctypes
 import logging
 import os
 import subprocess
@@ -34,8 +35,9 @@ from hfmpi.runs.reporter import Log
 from hfmpi.runs.train import Run
 
 cupy = pytest.importorskip("cupy")
+from hfmpi.backends import clusters  # noqa: E402
 from hfmpi.backends.cupy import KERNELS  # noqa: E402
-from hfmpi.backends.persistent import THREADS  # noqa: E402
+from hfmpi.backends.persistent import SIGNATURES, THREADS  # noqa: E402
 
 DTYPES = ["float32", "float64"]
 standin_only = pytest.mark.skipif(REAL_GPU, reason="needs the stand-in: the GPU does not fail on demand")
@@ -165,8 +167,6 @@ def test_the_constants_of_cublas_are_as_the_library_has_them():
         assert errors[0] < 1e-4
         assert np.isfinite(errors[1])
     else:
-        import ctypes
-
         mode = ctypes.c_int.in_dll(cupy.cublas(), "math_mode")
         create("cupy")
         assert mode.value == 0
@@ -326,6 +326,90 @@ def test_a_refused_cooperative_launch_falls_back_to_graphs(problem, monkeypatch)
 
 def test_the_threads_of_a_persistent_kernel_are_those_of_its_source():
     assert f"#define THREADS_PERSISTENT {THREADS}\n" in KERNELS.read_text()
+
+
+# Thread-block clusters -------------------------------------------------------------------------
+
+
+def on_clusters(dtype, about, blocks, per=None):
+    """Return a backend whose loops run on clusters, each for at most `per` sequences."""
+    backend = create("cupy", dtype)
+    if not backend.clusters.supported:
+        pytest.skip("the GPU has no thread-block clusters")
+    backend.cluster_batch, backend.cluster_blocks = 100, blocks
+    del backend.clusters
+    if per is not None:
+        numbers = max(
+            backend.clusters._numbers(name, about.hidden, about.cell.multiplicative, per)
+            for name in SIGNATURES
+        )
+        backend.clusters._shared_bytes = numbers * backend.dtype.itemsize
+    return backend
+
+
+@pytest.mark.usefixtures("small_clusters")
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("about", "batch", "blocks", "per"), [
+    (MLSTM, 4, 4, None),  # 3, 3, 3 and 0 units; 2 clusters of 2 sequences
+    (MLSTM, 9, 2, 4),  # 4, 4 and 1 sequences
+    (Architecture("lstm", 10, 5, 5), 2, 4, 1),  # 3, 3, 3 and 1 units; 1 sequence at a time
+    (Architecture("lstm", 7, 5, 5), 13, 2, 8),
+    (Architecture("lstm", 2, 5, 5, variant="krause"), 1, 4, None),
+    (Architecture("mlstm", 8, 5, 5, variant="krause"), 5, 8, None),
+])  # fmt: skip
+def test_clusters_give_the_numbers_of_the_other_loops(dtype, about, batch, blocks, per, late, monkeypatch):
+    if not REAL_GPU:
+        monkeypatch.setattr(cupy.Memory, "late", late)
+    rng = np.random.default_rng(about.hidden)
+    theta = (0.5 * rng.standard_normal(about.layout.size)).astype(dtype)
+    own = on_clusters(dtype, about, blocks, per)
+    problem = theta, make_batch(rng, about.outputs, 6, batch), 2, about
+    found = passes(own, *problem)
+    assert own.cluster_batch  # not refused
+    assert not own._graphs
+    for a, b in zip(found, passes(by_graphs(dtype), *problem), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=20 * np.finfo(dtype).eps * np.abs(b).max())
+    for a, b in zip(found, passes(own, *problem), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.usefixtures("small_clusters")
+def test_a_cluster_of_sixteen_blocks(problem):
+    """It needs the permission of the driver."""
+    theta, batch = problem
+    own = on_clusters("float64", MLSTM, clusters.BLOCKS)
+    found = passes(own, theta, batch, 1)
+    assert own.cluster_batch
+    for a, b in zip(found, passes(by_graphs(), theta, batch, 1), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-14 * np.abs(b).max())
+
+
+@standin_only
+@pytest.mark.usefixtures("small_clusters")
+@pytest.mark.parametrize("reason", ["an older card", "no cluster at once", "too many sequences", "no room"])
+def test_other_loops_run_on_no_clusters(problem, reason, monkeypatch):
+    if reason == "no cluster at once":
+        ctypes.c_int.in_dll(cupy.cuda_driver(), "at_once").value = 0
+    own = on_clusters("float64", MLSTM, 4)
+    if reason == "an older card":
+        own.clusters.supported = False
+    elif reason == "no room":
+        own.clusters._shared_bytes = 1000
+    elif reason == "too many sequences":
+        own.cluster_batch = 3
+    try:
+        found = passes(own, *problem, 1)
+    finally:
+        ctypes.c_int.in_dll(cupy.cuda_driver(), "at_once").value = 2
+    assert own.cluster_batch == {"no cluster at once": 0, "too many sequences": 3}.get(reason, 100)
+    assert own._graphs
+    for a, b in zip(found, passes(by_graphs(), *problem, 1), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_clusters_are_not_the_default():
+    assert create("cupy").cluster_batch == 0
 
 
 # Memory ----------------------------------------------------------------------------------------
@@ -648,17 +732,15 @@ def test_the_command_line_end_to_end(tmp_path):
 # The source, for the cards ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", ["sm_70", "sm_80", "sm_90"])
-@pytest.mark.parametrize("real", ["float", "double"])
-def test_the_source_compiles(arch, real):
+def compiles(source, *options):
+    """Compile a source with NVRTC; it must do so without warnings."""
     nvrtc = pytest.importorskip("nvidia.cuda_nvrtc", reason="needs the wheel nvidia-cuda-nvrtc-cu12")
-    import ctypes
-
     library = ctypes.CDLL(str(next(Path(nvrtc.__path__[0]).glob("lib/libnvrtc.so.*"))))
-    source = (Path(create.__code__.co_filename).parent / "kernels.cu").read_bytes()
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    assert library.nvrtcCreateProgram(ctypes.byref(program), source, b"kernels.cu", 0, None, None) == 0
-    options = [b"-std=c++17", f"-DREAL={real}".encode(), f"-arch={arch}".encode()]
+    assert (
+        library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None) == 0
+    )
+    options = [option.encode() for option in options]
     status = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
     log = ctypes.create_string_buffer(size.value)
@@ -672,8 +754,21 @@ def test_the_source_compiles(arch, real):
     assert size.value > 10_000
 
 
+@pytest.mark.parametrize("arch", ["sm_70", "sm_80", "sm_90"])
+@pytest.mark.parametrize("real", ["float", "double"])
+def test_the_source_compiles(arch, real):
+    compiles(KERNELS.read_text(), "-std=c++17", f"-DREAL={real}", f"-arch={arch}")
+
+
+@pytest.mark.parametrize("blocks", [8, clusters.BLOCKS])
+@pytest.mark.parametrize("real", ["float", "double"])
+def test_the_source_of_the_clusters_compiles(blocks, real):
+    source = "\n".join(path.read_text() for path in clusters.SOURCES)
+    compiles(source, *clusters.options(real, blocks), "-arch=sm_90")
+
+
 CUPY_NAMES = """
-zeros_like linalg.eigh linalg.qr linalg.solve ndarray.reshape
+zeros_like linalg.cholesky linalg.eigh linalg.qr linalg.solve ndarray.reshape
 matmul maximum tanh exp log1p arange ndarray.astype ndarray.__abs__ ndarray.transpose
 RawModule ndarray.data ndarray.get ndarray.set ndarray.strides ndarray.itemsize ndarray.__array_ufunc__
 ndarray.any ndarray.__array_function__ array_equal asarray
@@ -684,7 +779,8 @@ multiply subtract get_default_memory_pool cuda.runtime.CUDARuntimeError cuda.run
 cuda.runtime.getDeviceProperties cuda.Device.use cuda.Device.mem_info cuda.Device.pci_bus_id
 cuda.Device.cublas_handle cuda.Stream.use cuda.Stream.synchronize cuda.Stream.begin_capture
 cuda.Stream.end_capture cuda.Graph.launch cuda.alloc_pinned_memory
-cuda.Device.attributes cuda.driver.launchCooperativeKernel cuda.MemoryPointer.memset_async
+cuda.Device.attributes cuda.Device.compute_capability cuda.driver.funcSetAttribute
+cuda.driver.launchCooperativeKernel cuda.MemoryPointer.memset_async
 RawKernel.kernel RawKernel.max_dynamic_shared_size_bytes cuda.function.Function.ptr
 cuda.memory.MemoryPool.free_bytes cuda.memory.MemoryPool.free_all_blocks
 """

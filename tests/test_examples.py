@@ -81,10 +81,19 @@ def test_the_comparison_with_peers_runs_without_them():
 
 def test_the_measurements_on_a_gpu_are_commands_that_exist():
     script = ROOT / "bin" / "measure-gpu"
-    shown = subprocess.run([script, "-n", "out", "kjv.h5"], capture_output=True, text=True, check=True).stdout
-    commands = [shlex.split(line) for line in shown.splitlines()]
-    assert len(commands) == 10
-    for command in commands:
+
+    def commands(*parts):
+        shown = subprocess.run(
+            [script, "-n", "out", "kjv.h5", *parts], capture_output=True, text=True, check=True
+        )
+        return [shlex.split(line) for line in shown.stdout.splitlines()]
+
+    tests, *first = commands("first")
+    assert tests == [str(ROOT / "bin" / "test-gpu")]
+    assert len(first) == 8
+    assert len(commands()) == 16
+    assert all(command in commands() for command in first)
+    for command in commands():
         options = [word for word in command if word.startswith("--")]
         verbs = list(itertools.takewhile(lambda w: not w.startswith("--") and w != "kjv.h5", command))
         if verbs[0] == "hfmpi":
@@ -96,15 +105,68 @@ def test_the_measurements_on_a_gpu_are_commands_that_exist():
     assert not Path("out").exists()
 
 
-@pytest.mark.usefixtures("cooperative")
+@pytest.mark.usefixtures("cooperative", "small_clusters")
 def test_the_comparison_of_loops(monkeypatch, capsys):
     pytest.importorskip("cupy")
     given = "loops.py --model lstm --hidden 5 --length 4 --batch 1 3 --repeats 1"
     monkeypatch.setattr(sys, "argv", given.split())
     runpy.run_path(str(ROOT / "examples" / "benchmarks" / "loops.py"), run_name="__main__")
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[3:]]
-    assert [row[4] for row in rows] == ["launches", "graph", "persistent"] * 4
+    rows, verdicts = rows[:20], rows[20:]
+    assert [row[4] for row in rows] == ["launches", "graph", "persistent", "clusters-16", "clusters-8"] * 4
     assert all(float(row[5]) > 0 for row in rows)
+    assert [row[0].partition(": ")[2].split(":")[0] for row in verdicts] == [
+        f"lstm, batch {batch}, {kind}" for batch in (1, 3) for kind in ("product", "gradient")
+    ]
+
+
+def test_the_comparison_of_decompositions(monkeypatch, capsys):
+    pytest.importorskip("cupy")
+    given = "decompositions.py --backend cupy --model mlstm --parameters 2000 --side 6 9 --repeats 1"
+    monkeypatch.setattr(sys, "argv", given.split())
+    runpy.run_path(str(ROOT / "examples" / "benchmarks" / "decompositions.py"), run_name="__main__")
+    shown = capsys.readouterr().out.splitlines()
+    rows = [line.split(" | ") for line in shown if line.startswith("| ") and " --- " not in line][1:]
+    ways = ["host", "one by one", "batched"]
+    assert [row[1] for row in rows if row[1] != "XsyevBatched"] == ways * 3
+    assert all(float(row[2]) > 0 for row in rows)
+    verdicts = [line.partition("Verdict: ")[2] for line in shown if line.startswith("Verdict")]
+    assert [verdict.partition(":")[0] for verdict in verdicts] == [row[0][2:] for row in rows[::-3]][::-1]
+
+
+@pytest.mark.parametrize("backend", ["numpy", "cupy"])
+def test_the_comparison_of_directions(monkeypatch, capsys, backend):
+    if backend == "cupy":
+        pytest.importorskip("cupy")
+    given = "--network mlstm --hidden 4 --length 5 --batch 2 3 --directions 7 --part 3 --repeats 1"
+    monkeypatch.setattr(sys, "argv", ["directions.py", "--backend", backend, *given.split()])
+    runpy.run_path(str(ROOT / "examples" / "benchmarks" / "directions.py"), run_name="__main__")
+    shown = capsys.readouterr().out.splitlines()
+    rows = [line.split(" | ") for line in shown if line.startswith("| mlstm")]
+    ways = ["one direction", "7 as one pass", "7 in parts of 3", "7 passes of one"]
+    assert [(row[2], row[3]) for row in rows] == [(batch, way) for batch in "23" for way in ways]
+    assert [row[5] for row in rows[::4]] == ["1.00 |"] * 2
+    assert sum(line.startswith("Verdict: mlstm, batch ") for line in shown) == 2
+
+
+@pytest.mark.parametrize("backend", ["numpy", "cupy"])
+def test_the_comparison_of_steps(monkeypatch, capsys, backend):
+    if backend == "cupy":
+        pytest.importorskip("cupy")
+    given = (
+        "--network lstm --methods muon subspace --hidden 4 --length 12 --examples 9 --warm-up 1 --repeats 2"
+    )
+    monkeypatch.setattr(sys, "argv", ["steps.py", "--backend", backend, *given.split()])
+    monkeypatch.syspath_prepend(ROOT / "examples" / "benchmarks")
+    runpy.run_path(str(ROOT / "examples" / "benchmarks" / "steps.py"), run_name="__main__")
+    shown = capsys.readouterr().out.splitlines()
+    rows = [line.split(" | ") for line in shown if line.startswith("| lstm")]
+    assert [(row[2], row[3], int(row[4]) > 1) for row in rows] == [
+        ("muon", "9", False),
+        ("subspace", "9", True),
+    ]
+    (verdict,) = [line for line in shown if line.startswith("Verdict: lstm: gradients that a step takes: ")]
+    assert all(f"{row[2]} {float(row[7]):.1f}" in verdict for row in rows)
 
 
 def test_the_comparison_of_precisions(tmp_path, monkeypatch, capsys):

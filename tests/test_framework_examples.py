@@ -58,3 +58,19 @@ def test_the_comparison_with_peers_leaves_out_what_is_not_installed(tmp_path):
     assert len(runs) == 3
     assert all(9 <= at[0][0] <= 40 and at[0][1] > 0 for at in runs)  # passes and seconds to a loss of 0.3
     assert once.endswith(shown(*command))
+
+
+def test_steps_and_directions_of_a_module():
+    """The parts torch and torch-directions of bin/measure-gpu, on the CPU."""
+    pytest.importorskip("torch")
+    tiny = ["--network", "mlp", "--width", "6", "--repeats", "1"]
+    steps = ["steps.py", "--methods", "muon", "subspace", "--examples", "20", "--warm-up", "1"]
+    directions = ["directions.py", "--batch", "5", "--directions", "7", "--part", "3"]
+    for script, *options in steps, directions:
+        command = [sys.executable, EXAMPLES / "benchmarks" / script, *tiny, *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| mlp")]
+        wanted = ["muon", "subspace"] if script == "steps.py" else ["one direction", "7 as one pass"]
+        assert [row[2 if script == "steps.py" else 3] for row in rows][:2] == wanted
+        assert done.stdout.splitlines()[-1].startswith("Verdict: mlp")

@@ -23,17 +23,17 @@ _NORMAL, _TRANSPOSED = 0, 1  # cublasOperation_t
 _DEFAULT_MATH, _TF32_MATH = 0, 3  # cublasMath_t
 
 
-def loaded() -> str:
-    """Return the path of the cuBLAS library that is loaded in this process.
+def loaded(name: str = "libcublas") -> str:
+    """Return the path of a library of CUDA that is loaded in this process.
 
     Raises
     ------
     RuntimeError
         If cuBLAS is not loaded.
     """
-    path = re.search(r"/\S*libcublas\.so\S*", Path("/proc/self/maps").read_text())
+    path = re.search(rf"/\S*{name}\.so\S*", Path("/proc/self/maps").read_text())
     if not path:
-        raise RuntimeError("CuPy has not loaded cuBLAS")
+        raise RuntimeError(f"CuPy has not loaded {name}")
     return path.group()
 
 

@@ -17,6 +17,7 @@ import cupy
 import numpy as np
 
 from hfmpi.backends.base import Array, Packed
+from hfmpi.backends.clusters import BLOCKS, ClusterLoops
 from hfmpi.backends.cublas import WORKSPACE_BYTES, Cublas
 from hfmpi.backends.numpy import NumpyBackend
 from hfmpi.backends.persistent import SIGNATURES, PersistentLoops
@@ -79,6 +80,11 @@ def _columns(rows: Array, sequences: Array) -> np.int32:
     return np.int32(len(rows) // max(1, len(sequences)))
 
 
+def _is_single(name: str, arrays: Mapping[str, Any]) -> bool:
+    """Return whether a loop is one of a gated cell, with one column for each sequence."""
+    return name in SIGNATURES and ("dc" not in arrays or len(arrays["dc"]) == arrays["x"].shape[1])
+
+
 class CupyBackend(NumpyBackend):
     """Arrays, products and kernels on one GPU.
 
@@ -102,6 +108,11 @@ class CupyBackend(NumpyBackend):
     persistent_batch : int
         The maximum number of sequences for which a loop of a gated cell is one kernel; 0: never. For more
         sequences graphs are faster.
+    cluster_batch : int
+        The maximum number of sequences for which a loop of a gated cell runs on thread-block clusters; 0:
+        never, the default until a card has shown where clusters are faster (docs/gpu.md).
+    cluster_blocks : int
+        Blocks of a cluster.
     """
 
     name = "cupy"
@@ -130,6 +141,7 @@ class CupyBackend(NumpyBackend):
         self._graphs: OrderedDict[Hashable, Any] = OrderedDict()
         self.captures = True
         self.persistent_batch = PERSISTENT_BATCH[self.dtype.itemsize]
+        self.cluster_batch, self.cluster_blocks = 0, BLOCKS
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return the class, arguments and state of a copy or a pickle, which uses the same device."""
@@ -235,7 +247,7 @@ class CupyBackend(NumpyBackend):
         key = self.loop_key(name, arrays)
         if key is None:
             run()
-        elif not self._in_one_kernel(name, arrays):
+        elif not (self._on_clusters(name, arrays) or self._in_one_kernel(name, arrays)):
             self.replay(key, run)
 
     def loop_key(self, name: str, arrays: Mapping[str, Any]) -> Hashable | None:
@@ -251,14 +263,29 @@ class CupyBackend(NumpyBackend):
         return self.address(array), array.shape
 
     @functools.cached_property
+    def clusters(self) -> ClusterLoops:
+        return ClusterLoops(self._device, self._stream, self.dtype, self.cluster_blocks)
+
+    def _on_clusters(self, name: str, arrays: Mapping[str, Any]) -> bool:
+        """Run a loop on thread-block clusters if that is chosen and possible; return whether it was run."""
+        if arrays["x"].shape[1] > self.cluster_batch or not _is_single(name, arrays):
+            return False
+        if not self.clusters.fit(arrays["hidden"].shape[2], arrays["p_table"] is not None):
+            return False
+        try:
+            self.clusters.run(name, arrays)
+        except _CUDA_ERRORS:  # nothing was launched
+            self.cluster_batch = 0
+            return False
+        return True
+
+    @functools.cached_property
     def _persistent(self) -> PersistentLoops:
         return PersistentLoops(self._device, self._stream, self.dtype, self._kernel)
 
     def _in_one_kernel(self, name: str, arrays: Mapping[str, Any]) -> bool:
         """Run a loop as a persistent kernel if that is possible and faster; return whether it was run."""
-        if name not in SIGNATURES or arrays["x"].shape[1] > self.persistent_batch:
-            return False
-        if "dc" in arrays and len(arrays["dc"]) != arrays["x"].shape[1]:  # columns
+        if arrays["x"].shape[1] > self.persistent_batch or not _is_single(name, arrays):
             return False
         if not self._persistent.fit(arrays["hidden"].shape[2], arrays["p_table"] is not None):
             return False

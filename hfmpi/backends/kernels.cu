@@ -21,22 +21,46 @@ static __device__ __forceinline__ int element() { return blockIdx.x * blockDim.x
 
 // Gated cells: pre-activations in the order i, f, o, u; coefficients k = f, k_i, k_f, k_o, k_u, k_c -----------
 
-static __device__ __forceinline__ void forward_unit(
-    int batch, int n, int b, int j, const real* pre, const real* table, const int* x, const real* bias_h, real* c,
-    real* h, real* k, real* w) {
+struct Gates {  // one number for each group of n columns
+    real i, f, o, u;
+};
+
+static __device__ __forceinline__ Gates gates(const real* row, int n) {
+    return {row[0], row[n], row[2 * n], row[3 * n]};
+}
+
+static __device__ __forceinline__ Gates operator+(Gates a, Gates b) {
+    return {a.i + b.i, a.f + b.f, a.o + b.o, a.u + b.u};
+}
+
+static __device__ __forceinline__ void store(Gates a, real* row, int n) {
+    row[0] = a.i;
+    row[n] = a.f;
+    row[2 * n] = a.o;
+    row[3 * n] = a.u;
+}
+
+struct Coefficients {
+    real f, k_i, k_f, k_o, k_u, k_c;
+};
+
+static __device__ __forceinline__ Coefficients coefficients(const real* k, size_t next) {
+    return {k[0], k[next], k[2 * next], k[3 * next], k[4 * next], k[5 * next]};
+}
+
+// a: the pre-activations of unit j of sequence b. Returns h.
+static __device__ __forceinline__ real forward_unit(
+    int batch, int n, int b, int j, Gates a, const real* bias_h, real& c, real* h, real* k, real* w) {
     const int e = b * n + j;
-    const real* row = table + (size_t)x[b] * 4 * n;
-    const real i = sigmoid(pre[0] + row[j]);
-    const real f = sigmoid(pre[1] + row[n + j]);
-    const real o = sigmoid(pre[2] + row[2 * n + j]);
-    const real a_u = pre[3] + row[3 * n + j];
-    const real u = bias_h ? a_u : tanh(a_u);
-    const real old = c[e];
+    const real i = sigmoid(a.i), f = sigmoid(a.f), o = sigmoid(a.o);
+    const real u = bias_h ? a.u : tanh(a.u);
+    const real old = c;
     const real fresh = f * old + i * u;
     const real s = tanh(bias_h ? o * fresh + bias_h[j] : fresh);
     const real slope = 1 - s * s;
-    h[e] = bias_h ? s : o * s;
-    c[e] = fresh;
+    const real output = bias_h ? s : o * s;
+    h[e] = output;
+    c = fresh;
     if (k) {
         const size_t next = (size_t)batch * n;
         k += e;
@@ -48,52 +72,24 @@ static __device__ __forceinline__ void forward_unit(
         k[5 * next] = o * slope;
     }
     if (w) {  // for structural damping: the curvature of each unit's matching loss
-        real* weight = w + (size_t)b * 4 * n;
-        weight[j] = i * (1 - i);
-        weight[n + j] = f * (1 - f);
-        weight[2 * n + j] = o * (1 - o);
-        weight[3 * n + j] = bias_h ? real(0.25) : real(0.25) * (1 - u * u);
+        const real weight = bias_h ? real(0.25) : real(0.25) * (1 - u * u);
+        store({i * (1 - i), f * (1 - f), o * (1 - o), weight}, w + (size_t)b * 4 * n + j, n);
     }
+    return output;
 }
 
-static __device__ __forceinline__ void tangent_unit(
-    int batch, int n, int columns, int r, int j, const real* a, real* pre, const real* table, const int* x,
-    const real* k, real* dc, real* dh, int add) {
-    const int e = r * n + j, b = r / columns;
-    const size_t next = (size_t)batch * n;
-    real* own = pre + (size_t)r * 4 * n;
-    const real* row = table + ((size_t)x[b] * columns + r % columns) * 4 * n;
-    k += b * n + j;
-    const real ri = a[0] + row[j];
-    const real rf = a[1] + row[n + j];
-    const real ro = a[2] + row[2 * n + j];
-    const real ru = a[3] + row[3 * n + j];
-    own[j] = ri;
-    own[n + j] = rf;
-    own[2 * n + j] = ro;
-    own[3 * n + j] = ru;
-    const real rc = k[0] * dc[e] + k[next] * ri + k[2 * next] * rf + k[4 * next] * ru;
-    const real rh = k[3 * next] * ro + k[5 * next] * rc;
-    dc[e] = rc;
-    dh[e] = add ? dh[e] + rh : rh;
+// a: the tangents of the pre-activations of one unit; dh: the term that R h is added to. Returns R h.
+static __device__ __forceinline__ real tangent_unit(Gates a, const Coefficients& k, real& dc, real dh) {
+    const real rc = k.f * dc + k.k_i * a.i + k.k_f * a.f + k.k_u * a.u;
+    dc = rc;
+    return dh + (k.k_o * a.o + k.k_c * rc);
 }
 
-static __device__ __forceinline__ void adjoint_unit(
-    int batch, int n, int columns, int r, int j, real* dh, const real* back, const real* k, real* dc, real* da,
-    int inject) {
-    const int e = r * n + j;
-    const size_t next = (size_t)batch * n;
-    real* own = da + (size_t)r * 4 * n;
-    k += r / columns * n + j;
-    const real total = dh[e] + back[e];
-    const real state = dc[e] + k[5 * next] * total;
-    const real i = k[next] * state, f = k[2 * next] * state, o = k[3 * next] * total, u = k[4 * next] * state;
-    dh[e] = total;
-    dc[e] = k[0] * state;
-    own[j] = inject ? own[j] + i : i;
-    own[n + j] = inject ? own[n + j] + f : f;
-    own[2 * n + j] = inject ? own[2 * n + j] + o : o;
-    own[3 * n + j] = inject ? own[3 * n + j] + u : u;
+// dh: the total cotangent of h of one unit. Returns the cotangents of its pre-activations.
+static __device__ __forceinline__ Gates adjoint_unit(real dh, const Coefficients& k, real& dc) {
+    const real state = dc + k.k_c * dh;
+    dc = k.f * state;
+    return {k.k_i * state, k.k_f * state, k.k_o * dh, k.k_u * state};
 }
 
 extern "C" __global__ void gated_forward(
@@ -102,9 +98,8 @@ extern "C" __global__ void gated_forward(
     const int e = element();
     if (e >= batch * n) return;
     const int b = e / n, j = e % n;
-    const real* own = a + (size_t)b * 4 * n + j;
-    const real pre[4] = {own[0], own[n], own[2 * n], own[3 * n]};
-    forward_unit(batch, n, b, j, pre, table, x, bias_h, c, h, k, w);
+    const Gates pre = gates(a + (size_t)b * 4 * n + j, n) + gates(table + (size_t)x[b] * 4 * n + j, n);
+    forward_unit(batch, n, b, j, pre, bias_h, c[e], h, k, w);
 }
 
 extern "C" __global__ void gated_tangent(
@@ -112,16 +107,26 @@ extern "C" __global__ void gated_tangent(
     int add) {
     const int e = element();
     if (e >= rows * n) return;
-    const int r = e / n, j = e % n;
-    const real* own = pre + (size_t)r * 4 * n + j;
-    const real a[4] = {own[0], own[n], own[2 * n], own[3 * n]};
-    tangent_unit(rows / columns, n, columns, r, j, a, pre, table, x, k, dc, dh, add);
+    const int r = e / n, j = e % n, b = r / columns;
+    real* own = pre + (size_t)r * 4 * n + j;
+    const real* row = table + ((size_t)x[b] * columns + r % columns) * 4 * n + j;
+    const Gates a = gates(own, n) + gates(row, n);
+    store(a, own, n);
+    const Coefficients each = coefficients(k + b * n + j, (size_t)(rows / columns) * n);
+    dh[e] = tangent_unit(a, each, dc[e], add ? dh[e] : 0);
 }
 
 extern "C" __global__ void gated_adjoint(
     int rows, int n, int columns, real* dh, const real* back, const real* k, real* dc, real* da, int inject) {
     const int e = element();
-    if (e < rows * n) adjoint_unit(rows / columns, n, columns, e / n, e % n, dh, back, k, dc, da, inject);
+    if (e >= rows * n) return;
+    const int r = e / n, j = e % n;
+    const Coefficients each = coefficients(k + r / columns * n + j, (size_t)(rows / columns) * n);
+    const real total = dh[e] + back[e];
+    dh[e] = total;
+    const Gates own = adjoint_unit(total, each, dc[e]);
+    da += (size_t)r * 4 * n + j;
+    store(inject ? gates(da, n) + own : own, da, n);
 }
 
 // Plain tanh cells ---------------------------------------------------------------------------------------------
@@ -400,8 +405,9 @@ extern "C" __global__ void __launch_bounds__(THREADS_PERSISTENT) persistent_forw
             source = m_t;
         }
         multiply<4>(s, source, n, s.columns, [&](int b, int j, const real* sums) {
+            const Gates a = gates(sums, 1) + gates(table + (size_t)x[b] * 4 * n + j, n);
             forward_unit(
-                batch, n, b, j, sums, table, x, bias_h, c, hidden + step, k ? k + t * 6 * step : k,
+                batch, n, b, j, a, bias_h, c[b * n + j], hidden + step, k ? k + t * 6 * step : k,
                 w ? w + t * 4 * step : w);
         });
         meet(s);
@@ -430,10 +436,11 @@ extern "C" __global__ void __launch_bounds__(THREADS_PERSISTENT) persistent_tang
             source = dm;
         }
         multiply<4>(s, source, n, s.columns, [&](int b, int j, const real* sums) {
-            const real* own = pre + (size_t)b * 4 * n + j;
-            const real a[4] = {
-                own[0] + sums[0], own[n] + sums[1], own[2 * n] + sums[2], own[3 * n] + sums[3]};
-            tangent_unit(batch, n, 1, b, j, a, pre, table, x, k, dc, dh + step, add);
+            const int e = b * n + j;
+            real *own = pre + (size_t)b * 4 * n + j, *dh_t = dh + step + e;
+            const Gates a = gates(own, n) + gates(sums, 1) + gates(table + (size_t)x[b] * 4 * n + j, n);
+            store(a, own, n);
+            *dh_t = tangent_unit(a, coefficients(k + e, step), dc[e], add ? *dh_t : 0);
         });
         meet(s);
     }
@@ -449,10 +456,14 @@ extern "C" __global__ void __launch_bounds__(THREADS_PERSISTENT) persistent_adjo
     const size_t step = (size_t)batch * n;
     for (int t = steps - 1; t >= 0; t--) {
         real *da_t = da + t * 4 * step, *dq_t = factor_t ? dq + t * step : dq;
-        for (int i = threadIdx.x; i < batch * s.own; i += blockDim.x)
-            adjoint_unit(
-                batch, n, 1, i / s.own, s.first + i % s.own, dh + (t + 1) * step, back, k + t * 6 * step, dc, da_t,
-                inject);
+        for (int i = threadIdx.x; i < batch * s.own; i += blockDim.x) {
+            const int b = i / s.own, j = s.first + i % s.own, e = b * n + j;
+            real *place = da_t + (size_t)b * 4 * n + j, *dh_t = dh + (t + 1) * step + e;
+            const real total = *dh_t + back[e];
+            *dh_t = total;
+            const Gates own = adjoint_unit(total, coefficients(k + t * 6 * step + e, step), dc[e]);
+            store(inject ? gates(place, n) + own : own, place, n);
+        }
         meet(s);
         multiply<1>(s, da_t, 4 * n, s.columns, [&](int b, int j, const real* sums) {
             const int e = b * n + j;

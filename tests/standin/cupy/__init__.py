@@ -64,6 +64,7 @@ class Memory:
     capturing = None  # the list of launches, while a stream captures
     graphs = 0  # launched so far
     refuse_capture = False
+    late = False  # whether numbers that a block sends to another one arrive as late as they may
 
 
 class OutOfMemoryError(MemoryError):
@@ -310,8 +311,14 @@ def solve(matrix, right):
     return ndarray(counted(found))
 
 
+def cholesky(matrix):
+    """Factor a positive definite matrix of the device, or several."""
+    forbid_capture("cholesky")
+    return ndarray(counted(np.linalg.cholesky(bare(matrix))))
+
+
 linalg = types.SimpleNamespace(
-    eigh=decomposition(np.linalg.eigh), qr=decomposition(np.linalg.qr), solve=solve
+    eigh=decomposition(np.linalg.eigh), qr=decomposition(np.linalg.qr), solve=solve, cholesky=cholesky
 )
 
 
@@ -408,7 +415,8 @@ def arange(stop, dtype=None):
 # Kernels ---------------------------------------------------------------------------------------
 
 PARAMETER_WORDS = re.compile(r"\bconst\b|__restrict__")
-SIGNATURE = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(\w+\) )?(\w+)\(([^)]*)\)')
+QUALIFIERS = r"((?:__(?:cluster_dims|launch_bounds)__\([^)]*\) )*)"
+SIGNATURE = re.compile(rf'extern "C" __global__ void {QUALIFIERS}(\w+)\(([^)]*)\)')
 
 
 class RawModule:
@@ -417,7 +425,13 @@ class RawModule:
         self.real = {"float": np.float32, "double": np.float64}[real.partition("=")[2]]
         self.signatures = {
             name: ["".join(p.split()[:-1]) for p in PARAMETER_WORDS.sub("", parameters).split(",")]
-            for name, parameters in SIGNATURE.findall(code)
+            for _, name, parameters in SIGNATURE.findall(code)
+        }
+        clusters = [option.partition("=")[2] for option in options if option.startswith("-DCLUSTER=")]
+        self.clusters = {
+            name: int(clusters[0])
+            for qualifiers, name, _ in SIGNATURE.findall(code)
+            if "cluster" in qualifiers
         }
         calls = "\n".join(
             f'extern "C" void call_{name}(void** v) {{ {name}('
@@ -439,6 +453,7 @@ class Kernel:
     def __init__(self, module, name):
         self.library = module.library
         self.name, self.kinds, self.real = name, module.signatures[name], module.real
+        self.cluster, self.non_portable = module.clusters.get(name), False
         self.body = ctypes.cast(getattr(self.library, f"call_{name}"), ctypes.c_void_p)
         self.max_dynamic_shared_size_bytes = 48 * 1024
         self.kernel = Pointer(self.body.value)
@@ -448,14 +463,25 @@ class Kernel:
         name, kinds = self.name, self.kinds
         if len(kinds) != len(arguments):
             raise TypeError(f"{name} takes {len(kinds)} arguments, not {len(arguments)}")
-        if shared_mem > 48 * 1024 or block[0] > 1024 or min(grid) < 1 or len(block) > 1:
+        if (
+            shared_mem > self.max_dynamic_shared_size_bytes
+            or block[0] > 1024
+            or min(grid) < 1
+            or len(block) > 1
+        ):
             raise cuda.runtime.CUDARuntimeError("cudaErrorInvalidValue")
+        if self.cluster and (grid[0] % self.cluster or self.cluster > (16 if self.non_portable else 8)):
+            raise RuntimeError("CUDA_ERROR_INVALID_CLUSTER_SIZE")
         values = [self.value(*pair) for pair in zip(kinds, arguments, strict=True)]
-        grid = (ctypes.c_uint * 2)(*(*grid, 1)[:2])
+        sizes = (ctypes.c_uint * 2)(*(*grid, 1)[:2])
 
         def run():
             pointers = (ctypes.c_void_p * len(values))(*(v.ctypes.data for v in values))
-            self.library.run_kernel(self.body, pointers, grid, ctypes.c_uint(block[0]))
+            if self.cluster:
+                numbers = map(ctypes.c_uint, (grid[0], block[0], shared_mem, self.cluster))
+                self.library.run_together(self.body, pointers, *numbers, ctypes.c_bool(Memory.late))
+            else:
+                self.library.run_kernel(self.body, pointers, sizes, ctypes.c_uint(block[0]))
 
         run() if Memory.capturing is None else Memory.capturing.append(run)
 
@@ -485,8 +511,23 @@ def launch_cooperative_kernel(f, gx, gy, gz, bx, by, bz, shared, stream, paramet
     if gx > ATTRIBUTES["MultiProcessorCount"]:
         raise RuntimeError("CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE")
     kernel.library.run_together(
-        kernel.body, ctypes.c_void_p(parameters), *map(ctypes.c_uint, (gx, bx, shared))
+        kernel.body,
+        ctypes.c_void_p(parameters),
+        *map(ctypes.c_uint, (gx, bx, shared, gx)),
+        ctypes.c_bool(False),
     )
+
+
+def func_set_attribute(f, attribute, value):
+    """Allow a kernel clusters of more than 8 blocks: the one attribute that is set in this way."""
+    assert (attribute, value) == (14, 1)
+    HANDLES[f].non_portable = True
+
+
+@functools.cache
+def cuda_driver():
+    """Load the driver, as the real CuPy does before any other call."""
+    return ctypes.CDLL(str(build("libcuda.so", (HERE / "cuda.cpp").read_text())))
 
 
 # Devices, streams, graphs ----------------------------------------------------------------------
@@ -533,11 +574,13 @@ ATTRIBUTES = {"MultiProcessorCount": 4, "MaxSharedMemoryPerBlockOptin": 227 * 10
 
 class Device:
     attributes = ATTRIBUTES
+    compute_capability = "90"
 
     def __init__(self, number=0):
         if number >= runtime.getDeviceCount():
             raise runtime.CUDARuntimeError("cudaErrorInvalidDevice")
         self.id = number
+        cuda_driver()
         self.pci_bus_id = f"0000:0{number}:00.0"
 
     def use(self):
@@ -647,7 +690,9 @@ nccl = module(
     NCCL_FLOAT64=8,
     NCCL_SUM=0,
 )
-driver = module("cuda.driver", launchCooperativeKernel=launch_cooperative_kernel)
+driver = module(
+    "cuda.driver", launchCooperativeKernel=launch_cooperative_kernel, funcSetAttribute=func_set_attribute
+)
 cuda = module(
     "cuda",
     driver=driver,

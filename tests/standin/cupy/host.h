@@ -14,7 +14,8 @@ using std::tanh;
 #define __restrict__ __restrict
 #define __shared__
 #define __align__(bytes)
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __syncthreads barrier
 #define __threadfence()
 #define PAUSE pause_block
@@ -28,6 +29,14 @@ extern double shared[];
 unsigned long long shuffle(unsigned long long bits, int mask);
 void barrier();
 void pause_block();
+void arrive();
+void wait();
+void send_bytes(void* place, int block, const void* value, int bytes);
+
+template <typename T>
+void send(T* place, int block, T value) {
+    send_bytes(place, block, &value, sizeof value);
+}
 
 inline void atomicAdd(int* sum, int value) { *sum += value; }
 
