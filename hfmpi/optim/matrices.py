@@ -59,8 +59,8 @@ def share_out(
     results = objective.spread(works, [layout.size for layout in layouts])
     if alone:
         return
-    for layout, target in zip(layouts, targets, strict=True):
-        for name, array in layout.views(results.pop(0)).items():
+    for layout, target, result in zip(layouts, targets, results, strict=True):
+        for name, array in layout.views(result).items():
             target[name][...] = array
 
 
