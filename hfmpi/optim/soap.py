@@ -169,7 +169,7 @@ class SOAP(Adaptive[SOAPState]):
 
         def fill(i: int, new: Arrays) -> None:
             gradient, old_square = blocks[i].of(g), blocks[i].of(state.mean_square)
-            bases = {side: new.get(f"Q_{side}", old) for side, old in old_bases[i].items()}
+            bases = {side: new[f"Q_{side}"] if refreshes else old for side, old in old_bases[i].items()}
             for side, a in ("L", gradient), ("R", gradient.T):
                 matrix = new[side]
                 if not matrix.size:
