@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 from dense import stored
+from scipy import linalg
 
 from hfmpi.measure.cost import Counts
 from hfmpi.measure.linear_algebra import cholesky, eigh, gram, product, qr, together, triangular_solve
@@ -71,31 +72,31 @@ class Risk(Objective):
 
 @pytest.fixture
 def executed(monkeypatch):
-    """Count the operations in calls of NumPy; return a list with those of each call."""
-    calls, plain = (
-        [],
-        {"matmul": np.matmul, "eigh": np.linalg.eigh, "qr": np.linalg.qr, "solve": np.linalg.solve},
-    )
+    """Count the operations of the calls of NumPy and SciPy: a list with those of each call."""
+    calls, plain = [], np.matmul
 
     def matmul(a, b, **options):
         transposed = a.ndim == b.ndim == 2 and (b.strides, b.shape) == (a.strides[::-1], a.shape[::-1])
         same = transposed and a.__array_interface__["data"] == b.__array_interface__["data"]
-        result = plain["matmul"](a, b, **options)
+        result = plain(a, b, **options)
         calls.append((1 if same else 2) * result.size * a.shape[-1])
         return result
 
-    def decomposition(name, factor):
-        def call(matrix, *right):
-            assert matrix.shape[0] == matrix.shape[1]
-            calls.append(math.ceil(factor * len(matrix) ** 3))
-            return plain[name](matrix, *right)
+    def count(module, name, cubic, square=0):
+        compute = getattr(module, name)
 
-        return call
+        def call(matrix, *right, **options):
+            assert matrix.shape[0] == matrix.shape[1]
+            calls.append(math.ceil(cubic * len(matrix) ** 3) + square * len(matrix) ** 2)
+            return compute(matrix, *right, **options)
+
+        monkeypatch.setattr(module, name, call)
 
     monkeypatch.setattr(np, "matmul", matmul)
-    monkeypatch.setattr(np.linalg, "eigh", decomposition("eigh", 9))
-    monkeypatch.setattr(np.linalg, "qr", decomposition("qr", 8 / 3))
-    monkeypatch.setattr(np.linalg, "solve", decomposition("solve", 2 / 3))
+    count(np.linalg, "eigh", 9)
+    count(linalg, "eigh", 9)
+    count(linalg, "qr", 8 / 3)
+    count(linalg.lapack, "dposv", 1 / 3, 2)
     return calls
 
 

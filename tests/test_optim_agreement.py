@@ -99,6 +99,8 @@ class Rank(Objective):
 class First(Rank):
     """It does all of the work."""
 
+    ranks = 2
+
     def agree(self, values):
         self.agreed.append(values)
         return values
@@ -111,6 +113,8 @@ class First(Rank):
 
 
 class Second(Rank):
+    ranks = 2
+
     def agree(self, values):
         assert all(type(value) is float for value in values)
         assert len(values) == len(self.agreed[0])

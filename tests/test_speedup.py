@@ -475,7 +475,7 @@ def test_small_charts():
     ("subspace", {"directions": "rms", "memory": 1}),
     ("subspace", {"directions": "kfac+rows", "segments": 2, "memory": 0, "row_steps": 7}),
     ("subspace", {"directions": "rows", "memory": 1}),
-    ("soap", {}), ("soap", {"longest_side": 1}), ("muon", {}), ("soap-muon", {}),
+    ("soap", {"refresh": 1}), ("soap", {"longest_side": 1}), ("muon", {}), ("soap-muon", {}),
 ])  # fmt: skip
 def test_the_messages_are_those_that_a_run_sends(optimizer, settings, tmp_path, monkeypatch):
     sent, summing = Counter(), Communicator.sum

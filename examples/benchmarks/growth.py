@@ -11,29 +11,37 @@ Each case runs in a child process with one thread. Seconds are process time. The
 because it may have more work than any other. Gradients and the steps after the warm-up take turns, whole
 periods of the steps from one refresh of eigenvectors to the next; the ratio is the median over turns of the
 mean step of a period over the gradient before it. Periods with a rejected step are left out, because going
-back takes less work. Memory is the peak resident set of the child after its last step minus the peak after
-two gradients, over the bytes of theta: state, temporary arrays and all. What a step allocates in place of the
-arrays of a gradient is not seen. A case that fails or takes longer than --seconds is a line with the reason.
+back takes less work.
+
+Memory is measured in copies of theta, in two ways. "Resident" is the peak resident set of the child after
+these steps minus the peak after two gradients: the state, the temporary arrays of NumPy and PyTorch, and
+memory that `malloc` keeps. What a step allocates in place of the arrays of a gradient is not seen. "NumPy" is
+what NumPy holds at the peak of a further period (tracemalloc): theta, the states before and after a step, and
+the arrays of a step, without PyTorch's, LAPACK's, and those that were allocated before and are kept.
+
+A case that fails or takes longer than --seconds is a line with the reason. With --json FILE each row is also
+appended to the file, and cases that the file has are printed from there and not repeated.
 """
 
 import argparse
+import copy
 import json
 import os
 import resource
 import subprocess
 import sys
+import tracemalloc
+from itertools import product
+from pathlib import Path
 from statistics import median
 from time import process_time
 
-WARM_UP = 3
-"""Steps after the first one until the subspace step has all of its directions."""
-
-LEAST_TURNS, MOST_TURNS, LEAST_SECONDS = 3, 25, 1.0
-"""How many turns are measured: more where they are short."""
+LEAST_TURNS, MOST_TURNS, LEAST_SECONDS, MOST_SECONDS = 3, 25, 1.0, 30.0
+"""How many turns are measured: more where they are short, and fewer where they are long."""
 
 INPUTS, OUTPUTS = 64, 10
 LENGTH, SYMBOLS = 50, 65
-METHODS = "sgd", "adam", "muon", "soap", "soap-muon", "bhf-short", "subspace"
+METHODS = "sgd", "adam", "muon", "soap", "soap-muon", "bhf-short", "subspace", "subspace-whole"
 NETWORKS = "mlp", "lstm1", "lstm2"
 
 
@@ -114,17 +122,24 @@ def measure(method, network, parameters, examples):
     before = peak()
     state = optimizer.init(theta, model.blocks)
     first = seconds(step)
-    for _ in range(WARM_UP):
+    for _ in range(getattr(optimizer, "memory", 4) - 1):  # until there are all directions
         step()
     period = getattr(optimizer, "refresh", 1)
     period = period if isinstance(period, int) else 1
-    turns, tried = [], 0
+    turns, tried, began = [], 0, process_time()
     while len(turns) < LEAST_TURNS or (tried < MOST_TURNS and sum(map(sum, turns)) * period < LEAST_SECONDS):
+        if turns and process_time() - began > MOST_SECONDS:
+            break
         tried += 1
         one, start = seconds(gradient), process_time()
         accepted = [step() for _ in range(period)]
         if all(accepted) or tried > MOST_TURNS:  # a step that is taken back has less work
             turns.append((one, (process_time() - start) / period))
+    resident = peak() - before
+    tracemalloc.start()
+    theta, state = theta.copy(), copy.deepcopy(state)  # so that they are counted
+    for _ in range(period):
+        step()
     return {
         "method": method,
         "network": network,
@@ -133,12 +148,13 @@ def measure(method, network, parameters, examples):
         "gradient": median(one for one, _ in turns),
         "first": first / median(one for one, _ in turns),
         "step": median(step / one for one, step in turns),
-        "copies": (peak() - before) / theta.nbytes,
+        "resident": resident / theta.nbytes,
+        "numpy": tracemalloc.get_traced_memory()[1] / theta.nbytes,
     }
 
 
 def child(case, limit):
-    """Return the row of a case, measured in a process of its own; None and the reason if there is none."""
+    """Return the row of a case, measured in a process of its own, or the reason why there is none."""
     environment = {
         **os.environ,
         "OPENBLAS_NUM_THREADS": "1",
@@ -149,10 +165,22 @@ def child(case, limit):
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
-        return None, f"more than {limit:g} s"
+        return {"wrong": f"more than {limit:g} s"}
     if done.returncode:
-        return None, (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return json.loads(done.stdout.splitlines()[-1]), ""
+        return {"wrong": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def line(case, row):
+    """Return the line of the table for a case."""
+    method, network, parameters, examples = case
+    if "wrong" in row:
+        cells = [f"{parameters:,}", f"{examples:,}", method, row["wrong"], "", "", "", ""]
+    else:
+        cells = [f"{row['parameters']:,}", f"{examples:,}", method, f"{row['gradient']:.3g}"]
+        cells += [f"{row[name]:.2f}" for name in ("first", "step")]
+        cells += [f"{row[name]:.1f}" for name in ("resident", "numpy")]
+    return f"| {network} | {' | '.join(cells)} |"
 
 
 def main():
@@ -163,29 +191,28 @@ def main():
     parser.add_argument("--parameters", nargs="+", type=float, default=[1e4, 1e5, 1e6, 1e7])
     parser.add_argument("--examples", nargs="+", type=float, default=[1000])
     parser.add_argument("--seconds", type=float, default=600.0, help="limit of one case, wall-clock time")
-    parser.add_argument("--json", help="file to which each row is appended")
+    parser.add_argument("--json", type=Path, help="file with a line for each case, to which cases are added")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.case:
         print(json.dumps(measure(*chosen.case)))
         return
-    print("| network | parameters | examples | method | gradient, s | first step | step | memory, copies |")
-    print("|" + " --- |" * 8, flush=True)
-    for network in chosen.networks:
-        for parameters in map(int, chosen.parameters):
-            for examples in map(int, chosen.examples):
-                for method in chosen.methods:
-                    row, wrong = child((method, network, parameters, examples), chosen.seconds)
-                    if row is None:
-                        cells = [f"{parameters:,}", f"{examples:,}", method, wrong, "", "", ""]
-                    else:
-                        cells = [f"{row['parameters']:,}", f"{row['examples']:,}", method]
-                        cells += [f"{row['gradient']:.3g}", f"{row['first']:.2f}", f"{row['step']:.2f}"]
-                        cells.append(f"{row['copies']:.1f}")
-                    print(f"| {network} | {' | '.join(cells)} |", flush=True)
-                    if chosen.json and row is not None:
-                        with open(chosen.json, "a") as file:
-                            print(json.dumps(row), file=file)
+    known, file = {}, chosen.json
+    if file and file.exists():
+        rows = map(json.loads, file.read_text().splitlines())
+        known = {tuple(row["case"]): row for row in rows if "case" in row}
+    print("| network | parameters | examples | method | gradient, s | first step | step | resident | NumPy |")
+    print("|" + " --- |" * 9, flush=True)
+    sizes, counts = (map(int, each) for each in (chosen.parameters, chosen.examples))
+    for network, size, count, method in product(chosen.networks, sizes, counts, chosen.methods):
+        case = method, network, size, count
+        row = known.get(case)
+        if row is None:
+            row = {"case": case, **child(case, chosen.seconds)}
+            if file:
+                with file.open("a") as lines:
+                    print(json.dumps(row), file=lines)
+        print(line(case, row), flush=True)
 
 
 if __name__ == "__main__":

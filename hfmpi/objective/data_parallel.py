@@ -451,7 +451,6 @@ class Risk(Objective):
         if not isinstance(model, KroneckerFactors):
             return super().factored_gradient(theta)
         gradient, sums = self._gradient(theta, "factors")
-        gradient = gradient._replace(vector=gradient.vector.copy())  # so that the larger message is released
         return gradient, model.factor_sums.normalise(sums, self.scored)
 
     def _gradient(self, theta: Array, extra: Extra) -> tuple[Gradient, Array]:

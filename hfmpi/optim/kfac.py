@@ -14,16 +14,23 @@ of the time of computing eigenvectors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 from hfmpi.measure.cost import Counts
-from hfmpi.measure.linear_algebra import eigh, solve, together
+from hfmpi.measure.linear_algebra import cholesky, eigh, repeated, together, triangular_solve
 from hfmpi.optim.base import Objective
 from hfmpi.optim.layout import Block, BlockLayout, Shape, Vector, factor_shape, split_factors
-from hfmpi.optim.matrices import Arrays, rotated, rotation, share_out
+from hfmpi.optim.matrices import (
+    Arrays,
+    eigensystem,
+    positive_solution,
+    rotated,
+    rotation,
+    share_out,
+)
 
 __all__ = ["decomposition_layout", "preconditioned_gradients", "preconditioning"]
 
@@ -46,8 +53,8 @@ class _Group(NamedTuple):
     columns: int
 
     def of(self, vector: Vector) -> Vector:
-        """Return these columns of a vector (D,), as a view (rows, columns)."""
-        return self.block.of(vector)[:, self.left : self.left + self.columns]
+        """Return these columns of a vector (D,), as a view (rows, columns); of (n, D), (n, rows, columns)."""
+        return self.block.of(vector)[..., self.left : self.left + self.columns]
 
     def factor(self, b: Vector) -> Vector:
         """Return the factor B of these columns, from the factor of the block."""
@@ -102,7 +109,7 @@ def preconditioned_gradients(
     before = [] if refresh else layout.views(decomposition)
     of_rows = {group.number: old for group, old in zip(groups, before, strict=False) if not group.left}
 
-    @cache  # a rank may have several groups of the same block
+    @lru_cache(maxsize=1)  # a rank that has several groups of a block takes one after the other
     def rows_decomposed(number: int) -> tuple[Vector, Vector]:
         return _decompose(both[number][1])
 
@@ -111,7 +118,7 @@ def preconditioned_gradients(
         if refresh and not returned and _is_vector(group):
             a, b = float(both[group.number][1][0, 0]), group.factor(both[group.number][2])
             for gamma, out in zip(dampings, new["gradients"], strict=True):
-                out[...] = _solved(max(a, 0.0) * b.astype(np.float64), gamma, group.of(gradient))
+                out[...] = _solved(b, max(a, 0.0), gamma, group.of(gradient))
             return
         if refresh:
             a, q_a = rows_decomposed(group.number)
@@ -124,25 +131,19 @@ def preconditioned_gradients(
             if not group.left:
                 new["a"][...], new["Q_A"][...] = a, q_a
         inside = rotated(group.of(gradient), q_a.T, q_b)
-        curvature = a.reshape(-1, 1) * b
         for gamma, out in zip(dampings, new["gradients"], strict=True):
-            out[...] = rotated(inside / (curvature + kind(gamma)), q_a, q_b.T)
-
-    def results(group: _Group) -> dict[str, Shape]:
-        gradients: dict[str, Shape] = {"gradients": (len(dampings), group.block.rows, group.columns)}
-        return {**_decomposition(group), **gradients} if returned else gradients
+            scaled = a.reshape(-1, 1) * b
+            scaled += kind(gamma)
+            np.divide(inside, scaled, out=scaled)
+            out[...] = rotated(scaled, q_a, q_b.T)
 
     preconditioned = np.zeros_like(gradient, shape=(len(dampings), gradient.size))
+    targets: list[Arrays] = [{"gradients": group.of(preconditioned)} for group in groups]
     if returned:
         decomposition = np.zeros_like(decomposition)
-    kept = layout.views(decomposition) if returned else [dict[str, Vector]() for _ in groups]
-    new_groups = share_out(objective, BlockLayout(groups, results), gradient, fill)
-    for group, arrays in zip(groups, kept, strict=True):
-        new = new_groups.pop(0)  # popped so that its memory is released
-        for vector, matrix in zip(preconditioned, new["gradients"], strict=True):
-            group.of(vector)[...] = matrix
-        for name, array in arrays.items():
-            array[...] = new[name]
+        for target, arrays in zip(targets, layout.views(decomposition), strict=True):
+            target |= arrays
+    share_out(objective, targets, gradient, fill)
     return preconditioned, decomposition
 
 
@@ -154,7 +155,8 @@ def preconditioning(blocks: Sequence[Block], dampings: int, refresh: bool, kept:
 
     def of(group: _Group) -> Counts:
         if refresh and not kept and _is_vector(group):
-            return together([solve(group.columns)] * dampings)
+            n = group.columns
+            return together([cholesky(n) + repeated(triangular_solve(n), 2)] * dampings)
         left, right = _vectors(group.block.rows)[0], _vectors(group.columns)[0]
         sides = (left if group.left == 0 else 0, right)  # A is decomposed for all groups of the block
         decompositions = together([eigh(side) for side in sides if side and refresh])
@@ -169,11 +171,10 @@ def _is_vector(group: _Group) -> bool:
     return group.block.rows == 1 and len(factor_shape(group.columns)) == 2
 
 
-def _solved(matrix: Vector, gamma: float, right: Vector) -> Vector:
-    """Compute (matrix + gamma)^-1 right' as a row (1, n), NaN if that fails; overwrite the matrix."""
-    matrix.reshape(-1)[:: len(matrix) + 1] += gamma
+def _solved(b: Vector, a: float, gamma: float, right: Vector) -> Vector:
+    """Return (a B + gamma)^-1 right' as a row (1, n); NaN where that fails."""
     try:
-        return np.linalg.solve(matrix, right.astype(np.float64).T).T
+        return positive_solution(b, a, gamma, right)
     except np.linalg.LinAlgError:
         return right * np.nan
 
@@ -186,7 +187,7 @@ def _decompose(factor: Vector) -> tuple[Vector, Vector]:
     values, vectors = factor, np.zeros_like(factor, shape=(0, 0))
     if factor.ndim == 2:
         try:
-            values, vectors = np.linalg.eigh(factor)
+            values, vectors = eigensystem(factor)
         except np.linalg.LinAlgError:
             values, vectors = factor[0] * np.nan, factor * np.nan
     return np.maximum(values, values.dtype.type(0)), vectors

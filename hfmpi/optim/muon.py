@@ -20,7 +20,7 @@ from hfmpi.measure.linear_algebra import gram, product, together
 from hfmpi.optim.base import Messages, Needs, Objective
 from hfmpi.optim.checks import check_blocks, check_vector
 from hfmpi.optim.first_order import Adaptive, AdaptiveState, Beta1, Beta2, Epsilon, Rate
-from hfmpi.optim.layout import Block, BlockLayout, Vector
+from hfmpi.optim.layout import Block, Vector
 from hfmpi.optim.matrices import Arrays, share_out
 from hfmpi.settings import POSITIVE, Meaning, at_least, documented, within
 
@@ -149,13 +149,12 @@ class Muon(Adaptive[MuonState]):
         """Compute the step; each matrix is orthogonalised by one rank."""
         kind, t, p = g.dtype.type, state.updates + 1, g * 0
         momentum, mean_square = state.momentum * 1, state.mean_square * 1
-        matrices, ahead = list[Block](), list[Vector]()
+        matrices = list[Block]()
         for block in objective.blocks:
             gradient, step, mean, square = (block.of(v) for v in (g, p, momentum, mean_square))
             if _is_matrix(block):
                 mean[...] = kind(self.momentum) * mean + gradient
                 matrices.append(block)
-                ahead.append(gradient + kind(self.momentum) * mean)
                 continue
             mean[...] = kind(self.beta1) * mean + kind(1 - self.beta1) * gradient
             square[...] = kind(self.beta2) * square + kind(1 - self.beta2) * gradient * gradient
@@ -163,12 +162,12 @@ class Muon(Adaptive[MuonState]):
             step[...] = kind(factor * self.vector_rate / (1 - self.beta1**t)) * mean / corrected
 
         def fill(i: int, arrays: Arrays) -> None:
-            arrays["step"][...] = orthogonal(ahead[i], self.newton_schulz_steps)
-
-        layout = BlockLayout(matrices, lambda block: {"step": (block.rows, block.columns)})
-        for block, arrays in zip(matrices, share_out(objective, layout, g, fill), strict=True):
+            block = matrices[i]
+            ahead = block.of(g) + kind(self.momentum) * block.of(momentum)
             scale = factor * self.rate * max(1.0, block.rows / block.columns) ** 0.5
-            block.of(p)[...] = kind(scale) * arrays["step"]
+            arrays["step"][...] = kind(scale) * orthogonal(ahead, self.newton_schulz_steps)
+
+        share_out(objective, [{"step": block.of(p)} for block in matrices], g, fill)
         return p, replace(state, momentum=momentum, mean_square=mean_square)
 
 

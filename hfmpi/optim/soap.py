@@ -25,7 +25,7 @@ from hfmpi.optim.base import Messages, Needs, Objective
 from hfmpi.optim.checks import check_blocks, check_vector
 from hfmpi.optim.first_order import Adaptive, AdaptiveState, Beta1, Beta2, Epsilon, Rate
 from hfmpi.optim.layout import LONGEST_SIDE, Block, BlockLayout, Shape, Vector
-from hfmpi.optim.matrices import Arrays, rotated, rotation, share_out
+from hfmpi.optim.matrices import Arrays, eigensystem, orthonormal, rotated, rotation, share_out
 from hfmpi.settings import Meaning, at_least, documented, within
 
 __all__ = ["SOAP", "Nesterov", "Refresh", "SOAPState"]
@@ -131,8 +131,9 @@ class SOAP(Adaptive[SOAPState]):
         return Needs(blocks=True)
 
     def messages(self, parameters: int, blocks: Sequence[Block]) -> Messages:
-        """Return the sizes of the messages: the arrays of `_results` for all blocks."""
-        return Messages(matrices=BlockLayout(blocks, self._results).size)
+        """Return what the ranks exchange: means of squares, steps and factors, at times eigenvectors."""
+        factors = BlockLayout(blocks, self._factors).size
+        return Messages(matrices=2 * parameters + factors + factors // self.refresh)
 
     def algebra(self, state: SOAPState, blocks: Sequence[Block]) -> Counts:
         """Return the linear algebra of `direction`; blocks and the two sides of a block run concurrently."""
@@ -163,43 +164,48 @@ class SOAP(Adaptive[SOAPState]):
     ) -> tuple[Vector, SOAPState]:
         """Compute the step; one rank computes the matrix products and decompositions of each block."""
         kind, t, blocks = g.dtype.type, state.updates + 1, objective.blocks
-        mean = kind(self.beta1) * state.mean + kind(1 - self.beta1) * g
-        momentum = self._momentum(mean, g, t)
+        mean, refreshes = kind(self.beta1) * state.mean + kind(1 - self.beta1) * g, self._refreshes(state)
         keep = self.factor_decay if state.updates else 0.0
         layout = BlockLayout(blocks, self._factors)
         old_factors, old_bases = layout.views(state.factors), layout.views(state.bases)
 
         def fill(i: int, new: Arrays) -> None:
-            gradient, ahead, old_square = (blocks[i].of(v) for v in (g, momentum, state.mean_square))
+            gradient, old_square = blocks[i].of(g), blocks[i].of(state.mean_square)
+            bases = {side: new[f"Q_{side}"] if refreshes else old for side, old in old_bases[i].items()}
             for side, a in ("L", gradient), ("R", gradient.T):
-                matrix, basis = new[side], new[f"Q_{side}"]
+                matrix = new[side]
                 if not matrix.size:
                     continue
                 np.matmul(a, a.T, out=matrix)
-                matrix[...] = kind(keep) * old_factors[i][side] + kind(1 - keep) * matrix
-                basis[...] = old_bases[i][side]
-                if self._refreshes(state):
-                    basis[...] = _eigenvectors(matrix, basis if state.updates else None)
-            left, right, square = new["Q_L"], new["Q_R"], new["mean_square"]
-            inside, ahead = (rotated(matrix, left.T, right) for matrix in (gradient, ahead))
+                matrix *= kind(1 - keep)
+                matrix += kind(keep) * old_factors[i][side]
+                if refreshes:
+                    bases[side][...] = _eigenvectors(matrix, old_bases[i][side] if state.updates else None)
+            left, right, square, step = bases["L"], bases["R"], new["mean_square"], new["step"]
+            inside = rotated(gradient, left.T, right)
             square[...] = kind(self.beta2) * old_square + kind(1 - self.beta2) * inside * inside
-            corrected = np.sqrt(square / kind(1 - self.beta2**t)) + kind(self.epsilon)
-            new["step"][...] = self._finished(blocks[i], rotated(ahead / corrected, left, right.T))
+            np.divide(square, kind(1 - self.beta2**t), out=step)
+            np.sqrt(step, out=step)
+            step += kind(self.epsilon)
+            inside = rotated(self._momentum(blocks[i].of(mean), gradient, t), left.T, right)
+            np.divide(inside, step, out=step)
+            step[...] = self._finished(blocks[i], rotated(step, left, right.T))
+            step *= kind(self.rate * factor)
 
-        vectors = mean, mean, state.factors, state.bases
-        mean_square, p, factors, bases = map(np.zeros_like, vectors)
-        results = share_out(objective, BlockLayout(blocks, self._results), g, fill)
-        after = layout.views(factors), layout.views(bases)
-        for block, new_factors, new_bases in zip(blocks, *after, strict=True):
-            new = results.pop(0)  # popped so that its memory is released
-            block.of(mean_square)[...], block.of(p)[...] = new["mean_square"], new["step"]
-            for side in new_factors:
-                new_factors[side][...], new_bases[side][...] = new[side], new[f"Q_{side}"]
-        later = replace(state, mean=mean, mean_square=mean_square, factors=factors, bases=bases)
-        return kind(self.rate * factor) * p, later
+        mean_square, p, factors = np.zeros_like(g), np.zeros_like(g), np.zeros_like(state.factors)
+        bases = np.zeros_like(state.bases) if refreshes else state.bases
+        targets = [
+            {"mean_square": block.of(mean_square), "step": block.of(p), **new_factors}
+            for block, new_factors in zip(blocks, layout.views(factors), strict=True)
+        ]
+        if refreshes:
+            for target, new_bases in zip(targets, layout.views(bases), strict=True):
+                target |= {f"Q_{side}": basis for side, basis in new_bases.items()}
+        share_out(objective, targets, g, fill)
+        return p, replace(state, mean=mean, mean_square=mean_square, factors=factors, bases=bases)
 
     def _momentum(self, mean: Vector, g: Vector, t: int) -> Vector:
-        """Return the bias-corrected mean of t gradients, (D,), which is to be preconditioned."""
+        """Return the mean of t gradients that is preconditioned, without its bias."""
         kind = g.dtype.type
         if self.nesterov:
             mean, t = kind(self.beta1) * mean + kind(1 - self.beta1) * g, t + 1
@@ -219,12 +225,6 @@ class SOAP(Adaptive[SOAPState]):
         left, right = (side if min(sides) > 1 and side <= self.longest_side else 0 for side in sides)
         return {"L": (left, left), "R": (right, right)}
 
-    def _results(self, block: Block) -> dict[str, Shape]:
-        """Return the shapes of the arrays that one rank computes for a block."""
-        matrix, factors = (block.rows, block.columns), self._factors(block)
-        bases = {f"Q_{side}": shape for side, shape in factors.items()}
-        return {"mean_square": matrix, "step": matrix, **factors, **bases}
-
 
 def _eigenvectors(matrix: Vector, before: Vector | None) -> Vector:
     """Compute the eigenvectors of a symmetric matrix, largest eigenvalue first; NaN if that fails.
@@ -238,7 +238,7 @@ def _eigenvectors(matrix: Vector, before: Vector | None) -> Vector:
     matrix.reshape(-1)[:: size + 1] += tie * np.arange(size, dtype=matrix.dtype, like=matrix)
     try:
         if before is not None:
-            return np.linalg.qr(np.matmul(matrix, before))[0]
-        return np.linalg.eigh(matrix)[1][:, ::-1]
+            return orthonormal(np.matmul(before.T, matrix).T)  # by columns, as LAPACK stores it
+        return eigensystem(matrix)[1][:, ::-1]
     except np.linalg.LinAlgError:
         return matrix * kind(np.nan)

@@ -373,12 +373,15 @@ class Subspace(Optimizer[SubspaceState]):
             refreshes, kept = self._refreshes(state), self.refresh > 1
             algebra = preconditioning(objective.blocks, self.kfac_dampings, refreshes, kept)
         state, directions = self._directions(state, objective, g, factors)
-        del factors  # free their memory: they are larger than theta
+        if self._uses("kfac"):  # the message that g is part of has the factors, which are larger than theta
+            g = g * 1
+            del factors, at
         if rows is not None:
             further, work = self._row_directions(objective, rows, g)
             directions, algebra = [*(x[None] for x in further), *directions], algebra + work
-            del rows  # free their memory, which is large
+            del rows, further  # their memory is large
         model, work = self._model(theta, state, objectives, g, directions)
+        del g, directions
         report = replace(report, work=passes + work + algebra, details=_details(norm, state.damping, rho))
         if model is None:
             return theta, before, replace(report, message="a direction is not finite")
@@ -388,22 +391,22 @@ class Subspace(Optimizer[SubspaceState]):
         report = replace(report, work=report.work + together([model.work] * count))
         if all(0 <= step.promise <= rounding(loss, theta) for step in steps):
             return theta, before, replace(report, accepted=True, message=UNRESOLVED, converged=True)
-        if judged and steps[0].promise > 0:
-            return self._taken(theta, state, objective, steps[0], report)
-        if candidates:
-            result = self._best(theta, state, objective, dampings, steps, report)
-        else:
-            result = self._checked(theta, state, objective, model, steps[0], report)
-        report = result[2]
-        if report.accepted:
-            return result
+        step: Step | None = steps[0]
+        if not judged or not steps[0].promise > 0:
+            if candidates:
+                step, state, report = self._best(theta, state, objective, dampings, steps, report)
+            else:
+                step, state, report = self._checked(theta, state, objective, model, steps[0], report)
+        if step is not None:
+            del model, steps  # the directions
+            return self._taken(theta, state, objective, step, report)
         promise = max(step.promise for step in steps)
         if small(promise, loss, theta):
             least, work = _noise(theta, objectives, loss)
             report = replace(report, work=report.work + work)
             if promise <= least:
                 return theta, before, replace(report, accepted=True, message=UNRESOLVED, converged=True)
-        return *result[:2], report
+        return theta, state, report
 
     def _best(
         self,
@@ -413,8 +416,8 @@ class Subspace(Optimizer[SubspaceState]):
         dampings: list[float],
         steps: list[Step],
         report: StepReport,
-    ) -> tuple[Vector, SubspaceState, StepReport]:
-        """Take the step of the damping with the lowest risk, unless no damping lowers the risk."""
+    ) -> tuple[Step | None, SubspaceState, StepReport]:
+        """Return the step of the damping that has the lowest risk; None if no step lowers the risk."""
         ends = [theta + step.p for step in steps]
         losses = [risk + self._penalty(end) for risk, end in zip(objective.losses(ends), ends, strict=True)]
         losses = list(objective.agree(tuple(losses)))
@@ -428,8 +431,8 @@ class Subspace(Optimizer[SubspaceState]):
         details = {**report.details, "damping": damping, "rho": rho if math.isfinite(rho) else None}
         report = replace(report, work=work, details=details)
         if not lower:
-            return theta, state, replace(report, message="step rejected: no candidate lowers the risk")
-        return self._taken(theta, state, objective, steps[best], report)
+            return None, state, replace(report, message="no candidate lowers the risk")
+        return steps[best], state, report
 
     def _checked(
         self,
@@ -439,8 +442,8 @@ class Subspace(Optimizer[SubspaceState]):
         model: ReducedModel,
         step: Step,
         report: StepReport,
-    ) -> tuple[Vector, SubspaceState, StepReport]:
-        """Take this step, shortened until it lowers the risk; each attempt costs one forward pass.
+    ) -> tuple[Step | None, SubspaceState, StepReport]:
+        """Return this step, or the first part of it that lowers the risk, or None; each costs a loss.
 
         Shortening the step works better than raising lambda, which would be far too large for the following
         steps. Lambda is raised, by factors of 4, only if the model does not predict a decrease.
@@ -453,7 +456,7 @@ class Subspace(Optimizer[SubspaceState]):
                 losses += 1
                 report = replace(report, work=replace(report.work, losses=losses))
                 if loss < state.loss:
-                    return self._taken(theta, state, objective, step, report)
+                    return step, state, report
                 step = step.shortened(_part(loss - state.loss, step.descent))
             elif state.damping == self.damping_maximum:
                 break
@@ -465,7 +468,7 @@ class Subspace(Optimizer[SubspaceState]):
                 report = replace(report, work=report.work + model.work)
             if 0 <= step.promise <= rounding(state.loss, theta):
                 break
-        return theta, state, replace(report, message="step rejected: no part of it lowers the risk")
+        return None, state, replace(report, message="no part of the step lowers the risk")
 
     def _parts(self, parameters: int, blocks: Sequence[Block]) -> list[Part]:
         return parts_of(blocks) if self.cut else [whole(parameters)]
@@ -569,7 +572,7 @@ class Subspace(Optimizer[SubspaceState]):
         if not math.isfinite(square):
             return theta, state, replace(report, message="the step is not finite")
         report = replace(report, accepted=True, details={**report.details, "step_norm": math.sqrt(square)})
-        size, steps = theta.size, state.steps * 1
+        size, steps = theta.size, np.empty_like(state.steps)
         steps[size:], steps[:size] = state.steps[:-size], step.p
         state = replace(
             state, updates=state.updates + 1, steps=steps, descent=step.descent, curvature=step.curvature
