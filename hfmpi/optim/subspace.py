@@ -431,7 +431,7 @@ class Subspace(Optimizer[SubspaceState]):
         details = {**report.details, "damping": damping, "rho": rho if math.isfinite(rho) else None}
         report = replace(report, work=work, details=details)
         if not lower:
-            return None, state, replace(report, message="no candidate lowers the risk")
+            return None, state, replace(report, message="step rejected: no candidate lowers the risk")
         return steps[best], state, report
 
     def _checked(
@@ -468,7 +468,7 @@ class Subspace(Optimizer[SubspaceState]):
                 report = replace(report, work=report.work + model.work)
             if 0 <= step.promise <= rounding(state.loss, theta):
                 break
-        return None, state, replace(report, message="no part of the step lowers the risk")
+        return None, state, replace(report, message="step rejected: no part of it lowers the risk")
 
     def _parts(self, parameters: int, blocks: Sequence[Block]) -> list[Part]:
         return parts_of(blocks) if self.cut else [whole(parameters)]
