@@ -217,7 +217,7 @@ def test_bernoulli_is_finite_far_out():
 
 
 @pytest.mark.parametrize(("change", "sentence"), [
-    ({"inputs": np.zeros((5, 3, 9))}, r"inputs must be symbols .* or numbers .*, 4\), not of shape"),
+    ({"inputs": np.zeros((5, 3, 9))}, r"inputs must be symbols .* or numbers .*, 4\), not an array of shape"),
     ({"inputs": np.full((5, 3), 4)}, "inputs must be symbols from 0 to 3, not 4 to 4"),
     ({"inputs": np.zeros((5, 3))}, "inputs must be whole numbers"),
     ({"targets": np.zeros((6, 3), int)}, "need a target for each step"),
