@@ -47,7 +47,7 @@ static __device__ __forceinline__ void forward_unit(
         k[4 * next] = bias_h ? i : i * (1 - u * u);
         k[5 * next] = o * slope;
     }
-    if (w) {  // for structural damping: the curvature of each unit's matching loss
+    if (w) {  // structural damping: the matching-loss curvature of each unit
         real* weight = w + (size_t)b * 4 * n;
         weight[j] = i * (1 - i);
         weight[n + j] = f * (1 - f);
