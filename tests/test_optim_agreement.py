@@ -182,7 +182,7 @@ def test_ranks_under_mpi_agree_in_every_bit(optimizer, mpi_ranks, comm):
     assert comm.size == mpi_ranks
     communicator = MPICommunicator(comm)
     objective = Rank(Elsewhere, None, 1e-7) if comm.rank else Rank(np.ndarray)
-    objective.agree = communicator.agree
+    objective.agree, objective.ranks = communicator.agree, communicator.size
     objective.spread = lambda works, sizes, wide=False, name="": [
         own if wide else own.view(objective.kind)
         for own in communicator.agree([np.asarray(work()) for work in works])
