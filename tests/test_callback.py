@@ -191,7 +191,7 @@ def test_a_result_has_a_short_repr():
         f"{accuracy:.4g} at step {result.best_step}; D = {GIVEN[0].size})"
     )
     bare = hfmpi.train(*GIVEN[:2], max_steps=1, **OVERFITS)
-    assert repr(bare) == f"Result(step 1: 1 steps were taken; D = {GIVEN[0].size})"
+    assert repr(bare) == f"Result(step 1: 1 step was taken; D = {GIVEN[0].size})"
 
 
 def test_a_result_is_drawn(tmp_path, monkeypatch):

@@ -145,7 +145,7 @@ def test_another_optimizer_starts_anew_and_it_is_said(here):
 
 def test_a_state_of_another_form_starts_anew_and_it_is_said(here):
     said = run("small.h5 --resume adam --out new --max-steps 3 --set averaging=0.9")
-    assert "of adam is not used: the checkpoint's average does not fit optimizer adam.\n" in said
+    assert 'of adam is not used: the entry "average" of the checkpoint does not fit optimizer adam.\n' in said
     found = checkpoint.latest(here / "new")
     assert found.state["updates"] == 1
     np.testing.assert_allclose(found.state["average"], found.theta, rtol=1e-5)  # of the iterates from here on

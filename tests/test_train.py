@@ -330,7 +330,10 @@ def test_a_run_whose_next_gradient_judges_the_last_step_goes_on_as_if_it_had_not
     found = checkpoint.latest(run.folder)
     state = found.state | {"steps": found.state["steps"][:-1]}
     checkpoint.save(run.folder / checkpoint.NEWEST, found.theta, state, found.meta)
-    with pytest.raises(UserError, match="steps does not fit optimizer subspace"):
+    with pytest.raises(
+        UserError,
+        match='"steps" of the checkpoint does not fit optimizer subspace, so .* --out, and --resume .* to start',
+    ):
         train(run.folder, data, max_steps=STEPS + 1, **options)
 
 
@@ -386,7 +389,7 @@ def test_a_checkpoint_without_an_average_goes_on(data, tmp_path):
     checkpoint.save(tmp_path / "run" / checkpoint.NEWEST, found.theta, state, found.meta)
     run, _ = train(tmp_path / "run", data, max_steps=4, **OPTIMIZERS["adam"])
     same(run, whole)
-    with pytest.raises(UserError, match="average does not fit optimizer adam"):
+    with pytest.raises(UserError, match='"average" of the checkpoint does not fit optimizer adam'):
         train(tmp_path / "run", data, max_steps=5, **OPTIMIZERS["adamw"])
 
 

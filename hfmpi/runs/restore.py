@@ -105,7 +105,7 @@ def restored(checkpoint: Checkpoint, fresh: StateT, backend: Backend, optimizer:
         most = math.inf if type(entry) is float else 2**53  # lambda has no upper bound
         number = abs(entry) if name == "loss" and type(entry) is float else entry  # a loss may be negative
         if _form(entry) != _form(value) or not (isinstance(entry, np.ndarray) or is_amount(number, most)):
-            raise Misfit(f"the checkpoint's {name} does not fit optimizer {optimizer}")
+            raise Misfit(f'the entry "{name}" of the checkpoint does not fit optimizer {optimizer}')
     values = {k: backend.to_device(v) if isinstance(v, np.ndarray) else v for k, v in entries_read.items()}
     return type(fresh)(**values)
 

@@ -91,7 +91,12 @@ def open_run(
     except DifferentRun as error:
         raise UserError(f"{name} {error}; {remedy}") from None
     if resumes:
-        run = make(folder, task.continuing(checkpoint), session, checkpoint)
+        try:
+            run = make(folder, task.continuing(checkpoint), session, checkpoint)
+        except Misfit as error:
+            option = names.resume.split()[0].split("=")[0]
+            way_out = f"{remedy}, and {option} {folder} to start from its parameters"
+            raise UserError(f"{error}, so that the run cannot continue: {way_out}") from None
     else:
         _check_leftover(folder, task, names)
         begin = partial(make, folder, task, session)

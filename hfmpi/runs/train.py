@@ -487,7 +487,7 @@ class Run:
         """Return the limit that is reached, or ""."""
         config = self.config
         if config.max_steps and progress.step >= config.max_steps:
-            return f"{progress.step:,} steps were taken"
+            return "1 step was taken" if progress.step == 1 else f"{progress.step:,} steps were taken"
         if config.max_seconds and progress.seconds >= config.max_seconds:
             return f"{config.max_seconds:g} seconds have passed"
         if self.best is not None and 0 < config.patience <= self.best.stale:
