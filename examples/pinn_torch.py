@@ -1,8 +1,7 @@
 """A physics-informed network in PyTorch: Burgers' equation u_t + u u_x = nu u_xx, u(x, 0) = -sin(pi x).
 
 Run it with `python examples/pinn_torch.py` or `mpirun -n 2 python examples/pinn_torch.py`. The module
-computes
-the derivatives that its residual needs.
+computes the derivatives that its residual needs.
 """
 
 import sys

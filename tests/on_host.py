@@ -15,7 +15,7 @@ class Outputs(NamedTuple):
 
 def turned(batch):
     """Exchange the first two axes: the independent implementation reads batches with their time first."""
-    arrays = (*batch, None)[:4]  # the last one: the scales of units, (layers, B, n)
+    arrays = (*batch[:3], getattr(batch, "scales", None))  # scales of units: (layers, B, n)
     inputs, targets, mask, scales = (None if part is None else part.swapaxes(0, 1) for part in arrays)
     return Batch(inputs, targets, mask, inputs.shape[1] - targets.shape[1], unit_scales=scales)
 

@@ -319,7 +319,7 @@ def test_a_best_file_that_is_missing_or_damaged_is_written_again(tmp_path, capsy
     ):
         damage()
         fit(16, out=tmp_path / "run")
-        assert f"Note: {words}; it is written again, from the checkpoint." in capsys.readouterr().err
+        assert f"Note: {words}; it is written again from the checkpoint." in capsys.readouterr().err
         np.testing.assert_array_equal(checkpoint.load(path).theta, before.theta)
     fit(16, out=tmp_path / "run")
     assert "written again" not in capsys.readouterr().err

@@ -333,7 +333,7 @@ def test_evaluate_refuses_what_does_not_fit():
         hfmpi.evaluate(Line(3), np.zeros(4), (X, Y), right)
     with pytest.raises(UserError, match="targets must be symbols from 0 to 3, not 3 to 6"):
         hfmpi.evaluate(model, theta, (VALID[0], VALID[1] + 3))
-    with pytest.raises(UserError, match="check mask and weights"):
+    with pytest.raises(UserError, match="check the mask and the weights"):
         hfmpi.evaluate(model, theta, (*VALID, np.zeros_like(VALID[0])))
 
 

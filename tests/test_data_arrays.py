@@ -38,7 +38,7 @@ def test_a_batch_is_examples_first(cases, steps, data, real_inputs, real_targets
     indices = np.array(data.draw(st.lists(st.integers(0, cases - 1), max_size=7)), np.int64)
     batch = arrays.take(indices)
     assert isinstance(batch, Batch)
-    for found, given_ in zip(batch, (inputs, targets, mask, steps - scored, False), strict=True):
+    for found, given_ in zip(batch, (inputs, targets, mask, steps - scored, False, None), strict=True):
         if given_ is None or isinstance(given_, int):
             assert found == given_
             continue

@@ -356,7 +356,7 @@ def test_a_damaged_history_is_put_aside_and_the_run_goes_on(data, tmp_path):
     train(folder, data, max_steps=4, reporter=reporter)
     assert history(folder)[:3] == good
     assert [record["step"] for record in history(folder)] == [1, 2, 3, 4]
-    assert "had 4 damaged or foreign line(s)" in reporter.notes[0]
+    assert "4 damaged or foreign line(s) were removed" in reporter.notes[0]
     assert (folder / "history.damaged.jsonl").read_bytes().startswith(spoiled)
 
 

@@ -268,7 +268,7 @@ def test_several_inputs_are_taken_together():
     batch = hfmpi.Examples((ROWS, SEQUENCES), symbols(CASES)).take(np.array([2, 0]))
     assert np.array_equal(batch.inputs[0], ROWS[[2, 0]])
     assert np.array_equal(batch.inputs[1], SEQUENCES[[2, 0]])
-    with pytest.raises(IndexError, match="case indices must lie in 0"):
+    with pytest.raises(IndexError, match="example indices must lie in 0"):
         hfmpi.Examples(ROWS, symbols(CASES)).take(np.array([CASES]))
 
 

@@ -336,7 +336,7 @@ def test_a_batch_without_a_scored_output_makes_an_empty_step(optimizer, tmp_path
     for record in empty:
         assert (
             record["message"]
-            == "a batch has no scored outputs: check the mask and the weights; its step is empty"
+            == "a batch has no scored outputs: check the mask and the weights; its step changes nothing"
         )
         assert (record["accepted"], record["gradients"]) == (True, 0)
     for stop in range(15, 91, 15):

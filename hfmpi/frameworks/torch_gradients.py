@@ -239,25 +239,27 @@ def _sides(p: Any) -> tuple[int, int]:
     return rows, p.numel() // max(1, rows)
 
 
-def squares(parameters: Iterable[ExampleGradients]) -> tuple[Any, Any]:
-    """Return the sums over examples of the gradients and of the squared gradients, both (D,)."""
-    pairs = zip(*(gradients.squares() for gradients in parameters), strict=True)
-    total, squared = (torch.cat([part.reshape(-1) for part in parts]) for parts in pairs)
-    return total, squared
+def squares(parameters: Iterable[ExampleGradients]) -> tuple[list[Any], list[Any]]:
+    """Return the sums over examples of the gradients and of the squared gradients, by parameter."""
+    totals, squared = zip(*(gradients.squares() for gradients in parameters), strict=True)
+    return [*totals], [*squared]
 
 
 def factors(
     parameters: Iterable[ExampleGradients], blocks: Sequence[Block], weights: Any = None
-) -> tuple[Any, Any]:
-    """Return the gradient summed over examples (D,), and the sums of `hfmpi.models.factors`."""
+) -> tuple[list[Any], list[Any]]:
+    """Return the gradient summed over examples, and the sums of `hfmpi.models.factors`, in parts.
+
+    The parts follow one another in a vector. They are not copied to one, which would be larger than theta.
+    """
     total, sums, counts = list[Any](), list[Any](), list[Any]()
     squares = Squares()
     for block, gradients in zip(blocks, parameters, strict=True):
         a, b, count = gradients.factors(block, squares, weights)
-        total.append(gradients.sum().reshape(-1))
-        sums += [a.reshape(-1), b.reshape(-1)]
-        counts.append(count.reshape(1))
-    return torch.cat(total), torch.cat(sums + counts)
+        total.append(gradients.sum())
+        sums += [a, b]
+        counts.append(count)
+    return total, sums + counts
 
 
 def _joined(pairs: list[tuple[Any, Any]]) -> Any:

@@ -365,30 +365,33 @@ class TorchPasses:
         """
         by_example = self.model.tensor(u).view(self.examples, -1, u.shape[-1])
 
-        def at_once() -> tuple[Any, Any]:
-            ready, found = self._separated, list[Any]()
+        def at_once() -> Any:
+            ready, found = self._separated, list[list[Any]]()
             if ready is not None and ready[0] == ("factors" if together else "squares"):
                 self._separated = None
                 with self._running(), _quiet():
-                    pair: tuple[Any, Any] = of_layers(ready[1].gradients(by_example)[0], slice(None))
-                return pair
+                    return of_layers(ready[1].gradients(by_example)[0], slice(None))
             for part in split_examples(self.examples, self._know_examples(by_example)):
                 forward = self._forward(part, together)
                 with self._running(), _quiet():
                     pair = of_layers(forward.gradients(by_example[part])[0], part)
-                for total, more in zip(found, pair, strict=False):
-                    total += more  # in place: the sums for factors are larger than theta
+                for totals, more in zip(found, pair, strict=False):
+                    for i, each in enumerate(more):
+                        totals[i] = totals[i] + each  # a tensor may stand at several places
                 found = found or [*pair]
-            return found[0], found[1]
+            return found
 
-        def one_by_one() -> tuple[Any, Any]:
+        def one_by_one() -> Any:
             sums = list[Any]()
             for (g,) in self._one_by_one(by_example[None]):
                 sums = [total + more for total, more in zip(sums or (0, 0), (g, of_gradient(g)), strict=True)]
-            return sums[0], sums[1]
+            return [sums[0]], [sums[1]]
 
-        for array, tensor in zip((out, sums), self._batched(at_once, one_by_one), strict=True):
-            array += self.model.array(tensor)
+        for array, tensors in zip((out, sums), self._batched(at_once, one_by_one), strict=True):
+            start = 0
+            for tensor in tensors:
+                array[start : start + tensor.numel()] += self.model.array(tensor.reshape(-1))
+                start += tensor.numel()
 
     def _example_outputs(self, parameters: dict[str, Any], *inputs: Any) -> Any:
         """Return the outputs (N, O) of one example."""
