@@ -437,11 +437,11 @@ def test_a_configuration_that_is_none_is_one_sentence(content, tmp_path):
         ({"config": {"parameters": 10**18, "hidden": 0}}, "contains a model of"),
         ({"config": {"parameters": 10**40, "hidden": 0}}, "below 2"),
         ({"vocabulary": 10**12}, "vocabulary"),
-        ({"state": {"direction": np.zeros(3)}}, "direction does not fit"),
-        ({"state": {"damping": 1}}, "damping does not fit"),
-        ({"state": {"damping": float("nan")}}, "damping does not fit"),
-        ({"state": {"damping": -1.0}}, "damping does not fit"),
-        ({"state": {"damping": np.zeros(2)}}, "damping does not fit"),
+        ({"state": {"direction": np.zeros(3)}}, '"direction" of the checkpoint does not fit'),
+        ({"state": {"damping": 1}}, '"damping" of the checkpoint does not fit'),
+        ({"state": {"damping": float("nan")}}, '"damping" of the checkpoint does not fit'),
+        ({"state": {"damping": -1.0}}, '"damping" of the checkpoint does not fit'),
+        ({"state": {"damping": np.zeros(2)}}, '"damping" of the checkpoint does not fit'),
     ],
 )
 def test_a_checkpoint_that_lies_is_refused_before_memory_is_taken(change, reason, data, tmp_path):
