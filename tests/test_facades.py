@@ -507,7 +507,7 @@ def test_batches_and_closures_that_do_not_fit_are_refused():
 
     for given, words in [
         ((x,), "step needs a batch"),
-        ((x, y[:3]), "the batch: there are 60"),
+        ((x, y[:3]), "the batch: inputs have 60 examples"),
         ((x, y.float()), "whole numbers"),
         ((classic,), "must return .outputs, targets., not Tensor"),
         ((lambda: (2 * module(x), y),), "of the module unchanged"),

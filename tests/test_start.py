@@ -148,6 +148,11 @@ def test_a_state_of_another_form_starts_anew_and_it_is_said(here):
     assert 'of adam is not used: the entry "average" of the checkpoint does not fit optimizer adam.\n' in said
     found = checkpoint.latest(here / "new")
     assert found.state["updates"] == 1
+    state = found.state | {"average": found.theta[:3]}
+    checkpoint.save(here / "new" / checkpoint.NEWEST, found.theta, state, found.meta)
+    way_out = "use a different --out, and --resume new to start from its parameters"
+    with pytest.raises(UserError, match=f"so that the run cannot continue: {way_out}"):
+        run("small.h5 --out new --max-steps 9")
     np.testing.assert_allclose(found.state["average"], found.theta, rtol=1e-5)  # of the iterates from here on
 
 
