@@ -329,10 +329,7 @@ def test_a_run_whose_next_gradient_judges_the_last_step_goes_on_as_if_it_had_not
     found = checkpoint.latest(run.folder)
     state = found.state | {"steps": found.state["steps"][:-1]}
     checkpoint.save(run.folder / checkpoint.NEWEST, found.theta, state, found.meta)
-    words = (
-        r'"steps" of the checkpoint does not fit optimizer subspace, so .* --out, and --resume .* to start'
-    )
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match='"steps" of the checkpoint does not fit optimizer subspace'):
         train(run.folder, data, max_steps=STEPS + 1, **options)
 
 
