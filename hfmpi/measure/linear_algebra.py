@@ -6,7 +6,6 @@
 product           2 m k n                         1      (m, k) times (k, n)
 gram              m^2 n                           1      A A' of A (m, n): half of a product, by symmetry
 cholesky          n^3 / 3                         n      section 4.2.5
-solve             2 n^3 / 3                       3 n    LU decomposition, two triangular solves; section 3.2
 triangular_solve  n^2 for each right-hand side    n      section 3.1
 qr                8 n^3 / 3                       2 n    Householder: 4/3 n^3 for R, as many for Q; 5.2.2
 eigh              9 n^3                           2 n    symmetric QR algorithm with vectors; section 8.3
@@ -30,7 +29,7 @@ from collections.abc import Iterable
 
 from hfmpi.measure.cost import Counts
 
-__all__ = ["cholesky", "eigh", "gram", "product", "qr", "repeated", "solve", "together", "triangular_solve"]
+__all__ = ["cholesky", "eigh", "gram", "product", "qr", "repeated", "together", "triangular_solve"]
 
 
 def product(m: int, k: int, n: int = 1) -> Counts:
@@ -46,11 +45,6 @@ def gram(m: int, n: int) -> Counts:
 def cholesky(n: int) -> Counts:
     """Return the cost of the Cholesky decomposition of a matrix (n, n)."""
     return Counts(operations=-(-(n**3) // 3), depth=n)
-
-
-def solve(n: int) -> Counts:
-    """Return the cost of solving a system with a general matrix (n, n) for one right-hand side."""
-    return Counts(operations=-(-2 * n**3 // 3), depth=3 * n)
 
 
 def triangular_solve(n: int, columns: int = 1) -> Counts:
