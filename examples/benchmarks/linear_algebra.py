@@ -2,10 +2,11 @@
 
 python examples/benchmarks/linear_algebra.py
 
-Each optimizer takes a few steps on short random sequences: its linear algebra only depends on the matrices of
-theta and, in the subspace step, on the rows of the sketch, not on the machine. SOAP decomposes in every second
-step, and has the mean of two steps; SOAP-Muon decomposes in every step. The second table contains products that
-are not counted separately: the sums of K-FAC's factors within the gradient pass of the subspace step.
+Each optimizer takes a few steps on short random sequences: its linear algebra depends only on the matrices of
+theta and, in the subspace step, on the rows of the sketch, not on the machine. SOAP decomposes in every
+second step, and has the mean of two steps; SOAP-Muon decomposes in every step. The second table contains
+products that are not counted separately: the sums of K-FAC's factors within the gradient pass of the
+subspace step.
 """
 
 import numpy as np
