@@ -204,7 +204,7 @@ class Adaptive(Schedule, Optimizer[AdaptiveT]):
     def direction(
         self, g: Vector, norm: float, state: AdaptiveT, objective: Objective, factor: float
     ) -> tuple[Vector, AdaptiveT]:
-        """Compute p (D,), without weight decay, and the state with means updated by g, whose length is `norm`."""
+        """Compute p (D,), without weight decay, and the state with means updated by g, of length `norm`."""
 
     def algebra(self, state: AdaptiveT, blocks: Sequence[Block]) -> Counts:
         """Return the linear algebra that `direction` executes in this state for these blocks of theta."""
