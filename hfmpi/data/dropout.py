@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hfmpi.data.batches import Batch, Cases
+from hfmpi.data.noise import random_words
 
 __all__ = ["Dropout"]
 
@@ -61,10 +62,7 @@ class Dropout:
             If a sequence does not exist.
         """
         batch: Batch = self.sequences.take(indices)
-        words = np.empty((len(indices), self.layers, self.units), np.uint64)
-        for row, k in zip(words, indices, strict=True):
-            # NumPy guarantees the same raw words in every version (NEP 19).
-            bits = np.random.PCG64(np.random.SeedSequence([self.seed, self.step, int(k), STREAM]))
-            row.reshape(-1)[:] = bits.random_raw(row.size)
+        shape = self.layers, self.units
+        words = random_words(self.seed, self.step, indices, STREAM, shape)
         remain = words >= np.uint64(self.rate * 2.0**64)
         return batch._replace(unit_scales=remain / (1 - self.rate))

@@ -12,10 +12,24 @@ import numpy as np
 
 from hfmpi.data.batches import Batch, Sequences
 
-__all__ = ["Noisy"]
+__all__ = ["Noisy", "random_words"]
 
 STREAM = 1
 """Distinguishes these random numbers from other streams with the same seed and step."""
+
+
+def random_words(
+    seed: int, step: int, indices: np.ndarray, stream: int, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Draw words (B, *shape) uint64 for the sequences `indices` (B,), by seed, step, sequence and stream.
+
+    NumPy guarantees the same raw words in every version (NEP 19).
+    """
+    words = np.empty((len(indices), *shape), np.uint64)
+    for row, k in zip(words, indices, strict=True):
+        bits = np.random.PCG64(np.random.SeedSequence([seed, step, int(k), stream]))
+        row.reshape(-1)[:] = bits.random_raw(row.size)
+    return words
 
 
 @dataclass(frozen=True)
@@ -54,11 +68,8 @@ class Noisy:
             If a sequence does not exist.
         """
         batch, ids = self.sequences.take(indices), self.sequences.ids
-        words = np.empty((len(indices), 2, batch.inputs.shape[1]), np.uint64)
-        for row, k in zip(words, indices, strict=True):
-            # NumPy guarantees that the raw output of a bit generator is the same in every version (NEP 19).
-            bits = np.random.PCG64(np.random.SeedSequence([self.seed, self.step, int(k), STREAM]))
-            row.reshape(-1)[:] = bits.random_raw(row.size)
+        shape = 2, batch.inputs.shape[1]
+        words = random_words(self.seed, self.step, indices, STREAM, shape)
         drawn, chosen = words.swapaxes(0, 1)
         replaced = drawn < np.uint64(self.share * 2.0**64)
         others = ids[chosen % np.uint64(len(ids))].astype(batch.inputs.dtype)
