@@ -31,7 +31,7 @@ BLOCKS = "--sequence-length 256 --evaluate-every 50"
 HFMPI = {
     "60s": f"{BLOCKS} --layers 2 --input-noise 0.02 --max-seconds 60",
     "180s": f"{BLOCKS} --layers 2 --parameters 350000 --input-noise 0.03 --max-seconds 180",
-    "600s": f"{BLOCKS} --layers 2 --parameters 600000 --input-noise 0.05 --dropout 0.15 --max-seconds 600",
+    "600s": f"{BLOCKS} --layers 2 --parameters 600000 --input-noise 0.05 --dropout 0.2 --max-seconds 600",
     "default": "--evaluate-every 50 --max-seconds 180",
 }
 """Options of `hfmpi train`."""
