@@ -43,6 +43,7 @@ def test_figures_of_the_winners_are_on_the_pages_that_are_named():
         "5": "clock.md",
         "6": "peers.md",
         "7": "least-squares.md",
+        "9": "shakespeare.md",
     }
     text = (RESULTS / "index.md").read_text()
     winners = text[text.index("## Who wins") : text.index("## Method by method")]

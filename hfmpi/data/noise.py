@@ -21,7 +21,9 @@ STREAM = 1
 def random_words(
     seed: int, step: int, indices: np.ndarray, stream: int, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """Draw words (B, *shape) uint64 for the sequences `indices` (B,), by seed, step, sequence and stream.
+    """Draw uint64 words, an array of this shape for each of the sequences `indices` (B,).
+
+    They are a function of seed, step, sequence and stream.
 
     NumPy guarantees the same raw words in every version (NEP 19).
     """
