@@ -154,7 +154,7 @@ def measure(method, network, parameters, examples):
 
 
 def child(case, limit):
-    """Return the row of a case, measured in a process of its own, or the reason why there is none."""
+    """Return the row of a case, measured in a separate process, or the reason why there is none."""
     environment = {
         **os.environ,
         "OPENBLAS_NUM_THREADS": "1",

@@ -4,7 +4,7 @@
 
 Gauss-Newton products and gradients of the gated cells at the paper's size. The kinds of loops take turns
 within one run, and ratios are medians of the ratios to the graph within each repetition. All must compute the
-same numbers. `clusters-16` and `clusters-8` run on thread-block clusters of so many blocks, on GPUs that have
+same numbers. `clusters-16` and `clusters-8` run on clusters of this many thread blocks, on GPUs that have
 them. A product and a gradient have two loops each: microseconds a step are the time of the pass over twice
 the length. The batch up to which the persistent kernel is faster in both passes is
 `CupyBackend.persistent_batch`; that of clusters is `CupyBackend.cluster_batch`.

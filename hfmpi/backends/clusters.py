@@ -97,7 +97,7 @@ class ClusterLoops:
         return self.supported and all(self._most_sequences(name, n, multiplicative) for name in SIGNATURES)
 
     def _numbers(self, name: str, n: int, multiplicative: bool, sequences: int) -> int:
-        """Return how many numbers a block stores in shared memory for so many sequences."""
+        """Return how many numbers a block stores in shared memory for this many sequences."""
         most, padded = -(-n // self._blocks), _padded(sequences)
         if name == "gated adjoint":
             parts = _round_up(self._blocks * padded * most)

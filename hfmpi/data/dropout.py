@@ -23,7 +23,7 @@ STREAM = 3
 
 @dataclass(frozen=True)
 class Dropout:
-    """The sequences of one step, as `Cases`: the same units are dropped on every rank and at every reading.
+    """The sequences of one step, as `Cases`; every rank and every call of `take` drops the same units.
 
     Attributes
     ----------

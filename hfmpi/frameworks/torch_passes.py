@@ -377,7 +377,7 @@ class TorchPasses:
                     pair = of_layers(forward.gradients(by_example[part])[0], part)
                 for totals, more in zip(found, pair, strict=False):
                     for i, each in enumerate(more):
-                        totals[i] = totals[i] + each  # a tensor may stand at several places
+                        totals[i] = totals[i] + each  # not in place: the same tensor may occur several times
                 found = found or [*pair]
             return found
 

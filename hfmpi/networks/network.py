@@ -347,15 +347,15 @@ class Network:
 
     def _scales(self, batch: Batch, memory: Workspace) -> Array | None:
         """Copy the factors of the units of a batch to the device, (layers, B, n); None without dropout."""
-        given = getattr(batch, "unit_scales", None)
-        if given is None:
+        factors = getattr(batch, "unit_scales", None)
+        if factors is None:
             return None
         about = self.architecture
         shape = (len(batch.targets), about.layers, about.hidden)
-        if given.shape != shape:
-            raise UserError(f"unit_scales must have the shape {shape}, not {given.shape}")
+        if factors.shape != shape:
+            raise UserError(f"unit_scales must have the shape {shape}, not {factors.shape}")
         scales = memory("scales", (shape[1], shape[0], shape[2]))
-        scales[...] = self.backend.to_device(_time_first(given.astype(self.backend.dtype, copy=False)))
+        scales[...] = self.backend.to_device(_time_first(factors.astype(self.backend.dtype, copy=False)))
         return scales
 
     def _to_device(self, batch: Batch, memory: Workspace) -> tuple[Array, Array, Array | None]:

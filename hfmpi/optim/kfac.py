@@ -109,7 +109,7 @@ def preconditioned_gradients(
     before = [] if refresh else layout.views(decomposition)
     of_rows = {group.number: old for group, old in zip(groups, before, strict=False) if not group.left}
 
-    @lru_cache(maxsize=1)  # a rank that has several groups of a block takes one after the other
+    @lru_cache(maxsize=1)  # a rank computes its groups of a block in sequence
     def rows_decomposed(number: int) -> tuple[Vector, Vector]:
         return _decompose(both[number][1])
 

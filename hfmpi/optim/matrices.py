@@ -49,7 +49,7 @@ def share_out(
         if alone:
             fill(i, targets[i])
             for array in targets[i].values():
-                array += 0  # as of several ranks: no -0.0
+                array += 0  # no -0.0, as with several ranks
             return like[:0]
         vector = np.zeros_like(like, shape=layouts[i].size)
         fill(i, layouts[i].views(vector))

@@ -34,6 +34,7 @@ class Names(NamedTuple):
     other_kind: str  # a run that was started in the other way
     origin: str  # from which runs a new run can start
     again: str  # how to continue a run that was stopped
+    start_from: str  # the option that names the run from which a new run starts
 
 
 COMMAND = Names(
@@ -48,6 +49,7 @@ COMMAND = Names(
     "a run of a Python program (hfmpi.train)",
     "a run on a text can only start from a run on a text",
     "Start again with the same command",
+    "--resume",
 )
 PROGRAM = Names(
     "out",
@@ -61,6 +63,7 @@ PROGRAM = Names(
     "a run of `hfmpi train` on a text",
     "a run can only start from a run of the same model",
     "Call it again with the same out",
+    "resume",
 )
 
 

@@ -94,8 +94,7 @@ def open_run(
         try:
             run = make(folder, task.continuing(checkpoint), session, checkpoint)
         except Misfit as error:
-            option = names.resume.split()[0].split("=")[0]
-            way_out = f"{remedy}, and {option} {folder} to start from its parameters"
+            way_out = f"{remedy}, and {names.start_from} {folder} to start from its parameters"
             raise UserError(f"{error}, so that the run cannot continue: {way_out}") from None
     else:
         _check_leftover(folder, task, names)
