@@ -189,6 +189,37 @@ def test_the_comparison_of_precisions(tmp_path, monkeypatch, capsys):
     assert np.isnan(script["to_tf32"](np.float32([np.nan])))
 
 
+def test_the_comparison_of_eigenbases(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["eigenbases.py", "--sides", "40", "--drift", "1e-4", "--repeats", "1"])
+    runpy.run_path(str(ROOT / "examples" / "benchmarks" / "eigenbases.py"), run_name="__main__")
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 40 ")]
+    assert len(rows) == 12
+    errors = {row[1]: float(row[3].strip(" |")) for row in rows if row[3].strip(" |")}
+    assert errors["in place, float64 (K-FAC)"] < 1e-10
+    assert errors["the same in float32"] < 0.05
+    refined, iterated = (
+        errors[f"warm start: {way}, float64"] for way in ("refinement", "orthogonal iteration")
+    )
+    assert refined < 1e-3 < iterated
+
+
+@pytest.mark.skipif(not MPIRUN.exists(), reason="needs the mpirun of this environment")
+def test_the_model_of_a_step_is_compared_with_more_ranks(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{MPIRUN.parent}:{os.environ['PATH']}")
+    script = ROOT / "examples" / "benchmarks" / "more_ranks.py"
+    network = "--model mlstm --hidden 4 --sequence-length 20 --dtype float64 --backend numpy"
+    step = "--optimizer subspace-whole --gradient-batch 12 --curvature-batch 6 --max-steps 4"
+    command = [sys.executable, script, write_corpus(tmp_path / "d.h5"), tmp_path / "out", "--ranks", "1", "3"]
+    command += ["--columns", "3", "--", *network.split(), *step.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if re.match(r"\| \d", line)]
+    assert [row[0] for row in rows] == ["1", "3"]
+    one, three = (np.array(row[1:], float).reshape(4, 3) for row in rows)
+    np.testing.assert_allclose(one[:, 2], 1, atol=0.01)  # the model is that of the run on one rank
+    assert (three[:3] > 0).all()
+
+
 @pytest.mark.skipif(not MPIRUN.exists(), reason="needs the mpirun of this environment")
 def test_the_campaign_of_faults(monkeypatch):
     monkeypatch.setenv("PATH", f"{MPIRUN.parent}:{os.environ['PATH']}")

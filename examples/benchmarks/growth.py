@@ -17,7 +17,9 @@ Memory is measured in copies of theta, in two ways. "Resident" is the peak resid
 these steps minus the peak after two gradients: the state, the temporary arrays of NumPy and PyTorch, and
 memory that `malloc` keeps. What a step allocates in place of the arrays of a gradient is not seen. "NumPy" is
 what NumPy holds at the peak of a further period (tracemalloc): theta, the states before and after a step, and
-the arrays of a step, without PyTorch's, LAPACK's, and those that were allocated before and are kept.
+the arrays of a step, without PyTorch's, LAPACK's, and those that were allocated before and are kept. "Kept"
+are the work arrays of built-in networks, which stay from pass to pass, and their part that is tapes: the
+activations of all examples whose linearisation is stored.
 
 A case that fails or takes longer than --seconds is a line with the reason. With --json FILE each row is also
 appended to the file, and cases that the file has are printed from there and not repeated.
@@ -25,6 +27,7 @@ appended to the file, and cases that the file has are printed from there and not
 
 import argparse
 import copy
+import gc
 import json
 import os
 import resource
@@ -41,7 +44,17 @@ LEAST_TURNS, MOST_TURNS, LEAST_SECONDS, MOST_SECONDS = 3, 25, 1.0, 30.0
 
 INPUTS, OUTPUTS = 64, 10
 LENGTH, SYMBOLS = 50, 65
-METHODS = "sgd", "adam", "muon", "soap", "soap-muon", "bhf-short", "subspace", "subspace-whole"
+METHODS = (
+    "sgd",
+    "adam",
+    "muon",
+    "soap",
+    "soap-muon",
+    "bhf-short",
+    "subspace",
+    "subspace-whole",
+    "subspace-rows",
+)
 NETWORKS = "mlp", "lstm1", "lstm2"
 
 
@@ -86,6 +99,16 @@ def seconds(work):
 def peak():
     """Return the peak resident set of this process so far, in bytes."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def kept():
+    """Return the bytes of all work arrays of built-in networks, and those of tapes."""
+    from hfmpi.backends.base import Scratch, Workspace
+
+    memories = [each for each in gc.get_objects() if isinstance(each, Workspace)]
+    sizes = [sum(array.nbytes for array in memory.flat.values()) for memory in memories]
+    tapes = [size for memory, size in zip(memories, sizes, strict=True) if not isinstance(memory, Scratch)]
+    return sum(sizes), sum(tapes)
 
 
 def measure(method, network, parameters, examples):
@@ -135,7 +158,7 @@ def measure(method, network, parameters, examples):
         accepted = [step() for _ in range(period)]
         if all(accepted) or tried > MOST_TURNS:  # a step that is taken back has less work
             turns.append((one, (process_time() - start) / period))
-    resident = peak() - before
+    resident, (arrays, tapes) = peak() - before, kept()
     tracemalloc.start()
     theta, state = theta.copy(), copy.deepcopy(state)  # so that they are counted
     for _ in range(period):
@@ -150,6 +173,8 @@ def measure(method, network, parameters, examples):
         "step": median(step / one for one, step in turns),
         "resident": resident / theta.nbytes,
         "numpy": tracemalloc.get_traced_memory()[1] / theta.nbytes,
+        "kept": arrays / theta.nbytes,
+        "tapes": tapes / theta.nbytes,
     }
 
 
@@ -175,11 +200,11 @@ def line(case, row):
     """Return the line of the table for a case."""
     method, network, parameters, examples = case
     if "wrong" in row:
-        cells = [f"{parameters:,}", f"{examples:,}", method, row["wrong"], "", "", "", ""]
+        cells = [f"{parameters:,}", f"{examples:,}", method, row["wrong"], *[""] * 6]
     else:
         cells = [f"{row['parameters']:,}", f"{examples:,}", method, f"{row['gradient']:.3g}"]
         cells += [f"{row[name]:.2f}" for name in ("first", "step")]
-        cells += [f"{row[name]:.1f}" for name in ("resident", "numpy")]
+        cells += [f"{row[name]:.1f}" for name in ("resident", "numpy", "kept", "tapes")]
     return f"| {network} | {' | '.join(cells)} |"
 
 
@@ -201,8 +226,11 @@ def main():
     if file and file.exists():
         rows = map(json.loads, file.read_text().splitlines())
         known = {tuple(row["case"]): row for row in rows if "case" in row}
-    print("| network | parameters | examples | method | gradient, s | first step | step | resident | NumPy |")
-    print("|" + " --- |" * 9, flush=True)
+    print(
+        "| network | parameters | examples | method | gradient, s | first step | step | resident | NumPy "
+        "| kept | tapes |"
+    )
+    print("|" + " --- |" * 11, flush=True)
     sizes, counts = (map(int, each) for each in (chosen.parameters, chosen.examples))
     for network, size, count, method in product(chosen.networks, sizes, counts, chosen.methods):
         case = method, network, size, count

@@ -360,7 +360,8 @@ def command_without_reader(trial):
     os.close(ear)
     code, _, said = trial.command(*trial.another(), stdout=mouth)
     os.close(mouth)
-    assert (code, said) == (1, ""), f"{code} {said}"
+    said = [line for line in said.splitlines() if "compil" not in line]  # progress, on a slow machine
+    assert (code, said) == (1, []), f"{code} {said}"
 
 
 @kind("command, encoding")

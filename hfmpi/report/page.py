@@ -21,6 +21,7 @@ from hfmpi.report.escape import escaped
 from hfmpi.report.quantities import COSTS, Internal
 from hfmpi.report.styles import GLYPHS, style
 from hfmpi.report.times import MOST_RANKS, Spans, bars, outside, spans
+from hfmpi.runs.best import WORSE
 from hfmpi.version import __version__
 
 __all__ = ["is_page", "page", "plotly_js"]
@@ -33,9 +34,6 @@ INTRODUCTION = (
     "over single examples (P_D, the time on one core), steps and seconds; then what the optimizer did in "
     "each step, where the time of a step went, and the settings."
 )
-
-WORSE = 0.02
-"""A run overfits if its last validation loss is this much above its lowest one."""
 
 DIFFERENT = "The runs were trained on different data: their losses cannot be compared."
 
@@ -87,7 +85,7 @@ def page(runs: Sequence[Contents], every: float | None = None) -> bytes:
     ]
     data = {
         "every": every,
-        "costs": {key: [cost.html, "forward passes" if cost.passes else ""] for key, cost in COSTS.items()},
+        "costs": {key: [cost.html, cost.passes] for key, cost in COSTS.items()},
         "panels": [asdict(panel) for panel in internals.values()],
         "runs": drawn,
         "times": {i: bars(of_run) for i, of_run in times.items()},

@@ -19,7 +19,7 @@ class Cost:
     ----------
     name : str
     passes : str
-        The forward passes that it counts; empty for other costs.
+        The passes that it counts; empty for other costs.
     log : bool
         Whether its axis is logarithmic in a figure; on a page the reader chooses.
     """
@@ -32,7 +32,7 @@ class Cost:
     def label(self) -> str:
         """Return the label of an axis for matplotlib."""
         name = INDEXED.sub(r"$\g<0>$", self.name)
-        return f"{self.passes} forward passes {name}" if self.passes else name
+        return f"{self.passes} {name}" if self.passes else name
 
     @property
     def html(self) -> str:
@@ -41,10 +41,10 @@ class Cost:
 
 
 COSTS = {
-    "P_I": Cost("P_I", "batch-independent"),
-    "P_D": Cost("P_D", "batch-dependent"),
-    "P_I_full": Cost("P_I full", "batch-independent"),
-    "P_D_full": Cost("P_D full", "batch-dependent"),
+    "P_I": Cost("P_I", "sequential passes"),
+    "P_D": Cost("P_D", "passes over single examples"),
+    "P_I_full": Cost("P_I full", "sequential passes"),
+    "P_D_full": Cost("P_D full", "passes over single examples"),
     "step": Cost("steps"),
     "seconds": Cost("seconds", log=False),
 }

@@ -14,7 +14,10 @@ from hfmpi.runs.record import Validation
 __all__ = ["LOSS", "Best", "Watch", "judged"]
 
 OLD, WORSE = 10, 0.02
-"""A run has stopped improving if its best validation is OLD validations old and better by the share WORSE."""
+"""A run has stopped improving if its best validation is OLD validations old and better by the share WORSE.
+
+A report says that a run overfits if its last validation is worse than its best one by that share.
+"""
 
 
 class Watch(NamedTuple):

@@ -71,7 +71,7 @@ def test_a_page_of_runs(seen):
 
 def test_axes_are_chosen(seen):
     (loss,) = figures(seen, "loss")
-    assert (loss["x"], loss["y"]) == (["log", "P<sub>I</sub>, forward passes"], "linear")
+    assert (loss["x"], loss["y"]) == (["log", "P<sub>I</sub>, sequential passes"], "linear")
     seen.page.click("[data-view=loss][data-against=seconds]")
     seen.page.click("[data-view=loss][data-log=x]")
     seen.page.click("[data-view=loss][data-log=y]")
