@@ -67,7 +67,8 @@ def share_out(
 def eigensystem(matrix: Vector) -> tuple[Vector, Vector]:
     """Return the eigenvalues of a symmetric matrix, the smallest first, and its eigenvectors, columns.
 
-    The host computes in double precision: small eigenvalues decide about gradients that K-FAC preconditions.
+    The precision is that of the matrix, whose own rounding is as large as that of its eigenvalues. Where LAPACK
+    fails in float32, it tries float64.
 
     Raises
     ------
@@ -76,10 +77,17 @@ def eigensystem(matrix: Vector) -> tuple[Vector, Vector]:
     """
     if not isinstance(matrix, np.ndarray):
         return cast("tuple[Vector, Vector]", np.linalg.eigh(matrix))
-    # LAPACK stores by columns: the transpose equals the matrix, and is overwritten.
-    wide = matrix.astype(np.float64).T
-    values, vectors = linalg.eigh(wide, driver="evd", overwrite_a=True, check_finite=False)
-    return values.astype(matrix.dtype), vectors.astype(matrix.dtype, order="C")
+    try:
+        values, vectors = _eigensystem(matrix * 1)
+    except np.linalg.LinAlgError:
+        values, vectors = _eigensystem(matrix.astype(np.float64))
+    return values.astype(matrix.dtype, copy=False), vectors.astype(matrix.dtype, order="C", copy=False)
+
+
+def _eigensystem(matrix: Vector) -> tuple[Vector, Vector]:
+    """Return the eigenvalues and eigenvectors of a matrix of the host, which is overwritten."""
+    # LAPACK stores by columns: the transpose equals the matrix.
+    return linalg.eigh(matrix.T, driver="evd", overwrite_a=True, check_finite=False)
 
 
 def orthonormal(matrix: Vector) -> Vector:
