@@ -67,8 +67,8 @@ def share_out(
 def eigensystem(matrix: Vector) -> tuple[Vector, Vector]:
     """Return the eigenvalues of a symmetric matrix, the smallest first, and its eigenvectors, columns.
 
-    The precision is that of the matrix, whose own rounding is as large as that of its eigenvalues. Where LAPACK
-    fails in float32, it tries float64.
+    They are computed in the precision of the matrix, whose own rounding is as large. If that fails in
+    float32, float64 is tried.
 
     Raises
     ------
@@ -80,6 +80,8 @@ def eigensystem(matrix: Vector) -> tuple[Vector, Vector]:
     try:
         values, vectors = _eigensystem(matrix * 1)
     except np.linalg.LinAlgError:
+        if matrix.dtype == np.float64:
+            raise
         values, vectors = _eigensystem(matrix.astype(np.float64))
     return values.astype(matrix.dtype, copy=False), vectors.astype(matrix.dtype, order="C", copy=False)
 
@@ -87,7 +89,8 @@ def eigensystem(matrix: Vector) -> tuple[Vector, Vector]:
 def _eigensystem(matrix: Vector) -> tuple[Vector, Vector]:
     """Return the eigenvalues and eigenvectors of a matrix of the host, which is overwritten."""
     # LAPACK stores by columns: the transpose equals the matrix.
-    return linalg.eigh(matrix.T, driver="evd", overwrite_a=True, check_finite=False)
+    values, vectors = linalg.eigh(matrix.T, driver="evd", overwrite_a=True, check_finite=False)
+    return values, vectors
 
 
 def orthonormal(matrix: Vector) -> Vector:
