@@ -182,6 +182,16 @@ def test_the_subspace_step_does_not_judge_the_last_step_by_other_data(here):
     assert last(here / "same")["rho"] is not None
 
 
+def test_a_limit_replaces_those_of_the_other_run(here):
+    found = checkpoint.latest(here / "adam")
+    meta = found.meta | {"config": found.meta["config"] | {"max_seconds": 1e-9}}
+    (here / "timed").mkdir()
+    checkpoint.save(here / "timed" / checkpoint.NEWEST, found.theta, found.state, meta)
+    run("small.h5 --resume timed --out new --max-steps 4")
+    assert last(here / "new")["step"] == 4
+    assert checkpoint.latest(here / "new").meta["config"]["max_seconds"] == 0
+
+
 @pytest.mark.parametrize(("words", "sentence"), [
     ("--model lstm", "the run to start from has model = 'mlstm', not 'lstm': its network cannot be changed"),
     ("--layers 2", "has layers = 1, not 2"),

@@ -59,7 +59,8 @@ def derive(options: Mapping[str, Any], stored: Any) -> Config:
     """Return the configuration of a new run that starts from a different one.
 
     Options that the user does not set are taken from the checkpoint of that run. If the user chooses a
-    different preset, its settings and batch sizes replace the stored ones.
+    different preset, its settings and batch sizes replace the stored ones. If the user sets a limit, no limit
+    of that run remains: it may have been reached.
 
     Raises
     ------
@@ -77,6 +78,8 @@ def derive(options: Mapping[str, Any], stored: Any) -> Config:
     values = _with_one_size(values)
     if values.get("optimizer", base.optimizer) != base.optimizer:
         base = replace(base, settings={}, gradient_batch=0, curvature_batch=0)
+    if values.get("max_steps") or values.get("max_seconds"):
+        base = replace(base, max_steps=0, max_seconds=0.0)
     return replace(base, **values | {"settings": _settings(base, options, values)})
 
 
