@@ -35,7 +35,7 @@ PARTS = "passes", "matrices", "redundant", "together"
 
 
 def call(words: list[str], ranks: int = 1) -> str:
-    """Run hfmpi by the clock of process time on a number of ranks; return what it prints."""
+    """Run hfmpi on a number of ranks, with process time as its time; return what it prints."""
     command = ["mpirun", "-n", str(ranks), sys.executable, "-c", PROGRAM, *words]
     one = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "NUMBA")}
     done = subprocess.run(command, env=os.environ | one, capture_output=True, text=True)

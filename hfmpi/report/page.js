@@ -25,7 +25,7 @@
   });
 
   // A zoom belongs to an axis of a figure, to the quantity that the axis shows and to its scale.
-  function draw(div, traces, xaxis, yaxis, more) {
+  function draw(div, traces, xaxis, yaxis, more, tools = config) {
     const keys = { xaxis: [div.id, "x", xaxis.type, xaxis.title.text].join(), yaxis: [div.id, "y", yaxis.type].join() };
     for (const [name, axis] of [["xaxis", xaxis], ["yaxis", yaxis]]) {
       axis.range = choice.zoom[keys[name]] ?? axis.range;
@@ -33,7 +33,7 @@
     }
     const first = !div.keys;
     div.keys = keys;
-    Plotly.react(div, traces, layout(xaxis, yaxis, more), config);
+    Plotly.react(div, traces, layout(xaxis, yaxis, more), tools);
     if (!first) { return; }
     div.on("plotly_relayout", (change) => {
       for (const [name, key] of Object.entries(div.keys)) {
@@ -109,7 +109,8 @@
     div.style.height = 90 + 22 * Math.ceil(times.names.length / columns) + 26 * times.ranks.length + "px";
     const legend = { orientation: "h", y: 1, yanchor: "bottom", x: 0, traceorder: "normal", font: { size: 12 } };
     draw(div, traces, { type: "linear", title: { text: `seconds of a ${times.unit}`, standoff: 8 } }, { type: "category", autorange: "reversed" },
-      { barmode: "stack", bargap: 0.25, showlegend: true, legend, margin: { l: 46, r: 10, t: 6, b: 48 } });
+      { barmode: "stack", bargap: 0.25, showlegend: true, legend, margin: { l: 46, r: 10, t: 6, b: 48 } },
+      { ...config, displayModeBar: false });  // it would cover the legend
   }
 
   function drawAll() {

@@ -64,6 +64,8 @@ def test_a_page_of_runs(seen):
     assert [len(figure["traces"]) for figure in figures(seen, "times")] == [
         figure["bars"] for figure in figures(seen, "times")
     ]
+    covering = seen.page.evaluate("() => document.querySelectorAll('.times .modebar-btn').length")
+    assert not covering  # tools over the legend
     assert not seen.too_wide(WIDE)
     assert not seen.too_wide(NARROW)
     seen.page.wait_for_function(f"() => document.querySelector('#loss-0 svg').clientWidth < {NARROW}")
