@@ -281,8 +281,8 @@ def test_ranks_start_with_the_same_parameters(here):
         ("passes", 2, 2**20, "subspace-rows", "the rows of all sequences need 0.000134 GiB per rank"),
         ("passes", 1, 2**20, "subspace", "subspace-rows would need 0.0"),
         ("seconds", 1, 2**30, "muon-small", "it is the fastest on 1 rank(s) according to"),
-        ("seconds", 1024, 2**30, "muon", "it is the fastest on 1,024 rank(s) according to"),
-        ("seconds", 1300, 2**30, "subspace", "it is the fastest on 1,300 rank(s) according to"),
+        ("seconds", 199, 2**30, "muon-small", "it is the fastest on 199 rank(s) according to"),
+        ("seconds", 2000, 2**30, "subspace-whole", "it is the fastest on 2,000 rank(s) according to"),
     ],
 )
 def test_what_is_preferred_is_an_optimizer_for_these_ranks(prefer, ranks, memory, name, why):
@@ -292,6 +292,19 @@ def test_what_is_preferred_is_an_optimizer_for_these_ranks(prefer, ranks, memory
     chosen = config.preset()
     assert (config.optimizer, chosen.gradient_batch) == (name, min(120, preset(name).gradient_batch))
     assert chosen.curvature_batch <= chosen.gradient_batch
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [("mlstm", "subspace-whole"), ("lstm", "subspace"), ("gru", "subspace")]
+)
+@pytest.mark.parametrize(("ranks", "batch"), [(200, 3500), (1999, 3500), (2000, 14_000)])
+def test_some_hundred_ranks_have_gradients_on_a_quarter_of_the_sequences(model, name, ranks, batch):
+    config, note = preferred(Config(prefer="seconds", model=model), 100, 14_000, ranks, 2**30)
+    assert (config.optimizer, config.gradient_batch) == (name, batch)
+    assert config.curvature_batch == preset(name).curvature_batch
+    assert ("a quarter of the sequences" in note) == (batch == 3500)
+    config, _ = preferred(Config(prefer="seconds", gradient_batch=700), 100, 14_000, ranks, 2**30)
+    assert config.gradient_batch == 700
 
 
 def test_a_run_keeps_the_optimizer_that_was_preferred(made, tmp_path, monkeypatch):

@@ -12,8 +12,13 @@ from hfmpi.runs.config import Config
 
 __all__ = ["preferred"]
 
-QUICKEST = ((1, "muon-small"), (256, "muon"), (1_300, "subspace"))
-"""The fastest method from each number of ranks on, one core each, by the model of docs/results/clock.md."""
+FEW, SOME, MANY = "muon-small", 200, 2_000
+"""The fastest methods, one core per rank, by the measurements and the model of docs/results/clock.md.
+
+On fewer than SOME ranks FEW is the fastest. From there on it is a subspace step, with the gradient on a
+quarter of the sequences, and on all of them from MANY ranks on. With an mLSTM whole directions are
+sufficient.
+"""
 
 SHARE = 0.25
 """The maximum share of a rank's memory for rows; the step needs the same amount in addition to the rows."""
@@ -49,10 +54,14 @@ def preferred(config: Config, parameters: int, sequences: int, ranks: int, memor
         else:
             name, why = "subspace", f"subspace-rows would need {size} for the rows of all sequences"
     else:
-        name = [name for least, name in QUICKEST if ranks >= least][-1]
+        name = FEW
+        if ranks >= SOME:
+            name = "subspace-whole" if config.model == "mlstm" else "subspace"
         why = f"it is the fastest on {ranks:,} rank(s) according to docs/results/clock.md"
-    chosen = preset(name)
-    gradient = config.gradient_batch or min(chosen.gradient_batch, sequences)
+    chosen, share = preset(name), 1
+    if config.prefer == "seconds" and SOME <= ranks < MANY:
+        share, why = 4, f"{why}, with the gradient on a quarter of the sequences"
+    gradient = config.gradient_batch or min(chosen.gradient_batch, -(-sequences // share))
     curvature = config.curvature_batch or min(chosen.curvature_batch, gradient)
     return (
         replace(config, optimizer=name, gradient_batch=gradient, curvature_batch=curvature),
