@@ -56,7 +56,8 @@ WIDTH = 0.1
 
 
 def write(runs: Curves, out: Path, clock: bool = True) -> None:
-    """Write figure1.png, the training loss, and figure1-validation.png."""
+    """Write figure1.png, the training loss, and figure1-validation.png into a folder."""
+    out.mkdir(parents=True, exist_ok=True)
     for name, key, label in (
         ("figure1.png", "train_bpc", "training bits/char"),
         ("figure1-validation.png", "valid_bpc", "validation bits/char"),
