@@ -303,8 +303,9 @@ def test_some_hundred_ranks_have_gradients_on_a_quarter_of_the_sequences(model, 
     assert (config.optimizer, config.gradient_batch) == (name, batch)
     assert config.curvature_batch == preset(name).curvature_batch
     assert ("a quarter of the sequences" in note) == (batch == 3500)
-    config, _ = preferred(Config(prefer="seconds", gradient_batch=700), 100, 14_000, ranks, 2**30)
+    config, note = preferred(Config(prefer="seconds", gradient_batch=700), 100, 14_000, ranks, 2**30)
     assert config.gradient_batch == 700
+    assert "a quarter of the sequences" not in note
 
 
 def test_a_run_keeps_the_optimizer_that_was_preferred(made, tmp_path, monkeypatch):

@@ -17,17 +17,19 @@ import argparse
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from hfmpi.errors import UserError
 from hfmpi.measure import machine
-from hfmpi.measure.spans import MATRIX, SHARED
 from hfmpi.parallel import guard
 from hfmpi.speedup.bench_file import read_bench
 from hfmpi.speedup.prediction import fit
 from hfmpi.speedup.runs import TimedRun, read_runs
+from hfmpi.speedup.scaling import Job
+from hfmpi.speedup.steps import StepTimes
 
 PROGRAM = "import time; time.perf_counter = time.process_time; from hfmpi.cli.main import entry; entry()"
 BATCHES = 1, 2, 4, 8, 16, 32
@@ -59,19 +61,17 @@ def bench(data: Path, out: Path, run: TimedRun, columns: int) -> list[Path]:
     return files
 
 
-def measured(steps) -> np.ndarray:
+def measured(steps: StepTimes) -> np.ndarray:
     """Return the parts of a step in seconds of process time, each of the rank that has most of it."""
     ranks = []
     for spans in steps.spans:
-        matrices = sum(seconds for name, seconds in spans.items() if name.startswith(MATRIX))
-        passes = sum(spans.get(name, 0.0) for name in SHARED)
-        collectives = spans.get("allreduce", 0.0) + spans.get("waiting", 0.0)
-        redundant = sum(spans.values()) - passes - matrices - collectives
-        ranks.append((passes, matrices, redundant, passes + matrices + redundant))
+        rank = replace(steps, spans=(spans,))
+        passes, alone, redundant = rank.parts["compute"], rank.parts["redundant"], rank.most_redundant
+        ranks.append((passes, alone - redundant, redundant, passes + alone))
     return np.max(ranks, axis=0)
 
 
-def predicted(job, ranks: int) -> np.ndarray:
+def predicted(job: Job, ranks: int) -> np.ndarray:
     """Return what the model says about these parts."""
     number = np.array([float(ranks)])
     passes, alone = float(job.compute(number)[0]), float(job.alone(number)[0])

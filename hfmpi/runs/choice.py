@@ -12,11 +12,11 @@ from hfmpi.runs.config import Config
 
 __all__ = ["preferred"]
 
-FEW, SOME, MANY = "muon-small", 200, 2_000
-"""The fastest methods, one core per rank, by the measurements and the model of docs/results/clock.md.
+SOME, MANY = 200, 2_000
+"""Numbers of ranks, of one core each, by the measurements and the model of docs/results/clock.md.
 
-On fewer than SOME ranks FEW is the fastest. From there on it is a subspace step, with the gradient on a
-quarter of the sequences, and on all of them from MANY ranks on. With an mLSTM whole directions are
+On fewer than SOME ranks `muon-small` is the fastest. From there on it is a subspace step, with the gradient
+on a quarter of the sequences, and on all of them from MANY ranks on. With an mLSTM whole directions are
 sufficient.
 """
 
@@ -43,6 +43,7 @@ def preferred(config: Config, parameters: int, sequences: int, ranks: int, memor
     """
     if config.optimizer != Config().optimizer:
         raise UserError(f"use either --prefer {config.prefer} or --optimizer {config.optimizer}, not both")
+    share = 1
     if config.prefer == "passes":
         rows = preset("subspace-rows")
         examples = min(config.gradient_batch or rows.gradient_batch, sequences)
@@ -54,13 +55,13 @@ def preferred(config: Config, parameters: int, sequences: int, ranks: int, memor
         else:
             name, why = "subspace", f"subspace-rows would need {size} for the rows of all sequences"
     else:
-        name = FEW
+        name = "muon-small"
         if ranks >= SOME:
             name = "subspace-whole" if config.model == "mlstm" else "subspace"
         why = f"it is the fastest on {ranks:,} rank(s) according to docs/results/clock.md"
-    chosen, share = preset(name), 1
-    if config.prefer == "seconds" and SOME <= ranks < MANY:
-        share, why = 4, f"{why}, with the gradient on a quarter of the sequences"
+        if SOME <= ranks < MANY and not config.gradient_batch:
+            share, why = 4, f"{why}, with the gradient on a quarter of the sequences"
+    chosen = preset(name)
     gradient = config.gradient_batch or min(chosen.gradient_batch, -(-sequences // share))
     curvature = config.curvature_batch or min(chosen.curvature_batch, gradient)
     return (
